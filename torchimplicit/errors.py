@@ -1,0 +1,24 @@
+"""Errors and warnings that name what went wrong, why, and what to try."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchimplicit.solution import Solution
+
+
+class SolveError(RuntimeError):
+    """A solve went non-finite. ``error.solution`` holds everything that was computed up to then."""
+
+    def __init__(self, message: str, solution: Solution):
+        super().__init__(message)
+        self.solution = solution
+
+
+class UnsupportedDerivativeError(RuntimeError):
+    """A derivative was asked for that the chosen estimator does not give (an order, or a mode of differentiation)."""
+
+
+class ConvergenceWarning(UserWarning):
+    """A solver stopped at ``max_steps`` or broke down before it reached its tolerance."""

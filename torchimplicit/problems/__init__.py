@@ -1,0 +1,9 @@
+"""The problems: which point is the output?"""
+
+from torchimplicit.problems.base import Problem
+from torchimplicit.problems.fixed_point import FixedPoint
+from torchimplicit.problems.minimum import Minimum
+from torchimplicit.problems.root import Root
+from torchimplicit.problems.system import Point, System
+
+__all__ = ["FixedPoint", "Minimum", "Point", "Problem", "Root", "System"]

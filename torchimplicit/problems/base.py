@@ -1,0 +1,63 @@
+"""What a user states: which point is the output."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from torchimplicit.problems.system import System
+from torchimplicit.state import Layout
+
+
+class Problem(ABC):
+    """A problem whose solution is a layer's output. Stated once, solved for many arguments by :func:`solve`."""
+
+    batched: bool
+    rowwise: bool
+
+    @property
+    @abstractmethod
+    def function(self) -> Callable[..., Any]:
+        """The user's function, called as ``function(z, *args)``."""
+
+    @abstractmethod
+    def flat_output(self, layout: Layout, output: Any, rows: int, cast: bool) -> Tensor:
+        """The function's output, checked, in flat form."""
+
+    @abstractmethod
+    def system(
+        self, fn: Callable[..., Tensor], row_params: tuple[bool, ...] | None, constraint: slice, layout: Layout
+    ) -> System:
+        """The problem in flat coordinates.
+
+        Args:
+            fn: ``(z, *params) -> flat output``.
+            row_params: see :class:`~torchimplicit.problems.system.System`.
+            constraint: which of the parameters are those that :meth:`constraint_tensors` gave.
+            layout: of the state.
+        """
+
+    def constraint_tensors(self, layout: Layout, rows: int) -> tuple[Tensor, ...]:
+        """The constraint's own tensors in flat form; none for an unconstrained problem."""
+        return ()
+
+
+def check_function(function: Any, what: str) -> None:
+    """``function`` must be callable."""
+    if not callable(function):
+        raise TypeError(f"{what} must be callable as {what}(z, *args), and it is {type(function).__name__}")
+
+
+def flat_state(layout: Layout, output: Any, rows: int, cast: bool) -> Tensor:
+    """The output of a map that must look like the state."""
+    flat = layout.flatten(output, "the result of f", cast)
+    if flat.shape[0] != rows:
+        raise ValueError(
+            f"f was given {rows} samples and returned {flat.shape[0]}: the map must keep the batch. If the problem "
+            "says rowwise=True, f must treat every row on its own and capture no tensor that carries the batch: pass "
+            "such tensors as arguments, so that they are indexed along with the state"
+        )
+    return flat

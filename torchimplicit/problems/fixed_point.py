@@ -1,0 +1,88 @@
+"""The point that a map leaves where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor
+
+from torchimplicit.linear import GMRES, LinearOperator, LinearSolver
+from torchimplicit.problems.base import Problem, check_function, flat_state
+from torchimplicit.problems.linearization import Linearization
+from torchimplicit.problems.system import Point, System
+from torchimplicit.state import Layout, row_norm
+
+
+@final
+@dataclass(frozen=True)
+class FixedPoint(Problem):
+    """The state with ``z = f(z, *args)``.
+
+    Args:
+        f: ``f(z, *args)``, returning a state like ``z``.
+        batched: whether dim 0 of every leaf of the state is a batch of separate problems, each solved to its own
+            tolerance. ``False``: the whole state is one system.
+        rowwise: a promise that row i of the result depends on row i of the state and of the batched arguments alone,
+            and that ``f`` captures nothing batched. Samples that have converged then leave the batch that ``f``
+            sees. Arguments that carry the batch are those tensors (not parameters) whose dim 0 has its size.
+    """
+
+    f: Callable[..., Any]
+    batched: bool = True
+    rowwise: bool = False
+
+    def __post_init__(self) -> None:
+        check_function(self.f, "f")
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return self.f
+
+    def flat_output(self, layout: Layout, output: Any, rows: int, cast: bool) -> Tensor:
+        return flat_state(layout, output, rows, cast)
+
+    def system(
+        self, fn: Callable[..., Tensor], row_params: tuple[bool, ...] | None, constraint: slice, layout: Layout
+    ) -> System:
+        return FixedPointSystem(fn=fn, row_params=row_params)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FixedPointSystem(System):
+    """:math:`R = z - f(z)`, :math:`A = I - J`."""
+
+    def at(self, z: Tensor, params: Sequence[Tensor]) -> Point:
+        image = self.fn(z, *params)
+        return Point(z, image - z, scale=row_norm(image), image=image)
+
+    def residual(self, z: Tensor, *params: Tensor) -> Tensor:
+        return z - self.fn(z, *params)
+
+    def linearize(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization:
+        return Linearization(self.fn, z, params, wanted)
+
+    def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
+        def products(of_j: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda v: v - of_j(v)
+
+        plain, flipped = products(tape.plain), products(tape.transposed)
+        return LinearOperator(
+            product=flipped if transposed else plain,
+            transposed_product=plain if transposed else flipped,
+            block_product=products(tape.transposed_block if transposed else tape.plain_block),
+            batch=tape.z.shape[0],
+            dim=tape.z.shape[1],
+            dtype=tape.z.dtype,
+            device=tape.z.device,
+            transposed=transposed,
+            restrict=self._restricted(tape, transposed),
+        )
+
+    def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
+        return tape.pull(g)
+
+    def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
+        return GMRES()

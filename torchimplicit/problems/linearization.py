@@ -1,0 +1,100 @@
+"""A map at one point: its Jacobian's products there, all taken from one recorded evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Map = Callable[..., Tensor]
+
+
+class Linearization:
+    """``core(z, *params)`` evaluated once with autograd's tape; every product below runs over that tape.
+
+    For plain tensors only (inside autograd nodes and solvers); derivatives of these products are taken elsewhere, by
+    composable transforms.
+
+    Args:
+        core: ``(z [batch, dim], *params) -> [batch, dim]``.
+        z, params: where.
+        wanted: which parameters :meth:`pull` may be asked for.
+    """
+
+    def __init__(self, core: Map, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None):
+        self.z = z.detach().requires_grad_()
+        self.wanted = tuple(wanted) if wanted is not None else (False,) * len(params)
+        self.params = tuple(_cut(p, w) for p, w in zip(params, self.wanted, strict=True))
+        with torch.enable_grad():
+            self.out = core(self.z, *self.params)
+        self._forward: tuple[Tensor, Tensor] | None = None
+
+    def transposed(self, v: Tensor) -> Tensor:
+        """:math:`J^T v`, ``[batch, dim]``."""
+        return self._grad(self.out, self.z, v)
+
+    def transposed_block(self, vs: Tensor) -> Tensor:
+        """:math:`J^T v` for a block ``[k, batch, dim]``."""
+        return self._block(self.transposed, self.out, self.z, vs)
+
+    def plain(self, v: Tensor) -> Tensor:
+        """:math:`J v`, by differentiating the transposed product, which is linear in its argument."""
+        pulled, w = self._twice()
+        return self._grad(pulled, w, v)
+
+    def plain_block(self, vs: Tensor) -> Tensor:
+        """:math:`J v` for a block ``[k, batch, dim]``."""
+        pulled, w = self._twice()
+        return self._block(self.plain, pulled, w, vs)
+
+    def pull(self, v: Tensor, out: Tensor | None = None) -> list[Tensor | None]:
+        """:math:`(\\partial\\,out/\\partial p)^T v` for each wanted parameter, ``None`` for the others.
+
+        ``out`` is by default the core's value; it may be any tensor on the tape.
+        """
+        out = self.out if out is None else out
+        inputs = [p for p, w in zip(self.params, self.wanted, strict=True) if w]
+        if not inputs or not out.requires_grad:
+            return [torch.zeros_like(p) if w else None for p, w in zip(self.params, self.wanted, strict=True)]
+        grads = iter(torch.autograd.grad(out, inputs, v, retain_graph=True, allow_unused=True))
+        return [_or_zero(next(grads), p) if w else None for p, w in zip(self.params, self.wanted, strict=True)]
+
+    def _twice(self) -> tuple[Tensor, Tensor]:
+        if self._forward is None:
+            with torch.enable_grad():
+                w = torch.zeros_like(self.out).requires_grad_()
+                pulled = torch.zeros_like(self.z)
+                if self.out.requires_grad:
+                    (found,) = torch.autograd.grad(self.out, self.z, w, create_graph=True, allow_unused=True)
+                    pulled = pulled if found is None else found
+            self._forward = pulled, w
+        return self._forward
+
+    @staticmethod
+    def _grad(out: Tensor, at: Tensor, v: Tensor) -> Tensor:
+        if not out.requires_grad:
+            return torch.zeros_like(at)
+        (grad,) = torch.autograd.grad(out, at, v, retain_graph=True, allow_unused=True)
+        return _or_zero(grad, at)
+
+    @staticmethod
+    def _block(product: Callable[[Tensor], Tensor], out: Tensor, at: Tensor, vs: Tensor) -> Tensor:
+        if not out.requires_grad:
+            return torch.zeros_like(vs)
+        try:
+            (grad,) = torch.autograd.grad(out, at, vs, retain_graph=True, allow_unused=True, is_grads_batched=True)
+        except RuntimeError:  # an operation in the map without a batching rule
+            return torch.stack([product(v) for v in vs])
+        return torch.zeros_like(vs) if grad is None else grad
+
+
+def _cut(p: Tensor, wanted: bool) -> Tensor:
+    """``p`` with nothing behind it; ``p`` itself where nothing is, so that the map sees its own tensor."""
+    if p.is_leaf and (not wanted or (p.requires_grad and not p._backward_hooks)):
+        return p
+    return p.detach().requires_grad_(wanted)
+
+
+def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad

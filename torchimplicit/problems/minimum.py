@@ -1,0 +1,238 @@
+"""The point of least energy, free or under a linear constraint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self, final
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from torchimplicit.constraints import LinearEquality, place, project, unit_normal
+from torchimplicit.linear import MINRES, Dense, LinearOperator, LinearSolution, LinearSolver
+from torchimplicit.problems.base import Problem, check_function
+from torchimplicit.problems.linearization import Linearization
+from torchimplicit.problems.system import Point, System
+from torchimplicit.state import Layout, row_norm
+
+Hyperplane = Callable[..., tuple[Tensor, Tensor]]
+"""``(rows, *params) -> weight [rows or 1, dim], total [rows or 1, 1]``."""
+
+
+@final
+@dataclass(frozen=True)
+class Minimum(Problem):
+    """The state of least ``energy(z, *args)``, on ``constraint`` if there is one.
+
+    Args:
+        energy: ``energy(z, *args)``, returning one energy per sample, ``[batch]``; a scalar if not batched. Twice
+            differentiable where the solution is to be differentiated.
+        constraint: a :class:`LinearEquality`, or ``None``.
+        batched, rowwise: see :class:`FixedPoint`.
+    """
+
+    energy: Callable[..., Any]
+    constraint: LinearEquality | None = None
+    batched: bool = True
+    rowwise: bool = False
+
+    def __post_init__(self) -> None:
+        check_function(self.energy, "energy")
+        if self.constraint is not None and not isinstance(self.constraint, LinearEquality):
+            raise TypeError(f"constraint must be a LinearEquality or None, not {type(self.constraint).__name__}")
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return self.energy
+
+    def flat_output(self, layout: Layout, output: Any, rows: int, cast: bool) -> Tensor:
+        expected = (rows,) if layout.batched else ()
+        if not isinstance(output, Tensor):
+            raise TypeError(f"energy must return a tensor, and it returned {type(output).__name__}")
+        if tuple(output.shape) != expected:
+            raise ValueError(
+                f"energy returned shape {tuple(output.shape)} and must return {expected}: "
+                + ("one energy per sample" if layout.batched else "a scalar, since the problem is not batched")
+            )
+        if output.dtype != layout.dtype and not cast:
+            raise ValueError(f"energy returned {output.dtype} for a state of {layout.dtype}: keep the dtype")
+        return output.to(layout.dtype).reshape(rows)
+
+    def constraint_tensors(self, layout: Layout, rows: int) -> tuple[Tensor, ...]:
+        if self.constraint is None:
+            return ()
+        return _flat_weight(layout, self.constraint.weight, rows), _column(layout, self.constraint.total, rows)
+
+    def system(
+        self, fn: Callable[..., Tensor], row_params: tuple[bool, ...] | None, constraint: slice, layout: Layout
+    ) -> System:
+        def hyperplane(rows: int, *params: Tensor) -> tuple[Tensor, Tensor]:
+            weight, total = params[constraint]
+            return weight, total
+
+        return MinimumSystem(fn=fn, row_params=row_params, hyperplane=hyperplane if self.constraint else None)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MinimumSystem(System):
+    """Stationarity on the hyperplane :math:`\\langle n, z\\rangle = c`, :math:`\\lVert n\\rVert = 1`.
+
+    :math:`R = P\\nabla E + n(\\langle n, z\\rangle - c)` with :math:`P = I - nn^T`, so :math:`A = PH + nn^T`. On the
+    range of :math:`P` that is the symmetric :math:`PHP`; the component along :math:`n` follows by substitution.
+    Without a constraint, :math:`R = \\nabla E` and :math:`A = H`.
+    """
+
+    hyperplane: Hyperplane | None = None
+
+    def at(self, z: Tensor, params: Sequence[Tensor]) -> Point:
+        if torch.is_grad_enabled():
+            gradient, energy = torch.func.grad(self._total, has_aux=True)(z, *params)
+        else:
+            with torch.enable_grad():
+                leaf = z.detach().requires_grad_()
+                energy = self.fn(leaf, *params)
+                gradient = _gradient(energy, leaf, create_graph=False)
+            energy = energy.detach()
+        if self.hyperplane is None:
+            return Point(z, -gradient, energy=energy)
+        normal, _ = self._plane(z, params)
+        return Point(z, -project(gradient, normal), scale=row_norm(gradient), energy=energy)
+
+    def residual(self, z: Tensor, *params: Tensor) -> Tensor:
+        gradient, _ = torch.func.grad(self._total, has_aux=True)(z, *params)
+        return self._constrain(z, gradient, params)
+
+    def linearize(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization:
+        def core(z: Tensor, *params: Tensor) -> Tensor:
+            return _gradient(self.fn(z, *params), z, create_graph=True)
+
+        return Linearization(core, z, params, wanted)
+
+    def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
+        null = None
+        if self.hyperplane is not None:
+            null, _ = self._plane(tape.z, tape.params)
+            null = null.detach()
+
+        def products(of_h: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            if null is None:
+                return of_h
+            return lambda v: project(of_h(project(v, null)), null)
+
+        product = products(tape.transposed)
+        return LinearOperator(
+            product=product,
+            transposed_product=product,
+            block_product=products(tape.transposed_block),
+            batch=tape.z.shape[0],
+            dim=tape.z.shape[1],
+            dtype=tape.z.dtype,
+            device=tape.z.device,
+            symmetric=True,
+            null=null,
+            restrict=self._restricted(tape, transposed),
+        )
+
+    def solve_linear(self, tape: Linearization, transposed: bool, b: Tensor, solver: LinearSolver) -> LinearSolution:
+        operator = self.operator(tape, transposed)
+        normal = operator.null
+        if normal is None:
+            return solver.solve(operator, b)
+        along = (b * normal).sum(dim=1, keepdim=True) * normal
+        if transposed:
+            found = solver.solve(operator, b - along)
+            curved = tape.transposed(found.value)
+            return replace(found, value=found.value + along - (curved * normal).sum(dim=1, keepdim=True) * normal)
+        found = solver.solve(operator, project(b - tape.transposed(along), normal))
+        return replace(found, value=found.value + along)
+
+    def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
+        with torch.enable_grad():
+            out = self._constrain(tape.z.detach(), tape.out, tape.params)
+        return tape.pull(-g, out)
+
+    def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
+        return Dense() if dim <= 128 and batch * dim * dim <= 2**22 else MINRES()
+
+    def place(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
+        return z if self.hyperplane is None else place(z, *self._plane(z, params))
+
+    def vmapped(self, size: int, dims: Sequence[int | None]) -> Self:
+        plane = None if self.hyperplane is None else _vmapped_plane(self.hyperplane, size, tuple(dims))
+        return replace(super().vmapped(size, dims), hyperplane=plane)
+
+    def _total(self, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
+        energy = self.fn(z, *params)
+        return energy.sum(), energy
+
+    def _plane(self, z: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        assert self.hyperplane is not None
+        return unit_normal(*self.hyperplane(z.shape[0], *params))
+
+    def _constrain(self, z: Tensor, gradient: Tensor, params: Sequence[Tensor]) -> Tensor:
+        if self.hyperplane is None:
+            return gradient
+        normal, offset = self._plane(z, params)
+        return project(gradient, normal) + ((z * normal).sum(dim=1, keepdim=True) - offset) * normal
+
+
+def _gradient(energy: Tensor, z: Tensor, create_graph: bool) -> Tensor:
+    if not energy.requires_grad:
+        raise ValueError(
+            "the energy does not depend on the state in a way that autograd can see: return a tensor computed from z "
+            "by differentiable operations, without detach or no_grad"
+        )
+    (gradient,) = torch.autograd.grad(energy.sum(), z, create_graph=create_graph, allow_unused=True)
+    return torch.zeros_like(z) if gradient is None else gradient
+
+
+def _flat_weight(layout: Layout, weight: Any, rows: int) -> Tensor:
+    leaves, spec = pytree.tree_flatten(weight)
+    if spec != layout.spec:
+        raise ValueError(f"the constraint's weight has the structure {spec}, but z0 has {layout.spec}")
+    parts = []
+    for leaf, shape in zip(leaves, layout.shapes, strict=True):
+        leaf = torch.as_tensor(leaf, dtype=layout.dtype, device=layout.device)
+        if leaf.shape == shape:
+            parts.append(leaf.reshape(1, -1))
+        elif layout.batched and leaf.shape == (rows, *shape):
+            parts.append(leaf.reshape(rows, -1))
+        else:
+            raise ValueError(
+                f"the constraint's weight has a leaf of shape {tuple(leaf.shape)} where the state has {tuple(shape)} "
+                f"per sample: give that shape, or {(rows, *shape)} for one weight per sample"
+            )
+    tallest = max(part.shape[0] for part in parts)
+    return torch.cat([part.expand(tallest, -1) for part in parts], dim=1)
+
+
+def _column(layout: Layout, total: Any, rows: int) -> Tensor:
+    total = torch.as_tensor(total, dtype=layout.dtype, device=layout.device)
+    if total.ndim == 0:
+        return total.reshape(1, 1)
+    if layout.batched and total.shape == (rows,):
+        return total.reshape(rows, 1)
+    raise ValueError(
+        f"the constraint's total has shape {tuple(total.shape)}: give a number, a scalar tensor"
+        + (f", or one total per sample, ({rows},)" if layout.batched else "")
+    )
+
+
+def _vmapped_plane(plane: Hyperplane, size: int, dims: tuple[int | None, ...]) -> Hyperplane:
+    def stacked(rows: int, *params: Tensor) -> tuple[Tensor, Tensor]:
+        each = rows // size
+
+        def widened(*params: Tensor) -> tuple[Tensor, Tensor]:
+            weight, total = plane(each, *params)
+            return weight.expand(each, -1), total.expand(each, -1)
+
+        if all(d is None for d in dims):
+            weight, total = widened(*params)
+            return weight.repeat(size, 1), total.repeat(size, 1)
+        weight, total = torch.vmap(widened, in_dims=dims)(*params)
+        return weight.reshape(rows, -1), total.reshape(rows, -1)
+
+    return stacked

@@ -1,0 +1,81 @@
+"""The point where a map vanishes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor
+
+from torchimplicit.linear import GMRES, LinearOperator, LinearSolver
+from torchimplicit.problems.base import Problem, check_function, flat_state
+from torchimplicit.problems.linearization import Linearization
+from torchimplicit.problems.system import Point, System
+from torchimplicit.state import Layout
+
+
+@final
+@dataclass(frozen=True)
+class Root(Problem):
+    """The state with ``f(z, *args) = 0``.
+
+    The plain step of a solver is ``z - f(z)``; where that does not contract, take ``NewtonKrylov`` or ``Broyden``.
+
+    Args:
+        f: ``f(z, *args)``, returning a state like ``z``.
+        batched, rowwise: see :class:`FixedPoint`.
+    """
+
+    f: Callable[..., Any]
+    batched: bool = True
+    rowwise: bool = False
+
+    def __post_init__(self) -> None:
+        check_function(self.f, "f")
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return self.f
+
+    def flat_output(self, layout: Layout, output: Any, rows: int, cast: bool) -> Tensor:
+        return flat_state(layout, output, rows, cast)
+
+    def system(
+        self, fn: Callable[..., Tensor], row_params: tuple[bool, ...] | None, constraint: slice, layout: Layout
+    ) -> System:
+        return RootSystem(fn=fn, row_params=row_params)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RootSystem(System):
+    """:math:`R = f(z)`, :math:`A = f_z`."""
+
+    def at(self, z: Tensor, params: Sequence[Tensor]) -> Point:
+        return Point(z, -self.fn(z, *params))
+
+    def residual(self, z: Tensor, *params: Tensor) -> Tensor:
+        return self.fn(z, *params)
+
+    def linearize(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization:
+        return Linearization(self.fn, z, params, wanted)
+
+    def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
+        return LinearOperator(
+            product=tape.transposed if transposed else tape.plain,
+            transposed_product=tape.plain if transposed else tape.transposed,
+            block_product=tape.transposed_block if transposed else tape.plain_block,
+            batch=tape.z.shape[0],
+            dim=tape.z.shape[1],
+            dtype=tape.z.dtype,
+            device=tape.z.device,
+            transposed=transposed,
+            restrict=self._restricted(tape, transposed),
+        )
+
+    def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
+        return tape.pull(-g)
+
+    def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
+        return GMRES()

@@ -1,0 +1,133 @@
+"""A problem in flat coordinates: what the solvers iterate on and what the gradients differentiate."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from torchimplicit.linear import LinearOperator, LinearSolution, LinearSolver
+from torchimplicit.problems.linearization import Linearization
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one evaluation tells of a state.
+
+    Attributes:
+        z: the state, ``[batch, dim]``.
+        residual: the direction of the plain step, ``[batch, dim]``: ``f(z) - z`` for a fixed point, ``-f(z)`` for a
+            root, minus the projected gradient for a minimum. Zero at the solution.
+        scale: ``[batch]``, what the relative tolerance multiplies; ``None``: the norm of the first residual.
+        image: ``z + residual`` where the evaluation gave it, else ``None``.
+        energy: ``[batch]``, for a minimum.
+    """
+
+    z: Tensor
+    residual: Tensor
+    scale: Tensor | None = None
+    image: Tensor | None = None
+    energy: Tensor | None = None
+
+    def select(self, mask: Tensor, other: Point) -> Point:
+        """This point where ``mask`` (bool ``[batch]``) holds, else ``other``."""
+        column = mask[:, None]
+
+        def pick(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            if mine is None or theirs is None:
+                return None
+            return torch.where(column if mine.ndim == 2 else mask, mine, theirs)
+
+        z, residual = torch.where(column, self.z, other.z), torch.where(column, self.residual, other.residual)
+        scale, image = pick(self.scale, other.scale), pick(self.image, other.image)
+        return Point(z, residual, scale, image, pick(self.energy, other.energy))
+
+    def take(self, rows: Tensor) -> Point:
+        """The samples ``rows`` (int64 ``[k]``)."""
+        return Point(*(None if t is None else t[rows] for t in vars(self).values()))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class System(ABC):
+    """A problem as :math:`R(z, params) = 0` over flat states ``[batch, dim]`` and a tuple of parameter tensors.
+
+    The parameters are all tensors that the problem depends on: those of the arguments, those of a constraint, and
+    those that the user's function captured. With :math:`A = \\partial R/\\partial z`, the solution's derivative is
+    :math:`-A^{-1} R_\\theta`.
+
+    Attributes:
+        fn: the user's function, ``(z, *params) -> [batch, dim]`` or energies ``[batch]``.
+        row_params: which parameters carry the batch in dim 0; ``None`` where rows cannot be evaluated apart.
+    """
+
+    fn: Callable[..., Tensor]
+    row_params: tuple[bool, ...] | None = None
+
+    @abstractmethod
+    def at(self, z: Tensor, params: Sequence[Tensor]) -> Point:
+        """One evaluation; differentiable by autograd where grad mode is on."""
+
+    @abstractmethod
+    def residual(self, z: Tensor, *params: Tensor) -> Tensor:
+        """:math:`R`, differentiable to any order by composable transforms."""
+
+    @abstractmethod
+    def linearize(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization:
+        """The tape from which :meth:`operator` and :meth:`pull` take their products; one evaluation."""
+
+    @abstractmethod
+    def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
+        """:math:`A` or :math:`A^T` at the tape's point."""
+
+    @abstractmethod
+    def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
+        """:math:`-R_\\theta^T g` for each wanted parameter."""
+
+    @abstractmethod
+    def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
+        """What solves the adjoint system where the user named nothing."""
+
+    def solve_linear(self, tape: Linearization, transposed: bool, b: Tensor, solver: LinearSolver) -> LinearSolution:
+        """Solve :math:`A y = b` or :math:`A^T y = b` at the tape's point."""
+        return solver.solve(self.operator(tape, transposed), b)
+
+    def place(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """The nearest state that satisfies the constraint; ``z`` itself where there is none."""
+        return z
+
+    def rows(self, params: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, ...]:
+        """The parameters as the samples ``rows`` see them."""
+        assert self.row_params is not None
+        return tuple(p[rows] if batched else p for p, batched in zip(params, self.row_params, strict=True))
+
+    def vmapped(self, size: int, dims: Sequence[int | None]) -> Self:
+        """The system of ``size`` copies, stacked along the batch, where parameter i has its copies in ``dims[i]``."""
+        return replace(self, fn=_vmapped(self.fn, size, tuple(dims)), row_params=None)
+
+    def _restricted(self, tape: Linearization, transposed: bool) -> Callable[[Tensor], LinearOperator] | None:
+        if self.row_params is None:
+            return None
+
+        def restrict(rows: Tensor) -> LinearOperator:
+            part = self.linearize(tape.z[rows], self.rows(tape.params, rows))
+            return replace(self.operator(part, transposed), setup_rows=int(rows.shape[0]))
+
+        return restrict
+
+
+def _vmapped(fn: Callable[..., Tensor], size: int, dims: tuple[int | None, ...]) -> Callable[..., Tensor]:
+    def stacked(z: Tensor, *params: Tensor) -> Tensor:
+        copies = z.reshape(size, -1, z.shape[-1])
+        out = torch.vmap(fn, in_dims=(0, *dims), randomness="different")(copies, *params)
+        return out.reshape(-1, *out.shape[2:])
+
+    return stacked
+
+
+def vjp(fn: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    """``torch.func.vjp``, typed."""
+    return torch.func.vjp(fn, *primals)  # type: ignore[no-any-return]

@@ -1,0 +1,94 @@
+"""What a solve returns: the point, and how it was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Status(IntEnum):
+    """Why a sample stopped. Status tensors hold these integers: ``solution.status == Status.CONVERGED``."""
+
+    CONVERGED = 0
+    """The residual is within the tolerance."""
+    MAX_STEPS = 1
+    """The step budget ran out first; the value is the iterate of least residual."""
+    NONFINITE = 2
+    """The map gave NaN or infinity, or the residual grew without bound; the value is the last good iterate."""
+    BREAKDOWN = 3
+    """The method could not go on (a singular system, a line search without a decrease); the value is the best iterate."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The figures of one iterative solve, per sample.
+
+    Attributes:
+        status: int64 ``[batch]``, members of :class:`Status`.
+        steps: int64 ``[batch]``, the steps that each sample took.
+        residual: float ``[batch]``, the relative residual of the returned value.
+        evaluations: evaluations of the map (or products with its Jacobian, for a linear solve) in whole-batch
+            equivalents: evaluating half of the rows counts one half, so the figure may be fractional.
+    """
+
+    status: Tensor
+    steps: Tensor
+    residual: Tensor
+    evaluations: float
+
+    @property
+    def converged(self) -> Tensor:
+        """bool ``[batch]``: the samples that reached their tolerance."""
+        return self.status == Status.CONVERGED
+
+    def summary(self) -> str:
+        """One line for people: how many samples stopped for which reason, and the worst residual."""
+        counts = {status: int((self.status == status).sum()) for status in Status}
+        reasons = ", ".join(f"{count} {status.name}" for status, count in counts.items() if count)
+        worst = float(self.residual.nan_to_num(nan=torch.inf).max()) if self.residual.numel() else 0.0
+        return f"{reasons}; largest relative residual {worst:.2g} after {self.evaluations:g} evaluations"
+
+
+@dataclass
+class AdjointRecord:
+    """Where a backward pass leaves its report, so that :attr:`Solution.adjoint` shows it afterwards."""
+
+    report: Report | None = None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The solution of an implicit problem and the figures of the solve.
+
+    Attributes:
+        value: the solution, with the structure of ``z0``; carries the gradient.
+        status, steps, residual, evaluations: see :class:`Report`; scalars where the problem is not batched.
+        trajectory: the kept iterates, each with the structure of ``z0``, oldest first; empty unless the solver
+            was told ``keep_trajectory=True``.
+    """
+
+    value: Any
+    status: Tensor
+    steps: Tensor
+    residual: Tensor
+    evaluations: float
+    trajectory: tuple[Any, ...] = ()
+    _record: AdjointRecord = field(default_factory=AdjointRecord, repr=False, compare=False)
+
+    @property
+    def converged(self) -> Tensor:
+        """bool ``[batch]`` (or a scalar): the samples that reached their tolerance."""
+        return self.status == Status.CONVERGED
+
+    @property
+    def adjoint(self) -> Report | None:
+        """The figures of the backward solve, once it has run; ``None`` before, and for estimators without one."""
+        return self._record.report
+
+    def summary(self) -> str:
+        """One line for people: how many samples stopped for which reason, and the worst residual."""
+        return Report(self.status, self.steps, self.residual, self.evaluations).summary()

@@ -1,0 +1,133 @@
+"""States are pytrees of tensors; inside the solvers they are flat, ``[batch, dim]``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a state's leaves lie in the flat ``[batch, dim]`` form.
+
+    A problem that is not batched has ``batch == 1`` and its whole state in one row.
+    """
+
+    spec: pytree.TreeSpec
+    shapes: tuple[torch.Size, ...]
+    """The shapes of the leaves, without the batch dimension where there is one."""
+    batched: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(z0: Any, batched: bool) -> Layout:
+        """The layout of ``z0``, which is checked here once and for all."""
+        leaves, spec = pytree.tree_flatten(z0)
+        if not leaves:
+            raise ValueError("z0 holds no tensors: give the initial state as a tensor or a pytree of tensors")
+        for leaf in leaves:
+            _check_leaf(leaf, batched)
+        first = leaves[0]
+        for leaf in leaves[1:]:
+            if leaf.dtype != first.dtype or leaf.device != first.device:
+                raise ValueError(
+                    f"the leaves of z0 differ in dtype or device ({first.dtype} on {first.device}, {leaf.dtype} on "
+                    f"{leaf.device}): the solvers work on one flat vector, so convert them to a common one"
+                )
+        if batched and len({leaf.shape[0] for leaf in leaves}) > 1:
+            sizes = sorted({leaf.shape[0] for leaf in leaves})
+            raise ValueError(
+                f"the leaves of z0 have different batch sizes {sizes}: dim 0 of every leaf is the batch; if the whole "
+                "state is one system, pass batched=False to the problem"
+            )
+        shapes = tuple(leaf.shape[1:] if batched else leaf.shape for leaf in leaves)
+        return Layout(spec, shapes, batched, first.dtype, first.device)
+
+    @property
+    def dim(self) -> int:
+        """The length of one row."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def flatten(self, tree: Any, what: str, cast: bool = False) -> Tensor:
+        """The flat form of ``tree``, which must have this layout (any batch size).
+
+        Args:
+            what: names the tree in the error that is raised where it does not fit.
+            cast: whether leaves of another floating dtype are converted (under autocast), not refused.
+        """
+        if isinstance(tree, Tensor) and len(self.shapes) == 1 and self.spec.is_leaf():
+            leaves: list[Any] = [tree]
+        else:
+            leaves, spec = pytree.tree_flatten(tree)
+            if spec != self.spec:
+                raise ValueError(
+                    f"{what} has the structure {spec}, but z0 has {self.spec}: both must be the same pytree, "
+                    "leaf for leaf"
+                )
+        rows = None
+        parts = []
+        for leaf, shape in zip(leaves, self.shapes, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"{what} holds {type(leaf).__name__} where z0 holds a tensor")
+            got = leaf.shape[1:] if self.batched else leaf.shape
+            if got != shape or (self.batched and leaf.ndim == 0):
+                expected = ("batch", *shape) if self.batched else tuple(shape)
+                raise ValueError(
+                    f"{what} has shape {tuple(leaf.shape)} where the state has {expected}: the map must keep the "
+                    "shape of the state"
+                )
+            if leaf.dtype != self.dtype:
+                if not (cast and leaf.is_floating_point()):
+                    raise ValueError(
+                        f"{what} has dtype {leaf.dtype} but the state has {self.dtype}: the map must keep the dtype; "
+                        f"convert inside it, or give z0 as {leaf.dtype}"
+                    )
+                leaf = leaf.to(self.dtype)
+            if leaf.device != self.device:
+                raise ValueError(
+                    f"{what} is on {leaf.device} but the state is on {self.device}: move the map's parameters and "
+                    "arguments, or z0, so that all share a device"
+                )
+            if self.batched and rows is not None and leaf.shape[0] != rows:
+                raise ValueError(f"{what} has leaves of different batch sizes, {rows} and {leaf.shape[0]}")
+            rows = leaf.shape[0] if self.batched else 1
+            parts.append(leaf.reshape(rows, -1) if leaf.numel() else leaf.reshape(rows, math.prod(shape)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def unflatten(self, flat: Tensor) -> Any:
+        """The pytree whose flat form is ``flat`` (``[batch, dim]``)."""
+        rows = flat.shape[0]
+        if len(self.shapes) == 1:
+            parts = [flat]
+        else:
+            parts = list(flat.split([math.prod(shape) for shape in self.shapes], dim=1))
+        lead = (rows,) if self.batched else ()
+        leaves = [part.reshape(*lead, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return leaves[0] if self.spec.is_leaf() else pytree.tree_unflatten(leaves, self.spec)
+
+
+def _check_leaf(leaf: Any, batched: bool) -> None:
+    if not isinstance(leaf, Tensor):
+        raise TypeError(f"z0 must be a tensor or a pytree of tensors, and it holds {type(leaf).__name__}")
+    if leaf.is_complex():
+        raise ValueError(f"z0 has dtype {leaf.dtype}: give a complex state as its real view (torch.view_as_real)")
+    if not leaf.is_floating_point():
+        raise ValueError(f"z0 has dtype {leaf.dtype}: a state needs a floating dtype, for example z0.float()")
+    if batched and leaf.ndim < 2:
+        raise ValueError(
+            f"z0 has a leaf of shape {tuple(leaf.shape)}, but dim 0 is the batch and each sample needs a state: add a "
+            "dimension (z0[None] for one sample, z0[:, None] for a batch of numbers), or pass batched=False if the "
+            "whole state is one system"
+        )
+
+
+def row_norm(v: Tensor) -> Tensor:
+    """The Euclidean norm of each row of ``v`` (``[batch, dim]``), in float32 for half precision, not differentiated."""
+    half = v.dtype in (torch.bfloat16, torch.float16)
+    return torch.linalg.vector_norm(v.detach(), dim=1, dtype=torch.float32 if half else None)
