@@ -1,0 +1,42 @@
+"""MkDocs hook: turns the formulas that arithmatex has marked into MathML while the site is built.
+
+Browsers show MathML by themselves, so that the site needs no script and no network for its mathematics.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from functools import cache
+
+from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
+
+_MARKED = re.compile(
+    r'<(?P<tag>span|div) class="arithmatex">\s*\\(?P<open>[(\[])(?P<tex>.*?)\\[)\]]\s*</(?P=tag)>', re.DOTALL
+)
+# Operators that MathML would set apart from their operands.
+_TIGHT = re.compile(r"<mo>(/|&#x0002F;|&#x02207;)</mo>")
+# What latex2mathml passes through when it does not know a command or an environment.
+_FAILED = re.compile(r"<mi>(\\[A-Za-z]+|&)</mi>|\\begin|\\end")
+
+
+@cache
+def mathml(tex: str, display: bool) -> str:
+    """The MathML of one formula; raises where latex2mathml does not know a part of it."""
+    result = convert(tex, display="block" if display else "inline")
+    failed = _FAILED.search(result)
+    if failed:
+        raise PluginError(f"latex2mathml cannot set {failed.group(0)!r} in the formula {tex!r}: write it another way")
+    return _TIGHT.sub(r'<mo lspace="0" rspace="0">\1</mo>', result)
+
+
+def on_page_content(content: str, **_: object) -> str:
+    """Replaces every marked formula of the page."""
+
+    def replace(match: re.Match[str]) -> str:
+        display = match["open"] == "["
+        formula = mathml(html.unescape(match["tex"]).strip(), display)
+        return f'<div class="formula">{formula}</div>' if display else formula
+
+    return _MARKED.sub(replace, content)
