@@ -1,0 +1,91 @@
+"""Direct solution of assembled systems."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.linear.base import LinearSolution, LinearSolver
+from torchimplicit.linear.operator import LinearOperator
+from torchimplicit.linear.options import check_number, check_vectors, default_rtol, working_dtype
+from torchimplicit.solution import Report, Status
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Dense(LinearSolver):
+    """Assembles the matrices from ``dim`` products and factorizes them by LU: exact, and best for small ``dim``.
+
+    Takes memory for ``batch * dim**2`` entries and time for ``batch * dim**3``. With a null vector :math:`n` it solves
+    the bordered (KKT) system :math:`\\begin{pmatrix}A & n\\\\ n^T & 0\\end{pmatrix}`, which is regular. A sample whose
+    matrix is singular gets ``Status.BREAKDOWN`` and the least-squares solution of least norm. The residual is taken
+    from the matrices; no starting point is needed, and ``x0`` is only checked.
+
+    Attributes:
+        rtol: relative residual up to which a sample counts as solved; ``None`` stands for ``eps(dtype)**(2/3)``.
+        atol: absolute residual up to which it does.
+    """
+
+    rtol: float | None = None
+    atol: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number(self, "rtol", self.rtol, optional=True)
+        check_number(self, "atol", self.atol)
+
+    @torch.no_grad()
+    def solve(self, operator: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
+        """Solve for ``b`` (``[batch, dim]``). Runs without recording gradients.
+
+        Raises:
+            ValueError: if ``b`` or ``x0`` does not fit the operator.
+        """
+        check_vectors(operator, b, x0)
+        dtype = working_dtype(b.dtype)
+        rhs, matrix = operator.project(b.to(dtype)), operator.dense().to(dtype)
+        scale = torch.linalg.vector_norm(rhs, dim=-1)
+        finite = matrix.isfinite().all(-1).all(-1) & (scale < torch.inf)
+        eye = torch.eye(operator.dim, dtype=dtype, device=b.device)
+        matrix = matrix.where(finite[:, None, None], eye)
+        rhs = rhs.where(finite[:, None], 0.0)
+        null = None if operator.null is None else operator.null.to(dtype).expand(operator.batch, -1)
+
+        x, regular = _solve(matrix, rhs, null)
+        residual = torch.linalg.vector_norm(_residual(operator, matrix, rhs, x), dim=-1)
+        rtol = default_rtol(b.dtype) if self.rtol is None else self.rtol
+        solved = regular & (residual <= self.atol + rtol * scale)
+        status = torch.where(solved, int(Status.CONVERGED), int(Status.BREAKDOWN))
+        status = torch.where(finite, status, int(Status.NONFINITE))
+        relative = (residual / scale.where(scale > 0, 1.0)).where(finite, torch.nan)
+        report = Report(status, torch.ones_like(status), relative.to(b.dtype), float(operator.dim))
+        return LinearSolution(x.to(b.dtype), report)
+
+
+def _solve(matrix: Tensor, b: Tensor, null: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The solutions, refined once, and which of the matrices are regular."""
+    full, rhs = matrix, b
+    if null is not None:
+        # The border takes the size of the matrix's entries, or the bordered system would be ill-conditioned.
+        size = matrix.abs().amax((-2, -1), keepdim=True)
+        border = (null * size.where(size > 0, 1.0).squeeze(-1)).unsqueeze(-1)
+        corner = torch.zeros_like(size)
+        full = torch.cat((torch.cat((matrix, border), -1), torch.cat((border.mT, corner), -1)), -2)
+        rhs = torch.cat((b, torch.zeros_like(b[:, :1])), -1)
+    lu, pivots, info = torch.linalg.lu_factor_ex(full)
+    rhs = rhs.unsqueeze(-1)
+    x = torch.linalg.lu_solve(lu, pivots, rhs)
+    x = x + torch.linalg.lu_solve(lu, pivots, rhs - full @ x)
+    x = x.squeeze(-1)
+    regular = (info == 0) & x.isfinite().all(-1)
+    singular = (~regular).nonzero().squeeze(1)
+    if len(singular):
+        least = torch.linalg.pinv(full[singular]) @ rhs[singular]
+        x = x.index_copy(0, singular, least.squeeze(-1))
+    return x[:, : b.shape[1]], regular
+
+
+def _residual(operator: LinearOperator, matrix: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    return operator.project(b - (matrix @ x.unsqueeze(-1)).squeeze(-1))

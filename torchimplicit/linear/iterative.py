@@ -1,0 +1,69 @@
+"""What the iterative linear solvers have in common: their fields, and the loop."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchimplicit.linear.base import LinearSolution, LinearSolver
+from torchimplicit.linear.cycle import Method
+from torchimplicit.linear.loop import run
+from torchimplicit.linear.operator import LinearOperator
+from torchimplicit.linear.options import check_count, check_number, check_vectors, default_rtol
+from torchimplicit.linear.preconditioners import Preconditioner, as_preconditioner
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterativeSolver(LinearSolver):
+    """A solver that takes steps until :math:`\\lVert b - Ay\\rVert_2 \\le atol + rtol\\,\\lVert b\\rVert_2`.
+
+    Attributes:
+        rtol: relative tolerance of each sample; ``None`` stands for ``eps(dtype)**(2/3)``.
+        atol: absolute tolerance of each sample.
+        max_steps: the most steps that a sample may take.
+        preconditioner: an approximation of the operator with a cheap inverse, or a plain function
+            :math:`v \\mapsto M^{-1}v`.
+        check_every: steps between two looks at the residuals. Each look waits for the device; on a GPU with quick
+            products it pays to look less often and take a few steps too many.
+    """
+
+    rtol: float | None = None
+    atol: float = 0.0
+    max_steps: int = 200
+    preconditioner: Preconditioner | Callable[[Tensor], Tensor] | None = None
+    check_every: int = 1
+
+    def __post_init__(self) -> None:
+        check_number(self, "rtol", self.rtol, optional=True)
+        check_number(self, "atol", self.atol)
+        check_count(self, "max_steps", self.max_steps)
+        check_count(self, "check_every", self.check_every)
+        as_preconditioner(self.preconditioner)
+
+    @abstractmethod
+    def _method(self, operator: LinearOperator) -> Method:
+        """The steps, for one operator; raises ``ValueError`` where the operator lacks what they need."""
+
+    @torch.no_grad()
+    def solve(self, operator: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
+        """Solve for ``b`` (``[batch, dim]``), from ``x0`` or zero. Runs without recording gradients.
+
+        Raises:
+            ValueError: if ``b`` or ``x0`` does not fit the operator, or the operator lacks what the method needs.
+        """
+        check_vectors(operator, b, x0)
+        return run(
+            self._method(operator),
+            operator,
+            b,
+            x0,
+            rtol=default_rtol(b.dtype) if self.rtol is None else self.rtol,
+            atol=self.atol,
+            max_steps=self.max_steps,
+            check_every=self.check_every,
+            preconditioner=as_preconditioner(self.preconditioner),
+        )

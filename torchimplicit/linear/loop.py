@@ -1,0 +1,119 @@
+"""The one loop of the iterative linear solvers.
+
+It owns the tolerance test of every sample, the masks, the best iterate, the steps and the report, the dropping of
+finished rows, and the check of the true residual. A method owns its step.
+
+Rows are dealt with at *checks*, each of which reads one small stack of counts from the device. A row that stops (it
+has converged, gone non-finite, or broken down) has its iterate copied out, and its part of the method's state is set
+to zero: every method keeps a zero row at zero, so that no mask is needed in the steps themselves. Once enough rows
+have stopped, and the operator can be restricted, they are dropped from the state instead.
+
+Several *cycles* may make up a solve. A cycle ends when all rows have stopped, or when the method's memory is full. Then
+the rows whose residual is in doubt get one product that settles it, and those not within their tolerance start again
+from where they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchimplicit.linear.base import LinearSolution
+from torchimplicit.linear.cycle import CROWD, Cycle, Method, Outcome
+from torchimplicit.linear.operator import LinearOperator
+from torchimplicit.linear.options import working_dtype
+from torchimplicit.linear.preconditioners import Preconditioner
+from torchimplicit.linear.rowwise import select
+from torchimplicit.linear.system import System
+from torchimplicit.solution import Report, Status
+
+_DOUBT = 0.25
+"""The part of the tolerance up to which a recurrence's residual is trusted to equal the true one."""
+
+_PROGRESS = 0.99
+"""The factor by which a cycle has to reduce the residual for another one to be worthwhile."""
+
+
+def run(
+    method: Method,
+    operator: LinearOperator,
+    b: Tensor,
+    x0: Tensor | None,
+    *,
+    rtol: float,
+    atol: float,
+    max_steps: int,
+    check_every: int,
+    preconditioner: Preconditioner | None,
+) -> LinearSolution:
+    """Solve with ``method``, every row to ``||b - A x|| <= atol + rtol ||b||``."""
+    given, b = b, operator.project(b.to(working_dtype(b.dtype)))
+    scale = torch.linalg.vector_norm(b, dim=-1)
+    tolerance = (atol + rtol * scale).where(scale < torch.inf, 0.0)
+    if operator.null is not None:
+        # What projection leaves of a b along the null vector is rounding, which no solution can account for.
+        eps = torch.finfo(given.dtype).eps
+        tolerance = tolerance.maximum(8 * eps * torch.linalg.vector_norm(given, dim=-1).to(scale.dtype))
+    system = System.of(operator, preconditioner, method.definite)
+    x, r, norm = torch.zeros_like(b), b, scale
+    if x0 is not None:
+        guess = operator.project(x0.to(b.dtype))
+        residual = system.residual(b, guess)
+        size = torch.linalg.vector_norm(residual, dim=-1)
+        usable = size < torch.inf
+        column = usable[:, None]
+        x, r, norm = guess.where(column, x), residual.where(column, r), size.where(usable, norm)
+
+    limit = min(max_steps, method.cycle or max_steps)
+    result = part = Cycle(method, system, b, x, r, norm, tolerance).run(limit, check_every)
+    live = torch.ones_like(part.status, dtype=torch.bool)
+    while True:
+        doubt = live & _doubtful(part, tolerance, max_steps)
+        chosen = doubt.nonzero().squeeze(1)
+        if not len(chosen):
+            break
+        if system.operator.restrict is not None and len(chosen) <= CROWD * len(doubt):
+            system = system.restrict(chosen)
+            part, b, x, norm, tolerance, doubt = select((part, b, x, norm, tolerance, doubt), chosen)
+        r = system.residual(b, part.x)
+        part, live = _settle(part, r, x, norm, tolerance, doubt, max_steps)
+        left = int((max_steps - part.steps).where(live, 0).amax())
+        if left:
+            limit = min(left, method.cycle or left)
+            x, norm, r = part.x, part.norm.where(live, 0.0), r.where(live[:, None], 0.0)
+            part = part.followed_by(Cycle(method, system, b, x, r, norm, tolerance).run(limit, check_every), live)
+        result = part if system.rows is None else result.updated(part, system.rows)
+        if not left:
+            break
+
+    unit = scale.where(scale > 0, 1.0)
+    evaluations = system.cost.rows / max(1, operator.batch)
+    report = Report(result.status, result.steps, (result.norm / unit).to(given.dtype), evaluations)
+    return LinearSolution(operator.project(result.x).to(given.dtype), report)
+
+
+def _doubtful(part: Outcome, tolerance: Tensor, max_steps: int) -> Tensor:
+    """bool ``[rows]``: the rows that could go on, or whose residual is not known well enough."""
+    stopped = (part.status == Status.CONVERGED) | (part.status == Status.NONFINITE) | (part.steps >= max_steps)
+    return ~stopped | (part.gap > _DOUBT * tolerance)
+
+
+def _settle(
+    part: Outcome, r: Tensor, start: Tensor, start_norm: Tensor, tolerance: Tensor, doubt: Tensor, max_steps: int
+) -> tuple[Outcome, Tensor]:
+    """Judge the doubtful rows by their true residual ``r``; returns the outcome, and which of them go on.
+
+    A row whose cycle made it worse goes back to where that cycle started.
+    """
+    size = torch.linalg.vector_norm(r, dim=-1)
+    norm = size.where(doubt & (size < torch.inf), part.norm)
+    worse = doubt & (norm > start_norm)
+    x, norm = start.where(worse[:, None], part.x), start_norm.where(worse, norm)
+    converged = norm <= tolerance
+    finite = part.status != Status.NONFINITE
+    spent = part.steps >= max_steps
+    live = doubt & ~converged & finite & ~spent & (norm < _PROGRESS * start_norm)
+    failure = torch.where(spent, int(Status.MAX_STEPS), int(Status.BREAKDOWN))
+    verdict = torch.where(converged, int(Status.CONVERGED), failure).where(finite | converged, part.status)
+    status = verdict.where(doubt, part.status)
+    return part._replace(x=x, norm=norm, gap=part.gap.masked_fill(doubt, 0.0), status=status), live

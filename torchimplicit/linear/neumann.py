@@ -1,0 +1,74 @@
+"""The Neumann series, also known as Richardson's iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.linear.cycle import Method
+from torchimplicit.linear.iterative import IterativeSolver
+from torchimplicit.linear.operator import LinearOperator
+from torchimplicit.linear.options import check_number
+from torchimplicit.linear.system import System
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Neumann(IterativeSolver):
+    """:math:`y \\leftarrow y + \\lambda M^{-1}(b - Ay)`, the fixed-point iteration of the adjoint equation.
+
+    Converges where the eigenvalues of :math:`I - \\lambda M^{-1}A` lie in the unit disc. It has the cheapest step of
+    all, so it is the fastest where :math:`A = I - J` with a small :math:`J`.
+
+    With ``rtol=0`` and ``atol=0`` it is a truncated series instead: exactly ``max_steps`` terms,
+    :math:`\\lambda\\sum_{i<k}(I-\\lambda A)^i b` from zero, in :math:`k-1` products. Then the last iterate is returned
+    (not the best), and ``report.residual`` is that of the iterate before it, whose residual the last term is.
+
+    Attributes:
+        damping: :math:`\\lambda`, above 0.
+    """
+
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self, "damping", self.damping, open_low=True)
+
+    def _method(self, operator: LinearOperator) -> Method:
+        return _Richardson(self.damping, truncated=self.rtol == 0 and self.atol == 0)
+
+
+class _State(NamedTuple):
+    norm: Tensor
+    b: Tensor
+    x: Tensor
+    r: Tensor
+    fresh: bool
+
+
+@dataclass
+class _Richardson(Method):
+    """``fresh`` says that ``r`` is the residual of ``x``; a truncated series lets it lag, to save the last product."""
+
+    damping: float
+    truncated: bool
+    monotone: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.monotone = self.truncated
+
+    def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
+        return _State(norm, b.clone(), x, r, True)
+
+    def step(self, system: System, state: _State, slow: int | None) -> _State:
+        r = state.r if state.fresh else state.b - system.product(state.x)
+        x = torch.add(state.x, system.precondition(r), alpha=self.damping)
+        if not self.truncated:
+            r = state.b - system.product(x)
+        return _State(torch.linalg.vector_norm(r, dim=-1), state.b, x, r, not self.truncated)
+
+    def iterate(self, state: _State, rows: Tensor | None) -> tuple[Tensor, float]:
+        return state.x if rows is None else state.x[rows], 0.0

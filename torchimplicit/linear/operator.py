@@ -1,0 +1,62 @@
+"""A batch of square linear maps, known by their products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearOperator:
+    """The maps :math:`A_i`, one per sample, each square of size ``dim``.
+
+    Attributes:
+        product: ``[batch, dim] -> [batch, dim]``, row i times :math:`A_i`.
+        transposed_product: the same with :math:`A_i^T`; ``None`` where it is not to be had.
+        block_product: ``[k, batch, dim] -> [k, batch, dim]``, k products in one call; ``None`` where ``product``
+            has to be called k times.
+        batch, dim, dtype, device: of the vectors.
+        symmetric: whether every :math:`A_i` equals its transpose.
+        transposed: whether this operator stands for the transpose of the one that the user thinks of, so that a
+            preconditioner given for the latter has to be transposed as well.
+        null: unit vectors ``[batch or 1, dim]`` with :math:`A_i n_i = 0` and the range of :math:`A_i` orthogonal to
+            :math:`n_i`; solutions are sought orthogonal to it. ``None`` for a regular operator.
+        restrict: ``rows -> LinearOperator`` of those samples only (rows: int64 ``[k]``, into this operator's batch),
+            or ``None`` where samples cannot be separated. Making a restricted operator may cost an evaluation of the
+            rows that remain, counted in ``setup_rows`` of the operator made.
+        setup_rows: row evaluations that making this operator cost.
+    """
+
+    product: Product
+    batch: int
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+    transposed_product: Product | None = None
+    block_product: Product | None = None
+    symmetric: bool = False
+    transposed: bool = False
+    null: Tensor | None = None
+    restrict: Callable[[Tensor], LinearOperator] | None = None
+    setup_rows: int = 0
+
+    def project(self, v: Tensor) -> Tensor:
+        """``v`` (``[batch, dim]``) without its component along ``null``."""
+        if self.null is None:
+            return v
+        return v - (v * self.null).sum(-1, keepdim=True) * self.null
+
+    def dense(self) -> Tensor:
+        """The matrices, ``[batch, dim, dim]``, from ``dim`` products."""
+        eye = torch.eye(self.dim, dtype=self.dtype, device=self.device)
+        basis = eye[:, None, :].expand(self.dim, self.batch, self.dim)
+        if self.block_product is not None:
+            columns = self.block_product(basis.contiguous())
+        else:
+            columns = torch.stack([self.product(e.contiguous()) for e in basis])
+        return columns.permute(1, 2, 0)
