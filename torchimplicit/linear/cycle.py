@@ -36,7 +36,7 @@ class Method(ABC):
 
     @abstractmethod
     def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> Any:
-        """The state at ``x`` (``[rows, dim]``) of residual ``r``; it may keep ``x``, ``r`` and ``norm``, but not ``b``."""
+        """The state at ``x`` (``[rows, dim]``) of residual ``r``; it may keep ``x``, ``r``, ``norm``, not ``b``."""
 
     @abstractmethod
     def step(self, system: System, state: Any, slow: int | None) -> Any:

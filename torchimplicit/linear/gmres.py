@@ -45,6 +45,7 @@ class _State(NamedTuple):
 
     norm: Tensor
     slow: Tensor
+    broken: Tensor | None
     x: Tensor
     r: Tensor
     directions: tuple[Tensor, ...]
@@ -60,6 +61,14 @@ _CHUNK = 8
 """Directions that memory is made for at first; it doubles as needed."""
 
 
+def _sound(columns: Tensor) -> Tensor:
+    """Whether the last entry of a column of U (``[..., k]``) is more than the rounding left by orthogonalization.
+
+    If it is not, the image was in the span of the ones before: the system is singular, as far as can be told.
+    """
+    return columns[..., -1] > torch.finfo(columns.dtype).eps ** 0.75 * torch.linalg.vector_norm(columns, dim=-1)
+
+
 class _AdaptiveSimplerGMRES(Method):
     def __init__(self, restart: int) -> None:
         self.cycle = restart
@@ -68,7 +77,7 @@ class _AdaptiveSimplerGMRES(Method):
         capacity = min(_CHUNK, self.cycle)
         images = r.new_empty(capacity, *r.shape).transpose(0, 1)
         upper = r.new_empty(capacity, len(r), capacity).transpose(0, 1)
-        return _State(norm, torch.zeros_like(norm, dtype=torch.bool), x, r, (), (), images, upper)
+        return _State(norm, torch.zeros_like(norm, dtype=torch.bool), None, x, r, (), (), images, upper)
 
     def step(self, system: System, state: _State, slow: int | None) -> _State:
         k = len(state.directions)
@@ -76,8 +85,10 @@ class _AdaptiveSimplerGMRES(Method):
         if k == images.shape[1]:
             images, upper = _grown(images, upper, min(2 * k, self.cycle))
         z = state.r
+        broken = None
         if slow != 0 and k:
             z = torch.where(state.slow.unsqueeze(1), images[:, k - 1], z)
+            broken = ~_sound(upper[:, k - 1, :k])
         z = system.precondition(z)
         w = system.product(z)
         if k:
@@ -94,9 +105,8 @@ class _AdaptiveSimplerGMRES(Method):
         a = (state.r * q).sum(-1, keepdim=True)
         r = torch.addcmul(state.r, a, q, value=-1)
         norm = torch.linalg.vector_norm(r, dim=-1)
-        return _State(
-            norm, norm > _FALL * state.norm, state.x, r, (*state.directions, z), (*state.coefficients, a), images, upper
-        )
+        directions, coefficients = (*state.directions, z), (*state.coefficients, a)
+        return _State(norm, norm > _FALL * state.norm, broken, state.x, r, directions, coefficients, images, upper)
 
     def iterate(self, state: _State, rows: Tensor | None) -> tuple[Tensor, Tensor | float]:
         """The directions' coefficients from :math:`Ut = a`.
@@ -114,7 +124,7 @@ class _AdaptiveSimplerGMRES(Method):
         sizes = torch.linalg.vector_norm(columns, dim=-1)
         eps = torch.finfo(x.dtype).eps
         diagonal = columns.diagonal(dim1=1, dim2=2)
-        sound = (diagonal > 10 * eps * sizes).cumprod(1) > 0
+        sound = (diagonal > eps**0.75 * sizes).cumprod(1) > 0
         diagonal.masked_fill_(~sound, 1.0)
         a = torch.cat(state.coefficients, 1)[rows].where(sound, 0.0)
         t = torch.linalg.solve_triangular(columns.mT, a.unsqueeze(2), upper=True)
