@@ -171,7 +171,7 @@ class Closure:
 
 def compiled_module(function: Any) -> nn.Module | None:
     """``function``'s module, where it holds compiled code, which should not run under the recording mode."""
-    module = getattr(function, "module", None)
+    module = function if isinstance(function, nn.Module) else getattr(function, "module", None)
     if isinstance(module, nn.Module) and any(
         isinstance(m, torch._dynamo.OptimizedModule) or getattr(m, "_compiled_call_impl", None) is not None
         for m in module.modules()

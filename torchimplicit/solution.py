@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -78,6 +79,8 @@ class Solution:
     evaluations: float
     trajectory: tuple[Any, ...] = ()
     _record: AdjointRecord = field(default_factory=AdjointRecord, repr=False, compare=False)
+    _attach: Callable[[Any], Any] | None = field(default=None, repr=False, compare=False)
+    """Gives a state of ``z0``'s structure the derivative that it would have as the solution."""
 
     @property
     def converged(self) -> Tensor:

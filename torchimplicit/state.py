@@ -131,3 +131,8 @@ def row_norm(v: Tensor) -> Tensor:
     """The Euclidean norm of each row of ``v`` (``[batch, dim]``), in float32 for half precision, not differentiated."""
     half = v.dtype in (torch.bfloat16, torch.float16)
     return torch.linalg.vector_norm(v.detach(), dim=1, dtype=torch.float32 if half else None)
+
+
+def detached(tree: Any) -> Any:
+    """The tree with its tensors cut off from autograd."""
+    return pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, tree)

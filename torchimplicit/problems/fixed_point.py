@@ -54,8 +54,8 @@ class FixedPoint(Problem):
 class FixedPointSystem(System):
     """:math:`R = z - f(z)`, :math:`A = I - J`."""
 
-    def at(self, z: Tensor, params: Sequence[Tensor]) -> Point:
-        image = self.fn(z, *params)
+    def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
+        image = self.fn(z, *params) if value is None else value
         return Point(z, image - z, scale=row_norm(image), image=image)
 
     def residual(self, z: Tensor, *params: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ class Linearization:
         self.params = tuple(_cut(p, w) for p, w in zip(params, self.wanted, strict=True))
         with torch.enable_grad():
             self.out = core(self.z, *self.params)
+        if wanted is not None:
+            _check_tape(self.out, (self.z, *self.params))
         self._forward: tuple[Tensor, Tensor] | None = None
 
     def transposed(self, v: Tensor) -> Tensor:
@@ -87,6 +89,25 @@ class Linearization:
         except RuntimeError:  # an operation in the map without a batching rule
             return torch.stack([product(v) for v in vs])
         return torch.zeros_like(vs) if grad is None else grad
+
+
+def _check_tape(out: Tensor, known: Sequence[Tensor]) -> None:
+    """Every leaf behind ``out`` must be one of ``known``: a tensor that slipped in unseen would get no gradient."""
+    leaves = {id(t) for t in known}
+    stack, seen = [out.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in leaves:
+            raise RuntimeError(
+                f"the function depends on a captured tensor of shape {tuple(variable.shape)} by a way that the recording "
+                "does not see (a custom autograd Function or compiled code), so its gradient would be lost: pass the "
+                "tensor to solve as an argument"
+            )
+        stack.extend(parent for parent, _ in node.next_functions)
 
 
 def _cut(p: Tensor, wanted: bool) -> Tensor:

@@ -87,7 +87,7 @@ class MinimumSystem(System):
 
     hyperplane: Hyperplane | None = None
 
-    def at(self, z: Tensor, params: Sequence[Tensor]) -> Point:
+    def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
         if torch.is_grad_enabled():
             gradient, energy = torch.func.grad(self._total, has_aux=True)(z, *params)
         else:
@@ -163,6 +163,22 @@ class MinimumSystem(System):
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Self:
         plane = None if self.hyperplane is None else _vmapped_plane(self.hyperplane, size, tuple(dims))
         return replace(super().vmapped(size, dims), hyperplane=plane)
+
+    def lagrangian(self, z: Tensor, params: Sequence[Tensor], tilt: Tensor | None = None) -> Tensor:
+        """The energies ``[batch]`` plus the multiplier, held fixed, times the violation of the constraint: at a
+        minimum of the energy plus ``<tilt, z>``, its gradient in the parameters is that of the least value."""
+        energy = self.fn(z, *params)
+        if self.hyperplane is None:
+            return energy
+        normal, offset = self._plane(z, params)
+        with torch.no_grad():
+            leaf = z.detach().requires_grad_()
+            with torch.enable_grad():
+                slope = _gradient(self.fn(leaf, *params), leaf, create_graph=False)
+            if tilt is not None:
+                slope = slope + tilt
+            multiplier = -(slope * normal).sum(dim=1)
+        return energy + multiplier * ((z * normal).sum(dim=1) - offset[:, 0])
 
     def _total(self, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
         energy = self.fn(z, *params)

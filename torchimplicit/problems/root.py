@@ -52,8 +52,8 @@ class Root(Problem):
 class RootSystem(System):
     """:math:`R = f(z)`, :math:`A = f_z`."""
 
-    def at(self, z: Tensor, params: Sequence[Tensor]) -> Point:
-        return Point(z, -self.fn(z, *params))
+    def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
+        return Point(z, -(self.fn(z, *params) if value is None else value))
 
     def residual(self, z: Tensor, *params: Tensor) -> Tensor:
         return self.fn(z, *params)

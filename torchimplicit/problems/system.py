@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -68,8 +69,12 @@ class System(ABC):
     row_params: tuple[bool, ...] | None = None
 
     @abstractmethod
-    def at(self, z: Tensor, params: Sequence[Tensor]) -> Point:
-        """One evaluation; differentiable by autograd where grad mode is on."""
+    def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
+        """One evaluation; differentiable by autograd where grad mode is on.
+
+        Args:
+            value: the function's value at ``z``, where it is known already.
+        """
 
     @abstractmethod
     def residual(self, z: Tensor, *params: Tensor) -> Tensor:
@@ -113,10 +118,25 @@ class System(ABC):
             return None
 
         def restrict(rows: Tensor) -> LinearOperator:
-            part = self.linearize(tape.z[rows], self.rows(tape.params, rows))
+            with explained():
+                part = self.linearize(tape.z[rows], self.rows(tape.params, rows))
             return replace(self.operator(part, transposed), setup_rows=int(rows.shape[0]))
 
         return restrict
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Says what to do where a function fails because finished samples have left its batch."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(
+            "f failed on part of the batch, although the problem says rowwise=True. That promise holds only if f treats "
+            "every row on its own, captures no tensor that carries the batch, and every argument whose dim 0 has the "
+            "batch's size does carry the batch: pass batched tensors as arguments and shared ones as parameters or "
+            f"captured tensors, or take the promise back. f said: {error}"
+        ) from error
 
 
 def _vmapped(fn: Callable[..., Tensor], size: int, dims: tuple[int | None, ...]) -> Callable[..., Tensor]:

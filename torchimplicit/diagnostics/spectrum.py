@@ -1,0 +1,80 @@
+"""The spectral radius of a map at a point."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchimplicit.problems import Problem
+from torchimplicit.solve import flat_system
+from torchimplicit.state import row_norm
+from torchimplicit.validation import at_least
+
+
+@torch.compiler.disable
+def spectral_radius(problem: Problem, z: Any, *args: Any, subspace: int = 24, restarts: int = 8, seed: int = 0) -> Tensor:
+    """The largest modulus of an eigenvalue of :math:`J=\\partial f/\\partial z`, per sample.
+
+    Below 1 the plain iteration converges near ``z``. For a root or a minimum, :math:`J = I - A`, the Jacobian of the
+    plain step. States of at most ``subspace`` numbers are exact; beyond, restarted Arnoldi iteration (Saad 2011,
+    section 6.2), which finds complex pairs as well as real eigenvalues. Not differentiable.
+
+    Args:
+        problem: whose map is meant.
+        z: the state at which to take the Jacobian, as for :func:`solve`.
+        args: as for :func:`solve`.
+        subspace: the dimension of each Krylov space.
+        restarts: how many such spaces are built, each from the best vector of the last.
+        seed: of the first vector.
+
+    Returns:
+        ``[batch]`` (a scalar if the problem is not batched).
+    """
+    at_least("spectral_radius", "subspace", subspace, 2)
+    at_least("spectral_radius", "restarts", restarts, 1)
+    with torch.no_grad():
+        system, flat, params = flat_system(problem, z, args)
+        operator = system.operator(system.linearize(flat, params), True)
+        if operator.dim <= subspace:
+            identity = torch.eye(operator.dim, dtype=flat.dtype, device=flat.device)
+            radius = torch.linalg.eigvals(_wide(identity - operator.dense())).abs().amax(dim=1)
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            start = torch.randn(flat.shape, generator=generator).to(flat)
+            for _ in range(restarts):
+                radius, start = _arnoldi(lambda v: v - operator.product(v), start, subspace)
+    return radius.to(flat.dtype) if problem.batched else radius[0].to(flat.dtype)
+
+
+def _arnoldi(product: Any, start: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The largest Ritz value's modulus, and a real vector rich in its eigenvectors."""
+    batch, dim = start.shape
+    work = _wide(start)
+    tiny = torch.finfo(work.dtype).tiny
+    basis = work.new_zeros(batch, size + 1, dim)
+    hessenberg = work.new_zeros(batch, size + 1, size)
+    basis[:, 0] = work / row_norm(work).clamp_min(tiny)[:, None]
+    for j in range(size):
+        w = _wide(product(basis[:, j].to(start.dtype)))
+        scale = row_norm(w)
+        for _ in range(2):  # twice is enough (Kahan)
+            overlap = torch.bmm(basis[:, : j + 1], w[:, :, None])
+            w = w - torch.bmm(overlap.transpose(1, 2), basis[:, : j + 1])[:, 0]
+            hessenberg[:, : j + 1, j] += overlap[:, :, 0]
+        norm = row_norm(w)
+        norm = torch.where(norm > 1e-6 * torch.finfo(start.dtype).eps ** 0.5 * scale, norm, 0)
+        hessenberg[:, j + 1, j] = norm
+        basis[:, j + 1] = torch.where(norm[:, None] > 0, w / norm.clamp_min(tiny)[:, None], 0)
+    values, vectors = torch.linalg.eig(hessenberg[:, :size])
+    best = values.abs().argmax(dim=1)
+    rows = torch.arange(batch, device=best.device)
+    chosen = vectors[rows, :, best]
+    mixed = chosen.real + chosen.imag
+    again = torch.bmm(mixed[:, None].to(work.dtype), basis[:, :size])[:, 0]
+    return values[rows, best].abs(), again.to(start.dtype)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t

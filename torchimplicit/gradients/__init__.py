@@ -1,0 +1,21 @@
+"""The gradient estimators: how is the solution differentiated?"""
+
+from torchimplicit.gradients.base import Gradient
+from torchimplicit.gradients.equilibrium_propagation import EquilibriumPropagation
+from torchimplicit.gradients.implicit import Implicit
+from torchimplicit.gradients.neumann_phantom import NeumannPhantom
+from torchimplicit.gradients.one_step import OneStep
+from torchimplicit.gradients.shared_inverse import SharedInverse
+from torchimplicit.gradients.unrolled import Unrolled
+from torchimplicit.gradients.unrolled_phantom import UnrolledPhantom
+
+__all__ = [
+    "EquilibriumPropagation",
+    "Gradient",
+    "Implicit",
+    "NeumannPhantom",
+    "OneStep",
+    "SharedInverse",
+    "Unrolled",
+    "UnrolledPhantom",
+]

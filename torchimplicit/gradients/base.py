@@ -1,0 +1,85 @@
+"""What every gradient estimator is, and what it is given."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchimplicit.closure import carries_derivative, is_transformed
+from torchimplicit.linear import LinearSolver
+from torchimplicit.problems import System
+from torchimplicit.solution import AdjointRecord
+from torchimplicit.solvers import Outcome, Solver
+
+Run = Callable[[System, Tensor, Sequence[Tensor]], Outcome]
+
+
+class Found(NamedTuple):
+    """A solution as autograd sees it, flat ``[batch, dim]``, with its figures ``[batch]``."""
+
+    z: Tensor
+    status: Tensor
+    steps: Tensor
+    residual: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One solve, as the estimators and the autograd nodes see it.
+
+    Attributes:
+        system: what is solved.
+        run: how: ``run(system, z0, params)``, on plain tensors.
+        solver: what ``run`` uses.
+        record: where a backward solve leaves its report.
+        outcomes: what ``run`` gave, the latest last (the nodes run it out of the caller's sight).
+    """
+
+    system: System
+    run: Run
+    solver: Solver
+    record: AdjointRecord
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def solve(self, z0: Tensor, params: Sequence[Tensor]) -> Found:
+        """Run without recording gradients."""
+        with torch.no_grad():
+            outcome = self.run(self.system, z0, params)
+        if torch.is_autocast_enabled(z0.device.type):
+            # autocast remembers casts made without a tape, and would hand them to the calls that need one
+            torch.clear_autocast_cache()
+        self.outcomes.append(outcome)
+        report = outcome.report
+        return Found(outcome.z, report.status, report.steps, report.residual)
+
+    def adjoint_solver(self, chosen: LinearSolver | None, z: Tensor) -> LinearSolver:
+        """``chosen``, or what suits the system at ``z``."""
+        return chosen or self.system.default_linear_solver(z.shape[1], z.shape[0])
+
+    def vmapped(self, size: int, dims: Sequence[int | None]) -> Task:
+        """The task of ``size`` copies, see :meth:`System.vmapped`."""
+        return replace(self, system=self.system.vmapped(size, dims))
+
+
+class Gradient(ABC):
+    """How the solution is differentiated. A subclass is a final, frozen dataclass."""
+
+    @abstractmethod
+    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+        """Solve, and give the solution this estimator's derivative in ``params``."""
+
+    def supports(self, system: System, solver: Solver) -> str | None:
+        """``None`` where the estimator can differentiate this solve; otherwise why not, and what to take instead."""
+        return None
+
+
+def differentiable(params: Sequence[Tensor]) -> bool:
+    """Whether any derivative can be asked with respect to ``params``."""
+    if torch.is_grad_enabled():
+        return any(carries_derivative(p) for p in params)
+    return any(is_transformed(p) for p in params)

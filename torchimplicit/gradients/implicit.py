@@ -1,0 +1,62 @@
+"""Exact derivatives by the implicit function theorem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.closure import is_transformed
+from torchimplicit.gradients.base import Found, Gradient, Task, differentiable
+from torchimplicit.gradients.nodes import Grads, LinearSolve, Solve, partial_vjp, push, report
+from torchimplicit.linear import LinearSolver
+from torchimplicit.validation import check_type
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Implicit(Gradient):
+    """The exact derivative at the solution, to any order and in every mode (reverse, forward, ``torch.func``).
+
+    Backward solves :math:`A^T g = u` and returns :math:`-R_\\theta^T g`; for a fixed point that is
+    :math:`g = (I - J^T)^{-1} u`, :math:`\\bar\\theta = f_\\theta^T g`. The error of the derivative is that of the two
+    solves: of the solution itself, and of the adjoint, whose figures are in ``solution.adjoint``.
+
+    Args:
+        linear_solver: for the adjoint system; ``None``: GMRES for a fixed point or a root, for a minimum the dense
+            (bordered) system where it is small and MINRES where it is not.
+    """
+
+    linear_solver: LinearSolver | None = None
+
+    def __post_init__(self) -> None:
+        check_type(self, "linear_solver", LinearSolver, optional=True)
+
+    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+        if not differentiable(params):
+            return task.solve(z0, params)
+        return Found(*Solve.apply(task, self, z0.detach(), *params))
+
+    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
+        """The cotangents of the wanted parameters; differentiable."""
+        solver = task.adjoint_solver(self.linear_solver, z)
+        if not torch.is_grad_enabled() and not any(is_transformed(t) for t in (u, z, *params)):
+            tape = task.system.linearize(z, params, wanted)  # one tape serves the solve and the pullback
+            found = task.system.solve_linear(tape, True, u, solver)
+            report(task, found.report)
+            return tuple(task.system.pull(tape, found.value))
+        g = LinearSolve.apply(task, solver, True, u, z, *params)
+        _, pull = partial_vjp(lambda *params: task.system.residual(z, *params), params, wanted)
+        return pull(-g)
+
+    def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
+        """The tangent of the solution; differentiable."""
+        moved = push(lambda *params: task.system.residual(z, *params), params, dparams)
+        if moved is None:
+            return torch.zeros_like(z)
+        return LinearSolve.apply(  # type: ignore[no-any-return]
+            task, task.adjoint_solver(self.linear_solver, z), False, -moved, z, *params
+        )

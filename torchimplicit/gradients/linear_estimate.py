@@ -1,0 +1,55 @@
+"""Estimators that put another linear map in the place of the adjoint's inverse."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchimplicit.gradients.base import Found, Gradient, Task, differentiable
+from torchimplicit.gradients.nodes import Grads, Solve, estimate, push
+from torchimplicit.linear import LinearSolution
+from torchimplicit.problems.linearization import Linearization
+
+
+class LinearEstimate(Gradient):
+    """:math:`\\bar\\theta = -R_\\theta^T M^T u`, :math:`\\dot z = -M R_\\theta\\dot\\theta`, with :math:`M\\approx A^{-1}`.
+
+    Reverse and forward mode, first order; a derivative of the estimate raises.
+    """
+
+    @abstractmethod
+    def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
+        """:math:`M^T b` or :math:`M b`, on plain tensors."""
+
+    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+        if not differentiable(params):
+            return task.solve(z0, params)
+        return Found(*Solve.apply(task, self, z0.detach(), *params))
+
+    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
+        """The cotangents of the wanted parameters."""
+
+        def compute(task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+            tape = task.system.linearize(z, params, wanted)
+            found = self.apply(task, tape, True, u)
+            task.record.report = found.report
+            return [grad for grad in task.system.pull(tape, found.value) if grad is not None]
+
+        grads = iter(estimate(task, compute, type(self).__name__, u, z, params))
+        return tuple(next(grads) if w else None for w in wanted)
+
+    def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
+        """The tangent of the solution."""
+        moved = push(lambda *params: task.system.residual(z, *params), params, dparams)
+        if moved is None:
+            return torch.zeros_like(z)
+
+        def compute(task: Task, b: Tensor, z: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+            return [self.apply(task, task.system.linearize(z, params), False, b).value]
+
+        (out,) = estimate(task, compute, type(self).__name__, -moved, z, params)
+        return out

@@ -1,0 +1,37 @@
+"""The phantom gradient by a truncated Neumann series."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.linear_estimate import LinearEstimate
+from torchimplicit.linear import LinearSolution, Neumann
+from torchimplicit.problems.linearization import Linearization
+from torchimplicit.validation import check_count, check_fraction
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class NeumannPhantom(LinearEstimate):
+    """NPG (Geng et al. 2021, eq. 17): :math:`\\lambda\\sum_{i<k} B^i` in place of :math:`(I-J)^{-1}`, with
+    :math:`B = \\lambda J + (1-\\lambda) I` at the solution. Memory does not grow with ``steps``.
+
+    Args:
+        steps: k, the terms of the series.
+        damping: :math:`\\lambda` in (0, 1].
+    """
+
+    steps: int = 5
+    damping: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_count(self, "steps")
+        check_fraction(self, "damping")
+
+    def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
+        series = Neumann(damping=self.damping, max_steps=self.steps, rtol=0.0)
+        return task.system.solve_linear(tape, transposed, b, series)

@@ -1,0 +1,268 @@
+"""The autograd nodes. Two of them, each closed under differentiation, give every order and every mode.
+
+``Solve`` is the solution as a function of the parameters; ``LinearSolve`` is the solution of a linear system with the
+Jacobian there. The derivatives of each are made of evaluations of the system, of its products, and of the two nodes
+again. What is saved is the solution as an *output* of its node, so that a derivative of a derivative runs back through
+the solution as well: re-attaching by a call of the map at a detached solution would lose those terms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
+
+from torchimplicit.closure import is_transformed
+from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError
+from torchimplicit.gradients.base import Task
+from torchimplicit.linear import LinearSolver
+from torchimplicit.problems.system import vjp
+from torchimplicit.solution import Report
+
+Grads = tuple[Tensor | None, ...]
+
+
+class Solve(Function):
+    """The solution of a task as a function of its parameters: ``(task, rule, z0, *params) -> Found``.
+
+    The rule is an estimator: ``rule.adjoint(task, u, z, params, wanted)`` gives the cotangents of the wanted
+    parameters, ``rule.tangent(task, z, params, dparams)`` the tangent of the solution.
+    """
+
+    @staticmethod
+    def forward(task: Task, rule: Any, z0: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+        return tuple(task.solve(z0, params))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.task, ctx.rule, _, *params = inputs
+        z, *figures = output
+        ctx.mark_non_differentiable(*figures)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z, *params)
+        ctx.save_for_forward(z, *params)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        z, *params = ctx.saved_tensors
+        if u is None:
+            return None, None, None, *(None for _ in params)
+        return None, None, None, *ctx.rule.adjoint(ctx.task, u, z, params, ctx.needs_input_grad[3:])
+
+    @staticmethod
+    def jvp(ctx: Any, _task: None, _rule: None, _z0: Any, *dparams: Tensor | None) -> tuple[Any, ...]:
+        with _nested_forward_mode():
+            z, *params = _primals(ctx.saved_tensors)
+            return ctx.rule.tangent(ctx.task, z, params, dparams), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, task: Task, rule: Any, z0: Tensor, *params: Tensor) -> tuple[Any, Any]:
+        size, dims, params = _fold(info, in_dims[3:], params)
+        flat = _stack(z0, in_dims[2], size)
+        found = Solve.apply(task.vmapped(size, dims), rule, flat, *params)
+        return tuple(t.reshape(size, -1, *t.shape[1:]) for t in found), (0, 0, 0, 0)
+
+
+class LinearSolve(Function):
+    """The solution :math:`y` of :math:`A y = b`, or of :math:`A^T y = b` if ``transposed``, with :math:`A` the
+    Jacobian of the task's residual at ``z``: ``(task, solver, transposed, b, z, *params) -> y``."""
+
+    @staticmethod
+    def forward(task: Task, solver: LinearSolver, transposed: bool, b: Tensor, z: Tensor, *params: Tensor) -> Tensor:
+        tape = task.system.linearize(z, params)
+        found = task.system.solve_linear(tape, transposed, b, solver)
+        report(task, found.report)
+        return found.value
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.task, ctx.solver, ctx.transposed, _, z, *params = inputs
+        ctx.save_for_backward(output, z, *params)
+        ctx.save_for_forward(output, z, *params)
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor) -> tuple[Any, ...]:
+        y, z, *params = ctx.saved_tensors
+        w = LinearSolve.apply(ctx.task, ctx.solver, not ctx.transposed, c, z, *params)
+        # y depends on (z, params) through -w.(dA y), or -w.(dA^T y): the gradient of -left^T A right at fixed ends
+        left, right = (y, w) if ctx.transposed else (w, y)
+
+        def weighted(z: Tensor, *params: Tensor) -> Tensor:
+            _, pull = vjp(lambda z: ctx.task.system.residual(z, *params), z)
+            return -(pull(left)[0] * right).sum()
+
+        grads = gradients(weighted, (z, *params), ctx.needs_input_grad[4:])
+        return None, None, None, w, *grads
+
+    @staticmethod
+    def jvp(ctx: Any, _t: None, _s: None, _f: None, db: Tensor | None, *tangents: Tensor | None) -> Tensor:
+        with _nested_forward_mode():
+            y, z, *params = _primals(ctx.saved_tensors)
+            moved = LinearSolve._tangent(ctx, y, z, params, tangents)
+            right = _difference(db, moved, y)
+            return LinearSolve.apply(  # type: ignore[no-any-return]
+                ctx.task, ctx.solver, ctx.transposed, right, z, *params
+            )
+
+    @staticmethod
+    def _tangent(ctx: Any, y: Tensor, z: Tensor, params: Sequence[Tensor], tangents: Any) -> Tensor | None:
+        """The tangent of the product with ``y`` at fixed ``y``."""
+
+        def product(z: Tensor, *params: Tensor) -> Tensor:
+            _, pull = vjp(lambda z: ctx.task.system.residual(z, *params), z)
+            if ctx.transposed:
+                return pull(y)[0]
+            _, twice = vjp(lambda w: pull(w)[0], torch.zeros_like(y))
+            return twice(y)[0]
+
+        return push(product, (z, *params), tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, task: Task, solver: Any, transposed: bool, b: Any, z: Any, *params: Any) -> Any:
+        size, dims, params = _fold(info, in_dims[5:], params)
+        b, z = _stack(b, in_dims[3], size), _stack(z, in_dims[4], size)
+        y = LinearSolve.apply(task.vmapped(size, dims), solver, transposed, b, z, *params)
+        return y.reshape(size, -1, y.shape[-1]), 0
+
+
+class FirstOrder(Function):
+    """An estimate that has no derivative of its own: ``(task, compute, name, x, z, *params) -> tensors``.
+
+    ``compute(task, x, z, params)`` runs on plain tensors. Differentiating what it gives raises, so that a second
+    derivative through a first-order estimator is never silently wrong.
+    """
+
+    @staticmethod
+    def forward(task: Task, compute: Any, name: str, x: Any, z: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+        return tuple(compute(task, x, z, params))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.name = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise UnsupportedDerivativeError(_first_order_only(ctx.name))
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise UnsupportedDerivativeError(_first_order_only(ctx.name))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, task: Task, compute: Any, name: str, x: Any, z: Any, *params: Any) -> Any:
+        size, dims, params = _fold(info, in_dims[5:], params)
+        x, z = _stack(x, in_dims[3], size), _stack(z, in_dims[4], size)
+        # the cotangent of a parameter that the copies share is wanted for each copy on its own
+        params = tuple(
+            p if d is not None else p.expand(size, *p.shape).contiguous() for p, d in zip(params, dims, strict=True)
+        )
+        out = FirstOrder.apply(task.vmapped(size, [0] * len(params)), compute, name, x, z, *params)
+        return tuple(out), (0,) * len(out)
+
+
+def estimate(
+    task: Task,
+    compute: Callable[[Task, Any, Tensor, Sequence[Tensor]], Sequence[Tensor]],
+    name: str,
+    x: Any,
+    z: Tensor,
+    params: Sequence[Tensor],
+) -> Sequence[Tensor]:
+    """``compute(task, x, z, params)``, once differentiable in name only: see :class:`FirstOrder`."""
+    if not torch.is_grad_enabled() and not any(is_transformed(t) for t in (x, z, *params)):
+        return compute(task, x, z, params)
+    return FirstOrder.apply(task, compute, name, x, z, *params)  # type: ignore[no-any-return]
+
+
+def gradients(fn: Callable[..., Tensor], primals: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
+    """The gradient of a scalar ``fn`` in the wanted primals, ``None`` for the others; differentiable itself."""
+    _, pull = partial_vjp(fn, primals, wanted)
+    return pull(torch.ones((), dtype=primals[0].dtype, device=primals[0].device))
+
+
+def partial_vjp(
+    fn: Callable[..., Tensor], primals: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor, Callable[[Tensor], Grads]]:
+    """``torch.func.vjp`` in the wanted primals; the pullback gives ``None`` for the others."""
+    chosen = [i for i, w in enumerate(wanted) if w]
+
+    def of_chosen(*some: Tensor) -> Tensor:
+        full = list(primals)
+        for i, p in zip(chosen, some, strict=True):
+            full[i] = p
+        return fn(*full)
+
+    out, pull = vjp(of_chosen, *(primals[i] for i in chosen))
+
+    def pullback(v: Tensor) -> Grads:
+        grads: list[Tensor | None] = [None] * len(primals)
+        for i, grad in zip(chosen, pull(v), strict=True):
+            grads[i] = grad
+        return tuple(grads)
+
+    return out, pullback
+
+
+def push(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor | None:
+    """The tangent of ``fn``, by two pullbacks, which nest under every transform; ``None`` if no tangent is given."""
+    given = [t is not None for t in tangents]
+    if not any(given):
+        return None
+    out, pull = partial_vjp(fn, primals, given)
+    some = [i for i, g in enumerate(given) if g]
+    _, twice = vjp(lambda w: tuple(pull(w)[i] for i in some), torch.zeros_like(out))
+    return twice(tuple(tangents[i] for i in some))[0]  # type: ignore[no-any-return]
+
+
+def report(task: Task, figures: Report) -> None:
+    """Leave the figures of a backward solve where the user finds them, and warn if it fell short."""
+    task.record.report = figures
+    if not bool(figures.converged.all()):
+        warnings.warn(
+            f"the adjoint solve did not converge: {figures.summary()}. The gradient is that inexact; give "
+            "Implicit(linear_solver=...) more steps, a preconditioner, or another method",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+
+
+def _nested_forward_mode() -> contextlib.AbstractContextManager[None]:
+    """Forward mode switched on inside a jvp rule, where autograd switches it off: without it the tangents of an
+    enclosing forward level would be lost, and forward-over-forward derivatives silently wrong."""
+    return forward_ad._set_fwd_grad_enabled(True)  # type: ignore[no-any-return]
+
+
+def _primals(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors without the tangents of the level whose rule is running; those of enclosing levels stay."""
+    return [forward_ad.unpack_dual(t).primal for t in tensors]
+
+
+def _fold(info: Any, dims: Sequence[int | None], params: Sequence[Tensor]) -> tuple[int, list[int | None], Any]:
+    """The parameters with their copies in dim 0."""
+    moved = tuple(p if d is None else p.movedim(d, 0) for p, d in zip(params, dims, strict=True))
+    return info.batch_size, [None if d is None else 0 for d in dims], moved
+
+
+def _stack(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """``[batch, ...]`` of every copy, one after the other."""
+    t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    return t.contiguous().reshape(-1, *t.shape[2:])
+
+
+def _difference(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
+    if a is None:
+        return torch.zeros_like(like) if b is None else -b
+    return a if b is None else a - b
+
+
+def _first_order_only(name: str) -> str:
+    return (
+        f"{name} estimates first derivatives only, and a derivative of its estimate was asked for: use Implicit() "
+        "(exact to any order), or Unrolled()"
+    )

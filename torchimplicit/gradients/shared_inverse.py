@@ -1,0 +1,79 @@
+"""The inverse that the forward solve has built, used once more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.errors import UnsupportedDerivativeError
+from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.linear_estimate import LinearEstimate
+from torchimplicit.linear import GMRES, LinearSolution
+from torchimplicit.problems import System
+from torchimplicit.problems.linearization import Linearization
+from torchimplicit.solution import Report, Status
+from torchimplicit.solvers import Broyden, Solver
+from torchimplicit.solvers.broyden import BroydenState
+from torchimplicit.state import row_norm
+from torchimplicit.validation import check_count, check_positive
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SharedInverse(LinearEstimate):
+    """SHINE (Ramzi et al. 2022): Broyden's estimate of the inverse, transposed, in place of the adjoint's.
+
+    Needs :class:`Broyden` as the forward solver. The estimate's residual :math:`\\lVert A^T g - u\\rVert` is measured
+    by one product. A sample for which it is worse than that of the one-step estimate :math:`g=u`, or for which
+    :math:`\\lVert g\\rVert > ` ``ratio`` :math:`\\lVert u\\rVert`, falls back to the better of the two (section 3 of
+    the paper falls back by the ratio alone), from which ``refine`` steps of GMRES go on.
+
+    Args:
+        refine: steps of GMRES from the estimate; 0 for the estimate itself.
+        ratio: see above.
+    """
+
+    refine: int = 0
+    ratio: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_count(self, "refine", least=0)
+        check_positive(self, "ratio")
+
+    def supports(self, system: System, solver: Solver) -> str | None:
+        if isinstance(solver, Broyden):
+            return None
+        return (
+            f"SharedInverse reuses the inverse that Broyden builds, and the solver is {type(solver).__name__}: solve "
+            "with solver=Broyden(), or take another gradient"
+        )
+
+    def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
+        state = task.outcomes[-1].state
+        operator = task.system.operator(tape, transposed)
+        size = row_norm(b)
+        tiny = torch.finfo(size.dtype).tiny
+        value, residual = b, row_norm(b - operator.product(b))
+        products = 1
+        if isinstance(state, BroydenState) and state.inverse.u.filled:
+            if state.inverse.u.ring.shape[0] != b.shape[0]:
+                raise UnsupportedDerivativeError(
+                    "SharedInverse cannot be used where only the backward pass is vectorized (jacrev, vmap of vjp): "
+                    "the inverse belongs to the forward batch. Use Implicit() there"
+                )
+            wide = b[:, None].to(state.inverse.u.ring.dtype)
+            shared = state.inverse.transposed_times(wide) if transposed else state.inverse.times(wide)
+            shared = shared[:, 0].to(b.dtype)
+            measured = row_norm(b - operator.product(shared))
+            products += 1
+            trusted = (measured < residual) & (row_norm(shared) <= self.ratio * size)
+            value = torch.where(trusted[:, None], shared, b)
+            residual = torch.where(trusted, measured, residual)
+        if self.refine:
+            return GMRES(max_steps=self.refine, rtol=0.0).solve(operator, b, value)
+        steps = torch.zeros(b.shape[0], dtype=torch.int64, device=b.device)
+        figures = Report(steps + int(Status.MAX_STEPS), steps, residual / size.clamp_min(tiny), float(products))
+        return LinearSolution(value, figures)

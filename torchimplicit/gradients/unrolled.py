@@ -1,0 +1,36 @@
+"""Differentiation through the iterations themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.errors import UnsupportedDerivativeError
+from torchimplicit.gradients.base import Found, Gradient, Task, differentiable
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Unrolled(Gradient):
+    """Backpropagation through every step of the solver, in memory that grows with the steps.
+
+    Exact for the iterate that was reached, in any order, and with respect to ``z0`` as well. Not under
+    ``torch.func.vmap``, where the number of steps would depend on the data.
+    """
+
+    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+        if not differentiable((z0, *params)):
+            return task.solve(z0, params)
+        if any(torch._C._functorch.is_batchedtensor(t) for t in (z0, *params)):
+            raise UnsupportedDerivativeError(
+                "Unrolled cannot run under torch.func.vmap, where the number of steps would depend on the data: use "
+                "Implicit() or UnrolledPhantom()"
+            )
+        outcome = task.run(task.system, z0, params)
+        task.outcomes.append(outcome)
+        report = outcome.report
+        return Found(outcome.z, report.status, report.steps, report.residual)

@@ -1,0 +1,48 @@
+"""The phantom gradient by damped unrolling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from torchimplicit.gradients.base import Found, Gradient, Task, differentiable
+from torchimplicit.gradients.nodes import Solve
+from torchimplicit.validation import check_count, check_fraction
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class UnrolledPhantom(Gradient):
+    """UPG (Geng et al. 2021, eq. 16): from the solution, differentiate ``steps`` damped steps
+    :math:`h \\leftarrow \\lambda f(h) + (1-\\lambda) h`, and return the last :math:`h`.
+
+    The derivative of every order and mode is that of these steps; it tends to the exact one as ``steps`` grows, if
+    the damped map contracts. Memory grows with ``steps``.
+
+    Args:
+        steps: k, the steps unrolled.
+        damping: :math:`\\lambda` in (0, 1].
+    """
+
+    steps: int = 5
+    damping: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_count(self, "steps")
+        check_fraction(self, "damping")
+
+    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+        if not differentiable(params):
+            return task.solve(z0, params)
+        found = Found(*(t.detach() for t in Solve.apply(task, self, z0.detach(), *params)))
+        h = found.z
+        for _ in range(self.steps):
+            point = task.system.at(h, params)
+            if self.damping == 1.0 and point.image is not None:
+                h = point.image
+            else:
+                h = h + self.damping * point.residual
+        return found._replace(z=h)

@@ -1,0 +1,6 @@
+"""Terms that are added to a loss to keep an equilibrium model well behaved."""
+
+from torchimplicit.regularizers.correction import fixed_point_correction
+from torchimplicit.regularizers.jacobian import jacobian_frobenius
+
+__all__ = ["fixed_point_correction", "jacobian_frobenius"]

@@ -1,0 +1,49 @@
+"""The size of the Jacobian, by random projections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchimplicit.problems import Minimum, Problem
+from torchimplicit.state import Layout
+from torchimplicit.validation import at_least
+
+
+@torch.compiler.disable
+def jacobian_frobenius(
+    problem: Problem, z: Any, *args: Any, samples: int = 1, generator: torch.Generator | None = None
+) -> Tensor:
+    """Hutchinson's estimate of :math:`\\lVert J\\rVert_F^2 / \\dim`, averaged over the batch (Bai et al. 2021).
+
+    :math:`J=\\partial f/\\partial z`, and the estimate is the mean of :math:`\\lVert v^TJ\\rVert^2/\\mathrm{numel}` over
+    ``samples`` Gaussian vectors. Differentiable in whatever ``f`` depends on, and in ``z``: give the solution's value
+    for the exact derivative, or a detached one for the usual cheaper term.
+
+    Args:
+        problem: a :class:`FixedPoint` or a :class:`Root`.
+        z: the state, as for :func:`solve`.
+        args: as for :func:`solve`.
+        samples: how many random vectors.
+        generator: on the state's device; ``None``: the global one.
+
+    Returns:
+        a scalar.
+    """
+    if isinstance(problem, Minimum):
+        raise TypeError("jacobian_frobenius needs a map, and Minimum has an energy: give FixedPoint or Root")
+    at_least("jacobian_frobenius", "samples", samples, 1)
+    layout = Layout.of(z, problem.batched)
+    flat = layout.flatten(z, "z")
+
+    def image(flat: Tensor) -> Tensor:
+        return problem.flat_output(layout, problem.function(layout.unflatten(flat), *args), flat.shape[0], cast=True)
+
+    out, pull = torch.func.vjp(image, flat)
+    total = flat.new_zeros(())
+    for _ in range(samples):
+        v = torch.randn(out.shape, generator=generator, dtype=out.dtype, device=out.device)
+        total = total + pull(v)[0].square().sum()
+    return total / (samples * flat.numel())

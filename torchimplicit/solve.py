@@ -1,0 +1,200 @@
+"""The verb: solve a problem, and give the solution its derivative."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchimplicit.closure import Closure, is_transformed, relayed
+from torchimplicit.errors import ConvergenceWarning, SolveError
+from torchimplicit.gradients import Gradient, Implicit
+from torchimplicit.gradients.base import Run, Task, differentiable
+from torchimplicit.problems import Minimum, Problem, Root, System
+from torchimplicit.solution import AdjointRecord, Report, Solution, Status
+from torchimplicit.solvers import LBFGS, Anderson, NewtonKrylov, Outcome, Solver, iterate
+from torchimplicit.state import Layout
+
+
+@torch.compiler.disable
+def solve(
+    problem: Problem,
+    z0: Any,
+    *args: Any,
+    solver: Solver | None = None,
+    gradient: Gradient | None = None,
+    throw: bool = True,
+) -> Solution:
+    """Solve ``problem`` from ``z0``, and attach the derivative that ``gradient`` gives.
+
+    Args:
+        problem: which point is sought.
+        z0: the initial state: a tensor or a pytree of tensors, of one floating dtype and device.
+        args: what the problem's function takes beside the state: pytrees, whose tensors the solution can be
+            differentiated in. So it can in tensors and module parameters that the function captures.
+        solver: how to find it; ``None``: :class:`Anderson` for a fixed point, :class:`NewtonKrylov` for a root,
+            :class:`LBFGS` for a minimum.
+        gradient: how to differentiate it; ``None``: :class:`Implicit`.
+        throw: whether to raise :class:`SolveError` where a sample goes non-finite. ``False``: its last good iterate
+            is returned and a warning given.
+
+    Returns:
+        the :class:`Solution`; its ``value`` has the structure of ``z0``.
+
+    Raises:
+        SolveError: a sample went non-finite (it carries the solution).
+        ValueError, TypeError: bad input, said in words.
+
+    Warns:
+        ConvergenceWarning: a sample stopped at ``max_steps`` or broke down.
+    """
+    solver, gradient = _strategies(problem, solver, gradient)
+    layout = Layout.of(z0, problem.batched)
+    flat0 = layout.flatten(z0, "z0")
+    rows = flat0.shape[0]
+    constraint = problem.constraint_tensors(layout, rows)
+    closure = Closure.of(_FlatCall(problem, layout), args, extra=len(constraint))
+
+    value: Tensor | None = None
+    if torch.is_grad_enabled() or any(is_transformed(t) for t in (flat0, *closure.tensors, *constraint)):
+        # One call finds what the function captures. It is the solver's first evaluation, where that can be.
+        with torch.no_grad():
+            closure, value = closure.record(flat0.detach())
+    own = len(closure.tensors)
+    params = relayed((*closure.tensors, *constraint, *closure.captured))
+    row_params = None
+    if problem.batched and problem.rowwise and rows > 1:
+        row_params = tuple(_carries_batch(p, rows) for p in params[: own + len(constraint)])
+        row_params += (False,) * len(closure.captured)
+    system = problem.system(closure, row_params, slice(own, own + len(constraint)), layout)
+    for complaint in (solver.supports(system), gradient.supports(system, solver)):
+        if complaint:
+            raise ValueError(complaint)
+
+    record = AdjointRecord()
+    known = None if value is None or is_transformed(value) else value
+    task = Task(system=system, run=_runner(solver, system, known), solver=solver, record=record)
+    found = gradient.attach(task, flat0 if differentiable((flat0,)) else flat0.detach(), params)
+
+    outcome = task.outcomes[-1]
+
+    def attach(z: Tensor) -> Any:
+        """The state ``z`` (flat), with the derivative that it would have as the solution."""
+        given = Outcome(z, outcome.report, state=outcome.state)
+        at = Task(system=system, run=lambda *_: given, solver=solver, record=record, outcomes=[])
+        return layout.unflatten(gradient.attach(at, z, params).z)
+
+    figures = (found.status, found.steps, found.residual)
+    status, steps, residual = figures if problem.batched else (t[0] for t in figures)
+    trajectory = () if is_transformed(found.z) else tuple(layout.unflatten(z) for z in outcome.trajectory)
+    solution = Solution(
+        layout.unflatten(found.z),
+        status,
+        steps,
+        residual,
+        outcome.report.evaluations,
+        trajectory,
+        _record=record,
+        _attach=lambda tree: attach(layout.flatten(tree, "an iterate")),
+    )
+    _tell(solution, outcome.report, solver, throw)
+    return solution
+
+
+def flat_system(problem: Problem, z: Any, args: tuple[Any, ...]) -> tuple[System, Tensor, tuple[Tensor, ...]]:
+    """``problem`` in flat coordinates at the state ``z``, for plain tensors: ``(system, flat z, params)``."""
+    layout = Layout.of(z, problem.batched)
+    flat = layout.flatten(z, "z").detach()
+    constraint = problem.constraint_tensors(layout, flat.shape[0])
+    closure = Closure.of(_FlatCall(problem, layout), args, extra=len(constraint))
+    own = len(closure.tensors)
+    system = problem.system(closure, None, slice(own, own + len(constraint)), layout)
+    return system, flat, (*closure.tensors, *constraint)
+
+
+class _FlatCall:
+    """The problem's function in flat coordinates, under the autocast state in which the solve was called."""
+
+    def __init__(self, problem: Problem, layout: Layout):
+        self.problem = problem
+        self.layout = layout
+        function = problem.function
+        self.module = function if isinstance(function, nn.Module) else getattr(function, "module", None)
+        kind = layout.device.type
+        self.autocast = torch.is_autocast_enabled(kind)
+        self.lower = torch.get_autocast_dtype(kind) if self.autocast else None
+
+    def __call__(self, z: Tensor, *args: Any) -> Tensor:
+        with self._context():
+            output = self.problem.function(self.layout.unflatten(z), *args)
+        return self.problem.flat_output(self.layout, output, z.shape[0], self.autocast)
+
+    def _context(self) -> contextlib.AbstractContextManager[Any]:
+        kind = self.layout.device.type
+        if torch.is_autocast_enabled(kind) == self.autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(kind, dtype=self.lower, enabled=self.autocast)
+
+
+def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradient]:
+    for name, value, kind, example in (
+        ("problem", problem, Problem, "FixedPoint(f)"),
+        ("solver", solver, Solver, "Anderson()"),
+        ("gradient", gradient, Gradient, "Implicit()"),
+    ):
+        if value is None and name != "problem":
+            continue
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"{name} must be a {kind.__name__}, for example {name}={example}, and it is "
+                + (f"the class {value.__name__}" if isinstance(value, type) else f"{value!r}")
+            )
+    if solver is None:
+        solver = LBFGS() if isinstance(problem, Minimum) else NewtonKrylov() if isinstance(problem, Root) else Anderson()
+    return solver, gradient or Implicit()
+
+
+def _carries_batch(t: Tensor, rows: int) -> bool:
+    return not isinstance(t, nn.Parameter) and t.ndim > 0 and t.shape[0] == rows
+
+
+def _runner(solver: Solver, own: System, value: Tensor | None) -> Run:
+    def run(system: System, z0: Tensor, params: Sequence[Tensor]) -> Outcome:
+        first = None
+        if value is not None and system is own and not torch.is_grad_enabled() and not isinstance(solver, LBFGS):
+            first = system.at(z0, params, value)
+        return iterate(solver, system, z0, params, first)
+
+    return run
+
+
+def _tell(solution: Solution, report: Report, solver: Solver, throw: bool) -> None:
+    """Raise or warn where samples did not converge. One read from the device where all did."""
+    if not bool(report.status.any()):
+        return
+    bad = (report.status == Status.NONFINITE).nonzero().flatten().tolist()
+    name = type(solver).__name__
+    if bad:
+        shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+        message = (
+            f"{name} met NaN, infinity or a residual that grew without bound in {len(bad)} of {report.status.numel()} "
+            f"samples ({shown}); each is frozen at its last good iterate. Try more damping, a solver that does not "
+            "need a contraction (Anderson, Broyden, NewtonKrylov), a normalized map (torchimplicit.nn.spectral_norm), "
+            "or look for bad input in those samples"
+        )
+        if throw:
+            raise SolveError(message + ". error.solution holds every sample's result; throw=False returns it", solution)
+        warnings.warn(message, ConvergenceWarning, stacklevel=4)
+        return
+    warnings.warn(
+        f"{name} did not converge: {report.summary()}. The best iterate is returned. Allow more max_steps, loosen rtol "
+        "or atol, or try another solver",
+        ConvergenceWarning,
+        stacklevel=4,
+    )
+
+

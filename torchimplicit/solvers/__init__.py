@@ -1,0 +1,25 @@
+"""The solvers: how is the point found?"""
+
+from torchimplicit.solvers.anderson import Anderson
+from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
+from torchimplicit.solvers.broyden import Broyden
+from torchimplicit.solvers.fixed_point_iteration import FixedPointIteration
+from torchimplicit.solvers.gradient_descent import GradientDescent
+from torchimplicit.solvers.iterate import Outcome, iterate
+from torchimplicit.solvers.lbfgs import LBFGS
+from torchimplicit.solvers.newton_krylov import NewtonKrylov
+
+__all__ = [
+    "LBFGS",
+    "Anderson",
+    "Broyden",
+    "Evaluator",
+    "FixedPointIteration",
+    "GradientDescent",
+    "Move",
+    "NewtonKrylov",
+    "Outcome",
+    "Progress",
+    "Solver",
+    "iterate",
+]

@@ -1,0 +1,139 @@
+"""Anderson acceleration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.problems import Point
+from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
+from torchimplicit.solvers.history import History
+from torchimplicit.state import row_norm
+from torchimplicit.validation import check_count, check_fraction, check_nonnegative
+
+
+class AndersonState(NamedTuple):
+    """The last point, and differences between past points.
+
+    Attributes:
+        z, residual, image: of the point before this one.
+        moves: of each past step, the difference of the damped images, :math:`\\Delta z + \\beta\\Delta r`.
+        turns: the difference of the residuals, :math:`\\Delta r`.
+        gram: inner products of ``turns``, ``[batch, memory, memory]``.
+        plain: bool ``[batch]``: the samples whose step to come is a plain one; ``None`` for none.
+        count: steps so far.
+    """
+
+    z: Tensor
+    residual: Tensor
+    image: Tensor | None
+    moves: History
+    turns: History
+    gram: Tensor
+    plain: Tensor | None
+    count: int
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Anderson(Solver):
+    """Anderson acceleration (type II; Walker and Ni 2011), safeguarded.
+
+    The next state combines the last ``memory`` images so that the same combination of their residuals is least. The
+    differences are scaled to unit length before the small system is solved, so the regularization is relative, and
+    does not slow the end of a solve. Where an accelerated step leaves the residual larger than ``growth`` times what it
+    was, the sample goes back and takes a plain step instead, with its history forgotten: on contractions the method
+    is not slower than plain iteration.
+
+    Args:
+        memory: how many past differences are combined.
+        damping: :math:`\\beta` in (0, 1], the share of the residual that is added to the combination.
+        regularization: relative to the unit diagonal of the scaled Gram matrix; ``None``: 10 times the ``eps`` of the
+            dtype in which the small system is solved (float32 for half precision).
+        growth: the safeguard's factor, at least 1.
+        rtol, atol, max_steps, keep_trajectory, check_every: see :class:`Solver`.
+    """
+
+    memory: int = 5
+    damping: float = 1.0
+    regularization: float | None = None
+    growth: float = 2.0
+
+    def check(self) -> None:
+        check_count(self, "memory")
+        check_fraction(self, "damping")
+        check_nonnegative(self, "regularization", optional=True)
+        check_nonnegative(self, "growth")
+        if self.growth < 1:
+            raise ValueError(f"Anderson.growth is {self.growth}, and must be at least 1")
+
+    def start(self, point: Point) -> Any:
+        return None
+
+    def step(self, evaluate: Evaluator, point: Point, state: AndersonState | None, progress: Progress) -> Move:
+        residual = point.residual
+        if state is None:
+            to = self._plain(point.z, residual, point.image)
+            moves, turns = History.empty(residual, self.memory), History.empty(residual, self.memory)
+            gram = turns.ring.new_zeros(residual.shape[0], self.memory, self.memory)
+            return Move(to, AndersonState(point.z, residual, point.image, moves, turns, gram, None, 0))
+
+        slot = state.count % self.memory
+        turn = (residual - state.residual).to(state.turns.ring.dtype)
+        turns = state.turns.put(slot, turn)
+        moves = state.moves.put(slot, torch.add((point.z - state.z).to(turn.dtype), turn, alpha=self.damping))
+        held, size = turns.vectors, turns.filled
+        both = torch.stack((turn, residual.to(turn.dtype)), dim=1)
+        products = torch.bmm(held, both.transpose(1, 2))
+        gram = state.gram.clone() if torch.is_grad_enabled() else state.gram
+        gram[:, slot, :size] = gram[:, :size, slot] = products[:, :, 0]
+        weights = self._combine(gram[:, :size, :size], products[:, :, 1])
+        to = self._plain(point.z, residual, point.image)
+        to = to - torch.bmm(weights[:, None], moves.vectors)[:, 0].to(to.dtype)
+        after = AndersonState(point.z, residual, point.image, moves, turns, gram, None, state.count + 1)
+        if progress.improving:
+            return Move(to, after)
+        return self._safeguard(to, state, after)
+
+    def _safeguard(self, to: Tensor, before: AndersonState, after: AndersonState) -> Move:
+        """Send the samples whose accelerated step failed back, to take a plain step with nothing remembered."""
+        failed = row_norm(after.residual) > self.growth * row_norm(before.residual)
+        if before.plain is not None:
+            failed = failed & ~before.plain
+        column = failed[:, None]
+        to = torch.where(column, self._plain(before.z, before.residual, before.image), to)
+        kept = (~failed).to(after.gram.dtype)[:, None, None]
+        image = None
+        if after.image is not None and before.image is not None:
+            image = torch.where(column, before.image, after.image)
+        return Move(
+            to,
+            AndersonState(
+                torch.where(column, before.z, after.z),
+                torch.where(column, before.residual, after.residual),
+                image,
+                History(after.moves.ring * kept, after.moves.filled),
+                History(after.turns.ring * kept, after.turns.filled),
+                after.gram * kept,
+                failed,
+                after.count,
+            ),
+        )
+
+    def _plain(self, z: Tensor, residual: Tensor, image: Tensor | None) -> Tensor:
+        if self.damping == 1.0 and image is not None:
+            return image
+        return torch.add(z, residual, alpha=self.damping)
+
+    def _combine(self, gram: Tensor, right: Tensor) -> Tensor:
+        """The weights :math:`\\gamma` that make :math:`\\lVert r - \\Delta R\\,\\gamma\\rVert` least, ``[batch, size]``."""
+        number = torch.finfo(gram.dtype)
+        ridge = 10 * number.eps if self.regularization is None else self.regularization
+        scale = gram.diagonal(dim1=1, dim2=2).clamp_min(number.tiny).rsqrt()
+        scaled = gram * scale[:, :, None] * scale[:, None, :]
+        scaled = scaled + ridge * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+        solved, _ = torch.linalg.solve_ex(scaled, (right * scale)[:, :, None])
+        return solved[:, :, 0] * scale

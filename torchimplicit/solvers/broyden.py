@@ -1,0 +1,88 @@
+"""Broyden's method with a low-rank inverse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.problems import Point
+from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
+from torchimplicit.solvers.history import History
+from torchimplicit.validation import check_count
+
+
+class InverseEstimate(NamedTuple):
+    """:math:`G = I + \\sum_j u_j v_j^T`, per sample: an estimate of :math:`A^{-1}`, so that the step is :math:`G r`.
+
+    :math:`A=\\partial R/\\partial z` and :math:`r=-R`, as in :class:`~torchimplicit.problems.system.System`.
+    """
+
+    u: History
+    v: History
+
+    def times(self, rs: Tensor) -> Tensor:
+        """:math:`G r` for ``[batch, k, dim]``."""
+        return self._apply(self.u, self.v, rs)
+
+    def transposed_times(self, rs: Tensor) -> Tensor:
+        """:math:`G^T r` for ``[batch, k, dim]``."""
+        return self._apply(self.v, self.u, rs)
+
+    @staticmethod
+    def _apply(left: History, right: History, rs: Tensor) -> Tensor:
+        if not left.filled:
+            return rs
+        weights = torch.bmm(rs, right.vectors.transpose(1, 2))
+        return torch.baddbmm(rs, weights, left.vectors)
+
+
+class BroydenState(NamedTuple):
+    """The step taken last, the residual from which it was taken, and the inverse; ``count`` steps so far."""
+
+    move: Tensor
+    residual: Tensor
+    inverse: InverseEstimate
+    count: int
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Broyden(Solver):
+    """Broyden's good method, with the inverse as a sum of rank-one updates (Broyden 1965).
+
+    Starts from the plain step. When the memory is full, the oldest update makes room for the newest.
+
+    Args:
+        memory: how many rank-one updates the inverse holds.
+        rtol, atol, max_steps, keep_trajectory, check_every: see :class:`Solver`.
+    """
+
+    memory: int = 30
+
+    def check(self) -> None:
+        check_count(self, "memory")
+
+    def start(self, point: Point) -> Any:
+        return None
+
+    def step(self, evaluate: Evaluator, point: Point, state: BroydenState | None, progress: Progress) -> Move:
+        z, residual = point.z, point.residual
+        if state is None:
+            inverse = InverseEstimate(History.empty(z, self.memory), History.empty(z, self.memory))
+            return Move(z + residual, BroydenState(residual, residual, inverse, 0))
+        s, inverse, slot = state.move, state.inverse, state.count % self.memory
+        # The secant condition: A s = -(r - r_last), so G+ y = -s with y = r - r_last.
+        pair = torch.stack((residual, residual - state.residual), dim=1).to(inverse.u.ring.dtype)
+        wide = s.to(pair.dtype)
+        g, gy = inverse.times(pair).unbind(dim=1)
+        left = inverse.transposed_times(wide[:, None])[:, 0]
+        # Sherman-Morrison: G+ = G + u (G^T s)^T with u = -(s + G y) / (s.G y); no update where that is 0 / 0.
+        along, ahead, square = torch.bmm(wide[:, None], torch.stack((gy, g, wide), dim=2)).unbind(dim=2)
+        safe = along.abs() > 1e-8 * square
+        u = torch.where(safe, -(wide + gy) / torch.where(safe, along, 1), 0)
+        move = torch.addcmul(g, u, ahead).to(z.dtype)
+        inverse = InverseEstimate(inverse.u.put(slot, u), inverse.v.put(slot, left))
+        return Move(z + move, BroydenState(move, residual, inverse, state.count + 1))

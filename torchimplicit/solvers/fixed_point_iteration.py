@@ -1,0 +1,40 @@
+"""Plain and damped iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+
+from torchimplicit.problems import Point
+from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
+from torchimplicit.validation import check_fraction
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FixedPointIteration(Solver):
+    """Iterate :math:`z \\leftarrow (1-\\lambda) z + \\lambda f(z)` (Picard; Krasnoselskij for :math:`\\lambda<1`).
+
+    Converges where the damped map contracts. On a root the step is :math:`-\\lambda f(z)`; on a minimum it is a
+    gradient step of size :math:`\\lambda`.
+
+    Args:
+        damping: :math:`\\lambda` in (0, 1].
+        rtol, atol, max_steps, keep_trajectory, check_every: see :class:`Solver`.
+    """
+
+    damping: float = 1.0
+    max_steps: int = 200
+
+    def check(self) -> None:
+        check_fraction(self, "damping")
+
+    def start(self, point: Point) -> Any:
+        return None
+
+    def step(self, evaluate: Evaluator, point: Point, state: Any, progress: Progress) -> Move:
+        if self.damping == 1.0 and point.image is not None:
+            return Move(point.image)
+        return Move(torch.add(point.z, point.residual, alpha=self.damping))

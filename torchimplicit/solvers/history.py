@@ -1,0 +1,34 @@
+"""The last few vectors of each sample, which the accelerated methods combine."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class History(NamedTuple):
+    """A ring of vectors ``[batch, memory, dim]``, of which the first ``filled`` slots hold something."""
+
+    ring: Tensor
+    filled: int
+
+    @staticmethod
+    def empty(like: Tensor, memory: int) -> History:
+        """Room for ``memory`` vectors like the rows of ``like``; half precision is kept in float32."""
+        dtype = torch.float32 if like.dtype in (torch.bfloat16, torch.float16) else like.dtype
+        return History(torch.empty(like.shape[0], memory, like.shape[1], dtype=dtype, device=like.device), 0)
+
+    @property
+    def vectors(self) -> Tensor:
+        """What is held, ``[batch, filled, dim]``, in no particular order."""
+        return self.ring[:, : self.filled]
+
+    def put(self, slot: int, vector: Tensor) -> History:
+        """The history with ``vector`` (``[batch, dim]``) in ``slot``; out of place where autograd looks on."""
+        ring = self.ring
+        if torch.is_grad_enabled():
+            ring = ring.clone()
+        ring[:, slot] = vector
+        return History(ring, max(self.filled, slot + 1))

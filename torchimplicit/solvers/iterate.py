@@ -1,0 +1,203 @@
+"""The loop that every solver runs in.
+
+It owns the residual, the tolerance test, the masks, the best iterate, the trajectory, and which samples still take
+part; a solver owns only its step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchimplicit.problems import Point, System
+from torchimplicit.solution import Report, Status
+from torchimplicit.solvers.base import Evaluator, Progress, Solver
+from torchimplicit.state import row_norm
+
+GROWTH_LIMIT = 1e6
+"""A residual this many times the first one (plus its scale) counts as growing without bound."""
+
+SHRINK_AT = 0.75
+"""Finished samples leave the batch once at most this share of it is still active."""
+
+_RUNNING = -1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the loop found: states ``[batch, dim]`` and the figures.
+
+    Attributes:
+        z: the solutions; the best iterate where a sample did not converge.
+        report: per sample.
+        trajectory: the iterates, if they were to be kept.
+        state: the solver's last state (for all samples, unless some left the batch: then ``None``).
+    """
+
+    z: Tensor
+    report: Report
+    trajectory: tuple[Tensor, ...] = ()
+    state: Any = None
+
+
+def iterate(solver: Solver, system: System, z0: Tensor, params: Sequence[Tensor], first: Point | None = None) -> Outcome:
+    """Solve ``system`` from ``z0`` (``[batch, dim]``). Differentiable by autograd where grad mode is on.
+
+    Args:
+        first: the evaluation at ``z0``, where it has been made already.
+    """
+    evaluate = Evaluator(system, params, rows_evaluated=0 if first is None else z0.shape[0])
+    return _Loop(solver, evaluate, evaluate(evaluate.place(z0)) if first is None else first).run()
+
+
+class _Loop:
+    """The loop's variables, for the samples that the current batch holds.
+
+    Attributes:
+        point: where the samples are. One that is done stays at its best iterate.
+        best: the iterate of least residual, of norm ``best_norm``. It *is* ``point`` while every active sample improves.
+        active: how many samples were active when the host last asked.
+        certain: whether ``active`` is the count of this very moment.
+        improving: whether every active sample is known to have improved with the last step.
+        rows: the current batch's places in the first batch; ``None`` while all samples are in it.
+        full: the results of the first batch, once samples have left it.
+    """
+
+    def __init__(self, solver: Solver, evaluate: Evaluator, point: Point):
+        self.solver = solver
+        self.evaluate = evaluate
+        self.point = self.best = point
+        self.batch = self.active = point.z.shape[0]
+        self.certain = self.improving = True
+        self.may_shrink = (
+            evaluate.system.row_params is not None and not solver.keep_trajectory and not torch.is_grad_enabled()
+        )
+        self.rtol, self.atol = solver.tolerances(point.z.dtype)
+        norm = row_norm(point.residual)
+        self.first_scale = norm if point.scale is None else point.scale
+        self.limit = GROWTH_LIMIT * (norm + self.first_scale)
+        self.best_norm = torch.full_like(norm, torch.inf)
+        self.status = torch.full((self.batch,), _RUNNING, dtype=torch.int64, device=norm.device)
+        self.steps = torch.zeros_like(self.status)
+        self.rows: Tensor | None = None
+        self.full: dict[str, Tensor] = {}
+
+    def run(self) -> Outcome:
+        solver = self.solver
+        trajectory = [self.point.z]
+        state = solver.start(self.point)
+        self._judge(0, None, ask=True)
+        for step in range(1, solver.max_steps + 1):
+            if self.active == 0:
+                break
+            if self.may_shrink and self.certain and self.active <= SHRINK_AT * self.point.z.shape[0]:
+                state = self._shrink(state)
+            active = None if self.certain and self.active == self.point.z.shape[0] else self.status == _RUNNING
+            move = solver.step(self.evaluate, self.point, state, Progress(active, self.improving))
+            state = move.state
+            self._advance(move.to, active)
+            if solver.keep_trajectory:
+                trajectory.append(self.point.z)
+            self._judge(step, move.breakdown, ask=step % solver.check_every == 0)
+        return self._finish(tuple(trajectory) if solver.keep_trajectory else (), state)
+
+    def _advance(self, to: Tensor | Point, active: Tensor | None) -> None:
+        """Take the step; samples that are done stay where they are."""
+        if isinstance(to, Point):
+            self.point = to if active is None else to.select(active, self.point)
+        else:
+            z = to if active is None else torch.where(active[:, None], to, self.point.z)
+            self.point = self.evaluate(self.evaluate.place(z))
+
+    def _judge(self, step: int, breakdown: Tensor | None, ask: bool) -> None:
+        """Test every active sample, and note those that stop here. Reads from the device once, if ``ask``."""
+        norm = row_norm(self.point.residual)
+        scale = self.first_scale if self.point.scale is None else self.point.scale
+        done = norm <= torch.add(scale * self.rtol, self.atol)
+        good = norm <= self.limit
+        improved = norm < self.best_norm
+        going = good & ~done
+        if breakdown is not None:
+            going = going & ~breakdown
+        rows = norm.shape[0]
+        running = None
+        if not (self.certain and self.active == rows):
+            running = self.status == _RUNNING
+            going, improved = going & running, improved & running
+        if ask:
+            before, was_certain = self.active, self.certain
+            self.active, improving = torch.stack((going, improved)).sum(dim=1).tolist()
+            self.certain, self.improving = True, improving == before
+            if was_certain and self.active == improving == before:
+                self.best, self.best_norm = self.point, norm
+                return
+        else:
+            self.certain = self.improving = False
+        if running is None:
+            running = self.status == _RUNNING
+        stopped = running & ~going
+        verdict = torch.where(done, int(Status.CONVERGED), int(Status.BREAKDOWN))
+        verdict = torch.where(good, verdict, int(Status.NONFINITE))
+        self.status = torch.where(stopped, verdict, self.status)
+        self.steps = torch.where(stopped, step, self.steps)
+        better = running & good & (improved | done)
+        if step == 0:
+            self.best_norm = norm
+            return
+        self.best = self.point.select(better, self.best)
+        self.best_norm = torch.where(better, norm, self.best_norm)
+        # a sample that stops for good goes to its best iterate: the map never sees a bad state again
+        self.point = self.best.select(stopped, self.point)
+
+    def _shrink(self, state: Any) -> Any:
+        """Let the finished samples leave the batch."""
+        self._store()
+        keep = (self.status == _RUNNING).nonzero().squeeze(1)
+        self.rows = keep if self.rows is None else self.rows[keep]
+        self.evaluate = self.evaluate.take(keep)
+        self.point, self.best = self.point.take(keep), self.best.take(keep)
+        for name in ("first_scale", "limit", "best_norm", "status", "steps"):
+            setattr(self, name, getattr(self, name)[keep])
+        return take_rows(state, keep)
+
+    def _results(self) -> dict[str, Tensor]:
+        scale = self.first_scale if self.best.scale is None else self.best.scale
+        relative = self.best_norm / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+        return {"z": self.best.z, "residual": relative, "status": self.status, "steps": self.steps}
+
+    def _store(self) -> None:
+        """Write the current batch's results to their places in the first batch."""
+        for name, value in self._results().items():
+            if self.rows is None:
+                self.full[name] = value.clone()
+            else:
+                self.full[name].index_copy_(0, self.rows, value)
+
+    def _finish(self, trajectory: tuple[Tensor, ...], state: Any) -> Outcome:
+        if self.active or not self.certain:
+            running = self.status == _RUNNING
+            self.status = torch.where(running, int(Status.MAX_STEPS), self.status)
+            self.steps = torch.where(running, self.solver.max_steps, self.steps)
+        if self.rows is None:
+            found = self._results()
+        else:
+            self._store()
+            found, state = self.full, None
+        evaluations = self.evaluate.rows_evaluated / max(self.batch, 1)
+        return Outcome(
+            found["z"], Report(found["status"], found["steps"], found["residual"], evaluations), trajectory, state
+        )
+
+
+def take_rows(state: Any, rows: Tensor) -> Any:
+    """A solver's state (a ``NamedTuple`` of tensors, numbers and such tuples) for the samples ``rows``."""
+    if isinstance(state, Tensor):
+        return state[rows]
+    if isinstance(state, tuple):
+        parts = [take_rows(part, rows) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    return state

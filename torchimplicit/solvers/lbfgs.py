@@ -1,0 +1,110 @@
+"""Limited-memory BFGS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.errors import UnsupportedDerivativeError
+from torchimplicit.problems import Point, System
+from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
+from torchimplicit.solvers.gradient_descent import only_minimum
+from torchimplicit.solvers.history import History
+from torchimplicit.solvers.line_search import search
+from torchimplicit.state import row_norm
+from torchimplicit.validation import check_count
+
+
+class LBFGSState(NamedTuple):
+    """Past steps ``s``, gradient changes ``y``, their inverse products ``rho`` ``[batch, memory]``, and the scale of
+    the initial inverse Hessian ``gamma`` ``[batch, 1]``. A slot with ``rho == 0`` holds nothing."""
+
+    s: History
+    y: History
+    rho: Tensor
+    gamma: Tensor
+    count: int
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LBFGS(Solver):
+    """L-BFGS (Nocedal 1980; Nocedal and Wright 2006, algorithm 7.4) with a weak Wolfe line search per sample.
+
+    The search stops after ``trials`` evaluations at the latest. A sample for which it finds no decrease tries
+    steepest descent once, then breaks down. On a constraint, directions are built from projected gradients and stay
+    in the plane.
+
+    Args:
+        memory: how many past steps are used.
+        trials: the most evaluations of one line search.
+        rtol, atol, max_steps, keep_trajectory, check_every: see :class:`Solver`.
+    """
+
+    memory: int = 10
+    trials: int = 20
+    max_steps: int = 500
+
+    def check(self) -> None:
+        check_count(self, "memory")
+        check_count(self, "trials")
+
+    def supports(self, system: System) -> str | None:
+        return only_minimum(self, system)
+
+    def start(self, point: Point) -> LBFGSState:
+        like = point.z
+        empty = History.empty(like, self.memory)
+        rho = empty.ring.new_zeros(like.shape[0], self.memory)
+        # the first trial moves by at most one unit, or by the whole gradient where that is shorter
+        gamma = (1 / row_norm(point.residual).clamp_min(1)).to(rho.dtype)[:, None]
+        return LBFGSState(empty, History.empty(like, self.memory), rho, gamma, 0)
+
+    def step(self, evaluate: Evaluator, point: Point, state: LBFGSState, progress: Progress) -> Move:
+        if torch.is_grad_enabled():
+            raise UnsupportedDerivativeError(
+                "Unrolled cannot differentiate through LBFGS, whose line search branches on the data: use Implicit or "
+                "EquilibriumPropagation, or unroll GradientDescent"
+            )
+        direction = self._direction(point.residual, state)
+        found = search(evaluate, point, direction, progress.active, self.trials)
+        stuck = found.failed
+        if not bool(stuck.any()):
+            return Move(found.point, self._remember(state, point, found.point))
+        # the model of the Hessian may be at fault: forget it, and try the gradient itself
+        state = state._replace(rho=state.rho * (~stuck)[:, None])
+        again = search(evaluate, found.point, self._direction(point.residual, state), stuck, self.trials)
+        return Move(again.point, self._remember(state, point, again.point), breakdown=stuck & again.failed)
+
+    def _direction(self, residual: Tensor, state: LBFGSState) -> Tensor:
+        """The two-loop recursion applied to minus the gradient."""
+        q = residual.to(state.rho.dtype)
+        order = [(state.count - 1 - i) % self.memory for i in range(state.s.filled)]
+        weights = []
+        for slot in order:
+            weight = state.rho[:, slot, None] * (state.s.ring[:, slot] * q).sum(dim=1, keepdim=True)
+            q = torch.addcmul(q, weight, state.y.ring[:, slot], value=-1)
+            weights.append(weight)
+        q = q * state.gamma
+        for slot, weight in zip(reversed(order), reversed(weights), strict=True):
+            lift = state.rho[:, slot, None] * (state.y.ring[:, slot] * q).sum(dim=1, keepdim=True)
+            q = torch.addcmul(q, weight - lift, state.s.ring[:, slot])
+        return q.to(residual.dtype)
+
+    def _remember(self, state: LBFGSState, before: Point, after: Point) -> LBFGSState:
+        slot = state.count % self.memory
+        s = (after.z - before.z).to(state.rho.dtype)
+        y = (before.residual - after.residual).to(state.rho.dtype)
+        sy, yy, ss = torch.stack((s * y, y * y, s * s)).sum(dim=2)
+        # a pair without positive curvature would spoil the model: keep it out
+        kept = sy > 1e-10 * (yy * ss).sqrt()
+        kept = kept & torch.isfinite(sy + yy)
+        rho = state.rho.clone()
+        rho[:, slot] = torch.where(kept, 1 / torch.where(kept, sy, 1), 0)
+        gamma = torch.where(kept, sy / torch.where(kept, yy, 1), state.gamma[:, 0])[:, None]
+        clean = kept[:, None]
+        history = state.s.put(slot, torch.where(clean, s, 0)), state.y.put(slot, torch.where(clean, y, 0))
+        return LBFGSState(*history, rho, gamma, state.count + 1)
