@@ -205,7 +205,7 @@ def main() -> None:
         targets=targets(rows),
         panels=panels(rows),
         notes=[
-            "Times are medians of CPU time. 'forward ×' is inference under no_grad; 'forward with graph ×' is training's call.",
+            "Times are medians of CPU time. 'forward ×' is inference, no_grad; 'forward with graph ×' is training's.",
             "An overhead below 1 means that the solver's calls were cheaper than the unit call measured beside them "
             "(fewer rows, warmer caches).",
             "kernels: dispatched operations that are no views, f's own two included; operations: views too.",

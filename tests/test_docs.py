@@ -76,3 +76,16 @@ def test_the_readme_starts_with_its_two_commands():
     for _, text in (demo, tests):
         assert text.startswith("python3.11 -m venv")
         assert "-c constraints.txt" in text
+
+
+def test_every_public_name_has_its_place_in_the_api_pages():
+    import torchimplicit
+
+    documented = {
+        line.rsplit(".", 1)[-1]
+        for page in (ROOT / "docs" / "api").glob("*.md")
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if line.startswith("::: ")
+    }
+    names = {*torchimplicit.__all__, *torchimplicit.nn.__all__, *torchimplicit.regularizers.__all__}
+    assert names - documented == {"nn", "regularizers"}

@@ -57,7 +57,7 @@ class Anderson(Solver):
         rtol, atol, max_steps, keep_trajectory, check_every: see :class:`Solver`.
     """
 
-    memory: int = 5
+    memory: int = 6
     damping: float = 1.0
     regularization: float | None = None
     growth: float = 2.0

@@ -40,12 +40,11 @@ class InverseEstimate(NamedTuple):
 
 
 class BroydenState(NamedTuple):
-    """The step taken last, the residual from which it was taken, and the inverse; ``count`` steps so far."""
+    """The step taken last, the residual from which it was taken, and the inverse."""
 
     move: Tensor
     residual: Tensor
     inverse: InverseEstimate
-    count: int
 
 
 @final
@@ -53,14 +52,15 @@ class BroydenState(NamedTuple):
 class Broyden(Solver):
     """Broyden's good method, with the inverse as a sum of rank-one updates (Broyden 1965).
 
-    Starts from the plain step. When the memory is full, the oldest update makes room for the newest.
+    Starts from the plain step, and starts anew when the memory is full: dropping only the oldest updates was tried,
+    and diverged on linear contractions.
 
     Args:
         memory: how many rank-one updates the inverse holds.
         rtol, atol, max_steps, keep_trajectory, check_every: see :class:`Solver`.
     """
 
-    memory: int = 30
+    memory: int = 50
 
     def check(self) -> None:
         check_count(self, "memory")
@@ -72,8 +72,11 @@ class Broyden(Solver):
         z, residual = point.z, point.residual
         if state is None:
             inverse = InverseEstimate(History.empty(z, self.memory), History.empty(z, self.memory))
-            return Move(z + residual, BroydenState(residual, residual, inverse, 0))
-        s, inverse, slot = state.move, state.inverse, state.count % self.memory
+            return Move(z + residual, BroydenState(residual, residual, inverse))
+        s, inverse, slot = state.move, state.inverse, state.inverse.u.filled
+        if slot == self.memory:
+            inverse = InverseEstimate(History(inverse.u.ring, 0), History(inverse.v.ring, 0))
+            return Move(z + residual, BroydenState(residual, residual, inverse))
         # The secant condition: A s = -(r - r_last), so G+ y = -s with y = r - r_last.
         pair = torch.stack((residual, residual - state.residual), dim=1).to(inverse.u.ring.dtype)
         wide = s.to(pair.dtype)
@@ -85,4 +88,4 @@ class Broyden(Solver):
         u = torch.where(safe, -(wide + gy) / torch.where(safe, along, 1), 0)
         move = torch.addcmul(g, u, ahead).to(z.dtype)
         inverse = InverseEstimate(inverse.u.put(slot, u), inverse.v.put(slot, left))
-        return Move(z + move, BroydenState(move, residual, inverse, state.count + 1))
+        return Move(z + move, BroydenState(move, residual, inverse))

@@ -76,7 +76,7 @@ class _Loop:
         self.may_shrink = (
             evaluate.system.row_params is not None and not solver.keep_trajectory and not torch.is_grad_enabled()
         )
-        self.rtol, self.atol = solver.tolerances(point.z.dtype)
+        self.rtol, self.atol = solver.tolerances(point)
         norm = row_norm(point.residual)
         self.first_scale = norm if point.scale is None else point.scale
         self.limit = GROWTH_LIMIT * (norm + self.first_scale)
