@@ -9,7 +9,7 @@ conversion.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from operator import is_not
 from typing import Any
 
 import torch
@@ -114,33 +114,26 @@ class _Replayer(_Watcher):
         )
 
 
-@dataclass(frozen=True)
 class Closure:
     """``function(z, *args)`` as a function of ``(z, *tensors)``, where the tensors are those of the arguments, then
     ``extra`` ones that the function does not see, then the captured ones.
 
     Attributes:
-        function: takes the state as the user knows it; gives the output in flat form.
+        function: takes the flat state and the arguments; gives the output in flat form.
         args: the arguments, from which the tensors were taken.
+        tensors: the tensors among the arguments.
+        captured: the tensors that ``function`` captures; empty until they have been recorded.
     """
 
-    function: Callable[..., Tensor]
-    args: tuple[Any, ...]
-    captured: tuple[Tensor, ...] = ()
-    extra: int = 0
-    _leaves: list[Any] = field(default_factory=list)
-    _spec: Any = None
-
-    @staticmethod
-    def of(function: Callable[..., Tensor], args: tuple[Any, ...], extra: int) -> Closure:
-        """The closure with nothing captured yet."""
-        leaves, spec = pytree.tree_flatten(args)
-        return Closure(function, args, (), extra, leaves, spec)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors among the arguments."""
-        return tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
+    def __init__(
+        self, function: Callable[..., Tensor], args: tuple[Any, ...], extra: int, captured: tuple[Tensor, ...] = ()
+    ):
+        self.function = function
+        self.args = args
+        self.extra = extra
+        self.captured = captured
+        self._leaves, self._spec = pytree.tree_flatten(args)
+        self.tensors = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
 
     def record(self, z: Tensor) -> tuple[Closure, Tensor]:
         """The closure with what ``function`` captures at ``z``, and its value there."""
@@ -148,25 +141,23 @@ class Closure:
         if module is not None:
             known = {id(t) for t in self.tensors}
             found = tuple(p for p in module.parameters() if carries_derivative(p) and id(p) not in known)
-            return self._with(found), self.function(z, *self.args)
+            return Closure(self.function, self.args, self.extra, found), self.function(z, *self.args)
         with _Recorder((z, *self.tensors)) as recorder:
             value = self.function(z, *self.args)
-        return self._with(tuple(recorder.captured.values())), value
+        return Closure(self.function, self.args, self.extra, tuple(recorder.captured.values())), value
 
     def __call__(self, z: Tensor, *tensors: Tensor) -> Tensor:
         own = len(self.tensors)
-        given = iter(tensors[:own])
-        args = pytree.tree_unflatten(
-            [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves], self._spec
-        )
+        args = self.args
+        if any(map(is_not, tensors, self.tensors)):
+            given = iter(tensors)
+            leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+            args = pytree.tree_unflatten(leaves, self._spec)
         substitutes = tensors[own + self.extra :]
-        if all(s is c for s, c in zip(substitutes, self.captured, strict=True)):
+        if not any(map(is_not, substitutes, self.captured)):
             return self.function(z, *args)
         with _Replayer((z, *tensors[:own]), self.captured, substitutes):
             return self.function(z, *args)
-
-    def _with(self, captured: tuple[Tensor, ...]) -> Closure:
-        return Closure(self.function, self.args, captured, self.extra, self._leaves, self._spec)
 
 
 def compiled_module(function: Any) -> nn.Module | None:

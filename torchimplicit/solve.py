@@ -57,7 +57,7 @@ def solve(
     flat0 = layout.flatten(z0, "z0")
     rows = flat0.shape[0]
     constraint = problem.constraint_tensors(layout, rows)
-    closure = Closure.of(_FlatCall(problem, layout), args, extra=len(constraint))
+    closure = Closure(_FlatCall(problem, layout), args, extra=len(constraint))
 
     value: Tensor | None = None
     if torch.is_grad_enabled() or any(is_transformed(t) for t in (flat0, *closure.tensors, *constraint)):
@@ -110,7 +110,7 @@ def flat_system(problem: Problem, z: Any, args: tuple[Any, ...]) -> tuple[System
     layout = Layout.of(z, problem.batched)
     flat = layout.flatten(z, "z").detach()
     constraint = problem.constraint_tensors(layout, flat.shape[0])
-    closure = Closure.of(_FlatCall(problem, layout), args, extra=len(constraint))
+    closure = Closure(_FlatCall(problem, layout), args, extra=len(constraint))
     own = len(closure.tensors)
     system = problem.system(closure, None, slice(own, own + len(constraint)), layout)
     return system, flat, (*closure.tensors, *constraint)

@@ -24,6 +24,8 @@ class Layout:
     batched: bool
     dtype: torch.dtype
     device: torch.device
+    is_flat: bool
+    """Whether the state is a single tensor ``[batch, dim]`` already."""
 
     @staticmethod
     def of(z0: Any, batched: bool) -> Layout:
@@ -47,7 +49,8 @@ class Layout:
                 "state is one system, pass batched=False to the problem"
             )
         shapes = tuple(leaf.shape[1:] if batched else leaf.shape for leaf in leaves)
-        return Layout(spec, shapes, batched, first.dtype, first.device)
+        is_flat = batched and spec.is_leaf() and first.ndim == 2
+        return Layout(spec, shapes, batched, first.dtype, first.device, is_flat)
 
     @property
     def dim(self) -> int:
@@ -61,6 +64,9 @@ class Layout:
             what: names the tree in the error that is raised where it does not fit.
             cast: whether leaves of another floating dtype are converted (under autocast), not refused.
         """
+        if isinstance(tree, Tensor) and self.is_flat and tree.ndim == 2 and tree.shape[1:] == self.shapes[0]:
+            if tree.dtype == self.dtype and tree.device == self.device:
+                return tree
         if isinstance(tree, Tensor) and len(self.shapes) == 1 and self.spec.is_leaf():
             leaves: list[Any] = [tree]
         else:
@@ -102,6 +108,8 @@ class Layout:
 
     def unflatten(self, flat: Tensor) -> Any:
         """The pytree whose flat form is ``flat`` (``[batch, dim]``)."""
+        if self.is_flat:
+            return flat
         rows = flat.shape[0]
         if len(self.shapes) == 1:
             parts = [flat]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchimplicit.problems import Point
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
-from torchimplicit.solvers.history import History
+from torchimplicit.solvers.history import History, widened
 from torchimplicit.state import row_norm
 from torchimplicit.validation import check_count, check_fraction, check_nonnegative
 
@@ -51,7 +51,7 @@ class Anderson(Solver):
     Args:
         memory: how many past differences are combined.
         damping: :math:`\\beta` in (0, 1], the share of the residual that is added to the combination.
-        regularization: relative to the unit diagonal of the scaled Gram matrix; ``None``: 10 times the ``eps`` of the
+        regularization: added to the unit diagonal of the scaled Gram matrix; ``None``: 10 times the ``eps`` of the
             dtype in which the small system is solved (float32 for half precision).
         growth: the safeguard's factor, at least 1.
         rtol, atol, max_steps, keep_trajectory, check_every: see :class:`Solver`.
@@ -82,21 +82,31 @@ class Anderson(Solver):
             return Move(to, AndersonState(point.z, residual, point.image, moves, turns, gram, None, 0))
 
         slot = state.count % self.memory
-        turn = (residual - state.residual).to(state.turns.ring.dtype)
-        turns = state.turns.put(slot, turn)
-        moves = state.moves.put(slot, torch.add((point.z - state.z).to(turn.dtype), turn, alpha=self.damping))
-        held, size = turns.vectors, turns.filled
-        both = torch.stack((turn, residual.to(turn.dtype)), dim=1)
-        products = torch.bmm(held, both.transpose(1, 2))
+        turn = widened(residual - state.residual)
+        move = torch.add(widened(point.z - state.z), turn, alpha=self.damping)
+        # differences of unit length: their Gram matrix has a unit diagonal, whatever the size of the residuals
+        length = torch.linalg.vector_norm(turn, dim=1, keepdim=True).clamp_min(torch.finfo(turn.dtype).tiny)
+        turn = turn / length
+        turns, moves = state.turns.put(slot, turn), state.moves.put(slot, move / length)
+        size = turns.filled
+        products = torch.bmm(turns.vectors, torch.stack((turn, widened(residual)), dim=1).mT)
         gram = state.gram.clone() if torch.is_grad_enabled() else state.gram
-        gram[:, slot, :size] = gram[:, :size, slot] = products[:, :, 0]
-        weights = self._combine(gram[:, :size, :size], products[:, :, 1])
+        gram[:, slot, :size] = gram[:, :size, slot] = products[:, :, 0] + self._ridge(turn, slot, size)
+        weights, _ = torch.linalg.solve_ex(gram[:, :size, :size], products[:, :, 1:])
+        correction = torch.bmm(weights.mT, moves.vectors)[:, 0]
         to = self._plain(point.z, residual, point.image)
-        to = to - torch.bmm(weights[:, None], moves.vectors)[:, 0].to(to.dtype)
+        to = to - (correction if correction.dtype == to.dtype else correction.to(to.dtype))
         after = AndersonState(point.z, residual, point.image, moves, turns, gram, None, state.count + 1)
         if progress.improving:
             return Move(to, after)
         return self._safeguard(to, state, after)
+
+    def _ridge(self, like: Tensor, slot: int, size: int) -> Tensor:
+        """The regularization in its place in a new column of the Gram matrix, ``[size]``."""
+        least = 10 * torch.finfo(like.dtype).eps
+        ridge = [0.0] * size
+        ridge[slot] = least if self.regularization is None else self.regularization
+        return torch.tensor(ridge, dtype=like.dtype, device=like.device)
 
     def _safeguard(self, to: Tensor, before: AndersonState, after: AndersonState) -> Move:
         """Send the samples whose accelerated step failed back, to take a plain step with nothing remembered."""
@@ -105,7 +115,7 @@ class Anderson(Solver):
             failed = failed & ~before.plain
         column = failed[:, None]
         to = torch.where(column, self._plain(before.z, before.residual, before.image), to)
-        kept = (~failed).to(after.gram.dtype)[:, None, None]
+        forget = failed[:, None, None]
         image = None
         if after.image is not None and before.image is not None:
             image = torch.where(column, before.image, after.image)
@@ -115,9 +125,9 @@ class Anderson(Solver):
                 torch.where(column, before.z, after.z),
                 torch.where(column, before.residual, after.residual),
                 image,
-                History(after.moves.ring * kept, after.moves.filled),
-                History(after.turns.ring * kept, after.turns.filled),
-                after.gram * kept,
+                History(torch.where(forget, 0, after.moves.ring), after.moves.filled),
+                History(torch.where(forget, 0, after.turns.ring), after.turns.filled),
+                torch.where(forget, torch.eye(self.memory, dtype=after.gram.dtype, device=after.gram.device), after.gram),
                 failed,
                 after.count,
             ),
@@ -127,13 +137,3 @@ class Anderson(Solver):
         if self.damping == 1.0 and image is not None:
             return image
         return torch.add(z, residual, alpha=self.damping)
-
-    def _combine(self, gram: Tensor, right: Tensor) -> Tensor:
-        """The weights :math:`\\gamma` that make :math:`\\lVert r - \\Delta R\\,\\gamma\\rVert` least, ``[batch, size]``."""
-        number = torch.finfo(gram.dtype)
-        ridge = 10 * number.eps if self.regularization is None else self.regularization
-        scale = gram.diagonal(dim1=1, dim2=2).clamp_min(number.tiny).rsqrt()
-        scaled = gram * scale[:, :, None] * scale[:, None, :]
-        scaled = scaled + ridge * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-        solved, _ = torch.linalg.solve_ex(scaled, (right * scale)[:, :, None])
-        return solved[:, :, 0] * scale

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchimplicit.problems import Point
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
-from torchimplicit.solvers.history import History
+from torchimplicit.solvers.history import History, widened
 from torchimplicit.validation import check_count
 
 
@@ -78,12 +78,12 @@ class Broyden(Solver):
             inverse = InverseEstimate(History(inverse.u.ring, 0), History(inverse.v.ring, 0))
             return Move(z + residual, BroydenState(residual, residual, inverse))
         # The secant condition: A s = -(r - r_last), so G+ y = -s with y = r - r_last.
-        pair = torch.stack((residual, residual - state.residual), dim=1).to(inverse.u.ring.dtype)
-        wide = s.to(pair.dtype)
+        pair = widened(torch.stack((residual, residual - state.residual), dim=1))
+        wide = widened(s)
         g, gy = inverse.times(pair).unbind(dim=1)
         left = inverse.transposed_times(wide[:, None])[:, 0]
         # Sherman-Morrison: G+ = G + u (G^T s)^T with u = -(s + G y) / (s.G y); no update where that is 0 / 0.
-        along, ahead, square = torch.bmm(wide[:, None], torch.stack((gy, g, wide), dim=2)).unbind(dim=2)
+        along, ahead, square = torch.bmm(torch.stack((gy, g, wide), dim=1), wide[:, :, None]).unbind(dim=1)
         safe = along.abs() > 1e-8 * square
         u = torch.where(safe, -(wide + gy) / torch.where(safe, along, 1), 0)
         move = torch.addcmul(g, u, ahead).to(z.dtype)

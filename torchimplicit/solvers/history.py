@@ -17,8 +17,8 @@ class History(NamedTuple):
     @staticmethod
     def empty(like: Tensor, memory: int) -> History:
         """Room for ``memory`` vectors like the rows of ``like``; half precision is kept in float32."""
-        dtype = torch.float32 if like.dtype in (torch.bfloat16, torch.float16) else like.dtype
-        return History(torch.empty(like.shape[0], memory, like.shape[1], dtype=dtype, device=like.device), 0)
+        ring = widened(like).new_empty(like.shape[0], memory, like.shape[1])
+        return History(ring, 0)
 
     @property
     def vectors(self) -> Tensor:
@@ -32,3 +32,8 @@ class History(NamedTuple):
             ring = ring.clone()
         ring[:, slot] = vector
         return History(ring, max(self.filled, slot + 1))
+
+
+def widened(v: Tensor) -> Tensor:
+    """``v``, in float32 if it is in half precision: too coarse for inner products of differences."""
+    return v.float() if v.dtype in (torch.bfloat16, torch.float16) else v

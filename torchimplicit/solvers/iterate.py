@@ -62,6 +62,7 @@ class _Loop:
         best: the iterate of least residual, of norm ``best_norm``. It *is* ``point`` while every active sample improves.
         active: how many samples were active when the host last asked.
         certain: whether ``active`` is the count of this very moment.
+        running: bool ``[batch]``, the active samples; ``None`` for all.
         improving: whether every active sample is known to have improved with the last step.
         rows: the current batch's places in the first batch; ``None`` while all samples are in it.
         full: the results of the first batch, once samples have left it.
@@ -83,6 +84,7 @@ class _Loop:
         self.best_norm = torch.full_like(norm, torch.inf)
         self.status = torch.full((self.batch,), _RUNNING, dtype=torch.int64, device=norm.device)
         self.steps = torch.zeros_like(self.status)
+        self.running: Tensor | None = None
         self.rows: Tensor | None = None
         self.full: dict[str, Tensor] = {}
 
@@ -96,58 +98,62 @@ class _Loop:
                 break
             if self.may_shrink and self.certain and self.active <= SHRINK_AT * self.point.z.shape[0]:
                 state = self._shrink(state)
-            active = None if self.certain and self.active == self.point.z.shape[0] else self.status == _RUNNING
-            move = solver.step(self.evaluate, self.point, state, Progress(active, self.improving))
+            move = solver.step(self.evaluate, self.point, state, Progress(self.running, self.improving))
             state = move.state
-            self._advance(move.to, active)
+            self._advance(move.to)
             if solver.keep_trajectory:
                 trajectory.append(self.point.z)
             self._judge(step, move.breakdown, ask=step % solver.check_every == 0)
         return self._finish(tuple(trajectory) if solver.keep_trajectory else (), state)
 
-    def _advance(self, to: Tensor | Point, active: Tensor | None) -> None:
+    def _advance(self, to: Tensor | Point) -> None:
         """Take the step; samples that are done stay where they are."""
         if isinstance(to, Point):
-            self.point = to if active is None else to.select(active, self.point)
+            self.point = to if self.running is None else to.select(self.running, self.point)
         else:
-            z = to if active is None else torch.where(active[:, None], to, self.point.z)
+            z = to if self.running is None else torch.where(self.running[:, None], to, self.point.z)
             self.point = self.evaluate(self.evaluate.place(z))
 
     def _judge(self, step: int, breakdown: Tensor | None, ask: bool) -> None:
         """Test every active sample, and note those that stop here. Reads from the device once, if ``ask``."""
         norm = row_norm(self.point.residual)
         scale = self.first_scale if self.point.scale is None else self.point.scale
-        done = norm <= torch.add(scale * self.rtol, self.atol)
+        tolerance = scale * self.rtol
+        if self.atol:
+            tolerance = tolerance + self.atol
         good = norm <= self.limit
+        going = (norm > tolerance) & good
         improved = norm < self.best_norm
-        going = good & ~done
         if breakdown is not None:
             going = going & ~breakdown
-        rows = norm.shape[0]
-        running = None
-        if not (self.certain and self.active == rows):
-            running = self.status == _RUNNING
-            going, improved = going & running, improved & running
+        before, was_running, was_certain = self.active, self.running, self.certain
+        if was_running is not None:
+            going, improved = going & was_running, improved & was_running
+        self.certain = ask
         if ask:
-            before, was_certain = self.active, self.certain
             self.active, improving = torch.stack((going, improved)).sum(dim=1).tolist()
-            self.certain, self.improving = True, improving == before
-            if was_certain and self.active == improving == before:
-                self.best, self.best_norm = self.point, norm
-                return
+            self.improving = was_certain and improving == before
         else:
-            self.certain = self.improving = False
-        if running is None:
-            running = self.status == _RUNNING
-        stopped = running & ~going
-        verdict = torch.where(done, int(Status.CONVERGED), int(Status.BREAKDOWN))
-        verdict = torch.where(good, verdict, int(Status.NONFINITE))
-        self.status = torch.where(stopped, verdict, self.status)
-        self.steps = torch.where(stopped, step, self.steps)
-        better = running & good & (improved | done)
+            self.improving = False
+        self.running = None if ask and self.active == norm.shape[0] else going
+        if self.improving:
+            # whoever stops here stops at its best iterate, and whoever stopped before has not moved
+            self.best, self.best_norm = self.point, norm
+            if self.active == before:
+                return
+        stopped = ~going if was_running is None else was_running & ~going
+        self.steps = self.steps.masked_fill(stopped, step)
+        self.status = self.status.masked_fill(stopped, int(Status.CONVERGED))
+        if self.improving and breakdown is None:
+            return
+        done = norm <= tolerance
+        self.status = self.status.masked_fill(stopped & ~done, int(Status.BREAKDOWN))
+        self.status = self.status.masked_fill(stopped & ~good, int(Status.NONFINITE))
         if step == 0:
             self.best_norm = norm
+        if self.improving or step == 0:
             return
+        better = improved | (stopped & done)
         self.best = self.point.select(better, self.best)
         self.best_norm = torch.where(better, norm, self.best_norm)
         # a sample that stops for good goes to its best iterate: the map never sees a bad state again
@@ -156,12 +162,14 @@ class _Loop:
     def _shrink(self, state: Any) -> Any:
         """Let the finished samples leave the batch."""
         self._store()
-        keep = (self.status == _RUNNING).nonzero().squeeze(1)
+        assert self.running is not None
+        keep = self.running.nonzero().squeeze(1)
         self.rows = keep if self.rows is None else self.rows[keep]
         self.evaluate = self.evaluate.take(keep)
         self.point, self.best = self.point.take(keep), self.best.take(keep)
         for name in ("first_scale", "limit", "best_norm", "status", "steps"):
             setattr(self, name, getattr(self, name)[keep])
+        self.running = None
         return take_rows(state, keep)
 
     def _results(self) -> dict[str, Tensor]:

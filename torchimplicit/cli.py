@@ -1,0 +1,52 @@
+"""The command line: ``torchimplicit demo | list | train | resume | evaluate``.
+
+This file finds the recipes by name and turns what goes wrong into one line and an exit code: 0 done, 1 failed, 2 bad
+input, 130 interrupted. The commands are in :mod:`torchimplicit.recipes.commands`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module, metadata
+from importlib.util import find_spec
+
+EXTRA = {
+    "lightning": "lightning",
+    "tyro": "tyro",
+    "rich": "rich",
+    "matplotlib": "matplotlib",
+    "sklearn": "scikit-learn",
+}
+"""What the ``recipes`` extra brings: module and distribution."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; ``argv`` without the program's name."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(metadata.version("torchimplicit"))
+        return 0
+    missing = [name for module, name in EXTRA.items() if find_spec(module) is None]
+    if missing:
+        return _fail(
+            f"the command line needs {', '.join(missing)} (not installed); run: pip install 'torchimplicit[recipes]'"
+        )
+    user_error = import_module("torchimplicit.recipes.errors").UserError
+    solve_error = import_module("torchimplicit.errors").SolveError
+    try:
+        code: int = import_module("torchimplicit.recipes.commands").main(arguments)
+    except user_error as error:
+        return _fail(str(error), code=2)
+    except solve_error as error:
+        return _fail(f"training diverged: {error}; a smaller --learning-rate may help")
+    except OSError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted", code=130)
+    return code
+
+
+def _fail(line: str, code: int = 1) -> int:
+    print(f"torchimplicit: {line}", file=sys.stderr)
+    return code
