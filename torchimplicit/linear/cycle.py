@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchimplicit.linear.rowwise import clear, select
+from torchimplicit.linear.rowwise import clear, column, select
 from torchimplicit.linear.system import System
 from torchimplicit.solution import Status
+
+assert (Status.CONVERGED, Status.MAX_STEPS) == (0, 1), "statuses are made from comparisons with the tolerance"
 
 CROWD = 0.75
 """The part of the rows that may still be at work when the others are dropped."""
@@ -19,32 +21,36 @@ CROWD = 0.75
 class Method(ABC):
     """What one solver does within the loop.
 
-    A state is a ``NamedTuple`` whose tensors (also those in tuples) have the rows as dimension 0. It has at least the
-    field ``norm`` (``[rows]``), the norm of the residual after the step. Optional fields, bool ``[rows]``: ``broken``
+    A state is a ``NamedTuple`` whose tensors (also those in tuples) have the rows as dimension 0, and are not written
+    to once they belong to a state. Its fields ``x`` (``[rows, dim]``) and ``norm`` (``[rows]``) are the iterate, or
+    where the cycle started from, and the norm of the residual. Two fields are optional, bool ``[rows]``: ``broken``
     says where the method cannot go on; ``slow`` is counted at each check, and the count handed to the next step.
-    Steps must keep a row that is zero in all tensors at zero: that is how rows which have stopped are laid to rest.
+
+    A row that has stopped is cleared: only its fields in ``kept`` stay, and steps must leave such a row as it is.
 
     Attributes:
+        kept: the fields of the state that hold the iterate; all the others are cleared when a row stops.
         monotone: whether ``norm`` never grows, so that the last iterate is the best one.
         definite: whether the preconditioner has to be symmetric positive definite.
         cycle: steps after which the method has to start again from its iterate; ``None`` for no such limit.
     """
 
+    kept: ClassVar[tuple[str, ...]] = ("x",)
     monotone: bool = True
     definite: bool = False
     cycle: int | None = None
 
     @abstractmethod
     def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> Any:
-        """The state at ``x`` (``[rows, dim]``) of residual ``r``; it may keep ``x``, ``r``, ``norm``, not ``b``."""
+        """The state at ``x`` (``[rows, dim]``), whose residual is ``r``."""
 
     @abstractmethod
     def step(self, system: System, state: Any, slow: int | None) -> Any:
         """The next state. ``slow`` is the number of slow rows in ``state``, ``None`` where it was not read."""
 
-    @abstractmethod
-    def iterate(self, state: Any, rows: Tensor | None) -> tuple[Tensor, Tensor | float]:
-        """The iterates of some rows (``None``: all), and how far their residuals may be from ``norm``."""
+    def iterate(self, state: Any) -> tuple[Tensor, Tensor | float]:
+        """The iterates, and how far their residuals may be from ``norm`` (``[rows]``, or one figure for all)."""
+        return state.x, 0.0
 
 
 class Outcome(NamedTuple):
@@ -56,43 +62,61 @@ class Outcome(NamedTuple):
     steps: Tensor
     status: Tensor
 
-    def updated(self, part: Outcome, rows: Tensor) -> Outcome:
-        """This, with ``part`` in the given rows."""
+    def updated(self, part: Outcome, rows: Tensor | None) -> Outcome:
+        """This, with ``part`` in the given rows (``None``: in all)."""
+        if rows is None:
+            return part
         return Outcome(*(old.index_copy(0, rows, new) for old, new in zip(self, part, strict=True)))
 
     def followed_by(self, later: Outcome, live: Tensor) -> Outcome:
         """This, with what a later cycle made of the live rows."""
         later = later._replace(steps=self.steps + later.steps)
-        masks = (live[:, None], live, live, live, live)
-        return Outcome(*(new.where(mask, old) for mask, new, old in zip(masks, later, self, strict=True)))
+        return Outcome(*(new.where(column(live, new), old) for new, old in zip(later, self, strict=True)))
+
+
+class _Notes(NamedTuple):
+    """What is kept of each row of the state.
+
+    ``pending`` is its tolerance, and infinite once it has stopped; ``norm`` and ``steps`` are then those at its end.
+    """
+
+    tolerance: Tensor
+    pending: Tensor
+    norm: Tensor
+    steps: Tensor
+    broken: Tensor | None = None
+    failed: Tensor | None = None
 
 
 class Cycle:
     """The state of a cycle: which rows are still at work, and what became of the others.
 
-    ``pending`` is the tolerance of the rows at work and infinite for the rest. ``rows`` says where the rows of the
-    state stand in the outcome: ``None`` for all of them, in order.
+    Attributes:
+        finished: whether every row has converged, as far as its recurrence knows, or gone non-finite.
     """
 
     def __init__(
         self, method: Method, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor, tolerance: Tensor
     ) -> None:
         self.method, self.system = method, system
-        self.state = self.previous = method.start(system, b, x.clone(), r.clone(), norm.clone())
+        self.state = self.previous = method.start(system, b, x, r, norm)
         self.best = None if method.monotone else (norm, x)
-        self.pending, self.rows = tolerance.clone(), None
+        count = torch.zeros_like(norm, dtype=torch.int64)
+        self.notes = _Notes(tolerance, tolerance, norm, count)
         self.infinity = torch.full((), torch.inf, dtype=norm.dtype, device=norm.device)
         self.current = self.alive = len(norm)
-        self.wasted, self.setup = 0, 1.0
-        self.steps = 0
-        zeros = torch.zeros(len(norm), dtype=torch.int64, device=norm.device)
-        self.outcome = Outcome(x, norm, torch.zeros_like(norm), zeros, zeros)
+        self.rows: Tensor | None = None
+        self.outcome = Outcome(x, norm, norm, count, count)
+        self.steps, self.wasted, self.setup = 0, 0, 1.0
+        self.finished = True
 
     def run(self, limit: int, check_every: int) -> Outcome:
         """Steps until every row has stopped, ``limit`` at most, looking at the residuals every so many."""
         while True:
             slow = self._check(self.steps == limit)
             if not self.alive or self.steps == limit:
+                self.finished &= not self.alive
+                self._flush()
                 return self.outcome
             self.previous = self.state
             for _ in range(min(check_every, limit - self.steps)):
@@ -103,49 +127,54 @@ class Cycle:
 
     def _check(self, last: bool) -> int | None:
         """The one look at the device. Deals with the rows that have stopped; returns the count of the slow ones."""
-        state = self.state
-        broken, slow_rows = getattr(state, "broken", None), getattr(state, "slow", None)
-        active = state.norm > self.pending
-        if broken is not None:
-            active = active > broken
-        masks = (active, state.norm < self.infinity)
-        masks = masks if slow_rows is None else (*masks, slow_rows)
-        going, finite, *slow = torch.stack(masks).sum(1).tolist()
-        if finite < self.current:
-            active = active & masks[1]
+        broken, slow_rows = getattr(self.state, "broken", None), getattr(self.state, "slow", None)
+        above, finite = self.state.norm > self.notes.pending, self.state.norm < self.infinity
+        active = above if broken is None else above > broken
+        masks = (active, finite) if slow_rows is None else (active, finite, slow_rows)
+        going, sound, *slow = torch.stack(masks).sum(1).tolist()
+        failed = None
+        if sound < self.current:
+            failed, active = ~finite, active & finite
             going = int(active.sum())
-        stopped = None
         if last or going < self.alive:
-            stopped = self.pending < self.infinity
-            stopped = (stopped if last else stopped > active).nonzero().squeeze(1)
-            self._record(stopped, finite < self.current)
+            stopped = self.notes.pending < self.infinity
+            if not last:
+                stopped = stopped > active
+            self._stop(stopped, above, failed, last or not going)
             self.alive = going
-        if going and not last and not self._drop(active) and stopped is not None:
-            self.pending.index_fill_(0, stopped, torch.inf)
-            clear(state, stopped)
+        if going and not last:
+            self._drop(active)
         return slow[0] if slow else None
 
-    def _record(self, stopped: Tensor, failed: bool) -> None:
-        """Copy out the rows that have stopped; ``failed``: some of them are no longer finite."""
-        every = len(stopped) == self.current
-        norm = self.state.norm[stopped]
-        finite = norm < self.infinity
-        status = torch.full_like(stopped, Status.MAX_STEPS)
+    def _stop(self, stopped: Tensor, above: Tensor, failed: Tensor | None, last: bool) -> None:
+        """Note the rows that stop here, and lay them to rest; ``failed``: those that are no longer finite."""
+        norm, notes = self.state.norm, self.notes
+        if failed is not None:
+            self._restore(failed)
+            norm = norm.where(~failed, self.previous.norm)
+            notes = notes._replace(failed=_either(notes.failed, failed))
         if (broken := getattr(self.state, "broken", None)) is not None:
-            status.masked_fill_(broken[stopped], Status.BREAKDOWN)
-        status.masked_fill_(norm <= self.pending[stopped], Status.CONVERGED).masked_fill_(~finite, Status.NONFINITE)
-        x, gap = self.method.iterate(self.state, None if every else stopped)
+            notes = notes._replace(broken=_either(notes.broken, broken & above & stopped))
+            self.finished = False
         if self.best is not None:
-            norm, x = (t[stopped] for t in self.best)
-        elif failed:
-            old, _ = self.method.iterate(self.previous, None if every else stopped)
-            x, norm = x.where(finite[:, None], old), norm.where(finite, self.previous.norm[stopped])
-        gap = torch.zeros_like(norm) + (gap if self.steps else 0.0)
-        part = Outcome(x, norm, gap, torch.full_like(stopped, self.steps), status)
-        rows = stopped if self.rows is None else self.rows[stopped]
-        self.outcome = part if len(rows) == len(self.outcome.norm) else self.outcome.updated(part, rows)
+            norm, x = self.best
+            self.best = (norm.masked_fill(stopped, 0.0), x)
+        self.notes = notes._replace(
+            pending=notes.pending.masked_fill(stopped, torch.inf),
+            norm=norm.where(stopped, notes.norm),
+            steps=notes.steps.masked_fill(stopped, self.steps),
+        )
+        if not last:
+            self.state = clear(self.state, stopped, keep=self.method.kept)
 
-    def _drop(self, active: Tensor) -> bool:
+    def _restore(self, failed: Tensor) -> None:
+        """Put rows that are no longer finite back to the last iterate that was looked at."""
+        x, _ = self.method.iterate(self.previous)
+        self.system = self.system.without(failed)
+        state = clear(self.state, failed)
+        self.state = state._replace(x=x.where(failed[:, None], state.x), norm=self.state.norm)
+
+    def _drop(self, active: Tensor) -> None:
         """Leave the rows that have stopped behind, where that is possible and seems to pay.
 
         Making the restricted operator may cost a product of each row that stays. How long these rows will take is not
@@ -153,20 +182,37 @@ class Cycle:
         """
         idle = self.current - self.alive
         self.wasted += idle
-        if self.alive > CROWD * self.current or self.wasted + idle < self.setup * self.alive:
-            return False
+        if not idle or self.alive > CROWD * self.current or self.wasted + idle < self.setup * self.alive:
+            return
         if (self.system.root or self.system).operator.restrict is None:
-            return False
+            return
+        self._flush()
         rows = active.nonzero().squeeze(1)
         self.system = self.system.restrict(rows)
         self.setup = self.system.operator.setup_rows / self.alive
-        self.state, self.pending = select(self.state, rows), self.pending[rows]
-        self.best = self.best and select(self.best, rows)
+        self.state, self.best, self.notes = select((self.state, self.best, self.notes), rows)
         self.rows = rows if self.rows is None else self.rows[rows]
         self.current, self.wasted = self.alive, 0
-        return True
+
+    def _flush(self) -> None:
+        """Write the rows of the state to the outcome."""
+        x, gap = self.method.iterate(self.state)
+        if self.best is not None:
+            x = self.best[1]
+        tolerance, _, norm, steps, broken, failed = self.notes
+        status = (norm > tolerance).to(steps.dtype)
+        if broken is not None:
+            status = status.masked_fill_(broken, Status.BREAKDOWN)
+        if failed is not None:
+            status = status.masked_fill_(failed, Status.NONFINITE)
+        if not isinstance(gap, Tensor):
+            gap = torch.full_like(norm, gap).masked_fill_(steps == 0, 0.0)
+        self.outcome = self.outcome.updated(Outcome(x, norm, gap, steps, status), self.rows)
 
     def _keep_best(self, norm: Tensor, x: Tensor) -> None:
         better = self.state.norm < norm
-        new, _ = self.method.iterate(self.state, None)
-        self.best = (self.state.norm.where(better, norm), new.where(better[:, None], x))
+        self.best = (self.state.norm.where(better, norm), self.state.x.where(better[:, None], x))
+
+
+def _either(mask: Tensor | None, other: Tensor) -> Tensor:
+    return other if mask is None else mask | other

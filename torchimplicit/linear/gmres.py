@@ -41,7 +41,11 @@ class GMRES(IterativeSolver):
 
 
 class _State(NamedTuple):
-    """``images`` (``[rows, capacity, dim]``) are the q, ``upper`` (``[rows, capacity, capacity]``) the columns of U."""
+    """What is known after k steps.
+
+    ``images`` (``[rows, capacity, dim]``) are the q; ``upper`` (``[rows, capacity, capacity]``) has the columns of U as
+    rows, without the diagonal, which ``sizes`` holds (``[rows, 1]`` each, as ``coefficients``).
+    """
 
     norm: Tensor
     slow: Tensor
@@ -50,6 +54,7 @@ class _State(NamedTuple):
     r: Tensor
     directions: tuple[Tensor, ...]
     coefficients: tuple[Tensor, ...]
+    sizes: tuple[Tensor, ...]
     images: Tensor
     upper: Tensor
 
@@ -61,15 +66,17 @@ _CHUNK = 8
 """Directions that memory is made for at first; it doubles as needed."""
 
 
-def _sound(columns: Tensor) -> Tensor:
-    """Whether the last entry of a column of U (``[..., k]``) is more than the rounding left by orthogonalization.
+def _threshold(dtype: torch.dtype) -> float:
+    """The part of an image that has to be left by orthogonalization for it to be more than rounding.
 
-    If it is not, the image was in the span of the ones before: the system is singular, as far as can be told.
+    If less is left, the image was in the span of the ones before: the system is singular, as far as can be told.
     """
-    return columns[..., -1] > torch.finfo(columns.dtype).eps ** 0.75 * torch.linalg.vector_norm(columns, dim=-1)
+    return float(torch.finfo(dtype).eps ** 0.75)
 
 
 class _AdaptiveSimplerGMRES(Method):
+    kept = ("x", "directions", "coefficients", "sizes", "images", "upper")
+
     def __init__(self, restart: int) -> None:
         self.cycle = restart
 
@@ -77,61 +84,76 @@ class _AdaptiveSimplerGMRES(Method):
         capacity = min(_CHUNK, self.cycle)
         images = r.new_empty(capacity, *r.shape).transpose(0, 1)
         upper = r.new_empty(capacity, len(r), capacity).transpose(0, 1)
-        return _State(norm, torch.zeros_like(norm, dtype=torch.bool), None, x, r, (), (), images, upper)
+        slow = torch.zeros_like(norm, dtype=torch.bool)
+        return _State(norm, slow, None, x, r, (), (), (), images, upper)
 
     def step(self, system: System, state: _State, slow: int | None) -> _State:
         k = len(state.directions)
         images, upper = state.images, state.upper
         if k == images.shape[1]:
             images, upper = _grown(images, upper, min(2 * k, self.cycle))
-        z = state.r
-        broken = None
+        z, broken = state.r, None
         if slow != 0 and k:
             z = torch.where(state.slow.unsqueeze(1), images[:, k - 1], z)
-            broken = ~_sound(upper[:, k - 1, :k])
+            broken = self._broken(state)
         z = system.precondition(z)
         w = system.product(z)
         if k:
-            w = w.unsqueeze(1)
             basis = images[:, :k]
+            w = w.unsqueeze(1)
             h = torch.bmm(w, basis.mT)
             w = torch.baddbmm(w, h, basis, alpha=-1)
-            again = torch.bmm(w, basis.mT)
-            w = torch.baddbmm(w, again, basis, alpha=-1).squeeze(1)
-            torch.add(h.squeeze(1), again.squeeze(1), out=upper[:, k, :k])
+            if slow != 0:
+                more = torch.bmm(w, basis.mT)
+                w = torch.baddbmm(w, more, basis, alpha=-1)
+                h += more
+            w = w.squeeze(1)
+            upper[:, k, :k] = h.squeeze(1)
         size = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-        upper[:, k, k:k + 1] = size
-        q = torch.div(w, size.clamp_min_(torch.finfo(w.dtype).tiny), out=images[:, k])
+        q = torch.div(w, size.clamp_min(torch.finfo(w.dtype).tiny), out=images[:, k])
         a = (state.r * q).sum(-1, keepdim=True)
         r = torch.addcmul(state.r, a, q, value=-1)
         norm = torch.linalg.vector_norm(r, dim=-1)
-        directions, coefficients = (*state.directions, z), (*state.coefficients, a)
-        return _State(norm, norm > _FALL * state.norm, broken, state.x, r, directions, coefficients, images, upper)
+        return _State(
+            norm=norm,
+            slow=norm > _FALL * state.norm,
+            broken=broken,
+            x=state.x,
+            r=r,
+            directions=(*state.directions, z),
+            coefficients=(*state.coefficients, a),
+            sizes=(*state.sizes, size),
+            images=images,
+            upper=upper,
+        )
 
-    def iterate(self, state: _State, rows: Tensor | None) -> tuple[Tensor, Tensor | float]:
-        """The directions' coefficients from :math:`Ut = a`.
+    def iterate(self, state: _State) -> tuple[Tensor, Tensor | float]:
+        """The directions' coefficients from :math:`Ut = a`, and the bound of the rounding in their sum.
 
-        A direction whose image was all but in the span of the ones before says nothing: from there on the coefficients
-        are dropped. The gap is that of rounding in the sum of the images.
+        From an image on that was all but in the span of the ones before, the coefficients say nothing and are dropped.
         """
         k = len(state.directions)
-        if rows is None:
-            rows = slice(None)
-        x = state.x[rows]
         if not k:
-            return x, 0.0
-        columns = state.upper[rows, :k, :k].tril()
+            return state.x, 0.0
+        info = torch.finfo(state.x.dtype)
+        diagonal = torch.cat(state.sizes, 1).clamp_min_(info.tiny)
+        columns = state.upper[:, :k, :k].tril(-1)
+        columns.diagonal(dim1=1, dim2=2).copy_(diagonal)
         sizes = torch.linalg.vector_norm(columns, dim=-1)
-        eps = torch.finfo(x.dtype).eps
-        diagonal = columns.diagonal(dim1=1, dim2=2)
-        sound = (diagonal > eps**0.75 * sizes).cumprod(1) > 0
-        diagonal.masked_fill_(~sound, 1.0)
-        a = torch.cat(state.coefficients, 1)[rows].where(sound, 0.0)
+        sound = (diagonal >= _threshold(state.x.dtype) * sizes).to(diagonal.dtype).cumprod(1)
+        a = torch.cat(state.coefficients, 1) * sound
         t = torch.linalg.solve_triangular(columns.mT, a.unsqueeze(2), upper=True)
-        directions = torch.stack([z[rows] for z in state.directions]).transpose(0, 1)
-        x = torch.baddbmm(x.unsqueeze(1), t.mT, directions).squeeze(1)
-        gap = eps * (t.squeeze(2).abs() * sizes).sum(1)
-        return x, gap.where(sound[:, -1], torch.inf)
+        directions = torch.stack(state.directions).transpose(0, 1)
+        x = torch.baddbmm(state.x.unsqueeze(1), t.mT, directions).squeeze(1)
+        gap = info.eps * (t.squeeze(2).abs_() * sizes).sum(1)
+        return x, gap.masked_fill_(sound[:, -1] == 0, torch.inf)
+
+    def _broken(self, state: _State) -> Tensor:
+        """Where the latest image was in the span of the ones before; only looked for where the residual stagnates."""
+        k = len(state.directions)
+        size = state.sizes[-1].squeeze(1)
+        before = torch.linalg.vector_norm(state.upper[:, k - 1, : k - 1], dim=-1)
+        return size <= _threshold(size.dtype) * before.hypot(size)
 
 
 def _grown(images: Tensor, upper: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

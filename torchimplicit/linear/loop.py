@@ -49,7 +49,7 @@ def run(
     """Solve with ``method``, every row to ``||b - A x|| <= atol + rtol ||b||``."""
     given, b = b, operator.project(b.to(working_dtype(b.dtype)))
     scale = torch.linalg.vector_norm(b, dim=-1)
-    tolerance = (atol + rtol * scale).where(scale < torch.inf, 0.0)
+    tolerance = (rtol * scale).add_(atol).nan_to_num_(0.0, posinf=0.0)
     if operator.null is not None:
         # What projection leaves of a b along the null vector is rounding, which no solution can account for.
         eps = torch.finfo(given.dtype).eps
@@ -65,10 +65,15 @@ def run(
         x, r, norm = guess.where(column, x), residual.where(column, r), size.where(usable, norm)
 
     limit = min(max_steps, method.cycle or max_steps)
-    result = part = Cycle(method, system, b, x, r, norm, tolerance).run(limit, check_every)
-    live = torch.ones_like(part.status, dtype=torch.bool)
+    cycle = Cycle(method, system, b, x, r, norm, tolerance)
+    result = part = cycle.run(limit, check_every)
+    live = None
     while True:
-        doubt = live & _doubtful(part, tolerance, max_steps)
+        doubt = part.gap > _DOUBT * tolerance
+        if not cycle.finished:
+            doubt |= (part.steps < max_steps) & (part.status != Status.CONVERGED) & (part.status != Status.NONFINITE)
+        if live is not None:
+            doubt &= live
         chosen = doubt.nonzero().squeeze(1)
         if not len(chosen):
             break
@@ -81,7 +86,8 @@ def run(
         if left:
             limit = min(left, method.cycle or left)
             x, norm, r = part.x, part.norm.where(live, 0.0), r.where(live[:, None], 0.0)
-            part = part.followed_by(Cycle(method, system, b, x, r, norm, tolerance).run(limit, check_every), live)
+            cycle = Cycle(method, system, b, x, r, norm, tolerance)
+            part = part.followed_by(cycle.run(limit, check_every), live)
         result = part if system.rows is None else result.updated(part, system.rows)
         if not left:
             break
@@ -90,12 +96,6 @@ def run(
     evaluations = system.cost.rows / max(1, operator.batch)
     report = Report(result.status, result.steps, (result.norm / unit).to(given.dtype), evaluations)
     return LinearSolution(operator.project(result.x).to(given.dtype), report)
-
-
-def _doubtful(part: Outcome, tolerance: Tensor, max_steps: int) -> Tensor:
-    """bool ``[rows]``: the rows that could go on, or whose residual is not known well enough."""
-    stopped = (part.status == Status.CONVERGED) | (part.status == Status.NONFINITE) | (part.steps >= max_steps)
-    return ~stopped | (part.gap > _DOUBT * tolerance)
 
 
 def _settle(

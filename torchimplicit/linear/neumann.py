@@ -61,7 +61,7 @@ class _Richardson(Method):
         self.monotone = self.truncated
 
     def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
-        return _State(norm, b.clone(), x, r, True)
+        return _State(norm, b, x, r, True)
 
     def step(self, system: System, state: _State, slow: int | None) -> _State:
         r = state.r if state.fresh else state.b - system.product(state.x)
@@ -69,6 +69,3 @@ class _Richardson(Method):
         if not self.truncated:
             r = state.b - system.product(x)
         return _State(torch.linalg.vector_norm(r, dim=-1), state.b, x, r, not self.truncated)
-
-    def iterate(self, state: _State, rows: Tensor | None) -> tuple[Tensor, float]:
-        return state.x if rows is None else state.x[rows], 0.0

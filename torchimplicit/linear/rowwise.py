@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +23,16 @@ def select(state: Any, rows: Tensor) -> Any:
     return map_tensors(state, lambda t: t.index_select(0, rows))
 
 
-def clear(state: Any, rows: Tensor) -> None:
-    """Set some rows (int64 ``[k]``) of the state's tensors to zero, in place."""
-    map_tensors(state, lambda t: t.index_fill_(0, rows, 0))
+def column(mask: Tensor, like: Tensor) -> Tensor:
+    """``mask`` (``[rows]``), to be broadcast against ``like`` (``[rows, ...]``)."""
+    return mask.view(-1, *(1,) * (like.dim() - 1))
+
+
+def clear(state: Any, rows: Tensor, keep: Collection[str] = ()) -> Any:
+    """The state with some rows (bool ``[batch]``) set to zero, but for the fields named in ``keep``."""
+    cleared = {
+        name: map_tensors(field, lambda t: t.masked_fill(column(rows, t), 0))
+        for name, field in state._asdict().items()
+        if name not in keep
+    }
+    return state._replace(**cleared)

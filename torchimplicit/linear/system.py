@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ class System:
         cost: shared by all the restrictions of one system.
         root: the system of all samples.
         rows: int64 ``[operator.batch]``, where these samples stand in ``root``; ``None`` for all of them.
+        dead: bool ``[operator.batch]``, samples whose products are not finite even of zero, and read as zero.
     """
 
     operator: LinearOperator
@@ -35,6 +36,7 @@ class System:
     cost: Cost
     root: System | None = None
     rows: Tensor | None = None
+    dead: Tensor | None = None
 
     @classmethod
     def of(cls, operator: LinearOperator, preconditioner: Preconditioner | None, definite: bool) -> System:
@@ -60,11 +62,11 @@ class System:
 
     def precondition(self, v: Tensor) -> Tensor:
         """``M^-1 v``, or ``v`` itself without a preconditioner."""
-        return v if self.inverse is None else self.inverse.inverse(v)
+        return v if self.inverse is None else self._mask(self.inverse.inverse(v))
 
     def precondition_transposed(self, v: Tensor) -> Tensor:
         """``M^-T v``, or ``v`` itself without a preconditioner."""
-        return v if self.inverse is None else self.inverse.transposed_inverse(v)
+        return v if self.inverse is None else self._mask(self.inverse.transposed_inverse(v))
 
     def residual(self, b: Tensor, x: Tensor) -> Tensor:
         """``b - A x``, without its component along the null vector."""
@@ -79,8 +81,15 @@ class System:
         inverse = root.inverse and root.inverse.restrict(rows)
         return System(operator=operator, inverse=inverse, cost=self.cost, root=root, rows=rows)
 
+    def without(self, rows: Tensor) -> System:
+        """This system, with some samples (bool ``[operator.batch]``) read as zero."""
+        return replace(self, dead=rows if self.dead is None else self.dead | rows)
+
     def _product(self, product: Product, v: Tensor) -> Tensor:
         self.cost.rows += self.operator.batch
         if v.dtype == self.operator.dtype:
-            return product(v)
-        return product(v.to(self.operator.dtype)).to(v.dtype)
+            return self._mask(product(v))
+        return self._mask(product(v.to(self.operator.dtype)).to(v.dtype))
+
+    def _mask(self, v: Tensor) -> Tensor:
+        return v if self.dead is None else v.masked_fill(self.dead[:, None], 0.0)

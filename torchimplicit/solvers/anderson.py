@@ -85,13 +85,15 @@ class Anderson(Solver):
         turn = widened(residual - state.residual)
         move = torch.add(widened(point.z - state.z), turn, alpha=self.damping)
         # differences of unit length: their Gram matrix has a unit diagonal, whatever the size of the residuals
-        length = torch.linalg.vector_norm(turn, dim=1, keepdim=True).clamp_min(torch.finfo(turn.dtype).tiny)
+        number = torch.finfo(turn.dtype)
+        length = torch.linalg.vector_norm(turn, dim=1, keepdim=True).clamp_min(number.tiny)
         turn = turn / length
         turns, moves = state.turns.put(slot, turn), state.moves.put(slot, move / length)
         size = turns.filled
         products = torch.bmm(turns.vectors, torch.stack((turn, widened(residual)), dim=1).mT)
         gram = state.gram.clone() if torch.is_grad_enabled() else state.gram
-        gram[:, slot, :size] = gram[:, :size, slot] = products[:, :, 0] + self._ridge(turn, slot, size)
+        gram[:, slot, :size] = gram[:, :size, slot] = products[:, :, 0]
+        gram[:, slot, slot].add_(10 * number.eps if self.regularization is None else self.regularization)
         weights, _ = torch.linalg.solve_ex(gram[:, :size, :size], products[:, :, 1:])
         correction = torch.bmm(weights.mT, moves.vectors)[:, 0]
         to = self._plain(point.z, residual, point.image)
@@ -100,13 +102,6 @@ class Anderson(Solver):
         if progress.improving:
             return Move(to, after)
         return self._safeguard(to, state, after)
-
-    def _ridge(self, like: Tensor, slot: int, size: int) -> Tensor:
-        """The regularization in its place in a new column of the Gram matrix, ``[size]``."""
-        least = 10 * torch.finfo(like.dtype).eps
-        ridge = [0.0] * size
-        ridge[slot] = least if self.regularization is None else self.regularization
-        return torch.tensor(ridge, dtype=like.dtype, device=like.device)
 
     def _safeguard(self, to: Tensor, before: AndersonState, after: AndersonState) -> Move:
         """Send the samples whose accelerated step failed back, to take a plain step with nothing remembered."""
