@@ -21,7 +21,7 @@ class Status(IntEnum):
     NONFINITE = 2
     """The map gave NaN or infinity, or the residual grew without bound; the value is the last good iterate."""
     BREAKDOWN = 3
-    """The method could not go on (a singular system, a line search without a decrease); the value is the best iterate."""
+    """The method could not go on (a singular system, a line search without decrease); the value is the best iterate."""
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,9 @@ def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradi
                 + (f"the class {value.__name__}" if isinstance(value, type) else f"{value!r}")
             )
     if solver is None:
-        solver = LBFGS() if isinstance(problem, Minimum) else NewtonKrylov() if isinstance(problem, Root) else Anderson()
+        solver = (
+            LBFGS() if isinstance(problem, Minimum) else NewtonKrylov() if isinstance(problem, Root) else Anderson()
+        )
     return solver, gradient or Implicit()
 
 
@@ -196,5 +198,3 @@ def _tell(solution: Solution, report: Report, solver: Solver, throw: bool) -> No
         ConvergenceWarning,
         stacklevel=4,
     )
-
-

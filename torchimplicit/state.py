@@ -64,9 +64,8 @@ class Layout:
             what: names the tree in the error that is raised where it does not fit.
             cast: whether leaves of another floating dtype are converted (under autocast), not refused.
         """
-        if isinstance(tree, Tensor) and self.is_flat and tree.ndim == 2 and tree.shape[1:] == self.shapes[0]:
-            if tree.dtype == self.dtype and tree.device == self.device:
-                return tree
+        if self.is_flat and isinstance(tree, Tensor) and self._fits(tree):  # the common case, in the solvers' hot path
+            return tree
         if isinstance(tree, Tensor) and len(self.shapes) == 1 and self.spec.is_leaf():
             leaves: list[Any] = [tree]
         else:
@@ -105,6 +104,14 @@ class Layout:
             rows = leaf.shape[0] if self.batched else 1
             parts.append(leaf.reshape(rows, -1) if leaf.numel() else leaf.reshape(rows, math.prod(shape)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _fits(self, flat: Tensor) -> bool:
+        return (
+            flat.ndim == 2
+            and flat.shape[1:] == self.shapes[0]
+            and flat.dtype == self.dtype
+            and flat.device == self.device
+        )
 
     def unflatten(self, flat: Tensor) -> Any:
         """The pytree whose flat form is ``flat`` (``[batch, dim]``)."""

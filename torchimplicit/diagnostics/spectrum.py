@@ -14,7 +14,9 @@ from torchimplicit.validation import at_least
 
 
 @torch.compiler.disable
-def spectral_radius(problem: Problem, z: Any, *args: Any, subspace: int = 24, restarts: int = 8, seed: int = 0) -> Tensor:
+def spectral_radius(
+    problem: Problem, z: Any, *args: Any, subspace: int = 24, restarts: int = 8, seed: int = 0
+) -> Tensor:
     """The largest modulus of an eigenvalue of :math:`J=\\partial f/\\partial z`, per sample.
 
     Below 1 the plain iteration converges near ``z``. For a root or a minimum, :math:`J = I - A`, the Jacobian of the

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torchimplicit.problems.linearization import Linearization
 
 
 class LinearEstimate(Gradient):
-    """:math:`\\bar\\theta = -R_\\theta^T M^T u`, :math:`\\dot z = -M R_\\theta\\dot\\theta`, with :math:`M\\approx A^{-1}`.
+    """:math:`\\bar\\theta = -R_\\theta^T M^T u`, :math:`\\dot z = -M R_\\theta\\dot\\theta`, where :math:`M\\approx A^{-1}`.
 
     Reverse and forward mode, first order; a derivative of the estimate raises.
     """

@@ -132,8 +132,8 @@ def explained() -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
-            "f failed on part of the batch, although the problem says rowwise=True. That promise holds only if f treats "
-            "every row on its own, captures no tensor that carries the batch, and every argument whose dim 0 has the "
+            "f failed on part of the batch, although the problem says rowwise=True. That promise holds only if f "
+            "treats every row on its own, captures no tensor that carries the batch, and every argument whose dim 0 has the "
             "batch's size does carry the batch: pass batched tensors as arguments and shared ones as parameters or "
             f"captured tensors, or take the promise back. f said: {error}"
         ) from error
@@ -150,4 +150,5 @@ def _vmapped(fn: Callable[..., Tensor], size: int, dims: tuple[int | None, ...])
 
 def vjp(fn: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
     """``torch.func.vjp``, typed."""
-    return torch.func.vjp(fn, *primals)  # type: ignore[no-any-return]
+    out, pull = torch.func.vjp(fn, *primals)[:2]
+    return out, pull

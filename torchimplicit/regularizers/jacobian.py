@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.problems import Minimum, Problem
+from torchimplicit.problems.system import vjp
 from torchimplicit.state import Layout
 from torchimplicit.validation import at_least
 
@@ -41,7 +42,7 @@ def jacobian_frobenius(
     def image(flat: Tensor) -> Tensor:
         return problem.flat_output(layout, problem.function(layout.unflatten(flat), *args), flat.shape[0], cast=True)
 
-    out, pull = torch.func.vjp(image, flat)
+    out, pull = vjp(image, flat)
     total = flat.new_zeros(())
     for _ in range(samples):
         v = torch.randn(out.shape, generator=generator, dtype=out.dtype, device=out.device)

@@ -24,7 +24,7 @@ class AndersonState(NamedTuple):
         turns: the difference of the residuals, :math:`\\Delta r`.
         gram: inner products of ``turns``, ``[batch, memory, memory]``.
         plain: bool ``[batch]``: the samples whose step to come is a plain one; ``None`` for none.
-        count: steps so far.
+        taken: steps so far.
     """
 
     z: Tensor
@@ -34,7 +34,7 @@ class AndersonState(NamedTuple):
     turns: History
     gram: Tensor
     plain: Tensor | None
-    count: int
+    taken: int
 
 
 @final
@@ -81,7 +81,7 @@ class Anderson(Solver):
             gram = turns.ring.new_zeros(residual.shape[0], self.memory, self.memory)
             return Move(to, AndersonState(point.z, residual, point.image, moves, turns, gram, None, 0))
 
-        slot = state.count % self.memory
+        slot = state.taken % self.memory
         turn = widened(residual - state.residual)
         move = torch.add(widened(point.z - state.z), turn, alpha=self.damping)
         # differences of unit length: their Gram matrix has a unit diagonal, whatever the size of the residuals
@@ -98,7 +98,7 @@ class Anderson(Solver):
         correction = torch.bmm(weights.mT, moves.vectors)[:, 0]
         to = self._plain(point.z, residual, point.image)
         to = to - (correction if correction.dtype == to.dtype else correction.to(to.dtype))
-        after = AndersonState(point.z, residual, point.image, moves, turns, gram, None, state.count + 1)
+        after = AndersonState(point.z, residual, point.image, moves, turns, gram, None, state.taken + 1)
         if progress.improving:
             return Move(to, after)
         return self._safeguard(to, state, after)
@@ -122,9 +122,9 @@ class Anderson(Solver):
                 image,
                 History(torch.where(forget, 0, after.moves.ring), after.moves.filled),
                 History(torch.where(forget, 0, after.turns.ring), after.turns.filled),
-                torch.where(forget, torch.eye(self.memory, dtype=after.gram.dtype, device=after.gram.device), after.gram),
+                torch.where(forget, torch.eye(self.memory, out=after.gram.new_empty(0)), after.gram),
                 failed,
-                after.count,
+                after.taken,
             ),
         )
 

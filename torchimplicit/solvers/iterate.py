@@ -44,7 +44,9 @@ class Outcome:
     state: Any = None
 
 
-def iterate(solver: Solver, system: System, z0: Tensor, params: Sequence[Tensor], first: Point | None = None) -> Outcome:
+def iterate(
+    solver: Solver, system: System, z0: Tensor, params: Sequence[Tensor], first: Point | None = None
+) -> Outcome:
     """Solve ``system`` from ``z0`` (``[batch, dim]``). Differentiable by autograd where grad mode is on.
 
     Args:
@@ -59,7 +61,7 @@ class _Loop:
 
     Attributes:
         point: where the samples are. One that is done stays at its best iterate.
-        best: the iterate of least residual, of norm ``best_norm``. It *is* ``point`` while every active sample improves.
+        best: the iterate of least residual, of norm ``best_norm``. It *is* ``point`` while all that are active improve.
         active: how many samples were active when the host last asked.
         certain: whether ``active`` is the count of this very moment.
         running: bool ``[batch]``, the active samples; ``None`` for all.
