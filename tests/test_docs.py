@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -41,15 +43,17 @@ def _names(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=_names)
-def test_python_blocks_run(page, tmp_path, monkeypatch):
+def test_python_blocks_run(page, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": "__docs__"}
+    request.addfinalizer(lambda before=torch.get_default_dtype(): torch.set_default_dtype(before))
+    module = types.ModuleType("documentation_page")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses and pickle look
     with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(0)
         warnings.simplefilter("error", UserWarning)
         for line, text in blocks(page, "python"):
-            code = compile("\n" * (line - 1) + text, str(page), "exec")
-            exec(code, namespace)
+            code = compile("\n" * (line - 1) + text, str(page), "exec", dont_inherit=True)
+            exec(code, vars(module))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_names)

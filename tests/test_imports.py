@@ -33,6 +33,7 @@ ROOMS = (
     "testing",
     "recipes",
     "cli",
+    "__main__",
 )
 LIBRARY = ROOMS[: ROOMS.index("testing")]
 # What a room may import besides torch and the standard library.
