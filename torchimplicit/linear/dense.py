@@ -45,7 +45,7 @@ class Dense(LinearSolver):
         """
         check_vectors(operator, b, x0)
         dtype = working_dtype(b.dtype)
-        rhs, matrix = operator.project(b.to(dtype)), operator.dense().to(dtype)
+        rhs, matrix = operator.project(b.to(dtype)), (operator.unprojected or operator).dense().to(dtype)
         scale = torch.linalg.vector_norm(rhs, dim=-1)
         finite = matrix.isfinite().all(-1).all(-1) & (scale < torch.inf)
         eye = torch.eye(operator.dim, dtype=dtype, device=b.device)

@@ -62,7 +62,7 @@ class _State(NamedTuple):
 _FALL = 0.9
 """How far the residual has to fall in a step to be the next direction."""
 
-_CHUNK = 8
+_CHUNK = 12
 """Directions that memory is made for at first; it doubles as needed."""
 
 
@@ -78,10 +78,10 @@ class _AdaptiveSimplerGMRES(Method):
     kept = ("x", "directions", "coefficients", "sizes", "images", "upper")
 
     def __init__(self, restart: int) -> None:
-        self.cycle = restart
+        self.cycle = self.restart = restart
 
     def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
-        capacity = min(_CHUNK, self.cycle)
+        capacity = min(_CHUNK, self.restart)
         images = r.new_empty(capacity, *r.shape).transpose(0, 1)
         upper = r.new_empty(capacity, len(r), capacity).transpose(0, 1)
         slow = torch.zeros_like(norm, dtype=torch.bool)
@@ -91,7 +91,7 @@ class _AdaptiveSimplerGMRES(Method):
         k = len(state.directions)
         images, upper = state.images, state.upper
         if k == images.shape[1]:
-            images, upper = _grown(images, upper, min(2 * k, self.cycle))
+            images, upper = _grown(images, upper, min(2 * k, self.restart))
         z, broken = state.r, None
         if slow != 0 and k:
             z = torch.where(state.slow.unsqueeze(1), images[:, k - 1], z)

@@ -30,6 +30,9 @@ class LinearOperator:
             or ``None`` where samples cannot be separated. Making a restricted operator may cost an evaluation of the
             rows that remain, counted in ``setup_rows`` of the operator made.
         setup_rows: row evaluations that making this operator cost.
+        unprojected: where :math:`A_i = PHP` with the projector P along ``null``, the operator of H; ``None`` otherwise,
+            or where H is not to be had. ``Jacobi`` reads the diagonal of H rather than that of PHP, in which the small
+            entries drown, and ``Dense`` saves the projections.
     """
 
     product: Product
@@ -44,6 +47,7 @@ class LinearOperator:
     null: Tensor | None = None
     restrict: Callable[[Tensor], LinearOperator] | None = None
     setup_rows: int = 0
+    unprojected: LinearOperator | None = None
 
     def project(self, v: Tensor) -> Tensor:
         """``v`` (``[batch, dim]``) without its component along ``null``."""

@@ -102,7 +102,8 @@ class Diagonal(Preconditioner):
             raise ValueError("Diagonal(values): values has entries that are zero or not finite, which have no inverse.")
 
     def prepare(self, operator: LinearOperator, definite: bool = False) -> PreparedPreconditioner:
-        values = self.values.detach().to(operator.device, working_dtype(operator.dtype)).atleast_2d()
+        values = self.values.detach().to(operator.device, working_dtype(operator.dtype))
+        values = values if values.dim() == 2 else values[None]
         _check_shape("Diagonal(values)", values, operator, 1)
         return _multiplication((values.abs() if definite else values).reciprocal())
 
@@ -110,7 +111,7 @@ class Diagonal(Preconditioner):
 @final
 @dataclass(frozen=True)
 class Jacobi(Preconditioner):
-    """Division by the exact diagonal of A, read off ``dim`` products.
+    """Division by the exact diagonal of A (of H where A is PHP, if the operator gives H), read off ``dim`` products.
 
     The cost is that of assembling A, at every solve: it pays on ill-conditioned systems of moderate size. Where
     several systems share a diagonal, take :meth:`diagonal` once and pass it as ``Diagonal(values)``. Zeros on the
@@ -120,6 +121,7 @@ class Jacobi(Preconditioner):
     @torch.no_grad()
     def diagonal(self, operator: LinearOperator) -> Tensor:
         """The diagonals, ``[batch, dim]``, from ``dim`` products."""
+        operator = operator.unprojected or operator
         batch, dim = operator.batch, operator.dim
         diagonal = torch.empty(batch, dim, dtype=operator.dtype, device=operator.device)
         eye = torch.eye(dim, dtype=operator.dtype, device=operator.device)

@@ -1,0 +1,112 @@
+"""MINRES, for symmetric systems that may be indefinite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.linear.cycle import Method
+from torchimplicit.linear.iterative import IterativeSolver
+from torchimplicit.linear.operator import LinearOperator
+from torchimplicit.linear.system import System
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MINRES(IterativeSolver):
+    """Minimal residuals (Paige and Saunders 1975), for symmetric systems, indefinite ones too.
+
+    The system may be singular along the operator's null vector: the right-hand side and the solution are projected,
+    and the preconditioner is made consistent with it. The preconditioner has to be symmetric positive definite even
+    where the system is not (``Jacobi`` and ``Diagonal`` take absolute values). The recurrences are those of Algorithm
+    2.4 of Elman, Silvester and Wathen, *Finite Elements and Fast Iterative Solvers* (2005). What they minimise is the
+    residual's norm in :math:`M^{-1}`, and they drift, so the plain residual is carried along, and convergence confirmed
+    by the true one, at the cost of one product; where it is not confirmed, the method starts again from there.
+    """
+
+    def _method(self, operator: LinearOperator) -> Method:
+        return _MinimalResiduals(preconditioned=self.preconditioner is not None)
+
+
+class _State(NamedTuple):
+    """Vectors ``[rows, dim]``, each with that of the step before, and the rotations' scalars, ``[rows, 1]``."""
+
+    norm: Tensor
+    broken: Tensor | None
+    x: Tensor
+    r: Tensor | None
+    z: Tensor
+    v: Tensor
+    v_old: Tensor
+    w: Tensor
+    w_old: Tensor
+    gamma: Tensor
+    gamma_old: Tensor
+    eta: Tensor
+    c: Tensor
+    c_old: Tensor
+    s: Tensor
+    s_old: Tensor
+
+
+@dataclass
+class _MinimalResiduals(Method):
+    preconditioned: bool
+
+    definite = True
+
+    def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
+        z, gamma = self._precondition(system, r)
+        vector, zero = torch.zeros_like(r), torch.zeros_like(gamma)
+        one = zero + 1
+        return _State(
+            norm, None, x, r if self.preconditioned else None, z, v=r, v_old=vector, w=vector, w_old=vector,
+            gamma=gamma, gamma_old=one, eta=gamma, c=one, c_old=one, s=zero, s_old=zero,
+        )  # fmt: skip
+
+    def step(self, system: System, state: _State, slow: int | None) -> _State:
+        _, _, x, r, z, v, v_old, w, w_old, gamma, gamma_old, eta, c, c_old, s, s_old = state
+        info = torch.finfo(x.dtype)
+        inverse = gamma.clamp_min(info.tiny).reciprocal_()
+        z = z * inverse
+        image = system.product(z)
+        delta = (image * z).sum(-1, keepdim=True)
+        v_new = torch.addcmul(image, delta * inverse, v, value=-1)
+        v_new.addcmul_(gamma / gamma_old.clamp_min(info.tiny), v_old, value=-1)
+        z_new, gamma_new = self._precondition(system, v_new)
+
+        # The new column of the tridiagonal matrix, under the two rotations before it and the one it calls for.
+        turned = c_old * gamma
+        a0 = c * delta - s * turned
+        a2 = s * delta + c * turned
+        a3 = s_old * gamma
+        a1 = torch.hypot(a0, gamma_new)
+        broken = a1 <= 10 * info.eps * (a2.abs() + a3)
+        a1.masked_fill_(broken, torch.inf)
+        c_new, s_new = a0 / a1, gamma_new / a1
+        w_new = torch.addcmul(z, a3, w_old, value=-1).addcmul_(a2, w, value=-1).div_(a1)
+        length = c_new * eta
+        x = torch.addcmul(x, length, w_new)
+        if r is None:
+            eta = -s_new * eta
+            norm = eta.abs().squeeze(1)
+        else:
+            r = torch.addcmul(s_new.square() * r, length / a1, v_new, value=-1)
+            eta = -s_new * eta
+            norm = torch.linalg.vector_norm(r, dim=-1)
+        broken = broken.squeeze(1)
+        norm = state.norm.where(broken, norm)
+        return _State(norm, broken, x, r, z_new, v_new, v, w_new, w, gamma_new, gamma, eta, c_new, c, s_new, s)
+
+    def iterate(self, state: _State) -> tuple[Tensor, float]:
+        return state.x, torch.inf
+
+    def _precondition(self, system: System, v: Tensor) -> tuple[Tensor, Tensor]:
+        """:math:`M^{-1}v`, and the norm of v that belongs to it (``[rows, 1]``)."""
+        if not self.preconditioned:
+            return v, torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+        z = system.precondition(v)
+        return z, (z * v).sum(-1, keepdim=True).clamp_min_(0.0).sqrt_()
