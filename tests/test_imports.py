@@ -20,6 +20,7 @@ ROOMS = (
     "validation",
     "state",
     "closure",
+    "precision",
     "constraints",
     "linear",
     "problems",

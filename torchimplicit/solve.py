@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torchimplicit.closure import Closure, is_transformed, relayed
 from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.gradients import Gradient, Implicit
 from torchimplicit.gradients.base import Run, Task, differentiable
+from torchimplicit.precision import AutocastState, at_precision, without_autocast
 from torchimplicit.problems import Minimum, Problem, Root, System
 from torchimplicit.solution import AdjointRecord, Report, Solution, Status
 from torchimplicit.solvers import LBFGS, Anderson, NewtonKrylov, Outcome, Solver, iterate
@@ -57,7 +58,9 @@ def solve(
     flat0 = layout.flatten(z0, "z0")
     rows = flat0.shape[0]
     constraint = problem.constraint_tensors(layout, rows)
-    closure = Closure(_FlatCall(problem, layout), args, extra=len(constraint))
+    call = _FlatCall(problem, layout)
+    solver = at_precision(solver, call.autocast.dtype)
+    closure = Closure(call, args, extra=len(constraint))
 
     value: Tensor | None = None
     if torch.is_grad_enabled() or any(is_transformed(t) for t in (flat0, *closure.tensors, *constraint)):
@@ -76,17 +79,27 @@ def solve(
             raise ValueError(complaint)
 
     record = AdjointRecord()
-    known = None if value is None or is_transformed(value) else value
-    task = Task(system=system, run=_runner(solver, system, known), solver=solver, record=record)
-    found = gradient.attach(task, flat0 if differentiable((flat0,)) else flat0.detach(), params)
+    known = value
+    if value is None or is_transformed(value) or isinstance(problem, Minimum):  # a minimum's solvers need the gradient
+        known = None
+    task = Task(
+        system=system,
+        run=_runner(solver, system, known),
+        solver=solver,
+        record=record,
+        precision=call.autocast.dtype,
+    )
+    with without_autocast(layout.device):
+        found = gradient.attach(task, flat0 if differentiable((flat0,)) else flat0.detach(), params)
 
     outcome = task.outcomes[-1]
 
     def attach(z: Tensor) -> Any:
         """The state ``z`` (flat), with the derivative that it would have as the solution."""
         given = Outcome(z, outcome.report, state=outcome.state)
-        at = Task(system=system, run=lambda *_: given, solver=solver, record=record, outcomes=[])
-        return layout.unflatten(gradient.attach(at, z, params).z)
+        at = replace(task, run=lambda *_: given, outcomes=[])
+        with without_autocast(layout.device):
+            return layout.unflatten(gradient.attach(at, z, params).z)
 
     figures = (found.status, found.steps, found.residual)
     status, steps, residual = figures if problem.batched else (t[0] for t in figures)
@@ -124,20 +137,12 @@ class _FlatCall:
         self.layout = layout
         function = problem.function
         self.module = function if isinstance(function, nn.Module) else getattr(function, "module", None)
-        kind = layout.device.type
-        self.autocast = torch.is_autocast_enabled(kind)
-        self.lower = torch.get_autocast_dtype(kind) if self.autocast else None
+        self.autocast = AutocastState(layout.device)
 
     def __call__(self, z: Tensor, *args: Any) -> Tensor:
-        with self._context():
+        with self.autocast():
             output = self.problem.function(self.layout.unflatten(z), *args)
-        return self.problem.flat_output(self.layout, output, z.shape[0], self.autocast)
-
-    def _context(self) -> contextlib.AbstractContextManager[Any]:
-        kind = self.layout.device.type
-        if torch.is_autocast_enabled(kind) == self.autocast:
-            return contextlib.nullcontext()
-        return torch.autocast(kind, dtype=self.lower, enabled=self.autocast)
+        return self.problem.flat_output(self.layout, output, z.shape[0], self.autocast.dtype is not None)
 
 
 def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradient]:
@@ -167,7 +172,7 @@ def _carries_batch(t: Tensor, rows: int) -> bool:
 def _runner(solver: Solver, own: System, value: Tensor | None) -> Run:
     def run(system: System, z0: Tensor, params: Sequence[Tensor]) -> Outcome:
         first = None
-        if value is not None and system is own and not torch.is_grad_enabled() and not isinstance(solver, LBFGS):
+        if value is not None and system is own and not torch.is_grad_enabled():
             first = system.at(z0, params, value)
         return iterate(solver, system, z0, params, first)
 

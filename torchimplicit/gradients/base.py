@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchimplicit.closure import carries_derivative, is_transformed
 from torchimplicit.linear import LinearSolver
+from torchimplicit.precision import at_precision
 from torchimplicit.problems import System
 from torchimplicit.solution import AdjointRecord
 from torchimplicit.solvers import Outcome, Solver
@@ -37,6 +38,7 @@ class Task:
         run: how: ``run(system, z0, params)``, on plain tensors.
         solver: what ``run`` uses.
         record: where a backward solve leaves its report.
+        precision: in which autocast evaluates the system; ``None`` where it is off.
         outcomes: what ``run`` gave, the latest last (the nodes run it out of the caller's sight).
     """
 
@@ -44,22 +46,20 @@ class Task:
     run: Run
     solver: Solver
     record: AdjointRecord
+    precision: torch.dtype | None = None
     outcomes: list[Outcome] = field(default_factory=list)
 
     def solve(self, z0: Tensor, params: Sequence[Tensor]) -> Found:
         """Run without recording gradients."""
         with torch.no_grad():
             outcome = self.run(self.system, z0, params)
-        if torch.is_autocast_enabled(z0.device.type):
-            # autocast remembers casts made without a tape, and would hand them to the calls that need one
-            torch.clear_autocast_cache()
         self.outcomes.append(outcome)
         report = outcome.report
         return Found(outcome.z, report.status, report.steps, report.residual)
 
     def adjoint_solver(self, chosen: LinearSolver | None, z: Tensor) -> LinearSolver:
         """``chosen``, or what suits the system at ``z``."""
-        return chosen or self.system.default_linear_solver(z.shape[1], z.shape[0])
+        return at_precision(chosen or self.system.default_linear_solver(z.shape[1], z.shape[0]), self.precision)
 
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Task:
         """The task of ``size`` copies, see :meth:`System.vmapped`."""

@@ -22,6 +22,7 @@ from torchimplicit.closure import is_transformed
 from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError
 from torchimplicit.gradients.base import Task
 from torchimplicit.linear import LinearSolver
+from torchimplicit.precision import without_autocast
 from torchimplicit.problems.system import vjp
 from torchimplicit.solution import Report
 
@@ -53,7 +54,8 @@ class Solve(Function):
         z, *params = ctx.saved_tensors
         if u is None:
             return None, None, None, *(None for _ in params)
-        return None, None, None, *ctx.rule.adjoint(ctx.task, u, z, params, ctx.needs_input_grad[3:])
+        with without_autocast(z.device):
+            return None, None, None, *ctx.rule.adjoint(ctx.task, u, z, params, ctx.needs_input_grad[3:])
 
     @staticmethod
     def jvp(ctx: Any, _task: None, _rule: None, _z0: Any, *dparams: Tensor | None) -> tuple[Any, ...]:
@@ -75,8 +77,9 @@ class LinearSolve(Function):
 
     @staticmethod
     def forward(task: Task, solver: LinearSolver, transposed: bool, b: Tensor, z: Tensor, *params: Tensor) -> Tensor:
-        tape = task.system.linearize(z, params)
-        found = task.system.solve_linear(tape, transposed, b, solver)
+        with without_autocast(z.device):
+            tape = task.system.linearize(z, params)
+            found = task.system.solve_linear(tape, transposed, b, solver)
         report(task, found.report)
         return found.value
 
@@ -140,7 +143,8 @@ class FirstOrder(Function):
 
     @staticmethod
     def forward(task: Task, compute: Any, name: str, x: Any, z: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-        return tuple(compute(task, x, z, params))
+        with without_autocast(z.device):
+            return tuple(compute(task, x, z, params))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
