@@ -15,7 +15,8 @@ from torchimplicit.problems.linearization import Linearization
 
 
 class LinearEstimate(Gradient):
-    """:math:`\\bar\\theta = -R_\\theta^T M^T u`, :math:`\\dot z = -M R_\\theta\\dot\\theta`, where :math:`M\\approx A^{-1}`.
+    """:math:`\\bar\\theta = -R_\\theta^T M^T u`, :math:`\\dot z = -M R_\\theta\\dot\\theta`, for some
+    :math:`M\\approx A^{-1}`.
 
     Reverse and forward mode, first order; a derivative of the estimate raises.
     """

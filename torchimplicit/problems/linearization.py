@@ -103,9 +103,9 @@ def _check_tape(out: Tensor, known: Sequence[Tensor]) -> None:
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in leaves:
             raise RuntimeError(
-                f"the function depends on a captured tensor of shape {tuple(variable.shape)} in a way that the "
-                "recording does not see (a custom autograd Function or compiled code), so its gradient would be lost: pass the "
-                "tensor to solve as an argument"
+                f"the function depends on a captured tensor of shape {tuple(variable.shape)} in a way "
+                "that the recording does not see (a custom autograd Function or compiled code), so its gradient would "
+                "be lost: pass the tensor to solve as an argument"
             )
         stack.extend(parent for parent, _ in node.next_functions)
 

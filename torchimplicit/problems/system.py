@@ -51,6 +51,16 @@ class Point:
         """The samples ``rows`` (int64 ``[k]``)."""
         return Point(*(None if t is None else t[rows] for t in vars(self).values()))  # type: ignore[arg-type]
 
+    def put(self, rows: Tensor, other: Point) -> Point:
+        """This point with the samples ``rows`` (int64 ``[k]``) taken from ``other``, which holds those alone."""
+
+        def placed(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            return None if mine is None or theirs is None else mine.index_copy(0, rows, theirs)
+
+        z, residual = self.z.index_copy(0, rows, other.z), self.residual.index_copy(0, rows, other.residual)
+        scale, image = placed(self.scale, other.scale), placed(self.image, other.image)
+        return Point(z, residual, scale, image, placed(self.energy, other.energy))
+
 
 @dataclass(frozen=True, kw_only=True)
 class System(ABC):
@@ -132,10 +142,10 @@ def explained() -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
-            "f failed on part of the batch, although the problem says rowwise=True. That promise holds only if f "
-            "treats every row on its own, captures no tensor that carries the batch, and every argument whose dim 0 has the "
-            "batch's size does carry the batch: pass batched tensors as arguments and shared ones as parameters or "
-            f"captured tensors, or take the promise back. f said: {error}"
+            "f failed on part of the batch, although the problem says rowwise=True. That promise holds only if "
+            "f treats every row on its own, captures no tensor that carries the batch, and every argument whose dim 0 "
+            "has the batch's size does carry the batch: pass batched tensors as arguments and shared ones as "
+            f"parameters or captured tensors, or take the promise back. f said: {error}"
         ) from error
 
 
