@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.set_num_threads(1)
@@ -47,6 +48,9 @@ VIEWS = frozenset(
         "movedim",
     }
 )
+
+SYNCHRONISING = ("_local_scalar_dense", "_linalg_check_errors", "nonzero", "masked_select", "equal")
+"""Operations whose result, or whose size, the host waits for."""
 
 
 def label(batch: int, dim: int) -> str:
@@ -161,9 +165,21 @@ class _Counting(TorchDispatchMode):
         return out
 
 
+class _Reading(TorchFunctionMode):
+    """Counts the reads that no dispatched operation shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.reads += func in (Tensor.tolist, Tensor.numpy)
+        return func(*args, **(kwargs or {}))
+
+
 def count(call: Callable[[], Any], numel: int) -> Work:
     """Run ``call`` once and count its work; ``numel`` is the size of the whole batch's state."""
-    with _Counting() as mode:
+    with _Reading() as reading, _Counting() as mode:
         call()
     kernels = sum(n for name, n in mode.calls.items() if name not in VIEWS)
     return Work(
@@ -171,5 +187,5 @@ def count(call: Callable[[], Any], numel: int) -> Work:
         mode.rows["tanh_backward"] / numel,
         mode.calls.total(),
         kernels,
-        mode.calls["_local_scalar_dense"],
+        reading.reads + sum(mode.calls[name] for name in SYNCHRONISING),
     )
