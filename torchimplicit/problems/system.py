@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -141,12 +141,17 @@ def explained() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, IndexError) as error:
-        raise ValueError(
-            "f failed on part of the batch, although the problem says rowwise=True. That promise holds only if "
-            "f treats every row on its own, captures no tensor that carries the batch, and every argument whose dim 0 "
-            "has the batch's size does carry the batch: pass batched tensors as arguments and shared ones as "
-            f"parameters or captured tensors, or take the promise back. f said: {error}"
-        ) from error
+        broken_promise(f"f failed on part of the batch: {error}", error)
+
+
+def broken_promise(what: str, cause: Exception | None = None) -> NoReturn:
+    """Raise the error of a function that does not keep ``rowwise=True``."""
+    raise ValueError(
+        f"{what}. The problem says rowwise=True, which holds only if f treats every row on its own, captures no tensor "
+        "that carries the batch, and every argument whose dim 0 has the batch's size does carry the batch: pass "
+        "batched tensors as arguments and shared ones as parameters or captured tensors, or take the promise back "
+        "(rowwise=False)"
+    ) from cause
 
 
 def _vmapped(fn: Callable[..., Tensor], size: int, dims: tuple[int | None, ...]) -> Callable[..., Tensor]:

@@ -26,7 +26,7 @@ class LBFGSState(NamedTuple):
     y: History
     rho: Tensor
     gamma: Tensor
-    count: int
+    seen: int
 
 
 @final
@@ -72,7 +72,7 @@ class LBFGS(Solver):
         direction = self._direction(point.residual, state)
         found = search(evaluate, point, direction, progress.active, self.trials)
         stuck = found.failed
-        if not bool(stuck.any()):
+        if not found.any_failed:
             return Move(found.point, self._remember(state, point, found.point))
         # the model of the Hessian may be at fault: forget it, and try the gradient itself
         state = state._replace(rho=state.rho * (~stuck)[:, None])
@@ -82,7 +82,7 @@ class LBFGS(Solver):
     def _direction(self, residual: Tensor, state: LBFGSState) -> Tensor:
         """The two-loop recursion applied to minus the gradient."""
         q = residual.to(state.rho.dtype)
-        order = [(state.count - 1 - i) % self.memory for i in range(state.s.filled)]
+        order = [(state.seen - 1 - i) % self.memory for i in range(state.s.filled)]
         weights = []
         for slot in order:
             weight = state.rho[:, slot, None] * (state.s.ring[:, slot] * q).sum(dim=1, keepdim=True)
@@ -95,7 +95,7 @@ class LBFGS(Solver):
         return q.to(residual.dtype)
 
     def _remember(self, state: LBFGSState, before: Point, after: Point) -> LBFGSState:
-        slot = state.count % self.memory
+        slot = state.seen % self.memory
         s = (after.z - before.z).to(state.rho.dtype)
         y = (before.residual - after.residual).to(state.rho.dtype)
         sy, yy, ss = torch.stack((s * y, y * y, s * s)).sum(dim=2)
@@ -107,4 +107,4 @@ class LBFGS(Solver):
         gamma = torch.where(kept, sy / torch.where(kept, yy, 1), state.gamma[:, 0])[:, None]
         clean = kept[:, None]
         history = state.s.put(slot, torch.where(clean, s, 0)), state.y.put(slot, torch.where(clean, y, 0))
-        return LBFGSState(*history, rho, gamma, state.count + 1)
+        return LBFGSState(*history, rho, gamma, state.seen + 1)

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from torchimplicit.errors import UnsupportedDerivativeError
-from torchimplicit.linear import LinearSolver
+from torchimplicit.linear import Dense, LinearSolver
 from torchimplicit.problems import Point
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
+from torchimplicit.solvers.line_search import evaluate_some, rows_apart
 from torchimplicit.state import row_norm
 from torchimplicit.validation import check_count, check_type
+
+SMALL = 32
+"""Up to so many unknowns per sample, the Newton equation is solved by factorizing the matrix."""
 
 
 @final
@@ -26,8 +30,8 @@ class NewtonKrylov(Solver):
     automatic differentiation. They are not counted in ``solution.evaluations``; the evaluations of the search are.
 
     Args:
-        linear_solver: for the Newton equation; ``None``: the problem's default, solved to a relative 1e-2 of the
-            tolerance that the adjoint would have, tight enough for quadratic convergence.
+        linear_solver: for the Newton equation; ``None``: :class:`Dense` up to 32 unknowns, else the problem's default,
+            which solves it as accurately as an adjoint system: tight enough for quadratic convergence.
         halvings: the most times that a step is halved.
         rtol, atol, max_steps, keep_trajectory, check_every: see :class:`Solver`.
     """
@@ -50,24 +54,32 @@ class NewtonKrylov(Solver):
                 "Anderson, Broyden or FixedPointIteration"
             )
         system = evaluate.system
-        solver = self.linear_solver or system.default_linear_solver(point.z.shape[1], point.z.shape[0])
+        batch, dim = point.z.shape
+        # Krylov methods stagnate on badly scaled systems; where the matrix is small, factorizing it does not
+        default = Dense() if dim <= SMALL else system.default_linear_solver(dim, batch)
+        solver = self.linear_solver or default
+        residual = point.residual
+        if progress.active is not None:
+            # a sample that is done asks for no step, and must not keep the linear solver busy
+            residual = torch.where(progress.active[:, None], residual, 0)
         tape = system.linearize(point.z, evaluate.params)
-        direction = system.solve_linear(tape, False, point.residual, solver).value
+        direction = system.solve_linear(tape, False, residual, solver).value
         return self._search(evaluate, point, direction, progress.active)
 
     def _search(self, evaluate: Evaluator, point: Point, direction: Tensor, active: Tensor | None) -> Move:
         norm = row_norm(point.residual)
         size = torch.ones_like(norm)
-        trial = evaluate(evaluate.place(point.z + direction))
-        for halving in range(self.halvings + 1):
-            accepted = row_norm(trial.residual) <= (1 - 1e-4 * size) * norm
-            if active is not None:
-                accepted = accepted | ~active
-            if bool(accepted.all()):
-                return Move(trial)
-            if halving == self.halvings:
-                break
-            size = torch.where(accepted, size, 0.5 * size)
-            shorter = point.z + size[:, None].to(point.z.dtype) * direction
-            trial = evaluate(evaluate.place(torch.where(accepted[:, None], trial.z, shorter)))
-        return Move(trial.select(accepted, point), breakdown=~accepted)
+        searching = torch.ones_like(norm, dtype=torch.bool) if active is None else active
+        reached, rows = point, None
+        for _ in range(self.halvings + 1):
+            to = point.z + size[:, None].to(point.z.dtype) * direction
+            trial = evaluate_some(evaluate, to, searching, rows, reached)
+            accepted = searching & (row_norm(trial.residual) <= (1 - 1e-4 * size) * norm)
+            reached = trial.select(accepted, reached)
+            searching = searching & ~accepted
+            left = int(searching.sum())
+            if not left:
+                return Move(reached)
+            rows = rows_apart(evaluate, searching, left)
+            size = 0.5 * size
+        return Move(reached, breakdown=searching)
