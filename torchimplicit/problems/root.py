@@ -8,7 +8,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from torchimplicit.linear import GMRES, LinearOperator, LinearSolver
+from torchimplicit.linear import GMRES, Dense, LinearOperator, LinearSolver
 from torchimplicit.problems.base import Problem, check_function, flat_state
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.system import Point, System
@@ -78,4 +78,4 @@ class RootSystem(System):
         return tape.pull(-g)
 
     def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
-        return GMRES()
+        return Dense() if dim <= 32 and batch * dim * dim <= 2**20 else GMRES()

@@ -82,8 +82,8 @@ class Solver(ABC):
         rtol: relative tolerance, per sample: the norm of the residual over ``‖f(z)‖`` for a fixed point, over the
             first residual's norm for a root or a free minimum, over the norm of the whole gradient for a constrained
             one. ``None``: ``eps ** (2/3)`` of the state's dtype (2.4e-5 in float32, 3.7e-11 in float64).
-        atol: absolute tolerance on the norm of the residual; ``None``: zero where the relative one has a scale of its
-            own, and the dtype's ``eps`` where it is relative to the first residual, which a warm start makes small.
+        atol: absolute tolerance on the norm of the residual; the looser of the two counts. ``None``: ``eps`` of the
+            dtype times the size of the first evaluation, so that a solution of zero is found as well.
         max_steps: the most steps that a sample may take.
         keep_trajectory: whether to keep every iterate, in ``solution.trajectory``.
         check_every: after how many steps the host asks whether all samples are done. Each such question waits for
@@ -127,8 +127,6 @@ class Solver(ABC):
         Where grad mode is on, the step must be differentiable: it may not write into tensors that autograd has seen.
         """
 
-    def tolerances(self, point: Point) -> tuple[float, float]:
-        """``(rtol, atol)`` for a solve that begins at ``point``."""
-        eps = torch.finfo(point.z.dtype).eps
-        least = eps if point.scale is None else 0.0
-        return eps ** (2 / 3) if self.rtol is None else self.rtol, least if self.atol is None else self.atol
+    def relative_tolerance(self, dtype: torch.dtype) -> float:
+        """``rtol``, or its default for states of ``dtype``."""
+        return torch.finfo(dtype).eps ** (2 / 3) if self.rtol is None else self.rtol

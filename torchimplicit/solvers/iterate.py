@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.problems import Point, System
+from torchimplicit.problems.system import broken_promise
 from torchimplicit.solution import Report, Status
 from torchimplicit.solvers.base import Evaluator, Progress, Solver
 from torchimplicit.state import row_norm
@@ -79,10 +80,19 @@ class _Loop:
         self.may_shrink = (
             evaluate.system.row_params is not None and not solver.keep_trajectory and not torch.is_grad_enabled()
         )
-        self.rtol, self.atol = solver.tolerances(point)
+        dtype = point.z.dtype
+        self.rtol = solver.relative_tolerance(dtype)
         norm = row_norm(point.residual)
         self.first_scale = norm if point.scale is None else point.scale
-        self.limit = GROWTH_LIMIT * (norm + self.first_scale)
+        first = norm + self.first_scale
+        self.limit = GROWTH_LIMIT * first
+        if solver.atol is not None:
+            self.floor = torch.full_like(norm, solver.atol)
+        elif point.scale is not None:
+            self.floor = torch.finfo(dtype).eps * first
+        else:
+            # relative to the first residual alone, which a warm start makes as small as rounding
+            self.floor = torch.finfo(dtype).eps * (1 + first)
         self.best_norm = torch.full_like(norm, torch.inf)
         self.status = torch.full((self.batch,), _RUNNING, dtype=torch.int64, device=norm.device)
         self.steps = torch.zeros_like(self.status)
@@ -120,9 +130,7 @@ class _Loop:
         """Test every active sample, and note those that stop here. Reads from the device once, if ``ask``."""
         norm = row_norm(self.point.residual)
         scale = self.first_scale if self.point.scale is None else self.point.scale
-        tolerance = scale * self.rtol
-        if self.atol:
-            tolerance = tolerance + self.atol
+        tolerance = torch.maximum(scale * self.rtol, self.floor)
         good = norm <= self.limit
         going = (norm > tolerance) & good
         improved = norm < self.best_norm
@@ -166,13 +174,25 @@ class _Loop:
         self._store()
         assert self.running is not None
         keep = self.running.nonzero().squeeze(1)
+        if self.rows is None:
+            self._check_promise(keep[:1])
         self.rows = keep if self.rows is None else self.rows[keep]
         self.evaluate = self.evaluate.take(keep)
         self.point, self.best = self.point.take(keep), self.best.take(keep)
-        for name in ("first_scale", "limit", "best_norm", "status", "steps"):
+        for name in ("first_scale", "floor", "limit", "best_norm", "status", "steps"):
             setattr(self, name, getattr(self, name)[keep])
         self.running = None
         return take_rows(state, keep)
+
+    def _check_promise(self, row: Tensor) -> None:
+        """Evaluate one sample alone, once a solve: it must give what it gave in the whole batch."""
+        alone = self.evaluate.take(row)
+        known, found = self.point.take(row), alone(self.point.z[row])
+        self.evaluate.rows_evaluated = alone.rows_evaluated
+        size = row_norm(known.residual) + (known.z.new_zeros(1) if known.scale is None else known.scale)
+        gap = row_norm(found.residual - known.residual)
+        if bool(gap > torch.finfo(known.z.dtype).eps ** 0.4 * size):
+            broken_promise(f"a sample's residual changed by {float(gap / size):.1g} (relative) when it was alone")
 
     def _results(self) -> dict[str, Tensor]:
         scale = self.first_scale if self.best.scale is None else self.best.scale
