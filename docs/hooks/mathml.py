@@ -17,6 +17,8 @@ _MARKED = re.compile(
 )
 # Operators that MathML would set apart from their operands.
 _TIGHT = re.compile(r"<mo>(/|&#x0002F;|&#x02207;)</mo>")
+# The sign of the transpose is a letter to MathML, not an operator between two terms.
+_TRANSPOSE = re.compile(r"<mo>&#x022A4;</mo>")
 # What latex2mathml passes through when it does not know a command or an environment.
 _FAILED = re.compile(r"<mi>(\\[A-Za-z]+|&)</mi>|\\begin|\\end")
 
@@ -28,6 +30,7 @@ def mathml(tex: str, display: bool) -> str:
     failed = _FAILED.search(result)
     if failed:
         raise PluginError(f"latex2mathml cannot set {failed.group(0)!r} in the formula {tex!r}: write it another way")
+    result = _TRANSPOSE.sub('<mi mathvariant="normal">&#x022A4;</mi>', result)
     return _TIGHT.sub(r'<mo lspace="0" rspace="0">\1</mo>', result)
 
 

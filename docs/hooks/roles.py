@@ -39,6 +39,10 @@ class Roles(griffe.Extension):
     def _visit(self, owner: griffe.Object) -> None:
         if owner.docstring is not None:
             owner.docstring.value = self._rewrite(owner, owner.docstring.value)
+        if isinstance(owner, griffe.Function):
+            hidden = [p.name for p in owner.parameters if p.name.startswith("_")]  # a dataclass's private fields
+            for name in hidden:
+                del owner.parameters[name]
         for member in owner.members.values():
             if not member.is_alias:
                 self._visit(member)  # type: ignore[arg-type]
