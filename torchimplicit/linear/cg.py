@@ -24,6 +24,8 @@ class CG(IterativeSolver):
     ``Status.BREAKDOWN``. Convergence is confirmed by the true residual, at the cost of one product.
     """
 
+    max_steps: int = 1000
+
     def _method(self, operator: LinearOperator) -> Method:
         return _ConjugateGradients(preconditioned=self.preconditioner is not None)
 

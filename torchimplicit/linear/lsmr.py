@@ -26,6 +26,8 @@ class LSMR(IterativeSolver):
     itself; convergence is confirmed by the true one, at the cost of one product.
     """
 
+    max_steps: int = 1000
+
     def _method(self, operator: LinearOperator) -> Method:
         if not operator.symmetric and operator.transposed_product is None:
             raise ValueError(

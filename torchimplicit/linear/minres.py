@@ -27,6 +27,8 @@ class MINRES(IterativeSolver):
     by the true one, at the cost of one product; where it is not confirmed, the method starts again from there.
     """
 
+    max_steps: int = 1000
+
     def _method(self, operator: LinearOperator) -> Method:
         return _MinimalResiduals(preconditioned=self.preconditioner is not None)
 
