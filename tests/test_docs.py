@@ -45,7 +45,8 @@ def _names(page: Path) -> str:
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=_names)
 def test_python_blocks_run(page, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
-    request.addfinalizer(lambda before=torch.get_default_dtype(): torch.set_default_dtype(before))
+    dtype = torch.get_default_dtype()
+    request.addfinalizer(lambda: torch.set_default_dtype(dtype))
     module = types.ModuleType("documentation_page")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses and pickle look
     with torch.random.fork_rng(), warnings.catch_warnings():
