@@ -1,0 +1,93 @@
+"""The recipe, from the data to the page."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from rich.console import Console
+
+from torchimplicit.recipes.digits import build, data
+from torchimplicit.recipes.digits.config import DigitsConfig
+from torchimplicit.recipes.digits.data import Split
+from torchimplicit.recipes.digits.log import LogTracks
+from torchimplicit.recipes.digits.profile import profiles
+from torchimplicit.recipes.digits.report import write_report
+from torchimplicit.recipes.digits.results import EstimatorResult, Results, label, summarize, summary_table
+from torchimplicit.recipes.digits.task import DigitsTask
+from torchimplicit.recipes.environment import Environment
+from torchimplicit.recipes.fitting import fit
+from torchimplicit.recipes.progress import ShowProgress
+from torchimplicit.recipes.run import Run
+
+PROFILED = 128
+"""Validation images whose solves are shown iteration by iteration."""
+
+
+def train(config: DigitsConfig, run: Run, console: Console) -> bool:
+    """See :meth:`torchimplicit.recipes.recipe.Recipe.train`."""
+    began = time.perf_counter()
+    device = build.device(config)
+    training, validation = data.load(config.split_seed)
+    loader = data.batches(training, config.batch_size, config.seed)
+    task = DigitsTask(config, planned_steps(config, len(loader)), validation)
+    console.print(opening(config, training, validation, task.total_steps, device), highlight=False)
+    finished = fit(
+        task,
+        loader,
+        run,
+        device=device,
+        epochs=config.epochs,
+        max_steps=task.total_steps * len(config.estimators),
+        callbacks=[ShowProgress(console, task.total_steps, lambda: task.steps_done, lambda: status(task)), LogTracks()],
+    )
+    with console.status("Measuring and drawing the results"):
+        task.to(device)
+        task.validate()
+        images = validation.images[:PROFILED].to(device)
+        results = Results(
+            state="complete" if finished else "interrupted",
+            planned_steps=task.total_steps,
+            training_images=len(training.labels),
+            validation_images=len(validation.labels),
+            parameters=sum(p.numel() for p in task.classifier(config.estimators[0]).parameters()),
+            wall_seconds=time.perf_counter() - began,
+            config=config,
+            environment=Environment.of(device),
+            estimators={
+                name: EstimatorResult(
+                    label(name), summarize(track, len(loader)), profiles(task.classifier(name), images), track
+                )
+                for name, track in task.tracks.items()
+            },
+        )
+        run.write_json("results.json", results)
+        write_report(results, run)
+    console.print(summary_table(results.estimators).rich())
+    return finished
+
+
+def planned_steps(config: DigitsConfig, epoch: int) -> int:
+    """Optimizer steps of each classifier; ``epoch`` is an epoch's number of them."""
+    steps = config.epochs * epoch
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def opening(config: DigitsConfig, training: Split, validation: Split, steps: int, device: torch.device) -> str:
+    """What is about to happen, in one sentence."""
+    names = ", ".join(label(name) for name in config.estimators)
+    return (
+        f"Training on {len(training.labels)} digits, validating on {len(validation.labels)} others: {steps} steps with "
+        f"{names}, on {device.type.upper()}. Ctrl-C stops and keeps what is done."
+    )
+
+
+def status(task: DigitsTask) -> str:
+    """How training goes, in a few words."""
+    track = task.tracks[task.config.estimators[0]]
+    if not track.steps:
+        return ""
+    text = f"loss {track.steps[-1].loss:.3f}"
+    if track.validations:
+        text += f", validation {100 * track.validations[-1].accuracy:.1f} %"
+    return text
