@@ -96,6 +96,8 @@ class MinimumSystem(System):
                 energy = self.fn(leaf, *params)
                 gradient = _gradient(energy, leaf, create_graph=False)
             energy = energy.detach()
+        # an energy may be NaN or infinite where its gradient is not: such a state is no candidate
+        gradient = torch.where(torch.isfinite(energy)[:, None], gradient, torch.nan)
         if self.hyperplane is None:
             return Point(z, -gradient, energy=energy)
         normal, _ = self._plane(z, params)

@@ -77,7 +77,10 @@ class LBFGS(Solver):
         # the model of the Hessian may be at fault: forget it, and try the gradient itself
         state = state._replace(rho=state.rho * (~stuck)[:, None])
         again = search(evaluate, found.point, self._direction(point.residual, state), stuck, self.trials)
-        return Move(again.point, self._remember(state, point, again.point), breakdown=stuck & again.failed)
+        lost = stuck & again.failed
+        # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
+        to = again.last.select(lost & ~torch.isfinite(row_norm(again.last.residual)), again.point)
+        return Move(to, self._remember(state, point, again.point), breakdown=lost)
 
     def _direction(self, residual: Tensor, state: LBFGSState) -> Tensor:
         """The two-loop recursion applied to minus the gradient."""

@@ -25,11 +25,13 @@ of the batch still searches."""
 
 
 class Search(NamedTuple):
-    """Where the search ended; the samples that found no decrease, and did not move; and whether there are any."""
+    """Where the search ended; the samples that found no decrease, and did not move; whether there are any; and the
+    points that were tried last."""
 
     point: Point
     failed: Tensor
     any_failed: bool
+    last: Point
 
 
 class _Bracket(NamedTuple):
@@ -112,7 +114,7 @@ def search(evaluate: Evaluator, point: Point, direction: Tensor, active: Tensor 
             break
         size = bracket.next_size(slope, halve=trial % 3 == 0)
         rows = rows_apart(evaluate, searching, left)
-    return Search(best, failed | (searching & ~moved), lost > 0)
+    return Search(best, failed | (searching & ~moved), lost > 0, tried)
 
 
 def rows_apart(evaluate: Evaluator, chosen: Tensor, count: int) -> Tensor | None:

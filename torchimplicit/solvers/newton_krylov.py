@@ -82,4 +82,5 @@ class NewtonKrylov(Solver):
                 return Move(reached)
             rows = rows_apart(evaluate, searching, left)
             size = 0.5 * size
-        return Move(reached, breakdown=searching)
+        # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
+        return Move(trial.select(searching & ~torch.isfinite(row_norm(trial.residual)), reached), breakdown=searching)
