@@ -2,13 +2,64 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+import torch
+
 from torchimplicit.linear import Dense, LinearSolver
-from torchimplicit.testing.linear_suite import LinearSolverSuite
+from torchimplicit.solution import Status
+from torchimplicit.testing.linear_suite import LinearSolverSuite, matrix_operator, residuals
 
 
 class TestDense(LinearSolverSuite):
-    kind = "general"
     iterative = False
 
     def make(self, **options: Any) -> LinearSolver:
         return Dense(**options)
+
+
+def gaussian(batch: int, dim: int) -> torch.Tensor:
+    return torch.randn(batch, dim, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_row_has_its_own_status(dtype: torch.dtype) -> None:
+    a, b = gaussian(6, 9).to(dtype), torch.ones(6, 9, dtype=dtype)
+    a[1] = 0
+    a[2, :, 3] = 0  # singular, exactly
+    a[3, 0] = a[3, 1] + a[3, 2]  # singular, up to rounding
+    a[4, 0, 0] = torch.nan
+    b[5, 0] = torch.inf
+    solution = Dense().solve(matrix_operator(a), b)
+    expected = [Status.CONVERGED] + 3 * [Status.BREAKDOWN] + 2 * [Status.NONFINITE]
+    assert solution.report.status.tolist() == expected
+    assert solution.value.isfinite().all()
+    good = slice(0, 4)
+    true = (residuals(a, b, solution.value)[good] / 3).to(dtype)
+    torch.testing.assert_close(solution.report.residual[good], true, rtol=1e-3, atol=1e-5)
+    assert (true <= 1.001).all()
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_bordered_system(size: float) -> None:
+    """Exact to rounding at condition 1e6, whatever the scale of the matrix is."""
+    scale = size * torch.logspace(-3, 3, 40, dtype=torch.float64)
+    noise = gaussian(2, 40)
+    h = scale.sqrt()[:, None] * (torch.eye(40, dtype=torch.float64) + 0.02 * (noise + noise.mT)) * scale.sqrt()
+    w = torch.nn.functional.normalize(1 + torch.rand(2, 40, dtype=torch.float64), dim=-1)
+    p = torch.eye(40, dtype=torch.float64) - w[:, :, None] * w[:, None]
+    b = (p @ noise[:, :, :1]).squeeze(-1)
+    solutions = [
+        Dense().solve(matrix_operator(p @ h @ p, symmetric=True, null=w), b),
+        Dense().solve(matrix_operator(p @ h @ p, null=w, unprojected=matrix_operator(h)), b),
+    ]
+    for solution in solutions:
+        assert solution.report.converged.all()
+        assert (residuals(p @ h @ p, b, solution.value) <= 1e-9 * b.norm(dim=-1)).all()
+        assert (solution.value * w).sum(-1).abs().max() <= 1e-9 * solution.value.abs().max()
+
+
+def test_counts_its_products() -> None:
+    tally = [0]
+    report = Dense().solve(matrix_operator(gaussian(2, 7), tally), torch.ones(2, 7, dtype=torch.float64)).report
+    assert tally[0] == 14
+    assert report.evaluations == 7

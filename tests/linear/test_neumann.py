@@ -2,8 +2,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchimplicit.linear import Neumann, LinearSolver
-from torchimplicit.testing.linear_suite import LinearSolverSuite
+import pytest
+import torch
+
+from torchimplicit.linear import LinearSolver, Neumann
+from torchimplicit.solution import Status
+from torchimplicit.testing.linear_suite import LinearSolverSuite, matrix_operator, residuals
 
 
 class TestNeumann(LinearSolverSuite):
@@ -11,3 +15,68 @@ class TestNeumann(LinearSolverSuite):
 
     def make(self, **options: Any) -> LinearSolver:
         return Neumann(**options)
+
+
+def system(spread: float) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    j = torch.randn(4, 10, 10, generator=generator, dtype=torch.float64)
+    j = spread * j / torch.linalg.matrix_norm(j, 2, keepdim=True)
+    return torch.eye(10, dtype=torch.float64) - j, torch.randn(4, 10, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("terms", [1, 2, 5, 40])
+@pytest.mark.parametrize("damping", [1.0, 0.5, 0.8])
+@pytest.mark.parametrize("spread", [0.9, 3.0])
+def test_truncated_series(terms: int, damping: float, spread: float) -> None:
+    """``damping * sum_{i<k} (I - damping A)^i b``, convergent or not, in k - 1 products."""
+    (a, b), tally = system(spread), [0]
+    solution = Neumann(rtol=0.0, max_steps=terms, damping=damping).solve(matrix_operator(a, tally), b)
+    power = b.clone()
+    expected = torch.zeros_like(b)
+    for _ in range(terms):
+        expected = expected + damping * power
+        power = power - damping * (a @ power.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(solution.value, expected, rtol=1e-10, atol=1e-12)
+    assert tally[0] == 4 * (terms - 1)
+    assert solution.report.status.eq(Status.MAX_STEPS).all()
+    assert solution.report.steps.eq(terms).all()
+
+
+def test_truncated_series_from_a_start() -> None:
+    a, b = system(0.9)
+    start = torch.ones_like(b)
+    solution = Neumann(rtol=0.0, max_steps=1).solve(matrix_operator(a), b, start)
+    torch.testing.assert_close(solution.value, start + b - (a @ start.unsqueeze(-1)).squeeze(-1))
+
+
+def test_truncated_series_keeps_bad_samples_apart() -> None:
+    a, b = system(0.9)
+    clean = Neumann(rtol=0.0, max_steps=4).solve(matrix_operator(a), b)
+    b[1, 0] = torch.nan
+    a = a.clone()
+    a[2, 0, 0] = torch.nan
+    solution = Neumann(rtol=0.0, max_steps=4).solve(matrix_operator(a), b)
+    assert solution.value[[0, 3]].equal(clean.value[[0, 3]])
+    assert solution.report.status[1:3].eq(Status.NONFINITE).all()
+    assert solution.value.isfinite().all()
+
+
+def test_divergence_gives_the_best_iterate() -> None:
+    a, b = system(3.0)
+    solution = Neumann(max_steps=60).solve(matrix_operator(a), b)
+    assert solution.report.status.eq(Status.MAX_STEPS).all()
+    true = residuals(a, b, solution.value) / b.norm(dim=-1)
+    torch.testing.assert_close(solution.report.residual, true)
+    assert (true <= 1).all()
+
+
+def test_overflow_gives_the_best_iterate() -> None:
+    a, b = system(100.0)
+    solution = Neumann(max_steps=1000).solve(matrix_operator(a), b)
+    assert solution.report.status.eq(Status.NONFINITE).all()
+    assert (residuals(a, b, solution.value) <= b.norm(dim=-1)).all()
+
+
+def test_damping_is_validated() -> None:
+    with pytest.raises(ValueError, match="damping"):
+        Neumann(damping=0.0)

@@ -20,7 +20,7 @@ class CG(IterativeSolver):
     """Conjugate gradients (Hestenes and Stiefel 1952), for symmetric positive definite systems.
 
     The system may be singular along the operator's null vector, and the preconditioner has to be positive definite.
-    A direction of zero or negative curvature shows that the matrix is not positive definite: such a sample gets
+    A direction of negative or vanishing curvature shows that the matrix is not positive definite: such a sample gets
     ``Status.BREAKDOWN``. Convergence is confirmed by the true residual, at the cost of one product.
     """
 
@@ -31,7 +31,7 @@ class CG(IterativeSolver):
 
 
 class _State(NamedTuple):
-    """``decrease`` is :math:`r^T M^{-1} r`, ``[rows, 1]``."""
+    """``decrease`` is :math:`r^T M^{-1} r`, and ``least`` the least step length so far, each ``[rows, 1]``."""
 
     norm: Tensor
     broken: Tensor | None
@@ -39,6 +39,7 @@ class _State(NamedTuple):
     r: Tensor
     p: Tensor
     decrease: Tensor
+    least: Tensor
 
 
 @dataclass
@@ -50,19 +51,23 @@ class _ConjugateGradients(Method):
 
     def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
         p, decrease = self._direction(system, r, norm)
-        return _State(norm, None, x, r, p, decrease)
+        return _State(norm, None, x, r, p, decrease, torch.full_like(decrease, torch.inf))
 
     def step(self, system: System, state: _State, slow: int | None) -> _State:
+        info = torch.finfo(state.r.dtype)
         image = system.product(state.p)
         curvature = (state.p * image).sum(-1, keepdim=True)
-        broken = curvature <= 0
-        length = (state.decrease / curvature).masked_fill_(broken, 0.0)
+        length = state.decrease / curvature
+        # Step lengths lie between the inverses of the extreme eigenvalues: beyond 1/eps the matrix counts as singular.
+        least = state.least.minimum(length)
+        broken = (curvature <= 0) | (length * info.eps > least)
+        length = length.masked_fill_(broken, 0.0)
         x = torch.addcmul(state.x, length, state.p)
         r = torch.addcmul(state.r, length, image, value=-1)
         norm = torch.linalg.vector_norm(r, dim=-1)
         z, decrease = self._direction(system, r, norm)
-        p = torch.addcmul(z, decrease / state.decrease.clamp_min(torch.finfo(r.dtype).tiny), state.p)
-        return _State(norm, broken.squeeze(1), x, r, p, decrease)
+        p = torch.addcmul(z, decrease / state.decrease.clamp_min(info.tiny), state.p)
+        return _State(norm, broken.squeeze(1), x, r, p, decrease, least)
 
     def iterate(self, state: _State) -> tuple[Tensor, float]:
         return state.x, torch.inf

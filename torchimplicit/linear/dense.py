@@ -53,39 +53,46 @@ class Dense(LinearSolver):
         rhs = rhs.where(finite[:, None], 0.0)
         null = None if operator.null is None else operator.null.to(dtype).expand(operator.batch, -1)
 
-        x, regular = _solve(matrix, rhs, null)
-        residual = torch.linalg.vector_norm(_residual(operator, matrix, rhs, x), dim=-1)
-        rtol = default_rtol(b.dtype) if self.rtol is None else self.rtol
-        solved = regular & (residual <= self.atol + rtol * scale)
+        tolerance = self.atol + (default_rtol(b.dtype) if self.rtol is None else self.rtol) * scale
+        full, extended = _bordered(matrix, rhs, null) if null is not None else (matrix, rhs)
+        x, regular = _solve(full, extended)
+        residual = _residual_norm(operator, matrix, rhs, x)
+        solved = regular & (residual <= tolerance)
+        failed = (~solved & finite).nonzero().squeeze(1)
+        if len(failed):
+            least = (torch.linalg.pinv(full[failed]) @ extended[failed].unsqueeze(-1)).squeeze(-1)
+            other = x.index_copy(0, failed, least)
+            size = _residual_norm(operator, matrix, rhs, other)
+            better = ~(residual <= size)
+            x, residual = other.where(better[:, None], x), size.where(better, residual)
         status = torch.where(solved, int(Status.CONVERGED), int(Status.BREAKDOWN))
         status = torch.where(finite, status, int(Status.NONFINITE))
         relative = (residual / scale.where(scale > 0, 1.0)).where(finite, torch.nan)
         report = Report(status, torch.ones_like(status), relative.to(b.dtype), float(operator.dim))
-        return LinearSolution(x.to(b.dtype), report)
+        return LinearSolution(x[:, : operator.dim].to(b.dtype), report)
 
 
-def _solve(matrix: Tensor, b: Tensor, null: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The solutions, refined once, and which of the matrices are regular."""
-    full, rhs = matrix, b
-    if null is not None:
-        # The border takes the size of the matrix's entries, or the bordered system would be ill-conditioned.
-        size = matrix.abs().amax((-2, -1), keepdim=True)
-        border = (null * size.where(size > 0, 1.0).squeeze(-1)).unsqueeze(-1)
-        corner = torch.zeros_like(size)
-        full = torch.cat((torch.cat((matrix, border), -1), torch.cat((border.mT, corner), -1)), -2)
-        rhs = torch.cat((b, torch.zeros_like(b[:, :1])), -1)
-    lu, pivots, info = torch.linalg.lu_factor_ex(full)
-    rhs = rhs.unsqueeze(-1)
-    x = torch.linalg.lu_solve(lu, pivots, rhs)
-    x = x + torch.linalg.lu_solve(lu, pivots, rhs - full @ x)
-    x = x.squeeze(-1)
+def _bordered(matrix: Tensor, b: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:
+    """The system that also asks for a solution orthogonal to ``null``.
+
+    The border takes the size of the matrix's entries, or the bordered system would be ill-conditioned.
+    """
+    size = matrix.abs().amax((-2, -1), keepdim=True)
+    border = (null * size.where(size > 0, 1.0).squeeze(-1)).unsqueeze(-1)
+    rows = torch.cat((matrix, border), -1), torch.cat((border.mT, torch.zeros_like(size)), -1)
+    return torch.cat(rows, -2), torch.cat((b, torch.zeros_like(b[:, :1])), -1)
+
+
+def _solve(matrix: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The solutions by LU, refined once, and whether they could be had; NaN where not."""
+    lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
+    b = b.unsqueeze(-1)
+    x = torch.linalg.lu_solve(lu, pivots, b)
+    x = (x + torch.linalg.lu_solve(lu, pivots, b - matrix @ x)).squeeze(-1)
     regular = (info == 0) & x.isfinite().all(-1)
-    singular = (~regular).nonzero().squeeze(1)
-    if len(singular):
-        least = torch.linalg.pinv(full[singular]) @ rhs[singular]
-        x = x.index_copy(0, singular, least.squeeze(-1))
-    return x[:, : b.shape[1]], regular
+    return x.where(regular[:, None], torch.nan), regular
 
 
-def _residual(operator: LinearOperator, matrix: Tensor, b: Tensor, x: Tensor) -> Tensor:
-    return operator.project(b - (matrix @ x.unsqueeze(-1)).squeeze(-1))
+def _residual_norm(operator: LinearOperator, matrix: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    image = (matrix @ x[:, : operator.dim].unsqueeze(-1)).squeeze(-1)
+    return torch.linalg.vector_norm(operator.project(b - image), dim=-1)

@@ -145,7 +145,9 @@ class _AdaptiveSimplerGMRES(Method):
         t = torch.linalg.solve_triangular(columns.mT, a.unsqueeze(2), upper=True)
         directions = torch.stack(state.directions).transpose(0, 1)
         x = torch.baddbmm(state.x.unsqueeze(1), t.mT, directions).squeeze(1)
-        gap = info.eps * (t.squeeze(2).abs_() * sizes).sum(1)
+        lengths = torch.linalg.vector_norm(directions, dim=-1)
+        growth = (sizes / lengths.clamp_min(info.tiny)).amax(1)  # an estimate of the operator's norm, from below
+        gap = (t.squeeze(2).abs_() * lengths).sum(1) * growth * (4 * info.eps)
         return x, gap.masked_fill_(sound[:, -1] == 0, torch.inf)
 
     def _broken(self, state: _State) -> Tensor:
