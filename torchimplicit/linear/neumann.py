@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, final
+from typing import ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ class _State(NamedTuple):
 class _Richardson(Method):
     """``fresh`` says that ``r`` is the residual of ``x``; a truncated series lets it lag, to save the last product."""
 
+    kept: ClassVar[tuple[str, ...]] = ("x", "b")  # a truncated series makes its residual anew from both
     damping: float
     truncated: bool
     monotone: bool = field(init=False)
