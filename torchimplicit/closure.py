@@ -8,25 +8,42 @@ conversion.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from operator import is_not
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
+from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-_depth = 0
-"""How many of the two modes are active: more than none where an equilibrium is solved inside another's map."""
+_active: list[_Watcher] = []
+"""The modes that are on: more than one where an equilibrium is solved inside another's map."""
 
 
 def is_transformed(t: Tensor) -> bool:
     """Whether ``t`` belongs to a running ``torch.func`` transform or carries a forward-mode tangent."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(t) or (
+    return _functorch.is_functorch_wrapped_tensor(t) or (
         forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
     )
+
+
+def is_vmapped(t: Tensor) -> bool:
+    """Whether ``t`` belongs to a running ``torch.func.vmap``, at whatever level."""
+    while _functorch.maybe_get_level(t) >= 0:
+        if _functorch.is_batchedtensor(t):
+            return True
+        t = _functorch.get_unwrapped(t)
+    return False
+
+
+def transforms_running() -> bool:
+    """Whether tensors that belong to a transform can be about, be they seen yet or not."""
+    return _functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def carries_derivative(t: Tensor) -> bool:
@@ -36,11 +53,22 @@ def carries_derivative(t: Tensor) -> bool:
 
 def relayed(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """The tensors as an enclosing equilibrium's modes see them, so that it finds and replaces them too."""
-    return tuple(t.view_as(t) for t in tensors) if _depth else tuple(tensors)
+    return tuple(t.view_as(t) for t in tensors) if _active else tuple(tensors)
+
+
+def announce(made: Any) -> None:
+    """Tell the modes of an enclosing equilibrium of tensors that were made out of their sight, by an autograd node."""
+    for watcher in _active:
+        watcher.keep(made)
 
 
 class _Watcher(TorchFunctionMode):
-    """Follows which tensors are made inside a call, and hands every other one that carries a derivative to ``met``."""
+    """Follows which tensors are made inside a call, and hands every other one that carries a derivative to ``met``.
+
+    An operation shows its result to the mode. What is made out of its sight (by a transform inside the call, by
+    compiled code) is told from a captured tensor by its history: the level of the transform that it belongs to, or its
+    place in the sequence of autograd's nodes.
+    """
 
     def __init__(self, known: Iterable[Tensor]):
         super().__init__()
@@ -50,37 +78,60 @@ class _Watcher(TorchFunctionMode):
         raise AssertionError
 
     def __enter__(self) -> Any:
-        global _depth
-        _depth += 1
+        _active.append(self)
+        self._level = _current_level()
+        self._begin = torch._C._autograd._get_sequence_nr()
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
-        global _depth
-        _depth -= 1
+        _active.remove(self)
         super().__exit__(*exc)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args = self._replace(args)
         kwargs = {key: self._replace(value) for key, value in kwargs.items()} if kwargs else {}
         out = func(*args, **kwargs)
-        self._keep(out)
+        self.keep(out)
         return out
+
+    def keep(self, tree: Any) -> None:
+        """Note tensors made inside the call. They are kept alive, so that their ids are not given to others."""
+        if isinstance(tree, Tensor):
+            self._known[id(tree)] = tree
+            while _functorch.maybe_get_level(tree) > self._level:  # what is left of it after an inner transform
+                tree = _functorch.get_unwrapped(tree)
+                self._known[id(tree)] = tree
+        elif isinstance(tree, (tuple, list)):
+            for item in tree:
+                self.keep(item)
 
     def _replace(self, tree: Any) -> Any:
         if isinstance(tree, Tensor):
             if id(tree) in self._known or not carries_derivative(tree):
                 return tree
-            return self.met(tree)
+            return self._unseen(tree)
         if type(tree) in (tuple, list):
             return type(tree)([self._replace(item) for item in tree])
         return tree
 
-    def _keep(self, tree: Any) -> None:
-        if isinstance(tree, Tensor):
-            self._known[id(tree)] = tree  # kept alive, so that its id is not given to another tensor
-        elif isinstance(tree, (tuple, list)):
-            for item in tree:
-                self._keep(item)
+    def _unseen(self, t: Tensor) -> Tensor:
+        level = _functorch.maybe_get_level(t)
+        if level > self._level:  # an inner transform has wrapped a tensor from outside it
+            inside = _functorch.get_unwrapped(t)
+            found = self._replace(inside)
+            if found is inside and (id(inside) in self._known or not carries_derivative(inside)):
+                self._known[id(t)] = t
+                return t
+            if not _functorch.is_batchedtensor(t):
+                raise RuntimeError(
+                    f"the function differentiates, by torch.func, in a captured tensor of shape {tuple(t.shape)}: pass "
+                    "that tensor to solve as an argument"
+                )
+            return _functorch._add_batch_dim(found, _functorch.maybe_get_bdim(t), level)  # type: ignore[no-any-return]
+        if _made_since(t, self._begin):
+            self.keep(t)
+            return t
+        return self.met(t)
 
 
 class _Recorder(_Watcher):
@@ -132,32 +183,114 @@ class Closure:
         self.args = args
         self.extra = extra
         self.captured = captured
+        self._compiled = compiled_module(function)
         self._leaves, self._spec = pytree.tree_flatten(args)
         self.tensors = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
 
     def record(self, z: Tensor) -> tuple[Closure, Tensor]:
         """The closure with what ``function`` captures at ``z``, and its value there."""
-        module = compiled_module(self.function)
-        if module is not None:
+        if self._compiled is not None:
             known = {id(t) for t in self.tensors}
-            found = tuple(p for p in module.parameters() if carries_derivative(p) and id(p) not in known)
-            return Closure(self.function, self.args, self.extra, found), self.function(z, *self.args)
-        with _Recorder((z, *self.tensors)) as recorder:
-            value = self.function(z, *self.args)
-        return Closure(self.function, self.args, self.extra, tuple(recorder.captured.values())), value
+            inner = tuple(p for p in self._compiled.parameters() if carries_derivative(p) and id(p) not in known)
+            if not any(map(is_transformed, (z, *self.tensors, *inner))):
+                with self._retained():
+                    return self._capturing(inner), _untouched(self.function, z, *self.args)
+        # Aliases of the arguments tell a tensor that is passed from one that is captured as well.
+        own = tuple(t.view_as(t) for t in self.tensors)
+        with self._eagerly(), torch.enable_grad(), _Recorder((z, *own)) as recorder:
+            value = _untouched(self.function, z, *self._given(own))
+        captured = tuple(recorder.captured.values())
+        check_graph(value, (*own, *captured))
+        return self._capturing(captured), value.detach()
 
     def __call__(self, z: Tensor, *tensors: Tensor) -> Tensor:
-        own = len(self.tensors)
-        args = self.args
-        if any(map(is_not, tensors, self.tensors)):
-            given = iter(tensors)
-            leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-            args = pytree.tree_unflatten(leaves, self._spec)
-        substitutes = tensors[own + self.extra :]
-        if not any(map(is_not, substitutes, self.captured)):
-            return self.function(z, *args)
-        with _Replayer((z, *tensors[:own]), self.captured, substitutes):
-            return self.function(z, *args)
+        own, substitutes = tensors[: len(self.tensors)], tensors[len(self.tensors) + self.extra :]
+        if any(map(is_not, substitutes, self.captured)):
+            captured = {id(t) for t in self.captured}
+            own = tuple(t.view_as(t) if id(t) in captured else t for t in own)
+            with self._eagerly(), _Replayer((z, *own), self.captured, substitutes):
+                return _untouched(self.function, z, *self._given(own))
+        if self._compiled is None:
+            return _untouched(self.function, z, *self._given(own))
+        with self._eagerly() if any(map(is_transformed, (z, *tensors))) else self._retained():
+            return _untouched(self.function, z, *self._given(own))
+
+    def _given(self, own: Sequence[Tensor]) -> Any:
+        """The arguments, with their tensors replaced by ``own``."""
+        if not any(map(is_not, own, self.tensors)):
+            return self.args
+        given = iter(own)
+        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        return pytree.tree_unflatten(leaves, self._spec)
+
+    def _capturing(self, captured: tuple[Tensor, ...]) -> Closure:
+        return Closure(self.function, self.args, self.extra, captured)
+
+    def _eagerly(self) -> contextlib.AbstractContextManager[Any]:
+        """Compiled code sees neither the modes nor the transforms, so that it must not run where they act."""
+        return contextlib.nullcontext() if self._compiled is None else eagerly()
+
+    def _retained(self) -> contextlib.AbstractContextManager[Any]:
+        """Code that is compiled here keeps its buffers: an adjoint solve runs its backward many times."""
+        return torch._functorch.config.patch(donated_buffer=False)  # type: ignore[no-any-return, attr-defined]
+
+
+def check_graph(out: Tensor, known: Sequence[Tensor]) -> None:
+    """Whatever ``out`` comes from must come through ``known``: a tensor that slipped in unseen would get no gradient.
+
+    Raises:
+        RuntimeError: another tensor that requires grad lies behind ``out``.
+    """
+    ends = {id(t) for t in known}
+    borders = {(t.grad_fn, t.output_nr) for t in known if t.grad_fn is not None}
+    stack, seen = [(out.grad_fn, out.output_nr)], set()
+    while stack:
+        place = stack.pop()
+        node = place[0]
+        if node is None or place in seen or place in borders:
+            continue
+        seen.add(place)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in ends:
+            raise RuntimeError(
+                f"the function depends on a captured tensor of shape {tuple(variable.shape)} in a way that the "
+                "recording does not see (compiled or foreign code), so its gradient would be lost: pass the tensor to "
+                "solve as an argument"
+            )
+        stack.extend(node.next_functions)
+
+
+def _untouched(function: Callable[..., Tensor], z: Tensor, *args: Any) -> Tensor:
+    """``function(z, *args)``, which must leave ``z`` as it is."""
+    version = None if z.is_inference() else z._version
+    out = function(z, *args)
+    if version is not None and z._version != version:
+        raise RuntimeError(
+            "the function changed its state in place, which is the solver's own iterate: work on a copy (z.clone()) or "
+            "use the operation that returns a new tensor"
+        )
+    return out
+
+
+def _current_level() -> int:
+    level = _functorch.maybe_current_level()
+    return -1 if level is None else level
+
+
+def _made_since(t: Tensor, begin: int) -> bool:
+    """Whether autograd saw ``t`` being computed after its sequence number ``begin``, in this thread."""
+    now = torch._C._autograd._get_sequence_nr()
+    while True:
+        if t.grad_fn is not None and begin <= t.grad_fn._sequence_nr() < now:
+            return True
+        if _functorch.maybe_get_level(t) < 0:
+            return False
+        t = _functorch.get_unwrapped(t)
+
+
+def eagerly() -> contextlib.AbstractContextManager[Any]:
+    """Compiled code runs as if it were not compiled."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def compiled_module(function: Any) -> nn.Module | None:

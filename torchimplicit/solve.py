@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchimplicit.closure import Closure, is_transformed, relayed
+from torchimplicit.closure import Closure, announce, is_transformed, relayed, transforms_running
 from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.gradients import Gradient, Implicit
 from torchimplicit.gradients.base import Run, Task, differentiable
@@ -63,7 +63,7 @@ def solve(
     closure = Closure(call, args, extra=len(constraint))
 
     value: Tensor | None = None
-    if torch.is_grad_enabled() or any(is_transformed(t) for t in (flat0, *closure.tensors, *constraint)):
+    if torch.is_grad_enabled() or transforms_running():
         # One call finds what the function captures. It is the solver's first evaluation, where that can be.
         with torch.no_grad():
             closure, value = closure.record(flat0.detach())
@@ -92,6 +92,7 @@ def solve(
     with without_autocast(layout.device):
         found = gradient.attach(task, flat0 if differentiable((flat0,)) else flat0.detach(), params)
 
+    announce(found)
     outcome = task.outcomes[-1]
 
     def attach(z: Tensor) -> Any:

@@ -24,8 +24,8 @@ from torchimplicit.validation import check_positive
 class EquilibriumPropagation(Gradient):
     """Equilibrium propagation (Scellier and Bengio 2017; symmetric: Laborieux et al. 2021) for :class:`Minimum`.
 
-    The energy is tilted by the incoming cotangent, :math:`T = E + \\beta\\langle u, p\\rangle`, and minimized again from
-    the solution :math:`p^0`. The estimate is
+    The energy is tilted by the incoming cotangent, :math:`T = E + \\beta\\langle u, p\\rangle`, and minimized again
+    from the solution :math:`p^0`. The estimate is
     :math:`[\\partial_\\theta E(p^\\beta) - \\partial_\\theta E(p^0)]/\\beta`, whose error is
     :math:`O(\\beta)`, or the symmetric difference over :math:`\\pm\\beta`, whose error is :math:`O(\\beta^2)`. Since it
     needs the cotangent alone, any loss may follow. Reverse mode, first order.

@@ -51,5 +51,5 @@ class LinearEstimate(Gradient):
         def compute(task: Task, b: Tensor, z: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
             return [self.apply(task, task.system.linearize(z, params), False, b).value]
 
-        (out,) = estimate(task, compute, type(self).__name__, -moved, z, params)
+        (out,) = estimate(task, compute, type(self).__name__, -moved, z, params, of_state=True)
         return out

@@ -135,14 +135,17 @@ class LinearSolve(Function):
 
 
 class FirstOrder(Function):
-    """An estimate that has no derivative of its own: ``(task, compute, name, x, z, *params) -> tensors``.
+    """An estimate that has no derivative of its own: ``(task, compute, name, of_state, x, z, *params) -> tensors``.
 
-    ``compute(task, x, z, params)`` runs on plain tensors. Differentiating what it gives raises, so that a second
+    ``compute(task, x, z, params)`` runs on plain tensors, and gives tangents of the state (``of_state``) or cotangents
+    of parameters. Differentiating what it gives raises, so that a second
     derivative through a first-order estimator is never silently wrong.
     """
 
     @staticmethod
-    def forward(task: Task, compute: Any, name: str, x: Any, z: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        task: Task, compute: Any, name: str, of_state: bool, x: Any, z: Tensor, *params: Tensor
+    ) -> tuple[Tensor, ...]:
         with without_autocast(z.device):
             return tuple(compute(task, x, z, params))
 
@@ -159,14 +162,20 @@ class FirstOrder(Function):
         raise UnsupportedDerivativeError(_first_order_only(ctx.name))
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, task: Task, compute: Any, name: str, x: Any, z: Any, *params: Any) -> Any:
-        size, dims, params = _fold(info, in_dims[5:], params)
-        x, z = _stack(x, in_dims[3], size), _stack(z, in_dims[4], size)
-        # the cotangent of a parameter that the copies share is wanted for each copy on its own
-        params = tuple(
-            p if d is not None else p.expand(size, *p.shape).contiguous() for p, d in zip(params, dims, strict=True)
-        )
-        out = FirstOrder.apply(task.vmapped(size, [0] * len(params)), compute, name, x, z, *params)
+    def vmap(
+        info: Any, in_dims: Any, task: Task, compute: Any, name: str, of_state: bool, x: Any, z: Any, *params: Any
+    ) -> Any:
+        size, dims, params = _fold(info, in_dims[6:], params)
+        x, z = _stack(x, in_dims[4], size), _stack(z, in_dims[5], size)
+        if not of_state:
+            # the cotangent of a parameter that the copies share is wanted for each copy on its own
+            params = tuple(
+                p if d is not None else p.expand(size, *p.shape).contiguous() for p, d in zip(params, dims, strict=True)
+            )
+            dims = [0] * len(params)
+        out = FirstOrder.apply(task.vmapped(size, dims), compute, name, of_state, x, z, *params)
+        if of_state:
+            out = tuple(t.reshape(size, -1, *t.shape[1:]) for t in out)
         return tuple(out), (0,) * len(out)
 
 
@@ -177,11 +186,12 @@ def estimate(
     x: Any,
     z: Tensor,
     params: Sequence[Tensor],
+    of_state: bool = False,
 ) -> Sequence[Tensor]:
     """``compute(task, x, z, params)``, once differentiable in name only: see :class:`FirstOrder`."""
     if not torch.is_grad_enabled() and not any(is_transformed(t) for t in (x, z, *params)):
         return compute(task, x, z, params)
-    return FirstOrder.apply(task, compute, name, x, z, *params)  # type: ignore[no-any-return]
+    return FirstOrder.apply(task, compute, name, of_state, x, z, *params)  # type: ignore[no-any-return]
 
 
 def gradients(fn: Callable[..., Tensor], primals: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import Tensor
 
+from torchimplicit.closure import is_vmapped
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients.base import Found, Gradient, Task, differentiable
 
@@ -25,7 +25,7 @@ class Unrolled(Gradient):
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
         if not differentiable((z0, *params)):
             return task.solve(z0, params)
-        if any(torch._C._functorch.is_batchedtensor(t) for t in (z0, *params)):
+        if any(map(is_vmapped, (z0, *params))):
             raise UnsupportedDerivativeError(
                 "Unrolled cannot run under torch.func.vmap, where the number of steps would depend on the data: use "
                 "Implicit() or UnrolledPhantom()"

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
 from torchimplicit.gradients.base import Found, Gradient, Task, differentiable
-from torchimplicit.gradients.nodes import Solve
+from torchimplicit.gradients.nodes import Grads, Solve
 from torchimplicit.validation import check_count, check_fraction
 
 
@@ -46,3 +47,11 @@ class UnrolledPhantom(Gradient):
             else:
                 h = h + self.damping * point.residual
         return found._replace(z=h)
+
+    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
+        """None: the point from which the steps start is a constant."""
+        return (None,) * len(params)
+
+    def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
+        """Zero, likewise."""
+        return torch.zeros_like(z)

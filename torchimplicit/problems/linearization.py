@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from torchimplicit.closure import check_graph
+
 Map = Callable[..., Tensor]
 
 
@@ -25,11 +27,11 @@ class Linearization:
     def __init__(self, core: Map, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None):
         self.z = z.detach().requires_grad_()
         self.wanted = tuple(wanted) if wanted is not None else (False,) * len(params)
-        self.params = tuple(_cut(p, w) for p, w in zip(params, self.wanted, strict=True))
+        self.params = _cut(params, self.wanted)
         with torch.enable_grad():
             self.out = core(self.z, *self.params)
         if wanted is not None:
-            _check_tape(self.out, (self.z, *self.params))
+            check_graph(self.out, (self.z, *self.params))
         self._forward: tuple[Tensor, Tensor] | None = None
 
     def transposed(self, v: Tensor) -> Tensor:
@@ -91,30 +93,17 @@ class Linearization:
         return torch.zeros_like(vs) if grad is None else grad
 
 
-def _check_tape(out: Tensor, known: Sequence[Tensor]) -> None:
-    """Every leaf behind ``out`` must be one of ``known``: a tensor that slipped in unseen would get no gradient."""
-    leaves = {id(t) for t in known}
-    stack, seen = [out.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in leaves:
-            raise RuntimeError(
-                f"the function depends on a captured tensor of shape {tuple(variable.shape)} in a way "
-                "that the recording does not see (a custom autograd Function or compiled code), so its gradient would "
-                "be lost: pass the tensor to solve as an argument"
-            )
-        stack.extend(parent for parent, _ in node.next_functions)
+def _cut(params: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    """The parameters with nothing behind them; themselves where nothing is, so that the map sees its own tensors.
 
-
-def _cut(p: Tensor, wanted: bool) -> Tensor:
-    """``p`` with nothing behind it; ``p`` itself where nothing is, so that the map sees its own tensor."""
-    if p.is_leaf and (not wanted or (p.requires_grad and not p._backward_hooks)):
-        return p
-    return p.detach().requires_grad_(wanted)
+    A tensor that stands in several places is itself in the first one only: each place has its own gradient.
+    """
+    kept: dict[int, Tensor] = {}
+    cut = []
+    for p, w in zip(params, wanted, strict=True):
+        own = p.is_leaf and (not w or (p.requires_grad and not p._backward_hooks)) and id(p) not in kept
+        cut.append(kept.setdefault(id(p), p) if own else p.detach().requires_grad_(w))
+    return tuple(cut)
 
 
 def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
