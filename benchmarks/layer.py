@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import record  # noqa: F401  # isort: skip  (first: it sets the number of threads)
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.set_num_threads(1)
@@ -165,21 +166,27 @@ class _Counting(TorchDispatchMode):
         return out
 
 
-class _Reading(TorchFunctionMode):
-    """Counts the reads that no dispatched operation shows."""
+@contextlib.contextmanager
+def _reads() -> Iterator[Counter[str]]:
+    """Counts the reads that no dispatched operation shows, by wrapping the methods of ``Tensor`` that make them."""
+    found: Counter[str] = Counter()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads = 0
+    def counted(name: str) -> Callable[..., Any]:
+        method = getattr(Tensor, name)
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self.reads += func in (Tensor.tolist, Tensor.numpy)
-        return func(*args, **(kwargs or {}))
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            found[name] += 1
+            return method(*args, **kwargs)
+
+        return wrapper
+
+    with mock.patch.multiple(Tensor, **{name: counted(name) for name in ("tolist", "numpy")}):
+        yield found
 
 
 def count(call: Callable[[], Any], numel: int) -> Work:
     """Run ``call`` once and count its work; ``numel`` is the size of the whole batch's state."""
-    with _Reading() as reading, _Counting() as mode:
+    with _reads() as reads, _Counting() as mode:
         call()
     kernels = sum(n for name, n in mode.calls.items() if name not in VIEWS)
     return Work(
@@ -187,5 +194,5 @@ def count(call: Callable[[], Any], numel: int) -> Work:
         mode.rows["tanh_backward"] / numel,
         mode.calls.total(),
         kernels,
-        reading.reads + sum(mode.calls[name] for name in SYNCHRONISING),
+        reads.total() + sum(mode.calls[name] for name in SYNCHRONISING),
     )

@@ -18,7 +18,9 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_
 import argparse
 import datetime
 import gc
+import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import operator
@@ -217,13 +219,23 @@ def versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit of the checkout, with a mark when the library has changes that are not committed."""
+    """The commit of the checkout, and whether the library that was imported is that commit's, file for file."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(("git", *arguments), cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "torchimplicit")
-    return git("rev-parse", "--short", "HEAD") + (" with uncommitted changes" if changed else "")
+    spec = importlib.util.find_spec("torchimplicit")
+    assert spec is not None
+    assert spec.origin is not None
+    package = Path(spec.origin).parent
+    contents = {str(path.relative_to(package.parent)): path.read_bytes() for path in sorted(package.rglob("*.py"))}
+    blobs = {name: hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() for name, data in contents.items()}
+    committed = {
+        line.split("\t")[1]: line.split()[2] for line in git("ls-tree", "-r", "HEAD", "torchimplicit").splitlines()
+    }
+    digest = hashlib.sha1("".join(blobs.values()).encode()).hexdigest()[:10]
+    same = blobs == {name: blob for name, blob in committed.items() if name.endswith(".py")}
+    return git("rev-parse", "--short", "HEAD") + ("" if same else f" with changes (sources {digest})")
 
 
 # -------------------------------------------------------------------------------------------------------------- results
