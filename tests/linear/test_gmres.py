@@ -117,6 +117,14 @@ def test_singular_and_inconsistent_ends_at_once() -> None:
     assert (residuals(a, b, solution.value) <= 1.01 * residuals(a, b, least)).all()
 
 
+def test_a_few_steps_cost_no_more() -> None:
+    """With no tolerance to meet, the residual is known well enough without a product that confirms it."""
+    a, b, tally = gaussian(3, 20) + 4 * torch.eye(20, dtype=torch.float64), gaussian(3, 20, seed=1)[:, 0], [0]
+    report = GMRES(rtol=0.0, max_steps=4).solve(matrix_operator(a, tally), b).report
+    assert tally[0] == 12
+    assert report.status.eq(Status.MAX_STEPS).all()
+
+
 def test_memory_is_made_as_it_is_needed() -> None:
     a, b = torch.eye(50).expand(2, 50, 50) * 2.0, torch.ones(2, 50)
     assert GMRES(restart=10**9, max_steps=10**9).solve(matrix_operator(a), b).report.converged.all()

@@ -49,6 +49,17 @@ def test_truncated_series_from_a_start() -> None:
     torch.testing.assert_close(solution.value, start + b - (a @ start.unsqueeze(-1)).squeeze(-1))
 
 
+def test_truncated_series_from_the_solution() -> None:
+    a, b = system(0.9)
+    start = torch.zeros_like(b)
+    start[0] = torch.linalg.solve(a[0], b[0])
+    b[0] = (a[:1] @ start[:1].unsqueeze(-1)).flatten()
+    solution = Neumann(rtol=0.0, max_steps=6).solve(matrix_operator(a), b, start)
+    torch.testing.assert_close(solution.value[0], start[0])
+    other = Neumann(rtol=0.0, max_steps=6).solve(matrix_operator(a), b)
+    assert solution.value[1:].equal(other.value[1:])
+
+
 def test_truncated_series_keeps_bad_samples_apart() -> None:
     a, b = system(0.9)
     clean = Neumann(rtol=0.0, max_steps=4).solve(matrix_operator(a), b)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Method(ABC):
         cycle: steps after which the method has to start again from its iterate; ``None`` for no such limit.
     """
 
-    kept: ClassVar[tuple[str, ...]] = ("x",)
+    kept: tuple[str, ...] = ("x",)
     monotone: bool = True
     definite: bool = False
     cycle: int | None = None
@@ -134,7 +134,7 @@ class Cycle:
         going, sound, *slow = torch.stack(masks).sum(1).tolist()
         failed = None
         if sound < self.current:
-            failed, active = ~finite, active & finite
+            failed, active = ~finite & (self.notes.pending < self.infinity), active & finite
             going = int(active.sum())
         if last or going < self.alive:
             stopped = self.notes.pending < self.infinity

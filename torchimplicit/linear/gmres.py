@@ -100,15 +100,12 @@ class _AdaptiveSimplerGMRES(Method):
         w = system.product(z)
         if k:
             basis = images[:, :k]
-            w = w.unsqueeze(1)
-            h = torch.bmm(w, basis.mT)
-            w = torch.baddbmm(w, h, basis, alpha=-1)
+            w, h = _orthogonalized(w, basis)
             if slow != 0:
-                more = torch.bmm(w, basis.mT)
-                w = torch.baddbmm(w, more, basis, alpha=-1)
+                # Where the residual falls well, the directions are well conditioned, and once is enough.
+                w, more = _orthogonalized(w, basis)
                 h += more
-            w = w.squeeze(1)
-            upper[:, k, :k] = h.squeeze(1)
+            upper[:, k, :k] = h
         size = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
         q = torch.div(w, size.clamp_min(torch.finfo(w.dtype).tiny), out=images[:, k])
         a = (state.r * q).sum(-1, keepdim=True)
@@ -156,6 +153,16 @@ class _AdaptiveSimplerGMRES(Method):
         size = state.sizes[-1].squeeze(1)
         before = torch.linalg.vector_norm(state.upper[:, k - 1, : k - 1], dim=-1)
         return size <= _threshold(size.dtype) * before.hypot(size)
+
+
+def _orthogonalized(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """``w`` without its components along the rows of ``basis`` (``[rows, k, dim]``), and these (``[rows, k]``)."""
+    if basis.shape[1] * basis.shape[2] < 400:  # batched products of matrices so small are slow on CPUs
+        h = (basis * w.unsqueeze(1)).sum(-1)
+        return w - (basis * h.unsqueeze(2)).sum(1), h
+    w = w.unsqueeze(1)
+    h = torch.bmm(w, basis.mT)
+    return torch.baddbmm(w, h, basis, alpha=-1).squeeze(1), h.squeeze(1)
 
 
 def _grown(images: Tensor, upper: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

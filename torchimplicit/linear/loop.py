@@ -28,7 +28,7 @@ from torchimplicit.linear.system import System
 from torchimplicit.solution import Report, Status
 
 _DOUBT = 0.25
-"""The part of the tolerance up to which a recurrence's residual is trusted to equal the true one."""
+"""The part of the tolerance, or of the residual, up to which a recurrence's residual is trusted to be the true one."""
 
 _PROGRESS = 0.99
 """The factor by which a cycle has to reduce the residual for another one to be worthwhile."""
@@ -69,7 +69,7 @@ def run(
     result = part = cycle.run(limit, check_every)
     live = None
     while True:
-        doubt = part.gap > _DOUBT * tolerance
+        doubt = part.gap > _DOUBT * tolerance.maximum(part.norm)
         if not cycle.finished:
             doubt |= (part.steps < max_steps) & (part.status != Status.CONVERGED) & (part.status != Status.NONFINITE)
         if live is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, final
 
 import torch
@@ -49,17 +49,14 @@ class _State(NamedTuple):
     fresh: bool
 
 
-@dataclass
 class _Richardson(Method):
     """``fresh`` says that ``r`` is the residual of ``x``; a truncated series lets it lag, to save the last product."""
 
-    kept: ClassVar[tuple[str, ...]] = ("x", "b")  # a truncated series makes its residual anew from both
-    damping: float
-    truncated: bool
-    monotone: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.monotone = self.truncated
+    def __init__(self, damping: float, truncated: bool) -> None:
+        self.damping, self.truncated = damping, truncated
+        self.monotone = truncated
+        # A series that runs on has nothing to clear; otherwise the result is the iterate of least residual.
+        self.kept = ("b", "x") if truncated else ()
 
     def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
         return _State(norm, b, x, r, True)
