@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 import types
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from torchimplicit.solvers import Solver
+from torchimplicit.testing.solver_suite import SolverSuite
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -55,6 +60,22 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, request):
         for line, text in blocks(page, "python"):
             code = compile("\n" * (line - 1) + text, str(page), "exec", dont_inherit=True)
             exec(code, vars(module))
+
+
+class TestTheSolverOfContributing(SolverSuite):
+    """The worked example of CONTRIBUTING passes the suite of which it speaks."""
+
+    @functools.cached_property
+    def solver(self) -> type[Solver]:
+        module = types.ModuleType("contributing")
+        sys.modules[module.__name__] = module
+        exec(
+            compile(blocks(ROOT / "CONTRIBUTING.md", "python")[0][1], "CONTRIBUTING.md", "exec", 0, True), vars(module)
+        )
+        return module.Aitken
+
+    def make(self, **options: Any) -> Solver:
+        return self.solver(**options)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_names)
