@@ -200,7 +200,8 @@ class Closure:
         with self._eagerly(), torch.enable_grad(), _Recorder((z, *own)) as recorder:
             value = _untouched(self.function, z, *self._given(own))
         captured = tuple(recorder.captured.values())
-        check_graph(value, (*own, *captured))
+        if not _active:  # otherwise an enclosing equilibrium has put substitutes behind the value, and checks them itself
+            check_graph(value, (*own, *captured))
         return self._capturing(captured), value.detach()
 
     def __call__(self, z: Tensor, *tensors: Tensor) -> Tensor:

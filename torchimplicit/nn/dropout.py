@@ -14,11 +14,17 @@ from torch import Tensor, nn
 class VariationalDropout(nn.Module):
     """Dropout whose mask is drawn once per solve of the enclosing :class:`Equilibrium` (Gal and Ghahramani 2016).
 
-    The map is then the same at every iteration, and in the backward pass. In eval mode it does nothing.
+    The map is then the same at every iteration, and in the backward pass. What is kept is scaled by ``1 / (1 - p)``, so
+    that the mean stays. In eval mode it does nothing. Where the cell uses one module twice, both uses share the mask.
 
     Args:
         p: the share that is dropped, in [0, 1).
         spatial: whether whole channels are dropped, for inputs ``[batch, channels, ...]``.
+
+    Raises:
+        RuntimeError: in training, outside an :class:`Equilibrium`.
+
+    Shapes: the input is any tensor, with at least two dimensions if ``spatial``; the output is like it.
     """
 
     def __init__(self, p: float = 0.5, spatial: bool = False) -> None:
@@ -32,21 +38,27 @@ class VariationalDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        if self.drawing:
-            shape = x.shape[:2] + (1,) * (x.ndim - 2) if self.spatial else x.shape
-            self.held = torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(1 - self.p) / (1 - self.p)
-        if self.held is None:
-            raise RuntimeError(
-                "VariationalDropout has no mask: in training it must run inside torchimplicit.nn.Equilibrium, which "
-                "draws one mask a solve"
-            )
-        return x * self.held
+        mask = self.held
+        if mask is None:
+            if not self.drawing:
+                raise RuntimeError(
+                    "VariationalDropout has no mask: in training it must run inside torchimplicit.nn.Equilibrium, "
+                    "which draws one mask a solve"
+                )
+            mask = self.held = self._draw(x)
+        return x * mask
+
+    def _draw(self, x: Tensor) -> Tensor:
+        if self.spatial and x.ndim < 2:
+            raise ValueError(f"VariationalDropout(spatial=True) needs [batch, channels, ...], not {tuple(x.shape)}")
+        shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if self.spatial else x.shape
+        return torch.bernoulli(x.detach().new_full(shape, 1 - self.p)) / (1 - self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, spatial={self.spatial}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "held": None, "drawing": False}
+        return {**super().__getstate__(), "held": None, "drawing": False}
 
 
 def active_dropouts(root: nn.Module) -> list[VariationalDropout]:
@@ -56,11 +68,12 @@ def active_dropouts(root: nn.Module) -> list[VariationalDropout]:
 
 @contextmanager
 def drawing(modules: Sequence[VariationalDropout]) -> Iterator[None]:
-    """Each module draws a new mask when it is called."""
+    """Each module without a mask draws one when it is called."""
+    before = [module.drawing for module in modules]
     for module in modules:
         module.drawing = True
     try:
         yield
     finally:
-        for module in modules:
-            module.drawing = False
+        for module, value in zip(modules, before, strict=True):
+            module.drawing = value

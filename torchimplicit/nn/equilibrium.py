@@ -9,12 +9,15 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils import _pytree as pytree
 
-from torchimplicit.closure import compiled_module
+from torchimplicit.closure import compiled_module, eagerly, is_transformed
 from torchimplicit.gradients import Gradient
-from torchimplicit.nn.dropout import active_dropouts, drawing
-from torchimplicit.nn.normalization import held_parametrizations, holding
+from torchimplicit.nn.dropout import VariationalDropout, active_dropouts, drawing
+from torchimplicit.nn.normalization import fixed, holding, parametrizations, settled_vectors
 from torchimplicit.nn.warm_start import WarmStart
+from torchimplicit.precision import without_autocast
 from torchimplicit.problems import FixedPoint
 from torchimplicit.solution import Solution
 from torchimplicit.solve import solve
@@ -24,10 +27,15 @@ from torchimplicit.state import detached
 
 @final
 class Equilibrium(nn.Module):
-    """The layer whose output is the fixed point ``z = cell(z, x)`` (Bai et al. 2019).
+    """The layer whose output is the fixed point ``z = cell(z, x)`` (Bai et al. 2019, arXiv 1909.01377).
 
-    Weights under :func:`weight_norm` or :func:`spectral_norm` are computed once per solve, and every
-    :class:`VariationalDropout` draws one mask.
+    Parametrized weights (:func:`weight_norm`, :func:`spectral_norm`, and those of ``torch.nn.utils.parametrizations``)
+    are computed once per solve, and every :class:`VariationalDropout` draws one mask. Only a cell that is compiled
+    computes its weights in every evaluation.
+
+    The cell may be compiled (``Equilibrium(torch.compile(cell))``), or the model around the layer; the solve itself is
+    a graph break. The layer may stand inside ``DistributedDataParallel``, ``fully_shard``, activation checkpointing and
+    another equilibrium's cell.
 
     Args:
         cell: a module called as ``cell(z, x)``, returning a state like ``z``. If it has a method
@@ -39,8 +47,11 @@ class Equilibrium(nn.Module):
         throw: as for :func:`solve`.
 
     Attributes:
-        solution: the last :class:`Solution`, its value detached; ``None`` before the first call. Its ``adjoint`` is
-            filled in when the backward pass has run.
+        solution: the last :class:`Solution`, detached; ``None`` before the first call, and after one under a
+            ``torch.func`` transform. Its ``adjoint`` is filled in when the backward pass has run.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
     """
 
     def __init__(
@@ -55,11 +66,17 @@ class Equilibrium(nn.Module):
         throw: bool = True,
     ) -> None:
         super().__init__()
-        if not isinstance(cell, nn.Module):
-            raise TypeError(f"cell must be an nn.Module called as cell(z, x), and it is {type(cell).__name__}")
-        for name, value, kind in (("solver", solver, Solver), ("gradient", gradient, Gradient)):
-            if value is not None and not isinstance(value, kind):
-                raise TypeError(f"{name} must be a {kind.__name__} or None, not {value!r}")
+        _check_cell(cell)
+        for name, value, base, example in (
+            ("solver", solver, Solver, "Anderson()"),
+            ("gradient", gradient, Gradient, "Implicit()"),
+        ):
+            if value is not None and not isinstance(value, base):
+                raise TypeError(
+                    f"{name} must be a {base.__name__} or None, for example {name}={example}, and it is {value!r}"
+                )
+        if not isinstance(warm_start, bool | WarmStart):
+            raise TypeError(f"warm_start must be True, False or a WarmStart, not {warm_start!r}")
         self.cell = cell
         self.solver = solver
         self.gradient = gradient
@@ -68,22 +85,42 @@ class Equilibrium(nn.Module):
         self.solution: Solution | None = None
 
     @torch.compiler.disable
-    def forward(self, x: Any, z0: Any = None) -> Any:
+    def forward(self, x: Any, z0: Any = None, index: Tensor | None = None) -> Any:
         """The equilibrium at ``x``.
 
         Args:
             x: the input that the cell gets in every iteration, a tensor or a pytree.
-            z0: the initial state; ``None``: what the cell's ``initial_state(x)`` gives, or zeros like ``x``; with
-                ``warm_start``, the last solution where it fits.
+            z0: the initial state; ``None``: the one that the warm start remembers, or what the cell's
+                ``initial_state(x)`` gives, or zeros like ``x``.
+            index: int64 ``[batch]``: which samples these are, for a :class:`WarmStart` that remembers each.
 
         Returns:
             a state like ``z0``, with gradients to ``x`` and to the cell's parameters, in eval mode too.
+
+        Raises:
+            SolveError: a sample went non-finite, unless ``throw=False``.
+            ValueError: bad input, said in words.
+
+        Warns:
+            ConvergenceWarning: a sample did not converge.
         """
-        _refuse_sharded(self.cell)
-        if z0 is None:
+        return self.solve(x, z0, index).value
+
+    @torch.compiler.disable
+    def solve(self, x: Any, z0: Any = None, index: Tensor | None = None) -> Solution:
+        """The whole :class:`Solution` at ``x``, with gradients: for a loss that needs more than its value.
+
+        Hooks of this module (those of ``fully_shard`` too) run with :meth:`forward` only. The arguments are as there.
+        """
+        _refuse_wrapped(self.cell)
+        given = z0 is not None
+        if not given:
             z0 = self._initial(x)
-            if self.warm_start is not None:
-                z0 = self.warm_start.get(z0)
+        if self.warm_start is not None:
+            self.warm_start.check(z0, index)
+            z0 = z0 if given else self.warm_start.get(z0, index)
+        elif index is not None:
+            raise ValueError("index is for a layer made with warm_start=WarmStart(samples=...), and this one is not")
         function, args = self._map(x, z0)
         solution = solve(
             FixedPoint(function, batched=self.batched, rowwise=self.rowwise),
@@ -93,15 +130,19 @@ class Equilibrium(nn.Module):
             gradient=self.gradient,
             throw=self.throw,
         )
+        if any(is_transformed(leaf) for leaf in pytree.tree_leaves(solution.value)):
+            self.solution = None  # a transform's tensors die with it
+            return solution
         kept = detached(solution.value)
-        self.solution = replace(solution, value=kept, _attach=None)
+        self.solution = replace(solution, value=kept, trajectory=detached(solution.trajectory), _attach=None)
         if self.warm_start is not None:
-            self.warm_start.put(kept)
-        return solution.value
+            self.warm_start.put(kept, index)
+        return solution
 
     def _initial(self, x: Any) -> Any:
-        if hasattr(self.cell, "initial_state"):
-            return self.cell.initial_state(x)
+        initial = getattr(self.cell, "initial_state", None)
+        if callable(initial):
+            return initial(x)
         if isinstance(x, Tensor) and x.is_floating_point():
             return torch.zeros_like(x)
         raise ValueError(
@@ -110,56 +151,115 @@ class Equilibrium(nn.Module):
         )
 
     def _map(self, x: Any, z0: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """The cell with its per-solve values drawn, and its arguments: masks are arguments, for they carry the
-        batch; weights are captured."""
+        """The cell with its per-solve values, and its arguments: masks are arguments, for they carry the batch;
+        weights are captured."""
+        chains = list(parametrizations(self.cell))
         dropouts = active_dropouts(self.cell)
-        masks: list[Tensor] = []
-        if dropouts:
-            with torch.no_grad(), drawing(dropouts):
-                self.cell(z0, x)
-            drawn = [(module, module.held) for module in dropouts if module.held is not None]
-            dropouts, masks = [module for module, _ in drawn], [mask for _, mask in drawn]
-            for module in dropouts:
-                module.held = None
-        # a compiled cell computes its weights itself: holding them would hide their parameters from its graph
-        weights = [] if compiled_module(self.cell) is not None else held_parametrizations(self.cell)
-        if not dropouts and not weights:
+        if not chains and not dropouts:
             return self.cell, (x,)
-        return _PerSolve(self.cell, weights, dropouts), (x, masks)
+        if compiled_module(self.cell) is None:
+            with without_autocast(_device(z0)):
+                prepared = _PerSolve(self.cell, [(chain, chain()) for chain in chains], [], [])
+        else:
+            # its graph holds the parameters, so that weights computed outside would cut them off
+            prepared = _PerSolve(self.cell, [], settled_vectors(chains), [])
+        masks = _masks(prepared, dropouts, z0, x)
+        prepared.dropouts = [module for module, _ in masks]
+        return prepared, (x, [mask for _, mask in masks])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "solution": None}
+        return {**super().__getstate__(), "solution": None}
 
     def extra_repr(self) -> str:
-        return f"solver={self.solver}, gradient={self.gradient}, rowwise={self.rowwise}"
+        parts = [f"{name}={value}" for name in ("solver", "gradient") if (value := getattr(self, name)) is not None]
+        parts += [f"{name}={value}" for name, usual in _USUAL.items() if (value := getattr(self, name)) != usual]
+        return ", ".join(parts)
+
+
+_USUAL = {"rowwise": False, "batched": True, "throw": True}
 
 
 class _PerSolve:
-    """The cell with the values of one solve."""
+    """The cell with the values of one solve.
 
-    def __init__(self, cell: nn.Module, weights: Sequence[tuple[Any, Tensor]], dropouts: Sequence[Any]):
+    Attributes:
+        module: the cell.
+        weights: parametrizations and what they give.
+        vectors: spectral norms and their vectors, where weights are computed in every evaluation.
+        dropouts: those whose masks are arguments.
+    """
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        weights: Sequence[tuple[ParametrizationList, Tensor]],
+        vectors: Sequence[tuple[nn.Module, Tensor]],
+        dropouts: Sequence[VariationalDropout],
+    ):
         self.module = cell
         self.weights = weights
+        self.vectors = vectors
         self.dropouts = dropouts
 
     def __call__(self, z: Any, x: Any, masks: Sequence[Tensor]) -> Any:
         with ExitStack() as stack:
-            stack.enter_context(holding(self.weights))
+            stack.enter_context(fixed(self.weights))
+            stack.enter_context(holding(self.vectors))
             stack.enter_context(holding(list(zip(self.dropouts, masks, strict=True))))
             return self.module(z, x)
 
 
-def _refuse_sharded(cell: nn.Module) -> None:
-    sharded = [name or "the cell" for name, module in cell.named_modules() if _is_fsdp(module)]
-    if sharded:
-        raise ValueError(
-            f"fully_shard was applied inside the cell of an Equilibrium ({', '.join(sharded)}): its parameters would be "
-            "gathered anew in every iteration, and gone when the backward pass needs them. Apply fully_shard to the "
-            "Equilibrium or to a module that contains it"
-        )
+def _masks(
+    prepared: _PerSolve, dropouts: Sequence[VariationalDropout], z0: Any, x: Any
+) -> list[tuple[VariationalDropout, Tensor]]:
+    """The dropouts that the cell uses, with their masks, drawn by one evaluation where an enclosing equilibrium has
+    not done so."""
+    missing = [module for module in dropouts if module.held is None]
+    if missing:
+        with torch.no_grad(), eagerly(), drawing(missing):
+            prepared(z0, x, ())
+    masks = [(module, module.held) for module in dropouts if module.held is not None]
+    for module in missing:
+        if not module.drawing:  # otherwise the enclosing equilibrium, which is drawing, collects it
+            module.held = None
+    return masks
 
 
-def _is_fsdp(module: nn.Module) -> bool:
-    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+def _check_cell(cell: Any) -> None:
+    if isinstance(cell, nn.Module):
+        return
+    kind = f"the class {cell.__name__}" if isinstance(cell, type) else type(cell).__name__
+    raise TypeError(
+        f"cell must be an nn.Module called as cell(z, x), and it is {kind}. For a function, call "
+        "torchimplicit.solve(FixedPoint(f), z0, x)"
+    )
 
 
+def _device(tree: Any) -> torch.device:
+    return next((leaf.device for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)), torch.device("cpu"))
+
+
+def _refuse_wrapped(cell: nn.Module) -> None:
+    """Raise where a wrapper inside the cell would act in every iteration."""
+    for name, module in cell.named_modules():
+        kind = next((base.__name__ for base in type(module).__mro__ if base.__name__ in _WRAPPERS), None)
+        if kind is not None:
+            raise ValueError(
+                f"{_WRAPPERS[kind]} was applied inside the cell of an Equilibrium, to {name or 'the cell itself'}. "
+                f"{_WHY[kind]}. Apply it to the Equilibrium, or to a module that contains it"
+            )
+
+
+_WRAPPERS = {
+    "FSDPModule": "fully_shard",
+    "FullyShardedDataParallel": "FullyShardedDataParallel",
+    "DistributedDataParallel": "DistributedDataParallel",
+    "DataParallel": "DataParallel",
+}
+_GATHERED = "Its parameters would be gathered anew in every iteration, and gone when the backward pass needs them"
+_WHY = {
+    "FSDPModule": _GATHERED,
+    "FullyShardedDataParallel": _GATHERED,
+    "DistributedDataParallel": "It would prepare to reduce gradients in every iteration, and miss those of the layer",
+    "DataParallel": "It would copy the parameters in every iteration, and the copies would get the gradients",
+}

@@ -5,38 +5,96 @@ from __future__ import annotations
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from torchimplicit.closure import is_transformed
+from torchimplicit.validation import at_least
 
 
 @final
 class WarmStart(nn.Module):
-    """Begins each solve at the last solution, where that has the same structure, shapes, dtype and device.
+    """Begins each solve at a solution found before, where that has the same structure, shapes, dtype and device.
 
-    For inputs that change little from one call to the next: full-batch training, graphs, video, implicit fields. The
-    memory is not part of the ``state_dict``, and training and evaluation keep their own.
+    Without ``samples`` it is the last solution: for inputs that change little from one call to the next (full-batch
+    training, graphs, video, implicit fields); a batch of another size begins cold. With ``samples`` it is the last
+    solution *of each sample*: for training in shuffled batches, with ``layer(x, index=index)``, where ``index`` tells
+    which samples the batch holds.
+
+    The memory is not part of the ``state_dict``, nor of copies, and training and evaluation keep their own. Solutions
+    that are not finite are not remembered.
+
+    Args:
+        samples: how many samples there are; ``None`` for one memory of the last batch. The table holds one state per
+            sample, on the state's device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, samples: int | None = None) -> None:
         super().__init__()
+        if samples is not None:
+            at_least("WarmStart", "samples", samples, 1)
+        self.samples = samples
         self._last: dict[bool, Any] = {}
+        self._seen: dict[bool, Tensor] = {}
 
-    def get(self, z0: Any) -> Any:
-        """The last solution if it looks like ``z0``, else ``z0``."""
+    def check(self, z: Any, index: Tensor | None) -> None:
+        """Raise where ``index`` does not fit this memory or the state ``z``."""
+        if (self.samples is None) != (index is None):
+            raise ValueError(
+                "an index came to a WarmStart that remembers no samples: make it as WarmStart(samples=...)"
+                if self.samples is None
+                else "WarmStart(samples=...) needs to know which samples it is given: call the layer with index=..."
+            )
+        if index is not None:
+            rows = {leaf.shape[0] if leaf.ndim else None for leaf in pytree.tree_leaves(z)}
+            if index.dtype != torch.int64 or {*index.shape} != rows or index.ndim != 1:
+                raise ValueError(f"index must be int64 [batch], and is {index.dtype} {list(index.shape)}")
+
+    def get(self, z0: Any, index: Tensor | None = None) -> Any:
+        """The last solution if it looks like ``z0``, else ``z0``; for the samples ``index``, those that were seen."""
         last = self._last.get(self.training)
-        return last if last is not None and _alike(last, z0) else z0
+        if last is None:
+            return z0
+        if index is None:
+            return last if _alike(last, z0) else z0
+        if not _alike(pytree.tree_map(lambda t: t[index], last), z0):
+            return z0
+        seen = self._seen[self.training][index]
+        return pytree.tree_map(
+            lambda table, cold: torch.where(seen.reshape(-1, *(1,) * (cold.ndim - 1)), table[index], cold), last, z0
+        )
 
-    def put(self, z: Any) -> None:
-        """Remember the solution ``z``, unless it is not finite."""
-        if all(bool(torch.isfinite(leaf).all()) for leaf in pytree.tree_leaves(z)):
-            self._last[self.training] = z
+    def put(self, z: Any, index: Tensor | None = None) -> None:
+        """Remember the solution ``z``, of the samples ``index``."""
+        leaves = pytree.tree_leaves(z)
+        if any(is_transformed(leaf) for leaf in leaves):
+            return
+        if index is None:
+            if all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
+                self._last[self.training] = z
+            return
+        assert self.samples is not None
+        table = self._last.get(self.training)
+        if table is None or not _alike(pytree.tree_map(lambda t: t[index], table), z):
+            table = pytree.tree_map(lambda t: t.new_zeros(self.samples, *t.shape[1:]), z)
+            self._last[self.training] = table
+            self._seen[self.training] = torch.zeros(self.samples, dtype=torch.bool, device=leaves[0].device)
+        finite = torch.stack([torch.isfinite(leaf).flatten(1).all(dim=1) for leaf in leaves]).all(dim=0)
+        rows = index[finite]
+        for store, leaf in zip(pytree.tree_leaves(table), leaves, strict=True):
+            store[rows] = leaf[finite]
+        self._seen[self.training][rows] = True
 
     def reset(self) -> None:
         """Forget."""
         self._last.clear()
+        self._seen.clear()
+
+    def extra_repr(self) -> str:
+        return "" if self.samples is None else f"samples={self.samples}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": {}}
+        return {**super().__getstate__(), "_last": {}, "_seen": {}}
 
 
 def _alike(a: Any, b: Any) -> bool:
