@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
-from torchimplicit import NewtonKrylov
+import pytest
+import torch
+
+import torchimplicit as ti
+from torchimplicit import GMRES, Dense, Minimum, NewtonKrylov, Root, Status
+from torchimplicit.linear import LinearSolver
 from torchimplicit.solvers import Solver
 from torchimplicit.testing.solver_suite import SolverSuite
 
@@ -10,8 +16,107 @@ from torchimplicit.testing.solver_suite import SolverSuite
 class TestNewtonKrylov(SolverSuite):
     unrolled = False
     half = False
-    reads = 6.0
-    row_cost = 2.6
+    reads = 6.0  # those of the linear solver and of the search among them
+    row_cost = 2.6  # one evaluation a step for the tape, one for the search
 
     def make(self, **options: Any) -> Solver:
         return NewtonKrylov(**options)
+
+
+class TestNewtonGMRES(SolverSuite):
+    unrolled = False
+    half = False
+    reads = 60.0
+    row_cost = 3.9  # the tape is made anew for the rows that GMRES goes on with
+
+    def make(self, **options: Any) -> Solver:
+        return NewtonKrylov(**{"linear_solver": GMRES(), **options})
+
+
+def column(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)[:, None]
+
+
+def test_converges_quadratically():
+    c = column(8.0, 27.0, 1000.0)
+    solver = NewtonKrylov(keep_trajectory=True, rtol=1e-14, atol=1e-12)
+    solution = ti.solve(Root(lambda z, c: z**3 - c), column(1.8, 2.7, 9.0), c, solver=solver)
+    errors = [(z / c ** (1 / 3) - 1).abs() for z in solution.trajectory]
+    for before, after in pairwise(errors):
+        assert (after <= 1.3 * before**2 + 1e-15).all()
+    assert solution.steps.max() <= 5
+
+
+def test_every_sample_has_its_own_step_size():
+    # from |z| > 1.39 the full step of Newton's method on arctan diverges
+    z0 = column(0.1, 10.0, 1000.0)
+    solution = ti.solve(Root(torch.atan), z0, solver=NewtonKrylov())
+    assert solution.converged.all()
+    alone = ti.solve(Root(torch.atan), z0[:1], solver=NewtonKrylov())
+    assert solution.steps[0] == alone.steps[0] < solution.steps[1]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_badly_scaled_root(inside):
+    scale = torch.logspace(-6, 6, 6, dtype=torch.float64)
+    a = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def f(z):
+        y = z * scale if inside else z
+        out = torch.tanh(y @ a.T) + 2 * y - 1
+        return out if inside else out * scale
+
+    solution = ti.solve(Root(f), torch.zeros(3, 6, dtype=torch.float64))
+    assert solution.converged.all(), solution.summary()
+    assert solution.steps.max() <= 12
+
+
+def test_a_large_root_by_gmres():
+    x = torch.randn(2, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    solution = ti.solve(Root(lambda z, x: z + 0.3 * torch.sin(z.roll(1, 1)) - x), torch.zeros_like(x), x)
+    assert solution.converged.all()
+    assert solution.steps.max() <= 6
+
+
+def test_finds_a_saddle():
+    z0 = torch.tensor([[0.3, 0.1], [1.0, 0.05]], dtype=torch.float64)
+    energy = Minimum(lambda z: z[:, 0] ** 2 - z[:, 1] ** 2 + z[:, 1] ** 4)
+    solution = ti.solve(energy, z0, solver=NewtonKrylov())
+    torch.testing.assert_close(solution.value, torch.zeros_like(z0))
+
+
+def test_a_search_without_a_decrease_breaks_down_and_says_so():
+    c = column(-1.0, 4.0)  # z**2 = -1 has no root
+    with pytest.warns(ti.ConvergenceWarning, match="1 CONVERGED, 1 BREAKDOWN"):
+        solution = ti.solve(Root(lambda z, c: z**2 - c), column(1.0, 1.0), c)
+    assert solution.status.tolist() == [Status.BREAKDOWN, Status.CONVERGED]
+    assert torch.isfinite(solution.value).all()
+
+
+def test_a_singular_jacobian_that_the_residual_fits():
+    solution = ti.solve(Root(lambda z: (z.sum(1, keepdim=True) - 1).expand(-1, 2)), torch.ones(3, 2))
+    torch.testing.assert_close(solution.value.sum(1), torch.ones(3))
+
+
+class Recorder(LinearSolver):
+    """Dense, noting the right-hand sides."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def solve(self, operator, b, x0=None):
+        self.seen.append(b)
+        return Dense().solve(operator, b, x0)
+
+
+def test_finished_samples_ask_for_no_step():
+    recorder = Recorder()
+    solution = ti.solve(Root(torch.atan), column(0.1, 10.0, 1000.0), solver=NewtonKrylov(linear_solver=recorder))
+    for step, b in enumerate(recorder.seen):
+        assert torch.equal(b[:, 0] != 0, solution.steps > step)
+
+
+@pytest.mark.parametrize("value", [GMRES, "gmres"])
+def test_refuses_what_is_no_linear_solver(value):
+    with pytest.raises(TypeError, match=r"NewtonKrylov\.linear_solver must be a LinearSolver, not"):
+        NewtonKrylov(linear_solver=value)

@@ -54,17 +54,21 @@ class _Bracket(NamedTuple):
         highs = [torch.where(long, new, old) for new, old in zip(tried, self[3:], strict=True)]
         return _Bracket(*lows, *highs)
 
-    def next_size(self, slope: Tensor, halve: bool) -> Tensor:
-        """By interpolation of slopes, or of energies where both ends descend; never too near to an end.
+    def next_size(self, slope: Tensor, level: Tensor, halve: bool) -> Tensor:
+        """By interpolation of slopes, or of energies where that is shorter or both ends descend; never too near to an
+        end.
 
         Args:
             slope: at zero.
+            level: energies above this one differ from the first by more than rounding.
             halve: bisect instead, as it is done now and then lest the interpolation crawl.
         """
         width = self.high - self.low
         fall = self.low_slope * width
         by_slopes = self.low_slope / (self.low_slope - self.high_slope)
         by_energies = 0.5 * fall / (fall - (self.high_energy - self.low_energy))
+        higher = self.high_energy > level
+        by_slopes = torch.where(higher, torch.minimum(by_slopes, by_energies), by_slopes)
         share = torch.where(self.high_slope > 0, by_slopes, by_energies)
         share = torch.full_like(share, 0.5) if halve else share.nan_to_num(0.1, 0.1, 0.1).clamp(0.1, 0.9)
         bent = self.low_slope - slope
@@ -112,7 +116,7 @@ def search(evaluate: Evaluator, point: Point, direction: Tensor, active: Tensor 
         left, lost = torch.stack((searching, failed | (searching & ~moved))).sum(dim=1).tolist()
         if not left:
             break
-        size = bracket.next_size(slope, halve=trial % 3 == 0)
+        size = bracket.next_size(slope, level, halve=trial % 3 == 0)
         rows = rows_apart(evaluate, searching, left)
     return Search(best, failed | (searching & ~moved), lost > 0, tried)
 
