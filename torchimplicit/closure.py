@@ -200,7 +200,7 @@ class Closure:
         with self._eagerly(), torch.enable_grad(), _Recorder((z, *own)) as recorder:
             value = _untouched(self.function, z, *self._given(own))
         captured = tuple(recorder.captured.values())
-        if not _active:  # otherwise an enclosing equilibrium has put substitutes behind the value, and checks them itself
+        if not _active:  # otherwise there may be substitutes behind the value, which the enclosing equilibrium checks
             check_graph(value, (*own, *captured))
         return self._capturing(captured), value.detach()
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from torchimplicit.closure import check_graph
+from torchimplicit.closure import check_graph, eagerly
 
 Map = Callable[..., Tensor]
+Products = TypeVar("Products", Tensor, list[Tensor | None])
 
 
 class Linearization:
@@ -25,6 +27,7 @@ class Linearization:
     """
 
     def __init__(self, core: Map, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None):
+        self.core = core
         self.z = z.detach().requires_grad_()
         self.wanted = tuple(wanted) if wanted is not None else (False,) * len(params)
         self.params = _cut(params, self.wanted)
@@ -36,7 +39,7 @@ class Linearization:
 
     def transposed(self, v: Tensor) -> Tensor:
         """:math:`J^T v`, ``[batch, dim]``."""
-        return self._grad(self.out, self.z, v)
+        return self._retried(lambda: self._grad(self.out, self.z, v))
 
     def transposed_block(self, vs: Tensor) -> Tensor:
         """:math:`J^T v` for a block ``[k, batch, dim]``."""
@@ -57,7 +60,11 @@ class Linearization:
 
         ``out`` is by default the core's value; it may be any tensor on the tape.
         """
-        out = self.out if out is None else out
+        if out is None:
+            return self._retried(lambda: self._pull(self.out, v))
+        return self._pull(out, v)
+
+    def _pull(self, out: Tensor, v: Tensor) -> list[Tensor | None]:
         inputs = [p for p, w in zip(self.params, self.wanted, strict=True) if w]
         if not inputs or not out.requires_grad:
             return [torch.zeros_like(p) if w else None for p, w in zip(self.params, self.wanted, strict=True)]
@@ -66,6 +73,8 @@ class Linearization:
 
     def _twice(self) -> tuple[Tensor, Tensor]:
         if self._forward is None:
+            if _is_compiled(self.out):
+                self._evaluate_eagerly()
             with torch.enable_grad():
                 w = torch.zeros_like(self.out).requires_grad_()
                 pulled = torch.zeros_like(self.z)
@@ -74,6 +83,20 @@ class Linearization:
                     pulled = pulled if found is None else found
             self._forward = pulled, w
         return self._forward
+
+    def _retried(self, product: Callable[[], Products]) -> Products:
+        """The product; where compiled code refuses to run backward again, on the tape of the code as it was written."""
+        try:
+            return product()
+        except RuntimeError:
+            if not _is_compiled(self.out):
+                raise
+        self._evaluate_eagerly()
+        return product()
+
+    def _evaluate_eagerly(self) -> None:
+        with torch.enable_grad(), eagerly():
+            self.out = self.core(self.z, *self.params)
 
     @staticmethod
     def _grad(out: Tensor, at: Tensor, v: Tensor) -> Tensor:
@@ -104,6 +127,21 @@ def _cut(params: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor, ...]
         own = p.is_leaf and (not w or (p.requires_grad and not p._backward_hooks)) and id(p) not in kept
         cut.append(kept.setdefault(id(p), p) if own else p.detach().requires_grad_(w))
     return tuple(cut)
+
+
+def _is_compiled(out: Tensor) -> bool:
+    """Whether compiled code lies behind ``out``: its backward has no derivative, and may give up its buffers."""
+    stack: list[Any] = [out.grad_fn]
+    seen = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if type(node).__name__ == "CompiledFunctionBackward":
+            return True
+        seen.add(node)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return False
 
 
 def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
