@@ -33,12 +33,15 @@ class Method(ABC):
         monotone: whether ``norm`` never grows, so that the last iterate is the best one.
         definite: whether the preconditioner has to be symmetric positive definite.
         cycle: steps after which the method has to start again from its iterate; ``None`` for no such limit.
+        watched: whether residuals matter on the way; if not, they are looked at only before the first step and after
+            the last.
     """
 
     kept: tuple[str, ...] = ("x",)
     monotone: bool = True
     definite: bool = False
     cycle: int | None = None
+    watched: bool = True
 
     @abstractmethod
     def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> Any:

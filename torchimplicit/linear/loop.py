@@ -65,6 +65,7 @@ def run(
         x, r, norm = guess.where(column, x), residual.where(column, r), size.where(usable, norm)
 
     limit = min(max_steps, method.cycle or max_steps)
+    check_every = check_every if method.watched else limit
     cycle = Cycle(method, system, b, x, r, norm, tolerance)
     result = part = cycle.run(limit, check_every)
     live = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class _Richardson(Method):
 
     def __init__(self, damping: float, truncated: bool) -> None:
         self.damping, self.truncated = damping, truncated
-        self.monotone = truncated
+        self.monotone, self.watched = truncated, not truncated
         # A series that runs on has nothing to clear; otherwise the result is the iterate of least residual.
         self.kept = ("b", "x") if truncated else ()
 

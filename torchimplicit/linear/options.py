@@ -55,7 +55,7 @@ def check_vectors(operator: LinearOperator, b: Tensor, x0: Tensor | None) -> Non
                 f"{name} has shape {tuple(v.shape)}, but the operator acts on [batch, dim] = "
                 f"[{operator.batch}, {operator.dim}]; reshape {name} to it."
             )
-        if v.dtype != operator.dtype or v.device != operator.device:
+        if v.dtype != operator.dtype or v.device.type != operator.device.type:
             raise ValueError(
                 f"{name} is {v.dtype} on {v.device}, but the operator acts on {operator.dtype} on {operator.device}; "
                 f"convert {name} with .to(...)."
