@@ -123,7 +123,7 @@ class Layout:
         else:
             parts = list(flat.split([math.prod(shape) for shape in self.shapes], dim=1))
         lead = (rows,) if self.batched else ()
-        leaves = [part.reshape(*lead, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        leaves = [part.reshape((*lead, *shape)) for part, shape in zip(parts, self.shapes, strict=True)]
         return leaves[0] if self.spec.is_leaf() else pytree.tree_unflatten(leaves, self.spec)
 
 
@@ -144,8 +144,11 @@ def _check_leaf(leaf: Any, batched: bool) -> None:
 
 def row_norm(v: Tensor) -> Tensor:
     """The Euclidean norm of each row of ``v`` (``[batch, dim]``), in float32 for half precision, not differentiated."""
-    half = v.dtype in (torch.bfloat16, torch.float16)
-    return torch.linalg.vector_norm(v.detach(), dim=1, dtype=torch.float32 if half else None)
+    if v.requires_grad:
+        v = v.detach()
+    if v.dtype in (torch.bfloat16, torch.float16):
+        return torch.linalg.vector_norm(v, dim=1, dtype=torch.float32)
+    return torch.linalg.vector_norm(v, dim=1)
 
 
 def detached(tree: Any) -> Any:
