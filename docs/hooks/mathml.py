@@ -13,10 +13,14 @@ from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 
 _MARKED = re.compile(
-    r'<(?P<tag>span|div) class="arithmatex">\s*\\(?P<open>[(\[])(?P<tex>.*?)\\[)\]]\s*</(?P=tag)>', re.DOTALL
+    r'<(?P<tag>span|div) class="arithmatex">\s*\\(?P<open>[(\[])(?P<tex>.*?)\\[)\]]\s*</(?P=tag)>',
+    re.DOTALL,
 )
 # Operators that MathML would set apart from their operands.
 _TIGHT = re.compile(r"<mo>(/|&#x0002F;|&#x02207;)</mo>")
+# Bars that open and close, in TeX and, with their side forgotten, in what latex2mathml makes of them.
+_BARS_TEX = re.compile(r"(?<!\\left)(?<!\\right)\\([lr])[Vv]ert")
+_BARS = re.compile(r"<mo>(&#x02016;|&#x0007C;)</mo>")
 # The sign of the transpose is a letter to MathML, not an operator between two terms.
 _TRANSPOSE = re.compile(r"<mo>&#x022A4;</mo>")
 # What latex2mathml passes through when it does not know a command or an environment.
@@ -30,8 +34,15 @@ def mathml(tex: str, display: bool) -> str:
     failed = _FAILED.search(result)
     if failed:
         raise PluginError(f"latex2mathml cannot set {failed.group(0)!r} in the formula {tex!r}: write it another way")
+    sides = iter(_BARS_TEX.findall(tex))
+    result = _BARS.sub(lambda bar: _bar(bar[1], next(sides, "")), result)
     result = _TRANSPOSE.sub('<mi mathvariant="normal">&#x022A4;</mi>', result)
     return _TIGHT.sub(r'<mo lspace="0" rspace="0">\1</mo>', result)
+
+
+def _bar(sign: str, side: str) -> str:
+    form = {"l": ' form="prefix"', "r": ' form="postfix"', "": ""}[side]
+    return f'<mo stretchy="false" lspace="0" rspace="0"{form}>{sign}</mo>'
 
 
 def on_page_content(content: str, **_: object) -> str:

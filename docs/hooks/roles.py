@@ -12,7 +12,10 @@ from typing import Any
 import griffe
 
 _ROLE = re.compile(r":(?P<role>math|class|func|meth|attr|mod|data|exc|doc|ref|eq):`(?P<text>[^`]+)`")
-_GROUP = re.compile(r"^(?P<indent> +)(?P<names>\w+(?:, \w+)+):(?P<rest> .*(?:\n(?P=indent) .*)*)", re.MULTILINE)
+_GROUP = re.compile(
+    r"^(?P<indent> +)(?P<names>\w+(?:, \w+)+):(?P<rest> .*(?:\n(?P=indent) .*)*)",
+    re.MULTILINE,
+)
 _DOUBLE = re.compile(r"(?<!`)``(?!`)([^`]+)``(?!`)")
 
 
