@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from torchimplicit.solvers import Solver
-from torchimplicit.testing.solver_suite import SolverSuite
+from torchimplicit.testing import SolverSuite
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -1,0 +1,45 @@
+"""MkDocs hook: puts tables of the newest recorded benchmark run into a page, so that no figure is copied by hand.
+
+A line ``{{ results NAME: HEADING }}`` becomes the section of that heading in ``benchmarks/results/NAME-*.md``, and
+``{{ results NAME }}`` the lines before the first section, which say how, on what and when.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+
+_WANTED = re.compile(r"^\{\{ results (?P<name>\w+)(?:: (?P<heading>.+?))? \}\}$", re.MULTILINE)
+
+
+def newest(folder: Path, name: str) -> Path:
+    """The latest run of a benchmark; runs are named by their date."""
+    runs = sorted(folder.glob(f"{name}-*.md"))
+    if not runs:
+        raise PluginError(f"there is no benchmarks/results/{name}-*.md: run benchmarks/{name}.py")
+    return runs[-1]
+
+
+def section(text: str, heading: str | None) -> str:
+    """The lines below the heading that starts with ``heading``; ``None``: those before the first one."""
+    title, *parts = re.split(r"^## ", text, flags=re.MULTILINE)
+    if heading is None:
+        return title.split("\n", 1)[1].strip()
+    for part in parts:
+        first, _, rest = part.partition("\n")
+        if first.startswith(heading):
+            return rest.strip()
+    raise PluginError(f"no section '{heading}' among {[part.partition(chr(10))[0] for part in parts]}")
+
+
+def on_page_markdown(markdown: str, config: Any, **_: object) -> str:
+    """Replaces every such line of the page."""
+    folder = Path(config.config_file_path).parent / "benchmarks" / "results"
+
+    def replace(match: re.Match[str]) -> str:
+        return section(newest(folder, match["name"]).read_text(encoding="utf-8"), match["heading"])
+
+    return _WANTED.sub(replace, markdown)
