@@ -38,7 +38,10 @@ class Solve(Function):
 
     @staticmethod
     def forward(task: Task, rule: Any, z0: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-        return tuple(task.solve(z0, params))
+        found = task.solve(z0, params)
+        if any(found.z is t for t in (z0, *params)):  # a node may not save an input that it returns
+            found = found._replace(z=found.z.clone())
+        return tuple(found)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
