@@ -55,7 +55,9 @@ class Task:
             outcome = self.run(self.system, z0, params)
         self.outcomes.append(outcome)
         report = outcome.report
-        return Found(outcome.z, report.status, report.steps, report.residual)
+        # a start that was a solution already must not come back as itself: it is the caller's
+        z = outcome.z.clone() if outcome.z is z0 else outcome.z
+        return Found(z, report.status, report.steps, report.residual)
 
     def adjoint_solver(self, chosen: LinearSolver | None, z: Tensor) -> LinearSolver:
         """``chosen``, or what suits the system at ``z``."""

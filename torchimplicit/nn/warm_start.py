@@ -71,7 +71,7 @@ class WarmStart(nn.Module):
             return
         if index is None:
             if all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
-                self._last[self.training] = z
+                self._last[self.training] = pytree.tree_map(torch.clone, z)  # the caller may change its own in place
             return
         assert self.samples is not None
         table = self._last.get(self.training)

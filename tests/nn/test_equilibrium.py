@@ -1,0 +1,206 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from cells import TanhCell, assert_all_close, gradients, loss_of, second_derivatives, unrolled
+from torch import nn
+
+import torchimplicit as ti
+from torchimplicit.nn import Equilibrium
+
+
+def layer_and_input(**options):
+    layer = Equilibrium(TanhCell().double(), **options)
+    return layer, torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+
+
+def saved_and_loaded(layer):
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+class TestDerivatives:
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("rowwise", [True, False])
+    def test_first_and_second_are_those_of_unrolling(self, training, rowwise):
+        layer, x = layer_and_input(rowwise=rowwise)
+        layer.train(training)
+        inputs = (x, *layer.parameters())
+        assert_all_close(gradients(layer(x), inputs), gradients(unrolled(layer.cell, x), inputs))
+        expected = second_derivatives(unrolled(layer.cell, x), x, inputs)
+        assert_all_close(second_derivatives(layer(x), x, inputs), expected)
+
+    def test_the_input_alone_when_all_parameters_are_frozen(self):
+        layer, x = layer_and_input()
+        layer.requires_grad_(False)
+        assert_all_close(gradients(layer(x), (x,)), gradients(unrolled(layer.cell, x), (x,)))
+
+    def test_one_parameter_when_others_are_frozen(self):
+        layer, x = layer_and_input()
+        layer.cell.recurrent.weight.requires_grad_(False)
+        layer(x.detach()).sum().backward()
+        assert layer.cell.recurrent.weight.grad is None
+        expected = torch.autograd.grad(unrolled(layer.cell, x.detach()).sum(), layer.cell.input.weight)
+        assert_all_close((layer.cell.input.weight.grad,), expected)
+
+    def test_without_grad_the_value_is_the_same_and_carries_none(self):
+        layer, x = layer_and_input()
+        expected = layer(x)
+        with torch.no_grad():
+            z = layer(x)
+        assert not z.requires_grad
+        torch.testing.assert_close(z, expected.detach())
+
+    def test_an_explicit_initial_state_is_used(self):
+        layer, x = layer_and_input()
+        z = layer(x)
+        layer(x, z.detach())
+        assert layer.solution.steps.eq(0).all()
+
+    def test_unrolled_reaches_a_learned_initial_state(self):
+        layer, x = layer_and_input(gradient=ti.Unrolled(), solver=ti.FixedPointIteration(max_steps=3, rtol=1.0))
+        z0 = torch.zeros_like(x).requires_grad_()
+        (grad,) = torch.autograd.grad(layer(x, z0).sum(), z0)
+        assert grad.abs().max() > 0
+
+
+class TestStructures:
+    def test_a_list_of_scales_of_different_shapes(self):
+        class TwoScales(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.fine = nn.Conv2d(2, 2, 3, padding=1)
+                self.coarse = nn.Linear(3, 3)
+
+            def initial_state(self, x):
+                return [torch.zeros_like(x["image"]), x["image"].new_zeros(len(x["image"]), 3)]
+
+            def forward(self, z, x):
+                fine = 0.3 * torch.tanh(self.fine(z[0]) + x["image"] + z[1].mean(dim=1)[:, None, None, None])
+                mean = z[0].mean(dim=(1, 2, 3))[:, None]
+                return [fine, 0.3 * torch.tanh(self.coarse(z[1]) + x["scale"][0] + mean)]
+
+        cell = TwoScales().double()
+        x = {"image": torch.randn(3, 2, 4, 4).double().requires_grad_(), "scale": (torch.ones(3, 1).double(), "a word")}
+        inputs = (x["image"], *cell.parameters())
+        state = cell.initial_state(x)
+        for _ in range(100):
+            state = cell(state, x)
+        expected = torch.autograd.grad(loss_of(state[0]) + loss_of(state[1]), inputs)
+        for rowwise in (False, True):
+            z = Equilibrium(cell, rowwise=rowwise)(x)
+            assert isinstance(z, list)
+            assert_all_close(torch.autograd.grad(loss_of(z[0]) + loss_of(z[1]), inputs), expected)
+
+    def test_a_dict(self):
+        class Pair(nn.Module):
+            def forward(self, z, x):
+                wide = torch.cat([z["a"] + x, x], dim=1)
+                return {"a": 0.5 * torch.cos(z["b"].sum(dim=1, keepdim=True)) + x, "b": 0.5 * torch.sin(wide)}
+
+        x = torch.randn(3, 1).double()
+        z = Equilibrium(Pair())(x, {"a": x, "b": torch.zeros(3, 2).double()})
+        torch.testing.assert_close(Pair()(z, x), z)
+
+    def test_one_system(self):
+        class Graph(nn.Module):
+            def forward(self, z, x):
+                return 0.5 * torch.tanh(x @ z)
+
+        layer = Equilibrium(Graph(), batched=False)
+        layer(torch.randn(4, 4).double(), torch.randn(4).double())
+        assert layer.solution.converged.shape == ()
+
+    def test_float32_rowwise_shrinks_the_work(self):
+        layer = Equilibrium(TanhCell(), rowwise=True)
+        x = torch.randn(4, 5)
+        hard_to_reach = torch.cat([layer(x)[:3].detach(), 100 * torch.ones(1, 5)])
+        layer(x, hard_to_reach)
+        assert layer.solution.evaluations < layer.solution.steps.max()
+
+
+class TestBookkeeping:
+    def test_the_solution_is_kept_detached_and_the_adjoint_report_follows(self):
+        layer, x = layer_and_input()
+        assert layer.solution is None
+        z = layer(x)
+        assert layer.solution.converged.all()
+        assert not layer.solution.value.requires_grad
+        assert layer.solution.adjoint is None
+        z.sum().backward()
+        assert layer.solution.adjoint.converged.all()
+
+    def test_a_kept_trajectory_holds_no_graph(self):
+        layer, x = layer_and_input(solver=ti.Anderson(keep_trajectory=True), gradient=ti.Unrolled())
+        layer(x)
+        assert layer.solution.trajectory
+        assert not any(z.requires_grad for z in layer.solution.trajectory)
+
+    def test_solve_gives_the_whole_solution_with_gradients(self):
+        layer, x = layer_and_input()
+        solution = layer.solve(x)
+        assert solution.value.requires_grad
+        torch.testing.assert_close(solution.value, layer(x))
+
+    def test_repr_shows_what_is_not_the_default(self):
+        assert "Anderson" in repr(Equilibrium(TanhCell(), solver=ti.Anderson(), rowwise=True))
+        assert "rowwise=True" in repr(Equilibrium(TanhCell(), rowwise=True))
+        assert "gradient" not in repr(Equilibrium(TanhCell()))
+
+
+class TestCopies:
+    @pytest.mark.parametrize("used", [True, False])
+    @pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_give_the_same(self, copied, used):
+        layer, x = layer_and_input(warm_start=True, solver=ti.Broyden())
+        if used:
+            layer(x).sum().backward()
+        other = copied(layer)
+        assert other.solution is None
+        assert_all_close(gradients(other(x), (x,)), gradients(unrolled(layer.cell, x), (x,)))
+        assert other.cell.recurrent.weight is not layer.cell.recurrent.weight
+
+    def test_state_dict_holds_the_cell_alone(self):
+        layer, x = layer_and_input(warm_start=True)
+        layer(x).sum().backward()
+        assert set(layer.state_dict()) == {f"cell.{name}" for name in layer.cell.state_dict()}
+        other, _ = layer_and_input()
+        other.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(other(x), layer(x))
+
+
+class TestErrors:
+    def test_a_function_for_a_cell(self):
+        with pytest.raises(TypeError, match=r"nn\.Module called as cell\(z, x\).*function.*torchimplicit\.solve"):
+            Equilibrium(lambda z, x: z)
+
+    def test_a_class_for_a_cell(self):
+        with pytest.raises(TypeError, match="the class TanhCell"):
+            Equilibrium(TanhCell)
+
+    def test_a_name_for_a_solver(self):
+        with pytest.raises(TypeError, match=r"solver must be a Solver or None, for example solver=Anderson\(\)"):
+            Equilibrium(TanhCell(), solver="anderson")
+
+    def test_a_class_for_a_gradient(self):
+        with pytest.raises(TypeError, match="gradient must be a Gradient"):
+            Equilibrium(TanhCell(), gradient=ti.Implicit)
+
+    def test_a_number_for_a_warm_start(self):
+        with pytest.raises(TypeError, match="warm_start must be True, False or a WarmStart"):
+            Equilibrium(TanhCell(), warm_start=3)
+
+    def test_no_initial_state(self):
+        with pytest.raises(ValueError, match=r"pass z0, or give the cell a method initial_state"):
+            Equilibrium(TanhCell())({"a": torch.zeros(1, 5)})
+
+    def test_a_bad_row_is_named(self):
+        layer, x = layer_and_input()
+        bad = x.detach().clone()
+        bad[2] = torch.nan
+        with pytest.raises(ti.SolveError, match=r"\(2\)"):
+            layer(bad)
