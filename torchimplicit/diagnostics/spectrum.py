@@ -15,13 +15,15 @@ from torchimplicit.validation import at_least
 
 @torch.compiler.disable
 def spectral_radius(
-    problem: Problem, z: Any, *args: Any, subspace: int = 24, restarts: int = 8, seed: int = 0
+    problem: Problem, z: Any, *args: Any, subspace: int = 64, restarts: int = 3, seed: int = 0
 ) -> Tensor:
     """The largest modulus of an eigenvalue of :math:`J=\\partial f/\\partial z`, per sample.
 
     Below 1 the plain iteration converges near ``z``. For a root or a minimum, :math:`J = I - A`, the Jacobian of the
     plain step. States of at most ``subspace`` numbers are exact; beyond, restarted Arnoldi iteration (Saad 2011,
-    section 6.2), which finds complex pairs as well as real eigenvalues. Not differentiable.
+    section 6.2), which finds complex pairs as well as real eigenvalues. Its error is below 1e-3 for random and for
+    symmetric Jacobians; where hundreds of eigenvalues share the largest modulus (a scaled orthogonal matrix), it falls
+    short by a percent or two. Not differentiable.
 
     Args:
         problem: whose map is meant.
