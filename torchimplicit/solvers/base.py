@@ -82,8 +82,9 @@ class Solver(ABC):
         rtol: relative tolerance, per sample: the norm of the residual over ``‖f(z)‖`` for a fixed point, over the
             first residual's norm for a root or a free minimum, over the norm of the whole gradient for a constrained
             one. ``None``: ``eps ** (2/3)`` of the state's dtype (2.4e-5 in float32, 3.7e-11 in float64).
-        atol: absolute tolerance on the norm of the residual; the looser of the two counts. ``None``: ``eps`` of the
-            dtype times the size of the first evaluation, so that a solution of zero is found as well.
+        atol: absolute tolerance on the norm of the residual, added to the relative one. ``None``: a hundredth of the
+            dtype's ``eps`` times the size of the first evaluation, so that a solution of zero is found as well; for
+            a root or a free minimum, ``eps``, so that a warm start is not asked for more than rounding allows.
         max_steps: the most steps that a sample may take.
         keep_trajectory: whether to keep every iterate, in ``solution.trajectory``.
         check_every: after how many steps the host asks whether all samples are done. Each such question waits for

@@ -85,14 +85,16 @@ class _Loop:
         norm = row_norm(point.residual)
         self.first_scale = norm if point.scale is None else point.scale
         first = norm + self.first_scale
-        self.limit = GROWTH_LIMIT * first
+        # where the first evaluation is not finite there is no limit to stay within: such a sample stops at once
+        self.limit = GROWTH_LIMIT * first.nan_to_num(nan=-1.0, posinf=-1.0)
+        eps = torch.finfo(dtype).eps
         if solver.atol is not None:
             self.floor = torch.full_like(norm, solver.atol)
         elif point.scale is not None:
-            self.floor = torch.finfo(dtype).eps * first
+            self.floor = 0.01 * eps * first
         else:
             # relative to the first residual alone, which a warm start makes as small as rounding
-            self.floor = torch.finfo(dtype).eps * (1 + first)
+            self.floor = eps * (1 + first)
         self.best_norm = torch.full_like(norm, torch.inf)
         self.status = torch.full((self.batch,), _RUNNING, dtype=torch.int64, device=norm.device)
         self.steps = torch.zeros_like(self.status)
@@ -130,7 +132,7 @@ class _Loop:
         """Test every active sample, and note those that stop here. Reads from the device once, if ``ask``."""
         norm = row_norm(self.point.residual)
         scale = self.first_scale if self.point.scale is None else self.point.scale
-        tolerance = torch.maximum(scale * self.rtol, self.floor)
+        tolerance = torch.add(self.floor, scale, alpha=self.rtol)
         good = norm <= self.limit
         going = (norm > tolerance) & good
         improved = norm < self.best_norm
