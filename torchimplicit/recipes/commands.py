@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -161,8 +163,9 @@ def parse(argv: list[str]) -> Command:
     """The command that the arguments name.
 
     Raises:
-        UserError: for an unknown command or recipe, and for settings that make no sense.
-        SystemExit: after help (0), and for arguments that do not parse (2).
+        UserError: for an unknown command or recipe, for arguments that do not parse, and for settings that make no
+            sense.
+        SystemExit: after help.
     """
     named = argv[0] if argv and not argv[0].startswith("-") else None
     if named is not None and named not in COMMANDS:
@@ -178,14 +181,31 @@ def parse(argv: list[str]) -> Command:
         Annotated[kind, _named(name, None if name == named else COMMANDS[name])] for name, kind in kinds.items()
     ]
     kind: Any = reduce(or_, choices)
-    parsed: Command = tyro.cli(
-        kind,
-        args=argv,
-        prog="torchimplicit",
-        description="Implicit layers for PyTorch: the demo and the recipes.",
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint):
+            parsed: Command = tyro.cli(
+                kind,
+                args=argv,
+                prog="torchimplicit",
+                description="Implicit layers for PyTorch: the demo and the recipes.",
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UserError(_one_line(complaint.getvalue())) from None
     return parsed
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a box, as one line: no frame, and rules become semicolons."""
+    inner = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    text = " ".join(";" if line and set(line) == {"─"} else line for line in inner)
+    parts = [" ".join(part.split()).rstrip(".") for part in text.split(";")]
+    line = "; ".join(part for part in parts if part and not part.startswith("Argument helptext"))
+    line = line.replace("For full helptext, ", "for help, ")
+    return line[:1].lower() + line[1:]
 
 
 def _train(recipe: str | None) -> Any:
@@ -211,4 +231,8 @@ def _named(name: str, description: str | None, default: Any = tyro.MISSING) -> A
 def main(argv: list[str]) -> int:
     """Parse and run; errors are left to the caller."""
     console = Console(file=sys.stdout)
-    return parse(argv or ["--help"]).run(console)
+    try:
+        command = parse(argv or ["--help"])
+    except SystemExit as end:  # help has been shown
+        return int(end.code or 0)
+    return command.run(console)

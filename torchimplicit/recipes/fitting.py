@@ -47,13 +47,12 @@ def fit(
     *,
     device: torch.device,
     epochs: int,
-    max_steps: int,
     callbacks: list[Callback],
 ) -> bool:
     """Train from the run's last checkpoint, if there is one.
 
-    Args:
-        max_steps: as Lightning counts them, one for every step of every optimizer.
+    There is no ``max_steps`` here, for with one Lightning does not resume at an epoch's beginning (2.6). A module that
+    is to stop within an epoch returns -1 from ``on_train_batch_start``.
 
     Returns:
         Whether training went to its end; ``False`` if it was interrupted.
@@ -66,7 +65,6 @@ def fit(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=1,
             max_epochs=epochs,
-            max_steps=max_steps,
             logger=CSVLogger(run.path, name=None, version="logs"),
             callbacks=[*callbacks, SaveEveryEpoch(run.checkpoint)],
             enable_progress_bar=False,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from torchimplicit.models import ConvDEQClassifier
@@ -38,3 +41,14 @@ def device(config: DigitsConfig) -> torch.device:
     if config.device == "cuda" and not available:
         raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu, or install a CUDA build")
     return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+
+
+@contextmanager
+def threads(config: DigitsConfig) -> Iterator[None]:
+    """PyTorch's number of CPU threads, while the context lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

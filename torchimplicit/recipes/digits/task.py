@@ -31,8 +31,7 @@ Batch = tuple[Tensor, Tensor]
 class DigitsTask(LightningModule):
     """One classifier, optimizer and schedule for each estimator; every training step steps them all.
 
-    Who goes first changes from step to step. Lightning counts an optimizer step of each, so its ``global_step`` is
-    the number of steps times the number of estimators.
+    Who goes first changes from step to step.
 
     Args:
         config: the settings.
@@ -77,6 +76,9 @@ class DigitsTask(LightningModule):
         if step < warm:
             return (step + 1) / warm
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, self.total_steps - warm))))
+
+    def on_train_batch_start(self, batch: Batch, index: int) -> int | None:
+        return -1 if self.steps_done >= self.total_steps else None
 
     def training_step(self, batch: Batch, index: int) -> None:
         names = self.config.estimators

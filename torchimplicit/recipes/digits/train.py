@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -37,8 +38,7 @@ def train(config: DigitsConfig, run: Run, console: Console) -> bool:
         loader,
         run,
         device=device,
-        epochs=config.epochs,
-        max_steps=task.total_steps * len(config.estimators),
+        epochs=math.ceil(task.total_steps / len(loader)),
         callbacks=[ShowProgress(console, task.total_steps, lambda: task.steps_done, lambda: status(task)), LogTracks()],
     )
     with console.status("Measuring and drawing the results"):

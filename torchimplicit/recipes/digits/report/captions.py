@@ -87,7 +87,7 @@ CAPTIONS = {
     "cosine-against-step": Caption(
         "Cosine to the exact gradient against training step",
         "Now and then training pauses its stopwatch, and the exact gradient is computed on the same batch at the same "
-        "weights, to a hundred times tighter a tolerance. A cosine of 1 means that the estimate points the same way, 0 "
+        "weights, to a far tighter tolerance. A cosine of 1 means that the estimate points the same way, 0 "
         "that it is at right angles to it and of no use. A phantom gradient keeps only the first terms of a series, "
         "so its cosine drops when the spectral radius of J (next picture) comes near 1 and the left-out terms matter. "
         "It can be well below 1 and still train well, as long as it points downhill.",

@@ -1,0 +1,155 @@
+"""The command line: help, names, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+
+from torchimplicit import cli
+
+pytest.importorskip("lightning")
+pytest.importorskip("tyro")
+
+COMMANDS = ("demo", "list", "train", "resume", "evaluate")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def run(capsys, *argv):
+    code = cli.main(argv)
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def fails(capsys, *argv):
+    """The one line that a command with bad input prints."""
+    code, out, err = run(capsys, *argv)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("torchimplicit: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"]])
+def test_help_names_every_command(capsys, argv):
+    code, out, _ = run(capsys, *argv)
+    assert code == 0
+    assert all(command in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("argv", [["demo"], ["train", "digits"]])
+def test_help_shows_what_each_setting_means(capsys, argv):
+    code, out, _ = run(capsys, *argv, "--help")
+    assert code == 0
+    for setting in ("--estimators", "--epochs", "--max-steps", "--seed", "--device", "--output", "--overwrite"):
+        assert setting in out
+    assert "Passes over the training split" in out
+
+
+def test_the_demo_has_its_own_defaults(capsys):
+    assert "default: implicit unrolled-phantom neumann-phantom" in " ".join(run(capsys, "demo", "--help")[1].split())
+
+
+@pytest.mark.parametrize("command", ["list", "resume", "evaluate", "train"])
+def test_every_command_has_help(capsys, command):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert f"torchimplicit {command}" in out
+
+
+def test_version(capsys):
+    code, out, _ = run(capsys, "--version")
+    assert code == 0
+    assert out.strip()[0].isdigit()
+
+
+def test_list_has_a_line_for_every_recipe(capsys):
+    from torchimplicit.recipes.registry import RECIPES
+
+    code, out, _ = run(capsys, "list")
+    assert code == 0
+    for name in RECIPES:
+        assert any(line.startswith(name) for line in out.splitlines())
+
+
+def test_unknown_names_are_refused_in_one_line(capsys):
+    assert "no command 'trane'" in fails(capsys, "trane")
+    assert "no recipe 'foo'; the recipes are demo, digits" in fails(capsys, "train", "foo")
+    assert "did you mean 'digits'?" in fails(capsys, "train", "digit")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["train"], "{demo, digits}"),
+        (["resume"], "RUN"),
+        (["demo", "--nonsense", "3"], "--nonsense"),
+        (["demo", "--seed", "x"], "--seed"),
+        (["demo", "--estimators", "magic"], "'magic'"),
+        (["demo", "--estimators"], "at least one estimator"),
+        (["demo", "--channels", "7"], "multiple of 4"),
+        (["demo", "--epochs", "0"], "--epochs must be positive"),
+        (["demo", "--phantom-damping", "1.5"], "--phantom-damping must lie in (0, 1]"),
+        (["demo", "--learning-rate", "nan"], "--learning-rate must be positive"),
+        (["evaluate", "nowhere"], "nowhere is no directory"),
+        (["resume", "."], "holds no run"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(capsys, argv, said):
+    assert said in fails(capsys, *argv)
+
+
+def test_a_gpu_that_is_not_there(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "--device cpu" in fails(capsys, "demo", "--device", "cuda")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten_silently(capsys, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    assert "not empty" in fails(capsys, "demo", "--output", "folder")
+    assert "no earlier run" in fails(capsys, "demo", "--output", "folder", "--overwrite")
+    assert "is a file" in fails(capsys, "demo", "--output", "folder/mine.txt")
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"recipe": "digits", "state": "complete"}', '{"recipe": 3, "state": "complete", "config": {}}']
+)
+def test_a_broken_run_is_told_apart(capsys, tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    assert "cannot be read" in fails(capsys, "evaluate", ".")
+
+
+@pytest.mark.parametrize("config", [{"epochs": "many"}, {"unheard_of": 1}, {"estimators": ["magic"]}])
+def test_settings_of_another_version_are_told_apart(capsys, tmp_path, config):
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": "digits", "state": "complete", "config": config}))
+    assert "does not fit recipe 'digits'" in fails(capsys, "evaluate", ".")
+
+
+def test_a_missing_extra_is_told_in_one_line(capsys, monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("tyro", "sklearn") else there(name))
+    code, out, err = run(capsys, "demo")
+    assert (code, out) == (1, "")
+    assert "tyro, scikit-learn" in err
+    assert "pip install 'torchimplicit[recipes]'" in err
+    assert err.count("\n") == 1
+
+
+def test_every_recipe_can_be_loaded_and_stored():
+    from torchimplicit.recipes.plain import from_plain, to_plain
+    from torchimplicit.recipes.registry import RECIPES, load
+
+    for name in RECIPES:
+        config = load(name)
+        assert from_plain(type(config), json.loads(json.dumps(to_plain(config)))) == config
