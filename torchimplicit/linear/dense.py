@@ -10,8 +10,9 @@ from torch import Tensor
 
 from torchimplicit.linear.base import LinearSolution, LinearSolver
 from torchimplicit.linear.operator import LinearOperator
-from torchimplicit.linear.options import check_number, check_vectors, default_rtol, working_dtype
+from torchimplicit.linear.options import check_vectors, default_rtol, working_dtype
 from torchimplicit.solution import Report, Status
+from torchimplicit.validation import check_nonnegative
 
 
 @final
@@ -33,8 +34,8 @@ class Dense(LinearSolver):
     atol: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number(self, "rtol", self.rtol, optional=True)
-        check_number(self, "atol", self.atol)
+        check_nonnegative(self, "rtol", optional=True)
+        check_nonnegative(self, "atol")
 
     @torch.no_grad()
     def solve(self, operator: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torchimplicit.linear.cycle import Method
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.operator import LinearOperator
-from torchimplicit.linear.options import check_count
 from torchimplicit.linear.system import System
+from torchimplicit.validation import check_count
 
 
 @final
@@ -34,7 +34,7 @@ class GMRES(IterativeSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count(self, "restart", self.restart)
+        check_count(self, "restart")
 
     def _method(self, operator: LinearOperator) -> Method:
         return _AdaptiveSimplerGMRES(self.restart)

@@ -13,8 +13,9 @@ from torchimplicit.linear.base import LinearSolution, LinearSolver
 from torchimplicit.linear.cycle import Method
 from torchimplicit.linear.loop import run
 from torchimplicit.linear.operator import LinearOperator
-from torchimplicit.linear.options import check_count, check_number, check_vectors, default_rtol
+from torchimplicit.linear.options import check_vectors, default_rtol
 from torchimplicit.linear.preconditioners import Preconditioner, as_preconditioner
+from torchimplicit.validation import check_count, check_nonnegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +39,10 @@ class IterativeSolver(LinearSolver):
     check_every: int = 1
 
     def __post_init__(self) -> None:
-        check_number(self, "rtol", self.rtol, optional=True)
-        check_number(self, "atol", self.atol)
-        check_count(self, "max_steps", self.max_steps)
-        check_count(self, "check_every", self.check_every)
+        check_nonnegative(self, "rtol", optional=True)
+        check_nonnegative(self, "atol")
+        check_count(self, "max_steps")
+        check_count(self, "check_every")
         as_preconditioner(self.preconditioner)
 
     @abstractmethod

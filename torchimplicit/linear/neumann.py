@@ -11,8 +11,8 @@ from torch import Tensor
 from torchimplicit.linear.cycle import Method
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.operator import LinearOperator
-from torchimplicit.linear.options import check_number
 from torchimplicit.linear.system import System
+from torchimplicit.validation import check_positive
 
 
 @final
@@ -35,7 +35,7 @@ class Neumann(IterativeSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number(self, "damping", self.damping, open_low=True)
+        check_positive(self, "damping")
 
     def _method(self, operator: LinearOperator) -> Method:
         return _Richardson(self.damping, truncated=self.rtol == 0 and self.atol == 0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -18,29 +16,6 @@ def default_rtol(dtype: torch.dtype) -> float:
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that a solver keeps its vectors in: half precisions are too coarse for recurrences."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def check_number(
-    owner: object, name: str, value: object, *, low: float = 0.0, open_low: bool = False, optional: bool = False
-) -> None:
-    """Raise unless ``value`` is a finite real number, at least ``low`` (above it with ``open_low``)."""
-    if value is None and optional:
-        return
-    title = f"{type(owner).__name__}({name}={value!r})"
-    bound = f"a number {'above' if open_low else 'of at least'} {low:g}" + (", or None" if optional else "")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{title}: {name} is a {type(value).__name__}; give {bound}.")
-    if not math.isfinite(value) or value < low or (open_low and value == low):
-        raise ValueError(f"{title}: {name} is out of range; give {bound}.")
-
-
-def check_count(owner: object, name: str, value: object, *, low: int = 1) -> None:
-    """Raise unless ``value`` is an integer of at least ``low``."""
-    title = f"{type(owner).__name__}({name}={value!r})"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{title}: {name} is a {type(value).__name__}; give an integer of at least {low}.")
-    if value < low:
-        raise ValueError(f"{title}: {name} is out of range; give an integer of at least {low}.")
 
 
 def check_vectors(operator: LinearOperator, b: Tensor, x0: Tensor | None) -> None:
