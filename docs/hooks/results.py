@@ -40,6 +40,7 @@ def on_page_markdown(markdown: str, config: Any, **_: object) -> str:
     folder = Path(config.config_file_path).parent / "benchmarks" / "results"
 
     def replace(match: re.Match[str]) -> str:
-        return section(newest(folder, match["name"]).read_text(encoding="utf-8"), match["heading"])
+        text = newest(folder, match["name"]).read_text(encoding="utf-8")
+        return section(text.replace("<", "&lt;"), match["heading"])
 
     return _WANTED.sub(replace, markdown)
