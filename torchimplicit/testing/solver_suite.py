@@ -107,7 +107,7 @@ class SolverSuite(ABC):
     # -- problems ------------------------------------------------------------------------------------------------------
 
     def function(self, z: Tensor, x: Tensor, difficulty: Tensor) -> Tensor:
-        """The map, or the energies: ``x`` is ``[batch, dim]``; the nearer ``difficulty`` ``[batch]`` to 1, the harder."""
+        """The map, or the energies. ``x``: ``[batch, dim]``; ``difficulty``: ``[batch]``, hard near 1."""
         dim = x.shape[-1]
         if self.kind == "map":
             generator = torch.Generator().manual_seed(dim)
@@ -268,11 +268,12 @@ class SolverSuite(ABC):
         assert solution.status.tolist() == [Status.CONVERGED, Status.NONFINITE, Status.CONVERGED]
         assert solution.steps[1] == 0
 
-    def test_a_batch_of_bad_rows_stops_at_once(self) -> None:
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_a_batch_of_bad_rows_stops_at_once(self, value: float) -> None:
         z0, x, difficulty = self.arguments(3)
         spy = Spy(self.function)
         with pytest.raises(SolveError, match=r"3 of 3 samples \(0, 1, 2\).*Try") as caught:
-            self.solve(spy, z0, torch.full_like(x, torch.nan), difficulty)
+            self.solve(spy, z0, torch.full_like(x, value), difficulty)
         assert len(spy.seen) == 1
         assert (caught.value.solution.status == Status.NONFINITE).all()
         assert torch.equal(caught.value.solution.value, z0)
