@@ -114,28 +114,32 @@ class MinimumSystem(System):
         return Linearization(core, z, params, wanted)
 
     def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
-        null = None
-        if self.hyperplane is not None:
-            null, _ = self._plane(tape.z, tape.params)
-            null = null.detach()
-
-        def products(of_h: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-            if null is None:
-                return of_h
-            return lambda v: project(of_h(project(v, null)), null)
-
-        product = products(tape.transposed)
-        return LinearOperator(
-            product=product,
-            transposed_product=product,
-            block_product=products(tape.transposed_block),
+        hessian = LinearOperator(
+            product=tape.transposed,
+            transposed_product=tape.transposed,
+            block_product=tape.transposed_block,
             batch=tape.z.shape[0],
             dim=tape.z.shape[1],
             dtype=tape.z.dtype,
             device=tape.z.device,
             symmetric=True,
-            null=null,
             restrict=self._restricted(tape, transposed),
+        )
+        if self.hyperplane is None:
+            return hessian
+        null = self._plane(tape.z, tape.params)[0].detach()
+
+        def projected(of_h: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda v: project(of_h(project(v, null)), null)
+
+        product = projected(tape.transposed)
+        return replace(
+            hessian,
+            product=product,
+            transposed_product=product,
+            block_product=projected(tape.transposed_block),
+            null=null,
+            unprojected=hessian,
         )
 
     def solve_linear(self, tape: Linearization, transposed: bool, b: Tensor, solver: LinearSolver) -> LinearSolution:
