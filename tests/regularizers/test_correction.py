@@ -106,3 +106,20 @@ def test_refuses(leaves):
         fixed_point_correction(kept, loss, count=0)
     with pytest.raises(ValueError, match="the loss must return a scalar tensor"):
         fixed_point_correction(kept, lambda z: z)
+
+
+@pytest.mark.parametrize("constraint", [None, ti.LinearEquality(torch.tensor([1.0, 2.0, 0.5, 1.0], dtype=F64), 2.0)])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_equilibrium_propagation_makes_the_iterates_stationary(symmetric, constraint):
+    x = torch.randn(3, 4, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    stretch = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=F64).requires_grad_()
+    problem = ti.Minimum(lambda z, x, s: (s * (z - x) ** 2 + torch.cosh(z)).sum(1), constraint)
+    solver = ti.GradientDescent(step_size=0.02, momentum=0.5, rtol=1e-3, keep_trajectory=True)
+    grads = []
+    nudged = ti.EquilibriumPropagation(nudge=1e-4, symmetric=symmetric, solver=ti.LBFGS(atol=1e-11))
+    for gradient in (Implicit(), nudged):
+        solution = ti.solve(problem, torch.zeros(3, 4, dtype=F64), x, stretch, solver=solver, gradient=gradient)
+        early = fixed_point_correction(solution, loss, count=6, gamma=1.0)
+        grads.append(torch.autograd.grad(early, (x, stretch)))
+    for exact, found in zip(*grads, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-3 if not symmetric else 1e-5, atol=1e-6)

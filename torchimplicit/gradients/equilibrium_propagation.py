@@ -28,7 +28,9 @@ class EquilibriumPropagation(Gradient):
     from the solution :math:`p^0`. The estimate is
     :math:`[\\partial_\\theta E(p^\\beta) - \\partial_\\theta E(p^0)]/\\beta`, whose error is
     :math:`O(\\beta)`, or the symmetric difference over :math:`\\pm\\beta`, whose error is :math:`O(\\beta^2)`. Since it
-    needs the cotangent alone, any loss may follow. Reverse mode, first order.
+    needs the cotangent alone, any loss may follow. Where :math:`p^0` is not stationary, as under
+    :func:`~torchimplicit.regularizers.fixed_point_correction`, the energy is tilted by
+    :math:`-\\langle P\\nabla E(p^0), p\\rangle`, held fixed, so that it is. Reverse mode, first order.
 
     Args:
         nudge: :math:`\\beta`, relative to the size of the cotangent: the tilt is ``nudge`` times :math:`u` scaled to
@@ -79,9 +81,15 @@ class EquilibriumPropagation(Gradient):
         length = torch.linalg.vector_norm(u, dim=1, keepdim=True)
         tilt = u / torch.where(length > 0, length, 1)
         solver = self._tightened(self.solver or task.solver)
+        with torch.no_grad():
+            # makes z stationary where it is not quite, or not at all (an iterate on the way)
+            level = system.at(z, params).residual
+
+        def slope(beta: float) -> Tensor:
+            return level + beta * tilt
 
         def nudged(beta: float) -> Outcome:
-            return iterate(solver, _tilted(system, beta * tilt), z, params)
+            return iterate(solver, _tilted(system, slope(beta)), z, params)
 
         above = nudged(self.nudge)
         below = nudged(-self.nudge) if self.symmetric else None
@@ -92,11 +100,11 @@ class EquilibriumPropagation(Gradient):
         weight = length[:, 0] / span
         leaves = [p.detach().requires_grad_(w) for p, w in zip(params, wanted, strict=True)]
         with torch.enable_grad():
-            difference = system.lagrangian(above.z, leaves, self.nudge * tilt)
+            difference = system.lagrangian(above.z, leaves, slope(self.nudge))
             if below is None:
-                difference = difference - system.lagrangian(z, leaves)
+                difference = difference - system.lagrangian(z, leaves, level)
             else:
-                difference = difference - system.lagrangian(below.z, leaves, -self.nudge * tilt)
+                difference = difference - system.lagrangian(below.z, leaves, slope(-self.nudge))
             total = (weight * difference).sum()
         inputs = [p for p, w in zip(leaves, wanted, strict=True) if w]
         grads = torch.autograd.grad(total, inputs, allow_unused=True)
