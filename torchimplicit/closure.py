@@ -9,7 +9,7 @@ conversion.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import is_not
 from typing import Any
 
@@ -196,9 +196,10 @@ class Closure:
                 with self._retained():
                     return self._capturing(inner), _untouched(self.function, z, *self.args)
         # Aliases of the arguments tell a tensor that is passed from one that is captured as well.
-        own = tuple(t.view_as(t) for t in self.tensors)
-        with self._eagerly(), torch.enable_grad(), _Recorder((z, *own)) as recorder:
-            value = _untouched(self.function, z, *self._given(own))
+        with self._eagerly(), torch.enable_grad():
+            own = tuple(t.view_as(t) for t in self.tensors)
+            with _Recorder((z, *own)) as recorder:
+                value = _untouched(self.function, z, *self._given(own))
         captured = tuple(recorder.captured.values())
         if not _active:  # otherwise there may be substitutes behind the value, which the enclosing equilibrium checks
             check_graph(value, (*own, *captured))
@@ -242,7 +243,8 @@ def check_graph(out: Tensor, known: Sequence[Tensor]) -> None:
     Raises:
         RuntimeError: another tensor that requires grad lies behind ``out``.
     """
-    ends = {id(t) for t in known}
+    ends: set[Any] = {id(t) for t in known}
+    ends.update(_accumulator(t) for t in known if t.is_leaf and t.requires_grad)
     borders = {(t.grad_fn, t.output_nr) for t in known if t.grad_fn is not None}
     stack, seen = [(out.grad_fn, out.output_nr)], set()
     while stack:
@@ -252,13 +254,21 @@ def check_graph(out: Tensor, known: Sequence[Tensor]) -> None:
             continue
         seen.add(place)
         variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in ends:
+        if variable is not None and id(variable) not in ends and node not in ends:
             raise RuntimeError(
                 f"the function depends on a captured tensor of shape {tuple(variable.shape)} in a way that the "
                 "recording does not see (compiled or foreign code), so its gradient would be lost: pass the tensor to "
                 "solve as an argument"
             )
         stack.extend(node.next_functions)
+
+
+def _accumulator(leaf: Tensor) -> Any:
+    """The node that stands for ``leaf``. Where saved tensors go through hooks (activation checkpointing), a parameter
+    comes back as another tensor with the same node."""
+    with torch._C.DisableTorchFunction(), torch.enable_grad():
+        seen = leaf.view_as(leaf).grad_fn
+    return None if seen is None else seen.next_functions[0][0]
 
 
 def _untouched(function: Callable[..., Tensor], z: Tensor, *args: Any) -> Tensor:
@@ -281,12 +291,13 @@ def _current_level() -> int:
 def _made_since(t: Tensor, begin: int) -> bool:
     """Whether autograd saw ``t`` being computed after its sequence number ``begin``, in this thread."""
     now = torch._C._autograd._get_sequence_nr()
-    while True:
-        if t.grad_fn is not None and begin <= t.grad_fn._sequence_nr() < now:
-            return True
-        if _functorch.maybe_get_level(t) < 0:
-            return False
-        t = _functorch.get_unwrapped(t)
+    with torch._C.DisableTorchFunction():  # what is looked at here is not used by the function
+        while True:
+            if t.grad_fn is not None and begin <= t.grad_fn._sequence_nr() < now:
+                return True
+            if _functorch.maybe_get_level(t) < 0:
+                return False
+            t = _functorch.get_unwrapped(t)
 
 
 def eagerly() -> contextlib.AbstractContextManager[Any]:
@@ -294,10 +305,50 @@ def eagerly() -> contextlib.AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")
 
 
+class Members:
+    """The tensors that a module holds at this moment, to be put back when it is called later.
+
+    ``torch.func.functional_call`` gives a module other tensors only while it runs, and a backward pass comes after.
+    """
+
+    def __init__(self, module: nn.Module | None):
+        modules = () if module is None else tuple(module.modules())
+        self._parameters = _places(m._parameters for m in modules)
+        self._buffers = _places(m._buffers for m in modules)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """The module with those tensors, while the context lasts."""
+        if all(owner.get(name) is t for owner, name, t in self._parameters):
+            yield
+            return
+        places = self._parameters + self._buffers
+        now = [owner.get(name) for owner, name, _ in places]
+        for owner, name, t in places:
+            owner[name] = t
+        try:
+            yield
+        finally:
+            for (owner, name, _), t in zip(places, now, strict=True):
+                owner[name] = t
+
+
+def _places(owners: Iterable[Any]) -> list[tuple[Any, str, Tensor]]:
+    return [(owner, name, t) for owner in owners for name, t in owner.items() if t is not None]
+
+
+def module_of(function: Any) -> nn.Module | None:
+    """The module behind ``function``: itself, that whose method it is, or the one in its attribute ``module``."""
+    for candidate in (function, getattr(function, "__self__", None), getattr(function, "module", None)):
+        if isinstance(candidate, nn.Module):
+            return candidate
+    return None
+
+
 def compiled_module(function: Any) -> nn.Module | None:
     """``function``'s module, where it holds compiled code, which should not run under the recording mode."""
-    module = function if isinstance(function, nn.Module) else getattr(function, "module", None)
-    if isinstance(module, nn.Module) and any(
+    module = module_of(function)
+    if module is not None and any(
         isinstance(m, torch._dynamo.OptimizedModule) or getattr(m, "_compiled_call_impl", None) is not None
         for m in module.modules()
     ):

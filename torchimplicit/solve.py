@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchimplicit.closure import Closure, announce, is_transformed, relayed, transforms_running
+from torchimplicit.closure import Closure, Members, announce, is_transformed, module_of, relayed, transforms_running
 from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.gradients import Gradient, Implicit
 from torchimplicit.gradients.base import Run, Task, differentiable
@@ -131,17 +131,18 @@ def flat_system(problem: Problem, z: Any, args: tuple[Any, ...]) -> tuple[System
 
 
 class _FlatCall:
-    """The problem's function in flat coordinates, under the autocast state in which the solve was called."""
+    """The problem's function in flat coordinates, under the autocast state and with the module's tensors of the time
+    when the solve was called."""
 
     def __init__(self, problem: Problem, layout: Layout):
         self.problem = problem
         self.layout = layout
-        function = problem.function
-        self.module = function if isinstance(function, nn.Module) else getattr(function, "module", None)
+        self.module = module_of(problem.function)
+        self.members = Members(self.module)
         self.autocast = AutocastState(layout.device)
 
     def __call__(self, z: Tensor, *args: Any) -> Tensor:
-        with self.autocast():
+        with self.autocast(), self.members.restored():
             output = self.problem.function(self.layout.unflatten(z), *args)
         return self.problem.flat_output(self.layout, output, z.shape[0], self.autocast.dtype is not None)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cells import TanhCell
 
+import torchimplicit as ti
 from torchimplicit.nn import Equilibrium, WarmStart
 
 
@@ -70,6 +71,19 @@ def test_a_failed_solve_is_not_remembered(x):
         layer(x * torch.nan)
     layer(x)
     assert layer.solution.converged.all()
+
+
+def test_the_output_may_be_changed_in_place(layer, x):
+    with torch.no_grad():
+        layer(x).zero_()
+        layer(x).zero_()
+        layer(x)
+    assert layer.solution.steps.eq(0).all()
+
+
+def test_with_unrolled_it_is_refused():
+    with pytest.raises(ValueError, match="Unrolled differentiates the steps that are taken"):
+        Equilibrium(TanhCell(), warm_start=True, gradient=ti.Unrolled())
 
 
 def test_nothing_is_saved_or_copied(layer, x):

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils import _pytree as pytree
 
 from torchimplicit.closure import compiled_module, eagerly, is_transformed
-from torchimplicit.gradients import Gradient
+from torchimplicit.gradients import Gradient, Unrolled
 from torchimplicit.nn.dropout import VariationalDropout, active_dropouts, drawing
 from torchimplicit.nn.normalization import fixed, holding, parametrizations, settled_vectors
 from torchimplicit.nn.warm_start import WarmStart
@@ -52,6 +52,7 @@ class Equilibrium(nn.Module):
 
     Raises:
         TypeError: an argument of the wrong kind.
+        ValueError: a warm start with :class:`Unrolled`, which would have no steps to differentiate.
     """
 
     def __init__(
@@ -77,6 +78,11 @@ class Equilibrium(nn.Module):
                 )
         if not isinstance(warm_start, bool | WarmStart):
             raise TypeError(f"warm_start must be True, False or a WarmStart, not {warm_start!r}")
+        if warm_start and isinstance(gradient, Unrolled):
+            raise ValueError(
+                "Unrolled differentiates the steps that are taken, and a warm start leaves hardly any: take "
+                "gradient=Implicit(), or warm_start=False"
+            )
         self.cell = cell
         self.solver = solver
         self.gradient = gradient
