@@ -70,7 +70,7 @@ def solve(
     own = len(closure.tensors)
     params = relayed((*closure.tensors, *constraint, *closure.captured))
     row_params = None
-    if problem.batched and problem.rowwise and rows > 1:
+    if problem.batched and problem.rowwise and rows > 1 and not gradient.needs_solver_state:
         row_params = tuple(_carries_batch(p, rows) for p in params[: own + len(constraint)])
         row_params += (False,) * len(closure.captured)
     system = problem.system(closure, row_params, slice(own, own + len(constraint)), layout)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,7 +69,14 @@ class Task:
 
 
 class Gradient(ABC):
-    """How the solution is differentiated. A subclass is a final, frozen dataclass."""
+    """How the solution is differentiated. A subclass is a final, frozen dataclass.
+
+    Attributes:
+        needs_solver_state: whether the estimator uses what the solver has built, so that no sample may leave the batch
+            before the end, ``rowwise=True`` or not.
+    """
+
+    needs_solver_state: ClassVar[bool] = False
 
     @abstractmethod
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ from torchimplicit.validation import check_count, check_positive
 class SharedInverse(LinearEstimate):
     """SHINE (Ramzi et al. 2022): Broyden's estimate of the inverse, transposed, in place of the adjoint's.
 
-    Needs :class:`Broyden` as the forward solver. The estimate's residual :math:`\\lVert A^T g - u\\rVert` is measured
+    Needs :class:`Broyden` as the forward solver; with ``rowwise=True`` no sample leaves the batch all the same, for
+    the inverse is that of the whole batch. The estimate's residual :math:`\\lVert A^T g - u\\rVert` is measured
     by one product. A sample for which it is worse than that of the one-step estimate :math:`g=u`, or for which
     :math:`\\lVert g\\rVert > ` ``ratio`` :math:`\\lVert u\\rVert`, falls back to the better of the two (section 3 of
     the paper falls back by the ratio alone), from which ``refine`` steps of GMRES go on.
@@ -35,6 +36,8 @@ class SharedInverse(LinearEstimate):
         refine: steps of GMRES from the estimate; 0 for the estimate itself.
         ratio: see above.
     """
+
+    needs_solver_state: ClassVar[bool] = True
 
     refine: int = 0
     ratio: float = 10.0
