@@ -53,7 +53,10 @@ def carries_derivative(t: Tensor) -> bool:
 
 def relayed(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """The tensors as an enclosing equilibrium's modes see them, so that it finds and replaces them too."""
-    return tuple(t.view_as(t) for t in tensors) if _active else tuple(tensors)
+    seen = tuple(tensors)
+    for watcher in reversed(_active):
+        seen = tuple(map(watcher.replaced, seen))
+    return seen
 
 
 def announce(made: Any) -> None:
@@ -105,9 +108,13 @@ class _Watcher(TorchFunctionMode):
             for item in tree:
                 self.keep(item)
 
+    def replaced(self, t: Tensor) -> Tensor:
+        """The tensor as an operation in the call would get it."""
+        return self._replace(t)  # type: ignore[no-any-return]
+
     def _replace(self, tree: Any) -> Any:
         if isinstance(tree, Tensor):
-            if id(tree) in self._known or not carries_derivative(tree):
+            if id(tree) in self._known or not _carries(tree):
                 return tree
             return self._unseen(tree)
         if type(tree) in (tuple, list):
@@ -119,7 +126,7 @@ class _Watcher(TorchFunctionMode):
         if level > self._level:  # an inner transform has wrapped a tensor from outside it
             inside = _functorch.get_unwrapped(t)
             found = self._replace(inside)
-            if found is inside and (id(inside) in self._known or not carries_derivative(inside)):
+            if found is inside and (id(inside) in self._known or not _carries(inside)):
                 self._known[id(t)] = t
                 return t
             if not _functorch.is_batchedtensor(t):
@@ -202,7 +209,7 @@ class Closure:
                 value = _untouched(self.function, z, *self._given(own))
         captured = tuple(recorder.captured.values())
         if not _active:  # otherwise there may be substitutes behind the value, which the enclosing equilibrium checks
-            check_graph(value, (*own, *captured))
+            check_graph(value, relayed((*own, *captured)))
         return self._capturing(captured), value.detach()
 
     def __call__(self, z: Tensor, *tensors: Tensor) -> Tensor:
@@ -281,6 +288,11 @@ def _untouched(function: Callable[..., Tensor], z: Tensor, *args: Any) -> Tensor
             "use the operation that returns a new tensor"
         )
     return out
+
+
+def _carries(t: Tensor) -> bool:
+    with torch._C.DisableTorchFunction():  # an enclosing mode would answer for its substitute
+        return carries_derivative(t)
 
 
 def _current_level() -> int:
