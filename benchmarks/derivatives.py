@@ -124,7 +124,7 @@ class Method:
 def ours(p: Problem) -> list[Method]:
     """Ours: the same forward solve, with an iterative and a dense adjoint."""
     w, z0 = torch.from_numpy(p.w), torch.zeros(p.d, dtype=torch.float64)
-    fixed_point = ti.FixedPoint(lambda z, x: torch.tanh(w @ z + x + MIX * z * x), batched=False)
+    fixed_point = ti.FixedPoint(lambda z, x: torch.tanh(z @ w.t() + x + MIX * z * x), batched=False)
     solver = ti.Anderson(rtol=TIGHT, atol=0.0, max_steps=STEPS)
 
     def solve(linear: Any, x: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def with_xitorch(p: Problem) -> list[Method]:
     w, z0 = torch.from_numpy(p.w), torch.zeros(p.d, dtype=torch.float64)
 
     def f(z: Tensor, x: Tensor) -> Tensor:
-        return torch.tanh(w @ z + x + MIX * z * x)
+        return torch.tanh(z @ w.t() + x + MIX * z * x)
 
     def solve(forward: dict[str, Any], backward: dict[str, Any], x: Tensor) -> Tensor:
         return xitorch.optimize.equilibrium(f, z0, params=(x,), bck_options=backward, **forward)
@@ -190,7 +190,7 @@ def with_torchopt(p: Problem) -> list[Method]:
     w, z0 = torch.from_numpy(p.w), torch.zeros(p.d, dtype=torch.float64)
 
     def f(z: Tensor, x: Tensor) -> Tensor:
-        return torch.tanh(w @ z + x + MIX * z * x)
+        return torch.tanh(z @ w.t() + x + MIX * z * x)
 
     def solve(linear: Any, x: Tensor) -> Tensor:
         @torchopt.diff.implicit.custom_root(lambda z, x: f(z, x) - z, argnums=1, solve=linear)
