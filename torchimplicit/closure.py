@@ -110,7 +110,7 @@ class _Watcher(TorchFunctionMode):
 
     def replaced(self, t: Tensor) -> Tensor:
         """The tensor as an operation in the call would get it."""
-        return self._replace(t)  # type: ignore[no-any-return]
+        return self._replace(t)
 
     def _replace(self, tree: Any) -> Any:
         if isinstance(tree, Tensor):
@@ -134,7 +134,7 @@ class _Watcher(TorchFunctionMode):
                     f"the function differentiates, by torch.func, in a captured tensor of shape {tuple(t.shape)}: pass "
                     "that tensor to solve as an argument"
                 )
-            return _functorch._add_batch_dim(found, _functorch.maybe_get_bdim(t), level)  # type: ignore[no-any-return]
+            return _functorch._add_batch_dim(found, _functorch.maybe_get_bdim(t), level)
         if _made_since(t, self._begin):
             self.keep(t)
             return t
@@ -203,7 +203,7 @@ class Closure:
                 with self._retained():
                     return self._capturing(inner), _untouched(self.function, z, *self.args)
         # Aliases of the arguments tell a tensor that is passed from one that is captured as well.
-        with self._eagerly(), torch.enable_grad():
+        with eagerly(), torch.enable_grad():
             own = tuple(t.view_as(t) for t in self.tensors)
             with _Recorder((z, *own)) as recorder:
                 value = _untouched(self.function, z, *self._given(own))
@@ -217,11 +217,11 @@ class Closure:
         if any(map(is_not, substitutes, self.captured)):
             captured = {id(t) for t in self.captured}
             own = tuple(t.view_as(t) if id(t) in captured else t for t in own)
-            with self._eagerly(), _Replayer((z, *own), self.captured, substitutes):
+            with eagerly(), _Replayer((z, *own), self.captured, substitutes):
                 return _untouched(self.function, z, *self._given(own))
         if self._compiled is None:
             return _untouched(self.function, z, *self._given(own))
-        with self._eagerly() if any(map(is_transformed, (z, *tensors))) else self._retained():
+        with eagerly() if any(map(is_transformed, (z, *tensors))) else self._retained():
             return _untouched(self.function, z, *self._given(own))
 
     def _given(self, own: Sequence[Tensor]) -> Any:
@@ -235,13 +235,9 @@ class Closure:
     def _capturing(self, captured: tuple[Tensor, ...]) -> Closure:
         return Closure(self.function, self.args, self.extra, captured)
 
-    def _eagerly(self) -> contextlib.AbstractContextManager[Any]:
-        """Compiled code sees neither the modes nor the transforms, so that it must not run where they act."""
-        return contextlib.nullcontext() if self._compiled is None else eagerly()
-
     def _retained(self) -> contextlib.AbstractContextManager[Any]:
         """Code that is compiled here keeps its buffers: an adjoint solve runs its backward many times."""
-        return torch._functorch.config.patch(donated_buffer=False)  # type: ignore[no-any-return, attr-defined]
+        return torch._functorch.config.patch(donated_buffer=False)
 
 
 def check_graph(out: Tensor, known: Sequence[Tensor]) -> None:
@@ -313,7 +309,8 @@ def _made_since(t: Tensor, begin: int) -> bool:
 
 
 def eagerly() -> contextlib.AbstractContextManager[Any]:
-    """Compiled code runs as if it were not compiled."""
+    """Compiled code runs as it was written: it sees neither the modes nor the transforms, and must not run where they
+    act. Which code is compiled cannot always be told from outside."""
     return torch.compiler.set_stance("force_eager")
 
 
