@@ -10,7 +10,7 @@ from torchimplicit.recipes.digits.config import DigitsConfig
 
 def demo() -> DigitsConfig:
     """Exact and phantom gradients compared, the estimates audited against the exact gradient as training goes."""
-    return DigitsConfig(estimators=("implicit", "unrolled-phantom", "neumann-phantom"), epochs=6, audit_every=22)
+    return DigitsConfig(estimators=("implicit", "unrolled-phantom", "neumann-phantom"), epochs=6, audit_every=33)
 
 
 def digits() -> DigitsConfig:

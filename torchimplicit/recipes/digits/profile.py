@@ -14,7 +14,7 @@ from torchimplicit.problems import FixedPoint
 from torchimplicit.solve import solve
 from torchimplicit.solvers import Anderson, FixedPointIteration, Solver
 
-LENGTH = 30
+LENGTH = 40
 """Iterations shown."""
 
 SOLVERS: dict[str, Solver] = {

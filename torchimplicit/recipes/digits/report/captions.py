@@ -81,7 +81,7 @@ CAPTIONS = {
         "is Anderson acceleration, with the band between the 10 % and the 90 % quantile of the images; the dotted one "
         "simply applies the cell again and again. Between them lies what the solver gains. A line that levels off far "
         "above the tolerance would mean that there is no equilibrium to be found. (Training stops each image at the "
-        "dashed tolerance; here the solve goes on.)",
+        "dashed tolerance; here the solve goes on to 1e-6.)",
         _residual,
     ),
     "cosine-against-step": Caption(

@@ -48,6 +48,7 @@ def loss_against_time(results: Results) -> Figure:
 
 def residual_against_iteration(results: Results) -> Figure:
     """Median over samples for both solvers, with the band from the 10 % to the 90 % quantile for the first."""
+    solvers: dict[str, str] = {}
     with _axes() as (figure, axes):
         for name, result in results.estimators.items():
             colour = look(name).colour
@@ -55,13 +56,13 @@ def residual_against_iteration(results: Results) -> Figure:
                 iterations = range(len(profile.median))
                 if index == 0:
                     axes.fill_between(iterations, profile.low, profile.high, color=colour, alpha=0.12, linewidth=0)
-                axes.plot(
-                    iterations,
-                    profile.median,
-                    color=colour,
-                    linestyle="-" if index == 0 else ":",
-                    label=f"{result.label}, {profile.solver}",
-                )
+                line = "-" if index == 0 else ":"
+                axes.plot(iterations, profile.median, color=colour, linestyle=line)
+                if profile.solver not in solvers:
+                    solvers[profile.solver] = line
+            axes.plot([], [], color=colour, label=result.label)
+        for solver, line in solvers.items():
+            axes.plot([], [], color="#4b5563", linestyle=line, label=solver)
         axes.axhline(results.config.tolerance, color="#6b7280", linewidth=0.9, linestyle="--")
         axes.annotate(
             "tolerance",
@@ -141,5 +142,4 @@ def _axes() -> Iterator[tuple[Figure, Axes]]:
     axes = figure.subplots()
     yield figure, axes
     handles, labels = axes.get_legend_handles_labels()
-    columns = 3 if len(handles) != 4 else 2
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.4, handlelength=1.8)
+    figure.legend(handles, labels, loc="outside upper left", ncols=3, columnspacing=1.4, handlelength=2.2)
