@@ -29,13 +29,6 @@ class TestEquilibriumPropagation(GradientSuite):
         return ti.EquilibriumPropagation()
 
 
-class TestOneSided(TestEquilibriumPropagation):
-    bound = 1e-2
-
-    def make(self) -> ti.EquilibriumPropagation:
-        return ti.EquilibriumPropagation(symmetric=False)
-
-
 def head(value: Tensor) -> Tensor:
     """A loss with parameters of its own, nonlinear across the samples too."""
     return torch.logsumexp(value.sin() @ torch.tensor([1.0, -2.0, 0.5], dtype=value.dtype), 0) + value.square().mean()

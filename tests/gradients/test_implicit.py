@@ -23,13 +23,6 @@ class TestImplicit(GradientSuite):
         return EXACT
 
 
-class TestImplicitByDefault(GradientSuite):
-    bound = 1e-6
-
-    def make(self) -> ti.Implicit:
-        return ti.Implicit()
-
-
 def both(compute: Callable[[Solve], Any], bound: float = 1e-7) -> None:
     """``compute`` gives the same with the implicit solution and with the unrolled one."""
     assert_agree(compute(fixed_point), compute(unrolled), bound)
@@ -297,6 +290,17 @@ def test_an_adjoint_that_falls_short_warns():
         solution.value.sum().backward()
     assert not solution.adjoint.converged.any()
     assert (solution.adjoint.status == ti.Status.MAX_STEPS).all()
+
+
+def test_the_default_is_exact_to_its_tolerances():
+    x, w = data()
+    w = w.requires_grad_()
+
+    def of(**options):
+        value = ti.solve(ti.FixedPoint(tanh_map), torch.zeros_like(x), x, w, **options).value
+        return torch.autograd.grad(value.sin().sum(), w)
+
+    assert_agree(of(), of(solver=TIGHT, gradient=EXACT))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ class TestUnrolledPhantom(GradientSuite):
     bound = 1e-6
 
     def make(self) -> ti.UnrolledPhantom:
-        return ti.UnrolledPhantom(steps=30, damping=0.9)
+        return ti.UnrolledPhantom(steps=40, damping=0.75)
 
 
 class TestNeumannPhantom(GradientSuite):

@@ -38,7 +38,7 @@ class TestRefinedSharedInverse(_Broyden):
         return ti.SharedInverse(refine=10)
 
 
-@pytest.mark.parametrize(("dim", "bound"), [(1, 1e-9), (4, 0.2)])
+@pytest.mark.parametrize(("dim", "bound"), [(1, 1e-9), (4, 0.5)])
 def test_a_linear_problem(dim, bound):
     """In one dimension the secant is the derivative, and the inverse is exact; in more, Broyden can solve a linear
     problem without having found its whole inverse (Gay 1979)."""
@@ -54,7 +54,7 @@ def test_a_linear_problem(dim, bound):
 
     exact = of(EXACT)
     assert_agree(of(ti.SharedInverse()), exact, bound)
-    assert relative_error(of(ti.SharedInverse()), exact) < 0.5 * relative_error(of(ti.OneStep()), exact)
+    assert relative_error(of(ti.SharedInverse()), exact) < 0.75 * relative_error(of(ti.OneStep()), exact)
 
 
 def gradient_error(gradient: ti.SharedInverse | ti.OneStep, scale: float = 2.0) -> tuple[float, float]:

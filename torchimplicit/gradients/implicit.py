@@ -57,6 +57,4 @@ class Implicit(Gradient):
         moved = push(lambda *params: task.system.residual(z, *params), params, dparams)
         if moved is None:
             return torch.zeros_like(z)
-        return LinearSolve.apply(  # type: ignore[no-any-return]
-            task, task.adjoint_solver(self.linear_solver, z), False, -moved, z, *params
-        )
+        return LinearSolve.apply(task, task.adjoint_solver(self.linear_solver, z), False, -moved, z, *params)

@@ -112,9 +112,7 @@ class LinearSolve(Function):
             y, z, *params = _primals(ctx.saved_tensors)
             moved = LinearSolve._tangent(ctx, y, z, params, tangents)
             right = _difference(db, moved, y)
-            return LinearSolve.apply(  # type: ignore[no-any-return]
-                ctx.task, ctx.solver, ctx.transposed, right, z, *params
-            )
+            return LinearSolve.apply(ctx.task, ctx.solver, ctx.transposed, right, z, *params)
 
     @staticmethod
     def _tangent(ctx: Any, y: Tensor, z: Tensor, params: Sequence[Tensor], tangents: Any) -> Tensor | None:
@@ -194,7 +192,7 @@ def estimate(
     """``compute(task, x, z, params)``, once differentiable in name only: see :class:`FirstOrder`."""
     if not torch.is_grad_enabled() and not any(is_transformed(t) for t in (x, z, *params)):
         return compute(task, x, z, params)
-    return FirstOrder.apply(task, compute, name, of_state, x, z, *params)  # type: ignore[no-any-return]
+    return FirstOrder.apply(task, compute, name, of_state, x, z, *params)
 
 
 def gradients(fn: Callable[..., Tensor], primals: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
@@ -234,7 +232,7 @@ def push(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequenc
     out, pull = partial_vjp(fn, primals, given)
     some = [i for i, g in enumerate(given) if g]
     _, twice = vjp(lambda w: tuple(pull(w)[i] for i in some), torch.zeros_like(out))
-    return twice(tuple(tangents[i] for i in some))[0]  # type: ignore[no-any-return]
+    return twice(tuple(tangents[i] for i in some))[0]
 
 
 def report(task: Task, figures: Report) -> None:
@@ -252,7 +250,7 @@ def report(task: Task, figures: Report) -> None:
 def _nested_forward_mode() -> contextlib.AbstractContextManager[None]:
     """Forward mode switched on inside a jvp rule, where autograd switches it off: without it the tangents of an
     enclosing forward level would be lost, and forward-over-forward derivatives silently wrong."""
-    return forward_ad._set_fwd_grad_enabled(True)  # type: ignore[no-any-return]
+    return forward_ad._set_fwd_grad_enabled(True)
 
 
 def _primals(tensors: Sequence[Tensor]) -> list[Tensor]:
