@@ -20,13 +20,24 @@ from torchimplicit.validation import check_count
 
 class LBFGSState(NamedTuple):
     """Past steps ``s``, gradient changes ``y``, their inverse products ``rho`` ``[batch, memory]``, and the scale of
-    the initial inverse Hessian ``gamma`` ``[batch, 1]``. A slot with ``rho == 0`` holds nothing."""
+    the initial inverse Hessian ``gamma`` ``[batch, 1]``. A slot with ``rho == 0`` holds nothing.
+
+    ``lowest`` and ``least`` are the least energy and gradient norm so far, ``idle`` the trials since either fell.
+    """
 
     s: History
     y: History
     rho: Tensor
     gamma: Tensor
+    lowest: Tensor
+    least: Tensor
+    idle: Tensor
     seen: int
+
+
+PATIENCE = 60
+"""Trials without a fall of the energy, beyond rounding, or of the gradient's norm, after which a sample breaks down: a
+few steps where the searches labour, as they do at the level of rounding, and many where they do not."""
 
 
 @final
@@ -35,7 +46,7 @@ class LBFGS(Solver):
     """L-BFGS (Nocedal 1980; Nocedal and Wright 2006, algorithm 7.4) with a weak Wolfe line search per sample.
 
     The search stops after ``trials`` evaluations at the latest. A sample for which it finds no decrease tries
-    steepest descent once, then breaks down. On a constraint, directions are built from projected gradients and stay
+    steepest descent once, then breaks down; so does one that has come to where rounding hides every decrease. On a constraint, directions are built from projected gradients and stay
     in the plane.
 
     Args:
@@ -60,8 +71,11 @@ class LBFGS(Solver):
         empty = History.empty(like, self.memory)
         rho = empty.ring.new_zeros(like.shape[0], self.memory)
         # the first trial moves by at most one unit, or by the whole gradient where that is shorter
-        gamma = (1 / row_norm(point.residual).clamp_min(1)).to(rho.dtype)[:, None]
-        return LBFGSState(empty, History.empty(like, self.memory), rho, gamma, 0)
+        norm = row_norm(point.residual)
+        gamma = (1 / norm.clamp_min(1)).to(rho.dtype)[:, None]
+        assert point.energy is not None
+        idle = torch.zeros_like(norm, dtype=torch.int64)
+        return LBFGSState(empty, History.empty(like, self.memory), rho, gamma, point.energy, norm, idle, 0)
 
     def step(self, evaluate: Evaluator, point: Point, state: LBFGSState, progress: Progress) -> Move:
         if torch.is_grad_enabled():
@@ -73,14 +87,16 @@ class LBFGS(Solver):
         found = search(evaluate, point, direction, progress.active, self.trials)
         stuck = found.failed
         if not found.any_failed:
-            return Move(found.point, self._remember(state, point, found.point))
+            state = self._remember(state, point, found.point, found.trials)
+            return Move(found.point, state, breakdown=state.idle >= PATIENCE)
         # the model of the Hessian may be at fault: forget it, and try the gradient itself
         state = state._replace(rho=state.rho * (~stuck)[:, None])
         again = search(evaluate, found.point, self._direction(point.residual, state), stuck, self.trials)
         lost = stuck & again.failed
         # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
         to = again.last.select(lost & ~torch.isfinite(row_norm(again.last.residual)), again.point)
-        return Move(to, self._remember(state, point, again.point), breakdown=lost)
+        state = self._remember(state, point, again.point, found.trials + again.trials)
+        return Move(to, state, breakdown=lost | (state.idle >= PATIENCE))
 
     def _direction(self, residual: Tensor, state: LBFGSState) -> Tensor:
         """The two-loop recursion applied to minus the gradient."""
@@ -97,7 +113,7 @@ class LBFGS(Solver):
             q = torch.addcmul(q, weight - lift, state.s.ring[:, slot])
         return q.to(residual.dtype)
 
-    def _remember(self, state: LBFGSState, before: Point, after: Point) -> LBFGSState:
+    def _remember(self, state: LBFGSState, before: Point, after: Point, trials: Tensor) -> LBFGSState:
         slot = state.seen % self.memory
         s = (after.z - before.z).to(state.rho.dtype)
         y = (before.residual - after.residual).to(state.rho.dtype)
@@ -110,4 +126,16 @@ class LBFGS(Solver):
         gamma = torch.where(kept, sy / torch.where(kept, yy, 1), state.gamma[:, 0])[:, None]
         clean = kept[:, None]
         history = state.s.put(slot, torch.where(clean, s, 0)), state.y.put(slot, torch.where(clean, y, 0))
-        return LBFGSState(*history, rho, gamma, state.seen + 1)
+        assert after.energy is not None
+        norm = row_norm(after.residual)
+        rounding = 4 * torch.finfo(norm.dtype).eps * state.lowest.abs()
+        fell = (after.energy < state.lowest - rounding) | (norm < 0.9 * state.least)
+        return LBFGSState(
+            *history,
+            rho,
+            gamma,
+            lowest=torch.minimum(after.energy, state.lowest),
+            least=torch.minimum(norm, state.least),
+            idle=torch.where(fell, 0, state.idle + trials),
+            seen=state.seen + 1,
+        )

@@ -25,13 +25,14 @@ of the batch still searches."""
 
 
 class Search(NamedTuple):
-    """Where the search ended; the samples that found no decrease, and did not move; whether there are any; and the
-    points that were tried last."""
+    """Where the search ended; the samples that found no decrease, and did not move; whether there are any; the points
+    that were tried last; and how many each sample tried, int64 ``[batch]``."""
 
     point: Point
     failed: Tensor
     any_failed: bool
     last: Point
+    trials: Tensor
 
 
 class _Bracket(NamedTuple):
@@ -97,10 +98,12 @@ def search(evaluate: Evaluator, point: Point, direction: Tensor, active: Tensor 
     bracket = _Bracket(torch.zeros_like(start), start, slope, unbounded, unbounded, unbounded)
     best = reached = point
     moved = torch.zeros_like(searching)
+    spent = torch.zeros_like(start, dtype=torch.int64)
     rows = None
     for trial in range(1, trials + 1):
         tried = evaluate_some(evaluate, point.z + size[:, None] * direction, searching, rows, reached)
         assert tried.energy is not None
+        spent = spent + searching
         there = -(tried.residual * direction).sum(dim=1)
         enough = tried.energy <= start + SUFFICIENT * size * slope
         enough = enough | ((tried.energy <= level) & (there <= (2 * SUFFICIENT - 1) * slope))
@@ -118,7 +121,7 @@ def search(evaluate: Evaluator, point: Point, direction: Tensor, active: Tensor 
             break
         size = bracket.next_size(slope, level, halve=trial % 3 == 0)
         rows = rows_apart(evaluate, searching, left)
-    return Search(best, failed | (searching & ~moved), lost > 0, tried)
+    return Search(best, failed | (searching & ~moved), lost > 0, tried, spent)
 
 
 def rows_apart(evaluate: Evaluator, chosen: Tensor, count: int) -> Tensor | None:
