@@ -21,7 +21,7 @@ def fixed_point_correction(
     random: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """:math:`\\sum_{k=1}^n \\gamma^{n-k} L(p_{i_k})` over ``count`` iterates of the trajectory, the last being the solution.
+    """:math:`\\sum_{k=1}^n \\gamma^{n-k} L(p_{i_k})` over ``count`` iterates, the last being the solution.
 
     Each iterate is treated as the solution by the gradient estimator of the solve (Bai et al. 2022, "Deep equilibrium
     optical flow estimation"), so the term asks that the iteration reach a good value early.

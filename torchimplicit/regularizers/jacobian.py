@@ -19,9 +19,10 @@ def jacobian_frobenius(
 ) -> Tensor:
     """Hutchinson's estimate of :math:`\\lVert J\\rVert_F^2 / \\dim`, averaged over the batch (Bai et al. 2021).
 
-    :math:`J=\\partial f/\\partial z`, and the estimate is the mean of :math:`\\lVert v^TJ\\rVert^2/\\mathrm{numel}` over
-    ``samples`` Gaussian vectors. Differentiable in whatever ``f`` depends on, and in ``z``: give the solution's value
-    for the exact derivative, or a detached one for the usual cheaper term.
+    :math:`J=\\partial f/\\partial z`, and the estimate is the mean of
+    :math:`\\lVert v^TJ\\rVert^2/\\mathrm{numel}` over ``samples`` Gaussian vectors. Differentiable in
+    whatever ``f`` depends on, and in ``z``: give the solution's value for the exact derivative, or a detached one for
+    the usual cheaper term.
 
     Args:
         problem: a :class:`FixedPoint` or a :class:`Root`.

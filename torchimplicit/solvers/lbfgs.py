@@ -46,8 +46,8 @@ class LBFGS(Solver):
     """L-BFGS (Nocedal 1980; Nocedal and Wright 2006, algorithm 7.4) with a weak Wolfe line search per sample.
 
     The search stops after ``trials`` evaluations at the latest. A sample for which it finds no decrease tries
-    steepest descent once, then breaks down; so does one that has come to where rounding hides every decrease. On a constraint, directions are built from projected gradients and stay
-    in the plane.
+    steepest descent once, then breaks down; so does one that has come to where rounding hides every decrease. On a
+    constraint, directions are built from projected gradients and stay in the plane.
 
     Args:
         memory: how many past steps are used.
