@@ -36,7 +36,8 @@ def solve(
         problem: which point is sought.
         z0: the initial state: a tensor or a pytree of tensors, of one floating dtype and device.
         args: what the problem's function takes beside the state: pytrees, whose tensors the solution can be
-            differentiated in. So it can in tensors and module parameters that the function captures.
+            differentiated in. So it can in tensors and module parameters that the function captures: those that it
+            uses when it is called at ``z0``. One that it uses only elsewhere has to be passed as an argument.
         solver: how to find it; ``None``: :class:`Anderson` for a fixed point, :class:`NewtonKrylov` for a root,
             :class:`LBFGS` for a minimum.
         gradient: how to differentiate it; ``None``: :class:`Implicit`.

@@ -38,7 +38,8 @@ class EquilibriumPropagation(Gradient):
             the least eigenvalue of the (projected) Hessian times the distance over which the energy is quadratic.
         symmetric: whether to take the symmetric difference (two minimizations in place of one).
         solver: for the nudged minimizations; ``None``: the solver of the forward pass. Its tolerance must be far below
-            the nudge: it is tightened to ``1e-3 * nudge`` (absolute, on the gradient's norm) where it is not.
+            the nudge: it is set to ``1e-6 * nudge`` (``1e-3 * nudge`` in single precision; absolute, on the gradient's
+            norm) where its ``atol`` is not smaller.
     """
 
     nudge: float = 1e-3
@@ -80,7 +81,7 @@ class EquilibriumPropagation(Gradient):
         assert isinstance(system, MinimumSystem)
         length = torch.linalg.vector_norm(u, dim=1, keepdim=True)
         tilt = u / torch.where(length > 0, length, 1)
-        solver = self._tightened(self.solver or task.solver)
+        solver = self._tightened(self.solver or task.solver, z.dtype)
         with torch.no_grad():
             # makes z stationary where it is not quite, or not at all (an iterate on the way)
             level = system.at(z, params).residual
@@ -110,8 +111,8 @@ class EquilibriumPropagation(Gradient):
         grads = torch.autograd.grad(total, inputs, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, grads, strict=True)]
 
-    def _tightened(self, solver: Solver) -> Solver:
-        atol = 1e-3 * self.nudge
+    def _tightened(self, solver: Solver, dtype: torch.dtype) -> Solver:
+        atol = self.nudge * (1e-6 if dtype == torch.float64 else 1e-3)  # single precision gives no more
         return replace(solver, rtol=0.0, atol=min(atol, solver.atol or atol), keep_trajectory=False)
 
 

@@ -9,6 +9,7 @@ the solution as well: re-attaching by a call of the map at a detached solution w
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -178,6 +179,11 @@ class FirstOrder(Function):
         if of_state:
             out = tuple(t.reshape(size, -1, *t.shape[1:]) for t in out)
         return tuple(out), (0,) * len(out)
+
+
+for _node in (Solve, LinearSolve, FirstOrder):
+    # autograd inspects the signature of forward at every call, which is slow; this is where inspect looks first
+    _node.forward.__signature__ = inspect.signature(_node.forward)  # type: ignore[union-attr]
 
 
 def estimate(

@@ -122,10 +122,10 @@ class Cycle:
                 self._flush()
                 return self.outcome
             self.previous = self.state
-            for _ in range(min(check_every, limit - self.steps)):
+            for ahead in reversed(range(min(check_every, limit - self.steps))):
                 self.state = self.method.step(self.system, self.state, slow)
                 self.steps, slow = self.steps + 1, None
-                if self.best is not None:
+                if self.best is not None and ahead:  # the last one's turn comes with the look at the device
                     self._keep_best(*self.best)
 
     def _check(self, last: bool) -> int | None:
@@ -133,8 +133,14 @@ class Cycle:
         broken, slow_rows = getattr(self.state, "broken", None), getattr(self.state, "slow", None)
         above, finite = self.state.norm > self.notes.pending, self.state.norm < self.infinity
         active = above if broken is None else above > broken
-        masks = (active, finite) if slow_rows is None else (active, finite, slow_rows)
+        masks = [active, finite] if slow_rows is None else [active, finite, slow_rows]
+        if self.best is not None:
+            masks.append(self.state.norm < self.best[0])
         going, sound, *slow = torch.stack(masks).sum(1).tolist()
+        if self.best is not None and slow.pop() == self.current:
+            self.best = (self.state.norm, self.state.x)
+        elif self.best is not None and self.steps:
+            self._keep_best(*self.best)
         failed = None
         if sound < self.current:
             failed, active = ~finite & (self.notes.pending < self.infinity), active & finite

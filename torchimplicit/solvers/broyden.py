@@ -83,7 +83,7 @@ class Broyden(Solver):
         g, gy = inverse.times(pair).unbind(dim=1)
         left = inverse.transposed_times(wide[:, None])[:, 0]
         # Sherman-Morrison: G+ = G + u (G^T s)^T with u = -(s + G y) / (s.G y); no update where that is 0 / 0.
-        along, ahead, square = torch.bmm(torch.stack((gy, g, wide), dim=1), wide[:, :, None]).unbind(dim=1)
+        along, ahead, square = ((wide * other).sum(dim=1, keepdim=True) for other in (gy, g, wide))
         safe = along.abs() > 1e-8 * square
         u = torch.where(safe, -(wide + gy) / torch.where(safe, along, 1), 0)
         move = torch.addcmul(g, u, ahead).to(z.dtype)
