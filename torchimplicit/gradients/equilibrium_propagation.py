@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from torchimplicit.errors import UnsupportedDerivativeError
-from torchimplicit.gradients.base import Found, Gradient, Task, differentiable
-from torchimplicit.gradients.nodes import Grads, Solve, estimate, report
+from torchimplicit.gradients.base import Found, Gradient, Task
+from torchimplicit.gradients.nodes import Grads, estimate, report, solved_by_rule
 from torchimplicit.problems import System
 from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.solution import Report
@@ -55,9 +55,7 @@ class EquilibriumPropagation(Gradient):
         return "EquilibriumPropagation differentiates a Minimum, which has an energy: for this problem use Implicit()"
 
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
-        if not differentiable(params):
-            return task.solve(z0, params)
-        return Found(*Solve.apply(task, self, z0.detach(), *params))
+        return solved_by_rule(task, self, z0, params)
 
     def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
         """The cotangents of the wanted parameters."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from torchimplicit.closure import is_transformed
-from torchimplicit.gradients.base import Found, Gradient, Task, differentiable
-from torchimplicit.gradients.nodes import Grads, LinearSolve, Solve, partial_vjp, push, report
+from torchimplicit.gradients.base import Found, Gradient, Task
+from torchimplicit.gradients.nodes import Grads, LinearSolve, partial_vjp, push, report, solved_by_rule
 from torchimplicit.linear import LinearSolver
 from torchimplicit.validation import check_type
 
@@ -36,9 +36,7 @@ class Implicit(Gradient):
         check_type(self, "linear_solver", LinearSolver, optional=True)
 
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
-        if not differentiable(params):
-            return task.solve(z0, params)
-        return Found(*Solve.apply(task, self, z0.detach(), *params))
+        return solved_by_rule(task, self, z0, params)
 
     def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
         """The cotangents of the wanted parameters; differentiable."""

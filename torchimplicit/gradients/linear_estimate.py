@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchimplicit.gradients.base import Found, Gradient, Task, differentiable
-from torchimplicit.gradients.nodes import Grads, Solve, estimate, push
+from torchimplicit.gradients.base import Found, Gradient, Task
+from torchimplicit.gradients.nodes import Grads, estimate, push, solved_by_rule
 from torchimplicit.linear import LinearSolution
 from torchimplicit.problems.linearization import Linearization
 
@@ -26,9 +26,7 @@ class LinearEstimate(Gradient):
         """:math:`M^T b` or :math:`M b`, on plain tensors."""
 
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
-        if not differentiable(params):
-            return task.solve(z0, params)
-        return Found(*Solve.apply(task, self, z0.detach(), *params))
+        return solved_by_rule(task, self, z0, params)
 
     def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
         """The cotangents of the wanted parameters."""

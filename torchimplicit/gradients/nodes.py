@@ -21,7 +21,7 @@ from torch.autograd.function import Function
 
 from torchimplicit.closure import is_transformed
 from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError
-from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.base import Found, Task, differentiable
 from torchimplicit.linear import LinearSolver
 from torchimplicit.precision import without_autocast
 from torchimplicit.problems.system import vjp
@@ -184,6 +184,13 @@ class FirstOrder(Function):
 for _node in (Solve, LinearSolve, FirstOrder):
     # autograd inspects the signature of forward at every call, which is slow; this is where inspect looks first
     _node.forward.__signature__ = inspect.signature(_node.forward)  # type: ignore[union-attr]
+
+
+def solved_by_rule(task: Task, rule: Any, z0: Tensor, params: Sequence[Tensor]) -> Found:
+    """The solution of the task, differentiated by the rule: see :class:`Solve`."""
+    if not differentiable(params):
+        return task.solve(z0, params)
+    return Found(*Solve.apply(task, rule, z0.detach(), *params))
 
 
 def estimate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -51,13 +52,27 @@ def check_function(function: Any, what: str) -> None:
         raise TypeError(f"{what} must be callable as {what}(z, *args), and it is {type(function).__name__}")
 
 
-def flat_state(layout: Layout, output: Any, rows: int, cast: bool) -> Tensor:
-    """The output of a map that must look like the state."""
-    flat = layout.flatten(output, "the result of f", cast)
-    if flat.shape[0] != rows:
-        raise ValueError(
-            f"f was given {rows} samples and returned {flat.shape[0]}: the map must keep the batch. If the problem "
-            "says rowwise=True, f must treat every row on its own and capture no tensor that carries the batch: pass "
-            "such tensors as arguments, so that they are indexed along with the state"
-        )
-    return flat
+@dataclass(frozen=True)
+class MapProblem(Problem):
+    """A problem stated by a map ``f(z, *args)`` whose result looks like the state."""
+
+    f: Callable[..., Any]
+    batched: bool = True
+    rowwise: bool = False
+
+    def __post_init__(self) -> None:
+        check_function(self.f, "f")
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return self.f
+
+    def flat_output(self, layout: Layout, output: Any, rows: int, cast: bool) -> Tensor:
+        flat = layout.flatten(output, "the result of f", cast)
+        if flat.shape[0] != rows:
+            raise ValueError(
+                f"f was given {rows} samples and returned {flat.shape[0]}: the map must keep the batch. If the problem "
+                "says rowwise=True, f must treat every row on its own and capture no tensor that carries the batch: "
+                "pass such tensors as arguments, so that they are indexed along with the state"
+            )
+        return flat

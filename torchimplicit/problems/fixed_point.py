@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 from torch import Tensor
 
 from torchimplicit.linear import GMRES, LinearOperator, LinearSolver
-from torchimplicit.problems.base import Problem, check_function, flat_state
+from torchimplicit.problems.base import MapProblem
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.system import Point, System
 from torchimplicit.state import Layout, row_norm
@@ -17,7 +17,7 @@ from torchimplicit.state import Layout, row_norm
 
 @final
 @dataclass(frozen=True)
-class FixedPoint(Problem):
+class FixedPoint(MapProblem):
     """The state with ``z = f(z, *args)``.
 
     Args:
@@ -28,20 +28,6 @@ class FixedPoint(Problem):
             and that ``f`` captures nothing batched. Samples that have converged then leave the batch that ``f``
             sees. Arguments that carry the batch are those tensors (not parameters) whose dim 0 has its size.
     """
-
-    f: Callable[..., Any]
-    batched: bool = True
-    rowwise: bool = False
-
-    def __post_init__(self) -> None:
-        check_function(self.f, "f")
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        return self.f
-
-    def flat_output(self, layout: Layout, output: Any, rows: int, cast: bool) -> Tensor:
-        return flat_state(layout, output, rows, cast)
 
     def system(
         self, fn: Callable[..., Tensor], row_params: tuple[bool, ...] | None, constraint: slice, layout: Layout

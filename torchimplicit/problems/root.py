@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 from torch import Tensor
 
 from torchimplicit.linear import GMRES, Dense, LinearOperator, LinearSolver
-from torchimplicit.problems.base import Problem, check_function, flat_state
+from torchimplicit.problems.base import MapProblem
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.system import Point, System
 from torchimplicit.state import Layout
@@ -17,7 +17,7 @@ from torchimplicit.state import Layout
 
 @final
 @dataclass(frozen=True)
-class Root(Problem):
+class Root(MapProblem):
     """The state with ``f(z, *args) = 0``.
 
     The plain step of a solver is ``z - f(z)``; where that does not contract, take ``NewtonKrylov`` or ``Broyden``.
@@ -26,20 +26,6 @@ class Root(Problem):
         f: ``f(z, *args)``, returning a state like ``z``.
         batched, rowwise: see :class:`FixedPoint`.
     """
-
-    f: Callable[..., Any]
-    batched: bool = True
-    rowwise: bool = False
-
-    def __post_init__(self) -> None:
-        check_function(self.f, "f")
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        return self.f
-
-    def flat_output(self, layout: Layout, output: Any, rows: int, cast: bool) -> Tensor:
-        return flat_state(layout, output, rows, cast)
 
     def system(
         self, fn: Callable[..., Tensor], row_params: tuple[bool, ...] | None, constraint: slice, layout: Layout
