@@ -1,4 +1,4 @@
-"""Autocast, and what must not run under it."""
+"""Which precision algebra runs in: default tolerances, half precision, and what must not run under autocast."""
 
 from __future__ import annotations
 
@@ -7,8 +7,24 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 Method = TypeVar("Method")
+
+
+def default_rtol(dtype: torch.dtype) -> float:
+    """The relative tolerance of ``rtol=None``: :math:`\\epsilon^{2/3}`, which leaves a margin above rounding."""
+    return float(torch.finfo(dtype).eps ** (2 / 3))
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that inner products and recurrences are kept in: half precisions are too coarse for them."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def widened(v: Tensor) -> Tensor:
+    """``v`` in its :func:`working_dtype`; ``v`` itself where it is in that already."""
+    return v.float() if v.dtype in (torch.bfloat16, torch.float16) else v
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -47,4 +63,4 @@ def at_precision(method: Method, dtype: torch.dtype | None) -> Method:
     """
     if dtype is None or getattr(method, "rtol", 0.0) is not None:
         return method
-    return replace(method, rtol=torch.finfo(dtype).eps ** (2 / 3))  # type: ignore[type-var]
+    return replace(method, rtol=default_rtol(dtype))  # type: ignore[type-var]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchimplicit.precision import widened
 from torchimplicit.problems import Problem
 from torchimplicit.solve import flat_system
 from torchimplicit.state import row_norm
@@ -43,7 +44,7 @@ def spectral_radius(
         operator = system.operator(system.linearize(flat, params), True)
         if operator.dim <= subspace:
             identity = torch.eye(operator.dim, dtype=flat.dtype, device=flat.device)
-            radius = torch.linalg.eigvals(_wide(identity - operator.dense())).abs().amax(dim=1)
+            radius = torch.linalg.eigvals(widened(identity - operator.dense())).abs().amax(dim=1)
         else:
             generator = torch.Generator().manual_seed(seed)
             start = torch.randn(flat.shape, generator=generator).to(flat)
@@ -55,13 +56,13 @@ def spectral_radius(
 def _arnoldi(product: Any, start: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The largest Ritz value's modulus, and a real vector rich in its eigenvectors."""
     batch, dim = start.shape
-    work = _wide(start)
+    work = widened(start)
     tiny = torch.finfo(work.dtype).tiny
     basis = work.new_zeros(batch, size + 1, dim)
     hessenberg = work.new_zeros(batch, size + 1, size)
     basis[:, 0] = work / row_norm(work).clamp_min(tiny)[:, None]
     for j in range(size):
-        w = _wide(product(basis[:, j].to(start.dtype)))
+        w = widened(product(basis[:, j].to(start.dtype)))
         scale = row_norm(w)
         for _ in range(2):  # twice is enough (Kahan)
             overlap = torch.bmm(basis[:, : j + 1], w[:, :, None])
@@ -78,7 +79,3 @@ def _arnoldi(product: Any, start: Tensor, size: int) -> tuple[Tensor, Tensor]:
     mixed = chosen.real + chosen.imag
     again = torch.bmm(mixed[:, None].to(work.dtype), basis[:, :size])[:, 0]
     return values[rows, best].abs(), again.to(start.dtype)
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from torchimplicit.linear.base import LinearSolution, LinearSolver
 from torchimplicit.linear.operator import LinearOperator
-from torchimplicit.linear.options import check_vectors, default_rtol, working_dtype
+from torchimplicit.linear.options import check_vectors
+from torchimplicit.precision import default_rtol, working_dtype
 from torchimplicit.solution import Report, Status
 from torchimplicit.validation import check_nonnegative
 

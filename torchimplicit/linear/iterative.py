@@ -13,8 +13,9 @@ from torchimplicit.linear.base import LinearSolution, LinearSolver
 from torchimplicit.linear.cycle import Method
 from torchimplicit.linear.loop import run
 from torchimplicit.linear.operator import LinearOperator
-from torchimplicit.linear.options import check_vectors, default_rtol
+from torchimplicit.linear.options import check_vectors
 from torchimplicit.linear.preconditioners import Preconditioner, as_preconditioner
+from torchimplicit.precision import default_rtol
 from torchimplicit.validation import check_count, check_nonnegative
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from torchimplicit.linear.base import LinearSolution
 from torchimplicit.linear.cycle import CROWD, Cycle, Method, Outcome
 from torchimplicit.linear.operator import LinearOperator
-from torchimplicit.linear.options import working_dtype
 from torchimplicit.linear.preconditioners import Preconditioner
 from torchimplicit.linear.rowwise import select
 from torchimplicit.linear.system import System
+from torchimplicit.precision import working_dtype
 from torchimplicit.solution import Report, Status
 
 _DOUBT = 0.25

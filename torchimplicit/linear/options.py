@@ -1,21 +1,10 @@
-"""The checks and defaults that all linear solvers share."""
+"""The check that all linear solvers share."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from torchimplicit.linear.operator import LinearOperator
-
-
-def default_rtol(dtype: torch.dtype) -> float:
-    """The relative tolerance of ``rtol=None``: :math:`\\epsilon^{2/3}`, which leaves a margin above rounding."""
-    return float(torch.finfo(dtype).eps ** (2 / 3))
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a solver keeps its vectors in: half precisions are too coarse for recurrences."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def check_vectors(operator: LinearOperator, b: Tensor, x0: Tensor | None) -> None:

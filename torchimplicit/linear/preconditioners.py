@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.linear.operator import LinearOperator, Product
-from torchimplicit.linear.options import working_dtype
+from torchimplicit.precision import working_dtype
 
 
 @final

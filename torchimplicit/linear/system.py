@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from torchimplicit.linear.operator import LinearOperator, Product
-from torchimplicit.linear.options import working_dtype
 from torchimplicit.linear.preconditioners import Preconditioner, PreparedPreconditioner
+from torchimplicit.precision import working_dtype
 
 
 @dataclass

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from torchimplicit.precision import widened
 from torchimplicit.problems import Point
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
-from torchimplicit.solvers.history import History, widened
+from torchimplicit.solvers.history import History
 from torchimplicit.state import row_norm
 from torchimplicit.validation import check_count, check_fraction, check_nonnegative
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchimplicit.precision import default_rtol
 from torchimplicit.problems import Point, System
 from torchimplicit.problems.system import explained
 from torchimplicit.validation import check_count, check_nonnegative
@@ -130,4 +131,4 @@ class Solver(ABC):
 
     def relative_tolerance(self, dtype: torch.dtype) -> float:
         """``rtol``, or its default for states of ``dtype``."""
-        return torch.finfo(dtype).eps ** (2 / 3) if self.rtol is None else self.rtol
+        return default_rtol(dtype) if self.rtol is None else self.rtol

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchimplicit.precision import widened
+
 
 class History(NamedTuple):
     """A ring of vectors ``[batch, memory, dim]``, of which the first ``filled`` slots hold something."""
@@ -32,8 +34,3 @@ class History(NamedTuple):
             ring = ring.clone()
         ring[:, slot] = vector
         return History(ring, max(self.filled, slot + 1))
-
-
-def widened(v: Tensor) -> Tensor:
-    """``v``, in float32 if it is in half precision: too coarse for inner products of differences."""
-    return v.float() if v.dtype in (torch.bfloat16, torch.float16) else v
