@@ -70,6 +70,9 @@ class Solution:
         status, steps, residual, evaluations: see :class:`Report`; scalars where the problem is not batched.
         trajectory: the kept iterates, each with the structure of ``z0``, oldest first; empty unless the solver
             was told ``keep_trajectory=True``.
+        problem, args: what was solved, as it was given to :func:`solve`: for a regularizer or a diagnostic at the
+            solution, ``jacobian_frobenius(solution.problem, solution.value, *solution.args)``. An
+            :class:`~torchimplicit.nn.Equilibrium` keeps neither in its attribute ``solution``.
     """
 
     value: Any
@@ -78,6 +81,8 @@ class Solution:
     residual: Tensor
     evaluations: float
     trajectory: tuple[Any, ...] = ()
+    problem: Any = field(default=None, repr=False, compare=False)
+    args: tuple[Any, ...] = field(default=(), repr=False, compare=False)
     _record: AdjointRecord = field(default_factory=AdjointRecord, repr=False, compare=False)
     _attach: Callable[[Any], Any] | None = field(default=None, repr=False, compare=False)
     """Gives a state of ``z0``'s structure the derivative that it would have as the solution."""

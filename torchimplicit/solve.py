@@ -113,6 +113,8 @@ def solve(
         residual,
         outcome.report.evaluations,
         trajectory,
+        problem=problem,
+        args=args,
         _record=record,
         _attach=lambda tree: attach(layout.flatten(tree, "an iterate")),
     )

@@ -204,3 +204,19 @@ class TestErrors:
         bad[2] = torch.nan
         with pytest.raises(ti.SolveError, match=r"\(2\)"):
             layer(bad)
+
+
+def test_a_solution_hook_sees_the_problem_as_it_was_solved():
+    layer, x = layer_and_input()
+    seen = []
+    handle = layer.register_solution_hook(lambda owner, solution: seen.append((owner, solution)))
+    layer(x)
+    ((owner, solution),) = seen
+    assert owner is layer
+    ti.regularizers.jacobian_frobenius(solution.problem, solution.value, *solution.args).backward()
+    assert all(p.grad is not None for p in layer.parameters())
+    assert layer.solution is not None
+    assert layer.solution.problem is None, "what is kept must not hold the graph"
+    handle.remove()
+    layer(x)
+    assert len(seen) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from torchimplicit.closure import compiled_module, eagerly, is_transformed
 from torchimplicit.gradients import Gradient, Unrolled
@@ -89,6 +91,7 @@ class Equilibrium(nn.Module):
         self.warm_start = WarmStart() if warm_start is True else warm_start or None
         self.rowwise, self.batched, self.throw = rowwise, batched, throw
         self.solution: Solution | None = None
+        self._solution_hooks: OrderedDict[int, Callable[[Equilibrium, Solution], None]] = OrderedDict()
 
     @torch.compiler.disable
     def forward(self, x: Any, z0: Any = None, index: Tensor | None = None) -> Any:
@@ -140,10 +143,27 @@ class Equilibrium(nn.Module):
             self.solution = None  # a transform's tensors die with it
             return solution
         kept = detached(solution.value)
-        self.solution = replace(solution, value=kept, trajectory=detached(solution.trajectory), _attach=None)
+        self.solution = replace(
+            solution, value=kept, trajectory=detached(solution.trajectory), problem=None, args=(), _attach=None
+        )
         if self.warm_start is not None:
             self.warm_start.put(kept, index)
+        for hook in tuple(self._solution_hooks.values()):
+            hook(self, solution)
         return solution
+
+    def register_solution_hook(self, hook: Callable[[Equilibrium, Solution], None]) -> RemovableHandle:
+        """Call ``hook(layer, solution)`` after every solve, outside ``torch.func`` transforms.
+
+        The solution is the one that carries the gradient, with the problem as it was solved (its weights and dropout
+        masks are those of this solve): for a regularizer, or to watch training.
+
+        Returns:
+            a handle; its ``remove()`` takes the hook away.
+        """
+        handle = RemovableHandle(self._solution_hooks)
+        self._solution_hooks[handle.id] = hook
+        return handle
 
     def _initial(self, x: Any) -> Any:
         initial = getattr(self.cell, "initial_state", None)
@@ -174,7 +194,7 @@ class Equilibrium(nn.Module):
         return prepared, (x, [mask for _, mask in masks])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "solution": None}
+        return {**super().__getstate__(), "solution": None, "_solution_hooks": OrderedDict()}
 
     def extra_repr(self) -> str:
         parts = [f"{name}={value}" for name in ("solver", "gradient") if (value := getattr(self, name)) is not None]
