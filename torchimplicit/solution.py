@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
@@ -96,6 +96,11 @@ class Solution:
     def adjoint(self) -> Report | None:
         """The figures of the backward solve, once it has run; ``None`` before, and for estimators without one."""
         return self._record.report
+
+    def figures(self) -> Solution:
+        """The same figures without the state, its graph and the problem: to keep many of them. The ``adjoint`` is
+        filled in here too, when the backward pass has run."""
+        return replace(self, value=None, trajectory=(), problem=None, args=(), _attach=None)
 
     def summary(self) -> str:
         """One line for people: how many samples stopped for which reason, and the worst residual."""

@@ -143,9 +143,7 @@ class Equilibrium(nn.Module):
             self.solution = None  # a transform's tensors die with it
             return solution
         kept = detached(solution.value)
-        self.solution = replace(
-            solution, value=kept, trajectory=detached(solution.trajectory), problem=None, args=(), _attach=None
-        )
+        self.solution = replace(solution.figures(), value=kept, trajectory=detached(solution.trajectory))
         if self.warm_start is not None:
             self.warm_start.put(kept, index)
         for hook in tuple(self._solution_hooks.values()):
