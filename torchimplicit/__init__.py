@@ -5,11 +5,13 @@ from torchimplicit.constraints import LinearEquality
 from torchimplicit.diagnostics import spectral_radius
 from torchimplicit.errors import ConvergenceWarning, SolveError, UnsupportedDerivativeError
 from torchimplicit.gradients import (
+    AdaptivePhantom,
     EquilibriumPropagation,
     Implicit,
     NeumannPhantom,
     OneStep,
     SharedInverse,
+    UnbiasedNeumann,
     Unrolled,
     UnrolledPhantom,
 )
@@ -27,6 +29,7 @@ __all__ = [
     "LBFGS",
     "LSMR",
     "MINRES",
+    "AdaptivePhantom",
     "Anderson",
     "BiCGStab",
     "Broyden",
@@ -49,6 +52,7 @@ __all__ = [
     "Solution",
     "SolveError",
     "Status",
+    "UnbiasedNeumann",
     "Unrolled",
     "UnrolledPhantom",
     "UnsupportedDerivativeError",

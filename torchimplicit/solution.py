@@ -32,8 +32,12 @@ class Report:
         status: int64 ``[batch]``, members of :class:`Status`.
         steps: int64 ``[batch]``, the steps that each sample took.
         residual: float ``[batch]``, the relative residual of the returned value.
-        evaluations: evaluations of the map (or products with its Jacobian, for a linear solve) in whole-batch
-            equivalents: evaluating half of the rows counts one half, so the figure may be fractional.
+        evaluations: what the solve cost, in whole-batch equivalents: evaluating half of the rows counts one half, so
+            the figure may be fractional. In :class:`Solution`, evaluations of the map in the forward pass, those that
+            the estimator makes there (:class:`~torchimplicit.gradients.UnrolledPhantom`) among them. In
+            ``solution.adjoint``, products with the Jacobian in the backward pass (for
+            :class:`~torchimplicit.gradients.EquilibriumPropagation`, evaluations of the energy's gradient); the one
+            pass through the map to its parameters, which every estimator makes, is not counted.
     """
 
     status: Tensor
@@ -94,7 +98,12 @@ class Solution:
 
     @property
     def adjoint(self) -> Report | None:
-        """The figures of the backward solve, once it has run; ``None`` before, and for estimators without one."""
+        """The figures of the backward pass, once it has run; ``None`` before.
+
+        An estimator that takes a given number of steps reports :attr:`Status.MAX_STEPS`, and NaN for a residual that
+        it does not know. :class:`~torchimplicit.gradients.UnrolledPhantom` and
+        :class:`~torchimplicit.gradients.Unrolled` leave no report under ``torch.func``.
+        """
         return self._record.report
 
     def figures(self) -> Solution:

@@ -139,13 +139,52 @@ def test_one_step_is_the_pullback_of_the_map():
     assert_agree(pulled(ti.NeumannPhantom(steps=1, damping=1.0), u), expected, 1e-8)
 
 
-def test_a_truncated_adjoint_is_reported_as_such():
+@pytest.mark.parametrize(
+    ("gradient", "forward", "backward"),
+    [
+        (ti.NeumannPhantom(steps=5), 0, 4),
+        (ti.UnrolledPhantom(steps=5), 5, 4),
+        (ti.UnrolledPhantom(steps=1), 1, 0),
+        (ti.OneStep(), 0, 0),
+    ],
+)
+def test_a_truncated_adjoint_is_reported_as_such(gradient, forward, backward):
     x, w = data(batch=4)
-    for gradient in (ti.NeumannPhantom(), ti.OneStep()):
-        solution = ti.solve(ti.FixedPoint(tanh_map), torch.zeros_like(x), x, w.requires_grad_(), gradient=gradient)
-        assert solution.adjoint is None
+    problem = ti.FixedPoint(tanh_map)
+    with torch.no_grad():
+        plain = ti.solve(problem, torch.zeros_like(x), x, w, gradient=gradient).evaluations
+    solution = ti.solve(problem, torch.zeros_like(x), x, w.requires_grad_(), gradient=gradient)
+    assert solution.evaluations == plain + forward
+    assert solution.adjoint is None
+    solution.value.sum().backward()
+    assert solution.adjoint.status.tolist() == [ti.Status.MAX_STEPS] * 4
+    assert solution.adjoint.evaluations == backward
+
+
+def test_the_counts_are_what_the_map_sees():
+    """Every evaluation of the map, and every product with its Jacobian in the state."""
+    x, w = data(batch=4)
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            seen["evaluations"] += 1
+            return z.clone()
+
+        @staticmethod
+        def backward(ctx, u):
+            seen["products"] += 1
+            return u
+
+    for gradient in (ti.UnrolledPhantom(steps=6), ti.Unrolled()):
+        seen = {"evaluations": 0, "products": 0}
+        problem = ti.FixedPoint(lambda z, x, w: tanh_map(Counted.apply(z), x, w))
+        solution = ti.solve(
+            problem, torch.zeros_like(x), x, w.requires_grad_(), solver=ti.FixedPointIteration(), gradient=gradient
+        )
+        assert solution.evaluations <= seen["evaluations"] <= solution.evaluations + 1, "one records what is captured"
         solution.value.sum().backward()
-        assert solution.adjoint.status.tolist() == [ti.Status.MAX_STEPS] * 4
+        assert solution.adjoint.evaluations == seen["products"]
 
 
 @pytest.mark.parametrize("bad", [{"steps": 0}, {"damping": 0.0}, {"damping": 1.5}])

@@ -1,21 +1,26 @@
 """The gradient estimators: how is the solution differentiated?"""
 
+from torchimplicit.gradients.adaptive_phantom import AdaptivePhantom, PhantomReport
 from torchimplicit.gradients.base import Gradient
 from torchimplicit.gradients.equilibrium_propagation import EquilibriumPropagation
 from torchimplicit.gradients.implicit import Implicit
 from torchimplicit.gradients.neumann_phantom import NeumannPhantom
 from torchimplicit.gradients.one_step import OneStep
 from torchimplicit.gradients.shared_inverse import SharedInverse
+from torchimplicit.gradients.unbiased_neumann import UnbiasedNeumann
 from torchimplicit.gradients.unrolled import Unrolled
 from torchimplicit.gradients.unrolled_phantom import UnrolledPhantom
 
 __all__ = [
+    "AdaptivePhantom",
     "EquilibriumPropagation",
     "Gradient",
     "Implicit",
     "NeumannPhantom",
     "OneStep",
+    "PhantomReport",
     "SharedInverse",
+    "UnbiasedNeumann",
     "Unrolled",
     "UnrolledPhantom",
 ]

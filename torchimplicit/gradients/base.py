@@ -14,7 +14,7 @@ from torchimplicit.closure import carries_derivative, is_transformed
 from torchimplicit.linear import LinearSolver
 from torchimplicit.precision import at_precision
 from torchimplicit.problems import System
-from torchimplicit.solution import AdjointRecord
+from torchimplicit.solution import AdjointRecord, Report, Status
 from torchimplicit.solvers import Outcome, Solver
 
 Run = Callable[[System, Tensor, Sequence[Tensor]], Outcome]
@@ -59,6 +59,12 @@ class Task:
         z = outcome.z.clone() if outcome.z is z0 else outcome.z
         return Found(z, report.status, report.steps, report.residual)
 
+    def spent(self, evaluations: int) -> None:
+        """Count evaluations of the whole batch that the estimator makes in the forward pass, after the solve."""
+        outcome = self.outcomes[-1]
+        report = replace(outcome.report, evaluations=outcome.report.evaluations + evaluations)
+        self.outcomes[-1] = replace(outcome, report=report)
+
     def adjoint_solver(self, chosen: LinearSolver | None, z: Tensor) -> LinearSolver:
         """``chosen``, or what suits the system at ``z``."""
         return at_precision(chosen or self.system.default_linear_solver(z.shape[1], z.shape[0]), self.precision)
@@ -85,6 +91,33 @@ class Gradient(ABC):
     def supports(self, system: System, solver: Solver) -> str | None:
         """``None`` where the estimator can differentiate this solve; otherwise why not, and what to take instead."""
         return None
+
+
+def truncated(like: Tensor, steps: int, products: float) -> Report:
+    """The report of a backward pass that takes a given number of steps, whatever is left of the residual.
+
+    Args:
+        like: ``[batch, dim]``, for its batch, dtype and device.
+        steps: that every sample takes.
+        products: with the Jacobian.
+    """
+    count = torch.full(like.shape[:1], steps, dtype=torch.int64, device=like.device)
+    unknown = torch.full(like.shape[:1], torch.nan, dtype=like.dtype, device=like.device)
+    return Report(torch.full_like(count, int(Status.MAX_STEPS)), count, unknown, products)
+
+
+def reported(z: Tensor, record: AdjointRecord, report: Report) -> Tensor:
+    """``z``, whose backward pass leaves ``report``: for estimators that autograd differentiates itself.
+
+    Under a ``torch.func`` transform nothing is left, for its tensors take no hooks.
+    """
+    if z.requires_grad and not is_transformed(z):
+
+        def leave(_: Tensor) -> None:
+            record.report = report
+
+        z.register_hook(leave)
+    return z
 
 
 def differentiable(params: Sequence[Tensor]) -> bool:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import Tensor
 
-from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.base import Task, truncated
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.linear import LinearSolution
 from torchimplicit.problems.linearization import Linearization
-from torchimplicit.solution import Report, Status
 
 
 @final
@@ -22,6 +20,4 @@ class OneStep(LinearEstimate):
     2023). One backward pass through ``f``; an ascent direction where the map contracts well."""
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
-        zero = torch.zeros(b.shape[0], dtype=torch.int64, device=b.device)
-        unknown = torch.full(b.shape[:1], torch.nan, dtype=b.dtype, device=b.device)
-        return LinearSolution(b, Report(zero + int(Status.MAX_STEPS), zero, unknown, 0.0))
+        return LinearSolution(b, truncated(b, 0, 0.0))

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from torchimplicit.gradients.base import Found, Gradient, Task, differentiable
+from torchimplicit.gradients.base import Found, Gradient, Task, differentiable, reported, truncated
 from torchimplicit.gradients.nodes import Grads, Solve
 from torchimplicit.validation import check_count, check_fraction
 
@@ -21,7 +21,8 @@ class UnrolledPhantom(Gradient):
     :math:`h \\leftarrow \\lambda f(h) + (1-\\lambda) h`, and return the last :math:`h`.
 
     The derivative of every order and mode is that of these steps; it tends to the exact one as ``steps`` grows, if
-    the damped map contracts. Memory grows with ``steps``.
+    the damped map contracts. Memory grows with ``steps``. ``solution.evaluations`` counts them, and
+    ``solution.adjoint`` the ``steps - 1`` products between them.
 
     Args:
         steps: k, the steps unrolled.
@@ -46,7 +47,9 @@ class UnrolledPhantom(Gradient):
                 h = point.image
             else:
                 h = h + self.damping * point.residual
-        return found._replace(z=h)
+        task.spent(self.steps)
+        figures = truncated(h.detach(), self.steps, float(self.steps - 1))
+        return found._replace(z=reported(h, task.record, figures))
 
     def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
         """None: the point from which the steps start is a constant."""

@@ -22,14 +22,11 @@ class Estimator:
     Attributes:
         label: for people.
         make: the estimator for a config.
-        unrolled: how many times the cell is applied again under autograd, each application costing one evaluation
-            forward and one backward.
         explanation: one sentence for a newcomer.
     """
 
     label: str
     make: Callable[[DigitsConfig], Gradient]
-    unrolled: Callable[[DigitsConfig], int]
     explanation: str
 
 
@@ -37,25 +34,21 @@ ESTIMATORS: dict[EstimatorName, Estimator] = {
     "implicit": Estimator(
         "Implicit (exact)",
         lambda config: Implicit(linear_solver=GMRES(rtol=config.tolerance, max_steps=config.solver_steps)),
-        lambda config: 0,
         "solves the linear system (I − Jᵀ)g = u by GMRES, so its only error is the solver's tolerance.",
     ),
     "unrolled-phantom": Estimator(
         "Unrolled phantom",
         lambda config: UnrolledPhantom(steps=config.phantom_steps, damping=config.phantom_damping),
-        lambda config: config.phantom_steps,
         "takes a few more damped steps of the cell from the equilibrium and backpropagates through those only.",
     ),
     "neumann-phantom": Estimator(
         "Neumann phantom",
         lambda config: NeumannPhantom(steps=config.phantom_steps, damping=config.phantom_damping),
-        lambda config: 0,
         "adds up the first few terms of the series of (I − Jᵀ)⁻¹ at the equilibrium, in constant memory.",
     ),
     "one-step": Estimator(
         "One step",
         lambda config: OneStep(),
-        lambda config: 0,
         "replaces (I − Jᵀ)⁻¹ by the identity: one vector–Jacobian product, whatever the Jacobian is.",
     ),
 }

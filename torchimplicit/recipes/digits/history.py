@@ -12,8 +12,8 @@ class Step:
     Attributes:
         loss: cross-entropy of the step's minibatch, before the update (nats).
         seconds: forward, backward and update, and nothing else.
-        forward: evaluations of the cell in the forward pass, in whole-batch equivalents.
-        backward: vector–Jacobian products with the cell in the backward pass, in whole-batch equivalents.
+        forward, backward: evaluations of the cell in the forward pass, and products with its Jacobian in the backward
+            pass, as :class:`~torchimplicit.solution.Report` counts them.
         unconverged: share of the samples whose forward solve did not reach its tolerance.
     """
 

@@ -53,6 +53,16 @@ class DigitsTask(LightningModule):
         """Optimizer steps that every classifier has taken."""
         return min(len(track.steps) for track in self.tracks.values())
 
+    def status(self) -> str:
+        """How training goes, in a few words."""
+        track = self.tracks[self.config.estimators[0]]
+        if not track.steps:
+            return ""
+        text = f"loss {track.steps[-1].loss:.3f}"
+        if track.validations:
+            text += f", validation {100 * track.validations[-1].accuracy:.1f} %"
+        return text
+
     def classifier(self, name: EstimatorName) -> ConvDEQClassifier:
         """The classifier trained with one estimator."""
         model = self.classifiers[name]
@@ -107,13 +117,13 @@ class DigitsTask(LightningModule):
             seconds = self._now() - start
         solution = model.equilibrium.solution
         assert solution is not None
-        unrolled = ESTIMATORS[name].unrolled(self.config)
         adjoint = solution.adjoint
+        assert adjoint is not None
         return Step(
             loss=float(loss.detach()),
             seconds=seconds,
-            forward=solution.evaluations + unrolled,
-            backward=unrolled if adjoint is None else adjoint.evaluations,
+            forward=solution.evaluations,
+            backward=adjoint.evaluations,
             unconverged=1 - float(solution.converged.float().mean()),
         )
 

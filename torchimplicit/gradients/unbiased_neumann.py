@@ -1,0 +1,115 @@
+"""The Neumann series cut off at random, without bias."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.linear_estimate import LinearEstimate
+from torchimplicit.linear import LinearSolution
+from torchimplicit.precision import working_dtype
+from torchimplicit.problems.linearization import Linearization
+from torchimplicit.solution import Report, Status
+from torchimplicit.state import row_norm
+from torchimplicit.validation import check_count, check_fraction, check_type
+
+CHECK_EVERY = 16
+"""Terms between two looks at whether those to come are lost in rounding."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class UnbiasedNeumann(LinearEstimate):
+    """The Neumann series :math:`\\lambda\\sum_i B^i`, cut off at random ("Russian roulette"), whose mean is exact.
+
+    With :math:`B=\\lambda J+(1-\\lambda)I` and a random number of terms N, the term i is divided by the probability
+    :math:`s_i=P(N>i)` that it is reached, so that the mean over N is the whole series, :math:`(I-J)^{-1}`. The first
+    ``steps`` terms are always taken (:math:`s_i=1`); the j-th one after them is reached with probability
+    :math:`p^j` (``survival``), or :math:`(1+j)^{-a}` (``power``).
+
+    The variance is :math:`\\sum_{ij}\\langle t_i,t_j\\rangle(1/s_{\\min(i,j)}-1)` with the terms
+    :math:`t_i=\\lambda B^iu`. It is finite where :math:`\\rho(B)^2<p`, and for the power law wherever the series
+    converges at all, :math:`\\rho(B)<1`; the power law needs :math:`a>1` for a finite mean cost, and has rare long
+    runs. The terms on average are ``steps`` :math:`+\\,p/(1-p)`, or ``steps`` :math:`+\\,\\zeta(a)-1`. Unbiased is the
+    adjoint vector and every derivative that is linear in it: not the loss after an optimizer's nonlinear step.
+
+    One number of terms is drawn for the whole batch. A batch goes as far as its longest sample, so that drawing for
+    each would make all pay for the unluckiest one; the same cost buys a larger ``survival`` for all, whose variance
+    falls faster. A series ends early where all further terms together are lost in rounding. First order, reverse and
+    forward mode.
+
+    ``solution.adjoint``: ``steps`` are the terms taken, ``residual`` is the size of the last term without its weight,
+    relative to the first; the status is MAX_STEPS for a series that has been cut off, NONFINITE for one that blew up.
+
+    Args:
+        steps: terms that are always taken.
+        survival: p in (0, 1), the probability with which the series goes on after each further term.
+        power: a > 1, for the power law in place of ``survival``.
+        damping: :math:`\\lambda` in (0, 1].
+        generator: on the CPU, from which to draw; ``None``: PyTorch's global one, so that ``torch.manual_seed`` makes
+            it reproducible and a checkpoint of the random state resumes it. It is drawn from once in every backward
+            pass (and every forward-mode derivative).
+    """
+
+    steps: int = 5
+    survival: float = 0.8
+    power: float | None = None
+    damping: float = 1.0
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        check_count(self, "steps")
+        check_fraction(self, "damping")
+        check_type(self, "generator", torch.Generator, optional=True)
+        if not 0 < self.survival < 1:
+            raise ValueError(
+                f"UnbiasedNeumann.survival is {self.survival}, and must lie in (0, 1): at 1 the series never ends"
+            )
+        if self.power is not None and not 1 < self.power < math.inf:
+            raise ValueError(
+                f"UnbiasedNeumann.power is {self.power}, and must be above 1: otherwise the mean number of terms is "
+                "infinite"
+            )
+        if self.generator is not None and self.generator.device.type != "cpu":
+            raise ValueError(
+                f"UnbiasedNeumann.generator is on {self.generator.device}, and must be on the CPU, where the number of "
+                "terms is needed: torch.Generator()"
+            )
+
+    def reached(self, term: int) -> float:
+        """:math:`s_i`, the probability that the term i (from 0) is taken."""
+        further = max(0, term - self.steps + 1)
+        return float(self.survival**further if self.power is None else (1 + further) ** -self.power)
+
+    def draw(self) -> int:
+        """A random number of terms."""
+        share = 1 - float(torch.rand((), generator=self.generator, dtype=torch.float64))  # in (0, 1]
+        if self.power is None:
+            return self.steps + int(math.log(share) / math.log(self.survival))
+        return self.steps + int(share ** (-1 / self.power)) - 1
+
+    @torch.no_grad()
+    def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
+        operator = task.system.operator(tape, transposed)
+        r = operator.project(b.to(working_dtype(b.dtype)))
+        eps = torch.finfo(b.dtype).eps
+        scale, total, terms = row_norm(r), torch.zeros_like(r), self.draw()
+        for term in range(terms):
+            if term:
+                turned = operator.project(operator.product(r.to(b.dtype)).to(r.dtype))
+                r = r - self.damping * turned
+            weight = 1 / self.reached(term)
+            total = total + (self.damping * weight) * r
+            if term % CHECK_EVERY == CHECK_EVERY - 1 and bool((weight * row_norm(r) <= 0.01 * eps * scale).all()):
+                terms = term + 1
+                break
+        finite = torch.isfinite(total).all(dim=1)
+        status = torch.where(finite, int(Status.MAX_STEPS), int(Status.NONFINITE))
+        relative = (row_norm(r) / scale.clamp_min(torch.finfo(scale.dtype).tiny)).to(b.dtype)
+        figures = Report(status, torch.full_like(status, terms), relative, float(terms - 1))
+        return LinearSolution(total.to(b.dtype), figures)
