@@ -1,0 +1,121 @@
+"""Implicit graph neural networks, for graphs and for nodes."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torchimplicit.gradients import Gradient
+from torchimplicit.models.ignn.adjacency import Adjacency
+from torchimplicit.models.ignn.config import IGNNConfig
+from torchimplicit.models.ignn.layer import IGNNLayer
+from torchimplicit.solvers import Solver
+
+
+class IGNN(nn.Module):
+    """Implicit graph layers, one after the other, and a head (Gu et al. 2020, arXiv 2009.06211).
+
+    It takes plain tensors, as torch-geometric's ``Data`` and ``Batch`` hold them:
+    ``model(data.x, data.edge_index, data.edge_weight, data.batch)``.
+
+    Args:
+        config: the architecture; by name: :func:`ignn_tu`, :func:`ignn_ppi`, :func:`ignn_chains`.
+        solver, gradient: of every layer; ``None``: the equilibrium's defaults.
+        per_graph: see :class:`IGNNLayer`.
+    """
+
+    def __init__(
+        self,
+        config: IGNNConfig,
+        *,
+        solver: Solver | None = None,
+        gradient: Gradient | None = None,
+        per_graph: bool = False,
+    ):
+        super().__init__()
+        self.config = config
+        ends = list(pairwise((config.features, *config.widths)))
+        self.layers = nn.ModuleList(
+            IGNNLayer(
+                *end,
+                kappa=config.kappa,
+                perron=config.perron,
+                activation=config.activation,
+                bias=config.bias,
+                start=config.start,
+                solver=solver,
+                gradient=gradient,
+                per_graph=per_graph,
+            )
+            for end in ends
+        )
+        self.skips = nn.ModuleList(nn.Linear(*end) for end in ends) if config.skips else None
+        self.head = _head(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        edges: Tensor | Adjacency,
+        edge_weight: Tensor | None = None,
+        batch: Tensor | None = None,
+        graphs: int | None = None,
+    ) -> Tensor:
+        """The scores.
+
+        Args:
+            x: features of the nodes, ``[nodes, features]``.
+            edges: ``edge_index``, int64 ``[2, edges]``, which is normalized here; or an :class:`Adjacency`, to do so
+                once for many calls, or otherwise.
+            edge_weight: ``[edges]``, nonnegative constants; ``None``: ones. Not beside an :class:`Adjacency`.
+            batch: int64 ``[nodes]``, the graph of each node; ``None``: all are one graph.
+            graphs: how many graphs there are; ``None``: as many as ``batch`` names.
+
+        Returns:
+            ``[graphs, classes]`` with ``pool="add"``, else ``[nodes, classes]``.
+
+        Raises:
+            ValueError: shapes, indices or weights that do not fit together.
+        """
+        if x.ndim != 2 or x.shape[1] != self.config.features:
+            raise ValueError(f"x has shape {tuple(x.shape)}, and must be [nodes, {self.config.features}]")
+        if isinstance(edges, Adjacency):
+            if edge_weight is not None:
+                raise ValueError("an Adjacency has its weights already: pass edge_weight when it is made")
+            adjacency = edges
+        else:
+            adjacency = Adjacency.normalized(edges, x.shape[0], edge_weight, dtype=x.dtype)
+        if batch is None:
+            batch = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        for i, layer in enumerate(self.layers):
+            out = layer(x, adjacency, batch)
+            if self.skips is not None:
+                out = out + self.skips[i](x)
+                if i + 1 < len(self.layers) or self.config.head != "none":
+                    out = functional.elu(out)
+            x = out
+        if self.config.pool == "add":
+            count = int(batch.max()) + 1 if graphs is None else graphs
+            x = x.new_zeros(count, x.shape[1]).index_add(0, batch, x)
+        if self.config.normalize:
+            # a length may be far below the default's 1e-12 at the end of a long chain
+            x = functional.normalize(x, dim=-1, eps=torch.finfo(x.dtype).tiny)
+        return self.head(x)
+
+    def equilibria(self) -> list[Any]:
+        """The equilibrium of every layer, for its ``solution`` and its hooks."""
+        return [layer.equilibrium for layer in self.layers if isinstance(layer, IGNNLayer)]
+
+
+def _head(config: IGNNConfig) -> nn.Module:
+    width = config.widths[-1]
+    if config.head == "none":
+        return nn.Identity()
+    if config.head == "linear":
+        return nn.Sequential(nn.Dropout(config.dropout), nn.Linear(width, config.classes, bias=False))
+    return nn.Sequential(
+        nn.Linear(width, width), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(width, config.classes)
+    )
