@@ -1,16 +1,42 @@
 """Models of the field, built on :class:`torchimplicit.nn.Equilibrium`. They need torch alone."""
 
 from torchimplicit.models.conv_deq import ConvDEQClassifier, ResidualCell
+from torchimplicit.models.ignn import (
+    IGNN,
+    Adjacency,
+    IdentityStart,
+    IGNNCell,
+    IGNNConfig,
+    IGNNLayer,
+    InfinityNormBall,
+    UniformStart,
+    ignn_chains,
+    ignn_ppi,
+    ignn_tu,
+    project_rows,
+)
 from torchimplicit.models.mdeq import MDEQ, MDEQCell, MDEQConfig, mdeq_imagenet, mdeq_large, mdeq_small, mdeq_tiny
 
 __all__ = [
+    "IGNN",
     "MDEQ",
+    "Adjacency",
     "ConvDEQClassifier",
+    "IGNNCell",
+    "IGNNConfig",
+    "IGNNLayer",
+    "IdentityStart",
+    "InfinityNormBall",
     "MDEQCell",
     "MDEQConfig",
     "ResidualCell",
+    "UniformStart",
+    "ignn_chains",
+    "ignn_ppi",
+    "ignn_tu",
     "mdeq_imagenet",
     "mdeq_large",
     "mdeq_small",
     "mdeq_tiny",
+    "project_rows",
 ]
