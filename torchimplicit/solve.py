@@ -133,6 +133,25 @@ def flat_system(problem: Problem, z: Any, args: tuple[Any, ...]) -> tuple[System
     return system, flat, (*closure.tensors, *constraint)
 
 
+def tensors_of(problem: Problem, z: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """What a solution of ``problem`` at ``z`` can be differentiated in: the tensors that require grad among the
+    arguments and among those that the problem's function captures. One evaluation.
+
+    Raises:
+        ValueError: there are none.
+    """
+    layout = Layout.of(z, problem.batched)
+    with torch.no_grad():
+        closure, _ = Closure(_FlatCall(problem, layout), args, extra=0).record(layout.flatten(z, "z").detach())
+    unique = {id(t): t for t in (*closure.tensors, *closure.captured) if t.requires_grad}
+    if not unique:
+        raise ValueError(
+            "no argument requires grad, and nothing that the problem's function captures: there is nothing to "
+            "differentiate in"
+        )
+    return tuple(unique.values())
+
+
 class _FlatCall:
     """The problem's function in flat coordinates, under the autocast state and with the module's tensors of the time
     when the solve was called."""

@@ -1,0 +1,237 @@
+"""A gradient estimate beside the exact gradient, at the same equilibrium and for the same cotangent."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.gradients import Gradient, Implicit, Unrolled
+from torchimplicit.linear import GMRES
+from torchimplicit.problems import FixedPoint, Minimum, Problem, Root
+from torchimplicit.solve import flat_system, solve, tensors_of
+from torchimplicit.solvers import LBFGS, FixedPointIteration, Solver
+from torchimplicit.state import Layout, row_norm
+
+
+@dataclass(frozen=True)
+class GradientProbe:
+    """What an estimator gives at an equilibrium.
+
+    Attributes:
+        gradients: in the tensors that were asked for, each of its tensor's shape.
+        adjoint: the estimate of :math:`g=(I-J)^{-T}u`, like the state.
+        adjoint_residual: ``[batch]``, :math:`\\lVert u-(I-J)^{T}g\\rVert/\\lVert u\\rVert`; zero where u is zero. The
+            norms: see ``adjoint_norms``.
+        adjoint_norms: ``[2, batch]``, the numerator and the denominator.
+    """
+
+    gradients: tuple[Tensor, ...]
+    adjoint: Any
+    adjoint_norms: Tensor
+
+    @property
+    def adjoint_residual(self) -> Tensor:
+        """``[batch]``, see above."""
+        left, size = self.adjoint_norms
+        return left / torch.where(size > 0, size, 1)
+
+    @property
+    def total_residual(self) -> float:
+        """The same over all samples together."""
+        left, size = self.adjoint_norms.double().square().sum(dim=1).sqrt().tolist()
+        return left / size if size else 0.0
+
+
+@dataclass(frozen=True)
+class GradientComparison:
+    """An estimate beside the exact gradient, in all tensors together.
+
+    Attributes:
+        cosine: between the two.
+        norm_ratio: length of the estimate over that of the exact gradient.
+        relative_error: :math:`\\lVert\\hat\\theta-\\bar\\theta\\rVert/\\lVert\\bar\\theta\\rVert`. Below 1 the estimate
+            is an ascent direction, with a cosine of at least :math:`\\sqrt{1-\\epsilon^2}`: what Theorem 1 of Geng et
+            al. (2021) asks of all cotangents (:func:`ascent_condition`), asked of this one.
+        adjoint_residual, exact_residual: of the estimate's adjoint vector and of the exact gradient's, over all
+            samples, see :attr:`GradientProbe.total_residual`. The latter says how exact the comparison is.
+    """
+
+    cosine: float
+    norm_ratio: float
+    relative_error: float
+    adjoint_residual: float
+    exact_residual: float
+
+    @property
+    def ascent(self) -> bool:
+        """Whether the estimate has a positive inner product with the exact gradient (eq. 7 of the paper)."""
+        return self.cosine > 0
+
+
+def compare_gradients(
+    problem: Problem,
+    z: Any,
+    *args: Any,
+    gradient: Gradient,
+    cotangent: Any,
+    exact: Gradient | None = None,
+    wrt: Sequence[Tensor] | None = None,
+) -> GradientComparison:
+    """An estimator's gradient beside the exact one, at the equilibrium ``z``. Leaves no ``.grad`` behind.
+
+    Costs one backward pass of each estimator, two products for the residuals, and no solve.
+
+    Args:
+        problem: which was solved.
+        z: its solution.
+        args: as for :func:`solve`.
+        gradient: the estimator. Not :class:`Unrolled` or :class:`SharedInverse`, which need the solver's own steps.
+        cotangent: u, like ``z``; or a function of the solution that gives a scalar loss.
+        exact: what to compare with; ``None``: :class:`Implicit` with a tight GMRES.
+        wrt: the tensors in which to differentiate, among the arguments and what the problem's function captures;
+            ``None``: all that require grad.
+
+    Raises:
+        ValueError: an estimator that cannot be used here, or nothing to differentiate in.
+    """
+    if wrt is None:
+        wrt = tensors_of(problem, z, args)
+    if exact is None:
+        dtype = pytree.tree_leaves(z)[0].dtype
+        exact = Implicit(linear_solver=GMRES(rtol=float(torch.finfo(dtype).eps ** 0.85), max_steps=300))
+    found, true = (
+        probe_gradient(problem, z, *args, gradient=each, cotangent=cotangent, wrt=wrt) for each in (gradient, exact)
+    )
+    return compared(found, true)
+
+
+def compared(found: GradientProbe, exact: GradientProbe) -> GradientComparison:
+    """The comparison of two probes with gradients in the same tensors."""
+    pairs = list(zip(found.gradients, exact.gradients, strict=True))
+    own = _sum(a.double().square().sum() for a, _ in pairs) ** 0.5
+    size = _sum(b.double().square().sum() for _, b in pairs) ** 0.5
+    inner = _sum((a.double() * b.double()).sum() for a, b in pairs)
+    error = _sum((a.double() - b.double()).square().sum() for a, b in pairs) ** 0.5
+    nothing = float("nan")
+    return GradientComparison(
+        cosine=inner / (own * size) if own * size else nothing,
+        norm_ratio=own / size if size else nothing,
+        relative_error=error / size if size else nothing,
+        adjoint_residual=found.total_residual,
+        exact_residual=exact.total_residual,
+    )
+
+
+def probe_gradient(
+    problem: Problem,
+    z: Any,
+    *args: Any,
+    gradient: Gradient,
+    cotangent: Any,
+    wrt: Sequence[Tensor] | None = None,
+) -> GradientProbe:
+    """What an estimator gives at the equilibrium ``z``, and the adjoint vector behind it.
+
+    The adjoint vector ``g`` of any estimator is what it gives for a constant added to the map: with
+    :math:`f(z)+s`, the gradient in s is :math:`f_s^Tg=g`. The arguments are those of :func:`compare_gradients`.
+    """
+    if wrt is None:
+        wrt = tensors_of(problem, z, args)
+    z = pytree.tree_map(lambda t: t.detach(), z)
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the residual is reported
+        attached = Attached(problem, z, args, gradient)
+        u = _cotangent(cotangent, attached.value)
+        shifts, gradients = attached.pull(u, wrt)
+    return GradientProbe(gradients, shifts, _residual_norms(problem, z, args, u, shifts))
+
+
+class Attached:
+    """A state with the derivative that an estimator would give it as the solution.
+
+    Attributes:
+        value: like the state.
+    """
+
+    def __init__(self, problem: Problem, z: Any, args: tuple[Any, ...], gradient: Gradient):
+        if gradient.needs_solver_state or isinstance(gradient, Unrolled):
+            raise ValueError(
+                f"{type(gradient).__name__} differentiates by what the solver has done, and here is only its result: "
+                "compare the gradients of two solves instead"
+            )
+        self.shift = pytree.tree_map(lambda t: torch.zeros_like(t, requires_grad=True), z)
+        shifted, self.sign = _shifted(problem)
+        solver = _standing(problem, pytree.tree_leaves(z)[0].dtype)
+        self.value = solve(shifted, z, self.shift, *args, solver=solver, gradient=gradient, throw=False).value
+
+    def pull(self, u: Any, wrt: Sequence[Tensor]) -> tuple[Any, tuple[Tensor, ...]]:
+        """The adjoint vector, like the state, and the gradients in ``wrt``, for the cotangent u."""
+        shifts, spec = pytree.tree_flatten(self.shift)
+        outputs = pytree.tree_leaves(self.value)
+        inputs = [*shifts, *wrt]
+        found = torch.autograd.grad(outputs, inputs, pytree.tree_leaves(u), retain_graph=True, allow_unused=True)
+        grads = [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
+        adjoint = pytree.tree_unflatten([self.sign * g for g in grads[: len(shifts)]], spec)
+        return adjoint, tuple(grads[len(shifts) :])
+
+
+def _shifted(problem: Problem) -> tuple[Problem, int]:
+    """The problem with a constant s as its first argument; the sign of the adjoint vector in the gradient in s."""
+    function = problem.function
+
+    def moved(z: Any, s: Any, *args: Any) -> Any:
+        return pytree.tree_map(torch.add, function(z, *args), s)
+
+    if isinstance(problem, FixedPoint):
+        return replace(problem, f=moved), 1
+    if isinstance(problem, Root):
+        return replace(problem, f=moved), -1
+    if isinstance(problem, Minimum):
+
+        def tilted(z: Any, s: Any, *args: Any) -> Tensor:
+            energy: Tensor = function(z, *args)
+            pairs = zip(pytree.tree_leaves(z), pytree.tree_leaves(s), strict=True)
+            tilt = [(a * b).flatten(1).sum(dim=1) if problem.batched else (a * b).sum() for a, b in pairs]
+            return energy - torch.stack(tilt).sum(dim=0)
+
+        return replace(problem, energy=tilted), 1
+    raise TypeError(f"gradients are compared for FixedPoint, Root and Minimum, and this is {type(problem).__name__}")
+
+
+def _standing(problem: Problem, dtype: torch.dtype) -> Solver:
+    """A solver that stays where it begins, for every state meets its tolerance."""
+    anywhere = min(1e30, torch.finfo(dtype).max / 4)
+    if isinstance(problem, Minimum):
+        return LBFGS(rtol=0.0, atol=anywhere)
+    return FixedPointIteration(rtol=0.0, atol=anywhere)
+
+
+def _cotangent(cotangent: Any, value: Any) -> Any:
+    if not callable(cotangent):
+        return pytree.tree_map(lambda t: t.detach(), cotangent)
+    leaves, spec = pytree.tree_flatten(value)
+    free = [leaf.detach().requires_grad_() for leaf in leaves]
+    found = torch.autograd.grad(cotangent(pytree.tree_unflatten(free, spec)), free, allow_unused=True)
+    return pytree.tree_unflatten(
+        [torch.zeros_like(t) if g is None else g for g, t in zip(found, free, strict=True)], spec
+    )
+
+
+def _residual_norms(problem: Problem, z: Any, args: tuple[Any, ...], u: Any, g: Any) -> Tensor:
+    with torch.no_grad():
+        layout = Layout.of(z, problem.batched)
+        system, flat, params = flat_system(problem, z, args)
+        operator = system.operator(system.linearize(flat, params), True)
+        right = operator.project(layout.flatten(u, "the cotangent"))
+        return torch.stack([row_norm(right - operator.product(layout.flatten(g, "the adjoint"))), row_norm(right)])
+
+
+def _sum(parts: Iterable[Tensor]) -> float:
+    return float(sum(float(part) for part in parts))
