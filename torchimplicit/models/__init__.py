@@ -1,6 +1,12 @@
 """Models of the field, built on :class:`torchimplicit.nn.Equilibrium`. They need torch alone."""
 
 from torchimplicit.models.conv_deq import ConvDEQClassifier, ResidualCell
+from torchimplicit.models.deq_transformer import (
+    DEQTransformer,
+    DEQTransformerConfig,
+    deq_transformer_small,
+    deq_transformer_wikitext103,
+)
 from torchimplicit.models.ignn import (
     IGNN,
     Adjacency,
@@ -22,6 +28,8 @@ __all__ = [
     "MDEQ",
     "Adjacency",
     "ConvDEQClassifier",
+    "DEQTransformer",
+    "DEQTransformerConfig",
     "IGNNCell",
     "IGNNConfig",
     "IGNNLayer",
@@ -31,6 +39,8 @@ __all__ = [
     "MDEQConfig",
     "ResidualCell",
     "UniformStart",
+    "deq_transformer_small",
+    "deq_transformer_wikitext103",
     "ignn_chains",
     "ignn_ppi",
     "ignn_tu",

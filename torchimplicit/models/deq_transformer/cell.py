@@ -1,0 +1,157 @@
+"""The map of the DEQ transformer, and what it gets beside the state."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torchimplicit.models.deq_transformer.attention import RelativeAttention
+from torchimplicit.models.deq_transformer.config import DEQTransformerConfig
+from torchimplicit.nn import VariationalDropout, weight_norm
+
+
+class Memory(NamedTuple):
+    """What a segment leaves for the next one: constants.
+
+    Attributes:
+        states: the last equilibria, ``[batch, past, d_model]``.
+        injected: what the input added to their keys and values, ``[batch, past, heads * 2 * d_head]``.
+    """
+
+    states: Tensor
+    injected: Tensor
+
+
+class Injection(NamedTuple):
+    """What the map gets beside the state, computed once a solve.
+
+    What does not carry the batch has a first dimension of 1, so that it is not taken to.
+
+    Attributes:
+        tokens: what the input adds to queries, keys and values, ``[batch, length, heads * 3 * d_head]``.
+        memory: keys and values of the memory, ``[batch, heads, past, 2 * d_head]``.
+        distances, offset, mask: see :class:`RelativeAttention`.
+    """
+
+    tokens: Tensor
+    memory: Tensor
+    distances: Tensor
+    offset: Tensor
+    mask: Tensor
+
+
+class DecoderCell(nn.Module):
+    """One decoder layer as a map of the state ``[batch, length, d_model]``.
+
+    PostLN: ``h = N(z + attention(z)); z⁺ = N(h + feed_forward(h))``. PreLN: ``h = N(z + attention(N(z)));
+    z⁺ = h + feed_forward(h)``: the skip around the feed-forward layer carries the normalized state, as in the reference
+    models. Were it to carry ``z + attention`` itself, a fixed point would have to cancel the branches against each
+    other. N is layer normalization without weights.
+
+    Every sequence is treated on its own, so that ``rowwise=True`` holds; no position sees a later one.
+
+    Args:
+        config: sizes.
+    """
+
+    def __init__(self, config: DEQTransformerConfig):
+        super().__init__()
+        self.config = config
+        d_model = config.d_model
+        self.attention = RelativeAttention(d_model, config.heads, config.d_head, config.attention_dropout)
+        self.inject = nn.Linear(d_model, config.heads * 3 * config.d_head)
+        self.widen = nn.Linear(d_model, config.d_inner)
+        self.narrow = nn.Linear(config.d_inner, d_model)
+        self.drop_attention, self.drop_inner, self.drop_out = (
+            VariationalDropout(config.dropout, spatial=True) for _ in range(3)
+        )
+        gains = {
+            self.attention.project: config.gain,
+            self.attention.position: config.gain,
+            self.widen: config.gain,
+            self.narrow: config.gain,
+            self.attention.out: 1.0,  # the state's part and the input's pass through it
+            self.inject: config.injection_gain,
+        }
+        for linear, gain in gains.items():
+            nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+            if config.weight_norm and linear is not self.inject:
+                weight_norm(linear)
+
+    def injection(self, embedded: Tensor, memory: Memory | None = None) -> tuple[Injection, Tensor]:
+        """All that the map needs beside the state, and what a memory will need of it.
+
+        Args:
+            embedded: ``[batch, length, d_model]``.
+            memory: of the last segment.
+        """
+        config, attention = self.config, self.attention
+        batch, length, _ = embedded.shape
+        tokens = attention.injected(self.inject, embedded)
+        if memory is None or not memory.states.shape[1]:
+            past = tokens.new_zeros(batch, config.heads, 0, 2 * config.d_head)
+        else:
+            past = attention.keys_values(self._first(memory.states), memory.injected)
+        keys = past.shape[2] + length
+        distances, offset = attention.distances(_sinusoids(keys, embedded))
+        x = Injection(tokens, past, distances, offset, _mask(length, keys, config.window, embedded))
+        own = tokens.detach().view(batch, length, config.heads, 3 * config.d_head)[..., config.d_head :]
+        return x, own.flatten(2)
+
+    def forward(self, z: Tensor, x: Injection) -> Tensor:
+        """One application of the map."""
+        h = self._normalized(self._added(z, self._attended(self._first(z), x), self.drop_attention))
+        inner = _over_positions(self.drop_inner, functional.relu(self.widen(h)))
+        out = self._added(h, self.narrow(inner), self.drop_out)
+        return self._normalized(out) if self.config.normalization == "post" else out
+
+    def initial_state(self, x: Injection) -> Tensor:
+        """Zeros, in the dtype of the parameters: under autocast the state stays in full precision."""
+        u = self.attention.content_bias
+        return u.new_zeros(*x.tokens.shape[:2], self.config.d_model)
+
+    def _attended(self, z: Tensor, x: Injection) -> Tensor:
+        return self.attention.out(self.attention(z, *x)).view(z.shape)
+
+    def _first(self, z: Tensor) -> Tensor:
+        return self._normalized(z) if self.config.normalization == "pre" else z
+
+    def _normalized(self, z: Tensor) -> Tensor:
+        return functional.layer_norm(z, (self.config.d_model,))
+
+    @staticmethod
+    def _added(z: Tensor, branch: Tensor, drop: VariationalDropout) -> Tensor:
+        return z + _over_positions(drop, branch)
+
+
+def _over_positions(drop: VariationalDropout, y: Tensor) -> Tensor:
+    """Dropout with one mask for all positions; ``[batch, length, width]``."""
+    if not drop.training or drop.p == 0:
+        return y
+    return drop(y.transpose(1, 2)).transpose(1, 2)
+
+
+def _sinusoids(keys: int, like: Tensor) -> Tensor:
+    """Of the distances ``keys - 1`` down to 0, and a row of zeros that the relative shift needs."""
+    width = like.shape[-1]
+    wide = torch.promote_types(like.dtype, torch.float32)
+    half = (width + 1) // 2
+    frequency = 10000.0 ** -(torch.arange(half, dtype=wide, device=like.device) / half)
+    angle = torch.arange(keys - 1, -1, -1, dtype=wide, device=like.device)[:, None] * frequency
+    waves = torch.cat((angle.sin(), angle.cos()), dim=1)[:, :width]
+    return functional.pad(waves, (0, 0, 0, 1)).to(like.dtype)
+
+
+def _mask(length: int, keys: int, window: int | None, like: Tensor) -> Tensor:
+    """``[1, 1, length, keys]``: minus infinity where the key comes later than the query, or too long before it."""
+    query = torch.arange(keys - length, keys, device=like.device)[:, None]
+    distance = query - torch.arange(keys, device=like.device)
+    hidden = distance < 0
+    if window is not None:
+        hidden = hidden | (distance >= window)
+    return torch.zeros(length, keys, dtype=like.dtype, device=like.device).masked_fill(hidden, -torch.inf)[None, None]
