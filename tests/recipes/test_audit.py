@@ -9,8 +9,8 @@ pytest.importorskip("lightning")
 
 from torchimplicit.gradients import Implicit, OneStep, UnrolledPhantom
 from torchimplicit.recipes.digits import build, data
-from torchimplicit.recipes.digits.config import DigitsConfig
 from torchimplicit.recipes.digits.audit import EXACT_GRADIENT, EXACT_SOLVER, audit, probe
+from torchimplicit.recipes.digits.config import DigitsConfig
 
 
 @pytest.fixture(autouse=True, scope="module")
