@@ -464,3 +464,14 @@ def test_input_that_does_not_fit_is_refused():
         model(x, Adjacency.normalized(edges, 8, dtype=torch.float64), torch.ones(8))
     with pytest.raises(ValueError, match="graph has 9 nodes"):
         model(x, Adjacency.normalized(edges, 9, dtype=torch.float64))
+
+
+def test_a_node_that_nothing_reaches_does_not_spoil_the_gradient():
+    """Its features are zero, and bringing zero to length one must not divide by it."""
+    x = torch.zeros(3, 4)
+    x[0, 0] = 1.0
+    model = IGNN(ignn_chains(4), solver=TIGHT).eval()
+    out = model(x, torch.tensor([[0], [1]]))
+    out.sum().backward()
+    assert torch.equal(out[2], torch.zeros(2))
+    assert all(p.grad.abs().max() < 1e3 for p in model.parameters())

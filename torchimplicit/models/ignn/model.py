@@ -101,13 +101,19 @@ class IGNN(nn.Module):
             count = int(batch.max()) + 1 if graphs is None else graphs
             x = x.new_zeros(count, x.shape[1]).index_add(0, batch, x)
         if self.config.normalize:
-            # a length may be far below the default's 1e-12 at the end of a long chain
-            x = functional.normalize(x, dim=-1, eps=torch.finfo(x.dtype).tiny)
+            x = _normalized(x)
         return self.head(x)
 
     def equilibria(self) -> list[Any]:
         """The equilibrium of every layer, for its ``solution`` and its hooks."""
         return [layer.equilibrium for layer in self.layers if isinstance(layer, IGNNLayer)]
+
+
+def _normalized(x: Tensor) -> Tensor:
+    """Rows of length one, however short they were (at the end of a long chain, far below the ``eps`` of PyTorch's own
+    normalization); rows of zeros stay, with a gradient of ordinary size."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(length > 0, length, 1)
 
 
 def _head(config: IGNNConfig) -> nn.Module:

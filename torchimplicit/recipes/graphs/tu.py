@@ -1,0 +1,178 @@
+"""COX2 and PROTEINS in the text format of the TU collection (Morris et al. 2020, arXiv 2007.08663)."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch_geometric.data import Data
+from torch_geometric.datasets import TUDataset
+
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.fetch import cache_folder
+
+TUName = Literal["COX2", "PROTEINS"]
+
+
+class GraphSet(NamedTuple):
+    """Labelled graphs.
+
+    Attributes:
+        graphs: ``x`` ``[nodes, features]`` (float32), ``edge_index`` ``[2, edges]`` and ``y`` ``[1]`` each.
+        classes: how many labels there are.
+    """
+
+    graphs: list[Data]
+    classes: int
+
+    @property
+    def features(self) -> int:
+        """Of each node."""
+        return self.graphs[0].x.shape[1]
+
+    @property
+    def labels(self) -> list[int]:
+        """Of every graph."""
+        return [int(graph.y) for graph in self.graphs]
+
+
+def load(name: TUName, data_dir: Path | None = None, attributes: bool = False) -> GraphSet:
+    """A data set of the collection.
+
+    The features of a node are its label, one-hot over those that occur: what the published IGNN runs have. Isolated
+    nodes and graphs without edges are kept (the model gives every node a loop to itself).
+
+    Args:
+        name: which.
+        data_dir: holds ``<name>_A.txt`` and the other files, itself or in ``<name>``, ``<name>_full`` or
+            ``<name>/raw``; ``None``: torch-geometric downloads them.
+        attributes: whether to append the nodes' real-valued attributes, where the set has any.
+
+    Raises:
+        UserError: a file is missing, cut short, or contradicts another one.
+    """
+    folder, prefix = _found(name, data_dir)
+    label = _integers(folder / f"{prefix}_graph_labels.txt")
+    owner = _integers(folder / f"{prefix}_graph_indicator.txt")
+    graphs, nodes = len(label), len(owner)
+    indicator = folder / f"{prefix}_graph_indicator.txt"
+    if graphs == 0 or owner.min(initial=1) < 1 or owner.max(initial=0) != graphs or (np.diff(owner) < 0).any():
+        raise UserError(
+            f"{indicator} names the graphs {owner.min(initial=0)} to {owner.max(initial=0)}, and "
+            f"{prefix}_graph_labels.txt has {graphs} labels: one of the two is cut short, or their nodes are not in "
+            "order"
+        )
+    sizes = np.bincount(owner - 1, minlength=graphs)
+    if (sizes == 0).any():
+        raise UserError(f"{indicator}: graph {int(np.argmin(sizes)) + 1} has no node, and needs at least one")
+    x = _features(folder, prefix, nodes, attributes)
+    edges = _edges(folder / f"{prefix}_A.txt", owner)
+    kinds, y = np.unique(label, return_inverse=True)
+    if len(kinds) < 2:
+        raise UserError(f"{folder / f'{prefix}_graph_labels.txt'} has one label only: there is nothing to learn")
+    first = np.cumsum(sizes) - sizes
+    counts = np.bincount(owner[edges[0]] - 1, minlength=graphs)
+    parts = np.split(edges[:, np.argsort(edges[0], kind="stable")], np.cumsum(counts)[:-1], axis=1)
+    made = [
+        Data(
+            x=x[start : start + size],
+            edge_index=torch.from_numpy(np.ascontiguousarray(part - start)),
+            y=torch.tensor([kind]),
+        )
+        for start, size, part, kind in zip(first.tolist(), sizes.tolist(), parts, y.tolist(), strict=True)
+    ]
+    return GraphSet(made, len(kinds))
+
+
+def _found(name: str, data_dir: Path | None) -> tuple[Path, str]:
+    """The folder with the files, and what their names begin with."""
+    if data_dir is None:
+        try:
+            return Path(TUDataset(str(cache_folder("tudataset")), name).raw_dir), name
+        except Exception as error:  # of the network, the file system or the archive: many kinds
+            raise UserError(
+                f"{name} cannot be downloaded ({error}); if this machine has no network, fetch it elsewhere and give "
+                "its folder with --data-dir"
+            ) from None
+    if not data_dir.is_dir():
+        raise UserError(f"{data_dir} is no folder: --data-dir must be the folder that holds {name}_A.txt")
+    for prefix in (name, f"{name}_full"):
+        for place in (data_dir, data_dir / prefix, data_dir / prefix / "raw"):
+            if (place / f"{prefix}_A.txt").is_file():
+                return place, prefix
+    raise UserError(
+        f"{data_dir} holds no {name}_A.txt, nor does a folder {name} in it: --data-dir must be the folder of the TU "
+        "collection's text files"
+    )
+
+
+def _features(folder: Path, prefix: str, nodes: int, attributes: bool) -> torch.Tensor:
+    path = folder / f"{prefix}_node_labels.txt"
+    label = _integers(path)
+    _same_length(path, len(label), nodes)
+    _, kind = np.unique(label, return_inverse=True)
+    x = torch.nn.functional.one_hot(torch.from_numpy(kind)).float()
+    path = folder / f"{prefix}_node_attributes.txt"
+    if not attributes or not path.is_file():
+        return x
+    values = _table(path, np.float64)
+    _same_length(path, len(values), nodes)
+    return torch.cat([x, torch.from_numpy(values).float()], dim=1)
+
+
+def _edges(path: Path, owner: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``[2, edges]``, counted from zero."""
+    table = _table(path, np.int64)
+    if table.size and table.shape[1] != 2:
+        raise UserError(f"{path} has {table.shape[1]} columns, and an edge has two ends")
+    edges = table.reshape(-1, 2).T - 1
+    wrong = (edges < 0) | (edges >= len(owner))
+    if wrong.any():
+        line = int(wrong.any(axis=0).argmax())
+        raise UserError(
+            f"{path}, line {line + 1}: an edge from {table[line, 0]} to {table[line, 1]}, and there are nodes 1 to "
+            f"{len(owner)} only"
+        )
+    apart = owner[edges[0]] != owner[edges[1]]
+    if apart.any():
+        line = int(apart.argmax())
+        raise UserError(
+            f"{path}, line {line + 1}: an edge from {table[line, 0]} to {table[line, 1]}, which lie in the graphs "
+            f"{owner[edges[0, line]]} and {owner[edges[1, line]]}"
+        )
+    there, back = (set(zip(*ends, strict=True)) for ends in (edges.tolist(), edges[::-1].tolist()))
+    if there != back:
+        one, other = min(there ^ back)
+        raise UserError(
+            f"{path} has the edge between {one + 1} and {other + 1} in one direction only, and these graphs are "
+            "undirected: the file is cut short"
+        )
+    return edges
+
+
+def _integers(path: Path) -> NDArray[np.int64]:
+    """One integer a line."""
+    table = _table(path, np.int64)
+    if table.size and table.shape[1] != 1:
+        raise UserError(f"{path} has {table.shape[1]} columns, and must have one")
+    return table.reshape(-1)
+
+
+def _table(path: Path, kind: type) -> NDArray:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="loadtxt: input contained no data")
+            return np.loadtxt(path, dtype=kind, delimiter=",", ndmin=2)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or 'there is no such file'})") from None
+    except ValueError as error:
+        raise UserError(f"{path} is cut short or of another kind: {error}") from None
+
+
+def _same_length(path: Path, lines: int, nodes: int) -> None:
+    if lines != nodes:
+        raise UserError(f"{path} has {lines} lines, and there are {nodes} nodes: one of the files is cut short")
