@@ -38,9 +38,9 @@ class UnbiasedNeumann(LinearEstimate):
     runs. The terms on average are ``steps`` :math:`+\\,p/(1-p)`, or ``steps`` :math:`+\\,\\zeta(a)-1`. Unbiased is the
     adjoint vector and every derivative that is linear in it: not the loss after an optimizer's nonlinear step.
 
-    One number of terms is drawn for the whole batch. A batch goes as far as its longest sample, so that drawing for
-    each would make all pay for the unluckiest one; the same cost buys a larger ``survival`` for all, whose variance
-    falls faster. A series ends early where all further terms together are lost in rounding. First order, reverse and
+    One number of terms is drawn for the whole batch, which goes as far as its longest sample: a draw for each would make
+    all pay for the unluckiest one, at a cost that grows with the batch. The price is that the noise does not average
+    out within a batch, but over steps only. A series ends early where all further terms together are lost in rounding. First order, reverse and
     forward mode.
 
     ``solution.adjoint``: ``steps`` are the terms taken, ``residual`` is the size of the last term without its weight,
