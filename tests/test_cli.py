@@ -12,7 +12,7 @@ from torchimplicit import cli
 pytest.importorskip("lightning")
 pytest.importorskip("tyro")
 
-COMMANDS = ("demo", "list", "train", "resume", "evaluate")
+COMMANDS = ("demo", "list", "train", "reproduce", "resume", "evaluate", "report")
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_the_demo_has_its_own_defaults(capsys):
     assert "default: implicit unrolled-phantom neumann-phantom" in " ".join(run(capsys, "demo", "--help")[1].split())
 
 
-@pytest.mark.parametrize("command", ["list", "resume", "evaluate", "train"])
+@pytest.mark.parametrize("command", ["list", "resume", "evaluate", "train", "reproduce", "report"])
 def test_every_command_has_help(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -71,12 +71,12 @@ def test_version(capsys):
 
 
 def test_list_has_a_line_for_every_recipe(capsys):
-    from torchimplicit.recipes.registry import RECIPES
+    from torchimplicit.recipes.registry import RECIPES, TABLES
 
     code, out, _ = run(capsys, "list")
     assert code == 0
-    for name in RECIPES:
-        assert any(line.startswith(name) for line in out.splitlines())
+    for name in {**RECIPES, **TABLES}:
+        assert any(line.split()[:1] == [name] for line in out.splitlines())
 
 
 def test_unknown_names_are_refused_in_one_line(capsys):
@@ -148,8 +148,8 @@ def test_a_missing_extra_is_told_in_one_line(capsys, monkeypatch):
 
 def test_every_recipe_can_be_loaded_and_stored():
     from torchimplicit.recipes.plain import from_plain, to_plain
-    from torchimplicit.recipes.registry import RECIPES, load
+    from torchimplicit.recipes.registry import RECIPES, TABLES, settings
 
-    for name in RECIPES:
-        config = load(name)
+    for name in {**RECIPES, **TABLES}:
+        config = settings(name)
         assert from_plain(type(config), json.loads(json.dumps(to_plain(config)))) == config

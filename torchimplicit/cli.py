@@ -1,4 +1,4 @@
-"""The command line: ``torchimplicit demo | list | train | resume | evaluate``.
+"""The command line: ``torchimplicit demo | list | train | reproduce | resume | evaluate | report``.
 
 This file finds the recipes by name and turns what goes wrong into one line and an exit code: 0 done, 1 failed, 2 bad
 input, 130 interrupted. The commands are in :mod:`torchimplicit.recipes.commands`.
@@ -16,7 +16,10 @@ EXTRA = {
     "tyro": "tyro",
     "rich": "rich",
     "matplotlib": "matplotlib",
+    "PIL": "pillow",
     "sklearn": "scikit-learn",
+    "submitit": "submitit",
+    "tensorboard": "tensorboard",
 }
 """What the ``recipes`` extra brings: module and distribution."""
 

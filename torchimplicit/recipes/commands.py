@@ -17,14 +17,10 @@ from rich.table import Table
 
 from torchimplicit.recipes import registry
 from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.plain import from_plain
-from torchimplicit.recipes.recipe import Recipe
-from torchimplicit.recipes.run import Run, RunOptions, create
+from torchimplicit.recipes.execution import go, opened
+from torchimplicit.recipes.run import RunOptions, create
 
-INTERRUPTED = 130
-"""The exit code of a process ended by Ctrl-C: 128 + SIGINT."""
-
-R = TypeVar("R", bound=Recipe)
+R = TypeVar("R")
 W = TypeVar("W")
 
 
@@ -37,14 +33,18 @@ class Command(Protocol):
 
 @dataclass(frozen=True)
 class List:
-    """List the recipes, a line each."""
+    """List the recipes and the tables, a line each."""
 
     def run(self, console: Console) -> int:
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
-        for name, entry in registry.RECIPES.items():
-            table.add_row(f"[bold]{name}", entry.summary)
-        console.print(table)
-        console.print("\nTrain one with 'torchimplicit train NAME'; its settings: 'torchimplicit train NAME --help'.")
+        for command, about, entries in (
+            ("train", "recipes", registry.RECIPES),
+            ("reproduce", "published tables and figures", registry.TABLES),
+        ):
+            console.print(f"[bold]{about.capitalize()}[/bold]: torchimplicit {command} NAME; settings: ... NAME --help")
+            table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
+            for name, entry in entries.items():
+                table.add_row(f"  [bold]{name}", entry.summary)
+            console.print(table)
         return 0
 
 
@@ -57,10 +57,11 @@ class Start(Generic[R]):
     recipe: tyro.conf.Suppress[str] = ""
 
     def run(self, console: Console) -> int:
-        self.settings.check()
+        runner = registry.runner(self.recipe)
+        runner.check(self.settings)
         run = create(self.recipe, self.where)
         run.describe(self.recipe, self.settings)
-        return go(self.settings, run, console)
+        return go(runner, self.settings, run, console)
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,17 @@ class Train(Generic[W]):
 
 
 @dataclass(frozen=True)
+class Reproduce(Generic[W]):
+    """Reproduce a published table or figure: all its runs, with several seeds, and a page that shows them."""
+
+    start: W
+
+    def run(self, console: Console) -> int:
+        assert isinstance(self.start, Start)
+        return self.start.run(console)
+
+
+@dataclass(frozen=True)
 class Resume:
     """Go on with a run that was interrupted, from its last checkpoint and with its own settings."""
 
@@ -87,12 +99,12 @@ class Resume:
     """The run's directory."""
 
     def run(self, console: Console) -> int:
-        run, settings = opened(self.path)
+        run, runner, settings = opened(self.path)
         if run.read()["state"] == "complete":
             raise UserError(f"{run} is complete; to measure it again: torchimplicit evaluate {run}")
-        settings.check()
+        runner.check(settings)
         run.mark("running")
-        return go(settings, run, console)
+        return go(runner, settings, run, console)
 
 
 @dataclass(frozen=True)
@@ -103,58 +115,45 @@ class Evaluate:
     """The run's directory."""
 
     def run(self, console: Console) -> int:
-        run, settings = opened(self.path)
-        settings.check()
-        settings.evaluate(run, console)
+        run, runner, settings = opened(self.path)
+        runner.check(settings)
+        runner.evaluate(settings, run, console)
         console.print(f"Written to {run}/evaluation.json", highlight=False, soft_wrap=True)
         return 0
 
 
-def go(settings: Recipe, run: Run, console: Console) -> int:
-    """Train into ``run``, and say where the results are, whichever way it ends."""
-    console.print(f"Writing to {run}", highlight=False, soft_wrap=True)
-    finished = False
-    try:
-        finished = settings.train(run, console)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        run.mark("complete" if finished else "interrupted")
-    if not finished:
-        console.print(
-            f"Interrupted. What was done is in {run}; go on with: torchimplicit resume {run}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        return INTERRUPTED
-    written = [name for name in ("index.html", "results.json", "figures") if (run.path / name).exists()]
-    console.print(f"Done: {', '.join(written)} in {run}", highlight=False, soft_wrap=True)
-    if "index.html" in written:
-        console.print(f"Open in a browser: {(run.path / 'index.html').resolve().as_uri()}", soft_wrap=True)
-    return 0
+@dataclass(frozen=True)
+class Report:
+    """Compare finished training runs: a table, learning curves, and a page that shows both."""
 
+    paths: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(name="runs", metavar="RUN [RUN ...]")]
+    """The runs' directories."""
 
-def opened(path: Path) -> tuple[Run, Recipe]:
-    """The run in a directory, and its settings.
+    page: Path = Path("report.html")
+    """Where to write the page; an earlier report is replaced."""
 
-    Raises:
-        UserError: if there is none, or if its settings are not those of the recipe's present version.
-    """
-    run = Run(path)
-    read = run.read()
-    kind = type(registry.load(read["recipe"]))
-    try:
-        return run, from_plain(kind, read["config"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{run.description} does not fit recipe '{read['recipe']}' ({error}); train again") from None
+    def run(self, console: Console) -> int:
+        from torchimplicit.recipes import report
+
+        if not self.paths:
+            raise UserError("report needs the directory of at least one run, such as runs/digits/001")
+        if self.page.exists() and report.TITLE not in self.page.read_text(encoding="utf-8", errors="ignore"):
+            raise UserError(f"--page {self.page} exists and is no report; choose another file")
+        runs = [report.finished(path) for path in self.paths]
+        console.print(report.comparison(runs).rich_rows())
+        report.write(runs, self.page)
+        console.print(f"Open in a browser: {self.page.resolve().as_uri()}", soft_wrap=True)
+        return 0
 
 
 COMMANDS = {
     "demo": "Compare gradient estimators on handwritten digits, and draw a page about it (under three minutes).",
-    "list": "List the recipes.",
+    "list": "List the recipes and the tables.",
     "train": "Train a recipe.",
+    "reproduce": "Reproduce a published table or figure.",
     "resume": "Go on with an interrupted run.",
     "evaluate": "Measure a trained run again.",
+    "report": "Compare finished runs: a table, learning curves, and a page that shows both.",
 }
 """The commands, with a line each for the help."""
 
@@ -170,11 +169,21 @@ def parse(argv: list[str]) -> Command:
     named = argv[0] if argv and not argv[0].startswith("-") else None
     if named is not None and named not in COMMANDS:
         raise UserError(f"there is no command '{named}'; the commands are {', '.join(COMMANDS)}; see --help")
-    recipe = None
-    if named == "train" and len(argv) > 1 and not argv[1].startswith("-"):
-        recipe = argv[1]
-        registry.entry(recipe)
-    kinds: dict[str, Any] = {"list": List, "train": _train(recipe), "resume": Resume, "evaluate": Evaluate}
+    chosen: dict[str, str | None] = {"train": None, "reproduce": None}
+    if named in chosen and len(argv) > 1 and not argv[1].startswith("-"):
+        chosen[named] = argv[1]
+        if named == "train":
+            registry.entry(argv[1], registry.RECIPES)
+        else:
+            registry.entry(argv[1], registry.TABLES, "table")
+    kinds: dict[str, Any] = {
+        "list": List,
+        "train": Train[_one_of(registry.RECIPES, chosen["train"])],  # type: ignore[misc]
+        "reproduce": Reproduce[_one_of(registry.TABLES, chosen["reproduce"])],  # type: ignore[misc]
+        "resume": Resume,
+        "evaluate": Evaluate,
+        "report": Report,
+    }
     choices = [_start("demo") if named == "demo" else Annotated[Deferred, _named("demo", COMMANDS["demo"])]]
     # a command that is asked for shows its own docstring, in full
     choices += [
@@ -208,18 +217,18 @@ def _one_line(box: str) -> str:
     return line[:1].lower() + line[1:]
 
 
-def _train(recipe: str | None) -> Any:
-    """The type of ``train``: one subcommand a recipe, of which only the chosen one is imported."""
+def _one_of(entries: dict[str, registry.Entry], chosen: str | None) -> Any:
+    """One subcommand an entry, of which only the chosen one is imported."""
     choices = [
-        _start(name) if name == recipe else Annotated[Deferred, _named(name, entry.summary)]
-        for name, entry in registry.RECIPES.items()
+        _start(name) if name == chosen else Annotated[Deferred, _named(name, entry.summary)]
+        for name, entry in entries.items()
     ]
-    return Train[reduce(or_, choices)]  # type: ignore[misc]
+    return reduce(or_, choices)
 
 
 def _start(name: str) -> Any:
     """The type of one recipe's subcommand."""
-    settings = registry.load(name)
+    settings = registry.settings(name)
     default = Start(settings, recipe=name)
     return Annotated[Start[type(settings)], _named(name, registry.entry(name).summary, default)]  # type: ignore[misc]
 

@@ -1,8 +1,8 @@
-"""What a recipe's config must be able to do."""
+"""What a recipe consists of: settings, and a runner for them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -10,23 +10,23 @@ if TYPE_CHECKING:
     from torchimplicit.recipes.run import Run
 
 
-@runtime_checkable
-class Recipe(Protocol):
-    """A frozen dataclass of settings, each with a docstring that ``--help`` shows.
+class Runner(Protocol):
+    """Runs a recipe's settings: a module, or an object.
 
-    Settings that make no sense raise :class:`~torchimplicit.recipes.errors.UserError` when the config is made. Heavy
-    imports belong inside the methods: the command line makes configs only to show their help.
+    The settings are a frozen dataclass, each field with a docstring that ``--help`` shows. Settings that make no sense
+    raise :class:`~torchimplicit.recipes.errors.UserError` when they are made. Their module imports nothing heavy: the
+    command line makes settings only to show their help.
     """
 
-    def check(self) -> None:
+    def check(self, config: Any) -> None:
         """Raise :class:`~torchimplicit.recipes.errors.UserError` where this machine cannot run it."""
 
-    def train(self, run: Run, console: Console) -> bool:
+    def train(self, config: Any, run: Run, console: Console) -> bool:
         """Train, from the run's last checkpoint if it has one, and write the results into the run's directory.
 
         Returns:
             Whether training went to its end. ``False``: it was interrupted, and what was done is written.
         """
 
-    def evaluate(self, run: Run, console: Console) -> None:
-        """Measure the trained model again from the run's last checkpoint, and write ``evaluation.json``."""
+    def evaluate(self, config: Any, run: Run, console: Console) -> None:
+        """Measure again from what the run holds, and write ``evaluation.json``."""

@@ -1,60 +1,97 @@
-"""The recipes by name. Looking one up imports that one only."""
+"""The recipes and the tables by name. Looking one up imports that one only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from typing import Any, cast
 
 from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.recipe import Recipe
+from torchimplicit.recipes.recipe import Runner
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a recipe is.
+    """Where a recipe, or a table, is.
 
     Attributes:
-        module, function: the function that returns the recipe's default config.
         summary: one line for ``torchimplicit list``.
+        settings: ``module:function``, the function giving the default settings.
+        runner: ``module`` or ``module:object``, the :class:`Runner` of such settings.
     """
 
-    module: str
-    function: str
     summary: str
+    settings: str
+    runner: str
 
+
+_HERE = "torchimplicit.recipes"
 
 RECIPES = {
     "demo": Entry(
-        "torchimplicit.recipes.digits",
-        "demo",
         "Three gradient estimators side by side on 8×8 digits, with pictures, in under three minutes.",
+        f"{_HERE}.digits.config:demo",
+        f"{_HERE}.digits.runner",
     ),
     "digits": Entry(
-        "torchimplicit.recipes.digits",
-        "digits",
         "One convolutional equilibrium classifier of 8×8 digits, with the estimator of your choice.",
+        f"{_HERE}.digits.config:digits",
+        f"{_HERE}.digits.runner",
     ),
 }
-"""Every recipe, in the order in which it is listed."""
+"""What ``train`` trains, in the order in which it is listed."""
+
+TABLES = {
+    "phantom-precision": Entry(
+        "Phantom against exact gradients: their cosine over steps and damping, and along training (Figs. 1 and 2).",
+        f"{_HERE}.phantom_precision.config:default",
+        f"{_HERE}.phantom_precision.table:TABLE",
+    ),
+    "phantom-ablation": Entry(
+        "An image classifier with implicit and phantom gradients: accuracy and cost (Table 1, Fig. 3).",
+        f"{_HERE}.phantom_ablation.config:default",
+        f"{_HERE}.phantom_ablation.table:TABLE",
+    ),
+    "phantom-language": Entry(
+        "A language model with implicit and phantom gradients, and Jacobian regularization (Table 3).",
+        f"{_HERE}.phantom_language.config:default",
+        f"{_HERE}.phantom_language.table:TABLE",
+    ),
+    "phantom-graphs": Entry(
+        "Implicit graph networks with implicit and phantom gradients, and long chains (Table 4).",
+        f"{_HERE}.phantom_graphs.config:default",
+        f"{_HERE}.phantom_graphs.table:TABLE",
+    ),
+}
+"""What ``reproduce`` reproduces, likewise."""
 
 
-def entry(name: str) -> Entry:
-    """The recipe's entry.
+def entry(name: str, among: dict[str, Entry] | None = None, kind: str = "recipe") -> Entry:
+    """The entry of a name, among all or among some.
 
     Raises:
-        UserError: if there is no such recipe.
+        UserError: if there is none.
     """
-    if name in RECIPES:
-        return RECIPES[name]
-    close = get_close_matches(name, RECIPES, n=1)
+    known = {**RECIPES, **TABLES} if among is None else among
+    if name in known:
+        return known[name]
+    close = get_close_matches(name, known, n=1)
     hint = f"did you mean '{close[0]}'?" if close else "see 'torchimplicit list'"
-    raise UserError(f"there is no recipe '{name}'; the recipes are {', '.join(RECIPES)}; {hint}")
+    raise UserError(f"there is no {kind} '{name}'; the {kind}s are {', '.join(known)}; {hint}")
 
 
-def load(name: str) -> Recipe:
-    """The recipe's default config."""
-    where = entry(name)
-    config = getattr(import_module(where.module), where.function)()
-    assert isinstance(config, Recipe), f"{name} is no recipe"
-    return config
+def settings(name: str) -> Any:
+    """The default settings of a recipe or table."""
+    return _found(entry(name).settings)()
+
+
+def runner(name: str) -> Runner:
+    """What runs the settings of a recipe or table."""
+    return cast(Runner, _found(entry(name).runner))
+
+
+def _found(where: str) -> Any:
+    module, _, name = where.partition(":")
+    loaded = import_module(module)
+    return getattr(loaded, name) if name else loaded

@@ -15,7 +15,7 @@ from torchimplicit.recipes.plain import to_plain
 RUNS = Path("runs")
 """Where runs go unless told otherwise, below the working directory: ``runs/<recipe>/<number>``."""
 
-State = Literal["running", "interrupted", "complete"]
+State = Literal["running", "interrupted", "complete", "diverged"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Run:
     def checkpoint(self) -> Path:
         """The last checkpoint; it may not exist yet."""
         return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint of the best validation; it may not exist yet."""
+        return self.path / "checkpoints" / "best.ckpt"
 
     @property
     def metrics(self) -> Path:
@@ -86,6 +91,10 @@ class Run:
         """Write ``value`` as strict JSON; a reader never sees half a file."""
         text = json.dumps(to_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
         return self.write_text(name, text + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file that :meth:`write_json` has written."""
+        return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file of the run in one move."""
@@ -140,6 +149,15 @@ def _chosen(path: Path, overwrite: bool) -> Path:
         if not run.description.is_file():
             raise UserError(f"--output {path} holds no earlier run, and --overwrite replaces only that; choose another")
         figures = (path / "figures").glob("*.png")
-        for stale in (run.checkpoint, run.metrics, *path.glob("*.json"), path / "index.html", *figures):
+        events = (path / "logs").glob("events.out.tfevents.*")
+        for stale in (
+            run.checkpoint,
+            run.best,
+            run.metrics,
+            *events,
+            *path.glob("*.json"),
+            path / "index.html",
+            *figures,
+        ):
             stale.unlink(missing_ok=True)
     return path

@@ -41,3 +41,21 @@ class Table:
             name = column.title + (f" ({column.unit})" if column.unit else "")
             table.add_row(Text(name), *(Text(row[index]) for row in self.rows))
         return table
+
+    def rich_rows(self) -> RichTable:
+        """For the terminal, as it is."""
+        table = RichTable()
+        for index, column in enumerate(self.columns):
+            name = column.title + (f"\n{column.unit}" if column.unit else "")
+            table.add_column(name, justify="right" if index else "left")
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+    def markdown(self) -> str:
+        """For the documentation."""
+        heads = [c.title + (f" ({c.unit})" if c.unit else "") for c in self.columns]
+        lines = [heads, ["---", *("---:" for _ in heads[1:])], *self.rows]
+        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        notes = "\n".join(f"- **{c.title}**: {c.note}" for c in self.columns if c.note)
+        return table + (f"\n\n{notes}" if notes else "")

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torchimplicit.recipes.digits.estimators import EstimatorName
 from torchimplicit.recipes.errors import UserError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.options import fraction, not_negative, positive
 
 GROUPS = 4
 """Of the model's group normalization."""
@@ -79,42 +75,20 @@ class DigitsConfig:
     def __post_init__(self) -> None:
         if not self.estimators or len(set(self.estimators)) < len(self.estimators):
             raise UserError("--estimators must name at least one estimator, and none twice")
-        for name in POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{_option(name)} must be positive, and it is {value}")
-        for name in NOT_NEGATIVE:
-            if getattr(self, name) < 0:
-                raise UserError(f"{_option(name)} must not be negative, and it is {getattr(self, name)}")
-        if not 0 < self.phantom_damping <= 1:
-            raise UserError(f"--phantom-damping must lie in (0, 1], and it is {self.phantom_damping}")
+        positive(self, *POSITIVE)
+        not_negative(self, *NOT_NEGATIVE)
+        fraction(self, "phantom_damping")
         if self.channels < GROUPS or self.channels % GROUPS:
             raise UserError(f"--channels must be a multiple of {GROUPS}, and it is {self.channels}")
         if self.batch_size > 1000:
             raise UserError(f"--batch-size must be at most 1000 (of 1437 training images), and it is {self.batch_size}")
 
-    def check(self) -> None:
-        """A GPU that is asked for must be there."""
-        from torchimplicit.recipes.digits.build import device
 
-        device(self)
-
-    def train(self, run: Run, console: Console) -> bool:
-        """Train, and write ``results.json``, ``figures/`` and ``index.html``."""
-        from torchimplicit.recipes.digits.build import threads
-        from torchimplicit.recipes.digits.train import train
-
-        with threads(self):
-            return train(self, run, console)
-
-    def evaluate(self, run: Run, console: Console) -> None:
-        """Validate the last checkpoint's classifiers."""
-        from torchimplicit.recipes.digits.build import threads
-        from torchimplicit.recipes.digits.evaluate import evaluate
-
-        with threads(self):
-            evaluate(self, run, console)
+def demo() -> DigitsConfig:
+    """Exact and phantom gradients compared, the estimates audited against the exact gradient as training goes."""
+    return DigitsConfig(estimators=("implicit", "unrolled-phantom", "neumann-phantom"), epochs=6, audit_every=33)
 
 
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def digits() -> DigitsConfig:
+    """One estimator, trained longer, without audits."""
+    return DigitsConfig()

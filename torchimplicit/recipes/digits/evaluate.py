@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from torchimplicit.recipes.digits import build, data
+from torchimplicit.recipes.digits import data
 from torchimplicit.recipes.digits.config import DigitsConfig
 from torchimplicit.recipes.digits.results import label
 from torchimplicit.recipes.digits.task import DigitsTask
 from torchimplicit.recipes.digits.validate import validate
 from torchimplicit.recipes.fitting import load_weights
+from torchimplicit.recipes.machine import device
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.tables import Column, Table
 
@@ -25,11 +26,11 @@ COLUMNS = [
 
 def evaluate(config: DigitsConfig, run: Run, console: Console) -> None:
     """See :meth:`torchimplicit.recipes.recipe.Recipe.evaluate`."""
-    device = build.device(config)
+    where = device(config.device)
     _, validation = data.load(config.split_seed)
     task = DigitsTask(config, total_steps=1, validation=validation)
     load_weights(task, run.checkpoint)
-    task.to(device)
+    task.to(where)
     with console.status("Evaluating"):
         found = {name: validate(task.classifier(name), validation) for name in config.estimators}
     run.write_json("evaluation.json", {"steps": task.steps_done, "estimators": found})

@@ -6,9 +6,10 @@ import math
 import time
 
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 
-from torchimplicit.recipes.digits import build, data
+from torchimplicit.recipes.digits import data
 from torchimplicit.recipes.digits.config import DigitsConfig
 from torchimplicit.recipes.digits.data import Split
 from torchimplicit.recipes.digits.log import LogTracks
@@ -18,6 +19,7 @@ from torchimplicit.recipes.digits.results import EstimatorResult, Results, label
 from torchimplicit.recipes.digits.task import DigitsTask
 from torchimplicit.recipes.environment import Environment
 from torchimplicit.recipes.fitting import fit
+from torchimplicit.recipes.machine import device
 from torchimplicit.recipes.progress import ShowProgress
 from torchimplicit.recipes.run import Run
 
@@ -28,23 +30,25 @@ PROFILED = 128
 def train(config: DigitsConfig, run: Run, console: Console) -> bool:
     """See :meth:`torchimplicit.recipes.recipe.Recipe.train`."""
     began = time.perf_counter()
-    device = build.device(config)
+    where = device(config.device)
     training, validation = data.load(config.split_seed)
     loader = data.batches(training, config.batch_size, config.seed)
     task = DigitsTask(config, planned_steps(config, len(loader)), validation)
-    console.print(opening(config, training, validation, task.total_steps, device), highlight=False)
-    finished = fit(
+    console.print(opening(config, training, validation, task.total_steps, where), highlight=False)
+    fit(
         task,
-        loader,
         run,
-        device=device,
+        train=loader,
+        device=where,
         epochs=math.ceil(task.total_steps / len(loader)),
-        callbacks=[ShowProgress(console, task.total_steps, lambda: task.steps_done, lambda: status(task)), LogTracks()],
+        loggers=[CSVLogger(run.path, name=None, version="logs")],
+        callbacks=[ShowProgress(console, run), LogTracks()],
     )
+    finished = task.steps_done >= task.total_steps
     with console.status("Measuring and drawing the results"):
-        task.to(device)
+        task.to(where)
         task.validate()
-        images = validation.images[:PROFILED].to(device)
+        images = validation.images[:PROFILED].to(where)
         results = Results(
             state="complete" if finished else "interrupted",
             planned_steps=task.total_steps,
@@ -53,7 +57,7 @@ def train(config: DigitsConfig, run: Run, console: Console) -> bool:
             parameters=sum(p.numel() for p in task.classifier(config.estimators[0]).parameters()),
             wall_seconds=time.perf_counter() - began,
             config=config,
-            environment=Environment.of(device),
+            environment=Environment.of(where),
             estimators={
                 name: EstimatorResult(
                     label(name), summarize(track, len(loader)), profiles(task.classifier(name), images), track
@@ -80,14 +84,3 @@ def opening(config: DigitsConfig, training: Split, validation: Split, steps: int
         f"Training on {len(training.labels)} digits, validating on {len(validation.labels)} others: {steps} steps with "
         f"{names}, on {device.type.upper()}. Ctrl-C stops and keeps what is done."
     )
-
-
-def status(task: DigitsTask) -> str:
-    """How training goes, in a few words."""
-    track = task.tracks[task.config.estimators[0]]
-    if not track.steps:
-        return ""
-    text = f"loss {track.steps[-1].loss:.3f}"
-    if track.validations:
-        text += f", validation {100 * track.validations[-1].accuracy:.1f} %"
-    return text

@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from torchimplicit.recipes.digits.report.style import FIGURE, look
+from torchimplicit.recipes.digits.report.style import look
 from torchimplicit.recipes.digits.results import Results
+from torchimplicit.recipes.plotting import FIGURE
 
 SIZE = (6.0, 3.9)
 """Inches."""

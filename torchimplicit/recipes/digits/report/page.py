@@ -12,8 +12,9 @@ from textwrap import dedent
 from torchimplicit.recipes.digits.config import DigitsConfig
 from torchimplicit.recipes.digits.estimators import ESTIMATORS
 from torchimplicit.recipes.digits.report.captions import CAPTIONS
-from torchimplicit.recipes.digits.report.style import CSS, look
+from torchimplicit.recipes.digits.report.style import look
 from torchimplicit.recipes.digits.results import Results, summary_table
+from torchimplicit.recipes.html import document
 from torchimplicit.recipes.tables import Table
 
 
@@ -27,10 +28,6 @@ def page(results: Results, pictures: dict[str, str]) -> str:
     count = len(results.estimators)
     title = f"One equilibrium model, {_number(count)} gradient{'s' * (count > 1)}"
     parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)} – torchimplicit</title><style>{CSS}</style></head><body><main>",
         f'<p class="tag">torchimplicit · {escape(results.environment.date)}</p>',
         f"<h1>{escape(title)}</h1>",
         introduction(results),
@@ -44,9 +41,8 @@ def page(results: Results, pictures: dict[str, str]) -> str:
         "<h2>What the settings were</h2>",
         settings(results.config),
         footer(results),
-        "</main></body></html>",
     ]
-    return "\n".join(parts) + "\n"
+    return document(title, parts)
 
 
 def introduction(results: Results) -> str:

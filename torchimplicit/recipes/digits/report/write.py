@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torchimplicit.recipes.digits.report.figures import figures
 from torchimplicit.recipes.digits.report.page import page
-from torchimplicit.recipes.digits.report.svg import svg
 from torchimplicit.recipes.digits.results import Results
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.svg import svg
 
 
 def write_report(results: Results, run: Run) -> None:

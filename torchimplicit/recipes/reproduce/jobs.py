@@ -1,0 +1,168 @@
+"""The runs of a table, through a scheduler: processes of this machine, or Slurm."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from torchimplicit.recipes.errors import DivergedError, UserError
+from torchimplicit.recipes.execution import go, opened
+from torchimplicit.recipes.plain import to_plain
+from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.run import Run, RunOptions, create
+
+POLL = 1.0
+"""Seconds between two looks at the runs."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a table.
+
+    Attributes:
+        name: unique in the table, fit for a folder.
+        recipe: in the registry.
+        config: its settings.
+    """
+
+    name: str
+    recipe: str
+    config: Any
+
+
+def run_all(jobs: Sequence[Job], folder: Path, plan: Plan, console: Console) -> dict[str, Run]:
+    """Run what is not done yet, each in a folder of its name; a run that was stopped goes on.
+
+    Returns:
+        the runs by the jobs' names; some may have diverged, or failed, which their ``run.json`` says.
+
+    Raises:
+        KeyboardInterrupt: after the runs have been told to stop too.
+    """
+    runs = {job.name: prepare(job, folder) for job in jobs}
+    waiting = [job for job in jobs if not finished(runs[job.name])]
+    if not waiting:
+        return runs
+    started: dict[str, submitit.Job[str]] = {}
+    executor = _executor(folder / "scheduler", plan, waiting)
+    if plan.cluster == "slurm":  # its array does the waiting
+        with executor.batch():
+            started = {job.name: executor.submit(work, str(runs[job.name].path.resolve())) for job in waiting}
+        waiting = []
+    try:
+        with _bars(console, len(jobs)) as bars:
+            while waiting or started:
+                while waiting and len(started) < plan.parallel:
+                    name = waiting.pop(0).name
+                    started[name] = executor.submit(work, str(runs[name].path.resolve()))
+                time.sleep(POLL)
+                for name in [name for name, process in started.items() if process.done()]:
+                    _say_how_it_ended(console, runs[name], started.pop(name))
+                _show(bars, runs, started)
+    except BaseException:
+        for process in started.values():
+            with suppress(Exception):
+                process.cancel(check=False)
+        raise
+    return runs
+
+
+def prepare(job: Job, folder: Path) -> Run:
+    """The job's run directory, made if it is not there."""
+    run = Run(folder / job.name)
+    if not run.description.is_file():
+        run = create(job.recipe, RunOptions(output=folder / job.name))
+        run.describe(job.recipe, job.config)
+        run.mark("interrupted")
+    elif run.read()["config"] != json.loads(json.dumps(to_plain(job.config))):
+        raise UserError(f"{run} was made with other settings; reproduce into a new --output")
+    return run
+
+
+def finished(run: Run) -> bool:
+    """Whether there is nothing left to do."""
+    return run.read()["state"] in ("complete", "diverged")
+
+
+def work(path: str) -> str:
+    """What a process of the scheduler does: go on with a run. Returns the state in which it leaves it."""
+    run, runner, settings = opened(Path(path))
+    run.mark("running")
+    with (run.path / "log.txt").open("a", encoding="utf-8") as log:
+        console = Console(file=log, width=120)
+        try:
+            go(runner, settings, run, console)
+        except DivergedError as error:
+            console.print(f"diverged: {error}")
+    return str(run.read()["state"])
+
+
+def _executor(folder: Path, plan: Plan, jobs: Sequence[Job]) -> submitit.AutoExecutor:
+    executor = submitit.AutoExecutor(folder=folder, cluster=plan.cluster)
+    machines = [getattr(job.config, "machine", None) for job in jobs]
+    devices = max((machine.devices for machine in machines if machine is not None), default=1)
+    on_gpu = any(machine is None or machine.device != "cpu" for machine in machines) and _has_gpu(plan)
+    executor.update_parameters(
+        name="torchimplicit",
+        timeout_min=60 * plan.hours,
+        gpus_per_node=devices if on_gpu else 0,
+        cpus_per_task=max(1, max((machine.threads for machine in machines if machine is not None), default=1)),
+        stderr_to_stdout=True,
+    )
+    if plan.cluster == "slurm":
+        executor.update_parameters(slurm_array_parallelism=plan.parallel, slurm_partition=plan.partition)
+    return executor
+
+
+def _has_gpu(plan: Plan) -> bool:
+    return plan.cluster == "slurm" or torch.cuda.is_available()
+
+
+def _say_how_it_ended(console: Console, run: Run, job: Any) -> None:
+    error = job.exception()
+    if error is not None:
+        last = str(error).strip().splitlines()[-1]
+        console.print(f"[red]{run.path.name} failed[/red]: {last}; see {run}/log.txt", highlight=False, soft_wrap=True)
+        return
+    console.print(f"{run.path.name}: {run.read()['state']}", highlight=False)
+
+
+def _bars(console: Console, total: int) -> Progress:
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    progress.add_task("[bold]runs", total=total, status="")
+    return progress
+
+
+def _show(bars: Progress, runs: dict[str, Run], started: dict[str, Any]) -> None:
+    """A bar for all runs, and one for each that is going."""
+    whole, *parts = bars.tasks
+    bars.update(whole.id, completed=sum(finished(run) for run in runs.values()))
+    shown = {task.description: task for task in parts}
+    for name, task in shown.items():
+        if name not in started:
+            bars.remove_task(task.id)
+    for name in started:
+        with suppress(OSError, ValueError, KeyError):
+            noted = runs[name].read_json("progress.json")
+            if name not in shown:
+                bars.add_task(name, total=noted["total"], status="")
+                continue
+            bars.update(shown[name].id, completed=noted["done"], status=noted["status"])

@@ -1,0 +1,82 @@
+"""What a step costs: evaluations, by watching the equilibria, and seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from torchimplicit.nn import Equilibrium
+from torchimplicit.solution import Solution, Status
+
+
+class Costs:
+    """Watches every solve of some layers until it is closed.
+
+    Attributes:
+        solves: how many calls there were of the first layer: one a batch, where a batch calls the model once.
+    """
+
+    def __init__(self, layers: Sequence[Equilibrium]):
+        self._solutions: list[Solution] = []
+        self._first = layers[0] if layers else None
+        self.solves = 0
+        self._handles = [layer.register_solution_hook(self._see) for layer in layers]
+
+    def _see(self, layer: Equilibrium, solution: Solution) -> None:
+        self.solves += layer is self._first
+        # the record is shared with the solution, and is filled in by the backward pass
+        self._solutions.append(solution.figures())
+
+    def figures(self) -> dict[str, float]:
+        """Evaluations of the cells in whole-batch equivalents, forward and backward, over all layers; the share of
+        samples that are not converged; the largest relative residual."""
+        adjoints = [solution.adjoint for solution in self._solutions]
+        status = [solution.status.reshape(-1) for solution in self._solutions]
+        residual = [solution.residual.reshape(-1) for solution in self._solutions]
+        return {
+            "forward_evaluations": sum(solution.evaluations for solution in self._solutions),
+            "backward_evaluations": sum(adjoint.evaluations for adjoint in adjoints if adjoint is not None),
+            "unconverged": float((torch.cat(status) != Status.CONVERGED).double().mean()) if status else 0.0,
+            "residual": float(torch.cat(residual).nan_to_num(nan=torch.inf).max()) if residual else 0.0,
+        }
+
+    def close(self) -> None:
+        """Watch no longer, and let go of what was seen."""
+        for handle in self._handles:
+            handle.remove()
+        self._solutions = []
+
+
+class Stopwatch:
+    """Seconds of the parts of a step; the device finishes its work before each reading."""
+
+    def __init__(self) -> None:
+        self._began = self._last = 0.0
+        self._laps: dict[str, float] = {}
+
+    def start(self, device: torch.device) -> None:
+        """A step begins."""
+        self._laps = {}
+        self._began = self._last = _now(device)
+
+    def skip(self, device: torch.device) -> None:
+        """What has passed since the last reading belongs to no part."""
+        self._last = _now(device)
+
+    def lap(self, name: str, device: torch.device) -> None:
+        """A part has ended."""
+        now = _now(device)
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def stop(self, device: torch.device) -> dict[str, float]:
+        """The parts, and ``seconds`` for the whole step."""
+        return {"seconds": _now(device) - self._began, **self._laps}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

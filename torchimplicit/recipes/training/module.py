@@ -1,0 +1,287 @@
+"""The training loop's hooks: one task under Lightning."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.gradients import Unrolled
+from torchimplicit.nn import Equilibrium
+from torchimplicit.recipes.errors import DivergedError
+from torchimplicit.recipes.plain import from_plain, to_plain
+from torchimplicit.recipes.training.costs import Costs, Stopwatch
+from torchimplicit.recipes.training.sampling import generator
+from torchimplicit.recipes.training.settings import Equilibria, Optimization
+from torchimplicit.recipes.training.task import Shard, Task
+from torchimplicit.regularizers import jacobian_frobenius
+from torchimplicit.solution import Solution
+from torchimplicit.solvers import FixedPointIteration
+from torchimplicit.state import detached
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The validation split after some steps.
+
+    Attributes:
+        step: optimizer steps done.
+        seconds: spent in training steps until then.
+        figures: see :meth:`Task.figures`.
+        forward: evaluations of the cells a batch, in whole-batch equivalents.
+        unconverged: share of the samples whose solve stopped at its budget.
+    """
+
+    step: int
+    seconds: float
+    figures: dict[str, float]
+    forward: float
+    unconverged: float
+
+
+@dataclass
+class History:
+    """What is known of a training so far. It travels in the checkpoint.
+
+    Attributes:
+        steps: optimizer steps done.
+        seconds: spent in them: forward, backward and update, and nothing else.
+        best: the step of the best validation so far; ``None`` before the first.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    best: int | None = None
+    validations: list[Validation] = field(default_factory=list)
+
+
+class TrainingModule(LightningModule):
+    """Trains a task for a number of steps, an epoch of Lightning's being a segment."""
+
+    def __init__(self, task: Task, optimization: Optimization, equilibria: Equilibria):
+        super().__init__()
+        self.task = task
+        self.optimization = optimization
+        self.equilibria = equilibria
+        self.history = History()
+        self.last_loss = math.nan
+        self._watch = Stopwatch()
+        self._costs: Costs | None = None
+        self._held_out = Costs(())
+        self._sums: Tensor | None = None
+
+    @property
+    def layers(self) -> list[Equilibrium]:
+        """The equilibria in the model."""
+        return [module for module in self.task.modules() if isinstance(module, Equilibrium)]
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps."""
+        return self.history.steps
+
+    @property
+    def total_steps(self) -> int:
+        """How many it will be."""
+        return self.optimization.steps
+
+    @property
+    def at_best(self) -> bool:
+        """Whether the present weights are those of the best validation."""
+        return self.history.best == self.history.steps
+
+    @property
+    def shard(self) -> Shard:
+        """This process's share."""
+        return Shard(self.trainer.global_rank, self.trainer.world_size)
+
+    def status(self) -> str:
+        """How training goes, in a few words."""
+        text = f"loss {self.last_loss:.4g}" if math.isfinite(self.last_loss) else ""
+        if self.history.validations:
+            metric = self.task.metric
+            text += f", validation {metric.name} {metric.text(self.history.validations[-1].figures[metric.name])}"
+        return text
+
+    # optimizer
+
+    def configure_optimizers(self) -> Any:
+        chosen = self.optimization
+        weights = [p for p in self.task.parameters() if p.requires_grad]
+        rate, decay = chosen.learning_rate, chosen.weight_decay
+        optimizer: Optimizer
+        if chosen.optimizer == "sgd":
+            optimizer = SGD(
+                weights, lr=rate, weight_decay=decay, momentum=chosen.momentum, nesterov=chosen.momentum > 0
+            )
+        elif chosen.optimizer == "adamw":
+            optimizer = AdamW(weights, lr=rate, weight_decay=decay)
+        else:
+            optimizer = Adam(weights, lr=rate, weight_decay=decay)
+        schedule = LambdaLR(optimizer, lambda step: rate_share(chosen, step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # data
+
+    def train_dataloader(self) -> Iterable[Any]:
+        done = self.history.steps
+        return self.task.training_batches(
+            range(done, min(done + self.optimization.validate_every, self.total_steps)), self.shard
+        )
+
+    def val_dataloader(self) -> Iterable[Any]:
+        return self.task.held_out_batches("validation", self.shard)
+
+    # one step
+
+    def on_train_epoch_start(self) -> None:
+        # a resumed run draws what the first would have drawn
+        torch.manual_seed(generator(self.optimization.seed, self.history.steps, self.global_rank).initial_seed())
+        self.task.begin()
+
+    def on_train_batch_start(self, batch: Any, index: int) -> None:
+        self._costs = Costs(self.layers)
+        self._watch.start(self.device)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        step = self.history.steps
+        with _quietly(), self._pretraining(step):
+            penalized = self._penalized(step)
+            seen: list[Solution] = []
+            handles = [
+                layer.register_solution_hook(lambda layer, solution: seen.append(solution))
+                for layer in (self.layers if penalized else ())
+            ]
+            try:
+                loss = self.task.loss(batch)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            total = loss
+            for solution in seen:
+                # at the detached state it moves the map and not the equilibrium: the usual, cheaper term
+                penalty = jacobian_frobenius(solution.problem, detached(solution.value), *solution.args)
+                total = total + self.equilibria.jacobian_weight * penalty
+        self.last_loss = float(loss.detach())
+        if not math.isfinite(self.last_loss):
+            raise DivergedError(f"the loss is {self.last_loss} at step {step + 1}")
+        self._watch.lap("forward_seconds", self.device)
+        return total
+
+    def _penalized(self, step: int) -> bool:
+        """Whether this step has the Jacobian's penalty; all processes agree."""
+        chosen = self.equilibria
+        if not chosen.jacobian_weight or step < chosen.pretrain_steps:
+            return False
+        draw = torch.rand((), generator=generator(self.optimization.seed, step, -3))
+        return float(draw) < chosen.jacobian_probability
+
+    @contextmanager
+    def _pretraining(self, step: int) -> Iterator[None]:
+        """Replace the solver by a few weight-tied applications, while pretraining lasts."""
+        if step >= self.equilibria.pretrain_steps:
+            yield
+            return
+        layers = self.layers
+        usual = [(layer.solver, layer.gradient) for layer in layers]
+        for layer in layers:
+            layer.solver = FixedPointIteration(max_steps=self.equilibria.pretrain_depth, rtol=0.0)
+            layer.gradient = Unrolled()
+        try:
+            yield
+        finally:
+            for layer, (solver, gradient) in zip(layers, usual, strict=True):
+                layer.solver, layer.gradient = solver, gradient
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self._watch.skip(self.device)
+
+    def on_after_backward(self) -> None:
+        self._watch.lap("backward_seconds", self.device)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+        seconds = self._watch.stop(self.device)
+        assert self._costs is not None
+        self.history.steps += 1
+        self.history.seconds += seconds["seconds"]
+        rates = self.optimizers().param_groups  # type: ignore[union-attr]
+        row = {
+            "loss": self.last_loss,
+            "learning_rate": rates[0]["lr"],
+            **seconds,
+            **self._costs.figures(),
+            "pretraining": float(self.history.steps <= self.equilibria.pretrain_steps),
+        }
+        self._costs.close()
+        for logger in self.loggers:
+            logger.log_metrics(row, self.history.steps)
+
+    # validation
+
+    def on_validation_epoch_start(self) -> None:
+        self.task.begin()
+        self._sums = None
+        self._held_out = Costs(self.layers)
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        with _quietly():
+            sums = self.task.score(batch).double()
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def on_validation_epoch_end(self) -> None:
+        assert self._sums is not None, "the validation split is empty"
+        costs = self._held_out.figures()
+        self._held_out.close()
+        total = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        found = Validation(
+            step=self.history.steps,
+            seconds=self.history.seconds,
+            figures=self.task.figures(total.tolist()),
+            forward=costs["forward_evaluations"] / max(1, self._held_out.solves),
+            unconverged=costs["unconverged"],
+        )
+        metric = self.task.metric
+        known = {v.step: v.figures[metric.name] for v in self.history.validations}
+        if self.history.best is None or metric.better(found.figures[metric.name], known[self.history.best]):
+            self.history.best = found.step
+        self.history.validations.append(found)
+        for logger in self.loggers:
+            logger.log_metrics({f"validation_{name}": value for name, value in found.figures.items()}, found.step)
+
+    # checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["history"] = to_plain(self.history)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.history = from_plain(History, checkpoint["history"])
+
+
+def rate_share(chosen: Optimization, step: int) -> float:
+    """The share of the peak learning rate at a step, counted from 0."""
+    if step < chosen.warmup_steps:
+        return (step + 1) / chosen.warmup_steps
+    if chosen.schedule == "cosine":
+        left = max(1, chosen.steps - chosen.warmup_steps)
+        turn = math.cos(math.pi * min(1.0, (step - chosen.warmup_steps) / left))
+        return chosen.final_share + (1 - chosen.final_share) * 0.5 * (1 + turn)
+    return chosen.decay ** sum(step >= milestone for milestone in chosen.milestones)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """The share of samples that did not converge is recorded, and not warned about at every step."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
