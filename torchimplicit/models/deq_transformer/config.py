@@ -55,8 +55,8 @@ class DEQTransformerConfig:
     memory: int = 0
     context: int = 512
     window: int | None = None
-    gain: float = 0.3
-    injection_gain: float = 2.0
+    gain: float = 0.5
+    injection_gain: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("vocabulary", "d_model", "heads", "d_head", "d_inner", "div_val", "context"):
