@@ -24,6 +24,7 @@ from torchimplicit.gradients import Unrolled
 from torchimplicit.recipes import registry
 from torchimplicit.recipes.errors import DivergedError, UserError
 from torchimplicit.recipes.run import Run, RunOptions, create
+from torchimplicit.recipes.training.estimators import ESTIMATORS
 from torchimplicit.recipes.training.logs import rows
 from torchimplicit.recipes.training.module import rate_share
 from torchimplicit.recipes.training.results import Results
@@ -167,6 +168,38 @@ class TestSteps:
         assert results.state == "diverged"
         assert results.steps == 4, "the last whole segment"
         assert results.best is not None
+
+    def test_watching_the_gradient_changes_nothing(self, tmp_path):
+        plain = trained(tmp_path / "plain")
+        watched = trained(tmp_path / "watched", TinyConfig(machine=Machine(device="cpu", monitor_every=5)))
+        assert losses(watched) == losses(plain)
+        found = [row for row in rows(watched.metrics) if "gradient/task.equilibrium/cosine" in row]
+        assert [row["step"] for row in found] == [1, 6, 11]
+        assert all(0.9 < row["gradient/task.equilibrium/cosine"] < 1.0001 for row in found)
+        one, other = Results.of(plain).costs, Results.of(watched).costs
+        assert one is not None
+        assert other is not None
+        assert (one.forward, one.backward) == (other.forward, other.backward)
+
+    def test_watching_goes_on_after_a_resume(self, tmp_path):
+        whole, cut = tmp_path / "whole", tmp_path / "cut"
+        words = ["--monitor-every", "2", "--gradient", "unbiased-neumann"]
+        assert command("train", "tiny", "--output", str(whole), *words).returncode == 0
+        assert command("train", "tiny", "--output", str(cut), "--kill", "7", *words).returncode == -9
+        assert command("resume", str(cut), TINY_SPARE="1").returncode == 0
+        name = "gradient/task.equilibrium/cosine"
+        found = [
+            [(row["step"], row[name]) for row in rows(Run(path).metrics) if name in row] for path in (whole, cut)
+        ]  # fmt: skip
+        assert found[0] == found[1]
+        assert losses(Run(cut)) == losses(Run(whole))
+
+    @pytest.mark.parametrize("name", list(ESTIMATORS))
+    def test_every_estimator_trains(self, tmp_path, name):
+        config = TinyConfig(
+            optimization=Optimization(steps=4, batch_size=8, validate_every=4), equilibria=Equilibria(gradient=name)
+        )
+        assert Results.of(trained(tmp_path / "run", config)).costs is not None
 
     def test_mixed_precision(self, tmp_path):
         config = TinyConfig(machine=Machine(device="cpu", precision="bf16-mixed"))

@@ -23,7 +23,7 @@ from torchimplicit.solution import Solution
 from torchimplicit.validation import at_least
 
 FIGURES = ("cosine", "norm_ratio", "relative_error", "adjoint_residual", "ascent", "spectral_radius")
-"""What is logged of a record, as ``gradient/LAYER/FIGURE``."""
+"""What is logged of a record, as ``gradient/LAYER/FIGURE``, under the number of the step, counted from 1."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class MonitorGradient(Callback):
     Of a layer that is called several times in a step, the last call is compared; a layer differentiated by
     :class:`~torchimplicit.gradients.Unrolled` or from the solver's state is passed over.
 
+    A module that measures its own time may have a method ``uncounted()``, a context in which the comparison is made.
+
     Args:
         every: optimizer steps between two comparisons; 0: never.
         exact: what to compare with, see :func:`~torchimplicit.diagnostics.compare_gradients`.
@@ -98,11 +100,18 @@ class MonitorGradient(Callback):
                 self._handles.append(layer.register_solution_hook(self._watcher(name)))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for name in [name for name, seen in self._seen.items() if seen.cotangent]:
-            record = self._record(trainer.global_step, name, self._seen.pop(name))
-            self.records.append(record)
-            figures = {f"gradient/{name}/{figure}": getattr(record, figure) for figure in FIGURES}
-            pl_module.log_dict(figures, on_step=True, on_epoch=False)
+        arrived = [name for name, seen in self._seen.items() if seen.cotangent]
+        if not arrived:
+            return
+        with getattr(pl_module, "uncounted", contextlib.nullcontext)():
+            step = trainer.global_step
+            figures: dict[str, float] = {}
+            for name in arrived:
+                record = self._record(step, name, self._seen.pop(name))
+                self.records.append(record)
+                figures |= {f"gradient/{name}/{figure}": getattr(record, figure) for figure in FIGURES}
+            for logger in trainer.loggers:  # not pl_module.log, which would log at the trainer's own interval only
+                logger.log_metrics(figures, step + 1)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -64,6 +65,15 @@ class Stopwatch:
     def skip(self, device: torch.device) -> None:
         """What has passed since the last reading belongs to no part."""
         self._last = _now(device)
+
+    @contextmanager
+    def pause(self, device: torch.device) -> Iterator[None]:
+        """What passes meanwhile belongs neither to the step nor to its parts."""
+        began = _now(device)
+        yield
+        spent = _now(device) - began
+        self._began += spent
+        self._last += spent
 
     def lap(self, name: str, device: torch.device) -> None:
         """A part has ended."""

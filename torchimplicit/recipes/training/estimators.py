@@ -6,14 +6,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from torchimplicit.gradients import Gradient, Implicit, NeumannPhantom, OneStep, Unrolled, UnrolledPhantom
+from torchimplicit.gradients import (
+    AdaptivePhantom,
+    Gradient,
+    Implicit,
+    NeumannPhantom,
+    OneStep,
+    UnbiasedNeumann,
+    Unrolled,
+    UnrolledPhantom,
+)
 from torchimplicit.linear import GMRES
 from torchimplicit.solvers import Anderson, Broyden, FixedPointIteration, Solver
 
 if TYPE_CHECKING:
     from torchimplicit.recipes.training.settings import Equilibria
 
-EstimatorName = Literal["implicit", "unrolled-phantom", "neumann-phantom", "one-step", "unrolled"]
+EstimatorName = Literal[
+    "implicit",
+    "unrolled-phantom",
+    "neumann-phantom",
+    "adaptive-phantom",
+    "unbiased-neumann",
+    "one-step",
+    "unrolled",
+]
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,14 @@ ESTIMATORS: dict[EstimatorName, Estimator] = {
     "neumann-phantom": Estimator(
         lambda at: f"NPG({at.phantom_steps}, {at.phantom_damping:g})",
         lambda at: NeumannPhantom(steps=at.phantom_steps, damping=at.phantom_damping),
+    ),
+    "adaptive-phantom": Estimator(
+        lambda at: f"adaptive phantom({at.backward_tolerance:g})",
+        lambda at: AdaptivePhantom(tolerance=at.backward_tolerance, max_steps=at.backward_steps),
+    ),
+    "unbiased-neumann": Estimator(
+        lambda at: f"unbiased({at.phantom_steps}, {at.phantom_damping:g})",
+        lambda at: UnbiasedNeumann(steps=at.phantom_steps, damping=at.phantom_damping),
     ),
     "one-step": Estimator(lambda at: "one step", lambda at: OneStep()),
     "unrolled": Estimator(lambda at: "unrolled", lambda at: Unrolled()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -202,6 +202,10 @@ class TrainingModule(LightningModule):
         finally:
             for layer, (solver, gradient) in zip(layers, usual, strict=True):
                 layer.solver, layer.gradient = solver, gradient
+
+    def uncounted(self) -> AbstractContextManager[None]:
+        """What is done within is not counted among the step's seconds: for callbacks that measure."""
+        return self._watch.pause(self.device)
 
     def on_before_backward(self, loss: Tensor) -> None:
         self._watch.skip(self.device)

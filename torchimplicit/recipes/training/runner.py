@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import Callback
 from rich.console import Console
 
 from torchimplicit.errors import ConvergenceWarning, SolveError
@@ -17,6 +18,7 @@ from torchimplicit.recipes.environment import Environment
 from torchimplicit.recipes.errors import DivergedError, UserError
 from torchimplicit.recipes.fitting import fit, load_weights, read_checkpoint
 from torchimplicit.recipes.machine import device, threads
+from torchimplicit.recipes.monitor import MonitorGradient
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.progress import ShowProgress
 from torchimplicit.recipes.run import Run
@@ -71,7 +73,9 @@ class Trainer:
             highlight=False,
         )
         known = history(run)
-        callbacks = [ShowProgress(console if config.machine.devices == 1 else None, run)]
+        callbacks: list[Callback] = [ShowProgress(console if config.machine.devices == 1 else None, run)]
+        if config.machine.monitor_every:
+            callbacks.append(MonitorGradient(config.machine.monitor_every))
         diverged = ""
         with threads(config.machine.threads):
             try:

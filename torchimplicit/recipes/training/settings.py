@@ -82,7 +82,7 @@ class Equilibria:
     """How the equilibrium is differentiated."""
 
     phantom_steps: int = 5
-    """k of the phantom gradients."""
+    """k of the phantom gradients, and the terms that the unbiased series always takes."""
 
     phantom_damping: float = 0.5
     """λ of the phantom gradients, in (0, 1]."""
@@ -91,7 +91,7 @@ class Equilibria:
     """Relative, of the exact gradient's linear solve (GMRES), and what the adaptive phantom gradient aims at."""
 
     backward_steps: int = 30
-    """The most steps of that solve."""
+    """The most steps of that solve, and of the adaptive phantom gradient."""
 
     pretrain_steps: int = 0
     """First train so many steps with the solver replaced by a few weight-tied applications, differentiated through."""
