@@ -66,6 +66,14 @@ def test_overwriting_replaces_a_run_and_nothing_else(tmp_path):
     assert (path / "notes.txt").read_text() == "mine"
 
 
+def test_two_processes_do_not_train_into_one_run(tmp_path):
+    run = Run(tmp_path)
+    with run.claimed(), pytest.raises(UserError, match="another process"), Run(tmp_path).claimed():
+        pass
+    with run.claimed():
+        pass
+
+
 def test_a_run_knows_its_state(tmp_path):
     run = Run(tmp_path)
     run.describe("digits", {"epochs": 3})

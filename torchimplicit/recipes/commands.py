@@ -103,7 +103,6 @@ class Resume:
         if run.read()["state"] == "complete":
             raise UserError(f"{run} is complete; to measure it again: torchimplicit evaluate {run}")
         runner.check(settings)
-        run.mark("running")
         return go(runner, settings, run, console)
 
 

@@ -20,6 +20,12 @@ INTERRUPTED = 130
 
 def go(runner: Runner, settings: Any, run: Run, console: Console) -> int:
     """Train into ``run``, say where the results are, whichever way it ends, and give the exit code."""
+    with run.claimed():
+        return _go(runner, settings, run, console)
+
+
+def _go(runner: Runner, settings: Any, run: Run, console: Console) -> int:
+    run.mark("running")
     console.print(f"Writing to {run}", highlight=False, soft_wrap=True)
     state: State = "interrupted"
     try:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.plain import to_plain
+
+try:
+    import fcntl
+except ImportError:  # Windows: claims are not checked
+    fcntl = None  # type: ignore[assignment]
 
 RUNS = Path("runs")
 """Where runs go unless told otherwise, below the working directory: ``runs/<recipe>/<number>``."""
@@ -67,6 +74,21 @@ class Run:
         """Note how the run stands."""
         assert state in get_args(State)
         self.write_json("run.json", {**self.read(), "state": state})
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """No other process may train into this run meanwhile; a killed one's claim ends with it.
+
+        Raises:
+            UserError: if one does.
+        """
+        with (self.path / ".claim").open("w") as claim:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise UserError(f"another process is training into {self}; wait for it, or stop it") from None
+            yield
 
     def read(self) -> dict[str, Any]:
         """``run.json``.
@@ -143,7 +165,7 @@ def _chosen(path: Path, overwrite: bool) -> Path:
         raise UserError(f"--output {path} is a file; give a directory")
     path.mkdir(parents=True, exist_ok=True)
     run = Run(path)
-    if any(path.iterdir()):
+    if any(one.name != ".claim" for one in path.iterdir()):
         if not overwrite:
             raise UserError(f"--output {path} is not empty; choose another directory, or add --overwrite")
         if not run.description.is_file():

@@ -97,7 +97,6 @@ def finished(run: Run) -> bool:
 def work(path: str) -> str:
     """What a process of the scheduler does: go on with a run. Returns the state in which it leaves it."""
     run, runner, settings = opened(Path(path))
-    run.mark("running")
     with (run.path / "log.txt").open("a", encoding="utf-8") as log:
         console = Console(file=log, width=120)
         try:
@@ -114,7 +113,7 @@ def _executor(folder: Path, plan: Plan, jobs: Sequence[Job]) -> submitit.AutoExe
     on_gpu = any(machine is None or machine.device != "cpu" for machine in machines) and _has_gpu(plan)
     executor.update_parameters(
         name="torchimplicit",
-        timeout_min=60 * plan.hours,
+        timeout_min=max(1, round(60 * plan.hours)),
         gpus_per_node=devices if on_gpu else 0,
         cpus_per_task=max(1, max((machine.threads for machine in machines if machine is not None), default=1)),
         stderr_to_stdout=True,

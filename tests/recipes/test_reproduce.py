@@ -1,0 +1,136 @@
+"""Tables of many runs: jobs through a real scheduler, the record, the page, and what happens when runs fail."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lightning")
+pytest.importorskip("submitit")
+
+from rich.console import Console
+
+from torchimplicit import cli
+from torchimplicit.recipes import registry
+from torchimplicit.recipes.digits.config import DigitsConfig
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.plotting import axes
+from torchimplicit.recipes.reproduce.jobs import Job, run_all
+from torchimplicit.recipes.reproduce.record import Claim, Sheet, spread
+from torchimplicit.recipes.reproduce.runner import Drawing, Reproduction, Summary, command, load_record
+from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.tables import Column, Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig:
+    """A table of one-step runs."""
+
+    plan: Plan = field(default_factory=lambda: Plan(seeds=2, parallel=2))
+    epochs: int = 1
+    """Of the runs."""
+
+
+def toy() -> ToyConfig:
+    return ToyConfig()
+
+
+def jobs(config: ToyConfig) -> list[Job]:
+    return [
+        Job(f"digits-{seed}", "digits", DigitsConfig(max_steps=1, epochs=config.epochs, seed=seed))
+        for seed in config.plan.all_seeds
+    ]
+
+
+def summarize(config: ToyConfig, runs: dict[str, Run]) -> Summary:
+    accuracy = {
+        name: run.read_json("results.json")["estimators"]["implicit"]["track"]["validations"][-1]["accuracy"]
+        for name, run in runs.items()
+    }
+    figure, (plot,) = axes()
+    plot.plot(list(accuracy.values()))
+    return Summary(
+        title="A toy",
+        source="nowhere",
+        protocol="one step",
+        sheets=[Sheet("Accuracy", Table([Column("Row"), Column("Ours")], [["all", spread(list(accuracy.values()))]]))],
+        claims=[Claim("accuracy is at least 0", f"{min(accuracy.values())}", True)],
+        drawings=[Drawing("accuracy", figure, "Accuracy.")],
+        notes=["a note"],
+        runs=accuracy,
+    )
+
+
+TABLE = Reproduction(jobs, summarize)
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch):
+    monkeypatch.setitem(sys.modules, "toy_table", sys.modules[__name__])
+    monkeypatch.setitem(registry.TABLES, "toy", registry.Entry("A toy.", "toy_table:toy", "toy_table:TABLE"))
+
+
+def test_a_table_from_its_runs_to_its_record(tmp_path, capsys):
+    output, records = tmp_path / "toy", tmp_path / "records"
+    argv = ["reproduce", "toy", "--output", str(output), "--record", str(records)]
+    assert cli.main(argv) == 0, capsys.readouterr().err
+    run = Run(output)
+    record = load_record(run)
+    assert set(record.runs) == {"digits-0", "digits-1"}
+    assert record.command == "torchimplicit reproduce toy"
+    assert record.seconds > 0
+    assert "<svg" in (output / "index.html").read_text(encoding="utf-8")
+    assert (records / "toy" / "record.json").is_file()
+    assert (records / "toy" / "accuracy.png").is_file()
+    before = (output / "runs" / "digits-0" / "results.json").stat().st_mtime_ns
+    assert cli.main(["evaluate", str(output)]) == 0
+    run.mark("interrupted")
+    assert cli.main(["resume", str(output)]) == 0
+    assert (output / "runs" / "digits-0" / "results.json").stat().st_mtime_ns == before, "what is done is not run again"
+
+
+def test_runs_of_other_settings_are_not_taken_for_these(tmp_path):
+    config = ToyConfig(plan=Plan(seeds=1))
+    (job,) = jobs(config)
+    folder = tmp_path / "runs"
+    run = Run(folder / job.name)
+    run.path.mkdir(parents=True)
+    run.describe(job.recipe, replace(job.config, seed=5))
+    with pytest.raises(UserError, match="other settings"):
+        run_all([job], folder, config.plan, Console(quiet=True))
+
+
+def test_a_run_that_fails_does_not_take_the_others_along(tmp_path, capsys):
+    good = jobs(ToyConfig(plan=Plan(seeds=1)))[0]
+    folder = tmp_path / "runs"
+    bad = replace(good, name="bad")
+    (folder / "bad" / "checkpoints").mkdir(parents=True)
+    (folder / "bad" / "logs").mkdir()
+    run = Run(folder / "bad")
+    run.describe(bad.recipe, bad.config)
+    run.checkpoint.write_bytes(b"broken")
+    console = Console(width=200)
+    runs = run_all([bad, good], folder, Plan(seeds=1), console)
+    assert runs[good.name].read()["state"] == "complete"
+    assert runs["bad"].read()["state"] != "complete"
+    assert "bad failed" in capsys.readouterr().out
+
+
+def test_the_command_names_what_differs():
+    plan = Plan(seeds=5, parallel=2, record=Path("x"))
+    assert command("toy", ToyConfig(plan=plan, epochs=3)) == "torchimplicit reproduce toy --seeds 5 --epochs 3"
+
+
+def test_spread():
+    assert spread([0.85, 0.87], scale=100) == "86.0 ± 1.4"
+    assert spread([1.0]) == "1.0"
+    assert spread([]) == "–"
+
+
+def test_markdown():
+    table = Table([Column("Row"), Column("Ours", "%", "measured")], [["a|b", "1"]])
+    assert table.markdown() == "| Row | Ours (%) |\n| --- | ---: |\n| a\\|b | 1 |\n\n- **Ours**: measured"
