@@ -39,6 +39,61 @@ RECIPES = {
         f"{_HERE}.digits.config:digits",
         f"{_HERE}.digits.runner",
     ),
+    "language-wikitext2": Entry(
+        "A small DEQ transformer on WikiText-2, minutes on a CPU.",
+        f"{_HERE}.language.config:wikitext2",
+        f"{_HERE}.language.task:RUNNER",
+    ),
+    "language-wikitext103": Entry(
+        "The DEQ transformer of the papers (98M parameters) on WikiText-103, for GPUs.",
+        f"{_HERE}.language.config:wikitext103",
+        f"{_HERE}.language.task:RUNNER",
+    ),
+    "images-digits": Entry(
+        "A small multiscale equilibrium model (MDEQ) on the bundled digits, in seconds.",
+        f"{_HERE}.images.config:digits",
+        f"{_HERE}.images.task:RUNNER",
+    ),
+    "images-mnist": Entry(
+        "The same model on MNIST, in minutes on a CPU.",
+        f"{_HERE}.images.config:mnist",
+        f"{_HERE}.images.task:RUNNER",
+    ),
+    "images-cifar10": Entry(
+        "MDEQ-Tiny on CIFAR-10 with the published settings.",
+        f"{_HERE}.images.config:cifar10",
+        f"{_HERE}.images.task:RUNNER",
+    ),
+    "images-cifar10-large": Entry(
+        "MDEQ-Large on CIFAR-10 with the published settings.",
+        f"{_HERE}.images.config:cifar10_large",
+        f"{_HERE}.images.task:RUNNER",
+    ),
+    "images-imagenet": Entry(
+        "MDEQ-Small on ImageNet with the published settings.",
+        f"{_HERE}.images.config:imagenet",
+        f"{_HERE}.images.task:RUNNER",
+    ),
+    "graphs-cox2": Entry(
+        "IGNN on a fold of COX2 (467 molecules) with the published settings.",
+        f"{_HERE}.graphs.config:cox2",
+        f"{_HERE}.graphs.runner:TRAINER",
+    ),
+    "graphs-proteins": Entry(
+        "IGNN on a fold of PROTEINS (1113 graphs) with the published settings.",
+        f"{_HERE}.graphs.config:proteins",
+        f"{_HERE}.graphs.runner:TRAINER",
+    ),
+    "graphs-ppi": Entry(
+        "IGNN on PPI (24 graphs, 121 labels a node) with the published settings, for GPUs.",
+        f"{_HERE}.graphs.config:ppi",
+        f"{_HERE}.graphs.runner:TRAINER",
+    ),
+    "graphs-chains": Entry(
+        "IGNN on directed chains whose class stands on the first node alone, in a minute or two on a CPU.",
+        f"{_HERE}.graphs.config:chains",
+        f"{_HERE}.graphs.runner:TRAINER",
+    ),
 }
 """What ``train`` trains, in the order in which it is listed."""
 

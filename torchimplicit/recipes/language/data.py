@@ -121,13 +121,7 @@ def read(folder: Path, vocabulary: int | None = None) -> Corpus:
         raise UserError(
             f"a vocabulary of {vocabulary} has no room for a word beside {UNKNOWN} and {END}: give 3 or more"
         )
-    all_three = ", ".join(map(file_name, SPLITS))
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {what}: --data-dir must be the folder with {all_three}")
-    for split in SPLITS:
-        if not (folder / file_name(split)).is_file():
-            raise UserError(f"{folder / file_name(split)} is missing: WikiText comes as three files, {all_three}")
+    check(folder)
     words = _vocabulary(folder / file_name("train"), vocabulary)
     numbers = {word: number for number, word in enumerate(words)}
     texts = {split: _numbered(folder / file_name(split), numbers) for split in SPLITS}
@@ -135,6 +129,17 @@ def read(folder: Path, vocabulary: int | None = None) -> Corpus:
         split: float((text.tokens == numbers[UNKNOWN]).sum()) / len(text.tokens) for split, text in texts.items()
     }
     return Corpus(**texts, words=words, unknown=unknown)
+
+
+def check(folder: Path) -> None:
+    """Raise :class:`UserError` where the folder or one of its files is missing."""
+    all_three = ", ".join(map(file_name, SPLITS))
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {what}: --data-dir must be the folder with {all_three}")
+    for split in SPLITS:
+        if not (folder / file_name(split)).is_file():
+            raise UserError(f"{folder / file_name(split)} is missing: WikiText comes as three files, {all_three}")
 
 
 def file_name(split: str) -> str:
