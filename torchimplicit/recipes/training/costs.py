@@ -32,11 +32,13 @@ class Costs:
 
     def figures(self) -> dict[str, float]:
         """Evaluations of the cells in whole-batch equivalents, forward and backward, over all layers; the share of
-        samples that are not converged; the largest relative residual."""
+        samples that are not converged; the largest relative residual, and that of the adjoint where it is known."""
         adjoints = [solution.adjoint for solution in self._solutions]
         status = [solution.status.reshape(-1) for solution in self._solutions]
         residual = [solution.residual.reshape(-1) for solution in self._solutions]
+        known = [adjoint.residual for adjoint in adjoints if adjoint is not None and adjoint.residual.isfinite().all()]
         return {
+            **({"backward_residual": float(torch.cat(known).max())} if known else {}),
             "forward_evaluations": sum(solution.evaluations for solution in self._solutions),
             "backward_evaluations": sum(adjoint.evaluations for adjoint in adjoints if adjoint is not None),
             "unconverged": float((torch.cat(status) != Status.CONVERGED).double().mean()) if status else 0.0,

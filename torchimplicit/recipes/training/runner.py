@@ -77,7 +77,8 @@ class Trainer:
         if config.machine.monitor_every:
             callbacks.append(MonitorGradient(config.machine.monitor_every))
         diverged = ""
-        with threads(config.machine.threads):
+        with threads(config.machine.threads), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # what a solve falls short by is in the log
             try:
                 fit(
                     module,
