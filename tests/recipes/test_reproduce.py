@@ -134,3 +134,27 @@ def test_spread():
 def test_markdown():
     table = Table([Column("Row"), Column("Ours", "%", "measured")], [["a|b", "1"]])
     assert table.markdown() == "| Row | Ours (%) |\n| --- | ---: |\n| a\\|b | 1 |\n\n- **Ours**: measured"
+
+
+def test_the_documentation_shows_a_record(tmp_path):
+    pytest.importorskip("mkdocs")
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    hook = Path(__file__).parents[2] / "docs" / "hooks" / "records.py"
+    spec = spec_from_file_location("records_hook", hook)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    run = Run(tmp_path / "toy")
+    run.path.mkdir()
+    run.describe("toy", ToyConfig())
+    made = Run(tmp_path / "digits")
+    made.path.mkdir()
+    made.write_json("results.json", {"estimators": {"implicit": {"track": {"validations": [{"accuracy": 0.5}]}}}})
+    TABLE._write(ToyConfig(), {"digits-0": made}, run, Console(quiet=True))
+    text = module.text_of(module.load(tmp_path, "toy"), "../records/toy")
+    assert "| all | 0.5 |" in text
+    assert "- **Holds**: accuracy is at least 0. 0.5" in text
+    assert "![Accuracy.](../records/toy/accuracy.png)" in text
+    assert "torchimplicit reproduce toy" in text
