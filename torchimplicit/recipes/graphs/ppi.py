@@ -32,12 +32,17 @@ def load(data_dir: Path | None = None) -> tuple[list[Data], list[Data], list[Dat
     Raises:
         UserError: a file is missing, cut short, or contradicts another one.
     """
-    folder = _found(data_dir)
+    folder = locate(data_dir)
     train, validation, test = (_split(folder, split) for split in SPLITS)
     return train, validation, test
 
 
-def _found(data_dir: Path | None) -> Path:
+def locate(data_dir: Path | None) -> Path:
+    """The folder with the files.
+
+    Raises:
+        UserError: there is none.
+    """
     if data_dir is None:
         try:
             return Path(PPI(str(cache_folder("ppi"))).raw_dir)

@@ -55,7 +55,7 @@ def load(name: TUName, data_dir: Path | None = None, attributes: bool = False) -
     Raises:
         UserError: a file is missing, cut short, or contradicts another one.
     """
-    folder, prefix = _found(name, data_dir)
+    folder, prefix = locate(name, data_dir)
     label = _integers(folder / f"{prefix}_graph_labels.txt")
     owner = _integers(folder / f"{prefix}_graph_indicator.txt")
     graphs, nodes = len(label), len(owner)
@@ -88,8 +88,12 @@ def load(name: TUName, data_dir: Path | None = None, attributes: bool = False) -
     return GraphSet(made, len(kinds))
 
 
-def _found(name: str, data_dir: Path | None) -> tuple[Path, str]:
-    """The folder with the files, and what their names begin with."""
+def locate(name: str, data_dir: Path | None) -> tuple[Path, str]:
+    """The folder with the files, and what their names begin with.
+
+    Raises:
+        UserError: there is none.
+    """
     if data_dir is None:
         try:
             return Path(TUDataset(str(cache_folder("tudataset")), name).raw_dir), name
