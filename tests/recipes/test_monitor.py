@@ -169,6 +169,32 @@ def test_the_figures_are_those_of_the_step_itself():
     assert record.cosine == pytest.approx(float(torch.cosine_similarity(estimate, exact, dim=0)), rel=1e-6)
 
 
+def test_others_beside():
+    """They are compared with the same exact gradient, and do not touch the training either."""
+    own = torch.Generator().manual_seed(4)
+    beside = {
+        "adaptive": ti.AdaptivePhantom(tolerance=0.01),
+        "unbiased": ti.UnbiasedNeumann(generator=own),
+        "same": ti.OneStep(),
+    }
+    monitor = MonitorGradient(every=3, beside=beside)
+    state = own.get_state()
+    module = train(Module(ti.OneStep()), monitor)
+    assert module.losses == train(Module(ti.OneStep())).losses
+    assert torch.equal(own.get_state(), state)
+    assert [record.estimator for record in monitor.records] == ["", *beside] * 2
+    first, adaptive, unbiased, same = monitor.records[:4]
+    assert same.cosine == first.cosine
+    assert adaptive.adjoint_residual <= 0.01
+    assert adaptive.cosine > first.cosine
+    assert adaptive.steps > 1
+    assert 0 < adaptive.damping < 2
+    assert unbiased.products == unbiased.steps - 1
+    (_, row), _ = [(step, row) for step, row in module.log_kept.rows if "gradient/layer/cosine" in row]
+    assert row["gradient/layer/adaptive/damping"] == adaptive.damping
+    assert "gradient/layer/same/damping" not in row
+
+
 def test_layers_that_cannot_be_compared_are_passed_over():
     monitor = MonitorGradient(every=1)
     train(Module(ti.Unrolled()), monitor)

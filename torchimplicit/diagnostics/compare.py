@@ -15,6 +15,7 @@ from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import Gradient, Implicit, Unrolled
 from torchimplicit.linear import GMRES
 from torchimplicit.problems import FixedPoint, Minimum, Problem, Root
+from torchimplicit.solution import Report
 from torchimplicit.solve import flat_system, solve, tensors_of
 from torchimplicit.solvers import LBFGS, FixedPointIteration, Solver
 from torchimplicit.state import Layout, row_norm
@@ -30,11 +31,13 @@ class GradientProbe:
         adjoint_residual: ``[batch]``, :math:`\\lVert u-(I-J)^{T}g\\rVert/\\lVert u\\rVert`; zero where u is zero. The
             norms: see ``adjoint_norms``.
         adjoint_norms: ``[2, batch]``, the numerator and the denominator.
+        report: the estimator's own, of its backward pass.
     """
 
     gradients: tuple[Tensor, ...]
     adjoint: Any
     adjoint_norms: Tensor
+    report: Report
 
     @property
     def adjoint_residual(self) -> Tensor:
@@ -103,13 +106,16 @@ def compare_gradients(
     """
     if wrt is None:
         wrt = tensors_of(problem, z, args)
-    if exact is None:
-        dtype = pytree.tree_leaves(z)[0].dtype
-        exact = Implicit(linear_solver=GMRES(rtol=float(torch.finfo(dtype).eps ** 0.85), max_steps=300))
+    exact = exact or tight(pytree.tree_leaves(z)[0].dtype)
     found, true = (
         probe_gradient(problem, z, *args, gradient=each, cotangent=cotangent, wrt=wrt) for each in (gradient, exact)
     )
     return compared(found, true)
+
+
+def tight(dtype: torch.dtype) -> Implicit:
+    """The exact gradient, to nearly the precision of the dtype."""
+    return Implicit(linear_solver=GMRES(rtol=float(torch.finfo(dtype).eps ** 0.85), max_steps=300))
 
 
 def compared(found: GradientProbe, exact: GradientProbe) -> GradientComparison:
@@ -150,7 +156,8 @@ def probe_gradient(
         attached = Attached(problem, z, args, gradient)
         u = _cotangent(cotangent, attached.value)
         shifts, gradients = attached.pull(u, wrt)
-    return GradientProbe(gradients, shifts, _residual_norms(problem, z, args, u, shifts))
+    assert attached.solution.adjoint is not None
+    return GradientProbe(gradients, shifts, _residual_norms(problem, z, args, u, shifts), attached.solution.adjoint)
 
 
 class Attached:
@@ -158,6 +165,7 @@ class Attached:
 
     Attributes:
         value: like the state.
+        solution: whose value it is.
     """
 
     def __init__(self, problem: Problem, z: Any, args: tuple[Any, ...], gradient: Gradient):
@@ -169,7 +177,8 @@ class Attached:
         self.shift = pytree.tree_map(lambda t: torch.zeros_like(t, requires_grad=True), z)
         shifted, self.sign = _shifted(problem)
         solver = _standing(problem, pytree.tree_leaves(z)[0].dtype)
-        self.value = solve(shifted, z, self.shift, *args, solver=solver, gradient=gradient, throw=False).value
+        self.solution = solve(shifted, z, self.shift, *args, solver=solver, gradient=gradient, throw=False)
+        self.value = self.solution.value
 
     def pull(self, u: Any, wrt: Sequence[Tensor]) -> tuple[Any, tuple[Tensor, ...]]:
         """The adjoint vector, like the state, and the gradients in ``wrt``, for the cotangent u."""

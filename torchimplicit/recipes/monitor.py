@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,16 +15,21 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from torchimplicit.diagnostics import compare_gradients, spectral_radius
+from torchimplicit.diagnostics import GradientProbe, probe_gradient, spectral_radius
+from torchimplicit.diagnostics.compare import compared, tight
 from torchimplicit.errors import ConvergenceWarning
-from torchimplicit.gradients import Gradient, Implicit, Unrolled
+from torchimplicit.gradients import Gradient, Implicit, PhantomReport, UnbiasedNeumann, Unrolled
 from torchimplicit.nn import Equilibrium
 from torchimplicit.precision import AutocastState
-from torchimplicit.solution import Solution
+from torchimplicit.solution import Report, Solution
+from torchimplicit.solve import tensors_of
 from torchimplicit.validation import at_least
 
-FIGURES = ("cosine", "norm_ratio", "relative_error", "adjoint_residual", "ascent", "spectral_radius")
-"""What is logged of a record, as ``gradient/LAYER/FIGURE``, under the number of the step, counted from 1."""
+OWN = ("cosine", "norm_ratio", "relative_error", "adjoint_residual", "exact_residual", "ascent", "spectral_radius")
+"""What is logged of a layer's own estimator, as ``gradient/LAYER/FIGURE``, for the number of the step from 1 on."""
+
+BESIDE = ("cosine", "norm_ratio", "relative_error", "adjoint_residual", "ascent", "steps", "damping", "products")
+"""What is logged of another one, as ``gradient/LAYER/NAME/FIGURE``."""
 
 
 @dataclass(frozen=True)
@@ -33,22 +39,29 @@ class GradientRecord:
     Attributes:
         step: optimizer steps done.
         layer: its name in the module.
+        estimator: empty for the layer's own, else the name under which it was given.
         cosine, norm_ratio, relative_error, adjoint_residual, exact_residual: see
             :class:`~torchimplicit.diagnostics.GradientComparison`; of the gradients in the cell's parameters and in
             the layer's input, for the cotangent that arrived at its output.
         ascent: 1 where the relative error is below 1: the ascent condition of Geng et al. (2021) for this cotangent,
             see :func:`~torchimplicit.diagnostics.ascent_condition`; else 0.
+        steps, products: that it took: mean over the samples, and with the Jacobian in whole-batch equivalents.
+        damping: mean of what an :class:`~torchimplicit.gradients.AdaptivePhantom` chose; NaN for others.
         spectral_radius, spectral_radius_max: of the Jacobian at the equilibrium, median and largest over the samples.
     """
 
     step: int
     layer: str
+    estimator: str
     cosine: float
     norm_ratio: float
     relative_error: float
     adjoint_residual: float
     exact_residual: float
     ascent: float
+    steps: float
+    products: float
+    damping: float
     spectral_radius: float
     spectral_radius_max: float
 
@@ -69,16 +82,25 @@ class MonitorGradient(Callback):
     Args:
         every: optimizer steps between two comparisons; 0: never.
         exact: what to compare with, see :func:`~torchimplicit.diagnostics.compare_gradients`.
+        beside: other estimators to compare with the exact gradient as well, by name.
         subspace: of the spectral radius, see :func:`~torchimplicit.diagnostics.spectral_radius`; 0: do without.
 
     Attributes:
         records: all that was measured, oldest first. They travel in Lightning's checkpoints.
     """
 
-    def __init__(self, every: int = 100, *, exact: Gradient | None = None, subspace: int = 16) -> None:
+    def __init__(
+        self,
+        every: int = 100,
+        *,
+        exact: Gradient | None = None,
+        beside: Mapping[str, Gradient] | None = None,
+        subspace: int = 16,
+    ) -> None:
         at_least("MonitorGradient", "every", every, 0)
         at_least("MonitorGradient", "subspace", subspace, 0)
         self.every, self.exact, self.subspace = every, exact, subspace
+        self.beside = dict(beside or {})
         self.records: list[GradientRecord] = []
         self._compared: int | None = None
         self._handles: list[RemovableHandle] = []
@@ -107,9 +129,9 @@ class MonitorGradient(Callback):
             step = trainer.global_step
             figures: dict[str, float] = {}
             for name in arrived:
-                record = self._record(step, name, self._seen.pop(name))
-                self.records.append(record)
-                figures |= {f"gradient/{name}/{figure}": getattr(record, figure) for figure in FIGURES}
+                for record in self._measured(step, name, self._seen.pop(name)):
+                    self.records.append(record)
+                    figures |= _logged(record)
             for logger in trainer.loggers:  # not pl_module.log, which would log at the trainer's own interval only
                 logger.log_metrics(figures, step + 1)
 
@@ -137,24 +159,51 @@ class MonitorGradient(Callback):
 
         return see
 
-    def _record(self, step: int, name: str, seen: _Seen) -> GradientRecord:
+    def _measured(self, step: int, name: str, seen: _Seen) -> list[GradientRecord]:
         problem, args = seen.solution.problem, seen.solution.args
         z = pytree.tree_map(lambda t: t.detach(), seen.solution.value)
         leaves, spec = pytree.tree_flatten(z)
         u = pytree.tree_unflatten([seen.cotangent.get(i, torch.zeros_like(t)) for i, t in enumerate(leaves)], spec)
-        with _unchanged(seen.layer, seen.gradient, leaves[0].device), seen.autocast():
-            found = compare_gradients(problem, z, *args, gradient=seen.gradient, cotangent=u, exact=self.exact)
+        estimators = {"": seen.gradient, **self.beside}
+        with _unchanged(seen.layer, estimators.values(), leaves[0].device), seen.autocast():
+            wrt = tensors_of(problem, z, args)
+
+            def probe(gradient: Gradient) -> GradientProbe:
+                return probe_gradient(problem, z, *args, gradient=gradient, cotangent=u, wrt=wrt)
+
+            exact = probe(self.exact or tight(leaves[0].dtype))
+            probes = {key: probe(gradient) for key, gradient in estimators.items()}
             radius = torch.full((1,), torch.nan)
             if self.subspace:
                 radius = spectral_radius(problem, z, *args, subspace=self.subspace, restarts=2).reshape(-1)
-        return GradientRecord(
-            step=step,
-            layer=name,
-            ascent=float(found.relative_error < 1),
-            spectral_radius=float(radius.median()),
-            spectral_radius_max=float(radius.max()),
-            **asdict(found),
-        )
+        records = []
+        for key, found in probes.items():
+            comparison = compared(found, exact)
+            records.append(
+                GradientRecord(
+                    step=step,
+                    layer=name,
+                    estimator=key,
+                    ascent=float(comparison.relative_error < 1),
+                    steps=float(found.report.steps.double().mean()),
+                    products=found.report.evaluations,
+                    damping=_mean_damping(found.report),
+                    spectral_radius=float(radius.median()),
+                    spectral_radius_max=float(radius.max()),
+                    **asdict(comparison),
+                )
+            )
+        return records
+
+
+def _mean_damping(report: Report) -> float:
+    return float(report.damping.nanmean()) if isinstance(report, PhantomReport) else math.nan
+
+
+def _logged(record: GradientRecord) -> dict[str, float]:
+    where = f"gradient/{record.layer}/{record.estimator}".rstrip("/")
+    found = {figure: getattr(record, figure) for figure in (BESIDE if record.estimator else OWN)}
+    return {f"{where}/{figure}": value for figure, value in found.items() if not math.isnan(value)}
 
 
 @dataclass
@@ -181,15 +230,15 @@ class _Seen:
 
 
 @contextlib.contextmanager
-def _unchanged(layer: nn.Module, gradient: Gradient, device: torch.device) -> Iterator[None]:
+def _unchanged(layer: nn.Module, gradients: Iterable[Gradient], device: torch.device) -> Iterator[None]:
     """The random state, and the layer's buffers, are afterwards what they were."""
     buffers = [(buffer, buffer.clone()) for buffer in layer.buffers()]
-    generator = getattr(gradient, "generator", None)
-    state = None if generator is None else generator.get_state()
+    generators = [g.generator for g in gradients if isinstance(g, UnbiasedNeumann) and g.generator is not None]
+    states = [generator.get_state() for generator in generators]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the residuals are recorded
         yield
-    if generator is not None:
+    for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
     for buffer, before in buffers:
         if not torch.equal(buffer, before):
