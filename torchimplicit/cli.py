@@ -35,13 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(
             f"the command line needs {', '.join(missing)} (not installed); run: pip install 'torchimplicit[recipes]'"
         )
-    user_error = import_module("torchimplicit.recipes.errors").UserError
+    errors = import_module("torchimplicit.recipes.errors")
     solve_error = import_module("torchimplicit.errors").SolveError
     try:
         code: int = import_module("torchimplicit.recipes.commands").main(arguments)
-    except user_error as error:
+    except errors.UserError as error:
         return _fail(str(error), code=2)
-    except solve_error as error:
+    except (errors.DivergedError, solve_error) as error:
         return _fail(f"training diverged: {error}; a smaller --learning-rate may help")
     except OSError as error:
         return _fail(str(error))

@@ -201,6 +201,13 @@ class TestSteps:
         )
         assert Results.of(trained(tmp_path / "run", config)).costs is not None
 
+    def test_divergence_is_told_in_one_line(self, tmp_path, capsys):
+        assert cli.main(["train", "tiny", "--poison", "7", "--output", str(tmp_path / "run")]) == 1
+        error = capsys.readouterr().err
+        assert "training diverged: the loss is nan at step 7; a smaller --learning-rate may help" in error
+        assert error.count("\n") == 1
+        assert Run(tmp_path / "run").read()["state"] == "diverged"
+
     def test_mixed_precision(self, tmp_path):
         config = TinyConfig(machine=Machine(device="cpu", precision="bf16-mixed"))
         assert Results.of(trained(tmp_path / "run", config)).test is not None
