@@ -120,6 +120,24 @@ def test_a_run_that_fails_does_not_take_the_others_along(tmp_path, capsys):
     assert "bad failed" in capsys.readouterr().out
 
 
+def test_runs_that_share_a_process(tmp_path, capsys):
+    first, second = jobs(ToyConfig())
+    bad = replace(first, name="bad")
+    folder = tmp_path / "runs"
+    (folder / "bad" / "checkpoints").mkdir(parents=True)
+    (folder / "bad" / "logs").mkdir()
+    run = Run(folder / "bad")
+    run.describe(bad.recipe, bad.config)
+    run.checkpoint.write_bytes(b"broken")
+    runs = run_all([first, bad, second], folder, Plan(together=3), Console(width=200))
+    assert [runs[name].read()["state"] for name in (first.name, second.name)] == ["complete"] * 2
+    assert runs["bad"].read()["state"] != "complete"
+    said = capsys.readouterr().out
+    assert "bad failed" in said
+    assert f"{second.name}: complete" in said
+    assert len(list((folder / "scheduler").glob("*_submitted.pkl"))) == 1
+
+
 def test_the_command_names_what_differs():
     plan = Plan(seeds=5, parallel=2, record=Path("x"))
     assert command("toy", ToyConfig(plan=plan, epochs=3)) == "torchimplicit reproduce toy --seeds 5 --epochs 3"

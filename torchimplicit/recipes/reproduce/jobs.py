@@ -53,22 +53,30 @@ def run_all(jobs: Sequence[Job], folder: Path, plan: Plan, console: Console) -> 
     waiting = [job for job in jobs if not finished(runs[job.name])]
     if not waiting:
         return runs
-    started: dict[str, submitit.Job[str]] = {}
+    names = [job.name for job in waiting]
+    bundles = [tuple(names[i : i + plan.together]) for i in range(0, len(names), plan.together)]
+    started: dict[tuple[str, ...], submitit.Job[None]] = {}
     executor = _executor(folder / "scheduler", plan, waiting)
+
+    def submitted(bundle: tuple[str, ...]) -> submitit.Job[None]:
+        return executor.submit(work, *(str(runs[name].path.resolve()) for name in bundle))
+
     if plan.cluster == "slurm":  # its array does the waiting
         with executor.batch():
-            started = {job.name: executor.submit(work, str(runs[job.name].path.resolve())) for job in waiting}
-        waiting = []
+            started = {bundle: submitted(bundle) for bundle in bundles}
+        bundles = []
     try:
         with _bars(console, len(jobs)) as bars:
-            while waiting or started:
-                while waiting and len(started) < plan.parallel:
-                    name = waiting.pop(0).name
-                    started[name] = executor.submit(work, str(runs[name].path.resolve()))
+            while bundles or started:
+                while bundles and len(started) < plan.parallel:
+                    bundle = bundles.pop(0)
+                    started[bundle] = submitted(bundle)
                 time.sleep(POLL)
-                for name in [name for name, process in started.items() if process.done()]:
-                    _say_how_it_ended(console, runs[name], started.pop(name))
-                _show(bars, runs, started)
+                for bundle in [bundle for bundle, process in started.items() if process.done()]:
+                    error = started.pop(bundle).exception()
+                    for name in bundle:
+                        _say_how_it_ended(console, runs[name], error)
+                _show(bars, runs, [name for bundle in started for name in bundle if not finished(runs[name])])
     except BaseException:
         for process in started.values():
             with suppress(Exception):
@@ -94,8 +102,25 @@ def finished(run: Run) -> bool:
     return run.read()["state"] in ("complete", "diverged")
 
 
-def work(path: str) -> str:
-    """What a process of the scheduler does: go on with a run. Returns the state in which it leaves it."""
+def work(*paths: str) -> None:
+    """What a process of the scheduler does: go on with runs, one after the other.
+
+    Raises:
+        Exception: the first that a run failed with, when all have had their turn.
+    """
+    failures: list[Exception] = []
+    for path in paths:
+        try:
+            _go_on(path)
+        except Exception as error:
+            with (Path(path) / "log.txt").open("a", encoding="utf-8") as log:
+                log.write(f"failed: {error}\n")
+            failures.append(error)
+    if failures:
+        raise failures[0]
+
+
+def _go_on(path: str) -> None:
     run, runner, settings = opened(Path(path))
     with (run.path / "log.txt").open("a", encoding="utf-8") as log:
         console = Console(file=log, width=120)
@@ -103,7 +128,6 @@ def work(path: str) -> str:
             go(runner, settings, run, console)
         except DivergedError as error:
             console.print(f"diverged: {error}")
-    return str(run.read()["state"])
 
 
 def _executor(folder: Path, plan: Plan, jobs: Sequence[Job]) -> submitit.AutoExecutor:
@@ -127,9 +151,8 @@ def _has_gpu(plan: Plan) -> bool:
     return plan.cluster == "slurm" or torch.cuda.is_available()
 
 
-def _say_how_it_ended(console: Console, run: Run, job: Any) -> None:
-    error = job.exception()
-    if error is not None:
+def _say_how_it_ended(console: Console, run: Run, error: BaseException | None) -> None:
+    if error is not None and not finished(run):
         last = str(error).strip().splitlines()[-1]
         console.print(f"[red]{run.path.name} failed[/red]: {last}; see {run}/log.txt", highlight=False, soft_wrap=True)
         return
@@ -150,7 +173,7 @@ def _bars(console: Console, total: int) -> Progress:
     return progress
 
 
-def _show(bars: Progress, runs: dict[str, Run], started: dict[str, Any]) -> None:
+def _show(bars: Progress, runs: dict[str, Run], started: Sequence[str]) -> None:
     """A bar for all runs, and one for each that is going."""
     whole, *parts = bars.tasks
     bars.update(whole.id, completed=sum(finished(run) for run in runs.values()))

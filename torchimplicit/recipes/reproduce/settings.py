@@ -25,6 +25,9 @@ class Plan:
     parallel: int = 1
     """Runs at a time."""
 
+    together: int = 1
+    """Runs that one process does, one after the other: where they are short, its start would take as long as they."""
+
     cluster: Literal["local", "slurm"] = "local"
     """Where the runs go: processes of this machine, or Slurm jobs."""
 
@@ -38,7 +41,7 @@ class Plan:
     """Also copy the record and its figures into a folder of the table's name below this one."""
 
     def __post_init__(self) -> None:
-        positive(self, "seeds", "parallel", "hours")
+        positive(self, "seeds", "parallel", "together", "hours")
         not_negative(self, "first_seed")
 
     @property
