@@ -22,7 +22,7 @@ def build(config: Any) -> Task:
         PPIConfig: PPITask,
         ChainsConfig: ChainsTask,
     }
-    return kinds[type(config)](config)  # type: ignore[call-arg]
+    return kinds[type(config)](config)
 
 
 def ready(config: Any) -> None:
