@@ -45,7 +45,10 @@ class LanguageConfig:
     """The most positions that a segment and its memory may have together."""
 
     validation_tokens: int | None = None
-    """Validate on so many tokens from the beginning of the validation text; the test is always on the whole text."""
+    """Validate on so many tokens from the beginning of the validation text; all by default."""
+
+    test_tokens: int | None = None
+    """Likewise for the test."""
 
     normalization: Literal["post", "pre"] = "post"
     """Where the layer normalizations stand."""
@@ -78,7 +81,7 @@ class LanguageConfig:
     """Normalize the weights of the layer."""
 
     def __post_init__(self) -> None:
-        positive(self, "segment_length", "context_length", "validation_tokens")
+        positive(self, "segment_length", "context_length", "validation_tokens", "test_tokens")
         not_negative(self, "memory_length")
         if self.segment_length + self.memory_length > self.context_length:
             raise UserError(
@@ -115,7 +118,7 @@ def wikitext2() -> LanguageConfig:
         deq_transformer_small(),
         corpus="wikitext-2",
         segment_length=64,
-        validation_tokens=40000,
+        validation_tokens=20000,
         optimization=Optimization(
             steps=800, batch_size=8, learning_rate=2e-3, warmup_steps=50, clip_norm=1.0, validate_every=100
         ),
@@ -123,13 +126,15 @@ def wikitext2() -> LanguageConfig:
     )
 
 
-def wikitext103() -> LanguageConfig:
-    """The settings of Bai et al. (2019, 2021) and Geng et al. (2021), with PostLN, for GPUs.
+def wikitext103(normalization: Literal["post", "pre"] = "post") -> LanguageConfig:
+    """The settings of Bai et al. (2019, 2021) and Geng et al. (2021), for GPUs.
 
-    Their backward solver is Broyden with 35 steps, ours GMRES with as many.
+    Their backward solver is Broyden with 35 steps, ours GMRES with as many. PreLN goes with Jacobian regularization and
+    14 steps each way.
     """
+    pre = normalization == "pre"
     return _with_model(
-        deq_transformer_wikitext103(),
+        deq_transformer_wikitext103(normalization=normalization),
         corpus="wikitext-103",
         vocabulary=None,
         segment_length=150,
@@ -142,11 +147,13 @@ def wikitext103() -> LanguageConfig:
             validate_every=5000,
         ),
         equilibria=Equilibria(
-            solver_steps=30,
-            backward_steps=35,
+            solver_steps=14 if pre else 30,
+            backward_steps=14 if pre else 35,
             phantom_damping=0.8,
             pretrain_steps=32_000,
             pretrain_depth=2,
+            jacobian_weight=2.0 if pre else 0.0,
+            jacobian_probability=0.4 if pre else 1.0,
         ),
     )
 

@@ -17,6 +17,7 @@ from torchimplicit.recipes.language.config import LanguageConfig
 from torchimplicit.recipes.language.data import Segment, Stream, Text, check, read
 from torchimplicit.recipes.training.estimators import gradient, solver
 from torchimplicit.recipes.training.runner import Trainer
+from torchimplicit.recipes.training.sampling import generator
 from torchimplicit.recipes.training.task import Metric, Shard, Split, Task
 
 _ARCHIVES = {"wikitext-2": wikitext.WIKITEXT2, "wikitext-103": wikitext.WIKITEXT103}
@@ -40,11 +41,10 @@ class LanguageTask(Task):
         corpus = read(wikitext.folder_of(_ARCHIVES[config.corpus], config.data_dir), config.vocabulary)
         self.size, self.unknown = len(corpus.words), corpus.unknown
         rows, length = config.optimization.batch_size, config.segment_length
-        part = Text(corpus.valid.tokens[: config.validation_tokens], corpus.valid.source)
         self.training_stream = Stream(corpus.train, rows, length)
         self.held_out = {
-            "validation": Stream(part, rows, length, whole=True),
-            "test": Stream(corpus.test, rows, length, whole=True),
+            "validation": Stream(_beginning(corpus.valid, config.validation_tokens), rows, length, whole=True),
+            "test": Stream(_beginning(corpus.test, config.test_tokens), rows, length, whole=True),
         }
         self.model = DEQTransformer(
             config.model(self.size), solver=solver(config.equilibria), gradient=gradient(config.equilibria)
@@ -60,7 +60,9 @@ class LanguageTask(Task):
 
     def _loader(self, stream: Stream, steps: range, shard: Shard) -> Iterable[Any]:
         data = _Rows(stream, steps, shard)
-        return DataLoader(data, batch_size=None, num_workers=self.config.machine.workers)
+        # a generator of its own: a loader without one draws from the global one, which dropout draws from
+        own = generator(self.config.optimization.seed, -2)
+        return DataLoader(data, batch_size=None, num_workers=self.config.machine.workers, generator=own)
 
     def begin(self) -> None:
         self.memory = None
@@ -86,6 +88,10 @@ class LanguageTask(Task):
             f"{self.config.corpus}: {tokens} tokens for training, {self.size} words, <unk> is "
             f"{100 * self.unknown['valid']:.1f} % of the validation text."
         )
+
+
+def _beginning(text: Text, tokens: int | None) -> Text:
+    return Text(text.tokens[:tokens], text.source)
 
 
 class _Rows(Dataset[Segment]):

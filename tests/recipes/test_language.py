@@ -1,0 +1,191 @@
+"""The language recipes, on made-up text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("tyro")
+
+import made_up_text
+from rich.console import Console
+
+from torchimplicit import cli
+from torchimplicit.models import deq_transformer_wikitext103
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.language.config import LanguageConfig, wikitext2, wikitext103
+from torchimplicit.recipes.language.task import RUNNER, LanguageTask
+from torchimplicit.recipes.plain import from_plain, to_plain
+from torchimplicit.recipes.run import RunOptions, create
+from torchimplicit.recipes.training.logs import rows
+from torchimplicit.recipes.training.results import Results
+from torchimplicit.recipes.training.settings import Machine
+from torchimplicit.recipes.training.task import Shard
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    return made_up_text.write(tmp_path / "text")
+
+
+def small(config: LanguageConfig, text: Path, **optimization) -> LanguageConfig:
+    """The recipe with few steps, and a model that is narrow where the recipe's is wide."""
+    return replace(
+        config,
+        data_dir=text,
+        segment_length=8,
+        memory_length=4,
+        width=16,
+        heads=2,
+        head_width=8,
+        inner_width=24,
+        cutoffs=(6,) if config.corpus == "wikitext-2" else (6, 12, 20),
+        cluster_factor=2,
+        optimization=replace(
+            config.optimization, **{"steps": 2, "batch_size": 4, "validate_every": 1, "warmup_steps": 0} | optimization
+        ),
+        machine=Machine(device="cpu", tensorboard=False),
+    )
+
+
+def train(config: LanguageConfig, path: Path) -> Results:
+    RUNNER.check(config)
+    run = create("language-wikitext2", RunOptions(output=path))
+    run.describe("language-wikitext2", config)
+    assert RUNNER.train(config, run, Console(quiet=True))
+    return Results.of(run)
+
+
+@pytest.mark.parametrize("recipe", [wikitext2, wikitext103])
+def test_a_recipe_trains(recipe, text, tmp_path):
+    results = train(small(recipe(), text), tmp_path / "run")
+    assert results.state == "complete"
+    assert results.metric == "perplexity"
+    assert results.best is not None
+    assert results.best.figures["perplexity"] == min(v.figures["perplexity"] for v in results.validations)
+    assert results.test is not None
+    assert results.test.figures["perplexity"] == pytest.approx(math.exp(results.test.figures["loss"]))
+
+
+def test_it_learns_how_frequent_words_are(text, tmp_path):
+    config = small(wikitext2(), text, steps=30, learning_rate=0.02, validate_every=10)
+    results = train(config, tmp_path / "run")
+    assert results.validations[-1].figures["perplexity"] < 0.7 * 41  # as many words as there are
+
+
+def test_settings_survive_the_run_directory():
+    for config in (wikitext2(), wikitext103(), wikitext103("pre")):
+        assert from_plain(LanguageConfig, to_plain(config)) == config
+
+
+def test_the_published_settings():
+    post, pre = wikitext103(), wikitext103("pre")
+    assert (post.width, post.inner_width, post.memory_length) == (700, 48000, 150)
+    assert (pre.memory_length, pre.equilibria.jacobian_weight, pre.equilibria.solver_steps) == (300, 2.0, 14)
+    for config in (post, pre):
+        assert config.model(267735) == deq_transformer_wikitext103(normalization=config.normalization)
+
+
+def test_memory_is_carried_in_order_and_forgotten_at_begin(text):
+    task = LanguageTask(small(wikitext2(), text))
+    batches = list(task.training_batches(range(3), Shard()))
+    task.begin()
+    with torch.no_grad():
+        first = [float(task.loss(batch)) for batch in batches]
+        assert task.memory is not None
+        assert task.memory.states.shape == (4, 4, 16)
+        again = float(task.loss(batches[1]))
+        assert again != first[1], "the third segment's memory is not the first one's"
+        task.begin()
+        assert task.memory is None
+        assert [float(task.loss(batch)) for batch in batches] == first
+
+
+def test_memory_does_not_cross_the_beginning_of_the_text(text):
+    task = LanguageTask(small(wikitext2(), text))
+    rounds = len(task.training_stream)
+    last, first = task.training_batches(range(rounds - 1, rounds + 1), Shard())
+    assert first.first
+    with torch.no_grad():
+        alone = float(task.loss(first))
+        task.loss(last)
+        assert float(task.loss(first)) == alone
+
+
+def test_every_process_reads_its_own_rows(text):
+    task = LanguageTask(small(wikitext2(), text))
+    whole = list(task.training_batches(range(2), Shard()))
+    parts = [list(task.training_batches(range(2), Shard(rank, 2))) for rank in range(2)]
+    for step in range(2):
+        for rank in range(2):
+            assert torch.equal(parts[rank][step].tokens, whole[step].tokens[rank::2])
+    sums = []
+    with torch.no_grad():
+        for shard in (Shard(), Shard(0, 2), Shard(1, 2)):
+            task.begin()
+            sums.append(sum(task.score(batch) for batch in task.held_out_batches("validation", shard)))
+    torch.testing.assert_close(sums[1] + sums[2], sums[0], rtol=1e-3, atol=1e-3)  # the solver's tolerance
+
+
+def test_a_resumed_run_is_the_undisturbed_one(text, tmp_path):
+    config = replace(
+        small(wikitext2(), text, steps=6, validate_every=3, schedule="constant"), dropout=0.1, attention_dropout=0.1
+    )
+    half = replace(config, optimization=replace(config.optimization, steps=3))
+    losses = []
+    for name, parts in (("whole", [config]), ("cut", [half, config])):
+        run = create("language-wikitext2", RunOptions(output=tmp_path / name))
+        run.describe("language-wikitext2", config)
+        for part in parts:
+            assert RUNNER.train(part, run, Console(quiet=True))
+        losses.append([row["loss"] for row in rows(run.metrics) if "loss" in row])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6
+
+
+def test_held_out_texts_may_be_shortened(text):
+    task = LanguageTask(replace(small(wikitext2(), text), validation_tokens=40, test_tokens=80))
+    assert task.held_out["validation"].rows.numel() == 40
+    assert task.held_out["test"].rows.numel() == 80
+
+
+class TestBadInput:
+    def test_no_folder(self, tmp_path, capsys):
+        assert cli.main(["train", "language-wikitext2", "--data-dir", str(tmp_path / "nowhere")]) == 2
+        assert f"{tmp_path / 'nowhere'} does not exist" in capsys.readouterr().err
+
+    def test_no_file(self, text, capsys):
+        (text / "wiki.test.tokens").unlink()
+        assert cli.main(["train", "language-wikitext103", "--data-dir", str(text)]) == 2
+        assert "wiki.test.tokens is missing" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("content", "complaint"),
+        [(b"", "has no words"), (b"\x1f\x8b\x08\x00", "zero bytes|UTF-8"), (b"a b c\n", "is it cut off")],
+    )
+    def test_a_file_that_is_no_text_or_too_short(self, content, complaint, text):
+        (text / "wiki.valid.tokens").write_bytes(content)
+        with pytest.raises(UserError, match=rf"wiki\.valid\.tokens.*({complaint})"):
+            LanguageTask(small(wikitext2(), text))
+
+    def test_a_segment_longer_than_the_context(self, capsys):
+        assert cli.main(["train", "language-wikitext2", "--segment-length", "300"]) == 2
+        message = capsys.readouterr().err
+        assert "--segment-length 300 and --memory-length 32 are together longer than --context-length 256" in message
+
+    def test_a_model_that_cannot_be(self, capsys):
+        assert cli.main(["train", "language-wikitext2", "--vocabulary", "1500"]) == 2
+        assert "rise strictly" in capsys.readouterr().err
