@@ -38,33 +38,57 @@ class Listing:
         return Listing(tuple(self.paths[i] for i in indices.tolist()), self.labels[indices])
 
 
-def load(folder: Path | None, *, validation: int, split_seed: int = 0, classes: int = CLASSES) -> tuple[Listing, ...]:
+def load(
+    folder: Path | None,
+    *,
+    validation: int,
+    train: int | None = None,
+    test: int | None = None,
+    split_seed: int = 0,
+    classes: int = CLASSES,
+) -> tuple[Listing, Listing, Listing]:
     """The training, validation and test images. Tested is on ``val``, whose labels are public; ours for validation are
     taken from ``train``, every class with its share.
 
     Args:
         folder: holds ``train/<class>/*.JPEG`` and ``val/<class>/*.JPEG``.
         validation: how many training images to set apart.
+        train, test: how many to keep of the others; ``None``: all.
         split_seed: which.
         classes: how many there must be.
 
     Raises:
         UserError: a folder is missing or empty, or classes differ.
     """
+    folder, names = check(folder, classes)
+    published, tested = (_listing(folder / part, names) for part in ("train", "val"))
+    kept, rest = set_apart(published.labels, validation, split_seed, str(folder / "train"))
+    learned = published.take(rest)
+    if train is not None:
+        learned = learned.take(set_apart(learned.labels, train, split_seed, f"{folder / 'train'}, less validation,")[0])
+    if test is not None:
+        tested = tested.take(set_apart(tested.labels, test, split_seed, str(folder / "val"))[0])
+    return learned, published.take(kept), tested
+
+
+def check(folder: Path | None, classes: int) -> tuple[Path, list[str]]:
+    """The folder, and the names of its classes in order, once all is known to be there.
+
+    Raises:
+        UserError: see :func:`load`.
+    """
     if folder is None:
         raise UserError(
             "ImageNet may not be downloaded without an account: fetch ILSVRC 2012 from image-net.org, sort it into "
             "train/<class> and val/<class>, and give the folder with --data-dir"
         )
-    names = [_class_names(folder / part) for part in ("train", "val")]
-    if names[0] != names[1]:
-        odd = sorted(set(names[0]) ^ set(names[1]))
+    names, others = (_class_names(folder / part) for part in ("train", "val"))
+    if names != others:
+        odd = sorted(set(names) ^ set(others))
         raise UserError(f"{folder / 'train'} and {folder / 'val'} differ in their classes: {', '.join(odd[:5])}")
-    if len(names[0]) != classes:
-        raise UserError(f"{folder / 'train'} has {len(names[0])} classes, and there must be {classes}")
-    published, tested = (_listing(folder / part, names[0]) for part in ("train", "val"))
-    kept, rest = set_apart(published.labels, validation, split_seed, str(folder / "train"))
-    return published.take(rest), published.take(kept), tested
+    if len(names) != classes:
+        raise UserError(f"{folder / 'train'} has {len(names)} classes, and there must be {classes}")
+    return folder, names
 
 
 def _class_names(folder: Path) -> list[str]:
