@@ -94,6 +94,21 @@ RECIPES = {
         f"{_HERE}.graphs.config:chains",
         f"{_HERE}.graphs.runner:TRAINER",
     ),
+    "graphs-cost": Entry(
+        "What a step of each gradient estimator costs on COX2 or PROTEINS, timed in turn at the same weights.",
+        f"{_HERE}.phantom_graphs.config:cost",
+        f"{_HERE}.phantom_graphs.cost:RUNNER",
+    ),
+    "phantom-layer": Entry(
+        "Phantom gradients on a random layer beside the exact one, over steps and damping, in seconds.",
+        f"{_HERE}.phantom_precision.config:layer",
+        f"{_HERE}.phantom_precision.layer:RUNNER",
+    ),
+    "phantom-training": Entry(
+        "An image classifier whose gradient is compared with many estimators along training.",
+        f"{_HERE}.phantom_precision.config:training",
+        f"{_HERE}.phantom_precision.training:RUNNER",
+    ),
 }
 """What ``train`` trains, in the order in which it is listed."""
 
@@ -121,6 +136,15 @@ TABLES = {
 }
 """What ``reproduce`` reproduces, likewise."""
 
+PARTS = {
+    "language-costs": Entry(
+        "The cost of a step of trained language models, measured in turn.",
+        f"{_HERE}.phantom_language.costs:default",
+        f"{_HERE}.phantom_language.costs:RUNNER",
+    ),
+}
+"""What tables run beside recipes. No command names them, and nothing lists them."""
+
 
 def entry(name: str, among: dict[str, Entry] | None = None, kind: str = "recipe") -> Entry:
     """The entry of a name, among all or among some.
@@ -129,6 +153,8 @@ def entry(name: str, among: dict[str, Entry] | None = None, kind: str = "recipe"
         UserError: if there is none.
     """
     known = {**RECIPES, **TABLES} if among is None else among
+    if among is None and name in PARTS:
+        return PARTS[name]
     if name in known:
         return known[name]
     close = get_close_matches(name, known, n=1)
