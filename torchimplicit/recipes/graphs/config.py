@@ -52,6 +52,9 @@ class MoleculesConfig:
     dropout: float = 0.5
     """In the head."""
 
+    peek: bool = False
+    """Also note the test accuracy at every validation. Nothing is chosen by it; published results are its best."""
+
     def __post_init__(self) -> None:
         positive(self, "layers", "width")
         not_negative(self, "fold", "fold_seed")
