@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from lightning.pytorch import Callback
 from rich.console import Console
 
 from torchimplicit.errors import ConvergenceWarning, SolveError
-from torchimplicit.gradients import Gradient
 from torchimplicit.nn import Equilibrium
 from torchimplicit.recipes.environment import Environment
 from torchimplicit.recipes.errors import DivergedError, UserError
@@ -43,19 +42,19 @@ class Trainer:
     Args:
         build: makes the task from the config; its initial weights may draw from the global generator, which is seeded.
         ready: raises :class:`UserError` where the config's data is missing or wrong, before a run directory is made.
-        beside: estimators to compare with the exact gradient where the config asks for monitoring, beside the one that
-            trains, by name.
+        monitor: makes the callback that watches the gradient, of the steps between two looks, where the config asks
+            for it.
     """
 
     def __init__(
         self,
         build: Callable[[Any], Task],
         ready: Callable[[Any], None] | None = None,
-        beside: Mapping[str, Gradient] | None = None,
+        monitor: Callable[[int], MonitorGradient] = MonitorGradient,
     ):
         self._build = build
         self._ready = ready
-        self._beside = beside
+        self._monitor = monitor
 
     def check(self, config: Trained) -> None:
         """See :class:`~torchimplicit.recipes.recipe.Runner`."""
@@ -84,7 +83,7 @@ class Trainer:
         known = history(run)
         callbacks: list[Callback] = [ShowProgress(console if config.machine.devices == 1 else None, run)]
         if config.machine.monitor_every:
-            callbacks.append(MonitorGradient(config.machine.monitor_every, beside=self._beside))
+            callbacks.append(self._monitor(config.machine.monitor_every))
         diverged = ""
         with threads(config.machine.threads), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # what a solve falls short by is in the log
