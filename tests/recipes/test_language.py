@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,6 +155,20 @@ def test_a_resumed_run_is_the_undisturbed_one(text, tmp_path):
         losses.append([row["loss"] for row in rows(run.metrics) if "loss" in row])
     assert losses[0] == losses[1]
     assert len(losses[0]) == 6
+
+
+def test_a_copy_for_another_process_has_the_weights(text):
+    """Parametrized modules cannot be pickled: a spawned process makes the model anew."""
+    module = RUNNER.module(small(wikitext103(), text))
+    assert module.task.config.weight_norm
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(1)
+    module.history.steps = 7
+    copy = pickle.loads(pickle.dumps(module))
+    assert copy.history.steps == 7
+    for (name, p), other in zip(module.named_parameters(), copy.parameters(), strict=True):
+        assert torch.equal(p, other), name
 
 
 def test_held_out_texts_may_be_shortened(text):

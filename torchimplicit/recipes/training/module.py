@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from torchimplicit.recipes.errors import DivergedError
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.training.costs import Costs, Stopwatch
 from torchimplicit.recipes.training.sampling import generator
-from torchimplicit.recipes.training.settings import Equilibria, Optimization
+from torchimplicit.recipes.training.settings import Equilibria, Optimization, Trained
 from torchimplicit.recipes.training.task import Shard, Task
 from torchimplicit.regularizers import jacobian_frobenius
 from torchimplicit.solution import Solution
@@ -79,6 +79,32 @@ class TrainingModule(LightningModule):
         self._costs: Costs | None = None
         self._held_out = Costs(())
         self._sums: Tensor | None = None
+        self._origin: tuple[Callable[[Any], Task], Trained] | None = None
+
+    @staticmethod
+    def of(build: Callable[[Any], Task], config: Trained) -> TrainingModule:
+        """The task of a config, with its initial weights, ready to be trained.
+
+        A copy of the result, in a process that is spawned too, is made anew by ``build``, and then gets the weights:
+        parametrized modules cannot be pickled.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator(config.optimization.seed, -1).initial_seed())
+            module = TrainingModule(build(config), config.optimization, config.equilibria)
+        module._origin = build, config
+        return module
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._origin is None:
+            return super().__reduce_ex__(protocol)
+        return TrainingModule.of, self._origin, {"weights": self.state_dict(), "history": self.history}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "weights" not in state:
+            super().__setstate__(state)
+            return
+        self.load_state_dict(state["weights"])
+        self.history = state["history"]
 
     @property
     def layers(self) -> list[Equilibrium]:

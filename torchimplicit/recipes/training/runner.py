@@ -27,7 +27,6 @@ from torchimplicit.recipes.training.costs import Costs
 from torchimplicit.recipes.training.logs import loggers, rows
 from torchimplicit.recipes.training.module import History, TrainingModule, Validation
 from torchimplicit.recipes.training.results import Results, best, step_costs
-from torchimplicit.recipes.training.sampling import generator
 from torchimplicit.recipes.training.settings import Machine, Trained, check_batch
 from torchimplicit.recipes.training.task import Shard, Split, Task
 
@@ -65,9 +64,7 @@ class Trainer:
 
     def module(self, config: Trained) -> TrainingModule:
         """The task of a config, with its initial weights, ready to be trained."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(config.optimization.seed, -1).initial_seed())
-            return TrainingModule(self._build(config), config.optimization, config.equilibria)
+        return TrainingModule.of(self._build, config)
 
     def train(self, config: Trained, run: Run, console: Console) -> bool:
         """See :class:`~torchimplicit.recipes.recipe.Runner`."""
