@@ -57,8 +57,8 @@ def _protocol(config: PrecisionConfig, layer: LayerConfig) -> str:
         f"Fig. 1: z = tanh(Wz + Ux + b) of {layer.size} numbers, {layer.samples} inputs, ‖W‖₂ = {layer.norm:g} with W "
         f"Gaussian or orthogonal, double precision, {layer.iterations} fixed-point iterations; the gradients in W, U "
         f"and b for a random cotangent. Fig. 2: an MDEQ ({chosen.model}) on {images}, {chosen.optimization.steps} "
-        f"steps of {chosen.optimization.batch_size} images by SGD, trained by the exact gradient and by UPG(5, 0.5); at "
-        f"{config.looks} steps every estimator is compared, at the state that the solver (Broyden, at most "
+        f"steps of {chosen.optimization.batch_size} images by SGD, trained by the exact gradient and by UPG(5, 0.5); "
+        f"at {config.looks} steps every estimator is compared, at the state that the solver (Broyden, at most "
         f"{chosen.equilibria.solver_steps} steps) returned, with the exact gradient there (GMRES to 1e-5), in the "
         f"cell's parameters and its input. {config.plan.seeds} seeds."
     )
