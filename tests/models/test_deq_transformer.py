@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchimplicit as ti
 from torchimplicit.models import (
@@ -87,6 +88,31 @@ def scores_written_out(cell, z, x_embedded, memory):
             weights = torch.stack(scores).softmax(0)
             out[i, h] = weights @ v[: past + i + 1, h]
     return out.flatten(1)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_kernels_of_an_evaluation(normalization):
+    """What the state does not move is computed outside: of projections there are four, and of the rest little."""
+    model = make(normalization=normalization)
+    _, memory = model(*text())
+    x, _ = model.cell.injection(model.embedding(text()[0]), memory)
+    z = torch.zeros(3, 8, 12, dtype=torch.float64)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if not any(returned.alias_info for returned in func._schema.returns):
+                seen.append(str(func))
+            return out
+
+    with torch.no_grad(), Watch():
+        model.cell.attention(z, *x)
+        assert len([name for name in seen if "view" not in name]) == 9, seen
+        seen.clear()
+        model.cell(z, x)
+    assert len([name for name in seen if "view" not in name]) == 17, seen
+    assert len([name for name in seen if "addmm" in name and "badd" not in name]) == 4, seen
 
 
 @pytest.mark.parametrize("remembered", [False, True])

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
+import torch
 from rich.console import Console
 
+from torchimplicit.diagnostics import spectral_radius
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import Gradient
+from torchimplicit.problems import FixedPoint
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fitting import load_weights
 from torchimplicit.recipes.language.config import LanguageConfig
@@ -71,9 +74,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measured:
-    """Costs by the run at whose weights they were measured, and the kind of step."""
+    """What was measured, by the run at whose weights.
+
+    Attributes:
+        costs: by the kind of step.
+        radius: spectral radius of the Jacobian at the equilibria of a validation segment, mean over its rows.
+    """
 
     costs: dict[str, dict[str, Cost]] = field(default_factory=dict)
+    radius: dict[str, float] = field(default_factory=dict)
 
 
 def default() -> CostConfig:
@@ -124,7 +133,9 @@ def measure(config: CostConfig, run: Run) -> Measured:
                     cost = probe.step(kind)
                     if turn:  # the first warms the machine up
                         found[name][kind].append(cost)
-    return Measured({name: {kind: _median(costs) for kind, costs in kinds.items()} for name, kinds in found.items()})
+        radius = {name: probe.radius() for name, probe in probes.items()}
+    costs = {name: {kind: _median(several) for kind, several in kinds.items()} for name, kinds in found.items()}
+    return Measured(costs, radius)
 
 
 def _median(costs: list[Cost]) -> Cost:
@@ -162,6 +173,16 @@ class _Probe:
         while True:
             for tokens, targets, first in self.task.training_stream:
                 yield Segment(tokens.to(self.where), targets.to(self.where), first)
+
+    @torch.no_grad()
+    def radius(self) -> float:
+        """See :class:`Measured`; without the memory of an earlier segment."""
+        task, model = self.task.eval(), self.task.model
+        tokens = next(iter(task.held_out["validation"])).tokens.to(self.where)
+        x, _ = model.cell.injection(model.embedding(tokens))
+        found = spectral_radius(FixedPoint(model.cell), model.equilibrium(x), x, subspace=32, restarts=2)
+        task.train()
+        return float(found.mean())
 
     def step(self, kind: str) -> Cost:
         """One step's cost; every kind sees the same batches, and the memory goes on after the last of them."""

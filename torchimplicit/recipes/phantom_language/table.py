@@ -46,11 +46,13 @@ class Trained:
         row: what it is.
         results: of its seeds, those that there are.
         step_seconds: of a training step, in turn with the others'; ``None`` where it was not measured.
+        radius: see :class:`Measured`; likewise.
     """
 
     row: Row
     results: list[Results]
     step_seconds: float | None
+    radius: float | None = None
 
     @property
     def tested(self) -> list[float]:
@@ -119,13 +121,14 @@ def _trained(config: PhantomLanguage, name: str, row: Row, runs: dict[str, Run],
         run = runs.get(f"{name}-{seed}")
         if run is not None and (run.path / "results.json").is_file():
             results.append(Results.of(run))
-    costs = measured.costs.get(f"{name}-{config.plan.first_seed}")
+    first = f"{name}-{config.plan.first_seed}"
+    costs = measured.costs.get(first)
     seconds = None
     if costs is not None:
         seconds = costs["implicit" if row.gradient == "implicit" else "phantom"].seconds
         if row.jacobian:
             seconds += language(config, row, 0).equilibria.jacobian_probability * costs["penalty"].seconds
-    return Trained(row, results, seconds)
+    return Trained(row, results, seconds, measured.radius.get(first))
 
 
 def _main(trained: dict[str, Trained], budget: float | None) -> Table:
@@ -141,6 +144,9 @@ def _main(trained: dict[str, Trained], budget: float | None) -> Table:
         ),
         Column("Forward evaluations", note="of the cell a step, UPG's own steps included"),
         Column("Backward evaluations", note="products with the Jacobian a step"),
+        Column(
+            "Spectral radius", note="of the Jacobian at equilibria of the validation text, the first seed's weights"
+        ),
         Column("Step", "s", "forward and backward pass, measured in turn, with the penalty's share"),
         Column("Speed", note="against PostLN implicit"),
     ]
@@ -159,6 +165,7 @@ def _main(trained: dict[str, Trained], budget: float | None) -> Table:
                 "–" if budget is None else spread(one.validated_after(budget)),
                 spread(one.cost("forward")),
                 spread(one.cost("backward")),
+                "–" if one.radius is None else f"{one.radius:.2f}",
                 "–" if one.step_seconds is None else f"{one.step_seconds:.3f}",
                 ratio,
             ]
