@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from torchimplicit.recipes.errors import DivergedError, UserError
-from torchimplicit.recipes.execution import go, opened
+from torchimplicit.recipes.execution import INTERRUPTED, go, opened
 from torchimplicit.recipes.plain import to_plain
 from torchimplicit.recipes.reproduce.settings import Plan
 from torchimplicit.recipes.run import Run, RunOptions, create
@@ -103,7 +103,7 @@ def finished(run: Run) -> bool:
 
 
 def work(*paths: str) -> None:
-    """What a process of the scheduler does: go on with runs, one after the other.
+    """What a process of the scheduler does: go on with runs, one after the other, until one is interrupted.
 
     Raises:
         Exception: the first that a run failed with, when all have had their turn.
@@ -111,7 +111,8 @@ def work(*paths: str) -> None:
     failures: list[Exception] = []
     for path in paths:
         try:
-            _go_on(path)
+            if _go_on(path) == INTERRUPTED:
+                break
         except Exception as error:
             with (Path(path) / "log.txt").open("a", encoding="utf-8") as log:
                 log.write(f"failed: {error}\n")
@@ -120,14 +121,15 @@ def work(*paths: str) -> None:
         raise failures[0]
 
 
-def _go_on(path: str) -> None:
+def _go_on(path: str) -> int:
     run, runner, settings = opened(Path(path))
     with (run.path / "log.txt").open("a", encoding="utf-8") as log:
         console = Console(file=log, width=120)
         try:
-            go(runner, settings, run, console)
+            return go(runner, settings, run, console)
         except DivergedError as error:
             console.print(f"diverged: {error}")
+            return 1
 
 
 def _executor(folder: Path, plan: Plan, jobs: Sequence[Job]) -> submitit.AutoExecutor:
