@@ -24,14 +24,17 @@ COSTS = "costs"
 
 
 def jobs(config: PhantomLanguage) -> list[Job]:
-    """Every row with one seed, then with the next; at last the costs, at the weights of the first seed."""
+    """The published rows with one seed, then with the next, then the others; at last the costs, at the weights of the
+    first seed."""
+    recipe = f"language-wikitext{'103' if config.plan.scale == 'paper' else '2'}"
     made = [
-        Job(f"{name}-{seed}", f"language-wikitext{'103' if config.plan.scale == 'paper' else '2'}", one)
+        Job(f"{name}-{seed}", recipe, language(config, row, seed))
+        for published in (True, False)
         for seed in config.plan.all_seeds
         for name, row in ROWS.items()
-        for one in [language(config, row, seed)]
+        if (row.perplexity is not None) == published
     ]
-    first = made[: len(ROWS)]
+    first = [job for job in made if job.config.optimization.seed == config.plan.first_seed]
     measured = CostConfig(
         names=tuple(job.name for job in first), runs=tuple(job.config for job in first), repeats=config.repeats
     )
