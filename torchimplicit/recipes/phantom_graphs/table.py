@@ -19,6 +19,9 @@ from torchimplicit.recipes.tables import Column, Table
 AIM = 0.95
 """Of the accuracy on the longest chains."""
 
+ONE_ANSWER = 0.6
+"""Points by which a fold's share of the larger class may differ from that of the whole set."""
+
 
 def summarize(config: PhantomGraphsConfig, runs: dict[str, Run]) -> Summary:
     """See :class:`~torchimplicit.recipes.reproduce.runner.Reproduction`."""
@@ -222,6 +225,15 @@ def notes(config: PhantomGraphsConfig, found: Found) -> list[str]:
             "At this scale training is short: a dozen passes or fewer, instead of 200; '--scale paper' has the "
             "published ones.",
         )
+    for name, rows_ in found.sets.items():
+        scores = [100 * score for row in rows_.values() for score in row.accuracy.values()]
+        constant = sum(abs(score - MAJORITY[name]) < ONE_ANSWER for score in scores)
+        if 2 * constant > len(scores):
+            made.append(
+                f"{name}: in {constant} of {len(scores)} runs the selected model scores what a constant answer does. "
+                "The validation loss is least before the network tells the classes apart, and rises while the training "
+                "loss falls: what it then learns from the nodes' labels hardly carries over to other graphs."
+            )
     if found.diverged:
         made.append(f"Not finished or diverged: {', '.join(found.diverged)}.")
     return made
