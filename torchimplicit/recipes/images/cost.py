@@ -1,0 +1,235 @@
+"""What a training step of an image model costs, by estimator, at the same trained weights."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.nn import Equilibrium
+from torchimplicit.recipes.fitting import load_weights
+from torchimplicit.recipes.images.config import ImageConfig, digits
+from torchimplicit.recipes.images.task import RUNNER as TRAINER
+from torchimplicit.recipes.machine import device, threads
+from torchimplicit.recipes.options import positive
+from torchimplicit.recipes.plain import from_plain
+from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.tables import Column, Table
+from torchimplicit.recipes.training.costs import Costs
+from torchimplicit.recipes.training.estimators import gradient, label
+from torchimplicit.recipes.training.settings import Equilibria
+from torchimplicit.recipes.training.task import Shard
+
+CONVERGED = "implicit, converged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostConfig:
+    """Trains an image model, then measures steps at the best weights with one estimator after the other."""
+
+    image: ImageConfig = field(default_factory=digits)
+
+    repeats: int = 7
+    """Batches on which every estimator is measured."""
+
+    converged_tolerance: float = 1e-6
+    """Of the adjoint that counts as converged."""
+
+    converged_steps: int = 300
+    """The most steps to get there."""
+
+    def __post_init__(self) -> None:
+        positive(self, "repeats", "converged_tolerance", "converged_steps")
+
+
+def default() -> CostConfig:
+    """For the small model on the bundled digits."""
+    return CostConfig()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A training step with one estimator; medians over the batches unless said.
+
+    Attributes:
+        forward_seconds, backward_seconds: CPU seconds of the process; on a GPU, wall seconds.
+        forward, backward: mean evaluations of the cell, and products with its Jacobian.
+        residual: mean over the samples of the adjoint's relative residual; of a phantom gradient, that of its
+            truncated series.
+        cosine, norm: of the gradient in all parameters beside that of the converged adjoint: cosine and ratio of norms.
+    """
+
+    forward_seconds: float
+    backward_seconds: float
+    forward: float
+    backward: float
+    residual: float
+    cosine: float
+    norm: float
+
+    @property
+    def seconds(self) -> float:
+        """Forward and backward pass."""
+        return self.forward_seconds + self.backward_seconds
+
+
+def estimators(config: CostConfig) -> dict[str, Equilibria]:
+    """What is measured, by name."""
+    own = config.image.equilibria
+    implicit = replace(own, gradient="implicit")
+    converged = replace(implicit, backward_tolerance=config.converged_tolerance, backward_steps=config.converged_steps)
+    unrolled = replace(own, gradient="unrolled-phantom", phantom_steps=5, phantom_damping=0.5)
+    neumann = replace(unrolled, gradient="neumann-phantom")
+    phantom = {label(one): one for one in (unrolled, replace(unrolled, phantom_steps=9), neumann)}
+    return {CONVERGED: converged, "implicit": implicit, **phantom}
+
+
+class CostRunner:
+    """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+
+    def check(self, config: CostConfig) -> None:
+        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        TRAINER.check(config.image)
+
+    def train(self, config: CostConfig, run: Run, console: Console) -> bool:
+        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        if not TRAINER.train(config.image, run, console):
+            return False
+        self._measure(config, run, console, "costs.json")
+        return True
+
+    def evaluate(self, config: CostConfig, run: Run, console: Console) -> None:
+        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        self._measure(config, run, console, "evaluation.json")
+
+    def _measure(self, config: CostConfig, run: Run, console: Console, name: str) -> None:
+        with console.status("Measuring"):
+            found = measured(config, run)
+        run.write_json(name, found)
+        console.print(table(found).rich_rows())
+
+
+RUNNER = CostRunner()
+
+
+def read(run: Run) -> dict[str, Cost]:
+    """What a run has measured."""
+    return {name: from_plain(Cost, plain) for name, plain in run.read_json("costs.json").items()}
+
+
+def measured(config: CostConfig, run: Run) -> dict[str, Cost]:
+    """Every estimator's cost at the run's best weights, in turn on each of a few batches."""
+    module = TRAINER.module(config.image)
+    load_weights(module, run.best)
+    where = device(config.image.machine.device)
+    task = module.task.to(where).train()
+    layer = next(one for one in task.modules() if isinstance(one, Equilibrium))
+    clock = time.perf_counter if where.type == "cuda" else time.process_time
+    rows: dict[str, list[Cost]] = {}
+    with threads(config.image.machine.threads), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for index, batch in enumerate(task.training_batches(range(config.repeats + 1), Shard())):
+            moved = [part.to(where) for part in batch]
+            exact: Tensor | None = None
+            for name, settings in estimators(config).items():
+                layer.gradient = gradient(settings)
+                cost, found = _step(task, moved, layer, clock, where, exact)
+                exact = found if exact is None else exact
+                if index:  # the first batch warms up
+                    rows.setdefault(name, []).append(cost)
+    return {name: _gathered(costs) for name, costs in rows.items()}
+
+
+def _step(
+    task: Any, batch: Any, layer: Equilibrium, clock: Callable[[], float], where: torch.device, exact: Tensor | None
+) -> tuple[Cost, Tensor]:
+    task.zero_grad()
+    watch = Costs([layer])
+    began = _now(clock, where)
+    loss = task.loss(batch)
+    forward = _now(clock, where)
+    loss.backward()
+    backward = _now(clock, where)
+    figures = watch.figures()
+    watch.close()
+    found = torch.cat([p.grad.flatten() for p in task.parameters() if p.grad is not None]).double()
+    beside = found if exact is None else exact
+    adjoint = layer.solution.adjoint if layer.solution is not None else None
+    return (
+        Cost(
+            forward_seconds=forward - began,
+            backward_seconds=backward - forward,
+            forward=figures["forward_evaluations"],
+            backward=figures["backward_evaluations"],
+            residual=float("nan") if adjoint is None else float(adjoint.residual.double().mean()),
+            cosine=float(torch.nn.functional.cosine_similarity(found, beside, dim=0)),
+            norm=float(found.norm() / beside.norm()),
+        ),
+        found,
+    )
+
+
+def _now(clock: Callable[[], float], where: torch.device) -> float:
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+    return clock()
+
+
+def _gathered(costs: list[Cost]) -> Cost:
+    return Cost(
+        forward_seconds=median(c.forward_seconds for c in costs),
+        backward_seconds=median(c.backward_seconds for c in costs),
+        forward=fmean(c.forward for c in costs),
+        backward=fmean(c.backward for c in costs),
+        residual=median(c.residual for c in costs),
+        cosine=median(c.cosine for c in costs),
+        norm=median(c.norm for c in costs),
+    )
+
+
+def table(found: dict[str, Cost]) -> Table:
+    """For people."""
+    columns = [
+        Column("Gradient"),
+        Column("Forward", "ms", "Seconds of the process's CPU (of the wall on a GPU), medians."),
+        Column("Backward", "ms", "The same."),
+        Column(
+            "Evaluations", "", "Of the cell in the forward pass; those that a phantom gradient unrolls are counted."
+        ),
+        Column("Products", "", "With the cell's Jacobian, in the backward pass."),
+        Column("Backward, evaluations", "×", "The converged implicit backward's evaluations over this one's."),
+        Column("Backward, time", "×", "The converged implicit backward's time over this one's."),
+        Column("Step, time", "×", "The implicit step's time over this one's, forward and backward together."),
+        Column("Cosine", "", "Of the gradient in all parameters to the converged one's."),
+        Column("Norm", "", "Of the gradient over the converged one's."),
+    ]
+    rows = []
+    for name, cost in found.items():
+        rows.append(
+            [
+                name,
+                f"{1e3 * cost.forward_seconds:.0f}",
+                f"{1e3 * cost.backward_seconds:.0f}",
+                f"{cost.forward:.1f}",
+                f"{cost.backward:.1f}",
+                f"{evaluations(found[CONVERGED]) / evaluations(cost):.1f}",
+                f"{found[CONVERGED].backward_seconds / cost.backward_seconds:.1f}",
+                f"{found['implicit'].seconds / cost.seconds:.2f}",
+                f"{cost.cosine:.3f}",
+                f"{cost.norm:.2f}",
+            ]
+        )
+    return Table(columns, rows)
+
+
+def evaluations(cost: Cost) -> float:
+    """Of the cell's backward pass: the products, and the last one, into the parameters."""
+    return cost.backward + 1
