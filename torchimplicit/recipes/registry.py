@@ -74,6 +74,11 @@ RECIPES = {
         f"{_HERE}.images.config:imagenet",
         f"{_HERE}.images.task:RUNNER",
     ),
+    "images-cost": Entry(
+        "What a training step of an image model costs with each gradient, in turn at the same trained weights.",
+        f"{_HERE}.images.cost:default",
+        f"{_HERE}.images.cost:RUNNER",
+    ),
     "graphs-cox2": Entry(
         "IGNN on a fold of COX2 (467 molecules) with the published settings.",
         f"{_HERE}.graphs.config:cox2",
