@@ -298,8 +298,8 @@ def _notes(config: PhantomLanguage, trained: dict[str, Trained], measured: Measu
         exact, converged, phantom = (fmean(column) for column in zip(*backward, strict=True))
         notes.append(
             f"A backward pass with the implicit gradient needs {exact:.1f} products with the Jacobian here "
-            f"({converged:.1f} to {CONVERGED:g}), UPG {phantom:.1f}, and 5 more forward evaluations: the phantom gradient "
-            "saves where the backward solver needs many, up to 35 in the published runs."
+            f"({converged:.1f} to {CONVERGED:g}), UPG {phantom:.1f}, and 5 more forward evaluations: the phantom "
+            "gradient saves where the backward solver needs many, up to 35 in the published runs."
         )
     for one in trained.values():
         unconverged = one.cost("unconverged")
