@@ -22,20 +22,19 @@ LOOSE = 1e-6
 
 
 def jobs(config: PhantomGraphsConfig) -> list[Job]:
-    """Folds outermost and estimators innermost, so that what slows the machine for a while slows all of them."""
-    made = [
-        Job(f"{name.lower()}-fold{fold}-{row}", f"graphs-{name.lower()}", molecules(config, name, fold, row))
-        for fold in range(config.folds)
-        for name in config.sets
-        for row in rows(config)
-    ]
-    made += [
-        Job(f"chains-{length}-{variant}-{seed}", "graphs-chains", chain(config, length, variant, seed))
+    """In the order of what they tell: chains with one seed, costs, the folds, chains with more seeds.
+
+    Folds are outermost and estimators innermost, so that what slows the machine for a while slows all of them.
+    """
+    chains_by_seed = [
+        [
+            Job(f"chains-{length}-{variant}-{seed}", "graphs-chains", chain(config, length, variant, seed))
+            for length in config.lengths
+            for variant in CHAINS
+        ]
         for seed in config.plan.all_seeds
-        for length in config.lengths
-        for variant in CHAINS
     ]
-    made += [
+    costs = [
         Job(
             f"cost-{name.lower()}",
             "graphs-cost",
@@ -43,7 +42,13 @@ def jobs(config: PhantomGraphsConfig) -> list[Job]:
         )
         for name in config.sets
     ]
-    return made
+    by_fold = [
+        Job(f"{name.lower()}-fold{fold}-{row}", f"graphs-{name.lower()}", molecules(config, name, fold, row))
+        for fold in range(config.folds)
+        for name in config.sets
+        for row in rows(config)
+    ]
+    return [*chains_by_seed[0], *costs, *by_fold, *(job for more in chains_by_seed[1:] for job in more)]
 
 
 def rows(config: PhantomGraphsConfig | CostConfig) -> dict[str, float | None]:

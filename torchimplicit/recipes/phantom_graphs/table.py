@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 from torchimplicit.recipes.phantom_graphs.config import PhantomGraphsConfig
 from torchimplicit.recipes.phantom_graphs.cost import StepCost
@@ -229,10 +229,11 @@ def notes(config: PhantomGraphsConfig, found: Found) -> list[str]:
         scores = [100 * score for row in rows_.values() for score in row.accuracy.values()]
         constant = sum(abs(score - MAJORITY[name]) < ONE_ANSWER for score in scores)
         if 2 * constant > len(scores):
+            chosen = median(one["selected_step"] for key, one in found.raw.items() if key.startswith(name.lower()))
+            steps = molecules(config, name, 0, "implicit").optimization.steps
             made.append(
-                f"{name}: in {constant} of {len(scores)} runs the selected model scores what a constant answer does. "
-                "The validation loss is least before the network tells the classes apart, and rises while the training "
-                "loss falls: what it then learns from the nodes' labels hardly carries over to other graphs."
+                f"{name}: in {constant} of {len(scores)} runs the selected model scores what a constant answer does; "
+                f"in the median the least validation loss is that of step {chosen:g} of {steps}."
             )
     if found.diverged:
         made.append(f"Not finished or diverged: {', '.join(found.diverged)}.")
