@@ -225,8 +225,8 @@ def notes(config: PhantomGraphsConfig, found: Found) -> list[str]:
             "At this scale training is short: a dozen passes or fewer, instead of 200; '--scale paper' has the "
             "published ones.",
         )
-    for name, rows_ in found.sets.items():
-        scores = [100 * score for row in rows_.values() for score in row.accuracy.values()]
+    for name in config.sets:
+        scores = [100 * score for row in found.sets[name].values() for score in row.accuracy.values()]
         constant = sum(abs(score - MAJORITY[name]) < ONE_ANSWER for score in scores)
         if 2 * constant > len(scores):
             chosen = median(one["selected_step"] for key, one in found.raw.items() if key.startswith(name.lower()))
