@@ -77,7 +77,11 @@ class Solve(Function):
 
 class LinearSolve(Function):
     """The solution :math:`y` of :math:`A y = b`, or of :math:`A^T y = b` if ``transposed``, with :math:`A` the
-    Jacobian of the task's residual at ``z``: ``(task, solver, transposed, b, z, *params) -> y``."""
+    Jacobian of the task's residual at ``z``: ``(task, solver, transposed, b, z, *params) -> y``.
+
+    ``b`` is ``[batch, dim]``, or a block ``[k, batch, dim]`` of right-hand sides for one point, which are solved
+    together from one evaluation of the map.
+    """
 
     @staticmethod
     def forward(task: Task, solver: LinearSolver, transposed: bool, b: Tensor, z: Tensor, *params: Tensor) -> Tensor:
@@ -101,8 +105,7 @@ class LinearSolve(Function):
         left, right = (y, w) if ctx.transposed else (w, y)
 
         def weighted(z: Tensor, *params: Tensor) -> Tensor:
-            _, pull = vjp(lambda z: ctx.task.system.residual(z, *params), z)
-            return -(pull(left)[0] * right).sum()
+            return -(_pulled(ctx.task, z, params)(left) * right).sum()
 
         grads = gradients(weighted, (z, *params), ctx.needs_input_grad[4:])
         return None, None, None, w, *grads
@@ -120,20 +123,44 @@ class LinearSolve(Function):
         """The tangent of the product with ``y`` at fixed ``y``."""
 
         def product(z: Tensor, *params: Tensor) -> Tensor:
-            _, pull = vjp(lambda z: ctx.task.system.residual(z, *params), z)
+            pull = _pulled(ctx.task, z, params)
             if ctx.transposed:
-                return pull(y)[0]
-            _, twice = vjp(lambda w: pull(w)[0], torch.zeros_like(y))
+                return pull(y)
+            _, twice = vjp(pull, torch.zeros_like(y))
             return twice(y)[0]
 
         return push(product, (z, *params), tangents)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, task: Task, solver: Any, transposed: bool, b: Any, z: Any, *params: Any) -> Any:
+        if all(dim is None for dim in in_dims[4:]):  # the copies differ in b alone: right-hand sides for one point
+            b = b.movedim(in_dims[3], 0)
+            y = LinearSolve.apply(task, solver, transposed, b.reshape(-1, *b.shape[-2:]), z, *params)
+            return y.reshape(b.shape), 0
         size, dims, params = _fold(info, in_dims[5:], params)
-        b, z = _stack(b, in_dims[3], size), _stack(z, in_dims[4], size)
+        shape = b.shape if in_dims[3] is None else b.movedim(in_dims[3], 0).shape[1:]
+        if len(shape) == 3:  # a block for each copy: the copies go into the batch, beside each other
+            b = b.expand(size, *shape) if in_dims[3] is None else b.movedim(in_dims[3], 0)
+            b = b.movedim(0, 1).reshape(shape[0], -1, shape[2])
+        else:
+            b = _stack(b, in_dims[3], size)
+        z = _stack(z, in_dims[4], size)
         y = LinearSolve.apply(task.vmapped(size, dims), solver, transposed, b, z, *params)
-        return y.reshape(size, -1, y.shape[-1]), 0
+        if len(shape) == 3:
+            return y.reshape(shape[0], size, *shape[1:]).movedim(1, 0), 0
+        return y.reshape(size, *shape), 0
+
+
+def _pulled(task: Task, z: Tensor, params: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """:math:`v\\mapsto A^T v` at ``z``, composable, for one vector or for a block."""
+    _, pull = vjp(lambda z: task.system.residual(z, *params), z)
+
+    def pulled(v: Tensor) -> Tensor:
+        if v.ndim == z.ndim:
+            return pull(v)[0]
+        return torch.func.vmap(lambda v: pull(v)[0])(v)
+
+    return pulled
 
 
 class FirstOrder(Function):

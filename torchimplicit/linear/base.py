@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from torchimplicit.linear.operator import LinearOperator
@@ -30,3 +31,34 @@ class LinearSolver(ABC):
     @abstractmethod
     def solve(self, operator: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         """Solve for ``b`` (``[batch, dim]``), from ``x0`` or zero. Runs without recording gradients."""
+
+
+class BlockSolver(LinearSolver):
+    """A solver that gains from solving for several right-hand sides together."""
+
+    @abstractmethod
+    def solve_block(self, operator: LinearOperator, b: Tensor) -> LinearSolution:
+        """Solve for a block ``[k, batch, dim]``, each right-hand side to its own tolerance.
+
+        The report's figures are the worst over the k; its evaluations count products with single vectors.
+        """
+
+
+def solve_each(solver: LinearSolver, operator: LinearOperator, b: Tensor) -> LinearSolution:
+    """Solve for a block ``[k, batch, dim]`` one right-hand side after the other; see :class:`BlockSolver`."""
+    found = [solver.solve(operator, one) for one in b]
+    reports = [one.report for one in found]
+    figures = Report(
+        torch.stack([report.status for report in reports]).amax(0),
+        torch.stack([report.steps for report in reports]).amax(0),
+        torch.stack([report.residual for report in reports]).amax(0),
+        sum(report.evaluations for report in reports),
+    )
+    return LinearSolution(torch.stack([one.value for one in found]), figures)
+
+
+def solve_any(solver: LinearSolver, operator: LinearOperator, b: Tensor) -> LinearSolution:
+    """Solve for one right-hand side ``[batch, dim]``, or for a block ``[k, batch, dim]`` in the solver's best way."""
+    if b.ndim == 2:
+        return solver.solve(operator, b)
+    return solver.solve_block(operator, b) if isinstance(solver, BlockSolver) else solve_each(solver, operator, b)

@@ -8,9 +8,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from torchimplicit.linear.base import LinearSolution, LinearSolver
+from torchimplicit.linear.base import BlockSolver, LinearSolution
 from torchimplicit.linear.operator import LinearOperator
-from torchimplicit.linear.options import check_vectors
+from torchimplicit.linear.options import check_block, check_vectors
 from torchimplicit.precision import default_rtol, working_dtype
 from torchimplicit.solution import Report, Status
 from torchimplicit.validation import check_nonnegative
@@ -18,7 +18,7 @@ from torchimplicit.validation import check_nonnegative
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Dense(LinearSolver):
+class Dense(BlockSolver):
     """Assembles the matrices from ``dim`` products and factorizes them by LU: exact, and best for small ``dim``.
 
     Takes memory for ``batch * dim**2`` entries and time for ``batch * dim**3``. With a null vector :math:`n` it solves
@@ -46,55 +46,113 @@ class Dense(LinearSolver):
             ValueError: if ``b`` or ``x0`` does not fit the operator.
         """
         check_vectors(operator, b, x0)
-        dtype = working_dtype(b.dtype)
-        rhs, matrix = operator.project(b.to(dtype)), (operator.unprojected or operator).dense().to(dtype)
+        found = self.substitute(Factorization.of(operator), b[None])
+        return LinearSolution(found.value[0], found.report)
+
+    @torch.no_grad()
+    def solve_block(self, operator: LinearOperator, b: Tensor) -> LinearSolution:
+        check_block(operator, b)
+        return self.substitute(Factorization.of(operator), b)
+
+    def substitute(self, factors: Factorization, b: Tensor, transposed: bool = False) -> LinearSolution:
+        """Solve for a block ``[k, batch, dim]`` with matrices that are factorized already, or with their transposes."""
+        dtype = factors.matrix.dtype
+        rhs = factors.project(b.to(dtype))
         scale = torch.linalg.vector_norm(rhs, dim=-1)
-        finite = matrix.isfinite().all(-1).all(-1) & (scale < torch.inf)
-        eye = torch.eye(operator.dim, dtype=dtype, device=b.device)
-        matrix = matrix.where(finite[:, None, None], eye)
-        rhs = rhs.where(finite[:, None], 0.0)
-        null = None if operator.null is None else operator.null.to(dtype).expand(operator.batch, -1)
-
+        finite = factors.finite & (scale < torch.inf)
+        rhs = rhs.where(finite[..., None], 0.0)
         tolerance = self.atol + (default_rtol(b.dtype) if self.rtol is None else self.rtol) * scale
-        full, extended = _bordered(matrix, rhs, null) if null is not None else (matrix, rhs)
-        x, regular = _solve(full, extended)
-        residual = _residual_norm(operator, matrix, rhs, x)
+        x, regular = factors.solve(rhs, transposed)
+        residual = factors.residual_norm(rhs, x, transposed)
         solved = regular & (residual <= tolerance)
-        failed = (~solved & finite).nonzero().squeeze(1)
+        failed = (~solved & finite).any(0).nonzero().squeeze(1)
         if len(failed):
-            least = (torch.linalg.pinv(full[failed]) @ extended[failed].unsqueeze(-1)).squeeze(-1)
-            other = x.index_copy(0, failed, least)
-            size = _residual_norm(operator, matrix, rhs, other)
+            other = x.index_copy(1, failed, factors.least_squares(rhs, failed, transposed))
+            size = factors.residual_norm(rhs, other, transposed)
             better = ~(residual <= size)
-            x, residual = other.where(better[:, None], x), size.where(better, residual)
+            x, residual = other.where(better[..., None], x), size.where(better, residual)
         status = torch.where(solved, int(Status.CONVERGED), int(Status.BREAKDOWN))
-        status = torch.where(finite, status, int(Status.NONFINITE))
-        relative = (residual / scale.where(scale > 0, 1.0)).where(finite, torch.nan)
-        report = Report(status, torch.ones_like(status), relative.to(b.dtype), float(operator.dim))
-        return LinearSolution(x[:, : operator.dim].to(b.dtype), report)
+        status = torch.where(finite, status, int(Status.NONFINITE)).amax(0)
+        relative = (residual / scale.where(scale > 0, 1.0)).where(finite, torch.nan).amax(0)
+        report = Report(status, torch.ones_like(status), relative.to(b.dtype), float(factors.products))
+        return LinearSolution(x.to(b.dtype), report)
 
 
-def _bordered(matrix: Tensor, b: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class Factorization:
+    """The matrices of an operator with their LU factors, for any number of right-hand sides, transposed or not.
+
+    Attributes:
+        matrix: ``[batch, dim, dim]``, in the working precision; the identity for a sample that is not finite.
+        null: ``[batch, dim]``, see :class:`LinearOperator`; the factors are then those of the bordered matrices.
+        full: what is factorized.
+        lu, pivots, info: the factors.
+        finite: bool ``[batch]``.
+        products: what assembling cost.
+    """
+
+    matrix: Tensor
+    null: Tensor | None
+    full: Tensor
+    lu: Tensor
+    pivots: Tensor
+    info: Tensor
+    finite: Tensor
+    products: int
+
+    @classmethod
+    def of(cls, operator: LinearOperator) -> Factorization:
+        """Assemble, and factorize."""
+        dtype = working_dtype(operator.dtype)
+        matrix = (operator.unprojected or operator).dense().to(dtype)
+        finite = matrix.isfinite().all(-1).all(-1)
+        matrix = matrix.where(finite[:, None, None], torch.eye(operator.dim, dtype=dtype, device=matrix.device))
+        null = None if operator.null is None else operator.null.to(dtype).expand(operator.batch, -1)
+        full = matrix if null is None else _bordered(matrix, null)
+        lu, pivots, info = torch.linalg.lu_factor_ex(full)
+        return cls(
+            matrix=matrix, null=null, full=full, lu=lu, pivots=pivots, info=info, finite=finite, products=operator.dim
+        )
+
+    def project(self, v: Tensor) -> Tensor:
+        """``[..., batch, dim]`` without its component along ``null``."""
+        return v if self.null is None else v - (v * self.null).sum(-1, keepdim=True) * self.null
+
+    def solve(self, rhs: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+        """The solutions ``[k, batch, dim]``, refined once, and whether they could be had; NaN where not."""
+        b = self._columns(rhs)
+        matrix = self.full.mT if transposed else self.full
+        x = torch.linalg.lu_solve(self.lu, self.pivots, b, adjoint=transposed)
+        x = x + torch.linalg.lu_solve(self.lu, self.pivots, b - matrix @ x, adjoint=transposed)
+        x = self._rows(x)
+        regular = (self.info == 0) & x.isfinite().all(-1)
+        return x.where(regular[..., None], torch.nan), regular
+
+    def least_squares(self, rhs: Tensor, rows: Tensor, transposed: bool) -> Tensor:
+        """The least-squares solutions of least norm, of the samples ``rows`` only: ``[k, len(rows), dim]``."""
+        matrix = self.full.mT if transposed else self.full
+        return self._rows(torch.linalg.pinv(matrix[rows]) @ self._columns(rhs)[rows])
+
+    def residual_norm(self, rhs: Tensor, x: Tensor, transposed: bool) -> Tensor:
+        """``[k, batch]``."""
+        matrix = self.matrix.mT if transposed else self.matrix
+        image = (matrix @ x.permute(1, 2, 0)).permute(2, 0, 1)
+        return torch.linalg.vector_norm(self.project(rhs - image), dim=-1)
+
+    def _columns(self, rhs: Tensor) -> Tensor:
+        """``[k, batch, dim]`` to the columns of the system, ``[batch, dim or dim + 1, k]``."""
+        columns = rhs.permute(1, 2, 0)
+        return columns if self.null is None else torch.nn.functional.pad(columns, (0, 0, 0, 1))
+
+    def _rows(self, columns: Tensor) -> Tensor:
+        return columns[:, : self.matrix.shape[-1]].permute(2, 0, 1)
+
+
+def _bordered(matrix: Tensor, null: Tensor) -> Tensor:
     """The system that also asks for a solution orthogonal to ``null``.
 
     The border takes the size of the matrix's entries, or the bordered system would be ill-conditioned.
     """
     size = matrix.abs().amax((-2, -1), keepdim=True)
     border = (null * size.where(size > 0, 1.0).squeeze(-1)).unsqueeze(-1)
-    rows = torch.cat((matrix, border), -1), torch.cat((border.mT, torch.zeros_like(size)), -1)
-    return torch.cat(rows, -2), torch.cat((b, torch.zeros_like(b[:, :1])), -1)
-
-
-def _solve(matrix: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The solutions by LU, refined once, and whether they could be had; NaN where not."""
-    lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
-    b = b.unsqueeze(-1)
-    x = torch.linalg.lu_solve(lu, pivots, b)
-    x = (x + torch.linalg.lu_solve(lu, pivots, b - matrix @ x)).squeeze(-1)
-    regular = (info == 0) & x.isfinite().all(-1)
-    return x.where(regular[:, None], torch.nan), regular
-
-
-def _residual_norm(operator: LinearOperator, matrix: Tensor, b: Tensor, x: Tensor) -> Tensor:
-    image = (matrix @ x[:, : operator.dim].unsqueeze(-1)).squeeze(-1)
-    return torch.linalg.vector_norm(operator.project(b - image), dim=-1)
+    return torch.cat((torch.cat((matrix, border), -1), torch.cat((border.mT, torch.zeros_like(size)), -1)), -2)

@@ -9,18 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchimplicit.linear.base import LinearSolution, LinearSolver
+from torchimplicit.linear.base import BlockSolver, LinearSolution, solve_each
 from torchimplicit.linear.cycle import Method
 from torchimplicit.linear.loop import run
 from torchimplicit.linear.operator import LinearOperator
-from torchimplicit.linear.options import check_vectors
+from torchimplicit.linear.options import check_block, check_vectors
 from torchimplicit.linear.preconditioners import Preconditioner, as_preconditioner
 from torchimplicit.precision import default_rtol
+from torchimplicit.solution import Report
 from torchimplicit.validation import check_count, check_nonnegative
 
 
 @dataclass(frozen=True, kw_only=True)
-class IterativeSolver(LinearSolver):
+class IterativeSolver(BlockSolver):
     """A solver that takes steps until :math:`\\lVert b - Ay\\rVert_2 \\le atol + rtol\\,\\lVert b\\rVert_2`.
 
     Attributes:
@@ -69,3 +70,23 @@ class IterativeSolver(LinearSolver):
             check_every=self.check_every,
             preconditioner=as_preconditioner(self.preconditioner),
         )
+
+    @torch.no_grad()
+    def solve_block(self, operator: LinearOperator, b: Tensor) -> LinearSolution:
+        """Solve for a block, its products taken together; with a preconditioner, one after the other.
+
+        A preconditioner may be of one sample each, and knows nothing of copies.
+        """
+        check_block(operator, b)
+        if self.preconditioner is not None:
+            return solve_each(self, operator, b)
+        copies, batch, _ = b.shape
+        found = self.solve(operator.repeated(copies), b.reshape(-1, operator.dim))
+        report = found.report
+        figures = Report(
+            report.status.reshape(copies, batch).amax(0),
+            report.steps.reshape(copies, batch).amax(0),
+            report.residual.reshape(copies, batch).amax(0),
+            copies * report.evaluations,
+        )
+        return LinearSolution(found.value.reshape(b.shape), figures)

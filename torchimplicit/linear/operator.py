@@ -55,6 +55,31 @@ class LinearOperator:
             return v
         return v - (v * self.null).sum(-1, keepdim=True) * self.null
 
+    def repeated(self, copies: int) -> LinearOperator:
+        """``copies`` of every map, one batch after the other: for as many right-hand sides at once."""
+
+        def each(product: Product, block: Product | None) -> Product:
+            def repeated(v: Tensor) -> Tensor:
+                vs = v.reshape(-1, self.batch, self.dim)
+                out = block(vs) if block is not None else torch.stack([product(one) for one in vs])
+                return out.reshape(v.shape)
+
+            return repeated
+
+        flipped = self.transposed_product
+        block = self.block_product
+        return LinearOperator(
+            product=each(self.product, block),
+            transposed_product=None if flipped is None else each(flipped, block if self.symmetric else None),
+            batch=copies * self.batch,
+            dim=self.dim,
+            dtype=self.dtype,
+            device=self.device,
+            symmetric=self.symmetric,
+            transposed=self.transposed,
+            null=None if self.null is None else self.null.expand(self.batch, -1).repeat(copies, 1),
+        )
+
     def dense(self) -> Tensor:
         """The matrices, ``[batch, dim, dim]``, from ``dim`` products."""
         eye = torch.eye(self.dim, dtype=self.dtype, device=self.device)

@@ -7,6 +7,16 @@ from torch import Tensor
 from torchimplicit.linear.operator import LinearOperator
 
 
+def check_block(operator: LinearOperator, b: Tensor) -> None:
+    """Raise unless ``b`` is a block of right-hand sides that fit the operator."""
+    if b.ndim != 3 or not len(b):
+        raise ValueError(
+            f"b has shape {tuple(b.shape)}, and a block of right-hand sides has [k, batch, dim] with k > 0; for a "
+            "single one call solve."
+        )
+    check_vectors(operator, b[0], None)
+
+
 def check_vectors(operator: LinearOperator, b: Tensor, x0: Tensor | None) -> None:
     """Raise unless ``b`` and ``x0`` fit the operator's shape, dtype and device."""
     if not operator.dtype.is_floating_point:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from torchimplicit.constraints import LinearEquality, place, project, unit_normal
 from torchimplicit.linear import MINRES, Dense, LinearOperator, LinearSolution, LinearSolver
+from torchimplicit.linear.base import solve_any
 from torchimplicit.problems.base import Problem, check_function
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.system import Point, System
@@ -146,13 +147,14 @@ class MinimumSystem(System):
         operator = self.operator(tape, transposed)
         normal = operator.null
         if normal is None:
-            return solver.solve(operator, b)
-        along = (b * normal).sum(dim=1, keepdim=True) * normal
+            return solve_any(solver, operator, b)
+        curvature = tape.transposed if b.ndim == 2 else tape.transposed_block
+        along = (b * normal).sum(dim=-1, keepdim=True) * normal
         if transposed:
-            found = solver.solve(operator, b - along)
-            curved = tape.transposed(found.value)
-            return replace(found, value=found.value + along - (curved * normal).sum(dim=1, keepdim=True) * normal)
-        found = solver.solve(operator, project(b - tape.transposed(along), normal))
+            found = solve_any(solver, operator, b - along)
+            curved = curvature(found.value)
+            return replace(found, value=found.value + along - (curved * normal).sum(dim=-1, keepdim=True) * normal)
+        found = solve_any(solver, operator, project(b - curvature(along), normal))
         return replace(found, value=found.value + along)
 
     def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.linear import LinearOperator, LinearSolution, LinearSolver
+from torchimplicit.linear.base import solve_any
 from torchimplicit.problems.linearization import Linearization
 
 
@@ -107,8 +108,9 @@ class System(ABC):
         """What solves the adjoint system where the user named nothing."""
 
     def solve_linear(self, tape: Linearization, transposed: bool, b: Tensor, solver: LinearSolver) -> LinearSolution:
-        """Solve :math:`A y = b` or :math:`A^T y = b` at the tape's point."""
-        return solver.solve(self.operator(tape, transposed), b)
+        """Solve :math:`A y = b` or :math:`A^T y = b` at the tape's point, for ``b`` of ``[batch, dim]`` or for a block
+        ``[k, batch, dim]``."""
+        return solve_any(solver, self.operator(tape, transposed), b)
 
     def place(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
         """The nearest state that satisfies the constraint; ``z`` itself where there is none."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.linear import Diagonal, Factorized, Inverse, Jacobi, LinearOperator, LinearSolution, LinearSolver
+from torchimplicit.linear.base import BlockSolver, solve_any
 from torchimplicit.solution import Status
 
 
@@ -340,6 +341,42 @@ class LinearSolverSuite(ABC):
         along = self.make(rtol=1e-9).solve(self.operator(singular, null=w), 3 * w)
         assert along.report.converged.all()
         assert along.value.abs().max() < 1e-10
+
+    @pytest.mark.parametrize("blockwise", [True, False])
+    def test_a_block_is_solved_like_its_parts(self, blockwise: bool) -> None:
+        """Several right-hand sides at once, where the solver takes them."""
+        solver = self.make(rtol=1e-10)
+        matrix, (batch, dim) = self.matrices(3, 12), (3, 12)
+        operator = self.operator(matrix)
+        if blockwise:
+            operator = dataclasses.replace(
+                operator, block_product=lambda vs: torch.stack([operator.product(v) for v in vs])
+            )
+        b = torch.stack([self.vectors(batch, dim, seed=seed) for seed in (1, 2, 3, 4)])
+        b[1] = 0
+        found = solve_any(solver, operator, b)
+        assert found.report.status.shape == (batch,)
+        assert found.report.converged.all()
+        for one, y in zip(b, found.value, strict=True):
+            torch.testing.assert_close(y, solver.solve(operator, one).value, rtol=1e-7, atol=1e-9)
+        if not self.null:
+            return
+        null = torch.zeros(1, dim, dtype=matrix.dtype, device=matrix.device)
+        null[0, 0] = 1
+        singular = matrix.clone()
+        singular[:, 0] = singular[:, :, 0] = 0
+        operator = self.operator(singular, null=null)
+        for one, y in zip(b, solve_any(solver, operator, b).value, strict=True):
+            torch.testing.assert_close(y, solver.solve(operator, one).value, rtol=1e-7, atol=1e-9)
+
+    def test_blocks_that_do_not_fit(self) -> None:
+        """A block has three dimensions."""
+        solver, operator = self.make(), self.operator(self.matrices(2, 5))
+        if not isinstance(solver, BlockSolver):
+            pytest.skip("takes one right-hand side at a time")
+        for wrong in (self.vectors(2, 5), self.vectors(2, 4)[None], self.vectors(2, 5)[None][:0]):
+            with pytest.raises(ValueError, match="shape"):
+                solver.solve_block(operator, wrong)
 
     def test_singular_system_without_a_solution(self) -> None:
         a, b = self.matrices(3, 12), self.vectors(3, 12)
