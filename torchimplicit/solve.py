@@ -8,17 +8,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchimplicit.closure import Closure, Members, announce, is_transformed, module_of, relayed, transforms_running
+from torchimplicit.closure import announce, is_transformed, transforms_running
 from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.gradients import Gradient, Implicit
 from torchimplicit.gradients.base import Run, Task, differentiable
-from torchimplicit.precision import AutocastState, at_precision, without_autocast
+from torchimplicit.precision import at_precision, without_autocast
 from torchimplicit.problems import Minimum, Problem, Root, System
 from torchimplicit.solution import AdjointRecord, Report, Solution, Status
 from torchimplicit.solvers import LBFGS, Anderson, NewtonKrylov, Outcome, Solver, iterate
-from torchimplicit.state import Layout
+from torchimplicit.statement import stated
 
 
 @torch.compiler.disable
@@ -55,26 +55,11 @@ def solve(
         ConvergenceWarning: a sample stopped at ``max_steps`` or broke down.
     """
     solver, gradient = _strategies(problem, solver, gradient)
-    layout = Layout.of(z0, problem.batched)
-    flat0 = layout.flatten(z0, "z0")
-    rows = flat0.shape[0]
-    constraint = problem.constraint_tensors(layout, rows)
-    call = _FlatCall(problem, layout)
-    solver = at_precision(solver, call.autocast.dtype)
-    closure = Closure(call, args, extra=len(constraint))
-
-    value: Tensor | None = None
-    if torch.is_grad_enabled() or transforms_running():
-        # One call finds what the function captures. It is the solver's first evaluation, where that can be.
-        with torch.no_grad():
-            closure, value = closure.record(flat0.detach())
-    own = len(closure.tensors)
-    params = relayed((*closure.tensors, *constraint, *closure.captured))
-    row_params = None
-    if problem.batched and problem.rowwise and rows > 1 and not gradient.needs_solver_state:
-        row_params = tuple(_carries_batch(p, rows) for p in params[: own + len(constraint)])
-        row_params += (False,) * len(closure.captured)
-    system = problem.system(closure, row_params, slice(own, own + len(constraint)), layout)
+    # a capture is found by one call, which is the solver's first evaluation where that can be
+    capture = torch.is_grad_enabled() or transforms_running()
+    given = stated(problem, z0, args, capture=capture, rowwise=not gradient.needs_solver_state)
+    layout, flat0, system, params, value = given.layout, given.flat, given.system, given.params, given.value
+    solver = at_precision(solver, given.precision)
     for complaint in (solver.supports(system), gradient.supports(system, solver)):
         if complaint:
             raise ValueError(complaint)
@@ -88,7 +73,7 @@ def solve(
         run=_runner(solver, system, known),
         solver=solver,
         record=record,
-        precision=call.autocast.dtype,
+        precision=given.precision,
     )
     with without_autocast(layout.device):
         found = gradient.attach(task, flat0 if differentiable((flat0,)) else flat0.detach(), params)
@@ -98,8 +83,8 @@ def solve(
 
     def attach(z: Tensor) -> Any:
         """The state ``z`` (flat), with the derivative that it would have as the solution."""
-        given = Outcome(z, outcome.report, state=outcome.state)
-        at = replace(task, run=lambda *_: given, outcomes=[])
+        reached = Outcome(z, outcome.report, state=outcome.state)
+        at = replace(task, run=lambda *_: reached, outcomes=[])
         with without_autocast(layout.device):
             return layout.unflatten(gradient.attach(at, z, params).z)
 
@@ -124,49 +109,8 @@ def solve(
 
 def flat_system(problem: Problem, z: Any, args: tuple[Any, ...]) -> tuple[System, Tensor, tuple[Tensor, ...]]:
     """``problem`` in flat coordinates at the state ``z``, for plain tensors: ``(system, flat z, params)``."""
-    layout = Layout.of(z, problem.batched)
-    flat = layout.flatten(z, "z").detach()
-    constraint = problem.constraint_tensors(layout, flat.shape[0])
-    closure = Closure(_FlatCall(problem, layout), args, extra=len(constraint))
-    own = len(closure.tensors)
-    system = problem.system(closure, None, slice(own, own + len(constraint)), layout)
-    return system, flat, (*closure.tensors, *constraint)
-
-
-def tensors_of(problem: Problem, z: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """What a solution of ``problem`` at ``z`` can be differentiated in: the tensors that require grad among the
-    arguments and among those that the problem's function captures. One evaluation.
-
-    Raises:
-        ValueError: there are none.
-    """
-    layout = Layout.of(z, problem.batched)
-    with torch.no_grad():
-        closure, _ = Closure(_FlatCall(problem, layout), args, extra=0).record(layout.flatten(z, "z").detach())
-    unique = {id(t): t for t in (*closure.tensors, *closure.captured) if t.requires_grad}
-    if not unique:
-        raise ValueError(
-            "no argument requires grad, and nothing that the problem's function captures: there is nothing to "
-            "differentiate in"
-        )
-    return tuple(unique.values())
-
-
-class _FlatCall:
-    """The problem's function in flat coordinates, under the autocast state and with the module's tensors of the time
-    when the solve was called."""
-
-    def __init__(self, problem: Problem, layout: Layout):
-        self.problem = problem
-        self.layout = layout
-        self.module = module_of(problem.function)
-        self.members = Members(self.module)
-        self.autocast = AutocastState(layout.device)
-
-    def __call__(self, z: Tensor, *args: Any) -> Tensor:
-        with self.autocast(), self.members.restored():
-            output = self.problem.function(self.layout.unflatten(z), *args)
-        return self.problem.flat_output(self.layout, output, z.shape[0], self.autocast.dtype is not None)
+    given = stated(problem, z, args, capture=False)
+    return given.system, given.flat.detach(), given.params
 
 
 def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradient]:
@@ -187,10 +131,6 @@ def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradi
             LBFGS() if isinstance(problem, Minimum) else NewtonKrylov() if isinstance(problem, Root) else Anderson()
         )
     return solver, gradient or Implicit()
-
-
-def _carries_batch(t: Tensor, rows: int) -> bool:
-    return not isinstance(t, nn.Parameter) and t.ndim > 0 and t.shape[0] == rows
 
 
 def _runner(solver: Solver, own: System, value: Tensor | None) -> Run:

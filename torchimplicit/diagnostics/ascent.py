@@ -16,8 +16,9 @@ from torchimplicit.diagnostics.compare import Attached
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import Gradient, OneStep
 from torchimplicit.problems import Problem
-from torchimplicit.solve import flat_system, tensors_of
+from torchimplicit.solve import flat_system
 from torchimplicit.state import Layout
+from torchimplicit.statement import tensors_of
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from torchimplicit.gradients import Gradient, Implicit, Unrolled
 from torchimplicit.linear import GMRES
 from torchimplicit.problems import FixedPoint, Minimum, Problem, Root
 from torchimplicit.solution import Report
-from torchimplicit.solve import flat_system, solve, tensors_of
+from torchimplicit.solve import flat_system, solve
 from torchimplicit.solvers import LBFGS, FixedPointIteration, Solver
 from torchimplicit.state import Layout, row_norm
+from torchimplicit.statement import tensors_of
 
 
 @dataclass(frozen=True)

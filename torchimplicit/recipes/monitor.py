@@ -22,7 +22,7 @@ from torchimplicit.gradients import Gradient, Implicit, PhantomReport, UnbiasedN
 from torchimplicit.nn import Equilibrium
 from torchimplicit.precision import AutocastState
 from torchimplicit.solution import Report, Solution
-from torchimplicit.solve import tensors_of
+from torchimplicit.statement import tensors_of
 from torchimplicit.validation import at_least
 
 OWN = ("cosine", "norm_ratio", "relative_error", "adjoint_residual", "exact_residual", "ascent", "spectral_radius")

@@ -1,0 +1,111 @@
+"""A problem as it is stated to :func:`~torchimplicit.solve.solve`, in flat coordinates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchimplicit.closure import Closure, Members, module_of, relayed
+from torchimplicit.precision import AutocastState
+from torchimplicit.problems import Problem, System
+from torchimplicit.state import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statement:
+    """The problem at some arguments.
+
+    Attributes:
+        problem, layout: what was stated, and the structure of its state.
+        flat: the given state, ``[batch, dim]``.
+        closure: the problem's function with its arguments, and what it captures.
+        system: the problem over flat states.
+        params: the tensors that ``system`` depends on: those of the arguments, those of a constraint, the captured.
+        value: what the function gives at ``flat``, where it had to be called.
+        precision: in which autocast evaluates the function; ``None`` where it is off.
+    """
+
+    problem: Problem
+    layout: Layout
+    flat: Tensor
+    closure: Closure
+    system: System
+    params: tuple[Tensor, ...]
+    value: Tensor | None
+    precision: torch.dtype | None
+
+
+def stated(problem: Problem, z: Any, args: tuple[Any, ...], *, capture: bool, rowwise: bool = False) -> Statement:
+    """``problem`` at the state ``z``.
+
+    Args:
+        problem, z, args: as for :func:`~torchimplicit.solve.solve`.
+        capture: whether to find what the problem's function captures, by one call at ``z``.
+        rowwise: whether samples may be evaluated apart, where the problem promises it.
+    """
+    layout = Layout.of(z, problem.batched)
+    flat = layout.flatten(z, "z0")
+    rows = flat.shape[0]
+    constraint = problem.constraint_tensors(layout, rows)
+    call = _FlatCall(problem, layout)
+    closure, value = Closure(call, args, extra=len(constraint)), None
+    if capture:
+        with torch.no_grad():
+            closure, value = closure.record(flat.detach())
+    own = len(closure.tensors)
+    params = relayed((*closure.tensors, *constraint, *closure.captured))
+    row_params = None
+    if rowwise and problem.batched and problem.rowwise and rows > 1:
+        row_params = tuple(_carries_batch(p, rows) for p in params[: own + len(constraint)])
+        row_params += (False,) * len(closure.captured)
+    return Statement(
+        problem=problem,
+        layout=layout,
+        flat=flat,
+        closure=closure,
+        system=problem.system(closure, row_params, slice(own, own + len(constraint)), layout),
+        params=params,
+        value=value,
+        precision=call.autocast.dtype,
+    )
+
+
+def tensors_of(problem: Problem, z: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """What a solution of ``problem`` at ``z`` can be differentiated in: the tensors that require grad among the
+    arguments and among those that the problem's function captures. One evaluation.
+
+    Raises:
+        ValueError: there are none.
+    """
+    closure = stated(problem, z, args, capture=True).closure
+    unique = {id(t): t for t in (*closure.tensors, *closure.captured) if t.requires_grad}
+    if not unique:
+        raise ValueError(
+            "no argument requires grad, and nothing that the problem's function captures: there is nothing to "
+            "differentiate in"
+        )
+    return tuple(unique.values())
+
+
+class _FlatCall:
+    """The problem's function in flat coordinates, under the autocast state and with the module's tensors of the time
+    when the solve was called."""
+
+    def __init__(self, problem: Problem, layout: Layout):
+        self.problem = problem
+        self.layout = layout
+        self.module = module_of(problem.function)
+        self.members = Members(self.module)
+        self.autocast = AutocastState(layout.device)
+
+    def __call__(self, z: Tensor, *args: Any) -> Tensor:
+        with self.autocast(), self.members.restored():
+            output = self.problem.function(self.layout.unflatten(z), *args)
+        return self.problem.flat_output(self.layout, output, z.shape[0], self.autocast.dtype is not None)
+
+
+def _carries_batch(t: Tensor, rows: int) -> bool:
+    return not isinstance(t, nn.Parameter) and t.ndim > 0 and t.shape[0] == rows
