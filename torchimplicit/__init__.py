@@ -1,9 +1,9 @@
 """Implicit layers for PyTorch: state a problem, solve it, differentiate the solution to any order."""
 
-from torchimplicit import nn, regularizers
+from torchimplicit import derivatives, nn, regularizers
 from torchimplicit.constraints import LinearEquality
 from torchimplicit.diagnostics import spectral_radius
-from torchimplicit.errors import ConvergenceWarning, SolveError, UnsupportedDerivativeError
+from torchimplicit.errors import ConvergenceWarning, SmoothnessWarning, SolveError, UnsupportedDerivativeError
 from torchimplicit.gradients import (
     AdaptivePhantom,
     EquilibriumPropagation,
@@ -49,6 +49,7 @@ __all__ = [
     "Report",
     "Root",
     "SharedInverse",
+    "SmoothnessWarning",
     "Solution",
     "SolveError",
     "Status",
@@ -56,6 +57,7 @@ __all__ = [
     "Unrolled",
     "UnrolledPhantom",
     "UnsupportedDerivativeError",
+    "derivatives",
     "nn",
     "regularizers",
     "solve",

@@ -224,6 +224,10 @@ class Closure:
         with eagerly() if any(map(is_transformed, (z, *tensors))) else self._retained():
             return _untouched(self.function, z, *self._given(own))
 
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The arguments, with their tensors replaced by the first of ``tensors``, which are as for a call."""
+        return tuple(self._given(tensors[: len(self.tensors)]))
+
     def _given(self, own: Sequence[Tensor]) -> Any:
         """The arguments, with their tensors replaced by ``own``."""
         if not any(map(is_not, own, self.tensors)):

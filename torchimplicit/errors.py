@@ -22,3 +22,7 @@ class UnsupportedDerivativeError(RuntimeError):
 
 class ConvergenceWarning(UserWarning):
     """A solver stopped at ``max_steps`` or broke down before it reached its tolerance."""
+
+
+class SmoothnessWarning(UserWarning):
+    """A second derivative was asked for of a map that is linear in pieces."""

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from torchimplicit.closure import carries_derivative, is_transformed
-from torchimplicit.linear import LinearSolver
+from torchimplicit.gradients.point import SharedPoint
+from torchimplicit.linear import LinearSolution, LinearSolver
 from torchimplicit.precision import at_precision
 from torchimplicit.problems import System
+from torchimplicit.problems.linearization import Linearization
 from torchimplicit.solution import AdjointRecord, Report, Status
 from torchimplicit.solvers import Outcome, Solver
 
@@ -40,6 +42,7 @@ class Task:
         record: where a backward solve leaves its report.
         precision: in which autocast evaluates the system; ``None`` where it is off.
         outcomes: what ``run`` gave, the latest last (the nodes run it out of the caller's sight).
+        shared: the point whose linear solves share their work; ``None``: each does its own.
     """
 
     system: System
@@ -48,6 +51,7 @@ class Task:
     record: AdjointRecord
     precision: torch.dtype | None = None
     outcomes: list[Outcome] = field(default_factory=list)
+    shared: SharedPoint | None = None
 
     def solve(self, z0: Tensor, params: Sequence[Tensor]) -> Found:
         """Run without recording gradients."""
@@ -71,7 +75,23 @@ class Task:
 
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Task:
         """The task of ``size`` copies, see :meth:`System.vmapped`."""
-        return replace(self, system=self.system.vmapped(size, dims))
+        return replace(self, system=self.system.vmapped(size, dims), shared=None)
+
+    def solve_linear(
+        self,
+        solver: LinearSolver,
+        transposed: bool,
+        b: Tensor,
+        z: Tensor,
+        params: Sequence[Tensor],
+        wanted: Sequence[bool] | None = None,
+    ) -> tuple[Linearization, LinearSolution]:
+        """Solve :math:`A y = b` or :math:`A^T y = b` at ``z``, on plain tensors; also the tape, for the pullback."""
+        tape = None if self.shared is None else self.shared.tape(z, params, wanted)
+        if self.shared is not None and tape is not None:
+            return tape, self.shared.solve(tape, transposed, b)
+        tape = self.system.linearize(z, params, wanted)
+        return tape, self.system.solve_linear(tape, transposed, b, solver)
 
 
 class Gradient(ABC):

@@ -42,10 +42,10 @@ class Implicit(Gradient):
         """The cotangents of the wanted parameters; differentiable."""
         solver = task.adjoint_solver(self.linear_solver, z)
         if not torch.is_grad_enabled() and not any(is_transformed(t) for t in (u, z, *params)):
-            tape = task.system.linearize(z, params, wanted)  # one tape serves the solve and the pullback
-            found = task.system.solve_linear(tape, True, u, solver)
+            tape, found = task.solve_linear(solver, True, u, z, params, wanted)  # one tape serves the pullback as well
             report(task, found.report)
-            return tuple(task.system.pull(tape, found.value))
+            grads = task.system.pull(tape, found.value)
+            return tuple(grad if w else None for grad, w in zip(grads, wanted, strict=True))
         g = LinearSolve.apply(task, solver, True, u, z, *params)
         _, pull = partial_vjp(lambda *params: task.system.residual(z, *params), params, wanted)
         return pull(-g)

@@ -86,8 +86,7 @@ class LinearSolve(Function):
     @staticmethod
     def forward(task: Task, solver: LinearSolver, transposed: bool, b: Tensor, z: Tensor, *params: Tensor) -> Tensor:
         with without_autocast(z.device):
-            tape = task.system.linearize(z, params)
-            found = task.system.solve_linear(tape, transposed, b, solver)
+            _, found = task.solve_linear(solver, transposed, b, z, params)
         report(task, found.report)
         return found.value
 

@@ -1,0 +1,61 @@
+"""Whether a map has a second derivative, as far as autograd's graph tells."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor
+
+from torchimplicit.errors import SmoothnessWarning
+from torchimplicit.gradients.point import SharedPoint
+
+ROUGH = {
+    "Relu": "relu",
+    "LeakyRelu": "leaky_relu",
+    "Prelu": "prelu",
+    "Rrelu": "rrelu",
+    "Hardtanh": "hardtanh or relu6",
+    "Hardsigmoid": "hardsigmoid",
+    "Threshold": "threshold",
+    "Abs": "abs",
+    "Clamp": "clamp",
+    "Round": "round",
+    "Sign": "sign",
+    "Floor": "floor",
+    "Ceil": "ceil",
+    "MaxPool": "max pooling",
+    "Softshrink": "softshrink",
+    "Hardshrink": "hardshrink",
+}
+"""Operations that are linear in pieces, by the beginning of their node's name: their second derivative is zero where
+it exists, and is not the curvature that one sees."""
+
+
+def rough_operations(out: Tensor) -> list[str]:
+    """The operations behind ``out`` that are only linear in pieces."""
+    stack: list[Any] = [out.grad_fn]
+    seen: set[Any] = set()
+    found: dict[str, None] = {}
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = type(node).__name__
+        found |= {said: None for beginning, said in ROUGH.items() if name.startswith(beginning)}
+        stack.extend(parent for parent, _ in node.next_functions)
+    return sorted(found)
+
+
+def warn_if_not_twice_differentiable(point: SharedPoint) -> None:
+    """Warn where the map at a point is not smooth."""
+    found = rough_operations(point.out)
+    if found:
+        warnings.warn(
+            f"a second derivative was asked for, and the problem's function uses {', '.join(found)}, linear in pieces: "
+            "autograd takes the second derivative to be zero, which says nothing about the kinks. Use a smooth "
+            "function instead: tanh, sin, softplus, silu or gelu",
+            SmoothnessWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,75 @@
+"""One point of a system, with what all the linear solves there can share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchimplicit.linear import Dense, LinearOperator, LinearSolution, LinearSolver
+from torchimplicit.linear.base import BlockSolver
+from torchimplicit.linear.dense import Factorization
+from torchimplicit.problems import System
+from torchimplicit.problems.linearization import Linearization
+
+
+class SharedPoint:
+    """A solution whose tape, and whose factorized Jacobian where the solver is :class:`Dense`, serve many solves.
+
+    Args:
+        system: evaluated once, here.
+        z, params: the solution ``[batch, dim]`` and what it depends on; must not be altered in place afterwards.
+        solver: for all the solves.
+
+    Attributes:
+        solves: how many right-hand sides there were, with :math:`A` and with :math:`A^T`.
+    """
+
+    def __init__(self, system: System, z: Tensor, params: Sequence[Tensor], solver: LinearSolver):
+        self.system = system
+        self.solver = Factorized(solver) if isinstance(solver, Dense) else solver
+        self.solves = {"plain": 0, "transposed": 0}
+        self._where = _memory((z, *params))
+        self._wanted = tuple(p.requires_grad for p in params)
+        self._tape = system.linearize(z, params, self._wanted)
+
+    @property
+    def out(self) -> Tensor:
+        """What was recorded: the map's value, or the energy's gradient."""
+        return self._tape.out
+
+    def tape(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization | None:
+        """The tape, if this is the point ``(z, params)`` and the tape knows all the ``wanted`` parameters."""
+        if wanted is not None and any(w and not known for w, known in zip(wanted, self._wanted, strict=True)):
+            return None
+        return self._tape if _memory((z, *params)) == self._where else None
+
+    def solve(self, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
+        """Solve with :math:`A` or :math:`A^T` for ``[batch, dim]``, or for a block of those."""
+        self.solves["transposed" if transposed else "plain"] += 1 if b.ndim == 2 else len(b)
+        return self.system.solve_linear(tape, transposed, b, self.solver)
+
+
+class Factorized(BlockSolver):
+    """:class:`Dense` for the operators of one point: it factorizes once, for :math:`A` and :math:`A^T`."""
+
+    def __init__(self, dense: Dense):
+        self.dense = dense
+        self._factors: Factorization | None = None
+        self._flipped = False
+
+    def solve(self, operator: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
+        found = self.solve_block(operator, b[None])
+        return LinearSolution(found.value[0], found.report)
+
+    @torch.no_grad()
+    def solve_block(self, operator: LinearOperator, b: Tensor) -> LinearSolution:
+        if self._factors is None:
+            self._factors, self._flipped = Factorization.of(operator), operator.transposed
+        return self.dense.substitute(self._factors, b, transposed=operator.transposed != self._flipped)
+
+
+def _memory(tensors: Sequence[Tensor]) -> tuple[object, ...]:
+    """What tells whether tensors are the same memory with the same contents."""
+    return tuple((t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) for t in tensors)
