@@ -38,10 +38,10 @@ class UnbiasedNeumann(LinearEstimate):
     runs. The terms on average are ``steps`` :math:`+\\,p/(1-p)`, or ``steps`` :math:`+\\,\\zeta(a)-1`. Unbiased is the
     adjoint vector and every derivative that is linear in it: not the loss after an optimizer's nonlinear step.
 
-    One number of terms is drawn for the whole batch, which goes as far as its longest sample: a draw for each would make
-    all pay for the unluckiest one, at a cost that grows with the batch. The price is that the noise does not average
-    out within a batch, but over steps only. A series ends early where all further terms together are lost in rounding. First order, reverse and
-    forward mode.
+    One number of terms is drawn for the whole batch: a draw for each sample would make all pay for the unluckiest one,
+    at a cost that grows with the batch. The price is that the noise does not average out within a batch, but over steps
+    only. A series ends early where all further terms together are lost in rounding. First order, reverse and forward
+    mode.
 
     ``solution.adjoint``: ``steps`` are the terms taken, ``residual`` is the size of the last term without its weight,
     relative to the first; the status is MAX_STEPS for a series that has been cut off, NONFINITE for one that blew up.
