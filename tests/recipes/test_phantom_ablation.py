@@ -90,7 +90,7 @@ def test_what_the_runs_come_to(tmp_path):
     summary = summarize(TINY, runs)
     accuracy, cost, sweep = (sheet.table for sheet in summary.sheets)
     assert [row[2] for row in accuracy.rows][:2] == ["85.0 ± 0.2", "82.3 ± 1.3"]
-    assert {row[0]: row[-1] for row in accuracy.rows}["Implicit, SGD"] == "1 of 1"
+    assert {row[0]: row[-1] for row in accuracy.rows}["Implicit: SGD"] == "1 of 1"
     assert next(row for row in accuracy.rows if row[0].startswith("NPG"))[1] == "–"
     assert [row[0] for row in cost.rows][:2] == [CONVERGED, "implicit"]
     assert any(row[0] == "UPG(1, 0.5)" and row[1] != "–" for row in sweep.rows)

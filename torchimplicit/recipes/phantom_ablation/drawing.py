@@ -37,9 +37,7 @@ def _training(rows: dict[str, dict[int, Results]], labels: dict[str, Row]) -> Dr
         steps = [runs[0].validations[i].step for i in range(length)]
         accuracy = [100 * fmean(one.validations[i].figures["accuracy"] for one in runs) for i in range(length)]
         work = [fmean(_work(one, step) for one in runs) for step in steps]
-        label = labels[name].label
-        label = f"Implicit {label[2:]}" if label.startswith("…") else label
-        by_step.plot(steps, accuracy, label=label, **style(index))
+        by_step.plot(steps, accuracy, label=labels[name].label, **style(index))
         by_cost.plot(work, accuracy, **style(index))
     by_step.set(xlabel="optimizer steps", ylabel="validation accuracy, %")
     by_cost.set(xlabel="evaluations of the cell and products with its Jacobian")
@@ -105,6 +103,9 @@ def _cost(cost: dict[str, Cost]) -> Drawing:
     products.barh(names, [cost[name].backward for name in names], color=COLOURS[1])
     products.set(xlabel="products with the Jacobian, backward")
     products.set_yticklabels([])
+    for panel in (seconds, products):
+        panel.set_axisbelow(True)
+        panel.grid(visible=False, axis="y")
     return Drawing(
         "cost",
         figure,

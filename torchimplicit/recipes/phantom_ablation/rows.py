@@ -41,22 +41,24 @@ class Row:
 
 def _upg(steps: int, damping: float) -> Row:
     return Row(
-        label=f"UPG({steps}, {damping:g}), SGD", gradient="unrolled-phantom", sgd=True, steps=steps, damping=damping
+        label=f"UPG({steps}, {damping:g}): SGD", gradient="unrolled-phantom", sgd=True, steps=steps, damping=damping
     )
 
 
 # Geng et al. 2021, table 1.
 TABLE_1 = {
-    IMPLICIT: Row(label="Implicit, Adam, pretraining, dropout", published=(85.0, 0.2), pretrained=True, dropout=True),
-    "implicit-nopre": Row(label="… without pretraining", published=(82.3, 1.3), dropout=True),
-    "implicit-nodrop": Row(label="… without dropout", published=(83.7, 0.1), pretrained=True),
-    "implicit-sgd": Row(label="… SGD", published=(84.5, 0.3), sgd=True, pretrained=True, dropout=True),
-    "implicit-sgd-nopre": Row(label="… SGD, without pretraining", published=(82.9, 1.5), sgd=True, dropout=True),
+    IMPLICIT: Row(label="Implicit: Adam, pretraining, dropout", published=(85.0, 0.2), pretrained=True, dropout=True),
+    "implicit-nopre": Row(label="Implicit: Adam, dropout", published=(82.3, 1.3), dropout=True),
+    "implicit-nodrop": Row(label="Implicit: Adam, pretraining", published=(83.7, 0.1), pretrained=True),
+    "implicit-sgd": Row(
+        label="Implicit: SGD, pretraining, dropout", published=(84.5, 0.3), sgd=True, pretrained=True, dropout=True
+    ),
+    "implicit-sgd-nopre": Row(label="Implicit: SGD, dropout", published=(82.9, 1.5), sgd=True, dropout=True),
     UPG: replace(_upg(5, 0.5), published=(85.8, 0.5)),
-    NPG: Row(label="NPG(5, 0.5), SGD", published=(85.6, 0.5), gradient="neumann-phantom", sgd=True),
-    "upg-9-drop": replace(_upg(9, 0.5), label="UPG(9, 0.5), SGD, dropout", published=(86.1, 0.5), dropout=True),
+    NPG: Row(label="NPG(5, 0.5): SGD", published=(85.6, 0.5), gradient="neumann-phantom", sgd=True),
+    "upg-9-drop": replace(_upg(9, 0.5), label="UPG(9, 0.5): SGD, dropout", published=(86.1, 0.5), dropout=True),
     # what the table above lacks: the phantom rows' settings, with the exact gradient
-    CONTROL: Row(label="Implicit, SGD", sgd=True),
+    CONTROL: Row(label="Implicit: SGD", sgd=True),
 }
 
 SWEEP = {f"sweep-{k}-{damping:g}": _upg(k, damping) for k, damping in ((1, 0.5), (9, 0.5), (5, 0.25), (5, 1.0))}

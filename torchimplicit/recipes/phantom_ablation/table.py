@@ -139,7 +139,7 @@ def _sweep_table(found: Measured) -> Table:
     order = sorted(points, key=lambda name: (points[name].damping, points[name].steps))
     rows = [
         [
-            points[name].label.removesuffix(", SGD"),
+            points[name].label.removesuffix(": SGD"),
             spread(found.accuracies(name)),
             found.cost_of(name, "forward", 1),
             found.cost_of(name, "backward", 1),
@@ -210,7 +210,7 @@ def _protocol(config: PhantomAblationConfig) -> str:
 
 def _notes(config: PhantomAblationConfig, found: Measured) -> list[str]:
     notes = [
-        "The published table has no row with the phantom rows' settings and the exact gradient; 'Implicit, SGD' is "
+        "The published table has no row with the phantom rows' settings and the exact gradient; 'Implicit: SGD' is "
         "ours, and tells apart what the gradient does from what the other settings do.",
         "The published accuracies were selected on the test set, ours on a validation split.",
         "Broyden's method in the backward pass is replaced by GMRES, whose residual never grows; evaluations are "
