@@ -23,6 +23,9 @@ from torchimplicit.recipes.reproduce.page import page
 from torchimplicit.recipes.reproduce.record import Claim, Picture, Record, Sheet
 from torchimplicit.recipes.run import Run
 
+PLACES = ("record", "data_dir")
+"""Settings that are paths."""
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -120,7 +123,7 @@ class Reproduction:
             command=command(name, config),
             seconds=self._spent(run),
             environment=Environment.of(_device(config)),
-            settings=to_plain(config),
+            settings=_without_paths(to_plain(config)),
             runs=summary.runs,
         )
         run.write_json("record.json", record)
@@ -150,9 +153,18 @@ def command(name: str, config: Any) -> str:
     default = settings(name)
     words = [f"torchimplicit reproduce {name}"]
     for key, (value, usual) in _leaves(to_plain(config), to_plain(default)).items():
-        if value != usual and key not in ("record", "data_dir"):
+        if value != usual and key not in PLACES:
             words.append(_word(key, value))
     return " ".join(words)
+
+
+def _without_paths(plain: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those that say where this machine keeps things: a record is published."""
+    return {
+        key: _without_paths(value) if isinstance(value, dict) else value
+        for key, value in plain.items()
+        if key not in PLACES
+    }
 
 
 def _leaves(plain: dict[str, Any], usual: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
