@@ -202,7 +202,7 @@ def _notes(found: Gathered) -> list[str]:
     if drawn:
         notes.append(
             f"Along training its gradient is over twice as long as the exact one at {sum(r > 2 for r in drawn)} of "
-            f"{len(drawn)} looks: one sample for which the series grows is enough, as in the noise of its curve."
+            f"{len(drawn)} looks, as is to be expected where the condition fails for one sample."
         )
     for gradient in GRADIENTS:
         if not found.trainings[gradient]:
