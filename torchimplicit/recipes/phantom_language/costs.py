@@ -176,10 +176,11 @@ class _Probe:
 
     @torch.no_grad()
     def radius(self) -> float:
-        """See :class:`Measured`; without the memory of an earlier segment."""
+        """See :class:`Measured`. Of the second segment, with a memory, as nearly all are."""
         task, model = self.task.eval(), self.task.model
-        tokens = next(iter(task.held_out["validation"])).tokens.to(self.where)
-        x, _ = model.cell.injection(model.embedding(tokens))
+        first, second = (task.held_out["validation"].segment(step) for step in range(2))
+        _, memory = model(first.tokens.to(self.where), first.targets.to(self.where))
+        x, _ = model.cell.injection(model.embedding(second.tokens.to(self.where)), memory)
         found = spectral_radius(FixedPoint(model.cell), model.equilibrium(x), x, subspace=32, restarts=2)
         task.train()
         return float(found.mean())
