@@ -114,6 +114,26 @@ RECIPES = {
         f"{_HERE}.phantom_precision.config:training",
         f"{_HERE}.phantom_precision.training:RUNNER",
     ),
+    "physics-van-der-pol": Entry(
+        "The Van der Pol oscillator by a physics-informed equilibrium model, in seconds.",
+        f"{_HERE}.physics.config:van_der_pol",
+        f"{_HERE}.physics.runner",
+    ),
+    "physics-four-tanks": Entry(
+        "The four-tank process likewise.",
+        f"{_HERE}.physics.config:four_tanks",
+        f"{_HERE}.physics.runner",
+    ),
+    "physics-burgers": Entry(
+        "Burgers' equation likewise, with second derivatives in space: a minute on a CPU.",
+        f"{_HERE}.physics.config:burgers",
+        f"{_HERE}.physics.runner",
+    ),
+    "physics-helmholtz": Entry(
+        "Helmholtz' equation on the square likewise.",
+        f"{_HERE}.physics.config:helmholtz",
+        f"{_HERE}.physics.runner",
+    ),
 }
 """What ``train`` trains, in the order in which it is listed."""
 

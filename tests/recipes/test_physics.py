@@ -1,0 +1,148 @@
+"""Physics-informed recipes: equations, exact Jacobians, training, resume, faults."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+
+from rich.console import Console
+
+from torchimplicit.linear import Dense
+from torchimplicit.models.physics_informed import EquilibriumField, NetworkField
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.physics import runner
+from torchimplicit.recipes.physics.config import PhysicsConfig
+from torchimplicit.recipes.physics.equations import EQUATIONS
+from torchimplicit.recipes.physics.least_squares import LeastSquares
+from torchimplicit.recipes.run import Run, RunOptions, create
+from torchimplicit.solvers import NewtonKrylov
+
+SMALL = PhysicsConfig(states=4, width=4, points=9, iterations=4, error_every=2)
+
+
+def differences(equation, x, order, h=1e-3):
+    """The derivative of the trusted solution, by central differences of the fourth order."""
+    if not order:
+        return equation.reference(x)
+    step = np.zeros(x.shape[1])
+    step[order[0]] = h
+    shares = {-2: 1 / 12, -1: -8 / 12, 1: 8 / 12, 2: -1 / 12}
+    return sum(share * differences(equation, x + k * step, order[1:], h) for k, share in shares.items()) / h
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_the_trusted_solution_satisfies_the_equation(name):
+    equation = EQUATIONS[name]
+    low, high = np.array(equation.low), np.array(equation.high)
+    for condition in equation.conditions(40, seed=0):
+        x = condition.points.numpy()
+        if condition.orders:  # differences need room
+            x = low + (high - low) * (0.02 + 0.96 * (x - low) / (high - low))
+        fields = {order: torch.as_tensor(differences(equation, x, order)) for order in ((), *condition.orders)}
+        residual = condition.residual(torch.as_tensor(x), fields)
+        scale = max(1.0, *(float(field.abs().max()) for field in fields.values()))
+        assert float(residual.abs().max()) < 1e-5 * scale
+
+
+@pytest.mark.parametrize("model", ["equilibrium", "network"])
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_the_jacobian_is_that_of_the_residuals(name, model):
+    config = replace(SMALL, equation=name, model=model)
+    problem = LeastSquares(runner.field(config), EQUATIONS[name].conditions(config.points, 0))
+    start = problem.weights
+    jacobian = problem.jacobian(start)
+    vector = np.random.default_rng(0).standard_normal(len(start))
+    h = 1e-5
+    numeric = (problem.residuals(start + h * vector) - problem.residuals(start - h * vector)) / (2 * h)
+    np.testing.assert_allclose(jacobian @ vector, numeric, rtol=1e-5, atol=1e-6 * np.abs(numeric).max())
+    loss, gradient = problem.loss_and_gradient(start)
+    residuals = problem.residuals(start)
+    assert loss == pytest.approx(0.5 * residuals @ residuals)
+    np.testing.assert_allclose(gradient, jacobian.T @ residuals, rtol=1e-6, atol=1e-9)
+
+
+def test_derivatives_of_both_models_are_right():
+    torch.manual_seed(0)
+    precise = NewtonKrylov(linear_solver=Dense(), rtol=1e-15)
+    for made in (
+        EquilibriumField((0.0, -1.0), (1.0, 3.0), outputs=2, states=5, solver=precise),
+        NetworkField((0.0, -1.0), (1.0, 3.0), outputs=2, width=5, depth=2),
+    ):
+        made = made.double()
+        x = torch.rand(6, 2, dtype=torch.float64)
+        orders = ((0,), (1,), (0, 0), (0, 1), (1, 1))
+        found = made.derivatives(x, orders)
+        h = 1e-4
+
+        def value(x, made=made):
+            return made(x).detach()
+
+        for i in (0, 1):
+            e = torch.zeros(2, dtype=torch.float64)
+            e[i] = h
+            slope = (value(x + e) - value(x - e)) / (2 * h)
+            torch.testing.assert_close(found[i,].detach(), slope, rtol=1e-5, atol=1e-6)
+            curve = (value(x + e) - 2 * value(x) + value(x - e)) / h**2
+            torch.testing.assert_close(found[i, i].detach(), curve, rtol=1e-3, atol=1e-4)
+        a, b = torch.tensor([h, h]), torch.tensor([h, -h])
+        mixed = (value(x + a) - value(x + b) - value(x - b) + value(x - a)) / (4 * h**2)
+        torch.testing.assert_close(found[0, 1].detach(), mixed, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["least-squares", "l-bfgs", "adam"])
+def test_training_lowers_the_loss_and_leaves_a_page(tmp_path, optimizer):
+    config = replace(SMALL, optimizer=optimizer)
+    run = started(tmp_path / "run", config)
+    assert runner.train(config, run, Console(quiet=True))
+    results = run.read_json("results.json")
+    losses = [look["loss"] for look in results["looks"]]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    assert set(results["errors"]) == {"relative_l2", "iae"}
+    assert "<svg" in (run.path / "index.html").read_text(encoding="utf-8")
+    runner.evaluate(config, run, Console(quiet=True))
+    assert run.read_json("evaluation.json")["errors"] == pytest.approx(results["errors"])
+
+
+def test_two_dimensions_are_drawn_as_maps(tmp_path):
+    config = replace(SMALL, equation="helmholtz", model="network", iterations=1)
+    run = started(tmp_path / "run", config)
+    assert runner.train(config, run, Console(quiet=True))
+    assert (run.path / "figures" / "solution.png").is_file()
+
+
+def test_a_resumed_run_goes_on_from_its_weights(tmp_path):
+    run = started(tmp_path / "run", SMALL)
+    assert runner.train(SMALL, run, Console(quiet=True))
+    longer = replace(SMALL, iterations=6)
+    assert runner.train(longer, run, Console(quiet=True))
+    looks = run.read_json("results.json")["looks"]
+    assert [look["iteration"] for look in looks] == [1, 2, 3, 4, 5, 6]
+    assert looks[-1]["loss"] < looks[3]["loss"]
+    with pytest.raises(UserError, match="does not fit"):
+        runner.train(replace(longer, states=5, iterations=8), run, Console(quiet=True))
+
+
+def test_nothing_to_evaluate(tmp_path):
+    with pytest.raises(UserError, match="nothing was trained"):
+        runner.evaluate(SMALL, started(tmp_path / "run", SMALL), Console(quiet=True))
+
+
+def test_settings_that_make_no_sense():
+    with pytest.raises(UserError, match="--points must be at least 2"):
+        PhysicsConfig(points=1)
+    with pytest.raises(UserError, match="--iterations must be positive"):
+        PhysicsConfig(iterations=0)
+    with pytest.raises(ValueError, match="corners of a box"):
+        NetworkField((0.0,), (0.0,), outputs=1, width=2, depth=1)
+
+
+def started(path, config) -> Run:
+    run = create("physics-van-der-pol", RunOptions(output=path))
+    run.describe("physics-van-der-pol", config)
+    return run
