@@ -22,6 +22,7 @@ from torchimplicit.models.ignn import (
     project_rows,
 )
 from torchimplicit.models.mdeq import MDEQ, MDEQCell, MDEQConfig, mdeq_imagenet, mdeq_large, mdeq_small, mdeq_tiny
+from torchimplicit.models.physics_informed import EquilibriumField, Field, NetworkField
 
 __all__ = [
     "IGNN",
@@ -30,6 +31,8 @@ __all__ = [
     "ConvDEQClassifier",
     "DEQTransformer",
     "DEQTransformerConfig",
+    "EquilibriumField",
+    "Field",
     "IGNNCell",
     "IGNNConfig",
     "IGNNLayer",
@@ -37,6 +40,7 @@ __all__ = [
     "InfinityNormBall",
     "MDEQCell",
     "MDEQConfig",
+    "NetworkField",
     "ResidualCell",
     "UniformStart",
     "deq_transformer_small",
