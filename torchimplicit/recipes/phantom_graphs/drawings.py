@@ -40,6 +40,7 @@ def bars(found: Found) -> Figure:
         panel.set_title(name)
         panel.set_ylabel("test accuracy (%)")
         panel.grid(axis="x", visible=False)
+        panel.set_axisbelow(True)
     panels[0].legend(loc="upper left", ncols=2, fontsize=7.5)
     return figure
 
