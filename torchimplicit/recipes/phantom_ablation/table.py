@@ -220,14 +220,14 @@ def _notes(config: PhantomAblationConfig, found: Measured) -> list[str]:
         notes.insert(
             0,
             "A small model, few steps and another data set than the paper's CIFAR-10: rows compare among themselves. "
-            "Adam's rate is higher than the paper's 0.001, which learns too slowly for so few steps; it was chosen on a "
-            "validation split of CIFAR-10, by one run of each.",
+            "Adam's rate is higher than the paper's 0.001, which learns too slowly for so few steps; it was chosen on "
+            "a validation split of CIFAR-10, by one run of each.",
         )
     if found.cost:
         needed = evaluations(found.cost[CONVERGED])
         notes.append(
-            f"For A(5, 0.5) to be 12 times as cheap, the converged backward pass must take 60 evaluations; on this model "
-            f"GMRES converges in {needed:.0f}. The five applications that UPG unrolls are evaluations of its forward pass."
+            "For A(5, 0.5) to be 12 times as cheap, the converged backward pass must take 60 evaluations; on this "
+            f"model GMRES converges in {needed:.0f}. The five applications that UPG unrolls count as forward evaluations."
         )
     states = {named(name, seed): one.state for name, by in found.rows.items() for seed, one in by.items()}
     diverged = [name for name, state in states.items() if state == "diverged"]
