@@ -227,7 +227,7 @@ def _notes(config: PhantomAblationConfig, found: Measured) -> list[str]:
         needed = evaluations(found.cost[CONVERGED])
         notes.append(
             "For A(5, 0.5) to be 12 times as cheap, the converged backward pass must take 60 evaluations; on this "
-            f"model GMRES converges in {needed:.0f}. The five applications that UPG unrolls count as forward evaluations."
+            f"model GMRES converges in {needed:.0f}. The applications that UPG unrolls count as forward evaluations."
         )
     states = {named(name, seed): one.state for name, by in found.rows.items() for seed, one in by.items()}
     diverged = [name for name, state in states.items() if state == "diverged"]
