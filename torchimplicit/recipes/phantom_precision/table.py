@@ -202,7 +202,7 @@ def _notes(found: Gathered) -> list[str]:
     if drawn:
         notes.append(
             f"Along training its gradient is over twice as long as the exact one at {sum(r > 2 for r in drawn)} of "
-            f"{len(drawn)} looks, as is to be expected where the condition fails for one sample."
+            f"{len(drawn)} looks; one sample for which the condition fails would do that, which was not checked."
         )
     for gradient in GRADIENTS:
         if not found.trainings[gradient]:
