@@ -52,6 +52,7 @@ def text_of(record: Record, pictures: str) -> str:
         f"[record.json]({pictures}/record.json).",
     ]
     text = "\n\n".join(part for part in parts if part)
+    text = text.replace(" ± ", "\u00a0±\u00a0")  # a figure and its spread stay on one line
     return re.sub(r"(?m)^(- .*)\n\n(?=- )", r"\1\n", text)
 
 
