@@ -289,6 +289,15 @@ def test_a_run_that_diverged_is_named(small, tmp_path):
     assert read(config, {**runs, name: broken}).diverged == [name]
 
 
+def test_the_passes_are_the_users_choice(collection):
+    (fold,) = [
+        job
+        for job in table_jobs.jobs(PhantomGraphsConfig(data_dir=collection, sets=("COX2",), folds=2, passes=3))
+        if job.name == "cox2-fold0-implicit"
+    ]
+    assert fold.config.optimization.steps == 3 * fold.config.optimization.validate_every
+
+
 def test_the_jobs_of_both_scales_survive_a_file(collection):
     for scale in ("cpu", "paper"):
         config = default_of(collection)

@@ -13,7 +13,7 @@ QUICK = {
     "COX2": Optimization(steps=132, batch_size=32, learning_rate=2e-3, validate_every=11),
     "PROTEINS": Optimization(steps=112, batch_size=64, learning_rate=2e-3, validate_every=14),
 }
-"""A dozen passes over the training part, and eight."""
+"""A dozen passes over the training part, and eight; a segment is one pass."""
 
 CHAINS = ("identity", "uniform", "loose")
 """The variants of the chains; loose: the identity-like start at an everyday tolerance."""
@@ -67,6 +67,8 @@ def molecules(config: PhantomGraphsConfig, name: SetName, fold: int, row: str) -
     """One fold of one set with one estimator."""
     published = cox2() if name == "COX2" else proteins()
     optimization = published.optimization if config.plan.scale == "paper" else QUICK[name]
+    if config.passes is not None:
+        optimization = replace(optimization, steps=config.passes * optimization.validate_every)
     return replace(
         published,
         optimization=replace(optimization, seed=config.plan.first_seed),
