@@ -88,7 +88,7 @@ def test_unknown_names_are_refused_in_one_line(capsys):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["train"], "{demo, digits}"),
+        (["train"], "{demo, digits, "),
         (["resume"], "RUN"),
         (["demo", "--nonsense", "3"], "--nonsense"),
         (["demo", "--seed", "x"], "--seed"),

@@ -21,7 +21,8 @@ from torchimplicit.recipes.phantom_language import config as settings
 from torchimplicit.recipes.phantom_language import table
 from torchimplicit.recipes.phantom_language.config import ROWS, PhantomLanguage, default
 from torchimplicit.recipes.phantom_language.costs import KINDS, CostConfig, Measured
-from torchimplicit.recipes.phantom_language.table import Trained, jobs, summarize
+from torchimplicit.recipes.phantom_language.table import jobs, summarize
+from torchimplicit.recipes.phantom_language.trained import Trained
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.reproduce.settings import Plan
 from torchimplicit.recipes.run import Run, RunOptions, create

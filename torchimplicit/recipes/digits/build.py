@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from torchimplicit.models import ConvDEQClassifier
-from torchimplicit.recipes.digits.config import GROUPS, DigitsConfig
-from torchimplicit.recipes.digits.estimators import ESTIMATORS, EstimatorName
+from torchimplicit.recipes.digits.config import GROUPS, DigitsConfig, EstimatorName
+from torchimplicit.recipes.digits.estimators import ESTIMATORS
 from torchimplicit.solvers import Anderson
 
 

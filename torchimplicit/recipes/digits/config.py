@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torchimplicit.recipes.digits.estimators import EstimatorName
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.options import fraction, not_negative, positive
+
+EstimatorName = Literal["implicit", "unrolled-phantom", "neumann-phantom", "one-step"]
+"""The estimators that are compared; :mod:`.estimators` describes and makes them."""
 
 GROUPS = 4
 """Of the model's group normalization."""

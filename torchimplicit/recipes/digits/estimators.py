@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
 from torchimplicit.gradients import Gradient, Implicit, NeumannPhantom, OneStep, UnrolledPhantom
 from torchimplicit.linear import GMRES
-
-if TYPE_CHECKING:
-    from torchimplicit.recipes.digits.config import DigitsConfig
-
-EstimatorName = Literal["implicit", "unrolled-phantom", "neumann-phantom", "one-step"]
+from torchimplicit.recipes.digits.config import DigitsConfig, EstimatorName
 
 
 @dataclass(frozen=True)

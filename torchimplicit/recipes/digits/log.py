@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from torchimplicit.recipes.digits.estimators import EstimatorName
+from torchimplicit.recipes.digits.config import EstimatorName
 from torchimplicit.recipes.digits.history import Track
 from torchimplicit.recipes.digits.task import DigitsTask
 

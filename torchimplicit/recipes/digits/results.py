@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from torchimplicit.recipes.digits.config import DigitsConfig
-from torchimplicit.recipes.digits.estimators import ESTIMATORS, EstimatorName
+from torchimplicit.recipes.digits.config import DigitsConfig, EstimatorName
+from torchimplicit.recipes.digits.estimators import ESTIMATORS
 from torchimplicit.recipes.digits.history import Track
 from torchimplicit.recipes.digits.profile import Profile
 from torchimplicit.recipes.environment import Environment

@@ -18,9 +18,9 @@ from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models import ConvDEQClassifier
 from torchimplicit.recipes.digits.audit import audit
 from torchimplicit.recipes.digits.build import classifier, solver
-from torchimplicit.recipes.digits.config import DigitsConfig
+from torchimplicit.recipes.digits.config import DigitsConfig, EstimatorName
 from torchimplicit.recipes.digits.data import Split
-from torchimplicit.recipes.digits.estimators import ESTIMATORS, EstimatorName
+from torchimplicit.recipes.digits.estimators import ESTIMATORS
 from torchimplicit.recipes.digits.history import Step, Track, Validation
 from torchimplicit.recipes.digits.validate import validate
 from torchimplicit.recipes.plain import from_plain, to_plain

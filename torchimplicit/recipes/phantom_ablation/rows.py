@@ -9,8 +9,7 @@ from torchimplicit.recipes.images.config import ImageConfig, cifar10
 from torchimplicit.recipes.images.cost import CostConfig
 from torchimplicit.recipes.phantom_ablation.config import PhantomAblationConfig
 from torchimplicit.recipes.reproduce.jobs import Job
-from torchimplicit.recipes.training.estimators import EstimatorName
-from torchimplicit.recipes.training.settings import Equilibria, Optimization
+from torchimplicit.recipes.training.settings import Equilibria, EstimatorName, Optimization
 
 COST = "cost"
 IMPLICIT, UPG, NPG = "implicit", "upg-5", "npg-5"

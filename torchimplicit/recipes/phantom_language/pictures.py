@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from statistics import fmean
-from typing import TYPE_CHECKING
 
+from torchimplicit.recipes.phantom_language.trained import Trained
 from torchimplicit.recipes.plotting import axes, style
 from torchimplicit.recipes.reproduce.runner import Drawing
-
-if TYPE_CHECKING:
-    from torchimplicit.recipes.phantom_language.table import Trained
 
 
 def against_steps(trained: dict[str, Trained]) -> Drawing:

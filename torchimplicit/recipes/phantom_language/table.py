@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
-from itertools import pairwise
 from statistics import fmean
 
 from torchimplicit.recipes.phantom_language.config import ROWS, PhantomLanguage, Row, language
 from torchimplicit.recipes.phantom_language.costs import CONVERGED, Cost, CostConfig, Measured
 from torchimplicit.recipes.phantom_language.pictures import against_seconds, against_steps
+from torchimplicit.recipes.phantom_language.trained import Trained
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.reproduce.jobs import Job
 from torchimplicit.recipes.reproduce.record import Claim, Sheet, spread
@@ -39,52 +37,6 @@ def jobs(config: PhantomLanguage) -> list[Job]:
         names=tuple(job.name for job in first), runs=tuple(job.config for job in first), repeats=config.repeats
     )
     return [*made, Job(COSTS, "language-costs", measured)]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A row's runs.
-
-    Attributes:
-        row: what it is.
-        results: of its seeds, those that there are.
-        step_seconds: of a training step, in turn with the others'; ``None`` where it was not measured.
-        radius: see :class:`Measured`; likewise.
-    """
-
-    row: Row
-    results: list[Results]
-    step_seconds: float | None
-    radius: float | None = None
-
-    @property
-    def tested(self) -> list[float]:
-        """Test perplexities at the best validations."""
-        return [r.test.figures["perplexity"] for r in self.results if r.test is not None]
-
-    @property
-    def seconds(self) -> float | None:
-        """Of a whole training."""
-        if self.step_seconds is None or not self.results:
-            return None
-        return self.step_seconds * max(r.steps for r in self.results)
-
-    def cost(self, name: str) -> list[float]:
-        """A figure of the steps, by seed."""
-        return [getattr(r.costs, name) for r in self.results if r.costs is not None]
-
-    def validated_after(self, seconds: float) -> list[float]:
-        """Validation perplexities after so much training, between two validations along a straight line in the
-        logarithm; of seeds for which it lies before the first, nothing."""
-        found = []
-        for r in self.results:
-            steps = seconds / self.step_seconds if self.step_seconds else math.nan
-            points = [(v.step, math.log(v.figures["perplexity"])) for v in r.validations]
-            for (low, one), (high, other) in pairwise(points):
-                if low <= steps <= high * (1 + 1e-9):
-                    found.append(math.exp(one + (other - one) * (steps - low) / (high - low)))
-                    break
-        return found
 
 
 def summarize(config: PhantomLanguage, runs: dict[str, Run]) -> Summary:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
 from torchimplicit.gradients import (
     AdaptivePhantom,
@@ -17,20 +16,8 @@ from torchimplicit.gradients import (
     UnrolledPhantom,
 )
 from torchimplicit.linear import GMRES
+from torchimplicit.recipes.training.settings import Equilibria, EstimatorName
 from torchimplicit.solvers import Anderson, Broyden, FixedPointIteration, Solver
-
-if TYPE_CHECKING:
-    from torchimplicit.recipes.training.settings import Equilibria
-
-EstimatorName = Literal[
-    "implicit",
-    "unrolled-phantom",
-    "neumann-phantom",
-    "adaptive-phantom",
-    "unbiased-neumann",
-    "one-step",
-    "unrolled",
-]
 
 
 @dataclass(frozen=True)

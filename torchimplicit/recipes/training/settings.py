@@ -7,7 +7,17 @@ from typing import Literal, Protocol
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.options import fraction, not_negative, option, positive, share
-from torchimplicit.recipes.training.estimators import EstimatorName
+
+EstimatorName = Literal[
+    "implicit",
+    "unrolled-phantom",
+    "neumann-phantom",
+    "adaptive-phantom",
+    "unbiased-neumann",
+    "one-step",
+    "unrolled",
+]
+"""The estimators that a recipe can be trained with; :mod:`.estimators` makes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
