@@ -114,4 +114,4 @@ def test_every_public_name_has_its_place_in_the_api_pages():
         if line.startswith("::: ")
     }
     names = {*torchimplicit.__all__, *torchimplicit.nn.__all__, *torchimplicit.regularizers.__all__}
-    assert names - documented == {"nn", "regularizers"}
+    assert names - documented == {"derivatives", "nn", "regularizers"}

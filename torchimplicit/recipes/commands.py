@@ -209,7 +209,7 @@ def parse(argv: list[str]) -> Command:
 def _one_line(box: str) -> str:
     """What tyro says in a box, as one line: no frame, and rules become semicolons."""
     inner = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    text = " ".join(";" if line and set(line) == {"─"} else line for line in inner)
+    text = " ".join(";" if line and set(line) <= {"─", "-"} else line for line in inner)
     parts = [" ".join(part.split()).rstrip(".") for part in text.split(";")]
     line = "; ".join(part for part in parts if part and not part.startswith("Argument helptext"))
     line = line.replace("For full helptext, ", "for help, ")
