@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,5 @@ sys.path.append(str(Path(__file__).parents[1] / "nn"))  # for cells.py
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_one_seed() -> Iterator[None]:
-    """Matrices this small are not worth a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _one_seed(one_thread: None) -> None:
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)

@@ -37,12 +37,8 @@ NORMALIZATIONS = ("post", "pre")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_one_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _one_seed(one_thread):
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(solver=PRECISE, gradient=EXACT, **changes) -> DEQTransformer:

@@ -1,16 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_one_seed() -> Iterator[None]:
-    """Matrices this small are not worth a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _one_seed(one_thread: None) -> None:
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)

@@ -28,13 +28,7 @@ from torchimplicit.recipes.training.results import Results
 from torchimplicit.recipes.training.settings import Machine
 from torchimplicit.recipes.training.task import Shard
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

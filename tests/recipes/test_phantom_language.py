@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("lightning")
 pytest.importorskip("matplotlib")
@@ -30,13 +29,7 @@ from torchimplicit.recipes.training.module import Validation
 from torchimplicit.recipes.training.results import Results
 from torchimplicit.recipes.training.settings import Machine
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
