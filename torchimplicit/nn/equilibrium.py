@@ -18,6 +18,7 @@ from torchimplicit.closure import compiled_module, eagerly, is_transformed
 from torchimplicit.gradients import Gradient, Unrolled
 from torchimplicit.nn.dropout import VariationalDropout, active_dropouts, drawing
 from torchimplicit.nn.normalization import fixed, holding, parametrizations, settled_vectors
+from torchimplicit.nn.refresh import refreshable, refreshed, refreshes
 from torchimplicit.nn.warm_start import WarmStart
 from torchimplicit.precision import without_autocast
 from torchimplicit.problems import FixedPoint
@@ -85,6 +86,12 @@ class Equilibrium(nn.Module):
                 "Unrolled differentiates the steps that are taken, and a warm start leaves hardly any: take "
                 "gradient=Implicit(), or warm_start=False"
             )
+        if isinstance(warm_start, WarmStart) and warm_start.refresh is not None and not refreshes(gradient):
+            raise ValueError(
+                f"WarmStart(refresh=...) takes no solve that {type(gradient).__name__} could differentiate: take "
+                "gradient=NeumannPhantom(steps=..., damping=1.0), OneStep() or Implicit(), or WarmStart() without "
+                "refresh"
+            )
         self.cell = cell
         self.solver = solver
         self.gradient = gradient
@@ -125,20 +132,21 @@ class Equilibrium(nn.Module):
         given = z0 is not None
         if not given:
             z0 = self._initial(x)
+        known = False
         if self.warm_start is not None:
             self.warm_start.check(z0, index)
-            z0 = z0 if given else self.warm_start.get(z0, index)
+            if not given:
+                z0, known = self.warm_start.recall(z0, index)
         elif index is not None:
             raise ValueError("index is for a layer made with warm_start=WarmStart(samples=...), and this one is not")
         function, args = self._map(x, z0)
-        solution = solve(
-            FixedPoint(function, batched=self.batched, rowwise=self.rowwise),
-            z0,
-            *args,
-            solver=self.solver,
-            gradient=self.gradient,
-            throw=self.throw,
-        )
+        problem = FixedPoint(function, batched=self.batched, rowwise=self.rowwise)
+        chosen: dict[str, Any] = {"solver": self.solver, "gradient": self.gradient, "throw": self.throw}
+        steps = self._refreshing(args) if known else None
+        if steps is None:
+            solution = solve(problem, z0, *args, **chosen)
+        else:
+            solution = refreshed(problem, z0, args, steps=steps, **chosen)
         if any(is_transformed(leaf) for leaf in pytree.tree_leaves(solution.value)):
             self.solution = None  # a transform's tensors die with it
             return solution
@@ -173,6 +181,12 @@ class Equilibrium(nn.Module):
             "the initial state is not known: pass z0, or give the cell a method initial_state(x). Only for a "
             "floating-point tensor x is zeros_like(x) taken"
         )
+
+    def _refreshing(self, args: Any) -> int | None:
+        """By how many evaluations a remembered state is carried along; ``None``: it is solved for."""
+        if self.warm_start is None or not self.training or not refreshes(self.gradient):
+            return None
+        return self.warm_start.refresh if refreshable(pytree.tree_leaves(args)) else None
 
     def _map(self, x: Any, z0: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """The cell with its per-solve values, and its arguments: masks are arguments, for they carry the batch;

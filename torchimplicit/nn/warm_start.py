@@ -27,13 +27,23 @@ class WarmStart(nn.Module):
     Args:
         samples: how many samples there are; ``None`` for one memory of the last batch. The table holds one state per
             sample, on the state's device.
+        refresh: in training, carry a remembered state along by so many evaluations of the cell, in place of a solve
+            (the amortized fixed points of Huang et al. 2021, (Implicit)²: weights that move little in a step move the
+            equilibrium little). The last of these evaluations serves the backward pass too, so that with ``refresh=1``
+            and a truncated series of T products a training step evaluates the cell once. A batch with a state that is
+            not remembered is solved, and so is every one in eval mode. First derivatives only, by
+            :class:`~torchimplicit.Implicit` or an estimator of the adjoint such as
+            :class:`~torchimplicit.NeumannPhantom`. ``None``: solve every time.
     """
 
-    def __init__(self, samples: int | None = None) -> None:
+    def __init__(self, samples: int | None = None, *, refresh: int | None = None) -> None:
         super().__init__()
         if samples is not None:
             at_least("WarmStart", "samples", samples, 1)
+        if refresh is not None:
+            at_least("WarmStart", "refresh", refresh, 1)
         self.samples = samples
+        self.refresh = refresh
         self._last: dict[bool, Any] = {}
         self._seen: dict[bool, Tensor] = {}
 
@@ -52,17 +62,23 @@ class WarmStart(nn.Module):
 
     def get(self, z0: Any, index: Tensor | None = None) -> Any:
         """The last solution if it looks like ``z0``, else ``z0``; for the samples ``index``, those that were seen."""
+        return self.recall(z0, index)[0]
+
+    def recall(self, z0: Any, index: Tensor | None = None) -> tuple[Any, bool]:
+        """As :meth:`get`, and whether all of it was remembered."""
         last = self._last.get(self.training)
-        if last is None:
-            return z0
+        if last is None or not _alike(last, z0, rows=index is None):
+            return z0, False
         if index is None:
-            return last if _alike(last, z0) else z0
-        if not _alike(pytree.tree_map(lambda t: t[index], last), z0):
-            return z0
+            return last, True
+        found = pytree.tree_map(lambda table: table[index], last)
         seen = self._seen[self.training][index]
-        return pytree.tree_map(
-            lambda table, cold: torch.where(seen.reshape(-1, *(1,) * (cold.ndim - 1)), table[index], cold), last, z0
+        if bool(seen.all()):
+            return found, True
+        mixed = pytree.tree_map(
+            lambda warm, cold: torch.where(seen.reshape(-1, *(1,) * (cold.ndim - 1)), warm, cold), found, z0
         )
+        return mixed, False
 
     def put(self, z: Any, index: Tensor | None = None) -> None:
         """Remember the solution ``z``, of the samples ``index``."""
@@ -75,14 +91,15 @@ class WarmStart(nn.Module):
             return
         assert self.samples is not None
         table = self._last.get(self.training)
-        if table is None or not _alike(pytree.tree_map(lambda t: t[index], table), z):
+        if table is None or not _alike(table, z, rows=False):
             table = pytree.tree_map(lambda t: t.new_zeros(self.samples, *t.shape[1:]), z)
             self._last[self.training] = table
             self._seen[self.training] = torch.zeros(self.samples, dtype=torch.bool, device=leaves[0].device)
         finite = torch.stack([torch.isfinite(leaf).flatten(1).all(dim=1) for leaf in leaves]).all(dim=0)
-        rows = index[finite]
+        every = bool(finite.all())
+        rows = index if every else index[finite]
         for store, leaf in zip(pytree.tree_leaves(table), leaves, strict=True):
-            store[rows] = leaf[finite]
+            store[rows] = leaf if every else leaf[finite]
         self._seen[self.training][rows] = True
 
     def reset(self) -> None:
@@ -91,14 +108,18 @@ class WarmStart(nn.Module):
         self._seen.clear()
 
     def extra_repr(self) -> str:
-        return "" if self.samples is None else f"samples={self.samples}"
+        given = {"samples": self.samples, "refresh": self.refresh}
+        return ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_last": {}, "_seen": {}}
 
 
-def _alike(a: Any, b: Any) -> bool:
+def _alike(a: Any, b: Any, rows: bool = True) -> bool:
+    """Whether the trees look the same; with ``rows=False``, but for the size of dim 0."""
     (xs, x_spec), (ys, y_spec) = pytree.tree_flatten(a), pytree.tree_flatten(b)
+    skipped = 0 if rows else 1
     return x_spec == y_spec and all(
-        x.shape == y.shape and x.dtype == y.dtype and x.device == y.device for x, y in zip(xs, ys, strict=True)
+        x.shape[skipped:] == y.shape[skipped:] and x.dtype == y.dtype and x.device == y.device
+        for x, y in zip(xs, ys, strict=True)
     )
