@@ -23,20 +23,36 @@ from torchimplicit.models.ignn import (
 )
 from torchimplicit.models.mdeq import MDEQ, MDEQCell, MDEQConfig, mdeq_imagenet, mdeq_large, mdeq_small, mdeq_tiny
 from torchimplicit.models.physics_informed import EquilibriumField, Field, NetworkField
+from torchimplicit.models.representations import (
+    MFN,
+    SIREN,
+    ExplicitRepresentation,
+    GaborFilter,
+    ImplicitMFN,
+    ImplicitRepresentation,
+    ImplicitSIREN,
+)
 
 __all__ = [
     "IGNN",
     "MDEQ",
+    "MFN",
+    "SIREN",
     "Adjacency",
     "ConvDEQClassifier",
     "DEQTransformer",
     "DEQTransformerConfig",
     "EquilibriumField",
+    "ExplicitRepresentation",
     "Field",
+    "GaborFilter",
     "IGNNCell",
     "IGNNConfig",
     "IGNNLayer",
     "IdentityStart",
+    "ImplicitMFN",
+    "ImplicitRepresentation",
+    "ImplicitSIREN",
     "InfinityNormBall",
     "MDEQCell",
     "MDEQConfig",

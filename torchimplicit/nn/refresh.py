@@ -50,7 +50,7 @@ def refreshed(
 
     The value is :math:`f^k(z)`; its derivative is the estimator's with the Jacobian at the state before the last
     application, so that nothing is evaluated twice: with a truncated series of T products, a training step costs one
-    evaluation, T products with the Jacobian, and the pass to the parameters (Huang et al. 2021, section 3). First
+    evaluation, T products with the Jacobian, and the pass to the parameters (Huang et al. 2021). First
     derivatives only, in reverse mode; others raise.
 
     The residual that the solution reports is that of the state before the last application.

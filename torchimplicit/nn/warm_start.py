@@ -19,7 +19,8 @@ class WarmStart(nn.Module):
     Without ``samples`` it is the last solution: for inputs that change little from one call to the next (full-batch
     training, graphs, video, implicit fields); a batch of another size begins cold. With ``samples`` it is the last
     solution *of each sample*: for training in shuffled batches, with ``layer(x, index=index)``, where ``index`` tells
-    which samples the batch holds.
+    which samples the batch holds. In eval mode it may be left out, for other samples: they begin cold, and are not
+    remembered.
 
     The memory is not part of the ``state_dict``, nor of copies, and training and evaluation keep their own. Solutions
     that are not finite are not remembered.
@@ -49,6 +50,8 @@ class WarmStart(nn.Module):
 
     def check(self, z: Any, index: Tensor | None) -> None:
         """Raise where ``index`` does not fit this memory or the state ``z``."""
+        if index is None and not self.training:
+            return
         if (self.samples is None) != (index is None):
             raise ValueError(
                 "an index came to a WarmStart that remembers no samples: make it as WarmStart(samples=...)"
@@ -67,7 +70,7 @@ class WarmStart(nn.Module):
     def recall(self, z0: Any, index: Tensor | None = None) -> tuple[Any, bool]:
         """As :meth:`get`, and whether all of it was remembered."""
         last = self._last.get(self.training)
-        if last is None or not _alike(last, z0, rows=index is None):
+        if last is None or self._foreign(index) or not _alike(last, z0, rows=index is None):
             return z0, False
         if index is None:
             return last, True
@@ -83,7 +86,7 @@ class WarmStart(nn.Module):
     def put(self, z: Any, index: Tensor | None = None) -> None:
         """Remember the solution ``z``, of the samples ``index``."""
         leaves = pytree.tree_leaves(z)
-        if any(is_transformed(leaf) for leaf in leaves):
+        if self._foreign(index) or any(is_transformed(leaf) for leaf in leaves):
             return
         if index is None:
             if all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
@@ -101,6 +104,10 @@ class WarmStart(nn.Module):
         for store, leaf in zip(pytree.tree_leaves(table), leaves, strict=True):
             store[rows] = leaf if every else leaf[finite]
         self._seen[self.training][rows] = True
+
+    def _foreign(self, index: Tensor | None) -> bool:
+        """Whether the batch holds none of the samples that are remembered."""
+        return self.samples is not None and index is None
 
     def reset(self) -> None:
         """Forget."""

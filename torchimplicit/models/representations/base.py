@@ -1,0 +1,146 @@
+"""What implicit representations and their explicit twins share: filters, a cell of layers, and a linear head."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from torchimplicit.gradients import Gradient
+from torchimplicit.nn import Equilibrium, WarmStart, spectral_norm
+from torchimplicit.solvers import Solver
+from torchimplicit.validation import at_least
+
+SPECTRAL_BOUND = 0.97
+"""Of every layer in an implicit cell (Huang et al. 2021)."""
+
+
+class LayerCell(nn.Module, ABC):
+    """:math:`z\\mapsto h_L`, :math:`h_0=z+g_0(x)`, :math:`h_{i}=` :meth:`join` :math:`(W_ih_{i-1}+b_i,\\,g_i(x))`.
+
+    What depends on the coordinates alone is computed before the solve and given as ``x``: an evaluation in the solve
+    is its matrix products.
+
+    Args:
+        width: of the state and the layers.
+        depth: L.
+
+    Shapes: ``z``: ``[points, width]``; ``x``: L + 1 tensors like it; the result is like ``z``.
+    """
+
+    def __init__(self, width: int, depth: int):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        with torch.no_grad():
+            for layer in self.layers:
+                assert isinstance(layer, nn.Linear)
+                layer.weight.uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width))
+
+    @abstractmethod
+    def join(self, h: Tensor, given: Tensor) -> Tensor:
+        """What a layer makes of its linear map and of what the coordinates give; at most of slope 1 in ``h``."""
+
+    def initial_state(self, x: Sequence[Tensor]) -> Tensor:
+        """Zeros that take no memory."""
+        return x[0].new_zeros(()).expand_as(x[0])
+
+    def forward(self, z: Tensor, x: Sequence[Tensor]) -> Tensor:
+        """One application of the map."""
+        return self.after(z + x[0], x)
+
+    def after(self, h: Tensor, x: Sequence[Tensor]) -> Tensor:
+        """The layers, from :math:`h_0`."""
+        for layer, given in zip(self.layers, x[1:], strict=True):
+            h = self.join(layer(h), given)
+        return h
+
+
+class ExplicitRepresentation(nn.Module):
+    """A network that applies a cell once, to zero: ``[points, inputs] -> [points, outputs]``.
+
+    Args:
+        inputs, outputs: coordinates, and values at each point.
+        filters: each takes ``[points, inputs]`` to ``[points, width]``; one more than the cell has layers.
+        cell: of the layers.
+        width: of the layers.
+    """
+
+    def __init__(self, inputs: int, outputs: int, filters: nn.ModuleList, cell: LayerCell, width: int):
+        super().__init__()
+        self.inputs = inputs
+        self.filters = filters
+        self.cell = cell
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The values at the coordinates."""
+        given = filtered(self.filters, x, self.inputs)
+        return self.head(self.cell.after(given[0], given))
+
+
+class ImplicitRepresentation(nn.Module):
+    """A linear function of the fixed point of a cell: ``[points, inputs] -> [points, outputs]``.
+
+    Every layer of the cell has a spectral norm of at most 0.97, and no filter exceeds 1, so that the cell is a
+    contraction at any weights, with the constant :math:`0.97^L`, up to what the power method lags behind the weights.
+    Every point is a problem of its own (``rowwise=True``).
+
+    With ``gradient=Implicit()``, the default, derivatives in the coordinates are exact to any order, and so are those
+    of a loss that holds them (an eikonal term, a fit to a given gradient). Estimators of the adjoint give first
+    derivatives only, and a derivative of theirs raises.
+
+    Args:
+        inputs, outputs, filters, cell, width: as for :class:`ExplicitRepresentation`.
+        solver, gradient, warm_start: of the :class:`~torchimplicit.nn.Equilibrium`.
+
+    Attributes:
+        equilibrium: the layer.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        filters: nn.ModuleList,
+        cell: LayerCell,
+        width: int,
+        *,
+        solver: Solver | None = None,
+        gradient: Gradient | None = None,
+        warm_start: bool | WarmStart = False,
+    ):
+        super().__init__()
+        self.inputs = inputs
+        self.filters = filters
+        for layer in cell.layers:
+            spectral_norm(layer, bound=SPECTRAL_BOUND, only_above=True)
+        self.equilibrium = Equilibrium(cell, solver=solver, gradient=gradient, warm_start=warm_start, rowwise=True)
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        """The values at the coordinates.
+
+        Args:
+            x: ``[points, inputs]``.
+            index: int64 ``[points]``, which points these are, for a :class:`~torchimplicit.nn.WarmStart` that
+                remembers each.
+        """
+        return self.head(self.equilibrium(filtered(self.filters, x, self.inputs), index=index))
+
+
+def filtered(filters: nn.ModuleList, x: Tensor, inputs: int) -> list[Tensor]:
+    """What each filter makes of the coordinates ``[points, inputs]``."""
+    if x.ndim != 2 or x.shape[1] != inputs:
+        raise ValueError(f"coordinates must be [points, {inputs}], and they are {list(x.shape)}")
+    return [one(x) for one in filters]
+
+
+def check_sizes(owner: str, inputs: int, outputs: int, width: int, depth: int, scale: float) -> None:
+    """Raise where a size of a representation makes no sense."""
+    for name, value in (("inputs", inputs), ("outputs", outputs), ("width", width), ("depth", depth)):
+        at_least(owner, name, value, 1)
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"{owner}: scale is {scale}, and must be a positive finite number")

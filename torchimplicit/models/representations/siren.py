@@ -1,0 +1,78 @@
+"""Sinusoidal representations, with the coordinates given to every layer."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from torchimplicit.gradients import Gradient
+from torchimplicit.models.representations.base import (
+    ExplicitRepresentation,
+    ImplicitRepresentation,
+    LayerCell,
+    check_sizes,
+)
+from torchimplicit.models.representations.filters import Sine, phase
+from torchimplicit.nn import WarmStart
+from torchimplicit.solvers import Solver
+
+
+@final
+class SineCell(LayerCell):
+    """:math:`h_i=\\sin(W_ih_{i-1}+b_i+\\Omega_ix+\\varphi_i)`, :math:`h_0=z+\\sin(\\Omega_0x+\\varphi_0)`."""
+
+    def join(self, h: Tensor, given: Tensor) -> Tensor:
+        return torch.sin(h + given)
+
+
+@final
+class ImplicitSIREN(ImplicitRepresentation):
+    """The implicit sinusoidal representation, iSIREN (Huang et al. 2021).
+
+    Args:
+        inputs, outputs: coordinates, and values at each point.
+        width: of the state.
+        depth: layers of the cell.
+        scale: of the frequencies; the larger, the finer the details, for coordinates from -1 to 1: 256 for an image
+            of 512 pixels in the paper, 128 where pixels are held out.
+        solver, gradient, warm_start: of the equilibrium; see :class:`ImplicitRepresentation`.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        width: int,
+        depth: int = 1,
+        scale: float = 128.0,
+        *,
+        solver: Solver | None = None,
+        gradient: Gradient | None = None,
+        warm_start: bool | WarmStart = False,
+    ):
+        check_sizes("ImplicitSIREN", inputs, outputs, width, depth, scale)
+        given = _given(inputs, width, depth, scale)
+        cell = SineCell(width, depth)
+        super().__init__(inputs, outputs, given, cell, width, solver=solver, gradient=gradient, warm_start=warm_start)
+
+
+@final
+class SIREN(ExplicitRepresentation):
+    """The sinusoidal network (Sitzmann et al. 2020) with the coordinates given to every layer, the explicit twin of
+    :class:`ImplicitSIREN`: the same parameters, which begin alike.
+
+    Args:
+        inputs, outputs, width, depth, scale: as there; ``depth`` counts the layers after the first sine.
+    """
+
+    def __init__(self, inputs: int, outputs: int, width: int, depth: int = 1, scale: float = 128.0):
+        check_sizes("SIREN", inputs, outputs, width, depth, scale)
+        given = _given(inputs, width, depth, scale)
+        super().__init__(inputs, outputs, given, SineCell(width, depth), width)
+
+
+def _given(inputs: int, width: int, depth: int, scale: float) -> nn.ModuleList:
+    first = Sine(inputs, width, scale, depth)
+    return nn.ModuleList([first, *(phase(inputs, width, scale, depth) for _ in range(depth))])
