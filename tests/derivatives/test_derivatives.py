@@ -281,6 +281,36 @@ class TestGradients:
         (expected,) = torch.autograd.grad(gradient.pow(2).sum(), weight)
         close(again, expected, 1e-7)
 
+    def test_twice_through_a_second_derivative(self):
+        net, x = Net(), torch.randn(BATCH, INPUTS)
+        d = torch.randn_like(x).requires_grad_()
+        ends = (net.inner.weight, d)
+        zero, one = torch.zeros(()), torch.ones(())
+
+        def slope(e: Tensor) -> Tensor:
+            return torch.func.jvp(lambda e: unrolled(net, x + e * d), (e,), (one,))[1]
+
+        def again(second: Tensor) -> tuple[Tensor, ...]:
+            first = torch.autograd.grad(second.pow(2).sum(), ends, create_graph=True)
+            return first + torch.autograd.grad(sum(g.pow(2).sum() for g in first), ends)
+
+        found = again(Derivatives(solved(net, x)).along((d,), order=2)[1])
+        for one_found, other in zip(found, again(torch.func.jvp(slope, (zero,), (one,))[1]), strict=True):
+            close(one_found, other, 1e-7)
+
+    def test_the_direction_has_a_gradient_too(self):
+        net, x = Net(), torch.randn(BATCH, INPUTS)
+        d = torch.randn_like(x).requires_grad_()
+        third = Derivatives(solved(net, x)).along((d,), order=3)[-1]
+        (got,) = torch.autograd.grad(third.sum(), d)
+        # of degree 3 in the direction
+        close((got * d).sum(), 3 * third.sum(), 1e-7)
+
+    def test_directions_under_vmap(self):
+        net, x = Net(), torch.randn(BATCH, INPUTS)
+        at, d = Derivatives(solved(net, x)), torch.randn(3, *x.shape)
+        close(torch.func.vmap(lambda one: at.tangent((one,)))(d), at.tangents((d,)))
+
     def test_an_estimate_that_solved_it_does_not_matter(self):
         net, x = Net(), torch.randn(BATCH, INPUTS)
         layer = ti.nn.Equilibrium(net, solver=ti.Anderson(rtol=1e-14), gradient=ti.OneStep())
@@ -304,6 +334,16 @@ class TestSharing:
         handle.remove()
         assert made == 2, "one call to find what is captured, one for the tape"
         assert len(calls) == made
+
+    def test_derivatives_along_a_direction_share_one_evaluation(self):
+        net, x = Net(), torch.randn(BATCH, INPUTS)
+        at = Derivatives(solved(net, x))
+        calls = []
+        handle = net.register_forward_hook(lambda *_: calls.append(1))
+        first, second = at.along((torch.ones_like(x),), order=2)
+        torch.autograd.grad((first * second).sum() + at.value.sum(), tuple(net.parameters()))
+        handle.remove()
+        assert len(calls) == 1
 
     def test_weights_that_changed_in_between_are_noticed(self):
         net, x = Net(), torch.randn(BATCH, INPUTS)

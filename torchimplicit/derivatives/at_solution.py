@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchimplicit.closure import is_transformed
+from torchimplicit.derivatives.curve import Along, Curve
 from torchimplicit.derivatives.directions import Basis, basis, flat_direction
 from torchimplicit.derivatives.smoothness import warn_if_not_twice_differentiable
 from torchimplicit.gradients import Implicit
@@ -24,7 +25,7 @@ from torchimplicit.solvers import Anderson, Outcome
 from torchimplicit.state import detached
 from torchimplicit.statement import stated
 
-DENSE_DIM = 128
+DENSE_DIM = 256
 """The largest state for which the Jacobians are assembled and factorized where no linear solver is named."""
 
 DENSE_ENTRIES = 2**24
@@ -86,6 +87,7 @@ class Derivatives:
         if chosen is None and dim <= DENSE_DIM and batch * dim * dim <= DENSE_ENTRIES:
             chosen = Dense()
         self._given, self._record = given, AdjointRecord()
+        self._curves: dict[tuple[int, ...], Curve] = {}
         self._rule = Implicit(linear_solver=chosen)
         self._solver = at_precision(chosen or given.system.default_linear_solver(dim, batch), given.precision)
         figures = (solution.status.reshape(-1), solution.steps.reshape(-1), solution.residual.detach().reshape(-1))
@@ -146,19 +148,7 @@ class Derivatives:
             raise ValueError(f"order is {order}, and must be at least 1")
         if order > 1:
             self._warn_if_rough()
-        moving = self._flat(direction)
-        found: list[Tensor] = []
-        for n in range(1, order + 1):
-            known = tuple(found)
-
-            def residual(e: Tensor, known: tuple[Tensor, ...] = known) -> Tensor:
-                z, power = self._z, e
-                for i, v in enumerate(known, start=1):
-                    z, power = z + power * v, power * e / (i + 1)
-                return self._residual(z, *_moved(self._given.params, moving, e))
-
-            found.append(self._solved(-_derivative(residual, n, self._z)))
-        return tuple(map(self._state, found))
+        return tuple(map(self._state, self._along(self._flat(direction), order)))
 
     def second(self, first: Direction, second: Direction) -> Any:
         """The second derivative of the solution along two directions: 3 solves (2 where they are the same)."""
@@ -300,9 +290,22 @@ class Derivatives:
         with without_autocast(self._given.layout.device):
             return LinearSolve.apply(self._task, self._solver, transposed, b, self._z, *self._given.params)
 
+    def _along(self, moving: Sequence[Tensor | None], order: int) -> list[Tensor]:
+        """The derivatives of orders 1 to ``order``, flat."""
+        places = [place for place, t in enumerate(moving) if t is not None]
+        tangents = [t for t in moving if t is not None]
+        curve = self._curves.setdefault(tuple(places), Curve(self._task, self._solver, places))
+        composed = any(is_transformed(t) for t in tangents)
+        found: list[Tensor] = []
+        for n in range(1, order + 1):
+            if composed:
+                found.append(self._solved(-curve.composed(n, self._z, found, tangents, self._given.params)))
+            else:
+                found.append(Along.apply(curve, n, self._z, *found, *tangents, *self._given.params))
+        return found
+
     def _tangent(self, moving: Sequence[Tensor | None]) -> Tensor:
-        moved = push(lambda *params: self._residual(self._z, *params), self._given.params, moving)
-        return torch.zeros_like(self._z) if moved is None else self._solved(-moved)
+        return self._along(moving, 1)[0]
 
     def _tangents(self, moving: Sequence[Tensor | None]) -> Tensor:
         """The block ``[k, batch, dim]``."""
@@ -368,19 +371,6 @@ def _directional(fn: Callable[..., Any], primals: tuple[Tensor, ...], tangents: 
     """Value and derivative along ``tangents``."""
     out, moved = torch.func.jvp(fn, primals, tangents)[:2]
     return out, moved
-
-
-def _derivative(fn: Callable[[Tensor], Tensor], order: int, like: Tensor) -> Tensor:
-    """The derivative of that order of a function of one number, at zero."""
-    zero, one = like.new_zeros(()), like.new_ones(())
-    for _ in range(order):
-
-        def slope(e: Tensor, fn: Callable[[Tensor], Tensor] = fn) -> Tensor:
-            moved: Tensor = torch.func.jvp(fn, (e,), (one,))[1]
-            return moved
-
-        fn = slope
-    return fn(zero)
 
 
 def _mixed(fn: Callable[[Tensor, Tensor], Tensor], like: Tensor) -> Tensor:

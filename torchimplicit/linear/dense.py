@@ -105,8 +105,9 @@ class Factorization:
         """Assemble, and factorize."""
         dtype = working_dtype(operator.dtype)
         matrix = (operator.unprojected or operator).dense().to(dtype)
-        finite = matrix.isfinite().all(-1).all(-1)
-        matrix = matrix.where(finite[:, None, None], torch.eye(operator.dim, dtype=dtype, device=matrix.device))
+        finite = (matrix.amax((-2, -1)) < torch.inf) & (matrix.amin((-2, -1)) > -torch.inf)  # false where there is NaN
+        if not bool(finite.all()):
+            matrix = matrix.where(finite[:, None, None], torch.eye(operator.dim, dtype=dtype, device=matrix.device))
         null = None if operator.null is None else operator.null.to(dtype).expand(operator.batch, -1)
         full = matrix if null is None else _bordered(matrix, null)
         lu, pivots, info = torch.linalg.lu_factor_ex(full)
