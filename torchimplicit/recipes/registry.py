@@ -134,6 +134,16 @@ RECIPES = {
         f"{_HERE}.physics.config:helmholtz",
         f"{_HERE}.physics.runner",
     ),
+    "implicit-image": Entry(
+        "A picture, your own too, as a field: an implicit representation, in minutes on a CPU.",
+        f"{_HERE}.fields.images.config:image",
+        f"{_HERE}.fields.images.task:RUNNER",
+    ),
+    "implicit-image-generalization": Entry(
+        "The same from a quarter of the pixels, tested on another quarter.",
+        f"{_HERE}.fields.images.config:generalization",
+        f"{_HERE}.fields.images.task:RUNNER",
+    ),
 }
 """What ``train`` trains, in the order in which it is listed."""
 

@@ -1,0 +1,176 @@
+"""Pictures from files, from scikit-image, and of text drawn on the spot: uint8 ``[height, width, channels]``."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.fields.images.text import TEXTS
+
+MOST_PIXELS = 100_000_000
+"""A file whose header promises more is not decoded: some ten thousand pixels square."""
+
+LEAST_SIDE = 8
+"""Below it there is nothing to fit."""
+
+BundledName = Literal["astronaut", "camera", "chelsea", "coffee", "hubble_deep_field", "moon", "rocket", "page", "text"]
+BUNDLED: tuple[BundledName, ...] = get_args(BundledName)
+"""Pictures that come with scikit-image's wheel; nothing is downloaded."""
+
+FILES = {"hubble_deep_field": "hubble_deep_field.jpg", "rocket": "rocket.jpg"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, and what was done to it on the way.
+
+    Attributes:
+        name: for people.
+        pixels: uint8 ``[height, width, channels]`` with one channel (grey) or three.
+        notes: what a person who gave the file should know.
+    """
+
+    name: str
+    pixels: Tensor
+    notes: tuple[str, ...] = ()
+
+
+def read_file(path: Path, size: int | None) -> Picture:
+    """A picture file, no longer than ``size`` pixels on its longest side.
+
+    Raises:
+        UserError: if it cannot be read, or is too large or too small.
+    """
+    if path.is_dir():
+        raise UserError(f"--file {path} is a folder; give a picture file, such as photo.png")
+    if not path.is_file():
+        raise UserError(f"--file {path} does not exist")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is our own
+            with Image.open(path) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise UserError(
+                        f"{path} has {image.width} × {image.height} pixels, and at most {MOST_PIXELS // 10**6} million "
+                        "are read; make it smaller first"
+                    )
+                image.load()
+                return _prepared(image, path.name, size)
+    except Image.DecompressionBombError:
+        raise UserError(f"{path} is too large a picture; make it smaller first") from None
+    except UnidentifiedImageError:
+        raise UserError(
+            f"{path} is no picture that Pillow can read; give a PNG, JPEG, TIFF, WebP or BMP file"
+        ) from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read ({error}); the file may be damaged") from None
+
+
+def bundled(name: str, size: int | None) -> Picture:
+    """A picture of scikit-image, or a text drawn here (``text-0``, ``text-1``, ...).
+
+    Raises:
+        UserError: if there is none of this name, or scikit-image is missing.
+    """
+    if name.startswith("text-"):
+        return Picture(name, written(int(name.removeprefix("text-")), size or 256))
+    if name not in BUNDLED:
+        raise UserError(f"there is no picture '{name}'; there are {', '.join(BUNDLED)}")
+    try:
+        import skimage.data
+    except ImportError:
+        raise UserError(
+            "scikit-image, whose pictures are asked for, is not installed; pip install 'torchimplicit[recipes]', or "
+            "give a picture of your own: --file photo.png"
+        ) from None
+    path = Path(skimage.data.__file__).parent / FILES.get(name, f"{name}.png")
+    if not path.is_file():
+        raise UserError(f"this version of scikit-image holds no {name}; give a picture of your own: --file photo.png")
+    found = read_file(path, size)
+    return Picture(name, found.pixels, found.notes)
+
+
+def written(number: int, size: int) -> Tensor:
+    """A square of text, black on white, in eight lines: a passage of our own, which ``number`` picks."""
+    import matplotlib
+
+    passage = TEXTS[number % len(TEXTS)]
+    font_file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSerif.ttf"
+    large = 4 * size  # drawn large and reduced, for smooth edges
+    image = Image.new("L", (large, large), 255)
+    font = ImageFont.truetype(str(font_file), large // 9)
+    pen = ImageDraw.Draw(image)
+    words, line, top = passage.split(), "", large // 40
+    for word in [*words, ""]:
+        longer = f"{line} {word}".strip()
+        if word and pen.textlength(longer, font=font) <= 0.95 * large:
+            line = longer
+            continue
+        pen.text((large // 40, top), line, fill=0, font=font)
+        top += large // 8
+        line = word
+    return torch.from_numpy(np.asarray(image.resize((size, size), Image.Resampling.LANCZOS)).copy())[:, :, None]
+
+
+def save(pixels: Tensor, path: Path) -> None:
+    """Write a picture as PNG, in one move."""
+    array = pixels.numpy()
+    image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    draft = path.with_name(f".{path.name}.draft")
+    image.save(draft, format="PNG")
+    draft.replace(path)
+
+
+def quantized(values: Tensor) -> Tensor:
+    """Values from -1 to 1 as a picture."""
+    return ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def _prepared(image: Image.Image, name: str, size: int | None) -> Picture:
+    notes: list[str] = []
+    if getattr(image, "n_frames", 1) > 1:
+        notes.append(f"the first of {image.n_frames} frames")  # type: ignore[attr-defined]
+    image = ImageOps.exif_transpose(image) or image
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image, name)
+        notes.append("reduced to 8 bits")
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        grey = image.mode in ("LA", "La")
+        over = Image.new("RGBA", image.size, "white")
+        over.alpha_composite(image.convert("RGBA"))
+        image = over.convert("L" if grey else "RGB")
+        notes.append("its transparent parts on white")
+    elif image.mode not in ("L", "RGB"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    if min(image.size) < LEAST_SIDE:
+        raise UserError(f"{name} has {image.width} × {image.height} pixels; a side must have {LEAST_SIDE} at least")
+    if size is not None and max(image.size) > size:
+        ratio = size / max(image.size)
+        smaller = (max(LEAST_SIDE, round(image.width * ratio)), max(LEAST_SIDE, round(image.height * ratio)))
+        notes.append(f"reduced from {image.width} × {image.height} pixels")
+        image = image.resize(smaller, Image.Resampling.LANCZOS)
+    array = np.asarray(image).copy()
+    pixels = torch.from_numpy(array[:, :, None] if array.ndim == 2 else array)
+    return Picture(name, pixels, tuple(notes))
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """A grey picture of 16 or 32 bits, or of floating-point numbers from 0 to 1."""
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise UserError(f"{name} holds NaN or infinity")
+    high = 1.0 if image.mode == "F" else 65535.0
+    if values.min() < 0 or values.max() > high:
+        raise UserError(
+            f"{name} has grey values from {values.min():g} to {values.max():g}, and 0 to {high:g} is what can be read; "
+            "save it as an 8- or 16-bit PNG"
+        )
+    return Image.fromarray((values * (255 / high)).round().astype(np.uint8))

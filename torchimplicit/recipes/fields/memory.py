@@ -1,0 +1,89 @@
+"""Steps of bounded memory: a mean over many points, differentiated chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.fields.settings import FieldSettings
+
+
+def chunk_points(config: FieldSettings, training: int) -> int:
+    """How many points may go through at a time; ``training``: how many there are to train on.
+
+    Raises:
+        UserError: if the states alone, which amortized training remembers of every point, take more than there is.
+    """
+    chosen, batch = config.representation, config.optimization.batch_size
+    bound = chosen.memory_mb * 2**20
+    fitting = bound // (4 * floats_a_point(config))
+    if chosen.implicit and chosen.amortize != "off" and min(batch, fitting) < training:
+        states = 4 * chosen.width * training
+        fitting = (bound - states) // (4 * floats_a_point(config))
+        if fitting < 1:
+            raise UserError(
+                f"the states of {training} points of width {chosen.width} take {states / 2**20:.0f} MB, and "
+                f"--memory-mb is {chosen.memory_mb}; give more, or forget the states: --amortize off"
+            )
+    return max(1, fitting)
+
+
+def floats_a_point(config: FieldSettings) -> int:
+    """What a step holds for a point at its peak, roughly and rather too much: for every filter its phase, sine,
+    window and their gradients, for every layer its input, product and result with their gradients, and what the solvers
+    keep."""
+    chosen, solve = config.representation, config.equilibria
+    vectors = 6 * (chosen.depth + 1) + 6 * chosen.depth + 4
+    if chosen.implicit:
+        vectors += 4
+        if chosen.amortize != "refresh":
+            vectors += {"anderson": 16, "broyden": 2 * solve.solver_steps + 6, "fixed-point": 6}[solve.solver]
+        if solve.gradient == "implicit":
+            vectors += min(solve.backward_steps, 30) + 4
+        elif solve.gradient in ("unrolled-phantom", "unrolled"):
+            steps = solve.phantom_steps if solve.gradient == "unrolled-phantom" else solve.solver_steps
+            vectors += 4 * chosen.depth * steps
+    return chosen.width * vectors
+
+
+def accumulated(value: Callable[[Tensor], Tensor], index: Tensor, chunk: int, weights: Sequence[Tensor]) -> Tensor:
+    """The mean of ``value`` over the points ``index``, at most ``chunk`` of them at a time.
+
+    ``value`` gives the mean over the points it is given. Where there are several chunks, the gradient in ``weights``
+    is computed with the value, chunk by chunk, and handed on by the backward pass: the memory is that of one chunk, and
+    the result is that of one pass, up to rounding. First derivatives only, and in ``weights`` only.
+    """
+    if len(index) <= chunk:
+        return value(index)
+    parts = index.split(chunk)
+    if not torch.is_grad_enabled():
+        return torch.stack([value(part) * (len(part) / len(index)) for part in parts]).sum()
+    wanted = [w for w in weights if w.requires_grad]
+    sums = [torch.zeros_like(w) for w in wanted]
+    total = torch.zeros((), device=wanted[0].device)
+    for part in parts:
+        share = value(part) * (len(part) / len(index))
+        for held, grad in zip(sums, torch.autograd.grad(share, wanted, allow_unused=True), strict=True):
+            if grad is not None:
+                held += grad
+        total += share.detach()
+    return cast(Tensor, _Known.apply(total, sums, *wanted))
+
+
+class _Known(Function):
+    """A value whose gradient is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, grads: list[Tensor], *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(*grads)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, u: Tensor) -> tuple[Any, ...]:
+        return None, None, *(u * grad for grad in ctx.saved_tensors)

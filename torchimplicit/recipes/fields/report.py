@@ -1,0 +1,102 @@
+"""What every fit of a field shows: its curve, and a page with its pictures and figures."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from torchimplicit.recipes.fields.task import FieldTask
+from torchimplicit.recipes.html import document, figure, table
+from torchimplicit.recipes.plotting import FIGURE, axes, style
+from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.svg import svg
+from torchimplicit.recipes.tables import Column, Table
+from torchimplicit.recipes.training.results import Results
+
+
+def curve(results: Results, metric: str = "psnr", label: str = "PSNR (dB)") -> Figure:
+    """The metric on the validation points over the steps, and over the seconds."""
+    with matplotlib.rc_context(FIGURE):
+        drawn, (left, right) = axes(2, width=4.5, height=3.2)
+        found = [(v.step, v.seconds, v.figures[metric]) for v in results.validations if metric in v.figures]
+        for ax, place, name in ((left, 0, "step"), (right, 1, "seconds of training")):
+            ax.plot([f[place] for f in found], [f[2] for f in found], **style(0))
+            ax.set_xlabel(name)
+            ax.set_ylabel(label)
+    return drawn
+
+
+def write_page(
+    title: str,
+    task: FieldTask,
+    results: Results,
+    run: Run,
+    pictures: Sequence[tuple[Path, str]],
+    notes: Sequence[str] = (),
+) -> None:
+    """``index.html`` and ``figures/curve.png``.
+
+    Args:
+        title: for people.
+        task, results, run: the fit.
+        pictures: PNG files with their captions.
+        notes: paragraphs below the figures.
+    """
+    folder = run.path / "figures"
+    folder.mkdir(exist_ok=True)
+    drawn = curve(results)
+    drawn.savefig(folder / "curve.png", dpi=130)
+    parts = [
+        "<p class='tag'>torchimplicit</p>",
+        f"<h1>{escape(title)}</h1>",
+        f"<p class='lead'>{escape(task.describe())}</p>",
+        f"<div class='card'>{table(summary(results))}</div>",
+        *(f"<p>{escape(note)}</p>" for note in notes),
+        '<div class="grid">',
+        *(figure(_embedded(path, caption), caption) for path, caption in pictures),
+        figure(svg(drawn, "curve"), "The signal-to-noise ratio on the validation points along training."),
+        "</div>",
+    ]
+    run.write_text("index.html", document(title, parts))
+
+
+def summary(results: Results) -> Table:
+    """The figures of the fit."""
+    costs, rows = results.costs, []
+    for name, found in (("Validation", results.best), ("Test", results.test)):
+        if found is not None:
+            rows.append(
+                [
+                    name,
+                    *(f"{value:.4g}" for value in found.figures.values()),
+                    str(found.step),
+                    f"{found.seconds:.1f}",
+                    f"{1e3 * costs.seconds:.1f}" if costs else "–",
+                    f"{costs.forward:.2f}" if costs else "–",
+                    f"{costs.backward:.2f}" if costs else "–",
+                ]
+            )
+    names = list(results.test.figures) if results.test is not None else ["psnr", "loss"]
+    columns = [
+        Column("Split"),
+        *(Column("PSNR", "dB") if name == "psnr" else Column(name.capitalize()) for name in names),
+        Column("At step", "", "The weights are those of the best validation."),
+        Column("Training", "s", "Until then."),
+        Column("Step", "ms", "Median: forward, backward and update."),
+        Column("Forward", "evaluations", "Of the cell in a step, mean."),
+        Column("Backward", "products", "With the cell's Jacobian in a step, mean."),
+    ]
+    return Table(columns, rows)
+
+
+def _embedded(path: Path, caption: str) -> str:
+    data = b64encode(path.read_bytes()).decode("ascii")
+    return (
+        f"<img alt='{escape(caption, quote=True)}' src='data:image/png;base64,{data}' "
+        "style='width:100%;image-rendering:pixelated'>"
+    )

@@ -1,0 +1,69 @@
+"""The settings that every fit of a field has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.options import positive
+from torchimplicit.recipes.training.settings import Trained
+
+FilterKind = Literal["siren", "fourier", "gabor"]
+FILTERS: tuple[FilterKind, ...] = ("siren", "fourier", "gabor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Representation:
+    """The function that is fitted, and how much memory a step may take."""
+
+    filter: FilterKind = "fourier"
+    """siren: SIREN or iSIREN; fourier, gabor: multiplicative filter networks, or their implicit form."""
+
+    implicit: bool = True
+    """The fixed point of the cell. Otherwise its explicit twin of as many parameters, which applies the cell once."""
+
+    width: int = 128
+    """Of the state and the layers."""
+
+    depth: int = 1
+    """Layers of the cell."""
+
+    frequencies: float | None = None
+    """The scale of the frequencies; by default the recipe's, which grows with the signal's resolution."""
+
+    window_alpha: float = 3.0
+    """Of the Gabor filters' windows: a larger one makes them narrower."""
+
+    amortize: Literal["refresh", "solve", "off"] = "refresh"
+    """In training: carry the last state along by one evaluation a step; or solve from it; or solve from zero."""
+
+    memory_mb: int = 1024
+    """What the states, filters and gradients of a training step may take. Points beyond it go through in chunks, whose
+    gradients are added up: the step stays the same."""
+
+    def __post_init__(self) -> None:
+        positive(self, "width", "depth", "frequencies", "window_alpha", "memory_mb")
+
+
+class FieldSettings(Trained, Protocol):
+    """The config of a recipe that fits a field."""
+
+    @property
+    def representation(self) -> Representation:
+        """What is fitted."""
+
+
+def check_fit(config: FieldSettings) -> None:
+    """Raise where settings of several groups do not go together."""
+    chosen = config.representation
+    if not chosen.implicit:
+        return
+    name = config.equilibria.gradient
+    if chosen.amortize == "refresh" and name in ("unrolled-phantom", "unrolled"):
+        raise UserError(
+            f"--gradient {name} differentiates steps of a solve, and --amortize refresh takes none; use --amortize "
+            "solve, or --gradient neumann-phantom"
+        )
+    if chosen.amortize != "off" and name == "unrolled":
+        raise UserError("--gradient unrolled differentiates the steps of a solve from zero; add --amortize off")
