@@ -19,7 +19,7 @@ from torchimplicit.recipes.tables import Column, Table
 from torchimplicit.recipes.training.results import Results
 
 
-def curve(results: Results, metric: str = "psnr", label: str = "PSNR (dB)") -> Figure:
+def curve(results: Results, metric: str = "PSNR", label: str = "PSNR (dB)") -> Figure:
     """The metric on the validation points over the steps, and over the seconds."""
     with matplotlib.rc_context(FIGURE):
         drawn, (left, right) = axes(2, width=4.5, height=3.2)
@@ -81,10 +81,10 @@ def summary(results: Results) -> Table:
                     f"{costs.backward:.2f}" if costs else "–",
                 ]
             )
-    names = list(results.test.figures) if results.test is not None else ["psnr", "loss"]
+    names = list(results.test.figures) if results.test is not None else ["PSNR", "loss"]
     columns = [
         Column("Split"),
-        *(Column("PSNR", "dB") if name == "psnr" else Column(name.capitalize()) for name in names),
+        *(Column("PSNR", "dB") if name == "PSNR" else Column(name.capitalize()) for name in names),
         Column("At step", "", "The weights are those of the best validation."),
         Column("Training", "s", "Until then."),
         Column("Step", "ms", "Median: forward, backward and update."),

@@ -54,7 +54,7 @@ class FieldTask(Task):
         points: the signal.
     """
 
-    metric = Metric("psnr", "dB", "max")
+    metric = Metric("PSNR", "dB", "max")
     training_points: Tensor
 
     def __init__(
@@ -107,7 +107,7 @@ class FieldTask(Task):
     def figures(self, sums: list[float]) -> dict[str, float]:
         """The peak signal-to-noise ratio, and the mean squared error as ``loss``."""
         loss = sums[0] / sums[1]
-        return {"psnr": decibels(loss, self.points.high - self.points.low), "loss": loss}
+        return {"PSNR": decibels(loss, self.points.high - self.points.low), "loss": loss}
 
     def begin(self) -> None:
         """Forget the states of the last segment: a resumed run would not have them."""
@@ -140,7 +140,7 @@ def decibels(error: float, peak: float) -> float:
 
 
 class _Chunks:
-    """Points in order, so many at a time. (A tuple of tensors would be as many loaders to Lightning.)"""
+    """Points in order, so many at a time: a tuple of tensors would be as many loaders to Lightning."""
 
     def __init__(self, index: Tensor, size: int):
         self.parts = index.split(size)

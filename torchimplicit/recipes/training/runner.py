@@ -210,7 +210,7 @@ def summary(results: Results, task: Task) -> Table:
             )
     columns = [
         Column("Split"),
-        Column(task.metric.name.capitalize()),
+        Column(task.metric.name[:1].upper() + task.metric.name[1:]),
         Column("At step"),
         Column("Training", "s"),
         Column("Forward evaluations"),
