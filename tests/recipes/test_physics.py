@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -12,14 +13,18 @@ pytest.importorskip("lightning")
 
 from rich.console import Console
 
+from torchimplicit.derivatives import Derivatives
+from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.linear import Dense
 from torchimplicit.models.physics_informed import EquilibriumField, NetworkField
+from torchimplicit.problems import FixedPoint
 from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.physics import runner
+from torchimplicit.recipes.physics import keeper, runner
 from torchimplicit.recipes.physics.config import PhysicsConfig
 from torchimplicit.recipes.physics.equations import EQUATIONS
 from torchimplicit.recipes.physics.least_squares import LeastSquares
 from torchimplicit.recipes.run import Run, RunOptions, create
+from torchimplicit.solve import solve
 from torchimplicit.solvers import NewtonKrylov
 
 SMALL = PhysicsConfig(states=4, width=4, points=9, iterations=4, error_every=2)
@@ -126,6 +131,100 @@ def test_a_resumed_run_goes_on_from_its_weights(tmp_path):
     assert looks[-1]["loss"] < looks[3]["loss"]
     with pytest.raises(UserError, match="does not fit"):
         runner.train(replace(longer, states=5, iterations=8), run, Console(quiet=True))
+
+
+@pytest.mark.parametrize("optimizer", ["least-squares", "l-bfgs", "adam"])
+def test_a_budget_of_time_is_kept_and_errors_are_measured_along_it(tmp_path, monkeypatch, optimizer):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(keeper.time, "process_time", lambda: float(next(clock)))  # an iteration takes a second
+    monkeypatch.setattr(runner, "write_report", lambda *_: None)
+    config = replace(SMALL, optimizer=optimizer, iterations=1000, seconds=30.0)
+    run = started(tmp_path / "run", config)
+    assert runner.train(config, run, Console(quiet=True))
+    results = run.read_json("results.json")
+    assert results["seconds"] == results["iterations"] == 30
+    looks = results["looks"]
+    assert looks[0]["iteration"] == 1
+    assert looks[-1]["iteration"] == 30
+    assert len(looks) < 15
+    assert all(look["iae"] is not None for look in looks)
+    assert looks[-1]["loss"] == results["loss"] < looks[0]["loss"]
+    made = runner.restored(config, run)
+    assert EQUATIONS["van-der-pol"].errors(keeper.values(made, EQUATIONS["van-der-pol"])) == pytest.approx(
+        results["errors"]
+    )
+
+
+def test_what_is_kept_is_what_the_optimizer_accepted(tmp_path, monkeypatch):
+    def stops_early(problem, config, spent, step):
+        weights = problem.weights
+        step(weights, 1.0)
+        problem.set_weights(weights + 5)  # a trial that is not accepted
+
+    monkeypatch.setattr(runner, "optimize", stops_early)
+    monkeypatch.setattr(runner, "write_report", lambda *_: None)
+    run = started(tmp_path / "run", SMALL)
+    assert runner.train(SMALL, run, Console(quiet=True))
+    kept = LeastSquares(runner.restored(SMALL, run), EQUATIONS["van-der-pol"].conditions(SMALL.points, 0)).weights
+    np.testing.assert_allclose(
+        kept, LeastSquares(runner.field(SMALL), EQUATIONS["van-der-pol"].conditions(SMALL.points, 0)).weights
+    )
+
+
+def test_derivatives_of_the_equilibrium_are_those_of_the_direct_routines():
+    torch.manual_seed(0)
+    made = EquilibriumField((0.0, -1.0), (1.0, 3.0), outputs=6, states=6).double()
+    with torch.no_grad():
+        made.head.copy_(torch.eye(6))
+    x = torch.rand(5, 2, dtype=torch.float64)
+    found = made.derivatives(x, ((0,), (1, 1), (0, 1)))
+    inner = {"input": made.input, "inner": made.coupling(), "bias": made.bias}
+    problem = FixedPoint(lambda z, x: made.cell(z, made.unit(x), inner))
+    at = Derivatives(solve(problem, torch.zeros(5, 6, dtype=torch.float64), x, solver=NewtonKrylov(rtol=1e-14)))
+    one, other = (torch.zeros_like(x) for _ in range(2))
+    one[:, 0] = other[:, 1] = 1
+    torch.testing.assert_close(found[0,], at.along((one,))[0])
+    torch.testing.assert_close(found[1, 1], at.along((other,), order=2)[1])
+    torch.testing.assert_close(found[0, 1], at.second((one,), (other,)))
+    loss, same = found[1, 1].square().sum(), at.along((other,), order=2)[1].square().sum()
+    for a, b in zip(
+        torch.autograd.grad(loss, (made.input, made.inner, made.bias), retain_graph=True),
+        torch.autograd.grad(same, (made.input, made.inner, made.bias)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_map_contracts_whatever_the_weights():
+    torch.manual_seed(0)
+    made = EquilibriumField((0.0,), (1.0,), outputs=1, states=8, gain=50.0).double()
+    assert float(torch.linalg.matrix_norm(made.coupling().detach())) < 1
+    made(torch.rand(30, 1, dtype=torch.float64))
+    assert made.trusted
+    wild = EquilibriumField((0.0,), (1.0,), outputs=1, states=8, gain=50.0, bound=None).double()
+    assert float(torch.linalg.matrix_norm(wild.coupling().detach(), 2)) == pytest.approx(50)
+    with pytest.raises(ValueError, match="bound must be positive"):
+        EquilibriumField((0.0,), (1.0,), outputs=1, states=8, bound=0.0)
+
+
+def test_equilibria_that_are_not_found_are_rejected():
+    torch.manual_seed(0)
+    hasty = NewtonKrylov(linear_solver=Dense(), rtol=1e-12, max_steps=1)
+    made = EquilibriumField((0.0,), (2.0,), outputs=2, states=5, solver=hasty).double()
+    problem = LeastSquares(made, EQUATIONS["van-der-pol"].conditions(7, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        residuals = problem.residuals(problem.weights)
+    assert problem.rejected == 1
+    assert residuals.shape == (16,)
+    assert np.isinf(residuals).all()
+
+
+def test_derivatives_that_are_not_known():
+    made = NetworkField((0.0,), (1.0,), outputs=1, width=2, depth=1)
+    for order in ((0, 0, 0), (1,)):
+        with pytest.raises(ValueError, match="no derivative that is known"):
+            made.derivatives(torch.zeros(2, 1), (order,))
 
 
 def test_nothing_to_evaluate(tmp_path):

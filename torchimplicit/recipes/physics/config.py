@@ -37,13 +37,16 @@ class PhysicsConfig:
     """A trust-region Gauss–Newton method with exact Jacobians, L-BFGS (both SciPy's), or Adam with a cosine."""
 
     iterations: int = 100
-    """Of the optimizer."""
+    """Of the optimizer, at most."""
+
+    seconds: float | None = None
+    """Stop the optimizer after so much of the processor's time, measuring errors not counted."""
 
     learning_rate: float = 1e-2
     """Adam's peak."""
 
     error_every: int = 5
-    """Iterations between two measurements of the error on the grid."""
+    """Iterations between two measurements of the error on the grid; with --seconds, they are spread over the time."""
 
     seed: int = 0
     """Of the initial weights and the collocation points."""
@@ -52,7 +55,7 @@ class PhysicsConfig:
     """CPU threads; 0 leaves the number to PyTorch."""
 
     def __post_init__(self) -> None:
-        positive(self, "states", "width", "depth", "points", "iterations", "learning_rate", "error_every")
+        positive(self, "states", "width", "depth", "points", "iterations", "learning_rate", "error_every", "seconds")
         not_negative(self, "seed", "threads")
         if self.points < 2:
             raise UserError(f"--points must be at least 2, and it is {self.points}")
@@ -69,10 +72,10 @@ def four_tanks() -> PhysicsConfig:
 
 
 def burgers() -> PhysicsConfig:
-    """Burgers' equation, with second derivatives in space: a minute on one core."""
+    """Burgers' equation, with second derivatives in space: half a minute on one core."""
     return PhysicsConfig(equation="burgers", points=300)
 
 
 def helmholtz() -> PhysicsConfig:
-    """Helmholtz' equation on the square: a minute on one core."""
+    """Helmholtz' equation on the square: half a minute on one core."""
     return PhysicsConfig(equation="helmholtz", points=300)

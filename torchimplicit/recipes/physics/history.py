@@ -14,7 +14,7 @@ class Look:
 
     Attributes:
         iteration: iterations done.
-        seconds: spent in the optimizer until then.
+        seconds: of the processor's time, spent in the optimizer until then.
         loss: half the weighted mean squares of the residuals.
         relative_l2, iae: errors on the grid, see :meth:`Equation.errors`; NaN where they were not measured.
     """
@@ -28,19 +28,22 @@ class Look:
 
 @dataclass
 class History:
-    """A training so far; it travels in the checkpoint."""
+    """A training so far; it travels in the checkpoint.
+
+    Attributes:
+        looks: in their order.
+        iterations: done.
+        seconds: of the processor's time, spent in the optimizer.
+        residuals, jacobians: evaluations; one of the loss with its gradient counts as one of the residuals.
+        rejected: evaluations at weights whose equilibria were not all found.
+    """
 
     looks: list[Look] = field(default_factory=list)
-
-    @property
-    def iterations(self) -> int:
-        """Done."""
-        return self.looks[-1].iteration if self.looks else 0
-
-    @property
-    def seconds(self) -> float:
-        """Spent."""
-        return self.looks[-1].seconds if self.looks else 0.0
+    iterations: int = 0
+    seconds: float = 0.0
+    residuals: int = 0
+    jacobians: int = 0
+    rejected: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Results:
         parameters: of the model.
         reference: the trusted solution.
         errors: on the grid, at the end.
-        residuals, jacobians: evaluations of the optimizer.
+        loss: at the end.
+        iterations, seconds, residuals, jacobians, rejected: see :class:`History`.
         unconverged: share of the grid's points whose equilibrium was not found; zero for a network.
     """
 
@@ -59,8 +63,12 @@ class Results:
     parameters: int
     reference: str
     errors: dict[str, float]
+    loss: float
+    iterations: int
+    seconds: float
     residuals: int
     jacobians: int
+    rejected: int
     unconverged: float
     looks: list[Look]
     environment: Environment

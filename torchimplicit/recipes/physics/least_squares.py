@@ -18,18 +18,22 @@ Array = NDArray[np.float64]
 class LeastSquares:
     """Half the sum of squares of weighted residuals: the loss ``sum_c weight_c mean(residual_c²)``, halved.
 
-    The Jacobian's rows are gradients of single points. They are had together: every point gets weights of its own, and
-    one backward pass for each term of the residual gives all its rows, with three to five linear solves a point.
+    All points are evaluated together, with all the derivatives that any condition asks for. The Jacobian's rows are
+    gradients of single points: every point gets weights of its own, and one backward pass for each term of a residual
+    gives the rows of all points.
 
     Attributes:
         evaluations, jacobians: how many there were.
+        rejected: evaluations whose equilibria were not all found; their residuals are infinite.
     """
 
     def __init__(self, field: Field, conditions: Sequence[Condition]):
         self.field = field
         self.conditions = conditions
         self.parameters = dict(field.named_parameters())
-        self.evaluations = self.jacobians = 0
+        self.evaluations = self.jacobians = self.rejected = 0
+        self.points = torch.cat([condition.points for condition in conditions])
+        self.orders = tuple(dict.fromkeys(order for condition in conditions for order in condition.orders))
 
     @property
     def weights(self) -> Array:
@@ -47,38 +51,36 @@ class LeastSquares:
         self.evaluations += 1
         self.set_weights(vector)
         with torch.no_grad():
-            parts = [self._residual(condition, None).reshape(-1) for condition in self.conditions]
-        return torch.cat(parts).numpy()
+            found = torch.cat([residual.reshape(-1) for residual in self._residuals(None)]).numpy()
+        if self.field.trusted:
+            return found
+        self.rejected += 1
+        return np.full_like(found, np.inf)
 
     def jacobian(self, vector: Array) -> Array:
         """``[residuals, weights]``."""
         self.jacobians += 1
         whole = torch.as_tensor(vector)
-        blocks = []
-        for condition in self.conditions:
-            count = len(condition.points)
-            own = [part.expand(count, *part.shape).clone().requires_grad_() for part in self._parts(whole)]
-            residual = self._residual(condition, dict(zip(self.parameters, own, strict=True)))
-            rows = []
-            for term in residual.unbind(1):
-                grads = torch.autograd.grad(term.sum(), own, retain_graph=True, allow_unused=True)
-                rows.append(
-                    torch.cat(
-                        [
-                            (torch.zeros_like(w) if g is None else g).reshape(count, -1)
-                            for g, w in zip(grads, own, strict=True)
-                        ],
-                        dim=1,
-                    )
-                )
-            blocks.append(torch.stack(rows, dim=1).reshape(-1, len(whole)))
+        count = len(self.points)
+        own = [part.expand(count, *part.shape).clone().requires_grad_() for part in self._parts(whole)]
+        residuals = self._residuals(dict(zip(self.parameters, own, strict=True)))
+        width = max(residual.shape[1] for residual in residuals)
+        rows = []
+        for term in range(width):
+            total = torch.stack([r[:, term].sum() for r in residuals if r.shape[1] > term]).sum()
+            grads = torch.autograd.grad(total, own, retain_graph=term + 1 < width)
+            rows.append(torch.cat([g.reshape(count, -1) for g in grads], dim=1))
+        blocks, start = [], 0
+        for residual in residuals:
+            number, terms = residual.shape
+            blocks += [torch.stack([row[start : start + number] for row in rows[:terms]], dim=1).flatten(0, 1)]
+            start += number
         return torch.cat(blocks).numpy()
 
     def loss(self) -> Tensor:
         """The loss at the field's present weights, for autograd."""
         self.evaluations += 1
-        parts = [self._residual(condition, None).square().sum() for condition in self.conditions]
-        return 0.5 * torch.stack(parts).sum()
+        return 0.5 * torch.stack([residual.square().sum() for residual in self._residuals(None)]).sum()
 
     def loss_and_gradient(self, vector: Array) -> tuple[float, Array]:
         """Both, at some weights."""
@@ -87,10 +89,16 @@ class LeastSquares:
         grads = torch.autograd.grad(loss, list(self.parameters.values()))
         return float(loss.detach()), torch.cat([g.reshape(-1) for g in grads]).numpy()
 
-    def _residual(self, condition: Condition, weights: dict[str, Tensor] | None) -> Tensor:
-        fields = self.field.derivatives(condition.points, condition.orders, weights)
-        residual = condition.residual(condition.points, fields)
-        return residual * (condition.weight / len(residual)) ** 0.5
+    def _residuals(self, weights: dict[str, Tensor] | None) -> list[Tensor]:
+        """``[points, terms]`` of each condition."""
+        fields = self.field.derivatives(self.points, self.orders, weights)
+        found, start = [], 0
+        for condition in self.conditions:
+            there = slice(start, start + len(condition.points))
+            residual = condition.residual(condition.points, {order: values[there] for order, values in fields.items()})
+            found.append(residual * (condition.weight / len(residual)) ** 0.5)
+            start = there.stop
+        return found
 
     def _parts(self, whole: Tensor) -> list[Tensor]:
         sizes = [p.numel() for p in self.parameters.values()]

@@ -12,11 +12,12 @@ from scipy.optimize import OptimizeResult, least_squares, minimize
 from torchimplicit.recipes.physics.config import PhysicsConfig
 from torchimplicit.recipes.physics.least_squares import Array, LeastSquares
 
-Step = Callable[[Array, float], None]
-"""Called after every iteration with the weights and the loss; raises to stop."""
+Step = Callable[[Array, float], float]
+"""Called after every iteration with the weights and the loss; gives the share of the budget that is spent, and raises
+to stop."""
 
 
-def gauss_newton(problem: LeastSquares, start: Array, iterations: int, step: Step) -> None:
+def gauss_newton(problem: LeastSquares, start: Array, step: Step) -> None:
     """Branch, Coleman and Li's trust region (SciPy's ``trf``), with exact Jacobians."""
 
     def after(intermediate_result: OptimizeResult) -> None:
@@ -30,48 +31,53 @@ def gauss_newton(problem: LeastSquares, start: Array, iterations: int, step: Ste
         ftol=None,
         xtol=1e-15,
         gtol=1e-15,
-        max_nfev=10 * iterations,
+        max_nfev=10**9,
         callback=after,
     )
 
 
-def l_bfgs(problem: LeastSquares, start: Array, iterations: int, step: Step) -> None:
-    """SciPy's L-BFGS."""
+def l_bfgs(problem: LeastSquares, start: Array, step: Step) -> None:
+    """SciPy's L-BFGS; where its line search gives up it begins anew, as long as that still lowers the loss."""
 
     def after(intermediate_result: OptimizeResult) -> None:
         step(intermediate_result.x, float(intermediate_result.fun))
 
-    minimize(
-        problem.loss_and_gradient,
-        start,
-        jac=True,
-        method="L-BFGS-B",
-        callback=after,
-        options={"maxiter": iterations, "maxfun": 20 * iterations, "maxcor": 30, "ftol": 0.0, "gtol": 0.0},
-    )
+    reached = math.inf
+    while True:
+        found = minimize(
+            problem.loss_and_gradient,
+            start,
+            jac=True,
+            method="L-BFGS-B",
+            callback=after,
+            options={"maxiter": 10**9, "maxfun": 10**9, "maxcor": 30, "ftol": 0.0, "gtol": 0.0},
+        )
+        if not found.fun < reached:
+            return
+        start, reached = found.x, float(found.fun)
 
 
-def adam(problem: LeastSquares, start: Array, config: PhysicsConfig, done: int, step: Step) -> None:
-    """Adam with a cosine; its moments begin anew where a run is resumed."""
+def adam(problem: LeastSquares, start: Array, peak: float, spent: float, step: Step) -> None:
+    """Adam with a cosine over the budget; its moments begin anew where a run is resumed."""
     problem.set_weights(start)
-    optimizer = torch.optim.Adam(problem.field.parameters(), lr=config.learning_rate)
-    for iteration in range(done, config.iterations):
-        share = 0.5 * (1 + math.cos(math.pi * iteration / config.iterations))
+    optimizer = torch.optim.Adam(problem.field.parameters(), lr=peak)
+    while True:
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * share
+            group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * spent))
         optimizer.zero_grad()
         loss = problem.loss()
         loss.backward()
         optimizer.step()
-        step(problem.weights, float(loss.detach()))
+        spent = step(problem.weights, float(loss.detach()))
 
 
-def run(problem: LeastSquares, config: PhysicsConfig, done: int, step: Step) -> None:
-    """From the field's present weights, which ``done`` iterations have reached."""
-    start, left = np.asarray(problem.weights), config.iterations - done
+def run(problem: LeastSquares, config: PhysicsConfig, spent: float, step: Step) -> None:
+    """From the field's present weights, which have taken the share ``spent`` of the budget; until ``step`` raises, or
+    nothing is left to gain."""
+    start = np.asarray(problem.weights)
     if config.optimizer == "adam":
-        adam(problem, start, config, done, step)
+        adam(problem, start, config.learning_rate, spent, step)
     elif config.optimizer == "l-bfgs":
-        l_bfgs(problem, start, left, step)
+        l_bfgs(problem, start, step)
     else:
-        gauss_newton(problem, start, left, step)
+        gauss_newton(problem, start, step)

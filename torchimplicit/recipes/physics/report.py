@@ -104,7 +104,7 @@ def write_report(results: Results, equation: Equation, made: Field, run: Run) ->
     parts = [
         f"<h1>{escape(equation.title)}</h1>",
         f"<p class='lead'>{escape(results.config.model.capitalize())} of {results.parameters} weights, after "
-        f"{len(results.looks)} iterations of {escape(results.config.optimizer)}: {escape(said)}, against "
+        f"{results.iterations} iterations of {escape(results.config.optimizer)}: {escape(said)}, against "
         f"{escape(results.reference)}.</p>",
         "<div class='grid'>",
         *(figure(svg(one, name), CAPTIONS[name]) for name, one in drawn.items()),
