@@ -65,13 +65,13 @@ def accumulated(value: Callable[[Tensor], Tensor], index: Tensor, chunk: int, we
         return torch.stack([value(part) * (len(part) / len(index)) for part in parts]).sum()
     wanted = [w for w in weights if w.requires_grad]
     sums = [torch.zeros_like(w) for w in wanted]
-    total = torch.zeros((), device=wanted[0].device)
+    total: float | Tensor = 0.0
     for part in parts:
         share = value(part) * (len(part) / len(index))
         for held, grad in zip(sums, torch.autograd.grad(share, wanted, allow_unused=True), strict=True):
             if grad is not None:
                 held += grad
-        total += share.detach()
+        total = total + share.detach()
     return cast(Tensor, _Known.apply(total, sums, *wanted))
 
 

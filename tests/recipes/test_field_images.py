@@ -1,0 +1,263 @@
+"""Pictures as fields, on pictures made here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("tyro")
+
+from PIL import Image
+from rich.console import Console
+
+from torchimplicit import cli
+from torchimplicit.recipes import registry
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.fields.images import pictures
+from torchimplicit.recipes.fields.images.config import PictureConfig, generalization, image
+from torchimplicit.recipes.fields.images.pictures import BUNDLED, bundled, quantized, read_file, save, written
+from torchimplicit.recipes.fields.images.show import error_map, export_sizes
+from torchimplicit.recipes.fields.images.task import RUNNER, build, parts
+from torchimplicit.recipes.fields.points import Grid
+from torchimplicit.recipes.fields.settings import Representation
+from torchimplicit.recipes.run import RunOptions, create
+from torchimplicit.recipes.training.settings import Machine
+
+
+@pytest.fixture(autouse=True)
+def _seeded(one_thread):
+    torch.manual_seed(0)
+
+
+def colours(height=20, width=30):
+    y, x = np.mgrid[:height, :width]
+    return np.stack([8 * y, 8 * x, 128 + 0 * x], -1).clip(0, 255).astype(np.uint8)
+
+
+def written_as(tmp_path, mode, name="picture.png"):
+    Image.fromarray(colours()).convert(mode).save(tmp_path / name)
+    return tmp_path / name
+
+
+class TestFiles:
+    def test_colour(self, tmp_path):
+        found = read_file(written_as(tmp_path, "RGB"), None)
+        assert torch.equal(found.pixels, torch.from_numpy(colours()))
+        assert found.notes == ()
+
+    @pytest.mark.parametrize(
+        ("mode", "name", "channels"),
+        [("L", "a.png", 1), ("1", "a.png", 1), ("P", "a.png", 3), ("CMYK", "a.jpg", 3), ("YCbCr", "a.jpg", 3)],
+    )
+    def test_other_modes(self, tmp_path, mode, name, channels):
+        found = read_file(written_as(tmp_path, mode, name), None)
+        assert found.pixels.shape == (20, 30, channels)
+        assert found.pixels.dtype == torch.uint8
+
+    def test_what_is_transparent_is_put_on_white(self, tmp_path):
+        for mode, channels in (("RGBA", 3), ("LA", 1)):
+            picture = Image.fromarray(colours()).convert(mode)
+            alpha = np.zeros((20, 30), np.uint8)
+            alpha[10:] = 255
+            picture.putalpha(Image.fromarray(alpha))
+            picture.save(tmp_path / "a.png")
+            found = read_file(tmp_path / "a.png", None)
+            assert found.pixels.shape == (20, 30, channels)
+            assert (found.pixels[:10] == 255).all()
+            assert not (found.pixels[10:] == 255).all()
+            assert "white" in found.notes[0]
+
+    def test_a_palette_with_a_transparent_colour(self, tmp_path):
+        Image.fromarray(colours()).convert("P").save(tmp_path / "a.png", transparency=0)
+        assert read_file(tmp_path / "a.png", None).pixels.shape == (20, 30, 3)
+
+    def test_sixteen_bits_become_eight(self, tmp_path):
+        values = np.linspace(0, 65535, 600).reshape(20, 30).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / "a.png")
+        found = read_file(tmp_path / "a.png", None)
+        assert found.notes == ("reduced to 8 bits",)
+        assert found.pixels[0, 0, 0] == 0
+        assert found.pixels[-1, -1, 0] == 255
+        assert np.abs(found.pixels[:, :, 0].numpy() - values / 257).max() <= 0.5
+
+    def test_floating_point_numbers(self, tmp_path):
+        values = np.linspace(0, 1, 600, dtype=np.float32).reshape(20, 30)
+        Image.fromarray(values).save(tmp_path / "a.tiff")
+        assert read_file(tmp_path / "a.tiff", None).pixels.max() == 255
+        for bad in (values * 300, values * np.nan):
+            Image.fromarray(bad).save(tmp_path / "b.tiff")
+            with pytest.raises(UserError, match=r"grey values|NaN"):
+                read_file(tmp_path / "b.tiff", None)
+
+    def test_the_first_frame(self, tmp_path):
+        frames = [Image.fromarray(colours() // (i + 1)) for i in range(3)]
+        frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+        found = read_file(tmp_path / "a.gif", None)
+        assert "first of 3 frames" in found.notes[0]
+        assert found.pixels.shape == (20, 30, 3)
+
+    def test_a_camera_held_upright(self, tmp_path):
+        picture = Image.fromarray(colours())
+        about = picture.getexif()
+        about[0x0112] = 6
+        picture.save(tmp_path / "a.jpg", exif=about)
+        assert read_file(tmp_path / "a.jpg", None).pixels.shape == (30, 20, 3)
+
+    def test_a_large_one_is_reduced(self, tmp_path):
+        found = read_file(written_as(tmp_path, "RGB"), 15)
+        assert found.pixels.shape == (10, 15, 3)
+        assert found.notes == ("reduced from 30 × 20 pixels",)
+        assert read_file(written_as(tmp_path, "RGB"), 100).pixels.shape == (20, 30, 3), "and a small one stays"
+
+    def test_what_cannot_be_read_is_said(self, tmp_path):
+        (tmp_path / "text.png").write_text("no picture")
+        (tmp_path / "empty.png").write_bytes(b"")
+        whole = written_as(tmp_path, "RGB").read_bytes()
+        (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+        for path, words in (
+            (tmp_path, "folder"),
+            (tmp_path / "missing.png", "does not exist"),
+            (tmp_path / "text.png", "no picture"),
+            (tmp_path / "empty.png", "no picture"),
+            (tmp_path / "cut.png", "damaged"),
+        ):
+            with pytest.raises(UserError, match=words):
+                read_file(path, None)
+
+    def test_a_huge_one_is_not_decoded(self, tmp_path, monkeypatch):
+        path = written_as(tmp_path, "RGB")
+        monkeypatch.setattr(pictures, "MOST_PIXELS", 500)
+        with pytest.raises(UserError, match="30 × 20 pixels"):
+            read_file(path, 10)
+
+    def test_a_bomb_is_refused(self, tmp_path, monkeypatch):
+        path = written_as(tmp_path, "RGB")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(UserError, match="too large"):
+            read_file(path, 10)
+
+    def test_a_tiny_one_is_refused(self, tmp_path):
+        Image.fromarray(colours(4, 30)).save(tmp_path / "a.png")
+        with pytest.raises(UserError, match="30 × 4"):
+            read_file(tmp_path / "a.png", None)
+
+    def test_saving(self, tmp_path):
+        for pixels in (torch.from_numpy(colours()), torch.from_numpy(colours())[:, :, :1].contiguous()):
+            save(pixels, tmp_path / "out.png")
+            assert torch.equal(read_file(tmp_path / "out.png", None).pixels, pixels)
+
+
+class TestBundled:
+    @pytest.mark.parametrize("name", BUNDLED)
+    def test_it_is_inside_the_wheel(self, name):
+        pytest.importorskip("skimage")
+        found = bundled(name, 64)
+        assert max(found.pixels.shape) == 64
+        assert found.name == name
+
+    def test_an_unknown_one(self):
+        with pytest.raises(UserError, match="astronaut"):
+            bundled("lena", 64)
+
+    def test_text_is_dark_on_white(self):
+        for number in range(4):
+            found = bundled(f"text-{number}", 96).pixels
+            assert found.shape == (96, 96, 1)
+            assert 0.5 < (found > 200).float().mean() < 0.95
+            assert found.min() < 60
+        assert not torch.equal(written(0, 96), written(1, 96))
+
+
+def small(tmp_path, **changes):
+    base = generalization() if changes.get("held_out", "grid") != "none" else image()
+    return replace(
+        base,
+        file=written_as(tmp_path, "RGB"),
+        representation=Representation(width=8),
+        optimization=replace(base.optimization, steps=4, validate_every=2),
+        machine=Machine(device="cpu", tensorboard=False),
+        **changes,
+    )
+
+
+class TestRecipe:
+    def test_splits_are_disjoint_quarters(self, tmp_path):
+        for held_out in ("grid", "random"):
+            config = small(tmp_path, held_out=held_out)
+            found = parts(config, Grid(torch.zeros(20, 30, 3)))
+            several = [found.training, found.validation, found.test]
+            assert [len(part) for part in several] == [150, 150, 150]
+            assert len(set(torch.cat(several).tolist())) == 450
+
+    def test_the_split_is_the_seeds(self, tmp_path):
+        config = small(tmp_path, held_out="random")
+        grid = Grid(torch.zeros(20, 30, 3))
+        assert torch.equal(parts(config, grid).training, parts(config, grid).training)
+        other = replace(config, split_seed=1)
+        assert not torch.equal(parts(config, grid).training, parts(other, grid).training)
+
+    def test_frequencies_grow_with_the_picture(self, tmp_path):
+        torch.manual_seed(0)
+        coarse = build(small(tmp_path)).model.filters[0].phase.weight
+        torch.manual_seed(0)
+        fine = build(small(tmp_path, held_out="none")).model.filters[0].phase.weight
+        torch.testing.assert_close(fine, 2 * coarse)
+
+    @pytest.mark.parametrize("held_out", ["none", "grid"])
+    def test_a_run_leaves_pictures(self, tmp_path, held_out):
+        config = small(tmp_path, held_out=held_out, export_size=60)
+        run = create("implicit-image", RunOptions(output=tmp_path / "run"))
+        run.describe("implicit-image", config)
+        RUNNER.check(config)
+        assert RUNNER.train(config, run, Console(quiet=True))
+        for name in ("original", "reconstruction", "error"):
+            assert Image.open(run.path / "figures" / f"{name}.png").size == (30, 20)
+        assert (run.path / "figures" / "given.png").exists() == (held_out == "grid")
+        assert Image.open(run.path / "export.png").size == (60, 40)
+        page = (run.path / "index.html").read_text()
+        assert "reduced" not in page
+        assert "30 × 20 pixels in colour" in page
+        assert page.count("data:image/png") >= 4
+
+    def test_the_command_line_says_what_is_wrong(self, tmp_path, capsys):
+        (tmp_path / "text.png").write_text("no picture")
+        for words, message in (
+            (["--file", str(tmp_path / "text.png")], "no picture"),
+            (["--file", str(tmp_path / "none.png")], "does not exist"),
+            (["--picture", "lena"], "there is no picture"),
+            (["--size", "99999"], "--size"),
+            (["--export-size", "0"], "--export-size"),
+            (["--gradient", "unrolled-phantom"], "--amortize"),
+            (["--size", "10"], "too few pixels"),
+        ):
+            code = cli.main(["train", "implicit-image-generalization", *words, "--output", str(tmp_path / "run")])
+            assert code == 2, words
+            assert message in capsys.readouterr().err
+            assert not (tmp_path / "run").exists()
+
+    def test_the_registry_knows_them(self):
+        for name in ("implicit-image", "implicit-image-generalization"):
+            assert isinstance(registry.settings(name), PictureConfig)
+            assert registry.runner(name) is RUNNER
+
+
+def test_error_maps_go_from_dark_to_bright():
+    truth = torch.zeros(2, 2, 3)
+    values = truth.clone()
+    values[0, 0] = 0.9
+    shown = error_map(values, truth).sum(-1)
+    assert shown[0, 0] > 500
+    assert (shown.flatten()[1:] < 20).all()
+
+
+def test_exports_keep_the_proportions():
+    assert export_sizes((20, 30), 300) == (200, 300)
+    assert export_sizes((512, 512), 64) == (64, 64)
+
+
+def test_quantized():
+    assert quantized(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])).tolist() == [0, 0, 128, 255, 255]
