@@ -168,6 +168,11 @@ TABLES = {
         f"{_HERE}.phantom_graphs.config:default",
         f"{_HERE}.phantom_graphs.table:TABLE",
     ),
+    "implicit-generalization": Entry(
+        "Pictures from a quarter of their pixels: implicit and explicit representations, three filters, three sizes.",
+        f"{_HERE}.implicit_generalization.config:default",
+        f"{_HERE}.implicit_generalization.table:TABLE",
+    ),
 }
 """What ``reproduce`` reproduces, likewise."""
 
@@ -176,6 +181,11 @@ PARTS = {
         "The cost of a step of trained language models, measured in turn.",
         f"{_HERE}.phantom_language.costs:default",
         f"{_HERE}.phantom_language.costs:RUNNER",
+    ),
+    "fields-cost": Entry(
+        "The cost of a step of several fits of fields, measured in turn.",
+        f"{_HERE}.fields.cost:default",
+        f"{_HERE}.fields.cost:RUNNER",
     ),
 }
 """What tables run beside recipes. No command names them, and nothing lists them."""

@@ -1,0 +1,260 @@
+"""What training steps of several fits cost: seconds measured in turn, evaluations, and memory at its peak."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+from torch.profiler import ProfilerActivity, profile
+
+from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.gradients import Implicit
+from torchimplicit.linear import GMRES
+from torchimplicit.models import ImplicitRepresentation
+from torchimplicit.nn import Equilibrium
+from torchimplicit.recipes.fields.images.config import PictureConfig
+from torchimplicit.recipes.fields.images.task import RUNNER as PICTURES
+from torchimplicit.recipes.fields.images.task import build
+from torchimplicit.recipes.fields.task import FieldTask
+from torchimplicit.recipes.machine import device, threads
+from torchimplicit.recipes.options import positive
+from torchimplicit.recipes.plain import from_plain
+from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.tables import Column, Table
+from torchimplicit.recipes.training.costs import Costs
+from torchimplicit.recipes.training.task import Shard
+from torchimplicit.solvers import Anderson
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldCostConfig:
+    """Measures steps of several fits in turn, after some of training."""
+
+    names: tuple[str, ...] = ()
+    """What they are called."""
+
+    fits: tuple[PictureConfig, ...] = ()
+    """The fits, in the same order."""
+
+    warm_steps: int = 40
+    """Steps of training before the measurement."""
+
+    rounds: int = 12
+    """How often each has its turn."""
+
+    steps_a_turn: int = 3
+    """Steps in a turn."""
+
+    def __post_init__(self) -> None:
+        positive(self, "warm_steps", "rounds", "steps_a_turn")
+
+
+def default() -> FieldCostConfig:
+    """Of nothing: the tables fill it in."""
+    return FieldCostConfig()
+
+
+@dataclass(frozen=True)
+class FieldCost:
+    """A training step.
+
+    Attributes:
+        seconds, forward_seconds, backward_seconds: medians: of the whole step with the update, and of its parts; CPU
+            seconds of the process, wall seconds on a GPU.
+        forward, backward: mean evaluations of the cell, and products with its Jacobian.
+        megabytes: memory at its peak in a step, over what was held before it.
+        parameters: of the model.
+        cosine, norm: of the gradient beside the exact one at the same weights; NaN for an explicit model.
+    """
+
+    seconds: float
+    forward_seconds: float
+    backward_seconds: float
+    forward: float
+    backward: float
+    megabytes: float
+    parameters: int
+    cosine: float
+    norm: float
+
+
+class FieldCostRunner:
+    """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+
+    def check(self, config: FieldCostConfig) -> None:
+        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        for one in config.fits[:1]:
+            PICTURES.check(one)
+
+    def train(self, config: FieldCostConfig, run: Run, console: Console) -> bool:
+        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        self._measure(config, run, console, "costs.json")
+        return True
+
+    def evaluate(self, config: FieldCostConfig, run: Run, console: Console) -> None:
+        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        self._measure(config, run, console, "evaluation.json")
+
+    def _measure(self, config: FieldCostConfig, run: Run, console: Console, name: str) -> None:
+        found = measured(config)
+        run.write_json(name, found)
+        console.print(table(found).rich_rows())
+
+
+RUNNER = FieldCostRunner()
+
+
+def read(run: Run) -> dict[str, FieldCost]:
+    """What a run has measured; nothing, if it has not."""
+    if not (run.path / "costs.json").is_file():
+        return {}
+    return {name: from_plain(FieldCost, plain) for name, plain in run.read_json("costs.json").items()}
+
+
+def measured(config: FieldCostConfig) -> dict[str, FieldCost]:
+    """All fits, in turn."""
+    with warnings.catch_warnings(), threads(config.fits[0].machine.threads):
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        subjects = [_Subject(name, one) for name, one in zip(config.names, config.fits, strict=True)]
+        for subject in subjects:
+            for _ in range(config.warm_steps):
+                subject.step()
+            subject.seen = []
+        for _ in range(config.rounds):
+            for subject in subjects:
+                for _ in range(config.steps_a_turn):
+                    subject.step()
+        return {subject.name: subject.cost() for subject in subjects}
+
+
+@dataclass
+class _Step:
+    forward_seconds: float
+    backward_seconds: float
+    seconds: float
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+class _Subject:
+    """One fit in training."""
+
+    def __init__(self, name: str, config: PictureConfig):
+        self.name = name
+        self.where = device(config.machine.device)
+        torch.manual_seed(config.optimization.seed)
+        self.task: FieldTask = build(config).to(self.where).train()
+        self.optimizer: Optimizer = Adam(self.task.parameters(), lr=config.optimization.learning_rate)
+        (self.batch,) = (batch.to(self.where) for batch in self.task.training_batches(range(1), Shard()))
+        self.layers = [one for one in self.task.modules() if isinstance(one, Equilibrium)]
+        self.clock = time.perf_counter if self.where.type == "cuda" else time.process_time
+        self.seen: list[_Step] = []
+
+    def step(self) -> None:
+        """Train a step, and note what it cost."""
+        watch = Costs(self.layers)
+        self.optimizer.zero_grad()
+        times = [self._now()]
+        loss = self.task.loss(self.batch)
+        times.append(self._now())
+        loss.backward()
+        times.append(self._now())
+        self.optimizer.step()
+        times.append(self._now())
+        self.seen.append(_Step(times[1] - times[0], times[2] - times[1], times[3] - times[0], watch.figures()))
+        watch.close()
+
+    def cost(self) -> FieldCost:
+        """What the steps came to, and the memory of one more."""
+        cosine, norm = self._beside_exact()
+        return FieldCost(
+            seconds=median(one.seconds for one in self.seen),
+            forward_seconds=median(one.forward_seconds for one in self.seen),
+            backward_seconds=median(one.backward_seconds for one in self.seen),
+            forward=fmean(one.figures["forward_evaluations"] for one in self.seen),
+            backward=fmean(one.figures["backward_evaluations"] for one in self.seen),
+            megabytes=self._peak() / 2**20,
+            parameters=sum(p.numel() for p in self.task.parameters()),
+            cosine=cosine,
+            norm=norm,
+        )
+
+    def _now(self) -> float:
+        if self.where.type == "cuda":
+            torch.cuda.synchronize(self.where)
+        return self.clock()
+
+    def _peak(self) -> float:
+        if self.where.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.where)
+            before = torch.cuda.memory_allocated(self.where)
+            self.step()
+            return float(torch.cuda.max_memory_allocated(self.where) - before)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+            self.step()
+        assert watched.profiler is not None
+        held, most = 0, 0
+        events: list[Any] = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            most = max(most, held)
+        return float(most)
+
+    def _gradient(self) -> Tensor:
+        self.optimizer.zero_grad()
+        self.task.loss(self.batch).backward()
+        found = [p.grad.flatten() for p in self.task.parameters() if p.grad is not None]
+        return torch.cat(found).double()
+
+    def _beside_exact(self) -> tuple[float, float]:
+        """Cosine and ratio of norms to the exact gradient, at the same weights and the same state."""
+        model = self.task.model
+        if not isinstance(model, ImplicitRepresentation):
+            return float("nan"), float("nan")
+        layer = model.equilibrium
+        own = self._gradient()
+        usual = layer.solver, layer.gradient, layer.warm_start
+        layer.solver, layer.warm_start = Anderson(rtol=1e-5, max_steps=200), None
+        layer.gradient = Implicit(linear_solver=GMRES(rtol=1e-5, max_steps=200))
+        exact = self._gradient()
+        layer.solver, layer.gradient, layer.warm_start = usual
+        self.optimizer.zero_grad()
+        cosine = torch.nn.functional.cosine_similarity(own, exact, dim=0)
+        return float(cosine), float(own.norm() / exact.norm())
+
+
+COLUMNS = (
+    Column(
+        "Step", "ms", "Forward, backward and update: CPU time of the process (wall time on a GPU), medians, in turn."
+    ),
+    Column("Forward", "ms", "The same."),
+    Column("Backward", "ms", "The same."),
+    Column("Evaluations", "", "Of the cell in the forward pass of a step."),
+    Column("Products", "", "With the cell's Jacobian in the backward pass."),
+    Column("Peak", "MB", "Memory at its peak in a step, over what was held before it."),
+)
+
+
+def table(found: dict[str, FieldCost], names: Sequence[str] | None = None) -> Table:
+    """For people."""
+    rows = [[name, *cells(found[name])] for name in names or found]
+    return Table([Column("Model"), *COLUMNS], rows)
+
+
+def cells(cost: FieldCost) -> list[str]:
+    """A row of :data:`COLUMNS`."""
+    return [
+        f"{1e3 * cost.seconds:.2f}",
+        f"{1e3 * cost.forward_seconds:.2f}",
+        f"{1e3 * cost.backward_seconds:.2f}",
+        f"{cost.forward:.1f}",
+        f"{cost.backward:.1f}",
+        f"{cost.megabytes:.1f}",
+    ]
