@@ -33,7 +33,7 @@ RIGHT = 1e-8
 """The relative error of a gradient that counts as right, and that the unrolled iteration has to reach."""
 POINTS = {10: 32, 50: 32, 200: 32, 500: 16, 1000: 8, 2000: 4}
 LIMIT = 5000
-DENSE_NUMEL = 2000
+DENSE_NUMEL = 400
 """xitorch's dense solve assembles one matrix of all samples together: up to this many entries of the state."""
 FORWARD: dict[str, ti.solvers.Solver] = {
     "plain iteration": ti.FixedPointIteration(rtol=TOLERANCE, max_steps=LIMIT),
