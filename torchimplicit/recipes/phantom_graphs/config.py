@@ -30,7 +30,7 @@ class PhantomGraphsConfig:
     """Of the cross-validation, a run each; --seeds are those of the chains."""
 
     passes: int | None = None
-    """Over the training part of a set; by default 60 of COX2 and 20 of PROTEINS, or the published 200."""
+    """Over the training part of a set; by default 60 of COX2 and 8 of PROTEINS, or the published 200."""
 
     lengths: tuple[int, ...] = (10, 20, 40, 60, 80, 100)
     """Of the chains."""

@@ -11,9 +11,9 @@ from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimiz
 
 QUICK = {
     "COX2": Optimization(steps=660, batch_size=32, learning_rate=2e-3, validate_every=11),
-    "PROTEINS": Optimization(steps=280, batch_size=64, learning_rate=2e-3, validate_every=14),
+    "PROTEINS": Optimization(steps=112, batch_size=64, learning_rate=2e-3, validate_every=14),
 }
-"""60 passes over the training part, and twenty; a segment is one pass."""
+"""60 passes over the training part, and eight; a segment is one pass."""
 
 CHAINS = ("identity", "uniform", "loose")
 """The variants of the chains; loose: the identity-like start at an everyday tolerance."""
