@@ -173,6 +173,11 @@ TABLES = {
         f"{_HERE}.implicit_generalization.config:default",
         f"{_HERE}.implicit_generalization.table:TABLE",
     ),
+    "physics-informed": Entry(
+        "Physics-informed equilibrium models beside plain networks: four equations, three optimizers.",
+        f"{_HERE}.physics_informed.config:default",
+        f"{_HERE}.physics_informed.table:TABLE",
+    ),
 }
 """What ``reproduce`` reproduces, likewise."""
 

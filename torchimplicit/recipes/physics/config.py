@@ -48,6 +48,9 @@ class PhysicsConfig:
     error_every: int = 5
     """Iterations between two measurements of the error on the grid; with --seconds, they are spread over the time."""
 
+    page: bool = True
+    """Draw figures and a page at the end."""
+
     seed: int = 0
     """Of the initial weights and the collocation points."""
 

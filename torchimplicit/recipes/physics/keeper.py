@@ -21,7 +21,7 @@ from torchimplicit.recipes.plain import to_plain
 from torchimplicit.recipes.progress import NOTED_EVERY
 from torchimplicit.recipes.run import Run
 
-FIRST, RATIO = 1 / 60, 1.4
+FIRST, RATIO = 1 / 30, 1.5
 """With a budget of time: the share of it at which the error is measured first, and what it grows by."""
 
 

@@ -76,7 +76,8 @@ def train(config: PhysicsConfig, run: Run, console: Console) -> bool:
             keeper.finish()
         results = _results(config, equation, problem, history, "interrupted" if keeper.interrupted else "complete")
         run.write_json("results.json", results)
-        write_report(results, equation, made, run)
+        if config.page:
+            write_report(results, equation, made, run)
     console.print(_table(results).rich_rows())
     return not keeper.interrupted
 

@@ -1,0 +1,111 @@
+"""The table of physics-informed models: its runs, and what it makes of them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("lightning")
+
+from rich.console import Console
+
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.physics import runner
+from torchimplicit.recipes.physics_informed import jobs as planned
+from torchimplicit.recipes.physics_informed.claims import claims
+from torchimplicit.recipes.physics_informed.config import PhysicsInformedConfig, default
+from torchimplicit.recipes.physics_informed.read import Cell, Found, read
+from torchimplicit.recipes.physics_informed.table import constant, summarize
+from torchimplicit.recipes.plain import from_plain, to_plain
+from torchimplicit.recipes.registry import settings
+from torchimplicit.recipes.reproduce.jobs import prepare
+from torchimplicit.recipes.reproduce.settings import Plan
+
+TINY = PhysicsInformedConfig(
+    plan=Plan(seeds=1),
+    equations=("van-der-pol", "helmholtz"),
+    optimizers=("least-squares",),
+    ordinary_seconds=0.02,
+    partial_seconds=0.02,
+    ordinary_points=5,
+    partial_points=9,
+)
+
+
+def test_every_row_has_every_seed():
+    made = planned.jobs(default())
+    assert len(made) == len({job.name for job in made}) == 4 * 5 * 3 * 3
+    assert Counter(job.config.seed for job in made) == {0: 60, 1: 60, 2: 60}
+    for job in made:
+        assert settings(job.recipe).equation == job.config.equation
+        assert from_plain(type(job.config), json.loads(json.dumps(to_plain(job.config)))) == job.config
+    assert settings("physics-informed") == default()
+
+
+def test_models_of_one_size_have_about_as_many_weights():
+    for states in (5, 20):
+        sizes = [
+            sum(p.numel() for p in runner.field(planned.settings_of(TINY, "burgers", model, "adam", 0)).parameters())
+            for model in (f"equilibrium-{states}", f"network-{states}")
+        ]
+        assert sizes[1] - sizes[0] == states
+
+
+def test_the_scale_of_the_thesis():
+    paper = PhysicsInformedConfig(plan=Plan(seeds=1, scale="paper"))
+    made = planned.jobs(paper)
+    assert {job.recipe for job in made} == {"physics-van-der-pol"}
+    assert {(job.config.optimizer, job.config.points, job.config.learning_rate) for job in made} == {
+        ("adam", 100_000, 1e-3)
+    }
+
+
+def test_a_table_of_what_is_there(tmp_path):
+    jobs = planned.jobs(TINY)
+    runs = {job.name: prepare(job, tmp_path) for job in jobs}
+    done = {}
+    for job in jobs:
+        if job.name != "helmholtz-network-thesis-least-squares-0":
+            assert runner.train(job.config, runs[job.name], Console(quiet=True))
+            assert not (runs[job.name].path / "index.html").is_file()
+            done[job.name] = runs[job.name]
+    summary = summarize(TINY, done)
+    assert [len(sheet.table.rows) for sheet in summary.sheets] == [6, 5]
+    for sheet in summary.sheets:
+        assert all(len(row) == len(sheet.table.columns) for row in sheet.table.rows)
+    names = [drawing.name for drawing in summary.drawings]
+    assert names == ["van-der-pol-solution", "van-der-pol-seconds", "helmholtz-solution", "helmholtz-seconds"]
+    assert len(summary.claims) == 2 + 4
+    assert any("1 of 10 runs are not done" in note for note in summary.notes)
+    assert set(summary.runs) == set(done)
+
+
+def test_claims_follow_the_figures(tmp_path):
+    config = planned.jobs(TINY)[0]
+    run = prepare(config, tmp_path)
+    assert runner.train(config.config, run, Console(quiet=True))
+    (result,) = read(TINY, {config.name: run}).cells.values()
+    one = result.results[0]
+
+    def found(equilibrium: float, network: float) -> Found:
+        cells = {}
+        for model, error in (("equilibrium-5", equilibrium), ("network-5", network)):
+            result = type(one)(**{**vars(one), "errors": {"iae": error, "relative_l2": error}})
+            cells["van-der-pol", model, "least-squares"] = Cell("van-der-pol", model, "least-squares", {0: result})
+        return Found(cells, [], {})
+
+    assert [claim.holds for claim in claims(TINY, found(1e-3, 1e-2))] == [True, True]
+    assert [claim.holds for claim in claims(TINY, found(1e-3, 1e-4))] == [True, False]
+    assert [claim.holds for claim in claims(TINY, found(2e-2, 1e-4))] == [False, False]
+
+
+def test_a_constant():
+    assert constant("helmholtz") == {"relative_l2": pytest.approx(1.0)}
+    assert constant("van-der-pol")["iae"] > 0.1
+
+
+def test_settings_that_make_no_sense():
+    with pytest.raises(UserError, match="--ordinary-seconds must be positive"):
+        PhysicsInformedConfig(ordinary_seconds=0.0)
