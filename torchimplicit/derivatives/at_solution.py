@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 from torchimplicit.closure import is_transformed
 from torchimplicit.derivatives.curve import Along, Curve
 from torchimplicit.derivatives.directions import Basis, basis, flat_direction
-from torchimplicit.derivatives.smoothness import warn_if_not_twice_differentiable
 from torchimplicit.gradients import Implicit
 from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.nodes import LinearSolve, push, solved_by_rule
@@ -360,7 +359,7 @@ class Derivatives:
         return value
 
     def _warn_if_rough(self) -> None:
-        warn_if_not_twice_differentiable(self._shared)
+        self._task.smoothness.warn(self._shared.out, stacklevel=3)
 
 
 def _moved(params: Sequence[Tensor], moving: Sequence[Tensor | None], e: Tensor) -> tuple[Tensor, ...]:

@@ -133,6 +133,8 @@ class Along(Function):
         y, z, *rest = ctx.saved_tensors
         known, tangents, params = _parted(curve, n, rest)
         wanted = ctx.needs_input_grad[2:]
+        if wanted[0] or any(wanted[n + len(curve.moving) :]):
+            curve.task.smoothness.asked()
         if not torch.is_grad_enabled() and not any(is_transformed(t) for t in (c, y, z, *rest)):
             with without_autocast(z.device):
                 _, found = curve.task.solve_linear(curve.solver, True, c, z, params)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchimplicit.closure import carries_derivative, is_transformed
 from torchimplicit.gradients.point import SharedPoint
+from torchimplicit.gradients.smoothness import Smoothness
 from torchimplicit.linear import LinearSolution, LinearSolver
 from torchimplicit.precision import at_precision
 from torchimplicit.problems import System
@@ -43,6 +44,7 @@ class Task:
         precision: in which autocast evaluates the system; ``None`` where it is off.
         outcomes: what ``run`` gave, the latest last (the nodes run it out of the caller's sight).
         shared: the point whose linear solves share their work; ``None``: each does its own.
+        smoothness: told where a second derivative is asked for.
     """
 
     system: System
@@ -52,6 +54,7 @@ class Task:
     precision: torch.dtype | None = None
     outcomes: list[Outcome] = field(default_factory=list)
     shared: SharedPoint | None = None
+    smoothness: Smoothness = field(default_factory=Smoothness)
 
     def solve(self, z0: Tensor, params: Sequence[Tensor]) -> Found:
         """Run without recording gradients."""
@@ -89,8 +92,10 @@ class Task:
         """Solve :math:`A y = b` or :math:`A^T y = b` at ``z``, on plain tensors; also the tape, for the pullback."""
         tape = None if self.shared is None else self.shared.tape(z, params, wanted)
         if self.shared is not None and tape is not None:
+            self.smoothness.look(tape.out)
             return tape, self.shared.solve(tape, transposed, b)
         tape = self.system.linearize(z, params, wanted)
+        self.smoothness.look(tape.out)
         return tape, self.system.solve_linear(tape, transposed, b, solver)
 
 

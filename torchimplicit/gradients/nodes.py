@@ -99,6 +99,8 @@ class LinearSolve(Function):
     @staticmethod
     def backward(ctx: Any, c: Tensor) -> tuple[Any, ...]:
         y, z, *params = ctx.saved_tensors
+        if any(ctx.needs_input_grad[4:]):  # the derivative of A is a second derivative of the residual
+            ctx.task.smoothness.asked()
         w = LinearSolve.apply(ctx.task, ctx.solver, not ctx.transposed, c, z, *params)
         # y depends on (z, params) through -w.(dA y), or -w.(dA^T y): the gradient of -left^T A right at fixed ends
         left, right = (y, w) if ctx.transposed else (w, y)
@@ -113,6 +115,8 @@ class LinearSolve(Function):
     def jvp(ctx: Any, _t: None, _s: None, _f: None, db: Tensor | None, *tangents: Tensor | None) -> Tensor:
         with _nested_forward_mode():
             y, z, *params = _primals(ctx.saved_tensors)
+            if any(t is not None for t in tangents):
+                ctx.task.smoothness.asked()
             moved = LinearSolve._tangent(ctx, y, z, params, tangents)
             right = _difference(db, moved, y)
             return LinearSolve.apply(ctx.task, ctx.solver, ctx.transposed, right, z, *params)

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from torchimplicit.errors import SmoothnessWarning
-from torchimplicit.gradients.point import SharedPoint
 
 ROUGH = {
     "Relu": "relu",
@@ -48,14 +47,32 @@ def rough_operations(out: Tensor) -> list[str]:
     return sorted(found)
 
 
-def warn_if_not_twice_differentiable(point: SharedPoint) -> None:
-    """Warn where the map at a point is not smooth."""
-    found = rough_operations(point.out)
-    if found:
-        warnings.warn(
-            f"a second derivative was asked for, and the problem's function uses {', '.join(found)}, linear in pieces: "
-            "autograd takes the second derivative to be zero, which says nothing about the kinks. Use a smooth "
-            "function instead: tanh, sin, softplus, silu or gelu",
-            SmoothnessWarning,
-            stacklevel=4,
-        )
+class Smoothness:
+    """Remembers whether a second derivative of a solution was asked for, and warns once where its map has none.
+
+    Asking costs nothing, so that a first derivative never looks at the map; the next linear solve shows it.
+    """
+
+    def __init__(self) -> None:
+        self._asked = self._told = False
+
+    def asked(self) -> None:
+        """A second derivative is wanted."""
+        self._asked = True
+
+    def look(self, out: Tensor) -> None:
+        """Warn, if one was asked for and ``out`` is a recorded value that is linear in pieces."""
+        if self._asked and not self._told:
+            self.warn(out, stacklevel=3)
+
+    def warn(self, out: Tensor, stacklevel: int) -> None:
+        """Warn where ``out`` is linear in pieces."""
+        self._told = True
+        if found := rough_operations(out):
+            warnings.warn(
+                f"a second derivative was asked for, and the problem's function uses {', '.join(found)}, linear in "
+                "pieces: autograd takes the second derivative to be zero, which says nothing about the kinks. Use a "
+                "smooth function instead: tanh, sin, softplus, silu or gelu",
+                SmoothnessWarning,
+                stacklevel=stacklevel + 1,
+            )
