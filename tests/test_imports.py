@@ -28,6 +28,7 @@ ROOMS = (
     "solvers",
     "gradients",
     "solve",
+    "resolve",
     "derivatives",
     "regularizers",
     "diagnostics",

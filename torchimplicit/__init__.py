@@ -1,12 +1,14 @@
 """Implicit layers for PyTorch: state a problem, solve it, differentiate the solution to any order."""
 
 from torchimplicit import derivatives, nn, regularizers
-from torchimplicit.constraints import LinearEquality
+from torchimplicit.constraints import Box, L2Ball, LinearEquality
 from torchimplicit.diagnostics import spectral_radius
 from torchimplicit.errors import ConvergenceWarning, SmoothnessWarning, SolveError, UnsupportedDerivativeError
 from torchimplicit.gradients import (
     AdaptivePhantom,
+    Envelope,
     EquilibriumPropagation,
+    FixedInput,
     Implicit,
     NeumannPhantom,
     OneStep,
@@ -16,7 +18,8 @@ from torchimplicit.gradients import (
     UnrolledPhantom,
 )
 from torchimplicit.linear import CG, GMRES, LSMR, MINRES, BiCGStab, Dense, Neumann
-from torchimplicit.problems import FixedPoint, Minimum, Root
+from torchimplicit.problems import FixedPoint, JointInference, JointState, Minimum, Root
+from torchimplicit.resolve import Resolved, resolve
 from torchimplicit.solution import Report, Solution, Status
 from torchimplicit.solve import solve
 from torchimplicit.solvers import LBFGS, Anderson, Broyden, FixedPointIteration, GradientDescent, NewtonKrylov
@@ -32,14 +35,20 @@ __all__ = [
     "AdaptivePhantom",
     "Anderson",
     "BiCGStab",
+    "Box",
     "Broyden",
     "ConvergenceWarning",
     "Dense",
+    "Envelope",
     "EquilibriumPropagation",
+    "FixedInput",
     "FixedPoint",
     "FixedPointIteration",
     "GradientDescent",
     "Implicit",
+    "JointInference",
+    "JointState",
+    "L2Ball",
     "LinearEquality",
     "Minimum",
     "Neumann",
@@ -47,6 +56,7 @@ __all__ = [
     "NewtonKrylov",
     "OneStep",
     "Report",
+    "Resolved",
     "Root",
     "SharedInverse",
     "SmoothnessWarning",
@@ -60,6 +70,7 @@ __all__ = [
     "derivatives",
     "nn",
     "regularizers",
+    "resolve",
     "solve",
     "spectral_radius",
 ]

@@ -18,6 +18,7 @@ from torchimplicit.precision import at_precision, without_autocast
 from torchimplicit.problems import Minimum, Problem, Root, System
 from torchimplicit.solution import AdjointRecord, Report, Solution, Status
 from torchimplicit.solvers import LBFGS, Anderson, NewtonKrylov, Outcome, Solver, iterate
+from torchimplicit.state import row_norm
 from torchimplicit.statement import stated
 
 
@@ -34,7 +35,8 @@ def solve(
 
     Args:
         problem: which point is sought.
-        z0: the initial state: a tensor or a pytree of tensors, of one floating dtype and device.
+        z0: the initial state: a tensor or a pytree of tensors, of one floating dtype and device. For
+            :class:`JointInference` the pair ``(z0, x0)``, or a :class:`JointState`.
         args: what the problem's function takes beside the state: pytrees, whose tensors the solution can be
             differentiated in. So it can in tensors and module parameters that the function captures: those that it
             uses when it is called at ``z0``. One that it uses only elsewhere has to be passed as an argument.
@@ -45,7 +47,8 @@ def solve(
             is returned and a warning given.
 
     Returns:
-        the :class:`Solution`; its ``value`` has the structure of ``z0``.
+        the :class:`Solution`; its ``value`` has the structure of ``z0`` (for :class:`JointInference`, a
+        :class:`JointState`).
 
     Raises:
         SolveError: a sample went non-finite (it carries the solution).
@@ -55,6 +58,7 @@ def solve(
         ConvergenceWarning: a sample stopped at ``max_steps`` or broke down.
     """
     solver, gradient = _strategies(problem, solver, gradient)
+    z0 = problem.start(z0)
     # a capture is found by one call, which is the solver's first evaluation where that can be
     capture = torch.is_grad_enabled() or transforms_running()
     given = stated(problem, z0, args, capture=capture, rowwise=not gradient.needs_solver_state)
@@ -64,9 +68,12 @@ def solve(
         if complaint:
             raise ValueError(complaint)
 
+    if problem.outside:
+        _tell_outside(problem, system, flat0, params)
+
     record = AdjointRecord()
     known = value
-    if value is None or is_transformed(value) or isinstance(problem, Minimum):  # a minimum's solvers need the gradient
+    if value is None or is_transformed(value) or problem.by_gradient:
         known = None
     task = Task(
         system=system,
@@ -143,6 +150,20 @@ def _runner(solver: Solver, own: System, value: Tensor | None) -> Run:
     return run
 
 
+def _tell_outside(problem: Problem, system: System, z0: Tensor, params: Sequence[Tensor]) -> None:
+    """Warn where the start has to be moved onto the constraint's set, beyond rounding."""
+    if any(is_transformed(t) for t in (z0, *params)):
+        return
+    with torch.no_grad():
+        placed = system.place(z0, params)
+        if placed is z0:
+            return
+        moved = row_norm(placed - z0) > torch.finfo(z0.dtype).eps ** 0.5 * row_norm(z0)
+        count = int(moved.sum())
+    if count:
+        warnings.warn(problem.outside.format(count=count, rows=len(z0)), UserWarning, stacklevel=4)
+
+
 def _tell(solution: Solution, report: Report, solver: Solver, throw: bool) -> None:
     """Raise or warn where samples did not converge. One read from the device where all did."""
     if not bool(report.status.any()):
@@ -155,7 +176,7 @@ def _tell(solution: Solution, report: Report, solver: Solver, throw: bool) -> No
             f"{name} met NaN, infinity or a residual that grew without bound in {len(bad)} of {report.status.numel()} "
             f"samples ({shown}); each is frozen at its last good iterate. Try more damping, a solver that does not "
             "need a contraction (Anderson, Broyden, NewtonKrylov), a normalized map (torchimplicit.nn.spectral_norm), "
-            "or look for bad input in those samples"
+            f"or look for bad input in those samples{solution.problem.advice}"
         )
         if throw:
             raise SolveError(message + ". error.solution holds every sample's result; throw=False returns it", solution)
@@ -163,7 +184,7 @@ def _tell(solution: Solution, report: Report, solver: Solver, throw: bool) -> No
         return
     warnings.warn(
         f"{name} did not converge: {report.summary()}. The best iterate is returned. Allow more max_steps, loosen rtol "
-        "or atol, or try another solver",
+        f"or atol, or try another solver{solution.problem.advice}",
         ConvergenceWarning,
         stacklevel=4,
     )

@@ -107,7 +107,7 @@ def test_samples_may_leave_the_batch_on_their_constraints():
             1.0,
             r"weight has a leaf of shape \(5,\) where the state has \(6,\) per sample: give",
         ),
-        (torch.ones(2, 6), 1.0, r"or \(3, 6\) for one weight per sample"),
+        (torch.ones(2, 6), 1.0, r"or \(3, 6\) for one per sample"),
         ([torch.ones(6)], 1.0, "the constraint's weight has the structure"),
         (torch.ones(6), torch.ones(2), r"total has shape \(2,\): give a number.*\(3,\)"),
         (torch.ones(6), torch.ones(3, 1), r"total has shape \(3, 1\)"),

@@ -4,6 +4,7 @@ from torchimplicit.gradients.adaptive_phantom import AdaptivePhantom, PhantomRep
 from torchimplicit.gradients.base import Gradient
 from torchimplicit.gradients.equilibrium_propagation import EquilibriumPropagation
 from torchimplicit.gradients.implicit import Implicit
+from torchimplicit.gradients.joint import Envelope, FixedInput
 from torchimplicit.gradients.neumann_phantom import NeumannPhantom
 from torchimplicit.gradients.one_step import OneStep
 from torchimplicit.gradients.shared_inverse import SharedInverse
@@ -13,7 +14,9 @@ from torchimplicit.gradients.unrolled_phantom import UnrolledPhantom
 
 __all__ = [
     "AdaptivePhantom",
+    "Envelope",
     "EquilibriumPropagation",
+    "FixedInput",
     "Gradient",
     "Implicit",
     "NeumannPhantom",

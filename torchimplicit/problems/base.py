@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -18,6 +18,16 @@ class Problem(ABC):
 
     batched: bool
     rowwise: bool
+    by_gradient: ClassVar[bool] = False
+    """Whether an evaluation takes a gradient of the function: its value alone is none."""
+    outside: ClassVar[str] = ""
+    """What to say of a start that the constraint does not allow; nothing where it need not."""
+    advice: ClassVar[str] = ""
+    """What else may help where a sample is not solved."""
+
+    def start(self, z0: Any) -> Any:
+        """The whole initial state, of what the caller gave."""
+        return z0
 
     @property
     @abstractmethod
@@ -42,7 +52,7 @@ class Problem(ABC):
         """
 
     def constraint_tensors(self, layout: Layout, rows: int) -> tuple[Tensor, ...]:
-        """The constraint's own tensors in flat form; none for an unconstrained problem."""
+        """The problem's own tensors in flat form, a constraint's above all; none where there are none."""
         return ()
 
 

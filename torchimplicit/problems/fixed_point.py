@@ -8,9 +8,8 @@ from typing import final
 
 from torch import Tensor
 
-from torchimplicit.linear import GMRES, LinearOperator, LinearSolver
 from torchimplicit.problems.base import MapProblem
-from torchimplicit.problems.linearization import Linearization
+from torchimplicit.problems.image_system import ImageSystem
 from torchimplicit.problems.system import Point, System
 from torchimplicit.state import Layout, row_norm
 
@@ -37,38 +36,12 @@ class FixedPoint(MapProblem):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class FixedPointSystem(System):
-    """:math:`R = z - f(z)`, :math:`A = I - J`."""
+class FixedPointSystem(ImageSystem):
+    """:math:`R = z - f(z)`."""
 
     def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
         image = self.fn(z, *params) if value is None else value
         return Point(z, image - z, scale=row_norm(image), image=image)
 
-    def residual(self, z: Tensor, *params: Tensor) -> Tensor:
-        return z - self.fn(z, *params)
-
-    def linearize(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization:
-        return Linearization(self.fn, z, params, wanted)
-
-    def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
-        def products(of_j: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-            return lambda v: v - of_j(v)
-
-        plain, flipped = products(tape.plain), products(tape.transposed)
-        return LinearOperator(
-            product=flipped if transposed else plain,
-            transposed_product=plain if transposed else flipped,
-            block_product=products(tape.transposed_block if transposed else tape.plain_block),
-            batch=tape.z.shape[0],
-            dim=tape.z.shape[1],
-            dtype=tape.z.dtype,
-            device=tape.z.device,
-            transposed=transposed,
-            restrict=self._restricted(tape, transposed),
-        )
-
-    def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
-        return tape.pull(g)
-
-    def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
-        return GMRES()
+    def image(self, z: Tensor, *params: Tensor) -> Tensor:
+        return self.fn(z, *params)

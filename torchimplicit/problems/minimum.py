@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self, final
+from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from torchimplicit.constraints import LinearEquality, place, project, unit_normal
 from torchimplicit.linear import MINRES, Dense, LinearOperator, LinearSolution, LinearSolver
 from torchimplicit.linear.base import solve_any
 from torchimplicit.problems.base import Problem, check_function
 from torchimplicit.problems.linearization import Linearization
+from torchimplicit.problems.per_sample import PerSample, column, flat_tree, stacked, taken
 from torchimplicit.problems.system import Point, System
 from torchimplicit.state import Layout, row_norm
-
-Hyperplane = Callable[..., tuple[Tensor, Tensor]]
-"""``(rows, *params) -> weight [rows or 1, dim], total [rows or 1, 1]``."""
 
 
 @final
@@ -38,6 +35,7 @@ class Minimum(Problem):
     constraint: LinearEquality | None = None
     batched: bool = True
     rowwise: bool = False
+    by_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_function(self.energy, "energy")
@@ -64,16 +62,14 @@ class Minimum(Problem):
     def constraint_tensors(self, layout: Layout, rows: int) -> tuple[Tensor, ...]:
         if self.constraint is None:
             return ()
-        return _flat_weight(layout, self.constraint.weight, rows), _column(layout, self.constraint.total, rows)
+        weight = flat_tree(layout, self.constraint.weight, rows, "the constraint's weight")
+        return weight, column(layout, self.constraint.total, rows, "the constraint's total")
 
     def system(
         self, fn: Callable[..., Tensor], row_params: tuple[bool, ...] | None, constraint: slice, layout: Layout
     ) -> System:
-        def hyperplane(rows: int, *params: Tensor) -> tuple[Tensor, Tensor]:
-            weight, total = params[constraint]
-            return weight, total
-
-        return MinimumSystem(fn=fn, row_params=row_params, hyperplane=hyperplane if self.constraint else None)
+        hyperplane = taken(constraint) if self.constraint else None
+        return MinimumSystem(fn=fn, row_params=row_params, hyperplane=hyperplane)
 
 
 @final
@@ -86,7 +82,8 @@ class MinimumSystem(System):
     Without a constraint, :math:`R = \\nabla E` and :math:`A = H`.
     """
 
-    hyperplane: Hyperplane | None = None
+    hyperplane: PerSample | None = None
+    """Of weight ``[rows or 1, dim]`` and total ``[rows or 1, 1]``."""
 
     def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
         if torch.is_grad_enabled():
@@ -169,7 +166,7 @@ class MinimumSystem(System):
         return z if self.hyperplane is None else place(z, *self._plane(z, params))
 
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Self:
-        plane = None if self.hyperplane is None else _vmapped_plane(self.hyperplane, size, tuple(dims))
+        plane = None if self.hyperplane is None else stacked(self.hyperplane, size, tuple(dims))
         return replace(super().vmapped(size, dims), hyperplane=plane)
 
     def lagrangian(self, z: Tensor, params: Sequence[Tensor], tilt: Tensor | None = None) -> Tensor:
@@ -194,7 +191,8 @@ class MinimumSystem(System):
 
     def _plane(self, z: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         assert self.hyperplane is not None
-        return unit_normal(*self.hyperplane(z.shape[0], *params))
+        weight, total = self.hyperplane(z.shape[0], *params)
+        return unit_normal(weight, total)
 
     def _constrain(self, z: Tensor, gradient: Tensor, params: Sequence[Tensor]) -> Tensor:
         if self.hyperplane is None:
@@ -211,52 +209,3 @@ def _gradient(energy: Tensor, z: Tensor, create_graph: bool) -> Tensor:
         )
     (gradient,) = torch.autograd.grad(energy.sum(), z, create_graph=create_graph, allow_unused=True)
     return torch.zeros_like(z) if gradient is None else gradient
-
-
-def _flat_weight(layout: Layout, weight: Any, rows: int) -> Tensor:
-    leaves, spec = pytree.tree_flatten(weight)
-    if spec != layout.spec:
-        raise ValueError(f"the constraint's weight has the structure {spec}, but z0 has {layout.spec}")
-    parts = []
-    for leaf, shape in zip(leaves, layout.shapes, strict=True):
-        leaf = torch.as_tensor(leaf, dtype=layout.dtype, device=layout.device)
-        if leaf.shape == shape:
-            parts.append(leaf.reshape(1, -1))
-        elif layout.batched and leaf.shape == (rows, *shape):
-            parts.append(leaf.reshape(rows, -1))
-        else:
-            raise ValueError(
-                f"the constraint's weight has a leaf of shape {tuple(leaf.shape)} where the state has {tuple(shape)} "
-                f"per sample: give that shape, or {(rows, *shape)} for one weight per sample"
-            )
-    tallest = max(part.shape[0] for part in parts)
-    return torch.cat([part.expand(tallest, -1) for part in parts], dim=1)
-
-
-def _column(layout: Layout, total: Any, rows: int) -> Tensor:
-    total = torch.as_tensor(total, dtype=layout.dtype, device=layout.device)
-    if total.ndim == 0:
-        return total.reshape(1, 1)
-    if layout.batched and total.shape == (rows,):
-        return total.reshape(rows, 1)
-    raise ValueError(
-        f"the constraint's total has shape {tuple(total.shape)}: give a number, a scalar tensor"
-        + (f", or one total per sample, ({rows},)" if layout.batched else "")
-    )
-
-
-def _vmapped_plane(plane: Hyperplane, size: int, dims: tuple[int | None, ...]) -> Hyperplane:
-    def stacked(rows: int, *params: Tensor) -> tuple[Tensor, Tensor]:
-        each = rows // size
-
-        def widened(*params: Tensor) -> tuple[Tensor, Tensor]:
-            weight, total = plane(each, *params)
-            return weight.expand(each, -1), total.expand(each, -1)
-
-        if all(d is None for d in dims):
-            weight, total = widened(*params)
-            return weight.repeat(size, 1), total.repeat(size, 1)
-        weight, total = torch.vmap(widened, in_dims=dims)(*params)
-        return weight.reshape(rows, -1), total.reshape(rows, -1)
-
-    return stacked

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchimplicit.linear import LinearOperator, LinearSolution, LinearSolver
 from torchimplicit.linear.base import solve_any
 from torchimplicit.problems.linearization import Linearization
+from torchimplicit.state import row_norm
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class Point:
         scale: ``[batch]``, what the relative tolerance multiplies; ``None``: the norm of the first residual.
         image: ``z + residual`` where the evaluation gave it, else ``None``.
         energy: ``[batch]``, for a minimum.
+        error: ``[batch]``, what the tolerance is compared with; ``None``: the norm of the residual.
+        merit: ``[batch]``, what the best iterate has least of, and what an accelerated step may not surely raise;
+            ``None``: what the tolerance is compared with.
+        doubt: ``[batch]``, by how much ``merit`` may be too large.
     """
 
     z: Tensor
@@ -34,19 +39,18 @@ class Point:
     scale: Tensor | None = None
     image: Tensor | None = None
     energy: Tensor | None = None
+    error: Tensor | None = None
+    merit: Tensor | None = None
+    doubt: Tensor | None = None
+
+    def size(self) -> Tensor:
+        """``[batch]``, what the tolerance is compared with."""
+        return row_norm(self.residual) if self.error is None else self.error
 
     def select(self, mask: Tensor, other: Point) -> Point:
         """This point where ``mask`` (bool ``[batch]``) holds, else ``other``."""
         column = mask[:, None]
-
-        def pick(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-            if mine is None or theirs is None:
-                return None
-            return torch.where(column if mine.ndim == 2 else mask, mine, theirs)
-
-        z, residual = torch.where(column, self.z, other.z), torch.where(column, self.residual, other.residual)
-        scale, image = pick(self.scale, other.scale), pick(self.image, other.image)
-        return Point(z, residual, scale, image, pick(self.energy, other.energy))
+        return self._joined(other, lambda mine, theirs: torch.where(column if mine.ndim == 2 else mask, mine, theirs))
 
     def take(self, rows: Tensor) -> Point:
         """The samples ``rows`` (int64 ``[k]``)."""
@@ -54,13 +58,11 @@ class Point:
 
     def put(self, rows: Tensor, other: Point) -> Point:
         """This point with the samples ``rows`` (int64 ``[k]``) taken from ``other``, which holds those alone."""
+        return self._joined(other, lambda mine, theirs: mine.index_copy(0, rows, theirs))
 
-        def placed(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-            return None if mine is None or theirs is None else mine.index_copy(0, rows, theirs)
-
-        z, residual = self.z.index_copy(0, rows, other.z), self.residual.index_copy(0, rows, other.residual)
-        scale, image = placed(self.scale, other.scale), placed(self.image, other.image)
-        return Point(z, residual, scale, image, placed(self.energy, other.energy))
+    def _joined(self, other: Point, join: Callable[[Tensor, Tensor], Tensor]) -> Point:
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Point(*(None if a is None or b is None else join(a, b) for a, b in pairs))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,11 @@ class System(ABC):
     def place(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
         """The nearest state that satisfies the constraint; ``z`` itself where there is none."""
         return z
+
+    def during(self, step: int) -> System:
+        """The system as the evaluation of a solver's ``step`` sees it, 0 being the first; itself where the way to the
+        solution does not change."""
+        return self
 
     def rows(self, params: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, ...]:
         """The parameters as the samples ``rows`` see them."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchimplicit.problems import Minimum, Problem
+from torchimplicit.problems import JointInference, Minimum, Problem
 from torchimplicit.problems.system import vjp
 from torchimplicit.state import Layout
 from torchimplicit.validation import at_least
@@ -36,6 +36,11 @@ def jacobian_frobenius(
     """
     if isinstance(problem, Minimum):
         raise TypeError("jacobian_frobenius needs a map, and Minimum has an energy: give FixedPoint or Root")
+    if isinstance(problem, JointInference):
+        raise TypeError(
+            "jacobian_frobenius needs a map, and JointInference has one in its state alone: give FixedPoint(f) at z "
+            "with x as its argument, jacobian_frobenius(FixedPoint(f), state.z, state.x, *args)"
+        )
     at_least("jacobian_frobenius", "samples", samples, 1)
     layout = Layout.of(z, problem.batched)
     flat = layout.flatten(z, "z")

@@ -24,6 +24,7 @@ class AndersonState(NamedTuple):
         moves: of each past step, the difference of the damped images, :math:`\\Delta z + \\beta\\Delta r`.
         turns: the difference of the residuals, :math:`\\Delta r`.
         gram: inner products of ``turns``, ``[batch, memory, memory]``.
+        merit: ``[batch]``, of the point before this one, where the problem has one.
         plain: bool ``[batch]``: the samples whose step to come is a plain one; ``None`` for none.
         taken: steps so far.
     """
@@ -34,6 +35,7 @@ class AndersonState(NamedTuple):
     moves: History
     turns: History
     gram: Tensor
+    merit: Tensor | None
     plain: Tensor | None
     taken: int
 
@@ -47,7 +49,8 @@ class Anderson(Solver):
     differences are scaled to unit length before the small system is solved, so the regularization is relative, and
     does not slow the end of a solve. Where an accelerated step leaves the residual larger than ``growth`` times what it
     was, the sample goes back and takes a plain step instead, with its history forgotten: on contractions the method
-    is not slower than plain iteration.
+    is not slower than plain iteration. So it does where the step raises the merit of a problem that has one
+    (:class:`JointInference`: its cost), since the least residual may be that of another stationary point.
 
     Args:
         memory: how many past differences are combined.
@@ -80,7 +83,7 @@ class Anderson(Solver):
             to = self._plain(point.z, residual, point.image)
             moves, turns = History.empty(residual, self.memory), History.empty(residual, self.memory)
             gram = turns.ring.new_zeros(residual.shape[0], self.memory, self.memory)
-            return Move(to, AndersonState(point.z, residual, point.image, moves, turns, gram, None, 0))
+            return Move(to, AndersonState(point.z, residual, point.image, moves, turns, gram, point.merit, None, 0))
 
         slot = state.taken % self.memory
         turn = widened(residual - state.residual)
@@ -99,14 +102,21 @@ class Anderson(Solver):
         correction = torch.bmm(weights.mT, moves.vectors)[:, 0]
         to = self._plain(point.z, residual, point.image)
         to = to - (correction if correction.dtype == to.dtype else correction.to(to.dtype))
-        after = AndersonState(point.z, residual, point.image, moves, turns, gram, None, state.taken + 1)
+        after = AndersonState(point.z, residual, point.image, moves, turns, gram, point.merit, None, state.taken + 1)
         if progress.improving:
             return Move(to, after)
-        return self._safeguard(to, state, after)
+        return self._safeguard(to, state, after, point.doubt)
 
-    def _safeguard(self, to: Tensor, before: AndersonState, after: AndersonState) -> Move:
+    def _safeguard(self, to: Tensor, before: AndersonState, after: AndersonState, doubt: Tensor | None) -> Move:
         """Send the samples whose accelerated step failed back, to take a plain step with nothing remembered."""
-        failed = row_norm(after.residual) > self.growth * row_norm(before.residual)
+        merit = after.merit
+        if merit is None or before.merit is None:
+            failed = row_norm(after.residual) > self.growth * row_norm(before.residual)
+        else:
+            rounding = 10 * torch.finfo(merit.dtype).eps * before.merit.abs()
+            failed = (merit if doubt is None else merit - doubt) > before.merit + rounding
+        if merit is not None and before.merit is not None:
+            merit = torch.where(failed, before.merit, merit)
         if before.plain is not None:
             failed = failed & ~before.plain
         column = failed[:, None]
@@ -124,6 +134,7 @@ class Anderson(Solver):
                 History(torch.where(forget, 0, after.moves.ring), after.moves.filled),
                 History(torch.where(forget, 0, after.turns.ring), after.turns.filled),
                 torch.where(forget, torch.eye(self.memory, out=after.gram.new_empty(0)), after.gram),
+                merit,
                 failed,
                 after.taken,
             ),

@@ -28,14 +28,19 @@ class Evaluator:
         self.params = tuple(params)
         self.rows_evaluated = rows_evaluated
         self._part = part
+        self._now = system.during(0)
+
+    def begin(self, step: int) -> None:
+        """A step of the solver begins."""
+        self._now = self.system.during(step)
 
     def __call__(self, z: Tensor) -> Point:
         """One evaluation, ``z`` being ``[rows, dim]``."""
         self.rows_evaluated += z.shape[0]
         if self._part:
             with explained():
-                return self.system.at(z, self.params)
-        return self.system.at(z, self.params)
+                return self._now.at(z, self.params)
+        return self._now.at(z, self.params)
 
     def place(self, z: Tensor) -> Tensor:
         """``z``, put back on the constraint where there is one."""
@@ -43,7 +48,9 @@ class Evaluator:
 
     def take(self, rows: Tensor) -> Evaluator:
         """The evaluator of the samples ``rows``, which goes on with this one's count."""
-        return Evaluator(self.system, self.system.rows(self.params, rows), self.rows_evaluated, part=True)
+        part = Evaluator(self.system, self.system.rows(self.params, rows), self.rows_evaluated, part=True)
+        part._now = self._now
+        return part
 
 
 class Progress(NamedTuple):

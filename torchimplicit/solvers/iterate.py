@@ -62,7 +62,8 @@ class _Loop:
 
     Attributes:
         point: where the samples are. One that is done stays at its best iterate.
-        best: the iterate of least residual, of norm ``best_norm``. It *is* ``point`` while all that are active improve.
+        best: the iterate of least residual (or merit, where the point has one), which is ``best_rank``. It *is*
+            ``point`` while all that are active improve.
         active: how many samples were active when the host last asked.
         certain: whether ``active`` is the count of this very moment.
         running: bool ``[batch]``, the active samples; ``None`` for all.
@@ -82,11 +83,12 @@ class _Loop:
         )
         dtype = point.z.dtype
         self.rtol = solver.relative_tolerance(dtype)
-        norm = row_norm(point.residual)
+        norm = point.size()
         self.first_scale = norm if point.scale is None else point.scale
         first = norm + self.first_scale
+        reach = first if point.error is None else row_norm(point.residual) + row_norm(point.z)
         # where the first evaluation is not finite there is no limit to stay within: such a sample stops at once
-        self.limit = GROWTH_LIMIT * first.nan_to_num(nan=-1.0, posinf=-1.0)
+        self.limit = GROWTH_LIMIT * reach.nan_to_num(nan=-1.0, posinf=-1.0)
         eps = torch.finfo(dtype).eps
         if solver.atol is not None:
             self.floor = torch.full_like(norm, solver.atol)
@@ -95,7 +97,7 @@ class _Loop:
         else:
             # relative to the first residual alone, which a warm start makes as small as rounding
             self.floor = eps * (1 + first)
-        self.best_norm = torch.full_like(norm, torch.inf)
+        self.best_rank = torch.full_like(norm, torch.inf)
         self.status = torch.full((self.batch,), _RUNNING, dtype=torch.int64, device=norm.device)
         self.steps = torch.zeros_like(self.status)
         self.running: Tensor | None = None
@@ -112,6 +114,7 @@ class _Loop:
                 break
             if self.may_shrink and self.certain and self.active <= SHRINK_AT * self.point.z.shape[0]:
                 state = self._shrink(state)
+            self.evaluate.begin(step)
             move = solver.step(self.evaluate, self.point, state, Progress(self.running, self.improving))
             state = move.state
             self._advance(move.to)
@@ -130,12 +133,13 @@ class _Loop:
 
     def _judge(self, step: int, breakdown: Tensor | None, ask: bool) -> None:
         """Test every active sample, and note those that stop here. Reads from the device once, if ``ask``."""
-        norm = row_norm(self.point.residual)
+        norm = self.point.size()
         scale = self.first_scale if self.point.scale is None else self.point.scale
         tolerance = torch.add(self.floor, scale, alpha=self.rtol)
-        good = norm <= self.limit
+        good = (norm if self.point.error is None else row_norm(self.point.residual)) <= self.limit
         going = (norm > tolerance) & good
-        improved = norm < self.best_norm
+        rank = norm if self.point.merit is None else self.point.merit
+        improved = rank < self.best_rank
         if breakdown is not None:
             going = going & ~breakdown
         before, was_running, was_certain = self.active, self.running, self.certain
@@ -150,7 +154,7 @@ class _Loop:
         self.running = None if ask and self.active == norm.shape[0] else going
         if self.improving:
             # whoever stops here stops at its best iterate, and whoever stopped before has not moved
-            self.best, self.best_norm = self.point, norm
+            self.best, self.best_rank = self.point, rank
             if self.active == before:
                 return
         stopped = ~going if was_running is None else was_running & ~going
@@ -162,12 +166,12 @@ class _Loop:
         self.status = self.status.masked_fill(stopped & ~done, int(Status.BREAKDOWN))
         self.status = self.status.masked_fill(stopped & ~good, int(Status.NONFINITE))
         if step == 0:
-            self.best_norm = norm
+            self.best_rank = rank
         if self.improving or step == 0:
             return
         better = improved | (stopped & done)
         self.best = self.point.select(better, self.best)
-        self.best_norm = torch.where(better, norm, self.best_norm)
+        self.best_rank = torch.where(better, rank, self.best_rank)
         # a sample that stops for good goes to its best iterate: the map never sees a bad state again
         self.point = self.best.select(stopped, self.point)
 
@@ -181,7 +185,7 @@ class _Loop:
         self.rows = keep if self.rows is None else self.rows[keep]
         self.evaluate = self.evaluate.take(keep)
         self.point, self.best = self.point.take(keep), self.best.take(keep)
-        for name in ("first_scale", "floor", "limit", "best_norm", "status", "steps"):
+        for name in ("first_scale", "floor", "limit", "best_rank", "status", "steps"):
             setattr(self, name, getattr(self, name)[keep])
         self.running = None
         return take_rows(state, keep)
@@ -198,7 +202,8 @@ class _Loop:
 
     def _results(self) -> dict[str, Tensor]:
         scale = self.first_scale if self.best.scale is None else self.best.scale
-        relative = self.best_norm / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+        size = self.best_rank if self.best.merit is None else self.best.size()
+        relative = size / scale.clamp_min(torch.finfo(scale.dtype).tiny)
         return {"z": self.best.z, "residual": relative, "status": self.status, "steps": self.steps}
 
     def _store(self) -> None:

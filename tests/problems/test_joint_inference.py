@@ -1,0 +1,411 @@
+"""Joint inference and input optimization against closed forms and long nested optimization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchimplicit as ti
+
+BATCH, STATE, INPUT = 4, 6, 3
+REGULARIZATION = 0.1
+DAMPING = (0.8, 0.6, 1.0)
+
+
+class Linear(NamedTuple):
+    """A linear map and a quadratic loss, whose optimum has a closed form."""
+
+    w: Tensor
+    u: Tensor
+    target: Tensor
+
+    @staticmethod
+    def make() -> Linear:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        return Linear(
+            (0.2 * normal(STATE, STATE)).requires_grad_(), normal(STATE, INPUT).requires_grad_(), normal(BATCH, STATE)
+        )
+
+    def f(self, z: Tensor, x: Tensor, target: Tensor) -> Tensor:
+        return z @ self.w.mT + x @ self.u.mT
+
+    def loss(self, z: Tensor, x: Tensor, target: Tensor) -> Tensor:
+        return 0.5 * (z - target).square().sum(1) + 0.5 * REGULARIZATION * x.square().sum(1)
+
+    @property
+    def gain(self) -> Tensor:
+        """dz/dx at the equilibrium."""
+        return torch.linalg.solve(torch.eye(STATE, dtype=torch.float64) - self.w, self.u)
+
+    def optimum(self) -> Tensor:
+        gain = self.gain
+        hessian = gain.mT @ gain + REGULARIZATION * torch.eye(INPUT, dtype=torch.float64)
+        return torch.linalg.solve(hessian, gain.mT @ self.target.mT).mT
+
+    def projected_descent(self, project: Callable[[Tensor], Tensor], steps: int = 4000) -> Tensor:
+        """The constrained optimum by long projected gradient descent on the exact cost."""
+        with torch.no_grad():
+            gain = self.gain
+            hessian = gain.mT @ gain + REGULARIZATION * torch.eye(INPUT, dtype=torch.float64)
+            size = 1 / torch.linalg.eigvalsh(hessian)[-1]
+            x = torch.zeros(BATCH, INPUT, dtype=torch.float64)
+            for _ in range(steps):
+                x = project(x - size * (x @ hessian - self.target @ gain))
+        return x
+
+    def problem(self, **options: Any) -> ti.JointInference:
+        return ti.JointInference(self.f, self.loss, **{"step_size": 0.02, "damping": DAMPING, **options})
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        return torch.zeros(BATCH, STATE, dtype=torch.float64), torch.zeros(BATCH, INPUT, dtype=torch.float64)
+
+    def solve(self, problem: ti.JointInference | None = None, **options: Any) -> ti.Solution:
+        options = {"solver": ti.Anderson(memory=20, rtol=1e-11, max_steps=1000), **options}
+        return ti.solve(problem or self.problem(), self.start(), self.target, **options)
+
+
+@pytest.fixture
+def linear() -> Linear:
+    return Linear.make()
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected)).detach())
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        ti.Anderson(memory=20, rtol=1e-9, max_steps=1000),
+        ti.Broyden(memory=60, rtol=1e-9, max_steps=200),
+        ti.NewtonKrylov(rtol=1e-9),
+        ti.FixedPointIteration(rtol=1e-9, max_steps=20000),
+    ],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_optimum_and_adjoint(linear: Linear, solver: Any) -> None:
+    solution = linear.solve(linear.problem(step_size=0.003), solver=solver)
+    state = solution.value
+    assert bool(solution.converged.all())
+    assert isinstance(state, ti.JointState)
+    assert relative(state.x, linear.optimum()) < 1e-5
+    z = state.x @ linear.gain.mT
+    assert relative(state.z, z) < 1e-6
+    slope = z - linear.target
+    adjoint = torch.linalg.solve(torch.eye(STATE, dtype=torch.float64) - linear.w.mT, slope.mT).mT
+    assert relative(state.mu, adjoint) < 1e-5
+
+
+def test_exact_gradient_of_another_loss(linear: Linear) -> None:
+    inputs = (linear.w, linear.u)
+    expected = torch.autograd.grad(linear.optimum().pow(3).sum(), inputs)
+    found = torch.autograd.grad(linear.solve(gradient=ti.Implicit()).value.x.pow(3).sum(), inputs)
+    for got, right in zip(found, expected, strict=True):
+        assert relative(got, right) < 1e-6
+
+
+def test_envelope_is_exact_for_the_inner_loss(linear: Linear) -> None:
+    inputs = (linear.w, linear.u)
+    weights = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
+    x = linear.optimum()
+    expected = torch.autograd.grad((weights * linear.loss(x @ linear.gain.mT, x, linear.target)).sum(), inputs)
+    for gradient in (ti.Envelope(), ti.FixedInput(), ti.Implicit()):
+        solution = linear.solve(gradient=gradient)
+        value = solution.value
+        outer = (weights * linear.loss(value.z, value.x, linear.target)).sum()
+        found = torch.autograd.grad(outer, inputs)
+        for got, right in zip(found, expected, strict=True):
+            assert relative(got, right) < 1e-7, gradient
+        if isinstance(gradient, ti.Envelope):
+            assert solution.adjoint is not None
+            assert solution.adjoint.evaluations == 0
+
+
+def test_envelope_refuses_another_loss(linear: Linear) -> None:
+    value = linear.solve(gradient=ti.Envelope()).value
+    with pytest.raises(ValueError, match="outer loss is the inner one"):
+        value.x.square().sum().backward()
+
+
+def test_fixed_input_leaves_out_the_input(linear: Linear) -> None:
+    """It is the derivative at constant x, so it differs from the exact one where the outer loss is another."""
+    value = linear.solve(gradient=ti.FixedInput()).value
+    (found,) = torch.autograd.grad(value.z.pow(3).sum(), linear.u, retain_graph=True)
+    x = linear.optimum().detach()
+    (at_constant,) = torch.autograd.grad((x @ linear.gain.mT).pow(3).sum(), linear.u)
+    (exact,) = torch.autograd.grad((linear.optimum() @ linear.gain.mT).pow(3).sum(), linear.u)
+    assert relative(found, at_constant) < 1e-7
+    assert relative(found, exact) > 1e-2
+    value = linear.solve(gradient=ti.FixedInput()).value
+    with pytest.raises(ti.UnsupportedDerivativeError, match="mu"):
+        value.mu.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "estimator", [ti.UnrolledPhantom(steps=1500, damping=0.5), ti.NeumannPhantom(steps=1500, damping=0.5)]
+)
+def test_phantom_tends_to_the_exact_gradient(linear: Linear, estimator: Any) -> None:
+    (expected,) = torch.autograd.grad(linear.optimum().pow(3).sum(), linear.u)
+    value = linear.solve(linear.problem(step_size=0.02, damping=(1.0, 1.0, 1.0)), gradient=estimator).value
+    (found,) = torch.autograd.grad(value.x.pow(3).sum(), linear.u)
+    assert relative(found, expected) < 1e-2
+
+
+def test_second_derivative(linear: Linear) -> None:
+    def outer(u: Tensor, exact: bool) -> Tensor:
+        moved = linear._replace(u=u)
+        return (moved.optimum() if exact else moved.solve().value.x).pow(3).sum()
+
+    direction = torch.ones_like(linear.u)
+
+    def product(exact: bool) -> Tensor:
+        u = linear.u.detach().clone().requires_grad_()
+        (slope,) = torch.autograd.grad(outer(u, exact), u, create_graph=True)
+        (second,) = torch.autograd.grad((slope * direction).sum(), u)
+        return second
+
+    assert relative(product(exact=False), product(exact=True)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("constraint", "project"),
+    [
+        (ti.L2Ball(0.2), lambda x: x * (0.2 / x.norm(dim=1, keepdim=True)).clamp(max=1)),
+        (ti.Box(-0.1, 0.3), lambda x: x.clamp(-0.1, 0.3)),
+        (
+            ti.L2Ball(torch.tensor([0.1, 0.2, 0.3, 5.0]), torch.full((INPUT,), 0.05)),
+            lambda x: (
+                0.05
+                + (x - 0.05)
+                * (
+                    torch.tensor([0.1, 0.2, 0.3, 5.0], dtype=x.dtype)[:, None] / (x - 0.05).norm(dim=1, keepdim=True)
+                ).clamp(max=1)
+            ),
+        ),
+    ],
+    ids=["ball", "box", "balls"],
+)
+def test_constrained_optimum(linear: Linear, constraint: Any, project: Any) -> None:
+    solution = linear.solve(
+        linear.problem(constraint=constraint),
+        solver=ti.Anderson(memory=20, rtol=1e-10, max_steps=3000, keep_trajectory=True),
+    )
+    assert relative(solution.value.x, linear.projected_descent(project)) < 1e-5
+    for state in solution.trajectory:
+        assert relative(state.x, project(state.x)) < 1e-7 or float(state.x.norm()) == 0
+
+
+@pytest.mark.parametrize("gradient", [ti.Implicit(), ti.Envelope()], ids=["implicit", "envelope"])
+@pytest.mark.parametrize("kind", ["ball", "box"])
+def test_gradient_in_the_set(linear: Linear, kind: str, gradient: Any) -> None:
+    """The derivative of the least loss in the radius, the centre and the bounds, to finite differences."""
+    kinds = {"ball": lambda a, b: ti.L2Ball(a, b), "box": lambda a, b: ti.Box(b - a, b + a)}
+
+    def least(a: Tensor, b: Tensor, gradient: Any = None) -> Tensor:
+        size = a if kind == "ball" else a[:, None].expand(BATCH, INPUT)
+        value = linear.solve(linear.problem(constraint=kinds[kind](size, b)), gradient=gradient).value
+        return linear.loss(value.z, value.x, linear.target).sum()
+
+    a = torch.full((BATCH,), 0.2, dtype=torch.float64, requires_grad=True)
+    b = torch.full((BATCH, INPUT), 0.03, dtype=torch.float64, requires_grad=True)
+    found = torch.autograd.grad(least(a, b, gradient), (a, b))
+    step = 1e-5
+    for name, got in zip("ab", found, strict=True):
+        moved = {"a": a.detach().clone(), "b": b.detach().clone()}
+        direction = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        with torch.no_grad():
+            up = least(**{**moved, name: moved[name] + step * direction})
+            down = least(**{**moved, name: moved[name] - step * direction})
+        assert float((got * direction).sum()) == pytest.approx(float((up - down) / (2 * step)), rel=1e-4)
+
+
+def test_each_sample_on_its_own(linear: Linear) -> None:
+    whole = linear.solve().value.x
+    for i in range(BATCH):
+        alone = ti.solve(
+            linear.problem(),
+            tuple(t[i : i + 1] for t in linear.start()),
+            linear.target[i : i + 1],
+            solver=ti.Anderson(memory=20, rtol=1e-11, max_steps=1000),
+        )
+        assert relative(alone.value.x[0], whole[i]) < 1e-7
+
+
+def test_rowwise_stops_samples(linear: Linear) -> None:
+    solver = ti.Anderson(memory=20, rtol=1e-9, max_steps=1000)
+    z0, x0 = linear.start()
+    near = linear.optimum().detach().clone()
+    x0[1:] = near[1:]
+    z0[1:] = near[1:] @ linear.gain.detach().mT
+    dense = ti.solve(linear.problem(), (z0, x0), linear.target, solver=solver)
+    rows = ti.solve(linear.problem(rowwise=True), (z0, x0), linear.target, solver=solver)
+    assert relative(rows.value.x, dense.value.x) < 1e-7
+    assert rows.evaluations < dense.evaluations
+
+
+def test_not_batched_and_trees(linear: Linear) -> None:
+    def f(z: Any, x: Any, target: Tensor) -> Any:
+        image = linear.f(torch.cat((z["a"], z["b"][:, 0]))[None], x[0][None], target)[0]
+        return {"a": image[:2], "b": image[2:, None]}
+
+    def loss(z: Any, x: Any, target: Tensor) -> Tensor:
+        return linear.loss(torch.cat((z["a"], z["b"][:, 0]))[None], x[0][None], target)[0]
+
+    problem = ti.JointInference(f, loss, linear.problem().step_size, batched=False, damping=DAMPING)
+    start = {"a": torch.zeros(2, dtype=torch.float64), "b": torch.zeros(STATE - 2, 1, dtype=torch.float64)}
+    solution = ti.solve(
+        problem,
+        (start, (torch.zeros(INPUT, dtype=torch.float64),)),
+        linear.target[:1],
+        solver=ti.Anderson(memory=20, rtol=1e-11, max_steps=1000),
+    )
+    assert solution.status.ndim == 0
+    assert relative(solution.value.x[0], linear.optimum()[0]) < 1e-6
+
+
+def test_under_transforms(linear: Linear) -> None:
+    u = linear.u.detach()
+
+    def outer(u: Tensor) -> Tensor:
+        return linear._replace(u=u).solve().value.x.pow(3).sum()
+
+    expected = torch.func.grad(lambda u: linear._replace(u=u).optimum().pow(3).sum())(u)
+    assert relative(torch.func.grad(outer)(u), expected) < 1e-6
+    batch = torch.stack((u, 1.1 * u))
+    found = torch.func.vmap(torch.func.grad(outer))(batch)
+    assert relative(found[0], expected) < 1e-6
+    _, tangent = torch.func.jvp(outer, (u,), (torch.ones_like(u),))
+    assert float(tangent) == pytest.approx(float(expected.sum()), rel=1e-6)
+
+
+def test_schedule_and_normalized_steps(linear: Linear) -> None:
+    asked: list[int] = []
+
+    def schedule(step: int) -> float:
+        asked.append(step)
+        return 0.02 if step < 20 else 0.01
+
+    solution = linear.solve(linear.problem(step_size=schedule))
+    assert relative(solution.value.x, linear.optimum()) < 1e-5
+    assert asked[:3] == [0, 0, 1] or asked[:2] == [0, 1]
+    ball = linear.problem(step_size=0.02, constraint=ti.L2Ball(0.1), normalized=True)
+    value = linear.solve(ball, solver=ti.FixedPointIteration(rtol=1e-9, max_steps=5000)).value
+    right = linear.projected_descent(lambda x: x * (0.1 / x.norm(dim=1, keepdim=True)).clamp(max=1))
+    assert relative(value.x, right) < 1e-5
+
+
+def test_acceleration_does_not_climb() -> None:
+    """The residual vanishes at a maximum of the cost as well; Anderson alone goes there."""
+
+    def f(z: Tensor, x: Tensor) -> Tensor:
+        return 0.3 * torch.sin(z) + x
+
+    def loss(z: Tensor, x: Tensor) -> Tensor:
+        return torch.cos(3 * z).sum(1) + 0.02 * x.square().sum(1)
+
+    generator = torch.Generator().manual_seed(0)
+    x0 = 0.4 * torch.rand(200, 1, generator=generator, dtype=torch.float64)  # above is a maximum, at 0
+    problem = ti.JointInference(f, loss, 0.05, damping=DAMPING)
+    start = (torch.zeros_like(x0), x0)
+    first = ti.resolve(problem, ti.JointState(*(torch.zeros_like(x0),) * 2, x0)).loss
+    solution = ti.solve(problem, start, solver=ti.Anderson(max_steps=300), throw=False)
+    reached = ti.resolve(problem, solution.value).loss
+    assert float((reached < first + 1e-6).double().mean()) > 0.97
+    assert float(reached.median()) < -0.7  # the two nearest minima are at -0.99 and -0.80
+
+
+def test_resolve(linear: Linear) -> None:
+    rough = linear.solve(solver=ti.Anderson(max_steps=5), throw=False)
+    exact = ti.resolve(linear.problem(), rough.value, linear.target, solver=ti.Anderson(rtol=1e-12))
+    z = rough.value.x @ linear.gain.mT
+    assert relative(exact.solution.value, z) < 1e-10
+    assert relative(exact.loss, linear.loss(z, rough.value.x, linear.target)) < 1e-9
+    with pytest.raises(TypeError, match="JointInference"):
+        ti.resolve(ti.FixedPoint(lambda z: z), rough.value)  # type: ignore[arg-type]
+
+
+class TestBadInput:
+    """Each with a sentence that says what to do."""
+
+    def test_step_that_diverges(self, linear: Linear) -> None:
+        with pytest.raises(ti.SolveError, match="lower step_size"):
+            linear.solve(linear.problem(step_size=10.0), solver=ti.FixedPointIteration())
+        with pytest.warns(ti.ConvergenceWarning):
+            solution = linear.solve(linear.problem(step_size=10.0), solver=ti.FixedPointIteration(), throw=False)
+        assert bool((solution.status == ti.Status.NONFINITE).all())
+        assert bool(solution.value.x.isfinite().all())
+
+    def test_input_that_runs_off(self) -> None:
+        problem = ti.JointInference(lambda z, x: 0.5 * z + x, lambda z, x: z.sum(1), 0.1)
+        start = (torch.zeros(2, 1, dtype=torch.float64),) * 2
+        with pytest.warns(ti.ConvergenceWarning, match="run off"):
+            solution = ti.solve(problem, start, solver=ti.FixedPointIteration(max_steps=50))
+        assert not bool(solution.converged.any())
+
+    def test_start_outside(self, linear: Linear) -> None:
+        z0, x0 = linear.start()
+        with pytest.warns(UserWarning, match="1 of 4 samples, and was projected"):
+            solution = ti.solve(
+                linear.problem(constraint=ti.L2Ball(0.2)), (z0, torch.cat((x0[:1] + 9, x0[1:]))), linear.target
+            )
+        assert float(solution.value.x.norm(dim=1).max()) <= 0.2 * (1 + 1e-12)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"loss": lambda z, x, t: (z - t).square().sum()}, "one value per sample"),
+            ({"loss": lambda z, x, t: 3.0}, "must return a tensor"),
+            ({"f": lambda z, x, t: z[:, :2]}, "result of f"),
+            ({"step_size": torch.ones(7)}, "one per sample"),
+            ({"constraint": ti.Box(torch.zeros(2), 1.0)}, "lower bound"),
+        ],
+    )
+    def test_said_when_solved(self, linear: Linear, options: dict[str, Any], message: str) -> None:
+        given = {"f": linear.f, "loss": linear.loss, "step_size": 0.1, **options}
+        with pytest.raises((ValueError, TypeError), match=message):
+            ti.solve(ti.JointInference(**given), linear.start(), linear.target)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"step_size": 0.0}, "positive"),
+            ({"step_size": "small"}, "step_size"),
+            ({"damping": (1.0, 1.0)}, "three numbers"),
+            ({"damping": (0.0, 1.0, 1.0)}, "three numbers"),
+            ({"constraint": 3}, "L2Ball"),
+            ({"loss": None}, "loss"),
+        ],
+    )
+    def test_said_when_stated(self, options: dict[str, Any], message: str) -> None:
+        given = {"f": lambda z, x: z, "loss": lambda z, x: z.sum(1), "step_size": 0.1, **options}
+        with pytest.raises((ValueError, TypeError), match=message):
+            ti.JointInference(**given)
+
+    def test_sets(self) -> None:
+        with pytest.raises(ValueError, match="negative"):
+            ti.L2Ball(-1.0)
+        with pytest.raises(ValueError, match="exceed"):
+            ti.Box(1.0, 0.0)
+
+    def test_pair(self, linear: Linear) -> None:
+        with pytest.raises(ValueError, match="pair"):
+            ti.solve(linear.problem(), linear.start()[0], linear.target)
+
+    def test_estimators_of_other_problems(self) -> None:
+        with pytest.raises(ValueError, match="JointInference"):
+            ti.solve(ti.FixedPoint(lambda z: 0.5 * z), torch.ones(1, 1), gradient=ti.Envelope())
+
+    def test_regularizer(self, linear: Linear) -> None:
+        value = linear.solve().value
+        with pytest.raises(TypeError, match=r"FixedPoint\(f\)"):
+            ti.regularizers.jacobian_frobenius(linear.problem(), value, linear.target)
+        size = ti.regularizers.jacobian_frobenius(ti.FixedPoint(linear.f), value.z, value.x, linear.target, samples=4)
+        assert float(size.detach()) > 0

@@ -1,0 +1,148 @@
+"""Estimators for an optimized input: the envelope theorem, and the input held fixed."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.errors import UnsupportedDerivativeError
+from torchimplicit.gradients.base import Found, Gradient, Task, truncated
+from torchimplicit.gradients.nodes import Grads, estimate, report, solved_by_rule
+from torchimplicit.linear import LinearSolver
+from torchimplicit.problems import System
+from torchimplicit.problems.fixed_point import FixedPointSystem
+from torchimplicit.problems.joint_system import JointSystem
+from torchimplicit.problems.linearization import Linearization
+from torchimplicit.solvers import Solver
+from torchimplicit.validation import check_positive, check_type
+
+
+class JointEstimate(Gradient):
+    """An estimator of the parameters' gradient through :class:`JointInference`. Reverse mode, first order."""
+
+    @abstractmethod
+    def cotangents(
+        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Of the wanted parameters, on plain tensors."""
+
+    def supports(self, system: System, solver: Solver) -> str | None:
+        if isinstance(system, JointSystem):
+            return None
+        return f"{type(self).__name__} differentiates a JointInference: for this problem use Implicit()"
+
+    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+        return solved_by_rule(task, self, z0, params)
+
+    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
+        """The cotangents of the wanted parameters."""
+
+        def compute(task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+            return [grad for grad in self.cotangents(task, u, z, params, wanted) if grad is not None]
+
+        grads = iter(estimate(task, compute, type(self).__name__, u, z, params))
+        return tuple(next(grads) if w else None for w in wanted)
+
+    def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
+        """Not to be had."""
+        raise UnsupportedDerivativeError(
+            f"{type(self).__name__} has no forward mode: it needs the cotangent of a loss. Use Implicit() there"
+        )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Envelope(JointEstimate):
+    """The envelope theorem for :class:`JointInference`: exact, and at no linear solve, where the outer loss is the
+    inner one.
+
+    At the optimum the loss does not change with the input to first order, so that
+    :math:`d\\ell/d\\theta = \\ell_\\theta + \\mu^T f_\\theta` with the adjoint :math:`\\mu` that the solve has found
+    (Gurumurthy et al. 2021, section 3.3). The outer loss may weigh the samples, :math:`\\sum_i c_i\\ell_i` (a mean, a
+    sum); the weights are read off the cotangent. With any other outer loss the backward pass raises ``ValueError``.
+
+    Args:
+        tolerance: how far the cotangent may be, relatively, from a multiple of the inner loss's derivative.
+    """
+
+    tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_positive(self, "tolerance")
+
+    def cotangents(
+        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        system = task.system
+        assert isinstance(system, JointSystem)
+        _, mu, _ = system.parts.split(z)
+        tape = Linearization(system.fn, z, params, wanted)
+        one = torch.ones_like(mu[:, :1])
+        own = tape.transposed(torch.cat((torch.zeros_like(mu), one), dim=1))  # the loss alone, in the state
+        size = (own * own).sum(dim=1, keepdim=True)
+        weight = (own * u).sum(dim=1, keepdim=True) / torch.where(size > 0, size, 1)
+        misfit = torch.linalg.vector_norm(u - weight * own)
+        if bool(misfit > self.tolerance * torch.linalg.vector_norm(u)):
+            raise ValueError(
+                "Envelope is exact only where the outer loss is the inner one, a weight for each sample apart, and "
+                f"this outer loss's derivative in the solution is {float(misfit / torch.linalg.vector_norm(u)):.2g} "
+                "(relative) away from that. Use Implicit() (exact for every outer loss), or FixedInput() (the "
+                "first-order shortcut)"
+            )
+        task.record.report = truncated(z, 0, 0.0)
+        if system.moving(wanted):
+            # the value's derivative in a bound is its slope along the input there
+            slope = tape.transposed(torch.cat((mu, one), dim=1))
+            g = torch.cat((weight * mu, torch.zeros_like(mu), weight * system.parts.split(slope)[2]), dim=1)
+            whole = system.linearize(z, params, wanted)
+            return system.pull(whole, system.undamped(g))
+        return tape.pull(torch.cat((weight * mu, torch.zeros_like(one)), dim=1))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FixedInput(JointEstimate):
+    """The first-order shortcut for :class:`JointInference`: the input is taken as a constant.
+
+    The parameters' gradient is that of :math:`z^*(x, \\theta)` at the optimized :math:`x`, one adjoint solve of the map
+    ``f`` alone. Exact where the outer loss is the inner one (where :class:`Envelope` is cheaper); with another one it
+    leaves out how the input would move, as the code published with Gurumurthy et al. 2021 does, and may point
+    uphill. The exact gradient is that of :class:`Implicit`.
+
+    Args:
+        linear_solver: for the adjoint system of ``f``; ``None``: GMRES.
+    """
+
+    linear_solver: LinearSolver | None = None
+
+    def __post_init__(self) -> None:
+        check_type(self, "linear_solver", LinearSolver, optional=True)
+
+    def cotangents(
+        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        system = task.system
+        assert isinstance(system, JointSystem)
+        state, _, _ = system.parts.split(z)
+        of_state, of_mu, _ = system.parts.split(u)
+        if bool((of_mu != 0).any()):
+            raise UnsupportedDerivativeError(
+                "FixedInput differentiates the state and not the adjoint mu, on which this outer loss depends: use "
+                "Implicit()"
+            )
+        rest = z[:, system.parts.z :].detach()
+
+        def inference(state: Tensor, *params: Tensor) -> Tensor:
+            return system.fn(torch.cat((state, rest), dim=1), *params)[:, :-1]
+
+        alone = FixedPointSystem(fn=inference)
+        solver = task.adjoint_solver(self.linear_solver or alone.default_linear_solver(state.shape[1], len(z)), z)
+        tape = alone.linearize(state.contiguous(), params, wanted)
+        found = alone.solve_linear(tape, True, of_state.contiguous(), solver)
+        report(task, found.report)
+        return alone.pull(tape, found.value)

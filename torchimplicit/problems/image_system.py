@@ -1,0 +1,51 @@
+"""Problems that are fixed points of a map in flat coordinates."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from torchimplicit.linear import GMRES, LinearOperator, LinearSolver
+from torchimplicit.problems.linearization import Linearization
+from torchimplicit.problems.system import System
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSystem(System):
+    """:math:`R = z - T(z)`, :math:`A = I - J` with the Jacobian :math:`J` of :math:`T`."""
+
+    @abstractmethod
+    def image(self, z: Tensor, *params: Tensor) -> Tensor:
+        """:math:`T`, differentiable to any order by composable transforms."""
+
+    def residual(self, z: Tensor, *params: Tensor) -> Tensor:
+        return z - self.image(z, *params)
+
+    def linearize(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization:
+        return Linearization(self.image, z, params, wanted)
+
+    def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
+        def products(of_j: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda v: v - of_j(v)
+
+        plain, flipped = products(tape.plain), products(tape.transposed)
+        return LinearOperator(
+            product=flipped if transposed else plain,
+            transposed_product=plain if transposed else flipped,
+            block_product=products(tape.transposed_block if transposed else tape.plain_block),
+            batch=tape.z.shape[0],
+            dim=tape.z.shape[1],
+            dtype=tape.z.dtype,
+            device=tape.z.device,
+            transposed=transposed,
+            restrict=self._restricted(tape, transposed),
+        )
+
+    def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
+        return tape.pull(g)
+
+    def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
+        return GMRES()

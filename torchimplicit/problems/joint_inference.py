@@ -1,0 +1,190 @@
+"""An input that is optimized while the equilibrium it goes into is found."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from torchimplicit.constraints import Box, L2Ball
+from torchimplicit.problems.base import Problem, check_function
+from torchimplicit.problems.joint_system import JointSystem, Parts
+from torchimplicit.problems.per_sample import column, flat_tree, taken
+from torchimplicit.problems.system import System
+from torchimplicit.state import Layout
+
+StepSize = float | Tensor | Callable[[int], float]
+
+
+class JointState(NamedTuple):
+    """The state of :class:`JointInference`.
+
+    Attributes:
+        z: the equilibrium, :math:`z = f(z, x)`.
+        mu: the adjoint, like ``z``: :math:`\\mu = f_z^T\\mu + \\ell_z^T`. It is the derivative of the loss in ``f``.
+        x: the input of least loss.
+    """
+
+    z: Any
+    mu: Any
+    x: Any
+
+
+@final
+@dataclass(frozen=True)
+class JointInference(Problem):
+    """The input with the least loss of its equilibrium, both found by one fixed point (Gurumurthy et al. 2021, JIIO).
+
+    Minimizes :math:`\\ell(z, x)` over :math:`x` in the constraint's set, subject to :math:`z = f(z, x)`. The map is
+
+    .. math::
+        z^+ = f(z, x),\\quad \\mu^+ = f_z^T\\mu + \\ell_z^T,\\quad
+        x^+ = \\Pi\\bigl(x - \\alpha(f_x^T\\mu + \\ell_x^T)\\bigr),
+
+    one evaluation and one backward pass of ``f`` and the loss for each step, whatever solves it. The initial state is
+    the pair ``(z0, x0)``, or a :class:`JointState` (a warm start); the solution's value is a :class:`JointState`. Of
+    the iterates, a solve that does not converge returns the one whose cost is least, judged by
+    :math:`\\ell + \\langle\\mu, f - z\\rangle + \\lVert f - z\\rVert\\lVert\\mu^+ - \\mu\\rVert`, which is that of the
+    exact equilibrium at :math:`x` up to second order, plus the size of the second order. Every iterate's ``x`` lies in
+    the set. The residual is the largest of the three parts' relative residuals.
+
+    Args:
+        f: ``f(z, x, *args)``, returning a state like ``z``.
+        loss: ``loss(z, x, *args)``, one value per sample, ``[batch]``; a scalar if not batched.
+        step_size: :math:`\\alpha > 0`: a number; a tensor ``[batch]``; or a schedule, called with the number of the
+            solver's step (from 1; at 0, the value for the derivatives). It scales with the loss: halve the
+            loss, and it may be twice as large. Too large a one diverges.
+        constraint: an :class:`L2Ball`, a :class:`Box`, or ``None``. A start outside is projected, with a warning.
+        batched, rowwise: see :class:`FixedPoint`. The loss of a sample must depend on that sample alone.
+        damping: of z, mu and x in (0, 1]: each part goes that share of its step. The published settings are
+            ``(0.8, 0.6, 1.0)``.
+        normalized: whether x takes a step of length :math:`\\alpha` along its gradient, whatever the gradient's size.
+            Only where the solution lies on the boundary of an :class:`L2Ball` does such an iteration settle.
+    """
+
+    f: Callable[..., Any]
+    loss: Callable[..., Any]
+    step_size: StepSize
+    constraint: L2Ball | Box | None = None
+    batched: bool = True
+    rowwise: bool = False
+    damping: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    normalized: bool = False
+    by_gradient: ClassVar[bool] = True
+    advice: ClassVar[str] = (
+        ". In JointInference a step_size that is too large diverges, and a loss without a least value lets the input "
+        "run off: lower step_size, add a constraint (L2Ball, Box), or a term in x to the loss"
+    )
+
+    outside: ClassVar[str] = (
+        "the initial x lies outside the constraint's set in {count} of {rows} samples, and was projected onto it"
+    )
+
+    def __post_init__(self) -> None:
+        check_function(self.f, "f")
+        check_function(self.loss, "loss")
+        if self.constraint is not None and not isinstance(self.constraint, (L2Ball, Box)):
+            raise TypeError(f"constraint must be an L2Ball, a Box or None, not {type(self.constraint).__name__}")
+        if isinstance(self.step_size, (int, float)) and not self.step_size > 0:
+            raise ValueError(f"JointInference.step_size is {self.step_size}, and must be positive")
+        if not (isinstance(self.step_size, (int, float, Tensor)) or callable(self.step_size)):
+            raise TypeError(
+                "JointInference.step_size must be a number, a tensor [batch] or a schedule (step -> number), and it is "
+                f"{type(self.step_size).__name__}"
+            )
+        if len(self.damping) != 3 or not all(0 < share <= 1 for share in self.damping):
+            raise ValueError(
+                f"JointInference.damping is {self.damping}, and must be three numbers in (0, 1]: of z, mu and x"
+            )
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        def both(state: JointState, *args: Any) -> tuple[Any, Any]:
+            return self.f(state.z, state.x, *args), self.loss(state.z, state.x, *args)
+
+        return both
+
+    def start(self, z0: Any) -> JointState:
+        if isinstance(z0, JointState):
+            return z0
+        if not isinstance(z0, (tuple, list)) or len(z0) != 2:
+            raise ValueError(
+                "JointInference starts from the pair (z0, x0), or from a JointState, and z0 is "
+                + (f"a {type(z0).__name__} of {len(z0)}" if isinstance(z0, (tuple, list)) else type(z0).__name__)
+            )
+        z, x = z0
+        return JointState(z, pytree.tree_map(torch.zeros_like, z), x)
+
+    def flat_output(self, layout: Layout, output: Any, rows: int, cast: bool) -> Tensor:
+        state, loss = output
+        flat = _part(layout, "z").flatten(state, "the result of f", cast)
+        if flat.shape[0] != rows:
+            raise ValueError(f"f was given {rows} samples and returned {flat.shape[0]}: the map must keep the batch")
+        expected = (rows,) if layout.batched else ()
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss must return a tensor, and it returned {type(loss).__name__}")
+        if tuple(loss.shape) != expected:
+            raise ValueError(
+                f"loss returned shape {tuple(loss.shape)} and must return {expected}: "
+                + (
+                    "one value per sample, each sample having its own input; take the mean or the sum over every "
+                    "dimension but the first, for example error.flatten(1).mean(dim=1)"
+                    if layout.batched
+                    else "a scalar, since the problem is not batched"
+                )
+            )
+        if loss.dtype != layout.dtype and not cast:
+            raise ValueError(f"loss returned {loss.dtype} for a state of {layout.dtype}: keep the dtype")
+        return torch.cat((flat, loss.to(layout.dtype).reshape(rows, 1)), dim=1)
+
+    def constraint_tensors(self, layout: Layout, rows: int) -> tuple[Tensor, ...]:
+        size = 0.0 if callable(self.step_size) and not isinstance(self.step_size, Tensor) else self.step_size
+        own = [column(layout, size, rows, "step_size")]
+        inputs = _part(layout, "x")
+        if isinstance(self.constraint, L2Ball):
+            own.append(column(layout, self.constraint.radius, rows, "the radius"))
+            own.append(_flat_or_number(inputs, self.constraint.center, rows, "the center"))
+        if isinstance(self.constraint, Box):
+            own.append(_flat_or_number(inputs, self.constraint.low, rows, "the lower bound"))
+            own.append(_flat_or_number(inputs, self.constraint.high, rows, "the upper bound"))
+        return tuple(own)
+
+    def system(
+        self, fn: Callable[..., Tensor], row_params: tuple[bool, ...] | None, constraint: slice, layout: Layout
+    ) -> System:
+        schedule = self.step_size if callable(self.step_size) and not isinstance(self.step_size, Tensor) else None
+        dims = [_part(layout, name).dim for name in ("z", "x")]
+        return JointSystem(
+            fn=fn,
+            row_params=row_params,
+            parts=Parts(dims[0], dims[1]),
+            damping=self.damping,
+            own=taken(constraint),
+            which=constraint,
+            set=self.constraint.project if self.constraint is not None else None,
+            schedule=schedule,
+            step_size=None if schedule is None else float(schedule(0)),
+            normalized=self.normalized,
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _part(layout: Layout, name: str) -> Layout:
+    """The layout of one part of the state."""
+    rows = 1
+    state = layout.unflatten(torch.empty(rows, layout.dim, device="meta"))
+    leaves, spec = pytree.tree_flatten(getattr(state, name))
+    shapes = tuple(leaf.shape[1:] if layout.batched else leaf.shape for leaf in leaves)
+    is_flat = layout.batched and spec.is_leaf() and len(shapes[0]) == 1
+    return replace(layout, spec=spec, shapes=shapes, is_flat=is_flat)
+
+
+def _flat_or_number(layout: Layout, value: Any, rows: int, what: str) -> Tensor:
+    if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0):
+        return column(layout, value, rows, what)
+    return flat_tree(layout, value, rows, what)
