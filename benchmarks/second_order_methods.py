@@ -300,18 +300,19 @@ def methods(p: Physics, forward: str, steps: int) -> dict[str, Callable[[], Grad
     solver = FORWARD[forward]
     found: dict[str, Callable[[], Gradient]] = {DIRECT: lambda: direct(p, solver)[0]}
     for suffix, linear in (("", None), (", Dense", ti.Dense())):
-        if linear is None or p.n <= 500:
+        if linear is None or p.n <= 200:
             layer = partial(equilibrium, p, solver, linear)
             found[COMPOSED[0] + suffix] = partial(forward_first, p, layer)
             found[COMPOSED[1] + suffix] = partial(reverse_first, p, layer)
     found[UNROLLED[0]] = partial(forward_first, p, partial(unrolled, p, steps))
     found[UNROLLED[1]] = partial(reverse_first, p, partial(unrolled, p, steps))
     found[XITORCH[0]] = partial(reverse_first, p, partial(with_xitorch, p, False, False))
-    found[XITORCH[1]] = partial(reverse_first, p, partial(with_xitorch, p, False, True))
+    if p.n <= 200:
+        found[XITORCH[1]] = partial(reverse_first, p, partial(with_xitorch, p, False, True))
     if p.n * p.points <= DENSE_NUMEL:
         found[XITORCH[2]] = partial(reverse_first, p, partial(with_xitorch, p, True, False))
     found[OPTIMISTIX[0]] = lambda: with_optimistix(p, False)()
-    if p.n <= 500:
+    if p.n <= 200:
         found[OPTIMISTIX[1]] = lambda: with_optimistix(p, True)()
     return found
 
