@@ -63,6 +63,17 @@ def test_the_derivative_is_the_truncated_series_at_the_remembered_state(x, terms
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize(("steps", "damping"), [(1, 1.0), (3, 1.0), (1, 0.5), (4, 0.5)])
+def test_at_a_solution_it_is_the_phantom_gradient_of_a_solve(x, steps, damping):
+    layer = layer_of(gradient=ti.NeumannPhantom(steps=steps, damping=damping))
+    weights = list(layer.parameters())
+    solved = torch.autograd.grad(loss_of(layer(x)), weights)
+    refreshed = torch.autograd.grad(loss_of(layer(x)), weights)
+    assert layer.solution.adjoint.evaluations == steps - 1
+    for a, b in zip(refreshed, solved, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("solver", [ti.Neumann(rtol=1e-13, max_steps=500), ti.GMRES(rtol=1e-13)])
 def test_at_a_solution_the_converged_series_is_exact(x, solver):
     layer = layer_of(gradient=ti.Implicit(linear_solver=solver))

@@ -11,8 +11,8 @@ from torch.autograd.function import Function
 
 from torchimplicit.closure import is_transformed, transforms_running
 from torchimplicit.errors import SolveError, UnsupportedDerivativeError
-from torchimplicit.gradients import Gradient, Implicit
-from torchimplicit.gradients.base import Task
+from torchimplicit.gradients import Gradient, Implicit, NeumannPhantom
+from torchimplicit.gradients.base import Task, truncated
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.gradients.nodes import report
 from torchimplicit.precision import without_autocast
@@ -129,7 +129,22 @@ def _estimated(task: Task, gradient: Implicit | LinearEstimate, tape: Linearizat
         solver = task.adjoint_solver(gradient.linear_solver, tape.z)
         found = task.system.solve_linear(tape, True, u, solver)
         report(task, found.report)
-    else:
-        found = gradient.apply(task, tape, True, u)
-        task.record.report = found.report
+        return found.value
+    if isinstance(
+        gradient, NeumannPhantom
+    ):  # without the figures of a linear solve, which take as long on small states
+        return _series(task, tape, u, gradient.steps, gradient.damping)
+    found = gradient.apply(task, tape, True, u)
+    task.record.report = found.report
     return found.value
+
+
+def _series(task: Task, tape: Linearization, u: Tensor, terms: int, damping: float) -> Tensor:
+    """:math:`\\lambda\\sum_{i<k}(\\lambda J^T+(1-\\lambda)I)^iu`, in k - 1 products."""
+    scaled = u if damping == 1.0 else damping * u
+    g = scaled
+    for _ in range(terms - 1):
+        moved = tape.transposed(g)
+        g = scaled + moved if damping == 1.0 else torch.add(scaled, torch.lerp(g, moved, damping))
+    task.record.report = truncated(u, terms, float(terms - 1))
+    return g
