@@ -83,7 +83,7 @@ def train(config: PhysicsConfig, run: Run, console: Console) -> bool:
 
 
 def evaluate(config: PhysicsConfig, run: Run, console: Console) -> None:
-    """Measure the errors of the last weights again, and draw the page again."""
+    """Measure the errors of the last weights again, and draw the page again if there is to be one."""
     equation, made = EQUATIONS[config.equation], field(config)
     if not run.checkpoint.is_file():
         raise UserError(f"{run.checkpoint} does not exist: nothing was trained yet; 'resume' the run first")
@@ -92,7 +92,8 @@ def evaluate(config: PhysicsConfig, run: Run, console: Console) -> None:
     with _threads(config.threads), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         results = _results(config, equation, problem, history, "complete")
-        write_report(results, equation, made, run)
+        if config.page:
+            write_report(results, equation, made, run)
     run.write_json("evaluation.json", {"errors": results.errors})
     console.print(_table(results).rich_rows())
 
