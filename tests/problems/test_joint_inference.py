@@ -87,12 +87,12 @@ def relative(got: Tensor, expected: Tensor) -> float:
         ti.Anderson(memory=20, rtol=1e-9, max_steps=1000),
         ti.Broyden(memory=60, rtol=1e-9, max_steps=200),
         ti.NewtonKrylov(rtol=1e-9),
-        ti.FixedPointIteration(rtol=1e-9, max_steps=20000),
+        ti.FixedPointIteration(rtol=1e-9, max_steps=8000),
     ],
     ids=lambda solver: type(solver).__name__,
 )
 def test_optimum_and_adjoint(linear: Linear, solver: Any) -> None:
-    solution = linear.solve(linear.problem(step_size=0.003), solver=solver)
+    solution = linear.solve(linear.problem(step_size=0.01), solver=solver)
     state = solution.value
     assert bool(solution.converged.all())
     assert isinstance(state, ti.JointState)
@@ -150,13 +150,13 @@ def test_fixed_input_leaves_out_the_input(linear: Linear) -> None:
 
 
 @pytest.mark.parametrize(
-    "estimator", [ti.UnrolledPhantom(steps=1500, damping=0.5), ti.NeumannPhantom(steps=1500, damping=0.5)]
+    "estimator", [ti.UnrolledPhantom(steps=400, damping=0.5), ti.NeumannPhantom(steps=400, damping=0.5)]
 )
 def test_phantom_tends_to_the_exact_gradient(linear: Linear, estimator: Any) -> None:
     (expected,) = torch.autograd.grad(linear.optimum().pow(3).sum(), linear.u)
     value = linear.solve(linear.problem(step_size=0.02, damping=(1.0, 1.0, 1.0)), gradient=estimator).value
     (found,) = torch.autograd.grad(value.x.pow(3).sum(), linear.u)
-    assert relative(found, expected) < 1e-2
+    assert relative(found, expected) < 0.05
 
 
 def test_second_derivative(linear: Linear) -> None:
