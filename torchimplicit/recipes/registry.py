@@ -173,6 +173,11 @@ TABLES = {
         f"{_HERE}.implicit_generalization.config:default",
         f"{_HERE}.implicit_generalization.table:TABLE",
     ),
+    "implicit-gradients": Entry(
+        "The PSNR of implicit representations over the products in their backward pass (Fig. 4).",
+        f"{_HERE}.implicit_gradients.config:default",
+        f"{_HERE}.implicit_gradients.table:TABLE",
+    ),
     "physics-informed": Entry(
         "Physics-informed equilibrium models beside plain networks: four equations, three optimizers.",
         f"{_HERE}.physics_informed.config:default",
