@@ -373,15 +373,31 @@ class TestFaults:
         with pytest.warns(ti.SmoothnessWarning, match=r"uses relu, linear in pieces.*tanh"):
             at.along((d,), order=2)
 
-    def test_a_singular_jacobian_has_a_named_status(self):
-        problem = ti.FixedPoint(lambda z, x: z * torch.tensor([1.0, 0.5]) + torch.stack([0 * x, x], 1))
-        x = torch.rand(3)
-        at = Derivatives(ti.solve(problem, torch.zeros(3, 2), x))
+    @pytest.mark.parametrize(
+        "solver", [None, ti.Dense(), ti.GMRES(), ti.LSMR()], ids=["default", "dense", "gmres", "lsmr"]
+    )
+    def test_a_singular_jacobian_has_a_named_status(self, solver):
+        def shifted(z: Tensor, x: Tensor) -> Tensor:  # every first component is a solution, where x has none
+            return z * torch.tensor([1.0, 0.5]) + torch.cat([x - x.detach(), x], 1)
+
+        x = torch.rand(3, 1).requires_grad_()
+        implicit = ti.Implicit(linear_solver=solver)
+        solution = ti.solve(ti.FixedPoint(shifted), torch.zeros(3, 2), x, gradient=implicit)
+        at = Derivatives(solution, linear_solver=solver)
         with pytest.warns(ti.ConvergenceWarning, match="BREAKDOWN"):
-            slope = at._solved(torch.ones(3, 2))
+            slope = at.tangent((torch.ones_like(x),))
         assert at.report is not None
-        assert (at.report.status == ti.Status.BREAKDOWN).all()
-        assert slope.isfinite().all()
+        assert (at.report.status == ti.Status.BREAKDOWN).all(), "the tangent's solve"
+        total = slope.sum() + at.value.sum()
+        at._record.report = None
+        with pytest.warns(ti.ConvergenceWarning, match="BREAKDOWN"):
+            (gradient,) = torch.autograd.grad(total, x)
+        assert (at.report.status == ti.Status.BREAKDOWN).all(), "the adjoint solve"
+        with pytest.warns(ti.ConvergenceWarning, match="BREAKDOWN"):
+            (composed,) = torch.autograd.grad(solution.value.sum(), x)
+        assert solution.adjoint is not None
+        assert (solution.adjoint.status == ti.Status.BREAKDOWN).all(), "the adjoint solve of the layer"
+        assert all(t.isfinite().all() for t in (slope, gradient, composed))
 
     @pytest.mark.parametrize(
         ("direction", "complaint"),
