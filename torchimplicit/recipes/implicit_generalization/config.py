@@ -33,7 +33,7 @@ class GeneralizationConfig:
     """w; by default 64, and the paper's 256."""
 
     steps: int | None = None
-    """By default 600, and the paper's 2000."""
+    """By default 400, and the paper's 2000."""
 
     rows: tuple[str, ...] = ()
     """Only these, such as fourier-implicit-1L, gabor-explicit-4L, siren-implicit-1L-full and cost; by default all."""

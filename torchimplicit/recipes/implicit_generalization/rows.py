@@ -162,7 +162,7 @@ def width(config: GeneralizationConfig) -> int:
 def training(config: GeneralizationConfig, row: Row, subject: Subject, seed: int) -> PictureConfig:
     """The settings of one run."""
     paper = config.plan.scale == "paper"
-    steps = config.steps or (2000 if paper else 600)
+    steps = config.steps or (2000 if paper else 400)
     layers, factor = SIZES[row.size]
     equilibria = truncated()
     if row.full:

@@ -23,7 +23,7 @@ class GradientsConfig:
     file: Path | None = None
     """A picture of your own in place of them."""
 
-    products: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
+    products: tuple[int, ...] = (0, 1, 2, 4, 8)
     """The T to try: 0 is the one-step gradient, 1 the paper's choice; the converged adjoint comes besides."""
 
     size: int | None = None
@@ -33,7 +33,7 @@ class GradientsConfig:
     """By default 64, and the paper's 256."""
 
     steps: int | None = None
-    """By default 600, and the paper's 2000."""
+    """By default 400, and the paper's 2000."""
 
     machine: Machine = field(default_factory=lambda: Machine(tensorboard=False))
 
