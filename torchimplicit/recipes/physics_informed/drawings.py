@@ -42,7 +42,7 @@ def against_seconds(found: Found, equation: EquationName) -> Figure:
     for panel in panels:
         panel.set_ylim(low, high)
     panels[0].set_ylabel(MEASURES[MEASURE[equation]])
-    panels[0].legend(fontsize=7.5, loc="lower left")
+    panels[-1].legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
@@ -75,7 +75,7 @@ def _lines(name: EquationName, made: dict[str, Array]) -> Figure:
         line = "-" if MODELS[model].states else "--"
         other.plot(grid[:, 0], gap, color=_colour(model), linestyle=line, linewidth=1.2, label=MODELS[model].label)
     other.set(xlabel=equation.inputs[0], yscale="log", title="largest absolute error of a component")
-    other.legend(fontsize=7.5)
+    other.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 

@@ -47,11 +47,14 @@ OPTIMIZERS: dict[OptimizerName, str] = {"least-squares": "Gauss–Newton", "l-bf
 
 
 def jobs(config: PhysicsInformedConfig) -> list[Job]:
-    """Seeds are outermost, and models innermost, so that what slows the machine for a while slows all of them."""
+    """Ordinary equations first, which are short; then seeds are outermost, and models innermost, so that what slows the
+    machine for a while slows all of them."""
     return [
         Job(name_of(equation, model, optimizer, seed), f"physics-{equation}", made)
+        for short in (True, False)
         for seed in config.plan.all_seeds
         for equation in equations(config)
+        if ordinary(equation) == short
         for optimizer in optimizers(config)
         for model in MODELS
         for made in [settings_of(config, equation, model, optimizer, seed)]

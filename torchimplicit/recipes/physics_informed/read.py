@@ -40,6 +40,10 @@ class Cell:
         """Their median."""
         return median(self.errors())
 
+    def loss(self) -> float:
+        """The median of the losses at the end; what may select an optimizer."""
+        return median(one.loss for one in self.results.values())
+
     def pace(self) -> float:
         """Milliseconds an iteration."""
         return 1000 * median(one.seconds / max(1, one.iterations) for one in self.results.values())
