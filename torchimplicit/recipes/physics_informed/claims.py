@@ -69,8 +69,8 @@ def notes(config: PhysicsInformedConfig, found: Found) -> list[str]:
             paces.append(f"{EQUATIONS[equation].title} {one.pace():.0f} against {other.pace():.0f} ms")
     if paces:
         made.append(
-            "A Gauss–Newton iteration of the equilibrium with 20 states takes, against that of the network of its size: "
-            f"{', '.join(paces)}. It solves for the equilibrium anew, and a linear system for each derivative and each "
+            "A Gauss–Newton iteration of the equilibrium with 20 states takes, against that of the network of its "
+            f"size: {', '.join(paces)}. It solves for the equilibrium anew, and a linear system for each derivative and each "
             "gradient; a network has nothing to solve."
         )
     rejected = sum(one.rejected for cell in found.cells.values() for one in cell.results.values())
@@ -83,9 +83,9 @@ def notes(config: PhysicsInformedConfig, found: Found) -> list[str]:
         "Time is the processor's, of one core, and errors are measured outside of it. Every run is counted, with its "
         "last weights; the error against the trusted solution selects nothing.",
         "The loss is that of the thesis without its Jacobian penalty: the mean square of the initial or boundary "
-        "residual (ten times that on Helmholtz' equation) and a tenth of that of the equation. Points are fewer than in the thesis and do not change, so "
-        "that the residuals are one vector, which Gauss–Newton needs; Adam's learning rate is higher and falls "
-        "along a cosine.",
+        "residual (ten times that on Helmholtz' equation) and a tenth of that of the equation. Points are fewer than "
+        "in the thesis and do not change, so that the residuals are one vector, which Gauss–Newton needs; Adam's "
+        "learning rate is higher and falls along a cosine.",
     ]
     if found.left:
         shown = ", ".join(found.left[:6]) + (", ..." if len(found.left) > 6 else "")
