@@ -24,6 +24,7 @@ class AndersonState(NamedTuple):
         moves: of each past step, the difference of the damped images, :math:`\\Delta z + \\beta\\Delta r`.
         turns: the difference of the residuals, :math:`\\Delta r`.
         gram: inner products of ``turns``, ``[batch, memory, memory]``.
+        kept: 0 or 1, ``[batch, memory]``: which of the past differences each sample still remembers; ``None``: all.
         merit: ``[batch]``, of the point before this one, where the problem has one.
         plain: bool ``[batch]``: the samples whose step to come is a plain one; ``None`` for none.
         taken: steps so far.
@@ -35,6 +36,7 @@ class AndersonState(NamedTuple):
     moves: History
     turns: History
     gram: Tensor
+    kept: Tensor | None
     merit: Tensor | None
     plain: Tensor | None
     taken: int
@@ -83,7 +85,9 @@ class Anderson(Solver):
             to = self._plain(point.z, residual, point.image)
             moves, turns = History.empty(residual, self.memory), History.empty(residual, self.memory)
             gram = turns.ring.new_zeros(residual.shape[0], self.memory, self.memory)
-            return Move(to, AndersonState(point.z, residual, point.image, moves, turns, gram, point.merit, None, 0))
+            return Move(
+                to, AndersonState(point.z, residual, point.image, moves, turns, gram, None, point.merit, None, 0)
+            )
 
         slot = state.taken % self.memory
         turn = widened(residual - state.residual)
@@ -95,6 +99,10 @@ class Anderson(Solver):
         turns, moves = state.turns.put(slot, turn), state.moves.put(slot, move / length)
         size = turns.filled
         products = torch.bmm(turns.vectors, torch.stack((turn, widened(residual)), dim=1).mT)
+        kept = state.kept
+        if kept is not None:
+            kept = kept.index_fill(1, kept.new_tensor(slot, dtype=torch.int64), 1)
+            products = products * kept[:, :size, None]
         gram = state.gram.clone() if torch.is_grad_enabled() else state.gram
         gram[:, slot, :size] = gram[:, :size, slot] = products[:, :, 0]
         gram[:, slot, slot].add_(10 * number.eps if self.regularization is None else self.regularization)
@@ -102,7 +110,9 @@ class Anderson(Solver):
         correction = torch.bmm(weights.mT, moves.vectors)[:, 0]
         to = self._plain(point.z, residual, point.image)
         to = to - (correction if correction.dtype == to.dtype else correction.to(to.dtype))
-        after = AndersonState(point.z, residual, point.image, moves, turns, gram, point.merit, None, state.taken + 1)
+        after = AndersonState(
+            point.z, residual, point.image, moves, turns, gram, kept, point.merit, None, state.taken + 1
+        )
         if progress.improving:
             return Move(to, after)
         return self._safeguard(to, state, after, point.doubt)
@@ -115,13 +125,15 @@ class Anderson(Solver):
         else:
             rounding = 10 * torch.finfo(merit.dtype).eps * before.merit.abs()
             failed = (merit if doubt is None else merit - doubt) > before.merit + rounding
-        if merit is not None and before.merit is not None:
-            merit = torch.where(failed, before.merit, merit)
         if before.plain is not None:
             failed = failed & ~before.plain
+        if merit is not None and before.merit is not None:
+            merit = torch.where(failed, before.merit, merit)
         column = failed[:, None]
         to = torch.where(column, self._plain(before.z, before.residual, before.image), to)
         forget = failed[:, None, None]
+        # what is forgotten gets no weight: the long vectors stay as they are
+        kept = after.gram.new_ones(after.gram.shape[:2]) if after.kept is None else after.kept
         image = None
         if after.image is not None and before.image is not None:
             image = torch.where(column, before.image, after.image)
@@ -131,9 +143,10 @@ class Anderson(Solver):
                 torch.where(column, before.z, after.z),
                 torch.where(column, before.residual, after.residual),
                 image,
-                History(torch.where(forget, 0, after.moves.ring), after.moves.filled),
-                History(torch.where(forget, 0, after.turns.ring), after.turns.filled),
+                after.moves,
+                after.turns,
                 torch.where(forget, torch.eye(self.memory, out=after.gram.new_empty(0)), after.gram),
+                kept.masked_fill(column, 0),
                 merit,
                 failed,
                 after.taken,
