@@ -70,7 +70,7 @@ def notes(config: PhysicsInformedConfig, found: Found) -> list[str]:
     if paces:
         made.append(
             "A Gauss–Newton iteration of the equilibrium with 20 states takes, against that of the network of its "
-            f"size: {', '.join(paces)}. It solves for the equilibrium anew, and a linear system for each derivative and "
+            f"size: {', '.join(paces)}. It solves for the equilibrium anew, and a system for each derivative and "
             "each gradient; a network has nothing to solve."
         )
     rejected = sum(one.rejected for cell in found.cells.values() for one in cell.results.values())
