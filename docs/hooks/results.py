@@ -1,17 +1,20 @@
 """MkDocs hook: puts tables of the newest recorded benchmark run into a page, so that no figure is copied by hand.
 
-A line ``{{ results NAME: HEADING }}`` becomes the section of that heading in ``benchmarks/results/NAME-*.md``, and
-``{{ results NAME }}`` the lines before the first section, which say how, on what and when.
+A line ``{{ results NAME: HEADING }}`` becomes the section of that heading in ``benchmarks/results/NAME-*.md``,
+``{{ results NAME }}`` the lines before the first section, which say how, on what and when, and
+``{{ results NAME: figure }}`` the run's picture.
 """
 
 from __future__ import annotations
 
+import base64
 import re
 from pathlib import Path
 from typing import Any
 
 from mkdocs.exceptions import PluginError
 
+_FIGURE = re.compile(r"^!\[figure\]\((?P<file>[\w.-]+)\)$", re.MULTILINE)
 _WANTED = re.compile(r"^\{\{ results (?P<name>\w+)(?:: (?P<heading>.+?))? \}\}$", re.MULTILINE)
 
 
@@ -40,7 +43,11 @@ def on_page_markdown(markdown: str, config: Any, **_: object) -> str:
     folder = Path(config.config_file_path).parent / "benchmarks" / "results"
 
     def replace(match: re.Match[str]) -> str:
-        text = newest(folder, match["name"]).read_text(encoding="utf-8")
-        return section(text.replace("<", "&lt;"), match["heading"])
+        path = newest(folder, match["name"])
+        text = path.read_text(encoding="utf-8")
+        if match["heading"] == "figure":
+            picture = base64.b64encode(path.with_suffix(".png").read_bytes()).decode()
+            return f"![the figures of {path.stem}](data:image/png;base64,{picture})"
+        return section(_FIGURE.sub("", text).replace("<", "&lt;"), match["heading"])
 
     return _WANTED.sub(replace, markdown)
