@@ -7,6 +7,7 @@ from torchimplicit.models.deq_transformer import (
     deq_transformer_small,
     deq_transformer_wikitext103,
 )
+from torchimplicit.models.equilibrium_classifier import EquilibriumClassifier, EquilibriumClassifierConfig, TanhCell
 from torchimplicit.models.ignn import (
     IGNN,
     Adjacency,
@@ -42,6 +43,8 @@ __all__ = [
     "ConvDEQClassifier",
     "DEQTransformer",
     "DEQTransformerConfig",
+    "EquilibriumClassifier",
+    "EquilibriumClassifierConfig",
     "EquilibriumField",
     "ExplicitRepresentation",
     "Field",
@@ -58,6 +61,7 @@ __all__ = [
     "MDEQConfig",
     "NetworkField",
     "ResidualCell",
+    "TanhCell",
     "UniformStart",
     "deq_transformer_small",
     "deq_transformer_wikitext103",

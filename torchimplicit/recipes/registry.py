@@ -144,6 +144,16 @@ RECIPES = {
         f"{_HERE}.fields.images.config:generalization",
         f"{_HERE}.fields.images.task:RUNNER",
     ),
+    "jiio-adversarial-digits": Entry(
+        "An equilibrium classifier of the bundled digits trained against attacks found by joint inference.",
+        f"{_HERE}.jiio_adversarial.config:digits",
+        f"{_HERE}.jiio_adversarial.task:RUNNER",
+    ),
+    "jiio-adversarial-mnist": Entry(
+        "The same of MNIST, by a convolutional model, in minutes on a CPU.",
+        f"{_HERE}.jiio_adversarial.config:mnist",
+        f"{_HERE}.jiio_adversarial.task:RUNNER",
+    ),
 }
 """What ``train`` trains, in the order in which it is listed."""
 
