@@ -14,6 +14,7 @@ from rich.console import Console
 
 from torchimplicit.gradients import Implicit, NeumannPhantom
 from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.fields.cost import peak_bytes
 from torchimplicit.recipes.fields.images.config import full_batch, truncated
 from torchimplicit.recipes.fields.memory import accumulated, chunk_points, floats_a_point
 from torchimplicit.recipes.fields.points import Grid, centres, every_other
@@ -114,6 +115,23 @@ class TestMemory:
         less = replace(config, representation=replace(config.representation, memory_mb=32))
         assert chunk_points(config, 10) == 64 * 2**20 // (4 * floats_a_point(config))
         assert chunk_points(less, 10) < chunk_points(config, 10)
+
+    @pytest.mark.parametrize("filter", ["siren", "fourier", "gabor"])
+    @pytest.mark.parametrize(
+        ("implicit", "amortize", "gradient"),
+        [(False, "refresh", "implicit"), (True, "refresh", "neumann-phantom"), (True, "off", "implicit")],
+    )
+    def test_a_step_holds_no_more_than_is_reckoned(self, filter, implicit, amortize, gradient):
+        config = WaveConfig(
+            samples=2000,
+            representation=Representation(width=32, depth=2, filter=filter, implicit=implicit, amortize=amortize),
+            equilibria=replace(truncated(), gradient=gradient),
+        )
+        task = wave(config)
+        (batch,) = task.training_batches(range(1), Shard())
+        for _ in range(2):  # a solve, and then a single evaluation
+            held = peak_bytes(lambda: task.loss(batch).backward(), torch.device("cpu"))
+            assert 0.1 * 4 * 2000 * floats_a_point(config) < held < 4 * 2000 * floats_a_point(config)
 
     def test_states_that_do_not_fit_are_refused(self):
         config = WaveConfig(representation=Representation(width=1024, memory_mb=100))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
@@ -84,6 +84,24 @@ class FieldCost:
     parameters: int
     cosine: float
     norm: float
+
+
+def peak_bytes(step: Callable[[], object], where: torch.device) -> int:
+    """The memory at its peak while ``step`` runs, over what was held before it."""
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+        before = torch.cuda.memory_allocated(where)
+        step()
+        return torch.cuda.max_memory_allocated(where) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        step()
+    assert watched.profiler is not None
+    held, most = 0, 0
+    events: list[Any] = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
 
 
 class FieldCostRunner:
@@ -180,7 +198,7 @@ class _Subject:
             backward_seconds=median(one.backward_seconds for one in self.seen),
             forward=fmean(one.figures["forward_evaluations"] for one in self.seen),
             backward=fmean(one.figures["backward_evaluations"] for one in self.seen),
-            megabytes=self._peak() / 2**20,
+            megabytes=peak_bytes(self.step, self.where) / 2**20,
             parameters=sum(p.numel() for p in self.task.parameters()),
             cosine=cosine,
             norm=norm,
@@ -190,22 +208,6 @@ class _Subject:
         if self.where.type == "cuda":
             torch.cuda.synchronize(self.where)
         return self.clock()
-
-    def _peak(self) -> float:
-        if self.where.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.where)
-            before = torch.cuda.memory_allocated(self.where)
-            self.step()
-            return float(torch.cuda.max_memory_allocated(self.where) - before)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-            self.step()
-        assert watched.profiler is not None
-        held, most = 0, 0
-        events: list[Any] = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            held += event.nbytes()
-            most = max(most, held)
-        return float(most)
 
     def _gradient(self) -> Tensor:
         self.optimizer.zero_grad()

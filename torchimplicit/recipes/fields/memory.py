@@ -33,21 +33,23 @@ def chunk_points(config: FieldSettings, training: int) -> int:
     return max(1, fitting)
 
 
+HELD = {"siren": 3, "fourier": 4, "gabor": 7}
+"""Vectors of the model's width that a step holds for each filter and the layer behind it, as measured."""
+
+
 def floats_a_point(config: FieldSettings) -> int:
-    """What a step holds for a point at its peak, roughly and rather too much: for every filter its phase, sine,
-    window and their gradients, for every layer its input, product and result with their gradients, and what the solvers
-    keep."""
+    """What a step holds for a point at its peak: as measured, with the first step's solve, and rounded up."""
     chosen, solve = config.representation, config.equilibria
-    vectors = 6 * (chosen.depth + 1) + 6 * chosen.depth + 4
+    vectors = HELD[chosen.filter] * (chosen.depth + 1) + 2
     if chosen.implicit:
-        vectors += 4
-        if chosen.amortize != "refresh":
-            vectors += {"anderson": 16, "broyden": 2 * solve.solver_steps + 6, "fixed-point": 6}[solve.solver]
+        solving = {"anderson": 40, "broyden": 2 * solve.solver_steps + 16, "fixed-point": 16}[solve.solver]
+        backward = 4
         if solve.gradient == "implicit":
-            vectors += min(solve.backward_steps, 30) + 4
+            backward = min(solve.backward_steps, 30) + 16  # GMRES's basis
         elif solve.gradient in ("unrolled-phantom", "unrolled"):
             steps = solve.phantom_steps if solve.gradient == "unrolled-phantom" else solve.solver_steps
-            vectors += 4 * chosen.depth * steps
+            backward = 3 * chosen.depth * steps + 8
+        vectors += max(solving, backward)
     return chosen.width * vectors
 
 
