@@ -127,6 +127,9 @@ class Anderson(Solver):
             failed = (merit if doubt is None else merit - doubt) > before.merit + rounding
         if before.plain is not None:
             failed = failed & ~before.plain
+        # all seldom improve together where there is a merit; on other devices, to ask takes longer than what follows
+        if merit is not None and failed.device.type == "cpu" and not failed.any():
+            return Move(to, after._replace(merit=merit))
         if merit is not None and before.merit is not None:
             merit = torch.where(failed, before.merit, merit)
         column = failed[:, None]

@@ -157,6 +157,11 @@ class _Loop:
             self.best, self.best_rank = self.point, rank
             if self.active == before:
                 return
+        if step and ask and was_certain and self.active == before:  # nobody stopped
+            if improving:
+                self.best = self.point.select(improved, self.best)
+                self.best_rank = torch.where(improved, rank, self.best_rank)
+            return
         stopped = ~going if was_running is None else was_running & ~going
         self.steps = self.steps.masked_fill(stopped, step)
         self.status = self.status.masked_fill(stopped, int(Status.CONVERGED))
