@@ -2,14 +2,17 @@
 
 from torchimplicit.diagnostics.ascent import AscentCondition, ascent_condition
 from torchimplicit.diagnostics.compare import GradientComparison, GradientProbe, compare_gradients, probe_gradient
+from torchimplicit.diagnostics.curvature import Curvature, curvature
 from torchimplicit.diagnostics.spectrum import spectral_radius
 
 __all__ = [
     "AscentCondition",
+    "Curvature",
     "GradientComparison",
     "GradientProbe",
     "ascent_condition",
     "compare_gradients",
+    "curvature",
     "probe_gradient",
     "spectral_radius",
 ]

@@ -17,6 +17,7 @@ from torchimplicit.linear.preconditioners import (
     Preconditioner,
     PreparedPreconditioner,
 )
+from torchimplicit.linear.reference import ReferenceHessian
 
 __all__ = [
     "CG",
@@ -35,4 +36,5 @@ __all__ = [
     "Neumann",
     "Preconditioner",
     "PreparedPreconditioner",
+    "ReferenceHessian",
 ]

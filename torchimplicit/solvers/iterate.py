@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchimplicit.linear import PreparedPreconditioner
 from torchimplicit.problems import Point, System
 from torchimplicit.problems.system import broken_promise
 from torchimplicit.solution import Report, Status
@@ -236,9 +237,12 @@ class _Loop:
 
 
 def take_rows(state: Any, rows: Tensor) -> Any:
-    """A solver's state (a ``NamedTuple`` of tensors, numbers and such tuples) for the samples ``rows``."""
+    """A solver's state (a ``NamedTuple`` of tensors, numbers, preconditioners and such tuples) for the samples
+    ``rows``."""
     if isinstance(state, Tensor):
         return state[rows]
+    if isinstance(state, PreparedPreconditioner):
+        return state.restrict(rows)
     if isinstance(state, tuple):
         parts = [take_rows(part, rows) for part in state]
         return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)

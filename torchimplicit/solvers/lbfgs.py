@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from torchimplicit.errors import UnsupportedDerivativeError
+from torchimplicit.linear import Preconditioner, PreparedPreconditioner, ReferenceHessian
+from torchimplicit.linear.preconditioners import as_preconditioner
 from torchimplicit.problems import Point, System
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.gradient_descent import only_minimum
@@ -22,7 +25,9 @@ class LBFGSState(NamedTuple):
     """Past steps ``s``, gradient changes ``y``, their inverse products ``rho`` ``[batch, memory]``, and the scale of
     the initial inverse Hessian ``gamma`` ``[batch, 1]``. A slot with ``rho == 0`` holds nothing.
 
-    ``lowest`` and ``least`` are the least energy and gradient norm so far, ``idle`` the trials since either fell.
+    ``model`` multiplies by the initial inverse Hessian, and is ``aged`` steps old; ``None`` for a multiple of the
+    identity. ``lowest`` and ``least`` are the least energy and gradient norm so far, ``idle`` the trials since either
+    fell.
     """
 
     s: History
@@ -33,6 +38,8 @@ class LBFGSState(NamedTuple):
     least: Tensor
     idle: Tensor
     seen: int
+    model: PreparedPreconditioner | None = None
+    aged: int = 0
 
 
 PATIENCE = 60
@@ -52,14 +59,21 @@ class LBFGS(Solver):
     Args:
         memory: how many past steps are used.
         trials: the most evaluations of one line search.
+        preconditioner: an approximation of the Hessian with a cheap inverse, symmetric positive definite, in place of
+            the multiple of the identity that the updates start from: a :class:`~torchimplicit.linear.ReferenceHessian`
+            (made anew where a minimization takes long), any other
+            :class:`~torchimplicit.linear.Preconditioner`, or a function :math:`v \\mapsto M^{-1}v`. What it takes to
+            make it is counted among the evaluations.
         rtol, atol, max_steps, keep_trajectory, check_every: see :class:`Solver`.
     """
 
     memory: int = 10
     trials: int = 20
     max_steps: int = 500
+    preconditioner: Preconditioner | Callable[[Tensor], Tensor] | None = None
 
     def check(self) -> None:
+        as_preconditioner(self.preconditioner)
         check_count(self, "memory")
         check_count(self, "trials")
 
@@ -83,6 +97,7 @@ class LBFGS(Solver):
                 "Unrolled cannot differentiate through LBFGS, whose line search branches on the data: use Implicit or "
                 "EquilibriumPropagation, or unroll GradientDescent"
             )
+        state = self._prepared(evaluate, point, state)
         direction = self._direction(point.residual, state)
         found = search(evaluate, point, direction, progress.active, self.trials)
         stuck = found.failed
@@ -98,6 +113,25 @@ class LBFGS(Solver):
         state = self._remember(state, point, again.point, found.trials + again.trials)
         return Move(to, state, breakdown=lost | (state.idle >= PATIENCE))
 
+    def _prepared(self, evaluate: Evaluator, point: Point, state: LBFGSState) -> LBFGSState:
+        """With the model of the Hessian, made here if there is none or if it has served too long."""
+        given = as_preconditioner(self.preconditioner)
+        if given is None:
+            return state
+        stale = isinstance(given, ReferenceHessian) and state.aged >= given.refresh_after
+        if state.model is not None and not stale:
+            return state._replace(aged=state.aged + 1)
+        if isinstance(given, ReferenceHessian) and stale:
+            given.refresh()
+        rows = point.z.shape[0]
+        operator = evaluate.system.operator(evaluate.system.linearize(point.z, evaluate.params), False)
+        model = given.prepare(operator, definite=True)
+        evaluate.rows_evaluated += rows + model.setup_rows
+        if operator.null is not None:
+            model = model.orthogonal_to(operator.null.expand(rows, -1))
+        # what was remembered belongs to the model before
+        return state._replace(model=model, aged=1, rho=torch.zeros_like(state.rho), gamma=torch.ones_like(state.gamma))
+
     def _direction(self, residual: Tensor, state: LBFGSState) -> Tensor:
         """The two-loop recursion applied to minus the gradient."""
         q = residual.to(state.rho.dtype)
@@ -107,7 +141,7 @@ class LBFGS(Solver):
             weight = state.rho[:, slot, None] * (state.s.ring[:, slot] * q).sum(dim=1, keepdim=True)
             q = torch.addcmul(q, weight, state.y.ring[:, slot], value=-1)
             weights.append(weight)
-        q = q * state.gamma
+        q = (q if state.model is None else state.model.inverse(q)) * state.gamma
         for slot, weight in zip(reversed(order), reversed(weights), strict=True):
             lift = state.rho[:, slot, None] * (state.y.ring[:, slot] * q).sum(dim=1, keepdim=True)
             q = torch.addcmul(q, weight - lift, state.s.ring[:, slot])
@@ -123,7 +157,8 @@ class LBFGS(Solver):
         kept = kept & torch.isfinite(sy + yy)
         rho = state.rho.clone()
         rho[:, slot] = torch.where(kept, 1 / torch.where(kept, sy, 1), 0)
-        gamma = torch.where(kept, sy / torch.where(kept, yy, 1), state.gamma[:, 0])[:, None]
+        size = yy if state.model is None else (y * state.model.inverse(y)).sum(dim=1)
+        gamma = torch.where(kept, sy / torch.where(kept, size, 1), state.gamma[:, 0])[:, None]
         clean = kept[:, None]
         history = state.s.put(slot, torch.where(clean, s, 0)), state.y.put(slot, torch.where(clean, y, 0))
         assert after.energy is not None
@@ -138,4 +173,6 @@ class LBFGS(Solver):
             least=torch.minimum(norm, state.least),
             idle=torch.where(fell, 0, state.idle + trials),
             seen=state.seen + 1,
+            model=state.model,
+            aged=state.aged,
         )

@@ -1,0 +1,57 @@
+"""The extreme eigenvalues of constrained and free Hessians."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import torchimplicit as ti
+from torchimplicit.diagnostics import curvature
+
+
+def spectra(dim: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.linspace(-0.5, 3.0, dim, dtype=torch.float64) + torch.arange(batch, dtype=torch.float64)[:, None]
+    turns = torch.linalg.qr(torch.randn(batch, dim, dim, generator=generator, dtype=torch.float64)).Q
+    return turns @ torch.diag_embed(values) @ turns.mT, torch.rand(dim, generator=generator, dtype=torch.float64) + 0.5
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+@pytest.mark.parametrize("dim", [1, 2, 30, 60])
+def test_extremes(dim: int, constrained: bool) -> None:
+    if constrained and dim == 1:
+        pytest.skip("nothing is left on a point")
+    hessian, weight = spectra(dim)
+
+    def energy(z: torch.Tensor) -> torch.Tensor:
+        return 0.5 * torch.einsum("bi,bij,bj->b", z, hessian, z) + 0.05 * z.pow(4).sum(dim=1)
+
+    z = 0.1 * torch.ones(2, dim, dtype=torch.float64)
+    problem = ti.Minimum(energy, constraint=ti.LinearEquality(weight, 1.0) if constrained else None)
+    matrix = hessian + torch.diag_embed(0.6 * z.square())
+    if constrained:
+        basis = torch.linalg.svd(weight[None], full_matrices=True).Vh[1:].T
+        matrix = basis.T @ matrix @ basis
+    values = torch.linalg.eigvalsh(matrix)
+    found = curvature(problem, z, subspace=40)  # dense up to 40
+    torch.testing.assert_close(found.least, values[:, 0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.largest, values[:, -1], rtol=1e-3, atol=1e-3)
+    assert bool(torch.isinf(found.condition[0])) == bool(values[0, 0] <= 0)
+
+
+def test_lanczos_on_an_exhausted_space() -> None:
+    """Two distinct eigenvalues: the Krylov space ends after two steps."""
+    scale = torch.where(torch.arange(50) < 20, 2.0, 5.0).double()
+    problem = ti.Minimum(lambda z: 0.5 * (scale * z.square()).sum(dim=1))
+    found = curvature(problem, torch.ones(3, 50, dtype=torch.float64), subspace=10)
+    torch.testing.assert_close(found.least, torch.full((3,), 2.0, dtype=torch.float64))
+    torch.testing.assert_close(found.largest, torch.full((3,), 5.0, dtype=torch.float64))
+
+
+def test_one_system_and_other_problems() -> None:
+    problem = ti.Minimum(lambda z: z.square().sum(), batched=False)
+    found = curvature(problem, torch.ones(3))
+    assert found.least.ndim == 0
+    assert float(found.least) == pytest.approx(2.0)
+    with pytest.raises(TypeError, match="Minimum"):
+        curvature(ti.FixedPoint(lambda z: z), torch.ones(1, 1))  # type: ignore[arg-type]
