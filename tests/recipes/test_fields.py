@@ -12,6 +12,7 @@ pytest.importorskip("tyro")
 
 from rich.console import Console
 
+from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients import Implicit, NeumannPhantom
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.cost import peak_bytes
@@ -20,7 +21,7 @@ from torchimplicit.recipes.fields.memory import accumulated, chunk_points, float
 from torchimplicit.recipes.fields.points import Grid, centres, every_other
 from torchimplicit.recipes.fields.report import write_page
 from torchimplicit.recipes.fields.runner import FieldRunner
-from torchimplicit.recipes.fields.settings import Representation, check_fit
+from torchimplicit.recipes.fields.settings import Representation, check_fit, check_slopes
 from torchimplicit.recipes.fields.task import FieldTask, Parts, decibels
 from torchimplicit.recipes.run import RunOptions, create
 from torchimplicit.recipes.training.logs import rows
@@ -211,7 +212,7 @@ class TestTask:
             loss = task.loss(batch)
             loss.backward()
             optimizer.step()
-            found.append(float(loss))
+            found.append(float(loss.detach()))
         assert found[-1] < 0.5 * found[0]
         assert task.describe().startswith(f"A wave. {'Implicit' if implicit else 'Explicit'}")
         assert task.on_grid([25]).shape == (25, 2)
@@ -262,6 +263,46 @@ class TestSettings:
     def test_sizes(self):
         with pytest.raises(UserError, match="--width"):
             Representation(width=0)
+
+
+class TestSlopes:
+    def fitted_by_slopes(self, config):
+        def criterion(field, x, y):
+            x = x.requires_grad_()
+            (slope,) = torch.autograd.grad(field(x)[:, 0].sum(), x, create_graph=True)
+            return (slope - y[:, :1]).square().mean()
+
+        t = torch.linspace(-1, 1, config.samples)
+        grid = Grid(torch.stack([(3 * t).cos(), t], 1))
+        task = FieldTask(config, grid, Parts.same(grid), 4.0, criterion)
+        optimizer = torch.optim.Adam(task.parameters(), lr=1e-2)
+        for batch in task.training_batches(range(40), Shard()):
+            optimizer.zero_grad()
+            loss = task.loss(batch)
+            loss.backward()
+            optimizer.step()
+        return float(loss.detach())
+
+    def config(self, **changes):
+        return WaveConfig(
+            representation=Representation(width=12, amortize=changes.pop("amortize", "solve")),
+            equilibria=replace(truncated(), gradient=changes.pop("gradient", "implicit"), tolerance=1e-4),
+        )
+
+    def test_a_field_is_fitted_to_given_slopes(self):
+        config = self.config()
+        check_slopes(config)
+        assert self.fitted_by_slopes(config) < 0.1
+
+    @pytest.mark.parametrize(
+        "changes", [{"gradient": "one-step"}, {"gradient": "neumann-phantom"}, {"amortize": "refresh"}]
+    )
+    def test_estimates_without_a_second_derivative_are_refused(self, changes):
+        config = self.config(**dict(changes))
+        with pytest.raises(UserError, match="second derivative"):
+            check_slopes(config)
+        with pytest.raises(UnsupportedDerivativeError):
+            self.fitted_by_slopes(config)
 
 
 class TestRuns:

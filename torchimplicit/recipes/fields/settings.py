@@ -67,3 +67,20 @@ def check_fit(config: FieldSettings) -> None:
         )
     if chosen.amortize != "off" and name == "unrolled":
         raise UserError("--gradient unrolled differentiates the steps of a solve from zero; add --amortize off")
+
+
+def check_slopes(config: FieldSettings) -> None:
+    """Raise where the settings cannot train by a loss that holds derivatives of the field: the weights' gradient is a
+    second derivative then, which estimators of the adjoint do not have, nor states that were carried along."""
+    chosen = config.representation
+    if not chosen.implicit:
+        return
+    if config.equilibria.gradient not in ("implicit", "unrolled"):
+        raise UserError(
+            f"--gradient {config.equilibria.gradient} has no exact second derivative, and the loss holds slopes of the "
+            "field; use --gradient implicit"
+        )
+    if chosen.amortize == "refresh":
+        raise UserError(
+            "--amortize refresh has no second derivative, and the loss holds slopes of the field; use --amortize solve"
+        )

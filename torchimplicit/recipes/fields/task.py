@@ -18,8 +18,14 @@ from torchimplicit.recipes.fields.settings import FieldSettings
 from torchimplicit.recipes.training.sampling import generator
 from torchimplicit.recipes.training.task import Metric, Shard, Split, Task
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
-"""What is lowered: of the model's values and the signal's, a mean over the points."""
+Criterion = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
+"""What is lowered: of the field as a function of coordinates, the points' coordinates, and the signal's values there; a
+mean over the points. It may differentiate the field, if the settings pass :func:`.settings.check_slopes`."""
+
+
+def mean_squared_error(field: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """The usual criterion."""
+    return functional.mse_loss(field(x), y)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class FieldTask(Task):
         points: Points,
         parts: Parts,
         frequencies: float,
-        criterion: Criterion = functional.mse_loss,
+        criterion: Criterion = mean_squared_error,
         about: str = "",
     ):
         super().__init__()
@@ -96,7 +102,7 @@ class FieldTask(Task):
 
     def _misfit(self, places: Tensor) -> Tensor:
         x, y = self.points.at(self.training_points[places])
-        return self.criterion(values_at(self.model, x, places), y)
+        return self.criterion(lambda x: values_at(self.model, x, places), x, y)
 
     def score(self, batch: Tensor) -> Tensor:
         """The sum of the squared errors, of values cut to the signal's range, and how many there are."""
