@@ -193,6 +193,11 @@ TABLES = {
         f"{_HERE}.physics_informed.config:default",
         f"{_HERE}.physics_informed.table:TABLE",
     ),
+    "jiio-adversarial": Entry(
+        "Adversarial training of an equilibrium model: attacks by joint inference beside PGD (JIIO, Table 5).",
+        f"{_HERE}.jiio_adversarial.config:default",
+        f"{_HERE}.jiio_adversarial.table:TABLE",
+    ),
 }
 """What ``reproduce`` reproduces, likewise."""
 
@@ -206,6 +211,11 @@ PARTS = {
         "The cost of a step of several fits of fields, measured in turn.",
         f"{_HERE}.fields.cost:default",
         f"{_HERE}.fields.cost:RUNNER",
+    ),
+    "jiio-adversarial-attacks": Entry(
+        "Attacks on a classifier that was trained for it, measured in turn.",
+        f"{_HERE}.jiio_adversarial.config:attacks",
+        f"{_HERE}.jiio_adversarial.measure:RUNNER",
     ),
 }
 """What tables run beside recipes. No command names them, and nothing lists them."""

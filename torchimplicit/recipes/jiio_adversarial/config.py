@@ -111,7 +111,7 @@ class AttacksConfig:
     jiio_steps: tuple[int, ...] = (10, 20, 40, 80)
     """Of JIIO."""
 
-    step_sizes: tuple[float, ...] = (0.15, 0.3, 0.6, 1.0)
+    step_sizes: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0)
     """Shares of the radius, of which each attack has the best: that of most cross-entropy on validation images."""
 
     tolerances: tuple[float, ...] = (1e-1, 1e-2, 1e-3)

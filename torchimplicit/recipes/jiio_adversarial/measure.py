@@ -1,0 +1,199 @@
+"""What attacks do to a trained classifier, and what they cost."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from torchimplicit import Anderson, ConvergenceWarning
+from torchimplicit.models import EquilibriumClassifier
+from torchimplicit.recipes.fitting import load_weights
+from torchimplicit.recipes.jiio_adversarial.attack import JIIO, PGD, Attack, judged
+from torchimplicit.recipes.jiio_adversarial.config import AttacksConfig
+from torchimplicit.recipes.jiio_adversarial.task import RUNNER as TRAINER
+from torchimplicit.recipes.jiio_adversarial.task import AdversarialTraining, pixels
+from torchimplicit.recipes.machine import device, threads
+from torchimplicit.recipes.plain import from_plain
+from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.tables import Column, Table
+
+CLEAN = "clean"
+SHOWN = 8
+"""Images of the picture."""
+
+
+@dataclass(frozen=True)
+class Strength:
+    """One attack on the test images.
+
+    Attributes:
+        accuracy, cross_entropy: under the attack, after an exact solve at the changed images.
+        seconds: CPU seconds of the process for all images at once; on a GPU, wall seconds. The median of several
+            times, all attacks in turn.
+        evaluations: of the map, and products with its Jacobian, in whole-batch equivalents.
+        step_size: chosen, as a share of the radius.
+        tolerance: chosen, of PGD's solves.
+    """
+
+    accuracy: float
+    cross_entropy: float
+    seconds: float = 0.0
+    evaluations: float = 0.0
+    step_size: float = 0.0
+    tolerance: float = 0.0
+
+
+class AttacksRunner:
+    """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+
+    def check(self, config: AttacksConfig) -> None:
+        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        TRAINER.check(config.training)
+
+    def train(self, config: AttacksConfig, run: Run, console: Console) -> bool:
+        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        if not TRAINER.train(config.training, run, console):
+            return False
+        self._measure(config, run, console, "attacks.json")
+        return True
+
+    def evaluate(self, config: AttacksConfig, run: Run, console: Console) -> None:
+        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        self._measure(config, run, console, "evaluation.json")
+
+    def _measure(self, config: AttacksConfig, run: Run, console: Console, name: str) -> None:
+        with console.status("Attacking"), threads(config.training.machine.threads):
+            found, pictures = measured(config, run)
+        run.write_json(name, found)
+        torch.save(pictures, run.path / "pictures.pt")
+        console.print(table(found).rich_rows())
+
+
+RUNNER = AttacksRunner()
+
+
+def read(run: Run) -> dict[str, Strength]:
+    """What a run has measured."""
+    return {name: from_plain(Strength, plain) for name, plain in run.read_json("attacks.json").items()}
+
+
+def measured(config: AttacksConfig, run: Run) -> tuple[dict[str, Strength], dict[str, Any]]:
+    """Every attack at the run's best weights, with the step size and the tolerance that suit it on the validation
+    images; and some of the images, attacked by the longest of each kind."""
+    module = TRAINER.module(config.training)
+    load_weights(module, run.best)
+    where = device(config.training.machine.device)
+    task = module.task.to(where).eval()
+    assert isinstance(task, AdversarialTraining)
+    model, radius = task.model, config.training.radius
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        attacks = tuned(config, model, *_images(task, "validation", config.tuning_images, where))
+        images, labels = _images(task, "test", config.attacked_images, where)
+        losses, right = judged(model, images, labels)
+        found = {CLEAN: Strength(float(right.double().mean()), float(losses.double().mean()))}
+        seconds: dict[str, list[float]] = {name: [] for name in attacks}
+        changed: dict[str, Tensor] = {}
+        evaluations: dict[str, float] = {}
+        clock = time.perf_counter if where.type == "cuda" else time.process_time
+        for _ in range(config.repeats):
+            for name, attack in attacks.items():
+                began = _now(clock, where)
+                result = attack(model, images, labels, radius)
+                seconds[name].append(_now(clock, where) - began)
+                changed[name], evaluations[name] = images + result.change.detach(), result.evaluations
+        for name, attack in attacks.items():
+            losses, right = judged(model, changed[name], labels)
+            found[name] = Strength(
+                accuracy=float(right.double().mean()),
+                cross_entropy=float(losses.double().mean()),
+                seconds=median(seconds[name]),
+                evaluations=evaluations[name],
+                step_size=attack.step_size,
+                tolerance=attack.tolerance if isinstance(attack, PGD) else 0.0,
+            )
+        shown = {
+            CLEAN: images,
+            **{name: changed[name] for name in (strongest(config, "PGD"), strongest(config, "JIIO"))},
+        }
+        with torch.no_grad():
+            pictures = {
+                name: (one[:SHOWN].cpu(), model(one[:SHOWN], model.start(one[:SHOWN])).argmax(1).cpu())
+                for name, one in shown.items()
+            }
+    return found, pictures
+
+
+def strongest(config: AttacksConfig, kind: str) -> str:
+    """The name of the longest attack of a kind: those of the table of accuracies."""
+    return f"{kind}-{max(config.pgd_steps if kind == 'PGD' else config.jiio_steps)}"
+
+
+def tuned(config: AttacksConfig, model: EquilibriumClassifier, images: Tensor, labels: Tensor) -> dict[str, PGD | JIIO]:
+    """Every attack as it is strongest on these images, by name."""
+
+    def strength(attack: Attack) -> float:
+        return float(
+            judged(model, images + attack(model, images, labels, config.training.radius).change, labels)[0].mean()
+        )
+
+    def best(attack: Any) -> tuple[float, Any]:
+        tries = [replace(attack, step_size=size) for size in config.step_sizes]
+        return max(((strength(one), one) for one in tries), key=lambda pair: pair[0])
+
+    found: dict[str, PGD | JIIO] = {}
+    for steps in config.pgd_steps:
+        tries = [best(PGD(steps=steps, step_size=1.0, tolerance=one)) for one in sorted(config.tolerances)]
+        enough = (1 - config.tolerated) * max(value for value, _ in tries)
+        found[f"PGD-{steps}"] = [attack for value, attack in tries if value >= enough][-1]  # the loosest
+    for steps in config.jiio_steps:
+        found[f"JIIO-{steps}"] = best(JIIO(steps=steps, step_size=1.0))[1]
+    steps = sorted(config.jiio_steps)[len(config.jiio_steps) // 2]
+    accelerated = JIIO(steps=steps, step_size=1.0, solver=Anderson(memory=20, rtol=1e-3, max_steps=steps))
+    found[f"JIIO-{steps}, Anderson"] = best(accelerated)[1]
+    return found
+
+
+def table(found: dict[str, Strength]) -> Table:
+    """For people."""
+    columns = [
+        Column("Attack"),
+        Column("Accuracy", "%"),
+        Column("Cross-entropy"),
+        Column("Time", "ms"),
+        Column("Evaluations"),
+        Column("Step", "radii"),
+    ]
+    return Table(
+        columns,
+        [
+            [
+                name,
+                f"{100 * one.accuracy:.1f}",
+                f"{one.cross_entropy:.3f}",
+                f"{1e3 * one.seconds:.0f}",
+                f"{one.evaluations:.0f}",
+                f"{one.step_size:g}",
+            ]
+            for name, one in found.items()
+        ],
+    )
+
+
+def _images(task: AdversarialTraining, split: str, count: int, where: torch.device) -> tuple[Tensor, Tensor]:
+    images, labels = (part[:count].to(where) for part in task.data[split].tensors)
+    return pixels(images), labels
+
+
+def _now(clock: Callable[[], float], where: torch.device) -> float:
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+    return clock()
