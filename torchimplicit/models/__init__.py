@@ -1,6 +1,13 @@
 """Models of the field, built on :class:`torchimplicit.nn.Equilibrium`. They need torch alone."""
 
 from torchimplicit.models.conv_deq import ConvDEQClassifier, ResidualCell
+from torchimplicit.models.decoders import (
+    ConvDecoderCell,
+    DecoderCell,
+    EquilibriumDecoder,
+    conv_decoder,
+    mlp_decoder,
+)
 from torchimplicit.models.deq_transformer import (
     DEQTransformer,
     DEQTransformerConfig,
@@ -41,10 +48,13 @@ __all__ = [
     "SIREN",
     "Adjacency",
     "ConvDEQClassifier",
+    "ConvDecoderCell",
     "DEQTransformer",
     "DEQTransformerConfig",
+    "DecoderCell",
     "EquilibriumClassifier",
     "EquilibriumClassifierConfig",
+    "EquilibriumDecoder",
     "EquilibriumField",
     "ExplicitRepresentation",
     "Field",
@@ -63,6 +73,7 @@ __all__ = [
     "ResidualCell",
     "TanhCell",
     "UniformStart",
+    "conv_decoder",
     "deq_transformer_small",
     "deq_transformer_wikitext103",
     "ignn_chains",
@@ -72,5 +83,6 @@ __all__ = [
     "mdeq_large",
     "mdeq_small",
     "mdeq_tiny",
+    "mlp_decoder",
     "project_rows",
 ]

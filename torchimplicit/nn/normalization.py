@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, final
@@ -162,6 +162,19 @@ def spectral_norm(
     _check_dim("spectral_norm", weight, name, dim)
     parametrize.register_parametrization(module, name, SpectralNorm(weight, bound, only_above, iterations, dim))
     return module
+
+
+def per_solve(module: nn.Module) -> Callable[..., Any]:
+    """The module as a function whose parametrized weights are those of now: computed once, with their gradient, and
+    not in every call. What :class:`Equilibrium` does for its cell, for a map that is given to :func:`solve` by hand.
+    """
+    weights = [(chain, chain()) for chain in parametrizations(module)]
+
+    def function(*args: Any) -> Any:
+        with fixed(weights):
+            return module(*args)
+
+    return function if weights else module
 
 
 def parametrizations(root: nn.Module) -> Iterator[ParametrizationList]:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.images.split import Labelled, Splits, set_apart
 
-DataSet = Literal["digits", "mnist", "cifar10"]
+DataSet = Literal["digits", "mnist", "cifar10", "olivetti"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,12 @@ class Kind:
     classes: int = 10
 
 
-KINDS: dict[str, Kind] = {"digits": Kind(1, 8), "mnist": Kind(1, 28), "cifar10": Kind(3, 32)}
+KINDS: dict[str, Kind] = {
+    "digits": Kind(1, 8),
+    "mnist": Kind(1, 28),
+    "cifar10": Kind(3, 32),
+    "olivetti": Kind(1, 32, 40),
+}
 
 
 def load(

@@ -1,0 +1,85 @@
+"""Decoders: bounded maps, and latents found by joint inference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchimplicit as ti
+from torchimplicit.models import EquilibriumDecoder, conv_decoder, mlp_decoder
+from torchimplicit.nn import per_solve, spectral_norm
+
+
+def loss(made: Tensor, x: Tensor, wanted: Tensor) -> Tensor:
+    return (made - wanted).square().flatten(1).mean(dim=1) + 0.01 * x.square().mean(dim=1)
+
+
+def make(kind: str) -> EquilibriumDecoder:
+    torch.manual_seed(0)
+    tight = {"solver": ti.Anderson(rtol=1e-11, max_steps=300), "gradient": ti.Implicit()}
+    if kind == "mlp":
+        return mlp_decoder((1, 3, 4), latent=3, width=8, **tight).double().eval()  # type: ignore[arg-type]
+    return conv_decoder((2, 4, 4), latent=3, channels=4, **tight).double().eval()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+class TestBoth:
+    def test_contracts_whatever_the_weights(self, kind: str) -> None:
+        decoder = make(kind)
+        cell = decoder.equilibrium.cell
+        with torch.no_grad():
+            for parameter in cell.parameters():
+                parameter.mul_(30)
+        cell.train()
+        z, x = decoder.start(5)
+        for _ in range(20):  # the power method
+            cell(z, x)
+        cell.eval()
+        a, b = torch.randn_like(z), torch.randn_like(z)
+        with torch.no_grad():
+            moved = cell(a, x) - cell(b, x)
+        assert float(moved.norm()) < 0.61 * float((a - b).norm())
+
+    def test_latents_and_the_envelope_gradient(self, kind: str) -> None:
+        decoder = make(kind)
+        with torch.no_grad():
+            wanted = decoder(torch.randn(4, 3, dtype=torch.float64))
+        solver = ti.Anderson(memory=20, rtol=1e-9, max_steps=3000)
+
+        def least(gradient: ti.gradients.Gradient) -> tuple[Tensor, ti.Solution]:
+            problem = decoder.inference(loss, 1.0)
+            solution = ti.solve(problem, decoder.start(4), wanted, solver=solver, gradient=gradient)
+            return problem.loss(solution.value.z, solution.value.x, wanted).mean(), solution
+
+        value, solution = least(ti.Envelope())
+        assert bool(solution.converged.all())
+        x = solution.value.x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(decoder(x), x, wanted).sum(), x)
+        assert float(slope.norm()) < 1e-6
+        parameters = [p for p in decoder.parameters() if p.requires_grad]
+        cheap = torch.autograd.grad(value, parameters)
+        held = torch.autograd.grad(loss(decoder(x.detach()), x.detach(), wanted).mean(), parameters)
+        for one, other in zip(cheap, held, strict=True):
+            assert torch.allclose(one, other, atol=1e-7)
+
+
+def test_weights_computed_once_have_their_gradient() -> None:
+    torch.manual_seed(0)
+    cell = spectral_norm(torch.nn.Linear(4, 4).double(), bound=0.5).eval()
+    x = torch.randn(2, 4, dtype=torch.float64)
+    function = per_solve(cell)
+    once = torch.autograd.grad(function(function(x)).sum(), list(cell.parameters()))
+    usual = torch.autograd.grad(cell(cell(x)).sum(), list(cell.parameters()))
+    for one, other in zip(once, usual, strict=True):
+        assert torch.allclose(one, other)
+    plain = torch.nn.Linear(2, 2)
+    assert per_solve(plain) is plain
+
+
+@pytest.mark.parametrize("pixels", [(1, 4, 6), (1, 5, 5)])
+def test_images_that_cannot_be_made(pixels: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="square images of even size"):
+        conv_decoder(pixels)
+    with pytest.raises(ValueError, match="latent is 0"):
+        mlp_decoder(pixels, latent=0)
