@@ -144,6 +144,36 @@ RECIPES = {
         f"{_HERE}.fields.images.config:generalization",
         f"{_HERE}.fields.images.task:RUNNER",
     ),
+    "jiio-generation-digits": Entry(
+        "A generative equilibrium decoder without an encoder, trained by joint inference: the bundled digits.",
+        f"{_HERE}.jiio.config:generation_digits",
+        f"{_HERE}.jiio.runner:RUNNER",
+    ),
+    "jiio-generation-mnist": Entry(
+        "A generative equilibrium decoder without an encoder, trained by joint inference: MNIST.",
+        f"{_HERE}.jiio.config:generation_mnist",
+        f"{_HERE}.jiio.runner:RUNNER",
+    ),
+    "jiio-generation-olivetti": Entry(
+        "A generative equilibrium decoder without an encoder, trained by joint inference: the Olivetti faces.",
+        f"{_HERE}.jiio.config:generation_olivetti",
+        f"{_HERE}.jiio.runner:RUNNER",
+    ),
+    "jiio-inverse-digits": Entry(
+        "Denoising and inpainting by joint inference, trained exactly or first-order: the bundled digits.",
+        f"{_HERE}.jiio.config:inverse_digits",
+        f"{_HERE}.jiio.restoring:RUNNER",
+    ),
+    "jiio-inverse-mnist": Entry(
+        "Denoising and inpainting by joint inference, trained exactly or first-order: MNIST.",
+        f"{_HERE}.jiio.config:inverse_mnist",
+        f"{_HERE}.jiio.restoring:RUNNER",
+    ),
+    "jiio-inverse-olivetti": Entry(
+        "Denoising and inpainting by joint inference, trained exactly or first-order: the Olivetti faces.",
+        f"{_HERE}.jiio.config:inverse_olivetti",
+        f"{_HERE}.jiio.restoring:RUNNER",
+    ),
     "jiio-adversarial-digits": Entry(
         "An equilibrium classifier of the bundled digits trained against attacks found by joint inference.",
         f"{_HERE}.jiio_adversarial.config:digits",

@@ -1,0 +1,152 @@
+"""Inverse problems, for the framework that trains: images from corrupted ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchimplicit.gradients import Envelope, FixedInput, Gradient, Implicit
+from torchimplicit.linear import GMRES
+from torchimplicit.problems import JointInference
+from torchimplicit.recipes.jiio.config import InverseConfig
+from torchimplicit.recipes.jiio.data import read
+from torchimplicit.recipes.jiio.generation import ready
+from torchimplicit.recipes.jiio.model import found, joint_solver, make_decoder, squared_error
+from torchimplicit.recipes.training.runner import Trainer
+from torchimplicit.recipes.training.sampling import InOrder, Rows, ShuffledSteps, generator, loader
+from torchimplicit.recipes.training.task import Metric, Shard, Split, Task
+from torchimplicit.resolve import resolve
+
+HELD_OUT_BATCH = 200
+
+
+class Restoration(Task):
+    """A decoder that is fitted to corrupted images, and trained to give the clean ones.
+
+    Attributes:
+        log_prior: of the weight of the latent's prior. The exact gradient learns it; to the first-order one it does
+            nothing, since the latent is taken as given.
+    """
+
+    metric = Metric("mse", "", "min")
+
+    def __init__(self, config: InverseConfig):
+        super().__init__()
+        self.config = config
+        self.data = read(config.images)
+        self.decoder = make_decoder(config.decoder, self.data.pixels, config.equilibria)
+        self.log_prior = nn.Parameter(torch.tensor(math.log(config.joint.prior)))
+        self.held_out = {
+            split: self.corrupted(self.data.split(split).images, generator(0, place))
+            for place, split in enumerate(("validation", "test"))
+        }
+
+    def corrupted(self, images: Tensor, source: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """What is seen of images, and where it counts: ones, or zeros where it is missing; ``[n, 1, height, width]``.
+
+        Args:
+            images: clean, ``[n, channels, height, width]``.
+            source: of the noise or the places; ``None``: the global generator.
+        """
+        count, _, height, width = images.shape
+        if self.config.corruption == "denoising":
+            noise = torch.randn(images.shape, generator=source).to(images)
+            return images + self.config.noise * noise, torch.ones_like(images[:, :1])
+        side = max(1, round(self.config.missing * height))
+        top, left = (
+            torch.randint(0, size - side + 1, (count, 1), generator=source).to(images.device)
+            for size in (height, width)
+        )
+        down, across = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+        rows, columns = (down >= top) & (down < top + side), (across >= left) & (across < left + side)
+        seen = (~(rows[:, :, None] & columns[:, None, :]))[:, None].to(images.dtype)
+        return images * seen, seen
+
+    def problem(self) -> JointInference:
+        """The latent whose image is nearest to what is seen."""
+        pixels = math.prod(self.data.pixels)
+
+        def loss(made: Tensor, x: Tensor, wanted: Tensor, seen: Tensor, prior: Tensor) -> Tensor:
+            misfit = ((made - wanted).square() * seen).flatten(1).sum(dim=1) / pixels
+            return misfit + prior * x.square().mean(dim=1)
+
+        return self.decoder.inference(loss, self.config.joint.step_size)
+
+    def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
+        """See :class:`~torchimplicit.recipes.training.task.Task`."""
+        chosen, data = self.config.optimization, Rows(self.data.training.images)
+        return loader(data, ShuffledSteps(len(data), chosen.batch_size, chosen.seed, steps, shard))
+
+    def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
+        """See :class:`~torchimplicit.recipes.training.task.Task`."""
+        data = Rows(self.data.split(split).images, *self.held_out[split])
+        return loader(data, InOrder(len(data), HELD_OUT_BATCH, shard))
+
+    def loss(self, batch: Any) -> Tensor:
+        """The squared error of what is made of corrupted images to the clean ones."""
+        (images,) = batch
+        joint, problem = self.config.joint, self.problem()
+        solver = joint_solver(joint, joint.joint_steps)
+        prior = self.log_prior.exp()
+        if self.config.through == "generative":
+            whole = torch.ones_like(images[:, :1])
+            solution = found(self.decoder, problem, solver, images, whole, prior.detach(), gradient=Envelope())
+            return problem.loss(solution.value.z, solution.value.x, images, whole, prior.detach()).mean()
+        solution = found(self.decoder, problem, solver, *self.corrupted(images), prior, gradient=self.estimator())
+        return squared_error(self.decoder.head(solution.value.z), images).mean()
+
+    def estimator(self) -> Gradient:
+        """Of the outer loss."""
+        chosen = self.config.equilibria
+        linear_solver = GMRES(rtol=chosen.backward_tolerance, max_steps=chosen.backward_steps)
+        return {"exact": Implicit, "first-order": FixedInput}[self.config.through](linear_solver=linear_solver)
+
+    @torch.no_grad()
+    def restored(self, wanted: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """The images made of corrupted ones, each at its exact equilibrium; and whether the joint solve converged."""
+        joint, problem = self.config.joint, self.problem()
+        prior = self.log_prior.exp()
+        solution = found(self.decoder, problem, joint_solver(joint, joint.test_steps), wanted, seen, prior)
+        exact = resolve(
+            problem, solution.value, wanted, seen, prior, solver=self.decoder.equilibrium.solver, throw=False
+        )
+        return self.decoder.head(exact.solution.value), solution.converged
+
+    def score(self, batch: Any) -> Tensor:
+        """Sums over images of the squared error, of that before restoration, of those whose joint solve stopped at its
+        budget; and their number."""
+        images, wanted, seen = batch
+        made, converged = self.restored(wanted, seen)
+        parts = (
+            squared_error(made, images).sum(),
+            squared_error(wanted, images).sum(),
+            (~converged).sum(),
+            torch.tensor(len(images), device=images.device),
+        )
+        return torch.stack([part.double() for part in parts])
+
+    def figures(self, sums: list[float]) -> dict[str, float]:
+        """Means."""
+        errors, before, stopped, count = sums
+        mse = errors / count
+        return {
+            "mse": mse,
+            "loss": mse,
+            "psnr": -10 * math.log10(mse) if mse > 0 else math.inf,
+            "mse_before": before / count,
+            "unconverged_latents": stopped / count,
+            "prior": float(self.log_prior.detach().exp()),
+        }
+
+    def describe(self) -> str:
+        """The data and the model."""
+        counts = ", ".join(f"{len(part.labels)} {name}" for name, part in self.data._asdict().items())
+        chosen = self.config
+        return f"{chosen.images.data}: {counts} images; {chosen.corruption}, trained {chosen.through}."
+
+
+TRAINER = Trainer(Restoration, ready)
