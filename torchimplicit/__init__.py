@@ -6,6 +6,7 @@ from torchimplicit.diagnostics import spectral_radius
 from torchimplicit.errors import ConvergenceWarning, SmoothnessWarning, SolveError, UnsupportedDerivativeError
 from torchimplicit.gradients import (
     AdaptivePhantom,
+    DampedImplicit,
     Envelope,
     EquilibriumPropagation,
     FixedInput,
@@ -38,6 +39,7 @@ __all__ = [
     "Box",
     "Broyden",
     "ConvergenceWarning",
+    "DampedImplicit",
     "Dense",
     "Envelope",
     "EquilibriumPropagation",

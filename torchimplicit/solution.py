@@ -22,6 +22,9 @@ class Status(IntEnum):
     """The map gave NaN or infinity, or the residual grew without bound; the value is the last good iterate."""
     BREAKDOWN = 3
     """The method could not go on (a singular system, a line search without decrease); the value is the best iterate."""
+    SADDLE = 4
+    """Of an adjoint solve: the Hessian of the minimum has a negative eigenvalue, so the point is no minimum, and what
+    was solved for is the derivative of a stationary point that no minimization would find."""
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,9 @@ def test_the_adjoint_of_an_ill_conditioned_minimum(method, indefinite, cond):
     # Newton's method takes one step; if the Hessian is indefinite, to a saddle
     forward = NewtonKrylov(linear_solver=Dense(), rtol=1e-10)
     solution, found = gradients(forward, Dense() if method == "dense" else minres, *problem)
-    assert solution.adjoint.converged.all(), solution.adjoint.summary()
+    # a saddle is solved for all the same, and named where the solution proves it
+    assert (solution.adjoint.converged | (solution.adjoint.status == Status.SADDLE)).all(), solution.adjoint.summary()
+    assert indefinite or solution.adjoint.converged.all()
     assert relative_error(found, exact_gradients(*problem)) <= 1e-7
     if method == "minres":
         assert solution.adjoint.steps.max() <= 100

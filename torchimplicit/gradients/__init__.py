@@ -2,6 +2,7 @@
 
 from torchimplicit.gradients.adaptive_phantom import AdaptivePhantom, PhantomReport
 from torchimplicit.gradients.base import Gradient
+from torchimplicit.gradients.damped_implicit import DampedImplicit
 from torchimplicit.gradients.equilibrium_propagation import EquilibriumPropagation
 from torchimplicit.gradients.implicit import Implicit
 from torchimplicit.gradients.joint import Envelope, FixedInput
@@ -14,6 +15,7 @@ from torchimplicit.gradients.unrolled_phantom import UnrolledPhantom
 
 __all__ = [
     "AdaptivePhantom",
+    "DampedImplicit",
     "Envelope",
     "EquilibriumPropagation",
     "FixedInput",

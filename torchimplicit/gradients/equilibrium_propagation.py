@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
@@ -9,14 +10,15 @@ from typing import final
 import torch
 from torch import Tensor
 
-from torchimplicit.errors import UnsupportedDerivativeError
+from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError
 from torchimplicit.gradients.base import Found, Gradient, Task
 from torchimplicit.gradients.nodes import Grads, estimate, report, solved_by_rule
+from torchimplicit.linear.extremes import extreme_eigenvalues
 from torchimplicit.problems import System
 from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.solution import Report
 from torchimplicit.solvers import Outcome, Solver, iterate
-from torchimplicit.validation import check_positive
+from torchimplicit.validation import check_count, check_positive
 
 
 @final
@@ -36,18 +38,32 @@ class EquilibriumPropagation(Gradient):
         nudge: :math:`\\beta`, relative to the size of the cotangent: the tilt is ``nudge`` times :math:`u` scaled to
             unit norm per sample, so that the displacement does not depend on the scale of the loss. It must stay below
             the least eigenvalue of the (projected) Hessian times the distance over which the energy is quadratic.
+            ``None``: chosen so, sample by sample, from that eigenvalue (which takes up to ``subspace`` products): the
+            displacement is at most ``reach`` times the size of the solution.
+        reach: what ``nudge=None`` asks for.
+        curved: whether the nudge has the curvature of a quadratic loss,
+            :math:`T = E + \\beta(\\langle u, p\\rangle + \\tfrac12\\lVert p-p^0\\rVert^2)`, as the nudge by the whole
+            of :math:`\\tfrac12\\lVert p-p_{gs}\\rVert^2` has. One-sided, that is
+            :class:`~torchimplicit.gradients.DampedImplicit` to first order in the displacement, the damping being the
+            nudge over the cotangent's norm: it holds where the Hessian is nearly singular, or not definite.
         symmetric: whether to take the symmetric difference (two minimizations in place of one).
         solver: for the nudged minimizations; ``None``: the solver of the forward pass. Its tolerance must be far below
             the nudge: it is set to ``1e-6 * nudge`` (``1e-3 * nudge`` in single precision; absolute, on the gradient's
             norm) where its ``atol`` is not smaller.
     """
 
-    nudge: float = 1e-3
+    nudge: float | None = 1e-3
     symmetric: bool = True
     solver: Solver | None = None
+    curved: bool = False
+    reach: float = 1e-3
+    subspace: int = 128
 
     def __post_init__(self) -> None:
-        check_positive(self, "nudge")
+        if self.nudge is not None:
+            check_positive(self, "nudge")
+        check_positive(self, "reach")
+        check_count(self, "subspace", 2)
 
     def supports(self, system: System, solver: Solver) -> str | None:
         if isinstance(system, MinimumSystem):
@@ -79,47 +95,78 @@ class EquilibriumPropagation(Gradient):
         assert isinstance(system, MinimumSystem)
         length = torch.linalg.vector_norm(u, dim=1, keepdim=True)
         tilt = u / torch.where(length > 0, length, 1)
-        solver = self._tightened(self.solver or task.solver, z.dtype)
+        nudge = self._nudges(system, z, params)
+        solver = self._tightened(self.solver or task.solver, nudge)
+        # the curvature of the nudge, per unit of it: for the cotangent's own length in place of the unit length
+        curved = 1 / torch.where(length > 0, length, 1) if self.curved else None
         with torch.no_grad():
             # makes z stationary where it is not quite, or not at all (an iterate on the way)
             level = system.at(z, params).residual
 
-        def slope(beta: float) -> Tensor:
+        def slope(beta: Tensor) -> Tensor:
             return level + beta * tilt
 
-        def nudged(beta: float) -> Outcome:
-            return iterate(solver, _tilted(system, slope(beta)), z, params)
+        def nudged(beta: Tensor) -> Outcome:
+            spring = None if curved is None else (beta * curved, z)
+            return iterate(solver, _tilted(system, slope(beta), spring), z, params)
 
-        above = nudged(self.nudge)
-        below = nudged(-self.nudge) if self.symmetric else None
-        span = 2 * self.nudge if self.symmetric else self.nudge
+        def lagrangian(beta: Tensor, at: Tensor) -> Tensor:
+            pull = slope(beta)
+            if curved is not None:
+                pull = pull + beta * curved * (at - z)
+            return system.lagrangian(at, leaves, pull)
+
+        above = nudged(nudge)
+        below = nudged(-nudge) if self.symmetric else None
         figures = [above.report] if below is None else [above.report, below.report]
         report(task, _joined(figures))
         # d/dtheta of sum_i |u_i| (E_i(p_above) - E_i(p_below)) / span, one backward pass for all samples
-        weight = length[:, 0] / span
+        weight = (length / ((2 if self.symmetric else 1) * nudge))[:, 0]
         leaves = [p.detach().requires_grad_(w) for p, w in zip(params, wanted, strict=True)]
         with torch.enable_grad():
-            difference = system.lagrangian(above.z, leaves, slope(self.nudge))
-            if below is None:
-                difference = difference - system.lagrangian(z, leaves, level)
-            else:
-                difference = difference - system.lagrangian(below.z, leaves, slope(-self.nudge))
+            difference = lagrangian(nudge, above.z)
+            difference = difference - (
+                lagrangian(torch.zeros_like(nudge), z) if below is None else lagrangian(-nudge, below.z)
+            )
             total = (weight * difference).sum()
         inputs = [p for p, w in zip(leaves, wanted, strict=True) if w]
         grads = torch.autograd.grad(total, inputs, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, grads, strict=True)]
 
-    def _tightened(self, solver: Solver, dtype: torch.dtype) -> Solver:
-        atol = self.nudge * (1e-6 if dtype == torch.float64 else 1e-3)  # single precision gives no more
+    def _nudges(self, system: MinimumSystem, z: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """Of each sample, ``[batch, 1]``."""
+        if self.nudge is not None:
+            return torch.full_like(z[:, :1], self.nudge)
+        least, largest = extreme_eigenvalues(system.operator(system.linearize(z, params), False), self.subspace)
+        if bool((least <= 0).any()):
+            warnings.warn(
+                f"{int((least <= 0).sum())} of {len(z)} samples are not at a minimum: the Hessian's least eigenvalue "
+                f"is {float(least.min()):.2g}. EquilibriumPropagation(nudge=None) takes its modulus; give a nudge and "
+                "curved=True, symmetric=False, which holds there",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        stiffness = torch.maximum(least.abs(), torch.finfo(least.dtype).eps ** 0.5 * largest.abs())
+        size = torch.linalg.vector_norm(z, dim=1).clamp_min(torch.finfo(z.dtype).tiny)
+        return (self.reach * stiffness.to(z.dtype) * torch.where(size > 0, size, 1))[:, None]
+
+    def _tightened(self, solver: Solver, nudge: Tensor) -> Solver:
+        # single precision gives no more
+        atol = float(nudge.min()) * (1e-6 if nudge.dtype == torch.float64 else 1e-3)
         return replace(solver, rtol=0.0, atol=min(atol, solver.atol or atol), keep_trajectory=False)
 
 
-def _tilted(system: MinimumSystem, slope: Tensor) -> MinimumSystem:
-    """``system`` with the energy tilted by ``slope`` (``[batch, dim]``)."""
+def _tilted(system: MinimumSystem, slope: Tensor, spring: tuple[Tensor, Tensor] | None) -> MinimumSystem:
+    """``system`` with the energy tilted by ``slope`` (``[batch, dim]``) and tied by a spring, its stiffness
+    ``[batch, 1]``, to a point ``[batch, dim]``."""
     energy: Callable[..., Tensor] = system.fn
 
     def tilted(z: Tensor, *params: Tensor) -> Tensor:
-        return energy(z, *params) + (slope * z).sum(dim=1)
+        total = energy(z, *params) + (slope * z).sum(dim=1)
+        if spring is not None:
+            stiffness, point = spring
+            total = total + 0.5 * (stiffness * (z - point).square()).sum(dim=1)
+        return total
 
     return replace(system, fn=tilted, row_params=None)
 

@@ -25,7 +25,7 @@ from torchimplicit.gradients.base import Found, Task, differentiable
 from torchimplicit.linear import LinearSolver
 from torchimplicit.precision import without_autocast
 from torchimplicit.problems.system import vjp
-from torchimplicit.solution import Report
+from torchimplicit.solution import Report, Status
 
 Grads = tuple[Tensor | None, ...]
 
@@ -281,7 +281,19 @@ def push(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequenc
 def report(task: Task, figures: Report) -> None:
     """Leave the figures of a backward solve where the user finds them, and warn if it fell short."""
     task.record.report = figures
-    if not bool(figures.converged.all()):
+    if bool(figures.converged.all()):
+        return
+    saddles = int((figures.status == Status.SADDLE).sum())
+    if saddles:
+        warnings.warn(
+            f"{saddles} of {figures.status.numel()} samples are not at a minimum: the Hessian has a negative "
+            "eigenvalue there (torchimplicit.diagnostics.curvature tells it), and the exact derivative is that of a "
+            "saddle. DampedImplicit() differentiates as if the energy were just convex enough; or minimize further, or "
+            "regularize the energy",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    else:
         warnings.warn(
             f"the adjoint solve did not converge: {figures.summary()}. The gradient is that inexact; give "
             "Implicit(linear_solver=...) more steps, a preconditioner, or another method",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,6 +78,28 @@ class LinearOperator:
             symmetric=self.symmetric,
             transposed=self.transposed,
             null=None if self.null is None else self.null.expand(self.batch, -1).repeat(copies, 1),
+        )
+
+    def shifted(self, shift: Tensor) -> LinearOperator:
+        """:math:`A_i + s_i P`, with the projector P along ``null`` (the identity where there is none).
+
+        Args:
+            shift: ``[batch]``.
+        """
+        column = shift[:, None]
+
+        def moved(product: Product | None) -> Product | None:
+            return None if product is None else lambda v: product(v) + column * self.project(v)
+
+        product, restrict = moved(self.product), self.restrict
+        assert product is not None
+        return replace(
+            self,
+            product=product,
+            transposed_product=moved(self.transposed_product),
+            block_product=moved(self.block_product),
+            restrict=None if restrict is None else lambda rows: restrict(rows).shifted(shift[rows]),
+            unprojected=None if self.unprojected is None else self.unprojected.shifted(shift),
         )
 
     def dense(self) -> Tensor:

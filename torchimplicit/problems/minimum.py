@@ -16,6 +16,7 @@ from torchimplicit.problems.base import Problem, check_function
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.per_sample import PerSample, column, flat_tree, stacked, taken
 from torchimplicit.problems.system import Point, System
+from torchimplicit.solution import Status
 from torchimplicit.state import Layout, row_norm
 
 
@@ -144,14 +145,14 @@ class MinimumSystem(System):
         operator = self.operator(tape, transposed)
         normal = operator.null
         if normal is None:
-            return solve_any(solver, operator, b)
+            return _told_of_saddles(solve_any(solver, operator, b), b)
         curvature = tape.transposed if b.ndim == 2 else tape.transposed_block
         along = (b * normal).sum(dim=-1, keepdim=True) * normal
+        right = b - along if transposed else project(b - curvature(along), normal)
+        found = _told_of_saddles(solve_any(solver, operator, right), right)
         if transposed:
-            found = solve_any(solver, operator, b - along)
             curved = curvature(found.value)
             return replace(found, value=found.value + along - (curved * normal).sum(dim=-1, keepdim=True) * normal)
-        found = solve_any(solver, operator, project(b - curvature(along), normal))
         return replace(found, value=found.value + along)
 
     def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
@@ -209,3 +210,14 @@ def _gradient(energy: Tensor, z: Tensor, create_graph: bool) -> Tensor:
         )
     (gradient,) = torch.autograd.grad(energy.sum(), z, create_graph=create_graph, allow_unused=True)
     return torch.zeros_like(z) if gradient is None else gradient
+
+
+def _told_of_saddles(found: LinearSolution, b: Tensor) -> LinearSolution:
+    """With the status of samples whose solution y proves negative curvature: :math:`y^T A y = y^T b < 0`."""
+    product = (found.value * b).sum(dim=-1)
+    size = torch.linalg.vector_norm(found.value, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+    saddle = product < -(torch.finfo(product.dtype).eps ** 0.5) * size
+    if saddle.ndim == 2:
+        saddle = saddle.any(dim=0)
+    status = found.report.status.masked_fill(saddle, int(Status.SADDLE))
+    return replace(found, report=replace(found.report, status=status))

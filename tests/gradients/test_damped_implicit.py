@@ -1,0 +1,141 @@
+"""Damping of the adjoint of minima: its sign, its limit, and its kin, equilibrium propagation with a curved nudge."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchimplicit as ti
+from torchimplicit.testing import GradientSuite
+from torchimplicit.testing.gradient_suite import relative_error
+
+DIM, BATCH = 6, 3
+SOLVER = ti.LBFGS(rtol=0.0, atol=1e-11)
+
+
+class TestDampedImplicit(GradientSuite):
+    kinds = ("minimum",)
+    second_order = False
+
+    def make(self) -> ti.DampedImplicit:
+        return ti.DampedImplicit()
+
+
+class Quadratic:
+    """Energies with Hessians of given eigenvalues, stationary at a known point even where that is no minimum."""
+
+    def __init__(self, least: float, constrained: bool = False):
+        generator = torch.Generator().manual_seed(0)
+        turns = torch.linalg.qr(torch.randn(BATCH, DIM, DIM, generator=generator, dtype=torch.float64)).Q
+        values = torch.tensor([least, 1.0, 2.0, 3.0, 5.0, 8.0], dtype=torch.float64)
+        self.hessian = turns @ torch.diag(values) @ turns.mT
+        self.theta = torch.randn(BATCH, DIM, generator=generator, dtype=torch.float64).requires_grad_()
+        self.weight = torch.linspace(0.5, 1.5, DIM, dtype=torch.float64)
+        self.constraint = ti.LinearEquality(self.weight, 0.0) if constrained else None
+        self.u = torch.randn(BATCH, DIM, generator=generator, dtype=torch.float64)
+
+    def energy(self, z: Tensor, theta: Tensor) -> Tensor:
+        return 0.5 * torch.einsum("bi,bij,bj->b", z, self.hessian, z) - (z * theta).sum(dim=1)
+
+    def gradient(self, estimator: Any) -> tuple[Tensor, ti.Solution]:
+        """In theta, from a start that is stationary already."""
+        basis = torch.eye(DIM, dtype=torch.float64)
+        if self.constraint is not None:
+            basis = torch.linalg.svd(self.weight[None], full_matrices=True).Vh[1:].T
+        reduced = basis.T @ self.hessian @ basis
+        start = (basis @ torch.linalg.solve(reduced, (self.theta.detach() @ basis)[:, :, None]))[:, :, 0]
+        problem = ti.Minimum(self.energy, self.constraint)
+        solver = ti.LBFGS(rtol=0.0, atol=1e-9)
+        solution = ti.solve(problem, start, self.theta, solver=solver, gradient=estimator)
+        (found,) = torch.autograd.grad((solution.value * self.u).sum(), self.theta)
+        return found, solution
+
+    def damped(self, damping: float) -> Tensor:
+        matrix = self.hessian + damping * torch.eye(DIM, dtype=torch.float64)
+        basis = torch.eye(DIM, dtype=torch.float64)
+        if self.constraint is not None:
+            basis = torch.linalg.svd(self.weight[None], full_matrices=True).Vh[1:].T
+        reduced = basis.T @ matrix @ basis
+        return (basis @ torch.linalg.solve(reduced, (self.u @ basis)[:, :, None]))[:, :, 0]
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+@pytest.mark.parametrize("linear_solver", [None, ti.MINRES(rtol=1e-11), ti.CG(rtol=1e-11)])
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_against_the_dense_system(constrained: bool, linear_solver: Any, damping: float) -> None:
+    case = Quadratic(0.5, constrained)
+    found, solution = case.gradient(ti.DampedImplicit(damping=damping, linear_solver=linear_solver))
+    assert relative_error(found, case.damped(damping)) < 1e-8
+    assert solution.adjoint is not None
+    assert bool(solution.adjoint.converged.all())
+
+
+def test_exact_where_it_need_not_damp() -> None:
+    case = Quadratic(0.5)
+    assert relative_error(case.gradient(ti.DampedImplicit())[0], case.gradient(ti.Implicit())[0]) < 1e-10
+
+
+@pytest.mark.parametrize("linear_solver", [ti.Dense(), ti.MINRES(rtol=1e-10)])
+def test_a_saddle_is_named_and_damped(linear_solver: Any) -> None:
+    case = Quadratic(-0.01)
+    with pytest.warns(ti.ConvergenceWarning, match="not at a minimum"):
+        wrong, solution = case.gradient(ti.Implicit(linear_solver=linear_solver))
+    assert solution.adjoint is not None
+    assert bool((solution.adjoint.status == ti.Status.SADDLE).all())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        right, solution = case.gradient(ti.DampedImplicit(margin=0.01, linear_solver=linear_solver))
+    assert solution.adjoint is not None
+    assert bool(solution.adjoint.converged.all())
+    assert float((right * case.u).sum()) > 0 > float((wrong * case.u).sum())
+    assert float(right.norm()) < float(wrong.norm())
+
+
+def test_bounded_as_the_least_eigenvalue_vanishes() -> None:
+    sizes = [float(Quadratic(least).gradient(ti.DampedImplicit(damping=0.1))[0].norm()) for least in (1e-1, 1e-2, 1e-4)]
+    exact = [float(Quadratic(least).gradient(ti.Implicit())[0].norm()) for least in (1e-1, 1e-2, 1e-4)]
+    assert max(sizes) < 3 * min(sizes)
+    assert exact[2] > 100 * exact[0]
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+@pytest.mark.parametrize("least", [0.5, 1e-3, -0.05])
+def test_one_sided_curved_propagation_is_damped_differentiation(constrained: bool, least: float) -> None:
+    """For a quadratic energy the two are one: (PHP + beta I) y = Pu, beta being the nudge over the norm of u."""
+    case = Quadratic(least, constrained)
+    case.u = case.u / case.u.norm(dim=1, keepdim=True)
+    propagation = ti.EquilibriumPropagation(nudge=0.2, symmetric=False, curved=True, solver=ti.LBFGS())
+    assert relative_error(case.gradient(propagation)[0], case.damped(0.2)) < 1e-5
+
+
+def test_a_nudge_of_its_own_choice() -> None:
+    """Symmetric, from the least eigenvalue: near the exact gradient whether the Hessian is stiff or soft."""
+    for scale in (1.0, 1e-2, 1e2):
+
+        def energy(z: Tensor, theta: Tensor, scale: float = scale) -> Tensor:
+            quartic = 0.25 * z.pow(4) + 0.5 * z.square() * (1 + 0.5 * torch.arange(DIM).double())
+            return scale * (quartic - z * theta).sum(dim=1)
+
+        theta = torch.linspace(-1, 1, BATCH * DIM, dtype=torch.float64).reshape(BATCH, DIM).requires_grad_()
+        gradients = []
+        for estimator in (ti.Implicit(), ti.EquilibriumPropagation(nudge=None)):
+            solver = ti.LBFGS(rtol=0.0, atol=1e-11 * scale)
+            start = torch.zeros(BATCH, DIM, dtype=torch.float64)
+            value = ti.solve(ti.Minimum(energy), start, theta, solver=solver, gradient=estimator).value
+            gradients.append(torch.autograd.grad(value.square().sum(), theta)[0])
+        assert relative_error(gradients[1], gradients[0]) < 1e-4
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="damping"):
+        ti.DampedImplicit(damping=-1.0)
+    with pytest.raises(ValueError, match="margin"):
+        ti.DampedImplicit(margin=0.0)
+    with pytest.raises(ValueError, match="Minimum"):
+        ti.solve(ti.FixedPoint(lambda z: 0.5 * z), torch.ones(1, 1), gradient=ti.DampedImplicit())
+    with pytest.raises(ValueError, match="reach"):
+        ti.EquilibriumPropagation(nudge=None, reach=0.0)

@@ -1,0 +1,70 @@
+"""Implicit differentiation of minima that are nearly none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.linear_estimate import LinearEstimate
+from torchimplicit.gradients.nodes import report
+from torchimplicit.linear import LinearSolution, LinearSolver
+from torchimplicit.linear.extremes import extreme_eigenvalues
+from torchimplicit.linear.shifted import Shifted
+from torchimplicit.problems import System
+from torchimplicit.problems.linearization import Linearization
+from torchimplicit.problems.minimum import MinimumSystem
+from torchimplicit.solvers import Solver
+from torchimplicit.validation import check_nonnegative, check_positive, check_type
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class DampedImplicit(LinearEstimate):
+    """Implicit differentiation of :class:`Minimum` with :math:`\\beta` added to the Hessian:
+    :math:`(PHP + \\beta I)\\,g = Pu`.
+
+    As the least eigenvalue of the Hessian goes to zero the exact derivative grows without bound, and beyond it has the
+    wrong sign. With :math:`\\beta > |\\lambda_{min}|` the damped one stays bounded and points where the minimum of the
+    energy plus :math:`\\tfrac\\beta2\\lVert p-p^0\\rVert^2` would go: it is the limit of one-sided equilibrium
+    propagation with a nudge of that curvature. Reverse and forward mode, first order.
+
+    Args:
+        damping: :math:`\\beta`, for all samples; ``None``: the least for which the least eigenvalue becomes ``margin``
+            times the largest, sample by sample, so that a well-conditioned minimum is differentiated exactly.
+        margin: what ``damping=None`` asks for.
+        linear_solver: for the damped systems; ``None``: as for :class:`Implicit`.
+        subspace: the most products that ``damping=None`` takes to find the extreme eigenvalues.
+    """
+
+    damping: float | None = None
+    margin: float = 1e-3
+    linear_solver: LinearSolver | None = None
+    subspace: int = 128
+
+    def __post_init__(self) -> None:
+        check_nonnegative(self, "damping", optional=True)
+        check_positive(self, "margin")
+        check_type(self, "linear_solver", LinearSolver, optional=True)
+
+    def supports(self, system: System, solver: Solver) -> str | None:
+        if isinstance(system, MinimumSystem):
+            return None
+        return "DampedImplicit differentiates a Minimum, which has a Hessian: for this problem use Implicit()"
+
+    def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
+        solver = task.adjoint_solver(self.linear_solver, tape.z)
+        shift = self.shift(task, tape)
+        found = task.system.solve_linear(tape, transposed, b, Shifted(solver=solver, shift=shift))
+        report(task, found.report)
+        return found
+
+    def shift(self, task: Task, tape: Linearization) -> Tensor:
+        """What is added to each sample's Hessian, ``[batch]``."""
+        if self.damping is not None:
+            return torch.full_like(tape.z[:, 0], self.damping)
+        least, largest = extreme_eigenvalues(task.system.operator(tape, False), self.subspace)
+        return (self.margin * torch.maximum(largest, -least) - least).clamp_min(0).to(tape.z.dtype)
