@@ -99,24 +99,25 @@ def bundled(name: str, size: int | None) -> Picture:
 
 
 def written(number: int, size: int) -> Tensor:
-    """A square of text, black on white, in eight lines: a passage of our own, which ``number`` picks."""
+    """A square of text, black on white: a passage of our own, which ``number`` picks. Lines are some thirty pixels
+    high at least, so that letters can be told from every other pixel, and at most eight; what goes over the border is
+    cut off."""
     import matplotlib
 
     passage = TEXTS[number % len(TEXTS)]
-    font_file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSerif.ttf"
+    font_file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"
     large = 4 * size  # drawn large and reduced, for smooth edges
+    lines = min(8, max(2, size // 30))
+    margin, pitch = large // 40, large // lines
     image = Image.new("L", (large, large), 255)
-    font = ImageFont.truetype(str(font_file), large // 9)
+    font = ImageFont.truetype(str(font_file), round(0.8 * pitch))
     pen = ImageDraw.Draw(image)
-    words, line, top = passage.split(), "", large // 40
-    for word in [*words, ""]:
-        longer = f"{line} {word}".strip()
-        if word and pen.textlength(longer, font=font) <= 0.95 * large:
-            line = longer
-            continue
-        pen.text((large // 40, top), line, fill=0, font=font)
-        top += large // 8
-        line = word
+    line, top = "", 0
+    for word in passage.split():
+        line = f"{line} {word}".strip()
+        if pen.textlength(line, font=font) > large - 2 * margin:
+            pen.text((margin, top), line, fill=0, font=font)
+            line, top = "", top + pitch
     return torch.from_numpy(np.asarray(image.resize((size, size), Image.Resampling.LANCZOS)).copy())[:, :, None]
 
 
