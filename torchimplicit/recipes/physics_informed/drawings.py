@@ -37,6 +37,10 @@ def against_seconds(found: Found, equation: EquationName) -> Figure:
                     label=None if number else MODELS[cell.model].label,
                 )
         panel.set(title=OPTIMIZERS[optimizer], xscale="log", yscale="log", xlabel="seconds of the processor's time")
+        left, right = panel.get_xlim()
+        ticks = [n * 10.0**k for k in range(-2, 4) for n in (1, 2, 5) if left <= n * 10.0**k <= right]
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.set_xticks([], minor=True)
     low = min(panel.get_ylim()[0] for panel in panels)
     high = max(panel.get_ylim()[1] for panel in panels)
     for panel in panels:
