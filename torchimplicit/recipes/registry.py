@@ -223,6 +223,16 @@ TABLES = {
         f"{_HERE}.physics_informed.config:default",
         f"{_HERE}.physics_informed.table:TABLE",
     ),
+    "jiio-generation": Entry(
+        "Joint inference beside nested optimization, loss against time; a decoder without an encoder beside a VAE.",
+        f"{_HERE}.jiio_generation.config:default",
+        f"{_HERE}.jiio_generation.table:TABLE",
+    ),
+    "jiio-inverse": Entry(
+        "Denoising and inpainting by joint inference, with exact and first-order training gradients.",
+        f"{_HERE}.jiio_inverse.config:default",
+        f"{_HERE}.jiio_inverse.table:TABLE",
+    ),
     "jiio-adversarial": Entry(
         "Adversarial training of an equilibrium model: attacks by joint inference beside PGD (JIIO, Table 5).",
         f"{_HERE}.jiio_adversarial.config:default",

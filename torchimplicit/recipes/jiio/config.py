@@ -175,7 +175,7 @@ def _equilibria() -> Equilibria:
 def generation_digits() -> GenerationConfig:
     """The bundled digits: a minute or two on one core."""
     return GenerationConfig(
-        optimization=Optimization(steps=600, batch_size=64, learning_rate=3e-3, validate_every=150),
+        optimization=Optimization(steps=400, batch_size=64, learning_rate=3e-3, validate_every=100),
         equilibria=_equilibria(),
     )
 
@@ -203,8 +203,8 @@ def generation_olivetti() -> GenerationConfig:
 def inverse_digits() -> InverseConfig:
     """The bundled digits: a minute or two on one core."""
     return InverseConfig(
-        joint=Joint(joint_steps=40),
-        optimization=Optimization(steps=300, batch_size=64, learning_rate=3e-3, validate_every=100),
+        joint=Joint(joint_steps=25),
+        optimization=Optimization(steps=240, batch_size=32, learning_rate=3e-3, validate_every=80),
         equilibria=_equilibria(),
     )
 

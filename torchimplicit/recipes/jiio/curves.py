@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -27,10 +27,11 @@ from torchimplicit.resolve import resolve
 from torchimplicit.solvers import Anderson
 
 JOINT = "jiio"
-JOINT_STEPS = (4, 6, 8, 10, 12, 14, 17, 20, 25, 30, 40, 60)
+JOINT_STEPS = (4, 6, 8, 10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 25, 30, 40, 60)
 NESTED_STEPS = (10, 20, 40)
 STEP_SIZES = (3.0, 5.0, 10.0, 20.0, 30.0)
-TUNED_AT = 20
+TUNED_AT = 14
+DAMPINGS = ((0.8, 0.6, 1.0), (1.0, 1.0, 1.0))
 RATES: dict[Method, tuple[float, ...]] = {
     "adam": (0.03, 0.05, 0.1, 0.2, 0.4),
     "adam-one-step": (0.03, 0.05, 0.1, 0.2, 0.4),
@@ -63,12 +64,13 @@ class Curves:
 
     Attributes:
         points: all.
-        step_size: α of the joint solves.
+        step_size, damping: of the joint solves.
         rates, tolerances: of the nested methods.
     """
 
     points: list[Measured]
     step_size: float
+    damping: tuple[float, float, float]
     rates: dict[str, float]
     tolerances: dict[str, float]
 
@@ -94,7 +96,10 @@ class _Measurement:
         self.exact = Anderson(rtol=1e-6, max_steps=300)
 
     def run(self, validation: Tensor, test: Tensor, repeats: int) -> Curves:
-        step_size = min(STEP_SIZES, key=lambda size: self.worth(self.jointly(validation, TUNED_AT, size), validation))
+        pairs = [(size, damping) for size in STEP_SIZES for damping in DAMPINGS]
+        step_size, damping = min(
+            pairs, key=lambda pair: self.worth(self.jointly(validation, TUNED_AT, *pair), validation)
+        )
         rates: dict[str, float] = {}
         tolerances: dict[str, float] = {}
         for method in METHODS:
@@ -104,7 +109,7 @@ class _Measurement:
             rates[method] = rate
             tolerances[method] = next(t for t in TOLERANCES if losses[t] <= SLACK * losses[TOLERANCES[-1]])
         cases: dict[tuple[str, int], Callable[[], Tensor]] = {
-            (JOINT, steps): lambda steps=steps: self.jointly(test, steps, step_size)  # type: ignore[misc]
+            (JOINT, steps): lambda steps=steps: self.jointly(test, steps, step_size, damping)  # type: ignore[misc]
             for steps in JOINT_STEPS
         }
         for method in METHODS:
@@ -130,7 +135,7 @@ class _Measurement:
                 else:
                     losses_of[case] = self.worth(x, test)
         points = [Measured(*case, median(seconds[case]), losses_of[case]) for case in cases]
-        return Curves(points, step_size, rates, tolerances)
+        return Curves(points, step_size, damping, rates, tolerances)
 
     def loss(self, made: Tensor, x: Tensor, wanted: Tensor) -> Tensor:
         return (made - wanted).square().flatten(1).mean(dim=1) + self.joint.prior * x.square().mean(dim=1)
@@ -142,8 +147,8 @@ class _Measurement:
         )
 
     @torch.no_grad()
-    def jointly(self, wanted: Tensor, steps: int, step_size: float) -> Tensor:
-        problem = reconstruction(self.decoder, self.joint.prior, step_size)
+    def jointly(self, wanted: Tensor, steps: int, step_size: float, damping: tuple[float, float, float]) -> Tensor:
+        problem = replace(reconstruction(self.decoder, self.joint.prior, step_size), damping=damping)
         solver = Anderson(memory=self.joint.joint_memory, rtol=1e-5, max_steps=steps)
         return found(self.decoder, problem, solver, wanted).value.x
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchimplicit.gradients import Envelope
 from torchimplicit.problems import FixedPoint
 from torchimplicit.recipes.jiio.config import GenerationConfig
-from torchimplicit.recipes.jiio.data import Data, Part, read
+from torchimplicit.recipes.jiio.data import Part, read
 from torchimplicit.recipes.jiio.model import found, generated, joint_solver, latents, make_decoder, reconstruction
 from torchimplicit.recipes.jiio.model import squared_error as error
 from torchimplicit.recipes.training.sampling import InOrder, Rows, ShuffledSteps, loader
@@ -128,10 +128,6 @@ class Generation(Task):
         return self.data._asdict()
 
 
-def ready(config: Any) -> Data:
-    """The images.
-
-    Raises:
-        UserError: where they are missing.
-    """
-    return read(config.images)
+def ready(config: Any) -> None:
+    """Raise where the images are missing."""
+    read(config.images)

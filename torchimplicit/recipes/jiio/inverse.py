@@ -40,9 +40,9 @@ class Restoration(Task):
         self.data = read(config.images)
         self.decoder = make_decoder(config.decoder, self.data.pixels, config.equilibria)
         self.log_prior = nn.Parameter(torch.tensor(math.log(config.joint.prior)))
-        self.held_out = {
-            split: self.corrupted(self.data.split(split).images, generator(0, place))
-            for place, split in enumerate(("validation", "test"))
+        self.held_out: dict[Split, tuple[Tensor, Tensor]] = {
+            "validation": self.corrupted(self.data.validation.images, generator(0, 0)),
+            "test": self.corrupted(self.data.test.images, generator(0, 1)),
         }
 
     def corrupted(self, images: Tensor, source: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

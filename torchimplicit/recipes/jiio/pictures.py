@@ -7,15 +7,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn import functional
 
 
 def mosaic(rows: Sequence[Tensor], gap: int = 1) -> Tensor:
     """Images ``[n, channels, height, width]``, a row of the picture each, as one image ``[height, width]``: white
     between, the channels averaged."""
+    longest = max(len(row) for row in rows)
     strips = []
     for row in rows:
-        tiles = [torch.nn.functional.pad(tile, (gap, gap, gap, gap), value=1.0) for tile in row.mean(dim=1).clamp(0, 1)]
-        strips.append(torch.cat(tiles, dim=1))
+        grey = row.mean(dim=1).clamp(0, 1)
+        grey = torch.cat((grey, grey.new_ones(longest - len(grey), *grey.shape[1:])))
+        strips.append(torch.cat([functional.pad(tile, (gap, gap, gap, gap), value=1.0) for tile in grey], dim=1))
     return torch.cat(strips, dim=0)
 
 

@@ -18,6 +18,7 @@ from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fitting import load_weights
 from torchimplicit.recipes.jiio.config import GenerationConfig
 from torchimplicit.recipes.jiio.curves import Curves, curves
+from torchimplicit.recipes.jiio.data import read as read_images
 from torchimplicit.recipes.jiio.frechet import distance, features
 from torchimplicit.recipes.jiio.generation import Generation, ready
 from torchimplicit.recipes.jiio.pictures import grid
@@ -63,7 +64,7 @@ class GenerationRunner:
     def check(self, config: GenerationConfig) -> None:
         """See :class:`~torchimplicit.recipes.recipe.Runner`."""
         TRAINER.check(config)
-        count = len(ready(config).training.labels)
+        count = len(read_images(config.images).training.labels)
         if config.components > count:
             raise UserError(f"--components {config.components} is more than there are training images ({count})")
 
@@ -101,8 +102,8 @@ class GenerationRunner:
             )
             if config.curves:
                 with console.status("Measuring loss against time"):
-                    parts = [part.images[: config.curve_images] for part in (task.data.validation, task.data.test)]
-                    measured = curves(task.decoder, config.joint, *parts, config.curve_repeats)
+                    tuned, tested = (p.images[: config.curve_images] for p in (task.data.validation, task.data.test))
+                    measured = curves(task.decoder, config.joint, tuned, tested, config.curve_repeats)
                 run.write_json("curves.json", measured)
 
 

@@ -1,0 +1,182 @@
+"""Generative decoders by joint inference: the recipe, its measurements, and the table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import torchimplicit as ti
+from torchimplicit.models import mlp_decoder
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.jiio import curves as measurement
+from torchimplicit.recipes.jiio import frechet, runner
+from torchimplicit.recipes.jiio.config import GenerationConfig, Images, Joint, generation_digits
+from torchimplicit.recipes.jiio.curves import JOINT, Curves, Measured
+from torchimplicit.recipes.jiio.generation import Generation
+from torchimplicit.recipes.jiio.model import found, joint_solver, reconstruction
+from torchimplicit.recipes.jiio.nested import METHODS, nested
+from torchimplicit.recipes.jiio.pictures import mosaic
+from torchimplicit.recipes.jiio_generation.config import JiioGenerationConfig
+from torchimplicit.recipes.jiio_generation.read import overtaking
+from torchimplicit.recipes.jiio_generation.table import TABLE, jobs, summarize
+from torchimplicit.recipes.plain import from_plain, to_plain
+from torchimplicit.recipes.reproduce.jobs import prepare
+from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
+
+QUIET = Console(quiet=True)
+pytestmark = pytest.mark.filterwarnings("ignore::torchimplicit.ConvergenceWarning")
+
+
+def few(**changes: Any) -> GenerationConfig:
+    """A few images and steps."""
+    usual = generation_digits()
+    return replace(
+        usual,
+        images=Images(validation_images=20, train_images=40, test_images=20),
+        joint=Joint(joint_steps=8, test_steps=10),
+        components=2,
+        samples=30,
+        curve_images=4,
+        curve_repeats=1,
+        optimization=Optimization(steps=2, batch_size=8, validate_every=2),
+        machine=Machine(device="cpu", tensorboard=False),
+        **changes,
+    )
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frechet, "STEPS", 3)
+    monkeypatch.setattr(measurement, "JOINT_STEPS", (10, 20, 40))
+    monkeypatch.setattr(measurement, "NESTED_STEPS", (10, 20, 40))
+    monkeypatch.setattr(measurement, "RATES", dict.fromkeys(METHODS, (0.1,)))
+    monkeypatch.setattr(measurement, "STEP_SIZES", (10.0,))
+    monkeypatch.setattr(measurement, "TOLERANCES", (1e-1, 1e-2))
+    frechet.features.cache_clear()
+
+
+def test_distance_of_two_gaussians() -> None:
+    one = torch.tensor([1.0, 2.0]).double(), torch.diag(torch.tensor([4.0, 9.0]).double())
+    other = torch.tensor([0.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 1.0]).double())
+    assert frechet.between(one, other) == pytest.approx(1 + 4 + (2 - 1) ** 2 + (3 - 1) ** 2)
+    assert frechet.between(one, one) == pytest.approx(0.0, abs=1e-9)
+    turned = torch.linalg.qr(torch.randn(2, 2, generator=torch.Generator().manual_seed(0)).double()).Q
+    moved = [(turned @ m, turned @ c @ turned.mT) for m, c in (one, other)]
+    assert frechet.between(moved[0], moved[1]) == pytest.approx(frechet.between(one, other))
+
+
+def test_all_methods_find_the_same_latents() -> None:
+    torch.manual_seed(0)
+    decoder = mlp_decoder((1, 3, 4), latent=3, width=8).double().eval().requires_grad_(False)
+    wanted = decoder(torch.randn(5, 3, dtype=torch.float64))
+    problem = reconstruction(decoder, 0.01, 2.0)
+    solver = ti.Anderson(memory=20, rtol=1e-9, max_steps=3000)
+    expected = found(decoder, problem, solver, wanted).value.x
+
+    def loss(made: torch.Tensor, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (made - target).square().flatten(1).mean(dim=1) + 0.01 * x.square().mean(dim=1)
+
+    for method, rate, steps in (("gradient-descent", 4.0, 150), ("adam", 0.1, 100)):
+        x = nested(decoder, loss, wanted, method, steps=steps, rate=rate, tolerance=1e-6)  # type: ignore[arg-type]
+        assert float((x - expected).norm() / expected.norm()) < 0.05
+    rough = nested(decoder, loss, wanted, "adam-one-step", steps=100, rate=0.1, tolerance=1e-3)
+    assert float(loss(decoder(rough), rough, wanted).mean()) < 0.3 * float(wanted.square().mean())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_training_lowers_the_loss(kind: str) -> None:
+    config = few(equilibria=Equilibria(jacobian_weight=0.1))
+    config = replace(config, decoder=replace(config.decoder, kind=kind, width=24, channels=4))
+    torch.manual_seed(0)
+    task = Generation(config)
+    batch = (task.data.training.images[:20], None)
+    optimizer = torch.optim.Adam(task.parameters(), 1e-2)
+    losses = []
+    for _ in range(12):
+        loss = task.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.8 * losses[0]
+    sums = task.score(batch)
+    figures = task.figures(sums.tolist())
+    assert 0 < figures["mse"] <= figures["loss"]
+
+
+def test_the_gradient_is_that_of_a_longer_solve() -> None:
+    torch.manual_seed(0)
+    task = Generation(few()).double().eval()
+    images = task.data.training.images[:6].double()
+    slopes = []
+    for steps in (400, 800):
+        problem = reconstruction(task.decoder, 1e-2, 10.0)
+        solver = replace(joint_solver(task.config.joint, steps), rtol=1e-10)
+        value = found(task.decoder, problem, solver, images, gradient=ti.Envelope()).value
+        slopes.append(
+            torch.autograd.grad(problem.loss(value.z, value.x, images).mean(), list(task.decoder.parameters()))
+        )
+    for one, other in zip(*slopes, strict=True):
+        assert torch.allclose(one, other, atol=1e-7)
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(UserError, match="--curves measures joint inference"):
+        GenerationConfig(model="vae", curves=True)
+    with pytest.raises(UserError, match="--step-size must be positive"):
+        Joint(step_size=0.0)
+    with pytest.raises(UserError, match="leave --data-dir away"):
+        Images(data="digits", data_dir=".")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="--components 50 is more than there are training images"):
+        runner.RUNNER.check(replace(few(), components=50))
+
+
+def test_mosaic() -> None:
+    picture = mosaic([torch.zeros(3, 1, 4, 5), torch.ones(3, 2, 4, 5)])
+    assert picture.shape == (2 * 6, 3 * 7)
+    assert float(picture[2, 2]) == 0
+    assert float(picture[0, 0]) == float(picture[8, 2]) == 1
+
+
+def test_the_cheapest_joint_solve_that_is_as_good() -> None:
+    points = [
+        Measured(JOINT, 10, 1.0, 0.5),
+        Measured(JOINT, 20, 2.0, 0.3),
+        Measured(JOINT, 30, 3.0, 0.2),
+        Measured("adam", 40, 10.0, 0.3),
+        Measured("adam", 10, 3.0, 0.1),
+    ]
+    one = Curves(points, 1.0, (1.0, 1.0, 1.0), {}, {})
+    better = overtaking(one, "adam", 40)
+    assert better is not None
+    assert (better.steps, better.ratio) == (20, 5.0)
+    assert overtaking(one, "adam", 10) is None
+
+
+def test_jobs_survive_their_description() -> None:
+    config = JiioGenerationConfig()
+    for job in jobs(config):
+        assert from_plain(type(job.config), to_plain(job.config)) == job.config
+    TABLE.check(config)
+
+
+def test_the_table_with_one_seed_and_with_none(tmp_path: Any) -> None:
+    config = JiioGenerationConfig()
+    runs = {}
+    for job in jobs(config)[:2]:
+        short = few(model=job.config.model, curves=job.config.curves)
+        run = prepare(replace(job, config=short), tmp_path)
+        assert runner.RUNNER.train(short, run, QUIET)
+        runs[job.name] = run
+    summary = summarize(config, runs)
+    assert len(summary.claims) == 4
+    assert {d.name for d in summary.drawings} == {"curves-jiio", "images-jiio", "images-vae"}
+    assert "wide-0, jiio-1" in summary.notes[-1]
+    runner.RUNNER.evaluate(short, run, QUIET)
+    nothing = summarize(config, {})
+    assert not nothing.claims
+    assert not nothing.drawings

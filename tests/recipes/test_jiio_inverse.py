@@ -1,0 +1,153 @@
+"""Inverse problems by joint inference: the recipe and the table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from scipy.io import savemat
+
+import torchimplicit as ti
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.images import olivetti
+from torchimplicit.recipes.jiio.config import Images, InverseConfig, Joint, inverse_digits
+from torchimplicit.recipes.jiio.inverse import Restoration
+from torchimplicit.recipes.jiio.restoring import RUNNER
+from torchimplicit.recipes.jiio_inverse.config import JiioInverseConfig
+from torchimplicit.recipes.jiio_inverse.table import GRADIENTS, TABLE, jobs, summarize
+from torchimplicit.recipes.plain import from_plain, to_plain
+from torchimplicit.recipes.reproduce.jobs import prepare
+from torchimplicit.recipes.training.settings import Machine, Optimization
+
+QUIET = Console(quiet=True)
+pytestmark = pytest.mark.filterwarnings("ignore::torchimplicit.ConvergenceWarning")
+
+
+def few(**changes: Any) -> InverseConfig:
+    """A few images and steps."""
+    usual = inverse_digits()
+    return replace(
+        usual,
+        images=Images(validation_images=20, train_images=40, test_images=20),
+        joint=Joint(joint_steps=8, test_steps=10),
+        optimization=Optimization(steps=2, batch_size=8, validate_every=2),
+        machine=Machine(device="cpu", tensorboard=False),
+        **changes,
+    )
+
+
+def test_missing_squares_and_noise() -> None:
+    torch.manual_seed(0)
+    task = Restoration(few(corruption="inpainting", missing=0.5))
+    images = 0.1 + task.data.test.images
+    shown, seen = task.corrupted(images)
+    assert (seen == 0).sum(dim=(1, 2, 3)).tolist() == [16] * len(images)
+    assert torch.equal(shown, images * seen)
+    noisy = Restoration(few(noise=0.2))
+    shown, seen = noisy.corrupted(images)
+    assert float((shown - images).std()) == pytest.approx(0.2, rel=0.1)
+    assert bool((seen == 1).all())
+    again = Restoration(few(noise=0.2))
+    assert torch.equal(again.held_out["test"][0], noisy.held_out["test"][0])
+
+
+@pytest.mark.parametrize("corruption", ["denoising", "inpainting"])
+def test_the_exact_gradient_is_that_of_the_outer_loss(corruption: Any) -> None:
+    """To finite differences along a direction; the first-order one is another."""
+    torch.manual_seed(0)
+    task = Restoration(few(corruption=corruption)).double().eval()
+    with torch.no_grad():
+        task.log_prior.fill_(-3.0)
+    images = task.data.training.images[:3].double()
+    shown = tuple(part.double() for part in task.corrupted(images))
+    parameters = [p for p in task.parameters() if p.requires_grad]
+    direction = [torch.randn_like(p) for p in parameters]
+    solver = ti.Anderson(memory=30, rtol=1e-10, max_steps=4000)
+
+    def outer(gradient: Any = None) -> torch.Tensor:
+        prior = task.log_prior.exp()
+        value = ti.solve(task.problem(), task.decoder.start(3), *shown, prior, solver=solver, gradient=gradient).value
+        return (task.decoder.head(value.z) - images).square().mean()
+
+    def along(gradient: Any) -> float:
+        slopes = torch.autograd.grad(outer(gradient), parameters, allow_unused=True)
+        return float(sum((s * d).sum() for s, d in zip(slopes, direction, strict=True) if s is not None))
+
+    step = 1e-5
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p.add_(d, alpha=sign * step)
+            ends.append(float(outer()))
+            for p, d in zip(parameters, direction, strict=True):
+                p.sub_(d, alpha=sign * step)
+    expected = (ends[0] - ends[1]) / (2 * step)
+    assert along(ti.Implicit(linear_solver=ti.linear.GMRES(rtol=1e-9, max_steps=500))) == pytest.approx(
+        expected, rel=1e-3
+    )
+    assert along(ti.FixedInput()) != pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("through", GRADIENTS)
+def test_training_lowers_the_error(through: Any) -> None:
+    torch.manual_seed(0)
+    task = Restoration(few(through=through))
+    batch = (task.data.training.images[:16],)
+    optimizer = torch.optim.Adam(task.parameters(), 1e-2)
+    losses = []
+    for _ in range(10):
+        torch.manual_seed(1)  # the same noise
+        loss = task.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0]
+    assert (task.log_prior.grad is not None) == (through == "exact")
+
+
+def test_olivetti_from_its_file(tmp_path: Any) -> None:
+    faces = np.random.default_rng(0).integers(0, 256, (4096, 400), dtype=np.uint8)
+    savemat(tmp_path / olivetti.FILE, {"faces": faces})
+    train, test = olivetti.load(tmp_path)
+    assert train.images.shape == (320, 1, 32, 32)
+    assert torch.bincount(test.labels).tolist() == [2] * 40
+    first = torch.as_tensor(faces[:, 0].astype(np.float32)).view(64, 64).T
+    block = first[:2, :2].mean().round()
+    assert any(int(image[0, 0, 0]) == int(block) for image in (*train.images, *test.images))
+    savemat(tmp_path / olivetti.FILE, {"other": faces[:10]})
+    with pytest.raises(UserError, match="no matrix 'faces'"):
+        olivetti.load(tmp_path)
+    (tmp_path / olivetti.FILE).write_bytes(b"something else")
+    with pytest.raises(UserError, match="no readable MATLAB file"):
+        olivetti.load(tmp_path)
+    with pytest.raises(UserError, match="--data-dir must be the folder"):
+        olivetti.load(tmp_path / "elsewhere")
+
+
+def test_jobs_survive_their_description() -> None:
+    config = JiioInverseConfig()
+    assert len({job.name for job in jobs(config)}) == 18
+    for job in jobs(config):
+        assert from_plain(type(job.config), to_plain(job.config)) == job.config
+    TABLE.check(config)
+
+
+def test_the_table_with_some_runs_and_with_none(tmp_path: Any) -> None:
+    config = JiioInverseConfig()
+    runs = {}
+    for job in jobs(config)[:2]:
+        short = few(corruption=job.config.corruption, through=job.config.through)
+        run = prepare(replace(job, config=short), tmp_path)
+        assert RUNNER.train(short, run, QUIET)
+        runs[job.name] = run
+    summary = summarize(config, runs)
+    assert [claim.statement.split(":")[0] for claim in summary.claims] == ["denoising"]
+    assert [d.name for d in summary.drawings] == ["denoising"]
+    RUNNER.evaluate(short, run, QUIET)
+    assert not summarize(config, {}).claims
