@@ -14,6 +14,7 @@ from torchimplicit.recipes.implicit_generalization.read import Measured, measure
 from torchimplicit.recipes.implicit_generalization.rows import (
     COST,
     KINDS,
+    NAMES,
     ROWS,
     Row,
     jobs,
@@ -202,6 +203,22 @@ def _notes(config: GeneralizationConfig, found: Measured, labels: dict[str, str]
             0,
             "Smaller pictures, narrower models, fewer steps and other pictures than the paper's: rows compare among "
             "themselves.",
+        )
+    deeper = [
+        f"{NAMES[name, True]} {fmean(values):+.2f} dB"
+        for name in FILTERS
+        if (values := found.difference(*(Row(filter=name, implicit=one, size="4L") for one in (True, False))))
+    ]
+    if deeper:
+        notes.append(
+            f"Implicit models of four layers beside their explicit twins: {', '.join(deeper)}. In the paper too they are "
+            "no better than the implicit ones of one layer, save on text with SIREN."
+        )
+    rising = [one.best is not None and one.best.step == one.steps for one in found.runs.values()]
+    if any(rising):
+        notes.append(
+            f"In {sum(rising)} of {len(rising)} runs the last validation was the best: with more steps they would come "
+            "further, and not all alike."
         )
     diverged = [
         f"{labels[name]} on {p}, seed {s}" for (name, p, s), one in found.runs.items() if one.state == "diverged"
