@@ -77,9 +77,11 @@ class Reproduction:
             highlight=False,
         )
         began = time.monotonic()
-        runs = run_all(jobs, run.path / "runs", config.plan, console)
-        spent = self._spent(run) + time.monotonic() - began
-        run.write_json("seconds.json", {"seconds": spent})
+        before = self._spent(run)
+        try:
+            runs = run_all(jobs, run.path / "runs", config.plan, console)
+        finally:  # a table that is stopped has spent its time too
+            run.write_json("seconds.json", {"seconds": before + time.monotonic() - began})
         left = [name for name, one in runs.items() if not finished(one)]
         self._write(config, {name: one for name, one in runs.items() if name not in left}, run, console)
         if left:
