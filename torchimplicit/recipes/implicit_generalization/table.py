@@ -204,15 +204,17 @@ def _notes(config: GeneralizationConfig, found: Measured, labels: dict[str, str]
             "Smaller pictures, narrower models, fewer steps and other pictures than the paper's: rows compare among "
             "themselves.",
         )
-    deeper = [
-        f"{NAMES[name, True]} {fmean(values):+.2f} dB"
-        for name in FILTERS
-        if (values := found.difference(*(Row(filter=name, implicit=one, size="4L") for one in (True, False))))
-    ]
+    deeper = []
+    for name in FILTERS:
+        values = found.difference(
+            Row(filter=name, implicit=True, size="4L"), Row(filter=name, implicit=False, size="4L")
+        )
+        if values:
+            deeper.append(f"{NAMES[name, True]} {fmean(values):+.2f} dB")
     if deeper:
         notes.append(
-            f"Implicit models of four layers beside their explicit twins: {', '.join(deeper)}. In the paper too they are "
-            "no better than the implicit ones of one layer, save on text with SIREN."
+            f"Implicit models of four layers beside their explicit twins: {', '.join(deeper)}. In the paper too they "
+            "are no better than the implicit ones of one layer, save on text with SIREN."
         )
     rising = [one.best is not None and one.best.step == one.steps for one in found.runs.values()]
     if any(rising):
