@@ -204,7 +204,7 @@ def inverse_digits() -> InverseConfig:
     """The bundled digits: a minute or two on one core."""
     return InverseConfig(
         joint=Joint(joint_steps=25),
-        optimization=Optimization(steps=240, batch_size=32, learning_rate=3e-3, validate_every=80),
+        optimization=Optimization(steps=160, batch_size=32, learning_rate=3e-3, validate_every=40),
         equilibria=_equilibria(),
     )
 

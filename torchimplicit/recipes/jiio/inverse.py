@@ -39,7 +39,8 @@ class Restoration(Task):
         self.config = config
         self.data = read(config.images)
         self.decoder = make_decoder(config.decoder, self.data.pixels, config.equilibria)
-        self.log_prior = nn.Parameter(torch.tensor(math.log(config.joint.prior)))
+        start = torch.tensor(math.log(config.joint.prior))
+        self.log_prior = nn.Parameter(start, requires_grad=config.through == "exact")
         self.held_out: dict[Split, tuple[Tensor, Tensor]] = {
             "validation": self.corrupted(self.data.validation.images, generator(0, 0)),
             "test": self.corrupted(self.data.test.images, generator(0, 1)),

@@ -10,7 +10,7 @@ from torchimplicit.recipes.jiio.nested import METHODS
 from torchimplicit.recipes.jiio.pictures import grid
 from torchimplicit.recipes.jiio_generation.config import JiioGenerationConfig
 from torchimplicit.recipes.jiio_generation.drawing import LABELS, against_time
-from torchimplicit.recipes.jiio_generation.jobs import jobs, one
+from torchimplicit.recipes.jiio_generation.jobs import SIZES, Model, jobs, one
 from torchimplicit.recipes.jiio_generation.read import Found, at, overtaking, read
 from torchimplicit.recipes.reproduce.record import Claim, Sheet, spread
 from torchimplicit.recipes.reproduce.runner import Drawing, Reproduction, Summary
@@ -62,9 +62,9 @@ def summarize(config: JiioGenerationConfig, runs: dict[str, Run]) -> Summary:
 TABLE = Reproduction(jobs, summarize)
 
 
-def timed(found: Found) -> dict[str, list[Curves]]:
+def timed(found: Found) -> dict[Model, list[Curves]]:
     """The measurements of time that are there."""
-    return {size: measured for size, measured in found.curves.items() if measured}
+    return {size: found.curves[size] for size in SIZES if found.curves[size]}
 
 
 def protocol(config: JiioGenerationConfig) -> str:
@@ -88,7 +88,7 @@ def protocol(config: JiioGenerationConfig) -> str:
 
 def sizes(config: JiioGenerationConfig) -> str:
     """Of the decoders."""
-    small, wide = (one(config, model, 0).decoder for model in ("jiio", "wide"))  # type: ignore[arg-type]
+    small, wide = (one(config, model, 0).decoder for model in SIZES)
     if small.kind == "mlp":
         return f"a state of {small.width}, in the wider one {wide.width}"
     return f"{small.channels} channels, in the wider one {wide.channels}"
