@@ -193,10 +193,9 @@ def _notes(config: GeneralizationConfig, found: Measured, labels: dict[str, str]
     notes = [
         "The published differences of one-layer models, implicit less explicit, are 1.4, 1.6 and 0.75 dB on natural "
         "pictures and 1.5, 2.3 and 0.3 dB on text (SIREN, Fourier, Gabor): the 1.5 dB aimed at here are not reached "
-        "there either with Gabor filters.",
-        "The weights are those of the best validation, for all rows alike, so that a network that comes to fit the "
-        "given pixels too closely is stopped early, as the explicit SIREN of four layers does; how the published "
-        "weights were selected is not known here.",
+        "there either with Gabor filters, nor with SIREN on natural pictures.",
+        "The weights are those of the best validation, for all rows alike; how the published weights were selected is "
+        "not known here.",
     ]
     if config.plan.scale == "cpu":
         notes.insert(
