@@ -1,5 +1,6 @@
 """Models of the field, built on :class:`torchimplicit.nn.Equilibrium`. They need torch alone."""
 
+from torchimplicit.models.context_equilibrium import ContextEquilibrium, ContextEquilibriumConfig, ModulatedCell
 from torchimplicit.models.conv_deq import ConvDEQClassifier, ResidualCell
 from torchimplicit.models.decoders import (
     ConvDecoderCell,
@@ -47,6 +48,8 @@ __all__ = [
     "MFN",
     "SIREN",
     "Adjacency",
+    "ContextEquilibrium",
+    "ContextEquilibriumConfig",
     "ConvDEQClassifier",
     "ConvDecoderCell",
     "DEQTransformer",
@@ -69,6 +72,7 @@ __all__ = [
     "InfinityNormBall",
     "MDEQCell",
     "MDEQConfig",
+    "ModulatedCell",
     "NetworkField",
     "ResidualCell",
     "TanhCell",

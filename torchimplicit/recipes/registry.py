@@ -184,6 +184,16 @@ RECIPES = {
         f"{_HERE}.jiio_adversarial.config:mnist",
         f"{_HERE}.jiio_adversarial.task:RUNNER",
     ),
+    "jiio-meta-sinusoid": Entry(
+        "Sine waves from ten points, by a context adapted through joint inference: half a minute on a CPU.",
+        f"{_HERE}.jiio_meta.config:sinusoid",
+        f"{_HERE}.jiio_meta.task:RUNNER",
+    ),
+    "jiio-meta-omniglot": Entry(
+        "Five characters from one drawing of each (Omniglot), likewise: minutes on a CPU.",
+        f"{_HERE}.jiio_meta.config:omniglot",
+        f"{_HERE}.jiio_meta.task:RUNNER",
+    ),
 }
 """What ``train`` trains, in the order in which it is listed."""
 
