@@ -10,7 +10,7 @@ from torchimplicit.recipes.jiio.nested import METHODS
 from torchimplicit.recipes.jiio.pictures import grid
 from torchimplicit.recipes.jiio_generation.config import JiioGenerationConfig
 from torchimplicit.recipes.jiio_generation.drawing import LABELS, against_time
-from torchimplicit.recipes.jiio_generation.jobs import SIZES, Model, jobs, one
+from torchimplicit.recipes.jiio_generation.jobs import LONGER, SIZES, Model, jobs, one
 from torchimplicit.recipes.jiio_generation.read import Found, at, overtaking, read
 from torchimplicit.recipes.reproduce.record import Claim, Sheet, spread
 from torchimplicit.recipes.reproduce.runner import Drawing, Reproduction, Summary
@@ -76,8 +76,8 @@ def protocol(config: JiioGenerationConfig) -> str:
         f"{usual.optimization.steps} steps of {usual.optimization.batch_size} images, each with a joint solve of "
         f"{usual.joint.joint_steps} steps (Anderson, memory {usual.joint.joint_memory}) and the gradient of the "
         "envelope theorem; the weights with the least validation error are tested. The autoencoder has the same "
-        f"equilibrium decoder, an encoder with one hidden layer of {usual.encoder_width}, and the exact implicit "
-        f"gradient. Time: {usual.curve_images} test images at the trained weights, eval mode, one thread, CPU time of "
+        f"equilibrium decoder, an encoder with one hidden layer of {usual.encoder_width}, the exact implicit gradient, "
+        f"and {LONGER} times as many steps, which take about as long. Time: {usual.curve_images} test images at the trained weights, eval mode, one thread, CPU time of "
         f"the process, median of {usual.curve_repeats} repeats in which all take turns; both start from zero. Nested "
         "optimization starts every equilibrium solve from the last one, by plain iteration, and solves the adjoint "
         "system by GMRES; its step size and its tolerance (the loosest that costs at most 1 % of the loss), and the "
