@@ -23,7 +23,7 @@ SIZES: tuple[Model, ...] = ("jiio", "wide")
 LONGER = 8
 """Times as many steps for the autoencoder, whose steps have no joint solve in them: about the same time in all."""
 
-WIDER = 5
+WIDER = 3
 """Times the width of a fully connected decoder; a convolutional one gets twice the channels."""
 
 DEFAULTS = {"digits": generation_digits, "mnist": generation_mnist, "olivetti": generation_olivetti}
@@ -49,6 +49,8 @@ def one(config: JiioGenerationConfig, model: Model, seed: int) -> GenerationConf
     decoder = usual.decoder
     if model == "wide":
         decoder = replace(decoder, width=WIDER * decoder.width, channels=2 * decoder.channels)
+        # at the narrow one's rate it becomes so steep that the joint solves diverge
+        optimization = replace(optimization, learning_rate=optimization.learning_rate / WIDER)
     if config.steps is not None:
         optimization = replace(optimization, steps=config.steps, validate_every=max(1, config.steps // 4))
     return replace(
