@@ -42,17 +42,16 @@ def one(config: JiioGenerationConfig, model: Model, seed: int) -> GenerationConf
     """One model."""
     usual = DEFAULTS[config.data]()
     optimization = replace(usual.optimization, seed=seed)
-    if model == "vae":
-        optimization = replace(
-            optimization, steps=LONGER * optimization.steps, validate_every=LONGER * optimization.validate_every
-        )
     decoder = usual.decoder
+    if config.steps is not None:
+        optimization = replace(optimization, steps=config.steps, validate_every=max(1, config.steps // 4))
+    if model == "vae":
+        steps, every = LONGER * optimization.steps, LONGER * optimization.validate_every
+        optimization = replace(optimization, steps=steps, validate_every=every)
     if model == "wide":
         decoder = replace(decoder, width=WIDER * decoder.width, channels=2 * decoder.channels)
         # at the narrow one's rate it becomes so steep that the joint solves diverge
         optimization = replace(optimization, learning_rate=optimization.learning_rate / WIDER)
-    if config.steps is not None:
-        optimization = replace(optimization, steps=config.steps, validate_every=max(1, config.steps // 4))
     return replace(
         usual,
         model="vae" if model == "vae" else "jiio",

@@ -72,13 +72,15 @@ def protocol(config: JiioGenerationConfig) -> str:
     usual = one(config, "jiio", config.plan.first_seed)
     return (
         f"{config.data}; {usual.decoder.kind} equilibrium decoder, latent {usual.decoder.latent}, {sizes(config)}; "
-        f"Adam, rate {usual.optimization.learning_rate:g} (wider: a third), {usual.optimization.steps} steps of {usual.optimization.batch_size} images, each with a joint solve of "
+        f"Adam, rate {usual.optimization.learning_rate:g} (wider: a third), "
+        f"{usual.optimization.steps} steps of {usual.optimization.batch_size} images, each with a joint solve of "
         f"{usual.joint.joint_steps} steps (Anderson, memory {usual.joint.joint_memory}) and the gradient of the "
         "envelope theorem; the weights with the least validation error are tested. The autoencoder has the same "
         f"equilibrium decoder, an encoder with one hidden layer of {usual.encoder_width}, the exact implicit gradient, "
         f"and {LONGER} times as many steps, which take about as long. Time: {usual.curve_images} test images at the "
         f"trained weights, eval mode, one thread, CPU time of the process, median of {usual.curve_repeats} "
-        "repeats in which all take turns; both start from zero. Nested optimization starts every equilibrium solve from the last one, by plain iteration, and solves the adjoint "
+        "repeats in which all take turns; both start from zero. Nested optimization "
+        "starts every equilibrium solve from the last one, by plain iteration, and solves the adjoint "
         "system by GMRES; its step size and its tolerance (the loosest that costs at most 1 % of the loss), and the "
         "step size and damping of the joint solve, are tuned on validation images for every seed. The loss is always "
         "that of an exact equilibrium at the latents found."
