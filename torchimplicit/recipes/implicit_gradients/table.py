@@ -190,7 +190,11 @@ def _protocol(config: GradientsConfig) -> str:
 
 
 def _notes(config: GradientsConfig, seen: Measured) -> list[str]:
-    notes = ["The figure's own values are not at hand, so that none stand beside ours."]
+    notes = [
+        "The figure's own values are not at hand, so that none stand beside ours.",
+        "The exact gradient is that of the solved equilibrium. What is left of the distance to it at many products, "
+        "and at the converged adjoint too, is that of the state, which is carried along and not solved for.",
+    ]
     if config.plan.scale == "cpu":
         notes.append("Smaller pictures, a narrower model and fewer steps than the paper's.")
     diverged = [name for (name, _, _), one in seen.runs.items() if one.state == "diverged"]
