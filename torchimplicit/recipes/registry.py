@@ -248,6 +248,11 @@ TABLES = {
         f"{_HERE}.jiio_adversarial.config:default",
         f"{_HERE}.jiio_adversarial.table:TABLE",
     ),
+    "jiio-meta": Entry(
+        "Meta-learning: a context by joint inference and by gradient descent, on sine waves and Omniglot (JIIO).",
+        f"{_HERE}.jiio_meta.config:default",
+        f"{_HERE}.jiio_meta.table:TABLE",
+    ),
 }
 """What ``reproduce`` reproduces, likewise."""
 
@@ -266,6 +271,11 @@ PARTS = {
         "Attacks on a classifier that was trained for it, measured in turn.",
         f"{_HERE}.jiio_adversarial.config:attacks",
         f"{_HERE}.jiio_adversarial.measure:RUNNER",
+    ),
+    "jiio-meta-adaptations": Entry(
+        "Adaptations of a model that was trained for it, measured in turn.",
+        f"{_HERE}.jiio_meta.config:adaptations",
+        f"{_HERE}.jiio_meta.measure:RUNNER",
     ),
 }
 """What tables run beside recipes. No command names them, and nothing lists them."""

@@ -98,13 +98,14 @@ def omniglot() -> MetaConfig:
     """Five new characters, one drawing of each: minutes on one core."""
     return MetaConfig(
         data="omniglot",
+        adaptation_step_size=5.0,
         penalty=1e-3,
         state_size=100,
         context_size=50,
         shots=1,
         queries=5,
         held_out_tasks=100,
-        optimization=Optimization(steps=300, batch_size=8, learning_rate=3e-3, clip_norm=1.0, validate_every=50),
+        optimization=Optimization(steps=200, batch_size=8, learning_rate=5e-3, clip_norm=1.0, validate_every=50),
         equilibria=_EQUILIBRIA,
     )
 
@@ -121,7 +122,7 @@ class AdaptationsConfig:
     descent_steps: tuple[int, ...] = (1, 2, 5, 10, 20)
     """Of gradient descent."""
 
-    step_sizes: tuple[float, ...] = (0.3, 1.0, 2.0)
+    step_sizes: tuple[float, ...] = (0.3, 1.0, 3.0)
     """Of which each has the best: that of the least error on validation tasks."""
 
     adapted_tasks: int = 100
