@@ -239,7 +239,7 @@ def _drawings(kind: AttacksConfig, found: Found, runs: dict[tuple[str, int], Run
             panel.plot(times, strong, label=label, **style(index))
             for name, x, y in zip(names, times, strong, strict=True):
                 panel.annotate(name.split("-")[1], (x, y), textcoords="offset points", xytext=(4, -10), fontsize=7.5)
-        panel.set(xlabel="CPU time, ms", ylabel="cross-entropy", xscale="log", title=f"trained on {ROWS[row][0]}")
+        panel.set(xlabel="CPU time, ms", ylabel="cross-entropy", title=f"trained on {ROWS[row][0]}")
         panel.legend()
     made = [
         Drawing(
@@ -269,7 +269,7 @@ def _pictures(runs: dict[tuple[str, int], Run]) -> Drawing | None:
     grid = figure.subplots(len(lines), columns, squeeze=False)
     for panels, (row, name, images, answers) in zip(grid, lines, strict=True):
         for place, (panel, image, answer) in enumerate(zip(panels, images, answers, strict=True)):
-            panel.imshow(image[0], cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+            panel.imshow(image[0].numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
             panel.set(xticks=[], yticks=[])
             panel.grid(visible=False)
             panel.set_title(str(int(answer)), fontsize=8, pad=2)

@@ -44,18 +44,20 @@ class Joint:
         step_size: of the context along its gradient.
         penalty: of the context's square.
         gradient: of the weights, in the context; ``None``: the context is a constant to them (first order).
+        tolerance: relative, of the joint residual.
     """
 
     steps: int
     step_size: float
     penalty: float
     gradient: Gradient | None = None
+    tolerance: float = 1e-3
 
     def __call__(self, model: ContextEquilibrium, features: Tensor, targets: Tensor) -> Adapted:
         """Adapt to the support's features ``[tasks, samples, state]`` and targets."""
         problem = self.problem(model)
         start = (torch.zeros_like(features), model.contexts(features))
-        solver = FixedPointIteration(rtol=1e-3, max_steps=self.steps)
+        solver = FixedPointIteration(rtol=self.tolerance, max_steps=self.steps)
         if self.gradient is None:
             with torch.no_grad():
                 found = solve(problem, start, features, targets, solver=solver, throw=False)

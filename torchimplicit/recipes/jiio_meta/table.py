@@ -188,7 +188,8 @@ def _claims(config: MetaTableConfig, problem: str, found: Found) -> list[Claim]:
         goal = fmean(_of(found, problem, "descent", rival, "error"))
         seconds = fmean(_of(found, problem, "descent", rival, "seconds"))
         own = _fastest(found, problem, row, "JIIO", goal)
-        best = min(fmean(_of(found, problem, row, f"JIIO-{n}", "error")) for n in AdaptationsConfig().jiio_steps)
+        names = {name for key, one in found.items() if key[:2] == (problem, row) for name in one if "JIIO" in name}
+        best = min(fmean(_of(found, problem, row, name, "error")) for name in names)
         made.append(
             Claim(
                 f"{title}: trained and adapted by {ROWS[row][0]}, the error of {rival} (its own training) is reached "
@@ -273,10 +274,10 @@ def _protocol(config: MetaTableConfig, problems: Sequence[str]) -> str:
             f"{one.context_size}, {one.optimization.steps} steps of Adam on {one.optimization.batch_size} tasks, step "
             f"size {one.adaptation_step_size:g}, penalty {one.penalty:g}."
         )
-    kind = adapted(config, problems[0], "jiio", 0)
+    kind = adapted(config, config.problems[0], "jiio", 0)
     return (
         "A model z = tanh(Wz + γ(c) u + β(c)) whose context c adapts to a task on its support, and is judged on its "
-        f"queries; {config.plan.seeds} seeds. In training JIIO takes {kind.training.adaptation_steps} steps, descent 5. "
+        f"queries; {config.plan.seeds} seeds. Training: JIIO takes {kind.training.adaptation_steps} steps, descent 5. "
         + " ".join(parts)
         + f" Measured on {kind.adapted_tasks} test tasks at once, at the weights of the best validation, in eval mode; "
         f"step sizes are chosen on as many validation tasks; each adaptation timed {kind.repeats} times, all in turn. "

@@ -1,0 +1,184 @@
+"""Adversarial training by joint inference, on models of a few neurons."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("tyro")
+pytest.importorskip("sklearn")
+
+from rich.console import Console
+from test_image_data import write_mnist
+from torch.nn import functional
+
+import torchimplicit as ti
+from torchimplicit.models import EquilibriumClassifier, EquilibriumClassifierConfig
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.jiio_adversarial import table
+from torchimplicit.recipes.jiio_adversarial.attack import JIIO, PGD, judged
+from torchimplicit.recipes.jiio_adversarial.config import (
+    AdversarialConfig,
+    AdversarialTableConfig,
+    AttacksConfig,
+    digits,
+    mnist,
+)
+from torchimplicit.recipes.jiio_adversarial.measure import RUNNER, read
+from torchimplicit.recipes.jiio_adversarial.task import RUNNER as TRAINER
+from torchimplicit.recipes.jiio_adversarial.task import AdversarialTraining
+from torchimplicit.recipes.plain import from_plain, to_plain
+from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.run import RunOptions, create
+from torchimplicit.recipes.training.results import Results
+from torchimplicit.recipes.training.settings import Machine
+from torchimplicit.recipes.training.task import Shard
+
+pytestmark = pytest.mark.filterwarnings("ignore::torchimplicit.ConvergenceWarning")
+
+
+@pytest.fixture
+def trained_like() -> tuple[EquilibriumClassifier, torch.Tensor, torch.Tensor]:
+    """A random classifier whose scores matter, in float64, and images."""
+    torch.manual_seed(0)
+    tight = ti.Anderson(rtol=1e-10, max_steps=200)
+    model = EquilibriumClassifier(EquilibriumClassifierConfig(channels=12, bound=0.5), solver=tight).double().eval()
+    with torch.no_grad():
+        model.readout.weight.mul_(4)
+    return model, torch.rand(6, 1, 8, 8).double(), torch.arange(6)
+
+
+def small(**changes) -> AdversarialConfig:
+    base = digits()
+    return replace(
+        base,
+        channels=8,
+        attack_steps=3,
+        validation_images=20,
+        train_images=30,
+        test_images=20,
+        optimization=replace(base.optimization, steps=2, batch_size=8, validate_every=1),
+        machine=Machine(device="cpu", tensorboard=False),
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("attack", [PGD(steps=10, step_size=0.5, tolerance=1e-8), JIIO(steps=150, step_size=0.2)])
+def test_attacks_stay_within_the_ball_and_raise_the_loss(trained_like, attack) -> None:
+    model, images, labels = trained_like
+    found = attack(model, images, labels, 0.3)
+    assert not found.change.requires_grad
+    assert float(found.change.flatten(1).norm(dim=1).max()) <= 0.3 * (1 + 1e-9)
+    clean, _ = judged(model, images, labels)
+    attacked, _ = judged(model, images + found.change, labels)
+    assert bool((attacked > clean).all())
+    assert found.evaluations > 10
+
+
+def test_the_two_attacks_agree_where_both_converge(trained_like) -> None:
+    model, images, labels = trained_like
+    ways = (PGD(steps=60, step_size=0.3, tolerance=1e-8), JIIO(steps=300, step_size=0.2, tolerance=1e-8))
+    one, other = (judged(model, images + way(model, images, labels, 0.3).change, labels)[0] for way in ways)
+    assert torch.allclose(one, other, rtol=1e-4)
+
+
+def test_the_envelope_gradient_is_the_exact_one(trained_like) -> None:
+    model, images, labels = trained_like
+    parameters = list(model.parameters())
+    found = JIIO(steps=400, step_size=0.2, tolerance=1e-10).solve(model, images, labels, 0.3)
+    by_envelope = torch.autograd.grad(functional.cross_entropy(model.read(found.value.z), labels), parameters)
+    at = functional.cross_entropy(model(images + found.value.x.detach(), model.start(images)), labels)
+    for got, right in zip(by_envelope, torch.autograd.grad(at, parameters), strict=True):
+        assert torch.linalg.vector_norm(got - right) <= 1e-5 * torch.linalg.vector_norm(right)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adversary": "none"},
+        {"adversary": "pgd"},
+        {"adversary": "jiio"},
+        {"adversary": "jiio", "attack_gradient": "envelope"},
+    ],
+    ids=lambda c: "-".join(c.values()),
+)
+def test_training(changes, tmp_path) -> None:
+    config = small(**changes)
+    run = create("jiio-adversarial-digits", RunOptions(output=tmp_path / "run"))
+    run.describe("jiio-adversarial-digits", config)
+    assert TRAINER.train(config, run, Console(quiet=True))
+    results = Results.of(run)
+    assert results.state == "complete"
+    assert set(results.test.figures) == {"accuracy", "loss", "attacked", "attacked_loss"}
+    assert results.test.figures["attacked_loss"] > results.test.figures["loss"]
+
+
+def test_the_jacobian_penalty_counts_under_the_envelope() -> None:
+    plain, penalized = (
+        small(attack_gradient="envelope", equilibria=replace(digits().equilibria, jacobian_weight=weight))
+        for weight in (0.0, 10.0)
+    )
+    torch.manual_seed(0)
+    task = AdversarialTraining(plain)
+    batch = next(iter(task.training_batches(range(1), Shard())))
+    without = task.loss(batch)
+    task.config = penalized
+    assert task.loss(batch).item() > without.item()
+
+
+def test_mnist_by_convolution(tmp_path) -> None:
+    config = replace(
+        mnist(),
+        data_dir=write_mnist(tmp_path / "data"),
+        validation_images=10,
+        test_images=10,
+        channels=4,
+        attack_steps=2,
+        machine=Machine(device="cpu", tensorboard=False),
+    )
+    TRAINER.check(config)
+    task = TRAINER.module(config).task
+    images, labels = next(iter(task.held_out_batches("test", Shard())))
+    assert torch.isfinite(task.loss((images, labels)))
+
+
+def test_settings_that_make_no_sense() -> None:
+    with pytest.raises(UserError, match="--attack-gradient envelope needs"):
+        AdversarialConfig(data="digits", adversary="pgd", attack_gradient="envelope")
+    with pytest.raises(UserError, match="--radius must be positive"):
+        AdversarialConfig(data="digits", radius=0)
+    with pytest.raises(UserError, match="--pgd-steps must be"):
+        AttacksConfig(pgd_steps=())
+
+
+def test_the_table(tmp_path) -> None:
+    config = AdversarialTableConfig(plan=Plan(seeds=1))
+    jobs = table.jobs(config)
+    assert [job.name for job in jobs] == ["clean-seed0", "pgd-seed0", "jiio-seed0", "envelope-seed0"]
+    runs = {}
+    for job in jobs[1:3]:
+        assert from_plain(AttacksConfig, to_plain(job.config)) == job.config
+        training = small(adversary=job.config.training.adversary)
+        attacks = replace(
+            job.config, training=training, pgd_steps=(1, 2), jiio_steps=(2, 4), step_sizes=(1.0,), tolerances=(0.1,)
+        )
+        attacks = replace(attacks, tuning_images=10, attacked_images=10, repeats=1)
+        run = create(job.recipe, RunOptions(output=tmp_path / job.name))
+        run.describe(job.recipe, attacks)
+        assert RUNNER.train(attacks, run, Console(quiet=True))
+        assert set(read(run)) == {"clean", "PGD-1", "PGD-2", "JIIO-2", "JIIO-4", "JIIO-4, Anderson"}
+        runs[job.name] = run
+    full = AttacksConfig(pgd_steps=(1, 2), jiio_steps=(2, 4))
+    kept = table.attacked
+    try:
+        table.attacked = lambda *_: full
+        summary = table.summarize(config, runs)
+        assert table.summarize(config, {}).runs == {}
+    finally:
+        table.attacked = kept
+    assert summary.sheets[0].table.rows[1][1] != "–"
+    assert len(summary.claims) >= 3
+    assert {drawing.name for drawing in summary.drawings} == {"strength", "pictures"}
