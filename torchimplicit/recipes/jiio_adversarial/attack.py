@@ -10,21 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchimplicit import (
-    GMRES,
-    Anderson,
-    Envelope,
-    FixedPoint,
-    FixedPointIteration,
-    Implicit,
-    JointInference,
-    JointState,
-    L2Ball,
-    solve,
-)
+from torchimplicit.constraints import L2Ball
+from torchimplicit.gradients import Envelope, Implicit
+from torchimplicit.linear import GMRES
 from torchimplicit.models import EquilibriumClassifier
+from torchimplicit.problems import FixedPoint, JointInference, JointState
 from torchimplicit.solution import Solution
-from torchimplicit.solvers import Solver
+from torchimplicit.solve import solve
+from torchimplicit.solvers import Anderson, FixedPointIteration, Solver
 
 DAMPING = (0.8, 0.6, 1.0)
 """Of state, adjoint and perturbation, as published."""

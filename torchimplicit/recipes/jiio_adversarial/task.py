@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchimplicit import FixedPoint
 from torchimplicit.models import EquilibriumClassifier, EquilibriumClassifierConfig
+from torchimplicit.problems import FixedPoint
 from torchimplicit.recipes.images.data import KINDS, load
 from torchimplicit.recipes.images.split import Splits
 from torchimplicit.recipes.jiio_adversarial.attack import JIIO, PGD, Attack, judged

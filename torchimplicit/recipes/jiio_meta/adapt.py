@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchimplicit import GMRES, FixedPointIteration, Implicit, JointInference, solve
-from torchimplicit.gradients import Gradient
+from torchimplicit.gradients import Gradient, Implicit
+from torchimplicit.linear import GMRES
 from torchimplicit.models import ContextEquilibrium
+from torchimplicit.problems import JointInference
+from torchimplicit.solve import solve
+from torchimplicit.solvers import FixedPointIteration
 
 DAMPING = (0.8, 0.6, 1.0)
 """Of state, adjoint and context, as published."""
