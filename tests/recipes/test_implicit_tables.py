@@ -1,0 +1,184 @@
+"""The tables of implicit representations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("lightning")
+pytest.importorskip("submitit")
+pytest.importorskip("tyro")
+
+from rich.console import Console
+
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.execution import go, opened
+from torchimplicit.recipes.fields.cost import FieldCost, FieldCostConfig, read
+from torchimplicit.recipes.fields.cost import measured as measured_costs
+from torchimplicit.recipes.implicit_generalization import rows as generalization
+from torchimplicit.recipes.implicit_generalization import table as generalization_table
+from torchimplicit.recipes.implicit_generalization.config import GeneralizationConfig
+from torchimplicit.recipes.implicit_gradients import rows as gradients
+from torchimplicit.recipes.implicit_gradients import table as gradients_table
+from torchimplicit.recipes.implicit_gradients.config import GradientsConfig
+from torchimplicit.recipes.plain import from_plain, to_plain
+from torchimplicit.recipes.reproduce.jobs import prepare
+from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.training.settings import Machine
+
+HERE = Machine(device="cpu", tensorboard=False)
+SHORT = {"size": 16, "width": 4, "steps": 2, "machine": HERE}
+SMALL = GeneralizationConfig(
+    plan=Plan(seeds=1),
+    natural=(),
+    texts=("text-0",),
+    rows=("fourier-implicit-1L", "fourier-explicit-1L", "fourier-explicit-4L", "fourier-implicit-1L-full", "cost"),
+    **SHORT,
+)
+CUTS = GradientsConfig(plan=Plan(seeds=1), pictures=("text-0",), products=(0, 1), **SHORT)
+
+
+@pytest.fixture(autouse=True)
+def _slow_machine(one_thread):
+    pass
+
+
+def less(config):
+    """The cost of few steps."""
+    if not isinstance(config, FieldCostConfig):
+        return config
+    return replace(config, warm_steps=1, rounds=1, steps_a_turn=2)
+
+
+def run_here(jobs, folder):
+    """The runs of a table in this process."""
+    runs = {}
+    for job in jobs:
+        run, runner, settings = opened(prepare(replace(job, config=less(job.config)), folder).path)
+        assert go(runner, settings, run, Console(quiet=True)) == 0
+        runs[job.name] = run
+    return runs
+
+
+@pytest.mark.parametrize(
+    "jobs", [generalization.jobs(GeneralizationConfig()), gradients.jobs(GradientsConfig())], ids=["table", "figure"]
+)
+def test_settings_survive_being_written(jobs):
+    assert len({job.name for job in jobs}) == len(jobs)
+    for job in jobs:
+        assert from_plain(type(job.config), json.loads(json.dumps(to_plain(job.config)))) == job.config
+
+
+class TestGeneralization:
+    def test_the_rows_are_those_of_the_paper(self):
+        assert len(generalization.TABLE) == 18
+        row = generalization.ROWS["gabor-explicit-4L"]
+        assert row.label(256) == "Gabor-MFN 4L-256"
+        assert row.published("natural") == 24.65
+        assert generalization.ROWS["siren-implicit-1L-wide"].published("text") == 26.81
+        assert generalization.ROWS["siren-implicit-1L-full"].published("text") is None
+
+    def test_the_papers_scale_is_the_papers(self):
+        config = GeneralizationConfig(plan=Plan(scale="paper"))
+        one = generalization.training(
+            config, generalization.ROWS["fourier-implicit-1L-wide"], generalization.Subject("camera", "natural"), 0
+        )
+        assert (one.size, one.representation.width, one.optimization.steps) == (512, 512, 2000)
+        assert (one.optimization.learning_rate, one.equilibria.phantom_steps) == (1e-3, 2)
+        assert one.representation.amortize == "refresh"
+
+    def test_twins_differ_in_being_implicit_alone(self):
+        subject = generalization.Subject("camera", "natural")
+        one, other = (
+            generalization.training(GeneralizationConfig(), generalization.ROWS[f"siren-{kind}-4L"], subject, 1)
+            for kind in ("implicit", "explicit")
+        )
+        assert replace(one, representation=replace(one.representation, implicit=False)) == other
+
+    def test_full_solves_are_run_once_a_kind(self):
+        names = [job.name for job in generalization.jobs(GeneralizationConfig())]
+        assert sum("full" in name for name in names) == 6
+        assert names.count("cost") == 1
+        assert max(names.index(name) for name in names if name.endswith("seed0")) < min(
+            names.index(name) for name in names if name.endswith("seed1")
+        )
+
+    def test_a_folder_of_pictures(self, tmp_path):
+        with pytest.raises(UserError, match="holds no PNG"):
+            generalization.jobs(replace(SMALL, data_dir=tmp_path))
+        (tmp_path / "zebra.png").write_bytes(b"")
+        (subject, *_) = generalization.subjects(replace(SMALL, data_dir=tmp_path))
+        assert (subject.name, subject.kind) == ("zebra", "natural")
+        assert generalization.jobs(replace(SMALL, data_dir=tmp_path))[0].config.file == tmp_path / "zebra.png"
+
+    def test_an_unknown_row_is_refused(self):
+        with pytest.raises(UserError, match="siren-implicit-1L"):
+            generalization.jobs(replace(SMALL, rows=("nerf",)))
+
+    def test_the_record(self, tmp_path):
+        runs = run_here(generalization.jobs(SMALL), tmp_path)
+        summary = generalization_table.summarize(SMALL, runs)
+        assert [sheet.title for sheet in summary.sheets] == [
+            "Pixels that were not given",
+            "A training step",
+            "Reaching what the explicit network of one layer ends with",
+            "One evaluation a step, against full solves",
+        ]
+        assert {drawing.name for drawing in summary.drawings} == {"training"}
+        assert any("1.5 dB over Fourier-MFN 1L-4" in claim.statement for claim in summary.claims)
+        assert any("twice as fast as by full" in claim.statement for claim in summary.claims)
+        assert len(summary.runs) == 5
+        json.dumps(to_plain(summary.runs), allow_nan=False)
+
+    def test_it_is_made_of_what_is_there(self, tmp_path):
+        runs = run_here(generalization.jobs(replace(SMALL, rows=("fourier-implicit-1L",))), tmp_path)
+        summary = generalization_table.summarize(SMALL, runs)
+        assert not summary.claims
+        assert len(summary.sheets[0].table.rows) == 18
+
+
+class TestGradients:
+    def test_the_cuts(self):
+        names = [row.name for row in gradients.rows(CUTS)]
+        assert names[:3] == ["siren-T0", "siren-T1", "siren-converged"]
+        settings = [job.config for job in gradients.jobs(CUTS)][:3]
+        assert [one.equilibria.phantom_steps for one in settings[:2]] == [1, 2]
+        assert settings[2].equilibria.gradient == "implicit"
+
+    def test_bad_cuts_are_refused(self):
+        for bad in ((), (1, 1), (-1,)):
+            with pytest.raises(UserError, match="--products"):
+                GradientsConfig(products=bad)
+
+    def test_the_record(self, tmp_path):
+        runs = run_here(gradients.jobs(CUTS), tmp_path)
+        summary = gradients_table.summarize(CUTS, runs)
+        assert [sheet.title for sheet in summary.sheets] == ["iSIREN", "Fourier-iMFN", "Gabor-iMFN"]
+        assert len(summary.claims) == 6
+        assert [drawing.name for drawing in summary.drawings] == ["products"]
+        costs = read(runs["cost"])
+        assert costs["siren-T0"].cosine < costs["siren-converged"].cosine
+
+
+def test_costs():
+    jobs = generalization.jobs(replace(SMALL, width=16, size=32))
+    (config,) = (job.config for job in jobs if job.name == "cost")
+    names = ("fourier-implicit-1L", "fourier-explicit-1L", "fourier-implicit-1L-full")
+    chosen = FieldCostConfig(
+        names=names,
+        fits=tuple(config.fits[config.names.index(name)] for name in names),
+        warm_steps=2,
+        rounds=1,
+        steps_a_turn=2,
+    )
+    amortized, explicit, full = measured_costs(chosen).values()
+    assert isinstance(amortized, FieldCost)
+    assert (amortized.forward, amortized.backward) == (1, 1)
+    assert full.forward > 3
+    assert (explicit.forward, explicit.backward) == (0, 0)
+    assert amortized.parameters == explicit.parameters == full.parameters
+    assert explicit.megabytes < amortized.megabytes < full.megabytes
+    assert full.cosine > 0.9999
+    assert 0.9 < amortized.cosine < 1
