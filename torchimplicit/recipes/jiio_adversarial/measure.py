@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models import EquilibriumClassifier
 from torchimplicit.recipes.fitting import load_weights
 from torchimplicit.recipes.jiio_adversarial.attack import JIIO, PGD, Attack, judged
@@ -23,7 +24,6 @@ from torchimplicit.recipes.machine import device, threads
 from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.tables import Column, Table
-from torchimplicit.solve import ConvergenceWarning
 from torchimplicit.solvers import Anderson
 
 CLEAN = "clean"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.recipes.fitting import load_weights
 from torchimplicit.recipes.jiio_meta.adapt import Descent, Joint
 from torchimplicit.recipes.jiio_meta.config import AdaptationsConfig
@@ -22,7 +23,6 @@ from torchimplicit.recipes.machine import device, threads
 from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.tables import Column, Table
-from torchimplicit.solve import ConvergenceWarning
 
 
 @dataclass(frozen=True)
