@@ -173,7 +173,7 @@ def test_the_table_with_one_seed_and_with_none(tmp_path: Any) -> None:
         assert runner.RUNNER.train(short, run, QUIET)
         runs[job.name] = run
     summary = summarize(config, runs)
-    assert len(summary.claims) == 4
+    assert len(summary.claims) == 5
     assert {d.name for d in summary.drawings} == {"curves-jiio", "images-jiio", "images-vae"}
     assert "wide-0, jiio-1" in summary.notes[-1]
     runner.RUNNER.evaluate(short, run, QUIET)

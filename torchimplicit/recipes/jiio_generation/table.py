@@ -17,8 +17,8 @@ from torchimplicit.recipes.reproduce.runner import Drawing, Reproduction, Summar
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.tables import Column, Table
 
-AIM = 9.0
-"""Times less CPU time than Adam with ``LONGEST`` steps, to the same loss."""
+AIMS = (9.0, 3.5)
+"""Times less CPU time than Adam with ``LONGEST`` steps, to the same loss: the aim, and the least that was published."""
 
 LONGEST = 40
 
@@ -185,15 +185,16 @@ def claims(found: Found) -> list[Claim]:
     for size, measured in timed(found).items():
         better = [overtaking(c, "adam", LONGEST) for c in measured]
         ratios = [b.ratio for b in better if b is not None]
-        made.append(
+        made += [
             Claim(
-                f"{NAMES[size]}: to the same loss as Adam with {LONGEST} steps or a lower one, at least {AIM:g} times "
+                f"{NAMES[size]}: to the same loss as Adam with {LONGEST} steps or a lower one, at least {aim:g} times "
                 "less CPU time",
-                f"{spread(ratios)} times ({', '.join(f'{r:.1f}' for r in ratios)}; "
+                f"{spread(ratios)} times ({', '.join(f'{ratio:.1f}' for ratio in ratios)}; "
                 f"{len(ratios)} of {len(better)} seeds get there)",
-                len(ratios) == len(better) and fmean(ratios) >= AIM,
+                len(ratios) == len(better) and fmean(ratios) >= aim,
             )
-        )
+            for aim in AIMS
+        ]
         losses = {m: [at(c, m, LONGEST)[1] for c in measured] for m in (JOINT, *METHODS)}
         made.append(
             Claim(
@@ -228,7 +229,8 @@ def notes(config: JiioGenerationConfig, found: Found) -> list[str]:
         + (f" ({100 * accuracies[0]:.1f} % right on the test images)" if accuracies else "")
         + ": it compares the models of this page with each other, and with no FID.",
         "Published: 7659 ms for Adam with 40 steps, 862 ms for 40 joint steps, 2156 ms for 100, a multiscale model on "
-        "CelebA, with the nested optimizer in train mode; here all run in eval mode.",
+        "CelebA, with the nested optimizer in train mode; here all run in eval mode, "
+        "the nested optimizer's equilibria start from the last ones, and their tolerance is tuned.",
         "Nested optimization with the one-step gradient is cheaper and not exact; gradient descent with a tuned step "
         "size is a stronger rival than Adam where the loss is nearly quadratic in the latent.",
     ]
