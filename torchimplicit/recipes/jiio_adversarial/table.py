@@ -197,8 +197,8 @@ def _claims(kind: AttacksConfig, found: Found, trained: dict[tuple[str, int], Re
         if strong and short:
             made.append(
                 Claim(
-                    "On the same model, the fastest JIIO of that strength is faster than the fastest PGD of that strength, "
-                    "those of few and long steps included",
+                    "On the same model, the fastest JIIO of that strength is faster than the fastest PGD of that "
+                    "strength, those of few and long steps included",
                     f"{short[0][0]} is {short[0][1]:.1f} times as fast as {rival}, and {strong[0][0]} "
                     f"{strong[0][2]:.1f} times",
                     strong[0][2] > short[0][1],
@@ -311,8 +311,8 @@ def _notes(config: AdversarialTableConfig) -> list[str]:
         "gradient is exact only so far as JIIO has converged.",
         "Accelerated by Anderson's method, JIIO comes to weaker attacks here, safeguarded by the cost though it is: "
         "the problem is not convex, and acceleration finds other stationary points.",
-        "PGD whose steps are longer than the radius jumps from boundary to boundary, and where the ball is small is close "
-        "to its final strength after a few of them: beside that, rather than beside PGD-20, JIIO gains little time or "
+        "PGD whose steps are longer than the radius jumps from boundary to boundary, and where the ball is small is "
+        "close to its final strength after a few of them: beside that, rather than beside PGD-20, JIIO gains little time or "
         "none, as the claims on the fastest PGD say.",
     ]
     if config.data == "digits":
