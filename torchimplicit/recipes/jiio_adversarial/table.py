@@ -312,8 +312,8 @@ def _notes(config: AdversarialTableConfig) -> list[str]:
         "Accelerated by Anderson's method, JIIO comes to weaker attacks here, safeguarded by the cost though it is: "
         "the problem is not convex, and acceleration finds other stationary points.",
         "PGD whose steps are longer than the radius jumps from boundary to boundary, and where the ball is small is "
-        "close to its final strength after a few of them: beside that, rather than beside PGD-20, JIIO gains little time or "
-        "none, as the claims on the fastest PGD say.",
+        "close to its final strength after a few of them: beside that, rather than beside PGD-20, JIIO gains little "
+        "time or none, as the claims on the fastest PGD say.",
     ]
     if config.data == "digits":
         notes.insert(0, "8×8 digits and one minute of training a row: rows compare among themselves.")
