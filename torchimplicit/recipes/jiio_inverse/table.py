@@ -158,8 +158,9 @@ def notes(found: Found) -> list[str]:
     made = [
         "The published figures of this experiment are for CelebA and CIFAR-10 with a multiscale model, trained with "
         "the first-order gradient: nothing here compares with them, and none are quoted.",
-        "The first-order gradient misses how the latent answers to the weights; the inner loss sees corrupted pixels "
-        "alone, so that only the exact one can teach the decoder which latents to leave out.",
+        "The first-order gradient leaves out how the latent answers to the weights.",
+        "Training is short: what is compared is where each gradient has come to, not where it would end. The weight "
+        "on the latent is learned in logarithm at the rate of the other weights, so that it stays near its start.",
     ]
     if found.missing:
         made.append(f"Not there, or not come to an end: {', '.join(found.missing)}.")
