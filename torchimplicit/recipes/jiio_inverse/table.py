@@ -156,8 +156,8 @@ def claims(found: Found) -> list[Claim]:
 def notes(found: Found) -> list[str]:
     """What a reader must know."""
     made = [
-        "The published figures of this experiment are for CelebA and CIFAR-10 with a multiscale model, trained with "
-        "the first-order gradient: nothing here compares with them, and none are quoted.",
+        "The published figures are of another model and other images, and of the first-order gradient, which the "
+        "published code takes here: nothing here compares with them, and none are quoted.",
         "The first-order gradient leaves out how the latent answers to the weights.",
         "Training is short: what is compared is where each gradient has come to, not where it would end. The weight "
         "on the latent is learned in logarithm at the rate of the other weights, so that it stays near its start.",
