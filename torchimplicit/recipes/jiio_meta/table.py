@@ -249,7 +249,7 @@ def _drawings(problems: Sequence[str], found: Found) -> list[Drawing]:
                 values = [fmean(_of(found, problem, row, name, "error")) for name in names]
                 panel.plot(times, values, label=f"{kind}; trained by {label}", **style(index))
                 index += 1
-        panel.set(xlabel="CPU time of the adaptation, ms", ylabel=UNITS[problem], title=TITLES[problem], xscale="log")
+        panel.set(xlabel="CPU time of the adaptation, ms", ylabel=UNITS[problem], title=TITLES[problem])
         if problem == "sinusoid":
             panel.set_yscale("log")
         panel.legend(fontsize=7.5)
