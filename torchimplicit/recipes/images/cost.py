@@ -10,7 +10,6 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from torchimplicit.errors import ConvergenceWarning
@@ -25,6 +24,7 @@ from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.tables import Column, Table
 from torchimplicit.recipes.training.costs import Costs
 from torchimplicit.recipes.training.estimators import gradient, label
+from torchimplicit.recipes.training.measuring import Measuring
 from torchimplicit.recipes.training.settings import Equilibria
 from torchimplicit.recipes.training.task import Shard
 
@@ -90,34 +90,6 @@ def estimators(config: CostConfig) -> dict[str, Equilibria]:
     neumann = replace(unrolled, gradient="neumann-phantom")
     phantom = {label(one): one for one in (unrolled, replace(unrolled, phantom_steps=9), neumann)}
     return {CONVERGED: converged, "implicit": implicit, **phantom}
-
-
-class CostRunner:
-    """See :class:`~torchimplicit.recipes.recipe.Runner`."""
-
-    def check(self, config: CostConfig) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
-        TRAINER.check(config.image)
-
-    def train(self, config: CostConfig, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
-        if not TRAINER.train(config.image, run, console):
-            return False
-        self._measure(config, run, console, "costs.json")
-        return True
-
-    def evaluate(self, config: CostConfig, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
-        self._measure(config, run, console, "evaluation.json")
-
-    def _measure(self, config: CostConfig, run: Run, console: Console, name: str) -> None:
-        with console.status("Measuring"):
-            found = measured(config, run)
-        run.write_json(name, found)
-        console.print(table(found).rich_rows())
-
-
-RUNNER = CostRunner()
 
 
 def read(run: Run) -> dict[str, Cost]:
@@ -233,3 +205,12 @@ def table(found: dict[str, Cost]) -> Table:
 def evaluations(cost: Cost) -> float:
     """Of the cell's backward pass: the products, and the last one, into the parameters."""
     return cost.backward + 1
+
+
+RUNNER = Measuring(
+    trainer=TRAINER,
+    training=lambda config: config.image,
+    measure=measured,
+    show=table,
+    name="costs.json",
+)

@@ -10,7 +10,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from torchimplicit.errors import ConvergenceWarning
@@ -20,10 +19,11 @@ from torchimplicit.recipes.jiio_adversarial.attack import JIIO, PGD, Attack, jud
 from torchimplicit.recipes.jiio_adversarial.config import AttacksConfig
 from torchimplicit.recipes.jiio_adversarial.task import RUNNER as TRAINER
 from torchimplicit.recipes.jiio_adversarial.task import AdversarialTraining, pixels
-from torchimplicit.recipes.machine import device, threads
+from torchimplicit.recipes.machine import device
 from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.tables import Column, Table
+from torchimplicit.recipes.training.measuring import Measuring
 from torchimplicit.solvers import Anderson
 
 CLEAN = "clean"
@@ -52,43 +52,15 @@ class Strength:
     tolerance: float = 0.0
 
 
-class AttacksRunner:
-    """See :class:`~torchimplicit.recipes.recipe.Runner`."""
-
-    def check(self, config: AttacksConfig) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
-        TRAINER.check(config.training)
-
-    def train(self, config: AttacksConfig, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
-        if not TRAINER.train(config.training, run, console):
-            return False
-        self._measure(config, run, console, "attacks.json")
-        return True
-
-    def evaluate(self, config: AttacksConfig, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
-        self._measure(config, run, console, "evaluation.json")
-
-    def _measure(self, config: AttacksConfig, run: Run, console: Console, name: str) -> None:
-        with console.status("Attacking"), threads(config.training.machine.threads):
-            found, pictures = measured(config, run)
-        run.write_json(name, found)
-        torch.save(pictures, run.path / "pictures.pt")
-        console.print(table(found).rich_rows())
-
-
-RUNNER = AttacksRunner()
-
-
 def read(run: Run) -> dict[str, Strength]:
     """What a run has measured."""
     return {name: from_plain(Strength, plain) for name, plain in run.read_json("attacks.json").items()}
 
 
-def measured(config: AttacksConfig, run: Run) -> tuple[dict[str, Strength], dict[str, Any]]:
+def measured(config: AttacksConfig, run: Run) -> dict[str, Strength]:
     """Every attack at the run's best weights, with the step size and the tolerance that suit it on the validation
-    images; and some of the images, attacked by the longest of each kind."""
+    images; some of the images, attacked by the longest of each
+    kind, go into the run's directory."""
     module = TRAINER.module(config.training)
     load_weights(module, run.best)
     where = device(config.training.machine.device)
@@ -130,7 +102,8 @@ def measured(config: AttacksConfig, run: Run) -> tuple[dict[str, Strength], dict
                 name: (one[:SHOWN].cpu(), model(one[:SHOWN], model.start(one[:SHOWN])).argmax(1).cpu())
                 for name, one in shown.items()
             }
-    return found, pictures
+    torch.save(pictures, run.path / "pictures.pt")
+    return found
 
 
 def strongest(config: AttacksConfig, kind: str) -> str:
@@ -198,3 +171,13 @@ def _now(clock: Callable[[], float], where: torch.device) -> float:
     if where.type == "cuda":
         torch.cuda.synchronize(where)
     return clock()
+
+
+RUNNER = Measuring(
+    trainer=TRAINER,
+    training=lambda config: config.training,
+    measure=measured,
+    show=table,
+    name="attacks.json",
+    doing="Attacking",
+)

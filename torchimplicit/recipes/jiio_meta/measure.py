@@ -10,7 +10,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.recipes.fitting import load_weights
@@ -19,10 +18,11 @@ from torchimplicit.recipes.jiio_meta.config import AdaptationsConfig
 from torchimplicit.recipes.jiio_meta.task import RUNNER as TRAINER
 from torchimplicit.recipes.jiio_meta.task import MetaLearning, judged
 from torchimplicit.recipes.jiio_meta.tasks import Tasks
-from torchimplicit.recipes.machine import device, threads
+from torchimplicit.recipes.machine import device
 from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.tables import Column, Table
+from torchimplicit.recipes.training.measuring import Measuring
 
 
 @dataclass(frozen=True)
@@ -42,34 +42,6 @@ class Quality:
     seconds: float
     evaluations: float
     step_size: float
-
-
-class AdaptationsRunner:
-    """See :class:`~torchimplicit.recipes.recipe.Runner`."""
-
-    def check(self, config: AdaptationsConfig) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
-        TRAINER.check(config.training)
-
-    def train(self, config: AdaptationsConfig, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
-        if not TRAINER.train(config.training, run, console):
-            return False
-        self._measure(config, run, console, "adaptations.json")
-        return True
-
-    def evaluate(self, config: AdaptationsConfig, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
-        self._measure(config, run, console, "evaluation.json")
-
-    def _measure(self, config: AdaptationsConfig, run: Run, console: Console, name: str) -> None:
-        with console.status("Adapting"), threads(config.training.machine.threads):
-            found = measured(config, run)
-        run.write_json(name, found)
-        console.print(table(found).rich_rows())
-
-
-RUNNER = AdaptationsRunner()
 
 
 def read(run: Run) -> dict[str, Quality]:
@@ -163,3 +135,13 @@ def _now(clock: Callable[[], float], where: torch.device) -> float:
     if where.type == "cuda":
         torch.cuda.synchronize(where)
     return clock()
+
+
+RUNNER = Measuring(
+    trainer=TRAINER,
+    training=lambda config: config.training,
+    measure=measured,
+    show=table,
+    name="adaptations.json",
+    doing="Adapting",
+)
