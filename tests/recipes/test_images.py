@@ -17,6 +17,7 @@ from torchimplicit import cli
 from torchimplicit.models import mdeq_imagenet, mdeq_large, mdeq_tiny
 from torchimplicit.recipes import registry
 from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.images import data
 from torchimplicit.recipes.images import task as tasks
 from torchimplicit.recipes.images.augment import augmented
 from torchimplicit.recipes.images.config import ImageConfig, cifar10, cifar10_large, digits, imagenet, mnist
@@ -40,7 +41,7 @@ MADE_UP = {
 @pytest.fixture(autouse=True)
 def _forget():
     yield
-    tasks._loaded.cache_clear()
+    data._kept.cache_clear()
 
 
 def shortened(name, folder):

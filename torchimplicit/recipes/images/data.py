@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.images.split import Labelled, Splits, set_apart
@@ -94,3 +95,38 @@ def _check(images: Labelled, kind: Kind, where: str) -> None:
 
 def _text(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))
+
+
+class Selection(Protocol):
+    """Settings that say which images are taken."""
+
+    @property
+    def data_dir(self) -> Path | None: ...
+    @property
+    def validation_images(self) -> int: ...
+    @property
+    def train_images(self) -> int | None: ...
+    @property
+    def test_images(self) -> int | None: ...
+    @property
+    def split_seed(self) -> int: ...
+
+
+def selected(name: DataSet, config: Selection) -> Splits:
+    """What the settings take of a data set; kept, for it is asked for when they are checked, and when
+    the model is made."""
+    return _kept(
+        name,
+        config.data_dir,
+        config.validation_images,
+        config.train_images,
+        config.test_images,
+        config.split_seed,
+    )
+
+
+@lru_cache(maxsize=1)
+def _kept(
+    name: DataSet, folder: Path | None, validation: int, train: int | None, test: int | None, seed: int
+) -> Splits:
+    return load(name, folder, validation=validation, train=train, test=test, split_seed=seed)

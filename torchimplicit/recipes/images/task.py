@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +15,8 @@ from torchimplicit.models import MDEQ, MDEQConfig, mdeq_imagenet, mdeq_large, md
 from torchimplicit.recipes.images import imagenet
 from torchimplicit.recipes.images.augment import Augmented
 from torchimplicit.recipes.images.config import ImageConfig
-from torchimplicit.recipes.images.data import KINDS, DataSet, load
-from torchimplicit.recipes.images.split import Splits, standardized
+from torchimplicit.recipes.images.data import KINDS, selected
+from torchimplicit.recipes.images.split import standardized
 from torchimplicit.recipes.training.estimators import gradient, solver
 from torchimplicit.recipes.training.runner import Trainer
 from torchimplicit.recipes.training.sampling import InOrder, Rows, ShuffledSteps, loader
@@ -48,7 +46,7 @@ class Classification(Task):
             self.counts = {name: len(listing.paths) for name, listing in listings.items()}
             self.mean, self.deviation = imagenet.MEAN, imagenet.DEVIATION
         else:
-            splits = _splits(config)
+            splits = selected(config.data, config)
             parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
             self.data = {name: Rows(*part) for name, part in parts.items()}
             self.counts = {name: len(part.labels) for name, part in parts.items()}
@@ -111,27 +109,7 @@ def ready(config: ImageConfig) -> None:
     if config.data == "imagenet":
         imagenet.check(config.data_dir, config.classes)
     else:
-        _splits(config)
-
-
-def _splits(config: ImageConfig) -> Splits:
-    assert config.data != "imagenet"
-    return _loaded(
-        config.data,
-        config.data_dir,
-        config.validation_images,
-        config.train_images,
-        config.test_images,
-        config.split_seed,
-    )
-
-
-@lru_cache(maxsize=1)
-def _loaded(
-    name: DataSet, folder: Path | None, validation: int, train: int | None, test: int | None, seed: int
-) -> Splits:
-    """Kept, for it is asked for twice: when the settings are checked, and when the model is made."""
-    return load(name, folder, validation=validation, train=train, test=test, split_seed=seed)
+        selected(config.data, config)
 
 
 def _listings(config: ImageConfig) -> tuple[imagenet.Listing, ...]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +11,7 @@ from torch.nn import functional
 
 from torchimplicit.models import EquilibriumClassifier, EquilibriumClassifierConfig
 from torchimplicit.problems import FixedPoint
-from torchimplicit.recipes.images.data import KINDS, load
-from torchimplicit.recipes.images.split import Splits
+from torchimplicit.recipes.images.data import KINDS, selected
 from torchimplicit.recipes.jiio_adversarial.attack import JIIO, PGD, Attack, judged
 from torchimplicit.recipes.jiio_adversarial.config import AdversarialConfig
 from torchimplicit.recipes.training.estimators import gradient, solver
@@ -34,7 +31,7 @@ class AdversarialTraining(Task):
         super().__init__()
         self.config = config
         self.metric = Metric("accuracy" if config.adversary == "none" else "attacked", "%", "max")
-        splits = _splits(config)
+        splits = selected(config.data, config)
         self.data = {
             "training": Rows(*splits.train),
             "validation": Rows(*splits.validation),
@@ -139,30 +136,7 @@ def pixels(images: Tensor) -> Tensor:
 
 def ready(config: AdversarialConfig) -> None:
     """Raise where the data is missing or wrong."""
-    _splits(config)
-
-
-def _splits(config: AdversarialConfig) -> Splits:
-    return _loaded(
-        config.data,
-        config.data_dir,
-        config.validation_images,
-        config.train_images,
-        config.test_images,
-        config.split_seed,
-    )
-
-
-@lru_cache(maxsize=1)
-def _loaded(
-    name: Literal["digits", "mnist"],
-    folder: Path | None,
-    validation: int,
-    train: int | None,
-    test: int | None,
-    seed: int,
-) -> Splits:
-    return load(name, folder, validation=validation, train=train, test=test, split_seed=seed)
+    selected(config.data, config)
 
 
 RUNNER = Trainer(AdversarialTraining, ready)
