@@ -242,7 +242,7 @@ def notes(config: PhantomGraphsConfig, found: Found) -> list[str]:
         "PPI (published micro-F1: implicit 97.6, UPG 98.2 / 97.4 / 96.2) needs a GPU: recipe graphs-ppi.",
     ]
     if config.plan.scale == "cpu" and (config.passes or 0) < 200:
-        passes = "a dozen or fewer" if config.passes is None else str(config.passes)
+        passes = "60 of COX2 and 8 of PROTEINS" if config.passes is None else str(config.passes)
         made.insert(
             0, f"Training is short here: passes over the training part are {passes}, and the published ones are 200."
         )
