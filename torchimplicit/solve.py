@@ -58,7 +58,6 @@ def solve(
         ConvergenceWarning: a sample stopped at ``max_steps`` or broke down.
     """
     solver, gradient = _strategies(problem, solver, gradient)
-    z0 = problem.start(z0)
     # a capture is found by one call, which is the solver's first evaluation where that can be
     capture = torch.is_grad_enabled() or transforms_running()
     given = stated(problem, z0, args, capture=capture, rowwise=not gradient.needs_solver_state)

@@ -46,6 +46,7 @@ def stated(problem: Problem, z: Any, args: tuple[Any, ...], *, capture: bool, ro
         capture: whether to find what the problem's function captures, by one call at ``z``.
         rowwise: whether samples may be evaluated apart, where the problem promises it.
     """
+    z = problem.start(z)
     layout = Layout.of(z, problem.batched)
     flat = layout.flatten(z, "z0")
     rows = flat.shape[0]

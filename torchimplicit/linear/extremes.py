@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.linear.operator import LinearOperator
-from torchimplicit.precision import widened
+from torchimplicit.precision import widened, working_dtype
 from torchimplicit.state import row_norm
 
 
@@ -26,14 +26,7 @@ def extreme_eigenvalues(operator: LinearOperator, subspace: int = 128, seed: int
 
 
 def _dense(operator: LinearOperator) -> tuple[Tensor, Tensor]:
-    matrix = widened(operator.dense())
-    matrix = 0.5 * (matrix + matrix.mT)
-    if operator.null is not None:
-        # an eigenvalue in the midst of the others takes the place of the zero along the null vector
-        null = operator.null.to(matrix.dtype).expand(operator.batch, -1)
-        mean = matrix.diagonal(dim1=1, dim2=2).sum(dim=1) / max(1, operator.dim - 1)
-        matrix = matrix + mean[:, None, None] * null[:, :, None] * null[:, None, :]
-    values = torch.linalg.eigvalsh(matrix)
+    values = torch.linalg.eigvalsh(operator.spectrum_matrix(working_dtype(operator.dtype)))
     return values[:, 0], values[:, -1]
 
 

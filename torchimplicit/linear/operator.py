@@ -111,3 +111,15 @@ class LinearOperator:
         else:
             columns = torch.stack([self.product(e.contiguous()) for e in basis])
         return columns.permute(1, 2, 0)
+
+    def spectrum_matrix(self, dtype: torch.dtype) -> Tensor:
+        """The matrices of a symmetric operator in ``dtype``, ``[batch, dim, dim]``, symmetrized, with an eigenvalue in
+        the midst of the others (their mean) in place of the zero along ``null``: their extremes are those on its
+        complement."""
+        matrix = self.dense().to(dtype)
+        matrix = 0.5 * (matrix + matrix.mT)
+        if self.null is None:
+            return matrix
+        null = self.null.to(dtype).expand(self.batch, -1)
+        mean = matrix.diagonal(dim1=1, dim2=2).sum(dim=1) / max(1, self.dim - 1)
+        return matrix + mean[:, None, None] * null[:, :, None] * null[:, None, :]

@@ -63,17 +63,12 @@ class ReferenceHessian(Preconditioner):
         return _of_spectrum(basis, moduli, setup_rows=operator.batch * operator.dim if made else 0)
 
     def _assemble(self, operator: LinearOperator) -> tuple[Tensor, Tensor]:
-        matrix = operator.dense().to(working_dtype(operator.dtype))
+        matrix = operator.spectrum_matrix(working_dtype(operator.dtype))
         if not bool(matrix.isfinite().all()):
             raise ValueError(
                 "ReferenceHessian was to be made at a point where the Hessian is not finite: start from a point at "
                 "which the energy has second derivatives"
             )
-        matrix = 0.5 * (matrix + matrix.mT)
-        if operator.null is not None:  # any value serves along the null vector, that of the others' mean keeps the rest
-            null = operator.null.to(matrix.dtype).expand(operator.batch, -1)
-            mean = matrix.diagonal(dim1=1, dim2=2).sum(dim=1) / max(1, operator.dim - 1)
-            matrix = matrix + mean[:, None, None] * null[:, :, None] * null[:, None, :]
         values, basis = torch.linalg.eigh(matrix)
         moduli = values.abs()
         largest = moduli.amax(dim=1, keepdim=True)

@@ -101,7 +101,8 @@ class Anderson(Solver):
         products = torch.bmm(turns.vectors, torch.stack((turn, widened(residual)), dim=1).mT)
         kept = state.kept
         if kept is not None:
-            kept = kept.index_fill(1, kept.new_tensor(slot, dtype=torch.int64), 1)
+            kept = kept.clone()
+            kept[:, slot] = 1
             products = products * kept[:, :size, None]
         gram = state.gram.clone() if torch.is_grad_enabled() else state.gram
         gram[:, slot, :size] = gram[:, :size, slot] = products[:, :, 0]
