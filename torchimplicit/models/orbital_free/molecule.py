@@ -1,0 +1,89 @@
+"""What a density functional needs to know of one molecule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, final
+
+import torch
+from torch import Tensor
+
+EXACT = ("charges", "atom", "angular", "shell")
+"""The fields that count or name: integers, whatever the precision of the rest."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Molecule:
+    """A molecule in a density basis: :math:`\\rho(r)=\\sum_i p_i\\,\\omega_i(r)`, all in atomic units.
+
+    Attributes:
+        name: what it is called in tables and errors.
+        charges: nuclear charges, ``[atoms]``, integers.
+        positions: of the nuclei, ``[atoms, 3]``, in bohr.
+        electrons: :math:`N`, how many the density holds.
+        overlap: :math:`S_{ij}=\\int\\omega_i\\omega_j`, ``[n, n]``.
+        coulomb: :math:`J_{ij}=\\iint\\omega_i(r)\\omega_j(r')/|r-r'|`, ``[n, n]``.
+        weight: :math:`w_i=\\int\\omega_i`, ``[n]``: the density holds :math:`\\langle w,p\\rangle` electrons.
+        external: :math:`v_i=\\int\\omega_i v_{ext}`, ``[n]``: the nuclei's attraction, negative for s functions.
+        atom: at which atom each basis function sits, ``[n]``.
+        angular: its angular momentum l, ``[n]``.
+        shell: its number among the functions of the same l at the same atom, from the tightest exponent on, ``[n]``;
+            the 2l+1 functions of a shell share it.
+        values: the basis on the grid, ``[points, n]``.
+        gradients: its derivatives in x, y, z, ``[3, points, n]``.
+        quadrature: the grid's weights, ``[points]``.
+        points: where the grid's points are, ``[points, 3]``, in bohr.
+        reference: the fitted Kohn-Sham density, ``[n]``.
+        guess: the fitted superposition of atomic densities (MINAO) that a minimization starts from, ``[n]``.
+        energy: the Kohn-Sham total energy, the nuclei's repulsion included, in hartree; a scalar.
+        repulsion: of the nuclei, in hartree; a scalar.
+        kinetic: the Kohn-Sham kinetic energy of non-interacting electrons, in hartree; a scalar.
+        exchange_correlation: in hartree; a scalar.
+    """
+
+    name: str
+    charges: Tensor
+    positions: Tensor
+    electrons: Tensor
+    overlap: Tensor
+    coulomb: Tensor
+    weight: Tensor
+    external: Tensor
+    atom: Tensor
+    angular: Tensor
+    shell: Tensor
+    values: Tensor
+    gradients: Tensor
+    quadrature: Tensor
+    points: Tensor
+    reference: Tensor
+    guess: Tensor
+    energy: Tensor
+    repulsion: Tensor
+    kinetic: Tensor
+    exchange_correlation: Tensor
+
+    @property
+    def size(self) -> int:
+        """How many basis functions there are, n."""
+        return len(self.weight)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+
+    def to(self, *, dtype: torch.dtype | None = None, device: Any = None) -> Self:
+        """The same in another precision (integers stay) or on another device."""
+        moved = {
+            key: value.to(device=device, dtype=None if key in EXACT else dtype) for key, value in self.tensors().items()
+        }
+        return replace(self, **moved)
+
+    def density(self, p: Tensor) -> Tensor:
+        """:math:`\\rho` at the grid's points, ``[points]``, of the coefficients ``p`` (``[n]``)."""
+        return self.values @ p
+
+    def count(self, p: Tensor) -> Tensor:
+        """How many electrons ``p`` holds; a scalar."""
+        return self.weight @ p
