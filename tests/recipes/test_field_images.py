@@ -223,6 +223,19 @@ class TestRecipe:
         assert "30 × 20 pixels in colour" in page
         assert page.count("data:image/png") >= 4
 
+    def test_a_finished_run_is_sampled_at_any_size(self, tmp_path, capsys):
+        run = str(tmp_path / "run")
+        words = ["--file", str(written_as(tmp_path, "RGB")), "--width", "8", "--steps", "2", "--device", "cpu"]
+        assert cli.main(["train", "implicit-image", *words, "--output", run]) == 0
+        for sizes, expected in ((["90"], (90, 60)), (["31", "70"], (70, 31))):
+            assert cli.main(["evaluate", run, "--export-size", *sizes]) == 0
+            assert Image.open(tmp_path / "run" / "export.png").size == expected
+        assert not (tmp_path / "run" / "evaluation.json").exists()
+        capsys.readouterr()
+        for sizes in (["0"], ["1", "2", "3"], ["99999"]):
+            assert cli.main(["evaluate", run, "--export-size", *sizes]) == 2
+            assert "--export-size" in capsys.readouterr().err
+
     def test_the_command_line_says_what_is_wrong(self, tmp_path, capsys):
         (tmp_path / "text.png").write_text("no picture")
         for words, message in (

@@ -16,12 +16,11 @@ from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients import Implicit, NeumannPhantom
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.cost import peak_bytes
-from torchimplicit.recipes.fields.images.config import full_batch, truncated
 from torchimplicit.recipes.fields.memory import accumulated, chunk_points, floats_a_point
 from torchimplicit.recipes.fields.points import Grid, centres, every_other
 from torchimplicit.recipes.fields.report import write_page
 from torchimplicit.recipes.fields.runner import FieldRunner
-from torchimplicit.recipes.fields.settings import Representation, check_fit, check_slopes
+from torchimplicit.recipes.fields.settings import Representation, check_fit, check_slopes, full_batch, truncated
 from torchimplicit.recipes.fields.task import FieldTask, Parts, decibels
 from torchimplicit.recipes.run import RunOptions, create
 from torchimplicit.recipes.training.logs import rows
@@ -195,6 +194,13 @@ class TestTask:
         sums = sum(task.score(batch) for batch in task.held_out_batches("test", Shard()))
         _, y = task.points.at(torch.arange(60))
         assert task.figures(sums.tolist())["PSNR"] == pytest.approx(decibels(float((1 - y).square().mean()), 2.0))
+
+    def test_the_field_is_sampled_a_part_at_a_time(self, monkeypatch):
+        task = wave(WaveConfig())
+        whole = task.on_grid([25])
+        monkeypatch.setattr(task, "chunk", 7)
+        torch.testing.assert_close(task.on_grid([25], lambda values: 2 * values), 2 * whole, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(task.cells([25], range(5, 19)), whole[5:19], rtol=1e-2, atol=1e-2)
 
     def test_decibels(self):
         assert decibels(0.04, 2.0) == pytest.approx(20.0)

@@ -18,6 +18,7 @@ from rich.table import Table
 from torchimplicit.recipes import registry
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.execution import go, opened
+from torchimplicit.recipes.recipe import Exporter
 from torchimplicit.recipes.run import RunOptions, create
 
 R = TypeVar("R")
@@ -113,8 +114,19 @@ class Evaluate:
     path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="run", metavar="RUN")]
     """The run's directory."""
 
+    export_size: tuple[int, ...] = ()
+    """Only sample a fitted field, so finely, and write it beside the run: pixels of a picture's longest side, or its
+    height and width; a sound's samples a second; a video's frames, height and width; cells along a shape's longest
+    side."""
+
     def run(self, console: Console) -> int:
         run, runner, settings = opened(self.path)
+        if self.export_size:
+            if not isinstance(runner, Exporter):
+                raise UserError(f"{run} fits no field that --export-size could sample")
+            written = runner.export(settings, self.export_size, run, console)
+            console.print(f"Written to {written}", highlight=False, soft_wrap=True)
+            return 0
         runner.check(settings)
         runner.evaluate(settings, run, console)
         console.print(f"Written to {run}/evaluation.json", highlight=False, soft_wrap=True)

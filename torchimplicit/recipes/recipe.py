@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from torchimplicit.recipes.run import Run
@@ -30,3 +32,24 @@ class Runner(Protocol):
 
     def evaluate(self, config: Any, run: Run, console: Console) -> None:
         """Measure again from what the run holds, and write ``evaluation.json``."""
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """A runner that can write what a run has learnt at another size."""
+
+    def export(self, config: Any, sizes: tuple[int, ...], run: Run, console: Console) -> Path:
+        """Write it into the run's directory.
+
+        Args:
+            config: the run's.
+            sizes: as typed; the recipe says what they mean.
+            run: where the weights are.
+            console: for progress.
+
+        Returns:
+            the file.
+
+        Raises:
+            UserError: if there are no weights yet, or the sizes make no sense.
+        """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -63,11 +63,14 @@ def values_at(model: nn.Module, x: Tensor, index: Tensor | None = None) -> Tenso
 
 
 @torch.no_grad()
-def sampled(model: nn.Module, coordinates: Iterator[Tensor]) -> Tensor:
-    """The model at chunks of coordinates, put together, on the CPU."""
+def sampled(model: nn.Module, coordinates: Iterator[Tensor], into: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The model at chunks of coordinates, or what ``into`` makes of each, put together, on the CPU."""
     where = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    found = torch.cat([model(x.to(where)).cpu() for x in coordinates])
+    parts = []
+    for x in coordinates:
+        values = model(x.to(where)).cpu()
+        parts.append(values if into is None else into(values))
     model.train(was_training)
-    return found
+    return torch.cat(parts)

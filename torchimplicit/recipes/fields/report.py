@@ -17,17 +17,19 @@ from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.svg import svg
 from torchimplicit.recipes.tables import Column, Table
 from torchimplicit.recipes.training.results import Results
+from torchimplicit.recipes.training.task import Metric
 
 
-def curve(results: Results, metric: str = "PSNR", label: str = "PSNR (dB)") -> Figure:
+def curve(results: Results, metric: Metric) -> Figure:
     """The metric on the validation points over the steps, and over the seconds."""
+    scale, unit = (100.0 if metric.unit == "%" else 1.0), f" ({metric.unit})" if metric.unit else ""
     with matplotlib.rc_context(FIGURE):
         drawn, (left, right) = axes(2, width=4.5, height=3.2)
-        found = [(v.step, v.seconds, v.figures[metric]) for v in results.validations if metric in v.figures]
+        found = [(v.step, v.seconds, scale * v.figures[metric.name]) for v in results.validations]
         for ax, place, name in ((left, 0, "step"), (right, 1, "seconds of training")):
             ax.plot([f[place] for f in found], [f[2] for f in found], **style(0))
             ax.set_xlabel(name)
-            ax.set_ylabel(label)
+            ax.set_ylabel(metric.name + unit)
     return drawn
 
 
@@ -49,7 +51,7 @@ def write_page(
     """
     folder = run.path / "figures"
     folder.mkdir(exist_ok=True)
-    drawn = curve(results)
+    drawn = curve(results, task.metric)
     drawn.savefig(folder / "curve.png", dpi=130)
     parts = [
         "<p class='tag'>torchimplicit</p>",
@@ -59,7 +61,7 @@ def write_page(
         *(f"<p>{escape(note)}</p>" for note in notes),
         '<div class="grid">',
         *(figure(_embedded(path, caption), caption) for path, caption in pictures),
-        figure(svg(drawn, "curve"), "The signal-to-noise ratio on the validation points along training."),
+        figure(svg(drawn, "curve"), f"The {task.metric.name} on the validation points along training."),
         "</div>",
     ]
     run.write_text("index.html", document(title, parts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +26,7 @@ class FieldRunner:
         show: ``(config, task, results, run)``: writes what there is to see and to hear into the run's directory; the
             task has the weights of the best validation, on the device that the config asks for.
         ready: as for the trainer; settings that do not go together are refused before it.
+        export: ``(config, task, sizes, run)``: writes the field at the sizes that a person typed, and says where.
     """
 
     def __init__(
@@ -32,10 +34,12 @@ class FieldRunner:
         build: Callable[[Any], FieldTask],
         show: Callable[[Any, Any, Results, Run], None],
         ready: Callable[[Any], None] | None = None,
+        export: Callable[[Any, Any, tuple[int, ...], Run], Path] | None = None,
     ):
         self._trainer = Trainer(build, self._ready)
         self._own = ready
         self._show = show
+        self._export = export
 
     def check(self, config: Any) -> None:
         """See :class:`~torchimplicit.recipes.recipe.Runner`."""
@@ -55,6 +59,16 @@ class FieldRunner:
             self._look(config, run, console)
         except OSError as error:
             raise UserError(f"{run} has no results yet ({error}); go on with: torchimplicit resume {run}") from None
+
+    def export(self, config: Any, sizes: tuple[int, ...], run: Run, console: Console) -> Path:
+        """See :class:`~torchimplicit.recipes.recipe.Exporter`."""
+        if self._export is None:
+            raise UserError(f"{run} cannot be sampled at another size")
+        if any(size < 1 for size in sizes):
+            raise UserError(f"--export-size {' '.join(map(str, sizes))} must be positive")
+        self.check(config)
+        with threads(config.machine.threads), console.status("Sampling the field"):
+            return self._export(config, self.task(config, run), sizes, run)
 
     def task(self, config: Any, run: Run) -> FieldTask:
         """The task with the weights of the run's best validation."""

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.options import positive
-from torchimplicit.recipes.training.settings import Trained
+from torchimplicit.recipes.training.settings import Equilibria, Optimization, Trained
 
 FilterKind = Literal["siren", "fourier", "gabor"]
 FILTERS: tuple[FilterKind, ...] = ("siren", "fourier", "gabor")
@@ -52,6 +52,33 @@ class FieldSettings(Trained, Protocol):
     @property
     def representation(self) -> Representation:
         """What is fitted."""
+
+
+def truncated(terms: int = 2) -> Equilibria:
+    """How amortized equilibria are trained (Huang et al. 2021): one evaluation a step from the last state, and the
+    Neumann series after ``terms`` of its terms; 2 are one product with the Jacobian."""
+    return Equilibria(
+        solver="anderson",
+        solver_steps=60,
+        tolerance=1e-3,
+        gradient="neumann-phantom",
+        phantom_steps=terms,
+        phantom_damping=1.0,
+        backward_tolerance=1e-3,
+        backward_steps=60,
+    )
+
+
+def full_batch(steps: int, validate_every: int, learning_rate: float = 1e-3) -> Optimization:
+    """All points in every step, by Adam at a constant rate, as the paper trains."""
+    return Optimization(
+        steps=steps,
+        batch_size=1 << 22,
+        optimizer="adam",
+        learning_rate=learning_rate,
+        schedule="constant",
+        validate_every=validate_every,
+    )
 
 
 def check_fit(config: FieldSettings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import log10, prod
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
@@ -26,6 +27,44 @@ mean over the points. It may differentiate the field, if the settings pass :func
 def mean_squared_error(field: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
     """The usual criterion."""
     return functional.mse_loss(field(x), y)
+
+
+class Scoring(Protocol):
+    """What a fit is judged by on points that are held out."""
+
+    @property
+    def metric(self) -> Metric:
+        """By which the weights are selected; one of the figures."""
+
+    def sums(self, values: Tensor, y: Tensor) -> Tensor:
+        """Sums ``[k]`` (float64) over points, of the field's values and the signal's, each ``[points, ...]``."""
+
+    def figures(self, sums: list[float]) -> dict[str, float]:
+        """The figures of all points, from their sums."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SignalToNoise:
+    """The peak signal-to-noise ratio of values cut to the signal's range, from ``low`` to ``high``."""
+
+    low: float
+    high: float
+
+    @property
+    def metric(self) -> Metric:
+        """See :class:`Scoring`."""
+        return Metric("PSNR", "dB", "max")
+
+    def sums(self, values: Tensor, y: Tensor) -> Tensor:
+        """The sum of the squared errors, and how many there are."""
+        error = (values.clamp(self.low, self.high) - y).double().square()
+        return torch.stack([error.sum(), error.new_tensor(float(error.numel()))])
+
+    def figures(self, sums: list[float]) -> dict[str, float]:
+        """The ratio, and the mean squared error as ``loss``."""
+        loss = sums[0] / sums[1]
+        return {"PSNR": decibels(loss, self.high - self.low), "loss": loss}
 
 
 @dataclass(frozen=True)
@@ -54,13 +93,13 @@ class FieldTask(Task):
         frequencies: the scale of the frequencies where the settings leave it to the recipe.
         criterion: by default the mean squared error.
         about: the signal, in one sentence for people.
+        scoring: what is measured on the held-out points; by default the signal-to-noise ratio.
 
     Attributes:
         model: the representation.
         points: the signal.
     """
 
-    metric = Metric("PSNR", "dB", "max")
     training_points: Tensor
 
     def __init__(
@@ -71,12 +110,15 @@ class FieldTask(Task):
         frequencies: float,
         criterion: Criterion = mean_squared_error,
         about: str = "",
+        scoring: Scoring | None = None,
     ):
         super().__init__()
         self.config = config
         self.points = points
         self.parts = parts
         self.criterion = criterion
+        self.scoring = SignalToNoise(low=points.low, high=points.high) if scoring is None else scoring
+        self.metric = self.scoring.metric
         self._about = about
         batch, count = config.optimization.batch_size, len(parts.training)
         self.chunk = chunk_points(config, count)
@@ -105,15 +147,13 @@ class FieldTask(Task):
         return self.criterion(lambda x: values_at(self.model, x, places), x, y)
 
     def score(self, batch: Tensor) -> Tensor:
-        """The sum of the squared errors, of values cut to the signal's range, and how many there are."""
+        """See :class:`Scoring`."""
         x, y = self.points.at(batch)
-        error = (self.model(x).clamp(self.points.low, self.points.high) - y).double().square()
-        return torch.stack([error.sum(), error.new_tensor(float(error.numel()))])
+        return self.scoring.sums(self.model(x), y)
 
     def figures(self, sums: list[float]) -> dict[str, float]:
-        """The peak signal-to-noise ratio, and the mean squared error as ``loss``."""
-        loss = sums[0] / sums[1]
-        return {"PSNR": decibels(loss, self.points.high - self.points.low), "loss": loss}
+        """See :class:`Scoring`."""
+        return self.scoring.figures(sums)
 
     def begin(self) -> None:
         """Forget the states of the last segment: a resumed run would not have them."""
@@ -133,11 +173,20 @@ class FieldTask(Task):
             + (f", in {chunks} chunks for --memory-mb {chosen.memory_mb}." if chunks > 1 else ".")
         ).strip()
 
-    def on_grid(self, sizes: Sequence[int]) -> Tensor:
-        """The field on a grid of any size over the signal's domain: ``[*sizes, outputs]``, on the CPU."""
-        index = torch.arange(prod(sizes)).split(min(self.chunk, SAMPLED_AT_ONCE))
-        values = sampled(self.model, (centres(part, sizes, self.points.corner) for part in index))
-        return values.reshape(*sizes, -1)
+    def on_grid(self, sizes: Sequence[int], into: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The field on a grid of any size over the signal's domain: ``[*sizes, outputs]``, on the CPU.
+
+        Args:
+            sizes: of the grid.
+            into: what is made of the values of some points, such as bytes, before the next are sampled.
+        """
+        return self.cells(sizes, range(prod(sizes)), into).reshape(*sizes, -1)
+
+    def cells(self, sizes: Sequence[int], part: range, into: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The field at some cells of such a grid, numbered in order: ``[len(part), outputs]``."""
+        size = min(self.chunk, SAMPLED_AT_ONCE)
+        index = (torch.arange(i, min(i + size, part.stop)) for i in range(part.start, part.stop, size))
+        return sampled(self.model, (centres(one, sizes, self.points.corner) for one in index), into)
 
 
 def decibels(error: float, peak: float) -> float:

@@ -8,8 +8,8 @@ from typing import Literal
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.cost import FieldCostConfig
-from torchimplicit.recipes.fields.images.config import PictureConfig, full_batch, generalization, truncated
-from torchimplicit.recipes.fields.settings import FILTERS, FilterKind, Representation
+from torchimplicit.recipes.fields.images.config import PictureConfig, generalization
+from torchimplicit.recipes.fields.settings import FILTERS, FilterKind, Representation, full_batch, truncated
 from torchimplicit.recipes.implicit_generalization.config import GeneralizationConfig
 from torchimplicit.recipes.reproduce.jobs import Job
 

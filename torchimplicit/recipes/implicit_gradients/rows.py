@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from torchimplicit.recipes.fields.cost import FieldCostConfig
-from torchimplicit.recipes.fields.images.config import PictureConfig, truncated
-from torchimplicit.recipes.fields.settings import FILTERS, FilterKind
+from torchimplicit.recipes.fields.images.config import PictureConfig
+from torchimplicit.recipes.fields.settings import FILTERS, FilterKind, truncated
 from torchimplicit.recipes.implicit_generalization import rows as generalization
 from torchimplicit.recipes.implicit_generalization.config import GeneralizationConfig
 from torchimplicit.recipes.implicit_gradients.config import GradientsConfig

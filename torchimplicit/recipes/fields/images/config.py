@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fields.settings import Representation
+from torchimplicit.recipes.fields.settings import Representation, full_batch, truncated
 from torchimplicit.recipes.options import not_negative, positive
 from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
 
 LARGEST = 2048
+LONGEST_EXPORT = 16 * LARGEST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,35 +49,8 @@ class PictureConfig:
         not_negative(self, "split_seed")
         if self.size > LARGEST:
             raise UserError(f"--size {self.size} is more than {LARGEST}; a field of so many pixels is not practical")
-        if self.export_size is not None and self.export_size > 16 * LARGEST:
-            raise UserError(f"--export-size {self.export_size} is more than {16 * LARGEST}")
-
-
-def truncated(terms: int = 2) -> Equilibria:
-    """How amortized equilibria are trained (Huang et al. 2021): one evaluation a step from the last state, and the
-    Neumann series after ``terms`` of its terms; 2 are one product with the Jacobian."""
-    return Equilibria(
-        solver="anderson",
-        solver_steps=60,
-        tolerance=1e-3,
-        gradient="neumann-phantom",
-        phantom_steps=terms,
-        phantom_damping=1.0,
-        backward_tolerance=1e-3,
-        backward_steps=60,
-    )
-
-
-def full_batch(steps: int, validate_every: int, learning_rate: float = 1e-3) -> Optimization:
-    """All points in every step, by Adam at a constant rate, as the paper trains."""
-    return Optimization(
-        steps=steps,
-        batch_size=1 << 22,
-        optimizer="adam",
-        learning_rate=learning_rate,
-        schedule="constant",
-        validate_every=validate_every,
-    )
+        if self.export_size is not None and self.export_size > LONGEST_EXPORT:
+            raise UserError(f"--export-size {self.export_size} is more than {LONGEST_EXPORT}")
 
 
 def image() -> PictureConfig:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import matplotlib
 import torch
 from torch import Tensor
 
-from torchimplicit.recipes.fields.images.config import PictureConfig
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.fields.images.config import LONGEST_EXPORT, PictureConfig
 from torchimplicit.recipes.fields.images.pictures import quantized, save
 from torchimplicit.recipes.fields.points import Grid
 from torchimplicit.recipes.fields.report import write_page
@@ -42,10 +45,25 @@ def show(config: PictureConfig, task: FieldTask, results: Results, run: Run) -> 
         pictures.append((folder / "given.png", "The pixels that were fitted; the others are white."))
         save(_given(task, truth), pictures[-1][0])
     if config.export_size is not None:
-        sizes = export_sizes(grid.sizes, config.export_size)
-        save(quantized(task.on_grid(sizes)), run.path / "export.png")
-        pictures.append((run.path / "export.png", f"The field at {sizes[1]} × {sizes[0]} points (export.png)."))
+        height, width = export_sizes(grid.sizes, config.export_size)
+        written = export(config, task, (height, width), run)
+        pictures.append((written, f"The field at {width} × {height} points (export.png)."))
     write_page("A picture as a field", task, results, run, pictures, notes)
+
+
+def export(config: PictureConfig, task: FieldTask, sizes: tuple[int, ...], run: Run) -> Path:
+    """Write ``export.png``: the field so many pixels high and wide, or so long on the longer side."""
+    grid = task.points
+    assert isinstance(grid, Grid)
+    if len(sizes) not in (1, 2):
+        raise UserError("--export-size takes the longest side's pixels, or a height and a width")
+    if len(sizes) == 1:
+        sizes = export_sizes((grid.sizes[0], grid.sizes[1]), sizes[0])
+    if max(sizes) > LONGEST_EXPORT:
+        raise UserError(f"--export-size {max(sizes)} is more than {LONGEST_EXPORT}")
+    path = run.path / "export.png"
+    save(task.on_grid(sizes, quantized), path)
+    return path
 
 
 def export_sizes(sizes: tuple[int, ...], longest: int) -> tuple[int, int]:

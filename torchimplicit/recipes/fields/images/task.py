@@ -9,7 +9,7 @@ import torch
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.images.config import PictureConfig
 from torchimplicit.recipes.fields.images.pictures import Picture, bundled, read_file
-from torchimplicit.recipes.fields.images.show import show
+from torchimplicit.recipes.fields.images.show import export, show
 from torchimplicit.recipes.fields.points import Grid, every_other
 from torchimplicit.recipes.fields.runner import FieldRunner
 from torchimplicit.recipes.fields.task import FieldTask, Parts
@@ -65,4 +65,4 @@ def ready(config: PictureConfig) -> None:
         raise UserError(f"{found.name} has too few pixels to hold some out; use --held-out none")
 
 
-RUNNER = FieldRunner(build, show, ready)
+RUNNER = FieldRunner(build, show, ready, export)
