@@ -18,6 +18,7 @@ ROOMS = (
     "errors",
     "solution",
     "validation",
+    "coordinates",
     "state",
     "closure",
     "precision",

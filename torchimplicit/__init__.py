@@ -2,6 +2,7 @@
 
 from torchimplicit import derivatives, nn, regularizers
 from torchimplicit.constraints import Box, L2Ball, LinearEquality
+from torchimplicit.coordinates import Metric
 from torchimplicit.diagnostics import spectral_radius
 from torchimplicit.errors import ConvergenceWarning, SmoothnessWarning, SolveError, UnsupportedDerivativeError
 from torchimplicit.gradients import (
@@ -52,6 +53,7 @@ __all__ = [
     "JointState",
     "L2Ball",
     "LinearEquality",
+    "Metric",
     "Minimum",
     "Neumann",
     "NeumannPhantom",

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchimplicit.coordinates import Chart
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -26,6 +28,8 @@ class Layout:
     device: torch.device
     is_flat: bool
     """Whether the state is a single tensor ``[batch, dim]`` already."""
+    chart: Chart | None = None
+    """The coordinates of the flat form, where they are not the state's own numbers."""
 
     @staticmethod
     def of(z0: Any, batched: bool) -> Layout:
@@ -54,7 +58,7 @@ class Layout:
 
     @property
     def dim(self) -> int:
-        """The length of one row."""
+        """How many numbers a sample's state has."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     def flatten(self, tree: Any, what: str, cast: bool = False) -> Tensor:
@@ -64,6 +68,10 @@ class Layout:
             what: names the tree in the error that is raised where it does not fit.
             cast: whether leaves of another floating dtype are converted (under autocast), not refused.
         """
+        flat = self._joined(tree, what, cast)
+        return flat if self.chart is None else self.chart.enter(flat)
+
+    def _joined(self, tree: Any, what: str, cast: bool) -> Tensor:
         if self.is_flat and isinstance(tree, Tensor) and self._fits(tree):  # the common case, in the solvers' hot path
             return tree
         if isinstance(tree, Tensor) and len(self.shapes) == 1 and self.spec.is_leaf():
@@ -115,6 +123,8 @@ class Layout:
 
     def unflatten(self, flat: Tensor) -> Any:
         """The pytree whose flat form is ``flat`` (``[batch, dim]``)."""
+        if self.chart is not None:
+            flat = self.chart.leave(flat)
         if self.is_flat:
             return flat
         rows = flat.shape[0]

@@ -47,7 +47,7 @@ def stated(problem: Problem, z: Any, args: tuple[Any, ...], *, capture: bool, ro
         rowwise: whether samples may be evaluated apart, where the problem promises it.
     """
     z = problem.start(z)
-    layout = Layout.of(z, problem.batched)
+    layout = problem.layout(z)
     flat = layout.flatten(z, "z0")
     rows = flat.shape[0]
     constraint = problem.constraint_tensors(layout, rows)
@@ -59,7 +59,8 @@ def stated(problem: Problem, z: Any, args: tuple[Any, ...], *, capture: bool, ro
     own = len(closure.tensors)
     params = relayed((*closure.tensors, *constraint, *closure.captured))
     row_params = None
-    if rowwise and problem.batched and problem.rowwise and rows > 1:
+    shared = layout.chart is None or not layout.chart.per_sample  # coordinates of one sample each cannot be indexed
+    if rowwise and problem.batched and problem.rowwise and rows > 1 and shared:
         row_params = tuple(_carries_batch(p, rows) for p in params[: own + len(constraint)])
         row_params += (False,) * len(closure.captured)
     return Statement(

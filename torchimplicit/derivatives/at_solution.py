@@ -18,6 +18,7 @@ from torchimplicit.gradients.nodes import LinearSolve, push, solved_by_rule
 from torchimplicit.gradients.point import SharedPoint
 from torchimplicit.linear import Dense, LinearSolver
 from torchimplicit.precision import at_precision, without_autocast
+from torchimplicit.problems import Minimum
 from torchimplicit.problems.system import vjp
 from torchimplicit.solution import AdjointRecord, Report, Solution
 from torchimplicit.solvers import Anderson, Outcome
@@ -82,6 +83,11 @@ class Derivatives:
             raise ValueError(
                 "Derivatives works on plain tensors, and this solution belongs to a torch.func transform: apply the "
                 "transform to torchimplicit.solve itself"
+            )
+        if isinstance(solution.problem, Minimum) and solution.problem.eliminate:
+            raise ValueError(
+                "Derivatives works in coordinates that do not move with the arguments, and under eliminate=True they "
+                "move with the constraint: solve the problem without it"
             )
         given = stated(solution.problem, detached(solution.value), solution.args, capture=True)
         z = given.flat.detach().clone()

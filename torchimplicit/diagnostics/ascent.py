@@ -103,6 +103,7 @@ def ascent_condition(
     Raises:
         ValueError: a state larger than ``limit``, or an estimator that needs the solver's own steps.
     """
+    problem = problem.own_coordinates()
     if wrt is None:
         wrt = tensors_of(problem, z, args)
     z = pytree.tree_map(lambda t: t.detach(), z)

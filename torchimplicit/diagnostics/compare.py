@@ -105,6 +105,7 @@ def compare_gradients(
     Raises:
         ValueError: an estimator that cannot be used here, or nothing to differentiate in.
     """
+    problem = problem.own_coordinates()
     if wrt is None:
         wrt = tensors_of(problem, z, args)
     exact = exact or tight(pytree.tree_leaves(z)[0].dtype)
@@ -149,6 +150,7 @@ def probe_gradient(
     The adjoint vector ``g`` of any estimator is what it gives for a constant added to the map: with
     :math:`f(z)+s`, the gradient in s is :math:`f_s^Tg=g`. The arguments are those of :func:`compare_gradients`.
     """
+    problem = problem.own_coordinates()
     if wrt is None:
         wrt = tensors_of(problem, z, args)
     z = pytree.tree_map(lambda t: t.detach(), z)

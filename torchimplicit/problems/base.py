@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -28,6 +28,14 @@ class Problem(ABC):
     def start(self, z0: Any) -> Any:
         """The whole initial state, of what the caller gave."""
         return z0
+
+    def layout(self, z0: Any) -> Layout:
+        """How the whole initial state lies in flat form, in the coordinates that are to be solved in."""
+        return Layout.of(z0, self.batched)
+
+    def own_coordinates(self) -> Self:
+        """The same problem, to be solved in the state's own coordinates."""
+        return self
 
     @property
     @abstractmethod

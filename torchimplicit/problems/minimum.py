@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.constraints import LinearEquality, place, project, unit_normal
+from torchimplicit.coordinates import Chart, Metric, Reflection
 from torchimplicit.linear import MINRES, Dense, LinearOperator, LinearSolution, LinearSolver
 from torchimplicit.linear.base import solve_any
 from torchimplicit.problems.base import Problem, check_function
@@ -30,18 +31,57 @@ class Minimum(Problem):
             differentiable where the solution is to be differentiated.
         constraint: a :class:`LinearEquality`, or ``None``.
         batched, rowwise: see :class:`FixedPoint`.
+        metric: the coordinates to solve in, those of a :class:`Metric`; ``None``: the state's own. Steps, tolerances,
+            Hessians and their eigenvalues are theirs; the solution and its derivatives are the state's.
+        eliminate: whether the constraint is solved for, so that the solver works freely in an orthonormal basis of
+            :math:`w^\\perp` (of one dimension less), rather than kept by projections. The Hessian is then regular where
+            the minimum is, which a dense factorization or a solver without projections may want.
     """
 
     energy: Callable[..., Any]
     constraint: LinearEquality | None = None
     batched: bool = True
     rowwise: bool = False
+    metric: Metric | None = None
+    eliminate: bool = False
     by_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_function(self.energy, "energy")
         if self.constraint is not None and not isinstance(self.constraint, LinearEquality):
             raise TypeError(f"constraint must be a LinearEquality or None, not {type(self.constraint).__name__}")
+        if self.metric is not None and not isinstance(self.metric, Metric):
+            raise TypeError(f"metric must be a Metric, as Metric(S), or None, not {type(self.metric).__name__}")
+        if self.eliminate and self.constraint is None:
+            raise ValueError("eliminate=True solves the constraint for a coordinate, and there is no constraint")
+
+    def layout(self, z0: Any) -> Layout:
+        layout = Layout.of(z0, self.batched)
+        if self.metric is None and not self.eliminate:
+            return layout
+        rows = len(layout.flatten(z0, "z0"))
+        if self.metric is not None:
+            fits = (rows if self.batched else 1, layout.dim, layout.dim)
+            if self.metric.root.shape not in (fits, (1, *fits[1:])):
+                raise ValueError(
+                    f"Metric.matrix has shape {tuple(self.metric.matrix.shape)}, and the state has {layout.dim} "
+                    f"numbers for each of {rows} samples: give {fits[1:]}, or {fits} for one per sample"
+                )
+        reflection = None
+        if self.eliminate:
+            reflection = Reflection.of(*unit_normal(*self._plane(layout, rows)))
+        return replace(layout, chart=Chart(self.metric, reflection))
+
+    def own_coordinates(self) -> Self:
+        return replace(self, metric=None, eliminate=False)
+
+    def _plane(self, layout: Layout, rows: int) -> tuple[Tensor, Tensor]:
+        """The weight ``[batch or 1, dim]``, in the metric's coordinates, and the total ``[batch or 1, 1]``."""
+        assert self.constraint is not None
+        weight = flat_tree(layout, self.constraint.weight, rows, "the constraint's weight")
+        if self.metric is not None:
+            weight = self.metric.covector(weight)
+        return weight, column(layout, self.constraint.total, rows, "the constraint's total")
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -61,15 +101,12 @@ class Minimum(Problem):
         return output.to(layout.dtype).reshape(rows)
 
     def constraint_tensors(self, layout: Layout, rows: int) -> tuple[Tensor, ...]:
-        if self.constraint is None:
-            return ()
-        weight = flat_tree(layout, self.constraint.weight, rows, "the constraint's weight")
-        return weight, column(layout, self.constraint.total, rows, "the constraint's total")
+        return () if self.constraint is None or self.eliminate else self._plane(layout, rows)
 
     def system(
         self, fn: Callable[..., Tensor], row_params: tuple[bool, ...] | None, constraint: slice, layout: Layout
     ) -> System:
-        hyperplane = taken(constraint) if self.constraint else None
+        hyperplane = taken(constraint) if self.constraint and not self.eliminate else None
         return MinimumSystem(fn=fn, row_params=row_params, hyperplane=hyperplane)
 
 

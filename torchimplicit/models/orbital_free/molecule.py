@@ -75,7 +75,7 @@ class Molecule:
 
     def to(self, *, dtype: torch.dtype | None = None, device: Any = None) -> Self:
         """The same in another precision (integers stay) or on another device."""
-        moved = {
+        moved: dict[str, Any] = {
             key: value.to(device=device, dtype=None if key in EXACT else dtype) for key, value in self.tensors().items()
         }
         return replace(self, **moved)
