@@ -25,6 +25,7 @@ ROOMS = (
     "constraints",
     "linear",
     "problems",
+    "ragged",
     "statement",
     "solvers",
     "gradients",

@@ -21,6 +21,7 @@ from torchimplicit.gradients import (
 )
 from torchimplicit.linear import CG, GMRES, LSMR, MINRES, BiCGStab, Dense, Neumann
 from torchimplicit.problems import FixedPoint, JointInference, JointState, Minimum, Root
+from torchimplicit.ragged import Ragged
 from torchimplicit.resolve import Resolved, resolve
 from torchimplicit.solution import Report, Solution, Status
 from torchimplicit.solve import solve
@@ -59,6 +60,7 @@ __all__ = [
     "NeumannPhantom",
     "NewtonKrylov",
     "OneStep",
+    "Ragged",
     "Report",
     "Resolved",
     "Root",
