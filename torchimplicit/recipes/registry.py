@@ -144,6 +144,11 @@ RECIPES = {
         f"{_HERE}.fields.images.config:generalization",
         f"{_HERE}.fields.images.task:RUNNER",
     ),
+    "implicit-audio": Entry(
+        "A sound, your own too, as a field of time: an implicit representation, in minutes on a CPU.",
+        f"{_HERE}.fields.audio.config:audio",
+        f"{_HERE}.fields.audio.task:RUNNER",
+    ),
     "jiio-generation-digits": Entry(
         "A generative equilibrium decoder without an encoder, trained by joint inference: the bundled digits.",
         f"{_HERE}.jiio.config:generation_digits",

@@ -19,6 +19,9 @@ from torchimplicit.recipes.tables import Column, Table
 from torchimplicit.recipes.training.results import Results
 from torchimplicit.recipes.training.task import Metric
 
+LARGEST_INSIDE = 4 << 20
+"""Bytes of a file that is put into the page itself."""
+
 
 def curve(results: Results, metric: Metric) -> Figure:
     """The metric on the validation points over the steps, and over the seconds."""
@@ -46,7 +49,7 @@ def write_page(
     Args:
         title: for people.
         task, results, run: the fit.
-        pictures: PNG files with their captions.
+        pictures: files to see (PNG, GIF) and to hear (WAV), with their captions.
         notes: paragraphs below the figures.
     """
     folder = run.path / "figures"
@@ -60,7 +63,7 @@ def write_page(
         f"<div class='card'>{table(summary(results))}</div>",
         *(f"<p>{escape(note)}</p>" for note in notes),
         '<div class="grid">',
-        *(figure(_embedded(path, caption), caption) for path, caption in pictures),
+        *(figure(_shown(path, caption, run), caption) for path, caption in pictures),
         figure(svg(drawn, "curve"), f"The {task.metric.name} on the validation points along training."),
         "</div>",
     ]
@@ -86,7 +89,7 @@ def summary(results: Results) -> Table:
     names = list(results.test.figures) if results.test is not None else ["PSNR", "loss"]
     columns = [
         Column("Split"),
-        *(Column("PSNR", "dB") if name == "PSNR" else Column(name.capitalize()) for name in names),
+        *(Column(name, "dB") if name in ("PSNR", "SNR") else Column(name.capitalize()) for name in names),
         Column("At step", "", "The weights are those of the best validation."),
         Column("Training", "s", "Until then."),
         Column("Step", "ms", "Median: forward, backward and update."),
@@ -96,9 +99,15 @@ def summary(results: Results) -> Table:
     return Table(columns, rows)
 
 
-def _embedded(path: Path, caption: str) -> str:
-    data = b64encode(path.read_bytes()).decode("ascii")
-    return (
-        f"<img alt='{escape(caption, quote=True)}' src='data:image/png;base64,{data}' "
-        "style='width:100%;image-rendering:pixelated'>"
-    )
+KINDS = {".png": "image/png", ".gif": "image/gif", ".wav": "audio/wav"}
+
+
+def _shown(path: Path, caption: str, run: Run) -> str:
+    """The file inside the page, or beside it where it is large."""
+    if path.stat().st_size > LARGEST_INSIDE:
+        source = path.relative_to(run.path).as_posix()
+    else:
+        source = f"data:{KINDS[path.suffix]};base64,{b64encode(path.read_bytes()).decode('ascii')}"
+    if path.suffix == ".wav":
+        return f"<audio controls preload='none' style='width:100%' src='{source}'></audio>"
+    return f"<img alt='{escape(caption, quote=True)}' src='{source}' style='width:100%;image-rendering:pixelated'>"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import log10, prod
+from math import log10, prod, sqrt
 from typing import Protocol, final
 
 import torch
@@ -46,10 +46,12 @@ class Scoring(Protocol):
 @final
 @dataclass(frozen=True, kw_only=True)
 class SignalToNoise:
-    """The peak signal-to-noise ratio of values cut to the signal's range, from ``low`` to ``high``."""
+    """The peak signal-to-noise ratio of values cut to the signal's range, from ``low`` to ``high``; and the plain one,
+    where the signal's power is given: the mean of its squares."""
 
     low: float
     high: float
+    power: float | None = None
 
     @property
     def metric(self) -> Metric:
@@ -64,7 +66,10 @@ class SignalToNoise:
     def figures(self, sums: list[float]) -> dict[str, float]:
         """The ratio, and the mean squared error as ``loss``."""
         loss = sums[0] / sums[1]
-        return {"PSNR": decibels(loss, self.high - self.low), "loss": loss}
+        found = {"PSNR": decibels(loss, self.high - self.low)}
+        if self.power is not None:
+            found["SNR"] = decibels(loss, sqrt(self.power))
+        return {**found, "loss": loss}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,301 @@
+"""Sounds as fields, on sounds made here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("tyro")
+
+from rich.console import Console
+from scipy.io import wavfile
+
+from torchimplicit import cli
+from torchimplicit.recipes import registry
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.fields.audio import sounds
+from torchimplicit.recipes.fields.audio.config import SoundConfig, audio
+from torchimplicit.recipes.fields.audio.figures import spectrograms, waveforms
+from torchimplicit.recipes.fields.audio.sounds import quantized, read_file, save, sound_of
+from torchimplicit.recipes.fields.audio.synthesis import synthesized
+from torchimplicit.recipes.fields.audio.task import RUNNER, build
+from torchimplicit.recipes.fields.settings import Representation
+from torchimplicit.recipes.run import RunOptions, create
+from torchimplicit.recipes.training.logs import rows
+from torchimplicit.recipes.training.results import Results
+from torchimplicit.recipes.training.settings import Machine
+
+
+@pytest.fixture(autouse=True)
+def _seeded(one_thread):
+    torch.manual_seed(0)
+
+
+def tone(rate=1000, seconds=1.0, pitch=40.0, peak=0.5):
+    return peak * np.sin(2 * np.pi * pitch * np.arange(round(rate * seconds)) / rate)
+
+
+def written(tmp_path, values, rate=1000, name="tone.wav"):
+    wavfile.write(tmp_path / name, rate, values)
+    return tmp_path / name
+
+
+def read(path, start=0.0, seconds=None, rate=1000, mono=False):
+    return read_file(path, start, seconds, rate, mono)
+
+
+AS = {
+    "u1": lambda x: (128 + 128 * x).round().clip(0, 255).astype(np.uint8),
+    "i2": lambda x: (32768 * x).round().astype(np.int16),
+    "i4": lambda x: (2**31 * x).round().astype(np.int32),
+    "f4": lambda x: x.astype(np.float32),
+    "f8": lambda x: x,
+}
+
+
+class TestFiles:
+    @pytest.mark.parametrize("kind", AS)
+    def test_every_number_format(self, tmp_path, kind):
+        found = read(written(tmp_path, AS[kind](tone())))
+        tolerance = {"u1": 2e-2, "i2": 2e-4}.get(kind, 1e-6)
+        torch.testing.assert_close(
+            found.samples[:, 0].double() * found.peak, torch.from_numpy(tone()), atol=tolerance, rtol=0
+        )
+        assert found.rate == 1000
+        assert found.samples.abs().max() == 1
+        assert found.notes == ()
+
+    def test_three_bytes(self, tmp_path):
+        values = (2**23 * tone()).round().astype("<i4")
+        data = values.astype("<i4").view(np.uint8).reshape(-1, 4)[:, :3].tobytes()
+        head = b"WAVEfmt " + (16).to_bytes(4, "little") + (1).to_bytes(2, "little") + (1).to_bytes(2, "little")
+        head += (1000).to_bytes(4, "little") + (3000).to_bytes(4, "little") + (3).to_bytes(2, "little")
+        head += (24).to_bytes(2, "little") + b"data" + len(data).to_bytes(4, "little")
+        (tmp_path / "a.wav").write_bytes(b"RIFF" + (len(head) + len(data)).to_bytes(4, "little") + head + data)
+        found = read(tmp_path / "a.wav")
+        torch.testing.assert_close(
+            found.samples[:, 0] * found.peak, torch.from_numpy(tone()).float(), atol=1e-6, rtol=0
+        )
+
+    def test_two_channels_stay_or_are_averaged(self, tmp_path):
+        both = np.stack([tone(), 0.5 * tone(pitch=70)], 1)
+        path = written(tmp_path, AS["f4"](both))
+        found = read(path)
+        torch.testing.assert_close(found.samples.numpy() * found.peak, AS["f4"](both))
+        found = read(path, mono=True)
+        assert found.samples.shape == (1000, 1)
+        torch.testing.assert_close(found.samples[:, 0].numpy() * found.peak, AS["f4"](both.mean(1)))
+        assert "mean of 2 channels" in found.notes[0]
+
+    def test_many_channels_are_refused_unless_averaged(self, tmp_path):
+        path = written(tmp_path, AS["i2"](np.stack([tone()] * 9, 1)))
+        with pytest.raises(UserError, match="--mono"):
+            read(path)
+        assert read(path, mono=True).samples.shape == (1000, 1)
+
+    def test_an_excerpt(self, tmp_path):
+        path = written(tmp_path, AS["f8"](tone(seconds=2)))
+        found = read(path, start=0.5, seconds=0.25)
+        torch.testing.assert_close(found.samples[:, 0].numpy() * found.peak, AS["f4"](tone(seconds=2)[500:750]))
+        assert "0.5 s to 0.75 s of 2 s" in found.notes[0]
+        assert len(read(path, start=1.5, seconds=9).samples) == 500
+
+    def test_a_high_rate_is_reduced(self, tmp_path):
+        path = written(tmp_path, AS["f8"](tone(rate=44100, seconds=0.5)), rate=44100)
+        found = read(path, rate=8000)
+        assert found.rate == 8000
+        assert found.samples.shape == (4000, 1)
+        inner = slice(100, -100)
+        torch.testing.assert_close(
+            found.samples[inner, 0].double() * found.peak,
+            torch.from_numpy(tone(rate=8000, seconds=0.5))[inner],
+            atol=2e-3,
+            rtol=0,
+        )
+        low = read(written(tmp_path, AS["f8"](tone())), rate=8000)
+        assert low.rate == 1000, "a low one stays"
+
+    def test_what_cannot_be_read_is_said(self, tmp_path):
+        whole = written(tmp_path, AS["i2"](tone())).read_bytes()
+        files = {
+            "text.wav": b"no sound at all",
+            "empty.wav": b"",
+            "head.wav": whole[:30],
+            "song.mp3": b"ID3\x03\x00" + bytes(100),
+            "song.m4a": bytes(4) + b"ftypM4A " + bytes(100),
+            "law.wav": whole[:20] + b"\x07\x00" + whole[22:],
+        }
+        for name, data in files.items():
+            (tmp_path / name).write_bytes(data)
+        written(tmp_path, np.zeros(0, np.int16), name="nothing.wav")
+        written(tmp_path, np.zeros(500, np.int16), name="silent.wav")
+        written(tmp_path, np.full(500, np.nan, np.float32), name="nan.wav")
+        written(tmp_path, AS["i2"](tone(seconds=0.02)), name="short.wav")
+        for name, words in (
+            ("", "folder"),
+            ("missing.wav", "does not exist"),
+            ("text.wav", "no WAV"),
+            ("empty.wav", "is empty"),
+            ("head.wav", "damaged"),
+            ("song.mp3", "an MP3 file.*ffmpeg"),
+            ("song.m4a", "an MPEG-4 file"),
+            ("law.wav", "compressed"),
+            ("nothing.wav", "no samples"),
+            ("silent.wav", "silent"),
+            ("nan.wav", "NaN"),
+            ("short.wav", "20 samples"),
+        ):
+            with pytest.raises(UserError, match=words):
+                read(tmp_path / name)
+        with pytest.raises(UserError, match="past the end"):
+            read(tmp_path / "tone.wav", start=5)
+
+    def test_one_that_is_cut_short_is_taken_as_far_as_it_goes(self, tmp_path):
+        whole = written(tmp_path, AS["i2"](tone())).read_bytes()
+        (tmp_path / "cut.wav").write_bytes(whole[: len(whole) // 2])
+        found = read(tmp_path / "cut.wav")
+        assert 400 < len(found.samples) < 500
+        assert "cut short" in found.notes[0]
+
+    def test_a_long_one_is_refused_and_a_part_of_it_taken(self, tmp_path, monkeypatch):
+        path = written(tmp_path, AS["i2"](tone(seconds=5)))
+        monkeypatch.setattr(sounds, "MOST_SAMPLES", 2000)
+        with pytest.raises(UserError, match="--seconds"):
+            read(path)
+        assert len(read(path, seconds=2).samples) == 2000
+        assert len(read(path, rate=400).samples) == 2000
+
+    def test_one_above_full_scale(self, tmp_path):
+        found = read(written(tmp_path, AS["f4"](tone(peak=3.0))))
+        assert found.peak == 1
+        assert "full scale" in found.notes[0]
+
+    def test_saving(self, tmp_path):
+        samples = quantized(torch.tensor([[-2.0, 0.5], [1.0, -0.5]]))
+        save(samples, 500, tmp_path / "a.wav")
+        rate, found = wavfile.read(tmp_path / "a.wav")
+        assert rate == 500
+        assert found.tolist() == [[-32767, 16384], [32767, -16384]]
+
+
+class TestSynthesis:
+    @pytest.mark.parametrize("name", ["melody", "vowels"])
+    @pytest.mark.parametrize("rate", [2000, 8000])
+    def test_it_is_a_sound(self, name, rate):
+        made = synthesized(name, 1.5, rate)
+        assert made.shape == (1.5 * rate,)
+        assert np.abs(made).max() == 1
+        power = np.abs(np.fft.rfft(made)) ** 2
+        assert power[: len(power) // 10].sum() < 0.99 * power.sum(), "it has overtones"
+        assert sound_of(replace(audio(), sound=name)).name == f"synthesized {name}"
+
+
+def small(tmp_path, **changes):
+    both = np.stack([tone(), tone(pitch=70)], 1)
+    return replace(
+        audio(),
+        file=written(tmp_path, AS["i2"](both)),
+        representation=Representation(width=8),
+        optimization=replace(audio().optimization, steps=4, validate_every=2),
+        machine=Machine(device="cpu", tensorboard=False),
+        **changes,
+    )
+
+
+def trained(path, config):
+    run = create("implicit-audio", RunOptions(output=path))
+    run.describe("implicit-audio", config)
+    RUNNER.check(config)
+    assert RUNNER.train(config, run, Console(quiet=True))
+    return run
+
+
+class TestRecipe:
+    def test_frequencies_grow_with_the_length_alone(self, tmp_path):
+        def scale(seconds, rate):
+            torch.manual_seed(0)
+            config = replace(small(tmp_path), file=None, seconds=seconds, rate=rate)
+            return build(config).model.filters[0].phase.weight
+
+        torch.testing.assert_close(scale(2.0, 1000), 2 * scale(1.0, 1000))
+        torch.testing.assert_close(scale(1.0, 1000), scale(1.0, 500))
+
+    def test_a_run_leaves_sounds_and_pictures(self, tmp_path):
+        run = trained(tmp_path / "run", small(tmp_path, export_size=2500))
+        for name, rate in (("original", 1000), ("reconstruction", 1000), ("error", 1000), ("export", 2500)):
+            found, values = wavfile.read(run.path / f"{name}.wav")
+            assert (found, values.shape) == (rate, (rate, 2))
+        _, first = wavfile.read(run.path / "original.wav")
+        assert np.abs(first).max() == pytest.approx(16384, abs=2), "as loud as the file"
+        for name in ("waveform", "spectrogram", "curve"):
+            assert (run.path / "figures" / f"{name}.png").is_file()
+        page = (run.path / "index.html").read_text()
+        assert "1000 samples in 2 channels" in page
+        assert page.count("<audio") == 4
+        test = Results.of(run).test.figures
+        assert test["PSNR"] - test["SNR"] == pytest.approx(10 * np.log10(4 / 0.5), abs=0.05)
+
+    def test_a_resumed_run_has_the_losses_of_an_undisturbed_one(self, tmp_path):
+        config = small(tmp_path)
+        whole = trained(tmp_path / "whole", config)
+        cut = trained(tmp_path / "cut", replace(config, optimization=replace(config.optimization, steps=2)))
+        assert RUNNER.train(config, cut, Console(quiet=True))
+        losses = [[row["loss"] for row in rows(run.metrics) if "loss" in row] for run in (whole, cut)]
+        assert losses[0] == losses[1]
+        assert len(losses[0]) == 4
+
+    def test_in_chunks(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("torchimplicit.recipes.fields.task.chunk_points", lambda config, count: 300)
+        run = trained(tmp_path / "run", small(tmp_path))
+        assert np.isfinite(Results.of(run).test.figures["PSNR"])
+
+    def test_states_without_room_are_refused_before_training(self, tmp_path):
+        config = small(tmp_path)
+        config = replace(
+            config, representation=Representation(width=4096, memory_mb=16), file=None, seconds=1.0, rate=8000
+        )
+        with pytest.raises(UserError, match="--memory-mb"):
+            RUNNER.check(config)
+
+    def test_the_command_line(self, tmp_path, capsys):
+        (tmp_path / "song.mp3").write_bytes(b"ID3" + bytes(50))
+        for words, message in (
+            (["--file", str(tmp_path / "song.mp3")], "an MP3"),
+            (["--file", str(tmp_path / "none.wav")], "does not exist"),
+            (["--rate", "1"], "--rate"),
+            (["--seconds", "0"], "--seconds"),
+            (["--seconds", "None"], "--file"),
+            (["--start", "-1"], "--start"),
+            (["--seconds", "99999"], "fewer --seconds"),
+            (["--sound", "birds"], "birds"),
+        ):
+            assert cli.main(["train", "implicit-audio", *words, "--output", str(tmp_path / "run")]) == 2, words
+            assert message in capsys.readouterr().err
+            assert not (tmp_path / "run").exists()
+
+    def test_a_finished_run_is_sampled_at_any_rate(self, tmp_path, capsys):
+        run = str(tmp_path / "run")
+        words = ["--seconds", "0.5", "--rate", "500", "--width", "8", "--steps", "2", "--device", "cpu"]
+        assert cli.main(["train", "implicit-audio", *words, "--output", run]) == 0
+        assert cli.main(["evaluate", run, "--export-size", "3000"]) == 0
+        rate, values = wavfile.read(tmp_path / "run" / "export.wav")
+        assert (rate, values.shape) == (3000, (1500,))
+        capsys.readouterr()
+        for sizes in (["7"], ["100", "200"], ["999999"]):
+            assert cli.main(["evaluate", run, "--export-size", *sizes]) == 2
+            assert "--export-size" in capsys.readouterr().err
+
+    def test_the_registry_knows_it(self):
+        assert isinstance(registry.settings("implicit-audio"), SoundConfig)
+        assert registry.runner("implicit-audio") is RUNNER
+
+
+@pytest.mark.parametrize("count", [64, 300, 9000])
+def test_figures_of_any_length(count):
+    truth = torch.randn(count, 1)
+    assert len(waveforms(truth, 0.9 * truth, 8000).axes) == 2
+    assert len(spectrograms(truth, torch.zeros_like(truth), 8000).axes) == 4

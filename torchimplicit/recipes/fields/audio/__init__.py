@@ -1,0 +1,1 @@
+"""Sounds as fields of time: fitted, and sampled at any rate."""
