@@ -1,0 +1,139 @@
+"""An energy of the electron density, part known and part learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from torchimplicit.constraints import LinearEquality
+from torchimplicit.coordinates import Metric
+from torchimplicit.models.orbital_free.local import (
+    lda,
+    positive_part,
+    reduced_gradient,
+    thomas_fermi,
+    weizsaecker,
+)
+from torchimplicit.models.orbital_free.molecule import Molecule
+from torchimplicit.problems import Minimum
+
+ELEMENTS, SHELLS = 19, 24
+"""Nuclear charges, and s shells of one atom, for which the linear term has coefficients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrbitalFreeConfig:
+    """The known part of the functional, and the size of what is learned.
+
+    Attributes:
+        weizsaecker: the share of the von Weizsäcker energy beside that of Thomas and Fermi.
+        width: of the smooth positive part of the density, in electrons per cubic bohr.
+        penalty: the factor of :math:`\\int\\rho_-^2`, which holds negative densities down.
+        hidden: the enhancement factor's hidden units, in each of ``layers`` layers; 0: there is none.
+    """
+
+    weizsaecker: float = 0.4
+    width: float = 1e-3
+    penalty: float = 100.0
+    hidden: int = 16
+    layers: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("weizsaecker", "penalty", "hidden"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"OrbitalFreeConfig.{name} is {getattr(self, name)}, and must not be negative")
+        if not self.width > 0 or self.layers < 1:
+            raise ValueError(
+                f"OrbitalFreeConfig: width ({self.width}) must be positive and layers ({self.layers}) >= 1"
+            )
+
+
+class OrbitalFree(nn.Module):
+    """The total energy of a molecule as a functional of its density, in hartree.
+
+    .. math::
+        E(p) = \\int\\tau_{TF}(\\rho_+)\\,(1+F_\\theta(x)) + c\\,\\tau_{vW} + e_{xc}(\\rho_+) + \\gamma\\rho_-^2
+        + \\tfrac12 p^TJp + \\langle v + a, p\\rangle + \\sum_{A}c_{Z_A} + E_{nn}
+
+    with :math:`\\rho_+` the smooth positive part. Learned are the enhancement factor :math:`F_\\theta`, a network of
+    the local features :math:`x=(\\log\\rho_+,\\log(1+s^2))`; the term :math:`a`, a coefficient for every element and s
+    shell (the linear atomic reference of Zhang et al. 2024, M-OFDFT); and one constant for each element. At first they
+    are zero, which leaves the functional of Thomas, Fermi, Dirac and von Weizsäcker.
+
+    The parameters are double precision: eigenvalues of the Hessian may span many orders of magnitude.
+    """
+
+    def __init__(self, config: OrbitalFreeConfig | None = None):
+        super().__init__()
+        self.config = config = config or OrbitalFreeConfig()
+        self.factor = _network(config.hidden, config.layers) if config.hidden else None
+        self.reference = nn.Parameter(torch.zeros(ELEMENTS, SHELLS, dtype=torch.float64))
+        self.constants = nn.Parameter(torch.zeros(ELEMENTS, dtype=torch.float64))
+
+    def forward(self, p: Tensor, molecule: Molecule) -> Tensor:
+        """The energy of the coefficients ``p`` (``[n]``), a scalar."""
+        return torch.stack(list(self.parts(p, molecule).values())).sum()
+
+    def parts(self, p: Tensor, molecule: Molecule) -> dict[str, Tensor]:
+        """The energy's terms by name; scalars."""
+        config = self.config
+        rho = molecule.density(p)
+        sigma = (molecule.gradients @ p).square().sum(dim=0)
+        plus = positive_part(rho, config.width)
+        gas = thomas_fermi(plus)
+        kinetic = gas + config.weizsaecker * weizsaecker(plus, sigma, config.width)
+        if self.factor is not None:
+            kinetic = kinetic + gas * self.factor(features(plus, sigma))[:, 0]
+        weights = molecule.quadrature
+        return {
+            "kinetic": weights @ kinetic,
+            "exchange_correlation": weights @ lda(plus),
+            "penalty": config.penalty * (weights @ rho.clamp_max(0).square()),
+            "hartree": 0.5 * p @ (molecule.coulomb @ p),
+            "external": molecule.external @ p,
+            "reference": self.linear(molecule) @ p,
+            "constants": self.constants[molecule.charges].sum(),
+            "repulsion": molecule.repulsion,
+        }
+
+    def linear(self, molecule: Molecule) -> Tensor:
+        """The coefficients :math:`a` of the linear term, ``[n]``."""
+        coefficients = self.reference[molecule.charges[molecule.atom], molecule.shell]
+        return torch.where(molecule.angular == 0, coefficients, 0)
+
+    def problem(self, molecule: Molecule, metric: Metric | None = None) -> Minimum:
+        """The density of least energy with the molecule's number of electrons, ``solve(problem, molecule.guess)``.
+
+        Args:
+            metric: ``Metric(molecule.overlap)`` for coordinates in which lengths are those of densities, kept by the
+                caller since it takes an eigendecomposition; ``None``: the coefficients themselves.
+        """
+        constraint = LinearEquality(molecule.weight, molecule.electrons)
+        return Minimum(partial(self._energy, molecule), constraint, batched=False, metric=metric)
+
+    def _energy(self, molecule: Molecule, p: Tensor) -> Tensor:
+        return self.forward(p, molecule)
+
+
+def _network(hidden: int, layers: int) -> nn.Module:
+    """Of two features to a number, which is zero at first."""
+    widths = [2, *[hidden] * layers]
+    inner = [nn.Linear(before, after, dtype=torch.float64) for before, after in pairwise(widths)]
+    last = nn.Linear(hidden, 1, dtype=torch.float64)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*[layer for linear in inner for layer in (linear, nn.Tanh())], last)
+
+
+def features(rho: Tensor, sigma: Tensor) -> Tensor:
+    """What the enhancement factor sees, ``[points, 2]``, of order one.
+
+    Args:
+        rho: positive.
+        sigma: :math:`|\\nabla\\rho|^2`.
+    """
+    return torch.stack((0.25 * torch.log(rho), 0.5 * torch.log1p(reduced_gradient(rho, sigma))), dim=1)
