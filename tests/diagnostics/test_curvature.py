@@ -48,6 +48,20 @@ def test_lanczos_on_an_exhausted_space() -> None:
     torch.testing.assert_close(found.largest, torch.full((3,), 5.0, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("distinct", [3, 35, 100])
+def test_lanczos_stays_on_the_constraint(distinct: int) -> None:
+    """Where the Krylov space ends early, rounding must not bring in the null vector, with its eigenvalue zero."""
+    dim = 100
+    scale = torch.linspace(1.0, 50.0, distinct, dtype=torch.float64).repeat(dim)[:dim]
+    weight = torch.linspace(0.1, 3.0, dim, dtype=torch.float64)
+    problem = ti.Minimum(lambda z: 0.5 * (scale * z.square()).sum(dim=1), ti.LinearEquality(weight, 1.0))
+    found = curvature(problem, torch.ones(1, dim, dtype=torch.float64), subspace=90)
+    basis = torch.linalg.svd(weight[None], full_matrices=True).Vh[1:].T
+    values = torch.linalg.eigvalsh(basis.T @ (scale[:, None] * basis))
+    assert float(found.least) == pytest.approx(float(values[0]), rel=1e-3)
+    assert float(found.largest) == pytest.approx(float(values[-1]), rel=1e-3)
+
+
 def test_one_system_and_other_problems() -> None:
     problem = ti.Minimum(lambda z: z.square().sum(), batched=False)
     found = curvature(problem, torch.ones(3))

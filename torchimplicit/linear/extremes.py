@@ -43,7 +43,8 @@ def _lanczos(operator: LinearOperator, size: int, seed: int) -> tuple[Tensor, Te
         w = widened(operator.product(v.to(operator.dtype)))
         tridiagonal[:, j, j] = (v * w).sum(dim=1)
         scale = row_norm(w)
-        v = _orthogonal(w, basis[:, : j + 1])
+        # rounding along the null vector would be blown up where little else is left
+        v = operator.project(_orthogonal(w, basis[:, : j + 1]))
         length = row_norm(v)
         if j + 1 == size:
             break
@@ -51,7 +52,8 @@ def _lanczos(operator: LinearOperator, size: int, seed: int) -> tuple[Tensor, Te
         done = length <= 100 * torch.finfo(w.dtype).eps * scale
         tridiagonal[:, j, j + 1] = tridiagonal[:, j + 1, j] = torch.where(done, 0, length)
         fresh = torch.randn(operator.batch, operator.dim, generator=generator).to(operator.device, operator.dtype)
-        v = torch.where(done[:, None], _orthogonal(widened(operator.project(fresh)), basis[:, : j + 1]), v)
+        fresh = operator.project(_orthogonal(widened(operator.project(fresh)), basis[:, : j + 1]))
+        v = torch.where(done[:, None], fresh, v)
         length = row_norm(v)
     values = torch.linalg.eigvalsh(tridiagonal)
     return values[:, 0], values[:, -1]
