@@ -12,7 +12,7 @@ from torchimplicit import cli
 pytest.importorskip("lightning")
 pytest.importorskip("tyro")
 
-COMMANDS = ("demo", "list", "train", "reproduce", "resume", "evaluate", "report")
+COMMANDS = ("demo", "list", "molecules", "train", "reproduce", "resume", "evaluate", "report")
 
 
 @pytest.fixture(autouse=True)
@@ -57,11 +57,18 @@ def test_the_demo_has_its_own_defaults(capsys):
     assert "default: implicit unrolled-phantom neumann-phantom" in " ".join(run(capsys, "demo", "--help")[1].split())
 
 
-@pytest.mark.parametrize("command", ["list", "resume", "evaluate", "train", "reproduce", "report"])
+@pytest.mark.parametrize("command", ["list", "molecules", "resume", "evaluate", "train", "reproduce", "report"])
 def test_every_command_has_help(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
     assert f"torchimplicit {command}" in out
+
+
+@pytest.mark.parametrize(("command", "default"), [("report", "report.html"), ("molecules", "lda,pw")])
+def test_settings_with_a_default_can_be_left_out(capsys, command, default):
+    shown = run(capsys, command, "--help")[1]
+    assert f"(default: {default})" in " ".join(shown.split())
+    assert "(required)" not in shown
 
 
 def test_version(capsys):

@@ -160,6 +160,7 @@ class Report:
 COMMANDS = {
     "demo": "Compare gradient estimators on handwritten digits, and draw a page about it (under three minutes).",
     "list": "List the recipes and the tables.",
+    "molecules": "Compute molecules for density functionals, a data file each.",
     "train": "Train a recipe.",
     "reproduce": "Reproduce a published table or figure.",
     "resume": "Go on with an interrupted run.",
@@ -189,6 +190,7 @@ def parse(argv: list[str]) -> Command:
             registry.entry(argv[1], registry.TABLES, "table")
     kinds: dict[str, Any] = {
         "list": List,
+        "molecules": _molecules() if named == "molecules" else Deferred,
         "train": Train[_one_of(registry.RECIPES, chosen["train"])],  # type: ignore[misc]
         "reproduce": Reproduce[_one_of(registry.TABLES, chosen["reproduce"])],  # type: ignore[misc]
         "resume": Resume,
@@ -237,6 +239,13 @@ def _one_of(entries: dict[str, registry.Entry], chosen: str | None) -> Any:
     return reduce(or_, choices)
 
 
+def _molecules() -> Any:
+    """The command of the chemistry, which is imported only if it is asked for."""
+    from torchimplicit.recipes.chemistry.command import Molecules
+
+    return Molecules
+
+
 def _start(name: str) -> Any:
     """The type of one recipe's subcommand."""
     settings = registry.settings(name)
@@ -244,7 +253,7 @@ def _start(name: str) -> Any:
     return Annotated[Start[type(settings)], _named(name, registry.entry(name).summary, default)]  # type: ignore[misc]
 
 
-def _named(name: str, description: str | None, default: Any = tyro.MISSING) -> Any:
+def _named(name: str, description: str | None, default: Any = tyro.MISSING_NONPROP) -> Any:
     return tyro.conf.subcommand(name, description=description, default=default)
 
 
