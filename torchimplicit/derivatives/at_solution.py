@@ -35,6 +35,9 @@ fast, and a fraction of their time where they converge slowly, which cannot be k
 DENSE_ENTRIES = 2**24
 """The most entries that they may have together."""
 
+ROWS_AT_ONCE = 64
+"""Adjoint vectors of a Jacobian that are pulled back to the argument together: fewer passes, more memory."""
+
 Direction = tuple[Any, ...]
 """One entry for each argument of the problem: a tangent like it, or ``None`` for an argument that does not move."""
 
@@ -184,7 +187,9 @@ class Derivatives:
         else:
             eye = torch.eye(dim, dtype=self._z.dtype, device=self._z.device)
             rows = self._solved(eye[:, None, :].expand(dim, batch, dim).contiguous(), transposed=True)
-            matrix = torch.stack([own.per_sample(-self._pulled(row, own)) for row in rows], dim=1)
+            _, pull = vjp(lambda a: self._residual(self._z, *own.replaced(a)), own.tensor)
+            pulled = torch.func.vmap(lambda g: pull(g)[0], chunk_size=ROWS_AT_ONCE)(rows)
+            matrix = torch.stack([own.per_sample(-row) for row in pulled], dim=1)
         return self._tensor(matrix, own.shape)
 
     def gradient(self, loss: Callable[..., Tensor], argument: int = 0) -> Tensor:
