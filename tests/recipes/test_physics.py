@@ -19,7 +19,8 @@ from torchimplicit.linear import Dense
 from torchimplicit.models.physics_informed import EquilibriumField, NetworkField
 from torchimplicit.problems import FixedPoint
 from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.physics import keeper, runner
+from torchimplicit.recipes.optimizing import keeper
+from torchimplicit.recipes.physics import runner
 from torchimplicit.recipes.physics.config import PhysicsConfig
 from torchimplicit.recipes.physics.equations import EQUATIONS
 from torchimplicit.recipes.physics.least_squares import LeastSquares
@@ -151,13 +152,13 @@ def test_a_budget_of_time_is_kept_and_errors_are_measured_along_it(tmp_path, mon
     assert all(look["iae"] is not None for look in looks)
     assert looks[-1]["loss"] == results["loss"] < looks[0]["loss"]
     made = runner.restored(config, run)
-    assert EQUATIONS["van-der-pol"].errors(keeper.values(made, EQUATIONS["van-der-pol"])) == pytest.approx(
+    assert EQUATIONS["van-der-pol"].errors(runner.values(made, EQUATIONS["van-der-pol"])) == pytest.approx(
         results["errors"]
     )
 
 
 def test_what_is_kept_is_what_the_optimizer_accepted(tmp_path, monkeypatch):
-    def stops_early(problem, config, spent, step):
+    def stops_early(problem, name, learning_rate, spent, step):
         weights = problem.weights
         step(weights, 1.0)
         problem.set_weights(weights + 5)  # a trial that is not accepted

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.optimizing.names import OptimizerName
 from torchimplicit.recipes.options import not_negative, positive
 
 EquationName = Literal["van-der-pol", "four-tanks", "burgers", "helmholtz"]
@@ -33,7 +34,7 @@ class PhysicsConfig:
     points: int = 50
     """Collocation points at which the equation is asked for."""
 
-    optimizer: Literal["least-squares", "l-bfgs", "adam"] = "least-squares"
+    optimizer: OptimizerName = "least-squares"
     """A trust-region Gauss–Newton method with exact Jacobians, L-BFGS (both SciPy's), or Adam with a cosine."""
 
     iterations: int = 100

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torchimplicit.recipes.environment import Environment
+from torchimplicit.recipes.optimizing.objective import Clock
 from torchimplicit.recipes.physics.config import PhysicsConfig
 
 
@@ -27,23 +28,14 @@ class Look:
 
 
 @dataclass
-class History:
+class History(Clock):
     """A training so far; it travels in the checkpoint.
 
     Attributes:
         looks: in their order.
-        iterations: done.
-        seconds: of the processor's time, spent in the optimizer.
-        residuals, jacobians: evaluations; one of the loss with its gradient counts as one of the residuals.
-        rejected: evaluations at weights whose equilibria were not all found.
     """
 
     looks: list[Look] = field(default_factory=list)
-    iterations: int = 0
-    seconds: float = 0.0
-    residuals: int = 0
-    jacobians: int = 0
-    rejected: int = 0
 
 
 @dataclass(frozen=True)

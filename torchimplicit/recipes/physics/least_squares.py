@@ -6,13 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from torchimplicit.models.physics_informed import Field
+from torchimplicit.recipes.optimizing.objective import Array
 from torchimplicit.recipes.physics.equations import Condition
-
-Array = NDArray[np.float64]
 
 
 class LeastSquares:
@@ -34,6 +32,11 @@ class LeastSquares:
         self.evaluations = self.jacobians = self.rejected = 0
         self.points = torch.cat([condition.points for condition in conditions])
         self.orders = tuple(dict.fromkeys(order for condition in conditions for order in condition.orders))
+
+    @property
+    def model(self) -> Field:
+        """See :class:`~torchimplicit.recipes.optimizing.objective.Objective`."""
+        return self.field
 
     @property
     def weights(self) -> Array:

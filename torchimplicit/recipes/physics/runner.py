@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from rich.console import Console
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -17,12 +18,13 @@ from torchimplicit.recipes.environment import Environment
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fitting import read_checkpoint
 from torchimplicit.recipes.machine import threads
+from torchimplicit.recipes.optimizing.keeper import Enough, Keeper
+from torchimplicit.recipes.optimizing.objective import Array, Budget
+from torchimplicit.recipes.optimizing.optimizers import run as optimize
 from torchimplicit.recipes.physics.config import PhysicsConfig
 from torchimplicit.recipes.physics.equations import EQUATIONS, Equation
-from torchimplicit.recipes.physics.history import History, Results
-from torchimplicit.recipes.physics.keeper import Enough, Keeper, values
+from torchimplicit.recipes.physics.history import History, Look, Results
 from torchimplicit.recipes.physics.least_squares import LeastSquares
-from torchimplicit.recipes.physics.optimizers import run as optimize
 from torchimplicit.recipes.physics.report import write_report
 from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.run import Run
@@ -57,7 +59,16 @@ def train(config: PhysicsConfig, run: Run, console: Console) -> bool:
     equation, made = EQUATIONS[config.equation], field(config)
     problem = LeastSquares(made, equation.conditions(config.points, config.seed))
     history = _resumed(made, run)
-    keeper = Keeper(config, equation, problem, history, run, console)
+
+    def look(loss: float, measured: bool) -> None:
+        errors = equation.errors(values(made, equation)) if measured else {}
+        found = errors.get("relative_l2", math.nan), errors.get("iae", math.nan)
+        if history.looks and history.looks[-1].iteration == history.iterations:
+            history.looks.pop()
+        history.looks.append(Look(history.iterations, history.seconds, loss, *found))
+
+    limits = Budget(iterations=config.iterations, seconds=config.seconds, measure_every=config.error_every)
+    keeper = Keeper(limits, problem, history, look, run, console)
     budget = f"{config.iterations} iterations" if config.seconds is None else f"{config.seconds:g} seconds"
     console.print(
         f"{equation.title}: {len(problem.weights)} weights, {config.points} collocation points, {budget} of "
@@ -68,7 +79,7 @@ def train(config: PhysicsConfig, run: Run, console: Console) -> bool:
         warnings.simplefilter("ignore", ConvergenceWarning)  # the share that is not converged is recorded
         if keeper.spent < 1:
             try:
-                optimize(problem, config, keeper.spent, keeper.step)
+                optimize(problem, config.optimizer, config.learning_rate, keeper.spent, keeper.step)
             except Enough:
                 pass
             except KeyboardInterrupt:
@@ -96,6 +107,12 @@ def evaluate(config: PhysicsConfig, run: Run, console: Console) -> None:
             write_report(results, equation, made, run)
     run.write_json("evaluation.json", {"errors": results.errors})
     console.print(_table(results).rich_rows())
+
+
+def values(made: Field, equation: Equation) -> Array:
+    """The field on the equation's grid."""
+    with torch.no_grad():
+        return np.asarray(made(torch.as_tensor(equation.grid())).numpy())
 
 
 def restored(config: PhysicsConfig, run: Run) -> Field:

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from torchimplicit.recipes.optimizing.objective import Array
 from torchimplicit.recipes.physics.config import EquationName
 from torchimplicit.recipes.physics.equations import EQUATIONS
-from torchimplicit.recipes.physics.keeper import values
-from torchimplicit.recipes.physics.least_squares import Array
-from torchimplicit.recipes.physics.runner import restored
+from torchimplicit.recipes.physics.runner import restored, values
 from torchimplicit.recipes.physics_informed.jobs import MODELS, OPTIMIZERS, name_of, ordinary
 from torchimplicit.recipes.physics_informed.read import MEASURE, Cell, Found
 from torchimplicit.recipes.plotting import COLOURS, axes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,18 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from torchimplicit.models.physics_informed import Field
 from torchimplicit.recipes.errors import DivergedError
-from torchimplicit.recipes.physics.config import PhysicsConfig
-from torchimplicit.recipes.physics.equations import Equation
-from torchimplicit.recipes.physics.history import History, Look
-from torchimplicit.recipes.physics.least_squares import Array, LeastSquares
+from torchimplicit.recipes.optimizing.objective import Array, Budget, Clock, Objective
 from torchimplicit.recipes.plain import to_plain
 from torchimplicit.recipes.progress import NOTED_EVERY
 from torchimplicit.recipes.run import Run
 
 FIRST, RATIO = 1 / 30, 1.5
 """With a budget of time: the share of it at which the error is measured first, and what it grows by."""
+
+Look = Callable[[float, bool], None]
+"""Called with the loss, and whether to measure, when the weights of an iteration are in the model: puts what is found
+into the history."""
 
 
 class Enough(Exception):
@@ -38,14 +39,14 @@ class Keeper:
 
     def __init__(
         self,
-        config: PhysicsConfig,
-        equation: Equation,
-        problem: LeastSquares,
-        history: History,
+        budget: Budget,
+        objective: Objective,
+        history: Clock,
+        look: Look,
         run: Run,
         console: Console,
     ):
-        self.config, self.equation, self.problem = config, equation, problem
+        self.budget, self.objective, self.look = budget, objective, look
         self.history, self.run = history, run
         self.interrupted = False
         self._reached: tuple[Array, float] | None = None
@@ -60,8 +61,8 @@ class Keeper:
     @property
     def spent(self) -> float:
         """The share of the budget."""
-        by_number = self.history.iterations / self.config.iterations
-        return by_number if self.config.seconds is None else max(by_number, self.history.seconds / self.config.seconds)
+        by_number = self.history.iterations / self.budget.iterations
+        return by_number if self.budget.seconds is None else max(by_number, self.history.seconds / self.budget.seconds)
 
     def __enter__(self) -> Keeper:
         self._bar.start()
@@ -78,7 +79,7 @@ class Keeper:
             raise DivergedError(f"the loss is {loss} at iteration {self.history.iterations}")
         self._reached = np.array(weights), loss
         self._count()
-        timed, due = self.config.seconds is not None, self._due()
+        timed, due = self.budget.seconds is not None, self._due()
         if due or not timed:
             self._look(measured=due)
         self._bar.update(self._task, completed=self._percent(), description=f"Training, loss {loss:.2e}")
@@ -87,7 +88,7 @@ class Keeper:
             self._save()
         if self.spent >= 1:
             raise Enough
-        self.problem.set_weights(weights)
+        self.objective.set_weights(weights)
         self._clock = time.process_time()
         return self.spent
 
@@ -95,32 +96,24 @@ class Keeper:
         """The optimizer has stopped: the last weights that it had accepted are measured and kept."""
         if self._reached is None:
             return
-        looks = self.history.looks
-        if looks and looks[-1].iteration == self.history.iterations:
-            looks.pop()
         self._look(measured=True)
         self._save()
 
     def _look(self, measured: bool) -> None:
         assert self._reached is not None
         weights, loss = self._reached
-        errors: dict[str, float] = {}
-        if measured:
-            self.problem.set_weights(weights)
-            errors = self.equation.errors(values(self.problem.field, self.equation))
-        nan, history = math.nan, self.history
-        found = errors.get("relative_l2", nan), errors.get("iae", nan)
-        history.looks.append(Look(history.iterations, history.seconds, loss, *found))
+        self.objective.set_weights(weights)
+        self.look(loss, measured)
 
     def _due(self) -> bool:
-        if self.config.seconds is None:
-            return self.history.iterations % self.config.error_every == 0
+        if self.budget.seconds is None:
+            return self.history.iterations % self.budget.measure_every == 0
         return self._pass_marks()
 
     def _pass_marks(self) -> bool:
-        if self.config.seconds is None or self.history.seconds < self._mark * self.config.seconds:
+        if self.budget.seconds is None or self.history.seconds < self._mark * self.budget.seconds:
             return False
-        while self._mark * self.config.seconds <= self.history.seconds:
+        while self._mark * self.budget.seconds <= self.history.seconds:
             self._mark *= RATIO
         return True
 
@@ -129,7 +122,7 @@ class Keeper:
 
     def _count(self) -> None:
         """What this process has evaluated goes into the history."""
-        now = (self.problem.evaluations, self.problem.jacobians, self.problem.rejected)
+        now = (self.objective.evaluations, self.objective.jacobians, self.objective.rejected)
         more = [one - other for one, other in zip(now, self._counted, strict=True)]
         self._counted = now
         self.history.residuals += more[0]
@@ -139,15 +132,11 @@ class Keeper:
     def _save(self) -> None:
         assert self._reached is not None
         weights, loss = self._reached
-        self.problem.set_weights(weights)
-        torch.save({"weights": self.problem.field.state_dict(), "history": to_plain(self.history)}, self.run.checkpoint)
-        done = {"done": self.history.iterations, "total": self.config.iterations}
-        if self.config.seconds is not None:
-            done = {"done": round(self.history.seconds), "total": math.ceil(self.config.seconds)}
+        self.objective.set_weights(weights)
+        torch.save(
+            {"weights": self.objective.model.state_dict(), "history": to_plain(self.history)}, self.run.checkpoint
+        )
+        done = {"done": self.history.iterations, "total": self.budget.iterations}
+        if self.budget.seconds is not None:
+            done = {"done": round(self.history.seconds), "total": math.ceil(self.budget.seconds)}
         self.run.write_json("progress.json", {**done, "status": f"loss {loss:.2e}"})
-
-
-def values(made: Field, equation: Equation) -> Array:
-    """The field on the equation's grid."""
-    with torch.no_grad():
-        return np.asarray(made(torch.as_tensor(equation.grid())).numpy())

@@ -9,24 +9,24 @@ import numpy as np
 import torch
 from scipy.optimize import OptimizeResult, least_squares, minimize
 
-from torchimplicit.recipes.physics.config import PhysicsConfig
-from torchimplicit.recipes.physics.least_squares import Array, LeastSquares
+from torchimplicit.recipes.optimizing.names import OptimizerName
+from torchimplicit.recipes.optimizing.objective import Array, Objective
 
 Step = Callable[[Array, float], float]
 """Called after every iteration with the weights and the loss; gives the share of the budget that is spent, and raises
 to stop."""
 
 
-def gauss_newton(problem: LeastSquares, start: Array, step: Step) -> None:
+def gauss_newton(objective: Objective, start: Array, step: Step) -> None:
     """Branch, Coleman and Li's trust region (SciPy's ``trf``), with exact Jacobians."""
 
     def after(intermediate_result: OptimizeResult) -> None:
         step(intermediate_result.x, float(intermediate_result.cost))
 
     least_squares(
-        problem.residuals,
+        objective.residuals,
         start,
-        jac=problem.jacobian,
+        jac=objective.jacobian,
         method="trf",
         ftol=None,
         xtol=1e-15,
@@ -36,7 +36,7 @@ def gauss_newton(problem: LeastSquares, start: Array, step: Step) -> None:
     )
 
 
-def l_bfgs(problem: LeastSquares, start: Array, step: Step) -> None:
+def l_bfgs(objective: Objective, start: Array, step: Step) -> None:
     """SciPy's L-BFGS; where its line search gives up it begins anew, as long as that still lowers the loss."""
 
     def after(intermediate_result: OptimizeResult) -> None:
@@ -45,7 +45,7 @@ def l_bfgs(problem: LeastSquares, start: Array, step: Step) -> None:
     reached = math.inf
     while True:
         found = minimize(
-            problem.loss_and_gradient,
+            objective.loss_and_gradient,
             start,
             jac=True,
             method="L-BFGS-B",
@@ -57,27 +57,26 @@ def l_bfgs(problem: LeastSquares, start: Array, step: Step) -> None:
         start, reached = found.x, float(found.fun)
 
 
-def adam(problem: LeastSquares, start: Array, peak: float, spent: float, step: Step) -> None:
+def adam(objective: Objective, start: Array, peak: float, spent: float, step: Step) -> None:
     """Adam with a cosine over the budget; its moments begin anew where a run is resumed."""
-    problem.set_weights(start)
-    optimizer = torch.optim.Adam(problem.field.parameters(), lr=peak)
+    weights = torch.tensor(start)
+    optimizer = torch.optim.Adam([weights], lr=peak)
     while True:
         for group in optimizer.param_groups:
             group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * spent))
-        optimizer.zero_grad()
-        loss = problem.loss()
-        loss.backward()
+        loss, gradient = objective.loss_and_gradient(weights.numpy())
+        weights.grad = torch.as_tensor(gradient)
         optimizer.step()
-        spent = step(problem.weights, float(loss.detach()))
+        spent = step(weights.numpy(), loss)
 
 
-def run(problem: LeastSquares, config: PhysicsConfig, spent: float, step: Step) -> None:
-    """From the field's present weights, which have taken the share ``spent`` of the budget; until ``step`` raises, or
+def run(objective: Objective, name: OptimizerName, learning_rate: float, spent: float, step: Step) -> None:
+    """From the model's present weights, which have taken the share ``spent`` of the budget; until ``step`` raises, or
     nothing is left to gain."""
-    start = np.asarray(problem.weights)
-    if config.optimizer == "adam":
-        adam(problem, start, config.learning_rate, spent, step)
-    elif config.optimizer == "l-bfgs":
-        l_bfgs(problem, start, step)
+    start = np.asarray(objective.weights)
+    if name == "adam":
+        adam(objective, start, learning_rate, spent, step)
+    elif name == "l-bfgs":
+        l_bfgs(objective, start, step)
     else:
-        gauss_newton(problem, start, step)
+        gauss_newton(objective, start, step)
