@@ -149,6 +149,16 @@ RECIPES = {
         f"{_HERE}.fields.audio.config:audio",
         f"{_HERE}.fields.audio.task:RUNNER",
     ),
+    "implicit-video": Entry(
+        "A video, your own too, as a field of time and place, in minutes on a CPU.",
+        f"{_HERE}.fields.video.config:video",
+        f"{_HERE}.fields.video.task:RUNNER",
+    ),
+    "implicit-shape": Entry(
+        "A mesh, your own too, as a field of occupancy or signed distance, and the surface of that field.",
+        f"{_HERE}.fields.shape.config:shape",
+        f"{_HERE}.fields.shape.task:RUNNER",
+    ),
     "jiio-generation-digits": Entry(
         "A generative equilibrium decoder without an encoder, trained by joint inference: the bundled digits.",
         f"{_HERE}.jiio.config:generation_digits",

@@ -63,7 +63,10 @@ def read_file(path: Path, size: int | None) -> Picture:
                         "are read; make it smaller first"
                     )
                 image.load()
-                return _prepared(image, path.name, size)
+                found = prepared(image, path.name, size)
+                count = getattr(image, "n_frames", 1)
+                frames = (f"the first of {count} frames",) if count > 1 else ()
+                return Picture(found.name, found.pixels, frames + found.notes)
     except Image.DecompressionBombError:
         raise UserError(f"{path} is too large a picture; make it smaller first") from None
     except UnidentifiedImageError:
@@ -135,10 +138,13 @@ def quantized(values: Tensor) -> Tensor:
     return ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def _prepared(image: Image.Image, name: str, size: int | None) -> Picture:
+def prepared(image: Image.Image, name: str, size: int | None) -> Picture:
+    """What Pillow has read, in grey or in colour, no longer than ``size`` pixels on its longest side.
+
+    Raises:
+        UserError: if its values are not those of a picture, or it is too small.
+    """
     notes: list[str] = []
-    if getattr(image, "n_frames", 1) > 1:
-        notes.append(f"the first of {image.n_frames} frames")  # type: ignore[attr-defined]
     image = ImageOps.exif_transpose(image) or image
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image, name)
