@@ -1,5 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
+
+H2 = Path(__file__).parent / "data" / "h2.npz"
 
 
 @pytest.fixture
@@ -9,3 +13,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def h2():
+    """The hydrogen molecule, float64, as PySCF computed it (tests/data/README.md)."""
+    pytest.importorskip("numpy")
+    from torchimplicit.recipes.chemistry.storage import load
+
+    return load(H2)
