@@ -322,6 +322,28 @@ def test_acceleration_does_not_climb() -> None:
     assert float(reached.median()) < -0.7  # the two nearest minima are at -0.99 and -0.80
 
 
+def test_state_that_lags_is_not_taken_for_the_best() -> None:
+    """Its loss may be far below that of the equilibrium, to first order even below zero."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    w, u, head = draw(24, 24), 2 * draw(6, 24), draw(24, 16) / 4
+    w = 0.6 * w / torch.linalg.matrix_norm(w, 2)
+    truth, zero = draw(20, 6), torch.zeros(20, 24, dtype=torch.float64)
+    target = ti.solve(ti.FixedPoint(lambda z: torch.tanh(z @ w + truth @ u)), zero).value @ head
+
+    def loss(z: Tensor, x: Tensor) -> Tensor:
+        return 10 * (z @ head - target).square().mean(1) + 0.01 * x.square().mean(1)
+
+    problem = ti.JointInference(lambda z, x: torch.tanh(z @ w + x @ u), loss, 0.03)
+    start = (zero, torch.zeros_like(truth))
+    solution = ti.solve(problem, start, solver=ti.Anderson(memory=20, max_steps=40), throw=False)
+    reached = ti.resolve(problem, solution.value).loss
+    assert float(reached.mean()) < 0.1 * float(ti.resolve(problem, ti.JointState(zero, *start)).loss.mean())
+
+
 def test_resolve(linear: Linear) -> None:
     rough = linear.solve(solver=ti.Anderson(max_steps=5), throw=False)
     exact = ti.resolve(linear.problem(), rough.value, linear.target, solver=ti.Anderson(rtol=1e-12))

@@ -49,16 +49,19 @@ class JointInference(Problem):
     one evaluation and one backward pass of ``f`` and the loss for each step, whatever solves it. The initial state is
     the pair ``(z0, x0)``, or a :class:`JointState` (a warm start); the solution's value is a :class:`JointState`. Of
     the iterates, a solve that does not converge returns the one whose cost is least, judged by
-    :math:`\\ell + \\langle\\mu, f - z\\rangle + \\lVert f - z\\rVert\\lVert\\mu^+ - \\mu\\rVert`, which is that of the
-    exact equilibrium at :math:`x` up to second order, plus the size of the second order. Every iterate's ``x`` lies in
-    the set. The residual is the largest of the three parts' relative residuals.
+    :math:`\\ell + \\langle\\mu, f - z\\rangle + \\lVert f - z\\rVert\\lVert\\mu^+ - \\mu\\rVert +
+    \\kappa\\lVert f - z\\rVert^2`, which is that of the exact equilibrium at :math:`x` up to second order, plus the
+    size of the second order; :math:`\\kappa` is how fast :math:`\\mu^+` has changed with :math:`z` along the last
+    step. Every iterate's ``x`` lies in the set. The residual is the largest of the three parts' relative residuals.
 
     Args:
         f: ``f(z, x, *args)``, returning a state like ``z``.
         loss: ``loss(z, x, *args)``, one value per sample, ``[batch]``; a scalar if not batched.
         step_size: :math:`\\alpha > 0`: a number; a tensor ``[batch]``; or a schedule, called with the number of the
             solver's step (from 1; at 0, the value for the derivatives). It scales with the loss: halve the
-            loss, and it may be twice as large. Too large a one diverges.
+            loss, and it may be twice as large. Too large a one diverges. To plain iteration nothing else depends on
+            the loss's scale; :class:`Anderson` weighs the residuals of z and mu alike, and takes fewest steps where
+            both are about as large (a sum over pixels rather than their mean).
         constraint: an :class:`L2Ball`, a :class:`Box`, or ``None``. A start outside is projected, with a warning.
         batched, rowwise: see :class:`FixedPoint`. The loss of a sample must depend on that sample alone.
         damping: of z, mu and x in (0, 1]: each part goes that share of its step. The published settings are

@@ -8,6 +8,7 @@ from typing import NamedTuple, Self, final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from torchimplicit.linear import GMRES, Dense, LinearSolver
 from torchimplicit.problems.image_system import ImageSystem
@@ -28,7 +29,7 @@ class Parts(NamedTuple):
 
     def split(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three parts, views."""
-        z, mu, x = flat.split([self.z, self.z, self.x], dim=1)
+        z, mu, x = torch.split_with_sizes(flat, (self.z, self.z, self.x), dim=1)
         return z, mu, x
 
 
@@ -73,10 +74,30 @@ class JointSystem(ImageSystem):
                 )
             out = out.detach()
         image = self._step(z, out, slopes, params)
-        # a loss may be NaN or infinite where its gradient is not: such a state is no candidate
-        residual = image - z + 0 * out[:, -1:]
-        error, merit, doubt = self._judged(z, image, residual, out)
-        return Point(z, residual, torch.ones_like(error), image, error=error, merit=merit, doubt=doubt)
+        return self._judged(z, image, out)
+
+    @torch.no_grad()
+    def compared(self, point: Point, before: Point) -> Point:
+        """With the second order of the state's error in the merit, by the curvature along the last step.
+
+        The state of a joint solve lags behind its input, and the loss of a state that lags can be far below that of
+        the equilibrium.
+        """
+        assert point.merit is not None
+        assert point.doubt is not None
+        size, (of_z, of_mu, _) = self.parts.z, self.damping
+        moved = row_norm(point.z[:, :size] - before.z[:, :size])
+        turn = point.residual[:, size : 2 * size] - before.residual[:, size : 2 * size]
+        turn = torch.add(point.z[:, size : 2 * size] - before.z[:, size : 2 * size], turn, alpha=1 / of_mu)
+        gap = row_norm(point.residual[:, :size])
+        # a state that has not moved tells nothing, and its gap is what it was
+        slope = row_norm(turn) / moved.clamp_min(torch.finfo(moved.dtype).tiny)
+        more = (gap * gap).mul_(slope)
+        return replace(
+            point,
+            merit=torch.add(point.merit, more, alpha=of_z**-2),
+            doubt=torch.add(point.doubt, more, alpha=of_z**-2),
+        )
 
     def image(self, z: Tensor, *params: Tensor) -> Tensor:
         return self._step(z, *self._sloped(z, params), params)
@@ -106,8 +127,7 @@ class JointSystem(ImageSystem):
         return Dense() if dim <= 64 and batch * dim * dim <= 2**22 else GMRES()
 
     def _cotangent(self, flat: Tensor) -> Tensor:
-        mu = flat[:, self.parts.z : 2 * self.parts.z]
-        return torch.cat((mu, torch.ones_like(mu[:, :1])), dim=1)
+        return functional.pad(flat[:, self.parts.z : 2 * self.parts.z], (0, 1), value=1.0)
 
     def _sloped(self, flat: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """``fn`` and the gradient of :math:`\\Lambda` in the state, its part of mu being zero; composable."""
@@ -121,7 +141,10 @@ class JointSystem(ImageSystem):
         if self.normalized:
             length = torch.linalg.vector_norm(of_x, dim=1, keepdim=True)
             of_x = of_x / torch.where(length > 0, length, 1)
-        moved = x - (size if self.step_size is None else self.step_size) * of_x
+        if self.step_size is not None:
+            moved = torch.sub(x, of_x, alpha=self.step_size)
+        else:
+            moved = torch.addcmul(x, size, of_x, value=-1)
         if self.set is not None:
             moved = self.set(moved, *tensors)
         parts = ((z, out[:, :-1]), (mu, of_z), (x, moved))
@@ -133,19 +156,30 @@ class JointSystem(ImageSystem):
             dim=1,
         )
 
-    @torch.no_grad()
-    def _judged(self, flat: Tensor, image: Tensor, residual: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The relative residual, the merit and twice its uncertainty, ``[batch]`` each."""
-        z, mu, _ = self.parts.split(flat)
-        sizes = [row_norm(part) for part in self.parts.split(image)]
-        gaps = [row_norm(part) / share for part, share in zip(self.parts.split(residual), self.damping, strict=True)]
-        floor = torch.finfo(flat.dtype).eps
-        # mu matters by what it makes x do: an adjoint near zero need not be known better than that
-        size = self.step_size
-        reach = sizes[2] / size if size is not None else sizes[2]
-        relative = gaps[0] / (sizes[0] + floor)
-        relative = torch.maximum(relative, gaps[1] / (torch.maximum(sizes[1], reach) + floor))
-        relative = torch.maximum(relative, gaps[2] / (sizes[2] + floor))
-        energy = out[:, -1] + (mu * (out[:, :-1] - z)).sum(dim=1)
-        doubt = gaps[0] * gaps[1]
-        return relative, energy + doubt, 2 * doubt
+    def _judged(self, flat: Tensor, image: Tensor, out: Tensor) -> Point:
+        """The point, with its relative residual, its merit and twice that one's uncertainty, ``[batch]`` each."""
+        residual = image - flat
+        with torch.no_grad():
+            steps = self.parts.split(residual)
+            sizes = torch.stack([row_norm(part) for part in self.parts.split(image)])
+            gaps = torch.stack([row_norm(part) for part in steps])
+            if self.damping != (1.0, 1.0, 1.0):
+                gaps = gaps / gaps.new_tensor(self.damping)[:, None]
+            # mu matters by what it makes x do: an adjoint near zero need not be known better than that
+            reach = sizes[2] if self.step_size is None else sizes[2] / self.step_size
+            torch.maximum(sizes[1], reach, out=sizes[1])
+            error = (gaps / sizes.add_(torch.finfo(flat.dtype).eps)).amax(dim=0)
+            _, mu, _ = self.parts.split(flat)
+            loss, doubt = out[:, -1], gaps[0] * gaps[1]
+            energy = torch.add(loss, torch.linalg.vecdot(mu, steps[0]), alpha=1 / self.damping[0])
+            return Point(
+                flat,
+                residual,
+                scale=torch.ones_like(error),
+                image=image,
+                error=error,
+                # a loss may be NaN or infinite where its gradient is not: such a state is no candidate
+                length=torch.add(torch.linalg.vector_norm(gaps, dim=0), loss, alpha=0),
+                merit=energy + doubt,
+                doubt=doubt + doubt,
+            )

@@ -29,6 +29,7 @@ class Point:
         image: ``z + residual`` where the evaluation gave it, else ``None``.
         energy: ``[batch]``, for a minimum.
         error: ``[batch]``, what the tolerance is compared with; ``None``: the norm of the residual.
+        length: ``[batch]``, about the norm of the residual; NaN for a state that is no candidate; ``None``: that norm.
         merit: ``[batch]``, what the best iterate has least of, and what an accelerated step may not surely raise;
             ``None``: what the tolerance is compared with.
         doubt: ``[batch]``, by how much ``merit`` may be too large.
@@ -40,12 +41,17 @@ class Point:
     image: Tensor | None = None
     energy: Tensor | None = None
     error: Tensor | None = None
+    length: Tensor | None = None
     merit: Tensor | None = None
     doubt: Tensor | None = None
 
     def size(self) -> Tensor:
         """``[batch]``, what the tolerance is compared with."""
         return row_norm(self.residual) if self.error is None else self.error
+
+    def reach(self) -> Tensor:
+        """``[batch]``, what may not grow without bound."""
+        return row_norm(self.residual) if self.length is None else self.length
 
     def select(self, mask: Tensor, other: Point) -> Point:
         """This point where ``mask`` (bool ``[batch]``) holds, else ``other``."""
@@ -117,6 +123,10 @@ class System(ABC):
     def place(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
         """The nearest state that satisfies the constraint; ``z`` itself where there is none."""
         return z
+
+    def compared(self, point: Point, before: Point) -> Point:
+        """``point`` with what is learned of it from the point that the step to it began at."""
+        return point
 
     def during(self, step: int) -> System:
         """The system as the evaluation of a solver's ``step`` sees it, 0 being the first; itself where the way to the

@@ -91,24 +91,27 @@ class Anderson(Solver):
 
         slot = state.taken % self.memory
         turn = widened(residual - state.residual)
-        move = torch.add(widened(point.z - state.z), turn, alpha=self.damping)
+        if self.damping == 1 and point.image is not None and state.image is not None:
+            move = widened(point.image - state.image)
+        else:
+            move = torch.add(widened(point.z - state.z), turn, alpha=self.damping)
         # differences of unit length: their Gram matrix has a unit diagonal, whatever the size of the residuals
         number = torch.finfo(turn.dtype)
         length = torch.linalg.vector_norm(turn, dim=1, keepdim=True).clamp_min(number.tiny)
         turn = turn / length
-        turns, moves = state.turns.put(slot, turn), state.moves.put(slot, move / length)
+        turns, moves = state.turns.put(slot, turn), state.moves.put(slot, move, length)
         size = turns.filled
-        products = torch.bmm(turns.vectors, torch.stack((turn, widened(residual)), dim=1).mT)
+        products = torch.bmm(torch.stack((turn, widened(residual)), dim=1), turns.vectors.mT)
         kept = state.kept
         if kept is not None:
             kept = kept.clone()
             kept[:, slot] = 1
-            products = products * kept[:, :size, None]
+            products = products * kept[:, None, :size]
         gram = state.gram.clone() if torch.is_grad_enabled() else state.gram
-        gram[:, slot, :size] = gram[:, :size, slot] = products[:, :, 0]
+        gram[:, slot, :size] = gram[:, :size, slot] = products[:, 0]
         gram[:, slot, slot].add_(10 * number.eps if self.regularization is None else self.regularization)
-        weights, _ = torch.linalg.solve_ex(gram[:, :size, :size], products[:, :, 1:])
-        correction = torch.bmm(weights.mT, moves.vectors)[:, 0]
+        weights, _ = torch.linalg.solve_ex(gram[:, :size, :size], products[:, 1])
+        correction = torch.bmm(weights[:, None], moves.vectors)[:, 0]
         to = self._plain(point.z, residual, point.image)
         to = to - (correction if correction.dtype == to.dtype else correction.to(to.dtype))
         after = AndersonState(

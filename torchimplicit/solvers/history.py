@@ -27,10 +27,15 @@ class History(NamedTuple):
         """What is held, ``[batch, filled, dim]``, in no particular order."""
         return self.ring[:, : self.filled]
 
-    def put(self, slot: int, vector: Tensor) -> History:
-        """The history with ``vector`` (``[batch, dim]``) in ``slot``; out of place where autograd looks on."""
+    def put(self, slot: int, vector: Tensor, over: Tensor | None = None) -> History:
+        """The history with ``vector`` (``[batch, dim]``), divided by ``over`` (``[batch, 1]``), in ``slot``; out of
+        place where autograd looks on."""
         ring = self.ring
         if torch.is_grad_enabled():
             ring = ring.clone()
-        ring[:, slot] = vector
+            ring[:, slot] = vector if over is None else vector / over
+        elif over is None:
+            ring[:, slot] = vector
+        else:
+            torch.div(vector, over, out=ring[:, slot])
         return History(ring, max(self.filled, slot + 1))

@@ -87,7 +87,7 @@ class _Loop:
         norm = point.size()
         self.first_scale = norm if point.scale is None else point.scale
         first = norm + self.first_scale
-        reach = first if point.error is None else row_norm(point.residual) + row_norm(point.z)
+        reach = first if point.error is None else point.reach() + row_norm(point.z)
         # where the first evaluation is not finite there is no limit to stay within: such a sample stops at once
         self.limit = GROWTH_LIMIT * reach.nan_to_num(nan=-1.0, posinf=-1.0)
         eps = torch.finfo(dtype).eps
@@ -130,14 +130,15 @@ class _Loop:
             self.point = to if self.running is None else to.select(self.running, self.point)
         else:
             z = to if self.running is None else torch.where(self.running[:, None], to, self.point.z)
-            self.point = self.evaluate(self.evaluate.place(z))
+            before, point = self.point, self.evaluate(self.evaluate.place(z))
+            self.point = self.evaluate.system.compared(point, before)
 
     def _judge(self, step: int, breakdown: Tensor | None, ask: bool) -> None:
         """Test every active sample, and note those that stop here. Reads from the device once, if ``ask``."""
         norm = self.point.size()
         scale = self.first_scale if self.point.scale is None else self.point.scale
         tolerance = torch.add(self.floor, scale, alpha=self.rtol)
-        good = (norm if self.point.error is None else row_norm(self.point.residual)) <= self.limit
+        good = (norm if self.point.error is None else self.point.reach()) <= self.limit
         going = (norm > tolerance) & good
         rank = norm if self.point.merit is None else self.point.merit
         improved = rank < self.best_rank
