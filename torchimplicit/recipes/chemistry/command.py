@@ -109,6 +109,7 @@ class Molecules:
             if self.smallest:
                 taken = sorted(taken, key=lambda one: len(one.charges))[: self.limit]
             found += taken
+        found = list(dict.fromkeys(found))  # named twice, or in two folders
         for geometry in () if self.allow_large else found:
             check_size(geometry)
         distortions: list[Geometry] = []

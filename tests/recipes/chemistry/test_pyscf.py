@@ -1,0 +1,127 @@
+"""PySCF for real, on small molecules: every number of a record against PySCF's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("pyscf")
+
+from torchimplicit.recipes.chemistry import compute, storage
+from torchimplicit.recipes.chemistry.geometry import from_angstrom
+from torchimplicit.recipes.chemistry.known import named
+from torchimplicit.recipes.chemistry.settings import ChemistrySettings
+from torchimplicit.recipes.errors import UserError
+
+SETTINGS = ChemistrySettings()
+
+
+@pytest.fixture(scope="module")
+def water():
+    return compute.compute(named("H2O"), SETTINGS)
+
+
+def pyscf_molecule(record):
+    from pyscf import gto
+
+    atoms = list(zip(("O", "H", "H"), record.geometry.positions, strict=True))
+    return gto.M(atom=atoms, unit="Bohr", basis="def2-svp", verbose=0)
+
+
+def test_the_basis_is_that_of_pyscf(water):
+    from pyscf import df, dft
+
+    fitting = df.addons.make_auxmol(pyscf_molecule(water), df.aug_etb(pyscf_molecule(water), beta=2.5))
+    points = np.random.default_rng(0).normal(size=(50, 3))
+    theirs = torch.from_numpy(dft.numint.eval_ao(fitting, points, deriv=1))
+    values, gradients = water.basis.evaluate(torch.from_numpy(points))
+    assert torch.allclose(values, theirs[0], atol=1e-13)
+    assert torch.allclose(gradients, theirs[1:], atol=1e-12)
+    assert fitting.ao_labels(fmt=False)[10][2] == "2p"  # the order of l is that of the record
+    assert water.basis.sizes.sum() == fitting.nao == 134
+
+
+@pytest.mark.parametrize(("name", "size"), [("H2", 40), ("NH3", 154), ("CH4", 174)])
+def test_sizes_of_the_bases(name, size):
+    from pyscf import df, gto
+
+    geometry = named(name)
+    atoms = list(zip(geometry.charges, geometry.positions, strict=True))
+    mol = gto.M(atom=atoms, unit="Bohr", basis="def2-svp", verbose=0)
+    assert df.addons.make_auxmol(mol, df.aug_etb(mol, beta=2.5)).nao == size
+
+
+def test_densities_hold_the_electrons(water):
+    molecule = water.molecule()
+    for p in (water.reference, water.guess):
+        assert float(molecule.count(p)) == pytest.approx(10, abs=1e-8)
+        assert float(molecule.quadrature @ molecule.density(p)) == pytest.approx(10, abs=1e-3)
+        assert float(molecule.density(p).min()) > -1e-8
+
+
+def test_energies_are_those_of_a_calculation_by_hand(water):
+    from pyscf import dft
+
+    mol = pyscf_molecule(water)
+    field = dft.RKS(mol, xc="lda,pw").run(conv_tol=1e-10)
+    one, density = field.scf_summary["e1"], field.make_rdm1()
+    assert water.energy == pytest.approx(field.e_tot, abs=1e-8)
+    assert water.repulsion == pytest.approx(mol.energy_nuc(), abs=1e-10)
+    assert water.kinetic + water.attraction == pytest.approx(one, abs=1e-4)
+    assert water.hartree == pytest.approx(field.scf_summary["coul"], abs=1e-4)
+    assert water.exchange_correlation == pytest.approx(field.scf_summary["exc"], abs=1e-4)
+    assert float(np.vdot(mol.intor("int1e_kin"), density)) == pytest.approx(water.kinetic, abs=1e-4)
+
+
+def test_the_fit_has_the_energies_of_the_orbitals(water):
+    """To what even-tempered functions of ratio 2.5 can do: 20 mHa in the attraction, of 199 Ha."""
+    p = water.reference
+    assert float(water.external @ p) == pytest.approx(water.attraction, abs=0.03)
+    assert float(p @ water.coulomb @ p) / 2 == pytest.approx(water.hartree, abs=5e-3)
+
+
+def test_attraction_against_a_fine_grid():
+    """Every angular momentum, off the nuclei and on them; the grid of level 5 integrates the overlaps to 1e-5."""
+    settings = replace(SETTINGS, grid=5, scf_grid=0)
+    molecule = compute.compute(named("HF"), settings).molecule()
+    q = molecule.quadrature
+    assert torch.allclose((molecule.values.T * q) @ molecule.values, molecule.overlap, atol=2e-5)
+    distance = torch.linalg.vector_norm(molecule.points[:, None] - molecule.positions, dim=-1)
+    potential = -(molecule.charges / distance).sum(dim=1)
+    assert torch.allclose((q * potential) @ molecule.values, molecule.external, atol=1e-4)
+
+
+def test_blocks_of_integrals_make_no_difference(water, monkeypatch):
+    monkeypatch.setattr(compute, "AT_ONCE", 7)
+    other = compute.compute(water.geometry, SETTINGS)
+    assert torch.allclose(other.reference, water.reference, atol=1e-9)
+    assert torch.allclose(other.guess, water.guess, atol=1e-9)
+
+
+def test_ions_can_be_computed(tmp_path):
+    hydroxide = from_angstrom("OH", [("O", (0, 0, 0)), ("H", (0, 0, 0.97))], charge=-1)
+    storage.write(tmp_path / "oh.npz", compute.compute(hydroxide, replace(SETTINGS, grid=0, scf_grid=1)))
+    molecule = storage.load(tmp_path / "oh.npz")
+    assert float(molecule.count(molecule.reference)) == pytest.approx(10, abs=1e-8)
+
+
+def test_a_calculation_that_does_not_converge(water):
+    with pytest.raises(compute.NotComputedError, match="did not converge to 1e-09 hartree in 1 cycles"):
+        compute.compute(water.geometry, replace(SETTINGS, scf_cycles=1))
+
+
+@pytest.mark.parametrize("name", ["b3lyp", "hf", "scan", "nonsense", "lda,nonsense"])
+def test_functionals_that_are_refused(name):
+    with pytest.raises(UserError, match="--functional"):
+        compute.check_functional(name)
+
+
+def test_elements_without_a_basis():
+    with pytest.raises(UserError, match=r"basis nonsense has nothing for H; choose another --orbital-basis"):
+        compute.compute(named("H2"), replace(SETTINGS, orbital_basis="nonsense"))
+    krypton = from_angstrom("Kr", [("Kr", (0, 0, 0))])
+    with pytest.raises(UserError, match=r"basis 6-31g\*\* has nothing for Kr"):
+        compute.compute(krypton, replace(SETTINGS, orbital_basis="6-31g**"))
