@@ -54,6 +54,18 @@ class ReferenceHessian(Preconditioner):
         self._kept.basis = self._kept.moduli = None
 
     @torch.no_grad()
+    def keep(self, matrix: Tensor) -> None:
+        """Take a Hessian that was assembled some cheaper way than by products.
+
+        Args:
+            matrix: ``[batch, dim, dim]``, symmetric, in the coordinates of the solver (those of the metric, where the
+                problem has one). On a constraint, of weight n in these coordinates, it may be the whole Hessian.
+        """
+        if matrix.ndim != 3 or matrix.shape[1] != matrix.shape[2]:
+            raise ValueError(f"ReferenceHessian keeps a matrix [batch, dim, dim], and this is {tuple(matrix.shape)}")
+        self._kept.basis, self._kept.moduli = self._spectrum(matrix.to(working_dtype(matrix.dtype)))
+
+    @torch.no_grad()
     def prepare(self, operator: LinearOperator, definite: bool = False) -> PreparedPreconditioner:
         basis, moduli = self._kept.basis, self._kept.moduli
         made = basis is None or moduli is None or not _fits(basis, operator)
@@ -63,13 +75,15 @@ class ReferenceHessian(Preconditioner):
         return _of_spectrum(basis, moduli, setup_rows=operator.batch * operator.dim if made else 0)
 
     def _assemble(self, operator: LinearOperator) -> tuple[Tensor, Tensor]:
-        matrix = operator.spectrum_matrix(working_dtype(operator.dtype))
+        return self._spectrum(operator.spectrum_matrix(working_dtype(operator.dtype)))
+
+    def _spectrum(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         if not bool(matrix.isfinite().all()):
             raise ValueError(
                 "ReferenceHessian was to be made at a point where the Hessian is not finite: start from a point at "
                 "which the energy has second derivatives"
             )
-        values, basis = torch.linalg.eigh(matrix)
+        values, basis = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
         moduli = values.abs()
         largest = moduli.amax(dim=1, keepdim=True)
         return basis, moduli.maximum(self.floor * torch.where(largest > 0, largest, 1))

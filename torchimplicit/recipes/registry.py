@@ -114,6 +114,21 @@ RECIPES = {
         f"{_HERE}.phantom_precision.config:training",
         f"{_HERE}.phantom_precision.training:RUNNER",
     ),
+    "ofdft-molecules": Entry(
+        "An orbital-free density functional for H2, H2O, NH3 and CH4, trained by its minima, in minutes.",
+        f"{_HERE}.orbital_free.config:small",
+        f"{_HERE}.orbital_free.runner",
+    ),
+    "ofdft-single": Entry(
+        "The same for one molecule, as fine-tuned by implicit differentiation or equilibrium propagation.",
+        f"{_HERE}.orbital_free.config:single",
+        f"{_HERE}.orbital_free.runner",
+    ),
+    "ofdft-qm9": Entry(
+        "The same for the smallest molecules of QM9, some held out.",
+        f"{_HERE}.orbital_free.config:qm9",
+        f"{_HERE}.orbital_free.runner",
+    ),
     "physics-van-der-pol": Entry(
         "The Van der Pol oscillator by a physics-informed equilibrium model, in seconds.",
         f"{_HERE}.physics.config:van_der_pol",
@@ -242,6 +257,11 @@ TABLES = {
         "The PSNR of implicit representations over the products in their backward pass (Fig. 4).",
         f"{_HERE}.implicit_gradients.config:default",
         f"{_HERE}.implicit_gradients.table:TABLE",
+    ),
+    "implicit-signals": Entry(
+        "A sound and a video by implicit and explicit representations: three filters, PSNR and cost.",
+        f"{_HERE}.implicit_signals.config:default",
+        f"{_HERE}.implicit_signals.table:TABLE",
     ),
     "physics-informed": Entry(
         "Physics-informed equilibrium models beside plain networks: four equations, three optimizers.",

@@ -80,24 +80,34 @@ class OrbitalFree(nn.Module):
 
     def parts(self, p: Tensor, molecule: Molecule) -> dict[str, Tensor]:
         """The energy's terms by name; scalars."""
-        config = self.config
-        rho = molecule.density(p)
-        sigma = (molecule.gradients @ p).square().sum(dim=0)
-        plus = positive_part(rho, config.width)
-        gas = thomas_fermi(plus)
-        kinetic = gas + config.weizsaecker * weizsaecker(plus, sigma, config.width)
-        if self.factor is not None:
-            kinetic = kinetic + gas * self.factor(features(plus, sigma))[:, 0]
-        weights = molecule.quadrature
+        local = self.local(molecule.density(p), molecule.slopes(p))
         return {
-            "kinetic": weights @ kinetic,
-            "exchange_correlation": weights @ lda(plus),
-            "penalty": config.penalty * (weights @ rho.clamp_max(0).square()),
+            **{name: molecule.quadrature @ density for name, density in local.items()},
             "hartree": 0.5 * p @ (molecule.coulomb @ p),
             "external": molecule.external @ p,
             "reference": self.linear(molecule) @ p,
             "constants": self.constants[molecule.charges].sum(),
             "repulsion": molecule.repulsion,
+        }
+
+    def local(self, rho: Tensor, slopes: Tensor) -> dict[str, Tensor]:
+        """The energy densities that depend on the density at a point, by name, ``[points]`` each.
+
+        Args:
+            rho: :math:`\\rho`, ``[points]``.
+            slopes: its derivatives in x, y, z, ``[3, points]``.
+        """
+        config = self.config
+        sigma = slopes.square().sum(dim=0)
+        plus = positive_part(rho, config.width)
+        gas = thomas_fermi(plus)
+        kinetic = gas + config.weizsaecker * weizsaecker(plus, sigma, config.width)
+        if self.factor is not None:
+            kinetic = kinetic + gas * self.factor(features(plus, sigma))[:, 0]
+        return {
+            "kinetic": kinetic,
+            "exchange_correlation": lda(plus),
+            "penalty": config.penalty * rho.clamp_max(0).square(),
         }
 
     def linear(self, molecule: Molecule) -> Tensor:

@@ -84,6 +84,10 @@ class Molecule:
         """:math:`\\rho` at the grid's points, ``[points]``, of the coefficients ``p`` (``[n]``)."""
         return self.values @ p
 
+    def slopes(self, p: Tensor) -> Tensor:
+        """The density's derivatives in x, y, z at the grid's points, ``[3, points]``."""
+        return self.gradients @ p
+
     def count(self, p: Tensor) -> Tensor:
         """How many electrons ``p`` holds; a scalar."""
         return self.weight @ p

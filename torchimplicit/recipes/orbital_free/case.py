@@ -1,0 +1,120 @@
+"""One molecule in training: what is kept of it from step to step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from torchimplicit.constraints import project, unit_normal
+from torchimplicit.coordinates import Metric
+from torchimplicit.gradients import DampedImplicit, EquilibriumPropagation, Gradient, Implicit
+from torchimplicit.linear import MINRES, ReferenceHessian
+from torchimplicit.models.orbital_free import Molecule, OrbitalFree
+from torchimplicit.models.orbital_free.second import hessian
+from torchimplicit.problems import Minimum
+from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
+from torchimplicit.solution import Solution
+from torchimplicit.solve import solve
+from torchimplicit.solvers import LBFGS, GradientDescent, Solver
+
+PATIENCE = 15
+"""Steps of L-BFGS after which the kept Hessian is made anew."""
+
+
+@dataclass
+class Case:
+    """A molecule, with its metric, the Hessian that is kept as preconditioner, and the density found last.
+
+    Attributes:
+        density: coefficients ``[n]`` to begin the next minimization at.
+        fresh: whether the kept Hessian still serves.
+    """
+
+    molecule: Molecule
+    metric: Metric
+    hessian: ReferenceHessian = field(default_factory=ReferenceHessian)
+    density: Tensor = field(init=False)
+    fresh: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.density = self.molecule.guess
+
+    @classmethod
+    def of(cls, molecule: Molecule) -> Case:
+        """With its metric, that of the basis' overlap."""
+        return cls(molecule, Metric(molecule.overlap))
+
+    def problem(self, functional: OrbitalFree) -> Minimum:
+        """The density of least energy."""
+        return functional.problem(self.molecule, self.metric)
+
+    def solved(self, functional: OrbitalFree, config: OrbitalFreeTraining, *, cold: bool = False) -> Solution:
+        """The density of least energy, from the one found last, or from the superposition of atoms (``cold``).
+
+        The solution carries the config's gradient. It is remembered where it is converged.
+        """
+        start = self.molecule.guess if cold else self.density
+        if not self.fresh:
+            self.refresh(functional, start)
+        solution = solve(
+            self.problem(functional),
+            start,
+            solver=self.solver(config),
+            gradient=self.gradient(config),
+            throw=False,
+        )
+        if bool(solution.converged):
+            if not cold:
+                self.density = solution.value.detach()
+            self.fresh = int(solution.steps) <= PATIENCE
+        return solution
+
+    def refresh(self, functional: OrbitalFree, p: Tensor) -> None:
+        """Keep the Hessian at ``p``, in the metric's coordinates and on the plane of the constraint."""
+        inner, normal = self.plane
+        matrix = inner @ hessian(functional, p, self.molecule) @ inner
+        matrix = project(project(matrix, normal).T, normal)
+        mean = matrix.diagonal().sum() / max(1, len(matrix) - 1)
+        self.hessian.keep((matrix + mean * normal.T @ normal)[None])
+        self.fresh = True
+
+    @property
+    def plane(self) -> tuple[Tensor, Tensor]:
+        """:math:`S^{-1/2}`, ``[n, n]``, and the constraint's unit normal in the metric's coordinates, ``[1, n]``."""
+        weight = self.metric.covector(self.molecule.weight[None])
+        return self.metric.inverse[0].to(weight), unit_normal(weight, self.molecule.electrons.reshape(1, 1))[0]
+
+    def solver(self, config: OrbitalFreeTraining) -> Solver:
+        """As the config says."""
+        bounds: dict[str, Any] = {"rtol": 0.0, "atol": config.inner_tolerance, "max_steps": config.inner_steps}
+        bounds["keep_trajectory"] = config.correction > 0
+        if config.inner == "descent":
+            return GradientDescent(step_size=config.inner_rate, momentum=0.9, **bounds)
+        return LBFGS(preconditioner=self.hessian, **bounds)
+
+    def gradient(self, config: OrbitalFreeTraining) -> Gradient:
+        """As the config says."""
+        linear = MINRES(rtol=1e-8, preconditioner=self.hessian)
+        if config.gradient == "implicit":
+            return Implicit(linear_solver=linear)
+        if config.gradient == "damped":
+            return DampedImplicit(linear_solver=linear)
+        one_sided = config.gradient == "eqprop-one-sided"
+        inner = LBFGS(preconditioner=self.hessian, rtol=0.0, atol=config.inner_tolerance, max_steps=config.inner_steps)
+        return EquilibriumPropagation(nudge=config.nudge, symmetric=not one_sided, curved=one_sided, solver=inner)
+
+    def away(self, p: Tensor) -> Tensor:
+        """:math:`S^{1/2}(p-p_{gs})/\\sqrt N`, ``[n]``: half its square is the loss."""
+        root = self.metric.root[0].to(p)
+        return root @ (p - self.molecule.reference) / self.molecule.electrons.sqrt()
+
+    def loss(self, p: Tensor) -> Tensor:
+        """:math:`L=\\int(\\rho-\\rho_{gs})^2/(2N)`."""
+        return 0.5 * self.away(p).square().sum()
+
+    def l1(self, p: Tensor) -> Tensor:
+        """:math:`\\int|\\rho-\\rho_{gs}|/N` on the grid."""
+        difference = self.molecule.density(p - self.molecule.reference).abs()
+        return self.molecule.quadrature @ difference / self.molecule.electrons

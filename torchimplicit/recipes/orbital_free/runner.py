@@ -1,0 +1,255 @@
+"""Trains a functional, and shows what came out; see :class:`torchimplicit.recipes.recipe.Runner`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.models.orbital_free import OrbitalFree, OrbitalFreeConfig, fit_constants, fit_linear
+from torchimplicit.recipes.environment import Environment
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.fitting import read_checkpoint
+from torchimplicit.recipes.machine import threads
+from torchimplicit.recipes.optimizing.keeper import Enough, Keeper
+from torchimplicit.recipes.optimizing.objective import Budget
+from torchimplicit.recipes.optimizing.optimizers import run as optimize
+from torchimplicit.recipes.orbital_free import data
+from torchimplicit.recipes.orbital_free.case import Case
+from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
+from torchimplicit.recipes.orbital_free.history import History, Look, Results
+from torchimplicit.recipes.orbital_free.measure import Quality, qualities, summarized
+from torchimplicit.recipes.orbital_free.objective import DensityFit
+from torchimplicit.recipes.orbital_free.report import write_report
+from torchimplicit.recipes.plain import from_plain, to_plain
+from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.tables import Column, Table
+
+
+def check(config: OrbitalFreeTraining) -> None:
+    """The sources must be readable; everything runs on a CPU."""
+    data.geometries(config.molecules)
+
+
+def started(config: OrbitalFreeTraining, cases: Sequence[Case]) -> OrbitalFree:
+    """The functional that training starts from: the linear terms are fitted to the molecules, in closed form."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        functional = OrbitalFree(
+            OrbitalFreeConfig(weizsaecker=config.weizsaecker, penalty=config.penalty, hidden=config.hidden)
+        )
+    molecules = [case.molecule for case in cases]
+    fit_linear(functional, molecules, [case.metric for case in cases])
+    fit_constants(functional, molecules)
+    return functional
+
+
+def train(config: OrbitalFreeTraining, run: Run, console: Console) -> bool:
+    """Train from the last iteration that was kept, and write ``results.json``, ``figures/`` and ``index.html``."""
+    with threads(config.threads):
+        split, cases = _read(config, console)
+        functional = started(config, cases["train"])
+    history = _restored(functional, run.checkpoint)
+    interrupted = False
+    with (
+        _threads(config.threads),
+        warnings.catch_warnings(),
+        DensityFit(functional, split.train, config) as objective,
+    ):
+        warnings.simplefilter("ignore", ConvergenceWarning)  # what is not converged is recorded
+        history.weights = len(objective.weights)
+        watcher = _Watcher(config, objective, cases, history, run)
+        limits = Budget(iterations=config.iterations, seconds=config.seconds, measure_every=config.measure_every)
+        budget = f"{config.iterations} iterations" if config.seconds is None else f"{config.seconds:g} seconds"
+        console.print(
+            f"{len(split.train)} molecules to train on, {len(split.validation)} to select by and {len(split.test)} to "
+            f"test; {history.weights} weights, {budget} of {config.optimizer}; Ctrl-C stops and keeps what is "
+            "done.",
+            highlight=False,
+        )
+        with Keeper(limits, objective, history, watcher, run, console) as keeper:
+            try:
+                if not history.looks:
+                    watcher.begin()
+                if keeper.spent < 1:
+                    optimize(objective, config.optimizer, config.learning_rate, keeper.spent, keeper.step)
+            except Enough:
+                pass
+            except KeyboardInterrupt:
+                interrupted = True
+            keeper.finish()
+        results = _results(config, split, cases, functional, history, run, "interrupted" if interrupted else "complete")
+    run.write_json("results.json", results)
+    if config.page:
+        write_report(results, split, functional, run)
+    console.print(_table(results).rich_rows())
+    return not interrupted
+
+
+def evaluate(config: OrbitalFreeTraining, run: Run, console: Console) -> None:
+    """Measure the selected weights again, and draw the page again if there is to be one."""
+    if not run.checkpoint.is_file():
+        raise UserError(f"{run.checkpoint} does not exist: nothing was trained yet; 'resume' the run first")
+    with _threads(config.threads), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        split, cases = _read(config, console)
+        functional = started(config, cases["train"])
+        history = _restored(functional, run.checkpoint)
+        results = _results(config, split, cases, functional, history, run, "complete")
+    if config.page:
+        write_report(results, split, functional, run)
+    run.write_json("evaluation.json", {name: getattr(results, name) for name in data.SPLITS})
+    console.print(_table(results).rich_rows())
+
+
+class _Watcher:
+    """Measures, and keeps the weights of the least validation loss."""
+
+    def __init__(
+        self,
+        config: OrbitalFreeTraining,
+        objective: DensityFit,
+        cases: dict[str, list[Case]],
+        history: History,
+        run: Run,
+    ):
+        self.config, self.objective, self.cases = config, objective, cases
+        self.history, self.run = history, run
+
+    def begin(self) -> None:
+        """The start is measured too, and so there is a checkpoint from the beginning."""
+        value, _ = self.objective.loss_and_gradient(self.objective.weights)
+        self(value, True)
+        torch.save(self._kept(), self.run.checkpoint)
+
+    def __call__(self, loss: float, measured: bool) -> None:
+        history, work = self.history, self.objective.work
+        if history.looks and history.looks[-1].iteration == history.iterations:
+            if not measured or history.looks[-1].train is not None:
+                return
+            history.looks.pop()
+        count = len(self.cases["train"])
+        figures = (work.steps / count, work.adjoint / count, work.unconverged)
+        train = validation = None
+        if measured:
+            functional, config = self.objective.functional, self.config
+            train = summarized(qualities(self.cases["train"], functional, config, spectrum=config.spectrum))
+            if self.cases["validation"]:
+                validation = summarized(qualities(self.cases["validation"], functional, config))
+        history.looks.append(
+            Look(history.iterations, history.seconds, loss, *figures, train=train, validation=validation)
+        )
+        if measured:
+            self._select()
+
+    def _select(self) -> None:
+        history = self.history
+        by = {look.iteration: look.validation for look in history.looks if look.validation is not None}
+        if by:
+            history.best = min(by, key=lambda iteration: by[iteration].loss)
+        else:
+            history.best = history.looks[-1].iteration
+        if history.best == history.looks[-1].iteration:
+            torch.save(self._kept(), self.run.best)
+
+    def _kept(self) -> dict[str, object]:
+        return {"weights": self.objective.model.state_dict(), "history": to_plain(self.history)}
+
+
+def _read(config: OrbitalFreeTraining, console: Console) -> tuple[data.Split, dict[str, list[Case]]]:
+    with console.status("Reading the molecules") as status:
+        split = data.load(
+            config.molecules,
+            lambda one: status.update(f"Reading the molecules: {one.geometry.name}"),
+        )
+    for line in split.skipped:
+        console.print(f"Skipped: {line}", highlight=False)
+    return split, {name: [Case.of(molecule) for molecule in split.named(name)] for name in data.SPLITS}
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """PyTorch's threads, and those of SciPy's linear algebra."""
+    with threads(count), threadpool_limits(count or None):
+        yield
+
+
+def _restored(functional: OrbitalFree, path: Path) -> History:
+    """What a checkpoint knows, if there is one; its weights go into the functional."""
+    if not path.is_file():
+        return History()
+    read = read_checkpoint(path)
+    try:
+        functional.load_state_dict(read["weights"])
+        return from_plain(History, read["history"])
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} does not fit this run's settings ({reason}); train again") from None
+
+
+def _results(
+    config: OrbitalFreeTraining,
+    split: data.Split,
+    cases: dict[str, list[Case]],
+    functional: OrbitalFree,
+    history: History,
+    run: Run,
+    state: str,
+) -> Results:
+    first = started(config, cases["train"])
+    start, start_test = (qualities(cases[name], first, config) for name in ("train", "test"))
+    _restored(functional, run.best)
+    found: dict[str, list[Quality]] = {
+        name: qualities(ones, functional, config, spectrum=config.spectrum) for name, ones in cases.items()
+    }
+    return Results(
+        state=state,
+        weights=history.weights,
+        start=start,
+        start_test=start_test,
+        **found,
+        selected=history.best,
+        skipped=split.skipped,
+        iterations=history.iterations,
+        seconds=history.seconds,
+        residuals=history.residuals,
+        jacobians=history.jacobians,
+        rejected=history.rejected,
+        looks=history.looks,
+        environment=Environment.of(torch.device("cpu")),
+        config=config,
+    )
+
+
+def _table(results: Results) -> Table:
+    columns = [
+        Column("Molecules"),
+        Column("L", "10⁻³"),
+        Column("L1 per electron"),
+        Column("Energy error", "mHa"),
+        Column("Better than MINAO", "%"),
+        Column("Steps"),
+    ]
+    rows = []
+    splits = {"train, linear terms alone": results.start, "train": results.train, "validation": results.validation}
+    splits |= {"test, linear terms alone": results.start_test, "test": results.test}
+    for name, found in splits.items():
+        if found:
+            one = summarized(found)
+            rows.append(
+                [
+                    name,
+                    f"{1e3 * one.loss:.3f} (MINAO {1e3 * one.guess_loss:.3f})",
+                    f"{one.l1:.4f} (MINAO {one.guess_l1:.4f})",
+                    f"{1e3 * one.energy_error:.1f}",
+                    f"{100 * one.better:.0f}",
+                    f"{one.mean_steps:.1f}",
+                ]
+            )
+    return Table(columns, rows)

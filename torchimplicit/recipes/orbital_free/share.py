@@ -1,0 +1,137 @@
+"""The residuals, the loss and the gradient of some of the molecules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchimplicit.constraints import project
+from torchimplicit.models.orbital_free import Molecule, OrbitalFree
+from torchimplicit.models.orbital_free.second import hessian, mixed
+from torchimplicit.recipes.optimizing.objective import Array
+from torchimplicit.recipes.orbital_free.case import Case
+from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
+from torchimplicit.recipes.orbital_free.penalties import Penalties
+from torchimplicit.recipes.orbital_free.weights import Weights
+from torchimplicit.regularizers import fixed_point_correction
+from torchimplicit.solution import Solution
+
+
+@dataclass
+class Work:
+    """What it took.
+
+    Attributes:
+        steps, evaluations: of the minimizations, and of the adjoint solves, summed over molecules.
+        unconverged: minimizations that were not done.
+    """
+
+    steps: float = 0.0
+    evaluations: float = 0.0
+    adjoint: float = 0.0
+    unconverged: int = 0
+
+
+class Share:
+    """Some of the molecules of a training.
+
+    The loss is the mean over all ``total`` molecules of :math:`\\int(\\rho-\\rho_{gs})^2/(2N)`, and of half the squared
+    error of the energy per electron times its weight.
+
+    Attributes:
+        work: of the last call.
+    """
+
+    def __init__(
+        self,
+        functional: OrbitalFree,
+        cases: Sequence[Case],
+        weights: Weights,
+        config: OrbitalFreeTraining,
+        total: int,
+    ):
+        self.functional, self.cases, self.weights = functional, cases, weights
+        self.config, self.total = config, total
+        self.penalties = Penalties(config)
+        self.work = Work()
+
+    def residuals(self, vector: Array) -> Array:
+        """Of all molecules of the share; infinite where a density is not found."""
+        self._begin(vector)
+        found = []
+        for case in self.cases:
+            with torch.no_grad():
+                solution = self._solved(case)
+                parts = [case.away(solution.value)]
+                if self.config.energy_weight:
+                    parts.append(self._energy_error(case, solution.value).reshape(1))
+                residual = torch.cat(parts) / self.total**0.5
+            found.append(residual if bool(solution.converged) else torch.full_like(residual, torch.inf))
+        return torch.cat(found).numpy()
+
+    def jacobian(self, vector: Array) -> Array:
+        """``[residuals, weights]``, by the implicit function theorem with assembled second derivatives: in the metric's
+        coordinates :math:`dq/d\\theta=-(PHP)^+PB`."""
+        self._begin(vector)
+        rows = []
+        for case in self.cases:
+            p = self._solved(case).value.detach()
+            molecule, (inner, normal) = case.molecule, case.plane
+            slopes = inner @ self.weights.columns(mixed(self.functional, p, molecule, self.weights.names))
+            curved = project(project(inner @ hessian(self.functional, p, molecule) @ inner, normal).T, normal)
+            slopes = slopes - normal.T @ (normal @ slopes)
+            moved = -torch.linalg.solve(curved + normal.T @ normal, slopes)
+            rows.append(moved / molecule.electrons.sqrt())
+            if self.config.energy_weight:
+                self.functional.zero_grad()
+                self._energy_error(case, p).backward()
+                rows.append(torch.as_tensor(self.weights.gradient())[None])
+        return (torch.cat(rows) / self.total**0.5).numpy()
+
+    def loss_and_gradient(self, vector: Array) -> tuple[float, Array]:
+        """This share's part of both."""
+        self._begin(vector)
+        value = 0.0
+        for number, case in enumerate(self.cases):
+            solution = self._solved(case)
+            loss = self._density_loss(case, solution)
+            if self.config.energy_weight:
+                # at the minimum the energy's derivative through the density is nought (the envelope theorem)
+                loss = loss + 0.5 * self._energy_error(case, solution.value.detach()).square()
+            loss = loss + self.penalties(number, case, self.functional, solution.value.detach())
+            (loss / self.total).backward()
+            value += float(loss.detach()) / self.total
+            if solution.adjoint is not None:
+                self.work.adjoint += solution.adjoint.evaluations
+        return value, self.weights.gradient()
+
+    def _begin(self, vector: Array) -> None:
+        self.weights.put(np.asarray(vector))
+        self.work = Work()
+
+    def _solved(self, case: Case) -> Solution:
+        solution = case.solved(self.functional, self.config)
+        self.work.steps += float(solution.steps)
+        self.work.evaluations += solution.evaluations
+        self.work.unconverged += not bool(solution.converged)
+        return solution
+
+    def _density_loss(self, case: Case, solution: Solution) -> Tensor:
+        if not self.config.correction:
+            return case.loss(solution.value)
+        return fixed_point_correction(
+            solution,
+            case.loss,
+            count=1 + self.config.correction,
+            gamma=self.config.correction_gamma,
+            random=self.config.correction_random,
+        )
+
+    def _energy_error(self, case: Case, p: Tensor) -> Tensor:
+        molecule: Molecule = case.molecule
+        error: Tensor = (self.functional(p, molecule) - molecule.energy) / molecule.electrons
+        return self.config.energy_weight**0.5 * error
