@@ -288,6 +288,11 @@ TABLES = {
         f"{_HERE}.jiio_meta.config:default",
         f"{_HERE}.jiio_meta.table:TABLE",
     ),
+    "ofdft-gradients": Entry(
+        "Gradients through a density functional's minimum: exact, damped, by propagation, and the adjoint's solvers.",
+        f"{_HERE}.ofdft_gradients.config:default",
+        f"{_HERE}.ofdft_gradients.table:TABLE",
+    ),
 }
 """What ``reproduce`` reproduces, likewise."""
 
@@ -311,6 +316,11 @@ PARTS = {
         "Adaptations of a model that was trained for it, measured in turn.",
         f"{_HERE}.jiio_meta.config:adaptations",
         f"{_HERE}.jiio_meta.measure:RUNNER",
+    ),
+    "ofdft-gradients-molecule": Entry(
+        "Every gradient at one molecule's minimum, measured.",
+        f"{_HERE}.ofdft_gradients.config:measurement",
+        f"{_HERE}.ofdft_gradients.measure:RUNNER",
     ),
 }
 """What tables run beside recipes. No command names them, and nothing lists them."""

@@ -1,0 +1,226 @@
+"""A molecule's density at the minimum of a functional, and the gradient of a loss by any estimator there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torchimplicit.coordinates import Metric
+from torchimplicit.diagnostics import curvature
+from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.gradients import EquilibriumPropagation, Gradient, Implicit
+from torchimplicit.linear import MINRES, LinearOperator, ReferenceHessian
+from torchimplicit.models.orbital_free import Molecule, OrbitalFree, OrbitalFreeConfig, fit_linear
+from torchimplicit.problems import Minimum
+from torchimplicit.recipes.chemistry.compute import need_pyscf
+from torchimplicit.recipes.chemistry.geometry import Geometry, distorted
+from torchimplicit.recipes.chemistry.known import named
+from torchimplicit.recipes.chemistry.prepare import prepared
+from torchimplicit.recipes.chemistry.settings import ChemistrySettings
+from torchimplicit.recipes.chemistry.storage import file_name
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.fetch import cache_folder
+from torchimplicit.recipes.ofdft_gradients.config import MoleculeGradientsConfig, State
+from torchimplicit.solution import Report, Solution, Status
+from torchimplicit.solve import flat_system, solve
+from torchimplicit.solvers import LBFGS
+
+WEIZSAECKER: dict[State, float] = {"fitted": 0.4, "trained": 0.05}
+SPREAD: dict[State, float] = {"fitted": 0.1, "trained": 0.3}
+"""Standard deviation of the weights of the enhancement factor's last layer."""
+LEARNING_RATE = 3e-3
+TRIES = 4
+"""How often a minimization that ended at a saddle begins again."""
+
+_STANDING = LBFGS(rtol=0.0, atol=1e30)
+"""Stays where it begins."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A gradient in all parameters of the functional, flat, and what its backward pass reports."""
+
+    gradient: Tensor
+    report: Report
+
+    @property
+    def status(self) -> str:
+        """In words."""
+        return Status(int(self.report.status.max())).name
+
+    def error(self, exact: Tensor) -> float:
+        """Relative."""
+        return float((self.gradient - exact).norm() / exact.norm())
+
+    def cosine(self, exact: Tensor) -> float:
+        return float(torch.cosine_similarity(self.gradient, exact, dim=0))
+
+
+class Case:
+    """A functional's minimum for a molecule, in the coordinates of the overlap.
+
+    The loss is the whole squared distance, :math:`\\tfrac12\\lVert p-p_{gs}\\rVert_S^2`; its cotangent in these
+    coordinates is the difference itself.
+
+    Attributes:
+        molecule, functional, metric, problem: what is minimized.
+        reference: the Hessian that preconditions.
+        value: the minimum, ``[n]``.
+        saddles: how many minimizations ended at a saddle before it.
+        steps: of the last minimization.
+    """
+
+    def __init__(self, molecule: Molecule, functional: OrbitalFree, tolerance: float):
+        self.molecule, self.functional, self.tolerance = molecule, functional, tolerance
+        self.metric = Metric(molecule.overlap)
+        self.problem = functional.problem(molecule, self.metric)
+        self.reference = ReferenceHessian()
+        self.saddles = 0
+        found = self.minimize(molecule.guess)
+        for _ in range(TRIES):
+            if float(curvature(self.problem, found.value, subspace=molecule.size).least) > 0:
+                break
+            self.saddles += 1
+            found = self.minimize(self.beside(found.value.detach()))
+        self.value, self.steps = found.value.detach(), int(found.steps)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return list(self.functional.parameters())
+
+    def solver(self, tolerance: float | None = None) -> LBFGS:
+        """Of the minimizations."""
+        return LBFGS(preconditioner=self.reference, rtol=0.0, atol=tolerance or self.tolerance, max_steps=300)
+
+    def minimize(self, start: Tensor, tolerance: float | None = None) -> Solution:
+        with quiet():
+            return solve(self.problem, start, solver=self.solver(tolerance), throw=False)
+
+    def beside(self, p: Tensor) -> Tensor:
+        """A point a little off a saddle, along its direction of descent."""
+        operator, _ = self.system(self.problem, p)
+        matrix = operator.spectrum_matrix(torch.float64)[0]
+        soft = torch.linalg.eigh(matrix).eigenvectors[:, 0]
+        return p + 0.05 * self.metric.inverse[0] @ soft
+
+    def loss(self, p: Tensor) -> Tensor:
+        gap = p - self.molecule.reference
+        return 0.5 * gap @ (self.molecule.overlap @ gap)
+
+    @cached_property
+    def cotangent(self) -> Tensor:
+        """Of the loss, in the coordinates of the metric, ``[n]``."""
+        return self.metric.root[0] @ (self.value - self.molecule.reference)
+
+    @property
+    def per_electron(self) -> float:
+        """The loss over the number of electrons."""
+        return float(self.loss(self.value) / self.molecule.electrons)
+
+    def estimate(self, estimator: Gradient, problem: Minimum | None = None) -> Estimate:
+        """The loss's gradient by an estimator, at the minimum (of ``problem``, stationary at the same point)."""
+        with quiet():
+            found = solve(problem or self.problem, self.value, solver=_STANDING, gradient=estimator, throw=False)
+            grads = torch.autograd.grad(self.loss(found.value), self.parameters, allow_unused=True)
+        assert found.adjoint is not None
+        pairs = zip(grads, self.parameters, strict=True)
+        flat = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs])
+        return Estimate(flat, found.adjoint)
+
+    def propagation(self, nudge: float | None, *, symmetric: bool, curved: bool = False) -> EquilibriumPropagation:
+        return EquilibriumPropagation(
+            nudge=nudge, symmetric=symmetric, curved=curved, solver=self.solver(), subspace=256
+        )
+
+    def system(self, problem: Minimum, p: Tensor | None = None) -> tuple[LinearOperator, Tensor]:
+        """The adjoint system in the problem's coordinates: the operator, and the right side ``[1, n]``."""
+        p = self.value if p is None else p
+        flat, z, params = flat_system(problem, p, ())
+        operator = flat.operator(flat.linearize(z, params), False)
+        gap = p - self.molecule.reference
+        u = self.molecule.overlap @ gap if problem.metric is None else self.metric.root[0] @ gap
+        return operator, operator.project(u[None])
+
+
+def check(config: MoleculeGradientsConfig) -> None:
+    """Refuse what cannot be had here.
+
+    Raises:
+        UserError: the molecule is not known; it is not computed yet and PySCF is missing.
+    """
+    geometry, settings, folder = _asked(config)
+    if not (folder / file_name(geometry, settings)).is_file():
+        need_pyscf()
+
+
+def load(config: MoleculeGradientsConfig) -> Molecule:
+    """The molecule in its geometry.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    geometry, settings, folder = _asked(config)
+    found = prepared([geometry], settings, folder)
+    if found.failures:
+        raise UserError(f"{geometry.name}: {found.failures[0].reason}")
+    return found.molecules[0]
+
+
+def _asked(config: MoleculeGradientsConfig) -> tuple[Geometry, ChemistrySettings, Path]:
+    """Which molecule, computed how, and in which folder."""
+    geometry = named(config.molecule)
+    if config.sigma > 0:
+        geometry = distorted(geometry, config.sigma, config.seed, 0)
+    return geometry, ChemistrySettings(grid=config.grid), config.data_dir or cache_folder("molecules")
+
+
+def made(config: MoleculeGradientsConfig, molecule: Molecule) -> Case:
+    """The functional, with its linear term fitted, trained if it is to be; and its minimum."""
+    functional = OrbitalFree(OrbitalFreeConfig(weizsaecker=WEIZSAECKER[config.state]))
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.no_grad():
+        layers = [m for m in functional.modules() if isinstance(m, torch.nn.Linear)]
+        for layer in layers:
+            bound = layer.in_features**-0.5
+            for tensor in (layer.weight, layer.bias):
+                if layer is layers[-1]:
+                    tensor.normal_(std=SPREAD[config.state], generator=generator)
+                else:
+                    tensor.uniform_(-bound, bound, generator=generator)
+    metric = Metric(molecule.overlap)
+    fit_linear(functional, [molecule], [metric])
+    if config.state == "trained":
+        _train(functional, molecule, metric, config.training_steps)
+    return Case(molecule, functional, config.tolerance)
+
+
+def _train(functional: OrbitalFree, molecule: Molecule, metric: Metric, steps: int) -> None:
+    """Adam on the loss per electron, with the exact gradient, warm-started."""
+    problem, reference, p = functional.problem(molecule, metric), ReferenceHessian(), molecule.guess
+    solver = LBFGS(preconditioner=reference, rtol=0.0, atol=1e-7)
+    estimator = Implicit(linear_solver=MINRES(preconditioner=reference, rtol=1e-6))
+    optimizer = torch.optim.Adam(functional.parameters(), lr=LEARNING_RATE)
+    for _ in range(steps):
+        with quiet():
+            found = solve(problem, p, solver=solver, gradient=estimator, throw=False)
+            gap = found.value - molecule.reference
+            loss = 0.5 * gap @ (molecule.overlap @ gap) / molecule.electrons
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        p = found.value.detach()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What does not converge is measured, and need not be said."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield

@@ -1,0 +1,119 @@
+"""The settings of the table and of its measurement on one molecule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.options import not_negative, option, positive
+from torchimplicit.recipes.reproduce.settings import Plan
+
+State = Literal["fitted", "trained"]
+"""Which functional: one that is only fitted, or one that was trained until its Hessian is ill-conditioned."""
+
+STATES: tuple[State, ...] = ("fitted", "trained")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoleculeGradientsConfig:
+    """One molecule and one functional with random network weights, and every gradient at its minimum."""
+
+    molecule: str = "H2"
+    """By its formula: H2, H2O, NH3, CH4 and others that are known."""
+
+    state: State = "fitted"
+    """fitted: c = 0.4 times the von Weizsäcker energy and a network of small weights. trained: c = 0.05 and larger
+    weights, then some steps of Adam, which leaves an ill-conditioned Hessian."""
+
+    seed: int = 0
+    """Of the network's weights, of the geometry and of the directions."""
+
+    sigma: float = 0.04
+    """Standard deviation of the displacements of the nuclei, in angstrom; 0: the molecule's own geometry."""
+
+    grid: int = 0
+    """Level of the integration grid."""
+
+    data_dir: Path | None = None
+    """The folder of computed molecules. By default the user's cache; what is not there is computed by PySCF."""
+
+    training_steps: int = 60
+    """Of Adam, for the trained state."""
+
+    tolerance: float = 1e-10
+    """Of the minimizations: the norm of the projected gradient, in hartree, in coordinates of the overlap."""
+
+    directions: int = 6
+    """Random directions in all parameters, along which finite differences are taken."""
+
+    step: float = 1e-3
+    """Of the finite differences: the length of the smallest displacement of the parameters."""
+
+    nudges: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4)
+    """Of equilibrium propagation, relative to the cotangent's length."""
+
+    loss_nudges: tuple[float, ...] = (0.1, 1e-2, 1e-3, 1e-4)
+    """Weights of the loss in the energy, for propagation with the whole loss."""
+
+    loose: tuple[float, ...] = (1e-3, 1e-4, 1e-5, 1e-6, 1e-8)
+    """Tolerances of the minimizations there."""
+
+    beyond: tuple[float, ...] = (0.1, 0.5, 0.9, 1.1, 2.0, 5.0)
+    """Weights of the loss over the least eigenvalue, for the symmetric difference."""
+
+    damping: float = 0.25
+    """Over the softest eigenvalue, where that is moved."""
+
+    softness: tuple[float, ...] = (1.0, 0.3, 0.1, 1e-2, 1e-3, 1e-4, -1e-3, -1e-2, -0.1, -0.2, -0.4)
+    """What the softest eigenvalue becomes, over what it was."""
+
+    descent_steps: int = 2000
+    """Of gradient descent and Adam on the least-squares form of the adjoint system."""
+
+    repeats: int = 5
+    """How often each adjoint solver is timed, in turn with the others."""
+
+    def __post_init__(self) -> None:
+        positive(self, "tolerance", "directions", "step", "damping", "descent_steps", "repeats")
+        not_negative(self, "seed", "sigma", "training_steps")
+        for name in ("nudges", "loss_nudges", "loose", "beyond"):
+            if len(getattr(self, name)) < 2 or not all(value > 0 for value in getattr(self, name)):
+                raise UserError(f"{option(name)} must be positive numbers, two at least")
+        if 1.0 not in self.softness:
+            raise UserError(f"{option('softness')} must hold 1, the eigenvalue as it is")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """Gradients through the minimum of a density functional, at several molecules."""
+
+    molecules: tuple[str, ...] = ("H2", "H2O")
+    """By their formulas; NH3 and CH4 take minutes longer."""
+
+    data_dir: Path | None = None
+    """The folder of computed molecules. By default the user's cache; what is not there is computed by PySCF."""
+
+    sigma: float = 0.04
+    """Standard deviation of the displacements of the nuclei, in angstrom, another geometry for every seed."""
+
+    grid: int = 0
+    """Level of the integration grid, 0 to 9; level 1 has four times as many points and nearly the same spectra."""
+
+    plan: Plan = field(default_factory=Plan)
+
+    def __post_init__(self) -> None:
+        not_negative(self, "sigma")
+        if not self.molecules or len(set(self.molecules)) < len(self.molecules):
+            raise UserError(f"{option('molecules')} must be different molecules, one at least")
+
+
+def default() -> TableConfig:
+    """The table."""
+    return TableConfig()
+
+
+def measurement() -> MoleculeGradientsConfig:
+    """One molecule."""
+    return MoleculeGradientsConfig()

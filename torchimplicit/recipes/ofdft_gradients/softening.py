@@ -1,0 +1,76 @@
+"""What becomes of every gradient as an eigenvalue of the Hessian goes to zero, and below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from torchimplicit.gradients import DampedImplicit, Gradient, Implicit
+from torchimplicit.linear import Dense, ReferenceHessian
+from torchimplicit.problems import Minimum
+from torchimplicit.recipes.ofdft_gradients.case import Case
+from torchimplicit.recipes.ofdft_gradients.results import Softened
+
+FELT = 1e-2
+"""The least share of the cotangent along an eigenvector that the loss is said to feel."""
+
+SYMMETRIC_NUDGE = 1e-3
+
+
+def softest(case: Case) -> tuple[float, Tensor]:
+    """The least eigenvalue, with its vector, among those whose vectors the cotangent has a share of: a molecule's
+    symmetry may hide the very least one from the loss."""
+    operator, right = case.system(case.problem)
+    values, vectors = torch.linalg.eigh(operator.dense()[0])
+    shares = (right @ vectors)[0].abs() / right.norm()
+    index = int(((shares > FELT) & (values > 1e-8 * values[-1])).nonzero()[0])
+    return float(values[index]), vectors[:, index]
+
+
+def softened(
+    case: Case, exact: Tensor, eigenvalue: float, vector: Tensor, damping: float, softness: Sequence[float]
+) -> list[Softened]:
+    """Every gradient, where the energy has half ``eigenvalue - moved`` times the square along ``vector`` taken off: the
+    point stays stationary, and the rest of the spectrum what it is.
+
+    Args:
+        case: where.
+        exact: the gradient before.
+        eigenvalue, vector: see :func:`softest`.
+        damping: of the damped gradients.
+        softness: what the eigenvalue is multiplied by.
+    """
+    found = []
+    for factor in sorted(softness, reverse=True):
+        problem = _moved(case, vector, (1 - factor) * eigenvalue)
+        norm, cosine, status = {}, {}, {}
+        for name, estimator in _estimators(case, damping).items():
+            estimate = case.estimate(estimator, problem)
+            norm[name] = float(estimate.gradient.norm() / exact.norm())
+            cosine[name], status[name] = estimate.cosine(exact), estimate.status
+        found.append(Softened(factor * eigenvalue, norm, cosine, status))
+    return found
+
+
+def _estimators(case: Case, damping: float) -> dict[str, Gradient]:
+    solver = replace(case.solver(), preconditioner=ReferenceHessian())
+    nudge = damping * float(case.cotangent.norm())
+    return {
+        "implicit": Implicit(linear_solver=Dense()),
+        "damped": DampedImplicit(damping=damping, linear_solver=Dense()),
+        "one-sided, whole loss": replace(case.propagation(nudge, symmetric=False, curved=True), solver=solver),
+        "symmetric": replace(case.propagation(SYMMETRIC_NUDGE, symmetric=True), solver=solver),
+    }
+
+
+def _moved(case: Case, vector: Tensor, less: float) -> Minimum:
+    energy, along = case.problem.energy, case.metric.root[0] @ vector
+
+    def energy_less(p: Tensor) -> Tensor:
+        moved: Tensor = energy(p) - 0.5 * less * ((p - case.value) @ along).square()
+        return moved
+
+    return replace(case.problem, energy=energy_less)
