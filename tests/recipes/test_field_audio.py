@@ -298,4 +298,4 @@ class TestRecipe:
 def test_figures_of_any_length(count):
     truth = torch.randn(count, 1)
     assert len(waveforms(truth, 0.9 * truth, 8000).axes) == 2
-    assert len(spectrograms(truth, torch.zeros_like(truth), 8000).axes) == 4
+    assert len(spectrograms({"sound": truth, "silence": torch.zeros_like(truth)}, 8000).axes) == 3

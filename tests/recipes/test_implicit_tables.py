@@ -23,6 +23,9 @@ from torchimplicit.recipes.implicit_generalization.config import GeneralizationC
 from torchimplicit.recipes.implicit_gradients import rows as gradients
 from torchimplicit.recipes.implicit_gradients import table as gradients_table
 from torchimplicit.recipes.implicit_gradients.config import GradientsConfig
+from torchimplicit.recipes.implicit_signals import rows as signals
+from torchimplicit.recipes.implicit_signals import table as signals_table
+from torchimplicit.recipes.implicit_signals.config import SignalsConfig
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.reproduce.jobs import prepare
 from torchimplicit.recipes.reproduce.settings import Plan
@@ -36,6 +39,17 @@ SMALL = GeneralizationConfig(
     texts=("text-0",),
     rows=("fourier-implicit-1L", "fourier-explicit-1L", "fourier-explicit-4L", "fourier-implicit-1L-full", "cost"),
     **SHORT,
+)
+SIGNALS = SignalsConfig(
+    plan=Plan(seeds=1),
+    sound_seconds=0.2,
+    sound_rate=1000,
+    video_frames=2,
+    video_size=10,
+    width=4,
+    steps=2,
+    rows=(*(f"{kind}-fourier-{which}" for kind in signals.KINDS for which in ("implicit", "explicit")), "cost"),
+    machine=HERE,
 )
 CUTS = GradientsConfig(plan=Plan(seeds=1), pictures=("text-0",), products=(0, 1), **SHORT)
 
@@ -63,7 +77,13 @@ def run_here(jobs, folder):
 
 
 @pytest.mark.parametrize(
-    "jobs", [generalization.jobs(GeneralizationConfig()), gradients.jobs(GradientsConfig())], ids=["table", "figure"]
+    "jobs",
+    [
+        generalization.jobs(GeneralizationConfig()),
+        gradients.jobs(GradientsConfig()),
+        signals.jobs(SignalsConfig()),
+    ],
+    ids=["table", "figure", "signals"],
 )
 def test_settings_survive_being_written(jobs):
     assert len({job.name for job in jobs}) == len(jobs)
@@ -182,3 +202,52 @@ def test_costs():
     assert explicit.megabytes < amortized.megabytes < full.megabytes
     assert full.cosine > 0.9999
     assert 0.9 < amortized.cosine < 1
+
+
+class TestSignals:
+    def test_the_rows(self):
+        assert len(signals.ROWS) == 12
+        assert signals.ROWS["video-gabor-explicit"].published == 26.15
+        assert signals.ROWS["sound-gabor-explicit"].published is None
+        assert signals.ROWS["sound-siren-implicit"].twin.name == "sound-siren-explicit"
+
+    def test_the_papers_scale_is_the_papers(self):
+        config = SignalsConfig(plan=Plan(scale="paper"))
+        heard, seen = (signals.training(config, signals.ROWS[f"{kind}-fourier-implicit"], 0) for kind in signals.KINDS)
+        assert (heard.rate, heard.seconds, heard.representation.width, heard.optimization.steps) == (
+            44100,
+            7,
+            256,
+            3000,
+        )
+        assert heard.representation.amortize == "refresh"
+        assert (seen.size, seen.representation.width, seen.optimization.steps) == (512, 1024, 10000)
+        assert (seen.optimization.batch_size, seen.representation.frequencies) == (65536, 128)
+        assert seen.representation.amortize == "off"
+
+    def test_twins_differ_in_being_implicit_alone(self):
+        for kind in signals.KINDS:
+            row = signals.ROWS[f"{kind}-siren-implicit"]
+            one, other = (signals.training(SignalsConfig(), which, 1) for which in (row, row.twin))
+            assert replace(one, representation=replace(one.representation, implicit=False)) == other
+
+    def test_an_unknown_row_is_refused(self):
+        with pytest.raises(UserError, match="sound-siren-implicit"):
+            signals.jobs(replace(SIGNALS, rows=("nerf",)))
+
+    def test_the_record(self, tmp_path):
+        runs = run_here(signals.jobs(SIGNALS), tmp_path)
+        summary = signals_table.summarize(SIGNALS, runs)
+        assert [sheet.title for sheet in summary.sheets] == ["The sound", "The video", "A training step"]
+        assert [len(sheet.table.rows) for sheet in summary.sheets] == [6, 6, 12]
+        assert {drawing.name for drawing in summary.drawings} == {"training", "sound", "video"}
+        assert len(summary.claims) == 4
+        assert len(summary.runs) == 5
+        json.dumps(to_plain(summary.runs), allow_nan=False)
+
+    def test_it_is_made_of_what_is_there(self, tmp_path):
+        chosen = replace(SIGNALS, rows=("sound-siren-implicit",))
+        summary = signals_table.summarize(chosen, run_here(signals.jobs(chosen), tmp_path))
+        assert not summary.claims
+        assert {drawing.name for drawing in summary.drawings} == {"training"}
+        assert len(signals_table.summarize(chosen, {}).sheets) == 2

@@ -20,10 +20,13 @@ from torchimplicit.gradients import Implicit
 from torchimplicit.linear import GMRES
 from torchimplicit.models import ImplicitRepresentation
 from torchimplicit.nn import Equilibrium
+from torchimplicit.recipes.fields.audio import task as audio_task
+from torchimplicit.recipes.fields.audio.config import SoundConfig
+from torchimplicit.recipes.fields.images import task as image_task
 from torchimplicit.recipes.fields.images.config import PictureConfig
-from torchimplicit.recipes.fields.images.task import RUNNER as PICTURES
-from torchimplicit.recipes.fields.images.task import build
 from torchimplicit.recipes.fields.task import FieldTask
+from torchimplicit.recipes.fields.video import task as video_task
+from torchimplicit.recipes.fields.video.config import VideoConfig
 from torchimplicit.recipes.machine import device, threads
 from torchimplicit.recipes.options import positive
 from torchimplicit.recipes.plain import from_plain
@@ -42,7 +45,13 @@ class FieldCostConfig:
     """What they are called."""
 
     fits: tuple[PictureConfig, ...] = ()
-    """The fits, in the same order."""
+    """Fits of pictures, in the same order."""
+
+    sounds: tuple[SoundConfig, ...] = ()
+    """Then fits of sounds."""
+
+    videos: tuple[VideoConfig, ...] = ()
+    """Then fits of videos."""
 
     warm_steps: int = 40
     """Steps of training before the measurement."""
@@ -55,6 +64,11 @@ class FieldCostConfig:
 
     def __post_init__(self) -> None:
         positive(self, "warm_steps", "rounds", "steps_a_turn")
+
+    @property
+    def all(self) -> tuple[PictureConfig | SoundConfig | VideoConfig, ...]:
+        """All fits."""
+        return (*self.fits, *self.sounds, *self.videos)
 
 
 def default() -> FieldCostConfig:
@@ -109,8 +123,8 @@ class FieldCostRunner:
 
     def check(self, config: FieldCostConfig) -> None:
         """See :class:`~torchimplicit.recipes.recipe.Runner`."""
-        for one in config.fits[:1]:
-            PICTURES.check(one)
+        for one in config.all:
+            _recipe(one).RUNNER.check(one)
 
     def train(self, config: FieldCostConfig, run: Run, console: Console) -> bool:
         """See :class:`~torchimplicit.recipes.recipe.Runner`."""
@@ -130,6 +144,13 @@ class FieldCostRunner:
 RUNNER = FieldCostRunner()
 
 
+def _recipe(config: PictureConfig | SoundConfig | VideoConfig) -> Any:
+    """The module that fits such a signal."""
+    if isinstance(config, SoundConfig):
+        return audio_task
+    return video_task if isinstance(config, VideoConfig) else image_task
+
+
 def read(run: Run) -> dict[str, FieldCost]:
     """What a run has measured; nothing, if it has not."""
     if not (run.path / "costs.json").is_file():
@@ -139,9 +160,9 @@ def read(run: Run) -> dict[str, FieldCost]:
 
 def measured(config: FieldCostConfig) -> dict[str, FieldCost]:
     """All fits, in turn."""
-    with warnings.catch_warnings(), threads(config.fits[0].machine.threads):
+    with warnings.catch_warnings(), threads(config.all[0].machine.threads):
         warnings.simplefilter("ignore", ConvergenceWarning)
-        subjects = [_Subject(name, one) for name, one in zip(config.names, config.fits, strict=True)]
+        subjects = [_Subject(name, one) for name, one in zip(config.names, config.all, strict=True)]
         for subject in subjects:
             for _ in range(config.warm_steps):
                 subject.step()
@@ -164,11 +185,11 @@ class _Step:
 class _Subject:
     """One fit in training."""
 
-    def __init__(self, name: str, config: PictureConfig):
+    def __init__(self, name: str, config: PictureConfig | SoundConfig | VideoConfig):
         self.name = name
         self.where = device(config.machine.device)
         torch.manual_seed(config.optimization.seed)
-        self.task: FieldTask = build(config).to(self.where).train()
+        self.task: FieldTask = _recipe(config).build(config).to(self.where).train()
         self.optimizer: Optimizer = Adam(self.task.parameters(), lr=config.optimization.learning_rate)
         (self.batch,) = (batch.to(self.where) for batch in self.task.training_batches(range(1), Shard()))
         self.layers = [one for one in self.task.modules() if isinstance(one, Equilibrium)]

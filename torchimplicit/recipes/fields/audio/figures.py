@@ -36,28 +36,29 @@ def waveforms(truth: Tensor, values: Tensor, rate: int) -> Figure:
     return figure
 
 
-def spectrograms(truth: Tensor, values: Tensor, rate: int) -> Figure:
-    """The power over time and frequency in dB below the sound's greatest, one scale for all: first channel."""
-    lines = {"sound": truth[:, 0], "field": values[:, 0], "error": (values - truth)[:, 0]}
-    window = min(len(truth), 2 ** round(math.log2(max(16, 0.032 * rate))))
-    powers = {name: _power(line, window) for name, line in lines.items()}
-    top = 10 * math.log10(max(float(powers["sound"].max()), 1e-20))
+def spectrograms(lines: dict[str, Tensor], rate: int) -> Figure:
+    """The power over time and frequency of sounds under their names, in dB below the greatest of the first one, and on
+    one scale for all: first channel."""
+    length = len(next(iter(lines.values())))
+    window = min(length, 2 ** round(math.log2(max(16, 0.032 * rate))))
+    powers = {name: _power(line[:, 0], window) for name, line in lines.items()}
+    top = 10 * math.log10(max(float(next(iter(powers.values())).max()), 1e-20))
     with matplotlib.rc_context({**FIGURE, "axes.grid": False}):
         figure = Figure(figsize=(9, 2.9), layout="constrained")
-        several = figure.subplots(1, 3, sharey=True)
+        several = figure.subplots(1, len(powers), sharey=True, squeeze=False)[0]
         for ax, (name, power) in zip(several, powers.items(), strict=True):
             shown = ax.imshow(
                 (10 * power.clamp_min(1e-20).log10() - top).numpy(),
                 origin="lower",
                 aspect="auto",
-                extent=(0, len(truth) / rate, 0, rate / 2000),
+                extent=(0, length / rate, 0, rate / 2000),
                 vmin=-80,
                 vmax=0,
                 cmap="magma",
             )
             ax.set(title=name, xlabel="seconds")
         several[0].set_ylabel("kHz")
-        figure.colorbar(shown, ax=several, label="dB", shrink=0.9)
+        figure.colorbar(shown, ax=list(several), label="dB", shrink=0.9)
     return figure
 
 

@@ -36,7 +36,9 @@ def show(config: SoundConfig, sound: Sound, task: FieldTask, results: Results, r
         ),
     ]
     waveforms(truth, values, sound.rate).savefig(pictures[0][0], dpi=110)
-    spectrograms(truth, values, sound.rate).savefig(pictures[1][0], dpi=110)
+    spectrograms({"sound": truth, "field": values, "error": values - truth}, sound.rate).savefig(
+        pictures[1][0], dpi=110
+    )
     error = float((values - truth).double().square().mean())
     power = float(truth.double().square().mean())
     notes = [

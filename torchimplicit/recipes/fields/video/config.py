@@ -69,6 +69,6 @@ def check_export(sizes: tuple[int, ...]) -> None:
 
 def video() -> VideoConfig:
     """Twelve frames of 48 pixels, minutes on one core, and at most 65,536 points a step. The paper's: --size 512
-    --frames None --width 1024 --steps 10000 --amortize off, for a GPU."""
+    --frames None --width 1024 --steps 10000 --frequencies 128 --amortize off, for a GPU."""
     optimization = replace(full_batch(600, 100), batch_size=65536)
     return VideoConfig(optimization=optimization, equilibria=truncated())

@@ -18,8 +18,8 @@ from torchimplicit.recipes.training.results import Results
 
 
 def build(config: VideoConfig) -> FieldTask:
-    """The task: cells are cubes, of a pixel's side and a frame's length. The scale of the frequencies is the paper's
-    128 for 512 pixels, and in proportion for others."""
+    """The task: cells are cubes, of a pixel's side and a frame's length. The scale of the frequencies is
+    that of pictures: half the longest side."""
     found = clip(config)
     grid = Grid(found.pixels)
     frames, height, width, channels = found.pixels.shape
@@ -29,7 +29,7 @@ def build(config: VideoConfig) -> FieldTask:
         + "".join(f", {note}" for note in found.notes)
         + "."
     )
-    return FieldTask(config, grid, Parts.same(grid), max(height, width) / 4, about=about)
+    return FieldTask(config, grid, Parts.same(grid), max(height, width) / 2, about=about)
 
 
 def clip(config: VideoConfig) -> Clip:
