@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -165,9 +166,19 @@ def _one(geometry: Geometry, path: Path, note: str, settings: ChemistrySettings)
 
 
 def _begin() -> None:
-    """In a new process: end at once when interrupted (the files are written atomically), and use one thread."""
+    """In a new process: end at once when interrupted (the files are written atomically) or when the first process has
+    died, and use one thread."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_first, daemon=True).start()
+
+
+def _end_with_the_first() -> None:
+    """A pool's processes would wait for work for ever."""
+    first = multiprocessing.parent_process()
+    assert first is not None
+    first.join()
+    os._exit(1)
 
 
 @contextmanager
