@@ -21,6 +21,8 @@ from rich.console import Console
 from torchimplicit import cli
 from torchimplicit.recipes import registry
 from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.fields.cost import peak_bytes
+from torchimplicit.recipes.fields.memory import floats_a_point
 from torchimplicit.recipes.fields.settings import Representation
 from torchimplicit.recipes.fields.shape.compare import compared
 from torchimplicit.recipes.fields.shape.config import ShapeConfig, adam, shape
@@ -491,6 +493,29 @@ class TestRecipe:
         with pytest.raises(UserError, match="second derivative"):
             RUNNER.check(refused)
         assert small(tmp_path).equilibria.gradient == "neumann-phantom"
+
+    @pytest.mark.parametrize("filter", ["siren", "fourier", "gabor"])
+    @pytest.mark.parametrize("implicit", [True, False])
+    def test_a_step_with_slopes_holds_no_more_than_is_reckoned(self, tmp_path, filter, implicit):
+        model = {"filter": filter, "implicit": implicit, "frequencies": 8.0}
+        config = small(tmp_path, task="sdf", samples=1500, batch_size=1500, model=model)
+        config = replace(config, representation=replace(config.representation, width=32))
+        task = build(config).train()
+        held = peak_bytes(lambda: task.loss(torch.arange(1500)).backward(), torch.device("cpu"))
+        assert 0.2 < held / (4 * 1500 * floats_a_point(config, slopes=True)) < 1
+
+    def test_a_step_with_slopes_in_chunks_is_the_step_of_the_whole(self, tmp_path):
+        config = small(tmp_path, task="sdf", model={"implicit": False})
+        found = []
+        for chunk in (600, 70):
+            torch.manual_seed(0)
+            task = build(config).train()
+            task.chunk = chunk
+            loss = task.loss(torch.arange(600))
+            loss.backward()
+            found.append([loss.detach(), *(p.grad for p in task.parameters() if p.grad is not None)])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
     def test_the_command_line_says_what_is_wrong(self, tmp_path, capsys):
         (tmp_path / "text.ply").write_text("no mesh")

@@ -13,18 +13,20 @@ from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.settings import FieldSettings
 
 
-def chunk_points(config: FieldSettings, training: int) -> int:
-    """How many points may go through at a time; ``training``: how many there are to train on.
+def chunk_points(config: FieldSettings, training: int, slopes: bool = False) -> int:
+    """How many points may go through at a time; ``training``: how many there are to train on, ``slopes``: whether the
+    loss holds the field's.
 
     Raises:
         UserError: if the states alone, which amortized training remembers of every point, take more than there is.
     """
     chosen, batch = config.representation, config.optimization.batch_size
     bound = chosen.memory_mb * 2**20
-    fitting = bound // (4 * floats_a_point(config))
+    each = 4 * floats_a_point(config, slopes)
+    fitting = bound // each
     if chosen.implicit and chosen.amortize != "off" and min(batch, fitting) < training:
         states = 4 * chosen.width * training
-        fitting = (bound - states) // (4 * floats_a_point(config))
+        fitting = (bound - states) // each
         if fitting < 1:
             raise UserError(
                 f"the states of {training} points of width {chosen.width} take {states / 2**20:.0f} MB, and "
@@ -37,7 +39,11 @@ HELD = {"siren": 3, "fourier": 4, "gabor": 7}
 """Vectors of the model's width that a step holds for each filter and the layer behind it, as measured."""
 
 
-def floats_a_point(config: FieldSettings) -> int:
+SLOPES = 2.2
+"""How many times as much is held where the loss holds slopes, which are differentiated again; likewise."""
+
+
+def floats_a_point(config: FieldSettings, slopes: bool = False) -> int:
     """What a step holds for a point at its peak: as measured, with the first step's solve, and rounded up."""
     chosen, solve = config.representation, config.equilibria
     vectors = HELD[chosen.filter] * (chosen.depth + 1) + 2
@@ -50,7 +56,7 @@ def floats_a_point(config: FieldSettings) -> int:
             steps = solve.phantom_steps if solve.gradient == "unrolled-phantom" else solve.solver_steps
             backward = 3 * chosen.depth * steps + 8
         vectors += max(solving, backward)
-    return chosen.width * vectors
+    return round(chosen.width * vectors * (SLOPES if slopes else 1))
 
 
 def accumulated(value: Callable[[Tensor], Tensor], index: Tensor, chunk: int, weights: Sequence[Tensor]) -> Tensor:

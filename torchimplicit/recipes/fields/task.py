@@ -99,6 +99,7 @@ class FieldTask(Task):
         criterion: by default the mean squared error.
         about: the signal, in one sentence for people.
         scoring: what is measured on the held-out points; by default the signal-to-noise ratio.
+        slopes: whether the criterion differentiates the field, which takes more memory.
 
     Attributes:
         model: the representation.
@@ -116,6 +117,7 @@ class FieldTask(Task):
         criterion: Criterion = mean_squared_error,
         about: str = "",
         scoring: Scoring | None = None,
+        slopes: bool = False,
     ):
         super().__init__()
         self.config = config
@@ -126,7 +128,7 @@ class FieldTask(Task):
         self.metric = self.scoring.metric
         self._about = about
         batch, count = config.optimization.batch_size, len(parts.training)
-        self.chunk = chunk_points(config, count)
+        self.chunk = chunk_points(config, count, slopes)
         self.register_buffer("training_points", parts.training, persistent=False)
         whole = batch >= count and self.chunk >= count
         self.model = representation(

@@ -31,6 +31,7 @@ def build(config: ShapeConfig) -> FieldTask:
         _distance_loss(config) if distance else cross_entropy,
         about=f"{subject(config).describe()} {'Signed distance' if distance else 'Occupancy'}.",
         scoring=Overlap(distance),
+        slopes=distance,
     )
 
 
