@@ -24,6 +24,7 @@ from torchimplicit.recipes.fields.audio import task as audio_task
 from torchimplicit.recipes.fields.audio.config import SoundConfig
 from torchimplicit.recipes.fields.images import task as image_task
 from torchimplicit.recipes.fields.images.config import PictureConfig
+from torchimplicit.recipes.fields.settings import FieldSettings
 from torchimplicit.recipes.fields.task import FieldTask
 from torchimplicit.recipes.fields.video import task as video_task
 from torchimplicit.recipes.fields.video.config import VideoConfig
@@ -162,16 +163,21 @@ def measured(config: FieldCostConfig) -> dict[str, FieldCost]:
     """All fits, in turn."""
     with warnings.catch_warnings(), threads(config.all[0].machine.threads):
         warnings.simplefilter("ignore", ConvergenceWarning)
-        subjects = [_Subject(name, one) for name, one in zip(config.names, config.all, strict=True)]
-        for subject in subjects:
-            for _ in range(config.warm_steps):
-                subject.step()
-            subject.seen = []
-        for _ in range(config.rounds):
-            for subject in subjects:
-                for _ in range(config.steps_a_turn):
-                    subject.step()
+        subjects = [Subject(name, one, _recipe(one).build) for name, one in zip(config.names, config.all, strict=True)]
+        in_turn(subjects, config.warm_steps, config.rounds, config.steps_a_turn)
         return {subject.name: subject.cost() for subject in subjects}
+
+
+def in_turn(subjects: Sequence[Subject], warm_steps: int, rounds: int, steps_a_turn: int) -> None:
+    """Train all of them a little, and then measure steps of one after the other."""
+    for subject in subjects:
+        for _ in range(warm_steps):
+            subject.step()
+        subject.seen = []
+    for _ in range(rounds):
+        for subject in subjects:
+            for _ in range(steps_a_turn):
+                subject.step()
 
 
 @dataclass
@@ -182,14 +188,20 @@ class _Step:
     figures: dict[str, float] = field(default_factory=dict)
 
 
-class _Subject:
-    """One fit in training."""
+class Subject:
+    """One fit in training, with its initial weights.
 
-    def __init__(self, name: str, config: PictureConfig | SoundConfig | VideoConfig):
+    Args:
+        name: of the fit.
+        config: of the fit's recipe.
+        build: makes its task.
+    """
+
+    def __init__(self, name: str, config: FieldSettings, build: Callable[[Any], FieldTask]):
         self.name = name
         self.where = device(config.machine.device)
         torch.manual_seed(config.optimization.seed)
-        self.task: FieldTask = _recipe(config).build(config).to(self.where).train()
+        self.task: FieldTask = build(config).to(self.where).train()
         self.optimizer: Optimizer = Adam(self.task.parameters(), lr=config.optimization.learning_rate)
         (self.batch,) = (batch.to(self.where) for batch in self.task.training_batches(range(1), Shard()))
         self.layers = [one for one in self.task.modules() if isinstance(one, Equilibrium)]
@@ -230,7 +242,8 @@ class _Subject:
             torch.cuda.synchronize(self.where)
         return self.clock()
 
-    def _gradient(self) -> Tensor:
+    def gradient(self) -> Tensor:
+        """Of the loss of the batch in all weights that it has, one after the other."""
         self.optimizer.zero_grad()
         self.task.loss(self.batch).backward()
         found = [p.grad.flatten() for p in self.task.parameters() if p.grad is not None]
@@ -242,11 +255,11 @@ class _Subject:
         if not isinstance(model, ImplicitRepresentation):
             return float("nan"), float("nan")
         layer = model.equilibrium
-        own = self._gradient()
+        own = self.gradient()
         usual = layer.solver, layer.gradient, layer.warm_start
         layer.solver, layer.warm_start = Anderson(rtol=1e-5, max_steps=200), None
         layer.gradient = Implicit(linear_solver=GMRES(rtol=1e-5, max_steps=200))
-        exact = self._gradient()
+        exact = self.gradient()
         layer.solver, layer.gradient, layer.warm_start = usual
         self.optimizer.zero_grad()
         cosine = torch.nn.functional.cosine_similarity(own, exact, dim=0)
