@@ -99,3 +99,7 @@ def test_large_molecules_need_the_flag(capsys, tmp_path, no_chemistry):
     assert code == 2
     assert "--allow-large" in err
     assert run(capsys, "long.xyz", "--allow-large")[0] == 0
+    (tmp_path / "short.xyz").write_text(WATER)
+    code, out, _ = run(capsys, ".")  # the others of a folder are taken
+    assert code == 1
+    assert "1 of 2 molecules" in out

@@ -108,10 +108,17 @@ class Molecules:
             taken = [one for one in read if isinstance(one, Geometry)]
             if self.smallest:
                 taken = sorted(taken, key=lambda one: len(one.charges))[: self.limit]
-            found += taken
+            for geometry in taken:
+                try:
+                    if not self.allow_large:
+                        check_size(geometry)
+                except UserError as error:
+                    if len(read) == 1:
+                        raise
+                    refused.append(Refused(geometry.name, str(error)))
+                else:
+                    found.append(geometry)
         found = list(dict.fromkeys(found))  # named twice, or in two folders
-        for geometry in () if self.allow_large else found:
-            check_size(geometry)
         distortions: list[Geometry] = []
         for geometry in found:
             for copy in range(1, self.copies + 1):
