@@ -33,6 +33,7 @@ from torchimplicit.recipes.jiio_adversarial.task import AdversarialTraining
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.reproduce.settings import Plan
 from torchimplicit.recipes.run import RunOptions, create
+from torchimplicit.recipes.training.logs import rows
 from torchimplicit.recipes.training.results import Results
 from torchimplicit.recipes.training.settings import Machine
 from torchimplicit.recipes.training.task import Shard
@@ -114,6 +115,28 @@ def test_training(changes, tmp_path) -> None:
     assert results.state == "complete"
     assert set(results.test.figures) == {"accuracy", "loss", "attacked", "attacked_loss"}
     assert results.test.figures["attacked_loss"] > results.test.figures["loss"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"adversary": "pgd"}, {"adversary": "jiio"}, {"adversary": "jiio", "attack_gradient": "envelope"}],
+    ids=lambda c: "-".join(c.values()),
+)
+def test_a_resumed_run_is_the_undisturbed_one(changes, tmp_path) -> None:
+    base = small(**changes)
+    optimization = replace(base.optimization, steps=4, validate_every=2, schedule="constant")
+    config = replace(base, optimization=optimization)
+    half = replace(config, optimization=replace(optimization, steps=2))
+    logged = []
+    for name, parts in (("whole", [config]), ("cut", [half, config])):
+        run = create("jiio-adversarial-digits", RunOptions(output=tmp_path / name))
+        run.describe("jiio-adversarial-digits", config)
+        for part in parts:
+            assert TRAINER.train(part, run, Console(quiet=True))
+        logged.append([(row["loss"], row["forward_evaluations"]) for row in rows(run.metrics) if "loss" in row])
+    assert logged[0] == logged[1]
+    assert len(logged[0]) == 4
+    assert min(evaluations for _, evaluations in logged[0]) >= config.attack_steps, "the attack's count"
 
 
 def test_the_jacobian_penalty_counts_under_the_envelope() -> None:

@@ -25,6 +25,7 @@ from torchimplicit.recipes.jiio_generation.read import overtaking
 from torchimplicit.recipes.jiio_generation.table import TABLE, jobs, summarize
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.reproduce.jobs import prepare
+from torchimplicit.recipes.training.logs import rows
 from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
 
 QUIET = Console(quiet=True)
@@ -73,7 +74,7 @@ def test_all_methods_find_the_same_latents() -> None:
     torch.manual_seed(0)
     decoder = mlp_decoder((1, 3, 4), latent=3, width=8).double().eval().requires_grad_(False)
     wanted = decoder(torch.randn(5, 3, dtype=torch.float64))
-    problem = reconstruction(decoder, 0.01, 2.0)
+    problem = reconstruction(decoder, 0.01, 2.0, 12)
     solver = ti.Anderson(memory=20, rtol=1e-9, max_steps=3000)
     expected = found(decoder, problem, solver, wanted).value.x
 
@@ -114,7 +115,7 @@ def test_the_gradient_is_that_of_a_longer_solve() -> None:
     images = task.data.training.images[:6].double()
     slopes = []
     for steps in (400, 800):
-        problem = reconstruction(task.decoder, 1e-2, 10.0)
+        problem = reconstruction(task.decoder, 1e-2, 10.0, 64)
         solver = replace(joint_solver(task.config.joint, steps), rtol=1e-10)
         value = found(task.decoder, problem, solver, images, gradient=ti.Envelope()).value
         slopes.append(
@@ -171,6 +172,8 @@ def test_the_table_with_one_seed_and_with_none(tmp_path: Any) -> None:
         short = few(model=job.config.model, curves=job.config.curves)
         run = prepare(replace(job, config=short), tmp_path)
         assert runner.RUNNER.train(short, run, QUIET)
+        logged = [row["forward_evaluations"] for row in rows(run.metrics) if "loss" in row]
+        assert min(logged) > 1, "those of joint solves count as the layer's do"
         runs[job.name] = run
     summary = summarize(config, runs)
     assert len(summary.claims) == 5

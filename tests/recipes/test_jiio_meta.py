@@ -35,6 +35,7 @@ from torchimplicit.recipes.jiio_meta.task import RUNNER as TRAINER
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.reproduce.settings import Plan
 from torchimplicit.recipes.run import RunOptions, create
+from torchimplicit.recipes.training.logs import rows
 from torchimplicit.recipes.training.results import Results
 from torchimplicit.recipes.training.settings import Machine
 from torchimplicit.recipes.training.task import Shard
@@ -125,6 +126,24 @@ def test_training(data, adaptation, tmp_path) -> None:
     assert results.state == "complete"
     assert results.steps == 2
     assert ("accuracy" in results.test.figures) == (data == "omniglot")
+
+
+@pytest.mark.parametrize("adaptation", ["jiio", "descent"])
+def test_a_resumed_run_is_the_undisturbed_one(adaptation, tmp_path) -> None:
+    base = small(sinusoid(), adaptation=adaptation)
+    optimization = replace(base.optimization, steps=4, validate_every=2, schedule="constant")
+    config = replace(base, optimization=optimization)
+    half = replace(config, optimization=replace(optimization, steps=2))
+    logged = []
+    for name, parts in (("whole", [config]), ("cut", [half, config])):
+        run = create("jiio-meta-sinusoid", RunOptions(output=tmp_path / name))
+        run.describe("jiio-meta-sinusoid", config)
+        for part in parts:
+            assert TRAINER.train(part, run, Console(quiet=True))
+        logged.append([(row["loss"], row["forward_evaluations"]) for row in rows(run.metrics) if "loss" in row])
+    assert logged[0] == logged[1]
+    assert len(logged[0]) == 4
+    assert min(evaluations for _, evaluations in logged[0]) > config.adaptation_steps, "those of the support count"
 
 
 def test_tasks_depend_on_seed_and_step_alone() -> None:

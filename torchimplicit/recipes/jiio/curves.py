@@ -27,10 +27,10 @@ from torchimplicit.resolve import resolve
 from torchimplicit.solvers import Anderson
 
 JOINT = "jiio"
-JOINT_STEPS = (4, 6, 8, 10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 25, 30, 40, 60)
+JOINT_STEPS = (4, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 25, 30, 40, 60)
 NESTED_STEPS = (10, 20, 40)
-STEP_SIZES = (3.0, 5.0, 10.0, 20.0, 30.0)
-TUNED_AT = 14
+STEP_SIZES = (5.0, 10.0, 15.0, 20.0, 30.0)
+TUNED_AT = 12
 DAMPINGS = ((0.8, 0.6, 1.0), (1.0, 1.0, 1.0))
 RATES: dict[Method, tuple[float, ...]] = {
     "adam": (0.03, 0.05, 0.1, 0.2, 0.4),
@@ -148,13 +148,15 @@ class _Measurement:
 
     @torch.no_grad()
     def jointly(self, wanted: Tensor, steps: int, step_size: float, damping: tuple[float, float, float]) -> Tensor:
-        problem = replace(reconstruction(self.decoder, self.joint.prior, step_size), damping=damping)
+        problem = reconstruction(self.decoder, self.joint.prior, step_size, wanted[0].numel())
+        problem = replace(problem, damping=damping)
         solver = Anderson(memory=self.joint.joint_memory, rtol=1e-5, max_steps=steps)
         return found(self.decoder, problem, solver, wanted).value.x
 
     @torch.no_grad()
     def worth(self, x: Tensor, wanted: Tensor) -> float:
-        problem: Any = reconstruction(self.decoder, self.joint.prior, 1.0)
+        pixels = wanted[0].numel()
+        problem: Any = reconstruction(self.decoder, self.joint.prior, 1.0, pixels)
         z, _ = self.decoder.start(len(x))
-        loss = resolve(problem, JointState(z, z, x), wanted, solver=self.exact, throw=False).loss
+        loss = resolve(problem, JointState(z, z, x), wanted, solver=self.exact, throw=False).loss / pixels
         return float(loss.double().mean().nan_to_num(nan=torch.inf))

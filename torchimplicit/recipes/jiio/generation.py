@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchimplicit.gradients import Envelope
-from torchimplicit.problems import FixedPoint
+from torchimplicit.problems import FixedPoint, JointInference
 from torchimplicit.recipes.jiio.config import GenerationConfig
 from torchimplicit.recipes.jiio.data import Part, read
 from torchimplicit.recipes.jiio.model import found, generated, joint_solver, latents, make_decoder, reconstruction
@@ -60,11 +60,16 @@ class Generation(Task):
         if self.encoder is not None:
             return self._bound(self.encoder, images)
         joint, weight = self.config.joint, self.config.equilibria.jacobian_weight
-        problem = reconstruction(self.decoder, joint.prior, joint.step_size)
+        problem = self._problem(images)
         solver = joint_solver(joint, joint.joint_steps, keep_trajectory=weight > 0)
         solution = found(self.decoder, problem, solver, images, gradient=Envelope())
-        loss = problem.loss(solution.value.z, solution.value.x, images).mean()
+        self.solved(solution)
+        loss = problem.loss(solution.value.z, solution.value.x, images).mean() / images[0].numel()
         return loss + weight * self._penalty(problem.f, solution, images) if weight else loss
+
+    def _problem(self, images: Tensor) -> JointInference:
+        joint = self.config.joint
+        return reconstruction(self.decoder, joint.prior, joint.step_size, images[0].numel())
 
     def _penalty(self, function: Any, solution: Solution, images: Tensor) -> Tensor:
         """Of the map's Jacobian in the state, at an iterate drawn at random."""
@@ -102,10 +107,11 @@ class Generation(Task):
             losses, stopped = errors, torch.zeros(())
         else:
             joint = self.config.joint
-            problem = reconstruction(self.decoder, joint.prior, joint.step_size)
+            problem = self._problem(images)
             solution = found(self.decoder, problem, joint_solver(joint, joint.test_steps), images)
+            self.solved(solution)
             exact = resolve(problem, solution.value, images, solver=self.decoder.equilibrium.solver, throw=False)
-            losses = exact.loss
+            losses = exact.loss / images[0].numel()
             errors = error(self.decoder.head(exact.solution.value), images)
             stopped = (~solution.converged).sum()
         parts = (errors.double().sum(), losses.double().sum(), stopped.double(), torch.tensor(float(len(images))))

@@ -71,11 +71,12 @@ class Restoration(Task):
         """The latent whose image is nearest to what is seen."""
         pixels = math.prod(self.data.pixels)
 
+        # a sum over pixels: see reconstruction
         def loss(made: Tensor, x: Tensor, wanted: Tensor, seen: Tensor, prior: Tensor) -> Tensor:
-            misfit = ((made - wanted).square() * seen).flatten(1).sum(dim=1) / pixels
-            return misfit + prior * x.square().mean(dim=1)
+            misfit = ((made - wanted).square() * seen).flatten(1).sum(dim=1)
+            return misfit + pixels * prior * x.square().mean(dim=1)
 
-        return self.decoder.inference(loss, self.config.joint.step_size)
+        return self.decoder.inference(loss, self.config.joint.step_size / pixels)
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
         """See :class:`~torchimplicit.recipes.training.task.Task`."""
@@ -96,8 +97,11 @@ class Restoration(Task):
         if self.config.through == "generative":
             whole = torch.ones_like(images[:, :1])
             solution = found(self.decoder, problem, solver, images, whole, prior.detach(), gradient=Envelope())
-            return problem.loss(solution.value.z, solution.value.x, images, whole, prior.detach()).mean()
+            self.solved(solution)
+            pixels = math.prod(self.data.pixels)
+            return problem.loss(solution.value.z, solution.value.x, images, whole, prior.detach()).mean() / pixels
         solution = found(self.decoder, problem, solver, *self.corrupted(images), prior, gradient=self.estimator())
+        self.solved(solution)
         return squared_error(self.decoder.head(solution.value.z), images).mean()
 
     def estimator(self) -> Gradient:
@@ -112,6 +116,7 @@ class Restoration(Task):
         joint, problem = self.config.joint, self.problem()
         prior = self.log_prior.exp()
         solution = found(self.decoder, problem, joint_solver(joint, joint.test_steps), wanted, seen, prior)
+        self.solved(solution)
         exact = resolve(
             problem, solution.value, wanted, seen, prior, solver=self.decoder.equilibrium.solver, throw=False
         )

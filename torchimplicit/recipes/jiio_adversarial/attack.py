@@ -48,11 +48,13 @@ class PGD:
         steps: how many.
         step_size: as a share of the radius.
         tolerance: relative, of each solve and of its adjoint.
+        seen: is told of every solve.
     """
 
     steps: int
     step_size: float
     tolerance: float = 1e-2
+    seen: Callable[[Solution], None] | None = None
 
     def __call__(self, model: EquilibriumClassifier, images: Tensor, labels: Tensor, radius: float) -> Found:
         """Attack; no gradient is carried."""
@@ -67,6 +69,8 @@ class PGD:
                 found = solve(problem, z, model.inject(images + change), solver=solver, gradient=gradient)
                 loss = functional.cross_entropy(model.read(found.value), labels, reduction="sum")
                 (slope,) = torch.autograd.grad(loss, change)
+                if self.seen is not None:
+                    self.seen(found)
                 assert found.adjoint is not None
                 evaluations += found.evaluations + found.adjoint.evaluations
                 z = found.value.detach()
@@ -85,12 +89,14 @@ class JIIO:
         tolerance: relative, of the joint residual.
         solver: by default plain iteration, damped as published. Anderson's method, though it keeps the iterate of the
             highest cost, comes to other stationary points of this problem, which is not convex, and to weaker attacks.
+        seen: is told of every solve.
     """
 
     steps: int
     step_size: float
     tolerance: float = 1e-3
     solver: Solver | None = None
+    seen: Callable[[Solution], None] | None = None
 
     def __call__(self, model: EquilibriumClassifier, images: Tensor, labels: Tensor, radius: float) -> Found:
         """Attack; no gradient is carried."""
@@ -114,7 +120,10 @@ class JIIO:
             rtol=self.tolerance, max_steps=self.steps, keep_trajectory=keep_trajectory
         )
         start = (model.start(images), torch.zeros_like(images))
-        return solve(self.problem(model, radius), start, images, labels, solver=solver, gradient=Envelope())
+        found = solve(self.problem(model, radius), start, images, labels, solver=solver, gradient=Envelope())
+        if self.seen is not None:
+            self.seen(found)
+        return found
 
     def problem(self, model: EquilibriumClassifier, radius: float) -> JointInference:
         """Perturbation of least likelihood; the arguments are the images and their labels."""

@@ -57,11 +57,12 @@ class AdversarialTraining(Task):
         config = self.config
         if config.adversary == "jiio":
             return self._jiio
-        return PGD(steps=config.attack_steps if config.adversary == "pgd" else 10, step_size=config.attack_step_size)
+        steps = config.attack_steps if config.adversary == "pgd" else 10
+        return PGD(steps=steps, step_size=config.attack_step_size, seen=self.solved)
 
     @property
     def _jiio(self) -> JIIO:
-        return JIIO(steps=self.config.attack_steps, step_size=self.config.attack_step_size)
+        return JIIO(steps=self.config.attack_steps, step_size=self.config.attack_step_size, seen=self.solved)
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
         """See :class:`~torchimplicit.recipes.training.task.Task`."""

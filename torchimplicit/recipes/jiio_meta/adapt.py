@@ -14,6 +14,7 @@ from torchimplicit.gradients import Gradient, Implicit
 from torchimplicit.linear import GMRES
 from torchimplicit.models import ContextEquilibrium
 from torchimplicit.problems import JointInference
+from torchimplicit.solution import Solution
 from torchimplicit.solve import solve
 from torchimplicit.solvers import FixedPointIteration
 
@@ -48,6 +49,7 @@ class Joint:
         penalty: of the context's square.
         gradient: of the weights, in the context; ``None``: the context is a constant to them (first order).
         tolerance: relative, of the joint residual.
+        seen: is told of the solve.
     """
 
     steps: int
@@ -55,6 +57,7 @@ class Joint:
     penalty: float
     gradient: Gradient | None = None
     tolerance: float = 1e-3
+    seen: Callable[[Solution], None] | None = None
 
     def __call__(self, model: ContextEquilibrium, features: Tensor, targets: Tensor) -> Adapted:
         """Adapt to the support's features ``[tasks, samples, state]`` and targets."""
@@ -66,6 +69,8 @@ class Joint:
                 found = solve(problem, start, features, targets, solver=solver, throw=False)
         else:
             found = solve(problem, start, features, targets, solver=solver, gradient=self.gradient, throw=False)
+        if self.seen is not None:
+            self.seen(found)
         return Adapted(found.value.x, 2 * found.evaluations)
 
     def problem(self, model: ContextEquilibrium) -> JointInference:

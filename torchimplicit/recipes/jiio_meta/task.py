@@ -79,7 +79,8 @@ class MetaLearning(Task):
         if config.adaptation == "descent":
             return Descent(**shared, differentiable=learning)
         first_order = config.adaptation == "jiio-first-order" or not learning
-        return Joint(**shared, gradient=None if first_order else exact(config.adjoint_steps, config.adjoint_tolerance))
+        through = None if first_order else exact(config.adjoint_steps, config.adjoint_tolerance)
+        return Joint(**shared, gradient=through, seen=self.solved)
 
     def loss(self, batch: Any) -> Tensor:
         """The error on the queries, at the context that the support gives."""

@@ -9,24 +9,42 @@ from contextlib import contextmanager
 import torch
 
 from torchimplicit.nn import Equilibrium
+from torchimplicit.recipes.training.task import Task
 from torchimplicit.solution import Solution, Status
 
 
 class Costs:
-    """Watches every solve of some layers until it is closed.
+    """Watches every solve of some layers, and those that a task tells of, until it is closed.
 
-    Attributes:
-        solves: how many calls there were of the first layer: one a batch, where a batch calls the model once.
+    Args:
+        layers: watched.
+        task: whose other solves count too.
     """
 
-    def __init__(self, layers: Sequence[Equilibrium]):
+    def __init__(self, layers: Sequence[Equilibrium], task: Task | None = None):
         self._solutions: list[Solution] = []
         self._first = layers[0] if layers else None
-        self.solves = 0
+        self._calls = self._told = 0
         self._handles = [layer.register_solution_hook(self._see) for layer in layers]
+        self._task = task
+        if task is not None:
+            task.listeners.append(self._hear)
+
+    @property
+    def solves(self) -> int:
+        """How many calls there were of the first layer: one a batch, where a batch calls the model once. Where there
+        were none, how many solves the task told of."""
+        return self._calls or self._told
 
     def _see(self, layer: Equilibrium, solution: Solution) -> None:
-        self.solves += layer is self._first
+        self._calls += layer is self._first
+        self._keep(solution)
+
+    def _hear(self, solution: Solution) -> None:
+        self._told += 1
+        self._keep(solution)
+
+    def _keep(self, solution: Solution) -> None:
         # the record is shared with the solution, and is filled in by the backward pass
         self._solutions.append(solution.figures())
 
@@ -49,6 +67,9 @@ class Costs:
         """Watch no longer, and let go of what was seen."""
         for handle in self._handles:
             handle.remove()
+        if self._task is not None:
+            self._task.listeners.remove(self._hear)
+            self._task = None
         self._solutions = []
 
 

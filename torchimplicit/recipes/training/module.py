@@ -176,7 +176,7 @@ class TrainingModule(LightningModule):
         self.task.begin()
 
     def on_train_batch_start(self, batch: Any, index: int) -> None:
-        self._costs = Costs(self.layers)
+        self._costs = Costs(self.layers, self.task)
         self._watch.start(self.device)
 
     def training_step(self, batch: Any, index: int) -> Tensor:
@@ -261,7 +261,7 @@ class TrainingModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.task.begin()
         self._sums = None
-        self._held_out = Costs(self.layers)
+        self._held_out = Costs(self.layers, self.task)
 
     def validation_step(self, batch: Any, index: int) -> None:
         with _quietly():

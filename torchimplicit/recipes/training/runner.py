@@ -172,7 +172,7 @@ def measure(module: TrainingModule, split: Split, where: torch.device, machine: 
     was_training = task.training
     task.eval()
     task.begin()
-    costs = Costs([layer for layer in task.modules() if isinstance(layer, Equilibrium)])
+    costs = Costs([layer for layer in task.modules() if isinstance(layer, Equilibrium)], task)
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(machine.precision)
     sums: torch.Tensor | None = None
     with warnings.catch_warnings(), torch.autocast(where.type, mixed, enabled=mixed is not None):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
+
+from torchimplicit.solution import Solution
 
 Split = Literal["validation", "test"]
 
@@ -54,6 +56,15 @@ class Task(nn.Module, ABC):
     """
 
     metric: Metric
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listeners: list[Callable[[Solution], None]] = []
+
+    def solved(self, solution: Solution) -> None:
+        """Tell of a solve that no layer makes, so that its evaluations are counted."""
+        for listener in self.listeners:
+            listener(solution)
 
     @abstractmethod
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
