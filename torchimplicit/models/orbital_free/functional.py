@@ -19,6 +19,7 @@ from torchimplicit.models.orbital_free.local import (
     weizsaecker,
 )
 from torchimplicit.models.orbital_free.molecule import Molecule
+from torchimplicit.models.orbital_free.pairs import entries, shape
 from torchimplicit.problems import Minimum
 
 ELEMENTS, SHELLS = 19, 24
@@ -34,6 +35,7 @@ class OrbitalFreeConfig:
         width: of the smooth positive part of the density, in electrons per cubic bohr.
         penalty: the factor of :math:`\\int\\rho_-^2`, which holds negative densities down.
         hidden: the enhancement factor's hidden units, in each of ``layers`` layers; 0: there is none.
+        pairs: nuclear charges of the elements whose neighbours enter the linear term; empty: it knows none.
     """
 
     weizsaecker: float = 0.4
@@ -41,6 +43,7 @@ class OrbitalFreeConfig:
     penalty: float = 100.0
     hidden: int = 16
     layers: int = 2
+    pairs: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("weizsaecker", "penalty", "hidden"):
@@ -61,7 +64,8 @@ class OrbitalFree(nn.Module):
 
     with :math:`\\rho_+` the smooth positive part. Learned are the enhancement factor :math:`F_\\theta`, a network of
     the local features :math:`x=(\\log\\rho_+,\\log(1+s^2))`; the term :math:`a`, a coefficient for every element and s
-    shell (the linear atomic reference of Zhang et al. 2024, M-OFDFT); and one constant for each element. At first they
+    shell (the linear atomic reference of Zhang et al. 2024, M-OFDFT), and if asked for, what an atom's neighbours add to
+    it (:mod:`~torchimplicit.models.orbital_free.pairs`); and one constant for each element. At first they
     are zero, which leaves the functional of Thomas, Fermi, Dirac and von Weizsäcker.
 
     The parameters are double precision: eigenvalues of the Hessian may span many orders of magnitude.
@@ -72,6 +76,7 @@ class OrbitalFree(nn.Module):
         self.config = config = config or OrbitalFreeConfig()
         self.factor = _network(config.hidden, config.layers) if config.hidden else None
         self.reference = nn.Parameter(torch.zeros(ELEMENTS, SHELLS, dtype=torch.float64))
+        self.pairs = nn.Parameter(torch.zeros(shape(config.pairs), dtype=torch.float64)) if config.pairs else None
         self.constants = nn.Parameter(torch.zeros(ELEMENTS, dtype=torch.float64))
 
     def forward(self, p: Tensor, molecule: Molecule) -> Tensor:
@@ -91,12 +96,17 @@ class OrbitalFree(nn.Module):
         }
 
     def local(self, rho: Tensor, slopes: Tensor) -> dict[str, Tensor]:
-        """The energy densities that depend on the density at a point, by name, ``[points]`` each.
+        """The energy densities that depend on the density at a point, by name, ``[points]`` each; zero in a vacuum.
 
         Args:
             rho: :math:`\\rho`, ``[points]``.
             slopes: its derivatives in x, y, z, ``[3, points]``.
         """
+        # the positive part of nothing is half its width, whose energy would grow with the extent of the grid
+        vacuum = self._densities(rho.new_zeros(1), slopes.new_zeros(3, 1))
+        return {name: density - vacuum[name] for name, density in self._densities(rho, slopes).items()}
+
+    def _densities(self, rho: Tensor, slopes: Tensor) -> dict[str, Tensor]:
         config = self.config
         sigma = slopes.square().sum(dim=0)
         plus = positive_part(rho, config.width)
@@ -113,7 +123,11 @@ class OrbitalFree(nn.Module):
     def linear(self, molecule: Molecule) -> Tensor:
         """The coefficients :math:`a` of the linear term, ``[n]``."""
         coefficients = self.reference[molecule.charges[molecule.atom], molecule.shell]
-        return torch.where(molecule.angular == 0, coefficients, 0)
+        found = torch.where(molecule.angular == 0, coefficients, 0)
+        if self.pairs is None:
+            return found
+        rows, places, values = entries(molecule, self.config.pairs)
+        return found.index_add(0, rows, self.pairs.reshape(-1)[places] * values)
 
     def problem(self, molecule: Molecule, metric: Metric | None = None) -> Minimum:
         """The density of least energy with the molecule's number of electrons, ``solve(problem, molecule.guess)``.

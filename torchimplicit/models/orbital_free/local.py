@@ -20,8 +20,8 @@ def positive_part(rho: Tensor, width: float) -> Tensor:
     A fitted density may dip below zero far from the nuclei, where no power of it would have a derivative.
     """
     root = torch.sqrt(rho.square() + width**2)
-    # the same number without cancellation where rho is negative
-    return torch.where(rho > 0, 0.5 * (rho + root), 0.5 * width**2 / (root + rho.abs()))
+    # the same number without cancellation where rho is negative; clamped, so that the other branch stays finite
+    return torch.where(rho > 0, 0.5 * (rho + root), 0.5 * width**2 / (root - rho.clamp_max(0)))
 
 
 def thomas_fermi(rho: Tensor) -> Tensor:
