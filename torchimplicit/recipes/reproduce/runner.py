@@ -23,7 +23,7 @@ from torchimplicit.recipes.reproduce.page import page
 from torchimplicit.recipes.reproduce.record import Claim, Picture, Record, Sheet
 from torchimplicit.recipes.run import Run
 
-PLACES = ("record", "data_dir")
+PLACES = ("record", "data_dir", "sound_file", "video_file", "mesh_file")
 """Settings that are paths."""
 
 
