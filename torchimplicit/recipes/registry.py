@@ -263,6 +263,11 @@ TABLES = {
         f"{_HERE}.implicit_signals.config:default",
         f"{_HERE}.implicit_signals.table:TABLE",
     ),
+    "implicit-shapes": Entry(
+        "A mesh by implicit and explicit representations: occupancy, and distances with exact and one-step gradients.",
+        f"{_HERE}.implicit_shapes.config:default",
+        f"{_HERE}.implicit_shapes.table:TABLE",
+    ),
     "physics-informed": Entry(
         "Physics-informed equilibrium models beside plain networks: four equations, three optimizers.",
         f"{_HERE}.physics_informed.config:default",
@@ -306,6 +311,16 @@ PARTS = {
         "The cost of a step of several fits of fields, measured in turn.",
         f"{_HERE}.fields.cost:default",
         f"{_HERE}.fields.cost:RUNNER",
+    ),
+    "implicit-shape-one-step": Entry(
+        "A distance trained by the one-step estimate, which is wrong for it.",
+        f"{_HERE}.implicit_shapes.config:one_step",
+        f"{_HERE}.implicit_shapes.one_step:RUNNER",
+    ),
+    "implicit-shapes-cost": Entry(
+        "The cost of a step of several fits of shapes, and where the one-step estimate points, measured in turn.",
+        f"{_HERE}.implicit_shapes.config:costs",
+        f"{_HERE}.implicit_shapes.measure:RUNNER",
     ),
     "jiio-adversarial-attacks": Entry(
         "Attacks on a classifier that was trained for it, measured in turn.",

@@ -102,7 +102,7 @@ def exact() -> Equilibria:
     )
 
 
-def adam(steps: int, validate_every: int, learning_rate: float = 1e-3) -> Optimization:
+def adam(steps: int, validate_every: int, learning_rate: float = 3e-3) -> Optimization:
     """Part of the points in every step."""
     return Optimization(
         steps=steps,

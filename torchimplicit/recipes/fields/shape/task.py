@@ -13,7 +13,7 @@ from torchimplicit.recipes.fields.shape.show import export, show
 from torchimplicit.recipes.fields.shape.subject import Subject, subject
 from torchimplicit.recipes.fields.task import FieldTask, Parts
 
-FREQUENCIES = {"occupancy": 32.0, "sdf": 12.0}
+FREQUENCIES = {"occupancy": 16.0, "sdf": 10.0}
 """Their scale, by the task."""
 
 

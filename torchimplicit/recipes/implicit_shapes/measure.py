@@ -1,0 +1,135 @@
+"""What steps cost, and where the one-step estimate points, measured in turn."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.recipes.fields.cost import FieldCost, Subject, in_turn
+from torchimplicit.recipes.fields.cost import table as cost_table
+from torchimplicit.recipes.fields.shape.config import ShapeConfig
+from torchimplicit.recipes.fields.shape.criteria import DistanceLoss
+from torchimplicit.recipes.fields.shape.task import RUNNER as SHAPES
+from torchimplicit.recipes.fields.shape.task import build
+from torchimplicit.recipes.implicit_shapes.config import ShapesCostConfig
+from torchimplicit.recipes.implicit_shapes.one_step import OneStepRepresentation, build_one_step
+from torchimplicit.recipes.machine import threads
+from torchimplicit.recipes.plain import from_plain
+from torchimplicit.recipes.run import Run
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The one-step estimate beside the exact gradient in all weights, at the same weights.
+
+    Attributes:
+        cosine, norm: of the whole loss, and the ratio of the norms.
+        values: the cosine for the loss of values alone.
+        slopes: that for the loss of slopes alone.
+    """
+
+    cosine: float
+    norm: float
+    values: float
+    slopes: float
+
+
+@dataclass(frozen=True)
+class ShapesCost:
+    """What was measured.
+
+    Attributes:
+        costs: of a step, by the fits' names.
+        begun: by the name of every implicit fit of a distance: the directions at its initial weights.
+        trained: the same after the steps of the measurement.
+    """
+
+    costs: dict[str, FieldCost]
+    begun: dict[str, Direction]
+    trained: dict[str, Direction]
+
+
+class ShapesCostRunner:
+    """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+
+    def check(self, config: ShapesCostConfig) -> None:
+        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        for one in config.fits:
+            SHAPES.check(one)
+
+    def train(self, config: ShapesCostConfig, run: Run, console: Console) -> bool:
+        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        self._measure(config, run, console, "costs.json")
+        return True
+
+    def evaluate(self, config: ShapesCostConfig, run: Run, console: Console) -> None:
+        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        self._measure(config, run, console, "evaluation.json")
+
+    def _measure(self, config: ShapesCostConfig, run: Run, console: Console, name: str) -> None:
+        found = measured(config)
+        run.write_json(name, found)
+        console.print(cost_table(found.costs).rich_rows())
+
+
+RUNNER = ShapesCostRunner()
+
+
+def read(run: Run) -> ShapesCost | None:
+    """What a run has measured."""
+    if not (run.path / "costs.json").is_file():
+        return None
+    return from_plain(ShapesCost, run.read_json("costs.json"))
+
+
+def measured(config: ShapesCostConfig) -> ShapesCost:
+    """All fits, in turn."""
+    with warnings.catch_warnings(), threads(config.fits[0].machine.threads):
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        subjects = [
+            Subject(name, one, build_one_step if estimate else build)
+            for name, one, estimate in zip(config.names, config.fits, config.one_step, strict=True)
+        ]
+        exact = {
+            subject.name: (subject, one)
+            for subject, one, estimate in zip(subjects, config.fits, config.one_step, strict=True)
+            if one.task == "sdf" and one.representation.implicit and not estimate
+        }
+        begun = {name: direction(*pair) for name, pair in exact.items()}
+        in_turn(subjects, config.warm_steps, config.rounds, 1)
+        trained = {name: direction(*pair) for name, pair in exact.items()}
+        return ShapesCost({subject.name: subject.cost() for subject in subjects}, begun, trained)
+
+
+def direction(subject: Subject, config: ShapeConfig) -> Direction:
+    """The estimate's at the subject's present weights."""
+    other = build_one_step(config).to(subject.where).train()
+    assert isinstance(other.model, OneStepRepresentation)
+    other.model.whole.load_state_dict(subject.task.model.state_dict())
+    weights = subject.task.criterion
+    assert isinstance(weights, DistanceLoss)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, criterion in (
+        ("whole", weights),
+        ("values", replace(weights, normal=0.0, eikonal=0.0)),
+        ("slopes", replace(weights, distance=0.0)),
+    ):
+        subject.task.criterion = other.criterion = criterion
+        found[name] = (_gradient(other, subject.batch), _gradient(subject.task, subject.batch))
+    subject.task.criterion = weights
+    cosine = {name: float(torch.cosine_similarity(one, true, dim=0)) for name, (one, true) in found.items()}
+    one, true = found["whole"]
+    return Direction(cosine["whole"], float(one.norm() / true.norm()), cosine["values"], cosine["slopes"])
+
+
+def _gradient(task: Any, batch: Tensor) -> Tensor:
+    weights = list(task.parameters())
+    grads = torch.autograd.grad(task.loss(batch), weights, allow_unused=True)
+    pairs = zip(weights, grads, strict=True)
+    return torch.cat([(torch.zeros_like(w) if g is None else g).flatten() for w, g in pairs]).double()
