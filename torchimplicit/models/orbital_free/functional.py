@@ -64,9 +64,9 @@ class OrbitalFree(nn.Module):
 
     with :math:`\\rho_+` the smooth positive part. Learned are the enhancement factor :math:`F_\\theta`, a network of
     the local features :math:`x=(\\log\\rho_+,\\log(1+s^2))`; the term :math:`a`, a coefficient for every element and s
-    shell (the linear atomic reference of Zhang et al. 2024, M-OFDFT), and if asked for, what an atom's neighbours add to
-    it (:mod:`~torchimplicit.models.orbital_free.pairs`); and one constant for each element. At first they
-    are zero, which leaves the functional of Thomas, Fermi, Dirac and von Weizsäcker.
+    shell (the linear atomic reference of Zhang et al. 2024, M-OFDFT), and if asked for, what an atom's neighbours add
+    to it (:mod:`~torchimplicit.models.orbital_free.pairs`); and one constant for each element. At first they are zero,
+    which leaves the functional of Thomas, Fermi, Dirac and von Weizsäcker.
 
     The parameters are double precision: eigenvalues of the Hessian may span many orders of magnitude.
     """

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchimplicit.models.orbital_free.functional import OrbitalFree
 from torchimplicit.models.orbital_free.molecule import Molecule
+from torchimplicit.models.orbital_free.starting import linear_columns
 
 POINTS_AT_ONCE = 4096
 """Of the mixed derivatives, each point having one for every weight."""
@@ -47,14 +48,15 @@ def mixed(functional: OrbitalFree, p: Tensor, molecule: Molecule, wrt: Sequence[
     network = [name for name in wrt if name.startswith("factor.")]
     if network:
         found.update(_of_network(functional, p, molecule, {name: parameters[name] for name in network}))
-    for name in wrt:
-        if name == "reference":
-            columns = p.new_zeros(molecule.size, *parameters[name].shape)
-            scalar = (molecule.angular == 0).nonzero()[:, 0]
-            columns[scalar, molecule.charges[molecule.atom[scalar]], molecule.shell[scalar]] = 1
-            found[name] = columns
-        elif name == "constants":
-            found[name] = p.new_zeros(molecule.size, *parameters[name].shape)
+    linear = [name for name in ("reference", "pairs") if name in wrt]
+    if linear:
+        atoms, pairs = linear_columns(functional, molecule).split(
+            [functional.reference.numel(), 0 if functional.pairs is None else functional.pairs.numel()], dim=1
+        )
+        parts = {"reference": atoms, "pairs": pairs}
+        found.update({name: parts[name].reshape(molecule.size, *parameters[name].shape) for name in linear})
+    if "constants" in wrt:
+        found["constants"] = p.new_zeros(molecule.size, *parameters["constants"].shape)
     return found
 
 

@@ -11,6 +11,7 @@ from torchimplicit.constraints import project, unit_normal
 from torchimplicit.coordinates import Metric
 from torchimplicit.models.orbital_free.functional import ELEMENTS, SHELLS, OrbitalFree
 from torchimplicit.models.orbital_free.molecule import Molecule
+from torchimplicit.models.orbital_free.pairs import entries
 
 
 @torch.no_grad()
@@ -20,27 +21,46 @@ def fit_linear(
     """Set the linear term so that the reference densities are as nearly stationary as it can make them.
 
     Minimizes :math:`\\sum_m\\lVert P\\,S^{-1/2}(\\nabla E(p_{gs})+a)\\rVert^2/N_m`, one linear least-squares problem in
-    the coefficients of all elements and s shells that the molecules have. Coefficients of others stay as they are.
+    the coefficients of all elements and s shells that the molecules have. Those of others become zero.
 
     Args:
         metrics: of the overlaps.
         ridge: the weight of :math:`\\lVert a\\rVert^2`, relative to the largest diagonal entry of the normal equations.
     """
     functional.reference.zero_()
-    size = ELEMENTS * SHELLS
-    matrix, right = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+    if functional.pairs is not None:
+        functional.pairs.zero_()
+    columns, slopes = [], []
     for molecule, metric in zip(molecules, metrics, strict=True):
         normal, _ = unit_normal(metric.covector(molecule.weight[None]), molecule.electrons.reshape(1, 1))
-        slope = project(metric.covector(_slope(functional, molecule)[None]), normal)[0]
-        place = molecule.charges[molecule.atom] * SHELLS + molecule.shell
-        scalar = (molecule.angular == 0).to(slope)
-        columns = metric.inverse[0].to(slope) * scalar  # those of p, shells that are no s shells left out
-        columns = project(columns.T, normal).T
-        gathered = torch.zeros(len(slope), size, dtype=torch.float64).index_add_(1, place, columns)
-        matrix += gathered.T @ gathered / molecule.electrons
-        right -= gathered.T @ slope / molecule.electrons
-    matrix += ridge * matrix.diagonal().max() * torch.eye(size, dtype=torch.float64)
-    functional.reference.copy_(torch.linalg.solve(matrix, right).reshape(ELEMENTS, SHELLS))
+        slopes.append(project(metric.covector(_slope(functional, molecule)[None]), normal)[0])
+        columns.append(project((metric.inverse[0].to(slopes[-1]) @ linear_columns(functional, molecule)).T, normal).T)
+        slopes[-1], columns[-1] = (t / molecule.electrons.sqrt() for t in (slopes[-1], columns[-1]))
+    every, slope = torch.cat(columns), torch.cat(slopes)
+    matrix, right = every.T @ every, -every.T @ slope
+    size = matrix.diagonal()
+    used = size > 0
+    matrix = matrix[used][:, used] + ridge * torch.diag(size.max().expand(int(used.sum())))
+    fitted = torch.zeros_like(size)
+    fitted[used] = torch.linalg.solve(matrix, right[used])
+    own = functional.reference.numel()
+    functional.reference.copy_(fitted[:own].reshape(functional.reference.shape))
+    if functional.pairs is not None:
+        functional.pairs.copy_(fitted[own:].reshape(functional.pairs.shape))
+
+
+def linear_columns(functional: OrbitalFree, molecule: Molecule) -> Tensor:
+    """The derivative of the linear term in its coefficients, those of the atoms and then those of the pairs,
+    ``[n, coefficients]``."""
+    own = functional.reference.numel()
+    columns = molecule.weight.new_zeros(molecule.size, own)
+    scalar = (molecule.angular == 0).nonzero()[:, 0]
+    columns[scalar, molecule.charges[molecule.atom[scalar]] * SHELLS + molecule.shell[scalar]] = 1
+    if functional.pairs is None:
+        return columns
+    rows, places, values = entries(molecule, functional.config.pairs)
+    more = columns.new_zeros(molecule.size, functional.pairs.numel())
+    return torch.cat((columns, more.index_put((rows, places), values, accumulate=True)), dim=1)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchimplicit.constraints import project, unit_normal
@@ -23,17 +24,23 @@ PATIENCE = 15
 """Steps of L-BFGS after which the kept Hessian is made anew."""
 
 
+TAIL = 1e-3
+"""Electrons per cubic bohr: where the density is less, its errors weigh no more."""
+
+
 @dataclass
 class Case:
     """A molecule, with its metric, the Hessian that is kept as preconditioner, and the density found last.
 
     Attributes:
+        weighing: see :meth:`away`, ``[n, n]``.
         density: coefficients ``[n]`` to begin the next minimization at.
         fresh: whether the kept Hessian still serves.
     """
 
     molecule: Molecule
     metric: Metric
+    weighing: Tensor
     hessian: ReferenceHessian = field(default_factory=ReferenceHessian)
     density: Tensor = field(init=False)
     fresh: bool = field(default=False, init=False)
@@ -42,9 +49,18 @@ class Case:
         self.density = self.molecule.guess
 
     @classmethod
-    def of(cls, molecule: Molecule) -> Case:
-        """With its metric, that of the basis' overlap."""
-        return cls(molecule, Metric(molecule.overlap))
+    def of(cls, molecule: Molecule, tail_weight: float = 0.0) -> Case:
+        """With its metric, that of the basis' overlap.
+
+        Args:
+            tail_weight: :math:`\\kappa` of :meth:`away`.
+        """
+        matrix = molecule.overlap
+        if tail_weight:
+            share = molecule.quadrature / (molecule.density(molecule.reference).clamp_min(0) + TAIL)
+            matrix = matrix + tail_weight * molecule.values.T @ (share[:, None] * molecule.values)
+        weighing = torch.linalg.cholesky(matrix / molecule.electrons).mT
+        return cls(molecule, Metric(molecule.overlap), weighing)
 
     def problem(self, functional: OrbitalFree) -> Minimum:
         """The density of least energy."""
@@ -106,13 +122,14 @@ class Case:
         return EquilibriumPropagation(nudge=config.nudge, symmetric=not one_sided, curved=one_sided, solver=inner)
 
     def away(self, p: Tensor) -> Tensor:
-        """:math:`S^{1/2}(p-p_{gs})/\\sqrt N`, ``[n]``: half its square is the loss."""
-        root = self.metric.root[0].to(p)
-        return root @ (p - self.molecule.reference) / self.molecule.electrons.sqrt()
+        """``[n]``: half its square is what training lowers for this molecule,
+        :math:`\\int(\\rho-\\rho_{gs})^2(1+\\kappa/(\\rho_{gs}+\\delta))/(2N)`."""
+        return self.weighing @ (p - self.molecule.reference)
 
     def loss(self, p: Tensor) -> Tensor:
         """:math:`L=\\int(\\rho-\\rho_{gs})^2/(2N)`."""
-        return 0.5 * self.away(p).square().sum()
+        difference = p - self.molecule.reference
+        return 0.5 * difference @ (self.molecule.overlap @ difference) / self.molecule.electrons
 
     def l1(self, p: Tensor) -> Tensor:
         """:math:`\\int|\\rho-\\rho_{gs}|/N` on the grid."""

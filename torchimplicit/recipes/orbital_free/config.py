@@ -71,6 +71,13 @@ class OrbitalFreeTraining:
     hidden: int = 16
     """Units in each of the enhancement factor's two hidden layers; 0: only the linear terms are trained."""
 
+    pairs: bool = True
+    """Let the linear term know where an atom's neighbours are."""
+
+    tail_weight: float = 0.1
+    """Of ∫(ρ−ρ_gs)²/(ρ_gs+10⁻³)/(2N) in the loss beside ∫(ρ−ρ_gs)²/(2N): it counts where the density is low, and bounds
+    ∫|ρ−ρ_gs|/N."""
+
     optimizer: OptimizerName = "least-squares"
     """A trust-region Gauss–Newton method with exact Jacobians, L-BFGS (both SciPy's), or Adam with a cosine."""
 

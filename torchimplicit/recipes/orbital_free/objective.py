@@ -108,7 +108,7 @@ def made(
     functional: OrbitalFree, own: Sequence[Molecule], every: Sequence[Molecule], config: OrbitalFreeTraining
 ) -> Share:
     """The share of some of all molecules."""
-    cases = [Case.of(molecule) for molecule in own]
+    cases = [Case.of(molecule, config.tail_weight) for molecule in own]
     return Share(functional, cases, _weights(functional, every, config), config, len(every))
 
 

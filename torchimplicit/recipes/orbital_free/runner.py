@@ -39,12 +39,18 @@ def check(config: OrbitalFreeTraining) -> None:
 
 def started(config: OrbitalFreeTraining, cases: Sequence[Case]) -> OrbitalFree:
     """The functional that training starts from: the linear terms are fitted to the molecules, in closed form."""
+    molecules = [case.molecule for case in cases]
+    elements = tuple(sorted({int(charge) for molecule in molecules for charge in molecule.charges}))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         functional = OrbitalFree(
-            OrbitalFreeConfig(weizsaecker=config.weizsaecker, penalty=config.penalty, hidden=config.hidden)
+            OrbitalFreeConfig(
+                weizsaecker=config.weizsaecker,
+                penalty=config.penalty,
+                hidden=config.hidden,
+                pairs=elements if config.pairs else (),
+            )
         )
-    molecules = [case.molecule for case in cases]
     fit_linear(functional, molecules, [case.metric for case in cases])
     fit_constants(functional, molecules)
     return functional

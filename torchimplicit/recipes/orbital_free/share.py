@@ -39,7 +39,7 @@ class Work:
 class Share:
     """Some of the molecules of a training.
 
-    The loss is the mean over all ``total`` molecules of :math:`\\int(\\rho-\\rho_{gs})^2/(2N)`, and of half the squared
+    The loss is the mean over all ``total`` molecules of the half square of :meth:`Case.away`, and of half the squared
     error of the energy per electron times its weight.
 
     Attributes:
@@ -85,7 +85,7 @@ class Share:
             curved = project(project(inner @ hessian(self.functional, p, molecule) @ inner, normal).T, normal)
             slopes = slopes - normal.T @ (normal @ slopes)
             moved = -torch.linalg.solve(curved + normal.T @ normal, slopes)
-            rows.append(moved / molecule.electrons.sqrt())
+            rows.append(case.weighing @ inner @ moved)
             if self.config.energy_weight:
                 self.functional.zero_grad()
                 self._energy_error(case, p).backward()
@@ -121,11 +121,14 @@ class Share:
         return solution
 
     def _density_loss(self, case: Case, solution: Solution) -> Tensor:
+        def half_square(p: Tensor) -> Tensor:
+            return 0.5 * case.away(p).square().sum()
+
         if not self.config.correction:
-            return case.loss(solution.value)
+            return half_square(solution.value)
         return fixed_point_correction(
             solution,
-            case.loss,
+            half_square,
             count=1 + self.config.correction,
             gamma=self.config.correction_gamma,
             random=self.config.correction_random,

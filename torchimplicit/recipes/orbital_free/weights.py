@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.models.orbital_free import Molecule, OrbitalFree
+from torchimplicit.models.orbital_free.pairs import entries
 from torchimplicit.recipes.optimizing.objective import Array
 
 
@@ -29,6 +30,10 @@ class Weights:
                 for molecule in molecules:
                     scalar = molecule.angular == 0
                     mask[molecule.charges[molecule.atom][scalar], molecule.shell[scalar]] = True
+            elif name == "pairs":
+                mask = torch.zeros_like(p, dtype=torch.bool)
+                for molecule in molecules:
+                    mask.view(-1)[entries(molecule, functional.config.pairs)[1]] = True
             elif name == "constants":
                 mask.zero_()
                 if constants:

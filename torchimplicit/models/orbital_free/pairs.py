@@ -1,0 +1,75 @@
+"""A linear term in the density that knows where the neighbours of each atom are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchimplicit.models.orbital_free.molecule import Molecule
+
+LARGEST_L = 2
+SHELLS_OF_PAIRS = 12
+WIDTHS = (1.5, 3.0)
+"""Of the Gaussians in the distance, in bohr."""
+
+
+def entries(molecule: Molecule, elements: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """The term's dependence on its coefficients: :math:`a_i=\\sum_{t:\\,row_t=i}value_t\\,\\theta_{place_t}`.
+
+    For a function of angular momentum l and shell s at atom A,
+    :math:`a_{Aslm}=\\sum_{B\\ne A}\\sum_k\\theta_{Z_A,Z_B,l,s,k}\\,e^{-R^2/(2\\sigma_k^2)}\\,Y_{lm}(\\hat R_{AB})`:
+    whatever way the molecule is turned, the energy :math:`\\langle a,p\\rangle` is the same.
+
+    Returns:
+        rows, places (into the coefficients ``[element, neighbour, l, shell, width]``, flat) and values, ``[t]`` each.
+    """
+    kinds = torch.full_like(molecule.charges, -1)
+    for kind, element in enumerate(elements):
+        kinds[molecule.charges == element] = kind
+    rows, neighbours = _near(molecule, kinds)
+    atoms, angular, shell = molecule.atom[rows], molecule.angular[rows], molecule.shell[rows]
+    away = molecule.positions[neighbours] - molecule.positions[atoms]
+    distance = away.norm(dim=1)
+    harmonics = _harmonics(away / distance[:, None])[angular, _order(molecule)[rows], torch.arange(len(rows))]
+    widths = torch.tensor(WIDTHS).to(away)
+    values = harmonics[:, None] * torch.exp(-0.5 * (distance[:, None] / widths) ** 2)
+    place = ((kinds[atoms] * len(elements) + kinds[neighbours]) * (LARGEST_L + 1) + angular) * SHELLS_OF_PAIRS + shell
+    places = place[:, None] * len(WIDTHS) + torch.arange(len(WIDTHS), device=place.device)
+    return rows.repeat_interleave(len(WIDTHS)), places.reshape(-1), values.reshape(-1)
+
+
+def shape(elements: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the coefficients."""
+    return len(elements), len(elements), LARGEST_L + 1, SHELLS_OF_PAIRS, len(WIDTHS)
+
+
+def _near(molecule: Molecule, kinds: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of a basis function that has coefficients and of another atom, of known elements both."""
+    has = (molecule.angular <= LARGEST_L) & (molecule.shell < SHELLS_OF_PAIRS) & (kinds[molecule.atom] >= 0)
+    other = (molecule.atom[:, None] != torch.arange(len(kinds), device=kinds.device)) & (kinds >= 0)
+    rows, neighbours = (has[:, None] & other).nonzero(as_tuple=True)
+    return rows, neighbours
+
+
+def _order(molecule: Molecule) -> Tensor:
+    """The number of each function within its shell, ``[n]``."""
+    labels = torch.stack((molecule.atom, molecule.angular, molecule.shell), dim=1)
+    _, counts = torch.unique_consecutive(labels, dim=0, return_counts=True)
+    starts = counts.cumsum(0) - counts
+    return torch.arange(len(labels), device=labels.device) - starts.repeat_interleave(counts)
+
+
+def _harmonics(unit: Tensor) -> Tensor:
+    """Real spherical harmonics of unit vectors ``[t, 3]``, up to a factor for each l, ``[l, 2l+1, t]`` padded.
+
+    In the order of the basis: x, y, z, and for l = 2 from m = -2 to 2.
+    """
+    x, y, z = unit.unbind(dim=1)
+    found = unit.new_zeros(LARGEST_L + 1, 2 * LARGEST_L + 1, len(unit))
+    found[0, 0] = 1
+    found[1, 0], found[1, 1], found[1, 2] = x, y, z
+    root = 3**0.5
+    for m, value in enumerate((root * x * y, root * y * z, 0.5 * (3 * z * z - 1), root * x * z)):
+        found[2, m] = value
+    found[2, 4] = 0.5 * root * (x * x - y * y)
+    return found
