@@ -26,7 +26,7 @@ STEPS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 10
 """At which errors are looked at."""
 RATES = (1e-3, 1e-2, 1e-1)
 """Of Adam, relative to the largest entry of the solution: the best one counts, which favours it."""
-TIMED = 40
+TIMED = 15
 """Steps that are timed of a way that takes more."""
 
 
@@ -90,9 +90,9 @@ def solved(case: Case, problem: Minimum, descent_steps: int, repeats: int) -> tu
         for name, timing in timings.items():
             seconds[name].append(timing())
         began = time.process_time()
-        for _ in range(20):
+        for _ in range(10):
             operator.product(right)
-        product.append((time.process_time() - began) / 20)
+        product.append((time.process_time() - began) / 10)
     for name, times in seconds.items():
         found[name] = replace(found[name], seconds=median(times))
     return found, median(product)

@@ -66,17 +66,20 @@ class MoleculeGradientsConfig:
     damping: float = 0.25
     """Over the softest eigenvalue, where that is moved."""
 
-    softness: tuple[float, ...] = (1.0, 0.3, 0.1, 1e-2, 1e-3, 1e-4, -1e-3, -1e-2, -0.1, -0.2, -0.4)
+    softness: tuple[float, ...] = (1.0, 0.1, 1e-2, 1e-3, 1e-4, -1e-3, -1e-2, -0.1, -0.4)
     """What the softest eigenvalue becomes, over what it was."""
 
     descent_steps: int = 2000
     """Of gradient descent and Adam on the least-squares form of the adjoint system."""
 
+    most_steps: int = 60
+    """Of a minimization that may have no minimum to find."""
+
     repeats: int = 5
     """How often each adjoint solver is timed, in turn with the others."""
 
     def __post_init__(self) -> None:
-        positive(self, "tolerance", "directions", "step", "damping", "descent_steps", "repeats")
+        positive(self, "tolerance", "directions", "step", "damping", "descent_steps", "most_steps", "repeats")
         not_negative(self, "seed", "sigma", "training_steps")
         for name in ("nudges", "loss_nudges", "loose", "beyond"):
             if len(getattr(self, name)) < 2 or not all(value > 0 for value in getattr(self, name)):
@@ -101,7 +104,7 @@ class TableConfig:
     grid: int = 0
     """Level of the integration grid, 0 to 9; level 1 has four times as many points and nearly the same spectra."""
 
-    plan: Plan = field(default_factory=Plan)
+    plan: Plan = field(default_factory=lambda: Plan(seeds=2))
 
     def __post_init__(self) -> None:
         not_negative(self, "sigma")

@@ -65,17 +65,18 @@ def loosened(case: Case, exact: Tensor, nudges: Sequence[float], tolerances: Seq
     return found
 
 
-def beyond(case: Case, exact: Tensor, least: float, shares: Sequence[float]) -> list[Beyond]:
+def beyond(case: Case, exact: Tensor, least: float, shares: Sequence[float], most_steps: int) -> list[Beyond]:
     """The symmetric difference with the whole loss, whose negative side has the Hessian less its weight."""
     found = []
     distance = case.cotangent.norm()
+    solver = replace(case.solver(), max_steps=most_steps)
     for share in sorted(shares):
         weight = share * least
         values, worst = [], Status.CONVERGED
         for sign in (1, -1):
             problem = _with_loss(case, sign * weight)
             with quiet():
-                ended = solve(problem, case.value, solver=case.solver(), throw=False)
+                ended = solve(problem, case.value, solver=solver, throw=False)
             values.append(ended.value.detach())
             worst = max(worst, Status(int(ended.status)))
         estimate = (_slope(case, values[0]) - _slope(case, values[1])) / (2 * weight)

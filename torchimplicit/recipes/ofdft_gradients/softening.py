@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,6 +11,7 @@ from torchimplicit.gradients import DampedImplicit, Gradient, Implicit
 from torchimplicit.linear import Dense, ReferenceHessian
 from torchimplicit.problems import Minimum
 from torchimplicit.recipes.ofdft_gradients.case import Case
+from torchimplicit.recipes.ofdft_gradients.config import MoleculeGradientsConfig
 from torchimplicit.recipes.ofdft_gradients.results import Softened
 
 FELT = 1e-2
@@ -31,7 +31,7 @@ def softest(case: Case) -> tuple[float, Tensor]:
 
 
 def softened(
-    case: Case, exact: Tensor, eigenvalue: float, vector: Tensor, damping: float, softness: Sequence[float]
+    case: Case, exact: Tensor, eigenvalue: float, vector: Tensor, damping: float, config: MoleculeGradientsConfig
 ) -> list[Softened]:
     """Every gradient, where the energy has half ``eigenvalue - moved`` times the square along ``vector`` taken off: the
     point stays stationary, and the rest of the spectrum what it is.
@@ -41,13 +41,13 @@ def softened(
         exact: the gradient before.
         eigenvalue, vector: see :func:`softest`.
         damping: of the damped gradients.
-        softness: what the eigenvalue is multiplied by.
+        config: what the eigenvalue is multiplied by, and how long a minimization may take.
     """
     found = []
-    for factor in sorted(softness, reverse=True):
+    for factor in sorted(config.softness, reverse=True):
         problem = _moved(case, vector, (1 - factor) * eigenvalue)
         norm, cosine, status = {}, {}, {}
-        for name, estimator in _estimators(case, damping).items():
+        for name, estimator in _estimators(case, damping, config.most_steps).items():
             estimate = case.estimate(estimator, problem)
             norm[name] = float(estimate.gradient.norm() / exact.norm())
             cosine[name], status[name] = estimate.cosine(exact), estimate.status
@@ -55,8 +55,8 @@ def softened(
     return found
 
 
-def _estimators(case: Case, damping: float) -> dict[str, Gradient]:
-    solver = replace(case.solver(), preconditioner=ReferenceHessian())
+def _estimators(case: Case, damping: float, most_steps: int) -> dict[str, Gradient]:
+    solver = replace(case.solver(), preconditioner=ReferenceHessian(), max_steps=most_steps)
     nudge = damping * float(case.cotangent.norm())
     return {
         "implicit": Implicit(linear_solver=Dense()),
