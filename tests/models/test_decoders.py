@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import torchimplicit as ti
-from torchimplicit.models import EquilibriumDecoder, conv_decoder, mlp_decoder
+from torchimplicit.models import EquilibriumDecoder, conv_decoder, mlp_decoder, multiscale_decoder
 from torchimplicit.nn import per_solve, spectral_norm
 
 
@@ -15,16 +15,23 @@ def loss(made: Tensor, x: Tensor, wanted: Tensor) -> Tensor:
     return (made - wanted).square().flatten(1).mean(dim=1) + 0.01 * x.square().mean(dim=1)
 
 
+def length(one: list[Tensor], other: list[Tensor]) -> float:
+    """Of the difference."""
+    return float(torch.stack([(p - q).square().sum() for p, q in zip(one, other, strict=True)]).sum().sqrt())
+
+
 def make(kind: str) -> EquilibriumDecoder:
     torch.manual_seed(0)
     tight = {"solver": ti.Anderson(rtol=1e-11, max_steps=300), "gradient": ti.Implicit()}
     if kind == "mlp":
         return mlp_decoder((1, 3, 4), latent=3, width=8, **tight).double().eval()  # type: ignore[arg-type]
-    return conv_decoder((2, 4, 4), latent=3, channels=4, **tight).double().eval()  # type: ignore[arg-type]
+    if kind == "conv":
+        return conv_decoder((2, 4, 4), latent=3, channels=4, **tight).double().eval()  # type: ignore[arg-type]
+    return multiscale_decoder((2, 8, 8), latent=3, channels=2, scales=3, **tight).double().eval()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["mlp", "conv"])
-class TestBoth:
+@pytest.mark.parametrize("kind", ["mlp", "conv", "mdeq"])
+class TestAll:
     def test_contracts_whatever_the_weights(self, kind: str) -> None:
         decoder = make(kind)
         cell = decoder.equilibrium.cell
@@ -36,10 +43,12 @@ class TestBoth:
         for _ in range(20):  # the power method
             cell(z, x)
         cell.eval()
-        a, b = torch.randn_like(z), torch.randn_like(z)
+        several = [z] if isinstance(z, Tensor) else z
+        a, b = ([torch.randn_like(part) for part in several] for _ in range(2))
         with torch.no_grad():
-            moved = cell(a, x) - cell(b, x)
-        assert float(moved.norm()) < 0.61 * float((a - b).norm())
+            ends = [cell(s[0] if isinstance(z, Tensor) else s, x) for s in (a, b)]
+        one, other = ([end] if isinstance(z, Tensor) else end for end in ends)
+        assert length(one, other) < 0.61 * length(a, b)
 
     def test_latents_and_the_envelope_gradient(self, kind: str) -> None:
         decoder = make(kind)
@@ -83,3 +92,19 @@ def test_images_that_cannot_be_made(pixels: tuple[int, int, int]) -> None:
         conv_decoder(pixels)
     with pytest.raises(ValueError, match="latent is 0"):
         mlp_decoder(pixels, latent=0)
+
+
+def test_every_scale_sees_all_others() -> None:
+    decoder = multiscale_decoder((1, 16, 16), latent=3, channels=2, scales=3).double()
+    cell = decoder.equilibrium.cell
+    z, x = decoder.start(1)
+    assert [tuple(part.shape) for part in z] == [(1, 2, 8, 8), (1, 2, 4, 4), (1, 2, 2, 2)]
+    z = [part.requires_grad_() for part in z]
+    for made in cell(z, x):
+        assert all(bool((slope != 0).any()) for slope in torch.autograd.grad(made.sum(), z, retain_graph=True))
+    assert decoder(torch.randn(2, 3, dtype=torch.float64)).shape == (2, 1, 16, 16)
+
+
+def test_sizes_that_cannot_be_halved_so_often() -> None:
+    with pytest.raises(ValueError, match="divisible by 8"):
+        multiscale_decoder((1, 12, 12), scales=3)

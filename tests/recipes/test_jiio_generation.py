@@ -88,7 +88,7 @@ def test_all_methods_find_the_same_latents() -> None:
     assert float(loss(decoder(rough), rough, wanted).mean()) < 0.3 * float(wanted.square().mean())
 
 
-@pytest.mark.parametrize("kind", ["mlp", "conv"])
+@pytest.mark.parametrize("kind", ["mlp", "conv", "mdeq"])
 def test_training_lowers_the_loss(kind: str) -> None:
     config = few(equilibria=Equilibria(jacobian_weight=0.1))
     config = replace(config, decoder=replace(config.decoder, kind=kind, width=24, channels=4))

@@ -31,6 +31,7 @@ from torchimplicit.models.ignn import (
     project_rows,
 )
 from torchimplicit.models.mdeq import MDEQ, MDEQCell, MDEQConfig, mdeq_imagenet, mdeq_large, mdeq_small, mdeq_tiny
+from torchimplicit.models.multiscale_decoder import MultiscaleDecoderCell, MultiscaleHead, multiscale_decoder
 from torchimplicit.models.physics_informed import EquilibriumField, Field, NetworkField
 from torchimplicit.models.representations import (
     MFN,
@@ -73,6 +74,8 @@ __all__ = [
     "MDEQCell",
     "MDEQConfig",
     "ModulatedCell",
+    "MultiscaleDecoderCell",
+    "MultiscaleHead",
     "NetworkField",
     "ResidualCell",
     "TanhCell",
@@ -88,5 +91,6 @@ __all__ = [
     "mdeq_small",
     "mdeq_tiny",
     "mlp_decoder",
+    "multiscale_decoder",
     "project_rows",
 ]

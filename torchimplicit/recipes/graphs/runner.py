@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,7 +18,7 @@ def build(config: Any) -> Task:
     from torchimplicit.recipes.graphs.molecules_task import MoleculesTask
     from torchimplicit.recipes.graphs.ppi_task import PPITask
 
-    kinds: dict[type, type[Task]] = {
+    kinds: dict[type, Callable[[Any], Task]] = {
         MoleculesConfig: MoleculesTask,
         PPIConfig: PPITask,
         ChainsConfig: ChainsTask,

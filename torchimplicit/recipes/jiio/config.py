@@ -46,8 +46,8 @@ class Images:
 class Decoder:
     """The equilibrium between a latent and its image."""
 
-    kind: Literal["mlp", "conv"] = "mlp"
-    """Fully connected, or convolutional at half the images' resolution."""
+    kind: Literal["mlp", "conv", "mdeq"] = "mlp"
+    """Fully connected, convolutional at half the images' resolution, or at that and coarser ones (multiscale)."""
 
     latent: int = 16
     """Size of the latent."""
@@ -56,13 +56,16 @@ class Decoder:
     """Of the fully connected equilibrium."""
 
     channels: int = 16
-    """Of the convolutional one."""
+    """Of the convolutional ones."""
+
+    scales: int = 2
+    """How many resolutions the multiscale one has."""
 
     bound: float = 0.6
     """Of the spectral norm of the map's linear part in the state."""
 
     def __post_init__(self) -> None:
-        positive(self, "latent", "width", "channels")
+        positive(self, "latent", "width", "channels", "scales")
         if not 0 < self.bound < 1:
             raise UserError(f"{option('bound')} must lie between 0 and 1, and it is {self.bound}")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from torchimplicit.gradients import Gradient
-from torchimplicit.models import EquilibriumDecoder, conv_decoder, mlp_decoder
+from torchimplicit.models import EquilibriumDecoder, conv_decoder, mlp_decoder, multiscale_decoder
 from torchimplicit.problems import JointInference
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.jiio.config import Decoder, Joint
@@ -19,13 +21,16 @@ from torchimplicit.solvers import Anderson
 
 def make_decoder(config: Decoder, pixels: tuple[int, int, int], equilibria: Equilibria) -> EquilibriumDecoder:
     """The decoder, to images ``[channels, height, width]``."""
-    chosen = {"solver": solver(equilibria), "gradient": gradient(equilibria)}
+    chosen: dict[str, Any] = {"solver": solver(equilibria), "gradient": gradient(equilibria)}
     if config.kind == "mlp":
-        return mlp_decoder(pixels, latent=config.latent, width=config.width, bound=config.bound, **chosen)  # type: ignore[arg-type]
+        return mlp_decoder(pixels, latent=config.latent, width=config.width, bound=config.bound, **chosen)
+    chosen |= {"latent": config.latent, "channels": config.channels, "bound": config.bound}
     try:
-        return conv_decoder(pixels, latent=config.latent, channels=config.channels, bound=config.bound, **chosen)  # type: ignore[arg-type]
+        if config.kind == "conv":
+            return conv_decoder(pixels, **chosen)
+        return multiscale_decoder(pixels, scales=config.scales, **chosen)
     except ValueError as error:
-        raise UserError(f"--kind conv: {error}") from None
+        raise UserError(f"--kind {config.kind}: {error}") from None
 
 
 def squared_error(made: Tensor, wanted: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torchimplicit.nn import per_solve
 from torchimplicit.problems import FixedPoint
 from torchimplicit.solve import solve
 from torchimplicit.solvers import FixedPointIteration
+from torchimplicit.state import detached
 
 Method = Literal["adam", "adam-one-step", "gradient-descent"]
 METHODS: tuple[Method, ...] = ("adam", "adam-one-step", "gradient-descent")
@@ -53,7 +54,7 @@ def nested(
     problem = FixedPoint(cell)
     for _ in range(steps):
         solution = solve(problem, z, x, solver=solver, gradient=gradient, throw=False)
-        z = solution.value.detach()
+        z = detached(solution.value)
         x.grad = None
         loss(decoder.head(solution.value), x, wanted).sum().backward()
         optimizer.step()

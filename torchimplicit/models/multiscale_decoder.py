@@ -1,0 +1,125 @@
+"""A decoder whose state holds feature maps of several resolutions, each of which sees all others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torchimplicit.gradients import Gradient
+from torchimplicit.models.decoders import EquilibriumDecoder
+from torchimplicit.nn import spectral_norm
+from torchimplicit.solvers import Solver
+from torchimplicit.validation import at_least
+
+KERNEL = 3
+
+
+class MultiscaleDecoderCell(nn.Module):
+    """``z_i⁺ = tanh(conv_i(z_i) + Σ_j F_ij z_j + U_i x + b_i)``: the fusion of MDEQ (Bai et al. 2020, arXiv 2006.08656,
+    section 3) with one convolution a scale, the latent injected into every one.
+
+    :math:`F_{ij}` is a pointwise convolution after average pooling to a coarser scale, or before nearest-neighbour
+    upsampling to a finer one; pooling by :math:`k` has a spectral norm of :math:`1/k`, upsampling of :math:`k`. Each of
+    the blocks has one of at most ``bound`` over the number of scales, so that the whole linear part's is at most
+    ``bound``: below 1 the map contracts for every latent.
+
+    Args:
+        latent: size of ``x``.
+        channels: of the feature maps, at every scale.
+        size: of the finest, each other one having half the last one's; divisible by ``2 ** (scales - 1)``.
+        scales: how many.
+        bound: of the linear part's spectral norm.
+
+    Shapes: ``z`` a list of ``[batch, channels, size / 2**i, size / 2**i]``, ``x`` ``[batch, latent]``; the result is
+    like ``z``.
+    """
+
+    def __init__(self, latent: int, channels: int, size: int, scales: int = 2, bound: float = 0.6):
+        super().__init__()
+        at_least("MultiscaleDecoderCell", "scales", scales, 1)
+        if size % 2 ** (scales - 1):
+            raise ValueError(
+                f"{scales} scales halve the size {scales - 1} times, and {size} is not divisible by "
+                f"{2 ** (scales - 1)}: take fewer scales, or pad the images"
+            )
+        self.shapes = [(channels, size // 2**i, size // 2**i) for i in range(scales)]
+        share = bound / scales
+        own = [nn.Conv2d(channels, channels, KERNEL, padding=KERNEL // 2) for _ in range(scales)]
+        self.mix = nn.ModuleList([spectral_norm(conv, bound=share / KERNEL, only_above=True) for conv in own])
+        self.fuse = nn.ModuleDict()
+        for i in range(scales):
+            for j in range(scales):
+                if i != j:
+                    conv = nn.Conv2d(channels, channels, 1, bias=False)
+                    self.fuse[f"{j}_{i}"] = spectral_norm(conv, bound=share * 2.0 ** (i - j), only_above=True)
+        self.inject = nn.ModuleList(
+            [nn.Linear(latent, channels * side * side, bias=False) for _, side, _ in self.shapes]
+        )
+
+    def initial_state(self, x: Tensor) -> list[Tensor]:
+        """Zeros."""
+        return [x.new_zeros(len(x), *shape) for shape in self.shapes]
+
+    def forward(self, z: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+        """One application of the map."""
+        made = []
+        for i, shape in enumerate(self.shapes):
+            total = self.mix[i](z[i]) + self.inject[i](x).unflatten(1, shape)
+            for j in range(len(self.shapes)):
+                if j < i:
+                    total = total + self.fuse[f"{j}_{i}"](functional.avg_pool2d(z[j], 2 ** (i - j)))
+                elif j > i:
+                    finer = self.fuse[f"{j}_{i}"](z[j])
+                    total = total + functional.interpolate(finer, scale_factor=2 ** (j - i))
+            made.append(total.tanh())
+        return made
+
+
+class MultiscaleHead(nn.Module):
+    """All scales to one image of twice the finest one's resolution.
+
+    Args:
+        image_channels, channels, scales: of the image; of the state, and how many feature maps it has.
+
+    Shapes: as the cell's state; the image ``[batch, image_channels, 2 * size, 2 * size]``.
+    """
+
+    def __init__(self, image_channels: int, channels: int, scales: int):
+        super().__init__()
+        self.read = nn.Sequential(
+            nn.Conv2d(scales * channels, 4 * image_channels, KERNEL, padding=KERNEL // 2), nn.PixelShuffle(2)
+        )
+
+    def forward(self, z: Sequence[Tensor]) -> Tensor:
+        """The image."""
+        finest = z[0].shape[-2:]
+        return self.read(torch.cat([z[0], *(functional.interpolate(part, size=finest) for part in z[1:])], dim=1))
+
+
+def multiscale_decoder(
+    pixels: tuple[int, int, int],
+    *,
+    latent: int = 32,
+    channels: int = 16,
+    scales: int = 2,
+    bound: float = 0.6,
+    solver: Solver | None = None,
+    gradient: Gradient | None = None,
+) -> EquilibriumDecoder:
+    """A multiscale decoder to square images ``[channels, size, size]``: the finest scale has half their resolution.
+
+    Raises:
+        ValueError: the images are not square, or their size is not divisible by ``2 ** scales``.
+    """
+    image_channels, height, across = pixels
+    if height != across or height % 2**scales:
+        raise ValueError(
+            f"multiscale_decoder makes square images whose size is divisible by {2**scales} ({scales} scales), and "
+            f"{pixels} was asked for: pad or crop them, or take fewer scales"
+        )
+    cell = MultiscaleDecoderCell(latent, channels, height // 2, scales, bound)
+    head = MultiscaleHead(image_channels, channels, scales)
+    return EquilibriumDecoder(cell, head, latent, solver=solver, gradient=gradient)
