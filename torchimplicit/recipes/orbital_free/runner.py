@@ -79,10 +79,10 @@ def train(config: OrbitalFreeTraining, run: Run, console: Console) -> bool:
             "done.",
             highlight=False,
         )
+        if not history.looks:
+            watcher.begin()  # before the keeper's clock runs
         with Keeper(limits, objective, history, watcher, run, console) as keeper:
             try:
-                if not history.looks:
-                    watcher.begin()
                 if keeper.spent < 1:
                     optimize(objective, config.optimizer, config.learning_rate, keeper.spent, keeper.step)
             except Enough:
