@@ -29,10 +29,10 @@ class ShapesConfig:
     """By default 64, and the paper's 256."""
 
     steps: int | None = None
-    """Of occupancy; by default 400, and the paper's 10000."""
+    """Of occupancy; by default 250, and the paper's 10000."""
 
     sdf_steps: int | None = None
-    """Of the signed distance; by default 300, and 10000 at the paper's scale."""
+    """Of the signed distance; by default 120, and 10000 at the paper's scale."""
 
     samples: int | None = None
     """Points to train on; by default 40 000, and 500 000 at the paper's scale, with 50 000 a step."""
@@ -59,10 +59,10 @@ class ShapesCostConfig:
     one_step: tuple[bool, ...] = ()
     """Which of them are trained by the one-step estimate."""
 
-    warm_steps: int = 20
+    warm_steps: int = 10
     """Steps of training before the measurement."""
 
-    rounds: int = 7
+    rounds: int = 5
     """How often each has its turn, of one step."""
 
     def __post_init__(self) -> None:

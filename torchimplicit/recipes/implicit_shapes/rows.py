@@ -93,12 +93,12 @@ def training(config: ShapesConfig, row: Row, seed: int) -> ShapeConfig:
     """The settings of one run."""
     paper = config.plan.scale == "paper"
     own = config.steps if row.task == "occupancy" else config.sdf_steps
-    steps = own or (10000 if paper else 400 if row.task == "occupancy" else 300)
+    steps = own or (10000 if paper else 250 if row.task == "occupancy" else 120)
     optimization = replace(adam(steps, max(1, steps // 8)), seed=seed)
     if paper:
         optimization = replace(optimization, batch_size=50000, learning_rate=5e-4, schedule="constant")
     elif row.task == "sdf":
-        optimization = replace(optimization, batch_size=2000)
+        optimization = replace(optimization, batch_size=1500)
     return replace(
         shape(),
         file=config.mesh_file,
