@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,23 +130,34 @@ class Case:
             found = solve(problem or self.problem, self.value, solver=_STANDING, gradient=estimator, throw=False)
             grads = torch.autograd.grad(self.loss(found.value), self.parameters, allow_unused=True)
         assert found.adjoint is not None
-        pairs = zip(grads, self.parameters, strict=True)
-        flat = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs])
-        return Estimate(flat, found.adjoint)
+        return Estimate(flat(grads, self.parameters), found.adjoint)
 
     def propagation(self, nudge: float | None, *, symmetric: bool, curved: bool = False) -> EquilibriumPropagation:
         return EquilibriumPropagation(
             nudge=nudge, symmetric=symmetric, curved=curved, solver=self.solver(), subspace=256
         )
 
+    def pulled(self, adjoint: Tensor) -> Tensor:
+        """The gradient in the parameters that an adjoint vector (``[n]``, in the metric's coordinates) gives, flat."""
+        p = self.value.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self.functional(p, self.molecule), p, create_graph=True)
+        along = -(self.metric.inverse[0] @ adjoint) @ slope
+        return flat(torch.autograd.grad(along, self.parameters, allow_unused=True), self.parameters)
+
     def system(self, problem: Minimum, p: Tensor | None = None) -> tuple[LinearOperator, Tensor]:
         """The adjoint system in the problem's coordinates: the operator, and the right side ``[1, n]``."""
         p = self.value if p is None else p
-        flat, z, params = flat_system(problem, p, ())
-        operator = flat.operator(flat.linearize(z, params), False)
+        system, z, params = flat_system(problem, p, ())
+        operator = system.operator(system.linearize(z, params), False)
         gap = p - self.molecule.reference
         u = self.molecule.overlap @ gap if problem.metric is None else self.metric.root[0] @ gap
         return operator, operator.project(u[None])
+
+
+def flat(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
+    """In one vector; a parameter without a gradient has a zero one."""
+    pairs = zip(grads, parameters, strict=True)
+    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs])
 
 
 def check(config: MoleculeGradientsConfig) -> None:

@@ -48,7 +48,7 @@ class MoleculeGradientsConfig:
     directions: int = 6
     """Random directions in all parameters, along which finite differences are taken."""
 
-    step: float = 1e-3
+    step: float = 3e-3
     """Of the finite differences: the length of the smallest displacement of the parameters."""
 
     nudges: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4)
@@ -72,7 +72,7 @@ class MoleculeGradientsConfig:
     descent_steps: int = 2000
     """Of gradient descent and Adam on the least-squares form of the adjoint system."""
 
-    most_steps: int = 60
+    most_steps: int = 40
     """Of a minimization that may have no minimum to find."""
 
     repeats: int = 5

@@ -39,5 +39,5 @@ def difference(case: Case, exact: Tensor, directions: int, step: float, generato
     finally:
         with torch.no_grad():
             torch.nn.utils.vector_to_parameters(start, parameters)
-    a, b = torch.tensor(measured), torch.tensor(expected)
+    a, b = torch.tensor(measured, dtype=start.dtype), torch.tensor(expected, dtype=start.dtype)
     return Difference(error=float((a - b).norm() / b.norm()), worst=float(((a - b) / b).abs().max()))

@@ -62,7 +62,7 @@ def _softened(group: Group, settings: MoleculeGradientsConfig) -> Drawing:
     return Drawing(
         "soft-mode",
         figure,
-        f"{group.name}: the gradients as the softest eigenvalue that the loss feels goes to zero (the line) and below; "
+        f"{group.name}: the gradients as the softest eigenvalue that they feel goes to zero (the line) and below; "
         f"medians of the seeds. Damping: {settings.damping:g} of the eigenvalue. A length that is missing is zero: the "
         "nudged minimization ran away and left its best point, the first.",
     )

@@ -30,7 +30,7 @@ def measured(config: MoleculeGradientsConfig, molecule: Molecule) -> MoleculeRes
     gradient = exact.gradient
     over = nudges.nudged(case, gradient, config.nudges)
     sizes = [one.nudge for one in over]
-    eigenvalue, vector = softest(case)
+    eigenvalue, vector = softest(case, gradient)
     damping = config.damping * eigenvalue
     adjoint, seconds = {}, {}
     for name, problem in (("overlap", case.problem), ("raw", case.problem.own_coordinates())):

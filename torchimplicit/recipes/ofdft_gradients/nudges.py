@@ -12,7 +12,7 @@ from torch import Tensor
 from torchimplicit.gradients import DampedImplicit
 from torchimplicit.linear import Dense
 from torchimplicit.problems import Minimum
-from torchimplicit.recipes.ofdft_gradients.case import Case, quiet
+from torchimplicit.recipes.ofdft_gradients.case import Case, flat, quiet
 from torchimplicit.recipes.ofdft_gradients.results import Beyond, Damped, Loosened, Nudged
 from torchimplicit.solution import Status
 from torchimplicit.solve import solve
@@ -112,6 +112,4 @@ def _minimum(case: Case, weight: float, start: Tensor, tolerance: float) -> Tens
 def _slope(case: Case, p: Tensor) -> Tensor:
     """The energy's derivative in the parameters at a density, flat."""
     energy = case.functional(p, case.molecule)
-    grads = torch.autograd.grad(energy, case.parameters, allow_unused=True)
-    pairs = zip(grads, case.parameters, strict=True)
-    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs])
+    return flat(torch.autograd.grad(energy, case.parameters, allow_unused=True), case.parameters)

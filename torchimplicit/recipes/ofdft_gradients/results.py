@@ -112,7 +112,7 @@ class Damped:
 
 @dataclass(frozen=True)
 class Softened:
-    """Gradients where the softest eigenvalue that the loss feels has been moved.
+    """Gradients where the softest eigenvalue that the gradient feels has been moved.
 
     Attributes:
         eigenvalue: what it was moved to.

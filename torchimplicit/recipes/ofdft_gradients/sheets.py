@@ -165,9 +165,9 @@ def _softened(group: Group, settings: MoleculeGradientsConfig) -> Table:
     columns = [
         Column(
             "Eigenvalue",
-            note="Over what it was, of the softest mode that the loss feels. The gradients: length over that of the "
-            f"exact one before, and cosine with it; medians of the seeds. {FAILED}: of so many seeds the backward pass "
-            "did not converge, or (implicit, damped) named a saddle.",
+            note="Over what it was, of the softest mode that the gradient feels. The gradients: length over that of "
+            f"the exact one before, and cosine with it; medians of the seeds. {FAILED}: of so many seeds the backward "
+            "pass did not converge, or (implicit, damped) named a saddle.",
         ),
         *(Column(name) for name in ESTIMATORS),
     ]

@@ -9,25 +9,34 @@ from torch import Tensor
 
 from torchimplicit.gradients import DampedImplicit, Gradient, Implicit
 from torchimplicit.linear import Dense, ReferenceHessian
+from torchimplicit.models.orbital_free.second import hessian
 from torchimplicit.problems import Minimum
 from torchimplicit.recipes.ofdft_gradients.case import Case
 from torchimplicit.recipes.ofdft_gradients.config import MoleculeGradientsConfig
 from torchimplicit.recipes.ofdft_gradients.results import Softened
 
-FELT = 1e-2
-"""The least share of the cotangent along an eigenvector that the loss is said to feel."""
+FELT = 0.05
+"""The least share of the gradient that comes through a mode which is moved."""
 
 SYMMETRIC_NUDGE = 1e-3
 
 
-def softest(case: Case) -> tuple[float, Tensor]:
-    """The least eigenvalue, with its vector, among those whose vectors the cotangent has a share of: a molecule's
-    symmetry may hide the very least one from the loss."""
+def softest(case: Case, exact: Tensor) -> tuple[float, Tensor]:
+    """The least eigenvalue, with its vector, among those through which the gradient gets a share of its length: a
+    molecule's symmetry may hide the very least one from the loss.
+
+    Raises:
+        ValueError: there is none.
+    """
     operator, right = case.system(case.problem)
     values, vectors = torch.linalg.eigh(operator.dense()[0])
-    shares = (right @ vectors)[0].abs() / right.norm()
-    index = int(((shares > FELT) & (values > 1e-8 * values[-1])).nonzero()[0])
-    return float(values[index]), vectors[:, index]
+    for value, vector in zip(values, vectors.T, strict=True):
+        if value <= 1e-8 * values[-1]:  # the constraint's normal
+            continue
+        part = case.pulled(vector * (right[0] @ vector) / value)
+        if float(part @ exact) >= FELT * float(exact @ exact):
+            return float(value), vector
+    raise ValueError(f"no mode carries {FELT:.0%} of the gradient")
 
 
 def softened(
@@ -47,7 +56,8 @@ def softened(
     for factor in sorted(config.softness, reverse=True):
         problem = _moved(case, vector, (1 - factor) * eigenvalue)
         norm, cosine, status = {}, {}, {}
-        for name, estimator in _estimators(case, damping, config.most_steps).items():
+        reference = _reference(case, vector, (1 - factor) * eigenvalue)
+        for name, estimator in _estimators(case, damping, reference, config.most_steps).items():
             estimate = case.estimate(estimator, problem)
             norm[name] = float(estimate.gradient.norm() / exact.norm())
             cosine[name], status[name] = estimate.cosine(exact), estimate.status
@@ -55,8 +65,8 @@ def softened(
     return found
 
 
-def _estimators(case: Case, damping: float, most_steps: int) -> dict[str, Gradient]:
-    solver = replace(case.solver(), preconditioner=ReferenceHessian(), max_steps=most_steps)
+def _estimators(case: Case, damping: float, reference: ReferenceHessian, most_steps: int) -> dict[str, Gradient]:
+    solver = replace(case.solver(), preconditioner=reference, max_steps=most_steps)
     nudge = damping * float(case.cotangent.norm())
     return {
         "implicit": Implicit(linear_solver=Dense()),
@@ -64,6 +74,15 @@ def _estimators(case: Case, damping: float, most_steps: int) -> dict[str, Gradie
         "one-sided, whole loss": replace(case.propagation(nudge, symmetric=False, curved=True), solver=solver),
         "symmetric": replace(case.propagation(SYMMETRIC_NUDGE, symmetric=True), solver=solver),
     }
+
+
+def _reference(case: Case, vector: Tensor, less: float) -> ReferenceHessian:
+    """The Hessian of the energy that is moved, at the minimum."""
+    inverse = case.metric.inverse[0]
+    matrix = inverse @ hessian(case.functional, case.value, case.molecule) @ inverse
+    reference = ReferenceHessian(refresh_after=1000)
+    reference.keep((matrix - less * torch.outer(vector, vector))[None])
+    return reference
 
 
 def _moved(case: Case, vector: Tensor, less: float) -> Minimum:

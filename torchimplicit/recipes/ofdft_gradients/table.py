@@ -11,6 +11,7 @@ from torchimplicit.recipes.ofdft_gradients.config import STATES, MoleculeGradien
 from torchimplicit.recipes.ofdft_gradients.drawing import drawings
 from torchimplicit.recipes.ofdft_gradients.gathered import Group, gathered, jobs, one
 from torchimplicit.recipes.ofdft_gradients.sheets import sheets
+from torchimplicit.recipes.ofdft_gradients.softening import FELT
 from torchimplicit.recipes.plain import to_plain
 from torchimplicit.recipes.reproduce.runner import Reproduction, Summary
 from torchimplicit.recipes.run import Run
@@ -59,13 +60,14 @@ def _notes(config: TableConfig, groups: Sequence[Group]) -> list[str]:
     notes = [
         "An eigenvalue is moved by taking half its change times the squared coordinate along its eigenvector off the "
         "energy: the point stays stationary, the rest of the spectrum what it is, and the gradient before is what the "
-        "others are compared with. The mode is the softest along which the cotangent has at least 1 % of its length: "
-        "symmetry hides others from the loss.",
+        f"others are compared with. The mode is the softest that carries at least {FELT:.0%} of the gradient: symmetry "
+        "hides others from the loss.",
         "Propagation with the whole loss is one-sided propagation with curved=True; damping and weight are the same "
         "number. Beyond its reach (a negative eigenvalue near the damping) the nudged density leaves the region where "
         "the energy is quadratic, which the damped linear system does not know.",
-        "The reference Hessian is the one that preconditioned the minimization, made near its start: its n products "
-        "are not counted again. It exists in coordinates of the overlap, in which the minimization runs.",
+        "The reference Hessian is the one that preconditioned the minimization, made near its start (anew, where one "
+        "takes over 25 steps): its n products are not counted again. It exists in coordinates of the overlap, in which "
+        "the minimization runs.",
         "Gradient descent takes the largest safe step, one over the largest eigenvalue's square; Adam's rate is the "
         "best of three by the final error, which favours it.",
     ]
