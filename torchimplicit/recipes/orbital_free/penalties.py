@@ -70,11 +70,11 @@ class Curvature:
         before = torch.zeros_like(v)
         for _ in range(steps):
             image = self(v).detach()
-            residual = image - (v @ image) * v
-            if float(residual.norm()) < 1e-8:
-                break
+            residual = self._projected(image - (v @ image) * v)
+            if float(residual.norm()) < 1e-6 * float(image.norm()):
+                break  # what is left is rounding, which may point along the normal, where the Hessian is nought
             directions = [v, residual / residual.norm()] + ([before] if bool(before.any()) else [])
-            basis = torch.linalg.qr(torch.stack(directions, dim=1)).Q
+            basis = torch.linalg.qr(torch.stack([self._projected(d) for d in directions], dim=1)).Q
             small = basis.T @ torch.stack([self(column).detach() for column in basis.T], dim=1)
             found = basis @ torch.linalg.eigh(0.5 * (small + small.T)).eigenvectors[:, 0]
             before = found - (found @ v) * v

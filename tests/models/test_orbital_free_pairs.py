@@ -1,0 +1,93 @@
+"""The linear term that knows each atom's neighbours: the same whatever way the molecule is turned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from torchimplicit.models.orbital_free import OrbitalFree, OrbitalFreeConfig
+from torchimplicit.models.orbital_free.pairs import entries, shape
+from torchimplicit.models.orbital_free.starting import linear_columns
+
+F64 = torch.float64
+ELEMENTS = (1, 8)
+
+
+def labels(atoms: int) -> dict[str, torch.Tensor]:
+    """Of a basis with two s shells, a p and a d shell, and one f shell that the term leaves alone, at every atom."""
+    angular = [0, 0, *[1] * 3, *[2] * 5, *[3] * 7]
+    shell = [0, 1, *[0] * 15]
+    return {
+        "atom": torch.arange(atoms).repeat_interleave(len(angular)),
+        "angular": torch.tensor(angular * atoms),
+        "shell": torch.tensor(shell * atoms),
+    }
+
+
+def molecule(h2, positions, charges=(8, 1, 1)):
+    """Only what the term looks at is right."""
+    own = labels(len(charges))
+    size = len(own["atom"])
+    return replace(h2, positions=positions, charges=torch.tensor(charges), weight=torch.ones(size, dtype=F64), **own)
+
+
+def term(h2, positions, charges=(8, 1, 1)):
+    torch.manual_seed(0)
+    functional = OrbitalFree(OrbitalFreeConfig(pairs=ELEMENTS, hidden=0))
+    torch.nn.init.normal_(functional.pairs)
+    torch.nn.init.normal_(functional.reference)
+    made = molecule(h2, positions, charges)
+    return functional, made, functional.linear(made).detach()
+
+
+def places():
+    return torch.tensor([[0.1, 0.0, 0.3], [1.4, 1.2, 0.2], [-1.3, 1.0, -0.6]], dtype=F64)
+
+
+def quadrupole(a):
+    """The symmetric traceless matrix of five l=2 components in the basis' order."""
+    xy, yz, zz, xz, xxyy = a
+    root = 3**0.5
+    matrix = torch.zeros(3, 3, dtype=F64)
+    matrix[0, 0], matrix[1, 1], matrix[2, 2] = xxyy / root - zz / 3, -xxyy / root - zz / 3, 2 * zz / 3
+    matrix[0, 1] = matrix[1, 0] = xy / root
+    matrix[1, 2] = matrix[2, 1] = yz / root
+    matrix[0, 2] = matrix[2, 0] = xz / root
+    return matrix
+
+
+def test_it_turns_with_the_molecule(h2):
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=F64, generator=torch.Generator().manual_seed(1))).Q
+    _, made, before = term(h2, places())
+    _, _, after = term(h2, places() @ turn.T + 2.0)
+    for atom in range(3):
+        own = made.atom == atom
+        scalars = own & (made.angular == 0)
+        torch.testing.assert_close(after[scalars], before[scalars])
+        vectors = own & (made.angular == 1)
+        torch.testing.assert_close(after[vectors], turn @ before[vectors])
+        five = own & (made.angular == 2)
+        torch.testing.assert_close(quadrupole(after[five]), turn @ quadrupole(before[five]) @ turn.T)
+        assert not after[own & (made.angular == 3)].any()
+    assert float(before[made.angular == 2].abs().max()) > 0.1
+
+
+def test_atoms_of_other_elements_have_none_and_a_distant_atom_adds_none(h2):
+    functional, made, alone = term(h2, places(), (8, 1, 9))
+    third = made.atom == 2
+    assert not alone[third & (made.angular > 0)].any()
+    far = places()
+    far[2] += 100
+    _, _, near = term(h2, far, (8, 1, 1))
+    torch.testing.assert_close(alone[~third], near[~third])
+    assert functional.pairs.shape == shape(ELEMENTS)
+
+
+def test_the_columns_are_the_derivative(h2):
+    functional, made, found = term(h2, places())
+    coefficients = torch.cat([functional.reference.detach().reshape(-1), functional.pairs.detach().reshape(-1)])
+    torch.testing.assert_close(linear_columns(functional, made) @ coefficients, found)
+    rows, at, values = entries(made, ELEMENTS)
+    assert len(rows) == len(at) == len(values)
+    assert int(at.max()) < functional.pairs.numel()

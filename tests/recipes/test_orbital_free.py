@@ -1,0 +1,285 @@
+"""Orbital-free recipes on hydrogen: the splits, exact derivatives of the loss, penalties, training, resume, faults."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+
+from rich.console import Console
+
+from torchimplicit.diagnostics import curvature
+from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.recipes.chemistry import storage
+from torchimplicit.recipes.chemistry.known import named
+from torchimplicit.recipes.chemistry.settings import ChemistrySettings
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.orbital_free import data, runner
+from torchimplicit.recipes.orbital_free.case import Case
+from torchimplicit.recipes.orbital_free.config import Molecules, OrbitalFreeTraining
+from torchimplicit.recipes.orbital_free.measure import quality, summarized
+from torchimplicit.recipes.orbital_free.objective import DensityFit
+from torchimplicit.recipes.orbital_free.penalties import Curvature
+from torchimplicit.recipes.run import Run, RunOptions, create
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HYDROGEN = named("H2")
+SETTINGS = ChemistrySettings(grid=1)
+
+
+@pytest.fixture
+def folder(tmp_path, h2):
+    """With hydrogen's data file, so that nothing has to be computed."""
+    from tests.conftest import H2
+
+    path = tmp_path / "molecules"
+    path.mkdir()
+    shutil.copy(H2, path / storage.file_name(HYDROGEN, SETTINGS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def coarse(h2):
+    """On every fifth point of the grid: not what hydrogen is, but as good to take derivatives of."""
+    return replace(
+        h2,
+        values=h2.values[::5].contiguous(),
+        gradients=h2.gradients[:, ::5].contiguous(),
+        quadrature=5 * h2.quadrature[::5],
+        points=h2.points[::5],
+    )
+
+
+def settings(folder=None, **changes) -> OrbitalFreeTraining:
+    molecules = Molecules(sources=("H2",), chemistry=SETTINGS, data_dir=folder)
+    made = OrbitalFreeTraining(molecules=molecules, hidden=4, iterations=2, measure_every=1, page=False)
+    return replace(made, **changes)
+
+
+def fitted(h2, config, spread=0.05):
+    """A functional whose network is not nought."""
+    functional = runner.started(config, [Case.of(h2)])
+    if functional.factor is not None:
+        torch.manual_seed(1)
+        torch.nn.init.normal_(functional.factor[-1].weight, std=spread)
+    return functional
+
+
+# -- the molecules -----------------------------------------------------------------------------------------------------
+
+
+def test_copies_are_in_one_split_each():
+    config = Molecules(sources=("H2", "H2O"), train_copies=2, validation_copies=1, test_copies=3)
+    found, refused = data.geometries(config)
+    names = {split: [one.name for one in ones] for split, ones in found.items()}
+    assert not refused
+    assert names["train"] == ["H2", "H2-d1", "H2-d2", "H2O", "H2O-d1", "H2O-d2"]
+    assert names["validation"] == ["H2-d3", "H2O-d3"]
+    assert names["test"] == [f"{name}-d{copy}" for name in ("H2", "H2O") for copy in (4, 5, 6)]
+    other, _ = data.geometries(replace(config, geometry_seed=1))
+    assert other["test"][0].positions != found["test"][0].positions
+
+
+def test_molecules_are_held_out_whole():
+    config = Molecules(sources=("H2", "H2O", "NH3", "CH4", "HF"), held_out=1, train_copies=1)
+    found, _ = data.geometries(config)
+    assert [len(found[split]) for split in data.SPLITS] == [6, 1, 1]
+    formulas = [{one.name.split("-")[0] for one in found[split]} for split in data.SPLITS]
+    assert not formulas[0] & formulas[1]
+    assert not formulas[1] & formulas[2]
+    with pytest.raises(UserError, match="held-out"):
+        data.geometries(replace(config, held_out=3))
+
+
+# -- the loss and its derivatives --------------------------------------------------------------------------------------
+
+CONFIGS = {
+    "plain": {"tail_weight": 0.0, "pairs": False},
+    "tails and pairs": {},
+    "energies": {"energy_weight": 0.1},
+}
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_jacobian_and_gradient_are_those_of_the_residuals(coarse, changes):
+    config = settings(inner_tolerance=1e-11, **changes)
+    with DensityFit(fitted(coarse, config), [coarse], config) as fit:
+        at = fit.weights
+        residuals, jacobian = fit.residuals(at), fit.jacobian(at)
+        loss, gradient = fit.loss_and_gradient(at)
+        assert loss == pytest.approx(0.5 * residuals @ residuals, rel=1e-9)
+        np.testing.assert_allclose(jacobian.T @ residuals, gradient, atol=1e-7 * np.abs(gradient).max())
+        direction = np.random.default_rng(0).standard_normal(len(at))
+        step = 1e-4
+        slope = (fit.residuals(at + step * direction) - fit.residuals(at - step * direction)) / (2 * step)
+        np.testing.assert_allclose(slope, jacobian @ direction, atol=1e-5 * np.abs(slope).max())
+        assert (fit.evaluations, fit.jacobians, fit.rejected) == (4, 1, 0)
+
+
+@pytest.mark.parametrize("estimator", ["damped", "eqprop", "eqprop-one-sided"])
+def test_the_estimators_agree_where_the_minimum_is_sound(coarse, estimator):
+    gradients = []
+    for name in ("implicit", estimator):
+        config = settings(optimizer="adam", gradient=name, inner_tolerance=1e-11)
+        with DensityFit(fitted(coarse, config), [coarse], config) as fit:
+            gradients.append(fit.loss_and_gradient(fit.weights)[1])
+    exact, found = gradients
+    cosine = exact @ found / np.linalg.norm(exact) / np.linalg.norm(found)
+    assert cosine > (0.99 if estimator == "eqprop-one-sided" else 1 - 1e-5)
+
+
+def test_processes_share_the_molecules(coarse):
+    heavier = replace(coarse, name="again", reference=coarse.guess, guess=coarse.reference)
+    config = settings(energy_weight=0.1)
+    found = []
+    for count in (1, 2):
+        functional = fitted(coarse, config)
+        with DensityFit(functional, [coarse, heavier], replace(config, processes=count)) as fit:
+            at = fit.weights
+            found.append((np.sort(fit.residuals(at)), *fit.loss_and_gradient(at), fit.work.steps))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-10)
+
+
+def test_the_correction_adds_iterates(coarse):
+    losses = {}
+    for count in (0, 3):
+        config = settings(optimizer="adam", inner="descent", inner_tolerance=1e-2, inner_steps=1000, correction=count)
+        with DensityFit(fitted(coarse, config), [coarse], config) as fit:
+            losses[count], gradient = fit.loss_and_gradient(fit.weights)
+            assert np.isfinite(gradient).all()
+    assert losses[3] > losses[0]
+
+
+def test_penalties_know_the_spectrum_and_its_slope(coarse):
+    config = settings(optimizer="adam")
+    functional = fitted(coarse, config, spread=0.5)
+    case = Case.of(coarse)
+    p = case.solved(functional, config).value.detach()
+    expected = curvature(case.problem(functional), p)
+    product = Curvature(case, functional, p)
+    lowest = product.lowest(torch.randn(coarse.size, dtype=torch.float64), 200)
+    assert float((lowest @ product(lowest)).detach()) == pytest.approx(float(expected.least), rel=1e-4)
+
+    config = replace(config, floor_weight=1.0, floor=2 * float(expected.least), hessian_weight=1e-3)
+    with DensityFit(functional, [coarse], config) as fit:
+        at = fit.weights
+        for _ in range(5):  # the eigenvector is followed
+            fit.loss_and_gradient(at)
+        loss, gradient = fit.loss_and_gradient(at)
+    without = DensityFit(functional, [coarse], replace(config, floor_weight=0.0, hessian_weight=0.0))
+    assert loss > without.loss_and_gradient(at)[0] + 0.2
+    assert np.isfinite(gradient).all()
+
+
+def test_a_density_that_is_not_found_is_rejected(coarse):
+    config = settings(inner="descent", inner_steps=2)
+    with DensityFit(fitted(coarse, config), [coarse], config) as fit:
+        with pytest.warns(ConvergenceWarning):
+            found = fit.residuals(fit.weights)
+        assert np.isinf(found).all()
+        assert fit.rejected == 1
+
+
+def test_quality(coarse):
+    config = settings()
+    found = quality(Case.of(coarse), fitted(coarse, config), config, spectrum=True)
+    assert found.converged
+    assert found.least > 0
+    assert found.better == (found.loss < found.guess_loss and found.l1 < found.guess_l1)
+    whole = summarized([found, replace(found, loss=3 * found.loss, steps=99)])
+    assert whole.loss == pytest.approx(2 * found.loss)
+    assert whole.steps == 99
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+def begun(path, config) -> Run:
+    run = create("ofdft-single", RunOptions(output=path))
+    run.describe("ofdft-single", config)
+    return run
+
+
+@pytest.mark.parametrize("optimizer", ["least-squares", "l-bfgs", "adam"])
+def test_training_lowers_the_loss(tmp_path, folder, optimizer):
+    config = settings(folder, optimizer=optimizer, iterations=4, pairs=False, spectrum=optimizer == "adam")
+    runner.check(config)
+    run = begun(tmp_path / "run", config)
+    assert runner.train(config, run, Console(quiet=True))
+    results = run.read_json("results.json")
+    assert results["state"] == "complete"
+    assert results["looks"][-1]["loss"] < results["looks"][0]["loss"]
+    assert results["train"][0]["converged"]
+    assert len(results["looks"]) == results["iterations"] + 1
+    runner.evaluate(config, run, Console(quiet=True))
+    assert run.read_json("evaluation.json")["train"][0]["loss"] == pytest.approx(results["train"][0]["loss"])
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path, folder, monkeypatch):
+    config = settings(folder, iterations=4, optimizer="adam")
+    run = begun(tmp_path / "run", config)
+    wanted = runner.optimize
+
+    def interrupted(objective, name, rate, spent, step):
+        def twice(weights, loss):
+            share = step(weights, loss)
+            if share >= 0.5:
+                raise KeyboardInterrupt
+            return share
+
+        wanted(objective, name, rate, spent, twice)
+
+    monkeypatch.setattr(runner, "optimize", interrupted)
+    assert not runner.train(config, run, Console(quiet=True))
+    assert run.read_json("results.json")["state"] == "interrupted"
+    monkeypatch.setattr(runner, "optimize", wanted)
+    assert runner.train(config, run, Console(quiet=True))
+    results = run.read_json("results.json")
+    assert results["iterations"] == 4
+    assert [look["iteration"] for look in results["looks"]] == [0, 1, 2, 3, 4]
+
+
+def test_the_page_shows_lines_and_planes(tmp_path, folder):
+    config = settings(folder, iterations=1, page=True, spectrum=True)
+    run = begun(tmp_path / "run", config)
+    assert runner.train(config, run, Console(quiet=True))
+    assert {path.stem for path in (run.path / "figures").glob("*.png")} == {"line", "plane", "training", "inner"}
+    assert "<svg" in (run.path / "index.html").read_text(encoding="utf-8")
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gradient": "eqprop"}, "--gradient eqprop"),
+        ({"correction": 2}, "--correction"),
+        ({"floor_weight": 1.0}, "--floor-weight"),
+        ({"iterations": 0}, "--iterations"),
+        ({"correction_gamma": 0.0}, "--correction-gamma"),
+    ],
+)
+def test_settings_that_make_no_sense(changes, message):
+    with pytest.raises(UserError, match=message):
+        settings(**changes)
+
+
+def test_sources_that_are_refused(tmp_path):
+    with pytest.raises(UserError, match="sources"):
+        Molecules(sources=())
+    with pytest.raises(UserError, match="xyz"):
+        runner.check(settings(molecules=Molecules(sources=(str(tmp_path),))))
+
+
+def test_an_evaluation_before_training_is_refused(tmp_path, folder):
+    config = settings(folder)
+    with pytest.raises(UserError, match="nothing was trained"):
+        runner.evaluate(config, begun(tmp_path / "run", config), Console(quiet=True))
