@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from torchimplicit import LBFGS, Metric, Ragged, solve
 from torchimplicit.models.orbital_free import OrbitalFree, OrbitalFreeConfig
 from torchimplicit.models.orbital_free.pairs import entries, shape
 from torchimplicit.models.orbital_free.starting import linear_columns
@@ -91,3 +92,37 @@ def test_the_columns_are_the_derivative(h2):
     rows, at, values = entries(made, ELEMENTS)
     assert len(rows) == len(at) == len(values)
     assert int(at.max()) < functional.pairs.numel()
+
+
+def test_molecules_of_different_size_are_one_batch(h2):
+    """Solved together, each density is what it is alone, and so is the gradient."""
+    kept = (h2.angular == 0).nonzero()[:, 0]  # without its p and d functions: another, smaller molecule
+    smaller = replace(
+        h2,
+        overlap=h2.overlap[kept][:, kept],
+        coulomb=h2.coulomb[kept][:, kept],
+        values=h2.values[:, kept].contiguous(),
+        gradients=h2.gradients[:, :, kept].contiguous(),
+        **{name: getattr(h2, name)[kept] for name in ("weight", "external", "atom", "angular", "shell", "guess")},
+    )
+    molecules = [h2, smaller]
+    functional = OrbitalFree(OrbitalFreeConfig(hidden=4))
+    torch.nn.init.normal_(functional.factor[-1].weight, std=0.05)
+    solver = LBFGS(rtol=0.0, atol=1e-9)
+    starts = [m.guess for m in molecules]
+    ragged = Ragged.of(starts)
+    problem = ragged.minimum(
+        [lambda p, m=m: functional(p, m) for m in molecules],
+        [m.weight for m in molecules],
+        [m.electrons for m in molecules],
+        [m.overlap for m in molecules],
+    )
+    together = ragged.unpack(solve(problem, ragged.pack(starts), solver=solver).value)
+    gradients = []
+    alone = [solve(functional.problem(m, Metric(m.overlap)), m.guess, solver=solver).value for m in molecules]
+    for found in (together, alone):
+        loss = sum((m.values @ p).square() @ m.quadrature for m, p in zip(molecules, found, strict=True))
+        gradients.append(torch.autograd.grad(loss, functional.factor[-1].weight)[0])
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)

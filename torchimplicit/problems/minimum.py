@@ -29,7 +29,8 @@ class Minimum(Problem):
     Args:
         energy: ``energy(z, *args)``, returning one energy per sample, ``[batch]``; a scalar if not batched. Twice
             differentiable where the solution is to be differentiated.
-        constraint: a :class:`LinearEquality`, or ``None``.
+        constraint: a :class:`LinearEquality`, or ``None``. A start that violates it is moved to the nearest state
+            (in the sense of the metric) that does not.
         batched, rowwise: see :class:`FixedPoint`.
         metric: the coordinates to solve in, those of a :class:`Metric`; ``None``: the state's own. Steps, tolerances,
             Hessians and their eigenvalues are theirs; the solution and its derivatives are the state's.
