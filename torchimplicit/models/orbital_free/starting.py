@@ -64,12 +64,19 @@ def linear_columns(functional: OrbitalFree, molecule: Molecule) -> Tensor:
 
 
 @torch.no_grad()
-def fit_constants(functional: OrbitalFree, molecules: Sequence[Molecule]) -> None:
-    """Set the elements' constants so that the energies of the reference densities are the Kohn-Sham ones, in the sense
-    of least squares (of least norm, where the molecules do not tell the elements apart)."""
+def fit_constants(
+    functional: OrbitalFree, molecules: Sequence[Molecule], densities: Sequence[Tensor] | None = None
+) -> None:
+    """Set the elements' constants so that the energies are the Kohn-Sham ones, in the sense of least squares (of least
+    norm, where the molecules do not tell the elements apart). No density depends on them.
+
+    Args:
+        densities: whose energies, ``[n]`` each; ``None``: the reference densities.
+    """
     functional.constants.zero_()
     counts = torch.stack([torch.bincount(m.charges, minlength=ELEMENTS).double() for m in molecules])
-    missing = torch.stack([m.energy - functional(m.reference, m) for m in molecules])
+    at = [m.reference for m in molecules] if densities is None else densities
+    missing = torch.stack([m.energy - functional(p, m) for m, p in zip(molecules, at, strict=True)])
     functional.constants.copy_(torch.linalg.pinv(counts) @ missing)
 
 

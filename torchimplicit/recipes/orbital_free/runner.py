@@ -211,6 +211,10 @@ def _results(
     first = started(config, cases["train"])
     start, start_test = (qualities(cases[name], first, config) for name in ("train", "test"))
     _restored(functional, run.best)
+    if not config.energy_weight:  # nothing has trained the constants, on which no density depends
+        with torch.no_grad():
+            densities = [case.solved(functional, config, cold=True).value for case in cases["train"]]
+        fit_constants(functional, split.train, densities)
     found: dict[str, list[Quality]] = {
         name: qualities(ones, functional, config, spectrum=config.spectrum) for name, ones in cases.items()
     }
