@@ -236,8 +236,11 @@ class TestRecipe:
         page = (run.path / "index.html").read_text()
         assert "1000 samples in 2 channels" in page
         assert page.count("<audio") == 4
+        (run.path / "mine.wav").write_bytes(b"")
         test = Results.of(run).test.figures
         assert test["PSNR"] - test["SNR"] == pytest.approx(10 * np.log10(4 / 0.5), abs=0.05)
+        create("implicit-audio", RunOptions(output=run.path, overwrite=True))
+        assert [one.name for one in run.path.glob("*.wav")] == ["mine.wav"]
 
     def test_a_resumed_run_has_the_losses_of_an_undisturbed_one(self, tmp_path):
         config = small(tmp_path)

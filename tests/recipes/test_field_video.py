@@ -183,6 +183,16 @@ class TestVideoFiles:
         with pytest.raises(UserError, match=r"torchimplicit\[video\]"):
             read(tmp_path / "a.mp4")
 
+    def test_an_mpeg_file_is_no_picture(self, tmp_path):
+        av = pytest.importorskip("av")
+        with av.open(str(tmp_path / "a.mpg"), "w", format="mpeg1video") as container:
+            stream = container.add_stream("mpeg1video", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+            for frame in moving(5, 32, 32):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
+            container.mux(stream.encode())
+        assert read(tmp_path / "a.mpg").pixels.shape == (5, 32, 32, 3)
+
     def test_what_is_no_video(self, tmp_path):
         pytest.importorskip("av")
         whole = encoded(tmp_path, moving(30, 32, 32)).read_bytes()

@@ -51,7 +51,17 @@ def _go(runner: Runner, settings: Any, run: Run, console: Console) -> int:
     return 0
 
 
-OUTPUTS = ("index.html", "results.json", "record.json", "figures")
+OUTPUTS = (
+    "index.html",
+    "results.json",
+    "record.json",
+    "figures",
+    "reconstruction.wav",
+    "reconstruction.gif",
+    "reconstruction.mp4",
+    "surface.obj",
+    "surface.ply",
+)
 """What a run may leave for people to look at."""
 
 

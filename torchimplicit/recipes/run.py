@@ -160,6 +160,10 @@ def _numbered(parent: Path) -> Path:
         return path
 
 
+OWN = ("original", "reconstruction", "error", "surface", "export")
+"""What a fitted signal leaves beside its page."""
+
+
 def _chosen(path: Path, overwrite: bool) -> Path:
     if path.exists() and not path.is_dir():
         raise UserError(f"--output {path} is a file; give a directory")
@@ -180,6 +184,8 @@ def _chosen(path: Path, overwrite: bool) -> Path:
             *path.glob("*.json"),
             path / "index.html",
             *figures,
+            *(found for name in OWN for found in path.glob(f"{name}.*")),
+            *(path / "figures").glob("*.gif"),
         ):
             stale.unlink(missing_ok=True)
     return path

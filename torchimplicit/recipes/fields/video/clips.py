@@ -26,8 +26,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MOST_POINTS = 1 << 27
 """Pixels of all frames together."""
 
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error)
-"""What Pillow raises for files that are cut short or broken."""
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for files that are cut short, or broken, or would be huge."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def _folder(path: Path, size: int, known: _Reading) -> Generator[Tensor]:
 def _is_picture(path: Path) -> bool:
     """Whether Pillow knows the file."""
     try:
-        with Image.open(path):
-            return True
+        with Image.open(path) as image:
+            return image.format != "MPEG"  # whose size Pillow knows, and no more
     except UnidentifiedImageError:
         return False
     except Image.DecompressionBombError:
