@@ -11,7 +11,7 @@ from torchimplicit.recipes.options import fraction, not_negative, option, positi
 from torchimplicit.recipes.reproduce.settings import Plan
 from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
 
-Adaptation = Literal["jiio", "jiio-first-order", "descent"]
+Adaptation = Literal["jiio", "jiio-first-order", "jiio-unrolled", "descent"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,9 @@ class MetaConfig:
     """The folder with Omniglot's images_background_small1.zip; by default it is downloaded."""
 
     adaptation: Adaptation = "jiio"
-    """How the context is found and the weights' gradient is taken: JIIO, exactly; JIIO, the context held fixed; or
-    gradient descent through the equilibrium, differentiated through every step (as MAML does)."""
+    """How the context is found and the weights' gradient is taken: JIIO, exactly; JIIO, the context held fixed; JIIO,
+    differentiated through each of its steps, be they ever so few; or gradient descent through the equilibrium, likewise
+    differentiated through every step (as MAML does)."""
 
     adaptation_steps: int = 25
     """Of JIIO, evaluations; of descent, equilibria and their gradients."""
@@ -116,7 +117,7 @@ class AdaptationsConfig:
 
     training: MetaConfig = field(default_factory=sinusoid)
 
-    jiio_steps: tuple[int, ...] = (5, 10, 25, 50)
+    jiio_steps: tuple[int, ...] = (4, 5, 6, 8, 10, 25, 50)
     """Of JIIO."""
 
     descent_steps: tuple[int, ...] = (1, 2, 5, 10, 20)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchimplicit.gradients import Gradient, Unrolled
 from torchimplicit.models import ContextEquilibrium, ContextEquilibriumConfig
 from torchimplicit.recipes.jiio_meta import omniglot, sinusoids
 from torchimplicit.recipes.jiio_meta.adapt import Adapt, Descent, Joint, errors, exact
@@ -79,7 +80,10 @@ class MetaLearning(Task):
         if config.adaptation == "descent":
             return Descent(**shared, differentiable=learning)
         first_order = config.adaptation == "jiio-first-order" or not learning
-        through = None if first_order else exact(config.adjoint_steps, config.adjoint_tolerance)
+        through: Gradient | None = None
+        if not first_order:
+            unrolled = config.adaptation == "jiio-unrolled"
+            through = Unrolled() if unrolled else exact(config.adjoint_steps, config.adjoint_tolerance)
         return Joint(**shared, gradient=through, seen=self.solved)
 
     def loss(self, batch: Any) -> Tensor:
