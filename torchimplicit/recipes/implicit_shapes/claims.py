@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 
 from torchimplicit.recipes.fields.settings import FILTERS
+from torchimplicit.recipes.fields.shape.points import LONGEST
 from torchimplicit.recipes.implicit_shapes.read import Measured
 from torchimplicit.recipes.implicit_shapes.rows import Row
 from torchimplicit.recipes.reproduce.record import Claim
@@ -59,6 +60,7 @@ def _worse(found: Measured, row: Row) -> list[Claim]:
     if not losses:
         return []
     better = sum(a < b for a, b in losses)
+    scale = 100 / LONGEST
     chamfer = (
         f"; Chamfer distances {100 * fmean(a for a, _ in chamfers):.3f} and "
         f"{100 * fmean(b for _, b in chamfers):.3f} % of the longest side"
@@ -69,8 +71,8 @@ def _worse(found: Measured, row: Row) -> list[Claim]:
         Claim(
             f"{row.label.split(',')[0]} trained by exact gradients ends nearer to the distance than by one-step ones, "
             "in as many steps",
-            f"mean absolute errors {fmean(a for a, _ in losses):.4f} and {fmean(b for _, b in losses):.4f}; smaller in "
-            f"{better} of {len(losses)} runs{chamfer}",
+            f"mean absolute errors {scale * fmean(a for a, _ in losses):.3f} and "
+            f"{scale * fmean(b for _, b in losses):.3f} %; smaller in {better} of {len(losses)} runs{chamfer}",
             better == len(losses),
         )
     ]

@@ -8,6 +8,7 @@ import matplotlib.image
 from matplotlib.figure import Figure
 
 from torchimplicit.recipes.fields.settings import FILTERS
+from torchimplicit.recipes.fields.shape.points import LONGEST
 from torchimplicit.recipes.implicit_shapes.read import Measured
 from torchimplicit.recipes.implicit_shapes.rows import ROWS, TASKS, Row, TaskKind
 from torchimplicit.recipes.plotting import axes, style
@@ -29,7 +30,12 @@ def drawings(found: Measured) -> list[Drawing]:
 def _curves(found: Measured) -> Drawing:
     figure, panels = axes(2, width=5.4, height=3.8)
     for panel, task, name, label, scale in zip(
-        panels, TASKS, ("IoU", "loss"), ("IoU, %", "mean absolute error of the distance"), (100.0, 1.0), strict=True
+        panels,
+        TASKS,
+        ("IoU", "loss"),
+        ("IoU, %", "mean absolute error of the distance,\n% of the longest side"),
+        (100.0, 100 / LONGEST),
+        strict=True,
     ):
         for row in ROWS.values():
             runs = [one for one in found.of(row) if one.validations]

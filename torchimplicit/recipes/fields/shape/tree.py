@@ -7,7 +7,6 @@ node that still matter are one batch of tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +94,7 @@ class MeshTree:
         One inside a closed surface and zero outside; where the surface has holes it goes over smoothly. Far nodes
         enter by their dipoles (Barill et al. 2018, *Fast winding numbers for soups and clouds*, of first order).
         """
-        return self._in_parts(self._winding, points)
+        return torch.cat([self._winding(part) for part in points.split(POINTS_AT_ONCE)])
 
     def closest(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The nearest point of the surface: its distance ``[points]``, itself ``[points, 3]``, and its face."""
@@ -107,9 +106,6 @@ class MeshTree:
         """Negative inside, ``[points]``."""
         distance, _, _ = self.closest(points)
         return torch.where(self.winding(points) > 0.5, -distance, distance)
-
-    def _in_parts(self, query: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
-        return torch.cat([query(part) for part in points.split(POINTS_AT_ONCE)])
 
     def _winding(self, points: Tensor) -> Tensor:
         total = points.new_zeros(len(points))
