@@ -130,3 +130,43 @@ def test_needs_an_energy():
     for problem in (ti.FixedPoint(lambda z, x: 0.5 * z + x), ti.Root(lambda z, x: z - x)):
         with pytest.raises(ValueError, match="Minimum"):
             ti.solve(problem, torch.zeros_like(x), x, gradient=ti.EquilibriumPropagation())
+
+
+@pytest.mark.parametrize("constraint", ["none", "per sample"])
+def test_its_inner_tolerance_is_its_own(constraint):
+    """A forward solve that stops early is differentiated where it stopped: the nudged solves are as tight as the nudge
+    asks, and the tilt makes their start stationary."""
+    x, w = data(batch=2, dim=3)
+    more = () if constraint == "none" else (WEIGHT, TOTAL)
+    found = []
+    for gradient in (ti.Implicit(), ti.EquilibriumPropagation(nudge=1e-4), ti.EquilibriumPropagation(nudge=None)):
+        leaf = w.clone().requires_grad_()
+        problem = ti.Minimum(convex_energy, ti.LinearEquality(*more) if more else None)
+        loose = ti.LBFGS(rtol=0.0, atol=0.05)
+        solution = ti.solve(problem, torch.zeros_like(x), x, leaf, solver=loose, gradient=gradient)
+        found.append(torch.autograd.grad(head(solution.value), leaf)[0])
+        if gradient != ti.Implicit():
+            assert bool(solution.adjoint.converged.all())
+    assert relative_error(found[1], found[0]) < 1e-5
+    assert relative_error(found[2], found[0]) < 1e-4
+
+
+@pytest.mark.parametrize("stiffness", [1e-2, 1.0, 1e2])
+def test_the_nudge_that_is_chosen_moves_the_solution_as_far_as_it_may(stiffness):
+    """The least eigenvalue is ``stiffness``, along the first axis, along which the cotangent lies."""
+    scale = stiffness * torch.tensor([1.0, 3.0, 10.0], dtype=torch.float64)
+    x = torch.tensor([[1.0, 2.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    reached = []
+
+    def energy(z, x):
+        reached.append(z.detach())
+        return (0.5 * scale * (z - x).square()).sum(1)
+
+    gradient = ti.EquilibriumPropagation(nudge=None, reach=1e-2, symmetric=False)
+    value = ti.solve(ti.Minimum(energy), torch.zeros_like(x), x, solver=SOLVER, gradient=gradient).value
+    reached.clear()
+    value[0, 0].backward()
+    moved = [float((z - value.detach()).norm()) for z in reached]
+    # a line search may try further on its way to the nudged solution
+    assert min(moved, key=lambda m: abs(m - 1e-2 * 3)) == pytest.approx(1e-2 * 3, rel=1e-4)
+    torch.testing.assert_close(x.grad, torch.tensor([[1.0, 0, 0]], dtype=torch.float64), rtol=1e-4, atol=1e-6)

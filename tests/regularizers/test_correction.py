@@ -123,3 +123,97 @@ def test_equilibrium_propagation_makes_the_iterates_stationary(symmetric, constr
         grads.append(torch.autograd.grad(early, (x, stretch)))
     for exact, found in zip(*grads, strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-3 if not symmetric else 1e-5, atol=1e-6)
+
+
+class TestMinimaOnTheWay:
+    """An iterate of a minimization, treated as the minimum of the energy tilted, once for all, so that it is one."""
+
+    weight = torch.tensor([1.0, 2.0, 0.5, 1.0], dtype=F64)
+
+    @staticmethod
+    def energy(z, x, s):
+        return (0.5 * s * (z - x) ** 2 + torch.cosh(z)).sum(1)
+
+    def leaves(self):
+        x = torch.randn(3, 4, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        return x, torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=F64).requires_grad_()
+
+    def stated(self, kind):
+        constraint = None if kind == "free" else ti.LinearEquality(self.weight, 2.0)
+        metric = None
+        if kind == "metric":
+            metric = ti.Metric(torch.eye(4, dtype=F64) + 0.3)
+        return ti.Minimum(self.energy, constraint, metric=metric, eliminate=kind == "eliminated")
+
+    def solved(self, kind, gradient, leaves):
+        solver = ti.GradientDescent(step_size=0.02, momentum=0.5, rtol=1e-3, keep_trajectory=True)
+        return ti.solve(self.stated(kind), torch.zeros(3, 4, dtype=F64), *leaves, solver=solver, gradient=gradient)
+
+    def by_differences(self, kind, states, x, s, direction):
+        """Of the sum of the losses of the states, each the minimum of its tilted energy, in ``s`` along a direction."""
+        constraint = None if kind == "free" else ti.LinearEquality(self.weight, 2.0)
+        step, total = 1e-4, 0.0
+        for state in states:
+            leaf = state.detach().requires_grad_()
+            (tilt,) = torch.autograd.grad(self.energy(leaf, x.detach(), s.detach()).sum(), leaf)
+
+            def tilted(z, s, tilt=tilt):
+                return self.energy(z, x.detach(), s) - (tilt * z).sum(1)
+
+            up, down = (
+                ti.solve(
+                    ti.Minimum(tilted, constraint),
+                    state.detach(),
+                    s.detach() + k * step * direction,
+                    solver=ti.LBFGS(rtol=0.0, atol=1e-12),
+                ).value
+                for k in (1, -1)
+            )
+            total += float((loss(up) - loss(down)).detach()) / (2 * step)
+        return total
+
+    @pytest.mark.parametrize("kind", ["free", "constrained", "eliminated", "metric"])
+    @pytest.mark.parametrize("random", [False, True])
+    @pytest.mark.parametrize(
+        "gradient",
+        [Implicit(), ti.EquilibriumPropagation(nudge=None, solver=ti.LBFGS(atol=1e-11))],
+        ids=lambda g: type(g).__name__,
+    )
+    def test_against_finite_differences(self, kind, random, gradient):
+        x, s = leaves = self.leaves()
+        solution = self.solved(kind, gradient, leaves)
+        generator = torch.Generator().manual_seed(3)
+        found = fixed_point_correction(
+            solution, noted := Noted(), count=4, gamma=1.0, random=random, generator=generator
+        )
+        direction = torch.tensor([1.0, -0.5, 0.3, 0.2], dtype=F64)
+        along = float(torch.autograd.grad(found, s)[0] @ direction)
+        assert len(noted.states) == 4
+        assert along == pytest.approx(self.by_differences(kind, noted.states, x, s, direction), rel=1e-5)
+
+    def test_without_the_tilt_it_would_be_wrong_many_times_over(self):
+        """From an early iterate the nudged minimization runs to the solution, and the difference is divided by beta."""
+        x, s = leaves = self.leaves()
+        state = self.solved("free", Implicit(), leaves).trajectory[3].detach()
+        exact = ti.solve(
+            ti.Minimum(self.energy), state, x, s, solver=ti.LBFGS(rtol=0.0, atol=1e30), gradient=Implicit()
+        ).value
+        (right,) = torch.autograd.grad(loss(exact), s)
+        nudge = 1e-3
+        leaf = state.clone().requires_grad_()
+        (u,) = torch.autograd.grad(loss(leaf), leaf)
+        nudged = ti.Minimum(lambda z: self.energy(z, x.detach(), s.detach()) + nudge * (u * z).sum(1))
+        above = ti.solve(nudged, state, solver=ti.LBFGS(rtol=0.0, atol=1e-10)).value
+        (wrong,) = torch.autograd.grad((self.energy(above, x, s) - self.energy(state, x, s)).sum() / nudge, s)
+        assert float(wrong.norm()) > 50 * float(right.norm())
+
+
+class Noted:
+    """The loss, and what it was called with."""
+
+    def __init__(self):
+        self.states = []
+
+    def __call__(self, z):
+        self.states.append(z.detach())
+        return loss(z)
