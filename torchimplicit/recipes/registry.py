@@ -114,12 +114,12 @@ RECIPES = {
         f"{_HERE}.phantom_precision.config:training",
         f"{_HERE}.phantom_precision.training:RUNNER",
     ),
-    "ofdft-molecules": Entry(
+    "ofdft-small": Entry(
         "An orbital-free density functional for H2, H2O, NH3 and CH4, trained by its minima, in minutes.",
         f"{_HERE}.orbital_free.config:small",
         f"{_HERE}.orbital_free.runner",
     ),
-    "ofdft-single": Entry(
+    "ofdft-one": Entry(
         "The same for one molecule, as fine-tuned by implicit differentiation or equilibrium propagation.",
         f"{_HERE}.orbital_free.config:single",
         f"{_HERE}.orbital_free.runner",
@@ -298,6 +298,21 @@ TABLES = {
         f"{_HERE}.ofdft_gradients.config:default",
         f"{_HERE}.ofdft_gradients.table:TABLE",
     ),
+    "ofdft-single": Entry(
+        "One molecule's density functional by implicit differentiation and by propagation: loss and time.",
+        f"{_HERE}.ofdft_single.config:default",
+        f"{_HERE}.ofdft_single.table:TABLE",
+    ),
+    "ofdft-molecules": Entry(
+        "Density functionals for several molecules, tested on new geometries and on new molecules of QM9.",
+        f"{_HERE}.ofdft_molecules.config:default",
+        f"{_HERE}.ofdft_molecules.table:TABLE",
+    ),
+    "ofdft-stability": Entry(
+        "How hard densities are to find as their functional is trained, and what keeps it from growing harder.",
+        f"{_HERE}.ofdft_stability.config:default",
+        f"{_HERE}.ofdft_stability.table:TABLE",
+    ),
 }
 """What ``reproduce`` reproduces, likewise."""
 
@@ -336,6 +351,11 @@ PARTS = {
         "Every gradient at one molecule's minimum, measured.",
         f"{_HERE}.ofdft_gradients.config:measurement",
         f"{_HERE}.ofdft_gradients.measure:RUNNER",
+    ),
+    "ofdft-stability-training": Entry(
+        "A training whose minimizations are counted at its start and its end, by two solvers.",
+        f"{_HERE}.ofdft_stability.config:training",
+        f"{_HERE}.ofdft_stability.measure:RUNNER",
     ),
 }
 """What tables run beside recipes. No command names them, and nothing lists them."""

@@ -1,0 +1,1 @@
+"""One molecule's density functional, trained by implicit differentiation and by equilibrium propagation."""

@@ -1,0 +1,88 @@
+"""A training whose first and last densities are found in two ways, and their steps counted."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.models.orbital_free import OrbitalFree
+from torchimplicit.recipes.fitting import read_checkpoint
+from torchimplicit.recipes.machine import threads
+from torchimplicit.recipes.ofdft_stability.config import CountedTraining
+from torchimplicit.recipes.orbital_free import data, runner
+from torchimplicit.recipes.orbital_free.case import Case
+from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
+from torchimplicit.recipes.orbital_free.measure import Quality, quality
+from torchimplicit.recipes.run import Run
+
+
+@dataclass(frozen=True)
+class Counted:
+    """``counted.json``: the training molecules, from the superposition of atoms.
+
+    Attributes:
+        descent_before, descent_after: by gradient descent with momentum.
+        l_bfgs_before, l_bfgs_after: by L-BFGS with the Hessian of the start as preconditioner.
+    """
+
+    descent_before: list[Quality]
+    descent_after: list[Quality]
+    l_bfgs_before: list[Quality]
+    l_bfgs_after: list[Quality]
+
+
+class CountedRunner:
+    """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+
+    def check(self, config: CountedTraining) -> None:
+        """As the training is checked."""
+        runner.check(config.training)
+
+    def train(self, config: CountedTraining, run: Run, console: Console) -> bool:
+        """Train, or go on with it, then count."""
+        done = runner.train(config.training, run, console)
+        if done:
+            run.write_json("counted.json", counted(config, run.best))
+        return done
+
+    def evaluate(self, config: CountedTraining, run: Run, console: Console) -> None:
+        """Measure the weights again, and count again."""
+        runner.evaluate(config.training, run, console)
+        run.write_json("counted.json", counted(config, run.best))
+
+
+RUNNER = CountedRunner()
+
+
+def counted(config: CountedTraining, weights: Path) -> Counted:
+    """At the start of the training, and at its weights."""
+    settings = config.training
+    descent = replace(
+        settings,
+        inner="descent",
+        inner_tolerance=config.descent_tolerance,
+        inner_steps=config.most_steps,
+        inner_rate=config.descent_rate,
+        **_PLAIN,
+    )
+    quick = replace(settings, inner="l-bfgs", inner_tolerance=config.tight_tolerance, inner_steps=300, **_PLAIN)
+    with threads(settings.threads), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # what is not converged is recorded
+        cases = [Case.of(molecule) for molecule in data.load(settings.molecules).train]
+        functional = runner.started(settings, cases)
+        before = [_all(cases, functional, way) for way in (descent, quick)]
+        functional.load_state_dict(read_checkpoint(weights)["weights"])
+        after = [_all(cases, functional, way) for way in (descent, quick)]
+    return Counted(before[0], after[0], before[1], after[1])
+
+
+_PLAIN = {"correction": 0, "gradient": "implicit"}
+"""Nothing is differentiated here, and no iterates are kept."""
+
+
+def _all(cases: list[Case], functional: OrbitalFree, way: OrbitalFreeTraining) -> list[Quality]:
+    return [quality(case, functional, way) for case in cases]
