@@ -11,7 +11,7 @@ from torchimplicit.recipes.options import not_negative, option, positive
 from torchimplicit.recipes.reproduce.settings import Plan
 
 State = Literal["fitted", "trained"]
-"""Which functional: one that is only fitted, or one that was trained until its Hessian is ill-conditioned."""
+"""Which functional: one that is only fitted, or one of less von Weizsäcker energy that was trained too."""
 
 STATES: tuple[State, ...] = ("fitted", "trained")
 
@@ -25,7 +25,7 @@ class MoleculeGradientsConfig:
 
     state: State = "fitted"
     """fitted: c = 0.4 times the von Weizsäcker energy and a network of small weights. trained: c = 0.05 and larger
-    weights, then some steps of Adam, which leaves an ill-conditioned Hessian."""
+    weights, then some steps of Adam, which leaves a wider spectrum."""
 
     seed: int = 0
     """Of the network's weights, of the geometry and of the directions."""

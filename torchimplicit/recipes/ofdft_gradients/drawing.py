@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from torchimplicit.recipes.ofdft_gradients.config import MoleculeGradientsConfig
 from torchimplicit.recipes.ofdft_gradients.gathered import ESTIMATORS, Group
-from torchimplicit.recipes.plotting import axes, style
+from torchimplicit.recipes.plotting import LINES, MARKERS, axes, style
 from torchimplicit.recipes.reproduce.runner import Drawing
+
+LINEAR = ("implicit", "damped")
+"""Estimators that solve a linear system, which has a solution at a saddle too."""
 
 
 def drawings(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> list[Drawing]:
@@ -48,10 +52,12 @@ def _softened(group: Group, settings: MoleculeGradientsConfig) -> Drawing:
     places = range(len(factors))
     figure, (size, direction) = axes(2, width=4.6)
     for index, name in enumerate(ESTIMATORS):
-        norms = [median(s.norm[name] for s in group.softened(place)) for place in places]
-        cosines = [median(s.cosine[name] for s in group.softened(place)) for place in places]
-        size.plot(places, [n if n > 1e-6 else math.nan for n in norms], label=name, **style(index))
-        direction.plot(places, cosines, **style(index))
+        found = [group.softened(place) for place in places]
+        ran = [name in LINEAR or all(s.status[name] == "CONVERGED" for s in seeds) for seeds in found]
+        for panel, figure_of in ((size, "norm"), (direction, "cosine")):
+            values = [median(getattr(s, figure_of)[name] for s in seeds) for seeds in found]
+            shown = [value if there else math.nan for value, there in zip(values, ran, strict=True)]
+            panel.plot(places, shown, label=name, **style(index))
     for panel in (size, direction):
         panel.set_xticks(list(places), [f"{factor:g}" for factor in factors], rotation=60)
         panel.set_xlabel("softest eigenvalue, over what it was")
@@ -63,8 +69,8 @@ def _softened(group: Group, settings: MoleculeGradientsConfig) -> Drawing:
         "soft-mode",
         figure,
         f"{group.name}: the gradients as the softest eigenvalue that they feel goes to zero (the line) and below; "
-        f"medians of the seeds. Damping: {settings.damping:g} of the eigenvalue. A length that is missing is zero: the "
-        "nudged minimization ran away and left its best point, the first.",
+        f"medians of the seeds. Damping: {settings.damping:g} of the eigenvalue. Propagation is missing where a "
+        "minimization of a seed found no minimum.",
     )
 
 
@@ -76,8 +82,8 @@ def _adjoint(group: Group, settings: MoleculeGradientsConfig) -> Drawing:
         for index, way in enumerate(ways):
             found = one.adjoint[coordinates].get(way)
             if found is not None:
-                panel.plot(*zip(*found.trace, strict=True), label=way, **style(index))
-        panel.set(xscale="log", yscale="log", xlabel="products with the Hessian", ylim=(1e-10, 30))
+                panel.plot(*zip(*found.trace, strict=True), label=way, **_look(index))
+        panel.set(xscale="log", yscale="log", xlabel="products with the Hessian", ylim=(1e-15, 30))
         panel.set_title("coordinates of the overlap" if coordinates == "overlap" else "raw coefficients")
     panels[0].set_ylabel("relative error of the solution")
     _legend(figure)
@@ -87,6 +93,11 @@ def _adjoint(group: Group, settings: MoleculeGradientsConfig) -> Drawing:
         f"{group.name}, first seed: the error of the adjoint system's solution over the products with the Hessian. The "
         "dense solution is a point at n products; Adam's rate is the best of three.",
     )
+
+
+def _look(index: int) -> dict[str, Any]:
+    """That of the first eight ways, and another for those beyond."""
+    return style(index) if index < len(MARKERS) else {**style(index), "marker": "*<>"[index % 3], "linestyle": LINES[3]}
 
 
 def _legend(figure: Figure) -> None:

@@ -28,8 +28,6 @@ def measured(config: MoleculeGradientsConfig, molecule: Molecule) -> MoleculeRes
     exact = case.estimate(Implicit(linear_solver=Dense()))
     assert exact.status == Status.CONVERGED.name, exact.status
     gradient = exact.gradient
-    over = nudges.nudged(case, gradient, config.nudges)
-    sizes = [one.nudge for one in over]
     eigenvalue, vector = softest(case, gradient)
     damping = config.damping * eigenvalue
     adjoint, seconds = {}, {}
@@ -39,11 +37,7 @@ def measured(config: MoleculeGradientsConfig, molecule: Molecule) -> MoleculeRes
     return MoleculeResults(
         point=point,
         difference=difference(case, gradient, config.directions, config.step, generator),
-        nudged=over,
-        slopes={
-            "one_sided": nudges.slope(sizes, [one.one_sided for one in over]),
-            "symmetric": nudges.slope(sizes, [one.symmetric for one in over]),
-        },
+        nudged=nudges.nudged(case, gradient, config.nudges),
         automatic=nudges.automatic(case, gradient),
         loosened=nudges.loosened(case, gradient, config.loss_nudges, config.loose),
         beyond=nudges.beyond(case, gradient, point.least, config.beyond, config.most_steps),

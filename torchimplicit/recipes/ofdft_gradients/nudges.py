@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,9 +15,6 @@ from torchimplicit.recipes.ofdft_gradients.case import Case, flat, quiet
 from torchimplicit.recipes.ofdft_gradients.results import Beyond, Damped, Loosened, Nudged
 from torchimplicit.solution import Status
 from torchimplicit.solve import solve
-
-FIT = (1e-7, 0.1)
-"""Errors among which slopes are fitted: below is what the minimizations leave, above no power law."""
 
 
 def nudged(case: Case, exact: Tensor, nudges: Sequence[float]) -> list[Nudged]:
@@ -36,17 +32,6 @@ def automatic(case: Case, exact: Tensor) -> dict[str, float]:
         name: case.estimate(case.propagation(None, symmetric=symmetric)).error(exact)
         for name, symmetric in (("one_sided", False), ("symmetric", True))
     }
-
-
-def slope(nudges: Sequence[float], errors: Sequence[float]) -> float:
-    """Of log error over log nudge, by least squares; not a number where fewer than two errors can be used."""
-    low, high = FIT
-    pairs = [(math.log(n), math.log(e)) for n, e in zip(nudges, errors, strict=True) if low < e < high]
-    if len(pairs) < 2:
-        return math.nan
-    x, y = torch.tensor(pairs, dtype=torch.float64).T
-    x, y = x - x.mean(), y - y.mean()
-    return float((x @ y) / (x @ x))
 
 
 def loosened(case: Case, exact: Tensor, nudges: Sequence[float], tolerances: Sequence[float]) -> list[Loosened]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import linear_regression
 
 from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.run import Run
+
+FIT = (1e-8, 1e-2)
+"""Errors among which slopes are fitted: below is what the minimizations leave, above no power law."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,6 @@ class MoleculeResults:
     """All of it.
 
     Attributes:
-        slopes: of log error over log nudge: ``one_sided``, ``symmetric``.
         automatic: errors of the nudge that is chosen: ``one_sided``, ``symmetric``.
         adjoint: by coordinates (``overlap``, ``raw``), then by name.
         product_seconds: CPU time of one product.
@@ -160,7 +165,6 @@ class MoleculeResults:
     point: Point
     difference: Difference
     nudged: list[Nudged]
-    slopes: dict[str, float]
     automatic: dict[str, float]
     loosened: list[Loosened]
     beyond: list[Beyond]
@@ -172,7 +176,27 @@ class MoleculeResults:
     product_seconds: dict[str, float]
     assembled: int
 
+    def slope(self, form: str) -> float:
+        """Of log error over log nudge.
+
+        Args:
+            form: ``one_sided`` or ``symmetric``.
+        """
+        return slope([one.nudge for one in self.nudged], [float(getattr(one, form)) for one in self.nudged])
+
     @staticmethod
     def of(run: Run) -> MoleculeResults:
         """What a run has written."""
         return from_plain(MoleculeResults, run.read_json("results.json"))
+
+
+def slope(nudges: Sequence[float], errors: Sequence[float]) -> float:
+    """Of log error over log nudge, by least squares; not a number where fewer than two errors can be used.
+
+    Args:
+        nudges: falling.
+        errors: of theirs. Those that follow the least one are what the minimizations leave.
+    """
+    falling = list(zip(nudges, errors, strict=True))[: list(errors).index(min(errors)) + 1]
+    pairs = [(math.log(n), math.log(e)) for n, e in falling if FIT[0] < e < FIT[1]]
+    return linear_regression(*zip(*pairs, strict=True)).slope if len(pairs) > 1 else math.nan

@@ -72,7 +72,9 @@ def _nudges(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> Table
     columns = [
         Column("Molecule, functional, form", note="Errors: the worst of the seeds."),
         *(Column(f"β = {nudges[i]:g}", note="Relative to the cotangent's length.") for i in shown),
-        Column("slope", note="Of log error over log β, by least squares over errors from 1e-7 to 0.1; median."),
+        Column(
+            "slope", note="Of log error over log β, by least squares over falling errors from 1e-8 to 0.01; median."
+        ),
         Column("β chosen", note="The error with nudge=None, which is set from the least eigenvalue."),
     ]
     rows = []
@@ -86,7 +88,7 @@ def _nudges(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> Table
                 [
                     f"{group.name}, {label}",
                     *(f"{max(error(one, i) for one in group.results):.1e}" for i in shown),
-                    f"{median(one.slopes[form] for one in group.results):.2f}",
+                    f"{median(one.slope(form) for one in group.results):.2f}",
                     f"{max(one.automatic[form] for one in group.results):.1e}",
                 ]
             )
