@@ -147,7 +147,9 @@ def test_the_table_with_some_runs_and_with_none(tmp_path: Any) -> None:
         assert RUNNER.train(short, run, QUIET)
         runs[job.name] = run
     summary = summarize(config, runs)
-    assert [claim.statement.split(":")[0] for claim in summary.claims] == ["denoising"]
+    assert summary.claims[0].statement.startswith("The exact gradient, as in training")
+    assert [claim.statement.split(":")[0] for claim in summary.claims[1:]] == ["denoising"]
+    assert [line[0] for line in summary.sheets[-1].table.rows] == ["denoising: exact", "denoising: first-order"]
     assert [d.name for d in summary.drawings] == ["denoising"]
     RUNNER.evaluate(short, run, QUIET)
     assert not summarize(config, {}).claims

@@ -20,6 +20,7 @@ from torchimplicit.recipes.training.runner import Trainer
 from torchimplicit.recipes.training.sampling import InOrder, Rows, ShuffledSteps, generator, loader
 from torchimplicit.recipes.training.task import Metric, Shard, Split, Task
 from torchimplicit.resolve import resolve
+from torchimplicit.solvers import Anderson
 
 HELD_OUT_BATCH = 200
 
@@ -104,11 +105,22 @@ class Restoration(Task):
         self.solved(solution)
         return squared_error(self.decoder.head(solution.value.z), images).mean()
 
-    def estimator(self) -> Gradient:
-        """Of the outer loss."""
+    def estimator(self, through: str | None = None) -> Gradient:
+        """Of the outer loss; by default the recipe's own."""
         chosen = self.config.equilibria
         linear_solver = GMRES(rtol=chosen.backward_tolerance, max_steps=chosen.backward_steps)
-        return {"exact": Implicit, "first-order": FixedInput}[self.config.through](linear_solver=linear_solver)
+        estimators: dict[str, Any] = {"exact": Implicit, "first-order": FixedInput}
+        return estimators[through or self.config.through](linear_solver=linear_solver)
+
+    def slopes(self, images: Tensor, gradient: Gradient, solver: Anderson, seed: int = 0) -> Tensor:
+        """The outer loss's gradient in the decoder's weights, flat, for images corrupted with a seed."""
+        shown = self.corrupted(images, generator(seed, 2))
+        weights = [p for p in self.decoder.parameters() if p.requires_grad]
+        prior = self.log_prior.exp().detach()
+        with torch.enable_grad():
+            solution = found(self.decoder, self.problem(), solver, *shown, prior, gradient=gradient)
+            loss = squared_error(self.decoder.head(solution.value.z), images).mean()
+        return torch.cat([slope.flatten() for slope in torch.autograd.grad(loss, weights)])
 
     @torch.no_grad()
     def restored(self, wanted: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

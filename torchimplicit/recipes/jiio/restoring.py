@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 import matplotlib
 import torch
@@ -10,14 +11,19 @@ from rich.console import Console
 from torch import Tensor
 
 from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.gradients import Implicit
+from torchimplicit.linear import GMRES
 from torchimplicit.recipes.fitting import load_weights
 from torchimplicit.recipes.jiio.config import InverseConfig
 from torchimplicit.recipes.jiio.inverse import TRAINER, Restoration
+from torchimplicit.recipes.jiio.model import joint_solver
 from torchimplicit.recipes.jiio.pictures import grid
 from torchimplicit.recipes.jiio.runner import PICTURES, SHOWN
 from torchimplicit.recipes.machine import threads
+from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.plotting import FIGURE
 from torchimplicit.recipes.run import Run
+from torchimplicit.solvers import Anderson
 
 
 class InverseRunner:
@@ -47,12 +53,53 @@ class InverseRunner:
         with threads(config.machine.threads), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             rows = restored(task)
+            run.write_json("gradients.json", compared(task))
         torch.save({name: [row.half() for row in shown] for name, shown in rows.items()}, run.path / PICTURES)
         with matplotlib.rc_context(FIGURE):
             grid(rows).savefig(run.path / "pictures.png", dpi=150)
 
 
 RUNNER = InverseRunner()
+
+COMPARED = 16
+"""Validation images on which gradients are compared."""
+
+TIGHT = Anderson(memory=30, rtol=1e-5, max_steps=300)
+ADJOINT = GMRES(rtol=1e-4, max_steps=200)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of the outer loss at the trained weights, beside the exact one of joint and adjoint solves to tight
+    tolerances: cosines, and ratios of lengths.
+
+    Attributes:
+        exact, exact_length: of the exact one as in training.
+        first_order, first_order_length: of the first-order one as in training.
+    """
+
+    exact: float
+    exact_length: float
+    first_order: float
+    first_order_length: float
+
+
+def compared(task: Restoration) -> Gradients:
+    """On validation images."""
+    images = task.data.validation.images[:COMPARED]
+    joint = task.config.joint
+    solver = joint_solver(joint, joint.joint_steps)
+    reference = task.slopes(images, Implicit(linear_solver=ADJOINT), TIGHT)
+    exact, cheap = (task.slopes(images, task.estimator(kind), solver) for kind in ("exact", "first-order"))
+    length = float(reference.norm())
+    cosines = [float(torch.cosine_similarity(one, reference, dim=0)) for one in (exact, cheap)]
+    return Gradients(cosines[0], float(exact.norm()) / length, cosines[1], float(cheap.norm()) / length)
+
+
+def read_gradients(run: Run) -> Gradients | None:
+    """What a run has measured, if it got so far."""
+    there = (run.path / "gradients.json").is_file()
+    return from_plain(Gradients, run.read_json("gradients.json")) if there else None
 
 
 def restored(task: Restoration) -> dict[str, list[Tensor]]:
