@@ -87,9 +87,8 @@ def _line(config: SingleConfig, rows: list[Row], runs: Mapping[str, Run]) -> Fig
     figure, (panel,) = axes(width=7.2)
     for label, error in _errors(shown, seed, Case.of(molecule), runs).items():
         row = next((row for row in shown if ESTIMATORS[row.estimator] == label), None)
-        look = {"color": COLOURS[6 if label == "before" else 7], "linestyle": ":"} if row is None else {}
-        look = look or {"color": _colour(row), "linestyle": "-"}
-        panel.plot(places, values @ error, label=label, linewidth=1.2, **look)
+        colour = _colour(row) if row else COLOURS[6 if label == "before" else 7]
+        panel.plot(places, values @ error, label=label, linewidth=1.2, color=colour, linestyle="-" if row else ":")
     for place in atoms:
         panel.axvline(float(place), color="0.8", linewidth=0.8, zorder=0)
     panel.set(xlabel="bohr", ylabel="Δρ, electrons per cubic bohr", title=molecule.name)
@@ -116,5 +115,5 @@ def _errors(shown: list[Row], seed: int, case: Case, runs: Mapping[str, Run]) ->
     return errors
 
 
-def _colour(row: Row | None) -> str:
-    return COLOURS[0 if row is None else list(ESTIMATORS).index(row.estimator)]
+def _colour(row: Row) -> str:
+    return COLOURS[list(ESTIMATORS).index(row.estimator)]

@@ -61,15 +61,21 @@ RUNNER = CountedRunner()
 def counted(config: CountedTraining, weights: Path) -> Counted:
     """At the start of the training, and at its weights."""
     settings = config.training
-    descent = replace(
+    quick = replace(
         settings,
+        inner="l-bfgs",
+        inner_tolerance=config.tight_tolerance,
+        inner_steps=300,
+        correction=0,  # no iterates are kept: nothing is differentiated here
+        gradient="implicit",
+    )
+    descent = replace(
+        quick,
         inner="descent",
         inner_tolerance=config.descent_tolerance,
         inner_steps=config.most_steps,
         inner_rate=config.descent_rate,
-        **_PLAIN,
     )
-    quick = replace(settings, inner="l-bfgs", inner_tolerance=config.tight_tolerance, inner_steps=300, **_PLAIN)
     with threads(settings.threads), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # what is not converged is recorded
         cases = [Case.of(molecule) for molecule in data.load(settings.molecules).train]
@@ -78,10 +84,6 @@ def counted(config: CountedTraining, weights: Path) -> Counted:
         functional.load_state_dict(read_checkpoint(weights)["weights"])
         after = [_all(cases, functional, way) for way in (descent, quick)]
     return Counted(before[0], after[0], before[1], after[1])
-
-
-_PLAIN = {"correction": 0, "gradient": "implicit"}
-"""Nothing is differentiated here, and no iterates are kept."""
 
 
 def _all(cases: list[Case], functional: OrbitalFree, way: OrbitalFreeTraining) -> list[Quality]:
