@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -53,24 +52,31 @@ def _softened(group: Group, settings: MoleculeGradientsConfig) -> Drawing:
     figure, (size, direction) = axes(2, width=4.6)
     for index, name in enumerate(ESTIMATORS):
         found = [group.softened(place) for place in places]
-        ran = [name in LINEAR or all(s.status[name] == "CONVERGED" for s in seeds) for seeds in found]
+        failed = [
+            place
+            for place, seeds in zip(places, found, strict=True)
+            if name not in LINEAR and any(s.status[name] != "CONVERGED" for s in seeds)
+        ]
         for panel, figure_of in ((size, "norm"), (direction, "cosine")):
             values = [median(getattr(s, figure_of)[name] for s in seeds) for seeds in found]
-            shown = [value if there else math.nan for value, there in zip(values, ran, strict=True)]
-            panel.plot(places, shown, label=name, **style(index))
+            panel.plot(places, values, label=name, **style(index))
+            hollow = {**style(index), "linestyle": "", "markerfacecolor": "white"}
+            panel.plot(failed, [values[place] for place in failed], **hollow, zorder=3)
     for panel in (size, direction):
         panel.set_xticks(list(places), [f"{factor:g}" for factor in factors], rotation=60)
         panel.set_xlabel("softest eigenvalue, over what it was")
         panel.axvline(sum(factor > 0 for factor in factors) - 0.5, color="#9aa3af", linewidth=0.9)
-    size.set(yscale="log", ylabel="length, over that of the exact gradient before")
+    size.set(yscale="log", ylabel="length, over the exact one before")
+    size.set_ylim(bottom=0.3)
     direction.set(ylabel="cosine with the exact gradient before", ylim=(-1.05, 1.05))
     size.legend()
     return Drawing(
         "soft-mode",
         figure,
         f"{group.name}: the gradients as the softest eigenvalue that they feel goes to zero (the line) and below; "
-        f"medians of the seeds. Damping: {settings.damping:g} of the eigenvalue. Propagation is missing where a "
-        "minimization of a seed found no minimum.",
+        f"medians of the seeds. Damping: {settings.damping:g} of the eigenvalue. Hollow: a "
+        f"minimization of a seed did not converge in {settings.most_steps} steps, and its best point is what counts; "
+        "lengths below the axis are zero.",
     )
 
 
