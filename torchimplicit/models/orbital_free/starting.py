@@ -16,7 +16,11 @@ from torchimplicit.models.orbital_free.pairs import entries
 
 @torch.no_grad()
 def fit_linear(
-    functional: OrbitalFree, molecules: Sequence[Molecule], metrics: Sequence[Metric], ridge: float = 1e-6
+    functional: OrbitalFree,
+    molecules: Sequence[Molecule],
+    metrics: Sequence[Metric],
+    ridge: float = 1e-8,
+    pair_ridge: float = 1e-5,
 ) -> None:
     """Set the linear term so that the reference densities are as nearly stationary as it can make them.
 
@@ -25,7 +29,9 @@ def fit_linear(
 
     Args:
         metrics: of the overlaps.
-        ridge: the weight of :math:`\\lVert a\\rVert^2`, relative to the largest diagonal entry of the normal equations.
+        ridge: the weight of the squares of the atoms' coefficients, relative to the largest diagonal entry of the normal
+            equations.
+        pair_ridge: likewise of the pairs' coefficients, which are many more.
     """
     functional.reference.zero_()
     if functional.pairs is not None:
@@ -40,10 +46,12 @@ def fit_linear(
     matrix, right = every.T @ every, -every.T @ slope
     size = matrix.diagonal()
     used = size > 0
-    matrix = matrix[used][:, used] + ridge * torch.diag(size.max().expand(int(used.sum())))
+    own = functional.reference.numel()
+    share = torch.full_like(size, pair_ridge)
+    share[:own] = ridge
+    matrix = (matrix + torch.diag(share * size.max()))[used][:, used]
     fitted = torch.zeros_like(size)
     fitted[used] = torch.linalg.solve(matrix, right[used])
-    own = functional.reference.numel()
     functional.reference.copy_(fitted[:own].reshape(functional.reference.shape))
     if functional.pairs is not None:
         functional.pairs.copy_(fitted[own:].reshape(functional.pairs.shape))
