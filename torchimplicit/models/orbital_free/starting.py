@@ -29,8 +29,8 @@ def fit_linear(
 
     Args:
         metrics: of the overlaps.
-        ridge: the weight of the squares of the atoms' coefficients, relative to the largest diagonal entry of the normal
-            equations.
+        ridge: the weight of the squares of the atoms' coefficients, relative to the largest diagonal entry of the
+            normal equations.
         pair_ridge: likewise of the pairs' coefficients, which are many more.
     """
     functional.reference.zero_()
