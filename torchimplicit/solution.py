@@ -41,12 +41,16 @@ class Report:
             ``solution.adjoint``, products with the Jacobian in the backward pass (for
             :class:`~torchimplicit.gradients.EquilibriumPropagation`, evaluations of the energy's gradient); the one
             pass through the map to its parameters, which every estimator makes, is not counted.
+        curvature: of an adjoint solve at a minimum, float ``[batch]``: where the status is :attr:`Status.SADDLE`, the
+            negative :math:`y^THy/y^Ty` of its solution, which the least eigenvalue does not exceed; NaN elsewhere.
+            ``None`` for any other solve.
     """
 
     status: Tensor
     steps: Tensor
     residual: Tensor
     evaluations: float
+    curvature: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def converged(self) -> Tensor:

@@ -82,10 +82,15 @@ def test_exact_where_it_need_not_damp() -> None:
 @pytest.mark.parametrize("linear_solver", [ti.Dense(), ti.MINRES(rtol=1e-10)])
 def test_a_saddle_is_named_and_damped(linear_solver: Any) -> None:
     case = Quadratic(-0.01)
-    with pytest.warns(ti.ConvergenceWarning, match="not at a minimum"):
+    with pytest.warns(
+        ti.ConvergenceWarning, match="not at a minimum: the Hessian has a negative eigenvalue of at most -0.0"
+    ):
         wrong, solution = case.gradient(ti.Implicit(linear_solver=linear_solver))
     assert solution.adjoint is not None
     assert bool((solution.adjoint.status == ti.Status.SADDLE).all())
+    assert solution.adjoint.curvature is not None
+    assert bool((solution.adjoint.curvature >= -0.01 * (1 + 1e-9)).all())  # no less than the least eigenvalue
+    assert bool((solution.adjoint.curvature < 0).all())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         right, solution = case.gradient(ti.DampedImplicit(margin=0.01, linear_solver=linear_solver))

@@ -285,10 +285,11 @@ def report(task: Task, figures: Report) -> None:
         return
     saddles = int((figures.status == Status.SADDLE).sum())
     if saddles:
+        told = "" if figures.curvature is None else f" of at most {float(figures.curvature.nan_to_num(0.0).min()):.2g}"
         warnings.warn(
             f"{saddles} of {figures.status.numel()} samples are not at a minimum: the Hessian has a negative "
-            "eigenvalue there (torchimplicit.diagnostics.curvature tells it), and the exact derivative is that of a "
-            "saddle. DampedImplicit() differentiates as if the energy were just convex enough; or minimize further, or "
+            f"eigenvalue{told} there (torchimplicit.diagnostics.curvature tells it), and the exact derivative is that of "
+            "a saddle. DampedImplicit() differentiates as if the energy were just convex enough; or minimize further, or "
             "regularize the energy",
             ConvergenceWarning,
             stacklevel=2,

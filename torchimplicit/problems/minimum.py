@@ -255,7 +255,9 @@ def _told_of_saddles(found: LinearSolution, b: Tensor) -> LinearSolution:
     product = (found.value * b).sum(dim=-1)
     size = torch.linalg.vector_norm(found.value, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
     saddle = product < -(torch.finfo(product.dtype).eps ** 0.5) * size
+    curvature = (product / found.value.square().sum(dim=-1)).masked_fill(~saddle, torch.inf)
     if saddle.ndim == 2:
-        saddle = saddle.any(dim=0)
+        saddle, curvature = saddle.any(dim=0), curvature.amin(dim=0)
     status = found.report.status.masked_fill(saddle, int(Status.SADDLE))
-    return replace(found, report=replace(found.report, status=status))
+    curvature = curvature.masked_fill(~saddle, torch.nan)
+    return replace(found, report=replace(found.report, status=status, curvature=curvature))
