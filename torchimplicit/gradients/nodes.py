@@ -288,9 +288,9 @@ def report(task: Task, figures: Report) -> None:
         told = "" if figures.curvature is None else f" of at most {float(figures.curvature.nan_to_num(0.0).min()):.2g}"
         warnings.warn(
             f"{saddles} of {figures.status.numel()} samples are not at a minimum: the Hessian has a negative "
-            f"eigenvalue{told} there (torchimplicit.diagnostics.curvature tells it), and the exact derivative is that of "
-            "a saddle. DampedImplicit() differentiates as if the energy were just convex enough; or minimize further, or "
-            "regularize the energy",
+            f"eigenvalue{told} there (torchimplicit.diagnostics.curvature tells it), and the exact derivative is that "
+            "of a saddle. DampedImplicit() differentiates as if the energy were just convex enough; or minimize "
+            "further, or regularize the energy",
             ConvergenceWarning,
             stacklevel=2,
         )
