@@ -48,7 +48,7 @@ def _curves(found: Measured) -> Drawing:
             panel.plot(steps, values, label=row.label, **look)
         panel.set(xlabel="steps", ylabel=label, title={"occupancy": "occupancy", "sdf": "signed distance"}[task])
         if panel.has_data():
-            panel.legend(fontsize=7)
+            panel.legend(fontsize=7, handlelength=3.6)
     panels[1].set_yscale("log")
     return Drawing(
         "training",

@@ -43,7 +43,7 @@ def summarize(config: ShapesConfig, runs: dict[str, Run]) -> Summary:
         title="A mesh: implicit and explicit representations, and exact slopes",
         source="Huang, Bai and Kolter 2021, (Implicit)²: Implicit Layers for Implicit Representations (NeurIPS 2021): "
         "occupancy of 3D shapes; the signed distances, and the gradients compared on them, are ours",
-        protocol=_protocol(config),
+        protocol=_protocol(config, found),
         sheets=sheets,
         claims=claims(found),
         drawings=drawings(found),
@@ -119,7 +119,7 @@ def _directions(cost: ShapesCost) -> Table:
     return Table(columns, rows)
 
 
-def _protocol(config: ShapesConfig) -> str:
+def _protocol(config: ShapesConfig, found: Measured) -> str:
     first, distance = (
         training(config, Row(task=task, filter="fourier", kind="implicit"), config.plan.first_seed) for task in TASKS
     )
@@ -128,7 +128,7 @@ def _protocol(config: ShapesConfig) -> str:
         f"{subject(first).describe()} Models of one layer of width {first.representation.width}. {first.samples} "
         "points to train on, half of them near the surface and half anywhere in its box; for the distance a third on "
         f"the surface. {first.held_out_samples} points select the weights by the IoU, as many are the test. "
-        f"{config.plan.seeds} seeds. Occupancy: cross-entropy, {chosen.steps} steps of {chosen.batch_size} points, "
+        f"{_seeds(found)} Occupancy: cross-entropy, {chosen.steps} steps of {chosen.batch_size} points, "
         f"Adam at {chosen.learning_rate:g} ({chosen.schedule}); implicit models are solved when a point is first seen "
         "after a validation, and then take one evaluation a step, with the Neumann series after its first product. "
         f"Distance: {weights.distance_weight:g} |f - d| + {weights.normal_weight:g} (1 - cosine to the normal on the "
@@ -138,6 +138,15 @@ def _protocol(config: ShapesConfig) -> str:
         "applied once more to the detached fixed point, and that is differentiated, once in the coordinates and again "
         f"in the weights; the library refuses this. Surfaces on a grid of {first.resolution} points."
     )
+
+
+def _seeds(found: Measured) -> str:
+    """How many there are of each row."""
+    counts = {sum(1 for name, _ in found.runs if name == row) for row, _ in found.runs}
+    if len(counts) == 1:
+        (count,) = counts
+        return f"{count} seeds." if count > 1 else "One seed."
+    return "Seeds: those that were run so far; a figure without ± is of one." if counts else ""
 
 
 def _notes(config: ShapesConfig, found: Measured) -> list[str]:
