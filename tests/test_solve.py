@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -256,3 +258,28 @@ def test_a_trajectory_keeps_everybody_in_the_batch():
     solution = ti.solve(FixedPoint(spy, rowwise=True), z0, x, slope, solver=Anderson(keep_trajectory=True))
     assert all(len(z) == 64 for z in spy.seen)
     assert all(z.shape == z0.shape for z in solution.trajectory)
+
+
+@pytest.mark.parametrize("gradient", [ti.Implicit(), ti.OneStep(), ti.NeumannPhantom(), ti.Unrolled()])
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_solve_leaves_memory_when_it_is_dropped(gradient, backward):
+    """And does not wait for Python's search for cycles, which does not know how large tensors are."""
+
+    class Map:
+        def __init__(self):
+            self.weight = (0.1 * torch.ones(4, 4)).requires_grad_()
+
+        def __call__(self, z, x):
+            return torch.tanh(z @ self.weight + x)
+
+    f, x = Map(), torch.randn(3, 4, requires_grad=True)
+    known = weakref.ref(f)
+    gc.disable()
+    try:
+        solution = ti.solve(FixedPoint(f), torch.zeros(3, 4), x, gradient=gradient)
+        if backward:
+            torch.autograd.grad(solution.value.sum(), [f.weight, x])
+        del solution, f
+        assert known() is None
+    finally:
+        gc.enable()

@@ -133,6 +133,17 @@ class TestMemory:
             held = peak_bytes(lambda: task.loss(batch).backward(), torch.device("cpu"))
             assert 0.1 * 4 * 2000 * floats_a_point(config) < held < 4 * 2000 * floats_a_point(config)
 
+    def test_nor_does_a_step_in_chunks(self):
+        config = WaveConfig(samples=6000, representation=Representation(width=32, memory_mb=4))
+        task = wave(config)
+        (batch,) = task.training_batches(range(1), Shard())
+        assert task.chunk < 1000
+        for _ in range(2):
+            held = peak_bytes(lambda: task.loss(batch).backward(), torch.device("cpu"))
+            assert held < 1.3 * 4 * 2**20, (
+                "what one chunk leaves behind is gone when the next begins, but for its state"
+            )
+
     def test_states_that_do_not_fit_are_refused(self):
         config = WaveConfig(representation=Representation(width=1024, memory_mb=100))
         with pytest.raises(UserError, match="amortize off"):

@@ -60,7 +60,9 @@ class Task:
         """Run without recording gradients."""
         with torch.no_grad():
             outcome = self.run(self.system, z0, params)
-        self.outcomes.append(outcome)
+        # a node gives z itself a history that leads back to this task: the note must not close that cycle, or else what
+        # the solver has built would stay in memory until Python looks for cycles
+        self.outcomes.append(replace(outcome, z=outcome.z.detach()))
         report = outcome.report
         # a start that was a solution already must not come back as itself: it is the caller's
         z = outcome.z.clone() if outcome.z is z0 else outcome.z
