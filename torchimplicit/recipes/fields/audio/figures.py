@@ -55,6 +55,7 @@ def spectrograms(lines: dict[str, Tensor], rate: int) -> Figure:
                 vmin=-80,
                 vmax=0,
                 cmap="magma",
+                interpolation="nearest",
             )
             ax.set(title=name, xlabel="seconds")
         several[0].set_ylabel("kHz")
@@ -63,7 +64,7 @@ def spectrograms(lines: dict[str, Tensor], rate: int) -> Figure:
 
 
 def _power(line: Tensor, window: int) -> Tensor:
-    hop = max(1, window // 4, len(line) // 1500)
+    hop = max(1, window // 2, len(line) // 300)
     found = torch.stft(
         line.float(), window, hop_length=hop, window=torch.hann_window(window), return_complex=True, pad_mode="constant"
     )

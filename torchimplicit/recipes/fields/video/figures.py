@@ -37,7 +37,7 @@ def strip(rows: dict[str, Sequence[Tensor]]) -> Figure:
                 ax.spines[:].set_visible(False)
                 if pictures is first:
                     ax.set_title(f"frame {number}", fontsize=8)
-            line[0].set_ylabel(name)
+            line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     return figure
 
 
