@@ -117,7 +117,7 @@ class AdaptationsConfig:
 
     training: MetaConfig = field(default_factory=sinusoid)
 
-    jiio_steps: tuple[int, ...] = (4, 5, 6, 8, 10, 25, 50)
+    jiio_steps: tuple[int, ...] = (5, 10, 25, 50)
     """Of JIIO."""
 
     descent_steps: tuple[int, ...] = (1, 2, 5, 10, 20)

@@ -28,6 +28,9 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 
 UNROLLED = ROWS["unrolled"][1]["adaptation_steps"]
 
+FEW = (4, 5, 6, 8, 10, 25)
+"""Steps of JIIO that are measured at weights trained through few."""
+
 LONGER = {"unrolled": 2}
 """Times as many optimizer steps: one costs less than half of what it costs to differentiate through descent, so that
 training takes no longer."""
@@ -53,7 +56,8 @@ def adapted(config: MetaTableConfig, problem: str, row: str, seed: int) -> Adapt
     )
     if config.plan.scale == "paper":
         optimization = replace(optimization, steps=50 * optimization.steps)
-    return AdaptationsConfig(training=replace(base, **ROWS[row][1], optimization=optimization, machine=config.machine))
+    training = replace(base, **ROWS[row][1], optimization=optimization, machine=config.machine)
+    return AdaptationsConfig(training=training, **({"jiio_steps": FEW} if row == "unrolled" else {}))
 
 
 def jobs(config: MetaTableConfig) -> list[Job]:
