@@ -121,6 +121,9 @@ def _notes(config: SignalsConfig, found: Measured) -> list[str]:
             "Shorter and smaller signals, narrower models and fewer steps than the paper's: rows compare among "
             "themselves.",
         )
+    own = [f"--{kind}-file" for kind, file in (("sound", config.sound_file), ("video", config.video_file)) if file]
+    if own:
+        notes.append(f"The command below was also given {' and '.join(own)}; the files are named above.")
     behind = [
         f"{row.label} on the {row.kind}"
         for row in ROWS.values()
