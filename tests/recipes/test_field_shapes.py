@@ -29,7 +29,7 @@ from torchimplicit.recipes.fields.shape.config import ShapeConfig, adam, shape
 from torchimplicit.recipes.fields.shape.criteria import DistanceLoss, Overlap
 from torchimplicit.recipes.fields.shape.files import KINDS, read_file, write_obj, write_ply
 from torchimplicit.recipes.fields.shape.made import MADE, made
-from torchimplicit.recipes.fields.shape.mesh import Edges, Mesh, prepared, sample
+from torchimplicit.recipes.fields.shape.mesh import Edges, Mesh, prepared, sample, section
 from torchimplicit.recipes.fields.shape.points import LONGEST, Counts, Frame
 from torchimplicit.recipes.fields.shape.points import drawn as points_of
 from torchimplicit.recipes.fields.shape.render import drawn, view
@@ -88,6 +88,13 @@ class TestMesh:
         mesh = ball()
         torch.testing.assert_close(mesh.vertex_normals(), mesh.vertices, atol=0.03, rtol=0)
         assert (mesh.normals() * mesh.corners.mean(1)).sum(1).min() > 0.9
+
+    @pytest.mark.parametrize("axis", range(3))
+    def test_a_ball_is_cut_in_a_circle(self, axis):
+        found = section(Mesh(ball(3).vertices + 1e-3, ball(3).faces), axis)
+        assert found[:, :, axis].abs().max() < 1e-12
+        assert found.norm(dim=2).sub(1).abs().max() < 0.02
+        assert (found[:, 1] - found[:, 0]).norm(dim=1).sum() == pytest.approx(2 * math.pi, rel=0.01)
 
     def test_edges(self):
         whole = ball()

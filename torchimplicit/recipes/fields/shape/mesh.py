@@ -81,6 +81,19 @@ def sample(mesh: Mesh, count: int, generator: torch.Generator) -> Samples:
     return Samples((mesh.corners[faces] * weights[:, :, None]).sum(1), faces, weights)
 
 
+def section(mesh: Mesh, axis: int) -> Tensor:
+    """Where the plane through the origin across an axis cuts the surface: segments ``[segments, 2, 3]``."""
+    above = mesh.corners[:, :, axis] > 0
+    cut = above.any(1) & ~above.all(1)
+    above, corners = above[cut], mesh.corners[cut]
+    alone = torch.where(above.sum(1) == 1, above.int().argmax(1), (~above).int().argmax(1))
+    tip, *others = (
+        corners.gather(1, ((alone + turn) % 3)[:, None, None].expand(-1, 1, 3)).squeeze(1) for turn in range(3)
+    )
+    height = tip[:, axis, None]
+    return torch.stack([tip + (one - tip) * height / (height - one[:, axis, None]) for one in others], 1)
+
+
 @dataclass(frozen=True)
 class Edges:
     """How a surface's faces meet.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from torchimplicit.recipes.fields.report import write_page
 from torchimplicit.recipes.fields.shape.compare import Comparison, compared
 from torchimplicit.recipes.fields.shape.config import ShapeConfig, check_grid
 from torchimplicit.recipes.fields.shape.files import write_obj, write_ply
-from torchimplicit.recipes.fields.shape.mesh import Mesh
+from torchimplicit.recipes.fields.shape.mesh import Mesh, section
 from torchimplicit.recipes.fields.shape.points import LONGEST
 from torchimplicit.recipes.fields.shape.render import drawn, heat, view
 from torchimplicit.recipes.fields.shape.subject import Subject, subject
@@ -118,7 +119,7 @@ def _slice(config: ShapeConfig, task: FieldTask, true: Subject) -> Figure:
     x[:, upward], x[:, across] = plane.unbind(1)
     x[:, flat] = 0
     values = sampled(task.model, iter(x.float().split(min(task.chunk, 65536)))).reshape(sizes)
-    inside = true.tree.winding(x).reshape(sizes)
+    outline = section(true.mesh, flat)[:, :, [across, upward]].numpy()
     box = (-corner[across], corner[across], -corner[upward], corner[upward])
     if config.task == "sdf":
         most, colours, label = float(values.abs().max()), "RdBu", "signed distance"
@@ -131,8 +132,7 @@ def _slice(config: ShapeConfig, task: FieldTask, true: Subject) -> Figure:
         shown = ax.imshow(values.numpy(), cmap=colours, vmin=-most, vmax=most, origin="lower", extent=box)
         if config.task == "sdf":
             ax.contour(values.numpy(), 16, colors="#00000055", linewidths=0.5, extent=box)
-        if bool((inside > 0.5).any()):
-            ax.contour(inside.numpy(), [0.5], colors="black", linewidths=1.2, extent=box)
+        ax.add_collection(LineCollection(list(outline), colors="black", linewidths=1.2))
         figure.colorbar(shown, ax=ax, label=label)
         ax.set(xticks=[], yticks=[])
     return figure
