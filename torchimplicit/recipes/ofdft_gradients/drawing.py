@@ -49,7 +49,7 @@ def _nudges(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> Drawi
 def _softened(group: Group, settings: MoleculeGradientsConfig) -> Drawing:
     factors = sorted(settings.softness, reverse=True)
     places = range(len(factors))
-    figure, (size, direction) = axes(2, width=4.6)
+    figure, (size, direction) = axes(2, width=4.6, height=4.1)
     for index, name in enumerate(ESTIMATORS):
         found = [group.softened(place) for place in places]
         failed = [
@@ -69,7 +69,7 @@ def _softened(group: Group, settings: MoleculeGradientsConfig) -> Drawing:
     size.set(yscale="log", ylabel="length, over the exact one before")
     size.set_ylim(bottom=0.3)
     direction.set(ylabel="cosine with the exact gradient before", ylim=(-1.05, 1.05))
-    size.legend()
+    _legend(figure)
     return Drawing(
         "soft-mode",
         figure,
