@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from torchimplicit.recipes.jiio.curves import JOINT, Curves
 from torchimplicit.recipes.jiio.nested import METHODS
@@ -36,6 +37,9 @@ def against_time(found: Sequence[Curves]) -> Figure:
                 panel.annotate(str(n), mean, xytext=(4, 4), textcoords="offset points", fontsize=7.5)
     panel.set_xscale("log")
     panel.set_yscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter(NullFormatter())
     panel.set_xlabel("CPU time (s)")
     panel.set_ylabel("loss after an exact solve")
     panel.legend()
