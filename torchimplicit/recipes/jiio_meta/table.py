@@ -57,7 +57,8 @@ def adapted(config: MetaTableConfig, problem: str, row: str, seed: int) -> Adapt
     if config.plan.scale == "paper":
         optimization = replace(optimization, steps=50 * optimization.steps)
     training = replace(base, **ROWS[row][1], optimization=optimization, machine=config.machine)
-    return AdaptationsConfig(training=training, **({"jiio_steps": FEW} if row == "unrolled" else {}))
+    usual = AdaptationsConfig(training=training)
+    return replace(usual, jiio_steps=FEW) if row == "unrolled" else usual
 
 
 def jobs(config: MetaTableConfig) -> list[Job]:
