@@ -153,6 +153,8 @@ def _notes(config: ShapesConfig, found: Measured) -> list[str]:
     notes = ["The published figures for 3D occupancy are not known here, so that none stand beside ours."]
     if config.plan.scale == "cpu":
         notes.append("Narrower models, fewer points and steps than the paper's: rows compare among themselves.")
+    if config.mesh_file is not None:
+        notes.append("The mesh is a file (--mesh-file), which the command does not name; without one a knot is made.")
     rising = [one.best is not None and one.best.step == one.steps for one in found.runs.values()]
     if any(rising):
         notes.append(
