@@ -17,7 +17,7 @@ class CountedTraining:
     """A training, and its start and its end measured by two ways to find a density."""
 
     training: OrbitalFreeTraining = field(
-        default_factory=lambda: OrbitalFreeTraining(optimizer="l-bfgs", spectrum=True, page=False)
+        default_factory=lambda: OrbitalFreeTraining(optimizer="adam", spectrum=True, page=False)
     )
 
     descent_tolerance: float = 1e-4
@@ -63,8 +63,9 @@ class StabilityConfig:
     tail_weight: float = 0.0
     """What low densities weigh more in the loss; 0 is the loss of the slides."""
 
-    optimizer: Literal["l-bfgs", "adam"] = "l-bfgs"
-    """The outer one; L-BFGS goes farther in as many iterations."""
+    optimizer: Literal["l-bfgs", "adam"] = "adam"
+    """The outer one. L-BFGS goes farther in as many iterations where the loss is smooth; with fixed-point correction it
+    jumps when the number of iterates changes, and the line search gives up."""
 
     learning_rate: float = 1e-2
     """Adam's peak."""

@@ -142,7 +142,8 @@ def _notes(config: StabilityConfig, rows: list[Row]) -> list[str]:
         "The start is the minimizer's own superposition of atoms at every count, so that what the training had found "
         "before does not help; the steps during training itself, from the density before, are fewer.",
         "Both ways run in coordinates of the overlap, in which the Hessian is far better conditioned than in those of "
-        "the raw coefficients.",
+        "the raw coefficients. Descent with momentum 0.9 takes a number of steps that hardly depends on the least "
+        "eigenvalue as long as that is above (1 − √0.9)²/rate, some 0.9 hartree; only below does it slow down.",
     ]
     asked = len(jobs(config))
     there = sum(len(row.results) for row in rows)
