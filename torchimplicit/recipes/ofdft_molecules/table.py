@@ -69,7 +69,7 @@ def _table(groups: list[Group]) -> Table:
                 f"{100 * better(group.tested()):.0f}",
                 told([summarized(one.test).energy_error for one in every], 3, 1e3),
                 str(max(summarized(one.test).steps for one in every)),
-                told([one.iterations for one in every], 3),
+                told([one.iterations for one in every], 2),
                 told([one.seconds for one in every], 3),
                 str(every[0].weights),
                 str(len(every)),
