@@ -212,7 +212,7 @@ def test_the_table(tmp_path) -> None:
         runs[job.name] = run
     summary = table.summarize(config, runs)
     assert len(summary.sheets) == 5
-    assert len(summary.claims) == 5
+    assert len(summary.claims) == 6
     some = table.summarize(config, {jobs[0].name: runs[jobs[0].name]})
     assert len(some.sheets) == 2
     assert table.summarize(config, {}).sheets == []

@@ -222,14 +222,16 @@ def _claims(config: MetaTableConfig, problem: str, found: Found) -> list[Claim]:
                 own is not None and seconds / own[2] >= 3,
             )
         )
-    if "jiio" in rows:
-        goal = fmean(_of(found, problem, "jiio", _native(config, problem, "jiio"), "error"))
-        own, other = (_fastest(found, problem, "jiio", kind, 1.02 * goal) for kind in ("JIIO", "descent"))
+    for row in ("jiio", "unrolled"):
+        if row not in rows:
+            continue
+        goal = fmean(_of(found, problem, row, _native(config, problem, row), "error"))
+        own, other = (_fastest(found, problem, row, kind, 1.02 * goal) for kind in ("JIIO", "descent"))
         assert own is not None
         made.append(
             Claim(
-                f"{title}: at the same weights, those trained by JIIO, it comes to its error at least 3 times as fast "
-                "as descent",
+                f"{title}: at the same weights, those trained by {ROWS[row][0]}, it comes to its error at least 3 "
+                "times as fast as descent",
                 f"{own[0]} has {own[1]:.3f} after {1e3 * own[2]:.0f} ms; "
                 + (
                     f"{other[0]} has {other[1]:.3f} after {1e3 * other[2]:.0f} ms: {other[2] / own[2]:.1f} times it"
