@@ -38,7 +38,7 @@ def _together(exact: Row, other: Row) -> Claim:
         f"{OPTIMIZERS[exact.optimizer]}: {ESTIMATORS[other.estimator]} ends within {100 * APART:g} % of the loss of "
         f"exact implicit differentiation with every seed, both at least {100 * (1 - BELOW):.0f} % below the start",
         f"farthest apart {shown(100 * apart, 2)} %; the higher of the two at {shown(worst, 2)} of the start at worst "
-        f"({len(seeds)} seeds)",
+        f"({len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'})",
         apart <= APART and worst <= BELOW,
     )
 

@@ -32,7 +32,7 @@ def drawings(config: SingleConfig, rows: list[Row], runs: Mapping[str, Run]) -> 
         Drawing(
             "loss",
             _loss(rows),
-            "The loss over its start: by iterations above, by the processor's time below; a line a seed.",
+            "The loss over its start: by iterations, and by seconds of the processor's time; a line a seed.",
         )
     ]
     along = _line(config, rows, runs)
@@ -67,7 +67,8 @@ def _loss(rows: list[Row]) -> Figure:
         for panel, label in zip(panels[2 * place : 2 * place + 2], ("iteration", "seconds"), strict=True):
             panel.set(title=OPTIMIZERS[optimizer], xlabel=label, yscale="log")
     panels[0].set_ylabel("loss, over its start")
-    panels[-1].legend(fontsize=7.5)
+    for panel in panels[1::2]:
+        panel.legend(fontsize=7.5)
     return figure
 
 
