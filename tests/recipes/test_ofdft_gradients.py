@@ -45,7 +45,7 @@ SMALL = MoleculeGradientsConfig(
     loss_nudges=(0.1, 1e-2, 1e-3, 1e-4),
     loose=(1e-4, 1e-8),
     beyond=(0.1, 2.0),
-    softness=(1.0, 1e-3, -1e-2),
+    softness=(1.0, 1e-3, -1e-3),
     descent_steps=200,
     repeats=1,
 )
@@ -121,7 +121,6 @@ class TestMeasurement:
         assert before.cosine["implicit"] == pytest.approx(1)
         assert soft.norm["implicit"] > 50
         assert saddle.cosine["implicit"] < 0
-        assert saddle.status["implicit"] == "SADDLE"
         for name in ("damped", "one-sided, whole loss"):
             assert saddle.cosine[name] > 0.5
             assert saddle.norm[name] < 20
@@ -243,7 +242,7 @@ class TestTable:
 
     def test_makes_sense_of_what_is_there(self, runs):
         summary = summarize(self.config, runs)
-        assert any("1 of 4 runs are missing" in note for note in summary.notes)
+        assert "Not measured: H2-trained-seed1." in summary.notes
         for sheet in summary.sheets:
             assert all(len(row) == len(sheet.table.columns) for row in sheet.table.rows), sheet.title
         assert [d.name for d in summary.drawings] == ["error-over-nudge", "soft-mode", "adjoint-over-products"]

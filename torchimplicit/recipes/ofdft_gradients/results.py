@@ -10,7 +10,7 @@ from statistics import linear_regression
 from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.run import Run
 
-FIT = (1e-8, 1e-2)
+FIT = (1e-6, 1e-2)
 """Errors among which slopes are fitted: below is what the minimizations leave, above no power law."""
 
 

@@ -73,7 +73,7 @@ def _nudges(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> Table
         Column("Molecule, functional, form", note="Errors: the worst of the seeds."),
         *(Column(f"β = {nudges[i]:g}", note="Relative to the cotangent's length.") for i in shown),
         Column(
-            "slope", note="Of log error over log β, by least squares over falling errors from 1e-8 to 0.01; median."
+            "slope", note="Of log error over log β, by least squares over falling errors from 1e-6 to 0.01; median."
         ),
         Column("β chosen", note="The error with nudge=None, which is set from the least eigenvalue."),
     ]

@@ -29,7 +29,7 @@ def summarize(config: TableConfig, runs: dict[str, Run]) -> Summary:
         sheets=sheets(groups, settings) if groups else [],
         claims=claims(groups, settings),
         drawings=drawings(groups, settings),
-        notes=_notes(config, groups),
+        notes=_notes(groups, [job.name for job in jobs(config) if job.name not in runs]),
         runs={
             f"{group.name}, {i}": _short(to_plain(found)) for group in groups for i, found in enumerate(group.results)
         },
@@ -56,12 +56,14 @@ def _protocol(config: TableConfig, settings: MoleculeGradientsConfig) -> str:
     )
 
 
-def _notes(config: TableConfig, groups: Sequence[Group]) -> list[str]:
+def _notes(groups: Sequence[Group], missing: Sequence[str]) -> list[str]:
     notes = [
         "An eigenvalue is moved by taking half its change times the squared coordinate along its eigenvector off the "
         "energy: the point stays stationary, the rest of the spectrum what it is, and the gradient before is what the "
         f"others are compared with. The mode is the softest that carries at least {FELT:.0%} of the gradient: symmetry "
         "hides others from the loss.",
+        "The adjoint solve names a saddle where its own solution y proves it, by a negative product with Hy. A "
+        "negative mode of which the right side has little goes unnoticed; diagnostics.curvature finds it.",
         "Propagation with the whole loss is one-sided propagation with curved=True; damping and weight are the same "
         "number. Beyond its reach (a negative eigenvalue near the damping) the nudged density leaves the region where "
         "the energy is quadratic, which the damped linear system does not know.",
@@ -77,10 +79,8 @@ def _notes(config: TableConfig, groups: Sequence[Group]) -> list[str]:
             f"{saddles} minimizations ended at a saddle, with a projected gradient below the tolerance, and began "
             "again a little off it: L-BFGS from a symmetric start keeps the symmetry."
         )
-    asked = config.plan.seeds * len(config.molecules) * len(STATES)
-    there = sum(len(group.results) for group in groups)
-    if there < asked:
-        notes.append(f"{asked - there} of {asked} runs are missing.")
+    if missing:
+        notes.append(f"Not measured: {', '.join(missing)}.")
     return notes
 
 
