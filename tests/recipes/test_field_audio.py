@@ -252,7 +252,7 @@ class TestRecipe:
         assert len(losses[0]) == 4
 
     def test_in_chunks(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("torchimplicit.recipes.fields.task.chunk_points", lambda config, count: 300)
+        monkeypatch.setattr("torchimplicit.recipes.fields.task.chunk_points", lambda *_: 300)
         run = trained(tmp_path / "run", small(tmp_path))
         assert np.isfinite(Results.of(run).test.figures["PSNR"])
 
