@@ -190,5 +190,5 @@ def test_figures_in_words():
     assert shown(0.0123456, 3) == "0.0123"
     assert shown(1234.5, 2) == "1234"
     assert shown(2e-7, 2) == "2.0e-07"
-    assert told([1.0, math.nan, 3.0], 2) == "2.0 (1.0–3.0)"
+    assert told([1.0, math.nan, 3.0], 2) == "2 (1–3)"
     assert told([math.nan]) == "–"

@@ -36,8 +36,9 @@ def molecules(*sources: str, grid: int, data_dir: Path | None, **more: Any) -> M
 
 
 def ratio(one: Results) -> float:
-    """The mean L of the training molecules at the end, over that at the start."""
-    return summarized(one.train).loss / summarized(one.start).loss
+    """The mean L of the training molecules when training ends, whatever weights are selected, over that at its start."""
+    looks = measured(one)
+    return looks[-1][1].loss / looks[0][1].loss
 
 
 def lowered(one: Results) -> float:
@@ -74,9 +75,11 @@ def told(values: Sequence[float], digits: int = 3, scale: float = 1.0) -> str:
 
 
 def shown(value: float, digits: int) -> str:
-    """In so many significant digits, without an exponent where it is of ordinary size."""
-    if value == 0 or not 1e-4 <= abs(value) < 1e6:
-        return f"{value:.{digits - 1}e}" if value else "0"
+    """In so many significant digits, without an exponent where it is of ordinary size; whole numbers as they are."""
+    if float(value).is_integer() and abs(value) < 1e6:
+        return str(int(value))
+    if not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 

@@ -46,7 +46,9 @@ TABLE = Reproduction(jobs, summarize)
 def _table(groups: list[Group]) -> Table:
     columns = [
         Column("Row"),
-        Column("Training L, end over start"),
+        Column(
+            "Training L", "", "at the end over the start; the figures beside it are at the weights that are selected"
+        ),
         Column("Test L", "10⁻³", "∫(ρ−ρ_gs)²/(2N), mean of the test molecules"),
         Column("Test L1", "", "∫|ρ−ρ_gs|/N, mean of the test molecules"),
         Column("Better", "%", "of the test molecules of all seeds, by L and by L1 both, than the superposition"),
