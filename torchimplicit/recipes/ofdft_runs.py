@@ -36,7 +36,7 @@ def molecules(*sources: str, grid: int, data_dir: Path | None, **more: Any) -> M
 
 
 def ratio(one: Results) -> float:
-    """The mean L of the training molecules when training ends, whatever weights are selected, over that at its start."""
+    """The mean L of the training molecules when training ends, over that at its start."""
     looks = measured(one)
     return looks[-1][1].loss / looks[0][1].loss
 
