@@ -121,6 +121,13 @@ def _notes(config: SignalsConfig, found: Measured) -> list[str]:
             "Shorter and smaller signals, narrower models and fewer steps than the paper's: rows compare among "
             "themselves.",
         )
+    fewer = [
+        f"{row.label} on the {row.kind} ({len(found.of(row))})"
+        for row in ROWS.values()
+        if 0 < len(found.of(row)) < len(found.seeds)
+    ]
+    if fewer:
+        notes.append(f"Of {len(found.seeds)} seeds, fewer were run of: {', '.join(fewer)}.")
     own = [f"--{kind}-file" for kind, file in (("sound", config.sound_file), ("video", config.video_file)) if file]
     if own:
         notes.append(f"The command below was also given {' and '.join(own)}; the files are named above.")
