@@ -71,14 +71,14 @@ def _quality(found: Measured, task: TaskKind) -> Table:
             "the mesh's longest side.",
         ),
         Column("Normals", "", "Mean absolute cosine between normals of nearest points, both ways."),
-        Column("Training", "s", "Wall seconds until the best validation, mean; the machine was shared."),
+        Column("At step", "", "Of the best validation, mean."),
     ]
     rows = []
     for row in ROWS.values():
         if row.task != task:
             continue
         several = found.of(row)
-        seconds = [one.best.seconds for one in several if one.best is not None]
+        best = [one.best.step for one in several if one.best is not None]
         rows.append(
             [
                 row.label,
@@ -88,7 +88,7 @@ def _quality(found: Measured, task: TaskKind) -> Table:
                 *([spread(found.figures(row, "loss"), 3, 100 / LONGEST)] if task == "sdf" else []),
                 spread(found.figures(row, "chamfer"), 3, 100),
                 spread(found.figures(row, "normals"), 4),
-                f"{fmean(seconds):.1f}" if seconds else "–",
+                f"{fmean(best):.0f}" if best else "–",
             ]
         )
     return Table(columns, rows)
