@@ -53,7 +53,7 @@ def _helps(plain: Row, helped: Row) -> Claim:
     losses = [mean(lowered(row.results[seed]) for seed in seeds) for row in (plain, helped)]
     soft = [mean(softest(row.results[seed]) for seed in seeds) for row in (plain, helped)]
     return Claim(
-        f"{INNER[plain.inner].capitalize()}: {HELPS[helped.help].label} takes at least half off the growth",
+        f"Densities by {INNER[plain.inner]}: {HELPS[helped.help].label} takes at least half off the growth",
         f"{shown(before, 3)} times as long without it, {shown(after, 3)} with it; least eigenvalue {shown(soft[0], 2)} "
         f"and {shown(soft[1], 2)}; loss {shown(losses[0], 2)} and {shown(losses[1], 2)} of its start",
         math.isfinite(after) and (not math.isfinite(before) or after - 1 <= HELPED * (before - 1)) and before > 1.1,

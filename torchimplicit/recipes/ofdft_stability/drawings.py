@@ -50,9 +50,12 @@ def _along(rows: list[Row]) -> Figure:
                 )
     for panel, label in zip(panels, ("steps", "least eigenvalue, hartree", "largest, hartree"), strict=True):
         panel.set(xlabel="iteration", title=label)
-    panels[0].set_yscale("log")
-    panels[1].set_yscale("symlog", linthresh=1e-2)
-    panels[2].set_yscale("log")
+    for panel in panels:
+        low, high = panel.dataLim.y0, panel.dataLim.y1
+        if low > 0 and high < 10 * low:
+            panel.set_ylim(0, 1.1 * high)
+        else:
+            panel.set_yscale("symlog", linthresh=max(1e-2, 1e-4 * high))
     panels[-1].legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
