@@ -60,7 +60,7 @@ class Share:
         self.work = Work()
 
     def residuals(self, vector: Array) -> Array:
-        """Of all molecules of the share; infinite where a density is not found."""
+        """Of all molecules of the share; all infinite where a density is not found, after which no other is sought."""
         self._begin(vector)
         found = []
         for case in self.cases:
@@ -69,8 +69,10 @@ class Share:
                 parts = [case.away(solution.value)]
                 if self.config.energy_weight:
                     parts.append(self._energy_error(case, solution.value).reshape(1))
-                residual = torch.cat(parts) / self.total**0.5
-            found.append(residual if bool(solution.converged) else torch.full_like(residual, torch.inf))
+            if not bool(solution.converged):
+                size = sum(case.molecule.size + (self.config.energy_weight > 0) for case in self.cases)
+                return np.full(size, np.inf)
+            found.append(torch.cat(parts) / self.total**0.5)
         return torch.cat(found).numpy()
 
     def jacobian(self, vector: Array) -> Array:
