@@ -83,6 +83,11 @@ def shown(value: float, digits: int) -> str:
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
+def missing(asked: int, there: int) -> list[str]:
+    """The note on runs that were asked for and are not there; none where all are."""
+    return [f"{asked - there} of {asked} runs are missing or diverged."] if there < asked else []
+
+
 def raw(one: Results) -> dict[str, Any]:
     """Figures of a run for the record."""
     found: dict[str, Any] = {

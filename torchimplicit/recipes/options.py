@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torchimplicit.recipes.errors import UserError
@@ -42,3 +43,10 @@ def fraction(settings: Any, *names: str) -> None:
         value = getattr(settings, name)
         if not 0 < value <= 1:
             raise UserError(f"{option(name)} must lie in (0, 1], and it is {value}")
+
+
+def known_rows(wanted: Sequence[str], known: Sequence[str]) -> None:
+    """Each of the rows that ``--rows`` names must be one of the table's."""
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise UserError(f"--rows: there is no row {', '.join(unknown)}; the rows are {', '.join(known)}")

@@ -11,7 +11,7 @@ from torchimplicit.recipes.fields.cost import read as read_costs
 from torchimplicit.recipes.implicit_generalization.config import GeneralizationConfig
 from torchimplicit.recipes.implicit_generalization.rows import COST, ROWS, Kind, Row, Subject, named, subjects
 from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.training.results import Results
+from torchimplicit.recipes.training.results import Results, steps_to_best
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,9 @@ class Measured:
         for picture in self.pictures:
             for seed in self.seeds:
                 own, other = (self.runs.get((one.name, picture.name, seed)) for one in (row, target))
-                if own is None or other is None or other.best is None:
-                    continue
-                goal = other.best.figures["PSNR"]
-                reached = next((v.step for v in own.validations if v.figures["PSNR"] >= goal), None)
-                found.append((reached, other.best.step))
+                steps = steps_to_best(own, other, "PSNR")
+                if steps is not None:
+                    found.append(steps)
         return found
 
 

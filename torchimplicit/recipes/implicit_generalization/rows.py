@@ -11,6 +11,7 @@ from torchimplicit.recipes.fields.cost import FieldCostConfig
 from torchimplicit.recipes.fields.images.config import PictureConfig, generalization
 from torchimplicit.recipes.fields.settings import FILTERS, FilterKind, Representation, full_batch, truncated
 from torchimplicit.recipes.implicit_generalization.config import GeneralizationConfig
+from torchimplicit.recipes.options import known_rows
 from torchimplicit.recipes.reproduce.jobs import Job
 
 COST = "cost"
@@ -124,9 +125,7 @@ def subjects(config: GeneralizationConfig) -> list[Subject]:
 def jobs(config: GeneralizationConfig) -> list[Job]:
     """Seed by seed and picture by picture, so that all rows have seen the machine alike; full solves for the first seed
     and the first picture of a kind, and the costs after the first picture."""
-    unknown = [name for name in config.rows if name not in (*ROWS, COST)]
-    if unknown:
-        raise UserError(f"--rows: there is no row {', '.join(unknown)}; the rows are {', '.join((*ROWS, COST))}")
+    known_rows(config.rows, (*ROWS, COST))
     wanted = [row for row in ROWS.values() if not config.rows or row.name in config.rows]
     pictures = subjects(config)
     firsts = [next((one for one in pictures if one.kind == kind), None) for kind in KINDS]

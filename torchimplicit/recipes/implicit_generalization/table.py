@@ -30,7 +30,7 @@ from torchimplicit.recipes.reproduce.record import Sheet, spread
 from torchimplicit.recipes.reproduce.runner import Reproduction, Summary
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.tables import Column, Table
-from torchimplicit.recipes.training.results import Results
+from torchimplicit.recipes.training.results import Results, still_rising
 
 
 def summarize(config: GeneralizationConfig, runs: dict[str, Run]) -> Summary:
@@ -215,12 +215,7 @@ def _notes(config: GeneralizationConfig, found: Measured, labels: dict[str, str]
             f"Implicit models of four layers beside their explicit twins: {', '.join(deeper)}. In the paper too they "
             "are no better than the implicit ones of one layer, save on text with SIREN."
         )
-    rising = [one.best is not None and one.best.step == one.steps for one in found.runs.values()]
-    if any(rising):
-        notes.append(
-            f"In {sum(rising)} of {len(rising)} runs the last validation was the best: with more steps they would come "
-            "further, and not all alike."
-        )
+    notes += still_rising(found.runs.values())
     diverged = [
         f"{labels[name]} on {p}, seed {s}" for (name, p, s), one in found.runs.items() if one.state == "diverged"
     ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.settings import FILTERS, FilterKind, Representation
 from torchimplicit.recipes.fields.shape.config import ShapeConfig, adam, shape
 from torchimplicit.recipes.implicit_generalization.rows import NAMES
 from torchimplicit.recipes.implicit_shapes.config import ShapesConfig, ShapesCostConfig
+from torchimplicit.recipes.options import known_rows
 from torchimplicit.recipes.reproduce.jobs import Job
 
 COST = "cost"
@@ -61,9 +61,7 @@ ROWS = {
 
 def jobs(config: ShapesConfig) -> list[Job]:
     """Seed by seed, so that all rows have seen the machine alike, and the costs after the first seed."""
-    unknown = [name for name in config.rows if name not in (*ROWS, COST)]
-    if unknown:
-        raise UserError(f"--rows: there is no row {', '.join(unknown)}; the rows are {', '.join((*ROWS, COST))}")
+    known_rows(config.rows, (*ROWS, COST))
     made: list[Job] = []
     for seed in config.plan.all_seeds:
         for row in ROWS.values():

@@ -19,7 +19,7 @@ from torchimplicit.recipes.reproduce.record import Sheet, spread
 from torchimplicit.recipes.reproduce.runner import Reproduction, Summary
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.tables import Column, Table
-from torchimplicit.recipes.training.results import Results
+from torchimplicit.recipes.training.results import Results, still_rising
 
 TITLES = {"occupancy": "Occupancy", "sdf": "Signed distance, with slopes in the loss"}
 
@@ -155,12 +155,7 @@ def _notes(config: ShapesConfig, found: Measured) -> list[str]:
         notes.append("Narrower models, fewer points and steps than the paper's: rows compare among themselves.")
     if config.mesh_file is not None:
         notes.append("The mesh is a file (--mesh-file), which the command does not name; without one a knot is made.")
-    rising = [one.best is not None and one.best.step == one.steps for one in found.runs.values()]
-    if any(rising):
-        notes.append(
-            f"In {sum(rising)} of {len(rising)} runs the last validation was the best: with more steps they would come "
-            "further, and not all alike."
-        )
+    notes += still_rising(found.runs.values())
     without = [f"{name}, seed {seed}" for (name, seed), one in found.surfaces.items() if not one]
     if without:
         notes.append(f"Without a surface: {', '.join(without)}.")

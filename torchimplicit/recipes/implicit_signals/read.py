@@ -10,7 +10,7 @@ from torchimplicit.recipes.fields.cost import read as read_costs
 from torchimplicit.recipes.implicit_signals.config import SignalsConfig
 from torchimplicit.recipes.implicit_signals.rows import COST, ROWS, Row, named
 from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.training.results import Results
+from torchimplicit.recipes.training.results import Results, steps_to_best
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,9 @@ class Measured:
         found = []
         for seed in self.seeds:
             own, other = (self.runs.get((which.name, seed)) for which in (row, row.twin))
-            if own is None or other is None or other.best is None:
-                continue
-            goal = other.best.figures["PSNR"]
-            reached = next((v.step for v in own.validations if v.figures["PSNR"] >= goal), None)
-            found.append((reached, other.best.step))
+            steps = steps_to_best(own, other, "PSNR")
+            if steps is not None:
+                found.append(steps)
         return found
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.audio.config import SoundConfig, audio
 from torchimplicit.recipes.fields.cost import FieldCostConfig
 from torchimplicit.recipes.fields.settings import FILTERS, FilterKind, Representation, full_batch
 from torchimplicit.recipes.fields.video.config import VideoConfig, video
 from torchimplicit.recipes.implicit_generalization.rows import NAMES
 from torchimplicit.recipes.implicit_signals.config import SignalsConfig
+from torchimplicit.recipes.options import known_rows
 from torchimplicit.recipes.reproduce.jobs import Job
 
 COST = "cost"
@@ -71,9 +71,7 @@ ROWS = {
 
 def jobs(config: SignalsConfig) -> list[Job]:
     """Seed by seed, so that all rows have seen the machine alike, and the costs after the first seed."""
-    unknown = [name for name in config.rows if name not in (*ROWS, COST)]
-    if unknown:
-        raise UserError(f"--rows: there is no row {', '.join(unknown)}; the rows are {', '.join((*ROWS, COST))}")
+    known_rows(config.rows, (*ROWS, COST))
     made: list[Job] = []
     for seed in config.plan.all_seeds:
         for row in ROWS.values():

@@ -20,7 +20,7 @@ from torchimplicit.recipes.reproduce.record import Sheet, spread
 from torchimplicit.recipes.reproduce.runner import Reproduction, Summary
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.tables import Column, Table
-from torchimplicit.recipes.training.results import Results
+from torchimplicit.recipes.training.results import Results, still_rising
 
 
 def summarize(config: SignalsConfig, runs: dict[str, Run]) -> Summary:
@@ -141,12 +141,7 @@ def _notes(config: SignalsConfig, found: Measured) -> list[str]:
             f"Behind their explicit twins in as many steps: {', '.join(behind)}. Whether they would catch up in the "
             "paper's number of steps, or at its width, was not measured here."
         )
-    rising = [one.best is not None and one.best.step == one.steps for one in found.runs.values()]
-    if any(rising):
-        notes.append(
-            f"In {sum(rising)} of {len(rising)} runs the last validation was the best: with more steps they would come "
-            "further, and not all alike."
-        )
+    notes += still_rising(found.runs.values())
     diverged = [f"{name}, seed {seed}" for (name, seed), one in found.runs.items() if one.state == "diverged"]
     if diverged:
         notes.append(f"Diverged: {', '.join(diverged)}.")

@@ -7,7 +7,7 @@ from torchimplicit.recipes.ofdft_molecules.config import MoleculesConfig
 from torchimplicit.recipes.ofdft_molecules.drawings import drawings
 from torchimplicit.recipes.ofdft_molecules.gathered import Group, read
 from torchimplicit.recipes.ofdft_molecules.rows import ROWS, jobs, name_of, settings_of
-from torchimplicit.recipes.ofdft_runs import ratio, raw, shown, told
+from torchimplicit.recipes.ofdft_runs import missing, ratio, raw, shown, told
 from torchimplicit.recipes.orbital_free.measure import Quality, summarized
 from torchimplicit.recipes.reproduce.record import Sheet
 from torchimplicit.recipes.reproduce.runner import Reproduction, Summary
@@ -167,8 +167,4 @@ def _notes(config: MoleculesConfig, groups: list[Group]) -> list[str]:
     rejected = sum(one.rejected for group in groups for one in group.results.values())
     if rejected:
         notes.append(f"{rejected} evaluations met a density that was not found within the budget.")
-    asked = len(jobs(config))
-    there = sum(len(group.results) for group in groups)
-    if there < asked:
-        notes.append(f"{asked - there} of {asked} runs are missing or diverged.")
-    return notes
+    return notes + missing(len(jobs(config)), sum(len(group.results) for group in groups))

@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 from statistics import median
 
-from torchimplicit.recipes.ofdft_runs import lowered, mean, raw, seconds_to, told
+from torchimplicit.recipes.ofdft_runs import lowered, mean, missing, raw, seconds_to, told
 from torchimplicit.recipes.ofdft_single.claims import claims
 from torchimplicit.recipes.ofdft_single.config import SingleConfig
 from torchimplicit.recipes.ofdft_single.drawings import drawings
@@ -125,7 +125,4 @@ def _notes(config: SingleConfig, rows: list[Row]) -> list[str]:
             "length one, at which that happens: most of a row's time is that one evaluation, the same in all rows."
         )
     asked = config.plan.seeds * len(config.estimators) * len(config.optimizers)
-    there = sum(len(row.results) for row in rows)
-    if there < asked:
-        notes.append(f"{asked - there} of {asked} runs are missing or diverged.")
-    return notes
+    return notes + missing(asked, sum(len(row.results) for row in rows))

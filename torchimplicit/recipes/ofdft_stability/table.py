@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from torchimplicit.recipes.ofdft_runs import lowered, raw, told
+from torchimplicit.recipes.ofdft_runs import lowered, missing, raw, told
 from torchimplicit.recipes.ofdft_stability.claims import claims
 from torchimplicit.recipes.ofdft_stability.config import StabilityConfig
 from torchimplicit.recipes.ofdft_stability.drawings import drawings
@@ -145,8 +145,4 @@ def _notes(config: StabilityConfig, rows: list[Row]) -> list[str]:
         "the raw coefficients. Descent with momentum 0.9 takes a number of steps that hardly depends on the least "
         "eigenvalue as long as that is above (1 − √0.9)²/rate, some 0.9 hartree; only below does it slow down.",
     ]
-    asked = len(jobs(config))
-    there = sum(len(row.results) for row in rows)
-    if there < asked:
-        notes.append(f"{asked - there} of {asked} runs are missing or diverged.")
-    return notes
+    return notes + missing(len(jobs(config)), sum(len(row.results) for row in rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from torchimplicit.solvers import LBFGS, GradientDescent, Solver
 
 PATIENCE = 15
 """Steps of L-BFGS after which the kept Hessian is made anew."""
-
 
 TAIL = 1e-3
 """Electrons per cubic bohr: where the density is less, its errors weigh no more."""
@@ -89,14 +89,17 @@ class Case:
 
     def refresh(self, functional: OrbitalFree, p: Tensor) -> None:
         """Keep the Hessian at ``p``, in the metric's coordinates and on the plane of the constraint."""
-        inner, normal = self.plane
-        matrix = inner @ hessian(functional, p, self.molecule) @ inner
-        matrix = project(project(matrix, normal).T, normal)
+        matrix, (_, normal) = self.curvature(functional, p), self.plane
         mean = matrix.diagonal().sum() / max(1, len(matrix) - 1)
         self.hessian.keep((matrix + mean * normal.T @ normal)[None])
         self.fresh = True
 
-    @property
+    def curvature(self, functional: OrbitalFree, p: Tensor) -> Tensor:
+        """:math:`PHP` at ``p``, ``[n, n]``, in the metric's coordinates, assembled."""
+        inner, normal = self.plane
+        return project(project(inner @ hessian(functional, p, self.molecule) @ inner, normal).T, normal)
+
+    @cached_property
     def plane(self) -> tuple[Tensor, Tensor]:
         """:math:`S^{-1/2}`, ``[n, n]``, and the constraint's unit normal in the metric's coordinates, ``[1, n]``."""
         weight = self.metric.covector(self.molecule.weight[None])

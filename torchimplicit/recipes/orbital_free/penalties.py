@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchimplicit.constraints import project, unit_normal
+from torchimplicit.constraints import project
 from torchimplicit.models.orbital_free import OrbitalFree
 from torchimplicit.recipes.orbital_free.case import Case
 from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
@@ -49,9 +49,7 @@ class Curvature:
     """Products with the projected Hessian in the metric's coordinates; they are differentiable in the weights."""
 
     def __init__(self, case: Case, functional: OrbitalFree, p: Tensor):
-        self.case, self.inverse = case, case.metric.inverse[0].to(p)
-        weight, total = case.metric.covector(case.molecule.weight[None]), case.molecule.electrons.reshape(1, 1)
-        self.normal = unit_normal(weight, total)[0]
+        self.inverse, self.normal = case.plane
         self.p = p.detach().clone().requires_grad_()
         energy = functional(self.p, case.molecule)
         (self.slope,) = torch.autograd.grad(energy, self.p, create_graph=True)
@@ -83,4 +81,4 @@ class Curvature:
         return v
 
     def _projected(self, v: Tensor) -> Tensor:
-        return project(v[None], self.normal.to(v))[0]
+        return project(v[None], self.normal)[0]

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchimplicit.constraints import project
 from torchimplicit.models.orbital_free import Molecule, OrbitalFree
-from torchimplicit.models.orbital_free.second import hessian, mixed
+from torchimplicit.models.orbital_free.second import mixed
 from torchimplicit.recipes.optimizing.objective import Array
 from torchimplicit.recipes.orbital_free.case import Case
 from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
@@ -26,7 +25,8 @@ class Work:
     """What it took.
 
     Attributes:
-        steps, evaluations: of the minimizations, and of the adjoint solves, summed over molecules.
+        steps, evaluations: of the minimizations, summed over molecules.
+        adjoint: products of the adjoint solves, likewise.
         unconverged: minimizations that were not done.
     """
 
@@ -66,12 +66,12 @@ class Share:
         for case in self.cases:
             with torch.no_grad():
                 solution = self._solved(case)
+                if not bool(solution.converged):
+                    size = sum(case.molecule.size + (self.config.energy_weight > 0) for case in self.cases)
+                    return np.full(size, np.inf)
                 parts = [case.away(solution.value)]
                 if self.config.energy_weight:
                     parts.append(self._energy_error(case, solution.value).reshape(1))
-            if not bool(solution.converged):
-                size = sum(case.molecule.size + (self.config.energy_weight > 0) for case in self.cases)
-                return np.full(size, np.inf)
             found.append(torch.cat(parts) / self.total**0.5)
         return torch.cat(found).numpy()
 
@@ -84,9 +84,8 @@ class Share:
             p = self._solved(case).value.detach()
             molecule, (inner, normal) = case.molecule, case.plane
             slopes = inner @ self.weights.columns(mixed(self.functional, p, molecule, self.weights.names))
-            curved = project(project(inner @ hessian(self.functional, p, molecule) @ inner, normal).T, normal)
             slopes = slopes - normal.T @ (normal @ slopes)
-            moved = -torch.linalg.solve(curved + normal.T @ normal, slopes)
+            moved = -torch.linalg.solve(case.curvature(self.functional, p) + normal.T @ normal, slopes)
             rows.append(case.weighing @ inner @ moved)
             if self.config.energy_weight:
                 self.functional.zero_grad()

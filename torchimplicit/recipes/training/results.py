@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any, Literal
@@ -94,3 +95,23 @@ def step_costs(rows: list[Row]) -> StepCosts | None:
         backward=fmean(column["backward_evaluations"]),
         unconverged=fmean(column["unconverged"]),
     )
+
+
+def still_rising(runs: Collection[Results]) -> list[str]:
+    """The note on trainings that had not levelled off; none where all had."""
+    rising = sum(one.best is not None and one.best.step == one.steps for one in runs)
+    if not rising:
+        return []
+    return [
+        f"In {rising} of {len(runs)} runs the last validation was the best: with more steps they would come further, "
+        "and not all alike."
+    ]
+
+
+def steps_to_best(own: Results | None, other: Results | None, figure: str) -> tuple[int | None, int] | None:
+    """After how many steps a run's validation first reaches the best one of another in a figure of which more is
+    better, ``None`` if it never does; and the step at which the other had it. ``None`` where there is none to reach."""
+    if own is None or other is None or other.best is None:
+        return None
+    goal = other.best.figures[figure]
+    return next((v.step for v in own.validations if v.figures[figure] >= goal), None), other.best.step
