@@ -41,9 +41,10 @@ class Report:
             ``solution.adjoint``, products with the Jacobian in the backward pass (for
             :class:`~torchimplicit.gradients.EquilibriumPropagation`, evaluations of the energy's gradient); the one
             pass through the map to its parameters, which every estimator makes, is not counted.
-        curvature: of an adjoint solve at a minimum, float ``[batch]``: where the status is :attr:`Status.SADDLE`, the
-            negative :math:`y^THy/y^Ty` of its solution, which the least eigenvalue does not exceed; NaN elsewhere.
-            ``None`` for any other solve.
+        curvature: of an adjoint solve at a minimum, float ``[batch]``: where the status is :attr:`Status.SADDLE`, a
+            negative number that the Hessian's least eigenvalue does not exceed; NaN elsewhere. It is that eigenvalue
+            after :class:`~torchimplicit.linear.Dense`, and :math:`y^THy/y^Ty` of the solution y after other solvers.
+            ``None`` for a solve that says nothing of it.
     """
 
     status: Tensor

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import torchimplicit as ti
+from torchimplicit.linear import LinearOperator
 from torchimplicit.testing import GradientSuite
 from torchimplicit.testing.gradient_suite import relative_error
 
@@ -72,6 +73,48 @@ def test_against_the_dense_system(constrained: bool, linear_solver: Any, damping
     assert relative_error(found, case.damped(damping)) < 1e-8
     assert solution.adjoint is not None
     assert bool(solution.adjoint.converged.all())
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+@pytest.mark.parametrize("block", [False, True])
+def test_dense_finds_a_saddle_that_the_solution_does_not_feel(constrained: bool, block: bool) -> None:
+    """The right-hand side has no part along the direction of negative curvature, so that y.Hy > 0."""
+    eigenvalues = torch.tensor([[-0.3, 1.0, 2.0, 3.0, 4.0], [0.3, 1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q
+    matrix = basis @ torch.diag_embed(eigenvalues) @ basis.T
+    weight = basis[:, 1]
+    problem = ti.Minimum(
+        lambda z, a: 0.5 * torch.einsum("bi,bij,bj->b", z, matrix, z) - (z * a).sum(dim=1),
+        constraint=ti.LinearEquality(weight, torch.tensor(1.0).double()) if constrained else None,
+    )
+    start, a = torch.zeros(2, 5, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.float64, requires_grad=True)
+    solver = ti.NewtonKrylov(linear_solver=ti.Dense(), rtol=1e-10)
+    cotangents = (basis[:, 2], basis[:, 3]) if block else (basis[:, 2],)
+    _, pull = torch.func.vjp(lambda a: ti.solve(problem, start, a, solver=solver).value, a)
+    with pytest.warns(ti.ConvergenceWarning, match="1 of 2 samples are not at a minimum.* of at most -0.3 there"):
+        torch.func.vmap(pull)(torch.stack(cotangents)[:, None].expand(-1, 2, -1))
+    if block:
+        return
+    solution = ti.solve(problem, start, a, solver=solver)
+    with pytest.warns(ti.ConvergenceWarning):
+        solution.value.backward(basis[:, 2].expand(2, -1))
+    assert solution.adjoint is not None
+    assert solution.adjoint.status.tolist() == [ti.Status.SADDLE, ti.Status.CONVERGED]
+    assert solution.adjoint.curvature is not None
+    torch.testing.assert_close(solution.adjoint.curvature[0], eigenvalues[0, 0])
+    assert bool(solution.adjoint.curvature[1].isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_flat_direction_is_no_saddle(dtype: torch.dtype) -> None:
+    basis = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).Q
+    matrix = (basis[:, 1:] @ torch.diag(torch.arange(1.0, 6.0).double()) @ basis[:, 1:].T).to(dtype)
+    operator = LinearOperator(
+        product=lambda v: v @ matrix, batch=1, dim=6, dtype=dtype, device=torch.device("cpu"), symmetric=True
+    )
+    found = ti.Dense().solve(operator, (matrix @ torch.ones(6, dtype=dtype))[None])
+    assert found.report.curvature is not None
+    assert bool(found.report.curvature.isnan().all())
 
 
 def test_exact_where_it_need_not_damp() -> None:

@@ -317,3 +317,12 @@ def test_every_linear_solver_serves_both_directions(linear_solver):
         jvp(lambda w: unrolled(tanh_map, torch.zeros_like(x), x, w), (w,), (w,))[1],
         vjp(lambda w: unrolled(tanh_map, torch.zeros_like(x), x, w), w)[1](x)[0],
     ])  # fmt: skip
+
+
+@pytest.mark.parametrize("linear_solver", [None, ti.Dense()])
+def test_batched_cotangents_of_autograd_are_refused_in_words(linear_solver):
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3).requires_grad_()
+    problem = ti.FixedPoint(lambda z, x: torch.tanh(0.3 * z + x))
+    value = ti.solve(problem, torch.zeros_like(x), x, gradient=ti.Implicit(linear_solver=linear_solver)).value
+    with pytest.raises(ti.UnsupportedDerivativeError, match=r"is_grads_batched.*torch.func.jacrev"):
+        torch.autograd.grad(value, x, torch.ones(2, 2, 3, dtype=torch.float64), is_grads_batched=True)

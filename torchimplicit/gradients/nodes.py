@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
@@ -58,6 +59,7 @@ class Solve(Function):
         z, *params = ctx.saved_tensors
         if u is None:
             return None, None, None, *(None for _ in params)
+        _refuse_batched_cotangents(u)
         with without_autocast(z.device):
             return None, None, None, *ctx.rule.adjoint(ctx.task, u, z, params, ctx.needs_input_grad[3:])
 
@@ -99,6 +101,7 @@ class LinearSolve(Function):
     @staticmethod
     def backward(ctx: Any, c: Tensor) -> tuple[Any, ...]:
         y, z, *params = ctx.saved_tensors
+        _refuse_batched_cotangents(c)
         if any(ctx.needs_input_grad[4:]):  # the derivative of A is a second derivative of the residual
             ctx.task.smoothness.asked()
         w = LinearSolve.apply(ctx.task, ctx.solver, not ctx.transposed, c, z, *params)
@@ -276,6 +279,21 @@ def push(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequenc
     some = [i for i, g in enumerate(given) if g]
     _, twice = vjp(lambda w: tuple(pull(w)[i] for i in some), torch.zeros_like(out))
     return twice(tuple(tangents[i] for i in some))[0]
+
+
+def _refuse_batched_cotangents(u: Tensor) -> None:
+    """A solver reads its residuals, and the older vmap behind ``is_grads_batched`` has no way to let it.
+
+    Raises:
+        UnsupportedDerivativeError: if there are such cotangents.
+    """
+    if _functorch.is_legacy_batchedtensor(u):
+        raise UnsupportedDerivativeError(
+            "an equilibrium cannot be differentiated for a batch of cotangents by torch.autograd.grad("
+            "is_grads_batched=True), nor by torch.autograd.functional.jacobian(vectorize=True), which calls it: take "
+            "torch.func.jacrev, torch.func.vmap of a pullback, or torchimplicit.derivatives.Derivatives, which solve "
+            "for all cotangents together"
+        )
 
 
 def report(task: Task, figures: Report) -> None:

@@ -113,13 +113,27 @@ class LinearOperator:
         return columns.permute(1, 2, 0)
 
     def spectrum_matrix(self, dtype: torch.dtype) -> Tensor:
-        """The matrices of a symmetric operator in ``dtype``, ``[batch, dim, dim]``, symmetrized, with an eigenvalue in
-        the midst of the others (their mean) in place of the zero along ``null``: their extremes are those on its
-        complement."""
-        matrix = self.dense().to(dtype)
-        matrix = 0.5 * (matrix + matrix.mT)
-        if self.null is None:
-            return matrix
-        null = self.null.to(dtype).expand(self.batch, -1)
-        mean = matrix.diagonal(dim1=1, dim2=2).sum(dim=1) / max(1, self.dim - 1)
-        return matrix + mean[:, None, None] * null[:, :, None] * null[:, None, :]
+        """The matrices of a symmetric operator in ``dtype``, ``[batch, dim, dim]``, as :func:`without_null` has them:
+        their extreme eigenvalues are those on the complement of ``null``."""
+        return without_null(self.dense().to(dtype), None if self.null is None else self.null.to(dtype))
+
+
+def without_null(matrix: Tensor, null: Tensor | None) -> Tensor:
+    """Symmetric matrices on the complement of a null vector.
+
+    Args:
+        matrix: ``[batch, dim, dim]``, symmetric but for rounding.
+        null: unit vectors n ``[batch or 1, dim]``, or none.
+
+    Returns:
+        :math:`PMP` with :math:`P=I-nn^T`, symmetrized, and with an eigenvalue in the midst of the others (their mean)
+        in place of the zero along n.
+    """
+    matrix = 0.5 * (matrix + matrix.mT)
+    if null is None:
+        return matrix
+    row = null.expand(len(matrix), -1)[:, None, :]
+    image = row @ matrix  # n^T M
+    inside = image @ row.mT
+    mean = (matrix.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None] - inside) / max(1, matrix.shape[1] - 1)
+    return matrix - row.mT @ image - image.mT @ row + (inside + mean) * (row.mT @ row)

@@ -251,13 +251,17 @@ def _gradient(energy: Tensor, z: Tensor, create_graph: bool) -> Tensor:
 
 
 def _told_of_saddles(found: LinearSolution, b: Tensor) -> LinearSolution:
-    """With the status of samples whose solution y proves negative curvature: :math:`y^T A y = y^T b < 0`."""
+    """With the status of samples at a saddle: the solver has found negative curvature (:class:`Dense` does wherever
+    there is any), or the solution y proves it, by :math:`y^T A y = y^T b < 0`."""
     product = (found.value * b).sum(dim=-1)
     size = torch.linalg.vector_norm(found.value, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
-    saddle = product < -(torch.finfo(product.dtype).eps ** 0.5) * size
-    curvature = (product / found.value.square().sum(dim=-1)).masked_fill(~saddle, torch.inf)
-    if saddle.ndim == 2:
-        saddle, curvature = saddle.any(dim=0), curvature.amin(dim=0)
+    proved = product < -(torch.finfo(product.dtype).eps ** 0.5) * size
+    curvature = (product / found.value.square().sum(dim=-1)).masked_fill(~proved, torch.inf)
+    if curvature.ndim == 2:
+        curvature = curvature.amin(dim=0)
+    if found.report.curvature is not None:
+        curvature = torch.fmin(curvature, found.report.curvature)
+    saddle = curvature < 0
     status = found.report.status.masked_fill(saddle, int(Status.SADDLE))
     curvature = curvature.masked_fill(~saddle, torch.nan)
     return replace(found, report=replace(found.report, status=status, curvature=curvature))
