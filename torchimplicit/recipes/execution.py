@@ -44,25 +44,15 @@ def _go(runner: Runner, settings: Any, run: Run, console: Console) -> int:
             soft_wrap=True,
         )
         return INTERRUPTED
-    written = [name for name in OUTPUTS if (run.path / name).exists()]
+    written = [name for name in (*PAGES, *run.products()) if (run.path / name).exists()]
     console.print(f"Done: {', '.join(written)} in {run}", highlight=False, soft_wrap=True)
     if "index.html" in written:
         console.print(f"Open in a browser: {(run.path / 'index.html').resolve().as_uri()}", soft_wrap=True)
     return 0
 
 
-OUTPUTS = (
-    "index.html",
-    "results.json",
-    "record.json",
-    "figures",
-    "reconstruction.wav",
-    "reconstruction.gif",
-    "reconstruction.mp4",
-    "surface.obj",
-    "surface.ply",
-)
-"""What a run may leave for people to look at."""
+PAGES = ("index.html", "results.json", "record.json", "figures")
+"""What a run may leave for people to look at, beside its products."""
 
 
 def opened(path: Path) -> tuple[Run, Runner, Any]:

@@ -118,6 +118,17 @@ class Run:
         """A JSON file that :meth:`write_json` has written."""
         return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
 
+    def product(self, name: str) -> Path:
+        """Where to write a file beside the page and the figures; the run remembers it as its own, and tells of it."""
+        known = self.products()
+        if name not in known:
+            self.write_json("run.json", {**self.read(), "products": [*known, name]})
+        return self.path / name
+
+    def products(self) -> list[str]:
+        """The names that :meth:`product` was asked for."""
+        return list(self.read().get("products", []))
+
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file of the run in one move."""
         path = self.path / name
@@ -160,10 +171,6 @@ def _numbered(parent: Path) -> Path:
         return path
 
 
-OWN = ("original", "reconstruction", "error", "surface", "export")
-"""What a fitted signal leaves beside its page."""
-
-
 def _chosen(path: Path, overwrite: bool) -> Path:
     if path.exists() and not path.is_dir():
         raise UserError(f"--output {path} is a file; give a directory")
@@ -184,7 +191,7 @@ def _chosen(path: Path, overwrite: bool) -> Path:
             *path.glob("*.json"),
             path / "index.html",
             *figures,
-            *(found for name in OWN for found in path.glob(f"{name}.*")),
+            *(path / name for name in run.products()),
             *(path / "figures").glob("*.gif"),
         ):
             stale.unlink(missing_ok=True)

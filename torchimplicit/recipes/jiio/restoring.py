@@ -56,7 +56,7 @@ class InverseRunner:
             run.write_json("gradients.json", compared(task))
         torch.save({name: [row.half() for row in shown] for name, shown in rows.items()}, run.path / PICTURES)
         with matplotlib.rc_context(FIGURE):
-            grid(rows).savefig(run.path / "pictures.png", dpi=150)
+            grid(rows).savefig(run.product("pictures.png"), dpi=150)
 
 
 RUNNER = InverseRunner()

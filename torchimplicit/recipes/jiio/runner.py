@@ -93,7 +93,7 @@ class GenerationRunner:
             run.write_json(name, found)
             torch.save({key: [row.half() for row in rows] for key, rows in pictures.items()}, run.path / PICTURES)
             with matplotlib.rc_context(FIGURE):
-                grid(pictures).savefig(run.path / "pictures.png", dpi=150)
+                grid(pictures).savefig(run.product("pictures.png"), dpi=150)
             console.print(
                 f"Fréchet distance to the test images, in a small classifier's features: new {found.mixture:.3f}, "
                 f"reconstructions {found.reconstructions:.3f}, training images {found.floor:.3f}. Pictures: "

@@ -22,9 +22,9 @@ def show(config: SoundConfig, sound: Sound, task: FieldTask, results: Results, r
     truth = sound.samples
     values = task.on_grid([len(truth)]).clamp(-1, 1)
     heard = [
-        (run.path / "original.wav", "The sound.", truth),
-        (run.path / "reconstruction.wav", "The field at its samples.", values),
-        (run.path / "error.wav", "The error, as loud as it is.", values - truth),
+        (run.product("original.wav"), "The sound.", truth),
+        (run.product("reconstruction.wav"), "The field at its samples.", values),
+        (run.product("error.wav"), "The error, as loud as it is.", values - truth),
     ]
     for path, _, samples in heard:
         save(quantized(samples * sound.peak), sound.rate, path)
@@ -61,7 +61,7 @@ def export(sound: Sound, task: FieldTask, sizes: tuple[int, ...], run: Run) -> P
     count = round(sound.seconds * rate)
     if not LOWEST_RATE <= rate <= HIGHEST_RATE or count > 4 * MOST_SAMPLES:
         raise UserError(f"--export-size {rate} must lie in [{LOWEST_RATE}, {HIGHEST_RATE}] samples a second")
-    path = run.path / "export.wav"
+    path = run.product("export.wav")
     samples = task.on_grid([count], lambda values: quantized(values * sound.peak))
     save(samples, rate, path)
     return path

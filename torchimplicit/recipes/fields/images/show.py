@@ -61,7 +61,7 @@ def export(config: PictureConfig, task: FieldTask, sizes: tuple[int, ...], run: 
         sizes = export_sizes((grid.sizes[0], grid.sizes[1]), sizes[0])
     if max(sizes) > LONGEST_EXPORT:
         raise UserError(f"--export-size {max(sizes)} is more than {LONGEST_EXPORT}")
-    path = run.path / "export.png"
+    path = run.product("export.png")
     save(task.on_grid(sizes, quantized), path)
     return path
 

@@ -46,8 +46,8 @@ def show(config: ShapeConfig, task: FieldTask, results: Results, run: Run) -> No
         run.write_json("surface.json", {"found": False})
         notes = ["The field is nowhere zero: there is no surface."]
     else:
-        write_obj(true.frame.outward(found), run.path / "surface.obj")
-        write_ply(true.frame.outward(found), run.path / "surface.ply")
+        write_obj(true.frame.outward(found), run.product("surface.obj"))
+        write_ply(true.frame.outward(found), run.product("surface.ply"))
         figures = compared(found, true.mesh, true.tree)
         run.write_json("surface.json", {"found": True, "resolution": config.resolution, **vars(figures)})
         away, _, _ = true.tree.closest(found.vertices)
@@ -76,9 +76,9 @@ def export(config: ShapeConfig, task: FieldTask, sizes: tuple[int, ...], run: Ru
     if found is None:
         raise UserError(f"the field of {run} is nowhere zero, and has no surface")
     outward = subject(config).frame.outward(found)
-    write_obj(outward, run.path / "export.obj")
-    write_ply(outward, run.path / "export.ply")
-    return run.path / "export.ply"
+    write_obj(outward, run.product("export.obj"))
+    write_ply(outward, run.product("export.ply"))
+    return run.product("export.ply")
 
 
 def surface(config: ShapeConfig, task: FieldTask, longest: int) -> Mesh | None:

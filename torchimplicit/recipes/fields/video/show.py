@@ -40,9 +40,9 @@ def show(config: VideoConfig, clip: Clip, task: FieldTask, results: Results, run
         for i in range(len(fitted))
     )
     save(several, clip.rate, folder / "comparison.gif")
-    save(iter(fitted), clip.rate, run.path / "reconstruction.gif")
+    save(iter(fitted), clip.rate, run.product("reconstruction.gif"))
     if can_write_mp4():
-        save(iter(fitted), clip.rate, run.path / "reconstruction.mp4")
+        save(iter(fitted), clip.rate, run.product("reconstruction.mp4"))
     of_frames = [decibels(error, 2.0) for error in errors]
     strip({"video": list(clip.pixels), "field": fitted, "error": misfits}).savefig(folder / "frames.png", dpi=110)
     over_frames(of_frames).savefig(folder / "frames-psnr.png", dpi=110)
@@ -76,7 +76,7 @@ def export(clip: Clip, task: FieldTask, sizes: tuple[int, ...], run: Run) -> Pat
         height, width = sizes
     else:
         frames, height, width = sizes
-    path = run.path / ("export.mp4" if can_write_mp4() else "export.gif")
+    path = run.product("export.mp4" if can_write_mp4() else "export.gif")
     made = (quantized(values) for values in sampled_frames(task, (frames, height, width)))
     save(made, clip.rate * frames / len(clip.pixels), path)
     return path
