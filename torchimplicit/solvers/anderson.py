@@ -111,7 +111,8 @@ class Anderson(Solver):
         gram[:, slot, :size] = gram[:, :size, slot] = products[:, 0]
         gram[:, slot, slot].add_(10 * number.eps if self.regularization is None else self.regularization)
         weights, _ = torch.linalg.solve_ex(gram[:, :size, :size], products[:, 1])
-        correction = torch.bmm(weights[:, None], moves.vectors)[:, 0]
+        # the solve leaves its result column by column, and a product with it would go sample by sample
+        correction = torch.bmm(weights.contiguous()[:, None], moves.vectors)[:, 0]
         to = self._plain(point.z, residual, point.image)
         to = to - (correction if correction.dtype == to.dtype else correction.to(to.dtype))
         after = AndersonState(
