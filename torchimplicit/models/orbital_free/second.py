@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from torchimplicit.models.orbital_free.functional import OrbitalFree
 from torchimplicit.models.orbital_free.molecule import Molecule
 from torchimplicit.models.orbital_free.starting import linear_columns
 
-POINTS_AT_ONCE = 4096
-"""Of the mixed derivatives, each point having one for every weight."""
+POINTS_AT_ONCE = 1024
+"""Of the grid: so many rows of the basis stay in the processor's cache."""
 
 
 def hessian(functional: OrbitalFree, p: Tensor, molecule: Molecule) -> Tensor:
@@ -29,11 +29,15 @@ def hessian(functional: OrbitalFree, p: Tensor, molecule: Molecule) -> Tensor:
         one[k] = 1
         (row,) = torch.autograd.grad(slopes, fields, one, retain_graph=k < 3)
         rows.append(row)
-    basis = torch.cat((molecule.values[None], molecule.gradients))  # [4, points, n]
+    weights = (torch.stack(rows) * molecule.quadrature)[..., None]  # [4, 4, points, 1]
     total = molecule.coulomb.clone()
-    for k, row in enumerate(rows):
-        weighted = (molecule.quadrature * row)[:, :, None] * basis
-        total += basis[k].T @ weighted.sum(dim=0)
+    for there in _parts(molecule):
+        basis = _basis(molecule, there)
+        for k in range(4):
+            weighted = weights[k, 0, there] * basis[0]
+            for other in range(1, 4):
+                weighted.addcmul_(weights[k, other, there], basis[other])
+            total.addmm_(basis[k].T, weighted)
     return 0.5 * (total + total.T)
 
 
@@ -63,30 +67,39 @@ def mixed(functional: OrbitalFree, p: Tensor, molecule: Molecule, wrt: Sequence[
 def _of_network(
     functional: OrbitalFree, p: Tensor, molecule: Molecule, weights: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    basis = torch.cat((molecule.values[None], molecule.gradients))
     with torch.no_grad():
         fields = torch.cat((molecule.density(p)[None], molecule.slopes(p)))
+    local = _Local(functional)
 
     def slope(weights: dict[str, Tensor], field: Tensor) -> Tensor:
         """Of the energy density at one point, ``[4]``."""
 
         def energy(field: Tensor) -> Tensor:
-            local = torch.func.functional_call(_Local(functional), weights, (field[:1], field[1:, None]))
-            return local.sum()
+            return torch.func.functional_call(local, weights, (field[:1], field[1:, None])).sum()
 
         return torch.func.grad(energy)(field)
 
     every = torch.func.vmap(torch.func.jacrev(slope), in_dims=(None, 1))
-    found = {name: p.new_zeros(molecule.size, w.numel()) for name, w in weights.items()}
     prefixed = {f"functional.{name}": w for name, w in weights.items()}
-    for start in range(0, len(molecule.quadrature), POINTS_AT_ONCE):
-        there = slice(start, start + POINTS_AT_ONCE)
+    sizes = [w.numel() for w in weights.values()]
+    total = p.new_zeros(molecule.size, sum(sizes))
+    for there in _parts(molecule):
         slopes = every(prefixed, fields[:, there])  # each [points, 4, *shape]
-        for name in weights:
-            per_point = slopes[f"functional.{name}"].flatten(2) * molecule.quadrature[there, None, None]
-            for k in range(4):
-                found[name] += basis[k, there].T @ per_point[:, k]
-    return {name: found[name].reshape(molecule.size, *w.shape) for name, w in weights.items()}
+        of_points = torch.cat([slopes[name].flatten(2) for name in prefixed], dim=2)
+        of_points = (of_points * molecule.quadrature[there, None, None]).transpose(0, 1)
+        total.addmm_(_basis(molecule, there).flatten(0, 1).T, of_points.flatten(0, 1))
+    columns = total.split(sizes, dim=1)
+    return {name: of.reshape(molecule.size, *w.shape) for (name, w), of in zip(weights.items(), columns, strict=True)}
+
+
+def _parts(molecule: Molecule) -> Iterator[slice]:
+    """Of the grid."""
+    return (slice(start, start + POINTS_AT_ONCE) for start in range(0, len(molecule.quadrature), POINTS_AT_ONCE))
+
+
+def _basis(molecule: Molecule, there: slice) -> Tensor:
+    """The basis functions and their slopes at some of the points, ``[4, points, n]``."""
+    return torch.cat((molecule.values[None, there], molecule.gradients[:, there]))
 
 
 class _Local(torch.nn.Module):
