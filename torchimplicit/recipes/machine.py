@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -26,6 +27,22 @@ def device(name: DeviceName, count: int = 1) -> torch.device:
     if chosen.type == "cuda" and count > torch.cuda.device_count():
         raise UserError(f"--devices {count}: PyTorch finds {torch.cuda.device_count()} CUDA devices here")
     return chosen
+
+
+def clock(where: torch.device, *, wall: bool = False) -> Callable[[], float]:
+    """A function that waits for the device and reads the time, in seconds.
+
+    On a CPU it is the time of this process, which other processes do not lengthen; on a GPU, or with ``wall``, that of
+    the wall.
+    """
+    if where.type != "cuda":
+        return time.perf_counter if wall else time.process_time
+
+    def read() -> float:
+        torch.cuda.synchronize(where)
+        return time.perf_counter()
+
+    return read
 
 
 @contextmanager

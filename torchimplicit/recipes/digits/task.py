@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,6 +21,7 @@ from torchimplicit.recipes.digits.data import Split
 from torchimplicit.recipes.digits.estimators import ESTIMATORS
 from torchimplicit.recipes.digits.history import Step, Track, Validation
 from torchimplicit.recipes.digits.validate import validate
+from torchimplicit.recipes.machine import clock
 from torchimplicit.recipes.plain import from_plain, to_plain
 
 Batch = tuple[Tensor, Tensor]
@@ -109,12 +108,13 @@ class DigitsTask(LightningModule):
         with warnings.catch_warnings():
             # the share of samples that did not converge is recorded
             warnings.simplefilter("ignore", ConvergenceWarning)
-            start = self._now()
+            now = clock(self.device, wall=True)
+            start = now()
             optimizer.zero_grad()
             loss = functional.cross_entropy(model(images), labels)
             self.manual_backward(loss)
             optimizer.step()
-            seconds = self._now() - start
+            seconds = now() - start
         solution = model.equilibrium.solution
         assert solution is not None
         adjoint = solution.adjoint
@@ -126,11 +126,6 @@ class DigitsTask(LightningModule):
             backward=adjoint.evaluations,
             unconverged=1 - float(solution.converged.float().mean()),
         )
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
     def _audit_due(self, done: int) -> bool:
         every = self.config.audit_every

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from torchimplicit.recipes.fields.settings import FieldSettings
 from torchimplicit.recipes.fields.task import FieldTask
 from torchimplicit.recipes.fields.video import task as video_task
 from torchimplicit.recipes.fields.video.config import VideoConfig
-from torchimplicit.recipes.machine import device, threads
+from torchimplicit.recipes.machine import clock, device, threads
 from torchimplicit.recipes.options import positive
 from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.run import Run
@@ -205,20 +204,20 @@ class Subject:
         self.optimizer: Optimizer = Adam(self.task.parameters(), lr=config.optimization.learning_rate)
         (self.batch,) = (batch.to(self.where) for batch in self.task.training_batches(range(1), Shard()))
         self.layers = [one for one in self.task.modules() if isinstance(one, Equilibrium)]
-        self.clock = time.perf_counter if self.where.type == "cuda" else time.process_time
+        self.now = clock(self.where)
         self.seen: list[_Step] = []
 
     def step(self) -> None:
         """Train a step, and note what it cost."""
         watch = Costs(self.layers)
         self.optimizer.zero_grad()
-        times = [self._now()]
+        times = [self.now()]
         loss = self.task.loss(self.batch)
-        times.append(self._now())
+        times.append(self.now())
         loss.backward()
-        times.append(self._now())
+        times.append(self.now())
         self.optimizer.step()
-        times.append(self._now())
+        times.append(self.now())
         self.seen.append(_Step(times[1] - times[0], times[2] - times[1], times[3] - times[0], watch.figures()))
         watch.close()
 
@@ -236,11 +235,6 @@ class Subject:
             cosine=cosine,
             norm=norm,
         )
-
-    def _now(self) -> float:
-        if self.where.type == "cuda":
-            torch.cuda.synchronize(self.where)
-        return self.clock()
 
     def gradient(self) -> Tensor:
         """Of the loss of the batch in all weights that it has, one after the other."""

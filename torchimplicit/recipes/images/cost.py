@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from torchimplicit.nn import Equilibrium
 from torchimplicit.recipes.fitting import load_weights
 from torchimplicit.recipes.images.config import ImageConfig, digits
 from torchimplicit.recipes.images.task import RUNNER as TRAINER
-from torchimplicit.recipes.machine import device, threads
+from torchimplicit.recipes.machine import clock, device, threads
 from torchimplicit.recipes.options import positive
 from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.run import Run
@@ -104,7 +103,7 @@ def measured(config: CostConfig, run: Run) -> dict[str, Cost]:
     where = device(config.image.machine.device)
     task = module.task.to(where).train()
     layer = next(one for one in task.modules() if isinstance(one, Equilibrium))
-    clock = time.perf_counter if where.type == "cuda" else time.process_time
+    now = clock(where)
     rows: dict[str, list[Cost]] = {}
     with threads(config.image.machine.threads), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -113,7 +112,7 @@ def measured(config: CostConfig, run: Run) -> dict[str, Cost]:
             exact: Tensor | None = None
             for name, settings in estimators(config).items():
                 layer.gradient = gradient(settings)
-                cost, found = _step(task, moved, layer, clock, where, exact)
+                cost, found = _step(task, moved, layer, now, exact)
                 exact = found if exact is None else exact
                 if index:  # the first batch warms up
                     rows.setdefault(name, []).append(cost)
@@ -121,15 +120,15 @@ def measured(config: CostConfig, run: Run) -> dict[str, Cost]:
 
 
 def _step(
-    task: Any, batch: Any, layer: Equilibrium, clock: Callable[[], float], where: torch.device, exact: Tensor | None
+    task: Any, batch: Any, layer: Equilibrium, now: Callable[[], float], exact: Tensor | None
 ) -> tuple[Cost, Tensor]:
     task.zero_grad()
     watch = Costs([layer])
-    began = _now(clock, where)
+    began = now()
     loss = task.loss(batch)
-    forward = _now(clock, where)
+    forward = now()
     loss.backward()
-    backward = _now(clock, where)
+    backward = now()
     figures = watch.figures()
     watch.close()
     found = torch.cat([p.grad.flatten() for p in task.parameters() if p.grad is not None]).double()
@@ -147,12 +146,6 @@ def _step(
         ),
         found,
     )
-
-
-def _now(clock: Callable[[], float], where: torch.device) -> float:
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
-    return clock()
 
 
 def _gathered(costs: list[Cost]) -> Cost:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -19,7 +17,7 @@ from torchimplicit.recipes.jiio_adversarial.attack import JIIO, PGD, Attack, jud
 from torchimplicit.recipes.jiio_adversarial.config import AttacksConfig
 from torchimplicit.recipes.jiio_adversarial.task import RUNNER as TRAINER
 from torchimplicit.recipes.jiio_adversarial.task import AdversarialTraining, pixels
-from torchimplicit.recipes.machine import device
+from torchimplicit.recipes.machine import clock, device
 from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.tables import Column, Table
@@ -76,12 +74,12 @@ def measured(config: AttacksConfig, run: Run) -> dict[str, Strength]:
         seconds: dict[str, list[float]] = {name: [] for name in attacks}
         changed: dict[str, Tensor] = {}
         evaluations: dict[str, float] = {}
-        clock = time.perf_counter if where.type == "cuda" else time.process_time
+        now = clock(where)
         for _ in range(config.repeats):
             for name, attack in attacks.items():
-                began = _now(clock, where)
+                began = now()
                 result = attack(model, images, labels, radius)
-                seconds[name].append(_now(clock, where) - began)
+                seconds[name].append(now() - began)
                 changed[name], evaluations[name] = images + result.change.detach(), result.evaluations
         for name, attack in attacks.items():
             losses, right = judged(model, changed[name], labels)
@@ -165,12 +163,6 @@ def table(found: dict[str, Strength]) -> Table:
 def _images(task: AdversarialTraining, split: str, count: int, where: torch.device) -> tuple[Tensor, Tensor]:
     images, labels = (part[:count].to(where) for part in task.data[split].tensors)
     return pixels(images), labels
-
-
-def _now(clock: Callable[[], float], where: torch.device) -> float:
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
-    return clock()
 
 
 RUNNER = Measuring(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -18,7 +16,7 @@ from torchimplicit.recipes.jiio_meta.config import AdaptationsConfig
 from torchimplicit.recipes.jiio_meta.task import RUNNER as TRAINER
 from torchimplicit.recipes.jiio_meta.task import MetaLearning, judged
 from torchimplicit.recipes.jiio_meta.tasks import Tasks
-from torchimplicit.recipes.machine import device
+from torchimplicit.recipes.machine import clock, device
 from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.tables import Column, Table
@@ -68,12 +66,12 @@ def measured(config: AdaptationsConfig, run: Run) -> dict[str, Quality]:
         features = model.encode(tasks.support)
         seconds: dict[str, list[float]] = {name: [] for name in chosen}
         evaluations: dict[str, float] = {}
-        clock = time.perf_counter if where.type == "cuda" else time.process_time
+        now = clock(where)
         for _ in range(config.repeats):
             for name, adapt in chosen.items():
-                began = _now(clock, where)
+                began = now()
                 adapted = adapt(model, features, tasks.support_targets)
-                seconds[name].append(_now(clock, where) - began)
+                seconds[name].append(now() - began)
                 evaluations[name] = adapted.evaluations
         found = {}
         for name, adapt in chosen.items():
@@ -129,12 +127,6 @@ def table(found: dict[str, Quality]) -> Table:
             for name, one in found.items()
         ],
     )
-
-
-def _now(clock: Callable[[], float], where: torch.device) -> float:
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
-    return clock()
 
 
 RUNNER = Measuring(

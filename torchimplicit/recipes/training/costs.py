@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from torchimplicit.nn import Equilibrium
+from torchimplicit.recipes.machine import clock
 from torchimplicit.recipes.training.task import Task
 from torchimplicit.solution import Solution, Status
 
@@ -83,33 +83,27 @@ class Stopwatch:
     def start(self, device: torch.device) -> None:
         """A step begins."""
         self._laps = {}
-        self._began = self._last = _now(device)
+        self._began = self._last = clock(device, wall=True)()
 
     def skip(self, device: torch.device) -> None:
         """What has passed since the last reading belongs to no part."""
-        self._last = _now(device)
+        self._last = clock(device, wall=True)()
 
     @contextmanager
     def pause(self, device: torch.device) -> Iterator[None]:
         """What passes meanwhile belongs neither to the step nor to its parts."""
-        began = _now(device)
+        began = clock(device, wall=True)()
         yield
-        spent = _now(device) - began
+        spent = clock(device, wall=True)() - began
         self._began += spent
         self._last += spent
 
     def lap(self, name: str, device: torch.device) -> None:
         """A part has ended."""
-        now = _now(device)
+        now = clock(device, wall=True)()
         self._laps[name] = self._laps.get(name, 0.0) + now - self._last
         self._last = now
 
     def stop(self, device: torch.device) -> dict[str, float]:
         """The parts, and ``seconds`` for the whole step."""
-        return {"seconds": _now(device) - self._began, **self._laps}
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        return {"seconds": clock(device, wall=True)() - self._began, **self._laps}
