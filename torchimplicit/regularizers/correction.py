@@ -37,7 +37,6 @@ def fixed_point_correction(
     Returns:
         a scalar, the loss of the solution included.
     """
-    at_least("fixed_point_correction", "count", count, 1)
     if not 0 < gamma <= 1:
         raise ValueError(f"fixed_point_correction: gamma is {gamma}, and must lie in (0, 1]")
     if not solution.trajectory or solution._attach is None:
@@ -45,15 +44,28 @@ def fixed_point_correction(
             "fixed_point_correction needs the iterates: solve with a solver that has keep_trajectory=True, for example "
             "Anderson(keep_trajectory=True)"
         )
-    between = len(solution.trajectory) - 2  # the start is not an iterate of the map, the last is the solution
-    wanted = min(count - 1, max(between, 0))
-    if random:
-        indices = (torch.randperm(between, generator=generator)[:wanted].sort().values + 1).tolist() if wanted else []
-    else:
-        indices = [round((k + 1) * (between + 1) / (wanted + 1)) for k in range(wanted)]
+    indices = chosen_iterates(solution, count, random=random, generator=generator)
     states = [solution._attach(solution.trajectory[i]) for i in indices] + [solution.value]
     terms = [loss(state) for state in states]
     if any(not isinstance(term, Tensor) or term.ndim for term in terms):
         raise ValueError("fixed_point_correction: the loss must return a scalar tensor")
     weights = [gamma ** (len(terms) - 1 - k) for k in range(len(terms))]
     return torch.stack([weight * term for weight, term in zip(weights, terms, strict=True)]).sum()
+
+
+def chosen_iterates(
+    solution: Solution, count: int, *, random: bool = False, generator: torch.Generator | None = None
+) -> list[int]:
+    """Which iterates of the trajectory :func:`fixed_point_correction` takes beside the solution, in their order.
+
+    Args:
+        count: n, the solution included.
+        random: whether they are drawn at random, without repetition, rather than evenly spaced.
+        generator: for that; ``None``: the global one.
+    """
+    at_least("fixed_point_correction", "count", count, 1)
+    between = len(solution.trajectory) - 2  # the start is not an iterate of the map, the last is the solution
+    wanted = min(count - 1, max(between, 0))
+    if random:
+        return (torch.randperm(between, generator=generator)[:wanted].sort().values + 1).tolist() if wanted else []
+    return [round((k + 1) * (between + 1) / (wanted + 1)) for k in range(wanted)]
