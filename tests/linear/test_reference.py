@@ -78,6 +78,24 @@ def test_adjoint_with_the_same_reference() -> None:
     assert products[1] * 3 < products[0]
 
 
+@pytest.mark.parametrize("linear_solver", [ti.MINRES, ti.CG])
+def test_a_slow_adjoint_has_the_reference_made_anew(linear_solver: type[ti.MINRES] | type[ti.CG]) -> None:
+    theta = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    problem, z0 = stiff(theta)
+    reference = ReferenceHessian(refresh_after=10)
+    reference.keep(torch.diag(torch.arange(1.0, DIM + 1).double()).expand(BATCH, -1, -1))  # of some other problem
+    gradient = ti.Implicit(linear_solver=linear_solver(rtol=1e-10, preconditioner=reference))
+    steps, gradients = [], []
+    for _ in range(2):
+        solution = ti.solve(problem, z0, theta, solver=ti.LBFGS(rtol=1e-9, max_steps=2000), gradient=gradient)
+        gradients.append(torch.autograd.grad(solution.value.square().sum(), theta)[0])
+        assert solution.adjoint is not None
+        assert bool(solution.adjoint.converged.all())
+        steps.append(int(solution.adjoint.steps.max()))
+    assert steps[0] > 10 >= 2 * steps[1]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=0)
+
+
 def test_indefinite_reference_is_made_definite() -> None:
     reference = ReferenceHessian()
     well = ti.Minimum(lambda z: (z.square() - 1).square().sum(dim=1))  # at 0 a maximum

@@ -59,7 +59,8 @@ class IterativeSolver(BlockSolver):
             ValueError: if ``b`` or ``x0`` does not fit the operator, or the operator lacks what the method needs.
         """
         check_vectors(operator, b, x0)
-        return run(
+        preconditioner = as_preconditioner(self.preconditioner)
+        found = run(
             self._method(operator),
             operator,
             b,
@@ -68,8 +69,11 @@ class IterativeSolver(BlockSolver):
             atol=self.atol,
             max_steps=self.max_steps,
             check_every=self.check_every,
-            preconditioner=as_preconditioner(self.preconditioner),
+            preconditioner=preconditioner,
         )
+        if preconditioner is not None:
+            preconditioner.served(found.report.steps)
+        return found
 
     @torch.no_grad()
     def solve_block(self, operator: LinearOperator, b: Tensor) -> LinearSolution:

@@ -82,6 +82,9 @@ class Preconditioner(ABC):
             definite: whether the inverse has to be symmetric positive definite (as ``CG`` and ``MINRES`` need).
         """
 
+    def served(self, steps: Tensor) -> None:
+        """Told at the end of a linear solve how many steps its samples took, int64 ``[batch]``."""
+
 
 @final
 @dataclass(frozen=True, eq=False)

@@ -37,7 +37,8 @@ class ReferenceHessian(Preconditioner):
     anew.
 
     Args:
-        refresh_after: a minimization that is not done after this many steps has it made anew at the point reached.
+        refresh_after: a minimization that is not done after this many steps has it made anew at the point reached; a
+            linear solve that took more has the next one make it anew.
         floor: the least modulus of an eigenvalue, relative to the largest of the same sample.
     """
 
@@ -48,6 +49,11 @@ class ReferenceHessian(Preconditioner):
     def __post_init__(self) -> None:
         check_count(self, "refresh_after")
         check_positive(self, "floor")
+
+    def served(self, steps: Tensor) -> None:
+        """Forget the reference if a sample took more than ``refresh_after`` steps with it."""
+        if int(steps.max()) > self.refresh_after:
+            self.refresh()
 
     def refresh(self) -> None:
         """Forget the reference: the next system that is prepared becomes it."""
