@@ -174,7 +174,7 @@ class _Replayer(_Watcher):
 
 class Closure:
     """``function(z, *args)`` as a function of ``(z, *tensors)``, where the tensors are those of the arguments, then
-    ``extra`` ones that the function does not see, then the captured ones.
+    ``extra`` ones that the function does not see, then the captured ones. The state may be a tuple of parts.
 
     Attributes:
         function: takes the flat state and the arguments; gives the output in flat form.
@@ -212,16 +212,17 @@ class Closure:
             check_graph(value, relayed((*own, *captured)))
         return self._capturing(captured), value.detach()
 
-    def __call__(self, z: Tensor, *tensors: Tensor) -> Tensor:
+    def __call__(self, z: Tensor | tuple[Tensor, ...], *tensors: Tensor) -> Any:
+        parts = z if isinstance(z, tuple) else (z,)
         own, substitutes = tensors[: len(self.tensors)], tensors[len(self.tensors) + self.extra :]
         if any(map(is_not, substitutes, self.captured)):
             captured = {id(t) for t in self.captured}
             own = tuple(t.view_as(t) if id(t) in captured else t for t in own)
-            with eagerly(), _Replayer((z, *own), self.captured, substitutes):
+            with eagerly(), _Replayer((*parts, *own), self.captured, substitutes):
                 return _untouched(self.function, z, *self._given(own))
         if self._compiled is None:
             return _untouched(self.function, z, *self._given(own))
-        with eagerly() if any(map(is_transformed, (z, *tensors))) else self._retained():
+        with eagerly() if any(map(is_transformed, (*parts, *tensors))) else self._retained():
             return _untouched(self.function, z, *self._given(own))
 
     def arguments(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -278,16 +279,20 @@ def _accumulator(leaf: Tensor) -> Any:
     return None if seen is None else seen.next_functions[0][0]
 
 
-def _untouched(function: Callable[..., Tensor], z: Tensor, *args: Any) -> Tensor:
+def _untouched(function: Callable[..., Any], z: Tensor | tuple[Tensor, ...], *args: Any) -> Any:
     """``function(z, *args)``, which must leave ``z`` as it is."""
-    version = None if z.is_inference() else z._version
+    before = _versions(z)
     out = function(z, *args)
-    if version is not None and z._version != version:
+    if _versions(z) != before:
         raise RuntimeError(
             "the function changed its state in place, which is the solver's own iterate: work on a copy (z.clone()) or "
             "use the operation that returns a new tensor"
         )
     return out
+
+
+def _versions(z: Tensor | tuple[Tensor, ...]) -> tuple[int | None, ...]:
+    return tuple(None if part.is_inference() else part._version for part in (z if isinstance(z, tuple) else (z,)))
 
 
 def _carries(t: Tensor) -> bool:

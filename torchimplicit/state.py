@@ -153,12 +153,12 @@ def _check_leaf(leaf: Any, batched: bool) -> None:
 
 
 def row_norm(v: Tensor) -> Tensor:
-    """The Euclidean norm of each row of ``v`` (``[batch, dim]``), in float32 for half precision, not differentiated."""
+    """The Euclidean norm of each row of ``v`` (``[..., dim]``), in float32 for half precision, not differentiated."""
     if v.requires_grad:
         v = v.detach()
     if v.dtype in (torch.bfloat16, torch.float16):
-        return torch.linalg.vector_norm(v, dim=1, dtype=torch.float32)
-    return torch.linalg.vector_norm(v, dim=1)
+        return torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32)
+    return torch.linalg.vector_norm(v, dim=-1)
 
 
 def detached(tree: Any) -> Any:

@@ -103,10 +103,13 @@ class _FlatCall:
         self.members = Members(self.module)
         self.autocast = AutocastState(layout.device)
 
-    def __call__(self, z: Tensor, *args: Any) -> Tensor:
+    def __call__(self, z: Tensor | tuple[Tensor, ...], *args: Any) -> Any:
         with self.autocast(), self.members.restored():
-            output = self.problem.function(self.layout.unflatten(z), *args)
-        return self.problem.flat_output(self.layout, output, z.shape[0], self.autocast.dtype is not None)
+            output = self.problem.function(self.problem.state(self.layout, z), *args)
+        cast = self.autocast.dtype is not None
+        if isinstance(z, tuple):
+            return self.problem.flat_parts(self.layout, output, z[0].shape[0], cast)
+        return self.problem.flat_output(self.layout, output, z.shape[0], cast)
 
 
 def _carries_batch(t: Tensor, rows: int) -> bool:

@@ -128,17 +128,16 @@ class FixedInput(JointEstimate):
     ) -> list[Tensor | None]:
         system = task.system
         assert isinstance(system, JointSystem)
-        state, _, _ = system.parts.split(z)
+        state, _, given = system.parts.split(z)
         of_state, of_mu, _ = system.parts.split(u)
         if bool((of_mu != 0).any()):
             raise UnsupportedDerivativeError(
                 "FixedInput differentiates the state and not the adjoint mu, on which this outer loss depends: use "
                 "Implicit()"
             )
-        rest = z[:, system.parts.z :].detach()
 
         def inference(state: Tensor, *params: Tensor) -> Tensor:
-            return system.fn(torch.cat((state, rest), dim=1), *params)[:, :-1]
+            return system.fn((state, given), *params)[0]
 
         alone = FixedPointSystem(fn=inference)
         solver = task.adjoint_solver(self.linear_solver or alone.default_linear_solver(state.shape[1], len(z)), z)

@@ -42,9 +42,18 @@ class Problem(ABC):
     def function(self) -> Callable[..., Any]:
         """The user's function, called as ``function(z, *args)``."""
 
+    def state(self, layout: Layout, flat: Any) -> Any:
+        """The state that the function is called with, of its flat form; or of the flat parts of it that the function
+        depends on, where the problem's system takes them apart."""
+        return layout.unflatten(flat)
+
     @abstractmethod
     def flat_output(self, layout: Layout, output: Any, rows: int, cast: bool) -> Tensor:
         """The function's output, checked, in flat form."""
+
+    def flat_parts(self, layout: Layout, output: Any, rows: int, cast: bool) -> tuple[Tensor, ...]:
+        """Likewise, part for part, of a function that was called with parts of the state."""
+        raise AssertionError
 
     @abstractmethod
     def system(

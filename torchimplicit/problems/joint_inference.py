@@ -123,7 +123,17 @@ class JointInference(Problem):
         z, x = z0
         return JointState(z, pytree.tree_map(torch.zeros_like, z), x)
 
+    def state(self, layout: Layout, flat: Any) -> JointState:
+        if isinstance(flat, Tensor):
+            return layout.unflatten(flat)
+        z, x = flat
+        return JointState(_part(layout, "z").unflatten(z), None, _part(layout, "x").unflatten(x))
+
     def flat_output(self, layout: Layout, output: Any, rows: int, cast: bool) -> Tensor:
+        state, loss = self.flat_parts(layout, output, rows, cast)
+        return torch.cat((state, loss[:, None]), dim=1)
+
+    def flat_parts(self, layout: Layout, output: Any, rows: int, cast: bool) -> tuple[Tensor, Tensor]:
         state, loss = output
         flat = _part(layout, "z").flatten(state, "the result of f", cast)
         if flat.shape[0] != rows:
@@ -143,7 +153,7 @@ class JointInference(Problem):
             )
         if loss.dtype != layout.dtype and not cast:
             raise ValueError(f"loss returned {loss.dtype} for a state of {layout.dtype}: keep the dtype")
-        return torch.cat((flat, loss.to(layout.dtype).reshape(rows, 1)), dim=1)
+        return flat, loss.to(layout.dtype).reshape(rows)
 
     def constraint_tensors(self, layout: Layout, rows: int) -> tuple[Tensor, ...]:
         size = 0.0 if callable(self.step_size) and not isinstance(self.step_size, Tensor) else self.step_size

@@ -8,7 +8,6 @@ from typing import NamedTuple, Self, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from torchimplicit.linear import GMRES, Dense, LinearSolver
 from torchimplicit.problems.image_system import ImageSystem
@@ -32,12 +31,20 @@ class Parts(NamedTuple):
         z, mu, x = torch.split_with_sizes(flat, (self.z, self.z, self.x), dim=1)
         return z, mu, x
 
+    def norms(self, flat: Tensor) -> Tensor:
+        """The norm of each part, ``[batch, 3]``, not differentiated."""
+        return torch.cat((row_norm(self.pair(flat)), row_norm(flat[:, None, 2 * self.z :])), dim=1)
+
+    def pair(self, flat: Tensor) -> Tensor:
+        """The parts of z and mu alone, ``[batch, 2, z]``, a view."""
+        return flat[:, : 2 * self.z].unflatten(1, (2, self.z))
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class JointSystem(ImageSystem):
-    """The map of :class:`~torchimplicit.problems.joint_inference.JointInference`; ``fn`` gives ``f`` and the loss side
-    by side, ``[batch, z + 1]``.
+    """The map of :class:`~torchimplicit.problems.joint_inference.JointInference`; of the tuple of z and x, ``fn`` gives
+    that of ``f`` and the loss, ``[batch, z]`` and ``[batch]``, and of the flat state both side by side.
 
     With :math:`\\Lambda = \\ell + \\langle\\mu, f\\rangle`, one backward pass through ``fn`` with the cotangent
     :math:`(\\mu, 1)` gives :math:`\\Lambda_z` and :math:`\\Lambda_x`.
@@ -63,18 +70,20 @@ class JointSystem(ImageSystem):
     normalized: bool = False
 
     def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
+        slopes: Sequence[Tensor]
         if torch.is_grad_enabled():
-            out, slopes = self._sloped(z, params)
+            made, loss, slopes = self._sloped(z, params)
         else:
+            state, mu, x = self.parts.split(z)
             with torch.enable_grad():
-                leaf = z.detach().requires_grad_()
-                out = self.fn(leaf, *params)
-                (slopes,) = torch.autograd.grad(
-                    out, leaf, self._cotangent(z), allow_unused=True, materialize_grads=True
-                )
-            out = out.detach()
-        image = self._step(z, out, slopes, params)
-        return self._judged(z, image, out)
+                leaves = state.detach().requires_grad_(), x.detach().requires_grad_()
+                made, loss = self.fn(leaves, *params)
+                ends = [(made, mu), (loss, torch.ones_like(loss))]
+                outputs, cotangents = zip(*[end for end in ends if end[0].requires_grad] or ends, strict=True)
+                slopes = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True, materialize_grads=True)
+            made, loss = made.detach(), loss.detach()
+        image = self._step(z, made, slopes, params)
+        return self._judged(z, image, loss)
 
     @torch.no_grad()
     def compared(self, point: Point, before: Point) -> Point:
@@ -85,14 +94,13 @@ class JointSystem(ImageSystem):
         """
         assert point.merit is not None
         assert point.doubt is not None
-        size, (of_z, of_mu, _) = self.parts.z, self.damping
-        moved = row_norm(point.z[:, :size] - before.z[:, :size])
-        turn = point.residual[:, size : 2 * size] - before.residual[:, size : 2 * size]
-        turn = torch.add(point.z[:, size : 2 * size] - before.z[:, size : 2 * size], turn, alpha=1 / of_mu)
-        gap = row_norm(point.residual[:, :size])
+        of_z, of_mu, _ = self.damping
+        change, turn = self.parts.pair(point.z - before.z), self.parts.pair(point.residual - before.residual)
+        change[:, 1].add_(turn[:, 1], alpha=1 / of_mu)
+        moved, turned = row_norm(change).unbind(dim=1)
+        gap = row_norm(point.residual[:, : self.parts.z])
         # a state that has not moved tells nothing, and its gap is what it was
-        slope = row_norm(turn) / moved.clamp_min(torch.finfo(moved.dtype).tiny)
-        more = (gap * gap).mul_(slope)
+        more = (gap * gap).mul_(turned / moved.clamp_min(torch.finfo(moved.dtype).tiny))
         return replace(
             point,
             merit=torch.add(point.merit, more, alpha=of_z**-2),
@@ -100,7 +108,8 @@ class JointSystem(ImageSystem):
         )
 
     def image(self, z: Tensor, *params: Tensor) -> Tensor:
-        return self._step(z, *self._sloped(z, params), params)
+        made, _, slopes = self._sloped(z, params)
+        return self._step(z, made, slopes, params)
 
     def during(self, step: int) -> JointSystem:
         return self if self.schedule is None else replace(self, step_size=float(self.schedule(step)))
@@ -126,17 +135,15 @@ class JointSystem(ImageSystem):
     def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
         return Dense() if dim <= 64 and batch * dim * dim <= 2**22 else GMRES()
 
-    def _cotangent(self, flat: Tensor) -> Tensor:
-        return functional.pad(flat[:, self.parts.z : 2 * self.parts.z], (0, 1), value=1.0)
-
-    def _sloped(self, flat: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """``fn`` and the gradient of :math:`\\Lambda` in the state, its part of mu being zero; composable."""
-        out, pull = vjp(lambda flat: self.fn(flat, *params), flat)
-        return out, pull(self._cotangent(flat))[0]
-
-    def _step(self, flat: Tensor, out: Tensor, slopes: Tensor, params: Sequence[Tensor]) -> Tensor:
+    def _sloped(self, flat: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """``f``, the loss, and the gradients of :math:`\\Lambda` in z and in x; composable."""
         z, mu, x = self.parts.split(flat)
-        of_z, _, of_x = self.parts.split(slopes)
+        (made, loss), pull = vjp(lambda z, x: self.fn((z, x), *params), z, x)
+        return made, loss, pull((mu, torch.ones_like(loss)))
+
+    def _step(self, flat: Tensor, made: Tensor, slopes: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+        z, mu, x = self.parts.split(flat)
+        of_z, of_x = slopes
         size, *tensors = self.own(flat.shape[0], *params)
         if self.normalized:
             length = torch.linalg.vector_norm(of_x, dim=1, keepdim=True)
@@ -147,7 +154,7 @@ class JointSystem(ImageSystem):
             moved = torch.addcmul(x, size, of_x, value=-1)
         if self.set is not None:
             moved = self.set(moved, *tensors)
-        parts = ((z, out[:, :-1]), (mu, of_z), (x, moved))
+        parts = ((z, made), (mu, of_z), (x, moved))
         return torch.cat(
             [
                 to if share == 1 else torch.lerp(at, to, share)
@@ -156,22 +163,23 @@ class JointSystem(ImageSystem):
             dim=1,
         )
 
-    def _judged(self, flat: Tensor, image: Tensor, out: Tensor) -> Point:
+    def _judged(self, flat: Tensor, image: Tensor, loss: Tensor) -> Point:
         """The point, with its relative residual, its merit and twice that one's uncertainty, ``[batch]`` each."""
         residual = image - flat
         with torch.no_grad():
-            steps = self.parts.split(residual)
-            sizes = torch.stack([row_norm(part) for part in self.parts.split(image)])
-            gaps = torch.stack([row_norm(part) for part in steps])
+            sizes, gaps = self.parts.norms(image), self.parts.norms(residual)
             if self.damping != (1.0, 1.0, 1.0):
-                gaps = gaps / gaps.new_tensor(self.damping)[:, None]
+                gaps = gaps / gaps.new_tensor(self.damping)
+            of_z, of_mu, _ = gaps.unbind(dim=1)
+            _, of_adjoint, of_input = sizes.unbind(dim=1)
             # mu matters by what it makes x do: an adjoint near zero need not be known better than that
-            reach = sizes[2] if self.step_size is None else sizes[2] / self.step_size
-            torch.maximum(sizes[1], reach, out=sizes[1])
-            error = (gaps / sizes.add_(torch.finfo(flat.dtype).eps)).amax(dim=0)
-            _, mu, _ = self.parts.split(flat)
-            loss, doubt = out[:, -1], gaps[0] * gaps[1]
-            energy = torch.add(loss, torch.linalg.vecdot(mu, steps[0]), alpha=1 / self.damping[0])
+            reach = of_input if self.step_size is None else of_input / self.step_size
+            torch.maximum(of_adjoint, reach, out=of_adjoint)
+            error = (gaps / sizes.add_(torch.finfo(flat.dtype).eps)).amax(dim=1)
+            doubt = of_z * of_mu
+            size = self.parts.z
+            energy = torch.linalg.vecdot(flat[:, size : 2 * size], residual[:, :size])
+            energy = torch.add(loss, energy, alpha=1 / self.damping[0])
             return Point(
                 flat,
                 residual,
@@ -179,7 +187,7 @@ class JointSystem(ImageSystem):
                 image=image,
                 error=error,
                 # a loss may be NaN or infinite where its gradient is not: such a state is no candidate
-                length=torch.add(torch.linalg.vector_norm(gaps, dim=0), loss, alpha=0),
+                length=torch.add(torch.linalg.vector_norm(gaps, dim=1), loss, alpha=0),
                 merit=energy + doubt,
                 doubt=doubt + doubt,
             )

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from torchimplicit.linear import LinearOperator, LinearSolution, LinearSolver
 from torchimplicit.linear.base import solve_any
@@ -174,10 +175,10 @@ def broken_promise(what: str, cause: Exception | None = None) -> NoReturn:
 
 
 def _vmapped(fn: Callable[..., Tensor], size: int, dims: tuple[int | None, ...]) -> Callable[..., Tensor]:
-    def stacked(z: Tensor, *params: Tensor) -> Tensor:
-        copies = z.reshape(size, -1, z.shape[-1])
+    def stacked(z: Tensor | tuple[Tensor, ...], *params: Tensor) -> Any:
+        copies = pytree.tree_map(lambda z: z.reshape(size, -1, z.shape[-1]), z)
         out = torch.vmap(fn, in_dims=(0, *dims), randomness="different")(copies, *params)
-        return out.reshape(-1, *out.shape[2:])
+        return pytree.tree_map(lambda out: out.reshape(-1, *out.shape[2:]), out)
 
     return stacked
 
