@@ -122,6 +122,32 @@ def test_jacobian_and_gradient_are_those_of_the_residuals(coarse, changes):
         assert (fit.evaluations, fit.jacobians, fit.rejected) == (4, 1, 0)
 
 
+def test_the_jacobian_of_fixed_point_correction_takes_iterates_as_minima(coarse):
+    config = settings(inner_tolerance=1e-11, correction=2, cold=True)
+    with DensityFit(fitted(coarse, config), [coarse], config) as fit:
+        at = fit.weights
+        residuals, jacobian = fit.residuals(at), fit.jacobian(at)
+        loss, gradient = fit.loss_and_gradient(at)
+        assert loss == pytest.approx(0.5 * residuals @ residuals, rel=1e-9)
+        np.testing.assert_allclose(jacobian.T @ residuals, gradient, atol=1e-6 * np.abs(gradient).max())
+        few = DensityFit(fit.functional, [coarse], replace(config, correction=100))
+        assert few.residuals(at).shape == (few.jacobian(at).shape[0],)
+        assert len(few.residuals(at)) == len(residuals) + 98 * coarse.size
+
+
+def test_the_jacobian_of_the_floor_moves_the_density_too(coarse):
+    config = settings(inner_tolerance=1e-11, cold=True, floor_weight=1.0, floor=50.0)
+    with DensityFit(fitted(coarse, config), [coarse], config) as fit:
+        at = fit.weights
+        residuals, jacobian = fit.residuals(at), fit.jacobian(at)
+        assert 0 < residuals[coarse.size] < 2**0.5  # a least eigenvalue between none and the floor
+        assert fit.loss_and_gradient(at)[0] == pytest.approx(0.5 * residuals @ residuals, rel=1e-4)
+        direction = np.random.default_rng(0).standard_normal(len(at))
+        step = 1e-4
+        slope = (fit.residuals(at + step * direction) - fit.residuals(at - step * direction)) / (2 * step)
+        np.testing.assert_allclose(slope, jacobian @ direction, atol=1e-5 * np.abs(slope).max())
+
+
 @pytest.mark.parametrize("estimator", ["damped", "eqprop", "eqprop-one-sided"])
 def test_the_estimators_agree_where_the_minimum_is_sound(coarse, estimator):
     gradients = []
@@ -261,8 +287,8 @@ def test_the_page_shows_lines_and_planes(tmp_path, folder):
     ("changes", "message"),
     [
         ({"gradient": "eqprop"}, "--gradient eqprop"),
-        ({"correction": 2}, "--correction"),
-        ({"floor_weight": 1.0}, "--floor-weight"),
+        ({"hessian_weight": 1.0}, "--hessian-weight"),
+        ({"correction": 2}, "needs --cold"),
         ({"iterations": 0}, "--iterations"),
         ({"correction_gamma": 0.0}, "--correction-gamma"),
     ],

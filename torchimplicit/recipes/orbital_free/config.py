@@ -115,6 +115,10 @@ class OrbitalFreeTraining:
     inner_rate: float = 3e-3
     """Of descent."""
 
+    cold: bool = False
+    """Begin every minimization at the superposition of atoms rather than at the density found last: the density is then
+    a function of the weights alone, also where there are several minima."""
+
     correction: int = 0
     """Iterates on the way to the density that are in the loss too, each as if it were the minimum; 0: none."""
 
@@ -165,10 +169,15 @@ class OrbitalFreeTraining:
                     f"--gradient {self.gradient} estimates a gradient, and --optimizer least-squares needs Jacobians: "
                     "take --optimizer adam or l-bfgs"
                 )
-            if self.correction or self.hessian_weight or self.floor_weight:
+            if self.correction_random or self.hessian_weight:
                 raise UserError(
-                    "--correction, --hessian-weight and --floor-weight are no sums of squared residuals: take "
-                    "--optimizer adam or l-bfgs"
+                    "--correction-random and --hessian-weight draw at random in every evaluation, which --optimizer "
+                    "least-squares cannot compare: take --optimizer adam or l-bfgs"
+                )
+            if self.correction and not self.cold:
+                raise UserError(
+                    "--correction with --optimizer least-squares needs --cold: the iterates on the way to a density "
+                    "must not depend on the density found last"
                 )
 
 

@@ -45,6 +45,28 @@ class Penalties:
         return total
 
 
+def floor_residual(
+    config: OrbitalFreeTraining, case: Case, functional: OrbitalFree, p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the penalty on a least eigenvalue is half the square of, for optimizers that take residuals.
+
+    The eigenvector is that of the assembled Hessian, so that the residual is a function of the weights alone.
+
+    Args:
+        p: the density, ``[n]``.
+
+    Returns:
+        a scalar that is differentiable in the functional's weights, ``p`` held fixed; its derivative by ``p``, ``[n]``.
+    """
+    matrix, (_, normal) = case.curvature(functional, p), case.plane
+    lowest = torch.linalg.eigh(matrix + matrix.abs().sum() * normal.T @ normal).eigenvectors[:, 0]
+    curvature = Curvature(case, functional, p)
+    least = lowest @ curvature(lowest)
+    residual = (2 * config.floor_weight) ** 0.5 * (1 - least / config.floor).clamp_min(0)
+    (along,) = torch.autograd.grad(residual, curvature.p, retain_graph=True)
+    return residual, along
+
+
 class Curvature:
     """Products with the projected Hessian in the metric's coordinates; they are differentiable in the weights."""
 

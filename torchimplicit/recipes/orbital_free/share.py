@@ -14,9 +14,10 @@ from torchimplicit.models.orbital_free.second import mixed
 from torchimplicit.recipes.optimizing.objective import Array
 from torchimplicit.recipes.orbital_free.case import Case
 from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
-from torchimplicit.recipes.orbital_free.penalties import Penalties
+from torchimplicit.recipes.orbital_free.penalties import Penalties, floor_residual
 from torchimplicit.recipes.orbital_free.weights import Weights
 from torchimplicit.regularizers import fixed_point_correction
+from torchimplicit.regularizers.correction import chosen_iterates
 from torchimplicit.solution import Solution
 
 
@@ -39,8 +40,9 @@ class Work:
 class Share:
     """Some of the molecules of a training.
 
-    The loss is the mean over all ``total`` molecules of the half square of :meth:`Case.away`, and of half the squared
-    error of the energy per electron times its weight.
+    The loss is the mean over all ``total`` molecules of the half square of :meth:`Case.away` (with fixed-point
+    correction, of the iterates too, by their weights), of half the squared error of the energy per electron times its
+    weight, and of the penalties.
 
     Attributes:
         work: of the last call.
@@ -67,30 +69,38 @@ class Share:
             with torch.no_grad():
                 solution = self._solved(case)
                 if not bool(solution.converged):
-                    size = sum(case.molecule.size + (self.config.energy_weight > 0) for case in self.cases)
-                    return np.full(size, np.inf)
-                parts = [case.away(solution.value)]
+                    return np.full(sum(map(self._rows, self.cases)), np.inf)
+                parts = [weight * case.away(p) for weight, p in self._points(solution)]
                 if self.config.energy_weight:
                     parts.append(self._energy_error(case, solution.value).reshape(1))
-            found.append(torch.cat(parts) / self.total**0.5)
+            if self.config.floor_weight:
+                lacking, _ = floor_residual(self.config, case, self.functional, solution.value)
+                parts.append(lacking.detach().reshape(1))
+            found.append(self._filled(case, torch.cat(parts)) / self.total**0.5)
         return torch.cat(found).numpy()
 
     def jacobian(self, vector: Array) -> Array:
         """``[residuals, weights]``, by the implicit function theorem with assembled second derivatives: in the metric's
-        coordinates :math:`dq/d\\theta=-(PHP)^+PB`."""
+        coordinates :math:`dq/d\\theta=-(PHP)^+PB`, at the density, and at the iterates of a fixed-point correction as
+        if they were it."""
         self._begin(vector)
         rows = []
         for case in self.cases:
-            p = self._solved(case).value.detach()
-            molecule, (inner, normal) = case.molecule, case.plane
-            slopes = inner @ self.weights.columns(mixed(self.functional, p, molecule, self.weights.names))
-            slopes = slopes - normal.T @ (normal @ slopes)
-            moved = -torch.linalg.solve(case.curvature(self.functional, p) + normal.T @ normal, slopes)
-            rows.append(case.weighing @ inner @ moved)
+            solution = self._solved(case)
+            p, moved, parts = solution.value.detach(), torch.empty(0), []
+            for weight, p in self._points(solution):  # the last is the solution
+                moved = self._moved(case, p)
+                parts.append(weight * case.weighing @ moved)
             if self.config.energy_weight:
                 self.functional.zero_grad()
                 self._energy_error(case, p).backward()
-                rows.append(torch.as_tensor(self.weights.gradient())[None])
+                parts.append(torch.as_tensor(self.weights.gradient())[None])
+            if self.config.floor_weight:
+                self.functional.zero_grad()
+                lacking, along = floor_residual(self.config, case, self.functional, p)
+                lacking.backward()
+                parts.append(torch.as_tensor(self.weights.gradient())[None] + along @ moved)
+            rows.append(self._filled(case, torch.cat(parts)))
         return (torch.cat(rows) / self.total**0.5).numpy()
 
     def loss_and_gradient(self, vector: Array) -> tuple[float, Array]:
@@ -115,11 +125,35 @@ class Share:
         self.work = Work()
 
     def _solved(self, case: Case) -> Solution:
-        solution = case.solved(self.functional, self.config)
+        solution = case.solved(self.functional, self.config, cold=self.config.cold)
         self.work.steps += float(solution.steps)
         self.work.evaluations += solution.evaluations
         self.work.unconverged += not bool(solution.converged)
         return solution
+
+    def _moved(self, case: Case, p: Tensor) -> Tensor:
+        """``[n, weights]``: how the density of least energy moves with the weights, if ``p`` is it."""
+        inner, normal = case.plane
+        slopes = inner @ self.weights.columns(mixed(self.functional, p, case.molecule, self.weights.names))
+        slopes = slopes - normal.T @ (normal @ slopes)
+        return -inner @ torch.linalg.solve(case.curvature(self.functional, p) + normal.T @ normal, slopes)
+
+    def _points(self, solution: Solution) -> list[tuple[float, Tensor]]:
+        """The densities in the loss, the solution last, each with the root of its weight."""
+        count = 1 + self.config.correction
+        chosen = chosen_iterates(solution, count, random=self.config.correction_random) if count > 1 else []
+        points = [solution.trajectory[k] for k in chosen] + [solution.value.detach()]
+        return [(self.config.correction_gamma ** (0.5 * (len(points) - 1 - k)), p) for k, p in enumerate(points)]
+
+    def _rows(self, case: Case) -> int:
+        """Residuals of a molecule."""
+        densities = (1 + self.config.correction) * case.molecule.size
+        return densities + (self.config.energy_weight > 0) + (self.config.floor_weight > 0)
+
+    def _filled(self, case: Case, rows: Tensor) -> Tensor:
+        """With zeros, where there were fewer iterates than the correction takes."""
+        missing = self._rows(case) - len(rows)
+        return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows
 
     def _density_loss(self, case: Case, solution: Solution) -> Tensor:
         def half_square(p: Tensor) -> Tensor:
