@@ -30,7 +30,6 @@ from torchimplicit.recipes.ofdft_stability import config as stability
 from torchimplicit.recipes.ofdft_stability import rows as stability_rows
 from torchimplicit.recipes.ofdft_stability.claims import claims as stability_claims
 from torchimplicit.recipes.ofdft_stability.growth import own
-from torchimplicit.recipes.ofdft_stability.measure import Counted
 from torchimplicit.recipes.ofdft_stability.table import summarize as summarize_stability
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.registry import runner, settings
@@ -143,34 +142,35 @@ def test_inner_iterations(folder, tmp_path):
     config = stability.StabilityConfig(
         plan=Plan(seeds=1),
         molecules=("H2",),
-        rows=("descent-plain", "l-bfgs-plain", "l-bfgs-even"),
+        rows=("descent-plain", "l-bfgs-plain", "l-bfgs-even", "l-bfgs-floor"),
         iterations=1,
         measure_every=1,
-        descent_steps=30,
+        descent_steps=400,
         grid=1,
         data_dir=folder,
     )
     runs = run_all(stability_rows.jobs(config), tmp_path)
     summary = summarize_stability(config, runs)
     well_formed(summary, runs)
-    assert len(summary.claims) == 3
-    assert [drawing.name for drawing in summary.drawings] == ["by-descent", "by-l-bfgs"]
-    assert any("not found" in cell for row in summary.sheets[1].table.rows for cell in row)
-    row = stability_rows.read(config, runs)[1]
+    assert len(summary.claims) == 5
+    assert [drawing.name for drawing in summary.drawings] == ["by-l-bfgs", "by-descent"]
+    row = next(row for row in stability_rows.read(config, runs) if row.name == "l-bfgs-plain")
     assert own(row.results[0]) >= 1
     assert row.results[0].looks[0].train.least > 0
 
-    def grown(name, factor):
+    def grown(name, ours, descent):
+        """That row, its steps and those of gradient descent multiplied, the latter after training."""
         inner, help_ = stability_rows.all_rows(config)[name]
-        (first, last) = row.results[0].looks[:2]
-        last = replace(last, train=replace(last.train, mean_steps=factor * first.train.mean_steps, unconverged=0.0))
-        counted = Counted(*([row.results[0].train] for _ in range(4)))
-        return stability_rows.Row(inner, help_, {0: replace(row.results[0], looks=[first, last])}, {0: counted})
+        (first, last), before = row.results[0].looks[:2], row.counted[0]
+        last = replace(last, train=replace(last.train, mean_steps=ours * first.train.mean_steps, unconverged=0.0))
+        after = [replace(one, steps=int(descent * one.steps)) for one in before.descent_before]
+        results = replace(row.results[0], looks=[first, last])
+        return stability_rows.Row(inner, help_, {0: results}, {0: replace(before, descent_after=after)})
 
-    made = stability_claims([grown("descent-plain", 5), grown("l-bfgs-plain", 1.5), grown("l-bfgs-even", 1.2)])
-    assert [claim.holds for claim in made] == [True, True, True]
-    made = stability_claims([grown("descent-plain", 3), grown("l-bfgs-plain", 3), grown("l-bfgs-even", 3)])
-    assert [claim.holds for claim in made] == [False, False, False]
+    rows = [grown("descent-plain", 5, 5), grown("l-bfgs-plain", 1.5, 6), grown("l-bfgs-even", 1.5, 3)]
+    assert [claim.holds for claim in stability_claims(rows)] == [True, True, True, True]
+    rows = [grown("descent-plain", 3, 3), grown("l-bfgs-plain", 3, 3), grown("l-bfgs-even", 3, 3)]
+    assert [claim.holds for claim in stability_claims(rows)] == [False, False, False, False]
 
 
 def test_settings_that_make_no_sense():
@@ -180,8 +180,12 @@ def test_settings_that_make_no_sense():
         molecules.MoleculesConfig(qm9_limit=12)
     with pytest.raises(UserError, match="no row 'newton'; the rows are gauss-newton"):
         molecules_rows.jobs(molecules.MoleculesConfig(rows=("newton",)))
-    with pytest.raises(UserError, match="no row 'sgd'; the rows are descent-plain"):
+    with pytest.raises(UserError, match="no row 'sgd'; the rows are l-bfgs-plain"):
         stability_rows.jobs(stability.StabilityConfig(rows=("sgd",)))
+    with pytest.raises(UserError, match="row 'l-bfgs-hessian' is drawn at random"):
+        stability_rows.jobs(stability.StabilityConfig(rows=("l-bfgs-hessian",)))
+    drawn = stability.StabilityConfig(rows=("l-bfgs-hessian",), optimizer="adam")
+    assert len(stability_rows.jobs(drawn)) == 3
     with pytest.raises(UserError, match="--molecules must be different"):
         stability.StabilityConfig(molecules=())
 

@@ -40,14 +40,14 @@ def hardest(one: Results) -> float:
     return max(found.largest for _, found in measured(one))
 
 
+def slowdowns(row: Row) -> list[float]:
+    """Steps of gradient descent after training over those before, of every seed, however the row was trained."""
+    return [descent for descent, _ in at_end(row)]
+
+
 def worst(row: Row) -> float:
     """Of the seeds, the largest growth in the way that the row trains in."""
     return max(own(one) for one in row.results.values())
-
-
-def least(row: Row) -> float:
-    """The smallest."""
-    return min(own(one) for one in row.results.values())
 
 
 def _steps(found: Summary) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
 from torchimplicit.recipes.ofdft_runs import lowered, missing, raw, told
 from torchimplicit.recipes.ofdft_stability.claims import claims
 from torchimplicit.recipes.ofdft_stability.config import StabilityConfig
 from torchimplicit.recipes.ofdft_stability.drawings import drawings
 from torchimplicit.recipes.ofdft_stability.growth import at_end, hardest, own, softest, steps
-from torchimplicit.recipes.ofdft_stability.rows import CORRECTED, PENALTY, Row, jobs, name_of, read
+from torchimplicit.recipes.ofdft_stability.rows import CORRECTED, DECAY, INNER_STEPS, PENALTY, Row, jobs, name_of, read
 from torchimplicit.recipes.orbital_free.measure import Quality
 from torchimplicit.recipes.reproduce.record import Sheet
 from torchimplicit.recipes.reproduce.runner import Reproduction, Summary
@@ -84,6 +85,7 @@ def _both(rows: list[Row]) -> Table:
         Column("Descent, before", "steps", "to 1e-4, from the superposition of atoms, mean of the molecules"),
         Column("Descent, after", "steps"),
         Column("Descent, ratio"),
+        Column("Its L", "", "after training, over L of what L-BFGS finds: 1 where both find the same density"),
         Column("L-BFGS, before", "steps", "to 1e-8, the Hessian of the superposition as preconditioner"),
         Column("L-BFGS, after", "steps"),
         Column("L-BFGS, ratio"),
@@ -97,12 +99,17 @@ def _both(rows: list[Row]) -> Table:
                 _mean([one.descent_before for one in counts]),
                 _mean([one.descent_after for one in counts]),
                 _many([descent for descent, _ in ratios]),
+                told([_losses(one.descent_after) / _losses(one.l_bfgs_after) for one in counts], 3),
                 _mean([one.l_bfgs_before for one in counts]),
                 _mean([one.l_bfgs_after for one in counts]),
                 _many([quick for _, quick in ratios]),
             ]
         )
     return Table(columns, lines)
+
+
+def _losses(found: list[Quality]) -> float:
+    return fmean(one.loss for one in found)
 
 
 def _mean(found: list[list[Quality]]) -> str:
@@ -121,28 +128,44 @@ def _finite(value: float) -> float | None:
 
 
 def _protocol(config: StabilityConfig) -> str:
-    how = "L-BFGS (SciPy's)" if config.optimizer == "l-bfgs" else f"Adam from {config.learning_rate:g} with a cosine"
+    how = {
+        "least-squares": "Gauss-Newton (SciPy's trust region) with exact Jacobians",
+        "l-bfgs": "L-BFGS (SciPy's) with exact implicit gradients",
+        "adam": f"Adam from {config.learning_rate:g} with a cosine and exact implicit gradients",
+    }[config.optimizer]
     return (
         f"{', '.join(config.molecules)}; Kohn-Sham densities (LDA, def2-SVP) in an even-tempered basis, grid level "
         f"{config.grid}. Thomas-Fermi, {config.weizsaecker:g} of von Weizsäcker's energy, LDA, a network as "
         f"enhancement factor and a linear term fitted first; ∫ρ₋² weighs {config.penalty:g}. {config.iterations} "
-        f"iterations of {how}, exact implicit gradients, {config.plan.seeds} seeds. Every {config.measure_every} "
-        "iterations all densities are found from the superposition of atoms and the steps are counted. Gradient "
-        f"descent as in the slides: rate 3e-3, momentum 0.9, to 1e-4, at most {config.descent_steps} steps; L-BFGS: "
-        "to 1e-8, with the Hessian of the start as preconditioner. Fixed-point correction: "
+        f"iterations of {how}, {config.plan.seeds} seeds. Every {config.measure_every} iterations all densities are "
+        "found from the superposition of atoms and the steps are counted. Gradient descent as in the slides: rate "
+        f"3e-3, momentum 0.9, to 1e-4, at most 10,000 steps ({config.descent_steps} in training by it); L-BFGS: to "
+        f"1e-8, with the Hessian of the start as preconditioner, at most {INNER_STEPS} steps in training. There a "
+        "search begins at the density found last, and its Hessian is made anew after more than 15 steps; in the rows "
+        f"with fixed-point correction, and in one that is for comparison, at the superposition. The correction: "
         f"{CORRECTED} iterates more in the loss, weights 0.8 to the power of their distance. Penalties: "
-        f"{config.hessian_weight:g} times the Hessian's mean square (along random vectors), {config.floor_weight:g} "
-        f"times the square of what a least eigenvalue lacks of {config.floor:g}, and {PENALTY:g} times ∫ρ₋² in the "
-        "energy."
+        + (
+            ""
+            if config.optimizer == "least-squares"
+            else f"{config.hessian_weight:g} times the Hessian's mean square (along random vectors), "
+        )
+        + f"{config.floor_weight:g} times the square of what a least eigenvalue lacks of {config.floor:g}, relative to "
+        f"it; {PENALTY:g} times ∫ρ₋² in the energy. The network's weights decay only in the row that tries it, by "
+        f"{DECAY:g} times half their squares."
     )
 
 
 def _notes(config: StabilityConfig, rows: list[Row]) -> list[str]:
     notes = [
-        "The start is the minimizer's own superposition of atoms at every count, so that what the training had found "
-        "before does not help; the steps during training itself, from the density before, are fewer.",
+        "A count always begins at the superposition of atoms, so that what the training had found before does not "
+        "help; the steps during training itself, from the density before, are fewer.",
         "Both ways run in coordinates of the overlap, in which the Hessian is far better conditioned than in those of "
         "the raw coefficients. Descent with momentum 0.9 takes a number of steps that hardly depends on the least "
         "eigenvalue as long as that is above (1 − √0.9)²/rate, some 0.9 hartree; only below does it slow down.",
     ]
+    if config.optimizer == "least-squares":
+        notes.append(
+            "Gauss-Newton cannot take what is drawn at random in every evaluation: fixed-point correction at random "
+            "iterates and the penalty on the Hessian are rows of --optimizer l-bfgs and adam."
+        )
     return notes + missing(len(jobs(config)), sum(len(row.results) for row in rows))

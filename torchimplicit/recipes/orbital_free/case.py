@@ -67,12 +67,13 @@ class Case:
         return functional.problem(self.molecule, self.metric)
 
     def solved(self, functional: OrbitalFree, config: OrbitalFreeTraining, *, cold: bool = False) -> Solution:
-        """The density of least energy, from the one found last, or from the superposition of atoms (``cold``).
+        """The density of least energy, from the one found last, or from the superposition of atoms (``cold``), with a
+        Hessian made there: where there are several minima, which one is found depends on both.
 
         The solution carries the config's gradient. It is remembered where it is converged.
         """
         start = self.molecule.guess if cold else self.density
-        if not self.fresh:
+        if cold or not self.fresh:
             self.refresh(functional, start)
         solution = solve(
             self.problem(functional),

@@ -116,8 +116,8 @@ class OrbitalFreeTraining:
     """Of descent."""
 
     cold: bool = False
-    """Begin every minimization at the superposition of atoms rather than at the density found last: the density is then
-    a function of the weights alone, also where there are several minima."""
+    """Begin every minimization at the superposition of atoms, with a Hessian made there, and not at the density found
+    last: what is found is then a function of the weights alone, also where there are several minima."""
 
     correction: int = 0
     """Iterates on the way to the density that are in the loss too, each as if it were the minimum; 0: none."""

@@ -72,7 +72,6 @@ def quality(case: Case, functional: OrbitalFree, config: OrbitalFreeTraining, *,
     """Of the density that is found from the superposition of atoms."""
     molecule = case.molecule
     with torch.no_grad():
-        case.fresh = False  # every molecule with a Hessian of its own start
         solution = case.solved(functional, config, cold=True)
         p, guess = solution.value, molecule.guess
     least = largest = math.nan
