@@ -83,6 +83,10 @@ class Joint:
     joint_memory: int = 20
     """Of the joint solve's Anderson acceleration."""
 
+    joint_regularization: float = 0.03
+    """Of the same. The map is far from linear over the first steps, which a least-squares fit of their differences
+    should not be led by to the last digit: with a little of it, fewer steps come to the same loss."""
+
     step_size: float = 10.0
     """α of the latent's steps, for a loss that is a mean over pixels."""
 
@@ -94,6 +98,7 @@ class Joint:
 
     def __post_init__(self) -> None:
         positive(self, "joint_steps", "test_steps", "joint_memory", "step_size", "joint_tolerance", "prior")
+        not_negative(self, "joint_regularization")
 
 
 @dataclass(frozen=True, kw_only=True)

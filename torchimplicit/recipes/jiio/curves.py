@@ -21,7 +21,7 @@ from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models import EquilibriumDecoder
 from torchimplicit.problems import JointState
 from torchimplicit.recipes.jiio.config import Joint
-from torchimplicit.recipes.jiio.model import found, reconstruction
+from torchimplicit.recipes.jiio.model import found, joint_solver, reconstruction
 from torchimplicit.recipes.jiio.nested import METHODS, Method, nested
 from torchimplicit.resolve import resolve
 from torchimplicit.solvers import Anderson
@@ -31,7 +31,7 @@ JOINT_STEPS = (4, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 25, 30, 40, 6
 NESTED_STEPS = (10, 20, 40)
 STEP_SIZES = (5.0, 10.0, 15.0, 20.0, 30.0)
 TUNED_AT = 12
-DAMPINGS = ((0.8, 0.6, 1.0), (1.0, 1.0, 1.0))
+DAMPINGS = ((0.8, 0.6, 1.0), (1.0, 0.6, 1.0), (1.0, 1.0, 1.0))
 RATES: dict[Method, tuple[float, ...]] = {
     "adam": (0.03, 0.05, 0.1, 0.2, 0.4),
     "adam-one-step": (0.03, 0.05, 0.1, 0.2, 0.4),
@@ -150,7 +150,7 @@ class _Measurement:
     def jointly(self, wanted: Tensor, steps: int, step_size: float, damping: tuple[float, float, float]) -> Tensor:
         problem = reconstruction(self.decoder, self.joint.prior, step_size, wanted[0].numel())
         problem = replace(problem, damping=damping)
-        solver = Anderson(memory=self.joint.joint_memory, rtol=1e-5, max_steps=steps)
+        solver = replace(joint_solver(self.joint, steps), rtol=1e-5)
         return found(self.decoder, problem, solver, wanted).value.x
 
     @torch.no_grad()

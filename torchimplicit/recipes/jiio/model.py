@@ -59,7 +59,11 @@ def reconstruction(decoder: EquilibriumDecoder, prior: float, step_size: float, 
 def joint_solver(joint: Joint, steps: int, keep_trajectory: bool = False) -> Anderson:
     """Of the latents."""
     return Anderson(
-        memory=joint.joint_memory, rtol=joint.joint_tolerance, max_steps=steps, keep_trajectory=keep_trajectory
+        memory=joint.joint_memory,
+        regularization=joint.joint_regularization,
+        rtol=joint.joint_tolerance,
+        max_steps=steps,
+        keep_trajectory=keep_trajectory,
     )
 
 
