@@ -28,6 +28,7 @@ from torchimplicit.recipes.jiio_adversarial.config import (
     mnist,
 )
 from torchimplicit.recipes.jiio_adversarial.measure import RUNNER, read
+from torchimplicit.recipes.jiio_adversarial.rows import jobs as table_jobs
 from torchimplicit.recipes.jiio_adversarial.task import RUNNER as TRAINER
 from torchimplicit.recipes.jiio_adversarial.task import AdversarialTraining
 from torchimplicit.recipes.plain import from_plain, to_plain
@@ -179,7 +180,7 @@ def test_settings_that_make_no_sense() -> None:
 
 def test_the_table(tmp_path) -> None:
     config = AdversarialTableConfig(plan=Plan(seeds=1))
-    jobs = table.jobs(config)
+    jobs = table_jobs(config)
     assert [job.name for job in jobs] == ["clean-seed0", "pgd-seed0", "jiio-seed0", "envelope-seed0"]
     runs = {}
     for job in jobs[1:3]:
