@@ -60,8 +60,8 @@ class Report:
 
     def summary(self) -> str:
         """One line for people: how many samples stopped for which reason, and the worst residual."""
-        counts = {status: int((self.status == status).sum()) for status in Status}
-        reasons = ", ".join(f"{count} {status.name}" for status, count in counts.items() if count)
+        counts = torch.bincount(self.status.flatten(), minlength=len(Status)).tolist()
+        reasons = ", ".join(f"{counts[status]} {status.name}" for status in Status if counts[status])
         worst = float(self.residual.nan_to_num(nan=torch.inf).max()) if self.residual.numel() else 0.0
         return f"{reasons}; largest relative residual {worst:.2g} after {self.evaluations:g} evaluations"
 

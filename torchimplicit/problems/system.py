@@ -59,6 +59,13 @@ class Point:
         column = mask[:, None]
         return self._joined(other, lambda mine, theirs: torch.where(column if mine.ndim == 2 else mask, mine, theirs))
 
+    def resting(self, mask: Tensor, other: Point) -> Point:
+        """Likewise, of points that no step will be taken from: their residuals, long vectors, count as zero."""
+        assert self.merit is None or self.error is not None  # or nothing would tell the size of the residual
+        z = torch.where(mask[:, None], self.z, other.z)
+        joined = self._joined(other, lambda mine, theirs: torch.where(mask, mine, theirs) if mine.ndim == 1 else z)
+        return replace(joined, residual=z.new_zeros(1, 1).expand_as(z))
+
     def take(self, rows: Tensor) -> Point:
         """The samples ``rows`` (int64 ``[k]``)."""
         return Point(*(None if t is None else t[rows] for t in vars(self).values()))  # type: ignore[arg-type]

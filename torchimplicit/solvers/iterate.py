@@ -64,7 +64,7 @@ class _Loop:
     Attributes:
         point: where the samples are. One that is done stays at its best iterate.
         best: the iterate of least residual (or merit, where the point has one), which is ``best_rank``. It *is*
-            ``point`` while all that are active improve.
+            ``point`` while all that are active improve; then it is a point at rest, whose residual is not kept.
         active: how many samples were active when the host last asked.
         certain: whether ``active`` is the count of this very moment.
         running: bool ``[batch]``, the active samples; ``None`` for all.
@@ -161,7 +161,7 @@ class _Loop:
                 return
         if step and ask and was_certain and self.active == before:  # nobody stopped
             if improving:
-                self.best = self.point.select(improved, self.best)
+                self.best = self.point.resting(improved, self.best)
                 self.best_rank = torch.where(improved, rank, self.best_rank)
             return
         stopped = ~going if was_running is None else was_running & ~going
@@ -177,7 +177,7 @@ class _Loop:
         if self.improving or step == 0:
             return
         better = improved | (stopped & done)
-        self.best = self.point.select(better, self.best)
+        self.best = self.point.resting(better, self.best)
         self.best_rank = torch.where(better, rank, self.best_rank)
         # a sample that stops for good goes to its best iterate: the map never sees a bad state again
         self.point = self.best.select(stopped, self.point)
