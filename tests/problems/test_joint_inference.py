@@ -286,6 +286,38 @@ def test_under_transforms(linear: Linear) -> None:
     assert float(tangent) == pytest.approx(float(expected.sum()), rel=1e-6)
 
 
+def test_an_evaluation_calls_the_map_and_the_loss_once(linear: Linear) -> None:
+    calls = {"f": 0, "loss": 0}
+
+    def counted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Tensor) -> Tensor:
+            calls[name] += 1
+            return function(*args)
+
+        return call
+
+    problem = ti.JointInference(
+        counted("f", linear.f), counted("loss", linear.loss), step_size=0.02, damping=DAMPING, rowwise=False
+    )
+    with torch.no_grad():
+        solution = linear.solve(problem)
+    assert bool(solution.converged.all())
+    assert calls == {"f": solution.evaluations, "loss": solution.evaluations}
+
+
+def test_map_that_ignores_what_it_is_given(linear: Linear) -> None:
+    """Nothing to differentiate in the map: the state is what it is, and the input that of the loss alone."""
+    fixed = torch.ones(BATCH, STATE, dtype=torch.float64)
+
+    def loss(z: Tensor, x: Tensor, target: Tensor) -> Tensor:
+        return (x - z[:, :INPUT]).square().sum(1)
+
+    problem = ti.JointInference(lambda z, x, target: fixed, loss, step_size=0.3)
+    state = linear.solve(problem).value
+    assert relative(state.z, fixed) < 1e-9
+    assert relative(state.x, fixed[:, :INPUT]) < 1e-9
+
+
 def test_schedule_and_normalized_steps(linear: Linear) -> None:
     asked: list[int] = []
 
