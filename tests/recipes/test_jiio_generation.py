@@ -14,7 +14,7 @@ from torchimplicit.models import mlp_decoder
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.jiio import curves as measurement
 from torchimplicit.recipes.jiio import frechet, runner
-from torchimplicit.recipes.jiio.config import GenerationConfig, Images, Joint, generation_digits
+from torchimplicit.recipes.jiio.config import GenerationConfig, Images, Joint, Kind, generation_digits
 from torchimplicit.recipes.jiio.curves import JOINT, Curves, Measured
 from torchimplicit.recipes.jiio.generation import Generation
 from torchimplicit.recipes.jiio.model import found, joint_solver, reconstruction
@@ -158,10 +158,12 @@ def test_the_cheapest_joint_solve_that_is_as_good() -> None:
     assert overtaking(one, "adam", 10) is None
 
 
-def test_jobs_survive_their_description() -> None:
-    config = JiioGenerationConfig()
+@pytest.mark.parametrize("kind", [None, "mdeq"])
+def test_jobs_survive_their_description(kind: Kind | None) -> None:
+    config = JiioGenerationConfig(kind=kind)
     for job in jobs(config):
         assert from_plain(type(job.config), to_plain(job.config)) == job.config
+        assert job.config.decoder.kind == (kind or "mlp")
     TABLE.check(config)
 
 

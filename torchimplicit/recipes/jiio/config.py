@@ -11,6 +11,7 @@ from torchimplicit.recipes.options import fraction, not_negative, option, positi
 from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
 
 DataName = Literal["digits", "mnist", "olivetti"]
+Kind = Literal["mlp", "conv", "mdeq"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Images:
 class Decoder:
     """The equilibrium between a latent and its image."""
 
-    kind: Literal["mlp", "conv", "mdeq"] = "mlp"
+    kind: Kind = "mlp"
     """Fully connected, convolutional at half the images' resolution, or at that and coarser ones (multiscale)."""
 
     latent: int = 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torchimplicit.recipes.jiio.config import DataName
+from torchimplicit.recipes.jiio.config import DataName, Kind
 from torchimplicit.recipes.options import positive
 from torchimplicit.recipes.reproduce.settings import Plan
 
@@ -21,6 +21,9 @@ class JiioGenerationConfig:
 
     data_dir: Path | None = None
     """The folder that holds MNIST or the Olivetti faces; without it they are downloaded."""
+
+    kind: Kind | None = None
+    """Of every decoder; by default that of the recipe for these images."""
 
     steps: int | None = None
     """Optimizer steps of every model; by default those of the recipe."""

@@ -42,7 +42,7 @@ def one(config: JiioGenerationConfig, model: Model, seed: int) -> GenerationConf
     """One model."""
     usual = DEFAULTS[config.data]()
     optimization = replace(usual.optimization, seed=seed)
-    decoder = usual.decoder
+    decoder = usual.decoder if config.kind is None else replace(usual.decoder, kind=config.kind)
     if config.steps is not None:
         optimization = replace(optimization, steps=config.steps, validate_every=max(1, config.steps // 4))
     if model == "vae":
