@@ -43,8 +43,9 @@ class Report:
             pass through the map to its parameters, which every estimator makes, is not counted.
         curvature: of an adjoint solve at a minimum, float ``[batch]``: where the status is :attr:`Status.SADDLE`, a
             negative number that the Hessian's least eigenvalue does not exceed; NaN elsewhere. It is that eigenvalue
-            after :class:`~torchimplicit.linear.Dense`, and :math:`y^THy/y^Ty` of the solution y after other solvers.
-            ``None`` for a solve that says nothing of it.
+            after :class:`~torchimplicit.linear.Dense`; after :class:`~torchimplicit.linear.MINRES` the least curvature
+            of a residual, with a preconditioner M that of :math:`M^{-1}H`; after other solvers, :math:`y^THy/y^Ty` of
+            the solution y. ``None`` for a solve that says nothing of it.
     """
 
     status: Tensor

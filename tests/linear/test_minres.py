@@ -101,3 +101,39 @@ def test_starts_again_until_the_true_residual_is_small() -> None:
     true = residuals(a, b, solution.value) / 40**0.5
     torch.testing.assert_close(solution.report.residual, true, rtol=0.2, atol=1e-12)
     assert solution.report.converged.equal(solution.report.residual <= 1e-10)
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("least", [-5.0, -1e-2, 0.0, 1e-2])
+def test_negative_curvature_is_met(least: float, preconditioned: bool) -> None:
+    """Wherever there is any, and nowhere else; the same for a block, of which one right-hand side feels nothing."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(3, 40, 40, generator=generator, dtype=torch.float64)).Q
+    eigenvalues = torch.linspace(0.5, 50, 40, dtype=torch.float64).repeat(3, 1)
+    eigenvalues[:2, 0] = least
+    operator = matrix_operator(basis @ torch.diag_embed(eigenvalues) @ basis.mT, symmetric=True)
+    b = torch.randn(3, 40, generator=generator, dtype=torch.float64)
+    other = b - (b * basis[:, :, 0]).sum(1, keepdim=True) * basis[:, :, 0]
+    if least == 0:
+        b = other
+    diagonal = Diagonal(torch.linspace(1, 3, 40, dtype=torch.float64))
+    solver = MINRES(rtol=1e-9, preconditioner=diagonal if preconditioned else None)
+    for found in (solver.solve(operator, b), solver.solve_block(operator, torch.stack((other, b)))):
+        met = found.report.curvature
+        assert met is not None
+        assert bool(found.report.converged.all())
+        assert (met < 0).tolist() == [least < 0, least < 0, False]
+        assert bool(met[2].isnan())
+        assert preconditioned or not bool((met < least * (1 + 1e-9)).any())
+
+
+def test_the_curvature_is_the_least_of_the_residuals() -> None:
+    _, operator = constrained(1e2, True)
+    b = operator.project(torch.ones(2, 300, dtype=torch.float64))
+    least = torch.full((2,), torch.inf, dtype=torch.float64)
+    for steps in range(1, 26):
+        x = MINRES(rtol=0.0, max_steps=steps).solve(operator, b).value
+        r = b - operator.product(x) if steps < 25 else b
+        least = least.minimum((r * operator.product(r)).sum(1) / r.square().sum(1))
+    met = MINRES(rtol=0.0, max_steps=25).solve(operator, b).report.curvature
+    torch.testing.assert_close(met, least, rtol=1e-6, atol=0)

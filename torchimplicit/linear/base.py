@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +54,18 @@ def solve_each(solver: LinearSolver, operator: LinearOperator, b: Tensor) -> Lin
         torch.stack([report.steps for report in reports]).amax(0),
         torch.stack([report.residual for report in reports]).amax(0),
         sum(report.evaluations for report in reports),
+        curvature=least_curvature([report.curvature for report in reports]),
     )
     return LinearSolution(torch.stack([one.value for one in found]), figures)
+
+
+def least_curvature(found: Sequence[Tensor | None]) -> Tensor | None:
+    """Of several right-hand sides, NaN where none was negative; ``None`` if nothing is known for one of them."""
+    known = [one for one in found if one is not None]
+    if len(known) < len(found):
+        return None
+    least = torch.stack(known).nan_to_num(nan=torch.inf).amin(0)
+    return least.masked_fill(least == torch.inf, torch.nan)
 
 
 def solve_any(solver: LinearSolver, operator: LinearOperator, b: Tensor) -> LinearSolution:

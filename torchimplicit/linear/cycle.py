@@ -23,8 +23,10 @@ class Method(ABC):
 
     A state is a ``NamedTuple`` whose tensors (also those in tuples) have the rows as dimension 0, and are not written
     to once they belong to a state. Its fields ``x`` (``[rows, dim]``) and ``norm`` (``[rows]``) are the iterate, or
-    where the cycle started from, and the norm of the residual. Two fields are optional, bool ``[rows]``: ``broken``
-    says where the method cannot go on; ``slow`` is counted at each check, and the count handed to the next step.
+    where the cycle started from, and the norm of the residual. Three fields are optional: bool ``[rows]``, ``broken``
+    says where the method cannot go on, and ``slow`` is counted at each check, and the count handed to the next step;
+    ``curvature``, ``[rows, 1]``, is the least that the method has met in a symmetric matrix, infinite where it has met
+    no negative one.
 
     A row that has stopped is cleared: only its fields in ``kept`` stay, and steps must leave such a row as it is.
 
@@ -33,6 +35,7 @@ class Method(ABC):
         monotone: whether ``norm`` never grows, so that the last iterate is the best one.
         definite: whether the preconditioner has to be symmetric positive definite.
         cycle: steps after which the method has to start again from its iterate; ``None`` for no such limit.
+        curved: whether its state has a ``curvature``.
         watched: whether residuals matter on the way; if not, they are looked at only before the first step and after
             the last.
     """
@@ -41,6 +44,7 @@ class Method(ABC):
     monotone: bool = True
     definite: bool = False
     cycle: int | None = None
+    curved: bool = False
     watched: bool = True
 
     @abstractmethod
@@ -57,13 +61,15 @@ class Method(ABC):
 
 
 class Outcome(NamedTuple):
-    """What is known of each row after a cycle; ``gap`` bounds how far its residual may be from ``norm``."""
+    """What is known of each row after a cycle; ``gap`` bounds how far its residual may be from ``norm``, and
+    ``curvature`` is negative where that is known of the matrix."""
 
     x: Tensor
     norm: Tensor
     gap: Tensor
     steps: Tensor
     status: Tensor
+    curvature: Tensor
 
     def updated(self, part: Outcome, rows: Tensor | None) -> Outcome:
         """This, with ``part`` in the given rows (``None``: in all)."""
@@ -73,7 +79,7 @@ class Outcome(NamedTuple):
 
     def followed_by(self, later: Outcome, live: Tensor) -> Outcome:
         """This, with what a later cycle made of the live rows."""
-        later = later._replace(steps=self.steps + later.steps)
+        later = later._replace(steps=self.steps + later.steps, curvature=self.curvature.minimum(later.curvature))
         return Outcome(*(new.where(column(live, new), old) for new, old in zip(later, self, strict=True)))
 
 
@@ -109,7 +115,7 @@ class Cycle:
         self.infinity = torch.full((), torch.inf, dtype=norm.dtype, device=norm.device)
         self.current = self.alive = len(norm)
         self.rows: Tensor | None = None
-        self.outcome = Outcome(x, norm, norm, count, count)
+        self.outcome = Outcome(x, norm, norm, count, count, torch.full_like(norm, torch.inf))
         self.steps, self.wasted, self.setup = 0, 0, 1.0
         self.finished = True
 
@@ -216,7 +222,9 @@ class Cycle:
             status = status.masked_fill_(failed, Status.NONFINITE)
         if not isinstance(gap, Tensor):
             gap = torch.full_like(norm, gap).masked_fill_(steps == 0, 0.0)
-        self.outcome = self.outcome.updated(Outcome(x, norm, gap, steps, status), self.rows)
+        met = getattr(self.state, "curvature", None)
+        curvature = torch.full_like(norm, torch.inf) if met is None else met.squeeze(1)
+        self.outcome = self.outcome.updated(Outcome(x, norm, gap, steps, status, curvature), self.rows)
 
     def _keep_best(self, norm: Tensor, x: Tensor) -> None:
         better = self.state.norm < norm

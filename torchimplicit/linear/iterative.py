@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchimplicit.linear.base import BlockSolver, LinearSolution, solve_each
+from torchimplicit.linear.base import BlockSolver, LinearSolution, least_curvature, solve_each
 from torchimplicit.linear.cycle import Method
 from torchimplicit.linear.loop import run
 from torchimplicit.linear.operator import LinearOperator
@@ -92,5 +92,6 @@ class IterativeSolver(BlockSolver):
             report.steps.reshape(copies, batch).amax(0),
             report.residual.reshape(copies, batch).amax(0),
             copies * report.evaluations,
+            curvature=None if report.curvature is None else least_curvature(report.curvature.reshape(copies, batch)),
         )
         return LinearSolution(found.value.reshape(b.shape), figures)

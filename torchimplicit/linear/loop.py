@@ -95,7 +95,9 @@ def run(
 
     unit = scale.where(scale > 0, 1.0)
     evaluations = system.cost.rows / max(1, operator.batch)
-    report = Report(result.status, result.steps, (result.norm / unit).to(given.dtype), evaluations)
+    curvature = result.curvature.where(result.curvature < 0, torch.nan).to(given.dtype) if method.curved else None
+    norms = (result.norm / unit).to(given.dtype)
+    report = Report(result.status, result.steps, norms, evaluations, curvature=curvature)
     return LinearSolution(operator.project(result.x).to(given.dtype), report)
 
 

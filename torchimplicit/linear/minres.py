@@ -25,16 +25,23 @@ class MINRES(IterativeSolver):
     2.4 of Elman, Silvester and Wathen, *Finite Elements and Fast Iterative Solvers* (2005). What they minimise is the
     residual's norm in :math:`M^{-1}`, and they drift, so the plain residual is carried along, and convergence confirmed
     by the true one, at the cost of one product; where it is not confirmed, the method starts again from there.
+
+    The residuals pass through every direction that the method has seen, and their curvatures
+    :math:`z^TAz/z^TMz` with :math:`z=M^{-1}r` cost nothing (Liu and Roosta 2022, SIAM J. Optim. 32:2636): the report's
+    ``curvature`` is the least one where it is negative.
     """
 
     max_steps: int = 1000
 
     def _method(self, operator: LinearOperator) -> Method:
-        return _MinimalResiduals(preconditioned=self.preconditioner is not None)
+        return _MinimalResiduals(
+            preconditioned=self.preconditioner is not None, rounding=100 * torch.finfo(operator.dtype).eps
+        )
 
 
 class _State(NamedTuple):
-    """Vectors ``[rows, dim]``, each with that of the step before, and the rotations' scalars, ``[rows, 1]``."""
+    """Vectors ``[rows, dim]``, each with that of the step before, and the rotations' scalars, ``[rows, 1]``; so are the
+    least curvature that was met, infinite where none was negative, and the ``size`` of the tridiagonal matrix."""
 
     norm: Tensor
     broken: Tensor | None
@@ -52,13 +59,18 @@ class _State(NamedTuple):
     c_old: Tensor
     s: Tensor
     s_old: Tensor
+    curvature: Tensor
+    size: Tensor
 
 
 @dataclass
 class _MinimalResiduals(Method):
     preconditioned: bool
+    rounding: float
 
+    kept = ("x", "curvature")
     definite = True
+    curved = True
 
     def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
         z, gamma = self._precondition(system, r)
@@ -67,10 +79,11 @@ class _MinimalResiduals(Method):
         return _State(
             norm, None, x, r if self.preconditioned else None, z, v=r, v_old=vector, w=vector, w_old=vector,
             gamma=gamma, gamma_old=one, eta=gamma, c=one, c_old=one, s=zero, s_old=zero,
+            curvature=torch.full_like(gamma, torch.inf), size=zero,
         )  # fmt: skip
 
     def step(self, system: System, state: _State, slow: int | None) -> _State:
-        _, _, x, r, z, v, v_old, w, w_old, gamma, gamma_old, eta, c, c_old, s, s_old = state
+        _, _, x, r, z, v, v_old, w, w_old, gamma, gamma_old, eta, c, c_old, s, s_old, met, size = state
         info = torch.finfo(x.dtype)
         inverse = gamma.clamp_min(info.tiny).reciprocal_()
         z = z * inverse
@@ -85,6 +98,9 @@ class _MinimalResiduals(Method):
         a0 = c * delta - s * turned
         a2 = s * delta + c * turned
         a3 = s_old * gamma
+        size = size.maximum(delta.abs() + gamma_new)
+        curvature = c * a0  # of the residual before this step
+        met = met.minimum(curvature.masked_fill(curvature >= -self.rounding * size, torch.inf))
         a1 = torch.hypot(a0, gamma_new)
         broken = a1 <= 10 * info.eps * (a2.abs() + a3)
         a1.masked_fill_(broken, torch.inf)
@@ -101,7 +117,9 @@ class _MinimalResiduals(Method):
             norm = torch.linalg.vector_norm(r, dim=-1)
         broken = broken.squeeze(1)
         norm = state.norm.where(broken, norm)
-        return _State(norm, broken, x, r, z_new, v_new, v, w_new, w, gamma_new, gamma, eta, c_new, c, s_new, s)
+        return _State(
+            norm, broken, x, r, z_new, v_new, v, w_new, w, gamma_new, gamma, eta, c_new, c, s_new, s, met, size
+        )
 
     def iterate(self, state: _State) -> tuple[Tensor, float]:
         return state.x, torch.inf

@@ -252,7 +252,8 @@ def _gradient(energy: Tensor, z: Tensor, create_graph: bool) -> Tensor:
 
 def _told_of_saddles(found: LinearSolution, b: Tensor) -> LinearSolution:
     """With the status of samples at a saddle: the solver has found negative curvature (:class:`Dense` does wherever
-    there is any), or the solution y proves it, by :math:`y^T A y = y^T b < 0`."""
+    there is any, :class:`MINRES` where the right-hand side has a part of it), or the solution y proves it, by
+    :math:`y^T A y = y^T b < 0`."""
     product = (found.value * b).sum(dim=-1)
     size = torch.linalg.vector_norm(found.value, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
     proved = product < -(torch.finfo(product.dtype).eps ** 0.5) * size
@@ -260,7 +261,7 @@ def _told_of_saddles(found: LinearSolution, b: Tensor) -> LinearSolution:
     if curvature.ndim == 2:
         curvature = curvature.amin(dim=0)
     if found.report.curvature is not None:
-        curvature = torch.fmin(curvature, found.report.curvature)
+        curvature = found.report.curvature.where(found.report.curvature < 0, curvature)
     saddle = curvature < 0
     status = found.report.status.masked_fill(saddle, int(Status.SADDLE))
     curvature = curvature.masked_fill(~saddle, torch.nan)

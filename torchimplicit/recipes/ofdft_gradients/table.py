@@ -62,8 +62,8 @@ def _notes(groups: Sequence[Group], missing: Sequence[str]) -> list[str]:
         "energy: the point stays stationary, the rest of the spectrum what it is, and the gradient before is what the "
         f"others are compared with. The mode is the softest that carries at least {FELT:.0%} of the gradient: symmetry "
         "hides others from the loss.",
-        "The adjoint solve names a saddle by the inertia of the assembled Hessian. An iterative one could only where "
-        "its solution y proves it, by a negative product with Hy; elsewhere diagnostics.curvature finds it.",
+        "The adjoint solve names a saddle by the inertia of the assembled Hessian; MINRES does where one of its "
+        "residuals is a direction of negative curvature.",
         "Propagation with the whole loss is one-sided propagation with curved=True; damping and weight are the same "
         "number. Beyond its reach (a negative eigenvalue near the damping) the nudged density leaves the region where "
         "the energy is quadratic, which the damped linear system does not know.",
