@@ -153,7 +153,7 @@ def test_inner_iterations(folder, tmp_path):
     summary = summarize_stability(config, runs)
     well_formed(summary, runs)
     assert len(summary.claims) == 5
-    assert [drawing.name for drawing in summary.drawings] == ["by-l-bfgs", "by-descent"]
+    assert [drawing.name for drawing in summary.drawings] == ["by-l-bfgs", "by-descent", "by-eigenvalue"]
     row = next(row for row in stability_rows.read(config, runs) if row.name == "l-bfgs-plain")
     assert own(row.results[0]) >= 1
     assert row.results[0].looks[0].train.least > 0

@@ -44,10 +44,10 @@ class Help:
 
 HELPS = {
     "plain": Help("plain", lambda config: {}),
-    "cold": Help("every search from the superposition", lambda config: {"cold": True}),
-    "even": Help("the same with fixed-point correction, even", lambda config: {"cold": True, "correction": CORRECTED}),
+    "cold": Help("searches from the superposition", lambda config: {"cold": True}),
+    "even": Help("fixed-point correction, even", lambda config: {"cold": True, "correction": CORRECTED}),
     "random": Help(
-        "the same with fixed-point correction, random",
+        "fixed-point correction, random",
         lambda config: {"cold": True, "correction": CORRECTED, "correction_random": True},
         True,
     ),
