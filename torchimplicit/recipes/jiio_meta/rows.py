@@ -22,8 +22,8 @@ FEW = (3, 4, 5, 6, 8, 10, 25)
 """Steps of JIIO that are measured at weights trained through few."""
 
 LONGER = {"unrolled": 3}
-"""Times as many optimizer steps: one costs about a third of what it costs to differentiate through descent, so that
-training takes no longer."""
+"""Times as many optimizer steps: one costs between a third and a half of what it costs to differentiate through
+descent, so that training takes about as long."""
 
 
 def adapted(config: MetaTableConfig, problem: str, row: str, seed: int) -> AdaptationsConfig:
