@@ -92,6 +92,8 @@ class IterativeSolver(BlockSolver):
             report.steps.reshape(copies, batch).amax(0),
             report.residual.reshape(copies, batch).amax(0),
             copies * report.evaluations,
-            curvature=None if report.curvature is None else least_curvature(report.curvature.reshape(copies, batch)),
+            curvature=None
+            if report.curvature is None
+            else least_curvature(report.curvature.reshape(copies, batch).unbind()),
         )
         return LinearSolution(found.value.reshape(b.shape), figures)
