@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from scipy.optimize import OptimizeResult, least_squares, minimize
 
+from torchimplicit.recipes.errors import DivergedError
 from torchimplicit.recipes.optimizing.names import OptimizerName
 from torchimplicit.recipes.optimizing.objective import Array, Objective
 
@@ -18,13 +19,27 @@ to stop."""
 
 
 def gauss_newton(objective: Objective, start: Array, step: Step) -> None:
-    """Branch, Coleman and Li's trust region (SciPy's ``trf``), with exact Jacobians."""
+    """Branch, Coleman and Li's trust region (SciPy's ``trf``), with exact Jacobians.
+
+    Raises:
+        DivergedError: if the residuals are not finite at the start, from where it could not step back.
+    """
+
+    def residuals(vector: Array) -> Array:
+        found = objective.residuals(vector)
+        if np.array_equal(vector, start) and not np.isfinite(found).all():
+            raise DivergedError(
+                "the residuals are not finite at the weights that training starts from, where a solution that they are "
+                "made of was not found: allow it more steps (--inner-steps, where there is such), try another --seed, or "
+                "train by --optimizer adam"
+            )
+        return found
 
     def after(intermediate_result: OptimizeResult) -> None:
         step(intermediate_result.x, float(intermediate_result.cost))
 
     least_squares(
-        objective.residuals,
+        residuals,
         start,
         jac=objective.jacobian,
         method="trf",
