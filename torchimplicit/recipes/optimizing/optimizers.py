@@ -30,8 +30,8 @@ def gauss_newton(objective: Objective, start: Array, step: Step) -> None:
         if np.array_equal(vector, start) and not np.isfinite(found).all():
             raise DivergedError(
                 "the residuals are not finite at the weights that training starts from, where a solution that they are "
-                "made of was not found: allow it more steps (--inner-steps, where there is such), try another --seed, or "
-                "train by --optimizer adam"
+                "made of was not found: allow it more steps (--inner-steps, where there is such), try another --seed, "
+                "or train by --optimizer adam"
             )
         return found
 
