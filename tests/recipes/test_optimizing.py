@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from torchimplicit.recipes.errors import DivergedError
-from torchimplicit.recipes.optimizing.optimizers import gauss_newton
+from torchimplicit.recipes.optimizing.optimizers import gauss_newton, l_bfgs
 
 
 class Line:
@@ -31,3 +31,20 @@ def test_it_steps_back_from_what_is_not_found() -> None:
     seen = []
     gauss_newton(Line(1.5), np.array([1.4, -6.0]), lambda vector, loss: seen.append(loss) or 0.0)
     assert seen[-1] < 1e-20
+
+
+def test_l_bfgs_begins_with_a_short_step() -> None:
+    """A slope of length one far from quadratic: SciPy's own first trial would have length one."""
+    tried = []
+
+    class Steep(Line):
+        def loss_and_gradient(self, vector):
+            tried.append(vector.copy())
+            return float(np.cosh(5 * vector).sum()), 5 * np.sinh(5 * vector)
+
+    start = np.array([0.4, -0.3])
+    reached = []
+    l_bfgs(Steep(np.inf), start, lambda vector, loss: reached.append((vector, loss)) or 0.0)
+    assert np.linalg.norm(tried[1] - start) < 0.11
+    assert np.abs(reached[-1][0]).max() < 1e-6
+    assert reached[-1][1] == pytest.approx(2.0)

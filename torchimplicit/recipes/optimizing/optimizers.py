@@ -51,16 +51,29 @@ def gauss_newton(objective: Objective, start: Array, step: Step) -> None:
     )
 
 
+FIRST_STEP = 0.1
+"""Of L-BFGS: the length in the weights of what it tries before it knows anything of the curvature. SciPy's is one."""
+
+
 def l_bfgs(objective: Objective, start: Array, step: Step) -> None:
-    """SciPy's L-BFGS; where its line search gives up it begins anew, as long as that still lowers the loss."""
+    """SciPy's L-BFGS; where its line search gives up it begins anew, as long as that still lowers the loss.
+
+    It sees the weights in units of the first step: all later steps are the same in any units.
+    """
+
+    def loss_and_gradient(scaled: Array) -> tuple[float, Array]:
+        loss, gradient = objective.loss_and_gradient(FIRST_STEP * scaled)
+        return loss, FIRST_STEP * gradient
 
     def after(intermediate_result: OptimizeResult) -> None:
-        step(intermediate_result.x, float(intermediate_result.fun))
+        step(FIRST_STEP * intermediate_result.x, float(intermediate_result.fun))
+
+    start = start / FIRST_STEP
 
     reached = math.inf
     while True:
         found = minimize(
-            objective.loss_and_gradient,
+            loss_and_gradient,
             start,
             jac=True,
             method="L-BFGS-B",
