@@ -51,7 +51,7 @@ def floats_a_point(config: FieldSettings, slopes: bool = False) -> int:
         solving = {"anderson": 40, "broyden": 2 * solve.solver_steps + 16, "fixed-point": 16}[solve.solver]
         backward = 4
         if solve.gradient == "implicit":
-            backward = min(solve.backward_steps, 30) + 16  # GMRES's basis
+            backward = min(solve.backward_steps, 30) + 17  # GMRES's basis
         elif solve.gradient in ("unrolled-phantom", "unrolled"):
             steps = solve.phantom_steps if solve.gradient == "unrolled-phantom" else solve.solver_steps
             backward = 3 * chosen.depth * steps + 8
