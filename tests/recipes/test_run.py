@@ -79,3 +79,16 @@ def test_a_run_knows_its_state(tmp_path):
     run.describe("digits", {"epochs": 3})
     run.mark("interrupted")
     assert run.read() == {"recipe": "digits", "state": "interrupted", "config": {"epochs": 3}}
+
+
+def test_products_are_replaced_with_their_run_and_a_broken_run_can_be(tmp_path) -> None:
+    run = create("digits", RunOptions(output=tmp_path / "run"))
+    run.describe("digits", {})
+    run.product("sound.wav").write_text("mine")
+    (run.path / "notes.wav").write_text("the user's")
+    create("digits", RunOptions(output=run.path, overwrite=True)).describe("digits", {})
+    assert not (run.path / "sound.wav").exists()
+    assert (run.path / "notes.wav").exists()
+    run.description.write_text("{")
+    create("digits", RunOptions(output=run.path, overwrite=True)).describe("digits", {})
+    assert run.read()["recipe"] == "digits"

@@ -181,6 +181,10 @@ def _chosen(path: Path, overwrite: bool) -> Path:
             raise UserError(f"--output {path} is not empty; choose another directory, or add --overwrite")
         if not run.description.is_file():
             raise UserError(f"--output {path} holds no earlier run, and --overwrite replaces only that; choose another")
+        try:
+            products = run.products()
+        except UserError:  # a broken description: the run is replaced all the same
+            products = []
         figures = (path / "figures").glob("*.png")
         events = (path / "logs").glob("events.out.tfevents.*")
         for stale in (
@@ -191,7 +195,7 @@ def _chosen(path: Path, overwrite: bool) -> Path:
             *path.glob("*.json"),
             path / "index.html",
             *figures,
-            *(path / name for name in run.products()),
+            *(path / name for name in products),
             *(path / "figures").glob("*.gif"),
         ):
             stale.unlink(missing_ok=True)
