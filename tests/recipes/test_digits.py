@@ -178,18 +178,23 @@ def press_ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("how", [raise_interrupt, press_ctrl_c])
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("how", [raise_interrupt, press_ctrl_c, terminate])
 def test_an_interrupt_leaves_what_was_done(capsys, monkeypatch, tmp_path, how):
     interrupt_at(monkeypatch, 8, how)
-    before = signal.getsignal(signal.SIGINT)
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in signals]
     assert cli.main(["demo", *SMALL, "--epochs", "1", "--output", "run"]) == 130
-    assert signal.getsignal(signal.SIGINT) == before
+    assert [signal.getsignal(number) for number in signals] == before
     run = tmp_path / "run"
     assert "torchimplicit resume run" in capsys.readouterr().out
     assert read(run / "run.json")["state"] == "interrupted"
     results = read(run / "results.json")
     assert results["state"] == "interrupted"
-    # the eighth step of all is the second estimator's third; Ctrl-C itself lets the three finish it
+    # the eighth step of all is the second estimator's third; a signal lets the three finish it
     done = sum(len(found["track"]["steps"]) for found in results["estimators"].values())
     assert done == (7 if how is raise_interrupt else 9)
     assert "This run was interrupted" in Page((run / "index.html").read_text(encoding="utf-8")).text

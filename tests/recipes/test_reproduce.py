@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,6 +27,7 @@ from torchimplicit.recipes.reproduce.record import Claim, Sheet, spread
 from torchimplicit.recipes.reproduce.runner import Drawing, Reproduction, Summary, command, load_record
 from torchimplicit.recipes.reproduce.settings import Plan
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.stopping import terminated_like_interrupted
 from torchimplicit.recipes.tables import Column, Table
 
 
@@ -118,6 +123,31 @@ def test_a_run_that_fails_does_not_take_the_others_along(tmp_path, capsys):
     assert runs[good.name].read()["state"] == "complete"
     assert runs["bad"].read()["state"] != "complete"
     assert "bad failed" in capsys.readouterr().out
+
+
+def test_a_table_that_is_terminated_stops_its_run_and_can_be_resumed(tmp_path):
+    """SIGTERM reaches the run's process, which saves what is done, though it is not this one's child."""
+    (job,) = jobs(ToyConfig(plan=Plan(seeds=1), epochs=10_000))
+    run = Run(tmp_path / "runs" / job.name)
+
+    def wait_for(state):
+        for _ in range(600):
+            time.sleep(0.2)
+            if run.description.is_file() and run.read()["state"] == state:
+                return
+        raise AssertionError(f"the run is {run.read()['state']}")
+
+    def terminate():
+        wait_for("running")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt), terminated_like_interrupted():
+        run_all([job], tmp_path / "runs", Plan(seeds=1), Console(quiet=True))
+    thread.join()
+    wait_for("interrupted")
+    assert "Interrupted" in (run.path / "log.txt").read_text(encoding="utf-8")
 
 
 def test_runs_that_share_a_process(tmp_path, capsys):

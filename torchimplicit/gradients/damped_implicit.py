@@ -13,6 +13,8 @@ from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.gradients.nodes import report
 from torchimplicit.linear import LinearSolution, LinearSolver
 from torchimplicit.linear.extremes import extreme_eigenvalues
+from torchimplicit.linear.iterative import IterativeSolver
+from torchimplicit.linear.preconditioners import as_preconditioner
 from torchimplicit.linear.shifted import Shifted
 from torchimplicit.problems import System
 from torchimplicit.problems.linearization import Linearization
@@ -37,7 +39,8 @@ class DampedImplicit(LinearEstimate):
             times the largest, sample by sample, so that a well-conditioned minimum is differentiated exactly.
         margin: what ``damping=None`` asks for.
         linear_solver: for the damped systems; ``None``: as for :class:`Implicit`.
-        subspace: the most products that ``damping=None`` takes to find the extreme eigenvalues.
+        subspace: the most products that ``damping=None`` takes to find the extreme eigenvalues; with the linear
+            solver's preconditioner a few do.
     """
 
     damping: float | None = None
@@ -66,5 +69,7 @@ class DampedImplicit(LinearEstimate):
         """What is added to each sample's Hessian, ``[batch]``."""
         if self.damping is not None:
             return torch.full_like(tape.z[:, 0], self.damping)
-        least, largest = extreme_eigenvalues(task.system.operator(tape, False), self.subspace)
+        solver = task.adjoint_solver(self.linear_solver, tape.z)
+        given = as_preconditioner(solver.preconditioner) if isinstance(solver, IterativeSolver) else None
+        least, largest = extreme_eigenvalues(task.system.operator(tape, False), self.subspace, preconditioner=given)
         return (self.margin * torch.maximum(largest, -least) - least).clamp_min(0).to(tape.z.dtype)

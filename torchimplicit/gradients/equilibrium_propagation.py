@@ -14,10 +14,11 @@ from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError
 from torchimplicit.gradients.base import Found, Gradient, Task
 from torchimplicit.gradients.nodes import Grads, estimate, report, solved_by_rule
 from torchimplicit.linear.extremes import extreme_eigenvalues
+from torchimplicit.linear.preconditioners import as_preconditioner
 from torchimplicit.problems import System
 from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.solution import Report
-from torchimplicit.solvers import Outcome, Solver, iterate
+from torchimplicit.solvers import LBFGS, Outcome, Solver, iterate
 from torchimplicit.validation import check_count, check_positive
 
 
@@ -38,8 +39,9 @@ class EquilibriumPropagation(Gradient):
         nudge: :math:`\\beta`, relative to the size of the cotangent: the tilt is ``nudge`` times :math:`u` scaled to
             unit norm per sample, so that the displacement does not depend on the scale of the loss. It must stay below
             the least eigenvalue of the (projected) Hessian times the distance over which the energy is quadratic.
-            ``None``: chosen so, sample by sample, from that eigenvalue (which takes up to ``subspace`` products): the
-            displacement is at most ``reach`` times the size of the solution.
+            ``None``: chosen so, sample by sample, from that eigenvalue (which takes up to ``subspace`` products, a few
+            where the solver has a preconditioner): the displacement is at most ``reach`` times the size of the
+            solution.
         reach: what ``nudge=None`` asks for.
         curved: whether the nudge has the curvature of a quadratic loss,
             :math:`T = E + \\beta(\\langle u, p\\rangle + \\tfrac12\\lVert p-p^0\\rVert^2)`, as the nudge by the whole
@@ -95,7 +97,7 @@ class EquilibriumPropagation(Gradient):
         assert isinstance(system, MinimumSystem)
         length = torch.linalg.vector_norm(u, dim=1, keepdim=True)
         tilt = u / torch.where(length > 0, length, 1)
-        nudge = self._nudges(system, z, params)
+        nudge = self._nudges(system, z, params, self.solver or task.solver)
         solver = self._tightened(self.solver or task.solver, nudge)
         # the curvature of the nudge, per unit of it: for the cotangent's own length in place of the unit length
         curved = 1 / torch.where(length > 0, length, 1) if self.curved else None
@@ -133,11 +135,13 @@ class EquilibriumPropagation(Gradient):
         grads = torch.autograd.grad(total, inputs, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, grads, strict=True)]
 
-    def _nudges(self, system: MinimumSystem, z: Tensor, params: Sequence[Tensor]) -> Tensor:
+    def _nudges(self, system: MinimumSystem, z: Tensor, params: Sequence[Tensor], solver: Solver) -> Tensor:
         """Of each sample, ``[batch, 1]``."""
         if self.nudge is not None:
             return torch.full_like(z[:, :1], self.nudge)
-        least, largest = extreme_eigenvalues(system.operator(system.linearize(z, params), False), self.subspace)
+        given = as_preconditioner(solver.preconditioner) if isinstance(solver, LBFGS) else None
+        operator = system.operator(system.linearize(z, params), False)
+        least, largest = extreme_eigenvalues(operator, self.subspace, preconditioner=given)
         if bool((least <= 0).any()):
             warnings.warn(
                 f"{int((least <= 0).sum())} of {len(z)} samples are not at a minimum: the Hessian's least eigenvalue "

@@ -20,6 +20,7 @@ from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.execution import go, opened
 from torchimplicit.recipes.recipe import Exporter
 from torchimplicit.recipes.run import RunOptions, create
+from torchimplicit.recipes.stopping import terminated_like_interrupted
 
 R = TypeVar("R")
 W = TypeVar("W")
@@ -264,4 +265,5 @@ def main(argv: list[str]) -> int:
         command = parse(argv or ["--help"])
     except SystemExit as end:  # help has been shown
         return int(end.code or 0)
-    return command.run(console)
+    with terminated_like_interrupted():
+        return command.run(console)

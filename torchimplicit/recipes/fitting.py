@@ -50,11 +50,17 @@ class SaveEveryEpoch(Checkpoint):
         os.replace(draft, self.run.checkpoint)
 
 
-class StopWorkers(Callback):
-    """In processes that were spawned for this training, :func:`stop_on_interrupt` for as long as they last."""
+class StopOnSignals(Callback):
+    """SIGTERM ends training after the step in progress, and so does Ctrl-C in processes spawned for this training.
+
+    Lightning by itself would leave the step with ``SystemExit``. It restores the handler when training ends.
+    """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _Stop(trainer).install()
+        if threading.current_thread() is threading.main_thread():
+            stop = _Stop(trainer)
+            signal.signal(signal.SIGINT, stop)
+            signal.signal(signal.SIGTERM, stop)
 
 
 @contextmanager
@@ -67,7 +73,7 @@ def stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
         yield
         return
     before = signal.getsignal(signal.SIGINT)
-    _Stop(trainer).install()
+    signal.signal(signal.SIGINT, _Stop(trainer))
     try:
         yield
     finally:
@@ -75,19 +81,17 @@ def stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
 
 
 class _Stop:
-    """What Ctrl-C does while a trainer trains."""
+    """What Ctrl-C and SIGTERM do while a trainer trains. SIGTERM may come with a Ctrl-C that a parent passes on."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self.stopped = False
-
-    def install(self) -> None:
-        signal.signal(signal.SIGINT, self)
+        self.interrupted = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped:
-            raise KeyboardInterrupt
-        self.stopped = True
+        if number == signal.SIGINT:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
         self.trainer.should_stop = True
 
 
@@ -125,7 +129,7 @@ def fit(
             gradient_clip_val=clip_norm,
             max_epochs=epochs,
             logger=list(loggers),
-            callbacks=[*callbacks, SaveEveryEpoch(run), *([StopWorkers()] if devices > 1 else [])],
+            callbacks=[*callbacks, SaveEveryEpoch(run), StopOnSignals()],
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,

@@ -33,10 +33,10 @@ class SingleConfig:
     l_bfgs_iterations: int = 40
     """Of L-BFGS."""
 
-    adam_iterations: int = 80
+    adam_iterations: int = 120
     """Of Adam."""
 
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-2
     """Adam's peak."""
 
     level: float = 0.6

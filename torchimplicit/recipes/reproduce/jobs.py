@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,6 +22,7 @@ from torchimplicit.recipes.execution import INTERRUPTED, go, opened
 from torchimplicit.recipes.plain import to_plain
 from torchimplicit.recipes.reproduce.settings import Plan
 from torchimplicit.recipes.run import Run, RunOptions, create
+from torchimplicit.recipes.stopping import terminated_like_interrupted
 
 POLL = 1.0
 """Seconds between two looks at the runs."""
@@ -80,9 +83,17 @@ def run_all(jobs: Sequence[Job], folder: Path, plan: Plan, console: Console) -> 
     except BaseException:
         for process in started.values():
             with suppress(Exception):
-                process.cancel(check=False)
+                _stop(process, plan)
         raise
     return runs
+
+
+def _stop(process: submitit.Job[None], plan: Plan) -> None:
+    """So that its run can save what is done: submitit's own way kills a local process after a second."""
+    if plan.cluster == "local":
+        os.kill(int(process.job_id), signal.SIGTERM)  # the number of the process that looks after it, and passes it on
+    else:
+        process.cancel(check=False)
 
 
 def prepare(job: Job, folder: Path) -> Run:
@@ -109,14 +120,15 @@ def work(*paths: str) -> None:
         Exception: the first that a run failed with, when all have had their turn.
     """
     failures: list[Exception] = []
-    for path in paths:
-        try:
-            if _go_on(path) == INTERRUPTED:
-                break
-        except Exception as error:
-            with (Path(path) / "log.txt").open("a", encoding="utf-8") as log:
-                log.write(f"failed: {error}\n")
-            failures.append(error)
+    with terminated_like_interrupted():
+        for path in paths:
+            try:
+                if _go_on(path) == INTERRUPTED:
+                    break
+            except Exception as error:
+                with (Path(path) / "log.txt").open("a", encoding="utf-8") as log:
+                    log.write(f"failed: {error}\n")
+                failures.append(error)
     if failures:
         raise failures[0]
 
