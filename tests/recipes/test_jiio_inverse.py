@@ -18,7 +18,7 @@ from torchimplicit.recipes.jiio.config import Images, InverseConfig, Joint, inve
 from torchimplicit.recipes.jiio.inverse import Restoration
 from torchimplicit.recipes.jiio.restoring import RUNNER
 from torchimplicit.recipes.jiio_inverse.config import JiioInverseConfig
-from torchimplicit.recipes.jiio_inverse.table import GRADIENTS, TABLE, jobs, summarize
+from torchimplicit.recipes.jiio_inverse.table import ROWS, TABLE, jobs, summarize
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.reproduce.jobs import prepare
 from torchimplicit.recipes.training.settings import Machine, Optimization
@@ -61,7 +61,7 @@ def test_the_exact_gradient_is_that_of_the_outer_loss(corruption: Any) -> None:
     torch.manual_seed(0)
     task = Restoration(few(corruption=corruption)).double().eval()
     with torch.no_grad():
-        task.log_prior.fill_(-3.0)
+        task.prior_shift.fill_(0.1)
     images = task.data.training.images[:3].double()
     shown = tuple(part.double() for part in task.corrupted(images))
     parameters = [p for p in task.parameters() if p.requires_grad]
@@ -69,7 +69,7 @@ def test_the_exact_gradient_is_that_of_the_outer_loss(corruption: Any) -> None:
     solver = ti.Anderson(memory=30, rtol=1e-10, max_steps=4000)
 
     def outer(gradient: Any = None) -> torch.Tensor:
-        prior = task.log_prior.exp()
+        prior = task.prior
         value = ti.solve(task.problem(), task.decoder.start(3), *shown, prior, solver=solver, gradient=gradient).value
         return (task.decoder.head(value.z) - images).square().mean()
 
@@ -93,7 +93,7 @@ def test_the_exact_gradient_is_that_of_the_outer_loss(corruption: Any) -> None:
     assert along(ti.FixedInput()) != pytest.approx(expected, rel=1e-2)
 
 
-@pytest.mark.parametrize("through", GRADIENTS)
+@pytest.mark.parametrize("through", ["exact", "first-order", "generative"])
 def test_training_lowers_the_error(through: Any) -> None:
     torch.manual_seed(0)
     task = Restoration(few(through=through))
@@ -108,7 +108,7 @@ def test_training_lowers_the_error(through: Any) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
-    assert (task.log_prior.grad is not None) == (through == "exact")
+    assert (task.prior_shift.grad is not None) == (through == "exact")
 
 
 def test_olivetti_from_its_file(tmp_path: Any) -> None:
@@ -132,7 +132,7 @@ def test_olivetti_from_its_file(tmp_path: Any) -> None:
 
 def test_jobs_survive_their_description() -> None:
     config = JiioInverseConfig()
-    assert len({job.name for job in jobs(config)}) == 18
+    assert len({job.name for job in jobs(config)}) == 3 * 2 * len(ROWS)
     for job in jobs(config):
         assert from_plain(type(job.config), to_plain(job.config)) == job.config
     TABLE.check(config)

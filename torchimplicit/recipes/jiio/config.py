@@ -165,6 +165,9 @@ class InverseConfig:
     """How the outer loss is differentiated: with how the latent moves with the weights, or with the latent held
     fixed. generative: the decoder is trained to reconstruct clean images and never sees a corrupted one."""
 
+    prior_rate: float = 10.0
+    """How many times faster than the other weights the logarithm of the prior's weight is learned, from --prior on."""
+
     images: Images = field(default_factory=Images)
     decoder: Decoder = field(default_factory=Decoder)
     joint: Joint = field(default_factory=Joint)
@@ -173,7 +176,7 @@ class InverseConfig:
     machine: Machine = field(default_factory=Machine)
 
     def __post_init__(self) -> None:
-        positive(self, "noise")
+        positive(self, "noise", "prior_rate")
         fraction(self, "missing")
 
 

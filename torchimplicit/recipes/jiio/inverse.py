@@ -29,8 +29,8 @@ class Restoration(Task):
     """A decoder that is fitted to corrupted images, and trained to give the clean ones.
 
     Attributes:
-        log_prior: of the weight of the latent's prior. The exact gradient learns it; to the first-order one it does
-            nothing, since the latent is taken as given.
+        prior_shift: what the logarithm of the weight of the latent's prior has moved, over ``config.prior_rate``. The
+            exact gradient learns it; to the first-order one it does nothing, since the latent is taken as given.
     """
 
     metric = Metric("mse", "", "min")
@@ -40,12 +40,16 @@ class Restoration(Task):
         self.config = config
         self.data = read(config.images)
         self.decoder = make_decoder(config.decoder, self.data.pixels, config.equilibria)
-        start = torch.tensor(math.log(config.joint.prior))
-        self.log_prior = nn.Parameter(start, requires_grad=config.through == "exact")
+        self.prior_shift = nn.Parameter(torch.tensor(0.0), requires_grad=config.through == "exact")
         self.held_out: dict[Split, tuple[Tensor, Tensor]] = {
             "validation": self.corrupted(self.data.validation.images, generator(0, 0)),
             "test": self.corrupted(self.data.test.images, generator(0, 1)),
         }
+
+    @property
+    def prior(self) -> Tensor:
+        """The weight of the latent's prior."""
+        return self.config.joint.prior * (self.config.prior_rate * self.prior_shift).exp()
 
     def corrupted(self, images: Tensor, source: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """What is seen of images, and where it counts: ones, or zeros where it is missing; ``[n, 1, height, width]``.
@@ -94,7 +98,7 @@ class Restoration(Task):
         (images,) = batch
         joint, problem = self.config.joint, self.problem()
         solver = joint_solver(joint, joint.joint_steps)
-        prior = self.log_prior.exp()
+        prior = self.prior
         if self.config.through == "generative":
             whole = torch.ones_like(images[:, :1])
             solution = found(self.decoder, problem, solver, images, whole, prior.detach(), gradient=Envelope())
@@ -116,7 +120,7 @@ class Restoration(Task):
         """The outer loss's gradient in the decoder's weights, flat, for images corrupted with a seed."""
         shown = self.corrupted(images, generator(seed, 2))
         weights = [p for p in self.decoder.parameters() if p.requires_grad]
-        prior = self.log_prior.exp().detach()
+        prior = self.prior.detach()
         with torch.enable_grad():
             solution = found(self.decoder, self.problem(), solver, *shown, prior, gradient=gradient)
             loss = squared_error(self.decoder.head(solution.value.z), images).mean()
@@ -126,7 +130,7 @@ class Restoration(Task):
     def restored(self, wanted: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """The images made of corrupted ones, each at its exact equilibrium; and whether the joint solve converged."""
         joint, problem = self.config.joint, self.problem()
-        prior = self.log_prior.exp()
+        prior = self.prior
         solution = found(self.decoder, problem, joint_solver(joint, joint.test_steps), wanted, seen, prior)
         self.solved(solution)
         exact = resolve(
@@ -157,7 +161,7 @@ class Restoration(Task):
             "psnr": -10 * math.log10(mse) if mse > 0 else math.inf,
             "mse_before": before / count,
             "unconverged_latents": stopped / count,
-            "prior": float(self.log_prior.detach().exp()),
+            "prior": float(self.prior.detach()),
         }
 
     def describe(self) -> str:

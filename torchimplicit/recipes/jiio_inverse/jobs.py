@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torchimplicit.recipes.jiio.config import InverseConfig, inverse_digits, inverse_mnist, inverse_olivetti
@@ -13,21 +13,46 @@ from torchimplicit.recipes.training.settings import Machine
 Corruption = Literal["denoising", "inpainting"]
 Through = Literal["exact", "first-order", "generative"]
 CORRUPTIONS: tuple[Corruption, ...] = ("denoising", "inpainting")
-GRADIENTS: tuple[Through, ...] = ("exact", "first-order", "generative")
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a decoder is trained.
+
+    Attributes:
+        label: for people.
+        through: which gradient.
+        prior: the weight of the latent's prior to begin with, over the recipe's.
+    """
+
+    label: str
+    through: Through
+    prior: float = 1.0
+
+
+ROWS = {
+    "exact": Row("exact", "exact"),
+    "first-order": Row("first-order", "first-order"),
+    "exact-weak": Row("exact, from a third of the prior", "exact", 1 / 3),
+    "first-order-weak": Row("first-order, with a third of the prior", "first-order", 1 / 3),
+    "generative": Row("none: clean images alone", "generative"),
+}
+"""By the second part of the names of their runs."""
+
 DEFAULTS = {"digits": inverse_digits, "mnist": inverse_mnist, "olivetti": inverse_olivetti}
 
 
 def jobs(config: JiioInverseConfig) -> list[Job]:
-    """Seeds outermost, gradients innermost, so that what slows the machine for a while slows all of them."""
+    """Seeds outermost, rows innermost, so that what slows the machine for a while slows all of them."""
     return [
-        Job(f"{corruption}-{through}-{seed}", f"jiio-inverse-{config.data}", one(config, corruption, through, seed))
+        Job(f"{corruption}-{name}-{seed}", f"jiio-inverse-{config.data}", one(config, corruption, row, seed))
         for seed in config.plan.all_seeds
         for corruption in CORRUPTIONS
-        for through in GRADIENTS
+        for name, row in ROWS.items()
     ]
 
 
-def one(config: JiioInverseConfig, corruption: Corruption, through: Through, seed: int) -> InverseConfig:
+def one(config: JiioInverseConfig, corruption: Corruption, row: Row, seed: int) -> InverseConfig:
     """One model."""
     usual = DEFAULTS[config.data]()
     optimization = replace(usual.optimization, seed=seed)
@@ -36,7 +61,8 @@ def one(config: JiioInverseConfig, corruption: Corruption, through: Through, see
     return replace(
         usual,
         corruption=corruption,
-        through=through,
+        through=row.through,
+        joint=replace(usual.joint, prior=row.prior * usual.joint.prior),
         images=replace(usual.images, data_dir=config.data_dir),
         optimization=optimization,
         machine=Machine(device="cpu", tensorboard=False),

@@ -13,19 +13,17 @@ from torchimplicit.recipes.jiio.pictures import grid
 from torchimplicit.recipes.jiio.restoring import Gradients, read_gradients
 from torchimplicit.recipes.jiio.runner import read_pictures
 from torchimplicit.recipes.jiio_inverse.config import JiioInverseConfig
-from torchimplicit.recipes.jiio_inverse.jobs import CORRUPTIONS, GRADIENTS, jobs, one
+from torchimplicit.recipes.jiio_inverse.jobs import CORRUPTIONS, ROWS, jobs, one
 from torchimplicit.recipes.reproduce.record import Claim, Sheet, spread
 from torchimplicit.recipes.reproduce.runner import Drawing, Reproduction, Summary
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.tables import Column, Table
 from torchimplicit.recipes.training.results import Results
 
-LABELS = {"exact": "exact", "first-order": "first-order", "generative": "none: clean images alone"}
-
 
 @dataclass(frozen=True)
 class Found:
-    """Everything, by corruption and gradient: results and compared gradients by seed, and the pictures of the first
+    """Everything, by corruption and row: results and compared gradients by seed, and the pictures of the first
     seed."""
 
     results: dict[tuple[str, str], dict[int, Results]]
@@ -33,29 +31,29 @@ class Found:
     pictures: dict[tuple[str, str], dict[str, list[Tensor]]]
     missing: list[str]
 
-    def test(self, corruption: str, through: str, figure: str) -> dict[int, float]:
+    def test(self, corruption: str, row: str, figure: str) -> dict[int, float]:
         """By seed."""
-        there = self.results[corruption, through].items()
+        there = self.results[corruption, row].items()
         return {seed: one.test.figures[figure] for seed, one in there if one.test is not None}
 
 
 def read(config: JiioInverseConfig, runs: Mapping[str, Run]) -> Found:
     """What the runs have left."""
-    pairs = [(c, t) for c in CORRUPTIONS for t in GRADIENTS]
+    pairs = [(corruption, row) for corruption in CORRUPTIONS for row in ROWS]
     found = Found({pair: {} for pair in pairs}, {pair: [] for pair in pairs}, {}, [])
     for seed in config.plan.all_seeds:
-        for corruption, through in found.results:
-            run = runs.get(f"{corruption}-{through}-{seed}")
+        for corruption, row in found.results:
+            run = runs.get(f"{corruption}-{row}-{seed}")
             results = Results.of(run) if run is not None and (run.path / "results.json").is_file() else None
             if run is None or results is None or results.state != "complete" or results.test is None:
-                found.missing.append(f"{corruption}-{through}-{seed}")
+                found.missing.append(f"{corruption}-{row}-{seed}")
                 continue
-            found.results[corruption, through][seed] = results
+            found.results[corruption, row][seed] = results
             gradients, pictures = read_gradients(run), read_pictures(run)
             if gradients is not None:
-                found.gradients[corruption, through].append(gradients)
+                found.gradients[corruption, row].append(gradients)
             if pictures is not None:
-                found.pictures.setdefault((corruption, through), pictures)
+                found.pictures.setdefault((corruption, row), pictures)
     return found
 
 
@@ -65,10 +63,10 @@ def summarize(config: JiioInverseConfig, runs: dict[str, Run]) -> Summary:
     drawings = []
     for corruption in CORRUPTIONS:
         named: dict[str, list[Tensor]] = {}
-        for through in GRADIENTS:
-            for rows in found.pictures.get((corruption, through), {}).values():
-                named.setdefault("clean, and corrupted", rows[:2])
-                named[f"restored; gradient: {LABELS[through]}"] = rows[2:]
+        for name, row in ROWS.items():
+            for shown in found.pictures.get((corruption, name), {}).values():
+                named.setdefault("clean, and corrupted", shown[:2])
+                named[f"restored; gradient: {row.label}"] = shown[2:]
         if named:
             drawings.append(Drawing(corruption, grid(named), f"{corruption.capitalize()}: test images, not selected."))
     return Summary(
@@ -80,8 +78,8 @@ def summarize(config: JiioInverseConfig, runs: dict[str, Run]) -> Summary:
         drawings=drawings,
         notes=notes(found),
         runs={
-            f"{corruption}-{through}-{seed}": _raw(one)
-            for (corruption, through), by_seed in found.results.items()
+            f"{corruption}-{row}-{seed}": _raw(one)
+            for (corruption, row), by_seed in found.results.items()
             for seed, one in by_seed.items()
         },
     )
@@ -92,7 +90,7 @@ TABLE = Reproduction(jobs, summarize)
 
 def protocol(config: JiioInverseConfig) -> str:
     """What was run, in words."""
-    usual = one(config, "denoising", "exact", config.plan.first_seed)
+    usual = one(config, "denoising", ROWS["exact"], config.plan.first_seed)
     return (
         f"{config.data}; {usual.decoder.kind} equilibrium decoder, latent {usual.decoder.latent}; Adam, "
         f"{usual.optimization.steps} steps of {usual.optimization.batch_size} images. The inner loss fits the latent "
@@ -121,18 +119,18 @@ def sheet(found: Found, corruption: str) -> Sheet:
     ]
     lines = []
     base = found.test(corruption, "first-order", "mse")
-    for through in GRADIENTS:
-        errors = found.test(corruption, through, "mse")
+    for name, row in ROWS.items():
+        errors = found.test(corruption, name, "mse")
         shared = [errors[seed] / base[seed] for seed in errors if seed in base]
         lines.append(
             [
-                LABELS[through],
+                row.label,
                 spread(list(errors.values()), 2, 1e3),
-                spread(list(found.test(corruption, through, "psnr").values()), 2),
-                spread(list(found.test(corruption, through, "mse_before").values()), 1, 1e3),
+                spread(list(found.test(corruption, name, "psnr").values()), 2),
+                spread(list(found.test(corruption, name, "mse_before").values()), 1, 1e3),
                 spread(shared, 3),
-                spread(list(found.test(corruption, through, "prior").values()), 2, 1e3),
-                spread([one.seconds for one in found.results[corruption, through].values()], 0),
+                spread(list(found.test(corruption, name, "prior").values()), 2, 1e3),
+                spread([one.seconds for one in found.results[corruption, name].values()], 0),
                 str(len(errors)),
             ]
         )
@@ -150,13 +148,13 @@ def gradient_sheet(found: Found) -> Sheet:
     ]
     lines = [
         [
-            f"{corruption}: {LABELS[through]}",
+            f"{corruption}: {ROWS[row].label}",
             *(
                 spread([getattr(one, name) for one in known], 3)
                 for name in ("exact", "exact_length", "first_order", "first_order_length")
             ),
         ]
-        for (corruption, through), known in found.gradients.items()
+        for (corruption, row), known in found.gradients.items()
         if known
     ]
     return Sheet("Gradients at the trained weights", Table(columns, lines))
@@ -165,7 +163,7 @@ def gradient_sheet(found: Found) -> Sheet:
 def claims(found: Found) -> list[Claim]:
     """Whether the exact gradient is right, and worth it."""
     made = []
-    known = [one for (_, through), every in found.gradients.items() if through == "exact" for one in every]
+    known = [one for (_, row), every in found.gradients.items() if ROWS[row].through == "exact" for one in every]
     if known:
         right, rough = ([getattr(one, name) for one in known] for name in ("exact", "first_order"))
         made.append(
@@ -177,20 +175,26 @@ def claims(found: Found) -> list[Claim]:
             )
         )
     for corruption in CORRUPTIONS:
-        exact, cheap = (found.test(corruption, through, "mse") for through in ("exact", "first-order"))
-        ratios = [exact[seed] / cheap[seed] for seed in exact if seed in cheap]
-        if not ratios:
-            continue
-        error = stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else 0.0
-        made.append(
-            Claim(
-                f"{corruption}: trained with the exact gradient, the error is below that of the first-order one, by "
-                "more than two standard errors over seeds",
-                f"{fmean(ratios):.3f} times its error, ± {error:.3f}",
-                fmean(ratios) + 2 * error < 1,
-            )
-        )
+        for exact, cheap in (("exact", "first-order"), ("exact-weak", "first-order-weak")):
+            made.extend(_lower(found, corruption, exact, cheap))
     return made
+
+
+def _lower(found: Found, corruption: str, exact: str, cheap: str) -> list[Claim]:
+    """Whether one row's error is below the other's, where both have seeds."""
+    errors, others = (found.test(corruption, row, "mse") for row in (exact, cheap))
+    ratios = [errors[seed] / others[seed] for seed in errors if seed in others]
+    if not ratios:
+        return []
+    error = stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else 0.0
+    return [
+        Claim(
+            f"{corruption}: the error of '{ROWS[exact].label}' is below that of '{ROWS[cheap].label}', by more than "
+            "two standard errors over seeds",
+            f"{fmean(ratios):.3f} times its error, ± {error:.3f}",
+            len(ratios) > 1 and fmean(ratios) + 2 * error < 1,
+        )
+    ]
 
 
 def notes(found: Found) -> list[str]:
@@ -202,8 +206,9 @@ def notes(found: Found) -> list[str]:
         "turns it. An earlier run of this table, with a thirtieth of the prior's weight, a mean over pixels instead of "
         "a sum and 100 steps, found no gain from the exact gradient: with so weak a prior the joint solves of a fresh "
         "decoder do not converge in training's steps, and a gradient is exact only at a solution.",
-        "Training is short: what is compared is where each gradient has come to, not where it would end. The weight "
-        "on the latent is learned in logarithm at the rate of the other weights, so that it stays near its start.",
+        "Training is short: what is compared is where each gradient has come to, not where it would end. The weight on "
+        "the latent is learned by the exact gradient alone, in logarithm and ten times as fast as the other weights; "
+        "the default to begin with was found by trials on these digits, which the rows of a third of it have not seen.",
     ]
     if found.missing:
         made.append(f"Not there, or not come to an end: {', '.join(found.missing)}.")
