@@ -7,6 +7,7 @@ import torch
 
 import torchimplicit as ti
 from torchimplicit.diagnostics import curvature
+from torchimplicit.linear import ReferenceHessian
 
 
 def spectra(dim: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,3 +70,21 @@ def test_one_system_and_other_problems() -> None:
     assert float(found.least) == pytest.approx(2.0)
     with pytest.raises(TypeError, match="Minimum"):
         curvature(ti.FixedPoint(lambda z: z), torch.ones(1, 1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_with_a_preconditioner(function: bool) -> None:
+    """As a solver has it, or as a function."""
+    scale = torch.logspace(-1, 2, 60, dtype=torch.float64)
+    weight = torch.linspace(0.5, 1.5, 60, dtype=torch.float64)
+
+    def energy(z: torch.Tensor) -> torch.Tensor:
+        return (0.5 * scale * z.square() + z.pow(4)).sum(dim=1)
+
+    problem = ti.Minimum(energy, ti.LinearEquality(weight, 1.0))
+    solver = ti.LBFGS(preconditioner=lambda v: v / scale) if function else ti.LBFGS(preconditioner=ReferenceHessian())
+    z = ti.solve(problem, torch.ones(1, 60, dtype=torch.float64) / 60, solver=solver).value
+    exact = curvature(problem, z)
+    found = curvature(problem, z, preconditioner=solver.preconditioner)
+    torch.testing.assert_close(found.least, exact.least, rtol=1e-2, atol=0.0)
+    torch.testing.assert_close(found.largest, exact.largest, rtol=0.1, atol=0.0)
