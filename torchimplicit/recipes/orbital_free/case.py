@@ -90,15 +90,19 @@ class Case:
 
     def refresh(self, functional: OrbitalFree, p: Tensor) -> None:
         """Keep the Hessian at ``p``, in the metric's coordinates and on the plane of the constraint."""
-        matrix, (_, normal) = self.curvature(functional, p), self.plane
-        mean = matrix.diagonal().sum() / max(1, len(matrix) - 1)
-        self.hessian.keep((matrix + mean * normal.T @ normal)[None])
+        self.hessian.keep(self.curvature(functional, p)[None])
         self.fresh = True
 
     def curvature(self, functional: OrbitalFree, p: Tensor) -> Tensor:
-        """:math:`PHP` at ``p``, ``[n, n]``, in the metric's coordinates, assembled."""
+        """:math:`PHP` at ``p``, ``[n, n]``, in the metric's coordinates, assembled.
+
+        Along the constraint's normal it has the mean of its eigenvalues in place of zero, so that its inverse and its
+        extreme eigenvalues are those on the plane.
+        """
         inner, normal = self.plane
-        return project(project(inner @ hessian(functional, p, self.molecule) @ inner, normal).T, normal)
+        matrix = project(project(inner @ hessian(functional, p, self.molecule) @ inner, normal).T, normal)
+        mean = matrix.diagonal().sum() / max(1, len(matrix) - 1)
+        return matrix + mean * normal.T @ normal
 
     @cached_property
     def plane(self) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ from statistics import fmean
 
 import torch
 
-from torchimplicit.diagnostics import curvature
 from torchimplicit.models.orbital_free import OrbitalFree
 from torchimplicit.recipes.orbital_free.case import Case
 from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
@@ -76,8 +75,8 @@ def quality(case: Case, functional: OrbitalFree, config: OrbitalFreeTraining, *,
         p, guess = solution.value, molecule.guess
     least = largest = math.nan
     if spectrum:
-        found = curvature(case.problem(functional), p)
-        least, largest = float(found.least), float(found.largest)
+        values = torch.linalg.eigvalsh(case.curvature(functional, p))
+        least, largest = float(values[0]), float(values[-1])
     with torch.no_grad():
         return Quality(
             name=molecule.name,

@@ -46,7 +46,7 @@ class Penalties:
 
 
 def floor_residual(
-    config: OrbitalFreeTraining, case: Case, functional: OrbitalFree, p: Tensor
+    config: OrbitalFreeTraining, case: Case, functional: OrbitalFree, p: Tensor, matrix: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What the penalty on a least eigenvalue is half the square of, for optimizers that take residuals.
 
@@ -54,12 +54,12 @@ def floor_residual(
 
     Args:
         p: the density, ``[n]``.
+        matrix: the case's ``curvature`` there.
 
     Returns:
         a scalar that is differentiable in the functional's weights, ``p`` held fixed; its derivative by ``p``, ``[n]``.
     """
-    matrix, (_, normal) = case.curvature(functional, p), case.plane
-    lowest = torch.linalg.eigh(matrix + matrix.abs().sum() * normal.T @ normal).eigenvectors[:, 0]
+    lowest = torch.linalg.eigh(matrix).eigenvectors[:, 0]
     curvature = Curvature(case, functional, p)
     least = lowest @ curvature(lowest)
     residual = (2 * config.floor_weight) ** 0.5 * (1 - least / config.floor).clamp_min(0)

@@ -74,7 +74,8 @@ class Share:
                 if self.config.energy_weight:
                     parts.append(self._energy_error(case, solution.value).reshape(1))
             if self.config.floor_weight:
-                lacking, _ = floor_residual(self.config, case, self.functional, solution.value)
+                matrix = case.curvature(self.functional, solution.value)
+                lacking, _ = floor_residual(self.config, case, self.functional, solution.value, matrix)
                 parts.append(lacking.detach().reshape(1))
             found.append(self._filled(case, torch.cat(parts)) / self.total**0.5)
         return torch.cat(found).numpy()
@@ -87,9 +88,11 @@ class Share:
         rows = []
         for case in self.cases:
             solution = self._solved(case)
-            p, moved, parts = solution.value.detach(), torch.empty(0), []
+            p, parts = solution.value.detach(), []
+            matrix = moved = p
             for weight, p in self._points(solution):  # the last is the solution
-                moved = self._moved(case, p)
+                matrix = case.curvature(self.functional, p)
+                moved = self._moved(case, p, matrix)
                 parts.append(weight * case.weighing @ moved)
             if self.config.energy_weight:
                 self.functional.zero_grad()
@@ -97,7 +100,7 @@ class Share:
                 parts.append(torch.as_tensor(self.weights.gradient())[None])
             if self.config.floor_weight:
                 self.functional.zero_grad()
-                lacking, along = floor_residual(self.config, case, self.functional, p)
+                lacking, along = floor_residual(self.config, case, self.functional, p, matrix)
                 lacking.backward()
                 parts.append(torch.as_tensor(self.weights.gradient())[None] + along @ moved)
             rows.append(self._filled(case, torch.cat(parts)))
@@ -131,12 +134,16 @@ class Share:
         self.work.unconverged += not bool(solution.converged)
         return solution
 
-    def _moved(self, case: Case, p: Tensor) -> Tensor:
-        """``[n, weights]``: how the density of least energy moves with the weights, if ``p`` is it."""
+    def _moved(self, case: Case, p: Tensor, matrix: Tensor) -> Tensor:
+        """``[n, weights]``: how the density of least energy moves with the weights, if ``p`` is it.
+
+        Args:
+            matrix: the case's ``curvature`` at ``p``.
+        """
         inner, normal = case.plane
         slopes = inner @ self.weights.columns(mixed(self.functional, p, case.molecule, self.weights.names))
         slopes = slopes - normal.T @ (normal @ slopes)
-        return -inner @ torch.linalg.solve(case.curvature(self.functional, p) + normal.T @ normal, slopes)
+        return -inner @ torch.linalg.solve(matrix, slopes)
 
     def _points(self, solution: Solution) -> list[tuple[float, Tensor]]:
         """The densities in the loss, the solution last, each with the root of its weight."""
