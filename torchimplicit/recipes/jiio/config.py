@@ -124,6 +124,9 @@ class GenerationConfig:
     components: int = 10
     """Of the Gaussian mixture fitted on the training images' latents."""
 
+    density_images: int = 4000
+    """How many training images the mixture is fitted on, the first ones: the latent of each must be found."""
+
     samples: int = 1000
     """Images generated for the Fréchet distance."""
 
@@ -141,7 +144,10 @@ class GenerationConfig:
     machine: Machine = field(default_factory=Machine)
 
     def __post_init__(self) -> None:
-        positive(self, "kl_weight", "encoder_width", "components", "samples", "curve_images", "curve_repeats")
+        positive(self, "kl_weight", "encoder_width", "components", "density_images", "samples")
+        positive(self, "curve_images", "curve_repeats")
+        if self.components > self.density_images:
+            raise UserError(f"--components {self.components} is more than --density-images {self.density_images}")
         if self.curves and self.model != "jiio":
             raise UserError("--curves measures joint inference, which --model vae has not")
 

@@ -114,7 +114,7 @@ def made(config: GenerationConfig, task: Generation) -> tuple[Generated, dict[st
     """The figures, and rows of images by what they show."""
     data = task.data
     network, accuracy = features(config.images)
-    known, found = task.latents(data.training.images), task.latents(data.test.images)
+    known, found = (task.latents(part) for part in (data.training.images[: config.density_images], data.test.images))
     again = task.images(found)
     seed = config.optimization.seed
     chosen = {"mixture": config.components, "gaussian": 1}
