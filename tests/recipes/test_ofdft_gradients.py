@@ -26,9 +26,9 @@ from torchimplicit.recipes.chemistry.storage import file_name
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.ofdft_gradients import gathered
 from torchimplicit.recipes.ofdft_gradients.adjoint import ways
-from torchimplicit.recipes.ofdft_gradients.case import Case, check, load, made
 from torchimplicit.recipes.ofdft_gradients.config import MoleculeGradientsConfig, TableConfig
 from torchimplicit.recipes.ofdft_gradients.measure import RUNNER, measured
+from torchimplicit.recipes.ofdft_gradients.optimum import Optimum, check, load, made
 from torchimplicit.recipes.ofdft_gradients.results import MoleculeResults, slope
 from torchimplicit.recipes.ofdft_gradients.softening import softest
 from torchimplicit.recipes.ofdft_gradients.table import TABLE, summarize
@@ -151,27 +151,27 @@ def test_slopes_use_what_is_a_power_law():
 
 
 def test_the_trained_functional_is_another_one(small):
-    case = made(replace(SMALL, state="trained"), small)
-    assert case.functional.config.weizsaecker == 0.05
-    assert case.estimate(Implicit(linear_solver=Dense())).status == "CONVERGED"
+    optimum = made(replace(SMALL, state="trained"), small)
+    assert optimum.functional.config.weizsaecker == 0.05
+    assert optimum.estimate(Implicit(linear_solver=Dense())).status == "CONVERGED"
 
 
 def test_the_softest_mode_is_one_that_the_gradient_feels(small):
-    case = made(SMALL, small)
-    exact = case.estimate(Implicit(linear_solver=Dense())).gradient
-    operator, right = case.system(case.problem)
+    optimum = made(SMALL, small)
+    exact = optimum.estimate(Implicit(linear_solver=Dense())).gradient
+    operator, right = optimum.system(optimum.problem)
     adjoint = torch.linalg.lstsq(operator.dense()[0], right[0], driver="gelsd").solution
-    torch.testing.assert_close(case.pulled(adjoint), exact, rtol=1e-6, atol=1e-10)
-    eigenvalue, vector = softest(case, exact)
-    assert eigenvalue >= float(curvature(case.problem, case.value).least) * (1 - 1e-6)
-    part = case.pulled(vector * (case.cotangent @ vector) / eigenvalue)
+    torch.testing.assert_close(optimum.pulled(adjoint), exact, rtol=1e-6, atol=1e-10)
+    eigenvalue, vector = softest(optimum, exact)
+    assert eigenvalue >= float(curvature(optimum.problem, optimum.value).least) * (1 - 1e-6)
+    part = optimum.pulled(vector * (optimum.cotangent @ vector) / eigenvalue)
     assert float(part @ exact) >= 0.05 * float(exact @ exact)
 
 
 def test_a_saddle_is_left(small, monkeypatch):
     """At the minimum of one energy, where another is stationary and no minimum."""
     functional = OrbitalFree(OrbitalFreeConfig(hidden=0))
-    middle = Case(small, functional, 1e-9)
+    middle = Optimum(small, functional, 1e-9)
     odd = small.weight * torch.where(small.atom == 0, 1.0, -1.0).double()
 
     def tilted(p, molecule):
@@ -180,10 +180,10 @@ def test_a_saddle_is_left(small, monkeypatch):
 
     monkeypatch.setattr(functional, "forward", tilted)
     # stationary for either energy
-    case = Case(replace(small, guess=middle.value), functional, 1e-8)
-    assert case.saddles > 0
-    assert float(curvature(case.problem, case.value).least) > 0
-    assert abs(float(odd @ (case.value - middle.value))) > 0.05
+    optimum = Optimum(replace(small, guess=middle.value), functional, 1e-8)
+    assert optimum.saddles > 0
+    assert float(curvature(optimum.problem, optimum.value).least) > 0
+    assert abs(float(odd @ (optimum.value - middle.value))) > 0.05
 
 
 class TestMolecules:

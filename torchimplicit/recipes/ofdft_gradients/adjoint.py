@@ -14,7 +14,7 @@ from torch import Tensor
 from torchimplicit.linear import CG, LSMR, MINRES, Dense, Jacobi, LinearOperator, LinearSolver, ReferenceHessian
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.problems import Minimum
-from torchimplicit.recipes.ofdft_gradients.case import Case
+from torchimplicit.recipes.ofdft_gradients.optimum import Optimum
 from torchimplicit.recipes.ofdft_gradients.results import Solved
 from torchimplicit.solution import Status
 
@@ -65,18 +65,18 @@ def ways(reference: ReferenceHessian | None) -> list[Way]:
     return [*found, Way("dense", Dense())]
 
 
-def solved(case: Case, problem: Minimum, descent_steps: int, repeats: int) -> tuple[dict[str, Solved], float]:
+def solved(optimum: Optimum, problem: Minimum, descent_steps: int, repeats: int) -> tuple[dict[str, Solved], float]:
     """Every way, in the coordinates of ``problem``; and the CPU seconds of a product.
 
     The errors are looked at with products of the assembled matrix, which are those of the energy to rounding; the times
     are of products of the energy.
     """
-    operator, right = case.system(problem)
+    operator, right = optimum.system(problem)
     assembled = _assembled(operator)
     values, vectors = torch.linalg.eigh(assembled.spectrum_matrix(torch.float64)[0])
     true = assembled.project(((right @ vectors) / values) @ vectors.T)
     largest = float(values.abs().max())
-    reference = case.reference if problem.metric is not None else None
+    reference = optimum.reference if problem.metric is not None else None
     every = ways(reference)
     found: dict[str, Solved] = {}
     timings: dict[str, Callable[[], float]] = {}

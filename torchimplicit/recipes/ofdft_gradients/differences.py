@@ -5,28 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchimplicit.recipes.ofdft_gradients.case import Case
+from torchimplicit.recipes.ofdft_gradients.optimum import Optimum
 from torchimplicit.recipes.ofdft_gradients.results import Difference
 
 
-def difference(case: Case, exact: Tensor, directions: int, step: float, generator: torch.Generator) -> Difference:
+def difference(optimum: Optimum, exact: Tensor, directions: int, step: float, generator: torch.Generator) -> Difference:
     """The fourth-order central difference along each direction, the minimum found anew at every displacement.
 
     Args:
-        case: left as it was.
+        optimum: left as it was.
         exact: the gradient, flat.
         directions: how many.
         step: the length of the smaller displacement.
         generator: of the directions.
     """
-    parameters = case.parameters
+    parameters = optimum.parameters
     felt = exact != 0  # coefficients of elements that the molecule lacks do nothing
     start = torch.nn.utils.parameters_to_vector(parameters).detach()
 
     def loss(moved: Tensor) -> float:
         with torch.no_grad():
             torch.nn.utils.vector_to_parameters(moved, parameters)
-            return float(case.loss(case.minimize(case.value).value))
+            return float(optimum.loss(optimum.minimize(optimum.value).value))
 
     measured, expected = [], []
     try:

@@ -12,9 +12,9 @@ from torchimplicit.models.orbital_free import Molecule
 from torchimplicit.recipes.machine import threads
 from torchimplicit.recipes.ofdft_gradients import nudges
 from torchimplicit.recipes.ofdft_gradients.adjoint import solved
-from torchimplicit.recipes.ofdft_gradients.case import Case, check, load, made
 from torchimplicit.recipes.ofdft_gradients.config import MoleculeGradientsConfig
 from torchimplicit.recipes.ofdft_gradients.differences import difference
+from torchimplicit.recipes.ofdft_gradients.optimum import Optimum, check, load, made
 from torchimplicit.recipes.ofdft_gradients.results import MoleculeResults, Point
 from torchimplicit.recipes.ofdft_gradients.softening import softened, softest
 from torchimplicit.recipes.run import Run
@@ -23,44 +23,44 @@ from torchimplicit.solution import Status
 
 def measured(config: MoleculeGradientsConfig, molecule: Molecule) -> MoleculeResults:
     """Everything, at the molecule."""
-    case = made(config, molecule)
-    point = _point(case)
-    exact = case.estimate(Implicit(linear_solver=Dense()))
+    optimum = made(config, molecule)
+    point = _point(optimum)
+    exact = optimum.estimate(Implicit(linear_solver=Dense()))
     assert exact.status == Status.CONVERGED.name, exact.status
     gradient = exact.gradient
-    eigenvalue, vector = softest(case, gradient)
+    eigenvalue, vector = softest(optimum, gradient)
     damping = config.damping * eigenvalue
     adjoint, seconds = {}, {}
-    for name, problem in (("overlap", case.problem), ("raw", case.problem.own_coordinates())):
-        adjoint[name], seconds[name] = solved(case, problem, config.descent_steps, config.repeats)
+    for name, problem in (("overlap", optimum.problem), ("raw", optimum.problem.own_coordinates())):
+        adjoint[name], seconds[name] = solved(optimum, problem, config.descent_steps, config.repeats)
     generator = torch.Generator().manual_seed(config.seed)
     return MoleculeResults(
         point=point,
-        difference=difference(case, gradient, config.directions, config.step, generator),
-        nudged=nudges.nudged(case, gradient, config.nudges),
-        automatic=nudges.automatic(case, gradient),
-        loosened=nudges.loosened(case, gradient, config.loss_nudges, config.loose),
-        beyond=nudges.beyond(case, gradient, point.least, config.beyond, config.most_steps),
-        damped=nudges.damped(case, gradient, config.loss_nudges),
+        difference=difference(optimum, gradient, config.directions, config.step, generator),
+        nudged=nudges.nudged(optimum, gradient, config.nudges),
+        automatic=nudges.automatic(optimum, gradient),
+        loosened=nudges.loosened(optimum, gradient, config.loss_nudges, config.loose),
+        beyond=nudges.beyond(optimum, gradient, point.least, config.beyond, config.most_steps),
+        damped=nudges.damped(optimum, gradient, config.loss_nudges),
         softest=eigenvalue,
         damping=damping,
-        softened=softened(case, gradient, eigenvalue, vector, damping, config),
+        softened=softened(optimum, gradient, eigenvalue, vector, damping, config),
         adjoint=adjoint,
         product_seconds=seconds,
         assembled=molecule.size,
     )
 
 
-def _point(case: Case) -> Point:
-    n = case.molecule.size
-    fine = curvature(case.problem, case.value, subspace=n)
-    raw = curvature(case.problem.own_coordinates(), case.value, subspace=n)
+def _point(optimum: Optimum) -> Point:
+    n = optimum.molecule.size
+    fine = curvature(optimum.problem, optimum.value, subspace=n)
+    raw = curvature(optimum.problem.own_coordinates(), optimum.value, subspace=n)
     return Point(
         size=n,
-        points=len(case.molecule.quadrature),
-        loss=case.per_electron,
-        saddles=case.saddles,
-        steps=case.steps,
+        points=len(optimum.molecule.quadrature),
+        loss=optimum.per_electron,
+        saddles=optimum.saddles,
+        steps=optimum.steps,
         least=float(fine.least),
         largest=float(fine.largest),
         raw_least=float(raw.least),

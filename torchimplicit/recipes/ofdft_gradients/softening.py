@@ -11,8 +11,8 @@ from torchimplicit.gradients import DampedImplicit, Gradient, Implicit
 from torchimplicit.linear import Dense, ReferenceHessian
 from torchimplicit.models.orbital_free.second import hessian
 from torchimplicit.problems import Minimum
-from torchimplicit.recipes.ofdft_gradients.case import Case
 from torchimplicit.recipes.ofdft_gradients.config import MoleculeGradientsConfig
+from torchimplicit.recipes.ofdft_gradients.optimum import Optimum
 from torchimplicit.recipes.ofdft_gradients.results import Softened
 
 FELT = 0.05
@@ -21,32 +21,32 @@ FELT = 0.05
 SYMMETRIC_NUDGE = 1e-3
 
 
-def softest(case: Case, exact: Tensor) -> tuple[float, Tensor]:
+def softest(optimum: Optimum, exact: Tensor) -> tuple[float, Tensor]:
     """The least eigenvalue, with its vector, among those through which the gradient gets a share of its length: a
     molecule's symmetry may hide the very least one from the loss.
 
     Raises:
         ValueError: there is none.
     """
-    operator, right = case.system(case.problem)
+    operator, right = optimum.system(optimum.problem)
     values, vectors = torch.linalg.eigh(operator.dense()[0])
     for value, vector in zip(values, vectors.T, strict=True):
         if value <= 1e-8 * values[-1]:  # the constraint's normal
             continue
-        part = case.pulled(vector * (right[0] @ vector) / value)
+        part = optimum.pulled(vector * (right[0] @ vector) / value)
         if float(part @ exact) >= FELT * float(exact @ exact):
             return float(value), vector
     raise ValueError(f"no mode carries {FELT:.0%} of the gradient")
 
 
 def softened(
-    case: Case, exact: Tensor, eigenvalue: float, vector: Tensor, damping: float, config: MoleculeGradientsConfig
+    optimum: Optimum, exact: Tensor, eigenvalue: float, vector: Tensor, damping: float, config: MoleculeGradientsConfig
 ) -> list[Softened]:
     """Every gradient, where the energy has half ``eigenvalue - moved`` times the square along ``vector`` taken off: the
     point stays stationary, and the rest of the spectrum what it is.
 
     Args:
-        case: where.
+        optimum: where.
         exact: the gradient before.
         eigenvalue, vector: see :func:`softest`.
         damping: of the damped gradients.
@@ -54,42 +54,42 @@ def softened(
     """
     found = []
     for factor in sorted(config.softness, reverse=True):
-        problem = _moved(case, vector, (1 - factor) * eigenvalue)
+        problem = _moved(optimum, vector, (1 - factor) * eigenvalue)
         norm, cosine, status = {}, {}, {}
-        reference = _reference(case, vector, (1 - factor) * eigenvalue)
-        for name, estimator in _estimators(case, damping, reference, config.most_steps).items():
-            estimate = case.estimate(estimator, problem)
+        reference = _reference(optimum, vector, (1 - factor) * eigenvalue)
+        for name, estimator in _estimators(optimum, damping, reference, config.most_steps).items():
+            estimate = optimum.estimate(estimator, problem)
             norm[name] = float(estimate.gradient.norm() / exact.norm())
             cosine[name], status[name] = estimate.cosine(exact), estimate.status
         found.append(Softened(factor * eigenvalue, norm, cosine, status))
     return found
 
 
-def _estimators(case: Case, damping: float, reference: ReferenceHessian, most_steps: int) -> dict[str, Gradient]:
-    solver = replace(case.solver(), preconditioner=reference, max_steps=most_steps)
-    nudge = damping * float(case.cotangent.norm())
+def _estimators(optimum: Optimum, damping: float, reference: ReferenceHessian, most_steps: int) -> dict[str, Gradient]:
+    solver = replace(optimum.solver(), preconditioner=reference, max_steps=most_steps)
+    nudge = damping * float(optimum.cotangent.norm())
     return {
         "implicit": Implicit(linear_solver=Dense()),
         "damped": DampedImplicit(damping=damping, linear_solver=Dense()),
-        "one-sided, whole loss": replace(case.propagation(nudge, symmetric=False, curved=True), solver=solver),
-        "symmetric": replace(case.propagation(SYMMETRIC_NUDGE, symmetric=True), solver=solver),
+        "one-sided, whole loss": replace(optimum.propagation(nudge, symmetric=False, curved=True), solver=solver),
+        "symmetric": replace(optimum.propagation(SYMMETRIC_NUDGE, symmetric=True), solver=solver),
     }
 
 
-def _reference(case: Case, vector: Tensor, less: float) -> ReferenceHessian:
+def _reference(optimum: Optimum, vector: Tensor, less: float) -> ReferenceHessian:
     """The Hessian of the energy that is moved, at the minimum."""
-    inverse = case.metric.inverse[0]
-    matrix = inverse @ hessian(case.functional, case.value, case.molecule) @ inverse
+    inverse = optimum.metric.inverse[0]
+    matrix = inverse @ hessian(optimum.functional, optimum.value, optimum.molecule) @ inverse
     reference = ReferenceHessian(refresh_after=1000)
     reference.keep((matrix - less * torch.outer(vector, vector))[None])
     return reference
 
 
-def _moved(case: Case, vector: Tensor, less: float) -> Minimum:
-    energy, along = case.problem.energy, case.metric.root[0] @ vector
+def _moved(optimum: Optimum, vector: Tensor, less: float) -> Minimum:
+    energy, along = optimum.problem.energy, optimum.metric.root[0] @ vector
 
     def energy_less(p: Tensor) -> Tensor:
-        moved: Tensor = energy(p) - 0.5 * less * ((p - case.value) @ along).square()
+        moved: Tensor = energy(p) - 0.5 * less * ((p - optimum.value) @ along).square()
         return moved
 
-    return replace(case.problem, energy=energy_less)
+    return replace(optimum.problem, energy=energy_less)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torchimplicit.recipes.ofdft_gradients.case import LEARNING_RATE, SPREAD, WEIZSAECKER
 from torchimplicit.recipes.ofdft_gradients.claims import claims
 from torchimplicit.recipes.ofdft_gradients.config import STATES, MoleculeGradientsConfig, TableConfig
 from torchimplicit.recipes.ofdft_gradients.drawing import drawings
 from torchimplicit.recipes.ofdft_gradients.gathered import Group, gathered, jobs, one
+from torchimplicit.recipes.ofdft_gradients.optimum import LEARNING_RATE, SPREAD, WEIZSAECKER
 from torchimplicit.recipes.ofdft_gradients.sheets import sheets
 from torchimplicit.recipes.ofdft_gradients.softening import FELT
 from torchimplicit.recipes.plain import to_plain

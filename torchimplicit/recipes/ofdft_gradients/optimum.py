@@ -63,7 +63,7 @@ class Estimate:
         return float(torch.cosine_similarity(self.gradient, exact, dim=0))
 
 
-class Case:
+class Optimum:
     """A functional's minimum for a molecule, in the coordinates of the overlap.
 
     The loss is the whole squared distance, :math:`\\tfrac12\\lVert p-p_{gs}\\rVert_S^2`; its cotangent in these
@@ -192,7 +192,7 @@ def _asked(config: MoleculeGradientsConfig) -> tuple[Geometry, ChemistrySettings
     return geometry, ChemistrySettings(grid=config.grid), config.data_dir or cache_folder("molecules")
 
 
-def made(config: MoleculeGradientsConfig, molecule: Molecule) -> Case:
+def made(config: MoleculeGradientsConfig, molecule: Molecule) -> Optimum:
     """The functional, with its linear term fitted, trained if it is to be; and its minimum."""
     functional = OrbitalFree(OrbitalFreeConfig(weizsaecker=WEIZSAECKER[config.state]))
     generator = torch.Generator().manual_seed(config.seed)
@@ -209,7 +209,7 @@ def made(config: MoleculeGradientsConfig, molecule: Molecule) -> Case:
     fit_linear(functional, [molecule], [metric])
     if config.state == "trained":
         _train(functional, molecule, metric, config.training_steps)
-    return Case(molecule, functional, config.tolerance)
+    return Optimum(molecule, functional, config.tolerance)
 
 
 def _train(functional: OrbitalFree, molecule: Molecule, metric: Metric, steps: int) -> None:
