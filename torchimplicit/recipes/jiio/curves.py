@@ -29,7 +29,7 @@ from torchimplicit.solvers import Anderson
 JOINT = "jiio"
 JOINT_STEPS = (4, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 25, 30, 40, 60)
 NESTED_STEPS = (10, 20, 40)
-STEP_SIZES = (5.0, 10.0, 15.0, 20.0, 30.0)
+STEP_SIZES = (1.25, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0)
 TUNED_AT = 12
 DAMPINGS = ((0.8, 0.6, 1.0), (1.0, 0.6, 1.0), (1.0, 1.0, 1.0))
 RATES: dict[Method, tuple[float, ...]] = {
