@@ -176,7 +176,7 @@ def test_inner_iterations(folder, tmp_path):
 def test_settings_that_make_no_sense():
     with pytest.raises(UserError, match="--estimators must be different names"):
         single.SingleConfig(estimators=("implicit", "implicit"))
-    with pytest.raises(UserError, match="takes 12 of --qm9-limit 12 away"):
+    with pytest.raises(UserError, match="takes 16 of --qm9-limit 12 away"):
         molecules.MoleculesConfig(qm9_limit=12)
     with pytest.raises(UserError, match="no row 'newton'; the rows are gauss-newton"):
         molecules_rows.jobs(molecules.MoleculesConfig(rows=("newton",)))
