@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -170,3 +171,26 @@ def test_the_nudge_that_is_chosen_moves_the_solution_as_far_as_it_may(stiffness)
     # a line search may try further on its way to the nudged solution
     assert min(moved, key=lambda m: abs(m - 1e-2 * 3)) == pytest.approx(1e-2 * 3, rel=1e-4)
     torch.testing.assert_close(x.grad, torch.tensor([[1.0, 0, 0]], dtype=torch.float64), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [10, 40, 200])
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("gradient", [ti.EquilibriumPropagation(nudge=None), ti.DampedImplicit()])
+def test_a_sample_without_a_hessian_and_one_at_zero_change_no_other(gradient, preconditioned, dim):
+    """What is chosen by the eigenvalues is chosen sample by sample, and there is something to choose at zero."""
+    scale = torch.linspace(1.0, 5.0, dim, dtype=torch.float64)
+    x = torch.ones(3, dim, dtype=torch.float64)
+    x[1], x[2] = 10.0, 0.0  # the second sample's energy is nowhere finite; the third's solution is zero
+    x.requires_grad_()
+
+    def energy(z, x):
+        return ((0.5 * scale * z - x) * z).sum(1) * torch.where(x[:, 0] > 5, torch.nan, 1.0)
+
+    solver = ti.LBFGS(preconditioner=(lambda v: v / scale) if preconditioned else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ti.ConvergenceWarning)
+        solution = ti.solve(ti.Minimum(energy), torch.zeros_like(x), x, solver=solver, gradient=gradient, throw=False)
+        (slope,) = torch.autograd.grad(solution.value.sum(), x)
+    assert solution.converged.tolist() == [True, False, True]
+    torch.testing.assert_close(slope[[0, 2]], (1 / scale).expand(2, -1), rtol=1e-5, atol=1e-5)
+    assert not slope[1].isfinite().any()

@@ -113,3 +113,17 @@ def test_no_more_products_than_allowed() -> None:
     counted = Counted(turns @ torch.diag_embed(values) @ turns.mT, None)
     extreme_eigenvalues(counted.operator, subspace=7, preconditioner=Diagonal(torch.ones(100, dtype=torch.float64)))
     assert counted.products == 7
+
+
+@pytest.mark.parametrize("way", ["dense", "lanczos", "preconditioned"])
+def test_a_sample_that_is_not_finite_changes_no_other(way: str) -> None:
+    values, turns = spectra(60, 3, None)
+    matrix = turns @ torch.diag_embed(values) @ turns.mT
+    matrix[1] = torch.nan
+    operator = Counted(matrix, None).operator
+    given = Diagonal(torch.ones(60, dtype=torch.float64)) if way == "preconditioned" else None
+    least, largest = extreme_eigenvalues(operator, 59 if way == "lanczos" else 60, preconditioner=given)
+    assert bool(least[1].isnan())
+    assert bool(largest[1].isnan())
+    torch.testing.assert_close(least[[0, 2]], values[[0, 2], 0], rtol=1e-2, atol=0.0)
+    torch.testing.assert_close(largest[[0, 2]], values[[0, 2], -1], rtol=0.1, atol=0.0)

@@ -151,7 +151,8 @@ class EquilibriumPropagation(Gradient):
                 stacklevel=2,
             )
         stiffness = torch.maximum(least.abs(), torch.finfo(least.dtype).eps ** 0.5 * largest.abs())
-        size = torch.linalg.vector_norm(z, dim=1).clamp_min(torch.finfo(z.dtype).tiny)
+        stiffness = torch.where(stiffness.isfinite() & (stiffness > 0), stiffness, 1)  # nothing to choose by
+        size = torch.linalg.vector_norm(z, dim=1)
         return (self.reach * stiffness.to(z.dtype) * torch.where(size > 0, size, 1))[:, None]
 
     def _tightened(self, solver: Solver, nudge: Tensor) -> Solver:

@@ -23,7 +23,8 @@ SMALL = 16
 def extreme_eigenvalues(
     operator: LinearOperator, subspace: int = 128, seed: int = 0, preconditioner: Preconditioner | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The least and the largest eigenvalue, ``[batch]`` each, on the complement of the operator's null vector.
+    """The least and the largest eigenvalue, ``[batch]`` each, on the complement of the operator's null vector; NaN for
+    a sample whose products are not finite.
 
     Exact up to ``subspace`` dimensions; beyond, the extreme Ritz values of so many Lanczos steps, fully
     reorthogonalized (Saad 2011, section 6.3), which approach the eigenvalues from inside.
@@ -44,7 +45,13 @@ def extreme_eigenvalues(
 
 
 def _dense(operator: LinearOperator) -> tuple[Tensor, Tensor]:
-    values = torch.linalg.eigvalsh(operator.spectrum_matrix(working_dtype(operator.dtype)))
+    return _ends(operator.spectrum_matrix(working_dtype(operator.dtype)))
+
+
+def _ends(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and largest eigenvalue of symmetric matrices; NaN for one that is not finite."""
+    sound = matrix.isfinite().all(dim=2).all(dim=1)
+    values = torch.linalg.eigvalsh(torch.where(sound[:, None, None], matrix, 0)).masked_fill(~sound[:, None], torch.nan)
     return values[:, 0], values[:, -1]
 
 
@@ -71,8 +78,7 @@ def _lanczos(operator: LinearOperator, size: int, seed: int) -> tuple[Tensor, Te
         fresh = _orthogonal(widened(_random(operator, generator)), basis[:, : j + 1])
         v = torch.where(done[:, None], operator.project(fresh), v)
         length = row_norm(v)
-    values = torch.linalg.eigvalsh(tridiagonal)
-    return values[:, 0], values[:, -1]
+    return _ends(tridiagonal)
 
 
 def _davidson(operator: LinearOperator, size: int, seed: int, preconditioner: Preconditioner) -> tuple[Tensor, Tensor]:
@@ -92,13 +98,14 @@ def _davidson(operator: LinearOperator, size: int, seed: int, preconditioner: Pr
             basis = torch.cat([basis, v[:, None]], dim=1)
             images = torch.cat([images, widened(operator.product(v.to(operator.dtype)))[:, None]], dim=1)
         small = torch.bmm(basis, images.mT)
-        values, vectors = torch.linalg.eigh(0.5 * (small + small.mT))
-        ends, pairs = values[:, [0, -1]], vectors[:, :, [0, -1]].mT
+        sound = small.isfinite().all(dim=2).all(dim=1)[:, None]
+        values, vectors = torch.linalg.eigh(torch.where(sound[..., None], 0.5 * (small + small.mT), 0))
+        ends, pairs = values[:, [0, -1]].masked_fill(~sound, torch.nan), vectors[:, :, [0, -1]].mT
         residuals = torch.bmm(pairs, images) - ends[:, :, None] * torch.bmm(pairs, basis)
         largest = ends.abs().amax(dim=1)
         least = ends[:, 0].abs().maximum(ZERO * largest)
         bounds = torch.stack([LEAST_ERROR * least, LARGEST_ERROR * largest], dim=1)
-        done = (torch.linalg.vector_norm(residuals, dim=2) <= bounds).all(dim=0).tolist()
+        done = (~sound | (torch.linalg.vector_norm(residuals, dim=2) <= bounds)).all(dim=0).tolist()
         if basis.shape[1] >= size or all(done):
             return ends[:, 0], ends[:, 1]
         first, second = residuals.to(operator.dtype).unbind(dim=1)
