@@ -145,7 +145,7 @@ class EquilibriumPropagation(Gradient):
         if bool((least <= 0).any()):
             warnings.warn(
                 f"{int((least <= 0).sum())} of {len(z)} samples are not at a minimum: the Hessian's least eigenvalue "
-                f"is {float(least.min()):.2g}. EquilibriumPropagation(nudge=None) takes its modulus; give a nudge and "
+                f"is {float(least[least <= 0].min()):.2g}. EquilibriumPropagation(nudge=None) takes its modulus; give a nudge and "
                 "curved=True, symmetric=False, which holds there",
                 ConvergenceWarning,
                 stacklevel=2,
