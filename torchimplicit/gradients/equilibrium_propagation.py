@@ -143,9 +143,10 @@ class EquilibriumPropagation(Gradient):
         operator = system.operator(system.linearize(z, params), False)
         least, largest = extreme_eigenvalues(operator, self.subspace, preconditioner=given)
         if bool((least <= 0).any()):
+            below = least[least <= 0]
             warnings.warn(
-                f"{int((least <= 0).sum())} of {len(z)} samples are not at a minimum: the Hessian's least eigenvalue "
-                f"is {float(least[least <= 0].min()):.2g}. EquilibriumPropagation(nudge=None) takes its modulus; give a nudge and "
+                f"{len(below)} of {len(z)} samples are not at a minimum: the Hessian's least eigenvalue is "
+                f"{float(below.min()):.2g}. EquilibriumPropagation(nudge=None) takes its modulus; give a nudge and "
                 "curved=True, symmetric=False, which holds there",
                 ConvergenceWarning,
                 stacklevel=2,
