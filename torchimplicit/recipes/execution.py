@@ -25,10 +25,10 @@ def go(runner: Runner, settings: Any, run: Run, console: Console) -> int:
 
 
 def _go(runner: Runner, settings: Any, run: Run, console: Console) -> int:
-    run.mark("running")
-    console.print(f"Writing to {run}", highlight=False, soft_wrap=True)
     state: State = "interrupted"
     try:
+        run.mark("running")
+        console.print(f"Writing to {run}", highlight=False, soft_wrap=True)
         state = "complete" if runner.train(settings, run, console) else "interrupted"
     except KeyboardInterrupt:
         pass
