@@ -97,8 +97,9 @@ class EquilibriumPropagation(Gradient):
         assert isinstance(system, MinimumSystem)
         length = torch.linalg.vector_norm(u, dim=1, keepdim=True)
         tilt = u / torch.where(length > 0, length, 1)
-        nudge = self._nudges(system, z, params, self.solver or task.solver)
-        solver = self._tightened(self.solver or task.solver, nudge)
+        given = self.solver or task.solver
+        nudge = self._nudges(system, z, params, given)
+        solver = self._tightened(given, nudge)
         # the curvature of the nudge, per unit of it: for the cotangent's own length in place of the unit length
         curved = 1 / torch.where(length > 0, length, 1) if self.curved else None
         with torch.no_grad():
