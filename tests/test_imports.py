@@ -21,6 +21,7 @@ ROOMS = (
     "coordinates",
     "state",
     "closure",
+    "coupling",
     "precision",
     "constraints",
     "linear",

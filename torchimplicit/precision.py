@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,48 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 def widened(v: Tensor) -> Tensor:
     """``v`` in its :func:`working_dtype`; ``v`` itself where it is in that already."""
     return v.float() if v.dtype in (torch.bfloat16, torch.float16) else v
+
+
+class UnitRows(NamedTuple):
+    """Vectors brought to about unit size, so that no square of theirs underflows or overflows.
+
+    Attributes:
+        unit: ``[..., dim]``, the vectors times a power of two each; a vector that is not finite is zero.
+        factor: ``[..., 1]``, those powers.
+        finite: bool ``[..., 1]``.
+    """
+
+    unit: Tensor
+    factor: Tensor
+    finite: Tensor
+
+    @classmethod
+    def of(cls, v: Tensor, together: int = 1) -> UnitRows:
+        """Of ``[..., batch, dim]``, exactly: nothing is rounded.
+
+        Args:
+            together: so many neighbouring vectors get one power.
+        """
+        if not v.shape[-1]:
+            return cls(v, v.new_ones(*v.shape[:-1], 1), v.new_ones(*v.shape[:-1], 1, dtype=torch.bool))
+        peak = v.detach().abs().amax(dim=-1, keepdim=True)
+        finite = peak < torch.inf  # false for NaN
+        peak = torch.where(finite, peak, 0)
+        if together > 1:
+            peak = (
+                peak.unflatten(-2, (-1, together))
+                .amax(dim=-2, keepdim=True)
+                .expand(*peak.shape[:-2], -1, together, 1)
+                .flatten(-3, -2)
+            )
+        _, exponent = torch.frexp(torch.where(peak > 0, peak, 1))
+        limit = -math.frexp(torch.finfo(v.dtype).tiny)[1]
+        factor = torch.ldexp(torch.ones_like(peak), -exponent.clamp(-limit, limit))
+        return cls(torch.where(finite, v * factor, 0), factor, finite)
+
+    def restored(self, y: Tensor) -> Tensor:
+        """What is linear in the vectors, ``[..., n]``, for those that were given; NaN where they were not finite."""
+        return torch.where(self.finite, y / self.factor, torch.nan)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchimplicit.closure import Closure, Members, module_of, relayed
+from torchimplicit.coupling import Coupling
 from torchimplicit.precision import AutocastState
 from torchimplicit.problems import Problem, System
 from torchimplicit.state import Layout
@@ -63,12 +64,14 @@ def stated(problem: Problem, z: Any, args: tuple[Any, ...], *, capture: bool, ro
     if rowwise and problem.batched and problem.rowwise and rows > 1 and shared:
         row_params = tuple(_carries_batch(p, rows) for p in params[: own + len(constraint)])
         row_params += (False,) * len(closure.captured)
+    system = problem.system(closure, row_params, slice(own, own + len(constraint)), layout)
+    coupling = Coupling.of(problem.stated_by, rows, problem.rowwise) if problem.batched else None
     return Statement(
         problem=problem,
         layout=layout,
         flat=flat,
         closure=closure,
-        system=problem.system(closure, row_params, slice(own, own + len(constraint)), layout),
+        system=replace(system, coupling=coupling),
         params=params,
         value=value,
         precision=call.autocast.dtype,

@@ -13,7 +13,8 @@ from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.linear import LinearOperator, LinearSolution
-from torchimplicit.precision import working_dtype
+from torchimplicit.linear.confirmed import confirmed
+from torchimplicit.precision import UnitRows, working_dtype
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.solution import Report, Status
 from torchimplicit.state import row_norm
@@ -118,7 +119,8 @@ class AdaptivePhantom(LinearEstimate):
         return allowed * (1 - self.contraction) / (1 + self.contraction)
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
-        found = self._series(task.system.operator(tape, transposed), b)
+        operator = task.system.operator(tape, transposed)
+        found = confirmed(self._series, operator, b, (self.residual_tolerance, 0.0))
         report = found.report
         if not bool(report.converged.all()):
             warnings.warn(
@@ -131,11 +133,12 @@ class AdaptivePhantom(LinearEstimate):
 
     @torch.no_grad()
     def _series(self, operator: LinearOperator, given: Tensor) -> LinearSolution:
-        b = operator.project(given.to(working_dtype(given.dtype)))
+        whole = UnitRows.of(given.to(working_dtype(given.dtype)))
+        b = operator.project(whole.unit)
         scale = row_norm(b)
         target = self.residual_tolerance * scale
         running = scale > 0
-        failed = ~(scale < torch.inf)
+        failed = ~whole.finite.squeeze(1)
         now = _State(torch.zeros_like(b), b, scale)
         best = now._replace(norm=torch.full_like(scale, torch.inf))
         good = torch.full_like(scale, 1.0 if self.damping is None else self.damping)
@@ -159,7 +162,7 @@ class AdaptivePhantom(LinearEstimate):
         nothing = scale == 0
         norm = best.norm.where(~nothing, 0)
         status = torch.where(norm <= target, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        status = torch.where(failed & ~(norm <= target), int(Status.NONFINITE), status)
+        status = torch.where(failed & ~((norm <= target) & whole.finite.squeeze(1)), int(Status.NONFINITE), status)
         figures = PhantomReport(
             status,
             steps,
@@ -167,7 +170,7 @@ class AdaptivePhantom(LinearEstimate):
             float(products),
             (total / steps).to(given.dtype),
         )
-        return LinearSolution(best.x.to(given.dtype), figures)
+        return LinearSolution(whole.restored(best.x).to(given.dtype), figures)
 
 
 class _State(NamedTuple):

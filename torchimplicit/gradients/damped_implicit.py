@@ -11,11 +11,10 @@ from torch import Tensor
 from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.gradients.nodes import report
-from torchimplicit.linear import LinearSolution, LinearSolver
+from torchimplicit.linear import LinearOperator, LinearSolution, LinearSolver
 from torchimplicit.linear.extremes import extreme_eigenvalues
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.preconditioners import as_preconditioner
-from torchimplicit.linear.shifted import Shifted
 from torchimplicit.problems import System
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.minimum import MinimumSystem
@@ -60,16 +59,24 @@ class DampedImplicit(LinearEstimate):
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         solver = task.adjoint_solver(self.linear_solver, tape.z)
-        shift = self.shift(task, tape)
-        found = task.system.solve_linear(tape, transposed, b, Shifted(solver=solver, shift=shift))
+        dim = tape.z.shape[1]
+        found = task.system.solve_linear(
+            tape, transposed, b, solver, lambda operator: self._shift(operator, solver, dim)
+        )
         report(task, found.report)
         return found
 
     def shift(self, task: Task, tape: Linearization) -> Tensor:
         """What is added to each sample's Hessian, ``[batch]``."""
+        return self._shift(
+            task.system.operator(tape, False), task.adjoint_solver(self.linear_solver, tape.z), tape.z.shape[1]
+        )
+
+    def _shift(self, operator: LinearOperator, solver: LinearSolver, dim: int) -> Tensor:
         if self.damping is not None:
-            return torch.full_like(tape.z[:, 0], self.damping)
-        solver = task.adjoint_solver(self.linear_solver, tape.z)
-        given = as_preconditioner(solver.preconditioner) if isinstance(solver, IterativeSolver) else None
-        least, largest = extreme_eigenvalues(task.system.operator(tape, False), self.subspace, preconditioner=given)
-        return (self.margin * torch.maximum(largest, -least) - least).clamp_min(0).to(tape.z.dtype)
+            return torch.full((operator.batch,), self.damping, dtype=operator.dtype, device=operator.device)
+        given = None
+        if isinstance(solver, IterativeSolver) and operator.dim == dim:  # not of a batch that is one system
+            given = as_preconditioner(solver.preconditioner)
+        least, largest = extreme_eigenvalues(operator, self.subspace, preconditioner=given)
+        return (self.margin * torch.maximum(largest, -least) - least).clamp_min(0).to(operator.dtype)

@@ -56,8 +56,14 @@ class Factorized(BlockSolver):
 
     def __init__(self, dense: Dense):
         self.dense = dense
-        self._factors: Factorization | None = None
-        self._flipped = False
+        self._factors: dict[int, tuple[Factorization, bool]] = {}
+
+    def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
+        return self.dense.tolerances(dtype)
+
+    def joined(self, operator: LinearOperator, joined: LinearOperator) -> LinearSolver:
+        serves = self.dense.joined(operator, joined)
+        return self if serves is self.dense else serves
 
     def solve(self, operator: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         found = self.solve_block(operator, b[None])
@@ -65,9 +71,10 @@ class Factorized(BlockSolver):
 
     @torch.no_grad()
     def solve_block(self, operator: LinearOperator, b: Tensor) -> LinearSolution:
-        if self._factors is None:
-            self._factors, self._flipped = Factorization.of(operator), operator.transposed
-        return self.dense.substitute(self._factors, b, transposed=operator.transposed != self._flipped)
+        if operator.batch not in self._factors:  # of the samples, or of the batch as one system
+            self._factors[operator.batch] = Factorization.of(operator), operator.transposed
+        factors, flipped = self._factors[operator.batch]
+        return self.dense.substitute(factors, b, transposed=operator.transposed != flipped)
 
 
 def _memory(tensors: Sequence[Tensor]) -> tuple[object, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.linear_estimate import LinearEstimate
-from torchimplicit.linear import GMRES, LinearSolution
+from torchimplicit.linear import GMRES, LinearOperator, LinearSolution
+from torchimplicit.linear.confirmed import confirmed
+from torchimplicit.precision import UnitRows
 from torchimplicit.problems import System
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.solution import Report, Status
@@ -57,9 +59,10 @@ class SharedInverse(LinearEstimate):
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         state = task.outcomes[-1].state
         operator = task.system.operator(tape, transposed)
-        size = row_norm(b)
-        tiny = torch.finfo(size.dtype).tiny
-        value, residual = b, row_norm(b - operator.product(b))
+        whole = UnitRows.of(b, 1 if operator.coupling is None else operator.coupling.rows)
+        right = whole.unit
+        size = row_norm(right)
+        value, residual = right, row_norm(right - operator.product(right))
         products = 1
         if isinstance(state, BroydenState) and state.inverse.u.filled:
             if state.inverse.u.ring.shape[0] != b.shape[0]:
@@ -67,16 +70,27 @@ class SharedInverse(LinearEstimate):
                     "SharedInverse cannot be used where only the backward pass is vectorized (jacrev, vmap of vjp): "
                     "the inverse belongs to the forward batch. Use Implicit() there"
                 )
-            wide = b[:, None].to(state.inverse.u.ring.dtype)
+            wide = right[:, None].to(state.inverse.u.ring.dtype)
             shared = state.inverse.transposed_times(wide) if transposed else state.inverse.times(wide)
             shared = shared[:, 0].to(b.dtype)
-            measured = row_norm(b - operator.product(shared))
+            measured = row_norm(right - operator.product(shared))
             products += 1
             trusted = (measured < residual) & (row_norm(shared) <= self.ratio * size)
-            value = torch.where(trusted[:, None], shared, b)
+            value = torch.where(trusted[:, None], shared, right)
             residual = torch.where(trusted, measured, residual)
+            if operator.coupling is not None:  # the two may not be mixed unseen where rows depend on each other
+                residual = row_norm(right - operator.product(value))
+                products += 1
         if self.refine:
-            return GMRES(max_steps=self.refine, rtol=0.0).solve(operator, b, value)
-        steps = torch.zeros(b.shape[0], dtype=torch.int64, device=b.device)
-        figures = Report(steps + int(Status.MAX_STEPS), steps, residual / size.clamp_min(tiny), float(products))
-        return LinearSolution(value, figures)
+            steps = GMRES(max_steps=self.refine, rtol=0.0)
+
+            def refined(operator: LinearOperator, b: Tensor) -> LinearSolution:
+                return steps.solve(operator, b, value.reshape(b.shape))
+
+            found = confirmed(refined, operator, right, steps.tolerances(b.dtype))
+            report = replace(found.report, evaluations=found.report.evaluations + products)
+            return LinearSolution(whole.restored(found.value), report)
+        steps_taken = torch.zeros(b.shape[0], dtype=torch.int64, device=b.device)
+        relative = residual / torch.where(size > 0, size, 1)
+        figures = Report(steps_taken + int(Status.MAX_STEPS), steps_taken, relative, float(products))
+        return LinearSolution(whole.restored(value), figures)

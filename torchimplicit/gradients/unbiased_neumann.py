@@ -12,7 +12,7 @@ from torch import Tensor
 from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.linear import LinearSolution
-from torchimplicit.precision import working_dtype
+from torchimplicit.precision import UnitRows, working_dtype
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.solution import Report, Status
 from torchimplicit.state import row_norm
@@ -96,7 +96,9 @@ class UnbiasedNeumann(LinearEstimate):
     @torch.no_grad()
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         operator = task.system.operator(tape, transposed)
-        r = operator.project(b.to(working_dtype(b.dtype)))
+        rows = 1 if operator.coupling is None else operator.coupling.rows
+        whole = UnitRows.of(b.to(working_dtype(b.dtype)), rows)
+        r = operator.project(whole.unit)
         eps = torch.finfo(b.dtype).eps
         scale, total, terms = row_norm(r), torch.zeros_like(r), self.draw()
         for term in range(terms):
@@ -108,8 +110,8 @@ class UnbiasedNeumann(LinearEstimate):
             if term % CHECK_EVERY == CHECK_EVERY - 1 and bool((weight * row_norm(r) <= 0.01 * eps * scale).all()):
                 terms = term + 1
                 break
-        finite = torch.isfinite(total).all(dim=1)
+        finite = torch.isfinite(total).all(dim=1) & whole.finite.squeeze(1)
         status = torch.where(finite, int(Status.MAX_STEPS), int(Status.NONFINITE))
-        relative = (row_norm(r) / scale.clamp_min(torch.finfo(scale.dtype).tiny)).to(b.dtype)
+        relative = (row_norm(r) / torch.where(scale > 0, scale, 1)).to(b.dtype)
         figures = Report(status, torch.full_like(status, terms), relative, float(terms - 1))
-        return LinearSolution(total.to(b.dtype), figures)
+        return LinearSolution(whole.restored(total).to(b.dtype), figures)

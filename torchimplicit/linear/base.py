@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.linear.operator import LinearOperator
+from torchimplicit.precision import default_rtol
 from torchimplicit.solution import Report
 
 
@@ -31,7 +32,23 @@ class LinearSolver(ABC):
 
     @abstractmethod
     def solve(self, operator: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
-        """Solve for ``b`` (``[batch, dim]``), from ``x0`` or zero. Runs without recording gradients."""
+        """Solve for ``b`` (``[batch, dim]``), from ``x0`` or zero. Runs without recording gradients.
+
+        A sample whose ``b`` is not finite gets NaN, and changes no other sample.
+        """
+
+    def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
+        """``(rtol, atol)``, in force for right-hand sides of ``dtype``."""
+        return default_rtol(dtype), 0.0
+
+    def joined(self, operator: LinearOperator, joined: LinearOperator) -> LinearSolver:
+        """The solver of the samples of ``operator`` as one system, whose operator is ``joined``."""
+        return self
+
+    @property
+    def truncated(self) -> bool:
+        """Whether it takes a given number of steps, whatever is left of the residual."""
+        return False
 
 
 class BlockSolver(LinearSolver):
@@ -66,10 +83,3 @@ def least_curvature(found: Sequence[Tensor | None]) -> Tensor | None:
         return None
     least = torch.stack(known).nan_to_num(nan=torch.inf).amin(0)
     return least.masked_fill(least == torch.inf, torch.nan)
-
-
-def solve_any(solver: LinearSolver, operator: LinearOperator, b: Tensor) -> LinearSolution:
-    """Solve for one right-hand side ``[batch, dim]``, or for a block ``[k, batch, dim]`` in the solver's best way."""
-    if b.ndim == 2:
-        return solver.solve(operator, b)
-    return solver.solve_block(operator, b) if isinstance(solver, BlockSolver) else solve_each(solver, operator, b)

@@ -8,12 +8,18 @@ from typing import final
 import torch
 from torch import Tensor
 
-from torchimplicit.linear.base import BlockSolver, LinearSolution
+from torchimplicit.linear.base import BlockSolver, LinearSolution, LinearSolver
+from torchimplicit.linear.gmres import GMRES
+from torchimplicit.linear.joined import OfRows
 from torchimplicit.linear.operator import LinearOperator, without_null
 from torchimplicit.linear.options import check_block, check_vectors
-from torchimplicit.precision import default_rtol, working_dtype
+from torchimplicit.linear.preconditioners import Preconditioner, PreparedPreconditioner
+from torchimplicit.precision import UnitRows, default_rtol, working_dtype
 from torchimplicit.solution import Report, Status
 from torchimplicit.validation import check_nonnegative
+
+JOINED_ENTRIES = 2**24
+"""The most entries of a matrix that is assembled for a whole batch as one system."""
 
 
 @final
@@ -39,6 +45,16 @@ class Dense(BlockSolver):
         check_nonnegative(self, "rtol", optional=True)
         check_nonnegative(self, "atol")
 
+    def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
+        return default_rtol(dtype) if self.rtol is None else self.rtol, self.atol
+
+    def joined(self, operator: LinearOperator, joined: LinearOperator) -> LinearSolver:
+        """Itself, or where the matrix would be too large GMRES with the matrices of single samples."""
+        if joined.batch * joined.dim**2 <= JOINED_ENTRIES:
+            return self
+        rtol, atol = self.tolerances(joined.dtype)
+        return GMRES(rtol=rtol, atol=atol, max_steps=1000, preconditioner=OfRows(_Matrices(), operator))
+
     @torch.no_grad()
     def solve(self, operator: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         """Solve for ``b`` (``[batch, dim]``). Runs without recording gradients.
@@ -57,12 +73,12 @@ class Dense(BlockSolver):
 
     def substitute(self, factors: Factorization, b: Tensor, transposed: bool = False) -> LinearSolution:
         """Solve for a block ``[k, batch, dim]`` with matrices that are factorized already, or with their transposes."""
-        dtype = factors.matrix.dtype
-        rhs = factors.project(b.to(dtype))
+        rtol, atol = self.tolerances(b.dtype)
+        whole = UnitRows.of(b.to(factors.matrix.dtype))
+        finite = factors.finite & whole.finite.squeeze(-1)
+        rhs = factors.project(whole.unit).where(finite[..., None], 0.0)
         scale = torch.linalg.vector_norm(rhs, dim=-1)
-        finite = factors.finite & (scale < torch.inf)
-        rhs = rhs.where(finite[..., None], 0.0)
-        tolerance = self.atol + (default_rtol(b.dtype) if self.rtol is None else self.rtol) * scale
+        tolerance = rtol * scale + atol * whole.factor.squeeze(-1)
         x, regular = factors.solve(rhs, transposed)
         residual = factors.residual_norm(rhs, x, transposed)
         solved = regular & (residual <= tolerance)
@@ -82,7 +98,7 @@ class Dense(BlockSolver):
             float(factors.products),
             curvature=None if factors.curvature is None else factors.curvature.to(b.dtype),
         )
-        return LinearSolution(x.to(b.dtype), report)
+        return LinearSolution(whole.restored(x).to(b.dtype), report)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +181,29 @@ class Factorization:
 
     def _rows(self, columns: Tensor) -> Tensor:
         return columns[:, : self.matrix.shape[-1]].permute(2, 0, 1)
+
+
+@final
+@dataclass(frozen=True)
+class _Matrices(Preconditioner):
+    """The factorized matrices themselves; a singular one leaves its row as it is."""
+
+    def prepare(self, operator: LinearOperator, definite: bool = False) -> PreparedPreconditioner:
+        factors = Factorization.of(operator)
+
+        def solved(v: Tensor, transposed: bool) -> Tensor:
+            x, regular = factors.solve(v[None].to(factors.matrix.dtype), transposed)
+            return torch.where(regular[0][:, None], x[0].to(v.dtype), v)
+
+        def restrict(rows: Tensor) -> PreparedPreconditioner:
+            raise AssertionError("used for a whole batch only")
+
+        return PreparedPreconditioner(
+            inverse=lambda v: solved(v, False),
+            transposed_inverse=lambda v: solved(v, True),
+            restrict=restrict,
+            setup_rows=operator.batch * operator.dim,
+        )
 
 
 def _bordered(matrix: Tensor, null: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from torchimplicit.linear.base import BlockSolver, LinearSolution, least_curvature, solve_each
+from torchimplicit.linear.base import BlockSolver, LinearSolution, LinearSolver, least_curvature, solve_each
 from torchimplicit.linear.cycle import Method
+from torchimplicit.linear.joined import OfRows
 from torchimplicit.linear.loop import run
 from torchimplicit.linear.operator import LinearOperator
 from torchimplicit.linear.options import check_block, check_vectors
@@ -47,6 +48,13 @@ class IterativeSolver(BlockSolver):
         check_count(self, "check_every")
         as_preconditioner(self.preconditioner)
 
+    def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
+        return default_rtol(dtype) if self.rtol is None else self.rtol, self.atol
+
+    def joined(self, operator: LinearOperator, joined: LinearOperator) -> LinearSolver:
+        each = as_preconditioner(self.preconditioner)
+        return self if each is None else replace(self, preconditioner=OfRows(each, operator))
+
     @abstractmethod
     def _method(self, operator: LinearOperator) -> Method:
         """The steps, for one operator; raises ``ValueError`` where the operator lacks what they need."""
@@ -60,13 +68,14 @@ class IterativeSolver(BlockSolver):
         """
         check_vectors(operator, b, x0)
         preconditioner = as_preconditioner(self.preconditioner)
+        rtol, atol = self.tolerances(b.dtype)
         found = run(
             self._method(operator),
             operator,
             b,
             x0,
-            rtol=default_rtol(b.dtype) if self.rtol is None else self.rtol,
-            atol=self.atol,
+            rtol=rtol,
+            atol=atol,
             max_steps=self.max_steps,
             check_every=self.check_every,
             preconditioner=preconditioner,

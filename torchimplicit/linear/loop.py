@@ -24,7 +24,7 @@ from torchimplicit.linear.operator import LinearOperator
 from torchimplicit.linear.preconditioners import Preconditioner
 from torchimplicit.linear.rowwise import select
 from torchimplicit.linear.system import System
-from torchimplicit.precision import working_dtype
+from torchimplicit.precision import UnitRows, working_dtype
 from torchimplicit.solution import Report, Status
 
 _DOUBT = 0.25
@@ -47,17 +47,23 @@ def run(
     preconditioner: Preconditioner | None,
 ) -> LinearSolution:
     """Solve with ``method``, every row to ``||b - A x|| <= atol + rtol ||b||``."""
-    given, b = b, operator.project(b.to(working_dtype(b.dtype)))
+    dtype = b.dtype
+    # a method that takes nothing but products is right for rows that depend on each other, if their scale is one
+    together = 1 if operator.coupling is None or method.watched else operator.coupling.rows
+    whole = UnitRows.of(b.to(working_dtype(dtype)), together)
+    b = operator.project(whole.unit)
     scale = torch.linalg.vector_norm(b, dim=-1)
-    tolerance = (rtol * scale).add_(atol).nan_to_num_(0.0, posinf=0.0)
+    tolerance = (rtol * scale).add_(whole.factor.squeeze(-1), alpha=atol)
     if operator.null is not None:
         # What projection leaves of a b along the null vector is rounding, which no solution can account for.
-        eps = torch.finfo(given.dtype).eps
-        tolerance = tolerance.maximum(8 * eps * torch.linalg.vector_norm(given, dim=-1).to(scale.dtype))
+        eps = torch.finfo(dtype).eps
+        tolerance = tolerance.maximum(8 * eps * torch.linalg.vector_norm(whole.unit, dim=-1))
+    if not method.watched:  # no row may stop, however small it is beside the others
+        tolerance = torch.where((b != 0).any(-1) | (together > 1), -1.0, tolerance)
     system = System.of(operator, preconditioner, method.definite)
     x, r, norm = torch.zeros_like(b), b, scale
     if x0 is not None:
-        guess = operator.project(x0.to(b.dtype))
+        guess = operator.project(x0.to(b.dtype) * whole.factor)
         residual = system.residual(b, guess)
         size = torch.linalg.vector_norm(residual, dim=-1)
         usable = size < torch.inf
@@ -93,12 +99,14 @@ def run(
         if not left:
             break
 
+    finite = whole.finite.squeeze(-1)
     unit = scale.where(scale > 0, 1.0)
     evaluations = system.cost.rows / max(1, operator.batch)
-    curvature = result.curvature.where(result.curvature < 0, torch.nan).to(given.dtype) if method.curved else None
-    norms = (result.norm / unit).to(given.dtype)
-    report = Report(result.status, result.steps, norms, evaluations, curvature=curvature)
-    return LinearSolution(operator.project(result.x).to(given.dtype), report)
+    curvature = result.curvature.where(result.curvature < 0, torch.nan).to(dtype) if method.curved else None
+    norms = (result.norm / unit).where(finite, torch.nan).to(dtype)
+    status = result.status.masked_fill(~finite, int(Status.NONFINITE))
+    report = Report(status, result.steps, norms, evaluations, curvature=curvature)
+    return LinearSolution(whole.restored(operator.project(result.x)).to(dtype), report)
 
 
 def _settle(

@@ -37,8 +37,12 @@ class Neumann(IterativeSolver):
         super().__post_init__()
         check_positive(self, "damping")
 
+    @property
+    def truncated(self) -> bool:
+        return self.rtol == 0 and self.atol == 0
+
     def _method(self, operator: LinearOperator) -> Method:
-        return _Richardson(self.damping, truncated=self.rtol == 0 and self.atol == 0)
+        return _Richardson(self.damping, truncated=self.truncated)
 
 
 class _State(NamedTuple):

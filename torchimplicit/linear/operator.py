@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from torchimplicit.coupling import Coupling
+
 Product = Callable[[Tensor], Tensor]
 
 
@@ -33,6 +35,7 @@ class LinearOperator:
         unprojected: where :math:`A_i = PHP` with the projector P along ``null``, the operator of H; ``None`` otherwise,
             or where H is not to be had. ``Jacobi`` reads the diagonal of H rather than that of PHP, in which the small
             entries drown, and ``Dense`` saves the projections.
+        coupling: which samples may depend on each other after all; ``None`` where they cannot.
     """
 
     product: Product
@@ -48,6 +51,7 @@ class LinearOperator:
     restrict: Callable[[Tensor], LinearOperator] | None = None
     setup_rows: int = 0
     unprojected: LinearOperator | None = None
+    coupling: Coupling | None = None
 
     def project(self, v: Tensor) -> Tensor:
         """``v`` (``[batch, dim]``) without its component along ``null``."""
@@ -78,6 +82,32 @@ class LinearOperator:
             symmetric=self.symmetric,
             transposed=self.transposed,
             null=None if self.null is None else self.null.expand(self.batch, -1).repeat(copies, 1),
+            coupling=self.coupling,
+        )
+
+    def joined(self, rows: int) -> LinearOperator:
+        """Every ``rows`` neighbouring samples as one system, ``[batch / rows, rows * dim]``, regular where each is
+        regular off ``null``: there it is the identity."""
+
+        def whole(product: Product) -> Product:
+            def applied(v: Tensor) -> Tensor:
+                vs = v.reshape(*v.shape[:-2], self.batch, self.dim)
+                out = product(vs)
+                return (out if self.null is None else out + vs - self.project(vs)).reshape(v.shape)
+
+            return applied
+
+        flipped, block = self.transposed_product, self.block_product
+        return LinearOperator(
+            product=whole(self.product),
+            transposed_product=None if flipped is None else whole(flipped),
+            block_product=None if block is None else whole(block),
+            batch=self.batch // rows,
+            dim=rows * self.dim,
+            dtype=self.dtype,
+            device=self.device,
+            symmetric=self.symmetric,
+            transposed=self.transposed,
         )
 
     def shifted(self, shift: Tensor) -> LinearOperator:

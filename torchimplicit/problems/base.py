@@ -42,6 +42,11 @@ class Problem(ABC):
     def function(self) -> Callable[..., Any]:
         """The user's function, called as ``function(z, *args)``."""
 
+    @property
+    def stated_by(self) -> Callable[..., Any]:
+        """What the user gave for it, the same in every solve."""
+        return self.function
+
     def state(self, layout: Layout, flat: Any) -> Any:
         """The state that the function is called with, of its flat form; or of the flat parts of it that the function
         depends on, where the problem's system takes them apart."""

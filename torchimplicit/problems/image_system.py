@@ -42,6 +42,7 @@ class ImageSystem(System):
             device=tape.z.device,
             transposed=transposed,
             restrict=self._restricted(tape, transposed),
+            coupling=self.coupling,
         )
 
     def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:

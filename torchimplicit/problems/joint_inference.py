@@ -112,6 +112,10 @@ class JointInference(Problem):
 
         return both
 
+    @property
+    def stated_by(self) -> Callable[..., Any]:
+        return self.f
+
     def start(self, z0: Any) -> JointState:
         if isinstance(z0, JointState):
             return z0

@@ -12,7 +12,8 @@ from torch import Tensor
 from torchimplicit.constraints import LinearEquality, place, project, unit_normal
 from torchimplicit.coordinates import Chart, Metric, Reflection
 from torchimplicit.linear import MINRES, Dense, LinearOperator, LinearSolution, LinearSolver
-from torchimplicit.linear.base import solve_any
+from torchimplicit.linear.confirmed import solve_any
+from torchimplicit.precision import UnitRows
 from torchimplicit.problems.base import Problem, check_function
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.per_sample import PerSample, column, flat_tree, stacked, taken
@@ -161,6 +162,7 @@ class MinimumSystem(System):
             device=tape.z.device,
             symmetric=True,
             restrict=self._restricted(tape, transposed),
+            coupling=self.coupling,
         )
         if self.hyperplane is None:
             return hessian
@@ -179,15 +181,22 @@ class MinimumSystem(System):
             unprojected=hessian,
         )
 
-    def solve_linear(self, tape: Linearization, transposed: bool, b: Tensor, solver: LinearSolver) -> LinearSolution:
+    def solve_linear(
+        self,
+        tape: Linearization,
+        transposed: bool,
+        b: Tensor,
+        solver: LinearSolver,
+        shift: Callable[[LinearOperator], Tensor] | None = None,
+    ) -> LinearSolution:
         operator = self.operator(tape, transposed)
         normal = operator.null
         if normal is None:
-            return _told_of_saddles(solve_any(solver, operator, b), b)
+            return _told_of_saddles(solve_any(solver, operator, b, shift), b)
         curvature = tape.transposed if b.ndim == 2 else tape.transposed_block
         along = (b * normal).sum(dim=-1, keepdim=True) * normal
         right = b - along if transposed else project(b - curvature(along), normal)
-        found = _told_of_saddles(solve_any(solver, operator, right), right)
+        found = _told_of_saddles(solve_any(solver, operator, right, shift), right)
         if transposed:
             curved = curvature(found.value)
             return replace(found, value=found.value + along - (curved * normal).sum(dim=-1, keepdim=True) * normal)
@@ -254,10 +263,12 @@ def _told_of_saddles(found: LinearSolution, b: Tensor) -> LinearSolution:
     """With the status of samples at a saddle: the solver has found negative curvature (:class:`Dense` does wherever
     there is any, :class:`MINRES` where the right-hand side has a part of it), or the solution y proves it, by
     :math:`y^T A y = y^T b < 0`."""
-    product = (found.value * b).sum(dim=-1)
-    size = torch.linalg.vector_norm(found.value, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+    y, right = UnitRows.of(found.value), UnitRows.of(b)
+    product = (y.unit * right.unit).sum(dim=-1)
+    size = torch.linalg.vector_norm(y.unit, dim=-1) * torch.linalg.vector_norm(right.unit, dim=-1)
     proved = product < -(torch.finfo(product.dtype).eps ** 0.5) * size
-    curvature = (product / found.value.square().sum(dim=-1)).masked_fill(~proved, torch.inf)
+    curvature = product / y.unit.square().sum(dim=-1) * (y.factor / right.factor).squeeze(-1)
+    curvature = curvature.masked_fill(~proved, torch.inf)
     if curvature.ndim == 2:
         curvature = curvature.amin(dim=0)
     if found.report.curvature is not None:

@@ -6,14 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchimplicit.coupling import Coupling, broken_promise
 from torchimplicit.linear import LinearOperator, LinearSolution, LinearSolver
-from torchimplicit.linear.base import solve_any
+from torchimplicit.linear.confirmed import solve_any
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.state import row_norm
 
@@ -90,10 +91,12 @@ class System(ABC):
     Attributes:
         fn: the user's function, ``(z, *params) -> [batch, dim]`` or energies ``[batch]``.
         row_params: which parameters carry the batch in dim 0; ``None`` where rows cannot be evaluated apart.
+        coupling: which rows may depend on each other; ``None`` where they cannot.
     """
 
     fn: Callable[..., Tensor]
     row_params: tuple[bool, ...] | None = None
+    coupling: Coupling | None = None
 
     @abstractmethod
     def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
@@ -123,10 +126,21 @@ class System(ABC):
     def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
         """What solves the adjoint system where the user named nothing."""
 
-    def solve_linear(self, tape: Linearization, transposed: bool, b: Tensor, solver: LinearSolver) -> LinearSolution:
+    def solve_linear(
+        self,
+        tape: Linearization,
+        transposed: bool,
+        b: Tensor,
+        solver: LinearSolver,
+        shift: Callable[[LinearOperator], Tensor] | None = None,
+    ) -> LinearSolution:
         """Solve :math:`A y = b` or :math:`A^T y = b` at the tape's point, for ``b`` of ``[batch, dim]`` or for a block
-        ``[k, batch, dim]``."""
-        return solve_any(solver, self.operator(tape, transposed), b)
+        ``[k, batch, dim]``. The residuals that are reported are those of the whole batch.
+
+        Args:
+            shift: ``[batch]``, of an operator of that batch: what is added to its diagonal.
+        """
+        return solve_any(solver, self.operator(tape, transposed), b, shift)
 
     def place(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
         """The nearest state that satisfies the constraint; ``z`` itself where there is none."""
@@ -169,16 +183,6 @@ def explained() -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, IndexError) as error:
         broken_promise(f"f failed on part of the batch: {error}", error)
-
-
-def broken_promise(what: str, cause: Exception | None = None) -> NoReturn:
-    """Raise the error of a function that does not keep ``rowwise=True``."""
-    raise ValueError(
-        f"{what}. The problem says rowwise=True, which holds only if f treats every row on its own, captures no tensor "
-        "that carries the batch, and every argument whose dim 0 has the batch's size does carry the batch: pass "
-        "batched tensors as arguments and shared ones as parameters or captured tensors, or take the promise back "
-        "(rowwise=False)"
-    ) from cause
 
 
 def _vmapped(fn: Callable[..., Tensor], size: int, dims: tuple[int | None, ...]) -> Callable[..., Tensor]:

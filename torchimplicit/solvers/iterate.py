@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchimplicit.coupling import broken_promise
 from torchimplicit.linear import PreparedPreconditioner
 from torchimplicit.problems import Point, System
-from torchimplicit.problems.system import broken_promise
 from torchimplicit.solution import Report, Status
 from torchimplicit.solvers.base import Evaluator, Progress, Solver
 from torchimplicit.state import row_norm
