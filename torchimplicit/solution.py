@@ -46,6 +46,10 @@ class Report:
             after :class:`~torchimplicit.linear.Dense`; after :class:`~torchimplicit.linear.MINRES` the least curvature
             of a residual, with a preconditioner M that of :math:`M^{-1}H`; after other solvers, :math:`y^THy/y^Ty` of
             the solution y. ``None`` for a solve that says nothing of it.
+        condition: of an adjoint solve, float ``[batch]``: what the condition number of the system is at least,
+            :math:`\\lVert A\\rVert\\lVert y\\rVert/\\lVert b\\rVert` with the norm of A bounded from below; zero where
+            the method knows nothing of it. The relative error of the derivative may be as large as the condition times
+            the tolerances.
     """
 
     status: Tensor
@@ -53,6 +57,7 @@ class Report:
     residual: Tensor
     evaluations: float
     curvature: Tensor | None = field(default=None, kw_only=True)
+    condition: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def converged(self) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torchimplicit.diagnostics.compare import Attached
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import Gradient, OneStep
+from torchimplicit.linear.confirmed import separated
 from torchimplicit.problems import Problem
 from torchimplicit.solve import flat_system
 from torchimplicit.state import Layout
@@ -115,7 +116,8 @@ def ascent_condition(
             "samples, or compare_gradients, which asks of one cotangent"
         )
     with torch.no_grad():
-        blocks = system.operator(system.linearize(flat, params), True).dense().double()
+        operator, _ = separated(system.operator(system.linearize(flat, params), True))
+        blocks = operator.dense().double()
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore", ConvergenceWarning)
         _, d = _matrices(Attached(problem, z, args, OneStep()), layout, flat, wrt)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchimplicit.linear.confirmed import separated
 from torchimplicit.linear.extremes import extreme_eigenvalues
 from torchimplicit.linear.preconditioners import Preconditioner, as_preconditioner
 from torchimplicit.problems import Minimum
@@ -16,7 +17,8 @@ from torchimplicit.validation import at_least
 
 
 class Curvature(NamedTuple):
-    """The least and the largest eigenvalue, each ``[batch]`` (a scalar if the problem is not batched)."""
+    """The least and the largest eigenvalue, each ``[batch]`` (a scalar if the problem is not batched). Where samples
+    depend on each other, they are those of the whole batch."""
 
     least: Tensor
     largest: Tensor
@@ -57,7 +59,9 @@ def curvature(
     at_least("curvature", "subspace", subspace, 2)
     with torch.no_grad():
         system, flat, params = flat_system(problem, z, args)
-        operator = system.operator(system.linearize(flat, params), False)
-        least, largest = extreme_eigenvalues(operator, subspace, seed, as_preconditioner(preconditioner))
+        operator, samples = separated(system.operator(system.linearize(flat, params), False))
+        given = as_preconditioner(preconditioner) if samples == 1 else None  # it is of single samples
+        ends = extreme_eigenvalues(operator, subspace, seed, given)
+        least, largest = (end.repeat_interleave(samples) for end in ends)
     least, largest = least.to(flat.dtype), largest.to(flat.dtype)
     return Curvature(least, largest) if problem.batched else Curvature(least[0], largest[0])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchimplicit.linear.confirmed import separated
 from torchimplicit.precision import widened
 from torchimplicit.problems import Problem
 from torchimplicit.solve import flat_system
@@ -35,21 +36,23 @@ def spectral_radius(
         seed: of the first vector.
 
     Returns:
-        ``[batch]`` (a scalar if the problem is not batched).
+        ``[batch]`` (a scalar if the problem is not batched). Where samples depend on each other, it is that of the
+        whole batch.
     """
     at_least("spectral_radius", "subspace", subspace, 2)
     at_least("spectral_radius", "restarts", restarts, 1)
     with torch.no_grad():
         system, flat, params = flat_system(problem, z, args)
-        operator = system.operator(system.linearize(flat, params), True)
+        operator, samples = separated(system.operator(system.linearize(flat, params), True))
         if operator.dim <= subspace:
             identity = torch.eye(operator.dim, dtype=flat.dtype, device=flat.device)
             radius = torch.linalg.eigvals(widened(identity - operator.dense())).abs().amax(dim=1)
         else:
             generator = torch.Generator().manual_seed(seed)
-            start = torch.randn(flat.shape, generator=generator).to(flat)
+            start = torch.randn(operator.batch, operator.dim, generator=generator).to(flat)
             for _ in range(restarts):
                 radius, start = _arnoldi(lambda v: v - operator.product(v), start, subspace)
+    radius = radius.repeat_interleave(samples)
     return radius.to(flat.dtype) if problem.batched else radius[0].to(flat.dtype)
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError
 from torchimplicit.gradients.base import Found, Gradient, Task
 from torchimplicit.gradients.nodes import Grads, estimate, report, solved_by_rule
+from torchimplicit.linear.confirmed import separated
 from torchimplicit.linear.extremes import extreme_eigenvalues
 from torchimplicit.linear.preconditioners import as_preconditioner
+from torchimplicit.precision import UnitRows
 from torchimplicit.problems import System
 from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.solution import Report
@@ -95,8 +97,10 @@ class EquilibriumPropagation(Gradient):
     ) -> list[Tensor]:
         system = task.system
         assert isinstance(system, MinimumSystem)
-        length = torch.linalg.vector_norm(u, dim=1, keepdim=True)
-        tilt = u / torch.where(length > 0, length, 1)
+        whole = UnitRows.of(u)
+        size = torch.linalg.vector_norm(whole.unit, dim=1, keepdim=True)
+        tilt = whole.unit / torch.where(size > 0, size, 1)
+        length = whole.restored(size)
         given = self.solver or task.solver
         nudge = self._nudges(system, z, params, given)
         solver = self._tightened(given, nudge)
@@ -141,8 +145,9 @@ class EquilibriumPropagation(Gradient):
         if self.nudge is not None:
             return torch.full_like(z[:, :1], self.nudge)
         given = as_preconditioner(solver.preconditioner) if isinstance(solver, LBFGS) else None
-        operator = system.operator(system.linearize(z, params), False)
-        least, largest = extreme_eigenvalues(operator, self.subspace, preconditioner=given)
+        operator, samples = separated(system.operator(system.linearize(z, params), False))
+        ends = extreme_eigenvalues(operator, self.subspace, preconditioner=given if samples == 1 else None)
+        least, largest = (end.repeat_interleave(samples) for end in ends)
         if bool((least <= 0).any()):
             below = least[least <= 0]
             warnings.warn(

@@ -14,6 +14,7 @@ from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients.base import Found, Gradient, Task, truncated
 from torchimplicit.gradients.nodes import Grads, estimate, report, solved_by_rule
 from torchimplicit.linear import LinearSolver
+from torchimplicit.precision import UnitRows
 from torchimplicit.problems import System
 from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.problems.joint_system import JointSystem
@@ -86,11 +87,13 @@ class Envelope(JointEstimate):
         own = tape.transposed(torch.cat((torch.zeros_like(mu), one), dim=1))  # the loss alone, in the state
         size = (own * own).sum(dim=1, keepdim=True)
         weight = (own * u).sum(dim=1, keepdim=True) / torch.where(size > 0, size, 1)
-        misfit = torch.linalg.vector_norm(u - weight * own)
-        if bool(misfit > self.tolerance * torch.linalg.vector_norm(u)):
+        scaled = UnitRows.of(u, len(u))
+        given = torch.linalg.vector_norm(scaled.unit)
+        misfit = torch.linalg.vector_norm(torch.where(scaled.finite, (u - weight * own) * scaled.factor, 0))
+        if bool(misfit > self.tolerance * given):
             raise ValueError(
                 "Envelope is exact only where the outer loss is the inner one, a weight for each sample apart, and "
-                f"this outer loss's derivative in the solution is {float(misfit / torch.linalg.vector_norm(u)):.2g} "
+                f"this outer loss's derivative in the solution is {float(misfit / given):.2g} "
                 "(relative) away from that. Use Implicit() (exact for every outer loss), or FixedInput() (the "
                 "first-order shortcut)"
             )
@@ -139,7 +142,7 @@ class FixedInput(JointEstimate):
         def inference(state: Tensor, *params: Tensor) -> Tensor:
             return system.fn((state, given), *params)[0]
 
-        alone = FixedPointSystem(fn=inference)
+        alone = FixedPointSystem(fn=inference, coupling=system.coupling)
         solver = task.adjoint_solver(self.linear_solver or alone.default_linear_solver(state.shape[1], len(z)), z)
         tape = alone.linearize(state.contiguous(), params, wanted)
         found = alone.solve_linear(tape, True, of_state.contiguous(), solver)

@@ -24,11 +24,14 @@ from torchimplicit.closure import is_transformed
 from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError
 from torchimplicit.gradients.base import Found, Task, differentiable
 from torchimplicit.linear import LinearSolver
-from torchimplicit.precision import without_autocast
+from torchimplicit.precision import default_rtol, without_autocast
 from torchimplicit.problems.system import vjp
 from torchimplicit.solution import Report, Status
 
 Grads = tuple[Tensor | None, ...]
+
+NEARLY_SINGULAR = 0.1
+"""The relative error of a derivative, by the condition number and the default tolerance, that is warned of."""
 
 
 class Solve(Function):
@@ -299,8 +302,21 @@ def _refuse_batched_cotangents(u: Tensor) -> None:
 def report(task: Task, figures: Report) -> None:
     """Leave the figures of a backward solve where the user finds them, and warn if it fell short."""
     task.record.report = figures
-    if bool(figures.converged.all()):
+    ill = _nearly_singular(figures)
+    if bool((figures.converged & ~ill).all()):
         return
+    if bool(ill.any()):
+        assert figures.condition is not None
+        warnings.warn(
+            f"the adjoint system is nearly singular in {int(ill.sum())} of {ill.numel()} samples (condition at least "
+            f"{float(figures.condition[ill].max()):.1g}, see solution.adjoint.condition): the derivative may be wrong "
+            "in all its digits, or may not exist, as where two solutions meet. For a minimum DampedImplicit() stays "
+            "bounded there",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+        if bool(figures.converged.all()):
+            return
     saddles = int((figures.status == Status.SADDLE).sum())
     if saddles:
         told = "" if figures.curvature is None else f" of at most {float(figures.curvature.nan_to_num(0.0).min()):.2g}"
@@ -319,6 +335,13 @@ def report(task: Task, figures: Report) -> None:
             ConvergenceWarning,
             stacklevel=2,
         )
+
+
+def _nearly_singular(figures: Report) -> Tensor:
+    """bool ``[batch]``: where the condition number blows the default tolerance up to the size of the derivative."""
+    if figures.condition is None:
+        return torch.zeros_like(figures.converged)
+    return figures.condition > NEARLY_SINGULAR / default_rtol(figures.condition.dtype)
 
 
 def _nested_forward_mode() -> contextlib.AbstractContextManager[None]:

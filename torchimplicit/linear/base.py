@@ -72,8 +72,15 @@ def solve_each(solver: LinearSolver, operator: LinearOperator, b: Tensor) -> Lin
         torch.stack([report.residual for report in reports]).amax(0),
         sum(report.evaluations for report in reports),
         curvature=least_curvature([report.curvature for report in reports]),
+        condition=largest([report.condition for report in reports]),
     )
     return LinearSolution(torch.stack([one.value for one in found]), figures)
+
+
+def largest(found: Sequence[Tensor | None]) -> Tensor | None:
+    """Of several right-hand sides; ``None`` if nothing is known for one of them."""
+    known = [one for one in found if one is not None]
+    return None if len(known) < len(found) else torch.stack(known).amax(0)
 
 
 def least_curvature(found: Sequence[Tensor | None]) -> Tensor | None:

@@ -87,6 +87,15 @@ def confirmed(
     return true.told(found)
 
 
+def separated(operator: LinearOperator) -> tuple[LinearOperator, int]:
+    """The operator of systems that do not depend on each other, and how many samples each of them is made of."""
+    coupling = operator.coupling
+    if coupling is None or coupling.promised or not (coupling.found or rows_depend(operator)):
+        return operator, 1
+    coupling.memory.found = True
+    return operator.joined(coupling.rows), coupling.rows
+
+
 def _in_its_best_way(solver: LinearSolver, operator: LinearOperator, b: Tensor) -> LinearSolution:
     if b.ndim == 2:
         return solver.solve(operator, b)

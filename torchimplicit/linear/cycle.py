@@ -59,10 +59,14 @@ class Method(ABC):
         """The iterates, and how far their residuals may be from ``norm`` (``[rows]``, or one figure for all)."""
         return state.x, 0.0
 
+    def size(self, state: Any) -> Tensor | None:
+        """What the norm of each row's operator exceeds, ``[rows]``; ``None`` where the method knows nothing of it."""
+        return None
+
 
 class Outcome(NamedTuple):
-    """What is known of each row after a cycle; ``gap`` bounds how far its residual may be from ``norm``, and
-    ``curvature`` is negative where that is known of the matrix."""
+    """What is known of each row after a cycle; ``gap`` bounds how far its residual may be from ``norm``,
+    ``curvature`` is negative where that is known of the matrix, and ``size`` bounds the matrix's norm from below."""
 
     x: Tensor
     norm: Tensor
@@ -70,6 +74,7 @@ class Outcome(NamedTuple):
     steps: Tensor
     status: Tensor
     curvature: Tensor
+    size: Tensor
 
     def updated(self, part: Outcome, rows: Tensor | None) -> Outcome:
         """This, with ``part`` in the given rows (``None``: in all)."""
@@ -79,7 +84,11 @@ class Outcome(NamedTuple):
 
     def followed_by(self, later: Outcome, live: Tensor) -> Outcome:
         """This, with what a later cycle made of the live rows."""
-        later = later._replace(steps=self.steps + later.steps, curvature=self.curvature.minimum(later.curvature))
+        later = later._replace(
+            steps=self.steps + later.steps,
+            curvature=self.curvature.minimum(later.curvature),
+            size=self.size.maximum(later.size),
+        )
         return Outcome(*(new.where(column(live, new), old) for new, old in zip(later, self, strict=True)))
 
 
@@ -115,7 +124,7 @@ class Cycle:
         self.infinity = torch.full((), torch.inf, dtype=norm.dtype, device=norm.device)
         self.current = self.alive = len(norm)
         self.rows: Tensor | None = None
-        self.outcome = Outcome(x, norm, norm, count, count, torch.full_like(norm, torch.inf))
+        self.outcome = Outcome(x, norm, norm, count, count, torch.full_like(norm, torch.inf), torch.zeros_like(norm))
         self.steps, self.wasted, self.setup = 0, 0, 1.0
         self.finished = True
 
@@ -224,7 +233,9 @@ class Cycle:
             gap = torch.full_like(norm, gap).masked_fill_(steps == 0, 0.0)
         met = getattr(self.state, "curvature", None)
         curvature = torch.full_like(norm, torch.inf) if met is None else met.squeeze(1)
-        self.outcome = self.outcome.updated(Outcome(x, norm, gap, steps, status, curvature), self.rows)
+        size = self.method.size(self.state)
+        size = torch.zeros_like(norm) if size is None else size
+        self.outcome = self.outcome.updated(Outcome(x, norm, gap, steps, status, curvature, size), self.rows)
 
     def _keep_best(self, norm: Tensor, x: Tensor) -> None:
         better = self.state.norm < norm

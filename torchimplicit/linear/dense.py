@@ -90,13 +90,17 @@ class Dense(BlockSolver):
             x, residual = other.where(better[..., None], x), size.where(better, residual)
         status = torch.where(solved, int(Status.CONVERGED), int(Status.BREAKDOWN))
         status = torch.where(finite, status, int(Status.NONFINITE)).amax(0)
-        relative = (residual / scale.where(scale > 0, 1.0)).where(finite, torch.nan).amax(0)
+        unit = scale.where(scale > 0, 1.0)
+        relative = (residual / unit).where(finite, torch.nan).amax(0)
         report = Report(
             status,
             torch.ones_like(status),
             relative.to(b.dtype),
             float(factors.products),
             curvature=None if factors.curvature is None else factors.curvature.to(b.dtype),
+            condition=(factors.size * torch.linalg.vector_norm(x, dim=-1) / scale.where(scale > 0, 1.0))
+            .amax(0)
+            .to(b.dtype),
         )
         return LinearSolution(whole.restored(x).to(b.dtype), report)
 
@@ -148,6 +152,11 @@ class Factorization:
             curvature=_negative_curvature(matrix, null, operator.dtype) if operator.symmetric else None,
             products=operator.dim,
         )
+
+    @property
+    def size(self) -> Tensor:
+        """What the norm of each matrix is at least, ``[batch]``: that of its largest column."""
+        return torch.linalg.vector_norm(self.matrix, dim=-2).amax(-1)
 
     def project(self, v: Tensor) -> Tensor:
         """``[..., batch, dim]`` without its component along ``null``."""

@@ -143,9 +143,16 @@ class _AdaptiveSimplerGMRES(Method):
         directions = torch.stack(state.directions).transpose(0, 1)
         x = torch.baddbmm(state.x.unsqueeze(1), t.mT, directions).squeeze(1)
         lengths = torch.linalg.vector_norm(directions, dim=-1)
-        growth = (sizes / lengths.clamp_min(info.tiny)).amax(1)  # an estimate of the operator's norm, from below
+        growth = (sizes / lengths.clamp_min(info.tiny)).amax(1)
         gap = (t.squeeze(2).abs_() * lengths).sum(1) * growth * (4 * info.eps)
         return x, gap.masked_fill_(sound[:, -1] == 0, torch.inf)
+
+    def size(self, state: _State) -> Tensor | None:
+        if not state.directions:
+            return None
+        lengths = torch.linalg.vector_norm(torch.stack(state.directions), dim=-1)
+        sizes = torch.cat(state.sizes, 1).mT
+        return (sizes / lengths.clamp_min(torch.finfo(sizes.dtype).tiny)).amax(0)
 
     def _broken(self, state: _State) -> Tensor:
         """Where the latest image was in the span of the ones before; only looked for where the residual stagnates."""

@@ -104,5 +104,6 @@ class IterativeSolver(BlockSolver):
             curvature=None
             if report.curvature is None
             else least_curvature(report.curvature.reshape(copies, batch).unbind()),
+            condition=None if report.condition is None else report.condition.reshape(copies, batch).amax(0),
         )
         return LinearSolution(found.value.reshape(b.shape), figures)

@@ -105,8 +105,10 @@ def run(
     curvature = result.curvature.where(result.curvature < 0, torch.nan).to(dtype) if method.curved else None
     norms = (result.norm / unit).where(finite, torch.nan).to(dtype)
     status = result.status.masked_fill(~finite, int(Status.NONFINITE))
-    report = Report(status, result.steps, norms, evaluations, curvature=curvature)
-    return LinearSolution(whole.restored(operator.project(result.x)).to(dtype), report)
+    x = operator.project(result.x)
+    condition = (result.size * torch.linalg.vector_norm(x, dim=-1) / unit).to(dtype)
+    report = Report(status, result.steps, norms, evaluations, curvature=curvature, condition=condition)
+    return LinearSolution(whole.restored(x).to(dtype), report)
 
 
 def _settle(

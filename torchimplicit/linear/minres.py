@@ -68,7 +68,7 @@ class _MinimalResiduals(Method):
     preconditioned: bool
     rounding: float
 
-    kept = ("x", "curvature")
+    kept = ("x", "curvature", "size")
     definite = True
     curved = True
 
@@ -123,6 +123,9 @@ class _MinimalResiduals(Method):
 
     def iterate(self, state: _State) -> tuple[Tensor, float]:
         return state.x, torch.inf
+
+    def size(self, state: _State) -> Tensor:
+        return state.size.squeeze(1)
 
     def _precondition(self, system: System, v: Tensor) -> tuple[Tensor, Tensor]:
         """:math:`M^{-1}v`, and the norm of v that belongs to it (``[rows, 1]``)."""

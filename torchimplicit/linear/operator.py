@@ -86,14 +86,22 @@ class LinearOperator:
         )
 
     def joined(self, rows: int) -> LinearOperator:
-        """Every ``rows`` neighbouring samples as one system, ``[batch / rows, rows * dim]``, regular where each is
-        regular off ``null``: there it is the identity."""
+        """Every ``rows`` neighbouring samples as one system, ``[batch / rows, rows * dim]``.
+
+        Along ``null`` it multiplies by a number in the midst of its other eigenvalues, so that it is as regular as it
+        is off it.
+        """
+        middle = 0.0
+        if self.null is not None:
+            probe = self.project(torch.ones(self.batch, self.dim, dtype=self.dtype, device=self.device))
+            quotient = (probe * self.product(probe)).sum() / probe.square().sum()
+            middle = float(quotient.nan_to_num(nan=0.0)) or 1.0
 
         def whole(product: Product) -> Product:
             def applied(v: Tensor) -> Tensor:
                 vs = v.reshape(*v.shape[:-2], self.batch, self.dim)
                 out = product(vs)
-                return (out if self.null is None else out + vs - self.project(vs)).reshape(v.shape)
+                return (out if self.null is None else out + middle * (vs - self.project(vs))).reshape(v.shape)
 
             return applied
 
