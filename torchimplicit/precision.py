@@ -42,32 +42,32 @@ class UnitRows(NamedTuple):
     finite: Tensor
 
     @classmethod
-    def of(cls, v: Tensor, together: int = 1) -> UnitRows:
-        """Of ``[..., batch, dim]``, exactly: nothing is rounded.
-
-        Args:
-            together: so many neighbouring vectors get one power.
-        """
+    def of(cls, v: Tensor) -> UnitRows:
+        """Of ``[..., dim]``, exactly: nothing is rounded."""
         if not v.shape[-1]:
             return cls(v, v.new_ones(*v.shape[:-1], 1), v.new_ones(*v.shape[:-1], 1, dtype=torch.bool))
         peak = v.detach().abs().amax(dim=-1, keepdim=True)
         finite = peak < torch.inf  # false for NaN
-        peak = torch.where(finite, peak, 0)
-        if together > 1:
-            peak = (
-                peak.unflatten(-2, (-1, together))
-                .amax(dim=-2, keepdim=True)
-                .expand(*peak.shape[:-2], -1, together, 1)
-                .flatten(-3, -2)
-            )
-        _, exponent = torch.frexp(torch.where(peak > 0, peak, 1))
+        _, exponent = torch.frexp(torch.where(finite & (peak > 0), peak, 1))
         limit = -math.frexp(torch.finfo(v.dtype).tiny)[1]
         factor = torch.ldexp(torch.ones_like(peak), -exponent.clamp(-limit, limit))
         return cls(torch.where(finite, v * factor, 0), factor, finite)
 
+    @classmethod
+    def as_they_are(cls, v: Tensor) -> UnitRows:
+        """The vectors themselves, for products that may mix them; zero where one is not finite."""
+        finite = v.detach().isfinite().all(dim=-1, keepdim=True)
+        return cls(torch.where(finite, v, 0), torch.ones_like(v[..., :1]), finite)
+
     def restored(self, y: Tensor) -> Tensor:
         """What is linear in the vectors, ``[..., n]``, for those that were given; NaN where they were not finite."""
         return torch.where(self.finite, y / self.factor, torch.nan)
+
+
+def safe_norm(v: Tensor) -> Tensor:
+    """The norms of ``[..., dim]`` where squares would underflow or overflow."""
+    whole = UnitRows.of(v)
+    return whole.restored(torch.linalg.vector_norm(whole.unit, dim=-1, keepdim=True)).squeeze(-1)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -14,7 +14,7 @@ from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients.base import Found, Gradient, Task, truncated
 from torchimplicit.gradients.nodes import Grads, estimate, report, solved_by_rule
 from torchimplicit.linear import LinearSolver
-from torchimplicit.precision import UnitRows
+from torchimplicit.precision import safe_norm
 from torchimplicit.problems import System
 from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.problems.joint_system import JointSystem
@@ -87,9 +87,8 @@ class Envelope(JointEstimate):
         own = tape.transposed(torch.cat((torch.zeros_like(mu), one), dim=1))  # the loss alone, in the state
         size = (own * own).sum(dim=1, keepdim=True)
         weight = (own * u).sum(dim=1, keepdim=True) / torch.where(size > 0, size, 1)
-        scaled = UnitRows.of(u, len(u))
-        given = torch.linalg.vector_norm(scaled.unit)
-        misfit = torch.linalg.vector_norm(torch.where(scaled.finite, (u - weight * own) * scaled.factor, 0))
+        finite = torch.isfinite(u).all(dim=1, keepdim=True)
+        given, misfit = (safe_norm(v.where(finite, 0).flatten()) for v in (u, u - weight * own))
         if bool(misfit > self.tolerance * given):
             raise ValueError(
                 "Envelope is exact only where the outer loss is the inner one, a weight for each sample apart, and "

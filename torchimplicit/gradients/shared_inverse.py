@@ -13,13 +13,12 @@ from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.linear import GMRES, LinearOperator, LinearSolution
 from torchimplicit.linear.confirmed import confirmed
-from torchimplicit.precision import UnitRows
+from torchimplicit.precision import UnitRows, safe_norm
 from torchimplicit.problems import System
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.solution import Report, Status
 from torchimplicit.solvers import Broyden, Solver
 from torchimplicit.solvers.broyden import BroydenState
-from torchimplicit.state import row_norm
 from torchimplicit.validation import check_count, check_positive
 
 
@@ -59,10 +58,10 @@ class SharedInverse(LinearEstimate):
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         state = task.outcomes[-1].state
         operator = task.system.operator(tape, transposed)
-        whole = UnitRows.of(b, 1 if operator.coupling is None else operator.coupling.rows)
+        whole = UnitRows.as_they_are(b)
         right = whole.unit
-        size = row_norm(right)
-        value, residual = right, row_norm(right - operator.product(right))
+        size = safe_norm(right)
+        value, residual = right, safe_norm(right - operator.product(right))
         products = 1
         if isinstance(state, BroydenState) and state.inverse.u.filled:
             if state.inverse.u.ring.shape[0] != b.shape[0]:
@@ -73,13 +72,13 @@ class SharedInverse(LinearEstimate):
             wide = right[:, None].to(state.inverse.u.ring.dtype)
             shared = state.inverse.transposed_times(wide) if transposed else state.inverse.times(wide)
             shared = shared[:, 0].to(b.dtype)
-            measured = row_norm(right - operator.product(shared))
+            measured = safe_norm(right - operator.product(shared))
             products += 1
-            trusted = (measured < residual) & (row_norm(shared) <= self.ratio * size)
+            trusted = (measured < residual) & (safe_norm(shared) <= self.ratio * size)
             value = torch.where(trusted[:, None], shared, right)
             residual = torch.where(trusted, measured, residual)
             if operator.coupling is not None:  # the two may not be mixed unseen where rows depend on each other
-                residual = row_norm(right - operator.product(value))
+                residual = safe_norm(right - operator.product(value))
                 products += 1
         if self.refine:
             steps = GMRES(max_steps=self.refine, rtol=0.0)

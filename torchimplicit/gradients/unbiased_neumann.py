@@ -12,10 +12,9 @@ from torch import Tensor
 from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.linear import LinearSolution
-from torchimplicit.precision import UnitRows, working_dtype
+from torchimplicit.precision import UnitRows, safe_norm, working_dtype
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.solution import Report, Status
-from torchimplicit.state import row_norm
 from torchimplicit.validation import check_count, check_fraction, check_type
 
 CHECK_EVERY = 16
@@ -96,22 +95,21 @@ class UnbiasedNeumann(LinearEstimate):
     @torch.no_grad()
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         operator = task.system.operator(tape, transposed)
-        rows = 1 if operator.coupling is None else operator.coupling.rows
-        whole = UnitRows.of(b.to(working_dtype(b.dtype)), rows)
+        whole = UnitRows.as_they_are(b.to(working_dtype(b.dtype)))
         r = operator.project(whole.unit)
         eps = torch.finfo(b.dtype).eps
-        scale, total, terms = row_norm(r), torch.zeros_like(r), self.draw()
+        scale, total, terms = safe_norm(r), torch.zeros_like(r), self.draw()
         for term in range(terms):
             if term:
                 turned = operator.project(operator.product(r.to(b.dtype)).to(r.dtype))
                 r = r - self.damping * turned
             weight = 1 / self.reached(term)
             total = total + (self.damping * weight) * r
-            if term % CHECK_EVERY == CHECK_EVERY - 1 and bool((weight * row_norm(r) <= 0.01 * eps * scale).all()):
+            if term % CHECK_EVERY == CHECK_EVERY - 1 and bool((weight * safe_norm(r) <= 0.01 * eps * scale).all()):
                 terms = term + 1
                 break
         finite = torch.isfinite(total).all(dim=1) & whole.finite.squeeze(1)
         status = torch.where(finite, int(Status.MAX_STEPS), int(Status.NONFINITE))
-        relative = (row_norm(r) / torch.where(scale > 0, scale, 1)).to(b.dtype)
+        relative = (safe_norm(r) / torch.where(scale > 0, scale, 1)).to(b.dtype)
         figures = Report(status, torch.full_like(status, terms), relative, float(terms - 1))
         return LinearSolution(whole.restored(total).to(b.dtype), figures)

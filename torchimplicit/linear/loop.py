@@ -24,7 +24,7 @@ from torchimplicit.linear.operator import LinearOperator
 from torchimplicit.linear.preconditioners import Preconditioner
 from torchimplicit.linear.rowwise import select
 from torchimplicit.linear.system import System
-from torchimplicit.precision import UnitRows, working_dtype
+from torchimplicit.precision import UnitRows, safe_norm, working_dtype
 from torchimplicit.solution import Report, Status
 
 _DOUBT = 0.25
@@ -48,18 +48,18 @@ def run(
 ) -> LinearSolution:
     """Solve with ``method``, every row to ``||b - A x|| <= atol + rtol ||b||``."""
     dtype = b.dtype
-    # a method that takes nothing but products is right for rows that depend on each other, if their scale is one
-    together = 1 if operator.coupling is None or method.watched else operator.coupling.rows
-    whole = UnitRows.of(b.to(working_dtype(dtype)), together)
+    b = b.to(working_dtype(dtype))
+    # a method that takes nothing but products is right for rows that depend on each other, as they are
+    whole = UnitRows.of(b) if method.watched else UnitRows.as_they_are(b)
     b = operator.project(whole.unit)
-    scale = torch.linalg.vector_norm(b, dim=-1)
+    scale = torch.linalg.vector_norm(b, dim=-1) if method.watched else safe_norm(b)
     tolerance = (rtol * scale).add_(whole.factor.squeeze(-1), alpha=atol)
     if operator.null is not None:
         # What projection leaves of a b along the null vector is rounding, which no solution can account for.
         eps = torch.finfo(dtype).eps
         tolerance = tolerance.maximum(8 * eps * torch.linalg.vector_norm(whole.unit, dim=-1))
     if not method.watched:  # no row may stop, however small it is beside the others
-        tolerance = torch.where((b != 0).any(-1) | (together > 1), -1.0, tolerance)
+        tolerance = torch.where((scale > 0) | (operator.coupling is not None), -1.0, tolerance)
     system = System.of(operator, preconditioner, method.definite)
     x, r, norm = torch.zeros_like(b), b, scale
     if x0 is not None:

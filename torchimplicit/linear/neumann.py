@@ -12,6 +12,7 @@ from torchimplicit.linear.cycle import Method
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.operator import LinearOperator
 from torchimplicit.linear.system import System
+from torchimplicit.precision import safe_norm
 from torchimplicit.validation import check_positive
 
 
@@ -70,4 +71,5 @@ class _Richardson(Method):
         x = torch.add(state.x, system.precondition(r), alpha=self.damping)
         if not self.truncated:
             r = state.b - system.product(x)
-        return _State(torch.linalg.vector_norm(r, dim=-1), state.b, x, r, not self.truncated)
+        norm = safe_norm(r) if self.truncated else torch.linalg.vector_norm(r, dim=-1)
+        return _State(norm, state.b, x, r, not self.truncated)

@@ -180,6 +180,31 @@ class GradientSuite(ABC):
             assert got.shape == inputs[argument].shape
             assert relative_error(got, expected) <= self.bound
 
+    def pulled(self, case: Case, u: Tensor) -> list[Tensor]:
+        """The gradients in ``x`` and ``w`` for the cotangent ``u`` ``[batch, dim]``."""
+        torch.manual_seed(0)  # an estimator may draw at random
+        x, w = case.x.clone().requires_grad_(), case.w.clone().requires_grad_()
+        return list(torch.autograd.grad(self.solved(case, x, w).value, (x, w), u))
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    def test_a_cotangent_that_is_not_finite_comes_out(self, case: Case, bad: float) -> None:
+        """For its sample, and for what all samples share; the other samples' gradients stay what they were."""
+        u = torch.linspace(0.5, 1, case.x.numel(), dtype=case.x.dtype, device=case.x.device).reshape(case.x.shape)
+        clean, _ = self.pulled(case, u)
+        u[1, 0] = bad
+        of_x, of_w = self.pulled(case, u)
+        assert not of_x[1].isfinite().all()
+        assert not of_w.isfinite().all()
+        others = [i for i in range(BATCH) if i != 1]
+        torch.testing.assert_close(of_x[others], clean[others], rtol=1e-9, atol=1e-12)
+
+    def test_the_gradient_scales_with_the_cotangent(self, case: Case) -> None:
+        """Sample by sample, whatever their sizes."""
+        u = torch.linspace(0.5, 1, case.x.numel(), dtype=case.x.dtype, device=case.x.device).reshape(case.x.shape)
+        sizes = torch.tensor([1e-180, 1.0, 1e180], dtype=u.dtype, device=u.device)[:, None]
+        usual, scaled = self.pulled(case, u)[0], self.pulled(case, u * sizes)[0]
+        torch.testing.assert_close(scaled / sizes, usual, rtol=max(10 * self.bound, 1e-6), atol=0.0)
+
     def test_captured_tensors_are_differentiated_like_arguments(self, case: Case) -> None:
         for got, expected in zip(self.gradients(case, captured=True), self.gradients(case), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
