@@ -6,12 +6,12 @@ published numbers, the claims, the pictures, the notes and the command.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from mkdocs.exceptions import PluginError
+from torchimplicit.recipes.files import read_json
 from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.reproduce.record import Record
 
@@ -23,7 +23,7 @@ def load(folder: Path, name: str) -> Record:
     file = folder / name / "record.json"
     if not file.is_file():
         raise PluginError(f"there is no {file}: run torchimplicit reproduce {name} --record docs/records")
-    plain = json.loads(file.read_text(encoding="utf-8"))
+    plain = read_json(file, quiet=True)
     return from_plain(Record, {**plain, "settings": {}, "runs": {}})
 
 

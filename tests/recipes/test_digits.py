@@ -241,6 +241,10 @@ def test_a_checkpoint_of_other_settings_is_told_apart(capsys, monkeypatch, tmp_p
     description["config"]["channels"] = 8
     (tmp_path / "run" / "run.json").write_text(json.dumps(description))
     capsys.readouterr()
+    assert cli.main(["resume", "run"]) == 2
+    assert 'take its line "checksum" out' in capsys.readouterr().err
+    del description["checksum"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(description))
     for command in ("resume", "evaluate"):
         assert cli.main([command, "run"]) == 2
         assert "does not fit" in capsys.readouterr().err

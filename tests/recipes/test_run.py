@@ -77,8 +77,11 @@ def test_two_processes_do_not_train_into_one_run(tmp_path):
 def test_a_run_knows_its_state(tmp_path):
     run = Run(tmp_path)
     run.describe("digits", {"epochs": 3})
-    run.mark("interrupted")
-    assert run.read() == {"recipe": "digits", "state": "interrupted", "config": {"epochs": 3}}
+    run.mark("interrupted", "SIGTERM")
+    wanted = {"recipe": "digits", "state": "interrupted", "reason": "SIGTERM", "config": {"epochs": 3}}
+    assert run.read().items() >= wanted.items()
+    run.mark("running")
+    assert "reason" not in run.read()
 
 
 def test_products_are_replaced_with_their_run_and_a_broken_run_can_be(tmp_path) -> None:

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from torchimplicit.recipes import registry
 from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.execution import go, opened
-from torchimplicit.recipes.recipe import Exporter
-from torchimplicit.recipes.run import RunOptions, create
+from torchimplicit.recipes.execution import as_it_began, go, opened
+from torchimplicit.recipes.recipe import Exporter, Runner
+from torchimplicit.recipes.run import Run, RunOptions, create
 from torchimplicit.recipes.stopping import terminated_like_interrupted
 
 R = TypeVar("R")
@@ -62,8 +62,7 @@ class Start(Generic[R]):
         runner = registry.runner(self.recipe)
         runner.check(self.settings)
         run = create(self.recipe, self.where)
-        run.describe(self.recipe, self.settings)
-        return go(runner, self.settings, run, console)
+        return go(runner, self.settings, run, console, begins=self.recipe)
 
 
 @dataclass(frozen=True)
@@ -101,9 +100,7 @@ class Resume:
     """The run's directory."""
 
     def run(self, console: Console) -> int:
-        run, runner, settings = opened(self.path)
-        if run.read()["state"] == "complete":
-            raise UserError(f"{run} is complete; to measure it again: torchimplicit evaluate {run}")
+        run, runner, settings = opened(self.path, again=False)
         runner.check(settings)
         return go(runner, settings, run, console)
 
@@ -122,16 +119,20 @@ class Evaluate:
 
     def run(self, console: Console) -> int:
         run, runner, settings = opened(self.path)
-        if self.export_size:
-            if not isinstance(runner, Exporter):
-                raise UserError(f"{run} fits no field that --export-size could sample")
-            written = runner.export(settings, self.export_size, run, console)
-            console.print(f"Written to {written}", highlight=False, soft_wrap=True)
-            return 0
-        runner.check(settings)
-        runner.evaluate(settings, run, console)
-        console.print(f"Written to {run}/evaluation.json", highlight=False, soft_wrap=True)
+        with as_it_began(run):
+            written = self._evaluated(run, runner, settings, console)
+        console.print(f"Written to {written}", highlight=False, soft_wrap=True)
         return 0
+
+    def _evaluated(self, run: Run, runner: Runner, settings: Any, console: Console) -> object:
+        """What was written."""
+        if not self.export_size:
+            runner.check(settings)
+            runner.evaluate(settings, run, console)
+            return f"{run}/evaluation.json"
+        if not isinstance(runner, Exporter):
+            raise UserError(f"{run} fits no field that --export-size could sample")
+        return runner.export(settings, self.export_size, run, console)
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,10 @@ class Environment:
     @staticmethod
     def of(device: torch.device) -> Environment:
         """This process's, training on ``device``."""
-        try:
-            version = metadata.version("torchimplicit")
-        except metadata.PackageNotFoundError:  # run from a source tree that is not installed
-            version = "source tree"
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return Environment(
-            torchimplicit_version=version,
+            torchimplicit_version=version(),
             torch_version=str(torch.__version__),
             python_version=platform.python_version(),
             system=f"{platform.system()} {platform.release()}",
@@ -43,3 +39,11 @@ class Environment:
             threads=torch.get_num_threads(),
             date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
+
+
+def version() -> str:
+    """Of the library."""
+    try:
+        return metadata.version("torchimplicit")
+    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return "source tree"

@@ -7,5 +7,17 @@ class UserError(Exception):
     """One line that says what is wrong, why, and what to do. The command line prints it and exits with 2."""
 
 
+class DamagedFileError(UserError):
+    """A file is not what was written: it is cut short, damaged, or changed."""
+
+
+class StorageError(OSError):
+    """A file cannot be written, for one because the disk is full. The command line prints it and exits with 1."""
+
+    def __str__(self) -> str:
+        """The line alone, without the number before it."""
+        return str(self.strerror)
+
+
 class DivergedError(Exception):
     """Training came upon numbers that are not finite. The command line prints it and exits with 1."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
 
-from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.errors import DamagedFileError, StorageError, UserError
+from torchimplicit.recipes.files import replacing, write_text
 
 TIMEOUT = 60.0
 """Seconds without an answer after which a download is given up."""
@@ -48,7 +51,7 @@ def cache_folder(data_set: str) -> Path:
 
 
 def fetch(download: Download, folder: Path, instead: str = "with --data-dir") -> Path:
-    """The file in ``folder``, downloaded if it is not there yet.
+    """The file in ``folder``, downloaded if it is not there yet; it is what was published, which is verified each time.
 
     Args:
         download: which.
@@ -59,20 +62,25 @@ def fetch(download: Download, folder: Path, instead: str = "with --data-dir") ->
         UserError: it cannot be downloaded or written, or is not the file that was published.
     """
     target = folder / download.name
+    kind, published = ("sha256", download.sha256) if download.sha256 else ("md5", download.md5)
+    told = {"sha256": "SHA-256", "md5": "MD5"}[kind]
     if target.is_file():
+        if (found := _sum(target, kind)) != published:
+            raise DamagedFileError(
+                f"{target} is damaged: it has the {told} sum {found}, and {published} was published; delete it, and it "
+                f"is downloaded again, or give a copy of your own {instead}"
+            )
         return target
-    part = folder / f"{download.name}.{os.getpid()}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            found = _copy(download.url, file, "sha256" if download.sha256 else "md5")
-        if found != (published := download.sha256 or download.md5):
-            raise UserError(
-                f"{download.url} has the {'SHA-256' if download.sha256 else 'MD5'} sum {found}, and {published} was "
-                "published: the download was cut short or the file has changed; try again, or give a copy of your own "
-                f"{instead}"
-            )
-        part.replace(target)
+        with replacing(target) as part:
+            with part.open("wb") as file:
+                found = _copy(download.url, file, kind)
+            if found != published:
+                raise UserError(
+                    f"{download.url} has the {told} sum {found}, and {published} was published: the download was cut "
+                    f"short or the file has changed; try again, or give a copy of your own {instead}"
+                )
     except (urllib.error.URLError, HTTPException, TimeoutError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
@@ -80,12 +88,50 @@ def fetch(download: Download, folder: Path, instead: str = "with --data-dir") ->
             f"give its folder {instead}"
         ) from None
     except OSError as error:
-        raise UserError(
-            f"{target} cannot be written ({error.strerror}); set XDG_CACHE_HOME to another folder"
-        ) from None
-    finally:
-        part.unlink(missing_ok=True)
+        reason = str(error) if isinstance(error, StorageError) else f"{target} cannot be written ({error.strerror})"
+        raise UserError(f"{reason}; or set XDG_CACHE_HOME to another folder") from None
     return target
+
+
+SUMS = "SHA256SUMS"
+
+
+def unchanged(folder: Path, names: Sequence[str]) -> None:
+    """Raise where files of a cache are not what they were when this was first called for them.
+
+    The sums are in ``SHA256SUMS`` beside them, in the form that ``sha256sum -c`` reads. It is for files that were
+    published without a sum, or unpacked here.
+
+    Raises:
+        DamagedFileError: one is damaged or gone, or the sums are.
+        UserError: one cannot be read, or the sums cannot be written.
+    """
+    noted: dict[str, str] = {}
+    place = folder / SUMS
+    again = f"delete the folder {folder}, and it is made again"
+    try:
+        if place.is_file():
+            for line in place.read_text(encoding="utf-8", errors="replace").splitlines():
+                if not (match := re.fullmatch(r"([0-9a-f]{64})  (.+)", line)):
+                    raise DamagedFileError(f"{place} is damaged, in the line {line[:100]!r}; {again}")
+                noted[match[2]] = match[1]
+        found = {name: _sum(folder / name, "sha256") for name in names}
+        for name in noted.keys() & found.keys():
+            if found[name] != noted[name]:
+                raise DamagedFileError(
+                    f"{folder / name} has changed since it was put there: its sum is not that in {SUMS}; {again}"
+                )
+        if noted and not found.keys() <= noted.keys():
+            raise DamagedFileError(f"{place} is damaged: it says nothing of {min(found.keys() - noted)}; {again}")
+        if not noted:
+            write_text(place, "".join(f"{found[name]}  {name}\n" for name in sorted(found)))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be verified ({error.strerror or error}); {again}") from None
+
+
+def _sum(path: Path, kind: str) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()
 
 
 def _copy(url: str, file: BinaryIO, sum_kind: str) -> str:

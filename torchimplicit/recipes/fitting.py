@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import signal
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from pickle import UnpicklingError
 from types import FrameType
 from typing import Any
 
@@ -19,10 +17,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import CheckpointIO
 from torch.utils.data import DataLoader
 
-from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes import files
+from torchimplicit.recipes.errors import DamagedFileError, UserError
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.stopping import note_signal
 
 
 class SaveEveryEpoch(Checkpoint):
@@ -43,11 +44,26 @@ class SaveEveryEpoch(Checkpoint):
         trainer.save_checkpoint(draft)
         if not trainer.is_global_zero:
             return
-        if getattr(pl_module, "at_best", False):
-            copy = draft.with_suffix(".best-draft")
-            shutil.copyfile(draft, copy)
-            os.replace(copy, self.run.best)
-        os.replace(draft, self.run.checkpoint)
+        if getattr(pl_module, "at_best", False):  # first: the last checkpoint says which is the best
+            with files.replacing(self.run.best) as copy:
+                shutil.copyfile(draft, copy)
+        self.run.advance(draft)
+
+
+class SealedCheckpoints(CheckpointIO):
+    """Checkpoints as Lightning makes them, with their checksums; see :mod:`.files`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """See :func:`.files.save`."""
+        files.save(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """See :func:`.files.load`."""
+        return dict(files.load(Path(path)))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Take the file away."""
+        Path(path).unlink(missing_ok=True)
 
 
 class StopOnSignals(Callback):
@@ -88,6 +104,7 @@ class _Stop:
         self.interrupted = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        note_signal(number)
         if number == signal.SIGINT:
             if self.interrupted:
                 raise KeyboardInterrupt
@@ -130,6 +147,7 @@ def fit(
             max_epochs=epochs,
             logger=list(loggers),
             callbacks=[*callbacks, SaveEveryEpoch(run), StopOnSignals()],
+            plugins=[SealedCheckpoints()],
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -137,7 +155,7 @@ def fit(
             use_distributed_sampler=False,
             reload_dataloaders_every_n_epochs=0 if train is not None else 1,
         )
-        resumed = run.checkpoint if run.checkpoint.is_file() else None
+        resumed = whole(run.checkpoint) if run.checkpoint.is_file() else None
         try:
             with stop_on_interrupt(trainer):
                 trainer.fit(module, train, ckpt_path=resumed, weights_only=True)
@@ -182,15 +200,36 @@ def load_weights(module: LightningModule, checkpoint: Path) -> None:
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """What Lightning has written, without running any code that the file may hold.
+    """What a run has written, without running any code that the file may hold. Where the last checkpoint is damaged,
+    what the one before says.
 
     Raises:
         UserError: if there is no checkpoint, or it cannot be read.
     """
+    checkpoint = whole(checkpoint)
+    try:
+        return dict(files.load(checkpoint))
+    except (TypeError, ValueError):
+        raise DamagedFileError(f"{checkpoint} is no checkpoint of a run; train again") from None
+
+
+def whole(checkpoint: Path) -> Path:
+    """The checkpoint, verified; instead of a damaged last one the newest of its run that is whole, which is said.
+
+    Raises:
+        UserError: if there is no checkpoint, or none that is whole.
+    """
     if not checkpoint.is_file():
         raise UserError(f"{checkpoint} does not exist: the run ended before its first epoch; 'resume' it first")
     try:
-        return dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
-    except (RuntimeError, EOFError, ValueError, OSError, TypeError, UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{checkpoint} cannot be read ({reason}); train again") from None
+        files.verify(checkpoint)
+        return checkpoint
+    except DamagedFileError as error:
+        others = [checkpoint.with_name(name) for name in ("previous.ckpt", "best.ckpt")]
+        others = [one for one in others if one.is_file()] if checkpoint.name == "last.ckpt" else []
+        for other in sorted(others, key=lambda one: one.stat().st_mtime_ns, reverse=True):
+            with suppress(DamagedFileError):
+                files.verify(other)
+                files.say_once(f"{error}; going on from the one before, {other}")
+                return other
+        raise DamagedFileError(f"{error}, and there is no earlier one to go on from; train again") from None

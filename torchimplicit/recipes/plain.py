@@ -10,19 +10,26 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 T = TypeVar("T")
 
+_NAMED = ("inf", "-inf", "nan")
+"""Numbers that JSON does not know."""
 
-def to_plain(value: Any) -> Any:
-    """Dataclasses become dicts, tuples become lists, paths strings; a number that JSON does not know becomes None."""
+
+def to_plain(value: Any, exact: bool = False) -> Any:
+    """Dataclasses become dicts, tuples become lists, paths strings.
+
+    A number that JSON does not know becomes None, as a figure that there is not; with ``exact``, as settings need it,
+    its name: ``"inf"``, ``"-inf"`` or ``"nan"``.
+    """
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: to_plain(getattr(value, field.name), exact) for field in fields(value)}
     if isinstance(value, dict):
-        return {str(key): to_plain(item) for key, item in value.items()}
+        return {str(key): to_plain(item, exact) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [to_plain(item) for item in value]
+        return [to_plain(item, exact) for item in value]
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return str(value) if exact else None
     return value
 
 
@@ -56,7 +63,19 @@ def _value(kind: Any, plain: Any) -> Any:
     if origin is dict:
         return {key: _value(arguments[1], item) for key, item in plain.items()}
     if kind is float:
+        if isinstance(plain, bool) or (isinstance(plain, str) and plain not in _NAMED):
+            raise TypeError(f"{plain!r} is not float")
         return math.nan if plain is None else float(plain)
     if kind in (int, bool, str) and type(plain) is not kind:
         raise TypeError(f"{plain!r} is not {kind.__name__}")
     return kind(plain)
+
+
+def missing(plain: Any, whole: Any, at: str = "") -> list[str]:
+    """The settings of ``whole`` that ``plain`` does not name, both as :func:`to_plain` gives them."""
+    if not (isinstance(plain, dict) and isinstance(whole, dict)):
+        return []
+    found: list[str] = []
+    for name, value in whole.items():
+        found += missing(plain[name], value, f"{at}{name}.") if name in plain else [f"{at}{name}"]
+    return found

@@ -11,6 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.files import write_text
 from torchimplicit.recipes.html import document, figure, table
 from torchimplicit.recipes.plotting import FIGURE, axes, style
 from torchimplicit.recipes.run import Run
@@ -103,4 +104,4 @@ def write(runs: Sequence[Finished], file: Path) -> None:
         "<h2>Curves</h2>",
         figure(picture, caption),
     ]
-    file.write_text(document(TITLE, parts), encoding="utf-8")
+    write_text(file, document(TITLE, parts))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import zipfile
 import zlib
@@ -21,6 +20,7 @@ from torchimplicit.recipes.chemistry.geometry import Geometry
 from torchimplicit.recipes.chemistry.record import Record
 from torchimplicit.recipes.chemistry.settings import ChemistrySettings
 from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.files import replacing
 from torchimplicit.recipes.plain import to_plain
 
 FORMAT = "torchimplicit molecule"
@@ -66,13 +66,8 @@ def write(path: Path, record: Record) -> None:
     text = np.frombuffer(json.dumps(about, sort_keys=True).encode(), dtype=np.uint8)
     digest = np.frombuffer(bytes.fromhex(_digest(text, arrays)), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            np.savez_compressed(file, about=text, sha256=digest, **arrays)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, about=text, sha256=digest, **arrays)
 
 
 def read(path: Path) -> Record:

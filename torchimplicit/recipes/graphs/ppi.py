@@ -13,7 +13,7 @@ from torch_geometric.data import Data
 from torch_geometric.datasets import PPI
 
 from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fetch import cache_folder
+from torchimplicit.recipes.fetch import cache_folder, unchanged
 
 SPLITS = ("train", "valid", "test")
 """20, 2 and 2 graphs, as published."""
@@ -44,13 +44,17 @@ def locate(data_dir: Path | None) -> Path:
         UserError: there is none.
     """
     if data_dir is None:
-        try:
-            return Path(PPI(str(cache_folder("ppi"))).raw_dir)
-        except Exception as error:  # of the network, the file system or the archive: many kinds
-            raise UserError(
-                f"PPI cannot be downloaded ({error}); if this machine has no network, fetch it elsewhere and give its "
-                "folder with --data-dir"
-            ) from None
+        folder = cache_folder("ppi") / "raw"
+        if not (folder / "train_graph.json").is_file():
+            try:
+                folder = Path(PPI(str(cache_folder("ppi"))).raw_dir)
+            except Exception as error:  # of the network, the file system or the archive: many kinds
+                raise UserError(
+                    f"PPI cannot be downloaded ({error}); if this machine has no network, fetch it elsewhere and give "
+                    "its folder with --data-dir"
+                ) from None
+        unchanged(folder, [path.name for split in SPLITS for path in folder.glob(f"{split}_*")])
+        return folder
     if not data_dir.is_dir():
         raise UserError(f"{data_dir} is no folder: --data-dir must be the folder that holds train_graph.json")
     for place in (data_dir, data_dir / "raw"):
@@ -96,7 +100,7 @@ def _edges(path: Path, owner: NDArray[np.int64]) -> NDArray[np.int64]:
         ends = np.array([(link["source"], link["target"]) for link in links], dtype=np.int64).reshape(-1, 2)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{path} is cut short or of another kind: it must be a graph in node-link form ({error})"
         ) from None
@@ -114,11 +118,13 @@ def _edges(path: Path, owner: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _array(path: Path, dims: int) -> NDArray[Any]:
     try:
-        found = np.load(path, allow_pickle=False)
+        found = np.lib.format.open_memmap(path, mode="r")  # a header that promises too much takes no memory
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # headers are read as Python, which can be wrong in many ways
         raise UserError(f"{path} is cut short or no .npy file of numbers: {error}") from None
     if found.ndim != dims or found.dtype.kind not in "biuf":
         raise UserError(f"{path} has shape {found.shape} of {found.dtype}, and must be numbers in {dims} dimensions")
-    return found
+    if not np.isfinite(found).all():
+        raise UserError(f"{path} holds NaN or infinity")
+    return np.array(found)

@@ -13,7 +13,7 @@ from torch_geometric.data import Data
 from torch_geometric.datasets import TUDataset
 
 from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fetch import cache_folder
+from torchimplicit.recipes.fetch import cache_folder, unchanged
 
 TUName = Literal["COX2", "PROTEINS"]
 
@@ -95,13 +95,17 @@ def locate(name: str, data_dir: Path | None) -> tuple[Path, str]:
         UserError: there is none.
     """
     if data_dir is None:
-        try:
-            return Path(TUDataset(str(cache_folder("tudataset")), name).raw_dir), name
-        except Exception as error:  # of the network, the file system or the archive: many kinds
-            raise UserError(
-                f"{name} cannot be downloaded ({error}); if this machine has no network, fetch it elsewhere and give "
-                "its folder with --data-dir"
-            ) from None
+        folder = cache_folder("tudataset") / name / "raw"
+        if not (folder / f"{name}_A.txt").is_file():
+            try:
+                folder = Path(TUDataset(str(cache_folder("tudataset")), name).raw_dir)
+            except Exception as error:  # of the network, the file system or the archive: many kinds
+                raise UserError(
+                    f"{name} cannot be downloaded ({error}); if this machine has no network, fetch it elsewhere and "
+                    "give its folder with --data-dir"
+                ) from None
+        unchanged(folder, [path.name for path in folder.glob(f"{name}_*.txt")])
+        return folder, name
     if not data_dir.is_dir():
         raise UserError(f"{data_dir} is no folder: --data-dir must be the folder that holds {name}_A.txt")
     for prefix in (name, f"{name}_full"):
@@ -125,6 +129,8 @@ def _features(folder: Path, prefix: str, nodes: int, attributes: bool) -> torch.
         return x
     values = _table(path, np.float64)
     _same_length(path, len(values), nodes)
+    if not np.isfinite(values).all():
+        raise UserError(f"{path} holds NaN or infinity; mend it, or train without attributes")
     return torch.cat([x, torch.from_numpy(values).float()], dim=1)
 
 

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.io import loadmat
+from scipy.io import loadmat, whosmat
 from sklearn.datasets import fetch_olivetti_faces
 from torch import Tensor
 from torch.nn import functional
 
 from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fetch import cache_folder
+from torchimplicit.recipes.fetch import cache_folder, unchanged
 from torchimplicit.recipes.images.split import Labelled, set_apart
 
 MEAN, DEVIATION = (0.5195,), (0.1596,)
 TEST_IMAGES = 80
 FILE = "olivettifaces.mat"
+SHAPE = (4096, 400)
 
 
 def load(folder: Path | None) -> tuple[Labelled, Labelled]:
@@ -42,19 +43,29 @@ def _published(path: Path) -> Tensor:
     if not path.is_file():
         raise UserError(f"{path.parent} has no {FILE}: --data-dir must be the folder that holds it")
     try:
-        faces = loadmat(path).get("faces")
+        shapes = {name: shape for name, shape, _ in whosmat(path)}
+        faces = loadmat(path, variable_names=["faces"]).get("faces") if shapes.get("faces") == SHAPE else None
     except Exception as error:  # a file that is something else fails in the reader in many ways
         raise UserError(f"{path} is no readable MATLAB file ({error}); fetch it again") from None
-    if not isinstance(faces, np.ndarray) or faces.shape != (4096, 400):
+    if not isinstance(faces, np.ndarray) or faces.shape != SHAPE:
         raise UserError(f"{path} holds no matrix 'faces' of 4096 pixels × 400 images: it is another file")
     return torch.as_tensor(faces.T.astype(np.float32)).unflatten(1, (64, 64)).mT.contiguous()
 
 
 def _fetched() -> Tensor:
+    folder = cache_folder("olivetti")
+
+    def verify() -> None:
+        if kept := [path.name for path in folder.glob("*.pkz")]:
+            unchanged(folder, kept)
+
+    verify()  # before anything in it is unpickled
     try:
-        return 255 * torch.as_tensor(fetch_olivetti_faces(data_home=str(cache_folder("olivetti"))).images).float()
-    except OSError as error:
+        images = fetch_olivetti_faces(data_home=str(folder)).images
+    except Exception as error:  # of the network, the file system or what is there already
         raise UserError(
             f"scikit-learn cannot download the Olivetti faces ({error}); give the folder that holds {FILE} with "
             "--data-dir"
         ) from None
+    verify()
+    return 255 * torch.as_tensor(images).float()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import Implicit
 from torchimplicit.linear import GMRES
+from torchimplicit.recipes import files
 from torchimplicit.recipes.fitting import load_weights
 from torchimplicit.recipes.jiio.config import InverseConfig
 from torchimplicit.recipes.jiio.inverse import TRAINER, Restoration
@@ -54,7 +55,7 @@ class InverseRunner:
             warnings.simplefilter("ignore", ConvergenceWarning)
             rows = restored(task)
             run.write_json("gradients.json", compared(task))
-        torch.save({name: [row.half() for row in shown] for name, shown in rows.items()}, run.path / PICTURES)
+        files.save({name: [row.half() for row in shown] for name, shown in rows.items()}, run.path / PICTURES)
         with matplotlib.rc_context(FIGURE):
             grid(rows).savefig(run.product("pictures.png"), dpi=150)
 

@@ -14,6 +14,7 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.recipes import files
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fitting import load_weights
 from torchimplicit.recipes.jiio.config import GenerationConfig
@@ -91,7 +92,7 @@ class GenerationRunner:
             with console.status("Making images"):
                 found, pictures = made(config, task)
             run.write_json(name, found)
-            torch.save({key: [row.half() for row in rows] for key, rows in pictures.items()}, run.path / PICTURES)
+            files.save({key: [row.half() for row in rows] for key, rows in pictures.items()}, run.path / PICTURES)
             with matplotlib.rc_context(FIGURE):
                 grid(pictures).savefig(run.product("pictures.png"), dpi=150)
             console.print(
@@ -166,5 +167,5 @@ def read_pictures(run: Run) -> dict[str, list[Tensor]] | None:
     path = run.path / PICTURES
     if not path.is_file():
         return None
-    stored: Any = torch.load(path, weights_only=True)
+    stored: Any = files.load(path)
     return {key: [row.float() for row in rows] for key, rows in stored.items()}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from statistics import fmean
 
-import torch
 from matplotlib.figure import Figure
 
+from torchimplicit.recipes import files
 from torchimplicit.recipes.jiio_adversarial.config import AttacksConfig
 from torchimplicit.recipes.jiio_adversarial.gathered import Found, of
 from torchimplicit.recipes.jiio_adversarial.rows import ROWS
@@ -53,7 +53,7 @@ def _pictures(runs: dict[tuple[str, int], Run]) -> Drawing | None:
         (row, name, *pictures)
         for row in ("clean", "jiio")
         if row in chosen
-        for name, pictures in torch.load(chosen[row].path / "pictures.pt", weights_only=True).items()
+        for name, pictures in files.load(chosen[row].path / "pictures.pt").items()
     ]
     if not lines:
         return None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models import EquilibriumClassifier
+from torchimplicit.recipes import files
 from torchimplicit.recipes.fitting import load_weights
 from torchimplicit.recipes.jiio_adversarial.attack import JIIO, PGD, Attack, judged
 from torchimplicit.recipes.jiio_adversarial.config import AttacksConfig
@@ -100,7 +101,7 @@ def measured(config: AttacksConfig, run: Run) -> dict[str, Strength]:
                 name: (one[:SHOWN].cpu(), model(one[:SHOWN], model.start(one[:SHOWN])).argmax(1).cpu())
                 for name, one in shown.items()
             }
-    torch.save(pictures, run.path / "pictures.pt")
+    files.save(pictures, run.path / "pictures.pt")
     return found
 
 

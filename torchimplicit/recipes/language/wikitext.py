@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import zipfile
 from pathlib import Path
 
 from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fetch import Download, cache_folder, fetch
+from torchimplicit.recipes.fetch import Download, cache_folder, fetch, unchanged
+from torchimplicit.recipes.files import replacing
 from torchimplicit.recipes.language.data import SPLITS, file_name
 
 _PLACE = "https://s3.amazonaws.com/research.metamind.io/wikitext"
@@ -37,6 +37,7 @@ def folder_of(archive: Download, data_dir: Path | None) -> Path:
     folder = cache_folder(archive.name.removesuffix("-v1.zip"))
     if not all((folder / file_name(split)).is_file() for split in SPLITS):
         _unpack(fetch(archive, folder), folder)
+    unchanged(folder, [file_name(split) for split in SPLITS])
     return folder
 
 
@@ -49,13 +50,8 @@ def _unpack(archive: Path, folder: Path) -> None:
                 member = next((m for m in unpacked.namelist() if m.rsplit("/", 1)[-1] == name), None)
                 if member is None:
                     raise UserError(f"{archive} holds no {name}: it is another archive; {again}")
-                part = folder / f"{name}.{os.getpid()}.part"
-                try:
-                    with unpacked.open(member) as inside, part.open("wb") as file:
-                        shutil.copyfileobj(inside, file)
-                    part.replace(folder / name)
-                finally:
-                    part.unlink(missing_ok=True)
+                with replacing(folder / name) as part, unpacked.open(member) as inside, part.open("wb") as file:
+                    shutil.copyfileobj(inside, file)
     except (zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{archive} is no zip file, or is damaged ({error}): {again}") from None
     except OSError as error:

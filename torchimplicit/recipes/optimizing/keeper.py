@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -133,9 +132,7 @@ class Keeper:
         assert self._reached is not None
         weights, loss = self._reached
         self.objective.set_weights(weights)
-        torch.save(
-            {"weights": self.objective.model.state_dict(), "history": to_plain(self.history)}, self.run.checkpoint
-        )
+        self.run.save({"weights": self.objective.model.state_dict(), "history": to_plain(self.history)})
         done = {"done": self.history.iterations, "total": self.budget.iterations}
         if self.budget.seconds is not None:
             done = {"done": round(self.history.seconds), "total": math.ceil(self.budget.seconds)}

@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free import OrbitalFree, OrbitalFreeConfig, fit_constants, fit_linear
+from torchimplicit.recipes import files
 from torchimplicit.recipes.environment import Environment
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fitting import read_checkpoint
@@ -132,7 +133,7 @@ class _Watcher:
         """The start is measured too, and so there is a checkpoint from the beginning."""
         value, _ = self.objective.loss_and_gradient(self.objective.weights)
         self(value, True)
-        torch.save(self._kept(), self.run.checkpoint)
+        self.run.save(self._kept())
 
     def __call__(self, loss: float, measured: bool) -> None:
         history, work = self.history, self.objective.work
@@ -162,7 +163,7 @@ class _Watcher:
         else:
             history.best = history.looks[-1].iteration
         if history.best == history.looks[-1].iteration:
-            torch.save(self._kept(), self.run.best)
+            files.save(self._kept(), self.run.best)
 
     def _kept(self) -> dict[str, object]:
         return {"weights": self.objective.model.state_dict(), "history": to_plain(self.history)}

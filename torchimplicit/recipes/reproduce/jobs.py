@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -102,8 +101,8 @@ def prepare(job: Job, folder: Path) -> Run:
     if not run.description.is_file():
         run = create(job.recipe, RunOptions(output=folder / job.name))
         run.describe(job.recipe, job.config)
-        run.mark("interrupted")
-    elif run.read()["config"] != json.loads(json.dumps(to_plain(job.config))):
+        run.mark("interrupted", "not begun yet")
+    elif run.read()["config"] != to_plain(job.config, exact=True):
         raise UserError(f"{run} was made with other settings; reproduce into a new --output")
     return run
 
@@ -196,7 +195,7 @@ def _show(bars: Progress, runs: dict[str, Run], started: Sequence[str]) -> None:
         if name not in started:
             bars.remove_task(task.id)
     for name in started:
-        with suppress(OSError, ValueError, KeyError):
+        with suppress(OSError, ValueError, KeyError, UserError):
             noted = runs[name].read_json("progress.json")
             if name not in shown:
                 bars.add_task(name, total=noted["total"], status="")

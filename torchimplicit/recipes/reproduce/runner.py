@@ -15,6 +15,7 @@ from rich.console import Console
 
 from torchimplicit.recipes.environment import Environment
 from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.files import replacing
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.plotting import FIGURE
 from torchimplicit.recipes.registry import runner, settings
@@ -145,9 +146,12 @@ def _copy(run: Run, record: Record, folder: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.png"):
         stale.unlink()
-    shutil.copyfile(run.path / "record.json", folder / "record.json")
-    for picture in record.pictures:
-        shutil.copyfile(run.path / "figures" / picture.file, folder / picture.file)
+    for place, name in (
+        ("record.json", "record.json"),
+        *((f"figures/{one.file}", one.file) for one in record.pictures),
+    ):
+        with replacing(folder / name) as draft:
+            shutil.copyfile(run.path / place, draft)
 
 
 def command(name: str, config: Any) -> str:

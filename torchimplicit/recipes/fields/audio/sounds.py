@@ -16,6 +16,7 @@ from torch import Tensor
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.audio.config import HIGHEST_RATE, SoundConfig
 from torchimplicit.recipes.fields.audio.synthesis import synthesized
+from torchimplicit.recipes.files import replacing
 
 MOST_SAMPLES = 1 << 23
 """A field's coordinates are 32-bit numbers: more samples than that they hardly tell apart."""
@@ -131,9 +132,8 @@ def save(samples: Tensor, rate: int, path: Path) -> None:
     """Write int16 ``[samples, channels]`` as a WAV file, in one move."""
     from scipy.io import wavfile
 
-    draft = path.with_name(f".{path.name}.draft")
-    wavfile.write(draft, rate, samples.numpy())
-    draft.replace(path)
+    with replacing(path) as draft:
+        wavfile.write(draft, rate, samples.numpy())
 
 
 def quantized(samples: Tensor) -> Tensor:

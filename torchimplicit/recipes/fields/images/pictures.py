@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.images.text import TEXTS
+from torchimplicit.recipes.files import replacing
 
 MOST_PIXELS = 100_000_000
 """A file whose header promises more is not decoded: some ten thousand pixels square."""
@@ -128,9 +129,8 @@ def save(pixels: Tensor, path: Path) -> None:
     """Write a picture as PNG, in one move."""
     array = pixels.numpy()
     image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-    draft = path.with_name(f".{path.name}.draft")
-    image.save(draft, format="PNG")
-    draft.replace(path)
+    with replacing(path) as draft:
+        image.save(draft, format="PNG")
 
 
 def quantized(values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.shape.mesh import Mesh
+from torchimplicit.recipes.files import replacing, write_text
 
 KINDS = (".obj", ".ply", ".stl", ".off")
 BYTES_A_FACE = 400
@@ -61,7 +62,7 @@ def write_obj(mesh: Mesh, path: Path) -> None:
     lines = ["# torchimplicit"]
     lines += [f"v {x:.9g} {y:.9g} {z:.9g}" for x, y, z in mesh.vertices.tolist()]
     lines += [f"f {a} {b} {c}" for a, b, c in (mesh.faces + 1).tolist()]
-    _in_one_move(path, ("\n".join(lines) + "\n").encode("ascii"))
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def write_ply(mesh: Mesh, path: Path) -> None:
@@ -74,10 +75,5 @@ def write_ply(mesh: Mesh, path: Path) -> None:
     faces = np.empty(len(mesh.faces), dtype=[("count", "u1"), ("corners", "<i4", 3)])
     faces["count"] = 3
     faces["corners"] = mesh.faces.numpy()
-    _in_one_move(path, head.encode("ascii") + mesh.vertices.numpy().astype("<f4").tobytes() + faces.tobytes())
-
-
-def _in_one_move(path: Path, content: bytes) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_bytes(content)
-    draft.replace(path)
+    with replacing(path) as draft:
+        draft.write_bytes(head.encode("ascii") + mesh.vertices.numpy().astype("<f4").tobytes() + faces.tobytes())

@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from torchimplicit.recipes.files import replacing
+
 SHORTEST = 20
 """Milliseconds of a GIF's frame: browsers show shorter ones slowly."""
 
@@ -30,20 +32,19 @@ def save(frames: Iterator[Tensor], rate: float, path: Path) -> None:
         path: ``.gif``, which has 256 colours a frame, or ``.mp4``, whose sides are even: a last row or column is
             repeated where that is needed.
     """
-    draft = path.with_name(f".{path.stem}.draft{path.suffix}")
-    if path.suffix == ".gif":
-        images = (Image.fromarray(_three_channels(frame).numpy()) for frame in frames)
-        next(images).save(
-            draft,
-            format="GIF",
-            save_all=True,
-            append_images=images,
-            duration=max(SHORTEST, round(1000 / rate)),
-            loop=0,
-        )
-    else:
-        _encode(frames, rate, draft)
-    draft.replace(path)
+    with replacing(path) as draft:
+        if path.suffix == ".gif":
+            images = (Image.fromarray(_three_channels(frame).numpy()) for frame in frames)
+            next(images).save(
+                draft,
+                format="GIF",
+                save_all=True,
+                append_images=images,
+                duration=max(SHORTEST, round(1000 / rate)),
+                loop=0,
+            )
+        else:
+            _encode(frames, rate, draft)
 
 
 def _encode(frames: Iterator[Tensor], rate: float, path: Path) -> None:

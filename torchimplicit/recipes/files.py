@@ -1,0 +1,255 @@
+"""Files of ours: written whole or not at all, with the SHA-256 sum of their content inside, verified on reading.
+
+JSON holds the sum as its last entry, ``"checksum"``, over what the others say rather than how they are laid out. A file
+of ``torch.save`` is a zip archive and holds it in the archive's comment, where neither torch nor Lightning minds it.
+The sum tells damage and changes; it does not tell who wrote the file. Files of earlier versions carry none: of these
+JSON is taken as it is, which is said, and archives have at least their own CRC-32 sums.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import struct
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from torchimplicit.recipes.errors import DamagedFileError, StorageError, UserError
+
+CHECKSUM = "checksum"
+_KIND = "sha256:"
+_MARK = b"torchimplicit sha256:"
+_END = 22
+"""Bytes of a zip archive's last record, of which the last two say how long the comment is that follows."""
+
+_TAIL = len(_MARK) + 64
+_CHUNK = 1 << 20
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK = _FULL | {errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG}
+
+_said: set[str] = set()
+
+
+def say_once(line: str, about: str = "") -> None:
+    """A note on the standard error, once a process for everything ``about`` the same."""
+    if (about or line) not in _said:
+        _said.add(about or line)
+        with suppress(OSError):
+            print(f"torchimplicit: note: {line}", file=sys.stderr)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A draft in the same folder, which takes the place of ``path`` in one move when the block has ended well.
+
+    Raises:
+        StorageError: it cannot be written, for one because the disk is full; ``path`` is then what it was.
+    """
+    draft = path.with_name(f".{path.stem}.{os.getpid()}.draft{path.suffix}")
+    try:
+        with writing(path):
+            yield draft
+            with draft.open("r+b") as file:
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+            _sync_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What goes wrong with the disk meanwhile is told of ``path``.
+
+    Raises:
+        StorageError: see :func:`replacing`.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch's writer answers an OSError with a RuntimeError of its own
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or isinstance(cause, StorageError) or cause.errno not in _DISK:
+            raise
+        remedy = "make room" if cause.errno in _FULL else "mend that"
+        raise StorageError(
+            cause.errno, f"{path} cannot be written ({cause.strerror}), and stays as it was: {remedy}, and try again"
+        ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8.
+
+    Raises:
+        StorageError: see :func:`replacing`.
+    """
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Strict JSON with its checksum.
+
+    Raises:
+        StorageError: see :func:`replacing`.
+    """
+    assert CHECKSUM not in value
+    sealed = {**value, CHECKSUM: _sum_of(value)}
+    write_text(path, json.dumps(sealed, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, quiet: bool = False) -> dict[str, Any]:
+    """What :func:`write_json` has written, without the checksum.
+
+    Args:
+        path: the file.
+        quiet: whether to say nothing of a file without a checksum.
+
+    Raises:
+        DamagedFileError: it is none, or does not have its checksum.
+        OSError: it is not there, or may not be read.
+    """
+    try:
+        plain = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path} cannot be read, for it is no JSON ({_reason(error)}); {_AGAIN}") from None
+    if not isinstance(plain, dict):
+        raise DamagedFileError(f"{path} cannot be read, for it holds no JSON object; {_AGAIN}")
+    seal = plain.pop(CHECKSUM, None)
+    if seal is None and not any(map(_like_a_checksum, plain.values())):
+        if not quiet:
+            say_once(f"{path} is of an earlier version, without a checksum, and is taken as it is", "unsealed JSON")
+        return plain
+    try:
+        found = _sum_of(plain)
+    except (ValueError, RecursionError):
+        found = ""
+    if seal != found:
+        raise DamagedFileError(
+            f"{path} does not have the checksum that it was written with: it is damaged, or was changed; {_AGAIN} "
+            f'(or, if the change is meant, take its line "{CHECKSUM}" out)'
+        )
+    return plain
+
+
+_AGAIN = "restore it from a copy, or make it again"
+
+
+def save(value: Any, path: Path) -> None:
+    """Tensors and plain values, by ``torch.save``, with their checksum.
+
+    Raises:
+        StorageError: see :func:`replacing`.
+    """
+    with replacing(path) as draft:
+        with draft.open("wb") as file:  # torch would not tell why a path of its own cannot be written
+            torch.save(value, file)
+        _seal(draft)
+
+
+def load(path: Path) -> Any:
+    """What :func:`save` has written, on the CPU, without running any code that the file may hold.
+
+    Raises:
+        DamagedFileError: it is none, or does not have its checksum.
+        UserError: it may not be read.
+    """
+    verify(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # whatever a damaged file leads an unpickler into
+        raise DamagedFileError(f"{path} cannot be read ({_reason(error)})") from None
+
+
+def verify(path: Path) -> None:
+    """Raise where a file of :func:`save` is not what was written; see :func:`load`."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _END - _TAIL))
+            tail = file.read()
+            mark = tail[_END:]
+            if mark.startswith(_MARK):
+                if mark != _MARK + _digest(file, size - _TAIL).encode():
+                    raise DamagedFileError(f"{path} is damaged: it does not have the checksum that it was written with")
+            elif tail[-_END : -_END + 4] != b"PK\5\6":
+                raise DamagedFileError(f"{path} is damaged: it is cut short, or no file of torch")
+        _check_archive(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+
+
+def _check_archive(path: Path) -> None:
+    """The archive's own sums, and nothing in it that would grow when it is read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [one.filename for one in archive.infolist() if one.compress_type != zipfile.ZIP_STORED]
+            broken = packed[0] if packed else archive.testzip()
+    except OSError:
+        raise
+    except Exception as error:  # BadZipFile, and whatever else a damaged directory leads to
+        raise DamagedFileError(f"{path} is damaged ({_reason(error)})") from None
+    if broken is not None:
+        raise DamagedFileError(f"{path} is damaged, in its part {broken!r}")
+
+
+def _seal(path: Path) -> None:
+    """Append the checksum of all before it."""
+    with path.open("r+b") as file:
+        size = file.seek(-_END, os.SEEK_END) + _END
+        last = file.read(_END)
+        assert last[:4] == b"PK\5\6"
+        assert last[-2:] == b"\0\0"
+        file.seek(-2, os.SEEK_END)
+        file.write(struct.pack("<H", _TAIL))
+        file.write(_MARK + _digest(file, size).encode())
+
+
+def _digest(file: BinaryIO, size: int) -> str:
+    """Of the first ``size`` bytes; the file then stands behind them."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while size and (chunk := file.read(min(size, _CHUNK))):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest.hexdigest()
+
+
+def _sum_of(value: dict[str, Any]) -> str:
+    """Of what a value says, whatever its layout and order."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _KIND + hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def _like_a_checksum(value: Any) -> bool:
+    """Whether it is one by its looks, under whatever name: damage may have hit the name."""
+    if not isinstance(value, str) or len(value) != len(_KIND) + 64:
+        return False
+    return value.startswith(_KIND) or sum(digit in "0123456789abcdef" for digit in value[-64:]) > 56
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # not every system can
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    """In a line."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
