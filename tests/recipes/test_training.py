@@ -128,8 +128,9 @@ class TestResume:
 
     def test_a_broken_checkpoint(self, tmp_path):
         one = trained(tmp_path / "one")
-        one.checkpoint.write_bytes(b"no checkpoint")
-        with pytest.raises(UserError, match=r"last\.ckpt cannot be read"):
+        for path in (one.checkpoint, one.previous, one.best):
+            path.write_bytes(b"no checkpoint")
+        with pytest.raises(UserError, match=r"last\.ckpt is damaged.*no earlier one"):
             RUNNER.train(TinyConfig(), one, Console(quiet=True))
 
 

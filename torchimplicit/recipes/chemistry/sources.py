@@ -66,7 +66,7 @@ def read(
     elif path.is_file():
         if path.suffix.lower() != ".xyz":
             raise UserError(f"{path} must be an .xyz file, a folder of them, or one of {', '.join(ARCHIVES)} of them")
-        return [xyz.parse(_text(path.read_bytes(), str(path)), str(path), path.stem, charge, electrons)]
+        return [xyz.parse(_text(_content(path), str(path)), str(path), path.stem, charge, electrons)]
     else:
         return [named(source, charge, electrons)]  # which says what is known
     found: list[Geometry | Refused] = []
@@ -83,7 +83,16 @@ def read(
 def _folder(path: Path) -> Iterator[tuple[str, str, bytes]]:
     for file in sorted(path.rglob("*.xyz")):
         if file.is_file():
-            yield file.stem, str(file), file.read_bytes()
+            yield file.stem, str(file), _content(file)
+
+
+def _content(path: Path) -> bytes:
+    """As much of a file as is read at most, and a byte that tells if there is more."""
+    try:
+        with path.open("rb") as file:
+            return file.read(LARGEST_FILE + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
 
 
 def _archive(path: Path) -> Iterator[tuple[str, str, bytes]]:
@@ -96,8 +105,11 @@ def _archive(path: Path) -> Iterator[tuple[str, str, bytes]]:
                 file = archive.extractfile(member)
                 assert file is not None  # it is a regular file
                 yield place.stem, f"{path.name}: {member.name}", file.read(LARGEST_FILE + 1)
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{path} cannot be unpacked ({error}): it is damaged or no tar archive; get it again") from None
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} cannot be unpacked ({reason}): it is damaged or no tar archive; get it again"
+        ) from None
 
 
 def _text(content: bytes, where: str) -> str:

@@ -7,10 +7,17 @@ exponents as ``*^``, appends a partial charge to every atom, and frequencies and
 from __future__ import annotations
 
 import math
+import re
 
 from torchimplicit.recipes.chemistry.elements import CHARGES, SYMBOLS
 from torchimplicit.recipes.chemistry.geometry import Geometry, from_angstrom
 from torchimplicit.recipes.errors import UserError
+
+MOST_ATOMS = 1000
+"""Of a structure that is read: all pairs of atoms are looked at, and a functional of so many is out of reach."""
+
+FARTHEST = 1e5
+"""The largest coordinate, in angstrom: ten microns from the origin is no molecule."""
 
 
 def parse(text: str, where: str, name: str, charge: int = 0, electrons: int | None = None) -> Geometry:
@@ -30,6 +37,10 @@ def parse(text: str, where: str, name: str, charge: int = 0, electrons: int | No
     if not any(line.strip() for line in lines):
         raise UserError(f"{where} is empty; an xyz file begins with the number of atoms")
     count = _count(lines[0], where)
+    if count > MOST_ATOMS:
+        raise UserError(
+            f"{where} announces {count} atoms in line 1, and {MOST_ATOMS} at most are read; cut a piece out of it"
+        )
     if len(lines) < count + 2:
         raise UserError(
             f"{where} announces {count} atoms in line 1 and ends after line {len(lines)}: it is cut short, or the "
@@ -50,10 +61,9 @@ def parse(text: str, where: str, name: str, charge: int = 0, electrons: int | No
 
 
 def _count(line: str, where: str) -> int:
-    try:
-        count = int(line)
-    except ValueError:
-        raise UserError(f"{where}, line 1: '{_short(line)}' is no number of atoms") from None
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", line.strip(), re.ASCII):  # Python's int takes 1_000, and other digits
+        raise UserError(f"{where}, line 1: '{_short(line)}' is no number of atoms")
+    count = int(line)
     if count < 1:
         raise UserError(f"{where}, line 1: a molecule of {count} atoms is none")
     return count
@@ -72,11 +82,17 @@ def _atom(line: str, where: str) -> tuple[str, list[float]]:
     place = []
     for word in words[1:4]:
         try:
+            if not word.isascii() or "_" in word:
+                raise ValueError
             value = float(word.replace("*^", "e"))
         except ValueError:
             raise UserError(f"{where}: '{_short(word)}' is no coordinate") from None
         if not math.isfinite(value):
-            raise UserError(f"{where}: the coordinate {word} is not finite")
+            raise UserError(f"{where}: the coordinate {_short(word)} is not finite")
+        if abs(value) > FARTHEST:
+            raise UserError(
+                f"{where}: the coordinate {_short(word)} is beyond {FARTHEST:g}; positions must be in angstrom"
+            )
         place.append(value)
     return element, place
 
