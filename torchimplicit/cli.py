@@ -51,5 +51,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(line: str, code: int = 1) -> int:
-    print(f"torchimplicit: {line}", file=sys.stderr)
+    print(f"torchimplicit: {' '.join(line.splitlines())}", file=sys.stderr)
     return code

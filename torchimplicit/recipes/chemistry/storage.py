@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torchimplicit.recipes.chemistry.density_basis import DensityBasis
 from torchimplicit.recipes.chemistry.geometry import Geometry
 from torchimplicit.recipes.chemistry.record import Record
 from torchimplicit.recipes.chemistry.settings import ChemistrySettings
-from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.errors import DamagedFileError, UserError
 from torchimplicit.recipes.files import replacing
 from torchimplicit.recipes.plain import to_plain
 
@@ -27,12 +26,15 @@ FORMAT = "torchimplicit molecule"
 VERSION = 1
 """Of the file's layout and of what its numbers mean."""
 
+LARGEST_GROWTH = 200
+"""When it is unpacked: floating-point numbers hardly shrink, and only the zeros of a symmetric molecule do."""
+
 _BASIS = ("atom", "angular", "exponent")
 _ARRAYS = ("overlap", "coulomb", "external", "reference", "guess", "points", "quadrature")
 _FIGURES = ("energy", "repulsion", "kinetic", "exchange_correlation", "attraction", "hartree", "software", "seconds")
 
 
-class BrokenFileError(UserError):
+class BrokenFileError(DamagedFileError):
     """A file that cannot be used: it is damaged, of another version, or no molecule at all."""
 
 
@@ -83,6 +85,9 @@ def read(path: Path) -> Record:
         # opened here: numpy alone would take any bytes for a pickle, and say so
         with zipfile.ZipFile(path) as archive:
             names = set(archive.namelist())
+            size = sum(one.file_size for one in archive.infolist())
+        if size > LARGEST_GROWTH * (path.stat().st_size + 1024):
+            raise BrokenFileError(_damaged(path, f"it would grow to {size} bytes"))
         if not {"about.npy", "sha256.npy"} <= names:
             raise BrokenFileError(
                 f"{path} is no molecule's data file (it holds {', '.join(sorted(names)[:4]) or 'nothing'})"
@@ -101,10 +106,12 @@ def read(path: Path) -> Record:
         if digest.tobytes().hex() != _digest(text, arrays):
             raise BrokenFileError(_damaged(path, "its content does not have the checksum inside"))
         return _record(about, arrays)
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BrokenFileError(_damaged(path, str(error) or type(error).__name__)) from None
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # a damaged archive, or what is damaged in it, raises nearly everything
+        raise BrokenFileError(_damaged(path, " ".join(str(error).split()) or type(error).__name__)) from None
 
 
 def load(path: Path) -> Molecule:

@@ -97,7 +97,10 @@ def _edges(path: Path, owner: NDArray[np.int64]) -> NDArray[np.int64]:
     try:
         with path.open(encoding="utf-8") as file:
             links = json.load(file)["links"]
-        ends = np.array([(link["source"], link["target"]) for link in links], dtype=np.int64).reshape(-1, 2)
+        pairs = [(link["source"], link["target"]) for link in links]
+        if not all(type(end) is int for pair in pairs for end in pair):
+            raise TypeError("an edge's ends are whole numbers")
+        ends = np.array(pairs, dtype=np.int64).reshape(-1, 2)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -122,7 +125,7 @@ def _array(path: Path, dims: int) -> NDArray[Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
     except Exception as error:  # headers are read as Python, which can be wrong in many ways
-        raise UserError(f"{path} is cut short or no .npy file of numbers: {error}") from None
+        raise UserError(f"{path} is cut short or no .npy file of numbers: {' '.join(str(error).split())}") from None
     if found.ndim != dims or found.dtype.kind not in "biuf":
         raise UserError(f"{path} has shape {found.shape} of {found.dtype}, and must be numbers in {dims} dimensions")
     if not np.isfinite(found).all():

@@ -163,7 +163,7 @@ def read_mosaic(path: Path) -> torch.Tensor:
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is no image, or is cut short ({error}); fetch it again") from None
     height, width = pixels.shape[:2]
     if height % SIDE or width % SIDE:

@@ -131,7 +131,7 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         try:
             with Image.open(path) as opened:
                 image = opened.convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{path} is no image, or is cut short ({error})") from None
         if self.seed is None:
             image = centre(image, self.size)

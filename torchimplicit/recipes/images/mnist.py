@@ -15,6 +15,8 @@ from torchimplicit.recipes.fetch import Download, cache_folder, fetch
 from torchimplicit.recipes.images.split import Labelled
 
 MEAN, DEVIATION = (0.1307,), (0.3081,)
+LARGEST_FILE = 1 << 28
+"""Bytes: several times the largest of the four."""
 
 _URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _SUMS = {
@@ -65,13 +67,18 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
         UserError: it is not an idx file of bytes with so many dimensions, or not whole.
     """
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
     except EOFError:
         raise UserError(f"{path} is cut short; fetch it again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is no gzip file, or is damaged ({error}); fetch it again") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    if len(content) > LARGEST_FILE:
+        raise UserError(
+            f"{path} has more than {LARGEST_FILE >> 20} MB, unpacked: it is no file of MNIST's; fetch it again"
+        )
     start = 4 + 4 * dimensions
     magic = bytes((0, 0, 8, dimensions))
     if content[:4] != magic:
@@ -87,6 +94,6 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
         )
     return (
         torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(shape)
-        if shape[0]
+        if math.prod(shape)
         else (torch.zeros(shape, dtype=torch.uint8))
     )

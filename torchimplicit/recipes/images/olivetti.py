@@ -49,6 +49,8 @@ def _published(path: Path) -> Tensor:
         raise UserError(f"{path} is no readable MATLAB file ({error}); fetch it again") from None
     if not isinstance(faces, np.ndarray) or faces.shape != SHAPE:
         raise UserError(f"{path} holds no matrix 'faces' of 4096 pixels × 400 images: it is another file")
+    if not np.isfinite(faces).all():
+        raise UserError(f"{path} holds NaN or infinity: it is damaged; fetch it again")
     return torch.as_tensor(faces.T.astype(np.float32)).unflatten(1, (64, 64)).mT.contiguous()
 
 

@@ -22,6 +22,7 @@ FILE = Download(
 )
 SIZE = 28
 DRAWINGS = 20
+LARGEST_DRAWING = 1 << 20
 HELD_OUT = 24
 """Characters of the validation and of the test, each."""
 
@@ -68,6 +69,8 @@ def _read(path: Path) -> Tensor:
         with zipfile.ZipFile(path) as archive:
             for name in sorted(archive.namelist()):
                 if name.endswith(".png"):
+                    if archive.getinfo(name).file_size > LARGEST_DRAWING:
+                        raise ValueError(f"{name} has more than {LARGEST_DRAWING} bytes")
                     image = (
                         Image.open(io.BytesIO(archive.read(name)))
                         .convert("L")
@@ -75,7 +78,7 @@ def _read(path: Path) -> Tensor:
                     )
                     ink = 255 - torch.from_numpy(np.array(image))
                     found.setdefault(name.rsplit("/", 1)[0], []).append(ink)
-    except (zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # a damaged archive, or a damaged image in it, raises nearly everything
         raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
     wrong = [name for name, images in found.items() if len(images) != DRAWINGS]
     if wrong or not found:

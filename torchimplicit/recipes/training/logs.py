@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from torchimplicit.recipes.errors import DamagedFileError
 from torchimplicit.recipes.fitting import quiet_lightning
 from torchimplicit.recipes.run import Run
 
@@ -31,6 +32,9 @@ def rows(path: Path) -> list[Row]:
     """The rows of a CSV log, without the empty cells; none if there is no file."""
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        read = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
-    return [{name: float(value) for name, value in row.items()} for row in read if "step" in row]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            read = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+        return [{name: float(value) for name, value in row.items()} for row in read if "step" in row]
+    except (ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise DamagedFileError(f"{path} is damaged ({error}); train again, or restore it from a copy") from None

@@ -170,7 +170,7 @@ def _opened(path: Path) -> tuple[int, np.ndarray[Any, Any], list[str]]:
                 if path.stat().st_size > 4 * MOST_VALUES:  # samples of three bytes, or fewer than promised
                     raise UserError(f"{path} is too large for a file of its format; cut it first") from None
                 rate, raw = wavfile.read(path)
-        if any("prematurely" in str(one.message) for one in said):
+        if any("prematurely" in str(one.message) for one in said) or _promises_more(path):
             notes.append("the file is cut short: what there is of it")
     except DAMAGED as error:
         told = isinstance(error, OSError | ValueError)
@@ -191,6 +191,22 @@ def _check_kind(path: Path) -> None:
         kind = "an MPEG-4"
     found = f"is {kind} file, and only WAV files are read" if kind else "is no WAV file"
     raise UserError(f"{path} {found}; convert it, for instance with: ffmpeg -i {path.name} {path.stem}.wav")
+
+
+def _promises_more(path: Path) -> bool:
+    """Whether the samples of a WAV file should go on where it ends."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        form = file.read(4)
+        order = ">I" if form == b"RIFX" else "<I"
+        place = 12
+        while place + 8 <= size:
+            file.seek(place)
+            kind, length = file.read(4), struct.unpack(order, file.read(4))[0]
+            if kind == b"data":
+                return form != b"RF64" and place + 8 + length > size  # RF64 says the length elsewhere
+            place += 8 + length + length % 2
+    return False
 
 
 def _scaled(raw: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
