@@ -12,8 +12,8 @@ from rich.console import Console
 from torchimplicit.errors import SolveError
 from torchimplicit.recipes import defaults, registry
 from torchimplicit.recipes.environment import version
-from torchimplicit.recipes.errors import DivergedError, UserError
-from torchimplicit.recipes.files import say_once
+from torchimplicit.recipes.errors import DivergedError, StorageError, UserError
+from torchimplicit.recipes.files import FULL, say_once
 from torchimplicit.recipes.plain import from_plain, missing, to_plain
 from torchimplicit.recipes.recipe import Runner
 from torchimplicit.recipes.run import Run, State
@@ -53,6 +53,11 @@ def _go(runner: Runner, settings: Any, run: Run, console: Console) -> int:
     except (DivergedError, SolveError) as error:
         state, reason = "diverged", _line(error)
         raise
+    except OSError as error:
+        reason = f"the disk is full ({error.strerror})" if error.errno in FULL else _line(error)
+        if error.errno not in FULL:
+            raise
+        raise StorageError(error.errno, f"{reason}; make room, and go on with: torchimplicit resume {run}") from None
     except BaseException as error:
         reason = _line(error)
         raise

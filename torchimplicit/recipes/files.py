@@ -32,8 +32,10 @@ _END = 22
 
 _TAIL = len(_MARK) + 64
 _CHUNK = 1 << 20
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_DISK = _FULL | {errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""The errors of a disk, a quota or a file that has no more room."""
+
+_DISK = FULL | {errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 _said: set[str] = set()
 
@@ -80,9 +82,9 @@ def writing(path: Path) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError) or isinstance(cause, StorageError) or cause.errno not in _DISK:
             raise
-        remedy = "make room" if cause.errno in _FULL else "mend that"
+        remedy = "make room" if cause.errno in FULL else "mend that"
         raise StorageError(
-            cause.errno, f"{path} cannot be written ({cause.strerror}), and stays as it was: {remedy}, and try again"
+            cause.errno, f"{path} cannot be written ({cause.strerror}): {remedy}, and try again; what was there is kept"
         ) from None
 
 
