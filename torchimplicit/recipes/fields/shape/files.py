@@ -146,20 +146,20 @@ def _check_counts(path: Path) -> None:
         promised: list[str] = []
         if path.suffix.lower() == ".ply":
             for words in islice(lines, HEADER_LINES):
+                if words[0] == "format" and words[1:2] != ["ascii"]:
+                    return
                 if words[0] == "element":
                     promised.append(words[-1])
-                if words[0] == "end_header" or (words[0] == "format" and words[1:2] != ["ascii"]):
+                if words[0] == "end_header":
                     break
-            if words[0] == "format":
-                return
         else:
-            head = next(lines, [])
-            promised = (head[1:3] if len(head) > 1 else next(lines, [])[:2]) if head[:1] == ["OFF"] else head[:2]
-        counts = [int(word) for word in promised if re.fullmatch(r"[0-9]{1,30}", word)]
-        if len(counts) < 2 or len(counts) < len(promised):
-            raise UserError(
-                f"{path.name} cannot be read as a mesh: its header does not say how many vertices and faces"
-            )
+            promised = next(lines, [])
+            if promised and promised[0].upper().endswith("OFF"):
+                promised = promised[1:] or next(lines, [])
+            promised = promised[:2]
+        counts = [int(word) for word in promised if re.fullmatch(r"[0-9]{1,100}", word, re.ASCII)]
+        if len(counts) < max(2, len(promised)):
+            raise UserError(f"{path.name} cannot be read: its header does not say how many vertices and faces it has")
         there = sum(1 for _ in lines)
     if there < sum(counts):
         raise UserError(
