@@ -42,7 +42,9 @@ class Evil:
 
 def refused(read, content: bytes | str | Path, path: Path) -> str:
     """The one line with which a reader answers a file."""
-    if not isinstance(content, Path):
+    if isinstance(content, Path):
+        path = content
+    else:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(UserError) as caught:
         read(path)
@@ -116,19 +118,20 @@ class TestMolecules:
         [found] = sources.read(str(tmp_path))
         assert isinstance(found, sources.Refused)
 
-    @pytest.mark.parametrize("name", ["../../out.xyz", "/etc/out.xyz"])
-    def test_an_archive_with_paths_outside_is_read_and_writes_nothing(self, tmp_path, name):
-        path = tmp_path / "in" / "in" / "some.tar.gz"
-        path.parent.mkdir(parents=True)
-        with tarfile.open(path, "w:gz") as archive:
-            for kind, target in ((tarfile.REGTYPE, ""), (tarfile.SYMTYPE, "/etc/passwd"), (tarfile.CHRTYPE, "")):
-                one = tarfile.TarInfo(name)
-                one.type, one.linkname = kind, target
-                one.size = len(self.GOOD) if kind == tarfile.REGTYPE else 0
-                archive.addfile(one, io.BytesIO(self.GOOD.encode()))
-        [found] = sources.read(str(path))
-        assert found.name == "out"
-        assert [one for one in tmp_path.rglob("*") if one.is_file()] == [path]
+    @pytest.mark.parametrize("name", ["../../out.xyz", "/etc/out.xyz", "a/../../out.xyz", "..\\out.xyz", "C:/out.xyz"])
+    def test_an_archive_with_paths_outside(self, tmp_path, name):
+        def archive(member: str) -> Path:
+            with tarfile.open(tmp_path / "some.tar.gz", "w:gz") as made:
+                for kind in (tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.REGTYPE):
+                    one = tarfile.TarInfo(member)
+                    one.type, one.linkname = kind, "/etc/passwd"
+                    one.size = len(self.GOOD) if kind == tarfile.REGTYPE else 0
+                    made.addfile(one, io.BytesIO(self.GOOD.encode()))
+            return tmp_path / "some.tar.gz"
+
+        assert "outside" in refused(lambda path: sources.read(str(path)), archive(name), tmp_path)
+        [found] = sources.read(str(archive("./in/..out.xyz")))
+        assert found.name == "..out", "of links and devices nothing is read"
 
     def test_archives_that_are_none(self, tmp_path):
         one = tarfile.TarInfo("a.xyz")
@@ -392,6 +395,7 @@ class TestDataSets:
             zipped({"a/c/0.png": png(60000, 60000)}),
             zipped({f"a/c/{i}.png": b"text" for i in range(20)}),
             zipped({"a/c/0.png": drawing}),
+            zipped({f"../c/{i}.png": drawing for i in range(20)}),
             zipped({}),
             zipped({"a/c/0.png": drawing})[:-30],
             bytes(encrypted),
@@ -466,6 +470,39 @@ class TestDataSets:
         for name, text in (whole | {"node_labels": "0\n1\n0\n1\n"} | changed).items():
             (tmp_path / f"COX2_{name}.txt").write_text(text)
         refused(lambda path: tu.load("COX2", path, attributes=True), tmp_path, tmp_path)
+
+
+def test_texts(tmp_path):
+    from torchimplicit.recipes.language import data
+
+    for split in data.SPLITS:
+        (tmp_path / data.file_name(split)).write_text("a text\n")
+    for content in (bytes(1 << 25), b"a" * (1 << 25), os.urandom(2000), b"\n\n", b""):
+        (tmp_path / "wiki.test.tokens").write_bytes(content)
+        refused(data.read, tmp_path, tmp_path)
+
+
+def test_files_that_take_no_room_on_the_disk(tmp_path):
+    """They are larger than any that is meant, and are not read to be told so."""
+    pytest.importorskip("torch_geometric")
+    from torchimplicit.recipes.graphs import ppi, tu
+    from torchimplicit.recipes.images import cifar10, olivetti
+    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.training.logs import rows
+
+    path = tmp_path / "run.json"
+    with path.open("wb") as file:
+        file.truncate(10**11)
+    readers = (
+        lambda path: Run(tmp_path).read(),
+        lambda path: ppi._edges(path, np.zeros(3, np.int64)),
+        tu._integers,
+        cifar10._read,
+        olivetti._published,
+        rows,
+    )
+    for read in readers:
+        refused(read, path, path)
 
 
 def _written(path: Path, content: bytes) -> Path:

@@ -32,6 +32,7 @@ _END = 22
 
 _TAIL = len(_MARK) + 64
 _CHUNK = 1 << 20
+_LARGEST_JSON = 1 << 30
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """The errors of a disk, a quota or a file that has no more room."""
 
@@ -88,6 +89,31 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
+def no_larger(path: Path, limit: int) -> None:
+    """Raise where a file that is read as a whole has more than ``limit`` bytes; one that is not there passes.
+
+    Raises:
+        UserError: it has.
+    """
+    with suppress(OSError):
+        if (size := path.stat().st_size) > limit:
+            raise UserError(f"{path} has {size} bytes, and {limit} at most are read of such a file: it is another one")
+
+
+def inside(archive: Path, name: str) -> None:
+    """Raise where a member of an archive has a path that leads out of the folder that it would be unpacked to.
+
+    Raises:
+        UserError: it has.
+    """
+    parts = name.replace("\\", "/").split("/")
+    if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
+        raise UserError(
+            f"{archive} names {name[:100]!r}, which lies outside of its folder: it is no archive to trust; get it from "
+            "where it was published"
+        )
+
+
 def write_text(path: Path, text: str) -> None:
     """UTF-8.
 
@@ -120,6 +146,7 @@ def read_json(path: Path, quiet: bool = False) -> dict[str, Any]:
         DamagedFileError: it is none, or does not have its checksum.
         OSError: it is not there, or may not be read.
     """
+    no_larger(path, _LARGEST_JSON)
     try:
         plain = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -15,6 +15,7 @@ from torchimplicit.recipes.chemistry.geometry import Geometry
 from torchimplicit.recipes.chemistry.known import ATOMS, named
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fetch import Download, cache_folder, fetch
+from torchimplicit.recipes.files import inside
 
 QM9 = Download(
     name="dsgdb9nsd.xyz.tar.bz2",
@@ -99,6 +100,7 @@ def _archive(path: Path) -> Iterator[tuple[str, str, bytes]]:
     try:
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
+                inside(path, member.name)
                 place = PurePosixPath(member.name)
                 if not member.isfile() or place.suffix.lower() != ".xyz":
                     continue

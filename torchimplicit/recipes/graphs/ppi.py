@@ -14,6 +14,10 @@ from torch_geometric.datasets import PPI
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fetch import cache_folder, unchanged
+from torchimplicit.recipes.files import no_larger
+
+LARGEST_FILE = 1 << 30
+"""Bytes of a graph: twenty times the largest of the three."""
 
 SPLITS = ("train", "valid", "test")
 """20, 2 and 2 graphs, as published."""
@@ -94,6 +98,7 @@ def _split(folder: Path, split: str) -> list[Data]:
 def _edges(path: Path, owner: NDArray[np.int64]) -> NDArray[np.int64]:
     """Every edge in both directions, once, without loops: ``[2, edges]``."""
     nodes = len(owner)
+    no_larger(path, LARGEST_FILE)
     try:
         with path.open(encoding="utf-8") as file:
             links = json.load(file)["links"]

@@ -14,6 +14,10 @@ from torch_geometric.datasets import TUDataset
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fetch import cache_folder, unchanged
+from torchimplicit.recipes.files import no_larger
+
+LARGEST_FILE = 1 << 28
+"""Bytes: a hundred times the largest of either set."""
 
 TUName = Literal["COX2", "PROTEINS"]
 
@@ -173,6 +177,7 @@ def _integers(path: Path) -> NDArray[np.int64]:
 
 
 def _table(path: Path, kind: type) -> NDArray:
+    no_larger(path, LARGEST_FILE)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="loadtxt: input contained no data")

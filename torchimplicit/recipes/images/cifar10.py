@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fetch import Download, cache_folder, fetch
+from torchimplicit.recipes.files import no_larger
 from torchimplicit.recipes.images.split import Labelled
 
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -26,6 +27,9 @@ ARCHIVE = Download(
     url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
     sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
 )
+LARGEST_FILE = 1 << 28
+"""Bytes: eight times a batch."""
+
 BATCHES = "cifar-10-batches-py"
 _TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 _MOSAIC = re.compile(r"(train|test)_(\d)_\w+\.png")
@@ -73,7 +77,7 @@ def _from_archive(path: Path) -> tuple[Labelled, Labelled]:
                 member = archive.extractfile(f"{BATCHES}/{name}")
                 if member is None:
                     raise UserError(f"{path} holds no file {BATCHES}/{name}: it is another archive")
-                return member.read()
+                return member.read(LARGEST_FILE)
 
             return _from_batches(read, str(path))
     except KeyError as error:
@@ -89,6 +93,7 @@ def _from_batches(read: Callable[[str], bytes], where: str) -> tuple[Labelled, L
 
 
 def _read(path: Path) -> bytes:
+    no_larger(path, LARGEST_FILE)
     try:
         return path.read_bytes()
     except OSError as error:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fetch import cache_folder, unchanged
+from torchimplicit.recipes.files import no_larger
 from torchimplicit.recipes.images.split import Labelled, set_apart
 
 MEAN, DEVIATION = (0.5195,), (0.1596,)
@@ -42,6 +43,7 @@ def _published(path: Path) -> Tensor:
     """``[400, 64, 64]``, 0 to 255."""
     if not path.is_file():
         raise UserError(f"{path.parent} has no {FILE}: --data-dir must be the folder that holds it")
+    no_larger(path, 64 * SHAPE[0] * SHAPE[1])
     try:
         shapes = {name: shape for name, shape, _ in whosmat(path)}
         faces = loadmat(path, variable_names=["faces"]).get("faces") if shapes.get("faces") == SHAPE else None

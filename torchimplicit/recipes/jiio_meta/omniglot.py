@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fetch import Download, cache_folder, fetch
+from torchimplicit.recipes.files import inside
 from torchimplicit.recipes.jiio_meta.tasks import Tasks
 
 FILE = Download(
@@ -68,6 +69,7 @@ def _read(path: Path) -> Tensor:
     try:
         with zipfile.ZipFile(path) as archive:
             for name in sorted(archive.namelist()):
+                inside(path, name)
                 if name.endswith(".png"):
                     if archive.getinfo(name).file_size > LARGEST_DRAWING:
                         raise ValueError(f"{name} has more than {LARGEST_DRAWING} bytes")
@@ -78,6 +80,8 @@ def _read(path: Path) -> Tensor:
                     )
                     ink = 255 - torch.from_numpy(np.array(image))
                     found.setdefault(name.rsplit("/", 1)[0], []).append(ink)
+    except UserError:
+        raise
     except Exception as error:  # a damaged archive, or a damaged image in it, raises nearly everything
         raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
     wrong = [name for name, images in found.items() if len(images) != DRAWINGS]

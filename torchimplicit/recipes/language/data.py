@@ -10,6 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torchimplicit.recipes.errors import UserError
 
 SPLITS = ("train", "valid", "test")
+LONGEST_LINE = 1 << 24
 UNKNOWN, END = "<unk>", "<eos>"
 
 
@@ -171,7 +173,9 @@ def _lines(path: Path) -> Iterator[list[str]]:
     count = 0
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
-            for line in file:
+            for line in iter(partial(file.readline, LONGEST_LINE), ""):
+                if len(line) == LONGEST_LINE and not line.endswith("\n"):
+                    raise UserError(f"{path} has a line of more than {LONGEST_LINE} characters: it is no WikiText")
                 if "\0" in line:
                     raise UserError(f"{path} holds zero bytes: it is no text. Give the word-level files of WikiText")
                 words = line.split()

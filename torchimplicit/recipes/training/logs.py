@@ -8,6 +8,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from torchimplicit.recipes.errors import DamagedFileError
+from torchimplicit.recipes.files import no_larger
 from torchimplicit.recipes.fitting import quiet_lightning
 from torchimplicit.recipes.run import Run
 
@@ -32,6 +33,7 @@ def rows(path: Path) -> list[Row]:
     """The rows of a CSV log, without the empty cells; none if there is no file."""
     if not path.is_file():
         return []
+    no_larger(path, 1 << 30)
     try:
         with path.open(newline="", encoding="utf-8") as file:
             read = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
