@@ -34,6 +34,7 @@ from torchimplicit.recipes.execution import as_it_began, go, opened
 from torchimplicit.recipes.fetch import Download, fetch, unchanged
 from torchimplicit.recipes.fitting import read_checkpoint
 from torchimplicit.recipes.plain import from_plain, to_plain
+from torchimplicit.recipes.reproduce.jobs import Job, prepare
 from torchimplicit.recipes.run import Run, RunOptions, create
 from torchimplicit.recipes.stopping import terminated_like_interrupted
 from torchimplicit.recipes.training.logs import rows
@@ -375,6 +376,14 @@ class TestGoingOn:
         for wrong in (True, "3", "many"):
             with pytest.raises(TypeError):
                 from_plain(Limits, {"high": wrong})
+
+    def test_a_table_s_runs_keep_their_settings_too(self, tmp_path, capsys):
+        other = replace(SHORT, dropout=0.3)
+        first = prepare(Job("one", "tiny", SHORT), tmp_path, "sha256:1")
+        assert prepare(Job("one", "tiny", other), tmp_path, "sha256:1").read() == first.read()
+        assert "keep the settings of their beginning" in capsys.readouterr().err
+        for table in ("sha256:2", ""):
+            refused(prepare, Job("one", "tiny", other), tmp_path, table)
 
     def test_a_run_of_before_resumes(self, run):
         config = replace(SHORT, optimization=replace(SHORT.optimization, steps=8))

@@ -131,7 +131,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         StorageError: see :func:`replacing`.
     """
     assert CHECKSUM not in value
-    sealed = {**value, CHECKSUM: _sum_of(value)}
+    sealed = {**value, CHECKSUM: sum_of(value)}
     write_text(path, json.dumps(sealed, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -159,7 +159,7 @@ def read_json(path: Path, quiet: bool = False) -> dict[str, Any]:
             say_once(f"{path} is of an earlier version, without a checksum, and is taken as it is", "unsealed JSON")
         return plain
     try:
-        found = _sum_of(plain)
+        found = sum_of(plain)
     except (ValueError, RecursionError):
         found = ""
     if seal != found:
@@ -255,7 +255,7 @@ def _digest(file: BinaryIO, size: int) -> str:
     return digest.hexdigest()
 
 
-def _sum_of(value: dict[str, Any]) -> str:
+def sum_of(value: dict[str, Any]) -> str:
     """Of what a value says, whatever its layout and order."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return _KIND + hashlib.sha256(text.encode("ascii")).hexdigest()

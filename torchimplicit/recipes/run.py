@@ -74,14 +74,21 @@ class Run:
         """The checkpoint before the last one; it may not exist."""
         return self.path / "checkpoints" / "previous.ckpt"
 
-    def describe(self, recipe: str, config: Any) -> None:
-        """Write ``run.json`` for a run that begins: every setting, and the library's own defaults."""
+    def describe(self, recipe: str, config: Any, table: str = "") -> None:
+        """Write ``run.json`` for a run that begins: every setting, and the library's own defaults.
+
+        Args:
+            recipe: in the registry.
+            config: its settings.
+            table: the checksum of the settings of the table that the run is for, if it is for one.
+        """
         self.write_json(
             "run.json",
             {
                 "recipe": recipe,
                 "state": "running",
                 "torchimplicit_version": version(),
+                **({"table": table} if table else {}),
                 "config": to_plain(config, exact=True),
                 "defaults": defaults.present(),
             },

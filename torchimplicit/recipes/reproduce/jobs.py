@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from torchimplicit.recipes.errors import DivergedError, UserError
 from torchimplicit.recipes.execution import INTERRUPTED, go, opened
+from torchimplicit.recipes.files import say_once, sum_of
 from torchimplicit.recipes.plain import to_plain
 from torchimplicit.recipes.reproduce.settings import Plan
 from torchimplicit.recipes.run import Run, RunOptions, create
@@ -51,7 +52,9 @@ def run_all(jobs: Sequence[Job], folder: Path, plan: Plan, console: Console) -> 
     Raises:
         KeyboardInterrupt: after the runs have been told to stop too.
     """
-    runs = {job.name: prepare(job, folder) for job in jobs}
+    owner = Run(folder.parent)
+    table = sum_of(owner.read()["config"]) if owner.description.is_file() else ""
+    runs = {job.name: prepare(job, folder, table) for job in jobs}
     waiting = [job for job in jobs if not finished(runs[job.name])]
     if not waiting:
         return runs
@@ -95,14 +98,28 @@ def _stop(process: submitit.Job[None], plan: Plan) -> None:
         process.cancel(check=False)
 
 
-def prepare(job: Job, folder: Path) -> Run:
-    """The job's run directory, made if it is not there."""
+def prepare(job: Job, folder: Path, table: str = "") -> Run:
+    """The job's run directory, made if it is not there.
+
+    A run that was prepared for the same settings of the table keeps its own, where defaults are others by now.
+
+    Args:
+        job: which.
+        folder: of all jobs.
+        table: the checksum of the table's settings; empty: there is no table.
+
+    Raises:
+        UserError: the directory holds a run with other settings.
+    """
     run = Run(folder / job.name)
     if not run.description.is_file():
         run = create(job.recipe, RunOptions(output=folder / job.name))
-        run.describe(job.recipe, job.config)
+        run.describe(job.recipe, job.config, table)
         run.mark("interrupted", "not begun yet")
-    elif run.read()["config"] != to_plain(job.config, exact=True):
+    elif (read := run.read())["config"] != to_plain(job.config, exact=True):
+        if table and read.get("table") == table:
+            say_once(f"{run.path.parent}: the runs keep the settings of their beginning; some defaults are others now")
+            return run
         raise UserError(f"{run} was made with other settings; reproduce into a new --output")
     return run
 
