@@ -37,7 +37,7 @@ from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.reproduce.jobs import Job, prepare
 from torchimplicit.recipes.run import Run, RunOptions, create
 from torchimplicit.recipes.stopping import terminated_like_interrupted
-from torchimplicit.recipes.training.logs import rows
+from torchimplicit.recipes.training.logs import loggers, rows
 from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
 from torchimplicit.solvers import Anderson
 
@@ -384,6 +384,14 @@ class TestGoingOn:
         assert "keep the settings of their beginning" in capsys.readouterr().err
         for table in ("sha256:2", ""):
             refused(prepare, Job("one", "tiny", other), tmp_path, table)
+
+    def test_a_log_that_has_lost_steps_is_told(self, run, capsys):
+        lines = run.metrics.read_text().splitlines()
+        run.metrics.write_text("\n".join([*lines[:2], *lines[5:]]) + "\n")
+        loggers(run, 6, tensorboard=False)
+        assert "of the 6 steps that were done" in capsys.readouterr().err
+        run.metrics.write_text("\n".join(lines).replace(".", "x"))
+        assert "damaged" in refused(rows, run.metrics)
 
     def test_a_run_of_before_resumes(self, run):
         config = replace(SHORT, optimization=replace(SHORT.optimization, steps=8))

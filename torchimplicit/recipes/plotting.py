@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from torchimplicit.recipes.files import replacing
 
 COLOURS = ("#0b63a5", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d0a", "#3d7f86", "#6b7280", "#b0417f")
 LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (4, 1.2, 1, 1.2)), (0, (2, 1)))
@@ -47,3 +50,9 @@ def style(index: int) -> dict[str, Any]:
         "marker": MARKERS[index % len(MARKERS)],
         "markersize": 4.5,
     }
+
+
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Write it as PNG, in one move."""
+    with replacing(path) as draft:
+        figure.savefig(draft, dpi=dpi)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from torchimplicit.recipes.fields.task import FieldTask
 from torchimplicit.recipes.html import document, figure, table
-from torchimplicit.recipes.plotting import FIGURE, axes, style
+from torchimplicit.recipes.plotting import FIGURE, axes, save_figure, style
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.svg import svg
 from torchimplicit.recipes.tables import Column, Table
@@ -55,7 +55,7 @@ def write_page(
     folder = run.path / "figures"
     folder.mkdir(exist_ok=True)
     drawn = curve(results, task.metric)
-    drawn.savefig(folder / "curve.png", dpi=130)
+    save_figure(drawn, folder / "curve.png", 130)
     parts = [
         "<p class='tag'>torchimplicit</p>",
         f"<h1>{escape(title)}</h1>",

@@ -22,7 +22,7 @@ from torchimplicit.recipes.jiio.pictures import grid
 from torchimplicit.recipes.jiio.runner import PICTURES, SHOWN
 from torchimplicit.recipes.machine import threads
 from torchimplicit.recipes.plain import from_plain
-from torchimplicit.recipes.plotting import FIGURE
+from torchimplicit.recipes.plotting import FIGURE, save_figure
 from torchimplicit.recipes.run import Run
 from torchimplicit.solvers import Anderson
 
@@ -57,7 +57,7 @@ class InverseRunner:
             run.write_json("gradients.json", compared(task))
         files.save({name: [row.half() for row in shown] for name, shown in rows.items()}, run.path / PICTURES)
         with matplotlib.rc_context(FIGURE):
-            grid(rows).savefig(run.product("pictures.png"), dpi=150)
+            save_figure(grid(rows), run.product("pictures.png"), 150)
 
 
 RUNNER = InverseRunner()

@@ -25,7 +25,7 @@ from torchimplicit.recipes.jiio.generation import Generation, ready
 from torchimplicit.recipes.jiio.pictures import grid
 from torchimplicit.recipes.machine import threads
 from torchimplicit.recipes.plain import from_plain
-from torchimplicit.recipes.plotting import FIGURE
+from torchimplicit.recipes.plotting import FIGURE, save_figure
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.training.runner import Trainer
 
@@ -94,7 +94,7 @@ class GenerationRunner:
             run.write_json(name, found)
             files.save({key: [row.half() for row in rows] for key, rows in pictures.items()}, run.path / PICTURES)
             with matplotlib.rc_context(FIGURE):
-                grid(pictures).savefig(run.product("pictures.png"), dpi=150)
+                save_figure(grid(pictures), run.product("pictures.png"), 150)
             console.print(
                 f"Fréchet distance to the test images, in a small classifier's features: new {found.mixture:.3f}, "
                 f"reconstructions {found.reconstructions:.3f}, training images {found.floor:.3f}. Pictures: "

@@ -18,7 +18,7 @@ from torchimplicit.recipes.orbital_free.case import Case
 from torchimplicit.recipes.orbital_free.data import Split
 from torchimplicit.recipes.orbital_free.history import Look, Results
 from torchimplicit.recipes.orbital_free.places import line, plane
-from torchimplicit.recipes.plotting import COLOURS, FIGURE, axes
+from torchimplicit.recipes.plotting import COLOURS, FIGURE, axes, save_figure
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.svg import svg
 
@@ -56,7 +56,7 @@ def write_report(results: Results, split: Split, functional: OrbitalFree, run: R
     folder.mkdir(exist_ok=True)
     drawn = figures(results, split, functional)
     for name, one in drawn.items():
-        one.savefig(folder / f"{name}.png", dpi=130)
+        save_figure(one, folder / f"{name}.png", 130)
     parts = [
         "<h1>An orbital-free density functional</h1>",
         f"<p class='lead'>{results.weights} weights after {results.iterations} iterations of "

@@ -13,7 +13,7 @@ from torchimplicit.models.physics_informed import Field
 from torchimplicit.recipes.html import document, figure
 from torchimplicit.recipes.physics.equations import Equation
 from torchimplicit.recipes.physics.history import Look, Results
-from torchimplicit.recipes.plotting import COLOURS, FIGURE, axes
+from torchimplicit.recipes.plotting import COLOURS, FIGURE, axes, save_figure
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.svg import svg
 
@@ -99,7 +99,7 @@ def write_report(results: Results, equation: Equation, made: Field, run: Run) ->
     folder.mkdir(exist_ok=True)
     drawn = figures(results, equation, made)
     for name, one in drawn.items():
-        one.savefig(folder / f"{name}.png", dpi=130)
+        save_figure(one, folder / f"{name}.png", 130)
     said = ", ".join(f"{name} {value:.2e}" for name, value in results.errors.items())
     parts = [
         f"<h1>{escape(equation.title)}</h1>",

@@ -17,7 +17,7 @@ from torchimplicit.recipes.environment import Environment
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.files import replacing
 from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.plotting import FIGURE
+from torchimplicit.recipes.plotting import FIGURE, save_figure
 from torchimplicit.recipes.registry import runner, settings
 from torchimplicit.recipes.reproduce.jobs import Job, finished, run_all
 from torchimplicit.recipes.reproduce.page import page
@@ -112,7 +112,7 @@ class Reproduction:
             folder = run.path / "figures"
             folder.mkdir(exist_ok=True)
             for drawing in summary.drawings:
-                drawing.figure.savefig(folder / f"{drawing.name}.png", dpi=130)
+                save_figure(drawing.figure, folder / f"{drawing.name}.png", 130)
         name = run.read()["recipe"]
         record = Record(
             name=name,

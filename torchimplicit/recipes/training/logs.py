@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from torchimplicit.recipes.errors import DamagedFileError
-from torchimplicit.recipes.files import no_larger
+from torchimplicit.recipes.files import no_larger, say_once
 from torchimplicit.recipes.fitting import quiet_lightning
 from torchimplicit.recipes.run import Run
 
@@ -18,6 +18,8 @@ Row = dict[str, float]
 def loggers(run: Run, steps: int, tensorboard: bool) -> list[Logger]:
     """The run's loggers, for training that goes on after ``steps`` steps: what was logged of later ones is dropped."""
     kept = [row for row in rows(run.metrics) if row["step"] <= steps]
+    if (there := sum("loss" in row for row in kept)) < steps:
+        say_once(f"{run.metrics} has {there} of the {steps} steps that were done; figures and curves lack the others")
     with quiet_lightning():  # that its logger begins an empty file is known: the rows are kept here
         table = CSVLogger(run.path, name=None, version="logs")
         _ = table.experiment

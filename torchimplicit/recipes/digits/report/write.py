@@ -5,6 +5,7 @@ from __future__ import annotations
 from torchimplicit.recipes.digits.report.figures import figures
 from torchimplicit.recipes.digits.report.page import page
 from torchimplicit.recipes.digits.results import Results
+from torchimplicit.recipes.plotting import save_figure
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.svg import svg
 
@@ -15,5 +16,5 @@ def write_report(results: Results, run: Run) -> None:
     folder.mkdir(exist_ok=True)
     drawn = figures(results)
     for name, figure in drawn.items():
-        figure.savefig(folder / f"{name}.png", dpi=160)
+        save_figure(figure, folder / f"{name}.png", 160)
     run.write_text("index.html", page(results, {name: svg(figure, name) for name, figure in drawn.items()}))

@@ -11,6 +11,7 @@ from torchimplicit.recipes.fields.audio.figures import spectrograms, waveforms
 from torchimplicit.recipes.fields.audio.sounds import MOST_SAMPLES, Sound, quantized, save
 from torchimplicit.recipes.fields.report import write_page
 from torchimplicit.recipes.fields.task import FieldTask, decibels
+from torchimplicit.recipes.plotting import save_figure
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.training.results import Results
 
@@ -35,10 +36,9 @@ def show(config: SoundConfig, sound: Sound, task: FieldTask, results: Results, r
             "Spectrograms of the sound, the field and the error: the power in each band of frequencies over time.",
         ),
     ]
-    waveforms(truth, values, sound.rate).savefig(pictures[0][0], dpi=110)
-    spectrograms({"sound": truth, "field": values, "error": values - truth}, sound.rate).savefig(
-        pictures[1][0], dpi=110
-    )
+    save_figure(waveforms(truth, values, sound.rate), pictures[0][0], 110)
+    drawn = spectrograms({"sound": truth, "field": values, "error": values - truth}, sound.rate)
+    save_figure(drawn, pictures[1][0], 110)
     error = float((values - truth).double().square().mean())
     power = float(truth.double().square().mean())
     notes = [

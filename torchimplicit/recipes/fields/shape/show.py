@@ -24,7 +24,7 @@ from torchimplicit.recipes.fields.shape.render import drawn, heat, view
 from torchimplicit.recipes.fields.shape.subject import Subject, subject
 from torchimplicit.recipes.fields.shape.surface import extracted
 from torchimplicit.recipes.fields.task import FieldTask
-from torchimplicit.recipes.plotting import FIGURE
+from torchimplicit.recipes.plotting import FIGURE, save_figure
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.training.results import Results
 
@@ -63,7 +63,7 @@ def show(config: ShapeConfig, task: FieldTask, results: Results, run: Run) -> No
         save(torch.cat([drawn(found, PICTURE, eye, colours) for eye in eyes], 1), pictures[2][0])
         notes = [_sentence(figures, config.resolution)]
     pictures.append((folder / "slice.png", "The field on a plane through the middle; the line is the mesh."))
-    _slice(config, task, true).savefig(pictures[-1][0], dpi=110)
+    save_figure(_slice(config, task, true), pictures[-1][0], 110)
     write_page("A shape as a field", task, results, run, pictures, notes)
 
 

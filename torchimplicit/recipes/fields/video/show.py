@@ -18,6 +18,7 @@ from torchimplicit.recipes.fields.video.clips import Clip
 from torchimplicit.recipes.fields.video.config import VideoConfig, check_export
 from torchimplicit.recipes.fields.video.figures import over_frames, strip
 from torchimplicit.recipes.fields.video.writing import can_write_mp4, save
+from torchimplicit.recipes.plotting import save_figure
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.training.results import Results
 
@@ -44,8 +45,9 @@ def show(config: VideoConfig, clip: Clip, task: FieldTask, results: Results, run
     if can_write_mp4():
         save(iter(fitted), clip.rate, run.product("reconstruction.mp4"))
     of_frames = [decibels(error, 2.0) for error in errors]
-    strip({"video": list(clip.pixels), "field": fitted, "error": misfits}).savefig(folder / "frames.png", dpi=110)
-    over_frames(of_frames).savefig(folder / "frames-psnr.png", dpi=110)
+    drawn = strip({"video": list(clip.pixels), "field": fitted, "error": misfits})
+    save_figure(drawn, folder / "frames.png", 110)
+    save_figure(over_frames(of_frames), folder / "frames-psnr.png", 110)
     shown = [
         (
             folder / "comparison.gif",
