@@ -14,14 +14,14 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-import torchimplicit
+from torchimplicit import gradients, linear, models, solvers
 from torchimplicit.gradients import Gradient
 from torchimplicit.linear import LinearSolver
 from torchimplicit.recipes.files import say_once
 from torchimplicit.recipes.plain import to_plain
 from torchimplicit.solvers import Solver
 
-_ROOMS = ("solvers", "linear", "gradients", "models")
+_ROOMS = (solvers, linear, gradients, models)
 
 Defaults = dict[str, dict[str, Any]]
 """By the strategy's name, the fields that have a default."""
@@ -63,8 +63,8 @@ def of_run(noted: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
 def _strategies() -> dict[str, type]:
     """The frozen dataclasses with keyword-only defaults: solvers, linear solvers, estimators, and models' configs."""
     found: dict[str, type] = {}
-    for module in pkgutil.walk_packages(torchimplicit.__path__, "torchimplicit."):
-        if module.name.split(".")[1] in _ROOMS:
+    for room in _ROOMS:
+        for module in pkgutil.walk_packages(room.__path__, f"{room.__name__}."):
             for name, kind in vars(import_module(module.name)).items():
                 if isinstance(kind, type) and is_dataclass(kind) and kind.__module__ == module.name:
                     wanted = issubclass(kind, Solver | LinearSolver | Gradient) or name.endswith("Config")
