@@ -43,8 +43,9 @@ class GMRES(IterativeSolver):
 class _State(NamedTuple):
     """What is known after k steps.
 
-    ``images`` (``[rows, capacity, dim]``) are the q; ``upper`` (``[rows, capacity, capacity]``) has the columns of U as
-    rows, without the diagonal, which ``sizes`` holds (``[rows, 1]`` each, as ``coefficients``).
+    ``directions`` (``[rows, capacity + 1, dim]``) are the z, the one to come among them, and ``images``
+    (``[rows, capacity, dim]``) the q; ``upper`` (``[rows, capacity, capacity]``) has the columns of U as rows, without
+    the diagonal, which ``sizes`` holds (``[rows, 1]`` each, as ``coefficients`` and ``lengths``, the norms of the z).
     """
 
     norm: Tensor
@@ -52,9 +53,10 @@ class _State(NamedTuple):
     broken: Tensor | None
     x: Tensor
     r: Tensor
-    directions: tuple[Tensor, ...]
+    lengths: tuple[Tensor, ...]
     coefficients: tuple[Tensor, ...]
     sizes: tuple[Tensor, ...]
+    directions: Tensor
     images: Tensor
     upper: Tensor
 
@@ -62,7 +64,7 @@ class _State(NamedTuple):
 _FALL = 0.9
 """How far the residual has to fall in a step to be the next direction."""
 
-_CHUNK = 12
+_CHUNK = 16
 """Directions that memory is made for at first; it doubles as needed."""
 
 
@@ -75,29 +77,38 @@ def _threshold(dtype: torch.dtype) -> float:
 
 
 class _AdaptiveSimplerGMRES(Method):
-    kept = ("x", "directions", "coefficients", "sizes", "images", "upper")
+    kept = ("x", "lengths", "coefficients", "sizes", "directions", "images", "upper")
 
     def __init__(self, restart: int) -> None:
         self.cycle = self.restart = restart
 
     def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
         capacity = min(_CHUNK, self.restart)
-        images = r.new_empty(capacity, *r.shape).transpose(0, 1)
-        upper = r.new_empty(capacity, len(r), capacity).transpose(0, 1)
+        rows, dim = r.shape
+        directions, images = (_memory(r, size, rows, dim) for size in (capacity + 1, capacity))
         slow = torch.zeros_like(norm, dtype=torch.bool)
-        return _State(norm, slow, None, x, r, (), (), (), images, upper)
+        return _State(norm, slow, None, x, r, (), (), (), directions, images, _memory(r, capacity, rows, capacity))
 
     def step(self, system: System, state: _State, slow: int | None) -> _State:
-        k = len(state.directions)
-        images, upper = state.images, state.upper
+        k = len(state.sizes)
+        directions, images, upper = state.directions, state.images, state.upper
         if k == images.shape[1]:
-            images, upper = _grown(images, upper, min(2 * k, self.restart))
-        z, broken = state.r, None
+            directions, images, upper = _grown(state, min(2 * k, self.restart))
+        r, place = state.r, directions[:, k]
+        z, length, broken = r, state.norm.unsqueeze(1), None
         if slow != 0 and k:
-            z = torch.where(state.slow.unsqueeze(1), images[:, k - 1], z)
+            chosen = state.slow.unsqueeze(1)
+            z, length = torch.where(chosen, images[:, k - 1], z), torch.where(chosen, 1, length)
             broken = self._broken(state)
-        z = system.precondition(z)
+        if system.inverse is not None:
+            z = system.precondition(z)
+            length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
         w = system.product(z)
+        shared = r.data_ptr() == place.data_ptr()  # the residual was written where the direction belongs
+        if shared and z is not r:
+            r = r.clone()
+        if not shared or z is not r:
+            place.copy_(z)
         if k:
             basis = images[:, :k]
             w, h = _orthogonalized(w, basis)
@@ -108,8 +119,8 @@ class _AdaptiveSimplerGMRES(Method):
             upper[:, k, :k] = h
         size = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
         q = torch.div(w, size.clamp_min(torch.finfo(w.dtype).tiny), out=images[:, k])
-        a = (state.r * q).sum(-1, keepdim=True)
-        r = torch.addcmul(state.r, a, q, value=-1)
+        a = torch.linalg.vecdot(r, q).unsqueeze(1)
+        r = torch.addcmul(r, a, q, value=-1, out=directions[:, k + 1])
         norm = torch.linalg.vector_norm(r, dim=-1)
         return _State(
             norm=norm,
@@ -117,9 +128,10 @@ class _AdaptiveSimplerGMRES(Method):
             broken=broken,
             x=state.x,
             r=r,
-            directions=(*state.directions, z),
+            lengths=(*state.lengths, length),
             coefficients=(*state.coefficients, a),
             sizes=(*state.sizes, size),
+            directions=directions,
             images=images,
             upper=upper,
         )
@@ -129,7 +141,7 @@ class _AdaptiveSimplerGMRES(Method):
 
         From an image on that was all but in the span of the ones before, the coefficients say nothing and are dropped.
         """
-        k = len(state.directions)
+        k = len(state.sizes)
         if not k:
             return state.x, 0.0
         info = torch.finfo(state.x.dtype)
@@ -140,23 +152,21 @@ class _AdaptiveSimplerGMRES(Method):
         sound = (diagonal >= _threshold(state.x.dtype) * sizes).to(diagonal.dtype).cumprod(1)
         a = torch.cat(state.coefficients, 1) * sound
         t = torch.linalg.solve_triangular(columns.mT, a.unsqueeze(2), upper=True)
-        directions = torch.stack(state.directions).transpose(0, 1)
-        x = torch.baddbmm(state.x.unsqueeze(1), t.mT, directions).squeeze(1)
-        lengths = torch.linalg.vector_norm(directions, dim=-1)
+        x = torch.baddbmm(state.x.unsqueeze(1), t.mT, state.directions[:, :k]).squeeze(1)
+        lengths = torch.cat(state.lengths, 1)
         growth = (sizes / lengths.clamp_min(info.tiny)).amax(1)
         gap = (t.squeeze(2).abs_() * lengths).sum(1) * growth * (4 * info.eps)
         return x, gap.masked_fill_(sound[:, -1] == 0, torch.inf)
 
     def size(self, state: _State) -> Tensor | None:
-        if not state.directions:
+        if not state.sizes:
             return None
-        lengths = torch.linalg.vector_norm(torch.stack(state.directions), dim=-1)
-        sizes = torch.cat(state.sizes, 1).mT
-        return (sizes / lengths.clamp_min(torch.finfo(sizes.dtype).tiny)).amax(0)
+        sizes, lengths = torch.cat(state.sizes, 1), torch.cat(state.lengths, 1)
+        return (sizes / lengths.clamp_min(torch.finfo(sizes.dtype).tiny)).amax(1)
 
     def _broken(self, state: _State) -> Tensor:
         """Where the latest image was in the span of the ones before; only looked for where the residual stagnates."""
-        k = len(state.directions)
+        k = len(state.sizes)
         size = state.sizes[-1].squeeze(1)
         before = torch.linalg.vector_norm(state.upper[:, k - 1, : k - 1], dim=-1)
         return size <= _threshold(size.dtype) * before.hypot(size)
@@ -172,11 +182,18 @@ def _orthogonalized(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return torch.baddbmm(w, h, basis, alpha=-1).squeeze(1), h.squeeze(1)
 
 
-def _grown(images: Tensor, upper: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """The same in more memory, one image after the other, so that each is contiguous."""
-    rows, k, dim = images.shape
-    more = images.new_empty(capacity, rows, dim).transpose(0, 1)
-    more[:, :k] = images
-    corner = upper.new_empty(capacity, rows, capacity).transpose(0, 1)
-    corner[:, :k, :k] = upper
-    return more, corner
+def _memory(like: Tensor, capacity: int, rows: int, length: int) -> Tensor:
+    """``[rows, capacity, length]``, where each ``[:, i]`` is contiguous."""
+    return like.new_empty(capacity, rows, length).transpose(0, 1)
+
+
+def _grown(state: _State, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The directions, the images and U in more memory."""
+    rows, k, dim = state.images.shape
+    directions = _memory(state.images, capacity + 1, rows, dim)
+    directions[:, : k + 1] = state.directions
+    images = _memory(state.images, capacity, rows, dim)
+    images[:, :k] = state.images
+    upper = _memory(state.upper, capacity, rows, capacity)
+    upper[:, :k, :k] = state.upper
+    return directions, images, upper
