@@ -21,10 +21,13 @@ class LinearSolution:
     Attributes:
         value: ``[batch, dim]``.
         report: the figures; ``report.evaluations`` counts products in whole-batch equivalents.
+        strayed: whether the solve ended because its residuals are far from what they were thought to be, as they are
+            where rows depend on each other.
     """
 
     value: Tensor
     report: Report
+    strayed: bool = False
 
 
 class LinearSolver(ABC):
@@ -44,6 +47,11 @@ class LinearSolver(ABC):
     def joined(self, operator: LinearOperator, joined: LinearOperator) -> LinearSolver:
         """The solver of the samples of ``operator`` as one system, whose operator is ``joined``."""
         return self
+
+    @property
+    def confirms(self) -> bool:
+        """Whether its report's residuals are true, by a product of the whole operator."""
+        return False
 
     @property
     def truncated(self) -> bool:
@@ -74,7 +82,7 @@ def solve_each(solver: LinearSolver, operator: LinearOperator, b: Tensor) -> Lin
         curvature=least_curvature([report.curvature for report in reports]),
         condition=largest([report.condition for report in reports]),
     )
-    return LinearSolution(torch.stack([one.value for one in found]), figures)
+    return LinearSolution(torch.stack([one.value for one in found]), figures, any(one.strayed for one in found))
 
 
 def largest(found: Sequence[Tensor | None]) -> Tensor | None:

@@ -73,5 +73,5 @@ class _StabilizedBiCG(Method):
         p = torch.addcmul(r, beta, torch.addcmul(p, omega, v, value=-1))
         return _State(norm, broken.squeeze(1), x, r, shadow, shadow_norm, p, product_new)
 
-    def iterate(self, state: _State) -> tuple[Tensor, float]:
-        return state.x, torch.inf
+    def iterate(self, state: _State) -> tuple[Tensor, float, None]:
+        return state.x, torch.inf, None

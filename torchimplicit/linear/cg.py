@@ -69,8 +69,8 @@ class _ConjugateGradients(Method):
         p = torch.addcmul(z, decrease / state.decrease.clamp_min(info.tiny), state.p)
         return _State(norm, broken.squeeze(1), x, r, p, decrease, least)
 
-    def iterate(self, state: _State) -> tuple[Tensor, float]:
-        return state.x, torch.inf
+    def iterate(self, state: _State) -> tuple[Tensor, float, None]:
+        return state.x, torch.inf, None
 
     def _direction(self, system: System, r: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         if not self.preconditioned:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from torchimplicit.coupling import broken_promise
+from torchimplicit.coupling import Coupling, broken_promise
 from torchimplicit.linear.base import BlockSolver, LinearSolution, LinearSolver, solve_each
 from torchimplicit.linear.operator import LinearOperator
 from torchimplicit.precision import UnitRows
 from torchimplicit.solution import Report, Status
 
-SLACK = 2.0
+SLACK = 1.25
 """The factor up to which the true residual may exceed the tolerance, or the residual that was reported."""
 
 Attempt = Callable[[LinearOperator, Tensor], LinearSolution]
@@ -47,7 +47,32 @@ def solve_any(
 
     if solver.truncated:
         return attempt(shifted(operator), b)
-    return confirmed(attempt, operator, b, solver.tolerances(b.dtype), together, shifted)
+    if not solver.confirms:
+        return confirmed(attempt, operator, b, solver.tolerances(b.dtype), together, shifted)
+    coupling, meant = operator.coupling, shifted(operator)
+    if coupling is None:
+        return attempt(meant, b)
+    spent = 0.0
+    if not coupling.found:
+        found = attempt(meant, b)
+        if not found.strayed and bool(found.report.converged.all()):
+            return found
+        if not _found_to_depend(coupling, meant):
+            return attempt(replace(meant, coupling=None), b) if found.strayed else found
+        spent = found.report.evaluations
+    whole = _as_one_system(together, operator, b, shifted)
+    return replace(whole, report=_costing(whole.report, spent))
+
+
+def _found_to_depend(coupling: Coupling, operator: LinearOperator) -> bool:
+    """Whether rows are seen to depend on each other, which is remembered; an error where it was promised that they do
+    not."""
+    if not rows_depend(operator):
+        return False
+    if coupling.promised:
+        broken_promise("the rows of f depend on each other, as its derivatives show")
+    coupling.memory.found = True
+    return True
 
 
 @torch.no_grad()
@@ -59,7 +84,8 @@ def confirmed(
     together: Attempt | None = None,
     shifted: Callable[[LinearOperator], LinearOperator] = lambda operator: operator,
 ) -> LinearSolution:
-    """What ``attempt`` gives, its residual and status being those of the whole operator; see :func:`solve_any`.
+    """What ``attempt`` gives, its residual and status being those of the whole operator, by one product; see
+    :func:`solve_any`.
 
     Args:
         attempt: solves row by row.
@@ -69,30 +95,28 @@ def confirmed(
         together: solves the batch as one system; ``None``: as ``attempt`` does.
         shifted: makes of an operator, of rows or of the batch as one system, the one that is meant.
     """
-    coupling, together = operator.coupling, together or attempt
-    if coupling is not None and coupling.found:
-        return _as_one_system(together, operator, b, tolerances, shifted)
-    joinable, operator = operator, shifted(operator)
-    found = attempt(operator, b)
-    true = _true_residual(operator, b, found, tolerances)
-    suspect = true.above & (true.beyond(found.report) | (sum(tolerances) > 0))
-    if not bool(suspect.any()):
-        return true.told(found)
-    if coupling is not None and rows_depend(operator):
-        if coupling.promised:
-            broken_promise("the rows of f depend on each other, as its derivatives show")
-        coupling.memory.found = True
-        whole = _as_one_system(together, joinable, b, tolerances, shifted)
-        return replace(whole, report=_costing(whole.report, found.report.evaluations + 2))
-    return true.told(found)
+    coupling, meant, spent = operator.coupling, shifted(operator), 0.0
+    if coupling is None or not coupling.found:
+        found = attempt(meant, b)
+        true = _true_residual(meant, b, found, tolerances)
+        suspect = true.above & (true.beyond(found.report) | (sum(tolerances) > 0))
+        if not bool(suspect.any()) or coupling is None or not _found_to_depend(coupling, meant):
+            return true.told(found)
+        spent = found.report.evaluations + true.products
+
+    def confirmed_together(joined: LinearOperator, b: Tensor) -> LinearSolution:
+        found = (together or attempt)(joined, b)
+        return _true_residual(joined, b, found, tolerances).told(found)
+
+    whole = _as_one_system(confirmed_together, operator, b, shifted)
+    return replace(whole, report=_costing(whole.report, spent))
 
 
 def separated(operator: LinearOperator) -> tuple[LinearOperator, int]:
     """The operator of systems that do not depend on each other, and how many samples each of them is made of."""
     coupling = operator.coupling
-    if coupling is None or coupling.promised or not (coupling.found or rows_depend(operator)):
+    if coupling is None or coupling.promised or not (coupling.found or _found_to_depend(coupling, operator)):
         return operator, 1
-    coupling.memory.found = True
     return operator.joined(coupling.rows), coupling.rows
 
 
@@ -179,7 +203,6 @@ def _as_one_system(
     together: Attempt,
     operator: LinearOperator,
     b: Tensor,
-    tolerances: tuple[float, float],
     shifted: Callable[[LinearOperator], LinearOperator],
 ) -> LinearSolution:
     """Solve the rows that may depend on each other as one system; each of them gets its figures."""
@@ -192,7 +215,6 @@ def _as_one_system(
     clean = operator.project(b.where(finite, 0.0))
     flat = clean.reshape(*b.shape[:-2], groups, -1)
     found = together(joined, flat)
-    found = _true_residual(joined, flat, found, tolerances).told(found)
     figures = {
         name: figure.repeat_interleave(rows, dim=0)
         for name, figure in vars(found.report).items()

@@ -55,13 +55,10 @@ class Method(ABC):
     def step(self, system: System, state: Any, slow: int | None) -> Any:
         """The next state. ``slow`` is the number of slow rows in ``state``, ``None`` where it was not read."""
 
-    def iterate(self, state: Any) -> tuple[Tensor, Tensor | float]:
-        """The iterates, and how far their residuals may be from ``norm`` (``[rows]``, or one figure for all)."""
-        return state.x, 0.0
-
-    def size(self, state: Any) -> Tensor | None:
-        """What the norm of each row's operator exceeds, ``[rows]``; ``None`` where the method knows nothing of it."""
-        return None
+    def iterate(self, state: Any) -> tuple[Tensor, Tensor | float, Tensor | None]:
+        """The iterates, how far their residuals may be from ``norm`` (``[rows]``, or one figure for all), and what the
+        norm of each row's operator is at least (``[rows]``; ``None`` where the method knows nothing of it)."""
+        return state.x, 0.0, None
 
 
 class Outcome(NamedTuple):
@@ -193,7 +190,7 @@ class Cycle:
 
     def _restore(self, failed: Tensor) -> None:
         """Put rows that are no longer finite back to the last iterate that was looked at."""
-        x, _ = self.method.iterate(self.previous)
+        x, *_ = self.method.iterate(self.previous)
         self.system = self.system.without(failed)
         state = clear(self.state, failed)
         self.state = state._replace(x=x.where(failed[:, None], state.x), norm=self.state.norm)
@@ -220,7 +217,7 @@ class Cycle:
 
     def _flush(self) -> None:
         """Write the rows of the state to the outcome."""
-        x, gap = self.method.iterate(self.state)
+        x, gap, size = self.method.iterate(self.state)
         if self.best is not None:
             x = self.best[1]
         tolerance, _, norm, steps, broken, failed = self.notes
@@ -233,7 +230,6 @@ class Cycle:
             gap = torch.full_like(norm, gap).masked_fill_(steps == 0, 0.0)
         met = getattr(self.state, "curvature", None)
         curvature = torch.full_like(norm, torch.inf) if met is None else met.squeeze(1)
-        size = self.method.size(self.state)
         size = torch.zeros_like(norm) if size is None else size
         self.outcome = self.outcome.updated(Outcome(x, norm, gap, steps, status, curvature, size), self.rows)
 

@@ -136,14 +136,14 @@ class _AdaptiveSimplerGMRES(Method):
             upper=upper,
         )
 
-    def iterate(self, state: _State) -> tuple[Tensor, Tensor | float]:
-        """The directions' coefficients from :math:`Ut = a`, and the bound of the rounding in their sum.
+    def iterate(self, state: _State) -> tuple[Tensor, Tensor | float, Tensor | None]:
+        """By the directions' coefficients from :math:`Ut = a`.
 
         From an image on that was all but in the span of the ones before, the coefficients say nothing and are dropped.
         """
         k = len(state.sizes)
         if not k:
-            return state.x, 0.0
+            return state.x, 0.0, None
         info = torch.finfo(state.x.dtype)
         diagonal = torch.cat(state.sizes, 1).clamp_min_(info.tiny)
         columns = state.upper[:, :k, :k].tril(-1)
@@ -156,13 +156,7 @@ class _AdaptiveSimplerGMRES(Method):
         lengths = torch.cat(state.lengths, 1)
         growth = (sizes / lengths.clamp_min(info.tiny)).amax(1)
         gap = (t.squeeze(2).abs_() * lengths).sum(1) * growth * (4 * info.eps)
-        return x, gap.masked_fill_(sound[:, -1] == 0, torch.inf)
-
-    def size(self, state: _State) -> Tensor | None:
-        if not state.sizes:
-            return None
-        sizes, lengths = torch.cat(state.sizes, 1), torch.cat(state.lengths, 1)
-        return (sizes / lengths.clamp_min(torch.finfo(sizes.dtype).tiny)).amax(1)
+        return x, gap.masked_fill_(sound[:, -1] == 0, torch.inf), growth
 
     def _broken(self, state: _State) -> Tensor:
         """Where the latest image was in the span of the ones before; only looked for where the residual stagnates."""

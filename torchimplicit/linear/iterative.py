@@ -51,6 +51,10 @@ class IterativeSolver(BlockSolver):
     def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
         return default_rtol(dtype) if self.rtol is None else self.rtol, self.atol
 
+    @property
+    def confirms(self) -> bool:
+        return True
+
     def joined(self, operator: LinearOperator, joined: LinearOperator) -> LinearSolver:
         each = as_preconditioner(self.preconditioner)
         return self if each is None else replace(self, preconditioner=OfRows(each, operator))
@@ -106,4 +110,4 @@ class IterativeSolver(BlockSolver):
             else least_curvature(report.curvature.reshape(copies, batch).unbind()),
             condition=None if report.condition is None else report.condition.reshape(copies, batch).amax(0),
         )
-        return LinearSolution(found.value.reshape(b.shape), figures)
+        return LinearSolution(found.value.reshape(b.shape), figures, found.strayed)

@@ -9,8 +9,9 @@ to zero: every method keeps a zero row at zero, so that no mask is needed in the
 have stopped, and the operator can be restricted, they are dropped from the state instead.
 
 Several *cycles* may make up a solve. A cycle ends when all rows have stopped, or when the method's memory is full. Then
-the rows whose residual is in doubt get one product that settles it, and those not within their tolerance start again
-from where they are.
+one product of the whole operator settles their residuals, and those not within their tolerance start again from where
+they are; later it is taken where a residual is in doubt. Where the first one is far from what the recurrence says, and
+rows may depend on each other, the solve ends.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ from torchimplicit.solution import Report, Status
 
 _DOUBT = 0.25
 """The part of the tolerance, or of the residual, up to which a recurrence's residual is trusted to be the true one."""
+
+_STRAYED = 4.0
+"""The factor from what a recurrence says to the true residual that may mean that rows depend on each other."""
+
+_MARGIN = 1.01
+"""The factor up to which a true residual may exceed its tolerance, for the rounding of a product."""
 
 _PROGRESS = 0.99
 """The factor by which a cycle has to reduce the residual for another one to be worthwhile."""
@@ -74,22 +81,30 @@ def run(
     check_every = check_every if method.watched else limit
     cycle = Cycle(method, system, b, x, r, norm, tolerance)
     result = part = cycle.run(limit, check_every)
-    live = None
-    while True:
-        doubt = part.gap > _DOUBT * tolerance.maximum(part.norm)
-        if not cycle.finished:
-            doubt |= (part.steps < max_steps) & (part.status != Status.CONVERGED) & (part.status != Status.NONFINITE)
-        if live is not None:
-            doubt &= live
-        chosen = doubt.nonzero().squeeze(1)
-        if not len(chosen):
-            break
-        if system.operator.restrict is not None and len(chosen) <= CROWD * len(doubt):
-            system = system.restrict(chosen)
-            part, b, x, norm, tolerance, doubt = select((part, b, x, norm, tolerance, doubt), chosen)
+    live, strayed = None, False
+    while cycle.steps and method.watched:
+        going = part.status != Status.NONFINITE
+        if live is None and max(rtol, atol) > 0:  # every row is judged by the whole operator once
+            doubt = going
+        else:
+            doubt = part.gap > _DOUBT * tolerance.maximum(part.norm)
+            if not cycle.finished:
+                doubt |= going & (part.steps < max_steps) & (part.status != Status.CONVERGED)
+            if live is not None:
+                doubt &= live
+            chosen = doubt.nonzero().squeeze(1)
+            if not len(chosen):
+                break
+            if system.operator.restrict is not None and len(chosen) <= CROWD * len(doubt):
+                system = system.restrict(chosen)
+                part, b, x, norm, tolerance, doubt = select((part, b, x, norm, tolerance, doubt), chosen)
         r = system.residual(b, part.x)
-        part, live = _settle(part, r, x, norm, tolerance, doubt, max_steps)
-        left = int((max_steps - part.steps).where(live, 0).amax())
+        size = torch.linalg.vector_norm(r, dim=-1)
+        strays = doubt & (size > _STRAYED * part.norm.maximum(tolerance))
+        part, live = _settle(part, size, x, norm, tolerance, doubt, max_steps)
+        left, far = torch.stack(((max_steps - part.steps).where(live, 0), strays)).amax(1).tolist()
+        strayed = bool(far) and operator.coupling is not None
+        left = 0 if strayed else left
         if left:
             limit = min(left, method.cycle or left)
             x, norm, r = part.x, part.norm.where(live, 0.0), r.where(live[:, None], 0.0)
@@ -108,21 +123,26 @@ def run(
     x = operator.project(result.x)
     condition = (result.size * torch.linalg.vector_norm(x, dim=-1) / unit).to(dtype)
     report = Report(status, result.steps, norms, evaluations, curvature=curvature, condition=condition)
-    return LinearSolution(whole.restored(x).to(dtype), report)
+    return LinearSolution(whole.restored(x).to(dtype), report, strayed)
 
 
 def _settle(
-    part: Outcome, r: Tensor, start: Tensor, start_norm: Tensor, tolerance: Tensor, doubt: Tensor, max_steps: int
+    part: Outcome,
+    size: Tensor,
+    start: Tensor,
+    start_norm: Tensor,
+    tolerance: Tensor,
+    doubt: Tensor,
+    max_steps: int,
 ) -> tuple[Outcome, Tensor]:
-    """Judge the doubtful rows by their true residual ``r``; returns the outcome, and which of them go on.
+    """Judge the doubtful rows by the ``size`` of their true residuals; returns the outcome, and which of them go on.
 
     A row whose cycle made it worse goes back to where that cycle started.
     """
-    size = torch.linalg.vector_norm(r, dim=-1)
     norm = size.where(doubt & (size < torch.inf), part.norm)
     worse = doubt & (norm > start_norm)
     x, norm = start.where(worse[:, None], part.x), start_norm.where(worse, norm)
-    converged = norm <= tolerance
+    converged = norm <= _MARGIN * tolerance
     finite = part.status != Status.NONFINITE
     spent = part.steps >= max_steps
     live = doubt & ~converged & finite & ~spent & (norm < _PROGRESS * start_norm)

@@ -109,8 +109,8 @@ class _LeastSquares(Method):
             c_bar, s_bar, theta, size,
         )  # fmt: skip
 
-    def iterate(self, state: _State) -> tuple[Tensor, float]:
-        return state.x, torch.inf
+    def iterate(self, state: _State) -> tuple[Tensor, float, None]:
+        return state.x, torch.inf, None
 
 
 def _normalized(v: Tensor) -> tuple[Tensor, Tensor]:

@@ -121,11 +121,8 @@ class _MinimalResiduals(Method):
             norm, broken, x, r, z_new, v_new, v, w_new, w, gamma_new, gamma, eta, c_new, c, s_new, s, met, size
         )
 
-    def iterate(self, state: _State) -> tuple[Tensor, float]:
-        return state.x, torch.inf
-
-    def size(self, state: _State) -> Tensor:
-        return state.size.squeeze(1)
+    def iterate(self, state: _State) -> tuple[Tensor, float, Tensor]:
+        return state.x, torch.inf, state.size.squeeze(1)
 
     def _precondition(self, system: System, v: Tensor) -> tuple[Tensor, Tensor]:
         """:math:`M^{-1}v`, and the norm of v that belongs to it (``[rows, 1]``)."""
