@@ -46,9 +46,9 @@ class UnitRows(NamedTuple):
         """Of ``[..., dim]``, exactly: nothing is rounded."""
         if not v.shape[-1]:
             return cls(v, v.new_ones(*v.shape[:-1], 1), v.new_ones(*v.shape[:-1], 1, dtype=torch.bool))
-        peak = v.detach().abs().amax(dim=-1, keepdim=True)
+        peak = torch.linalg.vector_norm(v.detach(), torch.inf, dim=-1, keepdim=True)
         finite = peak < torch.inf  # false for NaN
-        _, exponent = torch.frexp(torch.where(finite & (peak > 0), peak, 1))
+        _, exponent = torch.frexp(peak)  # 0 for 0, and for what is not finite
         limit = -math.frexp(torch.finfo(v.dtype).tiny)[1]
         factor = torch.ldexp(torch.ones_like(peak), -exponent.clamp(-limit, limit))
         return cls(torch.where(finite, v * factor, 0), factor, finite)

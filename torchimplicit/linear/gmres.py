@@ -45,7 +45,7 @@ class _State(NamedTuple):
 
     ``directions`` (``[rows, capacity + 1, dim]``) are the z, the one to come among them, and ``images``
     (``[rows, capacity, dim]``) the q; ``upper`` (``[rows, capacity, capacity]``) has the columns of U as rows, without
-    the diagonal, which ``sizes`` holds (``[rows, 1]`` each, as ``coefficients`` and ``lengths``, the norms of the z).
+    the diagonal, which ``sizes`` holds (``[rows, 1]`` each, as ``coefficients``); ``lengths`` are the norms of the z, ``[rows]`` each.
     """
 
     norm: Tensor
@@ -95,14 +95,14 @@ class _AdaptiveSimplerGMRES(Method):
         if k == images.shape[1]:
             directions, images, upper = _grown(state, min(2 * k, self.restart))
         r, place = state.r, directions[:, k]
-        z, length, broken = r, state.norm.unsqueeze(1), None
+        z, length, broken = r, state.norm, None
         if slow != 0 and k:
-            chosen = state.slow.unsqueeze(1)
-            z, length = torch.where(chosen, images[:, k - 1], z), torch.where(chosen, 1, length)
+            z = torch.where(state.slow.unsqueeze(1), images[:, k - 1], z)
+            length = length.masked_fill(state.slow, 1)
             broken = self._broken(state)
         if system.inverse is not None:
             z = system.precondition(z)
-            length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+            length = torch.linalg.vector_norm(z, dim=-1)
         w = system.product(z)
         shared = r.data_ptr() == place.data_ptr()  # the residual was written where the direction belongs
         if shared and z is not r:
@@ -119,7 +119,7 @@ class _AdaptiveSimplerGMRES(Method):
             upper[:, k, :k] = h
         size = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
         q = torch.div(w, size.clamp_min(torch.finfo(w.dtype).tiny), out=images[:, k])
-        a = torch.linalg.vecdot(r, q).unsqueeze(1)
+        a = (r * q).sum(-1, keepdim=True)
         r = torch.addcmul(r, a, q, value=-1, out=directions[:, k + 1])
         norm = torch.linalg.vector_norm(r, dim=-1)
         return _State(
@@ -153,7 +153,7 @@ class _AdaptiveSimplerGMRES(Method):
         a = torch.cat(state.coefficients, 1) * sound
         t = torch.linalg.solve_triangular(columns.mT, a.unsqueeze(2), upper=True)
         x = torch.baddbmm(state.x.unsqueeze(1), t.mT, state.directions[:, :k]).squeeze(1)
-        lengths = torch.cat(state.lengths, 1)
+        lengths = torch.stack(state.lengths, 1)
         growth = (sizes / lengths.clamp_min(info.tiny)).amax(1)
         gap = (t.squeeze(2).abs_() * lengths).sum(1) * growth * (4 * info.eps)
         return x, gap.masked_fill_(sound[:, -1] == 0, torch.inf), growth
