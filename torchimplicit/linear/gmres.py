@@ -45,7 +45,8 @@ class _State(NamedTuple):
 
     ``directions`` (``[rows, capacity + 1, dim]``) are the z, the one to come among them, and ``images``
     (``[rows, capacity, dim]``) the q; ``upper`` (``[rows, capacity, capacity]``) has the columns of U as rows, without
-    the diagonal, which ``sizes`` holds (``[rows, 1]`` each, as ``coefficients``); ``lengths`` are the norms of the z, ``[rows]`` each.
+    the diagonal, which ``sizes`` holds (``[rows, 1]`` each, as ``coefficients``); ``lengths`` are the norms of the z
+    (``[rows]`` each).
     """
 
     norm: Tensor
