@@ -17,14 +17,16 @@ class Status(IntEnum):
     CONVERGED = 0
     """The residual is within the tolerance."""
     MAX_STEPS = 1
-    """The step budget ran out first; the value is the iterate of least residual."""
+    """The step budget ran out first; the value is the iterate of least residual. Also of an estimator that takes a
+    given number of steps: its residual is then NaN, unknown."""
     NONFINITE = 2
     """The map gave NaN or infinity, or the residual grew without bound; the value is the last good iterate."""
     BREAKDOWN = 3
     """The method could not go on (a singular system, a line search without decrease); the value is the best iterate."""
     SADDLE = 4
     """Of an adjoint solve: the Hessian of the minimum has a negative eigenvalue, so the point is no minimum, and what
-    was solved for is the derivative of a stationary point that no minimization would find."""
+    was solved for is the derivative of a stationary point that no minimization would find. Of a minimization by
+    :class:`~torchimplicit.NewtonKrylov`: it has come to such a point, and found no way down from it."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Report:
     Attributes:
         status: int64 ``[batch]``, members of :class:`Status`.
         steps: int64 ``[batch]``, the steps that each sample took.
-        residual: float ``[batch]``, the relative residual of the returned value.
+        residual: float ``[batch]``, the relative residual of the returned value: of its leaves, the largest norm of the
+            residual over the size of the terms that make it up (see :class:`~torchimplicit.solvers.Solver`); NaN where
+            it is not known.
         evaluations: what the solve cost, in whole-batch equivalents: evaluating half of the rows counts one half, so
             the figure may be fractional. In :class:`Solution`, evaluations of the map in the forward pass, those that
             the estimator makes there (:class:`~torchimplicit.gradients.UnrolledPhantom`) among them. In
@@ -65,11 +69,19 @@ class Report:
         return self.status == Status.CONVERGED
 
     def summary(self) -> str:
-        """One line for people: how many samples stopped for which reason, and the worst residual."""
-        counts = torch.bincount(self.status.flatten(), minlength=len(Status)).tolist()
-        reasons = ", ".join(f"{counts[status]} {status.name}" for status in Status if counts[status])
-        worst = float(self.residual.nan_to_num(nan=torch.inf).max()) if self.residual.numel() else 0.0
-        return f"{reasons}; largest relative residual {worst:.2g} after {self.evaluations:g} evaluations"
+        """One line for people: how many samples stopped for which reason, and the worst residual that is known."""
+        status, residual = self.status.flatten(), self.residual.flatten()
+        unknown = residual.isnan()
+        given = unknown & (status == Status.MAX_STEPS)  # so many steps were asked for, and no residual
+        counts = torch.bincount(status[~given], minlength=len(Status)).tolist()
+        reasons = [f"{counts[reason]} {reason.name}" for reason in Status if counts[reason]]
+        if bool(given.any()):
+            reasons.append(f"{int(given.sum())} after the steps that were asked for")
+        known = residual[~unknown]
+        worst = f"largest relative residual {float(known.max()):.2g}" if known.numel() else "residual unknown"
+        if not residual.numel():
+            worst = "largest relative residual 0"
+        return f"{', '.join(reasons)}; {worst} after {self.evaluations:g} evaluations"
 
 
 @dataclass

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchimplicit.coordinates import Chart
+
+
+class Leaves(NamedTuple):
+    """How many numbers of a flat sample each leaf has, one leaf after the other, and the tree that they make up;
+    ``None`` where they are not those of the state."""
+
+    sizes: tuple[int, ...]
+    spec: pytree.TreeSpec | None
+
+    def norms(self, v: Tensor) -> Tensor:
+        """The norm of each leaf of ``v`` (``[..., dim]``): ``[..., leaves]``; of a single leaf, without that dimension.
+        As :func:`row_norm`."""
+        if len(self.sizes) == 1:
+            return row_norm(v)
+        return torch.stack([row_norm(part) for part in v.detach().split(self.sizes, dim=-1)], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,13 @@ class Layout:
     def dim(self) -> int:
         """How many numbers a sample's state has."""
         return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def leaves(self) -> Leaves:
+        """The leaves as they lie in the flat form; one, where its coordinates mix them."""
+        if self.chart is not None:
+            return Leaves((self.dim,), None)
+        return Leaves(tuple(math.prod(shape) for shape in self.shapes), self.spec)
 
     def flatten(self, tree: Any, what: str, cast: bool = False) -> Tensor:
         """The flat form of ``tree``, which must have this layout (any batch size).

@@ -138,12 +138,13 @@ def hessian_of(dim: int, cond: float, indefinite: bool = False) -> torch.Tensor:
     return diagonal[:, None] * core * diagonal
 
 
-def gradients(solver, linear_solver, hessian, b, weight, total):
+def gradients(solver, linear_solver, hessian, b, weight, total, start=None):
     """The solution, and the gradients of a loss of it in everything that the problem depends on."""
     leaves = [t.clone().requires_grad_() for t in (hessian, b, weight, total)]
     problem = Minimum(quadratic, constraint=LinearEquality(leaves[2], leaves[3]))
     gradient = ti.Implicit(linear_solver=linear_solver)
-    solution = ti.solve(problem, torch.zeros_like(b), *leaves[:2], solver=solver, gradient=gradient)
+    z0 = torch.zeros_like(b) if start is None else start
+    solution = ti.solve(problem, z0, *leaves[:2], solver=solver, gradient=gradient)
     loss = (solution.value * torch.linspace(-1, 1, b.shape[1], dtype=F64)).sum()
     return solution, torch.autograd.grad(loss, leaves)
 
@@ -165,9 +166,10 @@ def test_the_adjoint_of_an_ill_conditioned_minimum(method, indefinite, cond):
     hessian = hessian_of(40, cond, indefinite)
     problem = (hessian, normal(3, 40, seed=1), normal(3, 40, seed=2), normal(3, seed=3))
     minres = MINRES(preconditioner=Jacobi(), rtol=1e-11, max_steps=400)
-    # Newton's method takes one step; if the Hessian is indefinite, to a saddle
-    forward = NewtonKrylov(linear_solver=Dense(), rtol=1e-10)
-    solution, found = gradients(forward, Dense() if method == "dense" else minres, *problem)
+    # Newton's method takes one step; to a saddle no method of minimization goes, and so it is the start
+    forward = LBFGS(rtol=1e-8) if indefinite else NewtonKrylov(linear_solver=Dense(), rtol=1e-10)
+    start = kkt(*problem) if indefinite else None
+    solution, found = gradients(forward, Dense() if method == "dense" else minres, *problem, start=start)
     # a saddle is solved for all the same, and named where the solution proves it
     assert (solution.adjoint.converged | (solution.adjoint.status == Status.SADDLE)).all(), solution.adjoint.summary()
     assert indefinite or solution.adjoint.converged.all()

@@ -13,6 +13,7 @@ from torchimplicit.testing.solver_suite import SolverSuite
 
 class TestGradientDescent(SolverSuite):
     kind = "energy"
+    free_of_units = False
 
     def make(self, **options: Any) -> Solver:
         return GradientDescent(**{"step_size": 1.0, "momentum": 0.0, **options})
@@ -20,6 +21,7 @@ class TestGradientDescent(SolverSuite):
 
 class TestMomentum(SolverSuite):
     kind = "energy"
+    free_of_units = False
 
     def make(self, **options: Any) -> Solver:
         return GradientDescent(**{"step_size": 0.5, "momentum": 0.5, **options})

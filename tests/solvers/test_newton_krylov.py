@@ -78,11 +78,69 @@ def test_a_large_root_by_gmres():
     assert solution.steps.max() <= 6
 
 
-def test_finds_a_saddle():
-    z0 = torch.tensor([[0.3, 0.1], [1.0, 0.05]], dtype=torch.float64)
+# the saddle itself, the ridge that leads to it, its neighbourhood, and far away
+SADDLE_STARTS = torch.tensor([[0.0, 0.0], [0.7, 0.0], [0.3, 0.1], [1.0, 0.05], [5.0, -9.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("linear", [None, ti.MINRES(), ti.CG()])
+def test_leaves_a_saddle(linear):
+    z0 = SADDLE_STARTS if linear is None else SADDLE_STARTS[2:]  # products do not tell what a residual has no part of
     energy = Minimum(lambda z: z[:, 0] ** 2 - z[:, 1] ** 2 + z[:, 1] ** 4)
-    solution = ti.solve(energy, z0, solver=NewtonKrylov())
-    torch.testing.assert_close(solution.value, torch.zeros_like(z0))
+    solution = ti.solve(energy, z0, solver=NewtonKrylov(linear_solver=linear))
+    assert solution.converged.all(), solution.summary()
+    torch.testing.assert_close(solution.value[:, 0], torch.zeros(len(z0)).double())
+    torch.testing.assert_close(solution.value[:, 1].abs(), torch.full((len(z0),), 0.5**0.5).double())
+
+
+def test_a_saddle_that_no_trial_leaves_is_named():
+    # its value does not follow its second derivative
+    def energy(z):
+        return z[:, 0] ** 2 - 1e-3 * (z[:, 1] - z[:, 1].detach()) ** 2
+
+    with pytest.warns(ti.ConvergenceWarning, match="1 SADDLE"):
+        solution = ti.solve(Minimum(energy), torch.zeros(1, 2, dtype=torch.float64), solver=NewtonKrylov())
+    assert solution.status.tolist() == [Status.SADDLE]
+
+
+def himmelblau(z):
+    return (z[:, 0] ** 2 + z[:, 1] - 11) ** 2 + (z[:, 0] + z[:, 1] ** 2 - 7) ** 2
+
+
+def rosenbrock(z):
+    return (100 * (z[:, 1:] - z[:, :-1] ** 2) ** 2 + (1 - z[:, :-1]) ** 2).sum(1)
+
+
+@pytest.mark.parametrize("linear", [None, ti.MINRES(), ti.CG()])
+@pytest.mark.parametrize("energy", [himmelblau, rosenbrock])
+def test_descends_on_an_energy(energy, linear):
+    z0 = torch.tensor([[1.0, 1.0], [0.0, 0.0], [-1.2, 1.0], [-1.0, 1.5], [6.0, -7.0]], dtype=torch.float64)
+    solver = NewtonKrylov(linear_solver=linear, keep_trajectory=True, max_steps=200)
+    solution = ti.solve(Minimum(energy), z0, solver=solver)
+    assert solution.converged.all(), solution.summary()
+    assert energy(solution.value).max() <= 1e-15
+    path = torch.stack([energy(z) for z in solution.trajectory])
+    assert (path[1:] <= path[:-1] * (1 + 1e-12) + 1e-25).all()
+
+
+def test_a_start_at_a_minimum_takes_no_step():
+    z0 = torch.tensor([[3.0, 2.0]], dtype=torch.float64)
+    solution = ti.solve(Minimum(himmelblau), z0, solver=NewtonKrylov())
+    assert solution.converged.all()
+    assert solution.steps.tolist() == [0]
+    assert torch.equal(solution.value, z0)
+
+
+@pytest.mark.parametrize("problem", ["root", "fixed point"])
+def test_what_broke_down_beside_others_reports_its_own_residual(problem):
+    a = column(1.0, -1e6)  # z**2 + 1 = 0 has no root; z**2 = 1e6 has one
+    z0 = column(1e-3, 0.5)
+    stated = Root(lambda z, a: z * z + a) if problem == "root" else ti.FixedPoint(lambda z, a: z - (z * z + a) / 10)
+    with pytest.warns(ti.ConvergenceWarning, match="1 CONVERGED, 1 BREAKDOWN"):
+        both = ti.solve(stated, z0, a, solver=NewtonKrylov())
+    with pytest.warns(ti.ConvergenceWarning):
+        alone = ti.solve(stated, z0[:1], a[:1], solver=NewtonKrylov())
+    torch.testing.assert_close(both.residual[:1], alone.residual)
+    assert both.residual[0] > 0.9
 
 
 def test_a_search_without_a_decrease_breaks_down_and_says_so():
@@ -113,7 +171,9 @@ def test_finished_samples_ask_for_no_step():
     recorder = Recorder()
     solution = ti.solve(Root(torch.atan), column(0.1, 10.0, 1000.0), solver=NewtonKrylov(linear_solver=recorder))
     for step, b in enumerate(recorder.seen):
-        assert torch.equal(b[:, 0] != 0, solution.steps > step)
+        asks = b[:, 0] != 0
+        assert asks[solution.steps > step].all()
+        assert not asks[solution.steps < step].any()
 
 
 @pytest.mark.parametrize("value", [GMRES, "gmres"])

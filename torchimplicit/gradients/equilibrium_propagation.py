@@ -21,6 +21,7 @@ from torchimplicit.problems import System
 from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.solution import Report
 from torchimplicit.solvers import LBFGS, Outcome, Solver, iterate
+from torchimplicit.solvers.tolerance import least
 from torchimplicit.validation import check_count, check_positive
 
 
@@ -165,7 +166,8 @@ class EquilibriumPropagation(Gradient):
     def _tightened(self, solver: Solver, nudge: Tensor) -> Solver:
         # single precision gives no more
         atol = float(nudge.min()) * (1e-6 if nudge.dtype == torch.float64 else 1e-3)
-        return replace(solver, rtol=0.0, atol=min(atol, solver.atol or atol), keep_trajectory=False)
+        given = atol if solver.atol is None else least(solver.atol)
+        return replace(solver, rtol=0.0, atol=min(atol, given or atol), keep_trajectory=False)
 
 
 def _tilted(system: MinimumSystem, slope: Tensor, spring: tuple[Tensor, Tensor] | None) -> MinimumSystem:

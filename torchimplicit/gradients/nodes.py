@@ -330,11 +330,24 @@ def report(task: Task, figures: Report) -> None:
         )
     else:
         warnings.warn(
-            f"the adjoint solve did not converge: {figures.summary()}. The gradient is that inexact; give "
-            "Implicit(linear_solver=...) more steps, a preconditioner, or another method",
+            f"the adjoint solve did not converge: {figures.summary()}. The gradient is that inexact; "
+            + _advice(figures.status),
             ConvergenceWarning,
             stacklevel=2,
         )
+
+
+def _advice(status: Tensor) -> str:
+    """What to do about an adjoint solve that fell short, by why it did."""
+    advice = {
+        Status.MAX_STEPS: "give Implicit(linear_solver=...) more max_steps, a preconditioner, or another method",
+        Status.BREAKDOWN: "the method could not go on, and more steps would not help it: the system may be singular, "
+        "or rounding hides what is left; give Implicit(linear_solver=...) another method (Dense() where the matrix "
+        "fits into memory, LSMR() for a singular system), or a preconditioner",
+        Status.NONFINITE: "the incoming gradient or the map's derivative holds NaN or infinity in those samples, and "
+        "so does what comes out of them",
+    }
+    return "; ".join(said for reason, said in advice.items() if bool((status == reason).any()))
 
 
 def _nearly_singular(figures: Report) -> Tensor:

@@ -31,7 +31,7 @@ class FixedPoint(MapProblem):
     def system(
         self, fn: Callable[..., Tensor], row_params: tuple[bool, ...] | None, constraint: slice, layout: Layout
     ) -> System:
-        return FixedPointSystem(fn=fn, row_params=row_params)
+        return FixedPointSystem(fn=fn, row_params=row_params, leaves=layout.leaves)
 
 
 @final
@@ -41,7 +41,10 @@ class FixedPointSystem(ImageSystem):
 
     def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
         image = self.fn(z, *params) if value is None else value
-        return Point(z, image - z, scale=row_norm(image), image=image)
+        residual = image - z
+        if self.separate is None:
+            return Point(z, residual, scale=row_norm(image), image=image)
+        return Point(z, residual, scale=self.norms(image), image=image, error=self.norms(residual))
 
     def image(self, z: Tensor, *params: Tensor) -> Tensor:
         return self.fn(z, *params)

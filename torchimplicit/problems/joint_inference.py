@@ -16,7 +16,7 @@ from torchimplicit.problems.base import Problem, check_function
 from torchimplicit.problems.joint_system import JointSystem, Parts
 from torchimplicit.problems.per_sample import column, flat_tree, taken
 from torchimplicit.problems.system import System
-from torchimplicit.state import Layout
+from torchimplicit.state import Layout, Leaves
 
 StepSize = float | Tensor | Callable[[int], float]
 
@@ -179,6 +179,7 @@ class JointInference(Problem):
         return JointSystem(
             fn=fn,
             row_params=row_params,
+            leaves=Leaves((dims[0], *dims), pytree.tree_structure(JointState(0, 0, 0))),
             parts=Parts(dims[0], dims[1]),
             damping=self.damping,
             own=taken(constraint),

@@ -123,6 +123,9 @@ class JointSystem(ImageSystem):
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Self:
         return replace(super().vmapped(size, dims), own=stacked(self.own, size, tuple(dims)))
 
+    def joined(self, rows: int) -> Self | None:
+        return None
+
     def moving(self, wanted: Sequence[bool]) -> bool:
         """Whether a tensor of the set is among the wanted parameters."""
         return any(wanted[self.which][1:])
@@ -164,7 +167,8 @@ class JointSystem(ImageSystem):
         )
 
     def _judged(self, flat: Tensor, image: Tensor, loss: Tensor) -> Point:
-        """The point, with its relative residual, its merit and twice that one's uncertainty, ``[batch]`` each."""
+        """The point, with its parts' residuals and sizes ``[batch, 3]``, its merit and twice that one's uncertainty
+        ``[batch]``."""
         residual = image - flat
         with torch.no_grad():
             sizes, gaps = self.parts.norms(image), self.parts.norms(residual)
@@ -175,7 +179,6 @@ class JointSystem(ImageSystem):
             # mu matters by what it makes x do: an adjoint near zero need not be known better than that
             reach = of_input if self.step_size is None else of_input / self.step_size
             torch.maximum(of_adjoint, reach, out=of_adjoint)
-            error = (gaps / sizes.add_(torch.finfo(flat.dtype).eps)).amax(dim=1)
             doubt = of_z * of_mu
             size = self.parts.z
             energy = torch.linalg.vecdot(flat[:, size : 2 * size], residual[:, :size])
@@ -183,9 +186,9 @@ class JointSystem(ImageSystem):
             return Point(
                 flat,
                 residual,
-                scale=torch.ones_like(error),
+                scale=sizes,
                 image=image,
-                error=error,
+                error=gaps,
                 # a loss may be NaN or infinite where its gradient is not: such a state is no candidate
                 length=torch.add(torch.linalg.vector_norm(gaps, dim=1), loss, alpha=0),
                 merit=energy + doubt,

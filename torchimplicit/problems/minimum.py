@@ -19,7 +19,7 @@ from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.per_sample import PerSample, column, flat_tree, stacked, taken
 from torchimplicit.problems.system import Point, System
 from torchimplicit.solution import Status
-from torchimplicit.state import Layout, row_norm
+from torchimplicit.state import Layout
 
 
 @final
@@ -109,7 +109,7 @@ class Minimum(Problem):
         self, fn: Callable[..., Tensor], row_params: tuple[bool, ...] | None, constraint: slice, layout: Layout
     ) -> System:
         hyperplane = taken(constraint) if self.constraint and not self.eliminate else None
-        return MinimumSystem(fn=fn, row_params=row_params, hyperplane=hyperplane)
+        return MinimumSystem(fn=fn, row_params=row_params, leaves=layout.leaves, hyperplane=hyperplane)
 
 
 @final
@@ -139,7 +139,7 @@ class MinimumSystem(System):
         if self.hyperplane is None:
             return Point(z, -gradient, energy=energy)
         normal, _ = self._plane(z, params)
-        return Point(z, -project(gradient, normal), scale=row_norm(gradient), energy=energy)
+        return Point(z, -project(gradient, normal), energy=energy, noise=self.norms(gradient))
 
     def residual(self, z: Tensor, *params: Tensor) -> Tensor:
         gradient, _ = torch.func.grad(self._total, has_aux=True)(z, *params)
@@ -201,6 +201,16 @@ class MinimumSystem(System):
             curved = curvature(found.value)
             return replace(found, value=found.value + along - (curved * normal).sum(dim=-1, keepdim=True) * normal)
         return replace(found, value=found.value + along)
+
+    def seen(self, tape: Linearization) -> Point:
+        z, gradient = tape.z.detach(), tape.out.detach()
+        if self.hyperplane is None:
+            return Point(z, -gradient)
+        normal = self._plane(z, tape.params)[0].detach()
+        return Point(z, -project(gradient, normal), noise=self.norms(gradient))
+
+    def joined(self, rows: int) -> Self | None:
+        return super().joined(rows) if self.hyperplane is None else None
 
     def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
         with torch.enable_grad():

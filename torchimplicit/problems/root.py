@@ -30,7 +30,7 @@ class Root(MapProblem):
     def system(
         self, fn: Callable[..., Tensor], row_params: tuple[bool, ...] | None, constraint: slice, layout: Layout
     ) -> System:
-        return RootSystem(fn=fn, row_params=row_params)
+        return RootSystem(fn=fn, row_params=row_params, leaves=layout.leaves)
 
 
 @final

@@ -16,7 +16,7 @@ from torchimplicit.coupling import Coupling, broken_promise
 from torchimplicit.linear import LinearOperator, LinearSolution, LinearSolver
 from torchimplicit.linear.confirmed import solve_any
 from torchimplicit.problems.linearization import Linearization
-from torchimplicit.state import row_norm
+from torchimplicit.state import Leaves, row_norm
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,16 @@ class Point:
         z: the state, ``[batch, dim]``.
         residual: the direction of the plain step, ``[batch, dim]``: ``f(z) - z`` for a fixed point, ``-f(z)`` for a
             root, minus the projected gradient for a minimum. Zero at the solution.
-        scale: ``[batch]``, what the relative tolerance multiplies; ``None``: the norm of the first residual.
+        scale: ``[batch]`` or ``[batch, leaves]``, what the relative tolerance multiplies: the size of the terms that
+            the residual is the sum of. ``None`` where one evaluation does not tell it: the loop measures it then.
         image: ``z + residual`` where the evaluation gave it, else ``None``.
         energy: ``[batch]``, for a minimum.
-        error: ``[batch]``, what the tolerance is compared with; ``None``: the norm of the residual.
+        error: like ``scale``, what the tolerance is compared with; ``None``: the norm of the residual.
         length: ``[batch]``, about the norm of the residual; NaN for a state that is no candidate; ``None``: that norm.
+        noise: ``[batch]``, the size of terms whose rounding is in the residual though they cancel there; ``None``: no
+            more than ``scale`` tells.
+        product: ``[batch, dim]``, at the first point that a solver sees: :math:`A` times ``residual``, where that is to
+            be had.
         merit: ``[batch]``, what the best iterate has least of, and what an accelerated step may not surely raise;
             ``None``: what the tolerance is compared with.
         doubt: ``[batch]``, by how much ``merit`` may be too large.
@@ -46,26 +51,42 @@ class Point:
     length: Tensor | None = None
     merit: Tensor | None = None
     doubt: Tensor | None = None
+    noise: Tensor | None = None
+    product: Tensor | None = None
 
     def size(self) -> Tensor:
-        """``[batch]``, what the tolerance is compared with."""
+        """What the tolerance is compared with, ``[batch]`` or ``[batch, leaves]``."""
         return row_norm(self.residual) if self.error is None else self.error
 
     def reach(self) -> Tensor:
         """``[batch]``, what may not grow without bound."""
-        return row_norm(self.residual) if self.length is None else self.length
+        if self.length is not None:
+            return self.length
+        size = self.size()
+        return size if size.ndim == 1 else row_norm(size)
 
     def select(self, mask: Tensor, other: Point) -> Point:
         """This point where ``mask`` (bool ``[batch]``) holds, else ``other``."""
         column = mask[:, None]
-        return self._joined(other, lambda mine, theirs: torch.where(column if mine.ndim == 2 else mask, mine, theirs))
+        return self._joined(
+            other, lambda _, mine, theirs: torch.where(column if mine.ndim == 2 else mask, mine, theirs)
+        )
+
+    def changed(self, **values: Tensor | None) -> Self:
+        """With other values: what ``dataclasses.replace`` does, in a fifth of its time."""
+        return type(self)(**{**vars(self), **values})
 
     def resting(self, mask: Tensor, other: Point) -> Point:
         """Likewise, of points that no step will be taken from: their residuals, long vectors, count as zero."""
         assert self.merit is None or self.error is not None  # or nothing would tell the size of the residual
-        z = torch.where(mask[:, None], self.z, other.z)
-        joined = self._joined(other, lambda mine, theirs: torch.where(mask, mine, theirs) if mine.ndim == 1 else z)
-        return replace(joined, residual=z.new_zeros(1, 1).expand_as(z))
+        column = mask[:, None]
+        z = torch.where(column, self.z, other.z)
+        long = {"z": z, "image": z, "residual": z.new_zeros(1, 1).expand_as(z)}
+
+        def join(name: str, mine: Tensor, theirs: Tensor) -> Tensor:
+            return long[name] if name in long else torch.where(column if mine.ndim == 2 else mask, mine, theirs)
+
+        return self._joined(other, join)
 
     def take(self, rows: Tensor) -> Point:
         """The samples ``rows`` (int64 ``[k]``)."""
@@ -73,11 +94,14 @@ class Point:
 
     def put(self, rows: Tensor, other: Point) -> Point:
         """This point with the samples ``rows`` (int64 ``[k]``) taken from ``other``, which holds those alone."""
-        return self._joined(other, lambda mine, theirs: mine.index_copy(0, rows, theirs))
+        return self._joined(other, lambda _, mine, theirs: mine.index_copy(0, rows, theirs))
 
-    def _joined(self, other: Point, join: Callable[[Tensor, Tensor], Tensor]) -> Point:
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Point(*(None if a is None or b is None else join(a, b) for a, b in pairs))  # type: ignore[arg-type]
+    def _joined(self, other: Point, join: Callable[[str, Tensor, Tensor], Tensor]) -> Point:
+        theirs = vars(other)
+        fields: dict[str, Any] = {
+            n: None if a is None or theirs[n] is None else join(n, a, theirs[n]) for n, a in vars(self).items()
+        }
+        return Point(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +116,22 @@ class System(ABC):
         fn: the user's function, ``(z, *params) -> [batch, dim]`` or energies ``[batch]``.
         row_params: which parameters carry the batch in dim 0; ``None`` where rows cannot be evaluated apart.
         coupling: which rows may depend on each other; ``None`` where they cannot.
+        leaves: of the state, each of which is judged by itself; ``None``: the state is judged as a whole.
     """
 
     fn: Callable[..., Tensor]
     row_params: tuple[bool, ...] | None = None
     coupling: Coupling | None = None
+    leaves: Leaves | None = None
+
+    @property
+    def separate(self) -> Leaves | None:
+        """The parts of the state that are judged by themselves; ``None`` for a state that is one."""
+        return self.leaves if self.leaves is not None and len(self.leaves.sizes) > 1 else None
+
+    def norms(self, v: Tensor) -> Tensor:
+        """The norm of each part of ``v`` (``[..., dim]``): ``[..., parts]``, or ``[...]`` where the state is one."""
+        return row_norm(v) if self.separate is None else self.separate.norms(v)
 
     @abstractmethod
     def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
@@ -117,6 +152,10 @@ class System(ABC):
     @abstractmethod
     def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
         """:math:`A` or :math:`A^T` at the tape's point."""
+
+    def seen(self, tape: Linearization) -> Point:
+        """The tape's point, from what the tape has evaluated."""
+        return Point(tape.z.detach(), -tape.out.detach())
 
     @abstractmethod
     def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
@@ -163,6 +202,19 @@ class System(ABC):
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Self:
         """The system of ``size`` copies, stacked along the batch, where parameter i has its copies in ``dims[i]``."""
         return replace(self, fn=_vmapped(self.fn, size, tuple(dims)), row_params=None)
+
+    def joined(self, rows: int) -> Self | None:
+        """The same problem with ``rows`` neighbouring samples as one, each of them judged by itself; ``None`` where
+        that is not to be had."""
+        fn, sizes = self.fn, () if self.leaves is None else self.leaves.sizes
+
+        def together(z: Tensor, *params: Tensor) -> Tensor:
+            out = fn(z.reshape(len(z) * rows, -1), *params)
+            return out.reshape(len(z), -1) if out.ndim == 2 else out.reshape(len(z), rows).sum(dim=1)
+
+        many = sizes * rows
+        leaves = Leaves(many, pytree.tree_structure((0,) * len(many)))
+        return replace(self, fn=together, row_params=None, coupling=None, leaves=leaves)
 
     def _restricted(self, tape: Linearization, transposed: bool) -> Callable[[Tensor], LinearOperator] | None:
         if self.row_params is None:

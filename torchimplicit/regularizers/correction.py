@@ -39,6 +39,13 @@ def fixed_point_correction(
     """
     if not 0 < gamma <= 1:
         raise ValueError(f"fixed_point_correction: gamma is {gamma}, and must lie in (0, 1]")
+    if solution.value is None:
+        raise ValueError(
+            "fixed_point_correction needs the iterates, and this solution holds figures alone, as an Equilibrium keeps "
+            "them in its attribute solution, lest a graph stay in memory: whatever its solver keeps is gone. Solve by "
+            "torchimplicit.solve(FixedPoint(cell), z0, x, solver=Anderson(keep_trajectory=True)), and give what it "
+            "returns"
+        )
     if not solution.trajectory or solution._attach is None:
         raise ValueError(
             "fixed_point_correction needs the iterates: solve with a solver that has keep_trajectory=True, for example "

@@ -5,9 +5,10 @@ from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.broyden import Broyden
 from torchimplicit.solvers.fixed_point_iteration import FixedPointIteration
 from torchimplicit.solvers.gradient_descent import GradientDescent
-from torchimplicit.solvers.iterate import Outcome, iterate
+from torchimplicit.solvers.iterate import iterate
 from torchimplicit.solvers.lbfgs import LBFGS
 from torchimplicit.solvers.newton_krylov import NewtonKrylov
+from torchimplicit.solvers.outcome import Outcome
 
 __all__ = [
     "LBFGS",

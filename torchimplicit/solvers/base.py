@@ -5,15 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from torchimplicit.linear import LinearOperator
 from torchimplicit.precision import default_rtol
 from torchimplicit.problems import Point, System
-from torchimplicit.problems.system import explained
-from torchimplicit.validation import check_count, check_nonnegative
+from torchimplicit.problems.system import explained, vjp
+from torchimplicit.solvers.tolerance import Judge, Tolerance, check_tolerance, least
+from torchimplicit.validation import check_count
 
 
 class Evaluator:
@@ -42,6 +45,23 @@ class Evaluator:
                 return self._now.at(z, self.params)
         return self._now.at(z, self.params)
 
+    def product(self, z: Tensor, v: Tensor) -> Tensor | None:
+        """:math:`A v` at ``z``; ``None`` where the user's function has no second derivative to take it from. What that
+        evaluates is not counted."""
+        system = self.system
+        try:
+            if not torch.is_grad_enabled():
+                return self.operator(z).product(v)
+            _, pull = vjp(lambda z: system.residual(z, *self.params), z)
+            _, twice = vjp(lambda w: pull(w)[0], torch.zeros_like(v))
+            return twice(v)[0]
+        except RuntimeError:
+            return None
+
+    def operator(self, z: Tensor) -> LinearOperator:
+        """The Jacobian :math:`A` at ``z``, by products."""
+        return self.system.operator(self.system.linearize(z, self.params), False)
+
     def place(self, z: Tensor) -> Tensor:
         """``z``, put back on the constraint where there is one."""
         return self.system.place(z, self.params)
@@ -60,10 +80,14 @@ class Progress(NamedTuple):
         active: bool ``[batch]``, the samples that still take part; ``None`` for all. The others may get any value from
             a step: the loop keeps them where they are.
         improving: whether the residual of every active sample is known to be its least so far.
+        judge: the rule by which the loop finds samples solved.
+        solved: bool ``[batch]``, the samples that the rule has found solved, where the solver :meth:`confirms` it.
     """
 
     active: Tensor | None
     improving: bool
+    judge: Judge | None = None
+    solved: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -74,11 +98,15 @@ class Move:
         to: the next state ``[batch, dim]``; or the point there, where the step has evaluated it already.
         state: the solver's own state, a ``NamedTuple`` whose tensors all have the batch in dim 0; ``None`` for none.
         breakdown: bool ``[batch]``: samples for which the method cannot go on; ``None`` for none.
+        solved: bool ``[batch]``: samples that the step has found to be solved where they are, and has not moved.
+        saddle: bool ``[batch]``: those of ``breakdown`` that are at a stationary point which is no minimum.
     """
 
     to: Tensor | Point
     state: Any = None
     breakdown: Tensor | None = None
+    solved: Tensor | None = None
+    saddle: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,27 +115,35 @@ class Solver(ABC):
     :func:`~torchimplicit.solvers.iterate.iterate`.
 
     Args:
-        rtol: relative tolerance, per sample: the norm of the residual over ``‖f(z)‖`` for a fixed point, over the
-            first residual's norm for a root or a free minimum, over the norm of the whole gradient for a constrained
-            one. ``None``: ``eps ** (2/3)`` of the state's dtype (2.4e-5 in float32, 3.7e-11 in float64).
-        atol: absolute tolerance on the norm of the residual, added to the relative one. ``None``: a hundredth of the
-            dtype's ``eps`` times the size of the first evaluation, so that a solution of zero is found as well; for
-            a root or a free minimum, ``eps``, so that a warm start is not asked for more than rounding allows.
+        rtol: relative tolerance, per sample and per leaf of the state: of the norm of the residual against the size
+            of the terms that make it up. A number, or a pytree of numbers like the state (for
+            :class:`JointInference`, a :class:`JointState` of three). ``None``: ``eps ** (2/3)`` of the state's dtype
+            (2.4e-5 in float32, 3.7e-11 in float64). The terms are :math:`\\lVert f(z)\\rVert` for a fixed point; for a
+            root or a minimum, what a change of the state by its own size makes of the residual: see
+            :class:`~torchimplicit.solvers.tolerance.Measure`.
+        atol: absolute tolerance on the norm of the residual, added to the relative one; a number or a pytree likewise.
+            ``None``: none.
         max_steps: the most steps that a sample may take.
         keep_trajectory: whether to keep every iterate, in ``solution.trajectory``.
         check_every: after how many steps the host asks whether all samples are done. Each such question waits for
             the device; on a GPU a larger number saves time and may cost a few evaluations at the end.
     """
 
-    rtol: float | None = None
-    atol: float | None = None
+    by_products: ClassVar[bool] = False
+    """Whether a step takes products with the Jacobian."""
+    searches: ClassVar[bool] = False
+    """Whether a step evaluates several points and takes of them what suits each sample: where samples depend on each
+    other, they have to be solved as one system."""
+
+    rtol: Tolerance | None = None
+    atol: Tolerance | None = None
     max_steps: int = 100
     keep_trajectory: bool = False
     check_every: int = 1
 
     def __post_init__(self) -> None:
-        check_nonnegative(self, "rtol", optional=True)
-        check_nonnegative(self, "atol", optional=True)
+        check_tolerance(self, "rtol")
+        check_tolerance(self, "atol")
         check_count(self, "max_steps")
         check_count(self, "check_every")
         self.check()
@@ -136,6 +172,21 @@ class Solver(ABC):
         Where grad mode is on, the step must be differentiable: it may not write into tensors that autograd has seen.
         """
 
+    def wants_product(self) -> bool:
+        """Whether the first point of a root or a minimum should carry the product of the Jacobian with its residual
+        (:attr:`~torchimplicit.problems.Point.product`): for the relative tolerance, which it lets judge the start; or
+        for a first step in the units of the problem."""
+        return not self.by_products and self.wants_relative()
+
+    def wants_relative(self) -> bool:
+        """Whether any leaf has a relative tolerance."""
+        return self.rtol is None or any(pytree.tree_leaves(self.rtol))
+
+    def confirms(self, system: System, z: Tensor) -> bool:
+        """Whether a sample counts as solved only once a step has said so (:attr:`Move.solved`): the step then knows
+        more than the residual."""
+        return False
+
     def relative_tolerance(self, dtype: torch.dtype) -> float:
-        """``rtol``, or its default for states of ``dtype``."""
-        return default_rtol(dtype) if self.rtol is None else self.rtol
+        """``rtol``, or its default for states of ``dtype``; of several, the least."""
+        return default_rtol(dtype) if self.rtol is None else least(self.rtol)

@@ -16,28 +16,30 @@ from torchimplicit.validation import check_count
 
 
 class InverseEstimate(NamedTuple):
-    """:math:`G = I + \\sum_j u_j v_j^T`, per sample: an estimate of :math:`A^{-1}`, so that the step is :math:`G r`.
+    """:math:`G = \\gamma I + \\sum_j u_j v_j^T`, per sample: an estimate of :math:`A^{-1}`, so that the step is
+    :math:`G r`.
 
-    :math:`A=\\partial R/\\partial z` and :math:`r=-R`, as in :class:`~torchimplicit.problems.system.System`.
-    """
+    :math:`A=\\partial R/\\partial z` and :math:`r=-R`, as in :class:`~torchimplicit.problems.system.System`. ``None``
+    for :math:`\\gamma`, ``[batch, 1, 1]``, stands for 1."""
 
     u: History
     v: History
+    gamma: Tensor | None = None
 
     def times(self, rs: Tensor) -> Tensor:
         """:math:`G r` for ``[batch, k, dim]``."""
-        return self._apply(self.u, self.v, rs)
+        return self._apply(rs, self.u, self.v)
 
     def transposed_times(self, rs: Tensor) -> Tensor:
         """:math:`G^T r` for ``[batch, k, dim]``."""
-        return self._apply(self.v, self.u, rs)
+        return self._apply(rs, self.v, self.u)
 
-    @staticmethod
-    def _apply(left: History, right: History, rs: Tensor) -> Tensor:
+    def _apply(self, rs: Tensor, left: History, right: History) -> Tensor:
+        base = rs if self.gamma is None else self.gamma * rs
         if not left.filled:
-            return rs
+            return base
         weights = torch.bmm(rs, right.vectors.transpose(1, 2))
-        return torch.baddbmm(rs, weights, left.vectors)
+        return torch.baddbmm(base, weights, left.vectors)
 
 
 class BroydenState(NamedTuple):
@@ -53,8 +55,10 @@ class BroydenState(NamedTuple):
 class Broyden(Solver):
     """Broyden's good method, with the inverse as a sum of rank-one updates (Broyden 1965).
 
-    Starts from the plain step, and starts anew when the memory is full: dropping only the oldest updates was tried,
-    and diverged on linear contractions.
+    Starts from the plain step, for a root or a minimum from one in the problem's own units: :math:`\\gamma r` with
+    :math:`|\\gamma|=\\lVert r\\rVert/\\lVert Ar\\rVert` and the sign of :math:`r^TAr`, by one product with the
+    Jacobian. Starts anew when the memory is full: dropping only the oldest updates was tried, and diverged on linear
+    contractions.
 
     Args:
         memory: how many rank-one updates the inverse holds.
@@ -69,15 +73,23 @@ class Broyden(Solver):
     def start(self, point: Point) -> Any:
         return None
 
+    def wants_product(self) -> bool:
+        return True
+
+    @staticmethod
+    def _begun(point: Point, inverse: InverseEstimate) -> Move:
+        move = inverse.times(widened(point.residual)[:, None])[:, 0].to(point.z.dtype)
+        return Move(point.z + move, BroydenState(move, point.residual, inverse))
+
     def step(self, evaluate: Evaluator, point: Point, state: BroydenState | None, progress: Progress) -> Move:
         z, residual = point.z, point.residual
         if state is None:
-            inverse = InverseEstimate(History.empty(z, self.memory), History.empty(z, self.memory))
-            return Move(z + residual, BroydenState(residual, residual, inverse))
+            inverse = InverseEstimate(History.empty(z, self.memory), History.empty(z, self.memory), _unit(point))
+            return self._begun(point, inverse)
         s, inverse, slot = state.move, state.inverse, state.inverse.u.filled
         if slot == self.memory:
-            inverse = InverseEstimate(History(inverse.u.ring, 0), History(inverse.v.ring, 0))
-            return Move(z + residual, BroydenState(residual, residual, inverse))
+            empty = InverseEstimate(History(inverse.u.ring, 0), History(inverse.v.ring, 0), inverse.gamma)
+            return self._begun(point, empty)
         # The secant condition: A s = -(r - r_last), so G+ y = -s with y = r - r_last.
         pair = widened(torch.stack((residual, residual - state.residual), dim=1))
         wide = widened(s)
@@ -88,5 +100,18 @@ class Broyden(Solver):
         safe = along.abs() > 1e-8 * square
         u = torch.where(safe, -(wide + gy) / torch.where(safe, along, 1), 0)
         move = torch.addcmul(g, u, ahead).to(z.dtype)
-        inverse = InverseEstimate(inverse.u.put(slot, u), inverse.v.put(slot, left))
+        inverse = InverseEstimate(inverse.u.put(slot, u), inverse.v.put(slot, left), inverse.gamma)
         return Move(z + move, BroydenState(move, residual, inverse))
+
+
+def _unit(point: Point) -> Tensor | None:
+    """:math:`\\gamma` at the first point; ``None`` where the residual is in the state's unit."""
+    if point.product is None:
+        return None
+    r, image = widened(point.residual), widened(point.product)
+    norm, state = torch.linalg.vector_norm(r, dim=1), torch.linalg.vector_norm(widened(point.z), dim=1)
+    size = norm / torch.linalg.vector_norm(image, dim=1)
+    # where the map is nearly flat, no further than the state is long
+    size = torch.where(state > 0, torch.minimum(size, state / norm), size)
+    gamma = torch.where((r * image).sum(dim=1) < 0, -size, size)
+    return torch.where(gamma.isfinite() & (gamma != 0), gamma, 1)[:, None, None]

@@ -7,7 +7,7 @@ part; a solver owns only its step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +17,10 @@ from torchimplicit.coupling import broken_promise
 from torchimplicit.linear import PreparedPreconditioner
 from torchimplicit.problems import Point, System
 from torchimplicit.solution import Report, Status
-from torchimplicit.solvers.base import Evaluator, Progress, Solver
+from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
+from torchimplicit.solvers.outcome import Outcome
+from torchimplicit.solvers.review import after, as_one_system, given_up, review
+from torchimplicit.solvers.tolerance import Judge, Measure
 from torchimplicit.state import row_norm
 
 GROWTH_LIMIT = 1e6
@@ -26,24 +29,10 @@ GROWTH_LIMIT = 1e6
 SHRINK_AT = 0.75
 """Finished samples leave the batch once at most this share of it is still active."""
 
+ROUNDS = 4
+"""How often samples may be sent on that a look at the whole has found unsolved."""
+
 _RUNNING = -1
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the loop found: states ``[batch, dim]`` and the figures.
-
-    Attributes:
-        z: the solutions; the best iterate where a sample did not converge.
-        report: per sample.
-        trajectory: the iterates, if they were to be kept.
-        state: the solver's last state (for all samples, unless some left the batch: then ``None``).
-    """
-
-    z: Tensor
-    report: Report
-    trajectory: tuple[Tensor, ...] = ()
-    state: Any = None
 
 
 def iterate(
@@ -54,8 +43,35 @@ def iterate(
     Args:
         first: the evaluation at ``z0``, where it has been made already.
     """
+    coupling = system.coupling
+    if solver.searches and coupling is not None and coupling.found and not coupling.promised:
+        together = as_one_system(iterate, solver, system, z0, params)
+        if together is not None:
+            return together
     evaluate = Evaluator(system, params, rows_evaluated=0 if first is None else z0.shape[0])
-    return _Loop(solver, evaluate, evaluate(evaluate.place(z0)) if first is None else first).run()
+    loop = _Loop(solver, evaluate, evaluate(evaluate.place(z0)) if first is None else first)
+    outcome = loop.run()
+    if not loop.stepped:  # and what was found so was found by the whole
+        return outcome
+    judge = loop.first_judge
+    for tried in range(ROUNDS + 1):
+        verdict = review(solver, evaluate, outcome, judge, loop.mixed or solver.searches)
+        outcome = verdict.outcome
+        if verdict.coupled:
+            together = as_one_system(iterate, solver, system, outcome.z, params)
+            if together is not None:
+                return after(outcome, together, None)
+        if verdict.again is None:
+            return outcome
+        if tried == ROUNDS:
+            break
+        left = replace(solver, max_steps=solver.max_steps - int(outcome.report.steps[verdict.again].amin()))
+        evaluate.rows_evaluated = 0
+        # what its last step told a sample of its terms was too much
+        loop = _Loop(left, evaluate, evaluate(outcome.z), only=verdict.again, strict=0.1 ** (tried + 1))
+        outcome = after(outcome, loop.run(), verdict.again)
+    assert verdict.again is not None
+    return given_up(outcome, verdict.again)
 
 
 class _Loop:
@@ -67,101 +83,160 @@ class _Loop:
             ``point`` while all that are active improve; then it is a point at rest, whose residual is not kept.
         active: how many samples were active when the host last asked.
         certain: whether ``active`` is the count of this very moment.
-        running: bool ``[batch]``, the active samples; ``None`` for all.
-        improving: whether every active sample is known to have improved with the last step.
-        rows: the current batch's places in the first batch; ``None`` while all samples are in it.
-        full: the results of the first batch, once samples have left it.
+        first_judge: of the first batch.
+        stepped: whether there was any step.
+        mixed: whether what is returned may not be what was evaluated last.
+        confirmed: whether the solver says which samples are solved; ``within`` are then those that the rule has found.
+        unit: ``[batch, leaves]``, the first residual of each leaf, by which iterates are compared; ``None`` for one
+        leaf. running: bool ``[batch]``, the active samples; ``None`` for all. improving: whether every active sample is
+        known to have improved with the last step. rows: the current batch's places in the first batch; ``None`` while
+        all samples are in it. full: the results of the first batch, once samples have left it.
     """
 
-    def __init__(self, solver: Solver, evaluate: Evaluator, point: Point):
+    def __init__(
+        self, solver: Solver, evaluate: Evaluator, point: Point, only: Tensor | None = None, strict: float = 1.0
+    ):
         self.solver = solver
         self.evaluate = evaluate
-        self.point = self.best = point
-        self.batch = self.active = point.z.shape[0]
+        self.batch = point.z.shape[0]
+        self.active = self.batch if only is None else int(only.sum())
         self.certain = self.improving = True
+        self.mixed = self.stepped = False
         self.may_shrink = (
             evaluate.system.row_params is not None and not solver.keep_trajectory and not torch.is_grad_enabled()
         )
-        dtype = point.z.dtype
-        self.rtol = solver.relative_tolerance(dtype)
-        norm = point.size()
-        self.first_scale = norm if point.scale is None else point.scale
-        first = norm + self.first_scale
-        reach = first if point.error is None else point.reach() + row_norm(point.z)
-        # where the first evaluation is not finite there is no limit to stay within: such a sample stops at once
-        self.limit = GROWTH_LIMIT * reach.nan_to_num(nan=-1.0, posinf=-1.0)
-        eps = torch.finfo(dtype).eps
-        if solver.atol is not None:
-            self.floor = torch.full_like(norm, solver.atol)
-        elif point.scale is not None:
-            self.floor = 0.01 * eps * first
+        self.judge = Judge(evaluate.system, point, solver.rtol, solver.atol, strict)
+        self.first_judge = self.judge
+        self.point = self.best = point = self.judge.start(point)
+        reach = point.reach()
+        if point.length is not None:
+            first = reach + row_norm(point.z)
+        elif self.judge.measure is not None:
+            first = 2 * reach
         else:
-            # relative to the first residual alone, which a warm start makes as small as rounding
-            self.floor = eps * (1 + first)
-        self.best_rank = torch.full_like(norm, torch.inf)
-        self.status = torch.full((self.batch,), _RUNNING, dtype=torch.int64, device=norm.device)
+            assert point.scale is not None
+            first = reach + (point.scale if point.scale.ndim == 1 else row_norm(point.scale))
+        # where the first evaluation is not finite there is no limit to stay within: such a sample stops at once
+        self.limit = GROWTH_LIMIT * first.nan_to_num(nan=-1.0, posinf=-1.0)
+        if solver.searches and point.energy is not None:
+            # the energy falls in every step, and from beside a saddle that leads to where gradients are steep
+            self.limit = torch.where(self.limit == 0, torch.inf, self.limit * GROWTH_LIMIT**2)
+        self.unit: Tensor | None = None
+        if point.size().ndim == 2:  # leaves, each in its own unit
+            size = point.size()
+            self.unit = torch.where((size > 0) & (size < torch.inf), size, 1)
+        self.confirmed = solver.confirms(evaluate.system, point.z)
+        self.within: Tensor | None = None
+        self.best_rank = torch.full_like(reach, torch.inf)
+        self.status = torch.full((self.batch,), _RUNNING, dtype=torch.int64, device=reach.device)
         self.steps = torch.zeros_like(self.status)
-        self.running: Tensor | None = None
+        self.running: Tensor | None = only
+        coupling = evaluate.system.coupling
+        self.rejudges = coupling is not None and not coupling.promised and not solver.searches
+        self.alive: Tensor | None = only
         self.rows: Tensor | None = None
         self.full: dict[str, Tensor] = {}
 
     def run(self) -> Outcome:
         solver = self.solver
         trajectory = [self.point.z]
+        self._judge(0, None)
+        self._check_features()
+        if self.judge.measure is not None and self.active and solver.wants_product():
+            self._look_ahead(self.judge.measure)
         state = solver.start(self.point)
-        self._judge(0, None, ask=True)
         for step in range(1, solver.max_steps + 1):
             if self.active == 0:
                 break
             if self.may_shrink and self.certain and self.active <= SHRINK_AT * self.point.z.shape[0]:
                 state = self._shrink(state)
+            self.stepped = True
             self.evaluate.begin(step)
-            move = solver.step(self.evaluate, self.point, state, Progress(self.running, self.improving))
+            progress = Progress(self.running, self.improving, self.judge, self.within)
+            move = solver.step(self.evaluate, self.point, state, progress)
             state = move.state
             self._advance(move.to)
             if solver.keep_trajectory:
                 trajectory.append(self.point.z)
-            self._judge(step, move.breakdown, ask=step % solver.check_every == 0)
+            self._judge(step, move, ask=step % solver.check_every == 0)
         return self._finish(tuple(trajectory) if solver.keep_trajectory else (), state)
+
+    def _look_ahead(self, measure: Measure) -> None:
+        """Take one product of the Jacobian with the first residual: it gives a first step its length, and finds a start
+        that is a solution already."""
+        image = self.evaluate.product(self.point.z, self.point.residual)
+        if image is not None:
+            self.best = self.point = measure.product(self.point, image)
+            self._judge(0, None)
 
     def _advance(self, to: Tensor | Point) -> None:
         """Take the step; samples that are done stay where they are."""
+        before = self.point
         if isinstance(to, Point):
-            self.point = to if self.running is None else to.select(self.running, self.point)
+            point = to if self.running is None else to.select(self.running, before)
         else:
-            z = to if self.running is None else torch.where(self.running[:, None], to, self.point.z)
-            before, point = self.point, self.evaluate(self.evaluate.place(z))
-            self.point = self.evaluate.system.compared(point, before)
+            z = to if self.running is None else torch.where(self.running[:, None], to, before.z)
+            point = self.evaluate.system.compared(self.evaluate(self.evaluate.place(z)), before)
+        self.point = point if self.judge.measure is None else self.judge.measure.step(point, before)
 
-    def _judge(self, step: int, breakdown: Tensor | None, ask: bool) -> None:
+    def _judge(self, step: int, move: Move | None, ask: bool = True) -> None:
         """Test every active sample, and note those that stop here. Reads from the device once, if ``ask``."""
-        norm = self.point.size()
-        scale = self.first_scale if self.point.scale is None else self.point.scale
-        tolerance = torch.add(self.floor, scale, alpha=self.rtol)
-        good = (norm if self.point.error is None else self.point.reach()) <= self.limit
-        going = (norm > tolerance) & good
-        rank = norm if self.point.merit is None else self.point.merit
+        point = self.point
+        norm, tolerance = point.size(), self.judge.tolerance(point)
+        rank = norm if point.merit is None else point.merit
+        solved = None if move is None else move.solved
+        breakdown = None if move is None else move.breakdown
+        single = norm.ndim == 1
+        good = (norm if single and point.length is None else point.reach()) <= self.limit
+        done: Tensor | None = None
+        if single and solved is None and not self.confirmed:
+            going = (norm > tolerance) & good
+        else:
+            done = norm <= tolerance if single else (norm <= tolerance).all(dim=1)
+            if not single and point.merit is None:
+                assert self.unit is not None
+                rank = (norm / self.unit).amax(dim=1)
+            if self.confirmed and step < self.solver.max_steps:
+                self.within, done = done, torch.zeros_like(done)
+            done = done if solved is None else done | solved
+            going = good & ~done
         improved = rank < self.best_rank
         if breakdown is not None:
             going = going & ~breakdown
         before, was_running, was_certain = self.active, self.running, self.certain
+        resumed, counted = None, [going, improved]
         if was_running is not None:
-            going, improved = going & was_running, improved & was_running
+            improved = improved & was_running
+            if self.rejudges:  # every evaluation is of the whole batch, and judges those that had stopped as well
+                going = going if self.alive is None else going & self.alive
+                resumed = going & ~was_running
+                counted = [going, improved, resumed]
+            else:
+                going = going & was_running
+                counted = [going, improved]
         self.certain = ask
+        more = 0
         if ask:
-            self.active, improving = torch.stack((going, improved)).sum(dim=1).tolist()
+            self.active, improving, *rest = torch.stack(counted).sum(dim=1).tolist()
             self.improving = was_certain and improving == before
+            more = sum(rest)
         else:
             self.improving = False
-        self.running = None if ask and self.active == norm.shape[0] else going
-        if self.improving:
+        self.running = None if ask and self.active == len(good) else going
+        if resumed is not None and (more or not ask):
+            self._resume(resumed, rank)
+        before += more
+        if self.improving and not more:
             # whoever stops here stops at its best iterate, and whoever stopped before has not moved
-            self.best, self.best_rank = self.point, rank
+            # (where a step gives points, it knows nothing more of those)
+            stale = was_running if self.solver.searches else None
+            self.best = point if stale is None else point.resting(stale, self.best)
+            self.best_rank = rank if was_running is None else torch.where(was_running, rank, self.best_rank)
             if self.active == before:
                 return
         if step and ask and was_certain and self.active == before:  # nobody stopped
             if improving:
-                self.best = self.point.resting(improved, self.best)
+                self.best = point.resting(improved, self.best)
                 self.best_rank = torch.where(improved, rank, self.best_rank)
             return
         stopped = ~going if was_running is None else was_running & ~going
@@ -169,18 +244,34 @@ class _Loop:
         self.status = self.status.masked_fill(stopped, int(Status.CONVERGED))
         if self.improving and breakdown is None:
             return
-        done = norm <= tolerance
+        if done is None:
+            done = norm <= tolerance
         self.status = self.status.masked_fill(stopped & ~done, int(Status.BREAKDOWN))
+        if move is not None and move.saddle is not None:
+            self.status = self.status.masked_fill(stopped & move.saddle, int(Status.SADDLE))
         self.status = self.status.masked_fill(stopped & ~good, int(Status.NONFINITE))
+        if self.rejudges:
+            dead = stopped & ~done
+            self.alive = ~dead if self.alive is None else self.alive & ~dead
+        if solved is not None:  # it has found them where they were
+            self.steps = self.steps - (stopped & solved).to(self.steps.dtype)
         if step == 0:
             self.best_rank = rank
         if self.improving or step == 0:
             return
+        self.mixed = True
         better = improved | (stopped & done)
-        self.best = self.point.resting(better, self.best)
+        self.best = point.resting(better, self.best)
         self.best_rank = torch.where(better, rank, self.best_rank)
         # a sample that stops for good goes to its best iterate: the map never sees a bad state again
-        self.point = self.best.select(stopped, self.point)
+        self.point = self.best.select(stopped, point)
+
+    def _resume(self, rows: Tensor, rank: Tensor) -> None:
+        """Let samples go on that had stopped, since the others have moved on and the map depends on them."""
+        self.status = self.status.masked_fill(rows, _RUNNING)
+        self.best = self.point.resting(rows, self.best)
+        self.best_rank = torch.where(rows, rank, self.best_rank)
+        self.mixed = True
 
     def _shrink(self, state: Any) -> Any:
         """Let the finished samples leave the batch."""
@@ -192,26 +283,62 @@ class _Loop:
         self.rows = keep if self.rows is None else self.rows[keep]
         self.evaluate = self.evaluate.take(keep)
         self.point, self.best = self.point.take(keep), self.best.take(keep)
-        for name in ("first_scale", "floor", "limit", "best_rank", "status", "steps"):
-            setattr(self, name, getattr(self, name)[keep])
+        self.judge = self.judge.take(keep)
+        for name in ("limit", "unit", "within", "best_rank", "status", "steps"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value[keep])
         self.running = None
         return take_rows(state, keep)
+
+    def _check_features(self) -> None:
+        """Evaluate one sample alone where an argument with the batch's size in dim 0 may have that of the features in
+        it: a vector of them would be indexed like a batch, and one number of it fit every feature."""
+        system, point = self.evaluate.system, self.point
+        if system.row_params is None or system.leaves is None or not self.active:
+            return
+        carrying = [
+            p
+            for p, carries in zip(self.evaluate.params, system.row_params, strict=True)
+            if carries and p.numel() and any(size % p.numel() == 0 for size in system.leaves.sizes)
+        ]
+        if not carrying:
+            return
+        row = point.reach().nan_to_num(-1.0, -1.0).argmax()[None]
+        there = point.z.index_add(0, row, point.residual[row])
+        alone = self.evaluate.take(row)
+        known, found = self.evaluate(there).take(row), alone(there[row])
+        self.evaluate.rows_evaluated += 1
+        shapes = ", ".join(str(tuple(p.shape)) for p in carrying)
+        self._compare(known, found, f", with the arguments of shapes {shapes} taken to carry the batch")
 
     def _check_promise(self, row: Tensor) -> None:
         """Evaluate one sample alone, once a solve: it must give what it gave in the whole batch."""
         alone = self.evaluate.take(row)
         known, found = self.point.take(row), alone(self.point.z[row])
         self.evaluate.rows_evaluated = alone.rows_evaluated
-        size = row_norm(known.residual) + (known.z.new_zeros(1) if known.scale is None else known.scale)
+        self._compare(known, found)
+
+    @staticmethod
+    def _compare(known: Point, found: Point, how: str = "") -> None:
+        size = row_norm(known.residual)
+        if known.scale is not None:
+            size = size + (known.scale if known.scale.ndim == 1 else row_norm(known.scale))
         gap = row_norm(found.residual - known.residual)
         if bool(gap > torch.finfo(known.z.dtype).eps ** 0.4 * size):
-            broken_promise(f"a sample's residual changed by {float(gap / size):.1g} (relative) when it was alone")
+            broken_promise(f"a sample's residual changed by {float(gap / size):.1g} (relative) when it was alone{how}")
 
     def _results(self) -> dict[str, Tensor]:
-        scale = self.first_scale if self.best.scale is None else self.best.scale
-        size = self.best_rank if self.best.merit is None else self.best.size()
-        relative = size / scale.clamp_min(torch.finfo(scale.dtype).tiny)
-        return {"z": self.best.z, "residual": relative, "status": self.status, "steps": self.steps}
+        best = self.best
+        size = best.size() if best.error is not None else self.best_rank
+        assert best.scale is not None
+        relative = torch.where(size > 0, size / best.scale, 0)
+        worst = relative if relative.ndim == 1 else relative.amax(dim=1)
+        found = {"z": best.z, "residual": worst, "status": self.status, "steps": self.steps}
+        found |= {"norm": size, "parts": relative}
+        measure = self.judge.measure
+        if measure is not None:
+            found |= {"recent": measure.recent, "most": measure.most}
+        return found
 
     def _store(self) -> None:
         """Write the current batch's results to their places in the first batch."""
@@ -231,10 +358,12 @@ class _Loop:
         else:
             self._store()
             found, state = self.full, None
+            measure = self.first_judge.measure
+            if measure is not None:
+                measure.recent, measure.most = found["recent"], found["most"]
         evaluations = self.evaluate.rows_evaluated / max(self.batch, 1)
-        return Outcome(
-            found["z"], Report(found["status"], found["steps"], found["residual"], evaluations), trajectory, state
-        )
+        report = Report(found["status"], found["steps"], found["residual"], evaluations)
+        return Outcome(found["z"], report, trajectory, state, found["norm"], found["parts"])
 
 
 def take_rows(state: Any, rows: Tensor) -> Any:

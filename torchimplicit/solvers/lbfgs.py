@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ class LBFGS(Solver):
     memory: int = 10
     trials: int = 20
     max_steps: int = 500
+    searches: ClassVar[bool] = True
     preconditioner: Preconditioner | Callable[[Tensor], Tensor] | None = None
 
     def check(self) -> None:
@@ -80,13 +81,15 @@ class LBFGS(Solver):
     def supports(self, system: System) -> str | None:
         return only_minimum(self, system)
 
+    def wants_product(self) -> bool:
+        return self.preconditioner is None or super().wants_product()
+
     def start(self, point: Point) -> LBFGSState:
         like = point.z
         empty = History.empty(like, self.memory)
         rho = empty.ring.new_zeros(like.shape[0], self.memory)
-        # the first trial moves by at most one unit, or by the whole gradient where that is shorter
         norm = row_norm(point.residual)
-        gamma = (1 / norm.clamp_min(1)).to(rho.dtype)[:, None]
+        gamma = _first_length(point, norm).to(rho.dtype)[:, None]
         assert point.energy is not None
         idle = torch.zeros_like(norm, dtype=torch.int64)
         return LBFGSState(empty, History.empty(like, self.memory), rho, gamma, point.energy, norm, idle, 0)
@@ -153,7 +156,7 @@ class LBFGS(Solver):
         y = (before.residual - after.residual).to(state.rho.dtype)
         sy, yy, ss = torch.stack((s * y, y * y, s * s)).sum(dim=2)
         # a pair without positive curvature would spoil the model: keep it out
-        kept = sy > 1e-10 * (yy * ss).sqrt()
+        kept = sy > 1e-10 * yy.sqrt() * ss.sqrt()
         kept = kept & torch.isfinite(sy + yy)
         rho = state.rho.clone()
         rho[:, slot] = torch.where(kept, 1 / torch.where(kept, sy, 1), 0)
@@ -176,3 +179,17 @@ class LBFGS(Solver):
             model=state.model,
             aged=state.aged,
         )
+
+
+def _first_length(point: Point, norm: Tensor) -> Tensor:
+    """How many gradients the first trial moves by, ``[batch]``: to the minimum of the quadratic model along the
+    gradient, in the units of the problem, one product with the Hessian tells. Where the energy is linear there is no
+    such length, and a move by the size of the state, or by one unit, is as good as any other."""
+    unit = 1 / torch.where(norm > 0, norm, 1)
+    if point.product is None:
+        return unit.clamp_max(1)
+    r = point.residual.to(norm.dtype)
+    curvature = torch.linalg.vecdot(r * unit[:, None], point.product.to(norm.dtype) * unit[:, None]).abs()
+    size = row_norm(point.z)
+    length = torch.where(size > 0, size, 1) * unit
+    return torch.where((curvature > 0) & (curvature < torch.inf), 1 / curvature, length)

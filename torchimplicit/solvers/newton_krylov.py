@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.linear import Dense, LinearSolver
-from torchimplicit.problems import Point
+from torchimplicit.problems import Point, System
+from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
-from torchimplicit.solvers.line_search import evaluate_some, rows_apart
+from torchimplicit.solvers.descent import Descent, downhill, leave, modified
+from torchimplicit.solvers.line_search import evaluate_some, rows_apart, search
 from torchimplicit.state import row_norm
 from torchimplicit.validation import check_count, check_type
 
@@ -25,9 +27,14 @@ SMALL = 32
 class NewtonKrylov(Solver):
     """Newton's method: solve :math:`A s = r` by products with the Jacobian, then search along :math:`s`.
 
-    The step is halved, per sample, until the residual decreases by the Armijo-like test of Kelley (1995, section 8.2);
-    a sample that finds no decrease in ``halvings`` trials breaks down. Products with the Jacobian are exact, by
-    automatic differentiation. They are not counted in ``solution.evaluations``; the evaluations of the search are.
+    For a map, the step is halved, per sample, until the residual decreases by the Armijo-like test of Kelley (1995,
+    section 8.2); a sample that finds no decrease in ``halvings`` trials breaks down. For a :class:`Minimum`, it
+    descends on the energy, by the line search of :class:`LBFGS` with as many trials. Where the Hessian is factorized,
+    its eigenvalues are taken by their modulus, so that every step descends, and a stationary point with a negative one,
+    which is no minimum, is left along it (``Status.SADDLE`` where that fails). Elsewhere a step that does not descend,
+    or whose solver met negative curvature, is replaced by that of conjugate gradients up to where they meet it (Nocedal
+    and Wright 2006, algorithm 7.1). Products with the Jacobian are exact, by automatic differentiation. They are not
+    counted in ``solution.evaluations``; the evaluations of the search are.
 
     Args:
         linear_solver: for the Newton equation; ``None``: :class:`Dense` up to 32 unknowns, else the problem's default,
@@ -39,10 +46,15 @@ class NewtonKrylov(Solver):
     linear_solver: LinearSolver | None = None
     halvings: int = 12
     max_steps: int = 50
+    by_products: ClassVar[bool] = True
+    searches: ClassVar[bool] = True
 
     def check(self) -> None:
         check_type(self, "linear_solver", LinearSolver, optional=True)
         check_count(self, "halvings", least=0)
+
+    def confirms(self, system: System, z: Tensor) -> bool:
+        return isinstance(system, MinimumSystem) and isinstance(self._linear(system, z), Dense)
 
     def start(self, point: Point) -> Any:
         return None
@@ -54,23 +66,50 @@ class NewtonKrylov(Solver):
                 "Anderson, Broyden or FixedPointIteration"
             )
         system = evaluate.system
-        batch, dim = point.z.shape
-        # Krylov methods stagnate on badly scaled systems; where the matrix is small, factorizing it does not
-        default = Dense() if dim <= SMALL else system.default_linear_solver(dim, batch)
-        solver = self.linear_solver or default
+        solver = self._linear(system, point.z)
         residual = point.residual
         if progress.active is not None:
             # a sample that is done asks for no step, and must not keep the linear solver busy
             residual = torch.where(progress.active[:, None], residual, 0)
         tape = system.linearize(point.z, evaluate.params)
-        direction = system.solve_linear(tape, False, residual, solver).value
-        return self._search(evaluate, point, direction, progress.active)
+        if isinstance(system, MinimumSystem):
+            if isinstance(solver, Dense):
+                return self._descend(evaluate, point, modified(system.operator(tape, False), residual), progress)
+            found = system.solve_linear(tape, False, residual, solver)
+            return self._descend(evaluate, point, downhill(system.operator(tape, False), residual, found), progress)
+        found = system.solve_linear(tape, False, residual, solver)
+        return self._search(evaluate, point, found.value, found.report.converged, progress)
 
-    def _search(self, evaluate: Evaluator, point: Point, direction: Tensor, active: Tensor | None) -> Move:
+    def _linear(self, system: System, z: Tensor) -> LinearSolver:
+        if self.linear_solver is not None:
+            return self.linear_solver
+        batch, dim = z.shape
+        # Krylov methods stagnate on badly scaled systems; where the matrix is small, factorizing it does not
+        return Dense() if dim <= SMALL else system.default_linear_solver(dim, batch)
+
+    @staticmethod
+    def _solved(point: Point, direction: Tensor, exact: Tensor, progress: Progress) -> Tensor | None:
+        """The active samples that need no step: Newton's own, where the equation for it was solved (``exact``), is
+        short; or the absolute tolerance is met."""
+        judge, active = progress.judge, progress.active
+        if judge is None or judge.measure is None:
+            return None
+        solved = judge.measure.short(point, direction, judge.rtol) & exact
+        if progress.solved is not None:
+            within = point.size() <= judge.atol
+            solved = solved | (within if within.ndim == 1 else within.all(dim=1))
+        return solved if active is None else solved & active
+
+    def _search(self, evaluate: Evaluator, point: Point, direction: Tensor, exact: Tensor, progress: Progress) -> Move:
         norm = row_norm(point.residual)
         size = torch.ones_like(norm)
+        active = progress.active
+        solved = self._solved(point, direction, exact, progress)
         searching = torch.ones_like(norm, dtype=torch.bool) if active is None else active
-        reached, rows = point, None
+        damped = ~exact
+        reached, rows, trial = point, None, point
+        if solved is not None:
+            searching = searching & ~solved
         for _ in range(self.halvings + 1):
             to = point.z + size[:, None].to(point.z.dtype) * direction
             trial = evaluate_some(evaluate, to, searching, rows, reached)
@@ -79,8 +118,35 @@ class NewtonKrylov(Solver):
             searching = searching & ~accepted
             left = int(searching.sum())
             if not left:
-                return Move(reached)
+                break
+            damped = damped | searching
             rows = rows_apart(evaluate, searching, left)
             size = 0.5 * size
+        if progress.judge is not None and progress.judge.measure is not None:
+            progress.judge.measure.refuse(damped)
+        if not left:
+            return Move(reached, solved=solved)
         # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
-        return Move(trial.select(searching & ~torch.isfinite(row_norm(trial.residual)), reached), breakdown=searching)
+        shown = trial.select(searching & ~torch.isfinite(row_norm(trial.residual)), reached)
+        return Move(shown, breakdown=searching, solved=solved)
+
+    def _descend(self, evaluate: Evaluator, point: Point, found: Descent, progress: Progress) -> Move:
+        active, direction = progress.active, found.direction
+        solved = self._solved(point, direction, found.exact, progress)
+        searching, saddle = active, None
+        if solved is not None:
+            searching = ~solved if active is None else active & ~solved
+            if found.negative is not None:
+                saddle, solved = solved & found.negative, solved & ~found.negative
+        done = search(evaluate, point, direction, searching, self.halvings + 1)
+        if progress.judge is not None and progress.judge.measure is not None:
+            progress.judge.measure.refuse((done.trials > 1) | ~found.exact)
+        failed = done.failed
+        to = done.point
+        if done.any_failed:
+            # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
+            to = done.last.select(failed & ~torch.isfinite(row_norm(done.last.residual)), to)
+        if saddle is not None and found.downward is not None and bool(saddle.any()):
+            to, stays = leave(evaluate, point, to, found.downward, saddle, self.halvings + 1)
+            return Move(to, breakdown=failed | stays, solved=solved, saddle=stays)
+        return Move(to, breakdown=failed, solved=solved)

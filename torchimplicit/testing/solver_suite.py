@@ -89,6 +89,7 @@ class SolverSuite(ABC):
         unrolled: whether autograd may run through its steps.
         half: whether it works in bfloat16.
         reads: the most reads by the host per step.
+        free_of_units: whether the steps on an energy are the same in every unit of it; those of a given size are not.
         row_cost: the most rows that the function may see, over the sum of the samples' steps plus one each, where
             finished samples leave the batch.
     """
@@ -98,6 +99,7 @@ class SolverSuite(ABC):
     half: ClassVar[bool] = True
     reads: ClassVar[float] = 1.0
     row_cost: ClassVar[float] = 1.3
+    free_of_units: ClassVar[bool] = True
     device: ClassVar[str] = "cpu"
 
     @abstractmethod
@@ -179,8 +181,7 @@ class SolverSuite(ABC):
     def test_stops_at_once_at_a_solution(self) -> None:
         z0, *args = self.arguments(4)
         start = self.solve(self.function, z0, *args, rtol=1e-12).value
-        # the relative tolerance of an energy is relative to the first gradient
-        solution = self.solve(self.function, start, *args, atol=1e-10)
+        solution = self.solve(self.function, start, *args)
         assert torch.equal(solution.value, start)
         assert solution.converged.all()
         assert not solution.steps.any()
@@ -199,6 +200,94 @@ class SolverSuite(ABC):
         assert loose.converged.all()
         assert tight.converged.all()
         assert (loose.steps < tight.steps).all()
+
+    # -- units ---------------------------------------------------------------------------------------------------------
+
+    UNITS: ClassVar = {torch.float64: (1e-12, 1e-6, 1e6, 1e12), torch.float32: (1e-6, 1e-3, 1e3, 1e6)}
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_the_unit_of_the_state_changes_nothing(self, dtype: torch.dtype) -> None:
+        z0, x, difficulty = self.arguments(4, dtype=dtype)
+        z0 = z0 + 0.5 * x
+
+        def stated(unit: float) -> Solution:
+            def function(z: Tensor, x: Tensor, difficulty: Tensor) -> Tensor:
+                out = self.function(z / unit, x, difficulty)
+                # a step along a gradient is in the unit of the energy over that of the state
+                return unit * out if self.kind == "map" else unit**2 * out
+
+            return self.solve(function, unit * z0, x, difficulty, rtol=None)
+
+        one = stated(1.0)
+        assert one.converged.all()
+        for unit in self.UNITS[dtype]:
+            other = stated(unit)
+            assert torch.equal(other.status, one.status), unit
+            assert (other.steps - one.steps).abs().max() <= 1, unit
+            accurate = 10 * torch.finfo(dtype).eps ** (2 / 3)
+            torch.testing.assert_close(other.value / unit, one.value, rtol=accurate, atol=accurate)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_the_unit_of_the_energy_changes_nothing(self, dtype: torch.dtype) -> None:
+        z0, x, difficulty = self.arguments(4, dtype=dtype)
+        if self.kind == "map" or not self.free_of_units:
+            return
+        one = self.solve(self.function, z0, x, difficulty, rtol=None)
+        for unit in self.UNITS[dtype]:
+            other = self.solve(lambda *args, unit=unit: unit * self.function(*args), z0, x, difficulty, rtol=None)
+            assert torch.equal(other.status, one.status), unit
+            assert (other.steps - one.steps).abs().max() <= 1, unit
+
+    def test_every_leaf_is_judged_by_itself(self) -> None:
+        z0, x, difficulty = self.arguments(3)
+        large = 1e6
+
+        def function(z: tuple[Tensor, Tensor], x: Tensor, difficulty: Tensor) -> Any:
+            first, second = self.function(z[0] / large, x, difficulty), self.function(z[1], x.flip(1), difficulty)
+            return (large * first, second) if self.kind == "map" else large**2 * first + second
+
+        if self.kind == "energy" and not self.free_of_units:
+            return
+        start = (large * z0, z0)
+        solution = self.solve(function, start, x, difficulty)
+        assert solution.converged.all(), solution.summary()
+        assert (self.defect(solution.value[0] / large, x, difficulty) <= 1e-7).all()
+        assert (self.defect(solution.value[1], x.flip(1), difficulty) <= 1e-7).all()
+        loose = self.solve(function, start, x, difficulty, rtol=(1e-8, 1e-2))
+        assert (loose.steps <= solution.steps).all()
+        with pytest.raises(ValueError, match="structure"):
+            self.solve(function, start, x, difficulty, rtol=[1e-8, 1e-2])
+
+    # -- samples that depend on each other -----------------------------------------------------------------------------
+
+    def coupled(self, z: Tensor, x: Tensor, difficulty: Tensor) -> Tensor:
+        """:meth:`function` of states that lean towards their mean over the batch."""
+        return self.function(z + 0.5 * (z.mean(0, keepdim=True) - z), x, difficulty)
+
+    def test_samples_that_depend_on_each_other(self) -> None:
+        z0, *args = self.arguments(6, hard=(2,))
+        solution = self.solve(self.coupled, z0, *args)
+        assert solution.converged.all(), solution.summary()
+        z = solution.value
+        if self.kind == "map":
+            image = self.coupled(z, *args)
+            defect = (image - z).norm(dim=1) / image.norm(dim=1)
+        else:
+            slope = torch.func.grad(lambda z: self.coupled(z, *args).sum())(z)
+            defect = slope.norm(dim=1) / (2 * z.norm(dim=1))  # the curvature is below 2
+        assert (defect <= 1.1e-8).all()
+
+    def test_the_figures_are_those_of_what_is_returned(self) -> None:
+        if self.kind != "map":
+            return
+        z0, *args = self.arguments(6, hard=(2, 3))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            for budget in (1, 2, 3, 5):
+                solution = self.solve(self.coupled, z0, *args, max_steps=budget, rtol=1e-14)
+                image = self.coupled(solution.value, *args)
+                defect = (image - solution.value).norm(dim=1) / image.norm(dim=1)
+                torch.testing.assert_close(solution.residual, defect, rtol=1e-6, atol=1e-12)
 
     # -- samples are on their own --------------------------------------------------------------------------------------
 
@@ -227,7 +316,7 @@ class SolverSuite(ABC):
         assert solution.converged.all()
         torch.testing.assert_close(solution.value, masked.value, rtol=1e-7, atol=1e-7)
         assert (solution.steps - masked.steps).abs().max() <= 1
-        assert len(spy.seen[-1]) == 1
+        assert min(map(len, spy.seen)) == 1
         ideal = int((solution.steps + 1).sum())
         assert spy.rows <= self.row_cost * ideal, f"{spy.rows} rows, ideal {ideal}: {spy.rows / ideal:.2f}"
         assert solution.evaluations * 64 <= 1.3 * ideal
@@ -315,7 +404,7 @@ class SolverSuite(ABC):
         assert torch.equal(first.steps, second.steps)
         assert torch.equal(first.status, second.status)
         assert seldom < often or self.reads > 1
-        assert often <= self.reads * int(first.steps.max()) + 2
+        assert often <= self.reads * int(first.steps.max()) + 5
 
     # -- forms of the state --------------------------------------------------------------------------------------------
 
@@ -340,8 +429,9 @@ class SolverSuite(ABC):
 
         flat = self.solve(self.function, z0, *args)
         tree = self.solve(function, split(z0), *args, keep_trajectory=True)
-        assert torch.equal(tree.steps, flat.steps)
-        torch.testing.assert_close(tree.value, split(flat.value))
+        # each leaf is judged by itself, which may take a step more or less than the whole
+        assert (tree.steps - flat.steps).abs().max() <= 3
+        torch.testing.assert_close(tree.value, split(flat.value), rtol=1e-6, atol=1e-6)
         assert tree.trajectory[-1]["a"].shape == (4, 2, 3)
 
     # -- derivatives ---------------------------------------------------------------------------------------------------

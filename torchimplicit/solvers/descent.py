@@ -1,0 +1,113 @@
+"""Directions in which an energy falls, from its Hessian."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchimplicit.linear import LinearOperator, LinearSolution
+from torchimplicit.precision import working_dtype
+from torchimplicit.problems import Point
+from torchimplicit.solution import Status
+from torchimplicit.solvers.base import Evaluator
+
+
+class Descent(NamedTuple):
+    """A direction ``[batch, dim]`` along which the energy falls; bool ``[batch]``, where it is Newton's step; bool
+    ``[batch]``, where the Hessian has a negative eigenvalue, and its unit eigenvector ``[batch, dim]``, ``None`` where
+    that is not known, or nowhere so."""
+
+    direction: Tensor
+    exact: Tensor
+    negative: Tensor | None = None
+    downward: Tensor | None = None
+
+
+def modified(operator: LinearOperator, residual: Tensor) -> Descent:
+    """:math:`|H|^{-1}r`, by the eigenvalues' modulus (Nocedal and Wright 2006, section 3.4; Dauphin et al. 2014), of
+    the assembled Hessians. A direction in which they are flat, and the gradient is nothing but rounding, is left
+    alone."""
+    dtype = working_dtype(operator.dtype)
+    matrix = operator.spectrum_matrix(dtype)
+    r = operator.project(residual).to(dtype)
+    finite = matrix.isfinite().all(dim=2).all(dim=1) & r.isfinite().all(dim=1)
+    matrix = matrix.where(finite[:, None, None], torch.eye(operator.dim, dtype=dtype, device=matrix.device))
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    d = torch.cholesky_solve(r[:, :, None], factor)[:, :, 0]
+    odd = (info > 0) | (d.abs().amax(dim=1) == torch.inf) | d.isnan().any(dim=1)
+    rows = odd.nonzero().squeeze(1)
+    negative = downward = singular = None
+    if len(rows):
+        values, vectors = torch.linalg.eigh(matrix[rows])
+        parts = (vectors.mT @ r[rows, :, None])[:, :, 0]
+        flat = operator.dim * torch.finfo(operator.dtype).eps
+        modulus, rounding = values.abs(), flat * values.abs().amax(dim=1, keepdim=True)
+        nothing = (modulus <= rounding) & (parts.abs() <= 4 * flat * parts.norm(dim=1, keepdim=True))
+        steps = torch.where(nothing | (rounding == 0), 0, parts / torch.maximum(modulus, rounding))
+        # without any curvature, the gradient itself
+        steps = torch.where(rounding == 0, parts, steps)
+        d = d.index_copy(0, rows, (vectors @ steps[:, :, None])[:, :, 0])
+        least = values[:, 0] < -rounding[:, 0]
+        negative = torch.zeros_like(odd).index_copy(0, rows, least)
+        lost = (modulus <= rounding) & ~nothing  # a gradient that no curvature accounts for
+        singular = torch.zeros_like(odd).index_copy(0, rows, lost.any(dim=1))
+        downward = torch.zeros_like(d).index_copy(0, rows, vectors[:, :, 0])
+        downward = operator.project(downward.to(operator.dtype))
+    d = d.where(finite[:, None], torch.nan)
+    exact = finite if negative is None else finite & ~singular  # type: ignore[operator]
+    return Descent(operator.project(d.to(operator.dtype)), exact | (residual == 0).all(dim=1), negative, downward)
+
+
+def downhill(operator: LinearOperator, residual: Tensor, found: LinearSolution) -> Descent:
+    """The solution of Newton's equation where it descends, and its solver met no negative curvature; elsewhere that of
+    conjugate gradients, as far as curvature is positive."""
+    d = found.value
+    bad = ~((d * residual).sum(dim=1) > 0) | (found.report.status == Status.SADDLE)
+    bad = bad & (residual != 0).any(dim=1)
+    if not bool(bad.any()):
+        return Descent(d, found.report.converged)
+    r = operator.project(residual)
+    x, p, rr = torch.zeros_like(r), r, (r * r).sum(dim=1)
+    first, live = rr, bad
+    for step in range(min(operator.dim, 100)):
+        image = operator.product(p)
+        curvature, square = (p * image).sum(dim=1), (p * p).sum(dim=1)
+        ahead = live & (curvature > torch.finfo(r.dtype).eps * square)
+        if step == 0:  # the gradient itself, to where its curvature, were it positive, would lead
+            bent = torch.where(curvature != 0, rr / curvature.abs(), 1)
+            x = torch.where((live & ~ahead)[:, None], bent[:, None] * r, x)
+        live = ahead
+        alpha = torch.where(live, rr / torch.where(live, curvature, 1), 0)[:, None]
+        x, r = x + alpha * p, r - alpha * image
+        after = (r * r).sum(dim=1)
+        live = live & (after > 1e-4 * first)
+        if not bool(live.any()):
+            break
+        p = r + torch.where(live, after / rr, 0)[:, None] * p
+        rr = after
+    return Descent(torch.where(bad[:, None], x, d), found.report.converged & ~bad)
+
+
+def leave(
+    evaluate: Evaluator, point: Point, rest: Point, downward: Tensor, chosen: Tensor, trials: int
+) -> tuple[Point, Tensor]:
+    """``rest``, with the ``chosen`` samples (bool ``[batch]``), which are stationary at ``point``, moved along
+    directions of negative curvature to where the energy is lower; and those for which no trial found such a place."""
+    assert point.energy is not None
+    size = torch.linalg.vector_norm(point.z, dim=1, keepdim=True)
+    way = downward * torch.where(size > 0, size, 1)
+    # to the side where the rest of the gradient falls, if any is left
+    way = torch.where((way * point.residual).sum(dim=1, keepdim=True) < 0, -way, way)
+    left = chosen
+    for _ in range(trials):
+        tried = evaluate(evaluate.place(torch.where(left[:, None], point.z + way, rest.z)))
+        assert tried.energy is not None
+        lower = left & (tried.energy < point.energy)
+        rest = tried.select(lower, rest)
+        left = left & ~lower
+        if not bool(left.any()):
+            break
+        way = 0.25 * way
+    return rest, left

@@ -1,0 +1,232 @@
+"""A look at the whole batch once the loop has ended: whether what it claims holds there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from torchimplicit.closure import is_transformed
+from torchimplicit.linear import LinearOperator
+from torchimplicit.linear.confirmed import rows_depend
+from torchimplicit.precision import working_dtype
+from torchimplicit.problems import Point, System
+from torchimplicit.solution import Report, Status
+from torchimplicit.solvers.base import Evaluator, Solver
+from torchimplicit.solvers.outcome import Outcome
+from torchimplicit.solvers.tolerance import Judge
+
+
+class Verdict(NamedTuple):
+    """The outcome with the figures of the whole; bool ``[batch]``, the samples that have to go on, ``None`` for none;
+    and whether samples were found to depend on each other that the solver takes apart."""
+
+    outcome: Outcome
+    again: Tensor | None = None
+    coupled: bool = False
+
+
+@torch.no_grad()
+def review(solver: Solver, evaluate: Evaluator, outcome: Outcome, judge: Judge, mixed: bool) -> Verdict:
+    """Judge the outcome by the whole problem at the point that is returned.
+
+    A root or a minimum is judged by one product with the Jacobian there, which tells what a step could not: of Newton's
+    method, which takes products all along, only the samples that it gave up. Where samples may depend on each other,
+    and come from different moments, one evaluation tells what they are together.
+
+    Args:
+        judge: of the loop, for its first batch.
+        mixed: whether what is returned may not be what was evaluated last.
+    """
+    system, z, report = evaluate.system, outcome.z, outcome.report
+    coupling = system.coupling
+    apart = coupling is None or coupling.promised
+    if not len(z) or any(is_transformed(t) for t in (z, *evaluate.params)):
+        return Verdict(outcome)
+    if solver.searches and not apart and coupling is not None and coupling.found:
+        return Verdict(outcome, coupled=True)
+    failed = report.status == Status.BREAKDOWN
+    if solver.by_products:
+        failed = failed | (report.status == Status.MAX_STEPS)
+    if judge.measure is not None:
+        claimed = report.converged if solver.wants_relative() and not solver.by_products else torch.zeros_like(failed)
+        claims, failures = torch.stack((claimed, failed)).any(dim=1).tolist()
+        seen = _seen(evaluate, z) if claims or failures else None
+        if seen is not None:
+            return _by_product(solver, evaluate, outcome, judge, failed if failures else None, *seen)
+    if apart or not mixed:
+        return Verdict(outcome)
+    return _by_evaluation(solver, evaluate, outcome, judge)
+
+
+def _seen(evaluate: Evaluator, z: Tensor) -> tuple[Point, LinearOperator] | None:
+    """The point and the Jacobian there; ``None`` where the function has no second derivative to take it from."""
+    try:
+        tape = evaluate.system.linearize(z, evaluate.params)
+        operator = evaluate.system.operator(tape, False)
+        operator.product(torch.zeros_like(z))
+    except RuntimeError:
+        return None
+    return evaluate.system.seen(tape), operator
+
+
+def _by_product(
+    solver: Solver,
+    evaluate: Evaluator,
+    outcome: Outcome,
+    judge: Judge,
+    failed: Tensor | None,
+    point: Point,
+    operator: LinearOperator,
+) -> Verdict:
+    report = outcome.report
+    solved, drowned, parts = judge.look(point, operator, closely=failed is not None)
+    relative = parts if parts.ndim == 1 else parts.amax(dim=1)
+    if failed is not None and solver.confirms(evaluate.system, point.z):
+        values = torch.linalg.eigvalsh(operator.spectrum_matrix(working_dtype(point.z.dtype)).nan_to_num(0.0, 0.0, 0.0))
+        rounding = point.z.shape[1] * judge.eps * values.abs().amax(dim=1)
+        drowned = drowned & (values[:, 0] >= -rounding)
+    status, none = report.status, torch.zeros_like(solved)
+    looked = failed if solver.by_products and failed is not None else ~none
+    if solver.wants_relative():
+        denied = none if solver.by_products else report.converged & ~solved
+    else:
+        denied, looked = none, none if failed is None else failed
+    if failed is not None:
+        status = status.masked_fill(failed & drowned, int(Status.CONVERGED))
+    figures = torch.where(looked, relative.to(report.residual.dtype), report.residual)
+    if outcome.parts is not None:
+        parts = torch.where(looked if parts.ndim == 1 else looked[:, None], parts, outcome.parts)
+    outcome = replace(outcome, report=replace(report, status=status, residual=figures), parts=parts)
+    coupling = evaluate.system.coupling
+    suspect = denied
+    if solver.searches and coupling is not None:
+        suspect = suspect | (status == Status.BREAKDOWN) | _changed(outcome, point, evaluate.system, judge.eps)
+    again, odd = torch.stack((denied, suspect)).any(dim=1).tolist()
+    if odd and solver.searches and coupling is not None and not coupling.promised and rows_depend(operator):
+        coupling.memory.found = True
+        return Verdict(outcome, coupled=True)
+    return _sent_on(solver, outcome, denied) if again else Verdict(outcome)
+
+
+def _by_evaluation(solver: Solver, evaluate: Evaluator, outcome: Outcome, judge: Judge) -> Verdict:
+    report, system = outcome.report, evaluate.system
+    point = evaluate(outcome.z)
+    if judge.measure is not None:
+        point = judge.measure.start(point)
+    assert point.scale is not None
+    norm = point.size()
+    within = norm <= judge.tolerance(point)
+    relative = parts = torch.where(norm > 0, norm / point.scale, 0)
+    if within.ndim == 2:
+        within, relative = within.all(dim=1), relative.amax(dim=1)
+    changed = _changed(outcome, point, system, judge.eps)
+    denied = report.converged & ~within
+    if judge.measure is not None:  # its tolerance is known of the step alone
+        denied = denied & changed
+    known = changed if judge.measure is None else torch.zeros_like(changed)
+    figures = torch.where(known, relative.to(report.residual.dtype), report.residual)
+    evaluations = report.evaluations + 1
+    outcome = replace(outcome, report=replace(report, residual=figures, evaluations=evaluations))
+    if judge.measure is None:
+        outcome = replace(outcome, parts=parts)
+    again, odd = torch.stack((denied, changed)).any(dim=1).tolist()
+    coupling = system.coupling
+    if odd and solver.searches and coupling is not None:
+        seen = _seen(evaluate, outcome.z)
+        if seen is None or rows_depend(seen[1]):
+            coupling.memory.found = True
+            return Verdict(outcome, coupled=True)
+    return _sent_on(solver, outcome, denied) if again else Verdict(outcome)
+
+
+def _changed(outcome: Outcome, point: Point, system: System, eps: float) -> Tensor:
+    """bool ``[batch]``: whether a sample's residual is another than when the sample was alone in moving."""
+    now = system.norms(point.residual)
+    before = outcome.norm
+    if before is None or before.shape != now.shape:
+        return torch.zeros(len(now), dtype=torch.bool, device=now.device)
+    changed = (now - before).abs() > 1e-3 * before
+    if point.scale is not None:
+        changed = changed & ((now - before).abs() > 16 * eps * point.scale)
+    changed = changed if changed.ndim == 1 else changed.any(dim=1)
+    return changed & (outcome.report.status != Status.NONFINITE)
+
+
+def _sent_on(solver: Solver, outcome: Outcome, denied: Tensor) -> Verdict:
+    """The samples that are not solved after all go on, as far as their budget reaches."""
+    report = outcome.report
+    spent = denied & (report.steps >= solver.max_steps)
+    status = report.status.masked_fill(spent, int(Status.MAX_STEPS))
+    again = denied & ~spent
+    outcome = replace(outcome, report=replace(report, status=status))
+    return Verdict(outcome, again if bool(again.any()) else None)
+
+
+def after(before: Outcome, later: Outcome, samples: Tensor | None) -> Outcome:
+    """``before``, with what became of ``samples`` (bool ``[batch]``; ``None``: all) when they went on."""
+    one, two = before.report, later.report
+    if samples is None:
+        samples = torch.ones_like(one.status, dtype=torch.bool)
+    report = Report(
+        torch.where(samples, two.status, one.status),
+        one.steps + torch.where(samples, two.steps, 0),
+        torch.where(samples, two.residual, one.residual),
+        one.evaluations + two.evaluations,
+    )
+
+    def joined(new: Tensor | None, old: Tensor | None) -> Tensor | None:
+        if new is None or old is None or new.shape != old.shape:
+            return new
+        return torch.where(samples if old.ndim == 1 else samples[:, None], new, old)
+
+    z = torch.where(samples[:, None], later.z, before.z)
+    trajectory = before.trajectory + later.trajectory[1:]
+    norm, parts = joined(later.norm, before.norm), joined(later.parts, before.parts)
+    return Outcome(z, report, trajectory, later.state, norm, parts)
+
+
+def given_up(outcome: Outcome, samples: Tensor) -> Outcome:
+    """With ``samples`` that the method takes for solved, and the Jacobian does not."""
+    status = outcome.report.status.masked_fill(samples, int(Status.BREAKDOWN))
+    return replace(outcome, report=replace(outcome.report, status=status))
+
+
+def as_one_system(
+    solve: Callable[[Solver, System, Tensor, Sequence[Tensor]], Outcome],
+    solver: Solver,
+    system: System,
+    z0: Tensor,
+    params: Sequence[Tensor],
+) -> Outcome | None:
+    """Solve samples that depend on each other as one, each of them judged by itself; ``None`` where the problem cannot
+    be put so."""
+    assert system.coupling is not None
+    rows = system.coupling.rows
+    joined = system.joined(rows)
+    if joined is None:
+        return None
+    changes: dict[str, Any] = {}
+    for name in ("rtol", "atol"):
+        value = getattr(solver, name)
+        if value is not None and not isinstance(value, (int, float)):
+            changes[name] = tuple(pytree.tree_leaves(value)) * rows
+    if getattr(solver, "preconditioner", None) is not None:  # of one sample each
+        changes["preconditioner"] = None
+    if getattr(getattr(solver, "linear_solver", None), "preconditioner", None) is not None:
+        changes["linear_solver"] = None
+    found = solve(replace(solver, **changes), joined, z0.reshape(-1, rows * z0.shape[1]), params)
+
+    def each(t: Tensor) -> Tensor:
+        return t.repeat_interleave(rows, dim=0)
+
+    report = found.report
+    assert found.parts is not None
+    residual = found.parts.reshape(z0.shape[0], -1).amax(dim=1)
+    figures = Report(each(report.status), each(report.steps), residual, report.evaluations)
+    trajectory = tuple(z.reshape(z0.shape) for z in found.trajectory)
+    return Outcome(found.z.reshape(z0.shape), figures, trajectory)
