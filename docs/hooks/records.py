@@ -13,7 +13,7 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 from torchimplicit.recipes.files import read_json
 from torchimplicit.recipes.plain import from_plain
-from torchimplicit.recipes.reproduce.record import Record
+from torchimplicit.recipes.runtime.table import Record
 
 _WANTED = re.compile(r"^\{\{ record (?P<name>[\w-]+) \}\}$", re.MULTILINE)
 

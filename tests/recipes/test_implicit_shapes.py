@@ -27,7 +27,7 @@ from torchimplicit.recipes.implicit_shapes.rows import ROWS, Row, jobs, training
 from torchimplicit.recipes.implicit_shapes.table import TABLE, summarize
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.reproduce.jobs import prepare
-from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.runtime.table import Plan
 
 
 @pytest.fixture(autouse=True)

@@ -23,12 +23,11 @@ from torchimplicit.recipes.implicit_generalization.config import GeneralizationC
 from torchimplicit.recipes.implicit_gradients import rows as gradients
 from torchimplicit.recipes.implicit_gradients import table as gradients_table
 from torchimplicit.recipes.implicit_gradients.config import GradientsConfig
-from torchimplicit.recipes.implicit_signals import rows as signals
-from torchimplicit.recipes.implicit_signals import table as signals_table
-from torchimplicit.recipes.implicit_signals.config import SignalsConfig
 from torchimplicit.recipes.plain import from_plain, to_plain
+from torchimplicit.recipes.representations import signals
+from torchimplicit.recipes.representations.signals import SignalsConfig
 from torchimplicit.recipes.reproduce.jobs import prepare
-from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.runtime.table import Plan
 from torchimplicit.recipes.training.settings import Machine
 
 HERE = Machine(device="cpu", tensorboard=False)
@@ -207,8 +206,7 @@ def test_costs():
 class TestSignals:
     def test_the_rows(self):
         assert len(signals.ROWS) == 12
-        assert signals.ROWS["video-gabor-explicit"].published == 26.15
-        assert signals.ROWS["sound-gabor-explicit"].published is None
+        assert signals.PUBLISHED_VIDEO["gabor", False] == 26.15
         assert signals.ROWS["sound-siren-implicit"].twin.name == "sound-siren-explicit"
 
     def test_the_papers_scale_is_the_papers(self):
@@ -237,7 +235,7 @@ class TestSignals:
 
     def test_the_record(self, tmp_path):
         runs = run_here(signals.jobs(SIGNALS), tmp_path)
-        summary = signals_table.summarize(SIGNALS, runs)
+        summary = signals.TABLE.summarize(SIGNALS, runs)
         assert [sheet.title for sheet in summary.sheets] == ["The sound", "The video", "A training step"]
         assert [len(sheet.table.rows) for sheet in summary.sheets] == [6, 6, 12]
         assert {drawing.name for drawing in summary.drawings} == {"training", "sound", "video"}
@@ -247,7 +245,7 @@ class TestSignals:
 
     def test_it_is_made_of_what_is_there(self, tmp_path):
         chosen = replace(SIGNALS, rows=("sound-siren-implicit",))
-        summary = signals_table.summarize(chosen, run_here(signals.jobs(chosen), tmp_path))
+        summary = signals.TABLE.summarize(chosen, run_here(signals.jobs(chosen), tmp_path))
         assert not summary.claims
         assert {drawing.name for drawing in summary.drawings} == {"training"}
-        assert len(signals_table.summarize(chosen, {}).sheets) == 2
+        assert len(signals.TABLE.summarize(chosen, {}).sheets) == 2

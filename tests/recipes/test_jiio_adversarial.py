@@ -32,8 +32,8 @@ from torchimplicit.recipes.jiio_adversarial.rows import jobs as table_jobs
 from torchimplicit.recipes.jiio_adversarial.task import RUNNER as TRAINER
 from torchimplicit.recipes.jiio_adversarial.task import AdversarialTraining
 from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.reproduce.settings import Plan
 from torchimplicit.recipes.run import RunOptions, create
+from torchimplicit.recipes.runtime.table import Plan
 from torchimplicit.recipes.training.logs import rows
 from torchimplicit.recipes.training.results import Results
 from torchimplicit.recipes.training.settings import Machine

@@ -33,8 +33,8 @@ from torchimplicit.recipes.jiio_meta.config import (
 from torchimplicit.recipes.jiio_meta.measure import RUNNER, read
 from torchimplicit.recipes.jiio_meta.task import RUNNER as TRAINER
 from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.reproduce.settings import Plan
 from torchimplicit.recipes.run import RunOptions, create
+from torchimplicit.recipes.runtime.table import Plan
 from torchimplicit.recipes.training.logs import rows
 from torchimplicit.recipes.training.results import Results
 from torchimplicit.recipes.training.settings import Machine

@@ -33,8 +33,8 @@ from torchimplicit.recipes.ofdft_gradients.results import MoleculeResults, slope
 from torchimplicit.recipes.ofdft_gradients.softening import softest
 from torchimplicit.recipes.ofdft_gradients.table import TABLE, summarize
 from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.reproduce.settings import Plan
 from torchimplicit.recipes.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime.table import Plan
 
 SMALL = MoleculeGradientsConfig(
     sigma=0.0,

@@ -34,7 +34,7 @@ from torchimplicit.recipes.ofdft_stability.table import summarize as summarize_s
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.registry import runner, settings
 from torchimplicit.recipes.reproduce.jobs import prepare
-from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.runtime.table import Plan
 
 H2 = Path(__file__).parents[1] / "data" / "h2.npz"
 

@@ -23,7 +23,7 @@ from torchimplicit.recipes.phantom_ablation.rows import CONTROL, IMPLICIT, SWEEP
 from torchimplicit.recipes.phantom_ablation.table import summarize
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.reproduce.jobs import prepare
-from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.runtime.table import Plan
 from torchimplicit.recipes.training.settings import Machine
 
 TINY = PhantomAblationConfig(

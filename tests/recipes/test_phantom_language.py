@@ -23,8 +23,8 @@ from torchimplicit.recipes.phantom_language.costs import KINDS, CostConfig, Meas
 from torchimplicit.recipes.phantom_language.table import jobs, summarize
 from torchimplicit.recipes.phantom_language.trained import Trained
 from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.reproduce.settings import Plan
 from torchimplicit.recipes.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime.table import Plan
 from torchimplicit.recipes.training.module import Validation
 from torchimplicit.recipes.training.results import Results
 from torchimplicit.recipes.training.settings import Machine

@@ -23,8 +23,8 @@ from torchimplicit.recipes.phantom_precision.layer import RUNNER, LayerResults, 
 from torchimplicit.recipes.phantom_precision.table import jobs, summarize
 from torchimplicit.recipes.phantom_precision.training import BESIDE, LABELS
 from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.reproduce.settings import Plan
 from torchimplicit.recipes.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime.table import Plan
 
 SMALL = LayerConfig(size=12, samples=3, ks=(1, 3, 9), lambdas=(0.5, 1.0), errors=(0.3, 0.01), draws=30)
 

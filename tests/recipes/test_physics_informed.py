@@ -21,7 +21,7 @@ from torchimplicit.recipes.physics_informed.table import constant, summarize
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.registry import settings
 from torchimplicit.recipes.reproduce.jobs import prepare
-from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.runtime.table import Plan
 
 TINY = PhysicsInformedConfig(
     plan=Plan(seeds=1),

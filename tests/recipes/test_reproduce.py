@@ -22,11 +22,10 @@ from torchimplicit.recipes import registry
 from torchimplicit.recipes.digits.config import DigitsConfig
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.plotting import axes
-from torchimplicit.recipes.reproduce.jobs import Job, run_all
-from torchimplicit.recipes.reproduce.record import Claim, Sheet, spread
-from torchimplicit.recipes.reproduce.runner import Drawing, Reproduction, Summary, command, load_record
-from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.reproduce.jobs import run_all
+from torchimplicit.recipes.reproduce.runner import Reproduction, command, load_record
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Claim, Drawing, Job, Plan, Sheet, Summary, spread
 from torchimplicit.recipes.stopping import terminated_like_interrupted
 from torchimplicit.recipes.tables import Column, Table
 

@@ -260,8 +260,8 @@ TABLES = {
     ),
     "implicit-signals": Entry(
         "A sound and a video by implicit and explicit representations: three filters, PSNR and cost.",
-        f"{_HERE}.implicit_signals.config:default",
-        f"{_HERE}.implicit_signals.table:TABLE",
+        f"{_HERE}.representations.signals:default",
+        f"{_HERE}.representations.signals:TABLE",
     ),
     "implicit-shapes": Entry(
         "A mesh by implicit and explicit representations: occupancy, and distances with exact and one-step gradients.",

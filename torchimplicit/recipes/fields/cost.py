@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
@@ -31,6 +31,7 @@ from torchimplicit.recipes.machine import clock, device, threads
 from torchimplicit.recipes.options import positive
 from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Sheet
 from torchimplicit.recipes.tables import Column, Table
 from torchimplicit.recipes.training.costs import Costs
 from torchimplicit.recipes.training.task import Shard
@@ -288,3 +289,9 @@ def cells(cost: FieldCost) -> list[str]:
         f"{cost.backward:.1f}",
         f"{cost.megabytes:.1f}",
     ]
+
+
+def step_sheet(found: Mapping[str, Any], names: Mapping[str, str]) -> list[Sheet]:
+    """What a step costs, as a record holds it, of the models that are named; none where it was not measured."""
+    rows = [[label, *cells(from_plain(FieldCost, found[name]))] for name, label in names.items() if name in found]
+    return [Sheet("A training step", Table([Column("Model"), *COLUMNS], rows))] if rows else []

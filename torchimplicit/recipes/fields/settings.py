@@ -12,6 +12,16 @@ from torchimplicit.recipes.training.settings import Equilibria, Optimization, Tr
 FilterKind = Literal["siren", "fourier", "gabor"]
 FILTERS: tuple[FilterKind, ...] = ("siren", "fourier", "gabor")
 
+NAMES: dict[tuple[FilterKind, bool], str] = {
+    ("siren", True): "iSIREN",
+    ("siren", False): "SIREN",
+    ("fourier", True): "Fourier-iMFN",
+    ("fourier", False): "Fourier-MFN",
+    ("gabor", True): "Gabor-iMFN",
+    ("gabor", False): "Gabor-MFN",
+}
+"""Of a filter's implicit representation and of its explicit twin."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Representation:

@@ -7,7 +7,7 @@ from statistics import fmean
 from torchimplicit.recipes.fields.settings import FILTERS
 from torchimplicit.recipes.implicit_generalization.read import Measured
 from torchimplicit.recipes.implicit_generalization.rows import KINDS, Row
-from torchimplicit.recipes.reproduce.record import Claim
+from torchimplicit.recipes.runtime.table import Claim
 
 
 def claims(found: Measured, labels: dict[str, str]) -> list[Claim]:

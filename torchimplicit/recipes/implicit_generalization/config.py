@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.options import positive
-from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.runtime.table import Plan
 from torchimplicit.recipes.training.settings import Machine
 
 

@@ -11,7 +11,7 @@ from torchimplicit.recipes.fields.settings import FILTERS
 from torchimplicit.recipes.implicit_generalization.read import Measured
 from torchimplicit.recipes.implicit_generalization.rows import KINDS, NAMES, TABLE, Row
 from torchimplicit.recipes.plotting import axes, style
-from torchimplicit.recipes.reproduce.runner import Drawing
+from torchimplicit.recipes.runtime.table import Drawing
 
 SHOWN = (("1L", True), ("1L", False), ("1L-wide", False), ("4L", False))
 

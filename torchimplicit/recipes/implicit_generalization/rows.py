@@ -12,7 +12,7 @@ from torchimplicit.recipes.fields.images.config import PictureConfig, generaliza
 from torchimplicit.recipes.fields.settings import FILTERS, FilterKind, Representation, full_batch, truncated
 from torchimplicit.recipes.implicit_generalization.config import GeneralizationConfig
 from torchimplicit.recipes.options import known_rows
-from torchimplicit.recipes.reproduce.jobs import Job
+from torchimplicit.recipes.runtime.table import Job
 
 COST = "cost"
 Kind = Literal["natural", "text"]

@@ -26,15 +26,15 @@ from torchimplicit.recipes.implicit_generalization.rows import (
     TABLE as ROWS_OF_THE_TABLE,
 )
 from torchimplicit.recipes.plain import to_plain
-from torchimplicit.recipes.reproduce.record import Sheet, spread
-from torchimplicit.recipes.reproduce.runner import Reproduction, Summary
+from torchimplicit.recipes.reproduce.runner import Reproduction
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Sheet, Summary, spread
 from torchimplicit.recipes.tables import Column, Table
 from torchimplicit.recipes.training.results import Results, still_rising
 
 
 def summarize(config: GeneralizationConfig, runs: dict[str, Run]) -> Summary:
-    """See :class:`~torchimplicit.recipes.reproduce.runner.Summary`."""
+    """See :class:`~torchimplicit.recipes.runtime.table.Summary`."""
     found = measured(config, runs)
     labels = {row.name: row.label(width(config)) for row in ROWS.values()}
     sheets = [

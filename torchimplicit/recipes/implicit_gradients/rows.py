@@ -10,7 +10,7 @@ from torchimplicit.recipes.fields.settings import FILTERS, FilterKind, truncated
 from torchimplicit.recipes.implicit_generalization import rows as generalization
 from torchimplicit.recipes.implicit_generalization.config import GeneralizationConfig
 from torchimplicit.recipes.implicit_gradients.config import GradientsConfig
-from torchimplicit.recipes.reproduce.jobs import Job
+from torchimplicit.recipes.runtime.table import Job
 
 COST = "cost"
 CONVERGED = "converged"

@@ -24,9 +24,9 @@ from torchimplicit.recipes.implicit_gradients.rows import (
 )
 from torchimplicit.recipes.plain import to_plain
 from torchimplicit.recipes.plotting import axes, style
-from torchimplicit.recipes.reproduce.record import Claim, Sheet, spread
-from torchimplicit.recipes.reproduce.runner import Drawing, Reproduction, Summary
+from torchimplicit.recipes.reproduce.runner import Reproduction
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Claim, Drawing, Sheet, Summary, spread
 from torchimplicit.recipes.tables import Column, Table
 from torchimplicit.recipes.training.results import Results
 
@@ -48,7 +48,7 @@ class Measured:
 
 
 def summarize(config: GradientsConfig, runs: dict[str, Run]) -> Summary:
-    """See :class:`~torchimplicit.recipes.reproduce.runner.Summary`."""
+    """See :class:`~torchimplicit.recipes.runtime.table.Summary`."""
     found: dict[tuple[str, str, int], Results] = {}
     for row in rows(config):
         for picture in pictures(config):

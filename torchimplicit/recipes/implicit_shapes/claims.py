@@ -8,7 +8,7 @@ from torchimplicit.recipes.fields.settings import FILTERS
 from torchimplicit.recipes.fields.shape.points import LONGEST
 from torchimplicit.recipes.implicit_shapes.read import Measured
 from torchimplicit.recipes.implicit_shapes.rows import Row
-from torchimplicit.recipes.reproduce.record import Claim
+from torchimplicit.recipes.runtime.table import Claim
 
 
 def claims(found: Measured) -> list[Claim]:

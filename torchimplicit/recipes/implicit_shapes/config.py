@@ -9,7 +9,7 @@ from typing import Literal
 from torchimplicit.recipes.fields.shape.config import ShapeConfig
 from torchimplicit.recipes.fields.shape.config import shape as one_shape
 from torchimplicit.recipes.options import positive
-from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.runtime.table import Plan
 from torchimplicit.recipes.training.settings import Machine
 
 

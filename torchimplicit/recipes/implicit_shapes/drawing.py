@@ -12,7 +12,7 @@ from torchimplicit.recipes.fields.shape.points import LONGEST
 from torchimplicit.recipes.implicit_shapes.read import Measured
 from torchimplicit.recipes.implicit_shapes.rows import ROWS, TASKS, Row, TaskKind
 from torchimplicit.recipes.plotting import axes, style
-from torchimplicit.recipes.reproduce.runner import Drawing
+from torchimplicit.recipes.runtime.table import Drawing
 
 DASHES = {"implicit": "-", "one-step": ":", "explicit": "--"}
 

@@ -10,7 +10,7 @@ from torchimplicit.recipes.fields.shape.config import ShapeConfig, adam, shape
 from torchimplicit.recipes.implicit_generalization.rows import NAMES
 from torchimplicit.recipes.implicit_shapes.config import ShapesConfig, ShapesCostConfig
 from torchimplicit.recipes.options import known_rows
-from torchimplicit.recipes.reproduce.jobs import Job
+from torchimplicit.recipes.runtime.table import Job
 
 COST = "cost"
 TaskKind = Literal["occupancy", "sdf"]

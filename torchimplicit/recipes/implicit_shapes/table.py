@@ -15,9 +15,9 @@ from torchimplicit.recipes.implicit_shapes.measure import ShapesCost
 from torchimplicit.recipes.implicit_shapes.read import Measured, measured
 from torchimplicit.recipes.implicit_shapes.rows import COST, ROWS, TASKS, Row, TaskKind, jobs, training
 from torchimplicit.recipes.plain import to_plain
-from torchimplicit.recipes.reproduce.record import Sheet, spread
-from torchimplicit.recipes.reproduce.runner import Reproduction, Summary
+from torchimplicit.recipes.reproduce.runner import Reproduction
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Sheet, Summary, spread
 from torchimplicit.recipes.tables import Column, Table
 from torchimplicit.recipes.training.results import Results, still_rising
 
@@ -25,7 +25,7 @@ TITLES = {"occupancy": "Occupancy", "sdf": "Signed distance, with slopes in the 
 
 
 def summarize(config: ShapesConfig, runs: dict[str, Run]) -> Summary:
-    """See :class:`~torchimplicit.recipes.reproduce.runner.Summary`."""
+    """See :class:`~torchimplicit.recipes.runtime.table.Summary`."""
     found = measured(config, runs)
     sheets = [
         Sheet(TITLES[task], _quality(found, task))

@@ -8,7 +8,7 @@ from torchimplicit.recipes.jiio_adversarial.config import AttacksConfig
 from torchimplicit.recipes.jiio_adversarial.gathered import Found, ratio
 from torchimplicit.recipes.jiio_adversarial.measure import CLEAN, strongest
 from torchimplicit.recipes.jiio_adversarial.rows import ROWS
-from torchimplicit.recipes.reproduce.record import Claim
+from torchimplicit.recipes.runtime.table import Claim
 from torchimplicit.recipes.training.results import Results
 
 

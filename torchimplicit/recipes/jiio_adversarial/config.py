@@ -8,7 +8,7 @@ from typing import Literal
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.options import fraction, not_negative, option, positive
-from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.runtime.table import Plan
 from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
 
 Adversary = Literal["none", "pgd", "jiio"]

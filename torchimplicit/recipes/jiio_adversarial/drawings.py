@@ -11,8 +11,8 @@ from torchimplicit.recipes.jiio_adversarial.config import AttacksConfig
 from torchimplicit.recipes.jiio_adversarial.gathered import Found, of
 from torchimplicit.recipes.jiio_adversarial.rows import ROWS
 from torchimplicit.recipes.plotting import axes, style
-from torchimplicit.recipes.reproduce.runner import Drawing
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Drawing
 
 
 def drawings(kind: AttacksConfig, found: Found, runs: dict[tuple[str, int], Run]) -> list[Drawing]:

@@ -11,9 +11,9 @@ from torchimplicit.recipes.jiio_adversarial.gathered import Found, of, ratio
 from torchimplicit.recipes.jiio_adversarial.measure import CLEAN, read, strongest
 from torchimplicit.recipes.jiio_adversarial.rows import PUBLISHED, ROWS, attacked, jobs
 from torchimplicit.recipes.plain import to_plain
-from torchimplicit.recipes.reproduce.record import Sheet, spread
-from torchimplicit.recipes.reproduce.runner import Reproduction, Summary
+from torchimplicit.recipes.reproduce.runner import Reproduction
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Sheet, Summary, spread
 from torchimplicit.recipes.tables import Column, Table
 from torchimplicit.recipes.training.results import Results
 

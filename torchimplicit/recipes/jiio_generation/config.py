@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torchimplicit.recipes.jiio.config import DataName, Kind
 from torchimplicit.recipes.options import positive
-from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.runtime.table import Plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torchimplicit.recipes.jiio.config import (
     generation_olivetti,
 )
 from torchimplicit.recipes.jiio_generation.config import JiioGenerationConfig
-from torchimplicit.recipes.reproduce.jobs import Job
+from torchimplicit.recipes.runtime.table import Job
 from torchimplicit.recipes.training.settings import Machine
 
 Model = Literal["jiio", "vae", "wide"]

@@ -12,9 +12,9 @@ from torchimplicit.recipes.jiio_generation.config import JiioGenerationConfig
 from torchimplicit.recipes.jiio_generation.drawing import LABELS, against_time
 from torchimplicit.recipes.jiio_generation.jobs import LONGER, SIZES, Model, jobs, one
 from torchimplicit.recipes.jiio_generation.read import Found, at, overtaking, read
-from torchimplicit.recipes.reproduce.record import Claim, Sheet, spread
-from torchimplicit.recipes.reproduce.runner import Drawing, Reproduction, Summary
+from torchimplicit.recipes.reproduce.runner import Reproduction
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Claim, Drawing, Sheet, Summary, spread
 from torchimplicit.recipes.tables import Column, Table
 
 AIMS = (9.0, 3.5)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torchimplicit.recipes.jiio.config import InverseConfig, inverse_digits, inverse_mnist, inverse_olivetti
 from torchimplicit.recipes.jiio_inverse.config import JiioInverseConfig
-from torchimplicit.recipes.reproduce.jobs import Job
+from torchimplicit.recipes.runtime.table import Job
 from torchimplicit.recipes.training.settings import Machine
 
 Corruption = Literal["denoising", "inpainting"]

@@ -14,9 +14,9 @@ from torchimplicit.recipes.jiio.restoring import Gradients, read_gradients
 from torchimplicit.recipes.jiio.runner import read_pictures
 from torchimplicit.recipes.jiio_inverse.config import JiioInverseConfig
 from torchimplicit.recipes.jiio_inverse.jobs import CORRUPTIONS, ROWS, jobs, one
-from torchimplicit.recipes.reproduce.record import Claim, Sheet, spread
-from torchimplicit.recipes.reproduce.runner import Drawing, Reproduction, Summary
+from torchimplicit.recipes.reproduce.runner import Reproduction
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Claim, Drawing, Sheet, Summary, spread
 from torchimplicit.recipes.tables import Column, Table
 from torchimplicit.recipes.training.results import Results
 

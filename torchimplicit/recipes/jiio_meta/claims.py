@@ -7,7 +7,7 @@ from statistics import fmean
 from torchimplicit.recipes.jiio_meta.config import MetaTableConfig
 from torchimplicit.recipes.jiio_meta.gathered import TITLES, Found, fastest, of
 from torchimplicit.recipes.jiio_meta.rows import ROWS, native
-from torchimplicit.recipes.reproduce.record import Claim, spread
+from torchimplicit.recipes.runtime.table import Claim, spread
 
 
 def claims_of(config: MetaTableConfig, problem: str, found: Found) -> list[Claim]:

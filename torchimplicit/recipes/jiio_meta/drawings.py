@@ -8,7 +8,7 @@ from statistics import fmean
 from torchimplicit.recipes.jiio_meta.gathered import TITLES, UNITS, Found, of
 from torchimplicit.recipes.jiio_meta.rows import ROWS
 from torchimplicit.recipes.plotting import axes, style
-from torchimplicit.recipes.reproduce.runner import Drawing
+from torchimplicit.recipes.runtime.table import Drawing
 
 
 def drawings(problems: Sequence[str], found: Found) -> list[Drawing]:

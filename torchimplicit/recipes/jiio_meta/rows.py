@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from torchimplicit.recipes.jiio_meta.config import AdaptationsConfig, MetaTableConfig, omniglot, sinusoid
-from torchimplicit.recipes.reproduce.jobs import Job
+from torchimplicit.recipes.runtime.table import Job
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "jiio": ("JIIO, exact", {"adaptation": "jiio"}),

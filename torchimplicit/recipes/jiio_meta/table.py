@@ -12,9 +12,9 @@ from torchimplicit.recipes.jiio_meta.gathered import TITLES, UNITS, Found, Key, 
 from torchimplicit.recipes.jiio_meta.measure import read
 from torchimplicit.recipes.jiio_meta.rows import LONGER, ROWS, UNROLLED, adapted, jobs, named, native
 from torchimplicit.recipes.plain import to_plain
-from torchimplicit.recipes.reproduce.record import Sheet, spread
-from torchimplicit.recipes.reproduce.runner import Reproduction, Summary
+from torchimplicit.recipes.reproduce.runner import Reproduction
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Sheet, Summary, spread
 from torchimplicit.recipes.tables import Column, Table
 from torchimplicit.recipes.training.results import Results
 

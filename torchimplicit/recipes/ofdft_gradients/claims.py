@@ -8,7 +8,7 @@ from statistics import median
 from torchimplicit.recipes.ofdft_gradients.config import MoleculeGradientsConfig
 from torchimplicit.recipes.ofdft_gradients.gathered import REFERENCE, Group
 from torchimplicit.recipes.ofdft_gradients.results import MoleculeResults
-from torchimplicit.recipes.reproduce.record import Claim
+from torchimplicit.recipes.runtime.table import Claim
 
 FINITE_DIFFERENCES = 1e-6
 AUTOMATIC = 1e-3

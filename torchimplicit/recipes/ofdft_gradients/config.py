@@ -8,7 +8,7 @@ from typing import Literal
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.options import not_negative, option, positive
-from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.runtime.table import Plan
 
 State = Literal["fitted", "trained"]
 """Which functional: one that is only fitted, or one of less von Weizsäcker energy that was trained too."""

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torchimplicit.recipes.ofdft_gradients.config import MoleculeGradientsConfig
 from torchimplicit.recipes.ofdft_gradients.gathered import ESTIMATORS, Group
 from torchimplicit.recipes.plotting import LINES, MARKERS, axes, style
-from torchimplicit.recipes.reproduce.runner import Drawing
+from torchimplicit.recipes.runtime.table import Drawing
 
 LINEAR = ("implicit", "damped")
 """Estimators that solve a linear system, which has a solution at a saddle too."""

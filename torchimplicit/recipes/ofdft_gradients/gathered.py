@@ -9,8 +9,8 @@ from statistics import median
 from torchimplicit.recipes.chemistry import known
 from torchimplicit.recipes.ofdft_gradients.config import STATES, MoleculeGradientsConfig, State, TableConfig
 from torchimplicit.recipes.ofdft_gradients.results import MoleculeResults, Softened
-from torchimplicit.recipes.reproduce.jobs import Job
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Job
 
 ESTIMATORS = ("implicit", "damped", "one-sided, whole loss", "symmetric")
 REFERENCE = "reference Hessian"

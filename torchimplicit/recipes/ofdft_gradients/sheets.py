@@ -9,7 +9,7 @@ from torchimplicit.recipes.ofdft_gradients.adjoint import TOLERANCE
 from torchimplicit.recipes.ofdft_gradients.config import MoleculeGradientsConfig
 from torchimplicit.recipes.ofdft_gradients.gathered import ESTIMATORS, Group
 from torchimplicit.recipes.ofdft_gradients.results import MoleculeResults, Solved
-from torchimplicit.recipes.reproduce.record import Sheet
+from torchimplicit.recipes.runtime.table import Sheet
 from torchimplicit.recipes.tables import Column, Table
 
 COORDINATES = ("overlap", "raw")

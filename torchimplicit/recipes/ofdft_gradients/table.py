@@ -13,12 +13,13 @@ from torchimplicit.recipes.ofdft_gradients.optimum import LEARNING_RATE, SPREAD,
 from torchimplicit.recipes.ofdft_gradients.sheets import sheets
 from torchimplicit.recipes.ofdft_gradients.softening import FELT
 from torchimplicit.recipes.plain import to_plain
-from torchimplicit.recipes.reproduce.runner import Reproduction, Summary
+from torchimplicit.recipes.reproduce.runner import Reproduction
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Summary
 
 
 def summarize(config: TableConfig, runs: dict[str, Run]) -> Summary:
-    """See :class:`~torchimplicit.recipes.reproduce.runner.Summary`."""
+    """See :class:`~torchimplicit.recipes.runtime.table.Summary`."""
     groups = gathered(config, runs)
     settings = one(config, config.molecules[0], "fitted", 0)
     return Summary(

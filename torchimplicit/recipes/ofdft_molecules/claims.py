@@ -7,7 +7,7 @@ from statistics import fmean
 from torchimplicit.recipes.ofdft_molecules.gathered import Group
 from torchimplicit.recipes.ofdft_runs import ratio, shown
 from torchimplicit.recipes.orbital_free.measure import Quality, summarized
-from torchimplicit.recipes.reproduce.record import Claim
+from torchimplicit.recipes.runtime.table import Claim
 
 LOWERED, SHARE = 0.4, 0.8
 """The aims: the training molecules' L over its start, and the test molecules better than the superposition of atoms."""

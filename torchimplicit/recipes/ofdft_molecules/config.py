@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.options import not_negative, option, positive
-from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.runtime.table import Plan
 
 
 @dataclass(frozen=True, kw_only=True)

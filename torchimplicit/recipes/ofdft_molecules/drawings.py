@@ -9,7 +9,7 @@ from torchimplicit.recipes.ofdft_molecules.gathered import Group
 from torchimplicit.recipes.ofdft_runs import measured
 from torchimplicit.recipes.orbital_free.measure import Quality
 from torchimplicit.recipes.plotting import COLOURS, LINES, MARKERS, axes
-from torchimplicit.recipes.reproduce.runner import Drawing
+from torchimplicit.recipes.runtime.table import Drawing
 
 
 def drawings(groups: list[Group]) -> list[Drawing]:

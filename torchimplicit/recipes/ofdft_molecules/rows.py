@@ -9,7 +9,7 @@ from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.ofdft_molecules.config import MoleculesConfig
 from torchimplicit.recipes.ofdft_runs import INNER_STEPS, molecules
 from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
-from torchimplicit.recipes.reproduce.jobs import Job
+from torchimplicit.recipes.runtime.table import Job
 
 ENDLESS = 10**6
 """Iterations: the time ends a run."""

@@ -9,14 +9,14 @@ from torchimplicit.recipes.ofdft_molecules.gathered import Group, read
 from torchimplicit.recipes.ofdft_molecules.rows import ROWS, jobs, name_of, settings_of
 from torchimplicit.recipes.ofdft_runs import missing, ratio, raw, shown, told
 from torchimplicit.recipes.orbital_free.measure import Quality, summarized
-from torchimplicit.recipes.reproduce.record import Sheet
-from torchimplicit.recipes.reproduce.runner import Reproduction, Summary
+from torchimplicit.recipes.reproduce.runner import Reproduction
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Sheet, Summary
 from torchimplicit.recipes.tables import Column, Table
 
 
 def summarize(config: MoleculesConfig, runs: dict[str, Run]) -> Summary:
-    """See :class:`~torchimplicit.recipes.reproduce.runner.Summary`."""
+    """See :class:`~torchimplicit.recipes.runtime.table.Summary`."""
     groups = read(config, runs)
     sheets = []
     for qm9, title in ((False, f"{', '.join(config.molecules)}: new geometries"), (True, "QM9: new molecules")):

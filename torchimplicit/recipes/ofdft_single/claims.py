@@ -7,7 +7,7 @@ from math import isfinite
 from torchimplicit.recipes.ofdft_runs import lowered, mean, seconds_to, shown
 from torchimplicit.recipes.ofdft_single.config import SingleConfig
 from torchimplicit.recipes.ofdft_single.gathered import ESTIMATORS, OPTIMIZERS, Row
-from torchimplicit.recipes.reproduce.record import Claim
+from torchimplicit.recipes.runtime.table import Claim
 
 APART, BELOW = 0.05, 0.6
 """The aims: final losses no farther apart, and at most so much of the start."""

@@ -9,7 +9,7 @@ from typing import Literal
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.options import fraction, not_negative, option, positive
 from torchimplicit.recipes.orbital_free.config import EstimatorName
-from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.runtime.table import Plan
 
 GradientOptimizer = Literal["l-bfgs", "adam"]
 """Those that take a gradient, whoever estimates it."""

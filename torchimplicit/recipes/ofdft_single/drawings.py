@@ -20,8 +20,8 @@ from torchimplicit.recipes.orbital_free.case import Case
 from torchimplicit.recipes.orbital_free.places import line
 from torchimplicit.recipes.orbital_free.runner import started
 from torchimplicit.recipes.plotting import COLOURS, LINES, axes
-from torchimplicit.recipes.reproduce.runner import Drawing
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Drawing
 
 
 def drawings(config: SingleConfig, rows: list[Row], runs: Mapping[str, Run]) -> list[Drawing]:

@@ -9,8 +9,8 @@ from torchimplicit.recipes.ofdft_runs import INNER_STEPS, molecules, results_of
 from torchimplicit.recipes.ofdft_single.config import GradientOptimizer, SingleConfig
 from torchimplicit.recipes.orbital_free.config import EstimatorName, OrbitalFreeTraining
 from torchimplicit.recipes.orbital_free.history import Results
-from torchimplicit.recipes.reproduce.jobs import Job
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Job
 
 ESTIMATORS: dict[EstimatorName, str] = {
     "implicit": "implicit",

@@ -13,14 +13,14 @@ from torchimplicit.recipes.ofdft_single.drawings import drawings
 from torchimplicit.recipes.ofdft_single.gathered import Row, jobs, name_of, read
 from torchimplicit.recipes.orbital_free.history import Results
 from torchimplicit.recipes.orbital_free.measure import summarized
-from torchimplicit.recipes.reproduce.record import Sheet
-from torchimplicit.recipes.reproduce.runner import Drawing, Reproduction, Summary
+from torchimplicit.recipes.reproduce.runner import Reproduction
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Drawing, Sheet, Summary
 from torchimplicit.recipes.tables import Column, Table
 
 
 def summarize(config: SingleConfig, runs: dict[str, Run]) -> Summary:
-    """See :class:`~torchimplicit.recipes.reproduce.runner.Summary`."""
+    """See :class:`~torchimplicit.recipes.runtime.table.Summary`."""
     rows = read(config, runs)
     drawn: list[Drawing] = drawings(config, rows, runs)
     return Summary(

@@ -8,7 +8,7 @@ from statistics import median
 from torchimplicit.recipes.ofdft_runs import lowered, mean, shown, told
 from torchimplicit.recipes.ofdft_stability.growth import own, slowdowns, softest, worst
 from torchimplicit.recipes.ofdft_stability.rows import HELPS, INNER, Row
-from torchimplicit.recipes.reproduce.record import Claim
+from torchimplicit.recipes.runtime.table import Claim
 
 SLOWED, HELD = 4.0, 2.0
 """The aims: minimizations grow at least so many times longer in the slides' way, and at most so many in ours."""

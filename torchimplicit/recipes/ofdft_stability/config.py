@@ -9,7 +9,7 @@ from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.optimizing.names import OptimizerName
 from torchimplicit.recipes.options import not_negative, option, positive
 from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
-from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.runtime.table import Plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from torchimplicit.recipes.ofdft_stability.growth import steps
 from torchimplicit.recipes.ofdft_stability.rows import HELPS, INNER, Row
 from torchimplicit.recipes.orbital_free.measure import Summary
 from torchimplicit.recipes.plotting import COLOURS, LINES, axes
-from torchimplicit.recipes.reproduce.runner import Drawing
+from torchimplicit.recipes.runtime.table import Drawing
 
 NAMES = {"descent": "by-descent", "l-bfgs": "by-l-bfgs"}
 

@@ -13,8 +13,8 @@ from torchimplicit.recipes.ofdft_stability.measure import Counted
 from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
 from torchimplicit.recipes.orbital_free.history import Results
 from torchimplicit.recipes.plain import from_plain
-from torchimplicit.recipes.reproduce.jobs import Job
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Job
 
 CORRECTED, PENALTY, DECAY = 4, 100.0, 1e-6
 """Iterates of the fixed-point correction; the factor of ∫ρ₋² in the row that tries it; likewise the weight decay."""

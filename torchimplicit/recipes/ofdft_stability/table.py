@@ -12,14 +12,14 @@ from torchimplicit.recipes.ofdft_stability.drawings import drawings
 from torchimplicit.recipes.ofdft_stability.growth import at_end, hardest, own, softest, steps
 from torchimplicit.recipes.ofdft_stability.rows import CORRECTED, DECAY, INNER_STEPS, PENALTY, Row, jobs, name_of, read
 from torchimplicit.recipes.orbital_free.measure import Quality
-from torchimplicit.recipes.reproduce.record import Sheet
-from torchimplicit.recipes.reproduce.runner import Reproduction, Summary
+from torchimplicit.recipes.reproduce.runner import Reproduction
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Sheet, Summary
 from torchimplicit.recipes.tables import Column, Table
 
 
 def summarize(config: StabilityConfig, runs: dict[str, Run]) -> Summary:
-    """See :class:`~torchimplicit.recipes.reproduce.runner.Summary`."""
+    """See :class:`~torchimplicit.recipes.runtime.table.Summary`."""
     rows = read(config, runs)
     return Summary(
         title="How hard a density is to find while its functional is trained",

@@ -8,7 +8,7 @@ from statistics import fmean
 from torchimplicit.recipes.images.cost import Cost
 from torchimplicit.recipes.phantom_ablation.rows import CONTROL, IMPLICIT, NPG, SWEEP, UPG, Row
 from torchimplicit.recipes.plotting import COLOURS, axes, style
-from torchimplicit.recipes.reproduce.runner import Drawing
+from torchimplicit.recipes.runtime.table import Drawing
 from torchimplicit.recipes.training.results import Results
 
 SHOWN = (IMPLICIT, "implicit-nopre", "implicit-sgd", CONTROL, UPG, NPG)

@@ -8,7 +8,7 @@ from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.images.config import ImageConfig, cifar10
 from torchimplicit.recipes.images.cost import CostConfig
 from torchimplicit.recipes.phantom_ablation.config import PhantomAblationConfig
-from torchimplicit.recipes.reproduce.jobs import Job
+from torchimplicit.recipes.runtime.table import Job
 from torchimplicit.recipes.training.settings import Equilibria, EstimatorName, Optimization
 
 COST = "cost"

@@ -25,9 +25,9 @@ from torchimplicit.recipes.phantom_ablation.rows import (
     training,
 )
 from torchimplicit.recipes.plain import to_plain
-from torchimplicit.recipes.reproduce.record import Claim, Sheet, spread
-from torchimplicit.recipes.reproduce.runner import Reproduction, Summary
+from torchimplicit.recipes.reproduce.runner import Reproduction
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Claim, Sheet, Summary, spread
 from torchimplicit.recipes.tables import Column, Table
 from torchimplicit.recipes.training.results import Results
 
@@ -55,7 +55,7 @@ class Measured:
 
 
 def summarize(config: PhantomAblationConfig, runs: dict[str, Run]) -> Summary:
-    """See :class:`~torchimplicit.recipes.reproduce.runner.Summary`."""
+    """See :class:`~torchimplicit.recipes.runtime.table.Summary`."""
     found = Measured(
         {
             name: {

@@ -9,7 +9,7 @@ from typing import Literal
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.graphs.config import MoleculesConfig, cox2
 from torchimplicit.recipes.options import positive
-from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.runtime.table import Plan
 
 SetName = Literal["COX2", "PROTEINS"]
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torchimplicit.recipes.graphs.config import ChainsConfig, MoleculesConfig, chains, cox2, proteins
 from torchimplicit.recipes.phantom_graphs.config import CostConfig, PhantomGraphsConfig, SetName
-from torchimplicit.recipes.reproduce.jobs import Job
+from torchimplicit.recipes.runtime.table import Job
 from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
 
 QUICK = {

@@ -11,9 +11,9 @@ from torchimplicit.recipes.phantom_graphs.jobs import LOOSE, chain, jobs, molecu
 from torchimplicit.recipes.phantom_graphs.published import MAJORITY
 from torchimplicit.recipes.phantom_graphs.published import TABLE as PUBLISHED
 from torchimplicit.recipes.phantom_graphs.read import Found, Row, read
-from torchimplicit.recipes.reproduce.record import Claim, Sheet, spread
-from torchimplicit.recipes.reproduce.runner import Drawing, Reproduction, Summary
+from torchimplicit.recipes.reproduce.runner import Reproduction
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Claim, Drawing, Sheet, Summary, spread
 from torchimplicit.recipes.tables import Column, Table
 
 AIM = 0.95

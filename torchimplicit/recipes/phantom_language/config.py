@@ -8,7 +8,7 @@ from typing import Literal
 
 from torchimplicit.recipes.language.config import LanguageConfig, wikitext2, wikitext103
 from torchimplicit.recipes.options import positive
-from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.runtime.table import Plan
 from torchimplicit.recipes.training.settings import Machine
 
 

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from torchimplicit.recipes.phantom_language.trained import Trained
 from torchimplicit.recipes.plotting import axes, style
-from torchimplicit.recipes.reproduce.runner import Drawing
+from torchimplicit.recipes.runtime.table import Drawing
 
 
 def against_steps(trained: dict[str, Trained]) -> Drawing:

@@ -10,10 +10,9 @@ from torchimplicit.recipes.phantom_language.costs import CONVERGED, Cost, CostCo
 from torchimplicit.recipes.phantom_language.pictures import against_seconds, against_steps
 from torchimplicit.recipes.phantom_language.trained import Trained
 from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.reproduce.jobs import Job
-from torchimplicit.recipes.reproduce.record import Claim, Sheet, spread
-from torchimplicit.recipes.reproduce.runner import Reproduction, Summary
+from torchimplicit.recipes.reproduce.runner import Reproduction
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Claim, Job, Sheet, Summary, spread
 from torchimplicit.recipes.tables import Column, Table
 from torchimplicit.recipes.training.results import Results
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torchimplicit.recipes.phantom_precision.gathered import GRADIENTS, TRAINED, WEIGHTS, Gathered, mean
 from torchimplicit.recipes.phantom_precision.layer import LayerResults
-from torchimplicit.recipes.reproduce.record import Claim
+from torchimplicit.recipes.runtime.table import Claim
 
 ROUNDING = 1e-9
 """Cosines that differ by less are the same."""

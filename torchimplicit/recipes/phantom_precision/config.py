@@ -10,7 +10,7 @@ from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.images.config import ImageConfig, cifar10, mnist
 from torchimplicit.recipes.images.config import digits as bundled
 from torchimplicit.recipes.options import not_negative, option, positive
-from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.runtime.table import Plan
 
 
 @dataclass(frozen=True, kw_only=True)

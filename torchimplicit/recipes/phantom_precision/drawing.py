@@ -12,7 +12,7 @@ from torchimplicit.recipes.phantom_precision.config import LayerConfig
 from torchimplicit.recipes.phantom_precision.gathered import GRADIENTS, TRAINED, WEIGHTS, Gathered, mean
 from torchimplicit.recipes.phantom_precision.training import LABELS
 from torchimplicit.recipes.plotting import COLOURS, axes, style
-from torchimplicit.recipes.reproduce.runner import Drawing
+from torchimplicit.recipes.runtime.table import Drawing
 
 SHOWN = ("npg-1-1", "npg-2-0.5", "upg-5-0.5", "npg-9-0.5", "adaptive-0.3", "adaptive-0.1", "unbiased-5-0.5")
 """What Fig. 2 draws; NPG(5, 0.5) nearly covers UPG(5, 0.5)."""

@@ -11,10 +11,9 @@ from torchimplicit.recipes.phantom_precision.drawing import drawings
 from torchimplicit.recipes.phantom_precision.gathered import GRADIENTS, TRAINED, WEIGHTS, Gathered, gather, mean
 from torchimplicit.recipes.phantom_precision.training import LABELS
 from torchimplicit.recipes.plain import to_plain
-from torchimplicit.recipes.reproduce.jobs import Job
-from torchimplicit.recipes.reproduce.record import Sheet, spread
-from torchimplicit.recipes.reproduce.runner import Reproduction, Summary
+from torchimplicit.recipes.reproduce.runner import Reproduction
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Job, Sheet, Summary, spread
 from torchimplicit.recipes.tables import Column, Table
 
 

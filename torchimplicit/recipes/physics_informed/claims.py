@@ -7,7 +7,7 @@ from torchimplicit.recipes.physics.equations import EQUATIONS
 from torchimplicit.recipes.physics_informed.config import PhysicsInformedConfig
 from torchimplicit.recipes.physics_informed.jobs import MODELS, OPTIMIZERS, equations, jobs, optimizers
 from torchimplicit.recipes.physics_informed.read import Cell, Found
-from torchimplicit.recipes.reproduce.record import Claim
+from torchimplicit.recipes.runtime.table import Claim
 
 AIMS = {5: 1e-2, 20: 1e-3}
 """IAE on the Van der Pol oscillator, by states."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torchimplicit.recipes.options import positive
 from torchimplicit.recipes.physics.config import EquationName
-from torchimplicit.recipes.reproduce.settings import Plan
+from torchimplicit.recipes.runtime.table import Plan
 
 OptimizerName = Literal["least-squares", "l-bfgs", "adam"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torchimplicit.recipes.physics.config import EquationName, PhysicsConfig
 from torchimplicit.recipes.physics.equations import EQUATIONS
 from torchimplicit.recipes.physics_informed.config import OptimizerName, PhysicsInformedConfig
-from torchimplicit.recipes.reproduce.jobs import Job
+from torchimplicit.recipes.runtime.table import Job
 
 ENDLESS = 10**9
 """Iterations: the time ends a run."""

@@ -14,9 +14,9 @@ from torchimplicit.recipes.physics_informed.config import PhysicsInformedConfig
 from torchimplicit.recipes.physics_informed.drawings import MEASURES, against_seconds, solution
 from torchimplicit.recipes.physics_informed.jobs import MODELS, OPTIMIZERS, equations, jobs, optimizers, settings_of
 from torchimplicit.recipes.physics_informed.read import MEASURE, Found, read
-from torchimplicit.recipes.reproduce.record import Sheet
-from torchimplicit.recipes.reproduce.runner import Drawing, Reproduction, Summary
+from torchimplicit.recipes.reproduce.runner import Reproduction
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Drawing, Sheet, Summary
 from torchimplicit.recipes.tables import Column, Table
 
 

@@ -7,9 +7,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import submitit
 import torch
@@ -20,27 +18,12 @@ from torchimplicit.recipes.errors import DivergedError, UserError
 from torchimplicit.recipes.execution import INTERRUPTED, go, opened
 from torchimplicit.recipes.files import say_once, sum_of
 from torchimplicit.recipes.plain import to_plain
-from torchimplicit.recipes.reproduce.settings import Plan
 from torchimplicit.recipes.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime.table import Job, Plan
 from torchimplicit.recipes.stopping import terminated_like_interrupted
 
 POLL = 1.0
 """Seconds between two looks at the runs."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a table.
-
-    Attributes:
-        name: unique in the table, fit for a folder.
-        recipe: in the registry.
-        config: its settings.
-    """
-
-    name: str
-    recipe: str
-    config: Any
 
 
 def run_all(jobs: Sequence[Job], folder: Path, plan: Plan, console: Console) -> dict[str, Run]:

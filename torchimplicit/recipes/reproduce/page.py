@@ -9,7 +9,7 @@ from typing import Protocol
 from matplotlib.figure import Figure
 
 from torchimplicit.recipes.html import document, figure, table
-from torchimplicit.recipes.reproduce.record import Record
+from torchimplicit.recipes.runtime.table import Record
 from torchimplicit.recipes.svg import svg
 
 

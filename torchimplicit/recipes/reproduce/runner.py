@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from torchimplicit.recipes.environment import Environment
@@ -19,36 +19,14 @@ from torchimplicit.recipes.files import replacing
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.plotting import FIGURE, save_figure
 from torchimplicit.recipes.registry import runner, settings
-from torchimplicit.recipes.reproduce.jobs import Job, finished, run_all
+from torchimplicit.recipes.reproduce.jobs import finished, run_all
 from torchimplicit.recipes.reproduce.page import page
-from torchimplicit.recipes.reproduce.record import Claim, Picture, Record, Sheet
 from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.table import Job, Picture, Record, Summary
 
-PLACES = ("record", "data_dir", "sound_file", "video_file", "mesh_file")
+FOLDERS = ("record", "data_dir")
+FILES = ("sound_file", "video_file", "mesh_file")
 """Settings that are paths."""
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure, its name (of the file) and its caption."""
-
-    name: str
-    figure: Figure
-    caption: str
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a table makes of its runs; see :class:`~.record.Record`."""
-
-    title: str
-    source: str
-    protocol: str
-    sheets: list[Sheet]
-    claims: list[Claim]
-    drawings: list[Drawing]
-    notes: list[str]
-    runs: dict[str, Any]
 
 
 class Reproduction:
@@ -159,18 +137,23 @@ def command(name: str, config: Any) -> str:
     default = settings(name)
     words = [f"torchimplicit reproduce {name}"]
     for key, (value, usual) in _leaves(to_plain(config), to_plain(default)).items():
-        if value != usual and key not in PLACES:
+        if value != usual and key not in FOLDERS + FILES:
             words.append(_word(key, value))
     return " ".join(words)
 
 
 def _without_paths(plain: dict[str, Any]) -> dict[str, Any]:
-    """The settings without those that say where this machine keeps things: a record is published."""
+    """The settings without what says where this machine keeps things, for a record is published: of a file its name
+    is kept."""
     return {
-        key: _without_paths(value) if isinstance(value, dict) else value
+        key: _without_paths(value) if isinstance(value, dict) else _name(key, value)
         for key, value in plain.items()
-        if key not in PLACES
+        if key not in FOLDERS
     }
+
+
+def _name(key: str, value: Any) -> Any:
+    return Path(value).name if value and key in FILES else value
 
 
 def _leaves(plain: dict[str, Any], usual: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

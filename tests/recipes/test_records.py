@@ -1,0 +1,38 @@
+"""Every recorded table remakes itself: its sheets, claims and notes are those that its own runs and settings make."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lightning")
+pytest.importorskip("submitit")
+
+from torchimplicit.recipes import registry
+from torchimplicit.recipes.plain import from_plain, to_plain
+from torchimplicit.recipes.runtime.table import Published, Record
+
+RECORDS = {path.parent.name: path for path in sorted(Path("docs/records").resolve().glob("*/record.json"))}
+
+
+def record_of(name):
+    plain = json.loads(RECORDS[name].read_text(encoding="utf-8"))
+    record = from_plain(Record, {**plain, "settings": {}, "runs": {}})
+    return replace(record, settings=plain["settings"], runs=plain["runs"])
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_remakes_itself(name):
+    record = record_of(name)
+    table = registry.runner(record.name)
+    if not isinstance(table, Published):
+        pytest.skip("this table reads its runs' folders")
+    sheets, claims, notes = table.remade(type(registry.settings(record.name)), record)
+    assert [sheet.title for sheet in sheets] == [sheet.title for sheet in record.sheets]
+    for made, recorded in zip(to_plain(sheets), to_plain(record.sheets), strict=True):
+        assert made == recorded
+    assert claims == record.claims
+    assert notes == record.notes

@@ -1,0 +1,1 @@
+"""Implicit representations of pictures, sounds, videos and shapes, and their tables (Huang et al. 2021)."""

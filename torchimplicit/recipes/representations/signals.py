@@ -1,0 +1,374 @@
+"""A sound and a video by implicit representations and their explicit twins (Huang et al. 2021, (Implicit)²)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Literal
+
+from torchimplicit.recipes.fields.audio.config import SoundConfig, audio
+from torchimplicit.recipes.fields.settings import FILTERS, NAMES, FilterKind, Representation, full_batch
+from torchimplicit.recipes.fields.video.config import VideoConfig, video
+from torchimplicit.recipes.options import known_rows, positive
+from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.training.settings import Machine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from torchimplicit.recipes.run import Run
+
+COST = "cost"
+Kind = Literal["sound", "video"]
+KINDS: tuple[Kind, ...] = ("sound", "video")
+SHOWN: FilterKind = "fourier"
+"""The filter whose fits are shown."""
+
+# Huang et al. 2021, (Implicit)²: PSNR in dB of the video, one layer of width 1024.
+PUBLISHED_VIDEO: dict[tuple[FilterKind, bool], float] = {
+    ("siren", True): 26.03,
+    ("siren", False): 25.12,
+    ("fourier", True): 25.85,
+    ("fourier", False): 24.97,
+    ("gabor", True): 26.45,
+    ("gabor", False): 26.15,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model of one signal."""
+
+    kind: Kind
+    filter: FilterKind
+    implicit: bool
+
+    @property
+    def name(self) -> str:
+        """For folders and the command line."""
+        return f"{self.kind}-{self.filter}-{'implicit' if self.implicit else 'explicit'}"
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return NAMES[self.filter, self.implicit]
+
+    @property
+    def twin(self) -> Row:
+        """The explicit model of as many parameters."""
+        return replace(self, implicit=False)
+
+
+ROWS = {r.name: r for r in (Row(kind=k, filter=f, implicit=i) for k in KINDS for f in FILTERS for i in (True, False))}
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalsConfig:
+    """Three filters, implicit and explicit, on a sound and on a video."""
+
+    plan: Plan = field(default_factory=lambda: Plan(seeds=2, together=12))
+
+    sound_file: Path | None = None
+    """A WAV file; by default a melody that is synthesized."""
+
+    video_file: Path | None = None
+    """A video as implicit-video takes it; by default moving shapes that are drawn."""
+
+    sound_from: float = 0.0
+    """Where in the sound's file the excerpt begins, in seconds."""
+
+    sound_seconds: float | None = None
+    """How long it is; by default 2, and the whole file at the paper's scale."""
+
+    sound_rate: int | None = None
+    """Samples a second; by default 8000, and the paper's 44100."""
+
+    video_frames: int | None = None
+    """By default 10, and at the paper's scale the whole file."""
+
+    video_size: int | None = None
+    """Pixels of the longest side; by default 48, and 512 at the paper's scale."""
+
+    width: int | None = None
+    """By default 64; at the paper's scale 256 for the sound and 1024 for the video."""
+
+    steps: int | None = None
+    """By default 400; at the paper's scale 3000 for the sound and 10000 for the video."""
+
+    rows: tuple[str, ...] = ()
+    """Only these, such as sound-fourier-implicit, video-gabor-explicit and cost; by default all."""
+
+    machine: Machine = field(default_factory=lambda: Machine(tensorboard=False))
+
+    def __post_init__(self) -> None:
+        positive(self, "sound_seconds", "sound_rate", "video_frames", "video_size", "width", "steps")
+
+
+def default() -> SignalsConfig:
+    """On a CPU: two seconds at 8 kHz and ten frames of 48 pixels, models of width 64."""
+    return SignalsConfig()
+
+
+def training(config: SignalsConfig, row: Row, seed: int) -> SoundConfig | VideoConfig:
+    """The settings of one run."""
+    paper = config.plan.scale == "paper"
+    steps = config.steps or ((3000 if row.kind == "sound" else 10000) if paper else 400)
+    width = config.width or ((256 if row.kind == "sound" else 1024) if paper else 64)
+    model = Representation(filter=row.filter, implicit=row.implicit, width=width)
+    optimization = replace(full_batch(steps, max(1, steps // 8)), seed=seed)
+    if row.kind == "sound":
+        whole = paper and config.sound_file is not None
+        return replace(
+            audio(),
+            file=config.sound_file,
+            start=config.sound_from,
+            seconds=config.sound_seconds or (None if whole else 7.0 if paper else 2.0),
+            rate=config.sound_rate or (44100 if paper else 8000),
+            representation=model,
+            optimization=optimization,
+            machine=config.machine,
+        )
+    whole = paper and config.video_file is not None
+    return replace(
+        video(),
+        file=config.video_file,
+        frames=config.video_frames or (None if whole else 250 if paper else 10),
+        size=config.video_size or (512 if paper else 48),
+        # the states of every pixel of a long video have no room
+        representation=replace(model, amortize="off", frequencies=128.0) if paper else model,
+        optimization=replace(optimization, batch_size=65536),
+        machine=config.machine,
+    )
+
+
+def jobs(config: SignalsConfig) -> list[Job]:
+    """Seed by seed, so that all rows have seen the machine alike, and the costs after the first seed."""
+    from torchimplicit.recipes.fields.cost import FieldCostConfig
+
+    known_rows(config.rows, (*ROWS, COST))
+    made: list[Job] = []
+    for seed in config.plan.all_seeds:
+        fits = {name: training(config, row, seed) for name, row in ROWS.items()}
+        for name, row in ROWS.items():
+            if not config.rows or name in config.rows:
+                recipe = "implicit-audio" if row.kind == "sound" else "implicit-video"
+                made.append(Job(f"{name}-seed{seed}", recipe, fits[name], {"row": row, "seed": seed}))
+        if seed == config.plan.first_seed and (not config.rows or COST in config.rows):
+            costs = FieldCostConfig(
+                names=tuple(fits),
+                sounds=tuple(one for one in fits.values() if isinstance(one, SoundConfig)),
+                videos=tuple(one for one in fits.values() if isinstance(one, VideoConfig)),
+                warm_steps=10,
+                rounds=7,
+                steps_a_turn=1,
+            )
+            made.append(Job(COST, "fields-cost", costs))
+    return made
+
+
+# -- what the runs come to ---------------------------------------------------------------------------------------------
+
+
+def over_twin(runs: Runs, row: Row) -> list[float]:
+    """The PSNR less the explicit twin's, seed by seed."""
+    return [a - b for a, b in runs.paired({"row": row}, {"row": row.twin}, "test.PSNR")]
+
+
+def sheets(config: SignalsConfig, runs: Runs) -> list[Sheet]:
+    """The quality of each signal, and the cost of a step."""
+    from torchimplicit.recipes.fields.cost import step_sheet
+
+    def evaluations(row: Row) -> str:
+        seen = runs.of(row, "costs.forward")
+        return table.mean(seen, ".2f") if row.implicit else "1" if seen else table.NONE
+
+    def seconds(row: Row) -> str:
+        return table.mean((v["seconds"] for line in runs.where(row=row) if (v := line.at_best)), ".1f")
+
+    cells = [
+        Cell[Row]("Model", lambda row: row.label),
+        Cell("Parameters", lambda row: str((runs.of(row, "parameters") or [table.NONE])[0])),
+        Cell("PSNR", lambda row: table.spread(runs.of(row, "test.PSNR"), 2), "dB",
+             "Of all points, at the weights of the best validation: mean ± deviation over the seeds."),
+        Cell("SNR", lambda row: table.spread(runs.of(row, "test.SNR"), 2), "dB",
+             "Of the error beside the sound's own power."),
+        Cell("Published", lambda row: f"{PUBLISHED_VIDEO[row.filter, row.implicit]:.2f}", "dB",
+             "At width 1024, on another video at another size."),
+        Cell("Over its twin", lambda row: table.mean(over_twin(runs, row) if row.implicit else [], "+.2f"), "dB",
+             "The PSNR less that of the explicit twin, mean over the seeds."),
+        Cell("Evaluations", evaluations, "",
+             "Of the cell in a training step, mean: one, and the solves that follow the validations."),
+        Cell("Training", seconds, "s", "Wall seconds until the best validation, mean; the machine was shared."),
+    ]  # fmt: skip
+    without = {"sound": "Published", "video": "SNR"}
+    made = [
+        table.sheet(
+            f"The {kind}",
+            (row for row in ROWS.values() if row.kind == kind),
+            (cell for cell in cells if cell.title != without[kind]),
+        )
+        for kind in KINDS
+    ]
+    names = {
+        name: f"{ROWS[name].kind}: {ROWS[name].label}" for kind in KINDS for name in ROWS if ROWS[name].kind == kind
+    }
+    return [*made, *step_sheet(runs.named(COST), names)]
+
+
+def claims(config: SignalsConfig, runs: Runs) -> list[Claim]:
+    """Those for which there are runs."""
+    made: list[Claim] = []
+    for kind in KINDS:
+        rows = [row for row in ROWS.values() if row.kind == kind and row.implicit]
+        for row in rows:
+            if values := over_twin(runs, row):
+                better = sum(value > 0 for value in values)
+                made.append(
+                    Claim(
+                        f"{row.label} fits the {kind} better than {row.twin.label}, in as many steps",
+                        f"{fmean(values):+.2f} dB; better in {better} of {len(values)} runs",
+                        better == len(values),
+                    )
+                )
+        for row in rows:
+            made += table.sooner(
+                f"{row.label} comes to the best PSNR of {row.twin.label} on the {kind} in less time than that itself",
+                runs.reaching({"row": row}, {"row": row.twin}, "PSNR"),
+                *(runs.named(COST).get(one.name, {}).get("seconds") for one in (row, row.twin)),
+            )
+    return made
+
+
+def protocol(config: SignalsConfig, runs: Runs) -> str:
+    """What was run, in words."""
+    from torchimplicit.recipes.fields.audio.task import sound
+    from torchimplicit.recipes.fields.video.task import clip
+
+    heard = training(config, ROWS["sound-fourier-implicit"], config.plan.first_seed)
+    seen = training(config, ROWS["video-fourier-implicit"], config.plan.first_seed)
+    assert isinstance(heard, SoundConfig)
+    assert isinstance(seen, VideoConfig)
+    a, v = sound(heard), clip(seen)
+    frames, height, width = v.pixels.shape[:3]
+    return (
+        f"The sound: {a.name}, {a.seconds:.3g} s at {a.rate} Hz, {len(a.samples)} samples, by models of width "
+        f"{heard.representation.width} in {heard.optimization.steps} steps. The video: {v.name}, {frames} frames of "
+        f"{width} × {height} pixels, by models of width {seen.representation.width} in {seen.optimization.steps} steps "
+        f"of {min(seen.optimization.batch_size, frames * height * width)} points. One layer; Adam at "
+        f"{heard.optimization.learning_rate:g}; {config.plan.seeds} seeds. All points are fitted, and the figures are "
+        "over all of them: nothing is held out. Implicit models: a solve by Anderson's method to a relative residual "
+        f"of {heard.equilibria.tolerance:g} after every validation, and then one evaluation a step from the last "
+        "state, with the Neumann series after its first product (T = 1); for validation and test they are solved."
+    )
+
+
+def notes(config: SignalsConfig, runs: Runs) -> list[str]:
+    """What a reader must know."""
+    made = []
+    if config.plan.scale == "cpu":
+        made.append("Shorter and smaller signals, narrower models and fewer steps than the paper's: rows compare among "
+                    "themselves.")  # fmt: skip
+    made.append("The signal-to-noise ratios of the paper's sounds are not known here; those of its video stand beside "
+                "ours for orientation alone.")  # fmt: skip
+    seeds = config.plan.seeds
+    counts = [(row, len(runs.where(row=row))) for row in ROWS.values()]
+    fewer = [f"{row.label} on the {row.kind} ({count})" for row, count in counts if 0 < count < seeds]
+    if fewer:
+        made.append(f"Of {seeds} seeds, fewer were run of: {', '.join(fewer)}.")
+    own = [f"--{kind}-file" for kind, file in (("sound", config.sound_file), ("video", config.video_file)) if file]
+    if own:
+        made.append(f"The command below was also given {' and '.join(own)}; the files are named above.")
+    behind = [
+        f"{row.label} on the {row.kind}"
+        for row in ROWS.values()
+        if row.implicit and fmean(over_twin(runs, row) or [0]) < 0
+    ]
+    if behind and config.plan.scale == "cpu":
+        made.append(
+            f"Behind their explicit twins in as many steps: {', '.join(behind)}. Whether they would catch up in the "
+            "paper's number of steps, or at its width, was not measured here."
+        )
+    trainings = Runs(line for line in runs if line.key)
+    return [
+        *made,
+        *table.still_rising(trainings),
+        *table.diverged(trainings, lambda line: f"{line['row'].name}, seed {line['seed']}"),
+    ]
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def drawings(config: SignalsConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+    """Those for which there are runs."""
+    from torchimplicit.recipes.fields.audio.figures import spectrograms
+    from torchimplicit.recipes.fields.audio.task import RUNNER as SOUNDS
+    from torchimplicit.recipes.fields.audio.task import sound
+    from torchimplicit.recipes.fields.images.pictures import quantized
+    from torchimplicit.recipes.fields.video.figures import strip
+    from torchimplicit.recipes.fields.video.task import RUNNER as VIDEOS
+    from torchimplicit.recipes.fields.video.task import clip
+    from torchimplicit.recipes.plotting import axes, style
+
+    if not any(line.key for line in runs):
+        return []
+    figure, panels = axes(2, width=5.2, height=3.6)
+    for panel, kind in zip(panels, KINDS, strict=True):
+        for row in (row for row in ROWS.values() if row.kind == kind):
+            look = {**style(FILTERS.index(row.filter)), "linestyle": "-" if row.implicit else "--"}
+            if any(line["validations"] for line in runs.where(row=row)):
+                panel.plot(*table.along(runs.where(row=row), "PSNR"), label=row.label, **look)
+        panel.set(xlabel="steps", ylabel="PSNR, dB", title=f"the {kind}")
+        if panel.has_data():
+            panel.legend()
+    made = [
+        Drawing(
+            "training",
+            figure,
+            "PSNR along training, mean over the seeds: implicit models (solid) and their explicit twins (dashed).",
+        )
+    ]
+    told = f"of what {NAMES[SHOWN, True]} and {NAMES[SHOWN, False]} make of it, with the PSNR; the first seed."
+    for kind in KINDS:
+        pair = Runs(
+            line
+            for implicit in (True, False)
+            for line in runs.where(row=Row(kind=kind, filter=SHOWN, implicit=implicit), seed=config.plan.first_seed)
+        )
+        titles = [f"{line['row'].label}\n{line['test.PSNR']:.1f} dB" for line in pair if line["test"]]
+        if len(titles) < 2:
+            continue
+        settings = [training(config, line["row"], line["seed"]) for line in pair]
+        if isinstance(settings[0], SoundConfig):
+            heard = sound(settings[0])
+            fits = [SOUNDS.task(one, folders[line.name]) for one, line in zip(settings, pair, strict=True)]
+            lines = {"the sound": heard.samples}
+            lines |= {title: fit.on_grid([len(heard.samples)]) for title, fit in zip(titles, fits, strict=True)}
+            made.append(Drawing("sound", spectrograms(lines, heard.rate), f"Spectrograms of the sound and {told}"))
+        else:
+            seen = clip(settings[0]).pixels
+            fits = [VIDEOS.task(one, folders[line.name]) for one, line in zip(settings, pair, strict=True)]
+            frames: dict[str, Sequence[Tensor]] = {"video": list(seen)}
+            frames |= {t: list(fit.on_grid(seen.shape[:3], quantized)) for t, fit in zip(titles, fits, strict=True)}
+            made.append(Drawing("video", strip(frames), f"Frames of the video and {told}"))
+    return made
+
+
+TABLE = Published(
+    title="A sound and a video: implicit and explicit representations",
+    source="Huang, Bai and Kolter 2021, (Implicit)²: Implicit Layers for Implicit Representations (NeurIPS 2021): "
+    "fits of audio and of video",
+    jobs=jobs,
+    figures=table.by_name(cost=table.read("costs.json")),
+    protocol=protocol,
+    sheets=sheets,
+    claims=claims,
+    notes=notes,
+    drawings=drawings,
+)

@@ -1,0 +1,472 @@
+"""A published table in one file: its runs as lines of data, and sheets, claims, notes and figures as views of them.
+
+A table names its :class:`Job` objects, each under a key such as its row and its seed. What the record holds of every
+run, under the job's name, is all that the sheets, the claims and the notes are made of: a record remakes itself.
+Drawings may also look into the runs' folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+from torchimplicit.recipes.environment import Environment
+from torchimplicit.recipes.options import not_negative, positive
+from torchimplicit.recipes.plain import from_plain, to_plain
+from torchimplicit.recipes.tables import Column, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console
+
+    from torchimplicit.recipes.run import Run
+
+NONE = "–"
+"""A cell without a figure."""
+
+C = TypeVar("C")
+T = TypeVar("T")
+
+
+# -- what a table asks for, and what it comes to -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which runs, and where."""
+
+    seeds: int = 3
+    """Runs of every row, each with its own seed."""
+
+    first_seed: int = 0
+    """The seeds are this one and those after it."""
+
+    scale: Literal["cpu", "paper"] = "cpu"
+    """cpu: minutes a row on one core. paper: the published settings, for GPUs."""
+
+    parallel: int = 1
+    """Runs at a time."""
+
+    together: int = 1
+    """Runs that one process does, one after the other: where they are short, its start would take as long as they."""
+
+    cluster: Literal["local", "slurm"] = "local"
+    """Where the runs go: processes of this machine, or Slurm jobs."""
+
+    partition: str | None = None
+    """Of Slurm."""
+
+    hours: float = 24.0
+    """After which a run is stopped; started again, it goes on from its last segment."""
+
+    record: Path | None = None
+    """Also copy the record and its figures into a folder of the table's name below this one."""
+
+    def __post_init__(self) -> None:
+        positive(self, "seeds", "parallel", "together", "hours")
+        not_negative(self, "first_seed")
+
+    @property
+    def all_seeds(self) -> range:
+        """The seeds."""
+        return range(self.first_seed, self.first_seed + self.seeds)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a table.
+
+    Attributes:
+        name: unique in the table, fit for a folder.
+        recipe: in the registry.
+        config: its settings.
+        key: which run of the table it is, such as its row and its seed.
+    """
+
+    name: str
+    recipe: str
+    config: Any
+    key: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement that was tested.
+
+    Attributes:
+        statement: in words, with the figure aimed at.
+        measured: what came out, in words.
+        holds: whether it holds here.
+    """
+
+    statement: str
+    measured: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the record.
+
+    Attributes:
+        file: beside the record.
+        caption: what it shows and how to read it.
+    """
+
+    file: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of the record under its title."""
+
+    title: str
+    table: Table
+
+
+@dataclass(frozen=True)
+class Record:
+    """A reproduction.
+
+    Attributes:
+        name: of the table.
+        title: for people.
+        source: what is reproduced: paper, table or figure.
+        protocol: what was run and how the figures were selected, in a few sentences.
+        sheets, claims, pictures: what came out; a published number stands beside ours.
+        notes: what else a reader must know, such as what falls short and why.
+        command: that made it.
+        seconds: of all runs together.
+        environment: on what.
+        settings: of the table.
+        runs: figures of every single run, by its name.
+    """
+
+    name: str
+    title: str
+    source: str
+    protocol: str
+    sheets: list[Sheet]
+    claims: list[Claim]
+    pictures: list[Picture]
+    notes: list[str]
+    command: str
+    seconds: float
+    environment: Environment
+    settings: dict[str, Any] = field(default_factory=dict)
+    runs: dict[str, Any] = field(default_factory=dict)
+
+
+def spread(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
+    """Mean and standard deviation over seeds, for a table's cell: ``85.0 ± 0.2``; a dash if there are none."""
+    if not values:
+        return "–"
+    mean = f"{scale * fmean(values):.{digits}f}"
+    return f"{mean} ± {scale * stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, its name (of the file) and its caption."""
+
+    name: str
+    figure: Figure
+    caption: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a table makes of its runs; see :class:`~.record.Record`."""
+
+    title: str
+    source: str
+    protocol: str
+    sheets: list[Sheet]
+    claims: list[Claim]
+    drawings: list[Drawing]
+    notes: list[str]
+    runs: dict[str, Any]
+
+
+# -- the runs ----------------------------------------------------------------------------------------------------------
+
+
+def look(figures: Any, path: str) -> Any:
+    """``path`` is the keys that lead to a figure, with dots between them; ``None`` where there is no such figure."""
+    for key in path.split("."):
+        if not isinstance(figures, Mapping):
+            return None
+        figures = figures.get(key)
+    return figures
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run: its name, its key, and what the record holds of it."""
+
+    name: str
+    key: Mapping[str, Any]
+    figures: Mapping[str, Any]
+
+    def __getitem__(self, path: str) -> Any:
+        return self.key[path] if path in self.key else look(self.figures, path)
+
+    @property
+    def at_best(self) -> Mapping[str, Any] | None:
+        """The validation by which the tested weights were selected."""
+        step = self["best.step"]
+        return next((v for v in self["validations"] or () if v["step"] == step), None)
+
+
+class Runs(Sequence[Line]):
+    """The runs that are there, in the order of the jobs."""
+
+    def __init__(self, lines: Iterable[Line]):
+        self._lines = list(lines)
+
+    @classmethod
+    def made_by(cls, jobs: Iterable[Job], figures: Mapping[str, Any]) -> Runs:
+        """Those of the jobs of which ``figures`` holds something."""
+        return cls(Line(job.name, job.key, figures[job.name]) for job in jobs if figures.get(job.name) is not None)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._lines[index]
+
+    def __iter__(self) -> Iterator[Line]:
+        return iter(self._lines)
+
+    def where(self, **key: Any) -> Runs:
+        """Those with such a key."""
+        return Runs(line for line in self if all(name in line.key and line.key[name] == key[name] for name in key))
+
+    def named(self, name: str) -> Mapping[str, Any]:
+        """What the record holds of one run; empty where it is not there."""
+        return next((line.figures for line in self if line.name == name), {})
+
+    def of(self, row: Any, path: str) -> list[Any]:
+        """A figure of every run of a row that has it."""
+        return self.where(row=row).column(path)
+
+    def column(self, path: str) -> list[Any]:
+        """A figure of every run that has it."""
+        return [value for line in self if (value := line[path]) is not None]
+
+    def paired(self, one: Mapping[str, Any], other: Mapping[str, Any], path: str) -> list[tuple[Any, Any]]:
+        """A figure of both, wherever both have it and all else in their keys is alike."""
+        return [(a[path], b[path]) for a, b in self.couples(one, other) if a[path] is not None and b[path] is not None]
+
+    def couples(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[Line, Line]]:
+        """The lines of both, wherever all else in their keys is alike."""
+
+        def rest(line: Line) -> frozenset[Any]:
+            return frozenset((name, value) for name, value in line.key.items() if name not in one)
+
+        theirs = {rest(line): line for line in self.where(**other)}
+        return [(line, theirs[rest(line)]) for line in self.where(**one) if rest(line) in theirs]
+
+    def reaching(self, one: Mapping[str, Any], other: Mapping[str, Any], figure: str) -> list[tuple[int | None, int]]:
+        """After how many steps a run's validation first comes up to the best one of the other in a figure of which more
+        is better, ``None`` where it never does; beside the step at which the other had it."""
+        return [
+            (
+                next((v["step"] for v in own["validations"] if v[figure] >= theirs[f"best.{figure}"]), None),
+                theirs["best.step"],
+            )
+            for own, theirs in self.couples(one, other)
+            if theirs["best"] is not None
+        ]
+
+
+def trained(config: Any, run: Run) -> dict[str, Any] | None:
+    """What ``results.json`` says of a training, as records hold it; ``None`` where there is none."""
+    if not (run.path / "results.json").is_file():
+        return None
+    one = run.read_json("results.json")
+
+    def flat(validation: Any) -> Any:
+        return {"step": validation["step"], "seconds": validation["seconds"], **validation["figures"]}
+
+    return {
+        "state": one["state"],
+        "test": one["test"] and one["test"]["figures"],
+        "best": one["best"] and flat(one["best"]),
+        "parameters": one["parameters"],
+        "costs": one["costs"],
+        "steps": one["steps"],
+        "seconds": one["seconds"],
+        "validations": [flat(v) for v in one["validations"]],
+    }
+
+
+def read(name: str) -> Callable[[Any, Run], dict[str, Any] | None]:
+    """The figures of a run are those in this JSON file of it."""
+
+    def figures(config: Any, run: Run) -> dict[str, Any] | None:
+        return run.read_json(name) if (run.path / name).is_file() else None
+
+    return figures
+
+
+def by_name(**others: Callable[[Any, Run], dict[str, Any] | None]) -> Callable[[Any, Run], dict[str, Any] | None]:
+    """Those of trainings, and of runs with these names in another way."""
+    return lambda config, run: others.get(run.path.name, trained)(config, run)
+
+
+# -- cells and sheets --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell(Generic[T]):
+    """A column and the cell that it makes of a row."""
+
+    title: str
+    of: Callable[[T], str]
+    unit: str = ""
+    note: str = ""
+
+
+def sheet(title: str, rows: Iterable[T], cells: Iterable[Cell[T]]) -> Sheet:
+    """A table of the rows."""
+    shown = list(cells)
+    columns = [Column(one.title, one.unit, one.note) for one in shown]
+    return Sheet(title, Table(columns, [[one.of(row) for one in shown] for row in rows]))
+
+
+def mean(values: Iterable[Any], form: str) -> str:
+    """The mean in this format; a dash if there are none."""
+    there = list(values)
+    return format(fmean(there), form) if there else NONE
+
+
+# -- claims and notes that many tables make ----------------------------------------------------------------------------
+
+
+def sooner(
+    statement: str, tries: Sequence[tuple[int | None, int]], own: float | None, other: float | None
+) -> list[Claim]:
+    """Whether one reaches what another ends with in less time, given :meth:`Runs.reaching` and the seconds of a step of
+    both; no claim where they are not known."""
+    if not tries or own is None or other is None:
+        return []
+    reached = [(steps, theirs) for steps, theirs in tries if steps is not None]
+    if not reached:
+        return [Claim(statement, f"it never does, in {len(tries)} runs", False)]
+    mine, its = own * fmean(a for a, _ in reached), other * fmean(b for _, b in reached)
+    return [
+        Claim(
+            statement,
+            f"in {len(reached)} of {len(tries)} runs it does come there, on average after {mine:.1f} s instead of "
+            f"{its:.1f} s",
+            len(reached) == len(tries) and mine < its,
+        )
+    ]
+
+
+def still_rising(runs: Runs) -> list[str]:
+    """The note on trainings that had not levelled off; none where all had."""
+    rising = sum(
+        line["best"] is not None and line["best.step"] == (line["steps"] or line["validations"][-1]["step"])
+        for line in runs
+    )
+    if not rising:
+        return []
+    return [
+        f"In {rising} of {len(runs)} runs the last validation was the best: with more steps they would come further, "
+        "and not all alike."
+    ]
+
+
+def diverged(runs: Runs, name: Callable[[Line], str]) -> list[str]:
+    """The note on those that diverged; none where all are whole."""
+    names = [name(line) for line in runs if line["state"] == "diverged"]
+    return [f"Diverged: {', '.join(names)}."] if names else []
+
+
+def along(lines: Iterable[Line], figure: str) -> tuple[list[int], list[float]]:
+    """A figure of the validations along training, mean over the runs as far as all of them went; and its steps."""
+    several = [line["validations"] for line in lines if line["validations"]]
+    together = list(zip(*several, strict=False))
+    return [each[0]["step"] for each in together], [fmean(v[figure] for v in each) for each in together]
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def nothing(*_: Any) -> list[Any]:
+    """There are none."""
+    return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published(Generic[C]):
+    """A table: the jobs that its settings ask for, and what their runs come to.
+
+    Attributes:
+        title, source: of the record.
+        jobs: of the settings.
+        figures: what the record holds of a run: plain data, or ``None``.
+        protocol: what was run, in words.
+        sheets, claims, notes: out of the settings and the runs that are there, and nothing else.
+        drawings: likewise, and out of the runs' folders by the jobs' names.
+    """
+
+    title: str | Callable[[C], str]
+    source: str
+    jobs: Callable[[C], list[Job]]
+    protocol: Callable[[C, Runs], str]
+    sheets: Callable[[C, Runs], list[Sheet]]
+    claims: Callable[[C, Runs], list[Claim]] = nothing
+    notes: Callable[[C, Runs], list[str]] = nothing
+    drawings: Callable[[C, Runs, Mapping[str, Run]], list[Drawing]] = nothing
+    figures: Callable[[C, Run], dict[str, Any] | None] = trained
+
+    def gather(self, config: C, folders: Mapping[str, Run]) -> dict[str, Any]:
+        """What a record holds of these runs."""
+        found = {job.name: self.figures(config, folders[job.name]) for job in self.jobs(config) if job.name in folders}
+        return to_plain({name: one for name, one in found.items() if one is not None})
+
+    def summarize(self, config: C, folders: Mapping[str, Run]) -> Summary:
+        """See :class:`~torchimplicit.recipes.runtime.table.Summary`."""
+        figures = self.gather(config, folders)
+        runs = Runs.made_by(self.jobs(config), figures)
+        return Summary(
+            title=self.title if isinstance(self.title, str) else self.title(config),
+            source=self.source,
+            protocol=self.protocol(config, runs),
+            sheets=self.sheets(config, runs),
+            claims=self.claims(config, runs),
+            drawings=self.drawings(config, runs, folders),
+            notes=self.notes(config, runs),
+            runs=figures,
+        )
+
+    def remade(self, kind: type[C], record: Record) -> tuple[list[Sheet], list[Claim], list[str]]:
+        """Sheets, claims and notes once more, from a record's own settings and runs."""
+        config = from_plain(kind, record.settings)
+        runs = Runs.made_by(self.jobs(config), record.runs)
+        return self.sheets(config, runs), self.claims(config, runs), self.notes(config, runs)
+
+    def check(self, config: C) -> None:
+        """See :class:`~torchimplicit.recipes.recipe.Runner`: one job of every recipe is checked."""
+        from torchimplicit.recipes.reproduce.runner import Reproduction
+
+        Reproduction(self.jobs, self.summarize).check(config)
+
+    def train(self, config: C, run: Run, console: Console) -> bool:
+        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        from torchimplicit.recipes.reproduce.runner import Reproduction
+
+        return Reproduction(self.jobs, self.summarize).train(config, run, console)
+
+    def evaluate(self, config: C, run: Run, console: Console) -> None:
+        """See :class:`~torchimplicit.recipes.recipe.Runner`: the record once more, training nothing."""
+        from torchimplicit.recipes.reproduce.runner import Reproduction
+
+        Reproduction(self.jobs, self.summarize).evaluate(config, run, console)
