@@ -25,12 +25,12 @@ from torchimplicit.recipes.fields.cost import peak_bytes
 from torchimplicit.recipes.fields.memory import floats_a_point
 from torchimplicit.recipes.fields.settings import Representation
 from torchimplicit.recipes.fields.shape.compare import compared
-from torchimplicit.recipes.fields.shape.config import ShapeConfig, adam, shape
+from torchimplicit.recipes.fields.shape.config import LONGEST, ShapeConfig, adam, shape
 from torchimplicit.recipes.fields.shape.criteria import DistanceLoss, Overlap
 from torchimplicit.recipes.fields.shape.files import KINDS, read_file, write_obj, write_ply
 from torchimplicit.recipes.fields.shape.made import MADE, made
 from torchimplicit.recipes.fields.shape.mesh import Edges, Mesh, prepared, sample, section
-from torchimplicit.recipes.fields.shape.points import LONGEST, Counts, Frame
+from torchimplicit.recipes.fields.shape.points import Counts, Frame
 from torchimplicit.recipes.fields.shape.points import drawn as points_of
 from torchimplicit.recipes.fields.shape.render import drawn, view
 from torchimplicit.recipes.fields.shape.surface import extracted

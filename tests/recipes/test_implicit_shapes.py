@@ -21,11 +21,17 @@ from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.execution import go, opened
 from torchimplicit.recipes.fields.shape.config import shape
 from torchimplicit.recipes.fields.shape.task import build
-from torchimplicit.recipes.implicit_shapes.config import ShapesConfig, ShapesCostConfig
-from torchimplicit.recipes.implicit_shapes.one_step import build_one_step
-from torchimplicit.recipes.implicit_shapes.rows import ROWS, Row, jobs, training
-from torchimplicit.recipes.implicit_shapes.table import TABLE, summarize
 from torchimplicit.recipes.plain import from_plain, to_plain
+from torchimplicit.recipes.representations.one_step import build_one_step
+from torchimplicit.recipes.representations.shapes import (
+    ROWS,
+    TABLE,
+    Row,
+    ShapesConfig,
+    ShapesCostConfig,
+    jobs,
+    training,
+)
 from torchimplicit.recipes.reproduce.jobs import prepare
 from torchimplicit.recipes.runtime.table import Plan
 
@@ -111,7 +117,7 @@ def test_the_record(tmp_path):
     config = small(tmp_path, rows=("occupancy-siren-implicit", "occupancy-siren-explicit", "cost", "sdf-siren-implicit",
                                    "sdf-siren-one-step", "sdf-siren-explicit"))  # fmt: skip
     runs = run_here(jobs(config), tmp_path / "runs")
-    summary = summarize(config, runs)
+    summary = TABLE.summarize(config, runs)
     assert [sheet.title for sheet in summary.sheets][:2] == ["Occupancy", "Signed distance, with slopes in the loss"]
     quality, distance, costs, directions = (sheet.table for sheet in summary.sheets)
     assert [row[0] for row in quality.rows][:2] == ["iSIREN", "SIREN"]
@@ -123,9 +129,11 @@ def test_the_record(tmp_path):
     assert len(summary.claims) == 1 + 3 + 1
     assert {drawing.name for drawing in summary.drawings} == {"training", "occupancy", "distance"}
     json.dumps(to_plain(summary.runs), allow_nan=False)
-    partial = summarize(config, {name: run for name, run in runs.items() if "one-step" not in name and name != "cost"})
+    partial = TABLE.summarize(
+        config, {name: run for name, run in runs.items() if "one-step" not in name and name != "cost"}
+    )
     assert len(partial.sheets) == 2
-    assert summarize(config, {}).drawings == []
+    assert TABLE.summarize(config, {}).drawings == []
 
 
 def test_the_registry_knows_it():

@@ -15,16 +15,12 @@ from rich.console import Console
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.execution import go, opened
-from torchimplicit.recipes.fields.cost import FieldCost, FieldCostConfig, read
+from torchimplicit.recipes.fields.cost import FieldCost, FieldCostConfig
 from torchimplicit.recipes.fields.cost import measured as measured_costs
-from torchimplicit.recipes.implicit_generalization import rows as generalization
-from torchimplicit.recipes.implicit_generalization import table as generalization_table
-from torchimplicit.recipes.implicit_generalization.config import GeneralizationConfig
-from torchimplicit.recipes.implicit_gradients import rows as gradients
-from torchimplicit.recipes.implicit_gradients import table as gradients_table
-from torchimplicit.recipes.implicit_gradients.config import GradientsConfig
 from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.representations import signals
+from torchimplicit.recipes.representations import generalization, gradients, signals
+from torchimplicit.recipes.representations.generalization import GeneralizationConfig
+from torchimplicit.recipes.representations.gradients import GradientsConfig
 from torchimplicit.recipes.representations.signals import SignalsConfig
 from torchimplicit.recipes.reproduce.jobs import prepare
 from torchimplicit.recipes.runtime.table import Plan
@@ -92,12 +88,11 @@ def test_settings_survive_being_written(jobs):
 
 class TestGeneralization:
     def test_the_rows_are_those_of_the_paper(self):
-        assert len(generalization.TABLE) == 18
+        assert len(generalization.OF_THE_TABLE) == 18
         row = generalization.ROWS["gabor-explicit-4L"]
         assert row.label(256) == "Gabor-MFN 4L-256"
         assert row.published("natural") == 24.65
         assert generalization.ROWS["siren-implicit-1L-wide"].published("text") == 26.81
-        assert generalization.ROWS["siren-implicit-1L-full"].published("text") is None
 
     def test_the_papers_scale_is_the_papers(self):
         config = GeneralizationConfig(plan=Plan(scale="paper"))
@@ -138,7 +133,7 @@ class TestGeneralization:
 
     def test_the_record(self, tmp_path):
         runs = run_here(generalization.jobs(SMALL), tmp_path)
-        summary = generalization_table.summarize(SMALL, runs)
+        summary = generalization.TABLE.summarize(SMALL, runs)
         assert [sheet.title for sheet in summary.sheets] == [
             "Pixels that were not given",
             "A training step",
@@ -153,15 +148,15 @@ class TestGeneralization:
 
     def test_it_is_made_of_what_is_there(self, tmp_path):
         runs = run_here(generalization.jobs(replace(SMALL, rows=("fourier-implicit-1L",))), tmp_path)
-        summary = generalization_table.summarize(SMALL, runs)
+        summary = generalization.TABLE.summarize(SMALL, runs)
         assert not summary.claims
         assert len(summary.sheets[0].table.rows) == 18
 
 
 class TestGradients:
     def test_the_cuts(self):
-        names = [row.name for row in gradients.rows(CUTS)]
-        assert names[:3] == ["siren-T0", "siren-T1", "siren-converged"]
+        names = [row.name for row in gradients.rows(CUTS, "siren")]
+        assert names == ["siren-T0", "siren-T1", "siren-converged"]
         settings = [job.config for job in gradients.jobs(CUTS)][:3]
         assert [one.equilibria.phantom_steps for one in settings[:2]] == [1, 2]
         assert settings[2].equilibria.gradient == "implicit"
@@ -173,12 +168,12 @@ class TestGradients:
 
     def test_the_record(self, tmp_path):
         runs = run_here(gradients.jobs(CUTS), tmp_path)
-        summary = gradients_table.summarize(CUTS, runs)
+        summary = gradients.TABLE.summarize(CUTS, runs)
         assert [sheet.title for sheet in summary.sheets] == ["iSIREN", "Fourier-iMFN", "Gabor-iMFN"]
         assert len(summary.claims) == 6
         assert [drawing.name for drawing in summary.drawings] == ["products"]
-        costs = read(runs["cost"])
-        assert costs["siren-T0"].cosine < costs["siren-converged"].cosine
+        costs = summary.runs["cost"]
+        assert costs["siren-T0"]["cosine"] < costs["siren-converged"]["cosine"]
 
 
 def test_costs():

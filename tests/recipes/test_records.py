@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,3 +38,16 @@ def test_a_record_remakes_itself(name):
         assert made == recorded
     assert claims == record.claims
     assert notes == record.notes
+
+
+def test_settings_bring_nothing_heavy():
+    """The command line makes settings only to show their help."""
+    names = [name for name in (*registry.RECIPES, *registry.TABLES) if name != "images-cost"]
+    code = (
+        "import sys\nfrom torchimplicit.recipes import registry\n"
+        f"for name in {names}:\n    registry.settings(name)\n"
+        "heavy = {'lightning', 'matplotlib', 'submitit', 'torch_geometric', 'scipy', 'skimage'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -250,13 +250,13 @@ TABLES = {
     ),
     "implicit-generalization": Entry(
         "Pictures from a quarter of their pixels: implicit and explicit representations, three filters, three sizes.",
-        f"{_HERE}.implicit_generalization.config:default",
-        f"{_HERE}.implicit_generalization.table:TABLE",
+        f"{_HERE}.representations.generalization:default",
+        f"{_HERE}.representations.generalization:TABLE",
     ),
     "implicit-gradients": Entry(
         "The PSNR of implicit representations over the products in their backward pass (Fig. 4).",
-        f"{_HERE}.implicit_gradients.config:default",
-        f"{_HERE}.implicit_gradients.table:TABLE",
+        f"{_HERE}.representations.gradients:default",
+        f"{_HERE}.representations.gradients:TABLE",
     ),
     "implicit-signals": Entry(
         "A sound and a video by implicit and explicit representations: three filters, PSNR and cost.",
@@ -265,8 +265,8 @@ TABLES = {
     ),
     "implicit-shapes": Entry(
         "A mesh by implicit and explicit representations: occupancy, and distances with exact and one-step gradients.",
-        f"{_HERE}.implicit_shapes.config:default",
-        f"{_HERE}.implicit_shapes.table:TABLE",
+        f"{_HERE}.representations.shapes:default",
+        f"{_HERE}.representations.shapes:TABLE",
     ),
     "physics-informed": Entry(
         "Physics-informed equilibrium models beside plain networks: four equations, three optimizers.",
@@ -329,13 +329,13 @@ PARTS = {
     ),
     "implicit-shape-one-step": Entry(
         "A distance trained by the one-step estimate, which is wrong for it.",
-        f"{_HERE}.implicit_shapes.config:one_step",
-        f"{_HERE}.implicit_shapes.one_step:RUNNER",
+        f"{_HERE}.representations.shapes:one_step",
+        f"{_HERE}.representations.one_step:TRAINER",
     ),
     "implicit-shapes-cost": Entry(
         "The cost of a step of several fits of shapes, and where the one-step estimate points, measured in turn.",
-        f"{_HERE}.implicit_shapes.config:costs",
-        f"{_HERE}.implicit_shapes.measure:RUNNER",
+        f"{_HERE}.representations.shapes:costs",
+        f"{_HERE}.representations.one_step:COSTS",
     ),
     "jiio-adversarial-attacks": Entry(
         "Attacks on a classifier that was trained for it, measured in turn.",

@@ -175,11 +175,6 @@ def jobs(config: SignalsConfig) -> list[Job]:
 # -- what the runs come to ---------------------------------------------------------------------------------------------
 
 
-def over_twin(runs: Runs, row: Row) -> list[float]:
-    """The PSNR less the explicit twin's, seed by seed."""
-    return [a - b for a, b in runs.paired({"row": row}, {"row": row.twin}, "test.PSNR")]
-
-
 def sheets(config: SignalsConfig, runs: Runs) -> list[Sheet]:
     """The quality of each signal, and the cost of a step."""
     from torchimplicit.recipes.fields.cost import step_sheet
@@ -187,9 +182,6 @@ def sheets(config: SignalsConfig, runs: Runs) -> list[Sheet]:
     def evaluations(row: Row) -> str:
         seen = runs.of(row, "costs.forward")
         return table.mean(seen, ".2f") if row.implicit else "1" if seen else table.NONE
-
-    def seconds(row: Row) -> str:
-        return table.mean((v["seconds"] for line in runs.where(row=row) if (v := line.at_best)), ".1f")
 
     cells = [
         Cell[Row]("Model", lambda row: row.label),
@@ -200,11 +192,13 @@ def sheets(config: SignalsConfig, runs: Runs) -> list[Sheet]:
              "Of the error beside the sound's own power."),
         Cell("Published", lambda row: f"{PUBLISHED_VIDEO[row.filter, row.implicit]:.2f}", "dB",
              "At width 1024, on another video at another size."),
-        Cell("Over its twin", lambda row: table.mean(over_twin(runs, row) if row.implicit else [], "+.2f"), "dB",
+        Cell("Over its twin",
+             lambda row: table.mean(runs.gaps(row, row.twin, "test.PSNR") if row.implicit else [], "+.2f"), "dB",
              "The PSNR less that of the explicit twin, mean over the seeds."),
         Cell("Evaluations", evaluations, "",
              "Of the cell in a training step, mean: one, and the solves that follow the validations."),
-        Cell("Training", seconds, "s", "Wall seconds until the best validation, mean; the machine was shared."),
+        Cell("Training", lambda row: table.mean(runs.where(row=row).at_best("seconds"), ".1f"), "s",
+             "Wall seconds until the best validation, mean; the machine was shared."),
     ]  # fmt: skip
     without = {"sound": "Published", "video": "SNR"}
     made = [
@@ -227,7 +221,7 @@ def claims(config: SignalsConfig, runs: Runs) -> list[Claim]:
     for kind in KINDS:
         rows = [row for row in ROWS.values() if row.kind == kind and row.implicit]
         for row in rows:
-            if values := over_twin(runs, row):
+            if values := runs.gaps(row, row.twin, "test.PSNR"):
                 better = sum(value > 0 for value in values)
                 made.append(
                     Claim(
@@ -239,7 +233,7 @@ def claims(config: SignalsConfig, runs: Runs) -> list[Claim]:
         for row in rows:
             made += table.sooner(
                 f"{row.label} comes to the best PSNR of {row.twin.label} on the {kind} in less time than that itself",
-                runs.reaching({"row": row}, {"row": row.twin}, "PSNR"),
+                runs.reaching(row, row.twin, "PSNR"),
                 *(runs.named(COST).get(one.name, {}).get("seconds") for one in (row, row.twin)),
             )
     return made
@@ -287,18 +281,17 @@ def notes(config: SignalsConfig, runs: Runs) -> list[str]:
     behind = [
         f"{row.label} on the {row.kind}"
         for row in ROWS.values()
-        if row.implicit and fmean(over_twin(runs, row) or [0]) < 0
+        if row.implicit and fmean(runs.gaps(row, row.twin, "test.PSNR") or [0]) < 0
     ]
     if behind and config.plan.scale == "cpu":
         made.append(
             f"Behind their explicit twins in as many steps: {', '.join(behind)}. Whether they would catch up in the "
             "paper's number of steps, or at its width, was not measured here."
         )
-    trainings = Runs(line for line in runs if line.key)
     return [
         *made,
-        *table.still_rising(trainings),
-        *table.diverged(trainings, lambda line: f"{line['row'].name}, seed {line['seed']}"),
+        *table.still_rising(runs),
+        *table.diverged(runs, lambda line: f"{line['row'].name}, seed {line['seed']}"),
     ]
 
 
@@ -320,13 +313,11 @@ def drawings(config: SignalsConfig, runs: Runs, folders: Mapping[str, Run]) -> l
         return []
     figure, panels = axes(2, width=5.2, height=3.6)
     for panel, kind in zip(panels, KINDS, strict=True):
-        for row in (row for row in ROWS.values() if row.kind == kind):
-            look = {**style(FILTERS.index(row.filter)), "linestyle": "-" if row.implicit else "--"}
-            if any(line["validations"] for line in runs.where(row=row)):
-                panel.plot(*table.along(runs.where(row=row), "PSNR"), label=row.label, **look)
-        panel.set(xlabel="steps", ylabel="PSNR, dB", title=f"the {kind}")
-        if panel.has_data():
-            panel.legend()
+        rows = [row for row in ROWS.values() if row.kind == kind]
+        looks = [{**style(FILTERS.index(r.filter)), "linestyle": "-" if r.implicit else "--"} for r in rows]
+        series = [(r.label, runs.where(row=r), look) for r, look in zip(rows, looks, strict=True)]
+        table.curves(panel, series, "PSNR")
+        panel.set(ylabel="PSNR, dB", title=f"the {kind}")
     made = [
         Drawing(
             "training",

@@ -19,6 +19,7 @@ from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.tables import Column, Table
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.console import Console
 
@@ -258,20 +259,29 @@ class Runs(Sequence[Line]):
         """A figure of every run that has it."""
         return [value for line in self if (value := line[path]) is not None]
 
-    def paired(self, one: Mapping[str, Any], other: Mapping[str, Any], path: str) -> list[tuple[Any, Any]]:
-        """A figure of both, wherever both have it and all else in their keys is alike."""
-        return [(a[path], b[path]) for a, b in self.couples(one, other) if a[path] is not None and b[path] is not None]
+    def at_best(self, path: str) -> list[Any]:
+        """A figure of the validations by which the tested weights were selected."""
+        return [best[path] for line in self if (best := line.at_best) is not None]
 
-    def couples(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[Line, Line]]:
-        """The lines of both, wherever all else in their keys is alike."""
+    def couples(self, row: Any, other: Any) -> list[tuple[Line, Line]]:
+        """The runs of two rows, wherever all else in their keys is alike."""
 
         def rest(line: Line) -> frozenset[Any]:
-            return frozenset((name, value) for name, value in line.key.items() if name not in one)
+            return frozenset((name, value) for name, value in line.key.items() if name != "row")
 
-        theirs = {rest(line): line for line in self.where(**other)}
-        return [(line, theirs[rest(line)]) for line in self.where(**one) if rest(line) in theirs]
+        theirs = {rest(line): line for line in self.where(row=other)}
+        return [(line, theirs[rest(line)]) for line in self.where(row=row) if rest(line) in theirs]
 
-    def reaching(self, one: Mapping[str, Any], other: Mapping[str, Any], figure: str) -> list[tuple[int | None, int]]:
+    def paired(self, row: Any, other: Any, path: str) -> list[tuple[Any, Any]]:
+        """A figure of both rows, wherever both have it and all else in their keys is alike."""
+        both = ((a[path], b[path]) for a, b in self.couples(row, other))
+        return [(a, b) for a, b in both if a is not None and b is not None]
+
+    def gaps(self, row: Any, other: Any, path: str) -> list[float]:
+        """The differences of such pairs."""
+        return [a - b for a, b in self.paired(row, other, path)]
+
+    def reaching(self, row: Any, other: Any, figure: str) -> list[tuple[int | None, int]]:
         """After how many steps a run's validation first comes up to the best one of the other in a figure of which more
         is better, ``None`` where it never does; beside the step at which the other had it."""
         return [
@@ -279,7 +289,7 @@ class Runs(Sequence[Line]):
                 next((v["step"] for v in own["validations"] if v[figure] >= theirs[f"best.{figure}"]), None),
                 theirs["best.step"],
             )
-            for own, theirs in self.couples(one, other)
+            for own, theirs in self.couples(row, other)
             if theirs["best"] is not None
         ]
 
@@ -339,6 +349,11 @@ def sheet(title: str, rows: Iterable[T], cells: Iterable[Cell[T]]) -> Sheet:
     return Sheet(title, Table(columns, [[one.of(row) for one in shown] for row in rows]))
 
 
+def shown(value: Any, form: str) -> str:
+    """The value in this format; a dash if there is none."""
+    return NONE if value is None else format(value, form)
+
+
 def mean(values: Iterable[Any], form: str) -> str:
     """The mean in this format; a dash if there are none."""
     there = list(values)
@@ -371,14 +386,15 @@ def sooner(
 
 def still_rising(runs: Runs) -> list[str]:
     """The note on trainings that had not levelled off; none where all had."""
+    done = [line for line in runs if line["validations"] is not None]
     rising = sum(
         line["best"] is not None and line["best.step"] == (line["steps"] or line["validations"][-1]["step"])
-        for line in runs
+        for line in done
     )
     if not rising:
         return []
     return [
-        f"In {rising} of {len(runs)} runs the last validation was the best: with more steps they would come further, "
+        f"In {rising} of {len(done)} runs the last validation was the best: with more steps they would come further, "
         "and not all alike."
     ]
 
@@ -389,11 +405,17 @@ def diverged(runs: Runs, name: Callable[[Line], str]) -> list[str]:
     return [f"Diverged: {', '.join(names)}."] if names else []
 
 
-def along(lines: Iterable[Line], figure: str) -> tuple[list[int], list[float]]:
-    """A figure of the validations along training, mean over the runs as far as all of them went; and its steps."""
-    several = [line["validations"] for line in lines if line["validations"]]
-    together = list(zip(*several, strict=False))
-    return [each[0]["step"] for each in together], [fmean(v[figure] for v in each) for each in together]
+def curves(panel: Axes, series: Iterable[tuple[str, Runs, Mapping[str, Any]]], figure: str, scale: float = 1.0) -> None:
+    """Draw a figure of the validations along training, for every label its mean over the runs as far as all of them
+    went."""
+    for label, runs, look in series:
+        together = list(zip(*(line["validations"] for line in runs if line["validations"]), strict=False))
+        if together:
+            values = [scale * fmean(v[figure] for v in each) for each in together]
+            panel.plot([each[0]["step"] for each in together], values, label=label, **look)
+    panel.set_xlabel("steps")
+    if panel.has_data():
+        panel.legend()
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------

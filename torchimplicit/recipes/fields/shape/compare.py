@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from torchimplicit.recipes.fields.shape.config import LONGEST
 from torchimplicit.recipes.fields.shape.mesh import Edges, Mesh, sample
-from torchimplicit.recipes.fields.shape.points import LONGEST
 from torchimplicit.recipes.fields.shape.tree import MeshTree
 
 SAMPLES = 10000

@@ -14,6 +14,10 @@ from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimiz
 LARGEST_GRID = 1024
 
 
+LONGEST = 1.8
+"""The mesh's longest side in the field's coordinates."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShapeConfig:
     """A field fitted to a mesh."""

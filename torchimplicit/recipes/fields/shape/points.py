@@ -11,15 +11,13 @@ from torch import Tensor
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.points import Points
+from torchimplicit.recipes.fields.shape.config import LONGEST
 from torchimplicit.recipes.fields.shape.mesh import Mesh, sample
 from torchimplicit.recipes.fields.shape.tree import MeshTree
 from torchimplicit.recipes.fields.task import Parts
 from torchimplicit.recipes.training.sampling import generator
 
 TaskName = Literal["occupancy", "sdf"]
-LONGEST = 1.8
-"""The mesh's longest side in the field's coordinates."""
-
 MARGIN = 0.1
 """Left around it on every side."""
 

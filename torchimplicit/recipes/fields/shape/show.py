@@ -16,10 +16,9 @@ from torchimplicit.recipes.fields.model import sampled
 from torchimplicit.recipes.fields.points import centres
 from torchimplicit.recipes.fields.report import write_page
 from torchimplicit.recipes.fields.shape.compare import Comparison, compared
-from torchimplicit.recipes.fields.shape.config import ShapeConfig, check_grid
+from torchimplicit.recipes.fields.shape.config import LONGEST, ShapeConfig, check_grid
 from torchimplicit.recipes.fields.shape.files import write_obj, write_ply
 from torchimplicit.recipes.fields.shape.mesh import Mesh, section
-from torchimplicit.recipes.fields.shape.points import LONGEST
 from torchimplicit.recipes.fields.shape.render import drawn, heat, view
 from torchimplicit.recipes.fields.shape.subject import Subject, subject
 from torchimplicit.recipes.fields.shape.surface import extracted

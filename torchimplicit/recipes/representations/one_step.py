@@ -1,27 +1,68 @@
-"""What steps cost, and where the one-step estimate points, measured in turn."""
+"""What the one-step estimate makes of a loss that holds slopes: wrong, and here to show how wrong.
+
+The library refuses it (:func:`torchimplicit.recipes.fields.settings.check_slopes`). A cell applied once more at its
+detached fixed point has a first derivative in the weights that is an estimate. As a function of the coordinates its
+slope leaves out that the fixed point moves with them, and the loss sees that slope.
+"""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, final
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.models import ImplicitRepresentation
 from torchimplicit.recipes.fields.cost import FieldCost, Subject, in_turn
 from torchimplicit.recipes.fields.cost import table as cost_table
+from torchimplicit.recipes.fields.runner import FieldRunner
 from torchimplicit.recipes.fields.shape.config import ShapeConfig
 from torchimplicit.recipes.fields.shape.criteria import DistanceLoss
+from torchimplicit.recipes.fields.shape.show import export, show
 from torchimplicit.recipes.fields.shape.task import RUNNER as SHAPES
-from torchimplicit.recipes.fields.shape.task import build
-from torchimplicit.recipes.implicit_shapes.config import ShapesCostConfig
-from torchimplicit.recipes.implicit_shapes.one_step import OneStepRepresentation, build_one_step
+from torchimplicit.recipes.fields.shape.task import build, ready
+from torchimplicit.recipes.fields.task import FieldTask
 from torchimplicit.recipes.machine import threads
-from torchimplicit.recipes.plain import from_plain
+from torchimplicit.recipes.representations.shapes import ShapesCostConfig
 from torchimplicit.recipes.run import Run
+
+
+@final
+class OneStepRepresentation(nn.Module):
+    """In training, one application of the cell at the detached fixed point; in eval mode the representation itself.
+
+    Args:
+        whole: the representation.
+    """
+
+    def __init__(self, whole: ImplicitRepresentation):
+        super().__init__()
+        self.whole = whole
+        whole.equilibrium.warm_start = None  # states are remembered by the layer's own gradient only
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[points, inputs]`` to ``[points, outputs]``."""
+        if not self.training:
+            return self.whole(x)
+        given = [one(x) for one in self.whole.filters]
+        with torch.no_grad():
+            state = self.whole.equilibrium(given)
+        return self.whole.head(self.whole.equilibrium.cell(state, given))
+
+
+def build_one_step(config: ShapeConfig) -> FieldTask:
+    """The task of a config, with the same initial weights."""
+    task = build(config)
+    assert isinstance(task.model, ImplicitRepresentation)
+    task.model = OneStepRepresentation(task.model)
+    return task
+
+
+TRAINER = FieldRunner(build_one_step, show, ready, export)
 
 
 @dataclass(frozen=True)
@@ -78,14 +119,7 @@ class ShapesCostRunner:
         console.print(cost_table(found.costs).rich_rows())
 
 
-RUNNER = ShapesCostRunner()
-
-
-def read(run: Run) -> ShapesCost | None:
-    """What a run has measured."""
-    if not (run.path / "costs.json").is_file():
-        return None
-    return from_plain(ShapesCost, run.read_json("costs.json"))
+COSTS = ShapesCostRunner()
 
 
 def measured(config: ShapesCostConfig) -> ShapesCost:

@@ -1,0 +1,261 @@
+"""How many terms of the adjoint's series a fit needs (Huang et al. 2021, figure 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.fields.images.config import PictureConfig
+from torchimplicit.recipes.fields.settings import FILTERS, NAMES, FilterKind, truncated
+from torchimplicit.recipes.options import positive
+from torchimplicit.recipes.representations import generalization
+from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.training.settings import Machine
+
+if TYPE_CHECKING:
+    from torchimplicit.recipes.run import Run
+
+COST = "cost"
+CONVERGED = "converged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way to train one model: so many products T in the backward pass, or (``None``) until it converges."""
+
+    filter: FilterKind
+    products: int | None
+
+    @property
+    def name(self) -> str:
+        """For folders."""
+        return f"{self.filter}-{CONVERGED if self.products is None else f'T{self.products}'}"
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return CONVERGED if self.products is None else f"T = {self.products}"
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientsConfig:
+    """Three implicit representations, trained with T products in the backward pass, for several T."""
+
+    plan: Plan = field(default_factory=lambda: Plan(seeds=1, together=12))
+
+    pictures: tuple[str, ...] = ("camera", "text-0")
+    """Of scikit-image, or text that is drawn."""
+
+    file: Path | None = None
+    """A picture of your own in place of them."""
+
+    products: tuple[int, ...] = (0, 1, 2, 4, 8)
+    """The T to try: 0 is the one-step gradient, 1 the paper's choice; the converged adjoint comes besides."""
+
+    size: int | None = None
+    """Pixels of the longest side; by default 64, and the paper's 512 at its scale."""
+
+    width: int | None = None
+    """By default 64, and the paper's 256."""
+
+    steps: int | None = None
+    """By default 400, and the paper's 2000."""
+
+    machine: Machine = field(default_factory=lambda: Machine(tensorboard=False))
+
+    def __post_init__(self) -> None:
+        positive(self, "size", "width", "steps")
+        if not self.pictures and self.file is None:
+            raise UserError("--pictures is empty; name one")
+        if not self.products or min(self.products) < 0 or len(set(self.products)) < len(self.products):
+            raise UserError(f"--products must be different numbers from 0 on, and they are {self.products}")
+
+
+def default() -> GradientsConfig:
+    """On a CPU: two pictures of 64 pixels."""
+    return GradientsConfig()
+
+
+def rows(config: GradientsConfig, name: FilterKind) -> list[Row]:
+    """All T of a filter, in order, and the converged adjoint."""
+    return [Row(filter=name, products=products) for products in (*sorted(config.products), None)]
+
+
+def subjects(config: GradientsConfig) -> list[generalization.Subject]:
+    """What is fitted."""
+    if config.file is not None:
+        return [generalization.Subject(config.file.stem, "natural", config.file)]
+    return [
+        generalization.Subject(name, "text" if name in ("page", "text") or name.startswith("text-") else "natural")
+        for name in config.pictures
+    ]
+
+
+def training(config: GradientsConfig, row: Row, subject: generalization.Subject, seed: int) -> PictureConfig:
+    """The settings of one run: those of the table of generalization, but for the backward pass."""
+    as_there = generalization.GeneralizationConfig(
+        plan=config.plan, size=config.size, width=config.width, steps=config.steps, machine=config.machine
+    )
+    series = truncated() if row.products is None else truncated(row.products + 1)
+    return replace(
+        generalization.training(as_there, generalization.Row(filter=row.filter), subject, seed),
+        equilibria=replace(series, gradient="implicit") if row.products is None else series,
+    )
+
+
+def jobs(config: GradientsConfig) -> list[Job]:
+    """Seed by seed and picture by picture; the costs after the first picture."""
+    from torchimplicit.recipes.fields.cost import FieldCostConfig
+
+    made: list[Job] = []
+    for seed in config.plan.all_seeds:
+        for subject in subjects(config):
+            fits = {row: training(config, row, subject, seed) for name in FILTERS for row in rows(config, name)}
+            made += [
+                Job(
+                    f"{row.name}-{subject.name}-seed{seed}",
+                    "implicit-image-generalization",
+                    one,
+                    {"row": row, "picture": subject.name, "seed": seed},
+                )
+                for row, one in fits.items()
+            ]
+            if COST not in {job.name for job in made}:
+                names = tuple(row.name for row in fits)
+                made.append(Job(COST, "fields-cost", FieldCostConfig(names=names, fits=tuple(fits.values()))))
+    return made
+
+
+# -- what the runs come to ---------------------------------------------------------------------------------------------
+
+
+def sheets(config: GradientsConfig, runs: Runs) -> list[Sheet]:
+    """A sheet a filter."""
+    cost = runs.named(COST)
+
+    def step(figure: str, form: str, scale: float = 1.0) -> Any:
+        return lambda row: f"{scale * cost[row.name][figure]:{form}}" if row.name in cost else table.NONE
+
+    def quality(picture: str) -> Any:
+        return lambda row: table.spread(runs.where(picture=picture).of(row, "test.PSNR"), 2)
+
+    cells = [
+        Cell[Row]("Backward", lambda row: row.label, "",
+                  "T products with the Jacobian after the incoming gradient; T = 0 is the one-step one."),
+        *(Cell(p.name, quality(p.name), "dB", "Test PSNR; ± deviation over seeds.") for p in subjects(config)),
+        Cell("Step", step("seconds", ".2f", 1e3), "ms",
+             "CPU time (wall time on a GPU), medians, measured in turn at weights of 40 steps."),
+        Cell("Backward pass", step("backward_seconds", ".2f", 1e3), "ms", "Likewise."),
+        Cell("Products", step("backward", ".1f"), "", "With the Jacobian in a step."),
+        Cell("Cosine", step("cosine", ".4f"), "", "Of the gradient in all weights to the exact one, at those weights."),
+        Cell("Norm", step("norm", ".2f"), "", "Of the gradient over that of the exact one."),
+    ]  # fmt: skip
+    return [table.sheet(NAMES[name, True], rows(config, name), cells) for name in FILTERS]
+
+
+def claims(config: GradientsConfig, runs: Runs) -> list[Claim]:
+    """Whether one product is enough, and what it saves, filter by filter."""
+    made = []
+    for name in FILTERS:
+        short, whole = Row(filter=name, products=1), Row(filter=name, products=None)
+        own, exact = (runs.of(row, "test.PSNR") for row in (short, whole))
+        if not own or len(own) != len(exact):
+            continue
+        made.append(
+            Claim(
+                f"{NAMES[name, True]}: one product (T = 1) is within 1 dB of the converged backward pass",
+                f"{fmean(own):.2f} and {fmean(exact):.2f} dB",
+                fmean(exact) - fmean(own) <= 1,
+            )
+        )
+        cost = runs.named(COST)
+        if cost:
+            ratio, step = (cost[whole.name][k] / cost[short.name][k] for k in ("backward_seconds", "seconds"))
+            made.append(
+                Claim(
+                    f"{NAMES[name, True]}: its backward pass is at least twice as fast as the converged one",
+                    f"{ratio:.1f} times as fast; a whole step is {step:.1f} times as fast",
+                    ratio >= 2,
+                )
+            )
+    return made
+
+
+def protocol(config: GradientsConfig, runs: Runs) -> str:
+    """What was run, in words."""
+    one = training(config, rows(config, FILTERS[0])[0], subjects(config)[0], config.plan.first_seed)
+    chosen = one.optimization
+    return (
+        f"Implicit representations of one layer of width {one.representation.width} from a quarter of the pixels of "
+        f"{', '.join(picture.name for picture in subjects(config))}, at most {one.size} a side; validation and test on "
+        f"a quarter each. {chosen.steps} steps of Adam at {chosen.learning_rate:g}, validated every "
+        f"{chosen.validate_every}; {config.plan.seeds} seeds. One evaluation a step from the last state; the backward "
+        "pass is the Neumann series of the adjoint after T products, or GMRES to a relative residual of "
+        f"{one.equilibria.backward_tolerance:g}."
+    )
+
+
+def notes(config: GradientsConfig, runs: Runs) -> list[str]:
+    """What a reader must know."""
+    made = [
+        "The figure's own values are not at hand, so that none stand beside ours.",
+        "The exact gradient is that of the solved equilibrium. What is left of the distance to it at many products, "
+        "and at the converged adjoint too, is that of the state, which is carried along and not solved for.",
+    ]
+    if config.plan.scale == "cpu":
+        made.append("Smaller pictures, a narrower model and fewer steps than the paper's.")
+    names = sorted({line["row"].name for line in runs if line["state"] == "diverged"})
+    return [*made, *([f"Diverged: {', '.join(names)}."] if names else [])]
+
+
+def drawings(config: GradientsConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+    """PSNR, and how far the gradient points from the exact one."""
+    from torchimplicit.recipes.plotting import axes, style
+
+    if not any(line.key for line in runs):
+        return []
+    cost = runs.named(COST)
+    figure, (quality, error) = axes(2, width=4.8)
+    for index, name in enumerate(FILTERS):
+        measured = [(x, runs.of(row, "test.PSNR")) for x, row in enumerate(rows(config, name))]
+        points = [(x, fmean(values)) for x, values in measured if values]
+        quality.plot([x for x, _ in points], [y for _, y in points], label=NAMES[name, True], **style(index))
+        known = [(x, cost[row.name]["cosine"]) for x, row in enumerate(rows(config, name)) if row.name in cost]
+        error.plot([x for x, _ in known], [max(1 - cosine, 1e-7) for _, cosine in known], **style(index))
+    places = rows(config, FILTERS[0])
+    for panel in (quality, error):
+        panel.set_xticks(range(len(places)), ["conv." if row.products is None else str(row.products) for row in places])
+        panel.set_xlabel("products T in the backward pass")
+    quality.set_ylabel("test PSNR, dB")
+    quality.legend()
+    error.set(ylabel="1 - cosine to the exact gradient", yscale="log")
+    return [
+        Drawing(
+            "products",
+            figure,
+            "Test PSNR (mean over the pictures and seeds), and how far the gradient points from the exact one, over "
+            "the products with the Jacobian in the backward pass.",
+        )
+    ]
+
+
+TABLE = Published(
+    title="How far the backward pass must go: PSNR over the products in it",
+    source="Huang, Bai and Kolter 2021, (Implicit)²: Implicit Layers for Implicit Representations (NeurIPS 2021), "
+    "figure 4",
+    jobs=jobs,
+    figures=table.by_name(cost=table.read("costs.json")),
+    protocol=protocol,
+    sheets=sheets,
+    claims=claims,
+    notes=notes,
+    drawings=drawings,
+)
