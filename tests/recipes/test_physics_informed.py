@@ -12,16 +12,13 @@ pytest.importorskip("lightning")
 from rich.console import Console
 
 from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.physics import informed as planned
 from torchimplicit.recipes.physics import runner
-from torchimplicit.recipes.physics_informed import jobs as planned
-from torchimplicit.recipes.physics_informed.claims import claims
-from torchimplicit.recipes.physics_informed.config import PhysicsInformedConfig, default
-from torchimplicit.recipes.physics_informed.read import Cell, Found, read
-from torchimplicit.recipes.physics_informed.table import constant, summarize
+from torchimplicit.recipes.physics.informed import TABLE, PhysicsInformedConfig, constant, default
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.registry import settings
 from torchimplicit.recipes.reproduce.jobs import prepare
-from torchimplicit.recipes.runtime.table import Plan
+from torchimplicit.recipes.runtime.table import Plan, Runs
 
 TINY = PhysicsInformedConfig(
     plan=Plan(seeds=1),
@@ -71,7 +68,7 @@ def test_a_table_of_what_is_there(tmp_path):
             assert runner.train(job.config, runs[job.name], Console(quiet=True))
             assert not (runs[job.name].path / "index.html").is_file()
             done[job.name] = runs[job.name]
-    summary = summarize(TINY, done)
+    summary = TABLE.summarize(TINY, done)
     assert [len(sheet.table.rows) for sheet in summary.sheets] == [6, 5]
     for sheet in summary.sheets:
         assert all(len(row) == len(sheet.table.columns) for row in sheet.table.rows)
@@ -82,23 +79,19 @@ def test_a_table_of_what_is_there(tmp_path):
     assert set(summary.runs) == set(done)
 
 
-def test_claims_follow_the_figures(tmp_path):
-    config = planned.jobs(TINY)[0]
-    run = prepare(config, tmp_path)
-    assert runner.train(config.config, run, Console(quiet=True))
-    (result,) = read(TINY, {config.name: run}).cells.values()
-    one = result.results[0]
+def test_claims_follow_the_figures():
+    def holding(equilibrium: float, network: float) -> list[bool]:
+        errors = {"equilibrium-5": equilibrium, "network-5": network}
+        figures = {
+            f"van-der-pol-{model}-least-squares-0": {"iae": error, "relative_l2": error, "loss": 1.0}
+            for model, error in errors.items()
+        }
+        runs = Runs.made_by(planned.jobs(TINY), figures)
+        return [claim.holds for claim in planned.claims(TINY, runs)]
 
-    def found(equilibrium: float, network: float) -> Found:
-        cells = {}
-        for model, error in (("equilibrium-5", equilibrium), ("network-5", network)):
-            result = type(one)(**{**vars(one), "errors": {"iae": error, "relative_l2": error}})
-            cells["van-der-pol", model, "least-squares"] = Cell("van-der-pol", model, "least-squares", {0: result})
-        return Found(cells, [], {})
-
-    assert [claim.holds for claim in claims(TINY, found(1e-3, 1e-2))] == [True, True]
-    assert [claim.holds for claim in claims(TINY, found(1e-3, 1e-4))] == [True, False]
-    assert [claim.holds for claim in claims(TINY, found(2e-2, 1e-4))] == [False, False]
+    assert holding(1e-3, 1e-2) == [True, True]
+    assert holding(1e-3, 1e-4) == [True, False]
+    assert holding(2e-2, 1e-4) == [False, False]
 
 
 def test_a_constant():

@@ -270,8 +270,8 @@ TABLES = {
     ),
     "physics-informed": Entry(
         "Physics-informed equilibrium models beside plain networks: four equations, three optimizers.",
-        f"{_HERE}.physics_informed.config:default",
-        f"{_HERE}.physics_informed.table:TABLE",
+        f"{_HERE}.physics.informed:default",
+        f"{_HERE}.physics.informed:TABLE",
     ),
     "jiio-generation": Entry(
         "Joint inference beside nested optimization, loss against time; a decoder without an encoder beside a VAE.",

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from torchimplicit.recipes.physics.equations.base import Condition, Equation, Fields, spread
@@ -46,6 +45,8 @@ class InitialValueProblem(Equation):
 
     @cached_property
     def _integrated(self) -> Any:
+        from scipy.integrate import solve_ivp  # heavy, and settings are made without it
+
         return solve_ivp(
             lambda t, y: self.slope(*y),
             (*self.low, *self.high),

@@ -1,0 +1,486 @@
+"""Physics-informed equilibrium models beside plain networks: four equations, three optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from torchimplicit.recipes.options import positive
+from torchimplicit.recipes.physics.config import EquationName, PhysicsConfig
+from torchimplicit.recipes.physics.equations import EQUATIONS
+from torchimplicit.recipes.physics.equations.initial_value import InitialValueProblem
+from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from torchimplicit.recipes.optimizing.objective import Array
+    from torchimplicit.recipes.run import Run
+
+OptimizerName = Literal["least-squares", "l-bfgs", "adam"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhysicsInformedConfig:
+    """Equilibrium models with 5 and 20 states beside plain networks: four equations, three optimizers."""
+
+    plan: Plan = field(default_factory=lambda: Plan(seeds=3, together=15))
+
+    equations: tuple[EquationName, ...] = ("van-der-pol", "four-tanks", "burgers", "helmholtz")
+    """Which equations."""
+
+    optimizers: tuple[OptimizerName, ...] = ("least-squares", "l-bfgs", "adam")
+    """Which optimizers; least-squares is Gauss–Newton."""
+
+    ordinary_seconds: float = 4.0
+    """Of the processor's time for a run on an ordinary differential equation."""
+
+    partial_seconds: float = 10.0
+    """Likewise on a partial one."""
+
+    ordinary_points: int = 50
+    """At which an ordinary differential equation is asked for."""
+
+    partial_points: int = 400
+    """At which a partial one is."""
+
+    def __post_init__(self) -> None:
+        positive(self, "ordinary_seconds", "partial_seconds", "ordinary_points", "partial_points")
+
+
+def default() -> PhysicsInformedConfig:
+    """The table."""
+    return PhysicsInformedConfig()
+
+
+ENDLESS = 10**9
+"""Iterations: the time ends a run."""
+
+THESIS_POINTS, THESIS_RATE, THESIS_SECONDS = 100_000, 1e-3, 3600.0
+"""With ``--scale paper``: collocation points and learning rate of the thesis, and the time for a run."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the table.
+
+    Attributes:
+        label: for people.
+        states: of the equilibrium; ``None`` for a network.
+        width, depth: of the network's hidden layers.
+    """
+
+    label: str
+    states: int | None = None
+    width: int = 20
+    depth: int = 2
+
+
+MODELS = {
+    "equilibrium-5": Model("equilibrium, 5 states", states=5),
+    "network-5": Model("network, 2 × 5", width=5),
+    "equilibrium-20": Model("equilibrium, 20 states", states=20),
+    "network-20": Model("network, 2 × 20", width=20),
+    "network-thesis": Model("network, 4 × 20", width=20, depth=4),
+}
+"""A network of two hidden layers has as many weights as the equilibrium of its width, and one bias vector more; the
+last is the plain network of the thesis."""
+
+OPTIMIZERS: dict[OptimizerName, str] = {"least-squares": "Gauss–Newton", "l-bfgs": "L-BFGS", "adam": "Adam"}
+"""Labels."""
+
+MEASURE = {"van-der-pol": "iae", "four-tanks": "relative_l2", "burgers": "relative_l2", "helmholtz": "relative_l2"}
+"""What an equation's error is; the thesis measures the integral of the absolute error (IAE)."""
+
+MEASURES = {"iae": "IAE", "relative_l2": "relative error (L2)"}
+
+AIMS = {5: 1e-2, 20: 1e-3}
+"""IAE on the Van der Pol oscillator, by states."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model with an optimizer on an equation."""
+
+    equation: EquationName
+    model: str
+    optimizer: OptimizerName
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"{MODELS[self.model].label}; {OPTIMIZERS[self.optimizer]}"
+
+
+# -- settings of the runs ----------------------------------------------------------------------------------------------
+
+
+def equations(config: PhysicsInformedConfig) -> tuple[EquationName, ...]:
+    """The thesis has one."""
+    return config.equations if config.plan.scale == "cpu" else ("van-der-pol",)
+
+
+def optimizers(config: PhysicsInformedConfig) -> tuple[OptimizerName, ...]:
+    """The thesis has one."""
+    return config.optimizers if config.plan.scale == "cpu" else ("adam",)
+
+
+def ordinary(equation: EquationName) -> bool:
+    """Whether it has one coordinate."""
+    return len(EQUATIONS[equation].inputs) == 1
+
+
+def settings_of(
+    config: PhysicsInformedConfig, equation: EquationName, model: str, optimizer: OptimizerName, seed: int
+) -> PhysicsConfig:
+    """The settings of a run."""
+    chosen, paper = MODELS[model], config.plan.scale == "paper"
+    seconds = config.ordinary_seconds if ordinary(equation) else config.partial_seconds
+    points = config.ordinary_points if ordinary(equation) else config.partial_points
+    return PhysicsConfig(
+        equation=equation,
+        model="network" if chosen.states is None else "equilibrium",
+        states=chosen.states or 20,
+        width=chosen.width,
+        depth=chosen.depth,
+        points=THESIS_POINTS if paper else points,
+        optimizer=optimizer,
+        iterations=ENDLESS,
+        seconds=THESIS_SECONDS if paper else seconds,
+        learning_rate=THESIS_RATE if paper else 1e-2,
+        seed=seed,
+        page=False,
+    )
+
+
+def rows(config: PhysicsInformedConfig, equation: EquationName) -> list[Row]:
+    """Of an equation, an optimizer after the other."""
+    return [Row(equation, model, optimizer) for optimizer in optimizers(config) for model in MODELS]
+
+
+def jobs(config: PhysicsInformedConfig) -> list[Job]:
+    """Ordinary equations first, which are short; then seeds are outermost, and models innermost, so that what slows the
+    machine for a while slows all of them."""
+    return [
+        Job(
+            f"{equation}-{row.model}-{row.optimizer}-{seed}",
+            f"physics-{equation}",
+            settings_of(config, equation, row.model, row.optimizer, seed),
+            {"row": row, "equation": equation, "seed": seed},
+        )
+        for short in (True, False)
+        for seed in config.plan.all_seeds
+        for equation in equations(config)
+        if ordinary(equation) == short
+        for row in rows(config, equation)
+    ]
+
+
+def figures(config: PhysicsInformedConfig, run: Run) -> dict[str, Any] | None:
+    """Of a run that came to its end."""
+    one = table.read("results.json")(config, run)
+    if one is None or one["state"] != "complete":
+        return None
+    names = {"residuals": "residual_evaluations", "jacobians": "jacobian_evaluations"}
+    kept = ("loss", "parameters", "iterations", "seconds", "residuals", "jacobians", "rejected", "unconverged")
+    return {**one["errors"], **{names.get(name, name): one[name] for name in kept}}
+
+
+# -- what the runs come to ---------------------------------------------------------------------------------------------
+
+
+def errors(runs: Runs, row: Row) -> list[float]:
+    """Of all seeds, as the equation is measured."""
+    return runs.of(row, MEASURE[row.equation])
+
+
+def middle(runs: Runs, path: str) -> Callable[[Row], float]:
+    """The median of a figure over a row's seeds."""
+    return lambda row: median(runs.of(row, path))
+
+
+def pace(runs: Runs, row: Row) -> float:
+    """Milliseconds an iteration."""
+    return 1000 * median(line["seconds"] / max(1, line["iterations"]) for line in runs.where(row=row))
+
+
+def there(config: PhysicsInformedConfig, runs: Runs, equation: EquationName) -> list[Row]:
+    """The rows of an equation that have runs."""
+    return [row for row in rows(config, equation) if runs.where(row=row)]
+
+
+def sheets(config: PhysicsInformedConfig, runs: Runs) -> list[Sheet]:
+    """A sheet an equation."""
+    return [sheet(config, runs, equation) for equation in equations(config) if there(config, runs, equation)]
+
+
+def sheet(config: PhysicsInformedConfig, runs: Runs, equation: EquationName) -> Sheet:
+    """The errors on one equation; below them those of a constant."""
+    own = MEASURE[equation]
+    also = runs.where(equation=equation).column("iae")
+    other = "relative_l2" if own == "iae" else "iae" if also else None
+    still = constant(equation)
+    constants = {MEASURES[own]: still[own], **({MEASURES[other]: still[other]} if other else {})}
+
+    def cell(title: str, of: Callable[[Row], str], unit: str = "", note: str = "") -> Cell[Row | None]:
+        last = "constant (the start, or zero)" if title == "Model and optimizer" else table.NONE
+        if title in constants:
+            last = f"{constants[title]:.1e}"
+        return Cell(title, lambda row: last if row is None else of(row), unit, note)
+
+    cells = [
+        cell("Model and optimizer", lambda row: row.label),
+        cell("Weights", lambda row: str(runs.of(row, "parameters")[0])),
+        cell(MEASURES[own], lambda row: f"{median(errors(runs, row)):.1e}", "", "median over the seeds"),
+        cell("Least–largest", lambda row: f"{min(errors(runs, row)):.1e} – {max(errors(runs, row)):.1e}"),
+        *([cell(MEASURES[other], lambda row: f"{median(runs.of(row, other)):.1e}", "", "median")] if other else []),
+        cell("Loss", lambda row: f"{middle(runs, 'loss')(row):.1e}", "", "median, at the end"),
+        cell("Iterations", lambda row: f"{middle(runs, 'iterations')(row):.0f}", "", "median"),
+        cell("An iteration", lambda row: f"{pace(runs, row):.1f}", "ms", "of the processor's time, median"),
+        cell("Seconds", lambda row: f"{middle(runs, 'seconds')(row):.1f}", "s",
+             "median; less than the budget where the optimizer found nothing more to gain"),
+        cell("Seeds", lambda row: str(len(runs.where(row=row)))),
+    ]  # fmt: skip
+    return table.sheet(EQUATIONS[equation].title, [*there(config, runs, equation), None], cells)
+
+
+def constant(equation: EquationName) -> dict[str, float]:
+    """The errors of a constant: the start of an initial value problem, else zero."""
+    stated = EQUATIONS[equation]
+    grid = stated.grid()
+    value = stated.start if isinstance(stated, InitialValueProblem) else (0.0,) * len(stated.outputs)
+    return stated.errors(np.tile(np.array(value), (len(grid), 1)))
+
+
+def claims(config: PhysicsInformedConfig, runs: Runs) -> list[Claim]:
+    """The aims; then whether the equilibrium is more accurate than the network of its size."""
+    made = []
+    for states, aim in AIMS.items():
+        for row in there(config, runs, "van-der-pol"):
+            if row.model == f"equilibrium-{states}":
+                seconds = settings_of(config, row.equation, row.model, row.optimizer, 0).seconds
+                own = errors(runs, row)
+                made.append(
+                    Claim(
+                        f"Van der Pol, {states} states, {OPTIMIZERS[row.optimizer]}: IAE at most {aim:g} with every "
+                        f"seed, in {seconds:g} s",
+                        f"largest of {len(own)} seeds {max(own):.1e}, median {median(own):.1e}",
+                        max(own) <= aim,
+                    )
+                )
+    for equation in equations(config):
+        for states in AIMS:
+            # with the optimizer of the least median loss: the error may not select
+            found = there(config, runs, equation)
+            pair = [
+                min((row for row in found if row.model == f"{kind}-{states}"), key=middle(runs, "loss"), default=None)
+                for kind in ("equilibrium", "network")
+            ]
+            if pair[0] is not None and pair[1] is not None:
+                told = [(median(errors(runs, row)), OPTIMIZERS[row.optimizer]) for row in pair if row is not None]
+                made.append(
+                    Claim(
+                        f"{EQUATIONS[equation].title}: the equilibrium with {states} states is at least as accurate as "
+                        "the network of its size in the same time, each with the optimizer of its least training loss",
+                        "median error " + " against ".join(f"{error:.1e} ({name})" for error, name in told),
+                        told[0][0] <= told[1][0],
+                    )
+                )
+    return made
+
+
+def protocol(config: PhysicsInformedConfig, runs: Runs) -> str:
+    """What was run, in words."""
+    parts = []
+    for equation in equations(config):
+        chosen = settings_of(config, equation, "equilibrium-5", optimizers(config)[0], 0)
+        parts.append(f"{EQUATIONS[equation].title} {chosen.seconds:g} s and {chosen.points} points")
+    rate = settings_of(config, equations(config)[0], "equilibrium-5", "adam", 0).learning_rate
+    return (
+        "Every model and optimizer gets the same time of one processor core, and the same collocation points: "
+        f"{'; '.join(parts)}. {config.plan.seeds} seeds each, double precision. Gauss–Newton is SciPy's trust region "
+        "(trf) with exact Jacobians, L-BFGS is SciPy's with 30 pairs, both with all points; Adam likewise, learning "
+        f"rate {rate:g} with a cosine over the time. Trusted solutions: SciPy's DOP853 to 1e-12, the Cole–Hopf "
+        "transform, a closed form. No model has seen them."
+    )
+
+
+def notes(config: PhysicsInformedConfig, runs: Runs) -> list[str]:
+    """What else a reader must know."""
+    made, paces = [], []
+    for equation in equations(config):
+        title, ranked = EQUATIONS[equation].title, sorted(there(config, runs, equation), key=middle(runs, "loss"))
+        best = {
+            kind: next((row for row in ranked if (MODELS[row.model].states is None) == (kind == "network")), None)
+            for kind in ("equilibrium", "network")
+        }
+        told = [
+            f"of the {kind} models, {MODELS[row.model].label} with {OPTIMIZERS[row.optimizer]} has an error of "
+            f"{median(errors(runs, row)):.1e}"
+            for kind, row in best.items()
+            if row is not None
+        ]
+        if told:
+            made.append(f"{title}, by the least training loss: {'; '.join(told)} in the median.")
+        one, other = (Row(equation, f"{kind}-20", "least-squares") for kind in ("equilibrium", "network"))
+        if one in ranked and other in ranked:
+            paces.append(f"{title} {pace(runs, one):.0f} against {pace(runs, other):.0f} ms")
+    if paces:
+        made.append(
+            "A Gauss–Newton iteration of the equilibrium with 20 states takes, against that of the network of its "
+            f"size: {', '.join(paces)}. It solves for the equilibrium anew, and a system for each derivative and "
+            "each gradient; a network has nothing to solve."
+        )
+    rejected, unconverged = sum(runs.column("rejected")), max(runs.column("unconverged"), default=0.0)
+    made += [
+        "The coupling B is written so that its Frobenius norm stays below one, where the thesis penalizes the "
+        "Jacobian: the map contracts at all weights that an optimizer may try. Over all runs "
+        f"{rejected} evaluations met an equilibrium that was not found, and the largest share of such points at the "
+        f"end of a run is {unconverged:g}.",
+        "Time is the processor's, of one core, and errors are measured outside of it. Every run is counted, with its "
+        "last weights; the error against the trusted solution selects nothing.",
+        "The loss is that of the thesis without its Jacobian penalty: the mean square of the initial or boundary "
+        "residual (ten times that on Helmholtz' equation) and a tenth of that of the equation. Points are fewer than "
+        "in the thesis and do not change, so that the residuals are one vector, which Gauss–Newton needs; Adam's "
+        "learning rate is higher and falls along a cosine.",
+    ]
+    order = [row for equation in equations(config) for row in rows(config, equation)]
+    asked = sorted(jobs(config), key=lambda job: (order.index(job.key["row"]), job.key["seed"]))
+    left = [job.name for job in asked if not runs.named(job.name)]
+    if left:
+        names = ", ".join(left[:6]) + (", ..." if len(left) > 6 else "")
+        made.append(f"{len(left)} of {len(asked)} runs are not done or diverged, and left out: {names}.")
+    return made
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def drawings(config: PhysicsInformedConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+    """Solution and error, and the error against time, equation by equation."""
+    from torchimplicit.recipes.physics.runner import restored, values
+
+    made = []
+    for equation in equations(config):
+        if not there(config, runs, equation):
+            continue
+        title, optimizer, seed = EQUATIONS[equation].title, optimizers(config)[0], config.plan.first_seed
+        shown: dict[str, Array] = {}
+        for line in runs.where(equation=equation, seed=seed):
+            if line["row"].optimizer == optimizer:
+                settings = settings_of(config, equation, line["row"].model, optimizer, seed)
+                shown[line["row"].model] = values(restored(settings, folders[line.name]), EQUATIONS[equation])
+        if shown:
+            caption = f"{title}: what was found, and its error; {OPTIMIZERS[optimizer]}, seed {seed}."
+            figure = (_lines if ordinary(equation) else _maps)(equation, shown)
+            made.append(Drawing(f"{equation}-solution", figure, caption))
+        caption = f"{title}: the error along every run, against the processor's time; dashed are the plain networks."
+        figure = against_seconds(runs.where(equation=equation), folders, equation)
+        made.append(Drawing(f"{equation}-seconds", figure, caption))
+    return made
+
+
+def against_seconds(runs: Runs, folders: Mapping[str, Run], equation: EquationName) -> Figure:
+    """The error along the runs, a panel an optimizer, a line a run."""
+    from torchimplicit.recipes.plotting import axes
+
+    shown = [optimizer for optimizer in OPTIMIZERS if any(line["row"].optimizer == optimizer for line in runs)]
+    figure, panels = axes(len(shown), width=4.4, height=3.7)
+    for panel, optimizer in zip(panels, shown, strict=True):
+        labelled: set[str] = set()
+        for line in (line for line in runs if line["row"].optimizer == optimizer):
+            model = line["row"].model
+            looks = folders[line.name].read_json("results.json")["looks"]
+            panel.plot(
+                [look["seconds"] for look in looks],
+                [look[MEASURE[equation]] for look in looks],
+                color=_colour(model),
+                linestyle="-" if MODELS[model].states else "--",
+                linewidth=1.1,
+                label=None if model in labelled else MODELS[model].label,
+            )
+            labelled.add(model)
+        panel.set(title=OPTIMIZERS[optimizer], xscale="log", yscale="log", xlabel="seconds of the processor's time")
+        left, right = panel.get_xlim()
+        ticks = [n * 10.0**k for k in range(-2, 4) for n in (1, 2, 5) if left <= n * 10.0**k <= right]
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.set_xticks([], minor=True)
+    low = min(panel.get_ylim()[0] for panel in panels)
+    high = max(panel.get_ylim()[1] for panel in panels)
+    for panel in panels:
+        panel.set_ylim(low, high)
+    panels[0].set_ylabel(MEASURES[MEASURE[equation]])
+    panels[-1].legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def _lines(name: EquationName, made: dict[str, Array]) -> Figure:
+    from torchimplicit.recipes.plotting import COLOURS, axes
+
+    equation = EQUATIONS[name]
+    grid = equation.grid()
+    right = equation.reference(grid)
+    shown = "equilibrium-5" if "equilibrium-5" in made else next(iter(made))
+    figure, (left, other) = axes(2, width=5.4)
+    some = slice(None, None, max(1, len(grid) // 25))
+    for index, output in enumerate(equation.outputs):
+        left.plot(grid[:, 0], made[shown][:, index], color=COLOURS[index], label=output)
+        left.plot(grid[some, 0], right[some, index], "o", color=COLOURS[index], markersize=3.5)
+    left.set(xlabel=equation.inputs[0], title=f"{MODELS[shown].label} (lines), trusted (dots)")
+    left.legend()
+    for model, found in made.items():
+        gap = np.maximum(np.abs(found - right).max(1), 1e-17)
+        line = "-" if MODELS[model].states else "--"
+        other.plot(grid[:, 0], gap, color=_colour(model), linestyle=line, linewidth=1.2, label=MODELS[model].label)
+    other.set(xlabel=equation.inputs[0], yscale="log", title="largest absolute error of a component")
+    other.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def _maps(name: EquationName, made: dict[str, Array]) -> Figure:
+    from torchimplicit.recipes.plotting import axes
+
+    equation = EQUATIONS[name]
+    grid = equation.grid()
+    right = equation.reference(grid)
+    first, second = (np.unique(grid[:, i]) for i in (0, 1))
+    chosen = [model for model in ("equilibrium-20", "network-20") if model in made] or list(made)[:2]
+    gaps = {model: np.log10(np.maximum(np.abs(made[model] - right)[:, 0], 1e-12)) for model in chosen}
+    low = min(float(np.quantile(gap, 0.05)) for gap in gaps.values())
+    high = max(float(gap.max()) for gap in gaps.values())
+    panels = {f"{MODELS[chosen[0]].label}: solution": made[chosen[0]][:, 0]}
+    panels |= {f"{MODELS[model].label}: log₁₀ of the error": gap for model, gap in gaps.items()}
+    figure, plots = axes(len(panels), width=4.4, height=3.6)
+    for number, (plot, (title, shown)) in enumerate(zip(plots, panels.items(), strict=True)):
+        shape = shown.reshape(len(first), len(second)).T
+        look: dict[str, Any] = {"cmap": "viridis", "vmin": low, "vmax": high} if number else {"cmap": "RdBu_r"}
+        image = plot.pcolormesh(first, second, shape, rasterized=True, **look)
+        figure.colorbar(image, ax=plot)
+        plot.set(xlabel=equation.inputs[0], ylabel=equation.inputs[1], title=title)
+        plot.grid(False)
+    return figure
+
+
+def _colour(model: str) -> str:
+    from torchimplicit.recipes.plotting import COLOURS
+
+    return COLOURS[list(MODELS).index(model)]
+
+
+TABLE = Published(
+    title="Physics-informed equilibrium models beside plain networks",
+    source="Pacheco and Camponogara 2024 (arXiv 2406.03472): the Van der Pol oscillator. Raissi et al. 2019: plain "
+    "networks. The other equations are further tests.",
+    jobs=jobs,
+    figures=figures,
+    protocol=protocol,
+    sheets=sheets,
+    claims=claims,
+    notes=notes,
+    drawings=drawings,
+)

@@ -1,1 +1,0 @@
-"""Physics-informed equilibrium models beside plain networks, on four equations, with three optimizers."""
