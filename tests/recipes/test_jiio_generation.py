@@ -15,14 +15,12 @@ from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.jiio import curves as measurement
 from torchimplicit.recipes.jiio import frechet, runner
 from torchimplicit.recipes.jiio.config import GenerationConfig, Images, Joint, Kind, generation_digits
-from torchimplicit.recipes.jiio.curves import JOINT, Curves, Measured
+from torchimplicit.recipes.jiio.curves import JOINT
 from torchimplicit.recipes.jiio.generation import Generation
 from torchimplicit.recipes.jiio.model import found, joint_solver, reconstruction
 from torchimplicit.recipes.jiio.nested import METHODS, nested
 from torchimplicit.recipes.jiio.pictures import mosaic
-from torchimplicit.recipes.jiio_generation.config import JiioGenerationConfig
-from torchimplicit.recipes.jiio_generation.read import overtaking
-from torchimplicit.recipes.jiio_generation.table import TABLE, jobs, summarize
+from torchimplicit.recipes.joint.generation_table import TABLE, JiioGenerationConfig, jobs, overtaking
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.reproduce.jobs import prepare
 from torchimplicit.recipes.training.logs import rows
@@ -144,14 +142,9 @@ def test_mosaic() -> None:
 
 
 def test_the_cheapest_joint_solve_that_is_as_good() -> None:
-    points = [
-        Measured(JOINT, 10, 1.0, 0.5),
-        Measured(JOINT, 20, 2.0, 0.3),
-        Measured(JOINT, 30, 3.0, 0.2),
-        Measured("adam", 40, 10.0, 0.3),
-        Measured("adam", 10, 3.0, 0.1),
-    ]
-    one = Curves(points, 1.0, (1.0, 1.0, 1.0), {}, {})
+    measured = [(JOINT, 10, 1.0, 0.5), (JOINT, 20, 2.0, 0.3), (JOINT, 30, 3.0, 0.2), ("adam", 40, 10.0, 0.3),
+                ("adam", 10, 3.0, 0.1)]  # fmt: skip
+    one = {"points": [dict(zip(("method", "steps", "seconds", "loss"), point, strict=True)) for point in measured]}
     better = overtaking(one, "adam", 40)
     assert better is not None
     assert (better.steps, better.ratio) == (20, 5.0)
@@ -177,11 +170,11 @@ def test_the_table_with_one_seed_and_with_none(tmp_path: Any) -> None:
         logged = [row["forward_evaluations"] for row in rows(run.metrics) if "loss" in row]
         assert min(logged) > 1, "those of joint solves count as the layer's do"
         runs[job.name] = run
-    summary = summarize(config, runs)
+    summary = TABLE.summarize(config, runs)
     assert len(summary.claims) == 5
     assert {d.name for d in summary.drawings} == {"curves-jiio", "images-jiio", "images-vae"}
     assert "wide-0, jiio-1" in summary.notes[-1]
     runner.RUNNER.evaluate(short, run, QUIET)
-    nothing = summarize(config, {})
+    nothing = TABLE.summarize(config, {})
     assert not nothing.claims
     assert not nothing.drawings

@@ -17,8 +17,7 @@ from torchimplicit.recipes.images import olivetti
 from torchimplicit.recipes.jiio.config import Images, InverseConfig, Joint, inverse_digits
 from torchimplicit.recipes.jiio.inverse import Restoration
 from torchimplicit.recipes.jiio.restoring import RUNNER
-from torchimplicit.recipes.jiio_inverse.config import JiioInverseConfig
-from torchimplicit.recipes.jiio_inverse.table import ROWS, TABLE, jobs, summarize
+from torchimplicit.recipes.joint.inverse_table import ROWS, TABLE, JiioInverseConfig, jobs
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.reproduce.jobs import prepare
 from torchimplicit.recipes.training.settings import Machine, Optimization
@@ -146,10 +145,10 @@ def test_the_table_with_some_runs_and_with_none(tmp_path: Any) -> None:
         run = prepare(replace(job, config=short), tmp_path)
         assert RUNNER.train(short, run, QUIET)
         runs[job.name] = run
-    summary = summarize(config, runs)
+    summary = TABLE.summarize(config, runs)
     assert summary.claims[0].statement.startswith("The exact gradient, as in training")
     assert [claim.statement.split(":")[0] for claim in summary.claims[1:]] == ["denoising"]
     assert [line[0] for line in summary.sheets[-1].table.rows] == ["denoising: exact", "denoising: first-order"]
     assert [d.name for d in summary.drawings] == ["denoising"]
     RUNNER.evaluate(short, run, QUIET)
-    assert not summarize(config, {}).claims
+    assert not TABLE.summarize(config, {}).claims

@@ -275,13 +275,13 @@ TABLES = {
     ),
     "jiio-generation": Entry(
         "Joint inference beside nested optimization, loss against time; a decoder without an encoder beside a VAE.",
-        f"{_HERE}.jiio_generation.config:default",
-        f"{_HERE}.jiio_generation.table:TABLE",
+        f"{_HERE}.joint.generation_table:default",
+        f"{_HERE}.joint.generation_table:TABLE",
     ),
     "jiio-inverse": Entry(
         "Denoising and inpainting by joint inference, with exact and first-order training gradients.",
-        f"{_HERE}.jiio_inverse.config:default",
-        f"{_HERE}.jiio_inverse.table:TABLE",
+        f"{_HERE}.joint.inverse_table:default",
+        f"{_HERE}.joint.inverse_table:TABLE",
     ),
     "jiio-adversarial": Entry(
         "Adversarial training of an equilibrium model: attacks by joint inference beside PGD (JIIO, Table 5).",

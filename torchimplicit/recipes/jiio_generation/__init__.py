@@ -1,1 +1,0 @@
-"""Joint inference beside nested optimization, and the images of decoders trained by it (Gurumurthy et al. 2021)."""

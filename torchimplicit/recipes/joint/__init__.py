@@ -1,0 +1,1 @@
+"""Joint inference and input optimization, and its tables (Gurumurthy et al. 2021)."""
