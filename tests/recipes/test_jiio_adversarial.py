@@ -18,19 +18,14 @@ from torch.nn import functional
 import torchimplicit as ti
 from torchimplicit.models import EquilibriumClassifier, EquilibriumClassifierConfig
 from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.jiio_adversarial import table
 from torchimplicit.recipes.jiio_adversarial.attack import JIIO, PGD, judged
-from torchimplicit.recipes.jiio_adversarial.config import (
-    AdversarialConfig,
-    AdversarialTableConfig,
-    AttacksConfig,
-    digits,
-    mnist,
-)
-from torchimplicit.recipes.jiio_adversarial.measure import RUNNER, read
-from torchimplicit.recipes.jiio_adversarial.rows import jobs as table_jobs
+from torchimplicit.recipes.jiio_adversarial.config import AdversarialConfig, AttacksConfig, digits, mnist
+from torchimplicit.recipes.jiio_adversarial.measure import RUNNER
 from torchimplicit.recipes.jiio_adversarial.task import RUNNER as TRAINER
 from torchimplicit.recipes.jiio_adversarial.task import AdversarialTraining
+from torchimplicit.recipes.joint import adversarial_table as table
+from torchimplicit.recipes.joint.adversarial_table import AdversarialTableConfig
+from torchimplicit.recipes.joint.adversarial_table import jobs as table_jobs
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.run import RunOptions, create
 from torchimplicit.recipes.runtime.table import Plan
@@ -193,14 +188,14 @@ def test_the_table(tmp_path) -> None:
         run = create(job.recipe, RunOptions(output=tmp_path / job.name))
         run.describe(job.recipe, attacks)
         assert RUNNER.train(attacks, run, Console(quiet=True))
-        assert set(read(run)) == {"clean", "PGD-1", "PGD-2", "JIIO-2", "JIIO-4", "JIIO-4, Anderson"}
+        assert set(run.read_json("attacks.json")) == {"clean", "PGD-1", "PGD-2", "JIIO-2", "JIIO-4", "JIIO-4, Anderson"}
         runs[job.name] = run
     full = AttacksConfig(pgd_steps=(1, 2), jiio_steps=(2, 4))
     kept = table.attacked
     try:
         table.attacked = lambda *_: full
-        summary = table.summarize(config, runs)
-        assert table.summarize(config, {}).runs == {}
+        summary = table.TABLE.summarize(config, runs)
+        assert table.TABLE.summarize(config, {}).runs == {}
     finally:
         table.attacked = kept
     assert summary.sheets[0].table.rows[1][1] != "–"

@@ -20,18 +20,14 @@ import torchimplicit as ti
 from torchimplicit.models import ContextEquilibrium, ContextEquilibriumConfig
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.jiio_meta import omniglot as characters
-from torchimplicit.recipes.jiio_meta import sinusoids, table
+from torchimplicit.recipes.jiio_meta import sinusoids
 from torchimplicit.recipes.jiio_meta import task as tasks
 from torchimplicit.recipes.jiio_meta.adapt import Descent, Joint, errors, exact
-from torchimplicit.recipes.jiio_meta.config import (
-    AdaptationsConfig,
-    MetaConfig,
-    MetaTableConfig,
-    omniglot,
-    sinusoid,
-)
-from torchimplicit.recipes.jiio_meta.measure import RUNNER, read
+from torchimplicit.recipes.jiio_meta.config import AdaptationsConfig, MetaConfig, omniglot, sinusoid
+from torchimplicit.recipes.jiio_meta.measure import RUNNER
 from torchimplicit.recipes.jiio_meta.task import RUNNER as TRAINER
+from torchimplicit.recipes.joint import meta_table as table
+from torchimplicit.recipes.joint.meta_table import MetaTableConfig
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.run import RunOptions, create
 from torchimplicit.recipes.runtime.table import Plan
@@ -208,11 +204,11 @@ def test_the_table(tmp_path) -> None:
         run = create(job.recipe, RunOptions(output=tmp_path / job.name))
         run.describe(job.recipe, few)
         assert RUNNER.train(few, run, Console(quiet=True))
-        assert set(read(run)) == {"JIIO-2", "JIIO-5", "JIIO-25", "descent-1", "descent-5"}
+        assert set(run.read_json("adaptations.json")) == {"JIIO-2", "JIIO-5", "JIIO-25", "descent-1", "descent-5"}
         runs[job.name] = run
-    summary = table.summarize(config, runs)
+    summary = table.TABLE.summarize(config, runs)
     assert len(summary.sheets) == 5
     assert len(summary.claims) == 6
-    some = table.summarize(config, {jobs[0].name: runs[jobs[0].name]})
+    some = table.TABLE.summarize(config, {jobs[0].name: runs[jobs[0].name]})
     assert len(some.sheets) == 2
-    assert table.summarize(config, {}).sheets == []
+    assert table.TABLE.summarize(config, {}).sheets == []

@@ -285,13 +285,13 @@ TABLES = {
     ),
     "jiio-adversarial": Entry(
         "Adversarial training of an equilibrium model: attacks by joint inference beside PGD (JIIO, Table 5).",
-        f"{_HERE}.jiio_adversarial.config:default",
-        f"{_HERE}.jiio_adversarial.table:TABLE",
+        f"{_HERE}.joint.adversarial_table:default",
+        f"{_HERE}.joint.adversarial_table:TABLE",
     ),
     "jiio-meta": Entry(
         "Meta-learning: a context by joint inference and by gradient descent, on sine waves and Omniglot (JIIO).",
-        f"{_HERE}.jiio_meta.config:default",
-        f"{_HERE}.jiio_meta.table:TABLE",
+        f"{_HERE}.joint.meta_table:default",
+        f"{_HERE}.joint.meta_table:TABLE",
     ),
     "ofdft-gradients": Entry(
         "Gradients through a density functional's minimum: exact, damped, by propagation, and the adjoint's solvers.",

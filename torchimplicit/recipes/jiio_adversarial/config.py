@@ -8,10 +8,12 @@ from typing import Literal
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.options import fraction, not_negative, option, positive
-from torchimplicit.recipes.runtime.table import Plan
 from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
 
 Adversary = Literal["none", "pgd", "jiio"]
+
+CLEAN = "clean"
+"""What images are called that no attack has changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,33 +137,11 @@ class AttacksConfig:
             if not getattr(self, name) or not min(getattr(self, name)) > 0:
                 raise UserError(f"{option(name)} must be one or more positive numbers")
 
+    def strongest(self, kind: str) -> str:
+        """The name of the longest attack of a kind."""
+        return f"{kind}-{max(self.pgd_steps if kind == 'PGD' else self.jiio_steps)}"
+
 
 def attacks() -> AttacksConfig:
     """On the bundled digits."""
     return AttacksConfig()
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdversarialTableConfig:
-    """Clean, PGD and JIIO training; clean images and images attacked by PGD and by JIIO; strength against time."""
-
-    plan: Plan = field(default_factory=Plan)
-
-    data: Literal["digits", "mnist"] = "digits"
-    """Which images."""
-
-    data_dir: Path | None = None
-    """The folder that holds them."""
-
-    steps: int | None = None
-    """Of each training; by default the recipe's."""
-
-    machine: Machine = field(default_factory=lambda: Machine(tensorboard=False))
-
-    def __post_init__(self) -> None:
-        positive(self, "steps")
-
-
-def default() -> AdversarialTableConfig:
-    """On the bundled digits."""
-    return AdversarialTableConfig()

@@ -15,17 +15,15 @@ from torchimplicit.models import EquilibriumClassifier
 from torchimplicit.recipes import files
 from torchimplicit.recipes.fitting import load_weights
 from torchimplicit.recipes.jiio_adversarial.attack import JIIO, PGD, Attack, judged
-from torchimplicit.recipes.jiio_adversarial.config import AttacksConfig
+from torchimplicit.recipes.jiio_adversarial.config import CLEAN, AttacksConfig
 from torchimplicit.recipes.jiio_adversarial.task import RUNNER as TRAINER
 from torchimplicit.recipes.jiio_adversarial.task import AdversarialTraining, pixels
 from torchimplicit.recipes.machine import clock, device
-from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.tables import Column, Table
 from torchimplicit.recipes.training.measuring import Measuring
 from torchimplicit.solvers import Anderson
 
-CLEAN = "clean"
 SHOWN = 8
 """Images of the picture."""
 
@@ -49,11 +47,6 @@ class Strength:
     evaluations: float = 0.0
     step_size: float = 0.0
     tolerance: float = 0.0
-
-
-def read(run: Run) -> dict[str, Strength]:
-    """What a run has measured."""
-    return {name: from_plain(Strength, plain) for name, plain in run.read_json("attacks.json").items()}
 
 
 def measured(config: AttacksConfig, run: Run) -> dict[str, Strength]:
@@ -94,7 +87,7 @@ def measured(config: AttacksConfig, run: Run) -> dict[str, Strength]:
             )
         shown = {
             CLEAN: images,
-            **{name: changed[name] for name in (strongest(config, "PGD"), strongest(config, "JIIO"))},
+            **{name: changed[name] for name in (config.strongest("PGD"), config.strongest("JIIO"))},
         }
         with torch.no_grad():
             pictures = {
@@ -103,11 +96,6 @@ def measured(config: AttacksConfig, run: Run) -> dict[str, Strength]:
             }
     files.save(pictures, run.path / "pictures.pt")
     return found
-
-
-def strongest(config: AttacksConfig, kind: str) -> str:
-    """The name of the longest attack of a kind: those of the table of accuracies."""
-    return f"{kind}-{max(config.pgd_steps if kind == 'PGD' else config.jiio_steps)}"
 
 
 def tuned(config: AttacksConfig, model: EquilibriumClassifier, images: Tensor, labels: Tensor) -> dict[str, PGD | JIIO]:

@@ -8,7 +8,6 @@ from typing import Literal
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.options import fraction, not_negative, option, positive
-from torchimplicit.recipes.runtime.table import Plan
 from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
 
 Adaptation = Literal["jiio", "jiio-first-order", "jiio-unrolled", "descent"]
@@ -142,29 +141,3 @@ class AdaptationsConfig:
 def adaptations() -> AdaptationsConfig:
     """On sine waves."""
     return AdaptationsConfig()
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetaTableConfig:
-    """Contexts by JIIO, with exact and first-order gradients, and by gradient descent."""
-
-    plan: Plan = field(default_factory=Plan)
-
-    problems: tuple[Literal["sinusoid", "omniglot"], ...] = ("sinusoid", "omniglot")
-    """Which."""
-
-    data_dir: Path | None = None
-    """The folder with Omniglot's images_background_small1.zip."""
-
-    steps: int | None = None
-    """Of each training; by default the recipe's."""
-
-    machine: Machine = field(default_factory=lambda: Machine(tensorboard=False))
-
-    def __post_init__(self) -> None:
-        positive(self, "steps")
-
-
-def default() -> MetaTableConfig:
-    """Both, minutes a row on one core."""
-    return MetaTableConfig()

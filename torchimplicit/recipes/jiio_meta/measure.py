@@ -17,7 +17,6 @@ from torchimplicit.recipes.jiio_meta.task import RUNNER as TRAINER
 from torchimplicit.recipes.jiio_meta.task import MetaLearning, judged
 from torchimplicit.recipes.jiio_meta.tasks import Tasks
 from torchimplicit.recipes.machine import clock, device
-from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.tables import Column, Table
 from torchimplicit.recipes.training.measuring import Measuring
@@ -40,11 +39,6 @@ class Quality:
     seconds: float
     evaluations: float
     step_size: float
-
-
-def read(run: Run) -> dict[str, Quality]:
-    """What a run has measured."""
-    return {name: from_plain(Quality, plain) for name, plain in run.read_json("adaptations.json").items()}
 
 
 def measured(config: AdaptationsConfig, run: Run) -> dict[str, Quality]:
