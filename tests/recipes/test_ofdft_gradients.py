@@ -23,15 +23,15 @@ from torchimplicit.recipes.chemistry import compute
 from torchimplicit.recipes.chemistry.known import named
 from torchimplicit.recipes.chemistry.settings import ChemistrySettings
 from torchimplicit.recipes.chemistry.storage import file_name
+from torchimplicit.recipes.density import gradients as gathered
+from torchimplicit.recipes.density.gradients import TABLE, TableConfig
 from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.ofdft_gradients import gathered
 from torchimplicit.recipes.ofdft_gradients.adjoint import ways
-from torchimplicit.recipes.ofdft_gradients.config import MoleculeGradientsConfig, TableConfig
+from torchimplicit.recipes.ofdft_gradients.config import MoleculeGradientsConfig
 from torchimplicit.recipes.ofdft_gradients.measure import RUNNER, measured
 from torchimplicit.recipes.ofdft_gradients.optimum import Optimum, check, load, made
 from torchimplicit.recipes.ofdft_gradients.results import MoleculeResults, slope
 from torchimplicit.recipes.ofdft_gradients.softening import softest
-from torchimplicit.recipes.ofdft_gradients.table import TABLE, summarize
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.run import Run, RunOptions, create
 from torchimplicit.recipes.runtime.table import Plan
@@ -217,7 +217,7 @@ class TestTable:
     @pytest.fixture
     def runs(self, tmp_path, results) -> dict[str, Run]:
         """What a table's runs leave, for the settings of the table; one run is missing."""
-        settings = gathered.one(self.config, "H2", "fitted", 0)
+        settings = gathered.settings_of(self.config, "H2", "fitted", 0)
 
         def spread(entries, wanted, name):
             return [replace(entries[min(i, len(entries) - 1)], **{name: value}) for i, value in enumerate(wanted)]
@@ -241,7 +241,7 @@ class TestTable:
         return found
 
     def test_makes_sense_of_what_is_there(self, runs):
-        summary = summarize(self.config, runs)
+        summary = TABLE.summarize(self.config, runs)
         assert "Not measured: H2-trained-seed1." in summary.notes
         for sheet in summary.sheets:
             assert all(len(row) == len(sheet.table.columns) for row in sheet.table.rows), sheet.title
@@ -252,7 +252,7 @@ class TestTable:
         assert not next(c for s, c in claims.items() if s.startswith("With a weight of 1e-4")).holds
 
     def test_without_runs(self):
-        summary = summarize(self.config, {})
+        summary = TABLE.summarize(self.config, {})
         assert summary.sheets == summary.claims == summary.drawings == []
 
 

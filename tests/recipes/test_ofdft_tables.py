@@ -17,24 +17,13 @@ from torchimplicit.recipes.chemistry import storage
 from torchimplicit.recipes.chemistry.geometry import distorted
 from torchimplicit.recipes.chemistry.known import named
 from torchimplicit.recipes.chemistry.settings import ChemistrySettings
+from torchimplicit.recipes.density import molecules, single, stability
+from torchimplicit.recipes.density.results import ratio, seconds_to, shown, told
 from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.ofdft_molecules import config as molecules
-from torchimplicit.recipes.ofdft_molecules import rows as molecules_rows
-from torchimplicit.recipes.ofdft_molecules.table import TABLE as MOLECULES
-from torchimplicit.recipes.ofdft_molecules.table import summarize as summarize_molecules
-from torchimplicit.recipes.ofdft_runs import ratio, results_of, seconds_to, shown, told
-from torchimplicit.recipes.ofdft_single import config as single
-from torchimplicit.recipes.ofdft_single import gathered as single_runs
-from torchimplicit.recipes.ofdft_single.table import summarize as summarize_single
-from torchimplicit.recipes.ofdft_stability import config as stability
-from torchimplicit.recipes.ofdft_stability import rows as stability_rows
-from torchimplicit.recipes.ofdft_stability.claims import claims as stability_claims
-from torchimplicit.recipes.ofdft_stability.growth import own
-from torchimplicit.recipes.ofdft_stability.table import summarize as summarize_stability
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.registry import runner, settings
 from torchimplicit.recipes.reproduce.jobs import prepare
-from torchimplicit.recipes.runtime.table import Plan
+from torchimplicit.recipes.runtime.table import Plan, Runs
 
 H2 = Path(__file__).parents[1] / "data" / "h2.npz"
 
@@ -73,7 +62,7 @@ def well_formed(summary, runs):
 @pytest.mark.parametrize("name", ["ofdft-single", "ofdft-molecules", "ofdft-stability"])
 def test_jobs_are_sound(name):
     config = settings(name)
-    made = {"ofdft-single": single_runs, "ofdft-molecules": molecules_rows, "ofdft-stability": stability_rows}[name]
+    made = {"ofdft-single": single, "ofdft-molecules": molecules, "ofdft-stability": stability}[name]
     jobs = made.jobs(config)
     assert len({job.name for job in jobs}) == len(jobs)
     assert len(jobs) % config.plan.seeds == 0
@@ -87,32 +76,29 @@ def test_one_molecule(folder, tmp_path):
         plan=Plan(seeds=1), molecule="H2", optimizers=("l-bfgs",), l_bfgs_iterations=1, grid=1, data_dir=folder
     )
     config = replace(config, estimators=("implicit", "eqprop"))
-    runs = run_all(single_runs.jobs(config), tmp_path)
-    summary = summarize_single(config, runs)
+    runs = run_all(single.jobs(config), tmp_path)
+    summary = single.TABLE.summarize(config, runs)
     well_formed(summary, runs)
     assert [drawing.name for drawing in summary.drawings] == ["loss", "line"]
     assert len(summary.sheets[0].table.rows) == 2 + 2
     assert len(summary.claims) == 2
     one = dict(list(runs.items())[:1])
-    assert any("1 of 2 runs are missing" in note for note in summarize_single(config, one).notes)
-    assert not summarize_single(config, {}).sheets
+    assert any("1 of 2 runs are missing" in note for note in single.TABLE.summarize(config, one).notes)
+    assert not single.TABLE.summarize(config, {}).sheets
 
 
-def test_claims_of_one_molecule_follow_the_figures(folder, tmp_path):
-    config = single.SingleConfig(plan=Plan(seeds=1), molecule="H2", l_bfgs_iterations=1, grid=1, data_dir=folder)
-    job = single_runs.jobs(config)[0]
-    one = results_of(run_all([job], tmp_path)[job.name])
+def test_claims_of_one_molecule_follow_the_figures():
+    config = single.SingleConfig(plan=Plan(seeds=1), optimizers=("l-bfgs",))
 
-    def row(estimator, end, seconds):
-        first, last = one.looks[0], replace(one.looks[-1], loss=end * one.looks[0].loss, seconds=seconds)
-        return single_runs.Row(estimator, "l-bfgs", {0: replace(one, looks=[first, last])})
+    def holding(**rows):
+        figures = {
+            f"{name.replace('_', '-')}-l-bfgs-0": {"loss": [1.0, end], "losses": [[0.0, 1.0], [seconds, end]]}
+            for name, (end, seconds) in rows.items()
+        }
+        return [claim.holds for claim in single.claims(config, Runs.made_by(single.jobs(config), figures))]
 
-    from torchimplicit.recipes.ofdft_single.claims import claims
-
-    made = claims(config, [row("implicit", 0.5, 1.0), row("eqprop", 0.51, 2.0), row("eqprop-one-sided", 0.58, 1.0)])
-    assert [claim.holds for claim in made] == [True, False, True]
-    made = claims(config, [row("implicit", 0.7, 1.0), row("eqprop", 0.7, 2.0)])
-    assert [claim.holds for claim in made] == [False, False]
+    assert holding(implicit=(0.5, 1.0), eqprop=(0.51, 2.0), eqprop_one_sided=(0.58, 1.0)) == [True, False, True]
+    assert holding(implicit=(0.7, 1.0), eqprop=(0.7, 2.0)) == [False, False]
 
 
 def test_several_molecules(folder, tmp_path):
@@ -126,16 +112,16 @@ def test_several_molecules(folder, tmp_path):
         grid=1,
         data_dir=folder,
     )
-    MOLECULES.check(config)
-    runs = run_all(molecules_rows.jobs(config), tmp_path)
-    summary = summarize_molecules(config, runs)
+    molecules.TABLE.check(config)
+    runs = run_all(molecules.jobs(config), tmp_path)
+    summary = molecules.TABLE.summarize(config, runs)
     well_formed(summary, runs)
     assert len(summary.claims) == 5
     assert [drawing.name for drawing in summary.drawings] == ["along-training", "test"]
     assert len(summary.sheets[0].table.rows) == 2 + 2
-    one = results_of(runs["gauss-newton-0"])
-    assert 0 < ratio(one) < 1.5
-    assert math.isnan(seconds_to(one, 1e-9))
+    line = Runs.made_by(molecules.jobs(config), summary.runs)[0]
+    assert 0 < ratio(line) < 1.5
+    assert math.isnan(seconds_to(line, 1e-9))
 
 
 def test_inner_iterations(folder, tmp_path):
@@ -149,28 +135,27 @@ def test_inner_iterations(folder, tmp_path):
         grid=1,
         data_dir=folder,
     )
-    runs = run_all(stability_rows.jobs(config), tmp_path)
-    summary = summarize_stability(config, runs)
+    runs = run_all(stability.jobs(config), tmp_path)
+    summary = stability.TABLE.summarize(config, runs)
     well_formed(summary, runs)
     assert len(summary.claims) == 5
     assert [drawing.name for drawing in summary.drawings] == ["by-l-bfgs", "by-descent", "by-eigenvalue"]
-    row = next(row for row in stability_rows.read(config, runs) if row.name == "l-bfgs-plain")
-    assert own(row.results[0]) >= 1
-    assert row.results[0].looks[0].train.least > 0
+    plain = summary.runs["l-bfgs-plain-0"]
+    assert plain["growth"] >= 1
+    assert plain["looks"][0]["least"] > 0
 
-    def grown(name, ours, descent):
-        """That row, its steps and those of gradient descent multiplied, the latter after training."""
-        inner, help_ = stability_rows.all_rows(config)[name]
-        (first, last), before = row.results[0].looks[:2], row.counted[0]
-        last = replace(last, train=replace(last.train, mean_steps=ours * first.train.mean_steps, unconverged=0.0))
-        after = [replace(one, steps=int(descent * one.steps)) for one in before.descent_before]
-        results = replace(row.results[0], looks=[first, last])
-        return stability_rows.Row(inner, help_, {0: results}, {0: replace(before, descent_after=after)})
+    def holding(**rows):
+        """The growth of each row, and how many times as many steps gradient descent takes after training."""
+        figures = {}
+        for name, (growth, descent) in rows.items():
+            before = plain["counted"]["descent_before"]
+            after = [{**one, "steps": int(descent * one["steps"])} for one in before]
+            counted = {**plain["counted"], "descent_after": after}
+            figures[f"{name.replace('_', '-')}-0"] = {**plain, "growth": growth, "counted": counted}
+        return [claim.holds for claim in stability.claims(config, Runs.made_by(stability.jobs(config), figures))]
 
-    rows = [grown("descent-plain", 5, 5), grown("l-bfgs-plain", 1.5, 6), grown("l-bfgs-even", 1.5, 3)]
-    assert [claim.holds for claim in stability_claims(rows)] == [True, True, True, True]
-    rows = [grown("descent-plain", 3, 3), grown("l-bfgs-plain", 3, 3), grown("l-bfgs-even", 3, 3)]
-    assert [claim.holds for claim in stability_claims(rows)] == [False, False, False, False]
+    assert holding(descent_plain=(5, 5), l_bfgs_plain=(1.5, 6), l_bfgs_even=(1.5, 3)) == [True] * 4
+    assert holding(descent_plain=(3, 3), l_bfgs_plain=(3, 3), l_bfgs_even=(3, 3)) == [False] * 4
 
 
 def test_settings_that_make_no_sense():
@@ -179,13 +164,13 @@ def test_settings_that_make_no_sense():
     with pytest.raises(UserError, match="takes 16 of --qm9-limit 12 away"):
         molecules.MoleculesConfig(qm9_limit=12)
     with pytest.raises(UserError, match="no row 'newton'; the rows are gauss-newton"):
-        molecules_rows.jobs(molecules.MoleculesConfig(rows=("newton",)))
+        molecules.jobs(molecules.MoleculesConfig(rows=("newton",)))
     with pytest.raises(UserError, match="no row 'sgd'; the rows are l-bfgs-plain"):
-        stability_rows.jobs(stability.StabilityConfig(rows=("sgd",)))
+        stability.jobs(stability.StabilityConfig(rows=("sgd",)))
     with pytest.raises(UserError, match="row 'l-bfgs-hessian' is drawn at random"):
-        stability_rows.jobs(stability.StabilityConfig(rows=("l-bfgs-hessian",)))
+        stability.jobs(stability.StabilityConfig(rows=("l-bfgs-hessian",)))
     drawn = stability.StabilityConfig(rows=("l-bfgs-hessian",), optimizer="adam")
-    assert len(stability_rows.jobs(drawn)) == 3
+    assert len(stability.jobs(drawn)) == 3
     with pytest.raises(UserError, match="--molecules must be different"):
         stability.StabilityConfig(molecules=())
 

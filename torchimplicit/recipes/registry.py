@@ -295,23 +295,23 @@ TABLES = {
     ),
     "ofdft-gradients": Entry(
         "Gradients through a density functional's minimum: exact, damped, by propagation, and the adjoint's solvers.",
-        f"{_HERE}.ofdft_gradients.config:default",
-        f"{_HERE}.ofdft_gradients.table:TABLE",
+        f"{_HERE}.density.gradients:default",
+        f"{_HERE}.density.gradients:TABLE",
     ),
     "ofdft-single": Entry(
         "One molecule's density functional by implicit differentiation and by propagation: loss and time.",
-        f"{_HERE}.ofdft_single.config:default",
-        f"{_HERE}.ofdft_single.table:TABLE",
+        f"{_HERE}.density.single:default",
+        f"{_HERE}.density.single:TABLE",
     ),
     "ofdft-molecules": Entry(
         "Density functionals for several molecules, tested on new geometries and on new molecules of QM9.",
-        f"{_HERE}.ofdft_molecules.config:default",
-        f"{_HERE}.ofdft_molecules.table:TABLE",
+        f"{_HERE}.density.molecules:default",
+        f"{_HERE}.density.molecules:TABLE",
     ),
     "ofdft-stability": Entry(
         "How hard densities are to find as their functional is trained, and what keeps it from growing harder.",
-        f"{_HERE}.ofdft_stability.config:default",
-        f"{_HERE}.ofdft_stability.table:TABLE",
+        f"{_HERE}.density.stability:default",
+        f"{_HERE}.density.stability:TABLE",
     ),
 }
 """What ``reproduce`` reproduces, likewise."""
@@ -354,8 +354,8 @@ PARTS = {
     ),
     "ofdft-stability-training": Entry(
         "A training whose minimizations are counted at its start and its end, by two solvers.",
-        f"{_HERE}.ofdft_stability.config:training",
-        f"{_HERE}.ofdft_stability.measure:RUNNER",
+        f"{_HERE}.density.stability:training",
+        f"{_HERE}.density.counted:RUNNER",
     ),
 }
 """What tables run beside recipes. No command names them, and nothing lists them."""

@@ -14,12 +14,11 @@ from torch import Tensor
 from torchimplicit.linear import CG, LSMR, MINRES, Dense, Jacobi, LinearOperator, LinearSolver, ReferenceHessian
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.problems import Minimum
+from torchimplicit.recipes.ofdft_gradients.config import TOLERANCE
 from torchimplicit.recipes.ofdft_gradients.optimum import Optimum
 from torchimplicit.recipes.ofdft_gradients.results import Solved
 from torchimplicit.solution import Status
 
-TOLERANCE = 1e-8
-"""Relative, of the residual, for the solvers that have one."""
 MOST = 2000
 """Steps of theirs."""
 STEPS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000, 1500, 2000)

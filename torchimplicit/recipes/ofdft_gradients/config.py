@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.options import not_negative, option, positive
-from torchimplicit.recipes.runtime.table import Plan
 
 State = Literal["fitted", "trained"]
 """Which functional: one that is only fitted, or one of less von Weizsäcker energy that was trained too."""
 
 STATES: tuple[State, ...] = ("fitted", "trained")
+
+
+WEIZSAECKER: dict[State, float] = {"fitted": 0.4, "trained": 0.05}
+
+SPREAD: dict[State, float] = {"fitted": 0.1, "trained": 0.3}
+"""Standard deviation of the weights of the enhancement factor's last layer."""
+
+LEARNING_RATE = 3e-3
+
+FELT = 0.05
+"""The least share of the gradient that comes through a mode which is moved."""
+
+TOLERANCE = 1e-8
+"""Relative, of the residual, for the solvers that have one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,35 +99,6 @@ class MoleculeGradientsConfig:
                 raise UserError(f"{option(name)} must be positive numbers, two at least")
         if 1.0 not in self.softness:
             raise UserError(f"{option('softness')} must hold 1, the eigenvalue as it is")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableConfig:
-    """Gradients through the minimum of a density functional, at several molecules."""
-
-    molecules: tuple[str, ...] = ("H2", "H2O")
-    """By their formulas; NH3 and CH4 take minutes longer."""
-
-    data_dir: Path | None = None
-    """The folder of computed molecules. By default the user's cache; what is not there is computed by PySCF."""
-
-    sigma: float = 0.04
-    """Standard deviation of the displacements of the nuclei, in angstrom, another geometry for every seed."""
-
-    grid: int = 0
-    """Level of the integration grid, 0 to 9; level 1 has four times as many points and nearly the same spectra."""
-
-    plan: Plan = field(default_factory=lambda: Plan(seeds=2))
-
-    def __post_init__(self) -> None:
-        not_negative(self, "sigma")
-        if not self.molecules or len(set(self.molecules)) < len(self.molecules):
-            raise UserError(f"{option('molecules')} must be different molecules, one at least")
-
-
-def default() -> TableConfig:
-    """The table."""
-    return TableConfig()
 
 
 def measurement() -> MoleculeGradientsConfig:

@@ -27,15 +27,16 @@ from torchimplicit.recipes.chemistry.settings import ChemistrySettings
 from torchimplicit.recipes.chemistry.storage import file_name
 from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fetch import cache_folder
-from torchimplicit.recipes.ofdft_gradients.config import MoleculeGradientsConfig, State
+from torchimplicit.recipes.ofdft_gradients.config import (
+    LEARNING_RATE,
+    SPREAD,
+    WEIZSAECKER,
+    MoleculeGradientsConfig,
+)
 from torchimplicit.solution import Report, Solution, Status
 from torchimplicit.solve import flat_system, solve
 from torchimplicit.solvers import LBFGS
 
-WEIZSAECKER: dict[State, float] = {"fitted": 0.4, "trained": 0.05}
-SPREAD: dict[State, float] = {"fitted": 0.1, "trained": 0.3}
-"""Standard deviation of the weights of the enhancement factor's last layer."""
-LEARNING_RATE = 3e-3
 TRIES = 4
 """How often a minimization that ended at a saddle begins again."""
 

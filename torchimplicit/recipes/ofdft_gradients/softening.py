@@ -11,12 +11,9 @@ from torchimplicit.gradients import DampedImplicit, Gradient, Implicit
 from torchimplicit.linear import Dense, ReferenceHessian
 from torchimplicit.models.orbital_free.second import hessian
 from torchimplicit.problems import Minimum
-from torchimplicit.recipes.ofdft_gradients.config import MoleculeGradientsConfig
+from torchimplicit.recipes.ofdft_gradients.config import FELT, MoleculeGradientsConfig
 from torchimplicit.recipes.ofdft_gradients.optimum import Optimum
 from torchimplicit.recipes.ofdft_gradients.results import Softened
-
-FELT = 0.05
-"""The least share of the gradient that comes through a mode which is moved."""
 
 SYMMETRIC_NUDGE = 1e-3
 

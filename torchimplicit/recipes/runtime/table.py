@@ -85,12 +85,18 @@ class Job:
         recipe: in the registry.
         config: its settings.
         key: which run of the table it is, such as its row and its seed.
+        recorded: the name in the record, where it is another.
     """
 
     name: str
     recipe: str
     config: Any
     key: Mapping[str, Any] = field(default_factory=dict)
+    recorded: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.recorded:
+            object.__setattr__(self, "recorded", self.name)
 
 
 @dataclass(frozen=True)
@@ -232,7 +238,8 @@ class Runs(Sequence[Line]):
     @classmethod
     def made_by(cls, jobs: Iterable[Job], figures: Mapping[str, Any]) -> Runs:
         """Those of the jobs of which ``figures`` holds something."""
-        return cls(Line(job.name, job.key, figures[job.name]) for job in jobs if figures.get(job.name) is not None)
+        there = (job for job in jobs if figures.get(job.recorded) is not None)
+        return cls(Line(job.name, job.key, figures[job.recorded]) for job in there)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -342,11 +349,12 @@ class Cell(Generic[T]):
     note: str = ""
 
 
-def sheet(title: str, rows: Iterable[T], cells: Iterable[Cell[T]]) -> Sheet:
-    """A table of the rows."""
+def sheet(title: str, rows: Iterable[T], cells: Iterable[Cell[T]], below: Iterable[Sequence[str]] = ()) -> Sheet:
+    """A table of the rows; lines of text ``below`` them are filled up with dashes."""
     shown = list(cells)
     columns = [Column(one.title, one.unit, one.note) for one in shown]
-    return Sheet(title, Table(columns, [[one.of(row) for one in shown] for row in rows]))
+    last = [[*line, *[NONE] * (len(shown) - len(line))] for line in below]
+    return Sheet(title, Table(columns, [*([one.of(row) for one in shown] for row in rows), *last]))
 
 
 def shown(value: Any, form: str) -> str:
@@ -451,7 +459,8 @@ class Published(Generic[C]):
 
     def gather(self, config: C, folders: Mapping[str, Run]) -> dict[str, Any]:
         """What a record holds of these runs."""
-        found = {job.name: self.figures(config, folders[job.name]) for job in self.jobs(config) if job.name in folders}
+        there = (job for job in self.jobs(config) if job.name in folders)
+        found = {job.recorded: self.figures(config, folders[job.name]) for job in there}
         return to_plain({name: one for name, one in found.items() if one is not None})
 
     def summarize(self, config: C, folders: Mapping[str, Run]) -> Summary:

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free import OrbitalFree
+from torchimplicit.recipes.density.stability import CountedTraining
 from torchimplicit.recipes.fitting import read_checkpoint
 from torchimplicit.recipes.machine import threads
-from torchimplicit.recipes.ofdft_stability.config import CountedTraining
 from torchimplicit.recipes.orbital_free import data, runner
 from torchimplicit.recipes.orbital_free.case import Case
 from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining

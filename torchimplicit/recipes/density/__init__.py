@@ -1,0 +1,1 @@
+"""Orbital-free density functionals, and their tables."""

@@ -1,0 +1,719 @@
+"""Gradients through a density functional's minimum: exact, damped, by propagation, and the adjoint's solvers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from torchimplicit.recipes.chemistry import known
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.ofdft_gradients.config import (
+    FELT,
+    LEARNING_RATE,
+    SPREAD,
+    STATES,
+    TOLERANCE,
+    WEIZSAECKER,
+    MoleculeGradientsConfig,
+    State,
+)
+from torchimplicit.recipes.ofdft_gradients.results import MoleculeResults, Softened, Solved
+from torchimplicit.recipes.options import not_negative, option
+from torchimplicit.recipes.plain import from_plain
+from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.table import Claim, Drawing, Job, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.tables import Column, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from torchimplicit.recipes.run import Run
+
+FINITE_DIFFERENCES = 1e-6
+AUTOMATIC = 1e-3
+ILL = 1e3
+IDENTITY = 0.025
+"""The largest distance that was seen in a prototype."""
+
+COORDINATES = ("overlap", "raw")
+FAILED = "✗"
+
+LINEAR = ("implicit", "damped")
+"""Estimators that solve a linear system, which has a solution at a saddle too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """Gradients through the minimum of a density functional, at several molecules."""
+
+    molecules: tuple[str, ...] = ("H2", "H2O")
+    """By their formulas; NH3 and CH4 take minutes longer."""
+
+    data_dir: Path | None = None
+    """The folder of computed molecules. By default the user's cache; what is not there is computed by PySCF."""
+
+    sigma: float = 0.04
+    """Standard deviation of the displacements of the nuclei, in angstrom, another geometry for every seed."""
+
+    grid: int = 0
+    """Level of the integration grid, 0 to 9; level 1 has four times as many points and nearly the same spectra."""
+
+    plan: Plan = field(default_factory=lambda: Plan(seeds=2))
+
+    def __post_init__(self) -> None:
+        not_negative(self, "sigma")
+        if not self.molecules or len(set(self.molecules)) < len(self.molecules):
+            raise UserError(f"{option('molecules')} must be different molecules, one at least")
+
+
+def default() -> TableConfig:
+    """The table."""
+    return TableConfig()
+
+
+ESTIMATORS = ("implicit", "damped", "one-sided, whole loss", "symmetric")
+REFERENCE = "reference Hessian"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The seeds of one molecule and functional."""
+
+    molecule: str
+    state: State
+    results: list[MoleculeResults]
+
+    @property
+    def name(self) -> str:
+        return f"{self.molecule}, {self.state}"
+
+    def worst(self, figure: Callable[[MoleculeResults], float]) -> float:
+        """The largest over the seeds."""
+        return max(figure(one) for one in self.results)
+
+    def least(self, figure: Callable[[MoleculeResults], float]) -> float:
+        """The smallest over the seeds."""
+        return min(figure(one) for one in self.results)
+
+    def middle(self, figure: Callable[[MoleculeResults], float]) -> float:
+        """The median over the seeds."""
+        return median(figure(one) for one in self.results)
+
+    def softened(self, factor: int) -> list[Softened]:
+        """Of every seed, at the place ``factor`` of the softest eigenvalue's list."""
+        return [one.softened[factor] for one in self.results]
+
+
+STEP = 1e-3
+"""Of the finite differences: with the recipe's, three times as long, the fifth derivative shows where a functional is
+stiff. Shorter ones drown in rounding where the loss is as good as zero, which it is not here."""
+
+
+def settings_of(config: TableConfig, molecule: str, state: State, seed: int) -> MoleculeGradientsConfig:
+    """The settings of a run."""
+    return MoleculeGradientsConfig(
+        step=STEP,
+        molecule=molecule,
+        state=state,
+        seed=seed,
+        sigma=config.sigma,
+        grid=config.grid,
+        data_dir=config.data_dir,
+    )
+
+
+def usual(config: TableConfig) -> MoleculeGradientsConfig:
+    """The settings that all runs share."""
+    return settings_of(config, config.molecules[0], "fitted", 0)
+
+
+def jobs(config: TableConfig) -> list[Job]:
+    """Seed by seed.
+
+    Raises:
+        UserError: a molecule is not known.
+    """
+    for molecule in config.molecules:
+        known.named(molecule)
+    return [
+        Job(
+            f"{molecule}-{state}-seed{seed}",
+            "ofdft-gradients-molecule",
+            settings_of(config, molecule, state, seed),
+            {"molecule": molecule, "state": state, "seed": seed},
+            recorded=f"{molecule}, {state}, {seed - config.plan.first_seed}",
+        )
+        for seed in config.plan.all_seeds
+        for molecule in config.molecules
+        for state in STATES
+    ]
+
+
+def figures(config: TableConfig, run: Run) -> dict[str, Any] | None:
+    """All that was measured, to five digits."""
+    found = table.read("results.json")(config, run)
+    return None if found is None else _short(found)
+
+
+def _short(plain: Any) -> Any:
+    """Plain data with its figures to five digits."""
+    if isinstance(plain, dict):
+        return {key: _short(value) for key, value in plain.items()}
+    if isinstance(plain, list):
+        return [_short(value) for value in plain]
+    return float(f"{plain:.5g}") if isinstance(plain, float) else plain
+
+
+def groups_of(config: TableConfig, runs: Runs) -> list[Group]:
+    """The molecules and functionals that have runs."""
+    made = []
+    for molecule in config.molecules:
+        for state in STATES:
+            found = [from_plain(MoleculeResults, line.figures) for line in runs.where(molecule=molecule, state=state)]
+            if found:
+                made.append(Group(molecule, state, found))
+    return made
+
+
+# -- sheets ------------------------------------------------------------------------------------------------------------
+
+
+def sheets(config: TableConfig, runs: Runs) -> list[Sheet]:
+    """All of them; none without runs."""
+    groups, settings = groups_of(config, runs), usual(config)
+    if not groups:
+        return []
+    return [
+        Sheet("The minima, and finite differences of the loss there", _minima_sheet(groups)),
+        Sheet("Equilibrium propagation: relative error over the nudge", _nudges_sheet(groups, settings)),
+        Sheet(
+            "Minimizations that end too early: relative error of the symmetric difference with the whole loss",
+            _loosened_sheet(groups, settings),
+        ),
+        Sheet(
+            "The weight of the loss over the least eigenvalue: the symmetric difference",
+            _beyond_sheet(groups, settings),
+        ),
+        Sheet("One-sided propagation beside damped implicit differentiation", _damped_sheet(groups, settings)),
+        *(
+            Sheet(f"As the softest eigenvalue goes to zero: {group.name}", _softened_sheet(group, settings))
+            for group in groups
+        ),
+        *(Sheet(f"The adjoint system: {group.name}", _adjoint_sheet(group, settings)) for group in groups),
+    ]
+
+
+def _minima_sheet(groups: Sequence[Group]) -> Table:
+    columns = [
+        Column("Molecule, functional"),
+        Column("n", note="Basis functions."),
+        Column("L / N", note="Half the squared distance to the Kohn-Sham density per electron; median of the seeds."),
+        Column("λ min", note="Of the projected Hessian, in coordinates of the overlap; median, as are the next three."),
+        Column("λ max"),
+        Column("condition"),
+        Column("condition, raw", note="In the coefficients themselves."),
+        Column("steps", note="Of preconditioned L-BFGS, the most of a seed."),
+        Column("saddles", note="Minimizations that ended at one and began again beside it, all seeds together."),
+        Column("finite differences", note="Beside the implicit gradient: relative distance, the worst seed."),
+    ]
+    rows = [
+        [
+            group.name,
+            str(group.results[0].point.size),
+            f"{group.middle(lambda one: one.point.loss):.2g}",
+            f"{group.middle(lambda one: one.point.least):.2g}",
+            f"{group.middle(lambda one: one.point.largest):.3g}",
+            f"{group.middle(lambda one: one.point.condition):.2g}",
+            f"{group.middle(lambda one: one.point.raw_condition):.2g}",
+            f"{group.worst(lambda one: one.point.steps):.0f}",
+            str(sum(one.point.saddles for one in group.results)),
+            f"{group.worst(lambda one: one.difference.error):.1e}",
+        ]
+        for group in groups
+    ]
+    return Table(columns, rows)
+
+
+def _nudges_sheet(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> Table:
+    shown = [i for i, nudge in enumerate(sorted(settings.nudges, reverse=True)) if nudge in (0.1, 1e-2, 1e-3)]
+    nudges = sorted(settings.nudges, reverse=True)
+    columns = [
+        Column("Molecule, functional, form", note="Errors: the worst of the seeds."),
+        *(Column(f"β = {nudges[i]:g}", note="Relative to the cotangent's length.") for i in shown),
+        Column(
+            "slope", note="Of log error over log β, by least squares over falling errors from 1e-6 to 0.01; median."
+        ),
+        Column("β chosen", note="The error with nudge=None, which is set from the least eigenvalue."),
+    ]
+    rows = []
+    for group in groups:
+        for form, label in (("one_sided", "one-sided"), ("symmetric", "symmetric")):
+
+            def error(one: MoleculeResults, place: int, form: str = form) -> float:
+                return float(getattr(one.nudged[place], form))
+
+            rows.append(
+                [
+                    f"{group.name}, {label}",
+                    *(f"{max(error(one, i) for one in group.results):.1e}" for i in shown),
+                    f"{median(one.slope(form) for one in group.results):.2f}",
+                    f"{max(one.automatic[form] for one in group.results):.1e}",
+                ]
+            )
+    return Table(columns, rows)
+
+
+def _loosened_sheet(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> Table:
+    weights = sorted(settings.loss_nudges, reverse=True)
+    columns = [
+        Column("Molecule, functional, tolerance", note="Of the projected gradient's norm, of all three minimizations."),
+        *(
+            Column(f"weight {weight:g}", note="Of the loss in the energy. The worst of the seeds.")
+            for weight in weights
+        ),
+    ]
+    rows = []
+    for group in groups:
+        for tolerance in sorted(settings.loose, reverse=True):
+            cells = []
+            for weight in weights:
+                errors = [
+                    entry.symmetric
+                    for one in group.results
+                    for entry in one.loosened
+                    if (entry.nudge, entry.tolerance) == (weight, tolerance)
+                ]
+                cells.append(f"{max(errors):.1e}")
+            rows.append([f"{group.name}, {tolerance:g}", *cells])
+    return Table(columns, rows)
+
+
+def _beyond_sheet(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> Table:
+    shares = sorted(settings.beyond)
+    columns = [
+        Column(
+            "Molecule, functional",
+            note=f"Relative errors, the median of the seeds; {FAILED}: of so many seeds a minimization did not end at "
+            "a minimum.",
+        ),
+        *(Column(f"{share:g} λ min") for share in shares),
+    ]
+    rows = []
+    for group in groups:
+        cells = []
+        for place in range(len(shares)):
+            entries = [one.beyond[place] for one in group.results]
+            failed = sum(entry.status != "CONVERGED" for entry in entries)
+            cells.append(f"{median(e.error for e in entries):.1e}" + (f", {FAILED} {failed}" if failed else ""))
+        rows.append([group.name, *cells])
+    return Table(columns, rows)
+
+
+def _damped_sheet(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> Table:
+    weights = sorted(settings.loss_nudges, reverse=True)
+    columns = [
+        Column("Molecule, functional", note="The worst of the seeds."),
+        *(
+            Column(f"weight {w:g}", note="Of the whole loss, and the damping: their relative distance.")
+            for w in weights
+        ),
+        *(Column(f"exact, {w:g}", note="The damped gradient's relative error.") for w in weights),
+    ]
+    rows = [
+        [
+            group.name,
+            *(f"{max(one.damped[i].apart for one in group.results):.1e}" for i in range(len(weights))),
+            *(f"{max(one.damped[i].exact for one in group.results):.1e}" for i in range(len(weights))),
+        ]
+        for group in groups
+    ]
+    return Table(columns, rows)
+
+
+def _softened_sheet(group: Group, settings: MoleculeGradientsConfig) -> Table:
+    factors = sorted(settings.softness, reverse=True)
+    columns = [
+        Column(
+            "Eigenvalue",
+            note="Over what it was, of the softest mode that the gradient feels. The gradients: length over that of "
+            f"the exact one before, and cosine with it; medians of the seeds. {FAILED}: of so many seeds the backward "
+            "pass did not converge, or (implicit, damped) named a saddle.",
+        ),
+        *(Column(name) for name in ESTIMATORS),
+    ]
+    rows = []
+    for place, factor in enumerate(factors):
+        seeds = group.softened(place)
+        cells = []
+        for name in ESTIMATORS:
+            norm, cosine = (
+                median(figures) for figures in zip(*((s.norm[name], s.cosine[name]) for s in seeds), strict=True)
+            )
+            failed = sum(s.status[name] != "CONVERGED" for s in seeds)
+            cells.append(f"{norm:.2g}, {cosine:+.2f}" + (f", {FAILED} {failed}" if failed else ""))
+        rows.append([f"{factor:g}", *cells])
+    return Table(columns, rows)
+
+
+def _adjoint_sheet(group: Group, settings: MoleculeGradientsConfig) -> Table:
+    columns = [
+        Column(
+            "Solver",
+            note=f"To a residual of {TOLERANCE:g}, relative; descent for {settings.descent_steps} steps. Medians of "
+            "the seeds.",
+        )
+    ]
+    for coordinates in COORDINATES:
+        columns += [
+            Column(f"products, {coordinates}", note="With the Hessian; not those of assembling the reference."),
+            Column(
+                f"seconds, {coordinates}", note="CPU time, medians of runs in turn; of long runs, scaled from a part."
+            ),
+            Column(f"error, {coordinates}", note="Of the solution, relative."),
+        ]
+    ways = list(group.results[0].adjoint["overlap"])
+    rows = []
+    for way in ways:
+        cells = [way]
+        for coordinates in COORDINATES:
+            found: list[Solved] = [
+                one.adjoint[coordinates][way] for one in group.results if way in one.adjoint[coordinates]
+            ]
+            if not found:
+                cells += ["–"] * 3
+                continue
+            cells += [
+                f"{median(one.products for one in found):.0f}",
+                f"{median(one.seconds for one in found):.2g}",
+                f"{median(one.error for one in found):.1e}",
+            ]
+        rows.append(cells)
+    return Table(columns, rows)
+
+
+# -- claims ------------------------------------------------------------------------------------------------------------
+
+
+def claims(config: TableConfig, runs: Runs) -> list[Claim]:
+    """All of them; none without runs."""
+    groups, settings = groups_of(config, runs), usual(config)
+    every = [one for group in groups for one in group.results]
+    if not every:
+        return []
+    return [
+        *_exact_claims(every),
+        *_propagated_claims(every),
+        *_softened_claims(every, settings),
+        *_solved_claims(groups),
+    ]
+
+
+def _exact_claims(every: Sequence[MoleculeResults]) -> list[Claim]:
+    worst = max(one.difference.error for one in every)
+    return [
+        Claim(
+            f"Finite differences of the loss agree with the implicit gradient to {FINITE_DIFFERENCES:g}",
+            f"at worst {worst:.1e}, over {len(every)} minima",
+            worst < FINITE_DIFFERENCES,
+        )
+    ]
+
+
+def _propagated_claims(every: Sequence[MoleculeResults]) -> list[Claim]:
+    one_sided, symmetric = ([one.slope(form) for one in every] for form in ("one_sided", "symmetric"))
+    chosen = max(one.automatic["symmetric"] for one in every)
+    apart = max(entry.apart for one in every for entry in one.damped)
+    early = [_loosened_claims(one, 1e-4, 1e-4) for one in every]
+    late = [_loosened_claims(one, 1e-4, 1e-8) for one in every]
+    inside = [entry.error for one in every for entry in one.beyond if entry.share == 0.1]
+    outside = [entry for one in every for entry in one.beyond if entry.share >= 2]
+    lost = sum(entry.status != "CONVERGED" or entry.error > 0.5 for entry in outside)
+    return [
+        Claim(
+            "The error of one-sided propagation is of first order in the nudge, that of the symmetric one of second: "
+            "slopes 1 and 2, to 0.2",
+            f"{min(one_sided):.2f} to {max(one_sided):.2f}, and {min(symmetric):.2f} to {max(symmetric):.2f}",
+            all(abs(s - 1) < 0.2 for s in one_sided) and all(abs(s - 2) < 0.2 for s in symmetric),
+        ),
+        Claim(
+            f"With the nudge that it chooses, symmetric propagation is within {AUTOMATIC:g} of the exact gradient",
+            f"at worst {chosen:.1e}",
+            chosen < AUTOMATIC,
+        ),
+        Claim(
+            "With a weight of 1e-4, minimizing to 1e-4 spoils the gradient (more than half of it is wrong) and "
+            "minimizing to 1e-8 does not (less than 5 %)",
+            f"errors from {min(early):.2g} to {max(early):.2g}, and from {min(late):.1e} to {max(late):.1e}",
+            min(early) > 0.5 and max(late) < 0.05,
+        ),
+        Claim(
+            "The symmetric difference with the whole loss needs a weight below the least eigenvalue: at a tenth of it "
+            "the error is below 10 %, from twice on the gradient is lost (no minimum is found, or half of it is wrong)",
+            f"at a tenth {min(inside):.1e} to {max(inside):.1e}; lost in {lost} of {len(outside)}",
+            max(inside) < 0.1 and lost == len(outside),
+        ),
+        Claim(
+            f"One-sided propagation with the whole loss is damped implicit differentiation, to {IDENTITY:.1%} for "
+            "weights up to 0.1",
+            f"{min(entry.apart for one in every for entry in one.damped):.1e} to {apart:.1e}",
+            apart < IDENTITY,
+        ),
+    ]
+
+
+def _loosened_claims(one: MoleculeResults, weight: float, tolerance: float) -> float:
+    return next(e.symmetric for e in one.loosened if (e.nudge, e.tolerance) == (weight, tolerance))
+
+
+def _softened_claims(every: Sequence[MoleculeResults], settings: MoleculeGradientsConfig) -> list[Claim]:
+    factors = sorted(settings.softness, reverse=True)
+    small, below = factors.index(1e-3), factors.index(-1e-2)
+    grown = [one.softened[small].norm["implicit"] for one in every]
+    turned = [one.softened[below] for one in every]
+    flipped = [entry.cosine["implicit"] for entry in turned]
+    told = sum(entry.status["implicit"] == "SADDLE" for entry in turned)
+    above = [one.softened[factors.index(1e-2)].cosine["implicit"] for one in every]
+    ways = ("damped", "one-sided, whole loss")
+    held = [
+        (entry.cosine[way], entry.norm[way], cosine)
+        for entry, cosine in zip(turned, above, strict=True)
+        for way in ways
+    ]
+    lost = sum(
+        entry.status["symmetric"] != "CONVERGED" for one in every for entry in one.softened if entry.eigenvalue < 0
+    )
+    count = sum(entry.eigenvalue < 0 for one in every for entry in one.softened)
+    return [
+        Claim(
+            "As an eigenvalue goes to a thousandth of what it was, the exact gradient grows at least 50 times",
+            f"{min(grown):.0f} to {max(grown):.0f} times",
+            min(grown) >= 50,
+        ),
+        Claim(
+            "Where it is slightly negative (-0.01 of what it was), the exact gradient points the other way",
+            f"cosines {min(flipped):.2f} to {max(flipped):.2f}",
+            max(flipped) < 0,
+        ),
+        Claim(
+            "There the adjoint solve names the saddle",
+            f"in {told} of {len(turned)}",
+            told == len(turned),
+        ),
+        Claim(
+            "There damped differentiation and one-sided propagation keep the direction (a cosine with the gradient "
+            "before that is no less than the exact gradient has at +0.01) and a size below 20 times the first, with a "
+            f"damping of {settings.damping:g} of the eigenvalue",
+            f"cosines {min(c for c, _, _ in held):.2f} to {max(c for c, _, _ in held):.2f}, of the exact gradient at "
+            f"+0.01 {min(above):.2f} to {max(above):.2f}; sizes up to {max(n for _, n, _ in held):.2g}",
+            all(c > 0 and c > exact - 0.01 and n < 20 for c, n, exact in held),
+        ),
+        Claim(
+            "At a saddle symmetric propagation finds no minimum",
+            f"in {lost} of {count}",
+            lost == count,
+        ),
+    ]
+
+
+def _solved_claims(groups: Sequence[Group]) -> list[Claim]:
+    made = []
+    every = [one for group in groups for one in group.results]
+    ill = [one for one in every if one.point.raw_condition > ILL]
+    descents = ("gradient descent, least squares", "Adam, least squares")
+    if ill:
+        errors = {way: [one.adjoint["raw"][way].error for one in ill] for way in descents}
+        made.append(
+            Claim(
+                f"In raw coordinates, where the condition is above {ILL:g}, the slides' least-squares form is not "
+                "solved in 2000 steps by gradient descent or by Adam (errors above 10 %)",
+                "; ".join(f"{way.split(',')[0]} {min(e):.2g} to {max(e):.2g}" for way, e in errors.items()),
+                min(min(e) for e in errors.values()) > 0.1,
+            )
+        )
+    for method in ("CG", "MINRES"):
+        found = [one.adjoint["overlap"][f"{method}, {REFERENCE}"] for one in every]
+        plain = median(one.adjoint["raw"][method].products for one in every)
+        most, error = max(one.products for one in found), max(one.error for one in found)
+        made.append(
+            Claim(
+                f"{method} with the reference Hessian solves all of them to 1e-6 within 40 products",
+                f"at most {most:.0f} products, errors up to {error:.1e}; in raw coordinates without it {plain:.0f} "
+                "products (median)",
+                most <= 40 and error < 1e-6,
+            )
+        )
+    return made
+
+
+def protocol(config: TableConfig, runs: Runs) -> str:
+    """What was run, in words."""
+    settings = usual(config)
+    functionals = "; ".join(
+        f"{state}: {WEIZSAECKER[state]:g} times the von Weizsäcker energy, last layer of deviation {SPREAD[state]:g}"
+        + (f", then {settings.training_steps} steps of Adam at {LEARNING_RATE:g}" if state == "trained" else "")
+        for state in STATES
+    )
+    return (
+        f"{', '.join(config.molecules)} with nuclei displaced at random by {config.sigma:g} angstrom, another geometry "
+        f"and other weights for each of {config.plan.seeds} seeds; Kohn-Sham densities (LDA, def2-SVP) in an "
+        f"even-tempered basis, grid level {config.grid}. Thomas-Fermi, von Weizsäcker and LDA with a network as "
+        f"enhancement factor and a linear term that is fitted; {functionals}. The loss is half the squared distance "
+        "to the Kohn-Sham density; gradients are in all parameters. Minimizations: L-BFGS, preconditioned by a "
+        f"reference Hessian, in coordinates of the overlap, to a projected gradient of {settings.tolerance:g}. The "
+        "exact gradient: implicit, by the dense adjoint system. Double precision, one thread."
+    )
+
+
+def notes(config: TableConfig, runs: Runs) -> list[str]:
+    """What a reader must know."""
+    made = [
+        "An eigenvalue is moved by taking half its change times the squared coordinate along its eigenvector off the "
+        "energy: the point stays stationary, the rest of the spectrum what it is, and the gradient before is what the "
+        f"others are compared with. The mode is the softest that carries at least {FELT:.0%} of the gradient: symmetry "
+        "hides others from the loss.",
+        "The adjoint solve names a saddle by the inertia of the assembled Hessian; MINRES does where one of its "
+        "residuals is a direction of negative curvature.",
+        "Propagation with the whole loss is one-sided propagation with curved=True; damping and weight are the same "
+        "number. Beyond its reach (a negative eigenvalue near the damping) the nudged density leaves the region where "
+        "the energy is quadratic, which the damped linear system does not know.",
+        "The reference Hessian is the one that preconditioned the minimization, made near its start (anew, where one "
+        "takes over 25 steps): its n products are not counted again. It exists in coordinates of the overlap, in which "
+        "the minimization runs.",
+        "Gradient descent takes the largest safe step, one over the largest eigenvalue's square; Adam's rate is the "
+        "best of three by the final error, which favours it.",
+    ]
+    saddles = sum(found.point.saddles for group in groups_of(config, runs) for found in group.results)
+    if saddles:
+        made.append(
+            f"{saddles} minimizations ended at a saddle, with a projected gradient below the tolerance, and began "
+            "again a little off it: L-BFGS from a symmetric start keeps the symmetry."
+        )
+    missing = [job.name for job in jobs(config) if not runs.named(job.name)]
+    return [*made, *([f"Not measured: {', '.join(missing)}."] if missing else [])]
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def drawings(config: TableConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+    """All of them; none without runs."""
+    groups, settings = groups_of(config, runs), usual(config)
+    if not groups:
+        return []
+    return [
+        _nudges_figure(groups, settings),
+        _softened_figure(groups[-1], settings),
+        _adjoint_figure(groups[-1], settings),
+    ]
+
+
+def _nudges_figure(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> Drawing:
+    nudges = sorted(settings.nudges, reverse=True)
+    from torchimplicit.recipes.plotting import axes, style
+
+    figure, panels = axes(2, width=4.6)
+    for panel, form, order in zip(panels, ("one_sided", "symmetric"), (1, 2), strict=True):
+        for index, group in enumerate(groups):
+            errors = [median(getattr(one.nudged[place], form) for one in group.results) for place in range(len(nudges))]
+            panel.plot(nudges, errors, label=group.name, **style(index))
+        low, high = nudges[-2], nudges[1]
+        anchor = min(median(getattr(one.nudged[1], form) for one in group.results) for group in groups) / 3
+        panel.plot([low, high], [anchor * (low / high) ** order, anchor], ":", color="#6b7280", label=f"slope {order}")
+        panel.set(xscale="log", yscale="log", xlabel="nudge β, relative to the cotangent's length")
+        panel.set_title(form.replace("_", "-"))
+        panel.legend()
+    panels[0].set_ylabel("relative error of the gradient")
+    return Drawing(
+        "error-over-nudge",
+        figure,
+        "The error of equilibrium propagation beside the exact gradient, over the nudge; medians of the seeds. Where "
+        "it flattens or rises again for the smallest nudges, the tolerance of the minimizations shows.",
+    )
+
+
+def _softened_figure(group: Group, settings: MoleculeGradientsConfig) -> Drawing:
+    factors = sorted(settings.softness, reverse=True)
+    places = range(len(factors))
+    from torchimplicit.recipes.plotting import axes, style
+
+    figure, (size, direction) = axes(2, width=4.6, height=4.1)
+    for index, name in enumerate(ESTIMATORS):
+        found = [group.softened(place) for place in places]
+        failed = [
+            place
+            for place, seeds in zip(places, found, strict=True)
+            if name not in LINEAR and any(s.status[name] != "CONVERGED" for s in seeds)
+        ]
+        for panel, figure_of in ((size, "norm"), (direction, "cosine")):
+            values = [median(getattr(s, figure_of)[name] for s in seeds) for seeds in found]
+            panel.plot(places, values, label=name, **style(index))
+            hollow = {**style(index), "linestyle": "", "markerfacecolor": "white"}
+            panel.plot(failed, [values[place] for place in failed], **hollow, zorder=3)
+    for panel in (size, direction):
+        panel.set_xticks(list(places), [f"{factor:g}" for factor in factors], rotation=60)
+        panel.set_xlabel("softest eigenvalue, over what it was")
+        panel.axvline(sum(factor > 0 for factor in factors) - 0.5, color="#9aa3af", linewidth=0.9)
+    size.set(yscale="log", ylabel="length, over the exact one before")
+    size.set_ylim(bottom=0.3)
+    direction.set(ylabel="cosine with the exact gradient before", ylim=(-1.05, 1.05))
+    _legend(figure)
+    return Drawing(
+        "soft-mode",
+        figure,
+        f"{group.name}: the gradients as the softest eigenvalue that they feel goes to zero (the line) and below; "
+        f"medians of the seeds. Damping: {settings.damping:g} of the eigenvalue. Hollow: a "
+        f"minimization of a seed did not converge in {settings.most_steps} steps, and its best point is what counts; "
+        "lengths below the axis are zero.",
+    )
+
+
+def _adjoint_figure(group: Group, settings: MoleculeGradientsConfig) -> Drawing:
+    from torchimplicit.recipes.plotting import axes
+
+    figure, panels = axes(2, width=5.2, height=4.3)
+    one = group.results[0]
+    ways = list(one.adjoint["overlap"])
+    for panel, coordinates in zip(panels, ("overlap", "raw"), strict=True):
+        for index, way in enumerate(ways):
+            found = one.adjoint[coordinates].get(way)
+            if found is not None:
+                panel.plot(*zip(*found.trace, strict=True), label=way, **_look(index))
+        panel.set(xscale="log", yscale="log", xlabel="products with the Hessian", ylim=(1e-15, 30))
+        panel.set_title("coordinates of the overlap" if coordinates == "overlap" else "raw coefficients")
+    panels[0].set_ylabel("relative error of the solution")
+    _legend(figure)
+    return Drawing(
+        "adjoint-over-products",
+        figure,
+        f"{group.name}, first seed: the error of the adjoint system's solution over the products with the Hessian. The "
+        "dense solution is a point at n products; Adam's rate is the best of three.",
+    )
+
+
+def _look(index: int) -> dict[str, Any]:
+    """That of the first eight ways, and another for those beyond."""
+    from torchimplicit.recipes.plotting import LINES, MARKERS, style
+
+    return style(index) if index < len(MARKERS) else {**style(index), "marker": "*<>"[index % 3], "linestyle": LINES[3]}
+
+
+def _legend(figure: Figure) -> None:
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+
+
+TABLE = Published(
+    title="Gradients through the minimum of a density functional",
+    source="Slides on fine-tuning density functionals under an electron-number constraint (Adamowicz), which "
+    "report that the adjoint solve failed, without figures; the figures here are ours.",
+    jobs=jobs,
+    figures=figures,
+    protocol=protocol,
+    sheets=sheets,
+    claims=claims,
+    notes=notes,
+    drawings=drawings,
+)

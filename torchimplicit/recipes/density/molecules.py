@@ -1,0 +1,476 @@
+"""Density functionals for several molecules, tested on geometries and on molecules that they have not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from torchimplicit.recipes.density.results import INNER_STEPS, figures, missing, molecules, ratio, shown, told
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.options import not_negative, option, positive
+from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
+from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from torchimplicit.recipes.run import Run
+
+LOWERED, SHARE = 0.4, 0.8
+"""The aims: the training molecules' L over its start, and the test molecules better than the superposition of atoms."""
+
+ENDLESS = 10**6
+"""Iterations: the time ends a run."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What differs from the recipe.
+
+    Attributes:
+        label: for people.
+        changes: of the recipe's settings.
+        energy: whether energies are trained.
+        qm9: whether it is on those molecules.
+    """
+
+    label: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    energy: bool = False
+    qm9: bool = False
+
+
+ROWS = {
+    "gauss-newton": Row("Gauss–Newton"),
+    "l-bfgs": Row("L-BFGS", {"optimizer": "l-bfgs"}),
+    "adam": Row("Adam", {"optimizer": "adam"}),
+    "energy": Row("Gauss–Newton; energies too", energy=True),
+    "no-tails": Row("Gauss–Newton; tails not weighted", {"tail_weight": 0.0}),
+    "no-pairs": Row("Gauss–Newton; neighbours not known", {"pairs": False}),
+    "slides": Row("Adam; neither, as in the slides", {"optimizer": "adam", "tail_weight": 0.0, "pairs": False}),
+    "qm9": Row("Gauss–Newton; QM9", energy=True, qm9=True),
+}
+"""By the name of their runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoleculesConfig:
+    """Four molecules in new geometries, by three optimizers and four losses; then molecules of QM9, some held out."""
+
+    plan: Plan = field(default_factory=lambda: Plan(seeds=2, together=100))
+
+    molecules: tuple[str, ...] = ("H2", "H2O", "NH3", "CH4")
+    """By their formulas."""
+
+    rows: tuple[str, ...] = ()
+    """Which rows, by the names of their runs; without any, all."""
+
+    seconds: float = 120.0
+    """Of the processor's time, for every row of the four molecules."""
+
+    distort: float = 0.04
+    """Standard deviation, in angstrom, of the coordinates' displacement, another for every seed."""
+
+    train_copies: int = 1
+    """Distorted copies of every molecule to train on, beside the molecule itself."""
+
+    validation_copies: int = 1
+    """Others to select the weights by."""
+
+    test_copies: int = 2
+    """Others to test on."""
+
+    learning_rate: float = 1e-2
+    """Adam's peak."""
+
+    energy_weight: float = 1.0
+    """Of the energy term, in the rows that have one."""
+
+    qm9: str = "qm9"
+    """Where the molecules of the last row are from: qm9, which is downloaded, or a folder of xyz files."""
+
+    qm9_limit: int = 60
+    """How many, those with the fewest atoms; 0: no such row. They take some 140 MB each."""
+
+    qm9_held_out: int = 8
+    """Of them for validation alone, and as many for test alone."""
+
+    qm9_seconds: float = 1500.0
+    """Of the processor's time, for that row."""
+
+    grid: int = 0
+    """Level of the integration grid, 0 to 9."""
+
+    processes: int = 1
+    """Of a run, which share its molecules; the time is that of the first of them, whose share is the largest."""
+
+    data_dir: Path | None = None
+    """The folder of computed molecules. By default the user's cache; what is not there is computed by PySCF."""
+
+    def __post_init__(self) -> None:
+        positive(self, "seconds", "distort", "learning_rate", "energy_weight", "qm9_held_out", "qm9_seconds")
+        positive(self, "validation_copies", "test_copies", "processes")
+        not_negative(self, "train_copies", "qm9_limit", "grid")
+        if not self.molecules or len(set(self.molecules)) < len(self.molecules):
+            raise UserError(f"{option('molecules')} must be different molecules, one at least")
+        if self.qm9_limit and self.qm9_limit <= 2 * self.qm9_held_out:
+            raise UserError(
+                f"--qm9-held-out {self.qm9_held_out} takes {2 * self.qm9_held_out} of --qm9-limit {self.qm9_limit} away"
+            )
+
+
+def default() -> MoleculesConfig:
+    """The table."""
+    return MoleculesConfig()
+
+
+def rows_of(config: MoleculesConfig) -> dict[str, Row]:
+    """Those that are asked for.
+
+    Raises:
+        UserError: one that there is not.
+    """
+    unknown = [name for name in config.rows if name not in ROWS]
+    if unknown:
+        raise UserError(f"there is no row '{unknown[0]}'; the rows are {', '.join(ROWS)}")
+    asked = config.rows or tuple(ROWS)
+    return {name: row for name, row in ROWS.items() if name in asked and (config.qm9_limit or not row.qm9)}
+
+
+def settings_of(config: MoleculesConfig, row: Row, seed: int) -> OrbitalFreeTraining:
+    """The settings of a run. The seed is that of the weights and of the geometries, or of what is held out."""
+    if row.qm9:
+        chosen = molecules(
+            config.qm9,
+            grid=config.grid,
+            data_dir=config.data_dir,
+            limit=config.qm9_limit,
+            held_out=config.qm9_held_out,
+            geometry_seed=seed,
+        )
+    else:
+        chosen = molecules(
+            *config.molecules,
+            grid=config.grid,
+            data_dir=config.data_dir,
+            distort=config.distort,
+            train_copies=config.train_copies,
+            validation_copies=config.validation_copies,
+            test_copies=config.test_copies,
+            geometry_seed=seed,
+        )
+    plain = OrbitalFreeTraining(
+        molecules=chosen,
+        iterations=ENDLESS,
+        seconds=config.qm9_seconds if row.qm9 else config.seconds,
+        learning_rate=config.learning_rate,
+        energy_weight=config.energy_weight if row.energy else 0.0,
+        inner_steps=INNER_STEPS,
+        processes=config.processes,
+        page=False,
+        seed=seed,
+    )
+    return replace(plain, **row.changes)
+
+
+def jobs(config: MoleculesConfig) -> list[Job]:
+    """Seed by seed, so that what slows the machine for a while slows all rows; those of QM9 at the end."""
+    return [
+        Job(
+            f"{name}-{seed}",
+            "ofdft-qm9" if row.qm9 else "ofdft-small",
+            settings_of(config, row, seed),
+            {"row": name, "qm9": row.qm9, "seed": seed},
+        )
+        for qm9 in (False, True)
+        for seed in config.plan.all_seeds
+        for name, row in rows_of(config).items()
+        if row.qm9 == qm9
+    ]
+
+
+# -- what the runs come to ---------------------------------------------------------------------------------------------
+
+
+def there(config: MoleculesConfig, runs: Runs) -> list[str]:
+    """The rows that have a run."""
+    return [name for name in rows_of(config) if runs.where(row=name)]
+
+
+def better(runs: Runs, row: str, split: str = "test") -> float:
+    """The share of the molecules of all seeds that is better than the superposition of atoms by L and by L1."""
+    found = runs.of(row, split)
+    return sum(one["better"] * one["count"] for one in found) / sum(one["count"] for one in found)
+
+
+def sheets(config: MoleculesConfig, runs: Runs) -> list[Sheet]:
+    """The four molecules, those of QM9, and the first row's molecule by molecule."""
+    made = []
+    for qm9, title in ((False, f"{', '.join(config.molecules)}: new geometries"), (True, "QM9: new molecules")):
+        if rows := [name for name in there(config, runs) if ROWS[name].qm9 == qm9]:
+            made.append(quality(config, title, rows, runs))
+    for name in there(config, runs)[:1]:
+        line = runs.where(row=name)[0]
+        title = f"{ROWS[name].label}, seed {line['seed']}: molecule by molecule"
+        every = [(split, one) for split in ("train", "test") for one in line[f"molecules.{split}"] or ()]
+
+        def of(figure: str, scale: float = 1.0) -> Any:
+            return lambda pair: shown(scale * pair[1][figure], 3)
+
+        made.append(table.sheet(title, every, [
+            Cell("Molecule", lambda pair: f"{pair[1]['name']} ({pair[0]})"),
+            Cell("Basis functions", lambda pair: str(pair[1]["size"])),
+            Cell("L", of("loss", 1e3), "10⁻³"),
+            Cell("L, MINAO", of("guess_loss", 1e3), "10⁻³"),
+            Cell("L1 per electron", of("l1")),
+            Cell("L1, MINAO", of("guess_l1")),
+            Cell("Energy error", of("energy_error", 1e3), "mHa"),
+            Cell("Inner steps", lambda pair: f"{pair[1]['steps']}{'' if pair[1]['converged'] else ', not converged'}"),
+        ]))  # fmt: skip
+    return made
+
+
+def quality(config: MoleculesConfig, title: str, rows: list[str], runs: Runs) -> Sheet:
+    """The rows; below, before training and the superposition of atoms."""
+
+    def of(path: str, digits: int = 3, scale: float = 1.0) -> Any:
+        return lambda name: told(runs.of(name, path), digits, scale)
+
+    cells = [
+        Cell[str]("Row", lambda name: ROWS[name].label),
+        Cell("Training L", lambda name: told(map(ratio, runs.where(row=name))), "",
+             "at the end over the start; the figures beside it are at the weights that are selected"),
+        Cell("Test L", of("test.loss", 3, 1e3), "10⁻³", "∫(ρ−ρ_gs)²/(2N), mean of the test molecules"),
+        Cell("Test L1", of("test.l1"), "", "∫|ρ−ρ_gs|/N, mean of the test molecules"),
+        Cell("Better", lambda name: f"{100 * better(runs, name):.0f}", "%",
+             "of the test molecules of all seeds, by L and by L1 both, than the superposition"),
+        Cell("Energy error", of("test.energy_error", 3, 1e3), "mHa", "mean absolute, of the test molecules"),
+        Cell("Inner steps", lambda name: f"{max(runs.of(name, 'test.steps')):g}", "",
+             "from the superposition of atoms to 1e-8, the worst test molecule"),
+        Cell("Iterations", of("iterations", 2)),
+        Cell("Seconds", of("seconds"), "s", "of the processor"),
+        Cell("Weights", lambda name: str(runs.of(name, "weights")[0])),
+        Cell("Seeds", lambda name: str(len(runs.where(row=name)))),
+    ]  # fmt: skip
+    below = []
+    for pairs in (False, True):
+        like = [name for name in rows if settings_of(config, ROWS[name], 0).pairs == pairs]
+        for name in like[:1]:
+            below.append(
+                [
+                    f"before training, neighbours {'known' if pairs else 'not known'}",
+                    "1",
+                    of("start_test.loss", 3, 1e3)(name),
+                    of("start_test.l1")(name),
+                    f"{100 * better(runs, name, 'start_test'):.0f}",
+                    of("start_test.energy_error", 3, 1e3)(name),
+                    f"{max(runs.of(name, 'start_test.steps')):g}",
+                    *[table.NONE] * 3,
+                    str(len(runs.where(row=name))),
+                ]
+            )
+    guess = [of("test.guess_loss", 3, 1e3)(rows[0]), of("test.guess_l1")(rows[0])]
+    return table.sheet(title, rows, cells, [*below, ["superposition of atoms (MINAO)", table.NONE, *guess]])
+
+
+def claims(config: MoleculesConfig, runs: Runs) -> list[Claim]:
+    """The aims, then what the rows are there to compare."""
+    found = there(config, runs)
+    made = []
+    for name in ("gauss-newton", "energy", "qm9"):
+        if name in found:
+            made += [fitted(runs, name), tested(runs, name)]
+    if "gauss-newton" in found:
+        made += [ahead(runs, name) for name in ("l-bfgs", "adam") if name in found]
+        if "energy" in found:
+            made.append(energies(runs))
+    return made
+
+
+def fitted(runs: Runs, name: str) -> Claim:
+    """How far the training molecules' error falls."""
+    ratios = [ratio(line) for line in runs.where(row=name)]
+    return Claim(
+        f"{ROWS[name].label}: the training molecules' L falls to at most {LOWERED:g} of its start with every seed",
+        f"to {shown(max(ratios), 3)} at worst, {shown(fmean(ratios), 3)} in the mean of {len(ratios)} seeds",
+        max(ratios) <= LOWERED,
+    )
+
+
+def tested(runs: Runs, name: str) -> Claim:
+    """On how many test molecules the densities are better than the superposition of atoms."""
+    every = [one for found in runs.of(name, "molecules.test") for one in found]
+    what = "molecules that training has not seen" if ROWS[name].qm9 else "test geometries"
+    below = [fmean(one[f] < one[f"guess_{f}"] for one in every) if every else float("nan") for f in ("loss", "l1")]
+    return Claim(
+        f"{ROWS[name].label}: L and L1 per electron are both below those of the superposition of atoms (MINAO) on at "
+        f"least {100 * SHARE:.0f} % of the {what}",
+        f"on {100 * better(runs, name):.0f} % of {sum(runs.of(name, 'test.count'))}; L below on "
+        f"{100 * below[0]:.0f} %, L1 on {100 * below[1]:.0f} %",
+        better(runs, name) >= SHARE,
+    )
+
+
+def ahead(runs: Runs, other: str) -> Claim:
+    """The loss that is trained, in the same time."""
+    pairs = [(a[1], b[1]) for a, b in runs.paired("gauss-newton", other, "loss")]
+    words = ", ".join(f"{shown(1e3 * a, 3)} against {shown(1e3 * b, 3)}" for a, b in pairs)
+    return Claim(
+        f"Gauss–Newton reaches a lower training loss than {ROWS[other].label} in the same time, with every seed",
+        f"10³ times the loss: {words or 'no seed of both'}",
+        bool(pairs) and all(a < b for a, b in pairs),
+    )
+
+
+def energies(runs: Runs) -> Claim:
+    """On the test geometries."""
+
+    def over_all(name: str, figure: str) -> float:
+        found = runs.of(name, "test")
+        return sum(one[figure] * one["count"] for one in found) / sum(one["count"] for one in found)
+
+    error, loss = ([over_all(name, f) for name in ("gauss-newton", "energy")] for f in ("energy_error", "loss"))
+    return Claim(
+        "The energy term lowers the test geometries' energy error tenfold, and their L by no more than a tenth worse",
+        f"energy {shown(1e3 * error[0], 3)} to {shown(1e3 * error[1], 3)} mHa, L "
+        f"{shown(1e3 * loss[0], 3)} to {shown(1e3 * loss[1], 3)} (10⁻³)",
+        error[1] <= 0.1 * error[0] and loss[1] <= 1.1 * loss[0],
+    )
+
+
+def protocol(config: MoleculesConfig, runs: Runs) -> str:
+    """What was run, in words."""
+    of_qm9 = (
+        f" QM9: {config.qm9_limit} molecules with the fewest atoms, {config.qm9_held_out} of them held out for "
+        f"validation and as many for test, others for every seed; {config.qm9_seconds:g} s."
+        if any(job.recipe == "ofdft-qm9" for job in jobs(config))
+        else ""
+    )
+    plain = settings_of(config, ROWS["gauss-newton"], 0)
+    return (
+        f"{', '.join(config.molecules)}, each at its own geometry and in {config.train_copies} distorted "
+        f"({config.distort:g} angstrom) to train on, {config.validation_copies} others to select the weights by (the "
+        f"least L), {config.test_copies} others to test on; other geometries for each of {config.plan.seeds} seeds. "
+        "Kohn-Sham densities (LDA, def2-SVP) in an even-tempered basis, grid level "
+        f"{config.grid}. Thomas-Fermi, von Weizsäcker and LDA, a network as enhancement factor, and a linear term, "
+        "which is fitted first. The loss is half the squared density error per electron, and a weight of "
+        f"{plain.tail_weight:g} for the same over the density; energies, where they are "
+        f"trained, weigh {config.energy_weight:g}. Every row has {config.seconds:g} s of the processor's time, "
+        f"measurements not counted; Adam's rate {config.learning_rate:g} with a cosine.{of_qm9} Densities: "
+        "preconditioned L-BFGS to 1e-8. Gradients: exact implicit differentiation; Gauss–Newton: exact Jacobians by "
+        "the same theorem. Double precision, one thread."
+    )
+
+
+def notes(config: MoleculesConfig, runs: Runs) -> list[str]:
+    """What a reader must know."""
+    made = [
+        "L is dominated by the cores, where the density is high; L1 is not. A loss without its tails can fall many "
+        "times while L1 does not move, so both are told.",
+        "The energy of a functional that is trained by densities alone is free to drift: nothing holds it. With the "
+        "energy term its derivative in the weights needs no adjoint (the envelope theorem). No claim of chemical "
+        "accuracy (1.6 mHa) is made.",
+    ]
+    rejected = sum(runs.column("rejected"))
+    if rejected:
+        made.append(f"{rejected} evaluations met a density that was not found within the budget.")
+    return made + missing(len(jobs(config)), runs)
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def drawings(config: MoleculesConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+    """Those of the four molecules, and that of QM9; what has no runs is left out."""
+    rows = there(config, runs)
+    four, qm9 = ([name for name in rows if ROWS[name].qm9 == kind] for kind in (False, True))
+    made = []
+    if four:
+        made.append(
+            Drawing(
+                "along-training",
+                along(runs, four),
+                "The training molecules' error against the processor's time, a line a seed: L left, L1 per electron "
+                "right; dotted is the superposition of atoms of the first seed.",
+            )
+        )
+        chosen = [name for name in four if name in ("gauss-newton", "energy", "slides")] or four[:3]
+        made.append(
+            Drawing(
+                "test",
+                against_guess(runs, chosen),
+                "Test geometries of all seeds: L and L1 per electron over those of the superposition of atoms. Below "
+                "and left of the lines both are better. Hollow: before training, with the linear term fitted.",
+            )
+        )
+    if qm9:
+        caption = "Molecules of QM9 that training has not seen, likewise."
+        made.append(Drawing("qm9", against_guess(runs, qm9), caption))
+    return made
+
+
+def along(runs: Runs, rows: list[str]) -> Figure:
+    """Two panels, a line a run."""
+    from torchimplicit.recipes.plotting import COLOURS, LINES, axes
+
+    figure, panels = axes(2, width=4.9, height=3.9)
+    for panel, what, label in zip(panels, ("loss", "l1"), ("L", "L1 per electron"), strict=True):
+        for index, name in enumerate(rows):
+            for number, line in enumerate(runs.where(row=name)):
+                panel.plot(
+                    [look["seconds"] for look in line["looks"]],
+                    [look[what] for look in line["looks"]],
+                    color=COLOURS[index % len(COLOURS)],
+                    linestyle=LINES[number % len(LINES)],
+                    linewidth=1.2,
+                    label=None if number else ROWS[name].label,
+                )
+        first = runs.where(row=rows[0])[0]["looks"][0]
+        panel.axhline(first[f"guess_{what}"], color="0.5", linestyle=":", linewidth=1)
+        panel.set(xlabel="seconds of the processor's time", ylabel=label, yscale="log")
+    panels[-1].legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def against_guess(runs: Runs, rows: list[str]) -> Figure:
+    """A point a molecule."""
+    from torchimplicit.recipes.plotting import COLOURS, MARKERS, axes
+
+    figure, (panel,) = axes(width=6.4, height=4.4)
+    for index, name in enumerate(rows):
+        colour = COLOURS[index % len(COLOURS)]
+        for split in ("start_test", "test"):
+            every = [one for found in runs.of(name, f"molecules.{split}") for one in found]
+            panel.plot(
+                [one["loss"] / one["guess_loss"] for one in every],
+                [one["l1"] / one["guess_l1"] for one in every],
+                linestyle="none",
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=4.5,
+                color=colour,
+                markerfacecolor="none" if split == "start_test" else colour,
+                label=None if split == "start_test" else ROWS[name].label,
+            )
+    panel.axhline(1, color="0.6", linewidth=0.9)
+    panel.axvline(1, color="0.6", linewidth=0.9)
+    panel.set(xscale="log", yscale="log", xlabel="L, over that of the superposition", ylabel="L1, likewise")
+    panel.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+TABLE = Published(
+    title="Density functionals for several molecules",
+    source="Slides on fine-tuning density functionals under an electron-number constraint (Adamowicz): with many "
+    "molecules the training loss fell without improving the densities; no figures. Those here are ours.",
+    jobs=jobs,
+    figures=figures,
+    protocol=protocol,
+    sheets=sheets,
+    claims=claims,
+    notes=notes,
+    drawings=drawings,
+)

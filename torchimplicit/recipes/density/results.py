@@ -1,0 +1,118 @@
+"""What the tables of trained density functionals hold of their runs, and say of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+from torchimplicit.recipes.chemistry.settings import ChemistrySettings
+from torchimplicit.recipes.orbital_free.config import Molecules
+from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.table import NONE, Line, Runs
+
+if TYPE_CHECKING:
+    from torchimplicit.recipes.run import Run
+
+INNER_STEPS = 60
+"""The most steps of L-BFGS, which needs some ten: a first step of an optimizer that goes too far is found out early."""
+
+QUALITIES = ("start", "start_test", "train", "validation", "test")
+
+
+def molecules(*sources: str, grid: int, data_dir: Path | None, **more: Any) -> Molecules:
+    """These, on a grid of this level."""
+    return Molecules(sources=sources, data_dir=data_dir, chemistry=ChemistrySettings(grid=grid), **more)
+
+
+def figures(config: Any, run: Run) -> dict[str, Any] | None:
+    """Of a training that went to its end: sums, means over molecules, what every molecule came to, and the looks at
+    which all training densities were found from the superposition of atoms."""
+    one = table.read("results.json")(config, run)
+    if one is None or one["state"] != "complete":
+        return None
+    looks = one["looks"]
+    seconds = [look["seconds"] for look in looks]
+    return {
+        "weights": one["weights"],
+        "iterations": one["iterations"],
+        "selected": one["selected"],
+        "seconds": one["seconds"],
+        "evaluations": one["residuals"],
+        "jacobians": one["jacobians"],
+        "rejected": one["rejected"],
+        "loss": [looks[0]["loss"], looks[-1]["loss"]],
+        "skipped": len(one["skipped"]),
+        "pairs": one["config"]["pairs"],
+        "pace": median(b - a for a, b in pairwise(seconds)) if len(looks) > 1 else None,
+        "inner_steps": fmean(look["inner_steps"] for look in looks),
+        "adjoint": fmean(look["adjoint"] for look in looks),
+        "losses": [[look["seconds"], look["loss"]] for look in looks],
+        "looks": [
+            {"iteration": look["iteration"], "seconds": look["seconds"], **look["train"]}
+            for look in looks
+            if look["train"] is not None
+        ],
+        **{name: {**summary(one[name]), "count": len(one[name])} for name in QUALITIES if one[name]},
+        "molecules": {name: one[name] for name in QUALITIES if one[name]},
+    }
+
+
+def summary(qualities: Sequence[Any]) -> dict[str, Any]:
+    """As :func:`~torchimplicit.recipes.orbital_free.measure.summarized`, of plain data."""
+    from dataclasses import asdict
+
+    from torchimplicit.recipes.orbital_free.measure import Quality, summarized
+    from torchimplicit.recipes.plain import from_plain
+
+    return asdict(summarized([from_plain(Quality, one) for one in qualities]))
+
+
+def lowered(line: Line) -> float:
+    """What training lowers, at its end over its start: the loss with its tails and penalties."""
+    first, last = line["loss"]
+    return float(last / first)
+
+
+def ratio(line: Line) -> float:
+    """The mean L of the training molecules when training ends, over that at its start."""
+    looks = line["looks"]
+    return float(looks[-1]["loss"] / looks[0]["loss"]) if looks else math.nan
+
+
+def seconds_to(line: Line, level: float) -> float:
+    """Until the loss has first fallen to ``level`` of its start; NaN if it has not."""
+    losses = line["losses"] or []
+    return next((seconds for seconds, loss in losses if loss <= level * losses[0][1]), math.nan)
+
+
+def mean(values: Iterable[float]) -> float:
+    """Of those that are numbers; NaN if there are none."""
+    there = [value for value in values if not math.isnan(value)]
+    return fmean(there) if there else math.nan
+
+
+def told(values: Iterable[float | None], digits: int = 3, scale: float = 1.0) -> str:
+    """Of one seed the value, of several their mean and their range, in so many significant digits."""
+    there = [scale * value for value in values if value is not None and not math.isnan(value)]
+    if not there:
+        return NONE
+    text = shown(fmean(there), digits)
+    return text if len(there) == 1 else f"{text} ({shown(min(there), digits)}–{shown(max(there), digits)})"
+
+
+def shown(value: float, digits: int) -> str:
+    """In so many significant digits, without an exponent where it is of ordinary size; whole numbers as they are."""
+    if float(value).is_integer() and abs(value) < 1e6:
+        return str(int(value))
+    if not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def missing(asked: int, runs: Runs) -> list[str]:
+    """The note on runs that were asked for and are not there; none where all are."""
+    return [f"{asked - len(runs)} of {asked} runs are missing or diverged."] if len(runs) < asked else []

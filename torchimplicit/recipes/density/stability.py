@@ -1,0 +1,543 @@
+"""How hard densities are to find as their functional is trained, and what keeps it from growing harder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any, Literal
+
+from torchimplicit.recipes.density import results
+from torchimplicit.recipes.density.results import lowered, mean, missing, molecules, shown, told
+from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.optimizing.names import OptimizerName
+from torchimplicit.recipes.options import not_negative, option, positive
+from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
+from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Line, Plan, Published, Runs, Sheet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from torchimplicit.recipes.run import Run
+
+SLOWED, HELD = 4.0, 2.0
+"""The aims: minimizations grow at least so many times longer in the slides' way, and at most so many in ours."""
+
+HELPED = 0.5
+"""Of the growth beyond none that is left where something is said to stop it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountedTraining:
+    """A training, and its start and its end measured by two ways to find a density."""
+
+    training: OrbitalFreeTraining = field(default_factory=lambda: OrbitalFreeTraining(spectrum=True, page=False))
+
+    descent_tolerance: float = 1e-4
+    """Of gradient descent with momentum, where the slides stop it."""
+
+    descent_rate: float = 3e-3
+    """Of gradient descent, likewise."""
+
+    most_steps: int = 10_000
+    """Of gradient descent, likewise."""
+
+    tight_tolerance: float = 1e-8
+    """Of L-BFGS with a kept Hessian."""
+
+    def __post_init__(self) -> None:
+        positive(self, "descent_tolerance", "descent_rate", "most_steps", "tight_tolerance")
+
+
+def training() -> CountedTraining:
+    """One run."""
+    return CountedTraining()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityConfig:
+    """Inner iterations and spectra along training: two ways to find a density, with and without what might help."""
+
+    plan: Plan = field(default_factory=lambda: Plan(seeds=3, together=100))
+
+    molecules: tuple[str, ...] = ("CH4",)
+    """By their formulas; they are trained together."""
+
+    rows: tuple[str, ...] = ()
+    """Which rows, by the names of their runs; without any, all that the optimizer can train."""
+
+    iterations: int = 20
+    """Of the outer optimizer."""
+
+    measure_every: int = 5
+    """Iterations between two counts and spectra."""
+
+    weizsaecker: float = 0.2
+    """The share of the von Weizsäcker kinetic energy: the less, the softer the functional."""
+
+    penalty: float = 0.0
+    """The factor of ∫ρ₋², in all rows but the one that tries it."""
+
+    tail_weight: float = 0.0
+    """What low densities weigh more in the loss; 0 is the loss of the slides."""
+
+    optimizer: OptimizerName = "least-squares"
+    """The outer one. Gauss-Newton goes far enough for the functional to become soft; it takes no penalty or correction
+    that is drawn at random, whose rows need --optimizer l-bfgs or adam."""
+
+    learning_rate: float = 1e-2
+    """Adam's peak."""
+
+    descent_steps: int = 2000
+    """Of gradient descent, at most, in training by it; before and after training it is given 10,000, as in the
+    slides."""
+
+    hessian_weight: float = 1e-6
+    """Of the penalty on the Hessian's size, in the row that tries it."""
+
+    floor_weight: float = 1e-2
+    """Of the penalty on a least eigenvalue below --floor, in the row that tries it."""
+
+    floor: float = 0.5
+    """See --floor-weight; in hartree."""
+
+    grid: int = 0
+    """Level of the integration grid, 0 to 9."""
+
+    data_dir: Path | None = None
+    """The folder of computed molecules. By default the user's cache; what is not there is computed by PySCF."""
+
+    def __post_init__(self) -> None:
+        positive(self, "iterations", "measure_every", "learning_rate", "descent_steps")
+        positive(self, "hessian_weight", "floor_weight", "floor")
+        not_negative(self, "weizsaecker", "penalty", "tail_weight", "grid")
+        if not self.molecules or len(set(self.molecules)) < len(self.molecules):
+            raise UserError(f"{option('molecules')} must be different molecules, one at least")
+
+
+def default() -> StabilityConfig:
+    """The table."""
+    return StabilityConfig()
+
+
+CORRECTED, PENALTY, DECAY = 4, 100.0, 1e-6
+"""Iterates of the fixed-point correction; the factor of ∫ρ₋² in the row that tries it; likewise the weight decay."""
+
+INNER_STEPS = 24
+"""The most steps of L-BFGS in training; with the next one the Hessian would be made anew, by products, and a density
+that is lost would take as long as ten that are found."""
+
+Inner = Literal["descent", "l-bfgs"]
+INNER: dict[Inner, str] = {"l-bfgs": "preconditioned L-BFGS", "descent": "gradient descent"}
+
+
+@dataclass(frozen=True)
+class Help:
+    """What might help.
+
+    Attributes:
+        label: for people.
+        changes: of the recipe's settings, by those of the table.
+        drawn: whether the loss is drawn at random, which Gauss-Newton cannot take.
+    """
+
+    label: str
+    changes: Callable[[StabilityConfig], dict[str, Any]]
+    drawn: bool = False
+
+
+HELPS = {
+    "plain": Help("plain", lambda config: {}),
+    "cold": Help("searches from the superposition", lambda config: {"cold": True}),
+    "even": Help("fixed-point correction, even", lambda config: {"cold": True, "correction": CORRECTED}),
+    "random": Help(
+        "fixed-point correction, random",
+        lambda config: {"cold": True, "correction": CORRECTED, "correction_random": True},
+        True,
+    ),
+    "hessian": Help("penalty on the Hessian", lambda config: {"hessian_weight": config.hessian_weight}, True),
+    "floor": Help(
+        "penalty on a least eigenvalue", lambda config: {"floor_weight": config.floor_weight, "floor": config.floor}
+    ),
+    "decay": Help("weight decay", lambda config: {"decay": DECAY}),
+    "negative": Help("penalty on negative densities", lambda config: {"penalty": PENALTY}),
+}
+"""By the second part of a row's name."""
+
+
+def all_rows(config: StabilityConfig) -> dict[str, tuple[Inner, str]]:
+    """Those that are asked for, by their names.
+
+    Raises:
+        UserError: one that there is not, or that the optimizer cannot train.
+    """
+    every = {f"{inner}-{way}": (inner, way) for inner in INNER for way in HELPS}
+    drawn = {name for name, (_, way) in every.items() if HELPS[way].drawn and config.optimizer == "least-squares"}
+    for name in config.rows:
+        if name not in every:
+            raise UserError(f"there is no row '{name}'; the rows are {', '.join(every)}")
+        if name in drawn:
+            raise UserError(f"row '{name}' is drawn at random: it needs --optimizer l-bfgs or adam")
+    return {name: row for name, row in every.items() if name in (config.rows or every.keys() - drawn)}
+
+
+def label(row: str) -> str:
+    """For people."""
+    inner, way = split(row)
+    return f"{INNER[inner]}; {HELPS[way].label}"
+
+
+def split(row: str) -> tuple[Inner, str]:
+    """The way to find a density, and the help."""
+    return next((inner, row.removeprefix(f"{inner}-")) for inner in INNER if row.startswith(f"{inner}-"))
+
+
+def settings_of(config: StabilityConfig, inner: Inner, way: str, seed: int) -> CountedTraining:
+    """The settings of a run."""
+    counted = CountedTraining()
+    slow = inner == "descent"
+    plain = OrbitalFreeTraining(
+        molecules=molecules(*config.molecules, grid=config.grid, data_dir=config.data_dir),
+        weizsaecker=config.weizsaecker,
+        penalty=config.penalty,
+        pairs=False,
+        tail_weight=config.tail_weight,
+        optimizer=config.optimizer,
+        iterations=config.iterations,
+        learning_rate=config.learning_rate,
+        decay=0.0,
+        measure_every=config.measure_every,
+        inner=inner,
+        inner_tolerance=counted.descent_tolerance if slow else counted.tight_tolerance,
+        inner_steps=config.descent_steps if slow else INNER_STEPS,
+        inner_rate=counted.descent_rate,
+        spectrum=True,
+        page=False,
+        seed=seed,
+    )
+    return replace(counted, training=replace(plain, **HELPS[way].changes(config)))
+
+
+def jobs(config: StabilityConfig) -> list[Job]:
+    """Seed by seed; those of gradient descent at the end, which take far longer."""
+    return [
+        Job(
+            f"{name}-{seed}",
+            "ofdft-stability-training",
+            settings_of(config, *row, seed),
+            {"row": name, "seed": seed},
+        )
+        for inner in INNER
+        for seed in config.plan.all_seeds
+        for name, row in all_rows(config).items()
+        if row[0] == inner
+    ]
+
+
+def figures(config: StabilityConfig, run: Run) -> dict[str, Any] | None:
+    """Of a training whose minimizations are counted; ``growth`` is the most steps of a minimization that were counted
+    along training over those at the start, in the way that the row trains in, ``None`` where one was not done."""
+    one, counted = results.figures(config, run), table.read("counted.json")(config, run)
+    if one is None or counted is None:
+        return None
+    looks = one["looks"]
+    most = max((math.inf if look["unconverged"] else look["mean_steps"] for look in looks[1:]), default=math.nan)
+    return {
+        **one,
+        "growth": most / looks[0]["mean_steps"],
+        "least": min(look["least"] for look in looks),
+        "largest": max(look["largest"] for look in looks),
+        "counted": counted,
+    }
+
+
+# -- what the runs come to ---------------------------------------------------------------------------------------------
+
+
+def steps(found: Iterable[Mapping[str, Any]]) -> float:
+    """Of a minimization, the mean of the molecules; infinite if one was not done within its budget."""
+    every = list(found)
+    return fmean(one["steps"] for one in every) if all(one["converged"] for one in every) else math.inf
+
+
+def grown(line: Line) -> float:
+    """See :func:`figures`."""
+    return math.inf if line["growth"] is None else float(line["growth"])
+
+
+def counted(line: Line, way: str, when: str) -> float:
+    """Steps of a minimization by a way (``descent``, ``l_bfgs``) before or after training; NaN if not counted."""
+    found = line[f"counted.{way}_{when}"]
+    return math.nan if found is None else steps(found)
+
+
+def slowdown(line: Line, way: str = "descent") -> float:
+    """Steps after training over those before."""
+    return counted(line, way, "after") / counted(line, way, "before")
+
+
+def many(values: Iterable[float]) -> str:
+    """With those that are infinite."""
+    every = list(values)
+    lost = sum(math.isinf(value) for value in every)
+    return f"not found ({lost} of {len(every)})" if lost else told(every, 3)
+
+
+def there(config: StabilityConfig, runs: Runs) -> list[str]:
+    """The rows that have a run."""
+    return [name for name in all_rows(config) if runs.where(row=name)]
+
+
+def sheets(config: StabilityConfig, runs: Runs) -> list[Sheet]:
+    """Along training, and both ways to find a density before and after it."""
+    rows = there(config, runs)
+
+    def each(figure: Callable[[Line], float], say: Callable[[list[float]], str] = many) -> Callable[[str], str]:
+        return lambda row: say([figure(line) for line in runs.where(row=row)])
+
+    def nearness(line: Line) -> float:
+        ends = [line[f"counted.{way}_after"] for way in ("descent", "l_bfgs")]
+        if None in ends:
+            return math.nan
+        descent, quick = (fmean(one["loss"] for one in found) for found in ends)
+        return descent / quick
+
+    along = table.sheet("Along training", rows, [
+        Cell("Densities found by; help", label),
+        Cell("Growth", each(grown), "",
+             "steps of a minimization, the most that were counted along training over the start"),
+        Cell("Least eigenvalue", lambda row: told(runs.of(row, "least"), 2), "hartree",
+             "the least along training, of the Hessian on the constraint"),
+        Cell("Largest", lambda row: told(runs.of(row, "largest"), 3), "hartree", "the largest along training"),
+        Cell("Loss", lambda row: told(map(lowered, runs.where(row=row)), 2), "",
+             "at the end over its start, the penalties included"),
+        Cell("Not found", lambda row: f"{sum(runs.of(row, 'rejected'))} of {sum(runs.of(row, 'evaluations'))}", "",
+             "of the evaluations of the loss, those with a density not found within the budget"),
+        Cell("Time", lambda row: told(runs.of(row, "seconds"), 2), "s", "of the processor"),
+        Cell("Seeds", lambda row: str(len(runs.where(row=row)))),
+    ])  # fmt: skip
+    both = table.sheet("Both ways, before and after", rows, [
+        Cell("Trained with; help", label),
+        Cell("Descent, before", each(lambda line: counted(line, "descent", "before")), "steps",
+             "to 1e-4, from the superposition of atoms, mean of the molecules"),
+        Cell("Descent, after", each(lambda line: counted(line, "descent", "after")), "steps"),
+        Cell("Descent, ratio", each(slowdown)),
+        Cell("Its L", each(nearness, told), "",
+             "after training, over L of what L-BFGS finds: 1 where both find the same density"),
+        Cell("L-BFGS, before", each(lambda line: counted(line, "l_bfgs", "before")), "steps",
+             "to 1e-8, the Hessian of the superposition as preconditioner"),
+        Cell("L-BFGS, after", each(lambda line: counted(line, "l_bfgs", "after")), "steps"),
+        Cell("L-BFGS, ratio", each(lambda line: slowdown(line, "l_bfgs"))),
+    ])  # fmt: skip
+    return [along, both] if rows else []
+
+
+def claims(config: StabilityConfig, runs: Runs) -> list[Claim]:
+    """The slowdown, what holds it, and what each of the helps does to it."""
+    made = []
+    for inner in INNER:
+        if plain := runs.where(row=f"{inner}-plain"):
+            made.append(
+                Claim(
+                    f"Trained with densities by {INNER[inner]}: the slides' way to find them (gradient descent with "
+                    f"momentum to 1e-4) takes at least {SLOWED:g} times as many steps after training as before "
+                    "(median of the seeds)",
+                    f"{times(map(slowdown, plain))}; least eigenvalue {soft(plain)}",
+                    median(map(slowdown, plain)) >= SLOWED,
+                )
+            )
+    if ours := runs.where(row="l-bfgs-plain"):
+        made.append(
+            Claim(
+                f"Preconditioned L-BFGS to 1e-8, along the same training: at most {HELD:g} times as many, with every "
+                "seed",
+                f"{times(map(grown, ours))}; least eigenvalue {soft(ours)}",
+                max(map(grown, ours)) <= HELD,
+            )
+        )
+    for inner in INNER:
+        pairs = {way: runs.couples(f"{inner}-plain", f"{inner}-{way}") for way in HELPS if way != "plain"}
+        made += [helps(inner, way, pair) for way, pair in pairs.items() if runs.where(row=f"{inner}-{way}") and pair]
+    return made
+
+
+def helps(inner: Inner, way: str, pairs: list[tuple[Line, Line]]) -> Claim:
+    """Of the seeds that both have."""
+    plain, helped = (Runs(pair[i] for pair in pairs) for i in (0, 1))
+    before, after = (mean(map(slowdown, one)) for one in (plain, helped))
+    losses = [told(map(lowered, one), 2) for one in (plain, helped)]
+    return Claim(
+        f"Densities by {INNER[inner]}: with {HELPS[way].label}, gradient descent slows down at most half "
+        "as much (mean of the seeds)",
+        f"{times(map(slowdown, plain))} without, {times(map(slowdown, helped))} with; least eigenvalue "
+        f"{soft(plain)} and {soft(helped)}; loss {losses[0]} and {losses[1]} of its start",
+        math.isfinite(after) and (not math.isfinite(before) or after - 1 <= HELPED * (before - 1)) and before > 1.1,
+    )
+
+
+def times(values: Iterable[float]) -> str:
+    """Of every seed."""
+    return ", ".join("not found" if math.isinf(one) else f"{shown(one, 3)}" for one in values) + " times"
+
+
+def soft(runs: Runs) -> str:
+    """The least eigenvalue of every seed."""
+    return ", ".join(shown(one, 2) for one in runs.column("least"))
+
+
+def protocol(config: StabilityConfig, runs: Runs) -> str:
+    """What was run, in words."""
+    how = {
+        "least-squares": "Gauss-Newton (SciPy's trust region) with exact Jacobians",
+        "l-bfgs": "L-BFGS (SciPy's) with exact implicit gradients",
+        "adam": f"Adam from {config.learning_rate:g} with a cosine and exact implicit gradients",
+    }[config.optimizer]
+    return (
+        f"{', '.join(config.molecules)}; Kohn-Sham densities (LDA, def2-SVP) in an even-tempered basis, grid level "
+        f"{config.grid}. Thomas-Fermi, {config.weizsaecker:g} of von Weizsäcker's energy, LDA, a network as "
+        f"enhancement factor and a linear term fitted first; ∫ρ₋² weighs {config.penalty:g}. {config.iterations} "
+        f"iterations of {how}, {config.plan.seeds} seeds. Every {config.measure_every} iterations all densities are "
+        "found from the superposition of atoms and the steps are counted. Gradient descent as in the slides: rate "
+        f"3e-3, momentum 0.9, to 1e-4, at most 10,000 steps ({config.descent_steps} in training by it); L-BFGS: to "
+        f"1e-8, with the Hessian of the start as preconditioner, at most {INNER_STEPS} steps in training. There a "
+        "search begins at the density found last, and its Hessian is made anew after more than 15 steps; in the rows "
+        f"with fixed-point correction, and in one that is for comparison, at the superposition. The correction: "
+        f"{CORRECTED} iterates more in the loss, weights 0.8 to the power of their distance. Penalties: "
+        + (
+            ""
+            if config.optimizer == "least-squares"
+            else f"{config.hessian_weight:g} times the Hessian's mean square (along random vectors), "
+        )
+        + f"{config.floor_weight:g} times the square of what a least eigenvalue lacks of {config.floor:g}, relative to "
+        f"it; {PENALTY:g} times ∫ρ₋² in the energy. The network's weights decay only in the row that tries it, by "
+        f"{DECAY:g} times half their squares."
+    )
+
+
+def notes(config: StabilityConfig, runs: Runs) -> list[str]:
+    """What a reader must know."""
+    made = [
+        "A count always begins at the superposition of atoms, so that what the training had found before does not "
+        "help; the steps during training itself, from the density before, are fewer.",
+        "Both ways run in coordinates of the overlap, in which the Hessian is far better conditioned than in those of "
+        "the raw coefficients. Descent with momentum 0.9 takes a number of steps that hardly depends on the least "
+        "eigenvalue as long as that is above (1 − √0.9)²/rate, some 0.9 hartree; only below does it slow down.",
+    ]
+    if config.optimizer == "least-squares":
+        made.append(
+            "Gauss-Newton cannot take what is drawn at random in every evaluation: fixed-point correction at random "
+            "iterates and the penalty on the Hessian are rows of --optimizer l-bfgs and adam."
+        )
+    return made + missing(len(jobs(config)), runs)
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def drawings(config: StabilityConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+    """One for each way to find a density that has a run, and one of all."""
+    rows = there(config, runs)
+    names = {"descent": "by-descent", "l-bfgs": "by-l-bfgs"}
+    made = []
+    for inner, title in INNER.items():
+        own = [row for row in rows if split(row)[0] == inner]
+        if own:
+            made.append(
+                Drawing(
+                    names[inner],
+                    along_training(runs, own),
+                    f"Trained with densities found by {title}: steps of a minimization from the superposition of atoms "
+                    "(mean of the molecules), the least and the largest eigenvalue of their Hessians, along training; "
+                    "a line a seed.",
+                )
+            )
+    if rows:
+        made.append(
+            Drawing(
+                "by-eigenvalue",
+                by_eigenvalue(runs, rows),
+                "Steps after training (mean of the molecules) over the least eigenvalue then, a point a run: filled by "
+                "gradient descent, hollow by L-BFGS with the Hessian of the start; dotted, what they were before. "
+                "What was not found within the budget is left out.",
+            )
+        )
+    return made
+
+
+def colour_of(row: str) -> str:
+    """That of its help."""
+    from torchimplicit.recipes.plotting import COLOURS
+
+    return COLOURS[list(HELPS).index(split(row)[1]) % len(COLOURS)]
+
+
+def by_eigenvalue(runs: Runs, rows: list[str]) -> Figure:
+    """A point a run and way."""
+    from torchimplicit.recipes.plotting import axes
+
+    figure, (panel,) = axes(1, width=6.4, height=3.9)
+    for row in rows:
+        for number, line in enumerate(runs.where(row=row)):
+            named = HELPS[split(row)[1]].label if not number and split(row)[0] == split(rows[0])[0] else None
+            for way, face in (("descent", colour_of(row)), ("l_bfgs", "none")):
+                panel.scatter(
+                    line["train.least"],
+                    counted(line, way, "after"),
+                    s=26,
+                    facecolor=face,
+                    edgecolor=colour_of(row),
+                    label=named if way == "descent" else None,
+                )
+    for way in ("descent", "l_bfgs"):
+        before = counted(runs.where(row=rows[0])[0], way, "before")
+        panel.axhline(before, color="0.6", linewidth=0.8, linestyle=":")
+    panel.set(xscale="log", yscale="log", xlabel="least eigenvalue, hartree", ylabel="steps")
+    panel.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def along_training(runs: Runs, rows: list[str]) -> Figure:
+    """Steps and spectra, a line a run."""
+    from torchimplicit.recipes.plotting import LINES, axes
+
+    figure, panels = axes(3, width=4.0, height=3.6)
+    for place, row in enumerate(rows):
+        for number, line in enumerate(runs.where(row=row)):
+            for panel, what in zip(panels, ("mean_steps", "least", "largest"), strict=True):
+                panel.plot(
+                    [look["iteration"] for look in line["looks"]],
+                    [look[what] for look in line["looks"]],
+                    color=colour_of(row),
+                    linestyle=LINES[number % len(LINES)],
+                    marker="o",
+                    markersize=2.5,
+                    linewidth=1.0 + 0.45 * (len(rows) - 1 - place),  # rows that coincide are all to be seen
+                    label=None if number else HELPS[split(row)[1]].label,
+                )
+    for panel, title in zip(panels, ("steps", "least eigenvalue, hartree", "largest, hartree"), strict=True):
+        panel.set(xlabel="iteration", title=title)
+        low, high = panel.dataLim.y0, panel.dataLim.y1
+        if low > 0 and high < 10 * low:
+            panel.set_ylim(0, 1.1 * high)
+        else:
+            panel.set_yscale("symlog", linthresh=max(1e-2, 1e-4 * high))
+    panels[-1].legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+TABLE = Published(
+    title="How hard a density is to find while its functional is trained",
+    source="Slides on fine-tuning density functionals under an electron-number constraint (Adamowicz): with many "
+    "molecules the search takes longer and longer, and fixed-point correction helps but may cost performance; no "
+    "figures. Those here are ours.",
+    jobs=jobs,
+    figures=figures,
+    protocol=protocol,
+    sheets=sheets,
+    claims=claims,
+    notes=notes,
+    drawings=drawings,
+)

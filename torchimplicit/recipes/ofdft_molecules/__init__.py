@@ -1,1 +1,0 @@
-"""Density functionals for several molecules, tested on geometries and on molecules that they have not seen."""

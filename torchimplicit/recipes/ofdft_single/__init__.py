@@ -1,1 +1,0 @@
-"""One molecule's density functional, trained by implicit differentiation and by equilibrium propagation."""
