@@ -18,9 +18,18 @@ from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.execution import go, opened
 from torchimplicit.recipes.images.config import cifar10
 from torchimplicit.recipes.images.cost import CONVERGED, CostConfig, read
-from torchimplicit.recipes.phantom_ablation.config import PhantomAblationConfig, default
-from torchimplicit.recipes.phantom_ablation.rows import CONTROL, IMPLICIT, SWEEP, TABLE_1, UPG, jobs, training
-from torchimplicit.recipes.phantom_ablation.table import summarize
+from torchimplicit.recipes.phantom.ablation import (
+    CONTROL,
+    IMPLICIT,
+    SWEEP,
+    TABLE,
+    TABLE_1,
+    UPG,
+    PhantomAblationConfig,
+    default,
+    jobs,
+    training,
+)
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.reproduce.jobs import prepare
 from torchimplicit.recipes.runtime.table import Plan
@@ -87,7 +96,7 @@ class TestJobs:
 
 def test_what_the_runs_come_to(tmp_path):
     runs = run_here(replace(TINY, rows=(IMPLICIT, UPG, CONTROL, "sweep-1-0.5", "cost")), tmp_path)
-    summary = summarize(TINY, runs)
+    summary = TABLE.summarize(TINY, runs)
     accuracy, cost, sweep = (sheet.table for sheet in summary.sheets)
     assert [row[2] for row in accuracy.rows][:2] == ["85.0 ± 0.2", "82.3 ± 1.3"]
     assert {row[0]: row[-1] for row in accuracy.rows}["Implicit: SGD"] == "1 of 1"
@@ -108,7 +117,7 @@ def test_nothing_but_a_run_that_diverged(tmp_path):
     runs = run_here(replace(TINY, rows=(IMPLICIT,)), tmp_path)
     (run,) = runs.values()
     run.write_json("results.json", {**run.read_json("results.json"), "state": "diverged", "test": None})
-    summary = summarize(TINY, runs)
+    summary = TABLE.summarize(TINY, runs)
     assert summary.sheets[0].table.rows[0][1] == "–"
     assert any("Diverged: implicit-seed0" in note for note in summary.notes)
     assert not summary.claims

@@ -16,17 +16,12 @@ from rich.console import Console
 
 from torchimplicit.recipes import registry
 from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.phantom_language import config as settings
-from torchimplicit.recipes.phantom_language import table
-from torchimplicit.recipes.phantom_language.config import ROWS, PhantomLanguage, default
-from torchimplicit.recipes.phantom_language.costs import KINDS, CostConfig, Measured
-from torchimplicit.recipes.phantom_language.table import jobs, summarize
-from torchimplicit.recipes.phantom_language.trained import Trained
+from torchimplicit.recipes.phantom import language_table as settings
+from torchimplicit.recipes.phantom.language_costs import KINDS, CostConfig, Measured
+from torchimplicit.recipes.phantom.language_table import ROWS, TABLE, PhantomLanguage, Trained, default, jobs
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.run import Run, RunOptions, create
-from torchimplicit.recipes.runtime.table import Plan
-from torchimplicit.recipes.training.module import Validation
-from torchimplicit.recipes.training.results import Results
+from torchimplicit.recipes.runtime.table import Line, Plan, Runs
 from torchimplicit.recipes.training.settings import Machine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +49,7 @@ def tiny(tmp_path, monkeypatch) -> PhantomLanguage:
             test_tokens=100,
         )
 
-    monkeypatch.setattr(table, "language", narrow)
+    monkeypatch.setattr(settings, "language", narrow)
     machine = Machine(device="cpu", tensorboard=False)
     return PhantomLanguage(plan=Plan(seeds=1), data_dir=text, steps=2, repeats=1, machine=machine)
 
@@ -100,7 +95,7 @@ def test_the_published_scale_has_the_published_settings():
 def test_a_record_of_some_runs(tiny, tmp_path):
     names = {"post-implicit-0", "post-phantom-0", "pre-jacobian-implicit-0", "pre-jacobian-phantom-0", "costs"}
     runs = run_some(tiny, tmp_path / "runs", names)
-    summary = summarize(tiny, runs)
+    summary = TABLE.summarize(tiny, runs)
     perplexity, steps = summary.sheets
     assert [row[0] for row in perplexity.table.rows] == [row.label for row in ROWS.values()][:4]
     assert [row[1] for row in perplexity.table.rows] == ["24.0", "25.7", "24.5", "24.4"]
@@ -124,7 +119,7 @@ def test_a_record_without_costs_and_of_a_diverged_run(tiny, tmp_path):
     broken.path.mkdir()
     found = runs["post-implicit-0"].read_json("results.json")
     broken.write_json("results.json", found | {"state": "diverged", "test": None, "best": None, "validations": []})
-    summary = summarize(tiny, {**runs, "post-phantom-0": broken})
+    summary = TABLE.summarize(tiny, {**runs, "post-phantom-0": broken})
     rows = summary.sheets[0].table.rows
     assert rows[1][0] == "PostLN, UPG(5, 0.8) (1 of 1 diverged)"
     assert rows[1][3] == "–"
@@ -138,11 +133,10 @@ def test_costs_need_a_trained_run(tmp_path):
         registry.runner("language-costs").train(CostConfig(), run, Console(quiet=True))
 
 
-def test_equal_time_is_read_off_between_validations(tiny, tmp_path):
-    runs = run_some(tiny, tmp_path / "runs", {"post-implicit-0"})
-    validations = [Validation(step, 0.0, {"perplexity": p}, 0.0, 0.0) for step, p in ((10, 400.0), (20, 100.0))]
-    results = replace(Results.of(runs["post-implicit-0"]), validations=validations)
-    trained = Trained(ROWS["post-implicit"], [results], step_seconds=2.0)
+def test_equal_time_is_read_off_between_validations():
+    validations = [{"step": step, "figures": {"perplexity": p}} for step, p in ((10, 400.0), (20, 100.0))]
+    runs = Runs([Line("post-implicit-0", {}, {"validations": validations})])
+    trained = Trained(ROWS["post-implicit"], runs, step_seconds=2.0, radius=None)
     assert trained.validated_after(30.0) == pytest.approx([200.0])
     assert trained.validated_after(40.0) == pytest.approx([100.0])
     assert trained.validated_after(19.0) == []

@@ -16,12 +16,10 @@ from rich.console import Console
 
 from torchimplicit import cli
 from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.phantom_precision import config as configs
-from torchimplicit.recipes.phantom_precision.config import LayerConfig, PrecisionConfig
-from torchimplicit.recipes.phantom_precision.gathered import gather, looks_of
-from torchimplicit.recipes.phantom_precision.layer import RUNNER, LayerResults, Measurement
-from torchimplicit.recipes.phantom_precision.table import jobs, summarize
-from torchimplicit.recipes.phantom_precision.training import BESIDE, LABELS
+from torchimplicit.recipes.phantom.layer import RUNNER, LayerResults, Measurement
+from torchimplicit.recipes.phantom.looking import BESIDE
+from torchimplicit.recipes.phantom.precision import TABLE, PrecisionConfig, jobs, looks_of
+from torchimplicit.recipes.phantom.settings import LABELS, LayerConfig, training
 from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.run import Run, RunOptions, create
 from torchimplicit.recipes.runtime.table import Plan
@@ -44,7 +42,7 @@ def layer_run(path: Path, results: LayerResults) -> Run:
 def training_run(path: Path, steps: int = 4) -> Run:
     """A run as training leaves it, with made-up figures."""
     run = create("phantom-training", RunOptions(output=path))
-    run.describe("phantom-training", configs.training())
+    run.describe("phantom-training", training())
     run.write_json("results.json", {"test": {"figures": {"accuracy": 0.5}}})
     where = "gradient/task.model.equilibrium/"
     figures = {"cosine": 0.5, "norm_ratio": 0.4, "adjoint_residual": 0.09, "ascent": 1.0, "steps": 3, "products": 2}
@@ -116,14 +114,14 @@ class TestTable:
             else training_run(tmp_path / name)
             for name in names
         }
-        whole = summarize(config, runs)
+        whole = TABLE.summarize(config, runs)
         assert len(whole.drawings) == 3
         assert len(whole.sheets) == 5
         held = {claim.statement: claim.holds for claim in whole.claims}
         assert held["The cosine rises with k for every λ, for UPG and NPG (Fig. 1)"]
         assert not held["More terms are more precise in the second half, trained by UPG(5, 0.5)"], "all are the same"
         assert not any("Not measured" in note for note in whole.notes)
-        partial = summarize(config, {names[0]: runs[names[0]]})
+        partial = TABLE.summarize(config, {names[0]: runs[names[0]]})
         assert [len(partial.drawings), len(partial.sheets)] == [1, 3]
         assert partial.notes[-1] == f"Not measured: {', '.join(names[1:])}."
 
@@ -136,7 +134,8 @@ class TestTable:
 
     def test_a_training_without_looks_is_missing(self, tmp_path):
         run = training_run(tmp_path / "run", steps=0)
-        assert gather({"training_implicit_0": run}, ["training_implicit_0"]).missing == ["training_implicit_0"]
+        config = PrecisionConfig(plan=Plan(seeds=1))
+        assert not TABLE.gather(config, {"training_implicit_0": run})
 
 
 def replace_grid(results: LayerResults) -> LayerResults:

@@ -29,7 +29,10 @@ def record_of(name):
 # What a record's runs did not hold when it was made: parts of the titles of sheets and columns, of claims and notes.
 LACKING = {
     "jiio-inverse": ("Gradients at the trained weights", "The exact gradient, as in training"),
-    "ofdft-gradients": ("As the softest eigenvalue goes to zero: H2, trained",),  # rounded to five digits, and again
+    "phantom-graphs": ("Cost of a step", "a step with a phantom gradient"),
+    # these two were rounded to five digits, and are rounded again
+    "phantom-precision": ("k = 2", "k = 10", "the adaptive phantom gradient on", "Backpropagation", "Test accuracy"),
+    "ofdft-gradients": ("As the softest eigenvalue goes to zero: H2, trained",),
     "ofdft-single": ("Time ", "Inner steps", "Backward", "Adam: propagation, symmetric", "takes longer"),
     "ofdft-molecules": ("Training L", "molecule by molecule", "training molecules' L falls", "L and L1 per electron"),
     "ofdft-stability": ("Both ways, before and after", "gradient descent with momentum", "gradient descent slows down"),
@@ -59,8 +62,7 @@ def kept(items, lacking):
 def test_a_record_remakes_itself(name):
     record = record_of(name)
     table = registry.runner(record.name)
-    if not isinstance(table, Published):
-        pytest.skip("this table reads its runs' folders")
+    assert isinstance(table, Published)
     lacking = next((parts for start, parts in LACKING.items() if name.startswith(start)), ())
     made = table.remade(type(registry.settings(record.name)), record)
     for own, recorded in zip(made, (record.sheets, record.claims, record.notes), strict=True):

@@ -101,18 +101,18 @@ RECIPES = {
     ),
     "graphs-cost": Entry(
         "What a step of each gradient estimator costs on COX2 or PROTEINS, timed in turn at the same weights.",
-        f"{_HERE}.phantom_graphs.config:cost",
-        f"{_HERE}.phantom_graphs.cost:RUNNER",
+        f"{_HERE}.phantom.graphs_table:cost",
+        f"{_HERE}.phantom.graphs_cost:RUNNER",
     ),
     "phantom-layer": Entry(
         "Phantom gradients on a random layer beside the exact one, over steps and damping, in seconds.",
-        f"{_HERE}.phantom_precision.config:layer",
-        f"{_HERE}.phantom_precision.layer:RUNNER",
+        f"{_HERE}.phantom.settings:layer",
+        f"{_HERE}.phantom.layer:RUNNER",
     ),
     "phantom-training": Entry(
         "An image classifier whose gradient is compared with many estimators along training.",
-        f"{_HERE}.phantom_precision.config:training",
-        f"{_HERE}.phantom_precision.training:RUNNER",
+        f"{_HERE}.phantom.settings:training",
+        f"{_HERE}.phantom.looking:RUNNER",
     ),
     "ofdft-small": Entry(
         "An orbital-free density functional for H2, H2O, NH3 and CH4, trained by its minima, in minutes.",
@@ -230,23 +230,23 @@ RECIPES = {
 TABLES = {
     "phantom-precision": Entry(
         "Phantom against exact gradients: their cosine over steps and damping, and along training (Figs. 1 and 2).",
-        f"{_HERE}.phantom_precision.config:default",
-        f"{_HERE}.phantom_precision.table:TABLE",
+        f"{_HERE}.phantom.precision:default",
+        f"{_HERE}.phantom.precision:TABLE",
     ),
     "phantom-ablation": Entry(
         "An image classifier with implicit and phantom gradients: accuracy and cost (Table 1, Fig. 3).",
-        f"{_HERE}.phantom_ablation.config:default",
-        f"{_HERE}.phantom_ablation.table:TABLE",
+        f"{_HERE}.phantom.ablation:default",
+        f"{_HERE}.phantom.ablation:TABLE",
     ),
     "phantom-language": Entry(
         "A language model with implicit and phantom gradients, and Jacobian regularization (Table 3).",
-        f"{_HERE}.phantom_language.config:default",
-        f"{_HERE}.phantom_language.table:TABLE",
+        f"{_HERE}.phantom.language_table:default",
+        f"{_HERE}.phantom.language_table:TABLE",
     ),
     "phantom-graphs": Entry(
         "Implicit graph networks with implicit and phantom gradients, and long chains (Table 4).",
-        f"{_HERE}.phantom_graphs.config:default",
-        f"{_HERE}.phantom_graphs.table:TABLE",
+        f"{_HERE}.phantom.graphs_table:default",
+        f"{_HERE}.phantom.graphs_table:TABLE",
     ),
     "implicit-generalization": Entry(
         "Pictures from a quarter of their pixels: implicit and explicit representations, three filters, three sizes.",
@@ -319,8 +319,8 @@ TABLES = {
 PARTS = {
     "language-costs": Entry(
         "The cost of a step of trained language models, measured in turn.",
-        f"{_HERE}.phantom_language.costs:default",
-        f"{_HERE}.phantom_language.costs:RUNNER",
+        f"{_HERE}.phantom.language_costs:default",
+        f"{_HERE}.phantom.language_costs:RUNNER",
     ),
     "fields-cost": Entry(
         "The cost of a step of several fits of fields, measured in turn.",

@@ -85,7 +85,7 @@ class Job:
         recipe: in the registry.
         config: its settings.
         key: which run of the table it is, such as its row and its seed.
-        recorded: the name in the record, where it is another.
+        recorded: the name in the record, where it is another; ``group/name`` for one within a group.
     """
 
     name: str
@@ -202,9 +202,9 @@ class Summary:
 # -- the runs ----------------------------------------------------------------------------------------------------------
 
 
-def look(figures: Any, path: str) -> Any:
+def look(figures: Any, path: str, between: str = ".") -> Any:
     """``path`` is the keys that lead to a figure, with dots between them; ``None`` where there is no such figure."""
-    for key in path.split("."):
+    for key in path.split(between):
         if not isinstance(figures, Mapping):
             return None
         figures = figures.get(key)
@@ -217,7 +217,7 @@ class Line:
 
     name: str
     key: Mapping[str, Any]
-    figures: Mapping[str, Any]
+    figures: Any
 
     def __getitem__(self, path: str) -> Any:
         return self.key[path] if path in self.key else look(self.figures, path)
@@ -238,8 +238,8 @@ class Runs(Sequence[Line]):
     @classmethod
     def made_by(cls, jobs: Iterable[Job], figures: Mapping[str, Any]) -> Runs:
         """Those of the jobs of which ``figures`` holds something."""
-        there = (job for job in jobs if figures.get(job.recorded) is not None)
-        return cls(Line(job.name, job.key, figures[job.recorded]) for job in there)
+        found = ((job, look(figures, job.recorded, "/")) for job in jobs)
+        return cls(Line(job.name, job.key, one) for job, one in found if one is not None)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -461,7 +461,12 @@ class Published(Generic[C]):
         """What a record holds of these runs."""
         there = (job for job in self.jobs(config) if job.name in folders)
         found = {job.recorded: self.figures(config, folders[job.name]) for job in there}
-        return to_plain({name: one for name, one in found.items() if one is not None})
+        packed: dict[str, Any] = {}
+        for name, one in found.items():
+            group, _, within = name.rpartition("/")
+            if one is not None:
+                (packed.setdefault(group, {}) if group else packed)[within] = to_plain(one)
+        return packed
 
     def summarize(self, config: C, folders: Mapping[str, Run]) -> Summary:
         """See :class:`~torchimplicit.recipes.runtime.table.Summary`."""

@@ -14,8 +14,7 @@ from torchimplicit.recipes.fitting import load_weights
 from torchimplicit.recipes.graphs.model import estimator
 from torchimplicit.recipes.graphs.runner import TRAINER
 from torchimplicit.recipes.machine import device, threads
-from torchimplicit.recipes.phantom_graphs.config import CostConfig
-from torchimplicit.recipes.phantom_graphs.jobs import differentiated, rows
+from torchimplicit.recipes.phantom.graphs_table import CostConfig, differentiated, rows
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.training.costs import Costs, Stopwatch
 from torchimplicit.recipes.training.task import Shard

@@ -26,20 +26,7 @@ BESIDE: dict[str, Gradient] = {
     "adaptive-0.1": AdaptivePhantom(tolerance=0.1, max_steps=60),
     "unbiased-5-0.5": UnbiasedNeumann(steps=5, survival=0.9, damping=0.5),
 }
-"""What is compared with the exact gradient, by the name in the log."""
-
-LABELS = {
-    "npg-1-1": "one step",
-    "npg-2-0.5": "NPG(2, 0.5)",
-    "npg-5-0.5": "NPG(5, 0.5)",
-    "npg-9-0.5": "NPG(9, 0.5)",
-    "npg-5-1": "NPG(5, 1)",
-    "upg-5-0.5": "UPG(5, 0.5)",
-    "adaptive-0.3": "adaptive, residual 0.3",
-    "adaptive-0.1": "adaptive, residual 0.1",
-    "unbiased-5-0.5": "unbiased(5, 0.5), p = 0.9",
-}
-"""For people."""
+"""What is compared with the exact gradient, by the name in the log; for people they are :data:`LABELS`."""
 
 EXACT = Implicit(linear_solver=GMRES(rtol=1e-5, max_steps=400, restart=100))
 """A long Krylov space, for weights at which the Jacobian's spectral radius is above 1."""

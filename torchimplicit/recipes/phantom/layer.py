@@ -30,7 +30,7 @@ from torchimplicit.gradients import (
 from torchimplicit.linear import GMRES
 from torchimplicit.problems import FixedPoint
 from torchimplicit.recipes.machine import threads
-from torchimplicit.recipes.phantom_precision.config import LayerConfig
+from torchimplicit.recipes.phantom.settings import LayerConfig
 from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.tables import Column, Table

@@ -25,17 +25,12 @@ from torchimplicit.recipes.language.data import Segment
 from torchimplicit.recipes.language.task import RUNNER as LANGUAGE
 from torchimplicit.recipes.language.task import LanguageTask
 from torchimplicit.recipes.machine import device, threads
+from torchimplicit.recipes.phantom.language_table import CONVERGED, KINDS
 from torchimplicit.recipes.run import Run
 from torchimplicit.recipes.training.costs import Costs, Stopwatch
 from torchimplicit.recipes.training.estimators import gradient
 from torchimplicit.regularizers import jacobian_frobenius
 from torchimplicit.state import detached
-
-CONVERGED = 1e-6
-"""Relative tolerance of an exact backward solve that counts as converged."""
-
-KINDS = ("implicit", "converged", "phantom", "penalty")
-"""Kinds of steps: implicit at the recipe's tolerance and at :data:`CONVERGED`, UPG, and what the penalty adds."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,450 @@
+"""Implicit and phantom training of an image classifier: Table 1 and Fig. 3 of Geng et al. (2021, arXiv 2111.05177)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any, Literal
+
+from torchimplicit.recipes.images.config import ImageConfig, cifar10
+from torchimplicit.recipes.options import known_rows, positive
+from torchimplicit.recipes.plain import from_plain
+from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Line, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.training.settings import Equilibria, EstimatorName, Machine, Optimization
+
+if TYPE_CHECKING:
+    from torchimplicit.recipes.images.cost import Cost
+    from torchimplicit.recipes.run import Run
+
+COST = "cost"
+IMPLICIT, UPG, NPG = "implicit", "upg-5", "npg-5"
+CONTROL = "implicit-plain"
+DROPOUT = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way to train.
+
+    Attributes:
+        label: for people.
+        published: accuracy and its deviation in %, as published; ``None`` for a row of our own.
+        sgd, pretrained, dropout: otherwise Adam, from the start, and without.
+        steps, damping: of the phantom gradient.
+    """
+
+    label: str
+    published: tuple[float, float] | None = None
+    gradient: EstimatorName = "implicit"
+    sgd: bool = False
+    pretrained: bool = False
+    dropout: bool = False
+    steps: int = 5
+    damping: float = 0.5
+
+
+def _upg(steps: int, damping: float) -> Row:
+    return Row(
+        label=f"UPG({steps}, {damping:g}): SGD", gradient="unrolled-phantom", sgd=True, steps=steps, damping=damping
+    )
+
+
+# Geng et al. 2021, table 1.
+TABLE_1 = {
+    IMPLICIT: Row(label="Implicit: Adam, pretraining, dropout", published=(85.0, 0.2), pretrained=True, dropout=True),
+    "implicit-nopre": Row(label="Implicit: Adam, dropout", published=(82.3, 1.3), dropout=True),
+    "implicit-nodrop": Row(label="Implicit: Adam, pretraining", published=(83.7, 0.1), pretrained=True),
+    "implicit-sgd": Row(
+        label="Implicit: SGD, pretraining, dropout", published=(84.5, 0.3), sgd=True, pretrained=True, dropout=True
+    ),
+    "implicit-sgd-nopre": Row(label="Implicit: SGD, dropout", published=(82.9, 1.5), sgd=True, dropout=True),
+    UPG: replace(_upg(5, 0.5), published=(85.8, 0.5)),
+    NPG: Row(label="NPG(5, 0.5): SGD", published=(85.6, 0.5), gradient="neumann-phantom", sgd=True),
+    "upg-9-drop": replace(_upg(9, 0.5), label="UPG(9, 0.5): SGD, dropout", published=(86.1, 0.5), dropout=True),
+    # what the table above lacks: the phantom rows' settings, with the exact gradient
+    CONTROL: Row(label="Implicit: SGD", sgd=True),
+}
+
+SWEEP = {f"sweep-{k}-{damping:g}": _upg(k, damping) for k, damping in ((1, 0.5), (9, 0.5), (5, 0.25), (5, 1.0))}
+"""Points of Fig. 3 beside A(5, 0.5)."""
+
+# The CPU scale. The rates are those of a few chosen that did best on the validation split in single runs of 150 steps.
+CPU_STEPS = 100
+ADAM_RATE = {"cpu": 5e-3, "paper": 1e-3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhantomAblationConfig:
+    """An MDEQ trained by implicit and by phantom gradients."""
+
+    plan: Plan = field(default_factory=Plan)
+
+    data: Literal["mnist", "cifar10", "digits"] | None = None
+    """Which images; by default MNIST on a CPU, and CIFAR-10 at the paper's scale."""
+
+    data_dir: Path | None = None
+    """The folder that holds them; by default they are downloaded."""
+
+    steps: int | None = None
+    """Optimizer steps of a run; by default 100, or the paper's 50 epochs."""
+
+    rows: tuple[str, ...] = ()
+    """Only these, such as implicit, upg-5, sweep-9-0.5 and cost; by default all."""
+
+    sweep_seeds: int = 1
+    """Runs of every further point of the sweep over k and λ."""
+
+    machine: Machine = field(default_factory=lambda: Machine(tensorboard=False))
+
+    @property
+    def images(self) -> Literal["mnist", "cifar10", "digits"]:
+        """``data``, with its default filled in."""
+        return self.data or ("cifar10" if self.plan.scale == "paper" else "mnist")
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "sweep_seeds")
+
+
+def default() -> PhantomAblationConfig:
+    """On a CPU: the small model on 9,000 images of MNIST."""
+    return PhantomAblationConfig()
+
+
+def training(config: PhantomAblationConfig, row: Row, seed: int) -> ImageConfig:
+    """The settings of one run."""
+    paper = config.plan.scale == "paper"
+    base = _paper(config) if paper else _cpu(config)
+    steps = base.optimization.steps
+    pretrain = (3000 if paper and config.steps is None else round(0.15 * steps)) if row.pretrained else 0
+    return replace(
+        base,
+        dropout=DROPOUT if row.dropout else 0.0,
+        optimization=_optimization(base.optimization, row, config.plan.scale, seed),
+        equilibria=replace(
+            base.equilibria,
+            gradient=row.gradient,
+            phantom_steps=row.steps,
+            phantom_damping=row.damping,
+            pretrain_steps=pretrain,
+        ),
+        machine=config.machine,
+    )
+
+
+def _optimization(base: Optimization, row: Row, scale: str, seed: int) -> Optimization:
+    if row.sgd:
+        return replace(base, optimizer="sgd", learning_rate=0.1, weight_decay=1e-4, seed=seed)
+    return replace(base, optimizer="adam", learning_rate=ADAM_RATE[scale], weight_decay=2.5e-6, seed=seed)
+
+
+def _paper(config: PhantomAblationConfig) -> ImageConfig:
+    base = replace(cifar10(), data=config.images)
+    steps = config.steps or base.optimization.steps
+    chosen = replace(base.optimization, steps=steps, validate_every=min(steps, base.optimization.validate_every))
+    return replace(base, data_dir=config.data_dir, optimization=chosen)
+
+
+def _cpu(config: PhantomAblationConfig) -> ImageConfig:
+    steps = config.steps or CPU_STEPS
+    bundled = config.images == "digits"
+    return ImageConfig(
+        data=config.images,
+        data_dir=config.data_dir,
+        downsamplings=0 if bundled else 2,
+        validation_images=300 if bundled else 1000,
+        train_images=None if bundled else 9000,
+        test_images=None if bundled else 2000,
+        optimization=Optimization(
+            steps=steps, batch_size=64, validate_every=max(1, min(steps, round(steps / 4))), clip_norm=5.0
+        ),
+        equilibria=Equilibria(solver="broyden", solver_steps=18, backward_steps=20),
+    )
+
+
+def jobs(config: PhantomAblationConfig) -> list[Job]:
+    """Seed by seed, so that all rows have seen the machine alike."""
+    from torchimplicit.recipes.images.cost import CostConfig
+
+    known_rows(config.rows, (*TABLE_1, *SWEEP, COST))
+    made: list[Job] = []
+    for place, seed in enumerate(config.plan.all_seeds):
+        wanted = {**TABLE_1, **(SWEEP if place < config.sweep_seeds else {})}
+        made += [
+            Job(f"{name}-seed{seed}", "images-mnist", training(config, row, seed), {"row": name, "seed": seed})
+            for name, row in wanted.items()
+        ]
+        if not place:
+            costs = CostConfig(image=training(config, TABLE_1[UPG], seed))
+            made.insert(len(TABLE_1), Job(COST, "images-cost", costs))
+    return [job for job in made if not config.rows or job.name.partition("-seed")[0] in config.rows]
+
+
+# -- what the runs come to ---------------------------------------------------------------------------------------------
+
+
+def accuracies(runs: Runs, row: str) -> list[float]:
+    """Of the test images, in %, of the runs that came to their end."""
+    return [100 * value for value in runs.of(row, "test.accuracy")]
+
+
+def costs_of(runs: Runs) -> dict[str, Cost]:
+    """What a step costs with each estimator; empty where it was not measured."""
+    from torchimplicit.recipes.images.cost import Cost
+
+    return {name: from_plain(Cost, one) for name, one in runs.named(COST).items()}
+
+
+def sheets(config: PhantomAblationConfig, runs: Runs) -> list[Sheet]:
+    """Table 1, what a step costs, and the sweep."""
+    from torchimplicit.recipes.images.cost import table as cost_table
+
+    def cost(figure: str, digits: int, scale: float = 1.0) -> Any:
+        return lambda row: table.mean((scale * value for value in runs.of(row, f"costs.{figure}")), f".{digits}f")
+
+    def published(row: str) -> str:
+        known = TABLE_1[row].published
+        return table.NONE if known is None else "{:.1f} ± {:.1f}".format(*known)
+
+    def accuracy(row: str) -> str:
+        return table.spread(accuracies(runs, row))
+
+    first = table.sheet("Table 1", TABLE_1, [
+        Cell("Training", lambda row: TABLE_1[row].label),
+        Cell("Accuracy", accuracy, "%",
+             "Of the test images; the weights are those of the best validation. Mean ± deviation over seeds."),
+        Cell("Published", published, "%",
+             "Of MDEQ-Tiny after 50 epochs on all of CIFAR-10 (the best epoch on the test set)."),
+        Cell("Forward", cost("forward", 1), "evaluations", "Of the cell a step, after pretraining."),
+        Cell("Backward", cost("backward", 1), "products", "With the cell's Jacobian a step, after pretraining."),
+        Cell("At budget", cost("unconverged", 0, 100), "%", "Samples whose forward solve was stopped by its budget."),
+        Cell("Step", cost("seconds", 2), "s",
+             "Wall seconds, medians; the machine was shared, so see the table of costs for ratios."),
+        Cell("Runs", lambda row: f"{len(accuracies(runs, row))} of {len(runs.where(row=row))}", "",
+             "Finished, of those begun."),
+    ])  # fmt: skip
+    points = {UPG: TABLE_1[UPG], **SWEEP}
+    order = sorted(points, key=lambda name: (points[name].damping, points[name].steps))
+    sweep = table.sheet("Sweep over k and λ (Fig. 3)", order, [
+        Cell("Gradient", lambda row: points[row].label.removesuffix(": SGD")),
+        Cell("Accuracy", accuracy, "%", "As above."),
+        Cell("Forward", cost("forward", 1), "evaluations", "As above."),
+        Cell("Backward", cost("backward", 1), "products", "As above."),
+    ])  # fmt: skip
+    if not (measured := costs_of(runs)):
+        return [first, sweep]
+    return [first, Sheet("A training step, by gradient, at the same trained weights", cost_table(measured)), sweep]
+
+
+def claims(config: PhantomAblationConfig, runs: Runs) -> list[Claim]:
+    """What was aimed at, and what came out."""
+    from torchimplicit.recipes.images.cost import CONVERGED, evaluations
+
+    made = []
+    for name, other in ((UPG, IMPLICIT), (NPG, IMPLICIT), (UPG, CONTROL)):
+        ours, theirs = accuracies(runs, name), accuracies(runs, other)
+        if ours and theirs:
+            margin = max((stdev(values) for values in (ours, theirs) if len(values) > 1), default=0.0)
+            made.append(
+                Claim(
+                    f"{TABLE_1[name].label}: as accurate as {TABLE_1[other].label}, or more, within one deviation",
+                    f"{table.spread(ours)} % and {table.spread(theirs)} %",
+                    fmean(ours) >= fmean(theirs) - margin,
+                )
+            )
+    with_it, without = accuracies(runs, IMPLICIT), accuracies(runs, "implicit-nopre")
+    if with_it and without:
+        made.append(
+            Claim(
+                "Implicit training loses accuracy without pretraining",
+                f"{table.spread(with_it)} % with and {table.spread(without)} % without",
+                fmean(without) < fmean(with_it),
+            )
+        )
+    cost = costs_of(runs)
+    if not cost:
+        return made
+    converged, implicit, phantom = (cost[name] for name in (CONVERGED, "implicit", "UPG(5, 0.5)"))
+    evaluation_ratio = evaluations(converged) / evaluations(phantom)
+    step_ratio = implicit.seconds / phantom.seconds
+    return [
+        *made,
+        Claim(
+            "The backward pass of UPG(5, 0.5) takes at least 12 times fewer evaluations than a converged implicit one",
+            f"{evaluations(phantom):.0f} instead of {evaluations(converged):.0f} evaluations, {evaluation_ratio:.1f} "
+            f"times fewer; {converged.backward_seconds / phantom.backward_seconds:.1f} times less time",
+            evaluation_ratio >= 12,
+        ),
+        Claim(
+            "A whole step with UPG(5, 0.5) is at least 1.4 times as fast as an implicit one with the paper's budgets",
+            f"{step_ratio:.2f} times",
+            step_ratio >= 1.4,
+        ),
+    ]
+
+
+def protocol(config: PhantomAblationConfig, runs: Runs) -> str:
+    """What was run, in words."""
+    one = training(config, TABLE_1[IMPLICIT], config.plan.first_seed)
+    chosen, equilibria = one.optimization, one.equilibria
+    amount = f"{one.train_images or 'all other'} training images of {one.data}, {one.validation_images} set apart"
+    return (
+        f"MDEQ {one.model}, {amount}; the weights of the best validation are tested on "
+        f"{one.test_images or 'all'} test images; {config.plan.seeds} seeds. {chosen.steps} steps of "
+        f"{chosen.batch_size}, cosine; Adam {ADAM_RATE[config.plan.scale]:g} with weight decay 2.5e-6, or SGD 0.1 with "
+        f"Nesterov momentum 0.9 and weight decay 1e-4. Forward: Broyden, at most {equilibria.solver_steps} steps; "
+        f"implicit backward: GMRES, at most {equilibria.backward_steps} steps, both to a relative residual of "
+        f"{equilibria.tolerance:g}. Pretraining: {equilibria.pretrain_steps} of the steps, with "
+        f"{equilibria.pretrain_depth} weight-tied applications unrolled. "
+        f"Dropout {one.dropout:g} where a row has it."
+    )
+
+
+def notes(config: PhantomAblationConfig, runs: Runs) -> list[str]:
+    """What a reader must know."""
+    made = [
+        "The published table has no row with the phantom rows' settings and the exact gradient; 'Implicit: SGD' is "
+        "ours, and tells apart what the gradient does from what the other settings do.",
+        "The published accuracies were selected on the test set, ours on a validation split.",
+        "Broyden's method in the backward pass is replaced by GMRES, whose residual never grows; evaluations are "
+        "counted per sample, and samples that have converged cost nothing more.",
+    ]
+    if config.plan.scale == "cpu":
+        made.insert(
+            0,
+            "A small model, few steps and another data set than the paper's CIFAR-10: rows compare among themselves. "
+            "Adam's rate is higher than the paper's 0.001, which learns too slowly for so few steps; it was chosen on "
+            "a validation split of CIFAR-10, by one run of each.",
+        )
+    if cost := costs_of(runs):
+        from torchimplicit.recipes.images.cost import CONVERGED, evaluations
+
+        needed = evaluations(cost[CONVERGED])
+        made.append(
+            "For A(5, 0.5) to be 12 times as cheap, the converged backward pass must take 60 evaluations; on this "
+            f"model GMRES converges in {needed:.0f}. The applications that UPG unrolls count as forward evaluations."
+        )
+    return [*made, *table.diverged(by_row(runs), lambda line: line.name)]
+
+
+def by_row(runs: Runs) -> Runs:
+    """Row by row, seed by seed."""
+    return Runs(line for row in (*TABLE_1, *SWEEP) for line in runs.where(row=row))
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def drawings(config: PhantomAblationConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+    """Those for which there are runs."""
+    shown = (IMPLICIT, "implicit-nopre", "implicit-sgd", CONTROL, UPG, NPG)  # all nine would hide each other
+    made = []
+    if any(runs.where(row=name) for name in shown):
+        made.append(_training(config, runs, shown))
+    if any(runs.where(row=name) for name in SWEEP):
+        made.append(_sweep(runs))
+    if cost := costs_of(runs):
+        made.append(_cost(cost))
+    return made
+
+
+def _training(config: PhantomAblationConfig, runs: Runs, shown: tuple[str, ...]) -> Drawing:
+    from torchimplicit.recipes.plotting import axes, style
+
+    figure, (by_step, by_cost) = axes(2, width=4.8)
+    for index, name in enumerate(shown):
+        lines = [line for line in runs.where(row=name) if line["validations"]]
+        together = list(zip(*(line["validations"] for line in lines), strict=False))
+        if not together:
+            continue
+        steps = [each[0]["step"] for each in together]
+        accuracy = [100 * fmean(v["accuracy"] for v in each) for each in together]
+        settings = training(config, TABLE_1[name], config.plan.first_seed).equilibria
+        by_step.plot(steps, accuracy, label=TABLE_1[name].label, **style(index))
+        by_cost.plot([fmean(_work(one, settings, n) for one in lines) for n in steps], accuracy, **style(index))
+    by_step.set(xlabel="optimizer steps", ylabel="validation accuracy, %")
+    by_cost.set(xlabel="evaluations of the cell and products with its Jacobian")
+    figure.legend(loc="outside lower center", ncols=3)
+    return Drawing(
+        "training",
+        figure,
+        "Validation accuracy along training, mean over the seeds: by optimizer steps, and by the work in the "
+        "equilibrium (forward evaluations plus backward products, whole-batch equivalents; in pretraining one of each "
+        "for every application).",
+    )
+
+
+def _work(line: Line, settings: Equilibria, step: int) -> float:
+    """Evaluations and products until a step."""
+    pretraining = min(step, settings.pretrain_steps)
+    own = line["costs.forward"] + line["costs.backward"]
+    return 2 * pretraining * settings.pretrain_depth + (step - pretraining) * float(own)
+
+
+def _sweep(runs: Runs) -> Drawing:
+    from torchimplicit.recipes.plotting import COLOURS, axes, style
+
+    labels = {UPG: TABLE_1[UPG], **SWEEP}
+    figure, (over_steps, over_damping) = axes(2, width=4.8)
+    for panel, other, along, words in (
+        (over_steps, "damping", "steps", "steps k, at λ = 0.5"),
+        (over_damping, "steps", "damping", "damping λ, at k = 5"),
+    ):
+        fixed = getattr(labels[UPG], other)
+        names = [name for name in labels if getattr(labels[name], other) == fixed]
+        points = sorted((getattr(labels[name], along), accuracies(runs, name)) for name in names)
+        points = [(x, values) for x, values in points if values]
+        panel.plot([x for x, _ in points], [fmean(values) for _, values in points], **style(0))
+        for x, values in points:
+            panel.plot([x] * len(values), values, ".", color=COLOURS[6])
+        panel.set(xlabel=words, ylabel="test accuracy, %")
+    return Drawing(
+        "sweep",
+        figure,
+        "Test accuracy of UPG(k, λ): means over the seeds (line), and every run (dots). Points other than A(5, 0.5) "
+        "have fewer seeds.",
+    )
+
+
+def _cost(cost: dict[str, Cost]) -> Drawing:
+    from torchimplicit.recipes.plotting import COLOURS, axes
+
+    figure, (seconds, products) = axes(2, width=4.8, height=2.9)
+    names = list(cost)[::-1]
+    seconds.barh(names, [1e3 * cost[name].forward_seconds for name in names], color=COLOURS[0], label="forward")
+    seconds.barh(
+        names,
+        [1e3 * cost[name].backward_seconds for name in names],
+        left=[1e3 * cost[name].forward_seconds for name in names],
+        color=COLOURS[1],
+        label="backward",
+    )
+    seconds.set(xlabel="milliseconds a step")
+    seconds.legend()
+    products.barh(names, [cost[name].backward for name in names], color=COLOURS[1])
+    products.set(xlabel="products with the Jacobian, backward")
+    products.set_yticklabels([])
+    for panel in (seconds, products):
+        panel.set_axisbelow(True)
+        panel.grid(visible=False, axis="y")
+    return Drawing(
+        "cost",
+        figure,
+        "A training step at the same trained weights on the same batches, by gradient: time of the forward and the "
+        "backward pass (medians), and products with the cell's Jacobian in the backward pass.",
+    )
+
+
+TABLE = Published(
+    title="An image classifier trained with implicit and with phantom gradients",
+    source="Geng et al. 2021, On Training Implicit Models (arXiv 2111.05177), table 1 and figure 3",
+    jobs=jobs,
+    figures=table.by_name(cost=table.read("costs.json")),
+    protocol=protocol,
+    sheets=sheets,
+    claims=claims,
+    notes=notes,
+    drawings=drawings,
+)

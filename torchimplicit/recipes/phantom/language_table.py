@@ -1,0 +1,451 @@
+"""Language modelling with implicit and phantom gradients, and Jacobian regularization (Geng et al. 2021, Table 3)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal
+
+from torchimplicit.recipes.language.config import LanguageConfig, wikitext2, wikitext103
+from torchimplicit.recipes.options import positive
+from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.training.settings import Machine
+
+if TYPE_CHECKING:
+    from torchimplicit.recipes.run import Run
+
+COSTS = "costs"
+"""The job that measures steps in turn."""
+
+CONVERGED = 1e-6
+"""Relative tolerance of an exact backward solve that counts as converged."""
+
+KINDS = {
+    "implicit": "implicit",
+    "converged": f"implicit, backward to {CONVERGED:g}",
+    "phantom": "UPG(5, 0.8)",
+    "penalty": "the penalty alone",
+}
+"""Kinds of steps that are timed."""
+
+PAIRS = {"PostLN": ("post-implicit", "post-phantom"), "PreLN + JR": ("pre-jacobian-implicit", "pre-jacobian-phantom")}
+"""The published pairs: implicit, UPG."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train.
+
+    Attributes:
+        label: for people.
+        normalization: see :class:`DEQTransformerConfig`.
+        gradient: the estimator.
+        jacobian: whether the Jacobian is regularized.
+        perplexity, speed: published, of the test on WikiText-103, and of training against the first row.
+    """
+
+    label: str
+    normalization: Literal["post", "pre"]
+    gradient: Literal["implicit", "unrolled-phantom"]
+    jacobian: bool
+    perplexity: float | None = None
+    speed: float | None = None
+
+
+ROWS = {
+    "post-implicit": Row("PostLN, implicit", "post", "implicit", False, 24.0, 1.0),
+    "post-phantom": Row("PostLN, UPG(5, 0.8)", "post", "unrolled-phantom", False, 25.7, 1.7),
+    "pre-jacobian-implicit": Row("PreLN + JR, implicit", "pre", "implicit", True, 24.5, 1.7),
+    "pre-jacobian-phantom": Row("PreLN + JR, UPG(5, 0.8)", "pre", "unrolled-phantom", True, 24.4, 2.2),
+    "pre-implicit": Row("PreLN, implicit", "pre", "implicit", False),
+    "pre-phantom": Row("PreLN, UPG(5, 0.8)", "pre", "unrolled-phantom", False),
+}
+"""JR is Jacobian regularization with weight 2.0 and probability 0.4, as published."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhantomLanguage:
+    """A language model with implicit and phantom gradients, with and without Jacobian regularization."""
+
+    plan: Plan = field(default_factory=Plan)
+    machine: Machine = field(default_factory=Machine)
+
+    data_dir: Path | None = None
+    """The folder with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens: WikiText-2, and WikiText-103 with
+    --scale paper. Downloaded by default."""
+
+    steps: int | None = None
+    """Of every run; by default 400, and 300000 with --scale paper."""
+
+    repeats: int = 8
+    """How often every kind of step is timed."""
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "repeats")
+
+
+def default() -> PhantomLanguage:
+    """The table on a CPU."""
+    return PhantomLanguage()
+
+
+def language(config: PhantomLanguage, row: Row, seed: int) -> LanguageConfig:
+    """The settings of one run."""
+    paper = config.plan.scale == "paper"
+    base = wikitext103(row.normalization) if paper else wikitext2()
+    steps = config.steps or (base.optimization.steps if paper else 400)
+    optimization = replace(base.optimization, seed=seed, steps=steps)
+    if not paper:
+        optimization = replace(optimization, validate_every=max(1, steps // 5))
+        base = replace(base, normalization=row.normalization, validation_tokens=10000, test_tokens=30000)
+    return replace(
+        base,
+        data_dir=config.data_dir,
+        optimization=optimization,
+        equilibria=replace(
+            base.equilibria,
+            gradient=row.gradient,
+            jacobian_weight=2.0 if row.jacobian else 0.0,
+            jacobian_probability=0.4,
+        ),
+        machine=config.machine,
+    )
+
+
+def jobs(config: PhantomLanguage) -> list[Job]:
+    """The published rows with one seed, then with the next, then the others; at last the costs, at the weights of the
+    first seed."""
+    from torchimplicit.recipes.phantom.language_costs import CostConfig
+
+    recipe = f"language-wikitext{'103' if config.plan.scale == 'paper' else '2'}"
+    made = [
+        Job(f"{name}-{seed}", recipe, language(config, row, seed), {"row": name, "seed": seed})
+        for published in (True, False)
+        for seed in config.plan.all_seeds
+        for name, row in ROWS.items()
+        if (row.perplexity is not None) == published
+    ]
+    first = [job for job in made if job.key["seed"] == config.plan.first_seed]
+    names, settings = tuple(job.name for job in first), tuple(job.config for job in first)
+    return [*made, Job(COSTS, "language-costs", CostConfig(names=names, runs=settings, repeats=config.repeats))]
+
+
+def figures(config: PhantomLanguage, run: Run) -> dict[str, Any]:
+    """All that a run has written but its settings; its state alone where it has written nothing."""
+    try:
+        found = run.read_json("results.json")
+    except (OSError, json.JSONDecodeError):
+        return {"state": run.read()["state"]}
+    return {name: value for name, value in found.items() if name != "settings"}
+
+
+# -- what the runs come to ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A row's runs.
+
+    Attributes:
+        row: what it is.
+        runs: of its seeds, those that there are.
+        step_seconds: of a training step, in turn with the others'; ``None`` where it was not measured.
+        radius: spectral radius of the Jacobian at the equilibria of a validation segment; likewise.
+    """
+
+    row: Row
+    runs: Runs
+    step_seconds: float | None
+    radius: float | None
+
+    @property
+    def tested(self) -> list[float]:
+        """Test perplexities at the best validations."""
+        return self.runs.column("test.figures.perplexity")
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a whole training."""
+        steps = self.runs.column("steps")
+        return self.step_seconds * max(steps) if self.step_seconds is not None and steps else None
+
+    def costs(self, name: str) -> list[float]:
+        """A figure of the steps, by seed."""
+        return self.runs.column(f"costs.{name}")
+
+    def validated_after(self, seconds: float) -> list[float]:
+        """Validation perplexities after so much training, between two validations along a straight line in the
+        logarithm; of seeds for which it lies before the first, nothing."""
+        found = []
+        steps = seconds / self.step_seconds if self.step_seconds else math.nan
+        for line in self.runs:
+            points = [(v["step"], math.log(v["figures"]["perplexity"])) for v in line["validations"]]
+            for (low, one), (high, other) in pairwise(points):
+                if low <= steps <= high * (1 + 1e-9):
+                    found.append(math.exp(one + (other - one) * (steps - low) / (high - low)))
+                    break
+        return found
+
+
+def measured(runs: Runs) -> Mapping[str, Any]:
+    """What was timed: ``costs`` by run and kind of step, and ``radius`` by run; empty where nothing was."""
+    found = runs.named(COSTS)
+    return found if "costs" in found else {}
+
+
+def both(cost: Mapping[str, float]) -> float:
+    """Seconds of both passes."""
+    return cost["forward_seconds"] + cost["backward_seconds"]
+
+
+def trained(config: PhantomLanguage, runs: Runs) -> dict[str, Trained]:
+    """The rows that have runs."""
+    made = {}
+    for name, row in ROWS.items():
+        own = Runs(line for line in runs.where(row=name) if line["validations"] is not None)
+        first = f"{name}-{config.plan.first_seed}"
+        costs = measured(runs).get("costs", {}).get(first)
+        seconds = None
+        if costs is not None:
+            seconds = both(costs["implicit" if row.gradient == "implicit" else "phantom"])
+            if row.jacobian:
+                seconds += language(config, row, 0).equilibria.jacobian_probability * both(costs["penalty"])
+        if own:
+            made[name] = Trained(row, own, seconds, measured(runs).get("radius", {}).get(first))
+    return made
+
+
+def sheets(config: PhantomLanguage, runs: Runs) -> list[Sheet]:
+    """Perplexity and cost; and steps at the same weights."""
+    rows = trained(config, runs)
+    base = rows.get("post-implicit")
+    budget = min((one.seconds for one in rows.values() if one.seconds is not None), default=None)
+
+    def label(one: Trained) -> str:
+        lost = sum(line["state"] == "diverged" for line in one.runs)
+        return one.row.label + (f" ({lost} of {len(one.runs)} diverged)" if lost else "")
+
+    def speed(one: Trained) -> str:
+        known = one.step_seconds and base is not None and base.step_seconds
+        return f"{known / one.step_seconds:.2f}×" if known and one.step_seconds else table.NONE
+
+    main = table.sheet("Perplexity and cost", rows.values(), [
+        Cell("Training", label),
+        Cell("Published perplexity", lambda one: table.shown(one.row.perplexity, ".1f"), "",
+             "on the test text of WikiText-103, with 98M parameters"),
+        Cell("Published speed", lambda one: f"{one.row.speed:.1f}×" if one.row.speed else table.NONE, "",
+             "of training, against PostLN implicit"),
+        Cell("Perplexity at equal steps", lambda one: table.spread(one.tested), "",
+             "on the test text, at the weights of the best validation"),
+        Cell("Perplexity at equal time",
+             lambda one: table.NONE if budget is None else table.spread(one.validated_after(budget)), "",
+             "on the validation text, when a row has trained as long as the quickest one does in all"),
+        Cell("Forward evaluations", lambda one: table.spread(one.costs("forward")), "",
+             "of the cell a step, UPG's own steps included"),
+        Cell("Backward evaluations", lambda one: table.spread(one.costs("backward")), "",
+             "products with the Jacobian a step"),
+        Cell("Spectral radius", lambda one: table.shown(one.radius, ".2f"), "",
+             "of the Jacobian at equilibria of the validation text, the first seed's weights"),
+        Cell("Step", lambda one: table.shown(one.step_seconds, ".3f"), "s",
+             "forward and backward pass, measured in turn, with the penalty's share"),
+        Cell("Speed", speed, "", "against PostLN implicit"),
+    ])  # fmt: skip
+    costs = measured(runs).get("costs", {})
+    steps = [
+        (ROWS[name.removesuffix(f"-{config.plan.first_seed}")].label, kind, kinds[kind], kinds["implicit"])
+        for name, kinds in costs.items()
+        for kind in KINDS
+    ]
+    timed = table.sheet("A training step at the same weights, in turn", steps, [
+        Cell("Weights of", lambda step: step[0], "", "the first seed's"),
+        Cell("Step", lambda step: KINDS[step[1]]),
+        Cell("Forward", lambda step: f"{step[2]['forward_seconds']:.3f}", "s"),
+        Cell("Backward", lambda step: f"{step[2]['backward_seconds']:.3f}", "s"),
+        Cell("Forward evaluations", lambda step: f"{step[2]['forward']:.1f}"),
+        Cell("Backward evaluations", lambda step: f"{step[2]['backward']:.1f}"),
+        Cell("Speed", lambda step: table.NONE if step[1] == "penalty" else f"{both(step[3]) / both(step[2]):.2f}×", "",
+             "both passes, against implicit at these weights"),
+    ])  # fmt: skip
+    return [main, timed] if costs else [main]
+
+
+def claims(config: PhantomLanguage, runs: Runs) -> list[Claim]:
+    """What was aimed at, and what came out."""
+    rows = trained(config, runs)
+    made = []
+    for label, (exact, phantom) in PAIRS.items():
+        if exact not in rows or phantom not in rows:
+            continue
+        one, other = rows[exact], rows[phantom]
+        if one.tested and other.tested:
+            made.append(
+                Claim(
+                    f"{label}: UPG(5, 0.8) loses at most 2 % of perplexity to the implicit gradient at equal steps",
+                    f"{table.spread(other.tested)} against {table.spread(one.tested)} "
+                    f"(published {other.row.perplexity} against {one.row.perplexity})",
+                    fmean(other.tested) <= 1.02 * fmean(one.tested),
+                )
+            )
+        if one.step_seconds and other.step_seconds and one.row.speed and other.row.speed:
+            aim = other.row.speed / one.row.speed
+            made.append(
+                Claim(
+                    f"{label}: a step with UPG(5, 0.8) is at least {aim:.1f} times as fast as the implicit one",
+                    f"{one.step_seconds / other.step_seconds:.2f} times",
+                    one.step_seconds / other.step_seconds >= round(aim, 1),
+                )
+            )
+    pair = [rows.get(name) for name in ("pre-implicit", "pre-jacobian-implicit")]
+    if all(one is not None and one.costs("forward") for one in pair):
+        without, penalized = (fmean(one.costs("forward")) for one in pair if one is not None)
+        made.append(
+            Claim(
+                "Jacobian regularization saves forward evaluations",
+                f"{penalized:.1f} with it, {without:.1f} without, PreLN and implicit",
+                penalized < without,
+            )
+        )
+    radii = [one.radius for one in pair if one is not None and one.radius is not None]
+    if len(radii) == 2:
+        made.append(
+            Claim(
+                "Jacobian regularization lowers the spectral radius at the equilibrium",
+                f"{radii[1]:.2f} with it, {radii[0]:.2f} without, PreLN and implicit, the first seed",
+                radii[1] < radii[0],
+            )
+        )
+    return made
+
+
+def protocol(config: PhantomLanguage, runs: Runs) -> str:
+    """What was run, in words."""
+    one = language(config, ROWS["post-implicit"], config.plan.first_seed)
+    chosen, at = one.optimization, one.equilibria
+    sizes = {size for size in runs.column("parameters") if size}
+    words = "all words" if one.vocabulary is None else f"the {one.vocabulary} most frequent words, the others <unk>"
+    millions = "/".join(f"{size / 1e6:.2f}M" for size in sorted(sizes))
+    part = ""
+    if one.validation_tokens and one.test_tokens:
+        part = (
+            f" Validation on the first {one.validation_tokens} tokens of its text, the test on the first "
+            f"{one.test_tokens}."
+        )
+    return (
+        f"{one.corpus}, {words}; a DEQ transformer of {millions} parameters; {chosen.steps} steps of "
+        f"{chosen.batch_size} × {one.segment_length} tokens with {chosen.optimizer.capitalize()} at "
+        f"{chosen.learning_rate:g}; forward solves to {at.tolerance:g} within {at.solver_steps} steps, implicit "
+        f"backward solves to {at.backward_tolerance:g} within {at.backward_steps}. JR: Jacobian regularization with "
+        f"weight 2.0 and probability 0.4. The tested weights are those of the best validation.{part} Seeds: "
+        f"{', '.join(map(str, config.plan.all_seeds))}; mean ± standard deviation over them."
+    )
+
+
+def notes(config: PhantomLanguage, runs: Runs) -> list[str]:
+    """What a reader must know."""
+    rows = trained(config, runs)
+    made = []
+    if config.plan.scale == "cpu":
+        made.append(
+            "Another text, vocabulary and size than the published table's, and a small part of one pass over the "
+            "text: compare rows with rows, not perplexities with the published ones."
+        )
+    if config.plan.seeds < 3:
+        made.append(f"With {config.plan.seeds} seeds a standard deviation says little.")
+    made.append(
+        "Equal time is counted in steps times the seconds of a step as measured in turn at trained weights, not in the "
+        "seconds of the logs, which depend on what else the machine did; and on the validation text, which is all that "
+        "is measured in the middle of a training."
+    )
+    backward = [
+        tuple(kinds[kind]["backward"] for kind in ("implicit", "converged", "phantom"))
+        for kinds in measured(runs).get("costs", {}).values()
+    ]
+    if backward:
+        exact, converged, phantom = (fmean(column) for column in zip(*backward, strict=True))
+        made.append(
+            f"A backward pass with the implicit gradient needs {exact:.1f} products with the Jacobian here "
+            f"({converged:.1f} to {CONVERGED:g}), UPG {phantom:.1f}, and 5 more forward evaluations: the phantom "
+            "gradient saves where the backward solver needs many, up to 35 in the published runs."
+        )
+    for one in rows.values():
+        unconverged = one.costs("unconverged")
+        if unconverged and fmean(unconverged) > 0.01:
+            made.append(
+                f"{one.row.label}: {100 * fmean(unconverged):.0f} % of the samples stopped at the solver's budget."
+            )
+    missing = [row.label for name, row in ROWS.items() if name not in rows]
+    if missing:
+        made.append(f"Not run: {', '.join(missing)}.")
+    short = [f"{one.row.label} ({len(one.runs)})" for one in rows.values() if len(one.runs) < config.plan.seeds]
+    if short:
+        made.append(f"Rows with fewer seeds than {config.plan.seeds}: {', '.join(short)}.")
+    return made
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def drawings(config: PhantomLanguage, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+    """Validation perplexity over the steps, and over the time."""
+    rows = trained(config, runs)
+    made = [
+        _curves(
+            "perplexity-steps",
+            rows,
+            "Optimizer steps",
+            lambda one: 1.0,
+            "Perplexity on the validation text along training, mean over the seeds. Lower is better; lines that lie on "
+            "each other learn the same from a step.",
+        )
+    ]
+    known = {name: one for name, one in rows.items() if one.step_seconds is not None}
+    if known:
+        made.append(
+            _curves(
+                "perplexity-seconds",
+                known,
+                "Seconds of training",
+                lambda one: one.step_seconds or 0.0,
+                "The same against time: steps times the seconds of a step, which were measured for all rows in turn. A "
+                "line further to the left learns as much in less time.",
+            )
+        )
+    return made
+
+
+def _curves(
+    name: str, rows: dict[str, Trained], label: str, scale: Callable[[Trained], float], caption: str
+) -> Drawing:
+    from torchimplicit.recipes.plotting import axes, style
+
+    figure, (ax,) = axes()
+    for index, one in enumerate(rows.values()):
+        found: dict[int, list[float]] = {}
+        for line in one.runs:
+            for validation in line["validations"]:
+                found.setdefault(validation["step"], []).append(validation["figures"]["perplexity"])
+        steps = sorted(found)
+        means = [fmean(found[step]) for step in steps]
+        ax.plot([scale(one) * step for step in steps], means, label=one.row.label, **style(index))
+    ax.set(yscale="log", xlabel=label, ylabel="Validation perplexity")
+    ax.legend()
+    return Drawing(name, figure, caption)
+
+
+TABLE = Published(
+    title="Language modelling with implicit and phantom gradients",
+    source="Geng et al. 2021, On Training Implicit Models (arXiv 2111.05177), Table 3: DEQ on WikiText-103.",
+    jobs=jobs,
+    figures=figures,
+    protocol=protocol,
+    sheets=sheets,
+    claims=claims,
+    notes=notes,
+    drawings=drawings,
+)
