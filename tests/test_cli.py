@@ -154,8 +154,8 @@ def test_a_missing_extra_is_told_in_one_line(capsys, monkeypatch):
 
 
 def test_every_recipe_can_be_loaded_and_stored():
-    from torchimplicit.recipes.plain import from_plain, to_plain
     from torchimplicit.recipes.registry import RECIPES, TABLES, settings
+    from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 
     for name in {**RECIPES, **TABLES}:
         config = settings(name)

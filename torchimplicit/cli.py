@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(
             f"the command line needs {', '.join(missing)} (not installed); run: pip install 'torchimplicit[recipes]'"
         )
-    errors = import_module("torchimplicit.recipes.errors")
+    errors = import_module("torchimplicit.recipes.runtime.errors")
     solve_error = import_module("torchimplicit.errors").SolveError
     try:
         code: int = import_module("torchimplicit.recipes.commands").main(arguments)

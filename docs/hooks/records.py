@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.exceptions import PluginError
-from torchimplicit.recipes.files import read_json
-from torchimplicit.recipes.plain import from_plain
+from torchimplicit.recipes.runtime.files import read_json
+from torchimplicit.recipes.runtime.settings import from_plain
 from torchimplicit.recipes.runtime.table import Record
 
 _WANTED = re.compile(r"^\{\{ record (?P<name>[\w-]+) \}\}$", re.MULTILINE)

@@ -16,7 +16,6 @@ from scipy.io import wavfile
 
 from torchimplicit import cli
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.audio import sounds
 from torchimplicit.recipes.fields.audio.config import SoundConfig, audio
 from torchimplicit.recipes.fields.audio.figures import spectrograms, waveforms
@@ -24,10 +23,11 @@ from torchimplicit.recipes.fields.audio.sounds import quantized, read_file, save
 from torchimplicit.recipes.fields.audio.synthesis import synthesized
 from torchimplicit.recipes.fields.audio.task import RUNNER, build
 from torchimplicit.recipes.fields.settings import Representation
-from torchimplicit.recipes.run import RunOptions, create
-from torchimplicit.recipes.training.logs import rows
-from torchimplicit.recipes.training.results import Results
-from torchimplicit.recipes.training.settings import Machine
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.fitting import rows
+from torchimplicit.recipes.runtime.run import RunOptions, create
+from torchimplicit.recipes.runtime.settings import Machine
+from torchimplicit.recipes.runtime.trainer import Results
 
 
 @pytest.fixture(autouse=True)

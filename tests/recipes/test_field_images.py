@@ -16,7 +16,6 @@ from rich.console import Console
 
 from torchimplicit import cli
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.images import pictures
 from torchimplicit.recipes.fields.images.config import PictureConfig, generalization, image
 from torchimplicit.recipes.fields.images.pictures import BUNDLED, bundled, quantized, read_file, save, written
@@ -24,8 +23,9 @@ from torchimplicit.recipes.fields.images.show import error_map, export_sizes
 from torchimplicit.recipes.fields.images.task import RUNNER, build, parts
 from torchimplicit.recipes.fields.points import Grid
 from torchimplicit.recipes.fields.settings import Representation
-from torchimplicit.recipes.run import RunOptions, create
-from torchimplicit.recipes.training.settings import Machine
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.run import RunOptions, create
+from torchimplicit.recipes.runtime.settings import Machine
 
 
 @pytest.fixture(autouse=True)

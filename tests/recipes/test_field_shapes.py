@@ -20,7 +20,6 @@ from rich.console import Console
 
 from torchimplicit import cli
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.cost import peak_bytes
 from torchimplicit.recipes.fields.memory import floats_a_point
 from torchimplicit.recipes.fields.settings import Representation
@@ -36,10 +35,11 @@ from torchimplicit.recipes.fields.shape.render import drawn, view
 from torchimplicit.recipes.fields.shape.surface import extracted
 from torchimplicit.recipes.fields.shape.task import RUNNER, build
 from torchimplicit.recipes.fields.shape.tree import MeshTree, nearest_on_triangles, solid_angles
-from torchimplicit.recipes.run import RunOptions, create
-from torchimplicit.recipes.training.logs import rows
-from torchimplicit.recipes.training.results import Results
-from torchimplicit.recipes.training.settings import Machine
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.fitting import rows
+from torchimplicit.recipes.runtime.run import RunOptions, create
+from torchimplicit.recipes.runtime.settings import Machine
+from torchimplicit.recipes.runtime.trainer import Results
 
 
 @pytest.fixture(autouse=True)

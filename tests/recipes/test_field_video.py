@@ -17,7 +17,6 @@ from rich.console import Console
 
 from torchimplicit import cli
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.settings import Representation
 from torchimplicit.recipes.fields.task import decibels
 from torchimplicit.recipes.fields.video import clips, show, writing
@@ -27,9 +26,10 @@ from torchimplicit.recipes.fields.video.figures import chosen, over_frames, stri
 from torchimplicit.recipes.fields.video.synthesis import synthesized
 from torchimplicit.recipes.fields.video.task import RUNNER, build
 from torchimplicit.recipes.fields.video.writing import save
-from torchimplicit.recipes.run import RunOptions, create
-from torchimplicit.recipes.training.logs import rows
-from torchimplicit.recipes.training.settings import Machine
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.fitting import rows
+from torchimplicit.recipes.runtime.run import RunOptions, create
+from torchimplicit.recipes.runtime.settings import Machine
 
 
 @pytest.fixture(autouse=True)

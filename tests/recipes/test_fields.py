@@ -14,7 +14,6 @@ from rich.console import Console
 
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients import Implicit, NeumannPhantom
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.cost import peak_bytes
 from torchimplicit.recipes.fields.memory import accumulated, chunk_points, floats_a_point
 from torchimplicit.recipes.fields.points import Grid, centres, every_other
@@ -22,11 +21,12 @@ from torchimplicit.recipes.fields.report import write_page
 from torchimplicit.recipes.fields.runner import FieldRunner
 from torchimplicit.recipes.fields.settings import Representation, check_fit, check_slopes, full_batch, truncated
 from torchimplicit.recipes.fields.task import FieldTask, Parts, decibels
-from torchimplicit.recipes.run import RunOptions, create
-from torchimplicit.recipes.training.logs import rows
-from torchimplicit.recipes.training.results import Results
-from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
-from torchimplicit.recipes.training.task import Shard
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.fitting import rows
+from torchimplicit.recipes.runtime.run import RunOptions, create
+from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization
+from torchimplicit.recipes.runtime.task import Shard
+from torchimplicit.recipes.runtime.trainer import Results
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,18 +27,15 @@ from rich.console import Console
 from tiny import RUNNER, TinyConfig
 
 from torchimplicit import cli
-from torchimplicit.recipes import files, registry
-from torchimplicit.recipes.environment import version
-from torchimplicit.recipes.errors import StorageError, UserError
-from torchimplicit.recipes.execution import as_it_began, go, opened
-from torchimplicit.recipes.fetch import Download, fetch, unchanged
-from torchimplicit.recipes.fitting import read_checkpoint
-from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.reproduce.jobs import Job, prepare
-from torchimplicit.recipes.run import Run, RunOptions, create
-from torchimplicit.recipes.stopping import terminated_like_interrupted
-from torchimplicit.recipes.training.logs import loggers, rows
-from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
+from torchimplicit.recipes import registry
+from torchimplicit.recipes.runtime import files
+from torchimplicit.recipes.runtime.errors import StorageError, UserError
+from torchimplicit.recipes.runtime.execution import as_it_began, go, opened, terminated_like_interrupted
+from torchimplicit.recipes.runtime.files import Download, fetch, unchanged
+from torchimplicit.recipes.runtime.fitting import loggers, read_checkpoint, rows
+from torchimplicit.recipes.runtime.jobs import Job, prepare
+from torchimplicit.recipes.runtime.run import Run, RunOptions, create, version
+from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, from_plain, to_plain
 from torchimplicit.solvers import Anderson
 
 QUIET = Console(quiet=True)

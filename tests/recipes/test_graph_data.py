@@ -11,10 +11,10 @@ import torch
 pytest.importorskip("torch_geometric")
 pytest.importorskip("sklearn")
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.graphs import ppi, tu
 from torchimplicit.recipes.graphs.chains import chains
 from torchimplicit.recipes.graphs.folds import folds
+from torchimplicit.recipes.runtime.errors import UserError
 
 # A triangle; two nodes without an edge; a path of three, whose middle is linked, and an isolated node.
 TU = {

@@ -17,17 +17,16 @@ from rich.console import Console
 
 from torchimplicit import cli
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.graphs import runner
 from torchimplicit.recipes.graphs.config import ChainsConfig, MoleculesConfig, chains, cox2, ppi, proteins
 from torchimplicit.recipes.graphs.runner import TRAINER
 from torchimplicit.recipes.phantom import graphs_table as table_jobs
 from torchimplicit.recipes.phantom.graphs_table import TABLE, PhantomGraphsConfig
-from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.run import Run, RunOptions, create
-from torchimplicit.recipes.training.results import Results
-from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
-from torchimplicit.recipes.training.task import Shard
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, from_plain, to_plain
+from torchimplicit.recipes.runtime.task import Shard
+from torchimplicit.recipes.runtime.trainer import Results
 
 
 def write_tu(folder, name, graphs=24):

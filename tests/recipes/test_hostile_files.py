@@ -21,7 +21,7 @@ pytest.importorskip("lightning")
 from PIL import Image
 
 from torchimplicit.recipes.chemistry import sources, storage
-from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.runtime.errors import UserError
 
 LARGE = 10**12
 
@@ -487,8 +487,8 @@ def test_files_that_take_no_room_on_the_disk(tmp_path):
     pytest.importorskip("torch_geometric")
     from torchimplicit.recipes.graphs import ppi, tu
     from torchimplicit.recipes.images import cifar10, olivetti
-    from torchimplicit.recipes.run import Run
-    from torchimplicit.recipes.training.logs import rows
+    from torchimplicit.recipes.runtime.fitting import rows
+    from torchimplicit.recipes.runtime.run import Run
 
     path = tmp_path / "run.json"
     with path.open("wb") as file:

@@ -16,15 +16,15 @@ from test_image_data import write_imagenet, write_mnist, write_mosaics
 from torchimplicit import cli
 from torchimplicit.models import mdeq_imagenet, mdeq_large, mdeq_tiny
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.images import data
 from torchimplicit.recipes.images import task as tasks
 from torchimplicit.recipes.images.augment import augmented
 from torchimplicit.recipes.images.config import ImageConfig, cifar10, cifar10_large, digits, imagenet, mnist
-from torchimplicit.recipes.run import RunOptions, create
-from torchimplicit.recipes.training.results import Results
-from torchimplicit.recipes.training.settings import Machine
-from torchimplicit.recipes.training.task import Shard
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.run import RunOptions, create
+from torchimplicit.recipes.runtime.settings import Machine
+from torchimplicit.recipes.runtime.task import Shard
+from torchimplicit.recipes.runtime.trainer import Results
 
 MADE_UP = {
     "images-digits": (lambda folder: None, {"validation_images": 60, "train_images": 40, "test_images": 40}),

@@ -17,11 +17,8 @@ import trimesh
 from rich.console import Console
 
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.execution import go, opened
 from torchimplicit.recipes.fields.shape.config import shape
 from torchimplicit.recipes.fields.shape.task import build
-from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.representations.one_step import build_one_step
 from torchimplicit.recipes.representations.shapes import (
     ROWS,
@@ -32,7 +29,10 @@ from torchimplicit.recipes.representations.shapes import (
     jobs,
     training,
 )
-from torchimplicit.recipes.reproduce.jobs import prepare
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.execution import go, opened
+from torchimplicit.recipes.runtime.jobs import prepare
+from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Plan
 
 

@@ -13,18 +13,17 @@ pytest.importorskip("tyro")
 
 from rich.console import Console
 
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.execution import go, opened
 from torchimplicit.recipes.fields.cost import FieldCost, FieldCostConfig
 from torchimplicit.recipes.fields.cost import measured as measured_costs
-from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.representations import generalization, gradients, signals
 from torchimplicit.recipes.representations.generalization import GeneralizationConfig
 from torchimplicit.recipes.representations.gradients import GradientsConfig
 from torchimplicit.recipes.representations.signals import SignalsConfig
-from torchimplicit.recipes.reproduce.jobs import prepare
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.execution import go, opened
+from torchimplicit.recipes.runtime.jobs import prepare
+from torchimplicit.recipes.runtime.settings import Machine, from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Plan
-from torchimplicit.recipes.training.settings import Machine
 
 HERE = Machine(device="cpu", tensorboard=False)
 SHORT = {"size": 16, "width": 4, "steps": 2, "machine": HERE}

@@ -17,7 +17,6 @@ from torch.nn import functional
 
 import torchimplicit as ti
 from torchimplicit.models import EquilibriumClassifier, EquilibriumClassifierConfig
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.jiio_adversarial.attack import JIIO, PGD, judged
 from torchimplicit.recipes.jiio_adversarial.config import AdversarialConfig, AttacksConfig, digits, mnist
 from torchimplicit.recipes.jiio_adversarial.measure import RUNNER
@@ -26,13 +25,13 @@ from torchimplicit.recipes.jiio_adversarial.task import AdversarialTraining
 from torchimplicit.recipes.joint import adversarial_table as table
 from torchimplicit.recipes.joint.adversarial_table import AdversarialTableConfig
 from torchimplicit.recipes.joint.adversarial_table import jobs as table_jobs
-from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.run import RunOptions, create
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.fitting import rows
+from torchimplicit.recipes.runtime.run import RunOptions, create
+from torchimplicit.recipes.runtime.settings import Machine, from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Plan
-from torchimplicit.recipes.training.logs import rows
-from torchimplicit.recipes.training.results import Results
-from torchimplicit.recipes.training.settings import Machine
-from torchimplicit.recipes.training.task import Shard
+from torchimplicit.recipes.runtime.task import Shard
+from torchimplicit.recipes.runtime.trainer import Results
 
 pytestmark = pytest.mark.filterwarnings("ignore::torchimplicit.ConvergenceWarning")
 

@@ -11,7 +11,6 @@ from rich.console import Console
 
 import torchimplicit as ti
 from torchimplicit.models import mlp_decoder
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.jiio import curves as measurement
 from torchimplicit.recipes.jiio import frechet, runner
 from torchimplicit.recipes.jiio.config import GenerationConfig, Images, Joint, Kind, generation_digits
@@ -21,10 +20,10 @@ from torchimplicit.recipes.jiio.model import found, joint_solver, reconstruction
 from torchimplicit.recipes.jiio.nested import METHODS, nested
 from torchimplicit.recipes.jiio.pictures import mosaic
 from torchimplicit.recipes.joint.generation_table import TABLE, JiioGenerationConfig, jobs, overtaking
-from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.reproduce.jobs import prepare
-from torchimplicit.recipes.training.logs import rows
-from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.fitting import rows
+from torchimplicit.recipes.runtime.jobs import prepare
+from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, from_plain, to_plain
 
 QUIET = Console(quiet=True)
 pytestmark = pytest.mark.filterwarnings("ignore::torchimplicit.ConvergenceWarning")

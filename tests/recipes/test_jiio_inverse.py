@@ -12,15 +12,14 @@ from rich.console import Console
 from scipy.io import savemat
 
 import torchimplicit as ti
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.images import olivetti
 from torchimplicit.recipes.jiio.config import Images, InverseConfig, Joint, inverse_digits
 from torchimplicit.recipes.jiio.inverse import Restoration
 from torchimplicit.recipes.jiio.restoring import RUNNER
 from torchimplicit.recipes.joint.inverse_table import ROWS, TABLE, JiioInverseConfig, jobs
-from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.reproduce.jobs import prepare
-from torchimplicit.recipes.training.settings import Machine, Optimization
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.jobs import prepare
+from torchimplicit.recipes.runtime.settings import Machine, Optimization, from_plain, to_plain
 
 QUIET = Console(quiet=True)
 pytestmark = pytest.mark.filterwarnings("ignore::torchimplicit.ConvergenceWarning")

@@ -18,7 +18,6 @@ from rich.console import Console
 
 import torchimplicit as ti
 from torchimplicit.models import ContextEquilibrium, ContextEquilibriumConfig
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.jiio_meta import omniglot as characters
 from torchimplicit.recipes.jiio_meta import sinusoids
 from torchimplicit.recipes.jiio_meta import task as tasks
@@ -28,13 +27,13 @@ from torchimplicit.recipes.jiio_meta.measure import RUNNER
 from torchimplicit.recipes.jiio_meta.task import RUNNER as TRAINER
 from torchimplicit.recipes.joint import meta_table as table
 from torchimplicit.recipes.joint.meta_table import MetaTableConfig
-from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.run import RunOptions, create
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.fitting import rows
+from torchimplicit.recipes.runtime.run import RunOptions, create
+from torchimplicit.recipes.runtime.settings import Machine, from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Plan
-from torchimplicit.recipes.training.logs import rows
-from torchimplicit.recipes.training.results import Results
-from torchimplicit.recipes.training.settings import Machine
-from torchimplicit.recipes.training.task import Shard
+from torchimplicit.recipes.runtime.task import Shard
+from torchimplicit.recipes.runtime.trainer import Results
 
 pytestmark = pytest.mark.filterwarnings("ignore::torchimplicit.ConvergenceWarning")
 

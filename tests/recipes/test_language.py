@@ -18,15 +18,14 @@ from rich.console import Console
 
 from torchimplicit import cli
 from torchimplicit.models import deq_transformer_wikitext103
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.language.config import LanguageConfig, wikitext2, wikitext103
 from torchimplicit.recipes.language.task import RUNNER, LanguageTask
-from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.run import RunOptions, create
-from torchimplicit.recipes.training.logs import rows
-from torchimplicit.recipes.training.results import Results
-from torchimplicit.recipes.training.settings import Machine
-from torchimplicit.recipes.training.task import Shard
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.fitting import rows
+from torchimplicit.recipes.runtime.run import RunOptions, create
+from torchimplicit.recipes.runtime.settings import Machine, from_plain, to_plain
+from torchimplicit.recipes.runtime.task import Shard
+from torchimplicit.recipes.runtime.trainer import Results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 
 import torchimplicit as ti
-from torchimplicit.recipes.monitor import MonitorGradient
+from torchimplicit.recipes.runtime.monitor import MonitorGradient
 
 DIM = 6
 

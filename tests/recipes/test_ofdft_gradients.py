@@ -25,15 +25,15 @@ from torchimplicit.recipes.chemistry.settings import ChemistrySettings
 from torchimplicit.recipes.chemistry.storage import file_name
 from torchimplicit.recipes.density import gradients as gathered
 from torchimplicit.recipes.density.gradients import TABLE, TableConfig
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.ofdft_gradients.adjoint import ways
 from torchimplicit.recipes.ofdft_gradients.config import MoleculeGradientsConfig
 from torchimplicit.recipes.ofdft_gradients.measure import RUNNER, measured
 from torchimplicit.recipes.ofdft_gradients.optimum import Optimum, check, load, made
 from torchimplicit.recipes.ofdft_gradients.results import MoleculeResults, slope
 from torchimplicit.recipes.ofdft_gradients.softening import softest
-from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Plan
 
 SMALL = MoleculeGradientsConfig(

@@ -19,10 +19,10 @@ from torchimplicit.recipes.chemistry.known import named
 from torchimplicit.recipes.chemistry.settings import ChemistrySettings
 from torchimplicit.recipes.density import molecules, single, stability
 from torchimplicit.recipes.density.results import ratio, seconds_to, shown, told
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.registry import runner, settings
-from torchimplicit.recipes.reproduce.jobs import prepare
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.jobs import prepare
+from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Plan, Runs
 
 H2 = Path(__file__).parents[1] / "data" / "h2.npz"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from torchimplicit.recipes.errors import DivergedError
-from torchimplicit.recipes.optimizing.optimizers import gauss_newton, l_bfgs
+from torchimplicit.recipes.runtime.errors import DivergedError
+from torchimplicit.recipes.runtime.optimize import gauss_newton, l_bfgs
 
 
 class Line:

@@ -18,14 +18,14 @@ from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.recipes.chemistry import storage
 from torchimplicit.recipes.chemistry.known import named
 from torchimplicit.recipes.chemistry.settings import ChemistrySettings
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.orbital_free import data, runner
 from torchimplicit.recipes.orbital_free.case import Case
 from torchimplicit.recipes.orbital_free.config import Molecules, OrbitalFreeTraining
 from torchimplicit.recipes.orbital_free.measure import quality, summarized
 from torchimplicit.recipes.orbital_free.objective import DensityFit
 from torchimplicit.recipes.orbital_free.penalties import Curvature
-from torchimplicit.recipes.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.run import Run, RunOptions, create
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,8 +14,6 @@ pytest.importorskip("tyro")
 from rich.console import Console
 
 from torchimplicit import cli
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.execution import go, opened
 from torchimplicit.recipes.images.config import cifar10
 from torchimplicit.recipes.images.cost import CONVERGED, CostConfig, read
 from torchimplicit.recipes.phantom.ablation import (
@@ -30,10 +28,11 @@ from torchimplicit.recipes.phantom.ablation import (
     jobs,
     training,
 )
-from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.reproduce.jobs import prepare
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.execution import go, opened
+from torchimplicit.recipes.runtime.jobs import prepare
+from torchimplicit.recipes.runtime.settings import Machine, from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Plan
-from torchimplicit.recipes.training.settings import Machine
 
 TINY = PhantomAblationConfig(
     plan=Plan(seeds=1), data="digits", steps=2, machine=Machine(device="cpu", tensorboard=False)

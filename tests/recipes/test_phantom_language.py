@@ -15,14 +15,13 @@ import made_up_text
 from rich.console import Console
 
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.phantom import language_table as settings
 from torchimplicit.recipes.phantom.language_costs import KINDS, CostConfig, Measured
 from torchimplicit.recipes.phantom.language_table import ROWS, TABLE, PhantomLanguage, Trained, default, jobs
-from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime.settings import Machine, from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Line, Plan, Runs
-from torchimplicit.recipes.training.settings import Machine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,13 +15,13 @@ pytest.importorskip("tyro")
 from rich.console import Console
 
 from torchimplicit import cli
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.phantom.layer import RUNNER, LayerResults, Measurement
 from torchimplicit.recipes.phantom.looking import BESIDE
 from torchimplicit.recipes.phantom.precision import TABLE, PrecisionConfig, jobs, looks_of
 from torchimplicit.recipes.phantom.settings import LABELS, LayerConfig, training
-from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Plan
 
 SMALL = LayerConfig(size=12, samples=3, ks=(1, 3, 9), lambdas=(0.5, 1.0), errors=(0.3, 0.01), draws=30)

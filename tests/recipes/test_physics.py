@@ -18,13 +18,13 @@ from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.linear import Dense
 from torchimplicit.models.physics_informed import EquilibriumField, NetworkField
 from torchimplicit.problems import FixedPoint
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.optimizing import keeper
 from torchimplicit.recipes.physics import runner
 from torchimplicit.recipes.physics.config import PhysicsConfig
 from torchimplicit.recipes.physics.equations import EQUATIONS
 from torchimplicit.recipes.physics.least_squares import LeastSquares
-from torchimplicit.recipes.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime import optimize as keeper
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.run import Run, RunOptions, create
 from torchimplicit.solve import solve
 from torchimplicit.solvers import NewtonKrylov
 

@@ -11,13 +11,13 @@ pytest.importorskip("lightning")
 
 from rich.console import Console
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.physics import informed as planned
 from torchimplicit.recipes.physics import runner
 from torchimplicit.recipes.physics.informed import TABLE, PhysicsInformedConfig, constant, default
-from torchimplicit.recipes.plain import from_plain, to_plain
 from torchimplicit.recipes.registry import settings
-from torchimplicit.recipes.reproduce.jobs import prepare
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.jobs import prepare
+from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Plan, Runs
 
 TINY = PhysicsInformedConfig(

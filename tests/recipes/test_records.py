@@ -14,7 +14,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("submitit")
 
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.plain import from_plain, to_plain
+from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Published, Record
 
 RECORDS = {path.parent.name: path for path in sorted(Path("docs/records").resolve().glob("*/record.json"))}

@@ -20,14 +20,13 @@ from rich.console import Console
 from torchimplicit import cli
 from torchimplicit.recipes import registry
 from torchimplicit.recipes.digits.config import DigitsConfig
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.plotting import axes
-from torchimplicit.recipes.reproduce.jobs import run_all
-from torchimplicit.recipes.reproduce.runner import Reproduction, command, load_record
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.runtime.table import Claim, Drawing, Job, Plan, Sheet, Summary, spread
-from torchimplicit.recipes.stopping import terminated_like_interrupted
-from torchimplicit.recipes.tables import Column, Table
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.execution import terminated_like_interrupted
+from torchimplicit.recipes.runtime.jobs import run_all
+from torchimplicit.recipes.runtime.page import axes
+from torchimplicit.recipes.runtime.reproduce import Reproduction, command, load_record
+from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.table import Claim, Column, Drawing, Job, Plan, Sheet, Summary, Table, spread
 
 
 @dataclass(frozen=True, kw_only=True)

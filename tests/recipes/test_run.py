@@ -11,9 +11,9 @@ import pytest
 
 pytest.importorskip("lightning")
 
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 
 
 @dataclass(frozen=True)

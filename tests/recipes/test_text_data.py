@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fetch import Download
 from torchimplicit.recipes.language import wikitext
 from torchimplicit.recipes.language.data import Stream, Text, read
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import Download
 
 TRAIN = " \n = A cat = \n the cat sat on the mat \n the <unk> sat \n"
 VALID = " the cat ran \n"

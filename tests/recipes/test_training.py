@@ -22,15 +22,13 @@ from tiny import RUNNER, TinyConfig
 from torchimplicit import cli
 from torchimplicit.gradients import Unrolled
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.errors import DivergedError, UserError
-from torchimplicit.recipes.run import Run, RunOptions, create
-from torchimplicit.recipes.training.estimators import ESTIMATORS
-from torchimplicit.recipes.training.logs import rows
-from torchimplicit.recipes.training.module import rate_share
-from torchimplicit.recipes.training.results import Results
-from torchimplicit.recipes.training.sampling import InOrder, ShuffledSteps
-from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
-from torchimplicit.recipes.training.task import Shard
+from torchimplicit.recipes.runtime.errors import DivergedError, UserError
+from torchimplicit.recipes.runtime.fitting import rows
+from torchimplicit.recipes.runtime.module import rate_share
+from torchimplicit.recipes.runtime.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization
+from torchimplicit.recipes.runtime.task import ESTIMATORS, InOrder, Shard, ShuffledSteps
+from torchimplicit.recipes.runtime.trainer import Results
 
 
 @pytest.fixture(autouse=True)

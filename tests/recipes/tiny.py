@@ -14,11 +14,9 @@ from torch.nn import functional
 
 from torchimplicit.nn import Equilibrium, VariationalDropout
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.training.estimators import gradient, solver
-from torchimplicit.recipes.training.runner import Trainer
-from torchimplicit.recipes.training.sampling import InOrder, Rows, ShuffledSteps, loader
-from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
-from torchimplicit.recipes.training.task import Metric, Task
+from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization
+from torchimplicit.recipes.runtime.task import InOrder, Metric, Rows, ShuffledSteps, Task, gradient, loader, solver
+from torchimplicit.recipes.runtime.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.execution import as_it_began, go, opened
-from torchimplicit.recipes.recipe import Exporter, Runner
-from torchimplicit.recipes.run import Run, RunOptions, create
-from torchimplicit.recipes.stopping import terminated_like_interrupted
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.execution import as_it_began, go, opened, terminated_like_interrupted
+from torchimplicit.recipes.runtime.run import Exporter, Run, Runner, RunOptions, create
 
 R = TypeVar("R")
 W = TypeVar("W")
@@ -146,7 +144,7 @@ class Report:
     """Where to write the page; an earlier report is replaced."""
 
     def run(self, console: Console) -> int:
-        from torchimplicit.recipes import report
+        from torchimplicit.recipes.runtime import report
 
         if not self.paths:
             raise UserError("report needs the directory of at least one run, such as runs/digits/001")

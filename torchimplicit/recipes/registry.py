@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.recipe import Runner
+from torchimplicit.recipes.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from torchimplicit.recipes.runtime.run import Runner
 
 
 @dataclass(frozen=True)
@@ -384,7 +386,7 @@ def settings(name: str) -> Any:
 
 def runner(name: str) -> Runner:
     """What runs the settings of a recipe or table."""
-    return cast(Runner, _found(entry(name).runner))
+    return cast("Runner", _found(entry(name).runner))
 
 
 def _found(where: str) -> Any:

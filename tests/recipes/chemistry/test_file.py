@@ -14,7 +14,7 @@ import torch
 
 from torchimplicit.recipes.chemistry import storage
 from torchimplicit.recipes.chemistry.settings import ChemistrySettings
-from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.runtime.errors import UserError
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from torchimplicit.recipes.chemistry.geometry import (
     from_angstrom,
 )
 from torchimplicit.recipes.chemistry.known import ATOMS, named
-from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.runtime.errors import UserError
 
 
 def places(geometry):

@@ -11,7 +11,7 @@ import torch
 from torchimplicit.recipes.chemistry import compute, storage
 from torchimplicit.recipes.chemistry.prepare import prepare, prepared
 from torchimplicit.recipes.chemistry.settings import ChemistrySettings
-from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.runtime.errors import UserError
 
 SETTINGS = ChemistrySettings()
 

@@ -14,7 +14,7 @@ from torchimplicit.recipes.chemistry import compute, storage
 from torchimplicit.recipes.chemistry.geometry import from_angstrom
 from torchimplicit.recipes.chemistry.known import named
 from torchimplicit.recipes.chemistry.settings import ChemistrySettings
-from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.runtime.errors import UserError
 
 SETTINGS = ChemistrySettings()
 

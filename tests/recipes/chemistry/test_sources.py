@@ -12,7 +12,7 @@ from torchimplicit.recipes.chemistry import sources
 from torchimplicit.recipes.chemistry.geometry import BOHR, Geometry
 from torchimplicit.recipes.chemistry.sources import Refused, read
 from torchimplicit.recipes.chemistry.xyz import parse
-from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.runtime.errors import UserError
 
 WATER = "3\nwater\nO 0 0 0\nH 0.7572 0.5865 0\nH -0.7572 0.5865 0\n"
 # As QM9 has it: tabs, partial charges, exponents with a star, and three lines after the atoms.
@@ -122,7 +122,7 @@ def test_bad_sources(tmp_path):
 
 
 def test_qm9_is_downloaded(tmp_path, monkeypatch):
-    from torchimplicit.recipes.fetch import Download
+    from torchimplicit.recipes.runtime.files import Download
 
     path = tmp_path / "published.tar.bz2"
     with tarfile.open(path, "w:bz2") as archive:

@@ -18,10 +18,10 @@ from torchimplicit.recipes.chemistry.geometry import Geometry, check_size, disto
 from torchimplicit.recipes.chemistry.prepare import Outcome, prepare
 from torchimplicit.recipes.chemistry.settings import ChemistrySettings
 from torchimplicit.recipes.chemistry.sources import Refused
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fetch import cache_folder
-from torchimplicit.recipes.options import not_negative, positive
-from torchimplicit.recipes.tables import Column, Table
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import cache_folder
+from torchimplicit.recipes.runtime.settings import not_negative, positive
+from torchimplicit.recipes.runtime.table import Column, Table
 
 
 @dataclass(frozen=True)

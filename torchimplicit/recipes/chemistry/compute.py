@@ -17,7 +17,7 @@ from torchimplicit.recipes.chemistry.fit import constrained_fit
 from torchimplicit.recipes.chemistry.geometry import Geometry
 from torchimplicit.recipes.chemistry.record import Record
 from torchimplicit.recipes.chemistry.settings import ChemistrySettings
-from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.runtime.errors import UserError
 
 Array = NDArray[np.float64]
 

@@ -12,7 +12,7 @@ from typing import final
 import numpy as np
 
 from torchimplicit.recipes.chemistry.elements import CHARGES, HEAVIEST, SYMBOLS, symbol
-from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.runtime.errors import UserError
 
 BOHR = 0.529177210903
 """Angstrom in a bohr (CODATA 2018)."""

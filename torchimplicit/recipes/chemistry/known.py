@@ -6,7 +6,7 @@ import difflib
 import math
 
 from torchimplicit.recipes.chemistry.geometry import Geometry, from_angstrom
-from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.runtime.errors import UserError
 
 Atom = tuple[str, tuple[float, float, float]]
 

@@ -19,7 +19,7 @@ from torchimplicit.models.orbital_free.molecule import Molecule
 from torchimplicit.recipes.chemistry import compute, storage
 from torchimplicit.recipes.chemistry.geometry import Geometry
 from torchimplicit.recipes.chemistry.settings import ChemistrySettings
-from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.runtime.errors import UserError
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 """What the numerical libraries read when they are loaded."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.options import positive
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import positive
 
 GRIDS = 10
 """PySCF has grids of level 0 to 9."""

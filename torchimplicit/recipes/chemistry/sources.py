@@ -13,9 +13,8 @@ from pathlib import Path, PurePosixPath
 from torchimplicit.recipes.chemistry import xyz
 from torchimplicit.recipes.chemistry.geometry import Geometry
 from torchimplicit.recipes.chemistry.known import ATOMS, named
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fetch import Download, cache_folder, fetch
-from torchimplicit.recipes.files import inside
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import Download, cache_folder, fetch, inside
 
 QM9 = Download(
     name="dsgdb9nsd.xyz.tar.bz2",

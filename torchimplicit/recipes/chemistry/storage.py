@@ -18,9 +18,9 @@ from torchimplicit.recipes.chemistry.density_basis import DensityBasis
 from torchimplicit.recipes.chemistry.geometry import Geometry
 from torchimplicit.recipes.chemistry.record import Record
 from torchimplicit.recipes.chemistry.settings import ChemistrySettings
-from torchimplicit.recipes.errors import DamagedFileError, UserError
-from torchimplicit.recipes.files import replacing
-from torchimplicit.recipes.plain import to_plain
+from torchimplicit.recipes.runtime.errors import DamagedFileError, UserError
+from torchimplicit.recipes.runtime.files import replacing
+from torchimplicit.recipes.runtime.settings import to_plain
 
 FORMAT = "torchimplicit molecule"
 VERSION = 1

@@ -11,7 +11,7 @@ import re
 
 from torchimplicit.recipes.chemistry.elements import CHARGES, SYMBOLS
 from torchimplicit.recipes.chemistry.geometry import Geometry, from_angstrom
-from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.runtime.errors import UserError
 
 MOST_ATOMS = 1000
 """Of a structure that is read: all pairs of atoms are looked at, and a functional of so many is out of reach."""

@@ -11,13 +11,12 @@ from rich.console import Console
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free import OrbitalFree
 from torchimplicit.recipes.density.stability import CountedTraining
-from torchimplicit.recipes.fitting import read_checkpoint
-from torchimplicit.recipes.machine import threads
 from torchimplicit.recipes.orbital_free import data, runner
 from torchimplicit.recipes.orbital_free.case import Case
 from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
 from torchimplicit.recipes.orbital_free.measure import Quality, quality
-from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.fitting import read_checkpoint
+from torchimplicit.recipes.runtime.run import Run, threads
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Counted:
 
 
 class CountedRunner:
-    """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+    """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
 
     def check(self, config: CountedTraining) -> None:
         """As the training is checked."""

@@ -9,7 +9,6 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from torchimplicit.recipes.chemistry import known
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.ofdft_gradients.config import (
     FELT,
     LEARNING_RATE,
@@ -21,16 +20,15 @@ from torchimplicit.recipes.ofdft_gradients.config import (
     State,
 )
 from torchimplicit.recipes.ofdft_gradients.results import MoleculeResults, Softened, Solved
-from torchimplicit.recipes.options import not_negative, option
-from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.runtime import table
-from torchimplicit.recipes.runtime.table import Claim, Drawing, Job, Plan, Published, Runs, Sheet
-from torchimplicit.recipes.tables import Column, Table
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import from_plain, not_negative, option
+from torchimplicit.recipes.runtime.table import Claim, Column, Drawing, Job, Plan, Published, Runs, Sheet, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.run import Run
 
 FINITE_DIFFERENCES = 1e-6
 AUTOMATIC = 1e-3
@@ -612,7 +610,7 @@ def drawings(config: TableConfig, runs: Runs, folders: Mapping[str, Run]) -> lis
 
 def _nudges_figure(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> Drawing:
     nudges = sorted(settings.nudges, reverse=True)
-    from torchimplicit.recipes.plotting import axes, style
+    from torchimplicit.recipes.runtime.page import axes, style
 
     figure, panels = axes(2, width=4.6)
     for panel, form, order in zip(panels, ("one_sided", "symmetric"), (1, 2), strict=True):
@@ -637,7 +635,7 @@ def _nudges_figure(groups: Sequence[Group], settings: MoleculeGradientsConfig) -
 def _softened_figure(group: Group, settings: MoleculeGradientsConfig) -> Drawing:
     factors = sorted(settings.softness, reverse=True)
     places = range(len(factors))
-    from torchimplicit.recipes.plotting import axes, style
+    from torchimplicit.recipes.runtime.page import axes, style
 
     figure, (size, direction) = axes(2, width=4.6, height=4.1)
     for index, name in enumerate(ESTIMATORS):
@@ -671,7 +669,7 @@ def _softened_figure(group: Group, settings: MoleculeGradientsConfig) -> Drawing
 
 
 def _adjoint_figure(group: Group, settings: MoleculeGradientsConfig) -> Drawing:
-    from torchimplicit.recipes.plotting import axes
+    from torchimplicit.recipes.runtime.page import axes
 
     figure, panels = axes(2, width=5.2, height=4.3)
     one = group.results[0]
@@ -695,7 +693,7 @@ def _adjoint_figure(group: Group, settings: MoleculeGradientsConfig) -> Drawing:
 
 def _look(index: int) -> dict[str, Any]:
     """That of the first eight ways, and another for those beyond."""
-    from torchimplicit.recipes.plotting import LINES, MARKERS, style
+    from torchimplicit.recipes.runtime.page import LINES, MARKERS, style
 
     return style(index) if index < len(MARKERS) else {**style(index), "marker": "*<>"[index % 3], "linestyle": LINES[3]}
 

@@ -9,16 +9,16 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from torchimplicit.recipes.density.results import INNER_STEPS, figures, missing, molecules, ratio, shown, told
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.options import not_negative, option, positive
 from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import not_negative, option, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.run import Run
 
 LOWERED, SHARE = 0.4, 0.8
 """The aims: the training molecules' L over its start, and the test molecules better than the superposition of atoms."""
@@ -415,7 +415,7 @@ def drawings(config: MoleculesConfig, runs: Runs, folders: Mapping[str, Run]) ->
 
 def along(runs: Runs, rows: list[str]) -> Figure:
     """Two panels, a line a run."""
-    from torchimplicit.recipes.plotting import COLOURS, LINES, axes
+    from torchimplicit.recipes.runtime.page import COLOURS, LINES, axes
 
     figure, panels = axes(2, width=4.9, height=3.9)
     for panel, what, label in zip(panels, ("loss", "l1"), ("L", "L1 per electron"), strict=True):
@@ -438,7 +438,7 @@ def along(runs: Runs, rows: list[str]) -> Figure:
 
 def against_guess(runs: Runs, rows: list[str]) -> Figure:
     """A point a molecule."""
-    from torchimplicit.recipes.plotting import COLOURS, MARKERS, axes
+    from torchimplicit.recipes.runtime.page import COLOURS, MARKERS, axes
 
     figure, (panel,) = axes(width=6.4, height=4.4)
     for index, name in enumerate(rows):

@@ -15,7 +15,7 @@ from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.table import NONE, Line, Runs
 
 if TYPE_CHECKING:
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.run import Run
 
 INNER_STEPS = 60
 """The most steps of L-BFGS, which needs some ten: a first step of an optimizer that goes too far is found out early."""
@@ -66,7 +66,7 @@ def summary(qualities: Sequence[Any]) -> dict[str, Any]:
     from dataclasses import asdict
 
     from torchimplicit.recipes.orbital_free.measure import Quality, summarized
-    from torchimplicit.recipes.plain import from_plain
+    from torchimplicit.recipes.runtime.settings import from_plain
 
     return asdict(summarized([from_plain(Quality, one) for one in qualities]))
 

@@ -21,16 +21,16 @@ from torchimplicit.recipes.density.results import (
     shown,
     told,
 )
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.options import fraction, not_negative, option, positive
 from torchimplicit.recipes.orbital_free.config import EstimatorName, OrbitalFreeTraining
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import fraction, not_negative, option, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.run import Run
 
 GradientOptimizer = Literal["l-bfgs", "adam"]
 """Those that take a gradient, whoever estimates it."""
@@ -285,14 +285,14 @@ def drawings(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -> li
 
 def colour(estimator: EstimatorName) -> str:
     """Of an estimator."""
-    from torchimplicit.recipes.plotting import COLOURS
+    from torchimplicit.recipes.runtime.page import COLOURS
 
     return COLOURS[list(ESTIMATORS).index(estimator)]
 
 
 def loss_along(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -> Figure:
     """Two panels an optimizer."""
-    from torchimplicit.recipes.plotting import LINES, axes
+    from torchimplicit.recipes.runtime.page import LINES, axes
 
     rows = there(config, runs)
     shown_here = [optimizer for optimizer in OPTIMIZERS if any(row[1] == optimizer for row in rows)]
@@ -320,12 +320,12 @@ def line_through(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -
     import torch
 
     from torchimplicit.recipes.chemistry import storage
-    from torchimplicit.recipes.fitting import read_checkpoint
     from torchimplicit.recipes.orbital_free import data
     from torchimplicit.recipes.orbital_free.case import Case
     from torchimplicit.recipes.orbital_free.places import line as places_along
     from torchimplicit.recipes.orbital_free.runner import started
-    from torchimplicit.recipes.plotting import COLOURS, axes
+    from torchimplicit.recipes.runtime.fitting import read_checkpoint
+    from torchimplicit.recipes.runtime.page import COLOURS, axes
 
     seed = config.plan.first_seed
     shown_here = [line for line in runs.where(seed=seed) if line["row"][1] == config.optimizers[0]]

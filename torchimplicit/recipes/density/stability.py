@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torchimplicit.recipes.density import results
 from torchimplicit.recipes.density.results import lowered, mean, missing, molecules, shown, told
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.optimizing.names import OptimizerName
-from torchimplicit.recipes.options import not_negative, option, positive
 from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import OptimizerName, not_negative, option, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Line, Plan, Published, Runs, Sheet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.run import Run
 
 SLOWED, HELD = 4.0, 2.0
 """The aims: minimizations grow at least so many times longer in the slides' way, and at most so many in ours."""
@@ -469,14 +468,14 @@ def drawings(config: StabilityConfig, runs: Runs, folders: Mapping[str, Run]) ->
 
 def colour_of(row: str) -> str:
     """That of its help."""
-    from torchimplicit.recipes.plotting import COLOURS
+    from torchimplicit.recipes.runtime.page import COLOURS
 
     return COLOURS[list(HELPS).index(split(row)[1]) % len(COLOURS)]
 
 
 def by_eigenvalue(runs: Runs, rows: list[str]) -> Figure:
     """A point a run and way."""
-    from torchimplicit.recipes.plotting import axes
+    from torchimplicit.recipes.runtime.page import axes
 
     figure, (panel,) = axes(1, width=6.4, height=3.9)
     for row in rows:
@@ -501,7 +500,7 @@ def by_eigenvalue(runs: Runs, rows: list[str]) -> Figure:
 
 def along_training(runs: Runs, rows: list[str]) -> Figure:
     """Steps and spectra, a line a run."""
-    from torchimplicit.recipes.plotting import LINES, axes
+    from torchimplicit.recipes.runtime.page import LINES, axes
 
     figure, panels = axes(3, width=4.0, height=3.6)
     for place, row in enumerate(rows):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.options import fraction, not_negative, positive
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import fraction, not_negative, positive
 
 EstimatorName = Literal["implicit", "unrolled-phantom", "neumann-phantom", "one-step"]
 """The estimators that are compared; :mod:`.estimators` describes and makes them."""

@@ -9,10 +9,9 @@ from torchimplicit.recipes.digits.config import DigitsConfig
 from torchimplicit.recipes.digits.results import label
 from torchimplicit.recipes.digits.task import DigitsTask
 from torchimplicit.recipes.digits.validate import validate
-from torchimplicit.recipes.fitting import load_weights
-from torchimplicit.recipes.machine import device
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.tables import Column, Table
+from torchimplicit.recipes.runtime.fitting import load_weights
+from torchimplicit.recipes.runtime.run import Run, device
+from torchimplicit.recipes.runtime.table import Column, Table
 
 COLUMNS = [
     Column("Estimator"),
@@ -25,7 +24,7 @@ COLUMNS = [
 
 
 def evaluate(config: DigitsConfig, run: Run, console: Console) -> None:
-    """See :meth:`torchimplicit.recipes.recipe.Recipe.evaluate`."""
+    """See :meth:`torchimplicit.recipes.runtime.run.Recipe.evaluate`."""
     where = device(config.device)
     _, validation = data.load(config.split_seed)
     task = DigitsTask(config, total_steps=1, validation=validation)

@@ -10,8 +10,8 @@ from torchimplicit.recipes.digits.config import DigitsConfig, EstimatorName
 from torchimplicit.recipes.digits.estimators import ESTIMATORS
 from torchimplicit.recipes.digits.history import Track
 from torchimplicit.recipes.digits.profile import Profile
-from torchimplicit.recipes.environment import Environment
-from torchimplicit.recipes.tables import Column, Table
+from torchimplicit.recipes.runtime.run import Environment
+from torchimplicit.recipes.runtime.table import Column, Table
 
 MISSING = math.nan
 

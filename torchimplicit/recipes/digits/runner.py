@@ -1,4 +1,4 @@
-"""What the command line calls: see :class:`torchimplicit.recipes.recipe.Runner`."""
+"""What the command line calls: see :class:`torchimplicit.recipes.runtime.run.Runner`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from rich.console import Console
 from torchimplicit.recipes.digits.config import DigitsConfig
 from torchimplicit.recipes.digits.evaluate import evaluate as measure_again
 from torchimplicit.recipes.digits.train import train as train_all
-from torchimplicit.recipes.machine import device, threads
-from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.run import Run, device, threads
 
 
 def check(config: DigitsConfig) -> None:

@@ -21,8 +21,8 @@ from torchimplicit.recipes.digits.data import Split
 from torchimplicit.recipes.digits.estimators import ESTIMATORS
 from torchimplicit.recipes.digits.history import Step, Track, Validation
 from torchimplicit.recipes.digits.validate import validate
-from torchimplicit.recipes.machine import clock
-from torchimplicit.recipes.plain import from_plain, to_plain
+from torchimplicit.recipes.runtime.run import clock
+from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 
 Batch = tuple[Tensor, Tensor]
 

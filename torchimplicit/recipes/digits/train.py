@@ -17,18 +17,15 @@ from torchimplicit.recipes.digits.profile import profiles
 from torchimplicit.recipes.digits.report import write_report
 from torchimplicit.recipes.digits.results import EstimatorResult, Results, label, summarize, summary_table
 from torchimplicit.recipes.digits.task import DigitsTask
-from torchimplicit.recipes.environment import Environment
-from torchimplicit.recipes.fitting import fit
-from torchimplicit.recipes.machine import device
-from torchimplicit.recipes.progress import ShowProgress
-from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.fitting import ShowProgress, fit
+from torchimplicit.recipes.runtime.run import Environment, Run, device
 
 PROFILED = 128
 """Validation images whose solves are shown iteration by iteration."""
 
 
 def train(config: DigitsConfig, run: Run, console: Console) -> bool:
-    """See :meth:`torchimplicit.recipes.recipe.Recipe.train`."""
+    """See :meth:`torchimplicit.recipes.runtime.run.Recipe.train`."""
     began = time.perf_counter()
     where = device(config.device)
     training, validation = data.load(config.split_seed)

@@ -27,14 +27,10 @@ from torchimplicit.recipes.fields.settings import FieldSettings
 from torchimplicit.recipes.fields.task import FieldTask
 from torchimplicit.recipes.fields.video import task as video_task
 from torchimplicit.recipes.fields.video.config import VideoConfig
-from torchimplicit.recipes.machine import clock, device, threads
-from torchimplicit.recipes.options import positive
-from torchimplicit.recipes.plain import from_plain
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.runtime.table import Sheet
-from torchimplicit.recipes.tables import Column, Table
-from torchimplicit.recipes.training.costs import Costs
-from torchimplicit.recipes.training.task import Shard
+from torchimplicit.recipes.runtime.run import Run, clock, device, threads
+from torchimplicit.recipes.runtime.settings import from_plain, positive
+from torchimplicit.recipes.runtime.table import Column, Sheet, Table
+from torchimplicit.recipes.runtime.task import Costs, Shard
 from torchimplicit.solvers import Anderson
 
 
@@ -120,20 +116,20 @@ def peak_bytes(step: Callable[[], object], where: torch.device) -> int:
 
 
 class FieldCostRunner:
-    """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+    """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
 
     def check(self, config: FieldCostConfig) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         for one in config.all:
             _recipe(one).RUNNER.check(one)
 
     def train(self, config: FieldCostConfig, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         self._measure(config, run, console, "costs.json")
         return True
 
     def evaluate(self, config: FieldCostConfig, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         self._measure(config, run, console, "evaluation.json")
 
     def _measure(self, config: FieldCostConfig, run: Run, console: Console, name: str) -> None:

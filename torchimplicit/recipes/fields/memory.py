@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.settings import FieldSettings
+from torchimplicit.recipes.runtime.errors import UserError
 
 
 def chunk_points(config: FieldSettings, training: int, slopes: bool = False) -> int:

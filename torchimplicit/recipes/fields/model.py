@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchimplicit.models import MFN, SIREN, ImplicitMFN, ImplicitRepresentation, ImplicitSIREN
 from torchimplicit.nn import WarmStart
 from torchimplicit.recipes.fields.settings import FieldSettings
-from torchimplicit.recipes.training.estimators import gradient, solver
+from torchimplicit.recipes.runtime.task import gradient, solver
 
 SAMPLED_AT_ONCE = 65536
 """Points that are evaluated together where no gradient is wanted."""

@@ -11,13 +11,11 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from torchimplicit.recipes.fields.task import FieldTask
-from torchimplicit.recipes.html import document, figure, table
-from torchimplicit.recipes.plotting import FIGURE, axes, save_figure, style
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.svg import svg
-from torchimplicit.recipes.tables import Column, Table
-from torchimplicit.recipes.training.results import Results
-from torchimplicit.recipes.training.task import Metric
+from torchimplicit.recipes.runtime.page import FIGURE, axes, document, figure, save_figure, style, svg, table
+from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.table import Column, Table
+from torchimplicit.recipes.runtime.task import Metric
+from torchimplicit.recipes.runtime.trainer import Results
 
 LARGEST_INSIDE = 4 << 20
 """Bytes of a file that is put into the page itself."""

@@ -8,18 +8,16 @@ from typing import Any
 
 from rich.console import Console
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.settings import check_fit
 from torchimplicit.recipes.fields.task import FieldTask
-from torchimplicit.recipes.fitting import load_weights
-from torchimplicit.recipes.machine import device, threads
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.training.results import Results
-from torchimplicit.recipes.training.runner import Trainer
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.fitting import load_weights
+from torchimplicit.recipes.runtime.run import Run, device, threads
+from torchimplicit.recipes.runtime.trainer import Results, Trainer
 
 
 class FieldRunner:
-    """Trains as :class:`~torchimplicit.recipes.training.runner.Trainer` does, then shows the fit.
+    """Trains as :class:`~torchimplicit.recipes.runtime.trainer.Trainer` does, then shows the fit.
 
     Args:
         build: makes the task from the config.
@@ -42,18 +40,18 @@ class FieldRunner:
         self._export = export
 
     def check(self, config: Any) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         self._trainer.check(config)
 
     def train(self, config: Any, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         if not self._trainer.train(config, run, console):
             return False
         self._look(config, run, console)
         return True
 
     def evaluate(self, config: Any, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`: the fit is shown again too."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: the fit is shown again too."""
         self._trainer.evaluate(config, run, console)
         try:
             self._look(config, run, console)
@@ -61,7 +59,7 @@ class FieldRunner:
             raise UserError(f"{run} has no results yet ({error}); go on with: torchimplicit resume {run}") from None
 
     def export(self, config: Any, sizes: tuple[int, ...], run: Run, console: Console) -> Path:
-        """See :class:`~torchimplicit.recipes.recipe.Exporter`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Exporter`."""
         if self._export is None:
             raise UserError(f"{run} cannot be sampled at another size")
         if any(size < 1 for size in sizes):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.options import positive
-from torchimplicit.recipes.training.settings import Equilibria, Optimization, Trained
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import Equilibria, Optimization, Trained, positive
 
 FilterKind = Literal["siren", "fourier", "gabor"]
 FILTERS: tuple[FilterKind, ...] = ("siren", "fourier", "gabor")

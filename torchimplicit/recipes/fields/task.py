@@ -16,8 +16,7 @@ from torchimplicit.recipes.fields.memory import accumulated, chunk_points
 from torchimplicit.recipes.fields.model import SAMPLED_AT_ONCE, representation, sampled, values_at
 from torchimplicit.recipes.fields.points import Points, centres
 from torchimplicit.recipes.fields.settings import FieldSettings
-from torchimplicit.recipes.training.sampling import generator
-from torchimplicit.recipes.training.task import Metric, Shard, Split, Task
+from torchimplicit.recipes.runtime.task import Metric, Shard, Split, Task, generator
 
 Criterion = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
 """What is lowered: of the field as a function of coordinates, the points' coordinates, and the signal's values there; a
@@ -136,12 +135,12 @@ class FieldTask(Task):
         )
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Tensor]:
-        """See :class:`~torchimplicit.recipes.training.task.Task`: a batch is places among the training points."""
+        """See :class:`~torchimplicit.recipes.runtime.task.Task`: a batch is places among the training points."""
         chosen = self.config.optimization
         return _Batches(len(self.parts.training), chosen.batch_size, chosen.seed, steps, shard)
 
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Tensor]:
-        """See :class:`~torchimplicit.recipes.training.task.Task`."""
+        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         part = self.parts.validation if split == "validation" else self.parts.test
         return _Chunks(part[shard.rank :: shard.world], min(self.chunk, SAMPLED_AT_ONCE))
 

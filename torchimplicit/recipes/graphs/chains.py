@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch_geometric.data import Data
 
-from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.runtime.errors import UserError
 
 SPLIT = (20, 100, 200)
 """Nodes for training, validation and testing, over all chains."""

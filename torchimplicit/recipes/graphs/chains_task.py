@@ -15,7 +15,7 @@ from torchimplicit.models import Adjacency, IdentityStart, UniformStart, ignn_ch
 from torchimplicit.recipes.graphs.chains import chains
 from torchimplicit.recipes.graphs.config import ChainsConfig
 from torchimplicit.recipes.graphs.model import made
-from torchimplicit.recipes.training.task import Metric, Shard, Split, Task
+from torchimplicit.recipes.runtime.task import Metric, Shard, Split, Task
 
 
 class _Repeated:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
-from torchimplicit.recipes.errors import UserError
+from torchimplicit.recipes.runtime.errors import UserError
 
 
 class Fold(NamedTuple):

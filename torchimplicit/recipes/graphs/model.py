@@ -5,8 +5,8 @@ from __future__ import annotations
 from torchimplicit.gradients import Gradient, Implicit
 from torchimplicit.linear import Neumann
 from torchimplicit.models import IGNN, IGNNConfig
-from torchimplicit.recipes.training.estimators import gradient, solver
-from torchimplicit.recipes.training.settings import Equilibria
+from torchimplicit.recipes.runtime.settings import Equilibria
+from torchimplicit.recipes.runtime.task import gradient, solver
 
 
 def made(architecture: IGNNConfig, settings: Equilibria) -> IGNN:

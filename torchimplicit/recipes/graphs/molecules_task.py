@@ -19,8 +19,7 @@ from torchimplicit.recipes.graphs import tu
 from torchimplicit.recipes.graphs.config import MoleculesConfig
 from torchimplicit.recipes.graphs.folds import Fold, folds
 from torchimplicit.recipes.graphs.model import made
-from torchimplicit.recipes.training.sampling import InOrder, ShuffledSteps, loader
-from torchimplicit.recipes.training.task import Metric, Shard, Split, Task
+from torchimplicit.recipes.runtime.task import InOrder, Metric, Shard, ShuffledSteps, Split, Task, loader
 
 
 class MoleculesTask(Task):

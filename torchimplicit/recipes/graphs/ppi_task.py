@@ -15,8 +15,7 @@ from torchimplicit.models import ignn_ppi
 from torchimplicit.recipes.graphs import ppi
 from torchimplicit.recipes.graphs.config import PPIConfig
 from torchimplicit.recipes.graphs.model import made
-from torchimplicit.recipes.training.sampling import InOrder, ShuffledSteps, loader
-from torchimplicit.recipes.training.task import Metric, Shard, Split, Task
+from torchimplicit.recipes.runtime.task import InOrder, Metric, Shard, ShuffledSteps, Split, Task, loader
 
 
 class PPITask(Task):

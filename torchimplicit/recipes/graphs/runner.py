@@ -6,10 +6,10 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.graphs.config import ChainsConfig, MoleculesConfig, PPIConfig
-from torchimplicit.recipes.training.runner import Trainer
-from torchimplicit.recipes.training.task import Task
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.task import Task
+from torchimplicit.recipes.runtime.trainer import Trainer
 
 
 def build(config: Any) -> Task:

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from torch_geometric.data import Data
 from torch_geometric.datasets import TUDataset
 
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fetch import cache_folder, unchanged
-from torchimplicit.recipes.files import no_larger
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import cache_folder, no_larger, unchanged
 
 LARGEST_FILE = 1 << 28
 """Bytes: a hundred times the largest of either set."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchimplicit.recipes.training.sampling import generator
+from torchimplicit.recipes.runtime.task import generator
 
 MARGIN = 4
 """Pixels by which an image is shifted at most."""

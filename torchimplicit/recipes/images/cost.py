@@ -13,19 +13,14 @@ from torch import Tensor
 
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.nn import Equilibrium
-from torchimplicit.recipes.fitting import load_weights
 from torchimplicit.recipes.images.config import ImageConfig, digits
 from torchimplicit.recipes.images.task import RUNNER as TRAINER
-from torchimplicit.recipes.machine import clock, device, threads
-from torchimplicit.recipes.options import positive
-from torchimplicit.recipes.plain import from_plain
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.tables import Column, Table
-from torchimplicit.recipes.training.costs import Costs
-from torchimplicit.recipes.training.estimators import gradient, label
-from torchimplicit.recipes.training.measuring import Measuring
-from torchimplicit.recipes.training.settings import Equilibria
-from torchimplicit.recipes.training.task import Shard
+from torchimplicit.recipes.runtime.fitting import load_weights
+from torchimplicit.recipes.runtime.run import Run, clock, device, threads
+from torchimplicit.recipes.runtime.settings import Equilibria, from_plain, positive
+from torchimplicit.recipes.runtime.table import Column, Table
+from torchimplicit.recipes.runtime.task import Costs, Shard, gradient, label
+from torchimplicit.recipes.runtime.trainer import Measuring
 
 CONVERGED = "implicit, converged"
 

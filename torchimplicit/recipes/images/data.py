@@ -9,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.images.split import Labelled, Splits, set_apart
+from torchimplicit.recipes.runtime.errors import UserError
 
 DataSet = Literal["digits", "mnist", "cifar10", "olivetti"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from sklearn.datasets import load_digits
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.images.split import Labelled, set_apart
+from torchimplicit.recipes.runtime.errors import UserError
 
 MEAN, DEVIATION = (0.3052,), (0.3761,)
 TEST_IMAGES = 360

@@ -12,9 +12,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.images.split import set_apart
-from torchimplicit.recipes.training.sampling import generator
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.task import generator
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES = 1000

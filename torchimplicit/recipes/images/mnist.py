@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fetch import Download, cache_folder, fetch
 from torchimplicit.recipes.images.split import Labelled
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import Download, cache_folder, fetch
 
 MEAN, DEVIATION = (0.1307,), (0.3081,)
 LARGEST_FILE = 1 << 28

@@ -11,10 +11,9 @@ from sklearn.datasets import fetch_olivetti_faces
 from torch import Tensor
 from torch.nn import functional
 
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fetch import cache_folder, unchanged
-from torchimplicit.recipes.files import no_larger
 from torchimplicit.recipes.images.split import Labelled, set_apart
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import cache_folder, no_larger, unchanged
 
 MEAN, DEVIATION = (0.5195,), (0.1596,)
 TEST_IMAGES = 80

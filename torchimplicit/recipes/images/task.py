@@ -17,10 +17,19 @@ from torchimplicit.recipes.images.augment import Augmented
 from torchimplicit.recipes.images.config import ImageConfig
 from torchimplicit.recipes.images.data import KINDS, selected
 from torchimplicit.recipes.images.split import standardized
-from torchimplicit.recipes.training.estimators import gradient, solver
-from torchimplicit.recipes.training.runner import Trainer
-from torchimplicit.recipes.training.sampling import InOrder, Rows, ShuffledSteps, loader
-from torchimplicit.recipes.training.task import Metric, Shard, Split, Task
+from torchimplicit.recipes.runtime.task import (
+    InOrder,
+    Metric,
+    Rows,
+    Shard,
+    ShuffledSteps,
+    Split,
+    Task,
+    gradient,
+    loader,
+    solver,
+)
+from torchimplicit.recipes.runtime.trainer import Trainer
 
 MODELS = {"small": mdeq_small, "tiny": mdeq_tiny, "large": mdeq_large, "imagenet": mdeq_imagenet}
 HELD_OUT_BATCH = 250
@@ -54,7 +63,7 @@ class Classification(Task):
         self.model = MDEQ(sizes(config), solver=solver(config.equilibria), gradient=gradient(config.equilibria))
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        """See :class:`~torchimplicit.recipes.training.task.Task`."""
+        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         chosen, data = self.config.optimization, self.data["training"]
         indices = ShuffledSteps(self.counts["training"], chosen.batch_size, chosen.seed, steps, shard)
         batches: Sampler[Any] = _WithTurns(indices) if self.config.data == "imagenet" else indices
@@ -62,7 +71,7 @@ class Classification(Task):
         return Augmented(found, steps, chosen.seed, shard.rank) if self.config.augment else found
 
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
-        """See :class:`~torchimplicit.recipes.training.task.Task`."""
+        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         batches = InOrder(self.counts[split], HELD_OUT_BATCH, shard)
         return loader(self.data[split], batches, workers=self.config.machine.workers)
 

@@ -6,9 +6,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.options import fraction, not_negative, option, positive
-from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import (
+    Equilibria,
+    Machine,
+    Optimization,
+    fraction,
+    not_negative,
+    option,
+    positive,
+)
 
 DataName = Literal["digits", "mnist", "olivetti"]
 Kind = Literal["mlp", "conv", "mdeq"]

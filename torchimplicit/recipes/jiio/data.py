@@ -10,7 +10,7 @@ from torch import Tensor
 from torchimplicit.recipes.images.data import KINDS, load
 from torchimplicit.recipes.images.split import Labelled
 from torchimplicit.recipes.jiio.config import Images
-from torchimplicit.recipes.training.task import Split
+from torchimplicit.recipes.runtime.task import Split
 
 
 class Part(NamedTuple):

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from torchimplicit.recipes.jiio.config import Images
 from torchimplicit.recipes.jiio.data import classes, read
-from torchimplicit.recipes.training.sampling import generator, permutation
+from torchimplicit.recipes.runtime.task import generator, permutation
 
 FEATURES = 32
 STEPS = 400

@@ -14,8 +14,7 @@ from torchimplicit.recipes.jiio.config import GenerationConfig
 from torchimplicit.recipes.jiio.data import Part, read
 from torchimplicit.recipes.jiio.model import found, generated, joint_solver, latents, make_decoder, reconstruction
 from torchimplicit.recipes.jiio.model import squared_error as error
-from torchimplicit.recipes.training.sampling import InOrder, Rows, ShuffledSteps, loader
-from torchimplicit.recipes.training.task import Metric, Shard, Split, Task
+from torchimplicit.recipes.runtime.task import InOrder, Metric, Rows, Shard, ShuffledSteps, Split, Task, loader
 from torchimplicit.regularizers import jacobian_frobenius
 from torchimplicit.resolve import resolve
 from torchimplicit.solution import Solution
@@ -45,12 +44,12 @@ class Generation(Task):
             )
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        """See :class:`~torchimplicit.recipes.training.task.Task`."""
+        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         chosen, data = self.config.optimization, Rows(*self.data.training)
         return loader(data, ShuffledSteps(len(data), chosen.batch_size, chosen.seed, steps, shard))
 
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
-        """See :class:`~torchimplicit.recipes.training.task.Task`."""
+        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         data = Rows(*self.data.split(split))
         return loader(data, InOrder(len(data), HELD_OUT_BATCH, shard))
 

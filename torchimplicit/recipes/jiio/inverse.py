@@ -16,9 +16,18 @@ from torchimplicit.recipes.jiio.config import InverseConfig
 from torchimplicit.recipes.jiio.data import read
 from torchimplicit.recipes.jiio.generation import ready
 from torchimplicit.recipes.jiio.model import found, joint_solver, make_decoder, squared_error
-from torchimplicit.recipes.training.runner import Trainer
-from torchimplicit.recipes.training.sampling import InOrder, Rows, ShuffledSteps, generator, loader
-from torchimplicit.recipes.training.task import Metric, Shard, Split, Task
+from torchimplicit.recipes.runtime.task import (
+    InOrder,
+    Metric,
+    Rows,
+    Shard,
+    ShuffledSteps,
+    Split,
+    Task,
+    generator,
+    loader,
+)
+from torchimplicit.recipes.runtime.trainer import Trainer
 from torchimplicit.resolve import resolve
 from torchimplicit.solvers import Anderson
 
@@ -84,12 +93,12 @@ class Restoration(Task):
         return self.decoder.inference(loss, self.config.joint.step_size / pixels)
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        """See :class:`~torchimplicit.recipes.training.task.Task`."""
+        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         chosen, data = self.config.optimization, Rows(self.data.training.images)
         return loader(data, ShuffledSteps(len(data), chosen.batch_size, chosen.seed, steps, shard))
 
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
-        """See :class:`~torchimplicit.recipes.training.task.Task`."""
+        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         data = Rows(self.data.split(split).images, *self.held_out[split])
         return loader(data, InOrder(len(data), HELD_OUT_BATCH, shard))
 

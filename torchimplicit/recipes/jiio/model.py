@@ -10,10 +10,10 @@ from torch import Tensor
 from torchimplicit.gradients import Gradient
 from torchimplicit.models import EquilibriumDecoder, conv_decoder, mlp_decoder, multiscale_decoder
 from torchimplicit.problems import JointInference
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.jiio.config import Decoder, Joint
-from torchimplicit.recipes.training.estimators import gradient, solver
-from torchimplicit.recipes.training.settings import Equilibria
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import Equilibria
+from torchimplicit.recipes.runtime.task import gradient, solver
 from torchimplicit.solution import Solution
 from torchimplicit.solve import solve
 from torchimplicit.solvers import Anderson

@@ -13,36 +13,35 @@ from torch import Tensor
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import Implicit
 from torchimplicit.linear import GMRES
-from torchimplicit.recipes import files
-from torchimplicit.recipes.fitting import load_weights
 from torchimplicit.recipes.jiio.config import InverseConfig
 from torchimplicit.recipes.jiio.inverse import TRAINER, Restoration
 from torchimplicit.recipes.jiio.model import joint_solver
 from torchimplicit.recipes.jiio.pictures import grid
 from torchimplicit.recipes.jiio.runner import PICTURES, SHOWN
-from torchimplicit.recipes.machine import threads
-from torchimplicit.recipes.plain import from_plain
-from torchimplicit.recipes.plotting import FIGURE, save_figure
-from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime import files
+from torchimplicit.recipes.runtime.fitting import load_weights
+from torchimplicit.recipes.runtime.page import FIGURE, save_figure
+from torchimplicit.recipes.runtime.run import Run, threads
+from torchimplicit.recipes.runtime.settings import from_plain
 from torchimplicit.solvers import Anderson
 
 
 class InverseRunner:
-    """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+    """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
 
     def check(self, config: InverseConfig) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         TRAINER.check(config)
 
     def train(self, config: InverseConfig, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         if not TRAINER.train(config, run, console):
             return False
         self._show(config, run)
         return True
 
     def evaluate(self, config: InverseConfig, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         TRAINER.evaluate(config, run, console)
         self._show(config, run)
 

@@ -14,20 +14,19 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from torchimplicit.errors import ConvergenceWarning
-from torchimplicit.recipes import files
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fitting import load_weights
 from torchimplicit.recipes.jiio.config import GenerationConfig
 from torchimplicit.recipes.jiio.curves import Curves, curves
 from torchimplicit.recipes.jiio.data import read as read_images
 from torchimplicit.recipes.jiio.frechet import distance, features
 from torchimplicit.recipes.jiio.generation import Generation, ready
 from torchimplicit.recipes.jiio.pictures import grid
-from torchimplicit.recipes.machine import threads
-from torchimplicit.recipes.plain import from_plain
-from torchimplicit.recipes.plotting import FIGURE, save_figure
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.training.runner import Trainer
+from torchimplicit.recipes.runtime import files
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.fitting import load_weights
+from torchimplicit.recipes.runtime.page import FIGURE, save_figure
+from torchimplicit.recipes.runtime.run import Run, threads
+from torchimplicit.recipes.runtime.settings import from_plain
+from torchimplicit.recipes.runtime.trainer import Trainer
 
 TRAINER = Trainer(Generation, ready)
 
@@ -60,24 +59,24 @@ class Generated:
 
 
 class GenerationRunner:
-    """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+    """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
 
     def check(self, config: GenerationConfig) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         TRAINER.check(config)
         count = len(read_images(config.images).training.labels)
         if config.components > count:
             raise UserError(f"--components {config.components} is more than there are training images ({count})")
 
     def train(self, config: GenerationConfig, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         if not TRAINER.train(config, run, console):
             return False
         self._show(config, run, console, "generation.json")
         return True
 
     def evaluate(self, config: GenerationConfig, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         TRAINER.evaluate(config, run, console)
         self._show(config, run, console, "generation.json")
 

@@ -12,16 +12,15 @@ from torch import Tensor
 
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models import EquilibriumClassifier
-from torchimplicit.recipes import files
-from torchimplicit.recipes.fitting import load_weights
 from torchimplicit.recipes.jiio_adversarial.attack import JIIO, PGD, Attack, judged
 from torchimplicit.recipes.jiio_adversarial.config import CLEAN, AttacksConfig
 from torchimplicit.recipes.jiio_adversarial.task import RUNNER as TRAINER
 from torchimplicit.recipes.jiio_adversarial.task import AdversarialTraining, pixels
-from torchimplicit.recipes.machine import clock, device
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.tables import Column, Table
-from torchimplicit.recipes.training.measuring import Measuring
+from torchimplicit.recipes.runtime import files
+from torchimplicit.recipes.runtime.fitting import load_weights
+from torchimplicit.recipes.runtime.run import Run, clock, device
+from torchimplicit.recipes.runtime.table import Column, Table
+from torchimplicit.recipes.runtime.trainer import Measuring
 from torchimplicit.solvers import Anderson
 
 SHOWN = 8

@@ -14,10 +14,19 @@ from torchimplicit.problems import FixedPoint
 from torchimplicit.recipes.images.data import KINDS, selected
 from torchimplicit.recipes.jiio_adversarial.attack import JIIO, PGD, Attack, judged
 from torchimplicit.recipes.jiio_adversarial.config import AdversarialConfig
-from torchimplicit.recipes.training.estimators import gradient, solver
-from torchimplicit.recipes.training.runner import Trainer
-from torchimplicit.recipes.training.sampling import InOrder, Rows, ShuffledSteps, loader
-from torchimplicit.recipes.training.task import Metric, Shard, Split, Task
+from torchimplicit.recipes.runtime.task import (
+    InOrder,
+    Metric,
+    Rows,
+    Shard,
+    ShuffledSteps,
+    Split,
+    Task,
+    gradient,
+    loader,
+    solver,
+)
+from torchimplicit.recipes.runtime.trainer import Trainer
 from torchimplicit.regularizers import jacobian_frobenius
 
 HELD_OUT_BATCH = 250
@@ -65,13 +74,13 @@ class AdversarialTraining(Task):
         return JIIO(steps=self.config.attack_steps, step_size=self.config.attack_step_size, seen=self.solved)
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        """See :class:`~torchimplicit.recipes.training.task.Task`."""
+        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         chosen, data = self.config.optimization, self.data["training"]
         batches = ShuffledSteps(len(data), chosen.batch_size, chosen.seed, steps, shard)
         return loader(data, batches, workers=self.config.machine.workers, seed=chosen.seed)
 
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
-        """See :class:`~torchimplicit.recipes.training.task.Task`."""
+        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         data = self.data[split]
         return loader(data, InOrder(len(data), HELD_OUT_BATCH, shard), workers=self.config.machine.workers)
 

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 
 from torchimplicit.errors import ConvergenceWarning
-from torchimplicit.recipes.fitting import load_weights
 from torchimplicit.recipes.jiio_meta.adapt import Descent, Joint
 from torchimplicit.recipes.jiio_meta.config import AdaptationsConfig
 from torchimplicit.recipes.jiio_meta.task import RUNNER as TRAINER
 from torchimplicit.recipes.jiio_meta.task import MetaLearning, judged
 from torchimplicit.recipes.jiio_meta.tasks import Tasks
-from torchimplicit.recipes.machine import clock, device
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.tables import Column, Table
-from torchimplicit.recipes.training.measuring import Measuring
+from torchimplicit.recipes.runtime.fitting import load_weights
+from torchimplicit.recipes.runtime.run import Run, clock, device
+from torchimplicit.recipes.runtime.table import Column, Table
+from torchimplicit.recipes.runtime.trainer import Measuring
 
 
 @dataclass(frozen=True)

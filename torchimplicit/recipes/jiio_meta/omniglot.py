@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fetch import Download, cache_folder, fetch
-from torchimplicit.recipes.files import inside
 from torchimplicit.recipes.jiio_meta.tasks import Tasks
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import Download, cache_folder, fetch, inside
 
 FILE = Download(
     name="images_background_small1.zip",

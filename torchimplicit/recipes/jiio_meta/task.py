@@ -16,10 +16,19 @@ from torchimplicit.recipes.jiio_meta import omniglot, sinusoids
 from torchimplicit.recipes.jiio_meta.adapt import Adapt, Descent, Joint, errors, exact
 from torchimplicit.recipes.jiio_meta.config import MetaConfig
 from torchimplicit.recipes.jiio_meta.tasks import Tasks
-from torchimplicit.recipes.training.estimators import gradient, solver
-from torchimplicit.recipes.training.runner import Trainer
-from torchimplicit.recipes.training.sampling import InOrder, Rows, generator, loader
-from torchimplicit.recipes.training.task import Metric, Shard, Split, Task
+from torchimplicit.recipes.runtime.task import (
+    InOrder,
+    Metric,
+    Rows,
+    Shard,
+    Split,
+    Task,
+    generator,
+    gradient,
+    loader,
+    solver,
+)
+from torchimplicit.recipes.runtime.trainer import Trainer
 
 HELD_OUT_BATCH = 50
 PLACES = {"validation": -10, "test": -11}
@@ -57,11 +66,11 @@ class MetaLearning(Task):
         return omniglot.draw(self.characters[split], count, config.ways, config.shots, config.queries, source)
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        """See :class:`~torchimplicit.recipes.training.task.Task`."""
+        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         return _Drawn(self, steps, shard)
 
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
-        """See :class:`~torchimplicit.recipes.training.task.Task`."""
+        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         tasks = Rows(*self.held_out(split, self.config.held_out_tasks))
         return loader(tasks, InOrder(len(tasks), HELD_OUT_BATCH, shard))
 

@@ -9,13 +9,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from torchimplicit.recipes.jiio_adversarial.config import CLEAN, AttacksConfig, digits, mnist
-from torchimplicit.recipes.options import positive
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.settings import Machine, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
-from torchimplicit.recipes.training.settings import Machine
 
 if TYPE_CHECKING:
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.run import Run
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "clean": ("clean images", {"adversary": "none"}),
@@ -268,8 +267,8 @@ def drawings(config: AdversarialTableConfig, runs: Runs, folders: Mapping[str, R
     """Strength against time, and images of the first seed, as they are and attacked."""
     from matplotlib.figure import Figure
 
-    from torchimplicit.recipes import files
-    from torchimplicit.recipes.plotting import axes, style
+    from torchimplicit.recipes.runtime import files
+    from torchimplicit.recipes.runtime.page import axes, style
 
     if not runs:
         return []

@@ -17,15 +17,14 @@ from torchimplicit.recipes.jiio.config import (
     generation_mnist,
     generation_olivetti,
 )
-from torchimplicit.recipes.options import positive
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.settings import Machine, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
-from torchimplicit.recipes.training.settings import Machine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.run import Run
 
 JOINT = "jiio"
 LABELS = {
@@ -364,7 +363,7 @@ def against_time(found: Sequence[Curves]) -> Figure:
     """Loss against time, a line a method: means over seeds, each point so many steps."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    from torchimplicit.recipes.plotting import axes, style
+    from torchimplicit.recipes.runtime.page import axes, style
 
     figure, (panel,) = axes()
     for index, method in enumerate(LABELS):

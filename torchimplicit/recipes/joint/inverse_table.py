@@ -15,13 +15,12 @@ from torchimplicit.recipes.jiio.config import (
     inverse_mnist,
     inverse_olivetti,
 )
-from torchimplicit.recipes.options import positive
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.settings import Machine, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
-from torchimplicit.recipes.training.settings import Machine
 
 if TYPE_CHECKING:
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.run import Run
 
 Corruption = Literal["denoising", "inpainting"]
 Through = Literal["exact", "first-order", "generative"]

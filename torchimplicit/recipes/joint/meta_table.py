@@ -9,13 +9,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from torchimplicit.recipes.jiio_meta.config import AdaptationsConfig, omniglot, sinusoid
-from torchimplicit.recipes.options import positive
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.settings import Machine, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
-from torchimplicit.recipes.training.settings import Machine
 
 if TYPE_CHECKING:
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.run import Run
 
 TITLES = {"sinusoid": "Sine waves", "omniglot": "Omniglot, 5-way 1-shot"}
 UNITS = {"sinusoid": "mean squared error", "omniglot": "cross-entropy"}
@@ -300,7 +299,7 @@ def notes(config: MetaTableConfig, runs: Runs) -> list[str]:
 
 def drawings(config: MetaTableConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
     """Error against time."""
-    from torchimplicit.recipes.plotting import axes, style
+    from torchimplicit.recipes.runtime.page import axes, style
 
     problems = there(config, runs)
     if not problems:

@@ -15,10 +15,8 @@ from torchimplicit.models.deq_transformer import Memory
 from torchimplicit.recipes.language import wikitext
 from torchimplicit.recipes.language.config import LanguageConfig
 from torchimplicit.recipes.language.data import Segment, Stream, Text, check, read
-from torchimplicit.recipes.training.estimators import gradient, solver
-from torchimplicit.recipes.training.runner import Trainer
-from torchimplicit.recipes.training.sampling import generator
-from torchimplicit.recipes.training.task import Metric, Shard, Split, Task
+from torchimplicit.recipes.runtime.task import Metric, Shard, Split, Task, generator, gradient, solver
+from torchimplicit.recipes.runtime.trainer import Trainer
 
 _ARCHIVES = {"wikitext-2": wikitext.WIKITEXT2, "wikitext-103": wikitext.WIKITEXT103}
 
@@ -112,7 +110,7 @@ class _Rows(Dataset[Segment]):
 
 
 def ready(config: LanguageConfig) -> None:
-    """Raise :class:`~torchimplicit.recipes.errors.UserError` where the data is not there."""
+    """Raise :class:`~torchimplicit.recipes.runtime.errors.UserError` where the data is not there."""
     if config.data_dir is not None:
         check(config.data_dir)
 

@@ -6,10 +6,9 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fetch import Download, cache_folder, fetch, unchanged
-from torchimplicit.recipes.files import replacing
 from torchimplicit.recipes.language.data import SPLITS, file_name
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import Download, cache_folder, fetch, replacing, unchanged
 
 _PLACE = "https://s3.amazonaws.com/research.metamind.io/wikitext"
 

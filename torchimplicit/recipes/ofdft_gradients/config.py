@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.options import not_negative, option, positive
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import not_negative, option, positive
 
 State = Literal["fitted", "trained"]
 """Which functional: one that is only fitted, or one of less von Weizsäcker energy that was trained too."""

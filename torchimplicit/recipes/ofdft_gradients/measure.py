@@ -9,7 +9,6 @@ from torchimplicit.diagnostics import curvature
 from torchimplicit.gradients import Implicit
 from torchimplicit.linear import Dense
 from torchimplicit.models.orbital_free import Molecule
-from torchimplicit.recipes.machine import threads
 from torchimplicit.recipes.ofdft_gradients import nudges
 from torchimplicit.recipes.ofdft_gradients.adjoint import solved
 from torchimplicit.recipes.ofdft_gradients.config import MoleculeGradientsConfig
@@ -17,7 +16,7 @@ from torchimplicit.recipes.ofdft_gradients.differences import difference
 from torchimplicit.recipes.ofdft_gradients.optimum import Optimum, check, load, made
 from torchimplicit.recipes.ofdft_gradients.results import MoleculeResults, Point
 from torchimplicit.recipes.ofdft_gradients.softening import softened, softest
-from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.run import Run, threads
 from torchimplicit.solution import Status
 
 
@@ -72,17 +71,17 @@ class MeasureRunner:
     """Measures; there is nothing to train beyond what the settings ask of the functional."""
 
     def check(self, config: MoleculeGradientsConfig) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`: the molecule must be to be had."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: the molecule must be to be had."""
         check(config)
 
     def train(self, config: MoleculeGradientsConfig, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         with threads(1):
             run.write_json("results.json", measured(config, load(config)))
         return True
 
     def evaluate(self, config: MoleculeGradientsConfig, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`: measures again."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: measures again."""
         with threads(1):
             run.write_json("evaluation.json", measured(config, load(config)))
 

@@ -25,14 +25,14 @@ from torchimplicit.recipes.chemistry.known import named
 from torchimplicit.recipes.chemistry.prepare import prepared
 from torchimplicit.recipes.chemistry.settings import ChemistrySettings
 from torchimplicit.recipes.chemistry.storage import file_name
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fetch import cache_folder
 from torchimplicit.recipes.ofdft_gradients.config import (
     LEARNING_RATE,
     SPREAD,
     WEIZSAECKER,
     MoleculeGradientsConfig,
 )
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import cache_folder
 from torchimplicit.solution import Report, Solution, Status
 from torchimplicit.solve import flat_system, solve
 from torchimplicit.solvers import LBFGS

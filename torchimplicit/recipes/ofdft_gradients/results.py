@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import linear_regression
 
-from torchimplicit.recipes.plain import from_plain
-from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.settings import from_plain
 
 FIT = (1e-6, 1e-2)
 """Errors among which slopes are fitted: below is what the minimizations leave, above no power law."""

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from torchimplicit.recipes.chemistry.settings import ChemistrySettings
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.optimizing.names import OptimizerName
-from torchimplicit.recipes.options import fraction, not_negative, positive
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import OptimizerName, fraction, not_negative, positive
 
 EstimatorName = Literal["implicit", "damped", "eqprop", "eqprop-one-sided"]
 """Exact implicit differentiation; with damping where the minimum is nearly none; symmetric equilibrium propagation; and

@@ -13,9 +13,9 @@ from torchimplicit.models.orbital_free import Molecule
 from torchimplicit.recipes.chemistry import sources, storage
 from torchimplicit.recipes.chemistry.geometry import Geometry, check_size, distorted
 from torchimplicit.recipes.chemistry.prepare import Outcome, prepare
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fetch import cache_folder
 from torchimplicit.recipes.orbital_free.config import Molecules
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import cache_folder
 
 SPLITS = ("train", "validation", "test")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torchimplicit.recipes.environment import Environment
-from torchimplicit.recipes.optimizing.objective import Clock
 from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
 from torchimplicit.recipes.orbital_free.measure import Quality, Summary
+from torchimplicit.recipes.runtime.optimize import Clock
+from torchimplicit.recipes.runtime.run import Environment
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from torchimplicit.models.orbital_free import Molecule, OrbitalFree
-from torchimplicit.recipes.machine import threads
-from torchimplicit.recipes.optimizing.objective import Array
 from torchimplicit.recipes.orbital_free.case import Case
 from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
 from torchimplicit.recipes.orbital_free.share import Share, Work
 from torchimplicit.recipes.orbital_free.weights import Weights
+from torchimplicit.recipes.runtime.optimize import Array
+from torchimplicit.recipes.runtime.run import threads
 
 
 class DensityFit(AbstractContextManager["DensityFit"]):
-    """An :class:`~torchimplicit.recipes.optimizing.objective.Objective`: the shares of the molecules, and the decay of
+    """An :class:`~torchimplicit.recipes.runtime.optimize.Objective`: the shares of the molecules, and the decay of
     the network's weights.
 
     Molecules are independent problems of different size, so they are shared among processes, the largest first, each to
@@ -52,7 +52,7 @@ class DensityFit(AbstractContextManager["DensityFit"]):
 
     @property
     def model(self) -> OrbitalFree:
-        """See :class:`~torchimplicit.recipes.optimizing.objective.Objective`."""
+        """See :class:`~torchimplicit.recipes.runtime.optimize.Objective`."""
         return self.functional
 
     @property

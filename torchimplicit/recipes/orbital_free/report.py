@@ -13,14 +13,12 @@ from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free import OrbitalFree
 from torchimplicit.recipes.chemistry import storage
 from torchimplicit.recipes.chemistry.density_basis import DensityBasis
-from torchimplicit.recipes.html import document, figure
 from torchimplicit.recipes.orbital_free.case import Case
 from torchimplicit.recipes.orbital_free.data import Split
 from torchimplicit.recipes.orbital_free.history import Look, Results
 from torchimplicit.recipes.orbital_free.places import line, plane
-from torchimplicit.recipes.plotting import COLOURS, FIGURE, axes, save_figure
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.svg import svg
+from torchimplicit.recipes.runtime.page import COLOURS, FIGURE, axes, document, figure, save_figure, svg
+from torchimplicit.recipes.runtime.run import Run
 
 CAPTIONS = {
     "line": "The error of the density along a line through two atoms (ticks), by the trained functional, and by the "

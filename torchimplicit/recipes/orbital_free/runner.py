@@ -1,4 +1,4 @@
-"""Trains a functional, and shows what came out; see :class:`torchimplicit.recipes.recipe.Runner`."""
+"""Trains a functional, and shows what came out; see :class:`torchimplicit.recipes.runtime.run.Runner`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,6 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free import OrbitalFree, OrbitalFreeConfig, fit_constants, fit_linear
-from torchimplicit.recipes import files
-from torchimplicit.recipes.environment import Environment
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fitting import read_checkpoint
-from torchimplicit.recipes.machine import threads
-from torchimplicit.recipes.optimizing.keeper import Enough, Keeper
-from torchimplicit.recipes.optimizing.objective import Budget
-from torchimplicit.recipes.optimizing.optimizers import run as optimize
 from torchimplicit.recipes.orbital_free import data
 from torchimplicit.recipes.orbital_free.case import Case
 from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
@@ -28,9 +20,14 @@ from torchimplicit.recipes.orbital_free.history import History, Look, Results
 from torchimplicit.recipes.orbital_free.measure import Quality, qualities, summarized
 from torchimplicit.recipes.orbital_free.objective import DensityFit
 from torchimplicit.recipes.orbital_free.report import write_report
-from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.tables import Column, Table
+from torchimplicit.recipes.runtime import files
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.fitting import read_checkpoint
+from torchimplicit.recipes.runtime.optimize import Budget, Enough, Keeper
+from torchimplicit.recipes.runtime.optimize import run as optimize
+from torchimplicit.recipes.runtime.run import Environment, Run, threads
+from torchimplicit.recipes.runtime.settings import from_plain, to_plain
+from torchimplicit.recipes.runtime.table import Column, Table
 
 
 def check(config: OrbitalFreeTraining) -> None:

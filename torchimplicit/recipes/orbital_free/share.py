@@ -11,11 +11,11 @@ from torch import Tensor
 
 from torchimplicit.models.orbital_free import Molecule, OrbitalFree
 from torchimplicit.models.orbital_free.second import mixed
-from torchimplicit.recipes.optimizing.objective import Array
 from torchimplicit.recipes.orbital_free.case import Case
 from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
 from torchimplicit.recipes.orbital_free.penalties import Penalties, floor_residual
 from torchimplicit.recipes.orbital_free.weights import Weights
+from torchimplicit.recipes.runtime.optimize import Array
 from torchimplicit.regularizers import fixed_point_correction
 from torchimplicit.regularizers.correction import chosen_iterates
 from torchimplicit.solution import Solution

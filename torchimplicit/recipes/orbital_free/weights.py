@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchimplicit.models.orbital_free import Molecule, OrbitalFree
 from torchimplicit.models.orbital_free.pairs import entries
-from torchimplicit.recipes.optimizing.objective import Array
+from torchimplicit.recipes.runtime.optimize import Array
 
 
 class Weights:

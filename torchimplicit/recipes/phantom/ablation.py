@@ -9,15 +9,21 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from torchimplicit.recipes.images.config import ImageConfig, cifar10
-from torchimplicit.recipes.options import known_rows, positive
-from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.settings import (
+    Equilibria,
+    EstimatorName,
+    Machine,
+    Optimization,
+    from_plain,
+    known_rows,
+    positive,
+)
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Line, Plan, Published, Runs, Sheet
-from torchimplicit.recipes.training.settings import Equilibria, EstimatorName, Machine, Optimization
 
 if TYPE_CHECKING:
     from torchimplicit.recipes.images.cost import Cost
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.run import Run
 
 COST = "cost"
 IMPLICIT, UPG, NPG = "implicit", "upg-5", "npg-5"
@@ -351,7 +357,7 @@ def drawings(config: PhantomAblationConfig, runs: Runs, folders: Mapping[str, Ru
 
 
 def _training(config: PhantomAblationConfig, runs: Runs, shown: tuple[str, ...]) -> Drawing:
-    from torchimplicit.recipes.plotting import axes, style
+    from torchimplicit.recipes.runtime.page import axes, style
 
     figure, (by_step, by_cost) = axes(2, width=4.8)
     for index, name in enumerate(shown):
@@ -384,7 +390,7 @@ def _work(line: Line, settings: Equilibria, step: int) -> float:
 
 
 def _sweep(runs: Runs) -> Drawing:
-    from torchimplicit.recipes.plotting import COLOURS, axes, style
+    from torchimplicit.recipes.runtime.page import COLOURS, axes, style
 
     labels = {UPG: TABLE_1[UPG], **SWEEP}
     figure, (over_steps, over_damping) = axes(2, width=4.8)
@@ -409,7 +415,7 @@ def _sweep(runs: Runs) -> Drawing:
 
 
 def _cost(cost: dict[str, Cost]) -> Drawing:
-    from torchimplicit.recipes.plotting import COLOURS, axes
+    from torchimplicit.recipes.runtime.page import COLOURS, axes
 
     figure, (seconds, products) = axes(2, width=4.8, height=2.9)
     names = list(cost)[::-1]

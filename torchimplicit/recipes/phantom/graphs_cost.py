@@ -10,14 +10,12 @@ import torch
 from rich.console import Console
 
 from torchimplicit.nn import Equilibrium
-from torchimplicit.recipes.fitting import load_weights
 from torchimplicit.recipes.graphs.model import estimator
 from torchimplicit.recipes.graphs.runner import TRAINER
-from torchimplicit.recipes.machine import device, threads
 from torchimplicit.recipes.phantom.graphs_table import CostConfig, differentiated, rows
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.training.costs import Costs, Stopwatch
-from torchimplicit.recipes.training.task import Shard
+from torchimplicit.recipes.runtime.fitting import load_weights
+from torchimplicit.recipes.runtime.run import Run, device, threads
+from torchimplicit.recipes.runtime.task import Costs, Shard, Stopwatch
 
 
 @dataclass(frozen=True)
@@ -34,18 +32,18 @@ class CostRunner:
     """Trains one fold with the exact gradient, and measures at its best weights."""
 
     def check(self, config: CostConfig) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         TRAINER.check(config.training)
 
     def train(self, config: CostConfig, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         if not TRAINER.train(config.training, run, console):
             return False
         run.write_json("costs.json", measured(config, run))
         return True
 
     def evaluate(self, config: CostConfig, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         found = measured(config, run)
         run.write_json("evaluation.json", found)
         for name, cost in found.items():

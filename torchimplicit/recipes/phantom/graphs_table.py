@@ -8,17 +8,16 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.graphs.config import ChainsConfig, MoleculesConfig, chains, cox2, proteins
-from torchimplicit.recipes.options import positive
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
-from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.run import Run
 
 AIM = 0.95
 """Of the accuracy on the longest chains."""
@@ -490,7 +489,7 @@ def drawings(config: PhantomGraphsConfig, runs: Runs, folders: Mapping[str, Run]
 
 def bars(config: PhantomGraphsConfig, runs: Runs) -> Figure:
     """Ours beside the published ones, a panel a set."""
-    from torchimplicit.recipes.plotting import COLOURS, axes
+    from torchimplicit.recipes.runtime.page import COLOURS, axes
 
     def moments(scores: list[float]) -> tuple[float, float]:
         return 100 * fmean(scores), 100 * stdev(scores) if len(scores) > 1 else 0.0
@@ -528,7 +527,7 @@ def bars(config: PhantomGraphsConfig, runs: Runs) -> Figure:
 
 def lengths(runs: Runs) -> Figure:
     """Accuracy against length."""
-    from torchimplicit.recipes.plotting import axes, style
+    from torchimplicit.recipes.runtime.page import axes, style
 
     labels = {
         "identity": "W from 0.8 I",

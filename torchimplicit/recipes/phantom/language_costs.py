@@ -18,17 +18,15 @@ from torchimplicit.diagnostics import spectral_radius
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import Gradient
 from torchimplicit.problems import FixedPoint
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fitting import load_weights
 from torchimplicit.recipes.language.config import LanguageConfig
 from torchimplicit.recipes.language.data import Segment
 from torchimplicit.recipes.language.task import RUNNER as LANGUAGE
 from torchimplicit.recipes.language.task import LanguageTask
-from torchimplicit.recipes.machine import device, threads
 from torchimplicit.recipes.phantom.language_table import CONVERGED, KINDS
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.training.costs import Costs, Stopwatch
-from torchimplicit.recipes.training.estimators import gradient
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.fitting import load_weights
+from torchimplicit.recipes.runtime.run import Run, device, threads
+from torchimplicit.recipes.runtime.task import Costs, Stopwatch, gradient
 from torchimplicit.regularizers import jacobian_frobenius
 from torchimplicit.state import detached
 
@@ -86,7 +84,7 @@ def default() -> CostConfig:
 
 
 class CostRunner:
-    """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+    """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
 
     def check(self, config: CostConfig) -> None:
         """One of the runs is checked."""

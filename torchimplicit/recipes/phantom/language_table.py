@@ -12,13 +12,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from torchimplicit.recipes.language.config import LanguageConfig, wikitext2, wikitext103
-from torchimplicit.recipes.options import positive
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.settings import Machine, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
-from torchimplicit.recipes.training.settings import Machine
 
 if TYPE_CHECKING:
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.run import Run
 
 COSTS = "costs"
 """The job that measures steps in turn."""
@@ -422,7 +421,7 @@ def drawings(config: PhantomLanguage, runs: Runs, folders: Mapping[str, Run]) ->
 def _curves(
     name: str, rows: dict[str, Trained], label: str, scale: Callable[[Trained], float], caption: str
 ) -> Drawing:
-    from torchimplicit.recipes.plotting import axes, style
+    from torchimplicit.recipes.runtime.page import axes, style
 
     figure, (ax,) = axes()
     for index, one in enumerate(rows.values()):

@@ -29,11 +29,10 @@ from torchimplicit.gradients import (
 )
 from torchimplicit.linear import GMRES
 from torchimplicit.problems import FixedPoint
-from torchimplicit.recipes.machine import threads
 from torchimplicit.recipes.phantom.settings import LayerConfig
-from torchimplicit.recipes.plain import from_plain
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.tables import Column, Table
+from torchimplicit.recipes.runtime.run import Run, threads
+from torchimplicit.recipes.runtime.settings import from_plain
+from torchimplicit.recipes.runtime.table import Column, Table
 from torchimplicit.solve import solve
 from torchimplicit.solvers import FixedPointIteration
 
@@ -123,10 +122,10 @@ class LayerRunner:
     """Measures; there is nothing to train."""
 
     def check(self, config: LayerConfig) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`: it runs everywhere."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: it runs everywhere."""
 
     def train(self, config: LayerConfig, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         with threads(1), console.status("Measuring"):
             found = Measurement(config).results()
         run.write_json("results.json", found)
@@ -144,7 +143,7 @@ class LayerRunner:
         return True
 
     def evaluate(self, config: LayerConfig, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`: measures again."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: measures again."""
         with threads(1):
             run.write_json("evaluation.json", Measurement(config).results())
 

@@ -12,8 +12,8 @@ from torchimplicit.gradients import (
 )
 from torchimplicit.linear import GMRES
 from torchimplicit.recipes.images.task import Classification, ready
-from torchimplicit.recipes.monitor import MonitorGradient
-from torchimplicit.recipes.training.runner import Trainer
+from torchimplicit.recipes.runtime.monitor import MonitorGradient
+from torchimplicit.recipes.runtime.trainer import Trainer
 
 BESIDE: dict[str, Gradient] = {
     "npg-1-1": NeumannPhantom(steps=1, damping=1.0),

@@ -10,21 +10,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.images.config import ImageConfig, cifar10, mnist
 from torchimplicit.recipes.images.config import digits as bundled
-from torchimplicit.recipes.options import option, positive
 from torchimplicit.recipes.phantom.settings import LABELS, LayerConfig, looking
-from torchimplicit.recipes.plain import from_plain
 from torchimplicit.recipes.runtime import table
-from torchimplicit.recipes.runtime.table import Claim, Drawing, Job, Plan, Published, Runs, Sheet
-from torchimplicit.recipes.tables import Column, Table
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import from_plain, option, positive
+from torchimplicit.recipes.runtime.table import Claim, Column, Drawing, Job, Plan, Published, Runs, Sheet, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from torchimplicit.recipes.phantom.layer import LayerResults
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.run import Run
 
 WEIGHTS: tuple[Literal["gaussian", "orthogonal"], ...] = ("gaussian", "orthogonal")
 GRADIENTS: tuple[Literal["implicit", "unrolled-phantom"], ...] = ("implicit", "unrolled-phantom")
@@ -143,7 +141,7 @@ def figures(config: PrecisionConfig, run: Run) -> Any:
 
 def looks_of(run: Run) -> list[Look]:
     """From the run's log."""
-    from torchimplicit.recipes.training.logs import rows
+    from torchimplicit.recipes.runtime.fitting import rows
 
     prefix = "gradient/task.model.equilibrium/"
     found = []
@@ -513,7 +511,7 @@ def grid(found: Gathered, layer: LayerConfig) -> Drawing:
     """Fig. 1."""
     from matplotlib.ticker import MaxNLocator
 
-    from torchimplicit.recipes.plotting import axes, style
+    from torchimplicit.recipes.runtime.page import axes, style
 
     figure, panels = axes(len(WEIGHTS), width=4.6)
     for panel, weight in zip(panels, WEIGHTS, strict=True):
@@ -543,7 +541,7 @@ def grid(found: Gathered, layer: LayerConfig) -> Drawing:
 
 def along(found: Gathered) -> Drawing:
     """Fig. 2."""
-    from torchimplicit.recipes.plotting import axes
+    from torchimplicit.recipes.runtime.page import axes
 
     figure, panels = axes(len(GRADIENTS), width=4.9)
     for panel, gradient in zip(panels, GRADIENTS, strict=True):
@@ -563,7 +561,7 @@ def along(found: Gathered) -> Drawing:
 
 def choices(found: Gathered) -> Drawing:
     """The spectrum along training, and what the adaptive phantom gradient makes of it."""
-    from torchimplicit.recipes.plotting import axes
+    from torchimplicit.recipes.runtime.page import axes
 
     figure, (radius, steps, damping) = axes(3, width=3.5)
     for index, gradient in enumerate(GRADIENTS):
@@ -585,7 +583,7 @@ def choices(found: Gathered) -> Drawing:
 
 
 def _over_steps(panel: Axes, found: Gathered, gradient: str, figure: str, index: int, label: str) -> None:
-    from torchimplicit.recipes.plotting import COLOURS, style
+    from torchimplicit.recipes.runtime.page import COLOURS, style
 
     trainings = found.trainings[gradient]
     if not trainings:

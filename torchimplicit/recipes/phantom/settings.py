@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.images.config import ImageConfig
 from torchimplicit.recipes.images.config import digits as bundled
-from torchimplicit.recipes.options import not_negative, option, positive
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import not_negative, option, positive
 
 LABELS = {
     "npg-1-1": "one step",

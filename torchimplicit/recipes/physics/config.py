@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.optimizing.names import OptimizerName
-from torchimplicit.recipes.options import not_negative, positive
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import OptimizerName, not_negative, positive
 
 EquationName = Literal["van-der-pol", "four-tanks", "burgers", "helmholtz"]
 

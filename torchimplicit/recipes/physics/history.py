@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torchimplicit.recipes.environment import Environment
-from torchimplicit.recipes.optimizing.objective import Clock
 from torchimplicit.recipes.physics.config import PhysicsConfig
+from torchimplicit.recipes.runtime.optimize import Clock
+from torchimplicit.recipes.runtime.run import Environment
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from torchimplicit.recipes.options import positive
 from torchimplicit.recipes.physics.config import EquationName, PhysicsConfig
 from torchimplicit.recipes.physics.equations import EQUATIONS
 from torchimplicit.recipes.physics.equations.initial_value import InitialValueProblem
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.settings import positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from torchimplicit.recipes.optimizing.objective import Array
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.optimize import Array
+    from torchimplicit.recipes.runtime.run import Run
 
 OptimizerName = Literal["least-squares", "l-bfgs", "adam"]
 
@@ -387,7 +387,7 @@ def drawings(config: PhysicsInformedConfig, runs: Runs, folders: Mapping[str, Ru
 
 def against_seconds(runs: Runs, folders: Mapping[str, Run], equation: EquationName) -> Figure:
     """The error along the runs, a panel an optimizer, a line a run."""
-    from torchimplicit.recipes.plotting import axes
+    from torchimplicit.recipes.runtime.page import axes
 
     shown = [optimizer for optimizer in OPTIMIZERS if any(line["row"].optimizer == optimizer for line in runs)]
     figure, panels = axes(len(shown), width=4.4, height=3.7)
@@ -420,7 +420,7 @@ def against_seconds(runs: Runs, folders: Mapping[str, Run], equation: EquationNa
 
 
 def _lines(name: EquationName, made: dict[str, Array]) -> Figure:
-    from torchimplicit.recipes.plotting import COLOURS, axes
+    from torchimplicit.recipes.runtime.page import COLOURS, axes
 
     equation = EQUATIONS[name]
     grid = equation.grid()
@@ -443,7 +443,7 @@ def _lines(name: EquationName, made: dict[str, Array]) -> Figure:
 
 
 def _maps(name: EquationName, made: dict[str, Array]) -> Figure:
-    from torchimplicit.recipes.plotting import axes
+    from torchimplicit.recipes.runtime.page import axes
 
     equation = EQUATIONS[name]
     grid = equation.grid()
@@ -467,7 +467,7 @@ def _maps(name: EquationName, made: dict[str, Array]) -> Figure:
 
 
 def _colour(model: str) -> str:
-    from torchimplicit.recipes.plotting import COLOURS
+    from torchimplicit.recipes.runtime.page import COLOURS
 
     return COLOURS[list(MODELS).index(model)]
 

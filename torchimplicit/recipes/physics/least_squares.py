@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from torchimplicit.models.physics_informed import Field
-from torchimplicit.recipes.optimizing.objective import Array
 from torchimplicit.recipes.physics.equations import Condition
+from torchimplicit.recipes.runtime.optimize import Array
 
 
 class LeastSquares:
@@ -35,7 +35,7 @@ class LeastSquares:
 
     @property
     def model(self) -> Field:
-        """See :class:`~torchimplicit.recipes.optimizing.objective.Objective`."""
+        """See :class:`~torchimplicit.recipes.runtime.optimize.Objective`."""
         return self.field
 
     @property

@@ -10,12 +10,10 @@ import torch
 from matplotlib.figure import Figure
 
 from torchimplicit.models.physics_informed import Field
-from torchimplicit.recipes.html import document, figure
 from torchimplicit.recipes.physics.equations import Equation
 from torchimplicit.recipes.physics.history import Look, Results
-from torchimplicit.recipes.plotting import COLOURS, FIGURE, axes, save_figure
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.svg import svg
+from torchimplicit.recipes.runtime.page import COLOURS, FIGURE, axes, document, figure, save_figure, svg
+from torchimplicit.recipes.runtime.run import Run
 
 CAPTIONS = {
     "solution": "What was found (lines, or the field on the left), and the trusted solution (dots, or on the right).",

@@ -1,4 +1,4 @@
-"""Trains a field, and shows what came out; see :class:`torchimplicit.recipes.recipe.Runner`."""
+"""Trains a field, and shows what came out; see :class:`torchimplicit.recipes.runtime.run.Runner`."""
 
 from __future__ import annotations
 
@@ -14,21 +14,18 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.physics_informed import EquilibriumField, Field, NetworkField
-from torchimplicit.recipes.environment import Environment
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.fitting import read_checkpoint
-from torchimplicit.recipes.machine import threads
-from torchimplicit.recipes.optimizing.keeper import Enough, Keeper
-from torchimplicit.recipes.optimizing.objective import Array, Budget
-from torchimplicit.recipes.optimizing.optimizers import run as optimize
 from torchimplicit.recipes.physics.config import PhysicsConfig
 from torchimplicit.recipes.physics.equations import EQUATIONS, Equation
 from torchimplicit.recipes.physics.history import History, Look, Results
 from torchimplicit.recipes.physics.least_squares import LeastSquares
 from torchimplicit.recipes.physics.report import write_report
-from torchimplicit.recipes.plain import from_plain
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.tables import Column, Table
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.fitting import read_checkpoint
+from torchimplicit.recipes.runtime.optimize import Array, Budget, Enough, Keeper
+from torchimplicit.recipes.runtime.optimize import run as optimize
+from torchimplicit.recipes.runtime.run import Environment, Run, threads
+from torchimplicit.recipes.runtime.settings import from_plain
+from torchimplicit.recipes.runtime.table import Column, Table
 
 
 def check(config: PhysicsConfig) -> None:

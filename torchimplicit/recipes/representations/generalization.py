@@ -8,16 +8,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.images.config import PictureConfig, generalization
 from torchimplicit.recipes.fields.settings import FILTERS, NAMES, FilterKind, Representation, full_batch, truncated
-from torchimplicit.recipes.options import known_rows, positive
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import Machine, known_rows, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
-from torchimplicit.recipes.training.settings import Machine
 
 if TYPE_CHECKING:
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.run import Run
 
 COST = "cost"
 Kind = Literal["natural", "text"]
@@ -426,7 +425,7 @@ def drawings(config: GeneralizationConfig, runs: Runs, folders: Mapping[str, Run
     import matplotlib.image
     from matplotlib.figure import Figure
 
-    from torchimplicit.recipes.plotting import axes, style
+    from torchimplicit.recipes.runtime.page import axes, style
 
     labels, seed = labels_of(config), config.plan.first_seed
     shown = (("1L", True), ("1L", False), ("1L-wide", False), ("4L", False))

@@ -8,17 +8,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.images.config import PictureConfig
 from torchimplicit.recipes.fields.settings import FILTERS, NAMES, FilterKind, truncated
-from torchimplicit.recipes.options import positive
 from torchimplicit.recipes.representations import generalization
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import Machine, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
-from torchimplicit.recipes.training.settings import Machine
 
 if TYPE_CHECKING:
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.run import Run
 
 COST = "cost"
 CONVERGED = "converged"
@@ -218,7 +217,7 @@ def notes(config: GradientsConfig, runs: Runs) -> list[str]:
 
 def drawings(config: GradientsConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
     """PSNR, and how far the gradient points from the exact one."""
-    from torchimplicit.recipes.plotting import axes, style
+    from torchimplicit.recipes.runtime.page import axes, style
 
     if not any(line.key for line in runs):
         return []

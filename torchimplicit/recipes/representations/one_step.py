@@ -26,9 +26,8 @@ from torchimplicit.recipes.fields.shape.show import export, show
 from torchimplicit.recipes.fields.shape.task import RUNNER as SHAPES
 from torchimplicit.recipes.fields.shape.task import build, ready
 from torchimplicit.recipes.fields.task import FieldTask
-from torchimplicit.recipes.machine import threads
 from torchimplicit.recipes.representations.shapes import ShapesCostConfig
-from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.run import Run, threads
 
 
 @final
@@ -97,20 +96,20 @@ class ShapesCost:
 
 
 class ShapesCostRunner:
-    """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+    """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
 
     def check(self, config: ShapesCostConfig) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         for one in config.fits:
             SHAPES.check(one)
 
     def train(self, config: ShapesCostConfig, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         self._measure(config, run, console, "costs.json")
         return True
 
     def evaluate(self, config: ShapesCostConfig, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         self._measure(config, run, console, "evaluation.json")
 
     def _measure(self, config: ShapesCostConfig, run: Run, console: Console, name: str) -> None:

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from torchimplicit.recipes.fields.settings import FILTERS, NAMES, FilterKind, Representation
 from torchimplicit.recipes.fields.shape.config import LONGEST, ShapeConfig, adam
 from torchimplicit.recipes.fields.shape.config import shape as one_shape
-from torchimplicit.recipes.options import known_rows, positive
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.settings import Machine, known_rows, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
-from torchimplicit.recipes.training.settings import Machine
 
 if TYPE_CHECKING:
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.run import Run
 
 COST = "cost"
 TaskKind = Literal["occupancy", "sdf"]
@@ -374,7 +373,7 @@ def notes(config: ShapesConfig, runs: Runs) -> list[str]:
 
 def drawings(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
     """Training, and the surfaces."""
-    from torchimplicit.recipes.plotting import axes, style
+    from torchimplicit.recipes.runtime.page import axes, style
 
     if not any(line.key for line in runs):
         return []

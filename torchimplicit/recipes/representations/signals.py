@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Literal
 from torchimplicit.recipes.fields.audio.config import SoundConfig, audio
 from torchimplicit.recipes.fields.settings import FILTERS, NAMES, FilterKind, Representation, full_batch
 from torchimplicit.recipes.fields.video.config import VideoConfig, video
-from torchimplicit.recipes.options import known_rows, positive
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.settings import Machine, known_rows, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
-from torchimplicit.recipes.training.settings import Machine
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.run import Run
 
 COST = "cost"
 Kind = Literal["sound", "video"]
@@ -307,7 +306,7 @@ def drawings(config: SignalsConfig, runs: Runs, folders: Mapping[str, Run]) -> l
     from torchimplicit.recipes.fields.video.figures import strip
     from torchimplicit.recipes.fields.video.task import RUNNER as VIDEOS
     from torchimplicit.recipes.fields.video.task import clip
-    from torchimplicit.recipes.plotting import axes, style
+    from torchimplicit.recipes.runtime.page import axes, style
 
     if not any(line.key for line in runs):
         return []

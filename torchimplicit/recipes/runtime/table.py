@@ -13,17 +13,74 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from torchimplicit.recipes.environment import Environment
-from torchimplicit.recipes.options import not_negative, positive
-from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.tables import Column, Table
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from torchimplicit.recipes.runtime.run import Environment
+from torchimplicit.recipes.runtime.settings import from_plain, not_negative, positive, to_plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.console import Console
 
-    from torchimplicit.recipes.run import Run
+    from torchimplicit.recipes.runtime.run import Run
+
+# -- A table as plain data, drawn by the terminal and by the page alike ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's heading.
+
+    Attributes:
+        title: short.
+        unit: of its figures; empty for none.
+        note: what the figures are, in one sentence.
+    """
+
+    title: str
+    unit: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under columns; the first column names the row."""
+
+    columns: list[Column]
+    rows: list[list[str]]
+
+    def rich(self) -> RichTable:
+        """For the terminal, turned on its side: a column for each row, so that it fits 80 characters."""
+        table = RichTable()
+        head, *figures = self.columns
+        table.add_column(head.title)
+        for row in self.rows:
+            table.add_column(Text(row[0]), justify="right")
+        for index, column in enumerate(figures, start=1):
+            name = column.title + (f" ({column.unit})" if column.unit else "")
+            table.add_row(Text(name), *(Text(row[index]) for row in self.rows))
+        return table
+
+    def rich_rows(self) -> RichTable:
+        """For the terminal, as it is."""
+        table = RichTable()
+        for index, column in enumerate(self.columns):
+            name = column.title + (f"\n{column.unit}" if column.unit else "")
+            table.add_column(name, justify="right" if index else "left")
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+    def markdown(self) -> str:
+        """For the documentation."""
+        heads = [c.title + (f" ({c.unit})" if c.unit else "") for c in self.columns]
+        lines = [heads, ["---", *("---:" for _ in heads[1:])], *self.rows]
+        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        notes = "\n".join(f"- **{c.title}**: {c.note}" for c in self.columns if c.note)
+        return table + (f"\n\n{notes}" if notes else "")
+
 
 NONE = "–"
 """A cell without a figure."""
@@ -490,19 +547,19 @@ class Published(Generic[C]):
         return self.sheets(config, runs), self.claims(config, runs), self.notes(config, runs)
 
     def check(self, config: C) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`: one job of every recipe is checked."""
-        from torchimplicit.recipes.reproduce.runner import Reproduction
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: one job of every recipe is checked."""
+        from torchimplicit.recipes.runtime.reproduce import Reproduction
 
         Reproduction(self.jobs, self.summarize).check(config)
 
     def train(self, config: C, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
-        from torchimplicit.recipes.reproduce.runner import Reproduction
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
+        from torchimplicit.recipes.runtime.reproduce import Reproduction
 
         return Reproduction(self.jobs, self.summarize).train(config, run, console)
 
     def evaluate(self, config: C, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`: the record once more, training nothing."""
-        from torchimplicit.recipes.reproduce.runner import Reproduction
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: the record once more, training nothing."""
+        from torchimplicit.recipes.runtime.reproduce import Reproduction
 
         Reproduction(self.jobs, self.summarize).evaluate(config, run, console)

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from torchimplicit.recipes.digits.report.style import look
 from torchimplicit.recipes.digits.results import Results
-from torchimplicit.recipes.plotting import FIGURE
+from torchimplicit.recipes.runtime.page import FIGURE
 
 SIZE = (6.0, 3.9)
 """Inches."""

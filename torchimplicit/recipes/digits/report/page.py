@@ -14,8 +14,8 @@ from torchimplicit.recipes.digits.estimators import ESTIMATORS
 from torchimplicit.recipes.digits.report.captions import CAPTIONS
 from torchimplicit.recipes.digits.report.style import look
 from torchimplicit.recipes.digits.results import Results, summary_table
-from torchimplicit.recipes.html import document
-from torchimplicit.recipes.tables import Table
+from torchimplicit.recipes.runtime.page import document
+from torchimplicit.recipes.runtime.table import Table
 
 
 def page(results: Results, pictures: dict[str, str]) -> str:

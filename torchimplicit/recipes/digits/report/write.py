@@ -5,9 +5,8 @@ from __future__ import annotations
 from torchimplicit.recipes.digits.report.figures import figures
 from torchimplicit.recipes.digits.report.page import page
 from torchimplicit.recipes.digits.results import Results
-from torchimplicit.recipes.plotting import save_figure
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.svg import svg
+from torchimplicit.recipes.runtime.page import save_figure, svg
+from torchimplicit.recipes.runtime.run import Run
 
 
 def write_report(results: Results, run: Run) -> None:

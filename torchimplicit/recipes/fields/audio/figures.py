@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from torchimplicit.recipes.plotting import COLOURS, FIGURE
+from torchimplicit.recipes.runtime.page import COLOURS, FIGURE
 
 MOST_DRAWN = 4000
 """Points of a line: a longer one is drawn by the least and the greatest value of each stretch."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.audio.config import HIGHEST_RATE, LOWEST_RATE, SoundConfig
 from torchimplicit.recipes.fields.audio.figures import spectrograms, waveforms
 from torchimplicit.recipes.fields.audio.sounds import MOST_SAMPLES, Sound, quantized, save
 from torchimplicit.recipes.fields.report import write_page
 from torchimplicit.recipes.fields.task import FieldTask, decibels
-from torchimplicit.recipes.plotting import save_figure
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.training.results import Results
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.page import save_figure
+from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.trainer import Results
 
 
 def show(config: SoundConfig, sound: Sound, task: FieldTask, results: Results, run: Run) -> None:

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.audio.config import HIGHEST_RATE, SoundConfig
 from torchimplicit.recipes.fields.audio.synthesis import synthesized
-from torchimplicit.recipes.files import replacing
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import replacing
 
 MOST_SAMPLES = 1 << 23
 """A field's coordinates are 32-bit numbers: more samples than that they hardly tell apart."""

@@ -13,8 +13,8 @@ from torchimplicit.recipes.fields.memory import chunk_points
 from torchimplicit.recipes.fields.points import Grid
 from torchimplicit.recipes.fields.runner import FieldRunner
 from torchimplicit.recipes.fields.task import FieldTask, Parts, SignalToNoise
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.training.results import Results
+from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.trainer import Results
 
 SCALE_A_SECOND = 25000 / 7
 """Of the frequencies: the paper's for its file of seven seconds, and the same pitches in a sound of another length."""

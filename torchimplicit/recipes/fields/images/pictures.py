@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.images.text import TEXTS
-from torchimplicit.recipes.files import replacing
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import replacing
 
 MOST_PIXELS = 100_000_000
 """A file whose header promises more is not decoded: some ten thousand pixels square."""

@@ -8,14 +8,14 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.images.config import LONGEST_EXPORT, PictureConfig
 from torchimplicit.recipes.fields.images.pictures import quantized, save
 from torchimplicit.recipes.fields.points import Grid
 from torchimplicit.recipes.fields.report import write_page
 from torchimplicit.recipes.fields.task import FieldTask, decibels
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.training.results import Results
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.trainer import Results
 
 
 def show(config: PictureConfig, task: FieldTask, results: Results, run: Run) -> None:

@@ -6,14 +6,14 @@ from functools import lru_cache
 
 import torch
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.images.config import PictureConfig
 from torchimplicit.recipes.fields.images.pictures import Picture, bundled, read_file
 from torchimplicit.recipes.fields.images.show import export, show
 from torchimplicit.recipes.fields.points import Grid, every_other
 from torchimplicit.recipes.fields.runner import FieldRunner
 from torchimplicit.recipes.fields.task import FieldTask, Parts
-from torchimplicit.recipes.training.sampling import generator
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.task import generator
 
 
 def frequencies(config: PictureConfig, longest: int) -> float:

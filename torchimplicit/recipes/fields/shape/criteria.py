@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchimplicit.recipes.training.task import Metric
+from torchimplicit.recipes.runtime.task import Metric
 
 
 def cross_entropy(field: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:

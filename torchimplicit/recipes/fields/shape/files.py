@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.shape.mesh import Mesh
-from torchimplicit.recipes.files import replacing, write_text
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import replacing, write_text
 
 KINDS = (".obj", ".ply", ".stl", ".off")
 HEADER_LINES = 1000

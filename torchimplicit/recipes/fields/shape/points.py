@@ -9,13 +9,13 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.points import Points
 from torchimplicit.recipes.fields.shape.config import LONGEST
 from torchimplicit.recipes.fields.shape.mesh import Mesh, sample
 from torchimplicit.recipes.fields.shape.tree import MeshTree
 from torchimplicit.recipes.fields.task import Parts
-from torchimplicit.recipes.training.sampling import generator
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.task import generator
 
 TaskName = Literal["occupancy", "sdf"]
 MARGIN = 0.1

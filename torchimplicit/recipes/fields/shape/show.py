@@ -10,7 +10,6 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.images.pictures import save
 from torchimplicit.recipes.fields.model import sampled
 from torchimplicit.recipes.fields.points import centres
@@ -23,9 +22,10 @@ from torchimplicit.recipes.fields.shape.render import drawn, heat, view
 from torchimplicit.recipes.fields.shape.subject import Subject, subject
 from torchimplicit.recipes.fields.shape.surface import extracted
 from torchimplicit.recipes.fields.task import FieldTask
-from torchimplicit.recipes.plotting import FIGURE, save_figure
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.training.results import Results
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.page import FIGURE, save_figure
+from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.trainer import Results
 
 PICTURE = 360
 MOST_ERROR = 0.02

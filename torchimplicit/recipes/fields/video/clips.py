@@ -16,10 +16,10 @@ import torch
 from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.images.pictures import MOST_PIXELS, prepared, read_file
 from torchimplicit.recipes.fields.video.config import VideoConfig
 from torchimplicit.recipes.fields.video.synthesis import RATE, synthesized
+from torchimplicit.recipes.runtime.errors import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from torchimplicit.recipes.errors import UserError
 from torchimplicit.recipes.fields.settings import Representation, full_batch, truncated
-from torchimplicit.recipes.options import not_negative, positive
-from torchimplicit.recipes.training.settings import Equilibria, Machine, Optimization
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, not_negative, positive
 
 ClipName = Literal["shapes", "flight"]
 

@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from torchimplicit.recipes.plotting import FIGURE, axes, style
+from torchimplicit.recipes.runtime.page import FIGURE, axes, style
 
 SHOWN = 6
 """Frames in the figure, spread evenly over the video."""

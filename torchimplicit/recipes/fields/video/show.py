@@ -18,9 +18,9 @@ from torchimplicit.recipes.fields.video.clips import Clip
 from torchimplicit.recipes.fields.video.config import VideoConfig, check_export
 from torchimplicit.recipes.fields.video.figures import over_frames, strip
 from torchimplicit.recipes.fields.video.writing import can_write_mp4, save
-from torchimplicit.recipes.plotting import save_figure
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.training.results import Results
+from torchimplicit.recipes.runtime.page import save_figure
+from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.trainer import Results
 
 
 def show(config: VideoConfig, clip: Clip, task: FieldTask, results: Results, run: Run) -> None:

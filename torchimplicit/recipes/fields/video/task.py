@@ -13,8 +13,8 @@ from torchimplicit.recipes.fields.task import FieldTask, Parts
 from torchimplicit.recipes.fields.video.clips import Clip, clip_of
 from torchimplicit.recipes.fields.video.config import VideoConfig
 from torchimplicit.recipes.fields.video.show import export, show
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.training.results import Results
+from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.trainer import Results
 
 
 def build(config: VideoConfig) -> FieldTask:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from torchimplicit.recipes.files import replacing
+from torchimplicit.recipes.runtime.files import replacing
 
 SHORTEST = 20
 """Milliseconds of a GIF's frame: browsers show shorter ones slowly."""

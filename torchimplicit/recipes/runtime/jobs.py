@@ -14,13 +14,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from torchimplicit.recipes.errors import DivergedError, UserError
-from torchimplicit.recipes.execution import INTERRUPTED, go, opened
-from torchimplicit.recipes.files import say_once, sum_of
-from torchimplicit.recipes.plain import to_plain
-from torchimplicit.recipes.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime.errors import DivergedError, UserError
+from torchimplicit.recipes.runtime.execution import INTERRUPTED, go, opened, terminated_like_interrupted
+from torchimplicit.recipes.runtime.files import say_once, sum_of
+from torchimplicit.recipes.runtime.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime.settings import to_plain
 from torchimplicit.recipes.runtime.table import Job, Plan
-from torchimplicit.recipes.stopping import terminated_like_interrupted
 
 POLL = 1.0
 """Seconds between two looks at the runs."""

@@ -13,15 +13,13 @@ import matplotlib
 import torch
 from rich.console import Console
 
-from torchimplicit.recipes.environment import Environment
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.files import replacing
-from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.plotting import FIGURE, save_figure
 from torchimplicit.recipes.registry import runner, settings
-from torchimplicit.recipes.reproduce.jobs import finished, run_all
-from torchimplicit.recipes.reproduce.page import page
-from torchimplicit.recipes.run import Run
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import replacing
+from torchimplicit.recipes.runtime.jobs import finished, run_all
+from torchimplicit.recipes.runtime.page import FIGURE, page, save_figure
+from torchimplicit.recipes.runtime.run import Environment, Run
+from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Job, Picture, Record, Summary
 
 FOLDERS = ("record", "data_dir")
@@ -43,12 +41,12 @@ class Reproduction:
         self._summarize = summarize
 
     def check(self, config: Any) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`: one job of every recipe is checked."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: one job of every recipe is checked."""
         for job in {job.recipe: job for job in self._jobs(config)}.values():
             runner(job.recipe).check(job.config)
 
     def train(self, config: Any, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         jobs = self._jobs(config)
         console.print(
             f"{len(jobs)} runs, {config.plan.parallel} at a time; Ctrl-C stops and 'torchimplicit resume {run}' goes "

@@ -18,12 +18,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import Unrolled
 from torchimplicit.nn import Equilibrium
-from torchimplicit.recipes.errors import DivergedError
-from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.training.costs import Costs, Stopwatch
-from torchimplicit.recipes.training.sampling import generator
-from torchimplicit.recipes.training.settings import Equilibria, Optimization, Trained
-from torchimplicit.recipes.training.task import Shard, Task
+from torchimplicit.recipes.runtime.errors import DivergedError
+from torchimplicit.recipes.runtime.settings import Equilibria, Optimization, Trained, from_plain, to_plain
+from torchimplicit.recipes.runtime.task import Costs, Shard, Stopwatch, Task, generator
 from torchimplicit.regularizers import jacobian_frobenius
 from torchimplicit.solution import Solution
 from torchimplicit.solvers import FixedPointIteration

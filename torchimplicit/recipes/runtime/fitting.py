@@ -1,29 +1,36 @@
-"""Lightning's trainer as the recipes use it: logs, a checkpoint an epoch, a clean stop on Ctrl-C."""
+"""Lightning's trainer as the recipes use it: logs, checkpoints, progress, and a clean stop on Ctrl-C."""
 
 from __future__ import annotations
 
+import csv
 import logging
 import shutil
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
-from torchimplicit.recipes import files
-from torchimplicit.recipes.errors import DamagedFileError, UserError
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.stopping import note_signal
+from torchimplicit.recipes.runtime import files
+from torchimplicit.recipes.runtime.errors import DamagedFileError, UserError
+from torchimplicit.recipes.runtime.execution import note_signal
+from torchimplicit.recipes.runtime.files import no_larger, say_once
+from torchimplicit.recipes.runtime.run import Run
+
+# -- Lightning's trainer as the recipes use it: logs, a checkpoint an epoch, a clean stop on Ctrl-C --------------------
 
 
 class SaveEveryEpoch(Checkpoint):
@@ -233,3 +240,133 @@ def whole(checkpoint: Path) -> Path:
                 files.say_once(f"{error}; going on from the one before, {other}")
                 return other
         raise DamagedFileError(f"{error}, and there is no earlier one to go on from; train again") from None
+
+
+# -- Training progress for people: a bar with the time left, or a line an epoch where there is no terminal -------------
+
+
+NOTED_EVERY = 2.0
+"""Seconds between two notes on disk."""
+
+
+class Counted(Protocol):
+    """What a module that trains under :class:`ShowProgress` must tell."""
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps."""
+
+    @property
+    def total_steps(self) -> int:
+        """How many it will be."""
+
+    def status(self) -> str:
+        """How training goes, in a few words."""
+
+
+class ShowProgress(Callback):
+    """Counts training batches, on the console and in the run's ``progress.json``, for whoever watches from outside.
+
+    Args:
+        console: where to show it; ``None``: the standard output of the process that trains.
+        run: where to note it.
+    """
+
+    def __init__(self, console: Console | None, run: Run):
+        self.console, self.run = console, run
+        self._bar: Progress | None = None
+        self._began = time.monotonic()
+        self._noted = 0.0
+        self._first = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        self.console = self.console or Console()
+        self._began, self._first = time.monotonic(), pl_module.steps_done
+        if not self.console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("[bold]Training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("steps •"),
+            TimeElapsedColumn(),
+            TextColumn("• left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+            expand=True,
+        )
+        self._bar.add_task("training", total=pl_module.total_steps, completed=self._first, status="")
+        self._bar.start()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *rest: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=pl_module.steps_done, status=pl_module.status())
+        if trainer.is_global_zero and time.monotonic() - self._noted > NOTED_EVERY:
+            self._note(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._note(pl_module)
+        if self._bar is None and self.console is not None:
+            done, total = pl_module.steps_done, pl_module.total_steps
+            spent = time.monotonic() - self._began
+            left = spent / max(1, done - self._first) * (total - done)
+            self.console.print(
+                f"step {done}/{total}  {spent:.0f} s, about {left:.0f} s left  {pl_module.status()}", highlight=False
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._close()
+
+    def _note(self, module: Counted) -> None:
+        self._noted = time.monotonic()
+        self.run.write_json(
+            "progress.json", {"done": module.steps_done, "total": module.total_steps, "status": module.status()}
+        )
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+# -- The logs of a run: a CSV file, and TensorBoard's beside it --------------------------------------------------------
+
+
+Row = dict[str, float]
+
+
+def loggers(run: Run, steps: int, tensorboard: bool) -> list[Logger]:
+    """The run's loggers, for training that goes on after ``steps`` steps: what was logged of later ones is dropped."""
+    kept = [row for row in rows(run.metrics) if row["step"] <= steps]
+    if (there := sum("loss" in row for row in kept)) < steps:
+        say_once(f"{run.metrics} has {there} of the {steps} steps that were done; figures and curves lack the others")
+    with quiet_lightning():  # that its logger begins an empty file is known: the rows are kept here
+        table = CSVLogger(run.path, name=None, version="logs")
+        _ = table.experiment
+    for row in kept:
+        table.log_metrics(dict(row), int(row["step"]))
+    made: list[Logger] = [table]
+    if tensorboard:
+        made.append(TensorBoardLogger(run.path, name=None, version="logs", purge_step=steps + 1))
+    return made
+
+
+def rows(path: Path) -> list[Row]:
+    """The rows of a CSV log, without the empty cells; none if there is no file."""
+    if not path.is_file():
+        return []
+    no_larger(path, 1 << 30)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            read = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+        return [{name: float(value) for name, value in row.items()} for row in read if "step" in row]
+    except (ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise DamagedFileError(f"{path} is damaged ({error}); train again, or restore it from a copy") from None

@@ -1,11 +1,13 @@
-"""The runner of every recipe that trains one model."""
+"""The runner of a recipe that trains a task, and what a training came to."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -14,21 +16,17 @@ from rich.console import Console
 
 from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.nn import Equilibrium
-from torchimplicit.recipes.environment import Environment
-from torchimplicit.recipes.errors import DivergedError, UserError
-from torchimplicit.recipes.fitting import fit, load_weights, read_checkpoint
-from torchimplicit.recipes.machine import device, threads
-from torchimplicit.recipes.monitor import MonitorGradient
-from torchimplicit.recipes.plain import from_plain, to_plain
-from torchimplicit.recipes.progress import ShowProgress
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.tables import Column, Table
-from torchimplicit.recipes.training.costs import Costs
-from torchimplicit.recipes.training.logs import loggers, rows
-from torchimplicit.recipes.training.module import History, TrainingModule, Validation
-from torchimplicit.recipes.training.results import Results, best, step_costs
-from torchimplicit.recipes.training.settings import Machine, Trained, check_batch
-from torchimplicit.recipes.training.task import Shard, Split, Task
+from torchimplicit.recipes.runtime.errors import DivergedError, UserError
+from torchimplicit.recipes.runtime.fitting import Row, ShowProgress, fit, load_weights, loggers, read_checkpoint, rows
+from torchimplicit.recipes.runtime.module import History, TrainingModule, Validation
+from torchimplicit.recipes.runtime.monitor import MonitorGradient
+from torchimplicit.recipes.runtime.run import Environment, Run, Runner, device, threads
+from torchimplicit.recipes.runtime.settings import Machine, Trained, check_batch, from_plain, to_plain
+from torchimplicit.recipes.runtime.table import Column, Table
+from torchimplicit.recipes.runtime.task import Costs, Shard, Split, Task
+
+# -- The runner of every recipe that trains one model ------------------------------------------------------------------
+
 
 PRECISION = {"32": "32-true", "bf16-mixed": "bf16-mixed", "16-mixed": "16-mixed"}
 
@@ -56,7 +54,7 @@ class Trainer:
         self._monitor = monitor
 
     def check(self, config: Trained) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         device(config.machine.device, config.machine.devices)
         check_batch(config.optimization, config.machine)
         if self._ready is not None:
@@ -67,7 +65,7 @@ class Trainer:
         return TrainingModule.of(self._build, config)
 
     def train(self, config: Trained, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         with threads(config.machine.threads), console.status("Reading the data"):
             module = self.module(config)
         where = device(config.machine.device, config.machine.devices)
@@ -131,7 +129,7 @@ class Trainer:
         )
 
     def evaluate(self, config: Trained, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.recipe.Runner`."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         where = device(config.machine.device, config.machine.devices)
         with threads(config.machine.threads):
             module = self.module(config)
@@ -217,3 +215,154 @@ def summary(results: Results, task: Task) -> Table:
         Column("At the solver's budget", "%"),
     ]
     return Table(columns, rows)
+
+
+# -- What a training came to: ``results.json`` -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """A training step after pretraining.
+
+    Attributes:
+        seconds, forward_seconds, backward_seconds: medians: of the whole step, the forward pass, the backward pass.
+        forward, backward: means: evaluations of the cells, and products with their Jacobians, in whole-batch
+            equivalents.
+        unconverged: mean share of the samples whose solve stopped at its budget.
+    """
+
+    seconds: float
+    forward_seconds: float
+    backward_seconds: float
+    forward: float
+    backward: float
+    unconverged: float
+
+
+@dataclass(frozen=True)
+class Results:
+    """A training and its test.
+
+    Attributes:
+        state: ``diverged`` where the loss or an equilibrium stopped being finite.
+        parameters: of the model.
+        metric: by which the tested weights were selected on the validation split.
+        best: the validation that they had; ``None`` if there was none.
+        test: the figures of the test split at those weights; ``None`` if it was not measured.
+        validations: all of them.
+        steps, seconds: done, and spent in them.
+        costs: of a step; ``None`` before the first.
+        settings: the recipe's.
+    """
+
+    state: Literal["complete", "interrupted", "diverged"]
+    parameters: int
+    metric: str
+    best: Validation | None
+    test: Validation | None
+    validations: list[Validation]
+    steps: int
+    seconds: float
+    costs: StepCosts | None
+    environment: Environment
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(run: Run) -> Results:
+        """What a run has written.
+
+        Raises:
+            OSError, ValueError, KeyError, TypeError: if it has not, or not this.
+        """
+        plain = run.read_json("results.json")
+        settings = plain.pop("settings")
+        read = from_plain(Results, {**plain, "settings": {}})
+        read.settings.update(settings)
+        return read
+
+
+def best(history: History) -> Validation | None:
+    """The best validation."""
+    return next((v for v in history.validations if v.step == history.best), None)
+
+
+def step_costs(rows: list[Row]) -> StepCosts | None:
+    """From the CSV log; the first step, which warms the machine up, is left out where there are others."""
+    steps = [row for row in rows if "loss" in row and not row["pretraining"]]
+    steps = steps[1:] or steps
+    if not steps:
+        return None
+    column = {name: [row[name] for row in steps] for name in steps[0] if all(name in row for row in steps)}
+    return StepCosts(
+        seconds=median(column["seconds"]),
+        forward_seconds=median(column["forward_seconds"]),
+        backward_seconds=median(column["backward_seconds"]),
+        forward=fmean(column["forward_evaluations"]),
+        backward=fmean(column["backward_evaluations"]),
+        unconverged=fmean(column["unconverged"]),
+    )
+
+
+def still_rising(runs: Collection[Results]) -> list[str]:
+    """The note on trainings that had not levelled off; none where all had."""
+    rising = sum(one.best is not None and one.best.step == one.steps for one in runs)
+    if not rising:
+        return []
+    return [
+        f"In {rising} of {len(runs)} runs the last validation was the best: with more steps they would come further, "
+        "and not all alike."
+    ]
+
+
+def steps_to_best(own: Results | None, other: Results | None, figure: str) -> tuple[int | None, int] | None:
+    """After how many steps a run's validation first reaches the best one of another in a figure of which more is
+    better, ``None`` if it never does; and the step at which the other had it. ``None`` where there is none to reach."""
+    if own is None or other is None or other.best is None:
+        return None
+    goal = other.best.figures[figure]
+    return next((v.step for v in own.validations if v.figures[figure] >= goal), None), other.best.step
+
+
+# -- A recipe that trains, and then measures something at the weights that it has come to ------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring(Runner):
+    """Trains as another recipe does, and measures; evaluating it measures again.
+
+    Attributes:
+        trainer: of the other recipe.
+        training: its settings, out of this recipe's.
+        measure: ``(config, run) -> figures``, which go into the run's directory as JSON.
+        show: the figures as a table.
+        name: of the file in the run's directory.
+        doing: what the screen says meanwhile.
+    """
+
+    trainer: Trainer
+    training: Callable[[Any], Any]
+    measure: Callable[[Any, Run], Any]
+    show: Callable[[Any], Table]
+    name: str
+    doing: str = "Measuring"
+
+    def check(self, config: Any) -> None:
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
+        self.trainer.check(self.training(config))
+
+    def train(self, config: Any, run: Run, console: Console) -> bool:
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
+        if not self.trainer.train(self.training(config), run, console):
+            return False
+        self._measure(config, run, console, self.name)
+        return True
+
+    def evaluate(self, config: Any, run: Run, console: Console) -> None:
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
+        self._measure(config, run, console, "evaluation.json")
+
+    def _measure(self, config: Any, run: Run, console: Console, name: str) -> None:
+        with console.status(self.doing), threads(self.training(config).machine.threads):
+            found = self.measure(config, run)
+        run.write_json(name, found)
+        console.print(self.show(found).rich_rows())

@@ -1,22 +1,199 @@
-"""A run's directory: what it holds, and how one is made without touching another."""
+"""A run's directory: what it holds, what runs it, and on what."""
 
 from __future__ import annotations
 
 import os
+import pkgutil
+import platform
 import shlex
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
+import torch
 from filelock import FileLock, Timeout
 
-from torchimplicit.recipes import defaults, files
-from torchimplicit.recipes.environment import version
-from torchimplicit.recipes.errors import StorageError, UserError
-from torchimplicit.recipes.plain import to_plain
+from torchimplicit import gradients, linear, models, solvers
+from torchimplicit.gradients import Gradient
+from torchimplicit.linear import LinearSolver
+from torchimplicit.recipes.runtime import files
+from torchimplicit.recipes.runtime.errors import StorageError, UserError
+from torchimplicit.recipes.runtime.files import say_once
+from torchimplicit.recipes.runtime.settings import to_plain
+from torchimplicit.solvers import Solver
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# -- The library's own defaults, as they were when a run began ---------------------------------------------------------
+#
+# A recipe's settings name what a person may choose; what they do not name, such as the memory of Anderson's method,
+# is a
+# default of the library. A run notes all of them, and goes on with what it noted when the library has others by then.
+
+
+_ROOMS = (solvers, linear, gradients, models)
+
+Defaults = dict[str, dict[str, Any]]
+"""By the strategy's name, the fields that have a default."""
+
+
+def present() -> Defaults:
+    """Those of this version, as plain values; a field whose default is made anew every time is left out, for what it
+    is made of is here itself."""
+    return {name: to_plain(_plain_defaults(kind), exact=True) for name, kind in _strategies().items()}
+
+
+@contextmanager
+def of_run(noted: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Within it strategies are made with the defaults that a run noted.
+
+    What has changed since is told once; of a field that is not there any more, that it is not.
+    """
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    strategies = _strategies()
+    try:
+        for name, fields in noted.items():
+            now = _plain_defaults(strategies[name]) if name in strategies else {}
+            for field, value in fields.items():
+                was = _tuples(value)
+                if field not in now:
+                    say_once(f"the run had {name}({field}={was!r}), which this version does not know")
+                elif to_plain(now[field], exact=True) != value:
+                    say_once(f"this version has {name}({field}={now[field]!r}); the run keeps its own, {was!r}")
+                    table: dict[str, Any] = strategies[name].__init__.__kwdefaults__  # type: ignore[misc]
+                    before.append((table, field, table[field]))
+                    table[field] = was
+        yield
+    finally:
+        for table, field, value in reversed(before):
+            table[field] = value
+
+
+@cache
+def _strategies() -> dict[str, type]:
+    """The frozen dataclasses with keyword-only defaults: solvers, linear solvers, estimators, and models' configs."""
+    found: dict[str, type] = {}
+    for room in _ROOMS:
+        for module in pkgutil.walk_packages(room.__path__, f"{room.__name__}."):
+            for name, kind in vars(import_module(module.name)).items():
+                if isinstance(kind, type) and is_dataclass(kind) and kind.__module__ == module.name:
+                    wanted = issubclass(kind, Solver | LinearSolver | Gradient) or name.endswith("Config")
+                    if wanted and kind.__init__.__kwdefaults__:
+                        found[name] = kind
+    return found
+
+
+def _plain_defaults(kind: type) -> dict[str, Any]:
+    table: dict[str, Any] = kind.__init__.__kwdefaults__  # type: ignore[misc]
+    return {name: value for name, value in table.items() if isinstance(value, int | float | str | tuple | None)}
+
+
+def _tuples(value: Any) -> Any:
+    """As a default is: JSON knows lists only, and names numbers that are not finite."""
+    if isinstance(value, list):
+        return tuple(map(_tuples, value))
+    return float(value) if value in ("inf", "-inf", "nan") else value
+
+
+# -- On what a run was made --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Software, machine and time."""
+
+    torchimplicit_version: str
+    torch_version: str
+    python_version: str
+    system: str
+    device: str
+    cores: int
+    threads: int
+    date: str
+
+    @staticmethod
+    def of(device: torch.device) -> Environment:
+        """This process's, training on ``device``."""
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return Environment(
+            torchimplicit_version=version(),
+            torch_version=str(torch.__version__),
+            python_version=platform.python_version(),
+            system=f"{platform.system()} {platform.release()}",
+            device=name,
+            cores=cores,
+            threads=torch.get_num_threads(),
+            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
+
+
+def version() -> str:
+    """Of the library."""
+    try:
+        return metadata.version("torchimplicit")
+    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return "source tree"
+
+
+# -- The device and the threads that a recipe asks for -----------------------------------------------------------------
+
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+
+
+def device(name: DeviceName, count: int = 1) -> torch.device:
+    """Where to train: ``auto`` takes a GPU if there is one.
+
+    Raises:
+        UserError: if a GPU is asked for and there is none, or fewer than ``count``.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu, or install a CUDA build")
+    chosen = torch.device("cuda" if available and name != "cpu" else "cpu")
+    if chosen.type == "cuda" and count > torch.cuda.device_count():
+        raise UserError(f"--devices {count}: PyTorch finds {torch.cuda.device_count()} CUDA devices here")
+    return chosen
+
+
+def clock(where: torch.device, *, wall: bool = False) -> Callable[[], float]:
+    """A function that waits for the device and reads the time, in seconds.
+
+    On a CPU it is the time of this process, which other processes do not lengthen; on a GPU, or with ``wall``, that of
+    the wall.
+    """
+    if where.type != "cuda":
+        return time.perf_counter if wall else time.process_time
+
+    def read() -> float:
+        torch.cuda.synchronize(where)
+        return time.perf_counter()
+
+    return read
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch's number of CPU threads, while the context lasts; 0 leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# -- A run's directory: what it holds, and how one is made without touching another ------------------------------------
+
 
 RUNS = Path("runs")
 """Where runs go unless told otherwise, below the working directory: ``runs/<recipe>/<number>``."""
@@ -90,7 +267,7 @@ class Run:
                 "torchimplicit_version": version(),
                 **({"table": table} if table else {}),
                 "config": to_plain(config, exact=True),
-                "defaults": defaults.present(),
+                "defaults": present(),
             },
         )
 
@@ -272,3 +449,49 @@ def _clear(run: Run) -> None:
         run.description,
     ):
         stale.unlink(missing_ok=True)
+
+
+# -- What a recipe consists of: settings, and a runner for them --------------------------------------------------------
+
+
+class Runner(Protocol):
+    """Runs a recipe's settings: a module, or an object.
+
+    The settings are a frozen dataclass, each field with a docstring that ``--help`` shows. Settings that make no sense
+    raise :class:`~torchimplicit.recipes.runtime.errors.UserError` when they are made. Their module imports nothing
+    heavy: the command line makes settings only to show their help.
+    """
+
+    def check(self, config: Any) -> None:
+        """Raise :class:`~torchimplicit.recipes.runtime.errors.UserError` where this machine cannot run it."""
+
+    def train(self, config: Any, run: Run, console: Console) -> bool:
+        """Train, from the run's last checkpoint if it has one, and write the results into the run's directory.
+
+        Returns:
+            Whether training went to its end. ``False``: it was interrupted, and what was done is written.
+        """
+
+    def evaluate(self, config: Any, run: Run, console: Console) -> None:
+        """Measure again from what the run holds, and write ``evaluation.json``."""
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """A runner that can write what a run has learnt at another size."""
+
+    def export(self, config: Any, sizes: tuple[int, ...], run: Run, console: Console) -> Path:
+        """Write it into the run's directory.
+
+        Args:
+            config: the run's.
+            sizes: as typed; the recipe says what they mean.
+            run: where the weights are.
+            console: for progress.
+
+        Returns:
+            the file.
+
+        Raises:
+            UserError: if there are no weights yet, or the sizes make no sense.
+        """

@@ -10,15 +10,13 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from torchimplicit.recipes.errors import UserError
-from torchimplicit.recipes.files import write_text
-from torchimplicit.recipes.html import document, figure, table
-from torchimplicit.recipes.plotting import FIGURE, axes, style
-from torchimplicit.recipes.run import Run
-from torchimplicit.recipes.svg import svg
-from torchimplicit.recipes.tables import Column, Table
-from torchimplicit.recipes.training.logs import Row, rows
-from torchimplicit.recipes.training.results import Results
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import write_text
+from torchimplicit.recipes.runtime.fitting import Row, rows
+from torchimplicit.recipes.runtime.page import FIGURE, axes, document, figure, style, svg, table
+from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.table import Column, Table
+from torchimplicit.recipes.runtime.trainer import Results
 
 TITLE = "Runs compared"
 

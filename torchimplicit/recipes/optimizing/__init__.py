@@ -1,2 +1,0 @@
-"""Training by optimizers that take the whole objective in every iteration: Gauss-Newton, L-BFGS, and Adam for
-comparison."""

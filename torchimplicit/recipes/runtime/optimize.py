@@ -1,0 +1,318 @@
+"""Optimizers of whole objectives, which go on where they were stopped."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+from scipy.optimize import OptimizeResult, least_squares, minimize
+from torch import nn
+
+from torchimplicit.recipes.runtime.errors import DivergedError
+from torchimplicit.recipes.runtime.fitting import NOTED_EVERY
+from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.settings import OptimizerName, to_plain
+
+# -- What an optimizer is asked to lower, and for how long -------------------------------------------------------------
+
+
+Array = NDArray[np.float64]
+
+
+class Objective(Protocol):
+    """Half the sum of squares of residuals, as a function of a model's weights.
+
+    Attributes:
+        evaluations, jacobians: how many there were.
+        rejected: evaluations at weights at which the model's equilibria were not all found.
+    """
+
+    evaluations: int
+    jacobians: int
+    rejected: int
+
+    @property
+    def model(self) -> nn.Module:
+        """Which holds the weights."""
+
+    @property
+    def weights(self) -> Array:
+        """Those that are to be found, as one vector."""
+
+    def set_weights(self, vector: Array) -> None:
+        """Put a vector into the model."""
+
+    def residuals(self, vector: Array) -> Array:
+        """All residuals at some weights; infinite where they are rejected."""
+
+    def jacobian(self, vector: Array) -> Array:
+        """``[residuals, weights]``."""
+
+    def loss_and_gradient(self, vector: Array) -> tuple[float, Array]:
+        """Half the sum of squares, or what stands for it, and its gradient, at some weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How long to go on.
+
+    Attributes:
+        iterations: of the optimizer, at most.
+        seconds: of the processor's time, measurements not counted; ``None``: as long as it takes.
+        measure_every: iterations between two measurements; with ``seconds`` they are spread over the time.
+    """
+
+    iterations: int
+    seconds: float | None = None
+    measure_every: int = 1
+
+
+@dataclass
+class Clock:
+    """A training so far; it travels in the checkpoint.
+
+    Attributes:
+        iterations: done.
+        seconds: of the processor's time, spent in the optimizer.
+        residuals, jacobians: evaluations; one of the loss with its gradient counts as one of the residuals.
+        rejected: see :class:`Objective`.
+    """
+
+    iterations: int = 0
+    seconds: float = 0.0
+    residuals: int = 0
+    jacobians: int = 0
+    rejected: int = 0
+
+
+# -- What lowers the residuals: SciPy's trust-region Gauss-Newton and L-BFGS, and Adam ---------------------------------
+
+
+Step = Callable[[Array, float], float]
+"""Called after every iteration with the weights and the loss; gives the share of the budget that is spent, and raises
+to stop."""
+
+
+def gauss_newton(objective: Objective, start: Array, step: Step) -> None:
+    """Branch, Coleman and Li's trust region (SciPy's ``trf``), with exact Jacobians.
+
+    Raises:
+        DivergedError: if the residuals are not finite at the start, from where it could not step back.
+    """
+
+    def residuals(vector: Array) -> Array:
+        found = objective.residuals(vector)
+        if np.array_equal(vector, start) and not np.isfinite(found).all():
+            raise DivergedError(
+                "the residuals are not finite at the weights that training starts from, where a solution that they are "
+                "made of was not found: allow it more steps (--inner-steps, where there is such), try another --seed, "
+                "or train by --optimizer adam"
+            )
+        return found
+
+    def after(intermediate_result: OptimizeResult) -> None:
+        step(intermediate_result.x, float(intermediate_result.cost))
+
+    least_squares(
+        residuals,
+        start,
+        jac=objective.jacobian,
+        method="trf",
+        ftol=None,
+        xtol=1e-15,
+        gtol=1e-15,
+        max_nfev=10**9,
+        callback=after,
+    )
+
+
+FIRST_STEP = 0.1
+"""Of L-BFGS: the length in the weights of what it tries before it knows anything of the curvature. SciPy's is one."""
+
+
+def l_bfgs(objective: Objective, start: Array, step: Step) -> None:
+    """SciPy's L-BFGS; where its line search gives up it begins anew, as long as that still lowers the loss.
+
+    It sees the weights in units of the first step: all later steps are the same in any units.
+    """
+
+    def loss_and_gradient(scaled: Array) -> tuple[float, Array]:
+        loss, gradient = objective.loss_and_gradient(FIRST_STEP * scaled)
+        return loss, FIRST_STEP * gradient
+
+    def after(intermediate_result: OptimizeResult) -> None:
+        step(FIRST_STEP * intermediate_result.x, float(intermediate_result.fun))
+
+    start = start / FIRST_STEP
+
+    reached = math.inf
+    while True:
+        found = minimize(
+            loss_and_gradient,
+            start,
+            jac=True,
+            method="L-BFGS-B",
+            callback=after,
+            options={"maxiter": 10**9, "maxfun": 10**9, "maxcor": 30, "ftol": 0.0, "gtol": 0.0},
+        )
+        if not found.fun < reached:
+            return
+        start, reached = found.x, float(found.fun)
+
+
+def adam(objective: Objective, start: Array, peak: float, spent: float, step: Step) -> None:
+    """Adam with a cosine over the budget; its moments begin anew where a run is resumed."""
+    weights = torch.tensor(start)
+    optimizer = torch.optim.Adam([weights], lr=peak)
+    while True:
+        for group in optimizer.param_groups:
+            group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * spent))
+        loss, gradient = objective.loss_and_gradient(weights.numpy())
+        weights.grad = torch.as_tensor(gradient)
+        optimizer.step()
+        spent = step(weights.numpy(), loss)
+
+
+def run(objective: Objective, name: OptimizerName, learning_rate: float, spent: float, step: Step) -> None:
+    """From the model's present weights, which have taken the share ``spent`` of the budget; until ``step`` raises, or
+    nothing is left to gain."""
+    start = np.asarray(objective.weights)
+    if name == "adam":
+        adam(objective, start, learning_rate, spent, step)
+    elif name == "l-bfgs":
+        l_bfgs(objective, start, step)
+    else:
+        gauss_newton(objective, start, step)
+
+
+# -- What stands beside an optimizer: its budget, the measurements, the checkpoint, the bar ----------------------------
+
+
+FIRST, RATIO = 1 / 30, 1.5
+"""With a budget of time: the share of it at which the error is measured first, and what it grows by."""
+
+Look = Callable[[float, bool], None]
+"""Called with the loss, and whether to measure, when the weights of an iteration are in the model: puts what is found
+into the history."""
+
+
+class Enough(Exception):
+    """The budget is spent."""
+
+
+class Keeper:
+    """Called after every iteration; see :data:`~.optimizers.Step`.
+
+    The clock is that of the processor's time, so that what else runs on a machine takes nothing from the budget, and it
+    stands while errors are measured.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        objective: Objective,
+        history: Clock,
+        look: Look,
+        run: Run,
+        console: Console,
+    ):
+        self.budget, self.objective, self.look = budget, objective, look
+        self.history, self.run = history, run
+        self.interrupted = False
+        self._reached: tuple[Array, float] | None = None
+        self._bar = Progress(console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("Training", total=100, completed=self._percent())
+        self._mark = FIRST
+        self._pass_marks()
+        self._counted = (0, 0, 0)
+        self._noted = time.perf_counter()
+        self._clock = time.process_time()
+
+    @property
+    def spent(self) -> float:
+        """The share of the budget."""
+        by_number = self.history.iterations / self.budget.iterations
+        return by_number if self.budget.seconds is None else max(by_number, self.history.seconds / self.budget.seconds)
+
+    def __enter__(self) -> Keeper:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._bar.stop()
+
+    def step(self, weights: Array, loss: float) -> float:
+        """After an iteration."""
+        self.history.seconds += time.process_time() - self._clock
+        self.history.iterations += 1
+        if not math.isfinite(loss):
+            raise DivergedError(f"the loss is {loss} at iteration {self.history.iterations}")
+        self._reached = np.array(weights), loss
+        self._count()
+        timed, due = self.budget.seconds is not None, self._due()
+        if due or not timed:
+            self._look(measured=due)
+        self._bar.update(self._task, completed=self._percent(), description=f"Training, loss {loss:.2e}")
+        if time.perf_counter() - self._noted > NOTED_EVERY:
+            self._noted = time.perf_counter()
+            self._save()
+        if self.spent >= 1:
+            raise Enough
+        self.objective.set_weights(weights)
+        self._clock = time.process_time()
+        return self.spent
+
+    def finish(self) -> None:
+        """The optimizer has stopped: the last weights that it had accepted are measured and kept."""
+        if self._reached is None:
+            return
+        self._look(measured=True)
+        self._save()
+
+    def _look(self, measured: bool) -> None:
+        assert self._reached is not None
+        weights, loss = self._reached
+        self.objective.set_weights(weights)
+        self.look(loss, measured)
+
+    def _due(self) -> bool:
+        if self.budget.seconds is None:
+            return self.history.iterations % self.budget.measure_every == 0
+        return self._pass_marks()
+
+    def _pass_marks(self) -> bool:
+        if self.budget.seconds is None or self.history.seconds < self._mark * self.budget.seconds:
+            return False
+        while self._mark * self.budget.seconds <= self.history.seconds:
+            self._mark *= RATIO
+        return True
+
+    def _percent(self) -> int:
+        return min(100, round(100 * self.spent))
+
+    def _count(self) -> None:
+        """What this process has evaluated goes into the history."""
+        now = (self.objective.evaluations, self.objective.jacobians, self.objective.rejected)
+        more = [one - other for one, other in zip(now, self._counted, strict=True)]
+        self._counted = now
+        self.history.residuals += more[0]
+        self.history.jacobians += more[1]
+        self.history.rejected += more[2]
+
+    def _save(self) -> None:
+        assert self._reached is not None
+        weights, loss = self._reached
+        self.objective.set_weights(weights)
+        self.run.save({"weights": self.objective.model.state_dict(), "history": to_plain(self.history)})
+        done = {"done": self.history.iterations, "total": self.budget.iterations}
+        if self.budget.seconds is not None:
+            done = {"done": round(self.history.seconds), "total": math.ceil(self.budget.seconds)}
+        self.run.write_json("progress.json", {**done, "status": f"loss {loss:.2e}"})

@@ -1,0 +1,314 @@
+"""The settings that many recipes share; how settings are checked, and become plain values that JSON holds."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from torchimplicit.recipes.runtime.errors import UserError
+
+# -- Checks of settings, in the words of the command line --------------------------------------------------------------
+
+
+def option(name: str) -> str:
+    """A setting's name as one types it: ``--learning-rate``."""
+    return f"--{name.replace('_', '-')}"
+
+
+def positive(settings: Any, *names: str) -> None:
+    """Each must be positive; ``None`` passes."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise UserError(f"{option(name)} must be positive, and it is {value}")
+
+
+def not_negative(settings: Any, *names: str) -> None:
+    """Each must be zero or more; ``None`` passes."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= 0:
+            raise UserError(f"{option(name)} must not be negative, and it is {value}")
+
+
+def share(settings: Any, *names: str) -> None:
+    """Each must lie in [0, 1]."""
+    for name in names:
+        value = getattr(settings, name)
+        if not 0 <= value <= 1:
+            raise UserError(f"{option(name)} must lie in [0, 1], and it is {value}")
+
+
+def fraction(settings: Any, *names: str) -> None:
+    """Each must lie in (0, 1]."""
+    for name in names:
+        value = getattr(settings, name)
+        if not 0 < value <= 1:
+            raise UserError(f"{option(name)} must lie in (0, 1], and it is {value}")
+
+
+def known_rows(wanted: Sequence[str], known: Sequence[str]) -> None:
+    """Each of the rows that ``--rows`` names must be one of the table's."""
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise UserError(f"--rows: there is no row {', '.join(unknown)}; the rows are {', '.join(known)}")
+
+
+# -- Dataclasses to plain values that JSON holds, and back -------------------------------------------------------------
+
+
+T = TypeVar("T")
+
+_NAMED = ("inf", "-inf", "nan")
+"""Numbers that JSON does not know."""
+
+
+def to_plain(value: Any, exact: bool = False) -> Any:
+    """Dataclasses become dicts, tuples become lists, paths strings.
+
+    A number that JSON does not know becomes None, as a figure that there is not; with ``exact``, as settings need it,
+    its name: ``"inf"``, ``"-inf"`` or ``"nan"``.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name), exact) for field in fields(value)}
+    if isinstance(value, dict):
+        return {str(key): to_plain(item, exact) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item, exact) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value) if exact else None
+    return value
+
+
+def from_plain(kind: type[T], plain: Any) -> T:
+    """The inverse of :func:`to_plain`, for a dataclass of scalars, tuples, lists, dicts and dataclasses.
+
+    Raises:
+        ValueError, TypeError, KeyError: if ``plain`` does not fit.
+    """
+    result: T = _value(kind, plain)
+    return result
+
+
+def _value(kind: Any, plain: Any) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: _value(hints[name], item) for name, item in plain.items()})  # type: ignore[operator]
+    if origin is Literal:
+        if plain not in arguments:
+            raise ValueError(f"{plain!r} is none of {arguments}")
+        return plain
+    if origin in (Union, types.UnionType):
+        if plain is None:
+            return None
+        return _value(next(one for one in arguments if one is not types.NoneType), plain)
+    if origin is tuple:
+        return tuple(_value(arguments[0], item) for item in plain)
+    if origin is list:
+        return [_value(arguments[0], item) for item in plain]
+    if origin is dict:
+        return {key: _value(arguments[1], item) for key, item in plain.items()}
+    if kind is float:
+        if isinstance(plain, bool) or (isinstance(plain, str) and plain not in _NAMED):
+            raise TypeError(f"{plain!r} is not float")
+        return math.nan if plain is None else float(plain)
+    if kind in (int, bool, str) and type(plain) is not kind:
+        raise TypeError(f"{plain!r} is not {kind.__name__}")
+    return kind(plain)
+
+
+def missing(plain: Any, whole: Any, at: str = "") -> list[str]:
+    """The settings of ``whole`` that ``plain`` does not name, both as :func:`to_plain` gives them."""
+    if not (isinstance(plain, dict) and isinstance(whole, dict)):
+        return []
+    found: list[str] = []
+    for name, value in whole.items():
+        found += missing(plain[name], value, f"{at}{name}.") if name in plain else [f"{at}{name}"]
+    return found
+
+
+# -- The settings that every trained recipe has ------------------------------------------------------------------------
+
+
+EstimatorName = Literal[
+    "implicit",
+    "unrolled-phantom",
+    "neumann-phantom",
+    "adaptive-phantom",
+    "unbiased-neumann",
+    "one-step",
+    "unrolled",
+]
+"""The estimators that a recipe can be trained with; :mod:`.estimators` makes them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimization:
+    """How the weights move. A *segment* is the steps between two validations; a run resumes where one begins."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+
+    batch_size: int = 128
+    """Samples a step, over all devices together."""
+
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """Which rule moves the weights; sgd is Nesterov's where --momentum is positive."""
+
+    learning_rate: float = 1e-3
+    """The peak."""
+
+    weight_decay: float = 0.0
+    """Added to the gradient (adam, sgd), or decoupled (adamw)."""
+
+    momentum: float = 0.9
+    """Of sgd."""
+
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+
+    schedule: Literal["constant", "cosine", "milestones"] = "cosine"
+    """What follows the warm-up."""
+
+    final_share: float = 0.0
+    """What a cosine leaves of the peak at the end."""
+
+    milestones: tuple[int, ...] = ()
+    """Steps at which the rate is multiplied by --decay."""
+
+    decay: float = 0.5
+    """See --milestones."""
+
+    clip_norm: float | None = None
+    """Shorten gradients that are longer than this."""
+
+    validate_every: int = 100
+    """Steps of a segment."""
+
+    seed: int = 0
+    """Of the initial weights, the order of the data, dropout and random projections."""
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "batch_size", "learning_rate", "validate_every", "clip_norm")
+        not_negative(self, "weight_decay", "warmup_steps", "seed")
+        share(self, "momentum", "final_share")
+        fraction(self, "decay")
+        if self.milestones and self.schedule != "milestones":
+            raise UserError(f"--milestones go with --schedule milestones, and it is {self.schedule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equilibria:
+    """How equilibria are solved and differentiated."""
+
+    solver: Literal["anderson", "broyden", "fixed-point"] = "anderson"
+    """Of the forward pass."""
+
+    solver_steps: int = 30
+    """The most steps of a forward solve."""
+
+    tolerance: float = 1e-3
+    """Relative, of the forward solve."""
+
+    gradient: EstimatorName = "implicit"
+    """How the equilibrium is differentiated."""
+
+    phantom_steps: int = 5
+    """k of the phantom gradients, and the terms that the unbiased series always takes."""
+
+    phantom_damping: float = 0.5
+    """λ of the phantom gradients, in (0, 1]."""
+
+    backward_tolerance: float = 1e-3
+    """Relative, of the exact gradient's linear solve (GMRES), and what the adaptive phantom gradient aims at."""
+
+    backward_steps: int = 30
+    """The most steps of that solve, and of the adaptive phantom gradient."""
+
+    pretrain_steps: int = 0
+    """First train so many steps with the solver replaced by a few weight-tied applications, differentiated through."""
+
+    pretrain_depth: int = 10
+    """How many applications."""
+
+    jacobian_weight: float = 0.0
+    """Of the penalty ‖vᵀJ‖²/dim on the Jacobian at the equilibrium (Bai et al. 2021)."""
+
+    jacobian_probability: float = 1.0
+    """With which a step has the penalty."""
+
+    def __post_init__(self) -> None:
+        positive(self, "solver_steps", "tolerance", "phantom_steps", "backward_tolerance", "backward_steps")
+        positive(self, "pretrain_depth")
+        not_negative(self, "pretrain_steps", "jacobian_weight")
+        fraction(self, "phantom_damping")
+        share(self, "jacobian_probability")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """On what to train."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+
+    devices: int = 1
+    """GPUs, or CPU processes, each with its share of every batch."""
+
+    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
+    """Of the model; mixed: autocast, and a gradient scaler for 16."""
+
+    threads: int = 1
+    """CPU threads of a process; 0 leaves the number to PyTorch."""
+
+    workers: int = 0
+    """Processes that read data."""
+
+    tensorboard: bool = True
+    """Write TensorBoard's log beside the CSV log."""
+
+    monitor_every: int = 0
+    """After every so many steps log the gradient's cosine to the exact one and the spectral radius; 0: never."""
+
+    def __post_init__(self) -> None:
+        positive(self, "devices")
+        not_negative(self, "threads", "workers", "monitor_every")
+
+
+class Trained(Protocol):
+    """A recipe's config that :class:`~.runner.Trainer` can run."""
+
+    @property
+    def optimization(self) -> Optimization:
+        """How the weights move."""
+
+    @property
+    def equilibria(self) -> Equilibria:
+        """How equilibria are solved and differentiated."""
+
+    @property
+    def machine(self) -> Machine:
+        """On what to train."""
+
+
+def check_batch(optimization: Optimization, machine: Machine) -> None:
+    """Every device must get a sample."""
+    if optimization.batch_size < machine.devices:
+        raise UserError(
+            f"{option('batch_size')} {optimization.batch_size} is less than {option('devices')} {machine.devices}; "
+            "every device must get a sample"
+        )
+
+
+# -- The optimizers by name --------------------------------------------------------------------------------------------
+
+
+OptimizerName = Literal["least-squares", "l-bfgs", "adam"]
+"""A trust-region Gauss-Newton method with exact Jacobians, L-BFGS (both SciPy's), or Adam with a cosine."""
