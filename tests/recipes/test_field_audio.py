@@ -16,13 +16,19 @@ from scipy.io import wavfile
 
 from torchimplicit import cli
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.fields.audio import sounds
-from torchimplicit.recipes.fields.audio.config import SoundConfig, audio
-from torchimplicit.recipes.fields.audio.figures import spectrograms, waveforms
-from torchimplicit.recipes.fields.audio.sounds import quantized, read_file, save, sound_of
-from torchimplicit.recipes.fields.audio.synthesis import synthesized
-from torchimplicit.recipes.fields.audio.task import RUNNER, build
-from torchimplicit.recipes.fields.settings import Representation
+from torchimplicit.recipes.representations import audio as sounds
+from torchimplicit.recipes.representations.audio import (
+    RUNNER,
+    build,
+    quantized,
+    read_file,
+    save,
+    sound_of,
+    spectrograms,
+    synthesized,
+    waveforms,
+)
+from torchimplicit.recipes.representations.settings import Representation, SoundConfig, audio
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.run import RunOptions, create
@@ -252,7 +258,7 @@ class TestRecipe:
         assert len(losses[0]) == 4
 
     def test_in_chunks(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("torchimplicit.recipes.fields.task.chunk_points", lambda *_: 300)
+        monkeypatch.setattr("torchimplicit.recipes.representations.fit.chunk_points", lambda *_: 300)
         run = trained(tmp_path / "run", small(tmp_path))
         assert np.isfinite(Results.of(run).test.figures["PSNR"])
 

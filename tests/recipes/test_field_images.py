@@ -16,13 +16,22 @@ from rich.console import Console
 
 from torchimplicit import cli
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.fields.images import pictures
-from torchimplicit.recipes.fields.images.config import PictureConfig, generalization, image
-from torchimplicit.recipes.fields.images.pictures import BUNDLED, bundled, quantized, read_file, save, written
-from torchimplicit.recipes.fields.images.show import error_map, export_sizes
-from torchimplicit.recipes.fields.images.task import RUNNER, build, parts
-from torchimplicit.recipes.fields.points import Grid
-from torchimplicit.recipes.fields.settings import Representation
+from torchimplicit.recipes.representations import image as pictures
+from torchimplicit.recipes.representations.fit import Grid
+from torchimplicit.recipes.representations.image import (
+    BUNDLED,
+    RUNNER,
+    build,
+    bundled,
+    error_map,
+    export_sizes,
+    parts,
+    quantized,
+    read_file,
+    save,
+    written,
+)
+from torchimplicit.recipes.representations.settings import PictureConfig, Representation, generalization, image
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import RunOptions, create
 from torchimplicit.recipes.runtime.settings import Machine

@@ -20,21 +20,30 @@ from rich.console import Console
 
 from torchimplicit import cli
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.fields.cost import peak_bytes
-from torchimplicit.recipes.fields.memory import floats_a_point
-from torchimplicit.recipes.fields.settings import Representation
-from torchimplicit.recipes.fields.shape.compare import compared
-from torchimplicit.recipes.fields.shape.config import LONGEST, ShapeConfig, adam, shape
-from torchimplicit.recipes.fields.shape.criteria import DistanceLoss, Overlap
-from torchimplicit.recipes.fields.shape.files import KINDS, read_file, write_obj, write_ply
-from torchimplicit.recipes.fields.shape.made import MADE, made
-from torchimplicit.recipes.fields.shape.mesh import Edges, Mesh, prepared, sample, section
-from torchimplicit.recipes.fields.shape.points import Counts, Frame
-from torchimplicit.recipes.fields.shape.points import drawn as points_of
-from torchimplicit.recipes.fields.shape.render import drawn, view
-from torchimplicit.recipes.fields.shape.surface import extracted
-from torchimplicit.recipes.fields.shape.task import RUNNER, build
-from torchimplicit.recipes.fields.shape.tree import MeshTree, nearest_on_triangles, solid_angles
+from torchimplicit.recipes.representations.cost import peak_bytes
+from torchimplicit.recipes.representations.fit import floats_a_point
+from torchimplicit.recipes.representations.mesh import (
+    KINDS,
+    MADE,
+    Edges,
+    Mesh,
+    MeshTree,
+    drawn,
+    extracted,
+    made,
+    nearest_on_triangles,
+    prepared,
+    read_file,
+    sample,
+    section,
+    solid_angles,
+    view,
+    write_obj,
+    write_ply,
+)
+from torchimplicit.recipes.representations.settings import LONGEST, Representation, ShapeConfig, adam, shape
+from torchimplicit.recipes.representations.shape import RUNNER, Counts, DistanceLoss, Frame, Overlap, build, compared
+from torchimplicit.recipes.representations.shape import drawn as points_of
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.run import RunOptions, create
@@ -428,8 +437,8 @@ def trained(path, config):
 class TestRecipe:
     @pytest.fixture(autouse=True)
     def _coarsely_shown(self, monkeypatch):
-        monkeypatch.setattr("torchimplicit.recipes.fields.shape.show.PICTURE", 60)
-        monkeypatch.setattr("torchimplicit.recipes.fields.shape.compare.SAMPLES", 500)
+        monkeypatch.setattr("torchimplicit.recipes.representations.shape.PICTURE", 60)
+        monkeypatch.setattr("torchimplicit.recipes.representations.shape.SAMPLES", 500)
 
     @pytest.mark.parametrize("task", ["occupancy", "sdf"])
     @pytest.mark.parametrize("filter", ["siren", "fourier", "gabor"])
@@ -482,7 +491,7 @@ class TestRecipe:
         assert losses[0] == losses[1]
 
     def test_a_field_without_a_surface(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("torchimplicit.recipes.fields.shape.show.surface", lambda *given: None)
+        monkeypatch.setattr("torchimplicit.recipes.representations.shape.surface", lambda *given: None)
         config = small(tmp_path)
         run = trained(tmp_path / "run", config)
         assert run.read_json("surface.json") == {"found": False}

@@ -17,15 +17,21 @@ from rich.console import Console
 
 from torchimplicit import cli
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.fields.settings import Representation
-from torchimplicit.recipes.fields.task import decibels
-from torchimplicit.recipes.fields.video import clips, show, writing
-from torchimplicit.recipes.fields.video.clips import clip_of
-from torchimplicit.recipes.fields.video.config import VideoConfig, video
-from torchimplicit.recipes.fields.video.figures import chosen, over_frames, strip
-from torchimplicit.recipes.fields.video.synthesis import synthesized
-from torchimplicit.recipes.fields.video.task import RUNNER, build
-from torchimplicit.recipes.fields.video.writing import save
+from torchimplicit.recipes.representations import video as clips
+from torchimplicit.recipes.representations import video as show
+from torchimplicit.recipes.representations import video as writing
+from torchimplicit.recipes.representations.fit import decibels
+from torchimplicit.recipes.representations.settings import Representation, VideoConfig, video
+from torchimplicit.recipes.representations.video import (
+    RUNNER,
+    build,
+    chosen,
+    clip_of,
+    over_frames,
+    save,
+    strip,
+    synthesized,
+)
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.run import RunOptions, create

@@ -14,13 +14,27 @@ from rich.console import Console
 
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients import Implicit, NeumannPhantom
-from torchimplicit.recipes.fields.cost import peak_bytes
-from torchimplicit.recipes.fields.memory import accumulated, chunk_points, floats_a_point
-from torchimplicit.recipes.fields.points import Grid, centres, every_other
-from torchimplicit.recipes.fields.report import write_page
-from torchimplicit.recipes.fields.runner import FieldRunner
-from torchimplicit.recipes.fields.settings import Representation, check_fit, check_slopes, full_batch, truncated
-from torchimplicit.recipes.fields.task import FieldTask, Parts, decibels
+from torchimplicit.recipes.representations.cost import peak_bytes
+from torchimplicit.recipes.representations.fit import (
+    FieldRunner,
+    FieldTask,
+    Grid,
+    Parts,
+    accumulated,
+    centres,
+    chunk_points,
+    decibels,
+    every_other,
+    floats_a_point,
+    write_page,
+)
+from torchimplicit.recipes.representations.settings import (
+    Representation,
+    check_fit,
+    check_slopes,
+    full_batch,
+    truncated,
+)
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.run import RunOptions, create
@@ -153,7 +167,7 @@ class TestMemory:
     def test_a_step_in_chunks_is_the_step_of_the_whole(self, monkeypatch):
         found = []
         for chunk in (1000, 7):
-            monkeypatch.setattr("torchimplicit.recipes.fields.task.chunk_points", lambda *given, c=chunk: c)
+            monkeypatch.setattr("torchimplicit.recipes.representations.fit.chunk_points", lambda *given, c=chunk: c)
             torch.manual_seed(0)
             task = wave(WaveConfig(optimization=full_batch(3, 3)))
             optimizer = torch.optim.SGD(task.parameters(), lr=0.1)

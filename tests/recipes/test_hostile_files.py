@@ -189,8 +189,7 @@ def ply(vertices: int, faces: int, body: bytes | None = None, form: str = "ascii
 class TestMeshes:
     def read(self, path):
         pytest.importorskip("trimesh")
-        from torchimplicit.recipes.fields.shape.files import read_file
-        from torchimplicit.recipes.fields.shape.mesh import prepared
+        from torchimplicit.recipes.representations.mesh import prepared, read_file
 
         return prepared(read_file(path, 10000), path.name)
 
@@ -266,7 +265,7 @@ class TestPictures:
         ids=range(11),
     )
     def test_fields(self, tmp_path, content):
-        from torchimplicit.recipes.fields.images.pictures import read_file
+        from torchimplicit.recipes.representations.image import read_file
 
         refused(lambda path: read_file(path, 256), content, tmp_path / "p.png")
 
@@ -280,8 +279,8 @@ class TestPictures:
             refused(lambda _, one=listing: imagenet.Crops(one)[0], path, path)
 
     def test_videos(self, tmp_path):
-        from torchimplicit.recipes.fields.video.clips import clip_of
-        from torchimplicit.recipes.fields.video.config import VideoConfig
+        from torchimplicit.recipes.representations.settings import VideoConfig
+        from torchimplicit.recipes.representations.video import clip_of
 
         def read(path):
             return clip_of(VideoConfig(file=path, size=64))
@@ -301,7 +300,7 @@ class TestSounds:
         return b"RIFF" + struct.pack("<I", len(body)) + body
 
     def read(self, path):
-        from torchimplicit.recipes.fields.audio.sounds import read_file
+        from torchimplicit.recipes.representations.audio import read_file
 
         return read_file(path, 0.0, None, 44100, False)
 
@@ -384,7 +383,7 @@ class TestDataSets:
             assert "\n" not in str(caught.value)
 
     def test_drawings(self, tmp_path):
-        from torchimplicit.recipes.jiio_meta.omniglot import _read
+        from torchimplicit.recipes.joint.meta import _read
 
         drawing = picture((105, 105))
         encrypted = bytearray(zipped({"a/c/0.png": drawing}))

@@ -17,9 +17,9 @@ import trimesh
 from rich.console import Console
 
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.fields.shape.config import shape
-from torchimplicit.recipes.fields.shape.task import build
 from torchimplicit.recipes.representations.one_step import build_one_step
+from torchimplicit.recipes.representations.settings import shape
+from torchimplicit.recipes.representations.shape import build
 from torchimplicit.recipes.representations.shapes import (
     ROWS,
     TABLE,
@@ -39,8 +39,8 @@ from torchimplicit.recipes.runtime.table import Plan
 @pytest.fixture(autouse=True)
 def _quick(one_thread, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr("torchimplicit.recipes.fields.shape.show.PICTURE", 40)
-    monkeypatch.setattr("torchimplicit.recipes.fields.shape.compare.SAMPLES", 300)
+    monkeypatch.setattr("torchimplicit.recipes.representations.shape.PICTURE", 40)
+    monkeypatch.setattr("torchimplicit.recipes.representations.shape.SAMPLES", 300)
 
 
 def ball(tmp_path):

@@ -13,9 +13,9 @@ pytest.importorskip("tyro")
 
 from rich.console import Console
 
-from torchimplicit.recipes.fields.cost import FieldCost, FieldCostConfig
-from torchimplicit.recipes.fields.cost import measured as measured_costs
 from torchimplicit.recipes.representations import generalization, gradients, signals
+from torchimplicit.recipes.representations.cost import FieldCost, FieldCostConfig
+from torchimplicit.recipes.representations.cost import measured as measured_costs
 from torchimplicit.recipes.representations.generalization import GeneralizationConfig
 from torchimplicit.recipes.representations.gradients import GradientsConfig
 from torchimplicit.recipes.representations.signals import SignalsConfig

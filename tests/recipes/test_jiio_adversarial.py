@@ -17,14 +17,15 @@ from torch.nn import functional
 
 import torchimplicit as ti
 from torchimplicit.models import EquilibriumClassifier, EquilibriumClassifierConfig
-from torchimplicit.recipes.jiio_adversarial.attack import JIIO, PGD, judged
-from torchimplicit.recipes.jiio_adversarial.config import AdversarialConfig, AttacksConfig, digits, mnist
-from torchimplicit.recipes.jiio_adversarial.measure import RUNNER
-from torchimplicit.recipes.jiio_adversarial.task import RUNNER as TRAINER
-from torchimplicit.recipes.jiio_adversarial.task import AdversarialTraining
 from torchimplicit.recipes.joint import adversarial_table as table
+from torchimplicit.recipes.joint.adversarial import ATTACKS as RUNNER
+from torchimplicit.recipes.joint.adversarial import JIIO, PGD, AdversarialTraining, judged
+from torchimplicit.recipes.joint.adversarial import RUNNER as TRAINER
 from torchimplicit.recipes.joint.adversarial_table import AdversarialTableConfig
 from torchimplicit.recipes.joint.adversarial_table import jobs as table_jobs
+from torchimplicit.recipes.joint.settings import AdversarialConfig, AttacksConfig
+from torchimplicit.recipes.joint.settings import adversarial_digits as digits
+from torchimplicit.recipes.joint.settings import adversarial_mnist as mnist
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.run import RunOptions, create

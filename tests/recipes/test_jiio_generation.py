@@ -11,15 +11,13 @@ from rich.console import Console
 
 import torchimplicit as ti
 from torchimplicit.models import mlp_decoder
-from torchimplicit.recipes.jiio import curves as measurement
-from torchimplicit.recipes.jiio import frechet, runner
-from torchimplicit.recipes.jiio.config import GenerationConfig, Images, Joint, Kind, generation_digits
-from torchimplicit.recipes.jiio.curves import JOINT
-from torchimplicit.recipes.jiio.generation import Generation
-from torchimplicit.recipes.jiio.model import found, joint_solver, reconstruction
-from torchimplicit.recipes.jiio.nested import METHODS, nested
-from torchimplicit.recipes.jiio.pictures import mosaic
+from torchimplicit.recipes.joint import decoder as frechet
+from torchimplicit.recipes.joint import generation as measurement
+from torchimplicit.recipes.joint import generation as runner
+from torchimplicit.recipes.joint.decoder import found, joint_solver, mosaic, reconstruction
+from torchimplicit.recipes.joint.generation import JOINT, METHODS, Generation, nested
 from torchimplicit.recipes.joint.generation_table import TABLE, JiioGenerationConfig, jobs, overtaking
+from torchimplicit.recipes.joint.settings import GenerationConfig, Images, Joint, Kind, generation_digits
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.jobs import prepare

@@ -13,10 +13,9 @@ from scipy.io import savemat
 
 import torchimplicit as ti
 from torchimplicit.recipes.images import olivetti
-from torchimplicit.recipes.jiio.config import Images, InverseConfig, Joint, inverse_digits
-from torchimplicit.recipes.jiio.inverse import Restoration
-from torchimplicit.recipes.jiio.restoring import RUNNER
+from torchimplicit.recipes.joint.inverse import RUNNER, Restoration
 from torchimplicit.recipes.joint.inverse_table import ROWS, TABLE, JiioInverseConfig, jobs
+from torchimplicit.recipes.joint.settings import Images, InverseConfig, Joint, inverse_digits
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.jobs import prepare
 from torchimplicit.recipes.runtime.settings import Machine, Optimization, from_plain, to_plain

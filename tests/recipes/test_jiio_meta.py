@@ -18,15 +18,15 @@ from rich.console import Console
 
 import torchimplicit as ti
 from torchimplicit.models import ContextEquilibrium, ContextEquilibriumConfig
-from torchimplicit.recipes.jiio_meta import omniglot as characters
-from torchimplicit.recipes.jiio_meta import sinusoids
-from torchimplicit.recipes.jiio_meta import task as tasks
-from torchimplicit.recipes.jiio_meta.adapt import Descent, Joint, errors, exact
-from torchimplicit.recipes.jiio_meta.config import AdaptationsConfig, MetaConfig, omniglot, sinusoid
-from torchimplicit.recipes.jiio_meta.measure import RUNNER
-from torchimplicit.recipes.jiio_meta.task import RUNNER as TRAINER
+from torchimplicit.recipes.joint import meta as characters
+from torchimplicit.recipes.joint import meta as sinusoids
+from torchimplicit.recipes.joint import meta as tasks
 from torchimplicit.recipes.joint import meta_table as table
+from torchimplicit.recipes.joint.meta import ADAPTATIONS as RUNNER
+from torchimplicit.recipes.joint.meta import RUNNER as TRAINER
+from torchimplicit.recipes.joint.meta import Descent, Joint, errors, exact
 from torchimplicit.recipes.joint.meta_table import MetaTableConfig
+from torchimplicit.recipes.joint.settings import AdaptationsConfig, MetaConfig, omniglot, sinusoid
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.run import RunOptions, create
@@ -80,7 +80,9 @@ def model() -> ContextEquilibrium:
 
 @pytest.fixture
 def waves():
-    return type(drawn := sinusoids.draw(3, 4, 5, torch.Generator().manual_seed(0)))(*(part.double() for part in drawn))
+    return type(drawn := sinusoids.draw_waves(3, 4, 5, torch.Generator().manual_seed(0)))(
+        *(part.double() for part in drawn)
+    )
 
 
 def test_both_adaptations_find_the_same_context(model, waves) -> None:
@@ -158,7 +160,7 @@ def test_characters_are_split_and_support_and_query_do_not_overlap(tmp_path) -> 
     assert not seen[0] & seen[1]
     assert not seen[0] & seen[2]
     assert len(characters.turned(found["training"])) == 108
-    drawn = characters.draw(found["test"], 6, 5, 1, 3, torch.Generator().manual_seed(0))
+    drawn = characters.draw_characters(found["test"], 6, 5, 1, 3, torch.Generator().manual_seed(0))
     assert drawn.support.shape == (6, 5, 1, 28, 28)
     assert drawn.query.shape == (6, 15, 1, 28, 28)
     assert drawn.query_targets[0].tolist() == [label for label in range(5) for _ in range(3)]

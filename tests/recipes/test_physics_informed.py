@@ -12,7 +12,7 @@ pytest.importorskip("lightning")
 from rich.console import Console
 
 from torchimplicit.recipes.physics import informed as planned
-from torchimplicit.recipes.physics import runner
+from torchimplicit.recipes.physics import solve_equation as runner
 from torchimplicit.recipes.physics.informed import TABLE, PhysicsInformedConfig, constant, default
 from torchimplicit.recipes.registry import settings
 from torchimplicit.recipes.runtime.errors import UserError

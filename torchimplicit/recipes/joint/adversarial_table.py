@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.jiio_adversarial.config import CLEAN, AttacksConfig, digits, mnist
+from torchimplicit.recipes.joint.settings import CLEAN, AttacksConfig, adversarial_digits, adversarial_mnist
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.settings import Machine, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
@@ -56,7 +56,7 @@ def default() -> AdversarialTableConfig:
 
 def attacked(config: AdversarialTableConfig, row: str, seed: int) -> AttacksConfig:
     """One run's settings."""
-    base = digits() if config.data == "digits" else mnist()
+    base = adversarial_digits() if config.data == "digits" else adversarial_mnist()
     optimization = replace(base.optimization, seed=seed)
     if config.steps is not None:
         optimization = replace(

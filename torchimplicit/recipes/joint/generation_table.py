@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.jiio.config import (
+from torchimplicit.recipes.joint.settings import (
     DataName,
     GenerationConfig,
     Kind,
@@ -339,8 +339,8 @@ def notes(config: JiioGenerationConfig, runs: Runs) -> list[str]:
 
 def drawings(config: JiioGenerationConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
     """Loss against time, and images of the first seed that has some."""
-    from torchimplicit.recipes.jiio.pictures import grid
-    from torchimplicit.recipes.jiio.runner import read_pictures
+    from torchimplicit.recipes.joint.decoder import grid
+    from torchimplicit.recipes.joint.generation import read_pictures
 
     made = [
         Drawing(

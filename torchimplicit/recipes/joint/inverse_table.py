@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.jiio.config import (
+from torchimplicit.recipes.joint.settings import (
     DataName,
     InverseConfig,
     inverse_digits,
@@ -234,8 +234,8 @@ def notes(config: JiioInverseConfig, runs: Runs) -> list[str]:
 
 def drawings(config: JiioInverseConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
     """Images of the first seed that has some, a figure a problem."""
-    from torchimplicit.recipes.jiio.pictures import grid
-    from torchimplicit.recipes.jiio.runner import read_pictures
+    from torchimplicit.recipes.joint.decoder import grid
+    from torchimplicit.recipes.joint.generation import read_pictures
 
     made = []
     for corruption in CORRUPTIONS:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.jiio_meta.config import AdaptationsConfig, omniglot, sinusoid
+from torchimplicit.recipes.joint.settings import AdaptationsConfig, omniglot, sinusoid
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.settings import Machine, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from torchimplicit.recipes.physics.config import EquationName, PhysicsConfig
-from torchimplicit.recipes.physics.equations import EQUATIONS
-from torchimplicit.recipes.physics.equations.initial_value import InitialValueProblem
+from torchimplicit.recipes.physics.equations import EQUATIONS, InitialValueProblem
+from torchimplicit.recipes.physics.settings import EquationName, PhysicsConfig
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.settings import positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
@@ -363,7 +362,7 @@ def notes(config: PhysicsInformedConfig, runs: Runs) -> list[str]:
 
 def drawings(config: PhysicsInformedConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
     """Solution and error, and the error against time, equation by equation."""
-    from torchimplicit.recipes.physics.runner import restored, values
+    from torchimplicit.recipes.physics.solve_equation import restored, values
 
     made = []
     for equation in equations(config):

@@ -8,8 +8,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
-from torchimplicit.recipes.fields.images.config import PictureConfig, generalization
-from torchimplicit.recipes.fields.settings import FILTERS, NAMES, FilterKind, Representation, full_batch, truncated
+from torchimplicit.recipes.representations.settings import (
+    FILTERS,
+    NAMES,
+    FilterKind,
+    PictureConfig,
+    Representation,
+    full_batch,
+    generalization,
+    truncated,
+)
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import Machine, known_rows, positive
@@ -182,7 +190,7 @@ def training(config: GeneralizationConfig, row: Row, subject: Subject, seed: int
 def jobs(config: GeneralizationConfig) -> list[Job]:
     """Seed by seed and picture by picture, so that all rows have seen the machine alike; full solves for the first seed
     and the first picture of a kind, and the costs after the first picture."""
-    from torchimplicit.recipes.fields.cost import FieldCostConfig
+    from torchimplicit.recipes.representations.cost import FieldCostConfig
 
     known_rows(config.rows, (*ROWS, COST))
     pictures = subjects(config)
@@ -229,7 +237,7 @@ def seconds_of(runs: Runs, *rows: Row) -> list[float | None]:
 
 def sheets(config: GeneralizationConfig, runs: Runs) -> list[Sheet]:
     """The quality, the cost of a step, and the time to an explicit network's quality."""
-    from torchimplicit.recipes.fields.cost import step_sheet
+    from torchimplicit.recipes.representations.cost import step_sheet
 
     labels = labels_of(config)
     model = Cell[Row]("Model", lambda row: labels[row])

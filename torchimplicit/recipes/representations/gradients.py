@@ -8,9 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from torchimplicit.recipes.fields.images.config import PictureConfig
-from torchimplicit.recipes.fields.settings import FILTERS, NAMES, FilterKind, truncated
 from torchimplicit.recipes.representations import generalization
+from torchimplicit.recipes.representations.settings import FILTERS, NAMES, FilterKind, PictureConfig, truncated
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import Machine, positive
@@ -112,7 +111,7 @@ def training(config: GradientsConfig, row: Row, subject: generalization.Subject,
 
 def jobs(config: GradientsConfig) -> list[Job]:
     """Seed by seed and picture by picture; the costs after the first picture."""
-    from torchimplicit.recipes.fields.cost import FieldCostConfig
+    from torchimplicit.recipes.representations.cost import FieldCostConfig
 
     made: list[Job] = []
     for seed in config.plan.all_seeds:

@@ -1,8 +1,8 @@
 """What the one-step estimate makes of a loss that holds slopes: wrong, and here to show how wrong.
 
-The library refuses it (:func:`torchimplicit.recipes.fields.settings.check_slopes`). A cell applied once more at its
-detached fixed point has a first derivative in the weights that is an estimate. As a function of the coordinates its
-slope leaves out that the fixed point moves with them, and the loss sees that slope.
+The library refuses it (:func:`torchimplicit.recipes.representations.settings.check_slopes`). A cell applied once more
+at its detached fixed point has a first derivative in the weights that is an estimate. As a function of the coordinates
+its slope leaves out that the fixed point moves with them, and the loss sees that slope.
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ from torch import Tensor, nn
 
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models import ImplicitRepresentation
-from torchimplicit.recipes.fields.cost import FieldCost, Subject, in_turn
-from torchimplicit.recipes.fields.cost import table as cost_table
-from torchimplicit.recipes.fields.runner import FieldRunner
-from torchimplicit.recipes.fields.shape.config import ShapeConfig
-from torchimplicit.recipes.fields.shape.criteria import DistanceLoss
-from torchimplicit.recipes.fields.shape.show import export, show
-from torchimplicit.recipes.fields.shape.task import RUNNER as SHAPES
-from torchimplicit.recipes.fields.shape.task import build, ready
-from torchimplicit.recipes.fields.task import FieldTask
+from torchimplicit.recipes.representations.cost import FieldCost, Subject, in_turn
+from torchimplicit.recipes.representations.cost import table as cost_table
+from torchimplicit.recipes.representations.fit import FieldRunner, FieldTask
+from torchimplicit.recipes.representations.settings import ShapeConfig
+from torchimplicit.recipes.representations.shape import RUNNER as SHAPES
+from torchimplicit.recipes.representations.shape import DistanceLoss, build, export, ready, show
 from torchimplicit.recipes.representations.shapes import ShapesCostConfig
 from torchimplicit.recipes.runtime.run import Run, threads
 

@@ -8,9 +8,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.fields.settings import FILTERS, NAMES, FilterKind, Representation
-from torchimplicit.recipes.fields.shape.config import LONGEST, ShapeConfig, adam
-from torchimplicit.recipes.fields.shape.config import shape as one_shape
+from torchimplicit.recipes.representations.settings import (
+    FILTERS,
+    LONGEST,
+    NAMES,
+    FilterKind,
+    Representation,
+    ShapeConfig,
+    adam,
+)
+from torchimplicit.recipes.representations.settings import shape as one_shape
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.settings import Machine, known_rows, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
@@ -206,7 +213,7 @@ def tested(runs: Runs) -> Runs:
 
 def sheets(config: ShapesConfig, runs: Runs) -> list[Sheet]:
     """The quality of both tasks, the cost of a step, and where the one-step estimate points."""
-    from torchimplicit.recipes.fields.cost import step_sheet
+    from torchimplicit.recipes.representations.cost import step_sheet
 
     whole = tested(runs)
 
@@ -323,7 +330,7 @@ def worse(runs: Runs, row: Row) -> Claim | None:
 
 def protocol(config: ShapesConfig, runs: Runs) -> str:
     """What was run, in words."""
-    from torchimplicit.recipes.fields.shape.subject import subject
+    from torchimplicit.recipes.representations.shape import subject
 
     first, distance = (
         training(config, Row(task=task, filter="fourier", kind="implicit"), config.plan.first_seed) for task in TITLES

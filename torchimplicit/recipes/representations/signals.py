@@ -8,9 +8,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
-from torchimplicit.recipes.fields.audio.config import SoundConfig, audio
-from torchimplicit.recipes.fields.settings import FILTERS, NAMES, FilterKind, Representation, full_batch
-from torchimplicit.recipes.fields.video.config import VideoConfig, video
+from torchimplicit.recipes.representations.settings import (
+    FILTERS,
+    NAMES,
+    FilterKind,
+    Representation,
+    SoundConfig,
+    VideoConfig,
+    audio,
+    full_batch,
+    video,
+)
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.settings import Machine, known_rows, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
@@ -148,7 +156,7 @@ def training(config: SignalsConfig, row: Row, seed: int) -> SoundConfig | VideoC
 
 def jobs(config: SignalsConfig) -> list[Job]:
     """Seed by seed, so that all rows have seen the machine alike, and the costs after the first seed."""
-    from torchimplicit.recipes.fields.cost import FieldCostConfig
+    from torchimplicit.recipes.representations.cost import FieldCostConfig
 
     known_rows(config.rows, (*ROWS, COST))
     made: list[Job] = []
@@ -176,7 +184,7 @@ def jobs(config: SignalsConfig) -> list[Job]:
 
 def sheets(config: SignalsConfig, runs: Runs) -> list[Sheet]:
     """The quality of each signal, and the cost of a step."""
-    from torchimplicit.recipes.fields.cost import step_sheet
+    from torchimplicit.recipes.representations.cost import step_sheet
 
     def evaluations(row: Row) -> str:
         seen = runs.of(row, "costs.forward")
@@ -240,8 +248,8 @@ def claims(config: SignalsConfig, runs: Runs) -> list[Claim]:
 
 def protocol(config: SignalsConfig, runs: Runs) -> str:
     """What was run, in words."""
-    from torchimplicit.recipes.fields.audio.task import sound
-    from torchimplicit.recipes.fields.video.task import clip
+    from torchimplicit.recipes.representations.audio import sound
+    from torchimplicit.recipes.representations.video import clip
 
     heard = training(config, ROWS["sound-fourier-implicit"], config.plan.first_seed)
     seen = training(config, ROWS["video-fourier-implicit"], config.plan.first_seed)
@@ -299,13 +307,11 @@ def notes(config: SignalsConfig, runs: Runs) -> list[str]:
 
 def drawings(config: SignalsConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
     """Those for which there are runs."""
-    from torchimplicit.recipes.fields.audio.figures import spectrograms
-    from torchimplicit.recipes.fields.audio.task import RUNNER as SOUNDS
-    from torchimplicit.recipes.fields.audio.task import sound
-    from torchimplicit.recipes.fields.images.pictures import quantized
-    from torchimplicit.recipes.fields.video.figures import strip
-    from torchimplicit.recipes.fields.video.task import RUNNER as VIDEOS
-    from torchimplicit.recipes.fields.video.task import clip
+    from torchimplicit.recipes.representations.audio import RUNNER as SOUNDS
+    from torchimplicit.recipes.representations.audio import sound, spectrograms
+    from torchimplicit.recipes.representations.image import quantized
+    from torchimplicit.recipes.representations.video import RUNNER as VIDEOS
+    from torchimplicit.recipes.representations.video import clip, strip
     from torchimplicit.recipes.runtime.page import axes, style
 
     if not any(line.key for line in runs):

@@ -1,1 +1,0 @@
-"""Sounds as fields of time: fitted, and sampled at any rate."""

@@ -1,1 +1,0 @@
-"""Meta-learning: an equilibrium model adapts to a task by its context, found by joint inference."""

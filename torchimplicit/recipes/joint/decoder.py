@@ -1,0 +1,261 @@
+"""Joint inference and input optimization (Gurumurthy et al. 2021): a decoder without an encoder, and inverse problems.
+
+The latent of an image is the input of an equilibrium decoder with the least reconstruction error; it and the
+equilibrium are found by one fixed point, :class:`~torchimplicit.JointInference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torchimplicit.gradients import Gradient
+from torchimplicit.models import EquilibriumDecoder, conv_decoder, mlp_decoder, multiscale_decoder
+from torchimplicit.problems import JointInference
+from torchimplicit.recipes.images.data import KINDS, load
+from torchimplicit.recipes.images.split import Labelled
+from torchimplicit.recipes.joint.settings import Decoder, Images, Joint
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import Equilibria
+from torchimplicit.recipes.runtime.task import Split, generator, gradient, permutation, solver
+from torchimplicit.solution import Solution
+from torchimplicit.solve import solve
+from torchimplicit.solvers import Anderson
+
+# -- The images of the recipes, as numbers between 0 and 1 -------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """Images ``[n, channels, height, width]`` in [0, 1], and their labels ``[n]``."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Data(NamedTuple):
+    """The splits."""
+
+    training: Part
+    validation: Part
+    test: Part
+
+    def split(self, name: Split) -> Part:
+        """A held-out one."""
+        return self.validation if name == "validation" else self.test
+
+    @property
+    def pixels(self) -> tuple[int, int, int]:
+        """Of an image: channels, height, width."""
+        _, channels, height, width = self.training.images.shape
+        return channels, height, width
+
+
+@lru_cache(maxsize=2)
+def read(images: Images) -> Data:
+    """The images that the settings ask for. Kept, for they are asked for more than once.
+
+    Raises:
+        UserError: they are missing or of the wrong kind.
+    """
+    found = load(
+        images.data,
+        images.data_dir,
+        validation=images.validation_images,
+        train=images.train_images,
+        test=images.test_images,
+        split_seed=images.split_seed,
+    )
+    return Data(_scaled(found.train), _scaled(found.validation), _scaled(found.test))
+
+
+def classes(images: Images) -> int:
+    """How many labels there are."""
+    return KINDS[images.data].classes
+
+
+def _scaled(part: Labelled) -> Part:
+    return Part(part.images.float() / 255, part.labels)
+
+
+# -- The decoder that the settings describe, and how it finds latents --------------------------------------------------
+
+
+def make_decoder(config: Decoder, pixels: tuple[int, int, int], equilibria: Equilibria) -> EquilibriumDecoder:
+    """The decoder, to images ``[channels, height, width]``."""
+    chosen: dict[str, Any] = {"solver": solver(equilibria), "gradient": gradient(equilibria)}
+    if config.kind == "mlp":
+        return mlp_decoder(pixels, latent=config.latent, width=config.width, bound=config.bound, **chosen)
+    chosen |= {"latent": config.latent, "channels": config.channels, "bound": config.bound}
+    try:
+        if config.kind == "conv":
+            return conv_decoder(pixels, **chosen)
+        return multiscale_decoder(pixels, scales=config.scales, **chosen)
+    except ValueError as error:
+        raise UserError(f"--kind {config.kind}: {error}") from None
+
+
+def squared_error(made: Tensor, wanted: Tensor) -> Tensor:
+    """The mean over pixels of each image, ``[batch]``."""
+    return (made - wanted).square().flatten(1).mean(dim=1)
+
+
+def reconstruction(decoder: EquilibriumDecoder, prior: float, step_size: float, pixels: int) -> JointInference:
+    """The latent whose image is nearest to a given one.
+
+    Its loss is a sum over pixels, as published: the adjoint is then about as large as the state, and Anderson's method,
+    to which both count alike, takes fewer steps than with the mean.
+
+    Args:
+        decoder: to images.
+        prior, step_size: for a loss that is a mean over pixels.
+        pixels: of an image.
+    """
+
+    def loss(made: Tensor, x: Tensor, wanted: Tensor) -> Tensor:
+        return pixels * (squared_error(made, wanted) + prior * x.square().mean(dim=1))
+
+    return decoder.inference(loss, step_size / pixels)
+
+
+def joint_solver(joint: Joint, steps: int, keep_trajectory: bool = False) -> Anderson:
+    """Of the latents."""
+    return Anderson(
+        memory=joint.joint_memory,
+        regularization=joint.joint_regularization,
+        rtol=joint.joint_tolerance,
+        max_steps=steps,
+        keep_trajectory=keep_trajectory,
+    )
+
+
+def found(
+    decoder: EquilibriumDecoder,
+    problem: JointInference,
+    solver: Anderson,
+    *args: Tensor,
+    gradient: Gradient | None = None,
+) -> Solution:
+    """The joint solve from zero for a batch of images, the first of ``args``."""
+    return solve(problem, decoder.start(len(args[0])), *args, solver=solver, gradient=gradient, throw=False)
+
+
+@torch.no_grad()
+def latents(decoder: EquilibriumDecoder, joint: Joint, images: Tensor, batch: int = 256) -> Tensor:
+    """Of many images, ``[n, latent]``, at test settings."""
+    problem = reconstruction(decoder, joint.prior, joint.step_size, images[0].numel())
+    chosen = joint_solver(joint, joint.test_steps)
+    return torch.cat([found(decoder, problem, chosen, part).value.x for part in images.split(batch)])
+
+
+@torch.no_grad()
+def generated(decoder: EquilibriumDecoder, x: Tensor, batch: int = 256) -> Tensor:
+    """The images of latents, each at its exact equilibrium, in [0, 1]."""
+    return torch.cat([decoder(part) for part in x.split(batch)]).clamp(0, 1)
+
+
+# -- Grids of images ---------------------------------------------------------------------------------------------------
+
+
+def mosaic(rows: Sequence[Tensor], gap: int = 1) -> Tensor:
+    """Images ``[n, channels, height, width]``, a row of the picture each, as one image ``[height, width]``: white
+    between, the channels averaged."""
+    longest = max(len(row) for row in rows)
+    strips = []
+    for row in rows:
+        grey = row.mean(dim=1).clamp(0, 1)
+        grey = torch.cat((grey, grey.new_ones(longest - len(grey), *grey.shape[1:])))
+        strips.append(torch.cat([functional.pad(tile, (gap, gap, gap, gap), value=1.0) for tile in grey], dim=1))
+    return torch.cat(strips, dim=0)
+
+
+def grid(named: Mapping[str, Sequence[Tensor]], width: float = 7.0) -> Figure:
+    """Mosaics one above the other, each under its name."""
+    pictures = {name: mosaic(rows) for name, rows in named.items()}
+    heights = [width * picture.shape[0] / picture.shape[1] + 0.3 for picture in pictures.values()]
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(pictures), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, (name, picture) in zip(panels, pictures.items(), strict=True):
+        panel.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        panel.set_title(name, loc="left", fontsize=9)
+        panel.set_axis_off()
+    return figure
+
+
+# -- A Fréchet distance between images, in the features of a small classifier that is trained here ---------------------
+#
+# It is computed as FID is (Heusel et al. 2017), from means and covariances of features; but the features are those of a
+# small network trained on the same images, so that its numbers compare with each other alone, and not with any FID.
+
+
+FEATURES = 32
+STEPS = 400
+BATCH = 64
+
+
+class Features(nn.Module):
+    """Convolutions down to 4×4, ``FEATURES`` features, and the scores of the classes."""
+
+    def __init__(self, channels: int, size: int, count: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = 16
+        while size > 4:
+            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.ReLU()]
+            channels, width, size = width, min(2 * width, 32), (size + 1) // 2
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size * size, FEATURES), nn.Tanh())
+        self.head = nn.Linear(FEATURES, count)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The features, ``[batch, FEATURES]``."""
+        return self.body(images)
+
+
+@lru_cache(maxsize=2)
+def features(images: Images) -> tuple[Features, float]:
+    """The network, trained on the training images of the settings (always alike), and its accuracy on the test
+    images."""
+    data = read(images)
+    channels, height, _ = data.pixels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(0, -1).initial_seed())
+        network = Features(channels, height, classes(images))
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    batch = min(BATCH, len(data.training.labels))
+    per_pass = len(data.training.labels) // batch
+    for step in range(STEPS):
+        turn, place = divmod(step, per_pass)
+        chosen = permutation(len(data.training.labels), 0, turn)[place * batch : (place + 1) * batch]
+        scores = network.head(network(data.training.images[chosen]))
+        optimizer.zero_grad()
+        functional.cross_entropy(scores, data.training.labels[chosen]).backward()
+        optimizer.step()
+    network.eval().requires_grad_(False)
+    right = network.head(network(data.test.images)).argmax(dim=1) == data.test.labels
+    return network, float(right.double().mean())
+
+
+@torch.no_grad()
+def distance(network: Features, one: Tensor, other: Tensor) -> float:
+    """Between two sets of images, in the network's features."""
+    return between(*(moments(network(images).double()) for images in (one, other)))
+
+
+def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of ``[n, dim]``."""
+    return rows.mean(dim=0), torch.cov(rows.mT)
+
+
+def between(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+    """:math:`\\lVert m_1 - m_2\\rVert^2 + \\mathrm{tr}(C_1 + C_2 - 2(C_1^{1/2}C_2C_1^{1/2})^{1/2})` of two Gaussians
+    (Dowson and Landau 1982)."""
+    values, vectors = torch.linalg.eigh(one[1])
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.mT
+    cross = torch.linalg.eigvalsh(root @ other[1] @ root).clamp_min(0).sqrt().sum()
+    gap = (one[0] - other[0]).square().sum()
+    return float(gap + one[1].trace() + other[1].trace() - 2 * cross)

@@ -1,0 +1,537 @@
+"""Meta-learning by joint inference: a context that adapts to a task."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.gradients import Gradient, Implicit, Unrolled
+from torchimplicit.linear import GMRES
+from torchimplicit.models import ContextEquilibrium, ContextEquilibriumConfig
+from torchimplicit.problems import JointInference
+from torchimplicit.recipes.joint.settings import AdaptationsConfig, MetaConfig
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import Download, cache_folder, fetch, inside
+from torchimplicit.recipes.runtime.fitting import load_weights
+from torchimplicit.recipes.runtime.run import Run, clock, device
+from torchimplicit.recipes.runtime.table import Column, Table
+from torchimplicit.recipes.runtime.task import (
+    InOrder,
+    Metric,
+    Rows,
+    Shard,
+    Split,
+    Task,
+    generator,
+    gradient,
+    loader,
+    solver,
+)
+from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
+from torchimplicit.solution import Solution
+from torchimplicit.solve import solve
+from torchimplicit.solvers import FixedPointIteration
+
+# -- Adapting a context to tasks: by joint inference, and by gradient descent through the equilibrium ------------------
+
+
+DAMPING = (0.8, 0.6, 1.0)
+"""Of state, adjoint and context, as published."""
+
+
+class Adapted(NamedTuple):
+    """What an adaptation came to: contexts ``[tasks, context]``, and evaluations of the map with products with its
+    Jacobian, of the support's states, in whole-batch equivalents."""
+
+    context: Tensor
+    evaluations: float
+
+
+def errors(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Of every task ``[tasks]``: the mean squared error of values, the mean cross-entropy of labels."""
+    if targets.is_floating_point():
+        return (outputs - targets).square().flatten(1).mean(1)
+    losses = functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape).mean(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joint:
+    """JIIO: the context and the states of all support samples of a task by one iteration, which is not accelerated: a
+    task is one sample of the batch.
+
+    Args:
+        steps: the most.
+        step_size: of the context along its gradient.
+        penalty: of the context's square.
+        gradient: of the weights, in the context; ``None``: the context is a constant to them (first order).
+        tolerance: relative, of the joint residual.
+        seen: is told of the solve.
+    """
+
+    steps: int
+    step_size: float
+    penalty: float
+    gradient: Gradient | None = None
+    tolerance: float = 1e-3
+    seen: Callable[[Solution], None] | None = None
+
+    def __call__(self, model: ContextEquilibrium, features: Tensor, targets: Tensor) -> Adapted:
+        """Adapt to the support's features ``[tasks, samples, state]`` and targets."""
+        problem = self.problem(model)
+        start = (torch.zeros_like(features), model.contexts(features))
+        solver = FixedPointIteration(rtol=self.tolerance, max_steps=self.steps)
+        if self.gradient is None:
+            with torch.no_grad():
+                found = solve(problem, start, features, targets, solver=solver, throw=False)
+        else:
+            found = solve(problem, start, features, targets, solver=solver, gradient=self.gradient, throw=False)
+        if self.seen is not None:
+            self.seen(found)
+        return Adapted(found.value.x, 2 * found.evaluations)
+
+    def problem(self, model: ContextEquilibrium) -> JointInference:
+        """The context of least error; the arguments are features and targets."""
+        f = model.map()
+
+        def loss(z: Tensor, context: Tensor, features: Tensor, targets: Tensor) -> Tensor:
+            return errors(model.read(z, context), targets) + self.penalty * context.square().sum(1)
+
+        return JointInference(
+            lambda z, context, features, targets: f(z, context, features), loss, self.step_size, damping=DAMPING
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent:
+    """Gradient descent on the context, every gradient that of an equilibrium which begins at the last one.
+
+    Args:
+        steps, step_size, penalty: as for :class:`Joint`.
+        differentiable: whether the weights' gradient runs through every step, as in MAML and CAVIA (Finn et al. 2017,
+            Zintgraf et al. 2019); otherwise it stops at the context.
+    """
+
+    steps: int
+    step_size: float
+    penalty: float
+    differentiable: bool = False
+
+    def __call__(self, model: ContextEquilibrium, features: Tensor, targets: Tensor) -> Adapted:
+        """Adapt to the support's features ``[tasks, samples, state]`` and targets."""
+        if not self.differentiable:
+            features = features.detach()
+        evaluations, z = 0.0, None
+        with torch.enable_grad():
+            context = model.contexts(features).requires_grad_()
+            for _ in range(self.steps):
+                outputs = model(features, context, z)
+                loss = (errors(outputs, targets) + self.penalty * context.square().sum(1)).sum()
+                (slope,) = torch.autograd.grad(loss, context, create_graph=self.differentiable)
+                solution = model.equilibrium.solution
+                assert solution is not None
+                assert solution.adjoint is not None
+                z = solution.value
+                evaluations += solution.evaluations + solution.adjoint.evaluations
+                context = context - self.step_size * slope
+                if not self.differentiable:
+                    context = context.detach().requires_grad_()
+        return Adapted(context if self.differentiable else context.detach(), evaluations)
+
+
+Adapt = Callable[[ContextEquilibrium, Tensor, Tensor], Adapted]
+
+
+def exact(steps: int, tolerance: float) -> Gradient:
+    """The exact gradient of JIIO's context, its adjoint solved to a loose tolerance: along contexts that hardly matter
+    to the loss, the joint map is nearly the identity, and more steps would magnify what the solve has left there."""
+    return Implicit(linear_solver=GMRES(rtol=tolerance, max_steps=steps))
+
+
+# -- Sine waves of random amplitude and phase (Finn et al. 2017, section 5.1) ------------------------------------------
+
+
+def draw_waves(count: int, shots: int, queries: int, generator: torch.Generator) -> Tasks:
+    """Waves :math:`a\\sin(s+\\varphi)` with a in [0.1, 5] and φ in [0, π], seen at points in [-5, 5]."""
+    amplitude = 0.1 + 4.9 * torch.rand(count, 1, 1, generator=generator)
+    phase = math.pi * torch.rand(count, 1, 1, generator=generator)
+    points = 10 * torch.rand(count, shots + queries, 1, generator=generator) - 5
+    values = amplitude * torch.sin(points + phase)
+    return Tasks(points[:, :shots], values[:, :shots], points[:, shots:], values[:, shots:])
+
+
+# -- omniglot ----------------------------------------------------------------------------------------------------------
+#
+# Omniglot's small background set: 136 characters of five alphabets, each drawn by 20 people (Lake et al. 2015).
+
+
+FILE = Download(
+    name="images_background_small1.zip",
+    url="https://raw.githubusercontent.com/brendenlake/omniglot/master/python/images_background_small1.zip",
+    sha256="f38eb80f801274ac2b4dff5b24289016bfaba4a7d5bb50deebf27104ad6cb8a4",
+)
+SIZE = 28
+DRAWINGS = 20
+LARGEST_DRAWING = 1 << 20
+HELD_OUT = 24
+"""Characters of the validation and of the test, each."""
+
+
+def load(folder: Path | None) -> dict[str, Tensor]:
+    """The characters of each split, uint8 ``[characters, 20, 1, 28, 28]``, ink being 255.
+
+    No split was published for this set: characters are drawn for validation and test, always the same.
+
+    Raises:
+        UserError: the file is missing or another.
+    """
+    if folder is not None and not (folder / FILE.name).is_file():
+        raise UserError(f"{folder} has no {FILE.name}: --data-dir must be the folder that holds it")
+    path = fetch(FILE, cache_folder("omniglot")) if folder is None else folder / FILE.name
+    characters = _read(path)
+    order = torch.randperm(len(characters), generator=torch.Generator().manual_seed(0))
+    if len(characters) < 3 * HELD_OUT:
+        raise UserError(f"{path} has {len(characters)} characters, and {3 * HELD_OUT} are the fewest to be split")
+    parts = order.split([HELD_OUT, HELD_OUT, len(characters) - 2 * HELD_OUT])
+    return {name: characters[part] for name, part in zip(("validation", "test", "training"), parts, strict=True)}
+
+
+def turned(characters: Tensor) -> Tensor:
+    """Each character four times, turned by right angles: new characters to learn from."""
+    return torch.cat([characters.rot90(turns, (-2, -1)) for turns in range(4)])
+
+
+def draw_characters(
+    characters: Tensor, count: int, ways: int, shots: int, queries: int, generator: torch.Generator
+) -> Tasks:
+    """Tasks of ``ways`` characters in random order, the drawings of each in support and query without overlap."""
+    chosen = torch.rand(count, len(characters), generator=generator).topk(ways, dim=1).indices
+    drawn = torch.rand(count, ways, DRAWINGS, generator=generator).topk(shots + queries, dim=2).indices
+    images = characters[chosen[:, :, None], drawn].float() / 255  # [tasks, ways, drawings, 1, 28, 28]
+    labels = torch.arange(ways).expand(count, ways)[:, :, None].expand(count, ways, shots + queries)
+    parts = []
+    for part in (slice(shots), slice(shots, None)):
+        parts += [images[:, :, part].flatten(1, 2), labels[:, :, part].flatten(1, 2)]
+    return Tasks(*parts)
+
+
+def _read(path: Path) -> Tensor:
+    found: dict[str, list[Tensor]] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in sorted(archive.namelist()):
+                inside(path, name)
+                if name.endswith(".png"):
+                    if archive.getinfo(name).file_size > LARGEST_DRAWING:
+                        raise ValueError(f"{name} has more than {LARGEST_DRAWING} bytes")
+                    image = (
+                        Image.open(io.BytesIO(archive.read(name)))
+                        .convert("L")
+                        .resize((SIZE, SIZE), Image.Resampling.BOX)
+                    )
+                    ink = 255 - torch.from_numpy(np.array(image))
+                    found.setdefault(name.rsplit("/", 1)[0], []).append(ink)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive, or a damaged image in it, raises nearly everything
+        raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
+    wrong = [name for name, images in found.items() if len(images) != DRAWINGS]
+    if wrong or not found:
+        raise UserError(f"{path} is not Omniglot's: {wrong[0] if wrong else 'it'} has not {DRAWINGS} drawings")
+    return torch.stack([torch.stack(images)[:, None] for images in found.values()])
+
+
+# -- Tasks: what a context is adapted by, and what it must be right on -------------------------------------------------
+
+
+class Tasks(NamedTuple):
+    """Some tasks at once.
+
+    Attributes:
+        support, query: samples ``[tasks, samples, ...]``.
+        support_targets, query_targets: values ``[tasks, samples, 1]``, or labels ``[tasks, samples]`` (int64).
+    """
+
+    support: Tensor
+    support_targets: Tensor
+    query: Tensor
+    query_targets: Tensor
+
+
+# -- Meta-learning, for the framework that trains ----------------------------------------------------------------------
+
+
+HELD_OUT_BATCH = 50
+PLACES = {"validation": -10, "test": -11}
+"""Of the held-out tasks, among the seeds: the same for every seed of training."""
+
+
+class MetaLearning(Task):
+    """A model that adapts, and tasks."""
+
+    def __init__(self, config: MetaConfig):
+        super().__init__()
+        self.config = config
+        self.metric = Metric("error", "", "min") if config.data == "sinusoid" else Metric("accuracy", "%", "max")
+        self.characters: dict[str, Tensor] = {}
+        if config.data == "omniglot":
+            self.characters = dict(_characters(config.data_dir))
+            self.characters["training"] = turned(self.characters["training"])
+        self.model = ContextEquilibrium(
+            _encoder(config),
+            ContextEquilibriumConfig(
+                state=config.state_size,
+                context=config.context_size,
+                outputs=1 if config.data == "sinusoid" else config.ways,
+                bound=config.bound,
+            ),
+            solver=solver(config.equilibria),
+            gradient=gradient(config.equilibria),
+        )
+
+    def draw(self, split: str, count: int, source: torch.Generator) -> Tasks:
+        """Random tasks of a split."""
+        config = self.config
+        if config.data == "sinusoid":
+            return draw_waves(count, config.shots, config.queries, source)
+        return draw_characters(self.characters[split], count, config.ways, config.shots, config.queries, source)
+
+    def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
+        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
+        return _Drawn(self, steps, shard)
+
+    def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
+        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
+        tasks = Rows(*self.held_out(split, self.config.held_out_tasks))
+        return loader(tasks, InOrder(len(tasks), HELD_OUT_BATCH, shard))
+
+    def held_out(self, split: str, count: int) -> Tasks:
+        """The first tasks of a split, always the same."""
+        return self.draw(split, count, generator(0, PLACES[split]))
+
+    def adapt(self, learning: bool) -> Adapt:
+        """The recipe's adaptation; with the weights' gradient, or without."""
+        config = self.config
+        shared: Any = {
+            "steps": config.adaptation_steps,
+            "step_size": config.adaptation_step_size,
+            "penalty": config.penalty,
+        }
+        if config.adaptation == "descent":
+            return Descent(**shared, differentiable=learning)
+        first_order = config.adaptation == "jiio-first-order" or not learning
+        through: Gradient | None = None
+        if not first_order:
+            unrolled = config.adaptation == "jiio-unrolled"
+            through = Unrolled() if unrolled else exact(config.adjoint_steps, config.adjoint_tolerance)
+        return Joint(**shared, gradient=through, seen=self.solved)
+
+    def loss(self, batch: Any) -> Tensor:
+        """The error on the queries, at the context that the support gives."""
+        tasks = Tasks(*batch)
+        features = self.model.encode(tasks.support)
+        context = self.adapt(learning=True)(self.model, features, tasks.support_targets).context
+        return errors(self.model(self.model.encode(tasks.query), context), tasks.query_targets).mean()
+
+    def score(self, batch: Any) -> Tensor:
+        """Sums over the tasks: of the error and of the accuracy on the queries; and how many tasks there are."""
+        with torch.inference_mode(False), torch.no_grad():
+            tasks = Tasks(*(part.clone() for part in batch))
+            error, accuracy = judged(self.model, self.adapt(learning=False), tasks)
+            return torch.stack([error.sum(), accuracy.sum(), error.new_tensor(float(len(error)))])
+
+    def figures(self, sums: list[float]) -> dict[str, float]:
+        """Mean error, and accuracy where there are classes."""
+        error, accuracy, count = sums
+        found = {"error": error / count, "loss": error / count}
+        return found if self.config.data == "sinusoid" else {**found, "accuracy": accuracy / count}
+
+    def describe(self) -> str:
+        """The tasks and the model."""
+        config = self.config
+        parameters = sum(p.numel() for p in self.model.parameters())
+        kind = f"{config.ways} characters" if config.data == "omniglot" else "a sine wave"
+        return (
+            f"{config.data}: tasks of {kind}, {config.shots} samples each; {parameters} parameters, a context of "
+            f"{config.context_size} adapted by {config.adaptation}."
+        )
+
+
+class _Drawn:
+    """The training tasks of some steps, drawn when they are due."""
+
+    def __init__(self, task: MetaLearning, steps: range, shard: Shard):
+        self.task, self.steps, self.shard = task, steps, shard
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        chosen = self.task.config.optimization
+        for step in self.steps:
+            tasks = self.task.draw("training", chosen.batch_size, generator(chosen.seed, step, -5))
+            yield tuple(part[self.shard.rank :: self.shard.world] for part in tasks)
+
+
+def judged(model: ContextEquilibrium, adapt: Adapt, tasks: Tasks) -> tuple[Tensor, Tensor]:
+    """Error and accuracy on the queries ``[tasks]`` (float64), at an exact solve from zero."""
+    context = adapt(model, model.encode(tasks.support), tasks.support_targets).context.detach()
+    with torch.no_grad():
+        outputs = model(model.encode(tasks.query), context)
+    error = errors(outputs, tasks.query_targets).double()
+    if tasks.query_targets.is_floating_point():
+        return error, torch.zeros_like(error)
+    return error, (outputs.argmax(-1) == tasks.query_targets).double().mean(1)
+
+
+def ready(config: MetaConfig) -> None:
+    """Raise where the data is missing or wrong."""
+    if config.data == "omniglot":
+        _characters(config.data_dir)
+
+
+@lru_cache(maxsize=1)
+def _characters(folder: Path | None) -> dict[str, Tensor]:
+    return load(folder)
+
+
+def _encoder(config: MetaConfig) -> nn.Module:
+    size = config.state_size
+    if config.data == "sinusoid":
+        return nn.Sequential(nn.Linear(1, size), nn.Tanh(), nn.Linear(size, size))
+    layers: list[nn.Module] = []
+    for channels in (1, 32, 32):
+        layers += [nn.Conv2d(channels, 32, 3, stride=2, padding=1), nn.GroupNorm(4, 32), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 16, size))
+
+
+RUNNER = Trainer(MetaLearning, ready)
+
+
+# -- How well a trained model adapts, and how fast, by JIIO and by descent ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One adaptation to the test tasks.
+
+    Attributes:
+        error, accuracy: on the queries, at an exact solve with the adapted context.
+        seconds: CPU seconds of the process for all tasks at once, from the support's features to the contexts; on a
+            GPU, wall seconds. The median of several times, all adaptations in turn.
+        evaluations: of the map, and products with its Jacobian, in whole-batch equivalents.
+        step_size: chosen on validation tasks.
+    """
+
+    error: float
+    accuracy: float
+    seconds: float
+    evaluations: float
+    step_size: float
+
+
+def measured(config: AdaptationsConfig, run: Run) -> dict[str, Quality]:
+    """Every adaptation at the run's best weights, with the step size that suits it on validation tasks."""
+    module = RUNNER.module(config.training)
+    load_weights(module, run.best)
+    where = device(config.training.machine.device)
+    task = module.task.to(where).eval()
+    assert isinstance(task, MetaLearning)
+    model = task.model
+
+    def moved(split: str) -> Tasks:
+        return Tasks(*(part.to(where) for part in task.held_out(split, config.adapted_tasks)))
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        chosen = _tuned(config, task, moved("validation"))
+        tasks = moved("test")
+        features = model.encode(tasks.support)
+        seconds: dict[str, list[float]] = {name: [] for name in chosen}
+        evaluations: dict[str, float] = {}
+        now = clock(where)
+        for _ in range(config.repeats):
+            for name, adapt in chosen.items():
+                began = now()
+                adapted = adapt(model, features, tasks.support_targets)
+                seconds[name].append(now() - began)
+                evaluations[name] = adapted.evaluations
+        found = {}
+        for name, adapt in chosen.items():
+            error, accuracy = judged(model, adapt, tasks)
+            found[name] = Quality(
+                error=float(error.mean()),
+                accuracy=float(accuracy.mean()),
+                seconds=median(seconds[name]),
+                evaluations=evaluations[name],
+                step_size=adapt.step_size,
+            )
+    return found
+
+
+def _tuned(config: AdaptationsConfig, task: MetaLearning, tasks: Tasks) -> dict[str, Joint | Descent]:
+    """Every adaptation with the step size of the least error, by name."""
+    own = config.training.adaptation_step_size
+
+    def best(adapt: Any) -> Any:
+        tries = [replace(adapt, step_size=own * share) for share in config.step_sizes]
+        errors = [float(judged(task.model, one, tasks)[0].mean()) for one in tries]
+        finite = [error if error == error else float("inf") for error in errors]
+        return tries[finite.index(min(finite))]
+
+    penalty = config.training.penalty
+    return {
+        **{f"JIIO-{n}": best(Joint(steps=n, step_size=own, penalty=penalty)) for n in config.jiio_steps},
+        **{f"descent-{n}": best(Descent(steps=n, step_size=own, penalty=penalty)) for n in config.descent_steps},
+    }
+
+
+def table(found: dict[str, Quality]) -> Table:
+    """For people."""
+    columns = [
+        Column("Adaptation"),
+        Column("Error"),
+        Column("Accuracy", "%"),
+        Column("Time", "ms"),
+        Column("Evaluations"),
+        Column("Step"),
+    ]
+    return Table(
+        columns,
+        [
+            [
+                name,
+                f"{one.error:.3f}",
+                f"{100 * one.accuracy:.1f}",
+                f"{1e3 * one.seconds:.0f}",
+                f"{one.evaluations:.0f}",
+                f"{one.step_size:g}",
+            ]
+            for name, one in found.items()
+        ],
+    )
+
+
+ADAPTATIONS = Measuring(
+    trainer=RUNNER,
+    training=lambda config: config.training,
+    measure=measured,
+    show=table,
+    name="adaptations.json",
+    doing="Adapting",
+)

@@ -1,0 +1,476 @@
+"""A sound as a field of time."""
+
+from __future__ import annotations
+
+import math
+import struct
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from torchimplicit.recipes.representations.fit import (
+    FieldRunner,
+    FieldTask,
+    Grid,
+    Parts,
+    SignalToNoise,
+    chunk_points,
+    decibels,
+    write_page,
+)
+from torchimplicit.recipes.representations.settings import HIGHEST_RATE, LOWEST_RATE, SoundConfig, SoundName
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import replacing
+from torchimplicit.recipes.runtime.page import COLOURS, FIGURE, save_figure
+from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.trainer import Results
+
+# -- Sounds made on the spot, by adding up harmonics -------------------------------------------------------------------
+
+
+Waveform = np.ndarray[Any, np.dtype[np.float64]]
+
+NOTES = ((0.0, 220.0), (0.125, 277.18), (0.25, 329.63), (0.375, 440.0), (0.5, 369.99), (0.625, 293.66), (0.75, 246.94))
+"""Of the melody: when each begins, as a share of the whole, and its frequency in Hz."""
+
+VOWELS = (
+    ((730.0, 90.0), (1090.0, 110.0), (2440.0, 160.0)),
+    ((530.0, 70.0), (1840.0, 110.0), (2480.0, 160.0)),
+    ((270.0, 60.0), (2290.0, 110.0), (3010.0, 170.0)),
+    ((570.0, 80.0), (840.0, 100.0), (2410.0, 160.0)),
+    ((300.0, 60.0), (870.0, 100.0), (2240.0, 160.0)),
+)
+"""Formants of a, e, i, o and u: their frequencies and widths in Hz."""
+
+
+def synthesized(name: SoundName, seconds: float, rate: int) -> Waveform:
+    """The sound, ``[samples]``, whose greatest size is 1."""
+    time = np.arange(max(1, round(seconds * rate))) / rate
+    made = _melody(time, seconds, rate) if name == "melody" else _vowels(time, seconds, rate)
+    found: Waveform = made / np.abs(made).max()
+    return found
+
+
+def _melody(time: Waveform, seconds: float, rate: int) -> Waveform:
+    """Plucked notes that ring into each other; higher harmonics die sooner."""
+    total = np.zeros_like(time)
+    for begin, pitch in NOTES:
+        after = np.maximum(time - begin * seconds, 0.0)
+        attack = 1 - np.exp(-after / 0.004)
+        for k in range(1, 9):
+            if k * pitch < 0.45 * rate:
+                decay = np.exp(-(1.5 + 1.2 * k) * after)
+                total += attack * decay * np.sin(2 * math.pi * k * pitch * after) / k**1.2
+    return total
+
+
+def _vowels(time: Waveform, seconds: float, rate: int) -> Waveform:
+    """Five vowels sung one into the next: harmonics of a gliding voice, as loud as the formants let them through."""
+    place = time / seconds
+    pitch = 130 * (1 + 0.12 * np.sin(2 * math.pi * 0.8 * place)) * (1 + 0.01 * np.sin(2 * math.pi * 5.5 * time))
+    phase = 2 * math.pi * np.cumsum(pitch) / rate
+    turn = place * len(VOWELS)
+    total = np.zeros_like(time)
+    for k in range(1, int(0.45 * rate / pitch.max()) + 1):
+        loudness = np.zeros_like(time)
+        for number, formants in enumerate(VOWELS):
+            share = np.clip(1.5 - 2 * np.abs(turn - number - 0.5), 0.0, 1.0)
+            through = sum(1 / (1 + ((k * pitch - at) / width) ** 2) for at, width in formants)
+            loudness += share * through
+        total += loudness * np.sin(k * phase) / k**0.5
+    fade = np.minimum(1.0, np.minimum(place, 1 - place) * seconds / 0.05)
+    return total * fade
+
+
+# -- Sounds from WAV files, and back -----------------------------------------------------------------------------------
+
+
+MOST_SAMPLES = 1 << 23
+"""A field's coordinates are 32-bit numbers: more samples than that they hardly tell apart."""
+
+MOST_VALUES = 1 << 28
+"""In the part of a file that is read into memory."""
+
+LEAST_SAMPLES = 64
+"""Below it there is nothing to fit."""
+
+MOST_CHANNELS = 8
+
+KINDS = {
+    b"ID3": "an MP3",
+    b"\xff\xfb": "an MP3",
+    b"\xff\xf3": "an MP3",
+    b"OggS": "an Ogg",
+    b"fLaC": "a FLAC",
+    b"FORM": "an AIFF",
+}
+"""What other sound files begin with."""
+
+
+DAMAGED = (OSError, ValueError, EOFError, ArithmeticError, struct.error, TypeError, LookupError, NameError, MemoryError)
+"""What SciPy's reader raises for files whose headers make no sense."""
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A sound, and what was done to it on the way.
+
+    Attributes:
+        name: for people.
+        samples: float32 ``[samples, channels]``, whose greatest size is 1.
+        rate: samples a second.
+        peak: what 1 was in the file.
+        notes: what a person who gave the file should know.
+    """
+
+    name: str
+    samples: Tensor
+    rate: int
+    peak: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return len(self.samples) / self.rate
+
+
+def sound_of(config: SoundConfig) -> Sound:
+    """The sound that the settings ask for.
+
+    Raises:
+        UserError: if it cannot be read, or there is nothing in it to fit.
+    """
+    if config.file is not None:
+        return read_file(config.file, config.start, config.seconds, config.rate, config.mono)
+    assert config.seconds is not None
+    _check_length(config.sound, config.seconds * config.rate)
+    samples = synthesized(config.sound, config.seconds, config.rate)[:, None]
+    return Sound(f"synthesized {config.sound}", torch.from_numpy(samples.astype(np.float32)), config.rate, 1.0)
+
+
+def read_file(path: Path, start: float, seconds: float | None, rate: int, mono: bool) -> Sound:
+    """An excerpt of a WAV file, at ``rate`` at most.
+
+    Raises:
+        UserError: as above.
+    """
+    own, raw, notes = _opened(path)
+    if raw.shape[0] == 0:
+        raise UserError(f"{path} holds no samples")
+    if not 0 < own <= 10 * HIGHEST_RATE:
+        raise UserError(f"{path} says it has {own} samples a second; the file may be damaged")
+    length = raw.shape[0] / own
+    if start >= length:
+        raise UserError(f"--start {start:g} is past the end of {path}, which lasts {length:.3g} s")
+    first = int(start * own)
+    last = raw.shape[0] if seconds is None else min(raw.shape[0], first + round(seconds * own))
+    _check_length(path.name, (last - first) * min(1.0, rate / own))
+    if (last - first) * raw.shape[1] > MOST_VALUES:
+        raise UserError(f"{path} is too large; give a shorter --seconds")
+    values = _scaled(np.asarray(raw[first:last]))
+    if not np.isfinite(values).all():
+        raise UserError(f"{path} holds NaN or infinity")
+    if first > 0 or last < raw.shape[0]:
+        notes.append(f"from {first / own:.3g} s to {last / own:.3g} s of {length:.3g} s")
+    if mono and values.shape[1] > 1:
+        notes.append(f"the mean of {values.shape[1]} channels")
+        values = values.mean(axis=1, keepdims=True)
+    if values.shape[1] > MOST_CHANNELS:
+        raise UserError(f"{path} has {values.shape[1]} channels, and {MOST_CHANNELS} at most are fitted; add --mono")
+    if rate < own:
+        from scipy.signal import resample_poly
+
+        common = math.gcd(rate, own)
+        values = resample_poly(values, rate // common, own // common, axis=0)
+        notes.append(f"reduced from {own} Hz")
+    if len(values) < LEAST_SAMPLES:
+        raise UserError(f"{path} has {len(values)} samples there; {LEAST_SAMPLES} at least are needed")
+    peak = float(np.abs(values).max())
+    if peak == 0:
+        raise UserError(f"{path} is silent there; choose another --start")
+    if peak > 1 + 1e-3 and rate >= own:
+        notes.append(f"louder than full scale ({peak:.3g}): written at full scale")
+    samples = torch.from_numpy((values / peak).astype(np.float32))
+    return Sound(path.name, samples, min(rate, own), min(peak, 1.0), tuple(notes))
+
+
+def save(samples: Tensor, rate: int, path: Path) -> None:
+    """Write int16 ``[samples, channels]`` as a WAV file, in one move."""
+    from scipy.io import wavfile
+
+    with replacing(path) as draft:
+        wavfile.write(draft, rate, samples.numpy())
+
+
+def quantized(samples: Tensor) -> Tensor:
+    """Values from -1 to 1 as integers of 16 bits."""
+    return (samples.clamp(-1, 1) * 32767).round().to(torch.int16)
+
+
+def _check_length(name: str, samples: float) -> None:
+    if samples > MOST_SAMPLES:
+        raise UserError(
+            f"{name} would have {samples:.3g} samples, and {MOST_SAMPLES} at most are fitted; give fewer --seconds or "
+            "a lower --rate"
+        )
+
+
+def _opened(path: Path) -> tuple[int, np.ndarray[Any, Any], list[str]]:
+    """The rate and the samples ``[samples, channels]`` as they are in the file, which is mapped where it can be."""
+    from scipy.io import wavfile
+
+    if path.is_dir():
+        raise UserError(f"--file {path} is a folder; give a WAV file")
+    if not path.is_file():
+        raise UserError(f"--file {path} does not exist")
+    notes: list[str] = []
+    try:
+        _check_kind(path)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", wavfile.WavFileWarning)
+            try:
+                rate, raw = wavfile.read(path, mmap=True)
+            except ValueError as error:
+                if "mmap" not in str(error):
+                    raise
+                if path.stat().st_size > 4 * MOST_VALUES:  # samples of three bytes, or fewer than promised
+                    raise UserError(f"{path} is too large for a file of its format; cut it first") from None
+                rate, raw = wavfile.read(path)
+        if any("prematurely" in str(one.message) for one in said) or _promises_more(path):
+            notes.append("the file is cut short: what there is of it")
+    except DAMAGED as error:
+        told = isinstance(error, OSError | ValueError)
+        reason = " ".join(str(error).split()).rstrip(".") if told else "its header makes no sense"
+        raise UserError(f"{path} cannot be read ({reason}); the file may be damaged, or compressed") from None
+    return int(rate), raw[:, None] if raw.ndim == 1 else raw, notes
+
+
+def _check_kind(path: Path) -> None:
+    with path.open("rb") as file:
+        head = file.read(12)
+    if not head:
+        raise UserError(f"{path} is empty")
+    if head[:4] in (b"RIFF", b"RIFX", b"RF64") and (head[8:] == b"WAVE" or len(head) < 12):
+        return
+    kind = next((name for start, name in KINDS.items() if head.startswith(start)), None)
+    if head[4:8] == b"ftyp":
+        kind = "an MPEG-4"
+    found = f"is {kind} file, and only WAV files are read" if kind else "is no WAV file"
+    raise UserError(f"{path} {found}; convert it, for instance with: ffmpeg -i {path.name} {path.stem}.wav")
+
+
+def _promises_more(path: Path) -> bool:
+    """Whether the samples of a WAV file should go on where it ends."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        form = file.read(4)
+        order = ">I" if form == b"RIFX" else "<I"
+        place = 12
+        while place + 8 <= size:
+            file.seek(place)
+            kind, length = file.read(4), struct.unpack(order, file.read(4))[0]
+            if kind == b"data":
+                return form != b"RF64" and place + 8 + length > size  # RF64 says the length elsewhere
+            place += 8 + length + length % 2
+    return False
+
+
+def _scaled(raw: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """From -1 to 1. Integers of fewer bits than their container fill it from the top."""
+    values = raw.astype(np.float64)
+    if raw.dtype.kind == "u":
+        return values / 128 - 1
+    if raw.dtype.kind == "i":
+        return values / 2.0 ** (8 * raw.dtype.itemsize - 1)
+    return values
+
+
+# -- Waveforms and spectrograms ----------------------------------------------------------------------------------------
+
+
+MOST_DRAWN = 4000
+"""Points of a line: a longer one is drawn by the least and the greatest value of each stretch."""
+
+
+def waveforms(truth: Tensor, values: Tensor, rate: int) -> Figure:
+    """The sound and the error over all of it, and the sound and the field where it is loudest: first channel."""
+    truth, values = truth[:, 0], values[:, 0]
+    with matplotlib.rc_context(FIGURE):
+        figure = Figure(figsize=(9, 2.9), layout="constrained")
+        whole, close = figure.subplots(1, 2)
+        for line, label, colour in ((truth, "sound", COLOURS[0]), (values - truth, "error", COLOURS[1])):
+            time, low, high = _envelope(line, rate)
+            whole.fill_between(time, low, high, color=colour, label=label, linewidth=0.4, edgecolor=colour)
+        part = _loudest(truth, max(32, min(len(truth), rate // 100)))
+        time = 1000 * torch.arange(part.start, part.stop) / rate
+        close.plot(time, truth[part], label="sound", color=COLOURS[0], linewidth=2.6, alpha=0.45)
+        close.plot(time, values[part], label="field", color=COLOURS[1], linewidth=1.1)
+        whole.set_axisbelow(True)
+        whole.set(xlabel="seconds", ylabel="amplitude")
+        close.set(xlabel="milliseconds")
+        for ax in (whole, close):
+            ax.legend(loc="upper right")
+    return figure
+
+
+def spectrograms(lines: dict[str, Tensor], rate: int) -> Figure:
+    """The power over time and frequency of sounds under their names, in dB below the greatest of the first one, and on
+    one scale for all: first channel."""
+    length = len(next(iter(lines.values())))
+    window = min(length, 2 ** round(math.log2(max(16, 0.032 * rate))))
+    powers = {name: _power(line[:, 0], window) for name, line in lines.items()}
+    top = 10 * math.log10(max(float(next(iter(powers.values())).max()), 1e-20))
+    with matplotlib.rc_context({**FIGURE, "axes.grid": False}):
+        figure = Figure(figsize=(9, 2.9), layout="constrained")
+        several = figure.subplots(1, len(powers), sharey=True, squeeze=False)[0]
+        for ax, (name, power) in zip(several, powers.items(), strict=True):
+            shown = ax.imshow(
+                (10 * power.clamp_min(1e-20).log10() - top).numpy(),
+                origin="lower",
+                aspect="auto",
+                extent=(0, length / rate, 0, rate / 2000),
+                vmin=-80,
+                vmax=0,
+                cmap="magma",
+                interpolation="nearest",
+            )
+            ax.set(title=name, xlabel="seconds")
+        several[0].set_ylabel("kHz")
+        figure.colorbar(shown, ax=list(several), label="dB", shrink=0.9)
+    return figure
+
+
+def _power(line: Tensor, window: int) -> Tensor:
+    hop = max(1, window // 2, len(line) // 300)
+    found = torch.stft(
+        line.float(), window, hop_length=hop, window=torch.hann_window(window), return_complex=True, pad_mode="constant"
+    )
+    return found.abs().square()
+
+
+def _envelope(line: Tensor, rate: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Times in seconds, and the least and the greatest value of the stretch that begins there."""
+    stretch = max(1, len(line) // MOST_DRAWN)
+    cut = line[: len(line) // stretch * stretch].reshape(-1, stretch)
+    return torch.arange(len(cut)) * stretch / rate, cut.amin(1), cut.amax(1)
+
+
+def _loudest(line: Tensor, length: int) -> slice:
+    power = line.square().cumsum(0)
+    sums = power[length - 1 :] - torch.cat([power.new_zeros(1), power])[: len(line) - length + 1]
+    start = int(sums.argmax())
+    return slice(start, start + length)
+
+
+# -- What there is to see and to hear of a sound's fit -----------------------------------------------------------------
+
+
+def show(config: SoundConfig, sound: Sound, task: FieldTask, results: Results, run: Run) -> None:
+    """Write the reconstruction, the error, the export where one is asked for, and the page."""
+    folder = run.path / "figures"
+    folder.mkdir(exist_ok=True)
+    truth = sound.samples
+    values = task.on_grid([len(truth)]).clamp(-1, 1)
+    heard = [
+        (run.product("original.wav"), "The sound.", truth),
+        (run.product("reconstruction.wav"), "The field at its samples.", values),
+        (run.product("error.wav"), "The error, as loud as it is.", values - truth),
+    ]
+    for path, _, samples in heard:
+        save(quantized(samples * sound.peak), sound.rate, path)
+    pictures = [
+        (folder / "waveform.png", "The sound and the field: the whole, and the loudest hundredth of a second or so."),
+        (
+            folder / "spectrogram.png",
+            "Spectrograms of the sound, the field and the error: the power in each band of frequencies over time.",
+        ),
+    ]
+    save_figure(waveforms(truth, values, sound.rate), pictures[0][0], 110)
+    drawn = spectrograms({"sound": truth, "field": values, "error": values - truth}, sound.rate)
+    save_figure(drawn, pictures[1][0], 110)
+    error = float((values - truth).double().square().mean())
+    power = float(truth.double().square().mean())
+    notes = [
+        f"Over all samples: {decibels(error, 2.0):.2f} dB PSNR, whose peak is the range from -1 to 1 of the sound at "
+        f"full scale, and {10 * math.log10(power / max(error, 1e-20)):.2f} dB beside the sound's own power "
+        "(SNR). All samples were fitted: the validation and the test are on the same ones.",
+    ]
+    shown = [*pictures, *((path, caption) for path, caption, _ in heard)]
+    if config.export_size is not None:
+        written = export(sound, task, (config.export_size,), run)
+        shown.append((written, f"The field at {config.export_size} samples a second (export.wav)."))
+    write_page("A sound as a field", task, results, run, shown, notes)
+
+
+def export(sound: Sound, task: FieldTask, sizes: tuple[int, ...], run: Run) -> Path:
+    """Write ``export.wav``: the field so many times a second."""
+    if len(sizes) != 1:
+        raise UserError("--export-size takes one number for a sound: its samples a second")
+    (rate,) = sizes
+    count = round(sound.seconds * rate)
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE or count > 4 * MOST_SAMPLES:
+        raise UserError(f"--export-size {rate} must lie in [{LOWEST_RATE}, {HIGHEST_RATE}] samples a second")
+    path = run.product("export.wav")
+    samples = task.on_grid([count], lambda values: quantized(values * sound.peak))
+    save(samples, rate, path)
+    return path
+
+
+# -- The recipe that fits a sound --------------------------------------------------------------------------------------
+
+
+SCALE_A_SECOND = 25000 / 7
+"""Of the frequencies: the paper's for its file of seven seconds, and the same pitches in a sound of another length."""
+
+
+def build(config: SoundConfig) -> FieldTask:
+    """The task."""
+    found = sound(config)
+    grid = Grid(found.samples)
+    power = float(found.samples.double().square().mean())
+    count, channels = found.samples.shape
+    about = (
+        f"{found.name}: {count / found.rate:.3g} s at {found.rate} Hz, {count} samples"
+        + (f" in {channels} channels" if channels > 1 else "")
+        + "".join(f", {note}" for note in found.notes)
+        + "."
+    )
+    scoring = SignalToNoise(low=-1.0, high=1.0, power=power)
+    return FieldTask(config, grid, Parts.same(grid), SCALE_A_SECOND * found.seconds, about=about, scoring=scoring)
+
+
+def sound(config: SoundConfig) -> Sound:
+    """What is fitted."""
+    return _read(config.file, config.sound, config.start, config.seconds, config.rate, config.mono)
+
+
+@lru_cache(maxsize=1)
+def _read(*chosen: Any) -> Sound:
+    """Kept, for it is asked for when the settings are checked, when the model is made and when the fit is shown."""
+    file, name, start, seconds, rate, mono = chosen
+    return sound_of(SoundConfig(file=file, sound=name, start=start, seconds=seconds, rate=rate, mono=mono))
+
+
+def ready(config: SoundConfig) -> None:
+    """Raise where the sound cannot be read, or its states have no room."""
+    chunk_points(config, len(sound(config).samples))
+
+
+def _show(config: SoundConfig, task: FieldTask, results: Results, run: Run) -> None:
+    show(config, sound(config), task, results, run)
+
+
+def _export(config: SoundConfig, task: FieldTask, sizes: tuple[int, ...], run: Run) -> Path:
+    return export(sound(config), task, sizes, run)
+
+
+RUNNER = FieldRunner(build, _show, ready, _export)

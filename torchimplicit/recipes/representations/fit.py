@@ -1,0 +1,657 @@
+"""Fits of a function of coordinates to a signal, by an implicit representation or its explicit twin.
+
+A recipe of this family brings three things: its settings, among them a :class:`.settings.Representation`; the signal,
+as :class:`Points` with its splits; and what it shows of a fit. :class:`FieldTask` trains it, and :class:`FieldRunner`
+lets it show the best weights.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import log10, prod, sqrt
+from pathlib import Path
+from typing import Any, Protocol, cast, final
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import Tensor, nn
+from torch.autograd.function import Function
+from torch.nn import functional
+
+from torchimplicit.models import MFN, SIREN, ImplicitMFN, ImplicitRepresentation, ImplicitSIREN
+from torchimplicit.nn import WarmStart
+from torchimplicit.recipes.representations.settings import FieldSettings, check_fit
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.fitting import load_weights
+from torchimplicit.recipes.runtime.page import FIGURE, axes, document, figure, save_figure, style, svg, table
+from torchimplicit.recipes.runtime.run import Run, device, threads
+from torchimplicit.recipes.runtime.table import Column, Table
+from torchimplicit.recipes.runtime.task import Metric, Shard, Split, Task, generator, gradient, solver
+from torchimplicit.recipes.runtime.trainer import Results, Trainer
+
+# -- The representation that settings describe -------------------------------------------------------------------------
+
+
+SAMPLED_AT_ONCE = 65536
+"""Points that are evaluated together where no gradient is wanted."""
+
+
+def representation(
+    config: FieldSettings,
+    inputs: int,
+    outputs: int,
+    corner: Sequence[float],
+    frequencies: float,
+    samples: int | None = None,
+) -> nn.Module:
+    """The model.
+
+    Args:
+        config: the recipe's.
+        inputs, outputs, corner: see :class:`~torchimplicit.recipes.representations.fit.Points`.
+        frequencies: their scale where the settings leave it to the recipe.
+        samples: how many points training numbers, where a step does not have them all, in order, at once.
+    """
+    chosen = config.representation
+    scale = chosen.frequencies or frequencies
+    windows: dict[str, Any] = {"low": [-side for side in corner], "high": list(corner), "alpha": chosen.window_alpha}
+    if not chosen.implicit:
+        if chosen.filter == "siren":
+            return SIREN(inputs, outputs, chosen.width, chosen.depth, scale)
+        return MFN(inputs, outputs, chosen.width, chosen.depth, scale, chosen.filter, **windows)
+    start: WarmStart | bool = False
+    if chosen.amortize != "off":
+        start = WarmStart(samples, refresh=1 if chosen.amortize == "refresh" else None)
+    solved: dict[str, Any] = {
+        "solver": solver(config.equilibria),
+        "gradient": gradient(config.equilibria),
+        "warm_start": start,
+    }
+    if chosen.filter == "siren":
+        return ImplicitSIREN(inputs, outputs, chosen.width, chosen.depth, scale, **solved)
+    return ImplicitMFN(inputs, outputs, chosen.width, chosen.depth, scale, chosen.filter, **windows, **solved)
+
+
+def values_at(model: nn.Module, x: Tensor, index: Tensor | None = None) -> Tensor:
+    """The model at coordinates; ``index`` says which points they are, for one that remembers each."""
+    if index is not None and isinstance(model, ImplicitRepresentation):
+        start = model.equilibrium.warm_start
+        if start is not None and start.samples is not None:
+            return model(x, index)
+    return model(x)
+
+
+@torch.no_grad()
+def sampled(model: nn.Module, coordinates: Iterator[Tensor], into: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The model at chunks of coordinates, or what ``into`` makes of each, put together, on the CPU."""
+    where = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    parts = []
+    for x in coordinates:
+        values = model(x.to(where)).cpu()
+        parts.append(values if into is None else into(values))
+    model.train(was_training)
+    return torch.cat(parts)
+
+
+# -- Steps of bounded memory: a mean over many points, differentiated chunk by chunk -----------------------------------
+
+
+def chunk_points(config: FieldSettings, training: int, slopes: bool = False) -> int:
+    """How many points may go through at a time; ``training``: how many there are to train on, ``slopes``: whether the
+    loss holds the field's.
+
+    Raises:
+        UserError: if the states alone, which amortized training remembers of every point, take more than there is.
+    """
+    chosen, batch = config.representation, config.optimization.batch_size
+    bound = chosen.memory_mb * 2**20
+    each = 4 * floats_a_point(config, slopes)
+    fitting = bound // each
+    if chosen.implicit and chosen.amortize != "off" and min(batch, fitting) < training:
+        states = 4 * chosen.width * training
+        fitting = (bound - states) // each
+        if fitting < 1:
+            raise UserError(
+                f"the states of {training} points of width {chosen.width} take {states / 2**20:.0f} MB, and "
+                f"--memory-mb is {chosen.memory_mb}; give more, or forget the states: --amortize off"
+            )
+    return max(1, fitting)
+
+
+HELD = {"siren": 3, "fourier": 4, "gabor": 7}
+"""Vectors of the model's width that a step holds for each filter and the layer behind it, as measured."""
+
+
+SLOPES = 2.2
+"""How many times as much is held where the loss holds slopes, which are differentiated again; likewise."""
+
+
+def floats_a_point(config: FieldSettings, slopes: bool = False) -> int:
+    """What a step holds for a point at its peak: as measured, with the first step's solve, and rounded up."""
+    chosen, solve = config.representation, config.equilibria
+    vectors = HELD[chosen.filter] * (chosen.depth + 1) + 2
+    if chosen.implicit:
+        solving = {"anderson": 40, "broyden": 2 * solve.solver_steps + 16, "fixed-point": 16}[solve.solver]
+        backward = 4
+        if solve.gradient == "implicit":
+            backward = min(solve.backward_steps, 30) + 17  # GMRES's basis
+        elif solve.gradient in ("unrolled-phantom", "unrolled"):
+            steps = solve.phantom_steps if solve.gradient == "unrolled-phantom" else solve.solver_steps
+            backward = 3 * chosen.depth * steps + 8
+        vectors += max(solving, backward)
+    return round(chosen.width * vectors * (SLOPES if slopes else 1))
+
+
+def accumulated(value: Callable[[Tensor], Tensor], index: Tensor, chunk: int, weights: Sequence[Tensor]) -> Tensor:
+    """The mean of ``value`` over the points ``index``, at most ``chunk`` of them at a time.
+
+    ``value`` gives the mean over the points it is given. Where there are several chunks, the gradient in ``weights``
+    is computed with the value, chunk by chunk, and handed on by the backward pass: the memory is that of one chunk, and
+    the result is that of one pass, up to rounding. First derivatives only, and in ``weights`` only.
+    """
+    if len(index) <= chunk:
+        return value(index)
+    parts = index.split(chunk)
+    if not torch.is_grad_enabled():
+        return torch.stack([value(part) * (len(part) / len(index)) for part in parts]).sum()
+    wanted = [w for w in weights if w.requires_grad]
+    sums = [torch.zeros_like(w) for w in wanted]
+    total: float | Tensor = 0.0
+    for part in parts:
+        share = value(part) * (len(part) / len(index))
+        for held, grad in zip(sums, torch.autograd.grad(share, wanted, allow_unused=True), strict=True):
+            if grad is not None:
+                held += grad
+        total = total + share.detach()
+    return cast(Tensor, _Known.apply(total, sums, *wanted))
+
+
+class _Known(Function):
+    """A value whose gradient is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, grads: list[Tensor], *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(*grads)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, u: Tensor) -> tuple[Any, ...]:
+        return None, None, *(u * grad for grad in ctx.saved_tensors)
+
+
+# -- Signals as points: coordinates, and the values there --------------------------------------------------------------
+
+
+class Points(nn.Module, ABC):
+    """A signal known at numbered points.
+
+    Attributes:
+        inputs, outputs: coordinates of a point, and values there.
+        low, high: the values' range; their difference is the peak of the signal-to-noise ratio.
+        corner: the coordinates run from ``-corner[i]`` to ``corner[i]``.
+    """
+
+    inputs: int
+    outputs: int
+    low: float = -1.0
+    high: float = 1.0
+    corner: tuple[float, ...]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many points."""
+
+    @abstractmethod
+    def at(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates ``[points, inputs]`` and values ``[points, outputs]`` of the points ``index``."""
+
+
+@final
+class Grid(Points):
+    """Values on a regular grid: an image, a sound, a video.
+
+    Args:
+        values: ``[size_1, ..., size_d, outputs]``, from ``low`` to ``high``; integers are of eight bits, from 0 to 255.
+        corner: of the coordinates; by default the longest side runs from -1 to 1 and the cells are cubes.
+    """
+
+    values: Tensor
+
+    def __init__(self, values: Tensor, corner: Sequence[float] | None = None):
+        super().__init__()
+        *sizes, self.outputs = values.shape
+        self.sizes = tuple(sizes)
+        self.inputs = len(sizes)
+        self.corner = tuple(n / max(sizes) for n in sizes) if corner is None else tuple(corner)
+        self.register_buffer("values", values.flatten(0, -2), persistent=False)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def at(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        index = index.to(self.values.device)
+        values = self.values[index]
+        if values.dtype == torch.uint8:
+            values = values.float() / 127.5 - 1
+        return centres(index, self.sizes, self.corner, values.dtype), values
+
+
+def centres(index: Tensor, sizes: Sequence[int], corner: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The centres of the cells ``index`` of a grid, ``[points, len(sizes)]``: cell i of n is at
+    ``((2i + 1) / n - 1) * corner``, so that grids of different sizes cover the same domain."""
+    columns = []
+    for size, side in zip(reversed(sizes), reversed(corner), strict=True):
+        columns.append(((2 * (index % size) + 1).to(torch.float64) / size - 1) * side)
+        index = index // size
+    return torch.stack(columns[::-1], dim=1).to(dtype)
+
+
+def every_other(sizes: Sequence[int], offset: Sequence[int]) -> Tensor:
+    """The cells whose places are ``offset`` modulo 2: one in ``2 ** len(sizes)``."""
+    index = torch.arange(math.prod(sizes)).reshape(*sizes)
+    return index[tuple(slice(start, None, 2) for start in offset)].flatten()
+
+
+# -- A field and the signal that it is fitted to, for the framework that trains ----------------------------------------
+
+
+Criterion = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
+"""What is lowered: of the field as a function of coordinates, the points' coordinates, and the signal's values there; a
+mean over the points. It may differentiate the field, if the settings pass :func:`.settings.check_slopes`."""
+
+
+def mean_squared_error(field: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """The usual criterion."""
+    return functional.mse_loss(field(x), y)
+
+
+class Scoring(Protocol):
+    """What a fit is judged by on points that are held out."""
+
+    @property
+    def metric(self) -> Metric:
+        """By which the weights are selected; one of the figures."""
+
+    def sums(self, values: Tensor, y: Tensor) -> Tensor:
+        """Sums ``[k]`` (float64) over points, of the field's values and the signal's, each ``[points, ...]``."""
+
+    def figures(self, sums: list[float]) -> dict[str, float]:
+        """The figures of all points, from their sums."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SignalToNoise:
+    """The peak signal-to-noise ratio of values cut to the signal's range, from ``low`` to ``high``; and the plain one,
+    where the signal's power is given: the mean of its squares."""
+
+    low: float
+    high: float
+    power: float | None = None
+
+    @property
+    def metric(self) -> Metric:
+        """See :class:`Scoring`."""
+        return Metric("PSNR", "dB", "max")
+
+    def sums(self, values: Tensor, y: Tensor) -> Tensor:
+        """The sum of the squared errors, and how many there are."""
+        error = (values.clamp(self.low, self.high) - y).double().square()
+        return torch.stack([error.sum(), error.new_tensor(float(error.numel()))])
+
+    def figures(self, sums: list[float]) -> dict[str, float]:
+        """The ratio, and the mean squared error as ``loss``."""
+        loss = sums[0] / sums[1]
+        found = {"PSNR": decibels(loss, self.high - self.low)}
+        if self.power is not None:
+            found["SNR"] = decibels(loss, sqrt(self.power))
+        return {**found, "loss": loss}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which points are for what: int64 ``[count]`` each."""
+
+    training: Tensor
+    validation: Tensor
+    test: Tensor
+
+    @staticmethod
+    def same(points: Points) -> Parts:
+        """All points for everything: where a fit is wanted, and nothing is held out."""
+        every = torch.arange(len(points))
+        return Parts(every, every, every)
+
+
+class FieldTask(Task):
+    """A representation fitted to a signal's points.
+
+    A step has all training points, in order, or ``batch_size`` of them, without replacement.
+
+    Args:
+        config: the recipe's.
+        points, parts: the signal.
+        frequencies: the scale of the frequencies where the settings leave it to the recipe.
+        criterion: by default the mean squared error.
+        about: the signal, in one sentence for people.
+        scoring: what is measured on the held-out points; by default the signal-to-noise ratio.
+        slopes: whether the criterion differentiates the field, which takes more memory.
+
+    Attributes:
+        model: the representation.
+        points: the signal.
+    """
+
+    training_points: Tensor
+
+    def __init__(
+        self,
+        config: FieldSettings,
+        points: Points,
+        parts: Parts,
+        frequencies: float,
+        criterion: Criterion = mean_squared_error,
+        about: str = "",
+        scoring: Scoring | None = None,
+        slopes: bool = False,
+    ):
+        super().__init__()
+        self.config = config
+        self.points = points
+        self.parts = parts
+        self.criterion = criterion
+        self.scoring = SignalToNoise(low=points.low, high=points.high) if scoring is None else scoring
+        self.metric = self.scoring.metric
+        self._about = about
+        batch, count = config.optimization.batch_size, len(parts.training)
+        self.chunk = chunk_points(config, count, slopes)
+        self.register_buffer("training_points", parts.training, persistent=False)
+        whole = batch >= count and self.chunk >= count
+        self.model = representation(
+            config, points.inputs, points.outputs, points.corner, frequencies, None if whole else count
+        )
+
+    def training_batches(self, steps: range, shard: Shard) -> Iterable[Tensor]:
+        """See :class:`~torchimplicit.recipes.runtime.task.Task`: a batch is places among the training points."""
+        chosen = self.config.optimization
+        return _Batches(len(self.parts.training), chosen.batch_size, chosen.seed, steps, shard)
+
+    def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Tensor]:
+        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
+        part = self.parts.validation if split == "validation" else self.parts.test
+        return _Chunks(part[shard.rank :: shard.world], min(self.chunk, SAMPLED_AT_ONCE))
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """The criterion over the points."""
+        return accumulated(self._misfit, batch, self.chunk, list(self.model.parameters()))
+
+    def _misfit(self, places: Tensor) -> Tensor:
+        x, y = self.points.at(self.training_points[places])
+        return self.criterion(lambda x: values_at(self.model, x, places), x, y)
+
+    def score(self, batch: Tensor) -> Tensor:
+        """See :class:`Scoring`."""
+        x, y = self.points.at(batch)
+        return self.scoring.sums(self.model(x), y)
+
+    def figures(self, sums: list[float]) -> dict[str, float]:
+        """See :class:`Scoring`."""
+        return self.scoring.figures(sums)
+
+    def begin(self) -> None:
+        """Forget the states of the last segment: a resumed run would not have them."""
+        if isinstance(self.model, ImplicitRepresentation) and self.model.equilibrium.warm_start is not None:
+            self.model.equilibrium.warm_start.reset()
+
+    def describe(self) -> str:
+        """The signal and the model."""
+        chosen, count = self.config.representation, len(self.parts.training)
+        name = {"siren": "SIREN", "fourier": "Fourier MFN", "gabor": "Gabor MFN"}[chosen.filter]
+        parameters = sum(p.numel() for p in self.model.parameters())
+        batch = min(self.config.optimization.batch_size, count)
+        chunks = -(-batch // self.chunk)
+        return (
+            f"{self._about} {'Implicit' if chosen.implicit else 'Explicit'} {name}, {chosen.depth} × {chosen.width}, "
+            f"{parameters} parameters, {batch} of {count} points a step"
+            + (f", in {chunks} chunks for --memory-mb {chosen.memory_mb}." if chunks > 1 else ".")
+        ).strip()
+
+    def on_grid(self, sizes: Sequence[int], into: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The field on a grid of any size over the signal's domain: ``[*sizes, outputs]``, on the CPU.
+
+        Args:
+            sizes: of the grid.
+            into: what is made of the values of some points, such as bytes, before the next are sampled.
+        """
+        return self.cells(sizes, range(prod(sizes)), into).reshape(*sizes, -1)
+
+    def cells(self, sizes: Sequence[int], part: range, into: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The field at some cells of such a grid, numbered in order: ``[len(part), outputs]``."""
+        size = min(self.chunk, SAMPLED_AT_ONCE)
+        index = (torch.arange(i, min(i + size, part.stop)) for i in range(part.start, part.stop, size))
+        return sampled(self.model, (centres(one, sizes, self.points.corner) for one in index), into)
+
+
+def decibels(error: float, peak: float) -> float:
+    """The peak signal-to-noise ratio of a mean squared error."""
+    return 10 * log10(peak * peak / max(error, 1e-20))
+
+
+class _Chunks:
+    """Points in order, so many at a time: a tuple of tensors would be as many loaders to Lightning."""
+
+    def __init__(self, index: Tensor, size: int):
+        self.parts = index.split(size)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.parts)
+
+
+class _Batches:
+    """The places of each step: all of them in order, or a part of a permutation that lasts a whole pass."""
+
+    def __init__(self, count: int, batch_size: int, seed: int, steps: range, shard: Shard):
+        self.count, self.seed, self.steps, self.shard = count, seed, steps, shard
+        self.batch_size = min(count, batch_size)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        rank, world = self.shard.rank, self.shard.world
+        if self.batch_size == self.count:
+            whole = torch.arange(self.count)[rank::world]
+            yield from (whole for _ in self.steps)
+            return
+        per_pass = self.count // self.batch_size
+        order: tuple[int, Tensor] | None = None
+        for step in self.steps:
+            turn, place = divmod(step, per_pass)
+            if order is None or order[0] != turn:
+                order = turn, torch.randperm(self.count, generator=generator(self.seed, turn))
+            yield order[1][place * self.batch_size : (place + 1) * self.batch_size][rank::world]
+
+
+# -- What every fit of a field shows: its curve, and a page with its pictures and figures ------------------------------
+
+
+LARGEST_INSIDE = 4 << 20
+"""Bytes of a file that is put into the page itself."""
+
+
+def curve(results: Results, metric: Metric) -> Figure:
+    """The metric on the validation points over the steps, and over the seconds."""
+    scale, unit = (100.0 if metric.unit == "%" else 1.0), f" ({metric.unit})" if metric.unit else ""
+    with matplotlib.rc_context(FIGURE):
+        drawn, (left, right) = axes(2, width=4.5, height=3.2)
+        found = [(v.step, v.seconds, scale * v.figures[metric.name]) for v in results.validations]
+        for ax, place, name in ((left, 0, "step"), (right, 1, "seconds of training")):
+            ax.plot([f[place] for f in found], [f[2] for f in found], **style(0))
+            ax.set_xlabel(name)
+            ax.set_ylabel(metric.name + unit)
+    return drawn
+
+
+def write_page(
+    title: str,
+    task: FieldTask,
+    results: Results,
+    run: Run,
+    pictures: Sequence[tuple[Path, str]],
+    notes: Sequence[str] = (),
+) -> None:
+    """``index.html`` and ``figures/curve.png``.
+
+    Args:
+        title: for people.
+        task, results, run: the fit.
+        pictures: files to see (PNG, GIF) and to hear (WAV), with their captions.
+        notes: paragraphs below the figures.
+    """
+    folder = run.path / "figures"
+    folder.mkdir(exist_ok=True)
+    drawn = curve(results, task.metric)
+    save_figure(drawn, folder / "curve.png", 130)
+    parts = [
+        "<p class='tag'>torchimplicit</p>",
+        f"<h1>{escape(title)}</h1>",
+        f"<p class='lead'>{escape(task.describe())}</p>",
+        f"<div class='card'>{table(summary(results))}</div>",
+        *(f"<p>{escape(note)}</p>" for note in notes),
+        '<div class="grid">',
+        *(figure(_shown(path, caption, run), caption) for path, caption in pictures),
+        figure(svg(drawn, "curve"), f"The {task.metric.name} on the validation points along training."),
+        "</div>",
+    ]
+    run.write_text("index.html", document(title, parts))
+
+
+def summary(results: Results) -> Table:
+    """The figures of the fit."""
+    costs, rows = results.costs, []
+    for name, found in (("Validation", results.best), ("Test", results.test)):
+        if found is not None:
+            rows.append(
+                [
+                    name,
+                    *(f"{value:.4g}" for value in found.figures.values()),
+                    str(found.step),
+                    f"{found.seconds:.1f}",
+                    f"{1e3 * costs.seconds:.1f}" if costs else "–",
+                    f"{costs.forward:.2f}" if costs else "–",
+                    f"{costs.backward:.2f}" if costs else "–",
+                ]
+            )
+    names = list(results.test.figures) if results.test is not None else ["PSNR", "loss"]
+    columns = [
+        Column("Split"),
+        *(Column(name, "dB") if name in ("PSNR", "SNR") else Column(name.capitalize()) for name in names),
+        Column("At step", "", "The weights are those of the best validation."),
+        Column("Training", "s", "Until then."),
+        Column("Step", "ms", "Median: forward, backward and update."),
+        Column("Forward", "evaluations", "Of the cell in a step, mean."),
+        Column("Backward", "products", "With the cell's Jacobian in a step, mean."),
+    ]
+    return Table(columns, rows)
+
+
+KINDS = {".png": "image/png", ".gif": "image/gif", ".wav": "audio/wav"}
+
+
+def _shown(path: Path, caption: str, run: Run) -> str:
+    """The file inside the page, or beside it where it is large."""
+    if path.stat().st_size > LARGEST_INSIDE:
+        source = path.relative_to(run.path).as_posix()
+    else:
+        source = f"data:{KINDS[path.suffix]};base64,{b64encode(path.read_bytes()).decode('ascii')}"
+    if path.suffix == ".wav":
+        return f"<audio controls preload='none' style='width:100%' src='{source}'></audio>"
+    return f"<img alt='{escape(caption, quote=True)}' src='{source}' style='width:100%;image-rendering:pixelated'>"
+
+
+# -- The runner of every recipe that fits a field: training, and then a look at the best weights -----------------------
+
+
+class FieldRunner:
+    """Trains as :class:`~torchimplicit.recipes.runtime.trainer.Trainer` does, then shows the fit.
+
+    Args:
+        build: makes the task from the config.
+        show: ``(config, task, results, run)``: writes what there is to see and to hear into the run's directory; the
+            task has the weights of the best validation, on the device that the config asks for.
+        ready: as for the trainer; settings that do not go together are refused before it.
+        export: ``(config, task, sizes, run)``: writes the field at the sizes that a person typed, and says where.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[Any], FieldTask],
+        show: Callable[[Any, Any, Results, Run], None],
+        ready: Callable[[Any], None] | None = None,
+        export: Callable[[Any, Any, tuple[int, ...], Run], Path] | None = None,
+    ):
+        self._trainer = Trainer(build, self._ready)
+        self._own = ready
+        self._show = show
+        self._export = export
+
+    def check(self, config: Any) -> None:
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
+        self._trainer.check(config)
+
+    def train(self, config: Any, run: Run, console: Console) -> bool:
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
+        if not self._trainer.train(config, run, console):
+            return False
+        self._look(config, run, console)
+        return True
+
+    def evaluate(self, config: Any, run: Run, console: Console) -> None:
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: the fit is shown again too."""
+        self._trainer.evaluate(config, run, console)
+        try:
+            self._look(config, run, console)
+        except OSError as error:
+            raise UserError(f"{run} has no results yet ({error}); go on with: torchimplicit resume {run}") from None
+
+    def export(self, config: Any, sizes: tuple[int, ...], run: Run, console: Console) -> Path:
+        """See :class:`~torchimplicit.recipes.runtime.run.Exporter`."""
+        if self._export is None:
+            raise UserError(f"{run} cannot be sampled at another size")
+        if any(size < 1 for size in sizes):
+            raise UserError(f"--export-size {' '.join(map(str, sizes))} must be positive")
+        self.check(config)
+        with threads(config.machine.threads), console.status("Sampling the field"):
+            return self._export(config, self.task(config, run), sizes, run)
+
+    def task(self, config: Any, run: Run) -> FieldTask:
+        """The task with the weights of the run's best validation."""
+        module = self._trainer.module(config)
+        load_weights(module, run.best)
+        task = module.task.to(device(config.machine.device, config.machine.devices))
+        assert isinstance(task, FieldTask)
+        return task.eval()
+
+    def _look(self, config: Any, run: Run, console: Console) -> None:
+        with threads(config.machine.threads), console.status("Sampling the field"):
+            self._show(config, self.task(config, run), Results.of(run), run)
+
+    def _ready(self, config: Any) -> None:
+        check_fit(config)
+        if config.machine.precision != "32":
+            raise UserError(f"--precision {config.machine.precision} would round the coordinates; fields need 32")
+        if self._own is not None:
+            self._own(config)

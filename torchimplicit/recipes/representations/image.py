@@ -1,0 +1,342 @@
+"""A picture as a field."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, get_args
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from torchimplicit.recipes.representations.fit import (
+    FieldRunner,
+    FieldTask,
+    Grid,
+    Parts,
+    decibels,
+    every_other,
+    write_page,
+)
+from torchimplicit.recipes.representations.settings import LONGEST_EXPORT, PictureConfig
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import replacing
+from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.task import generator
+from torchimplicit.recipes.runtime.trainer import Results
+
+# -- Passages that are drawn as pictures of text -----------------------------------------------------------------------
+
+
+TEXTS = (
+    "A layer is implicit when its output is the solution of a problem rather than the end of a computation, and it can "
+    "be differentiated all the same.",
+    "Every point of the plane is asked for a state that its cell leaves where it is. What the state was a step ago is "
+    "nearly what it is now.",
+    "Letters are edges and little else. A network of slow waves cannot draw them, and one of fast waves fills the gaps "
+    "between the samples with noise.",
+    "Quartz, jasper and flint were weighed by hand; six of the boxes were lost in the mud, and nobody knew why the "
+    "rest had kept so dry.",
+)
+
+
+# -- Pictures from files, from scikit-image, and of text drawn on the spot: uint8 ``[height, width, channels]`` --------
+
+
+MOST_PIXELS = 100_000_000
+"""A file whose header promises more is not decoded: some ten thousand pixels square."""
+
+LEAST_SIDE = 8
+"""Below it there is nothing to fit."""
+
+BundledName = Literal["astronaut", "camera", "chelsea", "coffee", "hubble_deep_field", "moon", "rocket", "page", "text"]
+BUNDLED: tuple[BundledName, ...] = get_args(BundledName)
+"""Pictures that come with scikit-image's wheel; nothing is downloaded."""
+
+FILES = {"hubble_deep_field": "hubble_deep_field.jpg", "rocket": "rocket.jpg"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, and what was done to it on the way.
+
+    Attributes:
+        name: for people.
+        pixels: uint8 ``[height, width, channels]`` with one channel (grey) or three.
+        notes: what a person who gave the file should know.
+    """
+
+    name: str
+    pixels: Tensor
+    notes: tuple[str, ...] = ()
+
+
+def read_file(path: Path, size: int | None) -> Picture:
+    """A picture file, no longer than ``size`` pixels on its longest side.
+
+    Raises:
+        UserError: if it cannot be read, or is too large or too small.
+    """
+    if path.is_dir():
+        raise UserError(f"--file {path} is a folder; give a picture file, such as photo.png")
+    if not path.is_file():
+        raise UserError(f"--file {path} does not exist")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is our own
+            with Image.open(path) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise UserError(
+                        f"{path} has {image.width} × {image.height} pixels, and at most {MOST_PIXELS // 10**6} million "
+                        "are read; make it smaller first"
+                    )
+                image.load()
+                found = prepared(image, path.name, size)
+                count = getattr(image, "n_frames", 1)
+                frames = (f"the first of {count} frames",) if count > 1 else ()
+                return Picture(found.name, found.pixels, frames + found.notes)
+    except Image.DecompressionBombError:
+        raise UserError(f"{path} is too large a picture; make it smaller first") from None
+    except UnidentifiedImageError:
+        raise UserError(
+            f"{path} is no picture that Pillow can read; give a PNG, JPEG, TIFF, WebP or BMP file"
+        ) from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read ({error}); the file may be damaged") from None
+
+
+def bundled(name: str, size: int | None) -> Picture:
+    """A picture of scikit-image, or a text drawn here (``text-0``, ``text-1``, ...).
+
+    Raises:
+        UserError: if there is none of this name, or scikit-image is missing.
+    """
+    if name.startswith("text-"):
+        return Picture(name, written(int(name.removeprefix("text-")), size or 256))
+    if name not in BUNDLED:
+        raise UserError(f"there is no picture '{name}'; there are {', '.join(BUNDLED)}")
+    try:
+        import skimage.data
+    except ImportError:
+        raise UserError(
+            "scikit-image, whose pictures are asked for, is not installed; pip install 'torchimplicit[recipes]', or "
+            "give a picture of your own: --file photo.png"
+        ) from None
+    path = Path(skimage.data.__file__).parent / FILES.get(name, f"{name}.png")
+    if not path.is_file():
+        raise UserError(f"this version of scikit-image holds no {name}; give a picture of your own: --file photo.png")
+    found = read_file(path, size)
+    return Picture(name, found.pixels, found.notes)
+
+
+def written(number: int, size: int) -> Tensor:
+    """A square of text, black on white: a passage of our own, which ``number`` picks. Lines are some thirty pixels
+    high at least, so that letters can be told from every other pixel, and at most eight; what goes over the border is
+    cut off."""
+    import matplotlib
+
+    passage = TEXTS[number % len(TEXTS)]
+    font_file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"
+    large = 4 * size  # drawn large and reduced, for smooth edges
+    lines = min(8, max(2, size // 30))
+    margin, pitch = large // 40, large // lines
+    image = Image.new("L", (large, large), 255)
+    font = ImageFont.truetype(str(font_file), round(0.8 * pitch))
+    pen = ImageDraw.Draw(image)
+    line, top = "", 0
+    for word in passage.split():
+        line = f"{line} {word}".strip()
+        if pen.textlength(line, font=font) > large - 2 * margin:
+            pen.text((margin, top), line, fill=0, font=font)
+            line, top = "", top + pitch
+    return torch.from_numpy(np.asarray(image.resize((size, size), Image.Resampling.LANCZOS)).copy())[:, :, None]
+
+
+def save(pixels: Tensor, path: Path) -> None:
+    """Write a picture as PNG, in one move."""
+    array = pixels.numpy()
+    image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    with replacing(path) as draft:
+        image.save(draft, format="PNG")
+
+
+def quantized(values: Tensor) -> Tensor:
+    """Values from -1 to 1 as a picture."""
+    return ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def prepared(image: Image.Image, name: str, size: int | None) -> Picture:
+    """What Pillow has read, in grey or in colour, no longer than ``size`` pixels on its longest side.
+
+    Raises:
+        UserError: if its values are not those of a picture, or it is too small.
+    """
+    notes: list[str] = []
+    image = ImageOps.exif_transpose(image) or image
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image, name)
+        notes.append("reduced to 8 bits")
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        grey = image.mode in ("LA", "La")
+        over = Image.new("RGBA", image.size, "white")
+        over.alpha_composite(image.convert("RGBA"))
+        image = over.convert("L" if grey else "RGB")
+        notes.append("its transparent parts on white")
+    elif image.mode not in ("L", "RGB"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    if min(image.size) < LEAST_SIDE:
+        raise UserError(f"{name} has {image.width} × {image.height} pixels; a side must have {LEAST_SIDE} at least")
+    if size is not None and max(image.size) > size:
+        ratio = size / max(image.size)
+        smaller = (max(LEAST_SIDE, round(image.width * ratio)), max(LEAST_SIDE, round(image.height * ratio)))
+        notes.append(f"reduced from {image.width} × {image.height} pixels")
+        image = image.resize(smaller, Image.Resampling.LANCZOS)
+    array = np.asarray(image).copy()
+    pixels = torch.from_numpy(array[:, :, None] if array.ndim == 2 else array)
+    return Picture(name, pixels, tuple(notes))
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """A grey picture of 16 or 32 bits, or of floating-point numbers from 0 to 1."""
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise UserError(f"{name} holds NaN or infinity")
+    high = 1.0 if image.mode == "F" else 65535.0
+    if values.min() < 0 or values.max() > high:
+        raise UserError(
+            f"{name} has grey values from {values.min():g} to {values.max():g}, and 0 to {high:g} is what can be read; "
+            "save it as an 8- or 16-bit PNG"
+        )
+    return Image.fromarray((values * (255 / high)).round().astype(np.uint8))
+
+
+# -- What there is to see of a picture's fit ---------------------------------------------------------------------------
+
+
+def show(config: PictureConfig, task: FieldTask, results: Results, run: Run) -> None:
+    """Write the reconstruction, the error map, the export where one is asked for, and the page."""
+    grid = task.points
+    assert isinstance(grid, Grid)
+    folder = run.path / "figures"
+    folder.mkdir(exist_ok=True)
+    _, truth = grid.at(torch.arange(len(grid)))
+    truth = truth.reshape(*grid.sizes, -1).cpu()
+    values = task.on_grid(grid.sizes)
+    pictures = [
+        (folder / "original.png", "The picture."),
+        (folder / "reconstruction.png", "The field at its pixels."),
+        (
+            folder / "error.png",
+            "The error's size, averaged over the channels: dark is none, bright a quarter of the range.",
+        ),
+    ]
+    save(quantized(truth), pictures[0][0])
+    save(quantized(values), pictures[1][0])
+    save(error_map(values, truth), pictures[2][0])
+    notes = [f"Over all pixels: {decibels(float((values.clamp(-1, 1) - truth).square().mean()), 2.0):.2f} dB."]
+    if config.held_out == "none":
+        notes.append("All pixels were fitted: the validation and the test are on the same ones.")
+    else:
+        pictures.append((folder / "given.png", "The pixels that were fitted; the others are white."))
+        save(_given(task, truth), pictures[-1][0])
+    if config.export_size is not None:
+        height, width = export_sizes(grid.sizes, config.export_size)
+        written = export(config, task, (height, width), run)
+        pictures.append((written, f"The field at {width} × {height} points (export.png)."))
+    write_page("A picture as a field", task, results, run, pictures, notes)
+
+
+def export(config: PictureConfig, task: FieldTask, sizes: tuple[int, ...], run: Run) -> Path:
+    """Write ``export.png``: the field so many pixels high and wide, or so long on the longer side."""
+    grid = task.points
+    assert isinstance(grid, Grid)
+    if len(sizes) not in (1, 2):
+        raise UserError("--export-size takes the longest side's pixels, or a height and a width")
+    if len(sizes) == 1:
+        sizes = export_sizes((grid.sizes[0], grid.sizes[1]), sizes[0])
+    if max(sizes) > LONGEST_EXPORT:
+        raise UserError(f"--export-size {max(sizes)} is more than {LONGEST_EXPORT}")
+    path = run.product("export.png")
+    save(task.on_grid(sizes, quantized), path)
+    return path
+
+
+def export_sizes(sizes: tuple[int, ...], longest: int) -> tuple[int, int]:
+    """Height and width in the same proportion, the longer of the two as told."""
+    height, width = sizes
+    ratio = longest / max(sizes)
+    return max(1, round(height * ratio)), max(1, round(width * ratio))
+
+
+def error_map(values: Tensor, truth: Tensor) -> Tensor:
+    """The absolute error, from 0 to a quarter of the range, in colours: uint8 ``[height, width, 3]``."""
+    size = ((values.clamp(-1, 1) - truth).abs().mean(-1) / 0.5).clamp(0, 1)
+    colours = matplotlib.colormaps["magma"](size.numpy())[:, :, :3]
+    return torch.from_numpy((colours * 255).round()).to(torch.uint8)
+
+
+def _given(task: FieldTask, truth: Tensor) -> Tensor:
+    shown = torch.ones_like(truth).flatten(0, 1)
+    known = task.parts.training
+    shown[known] = truth.flatten(0, 1)[known]
+    return quantized(shown.reshape(truth.shape))
+
+
+# -- The recipes that fit pictures -------------------------------------------------------------------------------------
+
+
+def frequencies(config: PictureConfig, longest: int) -> float:
+    """The scale of the frequencies: the paper's 256 for a picture of 512 pixels, and 128 where a quarter of them is
+    known, and in proportion for others."""
+    return longest / (2 if config.held_out == "none" else 4)
+
+
+def build(config: PictureConfig) -> FieldTask:
+    """The task."""
+    found = picture(config)
+    grid = Grid(found.pixels)
+    height, width, channels = found.pixels.shape
+    kind = "grey" if channels == 1 else "colour"
+    about = f"{found.name}: {width} × {height} pixels in {kind}" + "".join(f", {note}" for note in found.notes) + "."
+    return FieldTask(config, grid, parts(config, grid), frequencies(config, max(height, width)), about=about)
+
+
+def parts(config: PictureConfig, grid: Grid) -> Parts:
+    """Which pixels are for what."""
+    if config.held_out == "none":
+        return Parts.same(grid)
+    if config.held_out == "grid":
+        return Parts(*(every_other(grid.sizes, offset) for offset in ((0, 0), (0, 1), (1, 1))))
+    order = torch.randperm(len(grid), generator=generator(config.split_seed, -7))
+    quarter = len(grid) // 4
+    return Parts(*(order[i * quarter : (i + 1) * quarter].sort().values for i in range(3)))
+
+
+def picture(config: PictureConfig) -> Picture:
+    """What is fitted."""
+    return _read(config.file, config.picture, config.size)
+
+
+@lru_cache(maxsize=1)
+def _read(file: object, name: str, size: int) -> Picture:
+    """Kept, for it is asked for when the settings are checked, when the model is made and when the fit is shown."""
+    if file is not None:
+        from pathlib import Path
+
+        return read_file(Path(str(file)), size)
+    return bundled(name, size)
+
+
+def ready(config: PictureConfig) -> None:
+    """Raise where the picture cannot be read, or holds too few pixels for its splits."""
+    found = picture(config)
+    if config.held_out != "none" and found.pixels.shape[0] * found.pixels.shape[1] < 256:
+        raise UserError(f"{found.name} has too few pixels to hold some out; use --held-out none")
+
+
+RUNNER = FieldRunner(build, show, ready, export)

@@ -1,0 +1,520 @@
+"""A mesh as a field of occupancy or signed distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, final
+
+import matplotlib
+import torch
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional
+
+from torchimplicit.recipes.representations.fit import (
+    FieldRunner,
+    FieldTask,
+    Parts,
+    Points,
+    centres,
+    sampled,
+    write_page,
+)
+from torchimplicit.recipes.representations.image import save
+from torchimplicit.recipes.representations.mesh import (
+    Edges,
+    MadeName,
+    Mesh,
+    MeshTree,
+    extracted,
+    heat,
+    made,
+    prepared,
+    read_file,
+    sample,
+    section,
+    view,
+    write_obj,
+    write_ply,
+)
+from torchimplicit.recipes.representations.mesh import drawn as mesh_drawn
+from torchimplicit.recipes.representations.settings import LONGEST, ShapeConfig, check_grid, check_slopes
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.page import FIGURE, save_figure
+from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.task import Metric, generator
+from torchimplicit.recipes.runtime.trainer import Results
+
+# -- A mesh as points to fit: where they are, and what is known there --------------------------------------------------
+
+
+TaskName = Literal["occupancy", "sdf"]
+MARGIN = 0.1
+"""Left around it on every side."""
+
+NEAR = (0.01, 0.05)
+"""Standard deviations of the points near the surface, for one half of them each."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where the field's coordinates lie in those of the file: ``file = centre + scale * field``."""
+
+    centre: Tensor
+    scale: float
+
+    @staticmethod
+    def of(mesh: Mesh) -> Frame:
+        """That in which the mesh's box is in the middle and its longest side is :data:`LONGEST`."""
+        low, high = mesh.vertices.amin(0), mesh.vertices.amax(0)
+        return Frame((low + high) / 2, float((high - low).max()) / LONGEST)
+
+    def inward(self, mesh: Mesh) -> Mesh:
+        """A mesh of the file in the field's coordinates."""
+        return Mesh((mesh.vertices - self.centre) / self.scale, mesh.faces)
+
+    def outward(self, mesh: Mesh) -> Mesh:
+        """The inverse."""
+        return Mesh(mesh.vertices * self.scale + self.centre, mesh.faces)
+
+
+@final
+class ShapePoints(Points):
+    """Points around a mesh.
+
+    Args:
+        corner: of the domain.
+        coordinates: ``[points, 3]``.
+        values: ``[points, k]``. For occupancy k is 2: 1 inside and 0 outside; and whether the point was drawn near the
+            surface. For the distance it is 5: the distance, negative inside; its gradient, which is the normal on the
+            surface; and the same.
+    """
+
+    coordinates: Tensor
+    values: Tensor
+    inputs = 3
+    outputs = 1
+
+    def __init__(self, corner: tuple[float, ...], coordinates: Tensor, values: Tensor):
+        super().__init__()
+        self.corner = corner
+        self.register_buffer("coordinates", coordinates.float(), persistent=False)
+        self.register_buffer("values", values.float(), persistent=False)
+
+    def __len__(self) -> int:
+        return len(self.coordinates)
+
+    def at(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        index = index.to(self.coordinates.device)
+        return self.coordinates[index], self.values[index]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many points: to train on, and to validate and to test on each."""
+
+    training: int
+    held_out: int
+
+
+def drawn(mesh: Mesh, tree: MeshTree, task: TaskName, counts: Counts, seed: int) -> tuple[ShapePoints, Parts]:
+    """Points around a mesh in the field's coordinates: half of them near the surface, half anywhere in the domain; for
+    the distance, a third of those to train on lies on the surface itself.
+
+    Raises:
+        UserError: if nothing is inside.
+    """
+    half = (mesh.vertices.amax(0) - mesh.vertices.amin(0)) / 2
+    corner = half + MARGIN
+    random = generator(seed, -11)
+    on = counts.training // 3 if task == "sdf" else 0
+    pieces = []
+    for count, surface in ((counts.training, on), (counts.held_out, 0), (counts.held_out, 0)):
+        near = (count - surface) // 2
+        anywhere = (2 * torch.rand(count - surface - near, 3, generator=random, dtype=torch.float64) - 1) * corner
+        found = sample(mesh, near + surface, random)
+        off = torch.randn(near + surface, 3, generator=random, dtype=torch.float64)
+        off[: near // 2] *= NEAR[0]
+        off[near // 2 : near] *= NEAR[1]
+        off[near:] = 0
+        beside = torch.maximum(torch.minimum(found.points + off, corner), -corner)
+        x = torch.cat([anywhere, beside])
+        flag = torch.cat([torch.zeros(len(anywhere)), torch.ones(len(beside))])
+        if task == "occupancy":
+            values = tree.winding(x).gt(0.5).double()[:, None]
+        else:
+            values = _distances(mesh, tree, x)
+            if surface:
+                values[-surface:, 0] = 0
+                values[-surface:, 1:] = mesh.normals()[found.faces[-surface:]]
+        pieces.append((x, torch.cat([values, flag[:, None]], 1)))
+    x, values = (torch.cat(found) for found in zip(*pieces, strict=True))
+    points = ShapePoints(tuple(corner.tolist()), x, values)
+    inside = values[:, 0] > 0.5 if task == "occupancy" else values[:, 0] < 0
+    if inside.double().mean() < 1e-4:
+        raise UserError("nothing is inside this surface; it may be a sheet, or holes may open it; close it first")
+    bounds = [0, counts.training, counts.training + counts.held_out, counts.training + 2 * counts.held_out]
+    return points, Parts(*(torch.arange(a, b) for a, b in pairwise(bounds)))
+
+
+def _distances(mesh: Mesh, tree: MeshTree, x: Tensor) -> Tensor:
+    """The signed distance and its gradient, ``[points, 4]``."""
+    distance, nearest, face = tree.closest(x)
+    sign = torch.where(tree.winding(x) > 0.5, -1.0, 1.0).double()
+    slope = sign[:, None] * (x - nearest) / distance[:, None].clamp_min(1e-300)
+    slope = torch.where(distance[:, None] > 1e-9, slope, mesh.normals()[face])
+    return torch.cat([(sign * distance)[:, None], slope], 1)
+
+
+# -- What a field of a shape is trained by, and what it is judged by ---------------------------------------------------
+
+
+def cross_entropy(field: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """Of the field as the logit of being inside."""
+    return functional.binary_cross_entropy_with_logits(field(x)[:, 0], y[:, 0])
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class DistanceLoss:
+    """Means over the points: the error of the distance, and of the slope on the surface and its length everywhere
+    (the eikonal term of Gropp et al. 2020, *Implicit geometric regularization*).
+
+    With ``surface_only`` no distance is given but zero on the surface, and values near zero are unlikely elsewhere
+    (Sitzmann et al. 2020, *Implicit neural representations with periodic activation functions*, eq. 6).
+
+    Attributes:
+        distance, normal, eikonal: weights of the three terms.
+        surface_only: see above.
+        sharpness: of the last one: :math:`\\exp(-s|f|)`.
+    """
+
+    distance: float
+    normal: float
+    eikonal: float
+    surface_only: bool = False
+    sharpness: float = 100.0
+
+    def __call__(self, field: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """See :data:`~torchimplicit.recipes.representations.fit.Criterion`; y: :class:`.points.ShapePoints`."""
+        with torch.enable_grad():
+            x = x.requires_grad_()
+            value = field(x)[:, 0]
+            (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        on = y[:, 0] == 0
+        length = (slope.square().sum(1) + 1e-12).sqrt()
+        normal = torch.where(on, 1 - (slope * y[:, 1:4]).sum(1) / length, 0)
+        if self.surface_only:
+            miss = torch.where(on, value.abs(), 0) + torch.where(on, 0, (-self.sharpness * value.abs()).exp() / 30)
+        else:
+            miss = (value - y[:, 0]).abs()
+        return (self.distance * miss + self.normal * normal + self.eikonal * (length - 1).square()).mean()
+
+
+@final
+@dataclass(frozen=True)
+class Overlap:
+    """The intersection over the union of the insides, of the points anywhere and of those near the surface.
+
+    Attributes:
+        distance: whether the field is a distance, negative inside; otherwise a logit, positive inside.
+    """
+
+    distance: bool
+
+    @property
+    def metric(self) -> Metric:
+        """See :class:`~torchimplicit.recipes.representations.fit.Scoring`."""
+        return Metric("IoU", "%", "max")
+
+    def sums(self, values: Tensor, y: Tensor) -> Tensor:
+        """Both sets' intersections and unions, the misfit, and how many points there are."""
+        value, truth = values[:, 0], y[:, 0]
+        near = y[:, -1] > 0.5
+        if self.distance:
+            own, real = value < 0, truth < 0
+            misfit = (value - truth).abs().double().sum()
+        else:
+            own, real = value > 0, truth > 0.5
+            misfit = functional.binary_cross_entropy_with_logits(value, truth, reduction="none").double().sum()
+        both, either = own & real, own | real
+        counts = [(both & ~near).sum(), (either & ~near).sum(), (both & near).sum(), (either & near).sum()]
+        return torch.stack([*(n.double() for n in counts), misfit, misfit.new_tensor(float(len(y)))])
+
+    def figures(self, sums: list[float]) -> dict[str, float]:
+        """The two shares, and the mean cross-entropy, or absolute error of the distance, as ``loss``."""
+        both, either, both_near, either_near, misfit, count = sums
+        return {
+            "IoU": both / max(either, 1.0),
+            "IoU near": both_near / max(either_near, 1.0),
+            "loss": misfit / count,
+        }
+
+
+# -- The mesh that is fitted, as read and as the field sees it ---------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A mesh.
+
+    Attributes:
+        name: for people.
+        mesh: in the coordinates of the field.
+        frame: where these lie in those of the file.
+        notes: what was done to it.
+    """
+
+    name: str
+    mesh: Mesh
+    frame: Frame
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def tree(self) -> MeshTree:
+        """Of the mesh."""
+        return MeshTree(self.mesh)
+
+    def describe(self) -> str:
+        """In one sentence for people."""
+        return f"{self.name}: {len(self.mesh.faces)} faces" + "".join(f", {note}" for note in self.notes) + "."
+
+
+def subject(config: ShapeConfig) -> Subject:
+    """What is fitted.
+
+    Raises:
+        UserError: if it cannot be read, or is no solid.
+    """
+    return _read(config.file, config.shape, config.most_faces)
+
+
+@lru_cache(maxsize=1)
+def _read(file: Path | None, shape: MadeName, most_faces: int) -> Subject:
+    """Kept, for it is asked for when settings are checked, when points are drawn and when the fit is shown."""
+    name = shape if file is None else file.name
+    mesh, notes = prepared(made(shape) if file is None else read_file(file, most_faces), name)
+    frame = Frame.of(mesh)
+    return Subject(name, frame.inward(mesh), frame, notes)
+
+
+# -- How far a surface is from the true one ----------------------------------------------------------------------------
+
+
+SAMPLES = 10000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A surface beside the true one; lengths are shares of the true mesh's longest side.
+
+    Attributes:
+        chamfer: the mean of the two next.
+        to_truth: mean distance of the surface's points to the true one.
+        from_truth: mean distance of the true surface's points to it.
+        normals: mean absolute cosine between the normals of a point and of its nearest one, both ways.
+        vertices, faces: of the surface.
+        watertight: whether every edge has two faces.
+        volume: over the true one's.
+    """
+
+    chamfer: float
+    to_truth: float
+    from_truth: float
+    normals: float
+    vertices: int
+    faces: int
+    watertight: bool
+    volume: float
+
+
+def compared(mesh: Mesh, truth: Mesh, tree: MeshTree, seed: int = 0) -> Comparison:
+    """Both in the field's coordinates; ``tree`` is the truth's. Distances are from points on one surface to the other
+    surface itself, so that there is no floor of the sampling."""
+    random = torch.Generator().manual_seed(seed)
+    ways = []
+    for one, other, at in ((mesh, truth, tree), (truth, mesh, MeshTree(mesh))):
+        found = sample(one, SAMPLES, random)
+        distance, _, face = at.closest(found.points)
+        cosine = (one.normals()[found.faces] * other.normals()[face]).sum(1).abs()
+        ways.append((float(distance.mean()) / LONGEST, float(cosine.mean())))
+    (to, own), (back, others) = ways
+    edges = Edges.of(mesh)
+    return Comparison(
+        chamfer=(to + back) / 2,
+        to_truth=to,
+        from_truth=back,
+        normals=(own + others) / 2,
+        vertices=len(mesh.vertices),
+        faces=len(mesh.faces),
+        watertight=edges.open == 0 and edges.crowded == 0,
+        volume=mesh.volume / truth.volume,
+    )
+
+
+# -- What there is to see of a shape's fit -----------------------------------------------------------------------------
+
+
+PICTURE = 360
+MOST_ERROR = 0.02
+"""Of the longest side, at the bright end of the error's colours."""
+
+
+def show(config: ShapeConfig, task: FieldTask, results: Results, run: Run) -> None:
+    """Write the surface, pictures of it beside the truth, a slice of the field, the comparison and the page."""
+    true = subject(config)
+    folder = run.path / "figures"
+    folder.mkdir(exist_ok=True)
+    found = surface(config, task, config.resolution)
+    eyes = [view(turn) @ _upright(config) for turn in (35.0, 215.0)]
+    pictures = [(folder / "original.png", "The mesh, from two sides.")]
+    save(torch.cat([mesh_drawn(true.mesh, PICTURE, eye) for eye in eyes], 1), pictures[0][0])
+    if found is None:
+        run.write_json("surface.json", {"found": False})
+        notes = ["The field is nowhere zero: there is no surface."]
+    else:
+        write_obj(true.frame.outward(found), run.product("surface.obj"))
+        write_ply(true.frame.outward(found), run.product("surface.ply"))
+        figures = compared(found, true.mesh, true.tree)
+        run.write_json("surface.json", {"found": True, "resolution": config.resolution, **vars(figures)})
+        away, _, _ = true.tree.closest(found.vertices)
+        colours = heat(away / LONGEST, MOST_ERROR)
+        pictures += [
+            (folder / "reconstruction.png", "The surface of the field (surface.ply, surface.obj)."),
+            (
+                folder / "error.png",
+                f"Its distance from the mesh: dark is none, bright {100 * MOST_ERROR:g} % of the longest side.",
+            ),
+        ]
+        save(torch.cat([mesh_drawn(found, PICTURE, eye) for eye in eyes], 1), pictures[1][0])
+        save(torch.cat([mesh_drawn(found, PICTURE, eye, colours) for eye in eyes], 1), pictures[2][0])
+        notes = [_sentence(figures, config.resolution)]
+    pictures.append((folder / "slice.png", "The field on a plane through the middle; the line is the mesh."))
+    save_figure(_slice(config, task, true), pictures[-1][0], 110)
+    write_page("A shape as a field", task, results, run, pictures, notes)
+
+
+def export(config: ShapeConfig, task: FieldTask, sizes: tuple[int, ...], run: Run) -> Path:
+    """Write ``export.ply`` and ``export.obj``: the surface on a grid of so many points along the longest side."""
+    if len(sizes) != 1:
+        raise UserError("--export-size takes one number for a shape: the grid points of the longest side")
+    check_grid("--export-size", sizes[0])
+    found = surface(config, task, sizes[0])
+    if found is None:
+        raise UserError(f"the field of {run} is nowhere zero, and has no surface")
+    outward = subject(config).frame.outward(found)
+    write_obj(outward, run.product("export.obj"))
+    write_ply(outward, run.product("export.ply"))
+    return run.product("export.ply")
+
+
+def surface(config: ShapeConfig, task: FieldTask, longest: int) -> Mesh | None:
+    """The field's surface in its own coordinates; ``None`` if it has none."""
+    sign = -1.0 if config.task == "sdf" else 1.0
+
+    def height(x: Tensor) -> Tensor:
+        return sign * sampled(task.model, iter([x]))[:, 0]
+
+    return extracted(height, task.points.corner, longest, config.representation.memory_mb, min(task.chunk, 65536))
+
+
+def _sentence(figures: Comparison, resolution: int) -> str:
+    return (
+        f"At {resolution} grid points: Chamfer distance {100 * figures.chamfer:.3f} % of the longest side (from the "
+        f"surface {100 * figures.to_truth:.3f} %, to it {100 * figures.from_truth:.3f} %), normals agree to "
+        f"{figures.normals:.4f}, {figures.faces} faces, {'' if figures.watertight else 'not '}watertight, "
+        f"{figures.volume:.4f} of the mesh's volume."
+    )
+
+
+def _upright(config: ShapeConfig) -> Tensor:
+    """From the file's axes to those of which y points up."""
+    if config.up == "y":
+        return torch.eye(3, dtype=torch.float64)
+    return torch.tensor([[1.0, 0, 0], [0, 0, 1.0], [0, -1.0, 0]], dtype=torch.float64)
+
+
+def _slice(config: ShapeConfig, task: FieldTask, true: Subject) -> Figure:
+    """The field where the third coordinate (the depth, where y is up) is zero."""
+    corner = task.points.corner
+    flat = 2 if config.up == "y" else 1
+    across, upward = (0, 1) if config.up == "y" else (0, 2)
+    n = 160
+    sizes = tuple(max(2, round(n * corner[i] / max(corner))) for i in (upward, across))
+    plane = centres(torch.arange(sizes[0] * sizes[1]), sizes, (corner[upward], corner[across]), torch.float64)
+    x = torch.zeros(len(plane), 3, dtype=torch.float64)
+    x[:, upward], x[:, across] = plane.unbind(1)
+    x[:, flat] = 0
+    values = sampled(task.model, iter(x.float().split(min(task.chunk, 65536)))).reshape(sizes)
+    outline = section(true.mesh, flat)[:, :, [across, upward]].numpy()
+    box = (-corner[across], corner[across], -corner[upward], corner[upward])
+    if config.task == "sdf":
+        most, colours, label = float(values.abs().max()), "RdBu", "signed distance"
+    else:
+        values = values.sigmoid() - 0.5
+        most, colours, label = 0.5, "RdBu_r", "probability of being inside, less one half"
+    with matplotlib.rc_context({**FIGURE, "axes.grid": False}):
+        figure = Figure(figsize=(5.6, 4.6), layout="constrained")
+        ax = figure.subplots()
+        shown = ax.imshow(values.numpy(), cmap=colours, vmin=-most, vmax=most, origin="lower", extent=box)
+        if config.task == "sdf":
+            ax.contour(values.numpy(), 16, colors="#00000055", linewidths=0.5, extent=box)
+        ax.add_collection(LineCollection(list(outline), colors="black", linewidths=1.2))
+        figure.colorbar(shown, ax=ax, label=label)
+        ax.set(xticks=[], yticks=[])
+    return figure
+
+
+# -- The recipe that fits shapes ---------------------------------------------------------------------------------------
+
+
+FREQUENCIES = {"occupancy": 16.0, "sdf": 10.0}
+"""Their scale, by the task."""
+
+
+def build(config: ShapeConfig) -> FieldTask:
+    """The task."""
+    points, parts = _drawn(
+        subject(config), config.task, Counts(config.samples, config.held_out_samples), config.sample_seed
+    )
+    distance = config.task == "sdf"
+    return FieldTask(
+        config,
+        points,
+        parts,
+        FREQUENCIES[config.task],
+        _distance_loss(config) if distance else cross_entropy,
+        about=f"{subject(config).describe()} {'Signed distance' if distance else 'Occupancy'}.",
+        scoring=Overlap(distance),
+        slopes=distance,
+    )
+
+
+def _distance_loss(config: ShapeConfig) -> DistanceLoss:
+    return DistanceLoss(
+        distance=config.distance_weight,
+        normal=config.normal_weight,
+        eikonal=config.eikonal_weight,
+        surface_only=config.supervision == "surface",
+    )
+
+
+@lru_cache(maxsize=1)
+def _drawn(of: Subject, task: TaskName, counts: Counts, seed: int) -> tuple[ShapePoints, Parts]:
+    """Kept, for training and showing both ask for it."""
+    return drawn(of.mesh, of.tree, task, counts, seed)
+
+
+def ready(config: ShapeConfig) -> None:
+    """Raise where the mesh cannot be used, or the settings do not go with its slopes."""
+    if config.task == "sdf":
+        check_slopes(config)
+    subject(config)
+
+
+RUNNER = FieldRunner(build, show, ready, export)
