@@ -8,9 +8,10 @@ import torch
 pytest.importorskip("lightning")
 
 from torchimplicit.gradients import Implicit, OneStep, UnrolledPhantom
-from torchimplicit.recipes.digits import build, data
-from torchimplicit.recipes.digits.audit import EXACT_GRADIENT, EXACT_SOLVER, audit, probe
-from torchimplicit.recipes.digits.config import DigitsConfig
+from torchimplicit.recipes.phantom import demo_task as build
+from torchimplicit.recipes.phantom import demo_task as data
+from torchimplicit.recipes.phantom.demo_settings import DigitsConfig
+from torchimplicit.recipes.phantom.demo_task import EXACT_GRADIENT, EXACT_SOLVER, audit, probe
 
 
 @pytest.fixture(autouse=True, scope="module")

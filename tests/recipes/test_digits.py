@@ -14,8 +14,8 @@ import torch
 pytest.importorskip("lightning")
 
 from torchimplicit import cli
-from torchimplicit.recipes.digits import data
-from torchimplicit.recipes.digits.task import DigitsTask
+from torchimplicit.recipes.phantom import demo_task as data
+from torchimplicit.recipes.phantom.demo_task import DigitsTask
 
 SMALL = ["--channels", "4", "--batch-size", "256", "--solver-steps", "12"]
 """Five steps an epoch, a fraction of a second each."""

@@ -11,9 +11,9 @@ import torch
 pytest.importorskip("torch_geometric")
 pytest.importorskip("sklearn")
 
-from torchimplicit.recipes.graphs import ppi, tu
-from torchimplicit.recipes.graphs.chains import chains
-from torchimplicit.recipes.graphs.folds import folds
+from torchimplicit.recipes.phantom import graph_data as tu
+from torchimplicit.recipes.phantom import ppi
+from torchimplicit.recipes.phantom.graph_data import chains, folds
 from torchimplicit.recipes.runtime.errors import UserError
 
 # A triangle; two nodes without an edge; a path of three, whose middle is linked, and an isolated node.

@@ -17,10 +17,10 @@ from rich.console import Console
 
 from torchimplicit import cli
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.graphs import runner
-from torchimplicit.recipes.graphs.config import ChainsConfig, MoleculesConfig, chains, cox2, ppi, proteins
-from torchimplicit.recipes.graphs.runner import TRAINER
+from torchimplicit.recipes.phantom import graphs as runner
 from torchimplicit.recipes.phantom import graphs_table as table_jobs
+from torchimplicit.recipes.phantom.graphs import TRAINER
+from torchimplicit.recipes.phantom.graphs_settings import ChainsConfig, MoleculesConfig, chains, cox2, ppi, proteins
 from torchimplicit.recipes.phantom.graphs_table import TABLE, PhantomGraphsConfig
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import Run, RunOptions, create

@@ -20,7 +20,8 @@ import torch
 pytest.importorskip("lightning")
 from PIL import Image
 
-from torchimplicit.recipes.chemistry import sources, storage
+from torchimplicit.recipes.density import chemistry as sources
+from torchimplicit.recipes.density import compute as storage
 from torchimplicit.recipes.runtime.errors import UserError
 
 LARGE = 10**12
@@ -270,7 +271,7 @@ class TestPictures:
         refused(lambda path: read_file(path, 256), content, tmp_path / "p.png")
 
     def test_data_sets(self, tmp_path):
-        from torchimplicit.recipes.images import cifar10, imagenet
+        from torchimplicit.recipes.phantom import cifar10, imagenet
 
         for content in (png(60000, 60000), picture()[:900], b""):
             path = tmp_path / "train_0_airplane.png"
@@ -339,7 +340,7 @@ class TestSounds:
 
 class TestDataSets:
     def test_idx(self, tmp_path):
-        from torchimplicit.recipes.images import mnist
+        from torchimplicit.recipes.phantom import mnist
 
         def idx(*shape: int) -> bytes:
             return bytes((0, 0, 8, len(shape))) + struct.pack(f">{len(shape)}I", *shape)
@@ -365,7 +366,7 @@ class TestDataSets:
             mnist.LARGEST_FILE = mnist_limit
 
     def test_pickles(self):
-        from torchimplicit.recipes.images.cifar10 import read_batch
+        from torchimplicit.recipes.phantom.cifar10 import read_batch
 
         array = np.zeros((2, 3072), np.uint8)
         for content in (
@@ -421,7 +422,7 @@ class TestDataSets:
     )
     def test_arrays(self, tmp_path, content):
         pytest.importorskip("torch_geometric")
-        from torchimplicit.recipes.graphs.ppi import _array
+        from torchimplicit.recipes.phantom.ppi import _array
 
         refused(lambda path: _array(path, 2), content, tmp_path / "x.npy")
 
@@ -443,7 +444,7 @@ class TestDataSets:
     )
     def test_graphs_in_json(self, tmp_path, text):
         pytest.importorskip("torch_geometric")
-        from torchimplicit.recipes.graphs.ppi import _edges
+        from torchimplicit.recipes.phantom.ppi import _edges
 
         refused(lambda path: _edges(path, np.zeros(3, np.int64)), text, tmp_path / "g.json")
 
@@ -463,7 +464,7 @@ class TestDataSets:
     )
     def test_graphs_in_text(self, tmp_path, changed):
         pytest.importorskip("torch_geometric")
-        from torchimplicit.recipes.graphs import tu
+        from torchimplicit.recipes.phantom import graph_data as tu
 
         whole = {"A": "1, 2\n2, 1\n3, 4\n4, 3\n", "graph_indicator": "1\n1\n2\n2\n", "graph_labels": "0\n1\n"}
         for name, text in (whole | {"node_labels": "0\n1\n0\n1\n"} | changed).items():
@@ -472,7 +473,7 @@ class TestDataSets:
 
 
 def test_texts(tmp_path):
-    from torchimplicit.recipes.language import data
+    from torchimplicit.recipes.phantom import language_data as data
 
     for split in data.SPLITS:
         (tmp_path / data.file_name(split)).write_text("a text\n")
@@ -484,8 +485,8 @@ def test_texts(tmp_path):
 def test_files_that_take_no_room_on_the_disk(tmp_path):
     """They are larger than any that is meant, and are not read to be told so."""
     pytest.importorskip("torch_geometric")
-    from torchimplicit.recipes.graphs import ppi, tu
-    from torchimplicit.recipes.images import cifar10, olivetti
+    from torchimplicit.recipes.phantom import cifar10, olivetti, ppi
+    from torchimplicit.recipes.phantom import graph_data as tu
     from torchimplicit.recipes.runtime.fitting import rows
     from torchimplicit.recipes.runtime.run import Run
 

@@ -13,9 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from torchimplicit.recipes.images import cifar10, imagenet, mnist
-from torchimplicit.recipes.images.data import load
-from torchimplicit.recipes.images.split import set_apart
+from torchimplicit.recipes.phantom import cifar10, imagenet, mnist
+from torchimplicit.recipes.phantom.image_data import load, set_apart
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import Download, cache_folder, fetch
 

@@ -16,10 +16,10 @@ from test_image_data import write_imagenet, write_mnist, write_mosaics
 from torchimplicit import cli
 from torchimplicit.models import mdeq_imagenet, mdeq_large, mdeq_tiny
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.images import data
-from torchimplicit.recipes.images import task as tasks
-from torchimplicit.recipes.images.augment import augmented
-from torchimplicit.recipes.images.config import ImageConfig, cifar10, cifar10_large, digits, imagenet, mnist
+from torchimplicit.recipes.phantom import image_data as data
+from torchimplicit.recipes.phantom import images as tasks
+from torchimplicit.recipes.phantom.image_data import augmented
+from torchimplicit.recipes.phantom.image_settings import ImageConfig, cifar10, cifar10_large, digits, imagenet, mnist
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import RunOptions, create
 from torchimplicit.recipes.runtime.settings import Machine

@@ -12,10 +12,10 @@ from rich.console import Console
 from scipy.io import savemat
 
 import torchimplicit as ti
-from torchimplicit.recipes.images import olivetti
 from torchimplicit.recipes.joint.inverse import RUNNER, Restoration
 from torchimplicit.recipes.joint.inverse_table import ROWS, TABLE, JiioInverseConfig, jobs
 from torchimplicit.recipes.joint.settings import Images, InverseConfig, Joint, inverse_digits
+from torchimplicit.recipes.phantom import olivetti
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.jobs import prepare
 from torchimplicit.recipes.runtime.settings import Machine, Optimization, from_plain, to_plain

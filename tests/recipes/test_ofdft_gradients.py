@@ -19,18 +19,24 @@ from torchimplicit.diagnostics import curvature
 from torchimplicit.gradients import Implicit
 from torchimplicit.linear import Dense
 from torchimplicit.models.orbital_free import OrbitalFree, OrbitalFreeConfig
-from torchimplicit.recipes.chemistry import compute
-from torchimplicit.recipes.chemistry.known import named
-from torchimplicit.recipes.chemistry.settings import ChemistrySettings
-from torchimplicit.recipes.chemistry.storage import file_name
+from torchimplicit.recipes.density import compute
 from torchimplicit.recipes.density import gradients as gathered
+from torchimplicit.recipes.density.adjoints import (
+    RUNNER,
+    MoleculeResults,
+    Optimum,
+    check,
+    load,
+    made,
+    measured,
+    slope,
+    softest,
+    ways,
+)
+from torchimplicit.recipes.density.chemistry import named
+from torchimplicit.recipes.density.compute import file_name
 from torchimplicit.recipes.density.gradients import TABLE, TableConfig
-from torchimplicit.recipes.ofdft_gradients.adjoint import ways
-from torchimplicit.recipes.ofdft_gradients.config import MoleculeGradientsConfig
-from torchimplicit.recipes.ofdft_gradients.measure import RUNNER, measured
-from torchimplicit.recipes.ofdft_gradients.optimum import Optimum, check, load, made
-from torchimplicit.recipes.ofdft_gradients.results import MoleculeResults, slope
-from torchimplicit.recipes.ofdft_gradients.softening import softest
+from torchimplicit.recipes.density.settings import ChemistrySettings, MoleculeGradientsConfig
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import Run, RunOptions, create
 from torchimplicit.recipes.runtime.settings import from_plain, to_plain

@@ -13,12 +13,11 @@ pytest.importorskip("scipy")
 
 from rich.console import Console
 
-from torchimplicit.recipes.chemistry import storage
-from torchimplicit.recipes.chemistry.geometry import distorted
-from torchimplicit.recipes.chemistry.known import named
-from torchimplicit.recipes.chemistry.settings import ChemistrySettings
+from torchimplicit.recipes.density import compute as storage
 from torchimplicit.recipes.density import molecules, single, stability
+from torchimplicit.recipes.density.chemistry import distorted, named
 from torchimplicit.recipes.density.results import ratio, seconds_to, shown, told
+from torchimplicit.recipes.density.settings import ChemistrySettings
 from torchimplicit.recipes.registry import runner, settings
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.jobs import prepare

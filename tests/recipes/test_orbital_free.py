@@ -15,15 +15,13 @@ from rich.console import Console
 
 from torchimplicit.diagnostics import curvature
 from torchimplicit.errors import ConvergenceWarning
-from torchimplicit.recipes.chemistry import storage
-from torchimplicit.recipes.chemistry.known import named
-from torchimplicit.recipes.chemistry.settings import ChemistrySettings
-from torchimplicit.recipes.orbital_free import data, runner
-from torchimplicit.recipes.orbital_free.case import Case
-from torchimplicit.recipes.orbital_free.config import Molecules, OrbitalFreeTraining
-from torchimplicit.recipes.orbital_free.measure import quality, summarized
-from torchimplicit.recipes.orbital_free.objective import DensityFit
-from torchimplicit.recipes.orbital_free.penalties import Curvature
+from torchimplicit.recipes.density import compute as storage
+from torchimplicit.recipes.density import training as data
+from torchimplicit.recipes.density import training as runner
+from torchimplicit.recipes.density.chemistry import named
+from torchimplicit.recipes.density.objective import Case, Curvature, DensityFit
+from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules, OrbitalFreeTraining
+from torchimplicit.recipes.density.training import quality, summarized
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import Run, RunOptions, create
 

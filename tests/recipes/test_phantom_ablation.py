@@ -14,8 +14,6 @@ pytest.importorskip("tyro")
 from rich.console import Console
 
 from torchimplicit import cli
-from torchimplicit.recipes.images.config import cifar10
-from torchimplicit.recipes.images.cost import CONVERGED, CostConfig, read
 from torchimplicit.recipes.phantom.ablation import (
     CONTROL,
     IMPLICIT,
@@ -28,6 +26,8 @@ from torchimplicit.recipes.phantom.ablation import (
     jobs,
     training,
 )
+from torchimplicit.recipes.phantom.image_settings import cifar10
+from torchimplicit.recipes.phantom.images import CONVERGED, CostConfig, read
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.execution import go, opened
 from torchimplicit.recipes.runtime.jobs import prepare

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchimplicit.recipes.language import wikitext
-from torchimplicit.recipes.language.data import Stream, Text, read
+from torchimplicit.recipes.phantom import language_data as wikitext
+from torchimplicit.recipes.phantom.language_data import Stream, Text, read
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import Download
 

@@ -241,7 +241,7 @@ def _one_of(entries: dict[str, registry.Entry], chosen: str | None) -> Any:
 
 def _molecules() -> Any:
     """The command of the chemistry, which is imported only if it is asked for."""
-    from torchimplicit.recipes.chemistry.command import Molecules
+    from torchimplicit.recipes.density.command import Molecules
 
     return Molecules
 

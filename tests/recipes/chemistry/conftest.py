@@ -12,7 +12,7 @@ pytest.importorskip("scipy")
 @pytest.fixture(scope="session")
 def record():
     """The record of the hydrogen molecule, as PySCF computed it."""
-    from torchimplicit.recipes.chemistry.storage import read
+    from torchimplicit.recipes.density.compute import read
 
     return read(DATA)
 
@@ -20,7 +20,7 @@ def record():
 @pytest.fixture
 def no_chemistry(monkeypatch, record):
     """Every calculation gives hydrogen's numbers at once, and needs no PySCF; the geometries that were asked for."""
-    from torchimplicit.recipes.chemistry import compute
+    from torchimplicit.recipes.density import compute
 
     asked = []
 

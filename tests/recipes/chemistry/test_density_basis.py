@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchimplicit.recipes.chemistry.density_basis import DensityBasis, solid_harmonics
+from torchimplicit.recipes.density.compute import DensityBasis, solid_harmonics
 
 LARGEST = 6
 
@@ -122,7 +122,7 @@ def test_densities_hold_the_electrons_and_their_energies_are_near(h2, record):
 
 
 def test_the_fit_is_the_constrained_minimum():
-    from torchimplicit.recipes.chemistry.fit import constrained_fit
+    from torchimplicit.recipes.density.chemistry import constrained_fit
 
     generator = np.random.default_rng(0)
     root = generator.normal(size=(6, 6))

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from torchimplicit.recipes.chemistry import storage
-from torchimplicit.recipes.chemistry.settings import ChemistrySettings
+from torchimplicit.recipes.density import compute as storage
+from torchimplicit.recipes.density.settings import ChemistrySettings
 from torchimplicit.recipes.runtime.errors import UserError
 
 

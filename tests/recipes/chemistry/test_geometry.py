@@ -8,15 +8,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from torchimplicit.recipes.chemistry.geometry import (
+from torchimplicit.recipes.density.chemistry import (
+    ATOMS,
     BOHR,
     MANY_ATOMS,
     Geometry,
     check_size,
     distorted,
     from_angstrom,
+    named,
 )
-from torchimplicit.recipes.chemistry.known import ATOMS, named
 from torchimplicit.recipes.runtime.errors import UserError
 
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from torchimplicit.recipes.chemistry import compute, storage
-from torchimplicit.recipes.chemistry.prepare import prepare, prepared
-from torchimplicit.recipes.chemistry.settings import ChemistrySettings
+from torchimplicit.recipes.density import compute
+from torchimplicit.recipes.density import compute as storage
+from torchimplicit.recipes.density.compute import prepare, prepared
+from torchimplicit.recipes.density.settings import ChemistrySettings
 from torchimplicit.recipes.runtime.errors import UserError
 
 SETTINGS = ChemistrySettings()

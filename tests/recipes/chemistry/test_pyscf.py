@@ -10,10 +10,10 @@ import torch
 
 pytest.importorskip("pyscf")
 
-from torchimplicit.recipes.chemistry import compute, storage
-from torchimplicit.recipes.chemistry.geometry import from_angstrom
-from torchimplicit.recipes.chemistry.known import named
-from torchimplicit.recipes.chemistry.settings import ChemistrySettings
+from torchimplicit.recipes.density import compute
+from torchimplicit.recipes.density import compute as storage
+from torchimplicit.recipes.density.chemistry import from_angstrom, named
+from torchimplicit.recipes.density.settings import ChemistrySettings
 from torchimplicit.recipes.runtime.errors import UserError
 
 SETTINGS = ChemistrySettings()

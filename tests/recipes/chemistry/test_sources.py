@@ -8,10 +8,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from torchimplicit.recipes.chemistry import sources
-from torchimplicit.recipes.chemistry.geometry import BOHR, Geometry
-from torchimplicit.recipes.chemistry.sources import Refused, read
-from torchimplicit.recipes.chemistry.xyz import parse
+from torchimplicit.recipes.density import chemistry as sources
+from torchimplicit.recipes.density.chemistry import BOHR, Geometry, Refused, parse, read
 from torchimplicit.recipes.runtime.errors import UserError
 
 WATER = "3\nwater\nO 0 0 0\nH 0.7572 0.5865 0\nH -0.7572 0.5865 0\n"

@@ -10,11 +10,12 @@ from rich.console import Console
 
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free import OrbitalFree
+from torchimplicit.recipes.density import training as data
+from torchimplicit.recipes.density import training as runner
+from torchimplicit.recipes.density.objective import Case
+from torchimplicit.recipes.density.settings import OrbitalFreeTraining
 from torchimplicit.recipes.density.stability import CountedTraining
-from torchimplicit.recipes.orbital_free import data, runner
-from torchimplicit.recipes.orbital_free.case import Case
-from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
-from torchimplicit.recipes.orbital_free.measure import Quality, quality
+from torchimplicit.recipes.density.training import Quality, quality
 from torchimplicit.recipes.runtime.fitting import read_checkpoint
 from torchimplicit.recipes.runtime.run import Run, threads
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from torchimplicit.recipes.chemistry import known
-from torchimplicit.recipes.ofdft_gradients.config import (
+from torchimplicit.recipes.density import chemistry as known
+from torchimplicit.recipes.density.adjoints import MoleculeResults, Softened, Solved
+from torchimplicit.recipes.density.settings import (
     FELT,
     LEARNING_RATE,
     SPREAD,
@@ -19,7 +20,6 @@ from torchimplicit.recipes.ofdft_gradients.config import (
     MoleculeGradientsConfig,
     State,
 )
-from torchimplicit.recipes.ofdft_gradients.results import MoleculeResults, Softened, Solved
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import from_plain, not_negative, option

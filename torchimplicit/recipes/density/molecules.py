@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from torchimplicit.recipes.density.results import INNER_STEPS, figures, missing, molecules, ratio, shown, told
-from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
+from torchimplicit.recipes.density.settings import OrbitalFreeTraining
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import not_negative, option, positive

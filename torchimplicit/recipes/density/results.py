@@ -9,8 +9,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from torchimplicit.recipes.chemistry.settings import ChemistrySettings
-from torchimplicit.recipes.orbital_free.config import Molecules
+from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.table import NONE, Line, Runs
 
@@ -62,10 +61,10 @@ def figures(config: Any, run: Run) -> dict[str, Any] | None:
 
 
 def summary(qualities: Sequence[Any]) -> dict[str, Any]:
-    """As :func:`~torchimplicit.recipes.orbital_free.measure.summarized`, of plain data."""
+    """As :func:`~torchimplicit.recipes.density.training.summarized`, of plain data."""
     from dataclasses import asdict
 
-    from torchimplicit.recipes.orbital_free.measure import Quality, summarized
+    from torchimplicit.recipes.density.training import Quality, summarized
     from torchimplicit.recipes.runtime.settings import from_plain
 
     return asdict(summarized([from_plain(Quality, one) for one in qualities]))

@@ -21,7 +21,7 @@ from torchimplicit.recipes.density.results import (
     shown,
     told,
 )
-from torchimplicit.recipes.orbital_free.config import EstimatorName, OrbitalFreeTraining
+from torchimplicit.recipes.density.settings import EstimatorName, OrbitalFreeTraining
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import fraction, not_negative, option, positive
@@ -319,11 +319,11 @@ def line_through(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -
     """The error of the density along the line through two atoms; ``None`` where the molecule is not at hand."""
     import torch
 
-    from torchimplicit.recipes.chemistry import storage
-    from torchimplicit.recipes.orbital_free import data
-    from torchimplicit.recipes.orbital_free.case import Case
-    from torchimplicit.recipes.orbital_free.places import line as places_along
-    from torchimplicit.recipes.orbital_free.runner import started
+    from torchimplicit.recipes.density import compute as storage
+    from torchimplicit.recipes.density import training as data
+    from torchimplicit.recipes.density.objective import Case
+    from torchimplicit.recipes.density.training import line as places_along
+    from torchimplicit.recipes.density.training import started
     from torchimplicit.recipes.runtime.fitting import read_checkpoint
     from torchimplicit.recipes.runtime.page import COLOURS, axes
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torchimplicit.recipes.density import results
 from torchimplicit.recipes.density.results import lowered, mean, missing, molecules, shown, told
-from torchimplicit.recipes.orbital_free.config import OrbitalFreeTraining
+from torchimplicit.recipes.density.settings import OrbitalFreeTraining
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import OptimizerName, not_negative, option, positive

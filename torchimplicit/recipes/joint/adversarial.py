@@ -18,8 +18,8 @@ from torchimplicit.gradients import Envelope, Implicit
 from torchimplicit.linear import GMRES
 from torchimplicit.models import EquilibriumClassifier, EquilibriumClassifierConfig
 from torchimplicit.problems import FixedPoint, JointInference, JointState
-from torchimplicit.recipes.images.data import KINDS, selected
 from torchimplicit.recipes.joint.settings import CLEAN, AdversarialConfig, AttacksConfig
+from torchimplicit.recipes.phantom.image_data import KINDS, selected
 from torchimplicit.recipes.runtime import files
 from torchimplicit.recipes.runtime.fitting import load_weights
 from torchimplicit.recipes.runtime.run import Run, clock, device

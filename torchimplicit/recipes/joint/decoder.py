@@ -18,9 +18,8 @@ from torch.nn import functional
 from torchimplicit.gradients import Gradient
 from torchimplicit.models import EquilibriumDecoder, conv_decoder, mlp_decoder, multiscale_decoder
 from torchimplicit.problems import JointInference
-from torchimplicit.recipes.images.data import KINDS, load
-from torchimplicit.recipes.images.split import Labelled
 from torchimplicit.recipes.joint.settings import Decoder, Images, Joint
+from torchimplicit.recipes.phantom.image_data import KINDS, Labelled, load
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import Equilibria
 from torchimplicit.recipes.runtime.task import Split, generator, gradient, permutation, solver

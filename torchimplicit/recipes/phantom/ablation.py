@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.images.config import ImageConfig, cifar10
+from torchimplicit.recipes.phantom.image_settings import ImageConfig, cifar10
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.settings import (
     Equilibria,
@@ -22,7 +22,7 @@ from torchimplicit.recipes.runtime.settings import (
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Line, Plan, Published, Runs, Sheet
 
 if TYPE_CHECKING:
-    from torchimplicit.recipes.images.cost import Cost
+    from torchimplicit.recipes.phantom.images import Cost
     from torchimplicit.recipes.runtime.run import Run
 
 COST = "cost"
@@ -172,7 +172,7 @@ def _cpu(config: PhantomAblationConfig) -> ImageConfig:
 
 def jobs(config: PhantomAblationConfig) -> list[Job]:
     """Seed by seed, so that all rows have seen the machine alike."""
-    from torchimplicit.recipes.images.cost import CostConfig
+    from torchimplicit.recipes.phantom.images import CostConfig
 
     known_rows(config.rows, (*TABLE_1, *SWEEP, COST))
     made: list[Job] = []
@@ -198,14 +198,14 @@ def accuracies(runs: Runs, row: str) -> list[float]:
 
 def costs_of(runs: Runs) -> dict[str, Cost]:
     """What a step costs with each estimator; empty where it was not measured."""
-    from torchimplicit.recipes.images.cost import Cost
+    from torchimplicit.recipes.phantom.images import Cost
 
     return {name: from_plain(Cost, one) for name, one in runs.named(COST).items()}
 
 
 def sheets(config: PhantomAblationConfig, runs: Runs) -> list[Sheet]:
     """Table 1, what a step costs, and the sweep."""
-    from torchimplicit.recipes.images.cost import table as cost_table
+    from torchimplicit.recipes.phantom.images import table as cost_table
 
     def cost(figure: str, digits: int, scale: float = 1.0) -> Any:
         return lambda row: table.mean((scale * value for value in runs.of(row, f"costs.{figure}")), f".{digits}f")
@@ -246,7 +246,7 @@ def sheets(config: PhantomAblationConfig, runs: Runs) -> list[Sheet]:
 
 def claims(config: PhantomAblationConfig, runs: Runs) -> list[Claim]:
     """What was aimed at, and what came out."""
-    from torchimplicit.recipes.images.cost import CONVERGED, evaluations
+    from torchimplicit.recipes.phantom.images import CONVERGED, evaluations
 
     made = []
     for name, other in ((UPG, IMPLICIT), (NPG, IMPLICIT), (UPG, CONTROL)):
@@ -325,7 +325,7 @@ def notes(config: PhantomAblationConfig, runs: Runs) -> list[str]:
             "a validation split of CIFAR-10, by one run of each.",
         )
     if cost := costs_of(runs):
-        from torchimplicit.recipes.images.cost import CONVERGED, evaluations
+        from torchimplicit.recipes.phantom.images import CONVERGED, evaluations
 
         needed = evaluations(cost[CONVERGED])
         made.append(

@@ -10,8 +10,7 @@ import torch
 from rich.console import Console
 
 from torchimplicit.nn import Equilibrium
-from torchimplicit.recipes.graphs.model import estimator
-from torchimplicit.recipes.graphs.runner import TRAINER
+from torchimplicit.recipes.phantom.graphs import TRAINER, estimator
 from torchimplicit.recipes.phantom.graphs_table import CostConfig, differentiated, rows
 from torchimplicit.recipes.runtime.fitting import load_weights
 from torchimplicit.recipes.runtime.run import Run, device, threads

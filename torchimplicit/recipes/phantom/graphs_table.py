@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.graphs.config import ChainsConfig, MoleculesConfig, chains, cox2, proteins
+from torchimplicit.recipes.phantom.graphs_settings import ChainsConfig, MoleculesConfig, chains, cox2, proteins
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, positive

@@ -18,10 +18,10 @@ from torchimplicit.diagnostics import spectral_radius
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import Gradient
 from torchimplicit.problems import FixedPoint
-from torchimplicit.recipes.language.config import LanguageConfig
-from torchimplicit.recipes.language.data import Segment
-from torchimplicit.recipes.language.task import RUNNER as LANGUAGE
-from torchimplicit.recipes.language.task import LanguageTask
+from torchimplicit.recipes.phantom.language import RUNNER as LANGUAGE
+from torchimplicit.recipes.phantom.language import LanguageTask
+from torchimplicit.recipes.phantom.language_data import Segment
+from torchimplicit.recipes.phantom.language_settings import LanguageConfig
 from torchimplicit.recipes.phantom.language_table import CONVERGED, KINDS
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import load_weights

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.language.config import LanguageConfig, wikitext2, wikitext103
+from torchimplicit.recipes.phantom.language_settings import LanguageConfig, wikitext2, wikitext103
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.settings import Machine, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet

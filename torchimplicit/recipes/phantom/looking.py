@@ -11,7 +11,7 @@ from torchimplicit.gradients import (
     UnrolledPhantom,
 )
 from torchimplicit.linear import GMRES
-from torchimplicit.recipes.images.task import Classification, ready
+from torchimplicit.recipes.phantom.images import Classification, ready
 from torchimplicit.recipes.runtime.monitor import MonitorGradient
 from torchimplicit.recipes.runtime.trainer import Trainer
 

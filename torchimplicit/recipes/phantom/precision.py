@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.images.config import ImageConfig, cifar10, mnist
-from torchimplicit.recipes.images.config import digits as bundled
+from torchimplicit.recipes.phantom.image_settings import ImageConfig, cifar10, mnist
+from torchimplicit.recipes.phantom.image_settings import digits as bundled
 from torchimplicit.recipes.phantom.settings import LABELS, LayerConfig, looking
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torchimplicit.recipes.images.config import ImageConfig
-from torchimplicit.recipes.images.config import digits as bundled
+from torchimplicit.recipes.phantom.image_settings import ImageConfig
+from torchimplicit.recipes.phantom.image_settings import digits as bundled
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import not_negative, option, positive
 

@@ -1,1 +1,0 @@
-"""Molecules for density functionals: from a name, an xyz file or QM9 to data files, by PySCF."""

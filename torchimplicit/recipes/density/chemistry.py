@@ -1,0 +1,537 @@
+"""Molecules: elements, geometries, and where they come from."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import lzma
+import math
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import Download, cache_folder, fetch, inside
+
+# -- The periodic table: symbols and nuclear charges -------------------------------------------------------------------
+
+
+_PERIODS = """
+H He
+Li Be B C N O F Ne
+Na Mg Al Si P S Cl Ar
+K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr
+Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe
+Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn
+Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og
+"""
+
+SYMBOLS = tuple(_PERIODS.split())
+"""In the order of their nuclear charges, from 1 on."""
+
+CHARGES = {symbol: charge for charge, symbol in enumerate(SYMBOLS, start=1)}
+"""Nuclear charge by symbol."""
+
+HEAVIEST = CHARGES["Kr"]
+"""The last element that is taken. Beyond it the usual orbital bases replace the inner electrons by an effective core
+potential: the density would lack them, and the nuclei would not attract as point charges."""
+
+
+def symbol(charge: int) -> str:
+    """The element with this nuclear charge."""
+    return SYMBOLS[charge - 1]
+
+
+# -- Where a molecule's nuclei are, and how many electrons it has ------------------------------------------------------
+
+
+BOHR = 0.529177210903
+"""Angstrom in a bohr (CODATA 2018)."""
+
+TOO_CLOSE = 0.4
+"""Angstrom. Atoms nearer than this overlap: the shortest bond there is, that of H2, has 0.74."""
+
+MANY_ATOMS = 40
+"""A molecule with more is refused unless it is allowed: matrices, grid and time grow with the square and the cube."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """A closed-shell molecule before anything is computed of it.
+
+    Attributes:
+        name: what it is called in files, tables and errors.
+        charges: nuclear charges.
+        positions: of the nuclei, x, y, z of each, in bohr.
+        charge: of the molecule as a whole, in elementary charges.
+
+    Raises:
+        UserError: no atoms; an element that is not known or is heavier than krypton; a position that is not finite;
+            atoms closer than :data:`TOO_CLOSE`; no electrons, or an odd number of them.
+    """
+
+    name: str
+    charges: tuple[int, ...]
+    positions: tuple[tuple[float, float, float], ...]
+    charge: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.charges:
+            raise UserError(f"{self.name} has no atoms")
+        if len(self.charges) != len(self.positions):
+            raise UserError(f"{self.name} has {len(self.charges)} elements and {len(self.positions)} positions")
+        self._check_elements()
+        self._check_positions()
+        if self.electrons < 1:
+            raise UserError(f"{self.name} with charge {self.charge:+d} has no electrons left: no density to speak of")
+        if self.electrons % 2:
+            raise UserError(
+                f"{self.name} with charge {self.charge:+d} has {self.electrons} electrons, an odd number: it has an "
+                "open shell, and only closed shells are supported; give another --charge"
+            )
+
+    @property
+    def electrons(self) -> int:
+        """The nuclear charge minus the molecule's."""
+        return sum(self.charges) - self.charge
+
+    @property
+    def formula(self) -> str:
+        """In Hill's order: carbon, hydrogen, then the alphabet."""
+        counts = Counter(map(symbol, self.charges))
+        first = [s for s in ("C", "H") if s in counts] if "C" in counts else []
+        order = [*first, *sorted(set(counts) - set(first))]
+        return "".join(s + (str(counts[s]) if counts[s] > 1 else "") for s in order)
+
+    def _check_elements(self) -> None:
+        for number, charge in enumerate(self.charges, start=1):
+            if not 1 <= charge <= len(SYMBOLS):
+                raise UserError(f"{self.name}: atom {number} has the nuclear charge {charge}, and no element has")
+            if charge > HEAVIEST:
+                raise UserError(
+                    f"{self.name}: atom {number} is {symbol(charge)}; elements beyond {symbol(HEAVIEST)} are not "
+                    "supported, because their bases leave out the inner electrons"
+                )
+
+    def _check_positions(self) -> None:
+        places = np.array(self.positions, dtype=float).reshape(-1, 3)
+        for number, place in enumerate(places, start=1):
+            if not np.isfinite(place).all():
+                raise UserError(f"{self.name}: the position of atom {number} is not finite ({place.tolist()})")
+        distance = np.linalg.norm(places[:, None] - places[None], axis=-1) * BOHR
+        distance[np.tril_indices(len(places))] = math.inf
+        a, b = divmod(int(distance.argmin()), len(places))
+        if distance[a, b] < TOO_CLOSE:
+            raise UserError(
+                f"{self.name}: atoms {a + 1} ({symbol(self.charges[a])}) and {b + 1} ({symbol(self.charges[b])}) are "
+                f"{distance[a, b]:.3f} angstrom apart, and overlap below {TOO_CLOSE}; positions must be in angstrom"
+            )
+
+
+def from_angstrom(
+    name: str, atoms: Iterable[tuple[str, Sequence[float]]], charge: int = 0, electrons: int | None = None
+) -> Geometry:
+    """A geometry from symbols and positions in angstrom.
+
+    Args:
+        name: see :class:`Geometry`.
+        atoms: symbol and position of each.
+        charge: see :class:`Geometry`.
+        electrons: how many the caller expects; ``None``: whatever follows from the charge.
+
+    Raises:
+        UserError: an unknown symbol, ``electrons`` that do not fit, and all that :class:`Geometry` refuses.
+    """
+    charges, positions = [], []
+    for number, (element, place) in enumerate(atoms, start=1):
+        if element not in CHARGES:
+            raise UserError(f"{name}: atom {number} is '{element}', and there is no such element")
+        x, y, z = (float(value) / BOHR for value in place)
+        charges.append(CHARGES[element])
+        positions.append((x, y, z))
+    if electrons is not None and sum(charges) - charge != electrons:
+        raise UserError(
+            f"{name} has nuclei of charge {sum(charges)} in all and the charge {charge:+d}, hence "
+            f"{sum(charges) - charge} electrons, and {electrons} were asked for: one of --charge and "
+            "--electrons is wrong"
+        )
+    return Geometry(name=name, charges=tuple(charges), positions=tuple(positions), charge=charge)
+
+
+def check_size(geometry: Geometry) -> None:
+    """Refuse what takes long.
+
+    Raises:
+        UserError: more than :data:`MANY_ATOMS` atoms.
+    """
+    if len(geometry.charges) > MANY_ATOMS:
+        raise UserError(
+            f"{geometry.name} has {len(geometry.charges)} atoms; more than {MANY_ATOMS} take hours and gigabytes: "
+            "--allow-large takes them all the same"
+        )
+
+
+def distorted(geometry: Geometry, sigma: float, seed: int, copy: int) -> Geometry:
+    """The same molecule with every coordinate of every nucleus moved at random, independently.
+
+    A copy depends on its own number, the seed and the molecule's name only, not on what else is drawn.
+
+    Args:
+        geometry: the middle of the distribution.
+        sigma: its standard deviation, in angstrom.
+        seed: of the draw.
+        copy: its number, which goes into the name.
+
+    Raises:
+        UserError: the atoms overlap after it: ``sigma`` is too large.
+    """
+    digest = hashlib.sha256(geometry.name.encode()).digest()
+    draw = np.random.default_rng([seed, copy, int.from_bytes(digest[:4], "little")])
+    moved = np.array(geometry.positions) + draw.normal(scale=sigma / BOHR, size=(len(geometry.positions), 3))
+    places = tuple((float(x), float(y), float(z)) for x, y, z in moved)
+    return replace(geometry, name=f"{geometry.name}-d{copy}", positions=places)
+
+
+# -- Small closed-shell molecules by name, at their experimental bond lengths and angles -------------------------------
+
+
+Atom = tuple[str, tuple[float, float, float]]
+
+
+def _diatomic(first: str, second: str, length: float) -> list[Atom]:
+    return [(first, (0.0, 0.0, 0.0)), (second, (0.0, 0.0, length))]
+
+
+def _linear(*chain: tuple[str, float]) -> list[Atom]:
+    """Along z; every atom with its distance from the one before."""
+    atoms, z = [], 0.0
+    for element, step in chain:
+        z += step
+        atoms.append((element, (0.0, 0.0, z)))
+    return atoms
+
+
+def _bent(centre: str, ligand: str, length: float, angle: float) -> list[Atom]:
+    half = math.radians(angle) / 2
+    x, y = length * math.sin(half), length * math.cos(half)
+    return [(centre, (0.0, 0.0, 0.0)), (ligand, (x, y, 0.0)), (ligand, (-x, y, 0.0))]
+
+
+def _pyramid(centre: str, ligand: str, length: float, angle: float) -> list[Atom]:
+    """Three ligands round the z axis, with ``angle`` between the bonds of any two."""
+    radius = 2 * length * math.sin(math.radians(angle) / 2) / math.sqrt(3)
+    height = math.sqrt(length**2 - radius**2)
+    turns = [2 * math.pi * k / 3 for k in range(3)]
+    return [
+        (centre, (0.0, 0.0, 0.0)),
+        *((ligand, (radius * math.cos(t), radius * math.sin(t), -height)) for t in turns),
+    ]
+
+
+def _tetrahedron(centre: str, ligand: str, length: float) -> list[Atom]:
+    c = length / math.sqrt(3)
+    corners = ((c, c, c), (-c, -c, c), (-c, c, -c), (c, -c, -c))
+    return [(centre, (0.0, 0.0, 0.0)), *((ligand, corner) for corner in corners)]
+
+
+def _ethene(double: float, single: float, angle: float) -> list[Atom]:
+    """C2H4; ``angle`` is between the double bond and a bond to hydrogen."""
+    z, x = double / 2, single * math.sin(math.radians(angle))
+    outer = z - single * math.cos(math.radians(angle))
+    hydrogens = [("H", (sx * x, 0.0, sz * outer)) for sz in (1, -1) for sx in (1, -1)]
+    return [("C", (0.0, 0.0, z)), ("C", (0.0, 0.0, -z)), *hydrogens]
+
+
+def _methanal(double: float, single: float, angle: float) -> list[Atom]:
+    """H2CO; ``angle`` is between the two bonds to hydrogen."""
+    half = math.radians(angle) / 2
+    x, z = single * math.sin(half), -single * math.cos(half)
+    return [("C", (0.0, 0.0, 0.0)), ("O", (0.0, 0.0, double)), ("H", (x, 0.0, z)), ("H", (-x, 0.0, z))]
+
+
+# Diatomic molecules: Huber and Herzberg, Constants of Diatomic Molecules (1979); the others: Herzberg, Electronic
+# Spectra of Polyatomic Molecules (1966). Rounded to what the measurements of either kind agree on.
+ATOMS: dict[str, list[Atom]] = {
+    "He": [("He", (0.0, 0.0, 0.0))],
+    "H2": _diatomic("H", "H", 0.7414),
+    "LiH": _diatomic("Li", "H", 1.5957),
+    "HF": _diatomic("H", "F", 0.9168),
+    "N2": _diatomic("N", "N", 1.0977),
+    "CO": _diatomic("C", "O", 1.1283),
+    "F2": _diatomic("F", "F", 1.4119),
+    "HCl": _diatomic("H", "Cl", 1.2746),
+    "H2O": _bent("O", "H", 0.9572, 104.52),
+    "H2S": _bent("S", "H", 1.336, 92.1),
+    "NH3": _pyramid("N", "H", 1.012, 106.7),
+    "CH4": _tetrahedron("C", "H", 1.087),
+    "HCN": _linear(("H", 0.0), ("C", 1.064), ("N", 1.156)),
+    "CO2": _linear(("O", 0.0), ("C", 1.160), ("O", 1.160)),
+    "C2H2": _linear(("H", 0.0), ("C", 1.060), ("C", 1.203), ("H", 1.060)),
+    "C2H4": _ethene(1.339, 1.086, 121.2),
+    "H2CO": _methanal(1.208, 1.116, 116.5),
+}
+
+
+def named(name: str, charge: int = 0, electrons: int | None = None) -> Geometry:
+    """A molecule by its formula, such as ``H2O``.
+
+    Raises:
+        UserError: it is not among those that are known, or it is refused with this charge.
+    """
+    if name not in ATOMS:
+        close = difflib.get_close_matches(name.upper(), [known.upper() for known in ATOMS], n=1, cutoff=0.99)
+        meant = [f"; did you mean '{known}'?" for known in ATOMS if known.upper() in close]
+        raise UserError(
+            f"there is no molecule or file '{name}'{''.join(meant)}; the molecules known by name are "
+            f"{', '.join(ATOMS)}; any other comes from an .xyz file, a folder or an archive of them"
+        )
+    return from_angstrom(name, ATOMS[name], charge, electrons)
+
+
+# -- The xyz format: a count, a comment, and an element with its position in angstrom a line ---------------------------
+#
+# Read in two forms: as programs write it, and as the QM9 data set has it (Ramakrishnan et al. 2014), which writes
+# exponents as ``*^``, appends a partial charge to every atom, and frequencies and identifiers to the atoms.
+
+
+MOST_ATOMS = 1000
+"""Of a structure that is read: all pairs of atoms are looked at, and a functional of so many is out of reach."""
+
+FARTHEST = 1e5
+"""The largest coordinate, in angstrom: ten microns from the origin is no molecule."""
+
+
+def parse(text: str, where: str, name: str, charge: int = 0, electrons: int | None = None) -> Geometry:
+    """The molecule that ``text`` describes.
+
+    Args:
+        text: of the file.
+        where: the file, for errors.
+        name: to give to the molecule.
+        charge: of the molecule; the format does not hold it.
+        electrons: how many the caller expects; see :func:`~torchimplicit.recipes.density.chemistry.from_angstrom`.
+
+    Raises:
+        UserError: with the line's number, where it is empty or malformed; and all that a geometry is refused for.
+    """
+    lines = text.splitlines()
+    if not any(line.strip() for line in lines):
+        raise UserError(f"{where} is empty; an xyz file begins with the number of atoms")
+    count = _count(lines[0], where)
+    if count > MOST_ATOMS:
+        raise UserError(
+            f"{where} announces {count} atoms in line 1, and {MOST_ATOMS} at most are read; cut a piece out of it"
+        )
+    if len(lines) < count + 2:
+        raise UserError(
+            f"{where} announces {count} atoms in line 1 and ends after line {len(lines)}: it is cut short, or the "
+            "comment in line 2 is missing"
+        )
+    atoms = [_atom(line, f"{where}, line {number}") for number, line in enumerate(lines[2 : count + 2], start=3)]
+    if not lines[1].startswith("gdb"):  # QM9 goes on with frequencies and identifiers
+        for number, line in enumerate(lines[count + 2 :], start=count + 3):
+            if line.strip():
+                raise UserError(
+                    f"{where}, line {number}: there is more after the {count} atoms of line 1; a file must hold one "
+                    "structure, so cut a trajectory into files"
+                )
+    try:
+        return from_angstrom(name, atoms, charge, electrons)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _count(line: str, where: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", line.strip(), re.ASCII):  # Python's int takes 1_000, and other digits
+        raise UserError(f"{where}, line 1: '{_short(line)}' is no number of atoms")
+    count = int(line)
+    if count < 1:
+        raise UserError(f"{where}, line 1: a molecule of {count} atoms is none")
+    return count
+
+
+def _atom(line: str, where: str) -> tuple[str, list[float]]:
+    words = line.split()
+    if len(words) < 4:
+        raise UserError(f"{where}: '{_short(line)}' must be an element and three coordinates")
+    element = words[0]
+    if element.isdecimal() and 1 <= int(element) <= len(SYMBOLS):
+        element = SYMBOLS[int(element) - 1]
+    element = element.capitalize()
+    if element not in CHARGES:
+        raise UserError(f"{where}: there is no element '{_short(words[0])}'")
+    place = []
+    for word in words[1:4]:
+        try:
+            if not word.isascii() or "_" in word:
+                raise ValueError
+            value = float(word.replace("*^", "e"))
+        except ValueError:
+            raise UserError(f"{where}: '{_short(word)}' is no coordinate") from None
+        if not math.isfinite(value):
+            raise UserError(f"{where}: the coordinate {_short(word)} is not finite")
+        if abs(value) > FARTHEST:
+            raise UserError(
+                f"{where}: the coordinate {_short(word)} is beyond {FARTHEST:g}; positions must be in angstrom"
+            )
+        place.append(value)
+    return element, place
+
+
+def _short(text: str) -> str:
+    """For an error: on one line, and not too much of it."""
+    text = " ".join(text.split())
+    return text if len(text) <= 40 else text[:40] + "…"
+
+
+# -- Geometries from what a person names: a molecule, an xyz file, a folder or an archive of them, or QM9 --------------
+
+
+QM9 = Download(
+    name="dsgdb9nsd.xyz.tar.bz2",
+    url="https://ndownloader.figshare.com/files/3195389",
+    md5="ad1ebd51ee7f5b3a6e32e974e5d54012",
+)
+"""133,885 small organic molecules (Ramakrishnan, Dral, Rupp, von Lilienfeld, Scientific Data 1, 140022 (2014))."""
+
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+LARGEST_FILE = 1 << 20
+"""Bytes of an xyz file; one with more describes no molecule that could be computed."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A molecule of a folder or an archive that cannot be taken.
+
+    Attributes:
+        name: of its file, without the ending.
+        reason: in one line.
+    """
+
+    name: str
+    reason: str
+
+
+def read(
+    source: str, *, charge: int = 0, electrons: int | None = None, limit: int | None = None
+) -> list[Geometry | Refused]:
+    """The molecules of a source, those of a folder in the order of their names and those of an archive in its own.
+
+    Args:
+        source: a name (:data:`ATOMS`), ``qm9``, which is downloaded, or the path of an xyz file, a folder of xyz files,
+            or a tar archive of them.
+        charge: of every molecule.
+        electrons: how many each is expected to have; ``None``: whatever follows from the charge.
+        limit: how many to take of a folder or an archive, the refused ones included; ``None``: all.
+
+    Raises:
+        UserError: an unknown name, a file that is refused, or a folder or an archive without xyz files.
+    """
+    if source in ATOMS:
+        return [named(source, charge, electrons)]
+    path = fetch(QM9, cache_folder("qm9"), instead="as the source") if source == "qm9" else Path(source)
+    if path.is_dir():
+        texts = _folder(path)
+    elif path.name.lower().endswith(ARCHIVES) and path.is_file():
+        texts = _archive(path)
+    elif path.is_file():
+        if path.suffix.lower() != ".xyz":
+            raise UserError(f"{path} must be an .xyz file, a folder of them, or one of {', '.join(ARCHIVES)} of them")
+        return [parse(_text(_content(path), str(path)), str(path), path.stem, charge, electrons)]
+    else:
+        return [named(source, charge, electrons)]  # which says what is known
+    found: list[Geometry | Refused] = []
+    for name, where, content in islice(texts, limit):
+        try:
+            found.append(parse(_text(content, where), where, name, charge, electrons))
+        except UserError as error:
+            found.append(Refused(name, str(error)))
+    if not found:
+        raise UserError(f"{path} holds no .xyz file")
+    return found
+
+
+def _folder(path: Path) -> Iterator[tuple[str, str, bytes]]:
+    for file in sorted(path.rglob("*.xyz")):
+        if file.is_file():
+            yield file.stem, str(file), _content(file)
+
+
+def _content(path: Path) -> bytes:
+    """As much of a file as is read at most, and a byte that tells if there is more."""
+    try:
+        with path.open("rb") as file:
+            return file.read(LARGEST_FILE + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+
+
+def _archive(path: Path) -> Iterator[tuple[str, str, bytes]]:
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            for member in archive:
+                inside(path, member.name)
+                place = PurePosixPath(member.name)
+                if not member.isfile() or place.suffix.lower() != ".xyz":
+                    continue
+                file = archive.extractfile(member)
+                assert file is not None  # it is a regular file
+                yield place.stem, f"{path.name}: {member.name}", file.read(LARGEST_FILE + 1)
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} cannot be unpacked ({reason}): it is damaged or no tar archive; get it again"
+        ) from None
+
+
+def _text(content: bytes, where: str) -> str:
+    if len(content) > LARGEST_FILE:
+        raise UserError(f"{where} has more than {LARGEST_FILE} bytes: no molecule that could be computed")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{where} is no text") from None
+
+
+# -- A density of orbitals in a density basis --------------------------------------------------------------------------
+
+
+Array = NDArray[np.float64]
+
+
+def constrained_fit(coulomb: Array, potential: Array, weight: Array, electrons: float) -> Array:
+    """The coefficients whose error has the least Coulomb energy, among those with the right number of electrons.
+
+    The minimum of :math:`\\tfrac12\\langle p,Jp\\rangle-\\langle b,p\\rangle` under :math:`\\langle w,p\\rangle=N`
+    (Dunlap, Connolly, Sabin, J. Chem. Phys. 71, 3396 (1979)):
+
+    .. math:: \\begin{pmatrix}J&w\\\\ w^\\top&0\\end{pmatrix}\\begin{pmatrix}p\\\\ \\lambda\\end{pmatrix}
+              =\\begin{pmatrix}b\\\\ N\\end{pmatrix}
+
+    Args:
+        coulomb: J, ``[n, n]``, positive definite.
+        potential: b, ``[n, k]``: the Coulomb energies of the basis functions with each of k densities.
+        weight: w, ``[n]``.
+        electrons: N, of each density.
+
+    Returns:
+        p, ``[n, k]``.
+    """
+    n, k = potential.shape
+    matrix = np.zeros((n + 1, n + 1))
+    matrix[:n, :n], matrix[:n, n], matrix[n, :n] = coulomb, weight, weight
+    right = np.concatenate([potential, np.full((1, k), electrons)])
+    from scipy.linalg import solve  # heavy, and settings are made without it
+
+    found: Array = solve(matrix, right, assume_a="sym")[:n]
+    return found

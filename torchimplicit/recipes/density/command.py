@@ -1,0 +1,171 @@
+"""``torchimplicit molecules``: data files of molecules from the command line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from torchimplicit.recipes.density import chemistry as sources
+from torchimplicit.recipes.density.chemistry import Geometry, Refused, check_size, distorted
+from torchimplicit.recipes.density.compute import Outcome, prepare
+from torchimplicit.recipes.density.settings import ChemistrySettings
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import cache_folder
+from torchimplicit.recipes.runtime.settings import not_negative, positive
+from torchimplicit.recipes.runtime.table import Column, Table
+
+
+@dataclass(frozen=True)
+class Molecules:
+    """Compute molecules for density functionals by PySCF, a data file each; those that are there are skipped.
+
+    Exit codes: 0, all have their files; 1, some failed, and are listed; 2, bad input, and nothing was computed.
+    """
+
+    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE [SOURCE ...]")]
+    """Names (H2, H2O, ...), .xyz files, folders or tar archives of them, or qm9, which is downloaded."""
+
+    output: Path | None = None
+    """The folder of the files; without it the user's cache."""
+
+    limit: int | None = None
+    """Take so many molecules of every folder or archive at most."""
+
+    smallest: bool = False
+    """Take those with the fewest atoms, rather than the first ones."""
+
+    charge: int = 0
+    """Of every molecule, in elementary charges."""
+
+    electrons: int | None = None
+    """How many every molecule must have; it is refused if its nuclei and its charge say otherwise."""
+
+    distort: float = 0.0
+    """Standard deviation, in angstrom, of the random displacement of every coordinate in the --copies."""
+
+    copies: int = 0
+    """Distorted copies of every molecule, besides the molecule itself."""
+
+    seed: int = 0
+    """Of the distortions."""
+
+    workers: int = 1
+    """Processes that compute, one thread each."""
+
+    allow_large: bool = False
+    """Take molecules with very many atoms too."""
+
+    settings: ChemistrySettings = field(default_factory=ChemistrySettings)
+
+    def run(self, console: Console) -> int:
+        self._check()
+        geometries, refused = self._geometries()
+        folder = self.output or cache_folder("molecules")
+        began = time.monotonic()
+        with _shown(console, len(geometries)) as watch:
+            outcomes = prepare(geometries, self.settings, folder, self.workers, watch)
+        failures = [*refused, *(Refused(o.geometry.name, o.reason) for o in outcomes if o.path is None)]
+        if failures:
+            table = Table([Column("not computed"), Column("why")], [[one.name, one.reason] for one in failures])
+            console.print(table.rich_rows())
+        done = {o.path: o for o in outcomes if o.path is not None}
+        computed = sum(o.seconds > 0 for o in done.values())
+        size = sum(path.stat().st_size for path in done)
+        console.print(
+            f"{len(done)} of {len(geometries) + len(refused)} molecules in {folder} ({size / 1e6:.1f} MB): {computed} "
+            f"computed in {time.monotonic() - began:.0f} s, {len(done) - computed} were there"
+            + (f"; {len(failures)} failed" if failures else ""),
+            highlight=False,
+            soft_wrap=True,
+        )
+        return 1 if failures else 0
+
+    def _check(self) -> None:
+        if not self.sources:
+            raise UserError("molecules needs at least one source, such as H2O, water.xyz, or a folder of xyz files")
+        positive(self, "limit", "workers")
+        not_negative(self, "distort", "copies", "seed")
+        if (self.copies > 0) != (self.distort > 0):
+            raise UserError("--copies and --distort go together: how many distorted copies, and by how much")
+
+    def _geometries(self) -> tuple[list[Geometry], list[Refused]]:
+        found: list[Geometry] = []
+        refused: list[Refused] = []
+        for source in self.sources:
+            read = sources.read(
+                source, charge=self.charge, electrons=self.electrons, limit=None if self.smallest else self.limit
+            )
+            refused += [one for one in read if isinstance(one, Refused)]
+            taken = [one for one in read if isinstance(one, Geometry)]
+            if self.smallest:
+                taken = sorted(taken, key=lambda one: len(one.charges))[: self.limit]
+            for geometry in taken:
+                try:
+                    if not self.allow_large:
+                        check_size(geometry)
+                except UserError as error:
+                    if len(read) == 1:
+                        raise
+                    refused.append(Refused(geometry.name, str(error)))
+                else:
+                    found.append(geometry)
+        found = list(dict.fromkeys(found))  # named twice, or in two folders
+        distortions: list[Geometry] = []
+        for geometry in found:
+            for copy in range(1, self.copies + 1):
+                try:
+                    distortions.append(distorted(geometry, self.distort, self.seed, copy))
+                except UserError as error:
+                    refused.append(Refused(f"{geometry.name}-d{copy}", str(error)))
+        return found + distortions, refused
+
+
+@contextmanager
+def _shown(console: Console, total: int) -> Iterator[Callable[[Outcome], None]]:
+    """A bar on a terminal, a line a molecule elsewhere; notes in either."""
+    done = 0
+
+    def told(outcome: Outcome) -> str:
+        if outcome.path is None:
+            return f"failed: {outcome.reason}"
+        return f"{outcome.seconds:.1f} s" if outcome.seconds else "was there"
+
+    if not console.is_terminal:
+
+        def line(outcome: Outcome) -> None:
+            nonlocal done
+            done += 1
+            note = f" ({outcome.note})" if outcome.note else ""
+            text = f"{done}/{total}  {outcome.geometry.name}  {told(outcome)}{note}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+        yield line
+        return
+    columns = (
+        TextColumn("[bold]Molecules"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("•"),
+        TimeElapsedColumn(),
+        TextColumn("• left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[last]}"),
+    )
+    with Progress(*columns, console=console, expand=True) as bar:
+        task = bar.add_task("molecules", total=total, last="")
+
+        def count(outcome: Outcome) -> None:
+            bar.update(task, advance=1, last=outcome.geometry.name)
+            if outcome.note or outcome.path is None:
+                text = f"{outcome.geometry.name}: {outcome.note or told(outcome)}"
+                bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+        yield count

@@ -1,1 +1,0 @@
-"""Gradients through a density functional's minimum: exact, damped, and by equilibrium propagation."""

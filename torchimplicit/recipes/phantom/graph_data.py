@@ -1,0 +1,287 @@
+"""Sets of graphs, read or made, and the folds of a cross-validation."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.model_selection import StratifiedKFold, train_test_split
+from torch_geometric.data import Data
+from torch_geometric.datasets import TUDataset
+
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import cache_folder, no_larger, unchanged
+
+# -- Cross-validation in which the test part chooses nothing -----------------------------------------------------------
+
+
+class Fold(NamedTuple):
+    """Indices of the samples in each part; the three are disjoint and are all samples together."""
+
+    train: list[int]
+    validation: list[int]
+    test: list[int]
+
+
+def folds(labels: Sequence[int], count: int = 10, validation: float = 0.1, seed: int = 42) -> list[Fold]:
+    """``count`` folds, in every part of which each class has its share.
+
+    The test parts are disjoint and cover all samples. The published runs report the best epoch on the test part; here
+    a part of the training samples is set apart to choose the epoch by.
+
+    Args:
+        labels: of every sample.
+        count: how many folds.
+        validation: the share of the samples outside the test part that is set apart.
+        seed: of the shuffle.
+
+    Raises:
+        UserError: a class has too few samples.
+    """
+    rarest, members = min(Counter(labels).items(), key=lambda item: item[1])
+    if members < max(count, 2):
+        raise UserError(f"class {rarest} has {members} samples, too few for {count} folds")
+    y = np.asarray(labels)
+    made = []
+    for rest, test in StratifiedKFold(count, shuffle=True, random_state=seed).split(np.zeros(len(y)), y):
+        train, chosen = train_test_split(rest, test_size=validation, random_state=seed, stratify=y[rest])
+        made.append(Fold(sorted(train.tolist()), sorted(chosen.tolist()), test.tolist()))
+    return made
+
+
+# -- COX2 and PROTEINS in the text format of the TU collection (Morris et al. 2020, arXiv 2007.08663) ------------------
+
+
+LARGEST_FILE = 1 << 28
+"""Bytes: a hundred times the largest of either set."""
+
+TUName = Literal["COX2", "PROTEINS"]
+
+
+class GraphSet(NamedTuple):
+    """Labelled graphs.
+
+    Attributes:
+        graphs: ``x`` ``[nodes, features]`` (float32), ``edge_index`` ``[2, edges]`` and ``y`` ``[1]`` each.
+        classes: how many labels there are.
+    """
+
+    graphs: list[Data]
+    classes: int
+
+    @property
+    def features(self) -> int:
+        """Of each node."""
+        return self.graphs[0].x.shape[1]
+
+    @property
+    def labels(self) -> list[int]:
+        """Of every graph."""
+        return [int(graph.y) for graph in self.graphs]
+
+
+def load(name: TUName, data_dir: Path | None = None, attributes: bool = False) -> GraphSet:
+    """A data set of the collection.
+
+    The features of a node are its label, one-hot over those that occur: what the published IGNN runs have. Isolated
+    nodes and graphs without edges are kept (the model gives every node a loop to itself).
+
+    Args:
+        name: which.
+        data_dir: holds ``<name>_A.txt`` and the other files, itself or in ``<name>``, ``<name>_full`` or
+            ``<name>/raw``; ``None``: torch-geometric downloads them.
+        attributes: whether to append the nodes' real-valued attributes, where the set has any.
+
+    Raises:
+        UserError: a file is missing, cut short, or contradicts another one.
+    """
+    folder, prefix = locate(name, data_dir)
+    label = _integers(folder / f"{prefix}_graph_labels.txt")
+    owner = _integers(folder / f"{prefix}_graph_indicator.txt")
+    graphs, nodes = len(label), len(owner)
+    indicator = folder / f"{prefix}_graph_indicator.txt"
+    if graphs == 0 or owner.min(initial=1) < 1 or owner.max(initial=0) != graphs or (np.diff(owner) < 0).any():
+        raise UserError(
+            f"{indicator} names the graphs {owner.min(initial=0)} to {owner.max(initial=0)}, and "
+            f"{prefix}_graph_labels.txt has {graphs} labels: one of the two is cut short, or their nodes are not in "
+            "order"
+        )
+    sizes = np.bincount(owner - 1, minlength=graphs)
+    if (sizes == 0).any():
+        raise UserError(f"{indicator}: graph {int(np.argmin(sizes)) + 1} has no node, and needs at least one")
+    x = _features(folder, prefix, nodes, attributes)
+    edges = _edges(folder / f"{prefix}_A.txt", owner)
+    kinds, y = np.unique(label, return_inverse=True)
+    if len(kinds) < 2:
+        raise UserError(f"{folder / f'{prefix}_graph_labels.txt'} has one label only: there is nothing to learn")
+    first = np.cumsum(sizes) - sizes
+    counts = np.bincount(owner[edges[0]] - 1, minlength=graphs)
+    parts = np.split(edges[:, np.argsort(edges[0], kind="stable")], np.cumsum(counts)[:-1], axis=1)
+    made = [
+        Data(
+            x=x[start : start + size],
+            edge_index=torch.from_numpy(np.ascontiguousarray(part - start)),
+            y=torch.tensor([kind]),
+        )
+        for start, size, part, kind in zip(first.tolist(), sizes.tolist(), parts, y.tolist(), strict=True)
+    ]
+    return GraphSet(made, len(kinds))
+
+
+def locate(name: str, data_dir: Path | None) -> tuple[Path, str]:
+    """The folder with the files, and what their names begin with.
+
+    Raises:
+        UserError: there is none.
+    """
+    if data_dir is None:
+        folder = cache_folder("tudataset") / name / "raw"
+        if not (folder / f"{name}_A.txt").is_file():
+            try:
+                folder = Path(TUDataset(str(cache_folder("tudataset")), name).raw_dir)
+            except Exception as error:  # of the network, the file system or the archive: many kinds
+                raise UserError(
+                    f"{name} cannot be downloaded ({error}); if this machine has no network, fetch it elsewhere and "
+                    "give its folder with --data-dir"
+                ) from None
+        unchanged(folder, [path.name for path in folder.glob(f"{name}_*.txt")])
+        return folder, name
+    if not data_dir.is_dir():
+        raise UserError(f"{data_dir} is no folder: --data-dir must be the folder that holds {name}_A.txt")
+    for prefix in (name, f"{name}_full"):
+        for place in (data_dir, data_dir / prefix, data_dir / prefix / "raw"):
+            if (place / f"{prefix}_A.txt").is_file():
+                return place, prefix
+    raise UserError(
+        f"{data_dir} holds no {name}_A.txt, nor does a folder {name} in it: --data-dir must be the folder of the TU "
+        "collection's text files"
+    )
+
+
+def _features(folder: Path, prefix: str, nodes: int, attributes: bool) -> torch.Tensor:
+    path = folder / f"{prefix}_node_labels.txt"
+    label = _integers(path)
+    _same_length(path, len(label), nodes)
+    _, kind = np.unique(label, return_inverse=True)
+    x = torch.nn.functional.one_hot(torch.from_numpy(kind)).float()
+    path = folder / f"{prefix}_node_attributes.txt"
+    if not attributes or not path.is_file():
+        return x
+    values = _table(path, np.float64)
+    _same_length(path, len(values), nodes)
+    if not np.isfinite(values).all():
+        raise UserError(f"{path} holds NaN or infinity; mend it, or train without attributes")
+    return torch.cat([x, torch.from_numpy(values).float()], dim=1)
+
+
+def _edges(path: Path, owner: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``[2, edges]``, counted from zero."""
+    table = _table(path, np.int64)
+    if table.size and table.shape[1] != 2:
+        raise UserError(f"{path} has {table.shape[1]} columns, and an edge has two ends")
+    edges = table.reshape(-1, 2).T - 1
+    wrong = (edges < 0) | (edges >= len(owner))
+    if wrong.any():
+        line = int(wrong.any(axis=0).argmax())
+        raise UserError(
+            f"{path}, line {line + 1}: an edge from {table[line, 0]} to {table[line, 1]}, and there are nodes 1 to "
+            f"{len(owner)} only"
+        )
+    apart = owner[edges[0]] != owner[edges[1]]
+    if apart.any():
+        line = int(apart.argmax())
+        raise UserError(
+            f"{path}, line {line + 1}: an edge from {table[line, 0]} to {table[line, 1]}, which lie in the graphs "
+            f"{owner[edges[0, line]]} and {owner[edges[1, line]]}"
+        )
+    there, back = (set(zip(*ends, strict=True)) for ends in (edges.tolist(), edges[::-1].tolist()))
+    if there != back:
+        one, other = min(there ^ back)
+        raise UserError(
+            f"{path} has the edge between {one + 1} and {other + 1} in one direction only, and these graphs are "
+            "undirected: the file is cut short"
+        )
+    return edges
+
+
+def _integers(path: Path) -> NDArray[np.int64]:
+    """One integer a line."""
+    table = _table(path, np.int64)
+    if table.size and table.shape[1] != 1:
+        raise UserError(f"{path} has {table.shape[1]} columns, and must have one")
+    return table.reshape(-1)
+
+
+def _table(path: Path, kind: type) -> NDArray:
+    no_larger(path, LARGEST_FILE)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="loadtxt: input contained no data")
+            return np.loadtxt(path, dtype=kind, delimiter=",", ndmin=2)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or 'there is no such file'})") from None
+    except ValueError as error:
+        raise UserError(f"{path} is cut short or of another kind: {error}") from None
+
+
+def _same_length(path: Path, lines: int, nodes: int) -> None:
+    if lines != nodes:
+        raise UserError(f"{path} has {lines} lines, and there are {nodes} nodes: one of the files is cut short")
+
+
+# -- Directed chains whose class stands on their first node alone (Gu et al. 2020, section 6.1) ------------------------
+
+
+SPLIT = (20, 100, 200)
+"""Nodes for training, validation and testing, over all chains."""
+
+
+def chains(length: int, seed: int, classes: int = 2, per_class: int = 20, features: int = 100) -> Data:
+    """One graph of ``classes * per_class`` chains with the edges :math:`i\\to i+1`.
+
+    The first node of a chain has the class, one-hot, in its first entries; every other feature is zero. Every node of
+    a chain has the chain's label, so that its class has to travel the whole way. The nodes of the three parts are
+    drawn at random.
+
+    Args:
+        length: nodes in a chain.
+        seed: of the parts.
+        classes, per_class, features: at most as many classes as features.
+
+    Returns:
+        ``x``, ``edge_index``, ``y`` and the bool ``[nodes]`` masks ``train_mask``, ``val_mask`` and ``test_mask``;
+        ``position`` ``[nodes]`` is each node's place in its chain.
+
+    Raises:
+        UserError: the chains have fewer nodes than the parts need.
+    """
+    count = classes * per_class
+    nodes = count * length
+    if length < 1 or nodes < sum(SPLIT):
+        raise UserError(
+            f"--length {length} makes {max(nodes, 0)} nodes, and the parts need {sum(SPLIT)}: take chains of at least "
+            f"{-(-sum(SPLIT) // count)}"
+        )
+    if classes > features:
+        raise UserError(f"{classes} classes do not fit into {features} features")
+    index = torch.arange(nodes).reshape(count, length)
+    kind = torch.arange(count) // per_class
+    x = torch.zeros(nodes, features)
+    x[index[:, 0], kind] = 1.0
+    order = torch.randperm(nodes, generator=torch.Generator().manual_seed(seed)).split([*SPLIT, nodes - sum(SPLIT)])
+    masks = [torch.zeros(nodes, dtype=torch.bool).index_fill_(0, part, True) for part in order[:3]]
+    return Data(
+        x=x,
+        edge_index=torch.stack([index[:, :-1].flatten(), index[:, 1:].flatten()]),
+        y=kind.repeat_interleave(length),
+        position=torch.arange(length).repeat(count),
+        train_mask=masks[0],
+        val_mask=masks[1],
+        test_mask=masks[2],
+    )

@@ -1,0 +1,238 @@
+"""Sets of images: their parts, augmentation, and the one that the settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.task import generator
+
+# -- Labelled images, and how some of them are set apart ---------------------------------------------------------------
+
+
+class Labelled(NamedTuple):
+    """Images ``[n, channels, height, width]`` (uint8) and their labels ``[n]`` (int64)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def take(self, indices: Tensor) -> Labelled:
+        """Those of these indices."""
+        return Labelled(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A data set in memory.
+
+    Attributes:
+        train, validation: disjoint parts of the images that were published for training.
+        test: the images that were published for testing, or set apart for it.
+        mean, deviation: of each channel over the published training images, of pixels in [0, 1].
+    """
+
+    train: Labelled
+    validation: Labelled
+    test: Labelled
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    def standardized(self, images: Tensor) -> Tensor:
+        """uint8 ``[batch, channels, ...]`` to float32 of mean zero and deviation one."""
+        return standardized(images, self.mean, self.deviation)
+
+
+def standardized(images: Tensor, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:
+    """uint8 ``[batch, channels, height, width]`` to float32, less the mean, over the deviation, channel by channel."""
+    scale, shift = (torch.tensor(v, device=images.device)[:, None, None] for v in (deviation, mean))
+    return (images.float() / 255 - shift) / scale
+
+
+def set_apart(labels: Tensor, count: int, seed: int, what: str) -> tuple[Tensor, Tensor]:
+    """The indices of ``count`` samples, every class with its share of them, and of all others; both in random order.
+
+    Args:
+        labels: ``[n]``.
+        count: how many.
+        seed: which; the first of two counts are the same for both.
+        what: names the samples in the error.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    if count > len(labels):
+        raise UserError(f"{count} images were asked for, and {what} has {len(labels)}; ask for fewer")
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    # By class, keeping the random order within; then each sample's place in its class as a share of the class.
+    by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]
+    _, sizes = torch.unique_consecutive(labels[by_class], return_counts=True)
+    starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    place = torch.arange(len(labels)) - starts
+    share = (place.double() + 0.5) / torch.repeat_interleave(sizes, sizes)
+    chosen = by_class[torch.argsort(share, stable=True)]
+    return chosen[:count], chosen[count:]
+
+
+# -- Random shifts and mirror images of a batch ------------------------------------------------------------------------
+
+
+MARGIN = 4
+"""Pixels by which an image is shifted at most."""
+
+
+def augmented(images: Tensor, chance: torch.Generator) -> Tensor:
+    """Each image ``[batch, channels, height, width]`` shifted, with black beyond its edge, and mirrored or not."""
+    batch, _, height, width = images.shape
+    padded = functional.pad(images, (MARGIN,) * 4)
+    down, right = (torch.randint(2 * MARGIN + 1, (batch, 1), generator=chance) for _ in range(2))
+    across = torch.arange(width).expand(batch, width)
+    across = torch.where(torch.rand(batch, 1, generator=chance) < 0.5, across, width - 1 - across) + right
+    along = torch.arange(height) + down
+    samples = torch.arange(batch)[:, None, None]
+    return padded[samples, :, along[:, :, None], across[:, None, :]].permute(0, 3, 1, 2)
+
+
+class Augmented:
+    """Batches of images and labels, augmented as the seed, the step and the process say."""
+
+    def __init__(self, batches: Iterable[Any], steps: range, seed: int, rank: int):
+        self.batches, self.steps, self.seed, self.rank = batches, steps, seed, rank
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for step, (images, labels) in zip(self.steps, self.batches, strict=True):
+            yield augmented(images, generator(self.seed, step, self.rank, -4)), labels
+
+
+# -- The data sets that fit into memory, by name -----------------------------------------------------------------------
+
+
+DataSet = Literal["digits", "mnist", "cifar10", "olivetti"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is known of a data set before it is read.
+
+    Attributes:
+        channels: of the images.
+        size: their height and width in pixels.
+        classes: how many labels there are.
+    """
+
+    channels: int
+    size: int
+    classes: int = 10
+
+
+KINDS: dict[str, Kind] = {
+    "digits": Kind(1, 8),
+    "mnist": Kind(1, 28),
+    "cifar10": Kind(3, 32),
+    "olivetti": Kind(1, 32, 40),
+}
+
+
+def load(
+    name: DataSet,
+    data_dir: Path | None = None,
+    *,
+    validation: int,
+    train: int | None = None,
+    test: int | None = None,
+    split_seed: int = 0,
+) -> Splits:
+    """A data set, with a validation split taken from the published training images, every class with its share.
+
+    The test images are the published ones; none of them is ever in another split.
+
+    Args:
+        name: which.
+        data_dir: the folder that holds it; ``None``: downloaded into the cache. The digits come with scikit-learn.
+        validation: how many images to set apart.
+        train, test: how many to keep of the others; ``None``: all.
+        split_seed: which.
+
+    Raises:
+        UserError: the folder or a file is missing or of the wrong kind, or has too few images.
+    """
+    assert name in get_args(DataSet), name
+    if data_dir is not None and not data_dir.is_dir():
+        raise UserError(f"{data_dir} is no folder: --data-dir must be the folder that holds {name}")
+    source = import_module(f"torchimplicit.recipes.phantom.{name}")  # each brings imports of its own
+    read: Callable[[Path | None], tuple[Labelled, Labelled]] = source.load
+    published, tested = read(data_dir)
+    where = f"the training part of {name}" + (f" in {data_dir}" if data_dir is not None else "")
+    for part, images in ((where, published), (where.replace("training", "test"), tested)):
+        _check(images, KINDS[name], part)
+    kept, rest = set_apart(published.labels, validation, split_seed, where)
+    if not len(rest):
+        raise UserError(f"{where} has {len(published.labels)} images, and all are set apart for validation; set fewer")
+    learned = published.take(rest)
+    if train is not None:
+        learned = learned.take(set_apart(learned.labels, train, split_seed, f"{where}, less validation,")[0])
+    if test is not None:
+        tested = tested.take(set_apart(tested.labels, test, split_seed, where.replace("training", "test"))[0])
+    return Splits(learned, published.take(kept), tested, source.MEAN, source.DEVIATION)
+
+
+def _check(images: Labelled, kind: Kind, where: str) -> None:
+    shape, wanted = tuple(images.images.shape[1:]), (kind.channels, kind.size, kind.size)
+    if shape != wanted:
+        raise UserError(
+            f"{where} has images of {_text(shape)}, and they must be {_text(wanted)} (channels×height×width)"
+        )
+    if not len(images.labels):
+        raise UserError(f"{where} has no images")
+    if int(images.labels.max()) >= kind.classes:
+        raise UserError(f"{where} has the label {int(images.labels.max())}, and there are {kind.classes} classes")
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+class Selection(Protocol):
+    """Settings that say which images are taken."""
+
+    @property
+    def data_dir(self) -> Path | None: ...
+    @property
+    def validation_images(self) -> int: ...
+    @property
+    def train_images(self) -> int | None: ...
+    @property
+    def test_images(self) -> int | None: ...
+    @property
+    def split_seed(self) -> int: ...
+
+
+def selected(name: DataSet, config: Selection) -> Splits:
+    """What the settings take of a data set; kept, for it is asked for when they are checked, and when
+    the model is made."""
+    return _kept(
+        name,
+        config.data_dir,
+        config.validation_images,
+        config.train_images,
+        config.test_images,
+        config.split_seed,
+    )
+
+
+@lru_cache(maxsize=1)
+def _kept(
+    name: DataSet, folder: Path | None, validation: int, train: int | None, test: int | None, seed: int
+) -> Splits:
+    return load(name, folder, validation=validation, train=train, test=test, split_seed=seed)

@@ -1,0 +1,247 @@
+"""Texts as tokens, cut into segments."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import Download, cache_folder, fetch, replacing, unchanged
+
+# -- Where WikiText is found: in a folder that the user names, or in the cache, where it is downloaded once ------------
+
+
+_PLACE = "https://s3.amazonaws.com/research.metamind.io/wikitext"
+
+WIKITEXT2 = Download(
+    name="wikitext-2-v1.zip",
+    url=f"{_PLACE}/wikitext-2-v1.zip",
+    sha256="92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
+)
+WIKITEXT103 = Download(
+    name="wikitext-103-v1.zip",
+    url=f"{_PLACE}/wikitext-103-v1.zip",
+    sha256="242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+)
+"""Word-level, as Merity et al. (2016, arXiv 1609.07843) published them."""
+
+
+def folder_of(archive: Download, data_dir: Path | None) -> Path:
+    """The folder with the three files: ``data_dir``, or the cache, into which the archive is fetched and unpacked.
+
+    Raises:
+        UserError: the archive cannot be downloaded, or is not what was published.
+    """
+    if data_dir is not None:
+        return data_dir
+    folder = cache_folder(archive.name.removesuffix("-v1.zip"))
+    if not all((folder / file_name(split)).is_file() for split in SPLITS):
+        _unpack(fetch(archive, folder), folder)
+    unchanged(folder, [file_name(split) for split in SPLITS])
+    return folder
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    again = "delete it, and it is downloaded again; or give a folder of your own with --data-dir"
+    try:
+        with zipfile.ZipFile(archive) as unpacked:
+            for split in SPLITS:
+                name = file_name(split)
+                member = next((m for m in unpacked.namelist() if m.rsplit("/", 1)[-1] == name), None)
+                if member is None:
+                    raise UserError(f"{archive} holds no {name}: it is another archive; {again}")
+                with replacing(folder / name) as part, unpacked.open(member) as inside, part.open("wb") as file:
+                    shutil.copyfileobj(inside, file)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{archive} is no zip file, or is damaged ({error}): {again}") from None
+    except OSError as error:
+        raise UserError(f"{archive} cannot be unpacked to {folder} ({error.strerror})") from None
+
+
+# -- WikiText as numbered words, and the segments that a language model is trained and tested on -----------------------
+#
+# The text is three files, ``wiki.train.tokens``, ``wiki.valid.tokens`` and ``wiki.test.tokens``: words separated by
+# spaces, lines by line feeds (Merity et al. 2016, arXiv 1609.07843). Every line ends in ``<eos>``.
+
+
+SPLITS = ("train", "valid", "test")
+LONGEST_LINE = 1 << 24
+UNKNOWN, END = "<unk>", "<eos>"
+
+
+class Text(NamedTuple):
+    """One split: int32 ``[tokens]``, and the file that it comes from, for messages."""
+
+    tokens: Tensor
+    source: Path
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """The three splits, numbered by one vocabulary.
+
+    Attributes:
+        train, valid, test: the splits.
+        words: the vocabulary, the most frequent word in train first.
+        unknown: the share of ``<unk>`` in each split. Perplexities are with it: the larger the share, the lower they
+            are, so that they compare at one vocabulary only.
+    """
+
+    train: Text
+    valid: Text
+    test: Text
+    words: tuple[str, ...]
+    unknown: dict[str, float]
+
+
+class Segment(NamedTuple):
+    """Part of a stream.
+
+    Attributes:
+        tokens, targets: int64 ``[batch, length]``; a target is the token that comes next.
+        first: whether the text begins anew here, so that there is no memory.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    first: bool
+
+
+@final
+class Stream:
+    """A text cut into ``batch`` rows that are read side by side, in segments of ``length`` tokens.
+
+    Segment i depends on i alone, so that a run can go on at any step; it goes round and round through the text. Tokens
+    that do not fill a row, fewer than ``batch``, are left out.
+
+    Args:
+        text: to be read.
+        batch: how many rows.
+        length: of a segment.
+        whole: whether a shorter segment at the end counts, as in evaluation; otherwise it is left out, so that all have
+            one shape.
+
+    Raises:
+        UserError: the text is too short for one segment.
+    """
+
+    def __init__(self, text: Text, batch: int, length: int, whole: bool = False):
+        row = len(text.tokens) // batch
+        least = 2 if whole else length + 1
+        if row < least:
+            raise UserError(
+                f"{text.source} has {len(text.tokens)} tokens, and {batch} rows need {least * batch} at least: is it "
+                "cut off? Otherwise take a smaller batch or shorter segments"
+            )
+        self.rows = text.tokens[: row * batch].view(batch, row)
+        self.length = length
+        self.count = -(-(row - 1) // length) if whole else (row - 1) // length
+
+    def __len__(self) -> int:
+        """Segments in one round."""
+        return self.count
+
+    def segment(self, step: int) -> Segment:
+        """That of a step, counted from 0 over all rounds."""
+        place = step % self.count
+        low = place * self.length
+        high = min(low + self.length, self.rows.shape[1] - 1)
+        return Segment(self.rows[:, low:high].long(), self.rows[:, low + 1 : high + 1].long(), place == 0)
+
+    def __iter__(self) -> Iterator[Segment]:
+        return (self.segment(step) for step in range(self.count))
+
+
+def read(folder: Path, vocabulary: int | None = None) -> Corpus:
+    """The corpus in a folder.
+
+    Args:
+        folder: with the three files.
+        vocabulary: how many words are told apart, ``<unk>`` and ``<eos>`` among them: the most frequent of train;
+            ``None``: all. Words that train does not have are ``<unk>`` in any case.
+
+    Raises:
+        UserError: a missing folder or file, one that is empty or no text, or a vocabulary that cannot be.
+    """
+    if vocabulary is not None and vocabulary < 3:
+        raise UserError(
+            f"a vocabulary of {vocabulary} has no room for a word beside {UNKNOWN} and {END}: give 3 or more"
+        )
+    check(folder)
+    words = _vocabulary(folder / file_name("train"), vocabulary)
+    numbers = {word: number for number, word in enumerate(words)}
+    texts = {split: _numbered(folder / file_name(split), numbers) for split in SPLITS}
+    unknown = {
+        split: float((text.tokens == numbers[UNKNOWN]).sum()) / len(text.tokens) for split, text in texts.items()
+    }
+    return Corpus(**texts, words=words, unknown=unknown)
+
+
+def check(folder: Path) -> None:
+    """Raise :class:`UserError` where the folder or one of its files is missing."""
+    all_three = ", ".join(map(file_name, SPLITS))
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {what}: --data-dir must be the folder with {all_three}")
+    for split in SPLITS:
+        if not (folder / file_name(split)).is_file():
+            raise UserError(f"{folder / file_name(split)} is missing: WikiText comes as three files, {all_three}")
+
+
+def file_name(split: str) -> str:
+    """Under which a split is published."""
+    return f"wiki.{split}.tokens"
+
+
+def _vocabulary(path: Path, size: int | None) -> tuple[str, ...]:
+    """Words by falling frequency; of equally frequent ones, that which comes first in the text."""
+    counts: Counter[str] = Counter({UNKNOWN: 0, END: 0})
+    for line in _lines(path):
+        counts.update(line)
+    if size is not None and len(counts) > size:
+        rare = [word for word, _ in counts.most_common() if word not in (UNKNOWN, END)][size - 2 :]
+        counts[UNKNOWN] += sum(counts.pop(word) for word in rare)
+    return tuple(word for word, _ in counts.most_common())
+
+
+def _numbered(path: Path, numbers: dict[str, int]) -> Text:
+    unknown = numbers[UNKNOWN]
+    found = array("i")
+    for line in _lines(path):
+        found.extend([numbers.get(word, unknown) for word in line])
+    return Text(torch.frombuffer(found, dtype=torch.int32).clone(), path)
+
+
+def _lines(path: Path) -> Iterator[list[str]]:
+    """The words of each line, with ``<eos>``; raises where this is no text."""
+    count = 0
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for line in iter(partial(file.readline, LONGEST_LINE), ""):
+                if len(line) == LONGEST_LINE and not line.endswith("\n"):
+                    raise UserError(f"{path} has a line of more than {LONGEST_LINE} characters: it is no WikiText")
+                if "\0" in line:
+                    raise UserError(f"{path} holds zero bytes: it is no text. Give the word-level files of WikiText")
+                words = line.split()
+                count += len(words)
+                yield [*words, END]
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): give the word-level files of "
+            "WikiText, unpacked"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if not count:
+        raise UserError(f"{path} has no words: it is empty, or its download was cut off")
