@@ -9,20 +9,20 @@ conversion.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import is_not
 from typing import Any
 
 import torch
 import torch._functorch.config
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-_active: list[_Watcher] = []
-"""The modes that are on: more than one where an equilibrium is solved inside another's map."""
+from torchimplicit.members import compiled_module
 
 
 def is_transformed(t: Tensor) -> bool:
@@ -54,15 +54,20 @@ def carries_derivative(t: Tensor) -> bool:
 def relayed(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """The tensors as an enclosing equilibrium's modes see them, so that it finds and replaces them too."""
     seen = tuple(tensors)
-    for watcher in reversed(_active):
+    for watcher in reversed(_watching()):
         seen = tuple(map(watcher.replaced, seen))
     return seen
 
 
 def announce(made: Any) -> None:
     """Tell the modes of an enclosing equilibrium of tensors that were made out of their sight, by an autograd node."""
-    for watcher in _active:
+    for watcher in _watching():
         watcher.keep(made)
+
+
+def _watching() -> list[_Watcher]:
+    """The modes that are on in this thread: more than one where an equilibrium is solved inside another's map."""
+    return [mode for mode in torch.overrides._get_current_function_mode_stack() if isinstance(mode, _Watcher)]
 
 
 class _Watcher(TorchFunctionMode):
@@ -81,14 +86,9 @@ class _Watcher(TorchFunctionMode):
         raise AssertionError
 
     def __enter__(self) -> Any:
-        _active.append(self)
         self._level = _current_level()
         self._begin = torch._C._autograd._get_sequence_nr()
         return super().__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        _active.remove(self)
-        super().__exit__(*exc)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args = self._replace(args)
@@ -159,9 +159,11 @@ class _Replayer(_Watcher):
     def __init__(self, known: Iterable[Tensor], captured: Sequence[Tensor], substitutes: Sequence[Tensor]):
         super().__init__((*known, *substitutes))
         self._table = {id(c): s for c, s in zip(captured, substitutes, strict=True)}
+        self.used: set[int] = set()
 
     def _replace(self, tree: Any) -> Any:
         if isinstance(tree, Tensor) and id(tree) in self._table:
+            self.used.add(id(tree))
             return self._table[id(tree)]
         return super()._replace(tree)
 
@@ -191,6 +193,7 @@ class Closure:
         self.extra = extra
         self.captured = captured
         self._compiled = compiled_module(function)
+        self._used: set[int] | None = None
         self._leaves, self._spec = pytree.tree_flatten(args)
         self.tensors = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
 
@@ -204,11 +207,13 @@ class Closure:
                     return self._capturing(inner), _untouched(self.function, z, *self.args)
         # Aliases of the arguments tell a tensor that is passed from one that is captured as well.
         with eagerly(), torch.enable_grad():
-            own = tuple(t.view_as(t) for t in self.tensors)
+            own = tuple(map(_alias, self.tensors))
             with _Recorder((z, *own)) as recorder:
                 value = _untouched(self.function, z, *self._given(own))
-        captured = tuple(recorder.captured.values())
-        if not _active:  # otherwise there may be substitutes behind the value, which the enclosing equilibrium checks
+        captured = tuple((recorder.captured | self._scripted()).values())
+        if (
+            not _watching()
+        ):  # otherwise there may be substitutes behind the value, which the enclosing equilibrium checks
             check_graph(value, relayed((*own, *captured)))
         return self._capturing(captured), value.detach()
 
@@ -217,9 +222,11 @@ class Closure:
         own, substitutes = tensors[: len(self.tensors)], tensors[len(self.tensors) + self.extra :]
         if any(map(is_not, substitutes, self.captured)):
             captured = {id(t) for t in self.captured}
-            own = tuple(t.view_as(t) if id(t) in captured else t for t in own)
-            with eagerly(), _Replayer((*parts, *own), self.captured, substitutes):
-                return _untouched(self.function, z, *self._given(own))
+            own = tuple(_alias(t) if id(t) in captured else t for t in own)
+            with eagerly(), _Replayer((*parts, *own), self.captured, substitutes) as replayer:
+                out = _untouched(self.function, z, *self._given(own))
+            self._compare(replayer.used)
+            return out
         if self._compiled is None:
             return _untouched(self.function, z, *self._given(own))
         with eagerly() if any(map(is_transformed, (*parts, *tensors))) else self._retained():
@@ -237,12 +244,37 @@ class Closure:
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         return pytree.tree_unflatten(leaves, self._spec)
 
+    def _compare(self, used: set[int]) -> None:
+        """What the solver's last evaluation used, an evaluation for a derivative must use too."""
+        if not torch.is_grad_enabled():
+            self._used = used
+        elif self._used is not None and not self._used <= used:
+            lost = next(t for t in self.captured if id(t) in self._used - used)
+            raise RuntimeError(
+                f"the function no longer uses a captured tensor of shape {tuple(lost.shape)} that it used when the "
+                "problem was solved, so that its gradient would be lost: torch.func.functional_call, or whatever had "
+                "put it there, has put another in its place. Pass the module's tensors to solve as an argument, or "
+                "give the problem a method of the module"
+            )
+
+    def _scripted(self) -> dict[int, Tensor]:
+        """The parameters of TorchScript modules, into which no mode sees."""
+        passed = {id(t) for t in self.tensors}
+        modules = (m for root in getattr(self.function, "modules", ()) for m in root.modules())
+        scripted = (m for m in modules if isinstance(m, torch.jit.ScriptModule))
+        return {id(p): p for m in scripted for p in m.parameters() if p.requires_grad and id(p) not in passed}
+
     def _capturing(self, captured: tuple[Tensor, ...]) -> Closure:
         return Closure(self.function, self.args, self.extra, captured)
 
     def _retained(self) -> contextlib.AbstractContextManager[Any]:
         """Code that is compiled here keeps its buffers: an adjoint solve runs its backward many times."""
         return torch._functorch.config.patch(donated_buffer=False)
+
+
+def _alias(t: Tensor) -> Tensor:
+    """Another tensor object of the same value, through which derivatives run."""
+    return t.view_as(t) if t.layout is torch.strided else t.clone()
 
 
 def check_graph(out: Tensor, known: Sequence[Tensor]) -> None:
@@ -275,7 +307,7 @@ def _accumulator(leaf: Tensor) -> Any:
     """The node that stands for ``leaf``. Where saved tensors go through hooks (activation checkpointing), a parameter
     comes back as another tensor with the same node."""
     with torch._C.DisableTorchFunction(), torch.enable_grad():
-        seen = leaf.view_as(leaf).grad_fn
+        seen = _alias(leaf).grad_fn
     return None if seen is None else seen.next_functions[0][0]
 
 
@@ -317,58 +349,27 @@ def _made_since(t: Tensor, begin: int) -> bool:
             t = _functorch.get_unwrapped(t)
 
 
-def eagerly() -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
     """Compiled code runs as it was written: it sees neither the modes nor the transforms, and must not run where they
-    act. Which code is compiled cannot always be told from outside."""
-    return torch.compiler.set_stance("force_eager")
+    act. Which code is compiled cannot always be told from outside.
 
-
-class Members:
-    """The tensors that a module holds at this moment, to be put back when it is called later.
-
-    ``torch.func.functional_call`` gives a module other tensors only while it runs, and a backward pass comes after.
+    The compiler's stance is that of the whole process: the first of several threads sets it, the last sets it back.
     """
-
-    def __init__(self, module: nn.Module | None):
-        modules = () if module is None else tuple(module.modules())
-        self._parameters = _places(m._parameters for m in modules)
-        self._buffers = _places(m._buffers for m in modules)
-
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """The module with those tensors, while the context lasts."""
-        if all(owner.get(name) is t for owner, name, t in self._parameters):
-            yield
-            return
-        places = self._parameters + self._buffers
-        now = [owner.get(name) for owner, name, _ in places]
-        for owner, name, t in places:
-            owner[name] = t
-        try:
-            yield
-        finally:
-            for (owner, name, _), t in zip(places, now, strict=True):
-                owner[name] = t
+    global _eager, _stance
+    with _eager_lock:
+        _eager += 1
+        if _eager == 1:
+            _stance = torch.compiler.set_stance("force_eager")
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            _eager -= 1
+            if _eager == 0:
+                _stance.__exit__(None, None, None)
 
 
-def _places(owners: Iterable[Any]) -> list[tuple[Any, str, Tensor]]:
-    return [(owner, name, t) for owner in owners for name, t in owner.items() if t is not None]
-
-
-def module_of(function: Any) -> nn.Module | None:
-    """The module behind ``function``: itself, that whose method it is, or the one in its attribute ``module``."""
-    for candidate in (function, getattr(function, "__self__", None), getattr(function, "module", None)):
-        if isinstance(candidate, nn.Module):
-            return candidate
-    return None
-
-
-def compiled_module(function: Any) -> nn.Module | None:
-    """``function``'s module, where it holds compiled code, which should not run under the recording mode."""
-    module = module_of(function)
-    if module is not None and any(
-        isinstance(m, torch._dynamo.OptimizedModule) or getattr(m, "_compiled_call_impl", None) is not None
-        for m in module.modules()
-    ):
-        return module
-    return None
+_eager = 0
+_eager_lock = threading.Lock()
+_stance: Any = None

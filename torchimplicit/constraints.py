@@ -7,6 +7,9 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from torchimplicit.closure import is_transformed
 
 
 @final
@@ -70,8 +73,11 @@ class Box:
     high: Any
 
     def __post_init__(self) -> None:
-        if isinstance(self.low, (int, float)) and isinstance(self.high, (int, float)) and not self.low <= self.high:
-            raise ValueError(f"Box.low is {self.low} and Box.high is {self.high}: low must not exceed high")
+        lows, highs = (pytree.tree_leaves(bound) for bound in (self.low, self.high))
+        if len(lows) != len(highs) and min(len(lows), len(highs)) == 1:  # one number for a whole tree
+            lows, highs = lows * len(highs), highs * len(lows)
+        for low, high in zip(lows, highs, strict=False):  # trees that do not fit are found where the state is known
+            _check_order(low, high)
 
     def project(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The nearest point of the set to ``x`` (``[batch, dim]``); differentiable."""
@@ -88,6 +94,9 @@ def unit_normal(weight: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         n ``[batch or 1, dim]`` and c ``[batch or 1, 1]``.
     """
+    # the squares of small or large weights would be lost
+    size = weight.detach().abs().amax(dim=1, keepdim=True)
+    weight, total = weight / size, total / size
     length = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
     return weight / length, total / length
 
@@ -102,6 +111,47 @@ def place(z: Tensor, normal: Tensor, offset: Tensor) -> Tensor:
     return z - ((z * normal).sum(dim=1, keepdim=True) - offset) * normal
 
 
+def check_plane(weight: Tensor, total: Tensor) -> None:
+    """The numbers of a :class:`LinearEquality` in flat form, as :func:`unit_normal` takes them.
+
+    Raises:
+        ValueError: a weight that is zero for a whole sample, or what is not finite.
+    """
+    if not (_readable(weight) and _readable(total)):
+        return
+    finite = torch.stack((torch.isfinite(weight).all(), torch.isfinite(total).all(), weight.any(dim=1).all()))
+    weights, totals, nonzero = finite.tolist()
+    if not (weights and totals):
+        what = "total" if weights else "weight"
+        raise ValueError(f"the constraint's {what} holds NaN or infinity: no state fulfils such a LinearEquality")
+    if not nonzero:
+        raise ValueError(
+            "the constraint's weight is zero in every number of a sample: LinearEquality then says nothing of the "
+            "state. Leave the constraint out, or give the weight that was meant"
+        )
+
+
 def _check_sign(kind: str, name: str, value: Any) -> None:
-    if isinstance(value, (int, float)) and not value >= 0:
-        raise ValueError(f"{kind}.{name} is {value}, and must not be negative")
+    given = isinstance(value, (int, float)) or (isinstance(value, Tensor) and _readable(value))
+    if given and not bool(torch.as_tensor(value >= 0).all()):
+        raise ValueError(f"{kind}.{name} is {_shown(value)}, and must not be negative")
+
+
+def _check_order(low: Any, high: Any) -> None:
+    pair = (low, high)
+    if not all(isinstance(bound, (int, float)) or (isinstance(bound, Tensor) and _readable(bound)) for bound in pair):
+        return
+    try:
+        ordered = bool(torch.as_tensor(low <= high).all())
+    except RuntimeError:  # shapes or devices that do not fit are found where the state is known
+        return
+    if not ordered:
+        raise ValueError(f"Box.low is {_shown(low)} and Box.high is {_shown(high)}: low must not exceed high")
+
+
+def _readable(t: Tensor) -> bool:
+    return not is_transformed(t) and t.device.type != "meta"
+
+
+def _shown(value: Any) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) and value.ndim else f"{float(value)}"

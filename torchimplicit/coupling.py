@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from torchimplicit.closure import module_of
+from torchimplicit.members import module_of
 
 
 @dataclass

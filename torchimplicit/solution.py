@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 class Status(IntEnum):
@@ -41,7 +42,8 @@ class Report:
             it is not known.
         evaluations: what the solve cost, in whole-batch equivalents: evaluating half of the rows counts one half, so
             the figure may be fractional. In :class:`Solution`, evaluations of the map in the forward pass, those that
-            the estimator makes there (:class:`~torchimplicit.gradients.UnrolledPhantom`) among them. In
+            the estimator makes there (:class:`~torchimplicit.gradients.UnrolledPhantom`) among them; the one that is
+            recorded at the solution for the backward pass is not counted. In
             ``solution.adjoint``, products with the Jacobian in the backward pass (for
             :class:`~torchimplicit.gradients.EquilibriumPropagation`, evaluations of the energy's gradient); the one
             pass through the map to its parameters, which every estimator makes, is not counted.
@@ -102,7 +104,8 @@ class Solution:
             was told ``keep_trajectory=True``.
         problem, args: what was solved, as it was given to :func:`solve`: for a regularizer or a diagnostic at the
             solution, ``jacobian_frobenius(solution.problem, solution.value, *solution.args)``. An
-            :class:`~torchimplicit.nn.Equilibrium` keeps neither in its attribute ``solution``.
+            :class:`~torchimplicit.nn.Equilibrium` keeps neither in its attribute ``solution``, nor does a solution
+            that was pickled and read again.
     """
 
     value: Any
@@ -132,6 +135,12 @@ class Solution:
         """
         return self._record.report
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled or copied: values and figures. The graph and the problem, whose function is often none that
+        could be pickled, stay behind."""
+        cut = {"value": _cut(self.value), "trajectory": _cut(self.trajectory)}
+        return {**self.__dict__, **cut, "problem": None, "args": (), "_attach": None}
+
     def figures(self) -> Solution:
         """The same figures without the state, its graph and the problem: to keep many of them. The ``adjoint`` is
         filled in here too, when the backward pass has run."""
@@ -140,3 +149,7 @@ class Solution:
     def summary(self) -> str:
         """One line for people: how many samples stopped for which reason, and the worst residual."""
         return Report(self.status, self.steps, self.residual, self.evaluations).summary()
+
+
+def _cut(tree: Any) -> Any:
+    return pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, tree)

@@ -14,6 +14,8 @@ from torchimplicit.closure import announce, is_transformed, transforms_running
 from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.gradients import Gradient, Implicit
 from torchimplicit.gradients.base import Run, Task, differentiable
+from torchimplicit.gradients.randomness import Randomness
+from torchimplicit.inference import outside_inference_mode
 from torchimplicit.precision import at_precision, without_autocast
 from torchimplicit.problems import Minimum, Problem, Root, System
 from torchimplicit.solution import AdjointRecord, Report, Solution, Status
@@ -21,8 +23,14 @@ from torchimplicit.solvers import LBFGS, Anderson, NewtonKrylov, Outcome, Solver
 from torchimplicit.state import row_norm
 from torchimplicit.statement import stated
 
+UNTRACED = (
+    "an implicit layer's solver takes as many steps as its input needs, and that is no graph that could be exported: "
+    "export the map (the cell) and what stands around the layer, or unroll a given number of steps"
+)
 
-@torch.compiler.disable
+
+@torch.compiler.disable(reason=UNTRACED)
+@outside_inference_mode
 def solve(
     problem: Problem,
     z0: Any,
@@ -57,6 +65,8 @@ def solve(
     Warns:
         ConvergenceWarning: a sample stopped at ``max_steps`` or broke down.
     """
+    if torch.compiler.is_exporting():
+        raise RuntimeError(UNTRACED)
     solver, gradient = _strategies(problem, solver, gradient)
     # a capture is found by one call, which is the solver's first evaluation where that can be
     capture = torch.is_grad_enabled() or transforms_running()
@@ -80,8 +90,9 @@ def solve(
         solver=solver,
         record=record,
         precision=given.precision,
+        randomness=Randomness(problem.function, lambda z, params: system.fn(z, *params)),
     )
-    with without_autocast(layout.device):
+    with without_autocast(layout.device), given.call.at_home():
         found = gradient.attach(task, flat0 if differentiable((flat0,)) else flat0.detach(), params)
 
     announce(found)
@@ -90,7 +101,7 @@ def solve(
     def attach(z: Tensor) -> Any:
         """The state ``z`` (flat), with the derivative that it would have as the solution."""
         reached = Outcome(z, outcome.report, state=outcome.state)
-        at = replace(task, run=lambda *_: reached, outcomes=[])
+        at = replace(task, run=lambda *_: reached, outcomes=[], randomness=None)
         with without_autocast(layout.device):
             return layout.unflatten(gradient.attach(at, z, params).z)
 
@@ -160,7 +171,7 @@ def _tell_outside(problem: Problem, system: System, z0: Tensor, params: Sequence
         moved = row_norm(placed - z0) > torch.finfo(z0.dtype).eps ** 0.5 * row_norm(z0)
         count = int(moved.sum())
     if count:
-        warnings.warn(problem.outside.format(count=count, rows=len(z0)), UserWarning, stacklevel=4)
+        warnings.warn(problem.outside.format(count=count, rows=len(z0)), UserWarning, stacklevel=5)
 
 
 def _tell(solution: Solution, report: Report, solver: Solver, throw: bool) -> None:
@@ -179,11 +190,11 @@ def _tell(solution: Solution, report: Report, solver: Solver, throw: bool) -> No
         )
         if throw:
             raise SolveError(message + ". error.solution holds every sample's result; throw=False returns it", solution)
-        warnings.warn(message, ConvergenceWarning, stacklevel=4)
+        warnings.warn(message, ConvergenceWarning, stacklevel=5)
         return
     warnings.warn(
         f"{name} did not converge: {report.summary()}. The best iterate is returned. Allow more max_steps, loosen rtol "
         f"or atol, or try another solver{solution.problem.advice}",
         ConvergenceWarning,
-        stacklevel=4,
+        stacklevel=5,
     )

@@ -148,14 +148,15 @@ class Layout:
         if self.chart is not None:
             flat = self.chart.leave(flat)
         if self.is_flat:
-            return flat
+            return flat.contiguous()
         rows = flat.shape[0]
         if len(self.shapes) == 1:
             parts = [flat]
         else:
             parts = list(flat.split([math.prod(shape) for shape in self.shapes], dim=1))
         lead = (rows,) if self.batched else ()
-        leaves = [part.reshape((*lead, *shape)) for part, shape in zip(parts, self.shapes, strict=True)]
+        # what a user's function gets is as contiguous as what the user gave: for view() and torch.view_as_complex
+        leaves = [part.reshape((*lead, *shape)).contiguous() for part, shape in zip(parts, self.shapes, strict=True)]
         return leaves[0] if self.spec.is_leaf() else pytree.tree_unflatten(leaves, self.spec)
 
 

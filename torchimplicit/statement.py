@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchimplicit.closure import Closure, Members, module_of, relayed
+from torchimplicit.closure import Closure, relayed
 from torchimplicit.coupling import Coupling
+from torchimplicit.inference import thawed, thawing
+from torchimplicit.members import Members, module_of, modules_behind
 from torchimplicit.precision import AutocastState
 from torchimplicit.problems import Problem, System
+from torchimplicit.saved import past_hooks
 from torchimplicit.state import Layout
 
 
@@ -25,6 +30,7 @@ class Statement:
         closure: the problem's function with its arguments, and what it captures.
         system: the problem over flat states.
         params: the tensors that ``system`` depends on: those of the arguments, those of a constraint, the captured.
+        call: the problem's function in flat coordinates.
         value: what the function gives at ``flat``, where it had to be called.
         precision: in which autocast evaluates the function; ``None`` where it is off.
     """
@@ -33,6 +39,7 @@ class Statement:
     layout: Layout
     flat: Tensor
     closure: Closure
+    call: FlatCall
     system: System
     params: tuple[Tensor, ...]
     value: Tensor | None
@@ -51,11 +58,11 @@ def stated(problem: Problem, z: Any, args: tuple[Any, ...], *, capture: bool, ro
     layout = problem.layout(z)
     flat = layout.flatten(z, "z0")
     rows = flat.shape[0]
-    constraint = problem.constraint_tensors(layout, rows)
-    call = _FlatCall(problem, layout)
+    constraint = thawed(problem.constraint_tensors(layout, rows))
+    call = FlatCall(problem, layout)
     closure, value = Closure(call, args, extra=len(constraint)), None
     if capture:
-        with torch.no_grad():
+        with torch.no_grad(), past_hooks():
             closure, value = closure.record(flat.detach())
     own = len(closure.tensors)
     params = relayed((*closure.tensors, *constraint, *closure.captured))
@@ -71,6 +78,7 @@ def stated(problem: Problem, z: Any, args: tuple[Any, ...], *, capture: bool, ro
         layout=layout,
         flat=flat,
         closure=closure,
+        call=call,
         system=replace(system, coupling=coupling),
         params=params,
         value=value,
@@ -95,20 +103,41 @@ def tensors_of(problem: Problem, z: Any, args: tuple[Any, ...]) -> tuple[Tensor,
     return tuple(unique.values())
 
 
-class _FlatCall:
-    """The problem's function in flat coordinates, under the autocast state and with the module's tensors of the time
-    when the solve was called."""
+class FlatCall:
+    """The problem's function in flat coordinates, under the autocast state and with the modules' tensors of the time
+    when the solve was called.
+
+    Attributes:
+        modules: those that the function may call.
+        module: the one that the function is, or whose method it is.
+        left: whether the modules may hold other tensors by now.
+    """
 
     def __init__(self, problem: Problem, layout: Layout):
         self.problem = problem
         self.layout = layout
+        self.modules = modules_behind(problem.function)
         self.module = module_of(problem.function)
-        self.members = Members(self.module)
+        self.members = Members(self.modules)
+        self.left = True
         self.autocast = AutocastState(layout.device)
 
+    @contextmanager
+    def at_home(self) -> Iterator[None]:
+        """While the solve runs, the modules hold what they held when it was called."""
+        self.left = False
+        try:
+            yield
+        finally:
+            self.left = True
+
     def __call__(self, z: Tensor | tuple[Tensor, ...], *args: Any) -> Any:
-        with self.autocast(), self.members.restored():
-            output = self.problem.function(self.problem.state(self.layout, z), *args)
+        with self.autocast(), self.members.restored() if self.left else nullcontext(), thawing():
+            if self.members.normalize and torch.is_grad_enabled():
+                with self.members.with_copied_statistics():
+                    output = self.problem.function(self.problem.state(self.layout, z), *args)
+            else:
+                output = self.problem.function(self.problem.state(self.layout, z), *args)
         cast = self.autocast.dtype is not None
         if isinstance(z, tuple):
             return self.problem.flat_parts(self.layout, output, z[0].shape[0], cast)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchimplicit.inference import outside_inference_mode
 from torchimplicit.linear.confirmed import separated
 from torchimplicit.linear.extremes import extreme_eigenvalues
 from torchimplicit.linear.preconditioners import Preconditioner, as_preconditioner
@@ -30,6 +31,7 @@ class Curvature(NamedTuple):
 
 
 @torch.compiler.disable
+@outside_inference_mode
 def curvature(
     problem: Minimum,
     z: Any,

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from torchimplicit.closure import carries_derivative, is_transformed
 from torchimplicit.gradients.point import SharedPoint
+from torchimplicit.gradients.randomness import Randomness
 from torchimplicit.gradients.smoothness import Smoothness
 from torchimplicit.linear import LinearSolution, LinearSolver
 from torchimplicit.precision import at_precision
 from torchimplicit.problems import System
-from torchimplicit.problems.linearization import Linearization
+from torchimplicit.problems.linearization import Linearization, check_unmoved
+from torchimplicit.saved import past_hooks
 from torchimplicit.solution import AdjointRecord, Report, Status
 from torchimplicit.solvers import Outcome, Solver
 
@@ -44,7 +46,11 @@ class Task:
         precision: in which autocast evaluates the system; ``None`` where it is off.
         outcomes: what ``run`` gave, the latest last (the nodes run it out of the caller's sight).
         shared: the point whose linear solves share their work; ``None``: each does its own.
+        records: whether the solution's tape is recorded in the forward pass, for the backward pass.
+        tape: the solution's, where it was recorded in the forward pass; ``None``: the function is evaluated again.
+        value: what was recorded there, where that cannot be used, for the function to be checked against it.
         smoothness: told where a second derivative is asked for.
+        randomness: told of the solve; ``None``: nobody looks.
     """
 
     system: System
@@ -54,18 +60,27 @@ class Task:
     precision: torch.dtype | None = None
     outcomes: list[Outcome] = field(default_factory=list)
     shared: SharedPoint | None = None
+    records: bool = True
+    tape: Linearization | None = None
+    value: Tensor | None = None
     smoothness: Smoothness = field(default_factory=Smoothness)
+    randomness: Randomness | None = None
 
     def solve(self, z0: Tensor, params: Sequence[Tensor]) -> Found:
         """Run without recording gradients."""
-        with torch.no_grad():
+        if self.randomness is not None:
+            self.randomness.begin(z0)
+        with torch.no_grad(), past_hooks():
             outcome = self.run(self.system, z0, params)
+            if self.randomness is not None:
+                self.randomness.end(outcome.z, params)
         # a node gives z itself a history that leads back to this task: the note must not close that cycle, or else what
         # the solver has built would stay in memory until Python looks for cycles
         self.outcomes.append(replace(outcome, z=outcome.z.detach()))
         report = outcome.report
-        # a start that was a solution already must not come back as itself: it is the caller's
-        z = outcome.z.clone() if outcome.z is z0 else outcome.z
+        # what a function returns may be its argument, a buffer or a parameter, and a solver's iterate what it returned;
+        # a point that is shared is the library's own
+        z = outcome.z.clone() if self.shared is None else outcome.z
         return Found(z, report.status, report.steps, report.residual)
 
     def spent(self, evaluations: int) -> None:
@@ -80,7 +95,23 @@ class Task:
 
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Task:
         """The task of ``size`` copies, see :meth:`System.vmapped`."""
-        return replace(self, system=self.system.vmapped(size, dims), shared=None)
+        value = None if self.tape is None else self.tape.out.detach().repeat(size, *(1,) * (self.tape.out.ndim - 1))
+        system = self.system.vmapped(size, dims)
+        return replace(self, system=system, shared=None, tape=None, value=value, randomness=None)
+
+    def recorded(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization:
+        """The tape at the solution, for the backward pass."""
+        tape = None if self.shared is None else self.shared.tape(z, params, wanted)
+        return self.system.linearize(z, params, wanted) if tape is None else tape
+
+    def linearize(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization:
+        """The tape at the solution: that of the forward pass, where it was recorded there."""
+        if self.tape is not None:
+            return self.tape
+        tape = self.system.linearize(z, params, wanted)
+        if self.value is not None:
+            check_unmoved(self.value, tape.out)
+        return tape
 
     def solve_linear(
         self,
@@ -93,12 +124,16 @@ class Task:
     ) -> tuple[Linearization, LinearSolution]:
         """Solve :math:`A y = b` or :math:`A^T y = b` at ``z``, on plain tensors; also the tape, for the pullback."""
         tape = None if self.shared is None else self.shared.tape(z, params, wanted)
-        if self.shared is not None and tape is not None:
+        with past_hooks():
+            if self.shared is not None and tape is not None:
+                self.smoothness.look(tape.out)
+                return tape, self.shared.solve(tape, transposed, b)
+            tape = self.linearize(z, params, wanted)
             self.smoothness.look(tape.out)
-            return tape, self.shared.solve(tape, transposed, b)
-        tape = self.system.linearize(z, params, wanted)
-        self.smoothness.look(tape.out)
-        return tape, self.system.solve_linear(tape, transposed, b, solver)
+            if not b.shape[-1]:  # a state without numbers
+                nothing = torch.zeros(b.shape[-2], dtype=torch.int64, device=b.device)
+                return tape, LinearSolution(b, Report(nothing, nothing, b.new_zeros(b.shape[-2]), 0.0))
+            return tape, self.system.solve_linear(tape, transposed, b, solver)
 
 
 class Gradient(ABC):
@@ -114,6 +149,10 @@ class Gradient(ABC):
     @abstractmethod
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
         """Solve, and give the solution this estimator's derivative in ``params``."""
+
+    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization | None:
+        """What the backward pass needs of the problem's function, recorded in the forward pass; ``None``: nothing."""
+        return None
 
     def supports(self, system: System, solver: Solver) -> str | None:
         """``None`` where the estimator can differentiate this solve; otherwise why not, and what to take instead."""

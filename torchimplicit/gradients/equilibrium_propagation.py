@@ -18,6 +18,7 @@ from torchimplicit.linear.extremes import extreme_eigenvalues
 from torchimplicit.linear.preconditioners import as_preconditioner
 from torchimplicit.precision import UnitRows
 from torchimplicit.problems import System
+from torchimplicit.problems.linearization import Linearization, check_unmoved
 from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.solution import Report
 from torchimplicit.solvers import LBFGS, Outcome, Solver, iterate
@@ -78,6 +79,12 @@ class EquilibriumPropagation(Gradient):
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
         return solved_by_rule(task, self, z0, params)
 
+    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization:
+        """The energies of the forward pass alone, without a graph: the nudged energy is evaluated elsewhere."""
+        tape = Linearization(task.system.fn, z, params)
+        tape.out = tape.out.detach()
+        return tape
+
     def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
         """The cotangents of the wanted parameters."""
 
@@ -109,7 +116,10 @@ class EquilibriumPropagation(Gradient):
         curved = 1 / torch.where(length > 0, length, 1) if self.curved else None
         with torch.no_grad():
             # makes z stationary where it is not quite, or not at all (an iterate on the way)
-            level = system.at(z, params).residual
+            now = system.at(z, params)
+        if task.tape is not None and now.energy is not None:
+            check_unmoved(task.tape.out, now.energy)
+        level = now.residual
 
         def slope(beta: Tensor) -> Tensor:
             return level + beta * tilt

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from torchimplicit.closure import is_transformed
 from torchimplicit.gradients.base import Found, Gradient, Task
-from torchimplicit.gradients.nodes import Grads, LinearSolve, partial_vjp, push, report, solved_by_rule
+from torchimplicit.gradients.nodes import Grads, LinearSolve, pulled, push, report, solved_by_rule
 from torchimplicit.linear import LinearSolver
+from torchimplicit.problems.linearization import Linearization
 from torchimplicit.validation import check_type
 
 
@@ -38,6 +39,10 @@ class Implicit(Gradient):
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
         return solved_by_rule(task, self, z0, params)
 
+    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization:
+        """Of the residual."""
+        return task.recorded(z, params, wanted)
+
     def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
         """The cotangents of the wanted parameters; differentiable."""
         solver = task.adjoint_solver(self.linear_solver, z)
@@ -47,8 +52,7 @@ class Implicit(Gradient):
             grads = task.system.pull(tape, found.value)
             return tuple(grad if w else None for grad, w in zip(grads, wanted, strict=True))
         g = LinearSolve.apply(task, solver, True, u, z, *params)
-        _, pull = partial_vjp(lambda *params: task.system.residual(z, *params), params, wanted)
-        return pull(-g)
+        return pulled(task, -g, z, params, wanted)
 
     def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
         """The tangent of the solution; differentiable."""

@@ -18,7 +18,7 @@ from torchimplicit.precision import safe_norm
 from torchimplicit.problems import System
 from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.problems.joint_system import JointSystem
-from torchimplicit.problems.linearization import Linearization
+from torchimplicit.problems.linearization import Linearization, check_unmoved
 from torchimplicit.solvers import Solver
 from torchimplicit.validation import check_positive, check_type
 
@@ -76,13 +76,17 @@ class Envelope(JointEstimate):
     def __post_init__(self) -> None:
         check_positive(self, "tolerance")
 
+    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization:
+        """Of the map and the loss, side by side."""
+        return Linearization(task.system.fn, z, params, wanted)
+
     def cotangents(
         self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
     ) -> list[Tensor | None]:
         system = task.system
         assert isinstance(system, JointSystem)
         _, mu, _ = system.parts.split(z)
-        tape = Linearization(system.fn, z, params, wanted)
+        tape = self.tape(task, z, params, wanted) if task.tape is None else task.tape
         one = torch.ones_like(mu[:, :1])
         own = tape.transposed(torch.cat((torch.zeros_like(mu), one), dim=1))  # the loss alone, in the state
         size = (own * own).sum(dim=1, keepdim=True)
@@ -102,6 +106,8 @@ class Envelope(JointEstimate):
             slope = tape.transposed(torch.cat((mu, one), dim=1))
             g = torch.cat((weight * mu, torch.zeros_like(mu), weight * system.parts.split(slope)[2]), dim=1)
             whole = system.linearize(z, params, wanted)
+            state, made = (t[:, : system.parts.z] for t in (z, tape.out))
+            check_unmoved(torch.lerp(state, made, system.damping[0]), whole.out[:, : system.parts.z])
             return system.pull(whole, system.undamped(g))
         return tape.pull(torch.cat((weight * mu, torch.zeros_like(one)), dim=1))
 
@@ -125,6 +131,12 @@ class FixedInput(JointEstimate):
     def __post_init__(self) -> None:
         check_type(self, "linear_solver", LinearSolver, optional=True)
 
+    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization:
+        """Of the map at the given input."""
+        assert isinstance(task.system, JointSystem)
+        state, _, given = task.system.parts.split(z)
+        return self._alone(task.system, given.detach()).linearize(state.contiguous(), params, wanted)
+
     def cotangents(
         self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
     ) -> list[Tensor | None]:
@@ -138,12 +150,15 @@ class FixedInput(JointEstimate):
                 "Implicit()"
             )
 
-        def inference(state: Tensor, *params: Tensor) -> Tensor:
-            return system.fn((state, given), *params)[0]
-
-        alone = FixedPointSystem(fn=inference, coupling=system.coupling)
+        alone = self._alone(system, given)
         solver = task.adjoint_solver(self.linear_solver or alone.default_linear_solver(state.shape[1], len(z)), z)
-        tape = alone.linearize(state.contiguous(), params, wanted)
+        tape = self.tape(task, z, params, wanted) if task.tape is None else task.tape
         found = alone.solve_linear(tape, True, of_state.contiguous(), solver)
         report(task, found.report)
         return alone.pull(tape, found.value)
+
+    def _alone(self, system: JointSystem, given: Tensor) -> FixedPointSystem:
+        def inference(state: Tensor, *params: Tensor) -> Tensor:
+            return system.fn((state, given), *params)[0]
+
+        return FixedPointSystem(fn=inference, coupling=system.coupling)

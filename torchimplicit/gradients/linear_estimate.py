@@ -12,6 +12,7 @@ from torchimplicit.gradients.base import Found, Gradient, Task
 from torchimplicit.gradients.nodes import Grads, estimate, push, solved_by_rule
 from torchimplicit.linear import LinearSolution
 from torchimplicit.problems.linearization import Linearization
+from torchimplicit.saved import past_hooks
 
 
 class LinearEstimate(Gradient):
@@ -28,14 +29,19 @@ class LinearEstimate(Gradient):
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
         return solved_by_rule(task, self, z0, params)
 
+    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization:
+        """Of the residual."""
+        return task.recorded(z, params, wanted)
+
     def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
         """The cotangents of the wanted parameters."""
 
         def compute(task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-            tape = task.system.linearize(z, params, wanted)
-            found = self.apply(task, tape, True, u)
-            task.record.report = found.report
-            return [grad for grad in task.system.pull(tape, found.value) if grad is not None]
+            tape = task.linearize(z, params, wanted)
+            with past_hooks():
+                found = self.apply(task, tape, True, u)
+                task.record.report = found.report
+                return [grad for grad in task.system.pull(tape, found.value) if grad is not None]
 
         grads = iter(estimate(task, compute, type(self).__name__, u, z, params))
         return tuple(next(grads) if w else None for w in wanted)

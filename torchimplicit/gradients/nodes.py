@@ -4,6 +4,12 @@
 Jacobian there. The derivatives of each are made of evaluations of the system, of its products, and of the two nodes
 again. What is saved is the solution as an *output* of its node, so that a derivative of a derivative runs back through
 the solution as well: re-attaching by a call of the map at a detached solution would lose those terms.
+
+In reverse mode the system is evaluated at the solution in the forward pass, once, and its graph kept. The products and
+the pullback of the backward pass run over that graph, and so do the derivatives of these, which ``Graft`` makes
+functions of the solution and the parameters again: whatever the function read in the forward pass is what is
+differentiated, and what has been changed in place since is autograd's own error. Under transforms, where a graph of
+the transform's own would be needed, the system is evaluated again.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,8 +32,12 @@ from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError
 from torchimplicit.gradients.base import Found, Task, differentiable
 from torchimplicit.linear import LinearSolver
 from torchimplicit.precision import default_rtol, without_autocast
+from torchimplicit.problems.fixed_point import FixedPointSystem
+from torchimplicit.problems.linearization import Linearization, check_unmoved, recorded_gradients
 from torchimplicit.problems.system import vjp
+from torchimplicit.saved import Saved, kept, unpack
 from torchimplicit.solution import Report, Status
+from torchimplicit.state import row_norm
 
 Grads = tuple[Tensor | None, ...]
 
@@ -43,10 +54,7 @@ class Solve(Function):
 
     @staticmethod
     def forward(task: Task, rule: Any, z0: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-        found = task.solve(z0, params)
-        if any(found.z is t for t in (z0, *params)):  # a node may not save an input that it returns
-            found = found._replace(z=found.z.clone())
-        return tuple(found)
+        return tuple(task.solve(z0, params))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -54,17 +62,22 @@ class Solve(Function):
         z, *figures = output
         ctx.mark_non_differentiable(*figures)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(z, *params)
+        ctx.kept, graph = _recorded(ctx.task, ctx.rule, z, params, ctx.needs_input_grad[3:])
+        if graph:
+            _compare(ctx.task, ctx.kept.joined(*graph), Found(*output), params)
+        ctx.save_for_backward(z, *params, *graph)
         ctx.save_for_forward(z, *params)
 
     @staticmethod
     def backward(ctx: Any, u: Tensor | None, *_: Any) -> tuple[Any, ...]:
         z, *params = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3:]
         if u is None:
-            return None, None, None, *(None for _ in params)
+            return None, None, None, *(None for _ in wanted)
         _refuse_batched_cotangents(u)
+        task = _restored(ctx.task, ctx.kept, params)
         with without_autocast(z.device):
-            return None, None, None, *ctx.rule.adjoint(ctx.task, u, z, params, ctx.needs_input_grad[3:])
+            return None, None, None, *ctx.rule.adjoint(task, u, z, params, wanted)
 
     @staticmethod
     def jvp(ctx: Any, _task: None, _rule: None, _z0: Any, *dparams: Tensor | None) -> tuple[Any, ...]:
@@ -97,25 +110,23 @@ class LinearSolve(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.task, ctx.solver, ctx.transposed, _, z, *params = inputs
-        ctx.save_for_backward(output, z, *params)
+        task, ctx.solver, ctx.transposed, _, z, *params = inputs
+        ctx.task, ctx.kept, graph = _parted(task)
+        ctx.save_for_backward(output, z, *params, *graph)
         ctx.save_for_forward(output, z, *params)
 
     @staticmethod
     def backward(ctx: Any, c: Tensor) -> tuple[Any, ...]:
         y, z, *params = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[4:]
         _refuse_batched_cotangents(c)
-        if any(ctx.needs_input_grad[4:]):  # the derivative of A is a second derivative of the residual
+        if any(wanted):  # the derivative of A is a second derivative of the residual
             ctx.task.smoothness.asked()
-        w = LinearSolve.apply(ctx.task, ctx.solver, not ctx.transposed, c, z, *params)
+        task = _restored(ctx.task, ctx.kept, params)
+        w = LinearSolve.apply(task, ctx.solver, not ctx.transposed, c, z, *params)
         # y depends on (z, params) through -w.(dA y), or -w.(dA^T y): the gradient of -left^T A right at fixed ends
         left, right = (y, w) if ctx.transposed else (w, y)
-
-        def weighted(z: Tensor, *params: Tensor) -> Tensor:
-            return -(_pulled(ctx.task, z, params)(left) * right).sum()
-
-        grads = gradients(weighted, (z, *params), ctx.needs_input_grad[4:])
-        return None, None, None, w, *grads
+        return None, None, None, w, *_bilinear(task, left, right, z, params, wanted)
 
     @staticmethod
     def jvp(ctx: Any, _t: None, _s: None, _f: None, db: Tensor | None, *tangents: Tensor | None) -> Tensor:
@@ -172,6 +183,37 @@ def _pulled(task: Task, z: Tensor, params: Sequence[Tensor]) -> Callable[[Tensor
     return pulled
 
 
+class Graft(Function):
+    """Tensors recorded on a tape as functions of what its leaves stand for: ``(kept, recorded, leaves, *actual)``.
+
+    Its derivatives are recorded on the same tape, at whose leaves everything is evaluated.
+    """
+
+    @staticmethod
+    def forward(kept: Saved, recorded: Sequence[Tensor], leaves: Sequence[Tensor], *actual: Tensor) -> Any:
+        return tuple(t.detach() for t in recorded)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.kept, recorded, ctx.leaves, *actual = inputs
+        ctx.count = len(recorded)
+        ctx.save_for_backward(*recorded, *actual)
+
+    @staticmethod
+    def backward(ctx: Any, *vs: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        recorded, actual = saved[: ctx.count], saved[ctx.count :]
+        for v in vs:
+            _refuse_batched_cotangents(v)
+        wanted = ctx.needs_input_grad[3:]
+        unpack(ctx.kept)
+        if not torch.is_grad_enabled():
+            return None, None, None, *recorded_gradients(recorded, ctx.leaves, vs, wanted, create_graph=False)
+        ends = tuple(v.detach().requires_grad_() for v in vs)
+        grads = recorded_gradients(recorded, ctx.leaves, ends, wanted, create_graph=True)
+        return None, None, None, *_grafted(ctx.kept, grads, (*ctx.leaves, *ends), (*actual, *vs))
+
+
 class FirstOrder(Function):
     """An estimate that has no derivative of its own: ``(task, compute, name, of_state, x, z, *params) -> tensors``.
 
@@ -217,7 +259,7 @@ class FirstOrder(Function):
         return tuple(out), (0,) * len(out)
 
 
-for _node in (Solve, LinearSolve, FirstOrder):
+for _node in (Solve, LinearSolve, Graft, FirstOrder):
     # autograd inspects the signature of forward at every call, which is slow; this is where inspect looks first
     _node.forward.__signature__ = inspect.signature(_node.forward)  # type: ignore[union-attr]
 
@@ -226,7 +268,138 @@ def solved_by_rule(task: Task, rule: Any, z0: Tensor, params: Sequence[Tensor]) 
     """The solution of the task, differentiated by the rule: see :class:`Solve`."""
     if not differentiable(params):
         return task.solve(z0, params)
+    # under a transform that differentiates, the graph of plain tensors below it would hardly ever be asked for
+    task = task if all(map(_is_plain, params)) else replace(task, records=False)
     return Found(*Solve.apply(task, rule, z0.detach(), *params))
+
+
+def pulled(task: Task, g: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
+    """:math:`R_\\theta^T g` for the wanted parameters, ``None`` for the others; differentiable."""
+    tape = task.tape
+    if tape is not None and not torch.is_grad_enabled():  # a batch of cotangents that vmap has put together
+        tape.check()
+        with torch.enable_grad():
+            out = task.system.on_tape(tape)
+        return _or_zeros(recorded_gradients((out,), tape.params, (g,), wanted, create_graph=False), params, wanted)
+    if tape is None or is_transformed(g):
+        out, pull = partial_vjp(lambda *params: task.system.residual(z, *params), params, wanted)
+        if tape is not None:
+            check_unmoved(task.system.on_tape(tape), out)
+        return pull(g)
+    tape.check()
+    tape.make_differentiable()
+    end = g.detach().requires_grad_()
+    with torch.enable_grad():
+        out = task.system.on_tape(tape)
+    grads = recorded_gradients((out,), tape.params, (end,), wanted, create_graph=True)
+    return _or_zeros(_grafted(tape.saved, grads, (tape.z, *tape.params, end), (z, *params, g)), params, wanted)
+
+
+def _bilinear(
+    task: Task, left: Tensor, right: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
+) -> Grads:
+    """The gradient of :math:`-l^T A r` in z and the parameters, at fixed ends; differentiable, in them too.
+
+    Args:
+        wanted: of ``(z, *params)``.
+    """
+    tape = task.tape
+    if tape is None or left.ndim != z.ndim or is_transformed(left) or is_transformed(right):
+
+        def weighted(z: Tensor, *params: Tensor) -> Tensor:
+            return -(_pulled(task, z, params)(left) * right).sum()
+
+        if tape is not None:
+            check_unmoved(task.system.on_tape(tape), task.system.residual(z, *params))
+        return gradients(weighted, (z, *params), wanted)
+    tape.check()
+    tape.make_differentiable()
+    ends = tuple(t.detach().requires_grad_() for t in (left, right))
+    leaves = (tape.z, *tape.params)
+    with torch.enable_grad():
+        out = task.system.on_tape(tape)
+        (turned,) = recorded_gradients((out,), (tape.z,), ends[:1], (True,), create_graph=True)
+        total = None if turned is None else -(turned * ends[1]).sum()
+    if total is None:
+        return _or_zeros([None] * len(leaves), leaves, wanted)
+    again = torch.is_grad_enabled()
+    grads = recorded_gradients((total,), leaves, (torch.ones_like(total),), wanted, create_graph=again)
+    if again:
+        grads = _grafted(tape.saved, grads, (*leaves, *ends), (z, *params, left, right))
+    return _or_zeros(grads, leaves, wanted)
+
+
+def _grafted(
+    kept: Saved, recorded: Sequence[Tensor | None], leaves: Sequence[Tensor], actual: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Recorded tensors as functions of ``actual``, see :class:`Graft`; those without a history are constants."""
+    joined = list(recorded)
+    places = [i for i, t in enumerate(joined) if t is not None and t.requires_grad]
+    if places:
+        made = Graft.apply(kept, [recorded[i] for i in places], leaves, *actual)
+        for i, t in zip(places, made, strict=True):
+            joined[i] = t
+    return joined
+
+
+def _or_zeros(grads: Sequence[Tensor | None], like: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
+    return tuple(
+        torch.zeros_like(t) if w and grad is None else grad for grad, t, w in zip(grads, like, wanted, strict=True)
+    )
+
+
+def _recorded(
+    task: Task, rule: Any, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Linearization | None, tuple[Tensor, ...]]:
+    """The solution's tape without its graph, and what autograd is to save for it: it frees the graph as it does its
+    own."""
+    if not task.records or not any(wanted) or any(is_transformed(t) for t in (z, *params)):
+        return None, ()
+    with kept() as saved:
+        tape = rule.tape(task, z, params, wanted)
+    if tape is None:
+        return None, ()
+    tape.saved = saved
+    parted, out = tape.parted()
+    return parted, (out,)
+
+
+def _compare(task: Task, tape: Linearization, found: Found, params: Sequence[Tensor]) -> None:
+    """What was recorded at the solution, with what the solver has seen there, where both saw the same batch."""
+    look = task.randomness
+    if look is None or look.known or not isinstance(task.system, FixedPointSystem) or tape.out.ndim != 2:
+        return
+    with torch.no_grad():
+        if bool((found.steps == found.steps[:1]).all()):
+            residual = row_norm(tape.out - found.z) / row_norm(tape.out)
+            look.compare(residual, found.residual, found.z, params)
+
+
+def _parted(task: Task) -> tuple[Task, Linearization | None, tuple[Tensor, ...]]:
+    """The task without its tape, the tape without its graph, and what autograd is to save for it."""
+    if task.tape is None:
+        return task, None, ()
+    tape, out = task.tape.parted()
+    return replace(task, tape=None), tape, (out,)
+
+
+def _restored(task: Task, tape: Linearization | None, saved: list[Tensor]) -> Task:
+    """The task with its tape, whose graph is the last of the ``saved`` tensors and is taken from them."""
+    if tape is None:
+        return task
+    unpack(tape.saved)
+    return replace(task, tape=tape.joined(saved.pop()))
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether ``t`` belongs to no transform that differentiates, at whatever level."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
+        return False
+    while _functorch.maybe_get_level(t) >= 0:
+        if not _functorch.is_batchedtensor(t):
+            return False
+        t = _functorch.get_unwrapped(t)
+    return True
 
 
 def estimate(

@@ -79,4 +79,7 @@ class Factorized(BlockSolver):
 
 def _memory(tensors: Sequence[Tensor]) -> tuple[object, ...]:
     """What tells whether tensors are the same memory with the same contents."""
-    return tuple((t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) for t in tensors)
+    return tuple(
+        (t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) if t.layout is torch.strided else (id(t), t._version)
+        for t in tensors
+    )

@@ -36,5 +36,6 @@ class Unrolled(Gradient):
         report = outcome.report
         # the last evaluation judges the result and is not part of it; the first one starts from a constant z0
         products = max(0.0, report.evaluations - (1 if differentiable((z0,)) else 2))
-        z = reported(outcome.z, task.record, replace(report, evaluations=products))
+        # a copy, for the last iterate may be an argument, a buffer or a parameter that the function returned
+        z = reported(outcome.z.clone(), task.record, replace(report, evaluations=products))
         return Found(z, report.status, report.steps, report.residual)

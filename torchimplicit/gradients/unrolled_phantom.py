@@ -49,7 +49,8 @@ class UnrolledPhantom(Gradient):
                 h = h + self.damping * point.residual
         task.spent(self.steps)
         figures = truncated(h.detach(), self.steps, float(self.steps - 1))
-        return found._replace(z=reported(h, task.record, figures))
+        # a copy, for the map may have returned an argument, a buffer or a parameter
+        return found._replace(z=reported(h.clone(), task.record, figures))
 
     def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
         """None: the point from which the steps start is a constant."""

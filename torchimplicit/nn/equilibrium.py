@@ -14,8 +14,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from torchimplicit.closure import compiled_module, eagerly, is_transformed
+from torchimplicit.closure import eagerly, is_transformed
 from torchimplicit.gradients import Gradient, Unrolled
+from torchimplicit.members import compiled_module
 from torchimplicit.nn.dropout import VariationalDropout, active_dropouts, drawing
 from torchimplicit.nn.normalization import fixed, holding, parametrizations, settled_vectors
 from torchimplicit.nn.refresh import refreshable, refreshed, refreshes
@@ -23,7 +24,7 @@ from torchimplicit.nn.warm_start import WarmStart
 from torchimplicit.precision import without_autocast
 from torchimplicit.problems import FixedPoint
 from torchimplicit.solution import Solution
-from torchimplicit.solve import solve
+from torchimplicit.solve import UNTRACED, solve
 from torchimplicit.solvers import Solver
 from torchimplicit.state import detached
 
@@ -100,7 +101,7 @@ class Equilibrium(nn.Module):
         self.solution: Solution | None = None
         self._solution_hooks: OrderedDict[int, Callable[[Equilibrium, Solution], None]] = OrderedDict()
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=UNTRACED)
     def forward(self, x: Any, z0: Any = None, index: Tensor | None = None) -> Any:
         """The equilibrium at ``x``.
 
@@ -122,7 +123,7 @@ class Equilibrium(nn.Module):
         """
         return self.solve(x, z0, index).value
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=UNTRACED)
     def solve(self, x: Any, z0: Any = None, index: Tensor | None = None) -> Solution:
         """The whole :class:`Solution` at ``x``, with gradients: for a loss that needs more than its value.
 

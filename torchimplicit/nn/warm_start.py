@@ -83,8 +83,11 @@ class WarmStart(nn.Module):
         )
         return mixed, False
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def put(self, z: Any, index: Tensor | None = None) -> None:
-        """Remember the solution ``z``, of the samples ``index``."""
+        """Remember the solution ``z``, of the samples ``index``. What is remembered in inference mode can be used
+        outside it."""
         leaves = pytree.tree_leaves(z)
         if self._foreign(index) or any(is_transformed(leaf) for leaf in leaves):
             return

@@ -45,6 +45,9 @@ class ImageSystem(System):
             coupling=self.coupling,
         )
 
+    def on_tape(self, tape: Linearization) -> Tensor:
+        return tape.z - tape.out
+
     def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
         return tape.pull(g)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchimplicit.linear import GMRES, Dense, LinearSolver
 from torchimplicit.problems.image_system import ImageSystem
+from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.per_sample import PerSample, stacked
 from torchimplicit.problems.system import Point, vjp
 from torchimplicit.state import row_norm
@@ -78,9 +79,7 @@ class JointSystem(ImageSystem):
             with torch.enable_grad():
                 leaves = state.detach().requires_grad_(), x.detach().requires_grad_()
                 made, loss = self.fn(leaves, *params)
-                ends = [(made, mu), (loss, torch.ones_like(loss))]
-                outputs, cotangents = zip(*[end for end in ends if end[0].requires_grad] or ends, strict=True)
-                slopes = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True, materialize_grads=True)
+                slopes = _slopes(made, loss, mu, leaves, create_graph=False)
             made, loss = made.detach(), loss.detach()
         image = self._step(z, made, slopes, params)
         return self._judged(z, image, loss)
@@ -110,6 +109,14 @@ class JointSystem(ImageSystem):
     def image(self, z: Tensor, *params: Tensor) -> Tensor:
         made, _, slopes = self._sloped(z, params)
         return self._step(z, made, slopes, params)
+
+    def linearize(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization:
+        def core(flat: Tensor, *params: Tensor) -> Tensor:
+            state, mu, x = self.parts.split(flat)
+            made, loss = self.fn((state, x), *params)
+            return self._step(flat, made, _slopes(made, loss, mu, (state, x), create_graph=True), params)
+
+        return Linearization(core, z, params, wanted)
 
     def during(self, step: int) -> JointSystem:
         return self if self.schedule is None else replace(self, step_size=float(self.schedule(step)))
@@ -194,3 +201,14 @@ class JointSystem(ImageSystem):
                 merit=energy + doubt,
                 doubt=doubt + doubt,
             )
+
+
+def _slopes(
+    made: Tensor, loss: Tensor, mu: Tensor, leaves: tuple[Tensor, Tensor], create_graph: bool
+) -> Sequence[Tensor]:
+    """The gradients of :math:`\\Lambda` in z and in x, by autograd."""
+    ends = [(made, mu), (loss, torch.ones_like(loss))]
+    outputs, cotangents = zip(*[end for end in ends if end[0].requires_grad] or ends, strict=True)
+    return torch.autograd.grad(
+        outputs, leaves, cotangents, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )

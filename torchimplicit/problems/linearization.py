@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from torchimplicit.closure import check_graph, eagerly
+from torchimplicit.saved import Saved
 
 Map = Callable[..., Tensor]
 Products = TypeVar("Products", Tensor, list[Tensor | None])
@@ -18,12 +22,15 @@ class Linearization:
     """``core(z, *params)`` evaluated once with autograd's tape; every product below runs over that tape.
 
     For plain tensors only (inside autograd nodes and solvers); derivatives of these products are taken elsewhere, by
-    composable transforms.
+    composable transforms or by what :func:`recorded_gradients` records in its turn.
 
     Args:
         core: ``(z [batch, dim], *params) -> [batch, dim]``.
         z, params: where.
         wanted: which parameters :meth:`pull` may be asked for.
+
+    Attributes:
+        saved: see :func:`~torchimplicit.saved.kept`.
     """
 
     def __init__(self, core: Map, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None):
@@ -33,9 +40,32 @@ class Linearization:
         self.params = _cut(params, self.wanted)
         with torch.enable_grad():
             self.out = core(self.z, *self.params)
-        if wanted is not None:
-            check_graph(self.out, (self.z, *self.params))
         self._forward: tuple[Tensor, Tensor] | None = None
+        self._looked = False
+        self.saved: Saved = ()
+
+    def parted(self) -> tuple[Linearization, Tensor]:
+        """The tape without its graph, and the recorded value, which holds that."""
+        parted = copy.copy(self)
+        del parted.out
+        parted._forward = None
+        return parted, self.out
+
+    def joined(self, out: Tensor) -> Linearization:
+        """The whole tape again, from what :meth:`parted` gave."""
+        joined = copy.copy(self)
+        joined.out = out
+        return joined
+
+    def check(self) -> None:
+        """Raise where a tensor that requires grad lies behind the recorded value and neither behind ``z`` nor behind
+        ``params``: it would get no gradient."""
+        check_graph(self.out, (self.z, *self.params))
+
+    def make_differentiable(self) -> None:
+        """See to it that the graph has derivatives itself, which that of compiled code has not."""
+        if _is_compiled(self.out):
+            self._evaluate_eagerly()
 
     def transposed(self, v: Tensor) -> Tensor:
         """:math:`J^T v`, ``[batch, dim]``."""
@@ -60,27 +90,28 @@ class Linearization:
 
         ``out`` is by default the core's value; it may be any tensor on the tape.
         """
+        self.check()
+        if not self.out.requires_grad and any(self.wanted):
+            self._look(True)
         if out is None:
             return self._retried(lambda: self._pull(self.out, v))
         return self._pull(out, v)
 
     def _pull(self, out: Tensor, v: Tensor) -> list[Tensor | None]:
-        inputs = [p for p, w in zip(self.params, self.wanted, strict=True) if w]
-        if not inputs or not out.requires_grad:
-            return [torch.zeros_like(p) if w else None for p, w in zip(self.params, self.wanted, strict=True)]
-        grads = iter(torch.autograd.grad(out, inputs, v, retain_graph=True, allow_unused=True))
-        return [_or_zero(next(grads), p) if w else None for p, w in zip(self.params, self.wanted, strict=True)]
+        grads = recorded_gradients((out,), self.params, (v,), self.wanted, create_graph=False)
+        return [_or_zero(grad, p) if w else None for grad, p, w in zip(grads, self.params, self.wanted, strict=True)]
 
     def _twice(self) -> tuple[Tensor, Tensor]:
         if self._forward is None:
-            if _is_compiled(self.out):
-                self._evaluate_eagerly()
+            self.make_differentiable()
             with torch.enable_grad():
                 w = torch.zeros_like(self.out).requires_grad_()
                 pulled = torch.zeros_like(self.z)
+                found = None
                 if self.out.requires_grad:
                     (found,) = torch.autograd.grad(self.out, self.z, w, create_graph=True, allow_unused=True)
-                    pulled = pulled if found is None else found
+                self._look(found is None)
+                pulled = pulled if found is None else found
             self._forward = pulled, w
         return self._forward
 
@@ -95,25 +126,171 @@ class Linearization:
         return product()
 
     def _evaluate_eagerly(self) -> None:
+        before = self.out
         with torch.enable_grad(), eagerly():
             self.out = self.core(self.z, *self.params)
+        check_unmoved(before, self.out)
 
-    @staticmethod
-    def _grad(out: Tensor, at: Tensor, v: Tensor) -> Tensor:
-        if not out.requires_grad:
-            return torch.zeros_like(at)
-        (grad,) = torch.autograd.grad(out, at, v, retain_graph=True, allow_unused=True)
+    def _look(self, blind: bool) -> None:
+        """Refuse, once, a map that autograd does not see, or does not see in part: its Jacobian would count as zero.
+
+        Args:
+            blind: whether autograd has found no way from the value to the state.
+        """
+        if self._looked:
+            return
+        self._looked = True
+        seen = torch.zeros(self.z.shape[1], dtype=torch.bool, device=self.z.device)
+        if not blind:
+            given = _seen_columns(self.out, self.z)
+            if given is None:
+                return
+            seen = given
+        # where autograd sees nothing at all, it does not see the parameters either
+        moving = (True, *(w and not self.out.requires_grad for w in self.wanted))
+        values = []
+        for share in (0.0, torch.finfo(self.z.dtype).eps ** 0.25):
+            z, *params = (
+                (t.detach() + share * (1 + t.detach().abs())).requires_grad_() if moves else t
+                for t, moves in zip((self.z, *self.params), moving, strict=True)
+            )
+            with torch.enable_grad():
+                values.append(self.core(z, *params).detach())
+        here, there = values
+        changed = ((here != there) & ~(here.isnan() & there.isnan())).any(dim=0) & ~seen
+        if bool(changed.any()):
+            count = int(changed.sum())
+            where = "the output" if count == len(seen) else f"{count} of the {len(seen)} numbers of the output"
+            raise ValueError(
+                f"autograd does not see how {where} of the problem's function depends on what it is given, on which it "
+                "does depend (NumPy or other foreign code, detach(), .data, no_grad): the derivative would be taken "
+                "for zero. Compute it by differentiable operations, or wrap the foreign code in a "
+                "torch.autograd.Function with a backward; where it is the state alone that is cut off on purpose, take "
+                "an estimator without the Jacobian, gradient=OneStep()"
+            )
+
+    def _grad(self, out: Tensor, at: Tensor, v: Tensor) -> Tensor:
+        grad = None
+        if out.requires_grad:
+            (grad,) = torch.autograd.grad(out, at, v, retain_graph=True, allow_unused=True)
+        if not self._looked:
+            self._look(grad is None)
         return _or_zero(grad, at)
 
-    @staticmethod
-    def _block(product: Callable[[Tensor], Tensor], out: Tensor, at: Tensor, vs: Tensor) -> Tensor:
-        if not out.requires_grad:
-            return torch.zeros_like(vs)
-        try:
-            (grad,) = torch.autograd.grad(out, at, vs, retain_graph=True, allow_unused=True, is_grads_batched=True)
-        except RuntimeError:  # an operation in the map without a batching rule
-            return torch.stack([product(v) for v in vs])
+    def _block(self, product: Callable[[Tensor], Tensor], out: Tensor, at: Tensor, vs: Tensor) -> Tensor:
+        grad = None
+        if out.requires_grad:
+            try:
+                (grad,) = torch.autograd.grad(out, at, vs, retain_graph=True, allow_unused=True, is_grads_batched=True)
+            except RuntimeError:  # an operation in the map without a batching rule
+                return torch.stack([product(v) for v in vs])
+        if not self._looked:
+            self._look(grad is None)
         return torch.zeros_like(vs) if grad is None else grad
+
+
+def recorded_gradients(
+    outs: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    wanted: Sequence[bool],
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """The gradients of recorded ``outs`` in the wanted ``leaves`` of their tape; ``None`` for the others, and where
+    there is no dependence. Hooks that users put on the leaves are theirs, and do not run here.
+
+    Args:
+        create_graph: whether the gradients are recorded themselves.
+    """
+    given = [(out, v) for out, v in zip(outs, cotangents, strict=True) if out.requires_grad]
+    # a parameter that has been frozen since takes no gradient, as in plain autograd
+    inputs = [p for p, w in zip(leaves, wanted, strict=True) if w and p.requires_grad]
+    if not inputs or not given:
+        return [None] * len(leaves)
+    tensors, vs = zip(*given, strict=True)
+    with _without_hooks(inputs):
+        grads = iter(
+            torch.autograd.grad(tensors, inputs, vs, retain_graph=True, create_graph=create_graph, allow_unused=True)
+        )
+    return [next(grads) if w and p.requires_grad else None for p, w in zip(leaves, wanted, strict=True)]
+
+
+@contextlib.contextmanager
+def _without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """The hooks of the leaves taken off: those that were put on after the tape was recorded would run twice."""
+    hooked = [(p, p._backward_hooks) for p in leaves if p._backward_hooks]
+    for p, _ in hooked:
+        p._backward_hooks = None
+    try:
+        yield
+    finally:
+        for p, hooks in hooked:
+            p._backward_hooks = hooks
+
+
+def check_unmoved(before: Tensor, now: Tensor, also: str = "") -> None:
+    """What a function gave in the forward pass, and what it gives at the same point when it is evaluated again.
+
+    Args:
+        also: what else may be wrong.
+
+    Raises:
+        RuntimeError: they differ, beyond rounding.
+    """
+    before, now = before.detach(), now.detach()
+    size = torch.linalg.vector_norm(torch.nan_to_num(before))
+    gap = torch.linalg.vector_norm(torch.nan_to_num(now) - torch.nan_to_num(before))
+    # single precision may hold what autocast has computed in a lower one
+    tolerance = torch.finfo(now.dtype).eps ** 0.5 if now.dtype == torch.float64 else 0.02
+    if bool(gap > tolerance * size):
+        raise RuntimeError(
+            "the problem's function had to be evaluated again for a derivative, and it does not give what it gave "
+            "before at the same point: something that it reads has been changed since (a buffer, a captured tensor, "
+            f"the training mode, a default dtype), or it is random{also}. Change it after the backward pass, or pass "
+            "it to solve as an argument"
+        )
+
+
+def _seen_columns(out: Tensor, z: Tensor) -> Tensor | None:
+    """Of a value that is put together from parts, bool ``[dim]``: the columns of parts behind which ``z`` lies.
+    ``None``: all of them, or it is not told."""
+    node: Any = out.grad_fn
+    if type(node).__name__ != "CatBackward0" or out.ndim != 2 or out.shape[1] != z.shape[1]:
+        return None
+    dead: set[Any] = set()
+    behind = [_reaches(parent, z, dead) for parent, _ in node.next_functions]
+    if all(behind):
+        return None
+    seen = torch.zeros(out.shape[1], dtype=torch.bool, device=out.device)
+    edges = [GradientEdge(*edge) for edge, lies in zip(node.next_functions, behind, strict=True) if lies]
+    if not edges or not len(out):
+        return seen
+    # the numbers of the columns, sent back to the parts, in digits that the dtype holds exactly
+    base, left = int(1 / torch.finfo(out.dtype).eps), torch.arange(out.shape[1], device=out.device)
+    found, unit = [torch.zeros((), dtype=torch.int64, device=out.device) for _ in edges], 1
+    while unit <= out.shape[1]:
+        digit = (left // unit % base).to(out.dtype).expand_as(out)
+        parts = torch.autograd.grad(out, edges, digit, retain_graph=True)
+        found = [known + unit * part[0].long() for known, part in zip(found, parts, strict=True)]
+        unit *= base
+    for columns in found:
+        seen[columns] = True
+    return seen
+
+
+def _reaches(root: Any, leaf: Tensor, dead: set[Any]) -> bool:
+    """Whether ``leaf`` lies behind the node ``root``; ``dead``: nodes behind which it does not lie."""
+    stack, seen = [root], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen or node in dead:
+            continue
+        if getattr(node, "variable", None) is leaf:
+            return True
+        seen.add(node)
+        stack.extend(parent for parent, _ in node.next_functions)
+    dead |= seen
+    return False
 
 
 def _cut(params: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self, final
 import torch
 from torch import Tensor
 
-from torchimplicit.constraints import LinearEquality, place, project, unit_normal
+from torchimplicit.constraints import LinearEquality, check_plane, place, project, unit_normal
 from torchimplicit.coordinates import Chart, Metric, Reflection
 from torchimplicit.linear import MINRES, Dense, LinearOperator, LinearSolution, LinearSolver
 from torchimplicit.linear.confirmed import solve_any
@@ -81,9 +81,9 @@ class Minimum(Problem):
         """The weight ``[batch or 1, dim]``, in the metric's coordinates, and the total ``[batch or 1, 1]``."""
         assert self.constraint is not None
         weight = flat_tree(layout, self.constraint.weight, rows, "the constraint's weight")
-        if self.metric is not None:
-            weight = self.metric.covector(weight)
-        return weight, column(layout, self.constraint.total, rows, "the constraint's total")
+        total = column(layout, self.constraint.total, rows, "the constraint's total")
+        check_plane(weight, total)
+        return weight if self.metric is None else self.metric.covector(weight), total
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -211,6 +211,9 @@ class MinimumSystem(System):
 
     def joined(self, rows: int) -> Self | None:
         return super().joined(rows) if self.hyperplane is None else None
+
+    def on_tape(self, tape: Linearization) -> Tensor:
+        return self._constrain(tape.z, tape.out, tape.params)
 
     def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
         with torch.enable_grad():

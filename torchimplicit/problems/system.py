@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torchimplicit.coupling import Coupling, broken_promise
 from torchimplicit.linear import LinearOperator, LinearSolution, LinearSolver
 from torchimplicit.linear.confirmed import solve_any
-from torchimplicit.problems.linearization import Linearization
+from torchimplicit.problems.linearization import Linearization, check_unmoved
 from torchimplicit.state import Leaves, row_norm
 
 
@@ -161,6 +161,10 @@ class System(ABC):
     def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
         """:math:`-R_\\theta^T g` for each wanted parameter."""
 
+    def on_tape(self, tape: Linearization) -> Tensor:
+        """:math:`R` as it was recorded; differentiable in the tape's leaves."""
+        return tape.out
+
     @abstractmethod
     def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
         """What solves the adjoint system where the user named nothing."""
@@ -223,6 +227,7 @@ class System(ABC):
         def restrict(rows: Tensor) -> LinearOperator:
             with explained():
                 part = self.linearize(tape.z[rows], self.rows(tape.params, rows))
+            check_unmoved(tape.out[rows], part.out, ", or its rows depend on each other and rowwise=True is not true")
             return replace(self.operator(part, transposed), setup_rows=int(rows.shape[0]))
 
         return restrict

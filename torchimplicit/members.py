@@ -1,0 +1,153 @@
+"""The modules behind a function, and the tensors that they hold at one moment."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+class Members:
+    """The tensors that modules hold at this moment, to be put back when they are called later.
+
+    ``torch.func.functional_call`` gives a module other tensors only while it runs, and a derivative comes after.
+    """
+
+    def __init__(self, roots: Iterable[nn.Module]):
+        # a TorchScript module's tensors are its own code's, and no others can be put in their place
+        modules = tuple(m for root in roots for m in root.modules() if not isinstance(m, torch.jit.ScriptModule))
+        self._parameters = _places(m._parameters for m in modules)
+        self._buffers = _places(m._buffers for m in modules)
+        self._statistics = [
+            (m, name, t)
+            for m in modules
+            if isinstance(m, _NormBase)
+            for name in ("running_mean", "running_var")
+            if (t := m._buffers.get(name)) is not None
+        ]
+
+    @contextlib.contextmanager
+    def with_copied_statistics(self) -> Iterator[None]:
+        """Normalizations that do not move their running statistics here use copies of them, while the context lasts.
+
+        The kernels move them in place out of autograd's sight, so that a later pass in training mode would change,
+        without an error, what the backward pass of this one needs.
+        """
+        places = [(m._buffers, name, t) for m, name, t in self._statistics if not m.training]
+        for owner, name, t in places:
+            owner[name] = t.clone()
+        try:
+            yield
+        finally:
+            for owner, name, t in places:  # not what was found there: another thread may have put a copy of its own
+                owner[name] = t
+
+    @property
+    def normalize(self) -> bool:
+        """Whether there are normalizations with running statistics."""
+        return bool(self._statistics)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """The module with those tensors, while the context lasts."""
+        if all(owner.get(name) is t for owner, name, t in self._parameters):
+            yield
+            return
+        places = self._parameters + self._buffers
+        now = [owner.get(name) for owner, name, _ in places]
+        for owner, name, t in places:
+            owner[name] = t
+        try:
+            yield
+        finally:
+            for (owner, name, _), t in zip(places, now, strict=True):
+                owner[name] = t
+
+
+def _places(owners: Iterable[Any]) -> list[tuple[Any, str, Tensor]]:
+    return [(owner, name, t) for owner in owners for name, t in owner.items() if t is not None]
+
+
+def modules_behind(function: Any) -> tuple[nn.Module, ...]:
+    """The modules that calling ``function`` may call: its own, or those that a closure, a partial, a method's object, a
+    callable object or a global of its code holds."""
+    module = module_of(function)
+    if module is not None:
+        return (module,)
+    found: dict[int, nn.Module] = {}
+    stack, seen = [(function, 0)], set()
+    while stack:
+        item, depth = stack.pop()
+        if id(item) in seen or isinstance(item, (Tensor, type, types.ModuleType, str, bytes, int, float, type(None))):
+            continue
+        seen.add(id(item))
+        if isinstance(item, nn.Module):
+            found[id(item)] = item
+        elif depth < _DEEPEST and len(seen) < _MOST:
+            stack += [(inner, depth + 1) for inner in _held(item)]
+    return tuple(found.values())
+
+
+_DEEPEST = 6
+"""How many closures, objects and containers deep a module is looked for."""
+
+_MOST = 1000
+"""How many things are looked at."""
+
+
+def _held(item: Any) -> Iterator[Any]:
+    if isinstance(item, types.FunctionType):
+        for cell in item.__closure__ or ():
+            with contextlib.suppress(ValueError):  # a cell that is empty yet
+                yield cell.cell_contents
+        yield from item.__defaults__ or ()
+        yield from (item.__kwdefaults__ or {}).values()
+        for name in _names(item.__code__):
+            value = item.__globals__.get(name)
+            if isinstance(value, (nn.Module, functools.partial, types.MethodType)) or (
+                isinstance(value, types.FunctionType) and value.__globals__ is item.__globals__
+            ):
+                yield value
+    elif isinstance(item, functools.partial):
+        yield from (item.func, *item.args, *item.keywords.values())
+    elif isinstance(item, types.MethodType):
+        yield from (item.__self__, item.__func__)
+    elif isinstance(item, (list, tuple, set, frozenset)):
+        yield from item
+    elif isinstance(item, dict):
+        yield from item.values()
+    elif hasattr(item, "__dict__"):
+        yield from (type(item).__call__, *vars(item).values()) if callable(item) else vars(item).values()
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """The global names that ``code`` uses, and the functions that are made inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def module_of(function: Any) -> nn.Module | None:
+    """The module behind ``function``: itself, that whose method it is, or the one in its attribute ``module``."""
+    for candidate in (function, getattr(function, "__self__", None), getattr(function, "module", None)):
+        if isinstance(candidate, nn.Module):
+            return candidate
+    return None
+
+
+def compiled_module(function: Any) -> nn.Module | None:
+    """``function``'s module, where it holds compiled code, which should not run under the recording mode."""
+    module = module_of(function)
+    if module is not None and any(
+        isinstance(m, torch._dynamo.OptimizedModule) or getattr(m, "_compiled_call_impl", None) is not None
+        for m in module.modules()
+    ):
+        return module
+    return None
