@@ -179,7 +179,7 @@ class Linearization:
 
     def _block(self, product: Callable[[Tensor], Tensor], out: Tensor, at: Tensor, vs: Tensor) -> Tensor:
         grad = None
-        if out.requires_grad:
+        if out.requires_grad and vs.numel():
             try:
                 (grad,) = torch.autograd.grad(out, at, vs, retain_graph=True, allow_unused=True, is_grads_batched=True)
             except RuntimeError:  # an operation in the map without a batching rule
