@@ -1,8 +1,22 @@
 """Modules: the equilibrium layer, and what its cells are made of."""
 
-from torchimplicit.nn.dropout import VariationalDropout
+from torchimplicit.nn.apply_norm import apply_norm, remove_norm
+from torchimplicit.nn.convert import convert_state_dict
+from torchimplicit.nn.dropout import VariationalDropout, dropout_masks
 from torchimplicit.nn.equilibrium import Equilibrium
-from torchimplicit.nn.normalization import per_solve, spectral_norm, weight_norm
+from torchimplicit.nn.normalization import spectral_norm, weight_norm
+from torchimplicit.nn.per_solve import per_solve
 from torchimplicit.nn.warm_start import WarmStart
 
-__all__ = ["Equilibrium", "VariationalDropout", "WarmStart", "per_solve", "spectral_norm", "weight_norm"]
+__all__ = [
+    "Equilibrium",
+    "VariationalDropout",
+    "WarmStart",
+    "apply_norm",
+    "convert_state_dict",
+    "dropout_masks",
+    "per_solve",
+    "remove_norm",
+    "spectral_norm",
+    "weight_norm",
+]

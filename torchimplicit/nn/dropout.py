@@ -17,21 +17,44 @@ class VariationalDropout(nn.Module):
     The map is then the same at every iteration, and in the backward pass. What is kept is scaled by ``1 / (1 - p)``, so
     that the mean stays. In eval mode it does nothing. Where the cell uses one module twice, both uses share the mask.
 
+    Outside an equilibrium, :func:`dropout_masks` says from where to where a mask holds, and :func:`per_solve` gives a
+    map for :func:`solve` whose masks are fixed.
+
+    ============================  =====================  ===================
+    what is dropped               of the input           option
+    ============================  =====================  ===================
+    single entries                of any shape
+    channels, at all positions    ``[batch, C, ...]``    ``spatial=True``
+    channels, at all positions    ``[batch, L, C]``      ``shared=1``
+    positions (tokens)            ``[batch, L, C]``      ``shared=2``
+    channels of an image          ``[batch, H, W, C]``   ``shared=(1, 2)``
+    pixels of an image            ``[batch, C, H, W]``   ``shared=1``
+    ============================  =====================  ===================
+
     Args:
         p: the share that is dropped, in [0, 1).
         spatial: whether whole channels are dropped, for inputs ``[batch, channels, ...]``.
+        shared: the dimension, or the dimensions, along which all entries share their fate; not 0, the batch. Negative
+            ones count from the end.
 
     Raises:
-        RuntimeError: in training, outside an :class:`Equilibrium`.
+        ValueError: a number out of range; an input that has no such dimension.
+        RuntimeError: in training, where nothing says how long a mask is to hold; an input of another shape than the one
+            for which the mask was drawn.
 
     Shapes: the input is any tensor, with at least two dimensions if ``spatial``; the output is like it.
     """
 
-    def __init__(self, p: float = 0.5, spatial: bool = False) -> None:
+    def __init__(self, p: float = 0.5, spatial: bool = False, *, shared: int | Sequence[int] = ()) -> None:
         super().__init__()
         if not 0 <= p < 1:
             raise ValueError(f"VariationalDropout.p is {p}, and must lie in [0, 1)")
-        self.p, self.spatial = p, spatial
+        dims = (shared,) if isinstance(shared, int) else tuple(shared)
+        if not all(isinstance(d, int) and not isinstance(d, bool) for d in dims):
+            raise TypeError(f"VariationalDropout.shared must be a dimension or several, not {shared!r}")
+        if spatial and dims:
+            raise ValueError("VariationalDropout: spatial=True shares all dimensions from 2 on: take it or shared=...")
+        self.p, self.spatial, self.shared = p, spatial, dims
         self.held: Tensor | None = None
         self.drawing = False
 
@@ -43,22 +66,59 @@ class VariationalDropout(nn.Module):
             if not self.drawing:
                 raise RuntimeError(
                     "VariationalDropout has no mask: in training it must run inside torchimplicit.nn.Equilibrium, "
-                    "which draws one mask a solve"
+                    "which draws one mask a solve; elsewhere, inside `with torchimplicit.nn.dropout_masks(model):`, "
+                    "or, for torchimplicit.solve, in a map made by torchimplicit.nn.per_solve(module)"
                 )
             mask = self.held = self._draw(x)
+        if mask.shape != x.shape and mask.shape != self._shape(x):
+            raise RuntimeError(
+                f"VariationalDropout has a mask of shape {tuple(mask.shape)}, and its input has shape "
+                f"{tuple(x.shape)}. Places of different shapes need a module each. If the batch shrinks along a solve "
+                "(rowwise=True), use torchimplicit.nn.Equilibrium, which takes the masks' rows along"
+            )
         return x * mask
 
     def _draw(self, x: Tensor) -> Tensor:
-        if self.spatial and x.ndim < 2:
-            raise ValueError(f"VariationalDropout(spatial=True) needs [batch, channels, ...], not {tuple(x.shape)}")
-        shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if self.spatial else x.shape
-        return torch.bernoulli(x.detach().new_full(shape, 1 - self.p)) / (1 - self.p)
+        return torch.bernoulli(x.detach().new_full(self._shape(x), 1 - self.p)) / (1 - self.p)
+
+    def _shape(self, x: Tensor) -> tuple[int, ...]:
+        """Of the mask for ``x``."""
+        if self.spatial:
+            if x.ndim < 2:
+                raise ValueError(f"VariationalDropout(spatial=True) needs [batch, channels, ...], not {tuple(x.shape)}")
+            return (*x.shape[:2], *(1 for _ in x.shape[2:]))
+        shape = list(x.shape)
+        for d in self.shared:
+            if not -x.ndim < d < x.ndim or d == 0:
+                raise ValueError(
+                    f"VariationalDropout(shared={d}) and an input of shape {tuple(x.shape)}: shared must name one of "
+                    "its dimensions, and not the batch (0), since samples are dropped independently of each other"
+                )
+            shape[d] = 1
+        return tuple(shape)
 
     def extra_repr(self) -> str:
-        return f"p={self.p}, spatial={self.spatial}"
+        return f"p={self.p}, spatial={self.spatial}" + (f", shared={self.shared}" if self.shared else "")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "held": None, "drawing": False}
+
+
+@contextmanager
+def dropout_masks(model: nn.Module) -> Iterator[None]:
+    """Every :class:`VariationalDropout` in ``model`` draws its mask when it is first used, and keeps it to the end of
+    the block: for a training step with hand-written iterations, or with dropout outside an equilibrium.
+
+    An :class:`Equilibrium` inside takes these masks too, the same in all its solves within the block.
+    """
+    modules = [m for m in model.modules() if isinstance(m, VariationalDropout) and m.held is None]
+    try:
+        with drawing(modules):
+            yield
+    finally:
+        for module in modules:
+            if not module.drawing:  # otherwise an enclosing block keeps it
+                module.held = None
 
 
 def active_dropouts(root: nn.Module) -> list[VariationalDropout]:

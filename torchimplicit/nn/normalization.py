@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, final
@@ -19,18 +19,27 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @final
 class WeightNorm(nn.Module):
-    """The parametrization :math:`w = g\\, v / \\lVert v\\rVert`, over all dimensions but ``dim``."""
+    """The parametrization :math:`w=v\\min(c,\\,g/\\lVert v\\rVert)`, with the length over all dimensions but ``dim``.
 
-    def __init__(self, dim: int) -> None:
+    The length :math:`g` is a parameter, or the constant ``target``; ``clip`` is :math:`c`, ``None`` for no bound.
+    """
+
+    def __init__(self, dim: int, target: float | None = None, clip: float | None = None) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.target, self.clip = dim, target, clip
 
-    def forward(self, g: Tensor, v: Tensor) -> Tensor:
-        return g * v / self._length(v)
+    def forward(self, *parameters: Tensor) -> Tensor:
+        v = parameters[-1]
+        g = parameters[0] if self.target is None else self.target
+        length = self._length(v)
+        return g * v / length if self.clip is None else v * (g / length).clamp_max(self.clip)
 
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The parameters that give ``weight``."""
-        return self._length(weight), weight
+    def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The parameters that give ``weight``, which is taken to have the length ``target`` already if there is one."""
+        return (self._length(weight), weight) if self.target is None else weight
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, target={self.target}, clip={self.clip}"
 
     def _length(self, v: Tensor) -> Tensor:
         others = [d for d in range(v.ndim) if d != self.dim % v.ndim]
@@ -41,8 +50,10 @@ class WeightNorm(nn.Module):
 
 @final
 class SpectralNorm(nn.Module):
-    """The parametrization :math:`w\\,b/\\sigma`, with :math:`\\sigma=\\lVert W v\\rVert`, or only where
-    :math:`\\sigma > b`.
+    """The parametrization :math:`w\\min(c,\\,b/\\sigma)`, with :math:`\\sigma=\\lVert W v\\rVert`.
+
+    The bound :math:`b` is a constant, or, with ``scale``, a parameter for each entry of ``dim`` that begins there;
+    ``clip`` is :math:`c`, ``None`` for no bound on the factor.
 
     Attributes:
         right: :math:`v`, the unit vector that the power method improves.
@@ -51,9 +62,11 @@ class SpectralNorm(nn.Module):
 
     right: Tensor
 
-    def __init__(self, weight: Tensor, bound: float, only_above: bool, iterations: int, dim: int) -> None:
+    def __init__(
+        self, weight: Tensor, bound: float, clip: float | None, iterations: int, dim: int, scale: bool = False
+    ) -> None:
         super().__init__()
-        self.bound, self.only_above, self.iterations, self.dim = bound, only_above, iterations, dim
+        self.bound, self.clip, self.iterations, self.dim, self.scale = bound, clip, iterations, dim, scale
         self.held: Tensor | None = None
         matrix = self._matrix(weight.detach())
         # a start that is the same in every run, and orthogonal to no singular vector in practice
@@ -61,7 +74,8 @@ class SpectralNorm(nn.Module):
         self.register_buffer("right", (start / torch.linalg.vector_norm(start)).to(weight.dtype))
         self._improve(matrix, 50)
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def forward(self, *parameters: Tensor) -> Tensor:
+        weight = parameters[-1]
         with torch.autocast(weight.device.type, enabled=False):
             matrix = self._matrix(weight)
             if self.held is not None:
@@ -70,15 +84,23 @@ class SpectralNorm(nn.Module):
                 right = self._improve(matrix.detach(), self.iterations)
             else:
                 right = self.right.clone()  # a later forward pass may change it before this one's backward
-            ratio = torch.linalg.vector_norm(matrix @ right.to(matrix.dtype)) / self.bound
-            return weight / (ratio.clamp_min(1) if self.only_above else ratio).to(weight.dtype)
+            sigma = torch.linalg.vector_norm(matrix @ right.to(matrix.dtype))
+            if self.scale:
+                factor = parameters[0] / sigma
+                return weight * (factor if self.clip is None else factor.clamp_max(self.clip)).to(weight.dtype)
+            ratio = sigma / self.bound
+            return weight / (ratio if self.clip is None else ratio.clamp_min(1 / self.clip)).to(weight.dtype)
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """The parameter for ``weight``, which is taken to be normalized already."""
-        return weight
+    def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The parameters for ``weight``, which is taken to be normalized already."""
+        if not self.scale:
+            return weight
+        shape = [n if d == self.dim % weight.ndim else 1 for d, n in enumerate(weight.shape)]
+        return weight.new_full(shape, self.bound), weight
 
     def extra_repr(self) -> str:
-        return f"bound={self.bound}, only_above={self.only_above}, iterations={self.iterations}, dim={self.dim}"
+        names = ("bound", "clip", "iterations", "dim", "scale")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -97,26 +119,40 @@ class SpectralNorm(nn.Module):
         return {**super().__getstate__(), "held": None}
 
 
-def weight_norm(module: Module, name: str = "weight", dim: int = 0) -> Module:
+def weight_norm(
+    module: Module, name: str = "weight", dim: int = 0, *, target: float | None = None, clip: float | None = None
+) -> Module:
     """Weight normalization (Salimans and Kingma 2016, arXiv 1602.07868), computed once per solve inside
     :class:`Equilibrium`.
 
-    ``torch.nn.utils.parametrize.remove_parametrizations`` undoes it. As with every parametrization of PyTorch, the
-    module can be deep-copied and saved by its ``state_dict``, but not pickled whole.
+    ``torch.nn.utils.parametrize.remove_parametrizations`` undoes it, and :func:`remove_norm` for a whole model. As with
+    every parametrization of PyTorch, the module can be deep-copied and saved by its ``state_dict``, but not pickled
+    whole, and its parameters are new ones: make the optimizer afterwards.
 
     Args:
-        module: whose parameter ``name`` becomes :math:`g\\,v/\\lVert v\\rVert`; it keeps its value.
+        module: whose parameter ``name`` becomes :math:`v\\min(c,\\,g/\\lVert v\\rVert)`.
         name: of the parameter.
         dim: the dimension that keeps a length of its own (0: one per output).
+        target: the length :math:`g`, the same for all and not learned; ``None``: learned, one per entry of ``dim``, and
+            the parameter keeps its value at first.
+        clip: :math:`c`, the largest factor by which :math:`v` is multiplied; ``None`` for no bound.
 
     Returns:
         ``module``.
 
     Raises:
-        ValueError: the module has no such parameter, or it has no such dimension.
+        ValueError: the module has no such parameter, or it has no such dimension, or a zero vector along it, or a
+            number is out of range.
     """
-    _check_dim("weight_norm", _parameter("weight_norm", module, name), name, dim)
-    parametrize.register_parametrization(module, name, WeightNorm(dim))
+    weight = _parameter("weight_norm", module, name)
+    _check_dim("weight_norm", weight, name, dim)
+    for option, value in (("target", target), ("clip", clip)):
+        if value is not None:
+            _check_positive("weight_norm", option, value)
+    norm = WeightNorm(dim, target, clip)
+    if not weight.is_meta and not bool(norm._length(weight.detach()).all()):
+        raise ValueError(_zero("weight_norm", module, name, f"a zero vector along dimension {dim}"))
+    parametrize.register_parametrization(module, name, norm)
     return module
 
 
@@ -127,6 +163,9 @@ def spectral_norm(
     only_above: bool = False,
     iterations: int = 5,
     dim: int = 0,
+    *,
+    clip: float | None = None,
+    scale: bool = False,
 ) -> Module:
     """Spectral normalization (Miyato et al. 2018, arXiv 1802.05957), computed once per solve inside
     :class:`Equilibrium`.
@@ -140,41 +179,41 @@ def spectral_norm(
     itself, whose norm may be larger by up to the square root of the kernel's size.
 
     Args:
-        module: whose parameter ``name`` is normalized.
+        module: whose parameter ``name`` is multiplied by :math:`\\min(c,\\,b/\\sigma)`.
         name: of the parameter.
-        bound: the largest singular value afterwards.
-        only_above: whether weights below the bound are left alone.
+        bound: :math:`b`, the largest singular value afterwards.
+        only_above: whether weights below the bound are left alone; the same as ``clip=1``.
         iterations: of the power method, per solve.
         dim: the dimension of the outputs; 1 for transposed convolutions.
+        clip: :math:`c`, the largest factor; ``None`` for no bound.
+        scale: whether :math:`b` is learned, one per entry of ``dim``, from ``bound`` on. The singular value is then no
+            longer bounded by it.
 
     Returns:
         ``module``.
 
     Raises:
-        ValueError: the module has no such parameter, it is not a matrix or kernel, or a number is out of range.
+        ValueError: the module has no such parameter, it is not a matrix or kernel, or it is zero, or a number is out of
+            range.
     """
     at_least("spectral_norm", "iterations", iterations, 1)
-    if not 0 < bound < float("inf"):
-        raise ValueError(f"spectral_norm: bound is {bound}, and must be a positive finite number")
+    _check_positive("spectral_norm", "bound", bound)
+    if clip is not None:
+        _check_positive("spectral_norm", "clip", clip)
+    if only_above:
+        if clip is not None and clip != 1:
+            raise ValueError(f"spectral_norm: only_above=True means clip=1, and clip={clip} is given too: take one")
+        clip = 1.0
     weight = _parameter("spectral_norm", module, name)
     if weight.ndim < 2:
         raise ValueError(f"spectral_norm: {name} has shape {tuple(weight.shape)}, and must be a matrix or a kernel")
     _check_dim("spectral_norm", weight, name, dim)
-    parametrize.register_parametrization(module, name, SpectralNorm(weight, bound, only_above, iterations, dim))
+    bounded = clip is not None and not scale  # then zero stays zero
+    if not bounded and not weight.is_meta and not bool(weight.detach().any()):
+        raise ValueError(_zero("spectral_norm", module, name, "no entry but zeros"))
+    norm = SpectralNorm(weight, bound, clip, iterations, dim, scale)
+    parametrize.register_parametrization(module, name, norm)
     return module
-
-
-def per_solve(module: nn.Module) -> Callable[..., Any]:
-    """The module as a function whose parametrized weights are those of now: computed once, with their gradient, and
-    not in every call. What :class:`Equilibrium` does for its cell, for a map that is given to :func:`solve` by hand.
-    """
-    weights = [(chain, chain()) for chain in parametrizations(module)]
-
-    def function(*args: Any) -> Any:
-        with fixed(weights):
-            return module(*args)
-
-    return function if weights else module
 
 
 def parametrizations(root: nn.Module) -> Iterator[ParametrizationList]:
@@ -229,9 +268,31 @@ def _given(value: Tensor) -> Tensor:
 
 def _parameter(what: str, module: nn.Module, name: str) -> Tensor:
     weight = getattr(module, name, None)
+    kind = type(module).__name__
     if not isinstance(weight, Tensor):
-        raise ValueError(f"{what}: {type(module).__name__} has no parameter {name!r} to normalize")
+        raise ValueError(f"{what}: {kind} has no parameter {name!r} to normalize")
+    if nn.parameter.is_lazy(weight):
+        raise ValueError(f"{what}: {kind}.{name} has no shape yet: call the model once before")
+    if not (name in module._parameters or name in module._buffers or parametrize.is_parametrized(module, name)):
+        raise ValueError(
+            f"{what}: {kind}.{name} is no parameter but the result of another normalization (a hook of "
+            "torch.nn.utils or of TorchDEQ): remove that one first"
+        )
     return weight
+
+
+def _check_positive(what: str, name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{what}: {name} must be a number, not {type(value).__name__} ({value!r})")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{what}: {name} is {value}, and must be a positive finite number")
+
+
+def _zero(what: str, module: nn.Module, name: str, found: str) -> str:
+    return (
+        f"{what}: {type(module).__name__}.{name} has {found}, which has no direction to keep: every value would be "
+        "NaN. Initialize it with other numbers, or leave this layer out (apply_norm has skip=...)"
+    )
 
 
 def _check_dim(what: str, weight: Tensor, name: str, dim: int) -> None:
