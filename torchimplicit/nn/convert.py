@@ -22,9 +22,11 @@ def convert_state_dict(
 
     ``model`` is the same network, written for this library and normalized before with the options of the checkpoint,
     which holds no options: ``apply_norm(model, weight_norm)`` for ``norm_type="weight_norm"``, with ``target=`` for
-    ``norm_no_scale``, and ``clip=`` for ``norm_clip``; ``apply_norm(model, spectral_norm, scale=True, iterations=1)``
-    for ``norm_type="spectral_norm"``, without ``scale`` for ``norm_no_scale``. ``remove_norm(model)`` gives plain
-    weights afterwards. Then ``model.load_state_dict(convert_state_dict(torch.load(path), model))``:
+    ``norm_no_scale``, and ``clip=`` for ``norm_clip``; ``apply_norm(model, spectral_norm, scale=True, paired=True,
+    iterations=1)`` for ``norm_type="spectral_norm"``, with ``bound=`` in the place of ``scale`` for ``norm_no_scale``.
+    ``remove_norm(model)`` gives plain weights afterwards.
+
+    The result goes into ``model.load_state_dict(convert_state_dict(torch.load(path), model))``:
 
     - ``weight_g`` and ``weight_v`` become the parameters of :func:`weight_norm`; ``weight_orig``, ``weight_g``,
       ``weight_u`` and ``weight_v`` those of :func:`spectral_norm`. The names of PyTorch's own normalizations, old and
@@ -51,10 +53,9 @@ def convert_state_dict(
             tensor; a beginning in ``rename`` that no key has.
 
     Warns:
-        UserWarning: a spectral norm whose stored vectors :math:`u` and :math:`v` do not belong together (the weight has
-            changed since they were computed): TorchDEQ takes :math:`u^\\top Wv` for the singular value in eval mode,
-            and this library :math:`\\lVert Wv\\rVert`, which is nearer to it. Weights that differ by more than 0.1 %
-            are named.
+        UserWarning: a spectral norm without ``paired=True`` in ``model``, where the checkpoint's :math:`u^\\top Wv` and
+            the :math:`\\lVert Wv\\rVert` that is taken here differ by more than 0.1 %, since the weight has changed
+            after :math:`u` was computed.
     """
     old = _renamed(_unwrapped(_checked(state), model), rename or {})
     homes = model.state_dict(keep_vars=True)
@@ -137,7 +138,10 @@ def _normalized(old: dict[str, Any], where: str, name: str, chain: Any) -> tuple
         found = {f"{here}.original0": parts["g"], f"{here}.original1": weight}
     if spectral:
         found[f"{here}.0.right"] = parts["v"]
-        _tell_stale(plain, parts, chain[0])
+        if chain[0].paired:
+            found[f"{here}.0.left"] = parts["u"]
+        else:
+            _tell_stale(plain, parts, chain[0])
     return found, {key for key in keys.values() if key in old}
 
 
@@ -166,16 +170,14 @@ def _check_kind(plain: str, parts: Mapping[str, Tensor], norm: WeightNorm | Spec
 
 
 def _tell_stale(plain: str, parts: Mapping[str, Tensor], norm: SpectralNorm) -> None:
-    if "u" not in parts:
-        return
     matrix = norm._matrix(parts["orig"].detach())
     image = matrix @ parts["v"].to(matrix)
-    theirs, ours = float(parts["u"].to(matrix) @ image), float(torch.linalg.vector_norm(image))
+    theirs, ours = (parts["u"].to(matrix) @ image).item(), torch.linalg.vector_norm(image).item()
     if abs(theirs - ours) > 1e-3 * ours:
         warnings.warn(
-            f"convert_state_dict: the vectors of the spectral norm of {plain} do not belong to its weight: TorchDEQ "
-            f"and PyTorch divide by {theirs:.4g} in eval mode, and this library by {ours:.4g}, which is nearer to the "
-            "singular value. Before saving, run the old model in training mode once to have both equal",
+            f"convert_state_dict: the weight {plain} has changed since the vectors of its spectral norm were computed: "
+            f"the model that was saved divides by {theirs:.4g} in eval mode, and this one by {ours:.4g}, which is nearer "
+            "to the singular value. spectral_norm(..., paired=True) does as the old one",
             UserWarning,
             stacklevel=4,
         )

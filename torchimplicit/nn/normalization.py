@@ -50,28 +50,40 @@ class WeightNorm(nn.Module):
 
 @final
 class SpectralNorm(nn.Module):
-    """The parametrization :math:`w\\min(c,\\,b/\\sigma)`, with :math:`\\sigma=\\lVert W v\\rVert`.
+    """The parametrization :math:`w\\min(c,\\,b/\\sigma)`, with :math:`\\sigma=\\lVert W v\\rVert`, or
+    :math:`u^\\top Wv` if ``paired``.
 
     The bound :math:`b` is a constant, or, with ``scale``, a parameter for each entry of ``dim`` that begins there;
     ``clip`` is :math:`c`, ``None`` for no bound on the factor.
 
     Attributes:
-        right: :math:`v`, the unit vector that the power method improves.
-        held: :math:`v` of the running solve, where the weight is computed anew in every evaluation (compiled cells).
+        right, left: :math:`v` and, if ``paired``, :math:`u`, the unit vectors that the power method improves.
+        held: the vectors of the running solve, where the weight is computed anew in every evaluation (compiled cells).
     """
 
     right: Tensor
+    left: Tensor
 
     def __init__(
-        self, weight: Tensor, bound: float, clip: float | None, iterations: int, dim: int, scale: bool = False
+        self,
+        weight: Tensor,
+        bound: float,
+        clip: float | None,
+        iterations: int,
+        dim: int,
+        scale: bool = False,
+        paired: bool = False,
     ) -> None:
         super().__init__()
-        self.bound, self.clip, self.iterations, self.dim, self.scale = bound, clip, iterations, dim, scale
-        self.held: Tensor | None = None
+        self.bound, self.clip, self.iterations, self.dim = bound, clip, iterations, dim
+        self.scale, self.paired = scale, paired
+        self.held: tuple[Tensor, ...] | None = None
         matrix = self._matrix(weight.detach())
         # a start that is the same in every run, and orthogonal to no singular vector in practice
         start = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(matrix)
         self.register_buffer("right", (start / torch.linalg.vector_norm(start)).to(weight.dtype))
+        if paired:
+            self.register_buffer("left", _unit(matrix @ self.right.to(matrix)).to(weight.dtype))
         self._improve(matrix, 50)
 
     def forward(self, *parameters: Tensor) -> Tensor:
@@ -79,17 +91,23 @@ class SpectralNorm(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             matrix = self._matrix(weight)
             if self.held is not None:
-                right = self.held
+                vectors = self.held
             elif self.training:
-                right = self._improve(matrix.detach(), self.iterations)
+                vectors = self._improve(matrix.detach(), self.iterations)
             else:
-                right = self.right.clone()  # a later forward pass may change it before this one's backward
-            sigma = torch.linalg.vector_norm(matrix @ right.to(matrix.dtype))
+                vectors = self.vectors()
+            right, *left = (vector.to(matrix.dtype) for vector in vectors)
+            image = matrix @ right
+            sigma = left[0] @ image if left else torch.linalg.vector_norm(image)
             if self.scale:
                 factor = parameters[0] / sigma
                 return weight * (factor if self.clip is None else factor.clamp_max(self.clip)).to(weight.dtype)
             ratio = sigma / self.bound
             return weight / (ratio if self.clip is None else ratio.clamp_min(1 / self.clip)).to(weight.dtype)
+
+    def vectors(self) -> tuple[Tensor, ...]:
+        """The vectors of now: copies, since a later forward pass may change them before this one's backward."""
+        return (self.right.clone(), self.left.clone()) if self.paired else (self.right.clone(),)
 
     def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The parameters for ``weight``, which is taken to be normalized already."""
@@ -99,7 +117,7 @@ class SpectralNorm(nn.Module):
         return weight.new_full(shape, self.bound), weight
 
     def extra_repr(self) -> str:
-        names = ("bound", "clip", "iterations", "dim", "scale")
+        names = ("bound", "clip", "iterations", "dim", "scale", "paired")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def _matrix(self, weight: Tensor) -> Tensor:
@@ -107,13 +125,18 @@ class SpectralNorm(nn.Module):
         return weight.movedim(self.dim, 0).flatten(1).to(wide)
 
     @torch.no_grad()
-    def _improve(self, matrix: Tensor, iterations: int) -> Tensor:
+    def _improve(self, matrix: Tensor, iterations: int) -> tuple[Tensor, ...]:
         right = self.right.to(matrix.dtype)
+        left = self.left.to(matrix.dtype) if self.paired else None
         for _ in range(iterations):
-            right = matrix.mT @ (matrix @ right)
-            right = right / torch.linalg.vector_norm(right).clamp_min(torch.finfo(right.dtype).tiny)
+            right = _unit(matrix.mT @ (matrix @ right if left is None else left))
+            if left is not None:
+                left = _unit(matrix @ right)
         self.right.copy_(right)
-        return right
+        if left is None:
+            return (right,)
+        self.left.copy_(left)
+        return right, left
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "held": None}
@@ -166,6 +189,7 @@ def spectral_norm(
     *,
     clip: float | None = None,
     scale: bool = False,
+    paired: bool = False,
 ) -> Module:
     """Spectral normalization (Miyato et al. 2018, arXiv 1802.05957), computed once per solve inside
     :class:`Equilibrium`.
@@ -188,6 +212,8 @@ def spectral_norm(
         clip: :math:`c`, the largest factor; ``None`` for no bound.
         scale: whether :math:`b` is learned, one per entry of ``dim``, from ``bound`` on. The singular value is then no
             longer bounded by it.
+        paired: whether the left vector :math:`u` is kept too and :math:`\\sigma=u^\\top Wv`, as PyTorch and TorchDEQ
+            have it; after a step of the optimizer it lags behind until the module runs in training.
 
     Returns:
         ``module``.
@@ -211,7 +237,7 @@ def spectral_norm(
     bounded = clip is not None and not scale  # then zero stays zero
     if not bounded and not weight.is_meta and not bool(weight.detach().any()):
         raise ValueError(_zero("spectral_norm", module, name, "no entry but zeros"))
-    norm = SpectralNorm(weight, bound, clip, iterations, dim, scale)
+    norm = SpectralNorm(weight, bound, clip, iterations, dim, scale, paired)
     parametrize.register_parametrization(module, name, norm)
     return module
 
@@ -223,13 +249,13 @@ def parametrizations(root: nn.Module) -> Iterator[ParametrizationList]:
             yield from module.parametrizations.values()  # type: ignore[operator]
 
 
-def settled_vectors(chains: Iterable[ParametrizationList]) -> list[tuple[SpectralNorm, Tensor]]:
+def settled_vectors(chains: Iterable[ParametrizationList]) -> list[tuple[SpectralNorm, Any]]:
     """The vectors of the spectral norms, improved once where they are in training."""
     found = []
     for chain in chains:
         with torch.no_grad():
             chain()
-        found += [(step, step.right.clone()) for step in chain if isinstance(step, SpectralNorm)]
+        found += [(step, step.vectors()) for step in chain if isinstance(step, SpectralNorm)]
     return found
 
 
@@ -250,8 +276,8 @@ def fixed(weights: Sequence[tuple[ParametrizationList, Tensor]]) -> Iterator[Non
 
 
 @contextmanager
-def holding(pairs: Sequence[tuple[Any, Tensor]]) -> Iterator[None]:
-    """Each module's ``held`` is the tensor beside it while the context lasts."""
+def holding(pairs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
+    """Each module's ``held`` is what stands beside it while the context lasts."""
     before = [module.held for module, _ in pairs]
     for module, value in pairs:
         module.held = value
@@ -260,6 +286,10 @@ def holding(pairs: Sequence[tuple[Any, Tensor]]) -> Iterator[None]:
     finally:
         for (module, _), value in zip(pairs, before, strict=True):
             module.held = value
+
+
+def _unit(vector: Tensor) -> Tensor:
+    return vector / torch.linalg.vector_norm(vector).clamp_min(torch.finfo(vector.dtype).tiny)
 
 
 def _given(value: Tensor) -> Tensor:
