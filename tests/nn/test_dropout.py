@@ -6,7 +6,7 @@ from cells import TanhCell, assert_all_close, gradients
 from torch import nn
 
 import torchimplicit as ti
-from torchimplicit.nn import Equilibrium, VariationalDropout
+from torchimplicit.nn import Equilibrium, VariationalDropout, dropout_masks, per_solve
 
 
 class DroppingCell(TanhCell):
@@ -181,3 +181,183 @@ def test_nothing_is_held_after_an_error(x):
         layer(x * torch.nan)
     assert layer.cell.dropout.held is None
     assert copy.deepcopy(layer).cell.dropout.held is None
+
+
+class Injecting(nn.Module):
+    """A map whose fixed point shows the mask of ``dropout``."""
+
+    def __init__(self, dropout):
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, z, x):
+        return self.dropout(x) + 0 * z
+
+
+@pytest.mark.parametrize("rowwise", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "shared", "constant"),
+    [
+        ((4, 9, 7), 1, (1,)),  # channels of [B, L, C]
+        ((4, 9, 7), 2, (2,)),  # tokens
+        ((4, 9, 7), -1, (2,)),
+        ((4, 5, 6, 7), (1, 2), (1, 2)),  # channels of [B, H, W, C]
+        ((4, 5, 6, 7), [1, -2], (1, 2)),
+        ((4, 5, 6, 7), 1, (1,)),  # pixels of [B, C, H, W]
+        ((4, 7, 9), (), ()),
+        ((4, 9), 1, (1,)),  # whole samples
+    ],
+)
+def test_masks_are_shared_along_the_dimensions_named_and_no_others(shape, shared, constant, rowwise):
+    x = torch.ones(shape)
+    z = Equilibrium(Injecting(VariationalDropout(0.5, shared=shared)), rowwise=rowwise)(x)
+    kept = z.ne(0)
+    assert torch.equal(z, 2.0 * kept)
+    for d in range(len(shape)):
+        same = kept.eq(kept.narrow(d, 0, 1)).all()
+        assert bool(same) == (d in constant), d
+
+
+def test_a_shared_mask_has_the_gradient_of_the_masked_map(x):
+    class Sequences(DroppingCell):
+        def __init__(self):
+            super().__init__()
+            self.dropout = VariationalDropout(0.5, shared=1)
+
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    layer = Equilibrium(Sequences().double(), rowwise=True)
+    inputs = (x, *layer.parameters())
+    z = layer(x)
+    assert_all_close(gradients(z, inputs), gradients(masked_unrolling(layer.cell, mask_of(z), x), inputs))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"shared": 1.0}, TypeError, "must be a dimension or several"),
+        ({"shared": (1, True)}, TypeError, "must be a dimension or several"),
+        ({"shared": 1, "spatial": True}, ValueError, "take it or shared"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        VariationalDropout(**options)
+
+
+@pytest.mark.parametrize("shared", [0, -3, 3, -4, (1, 5)])
+def test_a_dimension_that_is_not_there_or_is_the_batch(shared):
+    with pytest.raises(ValueError, match="must name one of its dimensions, and not the batch"):
+        Equilibrium(Injecting(VariationalDropout(shared=shared)))(torch.ones(2, 3, 4))
+
+
+def test_a_place_of_another_shape_gets_no_broadcast_mask():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dropout = VariationalDropout()
+
+        def forward(self, z, x):
+            return self.dropout(x) + self.dropout(z[:1])
+
+    with pytest.raises(RuntimeError, match="Places of different shapes need a module each"):
+        Equilibrium(Twice())(torch.ones(3, 2))
+
+
+def test_masks_of_a_block_hold_to_its_end_and_no_longer(x):
+    cell = DroppingCell().double()
+    with dropout_masks(cell):
+        z = torch.zeros_like(x)
+        for _ in range(200):
+            z = cell(z, x)
+        mask = mask_of(z)
+        assert torch.equal(mask_of(cell(z, x)), mask)
+    inputs = (x, *cell.parameters())
+    assert_all_close(gradients(z, inputs), gradients(masked_unrolling(cell, mask, x), inputs))
+    with dropout_masks(cell):
+        assert not torch.equal(mask_of(cell(z, x)), mask)
+    with pytest.raises(RuntimeError, match="dropout_masks"):
+        cell(z, x)
+
+
+def test_an_equilibrium_takes_the_masks_of_the_block_around_it(x):
+    layer = Equilibrium(DroppingCell().double())
+    inputs = (x, *layer.parameters())
+    with dropout_masks(layer):
+        z = layer(x)
+        assert torch.equal(mask_of(layer(x + 1)), mask_of(z))
+    assert layer.cell.dropout.held is None
+    assert not layer.cell.dropout.drawing
+    assert_all_close(gradients(z, inputs), gradients(masked_unrolling(layer.cell, mask_of(z), x), inputs))
+    assert not torch.equal(mask_of(layer(x)), mask_of(z))
+
+
+def test_blocks_inside_each_other_have_the_masks_of_the_outer_one():
+    dropout, x = VariationalDropout(), torch.ones(20, 20)
+    with dropout_masks(dropout):
+        with dropout_masks(dropout):
+            first = dropout(x)
+        assert torch.equal(dropout(x), first)
+    assert dropout.held is None
+
+
+def test_a_block_that_fails_leaves_no_mask():
+    dropout = VariationalDropout()
+    with pytest.raises(ZeroDivisionError), dropout_masks(dropout):
+        dropout(torch.ones(2, 2))
+        1 / 0
+    assert dropout.held is None
+    assert not dropout.drawing
+
+
+GRADIENTS = [
+    ti.Implicit(),
+    ti.Unrolled(),
+    ti.UnrolledPhantom(steps=150, damping=1.0),
+    ti.NeumannPhantom(steps=150, damping=1.0),
+]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS, ids=lambda g: type(g).__name__)
+def test_a_map_for_solve_keeps_its_masks_in_the_backward_pass(x, gradient):
+    cell = DroppingCell().double()
+    solver = ti.FixedPointIteration(max_steps=300, rtol=1e-13)
+    solution = ti.solve(ti.FixedPoint(per_solve(cell)), torch.zeros_like(x), x, solver=solver, gradient=gradient)
+    z, inputs = solution.value, (x, *cell.parameters())
+    assert 0 < (z == 0).double().mean() < 1
+    assert cell.dropout.held is None
+    expected = gradients(masked_unrolling(cell, mask_of(z), x), inputs)
+    assert_all_close(gradients(z, inputs), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_every_map_for_solve_draws_masks_of_its_own(x):
+    cell = DroppingCell().double()
+    first, second = per_solve(cell), per_solve(cell)
+    z = torch.zeros_like(x)
+    assert torch.equal(first(z, x), first(z, x))
+    assert not torch.equal(first(z, x), second(z, x))
+    assert torch.equal(per_solve(cell.eval())(z, x), cell(z, x))
+
+
+def test_a_map_for_solve_whose_batch_shrinks_says_so(x):
+    x = torch.cat([x, 1e-3 * x])
+    cell = DroppingCell().double()
+    problem = ti.FixedPoint(per_solve(cell), rowwise=True)
+    with pytest.raises(ValueError, match="captures no tensor that carries the batch"):
+        ti.solve(problem, torch.zeros_like(x), x, solver=ti.FixedPointIteration(check_every=1, max_steps=200))
+
+
+def test_masks_drawn_under_a_transform_are_refused_and_those_from_before_serve_in_it():
+    cell = DroppingCell().double()
+    x = torch.randn(3, 5, dtype=torch.float64)
+
+    def loss(x, function):
+        return function(torch.zeros_like(x), x).sum()
+
+    with pytest.raises(RuntimeError, match="Call the map once before"):
+        torch.func.grad(loss)(x, per_solve(cell))
+    assert cell.dropout.held is None
+    function = per_solve(cell)
+    function(x, x)
+    wanted = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(wanted, function), wanted)
+    torch.testing.assert_close(torch.func.grad(loss)(x, function), expected)

@@ -239,6 +239,91 @@ def test_inside_an_inner_equilibrium_they_are_computed_once_a_solve_of_the_outer
     assert_all_close(got, gradients(z, inputs))
 
 
+# The norm, its options, and the factor by which the parameter is then multiplied.
+OPTIONS = [
+    (weight_norm, {"target": 0.8}, lambda g, size, sigma: 0.8 / size),
+    (weight_norm, {"clip": 0.9}, lambda g, size, sigma: (g / size).clamp_max(0.9)),
+    (weight_norm, {"target": 0.8, "clip": 1.5}, lambda g, size, sigma: (0.8 / size).clamp_max(1.5)),
+    (spectral_norm, {"bound": 0.6, "clip": 0.4}, lambda g, size, sigma: (0.6 / sigma).clamp_max(0.4)),
+    (spectral_norm, {"bound": 0.6, "scale": True}, lambda g, size, sigma: g / sigma),
+    (spectral_norm, {"scale": True, "clip": 0.5}, lambda g, size, sigma: (g / sigma).clamp_max(0.5)),
+    (spectral_norm, {"bound": 0.6, "paired": True}, lambda g, size, sigma: 0.6 / sigma),
+    (spectral_norm, {"paired": True, "scale": True, "clip": 0.5}, lambda g, size, sigma: (g / sigma).clamp_max(0.5)),
+]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("norm", "options", "factor"), OPTIONS)
+def test_options_are_the_factor_that_they_say_in_an_equilibrium(x, norm, options, factor, training):
+    layer = Equilibrium(Normalized(lambda m: norm(m, **options)).double())
+    chain = layer.cell.recurrent.parametrizations.weight
+    with torch.no_grad():  # some rows above the clip and some below, one length negative
+        for p in chain.parameters():
+            p.mul_(torch.tensor([0.5, 3.0, 1.0, -0.4, 1.7], dtype=torch.float64)[:, None])
+    layer.train(training)
+    z = layer(x)
+    w = chain.original if chain.is_tensor else chain.original1
+    g = None if chain.is_tensor else chain.original0
+    image = w @ chain[0].right.clone() if norm is spectral_norm else w
+    sigma = chain[0].left.clone() @ image if options.get("paired") else torch.linalg.vector_norm(image)
+    size = (w**2).sum(dim=1, keepdim=True).sqrt()
+    inputs = (x, *layer.parameters())
+    expected = gradients(by_hand(layer.cell, w * factor(g, size, sigma), x), inputs)
+    assert_all_close(gradients(z, inputs), expected)
+
+
+def test_a_learned_scale_has_one_entry_an_output_and_begins_at_the_bound():
+    module = spectral_norm(nn.ConvTranspose2d(3, 4, 3), bound=0.7, scale=True, dim=1)
+    scale = module.parametrizations.weight.original0
+    assert scale.shape == (1, 4, 1, 1)
+    assert torch.equal(scale, torch.full_like(scale, 0.7))
+
+
+def test_paired_vectors_are_improved_the_right_one_first_and_lag_behind_in_eval():
+    module = spectral_norm(nn.Linear(7, 4).double(), iterations=1, paired=True)
+    norm, weight = module.parametrizations.weight[0], module.parametrizations.weight.original
+    with torch.no_grad():
+        norm.left.copy_(torch.ones(4).double() / 2)
+        right = torch.nn.functional.normalize(weight.mT @ norm.left, dim=0)
+        left = torch.nn.functional.normalize(weight @ right, dim=0)
+        torch.testing.assert_close(module.weight, weight / (left @ weight @ right))
+        torch.testing.assert_close(norm.right, right)
+        torch.testing.assert_close(norm.left, left)
+        weight += 0.1
+    other = theirs.spectral_norm(nn.Linear(7, 4).double()).eval()
+    reference = other.parametrizations.weight
+    reference.load_state_dict({"original": weight, "0._u": left, "0._v": right})
+    torch.testing.assert_close(module.eval().weight, other.weight)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_fixed_lengths_of_kernels(dim):
+    weight = weight_norm(nn.Conv2d(3, 4, 3).double(), dim=dim, target=0.3).weight
+    lengths = weight.movedim(dim, 0).flatten(1).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 0.3))
+
+
+def test_normalizations_that_would_be_nan_are_refused():
+    linear = nn.Linear(3, 3)
+    with torch.no_grad():
+        linear.weight[1] = 0
+    with pytest.raises(ValueError, match="a zero vector along dimension 0"):
+        weight_norm(linear)
+    weight_norm(copy.deepcopy(linear), dim=1)
+    nn.init.zeros_(linear.weight)
+    for options in ({}, {"scale": True}, {"clip": 1.0, "paired": True}):
+        with pytest.raises(ValueError, match="no entry but zeros"):
+            spectral_norm(linear, **options)
+    assert torch.equal(spectral_norm(linear, only_above=True).weight, torch.zeros(3, 3))
+
+
+def test_the_result_of_a_hook_is_not_normalized_again():
+    with pytest.warns(FutureWarning):
+        linear = nn.utils.weight_norm(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="remove that one first"):
+        weight_norm(linear)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -249,6 +334,11 @@ def test_inside_an_inner_equilibrium_they_are_computed_once_a_solve_of_the_outer
         (lambda: spectral_norm(nn.Linear(2, 2), iterations=0), "iterations"),
         (lambda: spectral_norm(nn.Linear(2, 2), dim=2), "no dimension 2"),
         (lambda: weight_norm(nn.Linear(2, 2), dim=-3), "no dimension -3"),
+        (lambda: weight_norm(nn.Linear(2, 2), target=0), "target is 0, and must be a positive"),
+        (lambda: weight_norm(nn.Linear(2, 2), clip=float("inf")), "clip is inf, and must be a positive finite"),
+        (lambda: spectral_norm(nn.Linear(2, 2), clip=-1.0), "clip is -1.0, and must be a positive finite"),
+        (lambda: spectral_norm(nn.Linear(2, 2), only_above=True, clip=2.0), "only_above=True means clip=1"),
+        (lambda: weight_norm(nn.LazyLinear(2)), "has no shape yet"),
     ],
 )
 def test_errors(make, message):

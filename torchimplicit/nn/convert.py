@@ -176,8 +176,8 @@ def _tell_stale(plain: str, parts: Mapping[str, Tensor], norm: SpectralNorm) -> 
     if abs(theirs - ours) > 1e-3 * ours:
         warnings.warn(
             f"convert_state_dict: the weight {plain} has changed since the vectors of its spectral norm were computed: "
-            f"the model that was saved divides by {theirs:.4g} in eval mode, and this one by {ours:.4g}, which is nearer "
-            "to the singular value. spectral_norm(..., paired=True) does as the old one",
+            f"the model that was saved divides by {theirs:.4g} in eval mode, and this one by {ours:.4g}, which is "
+            "nearer to the singular value. spectral_norm(..., paired=True) does as the old one",
             UserWarning,
             stacklevel=4,
         )

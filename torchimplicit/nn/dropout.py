@@ -49,7 +49,7 @@ class VariationalDropout(nn.Module):
         super().__init__()
         if not 0 <= p < 1:
             raise ValueError(f"VariationalDropout.p is {p}, and must lie in [0, 1)")
-        dims = (shared,) if isinstance(shared, int) else tuple(shared)
+        dims = tuple(shared) if isinstance(shared, Sequence) else (shared,)
         if not all(isinstance(d, int) and not isinstance(d, bool) for d in dims):
             raise TypeError(f"VariationalDropout.shared must be a dimension or several, not {shared!r}")
         if spatial and dims:

@@ -99,8 +99,8 @@ class SpectralNorm(nn.Module):
             right, *left = (vector.to(matrix.dtype) for vector in vectors)
             image = matrix @ right
             sigma = left[0] @ image if left else torch.linalg.vector_norm(image)
-            if self.scale:
-                factor = parameters[0] / sigma
+            if self.scale or self.paired:  # a paired sigma may be negative at first
+                factor = (parameters[0] if self.scale else self.bound) / sigma
                 return weight * (factor if self.clip is None else factor.clamp_max(self.clip)).to(weight.dtype)
             ratio = sigma / self.bound
             return weight / (ratio if self.clip is None else ratio.clamp_min(1 / self.clip)).to(weight.dtype)
@@ -234,7 +234,7 @@ def spectral_norm(
     if weight.ndim < 2:
         raise ValueError(f"spectral_norm: {name} has shape {tuple(weight.shape)}, and must be a matrix or a kernel")
     _check_dim("spectral_norm", weight, name, dim)
-    bounded = clip is not None and not scale  # then zero stays zero
+    bounded = clip is not None and not scale and not paired  # then zero stays zero
     if not bounded and not weight.is_meta and not bool(weight.detach().any()):
         raise ValueError(_zero("spectral_norm", module, name, "no entry but zeros"))
     norm = SpectralNorm(weight, bound, clip, iterations, dim, scale, paired)

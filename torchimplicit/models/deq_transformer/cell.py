@@ -67,7 +67,7 @@ class DecoderCell(nn.Module):
         self.widen = nn.Linear(d_model, config.d_inner)
         self.narrow = nn.Linear(config.d_inner, d_model)
         self.drop_attention, self.drop_inner, self.drop_out = (
-            VariationalDropout(config.dropout, spatial=True) for _ in range(3)
+            VariationalDropout(config.dropout, shared=1) for _ in range(3)
         )
         gains = {
             self.attention.project: config.gain,
@@ -106,9 +106,8 @@ class DecoderCell(nn.Module):
 
     def forward(self, z: Tensor, x: Injection) -> Tensor:
         """One application of the map."""
-        h = self._normalized(self._added(z, self._attended(self._first(z), x), self.drop_attention))
-        inner = _over_positions(self.drop_inner, functional.relu(self.widen(h)))
-        out = self._added(h, self.narrow(inner), self.drop_out)
+        h = self._normalized(z + self.drop_attention(self._attended(self._first(z), x)))
+        out = h + self.drop_out(self.narrow(self.drop_inner(functional.relu(self.widen(h)))))
         return self._normalized(out) if self.config.normalization == "post" else out
 
     def initial_state(self, x: Injection) -> Tensor:
@@ -124,17 +123,6 @@ class DecoderCell(nn.Module):
 
     def _normalized(self, z: Tensor) -> Tensor:
         return functional.layer_norm(z, (self.config.d_model,))
-
-    @staticmethod
-    def _added(z: Tensor, branch: Tensor, drop: VariationalDropout) -> Tensor:
-        return z + _over_positions(drop, branch)
-
-
-def _over_positions(drop: VariationalDropout, y: Tensor) -> Tensor:
-    """Dropout with one mask for all positions; ``[batch, length, width]``."""
-    if not drop.training or drop.p == 0:
-        return y
-    return drop(y.transpose(1, 2)).transpose(1, 2)
 
 
 def _sinusoids(keys: int, like: Tensor) -> Tensor:
