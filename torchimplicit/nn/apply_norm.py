@@ -78,7 +78,7 @@ def apply_norm(
                 raise ValueError(f"{error} (in {where or 'the model itself'})") from None
             done.append((module, name, before))
     except Exception:
-        for module, name, before in done:
+        for module, name, before in reversed(done):
             _restored(module, name, before)
         raise
     return model
@@ -106,7 +106,7 @@ def remove_norm(model: Module) -> Module:
                 )
             if all(ours):
                 found.append((module, name, chain))
-    for module, name, chain in found:
+    for module, name, chain in reversed(found):
         training = chain.training
         with torch.no_grad():
             weight = chain.eval()()  # in training the power method would move it
@@ -168,11 +168,17 @@ def _check_untied(model: nn.Module, chosen: Sequence[tuple[str, nn.Module, str, 
 
 
 def _restored(module: nn.Module, name: str, weight: torch.Tensor) -> None:
-    """Put ``weight`` in the place of the tensor that has a parametrization."""
+    """Put ``weight`` in the place of the tensor that has a parametrization, and before the module's other parameters,
+    where layers have it: optimizers know parameters by their order."""
     chain = dict(_chains(module))[name]
+    # deep copies share the class that PyTorch makes for a parametrized module, and takes the attribute from
+    shared = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
     parametrize.remove_parametrizations(module, name, leave_parametrized=not chain.is_tensor)
     delattr(module, name)
     if isinstance(weight, nn.Parameter):
         module.register_parameter(name, weight)
+        for other in [other for other in module._parameters if other != name]:
+            module._parameters[other] = module._parameters.pop(other)
     else:
         module.register_buffer(name, weight)

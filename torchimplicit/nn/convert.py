@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from torchimplicit.nn.normalization import SpectralNorm, WeightNorm
 
 _WRAPPERS = ("module.", "_orig_mod.")
+_COPIES = ("func_copy", "fullstage_copy")  # of the older deq and mdeq code
 
 
 def convert_state_dict(
@@ -34,8 +35,8 @@ def convert_state_dict(
     - One tensor that ``model`` has under several names (a cell that is also inside an :class:`Equilibrium`, tied
       weights) gets its value under all of them.
     - A prefix that all keys have from ``DataParallel`` or ``torch.compile`` goes.
-    - What the older code stored twice goes: ``func_copy.*``, the copy that its backward pass evaluated, and
-      ``deq.func.*``, the same module under a second name.
+    - What the older code stored twice goes: ``func_copy.*`` and ``fullstage_copy.*``, the copy that its backward pass
+      evaluated, and ``deq.func.*``, the same module under a second name.
 
     Nothing else is left out: what has no place in ``model`` stays in the result, so that ``load_state_dict`` names it.
 
@@ -214,12 +215,12 @@ def _refuse_norms_without_place(left: Mapping[str, Any], homes: Mapping[str, Any
 
 
 def _stored_twice(name: str, value: Any, old: Mapping[str, Any], used: set[str]) -> bool:
-    """Whether a key without a place is a second copy: of a module ``x`` as ``x_copy``, or below another module."""
+    """Whether a key without a place is a second copy: of a module ``func`` as ``func_copy``, or below another one."""
     parts = name.split(".")
-    for i, part in enumerate(parts[:-1]):
-        if part.endswith("_copy"):
+    for i, part in enumerate(parts):
+        if part in _COPIES:
             original = ".".join([*parts[:i], part.removesuffix("_copy")]) + "."
-            if any(key.startswith(original) for key in used):
+            if any(key.startswith(original) for key in old):
                 return True
     return any(_equal(value, old[end]) for i in range(1, len(parts)) if (end := ".".join(parts[i:])) in used)
 

@@ -175,6 +175,8 @@ def weight_norm(
     norm = WeightNorm(dim, target, clip)
     if not weight.is_meta and not bool(norm._length(weight.detach()).all()):
         raise ValueError(_zero("weight_norm", module, name, f"a zero vector along dimension {dim}"))
+    if target is None:
+        _check_first("weight_norm", module, name, "target=...")
     parametrize.register_parametrization(module, name, norm)
     return module
 
@@ -237,6 +239,8 @@ def spectral_norm(
     bounded = clip is not None and not scale and not paired  # then zero stays zero
     if not bounded and not weight.is_meta and not bool(weight.detach().any()):
         raise ValueError(_zero("spectral_norm", module, name, "no entry but zeros"))
+    if scale:
+        _check_first("spectral_norm", module, name, "scale=False")
     norm = SpectralNorm(weight, bound, clip, iterations, dim, scale, paired)
     parametrize.register_parametrization(module, name, norm)
     return module
@@ -309,6 +313,14 @@ def _parameter(what: str, module: nn.Module, name: str) -> Tensor:
             "torch.nn.utils or of TorchDEQ): remove that one first"
         )
     return weight
+
+
+def _check_first(what: str, module: nn.Module, name: str, instead: str) -> None:
+    if parametrize.is_parametrized(module, name):
+        raise ValueError(
+            f"{what}: {type(module).__name__}.{name} has a parametrization already, and one with a scale to learn must "
+            f"be the first: take {instead}, or remove the other (remove_norm)"
+        )
 
 
 def _check_positive(what: str, name: str, value: float) -> None:
