@@ -104,7 +104,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     return first, third
 
 
-def _sample(candidate: Candidate, calls: int) -> tuple[float, float]:
+def sample(candidate: Candidate, calls: int) -> tuple[float, float]:
     arguments = [candidate.prepare() for _ in range(calls)]
     wall, cpu = time.perf_counter(), time.process_time()
     for argument in arguments:
@@ -112,10 +112,10 @@ def _sample(candidate: Candidate, calls: int) -> tuple[float, float]:
     return (time.perf_counter() - wall) / calls * 1e3, (time.process_time() - cpu) / calls * 1e3
 
 
-def _calls_per_sample(candidate: Candidate) -> int:
+def calls_per_sample(candidate: Candidate) -> int:
     """Warm the candidate up and choose how many calls make one sample."""
     for _ in range(2):
-        wall, _ = _sample(candidate, 1)
+        wall, _ = sample(candidate, 1)
     return max(1, min(200, math.ceil(SAMPLE_SECONDS * 1e3 / max(wall, 1e-4))))
 
 
@@ -132,7 +132,7 @@ def interleave(
         seconds: a budget; rounds stop when it is spent, but never before the third.
         seed: of the order.
     """
-    calls = {name: _calls_per_sample(candidate) for name, candidate in candidates.items()}
+    calls = {name: calls_per_sample(candidate) for name, candidate in candidates.items()}
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
     order, generator, start = list(candidates), random.Random(seed), time.perf_counter()
     for done in range(repeats):
@@ -141,7 +141,7 @@ def interleave(
         generator.shuffle(order)
         gc.collect()
         for name in order:
-            samples[name].append(_sample(candidates[name], calls[name]))
+            samples[name].append(sample(candidates[name], calls[name]))
     return {name: _timing(values, calls[name]) for name, values in samples.items()}
 
 

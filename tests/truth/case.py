@@ -72,7 +72,8 @@ class Case:
         coupling: how the samples see each other; ``""``: not at all.
         x_batched: whether x has a row for each sample, or is shared.
         tree, style: the state's structure, and how the function comes by its tensors.
-        constraint: of a minimum ``"shared"``, ``"own"`` (one weight per sample); of a joint problem ``"box"``, ``"ball"``.
+        constraint: of a minimum ``"shared"`` or ``"own"`` (a weight for each sample); of a joint problem ``"box"`` or
+            ``"ball"``.
         unit, of: the size of the unit in which the state, one of its leaves, the residual or the energy is given.
         start: zero, random, far, solution (the exact one) or near it.
         tolerance: relative, forward and adjoint; ``None``: the defaults.

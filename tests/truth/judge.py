@@ -40,7 +40,9 @@ class Verdict:
 def judged(case: Case) -> Verdict:
     """Solve, differentiate and compare."""
     data = Data(case)
-    tensors = {name: t.to(torch.float32 if case.dtype == "float32" else torch.float64) for name, t in data.tensors.items()}
+    tensors = {
+        name: t.to(torch.float32 if case.dtype == "float32" else torch.float64) for name, t in data.tensors.items()
+    }
     if case.noncontiguous:
         tensors |= {name: strided(tensors[name]) for name in ("x", "W")}
     statement, reference = Statement(case, data), Reference(case, data)
@@ -84,7 +86,7 @@ def _compared(
         return Verdict(Outcome.UNJUDGED, "no solution near the one found")
     eps = torch.finfo(value.dtype).eps
     condition = reference.condition
-    bound = 100 * condition * (statement.forward_tolerance + 10 * eps)
+    bound = 200 * condition * (statement.forward_tolerance + 10 * eps)
     size = float(reference.state.norm())
     error = float((value.double() - reference.state).norm()) / max(size, 1e-3)
     if case.estimator != "unrolled-phantom" and not error <= bound:
@@ -94,7 +96,7 @@ def _compared(
     if case.estimator in ("adaptive-phantom", "shared-inverse"):
         return _claims(case, data, reference, solution, derivatives, bound)
     expected = modes.differentiated(case.mode, reference.estimate(solution), data.tensors, data)
-    bound *= condition if case.order == 2 else 1
+    bound *= 3 * condition if case.order == 2 else 1
     if bound > 0.3:
         return Verdict(Outcome.UNJUDGED, f"condition {condition:.1e}")
     worst = max(map(_error, derivatives, expected, [_largest(expected)] * len(expected)))

@@ -6,7 +6,32 @@ from collections.abc import Callable
 
 from tests.truth.case import Case
 
-KNOWN: tuple[tuple[str, Callable[[Case], bool]], ...] = ()
+KNOWN: tuple[tuple[str, Callable[[Case], bool]], ...] = (
+    (
+        "samples that see each other: inner products are taken row by row",
+        lambda case: bool(case.coupling) and case.batched,
+    ),
+    (
+        "cotangents at the end of float32's range underflow or overflow in the adjoint solve",
+        lambda case: case.dtype == "float32" and case.cotangent in (1e-23, 1e20),
+    ),
+    (
+        "tolerances depend on the unit of the residual or the energy, and leaves are judged by one norm",
+        lambda case: case.of in ("residual", "energy", "leaf") or (case.kind != "fixed_point" and case.of == "state"),
+    ),
+    (
+        "the residual of a root or a minimum is judged by the first one alone",
+        lambda case: case.kind in ("root", "minimum") and case.start in ("far", "random"),
+    ),
+    (
+        "a nested solve under forward mode, or under two transforms",
+        lambda case: case.style == "nested" and case.mode in ("double", "jvp", "dual", "jacfwd", "hessian"),
+    ),
+    (
+        "functional_call over a layer whose map is a closure, under a transform",
+        lambda case: case.style == "functional-call" and case.mode not in ("backward", "double"),
+    ),
+)
 
 
 def known(case: Case) -> str:

@@ -75,7 +75,7 @@ def _of_shared(solve: Solve, tensors: Tensors) -> Callable[[Tensor], Tensor]:
 
 def _several(tensors: Tensors, data: Data) -> Tensor:
     t, d = tensors[SHARED], data.directions[SHARED].to(tensors[SHARED].dtype)
-    return torch.stack((t, t + 0.05 * d, t - 0.05 * d))
+    return torch.stack((t, t + 0.01 * d, t - 0.01 * d))
 
 
 def _vmap(solve: Solve, tensors: Tensors, data: Data) -> list[Tensor]:
