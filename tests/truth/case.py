@@ -121,6 +121,20 @@ class Case:
         """Of the derivative that is asked for."""
         return 2 if self.mode in ("double", "hessian") else 1
 
+    @property
+    def dependable(self) -> bool:
+        """Whether to say that it did not go well is not good enough: nothing about the case is hard."""
+        return (
+            self.kind in ("fixed_point", "minimum")
+            and self.solver in ("default", "plain", "anderson", "lbfgs")
+            and self.gain <= 0.7
+            and self.start != "far"
+            and (self.order == 1 or self.estimator in ("implicit", "unrolled-phantom"))
+            and (self.order == 1 or self.activation not in ("relu", "abs", "hardtanh"))
+            and self.tolerance in (None, 1e-6, 1e-5, 1e-3)
+            and self.linear in ("default", "dense")
+        )
+
 
 def draw(number: int, seed: int = 0) -> Case:
     """A random case: a plain one of random size, made awkward in a few ways at once."""

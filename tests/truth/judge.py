@@ -38,7 +38,14 @@ class Verdict:
 
 
 def judged(case: Case) -> Verdict:
-    """Solve, differentiate and compare."""
+    """Solve, differentiate and compare; of a dependable case, an error or a warning is wrong as well."""
+    verdict = _judged(case)
+    if verdict.outcome is Outcome.SAID and case.dependable:
+        return Verdict(Outcome.WRONG, f"nothing is hard about the case, and it said: {verdict.why}")
+    return verdict
+
+
+def _judged(case: Case) -> Verdict:
     data = Data(case)
     tensors = {
         name: t.to(torch.float32 if case.dtype == "float32" else torch.float64) for name, t in data.tensors.items()

@@ -28,8 +28,8 @@ KNOWN: tuple[tuple[str, Callable[[Case], bool]], ...] = (
         lambda case: case.style == "nested" and case.mode in ("double", "jvp", "dual", "jacfwd", "hessian"),
     ),
     (
-        "functional_call over a layer whose map is a closure, under a transform",
-        lambda case: case.style == "functional-call" and case.mode not in ("backward", "double"),
+        "functional_call over a layer whose map is a closure or a method",
+        lambda case: case.style in ("functional-call", "functional-method"),
     ),
 )
 

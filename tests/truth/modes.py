@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from tests.truth.cores import Tensors
 from tests.truth.data import Data
+from tests.truth.styles import PASSED
 
 Solve = Callable[[Tensors], Tensor]
 Mode = Callable[[Solve, Tensors, Data], list[Tensor]]
@@ -28,8 +29,9 @@ def differentiated(mode: str, solve: Solve, tensors: Tensors, data: Data) -> lis
 
 
 def leaves_of(tensors: Tensors) -> Tensors:
-    """Trainable copies."""
-    return {name: nn.Parameter(t.detach().clone(memory_format=torch.preserve_format)) for name, t in tensors.items()}
+    """Trainable copies: parameters, but for what carries the batch."""
+    copies = {name: t.detach().clone(memory_format=torch.preserve_format) for name, t in tensors.items()}
+    return {name: t.requires_grad_() if name in PASSED else nn.Parameter(t) for name, t in copies.items()}
 
 
 def _directions(tensors: Tensors, data: Data) -> list[Tensor]:

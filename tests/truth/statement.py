@@ -97,8 +97,8 @@ class Statement:
             return ti.Minimum(
                 f, constraint, **rows, metric=self._metric() if case.metric else None, eliminate=case.eliminate
             )
-        low = self.tree.split(torch.full((case.dim,), -0.1, dtype=self.dtype))
-        high = self.tree.split(torch.full((case.dim,), 0.15, dtype=self.dtype))
+        shape = (case.dim,) if case.batched else (case.batch, case.dim)
+        low, high = (self.tree.split(torch.full(shape, bound, dtype=self.dtype)) for bound in (-0.1, 0.15))
         size = float(self._units()[0])
         constraint = {"box": ti.Box(low, high), "ball": ti.L2Ball(0.2 * size)}.get(case.constraint)
         loss = case.unit if case.of == "energy" else 1.0

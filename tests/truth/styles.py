@@ -114,7 +114,7 @@ class _Layer(nn.Module):
 
 
 def _module(function: Function, tensors: Tensors, solve: Solve) -> ti.Solution:
-    if all(isinstance(t, nn.Parameter) for t in tensors.values()):
+    if all(isinstance(t, nn.Parameter) for t in _held(tensors).values()):
         return solve(_Cell(function, _held(tensors)), _passed(tensors))
     return _functional("cell", function, tensors, solve)
 
