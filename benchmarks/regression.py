@@ -15,6 +15,7 @@ import record  # isort: skip  (first: it sets the number of threads, and the cor
 
 import json
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -141,6 +142,7 @@ def main() -> None:
     """Measure, compare, record."""
     options = record.arguments(__doc__.splitlines()[0], repeats=60, seconds=1200.0, against="HEAD", launches=4)
     load = os.getloadavg()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the checkout is taken away
     with checked_out(options.against) as (tree, commit):
         rows = rows_of(measure(tree, options))
     title = f"This tree, and {commit}"
