@@ -8,12 +8,12 @@ from tests.truth.case import Case
 
 KNOWN: tuple[tuple[str, Callable[[Case], bool]], ...] = (
     (
-        "samples that see each other: inner products are taken row by row",
+        "samples that see each other: a sample that has stopped is not judged again, and steps are taken row by row",
         lambda case: bool(case.coupling) and case.batched,
     ),
     (
         "cotangents at the end of float32's range underflow or overflow in the adjoint solve",
-        lambda case: case.dtype == "float32" and case.cotangent in (1e-23, 1e20),
+        lambda case: case.dtype == "float32" and not 1e-9 <= case.cotangent <= 1e9,
     ),
     (
         "tolerances depend on the unit of the residual or the energy, and leaves are judged by one norm",
