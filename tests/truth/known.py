@@ -12,10 +12,6 @@ KNOWN: tuple[tuple[str, Callable[[Case], bool]], ...] = (
         lambda case: bool(case.coupling) and case.batched,
     ),
     (
-        "cotangents at the end of float32's range underflow or overflow in the adjoint solve",
-        lambda case: case.dtype == "float32" and not 1e-9 <= case.cotangent <= 1e9,
-    ),
-    (
         "tolerances depend on the unit of the residual or the energy, and leaves are judged by one norm",
         lambda case: case.of in ("residual", "energy", "leaf") or (case.kind != "fixed_point" and case.of == "state"),
     ),
