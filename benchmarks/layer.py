@@ -9,6 +9,7 @@ from __future__ import annotations
 import record  # noqa: F401  # isort: skip  (first: it sets the number of threads)
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -85,15 +86,18 @@ class Layer:
     x: Tensor = field(init=False)
     z0: Tensor = field(init=False)
     cotangent: Tensor = field(init=False)
-    reference: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         w = weight(self.kind, self.dim, self.seed).float()
         generator = torch.Generator().manual_seed(self.seed + 1)
         x = torch.randn(self.batch, self.dim, generator=generator)
         self.cotangent = torch.randn(self.batch, self.dim, generator=generator)
-        self.reference = _reference(w.double(), x.double(), self.cotangent.double())
         self.w, self.x, self.z0 = w.requires_grad_(), x.requires_grad_(), torch.zeros(self.batch, self.dim)
+
+    @functools.cached_property
+    def reference(self) -> dict[str, Tensor]:
+        """z, and the gradients in x and w, in float64."""
+        return _reference(self.w.detach().double(), self.x.detach().double(), self.cotangent.double())
 
     def f(self, z: Tensor, x: Tensor) -> Tensor:
         """``[rows, dim]``, ``[rows, dim]`` -> ``[rows, dim]``."""

@@ -3,8 +3,9 @@
     python benchmarks/regression.py --against afd92de
     python benchmarks/regression.py --against HEAD       # of a clean tree: every ratio should be 1
 
-Both trees run the same script of this one (``regression_worker.py``), on one core, in turn, one call after the other;
-several pairs of processes, since where a process has its memory moves its times by some per cent.
+Both trees run the same script of this one (``regression_worker.py``), on one core, in turn, one call after the other.
+Where a process happens to have its memory moves all its times by some per cent, so that many pairs of processes are
+made, and it is over these that the figures are.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ ALLOWED = 1.08
 """The most time that a pass may take, in terms of the other revision's."""
 VISIT_MS = 60.0
 """A visit to a case takes pairs of calls until they have taken this long: short calls vary most."""
-COLUMNS = ("size", "solver", "passes", "this ms", "other ms", "ratio", "lower quartile", "upper quartile", "pairs")
+COLUMNS = ("size", "solver", "passes", "this ms", "other ms", "ratio", "least", "largest", "calls")
 
 
 class Worker:
@@ -91,11 +92,13 @@ def checked_out(revision: str) -> Iterator[tuple[Path, str]]:
             git("worktree", "remove", "--force", str(tree))
 
 
-def measure(other: Path, options: Any) -> dict[str, list[tuple[float, float]]]:
-    """Pairs of CPU milliseconds, of this tree and the other, by case."""
-    pairs: dict[str, list[tuple[float, float]]] = {}
+def measure(other: Path, options: Any) -> dict[str, list[list[tuple[float, float]]]]:
+    """Pairs of CPU milliseconds, of this tree and the other, by case and by pair of processes."""
+    found: dict[str, list[list[tuple[float, float]]]] = {}
     generator, began = random.Random(options.seed), time.perf_counter()
     for launch in range(options.launches):
+        if launch >= 2 and time.perf_counter() - began > options.seconds:
+            break
         with ExitStack() as stack:
             workers = []
             # which of the two starts first may matter too
@@ -104,40 +107,45 @@ def measure(other: Path, options: Any) -> dict[str, list[tuple[float, float]]]:
                 stack.callback(workers[-1].close)
             this, that = workers if launch % 2 == 0 else reversed(workers)
             cases = list(this.cases)
-            for _ in range(max(1, options.repeats // options.launches)):
-                if time.perf_counter() - began > options.seconds and launch:
-                    break
+            for case in cases:
+                found.setdefault(case, []).append([])
+            for _ in range(options.repeats):
                 generator.shuffle(cases)
                 for case in cases:
-                    found, spent = pairs.setdefault(case, []), 0.0
-                    while spent < VISIT_MS:
-                        if generator.random() < 0.5:
-                            mine, theirs = this.cpu_ms(case), that.cpu_ms(case)
-                        else:
-                            theirs, mine = that.cpu_ms(case), this.cpu_ms(case)
-                        found.append((mine, theirs))
-                        spent += mine + theirs
-    return pairs
+                    found[case][-1] += _pairs(this, that, case, generator)
+    return found
 
 
-def rows_of(pairs: dict[str, list[tuple[float, float]]]) -> list[Row]:
-    """Medians over the pairs."""
+def _pairs(this: Worker, that: Worker, case: str, generator: random.Random) -> Iterator[tuple[float, float]]:
+    spent = 0.0
+    while spent < VISIT_MS:
+        if generator.random() < 0.5:
+            mine, theirs = this.cpu_ms(case), that.cpu_ms(case)
+        else:
+            theirs, mine = that.cpu_ms(case), this.cpu_ms(case)
+        spent += mine + theirs
+        yield mine, theirs
+
+
+def rows_of(found: dict[str, list[list[tuple[float, float]]]]) -> list[Row]:
+    """Medians over the pairs of processes of the medians within each."""
     rows = []
-    for case in sorted(pairs, key=lambda case: (case.split("|")[0].rjust(30), case)):
+    for case in sorted(found, key=lambda case: (case.split("|")[0].rjust(30), case)):
         size, solver, passes = (part.strip() for part in case.split("|"))
-        ratios = [mine / theirs for mine, theirs in pairs[case]]
-        lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+        ratios = [statistics.median(mine / theirs for mine, theirs in pairs) for pairs in found[case]]
+        every = [pair for pairs in found[case] for pair in pairs]
         rows.append(
             {
                 "size": size,
                 "solver": solver,
                 "passes": passes,
-                "this ms": statistics.median(mine for mine, _ in pairs[case]),
-                "other ms": statistics.median(theirs for _, theirs in pairs[case]),
-                "ratio": middle,
-                "lower quartile": lower,
-                "upper quartile": upper,
-                "pairs": len(ratios),
+                "this ms": statistics.median(mine for mine, _ in every),
+                "other ms": statistics.median(theirs for _, theirs in every),
+                "ratio": statistics.median(ratios),
+                "least": min(ratios),
+                "largest": max(ratios),
+                "ratios": ratios,
+                "calls": len(every),
             }
         )
     return rows
@@ -145,7 +153,7 @@ def rows_of(pairs: dict[str, list[tuple[float, float]]]) -> list[Row]:
 
 def main() -> None:
     """Measure, compare, record."""
-    options = record.arguments(__doc__.splitlines()[0], repeats=60, seconds=1200.0, against="HEAD", launches=4)
+    options = record.arguments(__doc__.splitlines()[0], repeats=2, seconds=1200.0, against="HEAD", launches=11)
     load = os.getloadavg()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the checkout is taken away
     with checked_out(options.against) as (tree, commit):
@@ -176,9 +184,9 @@ def main() -> None:
             )
         ],
         notes=[
-            "ratio: the median over pairs of calls, one of each tree right after the other, of their CPU times; "
-            "quartiles are over pairs.",
-            f"{options.launches} pairs of processes, all on one core.",
+            "ratio: of the CPU times of two calls, one of each tree right after the other; the median over the calls "
+            "of a pair of processes, and of these the median (least, largest) over the pairs of processes.",
+            f"At most {options.launches} pairs of processes (fewer where the time was over), all on one core.",
         ],
     )
 

@@ -97,6 +97,8 @@ def main() -> None:
     if not quick:
         cases |= mdeq_cases(seed)
     calls = {name: record.calls_per_sample(candidate) for name, candidate in cases.items()}
+    gc.collect()
+    gc.freeze()  # so that collecting between calls takes no time
     print(json.dumps({"file": ti.__file__, "cases": list(cases)}), flush=True)
     for line in sys.stdin:
         name = line.strip()
