@@ -36,7 +36,7 @@ def modified(operator: LinearOperator, residual: Tensor) -> Descent:
     matrix = matrix.where(finite[:, None, None], torch.eye(operator.dim, dtype=dtype, device=matrix.device))
     factor, info = torch.linalg.cholesky_ex(matrix)
     d = torch.cholesky_solve(r[:, :, None], factor)[:, :, 0]
-    odd = (info > 0) | (d.abs().amax(dim=1) == torch.inf) | d.isnan().any(dim=1)
+    odd = (info > 0) | ~d.isfinite().all(dim=1)
     rows = odd.nonzero().squeeze(1)
     negative = downward = singular = None
     if len(rows):
