@@ -72,6 +72,7 @@ class Task:
             self.randomness.begin(z0)
         with torch.no_grad(), past_hooks():
             outcome = self.run(self.system, z0, params)
+            self.system.prepare(outcome.z, params)
             if self.randomness is not None:
                 self.randomness.end(outcome.z, params)
         # a node gives z itself a history that leads back to this task: the note must not close that cycle, or else what

@@ -118,6 +118,26 @@ class LinearOperator:
             transposed=self.transposed,
         )
 
+    def in_units(self, left: Tensor, right: Tensor) -> LinearOperator:
+        """:math:`D_l A_i D_r` with the diagonals ``left`` and ``right``, ``[batch, dim]``; of an operator without a
+        null vector."""
+        assert self.null is None
+
+        def scaled(product: Product | None, first: Tensor, last: Tensor) -> Product | None:
+            return None if product is None else lambda v: last * product(first * v)
+
+        product, restrict = scaled(self.product, right, left), self.restrict
+        assert product is not None
+        return replace(
+            self,
+            product=product,
+            transposed_product=scaled(self.transposed_product, left, right),
+            block_product=scaled(self.block_product, right, left),
+            symmetric=self.symmetric and left is right,
+            restrict=None if restrict is None else lambda rows: restrict(rows).in_units(left[rows], right[rows]),
+            unprojected=None,
+        )
+
     def shifted(self, shift: Tensor) -> LinearOperator:
         """:math:`A_i + s_i P`, with the projector P along ``null`` (the identity where there is none).
 

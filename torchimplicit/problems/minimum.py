@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self, final
 
 import torch
@@ -13,7 +14,7 @@ from torchimplicit.constraints import LinearEquality, check_plane, place, projec
 from torchimplicit.coordinates import Chart, Metric, Reflection
 from torchimplicit.linear import MINRES, Dense, LinearOperator, LinearSolution, LinearSolver
 from torchimplicit.linear.confirmed import solve_any
-from torchimplicit.precision import UnitRows
+from torchimplicit.precision import UnitRows, safe_norm
 from torchimplicit.problems.base import Problem, check_function
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.per_sample import PerSample, column, flat_tree, stacked, taken
@@ -117,13 +118,15 @@ class Minimum(Problem):
 class MinimumSystem(System):
     """Stationarity on the hyperplane :math:`\\langle n, z\\rangle = c`, :math:`\\lVert n\\rVert = 1`.
 
-    :math:`R = P\\nabla E + n(\\langle n, z\\rangle - c)` with :math:`P = I - nn^T`, so :math:`A = PH + nn^T`. On the
-    range of :math:`P` that is the symmetric :math:`PHP`; the component along :math:`n` follows by substitution.
-    Without a constraint, :math:`R = \\nabla E` and :math:`A = H`.
+    :math:`R = P\\nabla E + \\sigma n(\\langle n, z\\rangle - c)` with :math:`P = I - nn^T`, so
+    :math:`A = PH + \\sigma nn^T`. On the range of :math:`P` that is the symmetric :math:`PHP`; the component along
+    :math:`n` follows by substitution. Without a constraint, :math:`R = \\nabla E` and :math:`A = H`.
     """
 
     hyperplane: PerSample | None = None
     """Of weight ``[rows or 1, dim]`` and total ``[rows or 1, 1]``."""
+    stiffness: Stiffness = field(default_factory=lambda: Stiffness())
+    """:math:`\\sigma`, about the size of the Hessian, so that neither part of R is lost in the other's rounding."""
 
     def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
         if torch.is_grad_enabled():
@@ -149,7 +152,16 @@ class MinimumSystem(System):
         def core(z: Tensor, *params: Tensor) -> Tensor:
             return _gradient(self.fn(z, *params), z, create_graph=True)
 
-        return Linearization(core, z, params, wanted)
+        tape = Linearization(core, z, params, wanted)
+        if self.hyperplane is not None and self.stiffness.value is None:
+            normal = self._plane(tape.z, tape.params)[0].detach()
+            probe = normal + project(torch.ones_like(tape.z), normal) / z.shape[1] ** 0.5
+            self.stiffness.measure(tape.transposed(probe))
+        return tape
+
+    def prepare(self, z: Tensor, params: Sequence[Tensor]) -> None:
+        if self.hyperplane is not None and self.stiffness.value is None:
+            self.linearize(z, params)
 
     def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
         hessian = LinearOperator(
@@ -192,15 +204,16 @@ class MinimumSystem(System):
         operator = self.operator(tape, transposed)
         normal = operator.null
         if normal is None:
-            return _told_of_saddles(solve_any(solver, operator, b, shift), b)
+            found, right = self._in_units(tape, transposed, b, solver, shift)
+            return _told_of_saddles(found, right)
         curvature = tape.transposed if b.ndim == 2 else tape.transposed_block
         along = (b * normal).sum(dim=-1, keepdim=True) * normal
-        right = b - along if transposed else project(b - curvature(along), normal)
+        stiffness = self.stiffness.known
+        right = b - along if transposed else project(b - curvature(along / stiffness), normal)
         found = _told_of_saddles(solve_any(solver, operator, right, shift), right)
         if transposed:
-            curved = curvature(found.value)
-            return replace(found, value=found.value + along - (curved * normal).sum(dim=-1, keepdim=True) * normal)
-        return replace(found, value=found.value + along)
+            along = along - (curvature(found.value) * normal).sum(dim=-1, keepdim=True) * normal
+        return replace(found, value=found.value + along / stiffness)
 
     def seen(self, tape: Linearization) -> Point:
         z, gradient = tape.z.detach(), tape.out.detach()
@@ -219,6 +232,10 @@ class MinimumSystem(System):
         with torch.enable_grad():
             out = self._constrain(tape.z.detach(), tape.out, tape.params)
         return tape.pull(-g, out)
+
+    @staticmethod
+    def _units(size: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+        return size, size
 
     def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
         return Dense() if dim <= 128 and batch * dim * dim <= 2**22 else MINRES()
@@ -259,7 +276,27 @@ class MinimumSystem(System):
         if self.hyperplane is None:
             return gradient
         normal, offset = self._plane(z, params)
-        return project(gradient, normal) + ((z * normal).sum(dim=1, keepdim=True) - offset) * normal
+        outside = (z * normal).sum(dim=1, keepdim=True) - offset
+        return project(gradient, normal) + self.stiffness.known * outside * normal
+
+
+@dataclass
+class Stiffness:
+    """One number for all the derivatives of one solution: whatever it is they are right, if it stays."""
+
+    value: float | None = None
+
+    @property
+    def known(self) -> float:
+        """The number, which from now on stays."""
+        if self.value is None:
+            self.value = 1.0
+        return self.value
+
+    def measure(self, image: Tensor) -> None:
+        """Take the size of the largest of some vectors, to a power of two."""
+        size = float(safe_norm(image).nan_to_num(0.0, 0.0, 0.0).amax()) if image.numel() else 0.0
+        self.value = 2.0 ** math.frexp(size)[1] if 0 < size < math.inf else 1.0
 
 
 def _gradient(energy: Tensor, z: Tensor, create_graph: bool) -> Tensor:

@@ -104,6 +104,10 @@ class Point:
         return Point(**fields)
 
 
+UNLIKE = 2.0**10
+"""Beyond this factor between the sizes of its leaves, a linear system is solved in units of each leaf's size."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class System(ABC):
     """A problem as :math:`R(z, params) = 0` over flat states ``[batch, dim]`` and a tuple of parameter tensors.
@@ -178,12 +182,51 @@ class System(ABC):
         shift: Callable[[LinearOperator], Tensor] | None = None,
     ) -> LinearSolution:
         """Solve :math:`A y = b` or :math:`A^T y = b` at the tape's point, for ``b`` of ``[batch, dim]`` or for a block
-        ``[k, batch, dim]``. The residuals that are reported are those of the whole batch.
+        ``[k, batch, dim]``. The residuals that are reported are those of the whole batch, leaves of very different size
+        each in units of its own.
 
         Args:
             shift: ``[batch]``, of an operator of that batch: what is added to its diagonal.
         """
-        return solve_any(solver, self.operator(tape, transposed), b, shift)
+        return self._in_units(tape, transposed, b, solver, shift)[0]
+
+    def _in_units(
+        self,
+        tape: Linearization,
+        transposed: bool,
+        b: Tensor,
+        solver: LinearSolver,
+        shift: Callable[[LinearOperator], Tensor] | None,
+    ) -> tuple[LinearSolution, Tensor]:
+        """The solution, and ``b``, whose product is that in any units."""
+        operator = self.operator(tape, transposed)
+        size = None if shift is not None or getattr(solver, "preconditioner", None) else self._leaf_sizes(tape.z)
+        if size is None:
+            return solve_any(solver, operator, b, shift), b
+        left, right = self._units(size, transposed)
+        found = solve_any(solver, operator.in_units(left, right), left * b)
+        return replace(found, value=right * found.value), b
+
+    def _leaf_sizes(self, z: Tensor) -> Tensor | None:
+        """``[batch, dim]``, powers of two: the size of the leaf that a number belongs to; ``None`` where leaves do not
+        differ much, or there is one."""
+        if self.separate is None:
+            return None
+        norms = self.separate.norms(z)
+        sizes = torch.where((norms > 0) & (norms < torch.inf), norms, 1)
+        if not bool((sizes.amax(dim=1) > UNLIKE * sizes.amin(dim=1)).any()):
+            return None
+        powers = torch.exp2(torch.log2(sizes).round()).to(z.dtype)
+        each = torch.tensor(self.separate.sizes, device=z.device)
+        return powers.repeat_interleave(each, dim=1)
+
+    @staticmethod
+    def _units(size: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+        """What a residual, and what the solution of a linear system, is multiplied by, for leaves of that size."""
+        return (size, 1 / size) if transposed else (1 / size, size)
+
+    def prepare(self, z: Tensor, params: Sequence[Tensor]) -> None:
+        """Settle at the solution what must be the same in all of its derivatives."""
 
     def place(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
         """The nearest state that satisfies the constraint; ``z`` itself where there is none."""
