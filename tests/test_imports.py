@@ -20,6 +20,7 @@ ROOMS = (
     "validation",
     "coordinates",
     "state",
+    "compiler",
     "members",
     "closure",
     "coupling",

@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from torchimplicit.compiler import compiler_loaded
 from torchimplicit.members import compiled_module
 
 
@@ -357,6 +358,9 @@ def eagerly() -> Iterator[None]:
     The compiler's stance is that of the whole process: the first of several threads sets it, the last sets it back.
     """
     global _eager, _stance
+    if not compiler_loaded():
+        yield
+        return
     with _eager_lock:
         _eager += 1
         if _eager == 1:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from torchimplicit.compiler import compiler_loaded
+
 
 class Members:
     """The tensors that modules hold at this moment, to be put back when they are called later.
@@ -146,7 +148,8 @@ def compiled_module(function: Any) -> nn.Module | None:
     """``function``'s module, where it holds compiled code, which should not run under the recording mode."""
     module = module_of(function)
     if module is not None and any(
-        isinstance(m, torch._dynamo.OptimizedModule) or getattr(m, "_compiled_call_impl", None) is not None
+        (compiler_loaded() and isinstance(m, torch._dynamo.OptimizedModule))
+        or getattr(m, "_compiled_call_impl", None) is not None
         for m in module.modules()
     ):
         return module

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.closure import announce, is_transformed, transforms_running
+from torchimplicit.compiler import untraced
 from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.gradients import Gradient, Implicit
 from torchimplicit.gradients.base import Run, Task, differentiable
@@ -29,7 +30,7 @@ UNTRACED = (
 )
 
 
-@torch.compiler.disable(reason=UNTRACED)
+@untraced(UNTRACED)
 @outside_inference_mode
 def solve(
     problem: Problem,

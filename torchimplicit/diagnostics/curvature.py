@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchimplicit.compiler import untraced
 from torchimplicit.inference import outside_inference_mode
 from torchimplicit.linear.confirmed import separated
 from torchimplicit.linear.extremes import extreme_eigenvalues
@@ -30,7 +31,7 @@ class Curvature(NamedTuple):
         return torch.where(self.least > 0, self.largest / self.least, torch.inf)
 
 
-@torch.compiler.disable
+@untraced()
 @outside_inference_mode
 def curvature(
     problem: Minimum,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchimplicit.compiler import untraced
 from torchimplicit.inference import outside_inference_mode
 from torchimplicit.linear.confirmed import separated
 from torchimplicit.precision import widened
@@ -16,7 +17,7 @@ from torchimplicit.state import row_norm
 from torchimplicit.validation import at_least
 
 
-@torch.compiler.disable
+@untraced()
 @outside_inference_mode
 def spectral_radius(
     problem: Problem, z: Any, *args: Any, subspace: int = 64, restarts: int = 3, seed: int = 0

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from torchimplicit.closure import eagerly, is_transformed
+from torchimplicit.compiler import untraced
 from torchimplicit.gradients import Gradient, Unrolled
 from torchimplicit.members import compiled_module
 from torchimplicit.nn.dropout import VariationalDropout, active_dropouts, drawing
@@ -101,7 +102,7 @@ class Equilibrium(nn.Module):
         self.solution: Solution | None = None
         self._solution_hooks: OrderedDict[int, Callable[[Equilibrium, Solution], None]] = OrderedDict()
 
-    @torch.compiler.disable(reason=UNTRACED)
+    @untraced(UNTRACED)
     def forward(self, x: Any, z0: Any = None, index: Tensor | None = None) -> Any:
         """The equilibrium at ``x``.
 
@@ -123,7 +124,7 @@ class Equilibrium(nn.Module):
         """
         return self.solve(x, z0, index).value
 
-    @torch.compiler.disable(reason=UNTRACED)
+    @untraced(UNTRACED)
     def solve(self, x: Any, z0: Any = None, index: Tensor | None = None) -> Solution:
         """The whole :class:`Solution` at ``x``, with gradients: for a loss that needs more than its value.
 

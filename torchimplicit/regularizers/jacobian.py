@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchimplicit.compiler import untraced
 from torchimplicit.inference import outside_inference_mode
 from torchimplicit.problems import JointInference, Minimum, Problem
 from torchimplicit.problems.system import vjp
@@ -14,7 +15,7 @@ from torchimplicit.state import Layout
 from torchimplicit.validation import at_least
 
 
-@torch.compiler.disable
+@untraced()
 @outside_inference_mode
 def jacobian_frobenius(
     problem: Problem, z: Any, *args: Any, samples: int = 1, generator: torch.Generator | None = None
