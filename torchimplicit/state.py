@@ -80,7 +80,7 @@ class Layout:
     def leaves(self) -> Leaves:
         """The leaves as they lie in the flat form; one, where its coordinates mix them."""
         if self.chart is not None:
-            return Leaves((self.dim,), None)
+            return Leaves((self.dim - (self.chart.reflection is not None),), None)
         return Leaves(tuple(math.prod(shape) for shape in self.shapes), self.spec)
 
     def flatten(self, tree: Any, what: str, cast: bool = False) -> Tensor:

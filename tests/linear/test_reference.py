@@ -32,7 +32,7 @@ def stiff(theta: Tensor, constraint: bool = True) -> tuple[ti.Minimum, Tensor]:
 def test_fewer_steps(constraint: bool) -> None:
     theta = torch.tensor(0.1, dtype=torch.float64)
     problem, z0 = stiff(theta, constraint)
-    plain = ti.solve(problem, z0, theta, solver=ti.LBFGS(rtol=1e-9, max_steps=2000))
+    plain = ti.solve(problem, z0, theta, solver=ti.LBFGS(rtol=1e-11, max_steps=2000))
     reference = ReferenceHessian()
     solver = ti.LBFGS(rtol=1e-9, preconditioner=reference)
     first = ti.solve(problem, z0, theta, solver=solver)

@@ -65,7 +65,7 @@ class _State(NamedTuple):
 _FALL = 0.9
 """How far the residual has to fall in a step to be the next direction."""
 
-_CHUNK = 16
+_CHUNK = 6
 """Directions that memory is made for at first; it doubles as needed."""
 
 
