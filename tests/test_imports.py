@@ -29,6 +29,7 @@ ROOMS = (
     "ragged",
     "statement",
     "solvers",
+    "captured",
     "gradients",
     "solve",
     "resolve",

@@ -59,6 +59,11 @@ def relayed(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
     return seen
 
 
+def watched() -> bool:
+    """Whether this happens inside the map of an equilibrium, whose modes must see every operation."""
+    return bool(_active)
+
+
 def announce(made: Any) -> None:
     """Tell the modes of an enclosing equilibrium of tensors that were made out of their sight, by an autograd node."""
     for watcher in _active:
@@ -201,7 +206,7 @@ class Closure:
             inner = tuple(p for p in self._compiled.parameters() if carries_derivative(p) and id(p) not in known)
             if not any(map(is_transformed, (z, *self.tensors, *inner))):
                 with self._retained():
-                    return self._capturing(inner), _untouched(self.function, z, *self.args)
+                    return self.capturing(inner), _untouched(self.function, z, *self.args)
         # Aliases of the arguments tell a tensor that is passed from one that is captured as well.
         with eagerly(), torch.enable_grad():
             own = tuple(t.view_as(t) for t in self.tensors)
@@ -210,7 +215,7 @@ class Closure:
         captured = tuple(recorder.captured.values())
         if not _active:  # otherwise there may be substitutes behind the value, which the enclosing equilibrium checks
             check_graph(value, relayed((*own, *captured)))
-        return self._capturing(captured), value.detach()
+        return self.capturing(captured), value.detach()
 
     def __call__(self, z: Tensor | tuple[Tensor, ...], *tensors: Tensor) -> Any:
         parts = z if isinstance(z, tuple) else (z,)
@@ -237,7 +242,8 @@ class Closure:
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         return pytree.tree_unflatten(leaves, self._spec)
 
-    def _capturing(self, captured: tuple[Tensor, ...]) -> Closure:
+    def capturing(self, captured: tuple[Tensor, ...]) -> Closure:
+        """The closure with what ``function`` is known to capture."""
         return Closure(self.function, self.args, self.extra, captured)
 
     def _retained(self) -> contextlib.AbstractContextManager[Any]:

@@ -26,3 +26,7 @@ class ConvergenceWarning(UserWarning):
 
 class SmoothnessWarning(UserWarning):
     """A second derivative was asked for of a map that is linear in pieces."""
+
+
+class CaptureWarning(UserWarning):
+    """A solve with ``compile=True`` could not be compiled as a whole, and the eager loop served."""

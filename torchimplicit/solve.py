@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchimplicit.captured import Capture, Capturing
 from torchimplicit.closure import announce, is_transformed, transforms_running
 from torchimplicit.errors import ConvergenceWarning, SolveError
-from torchimplicit.gradients import Gradient, Implicit
+from torchimplicit.gradients import Gradient, Implicit, Unrolled
 from torchimplicit.gradients.base import Run, Task, differentiable
 from torchimplicit.precision import at_precision, without_autocast
 from torchimplicit.problems import Minimum, Problem, Root, System
@@ -30,6 +31,7 @@ def solve(
     solver: Solver | None = None,
     gradient: Gradient | None = None,
     throw: bool = True,
+    compile: bool = False,
 ) -> Solution:
     """Solve ``problem`` from ``z0``, and attach the derivative that ``gradient`` gives.
 
@@ -56,11 +58,15 @@ def solve(
 
     Warns:
         ConvergenceWarning: a sample stopped at ``max_steps`` or broke down.
+        CaptureWarning: ``compile=True``, and the solve cannot be compiled; once for each reason.
     """
     solver, gradient = _strategies(problem, solver, gradient)
     # a capture is found by one call, which is the solver's first evaluation where that can be
     capture = torch.is_grad_enabled() or transforms_running()
-    given = stated(problem, z0, args, capture=capture, rowwise=not gradient.needs_solver_state)
+    capturing = _capturing(problem, args, solver, gradient) if compile else None
+    known = None if capturing is None else capturing.tensors
+    given = stated(problem, z0, args, capture=capture, rowwise=not gradient.needs_solver_state, known=known)
+    compiled = None if capturing is None else capturing.capture
     layout, flat0, system, params, value = given.layout, given.flat, given.system, given.params, given.value
     solver = at_precision(solver, given.precision)
     for complaint in (solver.supports(system), gradient.supports(system, solver)):
@@ -71,15 +77,16 @@ def solve(
         _tell_outside(problem, system, flat0, params)
 
     record = AdjointRecord()
-    known = value
+    value_known = value
     if value is None or is_transformed(value) or problem.by_gradient:
-        known = None
+        value_known = None
     task = Task(
         system=system,
-        run=_runner(solver, system, known),
+        run=_runner(solver, system, value_known, compiled),
         solver=solver,
         record=record,
         precision=given.precision,
+        capture=compiled,
     )
     with without_autocast(layout.device):
         found = gradient.attach(task, flat0 if differentiable((flat0,)) else flat0.detach(), params)
@@ -139,8 +146,21 @@ def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradi
     return solver, gradient or Implicit()
 
 
-def _runner(solver: Solver, own: System, value: Tensor | None) -> Run:
+def _capturing(problem: Problem, args: tuple[Any, ...], solver: Solver, gradient: Gradient) -> Capturing:
+    refusal = None
+    if gradient.needs_solver_state or isinstance(gradient, Unrolled):
+        refusal = f"{type(gradient).__name__} needs the steps that the eager loop takes"
+    implicit = isinstance(gradient, Implicit)
+    linear_solver = gradient.linear_solver if isinstance(gradient, Implicit) else None
+    return Capturing(problem, args, solver, linear_solver, implicit, refusal)
+
+
+def _runner(solver: Solver, own: System, value: Tensor | None, compiled: Capture | None) -> Run:
     def run(system: System, z0: Tensor, params: Sequence[Tensor]) -> Outcome:
+        if compiled is not None and system is own:
+            found = compiled.solve(z0, params)
+            if found is not None:
+                return found
         first = None
         if value is not None and system is own and not torch.is_grad_enabled():
             first = system.at(z0, params, value)

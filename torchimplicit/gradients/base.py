@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from torchimplicit.captured import Capture
 from torchimplicit.closure import carries_derivative, is_transformed
 from torchimplicit.gradients.point import SharedPoint
 from torchimplicit.gradients.smoothness import Smoothness
@@ -45,6 +46,7 @@ class Task:
         outcomes: what ``run`` gave, the latest last (the nodes run it out of the caller's sight).
         shared: the point whose linear solves share their work; ``None``: each does its own.
         smoothness: told where a second derivative is asked for.
+        capture: the compiled form of the solve, where it has one.
     """
 
     system: System
@@ -55,6 +57,7 @@ class Task:
     outcomes: list[Outcome] = field(default_factory=list)
     shared: SharedPoint | None = None
     smoothness: Smoothness = field(default_factory=Smoothness)
+    capture: Capture | None = None
 
     def solve(self, z0: Tensor, params: Sequence[Tensor]) -> Found:
         """Run without recording gradients."""
@@ -80,7 +83,7 @@ class Task:
 
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Task:
         """The task of ``size`` copies, see :meth:`System.vmapped`."""
-        return replace(self, system=self.system.vmapped(size, dims), shared=None)
+        return replace(self, system=self.system.vmapped(size, dims), shared=None, capture=None)
 
     def solve_linear(
         self,
