@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ def compiled(function: Callable[..., Any], examples: Sequence[Any]) -> Compiled:
     Raises:
         Uncapturable: it draws random numbers, which a graph that is run many times must not.
     """
+    from torch._guards import detect_fake_mode
     from torch._inductor.compile_fx import compile_fx
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with torch.no_grad():
-        graph = make_fx(function)(*examples)
+        with detect_fake_mode(examples) or nullcontext():
+            graph = make_fx(function)(*examples)
         for module in graph.modules():
             for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
                 if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from torchimplicit.precision import AutocastState
@@ -69,7 +71,7 @@ class Graph:
             raise Uncapturable("the function keeps tensors that it computes, beside the value that it returns")
         graph = Graph(
             module=module,
-            examples=tuple(examples),
+            examples=tuple(map(_stand_in, examples)),
             actual=tuple(actual),
             state=tuple(state),
             outputs=outputs,
@@ -155,3 +157,15 @@ class Graph:
 
     def _rows(self, inputs: Sequence[Any]) -> int:
         return len(inputs[self.state[0]]) if self.layout.batched else 1
+
+
+def _stand_in(given: Any) -> Any:
+    """For a tensor that the compiler's backend is given, one without data, whose sizes are symbols where they may vary."""
+    context = TracingContext.get()
+    if not isinstance(given, Tensor) or isinstance(given, FakeTensor):
+        return given
+    symbolic = context.tensor_to_context.get(given)
+    assert context.fake_mode is not None
+    if symbolic is None:
+        return context.fake_mode.from_tensor(given)
+    return context.fake_mode.from_tensor(given, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
