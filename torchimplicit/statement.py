@@ -65,7 +65,7 @@ def stated(
     call = _FlatCall(problem, layout)
     closure, value = Closure(call, args, extra=len(constraint)), None
     captured = None if known is None else known(layout, flat)
-    if capture and captured is not None:
+    if captured is not None:
         closure = closure.capturing(captured)
     elif capture:
         with torch.no_grad():

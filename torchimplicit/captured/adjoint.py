@@ -19,8 +19,10 @@ from torchimplicit.captured.iteration import Rule, run
 from torchimplicit.captured.steps import Accelerated, Plain, Step
 from torchimplicit.linear import LinearSolver, Neumann
 from torchimplicit.linear.confirmed import SLACK
+from torchimplicit.precision import default_rtol
 from torchimplicit.problems import Point
 from torchimplicit.solution import Status
+from torchimplicit.solvers import FixedPointIteration, Solver
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,17 @@ class Adjoint:
     damping: float | None
 
     @staticmethod
-    def of(solver: LinearSolver | None, dtype: torch.dtype) -> Adjoint | None:
-        """The captured form of ``solver`` (``None``: what is fastest); ``None`` where it has none."""
-        if solver is None:
-            return Adjoint(*LinearSolver.tolerances(Neumann(), dtype), 200, None)
-        if isinstance(solver, Neumann) and solver.preconditioner is None and not solver.truncated:
-            return Adjoint(*solver.tolerances(dtype), solver.max_steps, solver.damping)
+    def of(linear_solver: LinearSolver | None, solver: Solver, dtype: torch.dtype) -> Adjoint | None:
+        """The captured form of ``linear_solver``; ``None`` where it has none.
+
+        Where none is named, it is the one that goes with ``solver``: if the map contracts enough for plain iteration, so
+        does its transpose, and nothing is as cheap.
+        """
+        if linear_solver is None:
+            damping = solver.damping if isinstance(solver, FixedPointIteration) else None
+            return Adjoint(default_rtol(dtype), 0.0, 200, damping)
+        if isinstance(linear_solver, Neumann) and linear_solver.preconditioner is None and not linear_solver.truncated:
+            return Adjoint(*linear_solver.tolerances(dtype), linear_solver.max_steps, linear_solver.damping)
         return None
 
     def step(self) -> Step:

@@ -111,7 +111,7 @@ class Capturing:
         lower = AutocastState(layout.device).dtype
         adjoint = None
         if self.adjoint and torch.is_grad_enabled():
-            adjoint = Adjoint.of(self.linear_solver, lower or layout.dtype)
+            adjoint = Adjoint.of(self.linear_solver, self.solver, lower or layout.dtype)
             if adjoint is None:
                 tell(self.problem, f"its backward pass alone: {type(self.linear_solver).__name__} is not compiled")
         plan = Plan(

@@ -15,6 +15,7 @@ from torchimplicit.captured.loop import while_loop
 from torchimplicit.captured.steps import Place, Step
 from torchimplicit.problems import Point
 from torchimplicit.solution import Status
+from torchimplicit.state import row_norm
 
 _RUNNING = -1
 
@@ -46,17 +47,20 @@ class Found(NamedTuple):
 
     Attributes:
         z: the best iterate, ``[batch, dim]``.
-        rank: its residual, by which it is the best.
         size, scale: what its relative residual is made of.
         status, steps: int64 ``[batch]``, as the loop of the solvers has them.
     """
 
     z: Tensor
-    rank: Tensor
     size: Tensor
     scale: Tensor
     status: Tensor
     steps: Tensor
+
+    @property
+    def running(self) -> Tensor:
+        """bool ``[batch]``: those that still take part."""
+        return self.status == _RUNNING
 
     @property
     def residual(self) -> Tensor:
@@ -68,7 +72,6 @@ class Found(NamedTuple):
 class _Carried(NamedTuple):
     step: Tensor
     place: Place
-    running: Tensor
     found: Found
     state: Any
 
@@ -85,26 +88,26 @@ def run(
     step_count = torch.zeros((), dtype=torch.int64, device=first.z.device)
     size = first.size()
     status = torch.full_like(rule.limit, _RUNNING, dtype=torch.int64)
-    start = Found(first.z, first.reach(), size, _of(first.scale), status, torch.zeros_like(status))
-    running, found = _judged(first, rule, start, None, step_count)
-    carried = _Carried(step_count, Place.of(first), running, found, step.start(first))
+    start = Found(first.z, size, _of(first.scale), status, torch.zeros_like(status))
+    found = _judged(first, rule, start, step_count)
+    carried = _Carried(step_count, Place.of(first), found, step.start(first))
 
     def going(now: _Carried) -> Tensor:
-        return (now.step < max_steps) & (now.running.sum() > 0)
+        return (now.step < max_steps) & (now.found.running.sum() > 0)
 
     def body(now: _Carried, given: Any) -> _Carried:
         floor, limit, constants = given
         here = Rule(floor, rule.rtol, limit)
         count = now.step + 1
         to, state = step.propose(now.place, now.state, now.step)
-        z = torch.where(now.running[:, None], to, now.place.z)
+        z = torch.where(now.found.running[:, None], to, now.place.z)
         point = evaluate(z, constants)
-        running, found = _judged(point, here, now.found, now.running, count)
+        found = _judged(point, here, now.found, count)
         place, state = step.learn(now.place, point, state, now.step)
-        stopped = now.running & ~running
+        stopped = now.found.running & ~found.running
         # a sample that stops for good goes to its best iterate: the map never sees a bad state again
         place = place._replace(z=torch.where(stopped[:, None], found.z, place.z))
-        return _Carried(count, place, running, found, state)
+        return _Carried(count, place, found, state)
 
     end = while_loop(going, body, carried, (rule.floor, rule.limit, constants))
     found = end.found
@@ -114,26 +117,19 @@ def run(
     ), end.step
 
 
-def _judged(
-    point: Point, rule: Rule, found: Found, running: Tensor | None, count: Tensor
-) -> tuple[Tensor, Found]:
-    """Test every sample that runs, and note those that stop here; ``running`` is ``None`` for the start."""
-    size, reach = point.size(), point.reach()
+def _judged(point: Point, rule: Rule, found: Found, count: Tensor) -> Found:
+    """Test every sample that runs, and note those that stop here; ``count`` is zero for the start."""
+    size, running = point.size(), found.running
     within = size <= rule.tolerance(point)
     done = within if within.ndim == 1 else within.all(dim=1)
-    good = reach <= rule.limit
-    going = good & ~done
-    if running is None:
-        stopped, better = ~going, torch.ones_like(going)
-    else:
-        going = going & running
-        stopped = running & ~going
-        better = running & (reach < found.rank) | stopped & done
+    good = point.reach() <= rule.limit
+    stopped = running & (done | ~good)
+    best = found.size if found.size.ndim == 1 else row_norm(found.size)
+    better = running & (point.reach() < best) | stopped & done
     reason = torch.where(done, int(Status.CONVERGED), int(Status.NONFINITE))
     wide = better if size.ndim == 1 else better[:, None]
-    return going, Found(
+    return Found(
         z=torch.where(better[:, None], point.z, found.z),
-        rank=torch.where(better, reach, found.rank),
         size=torch.where(wide, size, found.size),
         scale=torch.where(wide, _of(point.scale), found.scale),
         status=torch.where(stopped, reason, found.status),

@@ -68,13 +68,15 @@ class Plain(Step):
 
 class Past(NamedTuple):
     """As :class:`~torchimplicit.solvers.anderson.AndersonState` has them, ``kept`` and ``plain`` for all samples; the
-    rings ``[batch, memory, dim]`` are full of what gets no weight where ``kept`` is zero."""
+    rings ``[batch, memory, dim]`` are full of what gets no weight where ``kept`` is zero. ``right``, ``[batch, memory]``,
+    are the products of the turns with the residual to come from."""
 
     moves: Tensor
     turns: Tensor
     gram: Tensor
     kept: Tensor
     plain: Tensor
+    right: Tensor
 
 
 class Accelerated(Step):
@@ -90,12 +92,11 @@ class Accelerated(Step):
         ring = like.new_zeros(batch, self.memory, dim)
         eye = torch.eye(self.memory, dtype=like.dtype, device=like.device).expand(batch, -1, -1).clone()
         flag = torch.zeros(batch, dtype=torch.bool, device=like.device)
-        return Past(ring, ring.clone(), eye, like.new_zeros(batch, self.memory), flag)
+        none = like.new_zeros(batch, self.memory)
+        return Past(ring, ring.clone(), eye, none, flag, none.clone())
 
     def propose(self, place: Place, state: Past, taken: Tensor) -> tuple[Tensor, Past]:
-        residual = widened(place.residual)
-        right = (state.turns * residual[:, None]).sum(dim=-1) * state.kept
-        weights = solved(state.gram, right, self._shift(residual))
+        weights = solved(state.gram, state.right, self._shift(state.gram))
         correction = (weights[:, :, None] * state.moves).sum(dim=1)
         to = _damped(place, self.damping)
         return to - correction.to(to.dtype), state
@@ -120,7 +121,9 @@ class Accelerated(Step):
         gram = torch.where(slot[None, :, None] & slot[None, None, :], 1.0 + self._shift(turn), gram)
         eye = torch.eye(self.memory, dtype=gram.dtype, device=gram.device)
         gram = torch.where(failed[:, None, None], eye, gram)
-        return before.where(failed, here), Past(moves, turns, gram, kept, failed)
+        place = before.where(failed, here)
+        right = (turns * widened(place.residual)[:, None]).sum(dim=-1) * kept
+        return place, Past(moves, turns, gram, kept, failed, right)
 
     def _shift(self, like: Tensor) -> float:
         return 10 * torch.finfo(like.dtype).eps if self.regularization is None else self.regularization
