@@ -16,7 +16,19 @@ from torchimplicit.testing.solver_suite import SolverSuite
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore::torchimplicit.errors.CaptureWarning")]
 
 
+def _turn(dim: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(dim)
+    return torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64)).Q
+
+
+TURNS = {dim: _turn(dim) for dim in (1, 8, 16, 24, 40)}
+
+
 class _Compiled(SolverSuite):
+    def function(self, z: torch.Tensor, x: torch.Tensor, difficulty: torch.Tensor) -> torch.Tensor:
+        # as the suite's, but for the matrix, which it draws in every evaluation
+        return difficulty[..., None] * torch.tanh(z @ TURNS[x.shape[-1]].to(z)) + x
+
     def solve(self, function: Any, z0: Any, *args: Any, throw: bool = True, **options: Any) -> Solution:
         words = {key: options.pop(key) for key in ("rowwise", "batched") if key in options}
         solver = self.make(**{"rtol": 1e-8, "max_steps": 1000, **options})

@@ -110,9 +110,9 @@ class Capturing:
             return None
         lower = AutocastState(layout.device).dtype
         adjoint = None
-        if self.adjoint and torch.is_grad_enabled():
+        if self.adjoint:
             adjoint = Adjoint.of(self.linear_solver, self.solver, lower or layout.dtype)
-            if adjoint is None:
+            if adjoint is None and torch.is_grad_enabled():
                 tell(self.problem, f"its backward pass alone: {type(self.linear_solver).__name__} is not compiled")
         plan = Plan(
             type(self.problem),
@@ -124,7 +124,7 @@ class Capturing:
             training(self.problem.function),
             lower,
         )
-        bound = bind(self.problem, plan, flat, self.args)
+        bound = bind(self.problem, plan, torch.is_grad_enabled(), flat, self.args)
         if bound is None:
             return None
         self.capture = Capture(bound)

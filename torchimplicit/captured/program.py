@@ -14,7 +14,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -228,11 +228,18 @@ _programs: weakref.WeakKeyDictionary[Any, dict[Plan, Program]] = weakref.WeakKey
 _told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
-def bind(problem: Problem, plan: Plan, flat: Tensor, args: tuple[Any, ...]) -> Bound | None:
-    """The captured form of a solve; ``None`` where there is none, with one warning that says why."""
+def bind(problem: Problem, plan: Plan, differentiated: bool, flat: Tensor, args: tuple[Any, ...]) -> Bound | None:
+    """The captured form of a solve; ``None`` where there is none, with one warning that says why.
+
+    Args:
+        differentiated: whether there can be a backward pass; if not, that of the plan is compiled no sooner.
+    """
     try:
         programs = _programs.setdefault(code_of(problem.stated_by), {})
         program = programs.get(plan)
+        if program is None and not differentiated:
+            plan = replace(plan, adjoint=None)
+            program = programs.get(plan)
     except TypeError as error:
         tell(problem, f"nothing can be remembered for it ({error})")
         return None
