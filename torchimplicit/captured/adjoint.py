@@ -44,8 +44,8 @@ class Adjoint:
     def of(linear_solver: LinearSolver | None, solver: Solver, dtype: torch.dtype) -> Adjoint | None:
         """The captured form of ``linear_solver``; ``None`` where it has none.
 
-        Where none is named, it is the one that goes with ``solver``: if the map contracts enough for plain iteration, so
-        does its transpose, and nothing is as cheap.
+        Where none is named, it is the one that goes with ``solver``: if the map contracts enough for plain iteration,
+        so does its transpose, and nothing is as cheap.
         """
         if linear_solver is None:
             damping = solver.damping if isinstance(solver, FixedPointIteration) else None
@@ -62,9 +62,10 @@ class Adjoint:
 def compiled_adjoint(graph: Graph, adjoint: Adjoint, wanted: Sequence[bool]) -> Compiled:
     """``(z, u, *UnitRows.of(u), *inputs) -> (sound, steps, residual, condition, count, *grads)``.
 
-    ``sound`` is a bool scalar: every sample is solved, as a product of the whole operator confirms, and the system is not
-    nearly singular. Where it does not hold the rest is worth nothing. The figures are those of a
-    :class:`~torchimplicit.solution.Report`, ``count`` the steps of the loop; ``grads`` there is one for each wanted input.
+    ``sound`` is a bool scalar: every sample is solved, as a product of the whole operator confirms, and the system is
+    not nearly singular. Where it does not hold the rest is worth nothing. The figures are those of a
+    :class:`~torchimplicit.solution.Report`, ``count`` the steps of the loop; of ``grads`` there is one for each wanted
+    input.
     """
     asked = [w for w, given in zip(wanted, graph.others, strict=True) if isinstance(given, Tensor)]
 
@@ -170,7 +171,12 @@ def _part(graph: fx.GraphModule, given: Sequence[fx.Node], results: Sequence[fx.
     known: dict[fx.Node, fx.Node] = {node: part.placeholder(f"given_{i}") for i, node in enumerate(given)}
     for node in graph.graph.nodes:
         inputs = node.all_input_nodes
-        if node not in known and node.op not in ("output", "placeholder") and chosen(node) and known.keys() >= {*inputs}:
+        if (
+            node not in known
+            and node.op not in ("output", "placeholder")
+            and chosen(node)
+            and known.keys() >= {*inputs}
+        ):
             known[node] = part.node_copy(node, lambda n: known[n])
     part.output(tuple(known[node] for node in results))
     part.eliminate_dead_code()

@@ -52,9 +52,7 @@ class Capture:
         if inputs is None or u.shape != z.shape or artifact.adjoint is None:
             return None
         u = u.contiguous()
-        sound, steps, residual, condition, count, *grads = artifact.adjoint(
-            z.contiguous(), u, *UnitRows.of(u), *inputs
-        )
+        sound, steps, residual, condition, count, *grads = artifact.adjoint(z.contiguous(), u, *UnitRows.of(u), *inputs)
         found: dict[int | None, Tensor] = {}
         pulled = iter(grads)
         for source, asked in zip(self.bound.sources, artifact.wanted, strict=True):

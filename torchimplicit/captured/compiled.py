@@ -36,6 +36,6 @@ def compiled(function: Callable[..., Any], examples: Sequence[Any]) -> Compiled:
 
     def call(*inputs: Any) -> Any:
         with torch.no_grad():
-            return run(*inputs)
+            return run(*inputs)  # type: ignore[operator]
 
     return call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from torchimplicit.precision import AutocastState
-from torchimplicit.problems import Problem, System
+from torchimplicit.problems import FixedPoint, Problem, System
 from torchimplicit.state import Layout
 
 
@@ -28,14 +28,14 @@ class Graph:
     Attributes:
         module: takes the inputs, gives the leaves of the function's value.
         examples: the inputs as the compiler has them: sizes may be symbols.
-        actual: the tensors that stood for them when the graph was read.
+        wanted: of the inputs but for the state, whether a gradient may be asked in them; false for sizes.
         state: for each leaf of the state, its place among the inputs.
         outputs: how many tensors the module gives.
     """
 
     module: torch.fx.GraphModule
     examples: tuple[Any, ...]
-    actual: tuple[Any, ...]
+    wanted: tuple[bool, ...]
     state: tuple[int, ...]
     outputs: int
     problem: Problem
@@ -49,8 +49,15 @@ class Graph:
         problem: Problem,
         layout: Layout,
         leaves: Sequence[Tensor],
+        originals: dict[int, Tensor],
     ) -> Graph:
         """Of what the compiler's backend is given.
+
+        Args:
+            module, examples: the graph, and what it was read with.
+            problem, layout: what is solved.
+            leaves: of the state.
+            originals: by the ids of arguments' aliases, the tensors that they stand for.
 
         Raises:
             Uncapturable: it does more than to compute its value, or depends on what changes on the way.
@@ -69,13 +76,19 @@ class Graph:
         outputs = len(output.args[0])
         if outputs != len(leaves):
             raise Uncapturable("the function keeps tensors that it computes, beside the value that it returns")
+        wanted = tuple(
+            isinstance(t, Tensor) and originals.get(id(t), t).requires_grad and isinstance(given, Tensor)
+            for i, (t, given) in enumerate(zip(actual, examples, strict=True))
+            if i not in state
+        )
+        assert isinstance(problem, FixedPoint)
         graph = Graph(
             module=module,
             examples=tuple(map(_stand_in, examples)),
-            actual=tuple(actual),
+            wanted=wanted,
             state=tuple(state),
             outputs=outputs,
-            problem=problem,
+            problem=replace(problem, f=_unread),  # the function would keep alive what it captures
             layout=layout,
             autocast=AutocastState(layout.device),
         )
@@ -89,7 +102,9 @@ class Graph:
         with torch.no_grad():
             self.module(*self.examples)
         if [t._version for t in tensors] != before:
-            raise Uncapturable("the function writes to a tensor that it has not made (a buffer, as batch statistics are)")
+            raise Uncapturable(
+                "the function writes to a tensor that it has not made (a buffer, as for batch statistics)"
+            )
 
     def check_outputs(self, leaves: Sequence[Any], inputs: Sequence[Any]) -> None:
         """What the function returned, when the module was first run for it, must be the module's value, in order.
@@ -121,18 +136,6 @@ class Graph:
         leaves = [self.examples[i] for i in self.state]
         return self.layout.flatten(self._tree(leaves), "the state").clone(memory_format=torch.contiguous_format)
 
-    def wanted(self, originals: dict[int, Tensor]) -> tuple[bool, ...]:
-        """Of the inputs but for the state, whether a gradient may be asked in them; false for sizes.
-
-        Args:
-            originals: by the ids of arguments' aliases, the tensors that they stand for.
-        """
-        tensors = self.without_state(self.actual)
-        return tuple(
-            isinstance(t, Tensor) and isinstance(fake, Tensor) and originals.get(id(t), t).requires_grad
-            for t, fake in zip(tensors, self.others, strict=True)
-        )
-
     def system(self, others: Sequence[Any]) -> tuple[System, tuple[Tensor, ...]]:
         """The problem with the inputs but for the state, and those of them that are its parameters: all the tensors."""
         sizes = [None if isinstance(t, Tensor) else t for t in others]
@@ -160,7 +163,7 @@ class Graph:
 
 
 def _stand_in(given: Any) -> Any:
-    """For a tensor that the compiler's backend is given, one without data, whose sizes are symbols where they may vary."""
+    """For a tensor that the compiler's backend is given, one without data; sizes that may vary are symbols."""
     context = TracingContext.get()
     if not isinstance(given, Tensor) or isinstance(given, FakeTensor):
         return given
@@ -169,3 +172,7 @@ def _stand_in(given: Any) -> Any:
     if symbolic is None:
         return context.fake_mode.from_tensor(given)
     return context.fake_mode.from_tensor(given, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
+
+
+def _unread(*_: Any) -> Any:
+    raise AssertionError("the graph stands for the function")

@@ -1,6 +1,6 @@
-"""The loop of the solvers, as one function of tensors: what :mod:`torchimplicit.solvers.iterate` does, with masks alone.
+"""The loop of the solvers as one function of tensors: what :mod:`torchimplicit.solvers.iterate` does, by masks alone.
 
-Whatever the host decides there by looking is decided here for each sample: none leaves the batch, and none is asked for.
+Whatever the host decides there by looking is decided here for each sample; none leaves the batch.
 """
 
 from __future__ import annotations

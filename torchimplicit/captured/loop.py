@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-def while_loop(
-    going: Callable[[Any], Tensor], body: Callable[[Any, Any], Any], carried: Any, constants: Any
-) -> Any:
+def while_loop(going: Callable[[Any], Tensor], body: Callable[[Any, Any], Any], carried: Any, constants: Any) -> Any:
     """``while going(carried): carried = body(carried, constants)``, as one operation of the graph that is being traced.
 
     Autograd must not see it: where the start does not require grad, it would give the derivative of one step alone, and

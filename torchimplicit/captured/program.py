@@ -1,14 +1,15 @@
 """The user's function as a graph, and what is compiled of it.
 
-Dynamo reads the function, guards whatever the graph depends on (shapes, a module's attributes, what a lambda holds), and
-makes every tensor that the function reaches an input. So the graph serves later solves, and other lambdas of the same
-code, for as long as the guards hold; what they let through is right, and what they do not is read anew.
+Dynamo reads the function, guards whatever the graph depends on (shapes, a module's attributes, what a lambda holds),
+and makes every tensor that the function reaches an input. So the graph serves later solves, and other lambdas of the
+same code, for as long as the guards hold; what they let through is right, and what they do not is read anew.
 
 The graph is never run for the function's value: the loop around it is what is compiled, and what is run.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import types
 import warnings
@@ -78,8 +79,8 @@ class Bound:
         artifact: what is run.
         inputs: those of the graph but for the state; arguments are aliases.
         captured: the tensors among them that are not arguments and require grad.
-        sources: for each input, the place of the tensor among the parameters of the solve; ``None`` for one that is none
-            of them.
+        sources: for each input, the place of the tensor among the parameters of the solve; ``None`` for one that is
+            none of them.
         versions: of the inputs, when they were bound.
     """
 
@@ -114,6 +115,10 @@ class _Now(threading.local):
     given: _Given | None = None
     found: tuple[Artifact, tuple[Any, ...]] | None = None
 
+    def taken(self) -> tuple[Artifact, tuple[Any, ...]] | None:
+        """What the compiled code has found, when it has run."""
+        return self.found
+
 
 @dataclass
 class _Given:
@@ -124,15 +129,17 @@ class _Given:
 
 
 _now = _Now()
+_names = itertools.count()
 
 
 class Program:
     """The compiled forms of one function under one plan, which dynamo tells apart by its guards."""
 
-    def __init__(self, name: str, plan: Plan):
+    def __init__(self, plan: Plan):
         self.plan = plan
         self.refused = False
-        code = _evaluate.__code__.replace(co_name=f"captured_{name}")
+        # by this name dynamo remembers which sizes and numbers have varied: another program's are none of its business
+        code = _evaluate.__code__.replace(co_name=f"captured_{next(_names)}")
         own = types.FunctionType(code, _evaluate.__globals__, _evaluate.__name__)
         self.call = torch.compile(own, fullgraph=True, backend=_backend)
 
@@ -163,7 +170,7 @@ class Program:
         try:
             with torch.no_grad():
                 leaves_out = self.call(problem.function, state, tree)
-            found = _now.found
+            found = _now.taken()
         finally:
             _now.given = _now.found = None
         if found is None:
@@ -207,9 +214,9 @@ def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[
     if given is None:
         raise Uncapturable("it was read outside a solve")
     plan = given.plan
-    graph = Graph.of(module, examples, given.problem, plan.layout, given.leaves)
+    graph = Graph.of(module, examples, given.problem, plan.layout, given.leaves, given.originals)
     _count += 1
-    wanted = graph.wanted(given.originals)
+    wanted = graph.wanted
     with without_autocast(plan.layout.device):
         forward = compiled_forward(graph, plan.solver)
         adjoint = None if plan.adjoint is None or not any(wanted) else compiled_adjoint(graph, plan.adjoint, wanted)
@@ -244,7 +251,7 @@ def bind(problem: Problem, plan: Plan, differentiated: bool, flat: Tensor, args:
         tell(problem, f"nothing can be remembered for it ({error})")
         return None
     if program is None:
-        program = programs[plan] = Program(type(problem).__name__, plan)
+        program = programs[plan] = Program(plan)
     if program.refused:
         return None
     try:

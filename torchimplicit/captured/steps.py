@@ -68,8 +68,8 @@ class Plain(Step):
 
 class Past(NamedTuple):
     """As :class:`~torchimplicit.solvers.anderson.AndersonState` has them, ``kept`` and ``plain`` for all samples; the
-    rings ``[batch, memory, dim]`` are full of what gets no weight where ``kept`` is zero. ``right``, ``[batch, memory]``,
-    are the products of the turns with the residual to come from."""
+    rings ``[batch, memory, dim]`` are full of what gets no weight where ``kept`` is zero. ``right``,
+    ``[batch, memory]``, are the products of the turns with the residual to come from."""
 
     moves: Tensor
     turns: Tensor

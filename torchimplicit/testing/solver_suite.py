@@ -91,6 +91,7 @@ class SolverSuite(ABC):
         reads: the most reads by the host per step.
         row_cost: the most rows that the function may see, over the sum of the samples' steps plus one each, where
             finished samples leave the batch.
+        compile: whether the solves are compiled (``compile=True``); the function must be one that can be.
     """
 
     kind: ClassVar[Literal["map", "energy"]] = "map"
@@ -99,6 +100,7 @@ class SolverSuite(ABC):
     reads: ClassVar[float] = 1.0
     row_cost: ClassVar[float] = 1.3
     device: ClassVar[str] = "cpu"
+    compile: ClassVar[bool] = False
 
     @abstractmethod
     def make(self, **options: Any) -> Solver:
@@ -148,7 +150,7 @@ class SolverSuite(ABC):
         words = {key: options.pop(key) for key in ("rowwise", "batched") if key in options}
         solver = self.make(**{"rtol": 1e-8, "max_steps": 1000, **options})
         with torch.no_grad():
-            return solve(self.problem(function, **words), z0, *args, solver=solver, throw=throw)
+            return solve(self.problem(function, **words), z0, *args, solver=solver, throw=throw, compile=self.compile)
 
     # -- it finds the solution -----------------------------------------------------------------------------------------
 
