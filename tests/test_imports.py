@@ -33,6 +33,7 @@ ROOMS = (
     "ragged",
     "statement",
     "solvers",
+    "captured",
     "gradients",
     "solve",
     "resolve",

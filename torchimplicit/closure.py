@@ -60,6 +60,11 @@ def relayed(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
     return seen
 
 
+def watched() -> bool:
+    """Whether this happens inside the map of an equilibrium, whose modes must see every operation."""
+    return bool(_watching())
+
+
 def announce(made: Any) -> None:
     """Tell the modes of an enclosing equilibrium of tensors that were made out of their sight, by an autograd node."""
     for watcher in _watching():
@@ -205,18 +210,16 @@ class Closure:
             inner = tuple(p for p in self._compiled.parameters() if carries_derivative(p) and id(p) not in known)
             if not any(map(is_transformed, (z, *self.tensors, *inner))):
                 with self._retained():
-                    return self._capturing(inner), _untouched(self.function, z, *self.args)
+                    return self.capturing(inner), _untouched(self.function, z, *self.args)
         # Aliases of the arguments tell a tensor that is passed from one that is captured as well.
         with eagerly(), torch.enable_grad():
             own = tuple(map(_alias, self.tensors))
             with _Recorder((z, *own)) as recorder:
                 value = _untouched(self.function, z, *self._given(own))
         captured = tuple((recorder.captured | self._scripted()).values())
-        if (
-            not _watching()
-        ):  # otherwise there may be substitutes behind the value, which the enclosing equilibrium checks
+        if not _watching():  # or else there may be substitutes behind the value, which the enclosing one checks
             check_graph(value, relayed((*own, *captured)))
-        return self._capturing(captured), value.detach()
+        return self.capturing(captured), value.detach()
 
     def __call__(self, z: Tensor | tuple[Tensor, ...], *tensors: Tensor) -> Any:
         parts = z if isinstance(z, tuple) else (z,)
@@ -265,7 +268,8 @@ class Closure:
         scripted = (m for m in modules if isinstance(m, torch.jit.ScriptModule))
         return {id(p): p for m in scripted for p in m.parameters() if p.requires_grad and id(p) not in passed}
 
-    def _capturing(self, captured: tuple[Tensor, ...]) -> Closure:
+    def capturing(self, captured: tuple[Tensor, ...]) -> Closure:
+        """The closure with what ``function`` is known to capture."""
         return Closure(self.function, self.args, self.extra, captured)
 
     def _retained(self) -> contextlib.AbstractContextManager[Any]:

@@ -50,16 +50,21 @@ class Coupling:
 _memories: weakref.WeakKeyDictionary[Any, dict[bool, Memory]] = weakref.WeakKeyDictionary()
 
 
-def _memory_of(function: Callable[..., Any]) -> Memory:
-    """That of the function's module in its mode of now (batch normalization couples rows in training alone), or of its
-    code, since a lambda is made anew for every solve."""
+def code_of(function: Callable[..., Any]) -> Any:
+    """What tells ``function`` in later solves: its module, or its code, since a lambda is made anew for every solve."""
     owner: Any = module_of(function)
-    training = owner.training if isinstance(owner, nn.Module) else False
     if owner is None:
         while hasattr(function, "func"):  # a partial
             function = function.func
         owner = getattr(function, "__code__", None) or getattr(function, "__func__", function)
         owner = getattr(owner, "__code__", owner)
+    return owner
+
+
+def _memory_of(function: Callable[..., Any]) -> Memory:
+    """That of the function in its module's mode of now: batch normalization couples rows in training alone."""
+    owner = code_of(function)
+    training = owner.training if isinstance(owner, nn.Module) else False
     try:
         return _memories.setdefault(owner, {}).setdefault(training, Memory())
     except TypeError:  # neither hashable nor weakly referenced: nothing is remembered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,3 +27,22 @@ class ConvergenceWarning(UserWarning):
 
 class SmoothnessWarning(UserWarning):
     """A second derivative was asked for of a map that is linear in pieces."""
+
+
+class CaptureWarning(UserWarning):
+    """A solve with ``compile=True`` could not be compiled as a whole, and the eager loop served."""
+
+
+def callers_level() -> int:
+    """The ``stacklevel`` of the first frame that is neither the library's nor PyTorch's, for a warning given where this
+    is called."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _within(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _within(module: str) -> bool:
+    if module.startswith(("torchimplicit.testing", "torchimplicit.recipes")):  # what uses the library is its user
+        return False
+    return module.startswith(("torchimplicit.", "torch.", "contextlib"))

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchimplicit.captured import Capture, Capturing
 from torchimplicit.closure import announce, is_transformed, transforms_running
 from torchimplicit.compiler import untraced
-from torchimplicit.errors import ConvergenceWarning, SolveError
-from torchimplicit.gradients import Gradient, Implicit
+from torchimplicit.errors import ConvergenceWarning, SolveError, callers_level
+from torchimplicit.gradients import Gradient, Implicit, Unrolled
 from torchimplicit.gradients.base import Run, Task, differentiable
 from torchimplicit.gradients.randomness import Randomness
 from torchimplicit.inference import outside_inference_mode
@@ -39,6 +40,7 @@ def solve(
     solver: Solver | None = None,
     gradient: Gradient | None = None,
     throw: bool = True,
+    compile: bool = False,
 ) -> Solution:
     """Solve ``problem`` from ``z0``, and attach the derivative that ``gradient`` gives.
 
@@ -65,13 +67,17 @@ def solve(
 
     Warns:
         ConvergenceWarning: a sample stopped at ``max_steps`` or broke down.
+        CaptureWarning: ``compile=True``, and the solve cannot be compiled; once for each reason.
     """
     if torch.compiler.is_exporting():
         raise RuntimeError(UNTRACED)
     solver, gradient = _strategies(problem, solver, gradient)
     # a capture is found by one call, which is the solver's first evaluation where that can be
     capture = torch.is_grad_enabled() or transforms_running()
-    given = stated(problem, z0, args, capture=capture, rowwise=not gradient.needs_solver_state)
+    capturing = _capturing(problem, args, solver, gradient) if compile else None
+    known = None if capturing is None else capturing.tensors
+    given = stated(problem, z0, args, capture=capture, rowwise=not gradient.needs_solver_state, known=known)
+    compiled = None if capturing is None else capturing.capture
     layout, flat0, system, params, value = given.layout, given.flat, given.system, given.params, given.value
     solver = at_precision(solver, given.precision)
     for complaint in (solver.supports(system), gradient.supports(system, solver)):
@@ -82,16 +88,17 @@ def solve(
         _tell_outside(problem, system, flat0, params)
 
     record = AdjointRecord()
-    known = value
+    value_known = value
     if value is None or is_transformed(value) or problem.by_gradient:
-        known = None
+        value_known = None
     task = Task(
         system=system,
-        run=_runner(solver, system, known),
+        run=_runner(solver, system, value_known, compiled),
         solver=solver,
         record=record,
         precision=given.precision,
         randomness=Randomness(problem.function, lambda z, params: system.fn(z, *params)),
+        capture=compiled,
     )
     with without_autocast(layout.device), given.call.at_home():
         found = gradient.attach(task, flat0 if differentiable((flat0,)) else flat0.detach(), params)
@@ -151,8 +158,21 @@ def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradi
     return solver, gradient or Implicit()
 
 
-def _runner(solver: Solver, own: System, value: Tensor | None) -> Run:
+def _capturing(problem: Problem, args: tuple[Any, ...], solver: Solver, gradient: Gradient) -> Capturing:
+    refusal = None
+    if gradient.needs_solver_state or isinstance(gradient, Unrolled):
+        refusal = f"{type(gradient).__name__} needs the steps that the eager loop takes"
+    implicit = isinstance(gradient, Implicit)
+    linear_solver = gradient.linear_solver if isinstance(gradient, Implicit) else None
+    return Capturing(problem, args, solver, linear_solver, implicit, refusal)
+
+
+def _runner(solver: Solver, own: System, value: Tensor | None, compiled: Capture | None) -> Run:
     def run(system: System, z0: Tensor, params: Sequence[Tensor]) -> Outcome:
+        if compiled is not None and system is own:
+            found = compiled.solve(z0, params)
+            if found is not None:
+                return found
         first = None
         if value is not None and system is own and not torch.is_grad_enabled():
             first = system.at(z0, params, value)
@@ -172,7 +192,7 @@ def _tell_outside(problem: Problem, system: System, z0: Tensor, params: Sequence
         moved = row_norm(placed - z0) > torch.finfo(z0.dtype).eps ** 0.5 * row_norm(z0)
         count = int(moved.sum())
     if count:
-        warnings.warn(problem.outside.format(count=count, rows=len(z0)), UserWarning, stacklevel=5)
+        warnings.warn(problem.outside.format(count=count, rows=len(z0)), UserWarning, stacklevel=callers_level())
 
 
 def _tell(solution: Solution, report: Report, solver: Solver, throw: bool) -> None:
@@ -191,11 +211,11 @@ def _tell(solution: Solution, report: Report, solver: Solver, throw: bool) -> No
         )
         if throw:
             raise SolveError(message + ". error.solution holds every sample's result; throw=False returns it", solution)
-        warnings.warn(message, ConvergenceWarning, stacklevel=5)
+        warnings.warn(message, ConvergenceWarning, stacklevel=callers_level())
         return
     warnings.warn(
         f"{name} did not converge: {report.summary()}. The best iterate is returned. Allow more max_steps, loosen rtol "
         f"or atol, or try another solver{solution.problem.advice}",
         ConvergenceWarning,
-        stacklevel=5,
+        stacklevel=callers_level(),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,13 +46,22 @@ class Statement:
     precision: torch.dtype | None
 
 
-def stated(problem: Problem, z: Any, args: tuple[Any, ...], *, capture: bool, rowwise: bool = False) -> Statement:
+def stated(
+    problem: Problem,
+    z: Any,
+    args: tuple[Any, ...],
+    *,
+    capture: bool,
+    rowwise: bool = False,
+    known: Callable[[Layout, Tensor], tuple[Tensor, ...] | None] | None = None,
+) -> Statement:
     """``problem`` at the state ``z``.
 
     Args:
         problem, z, args: as for :func:`~torchimplicit.solve.solve`.
         capture: whether to find what the problem's function captures, by one call at ``z``.
         rowwise: whether samples may be evaluated apart, where the problem promises it.
+        known: tells what the function captures without that call, or ``None`` where it cannot.
     """
     z = problem.start(z)
     layout = problem.layout(z)
@@ -61,7 +70,10 @@ def stated(problem: Problem, z: Any, args: tuple[Any, ...], *, capture: bool, ro
     constraint = thawed(problem.constraint_tensors(layout, rows))
     call = FlatCall(problem, layout)
     closure, value = Closure(call, args, extra=len(constraint)), None
-    if capture:
+    captured = None if known is None else known(layout, flat)
+    if captured is not None:
+        closure = closure.capturing(captured)
+    elif capture:
         with torch.no_grad(), past_hooks():
             closure, value = closure.record(flat.detach())
     own = len(closure.tensors)

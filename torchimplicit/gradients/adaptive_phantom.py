@@ -9,7 +9,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.errors import ConvergenceWarning, callers_level
 from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.linear import LinearOperator, LinearSolution
@@ -127,7 +127,7 @@ class AdaptivePhantom(LinearEstimate):
                 f"AdaptivePhantom ended above its tolerance {self.residual_tolerance:.2g}: {report.summary()}. Allow "
                 "more max_steps or a larger tolerance, or take Implicit()",
                 ConvergenceWarning,
-                stacklevel=2,
+                stacklevel=callers_level(),
             )
         return found
 

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from torchimplicit.captured import Capture
 from torchimplicit.closure import carries_derivative, is_transformed
 from torchimplicit.gradients.point import SharedPoint
 from torchimplicit.gradients.randomness import Randomness
@@ -51,6 +52,7 @@ class Task:
         value: what was recorded there, where that cannot be used, for the function to be checked against it.
         smoothness: told where a second derivative is asked for.
         randomness: told of the solve; ``None``: nobody looks.
+        capture: the compiled form of the solve, where it has one.
     """
 
     system: System
@@ -65,6 +67,7 @@ class Task:
     value: Tensor | None = None
     smoothness: Smoothness = field(default_factory=Smoothness)
     randomness: Randomness | None = None
+    capture: Capture | None = None
 
     def solve(self, z0: Tensor, params: Sequence[Tensor]) -> Found:
         """Run without recording gradients."""
@@ -98,7 +101,7 @@ class Task:
         """The task of ``size`` copies, see :meth:`System.vmapped`."""
         value = None if self.tape is None else self.tape.out.detach().repeat(size, *(1,) * (self.tape.out.ndim - 1))
         system = self.system.vmapped(size, dims)
-        return replace(self, system=system, shared=None, tape=None, value=value, randomness=None)
+        return replace(self, system=system, shared=None, tape=None, value=value, randomness=None, capture=None)
 
     def recorded(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization:
         """The tape at the solution, for the backward pass."""

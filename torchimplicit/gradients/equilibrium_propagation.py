@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError
+from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError, callers_level
 from torchimplicit.gradients.base import Found, Gradient, Task
 from torchimplicit.gradients.nodes import Grads, estimate, report, solved_by_rule
 from torchimplicit.linear.confirmed import separated
@@ -166,7 +166,7 @@ class EquilibriumPropagation(Gradient):
                 f"{float(below.min()):.2g}. EquilibriumPropagation(nudge=None) takes its modulus; give a nudge and "
                 "curved=True, symmetric=False, which holds there",
                 ConvergenceWarning,
-                stacklevel=2,
+                stacklevel=callers_level(),
             )
         stiffness = torch.maximum(least.abs(), torch.finfo(least.dtype).eps ** 0.5 * largest.abs())
         stiffness = torch.where(stiffness.isfinite() & (stiffness > 0), stiffness, 1)  # nothing to choose by

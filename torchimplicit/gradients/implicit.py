@@ -47,6 +47,12 @@ class Implicit(Gradient):
         """The cotangents of the wanted parameters; differentiable."""
         solver = task.adjoint_solver(self.linear_solver, z)
         if not torch.is_grad_enabled() and not any(is_transformed(t) for t in (u, z, *params)):
+            coupling = task.system.coupling
+            if task.capture is not None and not (coupling is not None and coupling.found):
+                compiled = task.capture.pull(u, z, params, wanted)
+                if compiled is not None:
+                    report(task, compiled.report)
+                    return compiled.grads
             tape, found = task.solve_linear(solver, True, u, z, params, wanted)  # one tape serves the pullback as well
             report(task, found.report)
             grads = task.system.pull(tape, found.value)

@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from torchimplicit.closure import is_transformed
-from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError
+from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError, callers_level
 from torchimplicit.gradients.base import Found, Task, differentiable
 from torchimplicit.linear import LinearSolver
 from torchimplicit.precision import default_rtol, without_autocast
@@ -486,7 +486,7 @@ def report(task: Task, figures: Report) -> None:
             "in all its digits, or may not exist, as where two solutions meet. For a minimum DampedImplicit() stays "
             "bounded there",
             ConvergenceWarning,
-            stacklevel=2,
+            stacklevel=callers_level(),
         )
         if bool(figures.converged.all()):
             return
@@ -499,14 +499,14 @@ def report(task: Task, figures: Report) -> None:
             "of a saddle. DampedImplicit() differentiates as if the energy were just convex enough; or minimize "
             "further, or regularize the energy",
             ConvergenceWarning,
-            stacklevel=2,
+            stacklevel=callers_level(),
         )
     else:
         warnings.warn(
             f"the adjoint solve did not converge: {figures.summary()}. The gradient is that inexact; "
             + _advice(figures.status),
             ConvergenceWarning,
-            stacklevel=2,
+            stacklevel=callers_level(),
         )
 
 

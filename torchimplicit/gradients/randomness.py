@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 import warnings
 import weakref
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.closure import is_transformed
+from torchimplicit.errors import callers_level
 
 LOOKS = 8
 """How often a function that draws random numbers is looked at, before they are taken to make no difference."""
@@ -79,7 +79,7 @@ class Randomness:
             "last evaluation. Take torchimplicit.nn.VariationalDropout, which draws one mask a solve inside an "
             "Equilibrium, or draw outside the function and pass what was drawn as an argument",
             UserWarning,
-            stacklevel=_outside(),
+            stacklevel=callers_level(),
         )
 
 
@@ -102,14 +102,3 @@ def _subject(function: Any) -> Any:
     if isinstance(function, types.FunctionType):
         return function.__code__
     return function if isinstance(function, torch.nn.Module) else type(function)
-
-
-def _outside() -> int:
-    """The ``stacklevel`` of the first frame that is neither the library's nor PyTorch's, for its caller's warning."""
-    level, frame = 0, inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-_INSIDE = ("torchimplicit", "torch", "contextlib")

@@ -49,7 +49,8 @@ class Equilibrium(nn.Module):
         warm_start: ``True`` or a :class:`WarmStart`: begin at the last solution.
         rowwise: see :class:`FixedPoint`; not true of a cell with batch normalization in training.
         batched: see :class:`FixedPoint`.
-        throw: as for :func:`solve`.
+        throw, compile: as for :func:`solve`. A cell with :class:`VariationalDropout` is not compiled, nor are solves
+            that a warm start carries along (``refresh``).
 
     Attributes:
         solution: the last :class:`Solution`, detached; ``None`` before the first call, and after one under a
@@ -70,6 +71,7 @@ class Equilibrium(nn.Module):
         rowwise: bool = False,
         batched: bool = True,
         throw: bool = True,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         _check_cell(cell)
@@ -98,7 +100,7 @@ class Equilibrium(nn.Module):
         self.solver = solver
         self.gradient = gradient
         self.warm_start = WarmStart() if warm_start is True else warm_start or None
-        self.rowwise, self.batched, self.throw = rowwise, batched, throw
+        self.rowwise, self.batched, self.throw, self.compiles = rowwise, batched, throw, compile
         self.solution: Solution | None = None
         self._solution_hooks: OrderedDict[int, Callable[[Equilibrium, Solution], None]] = OrderedDict()
 
@@ -146,7 +148,7 @@ class Equilibrium(nn.Module):
         chosen: dict[str, Any] = {"solver": self.solver, "gradient": self.gradient, "throw": self.throw}
         steps = self._refreshing(args) if known else None
         if steps is None:
-            solution = solve(problem, z0, *args, **chosen)
+            solution = solve(problem, z0, *args, **chosen, compile=self.compiles)
         else:
             solution = refreshed(problem, z0, args, steps=steps, **chosen)
         if any(is_transformed(leaf) for leaf in pytree.tree_leaves(solution.value)):

@@ -92,6 +92,7 @@ class SolverSuite(ABC):
         free_of_units: whether the steps on an energy are the same in every unit of it; those of a given size are not.
         row_cost: the most rows that the function may see, over the sum of the samples' steps plus one each, where
             finished samples leave the batch.
+        compile: whether the solves are compiled (``compile=True``); the function must be one that can be.
     """
 
     kind: ClassVar[Literal["map", "energy"]] = "map"
@@ -101,6 +102,7 @@ class SolverSuite(ABC):
     row_cost: ClassVar[float] = 1.3
     free_of_units: ClassVar[bool] = True
     device: ClassVar[str] = "cpu"
+    compile: ClassVar[bool] = False
 
     @abstractmethod
     def make(self, **options: Any) -> Solver:
@@ -150,7 +152,7 @@ class SolverSuite(ABC):
         words = {key: options.pop(key) for key in ("rowwise", "batched") if key in options}
         solver = self.make(**{"rtol": 1e-8, "max_steps": 1000, **options})
         with torch.no_grad():
-            return solve(self.problem(function, **words), z0, *args, solver=solver, throw=throw)
+            return solve(self.problem(function, **words), z0, *args, solver=solver, throw=throw, compile=self.compile)
 
     # -- it finds the solution -----------------------------------------------------------------------------------------
 

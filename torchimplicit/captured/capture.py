@@ -1,0 +1,142 @@
+"""One solve as compiled code: found before it starts, and run in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from torchimplicit.captured.adjoint import Adjoint
+from torchimplicit.captured.program import Bound, Plan, bind, tell, training
+from torchimplicit.captured.steps import step_of
+from torchimplicit.closure import is_transformed, transforms_running, watched
+from torchimplicit.linear import LinearSolver
+from torchimplicit.precision import AutocastState, UnitRows, at_precision
+from torchimplicit.problems import FixedPoint, Problem
+from torchimplicit.solution import Report, Status
+from torchimplicit.solvers import Outcome, Solver
+from torchimplicit.state import Layout
+
+
+class Backward(NamedTuple):
+    """The cotangents of the parameters, and the figures of the solve that gave them."""
+
+    grads: tuple[Tensor | None, ...]
+    report: Report
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The compiled loops of one solve."""
+
+    bound: Bound
+
+    def solve(self, z0: Tensor, params: Sequence[Tensor]) -> Outcome | None:
+        """The forward solve; ``None`` where it is not the one that was compiled. Reads from the device once."""
+        inputs = self.bound.inputs_at((z0, *params), params)
+        if inputs is None:
+            return None
+        z, status, steps, residual, count = self.bound.artifact.forward(z0.contiguous(), *inputs)
+        return Outcome(z, Report(status, steps, residual, 1.0 + int(count)))
+
+    def pull(self, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Backward | None:
+        """The adjoint solve at ``z``, and what it gives the wanted parameters. ``None`` where it was not compiled, or
+        where some sample is not solved beyond doubt: the eager path says then what there is to say. Reads from the
+        device once."""
+        artifact = self.bound.artifact
+        inputs = None if artifact.adjoint is None else self.bound.inputs_at((u, z, *params), params)
+        if inputs is None or u.shape != z.shape or artifact.adjoint is None:
+            return None
+        u = u.contiguous()
+        sound, steps, residual, condition, count, *grads = artifact.adjoint(z.contiguous(), u, *UnitRows.of(u), *inputs)
+        found: dict[int | None, Tensor] = {}
+        pulled = iter(grads)
+        for source, asked in zip(self.bound.sources, artifact.wanted, strict=True):
+            if asked:
+                found[source] = next(pulled)
+        unknown = {source for source in self.bound.sources if source is not None} - found.keys()
+        if any(w and i in unknown for i, w in enumerate(wanted)) or not bool(sound):
+            return None
+        cotangents = tuple(
+            (found[i] if i in found else torch.zeros_like(p)) if w else None
+            for i, (p, w) in enumerate(zip(params, wanted, strict=True))
+        )
+        status = torch.full_like(steps, int(Status.CONVERGED))
+        return Backward(cotangents, Report(status, steps, residual, 2.0 + int(count), condition=condition))
+
+
+class Capturing:
+    """What ``compile=True`` asks for, of one solve.
+
+    Args:
+        problem, args: what is solved.
+        solver: how.
+        linear_solver: of the adjoint system, where ``adjoint``.
+        adjoint: whether the backward pass is to be compiled as well.
+        refusal: why nothing of this solve can be captured, where the estimator does not allow it.
+
+    Attributes:
+        capture: the compiled loops, once :meth:`tensors` has found them.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        args: tuple[Any, ...],
+        solver: Solver,
+        linear_solver: LinearSolver | None,
+        adjoint: bool,
+        refusal: str | None,
+    ):
+        self.problem, self.args, self.solver = problem, args, solver
+        self.linear_solver, self.adjoint, self.refusal = linear_solver, adjoint, refusal
+        self.capture: Capture | None = None
+
+    def tensors(self, layout: Layout, flat: Tensor) -> tuple[Tensor, ...] | None:
+        """The tensors that the problem's function captures and that require grad; ``None`` where the solve is not
+        captured."""
+        tensors = [t for t in pytree.tree_leaves(self.args) if isinstance(t, Tensor)]
+        if transforms_running() or watched() or any(is_transformed(t) for t in (flat, *tensors)):
+            return None  # compiled code sees none of them
+        refusal = self.refusal or self._refusal(layout, flat)
+        if refusal is not None:
+            tell(self.problem, refusal)
+            return None
+        lower = AutocastState(layout.device).dtype
+        adjoint = None
+        if self.adjoint:
+            adjoint = Adjoint.of(self.linear_solver, self.solver, lower or layout.dtype)
+            if adjoint is None and torch.is_grad_enabled():
+                tell(self.problem, f"its backward pass alone: {type(self.linear_solver).__name__} is not compiled")
+        plan = Plan(
+            type(self.problem),
+            layout,
+            at_precision(self.solver, lower),
+            adjoint,
+            tuple(t.requires_grad for t in tensors),
+            self.problem.batched and len(flat) > 1,
+            training(self.problem.function),
+            lower,
+        )
+        bound = bind(self.problem, plan, torch.is_grad_enabled(), flat, self.args)
+        if bound is None:
+            return None
+        self.capture = Capture(bound)
+        return bound.captured
+
+    def _refusal(self, layout: Layout, flat: Tensor) -> str | None:
+        if not isinstance(self.problem, FixedPoint):
+            return f"{type(self.problem).__name__} is not compiled, FixedPoint is"
+        if step_of(self.solver) is None:
+            return f"{type(self.solver).__name__} is not compiled, Anderson and FixedPointIteration are"
+        if self.solver.keep_trajectory:
+            return "keep_trajectory=True keeps what compiled code does not"
+        if not flat.numel():
+            return "the batch is empty"
+        if layout.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            return f"the state is {layout.dtype}"
+        return None

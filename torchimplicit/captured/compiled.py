@@ -1,0 +1,41 @@
+"""A function of tensors, traced and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from torchimplicit.captured.graph import Uncapturable
+
+Compiled = Callable[..., Any]
+
+
+def compiled(function: Callable[..., Any], examples: Sequence[Any]) -> Compiled:
+    """``function``, whose result is a flat tuple of tensors, for inputs like ``examples``: as they come from the
+    compiler's frontend, with symbols for the sizes that may vary.
+
+    Raises:
+        Uncapturable: it draws random numbers, which a graph that is run many times must not.
+    """
+    from torch._guards import detect_fake_mode
+    from torch._inductor.compile_fx import compile_fx
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.no_grad():
+        with detect_fake_mode(examples) or nullcontext():
+            graph = make_fx(function)(*examples)
+        for module in graph.modules():
+            for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+                if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                    raise Uncapturable(f"the function draws random numbers ({node.target})")
+        # the frontend's guards have checked the inputs, and what the code makes itself has the sizes that it makes
+        run = compile_fx(graph, list(examples), config_patches={"size_asserts": False, "alignment_asserts": False})
+
+    def call(*inputs: Any) -> Any:
+        with torch.no_grad():
+            return run(*inputs)  # type: ignore[operator]
+
+    return call

@@ -1,0 +1,178 @@
+"""The graph of the user's function, as a function of the flat state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from torchimplicit.precision import AutocastState
+from torchimplicit.problems import FixedPoint, Problem, System
+from torchimplicit.state import Layout
+
+
+class Uncapturable(RuntimeError):
+    """Why a function cannot be captured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """What dynamo has read of a function.
+
+    Attributes:
+        module: takes the inputs, gives the leaves of the function's value.
+        examples: the inputs as the compiler has them: sizes may be symbols.
+        wanted: of the inputs but for the state, whether a gradient may be asked in them; false for sizes.
+        state: for each leaf of the state, its place among the inputs.
+        outputs: how many tensors the module gives.
+    """
+
+    module: torch.fx.GraphModule
+    examples: tuple[Any, ...]
+    wanted: tuple[bool, ...]
+    state: tuple[int, ...]
+    outputs: int
+    problem: Problem
+    layout: Layout
+    autocast: AutocastState
+
+    @staticmethod
+    def of(
+        module: torch.fx.GraphModule,
+        examples: Sequence[Any],
+        problem: Problem,
+        layout: Layout,
+        leaves: Sequence[Tensor],
+        originals: dict[int, Tensor],
+    ) -> Graph:
+        """Of what the compiler's backend is given.
+
+        Args:
+            module, examples: the graph, and what it was read with.
+            problem, layout: what is solved.
+            leaves: of the state.
+            originals: by the ids of arguments' aliases, the tensors that they stand for.
+
+        Raises:
+            Uncapturable: it does more than to compute its value, or depends on what changes on the way.
+        """
+        actual = []
+        for node in module.graph.find_nodes(op="placeholder"):
+            argument = node.meta.get("grapharg")
+            actual.append(None if argument is None else argument.example)
+        state = []
+        for leaf in leaves:
+            places = [i for i, t in enumerate(actual) if t is leaf]
+            if len(places) != 1:
+                raise Uncapturable("the function does not depend on the whole of its state")
+            state.append(places[0])
+        (output,) = module.graph.find_nodes(op="output")
+        outputs = len(output.args[0])
+        if outputs != len(leaves):
+            raise Uncapturable("the function keeps tensors that it computes, beside the value that it returns")
+        wanted = tuple(
+            isinstance(t, Tensor) and originals.get(id(t), t).requires_grad and isinstance(given, Tensor)
+            for i, (t, given) in enumerate(zip(actual, examples, strict=True))
+            if i not in state
+        )
+        assert isinstance(problem, FixedPoint)
+        graph = Graph(
+            module=module,
+            examples=tuple(map(_stand_in, examples)),
+            wanted=wanted,
+            state=tuple(state),
+            outputs=outputs,
+            problem=replace(problem, f=_unread),  # the function would keep alive what it captures
+            layout=layout,
+            autocast=AutocastState(layout.device),
+        )
+        graph._check()
+        return graph
+
+    def _check(self) -> None:
+        """One run on the compiler's stand-ins: what it writes to is seen."""
+        tensors = [t for t in self.examples if isinstance(t, Tensor)]
+        before = [t._version for t in tensors]
+        with torch.no_grad():
+            self.module(*self.examples)
+        if [t._version for t in tensors] != before:
+            raise Uncapturable(
+                "the function writes to a tensor that it has not made (a buffer, as for batch statistics)"
+            )
+
+    def check_outputs(self, leaves: Sequence[Any], inputs: Sequence[Any]) -> None:
+        """What the function returned, when the module was first run for it, must be the module's value, in order.
+
+        Raises:
+            Uncapturable: it is not.
+        """
+        rows = self._rows(inputs)
+        given = list(leaves)
+        if any(not isinstance(leaf, Tensor) for leaf in given):
+            raise Uncapturable("the function's value holds what is no tensor")
+        self.problem.flat_output(self.layout, self._tree(given), rows, self.autocast.dtype is not None)
+        with torch.no_grad():
+            again = self.module(*inputs)
+        if not all(torch.equal(a, b) | bool((a.isnan() & b.isnan()).any()) for a, b in zip(again, given, strict=True)):
+            raise Uncapturable("the function gives another value each time it is called (random numbers)")
+
+    def without_state(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """The inputs but for the leaves of the state."""
+        return tuple(t for i, t in enumerate(inputs) if i not in self.state)
+
+    @property
+    def others(self) -> tuple[Any, ...]:
+        """The examples of the inputs but for the state."""
+        return self.without_state(self.examples)
+
+    def flat(self) -> Tensor:
+        """The example of the flat state."""
+        leaves = [self.examples[i] for i in self.state]
+        return self.layout.flatten(self._tree(leaves), "the state").clone(memory_format=torch.contiguous_format)
+
+    def system(self, others: Sequence[Any]) -> tuple[System, tuple[Tensor, ...]]:
+        """The problem with the inputs but for the state, and those of them that are its parameters: all the tensors."""
+        sizes = [None if isinstance(t, Tensor) else t for t in others]
+
+        def value(z: Tensor, *params: Tensor) -> Tensor:
+            given = iter(params)
+            return self._value(z, [next(given) if size is None else size for size in sizes])
+
+        params = tuple(t for t in others if isinstance(t, Tensor))
+        return self.problem.system(value, None, slice(0, 0), self.layout), params
+
+    def _value(self, z: Tensor, others: Sequence[Any]) -> Tensor:
+        given, leaves = iter(others), pytree.tree_leaves(self.problem.state(self.layout, z))
+        place = dict(zip(self.state, leaves, strict=True))
+        inputs = [place[i] if i in place else next(given) for i in range(len(self.examples))]
+        with self.autocast():
+            output = list(self.module(*inputs))
+        return self.problem.flat_output(self.layout, self._tree(output), z.shape[0], self.autocast.dtype is not None)
+
+    def _tree(self, leaves: list[Any]) -> Any:
+        return pytree.tree_unflatten(leaves, self.layout.spec)
+
+    def _rows(self, inputs: Sequence[Any]) -> int:
+        return len(inputs[self.state[0]]) if self.layout.batched else 1
+
+
+def _stand_in(given: Any) -> Any:
+    """For a tensor that the compiler's backend is given, one without data; sizes that may vary are symbols."""
+    context = TracingContext.get()
+    if not isinstance(given, Tensor) or isinstance(given, FakeTensor):
+        return given
+    symbolic = context.tensor_to_context.get(given)
+    assert context.fake_mode is not None
+    if symbolic is None:
+        return context.fake_mode.from_tensor(given)
+    return context.fake_mode.from_tensor(given, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
+
+
+def _unread(*_: Any) -> Any:
+    raise AssertionError("the graph stands for the function")

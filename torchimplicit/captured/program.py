@@ -1,0 +1,295 @@
+"""The user's function as a graph, and what is compiled of it.
+
+Dynamo reads the function, guards whatever the graph depends on (shapes, a module's attributes, what a lambda holds),
+and makes every tensor that the function reaches an input. So the graph serves later solves, and other lambdas of the
+same code, for as long as the guards hold; what they let through is right, and what they do not is read anew.
+
+The graph is never run for the function's value: the loop around it is what is compiled, and what is run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torchimplicit.captured.adjoint import Adjoint, compiled_adjoint
+from torchimplicit.captured.compiled import Compiled
+from torchimplicit.captured.forward import compiled_forward
+from torchimplicit.captured.graph import Graph, Uncapturable
+from torchimplicit.closure import is_transformed
+from torchimplicit.coupling import code_of
+from torchimplicit.errors import CaptureWarning, callers_level
+from torchimplicit.members import module_of
+from torchimplicit.precision import without_autocast
+from torchimplicit.problems import Problem
+from torchimplicit.solvers import Solver
+from torchimplicit.state import Layout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compiled beside the function; another plan is another compilation.
+
+    Attributes:
+        problem: its class.
+        layout: of the state.
+        solver: of the forward loop.
+        adjoint: of the backward loop; ``None`` for none.
+        wanted: which of the arguments' tensors a gradient is wanted in.
+        several: whether the batch has more than one sample, and its size may vary.
+        training: the mode of the function's module.
+        lower: the dtype of autocast, or ``None``.
+    """
+
+    problem: type[Problem]
+    layout: Layout
+    solver: Solver
+    adjoint: Adjoint | None
+    wanted: tuple[bool, ...]
+    several: bool
+    training: bool
+    lower: torch.dtype | None
+
+
+@dataclass
+class Artifact:
+    """What was compiled of one graph."""
+
+    graph: Graph
+    forward: Compiled
+    adjoint: Compiled | None
+    wanted: tuple[bool, ...]
+    checked: bool = False
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A graph with the tensors of one solve.
+
+    Attributes:
+        artifact: what is run.
+        inputs: those of the graph but for the state; arguments are aliases.
+        captured: the tensors among them that are not arguments and require grad.
+        sources: for each input, the place of the tensor among the parameters of the solve; ``None`` for one that is
+            none of them.
+        versions: of the inputs, when they were bound.
+    """
+
+    artifact: Artifact
+    inputs: tuple[Any, ...]
+    captured: tuple[Tensor, ...]
+    sources: tuple[int | None, ...]
+    versions: tuple[int | None, ...]
+
+    def inputs_at(self, all_tensors: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Any, ...] | None:
+        """The inputs with the parameters as an autograd node has them; ``None`` where there are no plain tensors, or
+        where another input has been written to since."""
+        if torch.is_grad_enabled() or any(map(is_transformed, all_tensors)) or versions(self.inputs) != self.versions:
+            return None
+        return tuple(
+            given if source is None else params[source].detach()
+            for given, source in zip(self.inputs, self.sources, strict=True)
+        )
+
+
+_count = 0
+
+
+def compilations() -> int:
+    """How many functions this process has compiled for captured solves, each with its loops."""
+    return _count
+
+
+class _Now(threading.local):
+    """What the compiler's backend needs of the solve that is going on."""
+
+    given: _Given | None = None
+    found: tuple[Artifact, tuple[Any, ...]] | None = None
+
+    def taken(self) -> tuple[Artifact, tuple[Any, ...]] | None:
+        """What the compiled code has found, when it has run."""
+        return self.found
+
+
+@dataclass
+class _Given:
+    problem: Problem
+    plan: Plan
+    leaves: list[Tensor]
+    originals: dict[int, Tensor] = field(default_factory=dict)
+
+
+_now = _Now()
+_names = itertools.count()
+
+
+class Program:
+    """The compiled forms of one function under one plan, which dynamo tells apart by its guards."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.refused = False
+        # by this name dynamo remembers which sizes and numbers have varied: another program's are none of its business
+        code = _evaluate.__code__.replace(co_name=f"captured_{next(_names)}")
+        own = types.FunctionType(code, _evaluate.__globals__, _evaluate.__name__)
+        self.call = torch.compile(own, fullgraph=True, backend=_backend)
+
+    def bind(self, problem: Problem, flat: Tensor, args: tuple[Any, ...]) -> Bound:
+        """The graph at the state ``flat``, with what the function takes and captures."""
+        given, tree = self.plan.layout.unflatten(flat.detach()), args
+        leaves = [leaf.detach() for leaf in pytree.tree_leaves(given)]
+        rows = len(flat)
+        if self.plan.several:
+            for leaf in leaves:
+                torch._dynamo.maybe_mark_dynamic(leaf, 0)
+        state = pytree.tree_unflatten(leaves, self.plan.layout.spec)
+        _now.given = now = _Given(problem, self.plan, leaves)
+        aliases: list[Tensor] = []
+
+        def alias(t: Tensor) -> Tensor:
+            if type(t) not in (Tensor, nn.Parameter):
+                raise Uncapturable(f"an argument is a {type(t).__name__}")
+            alias = t.detach()
+            if self.plan.several and t.ndim and t.shape[0] == rows and not isinstance(t, nn.Parameter):
+                torch._dynamo.maybe_mark_dynamic(alias, 0)
+            now.originals[id(alias)] = t
+            aliases.append(alias)
+            return alias
+
+        tree = pytree.tree_map_only(Tensor, alias, args)
+        _now.found = None
+        try:
+            with torch.no_grad():
+                leaves_out = self.call(problem.function, state, tree)
+            found = _now.taken()
+        finally:
+            _now.given = _now.found = None
+        if found is None:
+            raise Uncapturable("compiled code is not run here (torch.compiler.set_stance)")
+        artifact, inputs = found
+        if not artifact.checked:
+            artifact.graph.check_outputs(leaves_out, inputs)
+            artifact.checked = True
+        inputs = artifact.graph.without_state(inputs)
+        return _bound(artifact, inputs, aliases, now.originals)
+
+
+def _bound(
+    artifact: Artifact, inputs: tuple[Any, ...], aliases: Sequence[Tensor], originals: dict[int, Tensor]
+) -> Bound:
+    places = {id(alias): i for i, alias in enumerate(aliases)}
+    captured: list[Tensor] = []
+    sources: list[int | None] = []
+    for given in inputs:
+        place = places.get(id(given)) if isinstance(given, Tensor) else None
+        if place is None and isinstance(given, Tensor) and given.requires_grad:
+            place = len(aliases) + len(captured)
+            captured.append(given)
+        sources.append(place)
+    return Bound(artifact, inputs, tuple(captured), tuple(sources), versions(inputs))
+
+
+def versions(inputs: Sequence[Any]) -> tuple[int | None, ...]:
+    """What tells whether tensors have been written to."""
+    return tuple(t._version if isinstance(t, Tensor) and not t.is_inference() else None for t in inputs)
+
+
+def _evaluate(function: Callable[..., Any], state: Any, args: tuple[Any, ...]) -> list[Tensor]:
+    # copies, so that each leaf is an output of its own, be it the state itself
+    return [leaf.clone() for leaf in pytree.tree_leaves(function(state, *args))]
+
+
+def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+    global _count
+    given = _now.given
+    if given is None:
+        raise Uncapturable("it was read outside a solve")
+    plan = given.plan
+    graph = Graph.of(module, examples, given.problem, plan.layout, given.leaves, given.originals)
+    _count += 1
+    wanted = graph.wanted
+    with without_autocast(plan.layout.device):
+        forward = compiled_forward(graph, plan.solver)
+        adjoint = None if plan.adjoint is None or not any(wanted) else compiled_adjoint(graph, plan.adjoint, wanted)
+    artifact = Artifact(graph, forward, adjoint, wanted)
+
+    def call(*inputs: Any) -> tuple[Any, ...]:
+        _now.found = artifact, inputs
+        if artifact.checked:
+            return (None,) * graph.outputs
+        return tuple(module(*inputs))
+
+    return call
+
+
+_programs: weakref.WeakKeyDictionary[Any, dict[Plan, Program]] = weakref.WeakKeyDictionary()
+_told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+
+
+def bind(problem: Problem, plan: Plan, differentiated: bool, flat: Tensor, args: tuple[Any, ...]) -> Bound | None:
+    """The captured form of a solve; ``None`` where there is none, with one warning that says why.
+
+    Args:
+        differentiated: whether there can be a backward pass; if not, that of the plan is compiled no sooner.
+    """
+    try:
+        programs = _programs.setdefault(code_of(problem.stated_by), {})
+        program = programs.get(plan)
+        if program is None and not differentiated:
+            plan = replace(plan, adjoint=None)
+            program = programs.get(plan)
+    except TypeError as error:
+        tell(problem, f"nothing can be remembered for it ({error})")
+        return None
+    if program is None:
+        program = programs[plan] = Program(plan)
+    if program.refused:
+        return None
+    try:
+        return program.bind(problem, flat, args)
+    except Exception as error:  # whatever the compiler stumbles over, the eager loop does not need it
+        program.refused = True
+        tell(problem, _reason(error))
+        return None
+
+
+def training(function: Any) -> bool:
+    """The mode of the function's module; ``False`` where there is none."""
+    module = module_of(function)
+    return module is not None and module.training
+
+
+def tell(problem: Problem, reason: str) -> None:
+    """Warn, once for each reason, that a solve is not captured."""
+    try:
+        told = _told.setdefault(code_of(problem.stated_by), set())
+    except TypeError:
+        told = set()
+    if reason not in told:
+        told.add(reason)
+        warnings.warn(
+            f"compile=True: this solve is not captured, and the eager loop serves: {reason}",
+            CaptureWarning,
+            stacklevel=callers_level(),
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong at the bottom."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, Uncapturable):
+            return str(inner)
+        error, inner = inner, getattr(inner, "inner_exception", None) or inner.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"
