@@ -88,8 +88,7 @@ def test_the_value_is_a_tensor_of_its_own(kind):
     with torch.no_grad():
         before = given.clone()
         value.detach().add_(1)
-    if not torch.equal(given, before):
-        pytest.xfail("the value shares its memory with what the map returned")
+    assert torch.equal(given, before)
 
 
 @pytest.mark.parametrize("gradient", [ti.Implicit(), ti.OneStep(), ti.UnrolledPhantom(), ti.NeumannPhantom()])
@@ -109,10 +108,8 @@ def test_an_empty_batch(shape, gradient):
 def test_an_empty_root_or_minimum(problem, shape):
     try:
         solution = ti.solve(problem, torch.zeros(shape, dtype=torch.float64))
-    except (ValueError, IndexError, RuntimeError) as error:
-        if not isinstance(error, ValueError):
-            pytest.xfail(f"an empty state: {error}")
-        return
+    except ValueError:
+        return  # said
     assert solution.value.shape == shape
 
 
@@ -152,11 +149,8 @@ def test_maps_that_need_contiguous_states(view):
 
     start = (torch.zeros(3, 4, 2, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64))
     x.requires_grad_()
-    try:
-        solution = ti.solve(ti.FixedPoint(f), start, x, solver=ti.Anderson(rtol=1e-12))
-        got = torch.autograd.grad(solution.value[1].sin().sum(), x)
-    except RuntimeError as error:
-        pytest.xfail(f"leaves do not reach the map contiguous: {error}")
+    solution = ti.solve(ti.FixedPoint(f), start, x, solver=ti.Anderson(rtol=1e-12))
+    got = torch.autograd.grad(solution.value[1].sin().sum(), x)
     state = start
     for _ in range(200):
         state = f(state, x)
