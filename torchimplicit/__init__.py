@@ -4,7 +4,13 @@ from torchimplicit import derivatives, nn, regularizers
 from torchimplicit.constraints import Box, L2Ball, LinearEquality
 from torchimplicit.coordinates import Metric
 from torchimplicit.diagnostics import spectral_radius
-from torchimplicit.errors import ConvergenceWarning, SmoothnessWarning, SolveError, UnsupportedDerivativeError
+from torchimplicit.errors import (
+    CaptureWarning,
+    ConvergenceWarning,
+    SmoothnessWarning,
+    SolveError,
+    UnsupportedDerivativeError,
+)
 from torchimplicit.gradients import (
     AdaptivePhantom,
     DampedImplicit,
@@ -40,6 +46,7 @@ __all__ = [
     "BiCGStab",
     "Box",
     "Broyden",
+    "CaptureWarning",
     "ConvergenceWarning",
     "DampedImplicit",
     "Dense",
