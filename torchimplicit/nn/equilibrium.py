@@ -49,8 +49,8 @@ class Equilibrium(nn.Module):
         warm_start: ``True`` or a :class:`WarmStart`: begin at the last solution.
         rowwise: see :class:`FixedPoint`; not true of a cell with batch normalization in training.
         batched: see :class:`FixedPoint`.
-        throw, compile: as for :func:`solve`. A cell with :class:`VariationalDropout` is not compiled, nor are solves
-            that a warm start carries along (``refresh``).
+        throw, compile: as for :func:`solve`. A cell with parametrized weights (:func:`weight_norm`,
+            :func:`spectral_norm`) is not compiled, nor are solves that a warm start carries along (``refresh``).
 
     Attributes:
         solution: the last :class:`Solution`, detached; ``None`` before the first call, and after one under a
