@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -112,7 +113,15 @@ def test_parameter_hooks_fire_once(x):
 
 
 @pytest.mark.parametrize("how", ["cell", "model"])
-@pytest.mark.parametrize("norm", [weight_norm, spectral_norm])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        weight_norm,
+        spectral_norm,
+        partial(weight_norm, target=0.8, clip=0.9),
+        partial(spectral_norm, scale=True, clip=0.9, paired=True, iterations=1),
+    ],
+)
 def test_normalized_weights(x, norm, how):
     cell = TanhCell().double()
     norm(cell.recurrent)
