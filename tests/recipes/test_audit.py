@@ -10,7 +10,7 @@ pytest.importorskip("lightning")
 from torchimplicit.gradients import Implicit, OneStep, UnrolledPhantom
 from torchimplicit.recipes.phantom import demo_task as build
 from torchimplicit.recipes.phantom import demo_task as data
-from torchimplicit.recipes.phantom.demo_settings import DigitsConfig
+from torchimplicit.recipes.phantom.demo import DigitsConfig
 from torchimplicit.recipes.phantom.demo_task import EXACT_GRADIENT, EXACT_SOLVER, audit, probe
 
 

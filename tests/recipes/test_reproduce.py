@@ -19,7 +19,7 @@ from rich.console import Console
 
 from torchimplicit import cli
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.phantom.demo_settings import DigitsConfig
+from torchimplicit.recipes.phantom.demo import DigitsConfig
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.execution import terminated_like_interrupted
 from torchimplicit.recipes.runtime.jobs import run_all

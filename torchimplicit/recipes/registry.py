@@ -33,12 +33,12 @@ _HERE = "torchimplicit.recipes"
 RECIPES = {
     "demo": Entry(
         "Three gradient estimators side by side on 8×8 digits, with pictures, in under three minutes.",
-        f"{_HERE}.phantom.demo_settings:demo",
+        f"{_HERE}.phantom.demo:demo",
         f"{_HERE}.phantom.demo",
     ),
     "digits": Entry(
         "One convolutional equilibrium classifier of 8×8 digits, with the estimator of your choice.",
-        f"{_HERE}.phantom.demo_settings:digits",
+        f"{_HERE}.phantom.demo:digits",
         f"{_HERE}.phantom.demo",
     ),
     "language-wikitext2": Entry(

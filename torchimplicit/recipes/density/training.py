@@ -7,12 +7,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from html import escape
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -34,10 +32,10 @@ from torchimplicit.recipes.runtime.files import cache_folder
 from torchimplicit.recipes.runtime.fitting import read_checkpoint
 from torchimplicit.recipes.runtime.optimize import Budget, Clock, Enough, Keeper
 from torchimplicit.recipes.runtime.optimize import run as optimize
-from torchimplicit.recipes.runtime.page import COLOURS, FIGURE, axes, document, figure, save_figure, svg
+from torchimplicit.recipes.runtime.page import COLOURS, Section, axes, document, saved, styled
 from torchimplicit.recipes.runtime.run import Environment, Run, threads
 from torchimplicit.recipes.runtime.settings import from_plain, to_plain
-from torchimplicit.recipes.runtime.table import Column, Table
+from torchimplicit.recipes.runtime.table import Column, Drawing, Table
 
 # -- Where a molecule's density is drawn -------------------------------------------------------------------------------
 
@@ -381,7 +379,7 @@ def figures(results: Results, split: Split, functional: OrbitalFree) -> dict[str
         warnings.simplefilter("ignore", ConvergenceWarning)
         found = case.solved(functional, results.config, cold=True).value
     errors = {"trained": found - shown.reference, "superposition of atoms": shown.guess - shown.reference}
-    with matplotlib.rc_context(FIGURE):
+    with styled():
         drawn = {"line": _line(shown.name, basis, errors), "training": _training(results.looks)}
         if len(shown.charges) > 1:
             drawn["plane"] = _plane(shown.name, basis, errors)
@@ -391,21 +389,14 @@ def figures(results: Results, split: Split, functional: OrbitalFree) -> dict[str
 
 def write_report(results: Results, split: Split, functional: OrbitalFree, run: Run) -> None:
     """``figures/*.png`` and ``index.html``, which holds its pictures itself."""
-    folder = run.path / "figures"
-    folder.mkdir(exist_ok=True)
     drawn = figures(results, split, functional)
-    for name, one in drawn.items():
-        save_figure(one, folder / f"{name}.png", 130)
-    parts = [
-        "<h1>An orbital-free density functional</h1>",
-        f"<p class='lead'>{results.weights} weights after {results.iterations} iterations of "
-        f"{escape(results.config.optimizer)} ({escape(results.config.gradient)}), {results.seconds:.0f} s; those of "
-        f"iteration {results.selected} were selected.</p>",
-        "<div class='grid'>",
-        *(figure(svg(drawn[name], name), text) for name, text in CAPTIONS.items() if name in drawn),
-        "</div>",
-    ]
-    run.write_text("index.html", document("Orbital-free density functional", parts))
+    with styled():
+        pictures = saved([Drawing(name, drawn[name], text) for name, text in CAPTIONS.items() if name in drawn], run)
+    lead = (
+        f"{results.weights} weights after {results.iterations} iterations of {results.config.optimizer} "
+        f"({results.config.gradient}), {results.seconds:.0f} s; those of iteration {results.selected} were selected."
+    )
+    run.write_text("index.html", document("An orbital-free density functional", [lead], [Section(pictures=pictures)]))
 
 
 def _line(name: str, basis: DensityBasis, errors: dict[str, torch.Tensor]) -> Figure:

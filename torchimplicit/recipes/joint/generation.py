@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Literal
 
-import matplotlib
 import torch
 from rich.console import Console
 from sklearn.exceptions import ConvergenceWarning as MixtureWarning
@@ -41,7 +40,7 @@ from torchimplicit.recipes.joint.settings import GenerationConfig, Joint
 from torchimplicit.recipes.runtime import files
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import load_weights
-from torchimplicit.recipes.runtime.page import FIGURE, save_figure
+from torchimplicit.recipes.runtime.page import save_figure, styled
 from torchimplicit.recipes.runtime.run import Run, threads
 from torchimplicit.recipes.runtime.settings import from_plain
 from torchimplicit.recipes.runtime.task import InOrder, Metric, Rows, Shard, ShuffledSteps, Split, Task, loader
@@ -432,7 +431,7 @@ class GenerationRunner:
                 found, pictures = made(config, task)
             run.write_json(name, found)
             files.save({key: [row.half() for row in rows] for key, rows in pictures.items()}, run.path / PICTURES)
-            with matplotlib.rc_context(FIGURE):
+            with styled():
                 save_figure(grid(pictures), run.product("pictures.png"), 150)
             console.print(
                 f"Fréchet distance to the test images, in a small classifier's features: new {found.mixture:.3f}, "

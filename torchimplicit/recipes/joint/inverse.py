@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from torchimplicit.recipes.joint.generation import PICTURES, SHOWN, ready
 from torchimplicit.recipes.joint.settings import InverseConfig
 from torchimplicit.recipes.runtime import files
 from torchimplicit.recipes.runtime.fitting import load_weights
-from torchimplicit.recipes.runtime.page import FIGURE, save_figure
+from torchimplicit.recipes.runtime.page import save_figure, styled
 from torchimplicit.recipes.runtime.run import Run, threads
 from torchimplicit.recipes.runtime.settings import from_plain
 from torchimplicit.recipes.runtime.task import (
@@ -227,7 +226,7 @@ class InverseRunner:
             rows = restored(task)
             run.write_json("gradients.json", compared(task))
         files.save({name: [row.half() for row in shown] for name, shown in rows.items()}, run.path / PICTURES)
-        with matplotlib.rc_context(FIGURE):
+        with styled():
             save_figure(grid(rows), run.product("pictures.png"), 150)
 
 

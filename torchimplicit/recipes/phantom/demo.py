@@ -2,132 +2,377 @@
 
 One config serves both. It trains one classifier for each gradient estimator, side by side: from the same initial
 weights, on the same batches in the same order, each step of one beside the same step of the others, so that whatever
-else the machine does slows all alike.
+else the machine does slows all alike. The training is in :mod:`.demo_task`, the page in :mod:`.demo_page`.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from lightning.pytorch.loggers import CSVLogger
-from rich.console import Console
-
-from torchimplicit.recipes.phantom import demo_task as data
-from torchimplicit.recipes.phantom.demo_page import write_report
-from torchimplicit.recipes.phantom.demo_results import EstimatorResult, Results, label, summarize, summary_table
-from torchimplicit.recipes.phantom.demo_settings import DigitsConfig
-from torchimplicit.recipes.phantom.demo_task import DigitsTask, LogTracks, Split, profiles, validate
-from torchimplicit.recipes.runtime.fitting import ShowProgress, fit, load_weights
+from torchimplicit.gradients import Gradient, Implicit, NeumannPhantom, OneStep, UnrolledPhantom
+from torchimplicit.linear import GMRES
+from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import Environment, Run, device, threads
-from torchimplicit.recipes.runtime.table import Column, Table
+from torchimplicit.recipes.runtime.settings import fraction, not_negative, positive
+from torchimplicit.recipes.runtime.table import NONE, Cell, Column, Table, sheet
 
-# -- The recipe, from the data to the page -----------------------------------------------------------------------------
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+EstimatorName = Literal["implicit", "unrolled-phantom", "neumann-phantom", "one-step"]
+
+GROUPS = 4
+"""Of the model's group normalization."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsConfig:
+    """Train a small convolutional equilibrium classifier on scikit-learn's 8×8 digits (bundled, nothing is downloaded).
+
+    Several estimators train side by side, from the same initial weights and on the same batches.
+    """
+
+    estimators: tuple[EstimatorName, ...] = ("implicit",)
+    """How the equilibrium is differentiated; one classifier is trained for each."""
+
+    phantom_steps: int = 5
+    """k of the phantom gradients: the steps unrolled, or the terms of the Neumann series."""
+
+    phantom_damping: float = 0.5
+    """λ of the phantom gradients, in (0, 1]."""
+
+    epochs: int = 12
+    """Passes over the training split."""
+
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, even within an epoch."""
+
+    batch_size: int = 32
+    """Images a step."""
+
+    learning_rate: float = 2e-3
+    """AdamW's peak learning rate: linear warm-up over the first tenth of the steps, then a cosine to zero."""
+
+    weight_decay: float = 1e-4
+    """AdamW's weight decay."""
+
+    channels: int = 16
+    """Channels of the equilibrium state, a multiple of 4."""
+
+    tolerance: float = 1e-3
+    """Relative tolerance of the forward solve (Anderson) and of the exact gradient's linear solve (GMRES)."""
+
+    solver_steps: int = 40
+    """The most steps of either solve."""
+
+    audit_every: int = 0
+    """After every so many steps compare the estimate with the exact gradient, outside the timed step; 0: never."""
+
+    seed: int = 0
+    """Of the initial weights and the order of the batches."""
+
+    split_seed: int = 0
+    """Of the split into training and validation images (80 % and 20 %, stratified)."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+
+    threads: int = 1
+    """CPU threads; 0 leaves the number to PyTorch. The model is small, and more threads gain little on an idle machine
+    and lose much on a busy one."""
+
+    def __post_init__(self) -> None:
+        if not self.estimators or len(set(self.estimators)) < len(self.estimators):
+            raise UserError("--estimators must name at least one estimator, and none twice")
+        positive(
+            self, "phantom_steps", "epochs", "max_steps", "batch_size", "learning_rate", "tolerance", "solver_steps"
+        )
+        not_negative(self, "weight_decay", "audit_every", "seed", "split_seed", "threads")
+        fraction(self, "phantom_damping")
+        if self.channels < GROUPS or self.channels % GROUPS:
+            raise UserError(f"--channels must be a multiple of {GROUPS}, and it is {self.channels}")
+        if self.batch_size > 1000:
+            raise UserError(f"--batch-size must be at most 1000 (of 1437 training images), and it is {self.batch_size}")
+
+
+def demo() -> DigitsConfig:
+    """Exact and phantom gradients compared, the estimates audited against the exact gradient as training goes."""
+    return DigitsConfig(estimators=("implicit", "unrolled-phantom", "neumann-phantom"), epochs=6, audit_every=33)
+
+
+def digits() -> DigitsConfig:
+    """One estimator, trained longer, without audits."""
+    return DigitsConfig()
+
+
+# -- The gradient estimators that the recipe compares, by name ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """One way to differentiate the equilibrium, as the tables and the pictures show it.
+
+    Attributes:
+        label: for people.
+        make: the estimator for a config.
+        explanation: one sentence for a newcomer.
+    """
+
+    label: str
+    make: Callable[[DigitsConfig], Gradient]
+    explanation: str
+
+
+ESTIMATORS: dict[EstimatorName, Estimator] = {
+    "implicit": Estimator(
+        "Implicit (exact)",
+        lambda config: Implicit(linear_solver=GMRES(rtol=config.tolerance, max_steps=config.solver_steps)),
+        "solves the linear system (I − Jᵀ)g = u by GMRES, so its only error is the solver's tolerance.",
+    ),
+    "unrolled-phantom": Estimator(
+        "Unrolled phantom",
+        lambda config: UnrolledPhantom(steps=config.phantom_steps, damping=config.phantom_damping),
+        "takes a few more damped steps of the cell from the equilibrium and backpropagates through those only.",
+    ),
+    "neumann-phantom": Estimator(
+        "Neumann phantom",
+        lambda config: NeumannPhantom(steps=config.phantom_steps, damping=config.phantom_damping),
+        "adds up the first few terms of the series of (I − Jᵀ)⁻¹ at the equilibrium, in constant memory.",
+    ),
+    "one-step": Estimator(
+        "One step",
+        lambda config: OneStep(),
+        "replaces (I − Jᵀ)⁻¹ by the identity: one vector–Jacobian product, whatever the Jacobian is.",
+    ),
+}
+
+
+# -- What is measured while a classifier trains. It travels in the checkpoint, so a resumed run has all of it ----------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step.
+
+    Attributes:
+        loss: cross-entropy of the step's minibatch, before the update (nats).
+        seconds: forward, backward and update, and nothing else.
+        forward, backward: evaluations of the cell in the forward pass, and products with its Jacobian in the backward
+            pass, as :class:`~torchimplicit.solution.Report` counts them.
+        unconverged: share of the samples whose forward solve did not reach its tolerance.
+    """
+
+    loss: float
+    seconds: float
+    forward: float
+    backward: float
+    unconverged: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The estimate beside the exact gradient, at the same weights and on the same minibatch.
+
+    Attributes:
+        step: optimizer steps done.
+        cosine: between the two gradients in all parameters up to the equilibrium (stem and cell).
+        norm_ratio: length of the estimate over that of the exact gradient.
+        adjoint_residual: ``‖u − (I − Jᵀ)g‖ / ‖u‖`` of the estimate's adjoint vector g, root mean square over samples.
+        exact_residual: the same of the exact gradient: how exact it is.
+        spectral_radius: of J at the equilibrium, median over the samples.
+        spectral_radius_max: the largest.
+    """
+
+    step: int
+    cosine: float
+    norm_ratio: float
+    adjoint_residual: float
+    exact_residual: float
+    spectral_radius: float
+    spectral_radius_max: float
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The validation split after some steps.
+
+    Attributes:
+        step: optimizer steps done.
+        accuracy: share of the images that are classified right.
+        loss: mean cross-entropy (nats).
+    """
+
+    step: int
+    accuracy: float
+    loss: float
+
+
+@dataclass
+class Track:
+    """Everything about one estimator's training."""
+
+    steps: list[Step] = field(default_factory=list)
+    audits: list[Audit] = field(default_factory=list)
+    validations: list[Validation] = field(default_factory=list)
+
+
+# -- A run's results: what ``results.json`` holds, and the table that sums them up -------------------------------------
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Relative residuals ``‖f(z) − z‖ / ‖f(z)‖`` by iteration, over the samples of one batch.
+
+    Attributes:
+        solver: whose iterates.
+        median, low, high: the median, the 10 % and the 90 % quantile.
+    """
+
+    solver: str
+    median: list[float]
+    low: list[float]
+    high: list[float]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One estimator's figures; not a number (null in JSON) where there are none.
+
+    Attributes:
+        steps: optimizer steps taken.
+        validation_accuracy: after the last of them, as a share.
+        training_loss: mean over the last epoch's worth of steps (nats).
+        seconds_a_step: median over all steps.
+        training_seconds: all steps together.
+        forward_evaluations, backward_evaluations: of the cell and of products with its Jacobian, a step, means over
+            all steps.
+        unconverged: share of the samples whose forward solve missed its tolerance, over all steps.
+        adjoint_residual, cosine: medians over the audits.
+        cosine_least: over the audits.
+        spectral_radius: at the last audit, median over the samples.
+    """
+
+    steps: int
+    validation_accuracy: float
+    training_loss: float
+    seconds_a_step: float
+    training_seconds: float
+    forward_evaluations: float
+    backward_evaluations: float
+    unconverged: float
+    adjoint_residual: float
+    cosine: float
+    cosine_least: float
+    spectral_radius: float
+
+
+@dataclass(frozen=True)
+class EstimatorResult:
+    """Everything about one estimator."""
+
+    label: str
+    summary: Summary
+    profiles: list[Profile]
+    track: Track
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything about a run.
+
+    Attributes:
+        state: ``complete`` or ``interrupted``.
+        planned_steps: optimizer steps of each classifier.
+        training_images, validation_images: how many.
+        parameters: of one classifier.
+        wall_seconds: from start to results, audits and validation included; of the last sitting, if resumed.
+    """
+
+    state: str
+    planned_steps: int
+    training_images: int
+    validation_images: int
+    parameters: int
+    wall_seconds: float
+    config: DigitsConfig
+    environment: Environment
+    estimators: dict[EstimatorName, EstimatorResult]
+
+
+def summarize(track: Track, epoch: int) -> Summary:
+    """The figures of one track; ``epoch`` is an epoch's number of steps."""
+    steps, audits = track.steps, track.audits
+    return Summary(
+        steps=len(steps),
+        validation_accuracy=track.validations[-1].accuracy if track.validations else math.nan,
+        training_loss=_mean([step.loss for step in steps[-epoch:]]),
+        seconds_a_step=_median([step.seconds for step in steps]),
+        training_seconds=sum(step.seconds for step in steps),
+        forward_evaluations=_mean([step.forward for step in steps]),
+        backward_evaluations=_mean([step.backward for step in steps]),
+        unconverged=_mean([step.unconverged for step in steps]),
+        adjoint_residual=_median([audit.adjoint_residual for audit in audits]),
+        cosine=_median([audit.cosine for audit in audits]),
+        cosine_least=min((audit.cosine for audit in audits), default=math.nan),
+        spectral_radius=audits[-1].spectral_radius if audits else math.nan,
+    )
+
+
+def summary_table(estimators: dict[EstimatorName, EstimatorResult]) -> Table:
+    """One row an estimator; columns that no estimator has figures for are left out."""
+    columns: list[tuple[Column, Callable[[Summary], float], str]] = [
+        (Column("Validation accuracy", "%",
+                "images classified right among those never trained on, after the last step"),
+         lambda s: 100 * s.validation_accuracy, ".1f"),
+        (Column("Time a step", "ms",
+                "median over all steps of forward, backward and update; audits are not counted"),
+         lambda s: 1000 * s.seconds_a_step, ".1f"),
+        (Column("Forward evaluations", "a step",
+                "evaluations of the cell until every sample has its equilibrium (mean)"),
+         lambda s: s.forward_evaluations, ".1f"),
+        (Column("Backward evaluations", "a step", "products with the cell's transposed Jacobian (mean)"),
+         lambda s: s.backward_evaluations, ".1f"),
+        (Column("Adjoint residual", "relative",
+                "‖u − (I − Jᵀ)g‖ / ‖u‖: by how much the adjoint vector g that the estimator uses misses the equation "
+                "that the exact one solves (median over the audits)"),
+         lambda s: s.adjoint_residual, ".1e"),
+        (Column("Cosine to exact", "",
+                "of the angle between estimate and exact gradient; 1 is the same direction (median)"),
+         lambda s: s.cosine, ".4f"),
+        (Column("Spectral radius of J", "",
+                "at the equilibrium, at the last audit; the closer to 1, the slower plain iteration and the longer "
+                "the memory that a truncated gradient cuts off"),
+         lambda s: s.spectral_radius, ".2f"),
+    ]  # fmt: skip
+    summaries = {result.label: result.summary for result in estimators.values()}
+    kept = [one for one in columns if not all(math.isnan(one[1](s)) for s in summaries.values())]
+    texts = [[NONE if math.isnan(of(s)) else format(of(s), form) for _, of, form in kept] for s in summaries.values()]
+    return Table(
+        [Column("Estimator"), *(column for column, *_ in kept)],
+        [[name, *line] for name, line in zip(summaries, texts, strict=True)],
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return fmean(values) if values else math.nan
+
+
+def _median(values: list[float]) -> float:
+    return median(values) if values else math.nan
+
+
+# -- What the command line calls: see :class:`torchimplicit.recipes.runtime.run.Runner` --------------------------------
 
 
 PROFILED = 128
 """Validation images whose solves are shown iteration by iteration."""
-
-
-def train_all(config: DigitsConfig, run: Run, console: Console) -> bool:
-    """See :meth:`torchimplicit.recipes.runtime.run.Recipe.train`."""
-    began = time.perf_counter()
-    where = device(config.device)
-    training, validation = data.load(config.split_seed)
-    loader = data.batches(training, config.batch_size, config.seed)
-    task = DigitsTask(config, planned_steps(config, len(loader)), validation)
-    console.print(opening(config, training, validation, task.total_steps, where), highlight=False)
-    fit(
-        task,
-        run,
-        train=loader,
-        device=where,
-        epochs=math.ceil(task.total_steps / len(loader)),
-        loggers=[CSVLogger(run.path, name=None, version="logs")],
-        callbacks=[ShowProgress(console, run), LogTracks()],
-    )
-    finished = task.steps_done >= task.total_steps
-    with console.status("Measuring and drawing the results"):
-        task.to(where)
-        task.validate()
-        images = validation.images[:PROFILED].to(where)
-        results = Results(
-            state="complete" if finished else "interrupted",
-            planned_steps=task.total_steps,
-            training_images=len(training.labels),
-            validation_images=len(validation.labels),
-            parameters=sum(p.numel() for p in task.classifier(config.estimators[0]).parameters()),
-            wall_seconds=time.perf_counter() - began,
-            config=config,
-            environment=Environment.of(where),
-            estimators={
-                name: EstimatorResult(
-                    label(name), summarize(track, len(loader)), profiles(task.classifier(name), images), track
-                )
-                for name, track in task.tracks.items()
-            },
-        )
-        run.write_json("results.json", results)
-        write_report(results, run)
-    console.print(summary_table(results.estimators).rich())
-    return finished
-
-
-def planned_steps(config: DigitsConfig, epoch: int) -> int:
-    """Optimizer steps of each classifier; ``epoch`` is an epoch's number of them."""
-    steps = config.epochs * epoch
-    return steps if config.max_steps is None else min(steps, config.max_steps)
-
-
-def opening(config: DigitsConfig, training: Split, validation: Split, steps: int, device: torch.device) -> str:
-    """What is about to happen, in one sentence."""
-    names = ", ".join(label(name) for name in config.estimators)
-    return (
-        f"Training on {len(training.labels)} digits, validating on {len(validation.labels)} others: {steps} steps with "
-        f"{names}, on {device.type.upper()}. Ctrl-C stops and keeps what is done."
-    )
-
-
-# -- A trained run, measured again -------------------------------------------------------------------------------------
-
-
-COLUMNS = [
-    Column("Estimator"),
-    Column("Validation accuracy", "%"),
-    Column("Validation loss", "nats"),
-    Column("Forward evaluations"),
-    Column("Converged", "%"),
-    Column("Largest residual", "relative"),
-]
-
-
-def measure_again(config: DigitsConfig, run: Run, console: Console) -> None:
-    """See :meth:`torchimplicit.recipes.runtime.run.Recipe.evaluate`."""
-    where = device(config.device)
-    _, validation = data.load(config.split_seed)
-    task = DigitsTask(config, total_steps=1, validation=validation)
-    load_weights(task, run.checkpoint)
-    task.to(where)
-    with console.status("Evaluating"):
-        found = {name: validate(task.classifier(name), validation) for name in config.estimators}
-    run.write_json("evaluation.json", {"steps": task.steps_done, "estimators": found})
-    rows = [
-        [
-            label(name),
-            f"{100 * v.accuracy:.1f}",
-            f"{v.loss:.4f}",
-            f"{v.evaluations:.1f}",
-            f"{100 * v.converged:.0f}",
-            f"{v.residual:.1e}",
-        ]
-        for name, v in found.items()
-    ]
-    console.print(f"After {task.steps_done} steps, on {len(validation.labels)} validation images:", highlight=False)
-    console.print(Table(COLUMNS, rows).rich())
-
-
-# -- What the command line calls: see :class:`torchimplicit.recipes.runtime.run.Runner` --------------------------------
 
 
 def check(config: DigitsConfig) -> None:
@@ -137,11 +382,82 @@ def check(config: DigitsConfig) -> None:
 
 def train(config: DigitsConfig, run: Run, console: Console) -> bool:
     """Train, and write ``results.json``, ``figures/`` and ``index.html``."""
+    from lightning.pytorch.loggers import CSVLogger
+
+    from torchimplicit.recipes.phantom.demo_page import write
+    from torchimplicit.recipes.phantom.demo_task import DigitsTask, LogTracks, batches, load, profiles
+    from torchimplicit.recipes.runtime.fitting import ShowProgress, fit
+
     with threads(config.threads):
-        return train_all(config, run, console)
+        began, where = time.perf_counter(), device(config.device)
+        training, validation = load(config.split_seed)
+        loader = batches(training, config.batch_size, config.seed)
+        planned = min(config.epochs * len(loader), config.max_steps or math.inf)
+        task = DigitsTask(config, int(planned), validation)
+        names = ", ".join(ESTIMATORS[name].label for name in config.estimators)
+        console.print(
+            f"Training on {len(training.labels)} digits, validating on {len(validation.labels)} others: "
+            f"{task.total_steps} steps with {names}, on {where.type.upper()}. Ctrl-C stops and keeps what is done.",
+            highlight=False,
+        )
+        fit(
+            task,
+            run,
+            train=loader,
+            device=where,
+            epochs=math.ceil(task.total_steps / len(loader)),
+            loggers=[CSVLogger(run.path, name=None, version="logs")],
+            callbacks=[ShowProgress(console, run), LogTracks()],
+        )
+        finished = task.steps_done >= task.total_steps
+        with console.status("Measuring and drawing the results"):
+            task.to(where)
+            task.validate()
+            images = validation.images[:PROFILED].to(where)
+            results = Results(
+                state="complete" if finished else "interrupted",
+                planned_steps=task.total_steps,
+                training_images=len(training.labels),
+                validation_images=len(validation.labels),
+                parameters=sum(p.numel() for p in task.classifier(config.estimators[0]).parameters()),
+                wall_seconds=time.perf_counter() - began,
+                config=config,
+                environment=Environment.of(where),
+                estimators={
+                    name: EstimatorResult(
+                        ESTIMATORS[name].label,
+                        summarize(track, len(loader)),
+                        profiles(task.classifier(name), images),
+                        track,
+                    )
+                    for name, track in task.tracks.items()
+                },
+            )
+            run.write_json("results.json", results)
+            write(results, run)
+        console.print(summary_table(results.estimators).rich())
+    return finished
 
 
 def evaluate(config: DigitsConfig, run: Run, console: Console) -> None:
     """Measure every classifier on the validation split again."""
-    with threads(config.threads):
-        measure_again(config, run, console)
+    from torchimplicit.recipes.phantom.demo_task import DigitsTask, load, validate
+    from torchimplicit.recipes.runtime.fitting import load_weights
+
+    _, validation = load(config.split_seed)
+    with threads(config.threads), console.status("Evaluating"):
+        task = DigitsTask(config, total_steps=1, validation=validation)
+        load_weights(task, run.checkpoint)
+        task.to(device(config.device))
+        found = {name: validate(task.classifier(name), validation) for name in config.estimators}
+    run.write_json("evaluation.json", {"steps": task.steps_done, "estimators": found})
+    console.print(f"After {task.steps_done} steps, on {len(validation.labels)} validation images:", highlight=False)
+    measured = sheet("", found, [
+        Cell("Estimator", lambda name: ESTIMATORS[name].label),
+        Cell("Validation accuracy", lambda name: f"{100 * found[name].accuracy:.1f}", "%"),
+        Cell("Validation loss", lambda name: f"{found[name].loss:.4f}", "nats"),
+        Cell("Forward evaluations", lambda name: f"{found[name].evaluations:.1f}"),
+        Cell("Converged", lambda name: f"{100 * found[name].converged:.0f}", "%"),
+        Cell("Largest residual", lambda name: f"{found[name].residual:.1e}", "relative"),
+    ])  # fmt: skip
+    console.print(measured.table.rich())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +21,21 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchimplicit.diagnostics import GradientProbe, probe_gradient, spectral_radius
 from torchimplicit.diagnostics.compare import compared
 from torchimplicit.errors import ConvergenceWarning
-from torchimplicit.gradients import Gradient, Implicit, NeumannPhantom, OneStep, UnrolledPhantom
+from torchimplicit.gradients import Gradient, Implicit
 from torchimplicit.linear import GMRES
 from torchimplicit.models import ConvDEQClassifier
 from torchimplicit.problems import FixedPoint
-from torchimplicit.recipes.phantom.demo_settings import GROUPS, DigitsConfig, EstimatorName
+from torchimplicit.recipes.phantom.demo import (
+    ESTIMATORS,
+    GROUPS,
+    Audit,
+    DigitsConfig,
+    EstimatorName,
+    Profile,
+    Step,
+    Track,
+    Validation,
+)
 from torchimplicit.recipes.runtime.run import clock
 from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 from torchimplicit.solve import solve
@@ -104,48 +114,6 @@ def classifier(config: DigitsConfig, name: EstimatorName) -> ConvDEQClassifier:
             solver=solver(config),
             gradient=ESTIMATORS[name].make(config),
         )
-
-
-# -- The gradient estimators that the recipe compares, by name ---------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Estimator:
-    """One way to differentiate the equilibrium, as the tables and the pictures show it.
-
-    Attributes:
-        label: for people.
-        make: the estimator for a config.
-        explanation: one sentence for a newcomer.
-    """
-
-    label: str
-    make: Callable[[DigitsConfig], Gradient]
-    explanation: str
-
-
-ESTIMATORS: dict[EstimatorName, Estimator] = {
-    "implicit": Estimator(
-        "Implicit (exact)",
-        lambda config: Implicit(linear_solver=GMRES(rtol=config.tolerance, max_steps=config.solver_steps)),
-        "solves the linear system (I − Jᵀ)g = u by GMRES, so its only error is the solver's tolerance.",
-    ),
-    "unrolled-phantom": Estimator(
-        "Unrolled phantom",
-        lambda config: UnrolledPhantom(steps=config.phantom_steps, damping=config.phantom_damping),
-        "takes a few more damped steps of the cell from the equilibrium and backpropagates through those only.",
-    ),
-    "neumann-phantom": Estimator(
-        "Neumann phantom",
-        lambda config: NeumannPhantom(steps=config.phantom_steps, damping=config.phantom_damping),
-        "adds up the first few terms of the series of (I − Jᵀ)⁻¹ at the equilibrium, in constant memory.",
-    ),
-    "one-step": Estimator(
-        "One step",
-        lambda config: OneStep(),
-        "replaces (I − Jᵀ)⁻¹ by the identity: one vector–Jacobian product, whatever the Jacobian is.",
-    ),
-}
 
 
 # -- The training itself: a Lightning module that trains one classifier for each estimator, side by side ---------------
@@ -399,21 +367,6 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-@dataclass(frozen=True)
-class Profile:
-    """Relative residuals ``‖f(z) − z‖ / ‖f(z)‖`` by iteration, over the samples of one batch.
-
-    Attributes:
-        solver: whose iterates.
-        median, low, high: the median, the 10 % and the 90 % quantile.
-    """
-
-    solver: str
-    median: list[float]
-    low: list[float]
-    high: list[float]
-
-
 @torch.no_grad()
 def profiles(classifier: ConvDEQClassifier, images: Tensor) -> list[Profile]:
     """One profile for each solver, at the classifier's weights."""
@@ -475,72 +428,3 @@ def row(tracks: dict[EstimatorName, Track], step: int) -> dict[str, float]:
                 figures[f"{name}/validation_accuracy"] = validation.accuracy
                 figures[f"{name}/validation_loss"] = validation.loss
     return figures
-
-
-# -- What is measured while a classifier trains. It travels in the checkpoint, so a resumed run has all of it ----------
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step.
-
-    Attributes:
-        loss: cross-entropy of the step's minibatch, before the update (nats).
-        seconds: forward, backward and update, and nothing else.
-        forward, backward: evaluations of the cell in the forward pass, and products with its Jacobian in the backward
-            pass, as :class:`~torchimplicit.solution.Report` counts them.
-        unconverged: share of the samples whose forward solve did not reach its tolerance.
-    """
-
-    loss: float
-    seconds: float
-    forward: float
-    backward: float
-    unconverged: float
-
-
-@dataclass(frozen=True)
-class Audit:
-    """The estimate beside the exact gradient, at the same weights and on the same minibatch.
-
-    Attributes:
-        step: optimizer steps done.
-        cosine: between the two gradients in all parameters up to the equilibrium (stem and cell).
-        norm_ratio: length of the estimate over that of the exact gradient.
-        adjoint_residual: ``‖u − (I − Jᵀ)g‖ / ‖u‖`` of the estimate's adjoint vector g, root mean square over samples.
-        exact_residual: the same of the exact gradient: how exact it is.
-        spectral_radius: of J at the equilibrium, median over the samples.
-        spectral_radius_max: the largest.
-    """
-
-    step: int
-    cosine: float
-    norm_ratio: float
-    adjoint_residual: float
-    exact_residual: float
-    spectral_radius: float
-    spectral_radius_max: float
-
-
-@dataclass(frozen=True)
-class Validation:
-    """The validation split after some steps.
-
-    Attributes:
-        step: optimizer steps done.
-        accuracy: share of the images that are classified right.
-        loss: mean cross-entropy (nats).
-    """
-
-    step: int
-    accuracy: float
-    loss: float
-
-
-@dataclass
-class Track:
-    """Everything about one estimator's training."""
-
-    steps: list[Step] = field(default_factory=list)
-    audits: list[Audit] = field(default_factory=list)
-    validations: list[Validation] = field(default_factory=list)

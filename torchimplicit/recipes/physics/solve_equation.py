@@ -8,9 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from html import escape
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -26,10 +24,10 @@ from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import read_checkpoint
 from torchimplicit.recipes.runtime.optimize import Array, Budget, Clock, Enough, Keeper
 from torchimplicit.recipes.runtime.optimize import run as optimize
-from torchimplicit.recipes.runtime.page import COLOURS, FIGURE, axes, document, figure, save_figure, svg
+from torchimplicit.recipes.runtime.page import COLOURS, Section, axes, document, saved, styled
 from torchimplicit.recipes.runtime.run import Environment, Run, threads
 from torchimplicit.recipes.runtime.settings import from_plain
-from torchimplicit.recipes.runtime.table import Column, Table
+from torchimplicit.recipes.runtime.table import Column, Drawing, Table
 
 # -- What is measured while a field is trained, and what comes out -----------------------------------------------------
 
@@ -206,7 +204,7 @@ def figures(results: Results, equation: Equation, made: Field) -> dict[str, Figu
     with torch.no_grad():
         found = made(torch.as_tensor(grid)).numpy()
     right = equation.reference(grid)
-    with matplotlib.rc_context(FIGURE):
+    with styled():
         if len(equation.inputs) == 1:
             drawn = {
                 "solution": _lines(equation, grid, found, right),
@@ -271,22 +269,15 @@ def _maps(equation: Equation, grid: np.ndarray, values: dict[str, np.ndarray], c
 
 def write_report(results: Results, equation: Equation, made: Field, run: Run) -> None:
     """``figures/*.png`` and ``index.html``, which holds its pictures itself."""
-    folder = run.path / "figures"
-    folder.mkdir(exist_ok=True)
     drawn = figures(results, equation, made)
-    for name, one in drawn.items():
-        save_figure(one, folder / f"{name}.png", 130)
+    with styled():
+        pictures = saved([Drawing(name, one, CAPTIONS[name]) for name, one in drawn.items()], run)
     said = ", ".join(f"{name} {value:.2e}" for name, value in results.errors.items())
-    parts = [
-        f"<h1>{escape(equation.title)}</h1>",
-        f"<p class='lead'>{escape(results.config.model.capitalize())} of {results.parameters} weights, after "
-        f"{results.iterations} iterations of {escape(results.config.optimizer)}: {escape(said)}, against "
-        f"{escape(results.reference)}.</p>",
-        "<div class='grid'>",
-        *(figure(svg(one, name), CAPTIONS[name]) for name, one in drawn.items()),
-        "</div>",
-    ]
-    run.write_text("index.html", document(equation.title, parts))
+    lead = (
+        f"{results.config.model.capitalize()} of {results.parameters} weights, after {results.iterations} iterations "
+        f"of {results.config.optimizer}: {said}, against {results.reference}."
+    )
+    run.write_text("index.html", document(equation.title, [lead], [Section(pictures=pictures)]))
 
 
 # -- Trains a field, and shows what came out; see :class:`torchimplicit.recipes.runtime.run.Runner` --------------------

@@ -10,7 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -29,7 +28,7 @@ from torchimplicit.recipes.representations.fit import (
 from torchimplicit.recipes.representations.settings import HIGHEST_RATE, LOWEST_RATE, SoundConfig, SoundName
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import replacing
-from torchimplicit.recipes.runtime.page import COLOURS, FIGURE, save_figure
+from torchimplicit.recipes.runtime.page import COLOURS, save_figure, styled
 from torchimplicit.recipes.runtime.run import Run
 from torchimplicit.recipes.runtime.trainer import Results
 
@@ -304,7 +303,7 @@ MOST_DRAWN = 4000
 def waveforms(truth: Tensor, values: Tensor, rate: int) -> Figure:
     """The sound and the error over all of it, and the sound and the field where it is loudest: first channel."""
     truth, values = truth[:, 0], values[:, 0]
-    with matplotlib.rc_context(FIGURE):
+    with styled():
         figure = Figure(figsize=(9, 2.9), layout="constrained")
         whole, close = figure.subplots(1, 2)
         for line, label, colour in ((truth, "sound", COLOURS[0]), (values - truth, "error", COLOURS[1])):
@@ -329,7 +328,7 @@ def spectrograms(lines: dict[str, Tensor], rate: int) -> Figure:
     window = min(length, 2 ** round(math.log2(max(16, 0.032 * rate))))
     powers = {name: _power(line[:, 0], window) for name, line in lines.items()}
     top = 10 * math.log10(max(float(next(iter(powers.values())).max()), 1e-20))
-    with matplotlib.rc_context({**FIGURE, "axes.grid": False}):
+    with styled():
         figure = Figure(figsize=(9, 2.9), layout="constrained")
         several = figure.subplots(1, len(powers), sharey=True, squeeze=False)[0]
         for ax, (name, power) in zip(several, powers.items(), strict=True):
@@ -344,6 +343,7 @@ def spectrograms(lines: dict[str, Tensor], rate: int) -> Figure:
                 interpolation="nearest",
             )
             ax.set(title=name, xlabel="seconds")
+            ax.grid(False)
         several[0].set_ylabel("kHz")
         figure.colorbar(shown, ax=list(several), label="dB", shrink=0.9)
     return figure

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from math import log10, prod, sqrt
 from pathlib import Path
 from typing import Any, Protocol, cast, final
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -30,9 +27,9 @@ from torchimplicit.nn import WarmStart
 from torchimplicit.recipes.representations.settings import FieldSettings, check_fit
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import load_weights
-from torchimplicit.recipes.runtime.page import FIGURE, axes, document, figure, save_figure, style, svg, table
+from torchimplicit.recipes.runtime.page import Section, axes, document, media, saved, style, styled
 from torchimplicit.recipes.runtime.run import Run, device, threads
-from torchimplicit.recipes.runtime.table import Column, Table
+from torchimplicit.recipes.runtime.table import Column, Drawing, Table
 from torchimplicit.recipes.runtime.task import Metric, Shard, Split, Task, generator, gradient, solver
 from torchimplicit.recipes.runtime.trainer import Results, Trainer
 
@@ -488,20 +485,14 @@ class _Batches:
 # -- What every fit of a field shows: its curve, and a page with its pictures and figures ------------------------------
 
 
-LARGEST_INSIDE = 4 << 20
-"""Bytes of a file that is put into the page itself."""
-
-
 def curve(results: Results, metric: Metric) -> Figure:
     """The metric on the validation points over the steps, and over the seconds."""
     scale, unit = (100.0 if metric.unit == "%" else 1.0), f" ({metric.unit})" if metric.unit else ""
-    with matplotlib.rc_context(FIGURE):
-        drawn, (left, right) = axes(2, width=4.5, height=3.2)
-        found = [(v.step, v.seconds, scale * v.figures[metric.name]) for v in results.validations]
-        for ax, place, name in ((left, 0, "step"), (right, 1, "seconds of training")):
-            ax.plot([f[place] for f in found], [f[2] for f in found], **style(0))
-            ax.set_xlabel(name)
-            ax.set_ylabel(metric.name + unit)
+    drawn, panels = axes(2, width=4.5, height=3.2)
+    values = [scale * v.figures[metric.name] for v in results.validations]
+    for ax, place, name in zip(panels, ("step", "seconds"), ("step", "seconds of training"), strict=True):
+        ax.plot([getattr(v, place) for v in results.validations], values, **style(0))
+        ax.set(xlabel=name, ylabel=metric.name + unit)
     return drawn
 
 
@@ -521,22 +512,12 @@ def write_page(
         pictures: files to see (PNG, GIF) and to hear (WAV), with their captions.
         notes: paragraphs below the figures.
     """
-    folder = run.path / "figures"
-    folder.mkdir(exist_ok=True)
-    drawn = curve(results, task.metric)
-    save_figure(drawn, folder / "curve.png", 130)
-    parts = [
-        "<p class='tag'>torchimplicit</p>",
-        f"<h1>{escape(title)}</h1>",
-        f"<p class='lead'>{escape(task.describe())}</p>",
-        f"<div class='card'>{table(summary(results))}</div>",
-        *(f"<p>{escape(note)}</p>" for note in notes),
-        '<div class="grid">',
-        *(figure(_shown(path, caption, run), caption) for path, caption in pictures),
-        figure(svg(drawn, "curve"), f"The {task.metric.name} on the validation points along training."),
-        "</div>",
-    ]
-    run.write_text("index.html", document(title, parts))
+    with styled():
+        caption = f"The {task.metric.name} on the validation points along training."
+        curves = saved([Drawing("curve", curve(results, task.metric), caption)], run)
+    shown = [*(media(path, caption, run.path) for path, caption in pictures), *curves]
+    sections = [Section(table=summary(results), notes=notes), Section(pictures=shown)]
+    run.write_text("index.html", document(title, [task.describe()], sections))
 
 
 def summary(results: Results) -> Table:
@@ -566,20 +547,6 @@ def summary(results: Results) -> Table:
         Column("Backward", "products", "With the cell's Jacobian in a step, mean."),
     ]
     return Table(columns, rows)
-
-
-KINDS = {".png": "image/png", ".gif": "image/gif", ".wav": "audio/wav"}
-
-
-def _shown(path: Path, caption: str, run: Run) -> str:
-    """The file inside the page, or beside it where it is large."""
-    if path.stat().st_size > LARGEST_INSIDE:
-        source = path.relative_to(run.path).as_posix()
-    else:
-        source = f"data:{KINDS[path.suffix]};base64,{b64encode(path.read_bytes()).decode('ascii')}"
-    if path.suffix == ".wav":
-        return f"<audio controls preload='none' style='width:100%' src='{source}'></audio>"
-    return f"<img alt='{escape(caption, quote=True)}' src='{source}' style='width:100%;image-rendering:pixelated'>"
 
 
 # -- The runner of every recipe that fits a field: training, and then a look at the best weights -----------------------

@@ -9,7 +9,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, final
 
-import matplotlib
 import torch
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -45,7 +44,7 @@ from torchimplicit.recipes.representations.mesh import (
 from torchimplicit.recipes.representations.mesh import drawn as mesh_drawn
 from torchimplicit.recipes.representations.settings import LONGEST, ShapeConfig, check_grid, check_slopes
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.page import FIGURE, save_figure
+from torchimplicit.recipes.runtime.page import save_figure, styled
 from torchimplicit.recipes.runtime.run import Run
 from torchimplicit.recipes.runtime.task import Metric, generator
 from torchimplicit.recipes.runtime.trainer import Results
@@ -458,9 +457,10 @@ def _slice(config: ShapeConfig, task: FieldTask, true: Subject) -> Figure:
     else:
         values = values.sigmoid() - 0.5
         most, colours, label = 0.5, "RdBu_r", "probability of being inside, less one half"
-    with matplotlib.rc_context({**FIGURE, "axes.grid": False}):
+    with styled():
         figure = Figure(figsize=(5.6, 4.6), layout="constrained")
         ax = figure.subplots()
+        ax.grid(False)
         shown = ax.imshow(values.numpy(), cmap=colours, vmin=-most, vmax=most, origin="lower", extent=box)
         if config.task == "sdf":
             ax.contour(values.numpy(), 16, colors="#00000055", linewidths=0.5, extent=box)

@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -47,7 +46,7 @@ from torchimplicit.recipes.representations.image import (
 from torchimplicit.recipes.representations.settings import ClipName, VideoConfig, check_export
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import replacing
-from torchimplicit.recipes.runtime.page import FIGURE, axes, save_figure, style
+from torchimplicit.recipes.runtime.page import axes, save_figure, style, styled
 from torchimplicit.recipes.runtime.run import Run
 from torchimplicit.recipes.runtime.trainer import Results
 
@@ -295,7 +294,7 @@ def strip(rows: dict[str, Sequence[Tensor]]) -> Figure:
     numbers = chosen(len(first))
     height, width = first[0].shape[:2]
     across = 9.0 / len(numbers)
-    with matplotlib.rc_context(FIGURE):
+    with styled():
         figure = Figure(figsize=(9.0, len(rows) * across * height / width + 0.35), layout="constrained")
         grid = figure.subplots(len(rows), len(numbers), squeeze=False)
         for line, (name, pictures) in zip(grid, rows.items(), strict=True):
@@ -312,7 +311,7 @@ def strip(rows: dict[str, Sequence[Tensor]]) -> Figure:
 
 def over_frames(decibels: Sequence[float]) -> Figure:
     """The PSNR of every frame."""
-    with matplotlib.rc_context(FIGURE):
+    with styled():
         figure, (ax,) = axes(1, width=6.0, height=3.0)
         ax.plot(range(len(decibels)), decibels, **style(0))
         ax.set(xlabel="frame", ylabel="PSNR (dB)")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import write_text
 from torchimplicit.recipes.runtime.fitting import Row, rows
-from torchimplicit.recipes.runtime.page import FIGURE, axes, document, figure, style, svg, table
+from torchimplicit.recipes.runtime.page import Section, Shown, axes, document, style, styled, svg
 from torchimplicit.recipes.runtime.run import Run
 from torchimplicit.recipes.runtime.table import Column, Table
 from torchimplicit.recipes.runtime.trainer import Results
@@ -93,13 +91,8 @@ def curves(runs: Sequence[Finished]) -> Figure:
 
 def write(runs: Sequence[Finished], file: Path) -> None:
     """The page, in one file."""
-    with matplotlib.rc_context(FIGURE):
+    with styled():
         picture = svg(curves(runs), "curves")
     caption = "Training loss and validation figures of the runs, against steps and against time in training steps."
-    parts = [
-        f"<h1>{escape(TITLE)}</h1>",
-        f"<div class='card'>{table(comparison(runs))}</div>",
-        "<h2>Curves</h2>",
-        figure(picture, caption),
-    ]
-    write_text(file, document(TITLE, parts))
+    shown = [Shown(media=picture, caption=caption)]
+    write_text(file, document(TITLE, [], [Section(table=comparison(runs)), Section(heading="Curves", pictures=shown)]))

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from rich.console import Console
 
@@ -17,7 +16,7 @@ from torchimplicit.recipes.registry import runner, settings
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import replacing
 from torchimplicit.recipes.runtime.jobs import finished, run_all
-from torchimplicit.recipes.runtime.page import FIGURE, page, save_figure
+from torchimplicit.recipes.runtime.page import record_page, saved, styled
 from torchimplicit.recipes.runtime.run import Environment, Run
 from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Job, Picture, Record, Summary
@@ -83,12 +82,9 @@ class Reproduction:
     def _write(self, config: Any, runs: dict[str, Run], run: Run, console: Console) -> None:
         if not runs:
             return
-        with matplotlib.rc_context(FIGURE):
+        with styled():
             summary = self._summarize(config, runs)
-            folder = run.path / "figures"
-            folder.mkdir(exist_ok=True)
-            for drawing in summary.drawings:
-                save_figure(drawing.figure, folder / f"{drawing.name}.png", 130)
+            pictures = saved(summary.drawings, run)
         name = run.read()["recipe"]
         record = Record(
             name=name,
@@ -106,7 +102,7 @@ class Reproduction:
             runs=summary.runs,
         )
         run.write_json("record.json", record)
-        run.write_text("index.html", page(record, summary.drawings))
+        run.write_text("index.html", record_page(record, pictures))
         for sheet in record.sheets:
             console.print(f"[bold]{sheet.title}")
             console.print(sheet.table.rich_rows())
