@@ -36,6 +36,7 @@ ROOMS = (
     "captured",
     "gradients",
     "solve",
+    "linear_solve",
     "resolve",
     "derivatives",
     "regularizers",

@@ -26,6 +26,7 @@ from torchimplicit.gradients import (
     UnrolledPhantom,
 )
 from torchimplicit.linear import CG, GMRES, LSMR, MINRES, BiCGStab, Dense, Neumann
+from torchimplicit.linear_solve import linear_solve
 from torchimplicit.problems import FixedPoint, JointInference, JointState, Minimum, Root
 from torchimplicit.ragged import Ragged
 from torchimplicit.resolve import Resolved, resolve
@@ -81,6 +82,7 @@ __all__ = [
     "UnrolledPhantom",
     "UnsupportedDerivativeError",
     "derivatives",
+    "linear_solve",
     "nn",
     "regularizers",
     "resolve",

@@ -19,7 +19,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,10 +36,20 @@ from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.problems.linearization import Linearization, check_unmoved, recorded_gradients
 from torchimplicit.problems.system import vjp
 from torchimplicit.saved import Saved, kept, unpack
-from torchimplicit.solution import Report, Status
+from torchimplicit.solution import AdjointRecord, Report, Status
 from torchimplicit.state import row_norm
 
 Grads = tuple[Tensor | None, ...]
+
+
+class Recorded(Protocol):
+    """What has a place for the report of a backward solve."""
+
+    @property
+    def record(self) -> AdjointRecord:
+        """That place."""
+        ...
+
 
 NEARLY_SINGULAR = 0.1
 """The relative error of a derivative, by the condition number and the default tolerance, that is warned of."""
@@ -472,7 +482,7 @@ def _refuse_batched_cotangents(u: Tensor) -> None:
         )
 
 
-def report(task: Task, figures: Report) -> None:
+def report(task: Recorded, figures: Report) -> None:
     """Leave the figures of a backward solve where the user finds them, and warn if it fell short."""
     task.record.report = figures
     ill = _nearly_singular(figures)

@@ -140,7 +140,7 @@ class Linearization:
         if self._looked:
             return
         self._looked = True
-        seen = torch.zeros(self.z.shape[1], dtype=torch.bool, device=self.z.device)
+        seen = torch.zeros(self.out.shape[1], dtype=torch.bool, device=self.z.device)
         if not blind:
             given = _seen_columns(self.out, self.z)
             if given is None:
@@ -186,7 +186,7 @@ class Linearization:
                 return torch.stack([product(v) for v in vs])
         if not self._looked:
             self._look(grad is None)
-        return torch.zeros_like(vs) if grad is None else grad
+        return vs.new_zeros(len(vs), *at.shape) if grad is None else grad
 
 
 def recorded_gradients(

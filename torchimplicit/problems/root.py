@@ -8,7 +8,7 @@ from typing import final
 
 from torch import Tensor
 
-from torchimplicit.linear import GMRES, Dense, LinearOperator, LinearSolver
+from torchimplicit.linear import GMRES, MINRES, Dense, LinearOperator, LinearSolver
 from torchimplicit.problems.base import MapProblem
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.system import Point, System
@@ -36,7 +36,13 @@ class Root(MapProblem):
 @final
 @dataclass(frozen=True, kw_only=True)
 class RootSystem(System):
-    """:math:`R = f(z)`, :math:`A = f_z`."""
+    """:math:`R = f(z)`, :math:`A = f_z`.
+
+    Attributes:
+        symmetric: whether every :math:`A` equals its transpose.
+    """
+
+    symmetric: bool = False
 
     def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
         return Point(z, -(self.fn(z, *params) if value is None else value))
@@ -56,6 +62,7 @@ class RootSystem(System):
             dim=tape.z.shape[1],
             dtype=tape.z.dtype,
             device=tape.z.device,
+            symmetric=self.symmetric,
             transposed=transposed,
             restrict=self._restricted(tape, transposed),
             coupling=self.coupling,
@@ -65,4 +72,6 @@ class RootSystem(System):
         return tape.pull(-g)
 
     def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
+        if self.symmetric:
+            return Dense() if dim <= 128 and batch * dim * dim <= 2**22 else MINRES()
         return Dense() if dim <= 32 and batch * dim * dim <= 2**20 else GMRES()

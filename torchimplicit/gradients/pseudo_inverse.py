@@ -1,0 +1,178 @@
+"""The pseudo-inverse's product with a vector, as an autograd node that is closed under differentiation.
+
+With :math:`y=A^+b`, :math:`r=b-Ay` and a constant rank (Golub and Pereyra 1973, eq. 4.12),
+
+.. math::
+    \\dot y = A^+(\\dot b-\\dot Ay) + A^+A^{+T}\\dot A^Tr + (I-A^+A)\\dot A^TA^{+T}y,
+
+which is made of products with :math:`A`, :math:`A^T` and their pseudo-inverses again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from torchimplicit.coupling import Coupling
+from torchimplicit.gradients.nodes import _fold, _nested_forward_mode, _primals, _stack, gradients, push, report
+from torchimplicit.linear import LinearSolver
+from torchimplicit.linear.pseudo_inverse import RectangularOperator, pseudo_solve
+from torchimplicit.precision import safe_norm, without_autocast
+from torchimplicit.problems.linearization import Linearization
+from torchimplicit.problems.system import _vmapped, vjp
+from torchimplicit.saved import past_hooks
+from torchimplicit.solution import AdjointRecord, Report
+
+
+class PseudoSolution(NamedTuple):
+    """The solution as autograd sees it, ``[batch, inner]``, with its figures ``[batch]``."""
+
+    value: Tensor
+    status: Tensor
+    steps: Tensor
+    residual: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Maps:
+    """The maps :math:`A_i`, as functions of parameters.
+
+    Attributes:
+        fn: ``(y [batch, inner], *params) -> [batch, outer]``, linear in y.
+        inner, outer: how many numbers go in, and come out.
+        solver: for their pseudo-inverses.
+        record: where the solves of derivatives leave their reports.
+        reports: of all the solves, the first one's first.
+    """
+
+    fn: Callable[..., Tensor]
+    inner: int
+    outer: int
+    solver: LinearSolver
+    record: AdjointRecord
+    coupling: Coupling | None = None
+    reports: list[Report] = field(default_factory=list)
+
+    def solve(self, transposed: bool, b: Tensor, params: Sequence[Tensor]) -> PseudoSolution:
+        """On plain tensors."""
+        with without_autocast(b.device), past_hooks():
+            tape = Linearization(self.fn, b.new_zeros(len(b), self.inner), params)
+            operator = RectangularOperator(
+                plain=tape.plain,
+                transposed=tape.transposed,
+                batch=len(b),
+                inner=self.inner,
+                outer=self.outer,
+                dtype=b.dtype,
+                device=b.device,
+                coupling=self.coupling,
+            )
+            found = pseudo_solve(self.solver, operator.flipped() if transposed else operator, b)
+            if not self.reports:
+                # a map whose derivative at zero is zero is told by another vector
+                probe = torch.where((found.value == 0).all(dim=1, keepdim=True), 1, found.value.nan_to_num())
+                self._check_linear(probe, operator.plain(probe), params)
+        if self.reports:
+            report(self, found.report)
+        self.reports.append(found.report)
+        return PseudoSolution(found.value, found.report.status, found.report.steps, found.report.residual)
+
+    @torch.no_grad()
+    def _check_linear(self, y: Tensor, product: Tensor, params: Sequence[Tensor]) -> None:
+        image = self.fn(y, *params)
+        gap, size = safe_norm(image - product), safe_norm(image) + safe_norm(product)
+        if bool((gap > torch.finfo(y.dtype).eps ** 0.5 * size).any()):
+            raise ValueError(
+                "the operator is not linear: its derivative gives another product with the solution than it does "
+                "itself. A nonlinear residual is a problem, ti.solve(ti.LeastSquares(residual), z0)"
+            )
+
+    def product(self, transposed: bool, v: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """:math:`Av` or :math:`A^Tv`, by composable transforms."""
+        if not transposed:
+            return self.fn(v, *params)
+        _, pull = vjp(lambda y: self.fn(y, *params), v.new_zeros(len(v), self.inner))
+        return pull(v)[0]
+
+    def vmapped(self, size: int, dims: Sequence[int | None]) -> Maps:
+        """Those of ``size`` copies, stacked along the batch."""
+        return replace(self, fn=_vmapped(self.fn, size, tuple(dims)))
+
+
+class PseudoSolve(Function):
+    """:math:`y=M^+b` with M the maps, or their transposes: ``(maps, transposed, b, *params) -> PseudoSolution``."""
+
+    @staticmethod
+    def forward(maps: Maps, transposed: bool, b: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+        return tuple(maps.solve(transposed, b, params))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.maps, ctx.transposed, b, *params = inputs
+        y, *figures = output
+        ctx.mark_non_differentiable(*figures)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y, b, *params)
+        ctx.save_for_forward(y, b, *params)
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        y, b, *params = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3:]
+        if c is None:
+            return None, None, None, *(None for _ in wanted)
+        maps, flip = ctx.maps, ctx.transposed
+        g = PseudoSolve.apply(maps, not flip, c, *params)[0]
+        if not any(wanted):
+            return None, None, g, *(None for _ in wanted)
+        rest = b - maps.product(flip, y, params)
+        beyond = c - maps.product(not flip, g, params)
+        k = PseudoSolve.apply(maps, flip, g, *params)[0]
+        h = PseudoSolve.apply(maps, not flip, y, *params)[0]
+        pairs = ((-g, y), (rest, k), (h, beyond))  # the derivative of left^T M right in each
+
+        def weighted(*params: Tensor) -> Tensor:
+            total = y.new_zeros(())
+            for left, right in pairs:
+                left, right = (right, left) if flip else (left, right)
+                total = total + (left * maps.fn(right, *params)).sum()
+            return total
+
+        return None, None, g, *gradients(weighted, params, wanted)
+
+    @staticmethod
+    def jvp(ctx: Any, _maps: None, _transposed: None, db: Tensor | None, *tangents: Tensor | None) -> tuple[Any, ...]:
+        with _nested_forward_mode():
+            y, b, *params = _primals(ctx.saved_tensors)
+            maps, flip = ctx.maps, ctx.transposed
+            right = torch.zeros_like(b) if db is None else db
+            beside = None
+            if any(t is not None for t in tangents):
+
+                def moved(turned: bool, v: Tensor) -> Tensor:
+                    out = push(lambda *params: maps.product(turned, v, params), params, tangents)
+                    assert out is not None
+                    return out
+
+                rest = b - maps.product(flip, y, params)
+                h = PseudoSolve.apply(maps, not flip, y, *params)[0]
+                beside = moved(not flip, h)
+                turned = PseudoSolve.apply(maps, not flip, moved(not flip, rest), *params)[0]
+                right = right - moved(flip, y) + turned - maps.product(flip, beside, params)
+            out = PseudoSolve.apply(maps, flip, right, *params)[0]
+            return out if beside is None else out + beside, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, maps: Maps, transposed: bool, b: Tensor, *params: Tensor) -> tuple[Any, Any]:
+        size, dims, params = _fold(info, in_dims[3:], params)
+        found = PseudoSolve.apply(maps.vmapped(size, dims), transposed, _stack(b, in_dims[2], size), *params)
+        return tuple(t.reshape(size, -1, *t.shape[1:]) for t in found), (0, 0, 0, 0)
+
+
+PseudoSolve.forward.__signature__ = inspect.signature(PseudoSolve.forward)  # type: ignore[attr-defined]

@@ -1,0 +1,134 @@
+"""Products with the pseudo-inverse of linear maps that need not be square."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from torchimplicit.coupling import Coupling
+from torchimplicit.linear.base import LinearSolution, LinearSolver
+from torchimplicit.linear.confirmed import separated, solve_any
+from torchimplicit.linear.dense import Dense
+from torchimplicit.linear.lsmr import LSMR
+from torchimplicit.linear.operator import LinearOperator, Product
+from torchimplicit.precision import UnitRows, safe_norm, working_dtype
+from torchimplicit.solution import Report, Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class RectangularOperator:
+    """The maps :math:`A_i` of ``[batch, inner]`` to ``[batch, outer]``, one per sample, by their products.
+
+    Attributes:
+        plain, transposed: products with :math:`A_i` and with :math:`A_i^T`.
+        coupling: see :class:`~torchimplicit.linear.LinearOperator`.
+    """
+
+    plain: Product
+    transposed: Product
+    batch: int
+    inner: int
+    outer: int
+    dtype: torch.dtype
+    device: torch.device
+    coupling: Coupling | None = None
+
+    def flipped(self) -> RectangularOperator:
+        """:math:`A_i^T`."""
+        return replace(self, plain=self.transposed, transposed=self.plain, inner=self.outer, outer=self.inner)
+
+    def square(self) -> LinearOperator:
+        """Filled up with zeros to square maps, whose pseudo-inverses are those of the maps, filled up likewise."""
+        dim = max(self.inner, self.outer)
+
+        def padded(product: Product, given: int) -> Product:
+            return lambda v: filled(product(v[..., :given].contiguous()), dim)
+
+        return self._operator(padded(self.plain, self.inner), padded(self.transposed, self.outer), dim)
+
+    def normal(self) -> LinearOperator:
+        """:math:`A_i^TA_i`, or :math:`A_iA_i^T` where that is smaller."""
+        first, last = (self.plain, self.transposed) if self.inner <= self.outer else (self.transposed, self.plain)
+
+        def product(v: Tensor) -> Tensor:
+            return last(first(v))
+
+        return replace(self._operator(product, product, min(self.inner, self.outer)), symmetric=True)
+
+    def _operator(self, product: Product, transposed: Product, dim: int) -> LinearOperator:
+        return LinearOperator(
+            product=product,
+            transposed_product=transposed,
+            batch=self.batch,
+            dim=dim,
+            dtype=self.dtype,
+            device=self.device,
+            coupling=self.coupling,
+        )
+
+
+def filled(v: Tensor, dim: int) -> Tensor:
+    """``[..., k]`` with zeros up to ``[..., dim]``."""
+    return torch.nn.functional.pad(v, (0, dim - v.shape[-1]))
+
+
+@torch.no_grad()
+def pseudo_solve(solver: LinearSolver, operator: RectangularOperator, b: Tensor) -> LinearSolution:
+    """:math:`A_i^+b_i`, the least-squares solutions of least norm, for ``b`` of ``[batch, outer]``.
+
+    :class:`Dense` takes the singular values, :class:`LSMR` the map itself, and any other method the normal equations
+    of the smaller side, whose condition is the square of the map's. A sample counts as solved where the residual is
+    within the tolerance, or where what the transposed map makes of it is:
+    :math:`\\lVert A^Tr\\rVert\\le rtol\\,\\lVert A^Tb\\rVert`, beyond rounding.
+    """
+    whole = UnitRows.as_they_are(b)  # rows may depend on each other
+    right = whole.unit
+    if isinstance(solver, Dense):
+        value, steps, cost = _by_singular_values(operator, right)
+    elif isinstance(solver, LSMR):
+        square = operator.square()
+        found = solve_any(solver, square, filled(right, square.dim))
+        value, steps, cost = found.value[:, : operator.inner], found.report.steps, found.report.evaluations
+    else:
+        back = right if operator.inner > operator.outer else operator.transposed(right)
+        found = solve_any(solver, operator.normal(), back)
+        value = operator.transposed(found.value) if operator.inner > operator.outer else found.value
+        steps, cost = found.report.steps, found.report.evaluations
+    rtol, atol = solver.tolerances(b.dtype)
+    rest = right - operator.plain(value)
+    turned, first = operator.transposed(rest), operator.transposed(right)
+    size, gap, moved, scale = safe_norm(rest), safe_norm(turned), safe_norm(first), safe_norm(right)
+    # how long the map makes a vector, from the products that there are
+    stretch = torch.maximum(moved / scale.clamp_min(torch.finfo(b.dtype).tiny), _stretch(right, value, rest))
+    eps = torch.finfo(b.dtype).eps
+    within = size <= rtol * scale + atol
+    least = gap <= 1.25 * rtol * moved + 32 * eps * stretch * (scale + stretch * safe_norm(value))
+    relative = torch.where(within, size / scale.where(scale > 0, 1), gap / moved.where(moved > 0, 1))
+    finite = whole.finite.squeeze(-1)
+    spent = steps >= getattr(solver, "max_steps", torch.inf)
+    failure = torch.where(spent, int(Status.MAX_STEPS), int(Status.BREAKDOWN))
+    status = torch.where(within | least, int(Status.CONVERGED), failure)
+    status = status.masked_fill(~finite, int(Status.NONFINITE))
+    relative = torch.where(within | (gap > 0), relative, 0).masked_fill(~finite, torch.nan)
+    return LinearSolution(whole.restored(value), Report(status, steps, relative.to(b.dtype), cost + 3))
+
+
+def _stretch(right: Tensor, value: Tensor, rest: Tensor) -> Tensor:
+    length = safe_norm(value)
+    return safe_norm(right - rest) / length.where(length > 0, torch.inf)
+
+
+def _by_singular_values(operator: RectangularOperator, b: Tensor) -> tuple[Tensor, Tensor, float]:
+    square, rows = separated(operator.square())
+    dtype = working_dtype(b.dtype)
+    matrix = square.dense().to(dtype)
+    finite = matrix.isfinite().all(dim=2).all(dim=1)
+    matrix = matrix.where(finite[:, None, None], 0)
+    right = filled(b, square.dim // rows).reshape(len(matrix), -1, 1).to(dtype)
+    inverse = torch.linalg.pinv(matrix, rtol=square.dim * torch.finfo(operator.dtype).eps)
+    value = (inverse @ right)[:, :, 0].where(finite[:, None], torch.nan)
+    value = value.reshape(operator.batch, -1)[:, : operator.inner].to(b.dtype)
+    steps = torch.ones(operator.batch, dtype=torch.int64, device=b.device)
+    return value, steps, float(square.dim)
