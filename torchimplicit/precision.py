@@ -104,6 +104,6 @@ def at_precision(method: Method, dtype: torch.dtype | None) -> Method:
     Under autocast the map is evaluated in a lower precision than that of the state, whose own default tolerance would
     be out of reach.
     """
-    if dtype is None or getattr(method, "rtol", 0.0) is not None:
+    if dtype is None or getattr(method, "rtol", 0.0) is not None or getattr(method, "steps", None) is not None:
         return method
     return replace(method, rtol=default_rtol(dtype))  # type: ignore[type-var]

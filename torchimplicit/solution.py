@@ -28,6 +28,9 @@ class Status(IntEnum):
     """Of an adjoint solve: the Hessian of the minimum has a negative eigenvalue, so the point is no minimum, and what
     was solved for is the derivative of a stationary point that no minimization would find. Of a minimization by
     :class:`~torchimplicit.NewtonKrylov`: it has come to such a point, and found no way down from it."""
+    STEPS_TAKEN = 5
+    """The solver was given a number of ``steps``, and has taken them: nothing was tested. The value is the last
+    iterate."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,12 @@ class Report:
     def converged(self) -> Tensor:
         """bool ``[batch]``: the samples that reached their tolerance."""
         return self.status == Status.CONVERGED
+
+    @property
+    def fell_short(self) -> Tensor:
+        """bool ``[batch]``: the samples that did not do what was asked of them, be it a tolerance or a number of
+        steps."""
+        return _fell_short(self.status)
 
     def summary(self) -> str:
         """One line for people: how many samples stopped for which reason, and the worst residual that is known."""
@@ -117,13 +126,18 @@ class Solution:
     problem: Any = field(default=None, repr=False, compare=False)
     args: tuple[Any, ...] = field(default=(), repr=False, compare=False)
     _record: AdjointRecord = field(default_factory=AdjointRecord, repr=False, compare=False)
-    _attach: Callable[[Any], Any] | None = field(default=None, repr=False, compare=False)
-    """Gives a state of ``z0``'s structure the derivative that it would have as the solution."""
+    _attach: Callable[[int], Any] | None = field(default=None, repr=False, compare=False)
+    """Gives the iterate of that number the derivative that it would have as the solution."""
 
     @property
     def converged(self) -> Tensor:
         """bool ``[batch]`` (or a scalar): the samples that reached their tolerance."""
         return self.status == Status.CONVERGED
+
+    @property
+    def fell_short(self) -> Tensor:
+        """Likewise: the samples that did not do what was asked of them, be it a tolerance or a number of steps."""
+        return _fell_short(self.status)
 
     @property
     def adjoint(self) -> Report | None:
@@ -149,6 +163,10 @@ class Solution:
     def summary(self) -> str:
         """One line for people: how many samples stopped for which reason, and the worst residual."""
         return Report(self.status, self.steps, self.residual, self.evaluations).summary()
+
+
+def _fell_short(status: Tensor) -> Tensor:
+    return (status != Status.CONVERGED) & (status != Status.STEPS_TAKEN)
 
 
 def _cut(tree: Any) -> Any:

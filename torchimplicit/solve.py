@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.captured import Capture, Capturing
-from torchimplicit.closure import announce, is_transformed, transforms_running
+from torchimplicit.closure import announce, is_transformed, transforms_running, watched
 from torchimplicit.compiler import untraced
 from torchimplicit.errors import ConvergenceWarning, SolveError, callers_level
 from torchimplicit.gradients import Gradient, Implicit, Unrolled
@@ -73,7 +73,10 @@ def solve(
         raise RuntimeError(UNTRACED)
     solver, gradient = _strategies(problem, solver, gradient)
     # a capture is found by one call, which is the solver's first evaluation where that can be
-    capture = torch.is_grad_enabled() or transforms_running()
+    plain = not transforms_running()
+    recorded = gradient.recorded(solver)
+    direct = recorded is not None and torch.is_grad_enabled() and plain and not watched()
+    capture = (torch.is_grad_enabled() or not plain) and not direct
     capturing = _capturing(problem, args, solver, gradient) if compile else None
     known = None if capturing is None else capturing.tensors
     given = stated(problem, z0, args, capture=capture, rowwise=not gradient.needs_solver_state, known=known)
@@ -93,12 +96,13 @@ def solve(
         value_known = None
     task = Task(
         system=system,
-        run=_runner(solver, system, value_known, compiled),
+        run=_runner(solver, system, value_known, compiled, recorded),
         solver=solver,
         record=record,
         precision=given.precision,
-        randomness=Randomness(problem.function, lambda z, params: system.fn(z, *params)),
+        randomness=None if solver.steps is not None else Randomness(problem.function, lambda z, p: system.fn(z, *p)),
         capture=compiled,
+        direct=direct,
     )
     with without_autocast(layout.device), given.call.at_home():
         found = gradient.attach(task, flat0 if differentiable((flat0,)) else flat0.detach(), params)
@@ -106,10 +110,15 @@ def solve(
     announce(found)
     outcome = task.outcomes[-1]
 
-    def attach(z: Tensor) -> Any:
-        """The state ``z`` (flat), with the derivative that it would have as the solution."""
+    def attach(i: int) -> Any:
+        """Iterate ``i``, with the derivative that it would have as the solution."""
+        z = outcome.trajectory[i]
         reached = Outcome(z, outcome.report, state=outcome.state)
         at = replace(task, run=lambda *_: reached, outcomes=[], randomness=None)
+        if recorded and not z.requires_grad:  # the steps that led there are differentiated, and nobody has seen them
+            count = min(i, recorded)
+            z, last = outcome.trajectory[i - count], solver.given(count)
+            at = replace(at, solver=last, run=_runner(last, system, None, None, count))
         with without_autocast(layout.device):
             return layout.unflatten(gradient.attach(at, z, params).z)
 
@@ -126,7 +135,7 @@ def solve(
         problem=problem,
         args=args,
         _record=record,
-        _attach=lambda tree: attach(layout.flatten(tree, "an iterate")),
+        _attach=attach,
     )
     _tell(solution, outcome.report, solver, throw)
     return solution
@@ -167,7 +176,7 @@ def _capturing(problem: Problem, args: tuple[Any, ...], solver: Solver, gradient
     return Capturing(problem, args, solver, linear_solver, implicit, refusal)
 
 
-def _runner(solver: Solver, own: System, value: Tensor | None, compiled: Capture | None) -> Run:
+def _runner(solver: Solver, own: System, value: Tensor | None, compiled: Capture | None, recorded: int | None) -> Run:
     def run(system: System, z0: Tensor, params: Sequence[Tensor]) -> Outcome:
         if compiled is not None and system is own:
             found = compiled.solve(z0, params)
@@ -176,7 +185,7 @@ def _runner(solver: Solver, own: System, value: Tensor | None, compiled: Capture
         first = None
         if value is not None and system is own and not torch.is_grad_enabled():
             first = system.at(z0, params, value)
-        return iterate(solver, system, z0, params, first)
+        return iterate(solver, system, z0, params, first, recorded)
 
     return run
 
@@ -197,15 +206,18 @@ def _tell_outside(problem: Problem, system: System, z0: Tensor, params: Sequence
 
 def _tell(solution: Solution, report: Report, solver: Solver, throw: bool) -> None:
     """Raise or warn where samples did not converge. One read from the device where all did."""
-    if not bool(report.status.any()):
+    if not bool((report.status if solver.steps is None else report.fell_short).any()):
         return
     bad = (report.status == Status.NONFINITE).nonzero().flatten().tolist()
     name = type(solver).__name__
     if bad:
         shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+        left = (
+            "each is frozen at its last good iterate" if solver.steps is None else "the steps were taken all the same"
+        )
         message = (
             f"{name} met NaN, infinity or a residual that grew without bound in {len(bad)} of {report.status.numel()} "
-            f"samples ({shown}); each is frozen at its last good iterate. Try more damping, a solver that does not "
+            f"samples ({shown}); {left}. Try more damping, a solver that does not "
             "need a contraction (Anderson, Broyden, NewtonKrylov), a normalized map (torchimplicit.nn.spectral_norm), "
             f"or look for bad input in those samples{solution.problem.advice}"
         )

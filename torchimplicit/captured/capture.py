@@ -135,6 +135,8 @@ class Capturing:
             return f"{type(self.solver).__name__} is not compiled, Anderson and FixedPointIteration are"
         if self.solver.keep_trajectory:
             return "keep_trajectory=True keeps what compiled code does not"
+        if self.solver.steps is not None or self.solver.return_last:
+            return "a solver with steps=... or return_last=True is not compiled"
         if not flat.numel():
             return "the batch is empty"
         if layout.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):

@@ -53,6 +53,8 @@ class Task:
         smoothness: told where a second derivative is asked for.
         randomness: told of the solve; ``None``: nobody looks.
         capture: the compiled form of the solve, where it has one.
+        direct: whether autograd differentiates what the estimator evaluates, what the function captures among it,
+            which ``params`` do not hold: grad mode is on then, and no transform runs.
     """
 
     system: System
@@ -68,6 +70,7 @@ class Task:
     smoothness: Smoothness = field(default_factory=Smoothness)
     randomness: Randomness | None = None
     capture: Capture | None = None
+    direct: bool = False
 
     def solve(self, z0: Tensor, params: Sequence[Tensor]) -> Found:
         """Run without recording gradients."""
@@ -156,6 +159,12 @@ class Gradient(ABC):
 
     def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization | None:
         """What the backward pass needs of the problem's function, recorded in the forward pass; ``None``: nothing."""
+        return None
+
+    def recorded(self, solver: Solver) -> int | None:
+        """Where ``solver`` takes a given number of steps, and autograd differentiates all that the estimator makes of
+        them: how many of the last of them it is to see. The function need not be called to find what it captures then.
+        ``None`` elsewhere."""
         return None
 
     def supports(self, system: System, solver: Solver) -> str | None:

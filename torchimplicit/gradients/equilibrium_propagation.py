@@ -174,6 +174,8 @@ class EquilibriumPropagation(Gradient):
         return (self.reach * stiffness.to(z.dtype) * torch.where(size > 0, size, 1))[:, None]
 
     def _tightened(self, solver: Solver, nudge: Tensor) -> Solver:
+        if solver.steps is not None:
+            return replace(solver, keep_trajectory=False)
         # single precision gives no more
         atol = float(nudge.min()) * (1e-6 if nudge.dtype == torch.float64 else 1e-3)
         given = atol if solver.atol is None else least(solver.atol)

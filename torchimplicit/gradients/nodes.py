@@ -486,7 +486,7 @@ def report(task: Recorded, figures: Report) -> None:
     """Leave the figures of a backward solve where the user finds them, and warn if it fell short."""
     task.record.report = figures
     ill = _nearly_singular(figures)
-    if bool((figures.converged & ~ill).all()):
+    if not bool((figures.fell_short | ill).any()):
         return
     if bool(ill.any()):
         assert figures.condition is not None
@@ -498,7 +498,7 @@ def report(task: Recorded, figures: Report) -> None:
             ConvergenceWarning,
             stacklevel=callers_level(),
         )
-        if bool(figures.converged.all()):
+        if not bool(figures.fell_short.any()):
             return
     saddles = int((figures.status == Status.SADDLE).sum())
     if saddles:

@@ -2,22 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import final
 
 from torch import Tensor
 
-from torchimplicit.gradients.base import Task, truncated
+from torchimplicit.closure import is_transformed
+from torchimplicit.gradients.base import Found, Task, differentiable, reported, truncated
 from torchimplicit.gradients.linear_estimate import LinearEstimate
+from torchimplicit.gradients.unrolled import through_steps
+from torchimplicit.gradients.unrolled_phantom import UnrolledPhantom
 from torchimplicit.linear import LinearSolution
 from torchimplicit.problems.linearization import Linearization
+from torchimplicit.solvers import FixedPointIteration, Solver, iterate
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class OneStep(LinearEstimate):
     """The inverse replaced by the identity: :math:`\\bar\\theta = f_\\theta^T u` (Fung et al. 2022, JFB; Bolte et al.
-    2023). One backward pass through ``f``; an ascent direction where the map contracts well."""
+    2023). One backward pass through ``f``; an ascent direction where the map contracts well.
+
+    After a given number of steps (``FixedPointIteration(steps=n)``) it is the derivative of the last of them, of every
+    order, and the state that this step began at is a constant, as in a loop of which only the last turn is seen by
+    autograd: no further evaluation. After other solvers, and after no step, it is taken at the value.
+    """
+
+    def recorded(self, solver: Solver) -> int | None:
+        return 1 if isinstance(solver, FixedPointIteration) and solver.steps else None
+
+    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+        if self.recorded(task.solver) is None:
+            return super().attach(task, z0, params)
+        if task.direct or not differentiable(params):
+            found = through_steps(task, z0.detach(), params)
+            return found._replace(z=reported(found.z, task.record, truncated(found.z.detach(), 0, 0.0)))
+        return self._after_a_node(task, z0, params)
+
+    @staticmethod
+    def _after_a_node(task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+        """Likewise, where a transform would see the steps before the last one too, but for a node around them."""
+        solver = task.solver
+        assert isinstance(solver, FixedPointIteration)
+        assert solver.steps
+        before = solver.given(solver.steps - 1)
+        task = replace(task, run=lambda system, z0, params: iterate(before, system, z0, params))
+        found = UnrolledPhantom(steps=1, damping=solver.damping).attach(task, z0, params)
+        outcome = task.outcomes[-1]
+        if outcome.trajectory and not is_transformed(found.z):
+            task.outcomes[-1] = replace(outcome, trajectory=(*outcome.trajectory, found.z.detach()))
+        return found._replace(steps=found.steps + 1)
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         return LinearSolution(b, truncated(b, 0, 0.0))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchimplicit.closure import is_vmapped
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients.base import Found, Gradient, Task, differentiable, reported
+from torchimplicit.solvers import Solver
 
 
 @final
@@ -24,18 +25,29 @@ class Unrolled(Gradient):
     """
 
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
-        if not differentiable((z0, *params)):
+        if not task.direct and not differentiable((z0, *params)):
             return task.solve(z0, params)
         if any(map(is_vmapped, (z0, *params))):
             raise UnsupportedDerivativeError(
                 "Unrolled cannot run under torch.func.vmap, where the number of steps would depend on the data: use "
                 "Implicit() or UnrolledPhantom()"
             )
-        outcome = task.run(task.system, z0, params)
-        task.outcomes.append(outcome)
-        report = outcome.report
-        # the last evaluation judges the result and is not part of it; the first one starts from a constant z0
-        products = max(0.0, report.evaluations - (1 if differentiable((z0,)) else 2))
-        # a copy, for the last iterate may be an argument, a buffer or a parameter that the function returned
-        z = reported(outcome.z.clone(), task.record, replace(report, evaluations=products))
-        return Found(z, report.status, report.steps, report.residual)
+        found = through_steps(task, z0, params)
+        report = task.outcomes[-1].report
+        # the last evaluation judges the result and is not part of it, unless the steps were given; the first one starts
+        # from a constant z0
+        judging = 1 if task.solver.steps is None else 0
+        products = max(0.0, report.evaluations - judging - (0 if differentiable((z0,)) else 1))
+        return found._replace(z=reported(found.z, task.record, replace(report, evaluations=products)))
+
+    def recorded(self, solver: Solver) -> int | None:
+        return solver.steps
+
+
+def through_steps(task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+    """The solution as autograd sees it that has seen the steps."""
+    outcome = task.run(task.system, z0, params)
+    task.outcomes.append(outcome)
+    report = outcome.report
+    # a copy, for the last iterate may be an argument, a buffer or a parameter that the function returned
+    return Found(outcome.z.clone(), report.status, report.steps, report.residual)

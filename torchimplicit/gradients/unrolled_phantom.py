@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchimplicit.gradients.base import Found, Gradient, Task, differentiable, reported, truncated
 from torchimplicit.gradients.nodes import Grads, Solve
+from torchimplicit.solvers import Solver
 from torchimplicit.validation import check_count, check_fraction
 
 
@@ -37,9 +38,12 @@ class UnrolledPhantom(Gradient):
         check_fraction(self, "damping")
 
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
-        if not differentiable(params):
+        if task.direct:
+            found = task.solve(z0.detach(), params)
+        elif not differentiable(params):
             return task.solve(z0, params)
-        found = Found(*(t.detach() for t in Solve.apply(task, self, z0.detach(), *params)))
+        else:
+            found = Found(*(t.detach() for t in Solve.apply(task, self, z0.detach(), *params)))
         h = found.z
         for _ in range(self.steps):
             point = task.system.at(h, params)
@@ -51,6 +55,9 @@ class UnrolledPhantom(Gradient):
         figures = truncated(h.detach(), self.steps, float(self.steps - 1))
         # a copy, for the map may have returned an argument, a buffer or a parameter
         return found._replace(z=reported(h.clone(), task.record, figures))
+
+    def recorded(self, solver: Solver) -> int | None:
+        return None if solver.steps is None else 0
 
     def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
         """None: the point from which the steps start is a constant."""

@@ -52,7 +52,7 @@ def fixed_point_correction(
             "Anderson(keep_trajectory=True)"
         )
     indices = chosen_iterates(solution, count, random=random, generator=generator)
-    states = [solution._attach(solution.trajectory[i]) for i in indices] + [solution.value]
+    states = [solution._attach(i) for i in indices] + [solution.value]
     terms = [loss(state) for state in states]
     if any(not isinstance(term, Tensor) or term.ndim for term in terms):
         raise ValueError("fixed_point_correction: the loss must return a scalar tensor")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -109,6 +109,10 @@ class Move:
     saddle: Tensor | None = None
 
 
+_TESTS = ("rtol", "atol", "max_steps", "check_every")
+"""What says when a sample is done."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Solver(ABC):
     """How the solution is found. A subclass is final, frozen, and owns its step only: the loop is
@@ -127,6 +131,12 @@ class Solver(ABC):
         keep_trajectory: whether to keep every iterate, in ``solution.trajectory``.
         check_every: after how many steps the host asks whether all samples are done. Each such question waits for
             the device; on a GPU a larger number saves time and may cost a few evaluations at the end.
+        steps: so many steps of every sample, meant so: as in a loop written by hand, nothing is tested, nothing is
+            warned of, and the last iterate is returned, with :attr:`Status.STEPS_TAKEN`. The value that the last
+            step leads to is not evaluated, and ``solution.residual`` is that of the last state that was. Zero returns
+            the start. ``None``: until the tolerance is met, or ``max_steps`` are taken.
+        return_last: whether a sample that has taken ``max_steps`` is returned at its last iterate, in place of the one
+            of least residual.
     """
 
     by_products: ClassVar[bool] = False
@@ -140,13 +150,28 @@ class Solver(ABC):
     max_steps: int = 100
     keep_trajectory: bool = False
     check_every: int = 1
+    steps: int | None = None
+    return_last: bool = False
 
     def __post_init__(self) -> None:
         check_tolerance(self, "rtol")
         check_tolerance(self, "atol")
         check_count(self, "max_steps")
         check_count(self, "check_every")
+        if self.steps is not None:
+            check_count(self, "steps", least=0)
+            idle = [name for name in _TESTS if getattr(self, name) != self.__dataclass_fields__[name].default]
+            if idle:
+                raise ValueError(
+                    f"{type(self).__name__}(steps={self.steps}) takes so many steps and tests nothing, so that "
+                    f"{' and '.join(idle)} would have no effect: leave out one or the other (given(steps) does so)"
+                )
         self.check()
+
+    def given(self, steps: int) -> Self:
+        """The same method with so many ``steps``, whatever it was told of tolerances and ``max_steps``."""
+        usual: dict[str, Any] = {name: self.__dataclass_fields__[name].default for name in _TESTS}
+        return replace(self, steps=steps, **usual)
 
     def check(self) -> None:
         """Validates the subclass's own fields."""
@@ -180,7 +205,7 @@ class Solver(ABC):
 
     def wants_relative(self) -> bool:
         """Whether any leaf has a relative tolerance."""
-        return self.rtol is None or any(pytree.tree_leaves(self.rtol))
+        return self.steps is None and (self.rtol is None or any(pytree.tree_leaves(self.rtol)))
 
     def confirms(self, system: System, z: Tensor) -> bool:
         """Whether a sample counts as solved only once a step has said so (:attr:`Move.solved`): the step then knows

@@ -18,6 +18,7 @@ from torchimplicit.linear import PreparedPreconditioner
 from torchimplicit.problems import Point, System
 from torchimplicit.solution import Report, Status
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
+from torchimplicit.solvers.given_steps import take_steps
 from torchimplicit.solvers.outcome import Outcome
 from torchimplicit.solvers.review import after, as_one_system, given_up, review
 from torchimplicit.solvers.tolerance import Judge, Measure
@@ -36,13 +37,21 @@ _RUNNING = -1
 
 
 def iterate(
-    solver: Solver, system: System, z0: Tensor, params: Sequence[Tensor], first: Point | None = None
+    solver: Solver,
+    system: System,
+    z0: Tensor,
+    params: Sequence[Tensor],
+    first: Point | None = None,
+    recorded: int | None = None,
 ) -> Outcome:
     """Solve ``system`` from ``z0`` (``[batch, dim]``). Differentiable by autograd where grad mode is on.
 
     Args:
         first: the evaluation at ``z0``, where it has been made already.
+        recorded: how many of the last of a given number of steps autograd sees; ``None``: all.
     """
+    if solver.steps is not None:
+        return take_steps(solver, system, z0, params, first, recorded)
     coupling = system.coupling
     if solver.searches and coupling is not None and coupling.found and not coupling.promised:
         together = as_one_system(iterate, solver, system, z0, params)
@@ -327,6 +336,12 @@ class _Loop:
         if bool(gap > torch.finfo(known.z.dtype).eps ** 0.4 * size):
             broken_promise(f"a sample's residual changed by {float(gap / size):.1g} (relative) when it was alone{how}")
 
+    def _go_to_last(self, samples: Tensor) -> None:
+        """Return ``samples`` where they are, in place of their best iterates."""
+        if self.point.error is None:  # then the residual is what iterates are ranked by
+            self.best_rank = torch.where(samples, self.point.size(), self.best_rank)
+        self.best = self.point.resting(samples, self.best)
+
     def _results(self) -> dict[str, Tensor]:
         best = self.best
         size = best.size() if best.error is not None else self.best_rank
@@ -351,6 +366,8 @@ class _Loop:
     def _finish(self, trajectory: tuple[Tensor, ...], state: Any) -> Outcome:
         if self.active or not self.certain:
             running = self.status == _RUNNING
+            if self.solver.return_last:
+                self._go_to_last(running)
             self.status = torch.where(running, int(Status.MAX_STEPS), self.status)
             self.steps = torch.where(running, self.solver.max_steps, self.steps)
         if self.rows is None:

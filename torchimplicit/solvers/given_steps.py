@@ -1,0 +1,80 @@
+"""A number of steps that was asked for: the loop that tests nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from torchimplicit.problems import Point, System
+from torchimplicit.solution import Report, Status
+from torchimplicit.solvers.base import Evaluator, Progress, Solver
+from torchimplicit.solvers.outcome import Outcome
+from torchimplicit.solvers.tolerance import Measure
+
+_UNKNOWN = Progress(active=None, improving=False)
+
+
+def take_steps(
+    solver: Solver,
+    system: System,
+    z0: Tensor,
+    params: Sequence[Tensor],
+    first: Point | None = None,
+    recorded: int | None = None,
+) -> Outcome:
+    """The last iterate of ``solver.steps`` steps from ``z0``, all samples at once, as in a loop written by hand: what
+    the last step leads to is not evaluated, and the host reads nothing. A sample that goes non-finite stays so.
+
+    Args:
+        first: the evaluation at ``z0``, where it has been made already.
+        recorded: how many of the last steps autograd sees, where grad mode is on; ``None``: all.
+    """
+    count = solver.steps
+    assert count is not None
+    evaluate = Evaluator(system, params, rows_evaluated=0 if first is None or not count else len(z0))
+    hidden = 0 if recorded is None else count - recorded
+    z = evaluate.place(z0 if not hidden else z0.detach())
+    trajectory = [z]
+    known, before, point, state = first, None, None, None
+    for step in range(count):
+        with torch.no_grad() if step < hidden else nullcontext():
+            evaluate.begin(step)
+            before, point = point, evaluate(z) if known is None else known
+            if before is None:
+                if point.scale is None and solver.wants_product():  # for a first step in the problem's own units
+                    point = point.changed(product=evaluate.product(point.z, point.residual))
+                state = solver.start(point)
+            elif known is None:
+                point = system.compared(point, before)
+            move = solver.step(evaluate, point, state, _UNKNOWN)
+            state = move.state
+            known = move.to if isinstance(move.to, Point) else None
+            z = move.to.z if isinstance(move.to, Point) else evaluate.place(move.to)
+        if solver.keep_trajectory:
+            trajectory.append(z)
+    before, point = (before, point) if known is None or not count else (point, known)
+    with torch.no_grad():
+        parts = _relative(system, point, before, z)
+        finite = z.isfinite().all(dim=1)
+        status = torch.where(finite, int(Status.STEPS_TAKEN), int(Status.NONFINITE))
+        residual = parts if parts.ndim == 1 else parts.amax(dim=1)
+    report = Report(status, torch.full_like(status, count), residual, evaluate.rows_evaluated / max(len(z0), 1))
+    norm = None if point is None else point.size().detach()
+    return Outcome(z, report, tuple(trajectory) if solver.keep_trajectory else (), state, norm, parts)
+
+
+def _relative(system: System, point: Point | None, before: Point | None, z: Tensor) -> Tensor:
+    """The relative residuals of the state that was evaluated last, ``[batch]`` or ``[batch, leaves]``; NaN where
+    nothing tells the size of its terms."""
+    if point is None:
+        return torch.full_like(z[:, 0], torch.nan) if z.shape[1] else z.new_zeros(len(z))
+    if point.scale is None and before is not None:
+        measure = Measure(system, before, 0.0)
+        point = measure.step(point, measure.start(before))
+    norm = point.size()
+    if point.scale is None:
+        return torch.full_like(norm, torch.nan)
+    return torch.where(norm > 0, norm / torch.where(point.scale > 0, point.scale, torch.nan), 0)
