@@ -16,8 +16,8 @@ PACKAGE = ROOT / "torchimplicit"
 # From top to bottom. A room may import itself and what stands above it.
 ROOMS = (
     "errors",
-    "solution",
     "validation",
+    "solution",
     "coordinates",
     "state",
     "compiler",

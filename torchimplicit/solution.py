@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from torchimplicit.validation import at_least
 
 
 class Status(IntEnum):
@@ -95,6 +97,21 @@ class Report:
         return f"{', '.join(reasons)}; {worst} after {self.evaluations:g} evaluations"
 
 
+class Trace(NamedTuple):
+    """The residuals of every iterate, the start first: float ``[steps + 1, batch]``, or ``[steps + 1]`` of a problem
+    that is not batched. A sample that has stopped stays where it is. After a given number of steps the last iterate is
+    not evaluated, and not in it.
+
+    Attributes:
+        relative: as in :attr:`Solution.residual`; NaN where the size of the terms is not known yet, as at the start of
+            a root or a minimum.
+        absolute: as in :attr:`Solution.absolute_residual`.
+    """
+
+    relative: Tensor
+    absolute: Tensor
+
+
 @dataclass
 class AdjointRecord:
     """Where a backward pass leaves its report, so that :attr:`Solution.adjoint` shows it afterwards."""
@@ -125,6 +142,10 @@ class Solution:
     trajectory: tuple[Any, ...] = ()
     problem: Any = field(default=None, repr=False, compare=False)
     args: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    _norms: tuple[Tensor | None, tuple[tuple[Tensor, Tensor], ...]] = field(
+        default=(None, ()), repr=False, compare=False
+    )
+    """The norms of the residual, ``[batch]`` or ``[batch, leaves]``, and the trace as the solver left it."""
     _record: AdjointRecord = field(default_factory=AdjointRecord, repr=False, compare=False)
     _attach: Callable[[int], Any] | None = field(default=None, repr=False, compare=False)
     """Gives the iterate of that number the derivative that it would have as the solution."""
@@ -138,6 +159,27 @@ class Solution:
     def fell_short(self) -> Tensor:
         """Likewise: the samples that did not do what was asked of them, be it a tolerance or a number of steps."""
         return _fell_short(self.status)
+
+    @property
+    def absolute_residual(self) -> Tensor | None:
+        """float ``[batch]`` (or a scalar): the norm of the residual whose relative size is ``residual``; for a
+        fixed point, :math:`\\lVert f(z)-z\\rVert`. ``None`` where nothing was evaluated, and under ``torch.func``
+        transforms."""
+        norm = self._norms[0]
+        return None if norm is None else self._shaped(_whole(norm))
+
+    @property
+    def trace(self) -> Trace | None:
+        """The residual of every iterate, where the solver was told ``keep_trace=True``; ``None`` otherwise."""
+        steps = self._norms[1]
+        if not steps:
+            return None
+        relative = [parts if parts.ndim == 1 else parts.amax(dim=1) for _, parts in steps]
+        absolute = [_whole(norm) for norm, _ in steps]
+        return Trace(*(self._shaped(torch.stack(figures)) for figures in (relative, absolute)))
+
+    def _shaped(self, figures: Tensor) -> Tensor:
+        return figures if self.status.ndim else figures[..., 0]
 
     @property
     def adjoint(self) -> Report | None:
@@ -160,13 +202,105 @@ class Solution:
         filled in here too, when the backward pass has run."""
         return replace(self, value=None, trajectory=(), problem=None, args=(), _attach=None)
 
+    def states(
+        self,
+        count: int | None = None,
+        *,
+        every: int | None = None,
+        at: Sequence[int] | None = None,
+        random: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> list[Any]:
+        """Iterates on the way, and the solution as the last of the list, each with a derivative: for a loss of the
+        user's own on all of them.
+
+        Each iterate is treated as the solution by the gradient estimator of the solve, at what that costs:
+        :class:`~torchimplicit.gradients.Implicit` and the series take one evaluation and an adjoint solve for each,
+        :class:`~torchimplicit.gradients.UnrolledPhantom` its steps from there, and
+        :class:`~torchimplicit.gradients.OneStep` after a given number of steps the step that led there. Through
+        :class:`~torchimplicit.gradients.Unrolled` they are what the steps make them, at no further cost. Samples that
+        have stopped stay where they are, in what is beyond the last iterate too. One of ``count``, ``every`` and ``at``
+        is to be given.
+
+        Args:
+            count: so many, the solution among them, evenly spaced; all where there are fewer.
+            every: after this number of steps, twice that number, and so on.
+            at: after these numbers of steps, 0 being the start.
+            random: whether the ``count`` are drawn at random, without repetition, rather than evenly spaced.
+            generator: for that; ``None``: the global one.
+
+        Raises:
+            ValueError: the solver was not told ``keep_trajectory=True``.
+        """
+        self._check_kept()
+        if sum(way is not None for way in (count, every, at)) != 1:
+            raise ValueError(
+                "Solution.states takes one of count, every and at: states(4), states(every=2), states(at=[3])"
+            )
+        if random and count is None:
+            raise ValueError("Solution.states draws a count of states at random: states(4, random=True)")
+        last = len(self.trajectory) - 1
+        if count is not None:
+            places = chosen_iterates(self, count, random=random, generator=generator)
+        elif every is not None:
+            at_least("Solution.states", "every", every, 1)
+            places = list(range(every, last, every))
+        else:
+            places = list(at or ())
+            for place in places:
+                at_least("Solution.states", "at", place, 0)
+        return [*(self._state(place, last) for place in places), self.value]
+
+    def _state(self, place: int, last: int) -> Any:
+        assert self._attach is not None
+        ended = place > last or (place == last and bool((self.status == Status.STEPS_TAKEN).all()))
+        return self.value if ended else self._attach(place)
+
+    def _check_kept(self) -> None:
+        """Raise where the iterates are gone, or were never kept."""
+        if self.value is None:
+            raise ValueError(
+                "this needs the iterates, and this solution holds figures alone, as an Equilibrium keeps them in its "
+                "attribute solution, lest a graph stay in memory: whatever its solver keeps is gone. Solve by "
+                "layer.solve(x), or by torchimplicit.solve(FixedPoint(cell), z0, x, "
+                "solver=Anderson(keep_trajectory=True)), and take what that returns"
+            )
+        if not self.trajectory or self._attach is None:
+            raise ValueError(
+                "this needs the iterates: solve with a solver that has keep_trajectory=True, for example "
+                "Anderson(keep_trajectory=True), outside torch.func transforms"
+            )
+
     def summary(self) -> str:
         """One line for people: how many samples stopped for which reason, and the worst residual."""
         return Report(self.status, self.steps, self.residual, self.evaluations).summary()
 
 
+def chosen_iterates(
+    solution: Solution, count: int, *, random: bool = False, generator: torch.Generator | None = None
+) -> list[int]:
+    """Which iterates of the trajectory :meth:`Solution.states` takes beside the solution, in their order.
+
+    Args:
+        count: n, the solution included.
+        random: whether they are drawn at random, without repetition, rather than evenly spaced.
+        generator: for that; ``None``: the global one.
+    """
+    at_least("states", "count", count, 1)
+    between = len(solution.trajectory) - 2  # the start is not an iterate of the map, the last is the solution
+    wanted = min(count - 1, max(between, 0))
+    if random:
+        return (torch.randperm(between, generator=generator)[:wanted].sort().values + 1).tolist() if wanted else []
+    return [round((k + 1) * (between + 1) / (wanted + 1)) for k in range(wanted)]
+
+
 def _fell_short(status: Tensor) -> Tensor:
     return (status != Status.CONVERGED) & (status != Status.STEPS_TAKEN)
+
+
+def _whole(norms: Tensor) -> Tensor:
+    """Of the norms of leaves, that of the state."""
+    return norms if norms.ndim == 1 else torch.linalg.vector_norm(norms, dim=1)
 
 
 def _cut(tree: Any) -> Any:

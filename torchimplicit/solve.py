@@ -124,7 +124,8 @@ def solve(
 
     figures = (found.status, found.steps, found.residual)
     status, steps, residual = figures if problem.batched else (t[0] for t in figures)
-    trajectory = () if is_transformed(found.z) else tuple(layout.unflatten(z) for z in outcome.trajectory)
+    transformed = is_transformed(found.z)
+    trajectory = () if transformed else tuple(layout.unflatten(z) for z in outcome.trajectory)
     solution = Solution(
         layout.unflatten(found.z),
         status,
@@ -134,6 +135,7 @@ def solve(
         trajectory,
         problem=problem,
         args=args,
+        _norms=(None, ()) if transformed else (outcome.norm, outcome.trace),
         _record=record,
         _attach=attach,
     )

@@ -96,6 +96,21 @@ def test_a_solve_that_took_no_step(leaves):
     torch.testing.assert_close(fixed_point_correction(solution, loss), loss(solution.value))
 
 
+def test_single_losses_and_any_weights(leaves):
+    solution = solved(OneStep(), leaves)
+    single = fixed_point_correction(solution, loss, count=3, reduce=False)
+    torch.testing.assert_close(single, torch.stack([loss(z) for z in solution.states(3)]))
+    weights = [0.5, 3.0, 7.0]
+    for given in (weights, torch.tensor(weights)):
+        found = fixed_point_correction(solution, loss, count=3, weights=given)
+        torch.testing.assert_close(found, (torch.tensor(weights, dtype=F64) * single).sum())
+    long = fixed_point_correction(solution, loss, count=1000, weights=list(range(1000)))
+    every = torch.stack([loss(z) for z in solution.states(1000)])
+    torch.testing.assert_close(long, (torch.arange(1000, dtype=F64)[-len(every) :] * every).sum())
+    with pytest.raises(ValueError, match="2 weights were given for count=3"):
+        fixed_point_correction(solution, loss, count=3, weights=[1.0, 2.0])
+
+
 def test_refuses(leaves):
     kept, plain = solved(Implicit(), leaves), solved(Implicit(), leaves, keep_trajectory=False)
     with pytest.raises(ValueError, match=r"solve with a solver that has keep_trajectory=True, for example Anderson"):

@@ -40,8 +40,8 @@ class Capture:
         inputs = self.bound.inputs_at((z0, *params), params)
         if inputs is None:
             return None
-        z, status, steps, residual, count = self.bound.artifact.forward(z0.contiguous(), *inputs)
-        return Outcome(z, Report(status, steps, residual, 1.0 + int(count)))
+        z, status, steps, residual, norm, count = self.bound.artifact.forward(z0.contiguous(), *inputs)
+        return Outcome(z, Report(status, steps, residual, 1.0 + int(count)), norm=norm)
 
     def pull(self, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Backward | None:
         """The adjoint solve at ``z``, and what it gives the wanted parameters. ``None`` where it was not compiled, or
@@ -133,8 +133,8 @@ class Capturing:
             return f"{type(self.problem).__name__} is not compiled, FixedPoint is"
         if step_of(self.solver) is None:
             return f"{type(self.solver).__name__} is not compiled, Anderson and FixedPointIteration are"
-        if self.solver.keep_trajectory:
-            return "keep_trajectory=True keeps what compiled code does not"
+        if self.solver.keep_trajectory or self.solver.keep_trace:
+            return "keep_trajectory=True and keep_trace=True keep what compiled code does not"
         if self.solver.steps is not None or self.solver.return_last:
             return "a solver with steps=... or return_last=True is not compiled"
         if not flat.numel():

@@ -19,7 +19,7 @@ from torchimplicit.state import row_norm
 
 
 def compiled_forward(graph: Graph, solver: Solver) -> Compiled:
-    """``(z0, *inputs) -> (z, status, steps, residual, count)``."""
+    """``(z0, *inputs) -> (z, status, steps, residual, norm, count)``."""
     step = step_of(solver)
     assert step is not None
 
@@ -31,7 +31,7 @@ def compiled_forward(graph: Graph, solver: Solver) -> Compiled:
         first = evaluate(z0, inputs)
         rule = rule_of(solver, graph.system(inputs)[0], first, graph.problem.batched and not graph.problem.rowwise)
         found, count = run(step, evaluate, first, rule, inputs, solver.max_steps)
-        return found.z, found.status, found.steps, found.residual, count
+        return found.z, found.status, found.steps, found.residual, found.size, count
 
     return compiled(solve, (graph.flat(), *graph.others))
 

@@ -78,13 +78,22 @@ def refreshed(
         image = fn(start)
     with torch.no_grad():
         scale = row_norm(image).clamp_min(torch.finfo(layout.dtype).tiny)
-        residual = row_norm(image.detach() - start) / scale
+        norm = row_norm(image.detach() - start)
+        residual = norm / scale
         tolerance = (solver or Anderson()).relative_tolerance(layout.dtype)
         status = torch.where(residual <= tolerance, int(Status.CONVERGED), int(Status.MAX_STEPS))
         status = status.masked_fill(~residual.isfinite(), int(Status.NONFINITE))
     count = torch.full_like(status, steps)
     figures = (status, count, residual) if problem.batched else (status[0], count[0], residual[0])
-    solution = Solution(layout.unflatten(image), *figures, float(steps), problem=problem, args=args, _record=record)
+    solution = Solution(
+        layout.unflatten(image),
+        *figures,
+        float(steps),
+        problem=problem,
+        args=args,
+        _norms=(norm, ()),
+        _record=record,
+    )
     if throw and bool((status == Status.NONFINITE).any()):
         raise SolveError(
             "the refreshed state met NaN or infinity: the map has stopped being a contraction, or the input is bad. "

@@ -60,7 +60,8 @@ class Anderson(Solver):
         regularization: added to the unit diagonal of the scaled Gram matrix; ``None``: 10 times the ``eps`` of the
             dtype in which the small system is solved (float32 for half precision).
         growth: the safeguard's factor, at least 1.
-        rtol, atol, max_steps, keep_trajectory, check_every, steps, return_last: see :class:`Solver`.
+        rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
+            :class:`Solver`.
     """
 
     memory: int = 6

@@ -129,6 +129,7 @@ class Solver(ABC):
             ``None``: none.
         max_steps: the most steps that a sample may take.
         keep_trajectory: whether to keep every iterate, in ``solution.trajectory``.
+        keep_trace: whether to keep every iterate's residual, in ``solution.trace``.
         check_every: after how many steps the host asks whether all samples are done. Each such question waits for
             the device; on a GPU a larger number saves time and may cost a few evaluations at the end.
         steps: so many steps of every sample, meant so: as in a loop written by hand, nothing is tested, nothing is
@@ -149,6 +150,7 @@ class Solver(ABC):
     atol: Tolerance | None = None
     max_steps: int = 100
     keep_trajectory: bool = False
+    keep_trace: bool = False
     check_every: int = 1
     steps: int | None = None
     return_last: bool = False

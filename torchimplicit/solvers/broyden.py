@@ -62,7 +62,8 @@ class Broyden(Solver):
 
     Args:
         memory: how many rank-one updates the inverse holds.
-        rtol, atol, max_steps, keep_trajectory, check_every, steps, return_last: see :class:`Solver`.
+        rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
+            :class:`Solver`.
     """
 
     memory: int = 50

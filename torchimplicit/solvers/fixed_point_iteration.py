@@ -22,7 +22,8 @@ class FixedPointIteration(Solver):
 
     Args:
         damping: :math:`\\lambda` in (0, 1].
-        rtol, atol, max_steps, keep_trajectory, check_every, steps, return_last: see :class:`Solver`.
+        rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
+            :class:`Solver`.
     """
 
     damping: float = 1.0

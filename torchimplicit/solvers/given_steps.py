@@ -11,7 +11,7 @@ from torch import Tensor
 from torchimplicit.problems import Point, System
 from torchimplicit.solution import Report, Status
 from torchimplicit.solvers.base import Evaluator, Progress, Solver
-from torchimplicit.solvers.outcome import Outcome
+from torchimplicit.solvers.outcome import Outcome, traced
 from torchimplicit.solvers.tolerance import Measure
 
 _UNKNOWN = Progress(active=None, improving=False)
@@ -37,7 +37,7 @@ def take_steps(
     evaluate = Evaluator(system, params, rows_evaluated=0 if first is None or not count else len(z0))
     hidden = 0 if recorded is None else count - recorded
     z = evaluate.place(z0 if not hidden else z0.detach())
-    trajectory = [z]
+    trajectory, trace = [z], []
     known, before, point, state = first, None, None, None
     for step in range(count):
         with torch.no_grad() if step < hidden else nullcontext():
@@ -49,6 +49,8 @@ def take_steps(
                 state = solver.start(point)
             elif known is None:
                 point = system.compared(point, before)
+            if solver.keep_trace:
+                trace.append(traced(point))
             move = solver.step(evaluate, point, state, _UNKNOWN)
             state = move.state
             known = move.to if isinstance(move.to, Point) else None
@@ -56,6 +58,8 @@ def take_steps(
         if solver.keep_trajectory:
             trajectory.append(z)
     before, point = (before, point) if known is None or not count else (point, known)
+    if solver.keep_trace and known is not None and count:
+        trace.append(traced(known))
     with torch.no_grad():
         parts = _relative(system, point, before, z)
         finite = z.isfinite().all(dim=1)
@@ -63,7 +67,8 @@ def take_steps(
         residual = parts if parts.ndim == 1 else parts.amax(dim=1)
     report = Report(status, torch.full_like(status, count), residual, evaluate.rows_evaluated / max(len(z0), 1))
     norm = None if point is None else point.size().detach()
-    return Outcome(z, report, tuple(trajectory) if solver.keep_trajectory else (), state, norm, parts)
+    kept = tuple(trajectory) if solver.keep_trajectory else ()
+    return Outcome(z, report, kept, state, norm, parts, tuple(trace))
 
 
 def _relative(system: System, point: Point | None, before: Point | None, z: Tensor) -> Tensor:
@@ -74,7 +79,4 @@ def _relative(system: System, point: Point | None, before: Point | None, z: Tens
     if point.scale is None and before is not None:
         measure = Measure(system, before, 0.0)
         point = measure.step(point, measure.start(before))
-    norm = point.size()
-    if point.scale is None:
-        return torch.full_like(norm, torch.nan)
-    return torch.where(norm > 0, norm / torch.where(point.scale > 0, point.scale, torch.nan), 0)
+    return traced(point)[1]

@@ -23,7 +23,8 @@ class GradientDescent(Solver):
     Args:
         step_size: :math:`\\eta`.
         momentum: :math:`m` in [0, 1).
-        rtol, atol, max_steps, keep_trajectory, check_every, steps, return_last: see :class:`Solver`.
+        rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
+            :class:`Solver`.
     """
 
     step_size: float = 1e-2

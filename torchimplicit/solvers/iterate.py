@@ -19,7 +19,7 @@ from torchimplicit.problems import Point, System
 from torchimplicit.solution import Report, Status
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.given_steps import take_steps
-from torchimplicit.solvers.outcome import Outcome
+from torchimplicit.solvers.outcome import Outcome, traced
 from torchimplicit.solvers.review import after, as_one_system, given_up, review
 from torchimplicit.solvers.tolerance import Judge, Measure
 from torchimplicit.state import row_norm
@@ -112,7 +112,9 @@ class _Loop:
         self.certain = self.improving = True
         self.mixed = self.stepped = False
         self.may_shrink = (
-            evaluate.system.row_params is not None and not solver.keep_trajectory and not torch.is_grad_enabled()
+            evaluate.system.row_params is not None
+            and not (solver.keep_trajectory or solver.keep_trace)
+            and not torch.is_grad_enabled()
         )
         self.judge = Judge(evaluate.system, point, solver.rtol, solver.atol, strict)
         self.first_judge = self.judge
@@ -153,6 +155,7 @@ class _Loop:
         self._check_features()
         if self.judge.measure is not None and self.active and solver.wants_product():
             self._look_ahead(self.judge.measure)
+        trace = [traced(self.point)] if solver.keep_trace else []
         state = solver.start(self.point)
         for step in range(1, solver.max_steps + 1):
             if self.active == 0:
@@ -165,10 +168,13 @@ class _Loop:
             move = solver.step(self.evaluate, self.point, state, progress)
             state = move.state
             self._advance(move.to)
+            if solver.keep_trace:
+                trace.append(traced(self.point))
             if solver.keep_trajectory:
                 trajectory.append(self.point.z)
             self._judge(step, move, ask=step % solver.check_every == 0)
-        return self._finish(tuple(trajectory) if solver.keep_trajectory else (), state)
+        found = self._finish(tuple(trajectory) if solver.keep_trajectory else (), state)
+        return replace(found, trace=tuple(trace)) if trace else found
 
     def _look_ahead(self, measure: Measure) -> None:
         """Take one product of the Jacobian with the first residual: it gives a first step its length, and finds a start

@@ -64,7 +64,8 @@ class LBFGS(Solver):
             (made anew where a minimization takes long), any other
             :class:`~torchimplicit.linear.Preconditioner`, or a function :math:`v \\mapsto M^{-1}v`. What it takes to
             make it is counted among the evaluations.
-        rtol, atol, max_steps, keep_trajectory, check_every, steps, return_last: see :class:`Solver`.
+        rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
+            :class:`Solver`.
     """
 
     memory: int = 10

@@ -40,7 +40,8 @@ class NewtonKrylov(Solver):
         linear_solver: for the Newton equation; ``None``: :class:`Dense` up to 32 unknowns, else the problem's default,
             which solves it as accurately as an adjoint system: tight enough for quadratic convergence.
         halvings: the most times that a step is halved.
-        rtol, atol, max_steps, keep_trajectory, check_every, steps, return_last: see :class:`Solver`.
+        rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
+            :class:`Solver`.
     """
 
     linear_solver: LinearSolver | None = None

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from torchimplicit.problems import Point
 from torchimplicit.solution import Report
 
 
@@ -21,6 +23,8 @@ class Outcome:
         state: the solver's last state (for all samples, unless some left the batch: then ``None``).
         norm: what the tolerance was compared with, ``[batch]`` or ``[batch, leaves]``.
         parts: the relative residuals likewise.
+        trace: the two of every iterate that was evaluated, if they were to be kept; no size of terms, no relative one,
+            which is NaN then.
     """
 
     z: Tensor
@@ -29,3 +33,11 @@ class Outcome:
     state: Any = None
     norm: Tensor | None = None
     parts: Tensor | None = None
+    trace: tuple[tuple[Tensor, Tensor], ...] = ()
+
+
+def traced(point: Point) -> tuple[Tensor, Tensor]:
+    """What a trace keeps of a point."""
+    norm = point.size().detach()
+    scale = torch.zeros_like(norm) if point.scale is None else point.scale.detach()
+    return norm, torch.where(norm > 0, norm / torch.where(scale > 0, scale, torch.nan), 0)

@@ -133,7 +133,7 @@ def _by_evaluation(solver: Solver, evaluate: Evaluator, outcome: Outcome, judge:
     evaluations = report.evaluations + 1
     outcome = replace(outcome, report=replace(report, residual=figures, evaluations=evaluations))
     if judge.measure is None:
-        outcome = replace(outcome, parts=parts)
+        outcome = replace(outcome, norm=norm, parts=parts)
     again, odd = torch.stack((denied, changed)).any(dim=1).tolist()
     coupling = system.coupling
     if odd and solver.searches and coupling is not None:
@@ -187,7 +187,7 @@ def after(before: Outcome, later: Outcome, samples: Tensor | None) -> Outcome:
     z = torch.where(samples[:, None], later.z, before.z)
     trajectory = before.trajectory + later.trajectory[1:]
     norm, parts = joined(later.norm, before.norm), joined(later.parts, before.parts)
-    return Outcome(z, report, trajectory, later.state, norm, parts)
+    return Outcome(z, report, trajectory, later.state, norm, parts, before.trace + later.trace[1:])
 
 
 def given_up(outcome: Outcome, samples: Tensor) -> Outcome:
@@ -229,4 +229,6 @@ def as_one_system(
     residual = found.parts.reshape(z0.shape[0], -1).amax(dim=1)
     figures = Report(each(report.status), each(report.steps), residual, report.evaluations)
     trajectory = tuple(z.reshape(z0.shape) for z in found.trajectory)
-    return Outcome(found.z.reshape(z0.shape), figures, trajectory)
+    norm = None if found.norm is None else found.norm.reshape(z0.shape[0], -1)
+    trace = tuple((n.reshape(z0.shape[0], -1), p.reshape(z0.shape[0], -1)) for n, p in found.trace)
+    return Outcome(found.z.reshape(z0.shape), figures, trajectory, norm=norm, trace=trace)

@@ -26,8 +26,7 @@ from torchimplicit.recipes.density.settings import OrbitalFreeTraining
 from torchimplicit.recipes.runtime.optimize import Array
 from torchimplicit.recipes.runtime.run import threads
 from torchimplicit.regularizers import fixed_point_correction
-from torchimplicit.regularizers.correction import chosen_iterates
-from torchimplicit.solution import Solution
+from torchimplicit.solution import Solution, chosen_iterates
 from torchimplicit.solve import solve
 from torchimplicit.solvers import LBFGS, GradientDescent, Solver
 
