@@ -17,6 +17,7 @@ from torchimplicit.gradients import (
     Envelope,
     EquilibriumPropagation,
     FixedInput,
+    GaussNewton,
     Implicit,
     NeumannPhantom,
     OneStep,
@@ -27,12 +28,20 @@ from torchimplicit.gradients import (
 )
 from torchimplicit.linear import CG, GMRES, LSMR, MINRES, BiCGStab, Dense, Neumann
 from torchimplicit.linear_solve import linear_solve
-from torchimplicit.problems import FixedPoint, JointInference, JointState, Minimum, Root
+from torchimplicit.problems import FixedPoint, JointInference, JointState, LeastSquares, Minimum, Root
 from torchimplicit.ragged import Ragged
 from torchimplicit.resolve import Resolved, resolve
 from torchimplicit.solution import Report, Solution, Status
 from torchimplicit.solve import solve
-from torchimplicit.solvers import LBFGS, Anderson, Broyden, FixedPointIteration, GradientDescent, NewtonKrylov
+from torchimplicit.solvers import (
+    LBFGS,
+    Anderson,
+    Broyden,
+    FixedPointIteration,
+    GradientDescent,
+    LevenbergMarquardt,
+    NewtonKrylov,
+)
 
 __version__ = "0.1.0"
 
@@ -56,11 +65,14 @@ __all__ = [
     "FixedInput",
     "FixedPoint",
     "FixedPointIteration",
+    "GaussNewton",
     "GradientDescent",
     "Implicit",
     "JointInference",
     "JointState",
     "L2Ball",
+    "LeastSquares",
+    "LevenbergMarquardt",
     "LinearEquality",
     "Metric",
     "Minimum",

@@ -19,9 +19,9 @@ from torchimplicit.gradients.base import Run, Task, differentiable
 from torchimplicit.gradients.randomness import Randomness
 from torchimplicit.inference import outside_inference_mode
 from torchimplicit.precision import at_precision, without_autocast
-from torchimplicit.problems import Minimum, Problem, Root, System
+from torchimplicit.problems import LeastSquares, Minimum, Problem, Root, System
 from torchimplicit.solution import AdjointRecord, Report, Solution, Status
-from torchimplicit.solvers import LBFGS, Anderson, NewtonKrylov, Outcome, Solver, iterate
+from torchimplicit.solvers import LBFGS, Anderson, LevenbergMarquardt, NewtonKrylov, Outcome, Solver, iterate
 from torchimplicit.state import row_norm
 from torchimplicit.statement import stated
 
@@ -29,6 +29,14 @@ UNTRACED = (
     "an implicit layer's solver takes as many steps as its input needs, and that is no graph that could be exported: "
     "export the map (the cell) and what stands around the layer, or unroll a given number of steps"
 )
+
+
+DEFAULTS: dict[type[Problem], type[Solver]] = {
+    LeastSquares: LevenbergMarquardt,
+    Minimum: LBFGS,
+    Root: NewtonKrylov,
+}
+"""The solver of each kind of problem where none is named; of the others, :class:`Anderson`."""
 
 
 @untraced(UNTRACED)
@@ -52,7 +60,7 @@ def solve(
             differentiated in. So it can in tensors and module parameters that the function captures: those that it
             uses when it is called at ``z0``. One that it uses only elsewhere has to be passed as an argument.
         solver: how to find it; ``None``: :class:`Anderson` for a fixed point, :class:`NewtonKrylov` for a root,
-            :class:`LBFGS` for a minimum.
+            :class:`LBFGS` for a minimum, :class:`LevenbergMarquardt` for least squares.
         gradient: how to differentiate it; ``None``: :class:`Implicit`.
         throw: whether to raise :class:`SolveError` where a sample goes non-finite. ``False``: its last good iterate
             is returned and a warning given.
@@ -163,9 +171,7 @@ def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradi
                 + (f"the class {value.__name__}" if isinstance(value, type) else f"{value!r}")
             )
     if solver is None:
-        solver = (
-            LBFGS() if isinstance(problem, Minimum) else NewtonKrylov() if isinstance(problem, Root) else Anderson()
-        )
+        solver = next((made() for kind, made in DEFAULTS.items() if isinstance(problem, kind)), Anderson())
     return solver, gradient or Implicit()
 
 

@@ -13,7 +13,7 @@ from torchimplicit.inference import outside_inference_mode
 from torchimplicit.linear.confirmed import separated
 from torchimplicit.linear.extremes import extreme_eigenvalues
 from torchimplicit.linear.preconditioners import Preconditioner, as_preconditioner
-from torchimplicit.problems import Minimum
+from torchimplicit.problems import LeastSquares, Minimum
 from torchimplicit.solve import flat_system
 from torchimplicit.validation import at_least
 
@@ -34,7 +34,7 @@ class Curvature(NamedTuple):
 @untraced()
 @outside_inference_mode
 def curvature(
-    problem: Minimum,
+    problem: Minimum | LeastSquares,
     z: Any,
     *args: Any,
     subspace: int = 128,
@@ -57,7 +57,7 @@ def curvature(
         preconditioner: an approximation of the Hessian, such as the :class:`~torchimplicit.linear.ReferenceHessian` of
             the solver that found ``z``, or a function :math:`v \\mapsto M^{-1}v`.
     """
-    if not isinstance(problem, Minimum):
+    if not isinstance(problem, (Minimum, LeastSquares)):
         raise TypeError(f"curvature looks at the Hessian of a Minimum, and it was given a {type(problem).__name__}")
     at_least("curvature", "subspace", subspace, 2)
     with torch.no_grad():

@@ -4,6 +4,7 @@ from torchimplicit.gradients.adaptive_phantom import AdaptivePhantom, PhantomRep
 from torchimplicit.gradients.base import Gradient
 from torchimplicit.gradients.damped_implicit import DampedImplicit
 from torchimplicit.gradients.equilibrium_propagation import EquilibriumPropagation
+from torchimplicit.gradients.gauss_newton import GaussNewton
 from torchimplicit.gradients.implicit import Implicit
 from torchimplicit.gradients.joint import Envelope, FixedInput
 from torchimplicit.gradients.neumann_phantom import NeumannPhantom
@@ -19,6 +20,7 @@ __all__ = [
     "Envelope",
     "EquilibriumPropagation",
     "FixedInput",
+    "GaussNewton",
     "Gradient",
     "Implicit",
     "NeumannPhantom",

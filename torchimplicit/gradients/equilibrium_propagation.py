@@ -21,7 +21,7 @@ from torchimplicit.problems import System
 from torchimplicit.problems.linearization import Linearization, check_unmoved
 from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.solution import Report
-from torchimplicit.solvers import LBFGS, Outcome, Solver, iterate
+from torchimplicit.solvers import LBFGS, LevenbergMarquardt, Outcome, Solver, iterate
 from torchimplicit.solvers.tolerance import least
 from torchimplicit.validation import check_count, check_positive
 
@@ -72,6 +72,11 @@ class EquilibriumPropagation(Gradient):
         check_count(self, "subspace", 2)
 
     def supports(self, system: System, solver: Solver) -> str | None:
+        if isinstance(self.solver or solver, LevenbergMarquardt):
+            return (
+                "EquilibriumPropagation minimizes a nudged energy, which is no sum of squares: give it a solver of "
+                "minima, EquilibriumPropagation(solver=LBFGS()), or use Implicit() or GaussNewton()"
+            )
         if isinstance(system, MinimumSystem):
             return None
         return "EquilibriumPropagation differentiates a Minimum, which has an energy: for this problem use Implicit()"
@@ -194,7 +199,7 @@ def _tilted(system: MinimumSystem, slope: Tensor, spring: tuple[Tensor, Tensor] 
             total = total + 0.5 * (stiffness * (z - point).square()).sum(dim=1)
         return total
 
-    return replace(system, fn=tilted, row_params=None)
+    return replace(system, fn=tilted, residuals=None, row_params=None)
 
 
 def _joined(reports: list[Report]) -> Report:

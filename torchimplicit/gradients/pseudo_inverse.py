@@ -25,7 +25,7 @@ from torchimplicit.linear import LinearSolver
 from torchimplicit.linear.pseudo_inverse import RectangularOperator, pseudo_solve
 from torchimplicit.precision import safe_norm, without_autocast
 from torchimplicit.problems.linearization import Linearization
-from torchimplicit.problems.system import _vmapped, vjp
+from torchimplicit.problems.system import vjp, vmapped
 from torchimplicit.saved import past_hooks
 from torchimplicit.solution import AdjointRecord, Report
 
@@ -102,7 +102,7 @@ class Maps:
 
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Maps:
         """Those of ``size`` copies, stacked along the batch."""
-        return replace(self, fn=_vmapped(self.fn, size, tuple(dims)))
+        return replace(self, fn=vmapped(self.fn, size, tuple(dims)))
 
 
 class PseudoSolve(Function):

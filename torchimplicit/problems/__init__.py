@@ -3,8 +3,19 @@
 from torchimplicit.problems.base import Problem
 from torchimplicit.problems.fixed_point import FixedPoint
 from torchimplicit.problems.joint_inference import JointInference, JointState
+from torchimplicit.problems.least_squares import LeastSquares
 from torchimplicit.problems.minimum import Minimum
 from torchimplicit.problems.root import Root
 from torchimplicit.problems.system import Point, System
 
-__all__ = ["FixedPoint", "JointInference", "JointState", "Minimum", "Point", "Problem", "Root", "System"]
+__all__ = [
+    "FixedPoint",
+    "JointInference",
+    "JointState",
+    "LeastSquares",
+    "Minimum",
+    "Point",
+    "Problem",
+    "Root",
+    "System",
+]

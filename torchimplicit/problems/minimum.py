@@ -18,7 +18,7 @@ from torchimplicit.precision import UnitRows, safe_norm
 from torchimplicit.problems.base import Problem, check_function
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.per_sample import PerSample, column, flat_tree, stacked, taken
-from torchimplicit.problems.system import Point, System
+from torchimplicit.problems.system import Point, System, vmapped
 from torchimplicit.solution import Status
 from torchimplicit.state import Layout
 
@@ -125,6 +125,8 @@ class MinimumSystem(System):
 
     hyperplane: PerSample | None = None
     """Of weight ``[rows or 1, dim]`` and total ``[rows or 1, 1]``."""
+    residuals: Callable[..., Tensor] | None = None
+    """``(z, *params) -> [batch, m]``, where the energies are half the sums of their squares."""
     stiffness: Stiffness = field(default_factory=lambda: Stiffness())
     """:math:`\\sigma`, about the size of the Hessian, so that neither part of R is lost in the other's rounding."""
 
@@ -223,7 +225,15 @@ class MinimumSystem(System):
         return Point(z, -project(gradient, normal), noise=self.norms(gradient))
 
     def joined(self, rows: int) -> Self | None:
-        return super().joined(rows) if self.hyperplane is None else None
+        together = super().joined(rows) if self.hyperplane is None else None
+        residuals = self.residuals
+        if together is None or residuals is None:
+            return together
+
+        def of_all(z: Tensor, *params: Tensor) -> Tensor:
+            return residuals(z.reshape(len(z) * rows, -1), *params).reshape(len(z), -1)
+
+        return replace(together, residuals=of_all)
 
     def on_tape(self, tape: Linearization) -> Tensor:
         return self._constrain(tape.z, tape.out, tape.params)
@@ -245,7 +255,8 @@ class MinimumSystem(System):
 
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Self:
         plane = None if self.hyperplane is None else stacked(self.hyperplane, size, tuple(dims))
-        return replace(super().vmapped(size, dims), hyperplane=plane)
+        residuals = None if self.residuals is None else vmapped(self.residuals, size, tuple(dims))
+        return replace(super().vmapped(size, dims), hyperplane=plane, residuals=residuals)
 
     def lagrangian(self, z: Tensor, params: Sequence[Tensor], tilt: Tensor | None = None) -> Tensor:
         """The energies ``[batch]`` plus the multiplier, held fixed, times the violation of the constraint: at a

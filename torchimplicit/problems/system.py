@@ -248,7 +248,7 @@ class System(ABC):
 
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Self:
         """The system of ``size`` copies, stacked along the batch, where parameter i has its copies in ``dims[i]``."""
-        return replace(self, fn=_vmapped(self.fn, size, tuple(dims)), row_params=None)
+        return replace(self, fn=vmapped(self.fn, size, tuple(dims)), row_params=None)
 
     def joined(self, rows: int) -> Self | None:
         """The same problem with ``rows`` neighbouring samples as one, each of them judged by itself; ``None`` where
@@ -285,7 +285,9 @@ def explained() -> Iterator[None]:
         broken_promise(f"f failed on part of the batch: {error}", error)
 
 
-def _vmapped(fn: Callable[..., Tensor], size: int, dims: tuple[int | None, ...]) -> Callable[..., Tensor]:
+def vmapped(fn: Callable[..., Tensor], size: int, dims: tuple[int | None, ...]) -> Callable[..., Tensor]:
+    """``fn`` of ``size`` copies, stacked along the batch, where parameter i has its copies in ``dims[i]``."""
+
     def stacked(z: Tensor | tuple[Tensor, ...], *params: Tensor) -> Any:
         copies = pytree.tree_map(lambda z: z.reshape(size, -1, z.shape[-1]), z)
         out = torch.vmap(fn, in_dims=(0, *dims), randomness="different")(copies, *params)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchimplicit.compiler import untraced
 from torchimplicit.inference import outside_inference_mode
-from torchimplicit.problems import JointInference, Minimum, Problem
+from torchimplicit.problems import JointInference, LeastSquares, Minimum, Problem
 from torchimplicit.problems.system import vjp
 from torchimplicit.state import Layout
 from torchimplicit.validation import at_least
@@ -37,8 +37,8 @@ def jacobian_frobenius(
     Returns:
         a scalar.
     """
-    if isinstance(problem, Minimum):
-        raise TypeError("jacobian_frobenius needs a map, and Minimum has an energy: give FixedPoint or Root")
+    if isinstance(problem, (Minimum, LeastSquares)):
+        raise TypeError("jacobian_frobenius needs a map, and a minimum has an energy: give FixedPoint or Root")
     if isinstance(problem, JointInference):
         raise TypeError(
             "jacobian_frobenius needs a map, and JointInference has one in its state alone: give FixedPoint(f) at z "

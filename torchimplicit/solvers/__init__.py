@@ -7,6 +7,7 @@ from torchimplicit.solvers.fixed_point_iteration import FixedPointIteration
 from torchimplicit.solvers.gradient_descent import GradientDescent
 from torchimplicit.solvers.iterate import iterate
 from torchimplicit.solvers.lbfgs import LBFGS
+from torchimplicit.solvers.levenberg_marquardt import LevenbergMarquardt
 from torchimplicit.solvers.newton_krylov import NewtonKrylov
 from torchimplicit.solvers.outcome import Outcome
 
@@ -17,6 +18,7 @@ __all__ = [
     "Evaluator",
     "FixedPointIteration",
     "GradientDescent",
+    "LevenbergMarquardt",
     "Move",
     "NewtonKrylov",
     "Outcome",

@@ -1,0 +1,73 @@
+"""Implicit differentiation of least squares without second derivatives in the inverse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import final
+
+from torch import Tensor
+
+from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.linear_estimate import LinearEstimate
+from torchimplicit.gradients.nodes import report
+from torchimplicit.linear import LSMR, Dense, LinearSolution, LinearSolver
+from torchimplicit.linear.pseudo_inverse import RectangularOperator, pseudo_solve
+from torchimplicit.precision import at_precision
+from torchimplicit.problems import System
+from torchimplicit.problems.linearization import Linearization
+from torchimplicit.problems.minimum import MinimumSystem
+from torchimplicit.solvers import Solver
+from torchimplicit.validation import check_type
+
+SMALL = 256
+"""Up to so many unknowns and residuals, the Jacobian is assembled where no linear solver is named."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class GaussNewton(LinearEstimate):
+    """The Gauss-Newton adjoint of :class:`LeastSquares`: :math:`(J^TJ)g=u` in the place of the Hessian.
+
+    Exact where the residuals vanish at the solution, or the map is linear in the state; elsewhere the relative error is
+    about that of :math:`J^TJ` as a Hessian. It is positive semidefinite wherever it is taken, and of a singular one the
+    pseudo-inverse is meant. Reverse and forward mode, first order.
+
+    Args:
+        linear_solver: for :math:`J` and :math:`J^T`, as :func:`linear_solve` has it; ``None``: :class:`Dense` where
+            it is small, else :class:`LSMR`.
+    """
+
+    linear_solver: LinearSolver | None = None
+
+    def __post_init__(self) -> None:
+        check_type(self, "linear_solver", LinearSolver, optional=True)
+
+    def supports(self, system: System, solver: Solver) -> str | None:
+        if isinstance(system, MinimumSystem) and system.residuals is not None:
+            return None
+        return "GaussNewton differentiates a LeastSquares, which has residuals: for this problem use Implicit()"
+
+    def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
+        system = task.system
+        assert isinstance(system, MinimumSystem) and system.residuals is not None
+        of_residuals = Linearization(system.residuals, tape.z, tape.params)
+        batch, inner = b.shape
+        outer = of_residuals.out.shape[1]
+        small = max(inner, outer) <= SMALL and batch * max(inner, outer) ** 2 <= 2**22
+        solver = at_precision(self.linear_solver or (Dense() if small else LSMR()), task.precision)
+        operator = RectangularOperator(
+            plain=of_residuals.plain,
+            transposed=of_residuals.transposed,
+            batch=batch,
+            inner=inner,
+            outer=outer,
+            dtype=b.dtype,
+            device=b.device,
+            coupling=system.coupling,
+        )
+        # (J^T J)^+ b = J^+ J^{T+} b
+        half = pseudo_solve(solver, operator.flipped(), b)
+        found = pseudo_solve(solver, operator, half.value)
+        figures = replace(found.report, evaluations=half.report.evaluations + found.report.evaluations)
+        report(task, figures)
+        return LinearSolution(found.value, figures)

@@ -1,0 +1,247 @@
+"""The Levenberg-Marquardt method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.errors import UnsupportedDerivativeError
+from torchimplicit.linear import CG, LinearOperator, LinearSolver
+from torchimplicit.linear.confirmed import solve_any
+from torchimplicit.precision import working_dtype
+from torchimplicit.problems import Point, System
+from torchimplicit.problems.linearization import Linearization
+from torchimplicit.problems.minimum import MinimumSystem
+from torchimplicit.problems.root import RootSystem
+from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
+from torchimplicit.solvers.line_search import evaluate_some, rows_apart
+from torchimplicit.validation import check_count, check_positive, check_type
+
+SMALL = 256
+"""Up to so many unknowns or residuals, the Jacobian is assembled where no linear solver is named."""
+
+ENTRIES = 2**24
+"""The most entries that it may have then."""
+
+GOOD = 1e-4
+"""The share of the predicted decrease that a step must bring."""
+
+INEXACT = 1e-3
+"""The relative residual up to which an iterative solver solves for a step."""
+
+
+class LevenbergMarquardtState(NamedTuple):
+    """The damping and the factor of its next rise ``[batch]``; the sizes of the Jacobian's columns, the largest so far,
+    ``[batch, dim]``."""
+
+    damping: Tensor
+    growth: Tensor
+    scale: Tensor
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LevenbergMarquardt(Solver):
+    """Damped Gauss-Newton steps for sums of squares: :math:`(J^TJ+\\lambda D^2)s=-J^Tr` (Moré 1978).
+
+    :math:`D` holds the largest norms so far of the Jacobian's columns, so that the unit of no unknown matters, and
+    :math:`\\lambda` has none; each sample has its own. It falls where the model of the residuals has predicted the
+    decrease well, and rises where the sum of squares does not decrease (Nielsen 1999). For a :class:`LeastSquares`, or
+    a :class:`Root`, of whose map it takes the sum of squares: more robust than Newton's method where the Jacobian is
+    singular, and lost in a minimum that is no root, with ``Status.BREAKDOWN``.
+
+    Where there are up to 256 unknowns or residuals, the Jacobian is assembled, by as many products as the fewer of
+    them, and the steps are taken from its singular values; elsewhere by products. As with :class:`NewtonKrylov`,
+    ``solution.evaluations`` counts the trials, not the products.
+
+    Args:
+        damping: the first :math:`\\lambda`.
+        linear_solver: for :math:`D^{-1}J^TJD^{-1}+\\lambda`, symmetric positive definite; ``None``: see above.
+        trials: the most steps that are tried from one point.
+        rtol, atol, max_steps, keep_trajectory, check_every: see :class:`Solver`.
+    """
+
+    damping: float = 1e-3
+    linear_solver: LinearSolver | None = None
+    trials: int = 12
+    max_steps: int = 200
+    searches: ClassVar[bool] = True
+
+    def check(self) -> None:
+        check_positive(self, "damping")
+        check_type(self, "linear_solver", LinearSolver, optional=True)
+        check_count(self, "trials")
+
+    def supports(self, system: System) -> str | None:
+        if _residuals(system) is not None:
+            return None
+        return (
+            "LevenbergMarquardt needs the residuals of a sum of squares: state a LeastSquares, or a Root; for a "
+            "Minimum take LBFGS or NewtonKrylov, for a FixedPoint Anderson"
+        )
+
+    def start(self, point: Point) -> LevenbergMarquardtState:
+        damping = torch.full_like(point.z[:, 0], self.damping, dtype=working_dtype(point.z.dtype))
+        return LevenbergMarquardtState(damping, torch.full_like(damping, 2), torch.zeros_like(point.z))
+
+    def step(self, evaluate: Evaluator, point: Point, state: LevenbergMarquardtState, progress: Progress) -> Move:
+        if torch.is_grad_enabled():
+            raise UnsupportedDerivativeError(
+                "Unrolled cannot differentiate through LevenbergMarquardt's trials: use Implicit or GaussNewton"
+            )
+        residuals = _residuals(evaluate.system)
+        assert residuals is not None
+        tape = Linearization(residuals, point.z, evaluate.params)
+        r = tape.out.detach()
+        slope = tape.transposed(r)
+        model = self._model(tape, r, slope, state.scale)
+        energy, damping, growth = _energy(point), state.damping, state.growth
+        size = _scaled(slope, model.scale)
+        lost = torch.finfo(energy.dtype).eps ** 0.6 * energy
+        searching = torch.ones_like(energy, dtype=torch.bool) if progress.active is None else progress.active
+        searching = searching & (slope != 0).any(dim=1)
+        sound = ~searching | slope.isfinite().all(dim=1)
+        searching = searching & sound
+        # what is not finite is shown to the loop
+        reached = point.changed(residual=torch.where(sound[:, None], point.residual, torch.nan))
+        trial, rows, damped = point, None, damping > 0.1
+        for _ in range(self.trials):
+            s = model.step(damping, searching)
+            trial = evaluate_some(evaluate, point.z + s, searching, rows, reached)
+            gain = energy - _energy(trial)
+            curved = (damping[:, None] * (model.scale * s).square()).sum(dim=1)
+            predicted = 0.5 * (curved - (s * slope).sum(dim=1))
+            ratio = gain / predicted.where(predicted > 0, 1)
+            good = searching & (ratio > GOOD)
+            # where the decrease is lost in rounding, the gradient tells
+            level = searching & (predicted <= lost) & (gain.abs() <= lost)
+            if bool(level.any()):
+                there = _scaled(self._slope(evaluate, trial), model.scale)
+                good = torch.where(level, there < size, good)
+                ratio = torch.where(level, torch.where(there < 0.5 * size, 1, 0.5), ratio)
+            eased = damping * (1 - (2 * ratio - 1).clamp(-1, 1) ** 3).clamp_min(1 / 3)
+            raised = searching & ~good
+            damping = torch.where(good, eased, torch.where(raised, damping * growth, damping))
+            growth = torch.where(good, 2, torch.where(raised, 2 * growth, growth))
+            reached = trial.select(good, reached)
+            searching = raised
+            damped = damped | raised
+            left = int(searching.sum())
+            if not left:
+                break
+            rows = rows_apart(evaluate, searching, left)
+        if progress.judge is not None and progress.judge.measure is not None:
+            progress.judge.measure.refuse(damped)
+        after = LevenbergMarquardtState(damping, growth, model.scale)
+        if bool(searching.any()):
+            reached = trial.select(searching & ~_energy(trial).isfinite(), reached)
+        return Move(reached, after, breakdown=searching)
+
+    def _slope(self, evaluate: Evaluator, point: Point) -> Tensor:
+        """:math:`J^Tr`."""
+        if isinstance(evaluate.system, MinimumSystem):
+            return point.residual
+        return Linearization(evaluate.system.fn, point.z, evaluate.params).transposed(-point.residual)
+
+    def _model(self, tape: Linearization, r: Tensor, slope: Tensor, scale: Tensor) -> _Model:
+        batch, (inner, outer) = len(r), (tape.z.shape[1], r.shape[1])
+        if self.linear_solver is None and min(inner, outer) <= SMALL and batch * inner * outer <= ENTRIES:
+            return _Assembled(tape, r, scale)
+        return _ByProducts(self.linear_solver or CG(rtol=INEXACT, max_steps=500), tape, slope, scale)
+
+
+class _Model:
+    """The residuals' linear model; :attr:`scale` is D, ``[batch, dim]``."""
+
+    scale: Tensor
+
+    def step(self, damping: Tensor, searching: Tensor) -> Tensor:
+        """For the damping ``[batch]``; zero for samples that do not search."""
+        raise NotImplementedError
+
+
+class _Assembled(_Model):
+    def __init__(self, tape: Linearization, r: Tensor, scale: Tensor):
+        wide = working_dtype(r.dtype)
+        matrix = _jacobian(tape, r).to(wide)
+        finite = matrix.isfinite().all(dim=2).all(dim=1) & r.isfinite().all(dim=1)
+        matrix = matrix.where(finite[:, None, None], 0)
+        self.scale = _grown(scale, torch.linalg.vector_norm(matrix, dim=1).to(scale.dtype))
+        u, self.values, self.right = torch.linalg.svd(matrix / self.scale[:, None, :], full_matrices=False)
+        self.parts = (u.mT @ r.where(finite[:, None], 0).to(wide)[:, :, None])[:, :, 0]
+
+    def step(self, damping: Tensor, searching: Tensor) -> Tensor:
+        length = self.values / (self.values.square() + damping[:, None])
+        s = -(self.right.mT @ (length * self.parts)[:, :, None])[:, :, 0]
+        return torch.where(searching[:, None], s.to(self.scale.dtype) / self.scale, 0)
+
+
+class _ByProducts(_Model):
+    def __init__(self, solver: LinearSolver, tape: Linearization, slope: Tensor, scale: Tensor):
+        self.solver, self.tape, self.slope = solver, tape, slope
+        self.scale = _grown(scale, _column_norms(tape))
+
+    def step(self, damping: Tensor, searching: Tensor) -> Tensor:
+        tape, scale = self.tape, self.scale
+        shift = damping[:, None].to(scale.dtype)
+
+        def product(v: Tensor) -> Tensor:
+            return tape.transposed(tape.plain(v / scale)) / scale + shift * v
+
+        operator = LinearOperator(
+            product=product,
+            transposed_product=product,
+            batch=len(scale),
+            dim=scale.shape[1],
+            dtype=scale.dtype,
+            device=scale.device,
+            symmetric=True,
+        )
+        right = torch.where(searching[:, None], -self.slope / scale, 0)
+        return torch.where(searching[:, None], solve_any(self.solver, operator, right).value / scale, 0)
+
+
+def _residuals(system: System) -> Callable[..., Tensor] | None:
+    if isinstance(system, MinimumSystem):
+        return system.residuals
+    return system.fn if isinstance(system, RootSystem) else None
+
+
+def _energy(point: Point) -> Tensor:
+    if point.energy is not None:
+        return point.energy.to(working_dtype(point.z.dtype))
+    return 0.5 * point.residual.to(working_dtype(point.z.dtype)).square().sum(dim=1)
+
+
+def _scaled(slope: Tensor, scale: Tensor) -> Tensor:
+    """The gradient's norm in the units of D, ``[batch]``."""
+    return torch.linalg.vector_norm(slope / scale, dim=1)
+
+
+def _grown(scale: Tensor, norms: Tensor) -> Tensor:
+    """The largest column norms so far; an unknown that no residual depends on is as good as any other."""
+    scale = torch.maximum(scale, norms.nan_to_num(0.0, 0.0, 0.0))
+    most = scale.amax(dim=1, keepdim=True)
+    return torch.where(scale > 0, scale, torch.where(most > 0, most, 1))
+
+
+def _jacobian(tape: Linearization, r: Tensor) -> Tensor:
+    """``[batch, residuals, unknowns]``, by as many products as the fewer of them."""
+    inner, outer = tape.z.shape[1], r.shape[1]
+    eye = torch.eye(min(inner, outer), dtype=r.dtype, device=r.device)
+    basis = eye[:, None, :].expand(-1, len(r), -1).contiguous()
+    if inner < outer:
+        return tape.plain_block(basis).permute(1, 2, 0)
+    return tape.transposed_block(basis).permute(1, 0, 2)
+
+
+def _column_norms(tape: Linearization, probes: int = 8) -> Tensor:
+    """The norms of the Jacobian's columns, estimated by products with random signs (Bekas et al. 2007), which are the
+    same in every call."""
+    number = torch.arange(1, probes * tape.out.numel() + 1, device=tape.out.device, dtype=torch.float64)
+    signs = torch.sin(number.square()).sign().reshape(probes, *tape.out.shape).to(tape.out.dtype)
+    return tape.transposed_block(signs).square().mean(dim=0).sqrt()
