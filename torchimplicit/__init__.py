@@ -25,6 +25,7 @@ from torchimplicit.gradients import (
     UnbiasedNeumann,
     Unrolled,
     UnrolledPhantom,
+    WhenUnconverged,
 )
 from torchimplicit.linear import CG, GMRES, LSMR, MINRES, BiCGStab, Dense, Neumann
 from torchimplicit.linear_solve import linear_solve
@@ -93,6 +94,7 @@ __all__ = [
     "Unrolled",
     "UnrolledPhantom",
     "UnsupportedDerivativeError",
+    "WhenUnconverged",
     "derivatives",
     "linear_solve",
     "nn",

@@ -79,7 +79,7 @@ class Report:
     def fell_short(self) -> Tensor:
         """bool ``[batch]``: the samples that did not do what was asked of them, be it a tolerance or a number of
         steps."""
-        return _fell_short(self.status)
+        return fell_short(self.status)
 
     def summary(self) -> str:
         """One line for people: how many samples stopped for which reason, and the worst residual that is known."""
@@ -158,7 +158,7 @@ class Solution:
     @property
     def fell_short(self) -> Tensor:
         """Likewise: the samples that did not do what was asked of them, be it a tolerance or a number of steps."""
-        return _fell_short(self.status)
+        return fell_short(self.status)
 
     @property
     def absolute_residual(self) -> Tensor | None:
@@ -294,7 +294,8 @@ def chosen_iterates(
     return [round((k + 1) * (between + 1) / (wanted + 1)) for k in range(wanted)]
 
 
-def _fell_short(status: Tensor) -> Tensor:
+def fell_short(status: Tensor) -> Tensor:
+    """bool, of the shape of ``status``: where it tells of something that was asked for and not done."""
     return (status != Status.CONVERGED) & (status != Status.STEPS_TAKEN)
 
 

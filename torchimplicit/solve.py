@@ -14,7 +14,7 @@ from torchimplicit.captured import Capture, Capturing
 from torchimplicit.closure import announce, is_transformed, transforms_running, watched
 from torchimplicit.compiler import untraced
 from torchimplicit.errors import ConvergenceWarning, SolveError, callers_level
-from torchimplicit.gradients import Gradient, Implicit, Unrolled
+from torchimplicit.gradients import Gradient, Implicit, Unrolled, WhenUnconverged
 from torchimplicit.gradients.base import Run, Task, differentiable
 from torchimplicit.gradients.randomness import Randomness
 from torchimplicit.inference import outside_inference_mode
@@ -177,6 +177,7 @@ def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradi
 
 def _capturing(problem: Problem, args: tuple[Any, ...], solver: Solver, gradient: Gradient) -> Capturing:
     refusal = None
+    gradient = gradient.gradient if isinstance(gradient, WhenUnconverged) else gradient
     if gradient.needs_solver_state or isinstance(gradient, Unrolled):
         refusal = f"{type(gradient).__name__} needs the steps that the eager loop takes"
     implicit = isinstance(gradient, Implicit)

@@ -13,6 +13,7 @@ from torchimplicit.gradients.shared_inverse import SharedInverse
 from torchimplicit.gradients.unbiased_neumann import UnbiasedNeumann
 from torchimplicit.gradients.unrolled import Unrolled
 from torchimplicit.gradients.unrolled_phantom import UnrolledPhantom
+from torchimplicit.gradients.when_unconverged import WhenUnconverged
 
 __all__ = [
     "AdaptivePhantom",
@@ -30,4 +31,5 @@ __all__ = [
     "UnbiasedNeumann",
     "Unrolled",
     "UnrolledPhantom",
+    "WhenUnconverged",
 ]

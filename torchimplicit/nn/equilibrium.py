@@ -85,7 +85,7 @@ class Equilibrium(nn.Module):
                 )
         if not isinstance(warm_start, bool | WarmStart):
             raise TypeError(f"warm_start must be True, False or a WarmStart, not {warm_start!r}")
-        if warm_start and isinstance(gradient, Unrolled):
+        if warm_start and isinstance(getattr(gradient, "gradient", gradient), Unrolled):
             raise ValueError(
                 "Unrolled differentiates the steps that are taken, and a warm start leaves hardly any: take "
                 "gradient=Implicit(), or warm_start=False"

@@ -1,0 +1,143 @@
+"""What becomes of the gradient of samples that were not solved."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from torchimplicit.closure import carries_derivative, is_transformed
+from torchimplicit.gradients.base import Found, Gradient, Task
+from torchimplicit.gradients.implicit import Implicit
+from torchimplicit.gradients.nodes import _nested_forward_mode
+from torchimplicit.gradients.unrolled import Unrolled
+from torchimplicit.problems import System
+from torchimplicit.solution import AdjointRecord, fell_short
+from torchimplicit.solvers import Solver
+from torchimplicit.validation import check_positive, check_type
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class WhenUnconverged(Gradient):
+    """``gradient`` for the samples that were solved, and for the others less of it, nothing, or another estimate.
+
+    At a point that is no solution the exact adjoint differentiates something else, and may be many times as long as the
+    derivative of what is sought. Sample by sample, the cotangent of one that was not solved is multiplied by a number
+    (``instead=0.0`` drops it, ``instead=0.1`` damps it), or goes to another estimator in place of ``gradient``
+    (``instead=OneStep()``). The value is not touched; :class:`~torchimplicit.gradients.UnrolledPhantom` takes its steps
+    in the value, too. Where every sample was solved, this costs nothing; another estimator takes one evaluation where
+    one was not. ``solution.adjoint`` has the figures of ``gradient``, for which the other samples' cotangent is zero.
+
+    Orders and modes of differentiation are those that both have.
+
+    Args:
+        gradient: of the samples that were solved; by default :class:`~torchimplicit.gradients.Implicit`.
+        instead: a factor in [0, 1], or an estimator.
+        above: the relative residual above which a sample counts as not solved; ``None``: one that fell short of what
+            the solver was told.
+    """
+
+    gradient: Gradient = field(default_factory=Implicit)
+    instead: float | Gradient = 0.0
+    above: float | None = None
+
+    def __post_init__(self) -> None:
+        check_type(self, "gradient", Gradient)
+        if isinstance(self.instead, Unrolled):
+            raise ValueError(
+                "WhenUnconverged.instead is Unrolled(), whose steps were not recorded: take UnrolledPhantom(), whose "
+                "steps begin where the solver has ended"
+            )
+        if not isinstance(self.instead, Gradient):
+            if isinstance(self.instead, bool) or not isinstance(self.instead, (int, float)):
+                raise TypeError(
+                    f"WhenUnconverged.instead must be a number in [0, 1] or an estimator, not {self.instead!r}"
+                )
+            if not 0 <= self.instead <= 1:
+                raise ValueError(f"WhenUnconverged.instead is {self.instead}, and must lie in [0, 1]")
+        if self.above is not None:
+            check_positive(self, "above")
+
+    @property
+    def needs_solver_state(self) -> bool:  # type: ignore[override]
+        return any(member.needs_solver_state for member in self.members)
+
+    @property
+    def members(self) -> tuple[Gradient, ...]:
+        """The estimators that this one is made of."""
+        return (self.gradient, self.instead) if isinstance(self.instead, Gradient) else (self.gradient,)
+
+    def supports(self, system: System, solver: Solver) -> str | None:
+        if solver.steps is not None and self.above is None:
+            return (
+                f"WhenUnconverged cannot tell which samples are solved after steps={solver.steps}, which tests "
+                "nothing: give it above=..., the relative residual beyond which a sample is not"
+            )
+        complaints = (member.supports(system, solver) for member in self.members)
+        return next((complaint for complaint in complaints if complaint), None)
+
+    def recorded(self, solver: Solver) -> int | None:
+        return None if isinstance(self.instead, Gradient) else self.gradient.recorded(solver)
+
+    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+        found = self.gradient.attach(task, z0, params)
+        if not carries_derivative(found.z):
+            return found
+        chosen = fell_short(found.status) if self.above is None else ~(found.residual <= self.above)
+        if not is_transformed(chosen) and not bool(chosen.any()):
+            return found
+        column = chosen[:, None]
+        if not isinstance(self.instead, Gradient):
+            weight = torch.where(column, self.instead, 1.0).to(found.z.dtype)
+            return found._replace(z=Weighted.apply(found.z, weight))
+        reached = task.outcomes[-1]
+        at = replace(
+            task,
+            run=lambda *_: reached,
+            solver=replace(task.solver, steps=None),
+            outcomes=[],
+            record=AdjointRecord(),
+            randomness=None,
+            capture=None,
+            direct=False,
+        )
+        other = self.instead.attach(at, z0, params)
+        task.spent(int(at.outcomes[-1].report.evaluations - reached.report.evaluations))
+        return found._replace(z=torch.where(column, other.z, found.z))
+
+
+class Weighted(Function):
+    """A state ``[batch, dim]`` whose derivative, whatever it is, is multiplied by ``weight`` (``[batch, 1]``)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor, weight: Tensor) -> Tensor:
+        return z.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> tuple[Any, ...]:
+        return _times(u, *ctx.saved_tensors), None
+
+    @staticmethod
+    def jvp(ctx: Any, dz: Tensor, _: Any) -> Tensor:
+        with _nested_forward_mode():
+            return _times(dz, *ctx.saved_tensors)
+
+
+Weighted.forward.__signature__ = inspect.signature(Weighted.forward)  # type: ignore[attr-defined]
+
+
+def _times(v: Tensor, weight: Tensor) -> Tensor:
+    return torch.where(weight > 0, v * weight, 0)
