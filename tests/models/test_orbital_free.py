@@ -19,6 +19,7 @@ from torchimplicit.models.orbital_free.local import (
     EXCHANGE,
     THOMAS_FERMI,
     lda,
+    pbe,
     positive_part,
     reduced_gradient,
     thomas_fermi,
@@ -164,6 +165,22 @@ class TestLocal:
         ours = EXCHANGE * rho ** (1 / 3) if name == "lda_x" else self.correlation(rs)
         torch.testing.assert_close(ours, per_electron, rtol=1e-9, atol=0)
 
+    def test_pbe_against_libxc(self):
+        """Energy and both derivatives, from the uniform limit to gradients of an electron's tail."""
+        libxc = pytest.importorskip("pyscf.dft.libxc")
+        rho = torch.logspace(-4, 2, 13, dtype=F64).repeat_interleave(5)
+        s = torch.tensor([0.0, 0.3, 1.0, 3.0, 10.0], dtype=F64).repeat(13)
+        slope = 2 * (3 * math.pi**2) ** (1 / 3) * rho ** (4 / 3) * s
+        zero = torch.zeros_like(rho)
+        energy, (v_rho, v_sigma, *_), _, _ = libxc.eval_xc("pbe,pbe", torch.stack([rho, slope, zero, zero]).numpy())
+        rho.requires_grad_()
+        sigma = slope.square().requires_grad_()
+        ours = pbe(rho, sigma)
+        by_rho, by_sigma = torch.autograd.grad(ours.sum(), (rho, sigma))
+        torch.testing.assert_close(ours / rho, torch.from_numpy(energy), rtol=2e-6, atol=0)
+        torch.testing.assert_close(by_rho, torch.from_numpy(v_rho), rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(by_sigma, torch.from_numpy(v_sigma), rtol=1e-5, atol=1e-8)
+
     @staticmethod
     def correlation(rs: Tensor) -> Tensor:
         rho = 3 / (4 * math.pi * rs**3)
@@ -231,6 +248,16 @@ class TestEnergy:
         with torch.no_grad():
             parts = functional.parts(torch.zeros_like(pair.reference), pair)
         assert float(sum(parts.values()) - parts["repulsion"]) == pytest.approx(0, abs=1e-15)
+
+    @pytest.mark.parametrize("name", ["lda", "pbe"])
+    def test_derivatives_by_exchange_and_correlation(self, pair, name):
+        functional = perturbed(exchange_correlation=name)
+        p = pair.guess.clone().requires_grad_()
+        assert torch.autograd.gradcheck(lambda p: functional(p, pair), p)
+        torch.testing.assert_close(
+            hessian(functional, pair.guess, pair),
+            torch.autograd.functional.hessian(lambda p: functional(p, pair), pair.guess),
+        )
 
     def test_derivatives(self, pair):
         functional = perturbed()
@@ -381,6 +408,43 @@ class TestMolecule:
             torch.testing.assert_close(pair.slopes(p)[axis], (up - down) / (2 * step), rtol=1e-6, atol=1e-9)
 
 
+class TestElements:
+    """Learned terms know the elements that they were fitted to, and no others."""
+
+    @staticmethod
+    def changed(pair: Molecule, charge: int) -> Molecule:
+        return replace(pair, charges=torch.tensor([1, charge]))
+
+    def test_before_a_fit_every_element_is_taken(self, pair):
+        assert OrbitalFree()(pair.guess, self.changed(pair, 35)).isfinite()
+
+    def test_others_are_refused_after_it(self, pair):
+        functional = OrbitalFree()
+        fit_linear(functional, [pair], [ti.Metric(pair.overlap)])
+        other = self.changed(pair, 9)
+        assert functional(pair.guess, pair).isfinite()
+        for refused in (lambda: functional(pair.guess, other), lambda: ti.solve(functional.problem(other), pair.guess)):
+            with pytest.raises(ValueError, match=r"nuclear charge \[9\], and this functional was fitted to .* \[1\]"):
+                refused()
+
+    def test_they_are_kept_with_the_weights(self, pair):
+        functional, again = OrbitalFree(), OrbitalFree()
+        fit_linear(functional, [pair], [ti.Metric(pair.overlap)])
+        again.load_state_dict(functional.state_dict())
+        assert again.elements.nonzero().tolist() == [[1]]
+
+    def test_weights_of_an_earlier_version(self, pair):
+        """Their tables ended at argon and at 24 shells, and did not tell the elements."""
+        functional, again = OrbitalFree(), OrbitalFree()
+        fit_linear(functional, [pair], [ti.Metric(pair.overlap)])
+        old = functional.state_dict()
+        del old["elements"]
+        old |= {"reference": old["reference"][:19, :24], "constants": old["constants"][:19]}
+        again.load_state_dict(old)
+        for name, held in functional.state_dict().items():
+            torch.testing.assert_close(again.state_dict()[name], held, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -389,6 +453,7 @@ class TestMolecule:
         ({"hidden": -1}, "hidden is -1"),
         ({"width": 0.0}, r"width \(0.0\) must be positive"),
         ({"layers": 0}, r"layers \(0\) >= 1"),
+        ({"exchange_correlation": "b3lyp"}, "exchange_correlation is 'b3lyp', and must be one of lda, pbe"),
         ({"weizsaecker": math.nan}, "weizsaecker is nan"),
     ],
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torchimplicit.constraints import LinearEquality
 from torchimplicit.coordinates import Metric
 from torchimplicit.models.orbital_free.local import (
     lda,
+    pbe,
     positive_part,
     reduced_gradient,
     thomas_fermi,
@@ -22,8 +25,16 @@ from torchimplicit.models.orbital_free.molecule import Molecule
 from torchimplicit.models.orbital_free.pairs import entries, shape
 from torchimplicit.problems import Minimum
 
-ELEMENTS, SHELLS = 19, 24
-"""Nuclear charges, and s shells of one atom, for which the linear term has coefficients."""
+ELEMENTS, SHELLS = 37, 40
+"""Nuclear charges (up to krypton), and s shells of one atom, for which the linear term has coefficients."""
+
+ExchangeCorrelation = Literal["lda", "pbe"]
+"""Of a uniform gas (Dirac; Perdew and Wang 1992), or with the density's gradient (Perdew, Burke and Ernzerhof 1996)."""
+
+_EXCHANGE_CORRELATION: dict[ExchangeCorrelation, Callable[[Tensor, Tensor], Tensor]] = {
+    "lda": lambda rho, sigma: lda(rho),
+    "pbe": pbe,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +47,7 @@ class OrbitalFreeConfig:
         penalty: the factor of :math:`\\int\\rho_-^2`, which holds negative densities down.
         hidden: the enhancement factor's hidden units, in each of ``layers`` layers; 0: there is none.
         pairs: nuclear charges of the elements whose neighbours enter the linear term; empty: it knows none.
+        exchange_correlation: ``"lda"`` or ``"pbe"``; that of the densities and energies it is trained on.
     """
 
     weizsaecker: float = 0.4
@@ -44,8 +56,14 @@ class OrbitalFreeConfig:
     hidden: int = 16
     layers: int = 2
     pairs: tuple[int, ...] = ()
+    exchange_correlation: ExchangeCorrelation = "lda"
 
     def __post_init__(self) -> None:
+        if self.exchange_correlation not in get_args(ExchangeCorrelation):
+            raise ValueError(
+                f"OrbitalFreeConfig.exchange_correlation is {self.exchange_correlation!r}, and must be one of "
+                f"{', '.join(get_args(ExchangeCorrelation))}"
+            )
         for name in ("weizsaecker", "penalty", "hidden"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"OrbitalFreeConfig.{name} is {getattr(self, name)}, and must not be negative")
@@ -69,7 +87,14 @@ class OrbitalFree(nn.Module):
     which leaves the functional of Thomas, Fermi, Dirac and von Weizsäcker.
 
     The parameters are double precision: eigenvalues of the Hessian may span many orders of magnitude.
+
+    Attributes:
+        elements: which elements the learned terms were fitted to, by nuclear charge, bool ``[37]``. None at first, when
+            there are no learned terms and every molecule is taken; afterwards a molecule with another element is
+            refused, because its energy would lack what the others have.
     """
+
+    elements: Tensor
 
     def __init__(self, config: OrbitalFreeConfig | None = None):
         super().__init__()
@@ -78,9 +103,14 @@ class OrbitalFree(nn.Module):
         self.reference = nn.Parameter(torch.zeros(ELEMENTS, SHELLS, dtype=torch.float64))
         self.pairs = nn.Parameter(torch.zeros(shape(config.pairs), dtype=torch.float64)) if config.pairs else None
         self.constants = nn.Parameter(torch.zeros(ELEMENTS, dtype=torch.float64))
+        self.register_buffer("elements", torch.zeros(ELEMENTS, dtype=torch.bool))
 
     def forward(self, p: Tensor, molecule: Molecule) -> Tensor:
-        """The energy of the coefficients ``p`` (``[n]``), a scalar."""
+        """The energy of the coefficients ``p`` (``[n]``), a scalar.
+
+        Raises:
+            ValueError: the molecule has an element that the functional was not fitted to.
+        """
         return torch.stack(list(self.parts(p, molecule).values())).sum()
 
     def parts(self, p: Tensor, molecule: Molecule) -> dict[str, Tensor]:
@@ -116,18 +146,50 @@ class OrbitalFree(nn.Module):
             kinetic = kinetic + gas * self.factor(features(plus, sigma))[:, 0]
         return {
             "kinetic": kinetic,
-            "exchange_correlation": lda(plus),
+            "exchange_correlation": _EXCHANGE_CORRELATION[config.exchange_correlation](plus, sigma),
             "penalty": config.penalty * rho.clamp_max(0).square(),
         }
 
     def linear(self, molecule: Molecule) -> Tensor:
-        """The coefficients :math:`a` of the linear term, ``[n]``."""
+        """The coefficients :math:`a` of the linear term, ``[n]``.
+
+        Raises:
+            ValueError: the molecule has an element that the functional was not fitted to.
+        """
+        self.check(molecule)
         coefficients = self.reference[molecule.charges[molecule.atom], molecule.shell]
         found = torch.where(molecule.angular == 0, coefficients, 0)
         if self.pairs is None:
             return found
         rows, places, values = entries(molecule, self.config.pairs)
         return found.index_add(0, rows, self.pairs.reshape(-1)[places] * values)
+
+    def check(self, molecule: Molecule) -> None:
+        """Refuse a molecule with an element that the learned terms were not fitted to.
+
+        Raises:
+            ValueError: which elements they are.
+        """
+        if bool(self.elements[molecule.charges].all()) or not bool(self.elements.any()):
+            return
+        known = set(self.elements.nonzero()[:, 0].tolist())
+        raise ValueError(
+            f"{molecule.name} has elements of nuclear charge {sorted({*molecule.charges.tolist()} - known)}, and this "
+            f"functional was fitted to those of charge {sorted(known)}: its energy and density of {molecule.name} would "
+            "be wrong by hartrees. Train it on molecules with these elements too"
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Takes the weights of earlier versions too, which ended at argon and did not know their elements."""
+        for name in ("reference", "constants"):
+            held = state_dict.get(prefix + name)
+            if held is not None and held.shape != (size := getattr(self, name).shape) and held.dim() == len(size):
+                whole = held.new_zeros(size)
+                whole[tuple(map(slice, held.shape))] = held
+                state_dict[prefix + name] = whole
+        if prefix + "reference" in state_dict:
+            state_dict.setdefault(prefix + "elements", (state_dict[prefix + "reference"] != 0).any(dim=1))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def problem(self, molecule: Molecule, metric: Metric | None = None) -> Minimum:
         """The density of least energy with the molecule's number of electrons, ``solve(problem, molecule.guess)``.

@@ -13,6 +13,11 @@ EXCHANGE = -0.75 * (3 / math.pi) ** (1 / 3)
 PW92 = (0.0310907, 0.21370, 7.5957, 3.5876, 1.6382, 0.49294)
 """A, alpha_1 and beta_1 to beta_4 of Perdew and Wang's fit for the unpolarized gas (1992, table I)."""
 
+PBE_KAPPA, PBE_BETA = 0.804, 0.06672455060314922
+PBE_MU, PBE_GAMMA = PBE_BETA * math.pi**2 / 3, (1 - math.log(2)) / math.pi**2
+"""Of Perdew, Burke and Ernzerhof (1996): the bound on exchange, and the gradient coefficients of correlation and of
+exchange, which cancel in the uniform limit."""
+
 
 def positive_part(rho: Tensor, width: float) -> Tensor:
     """:math:`\\tfrac12(\\rho+\\sqrt{\\rho^2+\\varepsilon^2})`: smooth, positive, and :math:`\\rho` where that is large.
@@ -41,12 +46,35 @@ def weizsaecker(rho: Tensor, sigma: Tensor, width: float = 0.0) -> Tensor:
 
 def lda(rho: Tensor) -> Tensor:
     """Exchange (Dirac 1930) and correlation (Perdew and Wang 1992, eq. 10) of a uniform gas."""
+    return EXCHANGE * rho ** (4 / 3) + rho * _correlation(rho)
+
+
+def pbe(rho: Tensor, sigma: Tensor) -> Tensor:
+    """Exchange and correlation with the density's gradient (Perdew, Burke and Ernzerhof 1996).
+
+    Exchange is that of the gas times :math:`1+\\kappa-\\kappa/(1+\\mu s^2/\\kappa)` (eqs. 10 and 14); correlation that of
+    the gas plus :math:`H` (eqs. 7 and 8, unpolarized) of :math:`t^2=\\sigma/(4k_s^2\\rho^2)`.
+
+    Args:
+        rho: positive.
+        sigma: :math:`|\\nabla\\rho|^2`.
+    """
+    enhancement = 1 + PBE_KAPPA - PBE_KAPPA / (1 + PBE_MU / PBE_KAPPA * reduced_gradient(rho, sigma))
+    gas = _correlation(rho)
+    screening = 4 * (3 * math.pi**2 * rho) ** (1 / 3) / math.pi  # the square of Thomas and Fermi's wave number
+    t2 = sigma / (4 * screening * rho.square())
+    at2 = PBE_BETA / PBE_GAMMA / torch.expm1(-gas / PBE_GAMMA) * t2
+    gradient = torch.log1p(PBE_BETA / PBE_GAMMA * t2 * (1 + at2) / (1 + at2 + at2.square()))
+    return EXCHANGE * rho ** (4 / 3) * enhancement + rho * (gas + PBE_GAMMA * gradient)
+
+
+def _correlation(rho: Tensor) -> Tensor:
+    """Of a uniform gas, an electron's."""
     a, alpha, b1, b2, b3, b4 = PW92
     rs = (3 / (4 * math.pi * rho)) ** (1 / 3)
     root = rs.sqrt()
     series = 2 * a * root * (b1 + root * (b2 + root * (b3 + root * b4)))
-    correlation = -2 * a * (1 + alpha * rs) * torch.log1p(1 / series)
-    return EXCHANGE * rho ** (4 / 3) + rho * correlation
+    return -2 * a * (1 + alpha * rs) * torch.log1p(1 / series)
 
 
 def reduced_gradient(rho: Tensor, sigma: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ def fit_linear(
     """Set the linear term so that the reference densities are as nearly stationary as it can make them.
 
     Minimizes :math:`\\sum_m\\lVert P\\,S^{-1/2}(\\nabla E(p_{gs})+a)\\rVert^2/N_m`, one linear least-squares problem in
-    the coefficients of all elements and s shells that the molecules have. Those of others become zero.
+    the coefficients of all elements and s shells that the molecules have. Those of others become zero, and molecules
+    with other elements are refused from then on.
 
     Args:
         metrics: of the overlaps.
@@ -34,6 +35,8 @@ def fit_linear(
         pair_ridge: likewise of the pairs' coefficients, which are many more.
     """
     functional.reference.zero_()
+    functional.elements.zero_()
+    functional.elements[torch.cat([molecule.charges for molecule in molecules])] = True
     if functional.pairs is not None:
         functional.pairs.zero_()
     columns, slopes = [], []
