@@ -103,7 +103,7 @@ def test_pickles_inside_are_not_opened(file):
 
 
 def test_another_version_is_told(file):
-    assert "has version 99 of the format, and this program reads version 1; compute it again" in refusal(
+    assert "has version 99 of the format, and this program reads version 2; compute it again" in refusal(
         about(file, version=99)
     )
 

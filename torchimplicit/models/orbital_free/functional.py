@@ -175,7 +175,7 @@ class OrbitalFree(nn.Module):
         known = set(self.elements.nonzero()[:, 0].tolist())
         raise ValueError(
             f"{molecule.name} has elements of nuclear charge {sorted({*molecule.charges.tolist()} - known)}, and this "
-            f"functional was fitted to those of charge {sorted(known)}: its energy and density of {molecule.name} would "
+            f"functional was fitted to those of charge {sorted(known)}: its energy and density there would "
             "be wrong by hartrees. Train it on molecules with these elements too"
         )
 

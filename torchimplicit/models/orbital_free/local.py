@@ -52,7 +52,7 @@ def lda(rho: Tensor) -> Tensor:
 def pbe(rho: Tensor, sigma: Tensor) -> Tensor:
     """Exchange and correlation with the density's gradient (Perdew, Burke and Ernzerhof 1996).
 
-    Exchange is that of the gas times :math:`1+\\kappa-\\kappa/(1+\\mu s^2/\\kappa)` (eqs. 10 and 14); correlation that of
+    Exchange is that of the gas times :math:`1+\\kappa-\\kappa/(1+\\mu s^2/\\kappa)` (eqs. 10, 14); correlation that of
     the gas plus :math:`H` (eqs. 7 and 8, unpolarized) of :math:`t^2=\\sigma/(4k_s^2\\rho^2)`.
 
     Args:

@@ -509,29 +509,27 @@ def _text(content: bytes, where: str) -> str:
 Array = NDArray[np.float64]
 
 
-def constrained_fit(coulomb: Array, potential: Array, weight: Array, electrons: float) -> Array:
-    """The coefficients whose error has the least Coulomb energy, among those with the right number of electrons.
+def constrained_fit(coulomb: Array, potential: Array, constraints: Array, values: Array) -> Array:
+    """The coefficients whose error has the least Coulomb energy, among those with given integrals.
 
-    The minimum of :math:`\\tfrac12\\langle p,Jp\\rangle-\\langle b,p\\rangle` under :math:`\\langle w,p\\rangle=N`
-    (Dunlap, Connolly, Sabin, J. Chem. Phys. 71, 3396 (1979)):
+    The minimum of :math:`\\tfrac12\\langle p,Jp\\rangle-\\langle b,p\\rangle` under :math:`C^\\top p=c` (Dunlap,
+    Connolly, Sabin, J. Chem. Phys. 71, 3396 (1979), who hold the number of electrons):
 
-    .. math:: \\begin{pmatrix}J&w\\\\ w^\\top&0\\end{pmatrix}\\begin{pmatrix}p\\\\ \\lambda\\end{pmatrix}
-              =\\begin{pmatrix}b\\\\ N\\end{pmatrix}
+    .. math:: \\begin{pmatrix}J&C\\\\ C^\\top&0\\end{pmatrix}\\begin{pmatrix}p\\\\ \\lambda\\end{pmatrix}
+              =\\begin{pmatrix}b\\\\ c\\end{pmatrix}
 
     Args:
         coulomb: J, ``[n, n]``, positive definite.
         potential: b, ``[n, k]``: the Coulomb energies of the basis functions with each of k densities.
-        weight: w, ``[n]``.
-        electrons: N, of each density.
+        constraints: C, ``[n, m]``: what is held of each basis function, such as its integral.
+        values: c, ``[m, k]``: what each density has of it, such as its number of electrons.
 
     Returns:
         p, ``[n, k]``.
     """
-    n, k = potential.shape
-    matrix = np.zeros((n + 1, n + 1))
-    matrix[:n, :n], matrix[:n, n], matrix[n, :n] = coulomb, weight, weight
-    right = np.concatenate([potential, np.full((1, k), electrons)])
     from scipy.linalg import solve  # heavy, and settings are made without it
 
-    found: Array = solve(matrix, right, assume_a="sym")[:n]
+    n, m = constraints.shape
+    matrix = np.block([[coulomb, constraints], [constraints.T, np.zeros((m, m))]])
+    found: Array = solve(matrix, np.concatenate([potential, values]), assume_a="sym")[:n]
     return found

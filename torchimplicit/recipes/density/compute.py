@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, final
@@ -252,11 +252,10 @@ def compute(geometry: Geometry, settings: ChemistrySettings) -> Record:
 
 def _compute(geometry: Geometry, settings: ChemistrySettings) -> Record:
     import pyscf
-    from pyscf import df, dft, gto
+    from pyscf import df, dft
 
     began = time.monotonic()
-    atoms = [(symbol(charge), place) for charge, place in zip(geometry.charges, geometry.positions, strict=True)]
-    mol = gto.M(atom=atoms, unit="Bohr", basis=settings.orbital_basis, charge=geometry.charge, verbose=0)
+    mol = _made(geometry, settings.orbital_basis)
     field = dft.RKS(mol, xc=settings.functional)
     field.conv_tol, field.max_cycle = settings.scf_tolerance, settings.scf_cycles
     field.grids.level = settings.scf_grid
@@ -274,13 +273,16 @@ def _compute(geometry: Geometry, settings: ChemistrySettings) -> Record:
     weight = basis.integrals().numpy()
     coulomb = fitting.intor("int2c2e")
     potential = _potentials(mol, fitting, [orbitals, guess])
-    fitted = constrained_fit(coulomb, potential, weight, geometry.electrons)
+    external, nuclear = _attraction(mol, fitting), mol.intor("int1e_nuc")
+    attractions = [float(np.vdot(nuclear, density)) for density in (orbitals, guess)]
+    held = np.array([[geometry.electrons] * 2, attractions])
+    fitted = constrained_fit(coulomb, potential, np.stack([weight, external], axis=1), held)
     points, quadrature = _grid(mol, settings.grid)
 
     found = {
         "overlap": fitting.intor("int1e_ovlp"),
         "coulomb": coulomb,
-        "external": _attraction(mol, fitting),
+        "external": external,
         "reference": fitted[:, 0],
         "guess": fitted[:, 1],
         "points": points,
@@ -298,7 +300,7 @@ def _compute(geometry: Geometry, settings: ChemistrySettings) -> Record:
         repulsion=float(mol.energy_nuc()),
         kinetic=float(np.vdot(mol.intor("int1e_kin"), orbitals)),
         exchange_correlation=float(energies.exc),
-        attraction=float(np.vdot(mol.intor("int1e_nuc"), orbitals)),
+        attraction=attractions[0],
         hartree=float(energies.ecoul),
         software=f"PySCF {pyscf.__version__}",
         seconds=time.monotonic() - began,
@@ -343,6 +345,25 @@ def _attraction(mol: Any, fitting: Any) -> Array:
     nuclei = gto.fakemol_for_charges(mol.atom_coords())
     found: Array = -gto.intor_cross("int2c2e", fitting, nuclei) @ mol.atom_charges()
     return found
+
+
+def grid_of(geometry: Geometry, level: int) -> tuple[Tensor, Tensor]:
+    """Points ``[points, 3]``, in bohr, and weights ``[points]`` of PySCF's grid of a level for a molecule.
+
+    Raises:
+        UserError: PySCF is missing.
+    """
+    need_pyscf()
+    points, weights = _grid(_made(geometry, "sto-3g"), level)  # which orbitals there are does not matter
+    return torch.from_numpy(np.ascontiguousarray(points)), torch.from_numpy(np.ascontiguousarray(weights))
+
+
+def _made(geometry: Geometry, basis: str) -> Any:
+    """PySCF's molecule."""
+    from pyscf import gto
+
+    atoms = [(symbol(charge), place) for charge, place in zip(geometry.charges, geometry.positions, strict=True)]
+    return gto.M(atom=atoms, unit="Bohr", basis=basis, charge=geometry.charge, verbose=0)
 
 
 def _grid(mol: Any, level: int) -> tuple[Array, Array]:
@@ -402,6 +423,15 @@ class Record:
         """The tensors by name, those of the basis aside."""
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
+    def on_grid(self, level: int) -> Record:
+        """The same on a grid of another level.
+
+        Raises:
+            UserError: PySCF, which makes the grid, is missing.
+        """
+        points, quadrature = grid_of(self.geometry, level)
+        return replace(self, points=points, quadrature=quadrature, settings=replace(self.settings, grid=level))
+
     def molecule(self) -> Molecule:
         """What a density functional needs of it, float64."""
         values, gradients = self.basis.evaluate(self.points)
@@ -428,7 +458,7 @@ class Record:
 
 
 FORMAT = "torchimplicit molecule"
-VERSION = 1
+VERSION = 2
 """Of the file's layout and of what its numbers mean."""
 
 LARGEST_GROWTH = 200

@@ -102,7 +102,7 @@ class MoleculesConfig:
     qm9_seconds: float = 1500.0
     """Of the processor's time, for that row."""
 
-    grid: int = 0
+    grid: int = 1
     """Level of the integration grid, 0 to 9."""
 
     processes: int = 1

@@ -98,7 +98,7 @@ class Molecules:
     data_dir: Path | None = None
     """Where the molecules' data files are, or will be computed into; without it the user's cache."""
 
-    chemistry: ChemistrySettings = field(default_factory=lambda: ChemistrySettings(grid=0))
+    chemistry: ChemistrySettings = field(default_factory=ChemistrySettings)
 
     def __post_init__(self) -> None:
         positive(self, "limit", "distort")
@@ -194,6 +194,10 @@ class OrbitalFreeTraining:
     spectrum: bool = False
     """Measure the Hessians' extreme eigenvalues too, which takes long for large molecules."""
 
+    check_grid: int = 3
+    """At the end every density is found once more on PySCF's grid of this level, and counts as good only if it is there
+    too; no finer than --molecules.chemistry.grid: it is not."""
+
     page: bool = True
     """Draw figures and a page at the end."""
 
@@ -212,6 +216,8 @@ class OrbitalFreeTraining:
         not_negative(
             self, "weizsaecker", "penalty", "hidden", "decay", "energy_weight", "correction", "seed", "threads"
         )
+        if not 0 <= self.check_grid < GRIDS:
+            raise UserError(f"--check-grid must lie in 0 to {GRIDS - 1}, and it is {self.check_grid}")
         not_negative(self, "hessian_weight", "floor_weight")
         fraction(self, "correction_gamma")
         if self.optimizer == "least-squares":
@@ -245,7 +251,7 @@ def single() -> OrbitalFreeTraining:
 def qm9() -> OrbitalFreeTraining:
     """The smallest molecules of QM9, some of them held out."""
     return OrbitalFreeTraining(
-        molecules=Molecules(sources=("qm9",), limit=30, held_out=6), optimizer="l-bfgs", iterations=60
+        molecules=Molecules(sources=("qm9",), limit=30, held_out=6), optimizer="l-bfgs", iterations=60, check_grid=2
     )
 
 
@@ -289,7 +295,7 @@ class MoleculeGradientsConfig:
     sigma: float = 0.04
     """Standard deviation of the displacements of the nuclei, in angstrom; 0: the molecule's own geometry."""
 
-    grid: int = 0
+    grid: int = 1
     """Level of the integration grid."""
 
     data_dir: Path | None = None

@@ -69,7 +69,7 @@ class SingleConfig:
     tail_weight: float = 0.0
     """What low densities weigh more in the loss; 0 is the loss of the slides."""
 
-    grid: int = 0
+    grid: int = 1
     """Level of the integration grid, 0 to 9."""
 
     data_dir: Path | None = None

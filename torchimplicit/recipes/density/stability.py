@@ -103,7 +103,7 @@ class StabilityConfig:
     floor: float = 0.5
     """See --floor-weight; in hartree."""
 
-    grid: int = 0
+    grid: int = 1
     """Level of the integration grid, 0 to 9."""
 
     data_dir: Path | None = None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free import Molecule, OrbitalFree, OrbitalFreeConfig, fit_constants, fit_linear
+from torchimplicit.models.orbital_free.functional import ExchangeCorrelation
 from torchimplicit.recipes.density import chemistry as sources
 from torchimplicit.recipes.density import compute as storage
-from torchimplicit.recipes.density.chemistry import Geometry, check_size, distorted
+from torchimplicit.recipes.density.chemistry import Geometry, check_size, distorted, symbol
 from torchimplicit.recipes.density.compute import DensityBasis, Outcome, prepare
 from torchimplicit.recipes.density.objective import Case, DensityFit
 from torchimplicit.recipes.density.settings import Molecules, OrbitalFreeTraining
@@ -150,6 +152,12 @@ def geometries(config: Molecules) -> tuple[dict[str, list[Geometry]], list[str]]
             for _ in range(count):
                 copy += 1
                 found[split].append(distorted(geometry, config.distort, config.geometry_seed, copy))
+    known = {charge for geometry in found["train"] for charge in geometry.charges}
+    for split in SPLITS[1:]:
+        for geometry in [one for one in found[split] if not known.issuperset(one.charges)]:
+            found[split].remove(geometry)
+            lacking = ", ".join(symbol(charge) for charge in sorted({*geometry.charges} - known))
+            refused.append(f"{geometry.name}: no training molecule has {lacking}")
     return found, refused
 
 
@@ -226,6 +234,8 @@ class Results:
             the weights that were selected.
         start_test: the test molecules with the linear terms alone.
         selected: the iteration whose weights they are.
+        free_energies: whether the elements' constants alone give every training molecule its energy, whatever the
+            densities: their energy errors after the fit say nothing then.
         skipped: molecules that could not be computed.
     """
 
@@ -246,9 +256,33 @@ class Results:
     looks: list[Look]
     environment: Environment
     config: OrbitalFreeTraining
+    free_energies: bool = False
 
 
 # -- How good the densities of a functional are, molecule by molecule, and how hard they are to find -------------------
+
+
+@dataclass(frozen=True)
+class Finer:
+    """The density that the same functional has on a finer grid, found from the one on its own grid.
+
+    Attributes:
+        level: PySCF's, of the finer grid.
+        loss, l1, guess_l1, energy_error, converged: see :class:`Quality`.
+        moved: :math:`\\int(\\rho-\\rho_{own})^2/(2N)`, how far it is from the density on its own grid.
+    """
+
+    level: int
+    loss: float
+    l1: float
+    guess_l1: float
+    energy_error: float
+    converged: bool
+    moved: float
+
+    def better(self, guess_loss: float) -> bool:
+        """Than the superposition of atoms, whose L does not depend on the grid."""
+        return self.converged and self.loss < guess_loss and self.l1 < self.guess_l1
 
 
 @dataclass(frozen=True)
@@ -260,11 +294,14 @@ class Quality:
         loss: :math:`\\int(\\rho-\\rho_{gs})^2/(2N)`.
         l1: :math:`\\int|\\rho-\\rho_{gs}|/N`.
         energy_error: of the energy at the density that was found, in hartree.
+        trained_energy_error: likewise, by the elements' constants that training had; ``energy_error`` is by those that
+            are fitted to the training molecules' energies afterwards, unless energies are trained.
         guess_loss, guess_l1: the same figures of the superposition of atoms (MINAO).
         negative: the least density on the grid, per cubic bohr.
         steps, evaluations: of the minimization from that superposition.
         converged: whether it was done within its budget.
         least, largest: eigenvalues of the Hessian on the constraint, in the metric's coordinates; NaN if not asked for.
+        finer: the same molecule on a finer grid, where it was looked at.
     """
 
     name: str
@@ -280,16 +317,20 @@ class Quality:
     converged: bool
     least: float = math.nan
     largest: float = math.nan
+    trained_energy_error: float = math.nan
+    finer: Finer | None = None
 
     @property
     def better(self) -> bool:
-        """Than the superposition of atoms, by both figures."""
-        return self.loss < self.guess_loss and self.l1 < self.guess_l1
+        """Than the superposition of atoms, by both figures, and on the finer grid too where that was looked at."""
+        own = self.loss < self.guess_loss and self.l1 < self.guess_l1
+        return own and (self.finer is None or self.finer.better(self.guess_loss))
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Means over molecules; ``better`` is a share, ``steps`` and the spectrum are the worst."""
+    """Means over molecules; ``better`` is a share, ``steps`` and the spectrum are the worst. Those named ``finer`` are
+    of the finer grid, NaN where none was looked at."""
 
     loss: float
     l1: float
@@ -302,10 +343,28 @@ class Summary:
     unconverged: float
     least: float
     largest: float
+    trained_energy_error: float = math.nan
+    finer_loss: float = math.nan
+    finer_l1: float = math.nan
+    finer_energy_error: float = math.nan
 
 
-def quality(case: Case, functional: OrbitalFree, config: OrbitalFreeTraining, *, spectrum: bool = False) -> Quality:
-    """Of the density that is found from the superposition of atoms."""
+def quality(
+    case: Case,
+    functional: OrbitalFree,
+    config: OrbitalFreeTraining,
+    *,
+    spectrum: bool = False,
+    constants: Tensor | None = None,
+    file: Path | None = None,
+) -> Quality:
+    """Of the density that is found from the superposition of atoms.
+
+    Args:
+        spectrum: look at the Hessian's extreme eigenvalues too.
+        constants: the elements' constants that training had; ``None``: those that ``functional`` has.
+        file: of the molecule, to look at a finer grid too; ``None``: do not.
+    """
     molecule = case.molecule
     with torch.no_grad():
         solution = case.solved(functional, config, cold=True)
@@ -315,12 +374,15 @@ def quality(case: Case, functional: OrbitalFree, config: OrbitalFreeTraining, *,
         values = torch.linalg.eigvalsh(case.curvature(functional, p))
         least, largest = float(values[0]), float(values[-1])
     with torch.no_grad():
+        energy_error = float(functional(p, molecule) - molecule.energy)
+        refitted = 0.0 if constants is None else float((functional.constants - constants)[molecule.charges].sum())
         return Quality(
             name=molecule.name,
             size=molecule.size,
             loss=float(case.loss(p)),
             l1=float(case.l1(p)),
-            energy_error=float(functional(p, molecule) - molecule.energy),
+            energy_error=energy_error,
+            trained_energy_error=energy_error - refitted,
             guess_loss=float(case.loss(guess)),
             guess_l1=float(case.l1(guess)),
             negative=float(molecule.density(p).min()),
@@ -329,14 +391,55 @@ def quality(case: Case, functional: OrbitalFree, config: OrbitalFreeTraining, *,
             converged=bool(solution.converged),
             least=least,
             largest=largest,
+            finer=None if file is None else finer(case, functional, config, p, file),
         )
 
 
+def finer(case: Case, functional: OrbitalFree, config: OrbitalFreeTraining, p: Tensor, file: Path) -> Finer:
+    """On the finer grid, from the density ``p`` (``[n]``) on its own and with the Hessian that was kept there: that the
+    functional has its minimum there too is what is looked at, not how long it takes to find.
+
+    Raises:
+        UserError: PySCF, which makes the grid, is missing.
+    """
+    molecule = storage.read(file).on_grid(config.check_grid).molecule()
+    fine = Case(molecule, case.metric, case.weighing, hessian=case.hessian)
+    fine.density, fine.fresh = p, True
+    solution = fine.solved(functional, replace(config, inner="l-bfgs", correction=0))
+    found = solution.value
+    moved = found - p
+    return Finer(
+        level=config.check_grid,
+        loss=float(fine.loss(found)),
+        l1=float(fine.l1(found)),
+        guess_l1=float(fine.l1(molecule.guess)),
+        energy_error=float(functional(found, molecule) - molecule.energy),
+        converged=bool(solution.converged),
+        moved=float(0.5 * moved @ (molecule.overlap @ moved) / molecule.electrons),
+    )
+
+
 def qualities(
-    cases: Sequence[Case], functional: OrbitalFree, config: OrbitalFreeTraining, *, spectrum: bool = False
+    cases: Sequence[Case],
+    functional: OrbitalFree,
+    config: OrbitalFreeTraining,
+    *,
+    spectrum: bool = False,
+    constants: Tensor | None = None,
+    files: Mapping[str, Path] | None = None,
 ) -> list[Quality]:
-    """Of each."""
-    return [quality(case, functional, config, spectrum=spectrum) for case in cases]
+    """Of each; ``files`` are those of the molecules by their names, see :func:`quality`."""
+    return [
+        quality(
+            case,
+            functional,
+            config,
+            spectrum=spectrum,
+            constants=constants,
+            file=None if files is None else files[case.molecule.name],
+        )
+        for case in cases
+    ]
 
 
 def summarized(found: Sequence[Quality]) -> Summary:
@@ -353,6 +456,11 @@ def summarized(found: Sequence[Quality]) -> Summary:
         unconverged=fmean(not one.converged for one in found),
         least=min(one.least for one in found),
         largest=max(one.largest for one in found),
+        trained_energy_error=fmean(abs(one.trained_energy_error) for one in found),
+        **{
+            f"finer_{name}": fmean(math.nan if one.finer is None else abs(getattr(one.finer, name)) for one in found)
+            for name in ("loss", "l1", "energy_error")
+        },
     )
 
 
@@ -465,9 +573,38 @@ def _inner(looks: list[Look]) -> Figure:
 # -- Trains a functional, and shows what came out; see :class:`torchimplicit.recipes.runtime.run.Runner` ---------------
 
 
+EXCHANGE_CORRELATION: dict[str, ExchangeCorrelation] = {
+    "lda,pw": "lda",
+    "lda,pw_mod": "lda",
+    "pbe": "pbe",
+    "pbe,pbe": "pbe",
+}
+"""Of the functional, by that of the Kohn-Sham calculation as PySCF names it."""
+
+
 def check(config: OrbitalFreeTraining) -> None:
-    """The sources must be readable; everything runs on a CPU."""
+    """The sources must be readable, and their exchange and correlation that of a functional; everything runs on a CPU.
+
+    Raises:
+        UserError: they are not.
+    """
     geometries(config.molecules)
+    exchange_correlation(config)
+
+
+def exchange_correlation(config: OrbitalFreeTraining) -> ExchangeCorrelation:
+    """That of the molecules' Kohn-Sham calculations.
+
+    Raises:
+        UserError: the functional has none that is like it.
+    """
+    name = config.molecules.chemistry.functional
+    if name.lower().replace(" ", "") not in EXCHANGE_CORRELATION:
+        raise UserError(
+            f"--molecules.chemistry.functional {name}: densities and energies of that exchange and correlation would "
+            "be compared with those of another one, for a density functional here has that of lda,pw or of pbe"
+        )
+    return EXCHANGE_CORRELATION[name.lower().replace(" ", "")]
 
 
 def started(config: OrbitalFreeTraining, cases: Sequence[Case]) -> OrbitalFree:
@@ -482,6 +619,7 @@ def started(config: OrbitalFreeTraining, cases: Sequence[Case]) -> OrbitalFree:
                 penalty=config.penalty,
                 hidden=config.hidden,
                 pairs=elements if config.pairs else (),
+                exchange_correlation=exchange_correlation(config),
             )
         )
     fit_linear(functional, molecules, [case.metric for case in cases])
@@ -641,16 +779,20 @@ def _results(
     run: Run,
     state: str,
 ) -> Results:
+    files = split.files if _checked(config) else None
     first = started(config, cases["train"])
-    start, start_test = (qualities(cases[name], first, config) for name in ("train", "test"))
+    start, start_test = (qualities(cases[name], first, config, files=files) for name in ("train", "test"))
     _restored(functional, run.best)
+    constants = functional.constants.detach().clone()
     if not config.energy_weight:  # nothing has trained the constants, on which no density depends
         with torch.no_grad():
             densities = [case.solved(functional, config, cold=True).value for case in cases["train"]]
         fit_constants(functional, split.train, densities)
     found: dict[str, list[Quality]] = {
-        name: qualities(ones, functional, config, spectrum=config.spectrum) for name, ones in cases.items()
+        name: qualities(ones, functional, config, spectrum=config.spectrum, constants=constants, files=files)
+        for name, ones in cases.items()
     }
+    counts = torch.stack([torch.bincount(m.charges, minlength=len(functional.constants)) for m in split.train])
     return Results(
         state=state,
         weights=history.weights,
@@ -667,7 +809,13 @@ def _results(
         looks=history.looks,
         environment=Environment.of(torch.device("cpu")),
         config=config,
+        free_energies=int(torch.linalg.matrix_rank(counts.double())) == len(counts),
     )
+
+
+def _checked(config: OrbitalFreeTraining) -> bool:
+    """Whether densities are looked at on a finer grid."""
+    return config.check_grid > config.molecules.chemistry.grid and find_spec("pyscf") is not None
 
 
 def _table(results: Results) -> Table:
@@ -675,24 +823,32 @@ def _table(results: Results) -> Table:
         Column("Molecules"),
         Column("L", "10⁻³"),
         Column("L1 per electron"),
-        Column("Energy error", "mHa"),
+        Column("ΔE, constants refitted", "mHa"),
+        Column("ΔE, as trained", "mHa"),
         Column("Better than MINAO", "%"),
         Column("Steps"),
     ]
+    checked = any(one.finer is not None for one in results.train)
+    if checked:
+        columns += [Column(f"L, grid {results.config.check_grid}", "10⁻³"), Column(f"ΔE, grid {results.config.check_grid}", "mHa")]
     rows = []
     splits = {"train, linear terms alone": results.start, "train": results.train, "validation": results.validation}
     splits |= {"test, linear terms alone": results.start_test, "test": results.test}
     for name, found in splits.items():
         if found:
             one = summarized(found)
+            free = " (whatever the densities)" if name == "train" and results.free_energies else ""
+            more = [f"{1e3 * one.finer_loss:.3f}", f"{1e3 * one.finer_energy_error:.1f}"] if checked else []
             rows.append(
                 [
                     name,
                     f"{1e3 * one.loss:.3f} (MINAO {1e3 * one.guess_loss:.3f})",
                     f"{one.l1:.4f} (MINAO {one.guess_l1:.4f})",
-                    f"{1e3 * one.energy_error:.1f}",
+                    f"{1e3 * one.energy_error:.1f}{free}",
+                    f"{1e3 * one.trained_energy_error:.1f}",
                     f"{100 * one.better:.0f}",
                     f"{one.mean_steps:.1f}",
+                    *more,
                 ]
             )
     return Table(columns, rows)
