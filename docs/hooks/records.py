@@ -35,10 +35,7 @@ def text_of(record: Record, pictures: str) -> str:
         parts += [f"## {_escaped(sheet.title)}", _escaped(sheet.table.markdown())]
     if record.claims:
         parts += ["## Claims"]
-        parts += [
-            f"- **{'Holds' if c.holds else 'Fails'}**: {_escaped(c.statement)}. {_escaped(c.measured)}"
-            for c in record.claims
-        ]
+        parts += [f"- **{c.verdict}**: {_escaped(c.statement)}. {_escaped(c.measured)}" for c in record.claims]
     if record.pictures:
         parts += ["## Pictures"]
         parts += [f"![{_plain(p.caption)}]({pictures}/{p.file})\n\n{_escaped(p.caption)}" for p in record.pictures]

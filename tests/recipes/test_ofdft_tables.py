@@ -174,6 +174,25 @@ def test_settings_that_make_no_sense():
         stability.StabilityConfig(molecules=())
 
 
+def test_a_remedy_where_nothing_ails_is_not_tested():
+    config = stability.StabilityConfig(plan=Plan(seeds=1), rows=("l-bfgs-plain", "l-bfgs-floor"))
+
+    def verdict(*after):
+        counts = [{f"descent_{when}": [{"steps": n, "converged": True}]} for n in after for when in ("after",)]
+        figures = {
+            f"{row}-0": {
+                "counted": {"descent_before": [{"steps": 100, "converged": True}], **count},
+                "least": 1.0,
+                "loss": [1.0, 0.5],
+                "growth": 1.0,
+            }
+            for row, count in zip(("l-bfgs-plain", "l-bfgs-floor"), counts, strict=True)
+        }
+        return stability.claims(config, Runs.made_by(stability.jobs(config), figures))[-1].verdict
+
+    assert [verdict(100, 90), verdict(1000, 200), verdict(1000, 900)] == ["Not tested", "Holds", "Fails"]
+
+
 def test_figures_in_words():
     assert shown(0.0123456, 3) == "0.0123"
     assert shown(1234.5, 2) == "1234"

@@ -85,7 +85,7 @@ def test_copies_are_in_one_split_each():
 
 
 def test_molecules_are_held_out_whole():
-    config = Molecules(sources=("H2", "H2O", "NH3", "CH4", "HF"), held_out=1, train_copies=1)
+    config = Molecules(sources=("H2", "H2O", "H2CO", "CH4", "C2H4"), held_out=1, train_copies=1)
     found, _ = data.geometries(config)
     assert [len(found[split]) for split in data.SPLITS] == [6, 1, 1]
     formulas = [{one.name.split("-")[0] for one in found[split]} for split in data.SPLITS]
@@ -93,6 +93,13 @@ def test_molecules_are_held_out_whole():
     assert not formulas[1] & formulas[2]
     with pytest.raises(UserError, match="held-out"):
         data.geometries(replace(config, held_out=3))
+
+
+def test_molecules_with_an_element_that_training_lacks_are_left_out():
+    config = Molecules(sources=("H2", "H2O", "NH3", "CH4", "HF"), held_out=1, train_copies=1)
+    found, refused = data.geometries(config)
+    assert [len(found[split]) for split in data.SPLITS] == [6, 0, 0]
+    assert refused == ["NH3: no training molecule has N", "HF: no training molecule has F"]
 
 
 # -- the loss and its derivatives --------------------------------------------------------------------------------------
@@ -222,6 +229,41 @@ def test_quality(coarse):
     assert whole.steps == 99
 
 
+def test_a_finer_grid_is_looked_at_too(h2):
+    """A functional whose minimum is the same there is as good; one whose is not, is not better than its guess."""
+    pytest.importorskip("pyscf")
+    from tests.conftest import H2
+
+    config = settings(check_grid=2)
+    found = quality(Case.of(h2), runner.started(config, [Case.of(h2)]), config, file=H2)
+    assert found.finer is not None
+    assert (found.finer.level, found.finer.converged) == (2, True)
+    assert found.finer.loss == pytest.approx(found.loss, rel=0.05)
+    assert found.finer.energy_error == pytest.approx(found.energy_error, abs=1e-4)
+    assert 0 < found.finer.moved < 0.05 * found.loss
+    assert found.better
+    assert not replace(found, finer=replace(found.finer, loss=2 * found.guess_loss)).better
+    assert not replace(found, finer=replace(found.finer, converged=False)).better
+    assert summarized([found]).finer_loss == found.finer.loss
+
+
+def test_energies_by_the_constants_that_training_had(h2):
+    config = settings()
+    functional, constants = runner.started(config, [Case.of(h2)]), torch.zeros(37, dtype=torch.float64)
+    constants[1] = functional.constants[1].detach() + 0.25
+    found = quality(Case.of(h2), functional, config, constants=constants)
+    assert found.trained_energy_error - found.energy_error == pytest.approx(2 * 0.25)
+
+
+def test_the_functional_is_that_of_the_labels():
+    def asked(name):
+        return settings(molecules=Molecules(sources=("H2",), chemistry=replace(SETTINGS, functional=name)))
+
+    assert [runner.exchange_correlation(asked(name)) for name in ("lda,pw", "PBE", "pbe, pbe")] == ["lda", "pbe", "pbe"]
+    with pytest.raises(UserError, match=r"functional b88,p86: densities and energies of that exchange and correlation"):
+        runner.check(asked("b88,p86"))
+
+
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +283,8 @@ def test_training_lowers_the_loss(tmp_path, folder, optimizer):
     assert results["state"] == "complete"
     assert results["looks"][-1]["loss"] < results["looks"][0]["loss"]
     assert results["train"][0]["converged"]
+    assert results["free_energies"]  # one molecule, and a constant of its element
+    assert abs(results["train"][0]["energy_error"]) < 1e-8 < abs(results["train"][0]["trained_energy_error"])
     assert len(results["looks"]) == results["iterations"] + 1
     runner.evaluate(config, run, Console(quiet=True))
     assert run.read_json("evaluation.json")["train"][0]["loss"] == pytest.approx(results["train"][0]["loss"])

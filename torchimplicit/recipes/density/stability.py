@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 SLOWED, HELD = 4.0, 2.0
 """The aims: minimizations grow at least so many times longer in the slides' way, and at most so many in ours."""
 
+SLOWED_AT_ALL = 1.1
+"""Below it nothing has slowed down that something could help."""
+
 HELPED = 0.5
 """Of the growth beyond none that is left where something is said to stop it."""
 
@@ -373,7 +376,9 @@ def helps(inner: Inner, way: str, pairs: list[tuple[Line, Line]]) -> Claim:
         "as much (mean of the seeds)",
         f"{times(map(slowdown, plain))} without, {times(map(slowdown, helped))} with; least eigenvalue "
         f"{soft(plain)} and {soft(helped)}; loss {losses[0]} and {losses[1]} of its start",
-        math.isfinite(after) and (not math.isfinite(before) or after - 1 <= HELPED * (before - 1)) and before > 1.1,
+        None
+        if before <= SLOWED_AT_ALL
+        else math.isfinite(after) and (not math.isfinite(before) or after - 1 <= HELPED * (before - 1)),
     )
 
 

@@ -830,7 +830,10 @@ def _table(results: Results) -> Table:
     ]
     checked = any(one.finer is not None for one in results.train)
     if checked:
-        columns += [Column(f"L, grid {results.config.check_grid}", "10⁻³"), Column(f"ΔE, grid {results.config.check_grid}", "mHa")]
+        columns += [
+            Column(f"L, grid {results.config.check_grid}", "10⁻³"),
+            Column(f"ΔE, grid {results.config.check_grid}", "mHa"),
+        ]
     rows = []
     splits = {"train, linear terms alone": results.start, "train": results.train, "validation": results.validation}
     splits |= {"test, linear terms alone": results.start_test, "test": results.test}

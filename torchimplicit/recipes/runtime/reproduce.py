@@ -107,8 +107,8 @@ class Reproduction:
             console.print(f"[bold]{sheet.title}")
             console.print(sheet.table.rich_rows())
         for claim in record.claims:
-            mark = "[green]holds[/green]" if claim.holds else "[red]fails[/red]"
-            console.print(f"{mark}: {claim.statement}: {claim.measured}", highlight=False)
+            colour = {None: "yellow", True: "green", False: "red"}[claim.holds]
+            console.print(f"[{colour}]{claim.verdict}[/{colour}]: {claim.statement}: {claim.measured}", highlight=False)
         if config.plan.record is not None:
             _copy(run, record, config.plan.record / name)
 

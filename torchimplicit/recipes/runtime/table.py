@@ -163,12 +163,17 @@ class Claim:
     Attributes:
         statement: in words, with the figure aimed at.
         measured: what came out, in words.
-        holds: whether it holds here.
+        holds: whether it holds here; ``None`` where what was measured cannot tell, such as a remedy where nothing ails.
     """
 
     statement: str
     measured: str
-    holds: bool
+    holds: bool | None
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        return "Not tested" if self.holds is None else "Holds" if self.holds else "Fails"
 
 
 @dataclass(frozen=True)
