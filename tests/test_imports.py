@@ -37,6 +37,7 @@ ROOMS = (
     "gradients",
     "solve",
     "linear_solve",
+    "attach",
     "resolve",
     "derivatives",
     "regularizers",

@@ -1,6 +1,7 @@
 """Implicit layers for PyTorch: state a problem, solve it, differentiate the solution to any order."""
 
 from torchimplicit import derivatives, nn, regularizers
+from torchimplicit.attach import attach
 from torchimplicit.constraints import Box, L2Ball, LinearEquality
 from torchimplicit.coordinates import Metric
 from torchimplicit.diagnostics import spectral_radius
@@ -38,6 +39,7 @@ from torchimplicit.solvers import (
     LBFGS,
     Anderson,
     Broyden,
+    Chandrupatla,
     FixedPointIteration,
     GradientDescent,
     LevenbergMarquardt,
@@ -58,6 +60,7 @@ __all__ = [
     "Box",
     "Broyden",
     "CaptureWarning",
+    "Chandrupatla",
     "ConvergenceWarning",
     "DampedImplicit",
     "Dense",
@@ -95,6 +98,7 @@ __all__ = [
     "UnrolledPhantom",
     "UnsupportedDerivativeError",
     "WhenUnconverged",
+    "attach",
     "derivatives",
     "linear_solve",
     "nn",

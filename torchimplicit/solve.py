@@ -235,8 +235,7 @@ def _tell(solution: Solution, report: Report, solver: Solver, throw: bool) -> No
         warnings.warn(message, ConvergenceWarning, stacklevel=callers_level())
         return
     warnings.warn(
-        f"{name} did not converge: {report.summary()}. The best iterate is returned. Allow more max_steps, loosen rtol "
-        f"or atol, or try another solver{solution.problem.advice}",
+        solver.fell_short(report.summary()) + solution.problem.advice,
         ConvergenceWarning,
         stacklevel=callers_level(),
     )

@@ -22,6 +22,7 @@ from torchimplicit.problems.linearization import Linearization, check_unmoved
 from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.solution import Report
 from torchimplicit.solvers import LBFGS, LevenbergMarquardt, Outcome, Solver, iterate
+from torchimplicit.solvers.given import Given
 from torchimplicit.solvers.tolerance import least
 from torchimplicit.validation import check_count, check_positive
 
@@ -72,10 +73,10 @@ class EquilibriumPropagation(Gradient):
         check_count(self, "subspace", 2)
 
     def supports(self, system: System, solver: Solver) -> str | None:
-        if isinstance(self.solver or solver, LevenbergMarquardt):
+        if isinstance(self.solver or solver, (LevenbergMarquardt, Given)):
             return (
-                "EquilibriumPropagation minimizes a nudged energy, which is no sum of squares: give it a solver of "
-                "minima, EquilibriumPropagation(solver=LBFGS()), or use Implicit() or GaussNewton()"
+                "EquilibriumPropagation minimizes a nudged energy, which is no sum of squares, and does take steps: "
+                "give it a solver of minima, EquilibriumPropagation(solver=LBFGS()), or use Implicit()"
             )
         if isinstance(system, MinimumSystem):
             return None

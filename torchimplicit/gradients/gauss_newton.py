@@ -49,7 +49,8 @@ class GaussNewton(LinearEstimate):
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         system = task.system
-        assert isinstance(system, MinimumSystem) and system.residuals is not None
+        assert isinstance(system, MinimumSystem)
+        assert system.residuals is not None
         of_residuals = Linearization(system.residuals, tape.z, tape.params)
         batch, inner = b.shape
         outer = of_residuals.out.shape[1]

@@ -3,6 +3,7 @@
 from torchimplicit.solvers.anderson import Anderson
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.broyden import Broyden
+from torchimplicit.solvers.chandrupatla import Chandrupatla
 from torchimplicit.solvers.fixed_point_iteration import FixedPointIteration
 from torchimplicit.solvers.gradient_descent import GradientDescent
 from torchimplicit.solvers.iterate import iterate
@@ -15,6 +16,7 @@ __all__ = [
     "LBFGS",
     "Anderson",
     "Broyden",
+    "Chandrupatla",
     "Evaluator",
     "FixedPointIteration",
     "GradientDescent",

@@ -146,6 +146,9 @@ class Solver(ABC):
     """Whether a step evaluates several points and takes of them what suits each sample: where samples depend on each
     other, they have to be solved as one system."""
 
+    bounded: ClassVar[bool] = False
+    """Whether its iterates cannot run off: a residual may then be of any size on the way."""
+
     rtol: Tolerance | None = None
     atol: Tolerance | None = None
     max_steps: int = 100
@@ -213,6 +216,13 @@ class Solver(ABC):
         """Whether a sample counts as solved only once a step has said so (:attr:`Move.solved`): the step then knows
         more than the residual."""
         return False
+
+    def fell_short(self, summary: str) -> str:
+        """What the user is told where samples were not solved."""
+        return (
+            f"{type(self).__name__} did not converge: {summary}. The best iterate is returned. Allow more max_steps, "
+            "loosen rtol or atol, or try another solver"
+        )
 
     def relative_tolerance(self, dtype: torch.dtype) -> float:
         """``rtol``, or its default for states of ``dtype``; of several, the least."""

@@ -132,6 +132,8 @@ class _Loop:
         if solver.searches and point.energy is not None:
             # the energy falls in every step, and from beside a saddle that leads to where gradients are steep
             self.limit = torch.where(self.limit == 0, torch.inf, self.limit * GROWTH_LIMIT**2)
+        if solver.bounded:
+            self.limit = torch.full_like(self.limit, torch.inf)
         self.unit: Tensor | None = None
         if point.size().ndim == 2:  # leaves, each in its own unit
             size = point.size()

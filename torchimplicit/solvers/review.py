@@ -86,7 +86,7 @@ def _by_product(
     report = outcome.report
     solved, drowned, parts = judge.look(point, operator, closely=failed is not None)
     relative = parts if parts.ndim == 1 else parts.amax(dim=1)
-    if failed is not None and solver.confirms(evaluate.system, point.z):
+    if failed is not None and operator.symmetric and solver.confirms(evaluate.system, point.z):
         values = torch.linalg.eigvalsh(operator.spectrum_matrix(working_dtype(point.z.dtype)).nan_to_num(0.0, 0.0, 0.0))
         rounding = point.z.shape[1] * judge.eps * values.abs().amax(dim=1)
         drowned = drowned & (values[:, 0] >= -rounding)

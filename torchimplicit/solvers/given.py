@@ -1,0 +1,32 @@
+"""A solution that is there already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from torchimplicit.problems import Point
+from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Given(Solver):
+    """Takes no step: a state that does not meet the tolerance is not solved. See :func:`~torchimplicit.attach`."""
+
+    max_steps: int = 1
+
+    def start(self, point: Point) -> None:
+        return None
+
+    def step(self, evaluate: Evaluator, point: Point, state: None, progress: Progress) -> Move:
+        return Move(point, breakdown=torch.ones(len(point.z), dtype=torch.bool, device=point.z.device))
+
+    def fell_short(self, summary: str) -> str:
+        return (
+            f"what attach was given does not solve the problem to the tolerance: {summary}. Solve it further, or give "
+            "attach the rtol or atol that it was solved to; the derivative is that of a point which is no solution, "
+            "and is as inexact"
+        )
