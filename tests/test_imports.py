@@ -25,6 +25,7 @@ ROOMS = (
     "closure",
     "coupling",
     "saved",
+    "auxiliary",
     "inference",
     "precision",
     "constraints",

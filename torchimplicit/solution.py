@@ -128,6 +128,13 @@ class Solution:
         status, steps, residual, evaluations: see :class:`Report`; scalars where the problem is not batched.
         trajectory: the kept iterates, each with the structure of ``z0``, oldest first; empty unless the solver
             was told ``keep_trajectory=True``.
+        aux: of a map with ``has_aux=True``, what it returned beside the state at ``value``, in an evaluation that is
+            made anyway; where autograd sees steps (:class:`~torchimplicit.gradients.UnrolledPhantom`; after a given
+            number of them :class:`~torchimplicit.gradients.OneStep` and :class:`~torchimplicit.gradients.Unrolled`), in
+            the last of those, as in a loop written by hand. It carries the gradient, in what its formula holds and
+            through ``value``. One evaluation more, which is counted, is made where none was at ``value``: under
+            ``torch.func`` transforms, and without gradients where the last iterate is not what is returned, or was not
+            evaluated (``steps=n`` with :class:`~torchimplicit.gradients.Implicit`). ``None`` without ``has_aux``.
         problem, args: what was solved, as it was given to :func:`solve`: for a regularizer or a diagnostic at the
             solution, ``jacobian_frobenius(solution.problem, solution.value, *solution.args)``. An
             :class:`~torchimplicit.nn.Equilibrium` keeps neither in its attribute ``solution``, nor does a solution
@@ -140,6 +147,7 @@ class Solution:
     residual: Tensor
     evaluations: float
     trajectory: tuple[Any, ...] = ()
+    aux: Any = field(default=None, repr=False, compare=False)
     problem: Any = field(default=None, repr=False, compare=False)
     args: tuple[Any, ...] = field(default=(), repr=False, compare=False)
     _norms: tuple[Tensor | None, tuple[tuple[Tensor, Tensor], ...]] = field(
@@ -194,13 +202,13 @@ class Solution:
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled or copied: values and figures. The graph and the problem, whose function is often none that
         could be pickled, stay behind."""
-        cut = {"value": _cut(self.value), "trajectory": _cut(self.trajectory)}
+        cut = {"value": _cut(self.value), "trajectory": _cut(self.trajectory), "aux": _cut(self.aux)}
         return {**self.__dict__, **cut, "problem": None, "args": (), "_attach": None}
 
     def figures(self) -> Solution:
         """The same figures without the state, its graph and the problem: to keep many of them. The ``adjoint`` is
         filled in here too, when the backward pass has run."""
-        return replace(self, value=None, trajectory=(), problem=None, args=(), _attach=None)
+        return replace(self, value=None, trajectory=(), aux=None, problem=None, args=(), _attach=None)
 
     def states(
         self,

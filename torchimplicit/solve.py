@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from torchimplicit.captured import Capture, Capturing
 from torchimplicit.closure import announce, is_transformed, transforms_running, watched
 from torchimplicit.compiler import untraced
 from torchimplicit.errors import ConvergenceWarning, SolveError, callers_level
 from torchimplicit.gradients import Gradient, Implicit, Unrolled, WhenUnconverged
+from torchimplicit.gradients.auxiliary import auxiliary
 from torchimplicit.gradients.base import Run, Task, differentiable
 from torchimplicit.gradients.randomness import Randomness
 from torchimplicit.inference import outside_inference_mode
@@ -87,7 +89,9 @@ def solve(
     capture = (torch.is_grad_enabled() or not plain) and not direct
     capturing = _capturing(problem, args, solver, gradient) if compile else None
     known = None if capturing is None else capturing.tensors
-    given = stated(problem, z0, args, capture=capture, rowwise=not gradient.needs_solver_state, known=known)
+    # what a map returns beside the state, of the whole batch, is had from a call with the whole batch
+    apart = not gradient.needs_solver_state and (torch.is_grad_enabled() or not problem.has_aux)
+    given = stated(problem, z0, args, capture=capture, rowwise=apart, known=known)
     compiled = None if capturing is None else capturing.capture
     layout, flat0, system, params, value = given.layout, given.flat, given.system, given.params, given.value
     solver = at_precision(solver, given.precision)
@@ -108,21 +112,24 @@ def solve(
         solver=solver,
         record=record,
         precision=given.precision,
-        randomness=None if solver.steps is not None else Randomness(problem.function, lambda z, p: system.fn(z, *p)),
+        randomness=None if solver.steps is not None else Randomness(problem.stated_by, lambda z, p: system.fn(z, *p)),
         capture=compiled,
         direct=direct,
+        aux=given.call.aux,
     )
     with without_autocast(layout.device), given.call.at_home():
         found = gradient.attach(task, flat0 if differentiable((flat0,)) else flat0.detach(), params)
+        announce(found)
+        aux = None if task.aux is None else auxiliary(task, gradient, found.z, params)
 
-    announce(found)
+    announce(pytree.tree_leaves(aux))
     outcome = task.outcomes[-1]
 
     def attach(i: int) -> Any:
         """Iterate ``i``, with the derivative that it would have as the solution."""
         z = outcome.trajectory[i]
         reached = Outcome(z, outcome.report, state=outcome.state)
-        at = replace(task, run=lambda *_: reached, outcomes=[], randomness=None)
+        at = replace(task, run=lambda *_: reached, outcomes=[], randomness=None, aux=None)
         if recorded and not z.requires_grad:  # the steps that led there are differentiated, and nobody has seen them
             count = min(i, recorded)
             z, last = outcome.trajectory[i - count], solver.given(count)
@@ -141,6 +148,7 @@ def solve(
         residual,
         outcome.report.evaluations,
         trajectory,
+        aux=aux,
         problem=problem,
         args=args,
         _norms=(None, ()) if transformed else (outcome.norm, outcome.trace),
@@ -178,6 +186,8 @@ def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradi
 def _capturing(problem: Problem, args: tuple[Any, ...], solver: Solver, gradient: Gradient) -> Capturing:
     refusal = None
     gradient = gradient.gradient if isinstance(gradient, WhenUnconverged) else gradient
+    if problem.has_aux:
+        refusal = "compiled code returns nothing beside the state (has_aux=True)"
     if gradient.needs_solver_state or isinstance(gradient, Unrolled):
         refusal = f"{type(gradient).__name__} needs the steps that the eager loop takes"
     implicit = isinstance(gradient, Implicit)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchimplicit.auxiliary import Auxiliary
 from torchimplicit.closure import Closure, relayed
 from torchimplicit.coupling import Coupling
 from torchimplicit.inference import thawed, thawing
@@ -123,11 +124,14 @@ class FlatCall:
         modules: those that the function may call.
         module: the one that the function is, or whose method it is.
         left: whether the modules may hold other tensors by now.
+        aux: what the function returns beside the state, where it does.
     """
 
     def __init__(self, problem: Problem, layout: Layout):
         self.problem = problem
         self.layout = layout
+        self.aux = Auxiliary() if problem.has_aux else None
+        self.function = problem.function if self.aux is None else problem.noting(self.aux.note)
         self.modules = modules_behind(problem.function)
         self.module = module_of(problem.function)
         self.members = Members(self.modules)
@@ -147,9 +151,11 @@ class FlatCall:
         with self.autocast(), self.members.restored() if self.left else nullcontext(), thawing():
             if self.members.normalize and torch.is_grad_enabled():
                 with self.members.with_copied_statistics():
-                    output = self.problem.function(self.problem.state(self.layout, z), *args)
+                    output = self.function(self.problem.state(self.layout, z), *args)
             else:
-                output = self.problem.function(self.problem.state(self.layout, z), *args)
+                output = self.function(self.problem.state(self.layout, z), *args)
+        if self.aux is not None:
+            self.aux.called(z)
         cast = self.autocast.dtype is not None
         if isinstance(z, tuple):
             return self.problem.flat_parts(self.layout, output, z[0].shape[0], cast)

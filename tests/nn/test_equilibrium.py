@@ -58,13 +58,13 @@ class TestDerivatives:
     def test_an_explicit_initial_state_is_used(self):
         layer, x = layer_and_input()
         z = layer(x)
-        layer(x, z.detach())
+        layer(x, z0=z.detach())
         assert layer.solution.steps.eq(0).all()
 
     def test_unrolled_reaches_a_learned_initial_state(self):
         layer, x = layer_and_input(gradient=ti.Unrolled(), solver=ti.FixedPointIteration(max_steps=3, rtol=1.0))
         z0 = torch.zeros_like(x).requires_grad_()
-        (grad,) = torch.autograd.grad(layer(x, z0).sum(), z0)
+        (grad,) = torch.autograd.grad(layer(x, z0=z0).sum(), z0)
         assert grad.abs().max() > 0
 
 
@@ -103,7 +103,7 @@ class TestStructures:
                 return {"a": 0.5 * torch.cos(z["b"].sum(dim=1, keepdim=True)) + x, "b": 0.5 * torch.sin(wide)}
 
         x = torch.randn(3, 1).double()
-        z = Equilibrium(Pair())(x, {"a": x, "b": torch.zeros(3, 2).double()})
+        z = Equilibrium(Pair())(x, z0={"a": x, "b": torch.zeros(3, 2).double()})
         torch.testing.assert_close(Pair()(z, x), z)
 
     def test_one_system(self):
@@ -112,15 +112,191 @@ class TestStructures:
                 return 0.5 * torch.tanh(x @ z)
 
         layer = Equilibrium(Graph(), batched=False)
-        layer(torch.randn(4, 4).double(), torch.randn(4).double())
+        layer(torch.randn(4, 4).double(), z0=torch.randn(4).double())
         assert layer.solution.converged.shape == ()
 
     def test_float32_rowwise_shrinks_the_work(self):
         layer = Equilibrium(TanhCell(), rowwise=True)
         x = torch.randn(4, 5)
         hard_to_reach = torch.cat([layer(x)[:3].detach(), 100 * torch.ones(1, 5)])
-        layer(x, hard_to_reach)
+        layer(x, z0=hard_to_reach)
         assert layer.solution.evaluations < layer.solution.steps.max()
+
+
+class Gated(nn.Module):
+    """``z = tanh(W z + x) * gate``, and what it is read out to."""
+
+    def __init__(self, has_aux=False):
+        super().__init__()
+        self.mix = nn.Linear(5, 5)
+        self.read = nn.Linear(5, 3)
+        self.has_aux = has_aux
+        with torch.no_grad():
+            self.mix.weight.mul_(0.4)
+
+    def forward(self, z, x, gate, scale=1.0):
+        out = torch.tanh(self.mix(z) + x) * gate * scale
+        return (out, {"logits": self.read(z), "step": 1}) if self.has_aux else out
+
+
+class TwoParts(nn.Module):
+    """Two states of different shapes, taken one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Linear(5, 3), nn.Linear(3, 5)
+
+    def initial_state(self, x, gate):
+        return x.new_zeros(len(x), 5), x.new_zeros(len(x), 3)
+
+    def forward(self, fine, coarse, x, gate):
+        return [torch.tanh(self.up(coarse) + x), 0.3 * torch.tanh(self.down(fine) * gate)]
+
+
+class TestInputs:
+    @pytest.mark.parametrize("scale", [(), (0.5,)])
+    @pytest.mark.parametrize("rowwise", [True, False])
+    def test_any_number(self, rowwise, scale):
+        cell = Gated().double()
+        layer = Equilibrium(cell, rowwise=rowwise)
+        x, gate = (torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        z = torch.zeros_like(x)
+        for _ in range(300):
+            z = cell(z, x, gate, *scale)
+        found = layer(x, gate, *scale)
+        torch.testing.assert_close(found, z)
+        inputs = (x, gate, cell.mix.weight)
+        assert_all_close(gradients(found, inputs), gradients(z, inputs))
+
+    def test_none_but_a_state(self):
+        cell = nn.Sequential(nn.Linear(5, 5), nn.Tanh()).double()
+        cell[0].weight.data.mul_(0.3)
+        z = Equilibrium(cell)(z0=torch.zeros(4, 5, dtype=torch.float64))
+        torch.testing.assert_close(z, cell(z))
+
+    def test_dropout_and_norms_take_them_all(self):
+        class Cell(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.mix, self.drop = ti.nn.spectral_norm(nn.Linear(5, 5), bound=0.5), ti.nn.VariationalDropout(0.5)
+
+            def forward(self, z, x, shift):
+                return torch.tanh(self.drop(self.mix(z)) + x) + shift
+
+        layer, shift = Equilibrium(Cell().double(), rowwise=True), torch.ones(4, 5, dtype=torch.float64)
+        layer(torch.randn(4, 5, dtype=torch.float64), shift).sum().backward()
+        assert layer.solution.converged.all()
+        assert layer.cell.mix.parametrizations.weight.original.grad.abs().max() > 0
+
+    def test_entries_of_a_state_taken_one_by_one(self):
+        cell = TwoParts().double()
+        x, gate = (torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        layer = Equilibrium(cell, unpack=True)
+        fine, coarse = cell.initial_state(x, gate[:, :3])
+        for _ in range(300):
+            fine, coarse = cell(fine, coarse, x, gate[:, :3])
+        found = layer(x, gate[:, :3])
+        assert isinstance(found, tuple)
+        inputs = (x, gate, *cell.parameters())
+        loss = lambda z: torch.cat([part.sin() for part in z], dim=1).square().sum()  # noqa: E731
+        assert_all_close(torch.autograd.grad(loss(found), inputs), torch.autograd.grad(loss((fine, coarse)), inputs))
+
+    def test_a_tensor_has_no_entries_to_take(self):
+        with pytest.raises(TypeError, match="unpack=True calls f"):
+            Equilibrium(TanhCell(), unpack=True)(torch.zeros(4, 5))
+
+    def test_a_state_by_position_raises(self):
+        layer, x = layer_and_input()
+        with pytest.raises(TypeError, match=r"called with 2 inputs, and TanhCell.forward takes 1 .*layer\(x, z0=z\)"):
+            layer(x, torch.zeros_like(x))
+
+    def test_too_few(self):
+        with pytest.raises(TypeError, match=r"called with 1 inputs, and Gated.forward takes 2 to 3"):
+            Equilibrium(Gated())(torch.zeros(4, 5))
+
+    def test_an_initial_state_gets_them_all(self):
+        with pytest.raises(TypeError, match=r"TwoParts.initial_state takes 2"):
+            Equilibrium(TwoParts(), unpack=True)(torch.zeros(4, 5))
+
+    @pytest.mark.parametrize("module", [nn.Linear(8, 8), nn.Conv1d(8, 8, 1), nn.LayerNorm(8)])
+    def test_a_state_of_another_shape_than_the_input(self, module):
+        class Cell(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.mix, self.inject = module, nn.Linear(5, 8)
+
+            def forward(self, z, x):
+                z = z[..., None] if isinstance(self.mix, nn.Conv1d) else z
+                return torch.tanh(0.1 * self.mix(z).reshape(-1, 8) + self.inject(x))
+
+        with pytest.raises(ValueError, match=r"zeros like the first input were taken, shape \(4, 5\).*initial_state"):
+            Equilibrium(Cell())(torch.zeros(4, 5))
+        assert Equilibrium(Cell())(torch.zeros(4, 5), z0=torch.zeros(4, 8)).shape == (4, 8)
+
+    def test_a_state_that_grows(self):
+        class Cell(nn.Module):
+            def forward(self, z, x):
+                return torch.cat([x, z], dim=1)
+
+        with pytest.raises(ValueError, match=r"returned shape \(4, 10\) for it"):
+            Equilibrium(Cell())(torch.zeros(4, 5))
+
+    def test_an_error_of_the_cells_own_stays_what_it_is(self):
+        class Cell(nn.Module):
+            def forward(self, z, x):
+                raise RuntimeError("the shape of things to come")
+
+        with pytest.raises(RuntimeError, match="things to come"):
+            Equilibrium(Cell())(torch.zeros(4, 5))
+
+
+class TestAuxiliary:
+    @pytest.mark.parametrize("training", [True, False])
+    def test_comes_out_beside_the_state_with_its_gradient(self, training):
+        layer = Equilibrium(Gated(has_aux=True).double(), has_aux=True).train(training)
+        x, gate = (torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        _, aux = layer(x, gate)
+        expected = torch.zeros_like(x)
+        for _ in range(300):
+            expected, read = layer.cell(expected, x, gate)
+        assert aux["step"] == 1
+        torch.testing.assert_close(aux["logits"], read["logits"])
+        inputs = (x, gate, *layer.parameters())
+        assert_all_close(gradients(aux["logits"], inputs[:4]), gradients(read["logits"], inputs[:4]))
+        assert layer.solution.aux["logits"].grad_fn is None
+        torch.testing.assert_close(layer.solution.aux["logits"], aux["logits"].detach())
+        assert layer.solve(x, gate).aux["logits"].requires_grad
+
+    def test_not_with_a_refreshed_state(self):
+        with pytest.raises(ValueError, match="has_aux=True"):
+            Equilibrium(TanhCell(), has_aux=True, warm_start=ti.nn.WarmStart(refresh=1))
+
+
+class TestSolvers:
+    def test_evaluation_has_its_own(self):
+        layer, x = layer_and_input(solver=ti.Anderson(rtol=1e-2), eval_solver=ti.Anderson(rtol=1e-9))
+        layer(x)
+        loose = layer.solution.residual.max()
+        layer.eval()(x)
+        assert loose > 1e-6 > 1e-9 >= layer.solution.residual.max()
+
+    def test_a_call_has_its_own(self):
+        layer, x = layer_and_input(eval_solver=ti.FixedPointIteration(steps=1))
+        layer.eval()(x, solver=ti.FixedPointIteration(steps=3), gradient=ti.Unrolled())
+        assert layer.solution.steps.eq(3).all()
+        assert layer.solution.evaluations == 3
+        layer(x)
+        assert layer.solution.steps.eq(1).all()
+
+    def test_a_gradient_for_a_call_must_suit_the_warm_start(self):
+        layer, x = layer_and_input(warm_start=True)
+        with pytest.raises(ValueError, match="Unrolled differentiates the steps"):
+            layer(x, gradient=ti.Unrolled())
+
+    def test_a_name_for_a_solver_of_a_call(self):
+        layer, x = layer_and_input()
+        with pytest.raises(TypeError, match="solver must be a Solver"):
+            layer(x, solver="anderson")
 
 
 class TestBookkeeping:
@@ -175,7 +351,9 @@ class TestCopies:
 
 class TestErrors:
     def test_a_function_for_a_cell(self):
-        with pytest.raises(TypeError, match=r"nn\.Module called as cell\(z, x\).*function.*torchimplicit\.solve"):
+        with pytest.raises(
+            TypeError, match=r"nn\.Module called as cell\(z, \*inputs\).*function.*torchimplicit\.solve"
+        ):
             Equilibrium(lambda z, x: z)
 
     def test_a_class_for_a_cell(self):
@@ -195,7 +373,7 @@ class TestErrors:
             Equilibrium(TanhCell(), warm_start=3)
 
     def test_no_initial_state(self):
-        with pytest.raises(ValueError, match=r"pass z0, or give the cell a method initial_state"):
+        with pytest.raises(ValueError, match=r"pass z0=..., or give the cell a method initial_state"):
             Equilibrium(TanhCell())({"a": torch.zeros(1, 5)})
 
     def test_a_bad_row_is_named(self):

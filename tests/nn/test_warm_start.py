@@ -61,7 +61,7 @@ def test_a_batch_of_another_size_begins_cold(layer, x):
 
 def test_an_explicit_start_wins(layer, x):
     layer(x)
-    layer(x, torch.ones(4, 5))
+    layer(x, z0=torch.ones(4, 5))
     assert layer.solution.steps.min() > 0
 
 

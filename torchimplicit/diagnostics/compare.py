@@ -202,9 +202,9 @@ def _shifted(problem: Problem) -> tuple[Problem, int]:
         return pytree.tree_map(torch.add, function(z, *args), s)
 
     if isinstance(problem, FixedPoint):
-        return replace(problem, f=moved), 1
+        return replace(problem, f=moved, has_aux=False, unpack=False), 1
     if isinstance(problem, Root):
-        return replace(problem, f=moved), -1
+        return replace(problem, f=moved, has_aux=False, unpack=False), -1
     if isinstance(problem, Minimum):
 
         def tilted(z: Any, s: Any, *args: Any) -> Tensor:

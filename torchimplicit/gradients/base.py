@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from torchimplicit.auxiliary import Auxiliary
 from torchimplicit.captured import Capture
 from torchimplicit.closure import carries_derivative, is_transformed
 from torchimplicit.gradients.point import SharedPoint
@@ -55,6 +56,7 @@ class Task:
         capture: the compiled form of the solve, where it has one.
         direct: whether autograd differentiates what the estimator evaluates, what the function captures among it,
             which ``params`` do not hold: grad mode is on then, and no transform runs.
+        aux: what the function returns beside the state; ``None``: it does not, or nobody asks.
     """
 
     system: System
@@ -71,6 +73,7 @@ class Task:
     randomness: Randomness | None = None
     capture: Capture | None = None
     direct: bool = False
+    aux: Auxiliary | None = None
 
     def solve(self, z0: Tensor, params: Sequence[Tensor]) -> Found:
         """Run without recording gradients."""
@@ -104,7 +107,9 @@ class Task:
         """The task of ``size`` copies, see :meth:`System.vmapped`."""
         value = None if self.tape is None else self.tape.out.detach().repeat(size, *(1,) * (self.tape.out.ndim - 1))
         system = self.system.vmapped(size, dims)
-        return replace(self, system=system, shared=None, tape=None, value=value, randomness=None, capture=None)
+        return replace(
+            self, system=system, shared=None, tape=None, value=value, randomness=None, capture=None, aux=None
+        )
 
     def recorded(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization:
         """The tape at the solution, for the backward pass."""
@@ -152,6 +157,8 @@ class Gradient(ABC):
     """
 
     needs_solver_state: ClassVar[bool] = False
+    goes_on: ClassVar[bool] = False
+    """Whether the value is what steps of the estimator's own lead to, which autograd sees."""
 
     @abstractmethod
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:

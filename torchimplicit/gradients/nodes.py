@@ -370,6 +370,8 @@ def _recorded(
     if tape is None:
         return None, ()
     tape.saved = saved
+    if task.aux is not None:
+        task.aux.hold((tape.z, *tape.params), saved)
     parted, out = tape.parted()
     return parted, (out,)
 

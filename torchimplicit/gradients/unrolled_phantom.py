@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class UnrolledPhantom(Gradient):
         steps: k, the steps unrolled.
         damping: :math:`\\lambda` in (0, 1].
     """
+
+    goes_on: ClassVar[bool] = True
 
     steps: int = 5
     damping: float = 0.5

@@ -69,6 +69,10 @@ class WhenUnconverged(Gradient):
         return any(member.needs_solver_state for member in self.members)
 
     @property
+    def goes_on(self) -> bool:  # type: ignore[override]
+        return self.gradient.goes_on
+
+    @property
     def members(self) -> tuple[Gradient, ...]:
         """The estimators that this one is made of."""
         return (self.gradient, self.instead) if isinstance(self.instead, Gradient) else (self.gradient,)
@@ -96,6 +100,8 @@ class WhenUnconverged(Gradient):
         if not isinstance(self.instead, Gradient):
             weight = torch.where(column, self.instead, 1.0).to(found.z.dtype)
             return found._replace(z=Weighted.apply(found.z, weight))
+        if task.aux is not None:  # what counts is that of ``gradient``
+            task.aux.listening = False
         reached = task.outcomes[-1]
         at = replace(
             task,
@@ -106,6 +112,7 @@ class WhenUnconverged(Gradient):
             randomness=None,
             capture=None,
             direct=False,
+            aux=None,
         )
         other = self.instead.attach(at, z0, params)
         task.spent(int(at.outcomes[-1].report.evaluations - reached.report.evaluations))

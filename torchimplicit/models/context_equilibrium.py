@@ -39,14 +39,9 @@ class ModulatedCell(nn.Module):
         super().__init__()
         self.mixing = spectral_norm(nn.Linear(size, size, bias=False), bound=bound)
 
-    def forward(self, z: Tensor, x: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def forward(self, z: Tensor, u: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         """One application; ``z`` and u ``[tasks, samples, size]``, γ and β ``[tasks, 1, size]``."""
-        u, gamma, beta = x
         return torch.tanh(self.mixing(z) + gamma * u + beta)
-
-    def initial_state(self, x: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Zeros."""
-        return torch.zeros_like(x[0])
 
 
 class ContextEquilibrium(nn.Module):
@@ -104,7 +99,7 @@ class ContextEquilibrium(nn.Module):
     def forward(self, features: Tensor, context: Tensor, z0: Tensor | None = None) -> Tensor:
         """Features ``[tasks, samples, state]`` and contexts ``[tasks, context]`` to outputs."""
         gamma, beta, _ = self._modulated(context)
-        return self.read(self.equilibrium((features, gamma, beta), z0), context)
+        return self.read(self.equilibrium(features, gamma, beta, z0=z0), context)
 
     def _modulated(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale, shift, gain = self.modulation(context)[:, None].chunk(3, dim=-1)

@@ -130,4 +130,4 @@ class EquilibriumClassifier(nn.Module):
 
     def forward(self, images: Tensor, z0: Tensor | None = None) -> Tensor:
         """``[batch, image_channels, size, size]`` to scores ``[batch, classes]``; ``z0``: where the solve begins."""
-        return self.read(self.equilibrium(self.inject(images), z0))
+        return self.read(self.equilibrium(self.inject(images), z0=z0))

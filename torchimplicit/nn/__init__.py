@@ -1,6 +1,7 @@
 """Modules: the equilibrium layer, and what its cells are made of."""
 
 from torchimplicit.nn.apply_norm import apply_norm, remove_norm
+from torchimplicit.nn.budget import Budget
 from torchimplicit.nn.convert import convert_state_dict
 from torchimplicit.nn.dropout import VariationalDropout, dropout_masks
 from torchimplicit.nn.equilibrium import Equilibrium
@@ -9,6 +10,7 @@ from torchimplicit.nn.per_solve import per_solve
 from torchimplicit.nn.warm_start import WarmStart
 
 __all__ = [
+    "Budget",
     "Equilibrium",
     "VariationalDropout",
     "WarmStart",

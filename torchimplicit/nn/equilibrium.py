@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,8 +18,10 @@ from torch.utils.hooks import RemovableHandle
 
 from torchimplicit.closure import eagerly, is_transformed
 from torchimplicit.compiler import untraced
+from torchimplicit.errors import SolveError
 from torchimplicit.gradients import Gradient, Unrolled
 from torchimplicit.members import compiled_module
+from torchimplicit.nn.budget import Budget
 from torchimplicit.nn.dropout import VariationalDropout, active_dropouts, drawing
 from torchimplicit.nn.normalization import fixed, holding, parametrizations, settled_vectors
 from torchimplicit.nn.refresh import refreshable, refreshed, refreshes
@@ -32,7 +36,7 @@ from torchimplicit.state import detached
 
 @final
 class Equilibrium(nn.Module):
-    """The layer whose output is the fixed point ``z = cell(z, x)`` (Bai et al. 2019, arXiv 1909.01377).
+    """The layer whose output is the fixed point ``z = cell(z, *inputs)`` (Bai et al. 2019, arXiv 1909.01377).
 
     Parametrized weights (:func:`weight_norm`, :func:`spectral_norm`, and those of ``torch.nn.utils.parametrizations``)
     are computed once per solve, and every :class:`VariationalDropout` draws one mask. Only a cell that is compiled
@@ -43,12 +47,17 @@ class Equilibrium(nn.Module):
     another equilibrium's cell.
 
     Args:
-        cell: a module called as ``cell(z, x)``, returning a state like ``z``. If it has a method
-            ``initial_state(x)``, that gives the initial state.
+        cell: a module called as ``cell(z, *inputs)``, with what the layer is called with, returning a state like ``z``.
+            If it has a method ``initial_state(*inputs)``, that gives the initial state.
         solver, gradient: as for :func:`solve`.
+        eval_solver: the solver in eval mode; ``None``: the same.
+        budget: a :class:`Budget` that changes ``solver`` from step to step in training.
         warm_start: ``True`` or a :class:`WarmStart`: begin at the last solution.
         rowwise: see :class:`FixedPoint`; not true of a cell with batch normalization in training.
         batched: see :class:`FixedPoint`.
+        has_aux: whether the cell returns a pair ``(state, aux)``; the layer then does, and its solution has ``aux``:
+            see :class:`FixedPoint`, and :attr:`Solution.aux` for its derivative.
+        unpack: whether the cell takes the entries of a tuple or list as arguments, ``cell(*z, *inputs)``.
         throw, compile: as for :func:`solve`. A cell with parametrized weights (:func:`weight_norm`,
             :func:`spectral_norm`) is not compiled, nor are solves that a warm start carries along (``refresh``).
 
@@ -58,7 +67,8 @@ class Equilibrium(nn.Module):
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: a warm start with :class:`Unrolled`, which would have no steps to differentiate.
+        ValueError: options that do not go together, such as a warm start with :class:`Unrolled`, which would have no
+            steps to differentiate.
     """
 
     def __init__(
@@ -67,9 +77,13 @@ class Equilibrium(nn.Module):
         *,
         solver: Solver | None = None,
         gradient: Gradient | None = None,
+        eval_solver: Solver | None = None,
+        budget: Budget | None = None,
         warm_start: bool | WarmStart = False,
         rowwise: bool = False,
         batched: bool = True,
+        has_aux: bool = False,
+        unpack: bool = False,
         throw: bool = True,
         compile: bool = False,
     ) -> None:
@@ -78,6 +92,8 @@ class Equilibrium(nn.Module):
         for name, value, base, example in (
             ("solver", solver, Solver, "Anderson()"),
             ("gradient", gradient, Gradient, "Implicit()"),
+            ("eval_solver", eval_solver, Solver, "Anderson()"),
+            ("budget", budget, Budget, "Budget(steps=(10, 20))"),
         ):
             if value is not None and not isinstance(value, base):
                 raise TypeError(
@@ -85,57 +101,85 @@ class Equilibrium(nn.Module):
                 )
         if not isinstance(warm_start, bool | WarmStart):
             raise TypeError(f"warm_start must be True, False or a WarmStart, not {warm_start!r}")
-        if warm_start and isinstance(getattr(gradient, "gradient", gradient), Unrolled):
+        if budget is not None:
+            if solver is None:
+                raise ValueError("budget=... changes a solver: give solver=..., for example Anderson()")
+            if compile:
+                raise ValueError(
+                    "compiled code has its budget in it, and would be compiled anew in every step: leave "
+                    "out compile=True or budget=..."
+                )
+            budget.solver(solver)
+        if has_aux and isinstance(warm_start, WarmStart) and warm_start.refresh is not None:
             raise ValueError(
-                "Unrolled differentiates the steps that are taken, and a warm start leaves hardly any: take "
-                "gradient=Implicit(), or warm_start=False"
-            )
-        if isinstance(warm_start, WarmStart) and warm_start.refresh is not None and not refreshes(gradient):
-            raise ValueError(
-                f"WarmStart(refresh=...) takes no solve that {type(gradient).__name__} could differentiate: take "
-                "gradient=NeumannPhantom(steps=..., damping=1.0), OneStep() or Implicit(), or WarmStart() without "
-                "refresh"
+                "WarmStart(refresh=...) takes no solve that could give what the cell returns beside the "
+                "state (has_aux=True): take WarmStart() without refresh"
             )
         self.cell = cell
         self.solver = solver
         self.gradient = gradient
+        self.eval_solver, self.budget = eval_solver, budget
         self.warm_start = WarmStart() if warm_start is True else warm_start or None
+        self._check_gradient(gradient)
         self.rowwise, self.batched, self.throw, self.compiles = rowwise, batched, throw, compile
+        self.has_aux, self.unpack = has_aux, unpack
         self.solution: Solution | None = None
         self._solution_hooks: OrderedDict[int, Callable[[Equilibrium, Solution], None]] = OrderedDict()
 
     @untraced(UNTRACED)
-    def forward(self, x: Any, z0: Any = None, index: Tensor | None = None) -> Any:
-        """The equilibrium at ``x``.
+    def forward(
+        self,
+        *inputs: Any,
+        z0: Any = None,
+        index: Tensor | None = None,
+        solver: Solver | None = None,
+        gradient: Gradient | None = None,
+    ) -> Any:
+        """The equilibrium at ``inputs``.
 
         Args:
-            x: the input that the cell gets in every iteration, a tensor or a pytree.
+            inputs: what the cell gets in every iteration: tensors or pytrees.
             z0: the initial state; ``None``: the one that the warm start remembers, or what the cell's
-                ``initial_state(x)`` gives, or zeros like ``x``.
+                ``initial_state(*inputs)`` gives, or zeros like the first input.
             index: int64 ``[batch]``: which samples these are, for a :class:`WarmStart` that remembers each.
+            solver, gradient: in place of the layer's own, for this call.
 
         Returns:
-            a state like ``z0``, with gradients to ``x`` and to the cell's parameters, in eval mode too.
+            a state like ``z0``, with gradients to the inputs and to the cell's parameters, in eval mode too; with
+            ``has_aux=True`` a pair of it and what the cell returned beside it.
 
         Raises:
             SolveError: a sample went non-finite, unless ``throw=False``.
+            TypeError: not as many inputs as the cell takes; an initial state among them.
             ValueError: bad input, said in words.
 
         Warns:
             ConvergenceWarning: a sample did not converge.
         """
-        return self.solve(x, z0, index).value
+        solution = self.solve(*inputs, z0=z0, index=index, solver=solver, gradient=gradient)
+        return (solution.value, solution.aux) if self.has_aux else solution.value
 
     @untraced(UNTRACED)
-    def solve(self, x: Any, z0: Any = None, index: Tensor | None = None) -> Solution:
-        """The whole :class:`Solution` at ``x``, with gradients: for a loss that needs more than its value.
+    def solve(
+        self,
+        *inputs: Any,
+        z0: Any = None,
+        index: Tensor | None = None,
+        solver: Solver | None = None,
+        gradient: Gradient | None = None,
+    ) -> Solution:
+        """The whole :class:`Solution` at ``inputs``, with gradients: for a loss that needs more than its value.
 
         Hooks of this module (those of ``fully_shard`` too) run with :meth:`forward` only. The arguments are as there.
         """
         _refuse_wrapped(self.cell)
         given = z0 is not None
         if not given:
-            z0 = self._initial(x)
+            z0 = self._initial(inputs)
+        if not self.unpack:
+            _check_count(self.cell, self.cell.forward, 1, inputs)
+        elif isinstance(z0, tuple | list):
+            _check_count(self.cell, self.cell.forward, len(z0), inputs)
         known = False
         if self.warm_start is not None:
             self.warm_start.check(z0, index)
@@ -143,24 +187,59 @@ class Equilibrium(nn.Module):
                 z0, known = self.warm_start.recall(z0, index)
         elif index is not None:
             raise ValueError("index is for a layer made with warm_start=WarmStart(samples=...), and this one is not")
-        function, args = self._map(x, z0)
-        problem = FixedPoint(function, batched=self.batched, rowwise=self.rowwise)
-        chosen: dict[str, Any] = {"solver": self.solver, "gradient": self.gradient, "throw": self.throw}
-        steps = self._refreshing(args) if known else None
-        if steps is None:
-            solution = solve(problem, z0, *args, **chosen, compile=self.compiles)
+        if gradient is None:
+            gradient = self.gradient
         else:
-            solution = refreshed(problem, z0, args, steps=steps, **chosen)
+            self._check_gradient(gradient)
+        chosen: dict[str, Any] = {"solver": solver or self._solver(), "gradient": gradient, "throw": self.throw}
+        steps = self._refreshing(inputs, gradient) if known else None
+        try:
+            function, args = self._map(inputs, z0)
+            problem = FixedPoint(
+                function, batched=self.batched, rowwise=self.rowwise, has_aux=self.has_aux, unpack=self.unpack
+            )
+            if steps is None:
+                solution = solve(problem, z0, *args, **chosen, compile=self.compiles)
+            else:
+                solution = refreshed(problem, z0, args, steps=steps, **chosen)
+        except (ValueError, RuntimeError) as error:
+            if not given and _SHAPE.search(str(error)) and not isinstance(error, SolveError):
+                self._explain(error, inputs, z0)
+            raise
         if any(is_transformed(leaf) for leaf in pytree.tree_leaves(solution.value)):
             self.solution = None  # a transform's tensors die with it
             return solution
-        kept = detached(solution.value)
-        self.solution = replace(solution.figures(), value=kept, trajectory=detached(solution.trajectory))
+        kept = {name: detached(getattr(solution, name)) for name in ("value", "trajectory", "aux")}
+        self.solution = replace(solution.figures(), **kept)
         if self.warm_start is not None:
-            self.warm_start.put(kept, index)
+            self.warm_start.put(kept["value"], index)
         for hook in tuple(self._solution_hooks.values()):
             hook(self, solution)
         return solution
+
+    def _solver(self) -> Solver | None:
+        """The one of this call, where none was given."""
+        if not self.training:
+            return self.eval_solver or self.solver
+        if self.budget is None or self.solver is None:
+            return self.solver
+        return self.budget.take(self.solver)
+
+    def _check_gradient(self, gradient: Gradient | None) -> None:
+        """Whether the warm start leaves ``gradient`` anything to differentiate."""
+        if self.warm_start is None:
+            return
+        if isinstance(getattr(gradient, "gradient", gradient), Unrolled):
+            raise ValueError(
+                "Unrolled differentiates the steps that are taken, and a warm start leaves hardly any: take "
+                "gradient=Implicit(), or warm_start=False"
+            )
+        if self.warm_start.refresh is not None and not refreshes(gradient):
+            raise ValueError(
+                f"WarmStart(refresh=...) takes no solve that {type(gradient).__name__} could differentiate: take "
+                "gradient=NeumannPhantom(steps=..., damping=1.0), OneStep() or Implicit(), or WarmStart() without "
+                "refresh"
+            )
 
     def register_solution_hook(self, hook: Callable[[Equilibrium, Solution], None]) -> RemovableHandle:
         """Call ``hook(layer, solution)`` after every solve, outside ``torch.func`` transforms.
@@ -175,50 +254,75 @@ class Equilibrium(nn.Module):
         self._solution_hooks[handle.id] = hook
         return handle
 
-    def _initial(self, x: Any) -> Any:
+    def _initial(self, inputs: tuple[Any, ...]) -> Any:
         initial = getattr(self.cell, "initial_state", None)
         if callable(initial):
-            return initial(x)
-        if isinstance(x, Tensor) and x.is_floating_point():
-            return torch.zeros_like(x)
+            _check_count(self.cell, initial, 0, inputs)
+            return initial(*inputs)
+        if inputs and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point():
+            return torch.zeros_like(inputs[0])
         raise ValueError(
-            "the initial state is not known: pass z0, or give the cell a method initial_state(x). Only for a "
-            "floating-point tensor x is zeros_like(x) taken"
+            "the initial state is not known: pass z0=..., or give the cell a method initial_state(*inputs). Only where "
+            "the first input is a floating-point tensor are zeros like it taken"
         )
 
-    def _refreshing(self, args: Any) -> int | None:
-        """By how many evaluations a remembered state is carried along; ``None``: it is solved for."""
-        if self.warm_start is None or not self.training or not refreshes(self.gradient):
-            return None
-        return self.warm_start.refresh if refreshable(pytree.tree_leaves(args)) else None
+    def _explain(self, error: Exception, inputs: tuple[Any, ...], z0: Any) -> None:
+        """Raise where ``error`` comes of a state of another shape than the zeros like the first input, ``z0``."""
+        if callable(getattr(self.cell, "initial_state", None)) or not isinstance(z0, Tensor):
+            return
+        try:
+            function, args = self._map(inputs, z0)
+            with torch.no_grad():
+                out = function(z0, *args)
+                out = out[0] if self.has_aux else out
+            if isinstance(out, Tensor) and out.shape == z0.shape:
+                return
+            told = f"returned {_shown(out)} for it"
+        except Exception as failed:
+            told = f"failed on it ({failed})"
+        raise ValueError(
+            f"no initial state was given, so that zeros like the first input were taken, {_shown(z0)}, and the cell "
+            f"{told}: if its state has another shape, give the cell a method initial_state(*inputs) that returns one "
+            "(zeros of the state's shape, say), or call the layer with z0=..."
+        ) from error
 
-    def _map(self, x: Any, z0: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def _refreshing(self, inputs: tuple[Any, ...], gradient: Gradient | None) -> int | None:
+        """By how many evaluations a remembered state is carried along; ``None``: it is solved for."""
+        if self.warm_start is None or not self.training or not refreshes(gradient):
+            return None
+        return self.warm_start.refresh if refreshable(pytree.tree_leaves(inputs)) else None
+
+    def _map(self, inputs: tuple[Any, ...], z0: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """The cell with its per-solve values, and its arguments: masks are arguments, for they carry the batch;
         weights are captured."""
         chains = list(parametrizations(self.cell))
         dropouts = active_dropouts(self.cell)
         if not chains and not dropouts:
-            return self.cell, (x,)
+            return self.cell, inputs
         if compiled_module(self.cell) is None:
             with without_autocast(_device(z0)):
                 prepared = _PerSolve(self.cell, [(chain, chain()) for chain in chains], [], [])
         else:
             # its graph holds the parameters, so that weights computed outside would cut them off
             prepared = _PerSolve(self.cell, [], settled_vectors(chains), [])
-        masks = _masks(prepared, dropouts, z0, x)
+        masks = _masks(prepared, dropouts, (*(z0 if self.unpack else (z0,)), *inputs))
         prepared.dropouts = [module for module, _ in masks]
-        return prepared, (x, [mask for _, mask in masks])
+        return prepared, (*inputs, [mask for _, mask in masks])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "solution": None, "_solution_hooks": OrderedDict()}
 
     def extra_repr(self) -> str:
-        parts = [f"{name}={value}" for name in ("solver", "gradient") if (value := getattr(self, name)) is not None]
+        parts = [
+            f"{name}={value}"
+            for name in ("solver", "gradient", "eval_solver")
+            if (value := getattr(self, name)) is not None
+        ]
         parts += [f"{name}={value}" for name, usual in _USUAL.items() if (value := getattr(self, name)) != usual]
         return ", ".join(parts)
 
 
-_USUAL = {"rowwise": False, "batched": True, "throw": True}
+_USUAL = {"rowwise": False, "batched": True, "has_aux": False, "unpack": False, "throw": True}
 
 
 class _PerSolve:
@@ -243,23 +347,25 @@ class _PerSolve:
         self.vectors = vectors
         self.dropouts = dropouts
 
-    def __call__(self, z: Any, x: Any, masks: Sequence[Tensor]) -> Any:
+    def __call__(self, *given: Any) -> Any:
+        """The cell, called with the state and the inputs; the masks come last."""
+        *given_to_cell, masks = given
         with ExitStack() as stack:
             stack.enter_context(fixed(self.weights))
             stack.enter_context(holding(self.vectors))
             stack.enter_context(holding(list(zip(self.dropouts, masks, strict=True))))
-            return self.module(z, x)
+            return self.module(*given_to_cell)
 
 
 def _masks(
-    prepared: _PerSolve, dropouts: Sequence[VariationalDropout], z0: Any, x: Any
+    prepared: _PerSolve, dropouts: Sequence[VariationalDropout], given: Sequence[Any]
 ) -> list[tuple[VariationalDropout, Tensor]]:
     """The dropouts that the cell uses, with their masks, drawn by one evaluation where an enclosing equilibrium has
     not done so."""
     missing = [module for module in dropouts if module.held is None]
     if missing:
         with torch.no_grad(), eagerly(), drawing(missing):
-            prepared(z0, x, ())
+            prepared(*given, ())
     masks = [(module, module.held) for module in dropouts if module.held is not None]
     for module in missing:
         if not module.drawing:  # otherwise the enclosing equilibrium, which is drawing, collects it
@@ -272,9 +378,48 @@ def _check_cell(cell: Any) -> None:
         return
     kind = f"the class {cell.__name__}" if isinstance(cell, type) else type(cell).__name__
     raise TypeError(
-        f"cell must be an nn.Module called as cell(z, x), and it is {kind}. For a function, call "
+        f"cell must be an nn.Module called as cell(z, *inputs), and it is {kind}. For a function, call "
         "torchimplicit.solve(FixedPoint(f), z0, x)"
     )
+
+
+def _check_count(cell: nn.Module, function: Any, states: int, inputs: tuple[Any, ...]) -> None:
+    """``function``, of the cell, must take so many states and ``inputs``."""
+    bounds = _positional(function)
+    if bounds is None or bounds[0] <= states + len(inputs) <= bounds[1]:
+        return
+    least, most = (n - states for n in bounds)
+    takes = (
+        f"{least:g}" if least == most else f"{least:g} or more" if most == float("inf") else f"{least:g} to {most:g}"
+    )
+    what, beside = ("initial_state", "") if not states else ("forward", " beside the state")
+    raise TypeError(
+        f"the layer was called with {len(inputs)} inputs, and {type(cell).__name__}.{what} takes {takes}{beside}: "
+        "Equilibrium gives all its inputs to the cell and to its initial_state. The initial state is no input, and is "
+        "given by name, layer(x, z0=z)"
+    )
+
+
+def _positional(function: Any) -> tuple[int, float] | None:
+    """How many positional arguments a method takes, at least and at most; ``None`` where that is not told."""
+    code = getattr(getattr(function, "__func__", None), "__code__", None)
+    if code is None or hasattr(function.__func__, "__wrapped__"):
+        return None
+    most = code.co_argcount - 1
+    least = most - len(function.__func__.__defaults__ or ())
+    return least, float("inf") if code.co_flags & inspect.CO_VARARGS else most
+
+
+_SHAPE = re.compile(
+    "keep the shape of the state|has the structure|cannot be multiplied|[Ss]izes? of tensors?|size mismatch|channels"
+    "|normalized_shape|expanded size|is invalid for input|broadcast|must match|subscript|out of range"
+)
+"""What errors of ours and of torch say that come of a state of another shape."""
+
+
+def _shown(tree: Any) -> str:
+    shape = getattr(tree, "shape", None)
+    return f"a {type(tree).__name__}" if shape is None else f"shape {tuple(shape)}"
 
 
 def _device(tree: Any) -> torch.device:

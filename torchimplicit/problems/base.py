@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
+from torchimplicit.members import module_of
 from torchimplicit.problems.system import System
 from torchimplicit.state import Layout
 
@@ -18,6 +19,7 @@ class Problem(ABC):
 
     batched: bool
     rowwise: bool
+    has_aux: bool = False
     by_gradient: ClassVar[bool] = False
     """Whether an evaluation takes a gradient of the function: its value alone is none."""
     outside: ClassVar[str] = ""
@@ -41,6 +43,10 @@ class Problem(ABC):
     @abstractmethod
     def function(self) -> Callable[..., Any]:
         """The user's function, called as ``function(z, *args)``."""
+
+    def noting(self, note: Callable[[Any], None]) -> Callable[..., Any]:
+        """:attr:`function`, which hands what the user's returns beside the state to ``note``."""
+        raise AssertionError
 
     @property
     def stated_by(self) -> Callable[..., Any]:
@@ -91,12 +97,21 @@ class MapProblem(Problem):
     f: Callable[..., Any]
     batched: bool = True
     rowwise: bool = False
+    has_aux: bool = field(default=False, kw_only=True)
+    unpack: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_function(self.f, "f")
 
     @property
     def function(self) -> Callable[..., Any]:
+        return _Plain(self, None) if self.has_aux or self.unpack else self.f
+
+    def noting(self, note: Callable[[Any], None]) -> Callable[..., Any]:
+        return _Plain(self, note)
+
+    @property
+    def stated_by(self) -> Callable[..., Any]:
         return self.f
 
     def flat_output(self, layout: Layout, output: Any, rows: int, cast: bool) -> Tensor:
@@ -108,3 +123,31 @@ class MapProblem(Problem):
                 "pass such tensors as arguments, so that they are indexed along with the state"
             )
         return flat
+
+
+class _Plain:
+    """The user's map as ``(z, *args) -> state``, however it takes the state and whatever else it returns."""
+
+    def __init__(self, problem: MapProblem, note: Callable[[Any], None] | None):
+        self.f, self.unpack, self.has_aux, self.note = problem.f, problem.unpack, problem.has_aux, note
+        module = module_of(problem.f)
+        if module is not None:
+            self.module = module
+
+    def __call__(self, z: Any, *args: Any) -> Any:
+        if self.unpack and not isinstance(z, tuple | list):
+            raise TypeError(
+                "unpack=True calls f(*z, *args) with the entries of a tuple or list, and the state is a "
+                f"{type(z).__name__}: give z0 as a tuple, or leave out unpack"
+            )
+        out = self.f(*z, *args) if self.unpack else self.f(z, *args)
+        if self.has_aux:
+            if not isinstance(out, tuple | list) or len(out) != 2:
+                told = f"{len(out)} values" if isinstance(out, tuple | list) else f"a {type(out).__name__}"
+                raise ValueError(f"has_aux=True says that f returns a pair (state, aux), and it returned {told}")
+            out, aux = out
+            if self.note is not None:
+                self.note(aux)
+        if self.unpack and isinstance(out, tuple | list):
+            return type(z)(*out) if hasattr(z, "_fields") else type(z)(out)
+        return out

@@ -26,6 +26,11 @@ class FixedPoint(MapProblem):
         rowwise: a promise that row i of the result depends on row i of the state and of the batched arguments alone,
             and that ``f`` captures nothing batched. Samples that have converged then leave the batch that ``f``
             sees. Arguments that carry the batch are those tensors (not parameters) whose dim 0 has its size.
+        has_aux: whether ``f`` returns a pair ``(state, aux)``: attention weights, logits, a cache, any pytree. It comes
+            out as ``solution.aux``, of the evaluation at the solution, and with its derivative, through the solution
+            too; see :attr:`Solution.aux`.
+        unpack: whether ``f`` takes the entries of a tuple or list as arguments of their own, ``f(*z, *args)``. It may
+            return them as a tuple or a list.
     """
 
     def system(

@@ -24,7 +24,7 @@ class Root(MapProblem):
 
     Args:
         f: ``f(z, *args)``, returning a state like ``z``.
-        batched, rowwise: see :class:`FixedPoint`.
+        batched, rowwise, has_aux, unpack: see :class:`FixedPoint`.
     """
 
     def system(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -42,16 +42,11 @@ class IGNNCell(nn.Module):
         self.weight = nn.Parameter(project_rows(start.weight(features), 0.999 * radius))
         parametrize.register_parametrization(self, "weight", InfinityNormBall(radius))
 
-    def forward(self, z: Tensor, x: tuple[Tensor, Adjacency]) -> Tensor:
+    def forward(self, z: Tensor, injection: Tensor, adjacency: Adjacency) -> Tensor:
         """One application, given the injection, like ``z``, and the graph."""
-        injection, adjacency = x
         flat = functional.linear(z, self.weight).reshape(-1, z.shape[-1])
         inner = adjacency.sum_in(flat).reshape(z.shape) + injection
         return torch.relu(inner) if self.activation == "relu" else functional.elu(inner)
-
-    def initial_state(self, x: tuple[Tensor, Any]) -> Tensor:
-        """Zeros."""
-        return torch.zeros_like(x[0])
 
 
 class IGNNLayer(nn.Module):
@@ -134,11 +129,11 @@ class IGNNLayer(nn.Module):
         if self.bias is not None:
             injection = injection + self.bias
         if not self.per_graph:
-            return self.equilibrium((injection, adjacency))
+            return self.equilibrium(injection, adjacency)
         slots, shape = _slots(batch, u.shape[0])
         padded = injection.new_zeros(shape[0] * shape[1], injection.shape[1]).index_copy(0, slots, injection)
         graph = adjacency.padded(slots, shape[0] * shape[1])
-        state = self.equilibrium((padded.unflatten(0, shape), graph))
+        state = self.equilibrium(padded.unflatten(0, shape), graph)
         return state.flatten(0, 1).index_select(0, slots)
 
 
