@@ -159,6 +159,19 @@ def test_one_step_differentiates_the_reading_with_the_state_it_estimates():
     close(got, torch.autograd.grad(loss(z, f.read(z, x)), (x, w, v)))
 
 
+@pytest.mark.parametrize("inner", [ti.Implicit(), ti.UnrolledPhantom(steps=2, damping=1.0)])
+@pytest.mark.parametrize("instead", [0.5, ti.NeumannPhantom()])
+def test_samples_that_were_not_solved_keep_what_they_return(inner, instead):
+    w, v, x = tensors()
+    solver = ti.FixedPointIteration(steps=5)
+    plain = Map(w, v).solve(x, solver=solver, gradient=inner)
+    gradient = ti.WhenUnconverged(gradient=inner, instead=instead, above=1e-12)
+    weighted = Map(w, v).solve(x, solver=solver, gradient=gradient)
+    torch.testing.assert_close(weighted.aux["logits"], plain.aux["logits"])
+    direct = [torch.autograd.grad(s.aux["logits"].sum(), v, retain_graph=True) for s in (weighted, plain)]
+    close(*direct)
+
+
 @pytest.mark.parametrize("transform", ["jacrev", "jacfwd", "hessian", "vmap", "grad of vmap"])
 def test_transforms(transform):
     w, v, x = (t.detach() for t in tensors())
