@@ -9,6 +9,7 @@ conversion.
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import is_not
@@ -24,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from torchimplicit.compiler import compiler_loaded
 from torchimplicit.members import compiled_module
+from torchimplicit.state import leaves_of
 
 
 def is_transformed(t: Tensor) -> bool:
@@ -200,7 +202,8 @@ class Closure:
         self.captured = captured
         self._compiled = compiled_module(function)
         self._used: set[int] | None = None
-        self._leaves, self._spec = pytree.tree_flatten(args)
+        self._leaves = leaves_of(args)
+        self._spec: pytree.TreeSpec | None = None
         self.tensors = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
 
     def record(self, z: Tensor) -> tuple[Closure, Tensor]:
@@ -223,7 +226,8 @@ class Closure:
 
     def __call__(self, z: Tensor | tuple[Tensor, ...], *tensors: Tensor) -> Any:
         parts = z if isinstance(z, tuple) else (z,)
-        own, substitutes = tensors[: len(self.tensors)], tensors[len(self.tensors) + self.extra :]
+        count = len(self.tensors)
+        own, substitutes = tensors[:count], tensors[count + self.extra :]
         if any(map(is_not, substitutes, self.captured)):
             captured = {id(t) for t in self.captured}
             own = tuple(_alias(t) if id(t) in captured else t for t in own)
@@ -246,6 +250,8 @@ class Closure:
             return self.args
         given = iter(own)
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        if self._spec is None:
+            self._spec = pytree.tree_structure(self.args)
         return pytree.tree_unflatten(leaves, self._spec)
 
     def _compare(self, used: set[int]) -> None:
@@ -270,7 +276,9 @@ class Closure:
 
     def capturing(self, captured: tuple[Tensor, ...]) -> Closure:
         """The closure with what ``function`` is known to capture."""
-        return Closure(self.function, self.args, self.extra, captured)
+        found = copy.copy(self)
+        found.captured = captured
+        return found
 
     def _retained(self) -> contextlib.AbstractContextManager[Any]:
         """Code that is compiled here keeps its buffers: an adjoint solve runs its backward many times."""
@@ -288,8 +296,7 @@ def check_graph(out: Tensor, known: Sequence[Tensor]) -> None:
     Raises:
         RuntimeError: another tensor that requires grad lies behind ``out``.
     """
-    ends: set[Any] = {id(t) for t in known}
-    ends.update(_accumulator(t) for t in known if t.is_leaf and t.requires_grad)
+    ends, nodes = {id(t) for t in known}, None
     borders = {(t.grad_fn, t.output_nr) for t in known if t.grad_fn is not None}
     stack, seen = [(out.grad_fn, out.output_nr)], set()
     while stack:
@@ -299,12 +306,15 @@ def check_graph(out: Tensor, known: Sequence[Tensor]) -> None:
             continue
         seen.add(place)
         variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in ends and node not in ends:
-            raise RuntimeError(
-                f"the function depends on a captured tensor of shape {tuple(variable.shape)} in a way that the "
-                "recording does not see (compiled or foreign code), so its gradient would be lost: pass the tensor to "
-                "solve as an argument"
-            )
+        if variable is not None and id(variable) not in ends:
+            if nodes is None:
+                nodes = {_accumulator(t) for t in known if t.is_leaf and t.requires_grad}
+            if node not in nodes:
+                raise RuntimeError(
+                    f"the function depends on a captured tensor of shape {tuple(variable.shape)} in a way that the "
+                    "recording does not see (compiled or foreign code), so its gradient would be lost: pass the "
+                    "tensor to solve as an argument"
+                )
         stack.extend(node.next_functions)
 
 
@@ -318,9 +328,15 @@ def _accumulator(leaf: Tensor) -> Any:
 
 def _untouched(function: Callable[..., Any], z: Tensor | tuple[Tensor, ...], *args: Any) -> Any:
     """``function(z, *args)``, which must leave ``z`` as it is."""
-    before = _versions(z)
-    out = function(z, *args)
-    if _versions(z) != before:
+    if isinstance(z, tuple):
+        before: Any = _versions(z)
+        out = function(z, *args)
+        changed = _versions(z) != before
+    else:
+        before = None if z.is_inference() else z._version
+        out = function(z, *args)
+        changed = before is not None and z._version != before
+    if changed:
         raise RuntimeError(
             "the function changed its state in place, which is the solver's own iterate: work on a copy (z.clone()) or "
             "use the operation that returns a new tensor"
@@ -328,8 +344,8 @@ def _untouched(function: Callable[..., Any], z: Tensor | tuple[Tensor, ...], *ar
     return out
 
 
-def _versions(z: Tensor | tuple[Tensor, ...]) -> tuple[int | None, ...]:
-    return tuple(None if part.is_inference() else part._version for part in (z if isinstance(z, tuple) else (z,)))
+def _versions(parts: tuple[Tensor, ...]) -> list[int | None]:
+    return [None if part.is_inference() else part._version for part in parts]
 
 
 def _carries(t: Tensor) -> bool:

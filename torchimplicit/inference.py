@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from torchimplicit.state import leaves_of
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -42,7 +44,7 @@ def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
 
 def thawed(tree: Any) -> Any:
     """The tree with ordinary copies in the place of tensors that were made in inference mode; itself without any."""
-    if not any(map(_frozen, pytree.tree_leaves(tree))):
+    if not any(map(_frozen, leaves_of(tree))):
         return tree
     return pytree.tree_map(lambda leaf: leaf.clone() if _frozen(leaf) else leaf, tree)
 

@@ -72,6 +72,12 @@ class Members:
                 owner[name] = t
 
 
+_PLAIN = frozenset(
+    (Tensor, nn.Parameter, torch.dtype, torch.device, torch.Size, str, bytes, int, float, bool, complex, type(None))
+)
+"""What holds no module."""
+
+
 def _places(owners: Iterable[Any]) -> list[tuple[Any, str, Tensor]]:
     return [(owner, name, t) for owner in owners for name, t in owner.items() if t is not None]
 
@@ -86,13 +92,13 @@ def modules_behind(function: Any) -> tuple[nn.Module, ...]:
     stack, seen = [(function, 0)], set()
     while stack:
         item, depth = stack.pop()
-        if id(item) in seen or isinstance(item, (Tensor, type, types.ModuleType, str, bytes, int, float, type(None))):
+        if id(item) in seen or isinstance(item, (Tensor, type, types.ModuleType, str, bytes, int, float)):
             continue
         seen.add(id(item))
         if isinstance(item, nn.Module):
             found[id(item)] = item
         elif depth < _DEEPEST and len(seen) < _MOST:
-            stack += [(inner, depth + 1) for inner in _held(item)]
+            stack += [(inner, depth + 1) for inner in _held(item) if type(inner) not in _PLAIN]
     return tuple(found.values())
 
 
@@ -128,12 +134,11 @@ def _held(item: Any) -> Iterator[Any]:
         yield from (type(item).__call__, *vars(item).values()) if callable(item) else vars(item).values()
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
+@functools.lru_cache(maxsize=1024)
+def _names(code: types.CodeType) -> tuple[str, ...]:
     """The global names that ``code`` uses, and the functions that are made inside it."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return tuple(dict.fromkeys((*code.co_names, *(name for names in inner for name in names))))
 
 
 def module_of(function: Any) -> nn.Module | None:

@@ -90,12 +90,13 @@ class Layout:
             what: names the tree in the error that is raised where it does not fit.
             cast: whether leaves of another floating dtype are converted (under autocast), not refused.
         """
-        flat = self._joined(tree, what, cast)
+        if self.is_flat and isinstance(tree, Tensor) and self._fits(tree):  # the common case, in the solvers' hot path
+            flat = tree
+        else:
+            flat = self._joined(tree, what, cast)
         return flat if self.chart is None else self.chart.enter(flat)
 
     def _joined(self, tree: Any, what: str, cast: bool) -> Tensor:
-        if self.is_flat and isinstance(tree, Tensor) and self._fits(tree):  # the common case, in the solvers' hot path
-            return tree
         if isinstance(tree, Tensor) and len(self.shapes) == 1 and self.spec.is_leaf():
             leaves: list[Any] = [tree]
         else:
@@ -136,9 +137,10 @@ class Layout:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _fits(self, flat: Tensor) -> bool:
+        shape = flat.shape
         return (
-            flat.ndim == 2
-            and flat.shape[1:] == self.shapes[0]
+            len(shape) == 2
+            and shape[1] == self.shapes[0][0]
             and flat.dtype == self.dtype
             and flat.device == self.device
         )
@@ -182,6 +184,15 @@ def row_norm(v: Tensor) -> Tensor:
     if v.dtype in (torch.bfloat16, torch.float16):
         return torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32)
     return torch.linalg.vector_norm(v, dim=-1)
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """What ``torch.utils._pytree.tree_leaves`` gives, in a tenth of the time where the tree is a tuple, a list or a
+    dictionary of what is no tree."""
+    items = tree.values() if type(tree) is dict else tree if type(tree) in (tuple, list) else (tree,)
+    if any(type(item) in pytree.SUPPORTED_NODES or isinstance(item, tuple) for item in items):
+        return pytree.tree_leaves(tree)
+    return list(items)
 
 
 def detached(tree: Any) -> Any:

@@ -148,18 +148,23 @@ class FlatCall:
             self.left = True
 
     def __call__(self, z: Tensor | tuple[Tensor, ...], *args: Any) -> Any:
-        with self.autocast(), self.members.restored() if self.left else nullcontext(), thawing():
-            if self.members.normalize and torch.is_grad_enabled():
-                with self.members.with_copied_statistics():
-                    output = self.function(self.problem.state(self.layout, z), *args)
-            else:
-                output = self.function(self.problem.state(self.layout, z), *args)
+        if self.left or self.autocast.dtype is not None or torch.is_grad_enabled():
+            output = self._as_stated(z, args)
+        else:  # the loop's evaluations, where nothing can have changed
+            output = self.function(self.problem.state(self.layout, z), *args)
         if self.aux is not None:
             self.aux.called(z)
         cast = self.autocast.dtype is not None
         if isinstance(z, tuple):
             return self.problem.flat_parts(self.layout, output, z[0].shape[0], cast)
         return self.problem.flat_output(self.layout, output, z.shape[0], cast)
+
+    def _as_stated(self, z: Tensor | tuple[Tensor, ...], args: tuple[Any, ...]) -> Any:
+        with self.autocast(), self.members.restored() if self.left else nullcontext(), thawing():
+            if self.members.normalize and torch.is_grad_enabled():
+                with self.members.with_copied_statistics():
+                    return self.function(self.problem.state(self.layout, z), *args)
+            return self.function(self.problem.state(self.layout, z), *args)
 
 
 def _carries_batch(t: Tensor, rows: int) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchimplicit.problems.base import MapProblem
 from torchimplicit.problems.image_system import ImageSystem
 from torchimplicit.problems.system import Point, System
-from torchimplicit.state import Layout, row_norm
+from torchimplicit.state import Layout
 
 
 @final
@@ -46,10 +46,8 @@ class FixedPointSystem(ImageSystem):
 
     def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
         image = self.fn(z, *params) if value is None else value
-        residual = image - z
-        if self.separate is None:
-            return Point(z, residual, scale=row_norm(image), image=image)
-        return Point(z, residual, scale=self.norms(image), image=image, error=self.norms(residual))
+        residual, norms = image - z, self.norms
+        return Point(z, residual, scale=norms(image), image=image, error=norms(residual))
 
     def image(self, z: Tensor, *params: Tensor) -> Tensor:
         return self.fn(z, *params)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -133,9 +134,10 @@ class System(ABC):
         """The parts of the state that are judged by themselves; ``None`` for a state that is one."""
         return self.leaves if self.leaves is not None and len(self.leaves.sizes) > 1 else None
 
-    def norms(self, v: Tensor) -> Tensor:
+    @cached_property
+    def norms(self) -> Callable[[Tensor], Tensor]:
         """The norm of each part of ``v`` (``[..., dim]``): ``[..., parts]``, or ``[...]`` where the state is one."""
-        return row_norm(v) if self.separate is None else self.separate.norms(v)
+        return row_norm if self.separate is None else self.separate.norms
 
     @abstractmethod
     def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:

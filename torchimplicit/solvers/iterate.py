@@ -96,6 +96,7 @@ class _Loop:
         stepped: whether there was any step.
         mixed: whether what is returned may not be what was evaluated last.
         confirmed: whether the solver says which samples are solved; ``within`` are then those that the rule has found.
+        smooth: whether all samples have been active so far, and have improved in every step.
         unit: ``[batch, leaves]``, the first residual of each leaf, by which iterates are compared; ``None`` for one
         leaf. running: bool ``[batch]``, the active samples; ``None`` for all. improving: whether every active sample is
         known to have improved with the last step. rows: the current batch's places in the first batch; ``None`` while
@@ -119,26 +120,27 @@ class _Loop:
         self.judge = Judge(evaluate.system, point, solver.rtol, solver.atol, strict)
         self.first_judge = self.judge
         self.point = self.best = point = self.judge.start(point)
-        reach = point.reach()
+        reach, size, first = point.reach(), point.size(), self.judge.first
         if point.length is not None:
             first = reach + row_norm(point.z)
         elif self.judge.measure is not None:
             first = 2 * reach
-        else:
+        elif first is None or first.ndim == 2:
             assert point.scale is not None
-            first = reach + (point.scale if point.scale.ndim == 1 else row_norm(point.scale))
+            first = reach + row_norm(point.scale)
         # where the first evaluation is not finite there is no limit to stay within: such a sample stops at once
-        self.limit = GROWTH_LIMIT * first.nan_to_num(nan=-1.0, posinf=-1.0)
+        self.limit = GROWTH_LIMIT * (first if first is self.judge.first else first.nan_to_num(nan=-1.0, posinf=-1.0))
         if solver.searches and point.energy is not None:
             # the energy falls in every step, and from beside a saddle that leads to where gradients are steep
             self.limit = torch.where(self.limit == 0, torch.inf, self.limit * GROWTH_LIMIT**2)
         if solver.bounded:
             self.limit = torch.full_like(self.limit, torch.inf)
         self.unit: Tensor | None = None
-        if point.size().ndim == 2:  # leaves, each in its own unit
-            size = point.size()
+        if size.ndim == 2:  # leaves, each in its own unit
             self.unit = torch.where((size > 0) & (size < torch.inf), size, 1)
         self.confirmed = solver.confirms(evaluate.system, point.z)
+        self.plain = self.judge.first is not None and size.ndim == 1 and point.merit is None and not self.confirmed
+        self.smooth, self.tries = self.plain and only is None, 2
         self.within: Tensor | None = None
         self.best_rank = torch.full_like(reach, torch.inf)
         self.status = torch.full((self.batch,), _RUNNING, dtype=torch.int64, device=reach.device)
@@ -200,6 +202,14 @@ class _Loop:
         """Test every active sample, and note those that stop here. Reads from the device once, if ``ask``."""
         point = self.point
         norm, tolerance = point.size(), self.judge.tolerance(point)
+        if self.smooth:
+            self.smooth = ask and (move is None or (move.breakdown is None and move.solved is None))
+            # what improves on what was within the limit is so, too
+            self.smooth = self.smooth and bool(((norm > tolerance) & (norm < self.best_rank)).all())
+            if self.smooth:
+                self.best, self.best_rank = point, norm
+                return
+            self.tries -= 1  # to have asked for nothing costs a read from the device
         rank = norm if point.merit is None else point.merit
         solved = None if move is None else move.solved
         breakdown = None if move is None else move.breakdown
@@ -239,7 +249,7 @@ class _Loop:
             more = sum(rest)
         else:
             self.improving = False
-        self.running = None if ask and self.active == len(good) else going
+        self.running = None if ask and self.active == good.shape[0] else going
         if resumed is not None and (more or not ask):
             self._resume(resumed, rank)
         before += more
@@ -249,6 +259,7 @@ class _Loop:
             stale = was_running if self.solver.searches else None
             self.best = point if stale is None else point.resting(stale, self.best)
             self.best_rank = rank if was_running is None else torch.where(was_running, rank, self.best_rank)
+            self.smooth = self.plain and self.running is None and self.tries > 0
             if self.active == before:
                 return
         if step and ask and was_certain and self.active == before:  # nobody stopped

@@ -30,7 +30,6 @@ class Verdict(NamedTuple):
     coupled: bool = False
 
 
-@torch.no_grad()
 def review(solver: Solver, evaluate: Evaluator, outcome: Outcome, judge: Judge, mixed: bool) -> Verdict:
     """Judge the outcome by the whole problem at the point that is returned.
 
@@ -42,13 +41,20 @@ def review(solver: Solver, evaluate: Evaluator, outcome: Outcome, judge: Judge, 
         judge: of the loop, for its first batch.
         mixed: whether what is returned may not be what was evaluated last.
     """
-    system, z, report = evaluate.system, outcome.z, outcome.report
-    coupling = system.coupling
+    z, coupling = outcome.z, evaluate.system.coupling
     apart = coupling is None or coupling.promised
-    if not len(z) or any(is_transformed(t) for t in (z, *evaluate.params)):
+    if judge.measure is None and (apart or not mixed):  # the last evaluation has told all that there is to know
+        return Verdict(outcome)
+    if not z.shape[0] or any(is_transformed(t) for t in (z, *evaluate.params)):
         return Verdict(outcome)
     if solver.searches and not apart and coupling is not None and coupling.found:
         return Verdict(outcome, coupled=True)
+    with torch.no_grad():
+        return _reviewed(solver, evaluate, outcome, judge, mixed and not apart)
+
+
+def _reviewed(solver: Solver, evaluate: Evaluator, outcome: Outcome, judge: Judge, mixed: bool) -> Verdict:
+    z, report = outcome.z, outcome.report
     failed = report.status == Status.BREAKDOWN
     if solver.by_products:
         failed = failed | (report.status == Status.MAX_STEPS)
@@ -58,9 +64,7 @@ def review(solver: Solver, evaluate: Evaluator, outcome: Outcome, judge: Judge, 
         seen = _seen(evaluate, z) if claims or failures else None
         if seen is not None:
             return _by_product(solver, evaluate, outcome, judge, failed if failures else None, *seen)
-    if apart or not mixed:
-        return Verdict(outcome)
-    return _by_evaluation(solver, evaluate, outcome, judge)
+    return _by_evaluation(solver, evaluate, outcome, judge) if mixed else Verdict(outcome)
 
 
 def _seen(evaluate: Evaluator, z: Tensor) -> tuple[Point, LinearOperator] | None:

@@ -194,7 +194,13 @@ class Judge:
     Attributes:
         measure: of the terms, where a point does not tell them; ``None`` where it does.
         strict: what the relative tolerance is multiplied by where the terms are measured.
+        first: the size of the residual and its terms at the first point, where it tells them; zero where that is not
+            finite.
+        floor: what the residual may be, whatever its terms have become.
     """
+
+    first: Tensor | None
+    floor: Tensor | None
 
     def __init__(
         self, system: System, point: Point, rtol: Tolerance | None, atol: Tolerance | None, strict: float = 1.0
@@ -206,11 +212,13 @@ class Judge:
         self.atol = 0.0 if atol is None else by_leaf(atol, system, like, "atol")
         self.strict = strict
         self.measure = Measure(system, point, self.rtol) if point.scale is None else None
-        self.floor: Tensor | None = None
+        self.first = self.floor = None
         if point.scale is not None:
             # a solution at zero has terms that vanish with it
-            first = (point.size() + point.scale).nan_to_num(0.0, 0.0, 0.0)
-            self.floor = first * (self.rtol * self.eps) + self.atol
+            self.first = (point.size() + point.scale).nan_to_num(0.0, 0.0, 0.0)
+            self.floor = self.first * (self.rtol * self.eps)
+            if isinstance(self.atol, Tensor) or self.atol:
+                self.floor = self.floor + self.atol
 
     def start(self, point: Point) -> Point:
         """The first point, with what is known of its terms."""
