@@ -17,21 +17,23 @@ from rich.console import Console
 from torchimplicit import cli
 from torchimplicit.recipes import registry
 from torchimplicit.recipes.representations import image as pictures
-from torchimplicit.recipes.representations.fit import Grid
+from torchimplicit.recipes.representations.fit import Grid, Representation
 from torchimplicit.recipes.representations.image import (
     BUNDLED,
     RUNNER,
+    PictureConfig,
     build,
     bundled,
     error_map,
     export_sizes,
+    generalization,
+    image,
     parts,
     quantized,
     read_file,
     save,
     written,
 )
-from torchimplicit.recipes.representations.settings import PictureConfig, Representation, generalization, image
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import RunOptions, create
 from torchimplicit.recipes.runtime.settings import Machine

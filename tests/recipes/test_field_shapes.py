@@ -20,8 +20,7 @@ from rich.console import Console
 
 from torchimplicit import cli
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.representations.cost import peak_bytes
-from torchimplicit.recipes.representations.fit import floats_a_point
+from torchimplicit.recipes.representations.fit import Representation, floats_a_point
 from torchimplicit.recipes.representations.mesh import (
     KINDS,
     MADE,
@@ -41,13 +40,25 @@ from torchimplicit.recipes.representations.mesh import (
     write_obj,
     write_ply,
 )
-from torchimplicit.recipes.representations.settings import LONGEST, Representation, ShapeConfig, adam, shape
-from torchimplicit.recipes.representations.shape import RUNNER, Counts, DistanceLoss, Frame, Overlap, build, compared
+from torchimplicit.recipes.representations.shape import (
+    LONGEST,
+    RUNNER,
+    Counts,
+    DistanceLoss,
+    Frame,
+    Overlap,
+    ShapeConfig,
+    adam,
+    build,
+    compared,
+    shape,
+)
 from torchimplicit.recipes.representations.shape import drawn as points_of
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.run import RunOptions, create
 from torchimplicit.recipes.runtime.settings import Machine
+from torchimplicit.recipes.runtime.step_cost import peak_bytes
 from torchimplicit.recipes.runtime.trainer import Results
 
 

@@ -20,10 +20,10 @@ from torchimplicit.recipes import registry
 from torchimplicit.recipes.representations import video as clips
 from torchimplicit.recipes.representations import video as show
 from torchimplicit.recipes.representations import video as writing
-from torchimplicit.recipes.representations.fit import decibels
-from torchimplicit.recipes.representations.settings import Representation, VideoConfig, video
+from torchimplicit.recipes.representations.fit import Representation, decibels
 from torchimplicit.recipes.representations.video import (
     RUNNER,
+    VideoConfig,
     build,
     chosen,
     clip_of,
@@ -31,6 +31,7 @@ from torchimplicit.recipes.representations.video import (
     save,
     strip,
     synthesized,
+    video,
 )
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import rows

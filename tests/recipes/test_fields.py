@@ -14,31 +14,29 @@ from rich.console import Console
 
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients import Implicit, NeumannPhantom
-from torchimplicit.recipes.representations.cost import peak_bytes
 from torchimplicit.recipes.representations.fit import (
     FieldRunner,
     FieldTask,
     Grid,
     Parts,
+    Representation,
     accumulated,
     centres,
+    check_fit,
+    check_slopes,
     chunk_points,
     decibels,
     every_other,
     floats_a_point,
-    write_page,
-)
-from torchimplicit.recipes.representations.settings import (
-    Representation,
-    check_fit,
-    check_slopes,
     full_batch,
     truncated,
+    write_page,
 )
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.run import RunOptions, create
 from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization
+from torchimplicit.recipes.runtime.step_cost import peak_bytes
 from torchimplicit.recipes.runtime.task import Shard
 from torchimplicit.recipes.runtime.trainer import Results
 

@@ -12,7 +12,6 @@ pytest.importorskip("torch_geometric")
 pytest.importorskip("sklearn")
 
 from torchimplicit.recipes.phantom import graph_data as tu
-from torchimplicit.recipes.phantom import ppi
 from torchimplicit.recipes.phantom.graph_data import chains, folds
 from torchimplicit.recipes.runtime.errors import UserError
 
@@ -121,7 +120,7 @@ def test_a_set_without_any_edge_is_taken(tmp_path):
 def write_ppi(folder, **changes):
     """Two graphs of 3 and 2 nodes in every split; 0-1, 1-1 and 3-4 are linked."""
     rng = np.random.default_rng(0)
-    for split in ppi.SPLITS:
+    for split in tu.PPI_SPLITS:
         links = changes.get("links", [(0, 1), (1, 1), (3, 4)])
         graph = {"directed": False, "nodes": [], "links": [{"source": s, "target": t} for s, t in links]}
         (folder / f"{split}_graph.json").write_text(changes.get("json", json.dumps(graph)), encoding="utf-8")
@@ -132,7 +131,7 @@ def write_ppi(folder, **changes):
 
 
 def test_the_proteins_of_every_split(tmp_path):
-    splits = ppi.load(write_ppi(tmp_path))
+    splits = tu.load_ppi(write_ppi(tmp_path))
     assert [len(graphs) for graphs in splits] == [2, 2, 2]
     first, second = splits[0]
     assert first.edge_index.tolist() == [[0, 1], [1, 0]]
@@ -155,7 +154,7 @@ def test_the_proteins_of_every_split(tmp_path):
 )
 def test_bad_files_of_ppi_are_named(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        ppi.load(write_ppi(tmp_path, **changes))
+        tu.load_ppi(write_ppi(tmp_path, **changes))
 
 
 def test_a_truncated_or_missing_array_is_named(tmp_path):
@@ -163,15 +162,15 @@ def test_a_truncated_or_missing_array_is_named(tmp_path):
     path = tmp_path / "valid_feats.npy"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"valid_feats\.npy"):
-        ppi.load(tmp_path)
+        tu.load_ppi(tmp_path)
     path.unlink()
     with pytest.raises(UserError, match=r"valid_feats\.npy cannot be read"):
-        ppi.load(tmp_path)
+        tu.load_ppi(tmp_path)
     with pytest.raises(UserError, match="is no folder"):
-        ppi.load(path)
+        tu.load_ppi(path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds no train_graph\.json"):
-        ppi.load(tmp_path / "empty")
+        tu.load_ppi(tmp_path / "empty")
 
 
 # chains

@@ -19,12 +19,12 @@ from torchimplicit import cli
 from torchimplicit.recipes import registry
 from torchimplicit.recipes.phantom import graphs as runner
 from torchimplicit.recipes.phantom import graphs_table as table_jobs
-from torchimplicit.recipes.phantom.graphs import TRAINER
-from torchimplicit.recipes.phantom.graphs_settings import ChainsConfig, MoleculesConfig, chains, cox2, ppi, proteins
+from torchimplicit.recipes.phantom.graphs import RUNNER as TRAINER
+from torchimplicit.recipes.phantom.graphs import ChainsConfig, MoleculesConfig, chains, cox2, ppi, proteins
 from torchimplicit.recipes.phantom.graphs_table import TABLE, PhantomGraphsConfig
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import Run, RunOptions, create
-from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, from_plain, to_plain
+from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, to_plain
 from torchimplicit.recipes.runtime.task import Shard
 from torchimplicit.recipes.runtime.trainer import Results
 
@@ -292,17 +292,6 @@ def test_the_passes_are_the_users_choice(collection):
         if job.name == "cox2-fold0-implicit"
     ]
     assert fold.config.optimization.steps == 3 * fold.config.optimization.validate_every
-
-
-def test_the_jobs_of_both_scales_survive_a_file(collection):
-    for scale in ("cpu", "paper"):
-        config = default_of(collection)
-        config = replace(config, plan=replace(config.plan, scale=scale))
-        made = table_jobs.jobs(config)
-        assert len({job.name for job in made}) == len(made)
-        for job in made:
-            assert from_plain(type(job.config), json.loads(json.dumps(to_plain(job.config)))) == job.config
-        TABLE.check(config)
 
 
 def test_wrong_settings_of_the_table():

@@ -271,17 +271,16 @@ class TestPictures:
         refused(lambda path: read_file(path, 256), content, tmp_path / "p.png")
 
     def test_data_sets(self, tmp_path):
-        from torchimplicit.recipes.phantom import cifar10, imagenet
+        from torchimplicit.recipes.phantom import imagenet
 
         for content in (png(60000, 60000), picture()[:900], b""):
             path = tmp_path / "train_0_airplane.png"
-            refused(cifar10.read_mosaic, content, path)
+            _written(path, content)
             listing = imagenet.Listing((path,), torch.zeros(1, dtype=torch.long))
             refused(lambda _, one=listing: imagenet.Crops(one)[0], path, path)
 
     def test_videos(self, tmp_path):
-        from torchimplicit.recipes.representations.settings import VideoConfig
-        from torchimplicit.recipes.representations.video import clip_of
+        from torchimplicit.recipes.representations.video import VideoConfig, clip_of
 
         def read(path):
             return clip_of(VideoConfig(file=path, size=64))
@@ -313,8 +312,6 @@ class TestSounds:
             {"rate": 0},
             {"rate": 2**32 - 1},
             {"bits": 65535},
-            {"block": 0},
-            {"block": 65535},
             {"form": 0x55},
             {"head": 2**32 - 1},
             {"head": 0},
@@ -340,7 +337,7 @@ class TestSounds:
 
 class TestDataSets:
     def test_idx(self, tmp_path):
-        from torchimplicit.recipes.phantom import mnist
+        from torchimplicit.recipes.phantom import image_files as mnist
 
         def idx(*shape: int) -> bytes:
             return bytes((0, 0, 8, len(shape))) + struct.pack(f">{len(shape)}I", *shape)
@@ -366,7 +363,7 @@ class TestDataSets:
             mnist.LARGEST_FILE = mnist_limit
 
     def test_pickles(self):
-        from torchimplicit.recipes.phantom.cifar10 import read_batch
+        from torchimplicit.recipes.phantom.image_files import read_batch
 
         array = np.zeros((2, 3072), np.uint8)
         for content in (
@@ -422,7 +419,7 @@ class TestDataSets:
     )
     def test_arrays(self, tmp_path, content):
         pytest.importorskip("torch_geometric")
-        from torchimplicit.recipes.phantom.ppi import _array
+        from torchimplicit.recipes.phantom.graph_data import _array
 
         refused(lambda path: _array(path, 2), content, tmp_path / "x.npy")
 
@@ -444,7 +441,7 @@ class TestDataSets:
     )
     def test_graphs_in_json(self, tmp_path, text):
         pytest.importorskip("torch_geometric")
-        from torchimplicit.recipes.phantom.ppi import _edges
+        from torchimplicit.recipes.phantom.graph_data import _links as _edges
 
         refused(lambda path: _edges(path, np.zeros(3, np.int64)), text, tmp_path / "g.json")
 
@@ -485,8 +482,8 @@ def test_texts(tmp_path):
 def test_files_that_take_no_room_on_the_disk(tmp_path):
     """They are larger than any that is meant, and are not read to be told so."""
     pytest.importorskip("torch_geometric")
-    from torchimplicit.recipes.phantom import cifar10, olivetti, ppi
     from torchimplicit.recipes.phantom import graph_data as tu
+    from torchimplicit.recipes.phantom import image_files
     from torchimplicit.recipes.runtime.fitting import rows
     from torchimplicit.recipes.runtime.run import Run
 
@@ -495,10 +492,10 @@ def test_files_that_take_no_room_on_the_disk(tmp_path):
         file.truncate(10**11)
     readers = (
         lambda path: Run(tmp_path).read(),
-        lambda path: ppi._edges(path, np.zeros(3, np.int64)),
+        lambda path: tu._links(path, np.zeros(3, np.int64)),
         tu._integers,
-        cifar10._read,
-        olivetti._published,
+        image_files._read,
+        image_files._published,
         rows,
     )
     for read in readers:

@@ -11,7 +11,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("tyro")
 
 from rich.console import Console
-from test_image_data import write_imagenet, write_mnist, write_mosaics
+from test_image_data import write_cifar, write_imagenet, write_mnist
 
 from torchimplicit import cli
 from torchimplicit.models import mdeq_imagenet, mdeq_large, mdeq_tiny
@@ -19,7 +19,7 @@ from torchimplicit.recipes import registry
 from torchimplicit.recipes.phantom import image_data as data
 from torchimplicit.recipes.phantom import images as tasks
 from torchimplicit.recipes.phantom.image_data import augmented
-from torchimplicit.recipes.phantom.image_settings import ImageConfig, cifar10, cifar10_large, digits, imagenet, mnist
+from torchimplicit.recipes.phantom.images import ImageConfig, cifar10, cifar10_large, digits, imagenet, mnist
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import RunOptions, create
 from torchimplicit.recipes.runtime.settings import Machine
@@ -29,8 +29,8 @@ from torchimplicit.recipes.runtime.trainer import Results
 MADE_UP = {
     "images-digits": (lambda folder: None, {"validation_images": 60, "train_images": 40, "test_images": 40}),
     "images-mnist": (write_mnist, {"validation_images": 10}),
-    "images-cifar10": (write_mosaics, {"validation_images": 10, "model": "small", "downsamplings": 2}),
-    "images-cifar10-large": (write_mosaics, {"validation_images": 10, "model": "small", "downsamplings": 2}),
+    "images-cifar10": (write_cifar, {"validation_images": 10, "model": "small", "downsamplings": 2}),
+    "images-cifar10-large": (write_cifar, {"validation_images": 10, "model": "small", "downsamplings": 2}),
     "images-imagenet": (
         write_imagenet,
         {"validation_images": 2, "model": "small", "downsamplings": 2, "classes": 2, "image_size": 32},

@@ -16,23 +16,19 @@ pytest.importorskip("trimesh")
 import trimesh
 from rich.console import Console
 
-from torchimplicit.recipes import registry
 from torchimplicit.recipes.representations.one_step import build_one_step
-from torchimplicit.recipes.representations.settings import shape
-from torchimplicit.recipes.representations.shape import build
+from torchimplicit.recipes.representations.shape import build, shape
 from torchimplicit.recipes.representations.shapes import (
     ROWS,
     TABLE,
-    Row,
     ShapesConfig,
     ShapesCostConfig,
     jobs,
     training,
 )
-from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.execution import go, opened
 from torchimplicit.recipes.runtime.jobs import prepare
-from torchimplicit.recipes.runtime.settings import from_plain, to_plain
+from torchimplicit.recipes.runtime.settings import to_plain
 from torchimplicit.recipes.runtime.table import Plan
 
 
@@ -70,14 +66,6 @@ def run_here(made, folder):
     return runs
 
 
-def test_settings_survive_being_written():
-    made = jobs(ShapesConfig())
-    assert len({job.name for job in made}) == len(made) == 2 * 15 + 1
-    for job in made:
-        assert from_plain(type(job.config), json.loads(json.dumps(to_plain(job.config)))) == job.config
-        assert type(registry.settings(job.recipe)) is type(job.config)
-
-
 def test_the_papers_scale():
     one = training(ShapesConfig(plan=Plan(scale="paper")), ROWS["occupancy-fourier-implicit"], 0)
     assert (one.representation.width, one.optimization.steps, one.optimization.batch_size) == (256, 10000, 50000)
@@ -88,11 +76,6 @@ def test_twins_differ_in_being_implicit_alone():
     one, other = (training(ShapesConfig(), ROWS[f"sdf-siren-{kind}"], 1) for kind in ("implicit", "explicit"))
     assert replace(one, representation=replace(one.representation, implicit=False)) == other
     assert training(ShapesConfig(), ROWS["sdf-siren-one-step"], 1) == one
-
-
-def test_an_unknown_row_is_refused():
-    with pytest.raises(UserError, match="sdf-siren-one-step"):
-        jobs(ShapesConfig(rows=("nerf",)))
 
 
 def test_the_estimate_has_the_values_but_not_the_slopes(tmp_path):
@@ -134,8 +117,3 @@ def test_the_record(tmp_path):
     )
     assert len(partial.sheets) == 2
     assert TABLE.summarize(config, {}).drawings == []
-
-
-def test_the_registry_knows_it():
-    assert registry.runner("implicit-shapes") is TABLE
-    assert Row(task="sdf", filter="gabor", kind="implicit").label == "Gabor-iMFN, exact"

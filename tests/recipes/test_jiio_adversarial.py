@@ -19,13 +19,19 @@ import torchimplicit as ti
 from torchimplicit.models import EquilibriumClassifier, EquilibriumClassifierConfig
 from torchimplicit.recipes.joint import adversarial_table as table
 from torchimplicit.recipes.joint.adversarial import ATTACKS as RUNNER
-from torchimplicit.recipes.joint.adversarial import JIIO, PGD, AdversarialTraining, judged
+from torchimplicit.recipes.joint.adversarial import (
+    JIIO,
+    PGD,
+    AdversarialConfig,
+    AdversarialTraining,
+    AttacksConfig,
+    judged,
+)
 from torchimplicit.recipes.joint.adversarial import RUNNER as TRAINER
+from torchimplicit.recipes.joint.adversarial import adversarial_digits as digits
+from torchimplicit.recipes.joint.adversarial import adversarial_mnist as mnist
 from torchimplicit.recipes.joint.adversarial_table import AdversarialTableConfig
 from torchimplicit.recipes.joint.adversarial_table import jobs as table_jobs
-from torchimplicit.recipes.joint.settings import AdversarialConfig, AttacksConfig
-from torchimplicit.recipes.joint.settings import adversarial_digits as digits
-from torchimplicit.recipes.joint.settings import adversarial_mnist as mnist
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.run import RunOptions, create

@@ -14,10 +14,16 @@ from torchimplicit.models import mlp_decoder
 from torchimplicit.recipes.joint import decoder as frechet
 from torchimplicit.recipes.joint import generation as measurement
 from torchimplicit.recipes.joint import generation as runner
-from torchimplicit.recipes.joint.decoder import found, joint_solver, mosaic, reconstruction
-from torchimplicit.recipes.joint.generation import JOINT, METHODS, Generation, nested
+from torchimplicit.recipes.joint.decoder import Images, Joint, Kind, found, joint_solver, mosaic, reconstruction
+from torchimplicit.recipes.joint.generation import (
+    JOINT,
+    METHODS,
+    Generation,
+    GenerationConfig,
+    generation_digits,
+    nested,
+)
 from torchimplicit.recipes.joint.generation_table import TABLE, JiioGenerationConfig, jobs, overtaking
-from torchimplicit.recipes.joint.settings import GenerationConfig, Images, Joint, Kind, generation_digits
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.jobs import prepare

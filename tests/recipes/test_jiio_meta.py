@@ -24,9 +24,17 @@ from torchimplicit.recipes.joint import meta as tasks
 from torchimplicit.recipes.joint import meta_table as table
 from torchimplicit.recipes.joint.meta import ADAPTATIONS as RUNNER
 from torchimplicit.recipes.joint.meta import RUNNER as TRAINER
-from torchimplicit.recipes.joint.meta import Descent, Joint, errors, exact
+from torchimplicit.recipes.joint.meta import (
+    AdaptationsConfig,
+    Descent,
+    Joint,
+    MetaConfig,
+    errors,
+    exact,
+    omniglot,
+    sinusoid,
+)
 from torchimplicit.recipes.joint.meta_table import MetaTableConfig
-from torchimplicit.recipes.joint.settings import AdaptationsConfig, MetaConfig, omniglot, sinusoid
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.run import RunOptions, create

@@ -18,8 +18,7 @@ from rich.console import Console
 
 from torchimplicit import cli
 from torchimplicit.models import deq_transformer_wikitext103
-from torchimplicit.recipes.phantom.language import RUNNER, LanguageTask
-from torchimplicit.recipes.phantom.language_settings import LanguageConfig, wikitext2, wikitext103
+from torchimplicit.recipes.phantom.language import RUNNER, LanguageConfig, LanguageTask, wikitext2, wikitext103
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.run import RunOptions, create

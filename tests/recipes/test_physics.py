@@ -20,8 +20,7 @@ from torchimplicit.models.physics_informed import EquilibriumField, NetworkField
 from torchimplicit.problems import FixedPoint
 from torchimplicit.recipes.physics import solve_equation as runner
 from torchimplicit.recipes.physics.equations import EQUATIONS
-from torchimplicit.recipes.physics.settings import PhysicsConfig
-from torchimplicit.recipes.physics.solve_equation import LeastSquares
+from torchimplicit.recipes.physics.solve_equation import LeastSquares, PhysicsConfig
 from torchimplicit.recipes.runtime import optimize as keeper
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import Run, RunOptions, create

@@ -74,7 +74,7 @@ def test_settings_bring_nothing_heavy():
     code = (
         "import sys\nfrom torchimplicit.recipes import registry\n"
         "for name in (*registry.RECIPES, *registry.TABLES):\n"
-        "    if name != 'images-cost':\n        registry.settings(name)\n"
+        "    registry.settings(name)\n"
         "heavy = {'lightning', 'matplotlib', 'submitit', 'torch_geometric', 'scipy', 'skimage'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -22,9 +22,8 @@ from torchimplicit.recipes import registry
 from torchimplicit.recipes.phantom.demo import DigitsConfig
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.execution import terminated_like_interrupted
-from torchimplicit.recipes.runtime.jobs import run_all
+from torchimplicit.recipes.runtime.jobs import Reproduction, command, load_record, run_all
 from torchimplicit.recipes.runtime.page import axes
-from torchimplicit.recipes.runtime.reproduce import Reproduction, command, load_record
 from torchimplicit.recipes.runtime.run import Run
 from torchimplicit.recipes.runtime.table import Claim, Column, Drawing, Job, Plan, Sheet, Summary, Table, spread
 
@@ -73,8 +72,8 @@ TABLE = Reproduction(jobs, summarize)
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch):
-    monkeypatch.setitem(sys.modules, "toy_table", sys.modules[__name__])
-    monkeypatch.setitem(registry.TABLES, "toy", registry.Entry("A toy.", "toy_table:toy", "toy_table:TABLE"))
+    monkeypatch.setitem(sys.modules, "torchimplicit.recipes.toy_table", sys.modules[__name__])
+    monkeypatch.setitem(registry.TABLES, "toy", registry.Entry("toy_table", "toy", "TABLE", "A toy."))
 
 
 def test_a_table_from_its_runs_to_its_record(tmp_path, capsys):

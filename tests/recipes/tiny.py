@@ -109,8 +109,9 @@ RUNNER = Trainer(TinyTask)
 
 def register() -> None:
     """Make the command line know the recipe."""
-    sys.modules.setdefault("tiny", sys.modules[__name__])
-    registry.RECIPES["tiny"] = registry.Entry("Noise.", "tiny:tiny", "tiny:RUNNER")
+    for name in ("tiny", "torchimplicit.recipes.tiny"):
+        sys.modules.setdefault(name, sys.modules[__name__])
+    registry.RECIPES["tiny"] = registry.Entry("tiny", "tiny", "RUNNER", "Noise.")
 
 
 if __name__ == "__main__":

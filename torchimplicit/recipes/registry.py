@@ -18,348 +18,156 @@ class Entry:
     """Where a recipe, or a table, is.
 
     Attributes:
+        module: below :mod:`torchimplicit.recipes`; it imports nothing heavy.
+        settings: what in it gives the default settings: a function, or their class.
+        runner: the :class:`Runner` of such settings in it, ``module:name`` elsewhere, or empty for the module itself.
         summary: one line for ``torchimplicit list``.
-        settings: ``module:function``, the function giving the default settings.
-        runner: ``module`` or ``module:object``, the :class:`Runner` of such settings.
     """
 
-    summary: str
+    module: str
     settings: str
     runner: str
+    summary: str
 
-
-_HERE = "torchimplicit.recipes"
 
 RECIPES = {
-    "demo": Entry(
-        "Three gradient estimators side by side on 8×8 digits, with pictures, in under three minutes.",
-        f"{_HERE}.phantom.demo:demo",
-        f"{_HERE}.phantom.demo",
-    ),
-    "digits": Entry(
-        "One convolutional equilibrium classifier of 8×8 digits, with the estimator of your choice.",
-        f"{_HERE}.phantom.demo:digits",
-        f"{_HERE}.phantom.demo",
-    ),
-    "language-wikitext2": Entry(
-        "A small DEQ transformer on WikiText-2, minutes on a CPU.",
-        f"{_HERE}.phantom.language_settings:wikitext2",
-        f"{_HERE}.phantom.language:RUNNER",
-    ),
-    "language-wikitext103": Entry(
-        "The DEQ transformer of the papers (98M parameters) on WikiText-103, for GPUs.",
-        f"{_HERE}.phantom.language_settings:wikitext103",
-        f"{_HERE}.phantom.language:RUNNER",
-    ),
-    "images-digits": Entry(
-        "A small multiscale equilibrium model (MDEQ) on the bundled digits, in seconds.",
-        f"{_HERE}.phantom.image_settings:digits",
-        f"{_HERE}.phantom.images:RUNNER",
-    ),
-    "images-mnist": Entry(
-        "The same model on MNIST, in minutes on a CPU.",
-        f"{_HERE}.phantom.image_settings:mnist",
-        f"{_HERE}.phantom.images:RUNNER",
-    ),
-    "images-cifar10": Entry(
-        "MDEQ-Tiny on CIFAR-10 with the published settings.",
-        f"{_HERE}.phantom.image_settings:cifar10",
-        f"{_HERE}.phantom.images:RUNNER",
-    ),
-    "images-cifar10-large": Entry(
-        "MDEQ-Large on CIFAR-10 with the published settings.",
-        f"{_HERE}.phantom.image_settings:cifar10_large",
-        f"{_HERE}.phantom.images:RUNNER",
-    ),
-    "images-imagenet": Entry(
-        "MDEQ-Small on ImageNet with the published settings.",
-        f"{_HERE}.phantom.image_settings:imagenet",
-        f"{_HERE}.phantom.images:RUNNER",
-    ),
-    "images-cost": Entry(
-        "What a training step of an image model costs with each gradient, in turn at the same trained weights.",
-        f"{_HERE}.phantom.images:default",
-        f"{_HERE}.phantom.images:COSTS",
-    ),
-    "graphs-cox2": Entry(
-        "IGNN on a fold of COX2 (467 molecules) with the published settings.",
-        f"{_HERE}.phantom.graphs_settings:cox2",
-        f"{_HERE}.phantom.graphs:TRAINER",
-    ),
-    "graphs-proteins": Entry(
-        "IGNN on a fold of PROTEINS (1113 graphs) with the published settings.",
-        f"{_HERE}.phantom.graphs_settings:proteins",
-        f"{_HERE}.phantom.graphs:TRAINER",
-    ),
-    "graphs-ppi": Entry(
-        "IGNN on PPI (24 graphs, 121 labels a node) with the published settings, for GPUs.",
-        f"{_HERE}.phantom.graphs_settings:ppi",
-        f"{_HERE}.phantom.graphs:TRAINER",
-    ),
-    "graphs-chains": Entry(
-        "IGNN on directed chains whose class stands on the first node alone, in a minute or two on a CPU.",
-        f"{_HERE}.phantom.graphs_settings:chains",
-        f"{_HERE}.phantom.graphs:TRAINER",
-    ),
-    "graphs-cost": Entry(
-        "What a step of each gradient estimator costs on COX2 or PROTEINS, timed in turn at the same weights.",
-        f"{_HERE}.phantom.graphs_table:cost",
-        f"{_HERE}.phantom.graphs_cost:RUNNER",
-    ),
-    "phantom-layer": Entry(
-        "Phantom gradients on a random layer beside the exact one, over steps and damping, in seconds.",
-        f"{_HERE}.phantom.settings:layer",
-        f"{_HERE}.phantom.layer:RUNNER",
-    ),
-    "phantom-training": Entry(
-        "An image classifier whose gradient is compared with many estimators along training.",
-        f"{_HERE}.phantom.settings:training",
-        f"{_HERE}.phantom.looking:RUNNER",
-    ),
-    "ofdft-small": Entry(
-        "An orbital-free density functional for H2, H2O, NH3 and CH4, trained by its minima, in minutes.",
-        f"{_HERE}.density.settings:small",
-        f"{_HERE}.density.training",
-    ),
-    "ofdft-one": Entry(
-        "The same for one molecule, as fine-tuned by implicit differentiation or equilibrium propagation.",
-        f"{_HERE}.density.settings:single",
-        f"{_HERE}.density.training",
-    ),
-    "ofdft-qm9": Entry(
-        "The same for the smallest molecules of QM9, some held out.",
-        f"{_HERE}.density.settings:qm9",
-        f"{_HERE}.density.training",
-    ),
-    "physics-van-der-pol": Entry(
-        "The Van der Pol oscillator by a physics-informed equilibrium model, in seconds.",
-        f"{_HERE}.physics.settings:van_der_pol",
-        f"{_HERE}.physics.solve_equation",
-    ),
-    "physics-four-tanks": Entry(
-        "The four-tank process likewise.",
-        f"{_HERE}.physics.settings:four_tanks",
-        f"{_HERE}.physics.solve_equation",
-    ),
-    "physics-burgers": Entry(
-        "Burgers' equation likewise, with second derivatives in space: a minute on a CPU.",
-        f"{_HERE}.physics.settings:burgers",
-        f"{_HERE}.physics.solve_equation",
-    ),
-    "physics-helmholtz": Entry(
-        "Helmholtz' equation on the square likewise.",
-        f"{_HERE}.physics.settings:helmholtz",
-        f"{_HERE}.physics.solve_equation",
-    ),
-    "implicit-image": Entry(
-        "A picture, your own too, as a field: an implicit representation, in minutes on a CPU.",
-        f"{_HERE}.representations.settings:image",
-        f"{_HERE}.representations.image:RUNNER",
-    ),
-    "implicit-image-generalization": Entry(
-        "The same from a quarter of the pixels, tested on another quarter.",
-        f"{_HERE}.representations.settings:generalization",
-        f"{_HERE}.representations.image:RUNNER",
-    ),
-    "implicit-audio": Entry(
-        "A sound, your own too, as a field of time: an implicit representation, in minutes on a CPU.",
-        f"{_HERE}.representations.settings:audio",
-        f"{_HERE}.representations.audio:RUNNER",
-    ),
-    "implicit-video": Entry(
-        "A video, your own too, as a field of time and place, in minutes on a CPU.",
-        f"{_HERE}.representations.settings:video",
-        f"{_HERE}.representations.video:RUNNER",
-    ),
-    "implicit-shape": Entry(
-        "A mesh, your own too, as a field of occupancy or signed distance, and the surface of that field.",
-        f"{_HERE}.representations.settings:shape",
-        f"{_HERE}.representations.shape:RUNNER",
-    ),
-    "jiio-generation-digits": Entry(
-        "A generative equilibrium decoder without an encoder, trained by joint inference: the bundled digits.",
-        f"{_HERE}.joint.settings:generation_digits",
-        f"{_HERE}.joint.generation:RUNNER",
-    ),
-    "jiio-generation-mnist": Entry(
-        "A generative equilibrium decoder without an encoder, trained by joint inference: MNIST.",
-        f"{_HERE}.joint.settings:generation_mnist",
-        f"{_HERE}.joint.generation:RUNNER",
-    ),
-    "jiio-generation-olivetti": Entry(
-        "A generative equilibrium decoder without an encoder, trained by joint inference: the Olivetti faces.",
-        f"{_HERE}.joint.settings:generation_olivetti",
-        f"{_HERE}.joint.generation:RUNNER",
-    ),
-    "jiio-inverse-digits": Entry(
-        "Denoising and inpainting by joint inference, trained exactly or first-order: the bundled digits.",
-        f"{_HERE}.joint.settings:inverse_digits",
-        f"{_HERE}.joint.inverse:RUNNER",
-    ),
-    "jiio-inverse-mnist": Entry(
-        "Denoising and inpainting by joint inference, trained exactly or first-order: MNIST.",
-        f"{_HERE}.joint.settings:inverse_mnist",
-        f"{_HERE}.joint.inverse:RUNNER",
-    ),
-    "jiio-inverse-olivetti": Entry(
-        "Denoising and inpainting by joint inference, trained exactly or first-order: the Olivetti faces.",
-        f"{_HERE}.joint.settings:inverse_olivetti",
-        f"{_HERE}.joint.inverse:RUNNER",
-    ),
-    "jiio-adversarial-digits": Entry(
-        "An equilibrium classifier of the bundled digits trained against attacks found by joint inference.",
-        f"{_HERE}.joint.settings:adversarial_digits",
-        f"{_HERE}.joint.adversarial:RUNNER",
-    ),
-    "jiio-adversarial-mnist": Entry(
-        "The same of MNIST, by a convolutional model, in minutes on a CPU.",
-        f"{_HERE}.joint.settings:adversarial_mnist",
-        f"{_HERE}.joint.adversarial:RUNNER",
-    ),
-    "jiio-meta-sinusoid": Entry(
-        "Sine waves from ten points, by a context adapted through joint inference: half a minute on a CPU.",
-        f"{_HERE}.joint.settings:sinusoid",
-        f"{_HERE}.joint.meta:RUNNER",
-    ),
-    "jiio-meta-omniglot": Entry(
-        "Five characters from one drawing of each (Omniglot), likewise: minutes on a CPU.",
-        f"{_HERE}.joint.settings:omniglot",
-        f"{_HERE}.joint.meta:RUNNER",
-    ),
-}
+    "demo": Entry("phantom.demo", "demo", "",
+        "Three gradient estimators side by side on 8×8 digits, with pictures, in under three minutes."),
+    "digits": Entry("phantom.demo", "digits", "",
+        "One convolutional equilibrium classifier of 8×8 digits, with the estimator of your choice."),
+    "language-wikitext2": Entry("phantom.language", "wikitext2", "RUNNER",
+        "A small DEQ transformer on WikiText-2, minutes on a CPU."),
+    "language-wikitext103": Entry("phantom.language", "wikitext103", "RUNNER",
+        "The DEQ transformer of the papers (98M parameters) on WikiText-103, for GPUs."),
+    "images-digits": Entry("phantom.images", "digits", "RUNNER",
+        "A small multiscale equilibrium model (MDEQ) on the bundled digits, in seconds."),
+    "images-mnist": Entry("phantom.images", "mnist", "RUNNER",
+        "The same model on MNIST, in minutes on a CPU."),
+    "images-cifar10": Entry("phantom.images", "cifar10", "RUNNER",
+        "MDEQ-Tiny on CIFAR-10 with the published settings."),
+    "images-cifar10-large": Entry("phantom.images", "cifar10_large", "RUNNER",
+        "MDEQ-Large on CIFAR-10 with the published settings."),
+    "images-imagenet": Entry("phantom.images", "imagenet", "RUNNER",
+        "MDEQ-Small on ImageNet with the published settings."),
+    "images-cost": Entry("phantom.images", "costs", "COSTS",
+        "What a training step of an image model costs with each gradient, in turn at the same trained weights."),
+    "graphs-cox2": Entry("phantom.graphs", "cox2", "RUNNER",
+        "IGNN on a fold of COX2 (467 molecules) with the published settings."),
+    "graphs-proteins": Entry("phantom.graphs", "proteins", "RUNNER",
+        "IGNN on a fold of PROTEINS (1113 graphs) with the published settings."),
+    "graphs-ppi": Entry("phantom.graphs", "ppi", "RUNNER",
+        "IGNN on PPI (24 graphs, 121 labels a node) with the published settings, for GPUs."),
+    "graphs-chains": Entry("phantom.graphs", "chains", "RUNNER",
+        "IGNN on directed chains whose class stands on the first node alone, in a minute or two on a CPU."),
+    "graphs-cost": Entry("phantom.graphs", "cost", "COSTS",
+        "What a step of each gradient estimator costs on COX2 or PROTEINS, timed in turn at the same weights."),
+    "phantom-layer": Entry("phantom.layer", "layer", "LAYER",
+        "Phantom gradients on a random layer beside the exact one, over steps and damping, in seconds."),
+    "phantom-training": Entry("phantom.layer", "training", "TRAINING",
+        "An image classifier whose gradient is compared with many estimators along training."),
+    "ofdft-small": Entry("density.settings", "small", "density.training:",
+        "An orbital-free density functional for H2, H2O, NH3 and CH4, trained by its minima, in minutes."),
+    "ofdft-one": Entry("density.settings", "single", "density.training:",
+        "The same for one molecule, as fine-tuned by implicit differentiation or equilibrium propagation."),
+    "ofdft-qm9": Entry("density.settings", "qm9", "density.training:",
+        "The same for the smallest molecules of QM9, some held out."),
+    "physics-van-der-pol": Entry("physics.solve_equation", "van_der_pol", "",
+        "The Van der Pol oscillator by a physics-informed equilibrium model, in seconds."),
+    "physics-four-tanks": Entry("physics.solve_equation", "four_tanks", "",
+        "The four-tank process likewise."),
+    "physics-burgers": Entry("physics.solve_equation", "burgers", "",
+        "Burgers' equation likewise, with second derivatives in space: a minute on a CPU."),
+    "physics-helmholtz": Entry("physics.solve_equation", "helmholtz", "",
+        "Helmholtz' equation on the square likewise."),
+    "implicit-image": Entry("representations.image", "image", "RUNNER",
+        "A picture, your own too, as a field: an implicit representation, in minutes on a CPU."),
+    "implicit-image-generalization": Entry("representations.image", "generalization", "RUNNER",
+        "The same from a quarter of the pixels, tested on another quarter."),
+    "implicit-audio": Entry("representations.audio", "audio", "RUNNER",
+        "A sound, your own too, as a field of time: an implicit representation, in minutes on a CPU."),
+    "implicit-video": Entry("representations.video", "video", "RUNNER",
+        "A video, your own too, as a field of time and place, in minutes on a CPU."),
+    "implicit-shape": Entry("representations.shape", "shape", "RUNNER",
+        "A mesh, your own too, as a field of occupancy or signed distance, and the surface of that field."),
+    "jiio-generation-digits": Entry("joint.generation", "generation_digits", "RUNNER",
+        "A generative equilibrium decoder without an encoder, trained by joint inference: the bundled digits."),
+    "jiio-generation-mnist": Entry("joint.generation", "generation_mnist", "RUNNER",
+        "A generative equilibrium decoder without an encoder, trained by joint inference: MNIST."),
+    "jiio-generation-olivetti": Entry("joint.generation", "generation_olivetti", "RUNNER",
+        "A generative equilibrium decoder without an encoder, trained by joint inference: the Olivetti faces."),
+    "jiio-inverse-digits": Entry("joint.inverse", "inverse_digits", "RUNNER",
+        "Denoising and inpainting by joint inference, trained exactly or first-order: the bundled digits."),
+    "jiio-inverse-mnist": Entry("joint.inverse", "inverse_mnist", "RUNNER",
+        "Denoising and inpainting by joint inference, trained exactly or first-order: MNIST."),
+    "jiio-inverse-olivetti": Entry("joint.inverse", "inverse_olivetti", "RUNNER",
+        "Denoising and inpainting by joint inference, trained exactly or first-order: the Olivetti faces."),
+    "jiio-adversarial-digits": Entry("joint.adversarial", "adversarial_digits", "RUNNER",
+        "An equilibrium classifier of the bundled digits trained against attacks found by joint inference."),
+    "jiio-adversarial-mnist": Entry("joint.adversarial", "adversarial_mnist", "RUNNER",
+        "The same of MNIST, by a convolutional model, in minutes on a CPU."),
+    "jiio-meta-sinusoid": Entry("joint.meta", "sinusoid", "RUNNER",
+        "Sine waves from ten points, by a context adapted through joint inference: half a minute on a CPU."),
+    "jiio-meta-omniglot": Entry("joint.meta", "omniglot", "RUNNER",
+        "Five characters from one drawing of each (Omniglot), likewise: minutes on a CPU."),
+}  # fmt: skip
 """What ``train`` trains, in the order in which it is listed."""
 
 TABLES = {
-    "phantom-precision": Entry(
-        "Phantom against exact gradients: their cosine over steps and damping, and along training (Figs. 1 and 2).",
-        f"{_HERE}.phantom.precision:default",
-        f"{_HERE}.phantom.precision:TABLE",
-    ),
-    "phantom-ablation": Entry(
-        "An image classifier with implicit and phantom gradients: accuracy and cost (Table 1, Fig. 3).",
-        f"{_HERE}.phantom.ablation:default",
-        f"{_HERE}.phantom.ablation:TABLE",
-    ),
-    "phantom-language": Entry(
-        "A language model with implicit and phantom gradients, and Jacobian regularization (Table 3).",
-        f"{_HERE}.phantom.language_table:default",
-        f"{_HERE}.phantom.language_table:TABLE",
-    ),
-    "phantom-graphs": Entry(
-        "Implicit graph networks with implicit and phantom gradients, and long chains (Table 4).",
-        f"{_HERE}.phantom.graphs_table:default",
-        f"{_HERE}.phantom.graphs_table:TABLE",
-    ),
-    "implicit-generalization": Entry(
-        "Pictures from a quarter of their pixels: implicit and explicit representations, three filters, three sizes.",
-        f"{_HERE}.representations.generalization:default",
-        f"{_HERE}.representations.generalization:TABLE",
-    ),
-    "implicit-gradients": Entry(
-        "The PSNR of implicit representations over the products in their backward pass (Fig. 4).",
-        f"{_HERE}.representations.gradients:default",
-        f"{_HERE}.representations.gradients:TABLE",
-    ),
-    "implicit-signals": Entry(
-        "A sound and a video by implicit and explicit representations: three filters, PSNR and cost.",
-        f"{_HERE}.representations.signals:default",
-        f"{_HERE}.representations.signals:TABLE",
-    ),
-    "implicit-shapes": Entry(
-        "A mesh by implicit and explicit representations: occupancy, and distances with exact and one-step gradients.",
-        f"{_HERE}.representations.shapes:default",
-        f"{_HERE}.representations.shapes:TABLE",
-    ),
-    "physics-informed": Entry(
-        "Physics-informed equilibrium models beside plain networks: four equations, three optimizers.",
-        f"{_HERE}.physics.informed:default",
-        f"{_HERE}.physics.informed:TABLE",
-    ),
-    "jiio-generation": Entry(
-        "Joint inference beside nested optimization, loss against time; a decoder without an encoder beside a VAE.",
-        f"{_HERE}.joint.generation_table:default",
-        f"{_HERE}.joint.generation_table:TABLE",
-    ),
-    "jiio-inverse": Entry(
-        "Denoising and inpainting by joint inference, with exact and first-order training gradients.",
-        f"{_HERE}.joint.inverse_table:default",
-        f"{_HERE}.joint.inverse_table:TABLE",
-    ),
-    "jiio-adversarial": Entry(
-        "Adversarial training of an equilibrium model: attacks by joint inference beside PGD (JIIO, Table 5).",
-        f"{_HERE}.joint.adversarial_table:default",
-        f"{_HERE}.joint.adversarial_table:TABLE",
-    ),
-    "jiio-meta": Entry(
-        "Meta-learning: a context by joint inference and by gradient descent, on sine waves and Omniglot (JIIO).",
-        f"{_HERE}.joint.meta_table:default",
-        f"{_HERE}.joint.meta_table:TABLE",
-    ),
-    "ofdft-gradients": Entry(
-        "Gradients through a density functional's minimum: exact, damped, by propagation, and the adjoint's solvers.",
-        f"{_HERE}.density.gradients:default",
-        f"{_HERE}.density.gradients:TABLE",
-    ),
-    "ofdft-single": Entry(
-        "One molecule's density functional by implicit differentiation and by propagation: loss and time.",
-        f"{_HERE}.density.single:default",
-        f"{_HERE}.density.single:TABLE",
-    ),
-    "ofdft-molecules": Entry(
-        "Density functionals for several molecules, tested on new geometries and on new molecules of QM9.",
-        f"{_HERE}.density.molecules:default",
-        f"{_HERE}.density.molecules:TABLE",
-    ),
-    "ofdft-stability": Entry(
-        "How hard densities are to find as their functional is trained, and what keeps it from growing harder.",
-        f"{_HERE}.density.stability:default",
-        f"{_HERE}.density.stability:TABLE",
-    ),
-}
+    "phantom-precision": Entry("phantom.precision", "PrecisionConfig", "TABLE",
+        "Phantom against exact gradients: their cosine over steps and damping, and along training (Figs. 1 and 2)."),
+    "phantom-ablation": Entry("phantom.ablation", "PhantomAblationConfig", "TABLE",
+        "An image classifier with implicit and phantom gradients: accuracy and cost (Table 1, Fig. 3)."),
+    "phantom-language": Entry("phantom.language_table", "PhantomLanguage", "TABLE",
+        "A language model with implicit and phantom gradients, and Jacobian regularization (Table 3)."),
+    "phantom-graphs": Entry("phantom.graphs_table", "PhantomGraphsConfig", "TABLE",
+        "Implicit graph networks with implicit and phantom gradients, and long chains (Table 4)."),
+    "implicit-generalization": Entry("representations.generalization", "GeneralizationConfig", "TABLE",
+        "Pictures from a quarter of their pixels: implicit and explicit representations, three filters, three sizes."),
+    "implicit-gradients": Entry("representations.gradients", "GradientsConfig", "TABLE",
+        "The PSNR of implicit representations over the products in their backward pass (Fig. 4)."),
+    "implicit-signals": Entry("representations.signals", "SignalsConfig", "TABLE",
+        "A sound and a video by implicit and explicit representations: three filters, PSNR and cost."),
+    "implicit-shapes": Entry("representations.shapes", "ShapesConfig", "TABLE",
+        "A mesh by implicit and explicit representations: occupancy, and distances with exact and one-step gradients."),
+    "physics-informed": Entry("physics.informed", "PhysicsInformedConfig", "TABLE",
+        "Physics-informed equilibrium models beside plain networks: four equations, three optimizers."),
+    "jiio-generation": Entry("joint.generation_table", "JiioGenerationConfig", "TABLE",
+        "Joint inference beside nested optimization, loss against time; a decoder without an encoder beside a VAE."),
+    "jiio-inverse": Entry("joint.inverse", "JiioInverseConfig", "TABLE",
+        "Denoising and inpainting by joint inference, with exact and first-order training gradients."),
+    "jiio-adversarial": Entry("joint.adversarial_table", "AdversarialTableConfig", "TABLE",
+        "Adversarial training of an equilibrium model: attacks by joint inference beside PGD (JIIO, Table 5)."),
+    "jiio-meta": Entry("joint.meta_table", "MetaTableConfig", "TABLE",
+        "Meta-learning: a context by joint inference and by gradient descent, on sine waves and Omniglot (JIIO)."),
+    "ofdft-gradients": Entry("density.gradients", "default", "TABLE",
+        "Gradients through a density functional's minimum: exact, damped, by propagation, and the adjoint's solvers."),
+    "ofdft-single": Entry("density.single", "default", "TABLE",
+        "One molecule's density functional by implicit differentiation and by propagation: loss and time."),
+    "ofdft-molecules": Entry("density.molecules", "default", "TABLE",
+        "Density functionals for several molecules, tested on new geometries and on new molecules of QM9."),
+    "ofdft-stability": Entry("density.stability", "default", "TABLE",
+        "How hard densities are to find as their functional is trained, and what keeps it from growing harder."),
+}  # fmt: skip
 """What ``reproduce`` reproduces, likewise."""
 
 PARTS = {
-    "language-costs": Entry(
-        "The cost of a step of trained language models, measured in turn.",
-        f"{_HERE}.phantom.language_costs:default",
-        f"{_HERE}.phantom.language_costs:RUNNER",
-    ),
-    "fields-cost": Entry(
-        "The cost of a step of several fits of fields, measured in turn.",
-        f"{_HERE}.representations.cost:default",
-        f"{_HERE}.representations.cost:RUNNER",
-    ),
-    "implicit-shape-one-step": Entry(
-        "A distance trained by the one-step estimate, which is wrong for it.",
-        f"{_HERE}.representations.shapes:one_step",
-        f"{_HERE}.representations.one_step:TRAINER",
-    ),
-    "implicit-shapes-cost": Entry(
-        "The cost of a step of several fits of shapes, and where the one-step estimate points, measured in turn.",
-        f"{_HERE}.representations.shapes:costs",
-        f"{_HERE}.representations.one_step:COSTS",
-    ),
-    "jiio-adversarial-attacks": Entry(
-        "Attacks on a classifier that was trained for it, measured in turn.",
-        f"{_HERE}.joint.settings:attacks",
-        f"{_HERE}.joint.adversarial:ATTACKS",
-    ),
-    "jiio-meta-adaptations": Entry(
-        "Adaptations of a model that was trained for it, measured in turn.",
-        f"{_HERE}.joint.settings:adaptations",
-        f"{_HERE}.joint.meta:ADAPTATIONS",
-    ),
-    "ofdft-gradients-molecule": Entry(
-        "Every gradient at one molecule's minimum, measured.",
-        f"{_HERE}.density.settings:measurement",
-        f"{_HERE}.density.adjoints:RUNNER",
-    ),
-    "ofdft-stability-training": Entry(
-        "A training whose minimizations are counted at its start and its end, by two solvers.",
-        f"{_HERE}.density.stability:training",
-        f"{_HERE}.density.counted:RUNNER",
-    ),
-}
+    "language-costs": Entry("phantom.language", "costs", "COSTS",
+        "The cost of a step of trained language models, measured in turn."),
+    "fields-cost": Entry("representations.cost", "default", "RUNNER",
+        "The cost of a step of several fits of fields, measured in turn."),
+    "implicit-shape-one-step": Entry("representations.shapes", "one_step", "representations.one_step:TRAINER",
+        "A distance trained by the one-step estimate, which is wrong for it."),
+    "implicit-shapes-cost": Entry("representations.shapes", "costs", "representations.one_step:COSTS",
+        "The cost of a step of several fits of shapes, and where the one-step estimate points, measured in turn."),
+    "jiio-adversarial-attacks": Entry("joint.adversarial", "attacks", "ATTACKS",
+        "Attacks on a classifier that was trained for it, measured in turn."),
+    "jiio-meta-adaptations": Entry("joint.meta", "adaptations", "ADAPTATIONS",
+        "Adaptations of a model that was trained for it, measured in turn."),
+    "ofdft-gradients-molecule": Entry("density.settings", "measurement", "density.adjoints:RUNNER",
+        "Every gradient at one molecule's minimum, measured."),
+    "ofdft-stability-training": Entry("density.stability", "training", "density.counted:RUNNER",
+        "A training whose minimizations are counted at its start and its end, by two solvers."),
+}  # fmt: skip
 """What tables run beside recipes. No command names them, and nothing lists them."""
 
 
@@ -381,15 +189,17 @@ def entry(name: str, among: dict[str, Entry] | None = None, kind: str = "recipe"
 
 def settings(name: str) -> Any:
     """The default settings of a recipe or table."""
-    return _found(entry(name).settings)()
+    one = entry(name)
+    return getattr(_module(one.module), one.settings)()
 
 
 def runner(name: str) -> Runner:
     """What runs the settings of a recipe or table."""
-    return cast("Runner", _found(entry(name).runner))
+    one = entry(name)
+    module, _, found = one.runner.rpartition(":")
+    loaded = _module(module or one.module)
+    return cast("Runner", getattr(loaded, found) if found else loaded)
 
 
-def _found(where: str) -> Any:
-    module, _, name = where.partition(":")
-    loaded = import_module(module)
-    return getattr(loaded, name) if name else loaded
+def _module(name: str) -> Any:
+    return import_module(f"torchimplicit.recipes.{name}")

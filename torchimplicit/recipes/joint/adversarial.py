@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from torchimplicit.constraints import L2Ball
-from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import Envelope, Implicit
 from torchimplicit.linear import GMRES
 from torchimplicit.models import EquilibriumClassifier, EquilibriumClassifierConfig
 from torchimplicit.problems import FixedPoint, JointInference, JointState
-from torchimplicit.recipes.joint.settings import CLEAN, AdversarialConfig, AttacksConfig
-from torchimplicit.recipes.phantom.image_data import KINDS, selected
+from torchimplicit.recipes.phantom.image_data import IMAGES, selected
 from torchimplicit.recipes.runtime import files
-from torchimplicit.recipes.runtime.fitting import load_weights
-from torchimplicit.recipes.runtime.run import Run, clock, device
-from torchimplicit.recipes.runtime.table import Column, Table
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.run import Run, clock, device, quietly
+from torchimplicit.recipes.runtime.settings import (
+    Equilibria,
+    Machine,
+    Optimization,
+    fraction,
+    not_negative,
+    option,
+    positive,
+)
+from torchimplicit.recipes.runtime.table import Cell, Table, sheet
 from torchimplicit.recipes.runtime.task import (
     InOrder,
     Metric,
@@ -41,6 +48,146 @@ from torchimplicit.regularizers import jacobian_frobenius
 from torchimplicit.solution import Solution
 from torchimplicit.solve import solve
 from torchimplicit.solvers import Anderson, FixedPointIteration, Solver
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+Adversary = Literal["none", "pgd", "jiio"]
+
+CLEAN = "clean"
+"""What images are called that no attack has changed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialConfig:
+    """An equilibrium classifier trained on images that are changed, within a ball, so as to be hard for it."""
+
+    data: Literal["digits", "mnist"]
+    """Which images."""
+
+    data_dir: Path | None = None
+    """The folder that holds them. By default MNIST is downloaded; the digits come with scikit-learn."""
+
+    adversary: Adversary = "jiio"
+    """What changes the training images: nothing, projected gradient ascent through the equilibrium, or JIIO."""
+
+    attack_gradient: Literal["resolve", "envelope"] = "resolve"
+    """With JIIO, the weights' gradient: at an exact solve for the changed image (warm-started), by --gradient; or by
+    the envelope theorem, from the state and the adjoint that JIIO ends with, at no further cost."""
+
+    radius: float = 0.5
+    """Of the ball around each image, in the 2-norm of its pixels in [0, 1]."""
+
+    attack_steps: int = 20
+    """Steps of the attack in training: of JIIO, evaluations; of pgd, equilibria and their gradients."""
+
+    attack_step_size: float = 0.8
+    """A step of the attack, as a share of the radius."""
+
+    channels: int = 100
+    """Of the state; of the digits' dense model, its size."""
+
+    bound: float = 0.8
+    """On the spectral norm of the weight between states."""
+
+    validation_images: int = 300
+    """Training images set apart to select the weights by."""
+
+    train_images: int | None = None
+    """How many of the other training images to use; by default all."""
+
+    test_images: int | None = None
+    """How many of the test images to use; by default all."""
+
+    split_seed: int = 0
+    """Which images are set apart."""
+
+    optimization: Optimization = field(default_factory=Optimization)
+    equilibria: Equilibria = field(default_factory=Equilibria)
+    machine: Machine = field(default_factory=Machine)
+
+    def __post_init__(self) -> None:
+        positive(self, "radius", "attack_steps", "attack_step_size", "channels")
+        positive(self, "validation_images", "train_images", "test_images")
+        not_negative(self, "split_seed")
+        fraction(self, "bound")
+        if self.attack_gradient == "envelope" and self.adversary != "jiio":
+            raise UserError(
+                f"{option('attack_gradient')} envelope needs the adjoint that JIIO finds, and {option('adversary')} "
+                f"is {self.adversary}"
+            )
+        if self.adversary != "none" and self.equilibria.gradient == "unrolled":
+            raise UserError(
+                f"{option('gradient')} unrolled would differentiate a solve that begins at its solution, as it does "
+                "after an attack, and takes hardly a step: take implicit, or a phantom gradient"
+            )
+
+
+def adversarial_digits() -> AdversarialConfig:
+    """A dense model on the bundled digits: half a minute on one core."""
+    return AdversarialConfig(
+        data="digits",
+        optimization=Optimization(steps=150, batch_size=128, learning_rate=1e-2, validate_every=30),
+    )
+
+
+def adversarial_mnist() -> AdversarialConfig:
+    """A convolutional model on MNIST: some minutes on one core."""
+    return AdversarialConfig(
+        data="mnist",
+        radius=1.0,
+        channels=24,
+        validation_images=1000,
+        test_images=1000,
+        optimization=Optimization(steps=300, batch_size=64, learning_rate=5e-3, validate_every=100),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttacksConfig:
+    """Trains a classifier, then attacks it at the best weights by everything there is, in turn."""
+
+    training: AdversarialConfig = field(default_factory=adversarial_digits)
+
+    pgd_steps: tuple[int, ...] = (2, 3, 5, 10, 20)
+    """Of projected gradient ascent."""
+
+    jiio_steps: tuple[int, ...] = (10, 20, 40, 80)
+    """Of JIIO."""
+
+    step_sizes: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Shares of the radius, of which each attack has the best: that of most cross-entropy on validation images."""
+
+    tolerances: tuple[float, ...] = (1e-1, 1e-2)
+    """Of PGD's solves; it has the loosest that costs no more than --tolerated of the cross-entropy."""
+
+    tolerated: float = 0.01
+    """See --tolerances."""
+
+    tuning_images: int = 200
+    """Validation images on which step sizes and tolerances are chosen."""
+
+    attacked_images: int = 360
+    """Test images that are attacked."""
+
+    repeats: int = 3
+    """How often each attack is timed."""
+
+    def __post_init__(self) -> None:
+        positive(self, "tuning_images", "attacked_images", "repeats", "tolerated")
+        for name in ("pgd_steps", "jiio_steps", "step_sizes", "tolerances"):
+            if not getattr(self, name) or not min(getattr(self, name)) > 0:
+                raise UserError(f"{option(name)} must be one or more positive numbers")
+
+    def strongest(self, kind: str) -> str:
+        """The name of the longest attack of a kind."""
+        return f"{kind}-{max(self.pgd_steps if kind == 'PGD' else self.jiio_steps)}"
+
+
+def attacks() -> AttacksConfig:
+    """On the bundled digits."""
+    return AttacksConfig()
+
 
 # -- Attacks within a ball: projected gradient ascent through the equilibrium, and joint inference ---------------------
 
@@ -209,8 +356,8 @@ class AdversarialTraining(Task):
         }
         self.model = EquilibriumClassifier(
             EquilibriumClassifierConfig(
-                image_size=KINDS[config.data].size,
-                classes=KINDS[config.data].classes,
+                image_size=IMAGES[config.data].size,
+                classes=IMAGES[config.data].classes,
                 channels=config.channels,
                 stride=STRIDE[config.data],
                 bound=config.bound,
@@ -235,13 +382,11 @@ class AdversarialTraining(Task):
         return JIIO(steps=self.config.attack_steps, step_size=self.config.attack_step_size, seen=self.solved)
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         chosen, data = self.config.optimization, self.data["training"]
         batches = ShuffledSteps(len(data), chosen.batch_size, chosen.seed, steps, shard)
         return loader(data, batches, workers=self.config.machine.workers, seed=chosen.seed)
 
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
-        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         data = self.data[split]
         return loader(data, InOrder(len(data), HELD_OUT_BATCH, shard), workers=self.config.machine.workers)
 
@@ -345,14 +490,10 @@ def measured(config: AttacksConfig, run: Run) -> dict[str, Strength]:
     """Every attack at the run's best weights, with the step size and the tolerance that suit it on the validation
     images; some of the images, attacked by the longest of each
     kind, go into the run's directory."""
-    module = RUNNER.module(config.training)
-    load_weights(module, run.best)
+    task: AdversarialTraining = RUNNER.best(config.training, run)
     where = device(config.training.machine.device)
-    task = module.task.to(where).eval()
-    assert isinstance(task, AdversarialTraining)
     model, radius = task.model, config.training.radius
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with quietly():
         attacks = tuned(config, model, *_images(task, "validation", config.tuning_images, where))
         images, labels = _images(task, "test", config.attacked_images, where)
         losses, right = judged(model, images, labels)
@@ -417,28 +558,14 @@ def tuned(config: AttacksConfig, model: EquilibriumClassifier, images: Tensor, l
 
 def table(found: dict[str, Strength]) -> Table:
     """For people."""
-    columns = [
-        Column("Attack"),
-        Column("Accuracy", "%"),
-        Column("Cross-entropy"),
-        Column("Time", "ms"),
-        Column("Evaluations"),
-        Column("Step", "radii"),
-    ]
-    return Table(
-        columns,
-        [
-            [
-                name,
-                f"{100 * one.accuracy:.1f}",
-                f"{one.cross_entropy:.3f}",
-                f"{1e3 * one.seconds:.0f}",
-                f"{one.evaluations:.0f}",
-                f"{one.step_size:g}",
-            ]
-            for name, one in found.items()
-        ],
-    )
+    return sheet("", found, [
+        Cell("Attack", lambda name: name),
+        Cell("Accuracy", lambda name: f"{100 * found[name].accuracy:.1f}", "%"),
+        Cell("Cross-entropy", lambda name: f"{found[name].cross_entropy:.3f}"),
+        Cell("Time", lambda name: f"{1e3 * found[name].seconds:.0f}", "ms"),
+        Cell("Evaluations", lambda name: f"{found[name].evaluations:.0f}"),
+        Cell("Step", lambda name: f"{found[name].step_size:g}", "radii"),
+    ]).table  # fmt: skip
 
 
 def _images(task: AdversarialTraining, split: str, count: int, where: torch.device) -> tuple[Tensor, Tensor]:
@@ -447,7 +574,7 @@ def _images(task: AdversarialTraining, split: str, count: int, where: torch.devi
 
 
 ATTACKS = Measuring(
-    trainer=RUNNER,
+    first=RUNNER,
     training=lambda config: config.training,
     measure=measured,
     show=table,

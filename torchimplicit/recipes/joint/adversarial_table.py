@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.joint.settings import CLEAN, AttacksConfig, adversarial_digits, adversarial_mnist
+from torchimplicit.recipes.joint.adversarial import CLEAN, AttacksConfig, adversarial_digits, adversarial_mnist
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.page import axes, canvas, style
 from torchimplicit.recipes.runtime.settings import Machine, positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
 
 if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
@@ -47,11 +48,6 @@ class AdversarialTableConfig:
 
     def __post_init__(self) -> None:
         positive(self, "steps")
-
-
-def default() -> AdversarialTableConfig:
-    """On the bundled digits."""
-    return AdversarialTableConfig()
 
 
 def attacked(config: AdversarialTableConfig, row: str, seed: int) -> AttacksConfig:
@@ -265,10 +261,8 @@ def notes(config: AdversarialTableConfig, runs: Runs) -> list[str]:
 
 def drawings(config: AdversarialTableConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
     """Strength against time, and images of the first seed, as they are and attacked."""
-    from matplotlib.figure import Figure
 
     from torchimplicit.recipes.runtime import files
-    from torchimplicit.recipes.runtime.page import axes, style
 
     if not runs:
         return []
@@ -301,7 +295,7 @@ def drawings(config: AdversarialTableConfig, runs: Runs, folders: Mapping[str, R
     if not lines:
         return made
     count = len(lines[0][2])
-    figure = Figure(figsize=(1.05 * count + 1.6, 1.2 * len(lines)), layout="constrained")
+    figure = canvas(1.05 * count + 1.6, 1.2 * len(lines))
     grid = figure.subplots(len(lines), count, squeeze=False)
     for axs, (row, name, images, answers) in zip(grid, lines, strict=True):
         for ax, image, answer in zip(axs, images, answers, strict=True):
@@ -317,15 +311,9 @@ def drawings(config: AdversarialTableConfig, runs: Runs, folders: Mapping[str, R
     return [*made, Drawing("pictures", figure, caption)]
 
 
-TABLE = Published(
+TABLE = table.published(
+    globals(),
     title="Adversarial training by joint inference",
     source="Gurumurthy, Bai, Manchester, Kolter 2021, Joint inference and input optimization in equilibrium "
     "networks: Table 5 (MNIST), and the attack's time against projected gradient ascent.",
-    jobs=jobs,
-    figures=figures,
-    protocol=protocol,
-    sheets=sheets,
-    claims=claims,
-    notes=notes,
-    drawings=drawings,
 )

@@ -7,25 +7,135 @@ equilibrium are found by one fixed point, :class:`~torchimplicit.JointInference`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional
 
 from torchimplicit.gradients import Gradient
 from torchimplicit.models import EquilibriumDecoder, conv_decoder, mlp_decoder, multiscale_decoder
 from torchimplicit.problems import JointInference
-from torchimplicit.recipes.joint.settings import Decoder, Images, Joint
-from torchimplicit.recipes.phantom.image_data import KINDS, Labelled, load
+from torchimplicit.recipes.phantom.image_data import IMAGES, load
+from torchimplicit.recipes.phantom.image_files import Labelled
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.settings import Equilibria
+from torchimplicit.recipes.runtime.page import canvas
+from torchimplicit.recipes.runtime.settings import (
+    Equilibria,
+    not_negative,
+    option,
+    positive,
+)
 from torchimplicit.recipes.runtime.task import Split, generator, gradient, permutation, solver
 from torchimplicit.solution import Solution
 from torchimplicit.solve import solve
 from torchimplicit.solvers import Anderson
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+DataName = Literal["digits", "mnist", "olivetti"]
+Kind = Literal["mlp", "conv", "mdeq"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Which images."""
+
+    data: DataName = "digits"
+    """The digits come with scikit-learn; MNIST and the Olivetti faces (32×32) are downloaded without --data-dir."""
+
+    data_dir: Path | None = None
+    """The folder that holds them."""
+
+    validation_images: int = 200
+    """Training images set apart to select the weights by."""
+
+    train_images: int | None = None
+    """How many of the other training images to use; by default all."""
+
+    test_images: int | None = None
+    """How many of the test images to use; by default all."""
+
+    split_seed: int = 0
+    """Which images are set apart."""
+
+    def __post_init__(self) -> None:
+        positive(self, "validation_images", "train_images", "test_images")
+        not_negative(self, "split_seed")
+        if self.data == "digits" and self.data_dir is not None:
+            raise UserError("the digits come with scikit-learn and are read from nowhere else: leave --data-dir away")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """The equilibrium between a latent and its image."""
+
+    kind: Kind = "mlp"
+    """Fully connected, convolutional at half the images' resolution, or at that and coarser ones (multiscale)."""
+
+    latent: int = 16
+    """Size of the latent."""
+
+    width: int = 96
+    """Of the fully connected equilibrium."""
+
+    channels: int = 16
+    """Of the convolutional ones."""
+
+    scales: int = 2
+    """How many resolutions the multiscale one has."""
+
+    bound: float = 0.6
+    """Of the spectral norm of the map's linear part in the state."""
+
+    def __post_init__(self) -> None:
+        positive(self, "latent", "width", "channels", "scales")
+        if not 0 < self.bound < 1:
+            raise UserError(f"{option('bound')} must lie between 0 and 1, and it is {self.bound}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joint:
+    """How latents are found."""
+
+    joint_steps: int = 20
+    """The most steps of a joint solve in training; --test-steps elsewhere."""
+
+    test_steps: int = 60
+    """The same for validation and testing."""
+
+    joint_memory: int = 20
+    """Of the joint solve's Anderson acceleration."""
+
+    joint_regularization: float = 0.03
+    """Of the same. The map is far from linear over the first steps, which a least-squares fit of their differences
+    should not be led by to the last digit: with a little of it, fewer steps come to the same loss."""
+
+    step_size: float = 10.0
+    """α of the latent's steps, for a loss that is a mean over pixels."""
+
+    joint_tolerance: float = 1e-3
+    """Relative, of the joint solve."""
+
+    prior: float = 1e-3
+    """What the mean square of a latent adds to its loss."""
+
+    def __post_init__(self) -> None:
+        positive(self, "joint_steps", "test_steps", "joint_memory", "step_size", "joint_tolerance", "prior")
+        not_negative(self, "joint_regularization")
+
+
+def equilibria() -> Equilibria:
+    """Of a decoder."""
+    return Equilibria(solver="anderson", solver_steps=60, tolerance=1e-4, backward_tolerance=1e-2, backward_steps=30)
+
 
 # -- The images of the recipes, as numbers between 0 and 1 -------------------------------------------------------------
 
@@ -75,7 +185,7 @@ def read(images: Images) -> Data:
 
 def classes(images: Images) -> int:
     """How many labels there are."""
-    return KINDS[images.data].classes
+    return IMAGES[images.data].classes
 
 
 def _scaled(part: Labelled) -> Part:
@@ -177,7 +287,7 @@ def grid(named: Mapping[str, Sequence[Tensor]], width: float = 7.0) -> Figure:
     """Mosaics one above the other, each under its name."""
     pictures = {name: mosaic(rows) for name, rows in named.items()}
     heights = [width * picture.shape[0] / picture.shape[1] + 0.3 for picture in pictures.values()]
-    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    figure = canvas(width, sum(heights))
     panels = figure.subplots(len(pictures), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, (name, picture) in zip(panels, pictures.items(), strict=True):
         panel.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")

@@ -5,25 +5,25 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from sklearn.exceptions import ConvergenceWarning as MixtureWarning
-from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
-from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import Envelope, Implicit, OneStep
 from torchimplicit.linear import GMRES
 from torchimplicit.models import EquilibriumDecoder
 from torchimplicit.nn import per_solve
 from torchimplicit.problems import FixedPoint, JointInference, JointState
 from torchimplicit.recipes.joint.decoder import (
+    Decoder,
+    Images,
+    Joint,
     Part,
     distance,
+    equilibria,
     features,
     found,
     generated,
@@ -33,24 +33,108 @@ from torchimplicit.recipes.joint.decoder import (
     make_decoder,
     reconstruction,
 )
-from torchimplicit.recipes.joint.decoder import read as decoder_read
 from torchimplicit.recipes.joint.decoder import read as read_images
 from torchimplicit.recipes.joint.decoder import squared_error as error
-from torchimplicit.recipes.joint.settings import GenerationConfig, Joint
 from torchimplicit.recipes.runtime import files
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.fitting import load_weights
 from torchimplicit.recipes.runtime.page import save_figure, styled
-from torchimplicit.recipes.runtime.run import Run, threads
-from torchimplicit.recipes.runtime.settings import from_plain
+from torchimplicit.recipes.runtime.run import Run, quietly
+from torchimplicit.recipes.runtime.settings import (
+    Equilibria,
+    Machine,
+    Optimization,
+    positive,
+)
+from torchimplicit.recipes.runtime.table import Column, Table
 from torchimplicit.recipes.runtime.task import InOrder, Metric, Rows, Shard, ShuffledSteps, Split, Task, loader
-from torchimplicit.recipes.runtime.trainer import Trainer
+from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 from torchimplicit.regularizers import jacobian_frobenius
 from torchimplicit.resolve import resolve
 from torchimplicit.solution import Solution
 from torchimplicit.solve import solve
 from torchimplicit.solvers import Anderson, FixedPointIteration
 from torchimplicit.state import detached
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """A generative model: an equilibrium decoder trained by joint inference, or a variational autoencoder with it.
+
+    With --jacobian-weight, the penalty on the map's Jacobian is taken at a random iterate of the joint solve."""
+
+    model: Literal["jiio", "vae"] = "jiio"
+    """Decoder alone, or with an encoder."""
+
+    images: Images = field(default_factory=Images)
+    decoder: Decoder = field(default_factory=Decoder)
+    joint: Joint = field(default_factory=Joint)
+
+    kl_weight: float = 0.02
+    """Of the variational autoencoder's divergence, over the number of pixels: twice the variance of a pixel."""
+
+    encoder_width: int = 128
+    """Of its encoder's hidden layer."""
+
+    components: int = 10
+    """Of the Gaussian mixture fitted on the training images' latents."""
+
+    density_images: int = 4000
+    """How many training images the mixture is fitted on, the first ones: the latent of each must be found."""
+
+    samples: int = 1000
+    """Images generated for the Fréchet distance."""
+
+    curves: bool = False
+    """Also measure the loss against the time of joint and of nested inference, at the trained weights."""
+
+    curve_images: int = 64
+    """Test images in that measurement, one batch."""
+
+    curve_repeats: int = 5
+    """Of that measurement, of which the median time is taken."""
+
+    optimization: Optimization = field(default_factory=Optimization)
+    equilibria: Equilibria = field(default_factory=Equilibria)
+    machine: Machine = field(default_factory=Machine)
+
+    def __post_init__(self) -> None:
+        positive(self, "kl_weight", "encoder_width", "components", "density_images", "samples")
+        positive(self, "curve_images", "curve_repeats")
+        if self.components > self.density_images:
+            raise UserError(f"--components {self.components} is more than --density-images {self.density_images}")
+        if self.curves and self.model != "jiio":
+            raise UserError("--curves measures joint inference, which --model vae has not")
+
+
+def generation_digits() -> GenerationConfig:
+    """The bundled digits: a minute or two on one core."""
+    return GenerationConfig(
+        optimization=Optimization(steps=400, batch_size=64, learning_rate=3e-3, validate_every=100),
+        equilibria=equilibria(),
+    )
+
+
+def generation_mnist() -> GenerationConfig:
+    """MNIST."""
+    return replace(
+        generation_digits(),
+        images=Images(data="mnist", validation_images=500, test_images=1000),
+        decoder=Decoder(kind="conv", latent=32, channels=16),
+        optimization=Optimization(steps=1500, batch_size=64, learning_rate=3e-3, validate_every=300),
+    )
+
+
+def generation_olivetti() -> GenerationConfig:
+    """The Olivetti faces."""
+    return replace(
+        generation_digits(),
+        images=Images(data="olivetti", validation_images=40),
+        decoder=Decoder(kind="conv", latent=32, channels=16),
+        optimization=Optimization(steps=600, batch_size=32, learning_rate=3e-3, validate_every=150),
+    )
+
 
 # -- The alternative to joint inference: an optimizer of the latent around an equilibrium solve ------------------------
 
@@ -162,8 +246,7 @@ def curves(decoder: EquilibriumDecoder, joint: Joint, validation: Tensor, test: 
     was = decoder.training, [p.requires_grad for p in decoder.parameters()]
     decoder.eval().requires_grad_(False)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
+        with quietly():
             return _Measurement(decoder, joint).run(validation, test, repeats)
     finally:
         decoder.train(was[0])
@@ -257,7 +340,7 @@ class Generation(Task):
     def __init__(self, config: GenerationConfig):
         super().__init__()
         self.config = config
-        self.data = decoder_read(config.images)
+        self.data = read_images(config.images)
         self.decoder = make_decoder(config.decoder, self.data.pixels, config.equilibria)
         self.encoder: nn.Module | None = None
         if config.model == "vae":
@@ -270,12 +353,10 @@ class Generation(Task):
             )
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         chosen, data = self.config.optimization, Rows(*self.data.training)
         return loader(data, ShuffledSteps(len(data), chosen.batch_size, chosen.seed, steps, shard))
 
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
-        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         data = Rows(*self.data.split(split))
         return loader(data, InOrder(len(data), HELD_OUT_BATCH, shard))
 
@@ -361,7 +442,7 @@ class Generation(Task):
 
 def ready(config: Any) -> None:
     """Raise where the images are missing."""
-    decoder_read(config.images)
+    read_images(config.images)
 
 
 # -- Training a generative model, and what it can do afterwards: reconstruct, interpolate, make new images -------------
@@ -397,56 +478,45 @@ class Generated:
     mse: float
 
 
-class GenerationRunner:
-    """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-
-    def check(self, config: GenerationConfig) -> None:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-        TRAINER.check(config)
-        count = len(read_images(config.images).training.labels)
-        if config.components > count:
-            raise UserError(f"--components {config.components} is more than there are training images ({count})")
-
-    def train(self, config: GenerationConfig, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-        if not TRAINER.train(config, run, console):
-            return False
-        self._show(config, run, console, "generation.json")
-        return True
-
-    def evaluate(self, config: GenerationConfig, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-        TRAINER.evaluate(config, run, console)
-        self._show(config, run, console, "generation.json")
-
-    def _show(self, config: GenerationConfig, run: Run, console: Console, name: str) -> None:
-        module = TRAINER.module(config)
-        load_weights(module, run.best)
-        task = module.task.cpu().eval()
-        assert isinstance(task, Generation)
-        with threads(config.machine.threads), warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            warnings.simplefilter("ignore", MixtureWarning)
-            with console.status("Making images"):
-                found, pictures = made(config, task)
-            run.write_json(name, found)
-            files.save({key: [row.half() for row in rows] for key, rows in pictures.items()}, run.path / PICTURES)
-            with styled():
-                save_figure(grid(pictures), run.product("pictures.png"), 150)
-            console.print(
-                f"Fréchet distance to the test images, in a small classifier's features: new {found.mixture:.3f}, "
-                f"reconstructions {found.reconstructions:.3f}, training images {found.floor:.3f}. Pictures: "
-                f"{run}/pictures.png",
-                highlight=False,
-            )
-            if config.curves:
-                with console.status("Measuring loss against time"):
-                    tuned, tested = (p.images[: config.curve_images] for p in (task.data.validation, task.data.test))
-                    measured = curves(task.decoder, config.joint, tuned, tested, config.curve_repeats)
-                run.write_json("curves.json", measured)
+def enough(config: GenerationConfig) -> None:
+    """Raise where there are fewer images than the mixture has components."""
+    count = len(read_images(config.images).training.labels)
+    if config.components > count:
+        raise UserError(f"--components {config.components} is more than there are training images ({count})")
 
 
-RUNNER = GenerationRunner()
+def shown(config: GenerationConfig, run: Run) -> Generated:
+    """What the run's best weights make; pictures, and the measurement of time where it is asked for, go into the run's
+    directory."""
+    task: Generation = TRAINER.best(config, run).cpu()
+    found, pictures = made(config, task)
+    files.save({key: [row.half() for row in rows] for key, rows in pictures.items()}, run.path / PICTURES)
+    with styled():
+        save_figure(grid(pictures), run.product("pictures.png"), 150)
+    if config.curves:
+        tuned, tested = (part.images[: config.curve_images] for part in (task.data.validation, task.data.test))
+        run.write_json("curves.json", curves(task.decoder, config.joint, tuned, tested, config.curve_repeats))
+    return found
+
+
+def distances(found: Generated) -> Table:
+    """For people."""
+    columns = [Column("Fréchet distance to the test images", "", "In the features of a small classifier.")]
+    return Table(
+        [*columns, Column("New images"), Column("Reconstructions"), Column("Training images")],
+        [["", f"{found.mixture:.3f}", f"{found.reconstructions:.3f}", f"{found.floor:.3f}"]],
+    )
+
+
+RUNNER = Measuring(
+    first=TRAINER,
+    ready=enough,
+    measure=shown,
+    show=distances,
+    name="generation.json",
+    again=None,
+    doing="Making images",
+)
 
 
 def made(config: GenerationConfig, task: Generation) -> tuple[Generated, dict[str, list[Tensor]]]:
@@ -484,20 +554,15 @@ def made(config: GenerationConfig, task: Generation) -> tuple[Generated, dict[st
 
 def _drawn(latents: Tensor, components: int, count: int, seed: int) -> Tensor:
     """Latents from a Gaussian mixture fitted on others, in random order."""
-    count_of = min(components, len(latents))
-    density = GaussianMixture(count_of, reg_covar=1e-4, random_state=seed).fit(latents.double().numpy())
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        density = GaussianMixture(min(components, len(latents)), reg_covar=1e-4, random_state=seed)
+        density.fit(latents.double().numpy())
     drawn = torch.as_tensor(density.sample(count)[0], dtype=latents.dtype)
     return drawn[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
-
-
-def read(run: Run) -> Generated | None:
-    """What a run has made, if it got so far."""
-    return from_plain(Generated, run.read_json("generation.json")) if (run.path / "generation.json").is_file() else None
-
-
-def read_curves(run: Run) -> Curves | None:
-    """What it measured."""
-    return from_plain(Curves, run.read_json("curves.json")) if (run.path / "curves.json").is_file() else None
 
 
 def read_pictures(run: Run) -> dict[str, list[Tensor]] | None:

@@ -9,17 +9,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.joint.settings import (
-    DataName,
+from torchimplicit.recipes.joint.decoder import DataName, Kind
+from torchimplicit.recipes.joint.generation import (
     GenerationConfig,
-    Kind,
     generation_digits,
     generation_mnist,
     generation_olivetti,
 )
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.page import axes, style
 from torchimplicit.recipes.runtime.settings import Machine, positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,11 +81,6 @@ class JiioGenerationConfig:
 
     def __post_init__(self) -> None:
         positive(self, "steps", "repeats")
-
-
-def default() -> JiioGenerationConfig:
-    """The table."""
-    return JiioGenerationConfig()
 
 
 def training(config: JiioGenerationConfig, model: Model, seed: int) -> GenerationConfig:
@@ -330,8 +325,7 @@ def notes(config: JiioGenerationConfig, runs: Runs) -> list[str]:
         made.append(f"{NAMES[size]}, tuned on validation images, seed by seed (step size at tolerance): {tuned}.")
     if config.plan.scale == "paper":
         made.append("The published size (MDEQ on CelebA 64×64) is not among the recipes: these are the small settings.")
-    missing = [job.name for job in jobs(config) if not runs.named(job.name)]
-    return [*made, *([f"Not there, or not come to an end: {', '.join(missing)}."] if missing else [])]
+    return [*made, *table.missing(jobs(config), runs)]
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -363,8 +357,6 @@ def against_time(found: Sequence[Curves]) -> Figure:
     """Loss against time, a line a method: means over seeds, each point so many steps."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    from torchimplicit.recipes.runtime.page import axes, style
-
     figure, (panel,) = axes()
     for index, method in enumerate(LABELS):
         steps = sorted({p["steps"] for one in found for p in one["points"] if p["method"] == method})
@@ -388,14 +380,8 @@ def against_time(found: Sequence[Curves]) -> Figure:
     return figure
 
 
-TABLE = Published(
+TABLE = table.published(
+    globals(),
     title="Joint inference and input optimization: a decoder without an encoder",
     source="Gurumurthy et al. 2021 (arXiv 2111.13236): Fig. 3 and the tables of generation and time.",
-    jobs=jobs,
-    figures=figures,
-    protocol=protocol,
-    sheets=sheets,
-    claims=claims,
-    notes=notes,
-    drawings=drawings,
 )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,17 +18,23 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import Gradient, Implicit, Unrolled
 from torchimplicit.linear import GMRES
 from torchimplicit.models import ContextEquilibrium, ContextEquilibriumConfig
 from torchimplicit.problems import JointInference
-from torchimplicit.recipes.joint.settings import AdaptationsConfig, MetaConfig
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import Download, cache_folder, fetch, inside
-from torchimplicit.recipes.runtime.fitting import load_weights
-from torchimplicit.recipes.runtime.run import Run, clock, device
-from torchimplicit.recipes.runtime.table import Column, Table
+from torchimplicit.recipes.runtime.run import Run, clock, device, quietly
+from torchimplicit.recipes.runtime.settings import (
+    Equilibria,
+    Machine,
+    Optimization,
+    fraction,
+    not_negative,
+    option,
+    positive,
+)
+from torchimplicit.recipes.runtime.table import Cell, Table, sheet
 from torchimplicit.recipes.runtime.task import (
     InOrder,
     Metric,
@@ -46,6 +51,142 @@ from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 from torchimplicit.solution import Solution
 from torchimplicit.solve import solve
 from torchimplicit.solvers import FixedPointIteration
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+Adaptation = Literal["jiio", "jiio-first-order", "jiio-unrolled", "descent"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaConfig:
+    """An equilibrium model whose context adapts to a task on a few samples, trained so that others come out right."""
+
+    data: Literal["sinusoid", "omniglot"]
+    """Regression of sine waves, made on the spot; or new characters told apart by one drawing of each."""
+
+    data_dir: Path | None = None
+    """The folder with Omniglot's images_background_small1.zip; by default it is downloaded."""
+
+    adaptation: Adaptation = "jiio"
+    """How the context is found and the weights' gradient is taken: JIIO, exactly; JIIO, the context held fixed; JIIO,
+    differentiated through each of its steps, be they ever so few; or gradient descent through the equilibrium, likewise
+    differentiated through every step (as MAML does)."""
+
+    adaptation_steps: int = 25
+    """Of JIIO, evaluations; of descent, equilibria and their gradients."""
+
+    adaptation_step_size: float = 1.0
+    """Of the context along its gradient."""
+
+    penalty: float = 0.01
+    """Of the context's square, added to the loss that it is adapted by: without it none need be the best."""
+
+    adjoint_steps: int = 12
+    """The most steps of JIIO's exact adjoint (GMRES)."""
+
+    adjoint_tolerance: float = 0.1
+    """Of the same, relative."""
+
+    state_size: int = 40
+    """Of a sample's equilibrium."""
+
+    context_size: int = 5
+    """Of a task's context."""
+
+    bound: float = 0.7
+    """On the spectral norm of the weight between states."""
+
+    ways: int = 5
+    """Characters of a task."""
+
+    shots: int = 10
+    """Samples to adapt by: of a sine wave, or of each character."""
+
+    queries: int = 10
+    """Samples to be right on, likewise."""
+
+    held_out_tasks: int = 200
+    """Of the validation and of the test, each."""
+
+    optimization: Optimization = field(default_factory=Optimization)
+    equilibria: Equilibria = field(default_factory=Equilibria)
+    machine: Machine = field(default_factory=Machine)
+
+    def __post_init__(self) -> None:
+        positive(self, "adaptation_steps", "adaptation_step_size", "adjoint_steps", "adjoint_tolerance")
+        positive(self, "state_size", "context_size", "ways", "shots", "queries", "held_out_tasks")
+        not_negative(self, "penalty")
+        fraction(self, "bound")
+        if self.data == "omniglot" and self.shots + self.queries > 20:
+            raise UserError(
+                f"Omniglot has 20 drawings of each character, and {option('shots')} {self.shots} and "
+                f"{option('queries')} {self.queries} are {self.shots + self.queries}"
+            )
+        if self.data == "sinusoid" and self.data_dir is not None:
+            raise UserError("sine waves are made on the spot and read from nowhere: leave --data-dir away")
+
+
+_EQUILIBRIA = Equilibria(tolerance=1e-2, backward_tolerance=1e-2)
+
+
+def sinusoid() -> MetaConfig:
+    """Ten points of a sine wave: half a minute on one core."""
+    return MetaConfig(
+        data="sinusoid",
+        optimization=Optimization(steps=120, batch_size=32, learning_rate=1e-2, clip_norm=1.0, validate_every=30),
+        equilibria=_EQUILIBRIA,
+    )
+
+
+def omniglot() -> MetaConfig:
+    """Five new characters, one drawing of each: minutes on one core."""
+    return MetaConfig(
+        data="omniglot",
+        adaptation_step_size=5.0,
+        penalty=1e-3,
+        state_size=100,
+        context_size=50,
+        shots=1,
+        queries=5,
+        held_out_tasks=100,
+        optimization=Optimization(steps=200, batch_size=8, learning_rate=5e-3, clip_norm=1.0, validate_every=50),
+        equilibria=_EQUILIBRIA,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptationsConfig:
+    """Trains a model, then adapts it at the best weights by JIIO and by descent, with more and fewer steps, in turn."""
+
+    training: MetaConfig = field(default_factory=sinusoid)
+
+    jiio_steps: tuple[int, ...] = (5, 10, 25, 50)
+    """Of JIIO."""
+
+    descent_steps: tuple[int, ...] = (1, 2, 5, 10, 20)
+    """Of gradient descent."""
+
+    step_sizes: tuple[float, ...] = (0.3, 1.0, 3.0)
+    """Of which each has the best: that of the least error on validation tasks."""
+
+    adapted_tasks: int = 100
+    """Test tasks, all at once; and as many of validation."""
+
+    repeats: int = 5
+    """How often each is timed."""
+
+    def __post_init__(self) -> None:
+        positive(self, "adapted_tasks", "repeats")
+        for name in ("jiio_steps", "descent_steps", "step_sizes"):
+            if not getattr(self, name) or not min(getattr(self, name)) > 0:
+                raise UserError(f"{option(name)} must be one or more positive numbers")
+
+
+def adaptations() -> AdaptationsConfig:
+    """On sine waves."""
+    return AdaptationsConfig()
+
 
 # -- Adapting a context to tasks: by joint inference, and by gradient descent through the equilibrium ------------------
 
@@ -312,11 +453,9 @@ class MetaLearning(Task):
         return draw_characters(self.characters[split], count, config.ways, config.shots, config.queries, source)
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         return _Drawn(self, steps, shard)
 
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
-        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         tasks = Rows(*self.held_out(split, self.config.held_out_tasks))
         return loader(tasks, InOrder(len(tasks), HELD_OUT_BATCH, shard))
 
@@ -447,18 +586,13 @@ class Quality:
 
 def measured(config: AdaptationsConfig, run: Run) -> dict[str, Quality]:
     """Every adaptation at the run's best weights, with the step size that suits it on validation tasks."""
-    module = RUNNER.module(config.training)
-    load_weights(module, run.best)
-    where = device(config.training.machine.device)
-    task = module.task.to(where).eval()
-    assert isinstance(task, MetaLearning)
-    model = task.model
+    task: MetaLearning = RUNNER.best(config.training, run)
+    where, model = device(config.training.machine.device), task.model
 
     def moved(split: str) -> Tasks:
         return Tasks(*(part.to(where) for part in task.held_out(split, config.adapted_tasks)))
 
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with quietly(), torch.no_grad():
         chosen = _tuned(config, task, moved("validation"))
         tasks = moved("test")
         features = model.encode(tasks.support)
@@ -503,32 +637,18 @@ def _tuned(config: AdaptationsConfig, task: MetaLearning, tasks: Tasks) -> dict[
 
 def table(found: dict[str, Quality]) -> Table:
     """For people."""
-    columns = [
-        Column("Adaptation"),
-        Column("Error"),
-        Column("Accuracy", "%"),
-        Column("Time", "ms"),
-        Column("Evaluations"),
-        Column("Step"),
-    ]
-    return Table(
-        columns,
-        [
-            [
-                name,
-                f"{one.error:.3f}",
-                f"{100 * one.accuracy:.1f}",
-                f"{1e3 * one.seconds:.0f}",
-                f"{one.evaluations:.0f}",
-                f"{one.step_size:g}",
-            ]
-            for name, one in found.items()
-        ],
-    )
+    return sheet("", found, [
+        Cell("Adaptation", lambda name: name),
+        Cell("Error", lambda name: f"{found[name].error:.3f}"),
+        Cell("Accuracy", lambda name: f"{100 * found[name].accuracy:.1f}", "%"),
+        Cell("Time", lambda name: f"{1e3 * found[name].seconds:.0f}", "ms"),
+        Cell("Evaluations", lambda name: f"{found[name].evaluations:.0f}"),
+        Cell("Step", lambda name: f"{found[name].step_size:g}"),
+    ]).table  # fmt: skip
 
 
 ADAPTATIONS = Measuring(
-    trainer=RUNNER,
+    first=RUNNER,
     training=lambda config: config.training,
     measure=measured,
     show=table,

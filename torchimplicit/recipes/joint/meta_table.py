@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.joint.settings import AdaptationsConfig, omniglot, sinusoid
+from torchimplicit.recipes.joint.meta import AdaptationsConfig, omniglot, sinusoid
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.page import axes, style
 from torchimplicit.recipes.runtime.settings import Machine, positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
 
 if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
@@ -56,11 +57,6 @@ class MetaTableConfig:
 
     def __post_init__(self) -> None:
         positive(self, "steps")
-
-
-def default() -> MetaTableConfig:
-    """Both, minutes a row on one core."""
-    return MetaTableConfig()
 
 
 def adapted(config: MetaTableConfig, problem: str, row: str, seed: int) -> AdaptationsConfig:
@@ -299,8 +295,6 @@ def notes(config: MetaTableConfig, runs: Runs) -> list[str]:
 
 def drawings(config: MetaTableConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
     """Error against time."""
-    from torchimplicit.recipes.runtime.page import axes, style
-
     problems = there(config, runs)
     if not problems:
         return []
@@ -326,15 +320,9 @@ def drawings(config: MetaTableConfig, runs: Runs, folders: Mapping[str, Run]) ->
     return [Drawing("error", figure, caption)]
 
 
-TABLE = Published(
+TABLE = table.published(
+    globals(),
     title="Meta-learning by joint inference",
     source="Gurumurthy, Bai, Manchester, Kolter 2021, Joint inference and input optimization in equilibrium "
     "networks: meta-learning on Omniglot, 5-way 1-shot, published as 2.5 to 3 times faster than descent.",
-    jobs=jobs,
-    figures=figures,
-    protocol=protocol,
-    sheets=sheets,
-    claims=claims,
-    notes=notes,
-    drawings=drawings,
 )

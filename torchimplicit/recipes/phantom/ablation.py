@@ -8,21 +8,21 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.phantom.image_settings import ImageConfig, cifar10
+from torchimplicit.recipes.phantom.images import CONVERGED, CostConfig, ImageConfig, cifar10, cost_table, evaluations
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.page import COLOURS, axes, style
 from torchimplicit.recipes.runtime.settings import (
     Equilibria,
     EstimatorName,
     Machine,
     Optimization,
-    from_plain,
     known_rows,
     positive,
 )
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Line, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.runtime.step_cost import StepCost, costs_of
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Line, Plan, Runs, Sheet
 
 if TYPE_CHECKING:
-    from torchimplicit.recipes.phantom.images import Cost
     from torchimplicit.recipes.runtime.run import Run
 
 COST = "cost"
@@ -114,11 +114,6 @@ class PhantomAblationConfig:
         positive(self, "steps", "sweep_seeds")
 
 
-def default() -> PhantomAblationConfig:
-    """On a CPU: the small model on 9,000 images of MNIST."""
-    return PhantomAblationConfig()
-
-
 def training(config: PhantomAblationConfig, row: Row, seed: int) -> ImageConfig:
     """The settings of one run."""
     paper = config.plan.scale == "paper"
@@ -172,8 +167,6 @@ def _cpu(config: PhantomAblationConfig) -> ImageConfig:
 
 def jobs(config: PhantomAblationConfig) -> list[Job]:
     """Seed by seed, so that all rows have seen the machine alike."""
-    from torchimplicit.recipes.phantom.images import CostConfig
-
     known_rows(config.rows, (*TABLE_1, *SWEEP, COST))
     made: list[Job] = []
     for place, seed in enumerate(config.plan.all_seeds):
@@ -196,16 +189,13 @@ def accuracies(runs: Runs, row: str) -> list[float]:
     return [100 * value for value in runs.of(row, "test.accuracy")]
 
 
-def costs_of(runs: Runs) -> dict[str, Cost]:
+def measured(runs: Runs) -> dict[str, StepCost]:
     """What a step costs with each estimator; empty where it was not measured."""
-    from torchimplicit.recipes.phantom.images import Cost
-
-    return {name: from_plain(Cost, one) for name, one in runs.named(COST).items()}
+    return costs_of(runs.named(COST))
 
 
 def sheets(config: PhantomAblationConfig, runs: Runs) -> list[Sheet]:
     """Table 1, what a step costs, and the sweep."""
-    from torchimplicit.recipes.phantom.images import table as cost_table
 
     def cost(figure: str, digits: int, scale: float = 1.0) -> Any:
         return lambda row: table.mean((scale * value for value in runs.of(row, f"costs.{figure}")), f".{digits}f")
@@ -239,15 +229,13 @@ def sheets(config: PhantomAblationConfig, runs: Runs) -> list[Sheet]:
         Cell("Forward", cost("forward", 1), "evaluations", "As above."),
         Cell("Backward", cost("backward", 1), "products", "As above."),
     ])  # fmt: skip
-    if not (measured := costs_of(runs)):
+    if not (found := measured(runs)):
         return [first, sweep]
-    return [first, Sheet("A training step, by gradient, at the same trained weights", cost_table(measured)), sweep]
+    return [first, Sheet("A training step, by gradient, at the same trained weights", cost_table(found)), sweep]
 
 
 def claims(config: PhantomAblationConfig, runs: Runs) -> list[Claim]:
     """What was aimed at, and what came out."""
-    from torchimplicit.recipes.phantom.images import CONVERGED, evaluations
-
     made = []
     for name, other in ((UPG, IMPLICIT), (NPG, IMPLICIT), (UPG, CONTROL)):
         ours, theirs = accuracies(runs, name), accuracies(runs, other)
@@ -269,7 +257,7 @@ def claims(config: PhantomAblationConfig, runs: Runs) -> list[Claim]:
                 fmean(without) < fmean(with_it),
             )
         )
-    cost = costs_of(runs)
+    cost = measured(runs)
     if not cost:
         return made
     converged, implicit, phantom = (cost[name] for name in (CONVERGED, "implicit", "UPG(5, 0.5)"))
@@ -324,9 +312,7 @@ def notes(config: PhantomAblationConfig, runs: Runs) -> list[str]:
             "Adam's rate is higher than the paper's 0.001, which learns too slowly for so few steps; it was chosen on "
             "a validation split of CIFAR-10, by one run of each.",
         )
-    if cost := costs_of(runs):
-        from torchimplicit.recipes.phantom.images import CONVERGED, evaluations
-
+    if cost := measured(runs):
         needed = evaluations(cost[CONVERGED])
         made.append(
             "For A(5, 0.5) to be 12 times as cheap, the converged backward pass must take 60 evaluations; on this "
@@ -351,14 +337,12 @@ def drawings(config: PhantomAblationConfig, runs: Runs, folders: Mapping[str, Ru
         made.append(_training(config, runs, shown))
     if any(runs.where(row=name) for name in SWEEP):
         made.append(_sweep(runs))
-    if cost := costs_of(runs):
+    if cost := measured(runs):
         made.append(_cost(cost))
     return made
 
 
 def _training(config: PhantomAblationConfig, runs: Runs, shown: tuple[str, ...]) -> Drawing:
-    from torchimplicit.recipes.runtime.page import axes, style
-
     figure, (by_step, by_cost) = axes(2, width=4.8)
     for index, name in enumerate(shown):
         lines = [line for line in runs.where(row=name) if line["validations"]]
@@ -390,8 +374,6 @@ def _work(line: Line, settings: Equilibria, step: int) -> float:
 
 
 def _sweep(runs: Runs) -> Drawing:
-    from torchimplicit.recipes.runtime.page import COLOURS, axes, style
-
     labels = {UPG: TABLE_1[UPG], **SWEEP}
     figure, (over_steps, over_damping) = axes(2, width=4.8)
     for panel, other, along, words in (
@@ -414,9 +396,7 @@ def _sweep(runs: Runs) -> Drawing:
     )
 
 
-def _cost(cost: dict[str, Cost]) -> Drawing:
-    from torchimplicit.recipes.runtime.page import COLOURS, axes
-
+def _cost(cost: dict[str, StepCost]) -> Drawing:
     figure, (seconds, products) = axes(2, width=4.8, height=2.9)
     names = list(cost)[::-1]
     seconds.barh(names, [1e3 * cost[name].forward_seconds for name in names], color=COLOURS[0], label="forward")
@@ -443,14 +423,9 @@ def _cost(cost: dict[str, Cost]) -> Drawing:
     )
 
 
-TABLE = Published(
+TABLE = table.published(
+    globals(),
     title="An image classifier trained with implicit and with phantom gradients",
     source="Geng et al. 2021, On Training Implicit Models (arXiv 2111.05177), table 1 and figure 3",
-    jobs=jobs,
     figures=table.by_name(cost=table.read("costs.json")),
-    protocol=protocol,
-    sheets=sheets,
-    claims=claims,
-    notes=notes,
-    drawings=drawings,
 )

@@ -21,7 +21,7 @@ from torchimplicit.recipes.phantom.demo import (
     Results,
     summary_table,
 )
-from torchimplicit.recipes.runtime.page import Section, document, saved, style, styled
+from torchimplicit.recipes.runtime.page import Section, canvas, document, saved, style, styled
 from torchimplicit.recipes.runtime.table import Drawing, shown
 
 if TYPE_CHECKING:
@@ -189,7 +189,6 @@ PICTURES = {
 
 def drawings(results: Results) -> list[Drawing]:
     """The pictures that there is data for."""
-    from matplotlib.figure import Figure
 
     tracks = [result.track for result in results.estimators.values()]
     audited = any(track.audits for track in tracks)
@@ -202,7 +201,7 @@ def drawings(results: Results) -> list[Drawing]:
     }
     drawn = []
     for name in (name for name, known in there.items() if known):
-        figure = Figure(figsize=(6.0, 3.9), layout="constrained")
+        figure = canvas(6.0, 3.9)
         axes = figure.subplots()
         PICTURES[name].draw(axes, results)
         known = axes.get_legend_handles_labels()

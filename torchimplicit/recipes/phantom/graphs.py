@@ -1,19 +1,18 @@
-"""Implicit graph networks on molecules, on PPI and on chains."""
+"""Implicit graph networks on molecules, on PPI and on chains, and what a step of them costs with every gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch_geometric.data import Batch
 
 from torchimplicit.gradients import Gradient, Implicit
 from torchimplicit.linear import Neumann
@@ -27,12 +26,11 @@ from torchimplicit.models import (
     ignn_ppi,
     ignn_tu,
 )
-from torchimplicit.recipes.phantom import graph_data as tu
-from torchimplicit.recipes.phantom import ppi
-from torchimplicit.recipes.phantom.graph_data import Fold, chains, folds
-from torchimplicit.recipes.phantom.graphs_settings import ChainsConfig, MoleculesConfig, PPIConfig
+from torchimplicit.recipes.phantom import graph_data as data
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.settings import Equilibria
+from torchimplicit.recipes.runtime.run import Run, device
+from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, not_negative, positive
+from torchimplicit.recipes.runtime.step_cost import StepCost, equilibria, in_turn, one_step, step_table
 from torchimplicit.recipes.runtime.task import (
     InOrder,
     Metric,
@@ -44,7 +42,186 @@ from torchimplicit.recipes.runtime.task import (
     loader,
     solver,
 )
-from torchimplicit.recipes.runtime.trainer import Trainer
+from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoleculesConfig:
+    """Graph classification on one fold of a TU data set."""
+
+    optimization: Optimization
+    equilibria: Equilibria = field(default_factory=lambda: _equilibria())
+    machine: Machine = field(default_factory=Machine)
+
+    data: Literal["COX2", "PROTEINS"] = "COX2"
+    """Which set."""
+
+    data_dir: Path | None = None
+    """The folder of its text files, or one above it; without it torch-geometric downloads them."""
+
+    attributes: bool = False
+    """Give each node its real-valued attributes beside its label, where the set has them."""
+
+    folds: int = 10
+    """Parts of the cross-validation."""
+
+    fold: int = 0
+    """The part to test on, counted from 0."""
+
+    fold_seed: int = 42
+    """Of the shuffle before the cut into parts."""
+
+    validation_share: float = 0.1
+    """Of the graphs outside the tested part: set apart to choose the epoch by."""
+
+    layers: int = 3
+    """Implicit layers."""
+
+    width: int = 64
+    """Features of a node in each."""
+
+    kappa: float = 0.9
+    """Bound of ‖W‖∞ · λ(A), below 1."""
+
+    dropout: float = 0.5
+    """In the head."""
+
+    peek: bool = False
+    """Also note the test accuracy at every validation. Nothing is chosen by it; published results are its best."""
+
+    def __post_init__(self) -> None:
+        positive(self, "layers", "width")
+        not_negative(self, "fold", "fold_seed")
+        _check_model(self.kappa, self.dropout)
+        if self.folds < 2 or self.fold >= self.folds:
+            raise UserError(f"--fold {self.fold} must lie below --folds {self.folds}, which must be at least 2")
+        if not 0 < self.validation_share < 1:
+            raise UserError(f"--validation-share must lie between 0 and 1, and it is {self.validation_share}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPIConfig:
+    """Node classification on PPI."""
+
+    optimization: Optimization = field(
+        default_factory=lambda: Optimization(
+            steps=10_000, batch_size=2, learning_rate=0.005, schedule="constant", validate_every=50
+        )
+    )
+    equilibria: Equilibria = field(default_factory=lambda: _equilibria())
+    machine: Machine = field(default_factory=Machine)
+
+    data_dir: Path | None = None
+    """The folder with train_graph.json and the other files; without it torch-geometric downloads them."""
+
+    widths: tuple[int, ...] = (1024, 512, 512, 256)
+    """Of the implicit layers before the last, which gives the scores."""
+
+    kappa: float = 0.98
+    """Bound of ‖W‖∞ · λ(A), below 1."""
+
+    def __post_init__(self) -> None:
+        _check_model(self.kappa, 0.0)
+        if any(width < 1 for width in self.widths):
+            raise UserError(f"--widths must be positive, and they are {' '.join(map(str, self.widths))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainsConfig:
+    """Node classification on directed chains, in double precision."""
+
+    optimization: Optimization = field(
+        default_factory=lambda: Optimization(
+            steps=100,
+            batch_size=1,
+            learning_rate=0.01,
+            weight_decay=5e-4,
+            schedule="constant",
+            validate_every=10,
+        )
+    )
+    equilibria: Equilibria = field(
+        default_factory=lambda: Equilibria(
+            solver="fixed-point",
+            solver_steps=1000,
+            tolerance=1e-14,
+            backward_steps=1000,
+            backward_tolerance=1e-14,
+        )
+    )
+    machine: Machine = field(default_factory=lambda: Machine(device="cpu"))
+
+    length: int = 100
+    """Nodes of a chain."""
+
+    start: Literal["identity", "uniform"] = "identity"
+    """Where the recurrent weight begins: a multiple of the identity, or uniform as in the paper."""
+
+    identity_scale: float = 0.8
+    """That multiple."""
+
+    width: int = 16
+    """Features of a node's state."""
+
+    kappa: float = 0.9
+    """Bound of ‖W‖∞ · λ(A), below 1."""
+
+    dropout: float = 0.5
+    """In the head."""
+
+    def __post_init__(self) -> None:
+        positive(self, "length", "identity_scale", "width")
+        _check_model(self.kappa, self.dropout)
+        if self.machine.devices > 1:
+            raise UserError("--devices: all chains are one graph, which one device solves; take --devices 1")
+        if self.machine.precision != "32":
+            raise UserError(
+                "--precision: chains are solved in double precision, or the end of a long one would be lost to rounding"
+            )
+
+
+def cox2() -> MoleculesConfig:
+    """COX2, with the published epochs and rates: 200 passes, the rate halved at the 51st."""
+    return MoleculesConfig(data="COX2", optimization=_published(steps_per_pass=4))
+
+
+def proteins() -> MoleculesConfig:
+    """PROTEINS, likewise."""
+    return MoleculesConfig(data="PROTEINS", optimization=_published(steps_per_pass=8))
+
+
+def ppi() -> PPIConfig:
+    """PPI."""
+    return PPIConfig()
+
+
+def chains() -> ChainsConfig:
+    """Chains of 100 nodes."""
+    return ChainsConfig()
+
+
+def _published(steps_per_pass: int) -> Optimization:
+    return Optimization(
+        steps=200 * steps_per_pass,
+        schedule="milestones",
+        milestones=(50 * steps_per_pass,),
+        validate_every=steps_per_pass,
+    )
+
+
+def _equilibria() -> Equilibria:
+    # the map contracts by construction, so that plain iteration is enough, and the quickest
+    return Equilibria(solver="fixed-point", solver_steps=300, backward_steps=300)
+
+
+def _check_model(kappa: float, dropout: float) -> None:
+    if not 0 < kappa < 1:
+        raise UserError(f"--kappa must lie between 0 and 1 for the layers to be well-posed, and it is {kappa}")
+    if not 0 <= dropout < 1:
+        raise UserError(f"--dropout must lie in [0, 1), and it is {dropout}")
+
 
 # -- The models of the graph recipes, with the solver and the estimator that the settings name -------------------------
 
@@ -95,14 +272,14 @@ class MoleculesTask(Task):
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
         chosen = self.config.optimization
-        data = self._part(self.fold.train)
-        batches = ShuffledSteps(len(data), chosen.batch_size, chosen.seed, steps, shard)
-        return loader(data, batches, workers=self.config.machine.workers, collate=Batch.from_data_list)
+        graphs = self._part(self.fold.train)
+        batches = ShuffledSteps(len(graphs), chosen.batch_size, chosen.seed, steps, shard)
+        return loader(graphs, batches, workers=self.config.machine.workers, collate=data.batch)
 
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
         if split == "test":
-            return self._in_order(self.fold.test, shard, Batch.from_data_list)
-        own = self._in_order(self.fold.validation, shard, Batch.from_data_list)
+            return self._in_order(self.fold.test, shard, data.batch)
+        own = self._in_order(self.fold.validation, shard, data.batch)
         return _After(own, self._in_order(self.fold.test, shard, _peeked)) if self.config.peek else own
 
     def loss(self, batch: Any) -> Tensor:
@@ -129,9 +306,9 @@ class MoleculesTask(Task):
         return self.model(batch.x, batch.edge_index, batch=batch.batch, graphs=batch.num_graphs)
 
     def _in_order(self, indices: list[int], shard: Shard, collate: Any) -> Any:
-        data = self._part(indices)
-        batches = InOrder(len(data), self.config.optimization.batch_size, shard)
-        return loader(data, batches, workers=self.config.machine.workers, collate=collate)
+        graphs = self._part(indices)
+        batches = InOrder(len(graphs), self.config.optimization.batch_size, shard)
+        return loader(graphs, batches, workers=self.config.machine.workers, collate=collate)
 
     def _part(self, indices: list[int]) -> Any:
         return [self.set.graphs[i] for i in indices]
@@ -152,7 +329,7 @@ class _After:
 
 def _peeked(graphs: list[Any]) -> Any:
     """A batch of the test part, marked: the choice of the epoch does not see it."""
-    batch = Batch.from_data_list(graphs)
+    batch = data.batch(graphs)
     batch.peeked = True
     return batch
 
@@ -161,16 +338,16 @@ _PARTS = ("training", "validation", "testing")
 
 
 @lru_cache(maxsize=2)
-def _set(name: tu.TUName, data_dir: Path | None, attributes: bool) -> tu.GraphSet:
+def _set(name: data.TUName, data_dir: Path | None, attributes: bool) -> data.GraphSet:
     """Read once by a process that trains many folds."""
-    return tu.load(name, data_dir, attributes)
+    return data.load(name, data_dir, attributes)
 
 
 def _fold(
-    name: tu.TUName, data_dir: Path | None, attributes: bool, count: int, share: float, seed: int, which: int
-) -> tuple[tu.GraphSet, Fold]:
+    name: data.TUName, data_dir: Path | None, attributes: bool, count: int, share: float, seed: int, which: int
+) -> tuple[data.GraphSet, data.Fold]:
     read = _set(name, data_dir, attributes)
-    return read, folds(read.labels, count, share, seed)[which]
+    return read, data.folds(read.labels, count, share, seed)[which]
 
 
 # -- Node classification on PPI: 121 labels a node ---------------------------------------------------------------------
@@ -184,7 +361,7 @@ class PPITask(Task):
     def __init__(self, config: PPIConfig):
         super().__init__()
         self.config = config
-        train, validation, test = ppi.load(config.data_dir)
+        train, validation, test = data.load_ppi(config.data_dir)
         self.splits = {"training": train, "validation": validation, "test": test}
         features, labels = train[0].x.shape[1], train[0].y.shape[1]
         architecture = replace(ignn_ppi(features, labels), widths=(*config.widths, labels), kappa=config.kappa)
@@ -192,14 +369,14 @@ class PPITask(Task):
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
         chosen = self.config.optimization
-        data: Any = self.splits["training"]
-        batches = ShuffledSteps(len(data), chosen.batch_size, chosen.seed, steps, shard)
-        return loader(data, batches, workers=self.config.machine.workers, collate=Batch.from_data_list)
+        graphs: Any = self.splits["training"]
+        batches = ShuffledSteps(len(graphs), chosen.batch_size, chosen.seed, steps, shard)
+        return loader(graphs, batches, workers=self.config.machine.workers, collate=data.batch)
 
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
-        data: Any = self.splits[split]
-        batches = InOrder(len(data), self.config.optimization.batch_size, shard)
-        return loader(data, batches, workers=self.config.machine.workers, collate=Batch.from_data_list)
+        graphs: Any = self.splits[split]
+        batches = InOrder(len(graphs), self.config.optimization.batch_size, shard)
+        return loader(graphs, batches, workers=self.config.machine.workers, collate=data.batch)
 
     def loss(self, batch: Any) -> Tensor:
         return functional.binary_cross_entropy_with_logits(self.model(batch.x, batch.edge_index), batch.y)
@@ -250,7 +427,7 @@ class ChainsTask(Task):
     def __init__(self, config: ChainsConfig):
         super().__init__()
         self.config = config
-        self.data = chains(config.length, config.optimization.seed)
+        self.data = data.chains(config.length, config.optimization.seed)
         start = IdentityStart(scale=config.identity_scale) if config.start == "identity" else UniformStart()
         architecture = replace(
             ignn_chains(start=start), widths=(config.width,), kappa=config.kappa, dropout=config.dropout
@@ -320,16 +497,76 @@ def ready(config: Any) -> None:
     """Raise :class:`UserError` where torch-geometric is missing, or the folder that is given is the wrong one."""
     if find_spec("torch_geometric") is None:
         raise UserError("this recipe needs torch-geometric: pip install 'torchimplicit[graphs]'")
-    from torchimplicit.recipes.phantom import graph_data as chains
-    from torchimplicit.recipes.phantom import graph_data as tu
-    from torchimplicit.recipes.phantom import ppi
-
     if isinstance(config, ChainsConfig):
-        chains.chains(config.length, config.optimization.seed)
+        data.chains(config.length, config.optimization.seed)
     elif isinstance(config, PPIConfig) and config.data_dir is not None:
-        ppi.locate(config.data_dir)
+        data.locate_ppi(config.data_dir)
     elif isinstance(config, MoleculesConfig) and config.data_dir is not None:
-        tu.locate(config.data, config.data_dir)
+        data.locate(config.data, config.data_dir)
 
 
-TRAINER = Trainer(build, ready)
+RUNNER = Trainer(build, ready)
+
+
+# -- What a step of each estimator costs, at the same weights and on the same batch ------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostConfig:
+    """Steps of all estimators, timed in turn at the same trained weights."""
+
+    training: MoleculesConfig = field(default_factory=lambda: cox2())
+
+    repeats: int = 15
+    """Steps of each estimator, of which the medians are taken."""
+
+    dampings: tuple[float, ...] = (0.5, 0.8, 1.0)
+    """λ of the phantom gradients, of 5 steps each."""
+
+    def __post_init__(self) -> None:
+        positive(self, "repeats")
+        check_dampings(self.dampings)
+
+
+def cost() -> CostConfig:
+    """On COX2."""
+    return CostConfig()
+
+
+def check_dampings(dampings: tuple[float, ...]) -> None:
+    """They must lie in (0, 1]."""
+    if not all(0 < damping <= 1 for damping in dampings):
+        raise UserError(f"--dampings must lie in (0, 1], and they are {' '.join(map(str, dampings))}")
+
+
+def rows(dampings: tuple[float, ...]) -> dict[str, float | None]:
+    """The estimators by the names that the runs bear, with λ, which the exact one has not."""
+    return {"implicit": None, **{f"upg-{damping:g}": damping for damping in dampings}}
+
+
+def differentiated(equilibria: Equilibria, damping: float | None) -> Equilibria:
+    """The same solves with another estimator."""
+    if damping is None:
+        return replace(equilibria, gradient="implicit")
+    return replace(equilibria, gradient="unrolled-phantom", phantom_steps=5, phantom_damping=damping)
+
+
+def measured(config: CostConfig, run: Run) -> dict[str, StepCost]:
+    """Of a fold that was trained with the exact gradient, by the estimators' names."""
+    task, where = RUNNER.best(config.training, run).train(), device(config.training.machine.device)
+    (batch,) = (one.to(where) for one in task.training_batches(range(1), Shard()))
+
+    def step(equilibria_settings: Equilibria) -> StepCost:
+        for layer in equilibria(task):
+            layer.gradient = estimator(equilibria_settings)
+        return one_step(task, lambda: task.loss(batch), where)
+
+    kinds = {
+        name: differentiated(config.training.equilibria, damping) for name, damping in rows(config.dampings).items()
+    }
+    return in_turn({name: partial(step, one) for name, one in kinds.items()}, config.repeats)
+
+
+COSTS = Measuring(
+    first=RUNNER, training=lambda config: config.training, measure=measured, show=step_table, name="costs.json"
+)

@@ -8,11 +8,22 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.phantom.graphs_settings import ChainsConfig, MoleculesConfig, chains, cox2, proteins
+from torchimplicit.recipes.phantom.graphs import (
+    ChainsConfig,
+    CostConfig,
+    MoleculesConfig,
+    chains,
+    check_dampings,
+    cox2,
+    differentiated,
+    proteins,
+    rows,
+)
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.runtime.page import COLOURS, axes, style
+from torchimplicit.recipes.runtime.settings import Machine, Optimization, positive
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,42 +82,10 @@ class PhantomGraphsConfig:
     def __post_init__(self) -> None:
         if self.folds < 2:
             raise UserError(f"--folds must be at least 2, and it is {self.folds}")
-        _check(self.dampings)
+        check_dampings(self.dampings)
         positive(self, "passes")
         if any(length < 1 for length in self.lengths):
             raise UserError(f"--lengths must be positive, and they are {' '.join(map(str, self.lengths))}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CostConfig:
-    """Steps of all estimators, timed in turn at the same trained weights."""
-
-    training: MoleculesConfig = field(default_factory=cox2)
-
-    repeats: int = 15
-    """Steps of each estimator, of which the medians are taken."""
-
-    dampings: tuple[float, ...] = (0.5, 0.8, 1.0)
-    """λ of the phantom gradients, of 5 steps each."""
-
-    def __post_init__(self) -> None:
-        positive(self, "repeats")
-        _check(self.dampings)
-
-
-def default() -> PhantomGraphsConfig:
-    """The table."""
-    return PhantomGraphsConfig()
-
-
-def cost() -> CostConfig:
-    """Its measurement of costs, on COX2."""
-    return CostConfig()
-
-
-def _check(dampings: tuple[float, ...]) -> None:
-    if not all(0 < damping <= 1 for damping in dampings):
-        raise UserError(f"--dampings must lie in (0, 1], and they are {' '.join(map(str, dampings))}")
 
 
 QUICK = {
@@ -127,18 +106,6 @@ VARIANTS = {
 }
 
 
-def rows(config: PhantomGraphsConfig | CostConfig) -> dict[str, float | None]:
-    """The estimators by the names that the runs bear, with λ, which the exact one has not."""
-    return {"implicit": None, **{f"upg-{damping:g}": damping for damping in config.dampings}}
-
-
-def differentiated(equilibria: Equilibria, damping: float | None) -> Equilibria:
-    """The same solves with another estimator."""
-    if damping is None:
-        return replace(equilibria, gradient="implicit")
-    return replace(equilibria, gradient="unrolled-phantom", phantom_steps=5, phantom_damping=damping)
-
-
 def molecules(config: PhantomGraphsConfig, name: SetName, fold: int, row: str) -> MoleculesConfig:
     """One fold of one set with one estimator."""
     published = cox2() if name == "COX2" else proteins()
@@ -148,7 +115,7 @@ def molecules(config: PhantomGraphsConfig, name: SetName, fold: int, row: str) -
     return replace(
         published,
         optimization=replace(optimization, seed=config.plan.first_seed),
-        equilibria=differentiated(published.equilibria, rows(config)[row]),
+        equilibria=differentiated(published.equilibria, rows(config.dampings)[row]),
         machine=_machine(config),
         data_dir=config.data_dir,
         folds=config.folds,
@@ -212,7 +179,7 @@ def jobs(config: PhantomGraphsConfig) -> list[Job]:
         )
         for fold in range(config.folds)
         for name in config.sets
-        for row in rows(config)
+        for row in rows(config.dampings)
     ]
     return [*chains_by_seed[0], *costs, *by_fold, *(job for more in chains_by_seed[1:] for job in more)]
 
@@ -280,7 +247,7 @@ def constant(runs: Runs, name: str) -> tuple[int, int]:
 
 def sheets(config: PhantomGraphsConfig, runs: Runs) -> list[Sheet]:
     """Table 4, what a step costs, and the chains."""
-    estimators = rows(config)
+    estimators = rows(config.dampings)
     both = [(name, row) for name in config.sets for row in estimators]
 
     def of(figure: str) -> Any:
@@ -351,10 +318,10 @@ def claims(config: PhantomGraphsConfig, runs: Runs) -> list[Claim]:
     """What was aimed at, and what came out."""
     made = []
     for name in config.sets:
-        own, names = runs.where(set=name), {row: label(damping) for row, damping in rows(config).items()}
+        own, names = runs.where(set=name), {row: label(damping) for row, damping in rows(config.dampings).items()}
         there = {
             row: PUBLISHED[name, damping]
-            for row, damping in rows(config).items()
+            for row, damping in rows(config.dampings).items()
             if own.where(row=row) and (name, damping) in PUBLISHED
         }
         for what, figure in (
@@ -489,7 +456,6 @@ def drawings(config: PhantomGraphsConfig, runs: Runs, folders: Mapping[str, Run]
 
 def bars(config: PhantomGraphsConfig, runs: Runs) -> Figure:
     """Ours beside the published ones, a panel a set."""
-    from torchimplicit.recipes.runtime.page import COLOURS, axes
 
     def moments(scores: list[float]) -> tuple[float, float]:
         return 100 * fmean(scores), 100 * stdev(scores) if len(scores) > 1 else 0.0
@@ -497,7 +463,7 @@ def bars(config: PhantomGraphsConfig, runs: Runs) -> Figure:
     figure, panels = axes(len(config.sets), width=4.6, height=3.6)
     for panel, name in zip(panels, config.sets, strict=True):
         own = runs.where(set=name)
-        there = {row: damping for row, damping in rows(config).items() if own.where(row=row)}
+        there = {row: damping for row, damping in rows(config.dampings).items() if own.where(row=row)}
         series = (
             ("ours, selected on validation", [moments(own.of(row, "test_accuracy")) for row in there]),
             ("ours, best test epoch", [moments(own.of(row, PEEKED)) for row in there]),
@@ -527,8 +493,6 @@ def bars(config: PhantomGraphsConfig, runs: Runs) -> Figure:
 
 def lengths(runs: Runs) -> Figure:
     """Accuracy against length."""
-    from torchimplicit.recipes.runtime.page import axes, style
-
     labels = {
         "identity": "W from 0.8 I",
         "uniform": "W uniform, as in the paper",
@@ -551,15 +515,9 @@ def lengths(runs: Runs) -> Figure:
     return figure
 
 
-TABLE = Published(
+TABLE = table.published(
+    globals(),
     title="Implicit graph networks with phantom gradients",
     source="Geng et al. 2021 (arXiv 2111.05177), Table 4: COX2 and PROTEINS. Gu et al. 2020 (arXiv 2009.06211), "
     "section 6.1: chains.",
-    jobs=jobs,
-    figures=figures,
-    protocol=protocol,
-    sheets=sheets,
-    claims=claims,
-    notes=notes,
-    drawings=drawings,
 )

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from torchimplicit.recipes.phantom.image_files import READERS, Labelled, set_apart
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.task import generator
 
 # -- Labelled images, and how some of them are set apart ---------------------------------------------------------------
-
-
-class Labelled(NamedTuple):
-    """Images ``[n, channels, height, width]`` (uint8) and their labels ``[n]`` (int64)."""
-
-    images: Tensor
-    labels: Tensor
-
-    def take(self, indices: Tensor) -> Labelled:
-        """Those of these indices."""
-        return Labelled(self.images[indices], self.labels[indices])
 
 
 @dataclass(frozen=True)
@@ -46,40 +35,11 @@ class Splits:
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
 
-    def standardized(self, images: Tensor) -> Tensor:
-        """uint8 ``[batch, channels, ...]`` to float32 of mean zero and deviation one."""
-        return standardized(images, self.mean, self.deviation)
-
 
 def standardized(images: Tensor, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:
     """uint8 ``[batch, channels, height, width]`` to float32, less the mean, over the deviation, channel by channel."""
     scale, shift = (torch.tensor(v, device=images.device)[:, None, None] for v in (deviation, mean))
     return (images.float() / 255 - shift) / scale
-
-
-def set_apart(labels: Tensor, count: int, seed: int, what: str) -> tuple[Tensor, Tensor]:
-    """The indices of ``count`` samples, every class with its share of them, and of all others; both in random order.
-
-    Args:
-        labels: ``[n]``.
-        count: how many.
-        seed: which; the first of two counts are the same for both.
-        what: names the samples in the error.
-
-    Raises:
-        UserError: there are not so many.
-    """
-    if count > len(labels):
-        raise UserError(f"{count} images were asked for, and {what} has {len(labels)}; ask for fewer")
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    # By class, keeping the random order within; then each sample's place in its class as a share of the class.
-    by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]
-    _, sizes = torch.unique_consecutive(labels[by_class], return_counts=True)
-    starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
-    place = torch.arange(len(labels)) - starts
-    share = (place.double() + 0.5) / torch.repeat_interleave(sizes, sizes)
-    chosen = by_class[torch.argsort(share, stable=True)]
-    return chosen[:count], chosen[count:]
 
 
 # -- Random shifts and mirror images of a batch ------------------------------------------------------------------------
@@ -129,18 +89,21 @@ class Kind:
         channels: of the images.
         size: their height and width in pixels.
         classes: how many labels there are.
+        mean, deviation: of each channel over the published training images, of pixels in [0, 1].
     """
 
     channels: int
     size: int
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
     classes: int = 10
 
 
-KINDS: dict[str, Kind] = {
-    "digits": Kind(1, 8),
-    "mnist": Kind(1, 28),
-    "cifar10": Kind(3, 32),
-    "olivetti": Kind(1, 32, 40),
+IMAGES: dict[str, Kind] = {
+    "digits": Kind(1, 8, (0.3052,), (0.3761,)),
+    "mnist": Kind(1, 28, (0.1307,), (0.3081,)),
+    "cifar10": Kind(3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "olivetti": Kind(1, 32, (0.5195,), (0.1596,), 40),
 }
 
 
@@ -170,12 +133,11 @@ def load(
     assert name in get_args(DataSet), name
     if data_dir is not None and not data_dir.is_dir():
         raise UserError(f"{data_dir} is no folder: --data-dir must be the folder that holds {name}")
-    source = import_module(f"torchimplicit.recipes.phantom.{name}")  # each brings imports of its own
-    read: Callable[[Path | None], tuple[Labelled, Labelled]] = source.load
-    published, tested = read(data_dir)
+    kind = IMAGES[name]
+    published, tested = READERS[name](data_dir)
     where = f"the training part of {name}" + (f" in {data_dir}" if data_dir is not None else "")
     for part, images in ((where, published), (where.replace("training", "test"), tested)):
-        _check(images, KINDS[name], part)
+        _check(images, kind, part)
     kept, rest = set_apart(published.labels, validation, split_seed, where)
     if not len(rest):
         raise UserError(f"{where} has {len(published.labels)} images, and all are set apart for validation; set fewer")
@@ -184,7 +146,7 @@ def load(
         learned = learned.take(set_apart(learned.labels, train, split_seed, f"{where}, less validation,")[0])
     if test is not None:
         tested = tested.take(set_apart(tested.labels, test, split_seed, where.replace("training", "test"))[0])
-    return Splits(learned, published.take(kept), tested, source.MEAN, source.DEVIATION)
+    return Splits(learned, published.take(kept), tested, kind.mean, kind.deviation)
 
 
 def _check(images: Labelled, kind: Kind, where: str) -> None:

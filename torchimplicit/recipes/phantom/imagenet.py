@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from torchimplicit.recipes.phantom.image_data import set_apart
+from torchimplicit.recipes.phantom.image_files import set_apart
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.task import generator
 

@@ -1,30 +1,27 @@
-"""An image classifier, and what a step of it costs with every gradient."""
+"""An MDEQ that classifies images, and what a step of it costs with every gradient."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from statistics import fmean, median
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset, Sampler
 
-from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models import MDEQ, MDEQConfig, mdeq_imagenet, mdeq_large, mdeq_small, mdeq_tiny
-from torchimplicit.nn import Equilibrium
-from torchimplicit.recipes.phantom import imagenet
-from torchimplicit.recipes.phantom.image_data import KINDS, Augmented, selected, standardized
-from torchimplicit.recipes.phantom.image_settings import ImageConfig, digits
-from torchimplicit.recipes.runtime.fitting import load_weights
-from torchimplicit.recipes.runtime.run import Run, clock, device, threads
-from torchimplicit.recipes.runtime.settings import Equilibria, from_plain, positive
-from torchimplicit.recipes.runtime.table import Column, Table
+from torchimplicit.recipes.phantom import imagenet as folders
+from torchimplicit.recipes.phantom.image_data import IMAGES, Augmented, selected, standardized
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.run import Run, device
+from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, not_negative, option, positive
+from torchimplicit.recipes.runtime.step_cost import StepCost, beside, equilibria, flat_gradient, in_turn, one_step
+from torchimplicit.recipes.runtime.table import Cell, Table, sheet
 from torchimplicit.recipes.runtime.task import (
-    Costs,
     InOrder,
     Metric,
     Rows,
@@ -39,7 +36,143 @@ from torchimplicit.recipes.runtime.task import (
 )
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 
-# -- Image classification, for the framework that trains ---------------------------------------------------------------
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """A multiscale deep equilibrium model that classifies images."""
+
+    data: Literal["digits", "mnist", "cifar10", "imagenet"]
+    """Which images."""
+
+    data_dir: Path | None = None
+    """The folder that holds them. By default MNIST and CIFAR-10 are downloaded; the digits come with scikit-learn."""
+
+    model: Literal["small", "tiny", "large", "imagenet"] = "small"
+    """Its size."""
+
+    dropout: float = 0.0
+    """The share that variational dropout drops in each residual block."""
+
+    downsamplings: int | None = None
+    """How often the resolution is halved before the equilibrium; by default as usual for the model."""
+
+    validation_images: int = 5000
+    """Training images set apart to select the weights by."""
+
+    train_images: int | None = None
+    """How many of the other training images to use; by default all."""
+
+    test_images: int | None = None
+    """How many of the test images to use; by default all."""
+
+    split_seed: int = 0
+    """Which images are set apart."""
+
+    augment: bool = False
+    """Shift training images by up to 4 pixels and mirror them at random. ImageNet's are always cropped at random."""
+
+    image_size: int = 224
+    """Pixels to which ImageNet's images are cropped."""
+
+    classes: int = 1000
+    """How many classes ImageNet's folder must have."""
+
+    optimization: Optimization = field(default_factory=Optimization)
+    equilibria: Equilibria = field(default_factory=Equilibria)
+    machine: Machine = field(default_factory=Machine)
+
+    def __post_init__(self) -> None:
+        positive(self, "validation_images", "train_images", "test_images", "image_size", "classes")
+        not_negative(self, "split_seed", "downsamplings")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"{option('dropout')} must lie in [0, 1), and it is {self.dropout}")
+        if self.augment and self.data == "imagenet":
+            raise UserError(f"{option('augment')} is for small images; ImageNet's are always cropped at random")
+
+
+def _phantom(steps: int, batch_size: int, validate_every: int) -> Optimization:
+    """How phantom gradients were trained (Geng et al. 2021, appendix): SGD with momentum 0.9 and a cosine."""
+    return Optimization(
+        steps=steps,
+        batch_size=batch_size,
+        validate_every=validate_every,
+        optimizer="sgd",
+        learning_rate=0.1,
+        weight_decay=1e-4,
+    )
+
+
+def digits() -> ImageConfig:
+    """The small model on the bundled digits, some twenty seconds on one core."""
+    return ImageConfig(
+        data="digits",
+        downsamplings=0,
+        validation_images=300,
+        optimization=_phantom(steps=120, batch_size=64, validate_every=40),
+        equilibria=Equilibria(solver="broyden", solver_steps=18, gradient="unrolled-phantom"),
+    )
+
+
+def mnist() -> ImageConfig:
+    """The small model on MNIST: minutes on one core."""
+    return ImageConfig(
+        data="mnist",
+        downsamplings=2,
+        optimization=_phantom(steps=1000, batch_size=128, validate_every=200),
+        equilibria=Equilibria(solver="broyden", solver_steps=18, gradient="unrolled-phantom"),
+    )
+
+
+def cifar10() -> ImageConfig:
+    """MDEQ-Tiny on CIFAR-10 with the settings of Geng et al. 2021, table 1: 50 epochs of the 45,000 images that are
+    not set apart. The backward settings are those of its implicit rows."""
+    return ImageConfig(
+        data="cifar10",
+        model="tiny",
+        optimization=_phantom(steps=50 * 351, batch_size=128, validate_every=351),
+        equilibria=Equilibria(
+            solver="broyden", solver_steps=22, backward_steps=24, gradient="unrolled-phantom", phantom_damping=0.5
+        ),
+    )
+
+
+def cifar10_large() -> ImageConfig:
+    """MDEQ-Large on CIFAR-10, augmented, 220 epochs (Geng et al. 2021, table 3). The optimizer is that of MDEQ-Tiny:
+    the one for the phantom gradient's row was not published."""
+    return ImageConfig(
+        data="cifar10",
+        model="large",
+        augment=True,
+        optimization=_phantom(steps=220 * 351, batch_size=128, validate_every=351),
+        equilibria=Equilibria(solver="broyden", solver_steps=18, backward_steps=20, gradient="unrolled-phantom"),
+    )
+
+
+def imagenet() -> ImageConfig:
+    """MDEQ-Small on ImageNet, 100 epochs, with the phantom gradient A(5, 0.6) of Geng et al. 2021, table 3, and the
+    optimizer of Bai et al. 2020."""
+    return ImageConfig(
+        data="imagenet",
+        model="imagenet",
+        validation_images=10_000,
+        optimization=Optimization(
+            steps=100 * 9930,
+            batch_size=128,
+            optimizer="sgd",
+            learning_rate=0.05,
+            weight_decay=5e-5,
+            validate_every=2500,
+        ),
+        equilibria=Equilibria(
+            solver="broyden", solver_steps=26, backward_steps=27, gradient="unrolled-phantom", phantom_damping=0.6
+        ),
+        machine=Machine(workers=8),
+    )
+
+
+# -- the model, its data, and what is asked of it ---------------------------------------------------------------------
 
 
 MODELS = {"small": mdeq_small, "tiny": mdeq_tiny, "large": mdeq_large, "imagenet": mdeq_imagenet}
@@ -61,10 +194,10 @@ class Classification(Task):
             listings = dict(zip(("training", "validation", "test"), _listings(config), strict=True))
             seeds = {"training": config.optimization.seed}
             self.data = {
-                name: imagenet.Crops(listing, config.image_size, seeds.get(name)) for name, listing in listings.items()
+                name: folders.Crops(listing, config.image_size, seeds.get(name)) for name, listing in listings.items()
             }
             self.counts = {name: len(listing.paths) for name, listing in listings.items()}
-            self.mean, self.deviation = imagenet.MEAN, imagenet.DEVIATION
+            self.mean, self.deviation = folders.MEAN, folders.DEVIATION
         else:
             splits = selected(config.data, config)
             parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
@@ -74,7 +207,6 @@ class Classification(Task):
         self.model = MDEQ(sizes(config), solver=solver(config.equilibria), gradient=gradient(config.equilibria))
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         chosen, data = self.config.optimization, self.data["training"]
         indices = ShuffledSteps(self.counts["training"], chosen.batch_size, chosen.seed, steps, shard)
         batches: Sampler[Any] = _WithTurns(indices) if self.config.data == "imagenet" else indices
@@ -82,7 +214,6 @@ class Classification(Task):
         return Augmented(found, steps, chosen.seed, shard.rank) if self.config.augment else found
 
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
-        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         batches = InOrder(self.counts[split], HELD_OUT_BATCH, shard)
         return loader(self.data[split], batches, workers=self.config.machine.workers)
 
@@ -119,7 +250,7 @@ def sizes(config: ImageConfig) -> MDEQConfig:
     if config.data == "imagenet":
         channels, classes = 3, config.classes
     else:
-        channels, classes = KINDS[config.data].channels, KINDS[config.data].classes
+        channels, classes = IMAGES[config.data].channels, IMAGES[config.data].classes
     chosen = MODELS[config.model](image_channels=channels, classes=classes, dropout=config.dropout)
     return chosen if config.downsamplings is None else replace(chosen, downsamplings=config.downsamplings)
 
@@ -127,13 +258,13 @@ def sizes(config: ImageConfig) -> MDEQConfig:
 def ready(config: ImageConfig) -> None:
     """Raise where the data is missing or wrong: small sets are read, of ImageNet only the folders are looked at."""
     if config.data == "imagenet":
-        imagenet.check(config.data_dir, config.classes)
+        folders.check(config.data_dir, config.classes)
     else:
         selected(config.data, config)
 
 
-def _listings(config: ImageConfig) -> tuple[imagenet.Listing, ...]:
-    return imagenet.load(
+def _listings(config: ImageConfig) -> tuple[folders.Listing, ...]:
+    return folders.load(
         config.data_dir,
         validation=config.validation_images,
         train=config.train_images,
@@ -185,35 +316,9 @@ class CostConfig:
         positive(self, "repeats", "converged_tolerance", "converged_steps")
 
 
-def default() -> CostConfig:
+def costs() -> CostConfig:
     """For the small model on the bundled digits."""
     return CostConfig()
-
-
-@dataclass(frozen=True)
-class Cost:
-    """A training step with one estimator; medians over the batches unless said.
-
-    Attributes:
-        forward_seconds, backward_seconds: CPU seconds of the process; on a GPU, wall seconds.
-        forward, backward: mean evaluations of the cell, and products with its Jacobian.
-        residual: mean over the samples of the adjoint's relative residual; of a phantom gradient, that of its
-            truncated series.
-        cosine, norm: of the gradient in all parameters beside that of the converged adjoint: cosine and ratio of norms.
-    """
-
-    forward_seconds: float
-    backward_seconds: float
-    forward: float
-    backward: float
-    residual: float
-    cosine: float
-    norm: float
-
-    @property
-    def seconds(self) -> float:
-        """Forward and backward pass."""
-        return self.forward_seconds + self.backward_seconds
 
 
 def estimators(config: CostConfig) -> dict[str, Equilibria]:
@@ -227,119 +332,57 @@ def estimators(config: CostConfig) -> dict[str, Equilibria]:
     return {CONVERGED: converged, "implicit": implicit, **phantom}
 
 
-def read(run: Run) -> dict[str, Cost]:
-    """What a run has measured."""
-    return {name: from_plain(Cost, plain) for name, plain in run.read_json("costs.json").items()}
-
-
-def measured(config: CostConfig, run: Run) -> dict[str, Cost]:
+def measured(config: CostConfig, run: Run) -> dict[str, StepCost]:
     """Every estimator's cost at the run's best weights, in turn on each of a few batches."""
-    module = RUNNER.module(config.image)
-    load_weights(module, run.best)
+    task = RUNNER.best(config.image, run).train()
     where = device(config.image.machine.device)
-    task = module.task.to(where).train()
-    layer = next(one for one in task.modules() if isinstance(one, Equilibrium))
-    now = clock(where)
-    rows: dict[str, list[Cost]] = {}
-    with threads(config.image.machine.threads), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        for index, batch in enumerate(task.training_batches(range(config.repeats + 1), Shard())):
-            moved = [part.to(where) for part in batch]
-            exact: Tensor | None = None
-            for name, settings in estimators(config).items():
-                layer.gradient = gradient(settings)
-                cost, found = _step(task, moved, layer, now, exact)
-                exact = found if exact is None else exact
-                if index:  # the first batch warms up
-                    rows.setdefault(name, []).append(cost)
-    return {name: _gathered(costs) for name, costs in rows.items()}
+    (layer,) = equilibria(task)
+    batches = iter(task.training_batches(range(config.repeats + 1), Shard()))
+    at: dict[str, Any] = {}
+
+    def step(name: str, settings: Equilibria) -> StepCost:
+        if name == CONVERGED:  # it comes first, and the others are held against it
+            at["batch"] = [part.to(where) for part in next(batches)]
+        layer.gradient = gradient(settings)
+        cost = one_step(task, lambda: task.loss(at["batch"]), where)
+        own = flat_gradient(task)
+        at["exact"] = own if name == CONVERGED else at["exact"]
+        adjoint = layer.solution.adjoint if layer.solution is not None else None
+        residual = float("nan") if adjoint is None else float(adjoint.residual.double().mean())
+        return replace(cost, residual=residual, **beside(own, at["exact"]))
+
+    return in_turn({name: partial(step, name, one) for name, one in estimators(config).items()}, config.repeats)
 
 
-def _step(
-    task: Any, batch: Any, layer: Equilibrium, now: Callable[[], float], exact: Tensor | None
-) -> tuple[Cost, Tensor]:
-    task.zero_grad()
-    watch = Costs([layer])
-    began = now()
-    loss = task.loss(batch)
-    forward = now()
-    loss.backward()
-    backward = now()
-    figures = watch.figures()
-    watch.close()
-    found = torch.cat([p.grad.flatten() for p in task.parameters() if p.grad is not None]).double()
-    beside = found if exact is None else exact
-    adjoint = layer.solution.adjoint if layer.solution is not None else None
-    return (
-        Cost(
-            forward_seconds=forward - began,
-            backward_seconds=backward - forward,
-            forward=figures["forward_evaluations"],
-            backward=figures["backward_evaluations"],
-            residual=float("nan") if adjoint is None else float(adjoint.residual.double().mean()),
-            cosine=float(torch.nn.functional.cosine_similarity(found, beside, dim=0)),
-            norm=float(found.norm() / beside.norm()),
-        ),
-        found,
-    )
-
-
-def _gathered(costs: list[Cost]) -> Cost:
-    return Cost(
-        forward_seconds=median(c.forward_seconds for c in costs),
-        backward_seconds=median(c.backward_seconds for c in costs),
-        forward=fmean(c.forward for c in costs),
-        backward=fmean(c.backward for c in costs),
-        residual=median(c.residual for c in costs),
-        cosine=median(c.cosine for c in costs),
-        norm=median(c.norm for c in costs),
-    )
-
-
-def table(found: dict[str, Cost]) -> Table:
+def cost_table(found: dict[str, StepCost]) -> Table:
     """For people."""
-    columns = [
-        Column("Gradient"),
-        Column("Forward", "ms", "Seconds of the process's CPU (of the wall on a GPU), medians."),
-        Column("Backward", "ms", "The same."),
-        Column(
-            "Evaluations", "", "Of the cell in the forward pass; those that a phantom gradient unrolls are counted."
-        ),
-        Column("Products", "", "With the cell's Jacobian, in the backward pass."),
-        Column("Backward, evaluations", "×", "The converged implicit backward's evaluations over this one's."),
-        Column("Backward, time", "×", "The converged implicit backward's time over this one's."),
-        Column("Step, time", "×", "The implicit step's time over this one's, forward and backward together."),
-        Column("Cosine", "", "Of the gradient in all parameters to the converged one's."),
-        Column("Norm", "", "Of the gradient over the converged one's."),
-    ]
-    rows = []
-    for name, cost in found.items():
-        rows.append(
-            [
-                name,
-                f"{1e3 * cost.forward_seconds:.0f}",
-                f"{1e3 * cost.backward_seconds:.0f}",
-                f"{cost.forward:.1f}",
-                f"{cost.backward:.1f}",
-                f"{evaluations(found[CONVERGED]) / evaluations(cost):.1f}",
-                f"{found[CONVERGED].backward_seconds / cost.backward_seconds:.1f}",
-                f"{found['implicit'].seconds / cost.seconds:.2f}",
-                f"{cost.cosine:.3f}",
-                f"{cost.norm:.2f}",
-            ]
-        )
-    return Table(columns, rows)
+    converged, exact = found[CONVERGED], found["implicit"]
+    return sheet("", found, [
+        Cell("Gradient", lambda name: name),
+        Cell("Forward", lambda name: f"{1e3 * found[name].forward_seconds:.0f}", "ms",
+             "Seconds of the process's CPU (of the wall on a GPU), medians."),
+        Cell("Backward", lambda name: f"{1e3 * found[name].backward_seconds:.0f}", "ms", "The same."),
+        Cell("Evaluations", lambda name: f"{found[name].forward:.1f}", "",
+             "Of the cell in the forward pass; those that a phantom gradient unrolls are counted."),
+        Cell("Products", lambda name: f"{found[name].backward:.1f}", "",
+             "With the cell's Jacobian, in the backward pass."),
+        Cell("Backward, evaluations", lambda name: f"{evaluations(converged) / evaluations(found[name]):.1f}", "×",
+             "The converged implicit backward's evaluations over this one's."),
+        Cell("Backward, time", lambda name: f"{converged.backward_seconds / found[name].backward_seconds:.1f}", "×",
+             "The converged implicit backward's time over this one's."),
+        Cell("Step, time", lambda name: f"{exact.seconds / found[name].seconds:.2f}", "×",
+             "The implicit step's time over this one's, forward and backward together."),
+        Cell("Cosine", lambda name: f"{found[name].cosine:.3f}", "",
+             "Of the gradient in all parameters to the converged one's."),
+        Cell("Norm", lambda name: f"{found[name].norm:.2f}", "", "Of the gradient over the converged one's."),
+    ]).table  # fmt: skip
 
 
-def evaluations(cost: Cost) -> float:
+def evaluations(cost: StepCost) -> float:
     """Of the cell's backward pass: the products, and the last one, into the parameters."""
     return cost.backward + 1
 
 
 COSTS = Measuring(
-    trainer=RUNNER,
-    training=lambda config: config.image,
-    measure=measured,
-    show=table,
-    name="costs.json",
+    first=RUNNER, training=lambda config: config.image, measure=measured, show=cost_table, name="costs.json"
 )

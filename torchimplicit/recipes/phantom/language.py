@@ -1,22 +1,210 @@
-"""A language model in training: its segments, what it remembers between them, and its perplexity."""
+"""A DEQ transformer that predicts the next word of WikiText, and what a step of it costs with every gradient."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from torchimplicit.models import DEQTransformer
+from torchimplicit.diagnostics import spectral_radius
+from torchimplicit.models import (
+    DEQTransformer,
+    DEQTransformerConfig,
+    deq_transformer_small,
+    deq_transformer_wikitext103,
+)
 from torchimplicit.models.deq_transformer import Memory
+from torchimplicit.problems import FixedPoint
 from torchimplicit.recipes.phantom import language_data as wikitext
 from torchimplicit.recipes.phantom.language_data import Segment, Stream, Text, check, read
-from torchimplicit.recipes.phantom.language_settings import LanguageConfig
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.run import Run, device, quietly, threads
+from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, not_negative, option, positive
+from torchimplicit.recipes.runtime.step_cost import StepCost, in_turn, one_step
 from torchimplicit.recipes.runtime.task import Metric, Shard, Split, Task, generator, gradient, solver
-from torchimplicit.recipes.runtime.trainer import Trainer
+from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
+from torchimplicit.regularizers import jacobian_frobenius
+from torchimplicit.solution import Solution
+from torchimplicit.state import detached
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """A DEQ transformer that learns to predict the next word of WikiText.
+
+    --batch-size is the number of rows into which a text is cut; they are read side by side, in segments, and the model
+    remembers the end of the last segment. It forgets where a text begins anew, and at every validation of a training
+    (every --validate-every steps), so that a run that is resumed there sees what an undisturbed one does.
+    """
+
+    optimization: Optimization = field(default_factory=Optimization)
+    equilibria: Equilibria = field(default_factory=Equilibria)
+    machine: Machine = field(default_factory=Machine)
+
+    corpus: Literal["wikitext-2", "wikitext-103"] = "wikitext-2"
+    """Which text."""
+
+    data_dir: Path | None = None
+    """The folder with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens; downloaded by default."""
+
+    vocabulary: int | None = 10000
+    """How many words are told apart: the most frequent ones; the others are <unk>. Perplexities compare at one
+    vocabulary only."""
+
+    segment_length: int = 64
+    """Tokens of a segment in every row."""
+
+    memory_length: int = 32
+    """Past positions that a segment may attend to."""
+
+    context_length: int = 256
+    """The most positions that a segment and its memory may have together."""
+
+    validation_tokens: int | None = None
+    """Validate on so many tokens from the beginning of the validation text; all by default."""
+
+    test_tokens: int | None = None
+    """Likewise for the test."""
+
+    normalization: Literal["post", "pre"] = "post"
+    """Where the layer normalizations stand."""
+
+    width: int = 128
+    """Of the state."""
+
+    heads: int = 4
+    """Of the attention."""
+
+    head_width: int = 32
+    """Of a head."""
+
+    inner_width: int = 512
+    """Of the feed-forward layer."""
+
+    cutoffs: tuple[int, ...] = (2000,)
+    """Where the clusters of the vocabulary begin."""
+
+    cluster_factor: int = 2
+    """By which every further cluster's embeddings are narrower."""
+
+    dropout: float = 0.0
+    """Share that is dropped, with one mask a segment."""
+
+    attention_dropout: float = 0.0
+    """Likewise, of the attention's weights."""
+
+    weight_norm: bool = False
+    """Normalize the weights of the layer."""
+
+    def __post_init__(self) -> None:
+        positive(self, "segment_length", "context_length", "validation_tokens", "test_tokens")
+        not_negative(self, "memory_length")
+        if self.segment_length + self.memory_length > self.context_length:
+            raise UserError(
+                f"{option('segment_length')} {self.segment_length} and {option('memory_length')} {self.memory_length} "
+                f"are together longer than {option('context_length')} {self.context_length}"
+            )
+        self.model(self.vocabulary or 10**6)
+
+    def model(self, vocabulary: int) -> DEQTransformerConfig:
+        """The model for a vocabulary of this size."""
+        try:
+            return DEQTransformerConfig(
+                vocabulary=vocabulary,
+                d_model=self.width,
+                heads=self.heads,
+                d_head=self.head_width,
+                d_inner=self.inner_width,
+                cutoffs=self.cutoffs,
+                div_val=self.cluster_factor,
+                normalization=self.normalization,
+                dropout=self.dropout,
+                attention_dropout=self.attention_dropout,
+                weight_norm=self.weight_norm,
+                memory=self.memory_length,
+                context=self.context_length,
+            )
+        except (ValueError, TypeError) as error:
+            raise UserError(f"there is no such model: {error}") from None
+
+
+def wikitext2() -> LanguageConfig:
+    """Minutes on one core."""
+    return _with_model(
+        deq_transformer_small(),
+        corpus="wikitext-2",
+        segment_length=64,
+        validation_tokens=20000,
+        optimization=Optimization(
+            steps=800, batch_size=8, learning_rate=2e-3, warmup_steps=50, clip_norm=1.0, validate_every=100
+        ),
+        equilibria=Equilibria(phantom_damping=0.8),
+    )
+
+
+def wikitext103(normalization: Literal["post", "pre"] = "post") -> LanguageConfig:
+    """The settings of Bai et al. (2019, 2021) and Geng et al. (2021), for GPUs.
+
+    Their backward solver is Broyden with 35 steps, ours GMRES with as many. PreLN goes with Jacobian regularization and
+    14 steps each way.
+    """
+    pre = normalization == "pre"
+    return _with_model(
+        deq_transformer_wikitext103(normalization=normalization),
+        corpus="wikitext-103",
+        vocabulary=None,
+        segment_length=150,
+        optimization=Optimization(
+            steps=300_000,
+            batch_size=56,
+            learning_rate=2.5e-4,
+            warmup_steps=16_000,
+            clip_norm=0.25,
+            validate_every=5000,
+        ),
+        equilibria=Equilibria(
+            solver_steps=14 if pre else 30,
+            backward_steps=14 if pre else 35,
+            phantom_damping=0.8,
+            pretrain_steps=32_000,
+            pretrain_depth=2,
+            jacobian_weight=2.0 if pre else 0.0,
+            jacobian_probability=0.4 if pre else 1.0,
+        ),
+    )
+
+
+def _with_model(model: DEQTransformerConfig, vocabulary: int | None = 10000, **settings: object) -> LanguageConfig:
+    return LanguageConfig(
+        vocabulary=vocabulary,
+        normalization=model.normalization,
+        width=model.d_model,
+        heads=model.heads,
+        head_width=model.d_head,
+        inner_width=model.d_inner,
+        cutoffs=model.cutoffs,
+        cluster_factor=model.div_val,
+        dropout=model.dropout,
+        attention_dropout=model.attention_dropout,
+        weight_norm=model.weight_norm,
+        memory_length=model.memory,
+        context_length=model.context,
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+# -- the model, its data, and what is asked of it ---------------------------------------------------------------------
+
 
 _ARCHIVES = {"wikitext-2": wikitext.WIKITEXT2, "wikitext-103": wikitext.WIKITEXT103}
 
@@ -116,3 +304,127 @@ def ready(config: LanguageConfig) -> None:
 
 
 RUNNER = Trainer(LanguageTask, ready)
+
+
+# -- What a training step costs, with every estimator at the same trained weights --------------------------------------
+
+
+CONVERGED = 1e-6
+"""Relative tolerance of an exact backward solve that counts as converged."""
+
+KINDS = {
+    "implicit": "implicit",
+    "converged": f"implicit, backward to {CONVERGED:g}",
+    "phantom": "UPG(5, 0.8)",
+    "penalty": "the penalty alone",
+}
+"""Kinds of steps that are timed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostConfig:
+    """Which runs of a table to measure."""
+
+    names: tuple[str, ...] = ()
+    """The runs, beside this one's folder; every one is measured at its best weights."""
+
+    runs: tuple[LanguageConfig, ...] = ()
+    """Their settings."""
+
+    repeats: int = 8
+    """Of every kind of step."""
+
+
+def costs() -> CostConfig:
+    """Nothing: a table says what to measure."""
+    return CostConfig()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured, by the run at whose weights.
+
+    Attributes:
+        costs: by the kind of step.
+        radius: spectral radius of the Jacobian at the equilibria of a validation segment, mean over its rows.
+    """
+
+    costs: dict[str, dict[str, StepCost]] = field(default_factory=dict)
+    radius: dict[str, float] = field(default_factory=dict)
+
+
+def measured(config: CostConfig, run: Run) -> Measured:
+    """All kinds of steps at the weights of all runs, in turn.
+
+    Raises:
+        UserError: none of the runs has been trained.
+    """
+    beside = {name: Run(run.path.parent / name) for name in config.names}
+    pairs = zip(beside.items(), config.runs, strict=True)
+    probes = {name: _Probe(one, other) for (name, other), one in pairs if other.best.is_file()}
+    if not probes:
+        raise UserError(f"none of the runs that {run} is to measure has been trained; resume the table")
+    steps = {(name, kind): partial(probe.step, kind) for name, probe in probes.items() for kind in KINDS}
+    with threads(config.runs[0].machine.threads):
+        found = in_turn(steps, config.repeats)
+        radius = {name: probe.radius() for name, probe in probes.items()}
+    return Measured({name: {kind: found[name, kind] for kind in KINDS} for name in probes}, radius)
+
+
+class _Probe:
+    """One trained model and the batches of its training."""
+
+    def __init__(self, config: LanguageConfig, run: Run):
+        self.where = device(config.machine.device)
+        self.task: LanguageTask = RUNNER.best(config, run).train()
+        exact = replace(config.equilibria, gradient="implicit")
+        steps = max(200, exact.backward_steps)
+        self.gradients = {
+            "implicit": gradient(exact),
+            "converged": gradient(replace(exact, backward_tolerance=CONVERGED, backward_steps=steps)),
+            "phantom": gradient(replace(exact, gradient="unrolled-phantom")),
+            "penalty": gradient(exact),
+        }
+        self.batches = (
+            Segment(tokens.to(self.where), targets.to(self.where), first)
+            for _ in repeat(None)
+            for tokens, targets, first in self.task.training_stream
+        )
+        self.batch, self.memory = next(self.batches), self.task.memory
+
+    @torch.no_grad()
+    def radius(self) -> float:
+        """See :class:`Measured`. Of the second segment, with a memory, as nearly all are."""
+        task, model = self.task.eval(), self.task.model
+        first, second = (task.held_out["validation"].segment(step) for step in range(2))
+        _, memory = model(first.tokens.to(self.where), first.targets.to(self.where))
+        x, _ = model.cell.injection(model.embedding(second.tokens.to(self.where)), memory)
+        found = spectral_radius(FixedPoint(model.cell), model.equilibrium(x), x, subspace=32, restarts=2)
+        task.train()
+        return float(found.mean())
+
+    def step(self, kind: str) -> StepCost:
+        """One step's cost; every kind sees the same batch and memory, which go on when the first is due again."""
+        task, layer = self.task, self.task.model.equilibrium
+        if kind == next(iter(KINDS)):
+            self.batch, self.memory = next(self.batches), task.memory
+        task.memory, layer.gradient = self.memory, self.gradients[kind]
+        with quietly():
+            if kind != "penalty":
+                return one_step(task, lambda: task.loss(self.batch), self.where)
+            seen: list[Solution] = []
+            handle = layer.register_solution_hook(lambda _, solution: seen.append(solution))
+            task.loss(self.batch)
+            handle.remove()
+            z, problem, args = detached(seen[-1].value), seen[-1].problem, seen[-1].args
+            cost = one_step(task, lambda: jacobian_frobenius(problem, z, *args), self.where)  # alone: what it adds
+            return replace(cost, forward=1.0, backward=1.0)
+
+
+def costs_ready(config: CostConfig) -> None:
+    """Raise where the first of the runs could not be run."""
+    for one in config.runs[:1]:
+        RUNNER.check(one)
+
+
+COSTS = Measuring(measure=measured, name="results.json", ready=costs_ready)

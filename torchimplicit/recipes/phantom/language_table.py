@@ -11,27 +11,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.phantom.language_settings import LanguageConfig, wikitext2, wikitext103
+from torchimplicit.recipes.phantom.language import CONVERGED, KINDS, CostConfig, LanguageConfig, wikitext2, wikitext103
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.page import axes, style
 from torchimplicit.recipes.runtime.settings import Machine, positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
 
 if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
 
 COSTS = "costs"
 """The job that measures steps in turn."""
-
-CONVERGED = 1e-6
-"""Relative tolerance of an exact backward solve that counts as converged."""
-
-KINDS = {
-    "implicit": "implicit",
-    "converged": f"implicit, backward to {CONVERGED:g}",
-    "phantom": "UPG(5, 0.8)",
-    "penalty": "the penalty alone",
-}
-"""Kinds of steps that are timed."""
 
 PAIRS = {"PostLN": ("post-implicit", "post-phantom"), "PreLN + JR": ("pre-jacobian-implicit", "pre-jacobian-phantom")}
 """The published pairs: implicit, UPG."""
@@ -89,11 +79,6 @@ class PhantomLanguage:
         positive(self, "steps", "repeats")
 
 
-def default() -> PhantomLanguage:
-    """The table on a CPU."""
-    return PhantomLanguage()
-
-
 def language(config: PhantomLanguage, row: Row, seed: int) -> LanguageConfig:
     """The settings of one run."""
     paper = config.plan.scale == "paper"
@@ -120,8 +105,6 @@ def language(config: PhantomLanguage, row: Row, seed: int) -> LanguageConfig:
 def jobs(config: PhantomLanguage) -> list[Job]:
     """The published rows with one seed, then with the next, then the others; at last the costs, at the weights of the
     first seed."""
-    from torchimplicit.recipes.phantom.language_costs import CostConfig
-
     recipe = f"language-wikitext{'103' if config.plan.scale == 'paper' else '2'}"
     made = [
         Job(f"{name}-{seed}", recipe, language(config, row, seed), {"row": name, "seed": seed})
@@ -393,6 +376,8 @@ def notes(config: PhantomLanguage, runs: Runs) -> list[str]:
 def drawings(config: PhantomLanguage, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
     """Validation perplexity over the steps, and over the time."""
     rows = trained(config, runs)
+    if not rows:
+        return []
     made = [
         _curves(
             "perplexity-steps",
@@ -421,8 +406,6 @@ def drawings(config: PhantomLanguage, runs: Runs, folders: Mapping[str, Run]) ->
 def _curves(
     name: str, rows: dict[str, Trained], label: str, scale: Callable[[Trained], float], caption: str
 ) -> Drawing:
-    from torchimplicit.recipes.runtime.page import axes, style
-
     figure, (ax,) = axes()
     for index, one in enumerate(rows.values()):
         found: dict[int, list[float]] = {}
@@ -437,14 +420,8 @@ def _curves(
     return Drawing(name, figure, caption)
 
 
-TABLE = Published(
+TABLE = table.published(
+    globals(),
     title="Language modelling with implicit and phantom gradients",
     source="Geng et al. 2021, On Training Implicit Models (arXiv 2111.05177), Table 3: DEQ on WikiText-103.",
-    jobs=jobs,
-    figures=figures,
-    protocol=protocol,
-    sheets=sheets,
-    claims=claims,
-    notes=notes,
-    drawings=drawings,
 )

@@ -1,22 +1,20 @@
-"""The recipe of Fig. 1: how the precision of the estimators on a synthetic layer depends on their settings.
+"""The two recipes of the precision of gradients: on a random layer, and along the training of an image classifier.
 
-After Geng et al. (2021), Fig. 1: one layer whose weight has the spectral norm 0.9, solved by 100 fixed-point iterations
-to a relative error below 1e-5; the exact gradient by backpropagation through these iterations, and by implicit
-differentiation.
+After Geng et al. (2021), Figs. 1 and 2. The weight of the layer has the spectral norm 0.9, and it is solved by 100
+fixed-point iterations to a relative error below 1e-5; the exact gradient by backpropagation through these iterations,
+and by implicit differentiation. Along the training many estimators are held against the exact gradient at once.
 """
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from torchimplicit.diagnostics import GradientProbe, probe_gradient, spectral_radius
 from torchimplicit.diagnostics.compare import Attached, compared
-from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import (
     AdaptivePhantom,
     Gradient,
@@ -29,14 +27,90 @@ from torchimplicit.gradients import (
 )
 from torchimplicit.linear import GMRES
 from torchimplicit.problems import FixedPoint
-from torchimplicit.recipes.phantom.settings import LayerConfig
-from torchimplicit.recipes.runtime.run import Run, threads
-from torchimplicit.recipes.runtime.settings import from_plain
+from torchimplicit.recipes.phantom.images import Classification, ImageConfig, ready
+from torchimplicit.recipes.phantom.images import digits as bundled
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.run import quietly
+from torchimplicit.recipes.runtime.settings import not_negative, option, positive
 from torchimplicit.recipes.runtime.table import Column, Table
+from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 from torchimplicit.solve import solve
 from torchimplicit.solvers import FixedPointIteration
 
-EXACT = Implicit(linear_solver=GMRES(rtol=1e-12))
+if TYPE_CHECKING:
+    from torchimplicit.recipes.runtime.monitor import MonitorGradient
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """One random layer z = tanh(W z + U x + b), and the precision of every estimator on it."""
+
+    weight: Literal["gaussian", "orthogonal"] = "gaussian"
+    """W before it is scaled. All singular values of an orthogonal one are the same, which is the harder case."""
+
+    norm: float = 0.9
+    """The spectral norm of W, and so a bound on the map's Lipschitz constant."""
+
+    size: int = 128
+    """Numbers in a state."""
+
+    samples: int = 64
+    """Inputs."""
+
+    spread: float = 0.3
+    """Of the inputs: small ones leave tanh nearly linear, so that the bound on the Lipschitz constant is nearly met."""
+
+    iterations: int = 100
+    """Of the forward pass."""
+
+    ks: tuple[int, ...] = (1, 2, 3, 5, 7, 10, 15, 20)
+    """The steps of the phantom gradients."""
+
+    lambdas: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0)
+    """Their dampings."""
+
+    errors: tuple[float, ...] = (0.5, 0.3, 0.1, 0.03, 0.01)
+    """The relative errors asked of the adaptive phantom gradient."""
+
+    draws: int = 400
+    """Of the unbiased series."""
+
+    seed: int = 0
+    """Of the layer, its inputs and the draws."""
+
+    def __post_init__(self) -> None:
+        positive(self, "size", "samples", "spread", "iterations", "draws")
+        not_negative(self, "seed")
+        if not 0 < self.norm < 1:
+            raise UserError(f"{option('norm')} must lie in (0, 1), or there is no fixed point; it is {self.norm}")
+        for name in ("ks", "lambdas", "errors"):
+            if not getattr(self, name) or not all(value > 0 for value in getattr(self, name)):
+                raise UserError(f"{option(name)} must be positive numbers, one at least")
+        if max(self.lambdas) > 1:
+            raise UserError(f"{option('lambdas')} must be at most 1, and one is {max(self.lambdas)}")
+
+
+def layer() -> LayerConfig:
+    """The recipe of Fig. 1."""
+    return LayerConfig()
+
+
+def training() -> ImageConfig:
+    """The recipe of Fig. 2, on the bundled digits."""
+    return looking(bundled(), 10)
+
+
+def looking(config: ImageConfig, every: int) -> ImageConfig:
+    """With the gradient looked at so often."""
+    return replace(config, machine=replace(config.machine, monitor_every=every))
+
+
+# -- Every estimator on one random layer ------------------------------------------------------------------------------
+
+
+TIGHT = Implicit(linear_solver=GMRES(rtol=1e-12))
 
 
 @dataclass(frozen=True)
@@ -112,44 +186,6 @@ class LayerResults:
     adaptive: list[Adapted]
     unbiased: Drawn
 
-    @staticmethod
-    def of(run: Run) -> LayerResults:
-        """What a run has written."""
-        return from_plain(LayerResults, run.read_json("results.json"))
-
-
-class LayerRunner:
-    """Measures; there is nothing to train."""
-
-    def check(self, config: LayerConfig) -> None:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: it runs everywhere."""
-
-    def train(self, config: LayerConfig, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-        with threads(1), console.status("Measuring"):
-            found = Measurement(config).results()
-        run.write_json("results.json", found)
-        rows = [
-            [
-                name,
-                f"{damping:g}",
-                *(f"{p.cosine:.4f}" for p in found.grid if (p.estimator, p.damping) == (name, damping)),
-            ]
-            for name in ("UPG", "NPG")
-            for damping in config.lambdas
-        ]
-        columns = [Column("Cosine"), Column("λ"), *(Column(f"k = {k}") for k in config.ks)]
-        console.print(Table(columns, rows).rich_rows())
-        return True
-
-    def evaluate(self, config: LayerConfig, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: measures again."""
-        with threads(1):
-            run.write_json("evaluation.json", Measurement(config).results())
-
-
-RUNNER = LayerRunner()
-
 
 class Measurement:
     """A layer, its equilibrium by the iterations, and the exact gradient there; all in double precision."""
@@ -166,11 +202,10 @@ class Measurement:
         w, inject, bias = self.wrt
         self.problem = FixedPoint(lambda z: torch.tanh(z @ w.T + self.x @ inject.T + bias))
         solver = FixedPointIteration(rtol=0.0, atol=0.0, max_steps=config.iterations)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the iterations are what they are; residuals are kept
+        with quietly():  # the iterations are what they are; residuals are kept
             self.solution = solve(self.problem, torch.zeros_like(self.x), solver=solver, gradient=Unrolled())
         self.z = self.solution.value.detach()
-        self.exact = self._probe(EXACT)
+        self.exact = self._probe(TIGHT)
 
     def results(self) -> LayerResults:
         """Everything."""
@@ -243,3 +278,60 @@ class Measurement:
 
 def _flat(tensors: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def grid_table(found: LayerResults) -> Table:
+    """The cosines over steps and dampings."""
+    kinds = dict.fromkeys((p.estimator, p.damping) for p in found.grid)
+    steps = dict.fromkeys(p.steps for p in found.grid)
+    rows = [
+        [name, f"{damping:g}", *(f"{p.cosine:.4f}" for p in found.grid if (p.estimator, p.damping) == (name, damping))]
+        for name, damping in kinds
+    ]
+    return Table([Column("Cosine"), Column("λ"), *(Column(f"k = {k}") for k in steps)], rows)
+
+
+LAYER = Measuring(measure=lambda config, run: Measurement(config).results(), name="results.json", show=grid_table)
+
+
+# -- An image classifier whose gradient is looked at along training ----------------------------------------------------
+
+
+LABELS = {
+    "npg-1-1": "one step",
+    "npg-2-0.5": "NPG(2, 0.5)",
+    "npg-5-0.5": "NPG(5, 0.5)",
+    "npg-9-0.5": "NPG(9, 0.5)",
+    "npg-5-1": "NPG(5, 1)",
+    "upg-5-0.5": "UPG(5, 0.5)",
+    "adaptive-0.3": "adaptive, residual 0.3",
+    "adaptive-0.1": "adaptive, residual 0.1",
+    "unbiased-5-0.5": "unbiased(5, 0.5), p = 0.9",
+}
+"""What is compared with the exact gradient along training, for people, by the name in the log."""
+
+BESIDE: dict[str, Gradient] = {
+    "npg-1-1": NeumannPhantom(steps=1, damping=1.0),
+    "npg-2-0.5": NeumannPhantom(steps=2, damping=0.5),
+    "npg-5-0.5": NeumannPhantom(steps=5, damping=0.5),
+    "npg-9-0.5": NeumannPhantom(steps=9, damping=0.5),
+    "npg-5-1": NeumannPhantom(steps=5, damping=1.0),
+    "upg-5-0.5": UnrolledPhantom(steps=5, damping=0.5),
+    "adaptive-0.3": AdaptivePhantom(tolerance=0.3, max_steps=60),
+    "adaptive-0.1": AdaptivePhantom(tolerance=0.1, max_steps=60),
+    "unbiased-5-0.5": UnbiasedNeumann(steps=5, survival=0.9, damping=0.5),
+}
+"""What is compared with the exact gradient, by the name in the log; for people they are :data:`LABELS`."""
+
+EXACT = Implicit(linear_solver=GMRES(rtol=1e-5, max_steps=400, restart=100))
+"""A long Krylov space, for weights at which the Jacobian's spectral radius is above 1."""
+
+
+def monitor(every: int) -> MonitorGradient:
+    """The callback."""
+    from torchimplicit.recipes.runtime.monitor import MonitorGradient
+
+    return MonitorGradient(every, exact=EXACT, beside=BESIDE)
+
+
+TRAINING = Trainer(Classification, ready, monitor)

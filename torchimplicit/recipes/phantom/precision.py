@@ -10,18 +10,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.phantom.image_settings import ImageConfig, cifar10, mnist
-from torchimplicit.recipes.phantom.image_settings import digits as bundled
-from torchimplicit.recipes.phantom.settings import LABELS, LayerConfig, looking
+from torchimplicit.recipes.phantom.images import ImageConfig, cifar10, mnist
+from torchimplicit.recipes.phantom.images import digits as bundled
+from torchimplicit.recipes.phantom.layer import LABELS, LayerConfig, LayerResults, looking
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.page import COLOURS, axes, style
 from torchimplicit.recipes.runtime.settings import from_plain, option, positive
-from torchimplicit.recipes.runtime.table import Claim, Column, Drawing, Job, Plan, Published, Runs, Sheet, Table
+from torchimplicit.recipes.runtime.table import Claim, Column, Drawing, Job, Plan, Runs, Sheet, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from torchimplicit.recipes.phantom.layer import LayerResults
     from torchimplicit.recipes.runtime.run import Run
 
 WEIGHTS: tuple[Literal["gaussian", "orthogonal"], ...] = ("gaussian", "orthogonal")
@@ -57,11 +57,6 @@ class PrecisionConfig:
         positive(self, "training_steps", "looks")
         if self.looks > self.training_steps:
             raise UserError(f"{option('looks')} is {self.looks}, more than {option('training_steps')}")
-
-
-def default() -> PrecisionConfig:
-    """The table."""
-    return PrecisionConfig()
 
 
 def trainings(config: PrecisionConfig, gradient: Literal["implicit", "unrolled-phantom"], seed: int) -> ImageConfig:
@@ -185,7 +180,6 @@ class Gathered:
 
 def gather(config: PrecisionConfig, runs: Runs) -> Gathered:
     """What the runs measured, by kind of layer and by training."""
-    from torchimplicit.recipes.phantom.layer import LayerResults
 
     found = Gathered()
     for line in runs:
@@ -511,8 +505,6 @@ def grid(found: Gathered, layer: LayerConfig) -> Drawing:
     """Fig. 1."""
     from matplotlib.ticker import MaxNLocator
 
-    from torchimplicit.recipes.runtime.page import axes, style
-
     figure, panels = axes(len(WEIGHTS), width=4.6)
     for panel, weight in zip(panels, WEIGHTS, strict=True):
         for index, damping in enumerate(layer.lambdas):
@@ -541,8 +533,6 @@ def grid(found: Gathered, layer: LayerConfig) -> Drawing:
 
 def along(found: Gathered) -> Drawing:
     """Fig. 2."""
-    from torchimplicit.recipes.runtime.page import axes
-
     figure, panels = axes(len(GRADIENTS), width=4.9)
     for panel, gradient in zip(panels, GRADIENTS, strict=True):
         for index, name in enumerate(SHOWN):
@@ -561,8 +551,6 @@ def along(found: Gathered) -> Drawing:
 
 def choices(found: Gathered) -> Drawing:
     """The spectrum along training, and what the adaptive phantom gradient makes of it."""
-    from torchimplicit.recipes.runtime.page import axes
-
     figure, (radius, steps, damping) = axes(3, width=3.5)
     for index, gradient in enumerate(GRADIENTS):
         label = TRAINED[gradient]
@@ -583,8 +571,6 @@ def choices(found: Gathered) -> Drawing:
 
 
 def _over_steps(panel: Axes, found: Gathered, gradient: str, figure: str, index: int, label: str) -> None:
-    from torchimplicit.recipes.runtime.page import COLOURS, style
-
     trainings = found.trainings[gradient]
     if not trainings:
         return
@@ -603,15 +589,9 @@ def _band(panel: Axes, x: Sequence[float], curves: Sequence[Sequence[float]], lo
     )
 
 
-TABLE = Published(
+TABLE = table.published(
+    globals(),
     title="The precision of phantom gradients",
     source="Geng et al., On Training Implicit Models (NeurIPS 2021), Figs. 1 and 2, which are curves without "
     "tabulated numbers; the adaptive and the unbiased series are not in the paper.",
-    jobs=jobs,
-    figures=figures,
-    protocol=protocol,
-    sheets=sheets,
-    claims=claims,
-    notes=notes,
-    drawings=drawings,
 )

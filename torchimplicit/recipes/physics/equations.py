@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+EquationName = Literal["van-der-pol", "four-tanks", "burgers", "helmholtz"]
 
 # -- What a differential equation states -------------------------------------------------------------------------------
 

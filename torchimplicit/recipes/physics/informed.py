@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from torchimplicit.recipes.physics.equations import EQUATIONS, InitialValueProblem
-from torchimplicit.recipes.physics.settings import EquationName, PhysicsConfig
+from torchimplicit.recipes.physics.equations import EQUATIONS, EquationName, InitialValueProblem
+from torchimplicit.recipes.physics.solve_equation import PhysicsConfig
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.page import COLOURS, axes
 from torchimplicit.recipes.runtime.settings import positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,11 +51,6 @@ class PhysicsInformedConfig:
 
     def __post_init__(self) -> None:
         positive(self, "ordinary_seconds", "partial_seconds", "ordinary_points", "partial_points")
-
-
-def default() -> PhysicsInformedConfig:
-    """The table."""
-    return PhysicsInformedConfig()
 
 
 ENDLESS = 10**9
@@ -386,8 +382,6 @@ def drawings(config: PhysicsInformedConfig, runs: Runs, folders: Mapping[str, Ru
 
 def against_seconds(runs: Runs, folders: Mapping[str, Run], equation: EquationName) -> Figure:
     """The error along the runs, a panel an optimizer, a line a run."""
-    from torchimplicit.recipes.runtime.page import axes
-
     shown = [optimizer for optimizer in OPTIMIZERS if any(line["row"].optimizer == optimizer for line in runs)]
     figure, panels = axes(len(shown), width=4.4, height=3.7)
     for panel, optimizer in zip(panels, shown, strict=True):
@@ -419,8 +413,6 @@ def against_seconds(runs: Runs, folders: Mapping[str, Run], equation: EquationNa
 
 
 def _lines(name: EquationName, made: dict[str, Array]) -> Figure:
-    from torchimplicit.recipes.runtime.page import COLOURS, axes
-
     equation = EQUATIONS[name]
     grid = equation.grid()
     right = equation.reference(grid)
@@ -442,8 +434,6 @@ def _lines(name: EquationName, made: dict[str, Array]) -> Figure:
 
 
 def _maps(name: EquationName, made: dict[str, Array]) -> Figure:
-    from torchimplicit.recipes.runtime.page import axes
-
     equation = EQUATIONS[name]
     grid = equation.grid()
     right = equation.reference(grid)
@@ -466,20 +456,12 @@ def _maps(name: EquationName, made: dict[str, Array]) -> Figure:
 
 
 def _colour(model: str) -> str:
-    from torchimplicit.recipes.runtime.page import COLOURS
-
     return COLOURS[list(MODELS).index(model)]
 
 
-TABLE = Published(
+TABLE = table.published(
+    globals(),
     title="Physics-informed equilibrium models beside plain networks",
     source="Pacheco and Camponogara 2024 (arXiv 2406.03472): the Van der Pol oscillator. Raissi et al. 2019: plain "
     "networks. The other equations are further tests.",
-    jobs=jobs,
-    figures=figures,
-    protocol=protocol,
-    sheets=sheets,
-    claims=claims,
-    notes=notes,
-    drawings=drawings,
 )

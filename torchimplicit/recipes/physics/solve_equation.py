@@ -4,30 +4,104 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from rich.console import Console
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
-from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.physics_informed import EquilibriumField, Field, NetworkField
-from torchimplicit.recipes.physics.equations import EQUATIONS, Condition, Equation
-from torchimplicit.recipes.physics.settings import PhysicsConfig
+from torchimplicit.recipes.physics.equations import EQUATIONS, Condition, Equation, EquationName
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.fitting import read_checkpoint
 from torchimplicit.recipes.runtime.optimize import Array, Budget, Clock, Enough, Keeper
 from torchimplicit.recipes.runtime.optimize import run as optimize
 from torchimplicit.recipes.runtime.page import COLOURS, Section, axes, document, saved, styled
-from torchimplicit.recipes.runtime.run import Environment, Run, threads
-from torchimplicit.recipes.runtime.settings import from_plain
+from torchimplicit.recipes.runtime.run import Environment, Run, quietly, threads
+from torchimplicit.recipes.runtime.settings import OptimizerName, from_plain, not_negative, positive
 from torchimplicit.recipes.runtime.table import Column, Drawing, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhysicsConfig:
+    """Solve a differential equation by an equilibrium model, or by a plain network, from the equation alone."""
+
+    equation: EquationName = "van-der-pol"
+    """Which equation."""
+
+    model: Literal["equilibrium", "network"] = "equilibrium"
+    """z = tanh(Ax + Bz + b) with a linear head, or a perceptron with tanh."""
+
+    states: int = 20
+    """Of the equilibrium."""
+
+    width: int = 20
+    """Of the network's hidden layers."""
+
+    depth: int = 2
+    """How many hidden layers."""
+
+    points: int = 50
+    """Collocation points at which the equation is asked for."""
+
+    optimizer: OptimizerName = "least-squares"
+    """A trust-region Gauss–Newton method with exact Jacobians, L-BFGS (both SciPy's), or Adam with a cosine."""
+
+    iterations: int = 100
+    """Of the optimizer, at most."""
+
+    seconds: float | None = None
+    """Stop the optimizer after so much of the processor's time, measuring errors not counted."""
+
+    learning_rate: float = 1e-2
+    """Adam's peak."""
+
+    error_every: int = 5
+    """Iterations between two measurements of the error on the grid; with --seconds, they are spread over the time."""
+
+    page: bool = True
+    """Draw figures and a page at the end."""
+
+    seed: int = 0
+    """Of the initial weights and the collocation points."""
+
+    threads: int = 1
+    """CPU threads; 0 leaves the number to PyTorch."""
+
+    def __post_init__(self) -> None:
+        positive(self, "states", "width", "depth", "points", "iterations", "learning_rate", "error_every", "seconds")
+        not_negative(self, "seed", "threads")
+        if self.points < 2:
+            raise UserError(f"--points must be at least 2, and it is {self.points}")
+
+
+def van_der_pol() -> PhysicsConfig:
+    """The oscillator of Pacheco's thesis, seconds on one core."""
+    return PhysicsConfig(equation="van-der-pol")
+
+
+def four_tanks() -> PhysicsConfig:
+    """The four-tank process, seconds on one core."""
+    return PhysicsConfig(equation="four-tanks")
+
+
+def burgers() -> PhysicsConfig:
+    """Burgers' equation, with second derivatives in space: half a minute on one core."""
+    return PhysicsConfig(equation="burgers", points=300)
+
+
+def helmholtz() -> PhysicsConfig:
+    """Helmholtz' equation on the square: half a minute on one core."""
+    return PhysicsConfig(equation="helmholtz", points=300)
+
 
 # -- What is measured while a field is trained, and what comes out -----------------------------------------------------
 
@@ -327,8 +401,7 @@ def train(config: PhysicsConfig, run: Run, console: Console) -> bool:
         f"{config.optimizer}; Ctrl-C stops and keeps what is done.",
         highlight=False,
     )
-    with _threads(config.threads), warnings.catch_warnings(), keeper:
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the share that is not converged is recorded
+    with _threads(config.threads), quietly(), keeper:
         if keeper.spent < 1:
             try:
                 optimize(problem, config.optimizer, config.learning_rate, keeper.spent, keeper.step)
@@ -352,8 +425,7 @@ def evaluate(config: PhysicsConfig, run: Run, console: Console) -> None:
         raise UserError(f"{run.checkpoint} does not exist: nothing was trained yet; 'resume' the run first")
     history = _resumed(made, run)
     problem = LeastSquares(made, equation.conditions(config.points, config.seed))
-    with _threads(config.threads), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with _threads(config.threads), quietly():
         results = _results(config, equation, problem, history, "complete")
         if config.page:
             write_report(results, equation, made, run)
@@ -377,6 +449,8 @@ def restored(config: PhysicsConfig, run: Run) -> Field:
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     """PyTorch's threads, and those of SciPy's linear algebra."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
     with threads(count), threadpool_limits(count or None):
         yield
 
@@ -385,6 +459,8 @@ def _resumed(made: Field, run: Run) -> History:
     """What the checkpoint knows; its weights go into the field."""
     if not run.checkpoint.is_file():
         return History()
+    from torchimplicit.recipes.runtime.fitting import read_checkpoint
+
     read = read_checkpoint(run.checkpoint)
     try:
         made.load_state_dict(read["weights"])

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import struct
-import warnings
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from torchimplicit.recipes.representations.fit import (
@@ -20,17 +18,78 @@ from torchimplicit.recipes.representations.fit import (
     FieldTask,
     Grid,
     Parts,
+    Representation,
     SignalToNoise,
     chunk_points,
     decibels,
+    full_batch,
+    truncated,
     write_page,
 )
-from torchimplicit.recipes.representations.settings import HIGHEST_RATE, LOWEST_RATE, SoundConfig, SoundName
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import replacing
-from torchimplicit.recipes.runtime.page import COLOURS, save_figure, styled
+from torchimplicit.recipes.runtime.page import COLOURS, canvas, save_figure, styled
 from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, not_negative, positive
 from torchimplicit.recipes.runtime.trainer import Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+SoundName = Literal["melody", "vowels"]
+
+LOWEST_RATE = 100
+HIGHEST_RATE = 384_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoundConfig:
+    """A field fitted to a sound."""
+
+    file: Path | None = None
+    """Your own sound: WAV, FLAC, Ogg, MP3 or what else libsndfile reads, of up to eight channels."""
+
+    sound: SoundName = "melody"
+    """Where --file is not given: a sound that is synthesized on the spot, of plucked notes or of sung vowels."""
+
+    start: float = 0.0
+    """Where in a file the excerpt begins, in seconds."""
+
+    seconds: float | None = 3.0
+    """Of the excerpt; None takes all that follows."""
+
+    rate: int = 8000
+    """Samples a second; a file of a higher rate is reduced to it."""
+
+    mono: bool = False
+    """Average the channels. Otherwise the field has a value for each."""
+
+    export_size: int | None = None
+    """Also sample the field so many times a second: into export.wav."""
+
+    representation: Representation = field(default_factory=Representation)
+    optimization: Optimization = field(default_factory=Optimization)
+    equilibria: Equilibria = field(default_factory=Equilibria)
+    machine: Machine = field(default_factory=Machine)
+
+    def __post_init__(self) -> None:
+        positive(self, "seconds", "rate", "export_size")
+        not_negative(self, "start")
+        if self.file is None and self.seconds is None:
+            raise UserError("--seconds None takes all of a file, and there is none; add --file sound.wav")
+        for name, value in (("--rate", self.rate), ("--export-size", self.export_size)):
+            if value is not None and not LOWEST_RATE <= value <= HIGHEST_RATE:
+                raise UserError(f"{name} {value} must lie in [{LOWEST_RATE}, {HIGHEST_RATE}] samples a second")
+
+
+def audio() -> SoundConfig:
+    """Three seconds at 8 kHz, a few minutes on one core. The paper's: --seconds None --rate 44100 --width 256
+    --steps 3000, on the seven seconds of its file."""
+    return SoundConfig(optimization=full_batch(1000, 100), equilibria=truncated())
+
 
 # -- Sounds made on the spot, by adding up harmonics -------------------------------------------------------------------
 
@@ -89,7 +148,7 @@ def _vowels(time: Waveform, seconds: float, rate: int) -> Waveform:
     return total * fade
 
 
-# -- Sounds from WAV files, and back -----------------------------------------------------------------------------------
+# -- Sounds from files, and back ---------------------------------------------------------------------------------------
 
 
 MOST_SAMPLES = 1 << 23
@@ -102,20 +161,6 @@ LEAST_SAMPLES = 64
 """Below it there is nothing to fit."""
 
 MOST_CHANNELS = 8
-
-KINDS = {
-    b"ID3": "an MP3",
-    b"\xff\xfb": "an MP3",
-    b"\xff\xf3": "an MP3",
-    b"OggS": "an Ogg",
-    b"fLaC": "a FLAC",
-    b"FORM": "an AIFF",
-}
-"""What other sound files begin with."""
-
-
-DAMAGED = (OSError, ValueError, EOFError, ArithmeticError, struct.error, TypeError, LookupError, NameError, MemoryError)
-"""What SciPy's reader raises for files whose headers make no sense."""
 
 
 @dataclass(frozen=True)
@@ -157,34 +202,41 @@ def sound_of(config: SoundConfig) -> Sound:
 
 
 def read_file(path: Path, start: float, seconds: float | None, rate: int, mono: bool) -> Sound:
-    """An excerpt of a WAV file, at ``rate`` at most.
+    """An excerpt of a sound file, at ``rate`` at most.
 
     Raises:
         UserError: as above.
     """
-    own, raw, notes = _opened(path)
-    if raw.shape[0] == 0:
-        raise UserError(f"{path} holds no samples")
-    if not 0 < own <= 10 * HIGHEST_RATE:
-        raise UserError(f"{path} says it has {own} samples a second; the file may be damaged")
-    length = raw.shape[0] / own
-    if start >= length:
-        raise UserError(f"--start {start:g} is past the end of {path}, which lasts {length:.3g} s")
-    first = int(start * own)
-    last = raw.shape[0] if seconds is None else min(raw.shape[0], first + round(seconds * own))
-    _check_length(path.name, (last - first) * min(1.0, rate / own))
-    if (last - first) * raw.shape[1] > MOST_VALUES:
-        raise UserError(f"{path} is too large; give a shorter --seconds")
-    values = _scaled(np.asarray(raw[first:last]))
+    import soundfile
+
+    if not path.is_file():
+        what = "is a folder; give a WAV file" if path.is_dir() else "does not exist"
+        raise UserError(f"--file {path} {what}")
+    try:
+        with soundfile.SoundFile(path) as file:
+            own, count, channels = file.samplerate, file.frames, file.channels
+            short = re.search(r"^data : \d+ \(should be", file.extra_info, re.MULTILINE)
+            notes = ["the file is cut short: what there is of it"] if short else []
+            first, last = _excerpt(path, own, count, start, seconds)
+            _check_length(path.name, (last - first) * min(1.0, rate / own))
+            if (last - first) * channels > MOST_VALUES:
+                raise UserError(f"{path} is too large; give a shorter --seconds")
+            file.seek(first)
+            values = file.read(last - first, dtype="float64", always_2d=True)
+    except (soundfile.SoundFileError, OSError, ValueError, MemoryError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); it is damaged, or no sound file that libsndfile knows, such as WAV, "
+            f"FLAC, Ogg and MP3; convert it, for instance with: ffmpeg -i {path.name} {path.stem}.wav"
+        ) from None
     if not np.isfinite(values).all():
         raise UserError(f"{path} holds NaN or infinity")
-    if first > 0 or last < raw.shape[0]:
-        notes.append(f"from {first / own:.3g} s to {last / own:.3g} s of {length:.3g} s")
-    if mono and values.shape[1] > 1:
-        notes.append(f"the mean of {values.shape[1]} channels")
+    if first > 0 or last < count:
+        notes.append(f"from {first / own:.3g} s to {last / own:.3g} s of {count / own:.3g} s")
+    if mono and channels > 1:
+        notes.append(f"the mean of {channels} channels")
         values = values.mean(axis=1, keepdims=True)
     if values.shape[1] > MOST_CHANNELS:
-        raise UserError(f"{path} has {values.shape[1]} channels, and {MOST_CHANNELS} at most are fitted; add --mono")
+        raise UserError(f"{path} has {channels} channels, and {MOST_CHANNELS} at most are fitted; add --mono")
     if rate < own:
         from scipy.signal import resample_poly
 
@@ -202,12 +254,24 @@ def read_file(path: Path, start: float, seconds: float | None, rate: int, mono: 
     return Sound(path.name, samples, min(rate, own), min(peak, 1.0), tuple(notes))
 
 
+def _excerpt(path: Path, rate: int, count: int, start: float, seconds: float | None) -> tuple[int, int]:
+    """The first sample that is read, and the one after the last."""
+    if count == 0:
+        raise UserError(f"{path} holds no samples")
+    if not 0 < rate <= 10 * HIGHEST_RATE:
+        raise UserError(f"{path} says it has {rate} samples a second; the file may be damaged")
+    if start >= count / rate:
+        raise UserError(f"--start {start:g} is past the end of {path}, which lasts {count / rate:.3g} s")
+    first = int(start * rate)
+    return first, count if seconds is None else min(count, first + round(seconds * rate))
+
+
 def save(samples: Tensor, rate: int, path: Path) -> None:
     """Write int16 ``[samples, channels]`` as a WAV file, in one move."""
-    from scipy.io import wavfile
+    import soundfile
 
     with replacing(path) as draft:
-        wavfile.write(draft, rate, samples.numpy())
+        soundfile.write(draft, samples.numpy(), rate, format="WAV")
 
 
 def quantized(samples: Tensor) -> Tensor:
@@ -223,76 +287,6 @@ def _check_length(name: str, samples: float) -> None:
         )
 
 
-def _opened(path: Path) -> tuple[int, np.ndarray[Any, Any], list[str]]:
-    """The rate and the samples ``[samples, channels]`` as they are in the file, which is mapped where it can be."""
-    from scipy.io import wavfile
-
-    if path.is_dir():
-        raise UserError(f"--file {path} is a folder; give a WAV file")
-    if not path.is_file():
-        raise UserError(f"--file {path} does not exist")
-    notes: list[str] = []
-    try:
-        _check_kind(path)
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always", wavfile.WavFileWarning)
-            try:
-                rate, raw = wavfile.read(path, mmap=True)
-            except ValueError as error:
-                if "mmap" not in str(error):
-                    raise
-                if path.stat().st_size > 4 * MOST_VALUES:  # samples of three bytes, or fewer than promised
-                    raise UserError(f"{path} is too large for a file of its format; cut it first") from None
-                rate, raw = wavfile.read(path)
-        if any("prematurely" in str(one.message) for one in said) or _promises_more(path):
-            notes.append("the file is cut short: what there is of it")
-    except DAMAGED as error:
-        told = isinstance(error, OSError | ValueError)
-        reason = " ".join(str(error).split()).rstrip(".") if told else "its header makes no sense"
-        raise UserError(f"{path} cannot be read ({reason}); the file may be damaged, or compressed") from None
-    return int(rate), raw[:, None] if raw.ndim == 1 else raw, notes
-
-
-def _check_kind(path: Path) -> None:
-    with path.open("rb") as file:
-        head = file.read(12)
-    if not head:
-        raise UserError(f"{path} is empty")
-    if head[:4] in (b"RIFF", b"RIFX", b"RF64") and (head[8:] == b"WAVE" or len(head) < 12):
-        return
-    kind = next((name for start, name in KINDS.items() if head.startswith(start)), None)
-    if head[4:8] == b"ftyp":
-        kind = "an MPEG-4"
-    found = f"is {kind} file, and only WAV files are read" if kind else "is no WAV file"
-    raise UserError(f"{path} {found}; convert it, for instance with: ffmpeg -i {path.name} {path.stem}.wav")
-
-
-def _promises_more(path: Path) -> bool:
-    """Whether the samples of a WAV file should go on where it ends."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        form = file.read(4)
-        order = ">I" if form == b"RIFX" else "<I"
-        place = 12
-        while place + 8 <= size:
-            file.seek(place)
-            kind, length = file.read(4), struct.unpack(order, file.read(4))[0]
-            if kind == b"data":
-                return form != b"RF64" and place + 8 + length > size  # RF64 says the length elsewhere
-            place += 8 + length + length % 2
-    return False
-
-
-def _scaled(raw: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """From -1 to 1. Integers of fewer bits than their container fill it from the top."""
-    values = raw.astype(np.float64)
-    if raw.dtype.kind == "u":
-        return values / 128 - 1
-    if raw.dtype.kind == "i":
-        return values / 2.0 ** (8 * raw.dtype.itemsize - 1)
-    return values
-
-
 # -- Waveforms and spectrograms ----------------------------------------------------------------------------------------
 
 
@@ -304,7 +298,7 @@ def waveforms(truth: Tensor, values: Tensor, rate: int) -> Figure:
     """The sound and the error over all of it, and the sound and the field where it is loudest: first channel."""
     truth, values = truth[:, 0], values[:, 0]
     with styled():
-        figure = Figure(figsize=(9, 2.9), layout="constrained")
+        figure = canvas(9, 2.9)
         whole, close = figure.subplots(1, 2)
         for line, label, colour in ((truth, "sound", COLOURS[0]), (values - truth, "error", COLOURS[1])):
             time, low, high = _envelope(line, rate)
@@ -329,7 +323,7 @@ def spectrograms(lines: dict[str, Tensor], rate: int) -> Figure:
     powers = {name: _power(line[:, 0], window) for name, line in lines.items()}
     top = 10 * math.log10(max(float(next(iter(powers.values())).max()), 1e-20))
     with styled():
-        figure = Figure(figsize=(9, 2.9), layout="constrained")
+        figure = canvas(9, 2.9)
         several = figure.subplots(1, len(powers), sharey=True, squeeze=False)[0]
         for ax, (name, power) in zip(several, powers.items(), strict=True):
             shown = ax.imshow(

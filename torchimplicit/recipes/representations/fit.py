@@ -13,25 +13,143 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import log10, prod, sqrt
 from pathlib import Path
-from typing import Any, Protocol, cast, final
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, final
 
 import torch
-from matplotlib.figure import Figure
-from rich.console import Console
 from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.nn import functional
 
 from torchimplicit.models import MFN, SIREN, ImplicitMFN, ImplicitRepresentation, ImplicitSIREN
 from torchimplicit.nn import WarmStart
-from torchimplicit.recipes.representations.settings import FieldSettings, check_fit
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.fitting import load_weights
 from torchimplicit.recipes.runtime.page import Section, axes, document, media, saved, style, styled
-from torchimplicit.recipes.runtime.run import Run, device, threads
-from torchimplicit.recipes.runtime.table import Column, Drawing, Table
+from torchimplicit.recipes.runtime.run import Run, Runner, threads
+from torchimplicit.recipes.runtime.settings import Equilibria, Optimization, Trained, positive
+from torchimplicit.recipes.runtime.table import Cell, Drawing, Table, sheet, shown
 from torchimplicit.recipes.runtime.task import Metric, Shard, Split, Task, generator, gradient, solver
 from torchimplicit.recipes.runtime.trainer import Results, Trainer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console
+
+# -- The settings that every fit of a field has ------------------------------------------------------------------------
+
+
+FilterKind = Literal["siren", "fourier", "gabor"]
+FILTERS: tuple[FilterKind, ...] = ("siren", "fourier", "gabor")
+
+NAMES: dict[tuple[FilterKind, bool], str] = {
+    ("siren", True): "iSIREN",
+    ("siren", False): "SIREN",
+    ("fourier", True): "Fourier-iMFN",
+    ("fourier", False): "Fourier-MFN",
+    ("gabor", True): "Gabor-iMFN",
+    ("gabor", False): "Gabor-MFN",
+}
+"""Of a filter's implicit representation and of its explicit twin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Representation:
+    """The function that is fitted, and how much memory a step may take."""
+
+    filter: FilterKind = "fourier"
+    """siren: SIREN or iSIREN; fourier, gabor: multiplicative filter networks, or their implicit form."""
+
+    implicit: bool = True
+    """The fixed point of the cell. Otherwise its explicit twin of as many parameters, which applies the cell once."""
+
+    width: int = 128
+    """Of the state and the layers."""
+
+    depth: int = 1
+    """Layers of the cell."""
+
+    frequencies: float | None = None
+    """The scale of the frequencies; by default the recipe's, which grows with the signal's resolution."""
+
+    window_alpha: float = 3.0
+    """Of the Gabor filters' windows: a larger one makes them narrower."""
+
+    amortize: Literal["refresh", "solve", "off"] = "refresh"
+    """In training: carry the last state along by one evaluation a step; or solve from it; or solve from zero."""
+
+    memory_mb: int = 1024
+    """What the states, filters and gradients of a training step may take. Points beyond it go through in chunks, whose
+    gradients are added up: the step stays the same."""
+
+    def __post_init__(self) -> None:
+        positive(self, "width", "depth", "frequencies", "window_alpha", "memory_mb")
+
+
+class FieldSettings(Trained, Protocol):
+    """The config of a recipe that fits a field."""
+
+    @property
+    def representation(self) -> Representation:
+        """What is fitted."""
+
+
+def truncated(terms: int = 2) -> Equilibria:
+    """How amortized equilibria are trained (Huang et al. 2021): one evaluation a step from the last state, and the
+    Neumann series after ``terms`` of its terms; 2 are one product with the Jacobian."""
+    return Equilibria(
+        solver="anderson",
+        solver_steps=60,
+        tolerance=1e-3,
+        gradient="neumann-phantom",
+        phantom_steps=terms,
+        phantom_damping=1.0,
+        backward_tolerance=1e-3,
+        backward_steps=60,
+    )
+
+
+def full_batch(steps: int, validate_every: int, learning_rate: float = 1e-3) -> Optimization:
+    """All points in every step, by Adam at a constant rate, as the paper trains."""
+    return Optimization(
+        steps=steps,
+        batch_size=1 << 22,
+        optimizer="adam",
+        learning_rate=learning_rate,
+        schedule="constant",
+        validate_every=validate_every,
+    )
+
+
+def check_fit(config: FieldSettings) -> None:
+    """Raise where settings of several groups do not go together."""
+    chosen = config.representation
+    if not chosen.implicit:
+        return
+    name = config.equilibria.gradient
+    if chosen.amortize == "refresh" and name in ("unrolled-phantom", "unrolled"):
+        raise UserError(
+            f"--gradient {name} differentiates steps of a solve, and --amortize refresh takes none; use --amortize "
+            "solve, or --gradient neumann-phantom"
+        )
+    if chosen.amortize != "off" and name == "unrolled":
+        raise UserError("--gradient unrolled differentiates the steps of a solve from zero; add --amortize off")
+
+
+def check_slopes(config: FieldSettings) -> None:
+    """Raise where the settings cannot train by a loss that holds derivatives of the field: the weights' gradient is a
+    second derivative then, which estimators of the adjoint do not have, nor states that were carried along."""
+    chosen = config.representation
+    if not chosen.implicit:
+        return
+    if config.equilibria.gradient not in ("implicit", "unrolled"):
+        raise UserError(
+            f"--gradient {config.equilibria.gradient} has no exact second derivative, and the loss holds slopes of the "
+            "field; use --gradient implicit"
+        )
+    if chosen.amortize == "refresh":
+        raise UserError(
+            "--amortize refresh has no second derivative, and the loss holds slopes of the field; use --amortize solve"
+        )
+
 
 # -- The representation that settings describe -------------------------------------------------------------------------
 
@@ -298,7 +416,6 @@ class SignalToNoise:
 
     @property
     def metric(self) -> Metric:
-        """See :class:`Scoring`."""
         return Metric("PSNR", "dB", "max")
 
     def sums(self, values: Tensor, y: Tensor) -> Tensor:
@@ -379,12 +496,10 @@ class FieldTask(Task):
         )
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Tensor]:
-        """See :class:`~torchimplicit.recipes.runtime.task.Task`: a batch is places among the training points."""
         chosen = self.config.optimization
         return _Batches(len(self.parts.training), chosen.batch_size, chosen.seed, steps, shard)
 
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Tensor]:
-        """See :class:`~torchimplicit.recipes.runtime.task.Task`."""
         part = self.parts.validation if split == "validation" else self.parts.test
         return _Chunks(part[shard.rank :: shard.world], min(self.chunk, SAMPLED_AT_ONCE))
 
@@ -397,12 +512,10 @@ class FieldTask(Task):
         return self.criterion(lambda x: values_at(self.model, x, places), x, y)
 
     def score(self, batch: Tensor) -> Tensor:
-        """See :class:`Scoring`."""
         x, y = self.points.at(batch)
         return self.scoring.sums(self.model(x), y)
 
     def figures(self, sums: list[float]) -> dict[str, float]:
-        """See :class:`Scoring`."""
         return self.scoring.figures(sums)
 
     def begin(self) -> None:
@@ -515,44 +628,38 @@ def write_page(
     with styled():
         caption = f"The {task.metric.name} on the validation points along training."
         curves = saved([Drawing("curve", curve(results, task.metric), caption)], run)
-    shown = [*(media(path, caption, run.path) for path, caption in pictures), *curves]
-    sections = [Section(table=summary(results), notes=notes), Section(pictures=shown)]
+    pieces = [*(media(path, caption, run.path) for path, caption in pictures), *curves]
+    sections = [Section(table=summary(results), notes=notes), Section(pictures=pieces)]
     run.write_text("index.html", document(title, [task.describe()], sections))
 
 
 def summary(results: Results) -> Table:
     """The figures of the fit."""
-    costs, rows = results.costs, []
-    for name, found in (("Validation", results.best), ("Test", results.test)):
-        if found is not None:
-            rows.append(
-                [
-                    name,
-                    *(f"{value:.4g}" for value in found.figures.values()),
-                    str(found.step),
-                    f"{found.seconds:.1f}",
-                    f"{1e3 * costs.seconds:.1f}" if costs else "–",
-                    f"{costs.forward:.2f}" if costs else "–",
-                    f"{costs.backward:.2f}" if costs else "–",
-                ]
-            )
+    costs = results.costs
     names = list(results.test.figures) if results.test is not None else ["PSNR", "loss"]
-    columns = [
-        Column("Split"),
-        *(Column(name, "dB") if name in ("PSNR", "SNR") else Column(name.capitalize()) for name in names),
-        Column("At step", "", "The weights are those of the best validation."),
-        Column("Training", "s", "Until then."),
-        Column("Step", "ms", "Median: forward, backward and update."),
-        Column("Forward", "evaluations", "Of the cell in a step, mean."),
-        Column("Backward", "products", "With the cell's Jacobian in a step, mean."),
-    ]
-    return Table(columns, rows)
+    splits = [(name, one) for name, one in (("Validation", results.best), ("Test", results.test)) if one is not None]
+
+    def figure(name: str) -> Cell[Any]:
+        unit = "dB" if name in ("PSNR", "SNR") else ""
+        return Cell(name if unit else name.capitalize(), lambda split: f"{split[1].figures[name]:.4g}", unit)
+
+    return sheet("", splits, [
+        Cell[Any]("Split", lambda split: split[0]),
+        *(figure(name) for name in names),
+        Cell("At step", lambda split: str(split[1].step), "", "The weights are those of the best validation."),
+        Cell("Training", lambda split: f"{split[1].seconds:.1f}", "s", "Until then."),
+        Cell("Step", lambda _: shown(costs and 1e3 * costs.seconds, ".1f"), "ms",
+             "Median: forward, backward and update."),
+        Cell("Forward", lambda _: shown(costs and costs.forward, ".2f"), "evaluations", "Of the cell in a step, mean."),
+        Cell("Backward", lambda _: shown(costs and costs.backward, ".2f"), "products",
+             "With the cell's Jacobian in a step, mean."),
+    ]).table  # fmt: skip
 
 
 # -- The runner of every recipe that fits a field: training, and then a look at the best weights -----------------------
 
 
-class FieldRunner:
+class FieldRunner(Runner):
     """Trains as :class:`~torchimplicit.recipes.runtime.trainer.Trainer` does, then shows the fit.
 
     Args:
@@ -576,18 +683,15 @@ class FieldRunner:
         self._export = export
 
     def check(self, config: Any) -> None:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         self._trainer.check(config)
 
     def train(self, config: Any, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
         if not self._trainer.train(config, run, console):
             return False
         self._look(config, run, console)
         return True
 
     def evaluate(self, config: Any, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: the fit is shown again too."""
         self._trainer.evaluate(config, run, console)
         try:
             self._look(config, run, console)
@@ -595,7 +699,6 @@ class FieldRunner:
             raise UserError(f"{run} has no results yet ({error}); go on with: torchimplicit resume {run}") from None
 
     def export(self, config: Any, sizes: tuple[int, ...], run: Run, console: Console) -> Path:
-        """See :class:`~torchimplicit.recipes.runtime.run.Exporter`."""
         if self._export is None:
             raise UserError(f"{run} cannot be sampled at another size")
         if any(size < 1 for size in sizes):
@@ -606,11 +709,8 @@ class FieldRunner:
 
     def task(self, config: Any, run: Run) -> FieldTask:
         """The task with the weights of the run's best validation."""
-        module = self._trainer.module(config)
-        load_weights(module, run.best)
-        task = module.task.to(device(config.machine.device, config.machine.devices))
-        assert isinstance(task, FieldTask)
-        return task.eval()
+        task: FieldTask = self._trainer.best(config, run)
+        return task
 
     def _look(self, config: Any, run: Run, console: Console) -> None:
         with threads(config.machine.threads), console.status("Sampling the field"):

@@ -8,20 +8,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
-from torchimplicit.recipes.representations.settings import (
-    FILTERS,
-    NAMES,
-    FilterKind,
-    PictureConfig,
-    Representation,
-    full_batch,
-    generalization,
-    truncated,
-)
+from torchimplicit.recipes.representations.cost import FieldCostConfig
+from torchimplicit.recipes.representations.fit import FILTERS, NAMES, FilterKind, Representation, full_batch, truncated
+from torchimplicit.recipes.representations.image import PictureConfig, generalization
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.page import axes, canvas, style
 from torchimplicit.recipes.runtime.settings import Machine, known_rows, positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.runtime.step_cost import step_sheet
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
 
 if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
@@ -127,11 +122,6 @@ class GeneralizationConfig:
             raise UserError("--natural and --texts are both empty; name a picture")
 
 
-def default() -> GeneralizationConfig:
-    """On a CPU: four pictures of 64 pixels, models of width 64 and 128."""
-    return GeneralizationConfig()
-
-
 @dataclass(frozen=True)
 class Subject:
     """A picture to fit."""
@@ -190,8 +180,6 @@ def training(config: GeneralizationConfig, row: Row, subject: Subject, seed: int
 def jobs(config: GeneralizationConfig) -> list[Job]:
     """Seed by seed and picture by picture, so that all rows have seen the machine alike; full solves for the first seed
     and the first picture of a kind, and the costs after the first picture."""
-    from torchimplicit.recipes.representations.cost import FieldCostConfig
-
     known_rows(config.rows, (*ROWS, COST))
     pictures = subjects(config)
     firsts = [next((one for one in pictures if one.kind == kind), None) for kind in KINDS]
@@ -237,8 +225,6 @@ def seconds_of(runs: Runs, *rows: Row) -> list[float | None]:
 
 def sheets(config: GeneralizationConfig, runs: Runs) -> list[Sheet]:
     """The quality, the cost of a step, and the time to an explicit network's quality."""
-    from torchimplicit.recipes.representations.cost import step_sheet
-
     labels = labels_of(config)
     model = Cell[Row]("Model", lambda row: labels[row])
     quality = table.sheet("Pixels that were not given", OF_THE_TABLE, [
@@ -431,9 +417,6 @@ def notes(config: GeneralizationConfig, runs: Runs) -> list[str]:
 def drawings(config: GeneralizationConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
     """PSNR along training, and the first picture of each kind with what became of it."""
     import matplotlib.image
-    from matplotlib.figure import Figure
-
-    from torchimplicit.recipes.runtime.page import axes, style
 
     labels, seed = labels_of(config), config.plan.first_seed
     shown = (("1L", True), ("1L", False), ("1L-wide", False), ("4L", False))
@@ -461,7 +444,7 @@ def drawings(config: GeneralizationConfig, runs: Runs, folders: Mapping[str, Run
     files = [[folders[line.name].path / "figures" for line in each] for each in lines]
     if not lines or not all((file / "reconstruction.png").is_file() for each in files for file in each):
         return made
-    figure = Figure(figsize=(2.1 * (len(rows) + 1), 2.25 * len(lines)), layout="constrained")
+    figure = canvas(2.1 * (len(rows) + 1), 2.25 * len(lines))
     for axs, each, own in zip(figure.subplots(len(lines), len(rows) + 1, squeeze=False), lines, files, strict=True):
         titles = ["picture\n"] + [
             labels[line["row"]] + (f"\n{line['test.PSNR']:.1f} dB" if line["test"] else "\n") for line in each
@@ -482,15 +465,10 @@ def drawings(config: GeneralizationConfig, runs: Runs, folders: Mapping[str, Run
     ]
 
 
-TABLE = Published(
+TABLE = table.published(
+    globals(),
     title="Pictures from a quarter of their pixels: implicit and explicit representations",
     source="Huang, Bai and Kolter 2021, (Implicit)²: Implicit Layers for Implicit Representations (NeurIPS 2021), "
     "the table of image generalization",
-    jobs=jobs,
     figures=table.by_name(cost=table.read("costs.json")),
-    protocol=protocol,
-    sheets=sheets,
-    claims=claims,
-    notes=notes,
-    drawings=drawings,
 )

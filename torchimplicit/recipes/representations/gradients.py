@@ -9,11 +9,14 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from torchimplicit.recipes.representations import generalization
-from torchimplicit.recipes.representations.settings import FILTERS, NAMES, FilterKind, PictureConfig, truncated
+from torchimplicit.recipes.representations.cost import FieldCostConfig
+from torchimplicit.recipes.representations.fit import FILTERS, NAMES, FilterKind, truncated
+from torchimplicit.recipes.representations.image import PictureConfig
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.page import axes, style
 from torchimplicit.recipes.runtime.settings import Machine, positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
 
 if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
@@ -77,11 +80,6 @@ class GradientsConfig:
             raise UserError(f"--products must be different numbers from 0 on, and they are {self.products}")
 
 
-def default() -> GradientsConfig:
-    """On a CPU: two pictures of 64 pixels."""
-    return GradientsConfig()
-
-
 def rows(config: GradientsConfig, name: FilterKind) -> list[Row]:
     """All T of a filter, in order, and the converged adjoint."""
     return [Row(filter=name, products=products) for products in (*sorted(config.products), None)]
@@ -111,8 +109,6 @@ def training(config: GradientsConfig, row: Row, subject: generalization.Subject,
 
 def jobs(config: GradientsConfig) -> list[Job]:
     """Seed by seed and picture by picture; the costs after the first picture."""
-    from torchimplicit.recipes.representations.cost import FieldCostConfig
-
     made: list[Job] = []
     for seed in config.plan.all_seeds:
         for subject in subjects(config):
@@ -216,8 +212,6 @@ def notes(config: GradientsConfig, runs: Runs) -> list[str]:
 
 def drawings(config: GradientsConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
     """PSNR, and how far the gradient points from the exact one."""
-    from torchimplicit.recipes.runtime.page import axes, style
-
     if not any(line.key for line in runs):
         return []
     cost = runs.named(COST)
@@ -245,15 +239,10 @@ def drawings(config: GradientsConfig, runs: Runs, folders: Mapping[str, Run]) ->
     ]
 
 
-TABLE = Published(
+TABLE = table.published(
+    globals(),
     title="How far the backward pass must go: PSNR over the products in it",
     source="Huang, Bai and Kolter 2021, (Implicit)²: Implicit Layers for Implicit Representations (NeurIPS 2021), "
     "figure 4",
-    jobs=jobs,
     figures=table.by_name(cost=table.read("costs.json")),
-    protocol=protocol,
-    sheets=sheets,
-    claims=claims,
-    notes=notes,
-    drawings=drawings,
 )

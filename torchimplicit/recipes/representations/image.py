@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
@@ -19,16 +18,76 @@ from torchimplicit.recipes.representations.fit import (
     FieldTask,
     Grid,
     Parts,
+    Representation,
     decibels,
     every_other,
+    full_batch,
+    truncated,
     write_page,
 )
-from torchimplicit.recipes.representations.settings import LONGEST_EXPORT, PictureConfig
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import replacing
 from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, not_negative, positive
 from torchimplicit.recipes.runtime.task import generator
 from torchimplicit.recipes.runtime.trainer import Results
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+LARGEST_PICTURE = 2048
+LONGEST_EXPORT = 16 * LARGEST_PICTURE
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureConfig:
+    """A field fitted to a picture."""
+
+    file: Path | None = None
+    """Your own picture: PNG, JPEG, TIFF and others."""
+
+    picture: str = "camera"
+    """Where --file is not given: a picture of scikit-image (astronaut, camera, chelsea, coffee, moon, page, ...), or a
+    text that is drawn (text-0 to text-3)."""
+
+    size: int = 128
+    """Pixels of the longest side; a larger picture is reduced to it."""
+
+    held_out: Literal["none", "grid", "random"] = "none"
+    """none: all pixels are fitted. grid, random: a quarter is fitted, one is for validation and one for the test: every
+    other pixel of every other row, or pixels drawn at random."""
+
+    split_seed: int = 0
+    """Which pixels are drawn."""
+
+    export_size: int | None = None
+    """Also sample the field so large, in pixels of the longest side: into export.png."""
+
+    representation: Representation = field(default_factory=Representation)
+    optimization: Optimization = field(default_factory=Optimization)
+    equilibria: Equilibria = field(default_factory=Equilibria)
+    machine: Machine = field(default_factory=Machine)
+
+    def __post_init__(self) -> None:
+        positive(self, "size", "export_size")
+        not_negative(self, "split_seed")
+        if self.size > LARGEST_PICTURE:
+            raise UserError(
+                f"--size {self.size} is more than {LARGEST_PICTURE}; a field of so many pixels is not practical"
+            )
+        if self.export_size is not None and self.export_size > LONGEST_EXPORT:
+            raise UserError(f"--export-size {self.export_size} is more than {LONGEST_EXPORT}")
+
+
+def image() -> PictureConfig:
+    """A picture of 128 pixels, a few minutes on one core. The paper's: --size 512 --width 256 --steps 5000."""
+    return PictureConfig(optimization=full_batch(600, 100), equilibria=truncated())
+
+
+def generalization() -> PictureConfig:
+    """A quarter of a picture's pixels, a minute on one core. The paper's: --size 512 --width 256 --steps 2000."""
+    return PictureConfig(held_out="grid", optimization=full_batch(600, 50), equilibria=truncated())
+
 
 # -- Passages that are drawn as pictures of text -----------------------------------------------------------------------
 
@@ -276,6 +335,8 @@ def export_sizes(sizes: tuple[int, ...], longest: int) -> tuple[int, int]:
 def error_map(values: Tensor, truth: Tensor) -> Tensor:
     """The absolute error, from 0 to a quarter of the range, in colours: uint8 ``[height, width, 3]``."""
     size = ((values.clamp(-1, 1) - truth).abs().mean(-1) / 0.5).clamp(0, 1)
+    import matplotlib
+
     colours = matplotlib.colormaps["magma"](size.numpy())[:, :, :3]
     return torch.from_numpy((colours * 255).round()).to(torch.uint8)
 

@@ -10,10 +10,8 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import matplotlib
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -241,6 +239,8 @@ class MeshTree:
     """
 
     def __init__(self, mesh: Mesh):
+        from scipy.spatial import cKDTree
+
         corners = mesh.corners
         count = len(corners)
         depth = max(0, math.ceil(math.log2(count / LEAF)))
@@ -773,4 +773,6 @@ def _seen(mesh: Mesh, fine: int, eye: Tensor, reach: float) -> tuple[Tensor, Ten
 
 def heat(values: Tensor, most: float) -> Tensor:
     """Values from 0 to ``most`` as colours ``[..., 3]`` from 0 to 1: dark is none."""
+    import matplotlib
+
     return torch.from_numpy(matplotlib.colormaps["viridis"](np.clip(values.numpy() / most, 0, 1))[..., :3])

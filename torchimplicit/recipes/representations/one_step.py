@@ -1,30 +1,28 @@
 """What the one-step estimate makes of a loss that holds slopes: wrong, and here to show how wrong.
 
-The library refuses it (:func:`torchimplicit.recipes.representations.settings.check_slopes`). A cell applied once more
+The library refuses it (:func:`torchimplicit.recipes.representations.fit.check_slopes`). A cell applied once more
 at its detached fixed point has a first derivative in the weights that is an estimate. As a function of the coordinates
 its slope leaves out that the fixed point moves with them, and the loss sees that slope.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
-from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models import ImplicitRepresentation
-from torchimplicit.recipes.representations.cost import FieldCost, Subject, in_turn
-from torchimplicit.recipes.representations.cost import table as cost_table
+from torchimplicit.recipes.representations.cost import Fit, costs_of_fits
 from torchimplicit.recipes.representations.fit import FieldRunner, FieldTask
-from torchimplicit.recipes.representations.settings import ShapeConfig
 from torchimplicit.recipes.representations.shape import RUNNER as SHAPES
-from torchimplicit.recipes.representations.shape import DistanceLoss, build, export, ready, show
+from torchimplicit.recipes.representations.shape import DistanceLoss, ShapeConfig, build, export, show
+from torchimplicit.recipes.representations.shape import ready as shape_ready
 from torchimplicit.recipes.representations.shapes import ShapesCostConfig
-from torchimplicit.recipes.runtime.run import Run, threads
+from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.step_cost import StepCost, step_table
+from torchimplicit.recipes.runtime.trainer import Measuring
 
 
 @final
@@ -58,7 +56,7 @@ def build_one_step(config: ShapeConfig) -> FieldTask:
     return task
 
 
-TRAINER = FieldRunner(build_one_step, show, ready, export)
+TRAINER = FieldRunner(build_one_step, show, shape_ready, export)
 
 
 @dataclass(frozen=True)
@@ -87,57 +85,27 @@ class ShapesCost:
         trained: the same after the steps of the measurement.
     """
 
-    costs: dict[str, FieldCost]
+    costs: dict[str, StepCost]
     begun: dict[str, Direction]
     trained: dict[str, Direction]
 
 
-class ShapesCostRunner:
-    """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-
-    def check(self, config: ShapesCostConfig) -> None:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-        for one in config.fits:
-            SHAPES.check(one)
-
-    def train(self, config: ShapesCostConfig, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-        self._measure(config, run, console, "costs.json")
-        return True
-
-    def evaluate(self, config: ShapesCostConfig, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-        self._measure(config, run, console, "evaluation.json")
-
-    def _measure(self, config: ShapesCostConfig, run: Run, console: Console, name: str) -> None:
-        found = measured(config)
-        run.write_json(name, found)
-        console.print(cost_table(found.costs).rich_rows())
-
-
-COSTS = ShapesCostRunner()
-
-
-def measured(config: ShapesCostConfig) -> ShapesCost:
+def measured(config: ShapesCostConfig, run: Run | None = None) -> ShapesCost:
     """All fits, in turn."""
-    with warnings.catch_warnings(), threads(config.fits[0].machine.threads):
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        subjects = [
-            Subject(name, one, build_one_step if estimate else build)
-            for name, one, estimate in zip(config.names, config.fits, config.one_step, strict=True)
-        ]
-        exact = {
-            subject.name: (subject, one)
-            for subject, one, estimate in zip(subjects, config.fits, config.one_step, strict=True)
-            if one.task == "sdf" and one.representation.implicit and not estimate
-        }
-        begun = {name: direction(*pair) for name, pair in exact.items()}
-        in_turn(subjects, config.warm_steps, config.rounds, 1)
-        trained = {name: direction(*pair) for name, pair in exact.items()}
-        return ShapesCost({subject.name: subject.cost() for subject in subjects}, begun, trained)
+    named = list(zip(config.names, config.fits, config.one_step, strict=True))
+    fits = {name: Fit(name, one, build_one_step if estimate else build) for name, one, estimate in named}
+    exact = {n: one for n, one, estimate in named if one.task == "sdf" and one.representation.implicit and not estimate}
+    begun = {name: direction(fits[name], one) for name, one in exact.items()}
+    directions: dict[str, Direction] = {}
+    costs = costs_of_fits(
+        list(fits.values()),
+        config,
+        lambda: directions.update({name: direction(fits[name], one) for name, one in exact.items()}),
+    )
+    return ShapesCost(costs, begun, directions)
 
 
-def direction(subject: Subject, config: ShapeConfig) -> Direction:
+def direction(subject: Fit, config: ShapeConfig) -> Direction:
     """The estimate's at the subject's present weights."""
     other = build_one_step(config).to(subject.where).train()
     assert isinstance(other.model, OneStepRepresentation)
@@ -163,3 +131,12 @@ def _gradient(task: Any, batch: Tensor) -> Tensor:
     grads = torch.autograd.grad(task.loss(batch), weights, allow_unused=True)
     pairs = zip(weights, grads, strict=True)
     return torch.cat([(torch.zeros_like(w) if g is None else g).flatten() for w, g in pairs]).double()
+
+
+def ready(config: ShapesCostConfig) -> None:
+    """Raise where one of the fits cannot be run."""
+    for one in config.fits:
+        SHAPES.check(one)
+
+
+COSTS = Measuring(measure=measured, ready=ready, name="costs.json", show=lambda found: step_table(found.costs))

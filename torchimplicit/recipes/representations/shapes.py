@@ -8,19 +8,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.representations.settings import (
-    FILTERS,
-    LONGEST,
-    NAMES,
-    FilterKind,
-    Representation,
-    ShapeConfig,
-    adam,
-)
-from torchimplicit.recipes.representations.settings import shape as one_shape
+from torchimplicit.recipes.representations.fit import FILTERS, NAMES, FilterKind, Representation
+from torchimplicit.recipes.representations.shape import LONGEST, ShapeConfig, adam
+from torchimplicit.recipes.representations.shape import shape as one_shape
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.page import axes, canvas, style
 from torchimplicit.recipes.runtime.settings import Machine, known_rows, positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.runtime.step_cost import step_sheet
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
 
 if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
@@ -132,11 +127,6 @@ class ShapesCostConfig:
         positive(self, "warm_steps", "rounds")
 
 
-def default() -> ShapesConfig:
-    """On a CPU: a knot by models of width 64."""
-    return ShapesConfig()
-
-
 def costs() -> ShapesCostConfig:
     """Of nothing: the table fills it in."""
     return ShapesCostConfig()
@@ -213,25 +203,20 @@ def tested(runs: Runs) -> Runs:
 
 def sheets(config: ShapesConfig, runs: Runs) -> list[Sheet]:
     """The quality of both tasks, the cost of a step, and where the one-step estimate points."""
-    from torchimplicit.recipes.representations.cost import step_sheet
-
     whole = tested(runs)
-
-    def told(path: str, digits: int, scale: float = 1.0) -> Any:
-        return lambda row: table.spread(whole.of(row, path), digits, scale)
 
     cells = [
         Cell[Row]("Model", lambda row: row.label),
         Cell("Parameters", lambda row: str((runs.of(row, "parameters") or [table.NONE])[0])),
-        Cell("IoU", told("test.IoU", 2, 100), "%",
+        Cell("IoU", whole.told("test.IoU", 2, 100), "%",
              "Of the insides, on test points anywhere in the box, at the weights of the best validation."),
-        Cell("Near", told("test.IoU near", 2, 100), "%", "The same on test points near the surface."),
-        Cell("Error", told("test.loss", 3, 100 / LONGEST), "%", "Mean absolute error of the distance."),
-        Cell("Chamfer", told("surface.chamfer", 3, 100), "%",
+        Cell("Near", whole.told("test.IoU near", 2, 100), "%", "The same on test points near the surface."),
+        Cell("Error", whole.told("test.loss", 3, 100 / LONGEST), "%", "Mean absolute error of the distance."),
+        Cell("Chamfer", whole.told("surface.chamfer", 3, 100), "%",
              "Mean distance from the surface by marching cubes to the mesh and back, over two. Lengths are shares of "
              "the mesh's longest side."),
-        Cell("Normals", told("surface.normals", 4), "", "Mean absolute cosine between normals of nearest points, both "
-             "ways."),
+        Cell("Normals", whole.told("surface.normals", 4), "",
+             "Mean absolute cosine between normals of nearest points, both ways."),
         Cell("At step", lambda row: table.mean(runs.of(row, "best.step"), ".0f"), "", "Of the best validation, mean."),
     ]  # fmt: skip
     made = []
@@ -372,7 +357,7 @@ def notes(config: ShapesConfig, runs: Runs) -> list[str]:
     without = [f"{line['row'].name}, seed {line['seed']}" for line in runs if line["surface"] == {}]
     if without:
         made.append(f"Without a surface: {', '.join(without)}.")
-    return [*made, *table.diverged(runs, lambda line: f"{line['row'].name}, seed {line['seed']}")]
+    return [*made, *table.diverged(runs)]
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -380,8 +365,6 @@ def notes(config: ShapesConfig, runs: Runs) -> list[str]:
 
 def drawings(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
     """Training, and the surfaces."""
-    from torchimplicit.recipes.runtime.page import axes, style
-
     if not any(line.key for line in runs):
         return []
     figure, panels = axes(2, width=5.4, height=3.8)
@@ -409,7 +392,6 @@ def drawings(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run]) -> li
 def surfaces(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run], task: TaskKind) -> list[Drawing]:
     """The truth and what each model makes of it, with the distance as colour."""
     import matplotlib.image
-    from matplotlib.figure import Figure
 
     lines = {line["row"]: line for line in runs.where(seed=config.plan.first_seed) if line["row"].task == task}
     if not lines:
@@ -423,7 +405,7 @@ def surfaces(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run], task:
         return picture[:, : picture.shape[1] // 2]
 
     kinds = [kind for kind in DASHES if any(row.kind == kind for row in lines)]
-    figure = Figure(figsize=(2.2 * (len(FILTERS) + 1), 2.5 * len(kinds)), layout="constrained")
+    figure = canvas(2.2 * (len(FILTERS) + 1), 2.5 * len(kinds))
     grid = figure.subplots(len(kinds), len(FILTERS) + 1, squeeze=False)
     for ax in grid.flat:
         ax.set_axis_off()
@@ -449,15 +431,9 @@ def surfaces(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run], task:
     return [Drawing("occupancy" if task == "occupancy" else "distance", figure, caption)]
 
 
-TABLE = Published(
+TABLE = table.published(
+    globals(),
     title="A mesh: implicit and explicit representations, and exact slopes",
     source="Huang, Bai and Kolter 2021, (Implicit)²: Implicit Layers for Implicit Representations (NeurIPS 2021): "
     "occupancy of 3D shapes; the signed distances, and the gradients compared on them, are ours",
-    jobs=jobs,
-    figures=figures,
-    protocol=protocol,
-    sheets=sheets,
-    claims=claims,
-    notes=notes,
-    drawings=drawings,
 )

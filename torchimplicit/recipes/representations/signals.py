@@ -8,20 +8,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
-from torchimplicit.recipes.representations.settings import (
-    FILTERS,
-    NAMES,
-    FilterKind,
-    Representation,
-    SoundConfig,
-    VideoConfig,
-    audio,
-    full_batch,
-    video,
-)
+from torchimplicit.recipes.representations.audio import SoundConfig, audio
+from torchimplicit.recipes.representations.cost import FieldCostConfig
+from torchimplicit.recipes.representations.fit import FILTERS, NAMES, FilterKind, Representation, full_batch
+from torchimplicit.recipes.representations.video import VideoConfig, video
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.page import axes, style
 from torchimplicit.recipes.runtime.settings import Machine, known_rows, positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.runtime.step_cost import step_sheet
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,11 +112,6 @@ class SignalsConfig:
         positive(self, "sound_seconds", "sound_rate", "video_frames", "video_size", "width", "steps")
 
 
-def default() -> SignalsConfig:
-    """On a CPU: two seconds at 8 kHz and ten frames of 48 pixels, models of width 64."""
-    return SignalsConfig()
-
-
 def training(config: SignalsConfig, row: Row, seed: int) -> SoundConfig | VideoConfig:
     """The settings of one run."""
     paper = config.plan.scale == "paper"
@@ -156,8 +146,6 @@ def training(config: SignalsConfig, row: Row, seed: int) -> SoundConfig | VideoC
 
 def jobs(config: SignalsConfig) -> list[Job]:
     """Seed by seed, so that all rows have seen the machine alike, and the costs after the first seed."""
-    from torchimplicit.recipes.representations.cost import FieldCostConfig
-
     known_rows(config.rows, (*ROWS, COST))
     made: list[Job] = []
     for seed in config.plan.all_seeds:
@@ -184,7 +172,6 @@ def jobs(config: SignalsConfig) -> list[Job]:
 
 def sheets(config: SignalsConfig, runs: Runs) -> list[Sheet]:
     """The quality of each signal, and the cost of a step."""
-    from torchimplicit.recipes.representations.cost import step_sheet
 
     def evaluations(row: Row) -> str:
         seen = runs.of(row, "costs.forward")
@@ -193,9 +180,9 @@ def sheets(config: SignalsConfig, runs: Runs) -> list[Sheet]:
     cells = [
         Cell[Row]("Model", lambda row: row.label),
         Cell("Parameters", lambda row: str((runs.of(row, "parameters") or [table.NONE])[0])),
-        Cell("PSNR", lambda row: table.spread(runs.of(row, "test.PSNR"), 2), "dB",
+        Cell("PSNR", runs.told("test.PSNR", 2), "dB",
              "Of all points, at the weights of the best validation: mean ± deviation over the seeds."),
-        Cell("SNR", lambda row: table.spread(runs.of(row, "test.SNR"), 2), "dB",
+        Cell("SNR", runs.told("test.SNR", 2), "dB",
              "Of the error beside the sound's own power."),
         Cell("Published", lambda row: f"{PUBLISHED_VIDEO[row.filter, row.implicit]:.2f}", "dB",
              "At width 1024, on another video at another size."),
@@ -298,7 +285,7 @@ def notes(config: SignalsConfig, runs: Runs) -> list[str]:
     return [
         *made,
         *table.still_rising(runs),
-        *table.diverged(runs, lambda line: f"{line['row'].name}, seed {line['seed']}"),
+        *table.diverged(runs),
     ]
 
 
@@ -312,7 +299,6 @@ def drawings(config: SignalsConfig, runs: Runs, folders: Mapping[str, Run]) -> l
     from torchimplicit.recipes.representations.image import quantized
     from torchimplicit.recipes.representations.video import RUNNER as VIDEOS
     from torchimplicit.recipes.representations.video import clip, strip
-    from torchimplicit.recipes.runtime.page import axes, style
 
     if not any(line.key for line in runs):
         return []
@@ -356,15 +342,10 @@ def drawings(config: SignalsConfig, runs: Runs, folders: Mapping[str, Run]) -> l
     return made
 
 
-TABLE = Published(
+TABLE = table.published(
+    globals(),
     title="A sound and a video: implicit and explicit representations",
     source="Huang, Bai and Kolter 2021, (Implicit)²: Implicit Layers for Implicit Representations (NeurIPS 2021): "
     "fits of audio and of video",
-    jobs=jobs,
     figures=table.by_name(cost=table.read("costs.json")),
-    protocol=protocol,
-    sheets=sheets,
-    claims=claims,
-    notes=notes,
-    drawings=drawings,
 )

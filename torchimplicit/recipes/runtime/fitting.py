@@ -28,7 +28,7 @@ from torchimplicit.recipes.runtime import files
 from torchimplicit.recipes.runtime.errors import DamagedFileError, UserError
 from torchimplicit.recipes.runtime.execution import note_signal
 from torchimplicit.recipes.runtime.files import no_larger, say_once
-from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.run import NOTED_EVERY, Run
 
 # -- Lightning's trainer as the recipes use it: logs, a checkpoint an epoch, a clean stop on Ctrl-C --------------------
 
@@ -243,10 +243,6 @@ def whole(checkpoint: Path) -> Path:
 
 
 # -- Training progress for people: a bar with the time left, or a line an epoch where there is no terminal -------------
-
-
-NOTED_EVERY = 2.0
-"""Seconds between two notes on disk."""
 
 
 class Counted(Protocol):

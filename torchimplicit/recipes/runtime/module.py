@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,51 +13,17 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import Unrolled
 from torchimplicit.nn import Equilibrium
 from torchimplicit.recipes.runtime.errors import DivergedError
+from torchimplicit.recipes.runtime.run import quietly
 from torchimplicit.recipes.runtime.settings import Equilibria, Optimization, Trained, from_plain, to_plain
 from torchimplicit.recipes.runtime.task import Costs, Shard, Stopwatch, Task, generator
+from torchimplicit.recipes.runtime.trainer import History, Validation
 from torchimplicit.regularizers import jacobian_frobenius
 from torchimplicit.solution import Solution
 from torchimplicit.solvers import FixedPointIteration
 from torchimplicit.state import detached
-
-
-@dataclass(frozen=True)
-class Validation:
-    """The validation split after some steps.
-
-    Attributes:
-        step: optimizer steps done.
-        seconds: spent in training steps until then.
-        figures: see :meth:`Task.figures`.
-        forward: evaluations of the cells a batch, in whole-batch equivalents.
-        unconverged: share of the samples whose solve stopped at its budget.
-    """
-
-    step: int
-    seconds: float
-    figures: dict[str, float]
-    forward: float
-    unconverged: float
-
-
-@dataclass
-class History:
-    """What is known of a training so far. It travels in the checkpoint.
-
-    Attributes:
-        steps: optimizer steps done.
-        seconds: spent in them: forward, backward and update, and nothing else.
-        best: the step of the best validation so far; ``None`` before the first.
-    """
-
-    steps: int = 0
-    seconds: float = 0.0
-    best: int | None = None
-    validations: list[Validation] = field(default_factory=list)
 
 
 class TrainingModule(LightningModule):
@@ -178,7 +142,7 @@ class TrainingModule(LightningModule):
 
     def training_step(self, batch: Any, index: int) -> Tensor:
         step = self.history.steps
-        with _quietly(), self._pretraining(step):
+        with quietly(), self._pretraining(step):
             penalized = self._penalized(step)
             seen: list[Solution] = []
             handles = [
@@ -261,7 +225,7 @@ class TrainingModule(LightningModule):
         self._held_out = Costs(self.layers, self.task)
 
     def validation_step(self, batch: Any, index: int) -> None:
-        with _quietly():
+        with quietly():
             sums = self.task.score(batch).double()
         self._sums = sums if self._sums is None else self._sums + sums
 
@@ -304,11 +268,3 @@ def rate_share(chosen: Optimization, step: int) -> float:
         turn = math.cos(math.pi * min(1.0, (step - chosen.warmup_steps) / left))
         return chosen.final_share + (1 - chosen.final_share) * 0.5 * (1 + turn)
     return chosen.decay ** sum(step >= milestone for milestone in chosen.milestones)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """The share of samples that did not converge is recorded, and not warned about at every step."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        yield

@@ -12,13 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import Progress
-from scipy.optimize import OptimizeResult, least_squares, minimize
 from torch import nn
 
 from torchimplicit.recipes.runtime.errors import DivergedError
-from torchimplicit.recipes.runtime.fitting import NOTED_EVERY
-from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.run import NOTED_EVERY, Run
 from torchimplicit.recipes.runtime.settings import OptimizerName, to_plain
 
 # -- What an optimizer is asked to lower, and for how long -------------------------------------------------------------
@@ -118,8 +115,10 @@ def gauss_newton(objective: Objective, start: Array, step: Step) -> None:
             )
         return found
 
-    def after(intermediate_result: OptimizeResult) -> None:
+    def after(intermediate_result: Any) -> None:
         step(intermediate_result.x, float(intermediate_result.cost))
+
+    from scipy.optimize import least_squares
 
     least_squares(
         residuals,
@@ -148,11 +147,12 @@ def l_bfgs(objective: Objective, start: Array, step: Step) -> None:
         loss, gradient = objective.loss_and_gradient(FIRST_STEP * scaled)
         return loss, FIRST_STEP * gradient
 
-    def after(intermediate_result: OptimizeResult) -> None:
+    def after(intermediate_result: Any) -> None:
         step(FIRST_STEP * intermediate_result.x, float(intermediate_result.fun))
 
-    start = start / FIRST_STEP
+    from scipy.optimize import minimize
 
+    start = start / FIRST_STEP
     reached = math.inf
     while True:
         found = minimize(
@@ -228,6 +228,8 @@ class Keeper:
         self.history, self.run = history, run
         self.interrupted = False
         self._reached: tuple[Array, float] | None = None
+        from rich.progress import Progress
+
         self._bar = Progress(console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task("Training", total=100, completed=self._percent())
         self._mark = FIRST

@@ -178,11 +178,16 @@ def styled() -> AbstractContextManager[None]:
     return matplotlib.style.context(STYLE)
 
 
-def axes(columns: int = 1, width: float = 6.0, height: float = 3.9) -> tuple[Figure, list[Axes]]:
-    """A figure with ``columns`` axes side by side, each ``width`` × ``height`` inches; no global state is touched."""
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure, ``width`` × ``height`` inches; no global state is touched."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(columns * width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def axes(columns: int = 1, width: float = 6.0, height: float = 3.9) -> tuple[Figure, list[Axes]]:
+    """A figure with ``columns`` axes side by side, each ``width`` × ``height`` inches."""
+    figure = canvas(columns * width, height)
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 

@@ -8,6 +8,7 @@ import platform
 import shlex
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, is_dataclass
@@ -21,6 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from torchimplicit import gradients, linear, models, solvers
+from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import Gradient
 from torchimplicit.linear import LinearSolver
 from torchimplicit.recipes.runtime import files
@@ -192,11 +194,22 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Solves that stop at their budget are recorded, and not warned about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
+
+
 # -- A run's directory: what it holds, and how one is made without touching another ------------------------------------
 
 
 RUNS = Path("runs")
 """Where runs go unless told otherwise, below the working directory: ``runs/<recipe>/<number>``."""
+
+NOTED_EVERY = 2.0
+"""Seconds between two notes of a run's progress on disk."""
 
 State = Literal["running", "interrupted", "complete", "diverged"]
 

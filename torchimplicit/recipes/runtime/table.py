@@ -285,6 +285,12 @@ class Line:
         return self.key[path] if path in self.key else look(self.figures, path)
 
     @property
+    def named(self) -> str:
+        """Its row and seed, for people."""
+        row = self["row"]
+        return f"{getattr(row, 'name', row)}, seed {self['seed']}"
+
+    @property
     def at_best(self) -> Mapping[str, Any] | None:
         """The validation by which the tested weights were selected."""
         step = self["best.step"]
@@ -331,6 +337,10 @@ class Runs(Sequence[Line]):
     def at_best(self, path: str) -> list[Any]:
         """A figure of the validations by which the tested weights were selected."""
         return [best[path] for line in self if (best := line.at_best) is not None]
+
+    def told(self, path: str, digits: int = 1, scale: float = 1.0) -> Callable[[Any], str]:
+        """The cell of a row: mean and deviation of a figure over its runs."""
+        return lambda row: spread(self.of(row, path), digits, scale)
 
     def couples(self, row: Any, other: Any) -> list[tuple[Line, Line]]:
         """The runs of two rows, wherever all else in their keys is alike."""
@@ -469,10 +479,16 @@ def still_rising(runs: Runs) -> list[str]:
     ]
 
 
-def diverged(runs: Runs, name: Callable[[Line], str]) -> list[str]:
+def diverged(runs: Runs, name: Callable[[Line], str] = lambda line: line.named) -> list[str]:
     """The note on those that diverged; none where all are whole."""
     names = [name(line) for line in runs if line["state"] == "diverged"]
     return [f"Diverged: {', '.join(names)}."] if names else []
+
+
+def missing(jobs: Iterable[Job], runs: Runs) -> list[str]:
+    """The note on jobs of which the record holds nothing; none where all are there."""
+    names = [job.name for job in jobs if not runs.named(job.name)]
+    return [f"Not there, or not come to an end: {', '.join(names)}."] if names else []
 
 
 def curves(panel: Axes, series: Iterable[tuple[str, Runs, Mapping[str, Any]]], figure: str, scale: float = 1.0) -> None:
@@ -491,14 +507,11 @@ def curves(panel: Axes, series: Iterable[tuple[str, Runs, Mapping[str, Any]]], f
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def nothing(*_: Any) -> list[Any]:
-    """There are none."""
-    return []
-
-
 @dataclass(frozen=True, kw_only=True)
 class Published(Generic[C]):
     """A table: the jobs that its settings ask for, and what their runs come to.
+
+    Its module has functions of these names, which :func:`published` takes.
 
     Attributes:
         title, source: of the record.
@@ -514,10 +527,10 @@ class Published(Generic[C]):
     jobs: Callable[[C], list[Job]]
     protocol: Callable[[C, Runs], str]
     sheets: Callable[[C, Runs], list[Sheet]]
-    claims: Callable[[C, Runs], list[Claim]] = nothing
-    notes: Callable[[C, Runs], list[str]] = nothing
-    drawings: Callable[[C, Runs, Mapping[str, Run]], list[Drawing]] = nothing
-    figures: Callable[[C, Run], dict[str, Any] | None] = trained
+    claims: Callable[[C, Runs], list[Claim]]
+    notes: Callable[[C, Runs], list[str]]
+    drawings: Callable[[C, Runs, Mapping[str, Run]], list[Drawing]]
+    figures: Callable[[C, Run], Any] = trained
 
     def gather(self, config: C, folders: Mapping[str, Run]) -> dict[str, Any]:
         """What a record holds of these runs."""
@@ -553,18 +566,25 @@ class Published(Generic[C]):
 
     def check(self, config: C) -> None:
         """See :class:`~torchimplicit.recipes.runtime.run.Runner`: one job of every recipe is checked."""
-        from torchimplicit.recipes.runtime.reproduce import Reproduction
+        from torchimplicit.recipes.runtime.jobs import Reproduction
 
         Reproduction(self.jobs, self.summarize).check(config)
 
     def train(self, config: C, run: Run, console: Console) -> bool:
         """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-        from torchimplicit.recipes.runtime.reproduce import Reproduction
+        from torchimplicit.recipes.runtime.jobs import Reproduction
 
         return Reproduction(self.jobs, self.summarize).train(config, run, console)
 
     def evaluate(self, config: C, run: Run, console: Console) -> None:
         """See :class:`~torchimplicit.recipes.runtime.run.Runner`: the record once more, training nothing."""
-        from torchimplicit.recipes.runtime.reproduce import Reproduction
+        from torchimplicit.recipes.runtime.jobs import Reproduction
 
         Reproduction(self.jobs, self.summarize).evaluate(config, run, console)
+
+
+def published(module: Mapping[str, Any], title: str | Callable[[Any], str], source: str, **more: Any) -> Published[Any]:
+    """The table whose functions are those of a module, given its ``globals()``; ``figures`` may be given, or not be
+    there."""
+    names = ("jobs", "protocol", "sheets", "claims", "notes", "drawings", "figures")
+    return Published(title=title, source=source, **{name: module[name] for name in names if name in module} | more)

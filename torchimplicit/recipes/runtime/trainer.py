@@ -1,220 +1,69 @@
-"""The runner of a recipe that trains a task, and what a training came to."""
+"""The runner of a recipe that trains a task, what a training came to, and what is measured at the weights it came to.
+
+Lightning is imported when something is trained: a recipe's settings are there without it.
+"""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean, median
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import Callback
-from rich.console import Console
 
-from torchimplicit.errors import ConvergenceWarning, SolveError
+from torchimplicit.errors import SolveError
 from torchimplicit.nn import Equilibrium
 from torchimplicit.recipes.runtime.errors import DivergedError, UserError
-from torchimplicit.recipes.runtime.fitting import Row, ShowProgress, fit, load_weights, loggers, read_checkpoint, rows
-from torchimplicit.recipes.runtime.module import History, TrainingModule, Validation
-from torchimplicit.recipes.runtime.monitor import MonitorGradient
-from torchimplicit.recipes.runtime.run import Environment, Run, Runner, device, threads
+from torchimplicit.recipes.runtime.run import Environment, Run, Runner, device, quietly, threads
 from torchimplicit.recipes.runtime.settings import Machine, Trained, check_batch, from_plain, to_plain
-from torchimplicit.recipes.runtime.table import Column, Table
+from torchimplicit.recipes.runtime.table import Cell, Column, Table, sheet
 from torchimplicit.recipes.runtime.task import Costs, Shard, Split, Task
 
-# -- The runner of every recipe that trains one model ------------------------------------------------------------------
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from torchimplicit.recipes.runtime.fitting import Row
+    from torchimplicit.recipes.runtime.module import TrainingModule
+    from torchimplicit.recipes.runtime.monitor import MonitorGradient
+
+# -- A training so far -------------------------------------------------------------------------------------------------
 
 
-PRECISION = {"32": "32-true", "bf16-mixed": "bf16-mixed", "16-mixed": "16-mixed"}
+@dataclass(frozen=True)
+class Validation:
+    """The validation split after some steps.
 
-
-class Trainer:
-    """Trains, tests and measures again what a config describes.
-
-    The weights that are tested are those of the best validation.
-
-    Args:
-        build: makes the task from the config; its initial weights may draw from the global generator, which is seeded.
-        ready: raises :class:`UserError` where the config's data is missing or wrong, before a run directory is made.
-        monitor: makes the callback that watches the gradient, of the steps between two looks, where the config asks
-            for it.
+    Attributes:
+        step: optimizer steps done.
+        seconds: spent in training steps until then.
+        figures: see :meth:`Task.figures`.
+        forward: evaluations of the cells a batch, in whole-batch equivalents.
+        unconverged: share of the samples whose solve stopped at its budget.
     """
 
-    def __init__(
-        self,
-        build: Callable[[Any], Task],
-        ready: Callable[[Any], None] | None = None,
-        monitor: Callable[[int], MonitorGradient] = MonitorGradient,
-    ):
-        self._build = build
-        self._ready = ready
-        self._monitor = monitor
-
-    def check(self, config: Trained) -> None:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-        device(config.machine.device, config.machine.devices)
-        check_batch(config.optimization, config.machine)
-        if self._ready is not None:
-            self._ready(config)
-
-    def module(self, config: Trained) -> TrainingModule:
-        """The task of a config, with its initial weights, ready to be trained."""
-        return TrainingModule.of(self._build, config)
-
-    def train(self, config: Trained, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-        with threads(config.machine.threads), console.status("Reading the data"):
-            module = self.module(config)
-        where = device(config.machine.device, config.machine.devices)
-        total = config.optimization.steps
-        console.print(
-            f"{module.task.describe()} {total} steps on {config.machine.devices} × {where.type.upper()}; Ctrl-C "
-            f"stops and 'torchimplicit resume {run}' goes on.".strip(),
-            highlight=False,
-        )
-        known = history(run)
-        callbacks: list[Callback] = [ShowProgress(console if config.machine.devices == 1 else None, run)]
-        if config.machine.monitor_every:
-            callbacks.append(self._monitor(config.machine.monitor_every))
-        diverged = ""
-        with threads(config.machine.threads), warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # what a solve falls short by is in the log
-            try:
-                fit(
-                    module,
-                    run,
-                    epochs=math.ceil(total / config.optimization.validate_every),
-                    device=where,
-                    devices=config.machine.devices,
-                    precision=PRECISION[config.machine.precision],
-                    clip_norm=config.optimization.clip_norm,
-                    loggers=loggers(run, known.steps, config.machine.tensorboard),
-                    callbacks=callbacks,
-                )
-            except (DivergedError, SolveError) as error:
-                diverged = str(error)
-            with console.status("Testing"):
-                results = self._results(config, run, module, where, diverged)
-        run.write_json("results.json", results)
-        console.print(summary(results, module.task).rich())
-        if diverged:
-            raise DivergedError(diverged)
-        return results.state == "complete"
-
-    def _results(
-        self, config: Trained, run: Run, module: TrainingModule, where: torch.device, diverged: str
-    ) -> Results:
-        """What the run's checkpoints and logs say, and the test at the best weights."""
-        found = history(run)
-        complete = found.steps >= config.optimization.steps
-        test = None
-        if complete:
-            load_weights(module, run.best)
-            test = measure(module, "test", where, config.machine)
-        return Results(
-            state="diverged" if diverged else "complete" if complete else "interrupted",
-            parameters=sum(p.numel() for p in module.task.parameters()),
-            metric=module.task.metric.name,
-            best=best(found),
-            test=test,
-            validations=found.validations,
-            steps=found.steps,
-            seconds=found.seconds,
-            costs=step_costs(rows(run.metrics)),
-            environment=Environment.of(where),
-            settings=to_plain(config),
-        )
-
-    def evaluate(self, config: Trained, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-        where = device(config.machine.device, config.machine.devices)
-        with threads(config.machine.threads):
-            module = self.module(config)
-            load_weights(module, run.best)
-            with console.status("Evaluating"):
-                found = {split: measure(module, split, where, config.machine) for split in ("validation", "test")}
-        run.write_json("evaluation.json", found)
-        metric = module.task.metric
-        console.print(
-            Table(
-                [Column("Split"), *(Column(name) for name in found["test"].figures), Column("Forward evaluations")],
-                [
-                    [
-                        split,
-                        *(metric.text(v) if name == metric.name else f"{v:.4g}" for name, v in one.figures.items()),
-                        f"{one.forward:.1f}",
-                    ]
-                    for split, one in found.items()
-                ],
-            ).rich()
-        )
+    step: int
+    seconds: float
+    figures: dict[str, float]
+    forward: float
+    unconverged: float
 
 
-def history(run: Run) -> History:
-    """What the last checkpoint knows; an empty history if there is none."""
-    if not run.checkpoint.is_file():
-        return History()
-    try:
-        return from_plain(History, read_checkpoint(run.checkpoint)["history"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{run.checkpoint} does not fit this run's settings ({error}); train again") from None
+@dataclass
+class History:
+    """What is known of a training so far. It travels in the checkpoint.
 
+    Attributes:
+        steps: optimizer steps done.
+        seconds: spent in them: forward, backward and update, and nothing else.
+        best: the step of the best validation so far; ``None`` before the first.
+    """
 
-@torch.no_grad()
-def measure(module: TrainingModule, split: Split, where: torch.device, machine: Machine) -> Validation:
-    """A whole split at the module's present weights, on one device."""
-    task = module.task.to(where)
-    was_training = task.training
-    task.eval()
-    task.begin()
-    costs = Costs([layer for layer in task.modules() if isinstance(layer, Equilibrium)], task)
-    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(machine.precision)
-    sums: torch.Tensor | None = None
-    with warnings.catch_warnings(), torch.autocast(where.type, mixed, enabled=mixed is not None):
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        for batch in task.held_out_batches(split, Shard()):
-            scored = task.score(move_data_to_device(batch, where)).double()
-            sums = scored if sums is None else sums + scored
-    assert sums is not None, f"the {split} split is empty"
-    figures = costs.figures()
-    costs.close()
-    task.train(was_training)
-    return Validation(
-        step=module.history.steps,
-        seconds=module.history.seconds,
-        figures=task.figures(sums.tolist()),
-        forward=figures["forward_evaluations"] / max(1, costs.solves),
-        unconverged=figures["unconverged"],
-    )
-
-
-def summary(results: Results, task: Task) -> Table:
-    """For the terminal."""
-    rows: list[list[str]] = []
-    for name, found in (("validation, best", results.best), ("test", results.test)):
-        if found is not None:
-            rows.append(
-                [
-                    name,
-                    task.metric.text(found.figures[task.metric.name]),
-                    str(found.step),
-                    f"{found.seconds:.0f}",
-                    f"{found.forward:.1f}",
-                    f"{100 * found.unconverged:.0f}",
-                ]
-            )
-    columns = [
-        Column("Split"),
-        Column(task.metric.name[:1].upper() + task.metric.name[1:]),
-        Column("At step"),
-        Column("Training", "s"),
-        Column("Forward evaluations"),
-        Column("At the solver's budget", "%"),
-    ]
-    return Table(columns, rows)
+    steps: int = 0
+    seconds: float = 0.0
+    best: int | None = None
+    validations: list[Validation] = field(default_factory=list)
 
 
 # -- What a training came to: ``results.json`` -------------------------------------------------------------------------
@@ -303,66 +152,243 @@ def step_costs(rows: list[Row]) -> StepCosts | None:
     )
 
 
-def still_rising(runs: Collection[Results]) -> list[str]:
-    """The note on trainings that had not levelled off; none where all had."""
-    rising = sum(one.best is not None and one.best.step == one.steps for one in runs)
-    if not rising:
-        return []
-    return [
-        f"In {rising} of {len(runs)} runs the last validation was the best: with more steps they would come further, "
-        "and not all alike."
-    ]
+# -- The runner of every recipe that trains one model ------------------------------------------------------------------
 
 
-def steps_to_best(own: Results | None, other: Results | None, figure: str) -> tuple[int | None, int] | None:
-    """After how many steps a run's validation first reaches the best one of another in a figure of which more is
-    better, ``None`` if it never does; and the step at which the other had it. ``None`` where there is none to reach."""
-    if own is None or other is None or other.best is None:
-        return None
-    goal = other.best.figures[figure]
-    return next((v.step for v in own.validations if v.figures[figure] >= goal), None), other.best.step
+PRECISION = {"32": "32-true", "bf16-mixed": "bf16-mixed", "16-mixed": "16-mixed"}
 
 
-# -- A recipe that trains, and then measures something at the weights that it has come to ------------------------------
+class Trainer(Runner):
+    """Trains, tests and measures again what a config describes.
+
+    The weights that are tested are those of the best validation.
+
+    Args:
+        build: makes the task from the config; its initial weights may draw from the global generator, which is seeded.
+        ready: raises :class:`UserError` where the config's data is missing or wrong, before a run directory is made.
+        monitor: makes the callback that watches the gradient, of the steps between two looks, where the config asks
+            for it; by default :class:`.monitor.MonitorGradient`.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[Any], Task],
+        ready: Callable[[Any], None] | None = None,
+        monitor: Callable[[int], MonitorGradient] | None = None,
+    ):
+        self._build, self._ready, self._monitor = build, ready, monitor
+
+    def check(self, config: Trained) -> None:
+        device(config.machine.device, config.machine.devices)
+        check_batch(config.optimization, config.machine)
+        if self._ready is not None:
+            self._ready(config)
+
+    def module(self, config: Trained) -> TrainingModule:
+        """The task of a config, with its initial weights, ready to be trained."""
+        from torchimplicit.recipes.runtime.module import TrainingModule
+
+        return TrainingModule.of(self._build, config)
+
+    def best(self, config: Trained, run: Run) -> Any:
+        """The task with the weights of the run's best validation, in eval mode, on the config's device."""
+        from torchimplicit.recipes.runtime.fitting import load_weights
+
+        module = self.module(config)
+        load_weights(module, run.best)
+        return module.task.to(device(config.machine.device)).eval()
+
+    def train(self, config: Trained, run: Run, console: Console) -> bool:
+        from torchimplicit.recipes.runtime.fitting import ShowProgress, fit, loggers
+        from torchimplicit.recipes.runtime.monitor import MonitorGradient
+
+        with threads(config.machine.threads), console.status("Reading the data"):
+            module = self.module(config)
+        where = device(config.machine.device, config.machine.devices)
+        total = config.optimization.steps
+        console.print(
+            f"{module.task.describe()} {total} steps on {config.machine.devices} × {where.type.upper()}; Ctrl-C "
+            f"stops and 'torchimplicit resume {run}' goes on.".strip(),
+            highlight=False,
+        )
+        callbacks: list[Any] = [ShowProgress(console if config.machine.devices == 1 else None, run)]
+        if config.machine.monitor_every:
+            callbacks.append((self._monitor or MonitorGradient)(config.machine.monitor_every))
+        diverged = ""
+        with threads(config.machine.threads), quietly():  # what a solve falls short by is in the log
+            try:
+                fit(
+                    module,
+                    run,
+                    epochs=math.ceil(total / config.optimization.validate_every),
+                    device=where,
+                    devices=config.machine.devices,
+                    precision=PRECISION[config.machine.precision],
+                    clip_norm=config.optimization.clip_norm,
+                    loggers=loggers(run, history(run).steps, config.machine.tensorboard),
+                    callbacks=callbacks,
+                )
+            except (DivergedError, SolveError) as error:
+                diverged = str(error)
+            with console.status("Testing"):
+                results = self._results(config, run, module, where, diverged)
+        run.write_json("results.json", results)
+        console.print(summary(results, module.task).rich())
+        if diverged:
+            raise DivergedError(diverged)
+        return results.state == "complete"
+
+    def _results(
+        self, config: Trained, run: Run, module: TrainingModule, where: torch.device, diverged: str
+    ) -> Results:
+        """What the run's checkpoints and logs say, and the test at the best weights."""
+        from torchimplicit.recipes.runtime.fitting import load_weights, rows
+
+        found = history(run)
+        complete = found.steps >= config.optimization.steps
+        test = None
+        if complete:
+            load_weights(module, run.best)
+            test = measure(module, "test", where, config.machine)
+        return Results(
+            state="diverged" if diverged else "complete" if complete else "interrupted",
+            parameters=sum(p.numel() for p in module.task.parameters()),
+            metric=module.task.metric.name,
+            best=best(found),
+            test=test,
+            validations=found.validations,
+            steps=found.steps,
+            seconds=found.seconds,
+            costs=step_costs(rows(run.metrics)),
+            environment=Environment.of(where),
+            settings=to_plain(config),
+        )
+
+    def evaluate(self, config: Trained, run: Run, console: Console) -> None:
+        from torchimplicit.recipes.runtime.fitting import load_weights
+
+        where = device(config.machine.device, config.machine.devices)
+        with threads(config.machine.threads):
+            module = self.module(config)
+            load_weights(module, run.best)
+            with console.status("Evaluating"):
+                found = {split: measure(module, split, where, config.machine) for split in ("validation", "test")}
+        run.write_json("evaluation.json", found)
+        metric = module.task.metric
+        rows = [
+            [
+                split,
+                *(metric.text(v) if name == metric.name else f"{v:.4g}" for name, v in one.figures.items()),
+                f"{one.forward:.1f}",
+            ]
+            for split, one in found.items()
+        ]
+        names = ("Split", *found["test"].figures, "Forward evaluations")
+        console.print(Table([Column(name) for name in names], rows).rich())
+
+
+def history(run: Run) -> History:
+    """What the last checkpoint knows; an empty history if there is none."""
+    from torchimplicit.recipes.runtime.fitting import read_checkpoint
+
+    if not run.checkpoint.is_file():
+        return History()
+    try:
+        return from_plain(History, read_checkpoint(run.checkpoint)["history"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{run.checkpoint} does not fit this run's settings ({error}); train again") from None
+
+
+@torch.no_grad()
+def measure(module: TrainingModule, split: Split, where: torch.device, machine: Machine) -> Validation:
+    """A whole split at the module's present weights, on one device."""
+    from lightning.fabric.utilities import move_data_to_device
+
+    task = module.task.to(where)
+    was_training = task.training
+    task.eval()
+    task.begin()
+    costs = Costs([layer for layer in task.modules() if isinstance(layer, Equilibrium)], task)
+    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(machine.precision)
+    sums: torch.Tensor | None = None
+    with quietly(), torch.autocast(where.type, mixed, enabled=mixed is not None):
+        for batch in task.held_out_batches(split, Shard()):
+            scored = task.score(move_data_to_device(batch, where)).double()
+            sums = scored if sums is None else sums + scored
+    assert sums is not None, f"the {split} split is empty"
+    figures = costs.figures()
+    costs.close()
+    task.train(was_training)
+    return Validation(
+        step=module.history.steps,
+        seconds=module.history.seconds,
+        figures=task.figures(sums.tolist()),
+        forward=figures["forward_evaluations"] / max(1, costs.solves),
+        unconverged=figures["unconverged"],
+    )
+
+
+def summary(results: Results, task: Task) -> Table:
+    """For the terminal."""
+    found = {"validation, best": results.best, "test": results.test}
+    name = task.metric.name
+    return sheet("", [(split, one) for split, one in found.items() if one is not None], [
+        Cell("Split", lambda pair: pair[0]),
+        Cell(name[:1].upper() + name[1:], lambda pair: task.metric.text(pair[1].figures[name])),
+        Cell("At step", lambda pair: str(pair[1].step)),
+        Cell("Training", lambda pair: f"{pair[1].seconds:.0f}", "s"),
+        Cell("Forward evaluations", lambda pair: f"{pair[1].forward:.1f}"),
+        Cell("At the solver's budget", lambda pair: f"{100 * pair[1].unconverged:.0f}", "%"),
+    ]).table  # fmt: skip
+
+
+# -- A recipe that trains, or not, and then measures something at the weights that it has come to ----------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measuring(Runner):
-    """Trains as another recipe does, and measures; evaluating it measures again.
+    """Measures, at the weights of a training where there is one; evaluating it measures again.
 
     Attributes:
-        trainer: of the other recipe.
-        training: its settings, out of this recipe's.
         measure: ``(config, run) -> figures``, which go into the run's directory as JSON.
-        show: the figures as a table.
         name: of the file in the run's directory.
+        show: the figures as a table, or ``None``.
+        first: trains before.
+        training: its settings, out of this recipe's.
+        ready: what else raises where this machine cannot run it.
+        again: the file of another measurement; ``None``: the same, and the training is evaluated again too.
         doing: what the screen says meanwhile.
     """
 
-    trainer: Trainer
-    training: Callable[[Any], Any]
     measure: Callable[[Any, Run], Any]
-    show: Callable[[Any], Table]
     name: str
+    show: Callable[[Any], Table] | None = None
+    first: Runner | None = None
+    training: Callable[[Any], Any] = lambda config: config
+    ready: Callable[[Any], None] = lambda config: None
+    again: str | None = "evaluation.json"
     doing: str = "Measuring"
 
     def check(self, config: Any) -> None:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-        self.trainer.check(self.training(config))
+        if self.first is not None:
+            self.first.check(self.training(config))
+        self.ready(config)
 
     def train(self, config: Any, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-        if not self.trainer.train(self.training(config), run, console):
+        if self.first is not None and not self.first.train(self.training(config), run, console):
             return False
         self._measure(config, run, console, self.name)
         return True
 
     def evaluate(self, config: Any, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-        self._measure(config, run, console, "evaluation.json")
+        if self.again is None and self.first is not None:
+            self.first.evaluate(self.training(config), run, console)
+        self._measure(config, run, console, self.again or self.name)
 
     def _measure(self, config: Any, run: Run, console: Console, name: str) -> None:
-        with console.status(self.doing), threads(self.training(config).machine.threads):
+        machine = getattr(self.training(config), "machine", Machine())
+        with console.status(self.doing), threads(machine.threads), quietly():
             found = self.measure(config, run)
         run.write_json(name, found)
-        console.print(self.show(found).rich_rows())
+        if self.show is not None:
+            console.print(self.show(found).rich_rows())

@@ -1,0 +1,168 @@
+"""What a training step costs: seconds of its passes, evaluations, memory, and how good its gradient is.
+
+Runs of one table see a machine that is more or less busy; kinds of steps that take turns in one process see the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isnan, nan
+from statistics import fmean, median
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchimplicit.nn import Equilibrium
+from torchimplicit.recipes.runtime.run import clock
+from torchimplicit.recipes.runtime.settings import from_plain
+from torchimplicit.recipes.runtime.table import Cell, Sheet, Table, sheet
+from torchimplicit.recipes.runtime.task import Costs
+
+K = TypeVar("K")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """A training step, or the middle of several; NaN for what is not measured.
+
+    Attributes:
+        forward_seconds, backward_seconds: of the two passes: CPU seconds of the process; on a GPU, wall seconds.
+        forward, backward: evaluations of the cells, and products with their Jacobians.
+        seconds: of both passes, and of the update where there is one.
+        residual: of the adjoint, relative; of a phantom gradient, that of its truncated series.
+        cosine, norm: of the gradient in all parameters beside the exact one: cosine, and ratio of norms.
+        megabytes: memory at its peak in a step, over what was held before it.
+        parameters: of the model; 0 where they are not counted.
+    """
+
+    forward_seconds: float
+    backward_seconds: float
+    forward: float
+    backward: float
+    seconds: float = nan
+    residual: float = nan
+    cosine: float = nan
+    norm: float = nan
+    megabytes: float = nan
+    parameters: int = 0
+
+    def __post_init__(self) -> None:
+        if isnan(self.seconds):
+            object.__setattr__(self, "seconds", self.forward_seconds + self.backward_seconds)
+
+
+def one_step(
+    task: nn.Module, loss: Callable[[], Tensor], where: torch.device, optimizer: Optimizer | None = None
+) -> StepCost:
+    """Both passes of a loss, and the update if there is an optimizer; the gradient is left in ``grad``."""
+    task.zero_grad()
+    watch, now = Costs(equilibria(task)), clock(where)
+    times = [now()]
+    value = loss()
+    times.append(now())
+    value.backward()
+    times.append(now())
+    if optimizer is not None:
+        optimizer.step()
+    seconds, figures = now() - times[0], watch.figures()
+    watch.close()
+    return StepCost(
+        forward_seconds=times[1] - times[0],
+        backward_seconds=times[2] - times[1],
+        seconds=seconds if optimizer is not None else nan,
+        forward=figures["forward_evaluations"],
+        backward=figures["backward_evaluations"],
+    )
+
+
+def in_turn(kinds: Mapping[K, Callable[[], StepCost]], repeats: int, steps: int = 1) -> dict[K, StepCost]:
+    """The middle of steps of every kind, ``steps`` of one and then of the next, so many times over, and once before
+    that, which warms the machine up and does not count."""
+    found: dict[K, list[StepCost]] = {name: [] for name in kinds}
+    for turn in range(repeats + 1):
+        for name, step in kinds.items():
+            costs = [step() for _ in range(steps)]
+            found[name] += costs if turn else []
+    return {name: middle(costs) for name, costs in found.items()}
+
+
+def middle(costs: Sequence[StepCost]) -> StepCost:
+    """Medians; of evaluations the means."""
+
+    def of(name: str, over: Callable[[Any], float] = median) -> float:
+        return over([getattr(cost, name) for cost in costs])
+
+    medians: Any = {
+        name: of(name) for name in ("forward_seconds", "backward_seconds", "seconds", "residual", "cosine", "norm")
+    }
+    return StepCost(**medians, forward=of("forward", fmean), backward=of("backward", fmean))
+
+
+def equilibria(task: nn.Module) -> list[Equilibrium]:
+    """The layers of a model."""
+    return [layer for layer in task.modules() if isinstance(layer, Equilibrium)]
+
+
+def flat_gradient(task: nn.Module) -> Tensor:
+    """In all weights that have one, one after the other."""
+    return torch.cat([p.grad.flatten() for p in task.parameters() if p.grad is not None]).double()
+
+
+def beside(own: Tensor, exact: Tensor) -> dict[str, Any]:
+    """``cosine`` and ``norm`` of a gradient."""
+    return {
+        "cosine": float(torch.cosine_similarity(own, exact, dim=0)),
+        "norm": float(own.norm() / exact.norm()),
+    }
+
+
+def peak_bytes(step: Callable[[], object], where: torch.device) -> int:
+    """The memory at its peak while ``step`` runs, over what was held before it."""
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+        before = torch.cuda.memory_allocated(where)
+        step()
+        return torch.cuda.max_memory_allocated(where) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        step()
+    assert watched.profiler is not None
+    held, most = 0, 0
+    events: list[Any] = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def costs_of(plain: Mapping[str, Any]) -> dict[str, StepCost]:
+    """As a run or a record holds them."""
+    return {name: from_plain(StepCost, one) for name, one in plain.items()}
+
+
+def step_table(costs: Mapping[str, StepCost], labels: Mapping[str, str] | None = None) -> Table:
+    """What a step costs, of the kinds that are labelled and there."""
+    names = labels or {name: name for name in costs}
+    return sheet("", [name for name in names if name in costs], [
+        Cell("Model", lambda name: names[name]),
+        Cell("Step", lambda name: f"{1e3 * costs[name].seconds:.2f}", "ms",
+             "Forward, backward and update: CPU time of the process (wall time on a GPU), medians, in turn."),
+        Cell("Forward", lambda name: f"{1e3 * costs[name].forward_seconds:.2f}", "ms", "The same."),
+        Cell("Backward", lambda name: f"{1e3 * costs[name].backward_seconds:.2f}", "ms", "The same."),
+        Cell("Evaluations", lambda name: f"{costs[name].forward:.1f}", "",
+             "Of the cell in the forward pass of a step."),
+        Cell("Products", lambda name: f"{costs[name].backward:.1f}", "",
+             "With the cell's Jacobian in the backward pass."),
+        Cell("Peak", lambda name: f"{costs[name].megabytes:.1f}", "MB",
+             "Memory at its peak in a step, over what was held before it."),
+    ]).table  # fmt: skip
+
+
+def step_sheet(found: Mapping[str, Any], labels: Mapping[str, str]) -> list[Sheet]:
+    """The same as a record holds it; none where it was not measured."""
+    table = step_table(costs_of(found), labels)
+    return [Sheet("A training step", table)] if table.rows else []
