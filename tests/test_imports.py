@@ -16,6 +16,7 @@ PACKAGE = ROOT / "torchimplicit"
 # From top to bottom. A room may import itself and what stands above it.
 ROOMS = (
     "errors",
+    "notices",
     "validation",
     "solution",
     "coordinates",

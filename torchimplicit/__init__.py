@@ -30,6 +30,7 @@ from torchimplicit.gradients import (
 )
 from torchimplicit.linear import CG, GMRES, LSMR, MINRES, BiCGStab, Dense, Neumann
 from torchimplicit.linear_solve import linear_solve
+from torchimplicit.notices import SolveCounts, solve_counts
 from torchimplicit.problems import FixedPoint, JointInference, JointState, LeastSquares, Minimum, Root
 from torchimplicit.ragged import Ragged
 from torchimplicit.resolve import Resolved, resolve
@@ -91,6 +92,7 @@ __all__ = [
     "SharedInverse",
     "SmoothnessWarning",
     "Solution",
+    "SolveCounts",
     "SolveError",
     "Status",
     "UnbiasedNeumann",
@@ -105,5 +107,6 @@ __all__ = [
     "regularizers",
     "resolve",
     "solve",
+    "solve_counts",
     "spectral_radius",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ def callers_level() -> int:
     while frame.f_back is not None and _within(frame.f_globals.get("__name__", "")):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def users_frame() -> FrameType:
+    """That frame."""
+    return sys._getframe(callers_level() - 1)
 
 
 def _within(module: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,12 +11,13 @@ from torch.utils import _pytree as pytree
 
 from torchimplicit.closure import announce, is_transformed, relayed, transforms_running
 from torchimplicit.compiler import untraced
-from torchimplicit.errors import ConvergenceWarning, SolveError, callers_level
+from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.gradients import Implicit
 from torchimplicit.gradients.base import Found, Task, differentiable
 from torchimplicit.gradients.pseudo_inverse import Maps, PseudoSolution, PseudoSolve
 from torchimplicit.inference import outside_inference_mode
 from torchimplicit.linear import LSMR, Dense, LinearSolver
+from torchimplicit.notices import notice
 from torchimplicit.precision import at_precision, safe_norm, without_autocast
 from torchimplicit.problems import System
 from torchimplicit.problems.linear_equations import LinearEquations
@@ -237,4 +237,4 @@ def _tell(solution: Solution, report: Report, throw: bool) -> None:
             "or another method (Dense() where the matrix fits into memory); of a singular system least_squares=True "
             "gives the solution of least norm"
         )
-    warnings.warn(message, ConvergenceWarning, stacklevel=callers_level())
+    notice("linear_solve met NaN or infinity" if bad else "linear_solve did not converge", message, ConvergenceWarning)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,16 +13,27 @@ from torch.utils import _pytree as pytree
 from torchimplicit.captured import Capture, Capturing
 from torchimplicit.closure import announce, is_transformed, transforms_running, watched
 from torchimplicit.compiler import untraced
-from torchimplicit.errors import ConvergenceWarning, SolveError, callers_level
+from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.gradients import Gradient, Implicit, Unrolled, WhenUnconverged
 from torchimplicit.gradients.auxiliary import auxiliary
 from torchimplicit.gradients.base import Run, Task, differentiable
 from torchimplicit.gradients.randomness import Randomness
 from torchimplicit.inference import outside_inference_mode
+from torchimplicit.notices import count_solve, notice
 from torchimplicit.precision import at_precision, without_autocast
 from torchimplicit.problems import LeastSquares, Minimum, Problem, Root, System
 from torchimplicit.solution import AdjointRecord, Report, Solution, Status
-from torchimplicit.solvers import LBFGS, Anderson, LevenbergMarquardt, NewtonKrylov, Outcome, Solver, iterate
+from torchimplicit.solvers import (
+    LBFGS,
+    Anderson,
+    Broyden,
+    GradientDescent,
+    LevenbergMarquardt,
+    NewtonKrylov,
+    Outcome,
+    Solver,
+    iterate,
+)
 from torchimplicit.state import row_norm
 from torchimplicit.statement import stated
 
@@ -220,32 +230,49 @@ def _tell_outside(problem: Problem, system: System, z0: Tensor, params: Sequence
         moved = row_norm(placed - z0) > torch.finfo(z0.dtype).eps ** 0.5 * row_norm(z0)
         count = int(moved.sum())
     if count:
-        warnings.warn(problem.outside.format(count=count, rows=len(z0)), UserWarning, stacklevel=callers_level())
+        notice(
+            "the start was moved onto the constraint", problem.outside.format(count=count, rows=len(z0)), UserWarning
+        )
 
 
 def _tell(solution: Solution, report: Report, solver: Solver, throw: bool) -> None:
-    """Raise or warn where samples did not converge. One read from the device where all did."""
+    """Count the solve, and raise or warn where samples did not converge. One read from the device where all did."""
+    samples = report.status.numel()
     if not bool((report.status if solver.steps is None else report.fell_short).any()):
+        count_solve(samples, 0)
         return
+    count_solve(samples, int(report.fell_short.sum()))
     bad = (report.status == Status.NONFINITE).nonzero().flatten().tolist()
     name = type(solver).__name__
-    if bad:
-        shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
-        left = (
-            "each is frozen at its last good iterate" if solver.steps is None else "the steps were taken all the same"
-        )
-        message = (
-            f"{name} met NaN, infinity or a residual that grew without bound in {len(bad)} of {report.status.numel()} "
-            f"samples ({shown}); {left}. Try more damping, a solver that does not "
-            "need a contraction (Anderson, Broyden, NewtonKrylov), a normalized map (torchimplicit.nn.spectral_norm), "
-            f"or look for bad input in those samples{solution.problem.advice}"
-        )
-        if throw:
-            raise SolveError(message + ". error.solution holds every sample's result; throw=False returns it", solution)
-        warnings.warn(message, ConvergenceWarning, stacklevel=callers_level())
+    if not bad:
+        told = solver.fell_short(report.summary()) + solution.problem.advice
+        notice(f"{name} did not converge", told, ConvergenceWarning)
         return
-    warnings.warn(
-        solver.fell_short(report.summary()) + solution.problem.advice,
-        ConvergenceWarning,
-        stacklevel=callers_level(),
+    shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+    left = "each is frozen at its last good iterate" if solver.steps is None else "the steps were taken all the same"
+    message = (
+        f"{name} met NaN, infinity or a residual that grew without bound in {len(bad)} of {samples} samples ({shown}); "
+        f"{left}. Try {_remedies(solution.problem, solver)}, or look for bad input in those samples"
+        f"{solution.problem.advice}"
+    )
+    if throw:
+        raise SolveError(message + ". error.solution holds every sample's result; throw=False returns it", solution)
+    notice(f"{name} met NaN or infinity", message, ConvergenceWarning)
+
+
+def _remedies(problem: Problem, solver: Solver) -> str:
+    """What may help against a solve that runs away: never the solver that did."""
+    shorter = {"damping": "more damping (a smaller damping=...)", "step_size": "a smaller step_size"}
+    tried = [said for name, said in shorter.items() if hasattr(solver, name) and not solver.searches]
+    minima, maps = (GradientDescent, LBFGS, NewtonKrylov), (Anderson, Broyden, NewtonKrylov)
+    minimizes = isinstance(problem, Minimum | LeastSquares)
+    others = ", ".join(kind.__name__ for kind in (minima if minimizes else maps) if not isinstance(solver, kind))
+    if minimizes:
+        return ", ".join([*tried, f"another solver ({others})"])
+    return ", ".join(
+        [
+            *tried,
+            f"another solver that does not need a contraction ({others})",
+            "a normalized map (torchimplicit.nn.spectral_norm)",
+        ]
     )

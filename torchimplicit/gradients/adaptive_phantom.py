@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from torchimplicit.errors import ConvergenceWarning, callers_level
+from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.linear import LinearOperator, LinearSolution
 from torchimplicit.linear.confirmed import confirmed
+from torchimplicit.notices import notice
 from torchimplicit.precision import UnitRows, working_dtype
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.solution import Report, Status
@@ -123,11 +123,11 @@ class AdaptivePhantom(LinearEstimate):
         found = confirmed(self._series, operator, b, (self.residual_tolerance, 0.0))
         report = found.report
         if not bool(report.converged.all()):
-            warnings.warn(
+            notice(
+                "AdaptivePhantom ended above its tolerance",
                 f"AdaptivePhantom ended above its tolerance {self.residual_tolerance:.2g}: {report.summary()}. Allow "
                 "more max_steps or a larger tolerance, or take Implicit()",
                 ConvergenceWarning,
-                stacklevel=callers_level(),
             )
         return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
@@ -10,12 +9,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError, callers_level
+from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError
 from torchimplicit.gradients.base import Found, Gradient, Task
 from torchimplicit.gradients.nodes import Grads, estimate, report, solved_by_rule
 from torchimplicit.linear.confirmed import separated
 from torchimplicit.linear.extremes import extreme_eigenvalues
 from torchimplicit.linear.preconditioners import as_preconditioner
+from torchimplicit.notices import notice
 from torchimplicit.precision import UnitRows
 from torchimplicit.problems import System
 from torchimplicit.problems.linearization import Linearization, check_unmoved
@@ -167,12 +167,12 @@ class EquilibriumPropagation(Gradient):
         least, largest = (end.repeat_interleave(samples) for end in ends)
         if bool((least <= 0).any()):
             below = least[least <= 0]
-            warnings.warn(
+            notice(
+                "EquilibriumPropagation(nudge=None) at a saddle",
                 f"{len(below)} of {len(z)} samples are not at a minimum: the Hessian's least eigenvalue is "
                 f"{float(below.min()):.2g}. EquilibriumPropagation(nudge=None) takes its modulus; give a nudge and "
                 "curved=True, symmetric=False, which holds there",
                 ConvergenceWarning,
-                stacklevel=callers_level(),
             )
         stiffness = torch.maximum(least.abs(), torch.finfo(least.dtype).eps ** 0.5 * largest.abs())
         stiffness = torch.where(stiffness.isfinite() & (stiffness > 0), stiffness, 1)  # nothing to choose by

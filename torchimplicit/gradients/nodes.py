@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -28,9 +27,10 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from torchimplicit.closure import is_transformed
-from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError, callers_level
+from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError
 from torchimplicit.gradients.base import Found, Task, differentiable
 from torchimplicit.linear import LinearSolver
+from torchimplicit.notices import count_adjoint, notice
 from torchimplicit.precision import default_rtol, without_autocast
 from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.problems.linearization import Linearization, check_unmoved, recorded_gradients
@@ -488,37 +488,40 @@ def report(task: Recorded, figures: Report) -> None:
     """Leave the figures of a backward solve where the user finds them, and warn if it fell short."""
     task.record.report = figures
     ill = _nearly_singular(figures)
-    if not bool((figures.fell_short | ill).any()):
+    short = figures.fell_short
+    if not bool((short | ill).any()):
+        count_adjoint(short.numel(), 0)
         return
+    count_adjoint(short.numel(), int(short.sum()))
     if bool(ill.any()):
         assert figures.condition is not None
-        warnings.warn(
+        notice(
+            "the adjoint system is nearly singular",
             f"the adjoint system is nearly singular in {int(ill.sum())} of {ill.numel()} samples (condition at least "
             f"{float(figures.condition[ill].max()):.1g}, see solution.adjoint.condition): the derivative may be wrong "
             "in all its digits, or may not exist, as where two solutions meet. For a minimum DampedImplicit() stays "
             "bounded there",
             ConvergenceWarning,
-            stacklevel=callers_level(),
         )
-        if not bool(figures.fell_short.any()):
+        if not bool(short.any()):
             return
     saddles = int((figures.status == Status.SADDLE).sum())
     if saddles:
         told = "" if figures.curvature is None else f" of at most {float(figures.curvature.nan_to_num(0.0).min()):.2g}"
-        warnings.warn(
+        notice(
+            "the adjoint system is that of a saddle",
             f"{saddles} of {figures.status.numel()} samples are not at a minimum: the Hessian has a negative "
             f"eigenvalue{told} there (torchimplicit.diagnostics.curvature tells it), and the exact derivative is that "
             "of a saddle. DampedImplicit() differentiates as if the energy were just convex enough; or minimize "
             "further, or regularize the energy",
             ConvergenceWarning,
-            stacklevel=callers_level(),
         )
     else:
-        warnings.warn(
+        notice(
+            "the adjoint solve did not converge",
             f"the adjoint solve did not converge: {figures.summary()}. The gradient is that inexact; "
             + _advice(figures.status),
             ConvergenceWarning,
-            stacklevel=callers_level(),
         )
 
 

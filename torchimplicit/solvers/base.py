@@ -219,8 +219,9 @@ class Solver(ABC):
 
     def fell_short(self, summary: str) -> str:
         """What the user is told where samples were not solved."""
+        which = "last" if self.return_last else "best"
         return (
-            f"{type(self).__name__} did not converge: {summary}. The best iterate is returned. Allow more max_steps, "
+            f"{type(self).__name__} did not converge: {summary}. The {which} iterate is returned. Allow more max_steps, "
             "loosen rtol or atol, or try another solver"
         )
 

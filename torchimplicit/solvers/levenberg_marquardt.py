@@ -62,7 +62,8 @@ class LevenbergMarquardt(Solver):
         damping: the first :math:`\\lambda`.
         linear_solver: for :math:`D^{-1}J^TJD^{-1}+\\lambda`, symmetric positive definite; ``None``: see above.
         trials: the most steps that are tried from one point.
-        rtol, atol, max_steps, keep_trajectory, check_every: see :class:`Solver`.
+        rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
+            :class:`Solver`.
     """
 
     damping: float = 1e-3

@@ -26,7 +26,7 @@ from torchimplicit.linear import GMRES
 from torchimplicit.nn import Equilibrium
 from torchimplicit.recipes.runtime.run import clock
 from torchimplicit.recipes.runtime.settings import Equilibria, EstimatorName
-from torchimplicit.solution import Solution, Status
+from torchimplicit.solution import Solution, fell_short
 from torchimplicit.solvers import Anderson, Broyden, FixedPointIteration, Solver
 
 # -- What a recipe trains ----------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ class Costs:
             **({"backward_residual": float(torch.cat(known).max())} if known else {}),
             "forward_evaluations": sum(solution.evaluations for solution in self._solutions),
             "backward_evaluations": sum(adjoint.evaluations for adjoint in adjoints if adjoint is not None),
-            "unconverged": float((torch.cat(status) != Status.CONVERGED).double().mean()) if status else 0.0,
+            "unconverged": float(fell_short(torch.cat(status)).double().mean()) if status else 0.0,
             "residual": float(torch.cat(residual).nan_to_num(nan=torch.inf).max()) if residual else 0.0,
         }
 
