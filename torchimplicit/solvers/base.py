@@ -221,8 +221,8 @@ class Solver(ABC):
         """What the user is told where samples were not solved."""
         which = "last" if self.return_last else "best"
         return (
-            f"{type(self).__name__} did not converge: {summary}. The {which} iterate is returned. Allow more max_steps, "
-            "loosen rtol or atol, or try another solver"
+            f"{type(self).__name__} did not converge: {summary}. The {which} iterate is returned. Allow more "
+            "max_steps, loosen rtol or atol, or try another solver"
         )
 
     def relative_tolerance(self, dtype: torch.dtype) -> float:

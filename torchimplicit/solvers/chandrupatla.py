@@ -55,7 +55,8 @@ class Chandrupatla(Solver):
 
     Args:
         low, high: the bounds: numbers, or tensors ``[batch]``; constants as far as derivatives go.
-        rtol, atol, max_steps, keep_trajectory, check_every: see :class:`Solver`.
+        rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
+            :class:`Solver`.
     """
 
     low: float | Tensor
