@@ -19,6 +19,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -30,9 +31,15 @@ from torchimplicit.state import leaves_of
 
 def is_transformed(t: Tensor) -> bool:
     """Whether ``t`` belongs to a running ``torch.func`` transform or carries a forward-mode tangent."""
-    return _functorch.is_functorch_wrapped_tensor(t) or (
-        forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
-    )
+    return _functorch.is_functorch_wrapped_tensor(t) or has_tangent(t)
+
+
+def has_tangent(t: Tensor) -> bool:
+    """Whether ``t`` itself carries a forward-mode tangent, whatever transforms of ``torch.func`` are running."""
+    if forward_ad._current_level < 0:
+        return False
+    with torch._C._DisableFuncTorch():  # vmap has no rule for the question, and the others would answer for their level
+        return forward_ad.unpack_dual(t).tangent is not None
 
 
 def is_vmapped(t: Tensor) -> bool:
@@ -49,16 +56,27 @@ def transforms_running() -> bool:
     return _functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
+def beside_transforms(tensors: Iterable[Tensor]) -> contextlib.AbstractContextManager[Any]:
+    """The transforms of ``torch.func`` set aside, where none of the tensors belongs to one: what is computed of those
+    alone is a constant to it, and ordinary autograd, which a solver may need, is refused under a transform."""
+    if _functorch.maybe_current_level() is None or any(map(is_transformed, tensors)):
+        return contextlib.nullcontext()
+    return temporarily_clear_interpreter_stack()
+
+
 def carries_derivative(t: Tensor) -> bool:
     """Whether a derivative may be asked with respect to ``t``, in any mode."""
     return t.requires_grad or is_transformed(t)
 
 
 def relayed(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors as an enclosing equilibrium's modes see them, so that it finds and replaces them too."""
-    seen = tuple(tensors)
-    for watcher in reversed(_watching()):
-        seen = tuple(map(watcher.replaced, seen))
+    """The tensors as the enclosing equilibria's modes see them, so that they find and replace them too."""
+    enclosing, seen = _watching()[::-1], tuple(tensors)
+    for i, watcher in enumerate(enclosing):
+        replaced = tuple(map(watcher.replaced, seen))
+        for nearer in enclosing[:i]:  # to those it is what they know already, by another name
+            nearer.keep(tuple(new for new, old in zip(replaced, seen, strict=True) if new is not old))
+        seen = replaced
     return seen
 
 
@@ -84,16 +102,22 @@ class _Watcher(TorchFunctionMode):
     An operation shows its result to the mode. What is made out of its sight (by a transform inside the call, by
     compiled code) is told from a captured tensor by its history: the level of the transform that it belongs to, or its
     place in the sequence of autograd's nodes.
+
+    Attributes:
+        table: by the ids of captured tensors, what is put in their places.
     """
 
     def __init__(self, known: Iterable[Tensor]):
         super().__init__()
-        self._known = {id(t): t for t in known}
+        self.table: dict[int, Tensor] = {}
+        self._known: dict[int, Tensor] = {}
+        self.keep(tuple(known))
 
     def met(self, t: Tensor) -> Tensor:
         raise AssertionError
 
     def __enter__(self) -> Any:
+        self._enclosing = tuple(reversed(_watching()))
         self._level = _current_level()
         self._begin = torch._C._autograd._get_sequence_nr()
         return super().__enter__()
@@ -109,7 +133,7 @@ class _Watcher(TorchFunctionMode):
         """Note tensors made inside the call. They are kept alive, so that their ids are not given to others."""
         if isinstance(tree, Tensor):
             self._known[id(tree)] = tree
-            while _functorch.maybe_get_level(tree) > self._level:  # what is left of it after an inner transform
+            while _functorch.maybe_get_level(tree) >= 0:  # what is left of it outside of a transform
                 tree = _functorch.get_unwrapped(tree)
                 self._known[id(tree)] = tree
         elif isinstance(tree, (tuple, list)):
@@ -122,12 +146,19 @@ class _Watcher(TorchFunctionMode):
 
     def _replace(self, tree: Any) -> Any:
         if isinstance(tree, Tensor):
-            if id(tree) in self._known or not _carries(tree):
+            if id(tree) in self._known:
                 return tree
-            return self._unseen(tree)
+            if self._substituted(tree):
+                return self.met(tree)
+            return self._unseen(tree) if _carries(tree) else tree
         if type(tree) in (tuple, list):
             return type(tree)([self._replace(item) for item in tree])
         return tree
+
+    def _substituted(self, t: Tensor) -> bool:
+        """Whether an enclosing equilibrium puts another tensor in the place of ``t``: it is captured here as well,
+        whatever it is itself, for the call may be made again without the enclosing one."""
+        return any(id(t) in watcher.table for watcher in self._enclosing)
 
     def _unseen(self, t: Tensor) -> Tensor:
         level = _functorch.maybe_get_level(t)
@@ -166,13 +197,13 @@ class _Replayer(_Watcher):
 
     def __init__(self, known: Iterable[Tensor], captured: Sequence[Tensor], substitutes: Sequence[Tensor]):
         super().__init__((*known, *substitutes))
-        self._table = {id(c): s for c, s in zip(captured, substitutes, strict=True)}
+        self.table = {id(c): s for c, s in zip(captured, substitutes, strict=True)}
         self.used: set[int] = set()
 
     def _replace(self, tree: Any) -> Any:
-        if isinstance(tree, Tensor) and id(tree) in self._table:
+        if isinstance(tree, Tensor) and id(tree) in self.table:
             self.used.add(id(tree))
-            return self._table[id(tree)]
+            return self.table[id(tree)]
         return super()._replace(tree)
 
     def met(self, t: Tensor) -> Tensor:

@@ -38,8 +38,9 @@ class Coupling:
 
     @property
     def found(self) -> bool:
-        """Whether rows have been seen to depend on each other."""
-        return self.memory.found
+        """Whether rows have been seen to depend on each other: of a function whose rows do not, by another problem that
+        its code was written for as well."""
+        return self.memory.found and not self.promised
 
     @staticmethod
     def of(function: Callable[..., Any], rows: int, promised: bool) -> Coupling | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchimplicit.captured import Capture, Capturing
-from torchimplicit.closure import announce, is_transformed, transforms_running, watched
+from torchimplicit.closure import announce, beside_transforms, is_transformed, transforms_running, watched
 from torchimplicit.compiler import untraced
 from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.gradients import Gradient, Implicit, Unrolled, WhenUnconverged
@@ -127,7 +127,7 @@ def solve(
         direct=direct,
         aux=given.call.aux,
     )
-    with without_autocast(layout.device), given.call.at_home():
+    with without_autocast(layout.device), given.call.at_home(), beside_transforms((flat0, *params)):
         found = gradient.attach(task, flat0 if differentiable((flat0,)) else flat0.detach(), params)
         announce(found)
         aux = None if task.aux is None else auxiliary(task, gradient, found.z, params)

@@ -288,3 +288,19 @@ def test_derivatives(f):
     got = Derivatives(solution).tangent((torch.ones_like(t),))
     expected = torch.func.jvp(lambda t: as_one(f, x * t, w), (t,), (torch.ones_like(t),))[1]
     assert relative_error(got, expected) < 1e-9
+
+
+def test_a_promise_is_kept_beside_other_problems_of_the_same_code():
+    """What is remembered of a function, by its code, is that of problems without the promise."""
+
+    def solution(share, rowwise):
+        def f(z, x):
+            return z + 0.1 * z.pow(3) - torch.tanh(x + share * z.mean(0, keepdim=True).roll(1, 1))
+
+        root = ti.Root(f, rowwise=rowwise)
+        return ti.solve(root, torch.zeros_like(x), x, solver=ti.NewtonKrylov(linear_solver=ti.BiCGStab()))
+
+    x = torch.randn(BATCH, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = x * torch.logspace(-3, 1, BATCH, dtype=torch.float64)[:, None]  # they end one after the other
+    assert solution(0.5, rowwise=False).converged.all()
+    assert solution(0.0, rowwise=True).converged.all()

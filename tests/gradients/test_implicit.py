@@ -326,3 +326,30 @@ def test_batched_cotangents_of_autograd_are_refused_in_words(linear_solver):
     value = ti.solve(problem, torch.zeros_like(x), x, gradient=ti.Implicit(linear_solver=linear_solver)).value
     with pytest.raises(ti.UnsupportedDerivativeError, match=r"is_grads_batched.*torch.func.jacrev"):
         torch.autograd.grad(value, x, torch.ones(2, 2, 3, dtype=torch.float64), is_grads_batched=True)
+
+
+CONSTANTS = {
+    "root": lambda start: ti.solve(ti.Root(lambda z: z.pow(3) - 2), start),
+    "minimum": lambda start: ti.solve(ti.Minimum(lambda z: (z.pow(3) - 2).square().sum(1)), start),
+    "newton": lambda start: ti.solve(ti.FixedPoint(torch.cos), start, solver=ti.NewtonKrylov()),
+    "unrolled": lambda start: ti.solve(ti.FixedPoint(torch.cos), start, gradient=ti.UnrolledPhantom()),
+}
+
+
+@pytest.mark.parametrize("like", [False, True])
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_constant_under_a_transform(name, like):
+    """A solve that does not depend on what is differentiated, from a start that belongs to the transform or not."""
+    a = torch.tensor([[2.0]], dtype=torch.float64)
+    outside = torch.ones(1, 1, dtype=torch.float64)
+    value = CONSTANTS[name](outside).value
+
+    def f(a):
+        return (a.square() * CONSTANTS[name](torch.ones_like(a) if like else outside).value).sum()
+
+    torch.testing.assert_close(torch.func.grad(f)(a), 2 * a * value)
+    torch.testing.assert_close(torch.func.jvp(f, (a,), (a,))[1], (2 * a.square() * value).sum())
+    torch.testing.assert_close(torch.func.hessian(f)(a).reshape(1, 1), 2 * value)
+    torch.testing.assert_close(torch.func.vmap(f)(a[None]), (a.square() * value).reshape(1))
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(f))(a[None]), 2 * (a * value)[None])
+    torch.testing.assert_close(torch.func.grad(lambda a: torch.func.jvp(f, (a,), (a,))[1])(a), 4 * a * value)

@@ -28,11 +28,6 @@ KNOWN: tuple[tuple[str, str, Callable[[Case], bool]], ...] = (
         "steps",
         lambda case: case.solver == "broyden" and case.kind == "root" and case.dtype == "float32",
     ),
-    (
-        "a tensor captured by a map and by the map of a solve inside it, under forward mode or several transforms",
-        "",
-        lambda case: case.style == "nested" and case.mode in ("double", "jvp", "dual", "jacfwd", "hessian"),
-    ),
 )
 """Why, words that the verdict has, and the cases."""
 

@@ -80,7 +80,7 @@ class Solve(Function):
 
     @staticmethod
     def backward(ctx: Any, u: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        z, *params = ctx.saved_tensors
+        z, *params = _saved(ctx)
         wanted = ctx.needs_input_grad[3:]
         if u is None:
             return None, None, None, *(None for _ in wanted)
@@ -92,7 +92,7 @@ class Solve(Function):
     @staticmethod
     def jvp(ctx: Any, _task: None, _rule: None, _z0: Any, *dparams: Tensor | None) -> tuple[Any, ...]:
         with _nested_forward_mode():
-            z, *params = _primals(ctx.saved_tensors)
+            z, *params = _primals(_saved(ctx))
             return ctx.rule.tangent(ctx.task, z, params, dparams), None, None, None
 
     @staticmethod
@@ -127,7 +127,7 @@ class LinearSolve(Function):
 
     @staticmethod
     def backward(ctx: Any, c: Tensor) -> tuple[Any, ...]:
-        y, z, *params = ctx.saved_tensors
+        y, z, *params = _saved(ctx)
         wanted = ctx.needs_input_grad[4:]
         _refuse_batched_cotangents(c)
         if any(wanted):  # the derivative of A is a second derivative of the residual
@@ -141,7 +141,7 @@ class LinearSolve(Function):
     @staticmethod
     def jvp(ctx: Any, _t: None, _s: None, _f: None, db: Tensor | None, *tangents: Tensor | None) -> Tensor:
         with _nested_forward_mode():
-            y, z, *params = _primals(ctx.saved_tensors)
+            y, z, *params = _primals(_saved(ctx))
             if any(t is not None for t in tangents):
                 ctx.task.smoothness.asked()
             moved = LinearSolve._tangent(ctx, y, z, params, tangents)
@@ -211,7 +211,7 @@ class Graft(Function):
 
     @staticmethod
     def backward(ctx: Any, *vs: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
+        saved = _saved(ctx)
         recorded, actual = saved[: ctx.count], saved[ctx.count :]
         for v in vs:
             _refuse_batched_cotangents(v)
@@ -277,10 +277,16 @@ for _node in (Solve, LinearSolve, Graft, FirstOrder):
 def solved_by_rule(task: Task, rule: Any, z0: Tensor, params: Sequence[Tensor]) -> Found:
     """The solution of the task, differentiated by the rule: see :class:`Solve`."""
     if not differentiable(params):
-        return task.solve(z0, params)
+        return undifferentiated(task, rule, z0, params)
     # under a transform that differentiates, the graph of plain tensors below it would hardly ever be asked for
     task = task if all(map(_is_plain, params)) else replace(task, records=False)
     return Found(*Solve.apply(task, rule, z0.detach(), *params))
+
+
+def undifferentiated(task: Task, rule: Any, z0: Tensor, params: Sequence[Tensor]) -> Found:
+    """The solution of a task whose parameters have no derivative to give. A start that belongs to a transform is taken
+    out of it by the node, for the solver runs on plain tensors."""
+    return Found(*Solve.apply(task, rule, z0.detach(), *params)) if is_transformed(z0) else task.solve(z0, params)
 
 
 def pulled(task: Task, g: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
@@ -405,13 +411,9 @@ def _restored(task: Task, tape: Linearization | None, saved: list[Tensor]) -> Ta
 
 def _is_plain(t: Tensor) -> bool:
     """Whether ``t`` belongs to no transform that differentiates, at whatever level."""
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
-        return False
-    while _functorch.maybe_get_level(t) >= 0:
-        if not _functorch.is_batchedtensor(t):
-            return False
+    while _functorch.is_batchedtensor(t):
         t = _functorch.get_unwrapped(t)
-    return True
+    return not is_transformed(t)
 
 
 def estimate(
@@ -549,6 +551,18 @@ def _nested_forward_mode() -> contextlib.AbstractContextManager[None]:
     """Forward mode switched on inside a jvp rule, where autograd switches it off: without it the tangents of an
     enclosing forward level would be lost, and forward-over-forward derivatives silently wrong."""
     return forward_ad._set_fwd_grad_enabled(True)
+
+
+def _saved(ctx: Any) -> list[Tensor]:
+    """What a node has saved, out of the transforms that are over: a pullback that ``torch.func.vjp`` has given runs
+    after its own, and another transform cannot be laid around a tensor of that."""
+    return [_of_now(t) for t in ctx.saved_tensors]
+
+
+def _of_now(t: Tensor) -> Tensor:
+    while (inner := _functorch.unwrap_if_dead(t)) is not t:
+        t = inner
+    return t
 
 
 def _primals(tensors: Sequence[Tensor]) -> list[Tensor]:

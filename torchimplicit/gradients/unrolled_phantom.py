@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.gradients.base import Found, Gradient, Task, differentiable, reported, truncated
-from torchimplicit.gradients.nodes import Grads, Solve
+from torchimplicit.gradients.nodes import Grads, Solve, undifferentiated
 from torchimplicit.solvers import Solver
 from torchimplicit.validation import check_count, check_fraction
 
@@ -43,7 +43,7 @@ class UnrolledPhantom(Gradient):
         if task.direct:
             found = task.solve(z0.detach(), params)
         elif not differentiable(params):
-            return task.solve(z0, params)
+            return undifferentiated(task, self, z0, params)
         else:
             found = Found(*(t.detach() for t in Solve.apply(task, self, z0.detach(), *params)))
         h = found.z
