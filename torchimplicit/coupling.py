@@ -14,9 +14,18 @@ from torchimplicit.members import module_of
 
 @dataclass
 class Memory:
-    """Whether the rows of one function have been seen to depend on each other."""
+    """What has been seen of one function.
+
+    Attributes:
+        found: whether its rows depend on each other.
+        together: whether a method that combines each row's steps by themselves is known to solve them as one system
+            alone.
+        looks: how often that was looked at in vain.
+    """
 
     found: bool = False
+    together: bool = False
+    looks: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

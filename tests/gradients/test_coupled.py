@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -304,3 +305,47 @@ def test_a_promise_is_kept_beside_other_problems_of_the_same_code():
     x = x * torch.logspace(-3, 1, BATCH, dtype=torch.float64)[:, None]  # they end one after the other
     assert solution(0.5, rowwise=False).converged.all()
     assert solution(0.0, rowwise=True).converged.all()
+
+
+@pytest.mark.parametrize("solver", [ti.Anderson, ti.Broyden])
+def test_methods_with_a_memory_solve_a_coupled_batch_as_one_system(solver):
+    """From where they gave up row by row; and at once in the next solve of the same function."""
+    w = torch.linalg.qr(torch.randn(BATCH, BATCH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))).Q
+    x = torch.randn(BATCH, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+
+    def f(z):
+        return torch.tanh(1.7 * w @ z + x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first, second = (
+            ti.solve(ti.FixedPoint(f), torch.zeros_like(x), solver=solver(rtol=1e-12, max_steps=60)) for _ in range(2)
+        )
+    for solution in (first, second):
+        assert solution.converged.all()
+        assert (f(solution.value) - solution.value).norm(dim=1).max() < 1e-10
+    if solver is ti.Anderson:
+        assert int(first.steps.max()) > 60 >= int(second.steps.max())
+
+
+@pytest.mark.parametrize("solver", [ti.LBFGS, ti.NewtonKrylov])
+@pytest.mark.parametrize("shared", [True, False])
+def test_coupled_energies_on_planes(solver, shared):
+    """Each sample on its own plane, all of them one system."""
+    x = torch.randn(BATCH, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    weight = 0.5 + x.abs() if not shared else torch.ones(DIM, dtype=torch.float64)
+    total = torch.full((BATCH,), 1.5, dtype=torch.float64) if not shared else torch.tensor(1.5, dtype=torch.float64)
+
+    def energy(z):
+        mean = z.mean(0, keepdim=True)
+        return (0.5 * z.square() + 0.1 * z.pow(4) + 2 * (z - 3 * mean).square() - z * x).sum(1)
+
+    solution = ti.solve(
+        ti.Minimum(energy, ti.LinearEquality(weight, total)), torch.zeros_like(x), solver=solver(rtol=1e-10)
+    )
+    assert solution.converged.all()
+    z = solution.value.requires_grad_()
+    slope = torch.autograd.grad(energy(z).sum(), z)[0]
+    normal = weight.expand_as(x) / weight.expand_as(x).norm(dim=1, keepdim=True)
+    assert ((z * weight).sum(1) - total).abs().max() < 1e-12
+    assert (slope - (slope * normal).sum(1, keepdim=True) * normal).norm() < 1e-7

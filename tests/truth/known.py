@@ -8,12 +8,6 @@ from tests.truth.case import Case
 
 KNOWN: tuple[tuple[str, str, Callable[[Case], bool]], ...] = (
     (
-        "the memory of Anderson's method, and of L-BFGS on a constraint, is row by row: it may not converge where "
-        "samples see each other, and says so",
-        "did not converge",
-        lambda case: bool(case.coupling) and case.batched,
-    ),
-    (
         "Anderson's combination of a state's leaves, and of a joint state, depends on their units",
         "steps",
         lambda case: case.of == "leaf" or case.kind == "joint",

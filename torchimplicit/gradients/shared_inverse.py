@@ -64,14 +64,15 @@ class SharedInverse(LinearEstimate):
         value, residual = right, safe_norm(right - operator.product(right))
         products = 1
         if isinstance(state, BroydenState) and state.inverse.u.filled:
-            if state.inverse.u.ring.shape[0] != b.shape[0]:
+            systems, _, dim = state.inverse.u.ring.shape  # of samples, or of samples that were solved as one
+            if systems * dim != b.numel():
                 raise UnsupportedDerivativeError(
                     "SharedInverse cannot be used where only the backward pass is vectorized (jacrev, vmap of vjp): "
                     "the inverse belongs to the forward batch. Use Implicit() there"
                 )
-            wide = right[:, None].to(state.inverse.u.ring.dtype)
+            wide = right.reshape(systems, 1, dim).to(state.inverse.u.ring.dtype)
             shared = state.inverse.transposed_times(wide) if transposed else state.inverse.times(wide)
-            shared = shared[:, 0].to(b.dtype)
+            shared = shared.reshape(b.shape).to(b.dtype)
             measured = safe_norm(right - operator.product(shared))
             products += 1
             trusted = (measured < residual) & (safe_norm(shared) <= self.ratio * size)

@@ -225,7 +225,13 @@ class MinimumSystem(System):
         return Point(z, -project(gradient, normal), noise=self.norms(gradient))
 
     def joined(self, rows: int) -> Self | None:
-        together = super().joined(rows) if self.hyperplane is None else None
+        if self.hyperplane is not None:  # the energies of the nearest states on the planes have the projected gradients
+
+            def placed(z: Tensor, *params: Tensor) -> Tensor:
+                return self.fn(self.place(z, params), *params)
+
+            return replace(self, fn=placed, hyperplane=None, residuals=None).joined(rows)
+        together = super().joined(rows)
         residuals = self.residuals
         if together is None or residuals is None:
             return together

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ class Anderson(Solver):
     damping: float = 1.0
     regularization: float | None = None
     growth: float = 2.0
+    remembers: ClassVar[bool] = True
 
     def check(self) -> None:
         check_count(self, "memory")

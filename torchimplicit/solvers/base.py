@@ -149,6 +149,10 @@ class Solver(ABC):
     bounded: ClassVar[bool] = False
     """Whether its iterates cannot run off: a residual may then be of any size on the way."""
 
+    remembers: ClassVar[bool] = False
+    """Whether a step combines what each sample's own steps have told, as if it were alone: where samples depend on each
+    other, that may not lead to the solution."""
+
     rtol: Tolerance | None = None
     atol: Tolerance | None = None
     max_steps: int = 100

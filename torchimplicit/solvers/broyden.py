@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -67,6 +67,7 @@ class Broyden(Solver):
     """
 
     memory: int = 50
+    remembers: ClassVar[bool] = True
 
     def check(self) -> None:
         check_count(self, "memory")

@@ -20,7 +20,7 @@ from torchimplicit.solution import Report, Status
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.given_steps import take_steps
 from torchimplicit.solvers.outcome import Outcome, traced
-from torchimplicit.solvers.review import after, as_one_system, given_up, review
+from torchimplicit.solvers.review import after, as_one_system, given_up, review, tried_as_one
 from torchimplicit.solvers.tolerance import Judge, Measure
 from torchimplicit.state import row_norm
 
@@ -53,7 +53,7 @@ def iterate(
     if solver.steps is not None:
         return take_steps(solver, system, z0, params, first, recorded)
     coupling = system.coupling
-    if solver.searches and coupling is not None and coupling.found and not coupling.promised:
+    if coupling is not None and coupling.found and (solver.searches or (solver.remembers and coupling.memory.together)):
         together = as_one_system(iterate, solver, system, z0, params)
         if together is not None:
             return together
@@ -71,7 +71,8 @@ def iterate(
             if together is not None:
                 return after(outcome, together, None)
         if verdict.again is None:
-            return outcome
+            unsolved = loop.active > 0 and solver.remembers and not torch.is_grad_enabled()
+            return tried_as_one(iterate, solver, evaluate, outcome) if unsolved else outcome
         if tried == ROUNDS:
             break
         left = replace(solver, max_steps=solver.max_steps - int(outcome.report.steps[verdict.again].amin()))

@@ -20,6 +20,9 @@ from torchimplicit.solvers.base import Evaluator, Solver
 from torchimplicit.solvers.outcome import Outcome
 from torchimplicit.solvers.tolerance import Judge
 
+LOOKS = 4
+"""How often it is looked at whether a function's samples had better be solved as one system."""
+
 
 class Verdict(NamedTuple):
     """The outcome with the figures of the whole; bool ``[batch]``, the samples that have to go on, ``None`` for none;
@@ -200,8 +203,32 @@ def given_up(outcome: Outcome, samples: Tensor) -> Outcome:
     return replace(outcome, report=replace(outcome.report, status=status))
 
 
+Solve = Callable[[Solver, System, Tensor, Sequence[Tensor]], Outcome]
+
+
+def tried_as_one(solve: Solve, solver: Solver, evaluate: Evaluator, outcome: Outcome) -> Outcome:
+    """What a method that remembers gave up, solved on as one system where samples depend on each other; which is
+    remembered of the function where it leads to the solution, and is not tried for ever where it does not."""
+    system, coupling = evaluate.system, evaluate.system.coupling
+    if coupling is None or coupling.promised or coupling.memory.looks >= LOOKS:
+        return outcome
+    memory = coupling.memory
+    memory.looks += 1
+    if not memory.found:
+        seen = _seen(evaluate, outcome.z)
+        if seen is None or not rows_depend(seen[1]):
+            return outcome
+        memory.found = True
+    together = as_one_system(solve, solver, system, outcome.z, evaluate.params)
+    if together is None:
+        return outcome
+    if bool(together.report.converged.all()):
+        memory.looks, memory.together = 0, True
+    return after(outcome, together, together.report.converged)
+
+
 def as_one_system(
-    solve: Callable[[Solver, System, Tensor, Sequence[Tensor]], Outcome],
+    solve: Solve,
     solver: Solver,
     system: System,
     z0: Tensor,
@@ -235,4 +262,5 @@ def as_one_system(
     trajectory = tuple(z.reshape(z0.shape) for z in found.trajectory)
     norm = None if found.norm is None else found.norm.reshape(z0.shape[0], -1)
     trace = tuple((n.reshape(z0.shape[0], -1), p.reshape(z0.shape[0], -1)) for n, p in found.trace)
-    return Outcome(found.z.reshape(z0.shape), figures, trajectory, norm=norm, trace=trace)
+    z = system.place(found.z.reshape(z0.shape), params)
+    return Outcome(z, figures, trajectory, found.state, norm, trace=trace)
