@@ -66,6 +66,14 @@ def test_what_is_ignored_at_one_line_is_said_when_it_no_longer_is(x: Tensor) -> 
     assert [len(told(once, action)) for action in ("ignore", "default", "default", "always")] == [0, 1, 0, 1]
 
 
+def test_statements_of_an_interactive_session_are_lines_of_their_own(x: Tensor) -> None:
+    def type_in(steps: int) -> None:
+        text = f"for _ in range(3): ti.solve(ti.FixedPoint(slow), 0 * x, x, solver=ti.Anderson(max_steps={steps}))"
+        exec(compile(text + "\n", "<stdin>", "single"), {"ti": ti, "slow": slow, "x": x})
+
+    assert [len(told(lambda steps=steps: type_in(steps))) for steps in (1, 2)] == [1, 1]  # type: ignore[misc]
+
+
 def test_the_backward_pass_warns_once_too(x: Tensor) -> None:
     gradient = ti.Implicit(linear_solver=ti.GMRES(max_steps=1, rtol=1e-12))
 

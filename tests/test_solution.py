@@ -131,7 +131,9 @@ def test_states_of_a_tree_and_of_a_layer() -> None:
     assert all(isinstance(z, tuple) for z in states)
     assert layer.solution is not None
     with pytest.raises(ValueError, match=r"layer\.solve"):
-        replace(layer.solution, value=None).states(3)
+        layer.solution.states(3)
+    with pytest.raises(ValueError, match=r"layer\.solve"):
+        pickle.loads(pickle.dumps(ti.solve(ti.FixedPoint(torch.cos), x, solver=layer.solver))).states(3)
 
 
 def test_states_refuses(leaves: tuple[Tensor, Tensor]) -> None:

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
+from types import CodeType, MappingProxyType
 
 from torchimplicit.errors import users_frame
 
@@ -54,7 +54,7 @@ _NUMBERS = tuple(one.name for one in fields(SolveCounts) if one.name != "warning
 _lock = threading.Lock()
 _numbers: Counter[str] = Counter()
 _due: Counter[str] = Counter()
-_shown: set[tuple[str, str, int]] = set()
+_shown: set[tuple[str, str, CodeType, int]] = set()
 
 
 def solve_counts() -> SolveCounts:
@@ -94,12 +94,18 @@ def notice(kind: str, message: str, category: type[Warning]) -> None:
     module = frame.f_globals.get("__name__", "<unknown>")
     action = _action(message, category, module, place[1])
     once = action not in ("always", "all", "error")
+    line = (
+        kind,
+        place[0],
+        frame.f_code,
+        place[1],
+    )  # in an interactive session every statement has the same file and line
     with _lock:
         _due[kind] += 1
-        if action == "ignore" or (once and (kind, *place) in _shown):
+        if action == "ignore" or (once and line in _shown):
             return
         if once:
-            _shown.add((kind, *place))
+            _shown.add(line)
     if once:
         message += " (said once at this line: torchimplicit.solve_counts() counts what follows)"
     warnings.warn_explicit(message, category, *place, module=module, registry={}, module_globals=frame.f_globals)

@@ -266,17 +266,17 @@ class Solution:
 
     def _check_kept(self) -> None:
         """Raise where the iterates are gone, or were never kept."""
-        if self.value is None:
-            raise ValueError(
-                "this needs the iterates, and this solution holds figures alone, as an Equilibrium keeps them in its "
-                "attribute solution, lest a graph stay in memory: whatever its solver keeps is gone. Solve by "
-                "layer.solve(x), or by torchimplicit.solve(FixedPoint(cell), z0, x, "
-                "solver=Anderson(keep_trajectory=True)), and take what that returns"
-            )
-        if not self.trajectory or self._attach is None:
+        if self.value is not None and not self.trajectory:
             raise ValueError(
                 "this needs the iterates: solve with a solver that has keep_trajectory=True, for example "
                 "Anderson(keep_trajectory=True), outside torch.func transforms"
+            )
+        if self._attach is None:
+            raise ValueError(
+                "this needs the iterates with what they came from, and this solution is cut off from it, as one that "
+                "an Equilibrium keeps in its attribute solution, lest a graph stay in memory, or one that was read from a "
+                "file. Solve by layer.solve(x), or by torchimplicit.solve(FixedPoint(cell), z0, x, "
+                "solver=Anderson(keep_trajectory=True)), and take what that returns"
             )
 
     def summary(self) -> str:
