@@ -274,8 +274,8 @@ class Solution:
         if self._attach is None:
             raise ValueError(
                 "this needs the iterates with what they came from, and this solution is cut off from it, as one that "
-                "an Equilibrium keeps in its attribute solution, lest a graph stay in memory, or one that was read from a "
-                "file. Solve by layer.solve(x), or by torchimplicit.solve(FixedPoint(cell), z0, x, "
+                "an Equilibrium keeps in its attribute solution, lest a graph stay in memory, or one read from a file. "
+                "Solve by layer.solve(x), or by torchimplicit.solve(FixedPoint(cell), z0, x, "
                 "solver=Anderson(keep_trajectory=True)), and take what that returns"
             )
 
