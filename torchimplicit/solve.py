@@ -208,7 +208,7 @@ def _capturing(problem: Problem, args: tuple[Any, ...], solver: Solver, gradient
 def _runner(solver: Solver, own: System, value: Tensor | None, compiled: Capture | None, recorded: int | None) -> Run:
     def run(system: System, z0: Tensor, params: Sequence[Tensor]) -> Outcome:
         if compiled is not None and system is own:
-            found = compiled.solve(z0, params)
+            found = compiled.solve(solver, system, z0, params)
             if found is not None:
                 return found
         first = None

@@ -238,8 +238,8 @@ def test_one_warning_names_the_reason_and_the_eager_loop_serves(f, words):
 @pytest.mark.parametrize(
     ("problem", "options", "words"),
     [
-        (ti.Root(lambda z, x: z - torch.tanh(0.3 * z + x)), {}, "Root"),
-        (FixedPoint(lambda z, x: torch.tanh(0.3 * z + x)), {"solver": ti.Broyden()}, "Broyden"),
+        (ti.Root(lambda z, x: z - torch.tanh(0.3 * z + x)), {"solver": ti.NewtonKrylov()}, "NewtonKrylov"),
+        (FixedPoint(lambda z, x: torch.tanh(0.3 * z + x)), {"solver": Anderson(steps=5)}, "steps="),
         (FixedPoint(lambda z, x: torch.tanh(0.3 * z + x)), {"gradient": ti.Unrolled()}, "Unrolled"),
         (FixedPoint(lambda z, x: torch.tanh(0.3 * z + x)), {"solver": Anderson(keep_trajectory=True)}, "trajectory"),
     ],

@@ -1,73 +1,131 @@
 """The adjoint solve, compiled: products with the Jacobian traced once, and taken apart.
 
 What a product takes from the point alone is computed before the loop, and what depends on the vector in its body. The
-loop is that of the forward solve, for the map :math:`y\\mapsto y+(b-A^Ty)`.
+series' loop is that of the forward solve, for the map :math:`y\\mapsto y+(b-A^Ty)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 
-from torchimplicit.captured.compiled import Compiled, compiled
+from torchimplicit.captured.compiled import Compiled, compiled, traced_apart
 from torchimplicit.captured.graph import Graph
 from torchimplicit.captured.iteration import Rule, run
-from torchimplicit.captured.steps import Accelerated, Plain, Step
-from torchimplicit.linear import LinearSolver, Neumann
+from torchimplicit.captured.loop import while_loop
+from torchimplicit.captured.steps import Plain, Step, Tried
+from torchimplicit.linear import CG, GMRES, MINRES, BiCGStab, Dense, LinearOperator, LinearSolver, Neumann
 from torchimplicit.linear.confirmed import SLACK
-from torchimplicit.precision import default_rtol
-from torchimplicit.problems import Point
+from torchimplicit.linear.iterative import IterativeSolver
+from torchimplicit.linear.system import System as LinearSystem
+from torchimplicit.precision import UnitRows, default_rtol
+from torchimplicit.problems import FixedPoint, Minimum, Point, Problem, System
+from torchimplicit.problems.system import UNLIKE
 from torchimplicit.solution import Status
 from torchimplicit.solvers import FixedPointIteration, Solver
+from torchimplicit.solvers.tolerance import Judge
+
+ASSEMBLED = 128
+"""Up to so many unknowns, ``Dense`` is compiled."""
+
+_DOUBT = 1e-2
+"""The relative error that a derivative may have by what is known of the condition."""
 
 
 @dataclass(frozen=True)
 class Adjoint:
-    """How the adjoint system is solved: by the series, or accelerated.
+    """How the adjoint system is solved.
 
     Attributes:
         rtol, atol: of each sample.
         max_steps: the most that it may take.
-        damping: of the series; ``None``: accelerated.
+        damping: of the series; ``None``: none is tried.
+        method: an iterative solver that has no memory, or ``Dense``; ``None``: the series, or what accelerates it.
+        accelerated: whether the series is accelerated where it is slow.
     """
 
     rtol: float
     atol: float
     max_steps: int
-    damping: float | None
+    damping: float = 1.0
+    method: LinearSolver | None = None
+    accelerated: bool = True
 
     @staticmethod
-    def of(linear_solver: LinearSolver | None, solver: Solver, dtype: torch.dtype) -> Adjoint | None:
+    def of(
+        linear_solver: LinearSolver | None, solver: Solver, problem: Problem, dim: int, dtype: torch.dtype
+    ) -> Adjoint | None:
         """The captured form of ``linear_solver``; ``None`` where it has none.
 
-        Where none is named, it is the one that goes with ``solver``: if the map contracts enough for plain iteration,
-        so does its transpose, and nothing is as cheap.
+        Where none is named for a fixed point, it is the series: nothing is as cheap, and where the map contracts enough
+        for plain iteration, so does its transpose. Where it is slow it is accelerated. A root or a minimum has what the
+        eager path takes by default, with :class:`BiCGStab`, which has no memory, for GMRES.
         """
         if linear_solver is None:
-            damping = solver.damping if isinstance(solver, FixedPointIteration) else None
-            return Adjoint(default_rtol(dtype), 0.0, 200, damping)
-        if isinstance(linear_solver, Neumann) and linear_solver.preconditioner is None and not linear_solver.truncated:
-            return Adjoint(*linear_solver.tolerances(dtype), linear_solver.max_steps, linear_solver.damping)
+            if isinstance(problem, FixedPoint):
+                plain = isinstance(solver, FixedPointIteration)
+                damping = solver.damping if isinstance(solver, FixedPointIteration) else 1.0
+                return Adjoint(default_rtol(dtype), 0.0, 200, damping, accelerated=not plain)
+            least = isinstance(problem, Minimum)
+            small = dim <= (ASSEMBLED if least else 32)
+            linear_solver = Dense() if small else MINRES() if least else BiCGStab()
+        if isinstance(linear_solver, Dense):
+            plain_dense = linear_solver == type(linear_solver)() and dim <= ASSEMBLED
+            return Adjoint(default_rtol(dtype), 0.0, 1, method=linear_solver) if plain_dense else None
+        if not isinstance(linear_solver, IterativeSolver) or linear_solver.preconditioner is not None:
+            return None
+        given = Adjoint(*linear_solver.tolerances(dtype), linear_solver.max_steps)
+        if isinstance(linear_solver, Neumann):
+            return None if linear_solver.truncated else _replaced(given, linear_solver.damping, accelerated=False)
+        if isinstance(linear_solver, CG | MINRES | BiCGStab):
+            return _replaced(given, method=linear_solver)
+        if isinstance(linear_solver, GMRES):
+            return given if isinstance(problem, FixedPoint) else _replaced(given, method=BiCGStab())
         return None
 
     def step(self) -> Step:
-        """The step of the loop."""
-        return Accelerated(5, 1.0, None, 2.0) if self.damping is None else Plain(self.damping)
+        """The step of the series' loop."""
+        return Tried(self.damping, self.rtol) if self.accelerated else Plain(self.damping)
+
+
+def _replaced(given: Adjoint, damping: float = 1.0, **changes: Any) -> Adjoint:
+    return Adjoint(given.rtol, given.atol, given.max_steps, damping, **changes)
+
+
+class _Right(NamedTuple):
+    """The system: ``b`` ``[batch, dim]``, of about unit size, its norms and by what it was multiplied, ``[batch]``."""
+
+    b: Tensor
+    scale: Tensor
+    factor: Tensor
+
+
+class _Solved(NamedTuple):
+    """``x`` ``[batch, dim]``; bool ``[batch]``, whether it is the solution as far as the method knows; the steps of each
+    row, int64 ``[batch]``; how many products were taken, int64; and what the norm of each row's matrix is at least."""
+
+    x: Tensor
+    solved: Tensor
+    steps: Tensor
+    products: Tensor
+    size: Tensor
 
 
 def compiled_adjoint(graph: Graph, adjoint: Adjoint, wanted: Sequence[bool]) -> Compiled:
-    """``(z, u, *UnitRows.of(u), *inputs) -> (sound, steps, residual, condition, count, *grads)``.
+    """``(z, u, *inputs) -> (sound, steps, residual, condition, products, *grads)``.
 
     ``sound`` is a bool scalar: every sample is solved, as a product of the whole operator confirms, and the system is
     not nearly singular. Where it does not hold the rest is worth nothing. The figures are those of a
-    :class:`~torchimplicit.solution.Report`, ``count`` the steps of the loop; of ``grads`` there is one for each wanted
-    input.
+    :class:`~torchimplicit.solution.Report`, ``products`` those of the whole operator; of ``grads`` there is one for
+    each wanted input.
     """
     asked = [w for w, given in zip(wanted, graph.others, strict=True) if isinstance(given, Tensor)]
+    symmetric = isinstance(graph.problem, Minimum)
 
     def products(v: Tensor, g: Tensor, z: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         system, params = graph.system(inputs)
@@ -75,39 +133,163 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, wanted: Sequence[bool]) -> 
         product = system.operator(tape, True).product(v)
         return product, *(grad for grad in system.pull(tape, g) if grad is not None)
 
-    def solve(z: Tensor, u: Tensor, b: Tensor, factor: Tensor, finite: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    def solve(z: Tensor, u: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         parts = _Parts.of(products, z, inputs)
         saved = parts.before(z, *inputs)
-        scale = torch.linalg.vector_norm(b, dim=-1)
-
-        def evaluate(y: Tensor, given: Any) -> Point:
-            b, scale, saved = given
-            return Point(y, b - parts.product(y, *saved), scale=scale)
-
-        first = evaluate(b, (b, scale, saved))
-        size = torch.linalg.vector_norm(b - first.residual, dim=-1) / torch.where(scale > 0, scale, 1)
-        unbounded = torch.full_like(scale, torch.inf)
-        rule = Rule(adjoint.atol * factor[:, 0], adjoint.rtol, unbounded, torch.ones_like(scale), False)
-        found, count = run(adjoint.step(), evaluate, first, rule, (b, scale, saved), adjoint.max_steps)
-        g = found.z / factor
+        system = graph.system(inputs)[0]
+        unit = UnitRows.of(u)
+        b, factor, finite = unit.unit, unit.factor, unit.finite[:, 0]
+        right = _Right(b, torch.linalg.vector_norm(b, dim=-1), factor[:, 0])
+        scale = right.scale
+        if isinstance(adjoint.method, Dense):
+            found = _assembled(parts.product, saved, right, symmetric)
+        elif isinstance(adjoint.method, IterativeSolver):
+            found = _by_method(adjoint, adjoint.method, parts.product, saved, right, symmetric)
+        else:
+            found = _by_series(adjoint, system, parts.product, saved, right)
+        g = found.x / factor
         # of the whole operator, in the units of the cotangents: rows that depend on each other were solved in others
         left = (u - parts.product(g, *saved)) * factor
         true = torch.linalg.vector_norm(left, dim=-1)
-        tolerance = SLACK * (rule.floor + adjoint.rtol * scale) + 16 * torch.finfo(u.dtype).eps * scale
-        condition = size * torch.linalg.vector_norm(found.z, dim=-1) / torch.where(scale > 0, scale, 1)
-        solved = (found.status == Status.CONVERGED) & (true <= tolerance) & finite[:, 0]
-        solved = solved & (condition * adjoint.rtol < _DOUBT)
+        tolerance = SLACK * (adjoint.atol * right.factor + adjoint.rtol * scale) + 16 * torch.finfo(u.dtype).eps * scale
+        length = torch.linalg.vector_norm(found.x, dim=-1)
+        condition = found.size * length / torch.where(scale > 0, scale, 1)
+        solved = found.solved & (true <= tolerance) & finite & (condition * adjoint.rtol < _DOUBT)
+        if symmetric:  # by which the matrix would not be that of a minimum
+            solved = solved & ~((found.x * b).sum(dim=-1) < -(torch.finfo(u.dtype).eps ** 0.5) * length * scale)
+        sound = solved.all()
+        if system.separate is not None:  # leaves of unlike size are solved for in units of their own
+            sizes = system.separate.norms(z)
+            sizes = torch.where((sizes > 0) & (sizes < torch.inf), sizes, 1)
+            sound = sound & (sizes.amax(dim=1) <= UNLIKE * sizes.amin(dim=1)).all()
         relative = true / torch.where(scale > 0, scale, 1)
         grads = parts.after(g, *saved)
-        return solved.all(), found.steps, relative, condition, count, *grads
+        return sound, found.steps, relative, condition, found.products, *grads
 
     z = graph.flat()
-    u, unit, factor = torch.empty_like(z), torch.empty_like(z), z.new_empty(z.shape[0], 1)
-    return compiled(solve, (z, u, unit, factor, factor > 0, *graph.others))
+    return compiled(solve, (z, torch.empty_like(z), *graph.others))
 
 
-_DOUBT = 1e-2
-"""The relative error that a derivative may have by what is known of the condition."""
+Product = Callable[..., Tensor]
+"""``(v, *saved) -> A^T v``."""
+
+
+def _by_series(adjoint: Adjoint, system: System, product: Product, saved: Any, right: _Right) -> _Solved:
+    def evaluate(y: Tensor, given: Any) -> Point:
+        b, scale, saved = given
+        return Point(y, b - product(y, *saved), scale=scale)
+
+    b, scale, _ = right
+    first = evaluate(b, (b, scale, saved))
+    size = torch.linalg.vector_norm(b - first.residual, dim=-1) / torch.where(scale > 0, scale, 1)
+    judge = Judge(system, first, adjoint.rtol, 0.0)
+    judge.floor = adjoint.atol * right.factor
+    rule = Rule(judge, torch.full_like(scale, torch.inf), torch.ones_like(scale), False)
+    found, count, _ = run(adjoint.step(), evaluate, first, rule, (b, scale, saved), adjoint.max_steps)
+    return _Solved(found.z, found.status == Status.CONVERGED, found.steps, count + 2, size)
+
+
+class _Going(NamedTuple):
+    """``least`` is the norm of the residual of ``x``, the best iterate; ``going`` the rows that are not solved."""
+
+    taken: Tensor
+    state: dict[str, Tensor]
+    x: Tensor
+    least: Tensor
+    steps: Tensor
+    going: Tensor
+
+
+def _by_method(
+    adjoint: Adjoint, solver: IterativeSolver, product: Product, saved: Any, right: _Right, symmetric: bool
+) -> _Solved:
+    """By the steps that the eager loop takes; rows that are solved run on, and what they come to is not looked at."""
+    b, scale, factor = right
+    tolerance = adjoint.atol * factor + adjoint.rtol * scale
+
+    def system(saved: Any) -> LinearSystem:
+        operator = LinearOperator(
+            product=lambda v: product(v, *saved),
+            batch=b.shape[0],
+            dim=b.shape[1],
+            dtype=b.dtype,
+            device=b.device,
+            symmetric=symmetric,
+        )
+        return LinearSystem.of(operator, None, False)
+
+    method = solver._method(system(saved).operator)
+    first = method.start(system(saved), b, torch.zeros_like(b), b, scale)
+    going = scale > tolerance
+    none = torch.zeros((), dtype=torch.int64, device=b.device)
+    start = _Going(none, _held(first), torch.zeros_like(b), scale, torch.zeros_like(going, dtype=torch.int64), going)
+
+    def body(now: _Going, given: Any, rings: Any) -> _Going:
+        saved, tolerance = given
+        with _Spelt():
+            state = method.step(system(saved), _like(first, now.state), None)
+        better = now.going & (state.norm < now.least)
+        least = torch.where(better, state.norm, now.least)
+        broken = ~(state.norm < torch.inf)
+        going = now.going & (least > tolerance) & ~broken
+        if getattr(state, "broken", None) is not None:
+            going = going & ~state.broken
+        count = now.taken + 1
+        x = torch.where(better[:, None], state.x, now.x)
+        return _Going(count, _held(state), x, least, torch.where(now.going, count, now.steps), going)
+
+    def on(now: _Going) -> Tensor:
+        return (now.taken < adjoint.max_steps) & (now.going.sum() > 0)
+
+    end = while_loop(on, body, start, (saved, tolerance))
+    solved = end.least <= tolerance
+    if "curvature" in end.state:
+        solved = solved & ~(end.state["curvature"][:, 0] < 0)
+    size = end.state["size"][:, 0] if "size" in end.state else torch.zeros_like(scale)
+    return _Solved(end.x, solved, end.steps, end.taken * (2 if isinstance(solver, BiCGStab) else 1) + 1, size)
+
+
+class _Spelt(TorchFunctionMode):
+    """``addcmul`` written out: with sizes that are symbols it cannot be traced."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (torch.addcmul, Tensor.addcmul, Tensor.addcmul_):
+            return func(*args, **(kwargs or {}))
+        base, one, two = args
+        more = (kwargs or {}).get("value", 1) * one * two
+        return base.add_(more) if func is Tensor.addcmul_ else base + more
+
+
+def _held(state: Any) -> dict[str, Tensor]:
+    """The tensors of a method's state, but for what is not carried from step to step."""
+    return {name: t.clone() for name, t in state._asdict().items() if isinstance(t, Tensor) and name != "broken"}
+
+
+def _like(first: Any, held: dict[str, Tensor]) -> Any:
+    return first._replace(**held, **({"broken": None} if hasattr(first, "broken") else {}))
+
+
+def _assembled(product: Product, saved: Any, right: _Right, symmetric: bool) -> _Solved:
+    """By the inverse matrix, and one step of refinement."""
+    b, scale, _ = right
+    batch, dim = b.shape
+    eye = torch.eye(dim, dtype=b.dtype, device=b.device)
+    columns = torch.vmap(lambda v: product(v.expand(batch, dim), *saved))(eye)
+    matrix = columns.permute(1, 2, 0)
+    sound = torch.ones_like(scale, dtype=torch.bool)
+    if symmetric:
+        matrix = 0.5 * (matrix + matrix.mT)
+        sound = torch.linalg.cholesky_ex(matrix)[1] == 0
+    inverse, info = torch.linalg.inv_ex(matrix)
+    x = (inverse @ b[:, :, None])[:, :, 0]
+    left = b - (matrix @ x[:, :, None])[:, :, 0]
+    x = x + (inverse @ left[:, :, None])[:, :, 0]
+    condition = matrix.abs().sum(dim=1).amax(dim=1) * inverse.abs().sum(dim=1).amax(dim=1)
+    sound = sound & (info == 0) & (condition < torch.inf)
+    length = torch.linalg.vector_norm(x, dim=-1)
+    size = condition * torch.where(scale > 0, scale, 1) / torch.where(length > 0, length, 1)  # so that it is that
+    one = torch.ones_like(info, dtype=torch.int64)
+    return _Solved(x, sound, one, torch.full((), dim + 1, dtype=torch.int64, device=b.device), size)
 
 
 class _Parts(NamedTuple):
@@ -125,10 +307,7 @@ class _Parts(NamedTuple):
 
     @staticmethod
     def of(products: Any, z: Tensor, inputs: Sequence[Any]) -> _Parts:
-        from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
-
-        with disable_proxy_modes_tracing():
-            graph = make_fx(products)(torch.empty_like(z), torch.empty_like(z), z, *inputs)
+        graph = traced_apart(products, (z, z, z, *inputs))
         places = graph.graph.find_nodes(op="placeholder")
         (output,) = graph.graph.find_nodes(op="output")
         product, *grads = output.args[0]

@@ -11,14 +11,17 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchimplicit.captured.adjoint import Adjoint
+from torchimplicit.captured.forward import Forward
 from torchimplicit.captured.program import Bound, Plan, bind, tell, training
 from torchimplicit.captured.steps import step_of
 from torchimplicit.closure import is_transformed, transforms_running, watched
 from torchimplicit.linear import LinearSolver
-from torchimplicit.precision import AutocastState, UnitRows, at_precision
-from torchimplicit.problems import FixedPoint, Problem
+from torchimplicit.precision import AutocastState, at_precision
+from torchimplicit.problems import FixedPoint, Minimum, Problem, Root, System
 from torchimplicit.solution import Report, Status
-from torchimplicit.solvers import Outcome, Solver
+from torchimplicit.solvers import GradientDescent, Outcome, Solver
+from torchimplicit.solvers.base import Evaluator
+from torchimplicit.solvers.iterate import reviewed
 from torchimplicit.state import Layout
 
 
@@ -35,13 +38,25 @@ class Capture:
 
     bound: Bound
 
-    def solve(self, z0: Tensor, params: Sequence[Tensor]) -> Outcome | None:
-        """The forward solve; ``None`` where it is not the one that was compiled. Reads from the device once."""
+    @property
+    def pulls(self) -> bool:
+        """Whether the backward pass is compiled."""
+        return self.bound.artifact.adjoint is not None
+
+    def solve(self, solver: Solver, system: System, z0: Tensor, params: Sequence[Tensor]) -> Outcome | None:
+        """The forward solve; ``None`` where it is not the one that was compiled. Reads from the device once. Where
+        samples are not solved beyond doubt, the eager loop goes on with ``system``."""
         inputs = self.bound.inputs_at((z0, *params), params)
         if inputs is None:
             return None
-        z, status, steps, residual, norm, count = self.bound.artifact.forward(z0.contiguous(), *inputs)
-        return Outcome(z, Report(status, steps, residual, 1.0 + int(count)), norm=norm)
+        given = self.bound.artifact.forward(z0.contiguous(), *inputs)
+        found = Forward._make((*given[:7], tuple(given[7:])))
+        count, unsure = found.figures.tolist()
+        report = Report(found.status, found.steps, found.residual, 1.0 + count)
+        outcome = Outcome(found.z, report, norm=found.norm, parts=found.parts)
+        if not unsure:
+            return outcome
+        return reviewed(solver, Evaluator(system, params), outcome, found.judge(solver, system), True)
 
     def pull(self, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Backward | None:
         """The adjoint solve at ``z``, and what it gives the wanted parameters. ``None`` where it was not compiled, or
@@ -52,7 +67,7 @@ class Capture:
         if inputs is None or u.shape != z.shape or artifact.adjoint is None:
             return None
         u = u.contiguous()
-        sound, steps, residual, condition, count, *grads = artifact.adjoint(z.contiguous(), u, *UnitRows.of(u), *inputs)
+        sound, steps, residual, condition, count, *grads = artifact.adjoint(z.contiguous(), u, *inputs)
         found: dict[int | None, Tensor] = {}
         pulled = iter(grads)
         for source, asked in zip(self.bound.sources, artifact.wanted, strict=True):
@@ -66,7 +81,7 @@ class Capture:
             for i, (p, w) in enumerate(zip(params, wanted, strict=True))
         )
         status = torch.full_like(steps, int(Status.CONVERGED))
-        return Backward(cotangents, Report(status, steps, residual, 2.0 + int(count), condition=condition))
+        return Backward(cotangents, Report(status, steps, residual, float(count), condition=condition))
 
 
 class Capturing:
@@ -109,7 +124,7 @@ class Capturing:
         lower = AutocastState(layout.device).dtype
         adjoint = None
         if self.adjoint:
-            adjoint = Adjoint.of(self.linear_solver, self.solver, lower or layout.dtype)
+            adjoint = Adjoint.of(self.linear_solver, self.solver, self.problem, layout.dim, lower or layout.dtype)
             if adjoint is None and torch.is_grad_enabled():
                 tell(self.problem, f"its backward pass alone: {type(self.linear_solver).__name__} is not compiled")
         plan = Plan(
@@ -129,10 +144,14 @@ class Capturing:
         return bound.captured
 
     def _refusal(self, layout: Layout, flat: Tensor) -> str | None:
-        if not isinstance(self.problem, FixedPoint):
-            return f"{type(self.problem).__name__} is not compiled, FixedPoint is"
+        if not isinstance(self.problem, FixedPoint | Root | Minimum):
+            return f"{type(self.problem).__name__} is not compiled, FixedPoint, Root and Minimum are"
+        if isinstance(self.problem, Minimum) and (self.problem.constraint is not None or layout.chart is not None):
+            return "a Minimum with a constraint or a metric is not compiled"
         if step_of(self.solver) is None:
-            return f"{type(self.solver).__name__} is not compiled, Anderson and FixedPointIteration are"
+            return f"{type(self.solver).__name__} is not compiled, Anderson, Broyden and plain iteration are"
+        if isinstance(self.solver, GradientDescent) and not isinstance(self.problem, Minimum):
+            return "its solver does not suit it"  # which is said elsewhere
         if self.solver.keep_trajectory or self.solver.keep_trace:
             return "keep_trajectory=True and keep_trace=True keep what compiled code does not"
         if self.solver.steps is not None or self.solver.return_last:

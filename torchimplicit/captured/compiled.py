@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchimplicit.captured.graph import Uncapturable
 
@@ -39,3 +40,11 @@ def compiled(function: Callable[..., Any], examples: Sequence[Any]) -> Compiled:
             return run(*inputs)  # type: ignore[operator]
 
     return call
+
+
+def traced_apart(function: Callable[..., Any], inputs: Sequence[Any]) -> torch.fx.GraphModule:
+    """The graph of ``function``, traced on stand-ins beside the tracing that goes on."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+
+    with disable_proxy_modes_tracing():
+        return make_fx(function)(*(torch.empty_like(t) if isinstance(t, Tensor) else t for t in inputs))

@@ -2,47 +2,120 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchimplicit.captured.compiled import Compiled, compiled
+from torchimplicit.captured.compiled import Compiled, compiled, traced_apart
 from torchimplicit.captured.graph import Graph
-from torchimplicit.captured.iteration import Rule, run
+from torchimplicit.captured.iteration import Evaluate, Found, Rule, run
 from torchimplicit.captured.steps import step_of
 from torchimplicit.problems import Point, System
+from torchimplicit.solution import Status
 from torchimplicit.solvers import Solver
 from torchimplicit.solvers.iterate import GROWTH_LIMIT
 from torchimplicit.solvers.tolerance import Judge
 from torchimplicit.state import row_norm
 
 
+class Forward(NamedTuple):
+    """What the compiled forward solve gives.
+
+    Attributes:
+        z, status, steps, residual, norm, parts: as an outcome of the solvers' loop and its report have them.
+        figures: int64 ``[2]``, the number of steps, and whether the eager loop has to look at the outcome: some sample
+            is not solved, or is not by the Jacobian, or depends on others.
+        known: what the rule by which samples were judged knows: the floor of the tolerance where points tell the terms
+            of their residuals; elsewhere the size that the state had, and the most that it counts.
+    """
+
+    z: Tensor
+    status: Tensor
+    steps: Tensor
+    residual: Tensor
+    norm: Tensor
+    parts: Tensor
+    figures: Tensor
+    known: tuple[Tensor, ...]
+
+    def judge(self, solver: Solver, system: System) -> Judge:
+        """The rule by which samples were judged."""
+        scale = self.norm if len(self.known) == 1 else None
+        judge = Judge(system, Point(self.z, self.z, scale=scale), solver.rtol, solver.atol)
+        if judge.measure is None:
+            (judge.floor,) = self.known
+        else:
+            judge.measure.recent, judge.measure.most = self.known
+        return judge
+
+
 def compiled_forward(graph: Graph, solver: Solver) -> Compiled:
-    """``(z0, *inputs) -> (z, status, steps, residual, norm, count)``."""
+    """``(z0, *inputs) -> Forward``, as a flat tuple."""
     step = step_of(solver)
     assert step is not None
+    coupled = graph.problem.batched and not graph.problem.rowwise
 
-    def evaluate(z: Tensor, inputs: Any) -> Point:
+    def at(z: Tensor, *inputs: Any) -> Point:
         system, params = graph.system(inputs)
         return system.at(z, params)
 
     def solve(z0: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        system, params = graph.system(inputs)
+        evaluate = _evaluate(at, z0, inputs, graph.problem.by_gradient)
         first = evaluate(z0, inputs)
-        rule = rule_of(solver, graph.system(inputs)[0], first, graph.problem.batched and not graph.problem.rowwise)
-        found, count = run(step, evaluate, first, rule, inputs, solver.max_steps)
-        return found.z, found.status, found.steps, found.residual, found.size, count
+        judge = Judge(system, first, solver.rtol, solver.atol)
+        first = judge.start(first)
+        if judge.measure is not None and solver.wants_product():
+            operator = system.operator(system.linearize(z0, params), False)
+            first = judge.measure.product(first, operator.product(first.residual))
+        rule = _rule_of(judge, first, coupled)
+        found, count, terms = run(step, evaluate, first, rule, inputs, solver.max_steps)
+        parts, unsure = found.parts, found.status != Status.CONVERGED if coupled else None
+        known: tuple[Tensor, ...] = (rule.judge.floor,) if rule.judge.floor is not None else terms[:2]
+        if judge.measure is not None:
+            parts, unsure = _looked_at(rule.at(rule.constants(), terms), system, params, found, solver)
+        flag = torch.zeros_like(count) if unsure is None else unsure.any().long()
+        figures = torch.stack((count, flag))
+        residual = parts if parts.ndim == 1 else parts.amax(dim=1)
+        return found.z, found.status, found.steps, residual, found.size, parts, figures, *known
 
     return compiled(solve, (graph.flat(), *graph.others))
 
 
-def rule_of(solver: Solver, system: System, first: Point, rejudges: bool) -> Rule:
-    """The rule of the solvers' loop, for a solve that starts at ``first``."""
-    judge = Judge(system, first, solver.rtol, solver.atol)
-    scale, size, reach = first.scale, first.size(), first.reach()
-    assert scale is not None
-    assert judge.floor is not None
-    whole = reach + (scale if scale.ndim == 1 else row_norm(scale))
+def _evaluate(at: Callable[..., Point], z: Tensor, inputs: Any, by_gradient: bool) -> Evaluate:
+    """``at`` as the loop evaluates it; where that takes a gradient, autograd has to have run before the loop."""
+    if not by_gradient:
+        return lambda z, inputs: at(z, *inputs)
+    names: list[str] = []
+
+    def values(z: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        found = {name: t for name, t in vars(at(z, *inputs)).items() if t is not None and name != "z"}
+        names[:] = found
+        return tuple(found.values())
+
+    traced = traced_apart(values, (z, *inputs))
+    return lambda z, inputs: Point(z, **dict(zip(names, traced(z, *inputs), strict=True)))
+
+
+def _looked_at(rule: Rule, system: System, params: Any, found: Found, solver: Solver) -> tuple[Tensor, Tensor]:
+    """What one product with the Jacobian tells of the solutions: their relative residuals, and for which samples it
+    does not confirm what was found."""
+    tape = system.linearize(found.z, params)
+    seen, operator = system.seen(tape), system.operator(tape, False)
+    solved, _, parts = rule.judge.look(seen, operator, closely=False)
+    denied = (found.status == Status.CONVERGED) & ~solved
+    return (parts, denied) if solver.wants_relative() else (found.parts, torch.zeros_like(denied))
+
+
+def _rule_of(judge: Judge, first: Point, rejudges: bool) -> Rule:
+    size, reach = first.size(), first.reach()
+    if judge.measure is None:
+        assert first.scale is not None
+        whole = reach + (first.scale if first.scale.ndim == 1 else row_norm(first.scale))
+    else:
+        whole = 2 * reach
     limit = GROWTH_LIMIT * whole.nan_to_num(nan=-1.0, posinf=-1.0)
     unit = torch.where((size > 0) & (size < torch.inf), size, 1)
-    return Rule(judge.floor, judge.rtol, limit, unit, rejudges)
+    return Rule(judge, limit, unit, rejudges)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from torchimplicit.precision import AutocastState
-from torchimplicit.problems import FixedPoint, Problem, System
+from torchimplicit.problems import Minimum, Problem, System
 from torchimplicit.state import Layout
 
 
@@ -74,21 +74,22 @@ class Graph:
             state.append(places[0])
         (output,) = module.graph.find_nodes(op="output")
         outputs = len(output.args[0])
-        if outputs != len(leaves):
+        if outputs != (1 if isinstance(problem, Minimum) else len(leaves)):
             raise Uncapturable("the function keeps tensors that it computes, beside the value that it returns")
         wanted = tuple(
             isinstance(t, Tensor) and originals.get(id(t), t).requires_grad and isinstance(given, Tensor)
             for i, (t, given) in enumerate(zip(actual, examples, strict=True))
             if i not in state
         )
-        assert isinstance(problem, FixedPoint)
+        # the function would keep alive what it captures
+        problem = replace(problem, **{"energy" if isinstance(problem, Minimum) else "f": _unread})  # type: ignore[type-var]
         graph = Graph(
             module=module,
             examples=tuple(map(_stand_in, examples)),
             wanted=wanted,
             state=tuple(state),
             outputs=outputs,
-            problem=replace(problem, f=_unread),  # the function would keep alive what it captures
+            problem=problem,
             layout=layout,
             autocast=AutocastState(layout.device),
         )
@@ -116,7 +117,7 @@ class Graph:
         given = list(leaves)
         if any(not isinstance(leaf, Tensor) for leaf in given):
             raise Uncapturable("the function's value holds what is no tensor")
-        self.problem.flat_output(self.layout, self._tree(given), rows, self.autocast.dtype is not None)
+        self.problem.flat_output(self.layout, self._output(given), rows, self.autocast.dtype is not None)
         with torch.no_grad():
             again = self.module(*inputs)
         if not all(torch.equal(a, b) | bool((a.isnan() & b.isnan()).any()) for a, b in zip(again, given, strict=True)):
@@ -153,7 +154,10 @@ class Graph:
         inputs = [place[i] if i in place else next(given) for i in range(len(self.examples))]
         with self.autocast():
             output = list(self.module(*inputs))
-        return self.problem.flat_output(self.layout, self._tree(output), z.shape[0], self.autocast.dtype is not None)
+        return self.problem.flat_output(self.layout, self._output(output), z.shape[0], self.autocast.dtype is not None)
+
+    def _output(self, leaves: list[Any]) -> Any:
+        return leaves[0] if isinstance(self.problem, Minimum) else self._tree(leaves)
 
     def _tree(self, leaves: list[Any]) -> Any:
         return pytree.tree_unflatten(leaves, self.layout.spec)

@@ -6,15 +6,17 @@ Whatever the host decides there by looking is decided here for each sample; none
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchimplicit.captured.loop import while_loop
-from torchimplicit.captured.steps import Place, Step
+from torchimplicit.captured.steps import Stage, Step, place_of
 from torchimplicit.problems import Point
 from torchimplicit.solution import Status
+from torchimplicit.solvers.tolerance import RUN_OFF, Judge
 
 _RUNNING = -1
 
@@ -22,32 +24,74 @@ Evaluate = Callable[[Tensor, Any], Point]
 """``(z, constants) -> Point``: one evaluation, by the constants of the loop alone."""
 
 
+class Terms(NamedTuple):
+    """What is known of the terms of residuals that hide them: see
+    :class:`~torchimplicit.solvers.tolerance.Measure`. ``scale`` is that of the present point."""
+
+    recent: Tensor
+    most: Tensor
+    local: Tensor
+    scale: Tensor
+
+
 class Rule(NamedTuple):
     """When a sample is solved, and when it is lost.
 
     Attributes:
-        floor: what the residual may be whatever its scale, ``[batch]`` or ``[batch, leaves]``.
-        rtol: what it may be of its scale.
+        judge: the rule of the solvers' loop, at the first point.
         limit: ``[batch]``, beyond which the residual has grown without bound.
         unit: of the residuals of leaves, ``[batch, leaves]``, when it comes to which iterate is the best one.
         rejudges: whether samples that had stopped are judged by every later evaluation, since they may depend on
             others.
     """
 
-    floor: Tensor
-    rtol: Any
+    judge: Judge
     limit: Tensor
     unit: Tensor
     rejudges: bool
 
-    def tolerance(self, point: Point) -> Tensor:
-        """What the residual of ``point`` may be."""
+    def constants(self) -> Any:
+        """The tensors that do not change, a tree."""
+        return self.limit, self.unit, _tensors(self.judge), _tensors(self.judge.measure)
+
+    def at(self, constants: Any, terms: Any = ()) -> Rule:
+        """The rule with those tensors, in the loop's body, and with what is known of terms by now."""
+        limit, unit, own, measured = constants
+        judge = copy(self.judge)
+        vars(judge).update(own)
+        if judge.measure is not None:
+            judge.measure = copy(judge.measure)
+            vars(judge.measure).update(measured)
+            if terms:
+                judge.measure.recent, judge.measure.most, judge.measure.local, _ = terms
+        return self._replace(judge=judge, limit=limit, unit=unit)
+
+    def terms(self, point: Point) -> Any:
+        """What is known of terms; nothing where points tell them."""
+        measure = self.judge.measure
         assert point.scale is not None
-        return self.floor + self.rtol * point.scale
+        return () if measure is None else Terms(measure.recent, measure.most, measure.local, point.scale)
+
+    def measured(self, point: Point, place: Any, terms: Any, taken: Tensor) -> Point:
+        """The point that a step from ``place`` has led to, with its terms."""
+        measure = self.judge.measure
+        if measure is None:
+            return point
+        first = RUN_OFF * (measure.recent + measure.system.norms(point.z - place.z))
+        measure.most, measure.begun = torch.where(taken == 0, first, measure.most), True
+        return measure.step(point, Point(place.z, place.residual, scale=terms.scale))
 
     def rank(self, size: Tensor) -> Tensor:
         """What the best iterate has least of, ``[batch]``."""
         return size if size.ndim == 1 else (size / self.unit).amax(dim=1)
+
+
+_VARYING = ("recent", "most", "local", "known", "refused")
+
+
+def _tensors(owner: object) -> dict[str, Tensor]:
+    values = {} if owner is None else vars(owner)
+    return {name: t for name, t in values.items() if isinstance(t, Tensor) and name not in _VARYING}
 
 
 class Found(NamedTuple):
@@ -71,64 +115,86 @@ class Found(NamedTuple):
         return self.status == _RUNNING
 
     @property
-    def residual(self) -> Tensor:
-        """The relative residual, ``[batch]``."""
-        relative = self.size / self.scale.clamp_min(torch.finfo(self.scale.dtype).tiny)
-        return relative if relative.ndim == 1 else relative.amax(dim=1)
+    def parts(self) -> Tensor:
+        """The relative residuals, ``[batch]`` or ``[batch, leaves]``."""
+        return self.size / self.scale.clamp_min(torch.finfo(self.scale.dtype).tiny)
 
 
 class _Carried(NamedTuple):
     step: Tensor
-    place: Place
+    place: Any
     found: Found
     state: Any
+    terms: Any
 
 
 def run(
     step: Step, evaluate: Evaluate, first: Point, rule: Rule, constants: Any, max_steps: int
-) -> tuple[Found, Tensor]:
-    """Iterate from ``first`` until every sample has stopped; returns what was found, and the number of steps.
+) -> tuple[Found, Tensor, Any]:
+    """Iterate from ``first`` until every sample has stopped; returns what was found, the number of steps, and what is
+    known of terms.
 
     Args:
         first: the evaluation at the start.
         constants: what ``evaluate`` needs.
     """
     step_count = torch.zeros((), dtype=torch.int64, device=first.z.device)
-    size = first.size()
     status = torch.full_like(rule.limit, _RUNNING, dtype=torch.int64)
-    start = Found(first.z, size, _of(first.scale), status, torch.zeros_like(status))
+    start = Found(first.z, first.size(), _of(first.scale), status, torch.zeros_like(status))
     found = _judged(first, rule, start, step_count)
-    carried = _Carried(step_count, Place.of(first), found, step.start(first))
+    now = _Carried(step_count, place_of(first), found, step.start(first), rule.terms(first))
+    rings = step.rings(first)
+    given = rule.constants(), constants
+    for stage in step.stages():
+        limit = max_steps if stage.upto is None else min(stage.upto, max_steps)
+        now = while_loop(_going(limit, stage), _body(stage.step, evaluate, rule), now, given, rings)
+        if limit == max_steps and stage.behind is None:
+            break
+    found = now.found
+    left = found.status == _RUNNING
+    return (
+        found._replace(
+            status=torch.where(left, int(Status.MAX_STEPS), found.status),
+            steps=torch.where(left, max_steps, found.steps),
+        ),
+        now.step,
+        now.terms,
+    )
 
+
+def _going(limit: int, stage: Stage) -> Callable[[_Carried], Tensor]:
     def going(now: _Carried) -> Tensor:
-        return (now.step < max_steps) & (now.found.running.sum() > 0)
+        on = (now.step < limit) & (now.found.running.sum() > 0)
+        if stage.behind is None:
+            return on
+        behind = stage.behind(now.found.size, now.found.scale, now.step) & now.found.running
+        return on & (behind.sum() == 0)
 
-    def body(now: _Carried, given: Any) -> _Carried:
-        floor, limit, unit, constants = given
-        here = rule._replace(floor=floor, limit=limit, unit=unit)
+    return going
+
+
+def _body(step: Step, evaluate: Evaluate, rule: Rule) -> Callable[[_Carried, Any, Any], _Carried]:
+    def body(now: _Carried, given: Any, rings: Any) -> _Carried:
+        fixed, constants = given
+        here = rule.at(fixed, now.terms)
         count = now.step + 1
-        to, state = step.propose(now.place, now.state, now.step)
+        to, state = step.propose(now.place, now.state, rings, now.step)
         z = torch.where(now.found.running[:, None], to, now.place.z)
-        point = evaluate(z, constants)
+        point = here.measured(evaluate(z, constants), now.place, now.terms, now.step)
         found = _judged(point, here, now.found, count)
-        place, state = step.learn(now.place, point, state, now.step)
+        place, state = step.learn(now.place, point, state, rings, now.step)
         stopped = now.found.running & ~found.running
         # a sample that stops for good goes to its best iterate: the map never sees a bad state again
         place = place._replace(z=torch.where(stopped[:, None], found.z, place.z))
-        return _Carried(count, place, found, state)
+        return _Carried(count, place, found, state, here.terms(point))
 
-    end = while_loop(going, body, carried, (rule.floor, rule.limit, rule.unit, constants))
-    found = end.found
-    left = found.status == _RUNNING
-    return found._replace(
-        status=torch.where(left, int(Status.MAX_STEPS), found.status), steps=torch.where(left, max_steps, found.steps)
-    ), end.step
+    return body
 
 
 def _judged(point: Point, rule: Rule, found: Found, count: Tensor) -> Found:
     """Test every sample that runs, and note those that stop here; ``count`` is zero for the start."""
     size, running = point.size(), found.running
-    within = size <= rule.tolerance(point)
+    within = size <= rule.judge.tolerance(point)
     done = within if within.ndim == 1 else within.all(dim=1)
     status, known = found.status, found.size
     if rule.rejudges:

@@ -10,8 +10,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-def while_loop(going: Callable[[Any], Tensor], body: Callable[[Any, Any], Any], carried: Any, constants: Any) -> Any:
-    """``while going(carried): carried = body(carried, constants)``, as one operation of the graph that is being traced.
+def while_loop(
+    going: Callable[[Any], Tensor],
+    body: Callable[[Any, Any, Any], Any],
+    carried: Any,
+    constants: Any,
+    rings: tuple[Tensor, ...] = (),
+) -> Any:
+    """``while going(carried): carried = body(carried, constants, rings)``, as one operation of the graph that is being
+    traced.
 
     Autograd must not see it: where the start does not require grad, it would give the derivative of one step alone, and
     say nothing. What calls it runs without grad; the derivative is that of the solution.
@@ -20,12 +27,13 @@ def while_loop(going: Callable[[Any], Tensor], body: Callable[[Any, Any], Any], 
         going: of the carried tensors, a bool scalar.
         body: may use no tensors but those that it is given.
         carried, constants: pytrees of tensors; the constants may hold integers, too.
+        rings: tensors that the body writes to in place, which saves a copy of them in every step.
     """
     from torch._higher_order_ops.while_loop import while_loop_op
 
     leaves, spec = pytree.tree_flatten(carried)
     fixed, fixed_spec = pytree.tree_flatten(constants)
-    count = len(leaves)
+    count, kept = len(leaves), len(leaves) + len(fixed)
     seen = {id(t) for t in fixed}
     for i, leaf in enumerate(leaves):  # no two inputs may share memory
         leaves[i] = leaf.clone() if id(leaf) in seen else leaf
@@ -36,9 +44,10 @@ def while_loop(going: Callable[[Any], Tensor], body: Callable[[Any, Any], Any], 
 
     def flat_body(*flat: Any) -> tuple[Tensor, ...]:
         given = pytree.tree_unflatten(list(flat[:count]), spec)
-        after = body(given, pytree.tree_unflatten(list(flat[count:]), fixed_spec))
+        after = body(given, pytree.tree_unflatten(list(flat[count:kept]), fixed_spec), flat[kept:])
         return tuple(pytree.tree_leaves(after))
 
     assert not torch.is_grad_enabled()
-    found = while_loop_op(flat_going, flat_body, tuple(leaves), tuple(fixed))
+    written = {"mutated_arg_indices": ",".join(str(kept + i) for i in range(len(rings)))} if rings else {}
+    found = while_loop_op(flat_going, flat_body, tuple(leaves), (*fixed, *rings), **written)
     return pytree.tree_unflatten(list(found), spec)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +12,12 @@ from torch import Tensor
 
 from torchimplicit.precision import widened
 from torchimplicit.problems import Point
-from torchimplicit.solvers import Anderson, FixedPointIteration, Solver
+from torchimplicit.solvers import Anderson, Broyden, FixedPointIteration, GradientDescent, Solver
+from torchimplicit.solvers.broyden import unit_of
 from torchimplicit.state import row_norm
+
+Rings = tuple[Tensor, ...]
+"""Long memories, ``[batch, memory, ...]``, which steps write to in place. What has not been written yet is garbage."""
 
 
 class Place(NamedTuple):
@@ -24,9 +30,9 @@ class Place(NamedTuple):
     def residual(self) -> Tensor:
         return self.image - self.z
 
-    @staticmethod
-    def of(point: Point) -> Place:
-        return Place(point.z, point.z + point.residual if point.image is None else point.image)
+    def ahead(self, damping: float) -> Tensor:
+        """A damped plain step."""
+        return self.image if damping == 1.0 else torch.add(self.z, self.residual, alpha=damping)
 
     def where(self, mask: Tensor, other: Place) -> Place:
         """This one where ``mask`` (bool ``[batch]``) holds."""
@@ -34,20 +40,64 @@ class Place(NamedTuple):
         return Place(torch.where(column, self.z, other.z), torch.where(column, self.image, other.image))
 
 
+class Spot(NamedTuple):
+    """Likewise, of problems that tell the residual itself, in which a difference of states would drown."""
+
+    z: Tensor
+    residual: Tensor
+
+    def ahead(self, damping: float) -> Tensor:
+        """A damped plain step."""
+        return torch.add(self.z, self.residual, alpha=damping)
+
+    def where(self, mask: Tensor, other: Spot) -> Spot:
+        """This one where ``mask`` (bool ``[batch]``) holds."""
+        column = mask[:, None]
+        return Spot(torch.where(column, self.z, other.z), torch.where(column, self.residual, other.residual))
+
+
+def place_of(point: Point) -> Any:
+    """Where a point is."""
+    return Spot(point.z, point.residual) if point.image is None else Place(point.z, point.image)
+
+
+class Stage(NamedTuple):
+    """How steps are taken for a while.
+
+    Attributes:
+        step: how.
+        upto: a number of steps; ``None`` for any.
+        behind: ``(size, scale, taken) -> bool [batch]``, which samples are so far behind that all had better go over to
+            the next stage.
+    """
+
+    step: Step
+    upto: int | None = None
+    behind: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+
 class Step(ABC):
     """A step in two parts, around the evaluation that lies between them."""
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The step as it is taken at first, and later."""
+        return (Stage(self),)
+
+    def rings(self, point: Point) -> Rings:
+        """The long memories, empty."""
+        return ()
 
     @abstractmethod
     def start(self, point: Point) -> Any:
         """The state at the first point: a pytree of tensors."""
 
     @abstractmethod
-    def propose(self, place: Place, state: Any, taken: Tensor) -> tuple[Tensor, Any]:
+    def propose(self, place: Any, state: Any, rings: Rings, taken: Tensor) -> tuple[Tensor, Any]:
         """Where to go next, and the state for :meth:`learn`. ``taken``: int64, the steps so far."""
 
-    @abstractmethod
-    def learn(self, before: Place, point: Point, state: Any, taken: Tensor) -> tuple[Place, Any]:
+    def learn(self, before: Any, point: Point, state: Any, rings: Rings, taken: Tensor) -> tuple[Any, Any]:
         """Where to go on from, ``point`` having been reached from ``before``; and the state."""
+        return place_of(point), state
 
 
 class Plain(Step):
@@ -59,60 +109,77 @@ class Plain(Step):
     def start(self, point: Point) -> Any:
         return ()
 
-    def propose(self, place: Place, state: Any, taken: Tensor) -> tuple[Tensor, Any]:
-        return _damped(place, self.damping), state
+    def propose(self, place: Any, state: Any, rings: Rings, taken: Tensor) -> tuple[Tensor, Any]:
+        return place.ahead(self.damping), state
 
-    def learn(self, before: Place, point: Point, state: Any, taken: Tensor) -> tuple[Place, Any]:
-        return Place.of(point), state
+
+class Heavy(Step):
+    """Of :class:`~torchimplicit.solvers.GradientDescent`."""
+
+    def __init__(self, step_size: float, momentum: float):
+        self.step_size, self.momentum = step_size, momentum
+
+    def start(self, point: Point) -> Any:
+        return torch.zeros_like(point.z)
+
+    def propose(self, place: Any, state: Tensor, rings: Rings, taken: Tensor) -> tuple[Tensor, Any]:
+        velocity = torch.add(place.residual, state, alpha=self.momentum)
+        return torch.add(place.z, velocity, alpha=self.step_size), velocity
 
 
 class Past(NamedTuple):
-    """As :class:`~torchimplicit.solvers.anderson.AndersonState` has them, ``kept`` and ``plain`` for all samples; the
-    rings ``[batch, memory, dim]`` are full of what gets no weight where ``kept`` is zero. ``right``,
-    ``[batch, memory]``, are the products of the turns with the residual to come from."""
+    """As :class:`~torchimplicit.solvers.anderson.AndersonState` has them, ``kept`` and ``plain`` for all samples.
+    ``right``, ``[batch, memory]``, are the products of the turns with the residual to come from; ``taken`` counts the
+    steps that were remembered."""
 
-    moves: Tensor
-    turns: Tensor
     gram: Tensor
     kept: Tensor
     plain: Tensor
     right: Tensor
+    taken: Tensor
 
 
 class Accelerated(Step):
     """Of :class:`~torchimplicit.solvers.Anderson`: the same combination with the same safeguard. What has not been
-    remembered yet is treated as what is forgotten."""
+    remembered yet is treated as what is forgotten. The rings are the moves and the turns."""
 
     def __init__(self, memory: int, damping: float, regularization: float | None, growth: float):
         self.memory, self.damping, self.regularization, self.growth = memory, damping, regularization, growth
 
+    def rings(self, point: Point) -> Rings:
+        like = widened(point.z)
+        ring = like.new_empty(like.shape[0], self.memory, like.shape[1])
+        return ring, torch.empty_like(ring)
+
     def start(self, point: Point) -> Past:
         like = widened(point.z)
-        batch, dim = like.shape
-        ring = like.new_zeros(batch, self.memory, dim)
+        batch = like.shape[0]
         eye = torch.eye(self.memory, dtype=like.dtype, device=like.device).expand(batch, -1, -1).clone()
         flag = torch.zeros(batch, dtype=torch.bool, device=like.device)
         none = like.new_zeros(batch, self.memory)
-        return Past(ring, ring.clone(), eye, none, flag, none.clone())
+        return Past(eye, none, flag, none.clone(), torch.zeros((), dtype=torch.int64, device=like.device))
 
-    def propose(self, place: Place, state: Past, taken: Tensor) -> tuple[Tensor, Past]:
+    def propose(self, place: Any, state: Past, rings: Rings, taken: Tensor) -> tuple[Tensor, Past]:
         weights = solved(state.gram, state.right, self._shift(state.gram))
-        correction = (weights[:, :, None] * state.moves).sum(dim=1)
-        to = _damped(place, self.damping)
+        moves = _written(rings[0], state.taken)
+        correction = (weights[:, :, None] * moves).sum(dim=1)
+        to = place.ahead(self.damping)
         return to - correction.to(to.dtype), state
 
-    def learn(self, before: Place, point: Point, state: Past, taken: Tensor) -> tuple[Place, Past]:
-        here = Place.of(point)
+    def learn(self, before: Any, point: Point, state: Past, rings: Rings, taken: Tensor) -> tuple[Any, Past]:
+        here = place_of(point)
         turn = widened(here.residual - before.residual)
-        if self.damping == 1:
+        if self.damping == 1 and isinstance(here, Place):
             move = widened(here.image - before.image)
         else:
             move = torch.add(widened(here.z - before.z), turn, alpha=self.damping)
         length = torch.linalg.vector_norm(turn, dim=1, keepdim=True).clamp_min(torch.finfo(turn.dtype).tiny)
         turn, move = turn / length, move / length
-        slot = torch.arange(self.memory, device=turn.device) == taken % self.memory
-        turns = torch.where(slot[None, :, None], turn[:, None], state.turns)
-        moves = torch.where(slot[None, :, None], move[:, None], state.moves)
+        at = state.taken % self.memory
+        _write(rings[0], at, move)
+        _write(rings[1], at, turn)
+        turns = _written(rings[1], state.taken + 1)
+        slot = torch.arange(self.memory, device=turn.device) == at
         failed = (row_norm(here.residual) > self.growth * row_norm(before.residual)) & ~state.plain
         kept = torch.where(slot[None, :], 1.0, state.kept).masked_fill(failed[:, None], 0.0)
         row = (turns * turn[:, None]).sum(dim=-1) * kept
@@ -123,10 +190,102 @@ class Accelerated(Step):
         gram = torch.where(failed[:, None, None], eye, gram)
         place = before.where(failed, here)
         right = (turns * widened(place.residual)[:, None]).sum(dim=-1) * kept
-        return place, Past(moves, turns, gram, kept, failed, right)
+        return place, Past(gram, kept, failed, right, state.taken + 1)
 
     def _shift(self, like: Tensor) -> float:
         return 10 * torch.finfo(like.dtype).eps if self.regularization is None else self.regularization
+
+
+class Tried(Accelerated):
+    """Of a linear system: the series, for as long as it would come to its end within ``HORIZON`` steps at the pace that
+    it has, and then its acceleration."""
+
+    HORIZON = 20
+
+    def __init__(self, damping: float, rtol: float):
+        super().__init__(5, damping, None, 2.0)
+        self.rtol = rtol
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The series first."""
+        pace = math.log(max(self.rtol, 1e-15)) / self.HORIZON
+
+        def behind(size: Tensor, scale: Tensor, taken: Tensor) -> Tensor:
+            return size > scale * torch.exp(pace * (taken - 3).clamp_min(0))
+
+        return Stage(Plain(self.damping), None, behind), Stage(self)
+
+
+class Secants(Step):
+    """Of :class:`~torchimplicit.solvers.Broyden`, by the steps alone.
+
+    Full steps make the inverse a product of factors :math:`I+s_{j+1}s_j^T/s_j^Ts_j` (Kelley 1995, section 7.3). So
+    :math:`Gr=\\gamma r+\\sum_j c_js_{j+1}`, where the :math:`c` are a triangular matrix times the :math:`s_i^T\\gamma
+    r`: two passes over one ring. The rings are the steps, that matrix, and the steps' products with each other.
+    """
+
+    FIRST = 12
+    """For so many steps at first, so many slots are looked at."""
+
+    def __init__(self, memory: int, capacity: int | None = None):
+        self.memory, self.capacity = memory, memory if capacity is None else capacity
+
+    def stages(self) -> tuple[Stage, ...]:
+        """By fewer slots while they are enough."""
+        if self.memory <= self.FIRST:
+            return (Stage(self),)
+        return Stage(Secants(self.memory, self.FIRST), self.FIRST), Stage(self)
+
+    def rings(self, point: Point) -> Rings:
+        like, n = widened(point.z), self.memory
+        square = like.new_empty(like.shape[0], n, n)
+        return like.new_empty(like.shape[0], n, like.shape[1]), square, torch.empty_like(square)
+
+    def start(self, point: Point) -> Tensor:
+        gamma = unit_of(point)
+        return torch.ones_like(widened(point.z)[:, :1]) if gamma is None else gamma[:, :, 0]
+
+    def propose(self, place: Any, state: Tensor, rings: Rings, taken: Tensor) -> tuple[Tensor, Any]:
+        n = self.capacity
+        steps, factors, products = rings
+        age = taken % (self.memory + 1)
+        slots = torch.arange(n, device=taken.device)
+        known, last = slots < age, slots == age - 1
+        s = torch.where(known[:, None], steps[:, :n], 0)
+        c = torch.where((slots[:, None] < age - 1) & (slots[None, :] <= slots[:, None]), factors[:, :n, :n], 0)
+        k = torch.where(known[:, None] & known[None, :], products[:, :n, :n], 0)
+        base = state * widened(place.residual)
+        along = (s * base[:, None]).sum(dim=-1)
+        parts = (c * along[:, None]).sum(dim=-1)
+        weights = torch.nn.functional.pad(parts[:, : n - 1], (1, 0))  # the j-th is that of the next step
+        g = base + (weights[:, :, None] * s).sum(dim=1)
+        along = along + (k * weights[:, None]).sum(dim=-1)  # of g
+        square = (k * (last[:, None] & last[None, :])).sum(dim=(1, 2))[:, None]
+        rest = 1 - (along * last).sum(dim=-1, keepdim=True) / torch.where(square > 0, square, 1)
+        safe = (rest.abs() > 1e-8) & (square > 0)
+        factor = torch.where(safe, 1 / torch.where(safe, rest, 1), 1)
+        move = g * factor
+        # the factor that the last step makes, for the steps to come
+        before = torch.nn.functional.pad((k * last[:, None]).sum(dim=1)[:, 1:], (0, 1))
+        row = (last + (before[:, :, None] * c).sum(dim=1)) * torch.where(safe, 1 / torch.where(safe, square, 1), 0)
+        slot = age % self.memory
+        new = along * factor
+        own = (move * move).sum(dim=-1, keepdim=True)
+        new = torch.where(slots == slot, own, new)
+        _write(factors[:, :, :n], (age - 1).clamp_min(0), row)
+        _write(products[:, :, :n], slot, new)
+        products[:, :n].index_copy_(2, slot.reshape(1), new[:, :, None])
+        _write(steps, slot, move)
+        return place.z + move.to(place.z.dtype), state
+
+
+def _write(ring: Tensor, slot: Tensor, vector: Tensor) -> None:
+    ring.index_copy_(1, slot.reshape(1), vector[:, None])
+
+
+def _written(ring: Tensor, count: Tensor) -> Tensor:
+    """The ring, with zeros in the slots that nothing has been written to."""
+    return torch.where((torch.arange(ring.shape[1], device=ring.device) < count)[:, None], ring, 0)
 
 
 def solved(matrix: Tensor, right: Tensor, least: float) -> Tensor:
@@ -162,8 +321,8 @@ def step_of(solver: Solver) -> Step | None:
         return Plain(solver.damping)
     if isinstance(solver, Anderson):
         return Accelerated(solver.memory, solver.damping, solver.regularization, solver.growth)
+    if isinstance(solver, Broyden):
+        return Secants(solver.memory)
+    if isinstance(solver, GradientDescent):
+        return Heavy(solver.step_size, solver.momentum)
     return None
-
-
-def _damped(place: Place, damping: float) -> Tensor:
-    return place.image if damping == 1.0 else torch.add(place.z, place.residual, alpha=damping)

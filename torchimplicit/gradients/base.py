@@ -19,7 +19,7 @@ from torchimplicit.gradients.smoothness import Smoothness
 from torchimplicit.linear import LinearSolution, LinearSolver
 from torchimplicit.precision import at_precision
 from torchimplicit.problems import System
-from torchimplicit.problems.linearization import Linearization, check_unmoved
+from torchimplicit.problems.linearization import Linearization, changed_since, check_unmoved
 from torchimplicit.saved import past_hooks
 from torchimplicit.solution import AdjointRecord, Report, Status
 from torchimplicit.solvers import Outcome, Solver
@@ -123,7 +123,20 @@ class Task:
         tape = self.system.linearize(z, params, wanted)
         if self.value is not None:
             check_unmoved(self.value, tape.out)
+        elif self.capture is not None and self.outcomes and z.shape[1]:
+            self._check_residual(self.system.norms(self.system.on_tape(tape)))
         return tape
+
+    def _check_residual(self, now: Tensor) -> None:
+        """Raise where the residual at the solution is not that of the forward pass, which recorded nothing."""
+        outcome = self.outcomes[-1]
+        norm, parts = outcome.norm, outcome.parts
+        if norm is None or parts is None or norm.shape != now.shape:
+            return
+        terms = torch.where(parts > 0, norm / parts, torch.inf).nan_to_num(torch.inf)
+        share = torch.finfo(now.dtype).eps ** 0.5 if now.dtype == torch.float64 else 0.02
+        if bool(((now - norm).abs() > share * (norm + terms)).any()):
+            changed_since()
 
     def solve_linear(
         self,

@@ -39,9 +39,9 @@ class Implicit(Gradient):
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
         return solved_by_rule(task, self, z0, params)
 
-    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization:
-        """Of the residual."""
-        return task.recorded(z, params, wanted)
+    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization | None:
+        """Of the residual; none where the backward pass is compiled."""
+        return None if task.capture is not None and task.capture.pulls else task.recorded(z, params, wanted)
 
     def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
         """The cotangents of the wanted parameters; differentiable."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -243,12 +243,17 @@ def check_unmoved(before: Tensor, now: Tensor, also: str = "") -> None:
     # single precision may hold what autocast has computed in a lower one
     tolerance = torch.finfo(now.dtype).eps ** 0.5 if now.dtype == torch.float64 else 0.02
     if bool(gap > tolerance * size):
-        raise RuntimeError(
-            "the problem's function had to be evaluated again for a derivative, and it does not give what it gave "
-            "before at the same point: something that it reads has been changed since (a buffer, a captured tensor, "
-            f"the training mode, a default dtype), or it is random{also}. Change it after the backward pass, or pass "
-            "it to solve as an argument"
-        )
+        changed_since(also)
+
+
+def changed_since(also: str = "") -> NoReturn:
+    """Raise the error of a function that gives another value than in the forward pass."""
+    raise RuntimeError(
+        "the problem's function had to be evaluated again for a derivative, and it does not give what it gave "
+        "before at the same point: something that it reads has been changed since (a buffer, a captured tensor, "
+        f"the training mode, a default dtype), or it is random{also}. Change it after the backward pass, or pass "
+        "it to solve as an argument"
+    )
 
 
 def _seen_columns(out: Tensor, z: Tensor) -> Tensor | None:

@@ -86,7 +86,7 @@ class Broyden(Solver):
     def step(self, evaluate: Evaluator, point: Point, state: BroydenState | None, progress: Progress) -> Move:
         z, residual = point.z, point.residual
         if state is None:
-            inverse = InverseEstimate(History.empty(z, self.memory), History.empty(z, self.memory), _unit(point))
+            inverse = InverseEstimate(History.empty(z, self.memory), History.empty(z, self.memory), unit_of(point))
             return self._begun(point, inverse)
         s, inverse, slot = state.move, state.inverse, state.inverse.u.filled
         if slot == self.memory:
@@ -106,7 +106,7 @@ class Broyden(Solver):
         return Move(z + move, BroydenState(move, residual, inverse))
 
 
-def _unit(point: Point) -> Tensor | None:
+def unit_of(point: Point) -> Tensor | None:
     """:math:`\\gamma` at the first point; ``None`` where the residual is in the state's unit."""
     if point.product is None:
         return None

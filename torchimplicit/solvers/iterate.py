@@ -62,9 +62,19 @@ def iterate(
     outcome = loop.run()
     if not loop.stepped:  # and what was found so was found by the whole
         return outcome
-    judge = loop.first_judge
+    return reviewed(solver, evaluate, outcome, loop.first_judge, loop.mixed)
+
+
+def reviewed(solver: Solver, evaluate: Evaluator, outcome: Outcome, judge: Judge, mixed: bool) -> Outcome:
+    """The outcome once the whole problem has confirmed what it claims; samples that it does not confirm go on.
+
+    Args:
+        judge: the rule of the loop that led there, for its first batch.
+        mixed: whether what is returned may not be what was evaluated last.
+    """
+    system, params = evaluate.system, evaluate.params
     for tried in range(ROUNDS + 1):
-        verdict = review(solver, evaluate, outcome, judge, loop.mixed or solver.searches)
+        verdict = review(solver, evaluate, outcome, judge, mixed or solver.searches)
         outcome = verdict.outcome
         if verdict.coupled:
             together = as_one_system(iterate, solver, system, outcome.z, params)
@@ -79,7 +89,7 @@ def iterate(
         evaluate.rows_evaluated = 0
         # what its last step told a sample of its terms was too much
         loop = _Loop(left, evaluate, evaluate(outcome.z), only=verdict.again, strict=0.1 ** (tried + 1))
-        outcome = after(outcome, loop.run(), verdict.again)
+        outcome, mixed = after(outcome, loop.run(), verdict.again), loop.mixed
     assert verdict.again is not None
     return given_up(outcome, verdict.again)
 
