@@ -106,8 +106,9 @@ class _Right(NamedTuple):
 
 
 class _Solved(NamedTuple):
-    """``x`` ``[batch, dim]``; bool ``[batch]``, whether it is the solution as far as the method knows; the steps of each
-    row, int64 ``[batch]``; how many products were taken, int64; and what the norm of each row's matrix is at least."""
+    """``x`` ``[batch, dim]``; bool ``[batch]``, whether it is the solution as far as the method knows; the steps of
+    each row, int64 ``[batch]``; how many products were taken, int64; and what the norm of each row's matrix is at
+    least."""
 
     x: Tensor
     solved: Tensor

@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Captured graphs are run as they are, loops and all, not compiled: all but the compiler is tested, in a fifth of
+    the time. Memories that nothing has been written to hold NaN."""
+    import torch._inductor.compile_fx as inductor
+
+    monkeypatch.setattr(inductor, "compile_fx", lambda graph, *args, **kwargs: graph)
+    torch.compiler.reset()
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # which fills them so
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,149 @@
+"""Every method that has a compiled form, against the eager loop."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import torchimplicit as ti
+from torchimplicit import Anderson, Broyden, FixedPoint, GradientDescent, Implicit, Minimum, Root
+from torchimplicit.errors import CaptureWarning, ConvergenceWarning
+from torchimplicit.solution import Status
+
+DIM = 6
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_said():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CaptureWarning)
+        yield
+
+
+def tensors(batch=4, scale=0.8, requires_grad=True):
+    generator = torch.Generator().manual_seed(0)
+    w = scale * torch.linalg.qr(torch.randn(DIM, DIM, generator=generator, dtype=torch.float64)).Q
+    x = torch.randn(batch, DIM, generator=generator, dtype=torch.float64)
+    return w.requires_grad_(requires_grad), x.requires_grad_(requires_grad)
+
+
+def stated(kind, w):
+    if kind == "map":
+        return FixedPoint(lambda z, x: torch.tanh(z @ w.T + x))
+    if kind == "root":
+        return Root(lambda z, x: 3 * (z - torch.tanh(z @ w.T + x)))
+    return Minimum(lambda z, x: torch.cosh(z @ w.T).sum(-1) + 0.5 * (z**2).sum(-1) - (z * x).sum(-1))
+
+
+def both(kind, solver, linear_solver=None, batch=4):
+    w, x = tensors(batch)
+    found = []
+    for compile in (False, True):
+        solution = ti.solve(
+            stated(kind, w),
+            torch.zeros_like(x),
+            x,
+            solver=solver,
+            gradient=Implicit(linear_solver=linear_solver),
+            compile=compile,
+        )
+        u = torch.cos(torch.arange(x.numel(), dtype=x.dtype)).reshape(x.shape)
+        found.append((solution, torch.autograd.grad(solution.value, (w, x), u)))
+    return found
+
+
+QUICK = [
+    ("map", Broyden(rtol=1e-11), None),
+    ("root", Broyden(rtol=1e-11), None),
+    ("energy", GradientDescent(step_size=0.2, momentum=0.5, rtol=1e-9), ti.MINRES()),
+]
+THOROUGH = [
+    ("map", Broyden(memory=5, rtol=1e-11), ti.GMRES()),
+    ("map", Anderson(rtol=1e-11, damping=0.7), ti.BiCGStab()),
+    ("map", Anderson(rtol=1e-11), ti.Dense()),
+    ("root", Anderson(rtol=1e-11, damping=0.3, max_steps=300), ti.BiCGStab()),
+    ("root", Broyden(rtol=1e-11), ti.GMRES()),
+    ("energy", GradientDescent(step_size=0.2, momentum=0.5), None),
+    ("energy", GradientDescent(step_size=0.2, momentum=0.5), ti.CG()),
+    ("energy", Broyden(), ti.Dense()),
+]
+
+
+def agree(kind, solver, linear_solver):
+    (one, grads), (two, compiled) = both(kind, solver, linear_solver)
+    torch.testing.assert_close(two.value, one.value, rtol=1e-9, atol=1e-9)
+    assert torch.equal(two.steps, one.steps)
+    assert torch.equal(two.status, one.status)
+    assert two.converged.all()
+    assert two.evaluations == one.evaluations
+    torch.testing.assert_close(two.residual, one.residual, rtol=0.1, atol=1e-13)
+    assert two.adjoint.converged.all()
+    for a, b in zip(compiled, grads, strict=True):
+        assert (a - b).norm() <= 1e-8 * b.norm()
+
+
+@pytest.mark.parametrize(("kind", "solver", "linear_solver"), QUICK)
+@pytest.mark.usefixtures("interpreted")
+def test_what_is_compiled_gives_what_the_eager_loop_gives(kind, solver, linear_solver):
+    agree(kind, solver, linear_solver)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "solver", "linear_solver"), THOROUGH)
+@pytest.mark.usefixtures("interpreted")
+def test_so_do_other_methods(kind, solver, linear_solver):
+    agree(kind, solver, linear_solver)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "solver", "linear_solver"), QUICK)
+def test_so_it_does_when_the_compiler_has_been_at_it(kind, solver, linear_solver):
+    agree(kind, solver, linear_solver)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_series_that_is_slow_is_accelerated():
+    w, x = tensors(scale=0.99, requires_grad=True)
+    found = ti.solve(
+        FixedPoint(lambda z, x: torch.tanh(z @ w.T + 0.1 * x)), torch.zeros_like(x), x, solver=Anderson(), compile=True
+    )
+    u = torch.ones_like(x)
+    (got,) = torch.autograd.grad(found.value, x, u)
+    z = found.value.detach()
+    slope = 1 - z**2
+    rows = [torch.linalg.solve(torch.eye(DIM) - (s[:, None] * w.detach()).T, one) for s, one in zip(slope, u)]
+    expected = 0.1 * slope * torch.stack(rows)
+    assert (got - expected).norm() <= 1e-7 * expected.norm()
+    assert found.adjoint.evaluations < 60  # the series alone would take hundreds
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_saddle_is_told():
+    a = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    x = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
+    problem = Minimum(lambda z, x: (0.5 * a * z**2 - z * x).sum(-1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = ti.solve(problem, torch.zeros_like(x), x, solver=GradientDescent(atol=1e-9), compile=True)
+    with pytest.warns(ConvergenceWarning, match="negative"):
+        found.value.sum().backward()
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_mode_that_has_changed_since_is_an_error():
+    class Cell(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(DIM, DIM, dtype=torch.float64)
+
+        def forward(self, z, x):
+            return (0.3 if self.training else 0.2) * torch.tanh(self.inner(z) + x)
+
+    cell, (_, x) = Cell(), tensors()
+    found = ti.solve(FixedPoint(cell), torch.zeros_like(x), x, compile=True)
+    assert (found.status == Status.CONVERGED).all()
+    cell.eval()
+    with pytest.raises(RuntimeError, match="changed since"):
+        torch.autograd.grad(found.value.sum(), x, create_graph=True)
