@@ -21,7 +21,7 @@ from torchimplicit.problems import FixedPoint, Minimum, Problem, Root, System
 from torchimplicit.solution import Report, Status
 from torchimplicit.solvers import GradientDescent, Outcome, Solver
 from torchimplicit.solvers.base import Evaluator
-from torchimplicit.solvers.iterate import reviewed
+from torchimplicit.solvers.iterate import as_one, reviewed
 from torchimplicit.state import Layout
 
 
@@ -47,7 +47,7 @@ class Capture:
         """The forward solve; ``None`` where it is not the one that was compiled. Reads from the device once. Where
         samples are not solved beyond doubt, the eager loop goes on with ``system``."""
         inputs = self.bound.inputs_at((z0, *params), params)
-        if inputs is None:
+        if inputs is None or as_one(solver, system):
             return None
         given = self.bound.artifact.forward(z0.contiguous(), *inputs)
         found = Forward._make((*given[:7], tuple(given[7:])))
@@ -56,7 +56,8 @@ class Capture:
         outcome = Outcome(found.z, report, norm=found.norm, parts=found.parts)
         if not unsure:
             return outcome
-        return reviewed(solver, Evaluator(system, params), outcome, found.judge(solver, system), True)
+        spent = bool((found.status == Status.MAX_STEPS).any())
+        return reviewed(solver, Evaluator(system, params), outcome, found.judge(solver, system), True, spent)
 
     def pull(self, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Backward | None:
         """The adjoint solve at ``z``, and what it gives the wanted parameters. ``None`` where it was not compiled, or

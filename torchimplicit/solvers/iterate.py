@@ -52,8 +52,7 @@ def iterate(
     """
     if solver.steps is not None:
         return take_steps(solver, system, z0, params, first, recorded)
-    coupling = system.coupling
-    if coupling is not None and coupling.found and (solver.searches or (solver.remembers and coupling.memory.together)):
+    if as_one(solver, system):
         together = as_one_system(iterate, solver, system, z0, params)
         if together is not None:
             return together
@@ -62,15 +61,26 @@ def iterate(
     outcome = loop.run()
     if not loop.stepped:  # and what was found so was found by the whole
         return outcome
-    return reviewed(solver, evaluate, outcome, loop.first_judge, loop.mixed)
+    return reviewed(solver, evaluate, outcome, loop.first_judge, loop.mixed, loop.active > 0)
 
 
-def reviewed(solver: Solver, evaluate: Evaluator, outcome: Outcome, judge: Judge, mixed: bool) -> Outcome:
+def as_one(solver: Solver, system: System) -> bool:
+    """Whether samples are known to depend on each other in a way that the solver has to solve them as one system."""
+    coupling = system.coupling
+    if coupling is None or not coupling.found:
+        return False
+    return solver.searches or (solver.remembers and coupling.memory.together)
+
+
+def reviewed(
+    solver: Solver, evaluate: Evaluator, outcome: Outcome, judge: Judge, mixed: bool, unsolved: bool
+) -> Outcome:
     """The outcome once the whole problem has confirmed what it claims; samples that it does not confirm go on.
 
     Args:
         judge: the rule of the loop that led there, for its first batch.
         mixed: whether what is returned may not be what was evaluated last.
+        unsolved: whether steps have run out.
     """
     system, params = evaluate.system, evaluate.params
     for tried in range(ROUNDS + 1):
@@ -81,15 +91,17 @@ def reviewed(solver: Solver, evaluate: Evaluator, outcome: Outcome, judge: Judge
             if together is not None:
                 return after(outcome, together, None)
         if verdict.again is None:
-            unsolved = loop.active > 0 and solver.remembers and not torch.is_grad_enabled()
-            return tried_as_one(iterate, solver, evaluate, outcome) if unsolved else outcome
+            if unsolved and solver.remembers and not torch.is_grad_enabled():
+                return tried_as_one(iterate, solver, evaluate, outcome)
+            return outcome
         if tried == ROUNDS:
             break
         left = replace(solver, max_steps=solver.max_steps - int(outcome.report.steps[verdict.again].amin()))
         evaluate.rows_evaluated = 0
         # what its last step told a sample of its terms was too much
         loop = _Loop(left, evaluate, evaluate(outcome.z), only=verdict.again, strict=0.1 ** (tried + 1))
-        outcome, mixed = after(outcome, loop.run(), verdict.again), loop.mixed
+        outcome = after(outcome, loop.run(), verdict.again)
+        mixed, unsolved = loop.mixed, loop.active > 0
     assert verdict.again is not None
     return given_up(outcome, verdict.again)
 
