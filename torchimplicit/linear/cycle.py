@@ -124,6 +124,7 @@ class Cycle:
         self.outcome = Outcome(x, norm, norm, count, count, torch.full_like(norm, torch.inf), torch.zeros_like(norm))
         self.steps, self.wasted, self.setup = 0, 0, 1.0
         self.finished = True
+        self.smooth = self.best is None and norm.shape[0] > 0
 
     def run(self, limit: int, check_every: int) -> Outcome:
         """Steps until every row has stopped, ``limit`` at most, looking at the residuals every so many."""
@@ -143,7 +144,14 @@ class Cycle:
     def _check(self, last: bool) -> int | None:
         """The one look at the device. Deals with the rows that have stopped; returns the count of the slow ones."""
         broken, slow_rows = getattr(self.state, "broken", None), getattr(self.state, "slow", None)
-        above, finite = self.state.norm > self.notes.pending, self.state.norm < self.infinity
+        above = self.state.norm > self.notes.pending
+        if self.smooth:
+            # one predicate where all rows go on and none is slow, as one would be that has become infinite
+            self.smooth = slow_rows is not None and broken is None and not last
+            if self.smooth and bool((above > slow_rows).all()):
+                return 0
+            self.smooth = False
+        finite = self.state.norm < self.infinity
         active = above if broken is None else above > broken
         masks = [active, finite] if slow_rows is None else [active, finite, slow_rows]
         if self.best is not None:

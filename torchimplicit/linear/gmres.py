@@ -120,7 +120,7 @@ class _AdaptiveSimplerGMRES(Method):
             upper[:, k, :k] = h
         size = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
         q = torch.div(w, size.clamp_min(torch.finfo(w.dtype).tiny), out=images[:, k])
-        a = (r * q).sum(-1, keepdim=True)
+        a = torch.linalg.vecdot(r, q).unsqueeze(-1)
         r = torch.addcmul(r, a, q, value=-1, out=directions[:, k + 1])
         norm = torch.linalg.vector_norm(r, dim=-1)
         return _State(

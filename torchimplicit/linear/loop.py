@@ -81,7 +81,8 @@ def run(
     check_every = check_every if method.watched else limit
     cycle = Cycle(method, system, b, x, r, norm, tolerance)
     result = part = cycle.run(limit, check_every)
-    live, strayed = None, False
+    finite = whole.finite.squeeze(-1)
+    live, strayed, settled = None, False, False
     while cycle.steps and method.watched:
         going = part.status != Status.NONFINITE
         if live is None and max(rtol, atol) > 0:  # every row is judged by the whole operator once
@@ -100,6 +101,11 @@ def run(
                 part, b, x, norm, tolerance, doubt = select((part, b, x, norm, tolerance, doubt), chosen)
         r = system.residual(b, part.x)
         size = torch.linalg.vector_norm(r, dim=-1)
+        if live is None and cycle.finished:  # the common case: all are within, as their recurrences said
+            settled = bool(((size <= _MARGIN * tolerance) & finite).all())
+            if settled:
+                result = part._replace(norm=size)
+                break
         strays = doubt & (size > _STRAYED * part.norm.maximum(tolerance))
         part, live = _settle(part, size, x, norm, tolerance, doubt, max_steps)
         left, far = torch.stack(((max_steps - part.steps).where(live, 0), strays)).amax(1).tolist()
@@ -114,16 +120,18 @@ def run(
         if not left:
             break
 
-    finite = whole.finite.squeeze(-1)
     unit = scale.where(scale > 0, 1.0)
     evaluations = system.cost.rows / max(1, operator.batch)
     curvature = result.curvature.where(result.curvature < 0, torch.nan).to(dtype) if method.curved else None
-    norms = (result.norm / unit).where(finite, torch.nan).to(dtype)
-    status = result.status.masked_fill(~finite, int(Status.NONFINITE))
-    x = operator.project(result.x)
+    norms, status, x = result.norm / unit, result.status, operator.project(result.x)
     condition = (result.size * torch.linalg.vector_norm(x, dim=-1) / unit).to(dtype)
-    report = Report(status, result.steps, norms, evaluations, curvature=curvature, condition=condition)
-    return LinearSolution(whole.restored(x).to(dtype), report, strayed)
+    if settled:
+        value = x / whole.factor
+    else:
+        norms, value = norms.where(finite, torch.nan), whole.restored(x)
+        status = status.masked_fill(~finite, int(Status.NONFINITE))
+    report = Report(status, result.steps, norms.to(dtype), evaluations, curvature=curvature, condition=condition)
+    return LinearSolution(value.to(dtype), report, strayed)
 
 
 def _settle(

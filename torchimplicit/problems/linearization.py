@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge
 
 from torchimplicit.closure import check_graph, eagerly
@@ -172,7 +173,11 @@ class Linearization:
     def _grad(self, out: Tensor, at: Tensor, v: Tensor) -> Tensor:
         grad = None
         if out.requires_grad:
-            (grad,) = torch.autograd.grad(out, at, v, retain_graph=True, allow_unused=True)
+            if out.device.type == "cpu":  # in this thread, which needs nothing of what torch.autograd.grad prepares
+                run = Variable._execution_engine.run_backward
+                (grad,) = run((out,), (v,), True, False, (at,), allow_unreachable=True, accumulate_grad=False)
+            else:
+                (grad,) = torch.autograd.grad(out, at, v, retain_graph=True, allow_unused=True)
         if not self._looked:
             self._look(grad is None)
         return _or_zero(grad, at)
