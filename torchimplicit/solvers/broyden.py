@@ -43,10 +43,9 @@ class InverseEstimate(NamedTuple):
 
 
 class BroydenState(NamedTuple):
-    """The step taken last, the residual from which it was taken, and the inverse."""
+    """The step :math:`s = G r` that was taken last, half precision kept in float32, and the inverse :math:`G`."""
 
     move: Tensor
-    residual: Tensor
     inverse: InverseEstimate
 
 
@@ -80,8 +79,8 @@ class Broyden(Solver):
 
     @staticmethod
     def _begun(point: Point, inverse: InverseEstimate) -> Move:
-        move = inverse.times(widened(point.residual)[:, None])[:, 0].to(point.z.dtype)
-        return Move(point.z + move, BroydenState(move, point.residual, inverse))
+        move = inverse.times(widened(point.residual)[:, None])[:, 0]
+        return Move(point.z + move.to(point.z.dtype), BroydenState(move, inverse))
 
     def step(self, evaluate: Evaluator, point: Point, state: BroydenState | None, progress: Progress) -> Move:
         z, residual = point.z, point.residual
@@ -92,18 +91,17 @@ class Broyden(Solver):
         if slot == self.memory:
             empty = InverseEstimate(History(inverse.u.ring, 0), History(inverse.v.ring, 0), inverse.gamma)
             return self._begun(point, empty)
-        # The secant condition: A s = -(r - r_last), so G+ y = -s with y = r - r_last.
-        pair = widened(torch.stack((residual, residual - state.residual), dim=1))
-        wide = widened(s)
-        g, gy = inverse.times(pair).unbind(dim=1)
-        left = inverse.transposed_times(wide[:, None])[:, 0]
-        # Sherman-Morrison: G+ = G + u (G^T s)^T with u = -(s + G y) / (s.G y); no update where that is 0 / 0.
-        along, ahead, square = ((wide * other).sum(dim=1, keepdim=True) for other in (gy, g, wide))
-        safe = along.abs() > 1e-8 * square
-        u = torch.where(safe, -(wide + gy) / torch.where(safe, along, 1), 0)
-        move = torch.addcmul(g, u, ahead).to(z.dtype)
-        inverse = InverseEstimate(inverse.u.put(slot, u), inverse.v.put(slot, left), inverse.gamma)
-        return Move(z + move, BroydenState(move, residual, inverse))
+        # The secant condition: A s = -(r - r_last), so G+ y = -s with y = r - r_last. The step was s = G r_last, so that
+        # G y = g - s with g = G r, and one product with G gives both (Kelley 1995, section 7.3).
+        g = inverse.times(widened(residual)[:, None])[:, 0]
+        left = inverse.transposed_times(s[:, None])[:, 0]
+        ahead, square = ((s * other).sum(dim=1, keepdim=True) for other in (g, s))
+        # Sherman-Morrison: G+ = G + u (G^T s)^T with u = -(s + G y) / (s.G y) = g / gap; no update where that is 0 / 0.
+        gap = square - ahead
+        gap = torch.where(gap.abs() > 1e-8 * square, gap, torch.inf)
+        move = torch.addcmul(g, g, ahead / gap)  # G+ r
+        inverse = InverseEstimate(inverse.u.put(slot, g, gap), inverse.v.put(slot, left), inverse.gamma)
+        return Move(z + move.to(z.dtype), BroydenState(move, inverse))
 
 
 def unit_of(point: Point) -> Tensor | None:
