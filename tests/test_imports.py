@@ -138,3 +138,36 @@ def test_importing_the_package_brings_no_recipes():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"]], ids=lambda arguments: arguments[0])
+def test_the_command_line_says_what_there_is_without_loading_what_it_runs_with(arguments):
+    """As many modules as torch itself has would make it twice as slow to answer as torch is to import."""
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "from torchimplicit.cli import main\n"
+        "try:\n"
+        f"    main({arguments!r})\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "print('\\n', *sorted(set(sys.modules) - before))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = result.stdout.splitlines()[-1].split()
+    roots = {name.split(".")[0] for name in loaded}
+    heavy = {
+        "lightning",
+        "pytorch_lightning",
+        "matplotlib",
+        "scipy",
+        "sklearn",
+        "skimage",
+        "numpy",
+        "PIL",
+        "torchvision",
+    }
+    assert "torchimplicit" in roots
+    assert not heavy & roots
+    assert "torch._dynamo" not in loaded
+    assert len(loaded) < 400  # about 300; torch brings 1,100

@@ -112,8 +112,10 @@ _MOST = 1000
 def _held(item: Any) -> Iterator[Any]:
     if isinstance(item, types.FunctionType):
         for cell in item.__closure__ or ():
-            with contextlib.suppress(ValueError):  # a cell that is empty yet
+            try:
                 yield cell.cell_contents
+            except ValueError:  # a cell that is empty yet
+                continue
         yield from item.__defaults__ or ()
         yield from (item.__kwdefaults__ or {}).values()
         for name in _names(item.__code__):

@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 
 from torchimplicit.coordinates import Chart
 
+_LEAF = pytree.tree_structure(0)
+
 
 class Leaves(NamedTuple):
     """How many numbers of a flat sample each leaf has, one leaf after the other, and the tree that they make up;
@@ -49,7 +51,7 @@ class Layout:
     @staticmethod
     def of(z0: Any, batched: bool) -> Layout:
         """The layout of ``z0``, which is checked here once and for all."""
-        leaves, spec = pytree.tree_flatten(z0)
+        leaves, spec = ([z0], _LEAF) if type(z0) is Tensor else pytree.tree_flatten(z0)
         if not leaves:
             raise ValueError("z0 holds no tensors: give the initial state as a tensor or a pytree of tensors")
         for leaf in leaves:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchimplicit.gradients.base import Found, Gradient, Task, differentiable, reported, truncated
 from torchimplicit.gradients.nodes import Grads, Solve, undifferentiated
+from torchimplicit.problems.image_system import ImageSystem
 from torchimplicit.solvers import Solver
 from torchimplicit.validation import check_count, check_fraction
 
@@ -46,13 +47,13 @@ class UnrolledPhantom(Gradient):
             return undifferentiated(task, self, z0, params)
         else:
             found = Found(*(t.detach() for t in Solve.apply(task, self, z0.detach(), *params)))
-        h = found.z
+        h, system = found.z, task.system
         for _ in range(self.steps):
-            point = task.system.at(h, params)
-            if self.damping == 1.0 and point.image is not None:
-                h = point.image
+            if isinstance(system, ImageSystem):
+                image = system.image(h, *params)
+                h = image if self.damping == 1.0 else torch.lerp(h, image, self.damping)
             else:
-                h = h + self.damping * point.residual
+                h = h + self.damping * system.at(h, params).residual
         task.spent(self.steps)
         figures = truncated(h.detach(), self.steps, float(self.steps - 1))
         # a copy, for the map may have returned an argument, a buffer or a parameter

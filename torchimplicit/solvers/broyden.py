@@ -91,8 +91,8 @@ class Broyden(Solver):
         if slot == self.memory:
             empty = InverseEstimate(History(inverse.u.ring, 0), History(inverse.v.ring, 0), inverse.gamma)
             return self._begun(point, empty)
-        # The secant condition: A s = -(r - r_last), so G+ y = -s with y = r - r_last. The step was s = G r_last, so that
-        # G y = g - s with g = G r, and one product with G gives both (Kelley 1995, section 7.3).
+        # The secant condition: A s = -(r - r_last), so G+ y = -s with y = r - r_last. The step was s = G r_last, so
+        # that G y = g - s with g = G r, and one product with G gives both (Kelley 1995, section 7.3).
         g = inverse.times(widened(residual)[:, None])[:, 0]
         left = inverse.transposed_times(s[:, None])[:, 0]
         ahead, square = ((s * other).sum(dim=1, keepdim=True) for other in (g, s))

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torchimplicit.linear import LinearOperator
 from torchimplicit.precision import default_rtol
 from torchimplicit.problems import Point, System
+from torchimplicit.state import leaves_of
 
 ROUNDING = 16
 """How many roundings of its terms a residual may be made of."""
@@ -45,7 +46,7 @@ def check_tolerance(owner: object, name: str) -> None:
     if value is None:
         return
     where = f"{type(owner).__name__}.{name}"
-    numbers = pytree.tree_leaves(value)
+    numbers = leaves_of(value)
     if not numbers:
         raise ValueError(f"{where} is {value!r}, and holds no number: give one, or one for each leaf of the state")
     for number in numbers:
