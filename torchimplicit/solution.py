@@ -20,8 +20,7 @@ class Status(IntEnum):
     CONVERGED = 0
     """The residual is within the tolerance."""
     MAX_STEPS = 1
-    """The step budget ran out first; the value is the iterate of least residual. Also of an estimator that takes a
-    given number of steps: its residual is then NaN, unknown."""
+    """The step budget ran out first; the value is the iterate of least residual."""
     NONFINITE = 2
     """The map gave NaN or infinity, or the residual grew without bound; the value is the last good iterate."""
     BREAKDOWN = 3
@@ -31,8 +30,8 @@ class Status(IntEnum):
     was solved for is the derivative of a stationary point that no minimization would find. Of a minimization by
     :class:`~torchimplicit.NewtonKrylov`: it has come to such a point, and found no way down from it."""
     STEPS_TAKEN = 5
-    """The solver was given a number of ``steps``, and has taken them: nothing was tested. The value is the last
-    iterate."""
+    """A number of ``steps`` was given, and they were taken: nothing was tested. The value is the last iterate. So it is
+    with an estimator that takes a given number of steps or products backward."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +84,8 @@ class Report:
         """One line for people: how many samples stopped for which reason, and the worst residual that is known."""
         status, residual = self.status.flatten(), self.residual.flatten()
         unknown = residual.isnan()
-        given = unknown & (status == Status.MAX_STEPS)  # so many steps were asked for, and no residual
-        counts = torch.bincount(status[~given], minlength=len(Status)).tolist()
+        counts = torch.bincount(status, minlength=len(Status)).tolist()
         reasons = [f"{counts[reason]} {reason.name}" for reason in Status if counts[reason]]
-        if bool(given.any()):
-            reasons.append(f"{int(given.sum())} after the steps that were asked for")
         known = residual[~unknown]
         worst = f"largest relative residual {float(known.max()):.2g}" if known.numel() else "residual unknown"
         if not residual.numel():
@@ -193,7 +189,7 @@ class Solution:
     def adjoint(self) -> Report | None:
         """The figures of the backward pass, once it has run; ``None`` before.
 
-        An estimator that takes a given number of steps reports :attr:`Status.MAX_STEPS`, and NaN for a residual that
+        An estimator that takes a given number of steps reports :attr:`Status.STEPS_TAKEN`, and NaN for a residual that
         it does not know. :class:`~torchimplicit.gradients.UnrolledPhantom` and
         :class:`~torchimplicit.gradients.Unrolled` leave no report under ``torch.func``.
         """

@@ -202,7 +202,7 @@ def truncated(like: Tensor, steps: int, products: float) -> Report:
     """
     count = torch.full(like.shape[:1], steps, dtype=torch.int64, device=like.device)
     unknown = torch.full(like.shape[:1], torch.nan, dtype=like.dtype, device=like.device)
-    return Report(torch.full_like(count, int(Status.MAX_STEPS)), count, unknown, products)
+    return Report(torch.full_like(count, int(Status.STEPS_TAKEN)), count, unknown, products)
 
 
 def reported(z: Tensor, record: AdjointRecord, report: Report) -> Tensor:

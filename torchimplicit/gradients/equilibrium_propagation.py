@@ -20,7 +20,7 @@ from torchimplicit.precision import UnitRows
 from torchimplicit.problems import System
 from torchimplicit.problems.linearization import Linearization, check_unmoved
 from torchimplicit.problems.minimum import MinimumSystem
-from torchimplicit.solution import Report
+from torchimplicit.solution import Report, Status
 from torchimplicit.solvers import LBFGS, LevenbergMarquardt, Outcome, Solver, iterate
 from torchimplicit.solvers.given import Given
 from torchimplicit.solvers.tolerance import least
@@ -207,8 +207,9 @@ def _joined(reports: list[Report]) -> Report:
     """The worse of two solves, sample for sample."""
     first = reports[0]
     for other in reports[1:]:
+        worse = torch.maximum(first.status, other.status)
         first = Report(
-            torch.maximum(first.status, other.status),
+            torch.where(worse == Status.STEPS_TAKEN, torch.minimum(first.status, other.status), worse),
             first.steps + other.steps,
             torch.maximum(first.residual, other.residual),
             first.evaluations + other.evaluations,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.linear import LinearSolution, Neumann
 from torchimplicit.problems.linearization import Linearization
+from torchimplicit.solution import Status
 from torchimplicit.validation import check_count, check_fraction
 
 
@@ -34,4 +35,7 @@ class NeumannPhantom(LinearEstimate):
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         series = Neumann(damping=self.damping, max_steps=self.steps, rtol=0.0)
-        return task.system.solve_linear(tape, transposed, b, series)
+        found = task.system.solve_linear(tape, transposed, b, series)
+        status = found.report.status
+        status = status.masked_fill(status == Status.MAX_STEPS, int(Status.STEPS_TAKEN))
+        return replace(found, report=replace(found.report, status=status))

@@ -92,5 +92,5 @@ class SharedInverse(LinearEstimate):
             return LinearSolution(whole.restored(found.value), report)
         steps_taken = torch.zeros(b.shape[0], dtype=torch.int64, device=b.device)
         relative = residual / torch.where(size > 0, size, 1)
-        figures = Report(steps_taken + int(Status.MAX_STEPS), steps_taken, relative, float(products))
+        figures = Report(steps_taken + int(Status.STEPS_TAKEN), steps_taken, relative, float(products))
         return LinearSolution(whole.restored(value), figures)

@@ -43,7 +43,7 @@ class UnbiasedNeumann(LinearEstimate):
     mode.
 
     ``solution.adjoint``: ``steps`` are the terms taken, ``residual`` is the size of the last term without its weight,
-    relative to the first; the status is MAX_STEPS for a series that has been cut off, NONFINITE for one that blew up.
+    relative to the first; the status is STEPS_TAKEN for a series that has been cut off, NONFINITE for one that blew up.
 
     Args:
         steps: terms that are always taken.
@@ -109,7 +109,7 @@ class UnbiasedNeumann(LinearEstimate):
                 terms = term + 1
                 break
         finite = torch.isfinite(total).all(dim=1) & whole.finite.squeeze(1)
-        status = torch.where(finite, int(Status.MAX_STEPS), int(Status.NONFINITE))
+        status = torch.where(finite, int(Status.STEPS_TAKEN), int(Status.NONFINITE))
         relative = (safe_norm(r) / torch.where(scale > 0, scale, 1)).to(b.dtype)
         figures = Report(status, torch.full_like(status, terms), relative, float(terms - 1))
         return LinearSolution(whole.restored(total).to(b.dtype), figures)

@@ -81,7 +81,7 @@ def refreshed(
         norm = row_norm(image.detach() - start)
         residual = norm / scale
         tolerance = (solver or Anderson()).relative_tolerance(layout.dtype)
-        status = torch.where(residual <= tolerance, int(Status.CONVERGED), int(Status.MAX_STEPS))
+        status = torch.where(residual <= tolerance, int(Status.CONVERGED), int(Status.STEPS_TAKEN))
         status = status.masked_fill(~residual.isfinite(), int(Status.NONFINITE))
     count = torch.full_like(status, steps)
     figures = (status, count, residual) if problem.batched else (status[0], count[0], residual[0])
