@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import is_not
 from typing import Any
@@ -111,6 +112,7 @@ class _Watcher(TorchFunctionMode):
         super().__init__()
         self.table: dict[int, Tensor] = {}
         self._known: dict[int, Tensor] = {}
+        self._made: dict[int, weakref.ref[Tensor]] = {}
         self.keep(tuple(known))
 
     def met(self, t: Tensor) -> Tensor:
@@ -130,8 +132,14 @@ class _Watcher(TorchFunctionMode):
         return out
 
     def keep(self, tree: Any) -> None:
-        """Note tensors made inside the call. They are kept alive, so that their ids are not given to others."""
+        """Note tensors made inside the call. They are kept alive, so that their ids are not given to others; but not
+        those whose history tells that they were made here, or else a call would hold all that it computes."""
         if isinstance(tree, Tensor):
+            with torch._C.DisableTorchFunction():
+                told = tree.requires_grad and not tree.is_leaf and _functorch.maybe_get_level(tree) < 0
+            if told:
+                self._made[id(tree)] = weakref.ref(tree)
+                return
             self._known[id(tree)] = tree
             while _functorch.maybe_get_level(tree) >= 0:  # what is left of it outside of a transform
                 tree = _functorch.get_unwrapped(tree)
@@ -146,7 +154,7 @@ class _Watcher(TorchFunctionMode):
 
     def _replace(self, tree: Any) -> Any:
         if isinstance(tree, Tensor):
-            if id(tree) in self._known:
+            if self._knows(tree):
                 return tree
             if self._substituted(tree):
                 return self.met(tree)
@@ -154,6 +162,13 @@ class _Watcher(TorchFunctionMode):
         if type(tree) in (tuple, list):
             return type(tree)([self._replace(item) for item in tree])
         return tree
+
+    def _knows(self, t: Tensor) -> bool:
+        """Whether ``t`` was given, or noted."""
+        if id(t) in self._known:
+            return True
+        made = self._made.get(id(t))
+        return made is not None and made() is t
 
     def _substituted(self, t: Tensor) -> bool:
         """Whether an enclosing equilibrium puts another tensor in the place of ``t``: it is captured here as well,
@@ -165,7 +180,7 @@ class _Watcher(TorchFunctionMode):
         if level > self._level:  # an inner transform has wrapped a tensor from outside it
             inside = _functorch.get_unwrapped(t)
             found = self._replace(inside)
-            if found is inside and (id(inside) in self._known or not _carries(inside)):
+            if found is inside and (self._knows(inside) or not _carries(inside)):
                 self._known[id(t)] = t
                 return t
             if not _functorch.is_batchedtensor(t):

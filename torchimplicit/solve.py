@@ -130,9 +130,10 @@ def solve(
     with without_autocast(layout.device), given.call.at_home(), beside_transforms((flat0, *params)):
         found = gradient.attach(task, flat0 if differentiable((flat0,)) else flat0.detach(), params)
         announce(found)
-        aux = None if task.aux is None else auxiliary(task, gradient, found.z, params)
-
-    announce(pytree.tree_leaves(aux))
+        aux = None
+        if task.aux is not None:
+            aux = auxiliary(task, gradient, found.z, params)
+            announce(pytree.tree_leaves(aux))
     outcome = task.outcomes[-1]
 
     def attach(i: int) -> Any:

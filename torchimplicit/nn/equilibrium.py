@@ -6,24 +6,23 @@ import inspect
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from torchimplicit.closure import eagerly, is_transformed
+from torchimplicit.closure import eagerly, is_transformed, transforms_running
 from torchimplicit.compiler import untraced
 from torchimplicit.errors import SolveError
 from torchimplicit.gradients import Gradient, Unrolled
 from torchimplicit.members import compiled_module
 from torchimplicit.nn.budget import Budget
 from torchimplicit.nn.dropout import VariationalDropout, active_dropouts, drawing
-from torchimplicit.nn.normalization import fixed, holding, parametrizations, settled_vectors
+from torchimplicit.nn.normalization import holding, parametrizations, settled_vectors
+from torchimplicit.nn.per_solve import PerSolve
 from torchimplicit.nn.refresh import refreshable, refreshed, refreshes
 from torchimplicit.nn.warm_start import WarmStart
 from torchimplicit.precision import without_autocast
@@ -209,7 +208,9 @@ class Equilibrium(nn.Module):
         if any(is_transformed(leaf) for leaf in pytree.tree_leaves(solution.value)):
             self.solution = None  # a transform's tensors die with it
             return solution
-        kept = {name: detached(getattr(solution, name)) for name in ("value", "trajectory", "aux")}
+        kept = {name: detached(getattr(solution, name)) for name in ("value", "trajectory")}
+        if self.has_aux:
+            kept["aux"] = detached(solution.aux)
         self.solution = replace(solution.figures(), **kept)
         if self.warm_start is not None:
             self.warm_start.put(kept["value"], index)
@@ -293,18 +294,23 @@ class Equilibrium(nn.Module):
         return self.warm_start.refresh if refreshable(pytree.tree_leaves(inputs)) else None
 
     def _map(self, inputs: tuple[Any, ...], z0: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """The cell with its per-solve values, and its arguments: masks are arguments, for they carry the batch;
-        weights are captured."""
+        """The cell with its per-solve values, and its arguments. Weights are captured. Masks are drawn in the first
+        evaluation; but where samples may leave the batch they are arguments, for they carry it."""
         chains = list(parametrizations(self.cell))
         dropouts = active_dropouts(self.cell)
         if not chains and not dropouts:
             return self.cell, inputs
+        options: dict[str, Any]
         if compiled_module(self.cell) is None:
             with without_autocast(_device(z0)):
-                prepared = _PerSolve(self.cell, [(chain, chain()) for chain in chains], [], [])
+                options = {"weights": [(chain, chain()) for chain in chains]}
         else:
             # its graph holds the parameters, so that weights computed outside would cut them off
-            prepared = _PerSolve(self.cell, [], settled_vectors(chains), [])
+            options = {"vectors": settled_vectors(chains)}
+        free = not any(module.drawing or module.held is not None for module in dropouts)
+        if "weights" in options and free and not self.rowwise and not self.compiles and not transforms_running():
+            return PerSolve(self.cell, **options, dropouts=dropouts), inputs
+        prepared = _Masked(PerSolve(self.cell, **options))
         masks = _masks(prepared, dropouts, (*(z0 if self.unpack else (z0,)), *inputs))
         prepared.dropouts = [module for module, _ in masks]
         return prepared, (*inputs, [mask for _, mask in masks])
@@ -325,40 +331,26 @@ class Equilibrium(nn.Module):
 _USUAL = {"rowwise": False, "batched": True, "has_aux": False, "unpack": False, "throw": True}
 
 
-class _PerSolve:
-    """The cell with the values of one solve.
+class _Masked:
+    """The cell with the values of one solve, called with its masks as the last argument.
 
     Attributes:
         module: the cell.
-        weights: parametrizations and what they give.
-        vectors: spectral norms and their vectors, where weights are computed in every evaluation.
         dropouts: those whose masks are arguments.
     """
 
-    def __init__(
-        self,
-        cell: nn.Module,
-        weights: Sequence[tuple[ParametrizationList, Tensor]],
-        vectors: Sequence[tuple[nn.Module, Tensor]],
-        dropouts: Sequence[VariationalDropout],
-    ):
-        self.module = cell
-        self.weights = weights
-        self.vectors = vectors
-        self.dropouts = dropouts
+    def __init__(self, prepared: PerSolve):
+        self.prepared, self.module = prepared, prepared.module
+        self.dropouts: Sequence[VariationalDropout] = ()
 
     def __call__(self, *given: Any) -> Any:
-        """The cell, called with the state and the inputs; the masks come last."""
         *given_to_cell, masks = given
-        with ExitStack() as stack:
-            stack.enter_context(fixed(self.weights))
-            stack.enter_context(holding(self.vectors))
-            stack.enter_context(holding(list(zip(self.dropouts, masks, strict=True))))
-            return self.module(*given_to_cell)
+        with holding(list(zip(self.dropouts, masks, strict=True))):
+            return self.prepared(*given_to_cell)
 
 
 def _masks(
-    prepared: _PerSolve, dropouts: Sequence[VariationalDropout], given: Sequence[Any]
+    prepared: _Masked, dropouts: Sequence[VariationalDropout], given: Sequence[Any]
 ) -> list[tuple[VariationalDropout, Tensor]]:
     """The dropouts that the cell uses, with their masks, drawn by one evaluation where an enclosing equilibrium has
     not done so."""

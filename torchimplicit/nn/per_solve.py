@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from torchimplicit.closure import is_transformed
 from torchimplicit.nn.dropout import VariationalDropout, active_dropouts, drawing
@@ -25,25 +26,46 @@ def per_solve(module: nn.Module) -> Callable[..., Any]:
     """
     weights = [(chain, chain()) for chain in parametrizations(module)]
     dropouts = active_dropouts(module)
-    masks: dict[VariationalDropout, Tensor] = {}
+    return PerSolve(module, weights=weights, dropouts=dropouts) if weights or dropouts else module
 
-    def function(*args: Any) -> Any:
-        missing = [dropout for dropout in dropouts if dropout not in masks]
-        with fixed(weights), holding(list(masks.items())):
+
+class PerSolve:
+    """A module with the values of one solve.
+
+    Attributes:
+        module: it.
+        weights: parametrizations and what they give.
+        vectors: spectral norms and their vectors, where weights are computed in every evaluation.
+        dropouts: those that draw a mask in the first call that uses them, and keep it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        weights: Sequence[tuple[ParametrizationList, Tensor]] = (),
+        vectors: Sequence[tuple[nn.Module, Tensor]] = (),
+        dropouts: Sequence[VariationalDropout] = (),
+    ):
+        self.module, self.weights, self.vectors, self.dropouts = module, weights, vectors, dropouts
+        self._masks: dict[VariationalDropout, Tensor] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        missing = [dropout for dropout in self.dropouts if dropout not in self._masks]
+        with fixed(self.weights), holding(self.vectors), holding(list(self._masks.items())):
             if not missing:
-                return module(*args)
+                return self.module(*args)
             outer = {dropout: dropout.held for dropout in missing}
             try:
                 with drawing(missing):
-                    result = module(*args)
-                masks.update({dropout: _lasting(dropout.held) for dropout in missing if dropout.held is not None})
+                    result = self.module(*args)
+                drawn = {dropout: dropout.held for dropout in missing}
+                self._masks.update({dropout: _lasting(mask) for dropout, mask in drawn.items() if mask is not None})
             finally:
                 for dropout, held in outer.items():
-                    if not dropout.drawing:
+                    if not dropout.drawing:  # otherwise an enclosing equilibrium, which is drawing, collects it
                         dropout.held = held
             return result
-
-    return function if weights or dropouts else module
 
 
 def _lasting(mask: Tensor) -> Tensor:
