@@ -64,7 +64,7 @@ def test_a_step_is_that_of_the_hook(program, training):
     options = {} if training else {"solver": layer.solver}
     ours = cost(lambda: layer(x, **options)[0].sin().sum(), layer.cell, inputs)
     own = cost(lambda: by_hand(layer.cell, x).sin().sum(), layer.cell, inputs)
-    assert_no_dearer(ours, own, rtol=1e-8)
+    assert_no_dearer(ours, own, layer.cell.initial_state(x), states=8, rtol=1e-8)
 
 
 def test_the_cache_goes_on_to_the_next_segment(program):
@@ -84,7 +84,7 @@ def test_a_loss_on_the_cache_reaches_the_weights_through_the_state(program):
     layer, x = program
     layer.eval()
     z = layer.cell.initial_state(x)
-    for _ in range(60):
+    for _ in range(400):
         z, cache = layer.cell(z, x)
     weights = tuple(layer.parameters())
     got = torch.autograd.grad(layer(x)[1].sin().sum(), weights, allow_unused=True)
