@@ -118,7 +118,7 @@ def solve(
         value_known = None
     task = Task(
         system=system,
-        run=_runner(solver, system, value_known, compiled, recorded),
+        run=_runner(solver, system, value_known, compiled, recorded, gradient.needs_solver_state),
         solver=solver,
         record=record,
         precision=given.precision,
@@ -144,7 +144,7 @@ def solve(
         if recorded and not z.requires_grad:  # the steps that led there are differentiated, and nobody has seen them
             count = min(i, recorded)
             z, last = outcome.trajectory[i - count], solver.given(count)
-            at = replace(at, solver=last, run=_runner(last, system, None, None, count))
+            at = replace(at, solver=last, run=_runner(last, system, None, None, count, False))
         with without_autocast(layout.device):
             return layout.unflatten(gradient.attach(at, z, params).z)
 
@@ -206,7 +206,9 @@ def _capturing(problem: Problem, args: tuple[Any, ...], solver: Solver, gradient
     return Capturing(problem, args, solver, linear_solver, implicit, refusal)
 
 
-def _runner(solver: Solver, own: System, value: Tensor | None, compiled: Capture | None, recorded: int | None) -> Run:
+def _runner(
+    solver: Solver, own: System, value: Tensor | None, compiled: Capture | None, recorded: int | None, keeps: bool
+) -> Run:
     def run(system: System, z0: Tensor, params: Sequence[Tensor]) -> Outcome:
         if compiled is not None and system is own:
             found = compiled.solve(solver, system, z0, params)
@@ -215,7 +217,9 @@ def _runner(solver: Solver, own: System, value: Tensor | None, compiled: Capture
         first = None
         if value is not None and system is own and not torch.is_grad_enabled():
             first = system.at(z0, params, value)
-        return iterate(solver, system, z0, params, first, recorded)
+        outcome = iterate(solver, system, z0, params, first, recorded)
+        # what the solver has built may be many states, and would be held until the solution is let go
+        return outcome if keeps or outcome.state is None else replace(outcome, state=None)
 
     return run
 

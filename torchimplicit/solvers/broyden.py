@@ -85,7 +85,8 @@ class Broyden(Solver):
     def step(self, evaluate: Evaluator, point: Point, state: BroydenState | None, progress: Progress) -> Move:
         z, residual = point.z, point.residual
         if state is None:
-            inverse = InverseEstimate(History.empty(z, self.memory), History.empty(z, self.memory), unit_of(point))
+            room = max(1, min(self.memory, self.max_steps - 1))  # no more updates than there are steps
+            inverse = InverseEstimate(History.empty(z, room), History.empty(z, room), unit_of(point))
             return self._begun(point, inverse)
         s, inverse, slot = state.move, state.inverse, state.inverse.u.filled
         if slot == self.memory:
