@@ -1,8 +1,9 @@
 """Eager and captured solves of the same layer, forward and backward, beside what their evaluations alone take.
 
 Run ``python benchmarks/captured.py``. It records CPU time, one thread, the candidates interleaved: a solve with its
-gradient in W, as it is and with ``compile=True``; one evaluation of the map; one product with its transposed Jacobian;
-one product into W. The floor is what the captured solve's evaluations and products take by themselves.
+gradient in W, as it is, with ``compile=True``, and by TorchDEQ where it is installed; one evaluation of the map; one
+product with its transposed Jacobian; one product into W. The floor is what the captured solve's evaluations and
+products take by themselves.
 """
 
 from __future__ import annotations
@@ -11,18 +12,53 @@ import layer  # isort: skip  (first: it sets the number of threads)
 
 import os
 import time
+from collections.abc import Callable
+from typing import Any
 
 import record
 import torch
 
 import torchimplicit as ti
 
-FLOOR = {"plain": (1.4, 1.15, 1.1), "Anderson": (1.9, 1.2, 1.1)}
+FLOOR = {"plain": (1.4, 1.15, 1.1), "Anderson": (1.9, 1.2, 1.1), "Broyden": (2.2, 1.3, 1.1)}
 """The most that a captured solve should take, in times of its floor, for each of the sizes."""
-SOLVERS = {"plain": ti.FixedPointIteration(rtol=1e-4), "Anderson": ti.Anderson(memory=5, rtol=1e-4)}
+AHEAD = {"plain": (2.2, 1.3, 1.1), "Anderson": (4.0, 1.6, 1.2), "Broyden": (5.0, 3.0, 1.5)}
+"""How many times as fast as TorchDEQ it should be."""
+SOLVERS = {
+    "plain": ti.FixedPointIteration(rtol=1e-4),
+    "Anderson": ti.Anderson(memory=5, rtol=1e-4),
+    "Broyden": ti.Broyden(rtol=1e-4),
+}
+PEER = {"plain": "fixed_point_iter", "Anderson": "anderson", "Broyden": "broyden"}
 
 
-def measured(batch: int, dim: int, name: str) -> tuple[record.Row, float]:
+def torchdeq_step(name: str, evaluations: int, f: Callable[[torch.Tensor], torch.Tensor], z0: torch.Tensor) -> Any:
+    """A solve and its gradient by TorchDEQ, with the same tolerance; ``None`` where it is not installed."""
+    try:
+        import torchdeq
+    except ImportError:
+        return None
+    model = torchdeq.get_deq(
+        f_solver=PEER[name],
+        b_solver=PEER[name],
+        ift=True,
+        f_max_iter=evaluations + 20,
+        b_max_iter=evaluations + 20,
+        f_tol=1e-4,
+        b_tol=1e-4,
+        f_stop_mode="rel",
+        b_stop_mode="rel",
+    )
+    model.train()
+
+    def step() -> None:
+        z, _ = model(f, z0)
+        z[-1].square().sum().backward()
+
+    return step
+
+
+def measured(batch: int, dim: int, name: str) -> tuple[record.Row, float, float | None]:
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(dim, dim, generator=generator)
     W = (0.9 * W / torch.linalg.matrix_norm(W, 2)).requires_grad_()
@@ -30,7 +66,7 @@ def measured(batch: int, dim: int, name: str) -> tuple[record.Row, float]:
     z0, v = torch.zeros(batch, dim), torch.randn(batch, dim, generator=generator)
     solver = SOLVERS[name]
     eager = ti.Implicit(linear_solver=ti.Neumann(rtol=1e-4) if name == "plain" else ti.GMRES(rtol=1e-4))
-    captured = ti.Implicit(linear_solver=ti.Neumann(rtol=1e-4)) if name == "plain" else ti.Implicit()
+    captured = ti.Implicit(linear_solver=ti.Neumann(rtol=1e-4) if name == "plain" else ti.GMRES(rtol=1e-4))
 
     def f(z: torch.Tensor) -> torch.Tensor:
         return torch.tanh(z @ W.T + x)
@@ -62,6 +98,9 @@ def measured(batch: int, dim: int, name: str) -> tuple[record.Row, float]:
         "product": lambda: torch.ops.aten.tanh_backward(v, slope) @ W.detach(),
         "pull": lambda: torch.ops.aten.tanh_backward(v, slope).T @ v,
     }
+    peer = torchdeq_step(name, int(found.evaluations), f, z0)
+    if peer is not None:
+        calls["TorchDEQ"] = peer
     times: dict[str, list[float]] = {key: [] for key in calls}
     for _ in range(60 if batch * dim < 50_000 else 12):
         for key, call in calls.items():
@@ -79,12 +118,16 @@ def measured(batch: int, dim: int, name: str) -> tuple[record.Row, float]:
         "floor ms": round(floor, 2),
         "evaluations": found.evaluations,
         "products": found.adjoint.evaluations,
+        **({"TorchDEQ ms": round(ms["TorchDEQ"], 2)} if peer is not None else {}),
         "eager / captured": round(ms["eager"] / ms["captured"], 2),
         "captured / floor": round(ms["captured"] / floor, 2),
         "gradients differ by": f"{difference:.1g}",
         "compiling s": round(compiling, 1),
     }
-    return row, ms["captured"] / floor
+    ahead = None if peer is None else ms["TorchDEQ"] / ms["captured"]
+    if ahead is not None:
+        row["TorchDEQ / captured"] = round(ahead, 2)
+    return row, ms["captured"] / floor, ahead
 
 
 def main() -> None:
@@ -93,17 +136,21 @@ def main() -> None:
     load, rows, targets = os.getloadavg(), [], []
     for i, (batch, dim) in enumerate(layer.SIZES[:1] if options.quick else layer.SIZES):
         for name in SOLVERS:
-            row, share = measured(batch, dim, name)
+            row, share, ahead = measured(batch, dim, name)
             rows.append(row)
+            print(row, flush=True)
             targets.append(record.Target(f"{row['size']} {name}: captured / floor", share, "<=", FLOOR[name][i]))
+            if ahead is not None:
+                said = f"{row['size']} {name}: TorchDEQ / captured"
+                targets.append(record.Target(said, ahead, ">=", AHEAD[name][i]))
     record.record(
         "captured",
         options,
         load_before=load,
         settings={
             "layer": "z = tanh(W z + x), Gaussian W, |W|_2 = 0.9, x precomputed, from zero",
-            "tolerance": "forward relative 1e-4; adjoint 1e-4, but the default 2.4e-5 for Anderson when captured",
-            "eager adjoint": "Neumann for plain iteration, GMRES for Anderson",
+            "tolerance": "relative 1e-4 in both passes",
+            "eager adjoint": "Neumann for plain iteration, GMRES for Anderson and Broyden",
         },
         rows={"Eager and captured": rows},
         columns={"Eager and captured": tuple(rows[0])},

@@ -272,9 +272,11 @@ class Secants(Step):
         new = along * factor
         own = (move * move).sum(dim=-1, keepdim=True)
         new = torch.where(slots == slot, own, new)
-        _write(factors[:, :, :n], (age - 1).clamp_min(0), row)
-        _write(products[:, :, :n], slot, new)
-        products[:, :n].index_copy_(2, slot.reshape(1), new[:, :, None])
+        beyond = (0, self.memory - n)  # what is written through a view would be copied as a whole
+        row, new = (torch.nn.functional.pad(t, beyond) for t in (row, new))
+        _write(factors, (age - 1).clamp_min(0), row)
+        _write(products, slot, new)
+        products.index_copy_(2, slot.reshape(1), new[:, :, None])
         _write(steps, slot, move)
         return place.z + move.to(place.z.dtype), state
 
