@@ -7,8 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from torchimplicit import Anderson, FixedPointIteration
+import torchimplicit as ti
+from torchimplicit import Anderson, Broyden, FixedPointIteration, GradientDescent, Implicit
+from torchimplicit.gradients import Gradient
 from torchimplicit.solvers import Solver
+from torchimplicit.testing import GradientSuite
+from torchimplicit.testing.gradient_suite import Kind
 from torchimplicit.testing.solver_suite import SolverSuite
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore::torchimplicit.errors.CaptureWarning")]
@@ -41,3 +45,62 @@ class TestCompiledAnderson(_Compiled):
 class TestCompiledIteration(_Compiled):
     def make(self, **options: Any) -> Solver:
         return FixedPointIteration(**options)
+
+
+@pytest.mark.usefixtures("interpreted")
+class TestCompiledBroyden(_Compiled):
+    def make(self, **options: Any) -> Solver:
+        return Broyden(**options)
+
+
+@pytest.mark.usefixtures("interpreted")
+class TestCompiledGradientDescent(_Compiled):
+    kind = "energy"
+    free_of_units = False
+    function = SolverSuite.function
+
+    def make(self, **options: Any) -> Solver:
+        return GradientDescent(**{"step_size": 0.5, "momentum": 0.5, **options})
+
+
+@pytest.mark.usefixtures("interpreted")
+class _CompiledGradient(GradientSuite):
+    compile = True
+
+    def solver(self, kind: Kind) -> Solver:
+        return Anderson(rtol=1e-13) if kind == "fixed_point" else Broyden(rtol=1e-12)
+
+
+class TestCompiledImplicit(_CompiledGradient):
+    def make(self) -> Gradient:
+        return Implicit(linear_solver=ti.Dense())
+
+
+class TestCompiledKrylov(_CompiledGradient):
+    kinds = ("fixed_point", "root")
+
+    def make(self) -> Gradient:
+        return Implicit(linear_solver=ti.GMRES(rtol=1e-12))
+
+
+class TestCompiledOneStep(_CompiledGradient):
+    bound = 0.7
+    second_order = False
+
+    def make(self) -> Gradient:
+        return ti.OneStep()
+
+
+class TestCompiledPhantom(_CompiledGradient):
+    bound = 1e-6
+
+    def make(self) -> Gradient:
+        return ti.UnrolledPhantom(steps=40, damping=0.75)
+
+
+class TestCompiledNeumannPhantom(_CompiledGradient):
+    bound = 1e-6
+    second_order = False
+
+    def make(self) -> Gradient:
+        return ti.NeumannPhantom(steps=60, damping=0.9)

@@ -78,6 +78,7 @@ class GradientSuite(ABC):
         vmap: whether it may be solved under ``torch.func.vmap``.
         vectorized_backward: whether the backward pass alone may be vectorized, as ``jacrev`` does.
         of_z0: whether the solution has a derivative in the initial state.
+        compile: whether the solves are compiled (``compile=True``).
     """
 
     kinds: ClassVar[tuple[Kind, ...]] = ("fixed_point", "root", "minimum")
@@ -88,6 +89,7 @@ class GradientSuite(ABC):
     vmap: ClassVar[bool] = True
     vectorized_backward: ClassVar[bool] = True
     of_z0: ClassVar[bool] = False
+    compile: ClassVar[bool] = False
     device: ClassVar[str] = "cpu"
 
     @abstractmethod
@@ -141,8 +143,8 @@ class GradientSuite(ABC):
         z0 = case.z0[: len(x)]
         if captured:
             problem = case.problem(lambda z: case.function(z, x, w))
-            return solve(problem, z0, solver=case.solver, gradient=gradient)
-        return solve(case.problem(case.function), z0, x, w, solver=case.solver, gradient=gradient)
+            return solve(problem, z0, solver=case.solver, gradient=gradient, compile=self.compile)
+        return solve(case.problem(case.function), z0, x, w, solver=case.solver, gradient=gradient, compile=self.compile)
 
     def loss(self, case: Case, x: Tensor, w: Tensor, gradient: Gradient | None = None) -> Tensor:
         """A scalar of the solution whose cotangent is not constant."""
@@ -220,7 +222,9 @@ class GradientSuite(ABC):
         with torch.no_grad():
             module.weight.copy_(case.w)
         problem = case.problem(lambda z, x: case.function(z, x, module.weight))
-        solve(problem, case.z0, case.x, solver=case.solver, gradient=self.make()).value.sin().sum().backward()
+        solve(
+            problem, case.z0, case.x, solver=case.solver, gradient=self.make(), compile=self.compile
+        ).value.sin().sum().backward()
         assert module.weight.grad is not None
         torch.testing.assert_close(module.weight.grad, self.gradients(case)[1], rtol=1e-9, atol=1e-10)
 
@@ -233,7 +237,9 @@ class GradientSuite(ABC):
 
         problem = case.problem(function)
         options = {"scale": 1.0, "unused": None}
-        value = solve(problem, case.z0, x, w, shift, options, solver=case.solver, gradient=self.make()).value
+        value = solve(
+            problem, case.z0, x, w, shift, options, solver=case.solver, gradient=self.make(), compile=self.compile
+        ).value
         value.sin().sum().backward()
         assert x.grad is None
         torch.testing.assert_close(w.grad, self.gradients(case)[1], rtol=1e-9, atol=1e-10)
@@ -253,7 +259,7 @@ class GradientSuite(ABC):
     def test_the_initial_state_has_a_gradient_only_if_declared(self, case: Case) -> None:
         z0, x = case.z0.clone().requires_grad_(), case.x.clone().requires_grad_()
         problem = case.problem(case.function)
-        value = solve(problem, z0, x, case.w, solver=case.solver, gradient=self.make()).value
+        value = solve(problem, z0, x, case.w, solver=case.solver, gradient=self.make(), compile=self.compile).value
         found: Sequence[Tensor | None] = torch.autograd.grad(value.sin().sum(), (x, z0), allow_unused=True)
         assert found[0] is not None
         assert (found[1] is not None) == self.of_z0
