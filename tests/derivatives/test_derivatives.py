@@ -314,7 +314,7 @@ class TestGradients:
     def test_an_estimate_that_solved_it_does_not_matter(self):
         net, x = Net(), torch.randn(BATCH, INPUTS)
         layer = ti.nn.Equilibrium(net, solver=ti.Anderson(rtol=1e-14), gradient=ti.OneStep())
-        at = Derivatives(layer.solve(x, torch.zeros(BATCH, DIM)))
+        at = Derivatives(layer.solve(x, z0=torch.zeros(BATCH, DIM)))
         grads = torch.autograd.grad(at.value.pow(2).sum(), tuple(net.parameters()))
         expected = torch.autograd.grad(unrolled(net, x).pow(2).sum(), tuple(net.parameters()))
         for one, other in zip(grads, expected, strict=True):
@@ -358,7 +358,7 @@ class TestSharing:
 class TestFaults:
     def test_a_kept_solution_holds_no_problem(self):
         layer = ti.nn.Equilibrium(Net())
-        layer(torch.randn(2, INPUTS), torch.zeros(2, DIM))
+        layer(torch.randn(2, INPUTS), z0=torch.zeros(2, DIM))
         with pytest.raises(ValueError, match=r"layer\.solve\(x\)"):
             Derivatives(layer.solution)
 
