@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -32,15 +32,10 @@ from torchimplicit.recipes.runtime.settings import (
 )
 from torchimplicit.recipes.runtime.table import Cell, Table, sheet
 from torchimplicit.recipes.runtime.task import (
-    InOrder,
     Metric,
     Rows,
-    Shard,
-    ShuffledSteps,
-    Split,
-    Task,
+    SampledTask,
     gradient,
-    loader,
     solver,
 )
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
@@ -337,11 +332,10 @@ def judged(model: EquilibriumClassifier, images: Tensor, labels: Tensor) -> Any:
 # -- Adversarial training, for the framework that trains ---------------------------------------------------------------
 
 
-HELD_OUT_BATCH = 250
 STRIDE = {"digits": None, "mnist": 4}
 
 
-class AdversarialTraining(Task):
+class AdversarialTraining(SampledTask):
     """A classifier, and an adversary that changes what it learns from."""
 
     def __init__(self, config: AdversarialConfig):
@@ -349,7 +343,7 @@ class AdversarialTraining(Task):
         self.config = config
         self.metric = Metric("accuracy" if config.adversary == "none" else "attacked", "%", "max")
         splits = selected(config.data, config)
-        self.data = {
+        self.sets = {
             "training": Rows(*splits.train),
             "validation": Rows(*splits.validation),
             "test": Rows(*splits.test),
@@ -380,15 +374,6 @@ class AdversarialTraining(Task):
     @property
     def _jiio(self) -> JIIO:
         return JIIO(steps=self.config.attack_steps, step_size=self.config.attack_step_size, seen=self.solved)
-
-    def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        chosen, data = self.config.optimization, self.data["training"]
-        batches = ShuffledSteps(len(data), chosen.batch_size, chosen.seed, steps, shard)
-        return loader(data, batches, workers=self.config.machine.workers, seed=chosen.seed)
-
-    def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
-        data = self.data[split]
-        return loader(data, InOrder(len(data), HELD_OUT_BATCH, shard), workers=self.config.machine.workers)
 
     def loss(self, batch: Any) -> Tensor:
         """The cross-entropy of the images as the adversary has changed them."""
@@ -439,7 +424,7 @@ class AdversarialTraining(Task):
 
     def describe(self) -> str:
         """The data and the model."""
-        counts = ", ".join(f"{len(rows)} {name}" for name, rows in self.data.items())
+        counts = ", ".join(f"{len(rows)} {name}" for name, rows in self.sets.items())
         parameters = sum(p.numel() for p in self.model.parameters())
         adversary = {"none": "no adversary", "pgd": "PGD", "jiio": "JIIO"}[self.config.adversary]
         return f"{self.config.data}: {counts} images; {parameters} parameters, trained against {adversary}."
@@ -569,7 +554,7 @@ def table(found: dict[str, Strength]) -> Table:
 
 
 def _images(task: AdversarialTraining, split: str, count: int, where: torch.device) -> tuple[Tensor, Tensor]:
-    images, labels = (part[:count].to(where) for part in task.data[split].tensors)
+    images, labels = (part[:count].to(where) for part in task.sets[split].tensors)
     return pixels(images), labels
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, Literal
@@ -46,7 +46,11 @@ from torchimplicit.recipes.runtime.settings import (
     positive,
 )
 from torchimplicit.recipes.runtime.table import Column, Table
-from torchimplicit.recipes.runtime.task import InOrder, Metric, Rows, Shard, ShuffledSteps, Split, Task, loader
+from torchimplicit.recipes.runtime.task import (
+    Metric,
+    Rows,
+    SampledTask,
+)
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 from torchimplicit.regularizers import jacobian_frobenius
 from torchimplicit.resolve import resolve
@@ -329,18 +333,17 @@ class _Measurement:
 # -- The generative models, for the framework that trains --------------------------------------------------------------
 
 
-HELD_OUT_BATCH = 200
-
-
-class Generation(Task):
+class Generation(SampledTask):
     """A decoder, and the images that it learns to make."""
 
     metric = Metric("mse", "", "min")
+    held_out_batch = 200
 
     def __init__(self, config: GenerationConfig):
         super().__init__()
         self.config = config
         self.data = read_images(config.images)
+        self.sets = {name: Rows(*part) for name, part in self.parts.items()}
         self.decoder = make_decoder(config.decoder, self.data.pixels, config.equilibria)
         self.encoder: nn.Module | None = None
         if config.model == "vae":
@@ -351,14 +354,6 @@ class Generation(Task):
                 nn.ReLU(),
                 nn.Linear(config.encoder_width, 2 * config.decoder.latent),
             )
-
-    def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        chosen, data = self.config.optimization, Rows(*self.data.training)
-        return loader(data, ShuffledSteps(len(data), chosen.batch_size, chosen.seed, steps, shard))
-
-    def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
-        data = Rows(*self.data.split(split))
-        return loader(data, InOrder(len(data), HELD_OUT_BATCH, shard))
 
     def loss(self, batch: Any) -> Tensor:
         """The least reconstruction loss, or the autoencoder's bound."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -41,15 +41,11 @@ from torchimplicit.recipes.runtime.settings import (
 )
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
 from torchimplicit.recipes.runtime.task import (
-    InOrder,
     Metric,
     Rows,
-    Shard,
-    ShuffledSteps,
+    SampledTask,
     Split,
-    Task,
     generator,
-    loader,
 )
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 from torchimplicit.resolve import resolve
@@ -123,10 +119,7 @@ def inverse_olivetti() -> InverseConfig:
 # -- Inverse problems, for the framework that trains: images from corrupted ones ---------------------------------------
 
 
-HELD_OUT_BATCH = 200
-
-
-class Restoration(Task):
+class Restoration(SampledTask):
     """A decoder that is fitted to corrupted images, and trained to give the clean ones.
 
     Attributes:
@@ -135,6 +128,7 @@ class Restoration(Task):
     """
 
     metric = Metric("mse", "", "min")
+    held_out_batch = 200
 
     def __init__(self, config: InverseConfig):
         super().__init__()
@@ -146,6 +140,10 @@ class Restoration(Task):
             "validation": self.corrupted(self.data.validation.images, generator(0, 0)),
             "test": self.corrupted(self.data.test.images, generator(0, 1)),
         }
+        held_out: dict[str, Any] = {
+            name: Rows(self.data.split(name).images, *seen) for name, seen in self.held_out.items()
+        }
+        self.sets = {"training": Rows(self.data.training.images), **held_out}
 
     @property
     def prior(self) -> Tensor:
@@ -183,14 +181,6 @@ class Restoration(Task):
             return misfit + pixels * prior * x.square().mean(dim=1)
 
         return self.decoder.inference(loss, self.config.joint.step_size / pixels)
-
-    def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        chosen, data = self.config.optimization, Rows(self.data.training.images)
-        return loader(data, ShuffledSteps(len(data), chosen.batch_size, chosen.seed, steps, shard))
-
-    def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
-        data = Rows(self.data.split(split).images, *self.held_out[split])
-        return loader(data, InOrder(len(data), HELD_OUT_BATCH, shard))
 
     def loss(self, batch: Any) -> Tensor:
         """The squared error of what is made of corrupted images to the clean ones."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -20,7 +19,6 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from torchimplicit.diagnostics import GradientProbe, probe_gradient, spectral_radius
 from torchimplicit.diagnostics.compare import compared
-from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import Gradient, Implicit
 from torchimplicit.linear import GMRES
 from torchimplicit.models import ConvDEQClassifier
@@ -36,7 +34,7 @@ from torchimplicit.recipes.phantom.demo import (
     Track,
     Validation,
 )
-from torchimplicit.recipes.runtime.run import clock
+from torchimplicit.recipes.runtime.run import clock, quietly
 from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 from torchimplicit.solve import solve
 from torchimplicit.solvers import Anderson, FixedPointIteration, Solver
@@ -200,9 +198,7 @@ class DigitsTask(LightningModule):
         """One step of one classifier: forward, backward, update."""
         images, labels = batch
         model = self.classifier(name)
-        with warnings.catch_warnings():
-            # the share of samples that did not converge is recorded
-            warnings.simplefilter("ignore", ConvergenceWarning)
+        with quietly():
             now = clock(self.device, wall=True)
             start = now()
             optimizer.zero_grad()
@@ -288,8 +284,7 @@ def validate(classifier: ConvDEQClassifier, split: Split) -> Validated:
     classifier.eval()
     rows: list[torch.Tensor] = []
     residual = 0.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with quietly():
         for images, labels in zip(split.images.split(ROWS), split.labels.split(ROWS), strict=True):
             images, labels = images.to(device), labels.to(device)
             scores = classifier(images)
@@ -317,8 +312,7 @@ def audit(
     classifier: ConvDEQClassifier, images: Tensor, labels: Tensor, solver: Solver, gradient: Gradient, step: int
 ) -> Audit:
     """Compare ``gradient`` with the exact one. Touches no ``.grad`` and no weight."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with quietly():
         estimate, _, _ = probe(classifier, images, labels, solver, gradient)
         exact, x, z = probe(classifier, images, labels, EXACT_SOLVER, EXACT_GRADIENT)
         problem = FixedPoint(classifier.equilibrium.cell, rowwise=True)
@@ -374,8 +368,7 @@ def profiles(classifier: ConvDEQClassifier, images: Tensor) -> list[Profile]:
     cell = classifier.equilibrium.cell
     found = []
     for name, solver in SOLVERS.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
+        with quietly():
             solution = solve(FixedPoint(cell), torch.zeros_like(x), x, solver=solver, throw=False)
         rows = torch.stack([_relative_residual(cell, z, x) for z in solution.trajectory])
         low, median, high = torch.quantile(rows.double(), rows.new_tensor([0.1, 0.5, 0.9]).double(), dim=1)

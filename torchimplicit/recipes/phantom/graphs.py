@@ -34,12 +34,11 @@ from torchimplicit.recipes.runtime.step_cost import StepCost, equilibria, in_tur
 from torchimplicit.recipes.runtime.task import (
     InOrder,
     Metric,
+    SampledTask,
     Shard,
-    ShuffledSteps,
     Split,
     Task,
     gradient,
-    loader,
     solver,
 )
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
@@ -245,10 +244,12 @@ def estimator(settings: Equilibria) -> Gradient:
 # -- Graph classification on a fold of a TU data set -------------------------------------------------------------------
 
 
-class MoleculesTask(Task):
+class MoleculesTask(SampledTask):
     """Chooses among the epochs by the validation loss: the accuracy on some tens of graphs has many ties."""
 
     metric = Metric("loss", "", "min")
+    held_out_batch = None
+    collate = staticmethod(data.batch)
 
     def __init__(self, config: MoleculesConfig):
         super().__init__()
@@ -262,6 +263,8 @@ class MoleculesTask(Task):
             config.fold_seed,
             config.fold,
         )
+        parts = zip(("training", "validation", "test"), self.fold, strict=True)
+        self.sets = {name: [self.set.graphs[i] for i in part] for name, part in parts}
         architecture = replace(
             ignn_tu(self.set.features, self.set.classes),
             widths=(config.width,) * config.layers,
@@ -270,17 +273,12 @@ class MoleculesTask(Task):
         )
         self.model = made(architecture, config.equilibria)
 
-    def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        chosen = self.config.optimization
-        graphs = self._part(self.fold.train)
-        batches = ShuffledSteps(len(graphs), chosen.batch_size, chosen.seed, steps, shard)
-        return loader(graphs, batches, workers=self.config.machine.workers, collate=data.batch)
-
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
-        if split == "test":
-            return self._in_order(self.fold.test, shard, data.batch)
-        own = self._in_order(self.fold.validation, shard, data.batch)
-        return _After(own, self._in_order(self.fold.test, shard, _peeked)) if self.config.peek else own
+        own = super().held_out_batches(split, shard)
+        if split == "test" or not self.config.peek:
+            return own
+        order = InOrder(len(self.sets["test"]), self.config.optimization.batch_size, shard)
+        return _After(own, self._loaded(self.sets["test"], order, _peeked))
 
     def loss(self, batch: Any) -> Tensor:
         return functional.cross_entropy(self._scores(batch), batch.y)
@@ -304,14 +302,6 @@ class MoleculesTask(Task):
 
     def _scores(self, batch: Any) -> Tensor:
         return self.model(batch.x, batch.edge_index, batch=batch.batch, graphs=batch.num_graphs)
-
-    def _in_order(self, indices: list[int], shard: Shard, collate: Any) -> Any:
-        graphs = self._part(indices)
-        batches = InOrder(len(graphs), self.config.optimization.batch_size, shard)
-        return loader(graphs, batches, workers=self.config.machine.workers, collate=collate)
-
-    def _part(self, indices: list[int]) -> Any:
-        return [self.set.graphs[i] for i in indices]
 
 
 class _After:
@@ -353,30 +343,21 @@ def _fold(
 # -- Node classification on PPI: 121 labels a node ---------------------------------------------------------------------
 
 
-class PPITask(Task):
+class PPITask(SampledTask):
     """Judged by the micro-averaged F1 over all labels of all nodes of a split."""
 
     metric = Metric("f1", "%", "max")
+    held_out_batch = None
+    collate = staticmethod(data.batch)
 
     def __init__(self, config: PPIConfig):
         super().__init__()
         self.config = config
         train, validation, test = data.load_ppi(config.data_dir)
-        self.splits = {"training": train, "validation": validation, "test": test}
+        self.sets = {"training": train, "validation": validation, "test": test}
         features, labels = train[0].x.shape[1], train[0].y.shape[1]
         architecture = replace(ignn_ppi(features, labels), widths=(*config.widths, labels), kappa=config.kappa)
         self.model = made(architecture, config.equilibria)
-
-    def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        chosen = self.config.optimization
-        graphs: Any = self.splits["training"]
-        batches = ShuffledSteps(len(graphs), chosen.batch_size, chosen.seed, steps, shard)
-        return loader(graphs, batches, workers=self.config.machine.workers, collate=data.batch)
-
-    def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
-        graphs: Any = self.splits[split]
-        batches = InOrder(len(graphs), self.config.optimization.batch_size, shard)
-        return loader(graphs, batches, workers=self.config.machine.workers, collate=data.batch)
 
     def loss(self, batch: Any) -> Tensor:
         return functional.binary_cross_entropy_with_logits(self.model(batch.x, batch.edge_index), batch.y)
@@ -394,7 +375,7 @@ class PPITask(Task):
         return {"f1": 2 * hits / said_or_true if said_or_true else 0.0, "loss": loss / count}
 
     def describe(self) -> str:
-        sizes = {name: (len(graphs), sum(g.num_nodes for g in graphs)) for name, graphs in self.splits.items()}
+        sizes = {name: (len(graphs), sum(g.num_nodes for g in graphs)) for name, graphs in self.sets.items()}
         return "PPI: " + ", ".join(f"{name} {g} graphs of {n} nodes" for name, (g, n) in sizes.items()) + "."
 
 

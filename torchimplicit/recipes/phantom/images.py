@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 from torchimplicit.models import MDEQ, MDEQConfig, mdeq_imagenet, mdeq_large, mdeq_small, mdeq_tiny
 from torchimplicit.recipes.phantom import imagenet as folders
@@ -22,16 +22,12 @@ from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimiza
 from torchimplicit.recipes.runtime.step_cost import StepCost, beside, equilibria, flat_gradient, in_turn, one_step
 from torchimplicit.recipes.runtime.table import Cell, Table, sheet
 from torchimplicit.recipes.runtime.task import (
-    InOrder,
     Metric,
     Rows,
+    SampledTask,
     Shard,
-    ShuffledSteps,
-    Split,
-    Task,
     gradient,
     label,
-    loader,
     solver,
 )
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
@@ -176,10 +172,9 @@ def imagenet() -> ImageConfig:
 
 
 MODELS = {"small": mdeq_small, "tiny": mdeq_tiny, "large": mdeq_large, "imagenet": mdeq_imagenet}
-HELD_OUT_BATCH = 250
 
 
-class Classification(Task):
+class Classification(SampledTask):
     """An MDEQ and the images that it learns to tell apart."""
 
     metric = Metric("accuracy", "%", "max")
@@ -187,35 +182,30 @@ class Classification(Task):
     def __init__(self, config: ImageConfig):
         super().__init__()
         self.config = config
-        self.data: dict[str, Dataset[Any]]
+        self.sets: dict[str, Any]
         self.mean: tuple[float, ...]
         self.deviation: tuple[float, ...]
         if config.data == "imagenet":
             listings = dict(zip(("training", "validation", "test"), _listings(config), strict=True))
             seeds = {"training": config.optimization.seed}
-            self.data = {
+            self.sets = {
                 name: folders.Crops(listing, config.image_size, seeds.get(name)) for name, listing in listings.items()
             }
-            self.counts = {name: len(listing.paths) for name, listing in listings.items()}
             self.mean, self.deviation = folders.MEAN, folders.DEVIATION
         else:
             splits = selected(config.data, config)
             parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
-            self.data = {name: Rows(*part) for name, part in parts.items()}
-            self.counts = {name: len(part.labels) for name, part in parts.items()}
+            self.sets = {name: Rows(*part) for name, part in parts.items()}
             self.mean, self.deviation = splits.mean, splits.deviation
         self.model = MDEQ(sizes(config), solver=solver(config.equilibria), gradient=gradient(config.equilibria))
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        chosen, data = self.config.optimization, self.data["training"]
-        indices = ShuffledSteps(self.counts["training"], chosen.batch_size, chosen.seed, steps, shard)
-        batches: Sampler[Any] = _WithTurns(indices) if self.config.data == "imagenet" else indices
-        found = loader(data, batches, workers=self.config.machine.workers, seed=chosen.seed)
-        return Augmented(found, steps, chosen.seed, shard.rank) if self.config.augment else found
+        found = super().training_batches(steps, shard)
+        return Augmented(found, steps, self.config.optimization.seed, shard.rank) if self.config.augment else found
 
-    def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
-        batches = InOrder(self.counts[split], HELD_OUT_BATCH, shard)
-        return loader(self.data[split], batches, workers=self.config.machine.workers)
+    def order(self, steps: range, shard: Shard) -> Sampler[Any]:
+        indices = super().order(steps, shard)
+        return _WithTurns(indices) if self.config.data == "imagenet" else indices
 
     def scores(self, images: Tensor) -> Tensor:
         """uint8 images to the scores of the classes."""
@@ -240,7 +230,7 @@ class Classification(Task):
 
     def describe(self) -> str:
         """The data and the model."""
-        counts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
+        counts = ", ".join(f"{len(part)} {name}" for name, part in self.sets.items())
         parameters = sum(p.numel() for p in self.model.parameters())
         return f"{self.config.data}: {counts} images; MDEQ {self.config.model} with {parameters} parameters."
 
@@ -277,7 +267,7 @@ def _listings(config: ImageConfig) -> tuple[folders.Listing, ...]:
 class _WithTurns(Sampler[list[tuple[int, int]]]):
     """The batches of another sampler, each index with the pass over the data that it belongs to."""
 
-    def __init__(self, batches: ShuffledSteps):
+    def __init__(self, batches: Any):
         self.batches = batches
 
     def __len__(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -208,6 +208,38 @@ def loader(
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+class SampledTask(Task):
+    """A task of samples: shuffled to train on, in order where they are held out.
+
+    Attributes:
+        config: the recipe's.
+        sets: the samples of ``training``, ``validation`` and ``test``.
+        held_out_batch: samples at a time of a held-out set; ``None``: as many as in training.
+        collate: see :func:`loader`.
+    """
+
+    config: Any
+    sets: Mapping[str, Any]
+    held_out_batch: int | None = 250
+    collate: Any = None
+
+    def order(self, steps: range, shard: Shard) -> Sampler[Any]:
+        """Which samples the steps have."""
+        chosen = self.config.optimization
+        return ShuffledSteps(len(self.sets["training"]), chosen.batch_size, chosen.seed, steps, shard)
+
+    def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
+        return self._loaded(self.sets["training"], self.order(steps, shard))
+
+    def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
+        size = self.held_out_batch or self.config.optimization.batch_size
+        return self._loaded(self.sets[split], InOrder(len(self.sets[split]), size, shard))
+
+    def _loaded(self, data: Any, batches: Sampler[Any], collate: Any = None) -> Iterable[Any]:
+        workers, seed = self.config.machine.workers, self.config.optimization.seed
+        return loader(data, batches, workers=workers, collate=collate or self.collate, seed=seed)
 
 
 # -- Solvers and gradient estimators by the names that the command line uses -------------------------------------------
