@@ -11,8 +11,8 @@ pytest.importorskip("lightning")
 pytest.importorskip("tyro")
 pytest.importorskip("sklearn")
 
+from made_up_images import write_mnist
 from rich.console import Console
-from test_image_data import write_mnist
 from torch.nn import functional
 
 import torchimplicit as ti

@@ -152,7 +152,7 @@ class TestMolecules:
             {"../about.npy": about},
         ):
             refused(storage.read, zipped(parts), tmp_path / "m.npz")
-        kept = Path(__file__).parents[1] / "data" / "h2.npz"
+        kept = Path(__file__).parents[2] / "data" / "h2.npz"
         right, whole, accepted = storage.read(kept), kept.read_bytes(), 0
         for place in range(0, len(whole), len(whole) // 60):
             changed = bytearray(whole)

@@ -186,7 +186,7 @@ def test_the_documentation_shows_a_record(tmp_path):
     pytest.importorskip("mkdocs")
     from importlib.util import module_from_spec, spec_from_file_location
 
-    hook = Path(__file__).parents[2] / "docs" / "hooks" / "records.py"
+    hook = Path(__file__).parents[3] / "docs" / "hooks" / "records.py"
     spec = spec_from_file_location("records_hook", hook)
     assert spec is not None
     assert spec.loader is not None

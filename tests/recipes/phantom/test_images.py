@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("lightning")
 pytest.importorskip("tyro")
 
+from made_up_images import write_cifar, write_imagenet, write_mnist
 from rich.console import Console
-from test_image_data import write_cifar, write_imagenet, write_mnist
 
 from torchimplicit import cli
 from torchimplicit.models import mdeq_imagenet, mdeq_large, mdeq_tiny
