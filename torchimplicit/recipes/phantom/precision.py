@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torchimplicit.recipes.phantom.images import ImageConfig, cifar10, mnist
 from torchimplicit.recipes.phantom.images import digits as bundled
-from torchimplicit.recipes.phantom.layer import LABELS, LayerConfig, LayerResults, looking
+from torchimplicit.recipes.phantom.layer import LABELS, Drawn, LayerConfig, LayerResults, looking
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.page import COLOURS, axes, style
 from torchimplicit.recipes.runtime.settings import from_plain, option, positive
-from torchimplicit.recipes.runtime.table import Claim, Column, Drawing, Job, Plan, Runs, Sheet, Table
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -206,128 +206,99 @@ def mean(values: Iterable[float]) -> float:
 def sheets(config: PrecisionConfig, runs: Runs) -> list[Sheet]:
     """Fig. 1, what is beyond it, and Fig. 2."""
     found, layer = gather(config, runs), LayerConfig()
-    made = []
-    if any(found.layers.values()):
-        made += [Sheet("Fig. 1: cosine on random layers", _grid(found, layer))]
-        made += [Sheet("Beyond the paper: the adaptive phantom gradient on the layers", _adaptive(found, layer))]
-        made += [Sheet("Beyond the paper: the unbiased series on the layers", _unbiased(found))]
-    made += [
-        Sheet(f"Fig. 2: second half of training, {TRAINED[gradient]}", _along(found, gradient))
-        for gradient in GRADIENTS
-        if found.trainings[gradient]
-    ]
-    return made
+    layers = [_grid(found, layer), _adaptive(found, layer), _unbiased(found)] if any(found.layers.values()) else []
+    return layers + [_along(found, gradient) for gradient in GRADIENTS if found.trainings[gradient]]
 
 
-def _grid(found: Gathered, layer: LayerConfig) -> Table:
-    rows = []
-    for weight in WEIGHTS:
-        for name in ("UPG", "NPG"):
-            for damping in layer.lambdas:
-                cells = []
-                for k in layer.ks:
-                    values = [
-                        p.cosine
-                        for one in found.layers[weight]
-                        for p in one.grid
-                        if (p.estimator, p.damping, p.steps) == (name, damping, k)
-                    ]
-                    cells.append(f"{mean(values):.4f}")
-                rows.append([f"{weight}, {name}, λ = {damping:g}", *cells])
-    return Table([Column("Cosine, mean over seeds"), *(Column(f"k = {k}") for k in layer.ks)], rows)
+def _grid(found: Gathered, layer: LayerConfig) -> Sheet:
+    points = [(weight, name, damping) for weight in WEIGHTS for name in ("UPG", "NPG") for damping in layer.lambdas]
+
+    def cosine(k: int) -> Any:
+        def cell(point: tuple[str, str, float]) -> str:
+            known = (p for one in found.layers[point[0]] for p in one.grid)
+            return f"{mean(p.cosine for p in known if (p.estimator, p.damping, p.steps) == (*point[1:], k)):.4f}"
+
+        return cell
+
+    return table.sheet("Fig. 1: cosine on random layers", points, [
+        Cell("Cosine, mean over seeds", lambda point: f"{point[0]}, {point[1]}, λ = {point[2]:g}"),
+        *(Cell[Any](f"k = {k}", cosine(k)) for k in layer.ks),
+    ])  # fmt: skip
 
 
-def _adaptive(found: Gathered, layer: LayerConfig) -> Table:
-    rows = []
-    for weight in WEIGHTS:
-        for asked in layer.errors:
-            ones = [a for one in found.layers[weight] for a in one.adaptive if a.asked == asked]
-            rows.append(
-                [
-                    f"{weight}, {asked:g}",
-                    f"{max((a.error for a in ones), default=float('nan')):.2g}",
-                    table.spread([a.steps for a in ones]),
-                    table.spread([a.damping for a in ones], 2),
-                    table.spread([a.cosine for a in ones], 5),
-                ]
-            )
-    columns = [
-        Column("Error that is asked for", note="Relative, of the adjoint vector, with ‖W‖₂ as the contraction."),
-        Column("Largest error of a sample"),
-        Column("k", note="Mean over the samples."),
-        Column("λ", note="Mean over samples and steps."),
-        Column("Cosine"),
-    ]
-    return Table(columns, rows)
+def _adaptive(found: Gathered, layer: LayerConfig) -> Sheet:
+    asked = {
+        f"{weight}, {error:g}": [a for one in found.layers[weight] for a in one.adaptive if a.asked == error]
+        for weight in WEIGHTS
+        for error in layer.errors
+    }
+
+    def told(figure: str, digits: int) -> Any:
+        return lambda name: table.spread([getattr(one, figure) for one in asked[name]], digits)
+
+    def largest(name: str) -> str:
+        return f"{max((one.error for one in asked[name]), default=float('nan')):.2g}"
+
+    return table.sheet("Beyond the paper: the adaptive phantom gradient on the layers", asked, [
+        Cell("Error that is asked for", lambda name: name, "",
+             "Relative, of the adjoint vector, with ‖W‖₂ as the contraction."),
+        Cell("Largest error of a sample", largest),
+        Cell("k", told("steps", 1), "", "Mean over the samples."),
+        Cell("λ", told("damping", 2), "", "Mean over samples and steps."),
+        Cell("Cosine", told("cosine", 5)),
+    ])  # fmt: skip
 
 
-def _unbiased(found: Gathered) -> Table:
-    rows = []
-    for weight in WEIGHTS:
-        ones = [one.unbiased for one in found.layers[weight]]
-        rows.append(
-            [
-                weight,
-                table.spread([one.terms for one in ones], 2),
-                table.spread([one.cosine for one in ones], 3),
-                table.spread([one.error for one in ones], 3),
-                table.spread([one.mean_error for one in ones], 3),
-                table.spread([one.error / one.draws**0.5 for one in ones], 3),
-                table.spread([one.truncated_error for one in ones], 3),
-            ]
-        )
+def _unbiased(found: Gathered) -> Sheet:
+    def told(of: Callable[[Drawn], float], digits: int = 3) -> Callable[[str], str]:
+        return lambda weight: table.spread([of(one.unbiased) for one in found.layers[weight]], digits)
+
     count = next((one.unbiased.draws for ones in found.layers.values() for one in ones), 0)
-    columns = [
-        Column("Weight"),
-        Column("Terms", note="Mean of the draws."),
-        Column("Cosine of a draw", note="Mean."),
-        Column("Error of a draw", note="Relative to the exact gradient, root mean square."),
-        Column(f"Error of the mean of {count} draws"),
-        Column(
-            "Its standard error", note="The error of a draw over the root of their number: what no bias would leave."
-        ),
-        Column("Error at the same cost without chance", note="The plain series of as many terms, rounded: its bias."),
-    ]
-    return Table(columns, rows)
+    return table.sheet("Beyond the paper: the unbiased series on the layers", WEIGHTS, [
+        Cell[str]("Weight", lambda weight: weight),
+        Cell("Terms", told(lambda one: one.terms, 2), "", "Mean of the draws."),
+        Cell("Cosine of a draw", told(lambda one: one.cosine), "", "Mean."),
+        Cell("Error of a draw", told(lambda one: one.error), "",
+             "Relative to the exact gradient, root mean square."),
+        Cell(f"Error of the mean of {count} draws", told(lambda one: one.mean_error)),
+        Cell("Its standard error", told(lambda one: one.error / one.draws**0.5), "",
+             "The error of a draw over the root of their number: what no bias would leave."),
+        Cell("Error at the same cost without chance", told(lambda one: one.truncated_error), "",
+             "The plain series of as many terms, rounded: its bias."),
+    ])  # fmt: skip
 
 
-def _along(found: Gathered, gradient: str) -> Table:
-    rows = []
-    for name, label in LABELS.items():
-        by_run = []
-        for looks in found.trainings[gradient]:
-            late = [look for look in looks if look.step > looks[-1].step / 2]
-            by_run.append([look.beside[name] for look in late])
+def _along(found: Gathered, gradient: str) -> Sheet:
+    def over(figure: str, digits: int) -> Any:
+        def cell(name: str) -> str:
+            late = [[look for look in looks if look.step > looks[-1].step / 2] for looks in found.trainings[gradient]]
+            known = [[look.beside[name][figure] for look in looks if figure in look.beside[name]] for looks in late]
+            return table.spread([mean(values) for values in known], digits)
 
-        def over(figure: str, runs: list[list[dict[str, float]]] = by_run) -> list[float]:
-            return [mean(one[figure] for one in looks if figure in one) for looks in runs]
+        return cell
 
-        everywhere = [look.beside[name] for look in found.looks(gradient)]
-        rows.append(
-            [
-                label,
-                table.spread(over("cosine"), 3),
-                table.spread(over("norm_ratio"), 2),
-                table.spread(over("adjoint_residual"), 3),
-                f"{100 * mean(float(one['cosine'] > 0) for one in everywhere):.0f}",
-                f"{100 * mean(one['ascent'] for one in everywhere):.0f}",
-                table.spread(over("products"), 1),
-                table.spread(over("steps"), 1),
-                table.spread(over("damping"), 2) if any("damping" in one for one in everywhere) else "–",
-            ]
-        )
-    columns = [
-        Column("Estimator"),
-        Column("Cosine", note="Mean over the looks of the second half, ± over the seeds; so are the others."),
-        Column("Norm ratio"),
-        Column("Adjoint residual", note="‖u − (I − Jᵀ)g‖ / ‖u‖ over the whole batch."),
-        Column("Ascent", "%", "Share of all looks at which the inner product with the exact gradient is positive."),
-        Column("Condition", "%", "Share of all looks at which the relative error is below 1, which implies ascent."),
-        Column("Products", note="With the Jacobian, of the whole batch: a batch waits for its slowest sample."),
-        Column("k", note="Mean over the samples."),
-        Column("λ", note="Chosen, mean over samples and steps."),
-    ]
-    return Table(columns, rows)
+    def share(of: Callable[[dict[str, float]], float]) -> Any:
+        return lambda name: f"{100 * mean(of(look.beside[name]) for look in found.looks(gradient)):.0f}"
+
+    def damping(name: str) -> str:
+        chosen = any("damping" in look.beside[name] for look in found.looks(gradient))
+        return over("damping", 2)(name) if chosen else table.NONE
+
+    return table.sheet(f"Fig. 2: second half of training, {TRAINED[gradient]}", LABELS, [
+        Cell("Estimator", lambda name: LABELS[name]),
+        Cell("Cosine", over("cosine", 3), "",
+             "Mean over the looks of the second half, ± over the seeds; so are the others."),
+        Cell("Norm ratio", over("norm_ratio", 2)),
+        Cell("Adjoint residual", over("adjoint_residual", 3), "", "‖u − (I − Jᵀ)g‖ / ‖u‖ over the whole batch."),
+        Cell("Ascent", share(lambda one: float(one["cosine"] > 0)), "%",
+             "Share of all looks at which the inner product with the exact gradient is positive."),
+        Cell("Condition", share(lambda one: one["ascent"]), "%",
+             "Share of all looks at which the relative error is below 1, which implies ascent."),
+        Cell("Products", over("products", 1), "",
+             "With the Jacobian, of the whole batch: a batch waits for its slowest sample."),
+        Cell("k", over("steps", 1), "", "Mean over the samples."),
+        Cell("λ", damping, "", "Chosen, mean over samples and steps."),
+    ])  # fmt: skip
 
 
 # -- claims ------------------------------------------------------------------------------------------------------------

@@ -493,8 +493,7 @@ def _results(config: PhysicsConfig, equation: Equation, problem: LeastSquares, h
 
 
 def _table(results: Results) -> Table:
-    columns = [Column("Model"), Column("Weights"), *(Column(name) for name in results.errors)]
-    columns += [Column("Loss"), Column("Iterations"), Column("Seconds")]
-    row = [results.config.model, str(results.parameters), *(f"{error:.2e}" for error in results.errors.values())]
-    row += [f"{results.loss:.2e}", str(results.iterations), f"{results.seconds:.1f}"]
-    return Table(columns, [row])
+    names = ["Model", "Weights", *results.errors, "Loss", "Iterations", "Seconds"]
+    errors = [f"{error:.2e}" for error in (*results.errors.values(), results.loss)]
+    row = [results.config.model, str(results.parameters), *errors, str(results.iterations), f"{results.seconds:.1f}"]
+    return Table([Column(name) for name in names], [row])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +16,8 @@ from torchimplicit.recipes.runtime.files import write_text
 from torchimplicit.recipes.runtime.fitting import Row, rows
 from torchimplicit.recipes.runtime.page import Section, Shown, axes, document, style, styled, svg
 from torchimplicit.recipes.runtime.run import Run
-from torchimplicit.recipes.runtime.table import Column, Table
-from torchimplicit.recipes.runtime.trainer import Results
+from torchimplicit.recipes.runtime.table import Cell, Table, sheet, shown
+from torchimplicit.recipes.runtime.trainer import Results, Validation
 
 TITLE = "Runs compared"
 
@@ -50,27 +50,24 @@ def finished(path: Path) -> Finished:
 
 def comparison(runs: Sequence[Finished]) -> Table:
     """A row a run."""
-    columns = [
-        Column("Run"),
-        Column("Recipe"),
-        Column("Best validation", note="by which the tested weights were selected"),
-        Column("Test"),
-        Column("Steps"),
-        Column("Step", "ms", "median of a training step: forward, backward and update"),
-        Column("Forward", "evaluations", "mean of a step, in whole-batch equivalents"),
-        Column("Backward", "evaluations", "products with the Jacobian, likewise"),
-    ]
-    return Table(columns, [_line(run) for run in runs])
 
+    def cost(figure: str, form: str, scale: float = 1.0) -> Callable[[Finished], str]:
+        return lambda run: shown(run.results.costs and scale * getattr(run.results.costs, figure), form)
 
-def _line(run: Finished) -> list[str]:
-    r = run.results
-    costs = ["–"] * 3
-    if r.costs is not None:
-        costs = [f"{1000 * r.costs.seconds:.0f}", f"{r.costs.forward:.1f}", f"{r.costs.backward:.1f}"]
-    validation = "–" if r.best is None else f"{r.best.figures[r.metric]:.4g}"
-    test = r.state if r.test is None else f"{r.test.figures[r.metric]:.4g}"
-    return [run.name, run.recipe, validation, test, str(r.steps), *costs]
+    def figure(run: Finished, found: Validation | None) -> str:
+        return shown(found and found.figures[run.results.metric], ".4g")
+
+    return sheet("", runs, [
+        Cell("Run", lambda run: run.name),
+        Cell("Recipe", lambda run: run.recipe),
+        Cell("Best validation", lambda run: figure(run, run.results.best), "",
+             "by which the tested weights were selected"),
+        Cell("Test", lambda run: figure(run, run.results.test) if run.results.test else run.results.state),
+        Cell("Steps", lambda run: str(run.results.steps)),
+        Cell("Step", cost("seconds", ".0f", 1000), "ms", "median of a training step: forward, backward and update"),
+        Cell("Forward", cost("forward", ".1f"), "evaluations", "mean of a step, in whole-batch equivalents"),
+        Cell("Backward", cost("backward", ".1f"), "evaluations", "products with the Jacobian, likewise"),
+    ]).table  # fmt: skip
 
 
 def curves(runs: Sequence[Finished]) -> Figure:
