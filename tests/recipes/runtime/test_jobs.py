@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,12 +21,13 @@ from rich.console import Console
 from torchimplicit import cli
 from torchimplicit.recipes import registry
 from torchimplicit.recipes.phantom.demo import DigitsConfig
+from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.execution import terminated_like_interrupted
-from torchimplicit.recipes.runtime.jobs import Reproduction, command, load_record, run_all
+from torchimplicit.recipes.runtime.jobs import command, load_record, run_all, write
 from torchimplicit.recipes.runtime.page import axes
 from torchimplicit.recipes.runtime.run import Run
-from torchimplicit.recipes.runtime.table import Claim, Column, Drawing, Job, Plan, Sheet, Summary, Table, spread
+from torchimplicit.recipes.runtime.table import Cell, Claim, Column, Drawing, Job, Plan, Runs, Sheet, Table, spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,26 +50,37 @@ def jobs(config: ToyConfig) -> list[Job]:
     ]
 
 
-def summarize(config: ToyConfig, runs: dict[str, Run]) -> Summary:
-    accuracy = {
-        name: run.read_json("results.json")["estimators"]["implicit"]["track"]["validations"][-1]["accuracy"]
-        for name, run in runs.items()
-    }
+def figures(config: ToyConfig, run: Run) -> float:
+    return run.read_json("results.json")["estimators"]["implicit"]["track"]["validations"][-1]["accuracy"]
+
+
+def protocol(config: ToyConfig, runs: Runs) -> str:
+    return "one step"
+
+
+def sheets(config: ToyConfig, runs: Runs) -> list[Sheet]:
+    return [table.sheet("Accuracy", ["all"], [Cell("Row", str), Cell("Ours", lambda _: spread(accuracies(runs)))])]
+
+
+def accuracies(runs: Runs) -> list[float]:
+    return [line.figures for line in runs]
+
+
+def claims(config: ToyConfig, runs: Runs) -> list[Claim]:
+    return [Claim("accuracy is at least 0", f"{min(accuracies(runs))}", True)]
+
+
+def notes(config: ToyConfig, runs: Runs) -> list[str]:
+    return ["a note"]
+
+
+def drawings(config: ToyConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
     figure, (plot,) = axes()
-    plot.plot(list(accuracy.values()))
-    return Summary(
-        title="A toy",
-        source="nowhere",
-        protocol="one step",
-        sheets=[Sheet("Accuracy", Table([Column("Row"), Column("Ours")], [["all", spread(list(accuracy.values()))]]))],
-        claims=[Claim("accuracy is at least 0", f"{min(accuracy.values())}", True)],
-        drawings=[Drawing("accuracy", figure, "Accuracy.")],
-        notes=["a note"],
-        runs=accuracy,
-    )
+    plot.plot(accuracies(runs))
+    return [Drawing("accuracy", figure, "Accuracy.")]
 
 
-TABLE = Reproduction(jobs, summarize)
+TABLE = table.published(globals(), title="A toy", source="nowhere")
 
 
 @pytest.fixture(autouse=True)
@@ -178,8 +191,8 @@ def test_spread():
 
 
 def test_markdown():
-    table = Table([Column("Row"), Column("Ours", "%", "measured")], [["a|b", "1"]])
-    assert table.markdown() == "| Row | Ours (%) |\n| --- | ---: |\n| a\\|b | 1 |\n\n- **Ours**: measured"
+    shown = Table([Column("Row"), Column("Ours", "%", "measured")], [["a|b", "1"]])
+    assert shown.markdown() == "| Row | Ours (%) |\n| --- | ---: |\n| a\\|b | 1 |\n\n- **Ours**: measured"
 
 
 def test_the_documentation_shows_a_record(tmp_path):
@@ -198,7 +211,7 @@ def test_the_documentation_shows_a_record(tmp_path):
     made = Run(tmp_path / "digits")
     made.path.mkdir()
     made.write_json("results.json", {"estimators": {"implicit": {"track": {"validations": [{"accuracy": 0.5}]}}}})
-    TABLE._write(ToyConfig(), {"digits-0": made}, run, Console(quiet=True))
+    write(TABLE, ToyConfig(), {"digits-0": made}, run, Console(quiet=True))
     text = module.text_of(module.load(tmp_path, "toy"), "../records/toy")
     assert "| all | 0.5 |" in text
     assert "- **Holds**: accuracy is at least 0. 0.5" in text

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from torchimplicit.recipes.runtime.files import replacing, say_once, sum_of
 from torchimplicit.recipes.runtime.page import record_page, saved, styled
 from torchimplicit.recipes.runtime.run import Environment, Run, RunOptions, create
 from torchimplicit.recipes.runtime.settings import from_plain, to_plain
-from torchimplicit.recipes.runtime.table import Job, Picture, Plan, Record, Summary
+from torchimplicit.recipes.runtime.table import Job, Picture, Plan, Published, Record
 
 POLL = 1.0
 """Seconds between two looks at the runs."""
@@ -207,7 +207,7 @@ def _show(bars: Progress, runs: dict[str, Run], started: Sequence[str]) -> None:
             bars.update(shown[name].id, completed=noted["done"], status=noted["status"])
 
 
-# -- The runner of every table -----------------------------------------------------------------------------------------
+# -- What a table does as a runner: see :class:`torchimplicit.recipes.runtime.run.Runner` ------------------------------
 
 
 FOLDERS = ("record", "data_dir")
@@ -215,91 +215,79 @@ FILES = ("sound_file", "video_file", "mesh_file")
 """Settings that are paths."""
 
 
-class Reproduction:
-    """Runs a table.
+def check(table: Published[Any], config: Any) -> None:
+    """One job of every recipe is checked."""
+    for job in {job.recipe: job for job in table.jobs(config)}.values():
+        runner(job.recipe).check(job.config)
 
-    Args:
-        jobs: the runs that the settings ask for.
-        summarize: what the runs, by the jobs' names, come to. A run may have diverged (its ``run.json`` says so), and
-            one that failed is missing.
-    """
 
-    def __init__(self, jobs: Callable[[Any], list[Job]], summarize: Callable[[Any, dict[str, Run]], Summary]):
-        self._jobs = jobs
-        self._summarize = summarize
+def train(table: Published[Any], config: Any, run: Run, console: Console) -> bool:
+    """All runs that are not done, and the record of those that are; whether none is left."""
+    jobs = table.jobs(config)
+    console.print(
+        f"{len(jobs)} runs, {config.plan.parallel} at a time; Ctrl-C stops and 'torchimplicit resume {run}' goes on.",
+        highlight=False,
+    )
+    began, before = time.monotonic(), _spent(run)
+    try:
+        runs = run_all(jobs, run.path / "runs", config.plan, console)
+    finally:  # a table that is stopped has spent its time too
+        run.write_json("seconds.json", {"seconds": before + time.monotonic() - began})
+    left = [name for name, one in runs.items() if not finished(one)]
+    write(table, config, {name: one for name, one in runs.items() if name not in left}, run, console)
+    if left:
+        console.print(f"[red]{len(left)} of {len(jobs)} runs are not done[/red]: {', '.join(left)}", highlight=False)
+    return not left
 
-    def check(self, config: Any) -> None:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: one job of every recipe is checked."""
-        for job in {job.recipe: job for job in self._jobs(config)}.values():
-            runner(job.recipe).check(job.config)
 
-    def train(self, config: Any, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-        jobs = self._jobs(config)
-        console.print(
-            f"{len(jobs)} runs, {config.plan.parallel} at a time; Ctrl-C stops and 'torchimplicit resume {run}' goes "
-            "on.",
-            highlight=False,
-        )
-        began = time.monotonic()
-        before = self._spent(run)
-        try:
-            runs = run_all(jobs, run.path / "runs", config.plan, console)
-        finally:  # a table that is stopped has spent its time too
-            run.write_json("seconds.json", {"seconds": before + time.monotonic() - began})
-        left = [name for name, one in runs.items() if not finished(one)]
-        self._write(config, {name: one for name, one in runs.items() if name not in left}, run, console)
-        if left:
-            console.print(
-                f"[red]{len(left)} of {len(jobs)} runs are not done[/red]: {', '.join(left)}", highlight=False
-            )
-        return not left
+def evaluate(table: Published[Any], config: Any, run: Run, console: Console) -> None:
+    """The record again, from the runs that are there, training nothing."""
+    runs = {job.name: Run(run.path / "runs" / job.name) for job in table.jobs(config)}
+    there = {name: one for name, one in runs.items() if one.description.is_file() and finished(one)}
+    if not there:
+        raise UserError(f"{run} has no finished runs; resume it first")
+    write(table, config, there, run, console)
+    run.write_json("evaluation.json", {"runs": sorted(there)})
 
-    def evaluate(self, config: Any, run: Run, console: Console) -> None:
-        """Make the record again from the runs that are there, training nothing."""
-        runs = {job.name: Run(run.path / "runs" / job.name) for job in self._jobs(config)}
-        there = {name: one for name, one in runs.items() if one.description.is_file() and finished(one)}
-        if not there:
-            raise UserError(f"{run} has no finished runs; resume it first")
-        self._write(config, there, run, console)
-        run.write_json("evaluation.json", {"runs": sorted(there)})
 
-    def _spent(self, run: Run) -> float:
-        """Seconds of earlier attempts."""
-        return float(run.read_json("seconds.json")["seconds"]) if (run.path / "seconds.json").is_file() else 0.0
+def _spent(run: Run) -> float:
+    """Seconds of earlier attempts."""
+    return float(run.read_json("seconds.json")["seconds"]) if (run.path / "seconds.json").is_file() else 0.0
 
-    def _write(self, config: Any, runs: dict[str, Run], run: Run, console: Console) -> None:
-        if not runs:
-            return
-        with styled():
-            summary = self._summarize(config, runs)
-            pictures = saved(summary.drawings, run)
-        name = run.read()["recipe"]
-        record = Record(
-            name=name,
-            title=summary.title,
-            source=summary.source,
-            protocol=summary.protocol,
-            sheets=summary.sheets,
-            claims=summary.claims,
-            pictures=[Picture(f"{d.name}.png", d.caption) for d in summary.drawings],
-            notes=summary.notes,
-            command=command(name, config),
-            seconds=self._spent(run),
-            environment=Environment.of(_device(config)),
-            settings=_without_paths(to_plain(config)),
-            runs=summary.runs,
-        )
-        run.write_json("record.json", record)
-        run.write_text("index.html", record_page(record, pictures))
-        for sheet in record.sheets:
-            console.print(f"[bold]{sheet.title}")
-            console.print(sheet.table.rich_rows())
-        for claim in record.claims:
-            colour = {None: "yellow", True: "green", False: "red"}[claim.holds]
-            console.print(f"[{colour}]{claim.verdict}[/{colour}]: {claim.statement}: {claim.measured}", highlight=False)
-        if config.plan.record is not None:
-            _copy(run, record, config.plan.record / name)
+
+def write(table: Published[Any], config: Any, runs: dict[str, Run], run: Run, console: Console) -> None:
+    """The record of these runs, its page, and its copy for the documentation where one is asked for."""
+    if not runs:
+        return
+    with styled():
+        summary = table.summarize(config, runs)
+        pictures = saved(summary.drawings, run)
+    name = run.read()["recipe"]
+    record = Record(
+        name=name,
+        title=summary.title,
+        source=summary.source,
+        protocol=summary.protocol,
+        sheets=summary.sheets,
+        claims=summary.claims,
+        pictures=[Picture(f"{d.name}.png", d.caption) for d in summary.drawings],
+        notes=summary.notes,
+        command=command(name, config),
+        seconds=_spent(run),
+        environment=Environment.of(_device(config)),
+        settings=_without_paths(to_plain(config)),
+        runs=summary.runs,
+    )
+    run.write_json("record.json", record)
+    run.write_text("index.html", record_page(record, pictures))
+    for sheet in record.sheets:
+        console.print(f"[bold]{sheet.title}")
+        console.print(sheet.table.rich_rows())
+    for claim in record.claims:
+        colour = {None: "yellow", True: "green", False: "red"}[claim.holds]
+        console.print(f"[{colour}]{claim.verdict}[/{colour}]: {claim.statement}: {claim.measured}", highlight=False)
+    if config.plan.record is not None:
+        _copy(run, record, config.plan.record / name)
 
 
 def _copy(run: Run, record: Record, folder: Any) -> None:

@@ -565,22 +565,19 @@ class Published(Generic[C]):
         return self.sheets(config, runs), self.claims(config, runs), self.notes(config, runs)
 
     def check(self, config: C) -> None:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: one job of every recipe is checked."""
-        from torchimplicit.recipes.runtime.jobs import Reproduction
+        from torchimplicit.recipes.runtime import jobs
 
-        Reproduction(self.jobs, self.summarize).check(config)
+        jobs.check(self, config)
 
     def train(self, config: C, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-        from torchimplicit.recipes.runtime.jobs import Reproduction
+        from torchimplicit.recipes.runtime import jobs
 
-        return Reproduction(self.jobs, self.summarize).train(config, run, console)
+        return jobs.train(self, config, run, console)
 
     def evaluate(self, config: C, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: the record once more, training nothing."""
-        from torchimplicit.recipes.runtime.jobs import Reproduction
+        from torchimplicit.recipes.runtime import jobs
 
-        Reproduction(self.jobs, self.summarize).evaluate(config, run, console)
+        jobs.evaluate(self, config, run, console)
 
 
 def published(module: Mapping[str, Any], title: str | Callable[[Any], str], source: str, **more: Any) -> Published[Any]:
