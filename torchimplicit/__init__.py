@@ -2,7 +2,17 @@
 
 from torchimplicit import derivatives, nn, regularizers
 from torchimplicit.attach import attach
-from torchimplicit.constraints import Box, L2Ball, LinearEquality
+from torchimplicit.constraints import (
+    Box,
+    L2Ball,
+    LinearEqualities,
+    LinearEquality,
+    LinearInequalities,
+    NonNegative,
+    Projection,
+    Proximal,
+    Simplex,
+)
 from torchimplicit.coordinates import Metric
 from torchimplicit.diagnostics import spectral_radius
 from torchimplicit.errors import (
@@ -45,6 +55,7 @@ from torchimplicit.solvers import (
     GradientDescent,
     LevenbergMarquardt,
     NewtonKrylov,
+    ProjectedNewton,
 )
 
 __version__ = "0.1.0"
@@ -78,18 +89,25 @@ __all__ = [
     "L2Ball",
     "LeastSquares",
     "LevenbergMarquardt",
+    "LinearEqualities",
     "LinearEquality",
+    "LinearInequalities",
     "Metric",
     "Minimum",
     "Neumann",
     "NeumannPhantom",
     "NewtonKrylov",
+    "NonNegative",
     "OneStep",
+    "ProjectedNewton",
+    "Projection",
+    "Proximal",
     "Ragged",
     "Report",
     "Resolved",
     "Root",
     "SharedInverse",
+    "Simplex",
     "SmoothnessWarning",
     "Solution",
     "SolveCounts",

@@ -1,7 +1,8 @@
-"""Sets that a minimum, or an optimized input, may be restricted to."""
+"""Sets that a minimum, or an optimized input, may be restricted to, and penalties that are not smooth."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -84,6 +85,112 @@ class Box:
         return torch.where(x < low, low, torch.where(x > high, high, x))
 
 
+@final
+@dataclass(frozen=True)
+class NonNegative:
+    """The states all of whose numbers are at least zero."""
+
+
+@final
+@dataclass(frozen=True)
+class Simplex:
+    """The states :math:`z\\ge0` whose numbers sum up to ``total``.
+
+    Args:
+        total: a number, a scalar tensor, or a tensor ``[batch]``; the solution is differentiable in it.
+    """
+
+    total: Any = 1.0
+
+    def __post_init__(self) -> None:
+        _check_sign("Simplex", "total", self.total)
+
+
+@final
+@dataclass(frozen=True)
+class LinearEqualities:
+    """The states :math:`z` with :math:`Az=b`; z is a sample's numbers, of all leaves, one after the other.
+
+    The solution is differentiable in both. The rows of A must be independent.
+
+    Args:
+        matrix: A, ``[m, dim]``, or ``[batch, m, dim]``.
+        total: b, ``[m]``, or ``[batch, m]``, or a number.
+    """
+
+    matrix: Tensor
+    total: Any
+
+
+@final
+@dataclass(frozen=True)
+class LinearInequalities:
+    """The states :math:`z` with :math:`Gz\\le h`; z is a sample's numbers, of all leaves, one after the other.
+
+    The solution is differentiable in both.
+
+    Args:
+        matrix: G, ``[m, dim]``, or ``[batch, m, dim]``.
+        bound: h, ``[m]``, or ``[batch, m]``, or a number.
+    """
+
+    matrix: Tensor
+    bound: Any
+
+
+@final
+@dataclass(frozen=True)
+class Projection:
+    """A convex set, known by the projection onto it.
+
+    Args:
+        function: ``function(z, *args)``, the nearest state of the set to z; differentiable where it is smooth.
+        args: what it takes beside the state: pytrees, whose tensors the solution can be differentiated in. Captured
+            tensors that require grad are an error.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_callable("Projection.function", self.function)
+
+
+@final
+@dataclass(frozen=True)
+class Proximal:
+    """A convex penalty, added to the energy, that need not be smooth: known by its proximal operator.
+
+    Args:
+        prox: ``prox(v, step, *args)``, the state :math:`z` of least
+            :math:`penalty(z)+\\lVert z-v\\rVert^2/(2\\,step)`; ``step`` is a tensor that can be multiplied by a
+            state of one leaf (``[batch]`` where there are several).
+        penalty: ``penalty(z, *args)``, ``[batch]``; a scalar if not batched.
+        args: what both take beside the state, see :class:`Projection`.
+    """
+
+    prox: Callable[..., Any]
+    penalty: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_callable("Proximal.prox", self.prox)
+        _check_callable("Proximal.penalty", self.penalty)
+
+
+Constraint = (
+    LinearEquality
+    | LinearEqualities
+    | LinearInequalities
+    | Box
+    | NonNegative
+    | Simplex
+    | L2Ball
+    | Projection
+    | Proximal
+)
+
+
 def unit_normal(weight: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     """The constraint as :math:`\\langle n, p\\rangle = c` with :math:`\\lVert n\\rVert = 1`.
 
@@ -129,6 +236,11 @@ def check_plane(weight: Tensor, total: Tensor) -> None:
             "the constraint's weight is zero in every number of a sample: LinearEquality then says nothing of the "
             "state. Leave the constraint out, or give the weight that was meant"
         )
+
+
+def _check_callable(what: str, function: Any) -> None:
+    if not callable(function):
+        raise TypeError(f"{what} must be callable, and it is {type(function).__name__}")
 
 
 def _check_sign(kind: str, name: str, value: Any) -> None:

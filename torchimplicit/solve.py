@@ -31,6 +31,7 @@ from torchimplicit.solvers import (
     LevenbergMarquardt,
     NewtonKrylov,
     Outcome,
+    ProjectedNewton,
     Solver,
     iterate,
 )
@@ -190,7 +191,12 @@ def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradi
                 + (f"the class {value.__name__}" if isinstance(value, type) else f"{value!r}")
             )
     if solver is None:
-        solver = next((made() for kind, made in DEFAULTS.items() if isinstance(problem, kind)), Anderson())
+        on_set = isinstance(problem, Minimum) and problem.on_set
+        solver = (
+            ProjectedNewton()
+            if on_set
+            else next((made() for kind, made in DEFAULTS.items() if isinstance(problem, kind)), Anderson())
+        )
     return solver, gradient or Implicit()
 
 

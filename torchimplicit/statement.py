@@ -68,7 +68,8 @@ def stated(
     layout = problem.layout(z)
     flat = layout.flatten(z, "z0")
     rows = flat.shape[0]
-    constraint = thawed(problem.constraint_tensors(layout, rows))
+    flattened = problem.flattened(layout, rows)
+    constraint = thawed(flattened.constraint_tensors(layout, rows))
     call = FlatCall(problem, layout)
     closure, value = Closure(call, args, extra=len(constraint)), None
     captured = None if known is None else known(layout, flat)
@@ -84,7 +85,7 @@ def stated(
     if rowwise and problem.batched and problem.rowwise and rows > 1 and shared:
         row_params = tuple(_carries_batch(p, rows) for p in params[: own + len(constraint)])
         row_params += (False,) * len(closure.captured)
-    system = problem.system(closure, row_params, slice(own, own + len(constraint)), layout)
+    system = flattened.system(closure, row_params, slice(own, own + len(constraint)), layout)
     coupling = Coupling.of(problem.stated_by, rows, problem.rowwise) if problem.batched else None
     return Statement(
         problem=problem,

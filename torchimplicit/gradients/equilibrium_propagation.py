@@ -80,7 +80,10 @@ class EquilibriumPropagation(Gradient):
             )
         if isinstance(system, MinimumSystem):
             return None
-        return "EquilibriumPropagation differentiates a Minimum, which has an energy: for this problem use Implicit()"
+        return (
+            "EquilibriumPropagation differentiates a Minimum, free or on a single LinearEquality: for this problem use "
+            "Implicit()"
+        )
 
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
         return solved_by_rule(task, self, z0, params)

@@ -39,6 +39,10 @@ class Problem(ABC):
         """The same problem, to be solved in the state's own coordinates."""
         return self
 
+    def flattened(self, layout: Layout, rows: int) -> Self:
+        """The same problem, with its constraint in flat coordinates where it has one."""
+        return self
+
     @property
     @abstractmethod
     def function(self) -> Callable[..., Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self, final
+from typing import Any, ClassVar, Self, final, get_args
 
 import torch
 from torch import Tensor
 
-from torchimplicit.constraints import LinearEquality, check_plane, place, project, unit_normal
+from torchimplicit.constraints import Constraint, LinearEquality, check_plane, place, project, unit_normal
 from torchimplicit.coordinates import Chart, Metric, Reflection
 from torchimplicit.linear import MINRES, Dense, LinearOperator, LinearSolution, LinearSolver
 from torchimplicit.linear.confirmed import solve_any
@@ -18,6 +18,8 @@ from torchimplicit.precision import UnitRows, safe_norm
 from torchimplicit.problems.base import Problem, check_function
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.per_sample import PerSample, column, flat_tree, stacked, taken
+from torchimplicit.problems.projected import ProjectedSystem
+from torchimplicit.problems.sets import FlatSet, flat_set
 from torchimplicit.problems.system import Point, System, vmapped
 from torchimplicit.solution import Status
 from torchimplicit.state import Layout
@@ -31,8 +33,10 @@ class Minimum(Problem):
     Args:
         energy: ``energy(z, *args)``, returning one energy per sample, ``[batch]``; a scalar if not batched. Twice
             differentiable where the solution is to be differentiated.
-        constraint: a :class:`LinearEquality`, or ``None``. A start that violates it is moved to the nearest state
-            (in the sense of the metric) that does not.
+        constraint: a :class:`LinearEquality`, :class:`LinearEqualities`, :class:`LinearInequalities`, :class:`Box`,
+            :class:`NonNegative`, :class:`Simplex`, :class:`L2Ball`, :class:`Projection` or :class:`Proximal`; a
+            tuple of linear ones (all but the last three), which have to hold together; or ``None``. A start that
+            violates it is moved to the nearest state (in the sense of the metric) that does not.
         batched, rowwise: see :class:`FixedPoint`.
         metric: the coordinates to solve in, those of a :class:`Metric`; ``None``: the state's own. Steps, tolerances,
             Hessians and their eigenvalues are theirs; the solution and its derivatives are the state's.
@@ -42,7 +46,7 @@ class Minimum(Problem):
     """
 
     energy: Callable[..., Any]
-    constraint: LinearEquality | None = None
+    constraint: Constraint | tuple[Constraint, ...] | FlatSet | None = None
     batched: bool = True
     rowwise: bool = False
     metric: Metric | None = None
@@ -51,12 +55,37 @@ class Minimum(Problem):
 
     def __post_init__(self) -> None:
         check_function(self.energy, "energy")
-        if self.constraint is not None and not isinstance(self.constraint, LinearEquality):
-            raise TypeError(f"constraint must be a LinearEquality or None, not {type(self.constraint).__name__}")
+        for part in self._parts:
+            if not isinstance(part, (FlatSet, *get_args(Constraint))):
+                names = ", ".join(kind.__name__ for kind in get_args(Constraint))
+                raise TypeError(
+                    f"constraint must be one of {names}, a tuple of these, or None, not {type(part).__name__}"
+                )
+        if self.on_set and (self.metric is not None or self.eliminate):
+            raise ValueError(
+                "metric and eliminate go with a single LinearEquality: on other constraints a solver works in the "
+                "state's own coordinates"
+            )
         if self.metric is not None and not isinstance(self.metric, Metric):
             raise TypeError(f"metric must be a Metric, as Metric(S), or None, not {type(self.metric).__name__}")
         if self.eliminate and self.constraint is None:
             raise ValueError("eliminate=True solves the constraint for a coordinate, and there is no constraint")
+
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        return self.constraint if isinstance(self.constraint, tuple) else (self.constraint,) if self.constraint else ()
+
+    @property
+    def on_set(self) -> bool:
+        """Whether the constraint is more than a plane, which has a way of its own."""
+        return len(self._parts) > 1 or (len(self._parts) == 1 and not isinstance(self._parts[0], LinearEquality))
+
+    def flattened(self, layout: Layout, rows: int) -> Self:
+        if not self.on_set:
+            return self
+        on = flat_set(layout, self.constraint, rows)
+        on.check()
+        return replace(self, constraint=on)
 
     def layout(self, z0: Any) -> Layout:
         layout = Layout.of(z0, self.batched)
@@ -80,7 +109,7 @@ class Minimum(Problem):
 
     def _plane(self, layout: Layout, rows: int) -> tuple[Tensor, Tensor]:
         """The weight ``[batch or 1, dim]``, in the metric's coordinates, and the total ``[batch or 1, 1]``."""
-        assert self.constraint is not None
+        assert isinstance(self.constraint, LinearEquality)
         weight = flat_tree(layout, self.constraint.weight, rows, "the constraint's weight")
         total = column(layout, self.constraint.total, rows, "the constraint's total")
         check_plane(weight, total)
@@ -104,11 +133,16 @@ class Minimum(Problem):
         return output.to(layout.dtype).reshape(rows)
 
     def constraint_tensors(self, layout: Layout, rows: int) -> tuple[Tensor, ...]:
+        if isinstance(self.constraint, FlatSet):
+            unknown = torch.full((rows, 1), torch.nan, dtype=layout.dtype, device=layout.device)
+            return (*self.constraint.tensors, unknown)  # of the step: see ProjectedSystem
         return () if self.constraint is None or self.eliminate else self._plane(layout, rows)
 
     def system(
         self, fn: Callable[..., Tensor], row_params: tuple[bool, ...] | None, constraint: slice, layout: Layout
     ) -> System:
+        if isinstance(self.constraint, FlatSet):
+            return ProjectedSystem.of(fn, self.constraint, constraint, row_params=row_params, leaves=layout.leaves)
         hyperplane = taken(constraint) if self.constraint and not self.eliminate else None
         return MinimumSystem(fn=fn, row_params=row_params, leaves=layout.leaves, hyperplane=hyperplane)
 

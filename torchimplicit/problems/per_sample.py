@@ -77,3 +77,29 @@ def column(layout: Layout, value: Any, rows: int, what: str) -> Tensor:
         f"{what} has shape {tuple(value.shape)}: give a number, a scalar tensor"
         + (f", or one per sample, ({rows},)" if layout.batched else "")
     )
+
+
+def bound(layout: Layout, value: Any, rows: int, what: str) -> Tensor:
+    """A number for all numbers of the state, or a pytree like it, ``[rows or 1, dim]``."""
+    if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0 and layout.shapes != ((),)):
+        return torch.as_tensor(value, dtype=layout.dtype, device=layout.device).expand(1, layout.dim)
+    return flat_tree(layout, value, rows, what)
+
+
+def flat_matrix(layout: Layout, matrix: Any, right: Any, rows: int, what: str) -> tuple[Tensor, Tensor]:
+    """``[rows or 1, m, dim]`` and ``[rows or 1, m]``."""
+    matrix = torch.as_tensor(matrix, dtype=layout.dtype, device=layout.device)
+    right = torch.as_tensor(right, dtype=layout.dtype, device=layout.device)
+    lead = ((), (rows,)) if layout.batched else ((),)
+    if matrix.ndim < 2 or matrix.shape[-1] != layout.dim or matrix.shape[:-2] not in lead:
+        raise ValueError(
+            f"{what}.matrix has shape {tuple(matrix.shape)}: give (m, {layout.dim})"
+            + (f", or ({rows}, m, {layout.dim}) for one per sample" if layout.batched else "")
+        )
+    m = matrix.shape[-2]
+    if right.ndim and (right.shape[-1] != m or right.shape[:-1] not in lead):
+        raise ValueError(
+            f"{what} has {m} rows, and a right-hand side of shape {tuple(right.shape)}: give a number, or ({m},)"
+            + (f", or ({rows}, {m}) for one per sample" if layout.batched else "")
+        )
+    return matrix.reshape(-1, m, layout.dim), right.expand(1, m) if right.ndim == 0 else right.reshape(-1, m)

@@ -11,6 +11,7 @@ from torchimplicit.solvers.lbfgs import LBFGS
 from torchimplicit.solvers.levenberg_marquardt import LevenbergMarquardt
 from torchimplicit.solvers.newton_krylov import NewtonKrylov
 from torchimplicit.solvers.outcome import Outcome
+from torchimplicit.solvers.projected_newton import ProjectedNewton
 
 __all__ = [
     "LBFGS",
@@ -25,6 +26,7 @@ __all__ = [
     "NewtonKrylov",
     "Outcome",
     "Progress",
+    "ProjectedNewton",
     "Solver",
     "iterate",
 ]

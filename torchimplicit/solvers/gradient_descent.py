@@ -9,6 +9,7 @@ import torch
 
 from torchimplicit.problems import Point, System
 from torchimplicit.problems.minimum import MinimumSystem
+from torchimplicit.problems.projected import ProjectedSystem
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.validation import check_nonnegative, check_positive
 
@@ -52,6 +53,10 @@ def only_minimum(solver: Solver, system: System) -> str | None:
     """Why ``solver``, which needs an energy, cannot solve ``system``; ``None`` where it can."""
     if isinstance(system, MinimumSystem):
         return None
+    if isinstance(system, ProjectedSystem):
+        return (
+            f"{type(solver).__name__} knows no constraint but a single LinearEquality: on this one take ProjectedNewton"
+        )
     return (
         f"{type(solver).__name__} needs an energy, and only Minimum has one: for FixedPoint take Anderson, Broyden or "
         "FixedPointIteration; for Root take NewtonKrylov or Broyden"

@@ -1,0 +1,204 @@
+"""Minima on sets, as fixed points of the projected gradient step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self, final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.closure import is_transformed
+from torchimplicit.errors import SmoothnessWarning, callers_level
+from torchimplicit.linear import GMRES, Dense, LinearOperator, LinearSolver
+from torchimplicit.precision import safe_norm
+from torchimplicit.problems.linearization import Linearization
+from torchimplicit.problems.sets import FlatSet
+from torchimplicit.problems.system import Point, System, vmapped
+
+KINK = 1e-6
+"""By how much of its size a point is moved to see whether it lies on a kink of the projection."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ProjectedSystem(System):
+    """:math:`R = z - \\Pi(z-\\sigma\\nabla E)` with the projection onto a convex set, or a proximal operator.
+
+    It vanishes where a minimum of the energy on the set (of the energy plus the penalty) is stationary, whatever
+    :math:`\\sigma>0` is. :math:`A = I - \\Pi'(I-\\sigma H)` is regular where the active constraints are active with
+    multipliers that are not zero, and the energy is curved along the rest.
+
+    Attributes:
+        project: ``((z, step), *params)``, see :class:`~torchimplicit.problems.sets.FlatSet`.
+        penalty: ``(z, *params) -> [batch]``; ``None`` for a set.
+        step: which of the parameters holds :math:`\\sigma`, ``[rows, 1]``, about the inverse size of the Hessian: NaN
+            until it is measured, then the same in all the derivatives of one solution.
+    """
+
+    project: Callable[..., Tensor]
+    step: int
+    penalty: Callable[..., Tensor] | None = None
+
+    @staticmethod
+    def of(fn: Callable[..., Tensor], on: FlatSet, own: slice, **fields: Any) -> ProjectedSystem:
+        """Of energies, on a set whose tensors, and then the step, stand at ``own`` among the parameters."""
+        own, step = slice(own.start, own.stop - 1), own.stop - 1
+
+        def project(at: tuple[Tensor, Tensor], *params: Tensor) -> Tensor:
+            return on.project(*at, *params[own])
+
+        def penalty(z: Tensor, *params: Tensor) -> Tensor:
+            return on.penalty(z, *params[own])
+
+        return ProjectedSystem(fn=fn, project=project, step=step, penalty=penalty if on.proximal else None, **fields)
+
+    def total(self, z: Tensor, *params: Tensor) -> Tensor:
+        """The energies with the penalties."""
+        energy = self.fn(z, *params)
+        return energy if self.penalty is None else energy + self.penalty(z, *params)
+
+    def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
+        gradient, energy = self.slope(z, params)
+        gradient = torch.where(torch.isfinite(energy)[:, None], gradient, torch.nan)
+        if self.penalty is not None:
+            energy = energy + self.penalty(z, *params)
+        size = self.steps(z, params)
+        image = self.project((z - size * gradient, size), *params)
+        return Point(z, image - z, image=image, energy=energy, noise=self.norms(size * gradient))
+
+    def slope(self, z: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The gradients and the energies, without the penalties."""
+        if torch.is_grad_enabled():
+            slope, energy = torch.func.grad(self._sum, has_aux=True)(z, *params)
+            return slope, energy
+        measure = self._unknown(params)
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_()
+            energy = self.fn(leaf, *params)
+            slope = _gradient(energy, leaf, create_graph=measure)
+            if measure:
+                self._measure(leaf, slope, params)
+        return slope.detach(), energy.detach()
+
+    def image(self, z: Tensor, *params: Tensor) -> Tensor:
+        """:math:`\\Pi(z-\\sigma\\nabla E)`, differentiable to any order by composable transforms."""
+        gradient, _ = torch.func.grad(self._sum, has_aux=True)(z, *params)
+        size = self.steps(z, params)
+        return self.project((z - size * gradient, size), *params)
+
+    def residual(self, z: Tensor, *params: Tensor) -> Tensor:
+        return z - self.image(z, *params)
+
+    def linearize(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization:
+        def core(z: Tensor, *params: Tensor) -> Tensor:
+            gradient = _gradient(self.fn(z, *params), z, create_graph=True)
+            size = self.steps(z, params)
+            return z - self.project((z - size * gradient, size), *params)
+
+        if wanted is not None and any(wanted):
+            self._look_for_kinks(z, params)
+        return Linearization(core, z, params, wanted)
+
+    def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
+        return LinearOperator(
+            product=tape.transposed if transposed else tape.plain,
+            transposed_product=tape.plain if transposed else tape.transposed,
+            block_product=tape.transposed_block if transposed else tape.plain_block,
+            batch=tape.z.shape[0],
+            dim=tape.z.shape[1],
+            dtype=tape.z.dtype,
+            device=tape.z.device,
+            transposed=transposed,
+            restrict=self._restricted(tape, transposed),
+            coupling=self.coupling,
+        )
+
+    def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
+        return tape.pull(-g)
+
+    def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
+        return Dense() if dim <= 128 and batch * dim * dim <= 2**22 else GMRES()
+
+    def prepare(self, z: Tensor, params: Sequence[Tensor]) -> None:
+        if bool(params[self.step].isnan().any()):
+            self.at(z, params)
+
+    def place(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
+        return z if self.penalty is not None else self.project((z, torch.ones_like(z[:, :1])), *params)
+
+    def vmapped(self, size: int, dims: Sequence[int | None]) -> Self:
+        penalty = None if self.penalty is None else vmapped(self.penalty, size, tuple(dims))
+        project = vmapped(self.project, size, tuple(dims))
+        return replace(super().vmapped(size, dims), project=project, penalty=penalty)
+
+    def joined(self, rows: int) -> Self | None:
+        return None
+
+    def _sum(self, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
+        energy = self.fn(z, *params)
+        return energy.sum(), energy
+
+    def steps(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """:math:`\\sigma`, ``[rows, 1]``."""
+        if self._unknown(params):
+            with torch.no_grad():
+                self.slope(z.detach(), tuple(p.detach() for p in params))
+        held = params[self.step].reshape(-1, 1)
+        return held if len(held) == len(z) else held.repeat(len(z) // len(held), 1)
+
+    def _unknown(self, params: Sequence[Tensor]) -> bool:
+        held = params[self.step]
+        return not is_transformed(held) and bool(held.isnan().any())
+
+    def _measure(self, z: Tensor, slope: Tensor, params: Sequence[Tensor]) -> None:
+        """:math:`\\sigma`, by a product of the Hessian, of recorded gradients, with them."""
+        size = safe_norm(slope.detach())
+        way = slope.detach() + size[:, None] / z.shape[1] ** 0.5
+        turned = None
+        if slope.requires_grad:
+            (turned,) = torch.autograd.grad(slope, z, way, retain_graph=True, allow_unused=True)
+        curvature = size / safe_norm(z.detach())  # where there is none, a step as long as the state
+        if turned is not None:
+            known = safe_norm(turned) / safe_norm(way)
+            curvature = torch.where((known > 0) & known.isfinite(), known, curvature)
+        curvature = torch.where((curvature > 0) & curvature.isfinite(), curvature, 1)
+        held = params[self.step]
+        measured = torch.exp2(-curvature.log2().round())
+        if held.numel():
+            held.copy_(measured.reshape(-1, *held.shape).amin(dim=0))  # vmap's copies of one problem share it
+
+    def _look_for_kinks(self, z: Tensor, params: Sequence[Tensor]) -> None:
+        """Warn where the projection has a kink at the solution: there is no derivative then, but one for each side."""
+        with torch.no_grad():
+            slope, _ = self.slope(z, params)
+            size = self.steps(z, params)
+            y = z - size * slope
+        number = torch.arange(1, y.numel() + 1, dtype=torch.float64, device=y.device)
+        probe = torch.sin(number.square()).reshape(y.shape).to(y.dtype)
+        away = KINK * torch.maximum(safe_norm(y), safe_norm(z))[:, None] * probe.sign()
+        sides = []
+        for there in (y + away, y - away):
+            tape = Linearization(lambda y, *params: self.project((y, size), *params), there, params)
+            sides.append(tape.transposed(probe))
+        gap = (sides[0] - sides[1]).abs().amax(dim=1) > 0.05 * probe.abs().amax(dim=1)
+        if bool(gap.any()):
+            warnings.warn(
+                f"the solution lies on a kink of its constraint in {int(gap.sum())} of {len(gap)} samples: a "
+                "constraint is active there with a multiplier of zero, or nearly so (no strict complementarity). The "
+                "derivative is that of one side, and the other side's is another",
+                SmoothnessWarning,
+                stacklevel=callers_level(),
+            )
+
+
+def _gradient(energy: Tensor, z: Tensor, create_graph: bool) -> Tensor:
+    if not energy.requires_grad:
+        raise ValueError(
+            "the energy does not depend on the state in a way that autograd can see: return a tensor computed from z "
+            "by differentiable operations, without detach or no_grad"
+        )
+    (gradient,) = torch.autograd.grad(energy.sum(), z, create_graph=create_graph, allow_unused=True)
+    return torch.zeros_like(z) if gradient is None else gradient

@@ -1,0 +1,318 @@
+"""Constraint sets in flat coordinates, each with the projection onto it, differentiable to any order."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from torchimplicit.closure import is_transformed
+from torchimplicit.constraints import (
+    Box,
+    L2Ball,
+    LinearEqualities,
+    LinearEquality,
+    LinearInequalities,
+    NonNegative,
+    Projection,
+    Proximal,
+    Simplex,
+    check_plane,
+)
+from torchimplicit.problems.per_sample import bound, column, flat_matrix, flat_tree
+from torchimplicit.problems.polyhedron import projected, unit_rows
+from torchimplicit.state import Layout
+
+Tensors = tuple[Tensor, ...]
+
+
+class FlatSet(ABC):
+    """A set of flat states, or a penalty, known by its projection (its proximal operator).
+
+    Attributes:
+        tensors: what it is made of; among the parameters of the problem's system.
+    """
+
+    tensors: Tensors
+    proximal = False
+
+    @abstractmethod
+    def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
+        """The nearest point to ``z`` (``[rows, dim]``); ``step`` ``[rows, 1]`` is the proximal operator's."""
+
+    def penalty(self, z: Tensor, *tensors: Tensor) -> Tensor:
+        """What the energies ``[rows]`` are raised by, in the set."""
+        return z.new_zeros(len(z))
+
+    def check(self) -> None:
+        """Raise where no state is in the set."""
+
+
+@final
+@dataclass(frozen=True)
+class FlatBox(FlatSet):
+    """Of ``low`` and ``high``, ``[rows or 1, dim]``."""
+
+    tensors: Tensors
+
+    def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
+        low, high = tensors
+        return torch.where(z < low, low, torch.where(z > high, high, z))
+
+    def check(self) -> None:
+        if _plain(self.tensors) and bool((self.tensors[0] > self.tensors[1]).any()):
+            raise ValueError("the constraint's set is empty: a lower bound exceeds an upper one")
+
+
+@final
+@dataclass(frozen=True)
+class FlatSlice(FlatSet):
+    """A box and a plane: ``low``, ``high``, the weight ``[rows or 1, dim]``, and the total ``[rows or 1, 1]``."""
+
+    tensors: Tensors
+
+    def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
+        low, high, weight, total = (t.expand(len(z), -1) for t in tensors)
+        at_low, at_high = _slice_ends(*(t.detach() for t in (z, low, high, weight, total)))
+        free = ~(at_low | at_high)
+        # z - m w, within the bounds, has the total
+        held = torch.where(at_low, low, torch.where(at_high, high, 0))
+        loose = torch.where(free, weight, 0)
+        excess = (loose * z + weight * held).sum(dim=1, keepdim=True) - total
+        size = loose.square().sum(dim=1, keepdim=True)
+        multiplier = excess / torch.where(size > 0, size, 1)
+        return torch.where(free, z - multiplier * weight, held)
+
+    def check(self) -> None:
+        low, high, weight, total = self.tensors
+        if not _plain(self.tensors):
+            return
+        check_plane(weight, total)
+        if bool((low > high).any()):
+            raise ValueError("the constraint's set is empty: a lower bound exceeds an upper one")
+        least, most = (
+            torch.where(weight == 0, 0, weight * torch.where(weight > 0, a, b)).sum(dim=1, keepdim=True)
+            for a, b in ((low, high), (high, low))
+        )
+        room = 16 * torch.finfo(total.dtype).eps * (total.abs() + torch.where(least.isfinite(), least.abs(), 0))
+        bad = ((total < least - room) | (total > most + room))[:, 0]
+        if bool(bad.any()):
+            raise ValueError(
+                f"the constraint's set is empty in {int(bad.sum())} of {len(bad)} samples: no state within the bounds "
+                "has the total"
+            )
+
+
+def _slice_ends(z: Tensor, low: Tensor, high: Tensor, weight: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Which numbers of the projection lie at their lower and upper bounds, bool ``[rows, dim]``: the total of
+    :math:`clip(z-mw)` falls with m, linearly between the values of m at which a number comes to a bound."""
+
+    def clipped(m: Tensor) -> Tensor:
+        moved = z - m * weight
+        return torch.where(moved < low, low, torch.where(moved > high, high, moved))
+
+    def excess(m: Tensor) -> Tensor:
+        return (weight * clipped(m)).sum(dim=1, keepdim=True) - total
+
+    ends = torch.cat(((z - low) / weight, (z - high) / weight), dim=1)
+    ends = torch.where(ends.isfinite(), ends, torch.inf).sort(dim=1).values
+    count = ends.shape[1]
+    below = torch.full_like(total, -1, dtype=torch.int64)
+    above = torch.full_like(below, count)
+    for _ in range(count.bit_length() + 1):
+        middle = (below + above).div(2, rounding_mode="floor")
+        m = ends.gather(1, middle.clamp(0, count - 1))
+        positive = torch.where(m.isfinite(), excess(torch.where(m.isfinite(), m, 0)) > 0, False)
+        inside = (middle > below) & (middle < above)
+        below = torch.where(inside & positive, middle, below)
+        above = torch.where(inside & ~positive, middle, above)
+    left = ends.gather(1, below.clamp(0, count - 1))
+    right = ends.gather(1, above.clamp(0, count - 1))
+    right = torch.where((above < count) & right.isfinite(), right, torch.inf)
+    left = torch.where(below >= 0, left, -torch.inf)
+    middle = torch.where(left.isfinite() & right.isfinite(), 0.5 * (left + right), 0)
+    one = 1 + torch.where(left.isfinite(), left, torch.where(right.isfinite(), right, 0)).abs()
+    middle = torch.where(left.isfinite() & ~right.isfinite(), left + one, middle)
+    middle = torch.where(~left.isfinite() & right.isfinite(), right - one, middle)
+    moved = z - middle * weight
+    return moved <= low, moved >= high
+
+
+@final
+@dataclass(frozen=True)
+class FlatBall(FlatSet):
+    """Of the radius ``[rows or 1, 1]`` and the center ``[rows or 1, dim]``."""
+
+    tensors: Tensors
+
+    def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
+        radius, center = tensors
+        away = z - center
+        square = away.square().sum(dim=1, keepdim=True)
+        outside = square > radius.square()
+        length = torch.where(outside, square, 1).sqrt()
+        return torch.where(outside, center + radius / length * away, z)
+
+
+@final
+@dataclass(frozen=True)
+class FlatPolyhedron(FlatSet):
+    """Of equalities and inequalities with unit rows: matrices ``[rows or 1, m * dim]`` and right-hand sides
+    ``[rows or 1, m]``; ``equalities`` of the m come first."""
+
+    tensors: Tensors
+    equalities: int
+    dim: int
+
+    def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
+        matrix, right = self._expanded(len(z), tensors)
+        return projected(z, matrix, right, self.equalities)
+
+    def _expanded(self, rows: int, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        matrix, right = tensors
+        return matrix.reshape(len(matrix), -1, self.dim).expand(rows, -1, -1), right.expand(rows, -1)
+
+    def check(self) -> None:
+        if not _plain(self.tensors):
+            return
+        with torch.no_grad():
+            rows = max(map(len, self.tensors))
+            matrix, right = self._expanded(rows, self.tensors)
+            if not bool(matrix.isfinite().all() & right.isfinite().all()):
+                raise ValueError("the constraint's matrix or right-hand side holds NaN or infinity")
+            count = self.equalities
+            if count > self.dim or (count and bool((torch.linalg.matrix_rank(matrix[:, :count]) < count).any())):
+                raise ValueError(
+                    "the constraint's equalities depend on each other (the rank of their matrix is less than the "
+                    "number of its rows), so that they contradict each other or say the same twice: leave some out"
+                )
+            near = projected(matrix.new_zeros(rows, self.dim), matrix, right, count)
+            gap = (matrix @ near[:, :, None])[:, :, 0] - right
+            gap = torch.cat((gap[:, :count].abs(), gap[:, count:].clamp_min(0)), dim=1).amax(dim=1)
+            size = right.abs().amax(dim=1) + torch.linalg.vector_norm(near, dim=1)
+            bad = ~(gap <= torch.finfo(gap.dtype).eps ** 0.4 * size)
+            if bool(bad.any()):
+                raise ValueError(
+                    f"the constraint's set is empty in {int(bad.sum())} of {rows} samples, as far as an interior-point "
+                    "method can tell: no state fulfils all the equalities and inequalities"
+                )
+
+
+@final
+@dataclass(frozen=True)
+class Foreign(FlatSet):
+    """Of a user's own projection or proximal operator, and the tensors among its arguments."""
+
+    given: Projection | Proximal
+    layout: Layout
+    tensors: Tensors
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+
+    @property
+    def proximal(self) -> bool:  # type: ignore[override]
+        return isinstance(self.given, Proximal)
+
+    def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
+        state, args = self.layout.unflatten(z), self._args(tensors)
+        if isinstance(self.given, Projection):
+            return self.layout.flatten(self.given.function(state, *args), "the result of the projection")
+        size = step.reshape(-1) if self.layout.batched else step.reshape(())
+        if self.layout.batched and self.layout.spec.is_leaf():
+            size = size.reshape(-1, *(1,) * len(self.layout.shapes[0]))
+        return self.layout.flatten(self.given.prox(state, size, *args), "the result of prox")
+
+    def penalty(self, z: Tensor, *tensors: Tensor) -> Tensor:
+        if isinstance(self.given, Projection):
+            return super().penalty(z)
+        value = self.given.penalty(self.layout.unflatten(z), *self._args(tensors))
+        if not isinstance(value, Tensor) or value.numel() != len(z):
+            raise ValueError("Proximal.penalty must return one number per sample, [batch]; a scalar if not batched")
+        return value.reshape(len(z))
+
+    def _args(self, tensors: Sequence[Tensor]) -> Any:
+        given = iter(tensors)
+        return pytree.tree_unflatten([next(given) if isinstance(a, Tensor) else a for a in self.leaves], self.spec)
+
+    def check(self) -> None:
+        """What the operator captures would get no derivative."""
+        probe = torch.zeros(1, self.layout.dim, dtype=self.layout.dtype, device=self.layout.device)
+        if not _plain(self.tensors) or any(t.ndim and len(t) > 1 for t in self.tensors):
+            return
+        with torch.enable_grad():
+            out = self.project(probe, torch.ones_like(probe[:, :1]), *(t.detach() for t in self.tensors))
+        if out.requires_grad:
+            raise ValueError(
+                f"{type(self.given).__name__}'s function captures a tensor that requires grad, which would get no "
+                "derivative: give it in args, as Projection(function, args=(tensor,))"
+            )
+
+
+def flat_set(layout: Layout, constraint: Any, rows: int) -> FlatSet:
+    """The set that a :class:`Minimum` is restricted to.
+
+    Raises:
+        ValueError, TypeError: parts that do not go together, or do not fit the state.
+    """
+    parts = constraint if isinstance(constraint, tuple) else (constraint,)
+    if len(parts) > 1 and any(isinstance(part, (L2Ball, Projection, Proximal)) for part in parts):
+        raise ValueError(
+            "an L2Ball, a Projection and a Proximal cannot be joined with other constraints: give one Projection "
+            "onto the intersection"
+        )
+    (first, *_) = parts
+    if isinstance(first, L2Ball):
+        radius = column(layout, first.radius, rows, "the constraint's radius")
+        return FlatBall((radius, bound(layout, first.center, rows, "the constraint's center")))
+    if isinstance(first, (Projection, Proximal)):
+        leaves, spec = pytree.tree_flatten(first.args)
+        return Foreign(first, layout, tuple(t for t in leaves if isinstance(t, Tensor)), spec, tuple(leaves))
+    return _of_linear(layout, parts, rows)
+
+
+def _of_linear(layout: Layout, parts: Sequence[Any], rows: int) -> FlatSet:
+    like = {"dtype": layout.dtype, "device": layout.device}
+    low = torch.full((1, layout.dim), -torch.inf, **like)  # type: ignore[call-overload]
+    high = -low
+    planes: list[tuple[Tensor, Tensor]] = []
+    matrices: list[tuple[Tensor, Tensor, bool]] = []
+    for part in parts:
+        if isinstance(part, (Box, NonNegative, Simplex)):
+            box = part if isinstance(part, Box) else Box(0.0, torch.inf)
+            one, other = (bound(layout, t, rows, "the constraint's bounds") for t in (box.low, box.high))
+            low, high = torch.where(one > low, one, low), torch.where(other < high, other, high)
+        if isinstance(part, Simplex):
+            planes.append((torch.ones_like(low), column(layout, part.total, rows, "the constraint's total")))
+        elif isinstance(part, LinearEquality):
+            weight = flat_tree(layout, part.weight, rows, "the constraint's weight")
+            planes.append((weight, column(layout, part.total, rows, "the constraint's total")))
+        elif isinstance(part, (LinearEqualities, LinearInequalities)):
+            right = part.total if isinstance(part, LinearEqualities) else part.bound
+            found = flat_matrix(layout, part.matrix, right, rows, type(part).__name__)
+            matrices.append((*found, isinstance(part, LinearEqualities)))
+    if not matrices and len(planes) <= 1:
+        return FlatSlice((low, high, *planes[0])) if planes else FlatBox((low, high))
+    eye = torch.eye(layout.dim, **like)[None]  # type: ignore[call-overload]
+    equal = [(weight[:, None, :], total) for weight, total in planes] + [(m, r) for m, r, e in matrices if e]
+    less = [(m, r) for m, r, e in matrices if not e]
+    for sign, side in ((1.0, high), (-1.0, low)):
+        given = side.isfinite()
+        if is_transformed(side) or bool(given.any()):
+            less.append((torch.where(given[:, :, None], sign * eye, 0), torch.where(given, sign * side, 1)))
+    every = [unit_rows(matrix, right) for matrix, right in (*equal, *less)]
+    matrix, right = _stacked([m.flatten(1) for m, _ in every]), _stacked([r for _, r in every])
+    return FlatPolyhedron((matrix, right), sum(m.shape[1] for m, _ in equal), layout.dim)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    rows = max(map(len, parts))
+    return torch.cat([part.expand(rows, -1) for part in parts], dim=1)
+
+
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    return not any(is_transformed(t) or t.device.type == "meta" for t in tensors)

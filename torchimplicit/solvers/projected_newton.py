@@ -1,0 +1,138 @@
+"""Newton's method for minima on sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.errors import UnsupportedDerivativeError
+from torchimplicit.linear import LinearSolver
+from torchimplicit.problems import Point, System
+from torchimplicit.problems.projected import ProjectedSystem
+from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
+from torchimplicit.solvers.line_search import SUFFICIENT, evaluate_some, rows_apart
+from torchimplicit.solvers.newton_krylov import solved_by
+from torchimplicit.state import row_norm
+from torchimplicit.validation import check_count, check_type
+
+
+class ProjectedNewtonState(NamedTuple):
+    """The size of the projected gradient step that was good last, ``[batch]``."""
+
+    step: Tensor
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ProjectedNewton(Solver):
+    """Semismooth Newton steps where they descend, projected gradient steps where they do not.
+
+    For a :class:`Minimum` on a set, or with a :class:`Proximal` penalty. Newton's step solves
+    :math:`(I-\\Pi'(I-\\sigma H))d=\\Pi(z-\\sigma\\nabla E)-z` (Qi and Sun 1993), which for a box is that of the
+    primal-dual active set method (Hintermüller, Ito and Kunisch 2003); :math:`\\Pi(z+td)` is tried for a few t. Where
+    the energy does not decrease sufficiently, a projected (proximal) gradient step is taken, whose size each sample
+    finds for itself. Every iterate lies in the set, and the energy never rises.
+
+    Args:
+        linear_solver: for Newton's equation; ``None``: :class:`Dense` up to 128 unknowns, else :class:`GMRES`.
+        trials: how many lengths of Newton's step are tried.
+        halvings: how often the step along the gradient is halved.
+        rtol, atol, max_steps, keep_trajectory, check_every: see :class:`Solver`.
+    """
+
+    linear_solver: LinearSolver | None = None
+    trials: int = 4
+    halvings: int = 30
+    max_steps: int = 200
+    by_products: ClassVar[bool] = True
+    searches: ClassVar[bool] = True
+
+    def check(self) -> None:
+        check_type(self, "linear_solver", LinearSolver, optional=True)
+        check_count(self, "trials", least=0)
+        check_count(self, "halvings")
+
+    def supports(self, system: System) -> str | None:
+        if isinstance(system, ProjectedSystem):
+            return None
+        return (
+            "ProjectedNewton is for a Minimum on a set (Box, L2Ball, Simplex, inequalities, a Projection, a Proximal): "
+            "without one, or on a single LinearEquality, take LBFGS or NewtonKrylov"
+        )
+
+    def start(self, point: Point) -> ProjectedNewtonState:
+        return ProjectedNewtonState(torch.full_like(row_norm(point.z), torch.nan))
+
+    def step(self, evaluate: Evaluator, point: Point, state: ProjectedNewtonState, progress: Progress) -> Move:
+        if torch.is_grad_enabled():
+            raise UnsupportedDerivativeError(
+                "Unrolled cannot differentiate through ProjectedNewton's inner solves: use Implicit, or unroll "
+                "FixedPointIteration or Anderson, whose step is the projected gradient's"
+            )
+        system = evaluate.system
+        assert isinstance(system, ProjectedSystem)
+        assert point.energy is not None
+        residual = point.residual
+        searching = torch.ones_like(point.energy, dtype=torch.bool)
+        if progress.active is not None:
+            searching = progress.active
+            residual = torch.where(searching[:, None], residual, 0)
+        solver = self.linear_solver or system.default_linear_solver(point.z.shape[1], point.z.shape[0])
+        found = system.solve_linear(system.linearize(point.z, evaluate.params), False, residual, solver)
+        direction, exact = found.value, found.report.converged & found.value.isfinite().all(dim=1)
+        solved = solved_by(point, direction, exact, progress)
+        if solved is not None:
+            searching = searching & ~solved
+        slope, _ = system.slope(point.z, evaluate.params)
+        usual = system.steps(point.z, evaluate.params)[:, 0].to(point.energy.dtype)
+        size = row_norm(residual).square() / usual
+        lost = torch.finfo(point.z.dtype).eps ** 0.6 * (point.energy.abs() + (slope * point.z).abs().sum(dim=1))
+        reached, rows, trial = point, None, point
+        damped, left = ~exact, int(searching.sum())
+        for halved in range(self.trials if left else 0):
+            usable = searching & direction.isfinite().all(dim=1)
+            to = point.z + 0.5**halved * torch.where(usable[:, None], direction, 0)
+            trial = evaluate_some(evaluate, to, searching, rows, reached)
+            good = usable & self._falls(point, trial, 0.5**halved * SUFFICIENT * size, lost)
+            reached, searching = trial.select(good, reached), searching & ~good
+            left = int(searching.sum())
+            if not left:
+                break
+            damped = damped | searching
+            rows = rows_apart(evaluate, searching, left)
+        share = torch.where(state.step.isnan(), usual, 2 * state.step)
+        if left:
+            damped = damped | searching
+            for _ in range(self.halvings):
+                step = share[:, None].to(point.z.dtype)
+                to = system.project((point.z - step * slope, step), *evaluate.params)
+                trial = evaluate_some(evaluate, to, searching, rows, reached)
+                moved = trial.z - point.z
+                enough = SUFFICIENT * row_norm(moved).square() / share
+                good = searching & self._falls(point, trial, enough, lost) & (moved != 0).any(dim=1)
+                reached, searching = trial.select(good, reached), searching & ~good
+                left = int(searching.sum())
+                if not left:
+                    break
+                share = torch.where(searching, 0.5 * share, share)
+                rows = rows_apart(evaluate, searching, left)
+        if progress.judge is not None and progress.judge.measure is not None:
+            progress.judge.measure.refuse(damped)
+        after = ProjectedNewtonState(torch.where(damped, share, state.step))
+        if not left:
+            return Move(reached, after, solved=solved)
+        # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
+        shown = trial.select(searching & ~torch.isfinite(row_norm(trial.residual)), reached)
+        return Move(shown, after, breakdown=searching, solved=solved)
+
+    @staticmethod
+    def _falls(point: Point, trial: Point, enough: Tensor, lost: Tensor) -> Tensor:
+        """Whether the energy has fallen enough; the residual, where that is lost in rounding."""
+        assert point.energy is not None
+        assert trial.energy is not None
+        change = trial.energy - point.energy
+        level = (change.abs() <= lost) & (enough <= lost)
+        return (change <= -enough) & ~level | level & (row_norm(trial.residual) < row_norm(point.residual))
