@@ -381,6 +381,19 @@ class SolverSuite(ABC):
         assert (solution.steps == 2).all()
         assert (self.defect(solution.value, *args) < self.defect(z0, *args)).all()
 
+    def test_given_steps_are_those_of_a_solve_and_are_all_taken(self) -> None:
+        z0, *args = self.arguments(3, hard=(1,))
+        way = self.solve(self.function, z0, *args, keep_trajectory=True).trajectory
+        short = min(3, len(way) - 1)
+        for steps in (0, short):
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("error", ConvergenceWarning)
+                found = solve(self.problem(self.function), z0, *args, solver=self.make().given(steps))
+            assert found.status.eq(Status.STEPS_TAKEN).all()
+            assert found.steps.eq(steps).all()
+            active = (way[short] != way[-1]).any(dim=1)  # in an ordinary solve, one that has stopped stays there
+            torch.testing.assert_close(found.value[active], way[steps][active], rtol=1e-12, atol=1e-12)
+
     # -- what it keeps and costs ---------------------------------------------------------------------------------------
 
     def test_keeps_the_trajectory(self) -> None:
