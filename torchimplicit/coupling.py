@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from torchimplicit.members import module_of
+from torchimplicit.members import known_by
 
 
 @dataclass
@@ -60,25 +60,11 @@ class Coupling:
 _memories: weakref.WeakKeyDictionary[Any, dict[bool, Memory]] = weakref.WeakKeyDictionary()
 
 
-def code_of(function: Callable[..., Any]) -> Any:
-    """What tells ``function`` in later solves: its module, or its code, since a lambda is made anew for every solve."""
-    owner: Any = module_of(function)
-    if owner is None:
-        while hasattr(function, "func"):  # a partial
-            function = function.func
-        owner = getattr(function, "__code__", None) or getattr(function, "__func__", function)
-        owner = getattr(owner, "__code__", owner)
-    return owner
-
-
 def _memory_of(function: Callable[..., Any]) -> Memory:
     """That of the function in its module's mode of now: batch normalization couples rows in training alone."""
-    owner = code_of(function)
+    owner = known_by(function)
     training = owner.training if isinstance(owner, nn.Module) else False
-    try:
-        return _memories.setdefault(owner, {}).setdefault(training, Memory())
-    except TypeError:  # neither hashable nor weakly referenced: nothing is remembered
-        return Memory()
+    return _memories.setdefault(owner, {}).setdefault(training, Memory())
 
 
 def broken_promise(what: str, cause: Exception | None = None) -> NoReturn:

@@ -151,6 +151,18 @@ def module_of(function: Any) -> nn.Module | None:
     return None
 
 
+def known_by(function: Any) -> Any:
+    """What tells ``function`` in later solves, to be remembered by weak reference: its module, or its code, since a
+    lambda is made anew for every solve; of another callable object, its type."""
+    module = module_of(function)
+    while module is None and isinstance(function, (functools.partial, types.MethodType)):
+        function = function.func if isinstance(function, functools.partial) else function.__func__
+        module = module_of(function)
+    if module is not None:
+        return module
+    return getattr(function, "__code__", None) or type(function)
+
+
 def compiled_module(function: Any) -> nn.Module | None:
     """``function``'s module, where it holds compiled code, which should not run under the recording mode."""
     module = module_of(function)

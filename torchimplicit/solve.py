@@ -125,6 +125,7 @@ def solve(
         precision=given.precision,
         randomness=None if solver.steps is not None else Randomness(problem.stated_by, lambda z, p: system.fn(z, *p)),
         capture=compiled,
+        function=problem.stated_by,
         direct=direct,
         aux=given.call.aux,
     )

@@ -29,6 +29,14 @@ class Leaves(NamedTuple):
             return row_norm(v)
         return torch.stack([row_norm(part) for part in v.detach().split(self.sizes, dim=-1)], dim=-1)
 
+    def holding(self, columns: Tensor) -> list[str]:
+        """The names of the leaves that have one of the ``columns`` (bool ``[dim]``); none where there is one leaf, or
+        where they have no names."""
+        if self.spec is None or len(self.sizes) == 1:
+            return []
+        tree = pytree.tree_unflatten([bool(part.any()) for part in columns.split(self.sizes)], self.spec)
+        return [pytree.keystr(path) for path, chosen in pytree.tree_leaves_with_path(tree) if chosen]
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -51,9 +51,8 @@ HIDDEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("gradient", [ti.Implicit(), ti.NeumannPhantom(), ti.AdaptivePhantom()])
 @pytest.mark.parametrize("f", HIDDEN.values(), ids=HIDDEN)
 def test_a_map_whose_state_is_cut_off_is_refused(f, gradient, b):
-    solution = ti.solve(ti.FixedPoint(f), zeros(), b, gradient=gradient)
     with pytest.raises(ValueError, match="autograd does not see how the output"):
-        solution.value.sum().backward()
+        ti.solve(ti.FixedPoint(f), zeros(), b, gradient=gradient).value.sum().backward()
 
 
 def test_newton_refuses_it_too(b):
@@ -72,9 +71,18 @@ def test_an_estimator_without_the_jacobian_takes_a_state_that_is_cut_off(b):
 def test_a_part_of_a_tree_that_is_cut_off(b):
     start = {"a": zeros(), "c": zeros()}
     f = lambda s, b: {"a": 0.3 * s["a"] + b, "c": 0.2 * s["a"].detach() + b}  # noqa: E731
-    solution = ti.solve(ti.FixedPoint(f), start, b)
-    with pytest.raises(ValueError, match="2 of the 4 numbers of the output"):
-        solution.value["a"].sum().backward()
+    for gradient in (ti.Implicit(), ti.Unrolled(), ti.UnrolledPhantom()):  # in the forward pass already
+        with pytest.raises(ValueError, match=r"2 of the 4 numbers of the output \(in \['c'\]\)"):
+            ti.solve(ti.FixedPoint(f), start, b, gradient=gradient)
+
+
+@pytest.mark.parametrize("gradient", [ti.Implicit(), ti.Unrolled(), ti.UnrolledPhantom()])
+@pytest.mark.parametrize("name", ["no_grad", "detach", "data", "foreign"])
+def test_it_is_refused_in_the_forward_pass_where_it_is_to_be_differentiated(name, gradient, b):
+    problem = ti.FixedPoint(HIDDEN[name])
+    with pytest.raises(ValueError, match="autograd does not see how the output"):
+        ti.solve(problem, zeros(), b, gradient=gradient)
+    assert ti.solve(problem, zeros(), b.detach(), gradient=gradient).converged.all()
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])

@@ -120,7 +120,7 @@ def test_refuses_a_constraint_that_does_not_fit(weight, total, words):
 
 
 def test_refuses_another_constraint():
-    with pytest.raises(TypeError, match="constraint must be one of LinearEquality.* not Tensor"):
+    with pytest.raises(TypeError, match=r"constraint must be one of LinearEquality.* not Tensor"):
         Minimum(lambda z: z.square().sum(1), constraint=(torch.ones(3), 1.0))
 
 

@@ -18,7 +18,6 @@ from tests.truth.data import Data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MOVED = "the backward pass evaluates the map again, in the world as it is then"
 GRADIENTS = {
     "implicit": lambda: ti.Implicit(linear_solver=ti.GMRES(rtol=1e-12)),
     "dense": lambda: ti.Implicit(linear_solver=ti.Dense()),

@@ -27,9 +27,8 @@ from torchimplicit.captured.compiled import Compiled
 from torchimplicit.captured.forward import compiled_forward
 from torchimplicit.captured.graph import Graph, Uncapturable
 from torchimplicit.closure import is_transformed
-from torchimplicit.coupling import code_of
 from torchimplicit.errors import CaptureWarning, callers_level
-from torchimplicit.members import module_of
+from torchimplicit.members import known_by, module_of
 from torchimplicit.precision import without_autocast
 from torchimplicit.problems import Problem
 from torchimplicit.solvers import Solver
@@ -243,7 +242,7 @@ def bind(problem: Problem, plan: Plan, differentiated: bool, flat: Tensor, args:
         differentiated: whether there can be a backward pass; if not, that of the plan is compiled no sooner.
     """
     try:
-        programs = _programs.setdefault(code_of(problem.stated_by), {})
+        programs = _programs.setdefault(known_by(problem.stated_by), {})
         program = programs.get(plan)
         if program is None and not differentiated:
             plan = replace(plan, adjoint=None)
@@ -272,7 +271,7 @@ def training(function: Any) -> bool:
 def tell(problem: Problem, reason: str) -> None:
     """Warn, once for each reason, that a solve is not captured."""
     try:
-        told = _told.setdefault(code_of(problem.stated_by), set())
+        told = _told.setdefault(known_by(problem.stated_by), set())
     except TypeError:
         told = set()
     if reason not in told:

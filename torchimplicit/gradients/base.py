@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torchimplicit.gradients.point import SharedPoint
 from torchimplicit.gradients.randomness import Randomness
 from torchimplicit.gradients.smoothness import Smoothness
 from torchimplicit.linear import LinearSolution, LinearSolver
+from torchimplicit.members import known_by
 from torchimplicit.precision import at_precision
 from torchimplicit.problems import System
 from torchimplicit.problems.linearization import Linearization, changed_since, check_unmoved
@@ -54,6 +56,7 @@ class Task:
         smoothness: told where a second derivative is asked for.
         randomness: told of the solve; ``None``: nobody looks.
         capture: the compiled form of the solve, where it has one.
+        function: what the user gave for the problem.
         direct: whether autograd differentiates what the estimator evaluates, what the function captures among it,
             which ``params`` do not hold: grad mode is on then, and no transform runs.
         aux: what the function returns beside the state; ``None``: it does not, or nobody asks.
@@ -72,6 +75,7 @@ class Task:
     smoothness: Smoothness = field(default_factory=Smoothness)
     randomness: Randomness | None = None
     capture: Capture | None = None
+    function: Any = None
     direct: bool = False
     aux: Auxiliary | None = None
 
@@ -203,6 +207,26 @@ def truncated(like: Tensor, steps: int, products: float) -> Report:
     count = torch.full(like.shape[:1], steps, dtype=torch.int64, device=like.device)
     unknown = torch.full(like.shape[:1], torch.nan, dtype=like.dtype, device=like.device)
     return Report(torch.full_like(count, int(Status.STEPS_TAKEN)), count, unknown, products)
+
+
+def refuse_detached(task: Task, z: Tensor, params: Sequence[Tensor]) -> None:
+    """Raise where autograd does not see how the problem's function depends on its state, though it does: what steps of
+    it are differentiated to would be a part of their derivative. Looked at once for each function, by an evaluation
+    that is not counted.
+
+    Raises:
+        ValueError: it is such a function.
+    """
+    known = known_by(task.function)
+    if known in _seen or any(map(is_transformed, (z, *params))):
+        return
+    with torch.enable_grad(), torch.random.fork_rng([z.device] if z.device.type == "cuda" else []):
+        task.system.linearize(z.detach(), params).look()
+    _seen.add(known)
+
+
+_seen: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Functions that autograd sees through."""
 
 
 def reported(z: Tensor, record: AdjointRecord, report: Report) -> Tensor:

@@ -41,7 +41,11 @@ class Implicit(Gradient):
 
     def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization | None:
         """Of the residual; none where the backward pass is compiled."""
-        return None if task.capture is not None and task.capture.pulls else task.recorded(z, params, wanted)
+        if task.capture is not None and task.capture.pulls:
+            return None
+        tape = task.recorded(z, params, wanted)
+        tape.look()
+        return tape
 
     def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
         """The cotangents of the wanted parameters; differentiable."""

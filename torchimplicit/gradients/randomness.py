@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import types
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from torchimplicit.closure import is_transformed
 from torchimplicit.errors import callers_level
+from torchimplicit.members import known_by
 
 LOOKS = 8
 """How often a function that draws random numbers is looked at, before they are taken to make no difference."""
@@ -33,7 +32,7 @@ class Randomness:
     """
 
     def __init__(self, function: Any, evaluate: Evaluate):
-        self._subject = _subject(function)
+        self._subject = known_by(function)
         self._evaluate = evaluate
         self._before: Tensor | None = None
 
@@ -92,13 +91,3 @@ def _drawn(device: torch.device) -> Tensor:
     if device.type == "cuda":
         return torch.cuda.get_rng_state(device)
     return torch.get_rng_state()
-
-
-def _subject(function: Any) -> Any:
-    """What stands for a function that is stated anew in every call."""
-    while isinstance(function, (functools.partial, types.MethodType)):
-        function = function.func if isinstance(function, functools.partial) else function.__self__
-    function = getattr(function, "module", function)
-    if isinstance(function, types.FunctionType):
-        return function.__code__
-    return function if isinstance(function, torch.nn.Module) else type(function)

@@ -9,7 +9,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from torchimplicit.gradients.base import Found, Gradient, Task, differentiable, reported, truncated
+from torchimplicit.gradients.base import Found, Gradient, Task, differentiable, refuse_detached, reported, truncated
 from torchimplicit.gradients.nodes import Grads, Solve, undifferentiated
 from torchimplicit.problems.image_system import ImageSystem
 from torchimplicit.solvers import Solver
@@ -54,6 +54,8 @@ class UnrolledPhantom(Gradient):
                 h = image if self.damping == 1.0 else torch.lerp(h, image, self.damping)
             else:
                 h = h + self.damping * system.at(h, params).residual
+        if self.steps > 1 and h.requires_grad:  # of one step the derivative in the state is not asked for
+            refuse_detached(task, found.z, params)
         task.spent(self.steps)
         figures = truncated(h.detach(), self.steps, float(self.steps - 1))
         # a copy, for the map may have returned an argument, a buffer or a parameter

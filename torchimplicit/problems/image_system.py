@@ -25,7 +25,7 @@ class ImageSystem(System):
         return z - self.image(z, *params)
 
     def linearize(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization:
-        return Linearization(self.image, z, params, wanted)
+        return Linearization(self.image, z, params, wanted, self.leaves)
 
     def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
         def products(of_j: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

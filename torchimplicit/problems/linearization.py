@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from torchimplicit.closure import check_graph, eagerly
 from torchimplicit.saved import Saved
+from torchimplicit.state import Leaves
 
 Map = Callable[..., Tensor]
 Products = TypeVar("Products", Tensor, list[Tensor | None])
@@ -29,13 +30,22 @@ class Linearization:
         core: ``(z [batch, dim], *params) -> [batch, dim]``.
         z, params: where.
         wanted: which parameters :meth:`pull` may be asked for.
+        leaves: of the value, to name one by; ``None`` where it has no names.
 
     Attributes:
         saved: see :func:`~torchimplicit.saved.kept`.
     """
 
-    def __init__(self, core: Map, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None):
+    def __init__(
+        self,
+        core: Map,
+        z: Tensor,
+        params: Sequence[Tensor],
+        wanted: Sequence[bool] | None = None,
+        leaves: Leaves | None = None,
+    ):
         self.core = core
+        self._leaves = leaves
         self.z = z.detach().requires_grad_()
         self.wanted = tuple(wanted) if wanted is not None else (False,) * len(params)
         self.params = _cut(params, self.wanted)
@@ -62,6 +72,11 @@ class Linearization:
         """Raise where a tensor that requires grad lies behind the recorded value and neither behind ``z`` nor behind
         ``params``: it would get no gradient."""
         check_graph(self.out, (self.z, *self.params))
+
+    def look(self) -> None:
+        """Refuse a map that autograd does not see, or does not see in part, before any product is taken."""
+        if not self._looked:
+            self._look(self.out is not self.z and not _reaches(self.out.grad_fn, self.z, set()))
 
     def make_differentiable(self) -> None:
         """See to it that the graph has derivatives itself, which that of compiled code has not."""
@@ -162,6 +177,8 @@ class Linearization:
         if bool(changed.any()):
             count = int(changed.sum())
             where = "the output" if count == len(seen) else f"{count} of the {len(seen)} numbers of the output"
+            if self._leaves is not None and (names := self._leaves.holding(changed)):
+                where += f" (in {', '.join(names)})"
             raise ValueError(
                 f"autograd does not see how {where} of the problem's function depends on what it is given, on which it "
                 "does depend (NumPy or other foreign code, detach(), .data, no_grad): the derivative would be taken "

@@ -188,7 +188,7 @@ class MinimumSystem(System):
         def core(z: Tensor, *params: Tensor) -> Tensor:
             return _gradient(self.fn(z, *params), z, create_graph=True)
 
-        tape = Linearization(core, z, params, wanted)
+        tape = Linearization(core, z, params, wanted, self.leaves)
         if self.hyperplane is not None and self.stiffness.value is None:
             normal = self._plane(tape.z, tape.params)[0].detach()
             probe = normal + project(torch.ones_like(tape.z), normal) / z.shape[1] ** 0.5

@@ -51,7 +51,7 @@ class RootSystem(System):
         return self.fn(z, *params)
 
     def linearize(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization:
-        return Linearization(self.fn, z, params, wanted)
+        return Linearization(self.fn, z, params, wanted, self.leaves)
 
     def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
         return LinearOperator(
