@@ -55,6 +55,9 @@ class Layout:
     """Whether the state is a single tensor ``[batch, dim]`` already."""
     chart: Chart | None = None
     """The coordinates of the flat form, where they are not the state's own numbers."""
+    complex: tuple[bool, ...] = ()
+    """Which leaves are complex, and lie in the flat form as their real views: the shapes and ``dtype`` are those. Empty
+    where none is."""
 
     @staticmethod
     def of(z0: Any, batched: bool) -> Layout:
@@ -66,7 +69,7 @@ class Layout:
             _check_leaf(leaf, batched)
         first = leaves[0]
         for leaf in leaves[1:]:
-            if leaf.dtype != first.dtype or leaf.device != first.device:
+            if leaf.dtype.to_real() != first.dtype.to_real() or leaf.device != first.device:
                 raise ValueError(
                     f"the leaves of z0 differ in dtype or device ({first.dtype} on {first.device}, {leaf.dtype} on "
                     f"{leaf.device}): the solvers work on one flat vector, so convert them to a common one"
@@ -79,6 +82,10 @@ class Layout:
             )
         shapes = tuple(leaf.shape[1:] if batched else leaf.shape for leaf in leaves)
         is_flat = batched and spec.is_leaf() and first.ndim == 2
+        if any(leaf.is_complex() for leaf in leaves):
+            which = tuple(leaf.is_complex() for leaf in leaves)
+            shapes = tuple(torch.Size((*s, 2)) if c else s for s, c in zip(shapes, which, strict=True))
+            return Layout(spec, shapes, batched, first.dtype.to_real(), first.device, False, complex=which)
         return Layout(spec, shapes, batched, first.dtype, first.device, is_flat)
 
     @property
@@ -116,6 +123,8 @@ class Layout:
                     f"{what} has the structure {spec}, but z0 has {self.spec}: both must be the same pytree, "
                     "leaf for leaf"
                 )
+        if self.complex:
+            leaves = [_real_view(leaf, what) if c else leaf for leaf, c in zip(leaves, self.complex, strict=True)]
         rows = None
         parts = []
         for leaf, shape in zip(leaves, self.shapes, strict=True):
@@ -169,15 +178,24 @@ class Layout:
         lead = (rows,) if self.batched else ()
         # what a user's function gets is as contiguous as what the user gave: for view() and torch.view_as_complex
         leaves = [part.reshape((*lead, *shape)).contiguous() for part, shape in zip(parts, self.shapes, strict=True)]
+        if self.complex:
+            leaves = [torch.view_as_complex(leaf) if c else leaf for leaf, c in zip(leaves, self.complex, strict=True)]
         return leaves[0] if self.spec.is_leaf() else pytree.tree_unflatten(leaves, self.spec)
+
+
+def _real_view(leaf: Any, what: str) -> Any:
+    if isinstance(leaf, Tensor) and not leaf.is_complex():
+        raise ValueError(
+            f"{what} has dtype {leaf.dtype} where the state is complex: the map must keep the dtype; convert "
+            "inside it, as with torch.complex(out, torch.zeros_like(out))"
+        )
+    return torch.view_as_real(leaf.resolve_conj()) if isinstance(leaf, Tensor) else leaf
 
 
 def _check_leaf(leaf: Any, batched: bool) -> None:
     if not isinstance(leaf, Tensor):
         raise TypeError(f"z0 must be a tensor or a pytree of tensors, and it holds {type(leaf).__name__}")
-    if leaf.is_complex():
-        raise ValueError(f"z0 has dtype {leaf.dtype}: give a complex state as its real view (torch.view_as_real)")
-    if not leaf.is_floating_point():
+    if not (leaf.is_floating_point() or leaf.is_complex()):
         raise ValueError(f"z0 has dtype {leaf.dtype}: a state needs a floating dtype, for example z0.float()")
     if batched and leaf.ndim < 2:
         raise ValueError(

@@ -159,6 +159,8 @@ class Capturing:
             return "a solver with steps=... or return_last=True is not compiled"
         if not flat.numel():
             return "the batch is empty"
+        if layout.complex:
+            return "the state is complex"
         if layout.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             return f"the state is {layout.dtype}"
         return None

@@ -94,6 +94,11 @@ class Derivatives:
             )
         given = stated(solution.problem, detached(solution.value), solution.args, capture=True)
         z = given.flat.detach().clone()
+        if given.layout.complex:
+            raise ValueError(
+                "Derivatives works on real states: state the problem in the real view of its complex state "
+                "(torch.view_as_real)"
+            )
         batch, dim = z.shape
         chosen = linear_solver
         if chosen is None and dim <= DENSE_DIM and batch * dim * dim <= DENSE_ENTRIES:

@@ -433,8 +433,8 @@ def estimate(
 
 def gradients(fn: Callable[..., Tensor], primals: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
     """The gradient of a scalar ``fn`` in the wanted primals, ``None`` for the others; differentiable itself."""
-    _, pull = partial_vjp(fn, primals, wanted)
-    return pull(torch.ones((), dtype=primals[0].dtype, device=primals[0].device))
+    out, pull = partial_vjp(fn, primals, wanted)
+    return pull(torch.ones_like(out))
 
 
 def partial_vjp(

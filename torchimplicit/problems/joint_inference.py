@@ -197,9 +197,11 @@ def _part(layout: Layout, name: str) -> Layout:
     rows = 1
     state = layout.unflatten(torch.empty(rows, layout.dim, device="meta"))
     leaves, spec = pytree.tree_flatten(getattr(state, name))
+    which = tuple(leaf.is_complex() for leaf in leaves)
+    leaves = [torch.view_as_real(leaf) if c else leaf for leaf, c in zip(leaves, which, strict=True)]
     shapes = tuple(leaf.shape[1:] if layout.batched else leaf.shape for leaf in leaves)
-    is_flat = layout.batched and spec.is_leaf() and len(shapes[0]) == 1
-    return replace(layout, spec=spec, shapes=shapes, is_flat=is_flat)
+    is_flat = layout.batched and spec.is_leaf() and len(shapes[0]) == 1 and not any(which)
+    return replace(layout, spec=spec, shapes=shapes, is_flat=is_flat, complex=which if any(which) else ())
 
 
 def _flat_or_number(layout: Layout, value: Any, rows: int, what: str) -> Tensor:

@@ -49,6 +49,8 @@ class LeastSquares(Problem):
         for leaf in pytree.tree_leaves(output):
             if not isinstance(leaf, Tensor):
                 raise TypeError(f"residual must return tensors, and it returned {type(leaf).__name__}")
+            if leaf.is_complex():
+                leaf = torch.view_as_real(leaf.resolve_conj())
             if layout.batched and (leaf.ndim == 0 or leaf.shape[0] != rows):
                 raise ValueError(
                     f"residual returned shape {tuple(leaf.shape)}, and dim 0 must be the batch, {rows}: the residuals "
