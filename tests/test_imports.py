@@ -35,6 +35,7 @@ ROOMS = (
     "ragged",
     "statement",
     "solvers",
+    "defaults",
     "captured",
     "gradients",
     "solve",

@@ -108,6 +108,22 @@ class Trace(NamedTuple):
     absolute: Tensor
 
 
+class Turn(NamedTuple):
+    """One solver's turn in a solve by several: its name, for how many samples it was tried, and how many of these it
+    solved."""
+
+    solver: str
+    tried: int
+    solved: int
+
+
+def turned(turns: Sequence[Turn]) -> str:
+    """What a summary adds of several solvers; nothing where one has done it all."""
+    if len(turns) < 2:
+        return ""
+    return "; " + ", then ".join(f"{name} solved {solved} of {tried}" for name, tried, solved in turns)
+
+
 @dataclass
 class AdjointRecord:
     """Where a backward pass leaves its report, so that :attr:`Solution.adjoint` shows it afterwards."""
@@ -131,6 +147,8 @@ class Solution:
             through ``value``. One evaluation more, which is counted, is made where none was at ``value``: under
             ``torch.func`` transforms, and without gradients where the last iterate is not what is returned, or was not
             evaluated (``steps=n`` with :class:`~torchimplicit.gradients.Implicit`). ``None`` without ``has_aux``.
+        turns: of a solve by several solvers in turn (:class:`~torchimplicit.Polyalgorithm`, which is the default),
+            which ones took part, and what they solved.
         problem, args: what was solved, as it was given to :func:`solve`: for a regularizer or a diagnostic at the
             solution, ``jacobian_frobenius(solution.problem, solution.value, *solution.args)``. An
             :class:`~torchimplicit.nn.Equilibrium` keeps neither in its attribute ``solution``, nor does a solution
@@ -144,6 +162,7 @@ class Solution:
     evaluations: float
     trajectory: tuple[Any, ...] = ()
     aux: Any = field(default=None, repr=False, compare=False)
+    turns: tuple[Turn, ...] = ()
     problem: Any = field(default=None, repr=False, compare=False)
     args: tuple[Any, ...] = field(default=(), repr=False, compare=False)
     _norms: tuple[Tensor | None, tuple[tuple[Tensor, Tensor], ...]] = field(
@@ -276,8 +295,9 @@ class Solution:
             )
 
     def summary(self) -> str:
-        """One line for people: how many samples stopped for which reason, and the worst residual."""
-        return Report(self.status, self.steps, self.residual, self.evaluations).summary()
+        """One line for people: how many samples stopped for which reason, the worst residual, and which solvers were
+        tried in turn, where it took several."""
+        return Report(self.status, self.steps, self.residual, self.evaluations).summary() + turned(self.turns)
 
 
 def chosen_iterates(

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torchimplicit.captured import Capture, Capturing
 from torchimplicit.closure import announce, beside_transforms, is_transformed, transforms_running, watched
 from torchimplicit.compiler import untraced
+from torchimplicit.defaults import default_solver
 from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.gradients import Gradient, Implicit, Unrolled, WhenUnconverged
 from torchimplicit.gradients.auxiliary import auxiliary
@@ -21,18 +22,18 @@ from torchimplicit.gradients.randomness import Randomness
 from torchimplicit.inference import outside_inference_mode
 from torchimplicit.notices import count_solve, notice
 from torchimplicit.precision import at_precision, without_autocast
-from torchimplicit.problems import LeastSquares, Minimum, Problem, Root, System
-from torchimplicit.solution import AdjointRecord, Report, Solution, Status
+from torchimplicit.problems import LeastSquares, Minimum, Problem, System
+from torchimplicit.solution import AdjointRecord, Report, Solution, Status, turned
 from torchimplicit.solvers import (
     LBFGS,
     Anderson,
     Broyden,
     GradientDescent,
-    LevenbergMarquardt,
     NewtonKrylov,
     Outcome,
-    ProjectedNewton,
+    Polyalgorithm,
     Solver,
+    in_turn,
     iterate,
 )
 from torchimplicit.state import row_norm
@@ -42,14 +43,6 @@ UNTRACED = (
     "an implicit layer's solver takes as many steps as its input needs, and that is no graph that could be exported: "
     "export the map (the cell) and what stands around the layer, or unroll a given number of steps"
 )
-
-
-DEFAULTS: dict[type[Problem], type[Solver]] = {
-    LeastSquares: LevenbergMarquardt,
-    Minimum: LBFGS,
-    Root: NewtonKrylov,
-}
-"""The solver of each kind of problem where none is named; of the others, :class:`Anderson`."""
 
 
 @untraced(UNTRACED)
@@ -72,7 +65,8 @@ def solve(
         args: what the problem's function takes beside the state: pytrees, whose tensors the solution can be
             differentiated in. So it can in tensors and module parameters that the function captures: those that it
             uses when it is called at ``z0``. One that it uses only elsewhere has to be passed as an argument.
-        solver: how to find it; ``None``: :class:`Anderson` for a fixed point, :class:`NewtonKrylov` for a root,
+        solver: how to find it; ``None``: several in turn (:class:`Polyalgorithm`), each for the samples that the ones
+            before it have not solved: :class:`Anderson` first for a fixed point, :class:`NewtonKrylov` for a root,
             :class:`LBFGS` for a minimum, :class:`LevenbergMarquardt` for least squares.
         gradient: how to differentiate it; ``None``: :class:`Implicit`.
         throw: whether to raise :class:`SolveError` where a sample goes non-finite. ``False``: its last good iterate
@@ -162,6 +156,7 @@ def solve(
         outcome.report.evaluations,
         trajectory,
         aux=aux,
+        turns=outcome.turns,
         problem=problem,
         args=args,
         _norms=(None, ()) if transformed else (outcome.norm, outcome.trace),
@@ -192,12 +187,7 @@ def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradi
                 + (f"the class {value.__name__}" if isinstance(value, type) else f"{value!r}")
             )
     if solver is None:
-        on_set = isinstance(problem, Minimum) and problem.on_set
-        solver = (
-            ProjectedNewton()
-            if on_set
-            else next((made() for kind, made in DEFAULTS.items() if isinstance(problem, kind)), Anderson())
-        )
+        solver = default_solver(problem)
     return solver, gradient or Implicit()
 
 
@@ -210,7 +200,7 @@ def _capturing(problem: Problem, args: tuple[Any, ...], solver: Solver, gradient
         refusal = f"{type(gradient).__name__} needs the steps that the eager loop takes"
     implicit = isinstance(gradient, Implicit)
     linear_solver = gradient.linear_solver if isinstance(gradient, Implicit) else None
-    return Capturing(problem, args, solver, linear_solver, implicit, refusal)
+    return Capturing(problem, args, solver.leading, linear_solver, implicit, refusal)
 
 
 def _runner(
@@ -218,8 +208,10 @@ def _runner(
 ) -> Run:
     def run(system: System, z0: Tensor, params: Sequence[Tensor]) -> Outcome:
         if compiled is not None and system is own:
-            found = compiled.solve(solver, system, z0, params)
+            found = compiled.solve(solver.leading, system, z0, params)
             if found is not None:
+                if isinstance(solver, Polyalgorithm) and solver.steps is None:
+                    return in_turn(iterate, solver, system, z0, params, begun=found)
                 return found
         first = None
         if value is not None and system is own and not torch.is_grad_enabled():
@@ -255,9 +247,9 @@ def _tell(solution: Solution, report: Report, solver: Solver, throw: bool) -> No
         return
     count_solve(samples, int(report.fell_short.sum()))
     bad = (report.status == Status.NONFINITE).nonzero().flatten().tolist()
-    name = type(solver).__name__
+    name = ", then ".join(turn.solver for turn in solution.turns) or type(solver).__name__
     if not bad:
-        told = solver.fell_short(report.summary()) + solution.problem.advice
+        told = solver.fell_short(report.summary() + turned(solution.turns)) + solution.problem.advice
         notice(f"{name} did not converge", told, ConvergenceWarning)
         return
     shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
@@ -275,16 +267,14 @@ def _tell(solution: Solution, report: Report, solver: Solver, throw: bool) -> No
 def _remedies(problem: Problem, solver: Solver) -> str:
     """What may help against a solve that runs away: never the solver that did."""
     shorter = {"damping": "more damping (a smaller damping=...)", "step_size": "a smaller step_size"}
-    tried = [said for name, said in shorter.items() if hasattr(solver, name) and not solver.searches]
+    lead = solver.leading
+    tried = [said for name, said in shorter.items() if hasattr(lead, name) and not lead.searches]
     minima, maps = (GradientDescent, LBFGS, NewtonKrylov), (Anderson, Broyden, NewtonKrylov)
+    known = {type(member) for member in solver.members} if isinstance(solver, Polyalgorithm) else {type(solver)}
     minimizes = isinstance(problem, Minimum | LeastSquares)
-    others = ", ".join(kind.__name__ for kind in (minima if minimizes else maps) if not isinstance(solver, kind))
+    others = ", ".join(kind.__name__ for kind in (minima if minimizes else maps) if kind not in known)
     if minimizes:
         return ", ".join([*tried, f"another solver ({others})"])
-    return ", ".join(
-        [
-            *tried,
-            f"another solver that does not need a contraction ({others})",
-            "a normalized map (torchimplicit.nn.spectral_norm)",
-        ]
-    )
+    if others:
+        tried.append(f"another solver that does not need a contraction ({others})")
+    return ", ".join([*tried, "a normalized map (torchimplicit.nn.spectral_norm)"])

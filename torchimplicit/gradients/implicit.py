@@ -27,8 +27,8 @@ class Implicit(Gradient):
     solves: of the solution itself, and of the adjoint, whose figures are in ``solution.adjoint``.
 
     Args:
-        linear_solver: for the adjoint system; ``None``: GMRES for a fixed point or a root, for a minimum the dense
-            (bordered) system where it is small and MINRES where it is not.
+        linear_solver: for the adjoint system; ``None``: the dense system where it is small, else
+            :class:`~torchimplicit.linear.KrylovOrDense`, with GMRES, or MINRES for a minimum.
     """
 
     linear_solver: LinearSolver | None = None

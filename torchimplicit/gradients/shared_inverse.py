@@ -48,11 +48,11 @@ class SharedInverse(LinearEstimate):
         check_positive(self, "ratio")
 
     def supports(self, system: System, solver: Solver) -> str | None:
-        if isinstance(solver, Broyden):
+        if isinstance(solver.leading, Broyden):
             return None
         return (
-            f"SharedInverse reuses the inverse that Broyden builds, and the solver is {type(solver).__name__}: solve "
-            "with solver=Broyden(), or take another gradient"
+            f"SharedInverse reuses the inverse that Broyden builds, and the solver is {type(solver.leading).__name__}: "
+            "solve with solver=Broyden(), or take another gradient"
         )
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:

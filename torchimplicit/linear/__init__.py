@@ -5,6 +5,7 @@ from torchimplicit.linear.bicgstab import BiCGStab
 from torchimplicit.linear.cg import CG
 from torchimplicit.linear.dense import Dense
 from torchimplicit.linear.gmres import GMRES
+from torchimplicit.linear.krylov_or_dense import KrylovOrDense
 from torchimplicit.linear.lsmr import LSMR
 from torchimplicit.linear.minres import MINRES
 from torchimplicit.linear.neumann import Neumann
@@ -30,6 +31,7 @@ __all__ = [
     "Factorized",
     "Inverse",
     "Jacobi",
+    "KrylovOrDense",
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from torchimplicit.linear import GMRES, LinearOperator, LinearSolver
+from torchimplicit.linear import KrylovOrDense, LinearOperator, LinearSolver
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.system import System
 
@@ -52,4 +52,4 @@ class ImageSystem(System):
         return tape.pull(g)
 
     def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
-        return GMRES()
+        return KrylovOrDense()

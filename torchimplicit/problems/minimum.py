@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchimplicit.constraints import Constraint, LinearEquality, check_plane, place, project, unit_normal
 from torchimplicit.coordinates import Chart, Metric, Reflection
-from torchimplicit.linear import MINRES, Dense, LinearOperator, LinearSolution, LinearSolver
+from torchimplicit.linear import MINRES, Dense, KrylovOrDense, LinearOperator, LinearSolution, LinearSolver
 from torchimplicit.linear.confirmed import solve_any
 from torchimplicit.precision import UnitRows, safe_norm
 from torchimplicit.problems.base import Problem, check_function
@@ -288,7 +288,7 @@ class MinimumSystem(System):
         return size, size
 
     def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
-        return Dense() if dim <= 128 and batch * dim * dim <= 2**22 else MINRES()
+        return Dense() if dim <= 128 and batch * dim * dim <= 2**22 else KrylovOrDense(krylov=MINRES())
 
     def place(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
         return z if self.hyperplane is None else place(z, *self._plane(z, params))

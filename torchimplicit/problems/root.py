@@ -8,7 +8,7 @@ from typing import final
 
 from torch import Tensor
 
-from torchimplicit.linear import GMRES, MINRES, Dense, LinearOperator, LinearSolver
+from torchimplicit.linear import MINRES, Dense, KrylovOrDense, LinearOperator, LinearSolver
 from torchimplicit.problems.base import MapProblem
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.system import Point, System
@@ -73,5 +73,5 @@ class RootSystem(System):
 
     def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
         if self.symmetric:
-            return Dense() if dim <= 128 and batch * dim * dim <= 2**22 else MINRES()
-        return Dense() if dim <= 32 and batch * dim * dim <= 2**20 else GMRES()
+            return Dense() if dim <= 128 and batch * dim * dim <= 2**22 else KrylovOrDense(krylov=MINRES())
+        return Dense() if dim <= 32 and batch * dim * dim <= 2**20 else KrylovOrDense()

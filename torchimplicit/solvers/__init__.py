@@ -9,9 +9,13 @@ from torchimplicit.solvers.gradient_descent import GradientDescent
 from torchimplicit.solvers.iterate import iterate
 from torchimplicit.solvers.lbfgs import LBFGS
 from torchimplicit.solvers.levenberg_marquardt import LevenbergMarquardt
+from torchimplicit.solvers.newton_cg import NewtonCG
 from torchimplicit.solvers.newton_krylov import NewtonKrylov
 from torchimplicit.solvers.outcome import Outcome
+from torchimplicit.solvers.polyalgorithm import Polyalgorithm, in_turn
 from torchimplicit.solvers.projected_newton import ProjectedNewton
+from torchimplicit.solvers.pseudo_transient import PseudoTransient
+from torchimplicit.solvers.trust_region import TrustRegion
 
 __all__ = [
     "LBFGS",
@@ -23,10 +27,15 @@ __all__ = [
     "GradientDescent",
     "LevenbergMarquardt",
     "Move",
+    "NewtonCG",
     "NewtonKrylov",
     "Outcome",
+    "Polyalgorithm",
     "Progress",
     "ProjectedNewton",
+    "PseudoTransient",
     "Solver",
+    "TrustRegion",
+    "in_turn",
     "iterate",
 ]

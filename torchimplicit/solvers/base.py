@@ -89,6 +89,19 @@ class Progress(NamedTuple):
     judge: Judge | None = None
     solved: Tensor | None = None
 
+    def short(self, point: Point, newton: Tensor, exact: Tensor) -> Tensor | None:
+        """bool ``[batch]``: the active samples that need no step, since Newton's, where it solves its equation
+        (``exact``, bool ``[batch]``), is within the tolerance, or since the absolute tolerance is met; ``None`` where
+        the point itself tells its tolerance."""
+        judge = self.judge
+        if judge is None or judge.measure is None:
+            return None
+        solved = judge.measure.short(point, newton, judge.rtol) & exact
+        if self.solved is not None:
+            within = point.size() <= judge.atol
+            solved = solved | (within if within.ndim == 1 else within.all(dim=1))
+        return solved if self.active is None else solved & self.active
+
 
 @dataclass(frozen=True)
 class Move:
@@ -184,6 +197,11 @@ class Solver(ABC):
 
     def check(self) -> None:
         """Validates the subclass's own fields."""
+
+    @property
+    def leading(self) -> Solver:
+        """The solver that takes the first steps: itself, unless it is made of several."""
+        return self
 
     def supports(self, system: System) -> str | None:
         """``None`` where this solver can solve ``system``; otherwise why not, and what to take instead."""

@@ -20,6 +20,7 @@ from torchimplicit.solution import Report, Status
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.given_steps import take_steps
 from torchimplicit.solvers.outcome import Outcome, traced
+from torchimplicit.solvers.polyalgorithm import Polyalgorithm, in_turn
 from torchimplicit.solvers.review import after, as_one_system, given_up, review, tried_as_one
 from torchimplicit.solvers.tolerance import Judge, Measure
 from torchimplicit.state import row_norm
@@ -43,21 +44,25 @@ def iterate(
     params: Sequence[Tensor],
     first: Point | None = None,
     recorded: int | None = None,
+    only: Tensor | None = None,
 ) -> Outcome:
     """Solve ``system`` from ``z0`` (``[batch, dim]``). Differentiable by autograd where grad mode is on.
 
     Args:
         first: the evaluation at ``z0``, where it has been made already.
         recorded: how many of the last of a given number of steps autograd sees; ``None``: all.
+        only: bool ``[batch]``, the samples to solve for; ``None``: all. The figures of the others say nothing.
     """
     if solver.steps is not None:
-        return take_steps(solver, system, z0, params, first, recorded)
+        return take_steps(solver.leading, system, z0, params, first, recorded)
+    if isinstance(solver, Polyalgorithm):
+        return in_turn(iterate, solver, system, z0, params, first)
     if as_one(solver, system):
         together = as_one_system(iterate, solver, system, z0, params)
         if together is not None:
             return together
     evaluate = Evaluator(system, params, rows_evaluated=0 if first is None else z0.shape[0])
-    loop = _Loop(solver, evaluate, evaluate(evaluate.place(z0)) if first is None else first)
+    loop = _Loop(solver, evaluate, evaluate(evaluate.place(z0)) if first is None else first, only)
     outcome = loop.run()
     if not loop.stepped:  # and what was found so was found by the whole
         return outcome
@@ -200,6 +205,9 @@ class _Loop:
             if solver.keep_trajectory:
                 trajectory.append(self.point.z)
             self._judge(step, move, ask=step % solver.check_every == 0)
+        if self.confirmed and self.steps.numel():  # the step that found them solved has moved nobody
+            taken = int(torch.where(self.status == _RUNNING, solver.max_steps, self.steps).amax()) + 1
+            trajectory, trace, self.stepped = trajectory[:taken], trace[:taken], taken > 1
         found = self._finish(tuple(trajectory) if solver.keep_trajectory else (), state)
         return replace(found, trace=tuple(trace)) if trace else found
 

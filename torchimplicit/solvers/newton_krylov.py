@@ -92,7 +92,7 @@ class NewtonKrylov(Solver):
         norm = row_norm(point.residual)
         size = torch.ones_like(norm)
         active = progress.active
-        solved = solved_by(point, direction, exact, progress)
+        solved = progress.short(point, direction, exact)
         searching = torch.ones_like(norm, dtype=torch.bool) if active is None else active
         damped = ~exact
         reached, rows, trial = point, None, point
@@ -120,7 +120,7 @@ class NewtonKrylov(Solver):
 
     def _descend(self, evaluate: Evaluator, point: Point, found: Descent, progress: Progress) -> Move:
         active, direction = progress.active, found.direction
-        solved = solved_by(point, direction, found.exact, progress)
+        solved = progress.short(point, direction, found.exact)
         searching, saddle = active, None
         if solved is not None:
             searching = ~solved if active is None else active & ~solved
@@ -138,16 +138,3 @@ class NewtonKrylov(Solver):
             to, stays = leave(evaluate, point, to, found.downward, saddle, self.halvings + 1)
             return Move(to, breakdown=failed | stays, solved=solved, saddle=stays)
         return Move(to, breakdown=failed, solved=solved)
-
-
-def solved_by(point: Point, direction: Tensor, exact: Tensor, progress: Progress) -> Tensor | None:
-    """The active samples that need no step: Newton's own, where the equation for it was solved (``exact``), is
-    short; or the absolute tolerance is met."""
-    judge, active = progress.judge, progress.active
-    if judge is None or judge.measure is None:
-        return None
-    solved = judge.measure.short(point, direction, judge.rtol) & exact
-    if progress.solved is not None:
-        within = point.size() <= judge.atol
-        solved = solved | (within if within.ndim == 1 else within.all(dim=1))
-    return solved if active is None else solved & active

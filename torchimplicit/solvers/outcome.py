@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.problems import Point
-from torchimplicit.solution import Report
+from torchimplicit.solution import Report, Turn
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Outcome:
         parts: the relative residuals likewise.
         trace: the two of every iterate that was evaluated, if they were to be kept; no size of terms, no relative one,
             which is NaN then.
+        turns: of several solvers, which ones took part.
     """
 
     z: Tensor
@@ -34,6 +35,7 @@ class Outcome:
     norm: Tensor | None = None
     parts: Tensor | None = None
     trace: tuple[tuple[Tensor, Tensor], ...] = ()
+    turns: tuple[Turn, ...] = ()
 
 
 def traced(point: Point) -> tuple[Tensor, Tensor]:

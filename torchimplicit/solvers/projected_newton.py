@@ -14,7 +14,6 @@ from torchimplicit.problems import Point, System
 from torchimplicit.problems.projected import ProjectedSystem
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.line_search import SUFFICIENT, evaluate_some, rows_apart
-from torchimplicit.solvers.newton_krylov import solved_by
 from torchimplicit.state import row_norm
 from torchimplicit.validation import check_count, check_type
 
@@ -83,7 +82,7 @@ class ProjectedNewton(Solver):
         solver = self.linear_solver or system.default_linear_solver(point.z.shape[1], point.z.shape[0])
         found = system.solve_linear(system.linearize(point.z, evaluate.params), False, residual, solver)
         direction, exact = found.value, found.report.converged & found.value.isfinite().all(dim=1)
-        solved = solved_by(point, direction, exact, progress)
+        solved = progress.short(point, direction, exact)
         if solved is not None:
             searching = searching & ~solved
         slope, _ = system.slope(point.z, evaluate.params)

@@ -112,7 +112,7 @@ def _by_product(
     coupling = evaluate.system.coupling
     suspect = denied
     if solver.searches and coupling is not None:
-        suspect = suspect | (status == Status.BREAKDOWN) | _changed(outcome, point, evaluate.system, judge.eps)
+        suspect = suspect | _stuck(status) | _changed(outcome, point, evaluate.system, judge.eps)
     again, odd = torch.stack((denied, suspect)).any(dim=1).tolist()
     if odd and solver.searches and coupling is not None and not coupling.promised and rows_depend(operator):
         coupling.memory.found = True
@@ -141,7 +141,8 @@ def _by_evaluation(solver: Solver, evaluate: Evaluator, outcome: Outcome, judge:
     outcome = replace(outcome, report=replace(report, residual=figures, evaluations=evaluations))
     if judge.measure is None:
         outcome = replace(outcome, norm=norm, parts=parts)
-    again, odd = torch.stack((denied, changed)).any(dim=1).tolist()
+    suspect = changed | _stuck(report.status) if solver.searches else changed
+    again, odd = torch.stack((denied, suspect)).any(dim=1).tolist()
     coupling = system.coupling
     if odd and solver.searches and coupling is not None:
         seen = _seen(evaluate, outcome.z)
@@ -162,6 +163,11 @@ def _changed(outcome: Outcome, point: Point, system: System, eps: float) -> Tens
         changed = changed & ((now - before).abs() > 16 * eps * point.scale)
     changed = changed if changed.ndim == 1 else changed.any(dim=1)
     return changed & (outcome.report.status != Status.NONFINITE)
+
+
+def _stuck(status: Tensor) -> Tensor:
+    """bool ``[batch]``: the samples that got no further, as one does whose method takes it for alone and it is not."""
+    return (status == Status.BREAKDOWN) | (status == Status.MAX_STEPS)
 
 
 def _sent_on(solver: Solver, outcome: Outcome, denied: Tensor) -> Verdict:
@@ -257,10 +263,13 @@ def as_one_system(
 
     report = found.report
     assert found.parts is not None
-    residual = found.parts.reshape(z0.shape[0], -1).amax(dim=1)
+    assert found.norm is not None
+    norm, parts = found.norm.reshape(len(z0), -1), found.parts.reshape(len(z0), -1)
+    residual = parts.amax(dim=1)
+    if parts.shape[1] == 1:
+        norm, parts = norm[:, 0], parts[:, 0]
     figures = Report(each(report.status), each(report.steps), residual, report.evaluations)
     trajectory = tuple(z.reshape(z0.shape) for z in found.trajectory)
-    norm = None if found.norm is None else found.norm.reshape(z0.shape[0], -1)
     trace = tuple((n.reshape(z0.shape[0], -1), p.reshape(z0.shape[0], -1)) for n, p in found.trace)
     z = system.place(found.z.reshape(z0.shape), params)
-    return Outcome(z, figures, trajectory, found.state, norm, trace=trace)
+    return Outcome(z, figures, trajectory, found.state, norm, parts, trace)

@@ -1,0 +1,1 @@
+"""Classical test problems, and the defaults held to them."""

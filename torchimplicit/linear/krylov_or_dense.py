@@ -1,0 +1,149 @@
+"""A Krylov method, and a factorization of the matrices that it does not cope with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.linear.base import BlockSolver, LinearSolution, LinearSolver, solve_each
+from torchimplicit.linear.dense import Dense
+from torchimplicit.linear.gmres import GMRES
+from torchimplicit.linear.iterative import IterativeSolver
+from torchimplicit.linear.operator import LinearOperator
+from torchimplicit.precision import UnitRows, default_rtol
+from torchimplicit.solution import Report, Status
+from torchimplicit.validation import check_count, check_nonnegative, check_type
+
+SLACK = 1.25
+"""The factor up to which a true residual may exceed its tolerance, for the rounding of products."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class KrylovOrDense(BlockSolver):
+    """A Krylov method for as many steps as assembling the matrix would take products; then, for the samples that it has
+    not solved, :class:`Dense`.
+
+    So no system costs much more than twice what the better of the two would have cost, and none that is small enough to
+    be factorized is left unsolved since it is ill-conditioned. Where the matrices are too large, the Krylov method has
+    all of its ``max_steps``. The residuals in the report are those of the whole operator.
+
+    Attributes:
+        krylov: the method that begins.
+        entries: the most entries of the matrices of all samples that are left.
+        rtol, atol: tolerances of each sample, for both; ``None``: ``eps(dtype)**(2/3)``.
+    """
+
+    krylov: IterativeSolver = field(default_factory=GMRES)
+    entries: int = 2**24
+    rtol: float | None = None
+    atol: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_type(self, "krylov", IterativeSolver)
+        check_count(self, "entries", least=0)
+        check_nonnegative(self, "rtol", optional=True)
+        check_nonnegative(self, "atol")
+
+    def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
+        return default_rtol(dtype) if self.rtol is None else self.rtol, self.atol
+
+    @property
+    def confirms(self) -> bool:
+        return True
+
+    def joined(self, operator: LinearOperator, joined: LinearOperator) -> LinearSolver:
+        krylov = self.krylov.joined(operator, joined)
+        assert isinstance(krylov, IterativeSolver)
+        return replace(self, krylov=krylov)
+
+    def _first(self, operator: LinearOperator, dtype: torch.dtype) -> IterativeSolver:
+        """The Krylov method, for as many steps as it is given."""
+        rtol, atol = self.tolerances(dtype)
+        factorizes = operator.dim**2 <= self.entries
+        steps = max(40, operator.dim // 2) if factorizes else self.krylov.max_steps
+        return replace(self.krylov, rtol=rtol, atol=atol, max_steps=min(steps, self.krylov.max_steps))
+
+    @torch.no_grad()
+    def solve(self, operator: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
+        rtol, atol = self.tolerances(b.dtype)
+        krylov = self._first(operator, b.dtype)
+        found = krylov.solve(operator, b, x0)
+        report = found.report
+        left = (report.status == Status.MAX_STEPS) | (report.status == Status.BREAKDOWN)
+        rows = left.nonzero().squeeze(1)
+        if found.strayed or not len(rows):
+            return found
+        apart = operator.restrict is not None and 4 * len(rows) <= 3 * operator.batch
+        if (len(rows) if apart else operator.batch) * operator.dim**2 > self.entries:
+            if krylov.max_steps < self.krylov.max_steps:
+                return replace(self.krylov, rtol=rtol, atol=atol).solve(operator, b, found.value)
+            return found
+        dense = Dense(rtol=rtol, atol=atol)
+        if apart:
+            assert operator.restrict is not None
+            part = operator.restrict(rows)
+            direct, setup = dense.solve(part, b[rows]), part.setup_rows / max(1, operator.batch)
+            share = len(rows) / operator.batch
+        else:
+            whole = dense.solve(operator, b)
+            direct, setup, share = _taken(whole, rows), 0.0, 1.0
+        spent = report.evaluations + setup + share * direct.report.evaluations
+        return self._merged(operator, b, found, direct, rows, spent)
+
+    @torch.no_grad()
+    def solve_block(self, operator: LinearOperator, b: Tensor) -> LinearSolution:
+        found = self._first(operator, b.dtype).solve_block(operator, b)
+        if found.strayed or bool(found.report.converged.all()):
+            return found
+        return solve_each(self, operator, b)
+
+    def _merged(
+        self,
+        operator: LinearOperator,
+        b: Tensor,
+        found: LinearSolution,
+        direct: LinearSolution,
+        rows: Tensor,
+        spent: float,
+    ) -> LinearSolution:
+        """With the ``rows`` solved directly, where that is nearer to a solution of the whole operator's system."""
+        before, later = found.report, direct.report
+        value = found.value.index_copy(0, rows, direct.value.to(found.value.dtype))
+        whole = UnitRows.of(b)
+        wide = torch.promote_types(b.dtype, torch.float32)
+        right = operator.project(whole.unit)
+        image = operator.product(value.where(whole.finite, 0)) * whole.factor
+        size = torch.linalg.vector_norm(operator.project(right - image), dim=-1, dtype=wide)
+        scale = torch.linalg.vector_norm(right, dim=-1, dtype=wide)
+        rtol, atol = self.tolerances(b.dtype)
+        above = size > SLACK * (rtol * scale + atol * whole.factor.squeeze(-1))
+        relative = (size / scale.where(scale > 0, 1)).to(before.residual.dtype)
+        chosen = torch.zeros_like(above).index_fill(0, rows, True) & ~(relative >= before.residual)
+        status = torch.where(above, int(Status.BREAKDOWN), int(Status.CONVERGED))
+
+        def placed(new: Tensor | None, old: Tensor | None) -> Tensor | None:
+            if new is None:
+                return old
+            old = torch.full_like(before.residual, torch.nan) if old is None else old
+            return torch.where(chosen, old.index_copy(0, rows, new.to(old.dtype)), old)
+
+        figures = Report(
+            torch.where(chosen, status, before.status),
+            before.steps,
+            torch.where(chosen, relative, before.residual),
+            spent + 1,
+            curvature=placed(later.curvature, before.curvature),
+            condition=placed(later.condition, before.condition),
+        )
+        return LinearSolution(torch.where(chosen[:, None], value, found.value), figures)
+
+
+def _taken(found: LinearSolution, rows: Tensor) -> LinearSolution:
+    figures: dict[str, Any] = {
+        name: figure[rows] if isinstance(figure, Tensor) else figure for name, figure in vars(found.report).items()
+    }
+    return LinearSolution(found.value[rows], Report(**figures))

@@ -1,0 +1,189 @@
+"""Several solvers in turn, each for the samples that the ones before it have not solved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.closure import is_transformed
+from torchimplicit.problems import Point, System
+from torchimplicit.problems.minimum import MinimumSystem
+from torchimplicit.solution import Status, Turn
+from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
+from torchimplicit.solvers.outcome import Outcome
+from torchimplicit.solvers.review import after
+from torchimplicit.state import row_norm
+
+_FOR_ALL = ("rtol", "atol", "keep_trajectory", "keep_trace", "return_last", "check_every")
+
+Solve = Callable[..., Outcome]
+"""``(solver, system, z0, params, first, only=...)``, see :func:`~torchimplicit.solvers.iterate.iterate`."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Polyalgorithm(Solver):
+    """Solvers in turn, each for the samples alone that the ones before it have not solved (Rice 1968).
+
+    A sample whose budget of steps ran out goes on from its best iterate. One that broke down or went non-finite starts
+    anew, for where a method cannot go on another seldom can; not so at a :class:`Minimum`, where all of them go down.
+    The best of what was reached is returned. ``solution.turns`` and ``solution.summary()`` tell what was done. Members
+    that do not suit the problem, and those that take products with a Jacobian which the function does not give, are
+    left out. Where autograd runs through the steps (:class:`~torchimplicit.Unrolled`), only the first member takes any.
+
+    Args:
+        members: the solvers, at least one. What is said of steps and tolerances is their own, unless it is given here
+            for all.
+        max_steps: of a sample, with all members together; each keeps to its own ``max_steps`` besides.
+        steps: so many of the first member, see :class:`Solver`.
+        rtol, atol, keep_trajectory, keep_trace, return_last, check_every: see :class:`Solver`.
+    """
+
+    members: tuple[Solver, ...] = ()
+    max_steps: int = 10_000
+
+    def check(self) -> None:
+        if not isinstance(self.members, tuple) or not self.members:
+            raise ValueError(
+                f"Polyalgorithm.members is {self.members!r}, and must be a tuple of solvers, as (Anderson(), Broyden())"
+            )
+        for member in self.members:
+            if not isinstance(member, Solver) or isinstance(member, Polyalgorithm):
+                raise TypeError(
+                    f"Polyalgorithm.members holds {member!r}, and must hold solvers that are no polyalgorithms"
+                )
+
+    @property
+    def leading(self) -> Solver:
+        return self.adapted(self.members[0], self.max_steps)
+
+    def adapted(self, member: Solver, budget: int) -> Solver:
+        """``member`` with what was said here for all, and ``budget`` steps at most."""
+        fields = self.__dataclass_fields__
+        changes = {name: getattr(self, name) for name in _FOR_ALL if getattr(self, name) != fields[name].default}
+        if self.steps is not None:
+            return replace(member.given(self.steps), **changes)
+        if budget < member.max_steps:
+            changes["max_steps"] = budget
+        return replace(member, **changes) if changes else member
+
+    def suited(self, system: System) -> tuple[Solver, ...]:
+        """The members that can solve ``system``."""
+        return tuple(member for member in self.members if member.supports(system) is None)
+
+    def supports(self, system: System) -> str | None:
+        return (
+            None
+            if self.members[0].supports(system) is None or self.suited(system)
+            else self.members[0].supports(system)
+        )
+
+    def fell_short(self, summary: str) -> str:
+        names = ", ".join(dict.fromkeys(type(member).__name__ for member in self.members))
+        return (
+            f"{names} did not converge, tried in turn: {summary}. The best iterate is returned. Allow more max_steps, "
+            "loosen rtol or atol, or give another solver"
+        )
+
+    def wants_product(self) -> bool:
+        return self.leading.wants_product()
+
+    def wants_relative(self) -> bool:
+        return self.leading.wants_relative()
+
+    def start(self, point: Point) -> Any:
+        return self.leading.start(point)
+
+    def step(self, evaluate: Evaluator, point: Point, state: Any, progress: Progress) -> Move:
+        return self.leading.step(evaluate, point, state, progress)
+
+
+def in_turn(
+    solve: Solve,
+    solver: Polyalgorithm,
+    system: System,
+    z0: Tensor,
+    params: Sequence[Tensor],
+    first: Point | None = None,
+    begun: Outcome | None = None,
+) -> Outcome:
+    """Solve ``system`` from ``z0`` with the members in turn.
+
+    Args:
+        solve: runs one of them, for the samples ``only``.
+        first: the evaluation at ``z0``, where it has been made already.
+        begun: what the first member gave, where it has run already.
+    """
+    lead, *others = solver.members if solver.members[0].supports(system) is None else solver.suited(system)
+    outcome = solve(solver.adapted(lead, solver.max_steps), system, z0, params, first) if begun is None else begun
+    report = outcome.report
+    if torch.is_grad_enabled() or any(is_transformed(t) for t in (outcome.z, report.status)):
+        return outcome
+    if not bool(report.status.any()):  # all of them CONVERGED
+        return replace(outcome, turns=(Turn(type(lead).__name__, len(z0), len(z0)),))
+    turns = [_turn(lead, outcome, torch.ones_like(report.status, dtype=torch.bool))]
+    descends = isinstance(system, MinimumSystem)
+    coupling, products = system.coupling, None
+    for member in others:
+        report = outcome.report
+        hopeless = (report.status == Status.NONFINITE) & (report.steps == 0)
+        left = (report.status != Status.CONVERGED) & ~hopeless
+        budget = solver.max_steps - report.steps
+        count, least = torch.stack((left.sum(), torch.where(left, budget, solver.max_steps).amin())).tolist()
+        if not count or least < 1:
+            break
+        if member.supports(system) is not None:
+            continue
+        if member.by_products and products is None:
+            products = _gives_products(system, outcome.z, params)
+        if member.by_products and not products:
+            continue
+        anew = left & ((report.status == Status.BREAKDOWN) | (report.status == Status.NONFINITE))
+        start = outcome.z if descends else torch.where(anew[:, None], z0, outcome.z)
+        depend = coupling is not None and coupling.found and not coupling.promised
+        found = solve(solver.adapted(member, least), system, start, params, only=None if depend else left)
+        if coupling is not None and coupling.found and not coupling.promised:
+            left = torch.ones_like(left)
+        turns.append(_turn(member, found, left))
+        outcome = _better(outcome, found, left, descends)
+    return replace(outcome, turns=tuple(turns), state=None)
+
+
+def _turn(member: Solver, outcome: Outcome, samples: Tensor) -> Turn:
+    tried, solved = torch.stack((samples, samples & outcome.report.converged)).sum(dim=1).tolist()
+    return Turn(type(member).__name__, tried, solved)
+
+
+def _better(before: Outcome, later: Outcome, samples: Tensor, descends: bool) -> Outcome:
+    """What ``samples`` (bool ``[batch]``) have reached, the figures of a sample being those of what is returned of it,
+    and its steps those of both."""
+
+    def size(outcome: Outcome) -> Tensor:
+        assert outcome.norm is not None
+        return outcome.norm if outcome.norm.ndim == 1 else row_norm(outcome.norm)
+
+    two = later.report
+    nearer = two.converged | (torch.full_like(samples, descends) | (size(later) < size(before)))
+    nearer = samples & nearer & (two.status != Status.NONFINITE)
+    joined = after(before, later, nearer)
+    steps = before.report.steps + torch.where(samples, two.steps, 0)
+    # where it had been finite before, it is the function that has changed its mind
+    gone = samples & (two.status == Status.NONFINITE) & (two.steps == 0)
+    status = joined.report.status.masked_fill(gone, int(Status.NONFINITE))
+    return replace(joined, report=replace(joined.report, steps=steps, status=status))
+
+
+def _gives_products(system: System, z: Tensor, params: Sequence[Tensor]) -> bool:
+    """Whether the problem's function has the derivatives that products with the Jacobian are made of."""
+    try:
+        operator = system.operator(system.linearize(z, params), False)
+        operator.product(torch.zeros_like(z))
+        if operator.transposed_product is not None:
+            operator.transposed_product(torch.zeros_like(z))
+    except (RuntimeError, ValueError, NotImplementedError):
+        return False
+    return True

@@ -1,0 +1,102 @@
+"""Pseudo-transient continuation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.errors import UnsupportedDerivativeError
+from torchimplicit.linear import LinearSolver
+from torchimplicit.precision import working_dtype
+from torchimplicit.problems import Point, System
+from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
+from torchimplicit.solvers.line_search import evaluate_some
+from torchimplicit.solvers.newton_model import assembles, meets, only_maps, solved_dense
+from torchimplicit.state import row_norm
+from torchimplicit.validation import check_positive, check_type
+
+
+class PseudoTransientState(NamedTuple):
+    """The length of the next step in time, ``[batch]``, negative where time runs backwards."""
+
+    time: Tensor
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class PseudoTransient(Solver):
+    """Pseudo-transient continuation: :math:`(\\delta^{-1}I+A)s=r`, implicit Euler steps of :math:`\\dot z=-R(z)`.
+
+    The steps in time grow as the residual falls (switched evolution relaxation; Kelley and Keyes 1998), and the method
+    ends as Newton's. It lowers no norm on the way, and so passes by places where that of the residual is at its least.
+    Time runs in the direction in which the residual falls at first. Products with the Jacobian are not counted in
+    ``solution.evaluations``.
+
+    Args:
+        linear_solver: for the equation of a step; ``None``: the matrix is assembled up to 128 unknowns, else the
+            problem's default.
+        step_size: of the first step in time, as a multiple of :math:`\\lVert r\\rVert/\\lVert Ar\\rVert` at the start;
+            a large one makes it Newton's method without a safeguard.
+        rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
+            :class:`Solver`.
+    """
+
+    linear_solver: LinearSolver | None = None
+    step_size: float = 1.0
+    max_steps: int = 200
+    by_products: ClassVar[bool] = True
+    searches: ClassVar[bool] = True
+
+    def check(self) -> None:
+        check_type(self, "linear_solver", LinearSolver, optional=True)
+        check_positive(self, "step_size")
+
+    def supports(self, system: System) -> str | None:
+        return only_maps(self, system)
+
+    def start(self, point: Point) -> Any:
+        return None
+
+    def step(self, evaluate: Evaluator, point: Point, state: PseudoTransientState | None, progress: Progress) -> Move:
+        if torch.is_grad_enabled():
+            raise UnsupportedDerivativeError(
+                "Unrolled cannot differentiate through PseudoTransient's linear solves: use Implicit, or unroll "
+                "Anderson, Broyden or FixedPointIteration"
+            )
+        system, z, residual, active = evaluate.system, point.z, point.residual, progress.active
+        if active is not None:
+            residual = torch.where(active[:, None], residual, 0)
+        norm = row_norm(residual)
+        tape = system.linearize(z, evaluate.params)
+        operator = system.operator(tape, False)
+        if state is None:
+            image = operator.product(residual)
+            time = norm / row_norm(image)
+            time = torch.where(torch.isfinite(time) & (time > 0), self.step_size * time, 1)
+            state = PseudoTransientState(torch.where((residual * image).sum(dim=1) < 0, -time, time))
+        shift = 1 / state.time
+        if self.linear_solver is None and assembles(z):
+            dtype = working_dtype(z.dtype)
+            matrix = operator.dense().to(dtype)
+            matrix.diagonal(dim1=1, dim2=2).add_(shift.to(dtype)[:, None])
+            step, exact = solved_dense(matrix, residual.to(dtype), torch.ones_like(z, dtype=dtype))
+            step = step.to(z.dtype)
+        else:
+            solver = self.linear_solver or system.default_linear_solver(z.shape[1], z.shape[0])
+            found = system.solve_linear(tape, False, residual, solver, lambda _: shift)
+            step, exact = found.value, found.report.converged
+        # Newton's step, where the one in time asks for no other
+        exact = exact & meets(residual, residual - shift[:, None] * step)
+        solved = progress.short(point, step, exact)
+        moving = torch.ones_like(exact) if active is None else active
+        if solved is not None:
+            moving = moving & ~solved
+        reached = evaluate_some(evaluate, z + step, moving, None, point)
+        if progress.judge is not None and progress.judge.measure is not None:
+            progress.judge.measure.refuse(~exact)
+        ratio = (norm / row_norm(reached.residual)).nan_to_num(0.1, 10, 0.1).clamp(0.1, 10)
+        time = torch.where(moving, state.time * ratio, state.time)
+        return Move(reached, PseudoTransientState(time), solved=solved)
