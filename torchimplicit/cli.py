@@ -1,4 +1,4 @@
-"""The command line: ``torchimplicit demo | list | molecules | train | reproduce | resume | evaluate | report``.
+"""The command line, ``torchimplicit COMMAND ...``; ``torchimplicit --help`` lists the commands.
 
 This file finds the recipes by name and turns what goes wrong into one line and an exit code: 0 done, 1 failed, 2 bad
 input, 130 interrupted. The commands are in :mod:`torchimplicit.recipes.commands`.

@@ -7,6 +7,7 @@ import sys
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from functools import reduce
+from importlib import import_module
 from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Generic, Protocol, TypeVar
@@ -161,6 +162,7 @@ COMMANDS = {
     "demo": "Compare gradient estimators on handwritten digits, and draw a page about it (under three minutes).",
     "list": "List the recipes and the tables.",
     "molecules": "Compute molecules for density functionals, a data file each.",
+    "density": "Find molecules' densities, energies and forces with a trained density functional.",
     "train": "Train a recipe.",
     "reproduce": "Reproduce a published table or figure.",
     "resume": "Go on with an interrupted run.",
@@ -190,7 +192,8 @@ def parse(argv: list[str]) -> Command:
             registry.entry(argv[1], registry.TABLES, "table")
     kinds: dict[str, Any] = {
         "list": List,
-        "molecules": _molecules() if named == "molecules" else Deferred,
+        "molecules": _chemistry("command", "Molecules") if named == "molecules" else Deferred,
+        "density": _chemistry("apply", "Apply") if named == "density" else Deferred,
         "train": Train[_one_of(registry.RECIPES, chosen["train"])],  # type: ignore[misc]
         "reproduce": Reproduce[_one_of(registry.TABLES, chosen["reproduce"])],  # type: ignore[misc]
         "resume": Resume,
@@ -239,11 +242,9 @@ def _one_of(entries: dict[str, registry.Entry], chosen: str | None) -> Any:
     return reduce(or_, choices)
 
 
-def _molecules() -> Any:
-    """The command of the chemistry, which is imported only if it is asked for."""
-    from torchimplicit.recipes.density.command import Molecules
-
-    return Molecules
+def _chemistry(module: str, command: str) -> Any:
+    """A command of the chemistry, which is imported only if it is asked for."""
+    return getattr(import_module(f"torchimplicit.recipes.density.{module}"), command)
 
 
 def _start(name: str) -> Any:

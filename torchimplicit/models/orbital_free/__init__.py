@@ -1,7 +1,8 @@
 """Orbital-free density functionals: energies of a molecule's density, minimized at a fixed number of electrons."""
 
+from torchimplicit.models.orbital_free.domain import Domain
 from torchimplicit.models.orbital_free.functional import OrbitalFree, OrbitalFreeConfig
 from torchimplicit.models.orbital_free.molecule import Molecule
 from torchimplicit.models.orbital_free.starting import fit_constants, fit_linear
 
-__all__ = ["Molecule", "OrbitalFree", "OrbitalFreeConfig", "fit_constants", "fit_linear"]
+__all__ = ["Domain", "Molecule", "OrbitalFree", "OrbitalFreeConfig", "fit_constants", "fit_linear"]

@@ -176,6 +176,10 @@ AT_ONCE = 100
 """Basis functions whose three-centre integrals are in memory together."""
 
 
+_FAILURES = (ArithmeticError, RuntimeError, ValueError, KeyError, MemoryError, np.linalg.LinAlgError)
+"""What PySCF raises where a calculation goes wrong."""
+
+
 class NotComputedError(Exception):
     """A calculation that failed: which molecule, and why."""
 
@@ -246,66 +250,111 @@ def compute(geometry: Geometry, settings: ChemistrySettings) -> Record:
     check_bases(geometry, settings)
     try:
         return _compute(geometry, settings)
-    except (ArithmeticError, RuntimeError, ValueError, KeyError, MemoryError, np.linalg.LinAlgError) as error:
+    except _FAILURES as error:
+        raise NotComputedError(f"PySCF fails with {type(error).__name__}: {error}") from error
+
+
+def unsolved(geometry: Geometry, settings: ChemistrySettings) -> Record:
+    """What a density functional needs to find a molecule's density, without a Kohn-Sham calculation: the energies and
+    the reference density are NaN.
+
+    Raises:
+        NotComputedError: PySCF fails.
+        UserError: see :func:`check_bases`.
+    """
+    check_bases(geometry, settings)
+    try:
+        return _record_of(geometry, settings, [])
+    except _FAILURES as error:
         raise NotComputedError(f"PySCF fails with {type(error).__name__}: {error}") from error
 
 
 def _compute(geometry: Geometry, settings: ChemistrySettings) -> Record:
-    import pyscf
-    from pyscf import df, dft
-
     began = time.monotonic()
-    mol = _made(geometry, settings.orbital_basis)
-    field = dft.RKS(mol, xc=settings.functional)
+    field = kohn_sham(geometry, settings)
+    mol, orbitals = field.mol, field.make_rdm1()
+    energies = field.get_veff(dm=orbitals)
+    return replace(
+        _record_of(geometry, settings, [orbitals]),
+        energy=float(field.e_tot),
+        kinetic=float(np.vdot(mol.intor("int1e_kin"), orbitals)),
+        exchange_correlation=float(energies.exc),
+        attraction=float(np.vdot(mol.intor("int1e_nuc"), orbitals)),
+        hartree=float(energies.ecoul),
+        seconds=time.monotonic() - began,
+    )
+
+
+def kohn_sham(geometry: Geometry, settings: ChemistrySettings, guess: Array | None = None) -> Any:
+    """PySCF's converged calculation.
+
+    Args:
+        guess: the density matrix to begin at, ``[orbitals, orbitals]``; ``None``: the superposition of atoms (MINAO).
+
+    Raises:
+        NotComputedError: it does not converge.
+    """
+    from pyscf import dft
+
+    field = dft.RKS(made(geometry, settings.orbital_basis), xc=settings.functional)
     field.conv_tol, field.max_cycle = settings.scf_tolerance, settings.scf_cycles
     field.grids.level = settings.scf_grid
-    guess = field.get_init_guess(key="minao")
-    field.kernel(dm0=guess)
+    field.kernel(dm0=field.get_init_guess(key="minao") if guess is None else guess)
     if not field.converged:
         raise NotComputedError(
             f"the Kohn-Sham iteration did not converge to {settings.scf_tolerance:g} hartree in {settings.scf_cycles} "
             "cycles"
         )
-    orbitals = field.make_rdm1()
+    return field
 
-    fitting = df.addons.make_auxmol(mol, df.aug_etb(mol, beta=settings.beta))
+
+def _record_of(geometry: Geometry, settings: ChemistrySettings, orbitals: list[Array]) -> Record:
+    """With the fits of the orbitals' density, if there are any, and of the superposition of atoms; without energies."""
+    import pyscf
+    from pyscf import dft
+
+    mol = made(geometry, settings.orbital_basis)
+    fitting = density_basis(mol, settings)
     basis = _basis(fitting)
-    weight = basis.integrals().numpy()
-    coulomb = fitting.intor("int2c2e")
-    potential = _potentials(mol, fitting, [orbitals, guess])
-    external, nuclear = _attraction(mol, fitting), mol.intor("int1e_nuc")
-    attractions = [float(np.vdot(nuclear, density)) for density in (orbitals, guess)]
-    held = np.array([[geometry.electrons] * 2, attractions])
-    fitted = constrained_fit(coulomb, potential, np.stack([weight, external], axis=1), held)
+    coulomb, external = fitting.intor("int2c2e"), _attraction(mol, fitting)
+    densities = [*orbitals, dft.RKS(mol).get_init_guess(key="minao")]
+    nuclear = mol.intor("int1e_nuc")
+    held = np.array([[geometry.electrons] * len(densities), [float(np.vdot(nuclear, one)) for one in densities]])
+    conditions = np.stack([basis.integrals().numpy(), external], axis=1)
+    fitted = constrained_fit(coulomb, _potentials(mol, fitting, densities), conditions, held)
     points, quadrature = _grid(mol, settings.grid)
-
+    unknown: dict[str, Any] = dict.fromkeys(
+        ("energy", "kinetic", "exchange_correlation", "attraction", "hartree", "seconds"), math.nan
+    )
     found = {
         "overlap": fitting.intor("int1e_ovlp"),
         "coulomb": coulomb,
         "external": external,
-        "reference": fitted[:, 0],
-        "guess": fitted[:, 1],
+        "guess": fitted[:, -1],
         "points": points,
         "quadrature": quadrature,
     }
-    for name, array in found.items():
+    for name, array in [*found.items(), ("reference", fitted[:, 0])]:
         if not np.isfinite(array).all():
             raise NotComputedError(f"{name} has values that are not finite")
-    energies = field.get_veff(dm=orbitals)
+    tensors: dict[str, Any] = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in found.items()}
     return Record(
         geometry=geometry,
         settings=settings,
         basis=basis,
-        energy=float(field.e_tot),
         repulsion=float(mol.energy_nuc()),
-        kinetic=float(np.vdot(mol.intor("int1e_kin"), orbitals)),
-        exchange_correlation=float(energies.exc),
-        attraction=attractions[0],
-        hartree=float(energies.ecoul),
+        reference=torch.from_numpy(fitted[:, 0].copy() if orbitals else np.full(len(fitted), math.nan)),
+        **unknown,
         software=f"PySCF {pyscf.__version__}",
-        seconds=time.monotonic() - began,
-        **{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in found.items()},
+        **tensors,
     )
+
+
+def density_basis(mol: Any, settings: ChemistrySettings) -> Any:
+    """PySCF's even-tempered functions for a density, as a molecule of its."""
+    from pyscf import df
+
+    return df.addons.make_auxmol(mol, df.aug_etb(mol, beta=settings.beta))
 
 
 def _basis(fitting: Any) -> DensityBasis:
@@ -354,11 +403,11 @@ def grid_of(geometry: Geometry, level: int) -> tuple[Tensor, Tensor]:
         UserError: PySCF is missing.
     """
     need_pyscf()
-    points, weights = _grid(_made(geometry, "sto-3g"), level)  # which orbitals there are does not matter
+    points, weights = _grid(made(geometry, "sto-3g"), level)  # which orbitals there are does not matter
     return torch.from_numpy(np.ascontiguousarray(points)), torch.from_numpy(np.ascontiguousarray(weights))
 
 
-def _made(geometry: Geometry, basis: str) -> Any:
+def made(geometry: Geometry, basis: str) -> Any:
     """PySCF's molecule."""
     from pyscf import gto
 

@@ -20,13 +20,21 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
 from torchimplicit.errors import ConvergenceWarning
-from torchimplicit.models.orbital_free import Molecule, OrbitalFree, OrbitalFreeConfig, fit_constants, fit_linear
+from torchimplicit.models.orbital_free import (
+    Domain,
+    Molecule,
+    OrbitalFree,
+    OrbitalFreeConfig,
+    fit_constants,
+    fit_linear,
+)
 from torchimplicit.models.orbital_free.functional import ExchangeCorrelation
 from torchimplicit.recipes.density import chemistry as sources
 from torchimplicit.recipes.density import compute as storage
 from torchimplicit.recipes.density.chemistry import Geometry, check_size, distorted, symbol
 from torchimplicit.recipes.density.compute import DensityBasis, Outcome, prepare
 from torchimplicit.recipes.density.objective import Case, DensityFit
+from torchimplicit.recipes.density.predict import Trained
 from torchimplicit.recipes.density.settings import Molecules, OrbitalFreeTraining
 from torchimplicit.recipes.runtime import files
 from torchimplicit.recipes.runtime.errors import UserError
@@ -788,6 +796,7 @@ def _results(
         with torch.no_grad():
             densities = [case.solved(functional, config, cold=True).value for case in cases["train"]]
         fit_constants(functional, split.train, densities)
+    Trained(functional, Domain.of(split.train), config.molecules.chemistry).save(run)
     found: dict[str, list[Quality]] = {
         name: qualities(ones, functional, config, spectrum=config.spectrum, constants=constants, files=files)
         for name, ones in cases.items()

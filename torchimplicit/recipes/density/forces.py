@@ -1,0 +1,69 @@
+"""Forces on the nuclei at a density of least energy, by the envelope theorem."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from torchimplicit.models.orbital_free import Molecule, OrbitalFree
+from torchimplicit.recipes.density.compute import Record, density_basis, made
+
+AT_ONCE = 2048
+"""Points of the grid whose basis functions are in memory together."""
+
+
+def forces(functional: OrbitalFree, p: Tensor, record: Record) -> Tensor:
+    """:math:`-dE/dR`, ``[atoms, 3]``, in hartree per bohr.
+
+    At the minimum the energy does not change with the density to first order, and the number of electrons that the
+    coefficients hold does not depend on where the nuclei are, so that the derivative at fixed coefficients is the whole
+    one. The functions move with their atoms. The grid stays: what its points and weights would add, were they to move
+    too, vanishes as it gets finer, and is left out, as is usual for densities on grids.
+
+    Args:
+        p: coefficients of the density of least energy, ``[n]``.
+        record: of the molecule.
+
+    Raises:
+        UserError: PySCF, whose integrals these are, is missing.
+    """
+    molecule, p = record.molecule(), p.detach()
+    positions = molecule.positions.clone().requires_grad_()
+    moved = replace(molecule, positions=positions)
+    (slope,) = torch.autograd.grad(_repulsion(moved) + functional.linear(moved).mul(p).sum(), positions)
+    for start in range(0, len(record.points), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        values, gradients = replace(record.basis, centres=positions).evaluate(record.points[part])
+        local = functional.local(values @ p, gradients @ p)
+        energy = record.quadrature[part] @ torch.stack(list(local.values())).sum(dim=0)
+        slope = slope + torch.autograd.grad(energy, positions)[0]
+    return -(slope + _coulomb(p, record))
+
+
+def _repulsion(molecule: Molecule) -> Tensor:
+    """Of the nuclei."""
+    pairs = torch.combinations(torch.arange(len(molecule.charges)))
+    if not len(pairs):
+        return molecule.positions.sum() * 0
+    first, second = pairs.unbind(dim=1)
+    distance = (molecule.positions[first] - molecule.positions[second]).norm(dim=1)
+    return (molecule.charges[first] * molecule.charges[second] / distance).sum()
+
+
+def _coulomb(p: Tensor, record: Record) -> Tensor:
+    """The derivative of the Coulomb energy and of the nuclei's attraction, ``[atoms, 3]``."""
+    from pyscf import gto
+
+    mol = made(record.geometry, record.settings.orbital_basis)
+    fitting = density_basis(mol, record.settings)
+    nuclei = gto.fakemol_for_charges(mol.atom_coords())
+    charges = torch.tensor(record.geometry.charges, dtype=torch.float64)
+    # (grad i | j), the gradient being that of the electron's place, which is minus that of the function's
+    hartree = torch.from_numpy(fitting.intor("int2c2e_ip1")) @ p
+    attraction = torch.from_numpy(gto.intor_cross("int2c2e_ip1", fitting, nuclei))  # [3, n, atoms]
+    of_functions = p * (attraction @ charges - hartree)  # [3, n]
+    slope = -charges * (p @ attraction)  # [3, atoms], of the nuclei
+    atoms = record.basis.spread(record.basis.atom)
+    return slope.index_add(1, atoms, of_functions).T

@@ -1,0 +1,211 @@
+"""The density of a molecule by a trained functional: what a run leaves to be used, and its use."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.models.orbital_free import Domain, Molecule, OrbitalFree, OrbitalFreeConfig
+from torchimplicit.recipes.density.chemistry import Geometry, symbol
+from torchimplicit.recipes.density.compute import Record, need_pyscf, unsolved
+from torchimplicit.recipes.density.forces import forces
+from torchimplicit.recipes.density.objective import Case
+from torchimplicit.recipes.density.settings import ChemistrySettings, OrbitalFreeTraining
+from torchimplicit.recipes.runtime import files
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.fitting import read_checkpoint
+from torchimplicit.recipes.runtime.run import Run
+from torchimplicit.recipes.runtime.settings import from_plain, to_plain
+from torchimplicit.solution import Status
+
+# -- A trained functional as a file: all that it takes to use it ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A functional that is trained.
+
+    Attributes:
+        functional: with its elements' constants fitted to the training molecules' energies.
+        domain: of the training molecules.
+        chemistry: how they were computed.
+    """
+
+    functional: OrbitalFree
+    domain: Domain
+    chemistry: ChemistrySettings
+
+    def save(self, run: Run) -> None:
+        """Into a run, as ``checkpoints/functional.ckpt``."""
+        held = {
+            "config": asdict(self.functional.config),
+            "weights": self.functional.state_dict(),
+            "domain": self.domain.state(),
+            "chemistry": to_plain(self.chemistry),
+        }
+        files.save(held, _place(run))
+
+    @classmethod
+    def of(cls, run: Run | Path | str) -> Trained:
+        """What a run of an ``ofdft`` recipe has left.
+
+        Raises:
+            UserError: it has left none.
+        """
+        run = run if isinstance(run, Run) else Run(Path(run))
+        run.read()  # which says what is wrong with the directory
+        if not _place(run).is_file():
+            raise UserError(
+                f"{run} holds no finished density functional: 'resume' an ofdft run that was stopped, and 'evaluate' "
+                "one that an earlier version has trained"
+            )
+        held = read_checkpoint(_place(run))
+        functional = OrbitalFree(OrbitalFreeConfig(**held["config"]))
+        functional.load_state_dict(held["weights"])
+        functional.requires_grad_(False)
+        return cls(functional, Domain(**held["domain"]), from_plain(ChemistrySettings, held["chemistry"]))
+
+
+def _place(run: Run) -> Path:
+    return run.path / "checkpoints" / "functional.ckpt"
+
+
+# -- A molecule's density by it ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Density:
+    """The density of least energy, and what follows from it; atomic units.
+
+    Attributes:
+        record: of the molecule, without a Kohn-Sham calculation.
+        coefficients: of the density, ``[n]``.
+        energy: in hartree.
+        parts: its terms by name.
+        dipole: x, y and z, in atomic units (2.5417 debye), about the origin.
+        forces: on the nuclei, ``[atoms, 3]``, in hartree per bohr; ``None`` where they were not asked for.
+        status: of the minimization.
+        steps: of it.
+        strangest: the atom that is least like those of training, from 0 on.
+        distance: how far its surroundings are from the nearest there; see
+            :class:`~torchimplicit.models.orbital_free.Domain`.
+        limit: beyond which the functional is used outside what it was trained for.
+        seconds: of wall-clock time, for the integrals and the minimization.
+    """
+
+    record: Record
+    coefficients: Tensor
+    energy: float
+    parts: Mapping[str, float]
+    dipole: tuple[float, float, float]
+    forces: Tensor | None
+    status: Status
+    steps: int
+    strangest: int
+    distance: float
+    limit: float
+    seconds: float
+
+    @property
+    def strange(self) -> bool:
+        """Whether it is outside what the functional was trained for."""
+        return self.distance > self.limit
+
+    @property
+    def warning(self) -> str:
+        """What to say of that; empty where there is nothing to say."""
+        if not self.strange:
+            return ""
+        geometry = self.record.geometry
+        return (
+            f"atom {self.strangest + 1} ({symbol(geometry.charges[self.strangest])}) of {geometry.name} has "
+            f"surroundings unlike any in training: distance {self.distance:.2f}, and nine in ten of the training "
+            f"molecules are within {self.limit:.2f} of the others; errors beyond it grow to hartrees"
+        )
+
+
+def density(trained: Trained, geometry: Geometry, *, grid: int | None = None, slopes: bool = True) -> Density:
+    """The density that a trained functional gives a molecule.
+
+    Args:
+        trained: see :meth:`Trained.of`.
+        geometry: the molecule.
+        grid: level of PySCF's grid; ``None``: that of training.
+        slopes: give the forces too.
+
+    Raises:
+        UserError: an element that training lacked; PySCF, which computes the integrals, is missing.
+        NotComputedError: PySCF fails.
+    """
+    need_pyscf()
+    known = set(trained.domain.elements.tolist())
+    if lacking := sorted({*geometry.charges} - known):
+        raise UserError(
+            f"{geometry.name} has {', '.join(map(symbol, lacking))}, and this functional was trained on molecules of "
+            f"{', '.join(map(symbol, sorted(known)))} alone: its density and energy would be wrong by hartrees; train "
+            "one on molecules that have it"
+        )
+    began = time.monotonic()
+    chemistry = trained.chemistry if grid is None else replace(trained.chemistry, grid=grid)
+    record = unsolved(geometry, chemistry)
+    molecule = record.molecule()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the status is told
+        solution = Case.of(molecule).solved(trained.functional, OrbitalFreeTraining(), cold=True)
+    p = solution.value.detach()
+    seconds = time.monotonic() - began
+    away = trained.domain.distances(molecule)
+    with torch.no_grad():
+        parts = {name: float(part) for name, part in trained.functional.parts(p, molecule).items()}
+    return Density(
+        record=record,
+        coefficients=p,
+        energy=math.fsum(parts.values()),
+        parts=parts,
+        dipole=_dipole(p, molecule),
+        forces=forces(trained.functional, p, record) if slopes else None,
+        status=Status(int(solution.status)),
+        steps=int(solution.steps),
+        strangest=int(away.argmax()),
+        distance=float(away.max()),
+        limit=trained.domain.limit,
+        seconds=seconds,
+    )
+
+
+def _dipole(p: Tensor, molecule: Molecule) -> tuple[float, float, float]:
+    """Of the nuclei and of the density on the grid."""
+    nuclei = molecule.charges.to(p) @ molecule.positions
+    x, y, z = (nuclei - (molecule.quadrature * molecule.density(p)) @ molecule.points).tolist()
+    return x, y, z
+
+
+def told(found: Density) -> dict[str, Any]:
+    """As plain values, for a JSON file."""
+    geometry = found.record.geometry
+    return {
+        "molecule": geometry.name,
+        "elements": [symbol(charge) for charge in geometry.charges],
+        "positions_bohr": geometry.positions,
+        "charge": geometry.charge,
+        "energy_hartree": found.energy,
+        "parts_hartree": dict(found.parts),
+        "dipole_au": found.dipole,
+        "forces_hartree_per_bohr": None if found.forces is None else found.forces.tolist(),
+        "status": found.status.name,
+        "steps": found.steps,
+        "domain": {"distance": found.distance, "limit": found.limit, "strange": found.strange},
+        "grid": found.record.settings.grid,
+        "basis_functions": len(found.coefficients),
+        "coefficients": found.coefficients.tolist(),
+        "seconds": found.seconds,
+    }
