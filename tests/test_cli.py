@@ -12,7 +12,7 @@ from torchimplicit import cli
 pytest.importorskip("lightning")
 pytest.importorskip("tyro")
 
-COMMANDS = ("demo", "list", "molecules", "train", "reproduce", "resume", "evaluate", "report")
+COMMANDS = ("demo", "list", "molecules", "density", "train", "reproduce", "resume", "evaluate", "report")
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_the_demo_has_its_own_defaults(capsys):
     assert "default: implicit unrolled-phantom neumann-phantom" in " ".join(run(capsys, "demo", "--help")[1].split())
 
 
-@pytest.mark.parametrize("command", ["list", "molecules", "resume", "evaluate", "train", "reproduce", "report"])
+@pytest.mark.parametrize("command", ["list", "molecules", "density", "resume", "evaluate", "train", "reproduce", "report"])
 def test_every_command_has_help(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0

@@ -51,10 +51,12 @@ class Domain:
         around = [_surroundings(molecule, elements) for molecule in molecules]
         of = torch.repeat_interleave(torch.tensor([len(molecule.charges) for molecule in molecules]))
         alike = (charges[:, None] == charges) & (of[:, None] != of)
-        nearest = _distances(torch.cat(around), torch.cat(around), alike).reshape(-1)
+        nearest = _distances(torch.cat(around), torch.cat(around), alike)
+        nearest = torch.where(
+            nearest.isfinite(), nearest, -torch.inf
+        )  # an atom of an element that no other molecule has
         worst = torch.stack([nearest[of == number].max() for number in range(len(molecules))])
-        known = worst[worst.isfinite()]  # a molecule with an element that no other has tells nothing
-        limit = float(known.quantile(SHARE)) if len(known) else 0.0
+        limit = float(worst[worst >= 0].quantile(SHARE)) if bool((worst >= 0).any()) else 0.0
         return cls(elements=elements, charges=charges, surroundings=torch.cat(around), limit=limit)
 
     def distances(self, molecule: Molecule) -> Tensor:

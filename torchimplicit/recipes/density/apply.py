@@ -127,10 +127,11 @@ class Apply:
         if self.compare:
             with console.status(f"Kohn-Sham calculation of {geometry.name}"):
                 plain["kohn_sham"] = beside = compared(found)
+            energy, dipole = 1e3 * beside["energy_error_hartree"], beside["dipole_error_au"] * DEBYE
             say(
-                f"  beside Kohn-Sham ({beside['seconds']:.1f} s): energy {1e3 * beside['energy_error_hartree']:+.2f} mHa, "
-                f"L {1e3 * beside['loss']:.3f}e-3 (MINAO {1e3 * beside['minao_loss']:.3f}e-3), L1 per electron "
-                f"{beside['l1']:.4f} (MINAO {beside['minao_l1']:.4f}), dipole {beside['dipole_error_au'] * DEBYE:.3f} debye off"
+                f"  beside Kohn-Sham ({beside['seconds']:.1f} s): energy {energy:+.2f} mHa, dipole {dipole:.3f} debye "
+                f"off, L {1e3 * beside['loss']:.3f}e-3 (MINAO {1e3 * beside['minao_loss']:.3f}e-3), L1 per electron "
+                f"{beside['l1']:.4f} (MINAO {beside['minao_l1']:.4f})"
             )
         if self.scf_guess:
             with console.status(f"Kohn-Sham calculations of {geometry.name}"):
