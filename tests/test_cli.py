@@ -57,7 +57,7 @@ def test_the_demo_has_its_own_defaults(capsys):
     assert "default: implicit unrolled-phantom neumann-phantom" in " ".join(run(capsys, "demo", "--help")[1].split())
 
 
-@pytest.mark.parametrize("command", ["list", "molecules", "density", "resume", "evaluate", "train", "reproduce", "report"])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "demo"])
 def test_every_command_has_help(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
