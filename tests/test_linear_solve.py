@@ -211,6 +211,13 @@ def test_rows_that_depend_on_each_other(least_squares):
         assert found.converged.all()
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=str)
+def test_an_empty_batch(shape):
+    for solver in (None, LSMR()):
+        found = ti.linear_solve(normal(*shape), torch.zeros(0, shape[0], dtype=F64), solver=solver)
+        assert found.value.shape == (0, shape[1])
+
+
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 

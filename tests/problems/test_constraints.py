@@ -341,6 +341,20 @@ def test_trees_and_states_without_a_batch():
     torch.testing.assert_close(found.value["b"], torch.full((3,), -0.5, dtype=F64))
 
 
+@pytest.mark.parametrize("constraint", [Simplex(2.0), LinearInequalities(G, H)], ids=["simplex", "inequalities"])
+def test_rowwise_and_empty_batches(constraint):
+    slope = normal(40, DIM, seed=1) * torch.logspace(-2, 2, 40, dtype=F64)[:, None]
+
+    def plain(z: Tensor, slope: Tensor) -> Tensor:
+        return (z.square() + slope * z).sum(1)
+
+    start = torch.zeros(40, DIM, dtype=F64)
+    whole = ti.solve(Minimum(plain, constraint), start, slope).value
+    apart = ti.solve(Minimum(plain, constraint, rowwise=True), start, slope).value
+    torch.testing.assert_close(apart, whole, rtol=1e-9, atol=1e-9)
+    assert ti.solve(Minimum(plain, constraint), start[:0], slope[:0]).value.shape == (0, DIM)
+
+
 # -- estimators and solvers --------------------------------------------------------------------------------------------
 
 
