@@ -349,3 +349,18 @@ def test_coupled_energies_on_planes(solver, shared):
     normal = weight.expand_as(x) / weight.expand_as(x).norm(dim=1, keepdim=True)
     assert ((z * weight).sum(1) - total).abs().max() < 1e-12
     assert (slope - (slope * normal).sum(1, keepdim=True) * normal).norm() < 1e-7
+
+
+@pytest.mark.parametrize("linear", [ti.Neumann(), ti.GMRES(), ti.BiCGStab(), ti.LSMR()])
+@pytest.mark.parametrize("f", [pair, chain, mean])
+def test_cotangents_of_different_sizes(f, linear):
+    """Rows are solved in units of their own, and a method of products alone may solve just that, coupled."""
+    x, w = data()
+    sizes = torch.logspace(-3, 4, BATCH, dtype=x.dtype)[:, None]
+    solver = ti.FixedPointIteration(rtol=1e-13, max_steps=400)
+    problem = ti.FixedPoint(lambda z, x: f(z, x, w.detach()))
+    value = ti.solve(problem, torch.zeros_like(x), x, solver=solver, gradient=ti.Implicit(linear_solver=linear)).value
+    (got,) = torch.autograd.grad((value * sizes).sum(), x)
+    whole = x.detach().requires_grad_()
+    (expected,) = torch.autograd.grad((as_one(f, whole, w.detach()) * sizes).sum(), whole)
+    assert relative_error(got, expected) < 1e-8

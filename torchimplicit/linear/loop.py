@@ -83,6 +83,8 @@ def run(
     result = part = cycle.run(limit, check_every)
     finite = whole.finite.squeeze(-1)
     live, strayed, settled = None, False, False
+    # rows that depend on each other are not solved by what solves them in units of each row's own
+    apart = operator.coupling is None or operator.coupling.promised
     while cycle.steps and method.watched:
         going = part.status != Status.NONFINITE
         if live is None and max(rtol, atol) > 0:  # every row is judged by the whole operator once
@@ -99,7 +101,11 @@ def run(
             if system.operator.restrict is not None and len(chosen) <= CROWD * len(doubt):
                 system = system.restrict(chosen)
                 part, b, x, norm, tolerance, doubt = select((part, b, x, norm, tolerance, doubt), chosen)
-        r = system.residual(b, part.x)
+        r = (
+            system.residual(b, part.x)
+            if apart
+            else operator.project(b - system.product(part.x / whole.factor) * whole.factor)
+        )
         size = torch.linalg.vector_norm(r, dim=-1)
         if live is None and cycle.finished:  # the common case: all are within, as their recurrences said
             settled = bool(((size <= _MARGIN * tolerance) & finite).all())
