@@ -283,3 +283,43 @@ def test_a_solve_leaves_memory_when_it_is_dropped(gradient, backward):
         assert known() is None
     finally:
         gc.enable()
+
+
+class TestLeavesSeenByAutograd:
+    """Where autograd sees the steps, a state of several leaves goes from one call to the next as it was returned."""
+
+    SEEN = ({"gradient": ti.OneStep()}, {"gradient": ti.Unrolled()}, {"gradient": ti.UnrolledPhantom(damping=1.0)})
+
+    @pytest.mark.parametrize("options", SEEN)
+    def test_values_and_gradients_are_those_of_one_flat_state(self, options):
+        w = torch.randn(6, 6, dtype=torch.float64).mul_(0.2).requires_grad_()
+        x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+
+        def parts(z, x):
+            return tuple(torch.tanh(torch.cat(z, dim=1) @ w + x).split(3, dim=1))
+
+        def flat(z, x):
+            return torch.tanh(z @ w + x)
+
+        found = []
+        for f, z0 in ((parts, (torch.zeros_like(x[:, :3]),) * 2), (flat, torch.zeros_like(x))):
+            solution = ti.solve(ti.FixedPoint(f), z0, x, solver=ti.FixedPointIteration(steps=4), **options)
+            value = torch.cat(solution.value, dim=1) if f is parts else solution.value
+            grads = torch.autograd.grad(value.sin().sum(), (w, x))
+            assert solution.adjoint is not None
+            found.append((value, *grads, solution.residual, solution.adjoint.evaluations))
+        for a, b in list(zip(*found, strict=True))[:3]:
+            torch.testing.assert_close(a, b)
+        assert found[0][-1] == found[1][-1]
+
+    @pytest.mark.parametrize("options", SEEN)
+    def test_what_the_map_returned_of_its_own_is_copied(self, options):
+        own = torch.ones(3, 2, requires_grad=True)
+        buffer = torch.ones(3, 2)
+        for leaf in (own, buffer):
+            solver = ti.FixedPointIteration(steps=2)
+            f = lambda z, leaf=leaf: (0.5 * z[0] * own, leaf)  # noqa: E731
+            solution = ti.solve(ti.FixedPoint(f), (torch.ones(3, 2), torch.ones(3, 2)), solver=solver, **options)
+            with torch.no_grad():
+                solution.value[1].zero_()
+            assert leaf.eq(1).all()

@@ -129,6 +129,8 @@ class AdjointRecord:
     """Where a backward pass leaves its report, so that :attr:`Solution.adjoint` shows it afterwards."""
 
     report: Report | None = None
+    coming: Report | None = None
+    """What a backward pass through the solution will leave, where that is known before."""
 
 
 @dataclass(frozen=True)

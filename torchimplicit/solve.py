@@ -17,7 +17,7 @@ from torchimplicit.defaults import default_solver
 from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.gradients import Gradient, Implicit, Unrolled, WhenUnconverged
 from torchimplicit.gradients.auxiliary import auxiliary
-from torchimplicit.gradients.base import Run, Task, differentiable
+from torchimplicit.gradients.base import Run, Task, differentiable, reported
 from torchimplicit.gradients.randomness import Randomness
 from torchimplicit.inference import outside_inference_mode
 from torchimplicit.notices import count_solve, notice
@@ -123,13 +123,31 @@ def solve(
         direct=direct,
         aux=given.call.aux,
     )
-    with without_autocast(layout.device), given.call.at_home(), beside_transforms((flat0, *params)):
+    call = given.call
+
+    def as_given(z: Tensor, record: AdjointRecord) -> Any:
+        """The state ``z`` (flat) in the form of ``z0``."""
+        leaves = call.returned(z)
+        if leaves is None:
+            return layout.unflatten(z)
+        if record.coming is not None:
+            for leaf in pytree.tree_leaves(leaves):
+                reported(leaf, record, record.coming)
+        return leaves
+
+    with (
+        without_autocast(layout.device),
+        call.at_home(),
+        beside_transforms((flat0, *params)),
+        call.following(direct),
+    ):
         found = gradient.attach(task, flat0 if differentiable((flat0,)) else flat0.detach(), params)
         announce(found)
         aux = None
         if task.aux is not None:
             aux = auxiliary(task, gradient, found.z, params)
             announce(pytree.tree_leaves(aux))
+        reached_value = as_given(found.z, record)
     outcome = task.outcomes[-1]
 
     def attach(i: int) -> Any:
@@ -141,15 +159,15 @@ def solve(
             count = min(i, recorded)
             z, last = outcome.trajectory[i - count], solver.given(count)
             at = replace(at, solver=last, run=_runner(last, system, None, None, count, False))
-        with without_autocast(layout.device):
-            return layout.unflatten(gradient.attach(at, z, params).z)
+        with without_autocast(layout.device), call.following(direct):
+            return as_given(gradient.attach(at, z, params).z, record)
 
     figures = (found.status, found.steps, found.residual)
     status, steps, residual = figures if problem.batched else (t[0] for t in figures)
     transformed = is_transformed(found.z)
     trajectory = () if transformed else tuple(layout.unflatten(z) for z in outcome.trajectory)
     solution = Solution(
-        layout.unflatten(found.z),
+        reached_value,
         status,
         steps,
         residual,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from torchimplicit.auxiliary import Auxiliary
 from torchimplicit.closure import Closure, relayed
@@ -138,6 +139,32 @@ class FlatCall:
         self.members = Members(self.modules)
         self.left = True
         self.autocast = AutocastState(layout.device)
+        self._follows = False
+        self._latest: tuple[Tensor, Any] | None = None
+
+    @contextmanager
+    def following(self, direct: bool) -> Iterator[None]:
+        """Where autograd differentiates the calls themselves (``direct``), one that begins where the last one ended
+        takes the leaves that were returned, and not copies of them, as a loop written by hand does."""
+        self._follows = direct and len(self.layout.shapes) > 1 and self.layout.chart is None
+        try:
+            yield
+        finally:
+            self._follows, self._latest = False, None
+
+    def returned(self, z: Tensor) -> Any:
+        """The leaves that the function returned for the flat state ``z``; ``None`` where they are not to be had, or not
+        to be given away."""
+        if self._latest is None or self._latest[0] is not z:
+            return None
+        leaves = pytree.tree_leaves(self._latest[1])
+        # one without a history may be an argument, a buffer or a parameter
+        return self._latest[1] if all(leaf.grad_fn is not None for leaf in leaves) else None
+
+    def _state(self, z: Any) -> Any:
+        if self._latest is not None and self._latest[0] is z:
+            return self._latest[1]
+        return self.problem.state(self.layout, z)
 
     @contextmanager
     def at_home(self) -> Iterator[None]:
@@ -152,20 +179,23 @@ class FlatCall:
         if self.left or self.autocast.dtype is not None or torch.is_grad_enabled():
             output = self._as_stated(z, args)
         else:  # the loop's evaluations, where nothing can have changed
-            output = self.function(self.problem.state(self.layout, z), *args)
+            output = self.function(self._state(z), *args)
         if self.aux is not None:
             self.aux.called(z)
         cast = self.autocast.dtype is not None
         if isinstance(z, tuple):
             return self.problem.flat_parts(self.layout, output, z[0].shape[0], cast)
-        return self.problem.flat_output(self.layout, output, z.shape[0], cast)
+        flat = self.problem.flat_output(self.layout, output, z.shape[0], cast)
+        if self._follows and not cast:
+            self._latest = flat, pytree.tree_map(lambda leaf: leaf.contiguous(), output)
+        return flat
 
     def _as_stated(self, z: Tensor | tuple[Tensor, ...], args: tuple[Any, ...]) -> Any:
         with self.autocast(), self.members.restored() if self.left else nullcontext(), thawing():
             if self.members.normalize and torch.is_grad_enabled():
                 with self.members.with_copied_statistics():
-                    return self.function(self.problem.state(self.layout, z), *args)
-            return self.function(self.problem.state(self.layout, z), *args)
+                    return self.function(self._state(z), *args)
+            return self.function(self._state(z), *args)
 
 
 def _carries_batch(t: Tensor, rows: int) -> bool:

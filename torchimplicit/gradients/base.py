@@ -240,7 +240,15 @@ def reported(z: Tensor, record: AdjointRecord, report: Report) -> Tensor:
             record.report = report
 
         z.register_hook(leave)
+        record.coming = report
     return z
+
+
+def owned(task: Task, z: Tensor) -> Tensor:
+    """The last iterate, as something to give away: a copy, for it may be an argument, a buffer or a parameter that the
+    function returned, unless its history tells that it is none."""
+    base = z._base if task.direct and z._is_view() else z
+    return z if task.direct and base is not None and base.grad_fn is not None else z.clone()
 
 
 def differentiable(params: Sequence[Tensor]) -> bool:

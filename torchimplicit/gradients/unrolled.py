@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchimplicit.closure import is_vmapped
 from torchimplicit.errors import UnsupportedDerivativeError
-from torchimplicit.gradients.base import Found, Gradient, Task, differentiable, refuse_detached, reported
+from torchimplicit.gradients.base import Found, Gradient, Task, differentiable, owned, refuse_detached, reported
 from torchimplicit.solvers import Solver
 
 
@@ -51,5 +51,4 @@ def through_steps(task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
     report = outcome.report
     if outcome.z.requires_grad:
         refuse_detached(task, outcome.z, params)
-    # a copy, for the last iterate may be an argument, a buffer or a parameter that the function returned
-    return Found(outcome.z.clone(), report.status, report.steps, report.residual)
+    return Found(owned(task, outcome.z), report.status, report.steps, report.residual)

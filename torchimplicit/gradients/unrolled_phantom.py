@@ -9,7 +9,16 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from torchimplicit.gradients.base import Found, Gradient, Task, differentiable, refuse_detached, reported, truncated
+from torchimplicit.gradients.base import (
+    Found,
+    Gradient,
+    Task,
+    differentiable,
+    owned,
+    refuse_detached,
+    reported,
+    truncated,
+)
 from torchimplicit.gradients.nodes import Grads, Solve, undifferentiated
 from torchimplicit.problems.image_system import ImageSystem
 from torchimplicit.solvers import Solver
@@ -58,8 +67,7 @@ class UnrolledPhantom(Gradient):
             refuse_detached(task, found.z, params)
         task.spent(self.steps)
         figures = truncated(h.detach(), self.steps, float(self.steps - 1))
-        # a copy, for the map may have returned an argument, a buffer or a parameter
-        return found._replace(z=reported(h.clone(), task.record, figures))
+        return found._replace(z=reported(owned(task, h), task.record, figures))
 
     def recorded(self, solver: Solver) -> int | None:
         return None if solver.steps is None else 0
