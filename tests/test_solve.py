@@ -78,7 +78,7 @@ def test_refuses_what_is_no_strategy(options, words):
         (FixedPoint(torch.cos), {"gradient": SharedInverse()}, r"solver is Anderson: solve with solver=Broyden\(\)"),
         (FixedPoint(torch.cos), {"gradient": EquilibriumPropagation()}, r"differentiates a Minimum.*Implicit\(\)"),
         (FixedPoint(torch.cos), {"solver": LBFGS()}, "needs an energy"),
-        (Root(torch.cos), {"gradient": EquilibriumPropagation()}, "which has an energy"),
+        (Root(torch.cos), {"gradient": EquilibriumPropagation()}, "differentiates a Minimum"),
     ],
 )
 def test_refuses_what_does_not_go_together(problem, options, words):
