@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +39,15 @@ class Auxiliary:
         """The map has returned ``value``."""
         if self.listening:
             self.value, self.recorded = value, torch.is_grad_enabled()
+
+    @contextmanager
+    def unheard(self) -> Iterator[None]:
+        """Calls in the context are none of the solve's, and not noted."""
+        before, self.listening = self.listening, False
+        try:
+            yield
+        finally:
+            self.listening = before
 
     def called(self, z: Any) -> None:
         """That was at ``z``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -220,7 +221,8 @@ def refuse_detached(task: Task, z: Tensor, params: Sequence[Tensor]) -> None:
     known = known_by(task.function)
     if known in _seen or any(map(is_transformed, (z, *params))):
         return
-    with torch.enable_grad(), torch.random.fork_rng([z.device] if z.device.type == "cuda" else []):
+    quiet = nullcontext() if task.aux is None else task.aux.unheard()
+    with torch.enable_grad(), torch.random.fork_rng([z.device] if z.device.type == "cuda" else []), quiet:
         task.system.linearize(z.detach(), params).look()
     _seen.add(known)
 
