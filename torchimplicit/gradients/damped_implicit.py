@@ -55,7 +55,9 @@ class DampedImplicit(LinearEstimate):
     def supports(self, system: System, solver: Solver) -> str | None:
         if isinstance(system, MinimumSystem):
             return None
-        return "DampedImplicit is for a Minimum that is free or on a single LinearEquality: here use Implicit()"
+        return (
+            "DampedImplicit is for a Minimum, which has a Hessian, on a single LinearEquality or none: use Implicit()"
+        )
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         solver = task.adjoint_solver(self.linear_solver, tape.z)

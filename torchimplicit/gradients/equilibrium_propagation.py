@@ -81,8 +81,8 @@ class EquilibriumPropagation(Gradient):
         if isinstance(system, MinimumSystem):
             return None
         return (
-            "EquilibriumPropagation differentiates a Minimum, free or on a single LinearEquality: for this problem use "
-            "Implicit()"
+            "EquilibriumPropagation differentiates a Minimum, which has an energy, free or on a single LinearEquality: "
+            "for this problem use Implicit()"
         )
 
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
