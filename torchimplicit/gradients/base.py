@@ -222,7 +222,7 @@ def refuse_detached(task: Task, z: Tensor, params: Sequence[Tensor]) -> None:
     if known in _seen or any(map(is_transformed, (z, *params))):
         return
     quiet = nullcontext() if task.aux is None else task.aux.unheard()
-    with torch.enable_grad(), torch.random.fork_rng([z.device] if z.device.type == "cuda" else []), quiet:
+    with torch.enable_grad(), past_hooks(), torch.random.fork_rng([z.device] if z.device.type == "cuda" else []), quiet:
         task.system.linearize(z.detach(), params).look()
     _seen.add(known)
 
