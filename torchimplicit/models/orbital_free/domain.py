@@ -11,11 +11,11 @@ from torch import Tensor
 
 from torchimplicit.models.orbital_free.molecule import Molecule
 
-CENTRES = (1.5, 2.5, 4.0, 6.0)
-"""Bohr: a bond to hydrogen, a bond, the second and the third neighbours."""
-
-WIDTH = 0.35
-"""Of a Gaussian about a centre, relative to it."""
+CENTRES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
+WIDTHS = (0.3, 0.3, 0.3, 0.3, 0.4, 0.8, 1.0)
+WEIGHTS = (2.0, 1.5, 1.0, 1.0, 0.7, 0.3, 0.2)
+"""Of the Gaussians in the distance of a neighbour, in bohr: a bond that is too short counts most, for energies fail there
+first; second neighbours least."""
 
 SHARE = 0.9
 """Of the training molecules, those that are no farther from the others than the limit."""
@@ -26,14 +26,14 @@ SHARE = 0.9
 class Domain:
     """The surroundings of the atoms of a training set.
 
-    An atom's surroundings are, for each element, how many neighbours it has at about each of :data:`CENTRES`; the
-    distance between those of two atoms of one element is Euclidean: an atom with one bond more or less is about one
-    away. A molecule is as far from the set as its strangest atom is from the nearest atom there.
+    An atom's surroundings are, for each element, how many neighbours it has at about each of :data:`CENTRES`, times a
+    weight; the distance between those of two atoms of one element is Euclidean: an atom with one bond more or less is
+    about one away. A molecule is as far from the set as its strangest atom is from the nearest atom there.
 
     Attributes:
         elements: nuclear charges that occur, ``[elements]``.
         charges: of the atoms, ``[atoms]``.
-        surroundings: theirs, ``[atoms, elements * 4]``.
+        surroundings: theirs, ``[atoms, elements * 7]``.
         limit: farther away, a molecule is strange to the set: the distance from one training molecule to the others
             that nine in ten do not exceed; zero for a set of a single one.
     """
@@ -70,10 +70,10 @@ class Domain:
 
 
 def _surroundings(molecule: Molecule, elements: Tensor) -> Tensor:
-    """``[atoms, elements * 4]``."""
+    """``[atoms, elements * 7]``."""
     distance = torch.cdist(molecule.positions, molecule.positions)
-    centres = distance.new_tensor(CENTRES)
-    near = torch.exp(-0.5 * ((distance[..., None] - centres) / (WIDTH * centres)).square())
+    centres, widths, weights = distance.new_tensor((CENTRES, WIDTHS, WEIGHTS))
+    near = weights * torch.exp(-0.5 * ((distance[..., None] - centres) / widths).square())
     near = near * ~torch.eye(len(distance), dtype=torch.bool)[..., None]
     kinds = (molecule.charges[:, None] == elements).to(near)
     return torch.einsum("abk,be->aek", near, kinds).flatten(1)
