@@ -32,7 +32,7 @@ ROOT = Polyalgorithm(
 """Newton's method with a line search; with a trust region, which crosses narrow valleys; with more damping; then
 without a safeguard, and along a flow, which both pass by the places where the residual's norm is least."""
 
-MINIMUM = Polyalgorithm(members=(LBFGS(max_steps=200), NewtonCG(), LBFGS()))
+MINIMUM = Polyalgorithm(members=(LBFGS(max_steps=200), NewtonCG(max_steps=1000), LBFGS()))
 """What crawls goes on by Newton's method; where the energy has no second derivative, as it began."""
 
 ON_SET = ProjectedNewton()

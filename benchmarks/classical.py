@@ -1,0 +1,150 @@
+"""Success against effort on classical systems of equations: every solver of ours beside SciPy's.
+
+``python -m benchmarks.classical`` solves the systems of ``tests/classical/roots.py`` (those of fewer than 200 unknowns)
+from their standard starts and from ten and a hundred times as far, and writes a record (JSON), a table and a figure
+below ``benchmarks/results``. An evaluation is one call of the function; what ours take of products with the Jacobian
+beside, by automatic differentiation, is not counted, while SciPy's Jacobians by differences are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+import scipy.optimize
+import torch
+
+import torchimplicit as ti
+from tests.classical.roots import LARGE, ROOTS
+
+SOLVED, WRONG = 1e-6, 1e-4
+TIMES = (1, 10, 100)
+OURS: dict[str, Any] = {
+    "default": None,
+    "NewtonKrylov": ti.NewtonKrylov(),
+    "TrustRegion": ti.TrustRegion(),
+    "LevenbergMarquardt": ti.LevenbergMarquardt(),
+    "PseudoTransient": ti.PseudoTransient(),
+    "Broyden": ti.Broyden(max_steps=200),
+    "Anderson": ti.Anderson(max_steps=200),
+}
+THEIRS = ("hybr", "lm", "df-sane", "krylov")
+
+
+def ours(f: Any, start: torch.Tensor, solver: Any) -> tuple[float, bool, float]:
+    """The residual's norm, whether it was called converged, and the evaluations."""
+    solution = ti.solve(ti.Root(f, batched=False), start, solver=solver, throw=False)
+    return float(f(solution.value).norm()), bool(solution.converged), float(solution.evaluations)
+
+
+def theirs(f: Any, start: torch.Tensor, method: str) -> tuple[float, bool, float]:
+    count = 0
+
+    def g(z: Any) -> Any:
+        nonlocal count
+        count += 1
+        return f(torch.from_numpy(np.asarray(z, dtype=float))).numpy()
+
+    options = {"krylov": {"maxiter": 200}, "df-sane": {"maxfev": 5000}}.get(method, {})
+    try:
+        with np.errstate(all="ignore"):
+            found = scipy.optimize.root(g, start.numpy(), method=method, options=options)
+        return float(np.linalg.norm(g(found.x))), bool(found.success), count
+    except (ValueError, ArithmeticError, np.linalg.LinAlgError):
+        return float("nan"), False, count
+
+
+def measure(seconds: float) -> dict[str, Any]:
+    """The record; what has not been begun after so many seconds is left out of it."""
+    begun, record = time.time(), {}
+    for name in (*OURS, *THEIRS):
+        for times in TIMES:
+            if time.time() - begun > seconds:
+                return record
+            rows = {}
+            for problem, (f, start) in ROOTS.items():
+                if len(start) < LARGE and (times == 1 or bool(start.any())):
+                    run = ours(f, times * start, OURS[name]) if name in OURS else theirs(f, times * start, name)
+                    rows[problem] = run
+            record[f"{name} x{times}"] = rows
+            print(name, times, sum(r[0] <= SOLVED for r in rows.values()), len(rows), flush=True)
+    return record
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown: solved of how many, median evaluations of the solved, claims that are false."""
+    lines = [
+        "| solver | standard start | ×10 | ×100 | median evaluations | false claims |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in (*OURS, *THEIRS):
+        runs = [record.get(f"{name} x{times}") for times in TIMES]
+        if any(run is None for run in runs):
+            continue
+        label = (
+            f"SciPy `{name}`"
+            if name in THEIRS
+            else "**`ti.solve`, no solver named**"
+            if name == "default"
+            else f"`{name}`"
+        )
+        cells = [f"{sum(r[0] <= SOLVED for r in run.values())} of {len(run)}" for run in runs]
+        effort = [statistics.median([r[2] for r in run.values() if r[0] <= SOLVED] or [0]) for run in runs]
+        false = sum(r[1] and not r[0] <= WRONG for run in runs for r in run.values())
+        lines.append(f"| {label} | {' | '.join(cells)} | {' / '.join(f'{e:.0f}' for e in effort)} | {false} |")
+    return "\n".join(lines)
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """The share of all runs that are solved within so many evaluations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for name in (*OURS, *THEIRS):
+        runs = [r for times in TIMES for r in record.get(f"{name} x{times}", {}).values()]
+        if not runs:
+            continue
+        effort = sorted(r[2] for r in runs if r[0] <= SOLVED)
+        style = {"linewidth": 2.5} if name == "default" else {"linestyle": "--" if name in THEIRS else "-"}
+        axes.step(effort, np.arange(1, len(effort) + 1) / len(runs), where="post", label=name, **style)
+    axes.set(xscale="log", xlabel="evaluations of the function", ylabel="share of runs solved", ylim=(0, 1))
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--again", type=Path, help="a record, to write its table and figure anew")
+    settings = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    record = json.loads(settings.again.read_text())["runs"] if settings.again else measure(settings.seconds)
+    stem = settings.out / f"classical-{time.strftime('%Y-%m-%d')}"
+    versions = {"torch": torch.__version__, "scipy": scipy.__version__, "torchimplicit": ti.__version__}
+    stem.with_suffix(".json").write_text(json.dumps({"versions": versions, "runs": record}))
+    said = (
+        "# Classical systems of equations\n\n"
+        f"By `python -m benchmarks.classical`, {time.strftime('%Y-%m-%d')}, float64: "
+        f"{len(record.get('default x1', {}))} systems, "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + f".\n\n## Table\n\n{table(record)}\n\n## Figure\n\n![figure]({stem.name}.png)\n"
+    )
+    stem.with_suffix(".md").write_text(said)
+    draw(record, stem.with_suffix(".png"))
+    print(table(record))
+
+
+if __name__ == "__main__":
+    main()
