@@ -151,13 +151,19 @@ def module_of(function: Any) -> nn.Module | None:
     return None
 
 
+def _inside(function: Any) -> Any:
+    """What a function calls in its turn, where that is known."""
+    names = ("func", "__func__", "__wrapped__")
+    return next((inner for name in names if callable(inner := getattr(function, name, None))), None)
+
+
 def known_by(function: Any) -> Any:
     """What tells ``function`` in later solves, to be remembered by weak reference: its module, or its code, since a
-    lambda is made anew for every solve; of another callable object, its type."""
+    lambda is made anew for every solve; of another callable object, its type. A partial, a bound method and a wrapper
+    that names what it wraps (``func``, ``__wrapped__``) are known by that."""
     module = module_of(function)
-    while module is None and isinstance(function, (functools.partial, types.MethodType)):
-        function = function.func if isinstance(function, functools.partial) else function.__func__
-        module = module_of(function)
+    while module is None and (inner := _inside(function)) is not None:
+        function, module = inner, module_of(inner)
     if module is not None:
         return module
     return getattr(function, "__code__", None) or type(function)

@@ -49,6 +49,6 @@ def through_steps(task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
     outcome = task.run(task.system, z0, params)
     task.outcomes.append(outcome)
     report = outcome.report
-    if outcome.z.requires_grad:
+    if outcome.z.requires_grad and task.solver.steps is None:  # given steps are a loop written by hand
         refuse_detached(task, outcome.z, params)
     return Found(owned(task, outcome.z), report.status, report.steps, report.residual)

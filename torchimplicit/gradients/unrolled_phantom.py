@@ -63,7 +63,8 @@ class UnrolledPhantom(Gradient):
                 h = image if self.damping == 1.0 else torch.lerp(h, image, self.damping)
             else:
                 h = h + self.damping * system.at(h, params).residual
-        if self.steps > 1 and h.requires_grad:  # of one step the derivative in the state is not asked for
+        # of one step the derivative in the state is not asked for; given steps are a loop written by hand
+        if self.steps > 1 and h.requires_grad and task.solver.steps is None:
             refuse_detached(task, found.z, params)
         task.spent(self.steps)
         figures = truncated(h.detach(), self.steps, float(self.steps - 1))

@@ -190,7 +190,8 @@ class Linearization:
     def _grad(self, out: Tensor, at: Tensor, v: Tensor) -> Tensor:
         grad = None
         if out.requires_grad:
-            if out.device.type == "cpu":  # in this thread, which needs nothing of what torch.autograd.grad prepares
+            # in this thread, which needs nothing of what torch.autograd.grad prepares, unless a mode must see the call
+            if out.device.type == "cpu" and not torch._C._len_torch_function_stack():
                 run = Variable._execution_engine.run_backward
                 (grad,) = run((out,), (v,), True, False, (at,), allow_unreachable=True, accumulate_grad=False)
             else:
