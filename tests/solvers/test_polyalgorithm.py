@@ -141,3 +141,49 @@ def test_validation():
         Polyalgorithm(members=[Anderson()])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="polyalgorithms"):
         Polyalgorithm(members=(Anderson(), Polyalgorithm(members=(Broyden(),))))
+
+
+def wells(z: torch.Tensor) -> torch.Tensor:
+    """Saddles where some of the entries after the first are zero; minima of value zero at 0, ±1, ±1, ..."""
+    return z[:, 0] ** 2 + ((z[:, 1:] ** 2 - 1) ** 2).sum(dim=1)
+
+
+@pytest.mark.parametrize("dim", [2, 5, 100])
+def test_a_minimization_that_begins_at_a_saddle_leaves_it(dim):
+    z0 = torch.zeros(3, dim, dtype=torch.float64)
+    z0[1], z0[2, 0] = 0.7, 1.0  # the second is no saddle; the third slides into one, in a step or two
+    solution = ti.solve(ti.Minimum(wells), z0)
+    assert solution.converged.all()
+    assert wells(solution.value).abs().max() < 1e-12
+
+
+def test_a_start_at_the_minimum_stays_there():
+    z0 = torch.ones(2, 3, dtype=torch.float64)
+    z0[:, 0] = 0
+    solution = ti.solve(ti.Minimum(wells), z0)
+    assert solution.converged.all()
+    assert torch.equal(solution.value, z0)
+    assert solution.steps.tolist() == [0, 0]
+    assert solution.evaluations == 1
+
+
+def test_the_derivative_beyond_a_saddle():
+    a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    def energy(z, a):
+        return a * z[:, 0] ** 2 / 2 - a * z[:, 1] ** 2 / 2 + z[:, 1] ** 4 / 4
+
+    value = ti.solve(ti.Minimum(energy), torch.zeros(1, 2, dtype=torch.float64), a).value
+    (slope,) = torch.autograd.grad(value[0, 1].abs(), a)
+    torch.testing.assert_close(slope, 0.5 * a.detach() ** -0.5)
+
+
+@pytest.mark.filterwarnings("ignore::torchimplicit.ConvergenceWarning")
+def test_a_saddle_from_which_no_minimum_is_found_is_named():
+    def saddle(z):
+        return z[:, 0] ** 2 - z[:, 1] ** 2
+
+    solution = ti.solve(ti.Minimum(saddle), torch.zeros(1, 2, dtype=torch.float64), throw=False)
+    assert solution.status.tolist() == [ti.Status.SADDLE]
+    with pytest.warns(ti.ConvergenceWarning, match="SADDLE"):
+        ti.solve(ti.Minimum(saddle), torch.zeros(1, 2, dtype=torch.float64))

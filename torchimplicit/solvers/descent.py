@@ -13,6 +13,9 @@ from torchimplicit.problems import Point
 from torchimplicit.solution import Status
 from torchimplicit.solvers.base import Evaluator
 
+DENSE, PROBES = 64, 24
+"""Up to how many unknowns the least eigenvalue is exact, and by how many products it is sought beyond."""
+
 
 class Descent(NamedTuple):
     """A direction ``[batch, dim]`` along which the energy falls; bool ``[batch]``, where it is Newton's step; bool
@@ -88,6 +91,39 @@ def downhill(operator: LinearOperator, residual: Tensor, found: LinearSolution) 
         p = r + torch.where(live, after / rr, 0)[:, None] * p
         rr = after
     return Descent(torch.where(bad[:, None], x, d), found.report.converged & ~bad)
+
+
+def lowest(operator: LinearOperator) -> tuple[Tensor, Tensor]:
+    """The least eigenvalue ``[batch]`` of a symmetric operator where it is negative beyond rounding, else zero, and the
+    sum of the unit vectors of all that are negative ``[batch, dim]``, of unit length.
+
+    Beyond ``DENSE`` dimensions these are Ritz values and vectors of ``PROBES`` Lanczos steps from a random vector,
+    always the same: they prove a negative eigenvalue but need not find one."""
+    dtype, eps = working_dtype(operator.dtype), torch.finfo(operator.dtype).eps
+    basis = None
+    if operator.dim <= DENSE:
+        matrix = operator.spectrum_matrix(dtype)
+    else:
+        start = torch.randn(operator.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        v = operator.project(start.to(operator.device, operator.dtype).expand(operator.batch, -1)).to(dtype)
+        basis = images = v.new_zeros(operator.batch, operator.dim, 0)
+        for _ in range(PROBES):
+            for _ in range(2):  # once leaves rounding behind
+                v = v - (basis @ (basis.mT @ v[:, :, None]))[:, :, 0]
+            v = torch.nn.functional.normalize(v, dim=1)
+            image = operator.product(v.to(operator.dtype)).to(dtype)
+            basis, images = (torch.cat((t, c[:, :, None]), dim=2) for t, c in ((basis, v), (images, image)))
+            v = image
+        matrix = basis.mT @ images
+        matrix = 0.5 * (matrix + matrix.mT)
+    finite = matrix.isfinite().all(dim=2).all(dim=1)
+    values, vectors = torch.linalg.eigh(matrix.where(finite[:, None, None], 0))
+    rounding = operator.dim * eps * values.abs().amax(dim=1, keepdim=True)
+    negative = values < -rounding
+    vector = torch.nn.functional.normalize((vectors * negative[:, None, :]).sum(dim=2), dim=1)
+    if basis is not None:
+        vector = (basis.nan_to_num(0, 0, 0) @ vector[:, :, None])[:, :, 0]
+    return torch.where(negative[:, 0], values[:, 0], 0), operator.project(vector.to(operator.dtype))
 
 
 def leave(

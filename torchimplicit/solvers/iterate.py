@@ -45,6 +45,7 @@ def iterate(
     first: Point | None = None,
     recorded: int | None = None,
     only: Tensor | None = None,
+    since: Tensor | None = None,
 ) -> Outcome:
     """Solve ``system`` from ``z0`` (``[batch, dim]``). Differentiable by autograd where grad mode is on.
 
@@ -52,6 +53,8 @@ def iterate(
         first: the evaluation at ``z0``, where it has been made already.
         recorded: how many of the last of a given number of steps autograd sees; ``None``: all.
         only: bool ``[batch]``, the samples to solve for; ``None``: all. The figures of the others say nothing.
+        since: the sizes of the state where another solver began that has led to ``z0``, ``[batch]`` or ``[batch,
+            leaves]``: first sizes, besides those of ``z0``.
     """
     if solver.steps is not None:
         return take_steps(solver.leading, system, z0, params, first, recorded)
@@ -62,7 +65,7 @@ def iterate(
         if together is not None:
             return together
     evaluate = Evaluator(system, params, rows_evaluated=0 if first is None else z0.shape[0])
-    loop = _Loop(solver, evaluate, evaluate(evaluate.place(z0)) if first is None else first, only)
+    loop = _Loop(solver, evaluate, evaluate(evaluate.place(z0)) if first is None else first, only, since=since)
     outcome = loop.run()
     if not loop.stepped:  # and what was found so was found by the whole
         return outcome
@@ -88,6 +91,7 @@ def reviewed(
         unsolved: whether steps have run out.
     """
     system, params = evaluate.system, evaluate.params
+    since = None if judge.measure is None else judge.measure.since
     for tried in range(ROUNDS + 1):
         verdict = review(solver, evaluate, outcome, judge, mixed or solver.searches)
         outcome = verdict.outcome
@@ -104,7 +108,7 @@ def reviewed(
         left = replace(solver, max_steps=solver.max_steps - int(outcome.report.steps[verdict.again].amin()))
         evaluate.rows_evaluated = 0
         # what its last step told a sample of its terms was too much
-        loop = _Loop(left, evaluate, evaluate(outcome.z), only=verdict.again, strict=0.1 ** (tried + 1))
+        loop = _Loop(left, evaluate, evaluate(outcome.z), only=verdict.again, strict=0.1 ** (tried + 1), since=since)
         outcome = after(outcome, loop.run(), verdict.again)
         mixed, unsolved = loop.mixed, loop.active > 0
     assert verdict.again is not None
@@ -132,7 +136,13 @@ class _Loop:
     """
 
     def __init__(
-        self, solver: Solver, evaluate: Evaluator, point: Point, only: Tensor | None = None, strict: float = 1.0
+        self,
+        solver: Solver,
+        evaluate: Evaluator,
+        point: Point,
+        only: Tensor | None = None,
+        strict: float = 1.0,
+        since: Tensor | None = None,
     ):
         self.solver = solver
         self.evaluate = evaluate
@@ -145,7 +155,7 @@ class _Loop:
             and not (solver.keep_trajectory or solver.keep_trace)
             and not torch.is_grad_enabled()
         )
-        self.judge = Judge(evaluate.system, point, solver.rtol, solver.atol, strict)
+        self.judge = Judge(evaluate.system, point, solver.rtol, solver.atol, strict, since)
         self.first_judge = self.judge
         self.point = self.best = point = self.judge.start(point)
         reach, size, first = point.reach(), point.size(), self.judge.first

@@ -14,14 +14,20 @@ from torchimplicit.problems import Point, System
 from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.solution import Status, Turn
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
+from torchimplicit.solvers.descent import leave, lowest
 from torchimplicit.solvers.outcome import Outcome
 from torchimplicit.solvers.review import after
 from torchimplicit.state import row_norm
 
 _FOR_ALL = ("rtol", "atol", "keep_trajectory", "keep_trace", "return_last", "check_every")
 
+TRIALS = 20
+"""How far from a saddle a lower place is sought: the state's size and less, a quarter each time."""
+ROUNDS = 4
+"""How many saddles are left, one after the other."""
+
 Solve = Callable[..., Outcome]
-"""``(solver, system, z0, params, first, only=...)``, see :func:`~torchimplicit.solvers.iterate.iterate`."""
+"""``(solver, system, z0, params, first, only=..., since=...)``, see :func:`~torchimplicit.solvers.iterate.iterate`."""
 
 
 @final
@@ -123,15 +129,23 @@ def in_turn(
     report = outcome.report
     if torch.is_grad_enabled() or any(is_transformed(t) for t in (outcome.z, report.status)):
         return outcome
-    if not bool(report.status.any()):  # all of them CONVERGED
-        return replace(outcome, turns=(Turn(type(lead).__name__, len(z0), len(z0)),))
-    turns = [_turn(lead, outcome, torch.ones_like(report.status, dtype=torch.bool))]
     descends = isinstance(system, MinimumSystem)
+    stood = _rests(outcome) if descends else torch.zeros_like(report.converged)
+    short, standing = torch.stack((report.status != Status.CONVERGED, stood)).any(dim=1).tolist()
+    turns = [] if short else [Turn(type(lead).__name__, len(z0), len(z0))]
+    turns = turns or [_turn(lead, outcome, torch.ones_like(report.status, dtype=torch.bool))]
+    if standing:
+        outcome, left = _off_saddles(solve, solver.adapted(lead, solver.max_steps), system, outcome, params, stood)
+        if left is not None:
+            turns.append(_turn(lead, outcome, left))
+            short = True
+    if not short:
+        return replace(outcome, turns=tuple(turns))
     coupling, products = system.coupling, None
     for member in others:
         report = outcome.report
         hopeless = (report.status == Status.NONFINITE) & (report.steps == 0)
-        left = (report.status != Status.CONVERGED) & ~hopeless
+        left = (report.status != Status.CONVERGED) & (report.status != Status.SADDLE) & ~hopeless
         budget = solver.max_steps - report.steps
         count, least = torch.stack((left.sum(), torch.where(left, budget, solver.max_steps).amin())).tolist()
         if not count or least < 1:
@@ -145,12 +159,57 @@ def in_turn(
         anew = left & ((report.status == Status.BREAKDOWN) | (report.status == Status.NONFINITE))
         start = outcome.z if descends else torch.where(anew[:, None], z0, outcome.z)
         depend = coupling is not None and coupling.found and not coupling.promised
-        found = solve(solver.adapted(member, least), system, start, params, only=None if depend else left)
+        only, since = None if depend else left, system.norms(z0)
+        found = solve(solver.adapted(member, least), system, start, params, only=only, since=since)
         if coupling is not None and coupling.found and not coupling.promised:
             left = torch.ones_like(left)
         turns.append(_turn(member, found, left))
         outcome = _better(outcome, found, left, descends)
     return replace(outcome, turns=tuple(turns), state=None)
+
+
+def _off_saddles(
+    solve: Solve, lead: Solver, system: System, outcome: Outcome, params: Sequence[Tensor], stood: Tensor
+) -> tuple[Outcome, Tensor | None]:
+    """The outcome once saddles are left, and which samples were at one, ``None`` for none.
+
+    Of the samples that ``stood`` (bool ``[batch]``) at a stationary point where they began, or have no gradient at all,
+    nothing says that it is a minimum. Where the Hessian has a negative eigenvalue, they go down along it and on from
+    there, or are named."""
+    if system.coupling is not None and system.coupling.found and not system.coupling.promised:
+        return outcome, None
+    moved, named = None, torch.zeros_like(stood)
+    for _ in range(ROUNDS):  # what lies below may be a saddle again
+        try:
+            least, downward = lowest(system.operator(system.linearize(outcome.z, params), False))
+        except (RuntimeError, ValueError, NotImplementedError):  # no second derivative
+            break
+        chosen = stood & ~named & (least < 0)
+        if not bool(chosen.any()):
+            break
+        evaluate = Evaluator(system, params)
+        point = evaluate(outcome.z)
+        beside, stays = leave(evaluate, point, point, downward, chosen, TRIALS)
+        found = solve(lead, system, beside.z, params, only=chosen & ~stays)
+        evaluations = found.report.evaluations + evaluate.rows_evaluated / len(stood)
+        outcome = _better(
+            outcome, replace(found, report=replace(found.report, evaluations=evaluations)), chosen & ~stays, True
+        )
+        named = named | stays | (chosen & (found.report.status == Status.NONFINITE))
+        moved = chosen if moved is None else moved | chosen
+        stood = chosen & _rests(outcome)
+    else:
+        named = named | stood
+    status = outcome.report.status.masked_fill(named, int(Status.SADDLE))
+    return replace(outcome, report=replace(outcome.report, status=status)), moved
+
+
+def _rests(outcome: Outcome) -> Tensor:
+    """bool ``[batch]``: which are said to be solved and did not move there, or have no gradient at all."""
+    norm = outcome.norm
+    assert norm is not None
+    nothing = norm == 0 if norm.ndim == 1 else (norm == 0).all(dim=1)
+    return outcome.report.converged & ((outcome.report.steps == 0) | nothing)
 
 
 def _turn(member: Solver, outcome: Outcome, samples: Tensor) -> Turn:

@@ -103,10 +103,11 @@ class Measure:
     has run off, every residual is small.
 
     Attributes:
+        since: ``[batch]`` or ``[batch, leaves]``, what it was at first, here or where another solver began.
         local: bool ``[batch]`` or ``[batch, leaves]``: where what is known of the terms is known of the present point.
     """
 
-    def __init__(self, system: System, point: Point, rtol: float | Tensor):
+    def __init__(self, system: System, point: Point, rtol: float | Tensor, since: Tensor | None = None):
         eps = torch.finfo(point.z.dtype).eps
         usual = default_rtol(point.z.dtype)
         self.system = system
@@ -119,7 +120,8 @@ class Measure:
             rtol = rtol or usual
             self.share, self.near = min(ROUNDING * eps / rtol, 0.1), rtol**0.5
         self.recent = system.norms(point.z)
-        self.least = self.recent * (eps / self.share)
+        self.since = self.recent if since is None else torch.maximum(self.recent, since)
+        self.least = self.since * (eps / self.share)
         self.most = torch.full_like(self.recent, torch.inf)
         self.begun = False
         self.refused: Tensor | None = None
@@ -204,7 +206,13 @@ class Judge:
     floor: Tensor | None
 
     def __init__(
-        self, system: System, point: Point, rtol: Tolerance | None, atol: Tolerance | None, strict: float = 1.0
+        self,
+        system: System,
+        point: Point,
+        rtol: Tolerance | None,
+        atol: Tolerance | None,
+        strict: float = 1.0,
+        since: Tensor | None = None,
     ):
         like = point.z
         usual = default_rtol(like.dtype)
@@ -212,7 +220,7 @@ class Judge:
         self.rtol = usual if rtol is None else by_leaf(rtol, system, like, "rtol")
         self.atol = 0.0 if atol is None else by_leaf(atol, system, like, "atol")
         self.strict = strict
-        self.measure = Measure(system, point, self.rtol) if point.scale is None else None
+        self.measure = Measure(system, point, self.rtol, since) if point.scale is None else None
         self.first = self.floor = None
         if point.scale is not None:
             # a solution at zero has terms that vanish with it
