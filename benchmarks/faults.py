@@ -3,7 +3,7 @@
     python benchmarks/faults.py
 
 Every case has a reference: backpropagation through so many plain iterations that nothing changes any more, in float64
-where the case is not one of float32. A library is *right*, *raises*, *warns* (a number that is not right came out, and a
+where the case is not one of float32. A library is *right*, *raises*, *warns* (a number that is wrong came out, and a
 warning with it), is *WRONG* (without a warning), or has nothing of the kind ("–").
 """
 
