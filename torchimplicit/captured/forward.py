@@ -53,8 +53,6 @@ class Forward(NamedTuple):
 
 def compiled_forward(graph: Graph, solver: Solver) -> Compiled:
     """``(z0, *inputs) -> Forward``, as a flat tuple."""
-    step = step_of(solver)
-    assert step is not None
     coupled = graph.problem.batched and not graph.problem.rowwise
 
     def at(z: Tensor, *inputs: Any) -> Point:
@@ -63,6 +61,8 @@ def compiled_forward(graph: Graph, solver: Solver) -> Compiled:
 
     def solve(z0: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         system, params = graph.system(inputs)
+        step = step_of(solver, system.separate)
+        assert step is not None
         evaluate = _evaluate(at, z0, inputs, graph.problem.by_gradient)
         first = evaluate(z0, inputs)
         judge = Judge(system, first, solver.rtol, solver.atol)

@@ -13,8 +13,9 @@ from torch import Tensor
 from torchimplicit.precision import widened
 from torchimplicit.problems import Point
 from torchimplicit.solvers import Anderson, Broyden, FixedPointIteration, GradientDescent, Solver
+from torchimplicit.solvers.anderson import leaf_weights, spread
 from torchimplicit.solvers.broyden import unit_of
-from torchimplicit.state import row_norm
+from torchimplicit.state import Leaves, row_norm
 
 Rings = tuple[Tensor, ...]
 """Long memories, ``[batch, memory, ...]``, which steps write to in place. What has not been written yet is garbage."""
@@ -130,21 +131,31 @@ class Heavy(Step):
 class Past(NamedTuple):
     """As :class:`~torchimplicit.solvers.anderson.AndersonState` has them, ``kept`` and ``plain`` for all samples.
     ``right``, ``[batch, memory]``, are the products of the turns with the residual to come from; ``taken`` counts the
-    steps that were remembered."""
+    steps that were remembered. ``weight``, ``[batch, leaves]``, is that of each leaf; an empty tree for 1."""
 
     gram: Tensor
     kept: Tensor
     plain: Tensor
     right: Tensor
     taken: Tensor
+    weight: Any = ()
 
 
 class Accelerated(Step):
     """Of :class:`~torchimplicit.solvers.Anderson`: the same combination with the same safeguard. What has not been
-    remembered yet is treated as what is forgotten. The rings are the moves and the turns."""
+    remembered yet is treated as what is forgotten. The rings are the moves and the turns. ``sizes``: of the leaves,
+    where there are several."""
 
-    def __init__(self, memory: int, damping: float, regularization: float | None, growth: float):
+    def __init__(
+        self,
+        memory: int,
+        damping: float,
+        regularization: float | None,
+        growth: float,
+        sizes: tuple[int, ...] | None = None,
+    ):
         self.memory, self.damping, self.regularization, self.growth = memory, damping, regularization, growth
+        self.sizes = sizes
 
     def rings(self, point: Point) -> Rings:
         like = widened(point.z)
@@ -157,7 +168,8 @@ class Accelerated(Step):
         eye = torch.eye(self.memory, dtype=like.dtype, device=like.device).expand(batch, -1, -1).clone()
         flag = torch.zeros(batch, dtype=torch.bool, device=like.device)
         none = like.new_zeros(batch, self.memory)
-        return Past(eye, none, flag, none.clone(), torch.zeros((), dtype=torch.int64, device=like.device))
+        weight = () if self.sizes is None or point.image is None else like.new_ones(batch, len(self.sizes))
+        return Past(eye, none, flag, none.clone(), torch.zeros((), dtype=torch.int64, device=like.device), weight)
 
     def propose(self, place: Any, state: Past, rings: Rings, taken: Tensor) -> tuple[Tensor, Past]:
         weights = solved(state.gram, state.right, self._shift(state.gram))
@@ -173,6 +185,10 @@ class Accelerated(Step):
             move = widened(here.image - before.image)
         else:
             move = torch.add(widened(here.z - before.z), turn, alpha=self.damping)
+        weight = state.weight
+        if self.sizes is not None and isinstance(here, Place):
+            weight = torch.where(state.taken == 0, leaf_weights(here.image, here.residual, self.sizes), weight)
+        turn = self._compared(turn, weight)
         length = torch.linalg.vector_norm(turn, dim=1, keepdim=True).clamp_min(torch.finfo(turn.dtype).tiny)
         turn, move = turn / length, move / length
         at = state.taken % self.memory
@@ -180,7 +196,8 @@ class Accelerated(Step):
         _write(rings[1], at, turn)
         turns = _written(rings[1], state.taken + 1)
         slot = torch.arange(self.memory, device=turn.device) == at
-        failed = (row_norm(here.residual) > self.growth * row_norm(before.residual)) & ~state.plain
+        now, last = (self._compared(place.residual, weight) for place in (here, before))
+        failed = (row_norm(now) > self.growth * row_norm(last)) & ~state.plain
         kept = torch.where(slot[None, :], 1.0, state.kept).masked_fill(failed[:, None], 0.0)
         row = (turns * turn[:, None]).sum(dim=-1) * kept
         gram = torch.where(slot[None, :, None], row[:, None, :], state.gram)
@@ -189,8 +206,13 @@ class Accelerated(Step):
         eye = torch.eye(self.memory, dtype=gram.dtype, device=gram.device)
         gram = torch.where(failed[:, None, None], eye, gram)
         place = before.where(failed, here)
-        right = (turns * widened(place.residual)[:, None]).sum(dim=-1) * kept
-        return place, Past(gram, kept, failed, right, state.taken + 1)
+        right = (turns * self._compared(widened(place.residual), weight)[:, None]).sum(dim=-1) * kept
+        return place, Past(gram, kept, failed, right, state.taken + 1, weight)
+
+    def _compared(self, residual: Tensor, weight: Any) -> Tensor:
+        if self.sizes is None or not isinstance(weight, Tensor):
+            return residual
+        return residual * spread(weight, self.sizes)
 
     def _shift(self, like: Tensor) -> float:
         return 10 * torch.finfo(like.dtype).eps if self.regularization is None else self.regularization
@@ -317,12 +339,13 @@ def solved(matrix: Tensor, right: Tensor, least: float) -> Tensor:
     return torch.stack(x, dim=1)
 
 
-def step_of(solver: Solver) -> Step | None:
-    """The captured step of ``solver``; ``None`` where it has none."""
+def step_of(solver: Solver, leaves: Leaves | None = None) -> Step | None:
+    """The captured step of ``solver``; ``None`` where it has none. ``leaves``: of a state that has several."""
     if isinstance(solver, FixedPointIteration):
         return Plain(solver.damping)
     if isinstance(solver, Anderson):
-        return Accelerated(solver.memory, solver.damping, solver.regularization, solver.growth)
+        sizes = None if leaves is None else leaves.sizes
+        return Accelerated(solver.memory, solver.damping, solver.regularization, solver.growth, sizes)
     if isinstance(solver, Broyden):
         return Secants(solver.memory)
     if isinstance(solver, GradientDescent):

@@ -28,6 +28,7 @@ class AndersonState(NamedTuple):
         merit: ``[batch]``, of the point before this one, where the problem has one.
         plain: bool ``[batch]``: the samples whose step to come is a plain one; ``None`` for none.
         taken: steps so far.
+        weight: ``[batch, dim]``, what residuals are multiplied by where they are compared; ``None`` for 1.
     """
 
     z: Tensor
@@ -40,6 +41,7 @@ class AndersonState(NamedTuple):
     merit: Tensor | None
     plain: Tensor | None
     taken: int
+    weight: Tensor | None = None
 
 
 @final
@@ -49,10 +51,12 @@ class Anderson(Solver):
 
     The next state combines the last ``memory`` images so that the same combination of their residuals is least. The
     differences are scaled to unit length before the small system is solved, so the regularization is relative, and
-    does not slow the end of a solve. Where an accelerated step leaves the residual larger than ``growth`` times what it
-    was, the sample goes back and takes a plain step instead, with its history forgotten: on contractions the method
-    is not slower than plain iteration. So it does where the step raises the merit of a problem that has one
-    (:class:`JointInference`: its cost), since the least residual may be that of another stationary point.
+    does not slow the end of a solve. The residuals of a map with several leaves are weighed each by the size of its
+    leaf, so that none counts for more because of the unit that it is stated in. Where an accelerated step leaves the
+    residual larger than ``growth`` times what it was, the sample goes back and takes a plain step instead, with its
+    history forgotten: on contractions the method is not slower than plain iteration. So it does where the step raises
+    the merit of a problem that has one (:class:`JointInference`: its cost), since the least residual may be that of
+    another stationary point.
 
     Args:
         memory: how many past differences are combined.
@@ -91,6 +95,9 @@ class Anderson(Solver):
                 to, AndersonState(point.z, residual, point.image, moves, turns, gram, None, point.merit, None, 0)
             )
 
+        weight = state.weight
+        if state.taken == 0 and point.image is not None and (leaves := evaluate.system.separate) is not None:
+            weight = spread(leaf_weights(point.image, residual, leaves.sizes), leaves.sizes)
         slot = state.taken % self.memory
         turn = widened(residual - state.residual)
         if self.damping == 1 and point.image is not None and state.image is not None:
@@ -99,11 +106,14 @@ class Anderson(Solver):
             move = torch.add(widened(point.z - state.z), turn, alpha=self.damping)
         # differences of unit length: their Gram matrix has a unit diagonal, whatever the size of the residuals
         number = torch.finfo(turn.dtype)
+        compared = widened(residual)
+        if weight is not None:
+            turn, compared = turn * weight, compared * weight
         length = torch.linalg.vector_norm(turn, dim=1, keepdim=True).clamp_min(number.tiny)
         turn = turn / length
         turns, moves = state.turns.put(slot, turn), state.moves.put(slot, move, length)
         size = turns.filled
-        products = torch.bmm(torch.stack((turn, widened(residual)), dim=1), turns.vectors.mT)
+        products = torch.bmm(torch.stack((turn, compared), dim=1), turns.vectors.mT)
         kept = state.kept
         if kept is not None:
             kept = kept.clone()
@@ -118,7 +128,7 @@ class Anderson(Solver):
         to = self._plain(point.z, residual, point.image)
         to = to - (correction if correction.dtype == to.dtype else correction.to(to.dtype))
         after = AndersonState(
-            point.z, residual, point.image, moves, turns, gram, kept, point.merit, None, state.taken + 1
+            point.z, residual, point.image, moves, turns, gram, kept, point.merit, None, state.taken + 1, weight
         )
         if progress.improving:
             return Move(to, after)
@@ -128,7 +138,10 @@ class Anderson(Solver):
         """Send the samples whose accelerated step failed back, to take a plain step with nothing remembered."""
         merit = after.merit
         if merit is None or before.merit is None:
-            failed = row_norm(after.residual) > self.growth * row_norm(before.residual)
+            here, there = after.residual, before.residual
+            if after.weight is not None:
+                here, there = here * after.weight, there * after.weight
+            failed = row_norm(here) > self.growth * row_norm(there)
         else:
             rounding = 10 * torch.finfo(merit.dtype).eps * before.merit.abs()
             failed = (merit if doubt is None else merit - doubt) > before.merit + rounding
@@ -160,6 +173,7 @@ class Anderson(Solver):
                 merit,
                 failed,
                 after.taken,
+                after.weight,
             ),
         )
 
@@ -167,3 +181,18 @@ class Anderson(Solver):
         if self.damping == 1.0 and image is not None:
             return image
         return torch.add(z, residual, alpha=self.damping)
+
+
+def leaf_weights(image: Tensor, residual: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """One over the size of each leaf of a map's value, ``[batch, leaves]``; 1 for a leaf without any, which has not
+    shown its unit yet. Differentiable, so that an unrolled solve has its whole derivative."""
+    parts = zip(widened(image).split(sizes, dim=1), widened(residual).split(sizes, dim=1), strict=True)
+    norms = [torch.linalg.vector_norm(a, dim=1) + torch.linalg.vector_norm(r, dim=1) for a, r in parts]
+    size = torch.stack(norms, dim=1)
+    number = torch.finfo(size.dtype)
+    return 1 / torch.where((size > number.tiny) & (size < number.max), size, 1)
+
+
+def spread(leaves: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """``[batch, dim]``, of ``[batch, leaves]``: for each number, what its leaf has."""
+    return torch.cat([leaf[:, None].expand(-1, n) for leaf, n in zip(leaves.unbind(dim=1), sizes, strict=True)], dim=1)

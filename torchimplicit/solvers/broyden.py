@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from torchimplicit.precision import widened
+from torchimplicit.precision import UnitRows, safe_norm, widened
 from torchimplicit.problems import Point
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.history import History
@@ -109,10 +109,11 @@ def unit_of(point: Point) -> Tensor | None:
     """:math:`\\gamma` at the first point; ``None`` where the residual is in the state's unit."""
     if point.product is None:
         return None
-    r, image = widened(point.residual), widened(point.product)
-    norm, state = torch.linalg.vector_norm(r, dim=1), torch.linalg.vector_norm(widened(point.z), dim=1)
-    size = norm / torch.linalg.vector_norm(image, dim=1)
+    r, image = UnitRows.of(widened(point.residual)), UnitRows.of(widened(point.product))  # squares would underflow
+    unit = (image.factor / r.factor).squeeze(1)
+    norm, state = torch.linalg.vector_norm(r.unit, dim=1), safe_norm(widened(point.z))
+    size = norm / torch.linalg.vector_norm(image.unit, dim=1) * unit
     # where the map is nearly flat, no further than the state is long
-    size = torch.where(state > 0, torch.minimum(size, state / norm), size)
-    gamma = torch.where((r * image).sum(dim=1) < 0, -size, size)
+    size = torch.where(state > 0, torch.minimum(size, state / norm * r.factor.squeeze(1)), size)
+    gamma = torch.where((r.unit * image.unit).sum(dim=1) < 0, -size, size)
     return torch.where(gamma.isfinite() & (gamma != 0), gamma, 1)[:, None, None]
