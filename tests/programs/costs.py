@@ -71,7 +71,7 @@ def _peak(profiled: Any) -> int:
     return most
 
 
-def assert_no_dearer(ours: Cost, own: Cost, state: Any, states: int, rtol: float = 1e-9) -> None:
+def assert_no_dearer(ours: Cost, own: Cost, state: Any, states: float, rtol: float = 1e-9) -> None:
     """The same loss and gradients, for no evaluation more, and in the memory of the program's own solver but for so
     many copies of the ``state``: residual, best iterate, what is returned."""
     torch.testing.assert_close(ours.loss, own.loss, rtol=rtol, atol=0)

@@ -89,13 +89,14 @@ class Task:
             self.system.prepare(outcome.z, params)
             if self.randomness is not None:
                 self.randomness.end(outcome.z, params)
-        # a node gives z itself a history that leads back to this task: the note must not close that cycle, or else what
-        # the solver has built would stay in memory until Python looks for cycles
-        self.outcomes.append(replace(outcome, z=outcome.z.detach()))
         report = outcome.report
         # what a function returns may be its argument, a buffer or a parameter, and a solver's iterate what it returned;
         # a point that is shared is the library's own
         z = outcome.z.clone() if self.shared is None else outcome.z
+        # the note is of what is given away, or of the last iterate where those are kept: no copy is held for it alone.
+        # But a node gives z itself a history that leads back to this task: the note must not close that cycle, or else
+        # what the solver has built would stay in memory until Python looks for cycles
+        self.outcomes.append(replace(outcome, z=(outcome.z if outcome.trajectory else z).detach()))
         return Found(z, report.status, report.steps, report.residual)
 
     def spent(self, evaluations: int) -> None:
