@@ -155,8 +155,9 @@ def test_steps_do_not_depend_on_the_units(case):
             statement.solve({name: t.to(statement.dtype) for name, t in data.tensors.items()})
         assert statement.solution is not None
         taken.append(statement.solution.steps)
-    # a decimal unit rounds, and in single precision a joint solve's last steps are made of rounding
-    assert (taken[0] - taken[1]).abs().max() <= (2 if (case.kind, case.dtype) == ("joint", "float32") else 1), taken
+    if not torch.equal(*taken) and (reason := known(case, "steps")):
+        pytest.xfail(reason)
+    assert (taken[0] - taken[1]).abs().max() <= 1, taken  # a decimal unit rounds
 
 
 @pytest.mark.parametrize("case", cases("cotangents"))

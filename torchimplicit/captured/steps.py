@@ -168,7 +168,8 @@ class Accelerated(Step):
         eye = torch.eye(self.memory, dtype=like.dtype, device=like.device).expand(batch, -1, -1).clone()
         flag = torch.zeros(batch, dtype=torch.bool, device=like.device)
         none = like.new_zeros(batch, self.memory)
-        weight = () if self.sizes is None or point.image is None else like.new_ones(batch, len(self.sizes))
+        bare = self.sizes is None or point.image is None or point.merit is not None
+        weight = () if bare or self.sizes is None else like.new_ones(batch, len(self.sizes))
         return Past(eye, none, flag, none.clone(), torch.zeros((), dtype=torch.int64, device=like.device), weight)
 
     def propose(self, place: Any, state: Past, rings: Rings, taken: Tensor) -> tuple[Tensor, Past]:
@@ -186,7 +187,7 @@ class Accelerated(Step):
         else:
             move = torch.add(widened(here.z - before.z), turn, alpha=self.damping)
         weight = state.weight
-        if self.sizes is not None and isinstance(here, Place):
+        if self.sizes is not None and isinstance(here, Place) and isinstance(weight, Tensor):
             weight = torch.where(state.taken == 0, leaf_weights(here.image, here.residual, self.sizes), weight)
         turn = self._compared(turn, weight)
         length = torch.linalg.vector_norm(turn, dim=1, keepdim=True).clamp_min(torch.finfo(turn.dtype).tiny)

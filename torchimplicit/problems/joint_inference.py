@@ -59,8 +59,9 @@ class JointInference(Problem):
         loss: ``loss(z, x, *args)``, one value per sample, ``[batch]``; a scalar if not batched.
         step_size: :math:`\\alpha > 0`: a number; a tensor ``[batch]``; or a schedule, called with the number of the
             solver's step (from 1; at 0, the value for the derivatives). It scales with the loss: halve the
-            loss, and it may be twice as large. Too large a one diverges. Nothing else depends on the loss's
-            scale: :class:`Anderson` weighs the residuals of z, mu and x each by its size.
+            loss, and it may be twice as large. Too large a one diverges. To plain iteration nothing else depends on
+            the loss's scale; :class:`Anderson` weighs the residuals of z and mu alike, and takes fewest steps where
+            both are about as large (a sum over pixels rather than their mean).
         constraint: an :class:`L2Ball`, a :class:`Box`, or ``None``. A start outside is projected, with a warning.
         batched, rowwise: see :class:`FixedPoint`. The loss of a sample must depend on that sample alone.
         damping: of z, mu and x in (0, 1]: each part goes that share of its step. The published settings are

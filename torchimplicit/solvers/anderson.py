@@ -96,7 +96,9 @@ class Anderson(Solver):
             )
 
         weight = state.weight
-        if state.taken == 0 and point.image is not None and (leaves := evaluate.system.separate) is not None:
+        # a joint solve reaches far lower costs by the residuals as they are
+        own = state.taken == 0 and point.image is not None and point.merit is None
+        if own and (leaves := evaluate.system.separate) is not None:
             weight = spread(leaf_weights(point.image, residual, leaves.sizes), leaves.sizes)
         slot = state.taken % self.memory
         turn = widened(residual - state.residual)
