@@ -97,9 +97,9 @@ class Anderson(Solver):
 
         weight = state.weight
         # a joint solve reaches far lower costs by the residuals as they are
-        own = state.taken == 0 and point.image is not None and point.merit is None
-        if own and (leaves := evaluate.system.separate) is not None:
-            weight = spread(leaf_weights(point.image, residual, leaves.sizes), leaves.sizes)
+        image = point.image if state.taken == 0 and point.merit is None else None
+        if image is not None and (leaves := evaluate.system.separate) is not None:
+            weight = spread(leaf_weights(image, residual, leaves.sizes), leaves.sizes)
         slot = state.taken % self.memory
         turn = widened(residual - state.residual)
         if self.damping == 1 and point.image is not None and state.image is not None:
