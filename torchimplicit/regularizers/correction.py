@@ -39,7 +39,7 @@ def fixed_point_correction(
 
     Returns:
         a scalar, the loss of the solution included; ``[terms]`` with ``reduce=False``. A loss with other
-        arguments, or one for each state, is a line with :meth:`Solution.states <torchimplicit.Solution.states>`.
+        arguments, or one for each state, is a line with :meth:`~torchimplicit.Solution.states`.
     """
     if not 0 < gamma <= 1:
         raise ValueError(f"fixed_point_correction: gamma is {gamma}, and must lie in (0, 1]")

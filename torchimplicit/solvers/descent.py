@@ -100,6 +100,9 @@ def lowest(operator: LinearOperator) -> tuple[Tensor, Tensor]:
     Beyond ``DENSE`` dimensions these are Ritz values and vectors of ``PROBES`` Lanczos steps from a random vector,
     always the same: they prove a negative eigenvalue but need not find one."""
     dtype, eps = working_dtype(operator.dtype), torch.finfo(operator.dtype).eps
+    if operator.dim == 0:
+        nothing = torch.zeros(operator.batch, operator.dim, dtype=operator.dtype, device=operator.device)
+        return nothing.sum(dim=1).to(dtype), nothing
     basis = None
     if operator.dim <= DENSE:
         matrix = operator.spectrum_matrix(dtype)
