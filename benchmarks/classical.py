@@ -1,9 +1,11 @@
-"""Success against effort on classical systems of equations: every solver of ours beside SciPy's.
+"""Success against effort on classical systems of equations: ours beside SciPy's, jaxopt's and Optimistix's.
 
 ``python -m benchmarks.classical`` solves the systems of ``tests/classical/roots.py`` (those of fewer than 200 unknowns)
 from their standard starts and from ten and a hundred times as far, and writes a record (JSON), a table and a figure
 below ``benchmarks/results``. An evaluation is one call of the function; what ours take of products with the Jacobian
-beside, by automatic differentiation, is not counted, while SciPy's Jacobians by differences are.
+beside, by automatic differentiation, is not counted, nor are the Jacobians of jaxopt and Optimistix, while SciPy's, by
+differences, are. jaxopt and Optimistix run in a process of their own (``classical_peers.py``), with the interpreter
+that ``--peers`` names; where they are not installed, they are left out.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -78,23 +82,38 @@ def measure(seconds: float) -> dict[str, Any]:
     return record
 
 
+def peers(python: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The record of jaxopt and Optimistix, in the interpreter ``python``, and the versions; empty where it lacks
+    them."""
+    known = {k: (z.tolist(), f(z).tolist()) for k, (f, z) in ROOTS.items() if len(z) < LARGE}
+    worker = Path(__file__).parent / "classical_peers.py"
+    told = json.dumps({"times": TIMES, "problems": known})
+    done = subprocess.run([python, str(worker)], input=told, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print("without jaxopt and Optimistix:", done.stderr.strip().splitlines()[-1], file=sys.stderr)
+        return {}, {}
+    first, *rows = map(json.loads, done.stdout.splitlines())
+    return {f"{name} x{times}": found for name, times, found in rows}, first[2]
+
+
+def solvers(record: dict[str, Any]) -> list[str]:
+    """Ours, SciPy's, and what else the record has."""
+    return list(dict.fromkeys((*OURS, *THEIRS, *(name.rsplit(" x", 1)[0] for name in record))))
+
+
 def table(record: dict[str, Any]) -> str:
     """Markdown: solved of how many, median evaluations of the solved, claims that are false."""
     lines = [
         "| solver | standard start | ×10 | ×100 | median evaluations | false claims |",
         "|---|---|---|---|---|---|",
     ]
-    for name in (*OURS, *THEIRS):
+    for name in solvers(record):
         runs = [record.get(f"{name} x{times}") for times in TIMES]
         if any(run is None for run in runs):
             continue
-        label = (
-            f"SciPy `{name}`"
-            if name in THEIRS
-            else "**`ti.solve`, no solver named**"
-            if name == "default"
-            else f"`{name}`"
-        )
+        library, _, method = f"SciPy {name}".partition(" ") if name in THEIRS else name.partition(" ")
+        label = f"{library} `{method}`" if method else f"`{name}`"
+        label = "**`ti.solve`, no solver named**" if name == "default" else label
         cells = [f"{sum(r[0] <= SOLVED for r in run.values())} of {len(run)}" for run in runs]
         effort = [statistics.median([r[2] for r in run.values() if r[0] <= SOLVED] or [0]) for run in runs]
         false = sum(r[1] and not r[0] <= WRONG for run in runs for r in run.values())
@@ -109,16 +128,20 @@ def draw(record: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2))
-    for name in (*OURS, *THEIRS):
+    figure, axes = plt.subplots(figsize=(7.5, 5.2))
+    for name in solvers(record):
         runs = [r for times in TIMES for r in record.get(f"{name} x{times}", {}).values()]
         if not runs:
             continue
         effort = sorted(r[2] for r in runs if r[0] <= SOLVED)
-        style = {"linewidth": 2.5} if name == "default" else {"linestyle": "--" if name in THEIRS else "-"}
+        style = (
+            {"linewidth": 2.5}
+            if name == "default"
+            else {"linestyle": "-" if name in OURS else "--" if name in THEIRS else ":"}
+        )
         axes.step(effort, np.arange(1, len(effort) + 1) / len(runs), where="post", label=name, **style)
     axes.set(xscale="log", xlabel="evaluations of the function", ylabel="share of runs solved", ylim=(0, 1))
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=6, ncols=2)
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
@@ -126,13 +149,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--seconds", type=float, default=3600)
-    parser.add_argument("--again", type=Path, help="a record, to write its table and figure anew")
+    parser.add_argument("--again", type=Path, help="a record, of which what is asked for here is made anew")
+    parser.add_argument("--only", choices=("ours", "peers", "none"), help="of a record given by --again: made anew")
+    parser.add_argument("--peers", default=sys.executable, help="the Python that has jaxopt and Optimistix")
     settings = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    record = json.loads(settings.again.read_text())["runs"] if settings.again else measure(settings.seconds)
+    old = json.loads(settings.again.read_text()) if settings.again else {"runs": {}, "versions": {}}
+    record, versions = old["runs"], old["versions"]
+    if settings.only in (None, "ours"):
+        record |= measure(settings.seconds)
+        versions |= {"torch": torch.__version__, "scipy": scipy.__version__, "torchimplicit": ti.__version__}
+    if settings.only in (None, "peers"):
+        runs, theirs_versions = peers(settings.peers)
+        record |= runs
+        versions |= theirs_versions
     stem = settings.out / f"classical-{time.strftime('%Y-%m-%d')}"
-    versions = {"torch": torch.__version__, "scipy": scipy.__version__, "torchimplicit": ti.__version__}
     stem.with_suffix(".json").write_text(json.dumps({"versions": versions, "runs": record}))
     said = (
         "# Classical systems of equations\n\n"

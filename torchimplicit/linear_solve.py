@@ -135,7 +135,7 @@ def _of_matrix(matrix: Tensor, b: Any, args: tuple[Any, ...], batched: bool) -> 
     if args:
         raise TypeError("operator is a matrix, and takes no arguments: give those of a function operator(y, *args)")
     if not isinstance(b, Tensor) or b.ndim != 1 + batched:
-        shape = "[batch, m]" if batched else "[m]"
+        shape = "[batch, m] ([m] with batched=False)" if batched else "[m]"
         raise ValueError(f"operator is a matrix, and b must be a tensor {shape} then; a function takes any pytree")
     lead = (b.shape[0],) if batched else ()
     if (
