@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from torchimplicit.errors import UnsupportedDerivativeError
-from torchimplicit.linear import LinearSolver
+from torchimplicit.linear import LinearOperator, LinearSolver
+from torchimplicit.precision import working_dtype
 from torchimplicit.problems import Point, System
 from torchimplicit.problems.projected import ProjectedSystem
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
+from torchimplicit.solvers.descent import DENSE
 from torchimplicit.solvers.line_search import SUFFICIENT, evaluate_some, rows_apart
 from torchimplicit.state import row_norm
 from torchimplicit.validation import check_count, check_type
@@ -22,6 +24,19 @@ class ProjectedNewtonState(NamedTuple):
     """The size of the projected gradient step that was good last, ``[batch]``."""
 
     step: Tensor
+
+
+def _downward(operator: LinearOperator) -> tuple[Tensor, Tensor]:
+    """bool ``[batch]``, where the energy curves downwards along the set, and the unit direction ``[batch, dim]``: the
+    eigenvalues of :math:`I-\\Pi'(I-\\sigma H)` are real, since :math:`\\Pi'` is symmetric and semidefinite."""
+    matrix = operator.dense().to(working_dtype(operator.dtype))
+    finite = matrix.isfinite().all(dim=2).all(dim=1)
+    values, vectors = torch.linalg.eig(matrix.where(finite[:, None, None], 0))
+    least, where = values.real.min(dim=1)
+    rounding = operator.dim * torch.finfo(operator.dtype).eps ** 0.75 * values.abs().amax(dim=1)
+    vector = vectors.real.gather(2, where[:, None, None].expand(-1, operator.dim, 1))[:, :, 0]
+    vector = torch.nn.functional.normalize(vector, dim=1)
+    return least < -rounding, vector.to(operator.dtype)
 
 
 @final
@@ -62,6 +77,10 @@ class ProjectedNewton(Solver):
             "without one, or on a single LinearEquality, take LBFGS or NewtonKrylov"
         )
 
+    def confirms(self, system: System, z: Tensor) -> bool:
+        """A residual does not tell a minimum from a saddle, but the curvature along the set does."""
+        return z.shape[1] <= DENSE
+
     def start(self, point: Point) -> ProjectedNewtonState:
         return ProjectedNewtonState(torch.full_like(row_norm(point.z), torch.nan))
 
@@ -80,14 +99,24 @@ class ProjectedNewton(Solver):
             searching = progress.active
             residual = torch.where(searching[:, None], residual, 0)
         solver = self.linear_solver or system.default_linear_solver(point.z.shape[1], point.z.shape[0])
-        found = system.solve_linear(system.linearize(point.z, evaluate.params), False, residual, solver)
+        tape = system.linearize(point.z, evaluate.params)
+        found = system.solve_linear(tape, False, residual, solver)
         direction, exact = found.value, found.report.converged & found.value.isfinite().all(dim=1)
         solved = progress.short(point, direction, exact)
+        saddle = None
+        if solved is not None and self.confirms(system, point.z) and bool((solved & searching).any()):
+            saddle, downward = _downward(system.operator(tape, False))
+            saddle = saddle & solved & searching
+            solved = solved & ~saddle
         if solved is not None:
             searching = searching & ~solved
         slope, _ = system.slope(point.z, evaluate.params)
         usual = system.steps(point.z, evaluate.params)[:, 0].to(point.energy.dtype)
         size = row_norm(residual).square() / usual
+        if saddle is not None:
+            length = row_norm(point.z)
+            length = torch.where(length > 0, length, 1) * torch.where((downward * slope).sum(dim=1) > 0, -1, 1)
+            direction = torch.where(saddle[:, None], downward * length[:, None], direction)
         lost = torch.finfo(point.z.dtype).eps ** 0.6 * (point.energy.abs() + (slope * point.z).abs().sum(dim=1))
         reached, rows, trial = point, None, point
         damped, left = ~exact, int(searching.sum())
@@ -125,7 +154,9 @@ class ProjectedNewton(Solver):
             return Move(reached, after, solved=solved)
         # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
         shown = trial.select(searching & ~torch.isfinite(row_norm(trial.residual)), reached)
-        return Move(shown, after, breakdown=searching, solved=solved)
+        return Move(
+            shown, after, breakdown=searching, solved=solved, saddle=None if saddle is None else saddle & searching
+        )
 
     @staticmethod
     def _falls(point: Point, trial: Point, enough: Tensor, lost: Tensor) -> Tensor:
