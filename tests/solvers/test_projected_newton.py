@@ -47,3 +47,12 @@ def test_every_iterate_lies_in_the_set_and_the_energy_never_rises():
     energies = torch.stack([energy(z) for z in found.trajectory])
     assert (energies.diff(dim=0) <= 1e-12).all()
     assert all(bool(((z >= -2) & (z <= 0.8)).all()) for z in found.trajectory)
+
+
+@pytest.mark.parametrize("beside", [1e-6, 1e-3, 0.1])
+def test_a_saddle_on_a_set_is_left(beside):
+    """Along the second coordinate the energy falls to the faces of the box."""
+    energy = ti.Minimum(lambda z: z[:, 0] ** 2 - z[:, 1] ** 2, constraint=ti.Box(-1.0, 1.0))
+    solution = ti.solve(energy, torch.tensor([[0.3, beside], [-0.7, -beside]], dtype=torch.float64))
+    torch.testing.assert_close(solution.value.abs(), torch.tensor([[0.0, 1.0]] * 2, dtype=torch.float64))
+    assert solution.status.tolist() == [ti.Status.CONVERGED] * 2
