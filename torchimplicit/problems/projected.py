@@ -103,18 +103,7 @@ class ProjectedSystem(System):
         return Linearization(core, z, params, wanted)
 
     def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
-        return LinearOperator(
-            product=tape.transposed if transposed else tape.plain,
-            transposed_product=tape.plain if transposed else tape.transposed,
-            block_product=tape.transposed_block if transposed else tape.plain_block,
-            batch=tape.z.shape[0],
-            dim=tape.z.shape[1],
-            dtype=tape.z.dtype,
-            device=tape.z.device,
-            transposed=transposed,
-            restrict=self._restricted(tape, transposed),
-            coupling=self.coupling,
-        )
+        return self.jacobian(tape, transposed)
 
     def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
         return tape.pull(-g)

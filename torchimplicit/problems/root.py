@@ -54,19 +54,7 @@ class RootSystem(System):
         return Linearization(self.fn, z, params, wanted, self.leaves)
 
     def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
-        return LinearOperator(
-            product=tape.transposed if transposed else tape.plain,
-            transposed_product=tape.plain if transposed else tape.transposed,
-            block_product=tape.transposed_block if transposed else tape.plain_block,
-            batch=tape.z.shape[0],
-            dim=tape.z.shape[1],
-            dtype=tape.z.dtype,
-            device=tape.z.device,
-            symmetric=self.symmetric,
-            transposed=transposed,
-            restrict=self._restricted(tape, transposed),
-            coupling=self.coupling,
-        )
+        return self.jacobian(tape, transposed, symmetric=self.symmetric)
 
     def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
         return tape.pull(-g)

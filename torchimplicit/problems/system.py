@@ -159,6 +159,22 @@ class System(ABC):
     def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
         """:math:`A` or :math:`A^T` at the tape's point."""
 
+    def jacobian(self, tape: Linearization, transposed: bool, *, symmetric: bool = False) -> LinearOperator:
+        """Of what the tape holds, at its point, or its transpose."""
+        return LinearOperator(
+            product=tape.transposed if transposed else tape.plain,
+            transposed_product=tape.plain if transposed else tape.transposed,
+            block_product=tape.transposed_block if transposed else tape.plain_block,
+            batch=tape.z.shape[0],
+            dim=tape.z.shape[1],
+            dtype=tape.z.dtype,
+            device=tape.z.device,
+            symmetric=symmetric,
+            transposed=transposed,
+            restrict=self._restricted(tape, transposed),
+            coupling=self.coupling,
+        )
+
     def seen(self, tape: Linearization) -> Point:
         """The tape's point, from what the tape has evaluated."""
         return Point(tape.z.detach(), -tape.out.detach())

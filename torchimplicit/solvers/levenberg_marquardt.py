@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, final
@@ -155,14 +156,14 @@ class LevenbergMarquardt(Solver):
         return _ByProducts(self.linear_solver or CG(rtol=INEXACT, max_steps=500), tape, slope, scale)
 
 
-class _Model:
+class _Model(ABC):
     """The residuals' linear model; :attr:`scale` is D, ``[batch, dim]``."""
 
     scale: Tensor
 
+    @abstractmethod
     def step(self, damping: Tensor, searching: Tensor) -> Tensor:
         """For the damping ``[batch]``; zero for samples that do not search."""
-        raise NotImplementedError
 
 
 class _Assembled(_Model):
