@@ -371,20 +371,30 @@ def _basis(fitting: Any) -> DensityBasis:
 
 def _potentials(mol: Any, fitting: Any, densities: list[Array]) -> Array:
     """Every fitting function's Coulomb energy with each density of orbitals, ``[n, len(densities)]``."""
-    from pyscf import df
-
     # of the symmetric matrices only the lower triangles, with what is off the diagonal twice
     rows, columns = np.tril_indices(mol.nao)
     twice = np.where(rows == columns, 1.0, 2.0)
     packed = np.stack([density[rows, columns] * twice for density in densities], axis=1)
-    found, start, place = [], 0, fitting.ao_loc_nr()
+    return np.concatenate([integrals.T @ packed for _, integrals in three_centre(mol, fitting, aosym="s2ij")])
+
+
+def three_centre(mol: Any, fitting: Any, **how: Any) -> Iterator[tuple[slice, Array]]:
+    """The Coulomb integrals of two orbitals and a fitting function, some :data:`AT_ONCE` of the latter after the other.
+
+    Args:
+        how: see ``pyscf.df.incore.aux_e2``.
+
+    Returns:
+        which fitting functions, and their integrals: ``[orbitals, orbitals, k]``, or ``[pairs, k]`` with ``aosym``.
+    """
+    from pyscf import df
+
+    start, place = 0, fitting.ao_loc_nr()
     while start < fitting.nbas:
         stop = max(start + 1, int(np.searchsorted(place, place[start] + AT_ONCE, side="right")) - 1)
         part = (0, mol.nbas, 0, mol.nbas, start, stop)
-        integrals = df.incore.aux_e2(mol, fitting, "int3c2e", aosym="s2ij", shls_slice=part)
-        found.append(integrals.T @ packed)
+        yield slice(place[start], place[stop]), df.incore.aux_e2(mol, fitting, "int3c2e", shls_slice=part, **how)
         start = stop
-    return np.concatenate(found)
 
 
 def _attraction(mol: Any, fitting: Any) -> Array:

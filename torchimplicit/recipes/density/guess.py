@@ -9,12 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchimplicit.recipes.density.compute import Record, density_basis, made
+from torchimplicit.recipes.density.compute import Record, density_basis, made, three_centre
 
 Array = NDArray[np.float64]
-
-AT_ONCE = 100
-"""Basis functions whose three-centre integrals are in memory together."""
 
 
 def density_matrix(p: Tensor, record: Record) -> Array:
@@ -42,18 +39,10 @@ def density_matrix(p: Tensor, record: Record) -> Array:
 
 def _coulomb(mol: Any, p: Tensor, record: Record) -> Array:
     """Of the density with every pair of orbitals."""
-    from pyscf import df
-
-    fitting = density_basis(mol, record.settings)
-    total, place, start = 0.0, fitting.ao_loc_nr(), 0
-    while start < fitting.nbas:
-        stop = max(start + 1, int(np.searchsorted(place, place[start] + AT_ONCE, side="right")) - 1)
-        part = (0, mol.nbas, 0, mol.nbas, start, stop)
-        total = (
-            total + df.incore.aux_e2(mol, fitting, "int3c2e", shls_slice=part) @ p[place[start] : place[stop]].numpy()
-        )
-        start = stop
-    return np.asarray(total)
+    fitting, total = density_basis(mol, record.settings), np.zeros((mol.nao, mol.nao))
+    for which, integrals in three_centre(mol, fitting):
+        total += integrals @ p[which].numpy()
+    return total
 
 
 def _exchange_correlation(field: Any, p: Tensor, record: Record) -> Array:
