@@ -1,8 +1,9 @@
-"""The rooms of the house: each imports only rooms above it, and the library needs torch alone."""
+"""The layers of the package: each imports only from those above it, and the library needs torch alone."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,54 +14,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "torchimplicit"
 
-# From top to bottom. A room may import itself and what stands above it.
-ROOMS = (
-    "errors",
-    "notices",
-    "validation",
-    "solution",
-    "coordinates",
-    "state",
-    "compiler",
-    "members",
-    "closure",
-    "coupling",
-    "saved",
-    "auxiliary",
-    "inference",
-    "precision",
-    "constraints",
-    "linear",
-    "problems",
-    "ragged",
-    "statement",
-    "solvers",
-    "defaults",
-    "captured",
-    "gradients",
-    "solve",
-    "linear_solve",
-    "attach",
-    "resolve",
-    "derivatives",
-    "regularizers",
-    "diagnostics",
-    "nn",
-    "models",
-    "testing",
-    "recipes",
-    "cli",
-    "__main__",
-)
-LIBRARY = ROOMS[: ROOMS.index("testing")]
-# What a room may import besides torch and the standard library.
+# The order that CONTRIBUTING.md states, from top to bottom: a layer may import itself and what stands above it.
+_GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+_ORDER = re.search(r"from those above it:\n\n(.+?)\n\n", _GUIDE, re.DOTALL)
+assert _ORDER, "CONTRIBUTING.md no longer lists the layers"
+LAYERS = re.findall(r"`(\w+)`", _ORDER[1])
+LIBRARY = LAYERS[: LAYERS.index("testing")]
+# What a layer may import besides torch and the standard library.
 EXTRAS = {"testing": {"pytest"}}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def room_of(path: Path) -> str:
-    """The room that a file lies in; ``__init__`` for the package's own."""
+def layer_of(path: Path) -> str:
+    """The layer that a file lies in; ``__init__`` for the package's own."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
@@ -100,33 +67,34 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
     yield from visitor.found
 
 
-def _names(path: Path) -> str:
+def _name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def test_every_file_is_in_a_known_room():
-    rooms = {room_of(path) for path in FILES} - {"__init__"}
-    assert rooms <= set(ROOMS), f"give {sorted(rooms - set(ROOMS))} a place in ROOMS"
+def test_the_layers_that_are_listed_are_those_that_exist():
+    assert {layer_of(path) for path in FILES} - {"__init__"} == set(LAYERS), "mend the list in CONTRIBUTING.md"
 
 
-@pytest.mark.parametrize("path", FILES, ids=_names)
-def test_imports_point_upward(path):
-    room = room_of(path)
-    allowed = ROOMS[: ROOMS.index("recipes")] if room == "__init__" else ROOMS[: ROOMS.index(room) + 1]
+def test_imports_point_upward():
     wrong = []
-    for line, module in imports(path):
-        if module.split(".")[0] != "torchimplicit":
-            continue
-        target = module.split(".")[1] if "." in module else "the package itself"
-        if target not in allowed or (target == "recipes" and room != "recipes"):
-            wrong.append(f"{_names(path)}:{line} imports {module}")
+    for path in FILES:
+        layer = layer_of(path)
+        allowed = LAYERS[: LAYERS.index("recipes")] if layer == "__init__" else LAYERS[: LAYERS.index(layer) + 1]
+        for line, module in imports(path):
+            package, _, inside = module.partition(".")
+            target = inside.split(".")[0] or "the package itself"
+            if package == "torchimplicit" and (target not in allowed or (target == "recipes" and layer != "recipes")):
+                wrong.append(f"{_name(path)}:{line} imports {module}")
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in (*LIBRARY, "testing", "__init__")], ids=_names)
-def test_the_library_needs_torch_alone(path):
-    allowed = {"torch", "torchimplicit"} | sys.stdlib_module_names | EXTRAS.get(room_of(path), set())
-    wrong = [f"{_names(path)}:{line} imports {m}" for line, m in imports(path) if m.split(".")[0] not in allowed]
+def test_the_library_needs_torch_alone():
+    wrong = []
+    for path in FILES:
+        if (layer := layer_of(path)) in (*LIBRARY, "testing", "__init__"):
+            allowed = {"torch", "torchimplicit"} | sys.stdlib_module_names | EXTRAS.get(layer, set())
+            foreign = [(line, module) for line, module in imports(path) if module.split(".")[0] not in allowed]
+            wrong += [f"{_name(path)}:{line} imports {module}" for line, module in foreign]
     assert not wrong, "\n".join(wrong)
 
 
