@@ -19,6 +19,6 @@ def one_thread():
 def h2():
     """The hydrogen molecule, float64, as PySCF computed it (tests/data/README.md)."""
     pytest.importorskip("numpy")
-    from torchimplicit.recipes.density.compute import load
+    from torchimplicit.recipes.density.storage import load
 
     return load(H2)

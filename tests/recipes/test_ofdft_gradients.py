@@ -19,8 +19,8 @@ from torchimplicit.diagnostics import curvature
 from torchimplicit.gradients import Implicit
 from torchimplicit.linear import Dense
 from torchimplicit.models.orbital_free import OrbitalFree, OrbitalFreeConfig
-from torchimplicit.recipes.density import compute
 from torchimplicit.recipes.density import gradients as gathered
+from torchimplicit.recipes.density import integrals
 from torchimplicit.recipes.density.adjoints import (
     RUNNER,
     MoleculeResults,
@@ -34,9 +34,9 @@ from torchimplicit.recipes.density.adjoints import (
     ways,
 )
 from torchimplicit.recipes.density.chemistry import named
-from torchimplicit.recipes.density.compute import file_name
 from torchimplicit.recipes.density.gradients import TABLE, TableConfig
 from torchimplicit.recipes.density.settings import ChemistrySettings, MoleculeGradientsConfig
+from torchimplicit.recipes.density.storage import file_name
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import Run, RunOptions, create
 from torchimplicit.recipes.runtime.settings import from_plain, to_plain
@@ -194,7 +194,7 @@ def test_a_saddle_is_left(small, monkeypatch):
 
 class TestMolecules:
     def test_a_file_needs_no_pyscf(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(compute, "find_spec", lambda name: None)
+        monkeypatch.setattr(integrals, "find_spec", lambda name: None)
         config = replace(SMALL, data_dir=tmp_path)
         with pytest.raises(UserError, match=r"torchimplicit\[chemistry\]"):
             RUNNER.check(config)

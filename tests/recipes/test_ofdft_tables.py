@@ -13,8 +13,7 @@ pytest.importorskip("scipy")
 
 from rich.console import Console
 
-from torchimplicit.recipes.density import compute as storage
-from torchimplicit.recipes.density import molecules, single, stability
+from torchimplicit.recipes.density import molecules, single, stability, storage
 from torchimplicit.recipes.density.chemistry import distorted, named
 from torchimplicit.recipes.density.results import ratio, seconds_to, shown, told
 from torchimplicit.recipes.density.settings import ChemistrySettings

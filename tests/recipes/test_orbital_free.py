@@ -15,13 +15,13 @@ from rich.console import Console
 
 from torchimplicit.diagnostics import curvature
 from torchimplicit.errors import ConvergenceWarning
-from torchimplicit.recipes.density import compute as storage
-from torchimplicit.recipes.density import training as data
+from torchimplicit.recipes.density import split as data
+from torchimplicit.recipes.density import storage
 from torchimplicit.recipes.density import training as runner
 from torchimplicit.recipes.density.chemistry import named
 from torchimplicit.recipes.density.objective import Case, Curvature, DensityFit
+from torchimplicit.recipes.density.quality import quality, summarized
 from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules, OrbitalFreeTraining
-from torchimplicit.recipes.density.training import quality, summarized
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import Run, RunOptions, create
 

@@ -12,7 +12,7 @@ pytest.importorskip("scipy")
 @pytest.fixture(scope="session")
 def record():
     """The record of the hydrogen molecule, as PySCF computed it."""
-    from torchimplicit.recipes.density.compute import read
+    from torchimplicit.recipes.density.storage import read
 
     return read(DATA)
 
@@ -20,7 +20,7 @@ def record():
 @pytest.fixture
 def no_chemistry(monkeypatch, record):
     """Every calculation gives hydrogen's numbers at once, and needs no PySCF; the geometries that were asked for."""
-    from torchimplicit.recipes.density import compute
+    from torchimplicit.recipes.density import compute, prepare
 
     asked = []
 
@@ -30,6 +30,6 @@ def no_chemistry(monkeypatch, record):
             raise compute.NotComputedError("it does not converge")
         return replace(record, geometry=replace(record.geometry, name=geometry.name), settings=settings)
 
-    monkeypatch.setattr(compute, "compute", computed)
-    monkeypatch.setattr(compute, "check_functional", lambda name: None)
+    monkeypatch.setattr(prepare, "compute", computed)
+    monkeypatch.setattr(prepare, "check_functional", lambda name: None)
     return asked

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchimplicit.recipes.density.compute import DensityBasis, solid_harmonics
+from torchimplicit.recipes.density.basis import DensityBasis, solid_harmonics
 
 LARGEST = 6
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchimplicit.recipes.density import compute as storage
+from torchimplicit.recipes.density import storage
 from torchimplicit.recipes.density.settings import ChemistrySettings
 from torchimplicit.recipes.runtime.errors import UserError
 

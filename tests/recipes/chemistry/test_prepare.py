@@ -8,9 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from torchimplicit.recipes.density import compute
-from torchimplicit.recipes.density import compute as storage
-from torchimplicit.recipes.density.compute import prepare, prepared
+from torchimplicit.recipes.density import integrals, storage
+from torchimplicit.recipes.density.prepare import prepare, prepared
 from torchimplicit.recipes.density.settings import ChemistrySettings
 from torchimplicit.recipes.runtime.errors import UserError
 
@@ -71,7 +70,7 @@ def test_a_file_that_cannot_be_written_is_a_failure(tmp_path, geometries, no_che
     def full(path, record):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage, "write", full)
+    monkeypatch.setattr("torchimplicit.recipes.density.prepare.write", full)
     [outcome] = prepare(geometries[:1], SETTINGS, tmp_path)
     assert "cannot be written (No space left on device)" in outcome.reason
 
@@ -88,7 +87,7 @@ def test_pyscf_is_needed_to_compute_only(tmp_path, geometries, no_chemistry, mon
     prepare(geometries[:1], SETTINGS, tmp_path)
     monkeypatch.undo()
     there = importlib.util.find_spec
-    monkeypatch.setattr(compute, "find_spec", lambda name: None if name == "pyscf" else there(name))
+    monkeypatch.setattr(integrals, "find_spec", lambda name: None if name == "pyscf" else there(name))
     assert len(prepared(geometries[:1], SETTINGS, tmp_path).molecules) == 1
     with pytest.raises(UserError, match=r"needs PySCF .* pip install 'torchimplicit\[chemistry\]'"):
         prepare(geometries, SETTINGS, tmp_path)

@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("pyscf")
 
-from torchimplicit.recipes.density import compute
-from torchimplicit.recipes.density import compute as storage
+from torchimplicit.recipes.density import compute, integrals, storage
 from torchimplicit.recipes.density.chemistry import from_angstrom, named
+from torchimplicit.recipes.density.integrals import check_functional
 from torchimplicit.recipes.density.settings import ChemistrySettings
 from torchimplicit.recipes.runtime.errors import UserError
 
@@ -110,7 +110,7 @@ def test_attraction_against_a_fine_grid():
 
 
 def test_blocks_of_integrals_make_no_difference(water, monkeypatch):
-    monkeypatch.setattr(compute, "AT_ONCE", 7)
+    monkeypatch.setattr(integrals, "AT_ONCE", 7)
     other = compute.compute(water.geometry, SETTINGS)
     assert torch.allclose(other.reference, water.reference, atol=1e-9)
     assert torch.allclose(other.guess, water.guess, atol=1e-9)
@@ -131,7 +131,7 @@ def test_a_calculation_that_does_not_converge(water):
 @pytest.mark.parametrize("name", ["b3lyp", "hf", "scan", "nonsense", "lda,nonsense"])
 def test_functionals_that_are_refused(name):
     with pytest.raises(UserError, match="--functional"):
-        compute.check_functional(name)
+        check_functional(name)
 
 
 def test_elements_without_a_basis():

@@ -21,7 +21,7 @@ pytest.importorskip("lightning")
 from PIL import Image
 
 from torchimplicit.recipes.density import chemistry as sources
-from torchimplicit.recipes.density import compute as storage
+from torchimplicit.recipes.density import storage
 from torchimplicit.recipes.runtime.errors import UserError
 
 LARGE = 10**12

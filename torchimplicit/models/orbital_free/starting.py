@@ -85,10 +85,14 @@ def fit_constants(
         densities: whose energies, ``[n]`` each; ``None``: the reference densities.
     """
     functional.constants.zero_()
-    counts = torch.stack([torch.bincount(m.charges, minlength=ELEMENTS).double() for m in molecules])
     at = [m.reference for m in molecules] if densities is None else densities
     missing = torch.stack([m.energy - functional(p, m) for m, p in zip(molecules, at, strict=True)])
-    functional.constants.copy_(torch.linalg.pinv(counts) @ missing)
+    functional.constants.copy_(torch.linalg.pinv(element_counts(molecules)) @ missing)
+
+
+def element_counts(molecules: Sequence[Molecule]) -> Tensor:
+    """How many atoms of each element each molecule has, ``[molecules, 37]``, double precision."""
+    return torch.stack([torch.bincount(molecule.charges, minlength=ELEMENTS) for molecule in molecules]).double()
 
 
 def _slope(functional: OrbitalFree, molecule: Molecule) -> Tensor:

@@ -27,7 +27,8 @@ from torchimplicit.models.orbital_free import Molecule, OrbitalFree, OrbitalFree
 from torchimplicit.models.orbital_free.second import hessian
 from torchimplicit.problems import Minimum
 from torchimplicit.recipes.density.chemistry import Geometry, distorted, named
-from torchimplicit.recipes.density.compute import file_name, need_pyscf, prepared
+from torchimplicit.recipes.density.integrals import need_pyscf
+from torchimplicit.recipes.density.prepare import prepared
 from torchimplicit.recipes.density.settings import (
     FELT,
     LEARNING_RATE,
@@ -37,6 +38,7 @@ from torchimplicit.recipes.density.settings import (
     ChemistrySettings,
     MoleculeGradientsConfig,
 )
+from torchimplicit.recipes.density.storage import file_name
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import cache_folder
 from torchimplicit.recipes.runtime.run import Run, threads

@@ -14,11 +14,12 @@ from rich.console import Console
 
 from torchimplicit.recipes.density import chemistry as sources
 from torchimplicit.recipes.density.chemistry import Geometry, check_size, symbol
-from torchimplicit.recipes.density.compute import NotComputedError, compute, kohn_sham
+from torchimplicit.recipes.density.compute import NotComputedError, compute, kohn_sham, superposition
 from torchimplicit.recipes.density.guess import density_matrix
+from torchimplicit.recipes.density.integrals import made
 from torchimplicit.recipes.density.objective import Case
+from torchimplicit.recipes.density.places import line, plane
 from torchimplicit.recipes.density.predict import Density, Trained, density, told
-from torchimplicit.recipes.density.training import line, plane
 from torchimplicit.recipes.runtime import files
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.page import axes, save_figure, styled
@@ -170,12 +171,10 @@ def _moment(p: torch.Tensor, molecule: Any) -> torch.Tensor:
 
 def saved(found: Density) -> dict[str, int]:
     """Kohn-Sham iterations from the density, and from the superposition of atoms."""
-    geometry, settings = found.record.geometry, found.record.settings
-    guess = density_matrix(found.coefficients, found.record)
-    return {
-        "density": int(kohn_sham(geometry, settings, guess).cycles),
-        "minao": int(kohn_sham(geometry, settings).cycles),
-    }
+    settings = found.record.settings
+    mol = made(found.record.geometry, settings.orbital_basis)
+    starts = {"density": density_matrix(found.coefficients, found.record), "minao": superposition(mol)}
+    return {name: int(kohn_sham(mol, settings, start).cycles) for name, start in starts.items()}
 
 
 def cube_file(found: Density) -> str:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from torchimplicit.recipes.density import chemistry as sources
 from torchimplicit.recipes.density.chemistry import Geometry, Refused, check_size, distorted
-from torchimplicit.recipes.density.compute import Outcome, prepare
+from torchimplicit.recipes.density.prepare import Outcome, prepare
 from torchimplicit.recipes.density.settings import ChemistrySettings
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import cache_folder

@@ -10,12 +10,12 @@ from rich.console import Console
 
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free import OrbitalFree
-from torchimplicit.recipes.density import training as data
+from torchimplicit.recipes.density import split as data
 from torchimplicit.recipes.density import training as runner
 from torchimplicit.recipes.density.objective import Case
+from torchimplicit.recipes.density.quality import Quality, quality
 from torchimplicit.recipes.density.settings import OrbitalFreeTraining
 from torchimplicit.recipes.density.stability import CountedTraining
-from torchimplicit.recipes.density.training import Quality, quality
 from torchimplicit.recipes.runtime.fitting import read_checkpoint
 from torchimplicit.recipes.runtime.run import Run, threads
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from torchimplicit.models.orbital_free import Molecule, OrbitalFree
-from torchimplicit.recipes.density.compute import Record, density_basis, made
+from torchimplicit.recipes.density.integrals import density_basis, made
+from torchimplicit.recipes.density.record import Record
 
 AT_ONCE = 2048
 """Points of the grid whose basis functions are in memory together."""

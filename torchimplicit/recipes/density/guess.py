@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchimplicit.recipes.density.compute import Record, density_basis, made, three_centre
+from torchimplicit.recipes.density.integrals import density_basis, made, three_centre
+from torchimplicit.recipes.density.record import Record
 
 Array = NDArray[np.float64]
 

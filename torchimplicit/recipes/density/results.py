@@ -61,10 +61,10 @@ def figures(config: Any, run: Run) -> dict[str, Any] | None:
 
 
 def summary(qualities: Sequence[Any]) -> dict[str, Any]:
-    """As :func:`~torchimplicit.recipes.density.training.summarized`, of plain data."""
+    """As :func:`~torchimplicit.recipes.density.quality.summarized`, of plain data."""
     from dataclasses import asdict
 
-    from torchimplicit.recipes.density.training import Quality, summarized
+    from torchimplicit.recipes.density.quality import Quality, summarized
     from torchimplicit.recipes.runtime.settings import from_plain
 
     return asdict(summarized([from_plain(Quality, one) for one in qualities]))

@@ -319,10 +319,10 @@ def line_through(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -
     """The error of the density along the line through two atoms; ``None`` where the molecule is not at hand."""
     import torch
 
-    from torchimplicit.recipes.density import compute as storage
-    from torchimplicit.recipes.density import training as data
+    from torchimplicit.recipes.density import split as data
+    from torchimplicit.recipes.density import storage
     from torchimplicit.recipes.density.objective import Case
-    from torchimplicit.recipes.density.training import line as places_along
+    from torchimplicit.recipes.density.places import line as places_along
     from torchimplicit.recipes.density.training import started
     from torchimplicit.recipes.runtime.fitting import read_checkpoint
     from torchimplicit.recipes.runtime.page import COLOURS, axes

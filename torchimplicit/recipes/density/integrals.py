@@ -1,0 +1,164 @@
+"""PySCF's molecules, bases, grids and integrals."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchimplicit.recipes.density.basis import DensityBasis
+from torchimplicit.recipes.density.chemistry import Geometry, symbol
+from torchimplicit.recipes.density.settings import ChemistrySettings
+from torchimplicit.recipes.runtime.errors import UserError
+
+Array = NDArray[np.float64]
+
+AT_ONCE = 100
+"""Basis functions whose three-centre integrals are in memory together."""
+
+
+def need_pyscf() -> None:
+    """Only what computes needs PySCF; reading what was computed does not.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if find_spec("pyscf") is None:
+        raise UserError(
+            "computing molecules needs PySCF (not installed; it runs on Linux and macOS); run: "
+            "pip install 'torchimplicit[chemistry]'"
+        )
+
+
+def check_functional(name: str) -> None:
+    """Whether PySCF knows a functional of the density by this name.
+
+    Raises:
+        UserError: PySCF is missing or does not know it, or it depends on more than
+            the density and its gradient.
+    """
+    need_pyscf()
+    from pyscf.dft import libxc
+
+    try:
+        local = libxc.parse_xc(name)[1] and libxc.xc_type(name) in ("LDA", "GGA")
+        local = local and not libxc.is_hybrid_xc(name) and not libxc.is_nlc(name)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"--functional: PySCF knows no '{name}' ({error})") from None
+    if not local:
+        raise UserError(
+            f"--functional {name} is none of the density and its gradient alone: it has exact exchange, the kinetic "
+            "energy density or a non-local correlation; take lda,pw or pbe, for instance"
+        )
+
+
+def check_bases(geometry: Geometry, settings: ChemistrySettings) -> None:
+    """Whether every element has its orbitals.
+
+    Raises:
+        UserError: PySCF is missing, or its basis of that name has nothing for an element.
+    """
+    need_pyscf()
+    from pyscf.gto import basis
+    from pyscf.lib.exceptions import BasisNotFoundError
+
+    for element in dict.fromkeys(map(symbol, geometry.charges)):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # that another package may have the basis
+                basis.load(settings.orbital_basis, element)
+        except (BasisNotFoundError, KeyError, RuntimeError, OSError):
+            raise UserError(
+                f"PySCF's basis {settings.orbital_basis} has nothing for {element}; choose another --orbital-basis"
+            ) from None
+
+
+def grid_of(geometry: Geometry, level: int) -> tuple[Tensor, Tensor]:
+    """Points ``[points, 3]``, in bohr, and weights ``[points]`` of PySCF's grid of a level for a molecule.
+
+    Raises:
+        UserError: PySCF is missing.
+    """
+    need_pyscf()
+    points, weights = grid(made(geometry, "sto-3g"), level)  # which orbitals there are does not matter
+    return torch.from_numpy(np.ascontiguousarray(points)), torch.from_numpy(np.ascontiguousarray(weights))
+
+
+def made(geometry: Geometry, basis: str) -> Any:
+    """PySCF's molecule."""
+    from pyscf import gto
+
+    atoms = [(symbol(charge), place) for charge, place in zip(geometry.charges, geometry.positions, strict=True)]
+    return gto.M(atom=atoms, unit="Bohr", basis=basis, charge=geometry.charge, verbose=0)
+
+
+def grid(mol: Any, level: int) -> tuple[Array, Array]:
+    """Becke's grid: points and weights, without the points that only fill up a block."""
+    from pyscf import dft
+
+    grid = dft.gen_grid.Grids(mol)
+    grid.level = level
+    grid.build()
+    keep = grid.weights != 0
+    return grid.coords[keep], grid.weights[keep]
+
+
+def density_basis(mol: Any, settings: ChemistrySettings) -> Any:
+    """PySCF's even-tempered functions for a density, as a molecule of its."""
+    from pyscf import df
+
+    return df.addons.make_auxmol(mol, df.aug_etb(mol, beta=settings.beta))
+
+
+def basis_of(fitting: Any) -> DensityBasis:
+    """PySCF's even-tempered basis: uncontracted, and spherical."""
+    shells = range(fitting.nbas)
+    assert all(fitting.bas_nprim(shell) == 1 == fitting.bas_nctr(shell) for shell in shells)
+    return DensityBasis(
+        centres=torch.from_numpy(fitting.atom_coords().copy()),
+        atom=torch.tensor([int(fitting.bas_atom(shell)) for shell in shells]),
+        angular=torch.tensor([int(fitting.bas_angular(shell)) for shell in shells]),
+        exponent=torch.tensor([float(fitting.bas_exp(shell)[0]) for shell in shells], dtype=torch.float64),
+    )
+
+
+def potentials(mol: Any, fitting: Any, densities: list[Array]) -> Array:
+    """Every fitting function's Coulomb energy with each density of orbitals, ``[n, len(densities)]``."""
+    # of the symmetric matrices only the lower triangles, with what is off the diagonal twice
+    rows, columns = np.tril_indices(mol.nao)
+    twice = np.where(rows == columns, 1.0, 2.0)
+    packed = np.stack([density[rows, columns] * twice for density in densities], axis=1)
+    return np.concatenate([integrals.T @ packed for _, integrals in three_centre(mol, fitting, aosym="s2ij")])
+
+
+def three_centre(mol: Any, fitting: Any, **how: Any) -> Iterator[tuple[slice, Array]]:
+    """The Coulomb integrals of two orbitals and a fitting function, some :data:`AT_ONCE` of the latter after the other.
+
+    Args:
+        how: see ``pyscf.df.incore.aux_e2``.
+
+    Returns:
+        which fitting functions, and their integrals: ``[orbitals, orbitals, k]``, or ``[pairs, k]`` with ``aosym``.
+    """
+    from pyscf import df
+
+    start, place = 0, fitting.ao_loc_nr()
+    while start < fitting.nbas:
+        stop = max(start + 1, int(np.searchsorted(place, place[start] + AT_ONCE, side="right")) - 1)
+        part = (0, mol.nbas, 0, mol.nbas, start, stop)
+        yield slice(place[start], place[stop]), df.incore.aux_e2(mol, fitting, "int3c2e", shls_slice=part, **how)
+        start = stop
+
+
+def attraction(mol: Any, fitting: Any) -> Array:
+    """:math:`\\int\\omega_iv_{ext}`: the Coulomb energy with the nuclei, which are Gaussians of exponent 1e16."""
+    from pyscf import gto
+
+    nuclei = gto.fakemol_for_charges(mol.atom_coords())
+    found: Array = -gto.intor_cross("int2c2e", fitting, nuclei) @ mol.atom_charges()
+    return found

@@ -1,0 +1,209 @@
+"""Molecules computed once and kept: the files of many, made side by side."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from torchimplicit.models.orbital_free.molecule import Molecule
+from torchimplicit.recipes.density.chemistry import Geometry
+from torchimplicit.recipes.density.compute import NotComputedError, compute
+from torchimplicit.recipes.density.integrals import check_functional
+from torchimplicit.recipes.density.settings import ChemistrySettings
+from torchimplicit.recipes.density.storage import BrokenFileError, file_name, load, read, write
+from torchimplicit.recipes.runtime.errors import UserError
+
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+"""What the numerical libraries read when they are loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a molecule.
+
+    Attributes:
+        geometry: which.
+        path: its file, unless it failed.
+        reason: why it failed; empty if it did not.
+        seconds: that its calculation took; nought for a file that was there.
+        note: anything else worth telling.
+    """
+
+    geometry: Geometry
+    path: Path | None = None
+    reason: str = ""
+    seconds: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Molecules in the order in which they were asked for, without those that failed."""
+
+    molecules: list[Molecule]
+    failures: list[Outcome]
+
+
+def prepared(
+    geometries: Sequence[Geometry],
+    settings: ChemistrySettings,
+    folder: Path,
+    workers: int = 1,
+    watch: Callable[[Outcome], None] = lambda outcome: None,
+) -> Prepared:
+    """The molecules, computed where ``folder`` does not hold them yet; see :func:`prepare`."""
+    outcomes = prepare(geometries, settings, folder, workers, watch)
+    return Prepared(
+        [load(outcome.path) for outcome in outcomes if outcome.path is not None],
+        [outcome for outcome in outcomes if outcome.path is None],
+    )
+
+
+def prepare(
+    geometries: Sequence[Geometry],
+    settings: ChemistrySettings,
+    folder: Path,
+    workers: int = 1,
+    watch: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """A file in ``folder`` for every molecule. What is there already and sound stays; an interruption loses only what
+    was being computed.
+
+    Args:
+        geometries: which.
+        settings: how.
+        folder: made if there is none.
+        workers: how many processes compute, a thread each; 1: this one. More than one need a main module that can be
+            imported, as with all of Python's spawned processes.
+        watch: is called with every outcome, as they come.
+
+    Returns:
+        an outcome for every geometry, in order; molecules that fail do not stop the others.
+
+    Raises:
+        UserError: the folder cannot be written; the functional is not known; PySCF is missing and something has to be
+            computed.
+    """
+    _writable(folder)
+    outcomes: dict[int, Outcome] = {}
+    wanted: dict[int, tuple[Geometry, Path, str]] = {}
+    first: dict[Path, int] = {}
+    for index, geometry in enumerate(geometries):
+        path = folder / file_name(geometry, settings)
+        if path in first:  # asked for twice
+            continue
+        first[path] = index
+        found, note = _found(path)
+        if found:
+            outcomes[index] = Outcome(geometry=geometry, path=path)
+            watch(outcomes[index])
+        else:
+            wanted[index] = (geometry, path, note)
+    if wanted:
+        check_functional(settings.functional)
+    for index, outcome in _computed(wanted, settings, workers):
+        outcomes[index] = outcome
+        watch(outcome)
+    return [outcomes[first[folder / file_name(geometry, settings)]] for geometry in geometries]
+
+
+def _found(path: Path) -> tuple[bool, str]:
+    """Whether the file is there and sound, and what is to be said if it is not."""
+    if not path.exists():
+        return False, ""
+    try:
+        read(path)
+    except BrokenFileError as error:
+        return False, f"computed again: {error}"
+    return True, ""
+
+
+def _computed(
+    wanted: dict[int, tuple[Geometry, Path, str]], settings: ChemistrySettings, workers: int
+) -> Iterator[tuple[int, Outcome]]:
+    """The outcomes as they come, the larger molecules being begun first, so that none is left for the end alone."""
+    order = sorted(wanted, key=lambda index: -sum(wanted[index][0].charges))
+    if workers == 1 or len(order) < 2:
+        for index in order:
+            yield index, _one(*wanted[index], settings)
+        return
+    context = multiprocessing.get_context("spawn")
+    with _one_thread_each():
+        pool = ProcessPoolExecutor(min(workers, len(order)), mp_context=context, initializer=_begin)
+        try:
+            running = {pool.submit(_one, *wanted[index], settings): index for index in order}
+            for future in as_completed(running):
+                index = running[future]
+                geometry = wanted[index][0]
+                try:
+                    yield index, future.result()
+                except BrokenProcessPool:
+                    reason = "a process ended abruptly, perhaps for lack of memory; try again with fewer --workers"
+                    yield index, Outcome(geometry=geometry, reason=reason)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _one(geometry: Geometry, path: Path, note: str, settings: ChemistrySettings) -> Outcome:
+    """Compute a molecule and write its file."""
+    try:
+        record = compute(geometry, settings)
+    except (UserError, NotComputedError) as error:
+        return Outcome(geometry=geometry, reason=str(error), note=note)
+    try:
+        write(path, record)
+    except OSError as error:
+        return Outcome(geometry=geometry, reason=f"{path} cannot be written ({error.strerror or error})", note=note)
+    return Outcome(geometry=geometry, path=path, seconds=record.seconds, note=note)
+
+
+def _begin() -> None:
+    """In a new process: end at once when interrupted (the files are written atomically) or when the first process has
+    died, and use one thread."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_first, daemon=True).start()
+
+
+def _end_with_the_first() -> None:
+    """A pool's processes would wait for work for ever."""
+    first = multiprocessing.parent_process()
+    assert first is not None
+    first.join()
+    os._exit(1)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Processes that are begun meanwhile use one thread each; it must be said before they load their libraries."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{folder} is a file; the molecules' files need a folder") from None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror or error}); choose another --output") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be written to; choose another --output")

@@ -1,0 +1,221 @@
+"""How good the densities of a functional are, molecule by molecule, and how hard they are to find."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from torchimplicit.models.orbital_free import (
+    OrbitalFree,
+)
+from torchimplicit.recipes.density import storage
+from torchimplicit.recipes.density.objective import Case
+from torchimplicit.recipes.density.settings import OrbitalFreeTraining
+
+
+@dataclass(frozen=True)
+class Finer:
+    """The density that the same functional has on a finer grid, found from the one on its own grid.
+
+    Attributes:
+        level: PySCF's, of the finer grid.
+        loss, l1, guess_l1, energy_error, converged: see :class:`Quality`.
+        moved: :math:`\\int(\\rho-\\rho_{own})^2/(2N)`, how far it is from the density on its own grid.
+    """
+
+    level: int
+    loss: float
+    l1: float
+    guess_l1: float
+    energy_error: float
+    converged: bool
+    moved: float
+
+    def better(self, guess_loss: float) -> bool:
+        """Than the superposition of atoms, whose L does not depend on the grid."""
+        return self.converged and self.loss < guess_loss and self.l1 < self.guess_l1
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Of one molecule.
+
+    Attributes:
+        name, size: of the molecule, and how many basis functions it has.
+        loss: :math:`\\int(\\rho-\\rho_{gs})^2/(2N)`.
+        l1: :math:`\\int|\\rho-\\rho_{gs}|/N`.
+        energy_error: of the energy at the density that was found, in hartree.
+        trained_energy_error: likewise, by the elements' constants that training had; ``energy_error`` is by those that
+            are fitted to the training molecules' energies afterwards, unless energies are trained.
+        guess_loss, guess_l1: the same figures of the superposition of atoms (MINAO).
+        negative: the least density on the grid, per cubic bohr.
+        steps, evaluations: of the minimization from that superposition.
+        converged: whether it was done within its budget.
+        least, largest: eigenvalues of the Hessian on the constraint, in the metric's coordinates; NaN if not asked for.
+        finer: the same molecule on a finer grid, where it was looked at.
+    """
+
+    name: str
+    size: int
+    loss: float
+    l1: float
+    energy_error: float
+    guess_loss: float
+    guess_l1: float
+    negative: float
+    steps: int
+    evaluations: float
+    converged: bool
+    least: float = math.nan
+    largest: float = math.nan
+    trained_energy_error: float = math.nan
+    finer: Finer | None = None
+
+    @property
+    def better(self) -> bool:
+        """Than the superposition of atoms, by both figures, and on the finer grid too where that was looked at."""
+        own = self.loss < self.guess_loss and self.l1 < self.guess_l1
+        return own and (self.finer is None or self.finer.better(self.guess_loss))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Means over molecules; ``better`` is a share, ``steps`` and the spectrum are the worst. Those named ``finer`` are
+    of the finer grid, NaN where none was looked at."""
+
+    loss: float
+    l1: float
+    energy_error: float
+    guess_loss: float
+    guess_l1: float
+    better: float
+    steps: int
+    mean_steps: float
+    unconverged: float
+    least: float
+    largest: float
+    trained_energy_error: float = math.nan
+    finer_loss: float = math.nan
+    finer_l1: float = math.nan
+    finer_energy_error: float = math.nan
+
+
+def quality(
+    case: Case,
+    functional: OrbitalFree,
+    config: OrbitalFreeTraining,
+    *,
+    spectrum: bool = False,
+    constants: Tensor | None = None,
+    file: Path | None = None,
+) -> Quality:
+    """Of the density that is found from the superposition of atoms.
+
+    Args:
+        spectrum: look at the Hessian's extreme eigenvalues too.
+        constants: the elements' constants that training had; ``None``: those that ``functional`` has.
+        file: of the molecule, to look at a finer grid too; ``None``: do not.
+    """
+    molecule = case.molecule
+    with torch.no_grad():
+        solution = case.solved(functional, config, cold=True)
+        p, guess = solution.value, molecule.guess
+    least = largest = math.nan
+    if spectrum:
+        values = torch.linalg.eigvalsh(case.curvature(functional, p))
+        least, largest = float(values[0]), float(values[-1])
+    with torch.no_grad():
+        energy_error = float(functional(p, molecule) - molecule.energy)
+        refitted = 0.0 if constants is None else float((functional.constants - constants)[molecule.charges].sum())
+        return Quality(
+            name=molecule.name,
+            size=molecule.size,
+            loss=float(case.loss(p)),
+            l1=float(case.l1(p)),
+            energy_error=energy_error,
+            trained_energy_error=energy_error - refitted,
+            guess_loss=float(case.loss(guess)),
+            guess_l1=float(case.l1(guess)),
+            negative=float(molecule.density(p).min()),
+            steps=int(solution.steps),
+            evaluations=solution.evaluations,
+            converged=bool(solution.converged),
+            least=least,
+            largest=largest,
+            finer=None if file is None else finer(case, functional, config, p, file),
+        )
+
+
+def finer(case: Case, functional: OrbitalFree, config: OrbitalFreeTraining, p: Tensor, file: Path) -> Finer:
+    """On the finer grid, from the density ``p`` (``[n]``) on its own and with the Hessian that was kept there: that the
+    functional has its minimum there too is what is looked at, not how long it takes to find.
+
+    Raises:
+        UserError: PySCF, which makes the grid, is missing.
+    """
+    molecule = storage.read(file).on_grid(config.check_grid).molecule()
+    fine = Case(molecule, case.metric, case.weighing, hessian=case.hessian)
+    fine.density, fine.fresh = p, True
+    solution = fine.solved(functional, replace(config, inner="l-bfgs", correction=0))
+    found = solution.value
+    moved = found - p
+    return Finer(
+        level=config.check_grid,
+        loss=float(fine.loss(found)),
+        l1=float(fine.l1(found)),
+        guess_l1=float(fine.l1(molecule.guess)),
+        energy_error=float(functional(found, molecule) - molecule.energy),
+        converged=bool(solution.converged),
+        moved=float(0.5 * moved @ (molecule.overlap @ moved) / molecule.electrons),
+    )
+
+
+def qualities(
+    cases: Sequence[Case],
+    functional: OrbitalFree,
+    config: OrbitalFreeTraining,
+    *,
+    spectrum: bool = False,
+    constants: Tensor | None = None,
+    files: Mapping[str, Path] | None = None,
+) -> list[Quality]:
+    """Of each; ``files`` are those of the molecules by their names, see :func:`quality`."""
+    return [
+        quality(
+            case,
+            functional,
+            config,
+            spectrum=spectrum,
+            constants=constants,
+            file=None if files is None else files[case.molecule.name],
+        )
+        for case in cases
+    ]
+
+
+def summarized(found: Sequence[Quality]) -> Summary:
+    """Of some molecules, at least one."""
+    return Summary(
+        loss=fmean(one.loss for one in found),
+        l1=fmean(one.l1 for one in found),
+        energy_error=fmean(abs(one.energy_error) for one in found),
+        guess_loss=fmean(one.guess_loss for one in found),
+        guess_l1=fmean(one.guess_l1 for one in found),
+        better=fmean(one.better for one in found),
+        steps=max(one.steps for one in found),
+        mean_steps=fmean(one.steps for one in found),
+        unconverged=fmean(not one.converged for one in found),
+        least=min(one.least for one in found),
+        largest=max(one.largest for one in found),
+        trained_energy_error=fmean(abs(one.trained_energy_error) for one in found),
+        **{
+            f"finer_{name}": fmean(math.nan if one.finer is None else abs(getattr(one.finer, name)) for one in found)
+            for name in ("loss", "l1", "energy_error")
+        },
+    )

@@ -1,0 +1,89 @@
+"""A molecule's matrices, grid, densities and energies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.models.orbital_free.molecule import Molecule
+from torchimplicit.recipes.density.basis import DensityBasis
+from torchimplicit.recipes.density.chemistry import Geometry
+from torchimplicit.recipes.density.integrals import grid_of
+from torchimplicit.recipes.density.settings import ChemistrySettings
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Record:
+    """A molecule's matrices, grid, densities and energies; atomic units, float64.
+
+    The basis on the grid is not among them: it is made again from the exponents, in less time than it takes to read.
+
+    Attributes:
+        geometry: of which molecule.
+        settings: how it was computed.
+        basis: of the density, n functions.
+        overlap, coulomb, external, reference, guess, points, quadrature: see
+            :class:`~torchimplicit.models.orbital_free.molecule.Molecule`.
+        energy, repulsion, kinetic, exchange_correlation: likewise.
+        attraction: of the nuclei on the Kohn-Sham density, as the orbitals have it.
+        hartree: the Coulomb energy of the Kohn-Sham density, as the orbitals have it.
+        software: what computed it, with the version.
+        seconds: how long it took.
+    """
+
+    geometry: Geometry
+    settings: ChemistrySettings
+    basis: DensityBasis
+    overlap: Tensor
+    coulomb: Tensor
+    external: Tensor
+    reference: Tensor
+    guess: Tensor
+    points: Tensor
+    quadrature: Tensor
+    energy: float
+    repulsion: float
+    kinetic: float
+    exchange_correlation: float
+    attraction: float
+    hartree: float
+    software: str
+    seconds: float
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, those of the basis aside."""
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+
+    def on_grid(self, level: int) -> Record:
+        """The same on a grid of another level.
+
+        Raises:
+            UserError: PySCF, which makes the grid, is missing.
+        """
+        points, quadrature = grid_of(self.geometry, level)
+        return replace(self, points=points, quadrature=quadrature, settings=replace(self.settings, grid=level))
+
+    def molecule(self) -> Molecule:
+        """What a density functional needs of it, float64."""
+        values, gradients = self.basis.evaluate(self.points)
+        return Molecule(
+            name=self.geometry.name,
+            charges=torch.tensor(self.geometry.charges),
+            positions=torch.tensor(self.geometry.positions, dtype=torch.float64),
+            electrons=torch.tensor(float(self.geometry.electrons), dtype=torch.float64),
+            weight=self.basis.integrals(),
+            atom=self.basis.spread(self.basis.atom),
+            angular=self.basis.spread(self.basis.angular),
+            shell=self.basis.spread(self.basis.numbers()),
+            values=values,
+            gradients=gradients,
+            **self.tensors(),
+            **{
+                name: torch.tensor(getattr(self, name), dtype=torch.float64)
+                for name in ("energy", "repulsion", "kinetic", "exchange_correlation")
+            },
+        )

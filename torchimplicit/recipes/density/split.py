@@ -1,0 +1,107 @@
+"""The molecules of a training, split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from torchimplicit.models.orbital_free import (
+    Molecule,
+)
+from torchimplicit.recipes.density import chemistry as sources
+from torchimplicit.recipes.density import storage
+from torchimplicit.recipes.density.chemistry import Geometry, check_size, distorted, symbol
+from torchimplicit.recipes.density.prepare import Outcome, prepare
+from torchimplicit.recipes.density.settings import Molecules
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import cache_folder
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Molecules by what they are for.
+
+    Attributes:
+        train: the loss is theirs.
+        validation: the weights are selected by them; empty: the last weights are taken.
+        test: looked at once, at the end; empty: there are none.
+        skipped: what could not be computed, a line each.
+        files: of the molecules, by their names.
+    """
+
+    train: list[Molecule]
+    validation: list[Molecule]
+    test: list[Molecule]
+    skipped: list[str]
+    files: dict[str, Path]
+
+    def named(self, split: str) -> list[Molecule]:
+        """One of :data:`SPLITS`."""
+        found: list[Molecule] = getattr(self, split)
+        return found
+
+
+def geometries(config: Molecules) -> tuple[dict[str, list[Geometry]], list[str]]:
+    """Of every split, and what was refused, a line each."""
+    originals: list[Geometry] = []
+    refused: list[str] = []
+    for source in config.sources:
+        read = sources.read(source)
+        refused += [f"{one.name}: {one.reason}" for one in read if not isinstance(one, Geometry)]
+        taken = [one for one in read if isinstance(one, Geometry)]
+        originals += sorted(taken, key=lambda one: len(one.charges))[: config.limit] if len(taken) > 1 else taken
+    for geometry in originals:
+        check_size(geometry)
+    if 2 * config.held_out >= len(originals):
+        raise UserError(
+            f"--held-out {config.held_out} takes {2 * config.held_out} molecules away, and there are {len(originals)}"
+        )
+    order: Iterable[int] = ()
+    if config.held_out:
+        order = np.random.default_rng(config.geometry_seed).permutation(len(originals))
+    away = {int(place): SPLITS[1 + k // config.held_out] for k, place in enumerate(islice(order, 2 * config.held_out))}
+    found: dict[str, list[Geometry]] = {split: [] for split in SPLITS}
+    numbers = {"train": config.train_copies, "validation": config.validation_copies, "test": config.test_copies}
+    for place, geometry in enumerate(originals):
+        found[away.get(place, "train")].append(geometry)
+        if place in away:
+            continue
+        copy = 0
+        for split, count in numbers.items():
+            for _ in range(count):
+                copy += 1
+                found[split].append(distorted(geometry, config.distort, config.geometry_seed, copy))
+    known = {charge for geometry in found["train"] for charge in geometry.charges}
+    for split in SPLITS[1:]:
+        for geometry in [one for one in found[split] if not known.issuperset(one.charges)]:
+            found[split].remove(geometry)
+            lacking = ", ".join(symbol(charge) for charge in sorted({*geometry.charges} - known))
+            refused.append(f"{geometry.name}: no training molecule has {lacking}")
+    return found, refused
+
+
+def load(config: Molecules, watch: Callable[[Outcome], None] = lambda outcome: None) -> Split:
+    """All molecules, computed where they are not in the folder yet.
+
+    Raises:
+        UserError: a source that is refused, or nothing left to train on.
+    """
+    found, skipped = geometries(config)
+    folder = config.data_dir or cache_folder("molecules")
+    split: dict[str, list[Molecule]] = {}
+    files: dict[str, Path] = {}
+    for name, ones in found.items():
+        outcomes = prepare(ones, config.chemistry, folder, watch=watch)
+        there = {one.geometry.name: one.path for one in outcomes if one.path is not None}
+        files.update(there)
+        split[name] = [storage.load(path) for path in there.values()]
+        skipped += [f"{one.geometry.name}: {one.reason}" for one in outcomes if one.path is None]
+    if not split["train"]:
+        raise UserError("no molecule is left to train on: " + "; ".join(skipped))
+    return Split(**split, skipped=skipped, files=files)

@@ -1,0 +1,156 @@
+"""A file of a computed molecule: numpy's .npz without pickles, with a checksum of its content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from torchimplicit.models.orbital_free.molecule import Molecule
+from torchimplicit.recipes.density.basis import DensityBasis
+from torchimplicit.recipes.density.chemistry import Geometry
+from torchimplicit.recipes.density.record import Record
+from torchimplicit.recipes.density.settings import ChemistrySettings
+from torchimplicit.recipes.runtime.errors import DamagedFileError, UserError
+from torchimplicit.recipes.runtime.files import replacing
+from torchimplicit.recipes.runtime.settings import to_plain
+
+FORMAT = "torchimplicit molecule"
+VERSION = 2
+"""Of the file's layout and of what its numbers mean."""
+
+LARGEST_GROWTH = 200
+"""When it is unpacked: floating-point numbers hardly shrink, and only the zeros of a symmetric molecule do."""
+
+_BASIS = ("atom", "angular", "exponent")
+_ARRAYS = ("overlap", "coulomb", "external", "reference", "guess", "points", "quadrature")
+_FIGURES = ("energy", "repulsion", "kinetic", "exchange_correlation", "attraction", "hartree", "software", "seconds")
+
+
+class BrokenFileError(DamagedFileError):
+    """A file that cannot be used: it is damaged, of another version, or no molecule at all."""
+
+
+def key(geometry: Geometry, settings: ChemistrySettings) -> str:
+    """Of a calculation: the same for the same nuclei, charge, settings and format; 12 hexadecimal digits."""
+    nuclei = {"charges": geometry.charges, "positions": geometry.positions, "charge": geometry.charge}
+    asked = to_plain({"version": VERSION, "geometry": nuclei, "settings": settings})
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def file_name(geometry: Geometry, settings: ChemistrySettings) -> str:
+    """Under which the calculation is kept."""
+    return f"{re.sub(r'[^A-Za-z0-9._+-]', '_', geometry.name)}-{key(geometry, settings)}.npz"
+
+
+def write(path: Path, record: Record) -> None:
+    """Write the file; whoever reads meanwhile finds the former one or this one, never a part.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    tensors = record.tensors() | {name: getattr(record.basis, name) for name in _BASIS}
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    about = {
+        "format": FORMAT,
+        "version": VERSION,
+        "geometry": to_plain(record.geometry),
+        "settings": to_plain(record.settings),
+        **{name: getattr(record, name) for name in _FIGURES},
+    }
+    text = np.frombuffer(json.dumps(about, sort_keys=True).encode(), dtype=np.uint8)
+    digest = np.frombuffer(bytes.fromhex(_digest(text, arrays)), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, about=text, sha256=digest, **arrays)
+
+
+def read(path: Path) -> Record:
+    """What is in a file.
+
+    Raises:
+        BrokenFileError: it is damaged, of another version, or was not written by :func:`write`.
+        UserError: there is no such file, or it may not be read.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is no file: a molecule's data file is made by torchimplicit molecules")
+    try:
+        # opened here: numpy alone would take any bytes for a pickle, and say so
+        with zipfile.ZipFile(path) as archive:
+            names = set(archive.namelist())
+            size = sum(one.file_size for one in archive.infolist())
+        if size > LARGEST_GROWTH * (path.stat().st_size + 1024):
+            raise BrokenFileError(_damaged(path, f"it would grow to {size} bytes"))
+        if not {"about.npy", "sha256.npy"} <= names:
+            raise BrokenFileError(
+                f"{path} is no molecule's data file (it holds {', '.join(sorted(names)[:4]) or 'nothing'})"
+            )
+        with np.load(path, allow_pickle=False) as held:
+            arrays = {name: held[name] for name in held.files}
+        text, digest = arrays.pop("about"), arrays.pop("sha256")
+        about = json.loads(text.tobytes().decode())
+        if about.get("format") != FORMAT:
+            raise BrokenFileError(f"{path} is no molecule's data file, but '{about.get('format')}'")
+        if about["version"] != VERSION:
+            raise BrokenFileError(
+                f"{path} has version {about['version']} of the format, and this program reads version {VERSION}; "
+                "compute it again: torchimplicit molecules"
+            )
+        if digest.tobytes().hex() != _digest(text, arrays):
+            raise BrokenFileError(_damaged(path, "its content does not have the checksum inside"))
+        return _record(about, arrays)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # a damaged archive, or what is damaged in it, raises nearly everything
+        raise BrokenFileError(_damaged(path, " ".join(str(error).split()) or type(error).__name__)) from None
+
+
+def load(path: Path) -> Molecule:
+    """The molecule in a file, float64.
+
+    Raises:
+        UserError: see :func:`read`.
+    """
+    return read(path).molecule()
+
+
+def _damaged(path: Path, why: str) -> str:
+    return f"{path} is damaged ({why}): delete it and compute it again with torchimplicit molecules"
+
+
+def _record(about: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Record:
+    geometry = Geometry(
+        name=about["geometry"]["name"],
+        charges=tuple(about["geometry"]["charges"]),
+        positions=tuple((x, y, z) for x, y, z in about["geometry"]["positions"]),
+        charge=about["geometry"]["charge"],
+    )
+    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return Record(
+        geometry=geometry,
+        settings=ChemistrySettings(**about["settings"]),
+        basis=DensityBasis(
+            centres=torch.tensor(geometry.positions, dtype=torch.float64), **{name: tensors[name] for name in _BASIS}
+        ),
+        **{name: tensors[name] for name in _ARRAYS},
+        **{name: about[name] for name in _FIGURES},
+    )
+
+
+def _digest(text: NDArray[np.uint8], arrays: dict[str, NDArray[Any]]) -> str:
+    """Of the description and of every array with its name, type and shape."""
+    digest = hashlib.sha256(text.tobytes())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
