@@ -182,12 +182,13 @@ def test_costs():
 class TestSignals:
     def test_the_rows(self):
         assert len(signals.ROWS) == 12
-        assert signals.PUBLISHED_VIDEO["gabor", False] == 26.15
+        assert signals.PUBLISHED_VIDEO["gabor"][1] == 26.15
         assert signals.ROWS["sound-siren-implicit"].twin.name == "sound-siren-explicit"
 
     def test_the_papers_scale_is_the_papers(self):
         config = SignalsConfig(plan=Plan(scale="paper"))
-        heard, seen = (signals.training(config, signals.ROWS[f"{kind}-fourier-implicit"], 0) for kind in signals.KINDS)
+        heard = signals.heard(config, signals.ROWS["sound-fourier-implicit"], 0)
+        seen = signals.seen(config, signals.ROWS["video-fourier-implicit"], 0)
         assert (heard.rate, heard.seconds, heard.representation.width, heard.optimization.steps) == (
             44100,
             7,
@@ -200,9 +201,9 @@ class TestSignals:
         assert seen.representation.amortize == "off"
 
     def test_twins_differ_in_being_implicit_alone(self):
-        for kind in signals.KINDS:
+        for kind, fit in (("sound", signals.heard), ("video", signals.seen)):
             row = signals.ROWS[f"{kind}-siren-implicit"]
-            one, other = (signals.training(SignalsConfig(), which, 1) for which in (row, row.twin))
+            one, other = (fit(SignalsConfig(), which, 1) for which in (row, row.twin))
             assert replace(one, representation=replace(one.representation, implicit=False)) == other
 
     def test_the_record(self, tmp_path):

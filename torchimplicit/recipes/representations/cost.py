@@ -1,4 +1,5 @@
-"""What training steps of several fits cost: seconds measured in turn, evaluations, and memory at its peak."""
+"""What training steps of several fits cost: seconds measured in turn, evaluations, and memory at its peak; and what the
+tables of fits show of them."""
 
 from __future__ import annotations
 
@@ -29,9 +30,13 @@ from torchimplicit.recipes.runtime.step_cost import (
     peak_bytes,
     step_table,
 )
+from torchimplicit.recipes.runtime.table import Cell, Runs, mean
 from torchimplicit.recipes.runtime.task import Shard
 from torchimplicit.recipes.runtime.trainer import Measuring
 from torchimplicit.solvers import Anderson
+
+COST = "cost"
+"""The name of a table's job that measures the steps of its fits, and of its row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,7 @@ class FieldCostConfig:
     """Measures steps of several fits in turn, after some of training."""
 
     names: tuple[str, ...] = ()
-    """What they are called."""
+    """The names of the fits."""
 
     fits: tuple[PictureConfig, ...] = ()
     """Fits of pictures, in the same order."""
@@ -57,7 +62,7 @@ class FieldCostConfig:
     """How often each has its turn."""
 
     steps_a_turn: int = 3
-    """Steps in a turn."""
+    """How many steps each takes in a turn."""
 
     def __post_init__(self) -> None:
         positive(self, "warm_steps", "rounds", "steps_a_turn")
@@ -151,6 +156,25 @@ class Fit:
         layer.solver, layer.gradient, layer.warm_start = usual
         self.task.zero_grad()
         return beside(*found)
+
+
+# -- What the tables of fits say of their runs -------------------------------------------------------------------------
+
+
+def seconds_of(runs: Runs, *rows: Any) -> list[float | None]:
+    """What a step of the rows' fits costs, where it was measured."""
+    return [runs.named(COST).get(row.name, {}).get("seconds") for row in rows]
+
+
+def parameters(runs: Runs) -> Cell[Any]:
+    """The column of the models' sizes."""
+    return Cell("Parameters", runs.first("parameters"))
+
+
+def trained(runs: Runs) -> Cell[Any]:
+    """The column of the time that training took."""
+    note = "Wall seconds until the best validation, mean; the machine was shared."
+    return Cell("Training", lambda row: mean(runs.where(row=row).at_best("seconds"), ".1f"), "s", note)
 
 
 RUNNER = Measuring(measure=measured, ready=ready, name="costs.json", show=step_table)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from torchimplicit.recipes.representations import generalization
-from torchimplicit.recipes.representations.cost import FieldCostConfig
+from torchimplicit.recipes.representations.cost import COST, FieldCostConfig
 from torchimplicit.recipes.representations.fit import FILTERS, NAMES, FilterKind, truncated
+from torchimplicit.recipes.representations.generalization import GeneralizationConfig, Subject
 from torchimplicit.recipes.representations.image import PictureConfig
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
@@ -20,9 +21,6 @@ from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan,
 
 if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
-
-COST = "cost"
-CONVERGED = "converged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +33,7 @@ class Row:
     @property
     def name(self) -> str:
         """For folders."""
-        return f"{self.filter}-{CONVERGED if self.products is None else f'T{self.products}'}"
-
-    @property
-    def label(self) -> str:
-        """For people."""
-        return CONVERGED if self.products is None else f"T = {self.products}"
-
-
-# -- settings ----------------------------------------------------------------------------------------------------------
+        return f"{self.filter}-{'converged' if self.products is None else f'T{self.products}'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +43,7 @@ class GradientsConfig:
     plan: Plan = field(default_factory=lambda: Plan(seeds=1, together=12))
 
     pictures: tuple[str, ...] = ("camera", "text-0")
-    """Of scikit-image, or text that is drawn."""
+    """The pictures, from scikit-image, or of text that is drawn."""
 
     file: Path | None = None
     """A picture of your own in place of them."""
@@ -65,10 +55,10 @@ class GradientsConfig:
     """Pixels of the longest side; by default 64, and the paper's 512 at its scale."""
 
     width: int | None = None
-    """By default 64, and the paper's 256."""
+    """The models' width; by default 64, and the paper's 256."""
 
     steps: int | None = None
-    """By default 400, and the paper's 2000."""
+    """Steps of each training; by default 400, and the paper's 2000."""
 
     machine: Machine = field(default_factory=lambda: Machine(tensorboard=False))
 
@@ -85,26 +75,25 @@ def rows(config: GradientsConfig, name: FilterKind) -> list[Row]:
     return [Row(filter=name, products=products) for products in (*sorted(config.products), None)]
 
 
-def subjects(config: GradientsConfig) -> list[generalization.Subject]:
-    """What is fitted."""
+def subjects(config: GradientsConfig) -> list[Subject]:
+    """The pictures that are fitted."""
     if config.file is not None:
-        return [generalization.Subject(config.file.stem, "natural", config.file)]
+        return [Subject(config.file.stem, "natural", config.file)]
+    texts = ("page", "text")
     return [
-        generalization.Subject(name, "text" if name in ("page", "text") or name.startswith("text-") else "natural")
-        for name in config.pictures
+        Subject(name, "text" if name in texts or name.startswith("text-") else "natural") for name in config.pictures
     ]
 
 
-def training(config: GradientsConfig, row: Row, subject: generalization.Subject, seed: int) -> PictureConfig:
+def training(config: GradientsConfig, row: Row, subject: Subject, seed: int) -> PictureConfig:
     """The settings of one run: those of the table of generalization, but for the backward pass."""
-    as_there = generalization.GeneralizationConfig(
+    as_there = GeneralizationConfig(
         plan=config.plan, size=config.size, width=config.width, steps=config.steps, machine=config.machine
     )
-    series = truncated() if row.products is None else truncated(row.products + 1)
-    return replace(
-        generalization.training(as_there, generalization.Row(filter=row.filter), subject, seed),
-        equilibria=replace(series, gradient="implicit") if row.products is None else series,
-    )
+    converged = replace(truncated(), gradient="implicit")
+    equilibria = converged if row.products is None else truncated(row.products + 1)
+    usual = generalization.training(as_there, generalization.Row(filter=row.filter), subject, seed)
+    return replace(usual, equilibria=equilibria)
 
 
 def jobs(config: GradientsConfig) -> list[Job]:
@@ -113,38 +102,27 @@ def jobs(config: GradientsConfig) -> list[Job]:
     for seed in config.plan.all_seeds:
         for subject in subjects(config):
             fits = {row: training(config, row, subject, seed) for name in FILTERS for row in rows(config, name)}
-            made += [
-                Job(
-                    f"{row.name}-{subject.name}-seed{seed}",
-                    "implicit-image-generalization",
-                    one,
-                    {"row": row, "picture": subject.name, "seed": seed},
-                )
-                for row, one in fits.items()
-            ]
-            if COST not in {job.name for job in made}:
+            for row, fit in fits.items():
+                key = {"row": row, "picture": subject.name, "seed": seed}
+                made.append(Job(f"{row.name}-{subject.name}-seed{seed}", "implicit-image-generalization", fit, key))
+            if len(made) == len(fits):
                 names = tuple(row.name for row in fits)
                 made.append(Job(COST, "fields-cost", FieldCostConfig(names=names, fits=tuple(fits.values()))))
     return made
 
 
-# -- what the runs come to ---------------------------------------------------------------------------------------------
-
-
-def sheets(config: GradientsConfig, runs: Runs) -> list[Sheet]:
+def sheets(config: GradientsConfig, runs: Runs) -> Iterator[Sheet]:
     """A sheet a filter."""
     cost = runs.named(COST)
 
     def step(figure: str, form: str, scale: float = 1.0) -> Any:
         return lambda row: f"{scale * cost[row.name][figure]:{form}}" if row.name in cost else table.NONE
 
-    def quality(picture: str) -> Any:
-        return lambda row: table.spread(runs.where(picture=picture).of(row, "test.PSNR"), 2)
-
     cells = [
-        Cell[Row]("Backward", lambda row: row.label, "",
+        Cell[Row]("Backward", lambda row: "converged" if row.products is None else f"T = {row.products}", "",
                   "T products with the Jacobian after the incoming gradient; T = 0 is the one-step one."),
-        *(Cell(p.name, quality(p.name), "dB", "Test PSNR; ± deviation over seeds.") for p in subjects(config)),
+        *(Cell(p.name, runs.where(picture=p.name).told("test.PSNR", 2), "dB", "Test PSNR; ± deviation over seeds.")
+          for p in subjects(config)),
         Cell("Step", step("seconds", ".2f", 1e3), "ms",
              "CPU time (wall time on a GPU), medians, measured in turn at weights of 40 steps."),
         Cell("Backward pass", step("backward_seconds", ".2f", 1e3), "ms", "Likewise."),
@@ -152,35 +130,30 @@ def sheets(config: GradientsConfig, runs: Runs) -> list[Sheet]:
         Cell("Cosine", step("cosine", ".4f"), "", "Of the gradient in all weights to the exact one, at those weights."),
         Cell("Norm", step("norm", ".2f"), "", "Of the gradient over that of the exact one."),
     ]  # fmt: skip
-    return [table.sheet(NAMES[name, True], rows(config, name), cells) for name in FILTERS]
+    for name in FILTERS:
+        yield table.sheet(NAMES[name, True], rows(config, name), cells)
 
 
-def claims(config: GradientsConfig, runs: Runs) -> list[Claim]:
+def claims(config: GradientsConfig, runs: Runs) -> Iterator[Claim]:
     """Whether one product is enough, and what it saves, filter by filter."""
-    made = []
+    cost = runs.named(COST)
     for name in FILTERS:
         short, whole = Row(filter=name, products=1), Row(filter=name, products=None)
         own, exact = (runs.of(row, "test.PSNR") for row in (short, whole))
         if not own or len(own) != len(exact):
             continue
-        made.append(
-            Claim(
-                f"{NAMES[name, True]}: one product (T = 1) is within 1 dB of the converged backward pass",
-                f"{fmean(own):.2f} and {fmean(exact):.2f} dB",
-                fmean(exact) - fmean(own) <= 1,
-            )
+        yield Claim(
+            f"{NAMES[name, True]}: one product (T = 1) is within 1 dB of the converged backward pass",
+            f"{fmean(own):.2f} and {fmean(exact):.2f} dB",
+            fmean(exact) - fmean(own) <= 1,
         )
-        cost = runs.named(COST)
         if cost:
             ratio, step = (cost[whole.name][k] / cost[short.name][k] for k in ("backward_seconds", "seconds"))
-            made.append(
-                Claim(
-                    f"{NAMES[name, True]}: its backward pass is at least twice as fast as the converged one",
-                    f"{ratio:.1f} times as fast; a whole step is {step:.1f} times as fast",
-                    ratio >= 2,
-                )
+            yield Claim(
+                f"{NAMES[name, True]}: its backward pass is at least twice as fast as the converged one",
+                f"{ratio:.1f} times as fast; a whole step is {step:.1f} times as fast",
+                ratio >= 2,
             )
-    return made
 
 
 def protocol(config: GradientsConfig, runs: Runs) -> str:
@@ -197,23 +170,23 @@ def protocol(config: GradientsConfig, runs: Runs) -> str:
     )
 
 
-def notes(config: GradientsConfig, runs: Runs) -> list[str]:
+def notes(config: GradientsConfig, runs: Runs) -> Iterator[str]:
     """What a reader must know."""
-    made = [
-        "The figure's own values are not at hand, so that none stand beside ours.",
+    yield "The figure's own values are not at hand, so that none stand beside ours."
+    yield (
         "The exact gradient is that of the solved equilibrium. What is left of the distance to it at many products, "
-        "and at the converged adjoint too, is that of the state, which is carried along and not solved for.",
-    ]
+        "and at the converged adjoint too, is that of the state, which is carried along and not solved for."
+    )
     if config.plan.scale == "cpu":
-        made.append("Smaller pictures, a narrower model and fewer steps than the paper's.")
-    names = sorted({line["row"].name for line in runs if line["state"] == "diverged"})
-    return [*made, *([f"Diverged: {', '.join(names)}."] if names else [])]
+        yield "Smaller pictures, a narrower model and fewer steps than the paper's."
+    if names := sorted({line["row"].name for line in runs if line["state"] == "diverged"}):
+        yield f"Diverged: {', '.join(names)}."
 
 
-def drawings(config: GradientsConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+def drawings(config: GradientsConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
     """PSNR, and how far the gradient points from the exact one."""
     if not any(line.key for line in runs):
-        return []
+        return
     cost = runs.named(COST)
     figure, (quality, error) = axes(2, width=4.8)
     for index, name in enumerate(FILTERS):
@@ -222,21 +195,19 @@ def drawings(config: GradientsConfig, runs: Runs, folders: Mapping[str, Run]) ->
         quality.plot([x for x, _ in points], [y for _, y in points], label=NAMES[name, True], **style(index))
         known = [(x, cost[row.name]["cosine"]) for x, row in enumerate(rows(config, name)) if row.name in cost]
         error.plot([x for x, _ in known], [max(1 - cosine, 1e-7) for _, cosine in known], **style(index))
-    places = rows(config, FILTERS[0])
+    labels = [*map(str, sorted(config.products)), "conv."]
     for panel in (quality, error):
-        panel.set_xticks(range(len(places)), ["conv." if row.products is None else str(row.products) for row in places])
+        panel.set_xticks(range(len(labels)), labels)
         panel.set_xlabel("products T in the backward pass")
     quality.set_ylabel("test PSNR, dB")
     quality.legend()
     error.set(ylabel="1 - cosine to the exact gradient", yscale="log")
-    return [
-        Drawing(
-            "products",
-            figure,
-            "Test PSNR (mean over the pictures and seeds), and how far the gradient points from the exact one, over "
-            "the products with the Jacobian in the backward pass.",
-        )
-    ]
+    yield Drawing(
+        "products",
+        figure,
+        "Test PSNR (mean over the pictures and seeds), and how far the gradient points from the exact one, over the "
+        "products with the Jacobian in the backward pass.",
+    )
 
 
 TABLE = table.published(

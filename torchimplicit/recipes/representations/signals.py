@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from torchimplicit.recipes.representations.audio import SoundConfig, audio
-from torchimplicit.recipes.representations.cost import FieldCostConfig
+from torchimplicit.recipes.representations.cost import COST, FieldCostConfig, parameters, seconds_of, trained
 from torchimplicit.recipes.representations.fit import FILTERS, NAMES, FilterKind, Representation, full_batch
 from torchimplicit.recipes.representations.video import VideoConfig, video
 from torchimplicit.recipes.runtime import table
@@ -23,21 +23,13 @@ if TYPE_CHECKING:
 
     from torchimplicit.recipes.runtime.run import Run
 
-COST = "cost"
 Kind = Literal["sound", "video"]
 KINDS: tuple[Kind, ...] = ("sound", "video")
 SHOWN: FilterKind = "fourier"
 """The filter whose fits are shown."""
 
-# Huang et al. 2021, (Implicit)²: PSNR in dB of the video, one layer of width 1024.
-PUBLISHED_VIDEO: dict[tuple[FilterKind, bool], float] = {
-    ("siren", True): 26.03,
-    ("siren", False): 25.12,
-    ("fourier", True): 25.85,
-    ("fourier", False): 24.97,
-    ("gabor", True): 26.45,
-    ("gabor", False): 26.15,
-}
+PUBLISHED_VIDEO = {"siren": (26.03, 25.12), "fourier": (25.85, 24.97), "gabor": (26.45, 26.15)}
+"""Huang et al. 2021: PSNR in dB of the video, implicit and explicit models of one layer of width 1024."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +59,6 @@ class Row:
 ROWS = {r.name: r for r in (Row(kind=k, filter=f, implicit=i) for k in KINDS for f in FILTERS for i in (True, False))}
 
 
-# -- settings ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class SignalsConfig:
     """Three filters, implicit and explicit, on a sound and on a video."""
@@ -92,16 +81,16 @@ class SignalsConfig:
     """Samples a second; by default 8000, and the paper's 44100."""
 
     video_frames: int | None = None
-    """By default 10, and at the paper's scale the whole file."""
+    """How many frames are taken; by default 10, and at the paper's scale the whole file."""
 
     video_size: int | None = None
     """Pixels of the longest side; by default 48, and 512 at the paper's scale."""
 
     width: int | None = None
-    """By default 64; at the paper's scale 256 for the sound and 1024 for the video."""
+    """The models' width; by default 64; at the paper's scale 256 for the sound and 1024 for the video."""
 
     steps: int | None = None
-    """By default 400; at the paper's scale 3000 for the sound and 10000 for the video."""
+    """Steps of each training; by default 400; at the paper's scale 3000 for the sound and 10000 for the video."""
 
     rows: tuple[str, ...] = ()
     """Only these, such as sound-fourier-implicit, video-gabor-explicit and cost; by default all."""
@@ -112,26 +101,30 @@ class SignalsConfig:
         positive(self, "sound_seconds", "sound_rate", "video_frames", "video_size", "width", "steps")
 
 
-def training(config: SignalsConfig, row: Row, seed: int) -> SoundConfig | VideoConfig:
-    """The settings of one run."""
+def heard(config: SignalsConfig, row: Row, seed: int) -> SoundConfig:
+    """One fit of the sound."""
     paper = config.plan.scale == "paper"
-    steps = config.steps or ((3000 if row.kind == "sound" else 10000) if paper else 400)
-    width = config.width or ((256 if row.kind == "sound" else 1024) if paper else 64)
-    model = Representation(filter=row.filter, implicit=row.implicit, width=width)
-    optimization = replace(full_batch(steps, max(1, steps // 8)), seed=seed)
-    if row.kind == "sound":
-        whole = paper and config.sound_file is not None
-        return replace(
-            audio(),
-            file=config.sound_file,
-            start=config.sound_from,
-            seconds=config.sound_seconds or (None if whole else 7.0 if paper else 2.0),
-            rate=config.sound_rate or (44100 if paper else 8000),
-            representation=model,
-            optimization=optimization,
-            machine=config.machine,
-        )
+    whole = paper and config.sound_file is not None
+    steps = config.steps or (3000 if paper else 400)
+    width = config.width or (256 if paper else 64)
+    return replace(
+        audio(),
+        file=config.sound_file,
+        start=config.sound_from,
+        seconds=config.sound_seconds or (None if whole else 7.0 if paper else 2.0),
+        rate=config.sound_rate or (44100 if paper else 8000),
+        representation=Representation(filter=row.filter, implicit=row.implicit, width=width),
+        optimization=replace(full_batch(steps, max(1, steps // 8)), seed=seed),
+        machine=config.machine,
+    )
+
+
+def seen(config: SignalsConfig, row: Row, seed: int) -> VideoConfig:
+    """One fit of the video."""
+    paper = config.plan.scale == "paper"
     whole = paper and config.video_file is not None
+    steps = config.steps or (10000 if paper else 400)
+    model = Representation(filter=row.filter, implicit=row.implicit, width=config.width or (1024 if paper else 64))
     return replace(
         video(),
         file=config.video_file,
@@ -139,7 +132,7 @@ def training(config: SignalsConfig, row: Row, seed: int) -> SoundConfig | VideoC
         size=config.video_size or (512 if paper else 48),
         # the states of every pixel of a long video have no room
         representation=replace(model, amortize="off", frequencies=128.0) if paper else model,
-        optimization=replace(optimization, batch_size=65536),
+        optimization=replace(full_batch(steps, max(1, steps // 8)), seed=seed, batch_size=65536),
         machine=config.machine,
     )
 
@@ -149,88 +142,73 @@ def jobs(config: SignalsConfig) -> list[Job]:
     known_rows(config.rows, (*ROWS, COST))
     made: list[Job] = []
     for seed in config.plan.all_seeds:
-        fits = {name: training(config, row, seed) for name, row in ROWS.items()}
-        for name, row in ROWS.items():
-            if not config.rows or name in config.rows:
-                recipe = "implicit-audio" if row.kind == "sound" else "implicit-video"
-                made.append(Job(f"{name}-seed{seed}", recipe, fits[name], {"row": row, "seed": seed}))
-        if seed == config.plan.first_seed and (not config.rows or COST in config.rows):
+        sounds, videos = (
+            {name: fit(config, row, seed) for name, row in ROWS.items() if row.kind == kind}
+            for kind, fit in (("sound", heard), ("video", seen))
+        )
+        for recipe, fits in (("implicit-audio", sounds), ("implicit-video", videos)):
+            for name, one in fits.items():
+                made.append(Job(f"{name}-seed{seed}", recipe, one, {"row": ROWS[name], "seed": seed}))
+        if seed == config.plan.first_seed:
             costs = FieldCostConfig(
-                names=tuple(fits),
-                sounds=tuple(one for one in fits.values() if isinstance(one, SoundConfig)),
-                videos=tuple(one for one in fits.values() if isinstance(one, VideoConfig)),
+                names=(*sounds, *videos),
+                sounds=tuple(sounds.values()),  # type: ignore[arg-type]
+                videos=tuple(videos.values()),  # type: ignore[arg-type]
                 warm_steps=10,
                 rounds=7,
                 steps_a_turn=1,
             )
             made.append(Job(COST, "fields-cost", costs))
-    return made
+    return [job for job in made if not config.rows or job.name.partition("-seed")[0] in config.rows]
 
 
-# -- what the runs come to ---------------------------------------------------------------------------------------------
-
-
-def sheets(config: SignalsConfig, runs: Runs) -> list[Sheet]:
+def sheets(config: SignalsConfig, runs: Runs) -> Iterator[Sheet]:
     """The quality of each signal, and the cost of a step."""
 
     def evaluations(row: Row) -> str:
-        seen = runs.of(row, "costs.forward")
-        return table.mean(seen, ".2f") if row.implicit else "1" if seen else table.NONE
+        counted = runs.of(row, "costs.forward")
+        return table.mean(counted, ".2f") if row.implicit else "1" if counted else table.NONE
 
     cells = [
         Cell[Row]("Model", lambda row: row.label),
-        Cell("Parameters", lambda row: str((runs.of(row, "parameters") or [table.NONE])[0])),
+        parameters(runs),
         Cell("PSNR", runs.told("test.PSNR", 2), "dB",
              "Of all points, at the weights of the best validation: mean ± deviation over the seeds."),
         Cell("SNR", runs.told("test.SNR", 2), "dB",
              "Of the error beside the sound's own power."),
-        Cell("Published", lambda row: f"{PUBLISHED_VIDEO[row.filter, row.implicit]:.2f}", "dB",
+        Cell("Published", lambda row: f"{PUBLISHED_VIDEO[row.filter][not row.implicit]:.2f}", "dB",
              "At width 1024, on another video at another size."),
         Cell("Over its twin",
              lambda row: table.mean(runs.gaps(row, row.twin, "test.PSNR") if row.implicit else [], "+.2f"), "dB",
              "The PSNR less that of the explicit twin, mean over the seeds."),
         Cell("Evaluations", evaluations, "",
              "Of the cell in a training step, mean: one, and the solves that follow the validations."),
-        Cell("Training", lambda row: table.mean(runs.where(row=row).at_best("seconds"), ".1f"), "s",
-             "Wall seconds until the best validation, mean; the machine was shared."),
+        trained(runs),
     ]  # fmt: skip
-    without = {"sound": "Published", "video": "SNR"}
-    made = [
-        table.sheet(
-            f"The {kind}",
-            (row for row in ROWS.values() if row.kind == kind),
-            (cell for cell in cells if cell.title != without[kind]),
-        )
-        for kind in KINDS
-    ]
-    names = {
-        name: f"{ROWS[name].kind}: {ROWS[name].label}" for kind in KINDS for name in ROWS if ROWS[name].kind == kind
-    }
-    return [*made, *step_sheet(runs.named(COST), names)]
+    for kind, lacking in (("sound", "Published"), ("video", "SNR")):
+        rows = (row for row in ROWS.values() if row.kind == kind)
+        yield table.sheet(f"The {kind}", rows, (cell for cell in cells if cell.title != lacking))
+    yield from step_sheet(runs.named(COST), {name: f"{row.kind}: {row.label}" for name, row in ROWS.items()})
 
 
-def claims(config: SignalsConfig, runs: Runs) -> list[Claim]:
-    """Those for which there are runs."""
-    made: list[Claim] = []
+def claims(config: SignalsConfig, runs: Runs) -> Iterator[Claim]:
+    """Whether an implicit model is better than its twin, and whether it comes to what that ends with in less time."""
     for kind in KINDS:
         rows = [row for row in ROWS.values() if row.kind == kind and row.implicit]
         for row in rows:
-            if values := runs.gaps(row, row.twin, "test.PSNR"):
-                better = sum(value > 0 for value in values)
-                made.append(
-                    Claim(
-                        f"{row.label} fits the {kind} better than {row.twin.label}, in as many steps",
-                        f"{fmean(values):+.2f} dB; better in {better} of {len(values)} runs",
-                        better == len(values),
-                    )
+            if gaps := runs.gaps(row, row.twin, "test.PSNR"):
+                better = sum(gap > 0 for gap in gaps)
+                yield Claim(
+                    f"{row.label} fits the {kind} better than {row.twin.label}, in as many steps",
+                    f"{fmean(gaps):+.2f} dB; better in {better} of {len(gaps)} runs",
+                    better == len(gaps),
                 )
         for row in rows:
-            made += table.sooner(
+            yield from table.sooner(
                 f"{row.label} comes to the best PSNR of {row.twin.label} on the {kind} in less time than that itself",
                 runs.reaching(row, row.twin, "PSNR"),
-                *(runs.named(COST).get(one.name, {}).get("seconds") for one in (row, row.twin)),
+                *seconds_of(runs, row, row.twin),
             )
-    return made
 
 
 def protocol(config: SignalsConfig, runs: Runs) -> str:
@@ -238,62 +216,52 @@ def protocol(config: SignalsConfig, runs: Runs) -> str:
     from torchimplicit.recipes.representations.audio import sound
     from torchimplicit.recipes.representations.video import clip
 
-    heard = training(config, ROWS["sound-fourier-implicit"], config.plan.first_seed)
-    seen = training(config, ROWS["video-fourier-implicit"], config.plan.first_seed)
-    assert isinstance(heard, SoundConfig)
-    assert isinstance(seen, VideoConfig)
-    a, v = sound(heard), clip(seen)
+    one = heard(config, ROWS["sound-fourier-implicit"], config.plan.first_seed)
+    other = seen(config, ROWS["video-fourier-implicit"], config.plan.first_seed)
+    a, v = sound(one), clip(other)
     frames, height, width = v.pixels.shape[:3]
     return (
         f"The sound: {a.name}, {a.seconds:.3g} s at {a.rate} Hz, {len(a.samples)} samples, by models of width "
-        f"{heard.representation.width} in {heard.optimization.steps} steps. The video: {v.name}, {frames} frames of "
-        f"{width} × {height} pixels, by models of width {seen.representation.width} in {seen.optimization.steps} steps "
-        f"of {min(seen.optimization.batch_size, frames * height * width)} points. One layer; Adam at "
-        f"{heard.optimization.learning_rate:g}; {config.plan.seeds} seeds. All points are fitted, and the figures are "
+        f"{one.representation.width} in {one.optimization.steps} steps. The video: {v.name}, {frames} frames of "
+        f"{width} × {height} pixels, by models of width {other.representation.width} in {other.optimization.steps} "
+        f"steps of {min(other.optimization.batch_size, frames * height * width)} points. One layer; Adam at "
+        f"{one.optimization.learning_rate:g}; {config.plan.seeds} seeds. All points are fitted, and the figures are "
         "over all of them: nothing is held out. Implicit models: a solve by Anderson's method to a relative residual "
-        f"of {heard.equilibria.tolerance:g} after every validation, and then one evaluation a step from the last "
+        f"of {one.equilibria.tolerance:g} after every validation, and then one evaluation a step from the last "
         "state, with the Neumann series after its first product (T = 1); for validation and test they are solved."
     )
 
 
-def notes(config: SignalsConfig, runs: Runs) -> list[str]:
+def notes(config: SignalsConfig, runs: Runs) -> Iterator[str]:
     """What a reader must know."""
-    made = []
     if config.plan.scale == "cpu":
-        made.append("Shorter and smaller signals, narrower models and fewer steps than the paper's: rows compare among "
-                    "themselves.")  # fmt: skip
-    made.append("The signal-to-noise ratios of the paper's sounds are not known here; those of its video stand beside "
-                "ours for orientation alone.")  # fmt: skip
-    seeds = config.plan.seeds
-    counts = [(row, len(runs.where(row=row))) for row in ROWS.values()]
-    fewer = [f"{row.label} on the {row.kind} ({count})" for row, count in counts if 0 < count < seeds]
-    if fewer:
-        made.append(f"Of {seeds} seeds, fewer were run of: {', '.join(fewer)}.")
-    own = [f"--{kind}-file" for kind, file in (("sound", config.sound_file), ("video", config.video_file)) if file]
-    if own:
-        made.append(f"The command below was also given {' and '.join(own)}; the files are named above.")
-    behind = [
-        f"{row.label} on the {row.kind}"
-        for row in ROWS.values()
-        if row.implicit and fmean(runs.gaps(row, row.twin, "test.PSNR") or [0]) < 0
-    ]
+        yield (
+            "Shorter and smaller signals, narrower models and fewer steps than the paper's: rows compare among "
+            "themselves."
+        )
+    yield (
+        "The signal-to-noise ratios of the paper's sounds are not known here; those of its video stand beside ours for "
+        "orientation alone."
+    )
+    seeds, names = config.plan.seeds, {row: f"{row.label} on the {row.kind}" for row in ROWS.values()}
+    counts = {row: len(runs.where(row=row)) for row in names}
+    if fewer := [f"{names[row]} ({count})" for row, count in counts.items() if 0 < count < seeds]:
+        yield f"Of {seeds} seeds, fewer were run of: {', '.join(fewer)}."
+    if own := [f"--{kind}-file" for kind in KINDS if getattr(config, f"{kind}_file")]:
+        yield f"The command below was also given {' and '.join(own)}; the files are named above."
+    gaps = {row: runs.gaps(row, row.twin, "test.PSNR") for row in names if row.implicit}
+    behind = [names[row] for row, values in gaps.items() if values and fmean(values) < 0]
     if behind and config.plan.scale == "cpu":
-        made.append(
+        yield (
             f"Behind their explicit twins in as many steps: {', '.join(behind)}. Whether they would catch up in the "
             "paper's number of steps, or at its width, was not measured here."
         )
-    return [
-        *made,
-        *table.still_rising(runs),
-        *table.diverged(runs),
-    ]
+    yield from table.still_rising(runs)
+    yield from table.diverged(runs)
 
 
-# -- figures -----------------------------------------------------------------------------------------------------------
-
-
-def drawings(config: SignalsConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
-    """Those for which there are runs."""
+def drawings(config: SignalsConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
+    """PSNR along training, and what a filter's models of the first seed make of both signals."""
     from torchimplicit.recipes.representations.audio import RUNNER as SOUNDS
     from torchimplicit.recipes.representations.audio import sound, spectrograms
     from torchimplicit.recipes.representations.image import quantized
@@ -301,7 +269,7 @@ def drawings(config: SignalsConfig, runs: Runs, folders: Mapping[str, Run]) -> l
     from torchimplicit.recipes.representations.video import clip, strip
 
     if not any(line.key for line in runs):
-        return []
+        return
     figure, panels = axes(2, width=5.2, height=3.6)
     for panel, kind in zip(panels, KINDS, strict=True):
         rows = [row for row in ROWS.values() if row.kind == kind]
@@ -309,37 +277,31 @@ def drawings(config: SignalsConfig, runs: Runs, folders: Mapping[str, Run]) -> l
         series = [(r.label, runs.where(row=r), look) for r, look in zip(rows, looks, strict=True)]
         table.curves(panel, series, "PSNR")
         panel.set(ylabel="PSNR, dB", title=f"the {kind}")
-    made = [
-        Drawing(
-            "training",
-            figure,
-            "PSNR along training, mean over the seeds: implicit models (solid) and their explicit twins (dashed).",
-        )
-    ]
+    yield Drawing(
+        "training",
+        figure,
+        "PSNR along training, mean over the seeds: implicit models (solid) and their explicit twins (dashed).",
+    )
     told = f"of what {NAMES[SHOWN, True]} and {NAMES[SHOWN, False]} make of it, with the PSNR; the first seed."
+    seed = config.plan.first_seed
     for kind in KINDS:
-        pair = Runs(
-            line
-            for implicit in (True, False)
-            for line in runs.where(row=Row(kind=kind, filter=SHOWN, implicit=implicit), seed=config.plan.first_seed)
-        )
-        titles = [f"{line['row'].label}\n{line['test.PSNR']:.1f} dB" for line in pair if line["test"]]
-        if len(titles) < 2:
+        own = Row(kind=kind, filter=SHOWN, implicit=True)
+        pair = [line for row in (own, own.twin) for line in runs.where(row=row, seed=seed) if line["test"]]
+        if len(pair) < 2:
             continue
-        settings = [training(config, line["row"], line["seed"]) for line in pair]
-        if isinstance(settings[0], SoundConfig):
-            heard = sound(settings[0])
-            fits = [SOUNDS.task(one, folders[line.name]) for one, line in zip(settings, pair, strict=True)]
-            lines = {"the sound": heard.samples}
-            lines |= {title: fit.on_grid([len(heard.samples)]) for title, fit in zip(titles, fits, strict=True)}
-            made.append(Drawing("sound", spectrograms(lines, heard.rate), f"Spectrograms of the sound and {told}"))
+        titles = [f"{line['row'].label}\n{line['test.PSNR']:.1f} dB" for line in pair]
+        if kind == "sound":
+            samples, rate = (found := sound(heard(config, own, seed))).samples, found.rate
+            fits = [SOUNDS.task(heard(config, line["row"], seed), folders[line.name]) for line in pair]
+            lines = {"the sound": samples}
+            lines |= {title: fit.on_grid([len(samples)]) for title, fit in zip(titles, fits, strict=True)}
+            yield Drawing("sound", spectrograms(lines, rate), f"Spectrograms of the sound and {told}")
         else:
-            seen = clip(settings[0]).pixels
-            fits = [VIDEOS.task(one, folders[line.name]) for one, line in zip(settings, pair, strict=True)]
-            frames: dict[str, Sequence[Tensor]] = {"video": list(seen)}
-            frames |= {t: list(fit.on_grid(seen.shape[:3], quantized)) for t, fit in zip(titles, fits, strict=True)}
-            made.append(Drawing("video", strip(frames), f"Frames of the video and {told}"))
-    return made
+            pixels = clip(seen(config, own, seed)).pixels
+            fits = [VIDEOS.task(seen(config, line["row"], seed), folders[line.name]) for line in pair]
+            frames: dict[str, Sequence[Tensor]] = {"video": list(pixels)}
+            frames |= {t: list(fit.on_grid(pixels.shape[:3], quantized)) for t, fit in zip(titles, fits, strict=True)}
+            yield Drawing("video", strip(frames), f"Frames of the video and {told}")
 
 
 TABLE = table.published(

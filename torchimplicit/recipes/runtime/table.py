@@ -342,6 +342,10 @@ class Runs(Sequence[Line]):
         """The cell of a row: mean and deviation of a figure over its runs."""
         return lambda row: spread(self.of(row, path), digits, scale)
 
+    def first(self, path: str) -> Callable[[Any], str]:
+        """The cell of a row: a figure that all its runs have alike, such as a number of parameters."""
+        return lambda row: str((self.of(row, path) or [NONE])[0])
+
     def couples(self, row: Any, other: Any) -> list[tuple[Line, Line]]:
         """The runs of two rows, wherever all else in their keys is alike."""
 
@@ -445,50 +449,52 @@ def mean(values: Iterable[Any], form: str) -> str:
 
 def sooner(
     statement: str, tries: Sequence[tuple[int | None, int]], own: float | None, other: float | None
-) -> list[Claim]:
+) -> Iterator[Claim]:
     """Whether one reaches what another ends with in less time, given :meth:`Runs.reaching` and the seconds of a step of
     both; no claim where they are not known."""
     if not tries or own is None or other is None:
-        return []
-    reached = [(steps, theirs) for steps, theirs in tries if steps is not None]
+        return
+    reached = [(own * steps, other * theirs) for steps, theirs in tries if steps is not None]
     if not reached:
-        return [Claim(statement, f"it never does, in {len(tries)} runs", False)]
-    mine, its = own * fmean(a for a, _ in reached), other * fmean(b for _, b in reached)
-    return [
-        Claim(
-            statement,
-            f"in {len(reached)} of {len(tries)} runs it does come there, on average after {mine:.1f} s instead of "
-            f"{its:.1f} s",
-            len(reached) == len(tries) and mine < its,
-        )
-    ]
+        yield Claim(statement, f"it never does, in {len(tries)} runs", False)
+        return
+    mine, its = (fmean(seconds) for seconds in zip(*reached, strict=True))
+    yield Claim(
+        statement,
+        f"in {len(reached)} of {len(tries)} runs it does come there, on average after {mine:.1f} s instead of "
+        f"{its:.1f} s",
+        len(reached) == len(tries) and mine < its,
+    )
 
 
-def still_rising(runs: Runs) -> list[str]:
+def still_rising(runs: Runs) -> Iterator[str]:
     """The note on trainings that had not levelled off; none where all had."""
     done = [line for line in runs if line["validations"] is not None]
-    rising = sum(
-        line["best"] is not None and line["best.step"] == (line["steps"] or line["validations"][-1]["step"])
-        for line in done
-    )
-    if not rising:
-        return []
-    return [
-        f"In {rising} of {len(done)} runs the last validation was the best: with more steps they would come further, "
-        "and not all alike."
-    ]
+    last = [line["steps"] or line["validations"][-1]["step"] for line in done]
+    if rising := sum(line["best.step"] == step for line, step in zip(done, last, strict=True)):
+        yield (
+            f"In {rising} of {len(done)} runs the last validation was the best: with more steps they would come "
+            "further, and not all alike."
+        )
 
 
-def diverged(runs: Runs, name: Callable[[Line], str] = lambda line: line.named) -> list[str]:
+def diverged(runs: Runs, name: Callable[[Line], str] = lambda line: line.named) -> Iterator[str]:
     """The note on those that diverged; none where all are whole."""
-    names = [name(line) for line in runs if line["state"] == "diverged"]
-    return [f"Diverged: {', '.join(names)}."] if names else []
+    if names := [name(line) for line in runs if line["state"] == "diverged"]:
+        yield f"Diverged: {', '.join(names)}."
 
 
-def missing(jobs: Iterable[Job], runs: Runs) -> list[str]:
+def missing(jobs: Iterable[Job], runs: Runs, words: str = "Not there, or not come to an end") -> Iterator[str]:
     """The note on jobs of which the record holds nothing; none where all are there."""
-    names = [job.name for job in jobs if not runs.named(job.name)]
-    return [f"Not there, or not come to an end: {', '.join(names)}."] if names else []
+    if names := [job.name for job in jobs if not runs.named(job.name)]:
+        yield f"{words}: {', '.join(names)}."
+
+
+def band(panel: Axes, x: Sequence[float], values: Sequence[Sequence[float]], label: str, look: dict[str, Any]) -> None:
+    """Draw the mean of several values at every point, within a band from their least to their largest."""
+    panel.plot(x, [fmean(each) for each in values], label=label, **look)
+    low, high = ([end(each) for each in values] for end in (min, max))
+    panel.fill_between(x, low, high, color=look["color"], alpha=0.13, linewidth=0)
 
 
 def curves(panel: Axes, series: Iterable[tuple[str, Runs, Mapping[str, Any]]], figure: str, scale: float = 1.0) -> None:
@@ -518,7 +524,7 @@ class Published(Generic[C]):
         jobs: of the settings.
         figures: what the record holds of a run: plain data, or ``None``.
         protocol: what was run, in words.
-        sheets, claims, notes: out of the settings and the runs that are there, and nothing else.
+        sheets, claims, notes: lists, or generators, out of the settings and the runs that are there, and nothing else.
         drawings: likewise, and out of the runs' folders by the jobs' names.
     """
 
@@ -526,10 +532,10 @@ class Published(Generic[C]):
     source: str
     jobs: Callable[[C], list[Job]]
     protocol: Callable[[C, Runs], str]
-    sheets: Callable[[C, Runs], list[Sheet]]
-    claims: Callable[[C, Runs], list[Claim]]
-    notes: Callable[[C, Runs], list[str]]
-    drawings: Callable[[C, Runs, Mapping[str, Run]], list[Drawing]]
+    sheets: Callable[[C, Runs], Iterable[Sheet]]
+    claims: Callable[[C, Runs], Iterable[Claim]]
+    notes: Callable[[C, Runs], Iterable[str]]
+    drawings: Callable[[C, Runs, Mapping[str, Run]], Iterable[Drawing]]
     figures: Callable[[C, Run], Any] = trained
 
     def gather(self, config: C, folders: Mapping[str, Run]) -> dict[str, Any]:
@@ -551,10 +557,10 @@ class Published(Generic[C]):
             title=self.title if isinstance(self.title, str) else self.title(config),
             source=self.source,
             protocol=self.protocol(config, runs),
-            sheets=self.sheets(config, runs),
-            claims=self.claims(config, runs),
-            drawings=self.drawings(config, runs, folders),
-            notes=self.notes(config, runs),
+            sheets=list(self.sheets(config, runs)),
+            claims=list(self.claims(config, runs)),
+            drawings=list(self.drawings(config, runs, folders)),
+            notes=list(self.notes(config, runs)),
             runs=figures,
         )
 
@@ -562,7 +568,7 @@ class Published(Generic[C]):
         """Sheets, claims and notes once more, from a record's own settings and runs."""
         config = from_plain(kind, record.settings)
         runs = Runs.made_by(self.jobs(config), record.runs)
-        return self.sheets(config, runs), self.claims(config, runs), self.notes(config, runs)
+        return [*self.sheets(config, runs)], [*self.claims(config, runs)], [*self.notes(config, runs)]
 
     def check(self, config: C) -> None:
         from torchimplicit.recipes.runtime import jobs
