@@ -17,12 +17,13 @@ from torch.nn import functional
 
 import torchimplicit as ti
 from torchimplicit.models import EquilibriumClassifier, EquilibriumClassifierConfig
-from torchimplicit.recipes.joint import adversarial_table as table
+from torchimplicit.recipes.joint import adversarial as table
 from torchimplicit.recipes.joint.adversarial import ATTACKS as RUNNER
 from torchimplicit.recipes.joint.adversarial import (
     JIIO,
     PGD,
     AdversarialConfig,
+    AdversarialTableConfig,
     AdversarialTraining,
     AttacksConfig,
     judged,
@@ -30,8 +31,6 @@ from torchimplicit.recipes.joint.adversarial import (
 from torchimplicit.recipes.joint.adversarial import RUNNER as TRAINER
 from torchimplicit.recipes.joint.adversarial import adversarial_digits as digits
 from torchimplicit.recipes.joint.adversarial import adversarial_mnist as mnist
-from torchimplicit.recipes.joint.adversarial_table import AdversarialTableConfig
-from torchimplicit.recipes.joint.adversarial_table import jobs as table_jobs
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.run import RunOptions, create
@@ -181,7 +180,7 @@ def test_settings_that_make_no_sense() -> None:
 
 def test_the_table(tmp_path) -> None:
     config = AdversarialTableConfig(plan=Plan(seeds=1))
-    jobs = table_jobs(config)
+    jobs = table.jobs(config)
     assert [job.name for job in jobs] == ["clean-seed0", "pgd-seed0", "jiio-seed0", "envelope-seed0"]
     runs = {}
     for job in jobs[1:3]:

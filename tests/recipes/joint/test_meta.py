@@ -20,8 +20,8 @@ import torchimplicit as ti
 from torchimplicit.models import ContextEquilibrium, ContextEquilibriumConfig
 from torchimplicit.recipes.joint import meta as characters
 from torchimplicit.recipes.joint import meta as sinusoids
+from torchimplicit.recipes.joint import meta as table
 from torchimplicit.recipes.joint import meta as tasks
-from torchimplicit.recipes.joint import meta_table as table
 from torchimplicit.recipes.joint.meta import ADAPTATIONS as RUNNER
 from torchimplicit.recipes.joint.meta import RUNNER as TRAINER
 from torchimplicit.recipes.joint.meta import (
@@ -29,12 +29,12 @@ from torchimplicit.recipes.joint.meta import (
     Descent,
     Joint,
     MetaConfig,
+    MetaTableConfig,
     errors,
     exact,
     omniglot,
     sinusoid,
 )
-from torchimplicit.recipes.joint.meta_table import MetaTableConfig
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.run import RunOptions, create

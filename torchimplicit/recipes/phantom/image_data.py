@@ -6,14 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchimplicit.recipes.phantom.image_files import READERS, Labelled, set_apart
+from torchimplicit.recipes.phantom.image_files import READERS, Labelled, parted
 from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import not_negative, positive
 from torchimplicit.recipes.runtime.task import generator
 
 # -- Labelled images, and how some of them are set apart ---------------------------------------------------------------
@@ -138,15 +139,8 @@ def load(
     where = f"the training part of {name}" + (f" in {data_dir}" if data_dir is not None else "")
     for part, images in ((where, published), (where.replace("training", "test"), tested)):
         _check(images, kind, part)
-    kept, rest = set_apart(published.labels, validation, split_seed, where)
-    if not len(rest):
-        raise UserError(f"{where} has {len(published.labels)} images, and all are set apart for validation; set fewer")
-    learned = published.take(rest)
-    if train is not None:
-        learned = learned.take(set_apart(learned.labels, train, split_seed, f"{where}, less validation,")[0])
-    if test is not None:
-        tested = tested.take(set_apart(tested.labels, test, split_seed, where.replace("training", "test"))[0])
-    return Splits(learned, published.take(kept), tested, kind.mean, kind.deviation)
+    names = where, where.replace("training", "test")
+    return Splits(*parted(published, tested, validation, train, test, split_seed, names), kind.mean, kind.deviation)
 
 
 def _check(images: Labelled, kind: Kind, where: str) -> None:
@@ -165,32 +159,35 @@ def _text(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))
 
 
-class Selection(Protocol):
-    """Settings that say which images are taken."""
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which images of a set are taken."""
 
-    @property
-    def data_dir(self) -> Path | None: ...
-    @property
-    def validation_images(self) -> int: ...
-    @property
-    def train_images(self) -> int | None: ...
-    @property
-    def test_images(self) -> int | None: ...
-    @property
-    def split_seed(self) -> int: ...
+    data_dir: Path | None = None
+    """The folder that holds them; without it they are downloaded, but for the digits, which come with scikit-learn."""
+
+    validation_images: int = 5000
+    """Training images set apart to select the weights by."""
+
+    train_images: int | None = None
+    """How many of the other training images to use; by default all."""
+
+    test_images: int | None = None
+    """How many of the test images to use; by default all."""
+
+    split_seed: int = 0
+    """The seed that decides which images are set apart."""
+
+    def __post_init__(self) -> None:
+        positive(self, "validation_images", "train_images", "test_images")
+        not_negative(self, "split_seed")
 
 
 def selected(name: DataSet, config: Selection) -> Splits:
     """What the settings take of a data set; kept, for it is asked for when they are checked, and when
     the model is made."""
-    return _kept(
-        name,
-        config.data_dir,
-        config.validation_images,
-        config.train_images,
-        config.test_images,
-        config.split_seed,
-    )
+    numbers = config.validation_images, config.train_images, config.test_images, config.split_seed
+    return _kept(name, config.data_dir, *numbers)
 
 
 @lru_cache(maxsize=1)

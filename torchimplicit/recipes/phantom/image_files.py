@@ -14,7 +14,7 @@ import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,17 @@ class Labelled(NamedTuple):
     def take(self, indices: Tensor) -> Labelled:
         """Those of these indices."""
         return Labelled(self.images[indices], self.labels[indices])
+
+
+class _Part(Protocol):
+    """Some images of a set: see :class:`Labelled`."""
+
+    @property
+    def labels(self) -> Tensor: ...
+    def take(self, indices: Tensor) -> Any: ...
+
+
+T = TypeVar("T", bound=_Part)
 
 
 def set_apart(labels: Tensor, count: int, seed: int, what: str) -> tuple[Tensor, Tensor]:
@@ -59,6 +70,27 @@ def set_apart(labels: Tensor, count: int, seed: int, what: str) -> tuple[Tensor,
     share = (place.double() + 0.5) / torch.repeat_interleave(sizes, sizes)
     chosen = by_class[torch.argsort(share, stable=True)]
     return chosen[:count], chosen[count:]
+
+
+def parted(
+    published: T, tested: T, validation: int, train: int | None, test: int | None, seed: int, names: tuple[str, str]
+) -> tuple[T, T, T]:
+    """Images to train on, to validate on and to test on: so many of the published ones set apart, and of the others and
+    of those to be tested all, or so many. ``names`` are what the two sets are called in errors.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    where, where_tested = names
+    kept, rest = set_apart(published.labels, validation, seed, where)
+    if not len(rest):
+        raise UserError(f"{where} has {len(published.labels)} images, and all are set apart for validation; set fewer")
+    learned = published.take(rest)
+    if train is not None:
+        learned = learned.take(set_apart(learned.labels, train, seed, f"{where}, less validation,")[0])
+    if test is not None:
+        tested = tested.take(set_apart(tested.labels, test, seed, where_tested)[0])
+    return learned, published.take(kept), tested
 
 
 LARGEST_FILE = 1 << 28
@@ -149,11 +181,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
             f"{path} announces {'×'.join(map(str, shape))} bytes and holds {max(len(content) - start, 0)}: it is cut "
             "short or damaged; fetch it again"
         )
-    return (
-        torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(shape)
-        if math.prod(shape)
-        else (torch.zeros(shape, dtype=torch.uint8))
-    )
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
 
 
 # CIFAR-10, in the published pickles
@@ -230,13 +258,10 @@ def read_batch(content: bytes, where: str) -> Labelled:
         raise UserError(f"{where} is no batch of CIFAR-10, or is damaged ({error})") from None
     except Exception as error:  # damaged pickles raise nearly everything
         raise UserError(f"{where} is no batch of CIFAR-10, or is cut short ({error!r}); fetch it again") from None
-    data, labels = (batch.get(b"data"), batch.get(b"labels")) if isinstance(batch, dict) else (None, None)
-    if (
-        not isinstance(data, np.ndarray)
-        or not isinstance(labels, list)
-        or data.dtype != np.uint8
-        or data.shape != (len(labels), 3072)
-    ):
+    given: dict[bytes, Any] = batch if isinstance(batch, dict) else {}
+    data, labels = given.get(b"data"), given.get(b"labels", ())
+    known = isinstance(data, np.ndarray) and isinstance(labels, list)
+    if data is None or not known or data.dtype != np.uint8 or data.shape != (len(labels), 3072):
         raise UserError(f"{where} is no batch of CIFAR-10: it must hold data, n×3072 bytes, and n labels")
     if not all(isinstance(label, int) and 0 <= label < 10 for label in labels):
         raise UserError(f"{where} is no batch of CIFAR-10: a label is none of 0 to 9")

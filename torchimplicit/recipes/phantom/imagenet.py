@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from torchimplicit.recipes.phantom.image_files import set_apart
+from torchimplicit.recipes.phantom.image_files import parted
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.task import generator
 
@@ -62,13 +62,7 @@ def load(
     """
     folder, names = check(folder, classes)
     published, tested = (_listing(folder / part, names) for part in ("train", "val"))
-    kept, rest = set_apart(published.labels, validation, split_seed, str(folder / "train"))
-    learned = published.take(rest)
-    if train is not None:
-        learned = learned.take(set_apart(learned.labels, train, split_seed, f"{folder / 'train'}, less validation,")[0])
-    if test is not None:
-        tested = tested.take(set_apart(tested.labels, test, split_seed, str(folder / "val"))[0])
-    return learned, published.take(kept), tested
+    return parted(published, tested, validation, train, test, split_seed, (str(folder / "train"), str(folder / "val")))
 
 
 def check(folder: Path | None, classes: int) -> tuple[Path, list[str]]:

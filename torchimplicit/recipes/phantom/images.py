@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from torch.utils.data import Sampler
 
 from torchimplicit.models import MDEQ, MDEQConfig, mdeq_imagenet, mdeq_large, mdeq_small, mdeq_tiny
 from torchimplicit.recipes.phantom import imagenet as folders
-from torchimplicit.recipes.phantom.image_data import IMAGES, Augmented, selected, standardized
+from torchimplicit.recipes.phantom.image_data import IMAGES, Augmented, Selection, selected, standardized
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import Run, device
 from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, not_negative, option, positive
@@ -36,35 +35,20 @@ from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageConfig:
+class ImageConfig(Selection):
     """A multiscale deep equilibrium model that classifies images."""
 
     data: Literal["digits", "mnist", "cifar10", "imagenet"]
     """Which images."""
 
-    data_dir: Path | None = None
-    """The folder that holds them. By default MNIST and CIFAR-10 are downloaded; the digits come with scikit-learn."""
-
     model: Literal["small", "tiny", "large", "imagenet"] = "small"
-    """Its size."""
+    """The model's size."""
 
     dropout: float = 0.0
     """The share that variational dropout drops in each residual block."""
 
     downsamplings: int | None = None
     """How often the resolution is halved before the equilibrium; by default as usual for the model."""
-
-    validation_images: int = 5000
-    """Training images set apart to select the weights by."""
-
-    train_images: int | None = None
-    """How many of the other training images to use; by default all."""
-
-    test_images: int | None = None
-    """How many of the test images to use; by default all."""
-
-    split_seed: int = 0
-    """Which images are set apart."""
 
     augment: bool = False
     """Shift training images by up to 4 pixels and mirror them at random. ImageNet's are always cropped at random."""
@@ -80,8 +64,9 @@ class ImageConfig:
     machine: Machine = field(default_factory=Machine)
 
     def __post_init__(self) -> None:
-        positive(self, "validation_images", "train_images", "test_images", "image_size", "classes")
-        not_negative(self, "split_seed", "downsamplings")
+        super().__post_init__()
+        positive(self, "image_size", "classes")
+        not_negative(self, "downsamplings")
         if not 0 <= self.dropout < 1:
             raise UserError(f"{option('dropout')} must lie in [0, 1), and it is {self.dropout}")
         if self.augment and self.data == "imagenet":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -202,6 +202,12 @@ class Optimization:
         fraction(self, "decay")
         if self.milestones and self.schedule != "milestones":
             raise UserError(f"--milestones go with --schedule milestones, and it is {self.schedule}")
+
+    def of(self, seed: int, steps: int | None = None, times: int = 1) -> Optimization:
+        """The same of another seed, in so many steps where they are given, and then ``times`` as long."""
+        steps = self.steps if steps is None else steps
+        every = min(steps, self.validate_every)
+        return replace(self, seed=seed, steps=times * steps, validate_every=times * every)
 
 
 @dataclass(frozen=True, kw_only=True)

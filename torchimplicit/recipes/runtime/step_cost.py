@@ -22,6 +22,7 @@ from torchimplicit.recipes.runtime.table import Cell, Sheet, Table, sheet
 from torchimplicit.recipes.runtime.task import Costs
 
 K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,23 @@ def in_turn(kinds: Mapping[K, Callable[[], StepCost]], repeats: int, steps: int 
             costs = [step() for _ in range(steps)]
             found[name] += costs if turn else []
     return {name: middle(costs) for name, costs in found.items()}
+
+
+def timed_in_turn(
+    cases: Mapping[K, Callable[[], V]], repeats: int, where: torch.device, warm: bool = False
+) -> dict[K, tuple[float, V]]:
+    """The median seconds of every case and what it gave the last time, when all have taken turns so often; with
+    ``warm`` once before that, which does not count."""
+    now = clock(where)
+    seconds: dict[K, list[float]] = {name: [] for name in cases}
+    given: dict[K, V] = {}
+    for turn in range(repeats + warm):
+        for name, case in cases.items():
+            began = now()
+            given[name] = case()
+            if turn or not warm:
+                seconds[name].append(now() - began)
+    return {name: (median(seconds[name]), given[name]) for name in cases}
 
 
 def middle(costs: Sequence[StepCost]) -> StepCost:
