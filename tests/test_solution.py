@@ -136,6 +136,61 @@ def test_states_of_a_tree_and_of_a_layer() -> None:
         pickle.loads(pickle.dumps(ti.solve(ti.FixedPoint(torch.cos), x, solver=layer.solver))).states(3)
 
 
+GRADIENTS = (ti.Unrolled(), ti.OneStep(), ti.UnrolledPhantom(steps=2), ti.Implicit())
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS, ids=str)
+@pytest.mark.parametrize(
+    "solver", [ti.FixedPointIteration(steps=9), ti.Anderson(steps=9), ti.Anderson(rtol=1e-9)], ids=str
+)
+@pytest.mark.parametrize("tree", [False, True])
+def test_places_that_were_kept_are_those_of_the_whole_way(
+    gradient: Any, solver: Any, tree: bool, leaves: tuple[Tensor, Tensor]
+) -> None:
+    w, x = leaves
+    places, found = (0, 2, 6), []
+    problem = ti.FixedPoint(lambda z, x: (f(z[0], w, x), 0.5 * z[1]) if tree else f(z, w, x))
+    for kept in (places, True):
+        z0 = (start(), start()[:, :2]) if tree else start()
+        at = replace(solver, keep_trajectory=kept)
+        solution = ti.solve(problem, z0, x, solver=at, gradient=gradient)
+        states = solution.states() if kept is not True else solution.states(at=places)
+        if tree:
+            states = [state[0] for state in states]
+        if kept is not True:
+            assert [k for k, z in enumerate(solution.trajectory) if z is not None] == list(places)
+        found.append((states, torch.autograd.grad(sequence_loss(states), (w, x))))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert len(found[0][0]) == 4
+
+
+def test_places_are_counted_over_all_solvers_in_turn() -> None:
+    """The second one goes on where the first has stopped, and so do the numbers of steps."""
+    w, x = 0.9 * torch.linalg.qr(torch.randn(6, 6, dtype=F64)).Q, torch.randn(3, 6, dtype=F64)
+    ways = []
+    for kept in ((2, 5, 9), True):
+        members = (ti.FixedPointIteration(max_steps=4), ti.Anderson(max_steps=4), ti.Broyden())
+        solver = ti.Polyalgorithm(members=members, keep_trajectory=kept)
+        ways.append(ti.solve(ti.FixedPoint(lambda z, x: torch.tanh(z @ w + x)), x, x, solver=solver).trajectory)
+    for place in (2, 5, 9):
+        assert torch.equal(ways[0][place], ways[1][place])
+    assert all(z is None for place, z in enumerate(ways[0]) if place not in (2, 5, 9))
+
+
+def test_places_that_were_not_kept_are_named(leaves: tuple[Tensor, Tensor]) -> None:
+    solver = ti.FixedPointIteration(steps=6, keep_trajectory=[4, 2])
+    assert solver == ti.FixedPointIteration(steps=6, keep_trajectory=(2, 4))
+    solution = ti.solve(ti.FixedPoint(f), start(), *leaves, solver=solver)
+    assert len(solution.states(at=[4])) == len(solution.states(every=4)) == 2
+    with pytest.raises(ValueError, match=r"after 2, 4 steps, and those after 3 are"):
+        solution.states(at=[2, 3])
+    with pytest.raises(ValueError, match=r"after 2, 4 steps, and those after 1, 3, 5 are"):
+        solution.states(6)
+    for wrong, error in ((3, TypeError), ("4", TypeError), ([2.0], TypeError), ([-1], ValueError)):
+        with pytest.raises(error, match="keep_trajectory"):
+            ti.FixedPointIteration(keep_trajectory=wrong)
+
+
 def test_states_refuses(leaves: tuple[Tensor, Tensor]) -> None:
     solver = ti.FixedPointIteration(steps=4, keep_trajectory=True)
     solution = ti.solve(ti.FixedPoint(f), start(), *leaves, solver=solver)

@@ -140,8 +140,8 @@ class Solution:
     Attributes:
         value: the solution, with the structure of ``z0``; carries the gradient.
         status, steps, residual, evaluations: see :class:`Report`; scalars where the problem is not batched.
-        trajectory: the kept iterates, each with the structure of ``z0``, oldest first; empty unless the solver
-            was told ``keep_trajectory=True``.
+        trajectory: the iterates, each with the structure of ``z0``, oldest first; empty unless the solver was told
+            ``keep_trajectory=True``. Where it was told which to keep, ``None`` stands in the place of the others.
         aux: of a map with ``has_aux=True``, what it returned beside the state at ``value``, in an evaluation that is
             made anyway; where autograd sees steps (:class:`~torchimplicit.gradients.UnrolledPhantom`; after a given
             number of them :class:`~torchimplicit.gradients.OneStep` and :class:`~torchimplicit.gradients.Unrolled`), in
@@ -245,7 +245,7 @@ class Solution:
         :class:`~torchimplicit.gradients.OneStep` after a given number of steps the step that led there. Through
         :class:`~torchimplicit.gradients.Unrolled` they are what the steps make them, at no further cost. Samples that
         have stopped stay where they are, in what is beyond the last iterate too. One of ``count``, ``every`` and ``at``
-        is to be given.
+        is to be given; none of them: those that the solver was told to keep, ``keep_trajectory=(4, 8)``.
 
         Args:
             count: so many, the solution among them, evenly spaced; all where there are fewer.
@@ -255,10 +255,13 @@ class Solution:
             generator: for that; ``None``: the global one.
 
         Raises:
-            ValueError: the solver was not told ``keep_trajectory=True``.
+            ValueError: the solver was not told ``keep_trajectory=True``, or not told to keep one of them.
         """
         self._check_kept()
-        if sum(way is not None for way in (count, every, at)) != 1:
+        kept = [place for place, z in enumerate(self.trajectory) if z is not None]
+        chosen = len(kept) < len(self.trajectory)
+        ways = sum(way is not None for way in (count, every, at))
+        if ways > 1 or (ways == 0 and not chosen):
             raise ValueError(
                 "Solution.states takes one of count, every and at: states(4), states(every=2), states(at=[3])"
             )
@@ -270,10 +273,18 @@ class Solution:
         elif every is not None:
             at_least("Solution.states", "every", every, 1)
             places = list(range(every, last, every))
-        else:
-            places = list(at or ())
+        elif at is not None:
+            places = list(at)
             for place in places:
                 at_least("Solution.states", "at", place, 0)
+        else:
+            places = [place for place in kept if place < last]
+        missing = sorted({place for place in places if place < last} - set(kept))
+        if missing:
+            raise ValueError(
+                f"the solver was told to keep the states after {', '.join(map(str, kept))} steps, and those after "
+                f"{', '.join(map(str, missing))} are asked for: give it keep_trajectory=True, or these numbers too"
+            )
         return [*(self._state(place, last) for place in places), self.value]
 
     def _state(self, place: int, last: int) -> Any:

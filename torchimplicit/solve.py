@@ -149,23 +149,35 @@ def solve(
             announce(pytree.tree_leaves(aux))
         reached_value = as_given(found.z, record)
     outcome = task.outcomes[-1]
+    transformed = is_transformed(found.z)
+    flat_way = () if transformed else outcome.trajectory
+    way = [None if z is None else layout.unflatten(z) for z in flat_way]
+    seen = [z is not None and z.requires_grad for z in flat_way]
+    if layout.parted:  # the leaves are copies, and one of the two is enough
+        flat_way, outcome = (), replace(outcome, trajectory=())
+        task.outcomes[-1] = outcome
 
     def attach(i: int) -> Any:
         """Iterate ``i``, with the derivative that it would have as the solution."""
-        z = outcome.trajectory[i]
-        reached = Outcome(z, outcome.report, state=outcome.state)
-        at = replace(task, run=lambda *_: reached, outcomes=[], randomness=None, aux=None)
-        if recorded and not z.requires_grad:  # the steps that led there are differentiated, and nobody has seen them
-            count = min(i, recorded)
-            z, last = outcome.trajectory[i - count], solver.given(count)
+        # the steps that led there are differentiated, where nobody has seen them
+        unseen = bool(recorded) and not seen[i]
+        count = min(i, recorded or 0) if unseen else 0
+        begun = way[i - count]
+        z = layout.flatten(begun, "the trajectory") if layout.parted else flat_way[i - count]
+        assert z is not None
+        at = replace(task, outcomes=[], randomness=None, aux=None)
+        if unseen:
+            last = solver.given(count)
             at = replace(at, solver=last, run=_runner(last, system, None, None, count, False))
-        with without_autocast(layout.device), call.following(direct):
+        else:
+            reached = Outcome(z, outcome.report, state=outcome.state)
+            at = replace(at, run=lambda *_: reached)
+        with without_autocast(layout.device), call.following(direct, (z, begun)):
             return as_given(gradient.attach(at, z, params).z, record)
 
     figures = (found.status, found.steps, found.residual)
     status, steps, residual = figures if problem.batched else (t[0] for t in figures)
-    transformed = is_transformed(found.z)
-    trajectory = () if transformed else tuple(layout.unflatten(z) for z in outcome.trajectory)
+    trajectory = tuple(z if solver.keeps(i) else None for i, z in enumerate(way))
     solution = Solution(
         reached_value,
         status,

@@ -94,6 +94,11 @@ class Layout:
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
+    def parted(self) -> bool:
+        """Whether the leaves are copies of parts of the flat form, and it of them."""
+        return len(self.shapes) > 1 and self.chart is None
+
+    @property
     def leaves(self) -> Leaves:
         """The leaves as they lie in the flat form; one, where its coordinates mix them."""
         if self.chart is not None:

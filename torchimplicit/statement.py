@@ -143,10 +143,15 @@ class FlatCall:
         self._latest: tuple[Tensor, Any] | None = None
 
     @contextmanager
-    def following(self, direct: bool) -> Iterator[None]:
+    def following(self, direct: bool, first: tuple[Tensor, Any] | None = None) -> Iterator[None]:
         """Where autograd differentiates the calls themselves (``direct``), one that begins where the last one ended
-        takes the leaves that were returned, and not copies of them, as a loop written by hand does."""
-        self._follows = direct and len(self.layout.shapes) > 1 and self.layout.chart is None
+        takes the leaves that were returned, and not copies of them, as a loop written by hand does.
+
+        Args:
+            first: where the first call begins, in flat form and as it is.
+        """
+        self._follows = direct and self.layout.parted
+        self._latest = first if self._follows else None
         try:
             yield
         finally:
@@ -162,8 +167,11 @@ class FlatCall:
         return self._latest[1] if all(leaf.grad_fn is not None for leaf in leaves) else None
 
     def _state(self, z: Any) -> Any:
-        if self._latest is not None and self._latest[0] is z:
-            return self._latest[1]
+        if self._latest is not None and isinstance(z, Tensor):
+            flat, state = self._latest
+            # the same numbers, and the same history or none
+            if z is flat or (z.data_ptr() == flat.data_ptr() and z.shape == flat.shape and not flat.requires_grad):
+                return state
         return self.problem.state(self.layout, z)
 
     @contextmanager

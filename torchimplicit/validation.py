@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -12,6 +13,16 @@ def check_count(owner: object, name: str, least: int = 1) -> None:
         raise TypeError(f"{_where(owner, name)} must be an integer, not {type(value).__name__} ({value!r})")
     if value < least:
         raise ValueError(f"{_where(owner, name)} is {value}, and must be at least {least}")
+
+
+def check_counts(owner: object, name: str) -> tuple[int, ...]:
+    """``owner.name`` must be integers of at least zero; they are returned, in their order and each once."""
+    value = getattr(owner, name)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{_where(owner, name)} must be True, False or numbers of steps, as (4, 8), not {value!r}")
+    for one in value:
+        at_least(_where(owner, name), "a number of steps", one, 0)
+    return tuple(sorted(set(value)))
 
 
 def check_fraction(owner: object, name: str) -> None:

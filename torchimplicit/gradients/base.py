@@ -80,8 +80,12 @@ class Task:
     direct: bool = False
     aux: Auxiliary | None = None
 
-    def solve(self, z0: Tensor, params: Sequence[Tensor]) -> Found:
-        """Run without recording gradients."""
+    def solve(self, z0: Tensor, params: Sequence[Tensor], *, given_away: bool = True) -> Found:
+        """Run without recording gradients.
+
+        Args:
+            given_away: whether the solution itself is what the user gets.
+        """
         if self.randomness is not None:
             self.randomness.begin(z0)
         with torch.no_grad(), past_hooks():
@@ -92,11 +96,12 @@ class Task:
         report = outcome.report
         # what a function returns may be its argument, a buffer or a parameter, and a solver's iterate what it returned;
         # a point that is shared is the library's own
-        z = outcome.z.clone() if self.shared is None else outcome.z
+        z = outcome.z.clone() if self.shared is None and given_away else outcome.z
         # the note is of what is given away, or of the last iterate where those are kept: no copy is held for it alone.
         # But a node gives z itself a history that leads back to this task: the note must not close that cycle, or else
         # what the solver has built would stay in memory until Python looks for cycles
-        self.outcomes.append(replace(outcome, z=(outcome.z if outcome.trajectory else z).detach()))
+        kept = bool(outcome.trajectory) and outcome.trajectory[-1] is outcome.z
+        self.outcomes.append(replace(outcome, z=(outcome.z if kept else z).detach()))
         return Found(z, report.status, report.steps, report.residual)
 
     def spent(self, evaluations: int) -> None:

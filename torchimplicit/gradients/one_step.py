@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
+from torch.autograd.function import Function
 
 from torchimplicit.closure import is_transformed
 from torchimplicit.gradients.base import Found, Task, differentiable, reported, truncated
@@ -33,6 +34,10 @@ class OneStep(LinearEstimate):
         return 1 if isinstance(solver, FixedPointIteration) and solver.steps else None
 
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+        if task.direct and task.solver.steps == 0:  # the start of steps that autograd has seen the last of
+            found = task.solve(z0.detach(), params)
+            z = _Moved.apply(found.z, -task.system.residual(found.z, *params))
+            return found._replace(z=reported(z, task.record, truncated(found.z, 0, 0.0)))
         if self.recorded(task.solver) is None:
             return super().attach(task, z0, params)
         if task.direct or not differentiable(params):
@@ -47,12 +52,29 @@ class OneStep(LinearEstimate):
         assert isinstance(solver, FixedPointIteration)
         assert solver.steps
         before = solver.given(solver.steps - 1)
-        task = replace(task, run=lambda system, z0, params: iterate(before, system, z0, params))
+        task = replace(task, run=lambda system, z0, params: iterate(before, system, z0, params, recorded=1))
         found = UnrolledPhantom(steps=1, damping=solver.damping).attach(task, z0, params)
         outcome = task.outcomes[-1]
         if outcome.trajectory and not is_transformed(found.z):
-            task.outcomes[-1] = replace(outcome, trajectory=(*outcome.trajectory, found.z.detach()))
+            last = found.z.detach() if solver.keeps(solver.steps) else None
+            task.outcomes[-1] = replace(outcome, trajectory=(*outcome.trajectory, last))
         return found._replace(steps=found.steps + 1)
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         return LinearSolution(b, truncated(b, 0, 0.0))
+
+
+class _Moved(Function):
+    """``z``, which moves as ``image`` does: ``(z, image)``."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, image: Tensor) -> Tensor:
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> tuple[None, Tensor]:
+        return None, u
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, moved: Tensor) -> Tensor:
+        return moved

@@ -51,7 +51,7 @@ class UnrolledPhantom(Gradient):
 
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
         if task.direct:
-            found = task.solve(z0.detach(), params)
+            found = task.solve(z0.detach(), params, given_away=False)
         elif not differentiable(params):
             return undifferentiated(task, self, z0, params)
         else:

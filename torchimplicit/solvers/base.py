@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 from torchimplicit.linear import LinearOperator
 from torchimplicit.precision import default_rtol
 from torchimplicit.problems import Point, System
+from torchimplicit.problems.image_system import ImageSystem
 from torchimplicit.problems.system import explained, vjp
 from torchimplicit.solvers.tolerance import Judge, Tolerance, check_tolerance, least
-from torchimplicit.validation import check_count
+from torchimplicit.validation import check_count, check_counts
 
 
 class Evaluator:
@@ -57,6 +58,12 @@ class Evaluator:
             return twice(v)[0]
         except RuntimeError:
             return None
+
+    def image(self, z: Tensor) -> Tensor:
+        """Of a fixed point, one evaluation of its map alone."""
+        self.rows_evaluated += z.shape[0]
+        assert isinstance(self.system, ImageSystem)
+        return self.system.image(z, *self.params)
 
     def operator(self, z: Tensor) -> LinearOperator:
         """The Jacobian :math:`A` at ``z``, by products."""
@@ -141,7 +148,8 @@ class Solver(ABC):
         atol: absolute tolerance on the norm of the residual, added to the relative one; a number or a pytree likewise.
             ``None``: none.
         max_steps: the most steps that a sample may take.
-        keep_trajectory: whether to keep every iterate, in ``solution.trajectory``.
+        keep_trajectory: whether to keep every iterate, in ``solution.trajectory``; or after which numbers of steps,
+            0 being the start, as ``(4, 8)``: the trajectory has ``None`` in the place of the others.
         keep_trace: whether to keep every iterate's residual, in ``solution.trace``.
         check_every: after how many steps the host asks whether all samples are done. Each such question waits for
             the device; on a GPU a larger number saves time and may cost a few evaluations at the end.
@@ -169,7 +177,7 @@ class Solver(ABC):
     rtol: Tolerance | None = None
     atol: Tolerance | None = None
     max_steps: int = 100
-    keep_trajectory: bool = False
+    keep_trajectory: bool | Sequence[int] = False
     keep_trace: bool = False
     check_every: int = 1
     steps: int | None = None
@@ -180,6 +188,8 @@ class Solver(ABC):
         check_tolerance(self, "atol")
         check_count(self, "max_steps")
         check_count(self, "check_every")
+        if not isinstance(self.keep_trajectory, bool):
+            object.__setattr__(self, "keep_trajectory", check_counts(self, "keep_trajectory"))
         if self.steps is not None:
             check_count(self, "steps", least=0)
             idle = [name for name in _TESTS if getattr(self, name) != self.__dataclass_fields__[name].default]
@@ -195,8 +205,25 @@ class Solver(ABC):
         usual: dict[str, Any] = {name: self.__dataclass_fields__[name].default for name in _TESTS}
         return replace(self, steps=steps, **usual)
 
+    def keeps(self, step: int) -> bool:
+        """Whether the iterate after so many steps is to be kept."""
+        kept = self.keep_trajectory
+        return kept if isinstance(kept, bool) else step in kept
+
+    def going_on(self, trajectory: Sequence[Any]) -> Self:
+        """The same method for a solve that goes on where this ``trajectory`` has ended."""
+        if isinstance(self.keep_trajectory, bool):
+            return self
+        taken = len(trajectory) - 1
+        return replace(self, keep_trajectory=tuple(k - taken for k in self.keep_trajectory if k > taken))
+
     def check(self) -> None:
         """Validates the subclass's own fields."""
+
+    @property
+    def straight(self) -> bool:
+        """Whether the map's value is the next iterate."""
+        return False
 
     @property
     def leading(self) -> Solver:

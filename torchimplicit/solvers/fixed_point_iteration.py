@@ -32,6 +32,10 @@ class FixedPointIteration(Solver):
     def check(self) -> None:
         check_fraction(self, "damping")
 
+    @property
+    def straight(self) -> bool:
+        return self.damping == 1.0
+
     def start(self, point: Point) -> Any:
         return None
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.problems import Point, System
+from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.solution import Report, Status
 from torchimplicit.solvers.base import Evaluator, Progress, Solver
 from torchimplicit.solvers.outcome import Outcome, traced
@@ -36,12 +37,22 @@ def take_steps(
     assert count is not None
     evaluate = Evaluator(system, params, rows_evaluated=0 if first is None or not count else len(z0))
     hidden = 0 if recorded is None else count - recorded
+    led = recorded if hidden and recorded else 0  # an iterate that autograd is to see begins so much earlier
+    straight = solver.straight and isinstance(system, FixedPointSystem) and not solver.keep_trace
+
+    def kept(step: int, z: Tensor) -> Tensor | None:
+        return z if solver.keeps(step) or (led and solver.keeps(step + led)) else None
+
     z = evaluate.place(z0 if not hidden else z0.detach())
-    trajectory, trace = [z], []
+    trajectory, trace = [kept(0, z)], []
     known, before, point, state = first, None, None, None
     for step in range(count):
         with torch.no_grad() if step < hidden else nullcontext():
             evaluate.begin(step)
+            if straight and known is None and step + 1 < count:  # nobody asks for the residual
+                z = evaluate.image(z)
+                trajectory.append(kept(step + 1, z))
+                continue
             before, point = point, evaluate(z) if known is None else known
             if before is None:
                 if point.scale is None and solver.wants_product():  # for a first step in the problem's own units
@@ -55,8 +66,9 @@ def take_steps(
             state = move.state
             known = move.to if isinstance(move.to, Point) else None
             z = move.to.z if isinstance(move.to, Point) else evaluate.place(move.to)
-        if solver.keep_trajectory:
-            trajectory.append(z)
+            if point.scale is not None and point.merit is None:
+                point = point.sizes()  # no vector is held while the next evaluation runs
+        trajectory.append(kept(step + 1, z))
     before, point = (before, point) if known is None or not count else (point, known)
     if solver.keep_trace and known is not None and count:
         trace.append(traced(known))
@@ -67,8 +79,8 @@ def take_steps(
         residual = parts if parts.ndim == 1 else parts.amax(dim=1)
     report = Report(status, torch.full_like(status, count), residual, evaluate.rows_evaluated / max(len(z0), 1))
     norm = None if point is None else point.size().detach()
-    kept = tuple(trajectory) if solver.keep_trajectory else ()
-    return Outcome(z, report, kept, state, norm, parts, tuple(trace))
+    way = tuple(trajectory) if solver.keep_trajectory else ()
+    return Outcome(z, report, way, state, norm, parts, tuple(trace))
 
 
 def _relative(system: System, point: Point | None, before: Point | None, z: Tensor) -> Tensor:

@@ -96,16 +96,17 @@ def reviewed(
         verdict = review(solver, evaluate, outcome, judge, mixed or solver.searches)
         outcome = verdict.outcome
         if verdict.coupled:
-            together = as_one_system(iterate, solver, system, outcome.z, params)
+            together = as_one_system(iterate, solver.going_on(outcome.trajectory), system, outcome.z, params)
             if together is not None:
                 return after(outcome, together, None)
         if verdict.again is None:
             if unsolved and solver.remembers and not torch.is_grad_enabled():
-                return tried_as_one(iterate, solver, evaluate, outcome)
+                return tried_as_one(iterate, solver.going_on(outcome.trajectory), evaluate, outcome)
             return outcome
         if tried == ROUNDS:
             break
-        left = replace(solver, max_steps=solver.max_steps - int(outcome.report.steps[verdict.again].amin()))
+        steps = solver.max_steps - int(outcome.report.steps[verdict.again].amin())
+        left = replace(solver.going_on(outcome.trajectory), max_steps=steps)
         evaluate.rows_evaluated = 0
         # what its last step told a sample of its terms was too much
         loop = _Loop(left, evaluate, evaluate(outcome.z), only=verdict.again, strict=0.1 ** (tried + 1), since=since)
@@ -192,7 +193,7 @@ class _Loop:
 
     def run(self) -> Outcome:
         solver = self.solver
-        trajectory = [self.point.z]
+        trajectory = [self.point.z if solver.keeps(0) else None]
         self._judge(0, None)
         self._check_features()
         if self.judge.measure is not None and self.active and solver.wants_product():
@@ -213,7 +214,7 @@ class _Loop:
             if solver.keep_trace:
                 trace.append(traced(self.point))
             if solver.keep_trajectory:
-                trajectory.append(self.point.z)
+                trajectory.append(self.point.z if solver.keeps(step) else None)
             self._judge(step, move, ask=step % solver.check_every == 0)
         if self.confirmed and self.steps.numel():  # the step that found them solved has moved nobody
             taken = int(torch.where(self.status == _RUNNING, solver.max_steps, self.steps).amax()) + 1
@@ -423,7 +424,7 @@ class _Loop:
             else:
                 self.full[name].index_copy_(0, self.rows, value)
 
-    def _finish(self, trajectory: tuple[Tensor, ...], state: Any) -> Outcome:
+    def _finish(self, trajectory: tuple[Tensor | None, ...], state: Any) -> Outcome:
         if self.active or not self.certain:
             running = self.status == _RUNNING
             if self.solver.return_last:

@@ -19,7 +19,7 @@ class Outcome:
     Attributes:
         z: the solutions; the best iterate where a sample did not converge.
         report: per sample.
-        trajectory: the iterates, if they were to be kept.
+        trajectory: the iterates, if any were to be kept; ``None`` in the place of one that was not.
         state: the solver's last state (for all samples, unless some left the batch: then ``None``).
         norm: what the tolerance was compared with, ``[batch]`` or ``[batch, leaves]``.
         parts: the relative residuals likewise.
@@ -30,7 +30,7 @@ class Outcome:
 
     z: Tensor
     report: Report
-    trajectory: tuple[Tensor, ...] = ()
+    trajectory: tuple[Tensor | None, ...] = ()
     state: Any = None
     norm: Tensor | None = None
     parts: Tensor | None = None

@@ -160,7 +160,8 @@ def in_turn(
         start = outcome.z if descends else torch.where(anew[:, None], z0, outcome.z)
         depend = coupling is not None and coupling.found and not coupling.promised
         only, since = None if depend else left, system.norms(z0)
-        found = solve(solver.adapted(member, least), system, start, params, only=only, since=since)
+        member = solver.adapted(member, least).going_on(outcome.trajectory)
+        found = solve(member, system, start, params, only=only, since=since)
         if coupling is not None and coupling.found and not coupling.promised:
             left = torch.ones_like(left)
         turns.append(_turn(member, found, left))
@@ -190,7 +191,7 @@ def _off_saddles(
         evaluate = Evaluator(system, params)
         point = evaluate(outcome.z)
         beside, stays = leave(evaluate, point, point, downward, chosen, TRIALS)
-        found = solve(lead, system, beside.z, params, only=chosen & ~stays)
+        found = solve(lead.going_on(outcome.trajectory), system, beside.z, params, only=chosen & ~stays)
         evaluations = found.report.evaluations + evaluate.rows_evaluated / len(stood)
         outcome = _better(
             outcome, replace(found, report=replace(found.report, evaluations=evaluations)), chosen & ~stays, True

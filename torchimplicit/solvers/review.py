@@ -269,7 +269,7 @@ def as_one_system(
     if parts.shape[1] == 1:
         norm, parts = norm[:, 0], parts[:, 0]
     figures = Report(each(report.status), each(report.steps), residual, report.evaluations)
-    trajectory = tuple(z.reshape(z0.shape) for z in found.trajectory)
+    trajectory = tuple(None if z is None else z.reshape(z0.shape) for z in found.trajectory)
     trace = tuple((n.reshape(z0.shape[0], -1), p.reshape(z0.shape[0], -1)) for n, p in found.trace)
     z = system.place(found.z.reshape(z0.shape), params)
     return Outcome(z, figures, trajectory, found.state, norm, parts, trace)
