@@ -131,7 +131,7 @@ TABLES = {
         "A mesh by implicit and explicit representations: occupancy, and distances with exact and one-step gradients."),
     "physics-informed": Entry("physics.informed", "PhysicsInformedConfig", "TABLE",
         "Physics-informed equilibrium models beside plain networks: four equations, three optimizers."),
-    "jiio-generation": Entry("joint.generation_table", "JiioGenerationConfig", "TABLE",
+    "jiio-generation": Entry("joint.generation", "JiioGenerationConfig", "TABLE",
         "Joint inference beside nested optimization, loss against time; a decoder without an encoder beside a VAE."),
     "jiio-inverse": Entry("joint.inverse", "JiioInverseConfig", "TABLE",
         "Denoising and inpainting by joint inference, with exact and first-order training gradients."),

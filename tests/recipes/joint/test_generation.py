@@ -18,12 +18,15 @@ from torchimplicit.recipes.joint.decoder import Images, Joint, Kind, found, join
 from torchimplicit.recipes.joint.generation import (
     JOINT,
     METHODS,
+    TABLE,
     Generation,
     GenerationConfig,
+    JiioGenerationConfig,
     generation_digits,
+    jobs,
     nested,
+    overtaking,
 )
-from torchimplicit.recipes.joint.generation_table import TABLE, JiioGenerationConfig, jobs, overtaking
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.jobs import prepare

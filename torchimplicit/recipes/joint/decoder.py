@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -19,16 +18,10 @@ from torch.nn import functional
 from torchimplicit.gradients import Gradient
 from torchimplicit.models import EquilibriumDecoder, conv_decoder, mlp_decoder, multiscale_decoder
 from torchimplicit.problems import JointInference
-from torchimplicit.recipes.phantom.image_data import IMAGES, load
-from torchimplicit.recipes.phantom.image_files import Labelled
+from torchimplicit.recipes.phantom.image_data import IMAGES, Selection, selected
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.page import canvas
-from torchimplicit.recipes.runtime.settings import (
-    Equilibria,
-    not_negative,
-    option,
-    positive,
-)
+from torchimplicit.recipes.runtime.settings import Equilibria, not_negative, option, positive
 from torchimplicit.recipes.runtime.task import Split, generator, gradient, permutation, solver
 from torchimplicit.solution import Solution
 from torchimplicit.solve import solve
@@ -45,30 +38,17 @@ Kind = Literal["mlp", "conv", "mdeq"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Images:
+class Images(Selection):
     """Which images."""
 
     data: DataName = "digits"
     """The digits come with scikit-learn; MNIST and the Olivetti faces (32×32) are downloaded without --data-dir."""
 
-    data_dir: Path | None = None
-    """The folder that holds them."""
-
     validation_images: int = 200
     """Training images set apart to select the weights by."""
 
-    train_images: int | None = None
-    """How many of the other training images to use; by default all."""
-
-    test_images: int | None = None
-    """How many of the test images to use; by default all."""
-
-    split_seed: int = 0
-    """Which images are set apart."""
-
     def __post_init__(self) -> None:
-        positive(self, "validation_images", "train_images", "test_images")
-        not_negative(self, "split_seed")
+        super().__post_init__()
         if self.data == "digits" and self.data_dir is not None:
             raise UserError("the digits come with scikit-learn and are read from nowhere else: leave --data-dir away")
 
@@ -84,16 +64,16 @@ class Decoder:
     """Size of the latent."""
 
     width: int = 96
-    """Of the fully connected equilibrium."""
+    """The width of the fully connected equilibrium."""
 
     channels: int = 16
-    """Of the convolutional ones."""
+    """The channels of the convolutional ones."""
 
     scales: int = 2
     """How many resolutions the multiscale one has."""
 
     bound: float = 0.6
-    """Of the spectral norm of the map's linear part in the state."""
+    """The bound on the spectral norm of the map's linear part in the state."""
 
     def __post_init__(self) -> None:
         positive(self, "latent", "width", "channels", "scales")
@@ -112,17 +92,18 @@ class Joint:
     """The same for validation and testing."""
 
     joint_memory: int = 20
-    """Of the joint solve's Anderson acceleration."""
+    """The memory of the joint solve's Anderson acceleration."""
 
     joint_regularization: float = 0.03
-    """Of the same. The map is far from linear over the first steps, which a least-squares fit of their differences
-    should not be led by to the last digit: with a little of it, fewer steps come to the same loss."""
+    """The regularization of that acceleration. The map is far from linear over the first steps, which a least-squares
+    fit of their differences should not be led by to the last digit: with a little of it, fewer steps come to the same
+    loss."""
 
     step_size: float = 10.0
     """α of the latent's steps, for a loss that is a mean over pixels."""
 
     joint_tolerance: float = 1e-3
-    """Relative, of the joint solve."""
+    """The relative tolerance of the joint solve."""
 
     prior: float = 1e-3
     """What the mean square of a latent adds to its loss."""
@@ -172,24 +153,8 @@ def read(images: Images) -> Data:
     Raises:
         UserError: they are missing or of the wrong kind.
     """
-    found = load(
-        images.data,
-        images.data_dir,
-        validation=images.validation_images,
-        train=images.train_images,
-        test=images.test_images,
-        split_seed=images.split_seed,
-    )
-    return Data(_scaled(found.train), _scaled(found.validation), _scaled(found.test))
-
-
-def classes(images: Images) -> int:
-    """How many labels there are."""
-    return IMAGES[images.data].classes
-
-
-def _scaled(part: Labelled) -> Part:
-    return Part(part.images.float() / 255, part.labels)
+    found = selected(images.data, images)
+    return Data(*(Part(one.images.float() / 255, one.labels) for one in (found.train, found.validation, found.test)))
 
 
 # -- The decoder that the settings describe, and how it finds latents --------------------------------------------------
@@ -333,7 +298,7 @@ def features(images: Images) -> tuple[Features, float]:
     channels, height, _ = data.pixels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(0, -1).initial_seed())
-        network = Features(channels, height, classes(images))
+        network = Features(channels, height, IMAGES[images.data].classes)
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     batch = min(BATCH, len(data.training.labels))
     per_pass = len(data.training.labels) // batch
