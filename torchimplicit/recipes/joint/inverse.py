@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,32 +28,26 @@ from torchimplicit.recipes.joint.decoder import (
     read,
     squared_error,
 )
-from torchimplicit.recipes.joint.generation import PICTURES, SHOWN, generation_mnist, generation_olivetti, ready
+from torchimplicit.recipes.joint.generation import (
+    PICTURES,
+    SHOWN,
+    generation_mnist,
+    generation_olivetti,
+    read_pictures,
+    ready,
+)
 from torchimplicit.recipes.runtime import files, table
 from torchimplicit.recipes.runtime.page import save_figure, styled
 from torchimplicit.recipes.runtime.run import Run
-from torchimplicit.recipes.runtime.settings import (
-    Equilibria,
-    Machine,
-    Optimization,
-    fraction,
-    positive,
-)
+from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, fraction, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
-from torchimplicit.recipes.runtime.task import (
-    Metric,
-    Rows,
-    SampledTask,
-    Split,
-    generator,
-)
+from torchimplicit.recipes.runtime.task import Metric, Rows, SampledTask, Split, generator
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 from torchimplicit.resolve import resolve
 from torchimplicit.solvers import Anderson
 
-if TYPE_CHECKING:
-    from torchimplicit.recipes.runtime.run import Run
-
+Corruption = Literal["denoising", "inpainting"]
+Through = Literal["exact", "first-order", "generative"]
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
@@ -64,7 +58,7 @@ class InverseConfig:
 
     The decoder is trained for that, and the weight of the latent's prior, where the gradient sees it."""
 
-    corruption: Literal["denoising", "inpainting"] = "denoising"
+    corruption: Corruption = "denoising"
     """Gaussian noise on every pixel, or a missing square."""
 
     noise: float = 0.3
@@ -73,7 +67,7 @@ class InverseConfig:
     missing: float = 0.5
     """Side of the missing square, as a share of the image's."""
 
-    through: Literal["exact", "first-order", "generative"] = "exact"
+    through: Through = "exact"
     """How the outer loss is differentiated: with how the latent moves with the weights, or with the latent held
     fixed. generative: the decoder is trained to reconstruct clean images and never sees a corrupted one."""
 
@@ -325,8 +319,6 @@ RUNNER = Measuring(first=TRAINER, measure=shown, name="gradients.json", again=No
 # -- The table ---------------------------------------------------------------------------------------------------------
 
 
-Corruption = Literal["denoising", "inpainting"]
-Through = Literal["exact", "first-order", "generative"]
 CORRUPTIONS: tuple[Corruption, ...] = ("denoising", "inpainting")
 
 
@@ -417,12 +409,8 @@ def figures(config: JiioInverseConfig, run: Run) -> dict[str, Any] | None:
     return {**one, "selected_step": step, "gradients": table.read("gradients.json")(config, run)}
 
 
-# -- what the runs come to ---------------------------------------------------------------------------------------------
-
-
-def sheets(config: JiioInverseConfig, runs: Runs) -> list[Sheet]:
+def sheets(config: JiioInverseConfig, runs: Runs) -> Iterator[Sheet]:
     """A sheet a problem, and how near the gradients come to the true one."""
-    made = []
     for corruption in CORRUPTIONS:
         here = runs.where(corruption=corruption)
 
@@ -432,7 +420,7 @@ def sheets(config: JiioInverseConfig, runs: Runs) -> list[Sheet]:
         def counted(row: str, here: Runs = here) -> str:
             return str(len(here.where(row=row)))
 
-        cells = [
+        yield table.sheet(corruption.capitalize(), ROWS, [
             Cell[str]("Gradient", lambda row: ROWS[row].label),
             Cell("Error", here.told("test.mse", 2, 1e3), "1e-3",
                  "mean squared error of a pixel to the clean test images, mean ± sd over seeds"),
@@ -443,14 +431,13 @@ def sheets(config: JiioInverseConfig, runs: Runs) -> list[Sheet]:
                  "weight on the latent's mean square that was learned, or kept"),
             Cell("Training", here.told("seconds", 0), "s", "of all steps"),
             Cell("Seeds", counted),
-        ]  # fmt: skip
-        made.append(table.sheet(corruption.capitalize(), ROWS, cells))
+        ])  # fmt: skip
 
     def compared(figure: str) -> Any:
         return lambda pair: table.spread(runs.where(corruption=pair[0]).of(pair[1], f"gradients.{figure}"), 3)
 
     known = [(c, row) for c in CORRUPTIONS for row in ROWS if runs.where(corruption=c).of(row, "gradients.exact")]
-    gradients = table.sheet("Gradients at the trained weights", known, [
+    yield table.sheet("Gradients at the trained weights", known, [
         Cell("Trained", lambda pair: f"{pair[0]}: {ROWS[pair[1]].label}"),
         Cell("Exact, cosine", compared("exact"), "",
              "with the gradient of tight joint and adjoint solves, at the weights"),
@@ -458,39 +445,31 @@ def sheets(config: JiioInverseConfig, runs: Runs) -> list[Sheet]:
         Cell("First-order, cosine", compared("first_order"), "", "likewise"),
         Cell("Its length", compared("first_order_length"), "", "over that one's"),
     ])  # fmt: skip
-    return [*made, gradients]
 
 
-def claims(config: JiioInverseConfig, runs: Runs) -> list[Claim]:
+def claims(config: JiioInverseConfig, runs: Runs) -> Iterator[Claim]:
     """Whether the exact gradient is right, and worth it."""
-    made = []
     exact = Runs(line for line in runs if ROWS[line["row"]].through == "exact" and line["gradients"])
     if exact:
         right, rough = (exact.column(f"gradients.{name}") for name in ("exact", "first_order"))
-        made.append(
-            Claim(
-                "The exact gradient, as in training, has a cosine of at least 0.95 with that of tight solves, at the "
-                "weights that it has trained",
-                f"{table.spread(right, 3)}; the first-order one {table.spread(rough, 3)}",
-                min(right) >= 0.95,
-            )
+        yield Claim(
+            "The exact gradient, as in training, has a cosine of at least 0.95 with that of tight solves, at the "
+            "weights that it has trained",
+            f"{table.spread(right, 3)}; the first-order one {table.spread(rough, 3)}",
+            min(right) >= 0.95,
         )
     for corruption in CORRUPTIONS:
         for own, other in (("exact", "first-order"), ("exact-weak", "first-order-weak")):
-            pairs = runs.where(corruption=corruption).paired(own, other, "test.mse")
-            ratios = [a / b for a, b in pairs]
+            ratios = [a / b for a, b in runs.where(corruption=corruption).paired(own, other, "test.mse")]
             if not ratios:
                 continue
             error = stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else 0.0
-            made.append(
-                Claim(
-                    f"{corruption}: the error of '{ROWS[own].label}' is below that of '{ROWS[other].label}', by more "
-                    "than two standard errors over seeds",
-                    f"{fmean(ratios):.3f} times its error, ± {error:.3f}",
-                    len(ratios) > 1 and fmean(ratios) + 2 * error < 1,
-                )
+            yield Claim(
+                f"{corruption}: the error of '{ROWS[own].label}' is below that of '{ROWS[other].label}', by more than "
+                "two standard errors over seeds",
+                f"{fmean(ratios):.3f} times its error, ± {error:.3f}",
+                len(ratios) > 1 and fmean(ratios) + 2 * error < 1,
             )
-    return made
 
 
 def protocol(config: JiioInverseConfig, runs: Runs) -> str:
@@ -510,28 +489,28 @@ def protocol(config: JiioInverseConfig, runs: Runs) -> str:
     )
 
 
-def notes(config: JiioInverseConfig, runs: Runs) -> list[str]:
+def notes(config: JiioInverseConfig, runs: Runs) -> Iterator[str]:
     """What a reader must know."""
-    made = [
+    yield (
         "The published figures are of another model and other images, and of the first-order gradient, which the "
-        "published code takes here: nothing here compares with them, and none are quoted.",
+        "published code takes here: nothing here compares with them, and none are quoted."
+    )
+    yield (
         "The first-order gradient leaves out how the latent answers to the weights: the last sheet shows how far that "
         "turns it. An earlier run of this table, with a thirtieth of the prior's weight, a mean over pixels instead of "
         "a sum and 100 steps, found no gain from the exact gradient: with so weak a prior the joint solves of a fresh "
-        "decoder do not converge in training's steps, and a gradient is exact only at a solution.",
+        "decoder do not converge in training's steps, and a gradient is exact only at a solution."
+    )
+    yield (
         "Training is short: what is compared is where each gradient has come to, not where it would end. The weight on "
         "the latent is learned by the exact gradient alone, in logarithm and ten times as fast as the other weights; "
-        "the default to begin with was found by trials on these digits, which the rows of a third of it have not seen.",
-    ]
-    return [*made, *table.missing(jobs(config), runs)]
+        "the default to begin with was found by trials on these digits, which the rows of a third of it have not seen."
+    )
+    yield from table.missing(jobs(config), runs)
 
 
-def drawings(config: JiioInverseConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+def drawings(config: JiioInverseConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
     """Images of the first seed that has some, a figure a problem."""
-    from torchimplicit.recipes.joint.decoder import grid
-    from torchimplicit.recipes.joint.generation import read_pictures
-
-    made = []
     for corruption in CORRUPTIONS:
         named: dict[str, Any] = {}
         for name, row in ROWS.items():
@@ -540,8 +519,7 @@ def drawings(config: JiioInverseConfig, runs: Runs, folders: Mapping[str, Run]) 
                 named.setdefault("clean, and corrupted", shown[:2])
                 named[f"restored; gradient: {row.label}"] = shown[2:]
         if named:
-            made.append(Drawing(corruption, grid(named), f"{corruption.capitalize()}: test images, not selected."))
-    return made
+            yield Drawing(corruption, grid(named), f"{corruption.capitalize()}: test images, not selected.")
 
 
 TABLE = table.published(
