@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import torchimplicit as ti
-from torchimplicit.constraints import project, unit_normal
 from torchimplicit.diagnostics import curvature
 from torchimplicit.linear import ReferenceHessian
 from torchimplicit.models.orbital_free import Molecule, OrbitalFree, OrbitalFreeConfig, fit_constants, fit_linear
@@ -25,6 +24,7 @@ from torchimplicit.models.orbital_free.local import (
     thomas_fermi,
     weizsaecker,
 )
+from torchimplicit.models.orbital_free.response import response
 from torchimplicit.models.orbital_free.second import hessian, mixed
 
 F64 = torch.float64
@@ -344,21 +344,39 @@ class TestMinimum:
 
 
 class TestStarting:
-    def slope(self, functional: OrbitalFree, molecule: Molecule, metric: ti.Metric) -> float:
+    def away(self, functional: OrbitalFree, molecule: Molecule, metric: ti.Metric) -> float:
+        """How far the minimum is from the reference, to first order."""
         p = molecule.reference.clone().requires_grad_()
         (slope,) = torch.autograd.grad(functional(p, molecule), p)
-        normal, _ = unit_normal(metric.covector(molecule.weight[None]), molecule.electrons.reshape(1, 1))
-        return float(project(metric.covector(slope[None]), normal).norm())
+        return float((response(functional, molecule.reference, molecule, metric) @ slope).norm())
 
-    def test_the_linear_term_makes_the_reference_nearly_stationary(self, h2):
+    def test_the_linear_term_makes_the_reference_nearly_the_minimum(self, h2):
         functional, metric = OrbitalFree(), ti.Metric(h2.overlap)
-        before = self.slope(functional, h2, metric)
+        before = self.away(functional, h2, metric)
         fit_linear(functional, [h2], [metric])
-        after = self.slope(functional, h2, metric)
+        after = self.away(functional, h2, metric)
         assert after < 0.7 * before  # what s functions can do
+        solver = ti.LBFGS(rtol=0.0, atol=1e-9, max_steps=500)
+        gap = ti.solve(functional.problem(h2, metric), h2.guess, solver=solver).value - h2.reference
+        assert float((gap @ h2.overlap @ gap).sqrt()) == pytest.approx(after, rel=0.1)  # the minimum itself
         fit_linear(functional, [h2], [metric])
-        assert self.slope(functional, h2, metric) == pytest.approx(after, rel=1e-6)
+        assert self.away(functional, h2, metric) == pytest.approx(after, rel=1e-6)
         assert functional.reference[2:].eq(0).all()  # of elements that are not there
+
+    def test_the_response_is_how_the_minimum_moves(self, pair):
+        """Beside a minimum with a slope more, and no number of electrons changes it."""
+        functional, metric = perturbed(), ti.Metric(pair.overlap)
+        problem, solver = functional.problem(pair, metric), ti.LBFGS(rtol=0.0, atol=1e-12, max_steps=500)
+        with torch.no_grad():
+            p = ti.solve(problem, pair.guess, solver=solver).value
+            more = 1e-5 * torch.randn(pair.size, generator=torch.Generator().manual_seed(0), dtype=F64)
+            tilted = ti.Minimum(
+                lambda q: functional(q, pair) + more @ q, problem.constraint, batched=False, metric=metric
+            )
+            moved = ti.solve(tilted, p, solver=solver).value - p
+        answer = response(functional, p, pair, metric)
+        torch.testing.assert_close(metric.root[0] @ moved, -answer @ more, rtol=1e-3, atol=1e-10)
+        torch.testing.assert_close(answer @ pair.weight, torch.zeros(pair.size, dtype=F64), rtol=0, atol=1e-10)
 
     def test_two_molecules_share_it(self, pair):
         """The second has another bond; one coefficient for both."""
@@ -366,16 +384,16 @@ class TestStarting:
         other = gaussians(positions, pair.charges, pair.points, pair.quadrature)
         metrics = [ti.Metric(m.overlap) for m in (pair, other)]
         functional = OrbitalFree()
-        before = [self.slope(functional, m, metric) ** 2 for m, metric in zip((pair, other), metrics, strict=True)]
+        before = [self.away(functional, m, metric) ** 2 for m, metric in zip((pair, other), metrics, strict=True)]
         fit_linear(functional, [pair, other], metrics)
-        after = [self.slope(functional, m, metric) ** 2 for m, metric in zip((pair, other), metrics, strict=True)]
+        after = [self.away(functional, m, metric) ** 2 for m, metric in zip((pair, other), metrics, strict=True)]
         assert sum(after) < sum(before)
         best = functional.reference.clone()
         for change in (1e-2, -1e-2):  # no better one beside it
             with torch.no_grad():
                 functional.reference.copy_(best)
                 functional.reference[1, 1] += change
-            moved = [self.slope(functional, m, metric) ** 2 for m, metric in zip((pair, other), metrics, strict=True)]
+            moved = [self.away(functional, m, metric) ** 2 for m, metric in zip((pair, other), metrics, strict=True)]
             assert sum(moved) > sum(after)
 
     def test_the_constants_give_the_energies(self, pair):

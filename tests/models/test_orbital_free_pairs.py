@@ -9,7 +9,7 @@ import torch
 from torchimplicit import LBFGS, Metric, Ragged, solve
 from torchimplicit.models.orbital_free import OrbitalFree, OrbitalFreeConfig
 from torchimplicit.models.orbital_free.pairs import entries, shape
-from torchimplicit.models.orbital_free.starting import linear_columns
+from torchimplicit.models.orbital_free.second import linear_columns
 
 F64 = torch.float64
 ELEMENTS = (1, 8)

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from torchimplicit.models.orbital_free.functional import OrbitalFree
+from torchimplicit.models.orbital_free.functional import SHELLS, OrbitalFree
 from torchimplicit.models.orbital_free.molecule import Molecule
-from torchimplicit.models.orbital_free.starting import linear_columns
+from torchimplicit.models.orbital_free.pairs import entries
 
 POINTS_AT_ONCE = 1024
 """Of the grid: so many rows of the basis stay in the processor's cache."""
@@ -62,6 +62,20 @@ def mixed(functional: OrbitalFree, p: Tensor, molecule: Molecule, wrt: Sequence[
     if "constants" in wrt:
         found["constants"] = p.new_zeros(molecule.size, *parameters["constants"].shape)
     return found
+
+
+def linear_columns(functional: OrbitalFree, molecule: Molecule) -> Tensor:
+    """The derivative of the linear term in its coefficients, those of the atoms and then those of the pairs,
+    ``[n, coefficients]``."""
+    own = functional.reference.numel()
+    columns = molecule.weight.new_zeros(molecule.size, own)
+    scalar = (molecule.angular == 0).nonzero()[:, 0]
+    columns[scalar, molecule.charges[molecule.atom[scalar]] * SHELLS + molecule.shell[scalar]] = 1
+    if functional.pairs is None:
+        return columns
+    rows, places, values = entries(molecule, functional.config.pairs)
+    more = columns.new_zeros(molecule.size, functional.pairs.numel())
+    return torch.cat((columns, more.index_put((rows, places), values, accumulate=True)), dim=1)
 
 
 def _of_network(

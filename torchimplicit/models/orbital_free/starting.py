@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchimplicit.constraints import project, unit_normal
 from torchimplicit.coordinates import Metric
-from torchimplicit.models.orbital_free.functional import ELEMENTS, SHELLS, OrbitalFree
+from torchimplicit.models.orbital_free.functional import ELEMENTS, OrbitalFree
 from torchimplicit.models.orbital_free.molecule import Molecule
-from torchimplicit.models.orbital_free.pairs import entries
+from torchimplicit.models.orbital_free.response import response
+from torchimplicit.models.orbital_free.second import linear_columns
 
 
 @torch.no_grad()
@@ -24,9 +24,12 @@ def fit_linear(
 ) -> None:
     """Set the linear term so that the reference densities are as nearly stationary as it can make them.
 
-    Minimizes :math:`\\sum_m\\lVert P\\,S^{-1/2}(\\nabla E(p_{gs})+a)\\rVert^2/N_m`, one linear least-squares problem in
-    the coefficients of all elements and s shells that the molecules have. Those of others become zero, and molecules
-    with other elements are refused from then on.
+    To first order in its slope, the energy's minimum is away from the reference density by
+    :math:`\\delta=-(PHP)^+P\\,S^{-1/2}(\\nabla E(p_{gs})+a)`, in the metric's coordinates and with the Hessian of the
+    functional without the term (:func:`~torchimplicit.models.orbital_free.response.response`). What is minimized is
+    :math:`\\sum_m\\lVert\\delta_m\\rVert^2/N_m`, a linear least-squares problem in the coefficients of all elements and
+    s shells that the molecules have. Those of others become zero, and molecules with other elements are refused from
+    then on.
 
     Args:
         metrics: of the overlaps.
@@ -41,10 +44,9 @@ def fit_linear(
         functional.pairs.zero_()
     columns, slopes = [], []
     for molecule, metric in zip(molecules, metrics, strict=True):
-        normal, _ = unit_normal(metric.covector(molecule.weight[None]), molecule.electrons.reshape(1, 1))
-        slopes.append(project(metric.covector(_slope(functional, molecule)[None]), normal)[0])
-        columns.append(project((metric.inverse[0].to(slopes[-1]) @ linear_columns(functional, molecule)).T, normal).T)
-        slopes[-1], columns[-1] = (t / molecule.electrons.sqrt() for t in (slopes[-1], columns[-1]))
+        answer = response(functional, molecule.reference, molecule, metric) / molecule.electrons.sqrt()
+        slopes.append(answer @ _slope(functional, molecule))
+        columns.append(answer @ linear_columns(functional, molecule))
     every, slope = torch.cat(columns), torch.cat(slopes)
     matrix, right = every.T @ every, -every.T @ slope
     size = matrix.diagonal()
@@ -58,20 +60,6 @@ def fit_linear(
     functional.reference.copy_(fitted[:own].reshape(functional.reference.shape))
     if functional.pairs is not None:
         functional.pairs.copy_(fitted[own:].reshape(functional.pairs.shape))
-
-
-def linear_columns(functional: OrbitalFree, molecule: Molecule) -> Tensor:
-    """The derivative of the linear term in its coefficients, those of the atoms and then those of the pairs,
-    ``[n, coefficients]``."""
-    own = functional.reference.numel()
-    columns = molecule.weight.new_zeros(molecule.size, own)
-    scalar = (molecule.angular == 0).nonzero()[:, 0]
-    columns[scalar, molecule.charges[molecule.atom[scalar]] * SHELLS + molecule.shell[scalar]] = 1
-    if functional.pairs is None:
-        return columns
-    rows, places, values = entries(molecule, functional.config.pairs)
-    more = columns.new_zeros(molecule.size, functional.pairs.numel())
-    return torch.cat((columns, more.index_put((rows, places), values, accumulate=True)), dim=1)
 
 
 @torch.no_grad()
