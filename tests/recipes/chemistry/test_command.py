@@ -103,3 +103,15 @@ def test_large_molecules_need_the_flag(capsys, tmp_path, no_chemistry):
     code, out, _ = run(capsys, ".")  # the others of a folder are taken
     assert code == 1
     assert "1 of 2 molecules" in out
+
+
+def test_labels_are_computed_beside_the_molecules(capsys, tmp_path):
+    pytest.importorskip("pyscf")
+    ask = ("H2", "--output", "here", "--labels", "2", "--grid", "0", "--scf-grid", "1")
+    code, out, _ = run(capsys, *ask)
+    assert code == 0
+    assert "2 of 2 files of molecules and of labels in here" in out
+    assert len(list((tmp_path / "here").glob("*.labels.npz"))) == 1
+    code, out, _ = run(capsys, *ask)
+    assert code == 0
+    assert "0 computed" in out

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from torchimplicit.recipes.density.basis import DensityBasis, solid_harmonics
+from torchimplicit.models.orbital_free.harmonics import solid_harmonics
+from torchimplicit.recipes.density.basis import DensityBasis
 
 LARGEST = 6
 

@@ -22,6 +22,7 @@ from torchimplicit.models.orbital_free.local import (
     weizsaecker,
 )
 from torchimplicit.models.orbital_free.molecule import Molecule
+from torchimplicit.models.orbital_free.network import CoefficientNetwork, NetworkConfig
 from torchimplicit.models.orbital_free.pairs import entries, shape
 from torchimplicit.problems import Minimum
 
@@ -30,6 +31,9 @@ ELEMENTS, SHELLS = 37, 40
 
 ExchangeCorrelation = Literal["lda", "pbe"]
 """Of a uniform gas (Dirac; Perdew and Wang 1992), or with the density's gradient (Perdew, Burke and Ernzerhof 1996)."""
+
+At = Literal["guess", "density"]
+"""Where a network is evaluated: at the superposition of atoms, where the energy goes on linearly, or anywhere."""
 
 _EXCHANGE_CORRELATION: dict[ExchangeCorrelation, Callable[[Tensor, Tensor], Tensor]] = {
     "lda": lambda rho, sigma: lda(rho),
@@ -48,6 +52,10 @@ class OrbitalFreeConfig:
         hidden: the enhancement factor's hidden units, in each of ``layers`` layers; 0: there is none.
         pairs: nuclear charges of the elements whose neighbours enter the linear term; empty: it knows none.
         exchange_correlation: ``"lda"`` or ``"pbe"``; that of the densities and energies it is trained on.
+        network: an energy of the coefficients by message passing; ``None``: there is none.
+        network_at: ``"density"``: the energy has the network's energy of the density. ``"guess"``: it has the tangent
+            of that at the superposition of atoms. It is linear in the density then, a learned external potential of
+            the geometry and the guess, and the functional is as convex as without it.
     """
 
     weizsaecker: float = 0.4
@@ -57,8 +65,14 @@ class OrbitalFreeConfig:
     layers: int = 2
     pairs: tuple[int, ...] = ()
     exchange_correlation: ExchangeCorrelation = "lda"
+    network: NetworkConfig | None = None
+    network_at: At = "density"
 
     def __post_init__(self) -> None:
+        if self.network_at not in get_args(At):
+            raise ValueError(
+                f"OrbitalFreeConfig.network_at is {self.network_at!r}, and must be one of {', '.join(get_args(At))}"
+            )
         if self.exchange_correlation not in get_args(ExchangeCorrelation):
             raise ValueError(
                 f"OrbitalFreeConfig.exchange_correlation is {self.exchange_correlation!r}, and must be one of "
@@ -80,11 +94,12 @@ class OrbitalFree(nn.Module):
         E(p) = \\int\\tau_{TF}(\\rho_+)\\,(1+F_\\theta(x)) + c\\,\\tau_{vW} + e_{xc}(\\rho_+) + \\gamma\\rho_-^2
         + \\tfrac12 p^TJp + \\langle v + a, p\\rangle + \\sum_{A}c_{Z_A} + E_{nn}
 
-    with :math:`\\rho_+` the smooth positive part. Learned are the enhancement factor :math:`F_\\theta`, a network of
-    the local features :math:`x=(\\log\\rho_+,\\log(1+s^2))`; the term :math:`a`, a coefficient for every element and s
-    shell (the linear atomic reference of Zhang et al. 2024, M-OFDFT), and if asked for, what an atom's neighbours add
-    to it (:mod:`~torchimplicit.models.orbital_free.pairs`); and one constant for each element. At first they are zero,
-    which leaves the functional of Thomas, Fermi, Dirac and von Weizsäcker.
+    with :math:`\\rho_+` the smooth positive part, and if asked for a network of the coefficients
+    (:mod:`~torchimplicit.models.orbital_free.network`). Learned are the enhancement factor :math:`F_\\theta`, a
+    network of the local features :math:`x=(\\log\\rho_+,\\log(1+s^2))`; the term :math:`a`, a coefficient for every
+    element and s shell (the linear atomic reference of Zhang et al. 2024, M-OFDFT), and if asked for, what an atom's
+    neighbours add to it (:mod:`~torchimplicit.models.orbital_free.pairs`); and one constant for each element. At first
+    they are zero, which leaves the functional of Thomas, Fermi, Dirac and von Weizsäcker.
 
     The parameters are double precision: eigenvalues of the Hessian may span many orders of magnitude.
 
@@ -103,17 +118,24 @@ class OrbitalFree(nn.Module):
         self.reference = nn.Parameter(torch.zeros(ELEMENTS, SHELLS, dtype=torch.float64))
         self.pairs = nn.Parameter(torch.zeros(shape(config.pairs), dtype=torch.float64)) if config.pairs else None
         self.constants = nn.Parameter(torch.zeros(ELEMENTS, dtype=torch.float64))
+        self.network = CoefficientNetwork(config.network) if config.network else None
         self.register_buffer("elements", torch.zeros(ELEMENTS, dtype=torch.bool))
 
-    def forward(self, p: Tensor, molecule: Molecule) -> Tensor:
+    def forward(self, p: Tensor, molecule: Molecule, tangent: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The energy of the coefficients ``p`` (``[n]``), a scalar.
+
+        Args:
+            p: coefficients.
+            molecule: whose.
+            tangent: of the network at the superposition of atoms, where that is what the functional has of it;
+                ``None``: it is made here.
 
         Raises:
             ValueError: the molecule has an element that the functional was not fitted to.
         """
-        return torch.stack(list(self.parts(p, molecule).values())).sum()
+        return torch.stack(list(self.parts(p, molecule, tangent).values())).sum()
 
-    def parts(self, p: Tensor, molecule: Molecule) -> dict[str, Tensor]:
+    def parts(self, p: Tensor, molecule: Molecule, tangent: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
         """The energy's terms by name; scalars."""
         local = self.local(molecule.density(p), molecule.slopes(p))
         return {
@@ -121,6 +143,7 @@ class OrbitalFree(nn.Module):
             "hartree": 0.5 * p @ (molecule.coulomb @ p),
             "external": molecule.external @ p,
             "reference": self.linear(molecule) @ p,
+            **({} if self.network is None else {"network": self.learned(p, molecule, tangent)}),
             "constants": self.constants[molecule.charges].sum(),
             "repulsion": molecule.repulsion,
         }
@@ -164,6 +187,14 @@ class OrbitalFree(nn.Module):
         rows, places, values = entries(molecule, self.config.pairs)
         return found.index_add(0, rows, self.pairs.reshape(-1)[places] * values)
 
+    def learned(self, p: Tensor, molecule: Molecule, tangent: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The network's energy, or its tangent's; a scalar. See :meth:`forward`."""
+        assert self.network is not None
+        if self.config.network_at == "density":
+            return self.network(p, molecule)
+        value, slope = self.network.tangent(molecule) if tangent is None else tangent
+        return value + slope @ (p - molecule.guess)
+
     def check(self, molecule: Molecule) -> None:
         """Refuse a molecule with an element that the learned terms were not fitted to.
 
@@ -199,10 +230,12 @@ class OrbitalFree(nn.Module):
                 caller since it takes an eigendecomposition; ``None``: the coefficients themselves.
         """
         constraint = LinearEquality(molecule.weight, molecule.electrons)
-        return Minimum(partial(self._energy, molecule), constraint, batched=False, metric=metric)
+        fixed = self.network is not None and self.config.network_at == "guess"
+        tangent = self.network.tangent(molecule) if fixed and self.network is not None else None
+        return Minimum(partial(self._energy, molecule, tangent), constraint, batched=False, metric=metric)
 
-    def _energy(self, molecule: Molecule, p: Tensor) -> Tensor:
-        return self.forward(p, molecule)
+    def _energy(self, molecule: Molecule, tangent: tuple[Tensor, Tensor] | None, p: Tensor) -> Tensor:
+        return self.forward(p, molecule, tangent)
 
 
 def _network(hidden: int, layers: int) -> nn.Module:

@@ -14,6 +14,9 @@ from torchimplicit.models.orbital_free.pairs import entries
 POINTS_AT_ONCE = 1024
 """Of the grid: so many rows of the basis stay in the processor's cache."""
 
+COLUMNS_AT_ONCE = 64
+"""Of a network's Hessian."""
+
 
 def hessian(functional: OrbitalFree, p: Tensor, molecule: Molecule) -> Tensor:
     """:math:`\\partial^2E/\\partial p\\,\\partial p^T`, ``[n, n]``.
@@ -38,6 +41,10 @@ def hessian(functional: OrbitalFree, p: Tensor, molecule: Molecule) -> Tensor:
             for other in range(1, 4):
                 weighted.addcmul_(weights[k, other, there], basis[other])
             total.addmm_(basis[k].T, weighted)
+    if functional.network is not None and functional.config.network_at == "density":
+        network = functional.network
+        slope = torch.func.grad(lambda q: network(q, molecule))
+        total = total + torch.func.jacrev(slope, chunk_size=COLUMNS_AT_ONCE)(p.detach()).detach()
     return 0.5 * (total + total.T)
 
 
@@ -46,7 +53,15 @@ def mixed(functional: OrbitalFree, p: Tensor, molecule: Molecule, wrt: Sequence[
 
     Args:
         wrt: which parameters, as ``functional.named_parameters()`` names them.
+
+    Raises:
+        ValueError: for weights of a network of the coefficients, of which there are too many to have them side by side.
     """
+    if any(name.startswith("network.") for name in wrt):
+        raise ValueError(
+            "mixed gives second derivatives for every weight, and a network of the coefficients has too many of them: "
+            "train it by the gradient of a loss"
+        )
     parameters = {name: q.detach() for name, q in functional.named_parameters()}
     found: dict[str, Tensor] = {}
     network = [name for name in wrt if name.startswith("factor.")]

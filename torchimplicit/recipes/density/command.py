@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from torchimplicit.recipes.density import chemistry as sources
 from torchimplicit.recipes.density.chemistry import Geometry, Refused, check_size, distorted
-from torchimplicit.recipes.density.prepare import Outcome, prepare
-from torchimplicit.recipes.density.settings import ChemistrySettings
+from torchimplicit.recipes.density.prepare import Outcome, prepare, prepare_labels
+from torchimplicit.recipes.density.settings import ChemistrySettings, LabelSettings
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import cache_folder
 from torchimplicit.recipes.runtime.settings import not_negative, positive
@@ -57,6 +57,10 @@ class Molecules:
     seed: int = 0
     """Of the distortions."""
 
+    labels: int = 0
+    """Compute so many densities of every molecule too, with their energies and slopes: what 'torchimplicit pretrain'
+    takes. They lie in files of their own."""
+
     workers: int = 1
     """Processes that compute, one thread each."""
 
@@ -70,8 +74,12 @@ class Molecules:
         geometries, refused = self._geometries()
         folder = self.output or cache_folder("molecules")
         began = time.monotonic()
-        with _shown(console, len(geometries)) as watch:
+        with _shown(console, (1 + (self.labels > 0)) * len(geometries)) as watch:
             outcomes = prepare(geometries, self.settings, folder, self.workers, watch)
+            if self.labels:
+                sound = [outcome.geometry for outcome in outcomes if outcome.path is not None]
+                wanted = LabelSettings(count=self.labels)
+                outcomes += prepare_labels(sound, self.settings, wanted, folder, self.workers, watch)
         failures = [*refused, *(Refused(o.geometry.name, o.reason) for o in outcomes if o.path is None)]
         if failures:
             table = Table([Column("not computed"), Column("why")], [[one.name, one.reason] for one in failures])
@@ -79,8 +87,11 @@ class Molecules:
         done = {o.path: o for o in outcomes if o.path is not None}
         computed = sum(o.seconds > 0 for o in done.values())
         size = sum(path.stat().st_size for path in done)
+        asked, what = len(geometries) + len(refused), "molecules"
+        if self.labels:
+            asked, what = 2 * asked, "files of molecules and of labels"
         console.print(
-            f"{len(done)} of {len(geometries) + len(refused)} molecules in {folder} ({size / 1e6:.1f} MB): {computed} "
+            f"{len(done)} of {asked} {what} in {folder} ({size / 1e6:.1f} MB): {computed} "
             f"computed in {time.monotonic() - began:.0f} s, {len(done) - computed} were there"
             + (f"; {len(failures)} failed" if failures else ""),
             highlight=False,
@@ -92,7 +103,7 @@ class Molecules:
         if not self.sources:
             raise UserError("molecules needs at least one source, such as H2O, water.xyz, or a folder of xyz files")
         positive(self, "limit", "workers")
-        not_negative(self, "distort", "copies", "seed")
+        not_negative(self, "distort", "copies", "seed", "labels")
         if (self.copies > 0) != (self.distort > 0):
             raise UserError("--copies and --distort go together: how many distorted copies, and by how much")
 

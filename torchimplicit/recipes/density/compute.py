@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -42,10 +44,8 @@ def compute(geometry: Geometry, settings: ChemistrySettings) -> Record:
     """
     check_functional(settings.functional)
     check_bases(geometry, settings)
-    try:
+    with computing():
         return _compute(geometry, settings)
-    except _FAILURES as error:
-        raise NotComputedError(f"PySCF fails with {type(error).__name__}: {error}") from error
 
 
 def unsolved(geometry: Geometry, settings: ChemistrySettings) -> Record:
@@ -57,9 +57,16 @@ def unsolved(geometry: Geometry, settings: ChemistrySettings) -> Record:
         UserError: see :func:`check_bases`.
     """
     check_bases(geometry, settings)
-    try:
+    with computing():
         mol = made(geometry, settings.orbital_basis)
         return _record_of(geometry, settings, mol, [superposition(mol)])
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """What PySCF raises becomes a :class:`NotComputedError`."""
+    try:
+        yield
     except _FAILURES as error:
         raise NotComputedError(f"PySCF fails with {type(error).__name__}: {error}") from error
 

@@ -11,15 +11,19 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from torchimplicit.models.orbital_free.molecule import Molecule
+from torchimplicit.recipes.density import labels_file
 from torchimplicit.recipes.density.chemistry import Geometry
 from torchimplicit.recipes.density.compute import NotComputedError, compute
 from torchimplicit.recipes.density.integrals import check_functional
-from torchimplicit.recipes.density.settings import ChemistrySettings
+from torchimplicit.recipes.density.labels import labelled
+from torchimplicit.recipes.density.settings import ChemistrySettings, LabelSettings
 from torchimplicit.recipes.density.storage import BrokenFileError, file_name, load, read, write
 from torchimplicit.recipes.runtime.errors import UserError
 
@@ -94,16 +98,61 @@ def prepare(
         UserError: the folder cannot be written; the functional is not known; PySCF is missing and something has to be
             computed.
     """
+    work = Work(partial(file_name, settings=settings), partial(_molecule, settings=settings), read)
+    return carried_out(work, geometries, settings, folder, workers, watch)
+
+
+def prepare_labels(
+    geometries: Sequence[Geometry],
+    chemistry: ChemistrySettings,
+    settings: LabelSettings,
+    folder: Path,
+    workers: int = 1,
+    watch: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Likewise of every molecule's labels; see :func:`prepare`."""
+    work = Work(
+        partial(labels_file.file_name, chemistry=chemistry, settings=settings),
+        partial(_labels, chemistry=chemistry, settings=settings),
+        labels_file.read,
+    )
+    return carried_out(work, geometries, chemistry, folder, workers, watch)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is computed of a molecule; it can be sent to another process.
+
+    Attributes:
+        name: of the file of a geometry.
+        compute: compute a geometry's, write it to a path and say how many seconds it took.
+        read: a file, with a :class:`~torchimplicit.recipes.density.storage.BrokenFileError` where it is none.
+    """
+
+    name: Callable[[Geometry], str]
+    compute: Callable[[Geometry, Path], float]
+    read: Callable[[Path], Any]
+
+
+def carried_out(
+    work: Work,
+    geometries: Sequence[Geometry],
+    settings: ChemistrySettings,
+    folder: Path,
+    workers: int,
+    watch: Callable[[Outcome], None],
+) -> list[Outcome]:
+    """See :func:`prepare`."""
     _writable(folder)
     outcomes: dict[int, Outcome] = {}
     wanted: dict[int, tuple[Geometry, Path, str]] = {}
     first: dict[Path, int] = {}
     for index, geometry in enumerate(geometries):
-        path = folder / file_name(geometry, settings)
+        path = folder / work.name(geometry)
         if path in first:  # asked for twice
             continue
         first[path] = index
-        found, note = _found(path)
+        found, note = _found(path, work)
         if found:
             outcomes[index] = Outcome(geometry=geometry, path=path)
             watch(outcomes[index])
@@ -111,37 +160,35 @@ def prepare(
             wanted[index] = (geometry, path, note)
     if wanted:
         check_functional(settings.functional)
-    for index, outcome in _computed(wanted, settings, workers):
+    for index, outcome in _computed(wanted, work, workers):
         outcomes[index] = outcome
         watch(outcome)
-    return [outcomes[first[folder / file_name(geometry, settings)]] for geometry in geometries]
+    return [outcomes[first[folder / work.name(geometry)]] for geometry in geometries]
 
 
-def _found(path: Path) -> tuple[bool, str]:
+def _found(path: Path, work: Work) -> tuple[bool, str]:
     """Whether the file is there and sound, and what is to be said if it is not."""
     if not path.exists():
         return False, ""
     try:
-        read(path)
+        work.read(path)
     except BrokenFileError as error:
         return False, f"computed again: {error}"
     return True, ""
 
 
-def _computed(
-    wanted: dict[int, tuple[Geometry, Path, str]], settings: ChemistrySettings, workers: int
-) -> Iterator[tuple[int, Outcome]]:
+def _computed(wanted: dict[int, tuple[Geometry, Path, str]], work: Work, workers: int) -> Iterator[tuple[int, Outcome]]:
     """The outcomes as they come, the larger molecules being begun first, so that none is left for the end alone."""
     order = sorted(wanted, key=lambda index: -sum(wanted[index][0].charges))
     if workers == 1 or len(order) < 2:
         for index in order:
-            yield index, _one(*wanted[index], settings)
+            yield index, _one(*wanted[index], work)
         return
     context = multiprocessing.get_context("spawn")
     with _one_thread_each():
         pool = ProcessPoolExecutor(min(workers, len(order)), mp_context=context, initializer=_begin)
         try:
-            running = {pool.submit(_one, *wanted[index], settings): index for index in order}
+            running = {pool.submit(_one, *wanted[index], work): index for index in order}
             for future in as_completed(running):
                 index = running[future]
                 geometry = wanted[index][0]
@@ -154,17 +201,27 @@ def _computed(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _one(geometry: Geometry, path: Path, note: str, settings: ChemistrySettings) -> Outcome:
-    """Compute a molecule and write its file."""
+def _one(geometry: Geometry, path: Path, note: str, work: Work) -> Outcome:
+    """Compute a molecule's and write its file."""
     try:
-        record = compute(geometry, settings)
+        seconds = work.compute(geometry, path)
     except (UserError, NotComputedError) as error:
         return Outcome(geometry=geometry, reason=str(error), note=note)
-    try:
-        write(path, record)
     except OSError as error:
         return Outcome(geometry=geometry, reason=f"{path} cannot be written ({error.strerror or error})", note=note)
-    return Outcome(geometry=geometry, path=path, seconds=record.seconds, note=note)
+    return Outcome(geometry=geometry, path=path, seconds=seconds, note=note)
+
+
+def _molecule(geometry: Geometry, path: Path, settings: ChemistrySettings) -> float:
+    record = compute(geometry, settings)
+    write(path, record)
+    return record.seconds
+
+
+def _labels(geometry: Geometry, path: Path, chemistry: ChemistrySettings, settings: LabelSettings) -> float:
+    labels = labelled(geometry, chemistry, settings)
+    labels_file.write(path, labels)
+    return labels.seconds
 
 
 def _begin() -> None:

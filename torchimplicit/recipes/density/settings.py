@@ -59,6 +59,37 @@ class ChemistrySettings:
                 raise UserError(f"--{name.replace('_', '-')} must name one, and it is empty")
 
 
+@final
+@dataclass(frozen=True, kw_only=True)
+class LabelSettings:
+    """Of the densities that a functional is trained on beside the ground state's. Two files differ if these do."""
+
+    count: int = 16
+    """Densities of each molecule, the ground state's included."""
+
+    nearest: float = 2e-5
+    """The least L, the integral of the squared difference to the ground state's density over twice the electrons, that
+    an added potential's strength is chosen for. A step from another density than the ground state's may end farther."""
+
+    farthest: float = 2.5e-3
+    """The largest L; in between they are drawn evenly in its logarithm."""
+
+    shares: tuple[float, float] = (0.05, 0.5)
+    """Of the superposition of atoms in the density of which every other one is a step, the least and the largest; the
+    others are steps from the ground state."""
+
+    seed: int = 0
+    """Of what is drawn."""
+
+    def __post_init__(self) -> None:
+        positive(self, "count", "nearest", "farthest")
+        not_negative(self, "seed")
+        if self.nearest > self.farthest:
+            raise UserError(f"--nearest ({self.nearest}) must not exceed --farthest ({self.farthest})")
+        if not 0 <= self.shares[0] <= self.shares[1] <= 1:
+            raise UserError(f"--shares must be two of [0, 1], the lesser first, and they are {self.shares}")
+
+
 # -- The settings of the orbital-free recipes --------------------------------------------------------------------------
 
 

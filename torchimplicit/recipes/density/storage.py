@@ -6,8 +6,9 @@ import hashlib
 import json
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from torchimplicit.recipes.density.settings import ChemistrySettings
 from torchimplicit.recipes.runtime.errors import DamagedFileError, UserError
 from torchimplicit.recipes.runtime.files import replacing
 from torchimplicit.recipes.runtime.settings import to_plain
+
+T = TypeVar("T")
 
 FORMAT = "torchimplicit molecule"
 VERSION = 2
@@ -38,16 +41,25 @@ class BrokenFileError(DamagedFileError):
     """A file that cannot be used: it is damaged, of another version, or no molecule at all."""
 
 
-def key(geometry: Geometry, settings: ChemistrySettings) -> str:
-    """Of a calculation: the same for the same nuclei, charge, settings and format; 12 hexadecimal digits."""
+def key(geometry: Geometry, settings: ChemistrySettings, **more: Any) -> str:
+    """Of a calculation: the same for the same nuclei, charge, settings and format; 12 hexadecimal digits.
+
+    Args:
+        more: what else it depends on.
+    """
     nuclei = {"charges": geometry.charges, "positions": geometry.positions, "charge": geometry.charge}
-    asked = to_plain({"version": VERSION, "geometry": nuclei, "settings": settings})
+    asked = to_plain({"version": VERSION, "geometry": nuclei, "settings": settings, **more})
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def file_name(geometry: Geometry, settings: ChemistrySettings) -> str:
     """Under which the calculation is kept."""
-    return f"{re.sub(r'[^A-Za-z0-9._+-]', '_', geometry.name)}-{key(geometry, settings)}.npz"
+    return f"{readable(geometry.name)}-{key(geometry, settings)}.npz"
+
+
+def readable(name: str) -> str:
+    """A molecule's name as it may stand in a file's."""
+    return re.sub(r"[^A-Za-z0-9._+-]", "_", name)
 
 
 def write(path: Path, record: Record) -> None:
@@ -65,11 +77,7 @@ def write(path: Path, record: Record) -> None:
         "settings": to_plain(record.settings),
         **{name: getattr(record, name) for name in _FIGURES},
     }
-    text = np.frombuffer(json.dumps(about, sort_keys=True).encode(), dtype=np.uint8)
-    digest = np.frombuffer(bytes.fromhex(_digest(text, arrays)), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part, part.open("wb") as file:
-        np.savez_compressed(file, about=text, sha256=digest, **arrays)
+    write_arrays(path, about, arrays)
 
 
 def read(path: Path) -> Record:
@@ -79,8 +87,36 @@ def read(path: Path) -> Record:
         BrokenFileError: it is damaged, of another version, or was not written by :func:`write`.
         UserError: there is no such file, or it may not be read.
     """
+    return read_arrays(path, FORMAT, VERSION, _record)
+
+
+def write_arrays(path: Path, about: dict[str, Any], arrays: dict[str, Any]) -> None:
+    """Write a file of arrays with a description, which has its ``format`` and ``version``.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    text = np.frombuffer(json.dumps(about, sort_keys=True).encode(), dtype=np.uint8)
+    digest = np.frombuffer(bytes.fromhex(_digest(text, arrays)), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, about=text, sha256=digest, **arrays)
+
+
+def read_arrays(path: Path, form: str, version: int, made: Callable[[dict[str, Any], dict[str, NDArray[Any]]], T]) -> T:
+    """What is in a file of :func:`write_arrays`.
+
+    Args:
+        path: of the file.
+        form, version: that it must have.
+        made: of the description and the arrays.
+
+    Raises:
+        BrokenFileError, UserError: see :func:`read`.
+    """
+    what = form.removeprefix("torchimplicit ")
     if not path.is_file():
-        raise UserError(f"{path} is no file: a molecule's data file is made by torchimplicit molecules")
+        raise UserError(f"{path} is no file: a {what}'s data file is made by torchimplicit molecules")
     try:
         # opened here: numpy alone would take any bytes for a pickle, and say so
         with zipfile.ZipFile(path) as archive:
@@ -90,22 +126,22 @@ def read(path: Path) -> Record:
             raise BrokenFileError(_damaged(path, f"it would grow to {size} bytes"))
         if not {"about.npy", "sha256.npy"} <= names:
             raise BrokenFileError(
-                f"{path} is no molecule's data file (it holds {', '.join(sorted(names)[:4]) or 'nothing'})"
+                f"{path} is no {what}'s data file (it holds {', '.join(sorted(names)[:4]) or 'nothing'})"
             )
         with np.load(path, allow_pickle=False) as held:
             arrays = {name: held[name] for name in held.files}
         text, digest = arrays.pop("about"), arrays.pop("sha256")
         about = json.loads(text.tobytes().decode())
-        if about.get("format") != FORMAT:
-            raise BrokenFileError(f"{path} is no molecule's data file, but '{about.get('format')}'")
-        if about["version"] != VERSION:
+        if about.get("format") != form:
+            raise BrokenFileError(f"{path} is no {what}'s data file, but '{about.get('format')}'")
+        if about["version"] != version:
             raise BrokenFileError(
-                f"{path} has version {about['version']} of the format, and this program reads version {VERSION}; "
+                f"{path} has version {about['version']} of the format, and this program reads version {version}; "
                 "compute it again: torchimplicit molecules"
             )
         if digest.tobytes().hex() != _digest(text, arrays):
             raise BrokenFileError(_damaged(path, "its content does not have the checksum inside"))
-        return _record(about, arrays)
+        return made(about, arrays)
     except UserError:
         raise
     except OSError as error:
@@ -127,13 +163,18 @@ def _damaged(path: Path, why: str) -> str:
     return f"{path} is damaged ({why}): delete it and compute it again with torchimplicit molecules"
 
 
-def _record(about: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Record:
-    geometry = Geometry(
+def geometry_of(about: dict[str, Any]) -> Geometry:
+    """Of a file's description."""
+    return Geometry(
         name=about["geometry"]["name"],
         charges=tuple(about["geometry"]["charges"]),
         positions=tuple((x, y, z) for x, y, z in about["geometry"]["positions"]),
         charge=about["geometry"]["charge"],
     )
+
+
+def _record(about: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Record:
+    geometry = geometry_of(about)
     tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return Record(
         geometry=geometry,

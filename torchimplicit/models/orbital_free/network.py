@@ -1,0 +1,358 @@
+"""A small message-passing network of a density's coefficients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Self, final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from torchimplicit.models.orbital_free.harmonics import solid_harmonics
+from torchimplicit.models.orbital_free.molecule import Molecule
+
+SCALE = 0.1
+"""Hartree: of an atom's energy where the last layer's output is one."""
+
+SPREAD_FLOOR = 0.05
+"""The least standard deviation that a coefficient is divided by: those that hardly vary stay small."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The size of a :class:`CoefficientNetwork`, and the density bases that it takes.
+
+    Attributes:
+        elements: nuclear charges.
+        shells: of the density basis, the most that an atom has of l = 0, 1, and so on.
+        width: of an atom's features.
+        channels: combinations of an atom's shells of each l > 0.
+        radial: Gaussians in the distance of two atoms.
+        rounds: of messages; 0: an atom knows its own density and, through the edges' vectors, that of its neighbours.
+        reach: in bohr, from which on two atoms do not see each other.
+    """
+
+    elements: tuple[int, ...]
+    shells: tuple[int, ...]
+    width: int = 48
+    channels: int = 6
+    radial: int = 12
+    rounds: int = 2
+    reach: float = 12.0
+
+    def __post_init__(self) -> None:
+        if not self.elements or not self.shells or min(self.shells) < 1:
+            raise ValueError(
+                f"NetworkConfig needs elements ({self.elements}) and shells of each l, at least one ({self.shells})"
+            )
+        for name in ("width", "channels", "radial"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"NetworkConfig.{name} is {getattr(self, name)}, and must be at least 1")
+        if self.rounds < 0 or not self.reach > 1:
+            raise ValueError(
+                f"NetworkConfig: rounds ({self.rounds}) must not be negative and reach ({self.reach}) beyond one bohr"
+            )
+
+    @classmethod
+    def of(cls, molecules: Sequence[Molecule], **more: Any) -> Self:
+        """For the elements and the bases of some molecules."""
+        elements = tuple(sorted({int(charge) for molecule in molecules for charge in molecule.charges}))
+        largest = max(int(molecule.angular.max()) for molecule in molecules)
+        shells = [
+            1 + max(int(m.shell[m.angular == l].max()) for m in molecules if bool((m.angular == l).any()))
+            for l in range(largest + 1)
+        ]
+        return cls(elements=elements, shells=tuple(shells), **more)
+
+    @property
+    def places(self) -> list[int]:
+        """Where an atom's coefficients of each l begin in its row, and the row's length."""
+        return list(accumulate((count * (2 * l + 1) for l, count in enumerate(self.shells)), initial=0))
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Graph:
+    """What the network needs of one or several molecules, beside their coefficients.
+
+    Attributes:
+        kinds: of the atoms, which of the config's elements, ``[atoms]``.
+        first, second: the atoms of each directed edge, ``[edges]``.
+        distance: of the two, in bohr, ``[edges]``.
+        harmonics: of the direction from the first to the second, ``[edges, 2l+1]`` for each l, of unit norm.
+    """
+
+    kinds: Tensor
+    first: Tensor
+    second: Tensor
+    distance: Tensor
+    harmonics: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, molecule: Molecule, config: NetworkConfig) -> Self:
+        """Of one molecule.
+
+        Raises:
+            ValueError: the network was not made for its elements.
+        """
+        charges = molecule.charges
+        kinds = torch.full_like(charges, -1)
+        for kind, element in enumerate(config.elements):
+            kinds[charges == element] = kind
+        if bool((kinds < 0).any()):
+            raise ValueError(
+                f"{molecule.name} has elements of nuclear charge {sorted({*charges[kinds < 0].tolist()})}, and this "
+                f"network was made for those of charge {sorted(config.elements)}"
+            )
+        away = molecule.positions[None] - molecule.positions[:, None]
+        apart = ~torch.eye(len(charges), dtype=torch.bool, device=charges.device)
+        near = apart & (away.detach().norm(dim=2) < config.reach)
+        first, second = near.nonzero(as_tuple=True)
+        away = away[first, second]
+        distance = away.norm(dim=1)
+        solid = solid_harmonics((away / distance[:, None]).T, len(config.shells) - 1)
+        harmonics = tuple(one[0].T * math.sqrt(4 * math.pi / (2 * l + 1)) for l, one in enumerate(solid))
+        return cls(kinds=kinds, first=first, second=second, distance=distance, harmonics=harmonics)
+
+    def repeated(self, count: int) -> Self:
+        """So many copies, one after the other."""
+        atoms = len(self.kinds) * torch.arange(count, device=self.kinds.device)[:, None]
+        return type(self)(
+            kinds=self.kinds.repeat(count),
+            first=(self.first + atoms).flatten(),
+            second=(self.second + atoms).flatten(),
+            distance=self.distance.repeat(count),
+            harmonics=tuple(one.repeat(count, 1) for one in self.harmonics),
+        )
+
+    @classmethod
+    def joined(cls, graphs: list[Self]) -> Self:
+        """One after the other."""
+        starts = list(accumulate((len(graph.kinds) for graph in graphs), initial=0))
+        return cls(
+            kinds=torch.cat([graph.kinds for graph in graphs]),
+            first=torch.cat([graph.first + start for graph, start in zip(graphs, starts, strict=False)]),
+            second=torch.cat([graph.second + start for graph, start in zip(graphs, starts, strict=False)]),
+            distance=torch.cat([graph.distance for graph in graphs]),
+            harmonics=tuple(torch.cat(ones) for ones in zip(*(graph.harmonics for graph in graphs), strict=True)),
+        )
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """In another precision."""
+        return type(self)(
+            kinds=self.kinds,
+            first=self.first,
+            second=self.second,
+            distance=self.distance.to(dtype),
+            harmonics=tuple(one.to(dtype) for one in self.harmonics),
+        )
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """How the coefficients of a molecule become a row an atom.
+
+    Attributes:
+        atoms: how many.
+        length: of a row.
+        place: of each coefficient in the rows, which are flat, ``[n]``.
+        root: the root of the overlap within each atom and l, ``[n, n]``: in its coordinates the functions of an atom
+            and l are orthonormal, and no shell is nearly a combination of others (Löwdin 1950).
+    """
+
+    atoms: int
+    length: int
+    place: Tensor
+    root: Tensor
+
+    @classmethod
+    def of(cls, molecule: Molecule, config: NetworkConfig) -> Self:
+        """Of one molecule.
+
+        Raises:
+            ValueError: its basis has more shells, or a larger l, than the network was made for.
+        """
+        angular, shell, atom = molecule.angular, molecule.shell, molecule.atom
+        limits = torch.tensor([*config.shells, 0]).to(shell)
+        if bool((shell >= limits[angular.clamp_max(len(config.shells))]).any()):
+            raise ValueError(
+                f"{molecule.name} has a density basis of more shells than the {config.shells} (of l = 0, 1, ...) that "
+                "this network was made for: compute it with the settings of the molecules of training"
+            )
+        labels = torch.stack((atom, angular, shell), dim=1)
+        _, counts = torch.unique_consecutive(labels, dim=0, return_counts=True)
+        order = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        begins = torch.tensor(config.places).to(shell)
+        place = atom * config.places[-1] + begins[angular] + shell * (2 * angular + 1) + order
+        alike = (atom[:, None] == atom) & (angular[:, None] == angular)
+        values, vectors = torch.linalg.eigh(torch.where(alike, molecule.overlap, 0))
+        return cls(
+            atoms=len(molecule.charges),
+            length=config.places[-1],
+            place=place,
+            root=(vectors * values.clamp_min(0).sqrt()) @ vectors.T,
+        )
+
+    def __call__(self, p: Tensor) -> Tensor:
+        """Of coefficients ``[n]`` or ``[k, n]``: ``[atoms, length]`` or ``[k, atoms, length]``; zeros where an atom has
+        fewer functions."""
+        rows = (p @ self.root).new_zeros(*p.shape[:-1], self.atoms * self.length)
+        rows = rows.index_copy(-1, self.place, p @ self.root)
+        return rows.reshape(*p.shape[:-1], self.atoms, self.length)
+
+
+@final
+class CoefficientNetwork(nn.Module):
+    """An energy of a molecule's density, by its coefficients around each atom, in hartree.
+
+    An atom's features are made of its s coefficients and of the products of its higher shells with each other
+    that do not depend on how the molecule is turned; messages along edges carry the neighbours' features,
+    their distance, and the components of both atoms' shells along the edge. All are invariants, so that the energy is,
+    and its slope turns with the molecule. An element's mean coefficients and their spread (:meth:`scale`) are taken out
+    first.
+
+    The last layer is zero at first, and so is the energy.
+
+    Args:
+        config: its size.
+    """
+
+    mean: Tensor
+    spread: Tensor
+    centres: Tensor
+
+    def __init__(self, config: NetworkConfig):
+        super().__init__()
+        self.config = config
+        kinds, shells, width, channels = len(config.elements), config.shells, config.width, config.channels
+        double: dict[str, Any] = {"dtype": torch.float64}
+        self.register_buffer("mean", torch.zeros(kinds, config.places[-1], **double))
+        self.register_buffer("spread", torch.ones(kinds, config.places[-1], **double))
+        self.register_buffer("centres", torch.linspace(1.0, 0.75 * config.reach, config.radial, **double))
+        higher = shells[1:]
+        self.scalar = nn.Parameter(torch.randn(kinds, shells[0], width, **double) / shells[0] ** 0.5)
+        self.bias = nn.Parameter(0.3 * torch.randn(kinds, width, **double))
+        self.mixing = nn.ParameterList(
+            [nn.Parameter(torch.randn(kinds, count, channels, **double) / count**0.5) for count in higher]
+        )
+        self.along = nn.Parameter(torch.randn(kinds, shells[0], 2 * channels, **double) / shells[0] ** 0.5)
+        products = len(higher) * channels * (channels + 1) // 2
+        edges = 2 * len(higher) * channels + config.radial
+        self.start = _layers(width + products, width, width)
+        self.edge = nn.ModuleList([nn.Linear(edges, width, **double) for _ in range(config.rounds)])
+        self.sent = nn.ModuleList([nn.Linear(width, width, bias=False, **double) for _ in range(config.rounds)])
+        self.taken = nn.ModuleList([nn.Linear(width, width, bias=False, **double) for _ in range(config.rounds)])
+        self.filter = nn.ModuleList([nn.Linear(config.radial, width, **double) for _ in range(config.rounds)])
+        self.update = nn.ModuleList([_layers(2 * width, width, width) for _ in range(config.rounds)])
+        self.energy = _layers(width, width, 1, nothing=True)
+        self.kind = nn.Parameter(torch.randn(kinds, 4, **double))
+        self.linear = nn.Parameter(torch.zeros(kinds, shells[0], **double))
+        self.constant = nn.Parameter(torch.zeros(kinds, **double))
+        self.bond = _layers(config.radial + 8, width, (len(higher) + 2) * channels, nothing=True)
+
+    @torch.no_grad()
+    def scale(self, rows: list[Tensor], kinds: list[Tensor]) -> None:
+        """Take the mean and the spread of the coefficients from some densities: of s coefficients the mean, and of
+        every shell the standard deviation.
+
+        Args:
+            rows: of each, ``[..., atoms, length]``.
+            kinds: of the atoms of each, see :class:`Graph`.
+        """
+        config = self.config
+        self.mean.zero_()
+        self.spread.fill_(1)
+        for kind in range(len(config.elements)):
+            there = torch.cat(
+                [
+                    one[..., which == kind, :].reshape(-1, config.places[-1])
+                    for one, which in zip(rows, kinds, strict=True)
+                ]
+            )
+            if not len(there):
+                continue
+            self.mean[kind, : config.shells[0]] = there.mean(dim=0)[: config.shells[0]]
+            square = (there - self.mean[kind]).square().mean(dim=0)
+            for l, count in enumerate(config.shells):
+                part = slice(config.places[l], config.places[l + 1])
+                of_shells = square[part].view(count, 2 * l + 1).mean(dim=1).sqrt().clamp_min(SPREAD_FLOOR)
+                self.spread[kind, part] = of_shells.repeat_interleave(2 * l + 1)
+
+    def forward(self, p: Tensor, molecule: Molecule) -> Tensor:
+        """The energy of the coefficients ``p`` (``[n]``), a scalar.
+
+        Raises:
+            ValueError: the network was not made for the molecule's elements or its basis.
+        """
+        graph, rows = self.known(molecule)
+        return self.of_rows(rows(p), graph).sum()
+
+    def tangent(self, molecule: Molecule) -> tuple[Tensor, Tensor]:
+        """The energy of the superposition of atoms, a scalar, and its slope there, ``[n]``; both are differentiable in
+        the weights where gradients are recorded."""
+        recorded = torch.is_grad_enabled()
+        with torch.enable_grad():
+            guess = molecule.guess.detach().clone().requires_grad_()
+            value = self(guess, molecule)
+            (slope,) = torch.autograd.grad(value, guess, create_graph=recorded)
+        return (value, slope) if recorded else (value.detach(), slope)
+
+    def known(self, molecule: Molecule) -> tuple[Graph, Rows]:
+        """A molecule's, remembered for as long as it lives."""
+        if molecule.positions.requires_grad:
+            return Graph.of(molecule, self.config), Rows.of(molecule, self.config)
+        held = _KNOWN.setdefault(molecule, {})
+        if self.config not in held:
+            with torch.no_grad():
+                held[self.config] = Graph.of(molecule, self.config), Rows.of(molecule, self.config)
+        return held[self.config]
+
+    def of_rows(self, rows: Tensor, graph: Graph) -> Tensor:
+        """The energy of each atom, ``[atoms]``, by its row (``[atoms, length]``)."""
+        config, kinds, first, second = self.config, graph.kinds, graph.first, graph.second
+        x = (rows - self.mean[kinds]) / self.spread[kinds]
+        scalars = x[:, : config.shells[0]]
+        features = [silu(torch.einsum("as,asf->af", scalars, self.scalar[kinds]) + self.bias[kinds])]
+        ahead, behind = [], []
+        upper, lower = torch.triu_indices(config.channels, config.channels, device=rows.device)
+        for l, (count, mixing) in enumerate(zip(config.shells[1:], self.mixing, strict=True), start=1):
+            part = x[:, config.places[l] : config.places[l + 1]].reshape(-1, count, 2 * l + 1)
+            vectors = torch.einsum("asm,asc->acm", part, mixing[kinds])
+            products = torch.einsum("acm,adm->acd", vectors, vectors) / (2 * l + 1)
+            features.append(torch.tanh(0.1 * products[:, upper, lower]))
+            along = graph.harmonics[l][:, None]
+            ahead.append((vectors[first] * along).sum(dim=2))
+            behind.append((vectors[second] * along).sum(dim=2) * (-1) ** l)
+        h = self.start(torch.cat(features, dim=1))
+        width = (self.centres[-1] - self.centres[0]) / max(1, config.radial - 1)
+        radial = torch.exp(-0.5 * ((graph.distance[:, None] - self.centres) / width).square())
+        seen = 0.5 * (1 + torch.cos(math.pi * (graph.distance / config.reach).clamp_max(1)))[:, None]
+        edges = torch.cat((*ahead, *behind, radial), dim=1)
+        for edge, sent, taken, filtered, update in zip(
+            self.edge, self.sent, self.taken, self.filter, self.update, strict=True
+        ):
+            message = silu(edge(edges) + taken(h)[first] + sent(h)[second]) * filtered(radial) * seen
+            h = h + update(torch.cat((h, torch.zeros_like(h).index_add(0, first, message)), dim=1))
+        own = self.energy(h)[:, 0] + self.constant[kinds] + (scalars * self.linear[kinds]).sum(dim=1)
+        bond = self.bond(torch.cat((radial, self.kind[kinds[first]], self.kind[kinds[second]]), dim=1)) * seen
+        shared = torch.cat((*ahead, torch.einsum("as,asc->ac", scalars, self.along[kinds])[first]), dim=1)
+        return SCALE * own.index_add(0, first, (bond * shared).sum(dim=1))
+
+
+_KNOWN: WeakKeyDictionary[Molecule, dict[NetworkConfig, tuple[Graph, Rows]]] = WeakKeyDictionary()
+
+
+def _layers(taken: int, hidden: int, given: int, nothing: bool = False) -> nn.Sequential:
+    """Two, whose output is zero at first if asked for."""
+    last = nn.Linear(hidden, given, dtype=torch.float64)
+    if nothing:
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(taken, hidden, dtype=torch.float64), nn.SiLU(), last)

@@ -1,0 +1,241 @@
+"""Densities of Kohn-Sham systems in known potentials, with the energies and slopes that a functional should have there.
+
+Each is one step of a self-consistent iteration: from a density between the superposition of atoms and the ground state,
+with a potential added to its Fock matrix. Its orbitals are the ground state of non-interacting electrons in that
+potential, which tells the slope of their kinetic energy (Zhang et al. 2024, M-OFDFT; Remme et al. 2025, STRUCTURES25).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchimplicit.recipes.density.chemistry import Geometry, constrained_fit
+from torchimplicit.recipes.density.compute import NotComputedError, computing, kohn_sham, superposition
+from torchimplicit.recipes.density.integrals import (
+    Array,
+    attraction,
+    basis_of,
+    check_bases,
+    check_functional,
+    density_basis,
+    made,
+    three_centre,
+)
+from torchimplicit.recipes.density.settings import ChemistrySettings, LabelSettings
+from torchimplicit.recipes.density.storage import key
+
+POINTS_AT_ONCE = 4096
+"""Of the grid, whose basis functions are in memory together."""
+
+EXPONENTS = (0.1, 6.0)
+"""Of the functions whose potentials are added, in 1/bohr²: what valence electrons feel, and not the cores."""
+
+TRIES = 4
+"""Of a perturbation's size, until the density is about as far from the ground state as it should be."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Labels:
+    """Of one molecule; atomic units, float64. The first density is the ground state.
+
+    Attributes:
+        geometry: of which molecule.
+        chemistry: how its ground state was computed, the density basis and the grid.
+        settings: how many densities, and how far they are from the ground state.
+        coefficients: of the densities, ``[labels, n]``, fitted as those of the molecule's data file.
+        kinetic: :math:`T_s`, of the non-interacting electrons, ``[labels]``.
+        exchange_correlation: :math:`E_{xc}`, ``[labels]``.
+        hartree, attraction: the other terms of the energy, as the orbitals have them, ``[labels]``.
+        slope: the derivative of :math:`T_s+E_{xc}` in the coefficients, ``[labels, n]``. It is known up to multiples
+            of the functions' integrals, since no electron is added, and given without its part along them in the
+            metric of the overlap.
+        loss: :math:`\\int(\\rho-\\rho_{gs})^2/(2N)`, ``[labels]``.
+        gap: between the highest occupied orbital and the next, ``[labels]``.
+        seconds: how long it took.
+    """
+
+    geometry: Geometry
+    chemistry: ChemistrySettings
+    settings: LabelSettings
+    coefficients: Tensor
+    kinetic: Tensor
+    exchange_correlation: Tensor
+    hartree: Tensor
+    attraction: Tensor
+    slope: Tensor
+    loss: Tensor
+    gap: Tensor
+    seconds: float
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+
+    @property
+    def learned(self) -> Tensor:
+        """:math:`T_s+E_{xc}`, ``[labels]``."""
+        return self.kinetic + self.exchange_correlation
+
+
+def labelled(geometry: Geometry, chemistry: ChemistrySettings, settings: LabelSettings) -> Labels:
+    """Compute them.
+
+    Raises:
+        NotComputedError: the ground state's iteration does not converge, or PySCF fails.
+        UserError: PySCF is missing, or does not know the functional or the basis.
+    """
+    check_functional(chemistry.functional)
+    check_bases(geometry, chemistry)
+    with computing():
+        return _labelled(geometry, chemistry, settings)
+
+
+def _labelled(geometry: Geometry, chemistry: ChemistrySettings, settings: LabelSettings) -> Labels:
+    from scipy.linalg import eigh
+
+    began = time.monotonic()
+    mol = made(geometry, chemistry.orbital_basis)
+    guess = superposition(mol)
+    field = kohn_sham(mol, chemistry, guess)
+    ground = field.make_rdm1()
+    fitting = density_basis(mol, chemistry)
+    basis = basis_of(fitting)
+    weight, external = basis.integrals().numpy(), attraction(mol, fitting)
+    coulomb, overlap = fitting.intor("int2c2e"), fitting.intor("int1e_ovlp")
+    core, kinetic, metric = field.get_hcore(), mol.intor("int1e_kin"), mol.intor("int1e_ovlp")
+    integrals = _Integrals(mol, fitting)
+
+    def fitted(density: Array) -> Array:
+        held = np.array([[geometry.electrons], [float(np.vdot(core - kinetic, density))]])
+        conditions = np.stack([weight, external], axis=1)
+        return constrained_fit(coulomb, integrals.potential(density)[:, None], conditions, held)[:, 0]
+
+    reference = fitted(ground)
+
+    def away(p: Array) -> float:
+        return float(0.5 * (p - reference) @ overlap @ (p - reference) / geometry.electrons)
+
+    draw = np.random.default_rng([settings.seed, int(key(geometry, chemistry), 16)])
+    least, most = np.log10(settings.nearest), np.log10(settings.farthest)
+    targets = np.sort(10 ** draw.uniform(least, most, settings.count - 1))
+    shares = [0.0, *(0.0 if k % 2 else draw.uniform(*settings.shares) for k in range(1, settings.count))]
+    begins = [(1 - share) * ground + share * guess for share in shares]
+    within = _exchange_correlation(field, fitting, begins)
+    repulsions = field.get_j(dm=np.stack(begins))
+    found, added = [], []
+    occupied = geometry.electrons // 2
+    exponents = basis.spread(basis.exponent).numpy()
+    felt = (exponents > EXPONENTS[0]) & (exponents < EXPONENTS[1])
+
+    def stepped(number: int, perturbation: Array) -> tuple[Array, float, float]:
+        fock = core + repulsions[number] + within.matrices[number] + integrals.matrix(perturbation)
+        energies, orbitals = eigh(fock, metric)
+        orbitals = orbitals[:, :occupied]
+        gap = energies[occupied] - energies[occupied - 1] if occupied < len(energies) else np.inf
+        return 2 * orbitals @ orbitals.T, float(energies[occupied - 1]), float(gap)
+
+    for number in range(settings.count):
+        perturbation = np.zeros(len(weight))
+        if number:
+            perturbation = 0.05 * draw.normal(size=len(weight)) * felt / np.sqrt(coulomb.diagonal())
+            for _ in range(TRIES):
+                ratio = away(fitted(stepped(number, perturbation)[0])) / targets[number - 1]
+                if 0.5 < ratio < 2:
+                    break
+                perturbation *= np.clip(ratio**-0.5, 0.1, 10)
+        found.append(stepped(number, perturbation))
+        added.append(perturbation)
+    densities = [density for density, _, _ in found]
+    outside = _exchange_correlation(field, fitting, densities)
+    coefficients = np.stack([fitted(density) for density in densities])
+    # the kinetic energy's slope is minus the potential in which the orbitals are the ground state (Euler's equation)
+    felt_there = [integrals.potential(one) + coulomb @ more for one, more in zip(begins, added, strict=True)]
+    slopes = outside.slopes - (external + np.stack(felt_there) + within.slopes)
+    inverse = np.linalg.solve(overlap, weight)
+    slopes = slopes - np.outer(slopes @ inverse / (weight @ inverse), weight)
+    own = field.get_j(dm=np.stack(densities))
+    labels = {
+        "coefficients": coefficients,
+        "kinetic": [np.vdot(kinetic, one) for one in densities],
+        "exchange_correlation": outside.energies,
+        "hartree": [0.5 * np.vdot(j, one) for j, one in zip(own, densities, strict=True)],
+        "attraction": [np.vdot(core - kinetic, one) for one in densities],
+        "slope": slopes,
+        "loss": [away(p) for p in coefficients],
+        "gap": [gap for _, _, gap in found],
+    }
+    arrays = {name: torch.from_numpy(np.array(values, dtype=np.float64)) for name, values in labels.items()}
+    for name, tensor in arrays.items():
+        if name != "gap" and not bool(tensor.isfinite().all()):
+            raise NotComputedError(f"the labels' {name} has values that are not finite")
+    return Labels(geometry=geometry, chemistry=chemistry, settings=settings, seconds=time.monotonic() - began, **arrays)
+
+
+class _Integrals:
+    """The three-centre Coulomb integrals of a molecule, kept, with their two contractions."""
+
+    def __init__(self, mol: Any, fitting: Any):
+        self._size = mol.nao
+        self._rows, self._columns = np.tril_indices(mol.nao)
+        self._twice = np.where(self._rows == self._columns, 1.0, 2.0)
+        self._packed = np.concatenate([part.T for _, part in three_centre(mol, fitting, aosym="s2ij")])  # [n, pairs]
+
+    def potential(self, density: Array) -> Array:
+        """Every fitting function's Coulomb energy with a density of orbitals, ``[n]``."""
+        found: Array = self._packed @ (density[self._rows, self._columns] * self._twice)
+        return found
+
+    def matrix(self, coefficients: Array) -> Array:
+        """The Coulomb potential of a fitted density, between orbitals, ``[orbitals, orbitals]``."""
+        matrix = np.zeros((self._size, self._size))
+        matrix[self._rows, self._columns] = coefficients @ self._packed
+        return matrix + np.tril(matrix, -1).T
+
+
+@dataclass(frozen=True)
+class _Within:
+    """Exchange and correlation of some densities: energies ``[k]``, matrices ``[k, orbitals, orbitals]`` and slopes in
+    the fitting functions ``[k, n]``."""
+
+    energies: Array
+    matrices: Array
+    slopes: Array
+
+
+def _exchange_correlation(field: Any, fitting: Any, densities: Sequence[Array]) -> _Within:
+    """Of all at once, so that the basis functions are evaluated once."""
+    mol, numint = field.mol, field._numint
+    kind = numint._xc_type(field.xc)
+    energies = np.zeros(len(densities))
+    matrices = np.zeros((len(densities), mol.nao, mol.nao))
+    slopes = np.zeros((len(densities), fitting.nao))
+    for points, weights in _blocks(field.grids):
+        orbitals = mol.eval_gto("GTOval_sph_deriv1", points)  # [4, points, orbitals]
+        functions = fitting.eval_gto("GTOval_sph_deriv1", points)
+        if kind == "LDA":
+            orbitals, functions = orbitals[:1], functions[:1]
+        for number, density in enumerate(densities):
+            rho = numint.eval_rho(mol, orbitals if kind != "LDA" else orbitals[0], density, xctype=kind, hermi=1)
+            one, first = numint.eval_xc_eff(field.xc, rho, deriv=1, xctype=kind)[:2]
+            energies[number] += weights * np.atleast_2d(rho)[0] @ one
+            first = weights * np.atleast_2d(first)  # [1 or 4, points]
+            slopes[number] += np.einsum("xg,xgi->i", first, functions, optimize=True)
+            half = 0.5 * first[0][:, None] * orbitals[0] + np.einsum("xg,xgi->gi", first[1:], orbitals[1:])
+            half = orbitals[0].T @ half
+            matrices[number] += half + half.T
+    return _Within(energies, matrices, slopes)
+
+
+def _blocks(grids: Any) -> Iterator[tuple[Array, Array]]:
+    """Points and weights."""
+    for start in range(0, len(grids.weights), POINTS_AT_ONCE):
+        part = slice(start, start + POINTS_AT_ONCE)
+        yield grids.coords[part], grids.weights[part]
