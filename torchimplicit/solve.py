@@ -98,7 +98,7 @@ def solve(
     apart = not gradient.needs_solver_state and (torch.is_grad_enabled() or not problem.has_aux)
     given = stated(problem, z0, args, capture=capture, rowwise=apart, known=known)
     compiled = None if capturing is None else capturing.capture
-    layout, flat0, system, params, value = given.layout, given.flat, given.system, given.params, given.value
+    layout, flat0, system, params = given.layout, given.flat, given.system, given.params
     solver = at_precision(solver, given.precision)
     for complaint in (solver.supports(system), gradient.supports(system, solver)):
         if complaint:
@@ -108,12 +108,14 @@ def solve(
         _tell_outside(problem, system, flat0, params)
 
     record = AdjointRecord()
-    value_known = value
-    if value is None or is_transformed(value) or problem.by_gradient:
-        value_known = None
+    known_value = given.value
+    if known_value is None or is_transformed(known_value) or problem.by_gradient:
+        known_value = None
+    first, given = [known_value], replace(given, value=None)  # no longer held once the solver has begun with it
+    del known_value
     task = Task(
         system=system,
-        run=_runner(solver, system, value_known, compiled, recorded, gradient.needs_solver_state),
+        run=_runner(solver, system, first, compiled, recorded, gradient.needs_solver_state),
         solver=solver,
         record=record,
         precision=given.precision,
@@ -168,7 +170,7 @@ def solve(
         at = replace(task, outcomes=[], randomness=None, aux=None)
         if unseen:
             last = solver.given(count)
-            at = replace(at, solver=last, run=_runner(last, system, None, None, count, False))
+            at = replace(at, solver=last, run=_runner(last, system, [], None, count, False))
         else:
             reached = Outcome(z, outcome.report, state=outcome.state)
             at = replace(at, run=lambda *_: reached)
@@ -234,8 +236,14 @@ def _capturing(problem: Problem, args: tuple[Any, ...], solver: Solver, gradient
 
 
 def _runner(
-    solver: Solver, own: System, value: Tensor | None, compiled: Capture | None, recorded: int | None, keeps: bool
+    solver: Solver, own: System, known: list[Tensor | None], compiled: Capture | None, recorded: int | None, keeps: bool
 ) -> Run:
+    """How a task is run.
+
+    Args:
+        known: the value at the start in ``own``, where it is; it is taken out.
+    """
+
     def run(system: System, z0: Tensor, params: Sequence[Tensor]) -> Outcome:
         if compiled is not None and system is own:
             found = compiled.solve(solver.leading, system, z0, params)
@@ -243,10 +251,13 @@ def _runner(
                 if isinstance(solver, Polyalgorithm) and solver.steps is None:
                     return in_turn(iterate, solver, system, z0, params, begun=found)
                 return found
-        first = None
+        first = []
+        value = known.pop() if known else None
         if value is not None and system is own and not torch.is_grad_enabled():
-            first = system.at(z0, params, value)
-        outcome = iterate(solver, system, z0, params, first, recorded)
+            first.append(system.at(z0, params, value))
+        del value
+        # what the loop begins with is held by nobody else
+        outcome = iterate(solver, system, z0, params, first.pop() if first else None, recorded)
         # what the solver has built may be many states, and would be held until the solution is let go
         return outcome if keeps or outcome.state is None else replace(outcome, state=None)
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
 import torch
 
-from torchimplicit.linear import LinearSolver, Neumann
+from torchimplicit.linear import LinearOperator, LinearSolver, Neumann
 from torchimplicit.solution import Status
 from torchimplicit.testing.linear_suite import LinearSolverSuite, matrix_operator, residuals
 
@@ -87,6 +88,53 @@ def test_overflow_gives_the_best_iterate() -> None:
     solution = Neumann(max_steps=1000).solve(matrix_operator(a), b)
     assert solution.report.status.eq(Status.NONFINITE).all()
     assert (residuals(a, b, solution.value) <= b.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.7])
+def test_all_goes_well_in_the_memory_of_a_loop(damping: float) -> None:
+    """While a product is taken, the right-hand side and its argument are the only vectors; every product is a term."""
+    (a, b), held = system(0.8), []
+
+    def product(v: torch.Tensor) -> torch.Tensor:
+        vectors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == b.shape]
+        held.append(len({t.data_ptr() for t in vectors}))
+        return (a @ v.unsqueeze(-1)).squeeze(-1)
+
+    operator = LinearOperator(product=product, batch=4, dim=10, dtype=b.dtype, device=b.device)
+    solution = Neumann(rtol=1e-9, damping=damping).solve(operator, b)
+    assert max(held) <= 2
+    assert solution.report.evaluations == len(held) == int(solution.report.steps.max())
+    assert solution.report.converged.all()
+    true = residuals(a, b, solution.value) / b.norm(dim=-1)
+    torch.testing.assert_close(solution.report.residual, true, rtol=1e-3, atol=1e-15)
+    torch.testing.assert_close(solution.value, torch.linalg.solve(a, b), rtol=1e-7, atol=1e-9)
+
+
+def test_residuals_that_grow_on_the_way() -> None:
+    """A series that converges, with a Jacobian that is not normal: its residuals rise before they fall."""
+    j = torch.eye(6, dtype=torch.float64).roll(1, 1).triu() * 5 + 0.3 * torch.eye(6, dtype=torch.float64)
+    a, b = torch.eye(6, dtype=torch.float64) - j.expand(3, 6, 6), torch.randn(3, 6, dtype=torch.float64)
+    b[1] = 0.0
+    tally = [0]
+    solution = Neumann(rtol=1e-10).solve(matrix_operator(a, tally, restrict=None), b)
+    assert solution.report.converged.all()
+    torch.testing.assert_close(solution.value, torch.linalg.solve(a, b), rtol=1e-6, atol=1e-8)
+    assert solution.report.evaluations == tally[0] / 3
+
+
+def test_the_budget_is_that_of_all_steps() -> None:
+    a, b = system(0.9)
+    solution = Neumann(rtol=1e-12, max_steps=7).solve(matrix_operator(a, restrict=None), b)
+    assert solution.report.status.eq(Status.MAX_STEPS).all()
+    assert solution.report.steps.eq(7).all()
+    torch.testing.assert_close(solution.report.residual, residuals(a, b, solution.value) / b.norm(dim=-1))
+
+
+def test_the_right_hand_side_is_not_given_away() -> None:
+    b = torch.ones(2, 3, dtype=torch.float64)
+    solution = Neumann().solve(matrix_operator(torch.eye(3, dtype=torch.float64).expand(2, 3, 3), restrict=None), b)
+    assert solution.value.data_ptr() != b.data_ptr()
+    assert torch.equal(solution.value, b)
 
 
 def test_damping_is_validated() -> None:

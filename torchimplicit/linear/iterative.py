@@ -16,6 +16,7 @@ from torchimplicit.linear.loop import run
 from torchimplicit.linear.operator import LinearOperator
 from torchimplicit.linear.options import check_block, check_vectors
 from torchimplicit.linear.preconditioners import Preconditioner, as_preconditioner
+from torchimplicit.linear.series import Begun
 from torchimplicit.precision import default_rtol
 from torchimplicit.solution import Report
 from torchimplicit.validation import check_count, check_nonnegative
@@ -63,6 +64,11 @@ class IterativeSolver(BlockSolver):
     def _method(self, operator: LinearOperator) -> Method:
         """The steps, for one operator; raises ``ValueError`` where the operator lacks what they need."""
 
+    def _begin(self, operator: LinearOperator, b: Tensor) -> LinearSolution | Begun | None:
+        """The solution from zero by a leaner loop of the method's own; or what that leaves to the common one; ``None``
+        where it has nothing to give."""
+        return None
+
     @torch.no_grad()
     def solve(self, operator: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         """Solve for ``b`` (``[batch, dim]``), from ``x0`` or zero. Runs without recording gradients.
@@ -73,17 +79,24 @@ class IterativeSolver(BlockSolver):
         check_vectors(operator, b, x0)
         preconditioner = as_preconditioner(self.preconditioner)
         rtol, atol = self.tolerances(b.dtype)
+        begun = None if x0 is not None or preconditioner is not None else self._begin(operator, b)
+        if isinstance(begun, LinearSolution):
+            return begun
         found = run(
             self._method(operator),
             operator,
             b,
-            x0,
+            x0 if begun is None else begun.value,
             rtol=rtol,
             atol=atol,
             max_steps=self.max_steps,
             check_every=self.check_every,
             preconditioner=preconditioner,
         )
+        if begun is not None:
+            report = found.report
+            steps, evaluations = (report.steps + begun.steps).clamp(max=self.max_steps), report.evaluations
+            found = replace(found, report=replace(report, steps=steps, evaluations=evaluations + begun.products))
         if preconditioner is not None:
             preconditioner.served(found.report.steps)
         return found

@@ -8,11 +8,13 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from torchimplicit.linear.base import LinearSolution
 from torchimplicit.linear.cycle import Method
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.operator import LinearOperator
+from torchimplicit.linear.series import Begun, series
 from torchimplicit.linear.system import System
-from torchimplicit.precision import safe_norm
+from torchimplicit.precision import safe_norm, working_dtype
 from torchimplicit.validation import check_positive
 
 
@@ -41,6 +43,13 @@ class Neumann(IterativeSolver):
     @property
     def truncated(self) -> bool:
         return self.rtol == 0 and self.atol == 0
+
+    def _begin(self, operator: LinearOperator, b: Tensor) -> LinearSolution | Begun | None:
+        apart = operator.restrict is not None or operator.null is not None  # rows that leave, or a projection
+        if self.truncated or apart or self.check_every > 1 or b.dtype != working_dtype(b.dtype):
+            return None
+        rtol, atol = self.tolerances(b.dtype)
+        return series(operator, b, damping=self.damping, rtol=rtol, atol=atol, max_steps=self.max_steps)
 
     def _method(self, operator: LinearOperator) -> Method:
         return _Richardson(self.damping, truncated=self.truncated)

@@ -66,6 +66,7 @@ def iterate(
             return together
     evaluate = Evaluator(system, params, rows_evaluated=0 if first is None else z0.shape[0])
     loop = _Loop(solver, evaluate, evaluate(evaluate.place(z0)) if first is None else first, only, since=since)
+    del first
     outcome = loop.run()
     if not loop.stepped:  # and what was found so was found by the whole
         return outcome
@@ -200,6 +201,8 @@ class _Loop:
             self._look_ahead(self.judge.measure)
         trace = [traced(self.point)] if solver.keep_trace else []
         state = solver.start(self.point)
+        # a step that has nothing of its point but the image leaves no residual behind
+        lean = solver.straight and self.judge.measure is None and self.point.merit is None
         for step in range(1, solver.max_steps + 1):
             if self.active == 0:
                 break
@@ -210,6 +213,8 @@ class _Loop:
             progress = Progress(self.running, self.improving, self.judge, self.within)
             move = solver.step(self.evaluate, self.point, state, progress)
             state = move.state
+            if lean and self.best is self.point:
+                self.best = self.point = self.point.at_rest()
             self._advance(move.to)
             if solver.keep_trace:
                 trace.append(traced(self.point))
