@@ -15,7 +15,7 @@ from torchimplicit.closure import announce, beside_transforms, is_transformed, t
 from torchimplicit.compiler import untraced
 from torchimplicit.defaults import default_solver
 from torchimplicit.errors import ConvergenceWarning, SolveError
-from torchimplicit.gradients import Gradient, Implicit, Unrolled, WhenUnconverged
+from torchimplicit.gradients import Gradient, Implicit
 from torchimplicit.gradients.auxiliary import auxiliary
 from torchimplicit.gradients.base import Run, Task, differentiable, reported
 from torchimplicit.gradients.randomness import Randomness
@@ -92,12 +92,13 @@ def solve(
     recorded = gradient.recorded(solver)
     direct = recorded is not None and torch.is_grad_enabled() and plain and not watched()
     capture = (torch.is_grad_enabled() or not plain) and not direct
-    capturing = _capturing(problem, args, solver, gradient) if compile else None
+    capturing = Capturing(problem, args, gradient.passes(solver.leading)) if compile else None
     known = None if capturing is None else capturing.tensors
     # what a map returns beside the state, of the whole batch, is had from a call with the whole batch
     apart = not gradient.needs_solver_state and (torch.is_grad_enabled() or not problem.has_aux)
     given = stated(problem, z0, args, capture=capture, rowwise=apart, known=known)
     compiled = None if capturing is None else capturing.capture
+    direct = direct and compiled is None
     layout, flat0, system, params = given.layout, given.flat, given.system, given.params
     solver = at_precision(solver, given.precision)
     for complaint in (solver.supports(system), gradient.supports(system, solver)):
@@ -221,18 +222,6 @@ def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradi
     if solver is None:
         solver = default_solver(problem)
     return solver, gradient or Implicit()
-
-
-def _capturing(problem: Problem, args: tuple[Any, ...], solver: Solver, gradient: Gradient) -> Capturing:
-    refusal = None
-    gradient = gradient.gradient if isinstance(gradient, WhenUnconverged) else gradient
-    if problem.has_aux:
-        refusal = "compiled code returns nothing beside the state (has_aux=True)"
-    if gradient.needs_solver_state or isinstance(gradient, Unrolled):
-        refusal = f"{type(gradient).__name__} needs the steps that the eager loop takes"
-    implicit = isinstance(gradient, Implicit)
-    linear_solver = gradient.linear_solver if isinstance(gradient, Implicit) else None
-    return Capturing(problem, args, solver.leading, linear_solver, implicit, refusal)
 
 
 def _runner(

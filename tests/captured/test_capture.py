@@ -36,7 +36,7 @@ def inputs(batch, seed=1):
 def solved(batch=5, w=None, x=None, compile=True, scale=1.0, solver=None, **options):
     w = weight() if w is None else w
     z0, own = inputs(batch)
-    solver = solver or Anderson(rtol=1e-12)
+    solver = solver or Anderson(memory=2, rtol=1e-12)
     return ti.solve(problem_of(w, scale), z0, own if x is None else x, solver=solver, compile=compile, **options)
 
 
@@ -81,7 +81,7 @@ def test_other_lambdas_other_batches_and_other_tensors_are_served_by_one_compila
     before = compilations()
     for batch, seed in ((5, 1), (9, 2), (3, 4), (64, 5)):
         w, (z0, x) = weight(seed), inputs(batch, seed)
-        found = ti.solve(problem_of(w), z0, x, solver=Anderson(rtol=1e-12), compile=True)
+        found = ti.solve(problem_of(w), z0, x, solver=Anderson(memory=2, rtol=1e-12), compile=True)
         assert (torch.tanh(found.value @ w.T + x) - found.value).abs().max() < 1e-11
         u = torch.ones_like(x)
         for got, expected in zip(
@@ -239,7 +239,6 @@ def test_one_warning_names_the_reason_and_the_eager_loop_serves(f, words):
     ("problem", "options", "words"),
     [
         (ti.Root(lambda z, x: z - torch.tanh(0.3 * z + x)), {"solver": ti.NewtonKrylov()}, "NewtonKrylov"),
-        (FixedPoint(lambda z, x: torch.tanh(0.3 * z + x)), {"solver": Anderson(steps=5)}, "steps="),
         (FixedPoint(lambda z, x: torch.tanh(0.3 * z + x)), {"gradient": ti.Unrolled()}, "Unrolled"),
         (FixedPoint(lambda z, x: torch.tanh(0.3 * z + x)), {"solver": Anderson(keep_trajectory=True)}, "trajectory"),
     ],
@@ -362,6 +361,7 @@ def test_autocast_and_another_linear_solver():
 
 
 @pytest.mark.parametrize("unit", [1e-8, 1e8])
+@pytest.mark.usefixtures("interpreted")
 def test_leaves_in_units_of_their_own_take_the_steps_of_the_eager_loop(unit):
     w, x = weight(requires_grad=False), inputs(5)[1].detach()
 
@@ -370,7 +370,8 @@ def test_leaves_in_units_of_their_own_take_the_steps_of_the_eager_loop(unit):
         return torch.tanh(a @ w + 0.3 * b + x), unit * torch.tanh(0.5 * b - 0.3 * a + x)
 
     start = torch.zeros_like(x), torch.zeros_like(x)
-    eager, captured = (ti.solve(FixedPoint(f), start, x, solver=Anderson(rtol=1e-12), compile=c) for c in (False, True))
+    solver = Anderson(memory=2, rtol=1e-12)
+    eager, captured = (ti.solve(FixedPoint(f), start, x, solver=solver, compile=c) for c in (False, True))
     assert captured.converged.all()
     assert (captured.steps - eager.steps).abs().max() <= 1
     torch.testing.assert_close(captured.value[1] / unit, eager.value[1] / unit, rtol=1e-9, atol=1e-10)

@@ -28,7 +28,7 @@ class Model(nn.Module):
     def __init__(self, **options):
         super().__init__()
         self.before = nn.Linear(3, DIM, dtype=torch.float64)
-        self.layer = ti.nn.Equilibrium(Cell(), solver=ti.Anderson(rtol=1e-11), **options)
+        self.layer = ti.nn.Equilibrium(Cell(), solver=ti.Anderson(memory=2, rtol=1e-11), **options)
         self.after = nn.Linear(DIM, 2, dtype=torch.float64)
 
     def forward(self, x):

@@ -18,12 +18,13 @@ from torchimplicit.captured.compiled import Compiled, compiled, traced_apart
 from torchimplicit.captured.graph import Graph
 from torchimplicit.captured.iteration import Rule, run
 from torchimplicit.captured.loop import while_loop
+from torchimplicit.captured.parts import dependents, is_view, needed_before, part
 from torchimplicit.captured.steps import Plain, Step, Tried
 from torchimplicit.linear import CG, GMRES, MINRES, BiCGStab, Dense, LinearOperator, LinearSolver, Neumann
 from torchimplicit.linear.confirmed import SLACK
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.system import System as LinearSystem
-from torchimplicit.precision import UnitRows, default_rtol
+from torchimplicit.precision import UnitRows, default_rtol, safe_norm
 from torchimplicit.problems import FixedPoint, Minimum, Point, Problem, System
 from torchimplicit.problems.system import UNLIKE
 from torchimplicit.solution import Status
@@ -47,6 +48,8 @@ class Adjoint:
         damping: of the series; ``None``: none is tried.
         method: an iterative solver that has no memory, or ``Dense``; ``None``: the series, or what accelerates it.
         accelerated: whether the series is accelerated where it is slow.
+        terms: of a series that is cut off, and estimates the inverse: how many it has; none stands for the identity.
+            ``None``: the system is solved.
     """
 
     rtol: float
@@ -55,6 +58,12 @@ class Adjoint:
     damping: float = 1.0
     method: LinearSolver | None = None
     accelerated: bool = True
+    terms: int | None = None
+
+    @staticmethod
+    def estimate(terms: int, damping: float = 1.0) -> Adjoint:
+        """:math:`\\lambda\\sum_{i<k}(I-\\lambda A^T)^i` in the place of the inverse; the identity for no term."""
+        return Adjoint(0.0, 0.0, max(terms, 1), damping, accelerated=False, terms=terms)
 
     @staticmethod
     def of(
@@ -167,8 +176,18 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, wanted: Sequence[bool]) -> 
         grads = parts.after(g, *saved)
         return sound, found.steps, relative, condition, found.products, *grads
 
+    def estimate(z: Tensor, u: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        parts = _Parts.of(products, z, inputs)
+        saved = parts.before(z, *inputs)
+        g, relative = _cut_off(adjoint, parts.product, saved, u)
+        count = torch.full(u.shape[:1], adjoint.terms or 0, dtype=torch.int64, device=u.device)
+        spent = torch.full((), max(0, (adjoint.terms or 0) - 1), dtype=torch.int64, device=u.device)
+        none = torch.zeros_like(relative)
+        return u.isfinite().all(), count, relative, none, spent, *parts.after(g, *saved)
+
     z = graph.flat()
-    return compiled(solve, (z, torch.empty_like(z), *graph.others))
+    way = solve if adjoint.terms is None else estimate
+    return compiled(way, (z, torch.empty_like(z), *graph.others))
 
 
 Product = Callable[..., Tensor]
@@ -188,6 +207,26 @@ def _by_series(adjoint: Adjoint, system: System, product: Product, saved: Any, r
     rule = Rule(judge, torch.full_like(scale, torch.inf), torch.ones_like(scale), False)
     found, count, _ = run(adjoint.step(), evaluate, first, rule, (b, scale, saved), adjoint.max_steps)
     return _Solved(found.z, found.status == Status.CONVERGED, found.steps, count + 2, size)
+
+
+def _cut_off(adjoint: Adjoint, product: Product, saved: Any, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The first terms of the series, and the relative residual of all but the last of them; NaN for no term.
+
+    Nothing is tested, and no row is scaled: it is right for samples that depend on each other, too.
+    """
+    if not adjoint.terms:
+        return u, torch.full_like(u[:, 0], torch.nan)
+
+    def body(now: tuple[Tensor, Tensor, Tensor], given: Any, rings: Any) -> tuple[Tensor, Tensor, Tensor]:
+        taken, x, _ = now
+        u, saved = given
+        r = u - product(x, *saved)
+        return taken + 1, torch.add(x, r, alpha=adjoint.damping), r
+
+    start = torch.ones((), dtype=torch.int64, device=u.device), adjoint.damping * u, u.clone()
+    _, x, r = while_loop(lambda now: now[0] < adjoint.max_steps, body, start, (u, saved))
+    scale = safe_norm(u)
+    return x, safe_norm(r) / torch.where(scale > 0, scale, 1)
 
 
 class _Going(NamedTuple):
@@ -312,56 +351,15 @@ class _Parts(NamedTuple):
         places = graph.graph.find_nodes(op="placeholder")
         (output,) = graph.graph.find_nodes(op="output")
         product, *grads = output.args[0]
-        of_v, of_g = _dependents(graph, places[0]), _dependents(graph, places[1])
+        of_v, of_g = dependents(graph, places[0]), dependents(graph, places[1])
         late = of_v | of_g
-        needed = [node for user in graph.graph.nodes if user in late or user is output for node in user.all_input_nodes]
-        saved = list(dict.fromkeys(base for node in needed if node not in late for base in _bases(node)))
-        before = _part(graph, places[2:], saved, lambda node: node not in late)
+        saved = needed_before(graph, late)
+        before = part(graph, places[2:], saved, lambda node: node not in late)
         return _Parts(
             before,
-            _first(_part(graph, (places[0], *saved), [product], lambda node: node in of_v or _is_view(node))),
-            _part(graph, (places[1], *saved), grads, lambda node: node in of_g or _is_view(node)),
+            _first(part(graph, (places[0], *saved), [product], lambda node: node in of_v or is_view(node))),
+            part(graph, (places[1], *saved), grads, lambda node: node in of_g or is_view(node)),
         )
-
-
-def _dependents(graph: fx.GraphModule, source: fx.Node) -> set[fx.Node]:
-    """``source``, and the nodes whose values depend on it, but for the output."""
-    found = {source}
-    for node in graph.graph.nodes:
-        if node.op != "output" and any(one in found for one in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether a node's value shares the memory of its input. What goes into a loop must not, so it is made there."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(one.alias_info is not None for one in schema.returns)
-
-
-def _bases(node: fx.Node) -> list[fx.Node]:
-    """What ``node`` is a view of; itself where it is none."""
-    if not _is_view(node):
-        return [node]
-    return [base for given in node.all_input_nodes for base in _bases(given)]
-
-
-def _part(graph: fx.GraphModule, given: Sequence[fx.Node], results: Sequence[fx.Node], chosen: Any) -> fx.GraphModule:
-    """The function from ``given`` to ``results`` that the ``chosen`` nodes make up."""
-    part = fx.Graph()
-    known: dict[fx.Node, fx.Node] = {node: part.placeholder(f"given_{i}") for i, node in enumerate(given)}
-    for node in graph.graph.nodes:
-        inputs = node.all_input_nodes
-        if (
-            node not in known
-            and node.op not in ("output", "placeholder")
-            and chosen(node)
-            and known.keys() >= {*inputs}
-        ):
-            known[node] = part.node_copy(node, lambda n: known[n])
-    part.output(tuple(known[node] for node in results))
-    part.eliminate_dead_code()
-    return fx.GraphModule(graph, part)
 
 
 def _first(module: fx.GraphModule) -> Any:

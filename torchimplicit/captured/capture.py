@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchimplicit.captured.adjoint import Adjoint
+from torchimplicit.captured.continued import Continuation
 from torchimplicit.captured.forward import Forward
 from torchimplicit.captured.program import Bound, Plan, bind, tell, training
 from torchimplicit.captured.steps import step_of
@@ -24,33 +25,48 @@ from torchimplicit.solvers.base import Evaluator
 from torchimplicit.solvers.iterate import as_one, reviewed
 from torchimplicit.state import Layout
 
+Grads = tuple[Tensor | None, ...]
+
 
 class Backward(NamedTuple):
     """The cotangents of the parameters, and the figures of the solve that gave them."""
 
-    grads: tuple[Tensor | None, ...]
+    grads: Grads
     report: Report
 
 
 @dataclass(frozen=True)
 class Capture:
-    """The compiled loops of one solve."""
+    """The compiled loops of one solve.
+
+    Attributes:
+        estimates: how many terms stand for the inverse in the backward pass; ``None`` where a system is solved.
+    """
 
     bound: Bound
+    estimates: int | None = None
 
     @property
     def pulls(self) -> bool:
-        """Whether the backward pass is compiled."""
+        """Whether the backward pass is compiled, so that it needs nothing of the forward pass."""
         return self.bound.artifact.adjoint is not None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there are compiled steps from the solution."""
+        return self.bound.artifact.continued is not None
 
     def solve(self, solver: Solver, system: System, z0: Tensor, params: Sequence[Tensor]) -> Outcome | None:
         """The forward solve; ``None`` where it is not the one that was compiled. Reads from the device once. Where
         samples are not solved beyond doubt, the eager loop goes on with ``system``."""
         inputs = self.bound.inputs_at((z0, *params), params)
-        if inputs is None or as_one(solver, system):
+        if inputs is None or (solver.steps is None and as_one(solver, system)):
             return None
         given = self.bound.artifact.forward(z0.contiguous(), *inputs)
         found = Forward._make((*given[:7], tuple(given[7:])))
+        if solver.steps is not None:
+            report = Report(found.status, found.steps, found.residual, float(solver.steps))
+            return Outcome(found.z, report, norm=found.norm if solver.steps else None, parts=found.parts)
         count, unsure = found.figures.tolist()
         report = Report(found.status, found.steps, found.residual, 1.0 + count)
         outcome = Outcome(found.z, report, norm=found.norm, parts=found.parts)
@@ -69,20 +85,70 @@ class Capture:
             return None
         u = u.contiguous()
         sound, steps, residual, condition, count, *grads = artifact.adjoint(z.contiguous(), u, *inputs)
+        cotangents = self._sorted(grads, params, wanted)
+        if cotangents is None or not bool(sound):
+            return None
+        reason = Status.CONVERGED if self.estimates is None else Status.STEPS_TAKEN
+        status = torch.full_like(steps, int(reason))
+        known = condition if self.estimates is None else None
+        return Backward(cotangents, Report(status, steps, residual, float(count), condition=known))
+
+    def go_on(self, h: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor, tuple[Any, ...]] | None:
+        """Where the compiled steps lead from ``h``, the norms of the residual and the relative ones there, and what
+        :meth:`come_back` needs besides; ``None`` where the parameters are not those that were bound."""
+        artifact = self.bound.artifact
+        inputs = self.bound.inputs_at((h, *params), params)
+        if inputs is None or artifact.continued is None:
+            return None
+        out, figures, *made = artifact.continued.forward(h.contiguous(), *inputs)
+        return out, figures, tuple(made)
+
+    def come_back(
+        self, u: Tensor, h: Tensor, params: Sequence[Tensor], made: Sequence[Any], wanted: Sequence[bool]
+    ) -> Grads | None:
+        """The cotangents of the wanted parameters, of ``u`` at the end of the compiled steps from ``h``."""
+        continued = self.bound.artifact.continued
+        inputs = self.bound.inputs_at((u, h, *params), params)
+        if inputs is None or continued is None or continued.backward is None:
+            return None
+        return self._sorted(continued.backward(u.contiguous(), h.contiguous(), *inputs, *made), params, wanted)
+
+    def _sorted(self, grads: Sequence[Tensor], params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads | None:
+        """The gradients in the inputs as cotangents of the parameters; ``None`` where one is asked that is not among
+        them."""
         found: dict[int | None, Tensor] = {}
         pulled = iter(grads)
-        for source, asked in zip(self.bound.sources, artifact.wanted, strict=True):
+        for source, asked in zip(self.bound.sources, self.bound.artifact.wanted, strict=True):
             if asked:
                 found[source] = next(pulled)
         unknown = {source for source in self.bound.sources if source is not None} - found.keys()
-        if any(w and i in unknown for i, w in enumerate(wanted)) or not bool(sound):
+        if any(w and i in unknown for i, w in enumerate(wanted)):
             return None
-        cotangents = tuple(
+        return tuple(
             (found[i] if i in found else torch.zeros_like(p)) if w else None
             for i, (p, w) in enumerate(zip(params, wanted, strict=True))
         )
-        status = torch.full_like(steps, int(Status.CONVERGED))
-        return Backward(cotangents, Report(status, steps, residual, float(count), condition=condition))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """What is to be compiled of one solve.
+
+    Attributes:
+        solver: of the forward pass.
+        linear_solver: of the adjoint system, where it is ``solved``; ``None``: what suits it.
+        solved: whether the backward pass solves an adjoint system.
+        estimate: what stands for it where it does not; ``None``: the eager path has the backward pass.
+        continuation: steps from the solution that autograd is to see.
+        refusal: why nothing can be captured.
+    """
+
+    solver: Solver
+    linear_solver: LinearSolver | None = None
+    solved: bool = False
+    estimate: Adjoint | None = None
+    continuation: Continuation | None = None
+    refusal: str | None = None
 
 
 class Capturing:
@@ -90,26 +156,14 @@ class Capturing:
 
     Args:
         problem, args: what is solved.
-        solver: how.
-        linear_solver: of the adjoint system, where ``adjoint``.
-        adjoint: whether the backward pass is to be compiled as well.
-        refusal: why nothing of this solve can be captured, where the estimator does not allow it.
+        passes: how.
 
     Attributes:
         capture: the compiled loops, once :meth:`tensors` has found them.
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        args: tuple[Any, ...],
-        solver: Solver,
-        linear_solver: LinearSolver | None,
-        adjoint: bool,
-        refusal: str | None,
-    ):
-        self.problem, self.args, self.solver = problem, args, solver
-        self.linear_solver, self.adjoint, self.refusal = linear_solver, adjoint, refusal
+    def __init__(self, problem: Problem, args: tuple[Any, ...], passes: Passes):
+        self.problem, self.args, self.passes = problem, args, passes
         self.capture: Capture | None = None
 
     def tensors(self, layout: Layout, flat: Tensor) -> tuple[Tensor, ...] | None:
@@ -118,21 +172,24 @@ class Capturing:
         tensors = [t for t in pytree.tree_leaves(self.args) if isinstance(t, Tensor)]
         if transforms_running() or watched() or any(is_transformed(t) for t in (flat, *tensors)):
             return None  # compiled code sees none of them
-        refusal = self.refusal or self._refusal(layout, flat)
+        passes = self.passes
+        refusal = self._refusal(layout, flat)
         if refusal is not None:
             tell(self.problem, refusal)
             return None
         lower = AutocastState(layout.device).dtype
-        adjoint = None
-        if self.adjoint:
-            adjoint = Adjoint.of(self.linear_solver, self.solver, self.problem, layout.dim, lower or layout.dtype)
+        adjoint = passes.estimate
+        if passes.solved:
+            low = lower or layout.dtype
+            adjoint = Adjoint.of(passes.linear_solver, passes.solver, self.problem, layout.dim, low)
             if adjoint is None and torch.is_grad_enabled():
-                tell(self.problem, f"its backward pass alone: {type(self.linear_solver).__name__} is not compiled")
+                tell(self.problem, f"its backward pass alone: {type(passes.linear_solver).__name__} is not compiled")
         plan = Plan(
             type(self.problem),
             layout,
-            at_precision(self.solver, lower),
+            at_precision(passes.solver, lower),
             adjoint,
+            passes.continuation,
             tuple(t.requires_grad for t in tensors),
             self.problem.batched and len(flat) > 1,
             training(self.problem.function),
@@ -141,22 +198,25 @@ class Capturing:
         bound = bind(self.problem, plan, torch.is_grad_enabled(), flat, self.args)
         if bound is None:
             return None
-        self.capture = Capture(bound)
+        self.capture = Capture(bound, None if adjoint is None else adjoint.terms)
         return bound.captured
 
     def _refusal(self, layout: Layout, flat: Tensor) -> str | None:
+        if self.problem.has_aux:
+            return "compiled code returns nothing beside the state (has_aux=True)"
+        if self.passes.refusal is not None:
+            return self.passes.refusal
         if not isinstance(self.problem, FixedPoint | Root | Minimum):
             return f"{type(self.problem).__name__} is not compiled, FixedPoint, Root and Minimum are"
         if isinstance(self.problem, Minimum) and (self.problem.constraint is not None or layout.chart is not None):
             return "a Minimum with a constraint or a metric is not compiled"
-        if step_of(self.solver) is None:
-            return f"{type(self.solver).__name__} is not compiled, Anderson, Broyden and plain iteration are"
-        if isinstance(self.solver, GradientDescent) and not isinstance(self.problem, Minimum):
+        solver = self.passes.solver
+        if step_of(solver) is None:
+            return f"{type(solver).__name__} is not compiled, Anderson, Broyden and plain iteration are"
+        if isinstance(solver, GradientDescent) and not isinstance(self.problem, Minimum):
             return "its solver does not suit it"  # which is said elsewhere
-        if self.solver.keep_trajectory or self.solver.keep_trace:
+        if solver.keep_trajectory or solver.keep_trace:
             return "keep_trajectory=True and keep_trace=True keep what compiled code does not"
-        if self.solver.steps is not None or self.solver.return_last:
-            return "a solver with steps=... or return_last=True is not compiled"
         if not flat.numel():
             return "the batch is empty"
         if layout.complex:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +9,12 @@ from torch import Tensor
 
 from torchimplicit.captured.compiled import Compiled, compiled, traced_apart
 from torchimplicit.captured.graph import Graph
-from torchimplicit.captured.iteration import Evaluate, Found, Rule, run
+from torchimplicit.captured.iteration import Evaluate, Found, Rule, run, steps
 from torchimplicit.captured.steps import step_of
 from torchimplicit.problems import Point, System
 from torchimplicit.solution import Status
 from torchimplicit.solvers import Solver
+from torchimplicit.solvers.given_steps import relative
 from torchimplicit.solvers.iterate import GROWTH_LIMIT
 from torchimplicit.solvers.tolerance import Judge
 from torchimplicit.state import row_norm
@@ -26,7 +26,7 @@ class Forward(NamedTuple):
     Attributes:
         z, status, steps, residual, norm, parts: as an outcome of the solvers' loop and its report have them.
         figures: int64 ``[2]``, the number of steps, and whether the eager loop has to look at the outcome: some sample
-            is not solved, or is not by the Jacobian, or depends on others.
+            is not solved, or is not by the Jacobian, or depends on others. A given number of steps has none.
         known: what the rule by which samples were judged knows: the floor of the tolerance where points tell the terms
             of their residuals; elsewhere the size that the state had, and the most that it counts.
     """
@@ -53,17 +53,15 @@ class Forward(NamedTuple):
 
 def compiled_forward(graph: Graph, solver: Solver) -> Compiled:
     """``(z0, *inputs) -> Forward``, as a flat tuple."""
+    if solver.steps is not None:
+        return _compiled_steps(graph, solver, solver.steps)
     coupled = graph.problem.batched and not graph.problem.rowwise
-
-    def at(z: Tensor, *inputs: Any) -> Point:
-        system, params = graph.system(inputs)
-        return system.at(z, params)
 
     def solve(z0: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         system, params = graph.system(inputs)
         step = step_of(solver, system.separate)
         assert step is not None
-        evaluate = _evaluate(at, z0, inputs, graph.problem.by_gradient)
+        evaluate = _evaluate(graph, z0, inputs)
         first = evaluate(z0, inputs)
         judge = Judge(system, first, solver.rtol, solver.atol)
         first = judge.start(first)
@@ -71,7 +69,7 @@ def compiled_forward(graph: Graph, solver: Solver) -> Compiled:
             operator = system.operator(system.linearize(z0, params), False)
             first = judge.measure.product(first, operator.product(first.residual))
         rule = _rule_of(judge, first, coupled)
-        found, count, terms = run(step, evaluate, first, rule, inputs, solver.max_steps)
+        found, count, terms = run(step, evaluate, first, rule, inputs, solver.max_steps, solver.return_last)
         parts, unsure = found.parts, found.status != Status.CONVERGED if coupled else None
         known: tuple[Tensor, ...] = (rule.judge.floor,) if rule.judge.floor is not None else terms[:2]
         if judge.measure is not None:
@@ -84,9 +82,40 @@ def compiled_forward(graph: Graph, solver: Solver) -> Compiled:
     return compiled(solve, (graph.flat(), *graph.others))
 
 
-def _evaluate(at: Callable[..., Point], z: Tensor, inputs: Any, by_gradient: bool) -> Evaluate:
-    """``at`` as the loop evaluates it; where that takes a gradient, autograd has to have run before the loop."""
-    if not by_gradient:
+def _compiled_steps(graph: Graph, solver: Solver, count: int) -> Compiled:
+    """Likewise, of so many steps: what the last one leads to is not evaluated, as in
+    :func:`~torchimplicit.solvers.given_steps.take_steps`."""
+
+    def solve(z0: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        system, params = graph.system(inputs)
+        step = step_of(solver, system.separate)
+        assert step is not None
+        before, point, z = None, None, z0.clone()
+        if count:
+            evaluate = _evaluate(graph, z0, inputs)
+            first = evaluate(z0, inputs)
+            if first.scale is None and solver.wants_product():
+                operator = system.operator(system.linearize(z0, params), False)
+                first = first.changed(product=operator.product(first.residual))
+            before, point, z = steps(step, evaluate, first, inputs, count)
+        parts = relative(system, point, before, z)
+        status = torch.where(z.isfinite().all(dim=1), int(Status.STEPS_TAKEN), int(Status.NONFINITE))
+        norm = torch.zeros_like(parts) if point is None else point.size()
+        residual = parts if parts.ndim == 1 else parts.amax(dim=1)
+        figures = torch.zeros(2, dtype=torch.int64, device=z.device)
+        return z, status, torch.full_like(status, count), residual, norm, parts, figures
+
+    return compiled(solve, (graph.flat(), *graph.others))
+
+
+def _evaluate(graph: Graph, z: Tensor, inputs: Any) -> Evaluate:
+    """An evaluation as the loop makes it; where that takes a gradient, autograd has to have run before the loop."""
+
+    def at(z: Tensor, *inputs: Any) -> Point:
+        system, params = graph.system(inputs)
+        return system.at(z, params)
+
+    if not graph.problem.by_gradient:
         return lambda z, inputs: at(z, *inputs)
     names: list[str] = []
 

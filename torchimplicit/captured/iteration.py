@@ -120,16 +120,25 @@ class Found(NamedTuple):
         return self.size / self.scale.clamp_min(torch.finfo(self.scale.dtype).tiny)
 
 
+class _Latest(NamedTuple):
+    """The last iterate, and what its relative residual is made of."""
+
+    z: Tensor
+    size: Tensor
+    scale: Tensor
+
+
 class _Carried(NamedTuple):
     step: Tensor
     place: Any
     found: Found
     state: Any
     terms: Any
+    latest: Any
 
 
 def run(
-    step: Step, evaluate: Evaluate, first: Point, rule: Rule, constants: Any, max_steps: int
+    step: Step, evaluate: Evaluate, first: Point, rule: Rule, constants: Any, max_steps: int, return_last: bool = False
 ) -> tuple[Found, Tensor, Any]:
     """Iterate from ``first`` until every sample has stopped; returns what was found, the number of steps, and what is
     known of terms.
@@ -137,12 +146,14 @@ def run(
     Args:
         first: the evaluation at the start.
         constants: what ``evaluate`` needs.
+        return_last: whether those whose steps run out end where they are, not at their best iterates.
     """
     step_count = torch.zeros((), dtype=torch.int64, device=first.z.device)
     status = torch.full_like(rule.limit, _RUNNING, dtype=torch.int64)
     start = Found(first.z, first.size(), _of(first.scale), status, torch.zeros_like(status))
     found = _judged(first, rule, start, step_count)
-    now = _Carried(step_count, place_of(first), found, step.start(first), rule.terms(first))
+    latest = _latest(first) if return_last else ()
+    now = _Carried(step_count, place_of(first), found, step.start(first), rule.terms(first), latest)
     rings = step.rings(first)
     given = rule.constants(), constants
     for stage in step.stages():
@@ -152,6 +163,13 @@ def run(
             break
     found = now.found
     left = found.status == _RUNNING
+    if return_last:
+        wide = left if found.size.ndim == 1 else left[:, None]
+        found = found._replace(
+            z=torch.where(left[:, None], now.latest.z, found.z),
+            size=torch.where(wide, now.latest.size, found.size),
+            scale=torch.where(wide, now.latest.scale, found.scale),
+        )
     return (
         found._replace(
             status=torch.where(left, int(Status.MAX_STEPS), found.status),
@@ -186,7 +204,8 @@ def _body(step: Step, evaluate: Evaluate, rule: Rule) -> Callable[[_Carried, Any
         stopped = now.found.running & ~found.running
         # a sample that stops for good goes to its best iterate: the map never sees a bad state again
         place = place._replace(z=torch.where(stopped[:, None], found.z, place.z))
-        return _Carried(count, place, found, state, here.terms(point))
+        latest = _latest(point) if isinstance(now.latest, _Latest) else ()
+        return _Carried(count, place, found, state, here.terms(point), latest)
 
     return body
 
@@ -213,6 +232,67 @@ def _judged(point: Point, rule: Rule, found: Found, count: Tensor) -> Found:
         status=torch.where(stopped, reason, status),
         steps=torch.where(stopped, count, found.steps),
     )
+
+
+def _latest(point: Point) -> _Latest:
+    return _Latest(point.z, point.size(), _of(point.scale))
+
+
+def _before(limit: int) -> Callable[[_Stepping], Tensor]:
+    return lambda now: now.step < limit
+
+
+class _Seen(NamedTuple):
+    """An evaluated point: its state, its residual, and what its size is judged by, where it tells that."""
+
+    z: Tensor
+    residual: Tensor
+    figures: dict[str, Tensor]
+
+    @staticmethod
+    def of(point: Point) -> _Seen:
+        """What is carried of ``point``."""
+        names = ("scale", "error")
+        return _Seen(point.z, point.residual, {n: t for n in names if (t := getattr(point, n)) is not None})
+
+    def point(self) -> Point:
+        """The point again."""
+        return Point(self.z, self.residual, **self.figures)
+
+
+class _Stepping(NamedTuple):
+    step: Tensor
+    place: Any
+    state: Any
+    before: _Seen
+    seen: _Seen
+
+
+def steps(
+    step: Step, evaluate: Evaluate, first: Point, constants: Any, count: int
+) -> tuple[Point | None, Point, Tensor]:
+    """So many steps, at least one, from ``first``, which nothing tests: the last two points that were evaluated,
+    ``None`` where there is but one, and where the last step leads."""
+    seen, rings = _Seen.of(first), step.rings(first)
+    none = torch.zeros((), dtype=torch.int64, device=first.z.device)
+    now = _Stepping(none, place_of(first), step.start(first), seen, seen)
+    last = step
+    for stage in step.stages():
+        limit = count - 1 if stage.upto is None else min(stage.upto, count - 1)
+
+        def body(now: _Stepping, constants: Any, rings: Any, step: Step = stage.step) -> _Stepping:
+            z, state = step.propose(now.place, now.state, rings, now.step)
+            point = evaluate(z, constants)
+            place, state = step.learn(now.place, point, state, rings, now.step)
+            return _Stepping(now.step + 1, place, state, now.seen, _Seen.of(point))
+
+        last = stage.step
+        if limit:
+            now = while_loop(_before(limit), body, now, constants, rings)
+        if limit == count - 1:
+            break
+    z, _ = last.propose(now.place, now.state, rings, now.step)
+    return (None if count == 1 else now.before.point()), now.seen.point(), z
 
 
 def _of(scale: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from torchimplicit.captured.adjoint import Adjoint, compiled_adjoint
 from torchimplicit.captured.compiled import Compiled
+from torchimplicit.captured.continued import Continuation, Continued, compiled_continuation
 from torchimplicit.captured.forward import compiled_forward
 from torchimplicit.captured.graph import Graph, Uncapturable
 from torchimplicit.closure import is_transformed
@@ -44,6 +45,7 @@ class Plan:
         layout: of the state.
         solver: of the forward loop.
         adjoint: of the backward loop; ``None`` for none.
+        continuation: the steps from the solution that autograd is to see; ``None`` for none.
         wanted: which of the arguments' tensors a gradient is wanted in.
         several: whether the batch has more than one sample, and its size may vary.
         training: the mode of the function's module.
@@ -54,6 +56,7 @@ class Plan:
     layout: Layout
     solver: Solver
     adjoint: Adjoint | None
+    continuation: Continuation | None
     wanted: tuple[bool, ...]
     several: bool
     training: bool
@@ -67,6 +70,7 @@ class Artifact:
     graph: Graph
     forward: Compiled
     adjoint: Compiled | None
+    continued: Continued | None
     wanted: tuple[bool, ...]
     checked: bool = False
 
@@ -220,7 +224,8 @@ def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[
     with without_autocast(plan.layout.device):
         forward = compiled_forward(graph, plan.solver)
         adjoint = None if plan.adjoint is None or not any(wanted) else compiled_adjoint(graph, plan.adjoint, wanted)
-    artifact = Artifact(graph, forward, adjoint, wanted)
+        continued = None if plan.continuation is None else compiled_continuation(graph, plan.continuation, wanted)
+    artifact = Artifact(graph, forward, adjoint, continued, wanted)
 
     def call(*inputs: Any) -> tuple[Any, ...]:
         _now.found = artifact, inputs
@@ -245,7 +250,7 @@ def bind(problem: Problem, plan: Plan, differentiated: bool, flat: Tensor, args:
         programs = _programs.setdefault(known_by(problem.stated_by), {})
         program = programs.get(plan)
         if program is None and not differentiated:
-            plan = replace(plan, adjoint=None)
+            plan = replace(plan, adjoint=None, continuation=None)
             program = programs.get(plan)
     except TypeError as error:
         tell(problem, f"nothing can be remembered for it ({error})")

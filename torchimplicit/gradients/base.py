@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.auxiliary import Auxiliary
-from torchimplicit.captured import Capture
+from torchimplicit.captured import Capture, Passes
 from torchimplicit.closure import carries_derivative, is_transformed
 from torchimplicit.gradients.point import SharedPoint
 from torchimplicit.gradients.randomness import Randomness
@@ -183,6 +183,12 @@ class Gradient(ABC):
     needs_solver_state: ClassVar[bool] = False
     goes_on: ClassVar[bool] = False
     """Whether the value is what steps of the estimator's own lead to, which autograd sees."""
+
+    def passes(self, solver: Solver) -> Passes:
+        """What ``compile=True`` compiles of a solve by ``solver``."""
+        if not self.needs_solver_state:
+            return Passes(solver=solver)
+        return Passes(solver=solver, refusal=f"{type(self).__name__} needs the steps that the eager loop takes")
 
     @abstractmethod
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:

@@ -9,11 +9,13 @@ from typing import final
 import torch
 from torch import Tensor
 
+from torchimplicit.captured import Passes
 from torchimplicit.closure import is_transformed
 from torchimplicit.gradients.base import Found, Gradient, Task
 from torchimplicit.gradients.nodes import Grads, LinearSolve, pulled, push, report, solved_by_rule
 from torchimplicit.linear import LinearSolver
 from torchimplicit.problems.linearization import Linearization
+from torchimplicit.solvers import Solver
 from torchimplicit.validation import check_type
 
 
@@ -35,6 +37,9 @@ class Implicit(Gradient):
 
     def __post_init__(self) -> None:
         check_type(self, "linear_solver", LinearSolver, optional=True)
+
+    def passes(self, solver: Solver) -> Passes:
+        return Passes(solver=solver, solved=True, linear_solver=self.linear_solver)
 
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
         return solved_by_rule(task, self, z0, params)

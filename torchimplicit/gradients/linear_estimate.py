@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchimplicit.closure import is_transformed
 from torchimplicit.gradients.base import Found, Gradient, Task
 from torchimplicit.gradients.nodes import Grads, estimate, push, solved_by_rule
 from torchimplicit.linear import LinearSolution
@@ -29,12 +30,19 @@ class LinearEstimate(Gradient):
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
         return solved_by_rule(task, self, z0, params)
 
-    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization:
-        """Of the residual."""
+    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization | None:
+        """Of the residual; none where the backward pass is compiled."""
+        if task.capture is not None and task.capture.pulls:
+            return None
         return task.recorded(z, params, wanted)
 
     def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
         """The cotangents of the wanted parameters."""
+        if task.capture is not None and not torch.is_grad_enabled() and not any(map(is_transformed, (u, z, *params))):
+            compiled = task.capture.pull(u, z, params, wanted)
+            if compiled is not None:
+                task.record.report = compiled.report
+                return compiled.grads
 
         def compute(task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
             tape = task.linearize(z, params, wanted)

@@ -7,11 +7,13 @@ from typing import final
 
 from torch import Tensor
 
+from torchimplicit.captured import Adjoint, Passes
 from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.linear import LinearSolution, Neumann
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.solution import Status
+from torchimplicit.solvers import Solver
 from torchimplicit.validation import check_count, check_fraction
 
 
@@ -32,6 +34,9 @@ class NeumannPhantom(LinearEstimate):
     def __post_init__(self) -> None:
         check_count(self, "steps")
         check_fraction(self, "damping")
+
+    def passes(self, solver: Solver) -> Passes:
+        return Passes(solver=solver, estimate=Adjoint.estimate(self.steps, self.damping))
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         series = Neumann(damping=self.damping, max_steps=self.steps, rtol=0.0)

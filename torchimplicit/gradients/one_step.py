@@ -6,17 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
+import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
+from torchimplicit.captured import Adjoint, Continuation, Passes
 from torchimplicit.closure import is_transformed
 from torchimplicit.gradients.base import Found, Task, differentiable, reported, truncated
+from torchimplicit.gradients.continued import Continued
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.gradients.unrolled import through_steps
 from torchimplicit.gradients.unrolled_phantom import UnrolledPhantom
 from torchimplicit.linear import LinearSolution
+from torchimplicit.problems import System
 from torchimplicit.problems.linearization import Linearization
-from torchimplicit.solvers import FixedPointIteration, Solver, iterate
+from torchimplicit.solution import Status
+from torchimplicit.solvers import FixedPointIteration, Outcome, Solver, iterate
 
 
 @final
@@ -40,10 +45,44 @@ class OneStep(LinearEstimate):
             return found._replace(z=reported(z, task.record, truncated(found.z, 0, 0.0)))
         if self.recorded(task.solver) is None:
             return super().attach(task, z0, params)
+        if task.capture is not None and task.capture.goes_on:
+            return self._compiled(task, z0, params)
         if task.direct or not differentiable(params):
             found = through_steps(task, z0.detach(), params)
             return found._replace(z=reported(found.z, task.record, truncated(found.z.detach(), 0, 0.0)))
         return self._after_a_node(task, z0, params)
+
+    def passes(self, solver: Solver) -> Passes:
+        if self.recorded(solver) is None:
+            return Passes(solver=solver, estimate=Adjoint.estimate(0))
+        assert isinstance(solver, FixedPointIteration)
+        assert solver.steps
+        if not torch.is_grad_enabled():
+            return Passes(solver=solver)
+        return Passes(solver=solver.given(solver.steps - 1), continuation=Continuation(1, solver.damping))
+
+    @staticmethod
+    def _compiled(task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+        """Of compiled code, which has the steps before the last one, and that one."""
+        solver, capture = task.solver, task.capture
+        assert isinstance(solver, FixedPointIteration)
+        assert solver.steps
+        assert capture is not None
+        before = solver.given(solver.steps - 1)
+
+        def run(system: System, z0: Tensor, params: Sequence[Tensor]) -> Outcome:
+            return capture.solve(before, system, z0, params) or iterate(before, system, z0, params)
+
+        found = replace(task, run=run).solve(z0.detach(), params)
+        z, (norm, parts) = Continued.apply(task, Continuation(1, solver.damping), found.z, *params)
+        task.spent(1)
+        outcome = task.outcomes[-1]
+        status = torch.where(z.detach().isfinite().all(dim=1), int(Status.STEPS_TAKEN), int(Status.NONFINITE))
+        residual = parts if parts.ndim == 1 else parts.amax(dim=1)
+        report = replace(outcome.report, status=status, steps=found.steps + 1, residual=residual)
+        task.outcomes[-1] = replace(outcome, report=report, norm=norm, parts=parts)
+        z = reported(z, task.record, truncated(z.detach(), 0, 0.0))
+        return Found(z, status, report.steps, residual)
 
     @staticmethod
     def _after_a_node(task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:

@@ -8,6 +8,7 @@ from typing import final
 
 from torch import Tensor
 
+from torchimplicit.captured import Passes
 from torchimplicit.closure import is_vmapped
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients.base import Found, Gradient, Task, differentiable, owned, refuse_detached, reported
@@ -23,6 +24,9 @@ class Unrolled(Gradient):
     ``torch.func.vmap``, where the number of steps would depend on the data. ``solution.adjoint`` has the figures of the
     forward pass, whose steps the backward pass goes back through.
     """
+
+    def passes(self, solver: Solver) -> Passes:
+        return Passes(solver=solver, refusal="Unrolled needs the steps that the eager loop takes")
 
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
         if not task.direct and not differentiable((z0, *params)):

@@ -9,6 +9,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from torchimplicit.captured import Continuation, Passes
 from torchimplicit.gradients.base import (
     Found,
     Gradient,
@@ -19,8 +20,8 @@ from torchimplicit.gradients.base import (
     reported,
     truncated,
 )
+from torchimplicit.gradients.continued import Continued
 from torchimplicit.gradients.nodes import Grads, Solve, undifferentiated
-from torchimplicit.problems.image_system import ImageSystem
 from torchimplicit.solvers import Solver
 from torchimplicit.validation import check_count, check_fraction
 
@@ -50,25 +51,26 @@ class UnrolledPhantom(Gradient):
         check_fraction(self, "damping")
 
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
-        if task.direct:
+        compiled = task.capture is not None and task.capture.goes_on
+        if task.direct or (compiled and task.solver.steps is not None):
             found = task.solve(z0.detach(), params, given_away=False)
         elif not differentiable(params):
             return undifferentiated(task, self, z0, params)
+        elif compiled:
+            found = task.solve(z0.detach(), params, given_away=False)
         else:
             found = Found(*(t.detach() for t in Solve.apply(task, self, z0.detach(), *params)))
-        h, system = found.z, task.system
-        for _ in range(self.steps):
-            if isinstance(system, ImageSystem):
-                image = system.image(h, *params)
-                h = image if self.damping == 1.0 else torch.lerp(h, image, self.damping)
-            else:
-                h = h + self.damping * system.at(h, params).residual
+        way = Continuation(self.steps, self.damping)
+        h = Continued.apply(task, way, found.z, *params)[0] if compiled else way.taken(task.system, found.z, params)
         # of one step the derivative in the state is not asked for; given steps are a loop written by hand
         if self.steps > 1 and h.requires_grad and task.solver.steps is None:
             refuse_detached(task, found.z, params)
         task.spent(self.steps)
         figures = truncated(h.detach(), self.steps, float(self.steps - 1))
         return found._replace(z=reported(owned(task, h), task.record, figures))
+
+    def passes(self, solver: Solver) -> Passes:
+        return Passes(solver=solver, continuation=Continuation(self.steps, self.damping))
 
     def recorded(self, solver: Solver) -> int | None:
         return None if solver.steps is None else 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
+from torchimplicit.captured import Passes
 from torchimplicit.closure import carries_derivative, is_transformed
 from torchimplicit.gradients.base import Found, Gradient, Task
 from torchimplicit.gradients.implicit import Implicit
@@ -88,6 +89,9 @@ class WhenUnconverged(Gradient):
 
     def recorded(self, solver: Solver) -> int | None:
         return None if isinstance(self.instead, Gradient) else self.gradient.recorded(solver)
+
+    def passes(self, solver: Solver) -> Passes:
+        return self.gradient.passes(solver)
 
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
         found = self.gradient.attach(task, z0, params)

@@ -73,7 +73,7 @@ def take_steps(
     if solver.keep_trace and known is not None and count:
         trace.append(traced(known))
     with torch.no_grad():
-        parts = _relative(system, point, before, z)
+        parts = relative(system, point, before, z)
         finite = z.isfinite().all(dim=1)
         status = torch.where(finite, int(Status.STEPS_TAKEN), int(Status.NONFINITE))
         residual = parts if parts.ndim == 1 else parts.amax(dim=1)
@@ -83,7 +83,7 @@ def take_steps(
     return Outcome(z, report, way, state, norm, parts, tuple(trace))
 
 
-def _relative(system: System, point: Point | None, before: Point | None, z: Tensor) -> Tensor:
+def relative(system: System, point: Point | None, before: Point | None, z: Tensor) -> Tensor:
     """The relative residuals of the state that was evaluated last, ``[batch]`` or ``[batch, leaves]``; NaN where
     nothing tells the size of its terms."""
     if point is None:

@@ -1,0 +1,57 @@
+"""Compiled steps from the solution, as autograd sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from torchimplicit.captured import Continuation
+from torchimplicit.closure import is_transformed
+from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.nodes import _refuse_batched_cotangents, partial_vjp
+from torchimplicit.precision import without_autocast
+from torchimplicit.problems.linearization import check_unmoved
+
+
+class Continued(Function):
+    """``(task, way, h, *params) -> (where, figures)``: the steps of ``way`` from ``h``, which is a constant, and the
+    norms of the residual and the relative ones there.
+
+    The first derivative is compiled; those of that one are taken by the steps as they were written.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, task: Task, way: Continuation, h: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
+        assert task.capture is not None
+        ctx.task, ctx.way = task, way
+        found = task.capture.go_on(h, params)
+        if found is None:  # something has been written to since the solve began
+            with without_autocast(h.device):
+                found = *way.joint(task.system, h, params), ()
+        out, figures, made = found
+        kept = [t for t in made if isinstance(t, Tensor)]
+        ctx.others = [None if isinstance(t, Tensor) else t for t in made]
+        ctx.count = len(params)
+        ctx.save_for_backward(h, out, *params, *kept)
+        ctx.mark_non_differentiable(figures)
+        return out, figures
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor, _: Any) -> tuple[Any, ...]:
+        _refuse_batched_cotangents(u)
+        h, out, *saved = ctx.saved_tensors
+        params, kept = saved[: ctx.count], iter(saved[ctx.count :])
+        wanted = ctx.needs_input_grad[3:]
+        task, way = ctx.task, ctx.way
+        with without_autocast(h.device):
+            if ctx.others and not torch.is_grad_enabled() and not is_transformed(u):
+                made = [next(kept) if other is None else other for other in ctx.others]
+                grads = task.capture.come_back(u, h, params, made, wanted)
+                if grads is not None:
+                    return None, None, None, *grads
+            again, pull = partial_vjp(lambda *params: way.taken(task.system, h, params), params, wanted)
+            check_unmoved(out, again)
+            return None, None, None, *pull(u)
