@@ -120,7 +120,10 @@ def solve(
         solver=solver,
         record=record,
         precision=given.precision,
-        randomness=None if solver.steps is not None else Randomness(problem.stated_by, lambda z, p: system.fn(z, *p)),
+        # what is compiled was found to draw nothing
+        randomness=Randomness(problem.stated_by, lambda z, p: system.fn(z, *p))
+        if solver.steps is None and compiled is None
+        else None,
         capture=compiled,
         function=problem.stated_by,
         direct=direct,

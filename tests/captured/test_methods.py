@@ -107,7 +107,11 @@ def test_so_it_does_when_the_compiler_has_been_at_it(kind, solver, linear_solver
 def test_a_series_that_is_slow_is_accelerated():
     w, x = tensors(scale=0.99, requires_grad=True)
     found = ti.solve(
-        FixedPoint(lambda z, x: torch.tanh(z @ w.T + 0.1 * x)), torch.zeros_like(x), x, solver=Anderson(memory=2), compile=True
+        FixedPoint(lambda z, x: torch.tanh(z @ w.T + 0.1 * x)),
+        torch.zeros_like(x),
+        x,
+        solver=Anderson(),
+        compile=True,
     )
     u = torch.ones_like(x)
     (got,) = torch.autograd.grad(found.value, x, u)

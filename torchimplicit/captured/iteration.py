@@ -264,7 +264,7 @@ class _Stepping(NamedTuple):
     step: Tensor
     place: Any
     state: Any
-    before: _Seen
+    before: Any
     seen: _Seen
 
 
@@ -275,7 +275,8 @@ def steps(
     ``None`` where there is but one, and where the last step leads."""
     seen, rings = _Seen.of(first), step.rings(first)
     none = torch.zeros((), dtype=torch.int64, device=first.z.device)
-    now = _Stepping(none, place_of(first), step.start(first), seen, seen)
+    before = seen if first.scale is None else ()  # it tells the terms of the last one that do not tell them
+    now = _Stepping(none, place_of(first), step.start(first), before, seen)
     last = step
     for stage in step.stages():
         limit = count - 1 if stage.upto is None else min(stage.upto, count - 1)
@@ -284,15 +285,23 @@ def steps(
             z, state = step.propose(now.place, now.state, rings, now.step)
             point = evaluate(z, constants)
             place, state = step.learn(now.place, point, state, rings, now.step)
-            return _Stepping(now.step + 1, place, state, now.seen, _Seen.of(point))
+            before = now.seen if isinstance(now.before, _Seen) else ()
+            return _Stepping(now.step + 1, place, state, before, _Seen.of(point))
 
         last = stage.step
         if limit:
             now = while_loop(_before(limit), body, now, constants, rings)
         if limit == count - 1:
             break
-    z, _ = last.propose(now.place, now.state, rings, now.step)
-    return (None if count == 1 else now.before.point()), now.seen.point(), z
+
+    def leave(now: tuple[Tensor, Tensor], given: Any, rings: Any) -> tuple[Tensor, Tensor]:
+        place, state = given
+        return now[0] + 1, last.propose(place, state, rings, now[0])[0]
+
+    # outside of a loop, rings are not what loops have written to them
+    going = now.step, torch.zeros_like(first.z)
+    _, z = while_loop(lambda now: now[0] < count, leave, going, (now.place, now.state), rings)
+    return (now.before.point() if count > 1 and isinstance(now.before, _Seen) else None), now.seen.point(), z
 
 
 def _of(scale: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,10 +34,7 @@ def while_loop(
     leaves, spec = pytree.tree_flatten(carried)
     fixed, fixed_spec = pytree.tree_flatten(constants)
     count, kept = len(leaves), len(leaves) + len(fixed)
-    seen = {id(t) for t in fixed}
-    for i, leaf in enumerate(leaves):  # no two inputs may share memory
-        leaves[i] = leaf.clone() if id(leaf) in seen else leaf
-        seen.add(id(leaf))
+    leaves = apart(leaves, fixed)
 
     def flat_going(*flat: Any) -> Tensor:
         return going(pytree.tree_unflatten(list(flat[:count]), spec))
@@ -45,9 +42,20 @@ def while_loop(
     def flat_body(*flat: Any) -> tuple[Tensor, ...]:
         given = pytree.tree_unflatten(list(flat[:count]), spec)
         after = body(given, pytree.tree_unflatten(list(flat[count:kept]), fixed_spec), flat[kept:])
-        return tuple(pytree.tree_leaves(after))
+        return tuple(apart(pytree.tree_leaves(after), flat))
 
     assert not torch.is_grad_enabled()
     written = {"mutated_arg_indices": ",".join(str(kept + i) for i in range(len(rings)))} if rings else {}
     found = while_loop_op(flat_going, flat_body, tuple(leaves), (*fixed, *rings), **written)
     return pytree.tree_unflatten(list(found), spec)
+
+
+def apart(leaves: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """The leaves, none of which is another one or one of ``others``: what goes into a loop, or comes out of it, must
+    not share memory."""
+    seen = {id(t) for t in others}
+    found = []
+    for leaf in leaves:
+        found.append(leaf.clone() if id(leaf) in seen else leaf)
+        seen.add(id(leaf))
+    return found

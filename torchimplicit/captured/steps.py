@@ -280,7 +280,7 @@ class Secants(Step):
         base = state * widened(place.residual)
         along = (s * base[:, None]).sum(dim=-1)
         parts = (c * along[:, None]).sum(dim=-1)
-        weights = torch.nn.functional.pad(parts[:, : n - 1], (1, 0))  # the j-th is that of the next step
+        weights = _padded(parts[:, : n - 1], 1, 0)  # the j-th is that of the next step
         g = base + (weights[:, :, None] * s).sum(dim=1)
         along = along + (k * weights[:, None]).sum(dim=-1)  # of g
         square = (k * (last[:, None] & last[None, :])).sum(dim=(1, 2))[:, None]
@@ -289,19 +289,24 @@ class Secants(Step):
         factor = torch.where(safe, 1 / torch.where(safe, rest, 1), 1)
         move = g * factor
         # the factor that the last step makes, for the steps to come
-        before = torch.nn.functional.pad((k * last[:, None]).sum(dim=1)[:, 1:], (0, 1))
+        before = _padded((k * last[:, None]).sum(dim=1)[:, 1:], 0, 1)
         row = (last + (before[:, :, None] * c).sum(dim=1)) * torch.where(safe, 1 / torch.where(safe, square, 1), 0)
         slot = age % self.memory
         new = along * factor
         own = (move * move).sum(dim=-1, keepdim=True)
         new = torch.where(slots == slot, own, new)
-        beyond = (0, self.memory - n)  # what is written through a view would be copied as a whole
-        row, new = (torch.nn.functional.pad(t, beyond) for t in (row, new))
+        # what is written through a view would be copied as a whole
+        row, new = (_padded(t, 0, self.memory - n) for t in (row, new))
         _write(factors, (age - 1).clamp_min(0), row)
         _write(products, slot, new)
         products.index_copy_(2, slot.reshape(1), new[:, :, None])
         _write(steps, slot, move)
         return place.z + move.to(place.z.dtype), state
+
+
+def _padded(t: Tensor, before: int, after: int) -> Tensor:
+    """``[batch, n]`` with zeros before and after; ``torch.nn.functional.pad`` would ask for the batch's size."""
+    return torch.cat((t.new_zeros(t.shape[0], before), t, t.new_zeros(t.shape[0], after)), dim=1)
 
 
 def _write(ring: Tensor, slot: Tensor, vector: Tensor) -> None:
