@@ -340,13 +340,6 @@ def test_the_last_iterate_in_place_of_the_best(solver: Any) -> None:
     assert (f(best.value, x) - best.value).norm(dim=1)[1] < (image - last.value).norm(dim=1)[1]
 
 
-def test_the_compiled_loop_leaves_given_steps_to_the_eager_one(x: Tensor) -> None:
-    f = Counted()
-    with pytest.warns(ti.errors.CaptureWarning, match="steps"):
-        solution = ti.solve(ti.FixedPoint(f), start(), x, solver=ti.Anderson(steps=3), compile=True)
-    assert torch.equal(solution.value, ti.solve(ti.FixedPoint(f), start(), x, solver=ti.Anderson(steps=3)).value)
-
-
 def test_the_nudged_phase_takes_as_many_steps() -> None:
     """Equilibrium propagation by the solver of the forward pass: its steps were given for both phases."""
     t = torch.randn(BATCH, DIM, dtype=torch.float64).requires_grad_()
