@@ -24,6 +24,7 @@ from torchimplicit.models.orbital_free.local import (
     thomas_fermi,
     weizsaecker,
 )
+from torchimplicit.models.orbital_free.on_grid import OnGrid
 from torchimplicit.models.orbital_free.response import response
 from torchimplicit.models.orbital_free.second import hessian, mixed
 
@@ -71,8 +72,7 @@ def gaussians(positions: Tensor, charges: Tensor, points: Tensor, quadrature: Te
         atom=torch.arange(atoms).repeat_interleave(shells),
         angular=torch.zeros(atoms * shells, dtype=torch.int64),
         shell=torch.arange(shells).flip(0).repeat(atoms),
-        values=values,
-        gradients=gradients,
+        basis=OnGrid.of(values, gradients),
         quadrature=quadrature,
         points=points,
         reference=guess * (1 + 0.1 * torch.tensor([1.0, -1.0, 0.0], dtype=F64)).repeat(atoms),
@@ -119,8 +119,8 @@ class TestLocal:
 
     def gaussian(self) -> tuple[Tensor, Tensor, Tensor]:
         molecule = atom()
-        rho = self.electrons * molecule.values[:, 1]
-        return rho, self.electrons**2 * molecule.gradients[:, :, 1].square().sum(dim=0), molecule.quadrature
+        rho, *slopes = self.electrons * molecule.fields(torch.tensor([0.0, 1.0, 0.0], dtype=F64))
+        return rho, torch.stack(slopes).square().sum(dim=0), molecule.quadrature
 
     def power(self, k: float) -> float:
         return self.electrons**k * (self.a / math.pi) ** (1.5 * k) * (math.pi / (k * self.a)) ** 1.5
@@ -408,7 +408,7 @@ class TestStarting:
 class TestMolecule:
     def test_moves(self, pair):
         single = pair.to(dtype=torch.float32)
-        assert single.values.dtype == torch.float32
+        assert single.fields(single.guess).dtype == torch.float32
         assert single.charges.dtype == torch.int64
         assert single.size == pair.size == 6
         torch.testing.assert_close(pair.count(pair.guess), pair.electrons)

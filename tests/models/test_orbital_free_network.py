@@ -21,7 +21,8 @@ from torchimplicit.models.orbital_free.second import hessian, mixed
 
 pytest.importorskip("scipy")
 
-from torchimplicit.recipes.density.basis import DensityBasis
+from torchimplicit.models.orbital_free.basis import DensityBasis
+from torchimplicit.models.orbital_free.on_grid import OnGrid
 
 F64 = torch.float64
 PLACES = torch.tensor([[0.0, 0.0, 0.0], [1.4, 1.1, 0.2], [-1.3, 1.2, 0.4]], dtype=F64)
@@ -56,8 +57,7 @@ def made(places: Tensor = PLACES, charges: tuple[int, ...] = (8, 1, 1)) -> Molec
         atom=basis.spread(atom),
         angular=basis.spread(angular),
         shell=basis.spread(basis.numbers()),
-        values=values,
-        gradients=gradients,
+        basis=OnGrid.of(values, gradients),
         quadrature=quadrature,
         points=points,
         reference=guess + 0.02 * torch.randn(n, generator=draw, dtype=F64) * isotropic,

@@ -8,6 +8,7 @@ import torch
 
 from torchimplicit import LBFGS, Metric, Ragged, solve
 from torchimplicit.models.orbital_free import OrbitalFree, OrbitalFreeConfig
+from torchimplicit.models.orbital_free.on_grid import OnGrid
 from torchimplicit.models.orbital_free.pairs import entries, shape
 from torchimplicit.models.orbital_free.second import linear_columns
 
@@ -101,8 +102,7 @@ def test_molecules_of_different_size_are_one_batch(h2):
         h2,
         overlap=h2.overlap[kept][:, kept],
         coulomb=h2.coulomb[kept][:, kept],
-        values=h2.values[:, kept].contiguous(),
-        gradients=h2.gradients[:, :, kept].contiguous(),
+        basis=OnGrid.of(*(one[..., kept] for one in h2.basis.dense())),
         **{name: getattr(h2, name)[kept] for name in ("weight", "external", "atom", "angular", "shell", "guess")},
     )
     molecules = [h2, smaller]
@@ -121,7 +121,7 @@ def test_molecules_of_different_size_are_one_batch(h2):
     gradients = []
     alone = [solve(functional.problem(m, Metric(m.overlap)), m.guess, solver=solver).value for m in molecules]
     for found in (together, alone):
-        loss = sum((m.values @ p).square() @ m.quadrature for m, p in zip(molecules, found, strict=True))
+        loss = sum(m.density(p).square() @ m.quadrature for m, p in zip(molecules, found, strict=True))
         gradients.append(torch.autograd.grad(loss, functional.factor[-1].weight)[0])
     for one, other in zip(together, alone, strict=True):
         torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-6)

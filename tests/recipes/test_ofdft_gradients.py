@@ -19,6 +19,7 @@ from torchimplicit.diagnostics import curvature
 from torchimplicit.gradients import Implicit
 from torchimplicit.linear import Dense
 from torchimplicit.models.orbital_free import OrbitalFree, OrbitalFreeConfig
+from torchimplicit.models.orbital_free.on_grid import OnGrid
 from torchimplicit.recipes.density import gradients as gathered
 from torchimplicit.recipes.density import integrals
 from torchimplicit.recipes.density.adjoints import (
@@ -72,8 +73,7 @@ def small(h2):
         h2,
         overlap=h2.overlap[s][:, s],
         coulomb=h2.coulomb[s][:, s],
-        values=h2.values[points, s],
-        gradients=h2.gradients[:, points][:, :, s],
+        basis=OnGrid.of(*(one[..., points, :][..., s] for one in h2.basis.dense())),
         quadrature=4 * h2.quadrature[points],
         points=h2.points[points],
         **{

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from torchimplicit.diagnostics import curvature
 from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.models.orbital_free.on_grid import OnGrid
 from torchimplicit.recipes.density import split as data
 from torchimplicit.recipes.density import storage
 from torchimplicit.recipes.density import training as runner
@@ -47,8 +48,7 @@ def coarse(h2):
     """On every fifth point of the grid: not what hydrogen is, but as good to take derivatives of."""
     return replace(
         h2,
-        values=h2.values[::5].contiguous(),
-        gradients=h2.gradients[:, ::5].contiguous(),
+        basis=OnGrid.of(*(one[..., ::5, :] for one in h2.basis.dense())),
         quadrature=5 * h2.quadrature[::5],
         points=h2.points[::5],
     )

@@ -103,10 +103,10 @@ def test_attraction_against_a_fine_grid():
     settings = replace(SETTINGS, grid=5, scf_grid=0)
     molecule = compute.compute(named("HF"), settings).molecule()
     q = molecule.quadrature
-    assert torch.allclose((molecule.values.T * q) @ molecule.values, molecule.overlap, atol=2e-5)
+    assert torch.allclose(molecule.basis.products(q[None, None]), molecule.overlap, atol=2e-5)
     distance = torch.linalg.vector_norm(molecule.points[:, None] - molecule.positions, dim=-1)
     potential = -(molecule.charges / distance).sum(dim=1)
-    assert torch.allclose((q * potential) @ molecule.values, molecule.external, atol=1e-4)
+    assert torch.allclose((q * potential) @ molecule.basis.dense()[0], molecule.external, atol=1e-4)
 
 
 def test_blocks_of_integrals_make_no_difference(water, monkeypatch):

@@ -137,7 +137,8 @@ class OrbitalFree(nn.Module):
 
     def parts(self, p: Tensor, molecule: Molecule, tangent: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
         """The energy's terms by name; scalars."""
-        local = self.local(molecule.density(p), molecule.slopes(p))
+        fields = molecule.fields(p)
+        local = self.local(fields[0], fields[1:])
         return {
             **{name: molecule.quadrature @ density for name, density in local.items()},
             "hartree": 0.5 * p @ (molecule.coulomb @ p),

@@ -3,56 +3,97 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache
+from itertools import product
 
 import torch
 from torch import Tensor
 
 
-def solid_harmonics(r: Tensor, largest: int) -> list[Tensor]:
-    """The real regular solid harmonics :math:`r^lY_{lm}` with their derivatives, by recursion in l.
-
-    Helgaker, Jørgensen, Olsen, Molecular Electronic-Structure Theory (2000), eqs. 6.4.70-6.4.72, for harmonics of
-    Racah's norm; here multiplied by :math:`\\sqrt{(2l+1)/4\\pi}`, so that they are orthonormal on the unit sphere.
+def solid_harmonics(r: Tensor, largest: int, counts: Sequence[int] | None = None) -> list[Tensor]:
+    """The real regular solid harmonics :math:`r^lY_{lm}` with their derivatives, orthonormal on the unit sphere.
 
     Args:
-        r: ``[3, points]``.
+        r: ``[centres, 3, points]``.
         largest: the last l.
+        counts: how many of the centres, from the first on, are to have those of each l, fewer as l grows; ``None``:
+            all.
 
     Returns:
-        for every l the values, then the derivatives in x, y and z: ``[4, 2l+1, points]``, m from -l to l, but for
-        l=1, which is in the order x, y, z.
+        for every l the values, then the derivatives in x, y and z: ``[centres, 2l+1, 4, points]``, m from -l to l, but
+        for l=1, which is in the order x, y, z.
     """
-    square = torch.cat([(r * r).sum(dim=0, keepdim=True), 2 * r])
-    coordinates = torch.stack(
-        [torch.cat([r[i : i + 1], torch.eye(3).to(r)[i, :, None].expand_as(r)]) for i in range(3)]
-    )
-
-    def times(factor: Tensor, jet: Tensor) -> Tensor:
-        """The product of two functions that are given with their derivatives, ``[4, points]``."""
-        return torch.cat([factor[:1] * jet[:1], factor[1:] * jet[:1] + factor[:1] * jet[1:]])
-
-    x, y, z = coordinates
-    first = torch.zeros_like(square)
-    first[0] = 1
-    tables: list[dict[int, Tensor]] = [{0: first}]
-    for l in range(largest):
-        last = tables[l]
-        c = math.sqrt((2 * l + 1) / (2 * l + 2))
-        if l == 0:
-            new = {1: x, -1: y}
-        else:
-            new = {
-                l + 1: c * (times(x, last[l]) - times(y, last[-l])),
-                -l - 1: c * (times(y, last[l]) + times(x, last[-l])),
-            }
-        for m in range(-l, l + 1):
-            risen = (2 * l + 1) * times(z, last[m])
-            if abs(m) < l:
-                risen = risen - math.sqrt((l + m) * (l - m)) * times(square, tables[l - 1][m])
-            new[m] = risen / math.sqrt((l + m + 1) * (l - m + 1))
-        tables.append(new)
+    x, y, z = (r[:, i : i + 1] for i in range(3))
+    below, monomials = torch.zeros_like(x), torch.ones_like(x)
     found = []
-    for l, table in enumerate(tables):
-        order = (1, -1, 0) if l == 1 else range(-l, l + 1)
-        found.append(math.sqrt((2 * l + 1) / (4 * math.pi)) * torch.stack([table[m] for m in order], dim=1))
+    for l in range(largest + 1):
+        count = len(r) if counts is None else counts[l]
+        x, y, z, below, monomials = (one[:count] for one in (x, y, z, below, monomials))
+        values, slopes = (matrix.to(r) for matrix in _coefficients(l))
+        found.append(torch.cat(((values @ monomials)[:, :, None], (slopes @ below).unflatten(1, (-1, 3))), dim=2))
+        below = monomials
+        monomials = torch.cat((x * below, y * below[:, -l - 1 :], z * below[:, -1:]), dim=1)
+    return found
+
+
+Polynomial = dict[tuple[int, int, int], float]
+"""Coefficients by the powers of x, y and z."""
+
+
+@cache
+def _coefficients(l: int) -> tuple[Tensor, Tensor]:
+    """Of the harmonics in the monomials of degree l, ``[2l+1, (l+1)(l+2)/2]``, and of their derivatives in those of
+    degree l-1, ``[(2l+1) 3, l(l+1)/2]``, where those with more x come first, then those with more y."""
+    values = torch.zeros(2 * l + 1, (l + 1) * (l + 2) // 2, dtype=torch.float64)
+    slopes = torch.zeros(2 * l + 1, 3, max(1, l * (l + 1) // 2), dtype=torch.float64)
+
+    def place(powers: Sequence[int]) -> int:
+        return sum(powers[1:]) * (sum(powers[1:]) + 1) // 2 + powers[2]
+
+    for row, m in enumerate((1, -1, 0) if l == 1 else range(-l, l + 1)):
+        for powers, c in _harmonics(l)[m].items():
+            values[row, place(powers)] += c
+            for i, power in enumerate(powers):
+                if power:
+                    slopes[row, i, place([k - (i == j) for j, k in enumerate(powers)])] += power * c
+    scale = math.sqrt((2 * l + 1) / (4 * math.pi))
+    return scale * values, scale * slopes.flatten(0, 1)
+
+
+@cache
+def _harmonics(l: int) -> dict[int, Polynomial]:
+    """Of Racah's norm, by m; by recursion in l (Helgaker, Jørgensen, Olsen, Molecular Electronic-Structure Theory
+    (2000), eqs. 6.4.70-6.4.72)."""
+    x, y, z, square = (
+        {(1, 0, 0): 1.0},
+        {(0, 1, 0): 1.0},
+        {(0, 0, 1): 1.0},
+        {(2, 0, 0): 1.0, (0, 2, 0): 1.0, (0, 0, 2): 1.0},
+    )
+    if l == 0:
+        return {0: {(0, 0, 0): 1.0}}
+    if l == 1:
+        return {1: x, -1: y, 0: z}
+    last, before, c = _harmonics(l - 1), _harmonics(l - 2), math.sqrt((2 * l - 1) / (2 * l))
+    found = {
+        l: _sum((c, x, last[l - 1]), (-c, y, last[1 - l])),
+        -l: _sum((c, y, last[l - 1]), (c, x, last[1 - l])),
+    }
+    for m in range(1 - l, l):
+        root = math.sqrt((l + m) * (l - m))
+        terms = [((2 * l - 1) / root, z, last[m])]
+        if abs(m) < l - 1:
+            terms.append((-math.sqrt((l - 1 + m) * (l - 1 - m)) / root, square, before[m]))
+        found[m] = _sum(*terms)
+    return found
+
+
+def _sum(*terms: tuple[float, Polynomial, Polynomial]) -> Polynomial:
+    """Of products of two polynomials, each times a number."""
+    found: Polynomial = defaultdict(float)
+    for c, one, other in terms:
+        for (p, a), (q, b) in product(one.items(), other.items()):
+            found[p[0] + q[0], p[1] + q[1], p[2] + q[2]] += c * a * b
     return found

@@ -8,6 +8,8 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor
 
+from torchimplicit.models.orbital_free.on_grid import OnGrid
+
 EXACT = ("charges", "atom", "angular", "shell")
 """The fields that count or name: integers, whatever the precision of the rest."""
 
@@ -30,8 +32,7 @@ class Molecule:
         angular: its angular momentum l, ``[n]``.
         shell: its number among the functions of the same l at the same atom, from the tightest exponent on, ``[n]``;
             the 2l+1 functions of a shell share it.
-        values: the basis on the grid, ``[points, n]``.
-        gradients: its derivatives in x, y, z, ``[3, points, n]``.
+        basis: the functions on the grid.
         quadrature: the grid's weights, ``[points]``.
         points: where the grid's points are, ``[points, 3]``, in bohr.
         reference: the fitted Kohn-Sham density, ``[n]``.
@@ -53,8 +54,7 @@ class Molecule:
     atom: Tensor
     angular: Tensor
     shell: Tensor
-    values: Tensor
-    gradients: Tensor
+    basis: OnGrid
     quadrature: Tensor
     points: Tensor
     reference: Tensor
@@ -70,23 +70,28 @@ class Molecule:
         return len(self.weight)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+        """All tensors by name, those of the basis aside."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "basis")}
 
     def to(self, *, dtype: torch.dtype | None = None, device: Any = None) -> Self:
         """The same in another precision (integers stay) or on another device."""
         moved: dict[str, Any] = {
             key: value.to(device=device, dtype=None if key in EXACT else dtype) for key, value in self.tensors().items()
         }
-        return replace(self, **moved)
+        return replace(self, basis=self.basis.to(dtype=dtype, device=device), **moved)
+
+    def fields(self, p: Tensor) -> Tensor:
+        """:math:`\\rho` at the grid's points, and its derivatives in x, y, z, of the coefficients ``p`` (``[n]``):
+        ``[4, points]``."""
+        return self.basis(p)
 
     def density(self, p: Tensor) -> Tensor:
         """:math:`\\rho` at the grid's points, ``[points]``, of the coefficients ``p`` (``[n]``)."""
-        return self.values @ p
+        return self.fields(p)[0]
 
     def slopes(self, p: Tensor) -> Tensor:
         """The density's derivatives in x, y, z at the grid's points, ``[3, points]``."""
-        return self.gradients @ p
+        return self.fields(p)[1:]
 
     def count(self, p: Tensor) -> Tensor:
         """How many electrons ``p`` holds; a scalar."""

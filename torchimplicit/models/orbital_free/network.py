@@ -116,8 +116,8 @@ class Graph:
         first, second = near.nonzero(as_tuple=True)
         away = away[first, second]
         distance = away.norm(dim=1)
-        solid = solid_harmonics((away / distance[:, None]).T, len(config.shells) - 1)
-        harmonics = tuple(one[0].T * math.sqrt(4 * math.pi / (2 * l + 1)) for l, one in enumerate(solid))
+        solid = solid_harmonics((away / distance[:, None]).T[None], len(config.shells) - 1)
+        harmonics = tuple(one[0, :, 0].T * math.sqrt(4 * math.pi / (2 * l + 1)) for l, one in enumerate(solid))
         return cls(kinds=kinds, first=first, second=second, distance=distance, harmonics=harmonics)
 
     def repeated(self, count: int) -> Self:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +10,6 @@ from torch import Tensor
 from torchimplicit.models.orbital_free.functional import SHELLS, OrbitalFree
 from torchimplicit.models.orbital_free.molecule import Molecule
 from torchimplicit.models.orbital_free.pairs import entries
-
-POINTS_AT_ONCE = 1024
-"""Of the grid: so many rows of the basis stay in the processor's cache."""
 
 COLUMNS_AT_ONCE = 64
 """Of a network's Hessian."""
@@ -32,15 +29,7 @@ def hessian(functional: OrbitalFree, p: Tensor, molecule: Molecule) -> Tensor:
         one[k] = 1
         (row,) = torch.autograd.grad(slopes, fields, one, retain_graph=k < 3)
         rows.append(row)
-    weights = (torch.stack(rows) * molecule.quadrature)[..., None]  # [4, 4, points, 1]
-    total = molecule.coulomb.clone()
-    for there in _parts(molecule):
-        basis = _basis(molecule, there)
-        for k in range(4):
-            weighted = weights[k, 0, there] * basis[0]
-            for other in range(1, 4):
-                weighted.addcmul_(weights[k, other, there], basis[other])
-            total.addmm_(basis[k].T, weighted)
+    total = molecule.coulomb + molecule.basis.products(torch.stack(rows) * molecule.quadrature)
     if functional.network is not None and functional.config.network_at == "density":
         network = functional.network
         slope = torch.func.grad(lambda q: network(q, molecule))
@@ -97,7 +86,7 @@ def _of_network(
     functional: OrbitalFree, p: Tensor, molecule: Molecule, weights: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     with torch.no_grad():
-        fields = torch.cat((molecule.density(p)[None], molecule.slopes(p)))
+        fields = molecule.fields(p)
     local = _Local(functional)
 
     def slope(weights: dict[str, Tensor], field: Tensor) -> Tensor:
@@ -112,23 +101,13 @@ def _of_network(
     prefixed = {f"functional.{name}": w for name, w in weights.items()}
     sizes = [w.numel() for w in weights.values()]
     total = p.new_zeros(molecule.size, sum(sizes))
-    for there in _parts(molecule):
-        slopes = every(prefixed, fields[:, there])  # each [points, 4, *shape]
+    for block in molecule.basis:
+        slopes = every(prefixed, fields[:, block.points])  # each [points, 4, *shape]
         of_points = torch.cat([slopes[name].flatten(2) for name in prefixed], dim=2)
-        of_points = (of_points * molecule.quadrature[there, None, None]).transpose(0, 1)
-        total.addmm_(_basis(molecule, there).flatten(0, 1).T, of_points.flatten(0, 1))
+        of_points = (of_points * molecule.quadrature[block.points, None, None]).transpose(0, 1)
+        total[block.functions] += block.values.flatten(1) @ of_points.flatten(0, 1)
     columns = total.split(sizes, dim=1)
     return {name: of.reshape(molecule.size, *w.shape) for (name, w), of in zip(weights.items(), columns, strict=True)}
-
-
-def _parts(molecule: Molecule) -> Iterator[slice]:
-    """Of the grid."""
-    return (slice(start, start + POINTS_AT_ONCE) for start in range(0, len(molecule.quadrature), POINTS_AT_ONCE))
-
-
-def _basis(molecule: Molecule, there: slice) -> Tensor:
-    """The basis functions and their slopes at some of the points, ``[4, points, n]``."""
-    return torch.cat((molecule.values[None, there], molecule.gradients[:, there]))
 
 
 class _Local(torch.nn.Module):
@@ -145,7 +124,7 @@ class _Local(torch.nn.Module):
 def _first(functional: OrbitalFree, p: Tensor, molecule: Molecule) -> tuple[Tensor, Tensor]:
     """The density and its slopes, and the derivatives of the energy density in them, ``[4, points]`` each."""
     with torch.enable_grad():
-        fields = torch.cat((molecule.density(p.detach())[None], molecule.slopes(p.detach()))).requires_grad_()
+        fields = molecule.fields(p.detach()).requires_grad_()
         energy = torch.stack(list(functional.local(fields[0], fields[1:]).values())).sum()
         (slopes,) = torch.autograd.grad(energy, fields, create_graph=True)
     return fields, slopes

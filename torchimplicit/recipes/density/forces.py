@@ -11,9 +11,6 @@ from torchimplicit.models.orbital_free import Molecule, OrbitalFree
 from torchimplicit.recipes.density.integrals import density_basis, made
 from torchimplicit.recipes.density.record import Record
 
-AT_ONCE = 2048
-"""Points of the grid whose basis functions are in memory together."""
-
 
 def forces(functional: OrbitalFree, p: Tensor, record: Record) -> Tensor:
     """:math:`-dE/dR`, ``[atoms, 3]``, in hartree per bohr.
@@ -34,11 +31,11 @@ def forces(functional: OrbitalFree, p: Tensor, record: Record) -> Tensor:
     positions = molecule.positions.clone().requires_grad_()
     moved = replace(molecule, positions=positions)
     (slope,) = torch.autograd.grad(_repulsion(moved) + functional.linear(moved).mul(p).sum(), positions)
-    for start in range(0, len(record.points), AT_ONCE):
-        part = slice(start, start + AT_ONCE)
-        values, gradients = replace(record.basis, centres=positions).evaluate(record.points[part])
-        local = functional.local(values @ p, gradients @ p)
-        energy = record.quadrature[part] @ torch.stack(list(local.values())).sum(dim=0)
+    for place in molecule.basis.places:
+        jets = replace(record.basis, centres=positions).jets(record.points[place.points], place.shells)
+        fields = torch.einsum("icp,i->cp", jets, p[place.shells.functions])
+        local = functional.local(fields[0], fields[1:])
+        energy = record.quadrature[place.points] @ torch.stack(list(local.values())).sum(dim=0)
         slope = slope + torch.autograd.grad(energy, positions)[0]
     return -(slope + _coulomb(p, record))
 

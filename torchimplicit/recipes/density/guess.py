@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchimplicit.models.orbital_free.on_grid import OnGrid
 from torchimplicit.recipes.density.integrals import density_basis, made, three_centre
 from torchimplicit.recipes.density.record import Record
 
@@ -52,8 +53,8 @@ def _exchange_correlation(field: Any, p: Tensor, record: Record) -> Array:
 
     field.grids.build()
     points = torch.from_numpy(np.ascontiguousarray(field.grids.coords))
-    values, gradients = record.basis.evaluate(points)
-    rho, slopes = (values @ p).clamp_min(0).numpy(), (gradients @ p).numpy()
+    fields = OnGrid(record.basis, points)(p)
+    rho, slopes = fields[0].clamp_min(0).numpy(), fields[1:].numpy()
     local = libxc.xc_type(field.xc) == "LDA"
     by = libxc.eval_xc(field.xc, rho if local else np.vstack([rho[None], slopes]))[1]  # rho, and sigma if it counts
     orbitals = field._numint.eval_ao(field.mol, field.grids.coords, deriv=0 if local else 1)

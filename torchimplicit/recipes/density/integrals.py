@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchimplicit.recipes.density.basis import DensityBasis
+from torchimplicit.models.orbital_free.basis import DensityBasis
 from torchimplicit.recipes.density.chemistry import Geometry, symbol
 from torchimplicit.recipes.density.settings import ChemistrySettings
 from torchimplicit.recipes.runtime.errors import UserError

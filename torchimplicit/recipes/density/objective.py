@@ -70,7 +70,7 @@ class Case:
         matrix = molecule.overlap
         if tail_weight:
             share = molecule.quadrature / (molecule.density(molecule.reference).clamp_min(0) + TAIL)
-            matrix = matrix + tail_weight * molecule.values.T @ (share[:, None] * molecule.values)
+            matrix = matrix + tail_weight * molecule.basis.products(share[None, None])
         weighing = torch.linalg.cholesky(matrix / molecule.electrons).mT
         return cls(molecule, Metric(molecule.overlap), weighing)
 

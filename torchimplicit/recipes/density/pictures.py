@@ -11,8 +11,8 @@ from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free import (
     OrbitalFree,
 )
+from torchimplicit.models.orbital_free.basis import DensityBasis
 from torchimplicit.recipes.density import storage
-from torchimplicit.recipes.density.basis import DensityBasis
 from torchimplicit.recipes.density.history import Look, Results
 from torchimplicit.recipes.density.objective import Case
 from torchimplicit.recipes.density.places import line, plane

@@ -8,8 +8,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from torchimplicit.models.orbital_free.basis import DensityBasis
 from torchimplicit.models.orbital_free.molecule import Molecule
-from torchimplicit.recipes.density.basis import DensityBasis
+from torchimplicit.models.orbital_free.on_grid import OnGrid
 from torchimplicit.recipes.density.chemistry import Geometry
 from torchimplicit.recipes.density.integrals import grid_of
 from torchimplicit.recipes.density.settings import ChemistrySettings
@@ -69,7 +70,6 @@ class Record:
 
     def molecule(self) -> Molecule:
         """What a density functional needs of it, float64."""
-        values, gradients = self.basis.evaluate(self.points)
         return Molecule(
             name=self.geometry.name,
             charges=torch.tensor(self.geometry.charges),
@@ -79,8 +79,7 @@ class Record:
             atom=self.basis.spread(self.basis.atom),
             angular=self.basis.spread(self.basis.angular),
             shell=self.basis.spread(self.basis.numbers()),
-            values=values,
-            gradients=gradients,
+            basis=OnGrid(self.basis, self.points),
             **self.tensors(),
             **{
                 name: torch.tensor(getattr(self, name), dtype=torch.float64)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from torchimplicit.models.orbital_free.basis import DensityBasis
 from torchimplicit.models.orbital_free.molecule import Molecule
-from torchimplicit.recipes.density.basis import DensityBasis
 from torchimplicit.recipes.density.chemistry import Geometry
 from torchimplicit.recipes.density.record import Record
 from torchimplicit.recipes.density.settings import ChemistrySettings
