@@ -77,6 +77,11 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return torch.autocast(device.type, enabled=False)
 
 
+CASTS_OUTLIVE_NO_GRAD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
+"""Whether autocast gives a weight that it has cast under ``no_grad`` to evaluations that are recorded too, where the weight
+then has no gradient: so did PyTorch up to 2.10."""
+
+
 class AutocastState:
     """The autocast state of this moment for one kind of device, to be entered again later (in a backward pass).
 
@@ -91,11 +96,11 @@ class AutocastState:
     def __call__(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which that state holds."""
         now = torch.get_autocast_dtype(self.kind) if torch.is_autocast_enabled(self.kind) else None
-        if now == self.dtype:
+        if now == self.dtype and (now is None or not CASTS_OUTLIVE_NO_GRAD):
             return contextlib.nullcontext()
         if self.dtype is None:
             return torch.autocast(self.kind, enabled=False)
-        return torch.autocast(self.kind, dtype=self.dtype)
+        return torch.autocast(self.kind, dtype=self.dtype, cache_enabled=not CASTS_OUTLIVE_NO_GRAD)
 
 
 def at_precision(method: Method, dtype: torch.dtype | None) -> Method:
