@@ -34,18 +34,12 @@ class CaptureWarning(UserWarning):
     """A solve with ``compile=True`` could not be compiled as a whole, and the eager loop served."""
 
 
-def callers_level() -> int:
-    """The ``stacklevel`` of the first frame that is neither the library's nor PyTorch's, for a warning given where this
-    is called."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and _within(frame.f_globals.get("__name__", "")):
-        frame, level = frame.f_back, level + 1
-    return level
-
-
 def users_frame() -> FrameType:
-    """That frame."""
-    return sys._getframe(callers_level() - 1)
+    """The first frame that is neither the library's nor PyTorch's."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _within(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+    return frame
 
 
 def _within(module: str) -> bool:

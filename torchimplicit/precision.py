@@ -78,8 +78,8 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 CASTS_OUTLIVE_NO_GRAD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
-"""Whether autocast gives a weight that it has cast under ``no_grad`` to evaluations that are recorded too, where the weight
-then has no gradient: so did PyTorch up to 2.10."""
+"""Whether a weight that autocast has cast under ``no_grad`` serves recorded evaluations too, where it then has no
+gradient: so it did in PyTorch up to 2.10."""
 
 
 class AutocastState:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import threading
 import types
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,8 +27,9 @@ from torchimplicit.captured.continued import Continuation, Continued, compiled_c
 from torchimplicit.captured.forward import compiled_forward
 from torchimplicit.captured.graph import Graph, Uncapturable
 from torchimplicit.closure import is_transformed
-from torchimplicit.errors import CaptureWarning, callers_level
+from torchimplicit.errors import CaptureWarning
 from torchimplicit.members import known_by, module_of
+from torchimplicit.notices import notice
 from torchimplicit.precision import without_autocast
 from torchimplicit.problems import Problem
 from torchimplicit.solvers import Solver
@@ -281,10 +281,10 @@ def tell(problem: Problem, reason: str) -> None:
         told = set()
     if reason not in told:
         told.add(reason)
-        warnings.warn(
+        notice(
+            f"not captured: {reason}",
             f"compile=True: this solve is not captured, and the eager loop serves: {reason}",
             CaptureWarning,
-            stacklevel=callers_level(),
         )
 
 

@@ -379,7 +379,7 @@ class Derivatives:
         return value
 
     def _warn_if_rough(self) -> None:
-        self._task.smoothness.warn(self._shared.out, stacklevel=3)
+        self._task.smoothness.warn(self._shared.out)
 
 
 def _moved(params: Sequence[Tensor], moving: Sequence[Tensor | None], e: Tensor) -> tuple[Tensor, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from torchimplicit.closure import is_transformed
-from torchimplicit.errors import callers_level
 from torchimplicit.members import known_by
+from torchimplicit.notices import notice
 
 LOOKS = 8
 """How often a function that draws random numbers is looked at, before they are taken to make no difference."""
@@ -72,13 +71,13 @@ class Randomness:
         _looks[self._subject] = looks + 1 if same else LOOKS
         if same:
             return
-        warnings.warn(
+        notice(
+            "the problem's function is random",
             "the problem's function gives different values at one point: it is random (dropout in training?), or "
             "changes from call to call. Then there is no solution to converge to, and the derivative is that of its "
             "last evaluation. Take torchimplicit.nn.VariationalDropout, which draws one mask a solve inside an "
             "Equilibrium, or draw outside the function and pass what was drawn as an argument",
             UserWarning,
-            stacklevel=callers_level(),
         )
 
 

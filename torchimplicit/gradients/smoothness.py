@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import Tensor
 
 from torchimplicit.errors import SmoothnessWarning
+from torchimplicit.notices import notice
 
 ROUGH = {
     "Relu": "relu",
@@ -63,16 +63,16 @@ class Smoothness:
     def look(self, out: Tensor) -> None:
         """Warn, if one was asked for and ``out`` is a recorded value that is linear in pieces."""
         if self._asked and not self._told:
-            self.warn(out, stacklevel=3)
+            self.warn(out)
 
-    def warn(self, out: Tensor, stacklevel: int) -> None:
+    def warn(self, out: Tensor) -> None:
         """Warn where ``out`` is linear in pieces."""
         self._told = True
         if found := rough_operations(out):
-            warnings.warn(
+            notice(
+                "a second derivative was asked for of a function that is linear in pieces",
                 f"a second derivative was asked for, and the problem's function uses {', '.join(found)}, linear in "
                 "pieces: autograd takes the second derivative to be zero, which says nothing about the kinks. Use a "
                 "smooth function instead: tanh, sin, softplus, silu or gelu",
                 SmoothnessWarning,
-                stacklevel=stacklevel + 1,
             )

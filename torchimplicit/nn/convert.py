@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchimplicit.nn.normalization import SpectralNorm, WeightNorm
+from torchimplicit.notices import notice
 
 _WRAPPERS = ("module.", "_orig_mod.")
 _COPIES = ("func_copy", "fullstage_copy")  # of the older deq and mdeq code
@@ -175,12 +175,12 @@ def _tell_stale(plain: str, parts: Mapping[str, Tensor], norm: SpectralNorm) -> 
     image = matrix @ parts["v"].to(matrix)
     theirs, ours = (parts["u"].to(matrix) @ image).item(), torch.linalg.vector_norm(image).item()
     if abs(theirs - ours) > 1e-3 * ours:
-        warnings.warn(
+        notice(
+            f"the spectral norm of {plain} is stale in the checkpoint",
             f"convert_state_dict: the weight {plain} has changed since the vectors of its spectral norm were computed: "
             f"the model that was saved divides by {theirs:.4g} in eval mode, and this one by {ours:.4g}, which is "
             "nearer to the singular value. spectral_norm(..., paired=True) does as the old one",
             UserWarning,
-            stacklevel=4,
         )
 
 

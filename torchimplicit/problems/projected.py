@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, final
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from torchimplicit.closure import is_transformed
-from torchimplicit.errors import SmoothnessWarning, callers_level
+from torchimplicit.errors import SmoothnessWarning
 from torchimplicit.linear import GMRES, Dense, LinearOperator, LinearSolver
+from torchimplicit.notices import notice
 from torchimplicit.precision import safe_norm
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.sets import FlatSet
@@ -174,12 +174,12 @@ class ProjectedSystem(System):
             sides.append(tape.transposed(probe))
         gap = (sides[0] - sides[1]).abs().amax(dim=1) > 0.05 * probe.abs().amax(dim=1)
         if bool(gap.any()):
-            warnings.warn(
+            notice(
+                "the solution lies on a kink of its constraint",
                 f"the solution lies on a kink of its constraint in {int(gap.sum())} of {len(gap)} samples: a "
                 "constraint is active there with a multiplier of zero, or nearly so (no strict complementarity). The "
                 "derivative is that of one side, and the other side's is another",
                 SmoothnessWarning,
-                stacklevel=callers_level(),
             )
 
 
