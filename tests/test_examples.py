@@ -1,0 +1,22 @@
+"""Every example runs as a user runs it, says what it found without a warning, and draws its picture."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example(path, tmp_path):
+    for needed in ("sklearn", "matplotlib"):
+        pytest.importorskip(needed)
+    picture = tmp_path / "picture.png"
+    ran = subprocess.run([sys.executable, path, picture], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert "Warning" not in ran.stderr
+    assert ran.stdout.strip()
+    assert picture.stat().st_size > 5000
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 100
