@@ -43,7 +43,9 @@ for _ in range(60):
     held.append(loss.item())
     test.append(error(w, x_test, y_test).item())
 
-print(f"held-out loss {held[0]:.3f} -> {held[-1]:.3f}, loss on data that nothing was chosen by {test[0]:.3f} -> {test[-1]:.3f}")
+print(
+    f"held-out loss {held[0]:.3f} -> {held[-1]:.3f}, loss on data that nothing was chosen by {test[0]:.3f} -> {test[-1]:.3f}"
+)
 kept, noise = log_penalty[:informative].exp().median(), log_penalty[informative:].exp().median()
 print(f"median penalty: {kept:.3g} for features that matter, {noise:.3g} for noise")
 
