@@ -1,8 +1,8 @@
 """Hyperparameters by their gradient: logistic regression with one penalty for each feature.
 
-The fit is the minimum of a penalized loss; the penalties are chosen by the loss of that minimum on held-out data. Its
-gradient in all penalties costs one linear solve, where a grid of 30 dimensions would be out of question. Only ten of the
-features carry information; the others are noise.
+The fit is the minimum of a penalized loss; the penalties are chosen by the loss of that minimum on held-out
+data. Its gradient in all penalties costs one linear solve, where a grid of 30 dimensions would be out of
+question. Only ten of the features carry information; the others are noise.
 """
 
 import sys
@@ -43,9 +43,7 @@ for _ in range(60):
     held.append(loss.item())
     test.append(error(w, x_test, y_test).item())
 
-print(
-    f"held-out loss {held[0]:.3f} -> {held[-1]:.3f}, loss on data that nothing was chosen by {test[0]:.3f} -> {test[-1]:.3f}"
-)
+print(f"held-out loss {held[0]:.3f} -> {held[-1]:.3f}, test loss {test[0]:.3f} -> {test[-1]:.3f}")
 kept, noise = log_penalty[:informative].exp().median(), log_penalty[informative:].exp().median()
 print(f"median penalty: {kept:.3g} for features that matter, {noise:.3g} for noise")
 
@@ -57,7 +55,7 @@ def held_out(p: torch.Tensor) -> torch.Tensor:
     return error(ti.solve(fit, w.detach(), p, solver=ti.LBFGS(rtol=1e-10)).value, x_held, y_held)
 
 
-at = log_penalty.detach().requires_grad_()
+at = torch.full((features,), -1.0, requires_grad=True)
 (gradient,) = torch.autograd.grad(held_out(at), at)
 with torch.no_grad():
     difference = (held_out(at + 1e-4 * direction) - held_out(at - 1e-4 * direction)) / 2e-4
