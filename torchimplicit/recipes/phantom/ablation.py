@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -118,34 +118,25 @@ def training(config: PhantomAblationConfig, row: Row, seed: int) -> ImageConfig:
     """The settings of one run."""
     paper = config.plan.scale == "paper"
     base = _paper(config) if paper else _cpu(config)
-    steps = base.optimization.steps
-    pretrain = (3000 if paper and config.steps is None else round(0.15 * steps)) if row.pretrained else 0
-    return replace(
-        base,
-        dropout=DROPOUT if row.dropout else 0.0,
-        optimization=_optimization(base.optimization, row, config.plan.scale, seed),
-        equilibria=replace(
-            base.equilibria,
-            gradient=row.gradient,
-            phantom_steps=row.steps,
-            phantom_damping=row.damping,
-            pretrain_steps=pretrain,
-        ),
-        machine=config.machine,
-    )
-
-
-def _optimization(base: Optimization, row: Row, scale: str, seed: int) -> Optimization:
+    steps, rate = base.optimization.steps, ADAM_RATE[config.plan.scale]
     if row.sgd:
-        return replace(base, optimizer="sgd", learning_rate=0.1, weight_decay=1e-4, seed=seed)
-    return replace(base, optimizer="adam", learning_rate=ADAM_RATE[scale], weight_decay=2.5e-6, seed=seed)
+        optimization = replace(base.optimization, optimizer="sgd", learning_rate=0.1, weight_decay=1e-4, seed=seed)
+    else:
+        optimization = replace(base.optimization, optimizer="adam", learning_rate=rate, weight_decay=2.5e-6, seed=seed)
+    equilibria = replace(
+        base.equilibria,
+        gradient=row.gradient,
+        phantom_steps=row.steps,
+        phantom_damping=row.damping,
+        pretrain_steps=(3000 if paper and config.steps is None else round(0.15 * steps)) if row.pretrained else 0,
+    )
+    own = replace(base, data_dir=config.data_dir, dropout=DROPOUT if row.dropout else 0.0, machine=config.machine)
+    return replace(own, optimization=optimization, equilibria=equilibria)
 
 
 def _paper(config: PhantomAblationConfig) -> ImageConfig:
     base = replace(cifar10(), data=config.images)
-    steps = config.steps or base.optimization.steps
-    chosen = replace(base.optimization, steps=steps, validate_every=min(steps, base.optimization.validate_every))
-    return replace(base, data_dir=config.data_dir, optimization=chosen)
+    return replace(base, optimization=base.optimization.of(base.optimization.seed, config.steps))
 
 
 def _cpu(config: PhantomAblationConfig) -> ImageConfig:
@@ -153,7 +144,6 @@ def _cpu(config: PhantomAblationConfig) -> ImageConfig:
     bundled = config.images == "digits"
     return ImageConfig(
         data=config.images,
-        data_dir=config.data_dir,
         downsamplings=0 if bundled else 2,
         validation_images=300 if bundled else 1000,
         train_images=None if bundled else 9000,
@@ -181,9 +171,6 @@ def jobs(config: PhantomAblationConfig) -> list[Job]:
     return [job for job in made if not config.rows or job.name.partition("-seed")[0] in config.rows]
 
 
-# -- what the runs come to ---------------------------------------------------------------------------------------------
-
-
 def accuracies(runs: Runs, row: str) -> list[float]:
     """Of the test images, in %, of the runs that came to their end."""
     return [100 * value for value in runs.of(row, "test.accuracy")]
@@ -194,7 +181,7 @@ def measured(runs: Runs) -> dict[str, StepCost]:
     return costs_of(runs.named(COST))
 
 
-def sheets(config: PhantomAblationConfig, runs: Runs) -> list[Sheet]:
+def sheets(config: PhantomAblationConfig, runs: Runs) -> Iterator[Sheet]:
     """Table 1, what a step costs, and the sweep."""
 
     def cost(figure: str, digits: int, scale: float = 1.0) -> Any:
@@ -207,7 +194,7 @@ def sheets(config: PhantomAblationConfig, runs: Runs) -> list[Sheet]:
     def accuracy(row: str) -> str:
         return table.spread(accuracies(runs, row))
 
-    first = table.sheet("Table 1", TABLE_1, [
+    yield table.sheet("Table 1", TABLE_1, [
         Cell("Training", lambda row: TABLE_1[row].label),
         Cell("Accuracy", accuracy, "%",
              "Of the test images; the weights are those of the best validation. Mean ± deviation over seeds."),
@@ -221,62 +208,53 @@ def sheets(config: PhantomAblationConfig, runs: Runs) -> list[Sheet]:
         Cell("Runs", lambda row: f"{len(accuracies(runs, row))} of {len(runs.where(row=row))}", "",
              "Finished, of those begun."),
     ])  # fmt: skip
+    if found := measured(runs):
+        yield Sheet("A training step, by gradient, at the same trained weights", cost_table(found))
     points = {UPG: TABLE_1[UPG], **SWEEP}
     order = sorted(points, key=lambda name: (points[name].damping, points[name].steps))
-    sweep = table.sheet("Sweep over k and λ (Fig. 3)", order, [
+    yield table.sheet("Sweep over k and λ (Fig. 3)", order, [
         Cell("Gradient", lambda row: points[row].label.removesuffix(": SGD")),
         Cell("Accuracy", accuracy, "%", "As above."),
         Cell("Forward", cost("forward", 1), "evaluations", "As above."),
         Cell("Backward", cost("backward", 1), "products", "As above."),
     ])  # fmt: skip
-    if not (found := measured(runs)):
-        return [first, sweep]
-    return [first, Sheet("A training step, by gradient, at the same trained weights", cost_table(found)), sweep]
 
 
-def claims(config: PhantomAblationConfig, runs: Runs) -> list[Claim]:
+def claims(config: PhantomAblationConfig, runs: Runs) -> Iterator[Claim]:
     """What was aimed at, and what came out."""
-    made = []
+    spread = table.spread
     for name, other in ((UPG, IMPLICIT), (NPG, IMPLICIT), (UPG, CONTROL)):
         ours, theirs = accuracies(runs, name), accuracies(runs, other)
         if ours and theirs:
             margin = max((stdev(values) for values in (ours, theirs) if len(values) > 1), default=0.0)
-            made.append(
-                Claim(
-                    f"{TABLE_1[name].label}: as accurate as {TABLE_1[other].label}, or more, within one deviation",
-                    f"{table.spread(ours)} % and {table.spread(theirs)} %",
-                    fmean(ours) >= fmean(theirs) - margin,
-                )
+            yield Claim(
+                f"{TABLE_1[name].label}: as accurate as {TABLE_1[other].label}, or more, within one deviation",
+                f"{spread(ours)} % and {spread(theirs)} %",
+                fmean(ours) >= fmean(theirs) - margin,
             )
     with_it, without = accuracies(runs, IMPLICIT), accuracies(runs, "implicit-nopre")
     if with_it and without:
-        made.append(
-            Claim(
-                "Implicit training loses accuracy without pretraining",
-                f"{table.spread(with_it)} % with and {table.spread(without)} % without",
-                fmean(without) < fmean(with_it),
-            )
+        yield Claim(
+            "Implicit training loses accuracy without pretraining",
+            f"{spread(with_it)} % with and {spread(without)} % without",
+            fmean(without) < fmean(with_it),
         )
-    cost = measured(runs)
-    if not cost:
-        return made
+    if not (cost := measured(runs)):
+        return
     converged, implicit, phantom = (cost[name] for name in (CONVERGED, "implicit", "UPG(5, 0.5)"))
-    evaluation_ratio = evaluations(converged) / evaluations(phantom)
-    step_ratio = implicit.seconds / phantom.seconds
-    return [
-        *made,
-        Claim(
-            "The backward pass of UPG(5, 0.5) takes at least 12 times fewer evaluations than a converged implicit one",
-            f"{evaluations(phantom):.0f} instead of {evaluations(converged):.0f} evaluations, {evaluation_ratio:.1f} "
-            f"times fewer; {converged.backward_seconds / phantom.backward_seconds:.1f} times less time",
-            evaluation_ratio >= 12,
-        ),
-        Claim(
-            "A whole step with UPG(5, 0.5) is at least 1.4 times as fast as an implicit one with the paper's budgets",
-            f"{step_ratio:.2f} times",
-            step_ratio >= 1.4,
-        ),
-    ]
+    ratio = evaluations(converged) / evaluations(phantom)
+    yield Claim(
+        "The backward pass of UPG(5, 0.5) takes at least 12 times fewer evaluations than a converged implicit one",
+        f"{evaluations(phantom):.0f} instead of {evaluations(converged):.0f} evaluations, {ratio:.1f} times fewer; "
+        f"{converged.backward_seconds / phantom.backward_seconds:.1f} times less time",
+        ratio >= 12,
+    )
+    faster = implicit.seconds / phantom.seconds
+    yield Claim(
+        "A whole step with UPG(5, 0.5) is at least 1.4 times as fast as an implicit one with the paper's budgets",
+        f"{faster:.2f} times",
+        faster >= 1.4,
+    )
 
 
 def protocol(config: PhantomAblationConfig, runs: Runs) -> str:
@@ -296,50 +274,42 @@ def protocol(config: PhantomAblationConfig, runs: Runs) -> str:
     )
 
 
-def notes(config: PhantomAblationConfig, runs: Runs) -> list[str]:
+def notes(config: PhantomAblationConfig, runs: Runs) -> Iterator[str]:
     """What a reader must know."""
-    made = [
-        "The published table has no row with the phantom rows' settings and the exact gradient; 'Implicit: SGD' is "
-        "ours, and tells apart what the gradient does from what the other settings do.",
-        "The published accuracies were selected on the test set, ours on a validation split.",
-        "Broyden's method in the backward pass is replaced by GMRES, whose residual never grows; evaluations are "
-        "counted per sample, and samples that have converged cost nothing more.",
-    ]
     if config.plan.scale == "cpu":
-        made.insert(
-            0,
+        yield (
             "A small model, few steps and another data set than the paper's CIFAR-10: rows compare among themselves. "
             "Adam's rate is higher than the paper's 0.001, which learns too slowly for so few steps; it was chosen on "
-            "a validation split of CIFAR-10, by one run of each.",
+            "a validation split of CIFAR-10, by one run of each."
         )
+    yield (
+        "The published table has no row with the phantom rows' settings and the exact gradient; 'Implicit: SGD' is "
+        "ours, and tells apart what the gradient does from what the other settings do."
+    )
+    yield "The published accuracies were selected on the test set, ours on a validation split."
+    yield (
+        "Broyden's method in the backward pass is replaced by GMRES, whose residual never grows; evaluations are "
+        "counted per sample, and samples that have converged cost nothing more."
+    )
     if cost := measured(runs):
-        needed = evaluations(cost[CONVERGED])
-        made.append(
+        yield (
             "For A(5, 0.5) to be 12 times as cheap, the converged backward pass must take 60 evaluations; on this "
-            f"model GMRES converges in {needed:.0f}. The applications that UPG unrolls count as forward evaluations."
+            f"model GMRES converges in {evaluations(cost[CONVERGED]):.0f}. The applications that UPG unrolls count as "
+            "forward evaluations."
         )
-    return [*made, *table.diverged(by_row(runs), lambda line: line.name)]
+    by_row = Runs(line for row in (*TABLE_1, *SWEEP) for line in runs.where(row=row))
+    yield from table.diverged(by_row, lambda line: line.name)
 
 
-def by_row(runs: Runs) -> Runs:
-    """Row by row, seed by seed."""
-    return Runs(line for row in (*TABLE_1, *SWEEP) for line in runs.where(row=row))
-
-
-# -- figures -----------------------------------------------------------------------------------------------------------
-
-
-def drawings(config: PhantomAblationConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+def drawings(config: PhantomAblationConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
     """Those for which there are runs."""
     shown = (IMPLICIT, "implicit-nopre", "implicit-sgd", CONTROL, UPG, NPG)  # all nine would hide each other
-    made = []
     if any(runs.where(row=name) for name in shown):
-        made.append(_training(config, runs, shown))
+        yield _training(config, runs, shown)
     if any(runs.where(row=name) for name in SWEEP):
-        made.append(_sweep(runs))
+        yield _sweep(runs)
     if cost := measured(runs):
-        made.append(_cost(cost))
-    return made
+        yield _cost(cost)
 
 
 def _training(config: PhantomAblationConfig, runs: Runs, shown: tuple[str, ...]) -> Drawing:
@@ -399,14 +369,10 @@ def _sweep(runs: Runs) -> Drawing:
 def _cost(cost: dict[str, StepCost]) -> Drawing:
     figure, (seconds, products) = axes(2, width=4.8, height=2.9)
     names = list(cost)[::-1]
-    seconds.barh(names, [1e3 * cost[name].forward_seconds for name in names], color=COLOURS[0], label="forward")
-    seconds.barh(
-        names,
-        [1e3 * cost[name].backward_seconds for name in names],
-        left=[1e3 * cost[name].forward_seconds for name in names],
-        color=COLOURS[1],
-        label="backward",
-    )
+    forward = [1e3 * cost[name].forward_seconds for name in names]
+    backward = [1e3 * cost[name].backward_seconds for name in names]
+    seconds.barh(names, forward, color=COLOURS[0], label="forward")
+    seconds.barh(names, backward, left=forward, color=COLOURS[1], label="backward")
     seconds.set(xlabel="milliseconds a step")
     seconds.legend()
     products.barh(names, [cost[name].backward for name in names], color=COLOURS[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -23,6 +23,7 @@ from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.page import COLOURS, axes, style
 from torchimplicit.recipes.runtime.settings import Machine, Optimization, positive
+from torchimplicit.recipes.runtime.step_cost import StepCost, costs_of
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
 
 if TYPE_CHECKING:
@@ -31,20 +32,14 @@ if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
 
 AIM = 0.95
-"""Of the accuracy on the longest chains."""
+"""The accuracy that is aimed at on the longest chains."""
 
 ONE_ANSWER = 0.6
 """Points by which a fold's share of the larger class may differ from that of the whole set."""
 
-PUBLISHED: dict[tuple[str, float | None], tuple[float, float]] = {
-    ("COX2", None): (84.1, 2.9),
-    ("COX2", 0.5): (83.9, 3.0),
-    ("COX2", 0.8): (83.9, 2.7),
-    ("COX2", 1.0): (83.0, 2.9),
-    ("PROTEINS", None): (78.6, 4.1),
-    ("PROTEINS", 0.5): (78.4, 4.2),
-    ("PROTEINS", 0.8): (78.6, 4.2),
-    ("PROTEINS", 1.0): (78.8, 4.2),
+PUBLISHED: dict[str, dict[float | None, tuple[float, float]]] = {
+    "COX2": {None: (84.1, 2.9), 0.5: (83.9, 3.0), 0.8: (83.9, 2.7), 1.0: (83.0, 2.9)},
+    "PROTEINS": {None: (78.6, 4.1), 0.5: (78.4, 4.2), 0.8: (78.6, 4.2), 1.0: (78.8, 4.2)},
 }
 """What Geng et al. 2021 report in Table 4, in percent, mean and deviation over ten folds: by set and λ, and without λ
 for the implicit gradient."""
@@ -68,13 +63,13 @@ class PhantomGraphsConfig:
     """Which sets."""
 
     folds: int = 10
-    """Of the cross-validation, a run each; --seeds are those of the chains."""
+    """Folds of the cross-validation, a run each; --seeds are those of the chains."""
 
     passes: int | None = None
-    """Over the training part of a set; by default 60 of COX2 and 8 of PROTEINS, or the published 200."""
+    """Passes over the training part of a set; by default 60 of COX2 and 8 of PROTEINS, or the published 200."""
 
     lengths: tuple[int, ...] = (10, 20, 40, 60, 80, 100)
-    """Of the chains."""
+    """How many nodes the chains have."""
 
     dampings: tuple[float, ...] = (0.5, 0.8, 1.0)
     """λ of the phantom gradients, of 5 steps each."""
@@ -94,9 +89,6 @@ QUICK = {
 }
 """60 passes over the training part, and eight; a segment is one pass."""
 
-CHAINS = ("identity", "uniform", "loose")
-"""The variants of the chains; loose: the identity-like start at an everyday tolerance."""
-
 LOOSE = 1e-6
 
 VARIANTS = {
@@ -104,6 +96,7 @@ VARIANTS = {
     "uniform": "uniform, as in the paper",
     "loose": f"near 0.8 I, tolerance {LOOSE:g}",
 }
+"""The starts of the chains' W; loose: the identity-like one at an everyday tolerance."""
 
 
 def molecules(config: PhantomGraphsConfig, name: SetName, fold: int, row: str) -> MoleculesConfig:
@@ -148,27 +141,21 @@ def jobs(config: PhantomGraphsConfig) -> list[Job]:
 
     Folds are outermost and estimators innermost, so that what slows the machine for a while slows all of them.
     """
-    chains_by_seed = [
-        [
-            Job(
-                f"chains-{length}-{variant}-{seed}",
-                "graphs-chains",
-                chain(config, length, variant, seed),
-                {"variant": variant, "length": length, "seed": seed},
-            )
-            for length in config.lengths
-            for variant in CHAINS
-        ]
-        for seed in config.plan.all_seeds
-    ]
-    costs = [
+    chained = [
         Job(
-            f"cost-{name.lower()}",
-            "graphs-cost",
-            CostConfig(training=molecules(config, name, 0, "implicit"), dampings=config.dampings),
-            {"cost": name},
+            f"chains-{length}-{variant}-{seed}",
+            "graphs-chains",
+            chain(config, length, variant, seed),
+            {"variant": variant, "length": length, "seed": seed},
         )
-        for name in config.sets
+        for seed in config.plan.all_seeds
+        for length in config.lengths
+        for variant in VARIANTS
+    ]
+    trained = {name: molecules(config, name, 0, "implicit") for name in config.sets}
+    costs = [
+        Job(f"cost-{name.lower()}", "graphs-cost", CostConfig(training=one, dampings=config.dampings), {"cost": name})
+        for name, one in trained.items()
     ]
     by_fold = [
         Job(
@@ -181,7 +168,8 @@ def jobs(config: PhantomGraphsConfig) -> list[Job]:
         for name in config.sets
         for row in rows(config.dampings)
     ]
-    return [*chains_by_seed[0], *costs, *by_fold, *(job for more in chains_by_seed[1:] for job in more)]
+    first = len(config.lengths) * len(VARIANTS)
+    return [*chained[:first], *costs, *by_fold, *chained[first:]]
 
 
 def figures(config: PhantomGraphsConfig, run: Run) -> dict[str, Any] | None:
@@ -203,9 +191,6 @@ def figures(config: PhantomGraphsConfig, run: Run) -> dict[str, Any] | None:
     }
 
 
-# -- what the runs come to ---------------------------------------------------------------------------------------------
-
-
 PEEKED = "best_test_accuracy_of_any_epoch"
 """How the published figures were selected."""
 
@@ -215,9 +200,9 @@ def label(damping: float | None) -> str:
     return "implicit" if damping is None else f"UPG, λ = {damping:g}"
 
 
-def timed(runs: Runs, name: str) -> Mapping[str, Any]:
+def timed(runs: Runs, name: str) -> dict[str, StepCost]:
     """The costs of a set's estimators, timed in turn; empty where they were not measured."""
-    return runs.named(f"cost-{name.lower()}")
+    return costs_of(runs.named(f"cost-{name.lower()}"))
 
 
 def difference(runs: Runs, row: str) -> tuple[float, float] | None:
@@ -234,18 +219,13 @@ def told(found: tuple[float, float] | None) -> str:
     return table.NONE if found is None else f"{found[0]:+.1f} ± {found[1]:.1f}"
 
 
-def step(cost: Mapping[str, float]) -> float:
-    """Seconds of both passes."""
-    return cost["forward_seconds"] + cost["backward_seconds"]
-
-
 def constant(runs: Runs, name: str) -> tuple[int, int]:
     """In how many runs the selected model scores what a constant answer does, and of how many."""
     scores = [100 * score for score in runs.where(set=name).column("test_accuracy")]
     return sum(abs(score - MAJORITY[name]) < ONE_ANSWER for score in scores), len(scores)
 
 
-def sheets(config: PhantomGraphsConfig, runs: Runs) -> list[Sheet]:
+def sheets(config: PhantomGraphsConfig, runs: Runs) -> Iterator[Sheet]:
     """Table 4, what a step costs, and the chains."""
     estimators = rows(config.dampings)
     both = [(name, row) for name in config.sets for row in estimators]
@@ -254,10 +234,10 @@ def sheets(config: PhantomGraphsConfig, runs: Runs) -> list[Sheet]:
         return lambda pair: table.spread(runs.where(set=pair[0]).of(pair[1], figure), scale=100)
 
     def published(pair: tuple[str, str]) -> str:
-        known = PUBLISHED.get((pair[0], estimators[pair[1]]))
-        return table.NONE if known is None else f"{known[0]:.1f} ± {known[1]:.1f}"
+        known = PUBLISHED[pair[0]].get(estimators[pair[1]])
+        return table.NONE if known is None else "{:.1f} ± {:.1f}".format(*known)
 
-    name = Cell[Any]("Estimator", lambda pair: f"{pair[0]}: {label(estimators[pair[1]])}")
+    title, name = "Accuracy on graphs", Cell[Any]("Estimator", lambda pair: f"{pair[0]}: {label(estimators[pair[1]])}")
     cells = [
         name,
         Cell("Ours", of("test_accuracy"), "%",
@@ -269,24 +249,25 @@ def sheets(config: PhantomGraphsConfig, runs: Runs) -> list[Sheet]:
              "mean over folds of the difference, ± its standard error"),
         Cell("Folds", lambda pair: str(len(runs.where(set=pair[0], row=pair[1])))),
     ]  # fmt: skip
-    parts = [table.sheet("Accuracy on graphs", [pair for pair in both if pair[0] == one], cells) for one in config.sets]
     lines: list[list[str]] = []
-    for one, part in zip(config.sets, parts, strict=True):
-        head = [f"{one}: constant answer", f"{MAJORITY[one]:.1f}", *[table.NONE] * 4]
-        lines += [head, *part.table.rows]
-    accuracy = table.sheet("Accuracy on graphs", [], cells, lines)
+    for one in config.sets:
+        lines.append([f"{one}: constant answer", f"{MAJORITY[one]:.1f}"])
+        lines += table.sheet(title, [pair for pair in both if pair[0] == one], cells).table.rows
+    yield table.sheet(title, [], cells, lines)
+
+    costs: dict[str, dict[str, StepCost]] = {name: timed(runs, name) for name in config.sets}
 
     def evaluations(figure: str) -> Any:
         return lambda pair: table.mean(runs.where(set=pair[0]).of(pair[1], figure), ".1f")
 
     def milliseconds(figure: str) -> Any:
-        return lambda pair: table.shown((cost := timed(runs, pair[0]).get(pair[1])) and 1000 * cost[figure], ".0f")
+        return lambda pair: table.shown((one := costs[pair[0]].get(pair[1])) and 1000 * getattr(one, figure), ".0f")
 
     def ratio(pair: tuple[str, str]) -> str:
-        costs = timed(runs, pair[0])
-        return f"{step(costs[pair[1]]) / step(costs['implicit']):.2f}" if pair[1] in costs else table.NONE
+        own = costs[pair[0]]
+        return f"{own[pair[1]].seconds / own['implicit'].seconds:.2f}" if pair[1] in own else table.NONE
 
-    cost = table.sheet("Cost of a step", both, [
+    yield table.sheet("Cost of a step", both, [
         name,
         Cell("Forward evaluations", evaluations("forward_evaluations"), "",
              "of the cells, over the three layers, a training step; mean over folds"),
@@ -305,67 +286,57 @@ def sheets(config: PhantomGraphsConfig, runs: Runs) -> list[Sheet]:
     def at(length: int) -> Any:
         return lambda variant: table.spread(scores(variant, length), scale=100)
 
-    chained = table.sheet("Accuracy on chains", VARIANTS, [
+    yield table.sheet("Accuracy on chains", VARIANTS, [
         Cell("Start of W", lambda variant: VARIANTS[variant]),
         *(Cell[str](f"{n} nodes", at(n), "%", "mean ± sd over seeds" if n == known[0] else "") for n in known),
         Cell("Seeds", lambda variant: ", ".join(str(len(scores(variant, length))) for length in known), "",
              "from the shortest to the longest chains"),
     ])  # fmt: skip
-    return [accuracy, cost, chained]
 
 
-def claims(config: PhantomGraphsConfig, runs: Runs) -> list[Claim]:
+def claims(config: PhantomGraphsConfig, runs: Runs) -> Iterator[Claim]:
     """What was aimed at, and what came out."""
-    made = []
+    estimators = rows(config.dampings)
+    names = {row: label(damping) for row, damping in estimators.items()}
     for name in config.sets:
-        own, names = runs.where(set=name), {row: label(damping) for row, damping in rows(config.dampings).items()}
-        there = {
-            row: PUBLISHED[name, damping]
-            for row, damping in rows(config.dampings).items()
-            if own.where(row=row) and (name, damping) in PUBLISHED
-        }
+        own, published = runs.where(set=name), PUBLISHED[name]
+        there = {row: published[d] for row, d in estimators.items() if own.where(row=row) and d in published}
         for what, figure in (
             ("selected on validation", "test_accuracy"),
             ("selected on the test part, as published", PEEKED),
         ):
-            gaps = {row: 100 * fmean(own.of(row, figure)) - known[0] for row, known in there.items()}
+            gaps = {row: 100 * fmean(own.of(row, figure)) - mean for row, (mean, _) in there.items()}
             if gaps:
-                within = all(abs(gap) <= there[row][1] for row, gap in gaps.items())
-                words = ", ".join(f"{names[row]} {gap:+.1f}" for row, gap in gaps.items())
-                made.append(
-                    Claim(f"{name}, {what}: every row within the published mean ± sd", f"{words} points", within)
+                yield Claim(
+                    f"{name}, {what}: every row within the published mean ± sd",
+                    ", ".join(f"{names[row]} {gap:+.1f}" for row, gap in gaps.items()) + " points",
+                    all(abs(gap) <= there[row][1] for row, gap in gaps.items()),
                 )
         compared = {row: d for row in there if (d := difference(own, row)) is not None}
         same, count = constant(runs, name)
         if compared and 2 * same <= count:  # models that all answer alike would agree for no good reason
-            made.append(
-                Claim(
-                    f"{name}: no phantom gradient is less accurate than the implicit one, by more than two standard "
-                    "errors of the difference over folds",
-                    ", ".join(f"{names[row]} {told(d)}" for row, d in compared.items()) + " points",
-                    min(mean + 2 * error for mean, error in compared.values()) >= 0,
-                )
+            yield Claim(
+                f"{name}: no phantom gradient is less accurate than the implicit one, by more than two standard "
+                "errors of the difference over folds",
+                ", ".join(f"{names[row]} {told(d)}" for row, d in compared.items()) + " points",
+                min(mean + 2 * error for mean, error in compared.values()) >= 0,
             )
         costs = timed(runs, name)
         if "implicit" in costs:
-            ratios = {row: step(cost) / step(costs["implicit"]) for row, cost in costs.items() if row != "implicit"}
-            made.append(
-                Claim(
-                    f"{name}: a step with a phantom gradient takes no longer than with the implicit one",
-                    ", ".join(f"{names[row]} × {ratio:.2f}" for row, ratio in ratios.items()),
-                    all(ratio <= 1 for ratio in ratios.values()),
-                )
+            exact = costs.pop("implicit").seconds
+            ratios = {row: cost.seconds / exact for row, cost in costs.items()}
+            yield Claim(
+                f"{name}: a step with a phantom gradient takes no longer than with the implicit one",
+                ", ".join(f"{names[row]} × {ratio:.2f}" for row, ratio in ratios.items()),
+                all(ratio <= 1 for ratio in ratios.values()),
             )
     longest = max(config.lengths, default=0)
     if scores := runs.where(variant="identity", length=longest).column("test_accuracy"):
-        made.append(
-            Claim(
-                f"chains of {longest} nodes, W starting near 0.8 I: accuracy at least {AIM:g}",
-                f"{fmean(scores):.3f}, least of {len(scores)} seeds {min(scores):.3f}",
-                fmean(scores) >= AIM,
-            )
+        yield Claim(
+            f"chains of {longest} nodes, W starting near 0.8 I: accuracy at least {AIM:g}",
+            f"{fmean(scores):.3f}, least of {len(scores)} seeds {min(scores):.3f}",
+            fmean(scores) >= AIM,
         )
-    return made
 
 
 def protocol(config: PhantomGraphsConfig, runs: Runs) -> str:
@@ -387,71 +358,62 @@ def protocol(config: PhantomGraphsConfig, runs: Runs) -> str:
     )
 
 
-def notes(config: PhantomGraphsConfig, runs: Runs) -> list[str]:
+def notes(config: PhantomGraphsConfig, runs: Runs) -> Iterator[str]:
     """What a reader must know."""
-    made = [
-        "The published figures are the mean over folds of each fold's best test epoch, which is an upper bound of what "
-        "a model selected without the test part scores; the column 'best test epoch' selects in the same way, from as "
-        "many epochs as were run here.",
-        "The published code tests on a matrix in which every edge counts twice and trains on one in which it counts "
-        "once; here both are the same.",
-        "The maps contract strongly (the rows of W are projected on the L1 ball), so that the exact gradient needs few "
-        "products, and there is little that a phantom gradient could save: its steps after the solve are evaluations "
-        "of their own, counted as forward ones, and as many products go back through them.",
-        "What arrives at the end of a chain of 100 nodes is about (2/3)^100 of what stands at its beginning. A "
-        "residual that is small beside the whole state is larger than that: at an everyday tolerance both the solve "
-        "and the gradient stop before the end is reached.",
-        "PPI (published micro-F1: implicit 97.6, UPG 98.2 / 97.4 / 96.2) needs a GPU: recipe graphs-ppi.",
-    ]
     if config.plan.scale == "cpu" and (config.passes or 0) < 200:
         passes = "60 of COX2 and 8 of PROTEINS" if config.passes is None else str(config.passes)
-        made.insert(
-            0, f"Training is short here: passes over the training part are {passes}, and the published ones are 200."
-        )
+        yield f"Training is short here: passes over the training part are {passes}, and the published ones are 200."
+    yield (
+        "The published figures are the mean over folds of each fold's best test epoch, which is an upper bound of what "
+        "a model selected without the test part scores; the column 'best test epoch' selects in the same way, from as "
+        "many epochs as were run here."
+    )
+    yield (
+        "The published code tests on a matrix in which every edge counts twice and trains on one in which it counts "
+        "once; here both are the same."
+    )
+    yield (
+        "The maps contract strongly (the rows of W are projected on the L1 ball), so that the exact gradient needs few "
+        "products, and there is little that a phantom gradient could save: its steps after the solve are evaluations "
+        "of their own, counted as forward ones, and as many products go back through them."
+    )
+    yield (
+        "What arrives at the end of a chain of 100 nodes is about (2/3)^100 of what stands at its beginning. A "
+        "residual that is small beside the whole state is larger than that: at an everyday tolerance both the solve "
+        "and the gradient stop before the end is reached."
+    )
+    yield "PPI (published micro-F1: implicit 97.6, UPG 98.2 / 97.4 / 96.2) needs a GPU: recipe graphs-ppi."
     for name in config.sets:
         same, total = constant(runs, name)
         if 2 * same > total:
             chosen = median(runs.where(set=name).column("selected_step"))
             steps = molecules(config, name, 0, "implicit").optimization.steps
-            made.append(
+            yield (
                 f"{name}: in {same} of {total} runs the selected model scores what a constant answer does; "
                 f"in the median the least validation loss is that of step {chosen:g} of {steps}. So it says nothing of "
                 "the estimators."
             )
-    wanted = [job.name for job in jobs(config) if "cost" not in job.key]
-    left = [name for name in wanted if not runs.named(name)]
-    if left:
-        words = ", ".join(left[:6]) + (", ..." if len(left) > 6 else "")
-        made.append(f"{len(left)} of {len(wanted)} runs are not done, or diverged, and left out: {words}.")
-    return made
+    wanted = [job for job in jobs(config) if "cost" not in job.key]
+    yield from table.left_out(wanted, runs, "not done, or diverged, and left out")
 
 
-# -- figures -----------------------------------------------------------------------------------------------------------
-
-
-def drawings(config: PhantomGraphsConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+def drawings(config: PhantomGraphsConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
     """Those for which there are runs."""
-    made = []
     if any("set" in line.key for line in runs):
-        made.append(
-            Drawing(
-                "accuracy",
-                bars(config, runs),
-                "Test accuracy, mean and standard deviation over the folds: ours with the epoch selected on "
-                "validation, ours with the best test epoch as in the published runs, and the published figures. The "
-                "line is what a constant answer scores.",
-            )
+        yield Drawing(
+            "accuracy",
+            bars(config, runs),
+            "Test accuracy, mean and standard deviation over the folds: ours with the epoch selected on validation, "
+            "ours with the best test epoch as in the published runs, and the published figures. The line is what a "
+            "constant answer scores.",
         )
     if any("length" in line.key for line in runs):
-        made.append(
-            Drawing(
-                "chains",
-                lengths(runs),
-                "Test accuracy on directed chains against their length, exact gradient: mean over the seeds, and "
-                "from the least to the largest. The class stands on the first node alone.",
-            )
+        yield Drawing(
+            "chains",
+            lengths(runs),
+            "Test accuracy on directed chains against their length, exact gradient: mean over the seeds, and from the "
+            "least to the largest. The class stands on the first node alone.",
         )
-    return made
 
 
 def bars(config: PhantomGraphsConfig, runs: Runs) -> Figure:
@@ -464,27 +426,19 @@ def bars(config: PhantomGraphsConfig, runs: Runs) -> Figure:
     for panel, name in zip(panels, config.sets, strict=True):
         own = runs.where(set=name)
         there = {row: damping for row, damping in rows(config.dampings).items() if own.where(row=row)}
-        series = (
-            ("ours, selected on validation", [moments(own.of(row, "test_accuracy")) for row in there]),
-            ("ours, best test epoch", [moments(own.of(row, PEEKED)) for row in there]),
-            ("published, best test epoch", [PUBLISHED.get((name, d), (float("nan"), 0.0)) for d in there.values()]),
-        )
-        for index, (title, values) in enumerate(series):
-            panel.bar(
-                [place + 0.27 * (index - 1) for place in range(len(there))],
-                [mean for mean, _ in values],
-                yerr=[deviation for _, deviation in values],
-                width=0.25,
-                color=COLOURS[index],
-                label=title,
-                capsize=2,
-                error_kw={"linewidth": 0.9},
-            )
+        series = {
+            "ours, selected on validation": [moments(own.of(row, "test_accuracy")) for row in there],
+            "ours, best test epoch": [moments(own.of(row, PEEKED)) for row in there],
+            "published, best test epoch": [PUBLISHED[name].get(d, (float("nan"), 0.0)) for d in there.values()],
+        }
+        for index, (title, values) in enumerate(series.items()):
+            look: dict[str, Any] = {"width": 0.25, "color": COLOURS[index], "error_kw": {"linewidth": 0.9}}
+            places = [place + 0.27 * (index - 1) for place in range(len(there))]
+            means, deviations = ([value[i] for value in values] for i in (0, 1))
+            panel.bar(places, means, yerr=deviations, label=title, capsize=2, **look)
         panel.axhline(MAJORITY[name], color="#6b7280", linewidth=1, linestyle="--", label="constant answer")
         panel.set_xticks(range(len(there)), ["implicit" if d is None else f"λ = {d:g}" for d in there.values()])
-        panel.set_ylim(50, 100)
-        panel.set_title(name)
-        panel.set_ylabel("test accuracy (%)")
+        panel.set(ylim=(50, 100), title=name, ylabel="test accuracy (%)")
         panel.grid(axis="x", visible=False)
         panel.set_axisbelow(True)
     panels[0].legend(loc="upper left", ncols=2, fontsize=7.5)
@@ -493,24 +447,13 @@ def bars(config: PhantomGraphsConfig, runs: Runs) -> Figure:
 
 def lengths(runs: Runs) -> Figure:
     """Accuracy against length."""
-    labels = {
-        "identity": "W from 0.8 I",
-        "uniform": "W uniform, as in the paper",
-        "loose": f"W from 0.8 I, tolerance {LOOSE:g}",
-    }
     figure, (panel,) = axes()
-    for index, (variant, title) in enumerate(labels.items()):
+    for index, (variant, start) in enumerate(VARIANTS.items()):
         own = runs.where(variant=variant)
-        known = {n: own.where(length=n).column("test_accuracy") for n in sorted({line["length"] for line in own})}
-        if not known:
-            continue
-        look = style(index)
-        panel.plot(list(known), [100 * fmean(scores) for scores in known.values()], label=title, **look)
-        low, high = ([100 * end(scores) for scores in known.values()] for end in (min, max))
-        panel.fill_between(list(known), low, high, color=look["color"], alpha=0.15, linewidth=0)
-    panel.set_xlabel("nodes in a chain")
-    panel.set_ylabel("test accuracy (%)")
-    panel.set_ylim(40, 102)
+        if known := sorted({line["length"] for line in own}):
+            scores = [[100 * score for score in own.where(length=n).column("test_accuracy")] for n in known]
+            table.band(panel, known, scores, f"W {start.replace('near', 'from')}", style(index))
+    panel.set(xlabel="nodes in a chain", ylabel="test accuracy (%)", ylim=(40, 102))
     panel.legend(loc="lower left")
     return figure
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +18,12 @@ from torchimplicit.recipes.runtime.settings import Machine, positive
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from torchimplicit.recipes.runtime.run import Run
 
 COSTS = "costs"
-"""The job that measures steps in turn."""
+"""The name of the job that measures steps in turn."""
 
 PAIRS = {"PostLN": ("post-implicit", "post-phantom"), "PreLN + JR": ("pre-jacobian-implicit", "pre-jacobian-phantom")}
 """The published pairs: implicit, UPG."""
@@ -70,7 +72,7 @@ class PhantomLanguage:
     --scale paper. Downloaded by default."""
 
     steps: int | None = None
-    """Of every run; by default 400, and 300000 with --scale paper."""
+    """Steps of every run; by default 400, and 300000 with --scale paper."""
 
     repeats: int = 8
     """How often every kind of step is timed."""
@@ -127,10 +129,7 @@ def figures(config: PhantomLanguage, run: Run) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name != "settings"}
 
 
-# -- what the runs come to ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trained:
     """A row's runs.
 
@@ -203,21 +202,17 @@ def trained(config: PhantomLanguage, runs: Runs) -> dict[str, Trained]:
     return made
 
 
-def sheets(config: PhantomLanguage, runs: Runs) -> list[Sheet]:
+def sheets(config: PhantomLanguage, runs: Runs) -> Iterator[Sheet]:
     """Perplexity and cost; and steps at the same weights."""
     rows = trained(config, runs)
-    base = rows.get("post-implicit")
+    base = rows["post-implicit"].step_seconds if "post-implicit" in rows else None
     budget = min((one.seconds for one in rows.values() if one.seconds is not None), default=None)
 
     def label(one: Trained) -> str:
         lost = sum(line["state"] == "diverged" for line in one.runs)
         return one.row.label + (f" ({lost} of {len(one.runs)} diverged)" if lost else "")
 
-    def speed(one: Trained) -> str:
-        known = one.step_seconds and base is not None and base.step_seconds
-        return f"{known / one.step_seconds:.2f}×" if known and one.step_seconds else table.NONE
-
-    main = table.sheet("Perplexity and cost", rows.values(), [
+    yield table.sheet("Perplexity and cost", rows.values(), [
         Cell("Training", label),
         Cell("Published perplexity", lambda one: table.shown(one.row.perplexity, ".1f"), "",
              "on the test text of WikiText-103, with 98M parameters"),
@@ -236,15 +231,18 @@ def sheets(config: PhantomLanguage, runs: Runs) -> list[Sheet]:
              "of the Jacobian at equilibria of the validation text, the first seed's weights"),
         Cell("Step", lambda one: table.shown(one.step_seconds, ".3f"), "s",
              "forward and backward pass, measured in turn, with the penalty's share"),
-        Cell("Speed", speed, "", "against PostLN implicit"),
+        Cell("Speed",
+             lambda one: f"{base / one.step_seconds:.2f}×" if base and one.step_seconds else table.NONE, "",
+             "against PostLN implicit"),
     ])  # fmt: skip
-    costs = measured(runs).get("costs", {})
     steps = [
         (ROWS[name.removesuffix(f"-{config.plan.first_seed}")].label, kind, kinds[kind], kinds["implicit"])
-        for name, kinds in costs.items()
+        for name, kinds in measured(runs).get("costs", {}).items()
         for kind in KINDS
     ]
-    timed = table.sheet("A training step at the same weights, in turn", steps, [
+    if not steps:
+        return
+    yield table.sheet("A training step at the same weights, in turn", steps, [
         Cell("Weights of", lambda step: step[0], "", "the first seed's"),
         Cell("Step", lambda step: KINDS[step[1]]),
         Cell("Forward", lambda step: f"{step[2]['forward_seconds']:.3f}", "s"),
@@ -254,55 +252,44 @@ def sheets(config: PhantomLanguage, runs: Runs) -> list[Sheet]:
         Cell("Speed", lambda step: table.NONE if step[1] == "penalty" else f"{both(step[3]) / both(step[2]):.2f}×", "",
              "both passes, against implicit at these weights"),
     ])  # fmt: skip
-    return [main, timed] if costs else [main]
 
 
-def claims(config: PhantomLanguage, runs: Runs) -> list[Claim]:
+def claims(config: PhantomLanguage, runs: Runs) -> Iterator[Claim]:
     """What was aimed at, and what came out."""
     rows = trained(config, runs)
-    made = []
-    for label, (exact, phantom) in PAIRS.items():
-        if exact not in rows or phantom not in rows:
+    for label, names in PAIRS.items():
+        if not {*names} <= {*rows}:
             continue
-        one, other = rows[exact], rows[phantom]
+        one, other = (rows[name] for name in names)
         if one.tested and other.tested:
-            made.append(
-                Claim(
-                    f"{label}: UPG(5, 0.8) loses at most 2 % of perplexity to the implicit gradient at equal steps",
-                    f"{table.spread(other.tested)} against {table.spread(one.tested)} "
-                    f"(published {other.row.perplexity} against {one.row.perplexity})",
-                    fmean(other.tested) <= 1.02 * fmean(one.tested),
-                )
+            yield Claim(
+                f"{label}: UPG(5, 0.8) loses at most 2 % of perplexity to the implicit gradient at equal steps",
+                f"{table.spread(other.tested)} against {table.spread(one.tested)} "
+                f"(published {other.row.perplexity} against {one.row.perplexity})",
+                fmean(other.tested) <= 1.02 * fmean(one.tested),
             )
         if one.step_seconds and other.step_seconds and one.row.speed and other.row.speed:
-            aim = other.row.speed / one.row.speed
-            made.append(
-                Claim(
-                    f"{label}: a step with UPG(5, 0.8) is at least {aim:.1f} times as fast as the implicit one",
-                    f"{one.step_seconds / other.step_seconds:.2f} times",
-                    one.step_seconds / other.step_seconds >= round(aim, 1),
-                )
+            aim, ratio = other.row.speed / one.row.speed, one.step_seconds / other.step_seconds
+            yield Claim(
+                f"{label}: a step with UPG(5, 0.8) is at least {aim:.1f} times as fast as the implicit one",
+                f"{ratio:.2f} times",
+                ratio >= round(aim, 1),
             )
-    pair = [rows.get(name) for name in ("pre-implicit", "pre-jacobian-implicit")]
-    if all(one is not None and one.costs("forward") for one in pair):
-        without, penalized = (fmean(one.costs("forward")) for one in pair if one is not None)
-        made.append(
-            Claim(
-                "Jacobian regularization saves forward evaluations",
-                f"{penalized:.1f} with it, {without:.1f} without, PreLN and implicit",
-                penalized < without,
-            )
+    pair = [rows[name] for name in ("pre-implicit", "pre-jacobian-implicit") if name in rows]
+    if len(pair) == 2 and all(one.costs("forward") for one in pair):
+        without, penalized = (fmean(one.costs("forward")) for one in pair)
+        yield Claim(
+            "Jacobian regularization saves forward evaluations",
+            f"{penalized:.1f} with it, {without:.1f} without, PreLN and implicit",
+            penalized < without,
         )
-    radii = [one.radius for one in pair if one is not None and one.radius is not None]
+    radii = [one.radius for one in pair if one.radius is not None]
     if len(radii) == 2:
-        made.append(
-            Claim(
-                "Jacobian regularization lowers the spectral radius at the equilibrium",
-                f"{radii[1]:.2f} with it, {radii[0]:.2f} without, PreLN and implicit, the first seed",
-                radii[1] < radii[0],
-            )
+        yield Claim(
+            "Jacobian regularization lowers the spectral radius at the equilibrium",
+            f"{radii[1]:.2f} with it, {radii[0]:.2f} without, PreLN and implicit, the first seed",
+            radii[1] < radii[0],
         )
-    return made
 
 
 def protocol(config: PhantomLanguage, runs: Runs) -> str:
@@ -328,29 +315,26 @@ def protocol(config: PhantomLanguage, runs: Runs) -> str:
     )
 
 
-def notes(config: PhantomLanguage, runs: Runs) -> list[str]:
+def notes(config: PhantomLanguage, runs: Runs) -> Iterator[str]:
     """What a reader must know."""
-    rows = trained(config, runs)
-    made = []
+    rows, seeds = trained(config, runs), config.plan.seeds
     if config.plan.scale == "cpu":
-        made.append(
+        yield (
             "Another text, vocabulary and size than the published table's, and a small part of one pass over the "
             "text: compare rows with rows, not perplexities with the published ones."
         )
-    if config.plan.seeds < 3:
-        made.append(f"With {config.plan.seeds} seeds a standard deviation says little.")
-    made.append(
+    if seeds < 3:
+        yield f"With {seeds} seeds a standard deviation says little."
+    yield (
         "Equal time is counted in steps times the seconds of a step as measured in turn at trained weights, not in the "
         "seconds of the logs, which depend on what else the machine did; and on the validation text, which is all that "
         "is measured in the middle of a training."
     )
-    backward = [
-        tuple(kinds[kind]["backward"] for kind in ("implicit", "converged", "phantom"))
-        for kinds in measured(runs).get("costs", {}).values()
-    ]
-    if backward:
-        exact, converged, phantom = (fmean(column) for column in zip(*backward, strict=True))
-        made.append(
+    if costs := measured(runs).get("costs"):
+        exact, converged, phantom = (
+            fmean(kinds[kind]["backward"] for kinds in costs.values()) for kind in ("implicit", "converged", "phantom")
+        )
+        yield (
             f"A backward pass with the implicit gradient needs {exact:.1f} products with the Jacobian here "
             f"({converged:.1f} to {CONVERGED:g}), UPG {phantom:.1f}, and 5 more forward evaluations: the phantom "
             "gradient saves where the backward solver needs many, up to 35 in the published runs."
@@ -358,66 +342,46 @@ def notes(config: PhantomLanguage, runs: Runs) -> list[str]:
     for one in rows.values():
         unconverged = one.costs("unconverged")
         if unconverged and fmean(unconverged) > 0.01:
-            made.append(
-                f"{one.row.label}: {100 * fmean(unconverged):.0f} % of the samples stopped at the solver's budget."
-            )
-    missing = [row.label for name, row in ROWS.items() if name not in rows]
-    if missing:
-        made.append(f"Not run: {', '.join(missing)}.")
-    short = [f"{one.row.label} ({len(one.runs)})" for one in rows.values() if len(one.runs) < config.plan.seeds]
-    if short:
-        made.append(f"Rows with fewer seeds than {config.plan.seeds}: {', '.join(short)}.")
-    return made
+            yield f"{one.row.label}: {100 * fmean(unconverged):.0f} % of the samples stopped at the solver's budget."
+    if missing := [row.label for name, row in ROWS.items() if name not in rows]:
+        yield f"Not run: {', '.join(missing)}."
+    if short := [f"{one.row.label} ({len(one.runs)})" for one in rows.values() if len(one.runs) < seeds]:
+        yield f"Rows with fewer seeds than {seeds}: {', '.join(short)}."
 
 
-# -- figures -----------------------------------------------------------------------------------------------------------
-
-
-def drawings(config: PhantomLanguage, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+def drawings(config: PhantomLanguage, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
     """Validation perplexity over the steps, and over the time."""
     rows = trained(config, runs)
-    if not rows:
-        return []
-    made = [
-        _curves(
+    if rows:
+        yield Drawing(
             "perplexity-steps",
-            rows,
-            "Optimizer steps",
-            lambda one: 1.0,
+            _curves(dict.fromkeys(rows.values(), 1.0), "Optimizer steps"),
             "Perplexity on the validation text along training, mean over the seeds. Lower is better; lines that lie on "
             "each other learn the same from a step.",
         )
-    ]
-    known = {name: one for name, one in rows.items() if one.step_seconds is not None}
-    if known:
-        made.append(
-            _curves(
-                "perplexity-seconds",
-                known,
-                "Seconds of training",
-                lambda one: one.step_seconds or 0.0,
-                "The same against time: steps times the seconds of a step, which were measured for all rows in turn. A "
-                "line further to the left learns as much in less time.",
-            )
+    if known := {one: one.step_seconds for one in rows.values() if one.step_seconds is not None}:
+        yield Drawing(
+            "perplexity-seconds",
+            _curves(known, "Seconds of training"),
+            "The same against time: steps times the seconds of a step, which were measured for all rows in turn. A "
+            "line further to the left learns as much in less time.",
         )
-    return made
 
 
-def _curves(
-    name: str, rows: dict[str, Trained], label: str, scale: Callable[[Trained], float], caption: str
-) -> Drawing:
+def _curves(rows: dict[Trained, float], label: str) -> Figure:
+    """The rows' curves, every step so wide."""
     figure, (ax,) = axes()
-    for index, one in enumerate(rows.values()):
+    for index, (one, width) in enumerate(rows.items()):
         found: dict[int, list[float]] = {}
         for line in one.runs:
             for validation in line["validations"]:
                 found.setdefault(validation["step"], []).append(validation["figures"]["perplexity"])
         steps = sorted(found)
         means = [fmean(found[step]) for step in steps]
-        ax.plot([scale(one) * step for step in steps], means, label=one.row.label, **style(index))
+        ax.plot([width * step for step in steps], means, label=one.row.label, **style(index))
     ax.set(yscale="log", xlabel=label, ylabel="Validation perplexity")
     ax.legend()
-    return Drawing(name, figure, caption)
+    return figure
 
 
 TABLE = table.published(

@@ -490,6 +490,14 @@ def missing(jobs: Iterable[Job], runs: Runs, words: str = "Not there, or not com
         yield f"{words}: {', '.join(names)}."
 
 
+def left_out(jobs: Iterable[Job], runs: Runs, words: str) -> Iterator[str]:
+    """The same where there are many jobs: how many of them, and the names of the first."""
+    asked = list(jobs)
+    if names := [job.name for job in asked if not runs.named(job.name)]:
+        more = ", ..." if len(names) > 6 else ""
+        yield f"{len(names)} of {len(asked)} runs are {words}: {', '.join(names[:6])}{more}."
+
+
 def band(panel: Axes, x: Sequence[float], values: Sequence[Sequence[float]], label: str, look: dict[str, Any]) -> None:
     """Draw the mean of several values at every point, within a band from their least to their largest."""
     panel.plot(x, [fmean(each) for each in values], label=label, **look)
