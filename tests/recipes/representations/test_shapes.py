@@ -16,13 +16,13 @@ pytest.importorskip("trimesh")
 import trimesh
 from rich.console import Console
 
-from torchimplicit.recipes.representations.one_step import build_one_step
 from torchimplicit.recipes.representations.shape import build, shape
 from torchimplicit.recipes.representations.shapes import (
     ROWS,
     TABLE,
     ShapesConfig,
     ShapesCostConfig,
+    build_one_step,
     jobs,
     training,
 )

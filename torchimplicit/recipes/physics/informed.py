@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,16 +38,16 @@ class PhysicsInformedConfig:
     """Which optimizers; least-squares is Gauss–Newton."""
 
     ordinary_seconds: float = 4.0
-    """Of the processor's time for a run on an ordinary differential equation."""
+    """The processor's time for a run on an ordinary differential equation, in seconds."""
 
     partial_seconds: float = 10.0
-    """Likewise on a partial one."""
+    """The same for a run on a partial one."""
 
     ordinary_points: int = 50
-    """At which an ordinary differential equation is asked for."""
+    """Collocation points at which an ordinary differential equation is asked for."""
 
     partial_points: int = 400
-    """At which a partial one is."""
+    """Collocation points at which a partial one is."""
 
     def __post_init__(self) -> None:
         positive(self, "ordinary_seconds", "partial_seconds", "ordinary_points", "partial_points")
@@ -110,9 +110,6 @@ class Row:
     def label(self) -> str:
         """For people."""
         return f"{MODELS[self.model].label}; {OPTIMIZERS[self.optimizer]}"
-
-
-# -- settings of the runs ----------------------------------------------------------------------------------------------
 
 
 def equations(config: PhysicsInformedConfig) -> tuple[EquationName, ...]:
@@ -186,9 +183,6 @@ def figures(config: PhysicsInformedConfig, run: Run) -> dict[str, Any] | None:
     return {**one["errors"], **{names.get(name, name): one[name] for name in kept}}
 
 
-# -- what the runs come to ---------------------------------------------------------------------------------------------
-
-
 def errors(runs: Runs, row: Row) -> list[float]:
     """Of all seeds, as the equation is measured."""
     return runs.of(row, MEASURE[row.equation])
@@ -209,9 +203,11 @@ def there(config: PhysicsInformedConfig, runs: Runs, equation: EquationName) -> 
     return [row for row in rows(config, equation) if runs.where(row=row)]
 
 
-def sheets(config: PhysicsInformedConfig, runs: Runs) -> list[Sheet]:
+def sheets(config: PhysicsInformedConfig, runs: Runs) -> Iterator[Sheet]:
     """A sheet an equation."""
-    return [sheet(config, runs, equation) for equation in equations(config) if there(config, runs, equation)]
+    for equation in equations(config):
+        if there(config, runs, equation):
+            yield sheet(config, runs, equation)
 
 
 def sheet(config: PhysicsInformedConfig, runs: Runs, equation: EquationName) -> Sheet:
@@ -252,41 +248,37 @@ def constant(equation: EquationName) -> dict[str, float]:
     return stated.errors(np.tile(np.array(value), (len(grid), 1)))
 
 
-def claims(config: PhysicsInformedConfig, runs: Runs) -> list[Claim]:
+def claims(config: PhysicsInformedConfig, runs: Runs) -> Iterator[Claim]:
     """The aims; then whether the equilibrium is more accurate than the network of its size."""
-    made = []
     for states, aim in AIMS.items():
         for row in there(config, runs, "van-der-pol"):
             if row.model == f"equilibrium-{states}":
                 seconds = settings_of(config, row.equation, row.model, row.optimizer, 0).seconds
                 own = errors(runs, row)
-                made.append(
-                    Claim(
-                        f"Van der Pol, {states} states, {OPTIMIZERS[row.optimizer]}: IAE at most {aim:g} with every "
-                        f"seed, in {seconds:g} s",
-                        f"largest of {len(own)} seeds {max(own):.1e}, median {median(own):.1e}",
-                        max(own) <= aim,
-                    )
+                yield Claim(
+                    f"Van der Pol, {states} states, {OPTIMIZERS[row.optimizer]}: IAE at most {aim:g} with every seed, "
+                    f"in {seconds:g} s",
+                    f"largest of {len(own)} seeds {max(own):.1e}, median {median(own):.1e}",
+                    max(own) <= aim,
                 )
     for equation in equations(config):
+        found = there(config, runs, equation)
         for states in AIMS:
             # with the optimizer of the least median loss: the error may not select
-            found = there(config, runs, equation)
             pair = [
-                min((row for row in found if row.model == f"{kind}-{states}"), key=middle(runs, "loss"), default=None)
+                min(some, key=middle(runs, "loss"))
                 for kind in ("equilibrium", "network")
+                if (some := [row for row in found if row.model == f"{kind}-{states}"])
             ]
-            if pair[0] is not None and pair[1] is not None:
-                told = [(median(errors(runs, row)), OPTIMIZERS[row.optimizer]) for row in pair if row is not None]
-                made.append(
-                    Claim(
-                        f"{EQUATIONS[equation].title}: the equilibrium with {states} states is at least as accurate as "
-                        "the network of its size in the same time, each with the optimizer of its least training loss",
-                        "median error " + " against ".join(f"{error:.1e} ({name})" for error, name in told),
-                        told[0][0] <= told[1][0],
-                    )
+            if len(pair) == 2:
+                medians = [median(errors(runs, row)) for row in pair]
+                told = [f"{e:.1e} ({OPTIMIZERS[row.optimizer]})" for e, row in zip(medians, pair, strict=True)]
+                yield Claim(
+                    f"{EQUATIONS[equation].title}: the equilibrium with {states} states is at least as accurate as "
+                    "the network of its size in the same time, each with the optimizer of its least training loss",
+                    f"median error {' against '.join(told)}",
+                    medians[0] <= medians[1],
                 )
-    return made
 
 
 def protocol(config: PhysicsInformedConfig, runs: Runs) -> str:
@@ -305,66 +297,61 @@ def protocol(config: PhysicsInformedConfig, runs: Runs) -> str:
     )
 
 
-def notes(config: PhysicsInformedConfig, runs: Runs) -> list[str]:
+def notes(config: PhysicsInformedConfig, runs: Runs) -> Iterator[str]:
     """What else a reader must know."""
-    made, paces = [], []
+    paces = []
     for equation in equations(config):
         title, ranked = EQUATIONS[equation].title, sorted(there(config, runs, equation), key=middle(runs, "loss"))
-        best = {
-            kind: next((row for row in ranked if (MODELS[row.model].states is None) == (kind == "network")), None)
-            for kind in ("equilibrium", "network")
-        }
-        told = [
-            f"of the {kind} models, {MODELS[row.model].label} with {OPTIMIZERS[row.optimizer]} has an error of "
-            f"{median(errors(runs, row)):.1e}"
-            for kind, row in best.items()
-            if row is not None
-        ]
+        told = []
+        for kind in ("equilibrium", "network"):
+            of_kind = [row for row in ranked if (MODELS[row.model].states is None) == (kind == "network")]
+            for row in of_kind[:1]:
+                told.append(
+                    f"of the {kind} models, {MODELS[row.model].label} with {OPTIMIZERS[row.optimizer]} has an error of "
+                    f"{median(errors(runs, row)):.1e}"
+                )
         if told:
-            made.append(f"{title}, by the least training loss: {'; '.join(told)} in the median.")
+            yield f"{title}, by the least training loss: {'; '.join(told)} in the median."
         one, other = (Row(equation, f"{kind}-20", "least-squares") for kind in ("equilibrium", "network"))
         if one in ranked and other in ranked:
             paces.append(f"{title} {pace(runs, one):.0f} against {pace(runs, other):.0f} ms")
     if paces:
-        made.append(
+        yield (
             "A Gauss–Newton iteration of the equilibrium with 20 states takes, against that of the network of its "
             f"size: {', '.join(paces)}. It solves for the equilibrium anew, and a system for each derivative and "
             "each gradient; a network has nothing to solve."
         )
     rejected, unconverged = sum(runs.column("rejected")), max(runs.column("unconverged"), default=0.0)
-    made += [
+    yield (
         "The coupling B is written so that its Frobenius norm stays below one, where the thesis penalizes the "
         "Jacobian: the map contracts at all weights that an optimizer may try. Over all runs "
         f"{rejected} evaluations met an equilibrium that was not found, and the largest share of such points at the "
-        f"end of a run is {unconverged:g}.",
+        f"end of a run is {unconverged:g}."
+    )
+    yield (
         "Time is the processor's, of one core, and errors are measured outside of it. Every run is counted, with its "
-        "last weights; the error against the trusted solution selects nothing.",
+        "last weights; the error against the trusted solution selects nothing."
+    )
+    yield (
         "The loss is that of the thesis without its Jacobian penalty: the mean square of the initial or boundary "
         "residual (ten times that on Helmholtz' equation) and a tenth of that of the equation. Points are fewer than "
         "in the thesis and do not change, so that the residuals are one vector, which Gauss–Newton needs; Adam's "
-        "learning rate is higher and falls along a cosine.",
-    ]
+        "learning rate is higher and falls along a cosine."
+    )
     order = [row for equation in equations(config) for row in rows(config, equation)]
     asked = sorted(jobs(config), key=lambda job: (order.index(job.key["row"]), job.key["seed"]))
-    left = [job.name for job in asked if not runs.named(job.name)]
-    if left:
-        names = ", ".join(left[:6]) + (", ..." if len(left) > 6 else "")
-        made.append(f"{len(left)} of {len(asked)} runs are not done or diverged, and left out: {names}.")
-    return made
+    yield from table.left_out(asked, runs, "not done or diverged, and left out")
 
 
-# -- figures -----------------------------------------------------------------------------------------------------------
-
-
-def drawings(config: PhysicsInformedConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+def drawings(config: PhysicsInformedConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
     """Solution and error, and the error against time, equation by equation."""
     from torchimplicit.recipes.physics.solve_equation import restored, values
 
-    made = []
+    optimizer, seed = optimizers(config)[0], config.plan.first_seed
     for equation in equations(config):
         if not there(config, runs, equation):
             continue
-        title, optimizer, seed = EQUATIONS[equation].title, optimizers(config)[0], config.plan.first_seed
+        title = EQUATIONS[equation].title
         shown: dict[str, Array] = {}
         for line in runs.where(equation=equation, seed=seed):
             if line["row"].optimizer == optimizer:
@@ -373,11 +360,9 @@ def drawings(config: PhysicsInformedConfig, runs: Runs, folders: Mapping[str, Ru
         if shown:
             caption = f"{title}: what was found, and its error; {OPTIMIZERS[optimizer]}, seed {seed}."
             figure = (_lines if ordinary(equation) else _maps)(equation, shown)
-            made.append(Drawing(f"{equation}-solution", figure, caption))
+            yield Drawing(f"{equation}-solution", figure, caption)
         caption = f"{title}: the error along every run, against the processor's time; dashed are the plain networks."
-        figure = against_seconds(runs.where(equation=equation), folders, equation)
-        made.append(Drawing(f"{equation}-seconds", figure, caption))
-    return made
+        yield Drawing(f"{equation}-seconds", against_seconds(runs.where(equation=equation), folders, equation), caption)
 
 
 def against_seconds(runs: Runs, folders: Mapping[str, Run], equation: EquationName) -> Figure:
@@ -385,19 +370,14 @@ def against_seconds(runs: Runs, folders: Mapping[str, Run], equation: EquationNa
     shown = [optimizer for optimizer in OPTIMIZERS if any(line["row"].optimizer == optimizer for line in runs)]
     figure, panels = axes(len(shown), width=4.4, height=3.7)
     for panel, optimizer in zip(panels, shown, strict=True):
-        labelled: set[str] = set()
+        named: set[str] = set()
         for line in (line for line in runs if line["row"].optimizer == optimizer):
             model = line["row"].model
             looks = folders[line.name].read_json("results.json")["looks"]
-            panel.plot(
-                [look["seconds"] for look in looks],
-                [look[MEASURE[equation]] for look in looks],
-                color=_colour(model),
-                linestyle="-" if MODELS[model].states else "--",
-                linewidth=1.1,
-                label=None if model in labelled else MODELS[model].label,
-            )
-            labelled.add(model)
+            seconds, values = ([look[name] for look in looks] for name in ("seconds", MEASURE[equation]))
+            label = None if model in named else MODELS[model].label
+            panel.plot(seconds, values, linewidth=1.1, label=label, **_look(model))
+            named.add(model)
         panel.set(title=OPTIMIZERS[optimizer], xscale="log", yscale="log", xlabel="seconds of the processor's time")
         left, right = panel.get_xlim()
         ticks = [n * 10.0**k for k in range(-2, 4) for n in (1, 2, 5) if left <= n * 10.0**k <= right]
@@ -426,8 +406,7 @@ def _lines(name: EquationName, made: dict[str, Array]) -> Figure:
     left.legend()
     for model, found in made.items():
         gap = np.maximum(np.abs(found - right).max(1), 1e-17)
-        line = "-" if MODELS[model].states else "--"
-        other.plot(grid[:, 0], gap, color=_colour(model), linestyle=line, linewidth=1.2, label=MODELS[model].label)
+        other.plot(grid[:, 0], gap, linewidth=1.2, label=MODELS[model].label, **_look(model))
     other.set(xlabel=equation.inputs[0], yscale="log", title="largest absolute error of a component")
     other.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
@@ -455,8 +434,9 @@ def _maps(name: EquationName, made: dict[str, Array]) -> Figure:
     return figure
 
 
-def _colour(model: str) -> str:
-    return COLOURS[list(MODELS).index(model)]
+def _look(model: str) -> dict[str, Any]:
+    """The model's colour; networks are dashed."""
+    return {"color": COLOURS[list(MODELS).index(model)], "linestyle": "-" if MODELS[model].states else "--"}
 
 
 TABLE = table.published(

@@ -1,26 +1,201 @@
-"""A mesh by implicit representations and explicit twins: occupancy, and distances with exact and one-step gradients."""
+"""A mesh by implicit representations and explicit twins: occupancy, and distances with exact and one-step gradients.
+
+The one-step estimate is here to show how wrong it is where a loss holds slopes; the library refuses it there
+(:func:`torchimplicit.recipes.representations.fit.check_slopes`). A cell applied once more at its detached fixed point
+has a first derivative in the weights that is an estimate. As a function of the coordinates its slope leaves out that
+the fixed point moves with them, and the loss sees that slope.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, final
 
-from torchimplicit.recipes.representations.fit import FILTERS, NAMES, FilterKind, Representation
-from torchimplicit.recipes.representations.shape import LONGEST, ShapeConfig, adam
+import torch
+from torch import Tensor, nn
+
+from torchimplicit.models import ImplicitRepresentation
+from torchimplicit.recipes.representations.cost import COST, Fit, costs_of_fits, parameters
+from torchimplicit.recipes.representations.fit import FILTERS, NAMES, FieldRunner, FieldTask, FilterKind, Representation
+from torchimplicit.recipes.representations.shape import (
+    LONGEST,
+    RUNNER,
+    DistanceLoss,
+    ShapeConfig,
+    adam,
+    build,
+    export,
+    ready,
+    show,
+)
 from torchimplicit.recipes.representations.shape import shape as one_shape
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.page import axes, canvas, style
+from torchimplicit.recipes.runtime.run import Run
 from torchimplicit.recipes.runtime.settings import Machine, known_rows, positive
-from torchimplicit.recipes.runtime.step_cost import step_sheet
+from torchimplicit.recipes.runtime.step_cost import StepCost, step_sheet, step_table
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
+from torchimplicit.recipes.runtime.trainer import Measuring
 
-if TYPE_CHECKING:
-    from torchimplicit.recipes.runtime.run import Run
+# -- The one-step estimate, and what the steps of several fits cost ----------------------------------------------------
 
-COST = "cost"
+
+def one_step() -> ShapeConfig:
+    """A distance, to be trained by the one-step estimate."""
+    return replace(one_shape(), task="sdf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapesCostConfig:
+    """Measures steps of several fits in turn, and gradients of distances beside exact ones."""
+
+    names: tuple[str, ...] = ()
+    """The names of the fits."""
+
+    fits: tuple[ShapeConfig, ...] = ()
+    """The fits, in the same order."""
+
+    one_step: tuple[bool, ...] = ()
+    """Which of them are trained by the one-step estimate."""
+
+    warm_steps: int = 10
+    """Steps of training before the measurement."""
+
+    rounds: int = 5
+    """How often each has its turn, of one step."""
+
+    def __post_init__(self) -> None:
+        positive(self, "warm_steps", "rounds")
+
+
+def costs() -> ShapesCostConfig:
+    """Of nothing: the table fills it in."""
+    return ShapesCostConfig()
+
+
+@final
+class OneStepRepresentation(nn.Module):
+    """In training, one application of the cell at the detached fixed point; in eval mode the representation itself.
+
+    Args:
+        whole: the representation.
+    """
+
+    def __init__(self, whole: ImplicitRepresentation):
+        super().__init__()
+        self.whole = whole
+        whole.equilibrium.warm_start = None  # states are remembered by the layer's own gradient only
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[points, inputs]`` to ``[points, outputs]``."""
+        if not self.training:
+            return self.whole(x)
+        given = [one(x) for one in self.whole.filters]
+        with torch.no_grad():
+            state = self.whole.equilibrium(given)
+        return self.whole.head(self.whole.equilibrium.cell(state, given))
+
+
+def build_one_step(config: ShapeConfig) -> FieldTask:
+    """The task of a config, with the same initial weights."""
+    task = build(config)
+    assert isinstance(task.model, ImplicitRepresentation)
+    task.model = OneStepRepresentation(task.model)
+    return task
+
+
+ONE_STEP = FieldRunner(build_one_step, show, ready, export)
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The one-step estimate beside the exact gradient in all weights, at the same weights.
+
+    Attributes:
+        cosine, norm: of the whole loss, and the ratio of the norms.
+        values: the cosine for the loss of values alone.
+        slopes: that for the loss of slopes alone.
+    """
+
+    cosine: float
+    norm: float
+    values: float
+    slopes: float
+
+
+@dataclass(frozen=True)
+class ShapesCost:
+    """What was measured.
+
+    Attributes:
+        costs: of a step, by the fits' names.
+        begun: by the name of every implicit fit of a distance: the directions at its initial weights.
+        trained: the same after the steps of the measurement.
+    """
+
+    costs: dict[str, StepCost]
+    begun: dict[str, Direction]
+    trained: dict[str, Direction]
+
+
+def measured(config: ShapesCostConfig, run: Run | None = None) -> ShapesCost:
+    """All fits, in turn."""
+    named = list(zip(config.names, config.fits, config.one_step, strict=True))
+    fits = {name: Fit(name, one, build_one_step if estimate else build) for name, one, estimate in named}
+    exact = {n: one for n, one, estimate in named if one.task == "sdf" and one.representation.implicit and not estimate}
+    begun = {name: direction(fits[name], one) for name, one in exact.items()}
+    directions: dict[str, Direction] = {}
+    costs = costs_of_fits(
+        list(fits.values()),
+        config,
+        lambda: directions.update({name: direction(fits[name], one) for name, one in exact.items()}),
+    )
+    return ShapesCost(costs, begun, directions)
+
+
+def direction(subject: Fit, config: ShapeConfig) -> Direction:
+    """The estimate's at the subject's present weights."""
+    other = build_one_step(config).to(subject.where).train()
+    assert isinstance(other.model, OneStepRepresentation)
+    other.model.whole.load_state_dict(subject.task.model.state_dict())
+    weights = subject.task.criterion
+    assert isinstance(weights, DistanceLoss)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, criterion in (
+        ("whole", weights),
+        ("values", replace(weights, normal=0.0, eikonal=0.0)),
+        ("slopes", replace(weights, distance=0.0)),
+    ):
+        subject.task.criterion = other.criterion = criterion
+        found[name] = (_gradient(other, subject.batch), _gradient(subject.task, subject.batch))
+    subject.task.criterion = weights
+    cosine = {name: float(torch.cosine_similarity(one, true, dim=0)) for name, (one, true) in found.items()}
+    one, true = found["whole"]
+    return Direction(cosine["whole"], float(one.norm() / true.norm()), cosine["values"], cosine["slopes"])
+
+
+def _gradient(task: Any, batch: Tensor) -> Tensor:
+    weights = list(task.parameters())
+    grads = torch.autograd.grad(task.loss(batch), weights, allow_unused=True)
+    pairs = zip(weights, grads, strict=True)
+    return torch.cat([(torch.zeros_like(w) if g is None else g).flatten() for w, g in pairs]).double()
+
+
+def ready_all(config: ShapesCostConfig) -> None:
+    """Raise where one of the fits cannot be run."""
+    for one in config.fits:
+        RUNNER.check(one)
+
+
+COSTS = Measuring(measure=measured, ready=ready_all, name="costs.json", show=lambda found: step_table(found.costs))
+
+
+# -- The table ---------------------------------------------------------------------------------------------------------
+
+
 TaskKind = Literal["occupancy", "sdf"]
 TITLES: dict[TaskKind, str] = {"occupancy": "Occupancy", "sdf": "Signed distance, with slopes in the loss"}
 Kind = Literal["implicit", "one-step", "explicit"]
@@ -47,16 +222,15 @@ class Row:
         return f"{self.task}-{self.filter}-{self.kind}"
 
     @property
+    def model(self) -> str:
+        """The model's name, whatever it is trained by."""
+        return NAMES[self.filter, self.kind != "explicit"]
+
+    @property
     def label(self) -> str:
         """For people."""
-        name = NAMES[self.filter, self.kind != "explicit"]
-        if self.task == "occupancy" or self.kind == "explicit":
-            return name
-        return f"{name}, {'exact' if self.kind == 'implicit' else 'one step'}"
-
-    def other(self, kind: Kind) -> Row:
-        """The same model in another way."""
-        return replace(self, kind=kind)
+        trained = {"implicit": ", exact", "one-step": ", one step", "explicit": ""}[self.kind]
+        return self.model + (trained if self.task == "sdf" else "")
 
 
 ROWS = {
@@ -68,9 +242,6 @@ ROWS = {
 }
 
 
-# -- settings ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class ShapesConfig:
     """Three filters, implicit and explicit: occupancy, and signed distances with exact and one-step gradients."""
@@ -78,19 +249,19 @@ class ShapesConfig:
     plan: Plan = field(default_factory=lambda: Plan(seeds=2, together=40))
 
     shape: Literal["knot", "gyroid"] = "knot"
-    """What is fitted."""
+    """The shape that is fitted."""
 
     mesh_file: Path | None = None
     """A mesh of your own in its place: OBJ, PLY, STL or OFF."""
 
     width: int | None = None
-    """By default 64, and the paper's 256."""
+    """The models' width; by default 64, and the paper's 256."""
 
     steps: int | None = None
-    """Of occupancy; by default 250, and the paper's 10000."""
+    """Steps of the occupancy; by default 250, and the paper's 10000."""
 
     sdf_steps: int | None = None
-    """Of the signed distance; by default 120, and 10000 at the paper's scale."""
+    """Steps of the signed distance; by default 120, and 10000 at the paper's scale."""
 
     samples: int | None = None
     """Points to train on; by default 40 000, and 500 000 at the paper's scale, with 50 000 a step."""
@@ -102,39 +273,6 @@ class ShapesConfig:
 
     def __post_init__(self) -> None:
         positive(self, "width", "steps", "sdf_steps", "samples")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShapesCostConfig:
-    """Measures steps of several fits in turn, and gradients of distances beside exact ones."""
-
-    names: tuple[str, ...] = ()
-    """What the fits are called."""
-
-    fits: tuple[ShapeConfig, ...] = ()
-    """The fits, in the same order."""
-
-    one_step: tuple[bool, ...] = ()
-    """Which of them are trained by the one-step estimate."""
-
-    warm_steps: int = 10
-    """Steps of training before the measurement."""
-
-    rounds: int = 5
-    """How often each has its turn, of one step."""
-
-    def __post_init__(self) -> None:
-        positive(self, "warm_steps", "rounds")
-
-
-def costs() -> ShapesCostConfig:
-    """Of nothing: the table fills it in."""
-    return ShapesCostConfig()
-
-
-def one_step() -> ShapeConfig:
-    """Of a distance, to be trained by the one-step estimate."""
-    return replace(one_shape(), task="sdf")
 
 
 def training(config: ShapesConfig, row: Row, seed: int) -> ShapeConfig:
@@ -172,17 +310,13 @@ def jobs(config: ShapesConfig) -> list[Job]:
     for seed in config.plan.all_seeds:
         fits = {name: training(config, row, seed) for name, row in ROWS.items()}
         for name, row in ROWS.items():
-            if not config.rows or name in config.rows:
-                recipe = "implicit-shape-one-step" if row.kind == "one-step" else "implicit-shape"
-                made.append(Job(f"{name}-seed{seed}", recipe, fits[name], {"row": row, "seed": seed}))
-        if seed == config.plan.first_seed and (not config.rows or COST in config.rows):
-            measured = ShapesCostConfig(
-                names=tuple(fits),
-                fits=tuple(fits.values()),
-                one_step=tuple(row.kind == "one-step" for row in ROWS.values()),
-            )
-            made.append(Job(COST, "implicit-shapes-cost", measured))
-    return made
+            recipe = "implicit-shape-one-step" if row.kind == "one-step" else "implicit-shape"
+            made.append(Job(f"{name}-seed{seed}", recipe, fits[name], {"row": row, "seed": seed}))
+        if seed == config.plan.first_seed:
+            estimates = tuple(row.kind == "one-step" for row in ROWS.values())
+            costs = ShapesCostConfig(names=tuple(fits), fits=tuple(fits.values()), one_step=estimates)
+            made.append(Job(COST, "implicit-shapes-cost", costs))
+    return [job for job in made if not config.rows or job.name.partition("-seed")[0] in config.rows]
 
 
 def figures(config: ShapesConfig, run: Run) -> dict[str, Any] | None:
@@ -193,21 +327,17 @@ def figures(config: ShapesConfig, run: Run) -> dict[str, Any] | None:
     return trained and {**trained, "surface": None if surface is None else surface if surface["found"] else {}}
 
 
-# -- what the runs come to ---------------------------------------------------------------------------------------------
-
-
 def tested(runs: Runs) -> Runs:
     """The trainings whose surfaces count: those that came to their end."""
     return Runs(line for line in runs if line["test"])
 
 
-def sheets(config: ShapesConfig, runs: Runs) -> list[Sheet]:
+def sheets(config: ShapesConfig, runs: Runs) -> Iterator[Sheet]:
     """The quality of both tasks, the cost of a step, and where the one-step estimate points."""
     whole = tested(runs)
-
     cells = [
         Cell[Row]("Model", lambda row: row.label),
-        Cell("Parameters", lambda row: str((runs.of(row, "parameters") or [table.NONE])[0])),
+        parameters(runs),
         Cell("IoU", whole.told("test.IoU", 2, 100), "%",
              "Of the insides, on test points anywhere in the box, at the weights of the best validation."),
         Cell("Near", whole.told("test.IoU near", 2, 100), "%", "The same on test points near the surface."),
@@ -219,117 +349,98 @@ def sheets(config: ShapesConfig, runs: Runs) -> list[Sheet]:
              "Mean absolute cosine between normals of nearest points, both ways."),
         Cell("At step", lambda row: table.mean(runs.of(row, "best.step"), ".0f"), "", "Of the best validation, mean."),
     ]  # fmt: skip
-    made = []
     for task, title in TITLES.items():
         rows = [row for row in ROWS.values() if row.task == task]
         if any(runs.where(row=row) for row in rows):
-            made.append(table.sheet(title, rows, (c for c in cells if task == "sdf" or c.title != "Error")))
+            yield table.sheet(title, rows, (c for c in cells if task == "sdf" or c.title != "Error"))
     cost = runs.named(COST)
-    if cost:
-        names = {
-            name: f"{'Occupancy' if row.task == 'occupancy' else 'Distance'}: {row.label}" for name, row in ROWS.items()
-        }
-        made += step_sheet(cost["costs"], names)
-        pairs = [
-            (ROWS[name].label.split(",")[0], label, cost[when][name])
-            for name in cost["begun"]
-            for label, when in (("initial", "begun"), ("after some steps", "trained"))
-        ]
-        directions = [
-            Cell[Any]("Model", lambda one: one[0]),
-            Cell("Weights", lambda one: one[1]),
-            Cell("Values", lambda one: f"{one[2]['values']:.4f}", "cosine",
-                 "Of the loss of values alone: the estimate is what the library offers."),
-            Cell("Slopes", lambda one: f"{one[2]['slopes']:.4f}", "cosine",
-                 "Of the loss of slopes alone (normals and the eikonal term)."),
-            Cell("Whole loss", lambda one: f"{one[2]['cosine']:.4f}", "cosine",
-                 "Of both, in the weights that training gives them."),
-            Cell("Norm", lambda one: f"{one[2]['norm']:.2f}", "×",
-                 "The estimate's over the exact gradient's, of the whole loss."),
-        ]  # fmt: skip
-        made.append(table.sheet("The one-step estimate beside the exact gradient", pairs, directions))
-    return made
+    if not cost:
+        return
+    tasks = {"occupancy": "Occupancy", "sdf": "Distance"}
+    yield from step_sheet(cost["costs"], {name: f"{tasks[row.task]}: {row.label}" for name, row in ROWS.items()})
+    pairs = [
+        (ROWS[name].model, label, cost[when][name])
+        for name in cost["begun"]
+        for label, when in (("initial", "begun"), ("after some steps", "trained"))
+    ]
+    yield table.sheet("The one-step estimate beside the exact gradient", pairs, [
+        Cell("Model", lambda one: one[0]),
+        Cell("Weights", lambda one: one[1]),
+        Cell("Values", lambda one: f"{one[2]['values']:.4f}", "cosine",
+             "Of the loss of values alone: the estimate is what the library offers."),
+        Cell("Slopes", lambda one: f"{one[2]['slopes']:.4f}", "cosine",
+             "Of the loss of slopes alone (normals and the eikonal term)."),
+        Cell("Whole loss", lambda one: f"{one[2]['cosine']:.4f}", "cosine",
+             "Of both, in the weights that training gives them."),
+        Cell("Norm", lambda one: f"{one[2]['norm']:.2f}", "×",
+             "The estimate's over the exact gradient's, of the whole loss."),
+    ])  # fmt: skip
 
 
-def claims(config: ShapesConfig, runs: Runs) -> list[Claim]:
-    """Those for which there are runs."""
-    rows = {task: [Row(task=task, filter=name, kind="implicit") for name in FILTERS] for task in TITLES}
-    made = [level(runs, row) for row in rows["occupancy"]]
-    made += [wrong(runs.named(COST), row) for row in rows["sdf"]]
-    made += [worse(runs, row) for row in rows["sdf"]]
-    return [claim for claim in made if claim is not None]
-
-
-def level(runs: Runs, row: Row) -> Claim | None:
-    """An implicit model beside its explicit twin."""
-    twin = row.other("explicit")
-    pairs = runs.paired(row, twin, "test.IoU")
-    if not pairs:
-        return None
-    better = sum(a > b for a, b in pairs)
-    return Claim(
-        f"{row.label} comes to a larger IoU than {twin.label}, of as many parameters, in as many steps",
-        f"{100 * fmean(a for a, _ in pairs):.2f} and {100 * fmean(b for _, b in pairs):.2f} %; larger in {better} "
-        f"of {len(pairs)} runs",
-        better == len(pairs),
-    )
-
-
-def wrong(cost: Mapping[str, Any], row: Row) -> Claim | None:
-    """Where the one-step estimate points, for values and for slopes."""
-    if row.name not in cost.get("trained", {}):
-        return None
-    one, begun = cost["trained"][row.name], cost["begun"][row.name]
-    return Claim(
-        f"{row.label.split(',')[0]}: the one-step estimate is nearer to the exact gradient (1 - cosine) by ten "
-        "times where the loss holds values alone than where it holds slopes alone",
-        f"cosine {one['values']:.4f} of values, {one['slopes']:.4f} of slopes and {one['cosine']:.4f} of both after "
-        f"some steps; {begun['values']:.4f}, {begun['slopes']:.4f} and {begun['cosine']:.4f} at the initial weights",
-        10 * (1 - one["values"]) <= 1 - one["slopes"],
-    )
-
-
-def worse(runs: Runs, row: Row) -> Claim | None:
-    """What training by the one-step estimate comes to."""
-    losses, chamfers = (
-        tested(runs).paired(row, row.other("one-step"), path) for path in ("test.loss", "surface.chamfer")
-    )
-    if not losses:
-        return None
-    better = sum(a < b for a, b in losses)
-    scale = 100 / LONGEST
-    chamfer = (
-        f"; Chamfer distances {100 * fmean(a for a, _ in chamfers):.3f} and "
-        f"{100 * fmean(b for _, b in chamfers):.3f} % of the longest side"
-        if chamfers
-        else ""
-    )
-    return Claim(
-        f"{row.label.split(',')[0]} trained by exact gradients ends nearer to the distance than by one-step ones, "
-        "in as many steps",
-        f"mean absolute errors {scale * fmean(a for a, _ in losses):.3f} and "
-        f"{scale * fmean(b for _, b in losses):.3f} %; smaller in {better} of {len(losses)} runs{chamfer}",
-        better == len(losses),
-    )
+def claims(config: ShapesConfig, runs: Runs) -> Iterator[Claim]:
+    """Implicit models beside explicit twins; where the one-step estimate points; and what training by it comes to."""
+    for name in FILTERS:
+        row, twin = (Row(task="occupancy", filter=name, kind=kind) for kind in ("implicit", "explicit"))
+        if pairs := runs.paired(row, twin, "test.IoU"):
+            ours, theirs = (100 * fmean(each) for each in zip(*pairs, strict=True))
+            better = sum(a > b for a, b in pairs)
+            yield Claim(
+                f"{row.label} comes to a larger IoU than {twin.label}, of as many parameters, in as many steps",
+                f"{ours:.2f} and {theirs:.2f} %; larger in {better} of {len(pairs)} runs",
+                better == len(pairs),
+            )
+    exact = [Row(task="sdf", filter=name, kind="implicit") for name in FILTERS]
+    cost = runs.named(COST)
+    for row in exact:
+        if row.name in cost.get("trained", {}):
+            one, begun = cost["trained"][row.name], cost["begun"][row.name]
+            yield Claim(
+                f"{row.model}: the one-step estimate is nearer to the exact gradient (1 - cosine) by ten times where "
+                "the loss holds values alone than where it holds slopes alone",
+                f"cosine {one['values']:.4f} of values, {one['slopes']:.4f} of slopes and {one['cosine']:.4f} of both "
+                f"after some steps; {begun['values']:.4f}, {begun['slopes']:.4f} and {begun['cosine']:.4f} at the "
+                "initial weights",
+                10 * (1 - one["values"]) <= 1 - one["slopes"],
+            )
+    for row in exact:
+        other = replace(row, kind="one-step")
+        losses, chamfers = (tested(runs).paired(row, other, path) for path in ("test.loss", "surface.chamfer"))
+        if not losses:
+            continue
+        better = sum(a < b for a, b in losses)
+        ours, theirs = (100 / LONGEST * fmean(each) for each in zip(*losses, strict=True))
+        words = f"mean absolute errors {ours:.3f} and {theirs:.3f} %; smaller in {better} of {len(losses)} runs"
+        if chamfers:
+            near, far = (100 * fmean(each) for each in zip(*chamfers, strict=True))
+            words += f"; Chamfer distances {near:.3f} and {far:.3f} % of the longest side"
+        yield Claim(
+            f"{row.model} trained by exact gradients ends nearer to the distance than by one-step ones, in as many "
+            "steps",
+            words,
+            better == len(losses),
+        )
 
 
 def protocol(config: ShapesConfig, runs: Runs) -> str:
     """What was run, in words."""
     from torchimplicit.recipes.representations.shape import subject
 
-    first, distance = (
-        training(config, Row(task=task, filter="fourier", kind="implicit"), config.plan.first_seed) for task in TITLES
-    )
-    chosen, other, weights = first.optimization, distance.optimization, distance
+    rows = [Row(task=task, filter="fourier", kind="implicit") for task in TITLES]
+    first, distance = (training(config, row, config.plan.first_seed) for row in rows)
+    chosen, other = first.optimization, distance.optimization
+    counts = {len(runs.where(row=line["row"])) for line in runs if line.key}
+    seeds = "Seeds: those that were run so far; a figure without ± is of one." if counts else ""
+    if len(counts) == 1:
+        seeds = f"{max(counts)} seeds." if max(counts) > 1 else "One seed."
     return (
         f"{subject(first).describe()} Models of one layer of width {first.representation.width}. {first.samples} "
         "points to train on, half of them near the surface and half anywhere in its box; for the distance a third on "
         f"the surface. {first.held_out_samples} points select the weights by the IoU, as many are the test. "
-        f"{seeds_of(runs)} Occupancy: cross-entropy, {chosen.steps} steps of {chosen.batch_size} points, "
+        f"{seeds} Occupancy: cross-entropy, {chosen.steps} steps of {chosen.batch_size} points, "
         f"Adam at {chosen.learning_rate:g} ({chosen.schedule}); implicit models are solved when a point is first seen "
         "after a validation, and then take one evaluation a step, with the Neumann series after its first product. "
-        f"Distance: {weights.distance_weight:g} |f - d| + {weights.normal_weight:g} (1 - cosine to the normal on the "
-        f"surface) + {weights.eikonal_weight:g} (|∇f| - 1)², {other.steps} steps of {other.batch_size} points; "
+        f"Distance: {distance.distance_weight:g} |f - d| + {distance.normal_weight:g} (1 - cosine to the normal on the "
+        f"surface) + {distance.eikonal_weight:g} (|∇f| - 1)², {other.steps} steps of {other.batch_size} points; "
         f"implicit models are solved to {distance.equilibria.tolerance:g} (Anderson) from the last state and "
         f"differentiated twice exactly, by GMRES to {distance.equilibria.backward_tolerance:g}. One step: the cell is "
         "applied once more to the detached fixed point, and that is differentiated, once in the coordinates and again "
@@ -337,36 +448,23 @@ def protocol(config: ShapesConfig, runs: Runs) -> str:
     )
 
 
-def seeds_of(runs: Runs) -> str:
-    """How many there are of each row."""
-    counts = {len(runs.where(row=line["row"])) for line in runs if line.key}
-    if len(counts) == 1:
-        (count,) = counts
-        return f"{count} seeds." if count > 1 else "One seed."
-    return "Seeds: those that were run so far; a figure without ± is of one." if counts else ""
-
-
-def notes(config: ShapesConfig, runs: Runs) -> list[str]:
+def notes(config: ShapesConfig, runs: Runs) -> Iterator[str]:
     """What a reader must know."""
-    made = ["The published figures for 3D occupancy are not known here, so that none stand beside ours."]
+    yield "The published figures for 3D occupancy are not known here, so that none stand beside ours."
     if config.plan.scale == "cpu":
-        made.append("Narrower models, fewer points and steps than the paper's: rows compare among themselves.")
+        yield "Narrower models, fewer points and steps than the paper's: rows compare among themselves."
     if config.mesh_file is not None:
-        made.append("The mesh is a file (--mesh-file), which the command does not name; without one a knot is made.")
-    made += table.still_rising(runs)
-    without = [f"{line['row'].name}, seed {line['seed']}" for line in runs if line["surface"] == {}]
-    if without:
-        made.append(f"Without a surface: {', '.join(without)}.")
-    return [*made, *table.diverged(runs)]
+        yield "The mesh is a file (--mesh-file), which the command does not name; without one a knot is made."
+    yield from table.still_rising(runs)
+    if without := [line.named for line in runs if line["surface"] == {}]:
+        yield f"Without a surface: {', '.join(without)}."
+    yield from table.diverged(runs)
 
 
-# -- figures -----------------------------------------------------------------------------------------------------------
-
-
-def drawings(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+def drawings(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
     """Training, and the surfaces."""
     if not any(line.key for line in runs):
-        return []
+        return
     figure, panels = axes(2, width=5.4, height=3.8)
     labels = ("IoU, %", "mean absolute error of the distance,\n% of the longest side")
     whats = (("IoU", 100.0, "occupancy"), ("loss", 100 / LONGEST, "signed distance"))
@@ -379,23 +477,26 @@ def drawings(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run]) -> li
         if panel.has_data():
             panel.legend(fontsize=7, handlelength=3.6)
     panels[1].set_yscale("log")
-    caption = (
+    yield Drawing(
+        "training",
+        figure,
         "Along training, on the validation points, mean over the seeds: implicit models (solid), the same by one-step "
-        "gradients (dotted), and explicit twins (dashed)."
+        "gradients (dotted), and explicit twins (dashed).",
     )
-    return [
-        Drawing("training", figure, caption),
-        *(d for task in TITLES for d in surfaces(config, runs, folders, task)),
-    ]
+    for task, title in (("occupancy", "occupancy"), ("sdf", "distance")):
+        own = {line["row"]: line for line in runs.where(seed=config.plan.first_seed) if line["row"].task == task}
+        if own:
+            yield Drawing(
+                title,
+                surfaces(own, folders),
+                "The surfaces by marching cubes; colours are distances from the mesh, dark for none and bright for 2 % "
+                "of its longest side. The first seed.",
+            )
 
 
-def surfaces(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run], task: TaskKind) -> list[Drawing]:
+def surfaces(lines: Mapping[Row, Any], folders: Mapping[str, Run]) -> Any:
     """The truth and what each model makes of it, with the distance as colour."""
     import matplotlib.image
-
-    lines = {line["row"]: line for line in runs.where(seed=config.plan.first_seed) if line["row"].task == task}
-    if not lines:
-        return []
 
     def left(line: Any, name: str) -> Any:
         file = folders[line.name].path / "figures" / name
@@ -418,17 +519,11 @@ def surfaces(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run], task:
         iou, chamfer = line["test.IoU"], line["surface.chamfer"] or 0.0
         picture = left(line, "error.png") if chamfer and line["test"] else None
         title = f"IoU {100 * iou:.1f} %" if iou is not None else ""
-        if picture is None:
-            title += ", no surface"
-        else:
+        if picture is not None:
             ax.imshow(picture)
-            title += f", Chamfer {100 * chamfer:.2f} %"
+        title += ", no surface" if picture is None else f", Chamfer {100 * chamfer:.2f} %"
         ax.set_title(f"{row.label}\n{title}", fontsize=8)
-    caption = (
-        "The surfaces by marching cubes; colours are distances from the mesh, dark for none and bright for 2 % of its "
-        "longest side. The first seed."
-    )
-    return [Drawing("occupancy" if task == "occupancy" else "distance", figure, caption)]
+    return figure
 
 
 TABLE = table.published(
