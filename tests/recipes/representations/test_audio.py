@@ -25,7 +25,7 @@ from torchimplicit.recipes.representations.audio import (
     quantized,
     read_file,
     save,
-    sound_of,
+    sound,
     spectrograms,
     synthesized,
     waveforms,
@@ -197,7 +197,7 @@ class TestSynthesis:
         assert np.abs(made).max() == 1
         power = np.abs(np.fft.rfft(made)) ** 2
         assert power[: len(power) // 10].sum() < 0.99 * power.sum(), "it has overtones"
-        assert sound_of(replace(audio(), sound=name)).name == f"synthesized {name}"
+        assert sound(replace(audio(), sound=name)).name == f"synthesized {name}"
 
 
 def small(tmp_path, **changes):

@@ -26,7 +26,7 @@ from torchimplicit.recipes.representations.video import (
     VideoConfig,
     build,
     chosen,
-    clip_of,
+    clip,
     over_frames,
     save,
     strip,
@@ -84,7 +84,8 @@ def encoded(tmp_path, frames=None, rate=10.0):
 
 
 def read(path, **changes):
-    return clip_of(VideoConfig(**{"file": path, "frames": None, "size": 64, **changes}))
+    clips._clip.cache_clear()  # a test may write the same file again
+    return clip(VideoConfig(**{"file": path, "frames": None, "size": 64, **changes}))
 
 
 class TestFolders:

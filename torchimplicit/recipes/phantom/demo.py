@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torchimplicit.gradients import Gradient, Implicit, NeumannPhantom, OneStep, UnrolledPhantom
 from torchimplicit.linear import GMRES
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import Environment, Run, device, threads
 from torchimplicit.recipes.runtime.settings import fraction, not_negative, positive
-from torchimplicit.recipes.runtime.table import NONE, Cell, Column, Table, sheet
+from torchimplicit.recipes.runtime.table import NONE, Cell, Table, sheet
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,10 +76,10 @@ class DigitsConfig:
     """After every so many steps compare the estimate with the exact gradient, outside the timed step; 0: never."""
 
     seed: int = 0
-    """Of the initial weights and the order of the batches."""
+    """The seed of the initial weights and of the order of the batches."""
 
     split_seed: int = 0
-    """Of the split into training and validation images (80 % and 20 %, stratified)."""
+    """The seed of the split into training and validation images (80 % and 20 %, stratified)."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
@@ -309,63 +309,53 @@ class Results:
 def summarize(track: Track, epoch: int) -> Summary:
     """The figures of one track; ``epoch`` is an epoch's number of steps."""
     steps, audits = track.steps, track.audits
+
+    def over(statistic: Callable[[list[float]], float], of: Sequence[Any], name: str) -> float:
+        return statistic([getattr(one, name) for one in of]) if of else math.nan
+
     return Summary(
         steps=len(steps),
         validation_accuracy=track.validations[-1].accuracy if track.validations else math.nan,
-        training_loss=_mean([step.loss for step in steps[-epoch:]]),
-        seconds_a_step=_median([step.seconds for step in steps]),
+        training_loss=over(fmean, steps[-epoch:], "loss"),
+        seconds_a_step=over(median, steps, "seconds"),
         training_seconds=sum(step.seconds for step in steps),
-        forward_evaluations=_mean([step.forward for step in steps]),
-        backward_evaluations=_mean([step.backward for step in steps]),
-        unconverged=_mean([step.unconverged for step in steps]),
-        adjoint_residual=_median([audit.adjoint_residual for audit in audits]),
-        cosine=_median([audit.cosine for audit in audits]),
-        cosine_least=min((audit.cosine for audit in audits), default=math.nan),
+        forward_evaluations=over(fmean, steps, "forward"),
+        backward_evaluations=over(fmean, steps, "backward"),
+        unconverged=over(fmean, steps, "unconverged"),
+        adjoint_residual=over(median, audits, "adjoint_residual"),
+        cosine=over(median, audits, "cosine"),
+        cosine_least=over(min, audits, "cosine"),
         spectral_radius=audits[-1].spectral_radius if audits else math.nan,
     )
 
 
 def summary_table(estimators: dict[EstimatorName, EstimatorResult]) -> Table:
     """One row an estimator; columns that no estimator has figures for are left out."""
-    columns: list[tuple[Column, Callable[[Summary], float], str]] = [
-        (Column("Validation accuracy", "%",
-                "images classified right among those never trained on, after the last step"),
-         lambda s: 100 * s.validation_accuracy, ".1f"),
-        (Column("Time a step", "ms",
-                "median over all steps of forward, backward and update; audits are not counted"),
-         lambda s: 1000 * s.seconds_a_step, ".1f"),
-        (Column("Forward evaluations", "a step",
-                "evaluations of the cell until every sample has its equilibrium (mean)"),
-         lambda s: s.forward_evaluations, ".1f"),
-        (Column("Backward evaluations", "a step", "products with the cell's transposed Jacobian (mean)"),
-         lambda s: s.backward_evaluations, ".1f"),
-        (Column("Adjoint residual", "relative",
-                "‖u − (I − Jᵀ)g‖ / ‖u‖: by how much the adjoint vector g that the estimator uses misses the equation "
-                "that the exact one solves (median over the audits)"),
-         lambda s: s.adjoint_residual, ".1e"),
-        (Column("Cosine to exact", "",
-                "of the angle between estimate and exact gradient; 1 is the same direction (median)"),
-         lambda s: s.cosine, ".4f"),
-        (Column("Spectral radius of J", "",
-                "at the equilibrium, at the last audit; the closer to 1, the slower plain iteration and the longer "
-                "the memory that a truncated gradient cuts off"),
-         lambda s: s.spectral_radius, ".2f"),
-    ]  # fmt: skip
-    summaries = {result.label: result.summary for result in estimators.values()}
-    kept = [one for one in columns if not all(math.isnan(one[1](s)) for s in summaries.values())]
-    texts = [[NONE if math.isnan(of(s)) else format(of(s), form) for _, of, form in kept] for s in summaries.values()]
-    return Table(
-        [Column("Estimator"), *(column for column, *_ in kept)],
-        [[name, *line] for name, line in zip(summaries, texts, strict=True)],
-    )
 
+    def cell(title: str, figure: str, form: str, unit: str, note: str, scale: float = 1.0) -> list[Cell[Any]]:
+        values = {name: scale * getattr(result.summary, figure) for name, result in estimators.items()}
+        texts = {name: NONE if math.isnan(value) else format(value, form) for name, value in values.items()}
+        return [Cell(title, lambda name: texts[name], unit, note)] if {*texts.values()} != {NONE} else []
 
-def _mean(values: list[float]) -> float:
-    return fmean(values) if values else math.nan
-
-
-def _median(values: list[float]) -> float:
-    return median(values) if values else math.nan
+    return sheet("", estimators, [
+        Cell("Estimator", lambda name: estimators[name].label),
+        *cell("Validation accuracy", "validation_accuracy", ".1f", "%",
+              "images classified right among those never trained on, after the last step", 100),
+        *cell("Time a step", "seconds_a_step", ".1f", "ms",
+              "median over all steps of forward, backward and update; audits are not counted", 1000),
+        *cell("Forward evaluations", "forward_evaluations", ".1f", "a step",
+              "evaluations of the cell until every sample has its equilibrium (mean)"),
+        *cell("Backward evaluations", "backward_evaluations", ".1f", "a step",
+              "products with the cell's transposed Jacobian (mean)"),
+        *cell("Adjoint residual", "adjoint_residual", ".1e", "relative",
+              "‖u − (I − Jᵀ)g‖ / ‖u‖: by how much the adjoint vector g that the estimator uses misses the equation "
+              "that the exact one solves (median over the audits)"),
+        *cell("Cosine to exact", "cosine", ".4f", "",
+              "of the angle between estimate and exact gradient; 1 is the same direction (median)"),
+        *cell("Spectral radius of J", "spectral_radius", ".2f", "",
+              "at the equilibrium, at the last audit; the closer to 1, the slower plain iteration and the longer the "
+              "memory that a truncated gradient cuts off"),
+    ]).table  # fmt: skip
 
 
 # -- What the command line calls: see :class:`torchimplicit.recipes.runtime.run.Runner` --------------------------------
@@ -414,6 +404,10 @@ def train(config: DigitsConfig, run: Run, console: Console) -> bool:
             task.to(where)
             task.validate()
             images = validation.images[:PROFILED].to(where)
+            found = {
+                name: (ESTIMATORS[name].label, summarize(track, len(loader)), profiles(task.classifier(name), images))
+                for name, track in task.tracks.items()
+            }
             results = Results(
                 state="complete" if finished else "interrupted",
                 planned_steps=task.total_steps,
@@ -423,15 +417,7 @@ def train(config: DigitsConfig, run: Run, console: Console) -> bool:
                 wall_seconds=time.perf_counter() - began,
                 config=config,
                 environment=Environment.of(where),
-                estimators={
-                    name: EstimatorResult(
-                        ESTIMATORS[name].label,
-                        summarize(track, len(loader)),
-                        profiles(task.classifier(name), images),
-                        track,
-                    )
-                    for name, track in task.tracks.items()
-                },
+                estimators={name: EstimatorResult(*one, task.tracks[name]) for name, one in found.items()},
             )
             run.write_json("results.json", results)
             write(results, run)

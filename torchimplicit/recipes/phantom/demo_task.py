@@ -51,10 +51,6 @@ class Split(NamedTuple):
     images: Tensor
     labels: Tensor
 
-    def dataset(self) -> TensorDataset:
-        """For a loader."""
-        return TensorDataset(self.images, self.labels)
-
 
 def load(split_seed: int) -> tuple[Split, Split]:
     """The training and the validation split, stratified by class; no image is in both."""
@@ -91,7 +87,7 @@ class EpochShuffle(Sampler[int]):
 def batches(train: Split, batch_size: int, seed: int) -> DataLoader:
     """Shuffled training batches, all of one size."""
     shuffle = EpochShuffle(len(train.labels), seed)
-    return DataLoader(train.dataset(), batch_size=batch_size, sampler=shuffle, drop_last=True)
+    return DataLoader(TensorDataset(*train), batch_size=batch_size, sampler=shuffle, drop_last=True)
 
 
 # -- The classifier that a config describes ----------------------------------------------------------------------------
@@ -106,12 +102,8 @@ def classifier(config: DigitsConfig, name: EstimatorName) -> ConvDEQClassifier:
     """The classifier with one estimator; the initial weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return ConvDEQClassifier(
-            channels=config.channels,
-            groups=GROUPS,
-            solver=solver(config),
-            gradient=ESTIMATORS[name].make(config),
-        )
+        gradient = ESTIMATORS[name].make(config)
+        return ConvDEQClassifier(channels=config.channels, groups=GROUPS, solver=solver(config), gradient=gradient)
 
 
 # -- The training itself: a Lightning module that trains one classifier for each estimator, side by side ---------------
@@ -162,14 +154,9 @@ class DigitsTask(LightningModule):
         return model
 
     def configure_optimizers(self) -> Any:
-        optimizers = [
-            AdamW(
-                self.classifier(name).parameters(),
-                lr=self.config.learning_rate,
-                weight_decay=self.config.weight_decay,
-            )
-            for name in self.config.estimators
-        ]
+        rate, decay = self.config.learning_rate, self.config.weight_decay
+        models = [self.classifier(name) for name in self.config.estimators]
+        optimizers = [AdamW(model.parameters(), lr=rate, weight_decay=decay) for model in models]
         return optimizers, [LambdaLR(optimizer, self._rate) for optimizer in optimizers]
 
     def _rate(self, step: int) -> float:
@@ -186,11 +173,14 @@ class DigitsTask(LightningModule):
         names = self.config.estimators
         optimizers = dict(zip(names, _listed(self.optimizers()), strict=True))
         schedulers = dict(zip(names, _listed(self.lr_schedulers()), strict=True))
-        done = self.steps_done
+        done, every = self.steps_done, self.config.audit_every
+        audited = every > 0 and (done % every == 0 or done == self.total_steps - 1)
         first = done % len(names)
         for name in names[first:] + names[:first]:
-            if self._audit_due(done):
-                self._audit(name, batch, done)
+            if audited:
+                gradient = ESTIMATORS[name].make(self.config)
+                found = audit(self.classifier(name), *batch, solver(self.config), gradient, done)
+                self.tracks[name].audits.append(found)
             self.tracks[name].steps.append(self._timed_step(name, batch, optimizers[name]))
             schedulers[name].step()
 
@@ -208,23 +198,9 @@ class DigitsTask(LightningModule):
             seconds = now() - start
         solution = model.equilibrium.solution
         assert solution is not None
-        adjoint = solution.adjoint
-        assert adjoint is not None
-        return Step(
-            loss=float(loss.detach()),
-            seconds=seconds,
-            forward=solution.evaluations,
-            backward=adjoint.evaluations,
-            unconverged=1 - float(solution.converged.float().mean()),
-        )
-
-    def _audit_due(self, done: int) -> bool:
-        every = self.config.audit_every
-        return every > 0 and (done % every == 0 or done == self.total_steps - 1)
-
-    def _audit(self, name: EstimatorName, batch: Batch, step: int) -> None:
-        gradient = ESTIMATORS[name].make(self.config)
-        self.tracks[name].audits.append(audit(self.classifier(name), *batch, solver(self.config), gradient, step))
+        assert solution.adjoint is not None
+        unconverged = 1 - float(solution.converged.float().mean())
+        return Step(float(loss.detach()), seconds, solution.evaluations, solution.adjoint.evaluations, unconverged)
 
     def on_train_epoch_end(self) -> None:
         if not self.trainer.should_stop:
@@ -285,8 +261,8 @@ def validate(classifier: ConvDEQClassifier, split: Split) -> Validated:
     rows: list[torch.Tensor] = []
     residual = 0.0
     with quietly():
-        for images, labels in zip(split.images.split(ROWS), split.labels.split(ROWS), strict=True):
-            images, labels = images.to(device), labels.to(device)
+        for pair in zip(split.images.split(ROWS), split.labels.split(ROWS), strict=True):
+            images, labels = (part.to(device) for part in pair)
             scores = classifier(images)
             loss = functional.cross_entropy(scores, labels, reduction="none")
             solution = classifier.equilibrium.solution
@@ -318,15 +294,8 @@ def audit(
         problem = FixedPoint(classifier.equilibrium.cell, rowwise=True)
         radius = spectral_radius(problem, z, x, subspace=16, restarts=2)
     found = compared(estimate, exact)
-    return Audit(
-        step=step,
-        cosine=found.cosine,
-        norm_ratio=found.norm_ratio,
-        adjoint_residual=found.adjoint_residual,
-        exact_residual=found.exact_residual,
-        spectral_radius=float(radius.median()),
-        spectral_radius_max=float(radius.max()),
-    )
+    residuals = found.adjoint_residual, found.exact_residual
+    return Audit(step, found.cosine, found.norm_ratio, *residuals, float(radius.median()), float(radius.max()))
 
 
 def probe(
@@ -390,21 +359,14 @@ class LogTracks(Callback):
     def __init__(self) -> None:
         self._logged = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log(trainer, pl_module)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
-        self._log(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log(trainer, pl_module)
-
-    def _log(self, trainer: Trainer, module: LightningModule) -> None:
-        assert isinstance(module, DigitsTask)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+        assert isinstance(pl_module, DigitsTask)
         assert trainer.logger is not None
-        for step in range(self._logged + 1, module.steps_done + 1):
-            trainer.logger.log_metrics(row(module.tracks, step), step)
-        self._logged = module.steps_done
+        for step in range(self._logged + 1, pl_module.steps_done + 1):
+            trainer.logger.log_metrics(row(pl_module.tracks, step), step)
+        self._logged = pl_module.steps_done
+
+    on_train_batch_start = on_train_end = on_train_start  # type: ignore[assignment]
 
 
 def row(tracks: dict[EstimatorName, Track], step: int) -> dict[str, float]:
@@ -412,12 +374,10 @@ def row(tracks: dict[EstimatorName, Track], step: int) -> dict[str, float]:
     figures: dict[str, float] = {}
     for name, track in tracks.items():
         taken = track.steps[step - 1]
-        figures[f"{name}/loss"] = taken.loss
-        figures[f"{name}/seconds"] = taken.seconds
-        figures[f"{name}/forward_evaluations"] = taken.forward
-        figures[f"{name}/backward_evaluations"] = taken.backward
+        own = {"loss": taken.loss, "seconds": taken.seconds}
+        own |= {"forward_evaluations": taken.forward, "backward_evaluations": taken.backward}
         for validation in track.validations:
             if validation.step == step:
-                figures[f"{name}/validation_accuracy"] = validation.accuracy
-                figures[f"{name}/validation_loss"] = validation.loss
+                own |= {"validation_accuracy": validation.accuracy, "validation_loss": validation.loss}
+        figures |= {f"{name}/{figure}": value for figure, value in own.items()}
     return figures

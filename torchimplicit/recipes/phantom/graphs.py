@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -46,12 +46,24 @@ from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
+EQUILIBRIA = Equilibria(solver="fixed-point", solver_steps=300, backward_steps=300)
+"""The map contracts by construction, so that plain iteration is enough, and the quickest."""
+
+EXACT = replace(EQUILIBRIA, solver_steps=1000, tolerance=1e-14, backward_steps=1000, backward_tolerance=1e-14)
+"""How long chains are solved: to the last digit."""
+
+PPI = Optimization(steps=10_000, batch_size=2, learning_rate=0.005, schedule="constant", validate_every=50)
+CHAINS = Optimization(
+    steps=100, batch_size=1, learning_rate=0.01, weight_decay=5e-4, schedule="constant", validate_every=10
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoleculesConfig:
     """Graph classification on one fold of a TU data set."""
 
     optimization: Optimization
-    equilibria: Equilibria = field(default_factory=lambda: _equilibria())
+    equilibria: Equilibria = EQUILIBRIA
     machine: Machine = field(default_factory=Machine)
 
     data: Literal["COX2", "PROTEINS"] = "COX2"
@@ -70,16 +82,16 @@ class MoleculesConfig:
     """The part to test on, counted from 0."""
 
     fold_seed: int = 42
-    """Of the shuffle before the cut into parts."""
+    """The seed of the shuffle before the cut into parts."""
 
     validation_share: float = 0.1
-    """Of the graphs outside the tested part: set apart to choose the epoch by."""
+    """The share of the graphs outside the tested part that is set apart to choose the epoch by."""
 
     layers: int = 3
-    """Implicit layers."""
+    """How many implicit layers."""
 
     width: int = 64
-    """Features of a node in each."""
+    """Features of a node in each layer."""
 
     kappa: float = 0.9
     """Bound of ‖W‖∞ · λ(A), below 1."""
@@ -104,19 +116,15 @@ class MoleculesConfig:
 class PPIConfig:
     """Node classification on PPI."""
 
-    optimization: Optimization = field(
-        default_factory=lambda: Optimization(
-            steps=10_000, batch_size=2, learning_rate=0.005, schedule="constant", validate_every=50
-        )
-    )
-    equilibria: Equilibria = field(default_factory=lambda: _equilibria())
+    optimization: Optimization = PPI
+    equilibria: Equilibria = EQUILIBRIA
     machine: Machine = field(default_factory=Machine)
 
     data_dir: Path | None = None
     """The folder with train_graph.json and the other files; without it torch-geometric downloads them."""
 
     widths: tuple[int, ...] = (1024, 512, 512, 256)
-    """Of the implicit layers before the last, which gives the scores."""
+    """The widths of the implicit layers before the last, which gives the scores."""
 
     kappa: float = 0.98
     """Bound of ‖W‖∞ · λ(A), below 1."""
@@ -131,25 +139,8 @@ class PPIConfig:
 class ChainsConfig:
     """Node classification on directed chains, in double precision."""
 
-    optimization: Optimization = field(
-        default_factory=lambda: Optimization(
-            steps=100,
-            batch_size=1,
-            learning_rate=0.01,
-            weight_decay=5e-4,
-            schedule="constant",
-            validate_every=10,
-        )
-    )
-    equilibria: Equilibria = field(
-        default_factory=lambda: Equilibria(
-            solver="fixed-point",
-            solver_steps=1000,
-            tolerance=1e-14,
-            backward_steps=1000,
-            backward_tolerance=1e-14,
-        )
-    )
+    optimization: Optimization = CHAINS
+    equilibria: Equilibria = EXACT
     machine: Machine = field(default_factory=lambda: Machine(device="cpu"))
 
     length: int = 100
@@ -202,17 +193,8 @@ def chains() -> ChainsConfig:
 
 
 def _published(steps_per_pass: int) -> Optimization:
-    return Optimization(
-        steps=200 * steps_per_pass,
-        schedule="milestones",
-        milestones=(50 * steps_per_pass,),
-        validate_every=steps_per_pass,
-    )
-
-
-def _equilibria() -> Equilibria:
-    # the map contracts by construction, so that plain iteration is enough, and the quickest
-    return Equilibria(solver="fixed-point", solver_steps=300, backward_steps=300)
+    steps, halved = 200 * steps_per_pass, (50 * steps_per_pass,)
+    return Optimization(steps=steps, schedule="milestones", milestones=halved, validate_every=steps_per_pass)
 
 
 def _check_model(kappa: float, dropout: float) -> None:
@@ -254,16 +236,9 @@ class MoleculesTask(SampledTask):
     def __init__(self, config: MoleculesConfig):
         super().__init__()
         self.config = config
-        self.set, self.fold = _fold(
-            config.data,
-            config.data_dir,
-            config.attributes,
-            config.folds,
-            config.validation_share,
-            config.fold_seed,
-            config.fold,
-        )
-        parts = zip(("training", "validation", "test"), self.fold, strict=True)
+        self.set = _set(config.data, config.data_dir, config.attributes)
+        folds = data.folds(self.set.labels, config.folds, config.validation_share, config.fold_seed)
+        parts = zip(("training", "validation", "test"), folds[config.fold], strict=True)
         self.sets = {name: [self.set.graphs[i] for i in part] for name, part in parts}
         architecture = replace(
             ignn_tu(self.set.features, self.set.classes),
@@ -297,7 +272,8 @@ class MoleculesTask(SampledTask):
         return {**found, "test_accuracy": peeked_right / peeked} if peeked else found
 
     def describe(self) -> str:
-        parts = ", ".join(f"{len(part)} for {what}" for part, what in zip(self.fold, _PARTS, strict=True))
+        train, validation, test = (len(part) for part in self.sets.values())
+        parts = f"{train} for training, {validation} for validation, {test} for testing"
         return f"{self.config.data}, fold {self.config.fold} of {self.config.folds}: graphs {parts}."
 
     def _scores(self, batch: Any) -> Tensor:
@@ -324,20 +300,10 @@ def _peeked(graphs: list[Any]) -> Any:
     return batch
 
 
-_PARTS = ("training", "validation", "testing")
-
-
 @lru_cache(maxsize=2)
 def _set(name: data.TUName, data_dir: Path | None, attributes: bool) -> data.GraphSet:
     """Read once by a process that trains many folds."""
     return data.load(name, data_dir, attributes)
-
-
-def _fold(
-    name: data.TUName, data_dir: Path | None, attributes: bool, count: int, share: float, seed: int, which: int
-) -> tuple[data.GraphSet, data.Fold]:
-    read = _set(name, data_dir, attributes)
-    return read, data.folds(read.labels, count, share, seed)[which]
 
 
 # -- Node classification on PPI: 121 labels a node ---------------------------------------------------------------------
@@ -439,14 +405,8 @@ class ChainsTask(Task):
         return {"accuracy": right / count, "loss": loss / count}
 
     def describe(self) -> str:
-        parts = ", ".join(
-            f"{int(mask.sum())} for {what}"
-            for mask, what in (
-                (self.data.train_mask, "training"),
-                (self.data.val_mask, "validation"),
-                (self.data.test_mask, "testing"),
-            )
-        )
+        masks = {"training": self.data.train_mask, "validation": self.data.val_mask, "testing": self.data.test_mask}
+        parts = ", ".join(f"{int(mask.sum())} for {what}" for what, mask in masks.items())
         count = self.data.num_nodes // self.config.length
         return f"{count} directed chains of {self.config.length} nodes; nodes {parts}."
 
@@ -465,13 +425,9 @@ class ChainsTask(Task):
 
 def build(config: Any) -> Task:
     """The task of the settings."""
-
-    kinds: dict[type, Callable[[Any], Task]] = {
-        MoleculesConfig: MoleculesTask,
-        PPIConfig: PPITask,
-        ChainsConfig: ChainsTask,
-    }
-    return kinds[type(config)](config)
+    if isinstance(config, MoleculesConfig):
+        return MoleculesTask(config)
+    return PPITask(config) if isinstance(config, PPIConfig) else ChainsTask(config)
 
 
 def ready(config: Any) -> None:
@@ -496,7 +452,7 @@ RUNNER = Trainer(build, ready)
 class CostConfig:
     """Steps of all estimators, timed in turn at the same trained weights."""
 
-    training: MoleculesConfig = field(default_factory=lambda: cox2())
+    training: MoleculesConfig = field(default_factory=cox2)
 
     repeats: int = 15
     """Steps of each estimator, of which the medians are taken."""
@@ -542,10 +498,9 @@ def measured(config: CostConfig, run: Run) -> dict[str, StepCost]:
             layer.gradient = estimator(equilibria_settings)
         return one_step(task, lambda: task.loss(batch), where)
 
-    kinds = {
-        name: differentiated(config.training.equilibria, damping) for name, damping in rows(config.dampings).items()
-    }
-    return in_turn({name: partial(step, one) for name, one in kinds.items()}, config.repeats)
+    usual = config.training.equilibria
+    kinds = {name: partial(step, differentiated(usual, damping)) for name, damping in rows(config.dampings).items()}
+    return in_turn(kinds, config.repeats)
 
 
 COSTS = Measuring(

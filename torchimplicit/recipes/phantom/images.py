@@ -282,7 +282,7 @@ class CostConfig:
     """Batches on which every estimator is measured."""
 
     converged_tolerance: float = 1e-6
-    """Of the adjoint that counts as converged."""
+    """The relative tolerance of an adjoint that counts as converged."""
 
     converged_steps: int = 300
     """The most steps to get there."""

@@ -38,6 +38,18 @@ from torchimplicit.state import detached
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
+MODEL = {
+    "d_model": "width",
+    "d_head": "head_width",
+    "d_inner": "inner_width",
+    "div_val": "cluster_factor",
+    "memory": "memory_length",
+    "context": "context_length",
+    **{name: name for name in ("heads", "cutoffs", "normalization", "dropout", "attention_dropout", "weight_norm")},
+}
+"""The model's fields by the names that they have as options."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
     """A DEQ transformer that learns to predict the next word of WikiText.
@@ -74,34 +86,34 @@ class LanguageConfig:
     """Validate on so many tokens from the beginning of the validation text; all by default."""
 
     test_tokens: int | None = None
-    """Likewise for the test."""
+    """Test on so many tokens from the beginning of the test text; all by default."""
 
     normalization: Literal["post", "pre"] = "post"
     """Where the layer normalizations stand."""
 
     width: int = 128
-    """Of the state."""
+    """The width of the state."""
 
     heads: int = 4
-    """Of the attention."""
+    """How many heads the attention has."""
 
     head_width: int = 32
-    """Of a head."""
+    """The width of a head."""
 
     inner_width: int = 512
-    """Of the feed-forward layer."""
+    """The width of the feed-forward layer."""
 
     cutoffs: tuple[int, ...] = (2000,)
     """Where the clusters of the vocabulary begin."""
 
     cluster_factor: int = 2
-    """By which every further cluster's embeddings are narrower."""
+    """The factor by which every further cluster's embeddings are narrower."""
 
     dropout: float = 0.0
-    """Share that is dropped, with one mask a segment."""
+    """The share that is dropped, with one mask a segment."""
 
     attention_dropout: float = 0.0
-    """Likewise, of the attention's weights."""
+    """The share of the attention's weights that is dropped, likewise."""
 
     weight_norm: bool = False
     """Normalize the weights of the layer."""
@@ -119,21 +131,8 @@ class LanguageConfig:
     def model(self, vocabulary: int) -> DEQTransformerConfig:
         """The model for a vocabulary of this size."""
         try:
-            return DEQTransformerConfig(
-                vocabulary=vocabulary,
-                d_model=self.width,
-                heads=self.heads,
-                d_head=self.head_width,
-                d_inner=self.inner_width,
-                cutoffs=self.cutoffs,
-                div_val=self.cluster_factor,
-                normalization=self.normalization,
-                dropout=self.dropout,
-                attention_dropout=self.attention_dropout,
-                weight_norm=self.weight_norm,
-                memory=self.memory_length,
-                context=self.context_length,
-            )
+            own: dict[str, Any] = {theirs: getattr(self, ours) for theirs, ours in MODEL.items()}
+            return DEQTransformerConfig(vocabulary=vocabulary, **own)
         except (ValueError, TypeError) as error:
             raise UserError(f"there is no such model: {error}") from None
 
@@ -184,23 +183,9 @@ def wikitext103(normalization: Literal["post", "pre"] = "post") -> LanguageConfi
     )
 
 
-def _with_model(model: DEQTransformerConfig, vocabulary: int | None = 10000, **settings: object) -> LanguageConfig:
-    return LanguageConfig(
-        vocabulary=vocabulary,
-        normalization=model.normalization,
-        width=model.d_model,
-        heads=model.heads,
-        head_width=model.d_head,
-        inner_width=model.d_inner,
-        cutoffs=model.cutoffs,
-        cluster_factor=model.div_val,
-        dropout=model.dropout,
-        attention_dropout=model.attention_dropout,
-        weight_norm=model.weight_norm,
-        memory_length=model.memory,
-        context_length=model.context,
-        **settings,  # type: ignore[arg-type]
-    )
+def _with_model(model: DEQTransformerConfig, vocabulary: int | None = 10000, **settings: Any) -> LanguageConfig:
+    own: dict[str, Any] = {ours: getattr(model, theirs) for theirs, ours in MODEL.items()}
+    return LanguageConfig(vocabulary=vocabulary, **own, **settings)
 
 
 # -- the model, its data, and what is asked of it ---------------------------------------------------------------------
@@ -332,7 +317,7 @@ class CostConfig:
     """Their settings."""
 
     repeats: int = 8
-    """Of every kind of step."""
+    """How often every kind of step is timed."""
 
 
 def costs() -> CostConfig:

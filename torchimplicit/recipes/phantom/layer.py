@@ -57,13 +57,14 @@ class LayerConfig:
     """Numbers in a state."""
 
     samples: int = 64
-    """Inputs."""
+    """How many inputs."""
 
     spread: float = 0.3
-    """Of the inputs: small ones leave tanh nearly linear, so that the bound on the Lipschitz constant is nearly met."""
+    """The spread of the inputs: small ones leave tanh nearly linear, so that the bound on the Lipschitz constant is
+    nearly met."""
 
     iterations: int = 100
-    """Of the forward pass."""
+    """Fixed-point iterations of the forward pass."""
 
     ks: tuple[int, ...] = (1, 2, 3, 5, 7, 10, 15, 20)
     """The steps of the phantom gradients."""
@@ -75,10 +76,10 @@ class LayerConfig:
     """The relative errors asked of the adaptive phantom gradient."""
 
     draws: int = 400
-    """Of the unbiased series."""
+    """Draws of the unbiased series."""
 
     seed: int = 0
-    """Of the layer, its inputs and the draws."""
+    """The seed of the layer, its inputs and the draws."""
 
     def __post_init__(self) -> None:
         positive(self, "size", "samples", "spread", "iterations", "draws")

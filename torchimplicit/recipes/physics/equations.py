@@ -312,7 +312,7 @@ class Helmholtz(Equation):
         return np.stack([x.ravel(), y.ravel()], axis=1)
 
 
-# -- The equations by name, each in a file of its own ------------------------------------------------------------------
+# -- The equations by name ---------------------------------------------------------------------------------------------
 
 
 EQUATIONS: dict[str, Equation] = {

@@ -41,13 +41,13 @@ class PhysicsConfig:
     """z = tanh(Ax + Bz + b) with a linear head, or a perceptron with tanh."""
 
     states: int = 20
-    """Of the equilibrium."""
+    """The size of the equilibrium's state."""
 
     width: int = 20
-    """Of the network's hidden layers."""
+    """The width of the network's hidden layers."""
 
     depth: int = 2
-    """How many hidden layers."""
+    """How many hidden layers the network has."""
 
     points: int = 50
     """Collocation points at which the equation is asked for."""
@@ -56,13 +56,13 @@ class PhysicsConfig:
     """A trust-region Gauss–Newton method with exact Jacobians, L-BFGS (both SciPy's), or Adam with a cosine."""
 
     iterations: int = 100
-    """Of the optimizer, at most."""
+    """The most iterations of the optimizer."""
 
     seconds: float | None = None
     """Stop the optimizer after so much of the processor's time, measuring errors not counted."""
 
     learning_rate: float = 1e-2
-    """Adam's peak."""
+    """Adam's peak learning rate."""
 
     error_every: int = 5
     """Iterations between two measurements of the error on the grid; with --seconds, they are spread over the time."""
@@ -71,7 +71,7 @@ class PhysicsConfig:
     """Draw figures and a page at the end."""
 
     seed: int = 0
-    """Of the initial weights and the collocation points."""
+    """The seed of the initial weights and the collocation points."""
 
     threads: int = 1
     """CPU threads; 0 leaves the number to PyTorch."""

@@ -23,6 +23,7 @@ from torchimplicit.recipes.representations.fit import (
     chunk_points,
     decibels,
     full_batch,
+    noted,
     truncated,
     write_page,
 )
@@ -59,7 +60,7 @@ class SoundConfig:
     """Where in a file the excerpt begins, in seconds."""
 
     seconds: float | None = 3.0
-    """Of the excerpt; None takes all that follows."""
+    """How long the excerpt is; None takes all that follows."""
 
     rate: int = 8000
     """Samples a second; a file of a higher rate is reduced to it."""
@@ -187,18 +188,24 @@ class Sound:
         return len(self.samples) / self.rate
 
 
-def sound_of(config: SoundConfig) -> Sound:
-    """The sound that the settings ask for.
+def sound(config: SoundConfig) -> Sound:
+    """What is fitted: the sound that the settings ask for.
 
     Raises:
         UserError: if it cannot be read, or there is nothing in it to fit.
     """
-    if config.file is not None:
-        return read_file(config.file, config.start, config.seconds, config.rate, config.mono)
-    assert config.seconds is not None
-    _check_length(config.sound, config.seconds * config.rate)
-    samples = synthesized(config.sound, config.seconds, config.rate)[:, None]
-    return Sound(f"synthesized {config.sound}", torch.from_numpy(samples.astype(np.float32)), config.rate, 1.0)
+    return _sound(config.file, config.sound, config.start, config.seconds, config.rate, config.mono)
+
+
+@lru_cache(maxsize=1)
+def _sound(file: Path | None, name: SoundName, start: float, seconds: float | None, rate: int, mono: bool) -> Sound:
+    """Kept, for it is asked for when the settings are checked, when the model is made and when the fit is shown."""
+    if file is not None:
+        return read_file(file, start, seconds, rate, mono)
+    assert seconds is not None
+    _check_length(name, seconds * rate)
+    samples = synthesized(name, seconds, rate)[:, None]
+    return Sound(f"synthesized {name}", torch.from_numpy(samples.astype(np.float32)), rate, 1.0)
 
 
 def read_file(path: Path, start: float, seconds: float | None, rate: int, mono: bool) -> Sound:
@@ -368,11 +375,12 @@ def _loudest(line: Tensor, length: int) -> slice:
 # -- What there is to see and to hear of a sound's fit -----------------------------------------------------------------
 
 
-def show(config: SoundConfig, sound: Sound, task: FieldTask, results: Results, run: Run) -> None:
+def show(config: SoundConfig, task: FieldTask, results: Results, run: Run) -> None:
     """Write the reconstruction, the error, the export where one is asked for, and the page."""
     folder = run.path / "figures"
     folder.mkdir(exist_ok=True)
-    truth = sound.samples
+    known = sound(config)
+    truth, rate = known.samples, known.rate
     values = task.on_grid([len(truth)]).clamp(-1, 1)
     heard = [
         (run.product("original.wav"), "The sound.", truth),
@@ -380,7 +388,7 @@ def show(config: SoundConfig, sound: Sound, task: FieldTask, results: Results, r
         (run.product("error.wav"), "The error, as loud as it is.", values - truth),
     ]
     for path, _, samples in heard:
-        save(quantized(samples * sound.peak), sound.rate, path)
+        save(quantized(samples * known.peak), rate, path)
     pictures = [
         (folder / "waveform.png", "The sound and the field: the whole, and the loudest hundredth of a second or so."),
         (
@@ -388,8 +396,8 @@ def show(config: SoundConfig, sound: Sound, task: FieldTask, results: Results, r
             "Spectrograms of the sound, the field and the error: the power in each band of frequencies over time.",
         ),
     ]
-    save_figure(waveforms(truth, values, sound.rate), pictures[0][0], 110)
-    drawn = spectrograms({"sound": truth, "field": values, "error": values - truth}, sound.rate)
+    save_figure(waveforms(truth, values, rate), pictures[0][0], 110)
+    drawn = spectrograms({"sound": truth, "field": values, "error": values - truth}, rate)
     save_figure(drawn, pictures[1][0], 110)
     error = float((values - truth).double().square().mean())
     power = float(truth.double().square().mean())
@@ -400,21 +408,21 @@ def show(config: SoundConfig, sound: Sound, task: FieldTask, results: Results, r
     ]
     shown = [*pictures, *((path, caption) for path, caption, _ in heard)]
     if config.export_size is not None:
-        written = export(sound, task, (config.export_size,), run)
+        written = export(config, task, (config.export_size,), run)
         shown.append((written, f"The field at {config.export_size} samples a second (export.wav)."))
     write_page("A sound as a field", task, results, run, shown, notes)
 
 
-def export(sound: Sound, task: FieldTask, sizes: tuple[int, ...], run: Run) -> Path:
+def export(config: SoundConfig, task: FieldTask, sizes: tuple[int, ...], run: Run) -> Path:
     """Write ``export.wav``: the field so many times a second."""
     if len(sizes) != 1:
         raise UserError("--export-size takes one number for a sound: its samples a second")
-    (rate,) = sizes
-    count = round(sound.seconds * rate)
+    (rate,), known = sizes, sound(config)
+    count = round(known.seconds * rate)
     if not LOWEST_RATE <= rate <= HIGHEST_RATE or count > 4 * MOST_SAMPLES:
         raise UserError(f"--export-size {rate} must lie in [{LOWEST_RATE}, {HIGHEST_RATE}] samples a second")
     path = run.product("export.wav")
-    samples = task.on_grid([count], lambda values: quantized(values * sound.peak))
+    samples = task.on_grid([count], lambda values: quantized(values * known.peak))
     save(samples, rate, path)
     return path
 
@@ -432,26 +440,10 @@ def build(config: SoundConfig) -> FieldTask:
     grid = Grid(found.samples)
     power = float(found.samples.double().square().mean())
     count, channels = found.samples.shape
-    about = (
-        f"{found.name}: {count / found.rate:.3g} s at {found.rate} Hz, {count} samples"
-        + (f" in {channels} channels" if channels > 1 else "")
-        + "".join(f", {note}" for note in found.notes)
-        + "."
-    )
+    several = f" in {channels} channels" if channels > 1 else ""
+    about = noted(f"{found.name}: {found.seconds:.3g} s at {found.rate} Hz, {count} samples{several}", found.notes)
     scoring = SignalToNoise(low=-1.0, high=1.0, power=power)
     return FieldTask(config, grid, Parts.same(grid), SCALE_A_SECOND * found.seconds, about=about, scoring=scoring)
-
-
-def sound(config: SoundConfig) -> Sound:
-    """What is fitted."""
-    return _read(config.file, config.sound, config.start, config.seconds, config.rate, config.mono)
-
-
-@lru_cache(maxsize=1)
-def _read(*chosen: Any) -> Sound:
-    """Kept, for it is asked for when the settings are checked, when the model is made and when the fit is shown."""
-    file, name, start, seconds, rate, mono = chosen
-    return sound_of(SoundConfig(file=file, sound=name, start=start, seconds=seconds, rate=rate, mono=mono))
 
 
 def ready(config: SoundConfig) -> None:
@@ -459,12 +451,4 @@ def ready(config: SoundConfig) -> None:
     chunk_points(config, len(sound(config).samples))
 
 
-def _show(config: SoundConfig, task: FieldTask, results: Results, run: Run) -> None:
-    show(config, sound(config), task, results, run)
-
-
-def _export(config: SoundConfig, task: FieldTask, sizes: tuple[int, ...], run: Run) -> Path:
-    return export(sound(config), task, sizes, run)
-
-
-RUNNER = FieldRunner(build, _show, ready, _export)
+RUNNER = FieldRunner(build, show, ready, export)

@@ -62,16 +62,16 @@ class Representation:
     """The fixed point of the cell. Otherwise its explicit twin of as many parameters, which applies the cell once."""
 
     width: int = 128
-    """Of the state and the layers."""
+    """The width of the state and the layers."""
 
     depth: int = 1
-    """Layers of the cell."""
+    """How many layers the cell has."""
 
     frequencies: float | None = None
     """The scale of the frequencies; by default the recipe's, which grows with the signal's resolution."""
 
     window_alpha: float = 3.0
-    """Of the Gabor filters' windows: a larger one makes them narrower."""
+    """The shape of the Gabor filters' windows: a larger one makes them narrower."""
 
     amortize: Literal["refresh", "solve", "off"] = "refresh"
     """In training: carry the last state along by one evaluation a step; or solve from it; or solve from zero."""
@@ -181,14 +181,10 @@ def representation(
         if chosen.filter == "siren":
             return SIREN(inputs, outputs, chosen.width, chosen.depth, scale)
         return MFN(inputs, outputs, chosen.width, chosen.depth, scale, chosen.filter, **windows)
-    start: WarmStart | bool = False
-    if chosen.amortize != "off":
-        start = WarmStart(samples, refresh=1 if chosen.amortize == "refresh" else None)
-    solved: dict[str, Any] = {
-        "solver": solver(config.equilibria),
-        "gradient": gradient(config.equilibria),
-        "warm_start": start,
-    }
+    refresh = 1 if chosen.amortize == "refresh" else None
+    start = chosen.amortize != "off" and WarmStart(samples, refresh=refresh)
+    solved: dict[str, Any] = {"solver": solver(config.equilibria), "gradient": gradient(config.equilibria)}
+    solved["warm_start"] = start
     if chosen.filter == "siren":
         return ImplicitSIREN(inputs, outputs, chosen.width, chosen.depth, scale, **solved)
     return ImplicitMFN(inputs, outputs, chosen.width, chosen.depth, scale, chosen.filter, **windows, **solved)
@@ -550,6 +546,11 @@ class FieldTask(Task):
         size = min(self.chunk, SAMPLED_AT_ONCE)
         index = (torch.arange(i, min(i + size, part.stop)) for i in range(part.start, part.stop, size))
         return sampled(self.model, (centres(one, sizes, self.points.corner) for one in index), into)
+
+
+def noted(about: str, notes: Sequence[str]) -> str:
+    """What is known of a signal, with what was done to it, in one sentence for people."""
+    return ", ".join((about, *notes)) + "."
 
 
 def decibels(error: float, peak: float) -> float:

@@ -22,6 +22,7 @@ from torchimplicit.recipes.representations.fit import (
     decibels,
     every_other,
     full_batch,
+    noted,
     truncated,
     write_page,
 )
@@ -89,9 +90,6 @@ def generalization() -> PictureConfig:
     return PictureConfig(held_out="grid", optimization=full_batch(600, 50), equilibria=truncated())
 
 
-# -- Passages that are drawn as pictures of text -----------------------------------------------------------------------
-
-
 TEXTS = (
     "A layer is implicit when its output is the solution of a problem rather than the end of a computation, and it can "
     "be differentiated all the same.",
@@ -102,6 +100,7 @@ TEXTS = (
     "Quartz, jasper and flint were weighed by hand; six of the boxes were lost in the mud, and nobody knew why the "
     "rest had kept so dry.",
 )
+"""Passages that are drawn as pictures of text."""
 
 
 # -- Pictures from files, from scikit-image, and of text drawn on the spot: uint8 ``[height, width, channels]`` --------
@@ -363,7 +362,7 @@ def build(config: PictureConfig) -> FieldTask:
     grid = Grid(found.pixels)
     height, width, channels = found.pixels.shape
     kind = "grey" if channels == 1 else "colour"
-    about = f"{found.name}: {width} × {height} pixels in {kind}" + "".join(f", {note}" for note in found.notes) + "."
+    about = noted(f"{found.name}: {width} × {height} pixels in {kind}", found.notes)
     return FieldTask(config, grid, parts(config, grid), frequencies(config, max(height, width)), about=about)
 
 
@@ -384,13 +383,9 @@ def picture(config: PictureConfig) -> Picture:
 
 
 @lru_cache(maxsize=1)
-def _read(file: object, name: str, size: int) -> Picture:
+def _read(file: Path | None, name: str, size: int) -> Picture:
     """Kept, for it is asked for when the settings are checked, when the model is made and when the fit is shown."""
-    if file is not None:
-        from pathlib import Path
-
-        return read_file(Path(str(file)), size)
-    return bundled(name, size)
+    return bundled(name, size) if file is None else read_file(file, size)
 
 
 def ready(config: PictureConfig) -> None:

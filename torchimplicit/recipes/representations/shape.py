@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torchimplicit.recipes.representations.fit import (
     Representation,
     centres,
     check_slopes,
+    noted,
     sampled,
     truncated,
     write_page,
@@ -82,16 +83,16 @@ class ShapeConfig:
     become implicit and solve."""
 
     supervision: Literal["distance", "surface"] = "distance"
-    """Of sdf. distance: the mesh's distances are given. surface: only points on it and their normals."""
+    """What sdf is told. distance: the mesh's distances. surface: only points on it and their normals."""
 
     distance_weight: float = 10.0
-    """Of sdf's misfit of values."""
+    """The weight of sdf's misfit of values."""
 
     normal_weight: float = 1.0
-    """Of sdf's misfit of normals on the surface."""
+    """The weight of sdf's misfit of normals on the surface."""
 
     eikonal_weight: float = 0.1
-    """Of sdf's slopes whose length is not 1."""
+    """The weight of sdf's slopes whose length is not 1."""
 
     samples: int = 60_000
     """Points to train on: half of them near the surface, half anywhere."""
@@ -100,7 +101,7 @@ class ShapeConfig:
     """Points to validate on, and as many to test on."""
 
     sample_seed: int = 0
-    """Which points are drawn."""
+    """The seed of the points."""
 
     resolution: int = 96
     """Grid points of the longest side, for the surface by marching cubes."""
@@ -141,25 +142,13 @@ def check_grid(option: str, longest: int) -> None:
 
 def exact() -> Equilibria:
     """How equilibria are trained whose slopes are in the loss."""
-    return Equilibria(
-        solver="anderson",
-        solver_steps=60,
-        tolerance=1e-4,
-        gradient="implicit",
-        backward_tolerance=1e-3,
-        backward_steps=60,
-    )
+    return Equilibria(solver_steps=60, tolerance=1e-4, gradient="implicit", backward_tolerance=1e-3, backward_steps=60)
 
 
 def adam(steps: int, validate_every: int, learning_rate: float = 3e-3) -> Optimization:
     """Part of the points in every step."""
     return Optimization(
-        steps=steps,
-        batch_size=6000,
-        optimizer="adam",
-        learning_rate=learning_rate,
-        schedule="cosine",
-        validate_every=validate_every,
+        steps=steps, batch_size=6000, learning_rate=learning_rate, schedule="cosine", validate_every=validate_every
     )
 
 
@@ -233,8 +222,7 @@ class ShapePoints(Points):
         return self.coordinates[index], self.values[index]
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """How many points: to train on, and to validate and to test on each."""
 
     training: int
@@ -400,7 +388,7 @@ class Subject:
 
     def describe(self) -> str:
         """In one sentence for people."""
-        return f"{self.name}: {len(self.mesh.faces)} faces" + "".join(f", {note}" for note in self.notes) + "."
+        return noted(f"{self.name}: {len(self.mesh.faces)} faces", self.notes)
 
 
 def subject(config: ShapeConfig) -> Subject:
@@ -604,24 +592,21 @@ def build(config: ShapeConfig) -> FieldTask:
         subject(config), config.task, Counts(config.samples, config.held_out_samples), config.sample_seed
     )
     distance = config.task == "sdf"
+    slopes = DistanceLoss(
+        distance=config.distance_weight,
+        normal=config.normal_weight,
+        eikonal=config.eikonal_weight,
+        surface_only=config.supervision == "surface",
+    )
     return FieldTask(
         config,
         points,
         parts,
         FREQUENCIES[config.task],
-        _distance_loss(config) if distance else cross_entropy,
+        slopes if distance else cross_entropy,
         about=f"{subject(config).describe()} {'Signed distance' if distance else 'Occupancy'}.",
         scoring=Overlap(distance),
         slopes=distance,
-    )
-
-
-def _distance_loss(config: ShapeConfig) -> DistanceLoss:
-    return DistanceLoss(
-        distance=config.distance_weight,
-        normal=config.normal_weight,
-        eikonal=config.eikonal_weight,
-        surface_only=config.supervision == "surface",
     )
 
 

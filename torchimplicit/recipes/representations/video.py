@@ -33,6 +33,7 @@ from torchimplicit.recipes.representations.fit import (
     chunk_points,
     decibels,
     full_batch,
+    noted,
     truncated,
     write_page,
 )
@@ -81,7 +82,7 @@ class VideoConfig:
     """Take every so many frames of a file."""
 
     frames: int | None = 12
-    """At most so many; None takes all."""
+    """How many frames are taken at most; None takes all."""
 
     size: int = 48
     """Pixels of the longest side; larger frames are reduced to it."""
@@ -216,32 +217,36 @@ class _Reading:
     notes: list[str]
 
 
-def clip_of(config: VideoConfig) -> Clip:
-    """The video that the settings ask for.
+def clip(config: VideoConfig) -> Clip:
+    """What is fitted: the video that the settings ask for.
 
     Raises:
         UserError: if it cannot be read, or there is nothing in it to fit.
     """
-    if config.file is None:
-        assert config.frames is not None
-        return Clip(f"made-up {config.clip}", synthesized(config.clip, config.frames, config.size), RATE)
-    path = config.file
+    return _clip(config.file, config.clip, config.first, config.every, config.frames, config.size)
+
+
+@lru_cache(maxsize=1)
+def _clip(path: Path | None, name: ClipName, first: int, every: int, count: int | None, size: int) -> Clip:
+    """Kept, for it is asked for when the settings are checked, when the model is made and when the fit is shown."""
+    if path is None:
+        assert count is not None
+        return Clip(f"made-up {name}", synthesized(name, count, size), RATE)
     if not path.exists():
         raise UserError(f"--file {path} does not exist")
     known = _Reading(rate=RATE, notes=[])
     source = _folder if path.is_dir() else _animated if _is_picture(path) else _decoded
-    with closing(source(path, config.size, known)) as frames:
-        wanted = islice(frames, config.first, None, config.every)
-        pixels = _together(path, wanted if config.frames is None else islice(wanted, config.frames))
+    with closing(source(path, size, known)) as frames:
+        wanted = islice(frames, first, None, every)
+        pixels = _together(path, islice(wanted, count))
     if len(pixels) < 2:
         raise UserError(
-            f"{path} has {'no frame' if len(pixels) == 0 else 'one frame'} from --first {config.first} on, with "
-            f"--every {config.every}; a video needs two (and implicit-image fits a picture)"
+            f"{path} has {'no frame' if len(pixels) == 0 else 'one frame'} from --first {first} on, with "
+            f"--every {every}; a video needs two (and implicit-image fits a picture)"
         )
-    if config.first or config.every > 1:
-        each = f"every {config.every} frames" if config.every > 1 else "all frames"
-        known.notes.append(f"{each} from number {config.first} on")
-    return Clip(path.name, pixels, known.rate / config.every, tuple(dict.fromkeys(known.notes)))
+    if first or every > 1:
+        known.notes.append(f"{f'every {every}' if every > 1 else 'all'} frames from number {first} on")
+    return Clip(path.name, pixels, known.rate / every, tuple(dict.fromkeys(known.notes)))
 
 
 def _together(path: Path, frames: Iterator[Tensor]) -> Tensor:
@@ -415,14 +420,8 @@ def save(frames: Iterator[Tensor], rate: float, path: Path) -> None:
     with replacing(path) as draft:
         if path.suffix == ".gif":
             images = (Image.fromarray(_three_channels(frame).numpy()) for frame in frames)
-            next(images).save(
-                draft,
-                format="GIF",
-                save_all=True,
-                append_images=images,
-                duration=max(SHORTEST, round(1000 / rate)),
-                loop=0,
-            )
+            shown: dict[str, Any] = {"duration": max(SHORTEST, round(1000 / rate)), "loop": 0}
+            next(images).save(draft, format="GIF", save_all=True, append_images=images, **shown)
         else:
             _encode(frames, rate, draft)
 
@@ -461,29 +460,31 @@ def _even(image: Tensor) -> Tensor:
 # -- What there is to see of a video's fit -----------------------------------------------------------------------------
 
 
-def show(config: VideoConfig, clip: Clip, task: FieldTask, results: Results, run: Run) -> None:
+def show(config: VideoConfig, task: FieldTask, results: Results, run: Run) -> None:
     """Write the reconstruction, both videos beside the error, the frames, the export where one is asked for, and the
     page."""
     folder = run.path / "figures"
     folder.mkdir(exist_ok=True)
+    known = clip(config)
+    pixels, rate = known.pixels, known.rate
     fitted: list[Tensor] = []
     misfits: list[Tensor] = []
     errors: list[float] = []
-    for number, values in enumerate(sampled_frames(task, tuple(clip.pixels.shape[:3]))):
-        truth = clip.pixels[number].float() / 127.5 - 1
+    for number, values in enumerate(sampled_frames(task, tuple(pixels.shape[:3]))):
+        truth = pixels[number].float() / 127.5 - 1
         errors.append(float((values.clamp(-1, 1) - truth).double().square().mean()))
         misfits.append(error_map(values, truth))
         fitted.append(quantized(values))
     several = (
-        torch.cat([one.expand(-1, -1, 3) for one in (clip.pixels[i], fitted[i], misfits[i])], 1)
-        for i in range(len(fitted))
+        torch.cat([one.expand(-1, -1, 3) for one in together], 1)
+        for together in zip(pixels, fitted, misfits, strict=True)
     )
-    save(several, clip.rate, folder / "comparison.gif")
-    save(iter(fitted), clip.rate, run.product("reconstruction.gif"))
+    save(several, rate, folder / "comparison.gif")
+    save(iter(fitted), rate, run.product("reconstruction.gif"))
     if can_write_mp4():
-        save(iter(fitted), clip.rate, run.product("reconstruction.mp4"))
+        save(iter(fitted), rate, run.product("reconstruction.mp4"))
     of_frames = [decibels(error, 2.0) for error in errors]
-    drawn = strip({"video": list(clip.pixels), "field": fitted, "error": misfits})
+    drawn = strip({"video": list(pixels), "field": fitted, "error": misfits})
     save_figure(drawn, folder / "frames.png", 110)
     save_figure(over_frames(of_frames), folder / "frames-psnr.png", 110)
     shown = [
@@ -501,15 +502,16 @@ def show(config: VideoConfig, clip: Clip, task: FieldTask, results: Results, run
         "pixels were fitted: the validation and the test are on the same ones."
     ]
     if config.export_size:
-        written = export(clip, task, config.export_size, run)
+        written = export(config, task, config.export_size, run)
         notes.append(f"The field sampled at another size is in {written.name}.")
     write_page("A video as a field", task, results, run, shown, notes)
 
 
-def export(clip: Clip, task: FieldTask, sizes: tuple[int, ...], run: Run) -> Path:
+def export(config: VideoConfig, task: FieldTask, sizes: tuple[int, ...], run: Run) -> Path:
     """Write ``export.mp4``, or ``export.gif`` without PyAV: the field at so many frames, so high and wide."""
     check_export(sizes)
-    frames, height, width = clip.pixels.shape[:3]
+    known = clip(config)
+    frames, height, width = known.pixels.shape[:3]
     if len(sizes) == 1:
         height, width = export_sizes((height, width), sizes[0])
     elif len(sizes) == 2:
@@ -518,7 +520,7 @@ def export(clip: Clip, task: FieldTask, sizes: tuple[int, ...], run: Run) -> Pat
         frames, height, width = sizes
     path = run.product("export.mp4" if can_write_mp4() else "export.gif")
     made = (quantized(values) for values in sampled_frames(task, (frames, height, width)))
-    save(made, clip.rate * frames / len(clip.pixels), path)
+    save(made, known.rate * frames / len(known.pixels), path)
     return path
 
 
@@ -539,24 +541,8 @@ def build(config: VideoConfig) -> FieldTask:
     grid = Grid(found.pixels)
     frames, height, width, channels = found.pixels.shape
     kind = "grey" if channels == 1 else "colour"
-    about = (
-        f"{found.name}: {frames} frames of {width} × {height} pixels in {kind}"
-        + "".join(f", {note}" for note in found.notes)
-        + "."
-    )
+    about = noted(f"{found.name}: {frames} frames of {width} × {height} pixels in {kind}", found.notes)
     return FieldTask(config, grid, Parts.same(grid), max(height, width) / 2, about=about)
-
-
-def clip(config: VideoConfig) -> Clip:
-    """What is fitted."""
-    return _read(config.file, config.clip, config.first, config.every, config.frames, config.size)
-
-
-@lru_cache(maxsize=1)
-def _read(*chosen: Any) -> Clip:
-    """Kept, for it is asked for when the settings are checked, when the model is made and when the fit is shown."""
-    file, name, first, every, frames, size = chosen
-    return clip_of(VideoConfig(file=file, clip=name, first=first, every=every, frames=frames, size=size))
 
 
 def ready(config: VideoConfig) -> None:
@@ -564,12 +550,4 @@ def ready(config: VideoConfig) -> None:
     chunk_points(config, clip(config).pixels[..., 0].numel())
 
 
-def _show(config: VideoConfig, task: FieldTask, results: Results, run: Run) -> None:
-    show(config, clip(config), task, results, run)
-
-
-def _export(config: VideoConfig, task: FieldTask, sizes: tuple[int, ...], run: Run) -> Path:
-    return export(clip(config), task, sizes, run)
-
-
-RUNNER = FieldRunner(build, _show, ready, _export)
+RUNNER = FieldRunner(build, show, ready, export)

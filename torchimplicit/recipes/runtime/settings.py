@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -21,34 +21,29 @@ def option(name: str) -> str:
 
 def positive(settings: Any, *names: str) -> None:
     """Each must be positive; ``None`` passes."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise UserError(f"{option(name)} must be positive, and it is {value}")
+    _each(settings, names, lambda value: value > 0, "be positive")
 
 
 def not_negative(settings: Any, *names: str) -> None:
     """Each must be zero or more; ``None`` passes."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not value >= 0:
-            raise UserError(f"{option(name)} must not be negative, and it is {value}")
+    _each(settings, names, lambda value: value >= 0, "not be negative")
 
 
 def share(settings: Any, *names: str) -> None:
     """Each must lie in [0, 1]."""
-    for name in names:
-        value = getattr(settings, name)
-        if not 0 <= value <= 1:
-            raise UserError(f"{option(name)} must lie in [0, 1], and it is {value}")
+    _each(settings, names, lambda value: 0 <= value <= 1, "lie in [0, 1]")
 
 
 def fraction(settings: Any, *names: str) -> None:
     """Each must lie in (0, 1]."""
+    _each(settings, names, lambda value: 0 < value <= 1, "lie in (0, 1]")
+
+
+def _each(settings: Any, names: Sequence[str], holds: Callable[[Any], bool], words: str) -> None:
     for name in names:
         value = getattr(settings, name)
-        if not 0 < value <= 1:
-            raise UserError(f"{option(name)} must lie in (0, 1], and it is {value}")
+        if value is not None and not holds(value):
+            raise UserError(f"{option(name)} must {words}, and it is {value}")
 
 
 def known_rows(wanted: Sequence[str], known: Sequence[str]) -> None:
@@ -138,13 +133,7 @@ def missing(plain: Any, whole: Any, at: str = "") -> list[str]:
 
 
 EstimatorName = Literal[
-    "implicit",
-    "unrolled-phantom",
-    "neumann-phantom",
-    "adaptive-phantom",
-    "unbiased-neumann",
-    "one-step",
-    "unrolled",
+    "implicit", "unrolled-phantom", "neumann-phantom", "adaptive-phantom", "unbiased-neumann", "one-step", "unrolled"
 ]
 """The estimators that a recipe can be trained with; :mod:`.estimators` makes them."""
 
@@ -169,13 +158,13 @@ class Optimization:
     """Added to the gradient (adam, sgd), or decoupled (adamw)."""
 
     momentum: float = 0.9
-    """Of sgd."""
+    """The momentum of sgd."""
 
     warmup_steps: int = 0
     """Steps of linear warm-up."""
 
     schedule: Literal["constant", "cosine", "milestones"] = "cosine"
-    """What follows the warm-up."""
+    """How the rate goes on after the warm-up."""
 
     final_share: float = 0.0
     """What a cosine leaves of the peak at the end."""
@@ -184,7 +173,7 @@ class Optimization:
     """Steps at which the rate is multiplied by --decay."""
 
     decay: float = 0.5
-    """See --milestones."""
+    """What the rate is multiplied by at a milestone."""
 
     clip_norm: float | None = None
     """Shorten gradients that are longer than this."""
@@ -193,7 +182,7 @@ class Optimization:
     """Steps of a segment."""
 
     seed: int = 0
-    """Of the initial weights, the order of the data, dropout and random projections."""
+    """The seed of the initial weights, the order of the data, dropout and random projections."""
 
     def __post_init__(self) -> None:
         positive(self, "steps", "batch_size", "learning_rate", "validate_every", "clip_norm")
@@ -215,13 +204,13 @@ class Equilibria:
     """How equilibria are solved and differentiated."""
 
     solver: Literal["anderson", "broyden", "fixed-point"] = "anderson"
-    """Of the forward pass."""
+    """The solver of the forward pass."""
 
     solver_steps: int = 30
     """The most steps of a forward solve."""
 
     tolerance: float = 1e-3
-    """Relative, of the forward solve."""
+    """The relative tolerance of the forward solve."""
 
     gradient: EstimatorName = "implicit"
     """How the equilibrium is differentiated."""
@@ -233,7 +222,7 @@ class Equilibria:
     """λ of the phantom gradients, in (0, 1]."""
 
     backward_tolerance: float = 1e-3
-    """Relative, of the exact gradient's linear solve (GMRES), and what the adaptive phantom gradient aims at."""
+    """The relative tolerance of the exact gradient's linear solve (GMRES), and the adaptive phantom gradient's aim."""
 
     backward_steps: int = 30
     """The most steps of that solve, and of the adaptive phantom gradient."""
@@ -242,13 +231,13 @@ class Equilibria:
     """First train so many steps with the solver replaced by a few weight-tied applications, differentiated through."""
 
     pretrain_depth: int = 10
-    """How many applications."""
+    """How many applications pretraining has."""
 
     jacobian_weight: float = 0.0
-    """Of the penalty ‖vᵀJ‖²/dim on the Jacobian at the equilibrium (Bai et al. 2021)."""
+    """The weight of the penalty ‖vᵀJ‖²/dim on the Jacobian at the equilibrium (Bai et al. 2021)."""
 
     jacobian_probability: float = 1.0
-    """With which a step has the penalty."""
+    """The probability with which a step has the penalty."""
 
     def __post_init__(self) -> None:
         positive(self, "solver_steps", "tolerance", "phantom_steps", "backward_tolerance", "backward_steps")
@@ -269,7 +258,7 @@ class Machine:
     """GPUs, or CPU processes, each with its share of every batch."""
 
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
-    """Of the model; mixed: autocast, and a gradient scaler for 16."""
+    """The model's precision; mixed: autocast, and a gradient scaler for 16."""
 
     threads: int = 1
     """CPU threads of a process; 0 leaves the number to PyTorch."""

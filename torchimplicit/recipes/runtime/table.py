@@ -115,10 +115,10 @@ class Plan:
     """Where the runs go: processes of this machine, or Slurm jobs."""
 
     partition: str | None = None
-    """Of Slurm."""
+    """Slurm's partition."""
 
     hours: float = 24.0
-    """After which a run is stopped; started again, it goes on from its last segment."""
+    """After so many hours a run is stopped; started again, it goes on from its last segment."""
 
     record: Path | None = None
     """Also copy the record and its figures into a folder of the table's name below this one."""
