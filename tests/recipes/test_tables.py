@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 
 import pytest
 
@@ -33,6 +33,13 @@ def test_jobs_are_runs_of_recipes(name, scale):
         assert from_plain(type(job.config), json.loads(json.dumps(to_plain(job.config, exact=True)))) == job.config
     by_seed = [job.key["seed"] for job in jobs if "seed" in job.key]
     assert set(by_seed) <= {0, 1}
+
+
+@pytest.mark.parametrize("name", [*registry.RECIPES, *registry.TABLES, *registry.PARTS])
+def test_every_name_has_settings_and_a_runner(name):
+    assert is_dataclass(registry.settings(name))
+    runner = registry.runner(name)
+    assert all(callable(getattr(runner, method)) for method in ("check", "train", "evaluate"))
 
 
 @pytest.mark.parametrize("name", TABLES)

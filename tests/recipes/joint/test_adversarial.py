@@ -12,13 +12,12 @@ pytest.importorskip("tyro")
 pytest.importorskip("sklearn")
 
 from made_up_images import write_mnist
-from rich.console import Console
+from running import assert_resumes, trained
 from torch.nn import functional
 
 import torchimplicit as ti
 from torchimplicit.models import EquilibriumClassifier, EquilibriumClassifierConfig
 from torchimplicit.recipes.joint import adversarial as table
-from torchimplicit.recipes.joint.adversarial import ATTACKS as RUNNER
 from torchimplicit.recipes.joint.adversarial import (
     JIIO,
     PGD,
@@ -32,8 +31,6 @@ from torchimplicit.recipes.joint.adversarial import RUNNER as TRAINER
 from torchimplicit.recipes.joint.adversarial import adversarial_digits as digits
 from torchimplicit.recipes.joint.adversarial import adversarial_mnist as mnist
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.fitting import rows
-from torchimplicit.recipes.runtime.run import RunOptions, create
 from torchimplicit.recipes.runtime.settings import Machine, from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Plan
 from torchimplicit.recipes.runtime.task import Shard
@@ -108,11 +105,7 @@ def test_the_envelope_gradient_is_the_exact_one(trained_like) -> None:
     ids=lambda c: "-".join(c.values()),
 )
 def test_training(changes, tmp_path) -> None:
-    config = small(**changes)
-    run = create("jiio-adversarial-digits", RunOptions(output=tmp_path / "run"))
-    run.describe("jiio-adversarial-digits", config)
-    assert TRAINER.train(config, run, Console(quiet=True))
-    results = Results.of(run)
+    results = Results.of(trained("jiio-adversarial-digits", small(**changes), tmp_path / "run"))
     assert results.state == "complete"
     assert set(results.test.figures) == {"accuracy", "loss", "attacked", "attacked_loss"}
     assert results.test.figures["attacked_loss"] > results.test.figures["loss"]
@@ -124,20 +117,8 @@ def test_training(changes, tmp_path) -> None:
     ids=lambda c: "-".join(c.values()),
 )
 def test_a_resumed_run_is_the_undisturbed_one(changes, tmp_path) -> None:
-    base = small(**changes)
-    optimization = replace(base.optimization, steps=4, validate_every=2, schedule="constant")
-    config = replace(base, optimization=optimization)
-    half = replace(config, optimization=replace(optimization, steps=2))
-    logged = []
-    for name, parts in (("whole", [config]), ("cut", [half, config])):
-        run = create("jiio-adversarial-digits", RunOptions(output=tmp_path / name))
-        run.describe("jiio-adversarial-digits", config)
-        for part in parts:
-            assert TRAINER.train(part, run, Console(quiet=True))
-        logged.append([(row["loss"], row["forward_evaluations"]) for row in rows(run.metrics) if "loss" in row])
-    assert logged[0] == logged[1]
-    assert len(logged[0]) == 4
-    assert min(evaluations for _, evaluations in logged[0]) >= config.attack_steps, "the attack's count"
+    steps = assert_resumes("jiio-adversarial-digits", small(**changes), tmp_path)
+    assert min(evaluations for _, evaluations in steps) >= small().attack_steps, "the attack's count"
 
 
 def test_the_jacobian_penalty_counts_under_the_envelope() -> None:
@@ -190,9 +171,7 @@ def test_the_table(tmp_path) -> None:
             job.config, training=training, pgd_steps=(1, 2), jiio_steps=(2, 4), step_sizes=(1.0,), tolerances=(0.1,)
         )
         attacks = replace(attacks, tuning_images=10, attacked_images=10, repeats=1)
-        run = create(job.recipe, RunOptions(output=tmp_path / job.name))
-        run.describe(job.recipe, attacks)
-        assert RUNNER.train(attacks, run, Console(quiet=True))
+        run = trained(job.recipe, attacks, tmp_path / job.name)
         assert set(run.read_json("attacks.json")) == {"clean", "PGD-1", "PGD-2", "JIIO-2", "JIIO-4", "JIIO-4, Anderson"}
         runs[job.name] = run
     full = AttacksConfig(pgd_steps=(1, 2), jiio_steps=(2, 4))

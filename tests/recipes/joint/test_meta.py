@@ -1,4 +1,4 @@
-"""Contexts by joint inference, on models of a few neurons and made-up characters."""
+"""Contexts by joint inference, on models of a few neurons and made-up meta."""
 
 from __future__ import annotations
 
@@ -14,15 +14,11 @@ pytest.importorskip("lightning")
 pytest.importorskip("tyro")
 
 from PIL import Image
-from rich.console import Console
+from running import assert_resumes, trained
 
 import torchimplicit as ti
 from torchimplicit.models import ContextEquilibrium, ContextEquilibriumConfig
-from torchimplicit.recipes.joint import meta as characters
-from torchimplicit.recipes.joint import meta as sinusoids
-from torchimplicit.recipes.joint import meta as table
-from torchimplicit.recipes.joint import meta as tasks
-from torchimplicit.recipes.joint.meta import ADAPTATIONS as RUNNER
+from torchimplicit.recipes.joint import meta
 from torchimplicit.recipes.joint.meta import RUNNER as TRAINER
 from torchimplicit.recipes.joint.meta import (
     AdaptationsConfig,
@@ -36,8 +32,6 @@ from torchimplicit.recipes.joint.meta import (
     sinusoid,
 )
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.fitting import rows
-from torchimplicit.recipes.runtime.run import RunOptions, create
 from torchimplicit.recipes.runtime.settings import Machine, from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Plan
 from torchimplicit.recipes.runtime.task import Shard
@@ -49,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::torchimplicit.ConvergenceWarnin
 @pytest.fixture(autouse=True)
 def _forget():
     yield
-    tasks._characters.cache_clear()
+    meta._characters.cache_clear()
 
 
 def small(config: MetaConfig, **changes) -> MetaConfig:
@@ -68,7 +62,7 @@ def small(config: MetaConfig, **changes) -> MetaConfig:
 
 def write_omniglot(folder, count=75, drawings=20):
     folder.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(folder / characters.FILE.name, "w") as archive:
+    with zipfile.ZipFile(folder / meta.FILE.name, "w") as archive:
         for character in range(count):
             for drawing in range(drawings):
                 buffer = io.BytesIO()
@@ -88,9 +82,7 @@ def model() -> ContextEquilibrium:
 
 @pytest.fixture
 def waves():
-    return type(drawn := sinusoids.draw_waves(3, 4, 5, torch.Generator().manual_seed(0)))(
-        *(part.double() for part in drawn)
-    )
+    return type(drawn := meta.draw_waves(3, 4, 5, torch.Generator().manual_seed(0)))(*(part.double() for part in drawn))
 
 
 def test_both_adaptations_find_the_same_context(model, waves) -> None:
@@ -123,11 +115,7 @@ def test_the_exact_gradient_is_that_through_many_steps_of_descent(model, waves) 
 @pytest.mark.parametrize("data", ["sinusoid", "omniglot"])
 def test_training(data, adaptation, tmp_path) -> None:
     base = sinusoid() if data == "sinusoid" else replace(omniglot(), data_dir=write_omniglot(tmp_path / "data"))
-    config = small(base, adaptation=adaptation)
-    run = create(f"jiio-meta-{data}", RunOptions(output=tmp_path / "run"))
-    run.describe(f"jiio-meta-{data}", config)
-    assert TRAINER.train(config, run, Console(quiet=True))
-    results = Results.of(run)
+    results = Results.of(trained(f"jiio-meta-{data}", small(base, adaptation=adaptation), tmp_path / "run"))
     assert results.state == "complete"
     assert results.steps == 2
     assert ("accuracy" in results.test.figures) == (data == "omniglot")
@@ -135,20 +123,9 @@ def test_training(data, adaptation, tmp_path) -> None:
 
 @pytest.mark.parametrize("adaptation", ["jiio", "jiio-unrolled", "descent"])
 def test_a_resumed_run_is_the_undisturbed_one(adaptation, tmp_path) -> None:
-    base = small(sinusoid(), adaptation=adaptation)
-    optimization = replace(base.optimization, steps=4, validate_every=2, schedule="constant")
-    config = replace(base, optimization=optimization)
-    half = replace(config, optimization=replace(optimization, steps=2))
-    logged = []
-    for name, parts in (("whole", [config]), ("cut", [half, config])):
-        run = create("jiio-meta-sinusoid", RunOptions(output=tmp_path / name))
-        run.describe("jiio-meta-sinusoid", config)
-        for part in parts:
-            assert TRAINER.train(part, run, Console(quiet=True))
-        logged.append([(row["loss"], row["forward_evaluations"]) for row in rows(run.metrics) if "loss" in row])
-    assert logged[0] == logged[1]
-    assert len(logged[0]) == 4
-    assert min(evaluations for _, evaluations in logged[0]) >= config.adaptation_steps, "those of the support count"
+    config = small(sinusoid(), adaptation=adaptation)
+    steps = assert_resumes("jiio-meta-sinusoid", config, tmp_path)
+    assert min(evaluations for _, evaluations in steps) >= config.adaptation_steps, "those of the support count"
 
 
 def test_tasks_depend_on_seed_and_step_alone() -> None:
@@ -162,13 +139,13 @@ def test_tasks_depend_on_seed_and_step_alone() -> None:
 
 
 def test_characters_are_split_and_support_and_query_do_not_overlap(tmp_path) -> None:
-    found = characters.load(write_omniglot(tmp_path))
+    found = meta.load(write_omniglot(tmp_path))
     assert {name: len(part) for name, part in found.items()} == {"validation": 24, "test": 24, "training": 27}
     seen = [set(part[:, 0, 0, 0, 0].tolist()) for part in found.values()]
     assert not seen[0] & seen[1]
     assert not seen[0] & seen[2]
-    assert len(characters.turned(found["training"])) == 108
-    drawn = characters.draw_characters(found["test"], 6, 5, 1, 3, torch.Generator().manual_seed(0))
+    assert len(meta.turned(found["training"])) == 108
+    drawn = meta.draw_characters(found["test"], 6, 5, 1, 3, torch.Generator().manual_seed(0))
     assert drawn.support.shape == (6, 5, 1, 28, 28)
     assert drawn.query.shape == (6, 15, 1, 28, 28)
     assert drawn.query_targets[0].tolist() == [label for label in range(5) for _ in range(3)]
@@ -179,12 +156,12 @@ def test_characters_are_split_and_support_and_query_do_not_overlap(tmp_path) -> 
 
 def test_bad_input(tmp_path) -> None:
     with pytest.raises(UserError, match=r"has no images_background_small1\.zip"):
-        characters.load(tmp_path)
-    (tmp_path / characters.FILE.name).write_bytes(b"no zip")
+        meta.load(tmp_path)
+    (tmp_path / meta.FILE.name).write_bytes(b"no zip")
     with pytest.raises(UserError, match="cannot be read"):
-        characters.load(tmp_path)
+        meta.load(tmp_path)
     with pytest.raises(UserError, match="has not 20 drawings"):
-        characters.load(write_omniglot(tmp_path / "few", count=2, drawings=3))
+        meta.load(write_omniglot(tmp_path / "few", count=2, drawings=3))
     with pytest.raises(UserError, match="20 drawings of each"):
         replace(omniglot(), shots=10, queries=11)
     with pytest.raises(UserError, match="leave --data-dir away"):
@@ -195,7 +172,7 @@ def test_bad_input(tmp_path) -> None:
 
 def test_the_table(tmp_path) -> None:
     config = MetaTableConfig(plan=Plan(seeds=1))
-    jobs = table.jobs(config)
+    jobs = meta.jobs(config)
     assert len(jobs) == 8
     runs = {}
     for job in jobs[:4]:
@@ -210,14 +187,12 @@ def test_the_table(tmp_path) -> None:
             jiio_steps=(2, 5, 25),
             descent_steps=(1, 5),
         )
-        run = create(job.recipe, RunOptions(output=tmp_path / job.name))
-        run.describe(job.recipe, few)
-        assert RUNNER.train(few, run, Console(quiet=True))
+        run = trained(job.recipe, few, tmp_path / job.name)
         assert set(run.read_json("adaptations.json")) == {"JIIO-2", "JIIO-5", "JIIO-25", "descent-1", "descent-5"}
         runs[job.name] = run
-    summary = table.TABLE.summarize(config, runs)
+    summary = meta.TABLE.summarize(config, runs)
     assert len(summary.sheets) == 5
     assert len(summary.claims) == 6
-    some = table.TABLE.summarize(config, {jobs[0].name: runs[jobs[0].name]})
+    some = meta.TABLE.summarize(config, {jobs[0].name: runs[jobs[0].name]})
     assert len(some.sheets) == 2
-    assert table.TABLE.summarize(config, {}).sheets == []
+    assert meta.TABLE.summarize(config, {}).sheets == []

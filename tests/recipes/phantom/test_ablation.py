@@ -11,7 +11,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("submitit")
 pytest.importorskip("tyro")
 
-from rich.console import Console
+from running import run_jobs
 
 from torchimplicit import cli
 from torchimplicit.recipes.phantom.ablation import (
@@ -26,8 +26,6 @@ from torchimplicit.recipes.phantom.ablation import (
     training,
 )
 from torchimplicit.recipes.phantom.images import CONVERGED, CostConfig, cifar10
-from torchimplicit.recipes.runtime.execution import go, opened
-from torchimplicit.recipes.runtime.jobs import prepare
 from torchimplicit.recipes.runtime.settings import Machine, to_plain
 from torchimplicit.recipes.runtime.step_cost import costs_of
 from torchimplicit.recipes.runtime.table import Plan
@@ -49,16 +47,6 @@ def smaller(config):
         optimization=replace(config.optimization, batch_size=16),
         equilibria=replace(config.equilibria, solver_steps=4, backward_steps=4),
     )
-
-
-def run_here(config, folder):
-    """The runs of a table, made smaller, in this process, which is faster than a scheduler's."""
-    runs = {}
-    for job in jobs(config):
-        run, runner, settings = opened(prepare(replace(job, config=smaller(job.config)), folder).path)
-        assert go(runner, settings, run, Console(quiet=True)) == 0
-        runs[job.name] = run
-    return runs
 
 
 class TestJobs:
@@ -84,7 +72,7 @@ class TestJobs:
 
 
 def test_what_the_runs_come_to(tmp_path):
-    runs = run_here(replace(TINY, rows=(IMPLICIT, UPG, CONTROL, "sweep-1-0.5", "cost")), tmp_path)
+    runs = run_jobs(jobs(replace(TINY, rows=(IMPLICIT, UPG, CONTROL, "sweep-1-0.5", "cost"))), tmp_path, smaller)
     summary = TABLE.summarize(TINY, runs)
     accuracy, cost, sweep = (sheet.table for sheet in summary.sheets)
     assert [row[2] for row in accuracy.rows][:2] == ["85.0 ± 0.2", "82.3 ± 1.3"]
@@ -103,7 +91,7 @@ def test_what_the_runs_come_to(tmp_path):
 
 
 def test_nothing_but_a_run_that_diverged(tmp_path):
-    runs = run_here(replace(TINY, rows=(IMPLICIT,)), tmp_path)
+    runs = run_jobs(jobs(replace(TINY, rows=(IMPLICIT,))), tmp_path, smaller)
     (run,) = runs.values()
     run.write_json("results.json", {**run.read_json("results.json"), "state": "diverged", "test": None})
     summary = TABLE.summarize(TINY, runs)

@@ -15,12 +15,12 @@ pytest.importorskip("tyro")
 
 import made_up_text
 from rich.console import Console
+from running import assert_resumes
 
 from torchimplicit import cli
 from torchimplicit.models import deq_transformer_wikitext103
 from torchimplicit.recipes.phantom.language import RUNNER, LanguageConfig, LanguageTask, wikitext2, wikitext103
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.run import RunOptions, create
 from torchimplicit.recipes.runtime.settings import Machine, from_plain, to_plain
 from torchimplicit.recipes.runtime.task import Shard
@@ -134,19 +134,8 @@ def test_every_process_reads_its_own_rows(text):
 
 
 def test_a_resumed_run_is_the_undisturbed_one(text, tmp_path):
-    config = replace(
-        small(wikitext2(), text, steps=6, validate_every=3, schedule="constant"), dropout=0.1, attention_dropout=0.1
-    )
-    half = replace(config, optimization=replace(config.optimization, steps=3))
-    losses = []
-    for name, parts in (("whole", [config]), ("cut", [half, config])):
-        run = create("language-wikitext2", RunOptions(output=tmp_path / name))
-        run.describe("language-wikitext2", config)
-        for part in parts:
-            assert RUNNER.train(part, run, Console(quiet=True))
-        losses.append([row["loss"] for row in rows(run.metrics) if "loss" in row])
-    assert losses[0] == losses[1]
-    assert len(losses[0]) == 6
+    config = replace(small(wikitext2(), text), dropout=0.1, attention_dropout=0.1)
+    assert_resumes("language-wikitext2", config, tmp_path, steps=6)
 
 
 def test_a_copy_for_another_process_has_the_weights(text):

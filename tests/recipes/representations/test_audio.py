@@ -11,15 +11,13 @@ import torch
 pytest.importorskip("lightning")
 pytest.importorskip("tyro")
 
-from rich.console import Console
+from running import assert_refused, assert_resumes, trained
 from scipy.io import wavfile
 
 from torchimplicit import cli
-from torchimplicit.recipes import registry
 from torchimplicit.recipes.representations import audio as sounds
 from torchimplicit.recipes.representations.audio import (
     RUNNER,
-    SoundConfig,
     audio,
     build,
     quantized,
@@ -32,7 +30,6 @@ from torchimplicit.recipes.representations.audio import (
 )
 from torchimplicit.recipes.representations.fit import Representation
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.run import RunOptions, create
 from torchimplicit.recipes.runtime.settings import Machine
 from torchimplicit.recipes.runtime.trainer import Results
@@ -212,14 +209,6 @@ def small(tmp_path, **changes):
     )
 
 
-def trained(path, config):
-    run = create("implicit-audio", RunOptions(output=path))
-    run.describe("implicit-audio", config)
-    RUNNER.check(config)
-    assert RUNNER.train(config, run, Console(quiet=True))
-    return run
-
-
 class TestRecipe:
     def test_frequencies_grow_with_the_length_alone(self, tmp_path):
         def scale(seconds, rate):
@@ -231,7 +220,7 @@ class TestRecipe:
         torch.testing.assert_close(scale(1.0, 1000), scale(1.0, 500))
 
     def test_a_run_leaves_sounds_and_pictures(self, tmp_path):
-        run = trained(tmp_path / "run", small(tmp_path, export_size=2500))
+        run = trained("implicit-audio", small(tmp_path, export_size=2500), tmp_path / "run")
         for name, rate in (("original", 1000), ("reconstruction", 1000), ("error", 1000), ("export", 2500)):
             found, values = wavfile.read(run.path / f"{name}.wav")
             assert (found, values.shape) == (rate, (rate, 2))
@@ -249,17 +238,11 @@ class TestRecipe:
         assert [one.name for one in run.path.glob("*.wav")] == ["mine.wav"]
 
     def test_a_resumed_run_has_the_losses_of_an_undisturbed_one(self, tmp_path):
-        config = small(tmp_path)
-        whole = trained(tmp_path / "whole", config)
-        cut = trained(tmp_path / "cut", replace(config, optimization=replace(config.optimization, steps=2)))
-        assert RUNNER.train(config, cut, Console(quiet=True))
-        losses = [[row["loss"] for row in rows(run.metrics) if "loss" in row] for run in (whole, cut)]
-        assert losses[0] == losses[1]
-        assert len(losses[0]) == 4
+        assert_resumes("implicit-audio", small(tmp_path), tmp_path)
 
     def test_in_chunks(self, tmp_path, monkeypatch):
         monkeypatch.setattr("torchimplicit.recipes.representations.fit.chunk_points", lambda *_: 300)
-        run = trained(tmp_path / "run", small(tmp_path))
+        run = trained("implicit-audio", small(tmp_path), tmp_path / "run")
         assert np.isfinite(Results.of(run).test.figures["PSNR"])
 
     def test_states_without_room_are_refused_before_training(self, tmp_path):
@@ -272,7 +255,7 @@ class TestRecipe:
 
     def test_the_command_line(self, tmp_path, capsys):
         (tmp_path / "song.mp3").write_bytes(b"ID3" + bytes(50))
-        for words, message in (
+        complaints = [
             (["--file", str(tmp_path / "song.mp3")], "cannot be read"),
             (["--file", str(tmp_path / "none.wav")], "does not exist"),
             (["--rate", "1"], "--rate"),
@@ -281,10 +264,8 @@ class TestRecipe:
             (["--start", "-1"], "--start"),
             (["--seconds", "99999"], "fewer --seconds"),
             (["--sound", "birds"], "birds"),
-        ):
-            assert cli.main(["train", "implicit-audio", *words, "--output", str(tmp_path / "run")]) == 2, words
-            assert message in capsys.readouterr().err
-            assert not (tmp_path / "run").exists()
+        ]
+        assert_refused(capsys, "implicit-audio", tmp_path / "run", complaints)
 
     def test_a_finished_run_is_sampled_at_any_rate(self, tmp_path, capsys):
         run = str(tmp_path / "run")
@@ -297,10 +278,6 @@ class TestRecipe:
         for sizes in (["7"], ["100", "200"], ["999999"]):
             assert cli.main(["evaluate", run, "--export-size", *sizes]) == 2
             assert "--export-size" in capsys.readouterr().err
-
-    def test_the_registry_knows_it(self):
-        assert isinstance(registry.settings("implicit-audio"), SoundConfig)
-        assert registry.runner("implicit-audio") is RUNNER
 
 
 @pytest.mark.parametrize("count", [64, 300, 9000])

@@ -12,16 +12,13 @@ pytest.importorskip("lightning")
 pytest.importorskip("tyro")
 
 from PIL import Image
-from rich.console import Console
+from running import assert_refused, trained
 
 from torchimplicit import cli
-from torchimplicit.recipes import registry
 from torchimplicit.recipes.representations import image as pictures
 from torchimplicit.recipes.representations.fit import Grid, Representation
 from torchimplicit.recipes.representations.image import (
     BUNDLED,
-    RUNNER,
-    PictureConfig,
     build,
     bundled,
     error_map,
@@ -35,7 +32,6 @@ from torchimplicit.recipes.representations.image import (
     written,
 )
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.run import RunOptions, create
 from torchimplicit.recipes.runtime.settings import Machine
 
 
@@ -221,10 +217,7 @@ class TestRecipe:
     @pytest.mark.parametrize("held_out", ["none", "grid"])
     def test_a_run_leaves_pictures(self, tmp_path, held_out):
         config = small(tmp_path, held_out=held_out, export_size=60)
-        run = create("implicit-image", RunOptions(output=tmp_path / "run"))
-        run.describe("implicit-image", config)
-        RUNNER.check(config)
-        assert RUNNER.train(config, run, Console(quiet=True))
+        run = trained("implicit-image", config, tmp_path / "run")
         for name in ("original", "reconstruction", "error"):
             assert Image.open(run.path / "figures" / f"{name}.png").size == (30, 20)
         assert (run.path / "figures" / "given.png").exists() == (held_out == "grid")
@@ -249,7 +242,7 @@ class TestRecipe:
 
     def test_the_command_line_says_what_is_wrong(self, tmp_path, capsys):
         (tmp_path / "text.png").write_text("no picture")
-        for words, message in (
+        complaints = [
             (["--file", str(tmp_path / "text.png")], "no picture"),
             (["--file", str(tmp_path / "none.png")], "does not exist"),
             (["--picture", "lena"], "there is no picture"),
@@ -257,16 +250,8 @@ class TestRecipe:
             (["--export-size", "0"], "--export-size"),
             (["--gradient", "unrolled-phantom"], "--amortize"),
             (["--size", "10"], "too few pixels"),
-        ):
-            code = cli.main(["train", "implicit-image-generalization", *words, "--output", str(tmp_path / "run")])
-            assert code == 2, words
-            assert message in capsys.readouterr().err
-            assert not (tmp_path / "run").exists()
-
-    def test_the_registry_knows_them(self):
-        for name in ("implicit-image", "implicit-image-generalization"):
-            assert isinstance(registry.settings(name), PictureConfig)
-            assert registry.runner(name) is RUNNER
+        ]
+        assert_refused(capsys, "implicit-image-generalization", tmp_path / "run", complaints)
 
 
 def test_error_maps_go_from_dark_to_bright():

@@ -17,9 +17,8 @@ pytest.importorskip("trimesh")
 import trimesh
 from PIL import Image
 from rich.console import Console
+from running import assert_refused, assert_resumes, trained
 
-from torchimplicit import cli
-from torchimplicit.recipes import registry
 from torchimplicit.recipes.representations.fit import Representation, floats_a_point
 from torchimplicit.recipes.representations.mesh import (
     KINDS,
@@ -47,7 +46,6 @@ from torchimplicit.recipes.representations.shape import (
     DistanceLoss,
     Frame,
     Overlap,
-    ShapeConfig,
     adam,
     build,
     compared,
@@ -55,8 +53,6 @@ from torchimplicit.recipes.representations.shape import (
 )
 from torchimplicit.recipes.representations.shape import drawn as points_of
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.fitting import rows
-from torchimplicit.recipes.runtime.run import RunOptions, create
 from torchimplicit.recipes.runtime.settings import Machine
 from torchimplicit.recipes.runtime.step_cost import peak_bytes
 from torchimplicit.recipes.runtime.trainer import Results
@@ -437,14 +433,6 @@ def small(tmp_path, **changes):
     return replace(base, **{**settings, **changes})
 
 
-def trained(path, config):
-    run = create("implicit-shape", RunOptions(output=path))
-    run.describe("implicit-shape", config)
-    RUNNER.check(config)
-    assert RUNNER.train(config, run, Console(quiet=True))
-    return run
-
-
 class TestRecipe:
     @pytest.fixture(autouse=True)
     def _coarsely_shown(self, monkeypatch):
@@ -471,7 +459,7 @@ class TestRecipe:
     def test_a_run_leaves_a_surface(self, tmp_path, task):
         config = replace(small(tmp_path, task=task), optimization=replace(adam(40, 20, 2e-2), batch_size=600))
         config = replace(config, representation=replace(config.representation, frequencies=3.0, width=16))
-        run = trained(tmp_path / "run", config)
+        run = trained("implicit-shape", config, tmp_path / "run")
         found = run.read_json("surface.json")
         assert found["found"]
         assert found["chamfer"] < 0.15
@@ -489,29 +477,19 @@ class TestRecipe:
 
     @pytest.mark.parametrize("task", ["occupancy", "sdf"])
     def test_a_resumed_run_has_the_losses_of_an_undisturbed_one(self, tmp_path, task):
-        config = small(tmp_path, task=task)
-        cut = create("implicit-shape", RunOptions(output=tmp_path / "cut"))
-        cut.describe("implicit-shape", config)
-        half = replace(config, optimization=replace(config.optimization, steps=2, schedule="constant"))
-        steady = replace(config, optimization=replace(config.optimization, schedule="constant"))
-        whole = trained(tmp_path / "steady", steady)
-        assert RUNNER.train(half, cut, Console(quiet=True))
-        assert RUNNER.train(steady, cut, Console(quiet=True))
-        losses = [[row["loss"] for row in rows(run.metrics) if "loss" in row] for run in (whole, cut)]
-        assert len(losses[0]) == 4
-        assert losses[0] == losses[1]
+        assert_resumes("implicit-shape", small(tmp_path, task=task), tmp_path)
 
     def test_a_field_without_a_surface(self, tmp_path, monkeypatch):
         monkeypatch.setattr("torchimplicit.recipes.representations.shape.surface", lambda *given: None)
         config = small(tmp_path)
-        run = trained(tmp_path / "run", config)
+        run = trained("implicit-shape", config, tmp_path / "run")
         assert run.read_json("surface.json") == {"found": False}
         assert "no surface" in (run.path / "index.html").read_text()
         with pytest.raises(UserError, match="no surface"):
             RUNNER.export(config, (12,), run, Console(quiet=True))
 
     def test_a_shape_that_stands_on_its_z_axis(self, tmp_path):
-        trained(tmp_path / "run", small(tmp_path, up="z"))
+        trained("implicit-shape", small(tmp_path, up="z"), tmp_path / "run")
 
     def test_the_distance_takes_exact_slopes(self, tmp_path):
         config = small(tmp_path, task="sdf")
@@ -546,7 +524,7 @@ class TestRecipe:
 
     def test_the_command_line_says_what_is_wrong(self, tmp_path, capsys):
         (tmp_path / "text.ply").write_text("no mesh")
-        for words, message in (
+        complaints = [
             (["--file", str(tmp_path / "text.ply")], "cannot be read"),
             (["--file", str(tmp_path / "none.obj")], "does not exist"),
             (["--resolution", "4"], "--resolution"),
@@ -554,12 +532,5 @@ class TestRecipe:
             (["--samples", "10"], "--samples"),
             (["--task", "sdf", "--gradient", "one-step"], "second derivative"),
             (["--gradient", "unrolled-phantom"], "--amortize"),
-        ):
-            code = cli.main(["train", "implicit-shape", *words, "--output", str(tmp_path / "run")])
-            assert code == 2, words
-            assert message in capsys.readouterr().err
-            assert not (tmp_path / "run").exists()
-
-    def test_the_registry_knows_it(self):
-        assert isinstance(registry.settings("implicit-shape"), ShapeConfig)
-        assert registry.runner("implicit-shape") is RUNNER
+        ]
+        assert_refused(capsys, "implicit-shape", tmp_path / "run", complaints)

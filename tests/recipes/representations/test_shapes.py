@@ -14,7 +14,7 @@ pytest.importorskip("skimage")
 pytest.importorskip("trimesh")
 
 import trimesh
-from rich.console import Console
+from running import run_jobs
 
 from torchimplicit.recipes.representations.shape import build, shape
 from torchimplicit.recipes.representations.shapes import (
@@ -26,8 +26,6 @@ from torchimplicit.recipes.representations.shapes import (
     jobs,
     training,
 )
-from torchimplicit.recipes.runtime.execution import go, opened
-from torchimplicit.recipes.runtime.jobs import prepare
 from torchimplicit.recipes.runtime.settings import to_plain
 from torchimplicit.recipes.runtime.table import Plan
 
@@ -55,15 +53,6 @@ def short(config):
 
 def small(tmp_path, **changes):
     return ShapesConfig(plan=Plan(seeds=1), samples=400, mesh_file=ball(tmp_path), **changes)
-
-
-def run_here(made, folder):
-    runs = {}
-    for job in made:
-        run, runner, settings = opened(prepare(replace(job, config=short(job.config)), folder).path)
-        assert go(runner, settings, run, Console(quiet=True)) == 0
-        runs[job.name] = run
-    return runs
 
 
 def test_the_papers_scale():
@@ -99,7 +88,7 @@ def test_the_estimate_has_the_values_but_not_the_slopes(tmp_path):
 def test_the_record(tmp_path):
     config = small(tmp_path, rows=("occupancy-siren-implicit", "occupancy-siren-explicit", "cost", "sdf-siren-implicit",
                                    "sdf-siren-one-step", "sdf-siren-explicit"))  # fmt: skip
-    runs = run_here(jobs(config), tmp_path / "runs")
+    runs = run_jobs(jobs(config), tmp_path / "runs", short)
     summary = TABLE.summarize(config, runs)
     assert [sheet.title for sheet in summary.sheets][:2] == ["Occupancy", "Signed distance, with slopes in the loss"]
     quality, distance, costs, directions = (sheet.table for sheet in summary.sheets)

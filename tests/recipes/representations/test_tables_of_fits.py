@@ -11,7 +11,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("submitit")
 pytest.importorskip("tyro")
 
-from rich.console import Console
+from running import run_jobs
 
 from torchimplicit.recipes.representations import generalization, gradients, signals
 from torchimplicit.recipes.representations.cost import FieldCostConfig
@@ -20,8 +20,6 @@ from torchimplicit.recipes.representations.generalization import GeneralizationC
 from torchimplicit.recipes.representations.gradients import GradientsConfig
 from torchimplicit.recipes.representations.signals import SignalsConfig
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.execution import go, opened
-from torchimplicit.recipes.runtime.jobs import prepare
 from torchimplicit.recipes.runtime.settings import Machine, to_plain
 from torchimplicit.recipes.runtime.step_cost import StepCost
 from torchimplicit.recipes.runtime.table import Plan
@@ -63,12 +61,7 @@ def less(config):
 
 def run_here(jobs, folder):
     """The runs of a table in this process."""
-    runs = {}
-    for job in jobs:
-        run, runner, settings = opened(prepare(replace(job, config=less(job.config)), folder).path)
-        assert go(runner, settings, run, Console(quiet=True)) == 0
-        runs[job.name] = run
-    return runs
+    return run_jobs(jobs, folder, less)
 
 
 class TestGeneralization:

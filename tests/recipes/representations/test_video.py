@@ -13,16 +13,12 @@ pytest.importorskip("lightning")
 pytest.importorskip("tyro")
 
 from PIL import Image
-from rich.console import Console
+from running import assert_refused, assert_resumes, trained
 
 from torchimplicit import cli
-from torchimplicit.recipes import registry
 from torchimplicit.recipes.representations import video as clips
-from torchimplicit.recipes.representations import video as show
-from torchimplicit.recipes.representations import video as writing
 from torchimplicit.recipes.representations.fit import Representation, decibels
 from torchimplicit.recipes.representations.video import (
-    RUNNER,
     VideoConfig,
     build,
     chosen,
@@ -34,8 +30,6 @@ from torchimplicit.recipes.representations.video import (
     video,
 )
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.fitting import rows
-from torchimplicit.recipes.runtime.run import RunOptions, create
 from torchimplicit.recipes.runtime.settings import Machine
 
 
@@ -47,7 +41,7 @@ def _seeded(one_thread):
 @pytest.fixture
 def without_av(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    monkeypatch.setattr(show, "can_write_mp4", lambda: False)
+    monkeypatch.setattr(clips, "can_write_mp4", lambda: False)
 
 
 def moving(frames=5, height=12, width=16):
@@ -249,17 +243,9 @@ def small(tmp_path, **changes):
     )
 
 
-def trained(path, config):
-    run = create("implicit-video", RunOptions(output=path))
-    run.describe("implicit-video", config)
-    RUNNER.check(config)
-    assert RUNNER.train(config, run, Console(quiet=True))
-    return run
-
-
 class TestRecipe:
     def test_a_run_leaves_videos_and_pictures(self, tmp_path, without_av):
-        run = trained(tmp_path / "run", small(tmp_path, export_size=(7, 24, 32)))
+        run = trained("implicit-video", small(tmp_path, export_size=(7, 24, 32)), tmp_path / "run")
         for name, size, frames in (
             ("figures/comparison.gif", (48, 12), 5),
             ("reconstruction.gif", (16, 12), 5),
@@ -277,28 +263,23 @@ class TestRecipe:
 
     def test_with_the_extra_there_are_video_files(self, tmp_path):
         pytest.importorskip("av")
-        run = trained(tmp_path / "run", small(tmp_path, export_size=(32,)))
+        run = trained("implicit-video", small(tmp_path, export_size=(32,)), tmp_path / "run")
         assert read(run.path / "reconstruction.mp4").pixels.shape == (5, 12, 16, 3)
         assert read(run.path / "export.mp4").pixels.shape == (5, 24, 32, 3)
 
     def test_frames_are_sampled_where_they_were_fitted(self, tmp_path):
         task = build(small(tmp_path))
-        frames = torch.stack(list(show.sampled_frames(task, (5, 12, 16))))
+        frames = torch.stack(list(clips.sampled_frames(task, (5, 12, 16))))
         torch.testing.assert_close(frames, task.on_grid((5, 12, 16)), atol=2e-2, rtol=1e-2)
 
     def test_a_resumed_run_has_the_losses_of_an_undisturbed_one(self, tmp_path):
         config = small(tmp_path)
         config = replace(config, optimization=replace(config.optimization, batch_size=300))
-        whole = trained(tmp_path / "whole", config)
-        cut = trained(tmp_path / "cut", replace(config, optimization=replace(config.optimization, steps=2)))
-        assert RUNNER.train(config, cut, Console(quiet=True))
-        losses = [[row["loss"] for row in rows(run.metrics) if "loss" in row] for run in (whole, cut)]
-        assert losses[0] == losses[1]
-        assert len(losses[0]) == 4
+        assert_resumes("implicit-video", config, tmp_path)
 
     def test_the_command_line(self, tmp_path, capsys):
         (tmp_path / "empty").mkdir()
-        for words, message in (
+        complaints = [
             (["--file", str(tmp_path / "empty")], "without pictures"),
             (["--file", str(tmp_path / "none.gif")], "does not exist"),
             (["--frames", "1"], "implicit-image"),
@@ -308,10 +289,8 @@ class TestRecipe:
             (["--export-size", "1", "2", "3", "4"], "--export-size"),
             (["--clip", "cat"], "cat"),
             (["--memory-mb", "8", "--width", "1024"], "--memory-mb"),
-        ):
-            assert cli.main(["train", "implicit-video", *words, "--output", str(tmp_path / "run")]) == 2, words
-            assert message in capsys.readouterr().err
-            assert not (tmp_path / "run").exists()
+        ]
+        assert_refused(capsys, "implicit-video", tmp_path / "run", complaints)
 
     def test_a_finished_run_is_sampled_at_any_size(self, tmp_path, capsys, without_av):
         run = str(tmp_path / "run")
@@ -325,10 +304,6 @@ class TestRecipe:
         for sizes in (["0"], ["1", "2", "3", "4"], ["99999"]):
             assert cli.main(["evaluate", run, "--export-size", *sizes]) == 2
             assert "--export-size" in capsys.readouterr().err
-
-    def test_the_registry_knows_it(self):
-        assert isinstance(registry.settings("implicit-video"), VideoConfig)
-        assert registry.runner("implicit-video") is RUNNER
 
 
 class TestFigures:
@@ -346,4 +321,4 @@ class TestFigures:
 def test_gifs_are_no_faster_than_browsers_show(tmp_path):
     save(iter(moving()), 1000.0, tmp_path / "a.gif")
     with Image.open(tmp_path / "a.gif") as image:
-        assert image.info["duration"] == writing.SHORTEST
+        assert image.info["duration"] == clips.SHORTEST
