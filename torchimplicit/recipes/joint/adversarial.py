@@ -23,10 +23,18 @@ from torchimplicit.recipes.runtime import files, table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.page import axes, canvas, style
 from torchimplicit.recipes.runtime.run import Run, device, quietly
-from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, fraction, option, positive
+from torchimplicit.recipes.runtime.settings import (
+    Equilibria,
+    Machine,
+    Optimization,
+    fraction,
+    numbers,
+    option,
+    positive,
+)
 from torchimplicit.recipes.runtime.step_cost import timed_in_turn
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet, Table
-from torchimplicit.recipes.runtime.task import Metric, Rows, SampledTask, gradient, solver
+from torchimplicit.recipes.runtime.task import Metric, SampledTask, gradient, solver
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 from torchimplicit.regularizers import jacobian_frobenius
 from torchimplicit.solution import Solution
@@ -97,8 +105,7 @@ class AdversarialConfig(Selection):
 def adversarial_digits() -> AdversarialConfig:
     """A dense model on the bundled digits: half a minute on one core."""
     return AdversarialConfig(
-        data="digits",
-        optimization=Optimization(steps=150, batch_size=128, learning_rate=1e-2, validate_every=30),
+        data="digits", optimization=Optimization(steps=150, batch_size=128, learning_rate=1e-2, validate_every=30)
     )
 
 
@@ -146,9 +153,7 @@ class AttacksConfig:
 
     def __post_init__(self) -> None:
         positive(self, "tuning_images", "attacked_images", "repeats", "tolerated")
-        for name in ("pgd_steps", "jiio_steps", "step_sizes", "tolerances"):
-            if not getattr(self, name) or not min(getattr(self, name)) > 0:
-                raise UserError(f"{option(name)} must be one or more positive numbers")
+        numbers(self, "pgd_steps", "jiio_steps", "step_sizes", "tolerances")
 
     def strongest(self, kind: str) -> str:
         """The name of the longest attack of a kind."""
@@ -319,8 +324,7 @@ class AdversarialTraining(SampledTask):
         self.config = config
         self.metric = Metric("accuracy" if config.adversary == "none" else "attacked", "%", "max")
         splits = selected(config.data, config)
-        parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
-        self.sets = {name: Rows(*part) for name, part in parts.items()}
+        self.sets = splits.sets()
         self.model = EquilibriumClassifier(
             EquilibriumClassifierConfig(
                 image_size=IMAGES[config.data].size,
@@ -397,10 +401,8 @@ class AdversarialTraining(SampledTask):
 
     def describe(self) -> str:
         """The data and the model."""
-        counts = ", ".join(f"{len(rows)} {name}" for name, rows in self.sets.items())
-        parameters = sum(p.numel() for p in self.model.parameters())
         adversary = {"none": "no adversary", "pgd": "PGD", "jiio": "JIIO"}[self.config.adversary]
-        return f"{self.config.data}: {counts} images; {parameters} parameters, trained against {adversary}."
+        return f"{self.config.data}: {self.counts} images; {self.weights} parameters, trained against {adversary}."
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -741,8 +743,8 @@ def drawings(config: AdversarialTableConfig, runs: Runs, folders: Mapping[str, R
     rows = [row for row in ("clean", "pgd", "jiio") if runs.where(row=row)]
     figure, panels = axes(len(rows), width=4.2, height=3.6)
     for panel, row in zip(panels, rows, strict=True):
-        for index, (label, numbers) in enumerate({"PGD": kind.pgd_steps, "JIIO": kind.jiio_steps}.items()):
-            names = {n: f"{label}-{n}" for n in sorted(numbers)}
+        for index, (label, several) in enumerate({"PGD": kind.pgd_steps, "JIIO": kind.jiio_steps}.items()):
+            names = {n: f"{label}-{n}" for n in sorted(several)}
             times = [1e3 * fmean(of(runs, row, name, "seconds")) for name in names.values()]
             strong = [fmean(of(runs, row, name, "cross_entropy")) for name in names.values()]
             panel.plot(times, strong, label=label, **style(index))

@@ -25,7 +25,6 @@ from torchimplicit.recipes.joint.decoder import (
     Images,
     Joint,
     Kind,
-    Part,
     distance,
     equilibria,
     features,
@@ -319,7 +318,7 @@ class Generation(SampledTask):
         super().__init__()
         self.config = config
         self.data = read_images(config.images)
-        self.sets = {name: Rows(*part) for name, part in self.parts.items()}
+        self.sets = {name: Rows(*part) for name, part in self.data._asdict().items()}
         self.decoder = make_decoder(config.decoder, self.data.pixels, config.equilibria)
         self.encoder: nn.Module | None = None
         if config.model == "vae":
@@ -401,14 +400,8 @@ class Generation(SampledTask):
 
     def describe(self) -> str:
         """The data and the model."""
-        counts = ", ".join(f"{len(part.labels)} {name}" for name, part in self.parts.items())
-        parameters = sum(p.numel() for p in self.parameters())
-        return f"{self.config.images.data}: {counts} images; {self.config.model} with {parameters} parameters."
-
-    @property
-    def parts(self) -> dict[str, Part]:
-        """The splits by name."""
-        return self.data._asdict()
+        chosen = self.config
+        return f"{chosen.images.data}: {self.counts} images; {chosen.model} with {self.weights} parameters."
 
 
 def ready(config: Any) -> None:

@@ -249,9 +249,8 @@ class Restoration(SampledTask):
 
     def describe(self) -> str:
         """The data and the model."""
-        counts = ", ".join(f"{len(part.labels)} {name}" for name, part in self.data._asdict().items())
         chosen = self.config
-        return f"{chosen.images.data}: {counts} images; {chosen.corruption}, trained {chosen.through}."
+        return f"{chosen.images.data}: {self.counts} images; {chosen.corruption}, trained {chosen.through}."
 
 
 TRAINER = Trainer(Restoration, ready)

@@ -33,12 +33,14 @@ from torchimplicit.recipes.runtime.settings import (
     Optimization,
     fraction,
     not_negative,
+    numbers,
     option,
     positive,
 )
 from torchimplicit.recipes.runtime.step_cost import timed_in_turn
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet, Table
 from torchimplicit.recipes.runtime.task import (
+    Batches,
     InOrder,
     Metric,
     Rows,
@@ -181,9 +183,7 @@ class AdaptationsConfig:
 
     def __post_init__(self) -> None:
         positive(self, "adapted_tasks", "repeats")
-        for name in ("jiio_steps", "descent_steps", "step_sizes"):
-            if not getattr(self, name) or not min(getattr(self, name)) > 0:
-                raise UserError(f"{option(name)} must be one or more positive numbers")
+        numbers(self, "jiio_steps", "descent_steps", "step_sizes")
 
 
 def adaptations() -> AdaptationsConfig:
@@ -452,7 +452,14 @@ class MetaLearning(Task):
         return draw_characters(self.characters[split], count, config.ways, config.shots, config.queries, source)
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        return _Drawn(self, steps, shard)
+        chosen = self.config.optimization
+
+        def drawn() -> Iterator[tuple[Tensor, ...]]:
+            for step in steps:
+                tasks = self.draw("training", chosen.batch_size, generator(chosen.seed, step, -5))
+                yield tuple(part[shard.rank :: shard.world] for part in tasks)
+
+        return Batches(len(steps), drawn)
 
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
         tasks = Rows(*self.held_out(split, self.config.held_out_tasks))
@@ -502,28 +509,11 @@ class MetaLearning(Task):
     def describe(self) -> str:
         """The tasks and the model."""
         config = self.config
-        parameters = sum(p.numel() for p in self.model.parameters())
         kind = f"{config.ways} characters" if config.data == "omniglot" else "a sine wave"
         return (
-            f"{config.data}: tasks of {kind}, {config.shots} samples each; {parameters} parameters, a context of "
+            f"{config.data}: tasks of {kind}, {config.shots} samples each; {self.weights} parameters, a context of "
             f"{config.context_size} adapted by {config.adaptation}."
         )
-
-
-class _Drawn:
-    """The training tasks of some steps, drawn when they are due."""
-
-    def __init__(self, task: MetaLearning, steps: range, shard: Shard):
-        self.task, self.steps, self.shard = task, steps, shard
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        chosen = self.task.config.optimization
-        for step in self.steps:
-            tasks = self.task.draw("training", chosen.batch_size, generator(chosen.seed, step, -5))
-            yield tuple(part[self.shard.rank :: self.shard.world] for part in tasks)
 
 
 def judged(model: ContextEquilibrium, adapt: Adapt, tasks: Tasks) -> tuple[Tensor, Tensor]:

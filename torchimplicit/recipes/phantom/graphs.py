@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -32,6 +32,7 @@ from torchimplicit.recipes.runtime.run import Run, device
 from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, not_negative, positive
 from torchimplicit.recipes.runtime.step_cost import StepCost, equilibria, in_turn, one_step, step_table
 from torchimplicit.recipes.runtime.task import (
+    Batches,
     InOrder,
     Metric,
     SampledTask,
@@ -253,7 +254,8 @@ class MoleculesTask(SampledTask):
         if split == "test" or not self.config.peek:
             return own
         order = InOrder(len(self.sets["test"]), self.config.optimization.batch_size, shard)
-        return _After(own, self._loaded(self.sets["test"], order, _peeked))
+        both: list[Any] = [own, self._loaded(self.sets["test"], order, _peeked)]
+        return Batches(sum(map(len, both)), lambda: chain.from_iterable(both))
 
     def loss(self, batch: Any) -> Tensor:
         return functional.cross_entropy(self._scores(batch), batch.y)
@@ -278,19 +280,6 @@ class MoleculesTask(SampledTask):
 
     def _scores(self, batch: Any) -> Tensor:
         return self.model(batch.x, batch.edge_index, batch=batch.batch, graphs=batch.num_graphs)
-
-
-class _After:
-    """The batches of one loader, then those of another."""
-
-    def __init__(self, *loaders: Any):
-        self.loaders = loaders
-
-    def __len__(self) -> int:
-        return sum(len(one) for one in self.loaders)
-
-    def __iter__(self) -> Iterator[Any]:
-        return chain.from_iterable(self.loaders)
 
 
 def _peeked(graphs: list[Any]) -> Any:
@@ -348,19 +337,6 @@ class PPITask(SampledTask):
 # -- Node classification on directed chains ----------------------------------------------------------------------------
 
 
-class _Repeated:
-    """One batch, several times."""
-
-    def __init__(self, batch: Any, times: int):
-        self.batch, self.times = batch, times
-
-    def __len__(self) -> int:
-        return self.times
-
-    def __iter__(self) -> Iterator[Any]:
-        return repeat(self.batch, self.times)
-
-
 class ChainsTask(Task):
     """All chains are one graph, and every step sees it whole.
 
@@ -383,10 +359,12 @@ class ChainsTask(Task):
         self.adjacency = Adjacency.normalized(self.data.edge_index, self.data.num_nodes, dtype=torch.float64)
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        return _Repeated(self._part(self.data.train_mask), len(steps))
+        batch = self._part(self.data.train_mask)
+        return Batches(len(steps), lambda: repeat(batch, len(steps)))
 
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
-        return _Repeated(self._part(self.data.val_mask if split == "validation" else self.data.test_mask), 1)
+        batch = self._part(self.data.val_mask if split == "validation" else self.data.test_mask)
+        return Batches(1, lambda: iter([batch]))
 
     def loss(self, batch: Any) -> Tensor:
         scores, y = self._scores(batch)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torchimplicit.recipes.phantom.image_files import READERS, Labelled, parted
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import not_negative, positive
-from torchimplicit.recipes.runtime.task import generator
+from torchimplicit.recipes.runtime.task import Rows, generator
 
 # -- Labelled images, and how some of them are set apart ---------------------------------------------------------------
 
@@ -35,6 +35,10 @@ class Splits:
     test: Labelled
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
+
+    def sets(self) -> dict[str, Rows]:
+        """The images with their labels, by the names that tasks give the splits."""
+        return {"training": Rows(*self.train), "validation": Rows(*self.validation), "test": Rows(*self.test)}
 
 
 def standardized(images: Tensor, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:
@@ -62,18 +66,10 @@ def augmented(images: Tensor, chance: torch.Generator) -> Tensor:
     return padded[samples, :, along[:, :, None], across[:, None, :]].permute(0, 3, 1, 2)
 
 
-class Augmented:
+def every_augmented(batches: Iterable[Any], steps: range, seed: int, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of images and labels, augmented as the seed, the step and the process say."""
-
-    def __init__(self, batches: Iterable[Any], steps: range, seed: int, rank: int):
-        self.batches, self.steps, self.seed, self.rank = batches, steps, seed, rank
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for step, (images, labels) in zip(self.steps, self.batches, strict=True):
-            yield augmented(images, generator(self.seed, step, self.rank, -4)), labels
+    for step, (images, labels) in zip(steps, batches, strict=True):
+        yield augmented(images, generator(seed, step, rank, -4)), labels
 
 
 # -- The data sets that fit into memory, by name -----------------------------------------------------------------------

@@ -14,21 +14,13 @@ from torch.utils.data import Sampler
 
 from torchimplicit.models import MDEQ, MDEQConfig, mdeq_imagenet, mdeq_large, mdeq_small, mdeq_tiny
 from torchimplicit.recipes.phantom import imagenet as folders
-from torchimplicit.recipes.phantom.image_data import IMAGES, Augmented, Selection, selected, standardized
+from torchimplicit.recipes.phantom.image_data import IMAGES, Selection, every_augmented, selected, standardized
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import Run, device
 from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, not_negative, option, positive
 from torchimplicit.recipes.runtime.step_cost import StepCost, beside, equilibria, flat_gradient, in_turn, one_step
 from torchimplicit.recipes.runtime.table import Cell, Table, sheet
-from torchimplicit.recipes.runtime.task import (
-    Metric,
-    Rows,
-    SampledTask,
-    Shard,
-    gradient,
-    label,
-    solver,
-)
+from torchimplicit.recipes.runtime.task import Batches, Metric, SampledTask, Shard, gradient, label, solver
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 
 # -- settings ----------------------------------------------------------------------------------------------------------
@@ -179,14 +171,15 @@ class Classification(SampledTask):
             self.mean, self.deviation = folders.MEAN, folders.DEVIATION
         else:
             splits = selected(config.data, config)
-            parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
-            self.sets = {name: Rows(*part) for name, part in parts.items()}
+            self.sets = splits.sets()
             self.mean, self.deviation = splits.mean, splits.deviation
         self.model = MDEQ(sizes(config), solver=solver(config.equilibria), gradient=gradient(config.equilibria))
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        found = super().training_batches(steps, shard)
-        return Augmented(found, steps, self.config.optimization.seed, shard.rank) if self.config.augment else found
+        found, seed = super().training_batches(steps, shard), self.config.optimization.seed
+        if not self.config.augment:
+            return found
+        return Batches(len(steps), lambda: every_augmented(found, steps, seed, shard.rank))
 
     def order(self, steps: range, shard: Shard) -> Sampler[Any]:
         indices = super().order(steps, shard)
@@ -215,9 +208,7 @@ class Classification(SampledTask):
 
     def describe(self) -> str:
         """The data and the model."""
-        counts = ", ".join(f"{len(part)} {name}" for name, part in self.sets.items())
-        parameters = sum(p.numel() for p in self.model.parameters())
-        return f"{self.config.data}: {counts} images; MDEQ {self.config.model} with {parameters} parameters."
+        return f"{self.config.data}: {self.counts} images; MDEQ {self.config.model} with {self.weights} parameters."
 
 
 def sizes(config: ImageConfig) -> MDEQConfig:

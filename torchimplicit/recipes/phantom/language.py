@@ -164,12 +164,7 @@ def wikitext103(normalization: Literal["post", "pre"] = "post") -> LanguageConfi
         vocabulary=None,
         segment_length=150,
         optimization=Optimization(
-            steps=300_000,
-            batch_size=56,
-            learning_rate=2.5e-4,
-            warmup_steps=16_000,
-            clip_norm=0.25,
-            validate_every=5000,
+            steps=300_000, batch_size=56, learning_rate=2.5e-4, warmup_steps=16_000, clip_norm=0.25, validate_every=5000
         ),
         equilibria=Equilibria(
             solver_steps=14 if pre else 30,

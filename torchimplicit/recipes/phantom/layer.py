@@ -31,7 +31,7 @@ from torchimplicit.recipes.phantom.images import Classification, ImageConfig, re
 from torchimplicit.recipes.phantom.images import digits as bundled
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import quietly
-from torchimplicit.recipes.runtime.settings import not_negative, option, positive
+from torchimplicit.recipes.runtime.settings import not_negative, numbers, option, positive
 from torchimplicit.recipes.runtime.table import Column, Table
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 from torchimplicit.solve import solve
@@ -86,9 +86,7 @@ class LayerConfig:
         not_negative(self, "seed")
         if not 0 < self.norm < 1:
             raise UserError(f"{option('norm')} must lie in (0, 1), or there is no fixed point; it is {self.norm}")
-        for name in ("ks", "lambdas", "errors"):
-            if not getattr(self, name) or not all(value > 0 for value in getattr(self, name)):
-                raise UserError(f"{option(name)} must be positive numbers, one at least")
+        numbers(self, "ks", "lambdas", "errors")
         if max(self.lambdas) > 1:
             raise UserError(f"{option('lambdas')} must be at most 1, and one is {max(self.lambdas)}")
 
@@ -298,31 +296,21 @@ LAYER = Measuring(measure=lambda config, run: Measurement(config).results(), nam
 # -- An image classifier whose gradient is looked at along training ----------------------------------------------------
 
 
-LABELS = {
-    "npg-1-1": "one step",
-    "npg-2-0.5": "NPG(2, 0.5)",
-    "npg-5-0.5": "NPG(5, 0.5)",
-    "npg-9-0.5": "NPG(9, 0.5)",
-    "npg-5-1": "NPG(5, 1)",
-    "upg-5-0.5": "UPG(5, 0.5)",
-    "adaptive-0.3": "adaptive, residual 0.3",
-    "adaptive-0.1": "adaptive, residual 0.1",
-    "unbiased-5-0.5": "unbiased(5, 0.5), p = 0.9",
+ESTIMATORS: dict[str, tuple[str, Gradient]] = {
+    "npg-1-1": ("one step", NeumannPhantom(steps=1, damping=1.0)),
+    "npg-2-0.5": ("NPG(2, 0.5)", NeumannPhantom(steps=2, damping=0.5)),
+    "npg-5-0.5": ("NPG(5, 0.5)", NeumannPhantom(steps=5, damping=0.5)),
+    "npg-9-0.5": ("NPG(9, 0.5)", NeumannPhantom(steps=9, damping=0.5)),
+    "npg-5-1": ("NPG(5, 1)", NeumannPhantom(steps=5, damping=1.0)),
+    "upg-5-0.5": ("UPG(5, 0.5)", UnrolledPhantom(steps=5, damping=0.5)),
+    "adaptive-0.3": ("adaptive, residual 0.3", AdaptivePhantom(tolerance=0.3, max_steps=60)),
+    "adaptive-0.1": ("adaptive, residual 0.1", AdaptivePhantom(tolerance=0.1, max_steps=60)),
+    "unbiased-5-0.5": ("unbiased(5, 0.5), p = 0.9", UnbiasedNeumann(steps=5, survival=0.9, damping=0.5)),
 }
-"""What is compared with the exact gradient along training, for people, by the name in the log."""
+"""What is compared with the exact gradient along training, by the name in the log: a label, and the estimator."""
 
-BESIDE: dict[str, Gradient] = {
-    "npg-1-1": NeumannPhantom(steps=1, damping=1.0),
-    "npg-2-0.5": NeumannPhantom(steps=2, damping=0.5),
-    "npg-5-0.5": NeumannPhantom(steps=5, damping=0.5),
-    "npg-9-0.5": NeumannPhantom(steps=9, damping=0.5),
-    "npg-5-1": NeumannPhantom(steps=5, damping=1.0),
-    "upg-5-0.5": UnrolledPhantom(steps=5, damping=0.5),
-    "adaptive-0.3": AdaptivePhantom(tolerance=0.3, max_steps=60),
-    "adaptive-0.1": AdaptivePhantom(tolerance=0.1, max_steps=60),
-    "unbiased-5-0.5": UnbiasedNeumann(steps=5, survival=0.9, damping=0.5),
-}
-"""What is compared with the exact gradient, by the name in the log; for people they are :data:`LABELS`."""
+LABELS = {name: label for name, (label, _) in ESTIMATORS.items()}
+BESIDE = {name: gradient for name, (_, gradient) in ESTIMATORS.items()}
 
 EXACT = Implicit(linear_solver=GMRES(rtol=1e-5, max_steps=400, restart=100))
 """A long Krylov space, for weights at which the Jacobian's spectral radius is above 1."""

@@ -393,17 +393,15 @@ def against_seconds(runs: Runs, folders: Mapping[str, Run], equation: EquationNa
 
 
 def _lines(name: EquationName, made: dict[str, Array]) -> Figure:
+    from torchimplicit.recipes.physics.solve_equation import lines
+
     equation = EQUATIONS[name]
     grid = equation.grid()
     right = equation.reference(grid)
     shown = "equilibrium-5" if "equilibrium-5" in made else next(iter(made))
     figure, (left, other) = axes(2, width=5.4)
-    some = slice(None, None, max(1, len(grid) // 25))
-    for index, output in enumerate(equation.outputs):
-        left.plot(grid[:, 0], made[shown][:, index], color=COLOURS[index], label=output)
-        left.plot(grid[some, 0], right[some, index], "o", color=COLOURS[index], markersize=3.5)
-    left.set(xlabel=equation.inputs[0], title=f"{MODELS[shown].label} (lines), trusted (dots)")
-    left.legend()
+    lines(left, equation, made[shown])
+    left.set_title(f"{MODELS[shown].label} (lines), trusted (dots)")
     for model, found in made.items():
         gap = np.maximum(np.abs(found - right).max(1), 1e-17)
         other.plot(grid[:, 0], gap, linewidth=1.2, label=MODELS[model].label, **_look(model))
@@ -413,24 +411,20 @@ def _lines(name: EquationName, made: dict[str, Array]) -> Figure:
 
 
 def _maps(name: EquationName, made: dict[str, Array]) -> Figure:
+    from torchimplicit.recipes.physics.solve_equation import colours
+
     equation = EQUATIONS[name]
-    grid = equation.grid()
-    right = equation.reference(grid)
-    first, second = (np.unique(grid[:, i]) for i in (0, 1))
+    right = equation.reference(equation.grid())
     chosen = [model for model in ("equilibrium-20", "network-20") if model in made] or list(made)[:2]
     gaps = {model: np.log10(np.maximum(np.abs(made[model] - right)[:, 0], 1e-12)) for model in chosen}
     low = min(float(np.quantile(gap, 0.05)) for gap in gaps.values())
     high = max(float(gap.max()) for gap in gaps.values())
-    panels = {f"{MODELS[chosen[0]].label}: solution": made[chosen[0]][:, 0]}
-    panels |= {f"{MODELS[model].label}: log₁₀ of the error": gap for model, gap in gaps.items()}
-    figure, plots = axes(len(panels), width=4.4, height=3.6)
-    for number, (plot, (title, shown)) in enumerate(zip(plots, panels.items(), strict=True)):
-        shape = shown.reshape(len(first), len(second)).T
-        look: dict[str, Any] = {"cmap": "viridis", "vmin": low, "vmax": high} if number else {"cmap": "RdBu_r"}
-        image = plot.pcolormesh(first, second, shape, rasterized=True, **look)
-        figure.colorbar(image, ax=plot)
-        plot.set(xlabel=equation.inputs[0], ylabel=equation.inputs[1], title=title)
-        plot.grid(False)
+    figure, (first, *others) = axes(1 + len(gaps), width=4.4, height=3.6)
+    title = f"{MODELS[chosen[0]].label}: solution"
+    colours(first, equation, made[chosen[0]][:, 0], title, cmap="RdBu_r")
+    for plot, (model, gap) in zip(others, gaps.items(), strict=True):
+        title = f"{MODELS[model].label}: log₁₀ of the error"
+        colours(plot, equation, gap, title, cmap="viridis", vmin=low, vmax=high)
     return figure
 
 

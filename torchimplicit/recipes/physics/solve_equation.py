@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torchimplicit.recipes.runtime.settings import OptimizerName, from_plain, no
 from torchimplicit.recipes.runtime.table import Column, Drawing, Table
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.console import Console
 
@@ -274,71 +275,59 @@ CAPTIONS = {
 
 def figures(results: Results, equation: Equation, made: Field) -> dict[str, Figure]:
     """By the names of :data:`CAPTIONS`."""
-    grid = equation.grid()
-    with torch.no_grad():
-        found = made(torch.as_tensor(grid)).numpy()
-    right = equation.reference(grid)
+    found, right = values(made, equation), equation.reference(equation.grid())
+    gap = np.abs(found - right)
     with styled():
         if len(equation.inputs) == 1:
-            drawn = {
-                "solution": _lines(equation, grid, found, right),
-                "error": _line_errors(equation, grid, found, right),
-            }
+            drawn = {"solution": axes(), "error": axes()}
+            solution, error = (plot for _, (plot,) in drawn.values())
+            lines(solution, equation, found)
+            for index, name in enumerate(equation.outputs):
+                error.plot(equation.grid()[:, 0], np.maximum(gap[:, index], 1e-17), color=COLOURS[index], label=name)
+            error.set(xlabel=equation.inputs[0], ylabel="absolute error", yscale="log")
+            error.legend()
         else:
-            drawn = {
-                "solution": _maps(equation, grid, {"found": found[:, 0], "trusted": right[:, 0]}, "RdBu_r"),
-                "error": _maps(equation, grid, {"absolute error": np.abs(found - right)[:, 0]}, "viridis"),
-            }
-        drawn["training"] = training({results.config.model: results.looks})
-    return drawn
+            both: dict[str, Any] = {"found": found[:, 0], "trusted": right[:, 0]}
+            drawn = {"solution": axes(2, width=4.6, height=3.8), "error": axes(width=4.6, height=3.8)}
+            for plot, (name, one) in zip(drawn["solution"][1], both.items(), strict=True):
+                colours(plot, equation, one, name, cmap="RdBu_r")
+            colours(drawn["error"][1][0], equation, gap[:, 0], "absolute error", cmap="viridis")
+        return {**{name: figure for name, (figure, _) in drawn.items()}, "training": training(results)}
 
 
-def training(tracks: dict[str, list[Look]]) -> Figure:
-    """Loss and error of some trainings, by their names."""
+def training(results: Results) -> Figure:
+    """The loss and the error along a training."""
     drawn, (by_iteration, by_time) = axes(2, width=5.2)
-    for index, (name, looks) in enumerate(tracks.items()):
-        colour = COLOURS[index % len(COLOURS)]
-        measured = [look for look in looks if np.isfinite(look.relative_l2)]
-        by_iteration.plot([x.iteration for x in looks], [x.loss for x in looks], color=colour, linewidth=1, alpha=0.6)
-        for plot, place in ((by_iteration, "iteration"), (by_time, "seconds")):
-            x = [getattr(look, place) for look in measured]
-            plot.plot(x, [look.relative_l2 for look in measured], color=colour, marker="o", markersize=3, label=name)
+    looks, colour = results.looks, COLOURS[0]
+    measured = [look for look in looks if np.isfinite(look.relative_l2)]
+    by_iteration.plot([x.iteration for x in looks], [x.loss for x in looks], color=colour, linewidth=1, alpha=0.6)
+    for plot, place in ((by_iteration, "iteration"), (by_time, "seconds")):
+        x, error = [getattr(look, place) for look in measured], [look.relative_l2 for look in measured]
+        plot.plot(x, error, color=colour, marker="o", markersize=3, label=results.config.model)
     by_iteration.set(xlabel="iteration", ylabel="relative error (dots), loss (thin)", yscale="log")
     by_time.set(xlabel="seconds", ylabel="relative error", yscale="log")
     by_iteration.legend()
     return drawn
 
 
-def _lines(equation: Equation, grid: np.ndarray, found: np.ndarray, right: np.ndarray) -> Figure:
-    drawn, (plot,) = axes()
-    some = slice(None, None, max(1, len(grid) // 25))
+def lines(plot: Axes, equation: Equation, found: Array) -> None:
+    """A function of one coordinate on the equation's grid as lines, and the trusted one as dots."""
+    grid = equation.grid()
+    right, some = equation.reference(grid), slice(None, None, max(1, len(grid) // 25))
     for index, name in enumerate(equation.outputs):
         plot.plot(grid[:, 0], found[:, index], color=COLOURS[index], label=name)
         plot.plot(grid[some, 0], right[some, index], "o", color=COLOURS[index], markersize=3.5)
     plot.set(xlabel=equation.inputs[0])
     plot.legend()
-    return drawn
 
 
-def _line_errors(equation: Equation, grid: np.ndarray, found: np.ndarray, right: np.ndarray) -> Figure:
-    drawn, (plot,) = axes()
-    for index, name in enumerate(equation.outputs):
-        gap = np.maximum(np.abs(found - right)[:, index], 1e-17)
-        plot.plot(grid[:, 0], gap, color=COLOURS[index], label=name)
-    plot.set(xlabel=equation.inputs[0], ylabel="absolute error", yscale="log")
-    plot.legend()
-    return drawn
-
-
-def _maps(equation: Equation, grid: np.ndarray, values: dict[str, np.ndarray], colours: str) -> Figure:
-    first, second = (np.unique(grid[:, i]) for i in (0, 1))
-    drawn, plots = axes(len(values), width=4.6, height=3.8)
-    for plot, (name, one) in zip(plots, values.items(), strict=True):
-        image = plot.pcolormesh(first, second, one.reshape(len(first), len(second)).T, cmap=colours, rasterized=True)
-        drawn.colorbar(image, ax=plot)
-        plot.set(xlabel=equation.inputs[0], ylabel=equation.inputs[1], title=name)
-        plot.grid(False)
-    return drawn
+def colours(plot: Axes, equation: Equation, found: Array, title: str, **look: Any) -> None:
+    """A function of two coordinates on the equation's grid, ``[points]``, as a map with its scale."""
+    first, second = (np.unique(equation.grid()[:, i]) for i in (0, 1))
+    image = plot.pcolormesh(first, second, found.reshape(len(first), len(second)).T, rasterized=True, **look)
+    plot.figure.colorbar(image, ax=plot)
+    plot.set(xlabel=equation.inputs[0], ylabel=equation.inputs[1], title=title)
+    plot.grid(False)
 
 
 def write_report(results: Results, equation: Equation, made: Field, run: Run) -> None:
@@ -369,13 +358,10 @@ def field(config: PhysicsConfig) -> Field:
         torch.manual_seed(config.seed)
         torch.set_default_dtype(torch.float64)
         try:
+            box, outputs = (equation.low, equation.high), len(equation.outputs)
             if config.model == "equilibrium":
-                return EquilibriumField(
-                    equation.low, equation.high, outputs=len(equation.outputs), states=config.states
-                )
-            return NetworkField(
-                equation.low, equation.high, outputs=len(equation.outputs), width=config.width, depth=config.depth
-            )
+                return EquilibriumField(*box, outputs=outputs, states=config.states)
+            return NetworkField(*box, outputs=outputs, width=config.width, depth=config.depth)
         finally:
             torch.set_default_dtype(before)
 

@@ -404,7 +404,7 @@ def show(config: SoundConfig, task: FieldTask, results: Results, run: Run) -> No
     notes = [
         f"Over all samples: {decibels(error, 2.0):.2f} dB PSNR, whose peak is the range from -1 to 1 of the sound at "
         f"full scale, and {10 * math.log10(power / max(error, 1e-20)):.2f} dB beside the sound's own power "
-        "(SNR). All samples were fitted: the validation and the test are on the same ones.",
+        "(SNR). All samples were fitted: the validation and the test are on the same ones."
     ]
     shown = [*pictures, *((path, caption) for path, caption, _ in heard)]
     if config.export_size is not None:

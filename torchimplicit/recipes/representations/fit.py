@@ -27,7 +27,7 @@ from torchimplicit.recipes.runtime.page import Section, axes, document, media, s
 from torchimplicit.recipes.runtime.run import Run, Runner, threads
 from torchimplicit.recipes.runtime.settings import Equilibria, Optimization, Trained, positive
 from torchimplicit.recipes.runtime.table import Cell, Drawing, Table, sheet, shown
-from torchimplicit.recipes.runtime.task import Metric, Shard, Split, Task, generator, gradient, solver
+from torchimplicit.recipes.runtime.task import Batches, Metric, Shard, Split, Task, generator, gradient, solver
 from torchimplicit.recipes.runtime.trainer import Results, Trainer
 
 if TYPE_CHECKING:
@@ -493,11 +493,13 @@ class FieldTask(Task):
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Tensor]:
         chosen = self.config.optimization
-        return _Batches(len(self.parts.training), chosen.batch_size, chosen.seed, steps, shard)
+        count = len(self.parts.training)
+        return Batches(len(steps), lambda: _places(count, min(count, chosen.batch_size), chosen.seed, steps, shard))
 
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Tensor]:
         part = self.parts.validation if split == "validation" else self.parts.test
-        return _Chunks(part[shard.rank :: shard.world], min(self.chunk, SAMPLED_AT_ONCE))
+        parts = part[shard.rank :: shard.world].split(min(self.chunk, SAMPLED_AT_ONCE))
+        return Batches(len(parts), lambda: iter(parts))  # a tuple would be as many loaders to Lightning
 
     def loss(self, batch: Tensor) -> Tensor:
         """The criterion over the points."""
@@ -523,12 +525,11 @@ class FieldTask(Task):
         """The signal and the model."""
         chosen, count = self.config.representation, len(self.parts.training)
         name = {"siren": "SIREN", "fourier": "Fourier MFN", "gabor": "Gabor MFN"}[chosen.filter]
-        parameters = sum(p.numel() for p in self.model.parameters())
         batch = min(self.config.optimization.batch_size, count)
         chunks = -(-batch // self.chunk)
         return (
             f"{self._about} {'Implicit' if chosen.implicit else 'Explicit'} {name}, {chosen.depth} × {chosen.width}, "
-            f"{parameters} parameters, {batch} of {count} points a step"
+            f"{self.weights} parameters, {batch} of {count} points a step"
             + (f", in {chunks} chunks for --memory-mb {chosen.memory_mb}." if chunks > 1 else ".")
         ).strip()
 
@@ -558,42 +559,15 @@ def decibels(error: float, peak: float) -> float:
     return 10 * log10(peak * peak / max(error, 1e-20))
 
 
-class _Chunks:
-    """Points in order, so many at a time: a tuple of tensors would be as many loaders to Lightning."""
-
-    def __init__(self, index: Tensor, size: int):
-        self.parts = index.split(size)
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.parts)
-
-
-class _Batches:
+def _places(count: int, batch_size: int, seed: int, steps: range, shard: Shard) -> Iterator[Tensor]:
     """The places of each step: all of them in order, or a part of a permutation that lasts a whole pass."""
-
-    def __init__(self, count: int, batch_size: int, seed: int, steps: range, shard: Shard):
-        self.count, self.seed, self.steps, self.shard = count, seed, steps, shard
-        self.batch_size = min(count, batch_size)
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        rank, world = self.shard.rank, self.shard.world
-        if self.batch_size == self.count:
-            whole = torch.arange(self.count)[rank::world]
-            yield from (whole for _ in self.steps)
-            return
-        per_pass = self.count // self.batch_size
-        order: tuple[int, Tensor] | None = None
-        for step in self.steps:
-            turn, place = divmod(step, per_pass)
-            if order is None or order[0] != turn:
-                order = turn, torch.randperm(self.count, generator=generator(self.seed, turn))
-            yield order[1][place * self.batch_size : (place + 1) * self.batch_size][rank::world]
+    order, last = torch.arange(count), None
+    for step in steps:
+        turn, place = divmod(step, count // batch_size)
+        if batch_size < count and turn != last:
+            order, last = torch.randperm(count, generator=generator(seed, turn)), turn
+        start = place * batch_size
+        yield order[start : start + batch_size][shard.rank :: shard.world]
 
 
 # -- What every fit of a field shows: its curve, and a page with its pictures and figures ------------------------------

@@ -355,11 +355,7 @@ class Overlap:
     def figures(self, sums: list[float]) -> dict[str, float]:
         """The two shares, and the mean cross-entropy, or absolute error of the distance, as ``loss``."""
         both, either, both_near, either_near, misfit, count = sums
-        return {
-            "IoU": both / max(either, 1.0),
-            "IoU near": both_near / max(either_near, 1.0),
-            "loss": misfit / count,
-        }
+        return {"IoU": both / max(either, 1.0), "IoU near": both_near / max(either_near, 1.0), "loss": misfit / count}
 
 
 # -- The mesh that is fitted, as read and as the field sees it ---------------------------------------------------------

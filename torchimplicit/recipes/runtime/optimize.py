@@ -215,15 +215,7 @@ class Keeper:
     stands while errors are measured.
     """
 
-    def __init__(
-        self,
-        budget: Budget,
-        objective: Objective,
-        history: Clock,
-        look: Look,
-        run: Run,
-        console: Console,
-    ):
+    def __init__(self, budget: Budget, objective: Objective, history: Clock, look: Look, run: Run, console: Console):
         self.budget, self.objective, self.look = budget, objective, look
         self.history, self.run = history, run
         self.interrupted = False

@@ -39,6 +39,13 @@ def fraction(settings: Any, *names: str) -> None:
     _each(settings, names, lambda value: 0 < value <= 1, "lie in (0, 1]")
 
 
+def numbers(settings: Any, *names: str) -> None:
+    """Each must be positive numbers, one at least."""
+    for name in names:
+        if not getattr(settings, name) or not all(value > 0 for value in getattr(settings, name)):
+            raise UserError(f"{option(name)} must be positive numbers, one at least")
+
+
 def _each(settings: Any, names: Sequence[str], holds: Callable[[Any], bool], words: str) -> None:
     for name in names:
         value = getattr(settings, name)

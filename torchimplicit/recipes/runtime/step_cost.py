@@ -131,10 +131,7 @@ def flat_gradient(task: nn.Module) -> Tensor:
 
 def beside(own: Tensor, exact: Tensor) -> dict[str, Any]:
     """``cosine`` and ``norm`` of a gradient."""
-    return {
-        "cosine": float(torch.cosine_similarity(own, exact, dim=0)),
-        "norm": float(own.norm() / exact.norm()),
-    }
+    return {"cosine": float(torch.cosine_similarity(own, exact, dim=0)), "norm": float(own.norm() / exact.norm())}
 
 
 def peak_bytes(step: Callable[[], object], where: torch.device) -> int:

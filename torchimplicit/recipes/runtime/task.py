@@ -82,6 +82,11 @@ class Task(nn.Module, ABC):
         super().__init__()
         self.listeners: list[Callable[[Solution], None]] = []
 
+    @property
+    def weights(self) -> int:
+        """How many parameters there are."""
+        return sum(p.numel() for p in self.parameters())
+
     def solved(self, solution: Solution) -> None:
         """Tell of a solve that no layer makes, so that its evaluations are counted."""
         for listener in self.listeners:
@@ -210,6 +215,24 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+class Batches:
+    """So many batches, made anew whenever they are gone through.
+
+    Args:
+        count: how many.
+        made: gives them.
+    """
+
+    def __init__(self, count: int, made: Callable[[], Iterator[Any]]):
+        self.count, self.made = count, made
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.made()
+
+
 class SampledTask(Task):
     """A task of samples: shuffled to train on, in order where they are held out.
 
@@ -224,6 +247,11 @@ class SampledTask(Task):
     sets: Mapping[str, Any]
     held_out_batch: int | None = 250
     collate: Any = None
+
+    @property
+    def counts(self) -> str:
+        """How many samples of each set, for people."""
+        return ", ".join(f"{len(part)} {name}" for name, part in self.sets.items())
 
     def order(self, steps: range, shard: Shard) -> Sampler[Any]:
         """Which samples the steps have."""
