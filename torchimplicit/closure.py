@@ -237,7 +237,11 @@ class Closure:
         args: the arguments, from which the tensors were taken.
         tensors: the tensors among the arguments.
         captured: the tensors that ``function`` captures; empty until they have been recorded.
+        recorded: the value of the call that recorded them, with its history, and the tensors that it was called with,
+            the state first; ``None`` where there is none to be had.
     """
+
+    recorded: tuple[Tensor, Sequence[Tensor]] | None = None
 
     def __init__(
         self, function: Callable[..., Tensor], args: tuple[Any, ...], extra: int, captured: tuple[Tensor, ...] = ()
@@ -253,7 +257,8 @@ class Closure:
         self.tensors = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
 
     def record(self, z: Tensor) -> tuple[Closure, Tensor]:
-        """The closure with what ``function`` captures at ``z``, and its value there."""
+        """The closure with what ``function`` captures at ``z``, and its value there; with the history of that
+        (:attr:`recorded`), where ``z`` requires grad."""
         if self._compiled is not None:
             known = {id(t) for t in self.tensors}
             inner = tuple(p for p in self._compiled.parameters() if carries_derivative(p) and id(p) not in known)
@@ -267,8 +272,11 @@ class Closure:
                 value = _untouched(self.function, z, *self._given(own))
         captured = tuple((recorder.captured | self._scripted()).values())
         if not _watching():  # or else there may be substitutes behind the value, which the enclosing one checks
-            check_graph(value, relayed((*own, *captured)))
-        return self.capturing(captured), value.detach()
+            check_graph(value, (z, *relayed((*own, *captured))))
+        found = self.capturing(captured)
+        if z.requires_grad and all(t.is_leaf and not t._backward_hooks for t in captured):
+            found.recorded = value, (z, *own, *captured)
+        return found, value.detach()
 
     def __call__(self, z: Tensor | tuple[Tensor, ...], *tensors: Tensor) -> Any:
         parts = z if isinstance(z, tuple) else (z,)

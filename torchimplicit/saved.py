@@ -73,6 +73,11 @@ def kept() -> Iterator[Saved]:
             once.let_go()
 
 
+def hooked() -> bool:
+    """Whether saved tensors go through hooks now."""
+    return _top(False) is not None
+
+
 def unpack(saved: Saved) -> None:
     """Each of the saved tensors goes through its hook now, once for the whole of the backward pass that runs."""
     for once in _living(saved):

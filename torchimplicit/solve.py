@@ -22,7 +22,8 @@ from torchimplicit.gradients.randomness import Randomness
 from torchimplicit.inference import outside_inference_mode
 from torchimplicit.notices import count_solve, notice
 from torchimplicit.precision import at_precision, without_autocast
-from torchimplicit.problems import LeastSquares, Minimum, Problem, System
+from torchimplicit.problems import FixedPoint, LeastSquares, Minimum, Problem, System
+from torchimplicit.saved import hooked
 from torchimplicit.solution import AdjointRecord, Report, Solution, Status, turned
 from torchimplicit.solvers import (
     LBFGS,
@@ -96,7 +97,9 @@ def solve(
     known = None if capturing is None else capturing.tensors
     # what a map returns beside the state, of the whole batch, is had from a call with the whole batch
     apart = not gradient.needs_solver_state and (torch.is_grad_enabled() or not problem.has_aux)
-    given = stated(problem, z0, args, capture=capture, rowwise=apart, known=known)
+    # no step leads away from the start: that call is the one for the backward pass as well
+    opening = solver.steps == 0 and isinstance(problem, FixedPoint) and plain and not watched() and not hooked()
+    given = stated(problem, z0, args, capture=capture, rowwise=apart, known=known, opening=opening)
     compiled = None if capturing is None else capturing.capture
     direct = direct and compiled is None
     layout, flat0, system, params = given.layout, given.flat, given.system, given.params
@@ -127,6 +130,7 @@ def solve(
         capture=compiled,
         function=problem.stated_by,
         direct=direct,
+        opening=[given.closure.recorded] if given.closure.recorded is not None else [],
         aux=given.call.aux,
     )
     call = given.call
@@ -154,6 +158,7 @@ def solve(
             aux = auxiliary(task, gradient, found.z, params)
             announce(pytree.tree_leaves(aux))
         reached_value = as_given(found.z, record)
+    task.opening.clear()
     outcome = task.outcomes[-1]
     transformed = is_transformed(found.z)
     flat_way = () if transformed else outcome.trajectory

@@ -56,6 +56,7 @@ def stated(
     capture: bool,
     rowwise: bool = False,
     known: Callable[[Layout, Tensor], tuple[Tensor, ...] | None] | None = None,
+    opening: bool = False,
 ) -> Statement:
     """``problem`` at the state ``z``.
 
@@ -63,6 +64,8 @@ def stated(
         problem, z, args: as for :func:`~torchimplicit.solve.solve`.
         capture: whether to find what the problem's function captures, by one call at ``z``.
         rowwise: whether samples may be evaluated apart, where the problem promises it.
+        opening: whether that call is to be kept as the one for the backward pass, since no step will lead away from
+            ``z``.
         known: tells what the function captures without that call, or ``None`` where it cannot.
     """
     z = problem.start(z)
@@ -78,7 +81,8 @@ def stated(
         closure = closure.capturing(captured)
     elif capture:
         with torch.no_grad(), past_hooks():
-            closure, value = closure.record(flat.detach())
+            begun = flat.detach().requires_grad_() if opening else flat.detach()
+            closure, value = closure.record(begun)
     own = len(closure.tensors)
     params = relayed((*closure.tensors, *constraint, *closure.captured))
     row_params = None

@@ -113,6 +113,29 @@ def test_a_line_of_its_own(data: Any) -> None:
         solved(ti.WhenUnconverged(), data, steps=5, rtol=None, max_steps=200)
 
 
+@pytest.mark.parametrize("instead", [ti.Implicit(), ti.NeumannPhantom(steps=2), ti.UnrolledPhantom(steps=2)], ids=str)
+def test_another_estimator_begins_where_given_steps_have_ended(instead: Any, data: Any) -> None:
+    """Of one step the estimate is that of the last step; the other estimator takes the value that this leads to."""
+    u, z0 = torch.randn(BATCH, DIM, dtype=F64), torch.full((BATCH, DIM), 0.1, dtype=F64)
+    gradient = ti.WhenUnconverged(gradient=ti.OneStep(), instead=instead, above=1e-3)
+    solver = ti.FixedPointIteration(steps=12)
+    solution = ti.solve(ti.FixedPoint(f), z0, *data, solver=solver, gradient=gradient)
+    one, other = (
+        ti.solve(ti.FixedPoint(f), z0, *data, solver=solver, gradient=each).value for each in (ti.OneStep(), instead)
+    )
+    hard = (solution.residual > 1e-3)[:, None]
+    assert hard.any()
+    assert not hard.all()
+    expected = torch.where(hard, other, one)
+    torch.testing.assert_close(solution.value, expected, rtol=0, atol=1e-15)
+    found, known = (torch.autograd.grad((z * u).sum(), data[:2], retain_graph=True) for z in (solution.value, expected))
+    torch.testing.assert_close(found, known, rtol=1e-10, atol=1e-13)
+    with pytest.raises(ti.UnsupportedDerivativeError, match="OneStep"):
+        torch.func.grad(
+            lambda x: ti.solve(ti.FixedPoint(f), z0, x, *data[1:], solver=solver, gradient=gradient).value.sum()
+        )(data[0].detach())
+
+
 def test_what_is_dropped_does_not_come_back_as_nan(data: Any) -> None:
     solution = solved(ti.WhenUnconverged(), data)
     u = torch.ones(BATCH, DIM, dtype=F64)

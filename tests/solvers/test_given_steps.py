@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -194,6 +195,42 @@ def test_no_step_returns_the_start_with_the_derivative_there(solver: Any, x: Ten
         torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-15)
     with torch.no_grad():
         assert torch.equal(ti.solve(problem, z0, x, solver=solver).value, z0)
+
+
+@pytest.mark.parametrize("gradient", [ti.OneStep(), ti.Implicit(), ti.NeumannPhantom(steps=3)], ids=str)
+@pytest.mark.parametrize("captured", ["parameter", "made", "hooked"])
+def test_no_step_takes_one_evaluation(gradient: Any, captured: str, x: Tensor, u: Tensor) -> None:
+    """The call that finds what the map captures is the one for the backward pass, and what comes out is the same as
+    where it cannot be, since saved tensors go through hooks."""
+    cell = Counted()
+    if captured == "hooked":
+        cell.W.register_hook(lambda g: 2 * g)
+
+    def f(z: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        cell.calls += 1
+        return torch.tanh(z @ weight + x * y), z * x
+
+    found = []
+    for hooks in (False, True):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t) if hooks else nullcontext():
+            cell.calls, weight = 0, cell.W if captured != "made" else 1.0 * cell.W
+            solution = ti.solve(
+                ti.FixedPoint(f, has_aux=True),
+                start(),
+                x,
+                x.detach(),
+                solver=ti.FixedPointIteration(steps=0),
+                gradient=gradient,
+            )
+            loss = (solution.value.sin() * u).sum() + solution.aux.square().sum()
+            higher = isinstance(gradient, ti.Implicit)
+            grads = torch.autograd.grad(loss, (x, cell.W), create_graph=higher)
+            if not hooks and captured == "parameter":
+                assert cell.calls == 1
+            if higher:
+                grads += torch.autograd.grad(sum((g * g).sum() for g in grads), (x, cell.W))
+            found.append(grads)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-11, atol=1e-13)
 
 
 def test_one_step_after_an_accelerated_step_is_taken_at_the_value(x: Tensor, u: Tensor) -> None:

@@ -22,6 +22,7 @@ from torchimplicit.linear import LinearSolution, LinearSolver
 from torchimplicit.members import known_by
 from torchimplicit.precision import at_precision
 from torchimplicit.problems import System
+from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.problems.linearization import Linearization, changed_since, check_unmoved
 from torchimplicit.saved import past_hooks
 from torchimplicit.solution import AdjointRecord, Report, Status
@@ -61,6 +62,8 @@ class Task:
         direct: whether autograd differentiates what the estimator evaluates, what the function captures among it,
             which ``params`` do not hold: grad mode is on then, and no transform runs.
         aux: what the function returns beside the state; ``None``: it does not, or nobody asks.
+        opening: where no step is taken: the value at the start with its history, and the tensors that this leads back
+            to; taken out where it is used.
     """
 
     system: System
@@ -79,6 +82,7 @@ class Task:
     function: Any = None
     direct: bool = False
     aux: Auxiliary | None = None
+    opening: list[tuple[Tensor, Sequence[Tensor]]] = field(default_factory=list)
 
     def solve(self, z0: Tensor, params: Sequence[Tensor], *, given_away: bool = True) -> Found:
         """Run without recording gradients.
@@ -124,6 +128,10 @@ class Task:
 
     def recorded(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization:
         """The tape at the solution, for the backward pass."""
+        if self.opening:
+            out, (start, *own) = self.opening.pop()
+            assert isinstance(self.system, FixedPointSystem)
+            return Linearization.recorded(self.system.image, start, own, wanted, self.system.leaves, out)
         tape = None if self.shared is None else self.shared.tape(z, params, wanted)
         return self.system.linearize(z, params, wanted) if tape is None else tape
 

@@ -94,9 +94,12 @@ class OneStep(LinearEstimate):
         task = replace(task, run=lambda system, z0, params: iterate(before, system, z0, params, recorded=1))
         found = UnrolledPhantom(steps=1, damping=solver.damping).attach(task, z0, params)
         outcome = task.outcomes[-1]
-        if outcome.trajectory and not is_transformed(found.z):
-            last = found.z.detach() if solver.keeps(solver.steps) else None
-            task.outcomes[-1] = replace(outcome, trajectory=(*outcome.trajectory, last))
+        if not is_transformed(found.z):
+            outcome = replace(outcome, z=found.z.detach())
+            if outcome.trajectory:
+                last = outcome.z if solver.keeps(solver.steps) else None
+                outcome = replace(outcome, trajectory=(*outcome.trajectory, last))
+            task.outcomes[-1] = outcome
         return found._replace(steps=found.steps + 1)
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:

@@ -13,9 +13,11 @@ from torch.autograd.function import Function
 
 from torchimplicit.captured import Passes
 from torchimplicit.closure import carries_derivative, is_transformed
+from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients.base import Found, Gradient, Task
 from torchimplicit.gradients.implicit import Implicit
 from torchimplicit.gradients.nodes import _nested_forward_mode
+from torchimplicit.gradients.one_step import OneStep
 from torchimplicit.gradients.unrolled import Unrolled
 from torchimplicit.problems import System
 from torchimplicit.solution import AdjointRecord, fell_short
@@ -104,6 +106,11 @@ class WhenUnconverged(Gradient):
         if not isinstance(self.instead, Gradient):
             weight = torch.where(column, self.instead, 1.0).to(found.z.dtype)
             return found._replace(z=Weighted.apply(found.z, weight))
+        if is_transformed(found.z) and isinstance(self.gradient, OneStep) and self.gradient.recorded(task.solver):
+            raise UnsupportedDerivativeError(
+                "under a torch.func transform, OneStep() after a given number of steps does not know where the last of "
+                "them leads to, which is where WhenUnconverged.instead would begin: take Implicit(), or instead=0.0"
+            )
         if task.aux is not None:  # what counts is that of ``gradient``
             task.aux.listening = False
         reached = task.outcomes[-1]

@@ -55,6 +55,17 @@ class Linearization:
         self._looked = False
         self.saved: Saved = ()
 
+    @classmethod
+    def recorded(
+        cls, core: Map, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool], leaves: Leaves | None, out: Tensor
+    ) -> Linearization:
+        """Of an evaluation that has been made already, at ``z`` and ``params``, which are its leaves, and gave
+        ``out``."""
+        tape = cls.__new__(cls)
+        tape.core, tape._leaves, tape.z, tape.params, tape.out = core, leaves, z, tuple(params), out
+        tape.wanted, tape.saved, tape._forward, tape._looked = tuple(wanted), (), None, False
+        return tape
+
     def parted(self) -> tuple[Linearization, Tensor]:
         """The tape without its graph, and the recorded value, which holds that."""
         parted = copy.copy(self)
