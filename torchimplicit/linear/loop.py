@@ -68,7 +68,7 @@ def run(
     if not method.watched:  # no row may stop, however small it is beside the others
         tolerance = torch.where((scale > 0) | (operator.coupling is not None), -1.0, tolerance)
     system = System.of(operator, preconditioner, method.definite)
-    x, r, norm = torch.zeros_like(b), b, scale
+    x, r, norm = b.new_zeros(()).expand_as(b), b, scale
     if x0 is not None:
         guess = operator.project(x0.to(b.dtype) * whole.factor)
         residual = system.residual(b, guess)

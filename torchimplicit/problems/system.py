@@ -77,16 +77,6 @@ class Point:
         """With other values: what ``dataclasses.replace`` does, in a fifth of its time."""
         return type(self)(**{**vars(self), **values})
 
-    def sizes(self) -> Self:
-        """Without its vectors, for its figures alone."""
-        nothing = self.z.detach()[:, :0]
-        return self.changed(z=nothing, residual=nothing, image=None, product=None, error=self.size())
-
-    def at_rest(self) -> Self:
-        """As a point that no step will be taken from: its residual, a long vector, counts as zero."""
-        nothing = self.z.new_zeros(1, 1).expand_as(self.z)
-        return self.changed(residual=nothing, image=self.z, error=self.size())
-
     def resting(self, mask: Tensor, other: Point) -> Point:
         """Likewise, of points that no step will be taken from: their residuals, long vectors, count as zero."""
         assert self.merit is None or self.error is not None  # or nothing would tell the size of the residual
@@ -98,6 +88,11 @@ class Point:
             return long[name] if name in long else torch.where(column if mine.ndim == 2 else mask, mine, theirs)
 
         return self._joined(other, join)
+
+    def sizes(self) -> Self:
+        """Without its vectors, for its figures alone."""
+        nothing = self.z.detach()[:, :0]
+        return self.changed(z=nothing, residual=nothing, image=None, product=None, error=self.size())
 
     def take(self, rows: Tensor) -> Point:
         """The samples ``rows`` (int64 ``[k]``)."""

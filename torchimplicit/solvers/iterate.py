@@ -202,7 +202,8 @@ class _Loop:
         trace = [traced(self.point)] if solver.keep_trace else []
         state = solver.start(self.point)
         # a step that has nothing of its point but the image leaves no residual behind
-        lean = solver.straight and self.judge.measure is None and self.point.merit is None
+        told = self.point.error is not None and self.point.merit is None  # its size, without the residual
+        lean, nothing = solver.straight and self.judge.measure is None and told, self.point.z.new_zeros(1, 1)
         for step in range(1, solver.max_steps + 1):
             if self.active == 0:
                 break
@@ -214,7 +215,9 @@ class _Loop:
             move = solver.step(self.evaluate, self.point, state, progress)
             state = move.state
             if lean and self.best is self.point:
-                self.best = self.point = self.point.at_rest()
+                if nothing.shape != self.point.z.shape:
+                    nothing = nothing[:1, :1].expand_as(self.point.z)
+                self.best = self.point = self.point.changed(residual=nothing, image=self.point.z)
             self._advance(move.to)
             if solver.keep_trace:
                 trace.append(traced(self.point))
