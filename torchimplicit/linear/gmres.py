@@ -8,6 +8,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from torchimplicit.linear.basis import inner, less, room
 from torchimplicit.linear.cycle import Method
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.operator import LinearOperator
@@ -26,8 +27,11 @@ class GMRES(IterativeSolver):
     which keeps Z well conditioned, and the last image otherwise, which keeps the method from breaking down on
     skew-symmetric systems. Preconditioning is from the right, so that the residual is the true one.
 
+    Residuals lie in the span of the first one and the images, and need not be kept themselves.
+
     Attributes:
-        restart: directions that are kept, ``2 * restart`` vectors a sample at most; the memory grows as they are made.
+        restart: images that are kept, one vector a sample each, with a preconditioner two; the memory grows as they are
+            made.
     """
 
     restart: int = 40
@@ -43,10 +47,10 @@ class GMRES(IterativeSolver):
 class _State(NamedTuple):
     """What is known after k steps.
 
-    ``directions`` (``[rows, capacity + 1, dim]``) are the z, the one to come among them, and ``images``
-    (``[rows, capacity, dim]``) the q; ``upper`` (``[rows, capacity, capacity]``) has the columns of U as rows, without
-    the diagonal, which ``sizes`` holds (``[rows, 1]`` each, as ``coefficients``); ``lengths`` are the norms of the z
-    (``[rows]`` each).
+    ``images`` (``[rows, capacity, dim]``) are the q, and ``directions`` the z where they are preconditioned. ``first``
+    is the first residual; ``turned`` says of each step which rows did not take the residual for their direction (bool
+    ``[rows]``; ``None``: all took it). ``columns`` are those of U without the diagonal, ``[rows, i]`` the i-th, which
+    ``sizes`` holds (``[rows, 1]`` each, as ``coefficients``); ``lengths`` are the norms of the z (``[rows]`` each).
     """
 
     norm: Tensor
@@ -54,19 +58,21 @@ class _State(NamedTuple):
     broken: Tensor | None
     x: Tensor
     r: Tensor
+    first: Tensor
+    turned: tuple[Tensor | None, ...]
     lengths: tuple[Tensor, ...]
     coefficients: tuple[Tensor, ...]
     sizes: tuple[Tensor, ...]
-    directions: Tensor
+    columns: tuple[Tensor, ...]
     images: Tensor
-    upper: Tensor
+    directions: Tensor | None
 
 
 _FALL = 0.9
 """How far the residual has to fall in a step to be the next direction."""
 
 _CHUNK = 6
-"""Directions that memory is made for at first; it doubles as needed."""
+"""Vectors that memory is made for at first; it doubles as needed."""
 
 
 def _threshold(dtype: torch.dtype) -> float:
@@ -78,63 +84,61 @@ def _threshold(dtype: torch.dtype) -> float:
 
 
 class _AdaptiveSimplerGMRES(Method):
-    kept = ("x", "lengths", "coefficients", "sizes", "directions", "images", "upper")
+    kept = ("x", "first", "turned", "lengths", "coefficients", "sizes", "columns", "images", "directions")
 
     def __init__(self, restart: int) -> None:
         self.cycle = self.restart = restart
 
     def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
         capacity = min(_CHUNK, self.restart)
-        rows, dim = r.shape
-        directions, images = (_memory(r, size, rows, dim) for size in (capacity + 1, capacity))
+        directions = None if system.inverse is None else room(r, capacity)
         slow = torch.zeros_like(norm, dtype=torch.bool)
-        return _State(norm, slow, None, x, r, (), (), (), directions, images, _memory(r, capacity, rows, capacity))
+        return _State(norm, slow, None, x, r, r, (), (), (), (), (), room(r, capacity), directions)
 
     def step(self, system: System, state: _State, slow: int | None) -> _State:
-        k = len(state.sizes)
-        directions, images, upper = state.directions, state.images, state.upper
+        k, r, images, directions = len(state.sizes), state.r, state.images, state.directions
         if k == images.shape[1]:
-            directions, images, upper = _grown(state, min(2 * k, self.restart))
-        r, place = state.r, directions[:, k]
-        z, length, broken = r, state.norm, None
+            images = _grown(images, min(2 * k, self.restart))
+            directions = None if directions is None else _grown(directions, images.shape[1])
+        z, length, turned, broken = r, state.norm, None, None
         if slow != 0 and k:
-            z = torch.where(state.slow.unsqueeze(1), images[:, k - 1], z)
-            length = length.masked_fill(state.slow, 1)
-            broken = self._broken(state)
-        if system.inverse is not None:
+            turned, broken = state.slow, self._broken(state)
+            z = torch.where(turned.unsqueeze(1), images.select(1, k - 1), r)
+            length = length.masked_fill(turned, 1)
+        if directions is not None:
             z = system.precondition(z)
             length = torch.linalg.vector_norm(z, dim=-1)
+            directions.select(1, k).copy_(z)
         w = system.product(z)
-        shared = r.data_ptr() == place.data_ptr()  # the residual was written where the direction belongs
-        if shared and z is not r:
-            r = r.clone()
-        if not shared or z is not r:
-            place.copy_(z)
         if k:
-            basis = images[:, :k]
-            w, h = _orthogonalized(w, basis)
+            basis = images.narrow(1, 0, k)
+            column = inner(basis, w)
+            w = less(w, column, basis)
             if slow != 0:
                 # Where the residual falls well, the directions are well conditioned, and once is enough.
-                w, more = _orthogonalized(w, basis)
-                h += more
-            upper[:, k, :k] = h
-        size = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-        q = torch.div(w, size.clamp_min(torch.finfo(w.dtype).tiny), out=images[:, k])
-        a = torch.linalg.vecdot(r, q).unsqueeze(-1)
-        r = torch.addcmul(r, a, q, value=-1, out=directions[:, k + 1])
-        norm = torch.linalg.vector_norm(r, dim=-1)
+                more = inner(basis, w)
+                w, column = less(w, more, basis), column + more
+        else:
+            column = r.new_empty(len(r), 0)
+        size = torch.linalg.vector_norm(w, dim=-1, keepdim=True).clamp_min_(torch.finfo(w.dtype).tiny)
+        q = torch.div(w, size, out=images.select(1, k))
+        a = torch.linalg.vecdot(r, q).unsqueeze(1)
+        after = torch.addcmul(r, a, q, value=-1)
+        norm = torch.linalg.vector_norm(after, dim=-1)
         return _State(
             norm=norm,
             slow=norm > _FALL * state.norm,
             broken=broken,
             x=state.x,
-            r=r,
+            r=after,
+            first=state.first,
+            turned=(*state.turned, turned),
             lengths=(*state.lengths, length),
             coefficients=(*state.coefficients, a),
             sizes=(*state.sizes, size),
-            directions=directions,
+            columns=(*state.columns, column),
             images=images,
-            upper=upper,
+            directions=directions,
         )
 
     def iterate(self, state: _State) -> tuple[Tensor, Tensor | float, Tensor | None]:
@@ -146,49 +150,50 @@ class _AdaptiveSimplerGMRES(Method):
         if not k:
             return state.x, 0.0, None
         info = torch.finfo(state.x.dtype)
-        diagonal = torch.cat(state.sizes, 1).clamp_min_(info.tiny)
-        columns = state.upper[:, :k, :k].tril(-1)
-        columns.diagonal(dim1=1, dim2=2).copy_(diagonal)
+        zeros, rows = state.x.new_zeros(len(state.x), k - 1), []
+        for i, (column, size) in enumerate(zip(state.columns, state.sizes, strict=True)):
+            rows += [column, size, zeros.narrow(1, 0, k - 1 - i)]
+        columns = torch.cat(rows, 1).unflatten(1, (k, k))
+        diagonal = columns.diagonal(dim1=1, dim2=2).clamp_min_(info.tiny)  # rows that were cleared have none
         sizes = torch.linalg.vector_norm(columns, dim=-1)
         sound = (diagonal >= _threshold(state.x.dtype) * sizes).to(diagonal.dtype).cumprod(1)
-        a = torch.cat(state.coefficients, 1) * sound
-        t = torch.linalg.solve_triangular(columns.mT, a.unsqueeze(2), upper=True)
-        x = torch.baddbmm(state.x.unsqueeze(1), t.mT, state.directions[:, :k]).squeeze(1)
+        steps = torch.cat(state.coefficients, 1)
+        t = torch.linalg.solve_triangular(columns.mT, (steps * sound).unsqueeze(2), upper=True).squeeze(2)
         lengths = torch.stack(state.lengths, 1)
         growth = (sizes / lengths.clamp_min(info.tiny)).amax(1)
-        gap = (t.squeeze(2).abs_() * lengths).sum(1) * growth * (4 * info.eps)
+        if state.directions is None:
+            x, whole = self._spanned(state, t, steps), lengths.maximum(lengths.narrow(1, 0, 1))
+        else:
+            x, whole = less(state.x, -t, state.directions.narrow(1, 0, k)), lengths
+        gap = (t.abs() * whole).sum(1) * growth * (4 * info.eps)
         return x, gap.masked_fill_(sound[:, -1] == 0, torch.inf), growth
+
+    @staticmethod
+    def _spanned(state: _State, t: Tensor, steps: Tensor) -> Tensor:
+        """The iterate from the first residual and the images: :math:`r_k = r_0 - \\sum_{j<k} a_j q_j`."""
+        turned = [mask for mask in state.turned if mask is not None]
+        if turned:
+            none = torch.zeros_like(turned[0])
+            other = torch.stack([none if mask is None else mask for mask in state.turned], 1)
+            own = t.masked_fill(other, 0)
+        else:
+            own = t
+        sums = own.cumsum(1)
+        total = sums.narrow(1, t.shape[1] - 1, 1)
+        weights = (total - sums) * steps  # of minus the images
+        if turned:
+            weights.narrow(1, 0, t.shape[1] - 1).sub_((t - own).narrow(1, 1, t.shape[1] - 1))
+        return less(torch.addcmul(state.x, total, state.first), weights, state.images.narrow(1, 0, t.shape[1]))
 
     def _broken(self, state: _State) -> Tensor:
         """Where the latest image was in the span of the ones before; only looked for where the residual stagnates."""
-        k = len(state.sizes)
         size = state.sizes[-1].squeeze(1)
-        before = torch.linalg.vector_norm(state.upper[:, k - 1, : k - 1], dim=-1)
-        return size <= _threshold(size.dtype) * before.hypot(size)
+        before = torch.linalg.vector_norm(state.columns[-1], dim=-1)
+        return size <= (_threshold(size.dtype) * before.hypot(size)).clamp_min(torch.finfo(size.dtype).tiny)
 
 
-def _orthogonalized(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """``w`` without its components along the rows of ``basis`` (``[rows, k, dim]``), and these (``[rows, k]``)."""
-    if basis.shape[1] * basis.shape[2] < 400:  # batched products of matrices so small are slow on CPUs
-        h = (basis * w.unsqueeze(1)).sum(-1)
-        return w - (basis * h.unsqueeze(2)).sum(1), h
-    w = w.unsqueeze(1)
-    h = torch.bmm(w, basis.mT)
-    return torch.baddbmm(w, h, basis, alpha=-1).squeeze(1), h.squeeze(1)
-
-
-def _memory(like: Tensor, capacity: int, rows: int, length: int) -> Tensor:
-    """``[rows, capacity, length]``, where each ``[:, i]`` is contiguous."""
-    return like.new_empty(capacity, rows, length).transpose(0, 1)
-
-
-def _grown(state: _State, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The directions, the images and U in more memory."""
-    rows, k, dim = state.images.shape
-    directions = _memory(state.images, capacity + 1, rows, dim)
-    directions[:, : k + 1] = state.directions
-    images = _memory(state.images, capacity, rows, dim)
-    images[:, :k] = state.images
-    upper = _memory(state.upper, capacity, rows, capacity)
-    upper[:, :k, :k] = state.upper
-    return directions, images, upper
+def _grown(vectors: Tensor, capacity: int) -> Tensor:
+    """The same vectors, with room for more."""
+    larger = room(vectors.select(1, 0), capacity)
+    larger.narrow(1, 0, vectors.shape[1]).copy_(vectors)
+    return larger
