@@ -19,7 +19,7 @@ def room(like: Tensor, capacity: int) -> Tensor:
 
 
 def inner(basis: Tensor, v: Tensor) -> Tensor:
-    """The inner products of ``v`` (``[rows, dim]``) with the vectors of ``basis`` (``[rows, k, dim]``), ``[rows, k]``."""
+    """The inner products, ``[rows, k]``, of ``v`` (``[rows, dim]``) with ``basis`` (``[rows, k, dim]``)."""
     if basis.shape[1] * basis.shape[2] < _SMALL:
         return (basis * v.unsqueeze(1)).sum(-1)
     return torch.bmm(v.unsqueeze(1), basis.mT).squeeze(1)

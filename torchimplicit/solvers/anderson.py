@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
+from torchimplicit.linear.basis import less
 from torchimplicit.precision import widened
 from torchimplicit.problems import Point
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
@@ -101,21 +102,19 @@ class Anderson(Solver):
         if image is not None and (leaves := evaluate.system.separate) is not None:
             weight = spread(leaf_weights(image, residual, leaves.sizes), leaves.sizes)
         slot = state.taken % self.memory
-        turn = widened(residual - state.residual)
-        if self.damping == 1 and point.image is not None and state.image is not None:
-            move = widened(point.image - state.image)
-        else:
-            move = torch.add(widened(point.z - state.z), turn, alpha=self.damping)
         # differences of unit length: their Gram matrix has a unit diagonal, whatever the size of the residuals
-        number = torch.finfo(turn.dtype)
-        compared = widened(residual)
+        turns, length = state.turns.put_unit(slot, residual, state.residual, weight)
+        if self.damping == 1 and point.image is not None and state.image is not None:
+            moves = state.moves.put_difference(slot, point.image, state.image, length)
+        else:
+            turn = widened(residual - state.residual)
+            moves = state.moves.put(slot, torch.add(widened(point.z - state.z), turn, alpha=self.damping), length)
+        compared, number = widened(residual), torch.finfo(length.dtype)
         if weight is not None:
-            turn, compared = turn * weight, compared * weight
-        length = torch.linalg.vector_norm(turn, dim=1, keepdim=True).clamp_min(number.tiny)
-        turn = turn / length
-        turns, moves = state.turns.put(slot, turn), state.moves.put(slot, move, length)
+            compared = compared * weight
         size = turns.filled
-        products = torch.bmm(torch.stack((turn, compared), dim=1), turns.vectors.mT)
+        both = torch.stack((turns.ring[:, slot], compared)).transpose(0, 1)
+        products = torch.bmm(both, turns.vectors.mT)
         kept = state.kept
         if kept is not None:
             kept = kept.clone()
@@ -126,9 +125,9 @@ class Anderson(Solver):
         gram[:, slot, slot].add_(10 * number.eps if self.regularization is None else self.regularization)
         weights, _ = torch.linalg.solve_ex(gram[:, :size, :size], products[:, 1])
         # the solve leaves its result column by column, and a product with it would go sample by sample
-        correction = torch.bmm(weights.contiguous()[:, None], moves.vectors)[:, 0]
+        weights = weights.contiguous()
         to = self._plain(point.z, residual, point.image)
-        to = to - (correction if correction.dtype == to.dtype else correction.to(to.dtype))
+        to = less(widened(to), weights, moves.vectors).to(to.dtype)
         after = AndersonState(
             point.z, residual, point.image, moves, turns, gram, kept, point.merit, None, state.taken + 1, weight
         )
