@@ -266,7 +266,7 @@ class Secants(Step):
 
     def start(self, point: Point) -> Tensor:
         gamma = unit_of(point)
-        return torch.ones_like(widened(point.z)[:, :1]) if gamma is None else gamma[:, :, 0]
+        return torch.ones_like(widened(point.z)[:, :1]) if gamma is None else gamma
 
     def propose(self, place: Any, state: Tensor, rings: Rings, taken: Tensor) -> tuple[Tensor, Any]:
         n = self.capacity

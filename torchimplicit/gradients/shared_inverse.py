@@ -63,14 +63,14 @@ class SharedInverse(LinearEstimate):
         size = safe_norm(right)
         value, residual = right, safe_norm(right - operator.product(right))
         products = 1
-        if isinstance(state, BroydenState) and state.inverse.u.filled:
-            systems, _, dim = state.inverse.u.ring.shape  # of samples, or of samples that were solved as one
+        if isinstance(state, BroydenState) and state.inverse.updates:
+            systems, _, dim = state.inverse.steps.ring.shape  # of samples, or of samples that were solved as one
             if systems * dim != b.numel():
                 raise UnsupportedDerivativeError(
                     "SharedInverse cannot be used where only the backward pass is vectorized (jacrev, vmap of vjp): "
                     "the inverse belongs to the forward batch. Use Implicit() there"
                 )
-            wide = right.reshape(systems, 1, dim).to(state.inverse.u.ring.dtype)
+            wide = right.reshape(systems, dim).to(state.inverse.steps.ring.dtype)
             shared = state.inverse.transposed_times(wide) if transposed else state.inverse.times(wide)
             shared = shared.reshape(b.shape).to(b.dtype)
             measured = safe_norm(right - operator.product(shared))

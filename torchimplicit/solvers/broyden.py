@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
+from torchimplicit.linear.basis import inner, less
 from torchimplicit.precision import UnitRows, safe_norm, widened
 from torchimplicit.problems import Point
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
@@ -16,36 +17,81 @@ from torchimplicit.validation import check_count
 
 
 class InverseEstimate(NamedTuple):
-    """:math:`G = \\gamma I + \\sum_j u_j v_j^T`, per sample: an estimate of :math:`A^{-1}`, so that the step is
-    :math:`G r`.
+    """:math:`G`, per sample: an estimate of :math:`A^{-1}`, so that the step is :math:`s=Gr`.
+
+    Full steps make it a product of factors :math:`I+s_{j+1}s_j^T/s_j^Ts_j` (Kelley 1995, section 7.3), and so
+    :math:`G=\\gamma(I+\\sum_j s_{j+1}\\sum_{i\\le j}c_{ji}s_i^T)`: the steps alone are kept, and a product takes two
+    passes over them.
 
     :math:`A=\\partial R/\\partial z` and :math:`r=-R`, as in :class:`~torchimplicit.problems.system.System`. ``None``
-    for :math:`\\gamma`, ``[batch, 1, 1]``, stands for 1."""
+    for :math:`\\gamma`, ``[batch, 1]``, stands for 1.
 
-    u: History
-    v: History
+    Attributes:
+        steps: the s, one more than there are factors.
+        factors: the c, ``[batch, memory, memory]``, of which the first ``updates`` rows hold something.
+    """
+
+    steps: History
+    factors: Tensor
     gamma: Tensor | None = None
 
-    def times(self, rs: Tensor) -> Tensor:
-        """:math:`G r` for ``[batch, k, dim]``."""
-        return self._apply(rs, self.u, self.v)
+    @property
+    def updates(self) -> int:
+        """How many rank-one updates it holds."""
+        return max(0, self.steps.filled - 1)
 
-    def transposed_times(self, rs: Tensor) -> Tensor:
-        """:math:`G^T r` for ``[batch, k, dim]``."""
-        return self._apply(rs, self.v, self.u)
+    def _known(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The steps that factors begin with, those that they lead to, and the c of these."""
+        count = self.updates
+        steps = self.steps.ring
+        return steps.narrow(1, 0, count), steps.narrow(1, 1, count), self.factors[:, :count, :count]
 
-    def _apply(self, rs: Tensor, left: History, right: History) -> Tensor:
-        base = rs if self.gamma is None else self.gamma * rs
-        if not left.filled:
-            return base
-        weights = torch.bmm(rs, right.vectors.transpose(1, 2))
-        return torch.baddbmm(base, weights, left.vectors)
+    def _scaled(self, r: Tensor) -> Tensor:
+        return r if self.gamma is None else self.gamma * r
+
+    def times(self, r: Tensor) -> Tensor:
+        """:math:`G r` for ``[batch, dim]``."""
+        before, after, c = self._known()
+        base = self._scaled(r)
+        return base if not self.updates else less(base, _product(c, -inner(before, base)), after)
+
+    def transposed_times(self, r: Tensor) -> Tensor:
+        """:math:`G^T r` for ``[batch, dim]``."""
+        before, after, c = self._known()
+        return self._scaled(r if not self.updates else less(r, _product(c.mT, -inner(after, r)), before))
+
+    def stepped(self, r: Tensor) -> tuple[Tensor, InverseEstimate]:
+        """The step :math:`G_+r` of the estimate :math:`G_+` that the secant condition of the last step makes, where
+        that has led to the residual ``-r``; and :math:`G_+`."""
+        # A s = -(r - r_last), so G+ y = -s with y = r - r_last. The step was s = G r_last, so that G y = g - s with
+        # g = G r. Sherman-Morrison: G+ = G + g (G^T s)^T / (s.s - s.g), and so G+ r = g s.s / (s.s - s.g).
+        count = self.updates
+        last, base = self.steps.ring.select(1, count), self._scaled(r)
+        both = torch.stack((base, last)).transpose(0, 1)
+        along, own = torch.bmm(both, self.steps.vectors.mT).unbind(1)  # of r, and of the last step, with all steps
+        square = own.narrow(1, count, 1)
+        g, row = base, torch.ones_like(square)
+        if count:
+            _, after, c = self._known()
+            g = less(base, _product(c, -along.narrow(1, 0, count)), after)
+            row = torch.cat((_product(c.mT, own.narrow(1, 1, count)), row), 1)
+        gap = square - torch.linalg.vecdot(last, g).unsqueeze(1)
+        flat = gap.abs() <= 1e-8 * square  # no update where it is 0 / 0
+        gap, whole = gap.masked_fill(flat, 1), square.masked_fill(flat, 1)
+        step = (square / gap).masked_fill(flat, 1) * g
+        factors = self.factors.clone() if torch.is_grad_enabled() else self.factors
+        factors[:, count, : count + 1] = (row / whole).masked_fill(flat, 0)
+        return step, self._replace(steps=self.steps.put(count + 1, step), factors=factors)
+
+
+def _product(matrix: Tensor, v: Tensor) -> Tensor:
+    """Of small matrices with ``[batch, k]``."""
+    return (matrix * v.unsqueeze(1)).sum(-1)
 
 
 class BroydenState(NamedTuple):
-    """The step :math:`s = G r` that was taken last, half precision kept in float32, and the inverse :math:`G`."""
+    """The inverse :math:`G`, with the step that was taken last; half precision is kept in float32."""
 
-    move: Tensor
     inverse: InverseEstimate
 
 
@@ -77,32 +123,21 @@ class Broyden(Solver):
     def wants_product(self) -> bool:
         return True
 
-    @staticmethod
-    def _begun(point: Point, inverse: InverseEstimate) -> Move:
-        move = inverse.times(widened(point.residual)[:, None])[:, 0]
-        return Move(point.z + move.to(point.z.dtype), BroydenState(move, inverse))
-
     def step(self, evaluate: Evaluator, point: Point, state: BroydenState | None, progress: Progress) -> Move:
-        z, residual = point.z, point.residual
-        if state is None:
-            room = max(1, min(self.memory, self.max_steps - 1))  # no more updates than there are steps
-            inverse = InverseEstimate(History.empty(z, room), History.empty(z, room), unit_of(point))
-            return self._begun(point, inverse)
-        s, inverse, slot = state.move, state.inverse, state.inverse.u.filled
-        if slot == self.memory:
-            empty = InverseEstimate(History(inverse.u.ring, 0), History(inverse.v.ring, 0), inverse.gamma)
-            return self._begun(point, empty)
-        # The secant condition: A s = -(r - r_last), so G+ y = -s with y = r - r_last. The step was s = G r_last, so
-        # that G y = g - s with g = G r, and one product with G gives both (Kelley 1995, section 7.3).
-        g = inverse.times(widened(residual)[:, None])[:, 0]
-        left = inverse.transposed_times(s[:, None])[:, 0]
-        ahead, square = ((s * other).sum(dim=1, keepdim=True) for other in (g, s))
-        # Sherman-Morrison: G+ = G + u (G^T s)^T with u = -(s + G y) / (s.G y) = g / gap; no update where that is 0 / 0.
-        gap = square - ahead
-        gap = torch.where(gap.abs() > 1e-8 * square, gap, torch.inf)
-        move = torch.addcmul(g, g, ahead / gap)  # G+ r
-        inverse = InverseEstimate(inverse.u.put(slot, g, gap), inverse.v.put(slot, left), inverse.gamma)
-        return Move(z + move.to(z.dtype), BroydenState(move, inverse))
+        residual = widened(point.residual)
+        if state is None or state.inverse.updates == self.memory:
+            inverse = self._empty(point) if state is None else state.inverse
+            step = inverse._scaled(residual)
+            steps = History(inverse.steps.ring, 0).put(0, step)
+            inverse = inverse._replace(steps=steps)
+        else:
+            step, inverse = state.inverse.stepped(residual)
+        return Move(point.z + step.to(point.z.dtype), BroydenState(inverse))
+
+    def _empty(self, point: Point) -> InverseEstimate:
+        room = max(1, min(self.memory, self.max_steps - 1))  # no more updates than there are steps
+        steps = History.empty(point.z, room + 1)
+        return InverseEstimate(steps, steps.ring.new_zeros(len(point.z), room, room), unit_of(point))
 
 
 def unit_of(point: Point) -> Tensor | None:
@@ -116,4 +151,4 @@ def unit_of(point: Point) -> Tensor | None:
     # where the map is nearly flat, no further than the state is long
     size = torch.where(state > 0, torch.minimum(size, state / norm * r.factor.squeeze(1)), size)
     gamma = torch.where((r.unit * image.unit).sum(dim=1) < 0, -size, size)
-    return torch.where(gamma.isfinite() & (gamma != 0), gamma, 1)[:, None, None]
+    return torch.where(gamma.isfinite() & (gamma != 0), gamma, 1)[:, None]
