@@ -29,6 +29,7 @@ def less(v: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
     """``v`` without the sum of the vectors of ``basis`` times ``weights`` (``[rows, k]``)."""
     count = basis.shape[1]
     if count * basis.shape[2] >= _SMALL:
+        weights = weights.contiguous()  # or else the products are taken one by one
         return torch.baddbmm(v.unsqueeze(1), weights.unsqueeze(1), basis, alpha=-1).squeeze(1)
     if count > 3:
         return v - (basis * weights.unsqueeze(2)).sum(1)

@@ -124,8 +124,6 @@ class Anderson(Solver):
         gram[:, slot, :size] = gram[:, :size, slot] = products[:, 0]
         gram[:, slot, slot].add_(10 * number.eps if self.regularization is None else self.regularization)
         weights, _ = torch.linalg.solve_ex(gram[:, :size, :size], products[:, 1])
-        # the solve leaves its result column by column, and a product with it would go sample by sample
-        weights = weights.contiguous()
         to = self._plain(point.z, residual, point.image)
         to = less(widened(to), weights, moves.vectors).to(to.dtype)
         after = AndersonState(

@@ -86,7 +86,7 @@ class InverseEstimate(NamedTuple):
 
 def _product(matrix: Tensor, v: Tensor) -> Tensor:
     """Of small matrices with ``[batch, k]``."""
-    return (matrix * v.unsqueeze(1)).sum(-1)
+    return torch.bmm(matrix, v.unsqueeze(2)).squeeze(2)
 
 
 class BroydenState(NamedTuple):
