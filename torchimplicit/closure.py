@@ -97,6 +97,12 @@ def _watching() -> list[_Watcher]:
     return [mode for mode in torch.overrides._get_current_function_mode_stack() if isinstance(mode, _Watcher)]
 
 
+_QUESTIONS = frozenset(
+    getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "_version")
+)
+"""What a tensor is asked that is no different for the one in its place."""
+
+
 class _Watcher(TorchFunctionMode):
     """Follows which tensors are made inside a call, and hands every other one that carries a derivative to ``met``.
 
@@ -125,6 +131,8 @@ class _Watcher(TorchFunctionMode):
         return super().__enter__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _QUESTIONS:
+            return func(*args)
         args = self._replace(args)
         kwargs = {key: self._replace(value) for key, value in kwargs.items()} if kwargs else {}
         out = func(*args, **kwargs)

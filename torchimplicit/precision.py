@@ -51,7 +51,7 @@ class UnitRows(NamedTuple):
         _, exponent = torch.frexp(peak)  # 0 for 0, and for what is not finite
         limit = -math.frexp(torch.finfo(v.dtype).tiny)[1]
         factor = torch.ldexp(torch.ones_like(peak), -exponent.clamp(-limit, limit))
-        return cls(torch.where(finite, v * factor, 0), factor, finite)
+        return cls((v * factor).masked_fill_(~finite, 0), factor, finite)
 
     @classmethod
     def as_they_are(cls, v: Tensor) -> UnitRows:

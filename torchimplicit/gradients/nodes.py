@@ -18,7 +18,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -269,9 +269,24 @@ class FirstOrder(Function):
         return tuple(out), (0,) * len(out)
 
 
+class _AsGiven(inspect.Signature):
+    """Of functions that are called with all of their arguments, by position."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        return _Bound(args, kwargs)
+
+
+class _Bound(NamedTuple):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        """There are none."""
+
+
 for _node in (Solve, LinearSolve, Graft, FirstOrder):
-    # autograd inspects the signature of forward at every call, which is slow; this is where inspect looks first
-    _node.forward.__signature__ = inspect.signature(_node.forward)  # type: ignore[union-attr]
+    # autograd binds the arguments to the signature of forward at every call, which is slow; inspect looks here first
+    _node.forward.__signature__ = _AsGiven()  # type: ignore[union-attr]
 
 
 def solved_by_rule(task: Task, rule: Any, z0: Tensor, params: Sequence[Tensor]) -> Found:

@@ -167,12 +167,10 @@ class Linearization:
         if self._looked:
             return
         self._looked = True
-        seen = torch.zeros(self.out.shape[1], dtype=torch.bool, device=self.z.device)
-        if not blind:
-            given = _seen_columns(self.out, self.z)
-            if given is None:
-                return
-            seen = given
+        given = None if blind else _seen_columns(self.out, self.z)
+        if given is None and not blind:
+            return
+        seen = torch.zeros(self.out.shape[1], dtype=torch.bool, device=self.z.device) if given is None else given
         # where autograd sees nothing at all, it does not see the parameters either
         moving = (True, *(w and not self.out.requires_grad for w in self.wanted))
         values = []

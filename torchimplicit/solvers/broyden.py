@@ -75,12 +75,12 @@ class InverseEstimate(NamedTuple):
             _, after, c = self._known()
             g = less(base, _product(c, -along.narrow(1, 0, count)), after)
             row = torch.cat((_product(c.mT, own.narrow(1, 1, count)), row), 1)
-        gap = square - torch.linalg.vecdot(last, g).unsqueeze(1)
+        ahead = torch.linalg.vecdot(last, g).unsqueeze(1)
+        gap = square - ahead
         flat = gap.abs() <= 1e-8 * square  # no update where it is 0 / 0
-        gap, whole = gap.masked_fill(flat, 1), square.masked_fill(flat, 1)
-        step = (square / gap).masked_fill(flat, 1) * g
+        step = torch.addcmul(g, g, ahead / gap.masked_fill(flat, torch.inf))
         factors = self.factors.clone() if torch.is_grad_enabled() else self.factors
-        factors[:, count, : count + 1] = (row / whole).masked_fill(flat, 0)
+        factors[:, count, : count + 1] = row / square.masked_fill(flat, torch.inf)
         return step, self._replace(steps=self.steps.put(count + 1, step), factors=factors)
 
 
