@@ -8,6 +8,8 @@ import torch
 import torchimplicit as ti
 from torchimplicit import Broyden, FixedPoint, Root
 from torchimplicit.solvers import Solver
+from torchimplicit.solvers.broyden import InverseEstimate
+from torchimplicit.solvers.history import History
 from torchimplicit.testing.solver_suite import SolverSuite
 
 
@@ -65,3 +67,27 @@ def test_a_step_that_changes_nothing_gives_no_update():
 def test_refuses_an_empty_memory():
     with pytest.raises(ValueError, match=r"Broyden\.memory is 0, and must be at least 1"):
         Broyden(memory=0)
+
+
+@pytest.mark.parametrize("gamma", [None, -0.5])
+def test_the_inverse_is_that_of_rank_one_updates(gamma):
+    """Broyden's good update by Sherman and Morrison, on the inverse as a matrix."""
+    with torch.no_grad():
+        eye, a = (
+            torch.eye(5, dtype=torch.float64),
+            torch.linalg.qr(linear(5, 1, 1.0)[0]).Q + torch.diag(torch.arange(5.0)),
+        )
+        unit = None if gamma is None else torch.full((1, 1), gamma, dtype=torch.float64)
+        z, r = torch.zeros(1, 5, dtype=torch.float64), torch.ones(1, 5, dtype=torch.float64)
+        matrix = (1.0 if gamma is None else gamma) * eye
+        step = r if unit is None else unit * r
+        inverse = InverseEstimate(History.empty(z, 9).put(0, step), z.new_zeros(1, 8, 8), unit)
+        for _ in range(6):
+            before, r = r, r - step @ a.T
+            s, y = step[0], (before - r)[0]  # A s = y
+            matrix = matrix + torch.outer(s - matrix @ y, s @ matrix) / (s @ matrix @ y)
+            step, inverse = inverse.stepped(r)
+            torch.testing.assert_close(step, r @ matrix.T)
+            probes = eye[:1] + torch.arange(5.0)
+            torch.testing.assert_close(inverse.times(probes), probes @ matrix.T)
+            torch.testing.assert_close(inverse.transposed_times(probes), probes @ matrix)
