@@ -99,13 +99,36 @@ def test_a_pole_is_no_root():
     assert found.status.tolist() == [Status.NONFINITE]
 
 
-def test_no_change_of_sign_is_said_in_words():
-    with pytest.raises(ValueError, match=r"same sign at both bounds in 1 of 2 samples \(1\)"):
-        ti.solve(
-            Root(lambda z, c: z**2 - c), column(0.0, 0.0), column(1.0, -1.0), solver=Chandrupatla(low=0.0, high=2.0)
+@pytest.mark.parametrize("rowwise", [False, True])
+def test_a_sample_without_a_change_of_sign_stops_alone(rowwise):
+    c = column(1.0, -1.0, 2.0).requires_grad_()
+    with pytest.warns(ti.ConvergenceWarning, match="the same sign at both bounds"):
+        found = ti.solve(
+            Root(lambda z, c: z**2 - c, rowwise=rowwise),
+            column(0.0, 1.0, 0.0),
+            c,
+            solver=Chandrupatla(low=0.0, high=2.0),
         )
-    with pytest.raises(ValueError, match="NaN at a bound"):
-        ti.solve(Root(torch.log), column(0.5), solver=Chandrupatla(low=-1.0, high=2.0))
+    assert found.status.tolist() == [Status.CONVERGED, Status.BREAKDOWN, Status.CONVERGED]
+    torch.testing.assert_close(found.value, column(1.0, 0.0, 2**0.5))  # of the bad one, the better end
+    with pytest.warns(ti.ConvergenceWarning):
+        (slope,) = torch.autograd.grad(found.value.sum(), c)
+    torch.testing.assert_close(slope[[0, 2]], column(0.5, 0.5 / 2**0.5))
+
+
+def test_nan_at_a_bound():
+    solver = Chandrupatla(low=torch.tensor([-1.0, 0.5]), high=2.0)
+    with pytest.warns(ti.ConvergenceWarning):
+        found = ti.solve(Root(torch.log), column(0.5, 0.7), solver=solver, throw=False)
+    assert found.status.tolist() == [Status.NONFINITE, Status.CONVERGED]
+    torch.testing.assert_close(found.value, column(0.5, 1.0))
+    with pytest.raises(ti.SolveError):
+        ti.solve(Root(torch.log), column(0.5, 0.7), solver=solver)
+
+
+def test_a_start_between_the_bounds_may_show_the_change_of_sign():
+    found = ti.solve(Root(lambda z: (z - 1) ** 2 - 0.25), column(1.2), solver=Chandrupatla(low=0.0, high=3.0))
+    assert found.converged.all() and abs(abs(float(found.value) - 1) - 0.5) < 1e-9
 
 
 @pytest.mark.parametrize(

@@ -48,10 +48,11 @@ class Chandrupatla(Solver):
     """A bracketed root of one unknown per sample (Chandrupatla 1997): inverse quadratic interpolation where the last
     three points say that it is safe, bisection elsewhere; about as many evaluations as Brent's method, or fewer.
 
-    For a :class:`Root` or a :class:`FixedPoint` whose state is one number per sample. The residual must have different
-    signs at the two bounds of every sample; infinite values there count with their sign. What is found is a change of
-    sign: at a pole the residual grows, and the sample is ``Status.NONFINITE``. A start between the bounds narrows them
-    from the beginning.
+    For a :class:`Root` or a :class:`FixedPoint` whose state is one number per sample. A sample's residual must have
+    different signs at the two bounds, or at them and a start between them, which narrows them from the beginning;
+    infinite values count with their sign. Without a change of sign a sample is ``Status.BREAKDOWN``, at the one of these
+    points where its residual is least; with NaN at a bound it is ``Status.NONFINITE``. What is found is a change of
+    sign: at a pole the residual grows, and the sample is ``Status.NONFINITE`` too.
 
     Args:
         low, high: the bounds: numbers, or tensors ``[batch]``; constants as far as derivatives go.
@@ -99,13 +100,14 @@ class Chandrupatla(Solver):
     def step(self, evaluate: Evaluator, point: Point, state: Bracket | None, progress: Progress) -> Move:
         if torch.is_grad_enabled():
             raise UnsupportedDerivativeError("Unrolled cannot differentiate through Chandrupatla: use Implicit")
-        z, r = point.z, point.residual
+        z, r, lost = point.z, point.residual, None
         if state is None:
             low, high = (self._bound(t, z) for t in (self.low, self.high))
             one, other = evaluate(low).residual, evaluate(high).residual
-            self._check_signs(one, other, progress.active)
             state = Bracket(low, high, low, one, other, one, torch.maximum(one.abs(), other.abs()))
             inside = (z > low) & (z < high) & ~r.isnan()
+            lost = ~(one.sign() * torch.where(inside & (r.sign() != one.sign()), r, other).sign() <= 0)
+            end = torch.where(other.isnan() | (other.abs() < one.abs()), high, low)
         else:
             low, high = torch.minimum(state.new, state.old), torch.maximum(state.new, state.old)
             inside = ~r.isnan()
@@ -119,20 +121,31 @@ class Chandrupatla(Solver):
         to = state.new + share * width
         # an end may be the root itself
         to = torch.where(second == 0, state.old, torch.where(first == 0, state.new, to))
+        if lost is not None:  # no change of sign
+            to, lost = torch.where(lost, end, to), lost[:, 0]
         done = (width.abs() <= finest)[:, 0]
         # near a pole every residual is small against its terms, and larger than at the bounds
         root = (r.abs() <= state.most)[:, 0]
         solved = torch.zeros_like(root) if progress.solved is None else root & progress.solved
+        lost = None if lost is None else lost & ~solved
         active = torch.ones_like(root) if progress.active is None else progress.active
         if bool((solved | ~active).all()):
             return Move(point, state, solved=solved)
         done = done & (first != 0)[:, 0] & (second != 0)[:, 0]
+        done = done if lost is None else done & ~lost
         if bool(done.any()):
             there = evaluate(torch.where(solved[:, None], z, torch.where(done[:, None], nearer, to)))
             pole = done & ~(there.residual.abs() <= state.most)[:, 0]
             shown = there.changed(residual=there.residual.masked_fill(pole[:, None], torch.nan))
-            return Move(shown, state, breakdown=done & ~solved, solved=solved)
-        return Move(torch.where(solved[:, None], z, to), state, solved=solved)
+            return Move(shown, state, breakdown=(done if lost is None else done | lost) & ~solved, solved=solved)
+        return Move(torch.where(solved[:, None], z, to), state, breakdown=lost, solved=solved)
+
+    def fell_short(self, summary: str) -> str:
+        return (
+            f"Chandrupatla did not converge: {summary}. In a sample that broke down the residual has the same sign at "
+            "both bounds, so that no root is known to lie between them, or it jumps where it changes its sign: widen "
+            "low and high, or take NewtonKrylov, which needs none. The best point is returned"
+        )
 
     @staticmethod
     def _share(state: Bracket, least: Tensor) -> Tensor:
@@ -151,18 +164,3 @@ class Chandrupatla(Solver):
             raise ValueError(f"Chandrupatla's bounds are of {len(bound)} samples, and there are {len(like)}")
         # copies under vmap lie one after the other
         return bound.repeat(len(like) // len(bound))[:, None] if bound.ndim else bound.expand(len(like), 1)
-
-    @staticmethod
-    def _check_signs(one: Tensor, other: Tensor, active: Tensor | None) -> None:
-        alike = (one.sign() * other.sign())[:, 0] > 0
-        blind = (one.isnan() | other.isnan())[:, 0]
-        if active is not None:
-            alike, blind = alike & active, blind & active
-        bad = (alike | blind).nonzero().flatten().tolist()
-        if bad:
-            what = "is NaN at a bound" if bool(blind.any()) else "has the same sign at both bounds"
-            shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
-            raise ValueError(
-                f"Chandrupatla: the residual {what} in {len(bad)} of {len(one)} samples ({shown}), so that no root is "
-                "known to lie between low and high: widen the bounds, or take NewtonKrylov, which needs none"
-            )
