@@ -249,6 +249,29 @@ def test_a_singular_system_says_so():
     assert found.status.tolist() == [int(ti.Status.BREAKDOWN)]
 
 
+def test_a_consistent_singular_system_has_its_solution_of_least_norm_and_says_so():
+    a = torch.ones(2, 2, dtype=F64)
+    with pytest.warns(ti.ConvergenceWarning, match="nearly singular in 1 of 1 samples"):
+        found = ti.linear_solve(a, torch.tensor([[2.0, 2.0]], dtype=F64))
+    assert found.converged.all()
+    torch.testing.assert_close(found.value, torch.ones(1, 2, dtype=F64))
+
+
+@pytest.mark.parametrize(
+    "solver", [CG(), MINRES(), GMRES(), BiCGStab(), LSMR(), Dense()], ids=lambda s: type(s).__name__
+)
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (6, 6)], ids=str)
+def test_every_method_where_the_rank_is_not_full(solver, shape):
+    a = (normal(3, shape[0], 3) @ normal(3, 3, shape[1], seed=1)).requires_grad_()
+    b = normal(3, shape[0], seed=2).requires_grad_()
+    found = ti.linear_solve(a, b, solver=solver, least_squares=True)
+    assert found.converged.all(), found.summary()
+    torch.testing.assert_close(found.value, pinv(a.detach(), b.detach()), rtol=1e-7, atol=1e-7)
+    (slope,) = torch.autograd.grad(found.value.sin().sum(), b)
+    turned = torch.linalg.pinv(a.detach()).mT @ found.value.detach().cos()[:, :, None]
+    torch.testing.assert_close(slope, turned[:, :, 0], rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -14,6 +14,7 @@ from torchimplicit.compiler import untraced
 from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.gradients import Implicit
 from torchimplicit.gradients.base import Found, Task, differentiable
+from torchimplicit.gradients.nodes import nearly_singular
 from torchimplicit.gradients.pseudo_inverse import Maps, PseudoSolution, PseudoSolve
 from torchimplicit.inference import outside_inference_mode
 from torchimplicit.linear import LSMR, Dense, LinearSolver
@@ -222,7 +223,18 @@ def _check_symmetric(product: Callable[[Tensor], Tensor], transposed: Any, like:
 
 
 def _tell(solution: Solution, report: Report, throw: bool) -> None:
-    if not bool(report.status.any()):
+    ill = nearly_singular(report)
+    failed, singular = torch.stack((report.status != Status.CONVERGED, ill)).any(dim=1).tolist()
+    if singular:
+        assert report.condition is not None
+        notice(
+            "linear_solve met a matrix that is nearly singular",
+            f"the operator is nearly singular in {int(ill.sum())} of {ill.numel()} samples (condition at least "
+            f"{float(report.condition[ill].max()):.1g}): the solution may be one of many, or wrong in all its digits, "
+            "and so may the derivative. least_squares=True gives the solution of least norm and its derivative",
+            ConvergenceWarning,
+        )
+    if not failed:
         return
     bad = int((report.status == Status.NONFINITE).sum())
     if bad:

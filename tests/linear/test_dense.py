@@ -64,3 +64,22 @@ def test_counts_its_products() -> None:
     report = Dense().solve(matrix_operator(gaussian(2, 7), tally), torch.ones(2, 7, dtype=torch.float64)).report
     assert tally[0] == 14
     assert report.evaluations == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_of_a_consistent_singular_system_the_solution_of_least_norm(dtype: torch.dtype) -> None:
+    low = gaussian(4, 9)[:, :, :5].to(dtype)
+    a = low @ low.mT
+    a[1] = a[1] + torch.eye(9, dtype=dtype)  # a regular one
+    scale = torch.logspace(-6, 6, 9, dtype=dtype)
+    a[2] = scale[:, None] * (a[1] + a[1].T)  # a regular one, badly scaled
+    b = (a @ torch.ones(9, 1, dtype=dtype))[:, :, 0]
+    b[3] = 1  # not consistent
+    found = Dense().solve(matrix_operator(a), b)
+    assert found.report.status.tolist() == [Status.CONVERGED] * 3 + [Status.BREAKDOWN]
+    assert found.report.condition is not None
+    assert found.report.condition.isinf().tolist() == [True, False, False, True]
+    eps = torch.finfo(dtype).eps
+    least = (torch.linalg.pinv(a[0].double(), rtol=9 * eps) @ b[0].double()).to(dtype)
+    torch.testing.assert_close(found.value[0], least, rtol=1e3 * eps, atol=1e3 * eps)
+    torch.testing.assert_close(found.value[1], torch.ones(9, dtype=dtype), rtol=1e5 * eps, atol=1e5 * eps)

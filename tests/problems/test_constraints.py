@@ -416,6 +416,19 @@ def test_a_multiplier_of_zero_is_told():
         nearest(NonNegative(), c)
 
 
+def test_more_constraints_than_are_independent_are_told():
+    """Three lines through one point of the plane: what moving one of them does depends on where it moves to."""
+    matrix = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=F64)
+    bound = torch.tensor([1.0, 1.0, 2.0], dtype=F64, requires_grad=True)
+    y = torch.tensor([[3.0, 3.0]], dtype=F64, requires_grad=True)
+    with pytest.warns(ti.SmoothnessWarning, match="more constraints meet"):
+        nearest(LinearInequalities(matrix, bound), y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ti.SmoothnessWarning)
+        nearest(LinearInequalities(matrix, bound.detach()), y)  # which moves nothing of them
+        nearest(LinearInequalities(matrix[:2], bound[:2]), y)
+
+
 @pytest.mark.parametrize(
     ("constraint", "message"),
     [
@@ -428,7 +441,9 @@ def test_a_multiplier_of_zero_is_told():
         (LinearEqualities(normal(9, DIM), 0.0), "depend on each other"),
         (LinearInequalities(normal(2, 3), 1.0), "give \\(m, 8\\)"),
         (LinearInequalities(G, normal(4)), "5 rows"),
-        ((L2Ball(1.0), Box(0.0, 1.0)), "cannot be joined"),
+        ((L2Ball(1.0), Box(3.0, 4.0)), "no state in the ball"),
+        ((L2Ball(1.0), L2Ball(2.0)), "more than one L2Ball"),
+        ((Projection(torch.relu), Box(0.0, 1.0)), "cannot be joined"),
         (Projection(lambda z: z * W.clone().requires_grad_()), "give it in args"),
         (Projection(lambda z: z[:, :2]), "shape"),
     ],
@@ -436,6 +451,96 @@ def test_a_multiplier_of_zero_is_told():
 def test_what_is_inconsistent_is_an_error_in_words(constraint, message):
     with pytest.raises(ValueError, match=message):
         solved(constraint)
+
+
+# -- quadratic programs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3, 1), (3, 30, 40, 8), (1, 6, 9, 0)])
+def test_a_quadratic_program_takes_one_step(shape):
+    batch, dim, count, equal = shape
+    root, inside = normal(dim, dim), normal(batch, dim, seed=1)
+    matrix = root @ root.T / dim + 0.1 * torch.eye(dim, dtype=F64)
+    g, a, c = normal(batch, count, dim, seed=2), normal(batch, equal, dim, seed=3), 3 * normal(batch, dim, seed=4)
+    h = (g @ inside[:, :, None])[:, :, 0] + normal(batch, count, seed=5).abs()
+    b = (a @ inside[:, :, None])[:, :, 0]
+    parts = (LinearInequalities(g, h), LinearEqualities(a, b))[: 2 if equal else 1]
+    found = ti.solve(
+        Minimum(lambda z, c: 0.5 * ((z @ matrix) * z).sum(1) + (c * z).sum(1), parts), torch.zeros_like(c), c
+    )
+    assert found.converged.all()
+    assert found.steps.max() <= 1
+    z = found.value
+    gap = (g @ z[:, :, None])[:, :, 0] - h
+    assert gap.max() < 1e-9
+    for i in range(batch):  # the multipliers, from what holds with equality
+        rows = torch.cat((a[i], g[i][gap[i] > -1e-9]))
+        slope = z[i] @ matrix + c[i]
+        multipliers = torch.linalg.lstsq(rows.T, -slope).solution
+        torch.testing.assert_close(rows.T @ multipliers, -slope, rtol=1e-8, atol=1e-8)
+        assert (multipliers[equal:] > -1e-9).all()
+
+
+@pytest.mark.parametrize("constraint", [Box(-1.0, 1.0), LinearInequalities(G, H)], ids=["box", "polyhedron"])
+def test_energies_that_couple_the_batch_are_solved_or_said_not_to_be(constraint):
+    def coupled(z: Tensor) -> Tensor:
+        return energy(z, SLOPE) + 0.1 * (z - z.mean(dim=0)).square().sum(1) + 0.05 * z.sum(dim=1) ** 2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ti.ConvergenceWarning)
+        found = ti.solve(Minimum(coupled, constraint), torch.zeros(BATCH, DIM, dtype=F64))
+    again = ti.solve(
+        Minimum(coupled, constraint), torch.zeros(BATCH, DIM, dtype=F64), solver=ti.Anderson(max_steps=900)
+    )
+    assert again.converged.all()
+    gap = torch.linalg.vector_norm(found.value - again.value, dim=1)
+    assert (gap[found.converged] < 1e-7).all()
+    assert found.converged.all() or isinstance(constraint, LinearInequalities)
+
+
+# -- balls that cut other sets -----------------------------------------------------------------------------------------
+
+
+CUT = {
+    "box": Box(-0.1, 1.0),
+    "simplex": Simplex(2.0),
+    "plane": LinearEquality(W, 1.0),
+    "polyhedron": (LinearInequalities(G, H), LinearEquality(W, 1.0), NonNegative()),
+}
+
+
+@pytest.mark.parametrize("others", CUT.values(), ids=CUT)
+def test_the_nearest_point_of_a_ball_that_cuts_another_set(others):
+    parts = others if isinstance(others, tuple) else (others,)
+    center = ti.solve(Minimum(lambda z: z.square().sum(1), parts), torch.zeros(1, DIM, dtype=F64)).value[
+        0
+    ] + 0.05 * normal(DIM)
+    constraint = (*parts, L2Ball(0.6, center))
+    y = 2 * normal(20, DIM, seed=3)
+    found = nearest(constraint, y)
+    assert found.converged.all()
+    away = torch.linalg.vector_norm(found.value - center, dim=1)
+    assert away.max() <= 0.6 + 1e-9
+    assert (away > 0.6 - 1e-9).any()  # the ball is in the way
+    torch.testing.assert_close(nearest(parts, found.value).value, found.value)  # which lies in the others
+    # x is the nearest point of a convex set where <y - x, p - x> <= 0 for all p in it: those of the other samples
+    rest, others = y - found.value, found.value[None] - found.value[:, None]
+    assert (rest[:, None] * others).sum(dim=2).max() <= 1e-8
+
+
+def test_derivatives_on_a_ball_that_cuts_another_set():
+    h = H.clone().requires_grad_()
+    radius = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    slope = SLOPE[:2].clone().requires_grad_()
+
+    def of(slope: Tensor, radius: Tensor, h: Tensor) -> Tensor:
+        return solved((LinearInequalities(G, h), L2Ball(radius)), slope[:1]).value.sin()
+
+    assert gradcheck(of, (slope, radius, h), atol=1e-6)
+    assert gradgradcheck(lambda s, r: of(s, r, H), (slope, radius), atol=1e-5)
+    both = torch.stack((SLOPE[:2], 2 * SLOPE[:2]))
+    r = radius.detach()
+    torch.testing.assert_close(vmap(lambda s: of(s, r, H))(both), torch.stack([of(s, r, H) for s in both]))
 
 
 def test_wrong_types():

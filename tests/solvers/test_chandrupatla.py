@@ -128,7 +128,8 @@ def test_nan_at_a_bound():
 
 def test_a_start_between_the_bounds_may_show_the_change_of_sign():
     found = ti.solve(Root(lambda z: (z - 1) ** 2 - 0.25), column(1.2), solver=Chandrupatla(low=0.0, high=3.0))
-    assert found.converged.all() and abs(abs(float(found.value) - 1) - 0.5) < 1e-9
+    assert found.converged.all()
+    assert abs(abs(float(found.value) - 1) - 0.5) < 1e-9
 
 
 @pytest.mark.parametrize(

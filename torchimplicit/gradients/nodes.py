@@ -504,7 +504,7 @@ def _refuse_batched_cotangents(u: Tensor) -> None:
 def report(task: Recorded, figures: Report) -> None:
     """Leave the figures of a backward solve where the user finds them, and warn if it fell short."""
     task.record.report = figures
-    ill = _nearly_singular(figures)
+    ill = nearly_singular(figures)
     short = figures.fell_short
     if not bool((short | ill).any()):
         count_adjoint(short.numel(), 0)
@@ -555,7 +555,7 @@ def _advice(status: Tensor) -> str:
     return "; ".join(said for reason, said in advice.items() if bool((status == reason).any()))
 
 
-def _nearly_singular(figures: Report) -> Tensor:
+def nearly_singular(figures: Report) -> Tensor:
     """bool ``[batch]``: where the condition number blows the default tolerance up to the size of the derivative."""
     if figures.condition is None:
         return torch.zeros_like(figures.converged)

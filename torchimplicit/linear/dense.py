@@ -29,9 +29,11 @@ class Dense(BlockSolver):
 
     Takes memory for ``batch * dim**2`` entries and time for ``batch * dim**3``. With a null vector :math:`n` it solves
     the bordered (KKT) system :math:`\\begin{pmatrix}A & n\\\\ n^T & 0\\end{pmatrix}`, which is regular. A sample whose
-    matrix is singular gets ``Status.BREAKDOWN`` and the least-squares solution of least norm. The residual is taken
-    from the matrices; no starting point is needed, and ``x0`` is only checked. Where the operator is symmetric, the
-    report's ``curvature`` holds the least eigenvalue of each matrix that has a negative one.
+    matrix is singular, in units in which its rows and columns are of one size, gets the least-squares solution of least
+    norm: ``Status.CONVERGED`` where that solves the system, with an infinite ``condition``, and ``Status.BREAKDOWN``
+    elsewhere. The residual is taken from the matrices; no starting point is needed, and ``x0`` is only checked. Where
+    the operator is symmetric, the report's ``curvature`` holds the least eigenvalue of each matrix that has a negative
+    one.
 
     Attributes:
         rtol: relative residual up to which a sample counts as solved; ``None`` stands for ``eps(dtype)**(2/3)``.
@@ -82,12 +84,16 @@ class Dense(BlockSolver):
         x, regular = factors.solve(rhs, transposed)
         residual = factors.residual_norm(rhs, x, transposed)
         solved = regular & (residual <= tolerance)
-        failed = (~solved & finite).any(0).nonzero().squeeze(1)
+        failed = (~solved & finite).any(0).logical_or_(factors.suspect & factors.finite).nonzero().squeeze(1)
+        singular = torch.zeros_like(factors.finite)
         if len(failed):
+            singular = singular.index_copy(0, failed, factors.singular(failed))
             other = x.index_copy(1, failed, factors.least_squares(rhs, failed, transposed))
             size = factors.residual_norm(rhs, other, transposed)
-            better = ~(residual <= size)
+            # of the many solutions of a consistent singular system that of least norm
+            better = ~(residual <= size) | (singular & (size <= tolerance))
             x, residual = other.where(better[..., None], x), size.where(better, residual)
+            solved = (solved | singular) & (residual <= tolerance)
         status = torch.where(solved, int(Status.CONVERGED), int(Status.BREAKDOWN))
         status = torch.where(finite, status, int(Status.NONFINITE)).amax(0)
         unit = scale.where(scale > 0, 1.0)
@@ -100,6 +106,7 @@ class Dense(BlockSolver):
             curvature=None if factors.curvature is None else factors.curvature.to(b.dtype),
             condition=(factors.size * torch.linalg.vector_norm(x, dim=-1) / scale.where(scale > 0, 1.0))
             .amax(0)
+            .masked_fill(singular, torch.inf)
             .to(b.dtype),
         )
         return LinearSolution(whole.restored(x).to(b.dtype), report)
@@ -157,6 +164,28 @@ class Factorization:
     def size(self) -> Tensor:
         """What the norm of each matrix is at least, ``[batch]``: that of its largest column."""
         return torch.linalg.vector_norm(self.matrix, dim=-2).amax(-1)
+
+    @property
+    def suspect(self) -> Tensor:
+        """bool ``[batch]``, where a pivot is nothing but rounding beside the others, as in matrices that are singular,
+        or badly scaled."""
+        pivots = self.lu.diagonal(dim1=-2, dim2=-1).abs()
+        if not pivots.shape[-1]:
+            return torch.zeros_like(self.finite)
+        return pivots.amin(-1) <= self._rounding * pivots.amax(-1)
+
+    @property
+    def _rounding(self) -> float:
+        return self.lu.shape[-1] * torch.finfo(self.lu.dtype).eps
+
+    def singular(self, rows: Tensor) -> Tensor:
+        """bool ``[len(rows)]``, which of the samples ``rows`` are singular in whatever units."""
+        matrix = self.full[rows]
+        for dim in (-1, -2, -1, -2):  # Ruiz (2001)
+            size = matrix.abs().amax(dim, keepdim=True).sqrt()
+            matrix = matrix / torch.where(size > 0, size, 1)
+        values = torch.linalg.svdvals(matrix)
+        return values[:, -1] <= self._rounding * values[:, 0]
 
     def project(self, v: Tensor) -> Tensor:
         """``[..., batch, dim]`` without its component along ``null``."""

@@ -49,13 +49,12 @@ class RectangularOperator:
         return self._operator(padded(self.plain, self.inner), padded(self.transposed, self.outer), dim)
 
     def normal(self) -> LinearOperator:
-        """:math:`A_i^TA_i`, or :math:`A_iA_i^T` where that is smaller."""
-        first, last = (self.plain, self.transposed) if self.inner <= self.outer else (self.transposed, self.plain)
+        """:math:`A_i^TA_i`."""
 
         def product(v: Tensor) -> Tensor:
-            return last(first(v))
+            return self.transposed(self.plain(v))
 
-        return replace(self._operator(product, product, min(self.inner, self.outer)), symmetric=True)
+        return replace(self._operator(product, product, self.inner), symmetric=True)
 
     def _operator(self, product: Product, transposed: Product, dim: int) -> LinearOperator:
         return LinearOperator(
@@ -79,7 +78,8 @@ def pseudo_solve(solver: LinearSolver, operator: RectangularOperator, b: Tensor)
     """:math:`A_i^+b_i`, the least-squares solutions of least norm, for ``b`` of ``[batch, outer]``.
 
     :class:`Dense` takes the singular values, :class:`LSMR` the map itself, and any other method the normal equations
-    of the smaller side, whose condition is the square of the map's. A sample counts as solved where the residual is
+    of the smaller side, whose condition is the square of the map's; of the other side where those contradict each
+    other, as they may where the rank is not full. A sample counts as solved where the residual is
     within the tolerance, or where what the transposed map makes of it is:
     :math:`\\lVert A^Tr\\rVert\\le rtol\\,\\lVert A^Tb\\rVert`, beyond rounding.
     """
@@ -92,10 +92,7 @@ def pseudo_solve(solver: LinearSolver, operator: RectangularOperator, b: Tensor)
         found = solve_any(solver, square, filled(right, square.dim))
         value, steps, cost = found.value[:, : operator.inner], found.report.steps, found.report.evaluations
     else:
-        back = right if operator.inner > operator.outer else operator.transposed(right)
-        found = solve_any(solver, operator.normal(), back)
-        value = operator.transposed(found.value) if operator.inner > operator.outer else found.value
-        steps, cost = found.report.steps, found.report.evaluations
+        value, steps, cost = _by_normal_equations(solver, operator, right)
     rtol, atol = solver.tolerances(b.dtype)
     rest = right - operator.plain(value)
     turned, first = operator.transposed(rest), operator.transposed(right)
@@ -113,6 +110,22 @@ def pseudo_solve(solver: LinearSolver, operator: RectangularOperator, b: Tensor)
     status = status.masked_fill(~finite, int(Status.NONFINITE))
     relative = torch.where(within | (gap > 0), relative, 0).masked_fill(~finite, torch.nan)
     return LinearSolution(whole.restored(value), Report(status, steps, relative.to(b.dtype), cost + 3))
+
+
+def _by_normal_equations(
+    solver: LinearSolver, operator: RectangularOperator, b: Tensor
+) -> tuple[Tensor, Tensor, float]:
+    steps, cost, value = torch.zeros(operator.batch, dtype=torch.int64, device=b.device), 0.0, None
+    left = torch.ones_like(steps, dtype=torch.bool)
+    if operator.inner > operator.outer:
+        found = solve_any(solver, operator.flipped().normal(), b)
+        value, steps, cost = operator.transposed(found.value), found.report.steps, found.report.evaluations
+        left = ~found.report.converged
+        if not bool(left.any()) or getattr(solver, "preconditioner", None) is not None:
+            return value, steps, cost
+    found = solve_any(solver, operator.normal(), operator.transposed(b))
+    value = found.value if value is None else torch.where(left[:, None], found.value, value)
+    return value, steps + torch.where(left, found.report.steps, 0), cost + found.report.evaluations
 
 
 def _stretch(right: Tensor, value: Tensor, rest: Tensor) -> Tensor:

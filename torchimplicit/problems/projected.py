@@ -18,6 +18,9 @@ from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.sets import FlatSet
 from torchimplicit.problems.system import Point, System, vmapped
 
+ENTRIES = 2**24
+"""The most entries of the Hessians that are assembled for a step."""
+
 KINK = 1e-6
 """By how much of its size a point is moved to see whether it lies on a kink of the projection."""
 
@@ -34,6 +37,10 @@ class ProjectedSystem(System):
     Attributes:
         project: ``((z, step), *params)``, see :class:`~torchimplicit.problems.sets.FlatSet`.
         penalty: ``(z, *params) -> [batch]``; ``None`` for a set.
+        newton: ``((z, slope, hessian), *params)``, see :class:`~torchimplicit.problems.sets.FlatSet`; ``None`` where it
+            is not to be had.
+        dependent: ``(z, *params)``, likewise.
+        own: which of the parameters are the set's, beside the step.
         step: which of the parameters holds :math:`\\sigma`, ``[rows, 1]``, about the inverse size of the Hessian: NaN
             until it is measured, then the same in all the derivatives of one solution.
     """
@@ -41,6 +48,9 @@ class ProjectedSystem(System):
     project: Callable[..., Tensor]
     step: int
     penalty: Callable[..., Tensor] | None = None
+    newton: Callable[..., Tensor] | None = None
+    dependent: Callable[..., Tensor] | None = None
+    own: range = range(0)
 
     @staticmethod
     def of(fn: Callable[..., Tensor], on: FlatSet, own: slice, **fields: Any) -> ProjectedSystem:
@@ -53,7 +63,22 @@ class ProjectedSystem(System):
         def penalty(z: Tensor, *params: Tensor) -> Tensor:
             return on.penalty(z, *params[own])
 
-        return ProjectedSystem(fn=fn, project=project, step=step, penalty=penalty if on.proximal else None, **fields)
+        def newton(at: tuple[Tensor, Tensor, Tensor], *params: Tensor) -> Tensor:
+            return on.newton(*at, *params[own])
+
+        def dependent(z: Tensor, *params: Tensor) -> Tensor:
+            return on.dependent(z, *params[own])
+
+        return ProjectedSystem(
+            fn=fn,
+            project=project,
+            step=step,
+            penalty=penalty if on.proximal else None,
+            newton=newton if on.programs else None,
+            dependent=dependent,
+            own=range(own.start, own.stop),
+            **fields,
+        )
 
     def total(self, z: Tensor, *params: Tensor) -> Tensor:
         """The energies with the penalties."""
@@ -83,6 +108,29 @@ class ProjectedSystem(System):
                 self._measure(leaf, slope, params)
         return slope.detach(), energy.detach()
 
+    @torch.no_grad()
+    def newton_step(self, z: Tensor, params: Sequence[Tensor]) -> Tensor | None:
+        """The steps to the minima on the set of the energies' quadratic models, NaN where they are not convex; ``None``
+        where these are not to be had, or are not the samples' own."""
+        batch, dim = z.shape
+        if self.newton is None or batch * dim * dim > ENTRIES:
+            return None
+
+        def core(z: Tensor, *params: Tensor) -> Tensor:
+            return _gradient(self.fn(z, *params), z, create_graph=True)
+
+        tape = Linearization(core, z, params)
+        eye = torch.eye(dim, dtype=z.dtype, device=z.device)
+        hessian = tape.transposed_block(eye[:, None, :].expand(-1, batch, -1).contiguous()).permute(1, 0, 2)
+        step = self.newton((z, tape.out.detach(), hessian), *params)
+        if self.coupling is not None and not self.coupling.promised:
+            probe = step.nan_to_num(0.0, 0.0, 0.0)
+            gap = (hessian @ probe[:, :, None])[:, :, 0] - tape.transposed(probe)
+            size = safe_norm(hessian.flatten(1)) * safe_norm(probe)
+            if bool((safe_norm(gap) > torch.finfo(z.dtype).eps ** 0.6 * size).any()):
+                return None
+        return step
+
     def image(self, z: Tensor, *params: Tensor) -> Tensor:
         """:math:`\\Pi(z-\\sigma\\nabla E)`, differentiable to any order by composable transforms."""
         gradient, _ = torch.func.grad(self._sum, has_aux=True)(z, *params)
@@ -100,6 +148,8 @@ class ProjectedSystem(System):
 
         if wanted is not None and any(wanted):
             self._look_for_kinks(z, params)
+            if self.dependent is not None and any(wanted[i] for i in self.own):
+                self._look_for_dependence(z, params)
         return Linearization(core, z, params, wanted)
 
     def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
@@ -121,7 +171,7 @@ class ProjectedSystem(System):
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Self:
         penalty = None if self.penalty is None else vmapped(self.penalty, size, tuple(dims))
         project = vmapped(self.project, size, tuple(dims))
-        return replace(super().vmapped(size, dims), project=project, penalty=penalty)
+        return replace(super().vmapped(size, dims), project=project, penalty=penalty, newton=None, dependent=None)
 
     def joined(self, rows: int) -> Self | None:
         return None
@@ -180,6 +230,21 @@ class ProjectedSystem(System):
                 "constraint is active there with a multiplier of zero, or nearly so (no strict complementarity). The "
                 "derivative is that of one side, and the other side's is another",
                 SmoothnessWarning,
+            )
+
+    def _look_for_dependence(self, z: Tensor, params: Sequence[Tensor]) -> None:
+        """Warn where more constraints meet at the solution than are independent: what one of them does when it moves
+        depends on where it moves to."""
+        assert self.dependent is not None
+        with torch.no_grad():
+            odd = self.dependent(z, *params)
+        if bool(odd.any()):
+            warnings.warn(
+                f"more constraints meet at the solution than are independent of each other, in {int(odd.sum())} of "
+                f"{len(odd)} samples (a degenerate vertex, or a constraint that is given twice): the derivative in "
+                "what they are made of is that of one side, and the other side's is another",
+                SmoothnessWarning,
+                stacklevel=callers_level(),
             )
 
 

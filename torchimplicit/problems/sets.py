@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
@@ -25,10 +25,14 @@ from torchimplicit.constraints import (
     check_plane,
 )
 from torchimplicit.problems.per_sample import bound, column, flat_matrix, flat_tree
-from torchimplicit.problems.polyhedron import projected, unit_rows
+from torchimplicit.problems.polyhedron import Memory, active_rows, dependent, minimized, onto, unit_rows
+from torchimplicit.problems.unseen import unseen
 from torchimplicit.state import Layout
 
 Tensors = tuple[Tensor, ...]
+
+BISECTIONS = 64
+"""How many points are tried, at most, for where a ray of projections leaves a ball."""
 
 
 class FlatSet(ABC):
@@ -36,10 +40,13 @@ class FlatSet(ABC):
 
     Attributes:
         tensors: what it is made of; among the parameters of the problem's system.
+        proximal: whether it is a penalty.
+        programs: whether :meth:`newton` is to be had.
     """
 
     tensors: Tensors
     proximal = False
+    programs = False
 
     @abstractmethod
     def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
@@ -49,20 +56,48 @@ class FlatSet(ABC):
         """What the energies ``[rows]`` are raised by, in the set."""
         return z.new_zeros(len(z))
 
+    def newton(self, z: Tensor, slope: Tensor, hessian: Tensor, *tensors: Tensor) -> Tensor:
+        """The step from ``z`` to the minimum on the set of the quadratic model of the energies, by their gradients
+        ``[rows, dim]`` and Hessians ``[rows, dim, dim]``; NaN where that is not convex."""
+        raise NotImplementedError
+
+    def dependent(self, z: Tensor, *tensors: Tensor) -> Tensor:
+        """bool ``[rows]``, where more constraints hold with equality at ``z`` than are independent of each other."""
+        return torch.zeros(len(z), dtype=torch.bool, device=z.device)
+
     def check(self) -> None:
         """Raise where no state is in the set."""
 
 
+class LinearSet(FlatSet):
+    """A set of linear equalities and inequalities: the projection onto it is affine in pieces."""
+
+    @abstractmethod
+    def piece(self, z: Tensor, *tensors: Tensor) -> Any:
+        """Which of the constraints are active at the nearest point to ``z``; out of autograd's sight."""
+
+    @abstractmethod
+    def onto(self, z: Tensor, piece: Any, *tensors: Tensor) -> Tensor:
+        """The nearest point to ``z`` on which these hold with equality: affine in ``z``, differentiable."""
+
+    def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
+        return self.onto(z, self.piece(z.detach(), *(t.detach() for t in tensors)), *tensors)
+
+
 @final
 @dataclass(frozen=True)
-class FlatBox(FlatSet):
+class FlatBox(LinearSet):
     """Of ``low`` and ``high``, ``[rows or 1, dim]``."""
 
     tensors: Tensors
 
-    def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
+    def piece(self, z: Tensor, *tensors: Tensor) -> Any:
         low, high = tensors
-        return torch.where(z < low, low, torch.where(z > high, high, z))
+        return z < low, z > high
+
+    def onto(self, z: Tensor, piece: Any, *tensors: Tensor) -> Tensor:
+        (low, high), (at_low, at_high) = tensors, piece
+        return torch.where(at_low, low, torch.where(at_high, high, z))
 
     def check(self) -> None:
         if _plain(self.tensors) and bool((self.tensors[0] > self.tensors[1]).any()):
@@ -71,14 +106,17 @@ class FlatBox(FlatSet):
 
 @final
 @dataclass(frozen=True)
-class FlatSlice(FlatSet):
+class FlatSlice(LinearSet):
     """A box and a plane: ``low``, ``high``, the weight ``[rows or 1, dim]``, and the total ``[rows or 1, 1]``."""
 
     tensors: Tensors
 
-    def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
+    def piece(self, z: Tensor, *tensors: Tensor) -> Any:
+        return _slice_ends(z, *(t.expand(len(z), -1) for t in tensors))
+
+    def onto(self, z: Tensor, piece: Any, *tensors: Tensor) -> Tensor:
         low, high, weight, total = (t.expand(len(z), -1) for t in tensors)
-        at_low, at_high = _slice_ends(*(t.detach() for t in (z, low, high, weight, total)))
+        at_low, at_high = piece
         free = ~(at_low | at_high)
         # z - m w, within the bounds, has the total
         held = torch.where(at_low, low, torch.where(at_high, high, 0))
@@ -161,17 +199,30 @@ class FlatBall(FlatSet):
 
 @final
 @dataclass(frozen=True)
-class FlatPolyhedron(FlatSet):
+class FlatPolyhedron(LinearSet):
     """Of equalities and inequalities with unit rows: matrices ``[rows or 1, m * dim]`` and right-hand sides
     ``[rows or 1, m]``; ``equalities`` of the m come first."""
 
     tensors: Tensors
     equalities: int
     dim: int
+    memory: Memory = field(default_factory=Memory, compare=False)
+    programs = True
 
-    def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
+    def piece(self, z: Tensor, *tensors: Tensor) -> Any:
         matrix, right = self._expanded(len(z), tensors)
-        return projected(z, matrix, right, self.equalities)
+        return active_rows(z, matrix, right, self.equalities, self.memory)
+
+    def onto(self, z: Tensor, piece: Any, *tensors: Tensor) -> Tensor:
+        return onto(z, *self._expanded(len(z), tensors), piece)[0]
+
+    def newton(self, z: Tensor, slope: Tensor, hessian: Tensor, *tensors: Tensor) -> Tensor:
+        matrix, right = self._expanded(len(z), tensors)
+        room = right - (matrix @ z[:, :, None])[:, :, 0]
+        return minimized(hessian, slope, matrix, room, self.equalities, self.memory)
+
+    def dependent(self, z: Tensor, *tensors: Tensor) -> Tensor:
+        return dependent(z, *self._expanded(len(z), tensors))
 
     def _expanded(self, rows: int, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         matrix, right = tensors
@@ -191,7 +242,8 @@ class FlatPolyhedron(FlatSet):
                     "the constraint's equalities depend on each other (the rank of their matrix is less than the "
                     "number of its rows), so that they contradict each other or say the same twice: leave some out"
                 )
-            near = projected(matrix.new_zeros(rows, self.dim), matrix, right, count)
+            zero = matrix.new_zeros(rows, self.dim)
+            near = self.project(zero, zero[:, :1], *self.tensors)
             gap = (matrix @ near[:, :, None])[:, :, 0] - right
             gap = torch.cat((gap[:, :count].abs(), gap[:, count:].clamp_min(0)), dim=1).amax(dim=1)
             size = right.abs().amax(dim=1) + torch.linalg.vector_norm(near, dim=1)
@@ -201,6 +253,83 @@ class FlatPolyhedron(FlatSet):
                     f"the constraint's set is empty in {int(bad.sum())} of {rows} samples, as far as an interior-point "
                     "method can tell: no state fulfils all the equalities and inequalities"
                 )
+
+
+@final
+@dataclass(frozen=True)
+class FlatCut(FlatSet):
+    """What a ball leaves of a linear set: the tensors of the set, the radius ``[rows or 1, 1]``, and the center
+    ``[rows or 1, dim]``.
+
+    The nearest point to y is :math:`\\Pi(c+t(y-c))`, with the projection onto the linear set and the largest
+    :math:`t\\le1` at which it lies in the ball: the distance from the center grows with t, the square of it by one
+    quadratic polynomial in every piece."""
+
+    linear: LinearSet
+    tensors: Tensors
+
+    def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
+        *own, radius, center = tensors
+        center = center.expand(len(z), -1)
+        share, outside = unseen(self._share, len(z), z, *tensors)
+        piece = self.linear.piece((center + share * (z - center)).detach(), *(t.detach() for t in own))
+        at, way, length = self._ray(z, piece, own, center)
+        crossed = self._crossing(at, way, length, radius)
+        # one that lies inside of the ball is none of its business
+        share = torch.where(outside & (length > 0), crossed, torch.where(outside, share, 1))
+        return center + at + share * way
+
+    def _ray(self, z: Tensor, piece: Any, own: Any, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where a piece's projections lie, from the center: at ``t = 0``, their way with t, and the square of that."""
+        at = self.linear.onto(center, piece, *own) - center
+        way = self.linear.onto(z, piece, *own) - center - at
+        return at, way, way.square().sum(dim=1, keepdim=True)
+
+    @staticmethod
+    def _crossing(at: Tensor, way: Tensor, length: Tensor, radius: Tensor) -> Tensor:
+        """Where the ray leaves the ball, ``[rows, 1]``."""
+        along = (at * way).sum(dim=1, keepdim=True)
+        room = along.square() - length * (at.square().sum(dim=1, keepdim=True) - radius.square())
+        root = torch.where(room > 0, room, 1).sqrt()
+        return (torch.where(room > 0, root, 0) - along) / torch.where(length > 0, length, 1)
+
+    def _share(self, z: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """t ``[rows, 1]``; and bool ``[rows, 1]``, where the ball is in the way."""
+        *own, radius, center = tensors
+        center = center.expand(len(z), -1)
+        low, high = torch.zeros_like(z[:, :1]), torch.ones_like(z[:, :1])
+        share, outside = high, torch.zeros_like(high, dtype=torch.bool)
+        for step in range(BISECTIONS):
+            piece = self.linear.piece(center + share * (z - center), *own)
+            at, way, length = self._ray(z, piece, own, center)
+            far = (at + share * way).square().sum(dim=1, keepdim=True) > radius.square()
+            outside = far if step == 0 else outside
+            low, high = torch.where(far, low, share), torch.where(far, share, high)
+            crossed = self._crossing(at, way, length, radius)
+            inside = (crossed >= low) & (crossed <= high)
+            if bool((~outside | (crossed - share).abs().le(4 * torch.finfo(z.dtype).eps)).all()):
+                break
+            # where this piece crosses the ball, or, where it does not, and now and then, half way
+            share = torch.where(inside & (step % 4 != 3), crossed, 0.5 * (low + high))
+            share = torch.where(outside, share, 1)
+        return share, outside
+
+    def check(self) -> None:
+        self.linear.check()
+        *own, radius, center = self.tensors
+        if not _plain(self.tensors):
+            return
+        with torch.no_grad():
+            center = center.expand(max(map(len, self.tensors)), -1)
+            gap = torch.linalg.vector_norm(self.linear.project(center, center[:, :1], *own) - center, dim=1)
+            bad = gap > radius[:, 0] + torch.finfo(gap.dtype).eps ** 0.6 * (
+                gap + torch.linalg.vector_norm(center, dim=1)
+            )
+        if bool(bad.any()):
+            raise ValueError(
+                f"the constraint's set is empty in {int(bad.sum())} of {len(bad)} samples: the other constraints leave "
+                "no state in the ball"
+            )
 
 
 @final
@@ -260,22 +389,30 @@ def flat_set(layout: Layout, constraint: Any, rows: int) -> FlatSet:
         ValueError, TypeError: parts that do not go together, or do not fit the state.
     """
     parts = constraint if isinstance(constraint, tuple) else (constraint,)
-    if len(parts) > 1 and any(isinstance(part, (L2Ball, Projection, Proximal)) for part in parts):
+    if len(parts) > 1 and any(isinstance(part, (Projection, Proximal)) for part in parts):
         raise ValueError(
-            "an L2Ball, a Projection and a Proximal cannot be joined with other constraints: give one Projection "
-            "onto the intersection"
+            "a Projection and a Proximal cannot be joined with other constraints: give one Projection onto the "
+            "intersection"
         )
+    balls = [part for part in parts if isinstance(part, L2Ball)]
+    if len(balls) > 1:
+        raise ValueError("there is more than one L2Ball: give one Projection onto their intersection")
+    if balls:
+        radius = column(layout, balls[0].radius, rows, "the constraint's radius")
+        ball = (radius, bound(layout, balls[0].center, rows, "the constraint's center"))
+        others = [part for part in parts if not isinstance(part, L2Ball)]
+        if not others:
+            return FlatBall(ball)
+        linear = _of_linear(layout, others, rows)
+        return FlatCut(linear, (*linear.tensors, *ball))
     (first, *_) = parts
-    if isinstance(first, L2Ball):
-        radius = column(layout, first.radius, rows, "the constraint's radius")
-        return FlatBall((radius, bound(layout, first.center, rows, "the constraint's center")))
     if isinstance(first, (Projection, Proximal)):
         leaves, spec = pytree.tree_flatten(first.args)
         return Foreign(first, layout, tuple(t for t in leaves if isinstance(t, Tensor)), spec, tuple(leaves))
     return _of_linear(layout, parts, rows)
 
 
-def _of_linear(layout: Layout, parts: Sequence[Any], rows: int) -> FlatSet:
+def _of_linear(layout: Layout, parts: Sequence[Any], rows: int) -> LinearSet:
     like = {"dtype": layout.dtype, "device": layout.device}
     low = torch.full((1, layout.dim), -torch.inf, **like)  # type: ignore[call-overload]
     high = -low

@@ -50,7 +50,7 @@ class Chandrupatla(Solver):
 
     For a :class:`Root` or a :class:`FixedPoint` whose state is one number per sample. A sample's residual must have
     different signs at the two bounds, or at them and a start between them, which narrows them from the beginning;
-    infinite values count with their sign. Without a change of sign a sample is ``Status.BREAKDOWN``, at the one of these
+    infinite values count with their sign. Without a change of sign a sample is ``Status.BREAKDOWN``, at that of these
     points where its residual is least; with NaN at a bound it is ``Status.NONFINITE``. What is found is a change of
     sign: at a pole the residual grows, and the sample is ``Status.NONFINITE`` too.
 

@@ -42,16 +42,19 @@ def _downward(operator: LinearOperator) -> tuple[Tensor, Tensor]:
 @final
 @dataclass(frozen=True, kw_only=True)
 class ProjectedNewton(Solver):
-    """Semismooth Newton steps where they descend, projected gradient steps where they do not.
+    """Newton steps where they descend, projected gradient steps where they do not.
 
-    For a :class:`Minimum` on a set, or with a :class:`Proximal` penalty. Newton's step solves
+    For a :class:`Minimum` on a set, or with a :class:`Proximal` penalty. On linear equalities and inequalities Newton's
+    step leads to the minimum on the set of the energy's quadratic model, where that is convex; a quadratic program is
+    solved in one step. Elsewhere it solves
     :math:`(I-\\Pi'(I-\\sigma H))d=\\Pi(z-\\sigma\\nabla E)-z` (Qi and Sun 1993), which for a box is that of the
-    primal-dual active set method (Hintermüller, Ito and Kunisch 2003); :math:`\\Pi(z+td)` is tried for a few t. Where
+    primal-dual active set method (Hintermüller, Ito and Kunisch 2003). :math:`\\Pi(z+td)` is tried for a few t; where
     the energy does not decrease sufficiently, a projected (proximal) gradient step is taken, whose size each sample
     finds for itself. Every iterate lies in the set, and the energy never rises.
 
     Args:
-        linear_solver: for Newton's equation; ``None``: :class:`Dense` up to 128 unknowns, else :class:`GMRES`.
+        linear_solver: for Newton's equation, which then is semismooth everywhere; ``None``: :class:`Dense` up to 128
+            unknowns, else :class:`GMRES`.
         trials: how many lengths of Newton's step are tried.
         halvings: how often the step along the gradient is halved.
         rtol, atol, max_steps, keep_trajectory, check_every: see :class:`Solver`.
@@ -98,16 +101,26 @@ class ProjectedNewton(Solver):
         if progress.active is not None:
             searching = progress.active
             residual = torch.where(searching[:, None], residual, 0)
-        solver = self.linear_solver or system.default_linear_solver(point.z.shape[1], point.z.shape[0])
-        tape = system.linearize(point.z, evaluate.params)
-        found = system.solve_linear(tape, False, residual, solver)
-        direction, exact = found.value, found.report.converged & found.value.isfinite().all(dim=1)
+        program = None if self.linear_solver is not None else system.newton_step(point.z, evaluate.params)
+        convex = torch.zeros_like(searching) if program is None else program.isfinite().all(dim=1)
+        tape = None
+        if program is not None and bool((convex | ~searching).all()):
+            direction, exact = program, convex
+        else:
+            solver = self.linear_solver or system.default_linear_solver(point.z.shape[1], point.z.shape[0])
+            tape = system.linearize(point.z, evaluate.params)
+            found = system.solve_linear(tape, False, torch.where(convex[:, None], 0, residual), solver)
+            direction, exact = found.value, found.report.converged & found.value.isfinite().all(dim=1)
+            if program is not None:
+                direction, exact = torch.where(convex[:, None], program, direction), convex | exact
         solved = progress.short(point, direction, exact)
         saddle = None
-        if solved is not None and self.confirms(system, point.z) and bool((solved & searching).any()):
-            saddle, downward = _downward(system.operator(tape, False))
-            saddle = saddle & solved & searching
-            solved = solved & ~saddle
+        if tape is not None and solved is not None and self.confirms(system, point.z):
+            doubtful = solved & searching & ~convex
+            if bool(doubtful.any()):
+                saddle, downward = _downward(system.operator(tape, False))
+                saddle = saddle & doubtful
+                solved = solved & ~saddle
         if solved is not None:
             searching = searching & ~solved
         slope, _ = system.slope(point.z, evaluate.params)

@@ -267,8 +267,9 @@ class Judge:
         Args:
             closely: whether to assemble the matrix where it is small: a residual is taken for rounding where each leaf
                 of it is within ``ROUNDING`` times ``eps`` of :math:`|A||z|` (Oettli and Prager 1964), and each equation
-                within ``COVERED`` times ``rtol`` of its row of the matrix. Where it is not small, a residual that is
-                solved is taken for it.
+                within ``COVERED`` times ``rtol`` of its row of the matrix; within the whole of it where the state has
+                shrunk to ``ROUNDING`` times ``eps`` of its first size, as at a root at zero with a singular Jacobian.
+                Where it is not small, a residual that is solved is taken for it.
         """
         assert self.measure is not None
         system, z, r = self.measure.system, point.z, point.residual
@@ -294,7 +295,9 @@ class Judge:
             rounded = system.norms((matrix @ z.abs()[:, :, None])[:, :, 0])
             rounded = ROUNDING * self.eps * torch.where(rounded < torch.inf, rounded, 0)
             row = torch.linalg.vector_norm(matrix * spread(size)[:, None, :], dim=2)
-            near = (r.abs() <= COVERED * rtol * row + spread(rest)).all(dim=1)
+            vanished = system.norms(z) <= ROUNDING * self.eps * self.measure.since
+            share = torch.where(spread(vanished), 1, COVERED * rtol)
+            near = (r.abs() <= share * row + spread(rest)).all(dim=1)
             drowned = self._all(norms <= rounded + rest) & near
         return solved, drowned, torch.where(norms > 0, norms / terms, 0)
 
