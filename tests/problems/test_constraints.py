@@ -554,6 +554,12 @@ def test_wrong_types():
         Minimum(energy, Simplex(), eliminate=True)
 
 
+def test_a_tuple_of_one_or_none():
+    torch.testing.assert_close(solved((LinearEquality(W, 1.0),)).value, solved(LinearEquality(W, 1.0)).value)
+    torch.testing.assert_close(solved((Box(0.0, 1.0),)).value, solved(Box(0.0, 1.0)).value)
+    torch.testing.assert_close(solved(()).value, solved(None).value)
+
+
 def test_a_start_outside_is_moved():
     found = ti.solve(Minimum(energy, Simplex(2.0)), torch.full((BATCH, DIM), 7.0, dtype=F64), SLOPE)
     torch.testing.assert_close(found.value, solved(Simplex(2.0)).value)

@@ -10,12 +10,17 @@ from torch import Tensor
 
 from torchimplicit.linear.base import BlockSolver, LinearSolution, LinearSolver, solve_each
 from torchimplicit.linear.dense import Dense
+from torchimplicit.linear.equilibrate import PROBES, ROUNDS, equilibrated
 from torchimplicit.linear.gmres import GMRES
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.operator import LinearOperator
-from torchimplicit.precision import UnitRows, default_rtol
+from torchimplicit.precision import UnitRows, default_rtol, safe_norm
 from torchimplicit.solution import Report, Status
 from torchimplicit.validation import check_count, check_nonnegative, check_type
+
+LONGER, DIRECTIONS, REFINEMENTS = 5, 400, 4
+"""Of the second try where the matrix is too large: how many times as many steps it may take, how many directions GMRES
+may keep, and how often the residual is solved for."""
 
 SLACK = 1.25
 """The factor up to which a true residual may exceed its tolerance, for the rounding of products."""
@@ -29,7 +34,9 @@ class KrylovOrDense(BlockSolver):
 
     So no system costs much more than twice what the better of the two would have cost, and none that is small enough to
     be factorized is left unsolved since it is ill-conditioned. Where the matrices are too large, the Krylov method has
-    all of its ``max_steps``. The residuals in the report are those of the whole operator.
+    all of its ``max_steps``, and what it leaves is taken up once more in units in which rows and columns are of one
+    size, which a few products tell, with ``LONGER`` times as many steps, and by :class:`GMRES` with as many directions
+    as ``entries`` hold. The residuals in the report are those of the whole operator.
 
     Attributes:
         krylov: the method that begins.
@@ -80,8 +87,9 @@ class KrylovOrDense(BlockSolver):
         apart = operator.restrict is not None and 4 * len(rows) <= 3 * operator.batch
         if (len(rows) if apart else operator.batch) * operator.dim**2 > self.entries:
             if krylov.max_steps < self.krylov.max_steps:
-                return replace(self.krylov, rtol=rtol, atol=atol).solve(operator, b, found.value)
-            return found
+                found = replace(self.krylov, rtol=rtol, atol=atol).solve(operator, b, found.value)
+                rows = (~found.report.converged & (found.report.status != Status.NONFINITE)).nonzero().squeeze(1)
+            return self._again(operator, b, found, rows) if len(rows) and not found.strayed else found
         dense = Dense(rtol=rtol, atol=atol)
         if apart:
             assert operator.restrict is not None
@@ -100,6 +108,32 @@ class KrylovOrDense(BlockSolver):
         if found.strayed or bool(found.report.converged.all()):
             return found
         return solve_each(self, operator, b)
+
+    def _again(self, operator: LinearOperator, b: Tensor, found: LinearSolution, rows: Tensor) -> LinearSolution:
+        """The ``rows`` once more, in better units and with more steps and directions."""
+        if operator.null is not None or self.krylov.preconditioner is not None:
+            return found
+        left, right = equilibrated(operator)
+        rtol, atol = self.tolerances(b.dtype)
+        krylov = replace(self.krylov, atol=0.0, max_steps=LONGER * self.krylov.max_steps)
+        if isinstance(krylov, GMRES):
+            most = self.entries // (2 * operator.batch * operator.dim)
+            krylov = replace(krylov, restart=max(krylov.restart, min(DIRECTIONS, most)))
+        scaled, chosen = operator.in_units(left, right), torch.zeros_like(b[:, :1], dtype=torch.bool)
+        chosen = chosen.index_fill(0, rows, True)
+        value, spent, steps = found.value, found.report.evaluations + 2 * ROUNDS * PROBES, found.report.steps
+        for _ in range(REFINEMENTS):  # for what was solved in those units may not be in its own
+            rest = torch.where(chosen, b - operator.product(value), 0)
+            share = float(((rtol * safe_norm(b) + atol) / safe_norm(rest)).nan_to_num(1.0).amin())
+            if share >= 1:
+                break
+            more = replace(krylov, rtol=max(min(0.5 * share, 0.1), rtol)).solve(scaled, left * rest)
+            step = right * more.value
+            value = torch.where(chosen & step.isfinite().all(dim=1, keepdim=True), value + step, value)
+            spent, steps = spent + more.report.evaluations + 1, steps + more.report.steps
+        report = replace(found.report, steps=steps)
+        direct = LinearSolution(value[rows], Report(report.status[rows], steps[rows], report.residual[rows], 0.0))
+        return self._merged(operator, b, replace(found, report=report), direct, rows, spent)
 
     def _merged(
         self,

@@ -55,6 +55,8 @@ class Minimum(Problem):
 
     def __post_init__(self) -> None:
         check_function(self.energy, "energy")
+        if isinstance(self.constraint, tuple) and len(self.constraint) < 2:
+            object.__setattr__(self, "constraint", self.constraint[0] if self.constraint else None)
         for part in self._parts:
             if not isinstance(part, (FlatSet, *get_args(Constraint))):
                 names = ", ".join(kind.__name__ for kind in get_args(Constraint))
