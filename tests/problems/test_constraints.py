@@ -238,6 +238,91 @@ def test_the_lasso_and_the_elastic_net():
         check(fit, size, ridge)
 
 
+def slope_in(size: Tensor, solution: ti.Solution) -> Tensor:
+    return torch.autograd.grad(solution.value.square().sum(), size)[0]
+
+
+@pytest.mark.parametrize("size", [3.0, 9.0])
+def test_the_group_lasso(size):
+    design, observed = normal(30, 8), 2 * normal(1, 30, seed=1)
+
+    def lengths(z: Tensor) -> Tensor:
+        square = z.reshape(-1, 4, 2).square().sum(2)
+        return torch.where(square > 0, torch.where(square > 0, square, 1).sqrt(), 0)
+
+    def shrink(v: Tensor, step: Tensor, size: Tensor) -> Tensor:
+        length = lengths(v)
+        share = torch.relu(1 - step * size / torch.where(length > 0, length, 1))
+        return (v.reshape(-1, 4, 2) * share[:, :, None]).reshape(v.shape)
+
+    def found(size: Tensor) -> ti.Solution:
+        penalty = Proximal(shrink, lambda z, size: size * lengths(z).sum(1), args=(size,))
+        problem = Minimum(lambda z: 0.5 * (z @ design.T - observed).square().sum(1), penalty)
+        return ti.solve(problem, torch.zeros(1, 8, dtype=F64))
+
+    given = torch.tensor(size, dtype=F64, requires_grad=True)
+    solution = found(given)
+    assert solution.converged.all()
+    # the groups that are left satisfy the condition of a stationary point, the others are small enough to stay out
+    z, length = solution.value.detach(), lengths(solution.value.detach())
+    pull = ((observed - z @ design.T) @ design).reshape(4, 2)
+    for group in range(4):
+        if length[0, group] > 0:
+            unit = z.reshape(4, 2)[group] / length[0, group]
+            torch.testing.assert_close(pull[group], size * unit, rtol=1e-8, atol=1e-8)
+        else:
+            assert pull[group].norm() <= size
+    ahead, back = (found(torch.tensor(size + e, dtype=F64)).value.square().sum() for e in (1e-5, -1e-5))
+    torch.testing.assert_close(slope_in(given, solution), (ahead - back) / 2e-5, rtol=1e-6, atol=1e-7)
+
+
+def test_the_nuclear_norm():
+    mix, observed = normal(4, 4) + 3 * torch.eye(4, dtype=F64), normal(1, 4, 3, seed=1)
+
+    def shrink(v: Tensor, step: Tensor, size: Tensor) -> Tensor:
+        left, values, right = torch.linalg.svd(v, full_matrices=False)
+        return (left * torch.relu(values - (step * size).reshape(-1, 1))[:, None, :]) @ right
+
+    def found(size: Tensor) -> ti.Solution:
+        penalty = Proximal(shrink, lambda z, size: size * torch.linalg.svdvals(z).sum(-1), args=(size,))
+        problem = Minimum(lambda z: 0.5 * (mix @ z - observed).square().sum((1, 2)), penalty)
+        return ti.solve(problem, 0.1 * normal(1, 4, 3, seed=2))
+
+    size = torch.tensor(0.7, dtype=F64, requires_grad=True)
+    solution = found(size)
+    assert solution.converged.all()
+    ahead, back = (found(size.detach() + e).value.square().sum() for e in (1e-5, -1e-5))
+    torch.testing.assert_close(slope_in(size, solution), (ahead - back) / 2e-5, rtol=1e-6, atol=1e-7)
+
+
+def test_a_projection_onto_a_set_that_is_not_convex():
+    """The sphere: what is found is the eigenvector of the least eigenvalue, with its derivative."""
+    matrix = (normal(4, 4) + normal(4, 4).T).requires_grad_()
+    problem = Minimum(
+        lambda z, a: 0.5 * ((z @ (0.5 * (a + a.T))) * z).sum(1),
+        Projection(lambda z: torch.nn.functional.normalize(z, dim=1)),
+    )
+    solution = ti.solve(problem, torch.ones(1, 4, dtype=F64), matrix)
+    assert solution.converged.all()
+    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
+    vector = vectors[:, 0] * (vectors[:, 0] @ solution.value.detach()[0]).sign()
+    torch.testing.assert_close(solution.value[0], vector, rtol=1e-8, atol=1e-8)
+    weight = normal(4, seed=3)
+    (one,) = torch.autograd.grad((solution.value @ weight).sum(), matrix)
+    (other,) = torch.autograd.grad(vector @ weight, matrix)
+    torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-8)
+
+
+def test_where_the_last_coefficient_of_a_lasso_vanishes_there_is_a_kink():
+    design, observed = normal(10, 3), normal(1, 10, seed=1)
+    size = (design.T @ observed[0]).abs().max().requires_grad_()
+    penalty = Proximal(soft, lambda z, size: size * z.abs().sum(1), args=(size,))
+    with pytest.warns(ti.SmoothnessWarning):
+        ti.solve(
+            Minimum(lambda z: 0.5 * (z @ design.T - observed).square().sum(1), penalty), torch.zeros(1, 3, dtype=F64)
+        )
+
+
 def test_a_projection_of_ones_own():
     """The second-order cone."""
 
