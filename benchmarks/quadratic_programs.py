@@ -1,7 +1,4 @@
-"""Quadratic programs as layers: ours, qpth's, and whether cvxpylayers' gradients are those of its solutions.
-
-``python -m benchmarks.quadratic_programs``, with qpth and, for the last part, cvxpylayers.
-"""
+"""Quadratic programs as layers, beside qpth's (``pip install qpth``)."""
 
 from __future__ import annotations
 
@@ -75,26 +72,6 @@ def against_qpth(repeats: int) -> None:
         print(f"| {shape} | {times} | {float((one[2] - other[2]).abs().max()):.0e} | {gap:.0e} |", flush=True)
 
 
-def differences_of_cvxpylayers() -> None:
-    """Its derivative along a direction, beside differences of its solutions, for one program and for a batch."""
-    import cvxpy as cp
-    from cvxpylayers.torch import CvxpyLayer
-
-    generator = torch.Generator().manual_seed(0)
-    z, price, g, h = cp.Variable(4), cp.Parameter(4), cp.Parameter((3, 4)), cp.Parameter(3)
-    stated = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(z) + price @ z), [g @ z <= h])
-    layer = CvxpyLayer(stated, parameters=[price, g, h], variables=[z])
-    for batch in ((), (1,), (3,)):
-        shapes = ((4,), (3, 4), (3,))
-        given = [torch.randn(*batch, *s, generator=generator, dtype=torch.float64).abs() for s in shapes]
-        given[0], given[1] = -3 * given[0], given[1].requires_grad_()
-        way = torch.randn(given[1].shape, generator=generator, dtype=torch.float64)
-        (slope,) = torch.autograd.grad(layer(*given)[0].sin().sum(), given[1])
-        with torch.no_grad():
-            ahead, back = (layer(given[0], given[1] + e * way, given[2])[0].sin().sum() for e in (1e-4, -1e-4))
-        print(f"batch {batch}: {float((slope * way).sum()):.4f}, differences {float((ahead - back) / 2e-4):.4f}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--repeats", type=int, default=4)
@@ -102,7 +79,6 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     against_qpth(repeats)
-    differences_of_cvxpylayers()
 
 
 if __name__ == "__main__":

@@ -304,7 +304,7 @@ def test_a_projection_onto_a_set_that_is_not_convex():
     )
     solution = ti.solve(problem, torch.ones(1, 4, dtype=F64), matrix)
     assert solution.converged.all()
-    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
+    _, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
     vector = vectors[:, 0] * (vectors[:, 0] @ solution.value.detach()[0]).sign()
     torch.testing.assert_close(solution.value[0], vector, rtol=1e-8, atol=1e-8)
     weight = normal(4, seed=3)

@@ -239,12 +239,12 @@ class ProjectedSystem(System):
         with torch.no_grad():
             odd = self.dependent(z, *params)
         if bool(odd.any()):
-            warnings.warn(
+            notice(
+                "more constraints meet at the solution than are independent",
                 f"more constraints meet at the solution than are independent of each other, in {int(odd.sum())} of "
                 f"{len(odd)} samples (a degenerate vertex, or a constraint that is given twice): the derivative in "
                 "what they are made of is that of one side, and the other side's is another",
                 SmoothnessWarning,
-                stacklevel=callers_level(),
             )
 
 
