@@ -54,9 +54,8 @@ def test_what_stagnates_is_factorized_alone(apart):
 def test_matrices_too_large_leave_it_the_krylov_methods():
     n = 60
     b = torch.eye(1, n, dtype=D)
-    few = KrylovOrDense(krylov=GMRES(max_steps=20), entries=n * n - 1).solve(matrix_operator(shift(n)[None]), b)
-    assert few.report.status.tolist() == [Status.MAX_STEPS]
-    assert few.report.evaluations < n
+    few = KrylovOrDense(krylov=GMRES(max_steps=5), entries=n * n - 1).solve(matrix_operator(shift(n)[None]), b)
+    assert not few.report.converged.any()  # a factorization would have solved it
 
 
 def test_the_defaults_of_ill_conditioned_adjoints():
