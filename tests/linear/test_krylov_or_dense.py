@@ -7,7 +7,6 @@ import torch
 
 import torchimplicit as ti
 from torchimplicit.linear import GMRES, MINRES, KrylovOrDense, LinearSolver
-from torchimplicit.solution import Status
 from torchimplicit.testing.linear_suite import LinearSolverSuite, matrix_operator
 
 D = torch.float64
