@@ -12,7 +12,9 @@ from torchimplicit import cli
 pytest.importorskip("lightning")
 pytest.importorskip("tyro")
 
-COMMANDS = ("demo", "list", "molecules", "density", "train", "reproduce", "resume", "evaluate", "report")
+COMMANDS = (
+    "demo", "list", "molecules", "density", "pretrain", "finetune", "train", "reproduce", "resume", "evaluate", "report"
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,10 @@ pytest.importorskip("scipy")
 
 from rich.console import Console
 
-from torchimplicit.recipes.density import molecules, single, stability, storage
+from torchimplicit.recipes.density import finetuning, molecules, single, stability, storage
 from torchimplicit.recipes.density.chemistry import distorted, named
 from torchimplicit.recipes.density.results import ratio, seconds_to, shown, told
-from torchimplicit.recipes.density.settings import ChemistrySettings
+from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules
 from torchimplicit.recipes.registry import runner, settings
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.jobs import prepare
@@ -57,10 +57,11 @@ def well_formed(summary, runs):
     assert len({drawing.name for drawing in summary.drawings}) == len(summary.drawings)
 
 
-@pytest.mark.parametrize("name", ["ofdft-single", "ofdft-molecules", "ofdft-stability"])
+@pytest.mark.parametrize("name", ["ofdft-single", "ofdft-molecules", "ofdft-stability", "ofdft-finetune"])
 def test_jobs_are_sound(name):
     config = settings(name)
-    made = {"ofdft-single": single, "ofdft-molecules": molecules, "ofdft-stability": stability}[name]
+    tables = {"ofdft-single": single, "ofdft-molecules": molecules, "ofdft-stability": stability}
+    made = {**tables, "ofdft-finetune": finetuning}[name]
     jobs = made.jobs(config)
     assert len({job.name for job in jobs}) == len(jobs)
     assert len(jobs) % config.plan.seeds == 0
@@ -198,3 +199,59 @@ def test_figures_in_words():
     assert shown(2e-7, 2) == "2.0e-07"
     assert told([1.0, math.nan, 3.0], 2) == "2 (1–3)"
     assert told([math.nan]) == "–"
+
+
+def test_pretrained_and_fine_tuned(folder, tmp_path):
+    copies = {"train_copies": 1, "validation_copies": 1, "test_copies": 1}
+    config = finetuning.FinetuneConfig(
+        plan=Plan(seeds=1),
+        molecules=Molecules(sources=("H2",), data_dir=folder, **copies),
+        kinds=("potential", "density"),
+        rows=("implicit", "damped", "descent", "descent-one"),
+        pretraining_steps=4,
+        finetuning_steps=2,
+        descent_steps=300,
+        check_grid=1,
+    )
+    runs = run_all(finetuning.jobs(config), tmp_path)
+    summary = finetuning.TABLE.summarize(config, runs)
+    well_formed(summary, runs)
+    assert [len(one.table.rows) for one in summary.sheets] == [2 + 2, 6, 4]
+    assert len(summary.claims) == 2 + 1 + 2 + 1
+    assert [drawing.name for drawing in summary.drawings] == ["validation"]
+    assert set(summary.runs["potential-0"]) == {
+        "pretrained",
+        "pretrained_longer",
+        "implicit",
+        "damped",
+        "descent",
+        "descent_one",
+    }
+    (job, *_) = finetuning.jobs(config)
+    before = (runs[job.name].path / "implicit" / "results.json").read_bytes()
+    assert runner(job.recipe).train(job.config, runs[job.name], Console(quiet=True))  # all is there
+    assert (runs[job.name].path / "implicit" / "results.json").read_bytes() == before
+
+
+def test_claims_of_fine_tuning_follow_the_figures():
+    config = finetuning.FinetuneConfig(plan=Plan(seeds=1), kinds=("potential",))
+
+    def holding(implicit, longer, eqprop, one=(100.0, 100.0), many=(100.0, 100.0)):
+        def way(loss, steps=(10.0, 10.0)):
+            efforts = [{"steps": k, "adjoint": 1.0, "unconverged": 0.0} for k in steps]
+            return {"test": {"loss": loss}, "effort": efforts}
+
+        figures = {
+            "pretrained_longer": {"test": {"loss": longer}},
+            "implicit": way(implicit),
+            "eqprop": way(eqprop),
+            "descent": way(1.0, many),
+            "descent_one": way(1.0, one),
+        }
+        runs = Runs.made_by(finetuning.jobs(config), {"potential-0": figures})
+        return [claim.holds for claim in finetuning.claims(config, runs)]
+
+    assert holding(0.6, 1.0, 0.61) == [True, True, False]
+    assert holding(0.9, 1.0, 1.0) == [False, False, False]
+    assert holding(0.6, 1.0, 0.6, many=(100.0, 500.0)) == [True, True, True]
+    assert holding(0.6, 1.0, 0.6, many=(100.0, 500.0), one=(100.0, 500.0)) == [True, True, False]

@@ -163,6 +163,8 @@ COMMANDS = {
     "list": "List the recipes and the tables.",
     "molecules": "Compute molecules for density functionals, a data file each.",
     "density": "Find molecules' densities, energies and forces with a trained density functional.",
+    "pretrain": "Train a density functional on Kohn-Sham calculations, without minimizing it.",
+    "finetune": "Train a pre-trained density functional further, by the densities of its minima.",
     "train": "Train a recipe.",
     "reproduce": "Reproduce a published table or figure.",
     "resume": "Go on with an interrupted run.",
@@ -200,7 +202,10 @@ def parse(argv: list[str]) -> Command:
         "evaluate": Evaluate,
         "report": Report,
     }
-    choices = [_start("demo") if named == "demo" else Annotated[Deferred, _named("demo", COMMANDS["demo"])]]
+    choices = [
+        _start(name) if named == name else Annotated[Deferred, _named(name, COMMANDS[name])]
+        for name in ("demo", "pretrain", "finetune")
+    ]
     # a command that is asked for shows its own docstring, in full
     choices += [
         Annotated[kind, _named(name, None if name == named else COMMANDS[name])] for name, kind in kinds.items()

@@ -145,12 +145,20 @@ TABLES = {
         "One molecule's density functional by implicit differentiation and by propagation: loss and time."),
     "ofdft-molecules": Entry("density.molecules", "default", "TABLE",
         "Density functionals for several molecules, tested on new geometries and on new molecules of QM9."),
+    "ofdft-finetune": Entry("density.finetuning", "default", "TABLE",
+        "Density functionals pre-trained and then fine-tuned by their minima: does it help, and is it stable?"),
     "ofdft-stability": Entry("density.stability", "default", "TABLE",
         "How hard densities are to find as their functional is trained, and what keeps it from growing harder."),
 }  # fmt: skip
 """What ``reproduce`` reproduces, likewise."""
 
 PARTS = {
+    "pretrain": Entry("density.learning_settings", "pretraining", "density.pretrain:",
+        "Train a density functional on Kohn-Sham calculations, without minimizing it."),
+    "ofdft-schooling": Entry("density.learning_settings", "schooling", "density.schooling:RUNNER",
+        "A pre-training of a density functional, and several ways to go on from its weights."),
+    "finetune": Entry("density.learning_settings", "finetuning", "density.finetune:",
+        "Train a pre-trained density functional further, by the densities of its minima."),
     "language-costs": Entry("phantom.language", "costs", "COSTS",
         "The cost of a step of trained language models, measured in turn."),
     "fields-cost": Entry("representations.cost", "default", "RUNNER",
@@ -168,7 +176,7 @@ PARTS = {
     "ofdft-stability-training": Entry("density.stability", "training", "density.counted:RUNNER",
         "A training whose minimizations are counted at its start and its end, by two solvers."),
 }  # fmt: skip
-"""What tables run beside recipes. No command names them, and nothing lists them."""
+"""What tables run beside recipes. ``train`` does not name them, and nothing lists them; some are commands."""
 
 
 def entry(name: str, among: dict[str, Entry] | None = None, kind: str = "recipe") -> Entry:

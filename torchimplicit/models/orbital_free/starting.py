@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -39,15 +41,51 @@ def fit_linear(
     """
     functional.reference.zero_()
     functional.elements.zero_()
-    functional.elements[torch.cat([molecule.charges for molecule in molecules])] = True
     if functional.pairs is not None:
         functional.pairs.zero_()
-    columns, slopes = [], []
-    for molecule, metric in zip(molecules, metrics, strict=True):
-        answer = response(functional, molecule.reference, molecule, metric) / molecule.electrons.sqrt()
-        slopes.append(answer @ _slope(functional, molecule))
-        columns.append(answer @ linear_columns(functional, molecule))
-    every, slope = torch.cat(columns), torch.cat(slopes)
+    found = [Linearized.of(functional, one, metric) for one, metric in zip(molecules, metrics, strict=True)]
+    fit_linearized(functional, found, ridge, pair_ridge)
+
+
+@dataclass(frozen=True, eq=False)
+class Linearized:
+    """What :func:`fit_linear` needs of a molecule, by the functional without linear terms.
+
+    Attributes:
+        charges, electrons: the molecule's.
+        answer: the response at the reference density, ``[n, n]``.
+        slope: the energy's there, ``[n]``.
+        columns: of the linear terms, ``[n, coefficients]``.
+    """
+
+    charges: Tensor
+    electrons: Tensor
+    answer: Tensor
+    slope: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, functional: OrbitalFree, molecule: Molecule, metric: Metric) -> Self:
+        """Of one molecule."""
+        return cls(
+            molecule.charges,
+            molecule.electrons,
+            response(functional, molecule.reference, molecule, metric),
+            _slope(functional, molecule),
+            linear_columns(functional, molecule),
+        )
+
+
+@torch.no_grad()
+def fit_linearized(
+    functional: OrbitalFree, molecules: Sequence[Linearized], ridge: float = 1e-8, pair_ridge: float = 1e-5
+) -> None:
+    """:func:`fit_linear` of what is known of the molecules already."""
+    functional.elements.zero_()
+    functional.elements[torch.cat([one.charges for one in molecules])] = True
+    answers = [one.answer / one.electrons.sqrt() for one in molecules]
+    every = torch.cat([answer @ one.columns for answer, one in zip(answers, molecules, strict=True)])
+    slope = torch.cat([answer @ one.slope for answer, one in zip(answers, molecules, strict=True)])
     matrix, right = every.T @ every, -every.T @ slope
     size = matrix.diagonal()
     used = size > 0

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchimplicit.models.orbital_free import Molecule, OrbitalFree
 from torchimplicit.recipes.density.integrals import density_basis, made
 from torchimplicit.recipes.density.record import Record
+from torchimplicit.recipes.runtime.errors import UserError
 
 
 def forces(functional: OrbitalFree, p: Tensor, record: Record) -> Tensor:
@@ -25,12 +26,22 @@ def forces(functional: OrbitalFree, p: Tensor, record: Record) -> Tensor:
         record: of the molecule.
 
     Raises:
-        UserError: PySCF, whose integrals these are, is missing.
+        UserError: PySCF, whose integrals these are, is missing; or the functional has a learned external potential,
+            which changes with the superposition of atoms, whose fit is not differentiated here.
     """
+    if functional.network is not None and functional.config.network_at == "guess":
+        raise UserError(
+            "this functional has a learned external potential, made of the superposition of atoms, and how that "
+            "changes with the nuclei's places is not known here: leave the forces out (--no-forces), or take "
+            "differences of energies"
+        )
     molecule, p = record.molecule(), p.detach()
     positions = molecule.positions.clone().requires_grad_()
     moved = replace(molecule, positions=positions)
-    (slope,) = torch.autograd.grad(_repulsion(moved) + functional.linear(moved).mul(p).sum(), positions)
+    energy = _repulsion(moved) + functional.linear(moved).mul(p).sum()
+    if functional.network is not None:
+        energy = energy + functional.learned(p, moved)
+    (slope,) = torch.autograd.grad(energy, positions)
     for place in molecule.basis.places:
         jets = replace(record.basis, centres=positions).jets(record.points[place.points], place.shells)
         fields = torch.einsum("icp,i->cp", jets, p[place.shells.functions])

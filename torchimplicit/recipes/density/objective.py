@@ -418,19 +418,22 @@ class Share:
     def loss_and_gradient(self, vector: Array) -> tuple[float, Array]:
         """This share's part of both."""
         self._begin(vector)
-        value = 0.0
-        for number, case in enumerate(self.cases):
-            solution = self._solved(case)
-            loss = self._density_loss(case, solution)
-            if self.config.energy_weight:
-                # at the minimum the energy's derivative through the density is nought (the envelope theorem)
-                loss = loss + 0.5 * self._energy_error(case, solution.value.detach()).square()
-            loss = loss + self.penalties(number, case, self.functional, solution.value.detach())
-            (loss / self.total).backward()
-            value += float(loss.detach()) / self.total
-            if solution.adjoint is not None:
-                self.work.adjoint += solution.adjoint.evaluations
+        value = sum(self.step(number) for number in range(len(self.cases)))
         return value, self.weights.gradient()
+
+    def step(self, number: int) -> float:
+        """One molecule's part of the loss, run backward."""
+        case = self.cases[number]
+        solution = self._solved(case)
+        loss = self._density_loss(case, solution)
+        if self.config.energy_weight:
+            # at the minimum the energy's derivative through the density is nought (the envelope theorem)
+            loss = loss + 0.5 * self._energy_error(case, solution.value.detach()).square()
+        loss = loss + self.penalties(number, case, self.functional, solution.value.detach())
+        (loss / self.total).backward()
+        if solution.adjoint is not None:
+            self.work.adjoint += solution.adjoint.evaluations
+        return float(loss.detach()) / self.total
 
     def _begin(self, vector: Array) -> None:
         self.weights.put(np.asarray(vector))

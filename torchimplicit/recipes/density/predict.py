@@ -71,7 +71,7 @@ class Trained:
                 "one that an earlier version has trained"
             )
         held = read_checkpoint(_place(run))
-        functional = OrbitalFree(OrbitalFreeConfig(**held["config"]))
+        functional = OrbitalFree(from_plain(OrbitalFreeConfig, held["config"]))
         functional.load_state_dict(held["weights"])
         functional.requires_grad_(False)
         return cls(functional, Domain(**held["domain"]), from_plain(ChemistrySettings, held["chemistry"]))

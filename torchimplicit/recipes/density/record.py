@@ -70,6 +70,15 @@ class Record:
 
     def molecule(self) -> Molecule:
         """What a density functional needs of it, float64."""
+        return self._molecule(OnGrid(self.basis, self.points))
+
+    def molecule_without_grid(self) -> Molecule:
+        """Likewise without points: what is analytic of it."""
+        nothing = self.overlap.new_zeros(4, 0, len(self.overlap))
+        short = replace(self, points=self.points[:0].clone(), quadrature=self.quadrature[:0].clone())
+        return short._molecule(OnGrid.of(nothing[0], nothing[1:]))
+
+    def _molecule(self, basis: OnGrid) -> Molecule:
         return Molecule(
             name=self.geometry.name,
             charges=torch.tensor(self.geometry.charges),
@@ -79,7 +88,7 @@ class Record:
             atom=self.basis.spread(self.basis.atom),
             angular=self.basis.spread(self.basis.angular),
             shell=self.basis.spread(self.basis.numbers()),
-            basis=OnGrid(self.basis, self.points),
+            basis=basis,
             **self.tensors(),
             **{
                 name: torch.tensor(getattr(self, name), dtype=torch.float64)

@@ -86,22 +86,36 @@ def geometries(config: Molecules) -> tuple[dict[str, list[Geometry]], list[str]]
     return found, refused
 
 
-def load(config: Molecules, watch: Callable[[Outcome], None] = lambda outcome: None) -> Split:
-    """All molecules, computed where they are not in the folder yet.
+def located(
+    config: Molecules, watch: Callable[[Outcome], None] = lambda outcome: None
+) -> tuple[dict[str, dict[str, Path]], list[str]]:
+    """The files of every split's molecules by their names, computed where they are not in the folder yet; and what was
+    skipped, a line each.
 
     Raises:
         UserError: a source that is refused, or nothing left to train on.
     """
     found, skipped = geometries(config)
     folder = config.data_dir or cache_folder("molecules")
-    split: dict[str, list[Molecule]] = {}
-    files: dict[str, Path] = {}
+    files: dict[str, dict[str, Path]] = {}
     for name, ones in found.items():
         outcomes = prepare(ones, config.chemistry, folder, watch=watch)
-        there = {one.geometry.name: one.path for one in outcomes if one.path is not None}
-        files.update(there)
-        split[name] = [storage.load(path) for path in there.values()]
+        files[name] = {one.geometry.name: one.path for one in outcomes if one.path is not None}
         skipped += [f"{one.geometry.name}: {one.reason}" for one in outcomes if one.path is None]
-    if not split["train"]:
+    if not files["train"]:
         raise UserError("no molecule is left to train on: " + "; ".join(skipped))
-    return Split(**split, skipped=skipped, files=files)
+    return files, skipped
+
+
+def load(config: Molecules, watch: Callable[[Outcome], None] = lambda outcome: None) -> Split:
+    """All molecules, computed where they are not in the folder yet.
+
+    Raises:
+        UserError: see :func:`located`.
+    """
+    files, skipped = located(config, watch)
+    return Split(
+        **{name: [storage.load(path) for path in there.values()] for name, there in files.items()},
+        skipped=skipped,
+        files={name: path for there in files.values() for name, path in there.items()},
+    )

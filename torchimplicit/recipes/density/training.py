@@ -244,7 +244,7 @@ def _results(
     run: Run,
     state: str,
 ) -> Results:
-    files = split.files if _checked(config) else None
+    files = split.files if checked(config) else None
     first = started(config, cases["train"])
     start, start_test = (qualities(cases[name], first, config, files=files) for name in ("train", "test"))
     _restored(functional, run.best)
@@ -279,7 +279,7 @@ def _results(
     )
 
 
-def _checked(config: OrbitalFreeTraining) -> bool:
+def checked(config: OrbitalFreeTraining) -> bool:
     """Whether densities are looked at on a finer grid."""
     return config.check_grid > config.molecules.chemistry.grid and find_spec("pyscf") is not None
 

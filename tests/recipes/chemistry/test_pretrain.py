@@ -1,0 +1,191 @@
+"""Pre-training and fine-tuning of density functionals, on hydrogen."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pyscf")
+pytest.importorskip("lightning")
+pytest.importorskip("tyro")
+
+from rich.console import Console
+
+from torchimplicit import cli
+from torchimplicit.recipes.density import finetune, pretrain, storage
+from torchimplicit.recipes.density.learning_settings import Finetuning, Pretraining, Stepping
+from torchimplicit.recipes.density.lessons import slopes_of
+from torchimplicit.recipes.density.objective import Case
+from torchimplicit.recipes.density.predict import Trained
+from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules
+from torchimplicit.recipes.density.split import located
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.run import Run, RunOptions, create
+
+CONSOLE = Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("molecules")
+
+
+def hydrogen(folder: Path) -> Molecules:
+    return Molecules(
+        sources=("H2",),
+        distort=0.08,
+        train_copies=2,
+        validation_copies=1,
+        test_copies=1,
+        data_dir=folder,
+        chemistry=ChemistrySettings(grid=0, scf_grid=1),
+    )
+
+
+def settings(folder: Path, kind: str, **more: object) -> Pretraining:
+    """With linear terms that leave something to learn, which those of pairs do not in hydrogen."""
+    made = Pretraining(
+        molecules=hydrogen(folder),
+        kind=kind,
+        labels=3,
+        stepping=Stepping(steps=30, batch=2, measure_every=10),
+        width=8,
+        channels=2,
+        pairs=False,
+        check_grid=0,
+        page=False,
+    )
+    return replace(made, **more)
+
+
+def begun(recipe: str, place: Path, config: object) -> Run:
+    run = create(recipe, RunOptions(output=place))
+    run.describe(recipe, config)
+    return run
+
+
+@pytest.mark.parametrize("kind", ["potential", "functional", "density"])
+def test_it_learns(folder, tmp_path, kind) -> None:
+    config = replace(settings(folder, kind), page=kind == "potential")
+    run = begun("pretrain", tmp_path / "run", config)
+    assert pretrain.train(config, run, CONSOLE)
+    results = json.loads((run.path / "results.json").read_text())
+    losses = [glance["figures"]["L"] for glance in results["course"]["glances"]]
+    assert len(losses) == 4
+    assert min(losses[1:]) < losses[0]
+    (test,) = results["test"]
+    assert test["converged"]
+    assert test["loss"] < test["guess_loss"]
+    assert results["spurious"] == 0
+    if kind != "density":
+        assert Trained.of(run).functional.network is not None
+        assert test["loss"] == pytest.approx(_loss(run, folder), rel=1e-3)
+
+
+def _loss(run: Run, folder: Path) -> float:
+    """Of the test molecule, by what the run has left."""
+    files, _ = located(hydrogen(folder))
+    (path,) = files["test"].values()
+    case = Case.of(storage.load(path))
+    with torch.no_grad():
+        found = case.solved(Trained.of(run).functional, settings(folder, "potential").training(), cold=True)
+    return float(case.loss(found.value))
+
+
+def test_a_loss_is_that_of_the_minimum_to_first_order(folder) -> None:
+    """The linearized L of the network's slope is the L of the minimum."""
+    config = settings(folder, "potential")
+    files, _ = located(config.molecules)
+    functional, lessons, _ = pretrain.taught(config, files, CONSOLE)
+    with torch.no_grad():
+        for parameter in functional.network.parameters():
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    lesson = lessons[0]
+    ((_, slope),) = slopes_of(functional.network, [lesson], [lesson.guess], recorded=False)
+    missed = slope @ lesson.answer.T - lesson.wanted[:1]
+    linearized = 0.5 * float(missed.square().sum()) / lesson.electrons
+    functional.network.double()
+    case = Case.of(storage.load(files["train"][lesson.name]))
+    with torch.no_grad():
+        found = case.solved(functional, config.training(), cold=True)
+    assert bool(found.converged)
+    assert linearized == pytest.approx(float(case.loss(found.value)), rel=0.1)
+
+
+def test_a_resumed_run_is_the_undisturbed_one(folder, tmp_path) -> None:
+    config = settings(folder, "functional")
+    whole, cut = (begun("pretrain", tmp_path / name, config) for name in ("whole", "cut"))
+    pretrain.train(config, whole, CONSOLE)
+    files, _ = located(config.molecules)
+    functional, lessons, held = pretrain.taught(config, files, CONSOLE)
+    stepper = pretrain.stepper_of(config, functional.network, lessons, held)
+    loss = stepper.loss
+
+    def stopped(numbers: list[int], step: int) -> float:
+        if step == 17:
+            raise KeyboardInterrupt
+        return loss(numbers, step)
+
+    stepper.loss = stopped
+    assert not stepper.run(cut, CONSOLE)
+    pretrain.train(config, cut, CONSOLE)
+    one, two = (Trained.of(run).functional.network.state_dict() for run in (whole, cut))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def potential(folder, tmp_path_factory) -> Run:
+    config = settings(folder, "potential", stepping=Stepping(steps=5, batch=2, measure_every=5))
+    run = begun("pretrain", tmp_path_factory.mktemp("runs") / "potential", config)
+    pretrain.train(config, run, CONSOLE)
+    return run
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "eqprop", "damped"])
+def test_fine_tuning_lowers_the_loss(potential, tmp_path, gradient) -> None:
+    config = Finetuning(
+        run=potential.path,
+        gradient=gradient,
+        stepping=Stepping(steps=8, batch=3, learning_rate=3e-3, measure_every=4, decay=0.0),
+        check_grid=0,
+        page=gradient == "implicit",
+    )
+    run = begun("finetune", tmp_path / "run", config)
+    assert finetune.train(config, run, CONSOLE)
+    results = json.loads((run.path / "results.json").read_text())
+    before = sum(one["loss"] for one in results["before_train"])
+    after = sum(one["loss"] for one in results["train"])
+    assert after < before
+    assert all(one["converged"] for one in results["test"])
+    assert results["effort"][0]["steps"] > 0
+    assert len(results["reference"]) == len(results["test"]) == 1
+
+
+def test_from_the_command_line(folder, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ask = ("--sources", "H2", "--train-copies", "1", "--validation-copies", "1", "--test-copies", "1", "--grid", "0")
+    ask += ("--scf-grid", "1", "--check-grid", "0", "--data-dir", str(folder), "--width", "8", "--no-page")
+    assert cli.main(["pretrain", *ask, "--steps", "4", "--measure-every", "2", "--output", "first"]) == 0
+    assert cli.main(["evaluate", "first"]) == 0
+    more = ("--steps", "2", "--measure-every", "1", "--check-grid", "0", "--output", "second")
+    assert cli.main(["finetune", "first", *more]) == 0
+    assert cli.main(["evaluate", "second"]) == 0
+    capsys.readouterr()
+    assert cli.main(["finetune", "second", "--steps", "2"]) == 2
+    assert "no run of 'torchimplicit pretrain'" in capsys.readouterr().err
+    assert cli.main(["finetune", "first", "--only", "He"]) == 2
+    assert cli.main(["pretrain", *ask, "--kind", "density", "--steps", "2", "--output", "third"]) == 0
+    assert cli.main(["finetune", "third"]) == 2
+    assert "no minimum" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [{"labels": 0}, {"noise": -1.0}, {"width": 0}])
+def test_settings_that_make_no_sense(folder, wrong) -> None:
+    with pytest.raises(UserError):
+        settings(folder, "potential", **wrong)

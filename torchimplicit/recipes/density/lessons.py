@@ -1,0 +1,212 @@
+"""What a network of a density's coefficients learns of one molecule, without the grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.constraints import project, unit_normal
+from torchimplicit.coordinates import Metric
+from torchimplicit.models.orbital_free import CoefficientNetwork, Molecule, NetworkConfig, OrbitalFree, element_counts
+from torchimplicit.models.orbital_free.network import Graph
+from torchimplicit.models.orbital_free.response import response
+from torchimplicit.models.orbital_free.second import linear_columns
+from torchimplicit.models.orbital_free.starting import Linearized, fit_linearized
+from torchimplicit.recipes.density.labels import Labels
+from torchimplicit.recipes.density.record import Record
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bare:
+    """A molecule's densities, and what the functional without learned terms lacks there.
+
+    Attributes:
+        molecule: without its grid.
+        coefficients: of the densities, ``[labels, n]``; the first is the reference.
+        energies: that the functional lacks, in hartree, ``[labels]``.
+        slopes: likewise, ``[labels, n]``, up to multiples of the functions' integrals.
+        answer: :func:`~torchimplicit.models.orbital_free.response` at the reference, ``[n, n]``.
+        plain: the same without the Hessian, that is projection alone, ``[n, n]``.
+        inverse: :math:`S^{-1/2}`, ``[n, n]``.
+        columns: of the linear terms, ``[n, coefficients]``.
+    """
+
+    molecule: Molecule
+    coefficients: Tensor
+    energies: Tensor
+    slopes: Tensor
+    answer: Tensor
+    plain: Tensor
+    inverse: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, bare: OrbitalFree, learned: OrbitalFree, record: Record, labels: Labels | None) -> Bare:
+        """By a functional without learned terms.
+
+        Args:
+            bare: that functional.
+            learned: one with the linear terms that are to be fitted, whatever their coefficients.
+            record: of the molecule.
+            labels: of the molecule; ``None``: its reference density alone, where the exact energy's slope is nought.
+        """
+        molecule = record.molecule()
+        metric = Metric(molecule.overlap)
+        if labels is None:
+            coefficients = molecule.reference[None]
+            energies, slopes = molecule.energy[None], torch.zeros_like(coefficients)
+        else:
+            coefficients = labels.coefficients
+            energies = labels.learned + labels.hartree + labels.attraction + molecule.repulsion
+            slopes = labels.slope + coefficients @ molecule.coulomb + molecule.external
+        have = [_with_slope(bare, p, molecule) for p in coefficients]
+        weight = metric.covector(molecule.weight[None])
+        normal, _ = unit_normal(weight, molecule.electrons.reshape(1, 1))
+        inverse = metric.inverse[0].to(weight)
+        return cls(
+            molecule=record.molecule_without_grid(),
+            coefficients=coefficients,
+            energies=energies - torch.stack([energy for energy, _ in have]),
+            slopes=slopes - torch.stack([slope for _, slope in have]),
+            answer=response(bare, molecule.reference, molecule, metric),
+            plain=project(inverse, normal),
+            inverse=inverse,
+            columns=linear_columns(learned, molecule),
+        )
+
+
+def fit_start(functional: OrbitalFree, lessons: Sequence[Bare]) -> None:
+    """The linear terms and the elements' constants in closed form, as
+    :func:`~torchimplicit.models.orbital_free.fit_linear` and ``fit_constants`` have them."""
+    fit_linearized(
+        functional,
+        [
+            Linearized(one.molecule.charges, one.molecule.electrons, one.answer, -one.slopes[0], one.columns)
+            for one in lessons
+        ],
+    )
+    with torch.no_grad():
+        missing = torch.stack(
+            [one.energies[0] - functional.linear(one.molecule) @ one.coefficients[0] for one in lessons]
+        )
+        counts = element_counts([one.molecule for one in lessons])
+        functional.constants.copy_(torch.linalg.pinv(counts) @ missing)
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Lesson:
+    """A molecule as the network sees it, in the precision of training.
+
+    Attributes:
+        name: of the molecule.
+        electrons: how many.
+        graph: of the molecule.
+        rows: of the densities, ``[labels, atoms, length]``.
+        guess: of the superposition of atoms, ``[1, atoms, length]``.
+        place: of each coefficient in a flat row.
+        answer: how far the minimum moves by a slope in the rows' coordinates, ``[n, n]``.
+        plain: the slope in the metric's coordinates, likewise.
+        wanted: how far it should move, ``[labels, n]``.
+        plainly: the slope that is wanted, in the metric's coordinates and projected, ``[labels, n]``.
+        energies: that the network should have, ``[labels]``.
+        shift: of the rows by a displacement in the metric's coordinates, ``[n, n]``.
+        start: of the superposition of atoms from the reference, in the metric's coordinates, ``[n]``.
+        soft: a displacement in the metric's coordinates by a random vector, the soft directions more, ``[n, n]``.
+    """
+
+    name: str
+    electrons: float
+    graph: Graph
+    rows: Tensor
+    guess: Tensor
+    place: Tensor
+    answer: Tensor
+    plain: Tensor
+    wanted: Tensor
+    plainly: Tensor
+    energies: Tensor
+    shift: Tensor
+    start: Tensor
+    soft: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, functional: OrbitalFree, bare: Bare, dtype: torch.dtype = torch.float32) -> Lesson:
+        """Beside the functional's linear terms and constants."""
+        assert functional.network is not None
+        molecule = bare.molecule
+        graph, rows = functional.network.known(molecule)
+        linear = functional.linear(molecule)
+        slopes = bare.slopes - linear
+        energies = bare.energies - bare.coefficients @ linear - functional.constants[molecule.charges].sum()
+        start = torch.linalg.solve(bare.inverse, molecule.guess - molecule.reference)
+        tensors = {
+            "rows": rows(bare.coefficients),
+            "guess": rows(molecule.guess[None]),
+            "answer": bare.answer @ rows.root,
+            "plain": bare.plain @ rows.root,
+            "wanted": slopes @ bare.answer.T,
+            "plainly": slopes @ bare.plain.T,
+            "energies": energies,
+            "shift": bare.inverse @ rows.root,
+            "start": start,
+            "soft": bare.answer @ torch.linalg.inv(bare.inverse),
+        }
+        return cls(
+            name=molecule.name,
+            electrons=float(molecule.electrons),
+            graph=graph.to(dtype),
+            place=rows.place,
+            **{name: tensor.to(dtype) for name, tensor in tensors.items()},
+        )
+
+    def gradient(self, labels: list[int]) -> Tensor:
+        """The slope that is wanted at some labels, by displacements in the metric's coordinates, ``[k, n]``."""
+        return self.plainly[labels]
+
+    def moved(self, rows: Tensor, displacement: Tensor) -> Tensor:
+        """Rows ``[k, atoms, length]`` moved by ``[k, n]`` in the metric's coordinates."""
+        flat = torch.zeros_like(rows).flatten(1).index_copy(1, self.place, displacement @ self.shift)
+        return rows + flat.view_as(rows)
+
+
+def network_of(records: Sequence[Record], **size: int) -> NetworkConfig:
+    """For the elements and the bases of some molecules."""
+    elements = sorted({charge for record in records for charge in record.geometry.charges})
+    largest = max(int(record.basis.angular.max()) for record in records)
+    shells = [0] * (largest + 1)
+    for record in records:
+        for l, number in zip(record.basis.angular.tolist(), record.basis.numbers().tolist(), strict=True):
+            shells[l] = max(shells[l], number + 1)
+    return NetworkConfig(elements=tuple(elements), shells=tuple(shells), **size)
+
+
+def slopes_of(
+    network: CoefficientNetwork, lessons: Sequence[Lesson], rows: Sequence[Tensor], recorded: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """The network's energies ``[k]`` of the rows (``[k, atoms, length]``) of each lesson, and their slopes at the place
+    of each coefficient, ``[k, n]``."""
+    graphs = [lesson.graph.repeated(len(one)) for lesson, one in zip(lessons, rows, strict=True)]
+    every = torch.cat([one.detach().flatten(0, 1) for one in rows]).requires_grad_()
+    with torch.enable_grad():
+        energies = network.of_rows(every, Graph.joined(graphs))
+        (slopes,) = torch.autograd.grad(energies.sum(), every, create_graph=recorded)
+    sizes = [len(graph.kinds) for graph in graphs]
+    return [
+        (energy.view(len(one), -1).sum(dim=1), slope.reshape(len(one), -1)[:, lesson.place])
+        for lesson, one, energy, slope in zip(lessons, rows, energies.split(sizes), slopes.split(sizes), strict=True)
+    ]
+
+
+def _with_slope(functional: OrbitalFree, p: Tensor, molecule: Molecule) -> tuple[Tensor, Tensor]:
+    p = p.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        energy = functional(p, molecule)
+        (slope,) = torch.autograd.grad(energy, p)
+    return energy.detach(), slope

@@ -1,0 +1,85 @@
+"""A pre-training, and from its weights several ways to go on: one run of the table of fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from torchimplicit.recipes.density import finetune, pretrain
+from torchimplicit.recipes.density.learning_settings import Schooling
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.run import Run, Runner, RunOptions, create
+
+PRETRAINED, LONGER = "pretrained", "pretrained-longer"
+"""The runs within the run: of the pre-training, and of one of as much time as pre-training and the first fine-tuning
+have together."""
+
+
+@dataclass(frozen=True)
+class Schooled:
+    """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
+
+    def check(self, config: Schooling) -> None:
+        """As the pre-training is checked."""
+        pretrain.check(config.pretraining)
+
+    def train(self, config: Schooling, run: Run, console: Console) -> bool:
+        """One after the other; what is complete is not done again."""
+        if not _done(run, PRETRAINED, "pretrain", pretrain, config.pretraining, console):
+            return False
+        for name, one in config.ways.items():
+            if not _done(run, name, "finetune", finetune, replace(one, run=within(run, PRETRAINED).path), console):
+                return False
+        if not config.longer or not config.ways:
+            return True
+        first = within(run, next(iter(config.ways))).read_json("results.json")
+        seconds = first["pretraining_seconds"] + first["course"]["seconds"]
+        stepping = replace(config.pretraining.stepping, steps=10**7, seconds=seconds)
+        longer = replace(config.pretraining, stepping=stepping)
+        return _done(run, LONGER, "pretrain", pretrain, longer, console)
+
+    def evaluate(self, config: Schooling, run: Run, console: Console) -> None:
+        """Of each within."""
+        for name, runner in runners(config).items():
+            one = within(run, name)
+            if not (one.path / "results.json").is_file():
+                raise UserError(f"{one} is not done: 'resume' {run} first")
+            settings: Any = (
+                config.pretraining
+                if runner is pretrain
+                else replace(config.ways[name], run=within(run, PRETRAINED).path)
+            )
+            runner.evaluate(settings, one, console)
+
+
+RUNNER = Schooled()
+
+
+def runners(config: Schooling) -> dict[str, Any]:
+    """What runs within, by name."""
+    longer = {LONGER: pretrain} if config.longer and config.ways else {}
+    return {PRETRAINED: pretrain, **dict.fromkeys(config.ways, finetune), **longer}
+
+
+def within(run: Run, name: str) -> Run:
+    """One of the runs within."""
+    return Run(Path(run.path) / name)
+
+
+def _done(run: Run, name: str, recipe: str, runner: Runner, settings: Any, console: Console) -> bool:
+    """Whether it came to its end, now or before."""
+    one = within(run, name)
+    if one.description.is_file():
+        if one.read()["state"] == "complete":
+            return True
+    else:
+        one = create(recipe, RunOptions(output=one.path))
+        one.describe(recipe, settings)
+    console.print(f"{name}:", highlight=False)
+    one.mark("running")
+    done = runner.train(settings, one, console)
+    one.mark("complete" if done else "interrupted")
+    return done
