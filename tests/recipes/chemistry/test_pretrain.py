@@ -17,6 +17,7 @@ pytest.importorskip("tyro")
 from rich.console import Console
 
 from torchimplicit import cli
+from torchimplicit.models.orbital_free import OrbitalFree
 from torchimplicit.recipes.density import finetune, pretrain, storage
 from torchimplicit.recipes.density.learning_settings import Finetuning, Pretraining, Stepping
 from torchimplicit.recipes.density.lessons import slopes_of
@@ -82,6 +83,8 @@ def test_it_learns(folder, tmp_path, kind) -> None:
     assert test["converged"]
     assert test["loss"] < test["guess_loss"]
     assert results["spurious"] == 0
+    if kind == "density":  # what is trained is what is measured
+        assert min(losses) == pytest.approx(1e3 * results["validation"][0]["loss"], rel=1e-3)
     if kind != "density":
         assert Trained.of(run).functional.network is not None
         assert test["loss"] == pytest.approx(_loss(run, folder), rel=1e-3)
@@ -115,6 +118,24 @@ def test_a_loss_is_that_of_the_minimum_to_first_order(folder) -> None:
         found = case.solved(functional, config.training(), cold=True)
     assert bool(found.converged)
     assert linearized == pytest.approx(float(case.loss(found.value)), rel=0.1)
+
+
+def test_the_slope_that_is_wanted_is_the_energy_s(folder) -> None:
+    """Along a displacement that keeps the electrons, whatever multiple of their integrals the slope has."""
+    config = settings(folder, "potential")
+    files, _ = located(config.molecules)
+    functional, lessons, _ = pretrain.taught(config, files, CONSOLE)
+    lesson = lessons[0]
+    molecule = storage.load(files["train"][lesson.name])
+    known = OrbitalFree(replace(functional.config, network=None))
+    known.load_state_dict({k: v for k, v in functional.state_dict().items() if not k.startswith("network.")})
+    case = Case.of(molecule)
+    inverse, normal = case.plane
+    y = torch.randn(molecule.size, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    y = y - normal[0] * (normal[0] @ y)
+    values = [float(known(molecule.reference + step * (inverse @ y), molecule)) for step in (1e-4, -1e-4)]
+    slope = (values[0] - values[1]) / 2e-4  # of what is known; the exact energy has none at the reference
+    assert float(lesson.gradient([0])[0].double() @ y) == pytest.approx(-slope, rel=1e-3, abs=1e-5)
 
 
 def test_a_resumed_run_is_the_undisturbed_one(folder, tmp_path) -> None:

@@ -31,7 +31,7 @@ class Bare:
         energies: that the functional lacks, in hartree, ``[labels]``.
         slopes: likewise, ``[labels, n]``, up to multiples of the functions' integrals.
         answer: :func:`~torchimplicit.models.orbital_free.response` at the reference, ``[n, n]``.
-        plain: the same without the Hessian, that is projection alone, ``[n, n]``.
+        plain: the same without the Hessian, :math:`PS^{-1/2}`, ``[n, n]``.
         inverse: :math:`S^{-1/2}`, ``[n, n]``.
         columns: of the linear terms, ``[n, coefficients]``.
     """
@@ -74,7 +74,7 @@ class Bare:
             energies=energies - torch.stack([energy for energy, _ in have]),
             slopes=slopes - torch.stack([slope for _, slope in have]),
             answer=response(bare, molecule.reference, molecule, metric),
-            plain=project(inverse, normal),
+            plain=project(inverse, normal).T,  # the rows of the transposed, which is what is projected
             inverse=inverse,
             columns=linear_columns(learned, molecule),
         )
