@@ -16,7 +16,7 @@ pytest.importorskip("pyscf")
 from rich.console import Console
 
 from tests.conftest import H2
-from torchimplicit.models.orbital_free import Domain
+from torchimplicit.models.orbital_free import Domain, OrbitalFree
 from torchimplicit.recipes.commands import parse
 from torchimplicit.recipes.density import storage
 from torchimplicit.recipes.density import training as runner
@@ -24,8 +24,10 @@ from torchimplicit.recipes.density.chemistry import from_angstrom, named
 from torchimplicit.recipes.density.compute import compute, kohn_sham, superposition, unsolved
 from torchimplicit.recipes.density.guess import density_matrix
 from torchimplicit.recipes.density.integrals import made
+from torchimplicit.recipes.density.lessons import network_of
 from torchimplicit.recipes.density.objective import Case
 from torchimplicit.recipes.density.predict import Trained, density
+from torchimplicit.recipes.density.record import Record
 from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules, OrbitalFreeTraining
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import RunOptions, create
@@ -90,7 +92,8 @@ def test_the_domain_tells_bonds_that_it_has_not_seen():
 # -- forces ------------------------------------------------------------------------------------------------------------
 
 
-def test_forces_are_the_slopes_of_the_energy():
+@pytest.mark.parametrize("coefficients", [False, True])
+def test_forces_are_the_slopes_of_the_energy(coefficients):
     """Of lithium hydride with a network that does something, both atoms, against central differences."""
     config = OrbitalFreeTraining(hidden=4)
     geometry = from_angstrom("LiH", [("Li", (0, 0, 0)), ("H", (0.1, 0.0, 1.55))])
@@ -98,6 +101,8 @@ def test_forces_are_the_slopes_of_the_energy():
     functional = runner.started(config, [Case.of(record.molecule())])
     torch.manual_seed(0)
     torch.nn.init.normal_(functional.factor[-1].weight, std=0.05)
+    if coefficients:
+        functional = _with_network(functional, record, "density")
     trained = Trained(functional, Domain.of([record.molecule()]), replace(SETTINGS, grid=2))
     found = density(trained, geometry)
     assert found.status.name == "CONVERGED"
@@ -111,6 +116,28 @@ def test_forces_are_the_slopes_of_the_energy():
             moved = replace(geometry, positions=tuple(map(tuple, places.tolist())))
             energies.append(density(trained, moved, slopes=False).energy)
         assert float(found.forces[atom, axis]) == pytest.approx((energies[1] - energies[0]) / (2 * step), abs=1e-3)
+
+
+def _with_network(functional: OrbitalFree, record: Record, at: str) -> OrbitalFree:
+    """With a network of the coefficients that does something."""
+    size = network_of([record], width=8, channels=2)
+    found = OrbitalFree(replace(functional.config, network=size, network_at=at))
+    found.load_state_dict(functional.state_dict(), strict=False)
+    molecule = record.molecule_without_grid()
+    found.network.scale([found.network.known(molecule)[1](molecule.guess)], [found.network.known(molecule)[0].kinds])
+    for last in (found.network.energy[-1], found.network.bond[-1]):
+        torch.nn.init.normal_(last.weight, std=0.01)
+    return found
+
+
+def test_forces_of_a_learned_potential_are_refused():
+    """How the superposition of atoms changes with the nuclei is not known."""
+    record = storage.read(H2)
+    functional = runner.started(OrbitalFreeTraining(hidden=0), [Case.of(record.molecule())])
+    trained = Trained(_with_network(functional, record, "guess"), Domain.of([record.molecule()]), record.settings)
+    assert density(trained, named("H2"), slopes=False).status.name == "CONVERGED"
+    with pytest.raises(UserError, match="--no-forces"):
+        density(trained, named("H2"))
 
 
 # -- the start of a Kohn-Sham calculation ------------------------------------------------------------------------------
