@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.overrides import TorchFunctionMode
 
 from torchimplicit.captured.compiled import Compiled, compiled, traced_apart
 from torchimplicit.captured.graph import Graph
-from torchimplicit.captured.iteration import Rule, run
+from torchimplicit.captured.iteration import Rule, Way, run
 from torchimplicit.captured.loop import while_loop
 from torchimplicit.captured.parts import dependents, is_view, needed_before, part
 from torchimplicit.captured.steps import Plain, Step, Tried
@@ -25,7 +24,7 @@ from torchimplicit.linear.confirmed import SLACK
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.system import System as LinearSystem
 from torchimplicit.precision import UnitRows, default_rtol, safe_norm
-from torchimplicit.problems import FixedPoint, Minimum, Point, Problem, System
+from torchimplicit.problems import FixedPoint, JointInference, Minimum, Point, Problem, System
 from torchimplicit.problems.system import UNLIKE
 from torchimplicit.solution import Status
 from torchimplicit.solvers import FixedPointIteration, Solver
@@ -81,7 +80,8 @@ class Adjoint:
                 damping = solver.damping if isinstance(solver, FixedPointIteration) else 1.0
                 return Adjoint(default_rtol(dtype), 0.0, 200, damping, accelerated=not plain)
             least = isinstance(problem, Minimum)
-            small = dim <= (ASSEMBLED if least else 32)
+            # to assemble a matrix of joined parts, torch would have to be told the size of the batch
+            small = dim <= (ASSEMBLED if least else 32) and not isinstance(problem, JointInference)
             linear_solver = Dense() if small else MINRES() if least else BiCGStab()
         if isinstance(linear_solver, Dense):
             plain_dense = linear_solver == type(linear_solver)() and dim <= ASSEMBLED
@@ -205,7 +205,7 @@ def _by_series(adjoint: Adjoint, system: System, product: Product, saved: Any, r
     judge = Judge(system, first, adjoint.rtol, 0.0)
     judge.floor = adjoint.atol * right.factor
     rule = Rule(judge, torch.full_like(scale, torch.inf), torch.ones_like(scale), False)
-    found, count, _ = run(adjoint.step(), evaluate, first, rule, (b, scale, saved), adjoint.max_steps)
+    found, count, _ = run(adjoint.step(), Way(evaluate), first, rule, (b, scale, saved), adjoint.max_steps)
     return _Solved(found.z, found.status == Status.CONVERGED, found.steps, count + 2, size)
 
 
@@ -266,8 +266,7 @@ def _by_method(
 
     def body(now: _Going, given: Any, rings: Any) -> _Going:
         saved, tolerance = given
-        with _Spelt():
-            state = method.step(system(saved), _like(first, now.state), None)
+        state = method.step(system(saved), _like(first, now.state), None)
         better = now.going & (state.norm < now.least)
         least = torch.where(better, state.norm, now.least)
         broken = ~(state.norm < torch.inf)
@@ -287,17 +286,6 @@ def _by_method(
         solved = solved & ~(end.state["curvature"][:, 0] < 0)
     size = end.state["size"][:, 0] if "size" in end.state else torch.zeros_like(scale)
     return _Solved(end.x, solved, end.steps, end.taken * (2 if isinstance(solver, BiCGStab) else 1) + 1, size)
-
-
-class _Spelt(TorchFunctionMode):
-    """``addcmul`` written out: with sizes that are symbols it cannot be traced."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in (torch.addcmul, Tensor.addcmul, Tensor.addcmul_):
-            return func(*args, **(kwargs or {}))
-        base, one, two = args
-        more = (kwargs or {}).get("value", 1) * one * two
-        return base.add_(more) if func is Tensor.addcmul_ else base + more
 
 
 def _held(state: Any) -> dict[str, Tensor]:

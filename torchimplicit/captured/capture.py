@@ -18,7 +18,7 @@ from torchimplicit.captured.steps import step_of
 from torchimplicit.closure import is_transformed, transforms_running, watched
 from torchimplicit.linear import LinearSolver
 from torchimplicit.precision import AutocastState, at_precision
-from torchimplicit.problems import FixedPoint, Minimum, Problem, Root, System
+from torchimplicit.problems import FixedPoint, JointInference, Minimum, Problem, Root, System
 from torchimplicit.solution import Report, Status
 from torchimplicit.solvers import GradientDescent, Outcome, Solver
 from torchimplicit.solvers.base import Evaluator
@@ -185,7 +185,7 @@ class Capturing:
             if adjoint is None and torch.is_grad_enabled():
                 tell(self.problem, f"its backward pass alone: {type(passes.linear_solver).__name__} is not compiled")
         plan = Plan(
-            type(self.problem),
+            _statement(self.problem),
             layout,
             at_precision(passes.solver, lower),
             adjoint,
@@ -206,8 +206,13 @@ class Capturing:
             return "compiled code returns nothing beside the state (has_aux=True)"
         if self.passes.refusal is not None:
             return self.passes.refusal
-        if not isinstance(self.problem, FixedPoint | Root | Minimum):
-            return f"{type(self.problem).__name__} is not compiled, FixedPoint, Root and Minimum are"
+        if not isinstance(self.problem, FixedPoint | Root | Minimum | JointInference):
+            return f"{type(self.problem).__name__} is not compiled"
+        if isinstance(self.problem, JointInference):
+            if callable(self.problem.step_size) and not isinstance(self.problem.step_size, Tensor):
+                return "the step size follows a schedule, which is Python's"
+            if self.passes.solver.steps is not None:
+                return "a given number of steps of a JointInference is not compiled"
         if isinstance(self.problem, Minimum) and (self.problem.constraint is not None or layout.chart is not None):
             return "a Minimum with a constraint or a metric is not compiled"
         solver = self.passes.solver
@@ -224,3 +229,10 @@ class Capturing:
         if layout.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             return f"the state is {layout.dtype}"
         return None
+
+
+def _statement(problem: Problem) -> tuple[Any, ...]:
+    """What tells problems apart that are stated by the same functions."""
+    constraint = type(getattr(problem, "constraint", None))
+    names = ("batched", "rowwise", "unpack", "damping", "normalized")
+    return type(problem), constraint, *(getattr(problem, name, None) for name in names)

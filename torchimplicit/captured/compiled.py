@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from torchimplicit.captured.graph import Uncapturable
 
@@ -27,7 +28,7 @@ def compiled(function: Callable[..., Any], examples: Sequence[Any]) -> Compiled:
 
     with torch.no_grad():
         with detect_fake_mode(examples) or nullcontext():
-            graph = make_fx(function)(*examples)
+            graph = make_fx(spelt(function))(*examples)
         for module in graph.modules():
             for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
                 if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
@@ -47,4 +48,25 @@ def traced_apart(function: Callable[..., Any], inputs: Sequence[Any]) -> torch.f
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
     with disable_proxy_modes_tracing():
-        return make_fx(function)(*(torch.empty_like(t) if isinstance(t, Tensor) else t for t in inputs))
+        return make_fx(spelt(function))(*(torch.empty_like(t) if isinstance(t, Tensor) else t for t in inputs))
+
+
+def spelt(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, without what cannot be traced where sizes are symbols."""
+
+    def called(*inputs: Any) -> Any:
+        with _Spelt():
+            return function(*inputs)
+
+    return called
+
+
+class _Spelt(TorchFunctionMode):
+    """``addcmul`` written out: with sizes that are symbols it cannot be traced."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (torch.addcmul, Tensor.addcmul, Tensor.addcmul_):
+            return func(*args, **(kwargs or {}))
+        base, one, two = args
+        more = (kwargs or {}).get("value", 1) * one * two
+        return base.add_(more) if func is Tensor.addcmul_ else base + more

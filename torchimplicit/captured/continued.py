@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from torchimplicit.captured.compiled import Compiled, compiled
+from torchimplicit.captured.compiled import Compiled, compiled, spelt
 from torchimplicit.captured.graph import Graph
 from torchimplicit.captured.parts import dependents, is_view, needed_before, part
 from torchimplicit.problems import System
@@ -79,7 +79,7 @@ def compiled_continuation(graph: Graph, way: Continuation, wanted: Sequence[bool
     h = graph.flat()
     examples = (torch.empty_like(h), h, *graph.others)
     with torch.no_grad(), detect_fake_mode(examples) or nullcontext():
-        traced = make_fx(joint)(*examples)
+        traced = make_fx(spelt(joint))(*examples)
     u, *inputs = traced.graph.find_nodes(op="placeholder")
     (output,) = traced.graph.find_nodes(op="output")
     out, figures, *grads = output.args[0]

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from torchimplicit.captured.compiled import Compiled, compiled, traced_apart
 from torchimplicit.captured.graph import Graph
-from torchimplicit.captured.iteration import Evaluate, Found, Rule, run, steps
+from torchimplicit.captured.iteration import Evaluate, Found, Rule, Way, run, steps
 from torchimplicit.captured.steps import step_of
 from torchimplicit.problems import Point, System
+from torchimplicit.problems.joint_system import JointSystem
 from torchimplicit.solution import Status
 from torchimplicit.solvers import Solver
 from torchimplicit.solvers.given_steps import relative
@@ -43,7 +44,7 @@ class Forward(NamedTuple):
     def judge(self, solver: Solver, system: System) -> Judge:
         """The rule by which samples were judged."""
         scale = self.norm if len(self.known) == 1 else None
-        judge = Judge(system, Point(self.z, self.z, scale=scale), solver.rtol, solver.atol)
+        judge = Judge(system, Point(self.z, self.z, scale=scale, error=scale), solver.rtol, solver.atol)
         if judge.measure is None:
             (judge.floor,) = self.known
         else:
@@ -61,15 +62,15 @@ def compiled_forward(graph: Graph, solver: Solver) -> Compiled:
         system, params = graph.system(inputs)
         step = step_of(solver, system.separate)
         assert step is not None
-        evaluate = _evaluate(graph, z0, inputs)
-        first = evaluate(z0, inputs)
+        way = _way(graph, system, z0, inputs)
+        first = way.evaluate(z0 if way.place is None else way.place(z0, inputs), inputs)
         judge = Judge(system, first, solver.rtol, solver.atol)
         first = judge.start(first)
         if judge.measure is not None and solver.wants_product():
             operator = system.operator(system.linearize(z0, params), False)
             first = judge.measure.product(first, operator.product(first.residual))
         rule = _rule_of(judge, first, coupled)
-        found, count, terms = run(step, evaluate, first, rule, inputs, solver.max_steps, solver.return_last)
+        found, count, terms = run(step, way, first, rule, inputs, solver.max_steps, solver.return_last)
         parts, unsure = found.parts, found.status != Status.CONVERGED if coupled else None
         known: tuple[Tensor, ...] = (rule.judge.floor,) if rule.judge.floor is not None else terms[:2]
         if judge.measure is not None:
@@ -108,6 +109,17 @@ def _compiled_steps(graph: Graph, solver: Solver, count: int) -> Compiled:
     return compiled(solve, (graph.flat(), *graph.others))
 
 
+def _way(graph: Graph, system: System, z: Tensor, inputs: Any) -> Way:
+    if not isinstance(system, JointSystem):
+        return Way(_evaluate(graph, z, inputs))
+
+    def place(z: Tensor, inputs: Any) -> Tensor:
+        system, params = graph.system(inputs)
+        return system.place(z, params)
+
+    return Way(_evaluate(graph, z, inputs), None if system.set is None else place, system.compared)
+
+
 def _evaluate(graph: Graph, z: Tensor, inputs: Any) -> Evaluate:
     """An evaluation as the loop makes it; where that takes a gradient, autograd has to have run before the loop."""
 
@@ -140,7 +152,9 @@ def _looked_at(rule: Rule, system: System, params: Any, found: Found, solver: So
 
 def _rule_of(judge: Judge, first: Point, rejudges: bool) -> Rule:
     size, reach = first.size(), first.reach()
-    if judge.measure is None:
+    if first.length is not None:
+        whole = reach + row_norm(first.z)
+    elif judge.measure is None:
         assert first.scale is not None
         whole = reach + (first.scale if first.scale.ndim == 1 else row_norm(first.scale))
     else:

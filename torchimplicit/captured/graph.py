@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from torchimplicit.precision import AutocastState
-from torchimplicit.problems import Minimum, Problem, System
+from torchimplicit.problems import JointInference, Minimum, Problem, System
+from torchimplicit.problems.joint_system import JointSystem
 from torchimplicit.state import Layout
 
 
@@ -29,14 +30,18 @@ class Graph:
         module: takes the inputs, gives the leaves of the function's value.
         examples: the inputs as the compiler has them: sizes may be symbols.
         wanted: of the inputs but for the state, whether a gradient may be asked in them; false for sizes.
-        state: for each leaf of the state, its place among the inputs.
-        outputs: how many tensors the module gives.
+        state: for each leaf of the state that the function depends on, its place among the inputs.
+        pattern: what the function is called with, the numbers of those leaves in their places.
+        own: for each tensor of the problem's own, its place among the inputs but for the state.
+        outputs: how many tensors the module gives: the leaves of the function's value, and those of the problem.
     """
 
     module: torch.fx.GraphModule
     examples: tuple[Any, ...]
     wanted: tuple[bool, ...]
     state: tuple[int, ...]
+    pattern: Any
+    own: tuple[int, ...]
     outputs: int
     problem: Problem
     layout: Layout
@@ -48,7 +53,8 @@ class Graph:
         examples: Sequence[Any],
         problem: Problem,
         layout: Layout,
-        leaves: Sequence[Tensor],
+        state_seen: Any,
+        own: Sequence[Tensor],
         originals: dict[int, Tensor],
     ) -> Graph:
         """Of what the compiler's backend is given.
@@ -56,25 +62,27 @@ class Graph:
         Args:
             module, examples: the graph, and what it was read with.
             problem, layout: what is solved.
-            leaves: of the state.
+            state_seen: what the function was called with.
+            own: the problem's own tensors.
             originals: by the ids of arguments' aliases, the tensors that they stand for.
 
         Raises:
             Uncapturable: it does more than to compute its value, or depends on what changes on the way.
         """
+        leaves = [leaf for leaf in pytree.tree_leaves(state_seen) if isinstance(leaf, Tensor)]
+        numbers = iter(range(len(leaves)))
+        pattern = pytree.tree_map_only(Tensor, lambda _: next(numbers), state_seen)
         actual = []
         for node in module.graph.find_nodes(op="placeholder"):
             argument = node.meta.get("grapharg")
             actual.append(None if argument is None else argument.example)
-        state = []
-        for leaf in leaves:
-            places = [i for i, t in enumerate(actual) if t is leaf]
-            if len(places) != 1:
-                raise Uncapturable("the function does not depend on the whole of its state")
-            state.append(places[0])
+        places = [[i for i, t in enumerate(actual) if t is leaf] for leaf in (*leaves, *own)]
+        if any(len(found) != 1 for found in places):
+            raise Uncapturable("the function does not depend on the whole of its state")
+        state = [found[0] for found in places[: len(leaves)]]
         (output,) = module.graph.find_nodes(op="output")
         outputs = len(output.args[0])
-        if outputs != (1 if isinstance(problem, Minimum) else len(leaves)):
+        if outputs != _count(problem, pattern) + len(own):
             raise Uncapturable("the function keeps tensors that it computes, beside the value that it returns")
         wanted = tuple(
             isinstance(t, Tensor) and originals.get(id(t), t).requires_grad and isinstance(given, Tensor)
@@ -82,12 +90,16 @@ class Graph:
             if i not in state
         )
         # the function would keep alive what it captures
-        problem = replace(problem, **{"energy" if isinstance(problem, Minimum) else "f": _unread})  # type: ignore[type-var]
+        functions = [name for name in ("f", "energy", "loss") if hasattr(problem, name)]
+        problem = replace(problem, **dict.fromkeys(functions, _unread))  # type: ignore[type-var]
+        others = [i for i in range(len(actual)) if i not in state]
         graph = Graph(
             module=module,
             examples=tuple(map(_stand_in, examples)),
             wanted=wanted,
             state=tuple(state),
+            pattern=pattern,
+            own=tuple(others.index(found[0]) for found in places[len(leaves) :]),
             outputs=outputs,
             problem=problem,
             layout=layout,
@@ -135,35 +147,65 @@ class Graph:
     def flat(self) -> Tensor:
         """The example of the flat state."""
         leaves = [self.examples[i] for i in self.state]
-        return self.layout.flatten(self._tree(leaves), "the state").clone(memory_format=torch.contiguous_format)
+        state = _put(leaves, self.pattern)
+        if isinstance(self.problem, JointInference):
+            state = self.problem.start((state.z, state.x))
+        return self.layout.flatten(state, "the state").clone(memory_format=torch.contiguous_format)
 
     def system(self, others: Sequence[Any]) -> tuple[System, tuple[Tensor, ...]]:
         """The problem with the inputs but for the state, and those of them that are its parameters: all the tensors."""
         sizes = [None if isinstance(t, Tensor) else t for t in others]
 
-        def value(z: Tensor, *params: Tensor) -> Tensor:
+        def value(z: Tensor | tuple[Tensor, ...], *params: Tensor) -> Any:
             given = iter(params)
             return self._value(z, [next(given) if size is None else size for size in sizes])
 
         params = tuple(t for t in others if isinstance(t, Tensor))
-        return self.problem.system(value, None, slice(0, 0), self.layout), params
+        system = self.problem.system(value, None, slice(0, 0), self.layout)
+        if isinstance(system, JointSystem):
+            where = [sum(isinstance(t, Tensor) for t in others[:i]) for i in self.own]
+            system = replace(system, own=lambda rows, *params: tuple(params[i] for i in where))
+        return system, params
 
-    def _value(self, z: Tensor, others: Sequence[Any]) -> Tensor:
-        given, leaves = iter(others), pytree.tree_leaves(self.problem.state(self.layout, z))
+    def _value(self, z: Tensor | tuple[Tensor, ...], others: Sequence[Any]) -> Any:
+        seen = self.problem.seen(self.layout, z) if isinstance(z, Tensor) else z
+        given, tree = iter(others), pytree.tree_leaves(self.problem.state(self.layout, seen))
+        leaves = [leaf for leaf in tree if isinstance(leaf, Tensor)]
         place = dict(zip(self.state, leaves, strict=True))
         inputs = [place[i] if i in place else next(given) for i in range(len(self.examples))]
         with self.autocast():
             output = list(self.module(*inputs))
-        return self.problem.flat_output(self.layout, self._output(output), z.shape[0], self.autocast.dtype is not None)
+        cast = self.autocast.dtype is not None
+        if isinstance(z, tuple):
+            return self.problem.flat_parts(self.layout, self._output(output), z[0].shape[0], cast)
+        return self.problem.flat_output(self.layout, self._output(output), z.shape[0], cast)
 
     def _output(self, leaves: list[Any]) -> Any:
-        return leaves[0] if isinstance(self.problem, Minimum) else self._tree(leaves)
-
-    def _tree(self, leaves: list[Any]) -> Any:
-        return pytree.tree_unflatten(leaves, self.layout.spec)
+        """The function's value, of what the module gives."""
+        leaves = leaves[: len(leaves) - len(self.own)]
+        if isinstance(self.problem, Minimum):
+            return leaves[0]
+        if isinstance(self.problem, JointInference):
+            state = self.pattern
+            return pytree.tree_unflatten(leaves[:-1], pytree.tree_structure(state.z)), leaves[-1]
+        return _put(leaves, self.pattern)
 
     def _rows(self, inputs: Sequence[Any]) -> int:
         return len(inputs[self.state[0]]) if self.layout.batched else 1
+
+
+def _count(problem: Problem, pattern: Any) -> int:
+    """How many leaves the function's value has."""
+    if isinstance(problem, Minimum):
+        return 1
+    if isinstance(problem, JointInference):
+        return len(pytree.tree_leaves(pattern.z)) + 1
+    return len(pytree.tree_leaves(pattern))
+
+
+def _put(leaves: Sequence[Any], pattern: Any) -> Any:
+    """The leaves in the places of their numbers."""
+    return pytree.tree_map_only(int, lambda i: leaves[i], pattern)
 
 
 def _stand_in(given: Any) -> Any:

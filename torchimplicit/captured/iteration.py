@@ -101,6 +101,7 @@ class Found(NamedTuple):
         z: the best iterate, ``[batch, dim]``.
         size, scale: what its relative residual is made of.
         status, steps: int64 ``[batch]``, as the loop of the solvers has them.
+        merit: ``[batch]``, what the best iterate has least of where points have a merit; else an empty tree.
     """
 
     z: Tensor
@@ -108,6 +109,7 @@ class Found(NamedTuple):
     scale: Tensor
     status: Tensor
     steps: Tensor
+    merit: Any = ()
 
     @property
     def running(self) -> Tensor:
@@ -121,9 +123,10 @@ class Found(NamedTuple):
 
 
 class _Latest(NamedTuple):
-    """The last iterate, and what its relative residual is made of."""
+    """The last point that was evaluated, and what its relative residual is made of."""
 
     z: Tensor
+    residual: Tensor
     size: Tensor
     scale: Tensor
 
@@ -137,28 +140,48 @@ class _Carried(NamedTuple):
     latest: Any
 
 
+class Way(NamedTuple):
+    """How the loop goes on from point to point.
+
+    Attributes:
+        evaluate: an evaluation.
+        place: ``(z, constants) -> z``, back onto the constraint; ``None`` where there is none.
+        compared: what a point tells more beside the one before; ``None`` for nothing.
+    """
+
+    evaluate: Evaluate
+    place: Callable[[Tensor, Any], Tensor] | None = None
+    compared: Callable[[Point, Point], Point] | None = None
+
+    def reached(self, z: Tensor, constants: Any, latest: Any) -> Point:
+        """The point at ``z``, or where that is on the constraint."""
+        point = self.evaluate(z if self.place is None else self.place(z, constants), constants)
+        return point if self.compared is None else self.compared(point, Point(latest.z, latest.residual))
+
+
 def run(
-    step: Step, evaluate: Evaluate, first: Point, rule: Rule, constants: Any, max_steps: int, return_last: bool = False
+    step: Step, way: Way, first: Point, rule: Rule, constants: Any, max_steps: int, return_last: bool = False
 ) -> tuple[Found, Tensor, Any]:
     """Iterate from ``first`` until every sample has stopped; returns what was found, the number of steps, and what is
     known of terms.
 
     Args:
         first: the evaluation at the start.
-        constants: what ``evaluate`` needs.
+        constants: what evaluations need.
         return_last: whether those whose steps run out end where they are, not at their best iterates.
     """
     step_count = torch.zeros((), dtype=torch.int64, device=first.z.device)
     status = torch.full_like(rule.limit, _RUNNING, dtype=torch.int64)
-    start = Found(first.z, first.size(), _of(first.scale), status, torch.zeros_like(status))
+    merit = () if first.merit is None else first.merit
+    start = Found(first.z, first.size(), _of(first.scale), status, torch.zeros_like(status), merit)
     found = _judged(first, rule, start, step_count)
-    latest = _latest(first) if return_last else ()
+    latest = _latest(first) if return_last or way.compared is not None else ()
     now = _Carried(step_count, place_of(first), found, step.start(first), rule.terms(first), latest)
     rings = step.rings(first)
     given = rule.constants(), constants
     for stage in step.stages():
         limit = max_steps if stage.upto is None else min(stage.upto, max_steps)
-        now = while_loop(_going(limit, stage), _body(stage.step, evaluate, rule), now, given, rings)
+        now = while_loop(_going(limit, stage), _body(stage.step, way, rule), now, given, rings)
         if limit == max_steps and stage.behind is None:
             break
     found = now.found
@@ -191,14 +214,14 @@ def _going(limit: int, stage: Stage) -> Callable[[_Carried], Tensor]:
     return going
 
 
-def _body(step: Step, evaluate: Evaluate, rule: Rule) -> Callable[[_Carried, Any, Any], _Carried]:
+def _body(step: Step, way: Way, rule: Rule) -> Callable[[_Carried, Any, Any], _Carried]:
     def body(now: _Carried, given: Any, rings: Any) -> _Carried:
         fixed, constants = given
         here = rule.at(fixed, now.terms)
         count = now.step + 1
         to, state = step.propose(now.place, now.state, rings, now.step)
         z = torch.where(now.found.running[:, None], to, now.place.z)
-        point = here.measured(evaluate(z, constants), now.place, now.terms, now.step)
+        point = here.measured(way.reached(z, constants, now.latest), now.place, now.terms, now.step)
         found = _judged(point, here, now.found, count)
         place, state = step.learn(now.place, point, state, rings, now.step)
         stopped = now.found.running & ~found.running
@@ -215,14 +238,18 @@ def _judged(point: Point, rule: Rule, found: Found, count: Tensor) -> Found:
     size, running = point.size(), found.running
     within = size <= rule.judge.tolerance(point)
     done = within if within.ndim == 1 else within.all(dim=1)
-    status, known = found.status, found.size
+    status, known, best = found.status, found.size, found.merit
     if rule.rejudges:
         resumed = (status == Status.CONVERGED) & ~done
         status, running = torch.where(resumed, _RUNNING, status), running | resumed
         known = torch.where(resumed if known.ndim == 1 else resumed[:, None], torch.inf, known)
+        best = torch.where(resumed, torch.inf, best) if isinstance(best, Tensor) else best
     good = point.reach() <= rule.limit
     stopped = running & (done | ~good)
-    better = running & (rule.rank(size) < rule.rank(known)) | stopped & done
+    if point.merit is None:
+        better = running & (rule.rank(size) < rule.rank(known)) | stopped & done
+    else:
+        better = running & (point.merit < best) | stopped & done
     reason = torch.where(done, int(Status.CONVERGED), int(Status.NONFINITE))
     wide = better if size.ndim == 1 else better[:, None]
     return Found(
@@ -231,11 +258,12 @@ def _judged(point: Point, rule: Rule, found: Found, count: Tensor) -> Found:
         scale=torch.where(wide, _of(point.scale), found.scale),
         status=torch.where(stopped, reason, status),
         steps=torch.where(stopped, count, found.steps),
+        merit=() if point.merit is None else torch.where(better, point.merit, best),
     )
 
 
 def _latest(point: Point) -> _Latest:
-    return _Latest(point.z, point.size(), _of(point.scale))
+    return _Latest(point.z, point.residual, point.size(), _of(point.scale))
 
 
 def _before(limit: int) -> Callable[[_Stepping], Tensor]:

@@ -41,7 +41,7 @@ class Plan:
     """What is compiled beside the function; another plan is another compilation.
 
     Attributes:
-        problem: its class.
+        problem: its class, and what it was stated with beside functions and tensors.
         layout: of the state.
         solver: of the forward loop.
         adjoint: of the backward loop; ``None`` for none.
@@ -52,7 +52,7 @@ class Plan:
         lower: the dtype of autocast, or ``None``.
     """
 
-    problem: type[Problem]
+    problem: tuple[Any, ...]
     layout: Layout
     solver: Solver
     adjoint: Adjoint | None
@@ -128,7 +128,8 @@ class _Now(threading.local):
 class _Given:
     problem: Problem
     plan: Plan
-    leaves: list[Tensor]
+    state: Any
+    own: list[Tensor]
     originals: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -149,14 +150,14 @@ class Program:
 
     def bind(self, problem: Problem, flat: Tensor, args: tuple[Any, ...]) -> Bound:
         """The graph at the state ``flat``, with what the function takes and captures."""
-        given, tree = self.plan.layout.unflatten(flat.detach()), args
-        leaves = [leaf.detach() for leaf in pytree.tree_leaves(given)]
+        given = problem.state(self.plan.layout, problem.seen(self.plan.layout, flat.detach()))
+        state, tree = pytree.tree_map_only(Tensor, lambda leaf: leaf.detach(), given), args
+        leaves = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
         rows = len(flat)
         if self.plan.several:
             for leaf in leaves:
                 torch._dynamo.maybe_mark_dynamic(leaf, 0)
-        state = pytree.tree_unflatten(leaves, self.plan.layout.spec)
-        _now.given = now = _Given(problem, self.plan, leaves)
+        _now.given = now = _Given(problem, self.plan, state, [])
         aliases: list[Tensor] = []
 
         def alias(t: Tensor) -> Tensor:
@@ -170,10 +171,11 @@ class Program:
             return alias
 
         tree = pytree.tree_map_only(Tensor, alias, args)
+        own = now.own = [alias(t) for t in problem.constraint_tensors(self.plan.layout, rows)]
         _now.found = None
         try:
             with torch.no_grad():
-                leaves_out = self.call(problem.function, state, tree)
+                leaves_out = self.call(problem.function, state, tree, own)
             found = _now.taken()
         finally:
             _now.given = _now.found = None
@@ -207,9 +209,9 @@ def versions(inputs: Sequence[Any]) -> tuple[int | None, ...]:
     return tuple(t._version if isinstance(t, Tensor) and not t.is_inference() else None for t in inputs)
 
 
-def _evaluate(function: Callable[..., Any], state: Any, args: tuple[Any, ...]) -> list[Tensor]:
+def _evaluate(function: Callable[..., Any], state: Any, args: tuple[Any, ...], own: list[Tensor]) -> list[Tensor]:
     # copies, so that each leaf is an output of its own, be it the state itself
-    return [leaf.clone() for leaf in pytree.tree_leaves(function(state, *args))]
+    return [leaf.clone() for leaf in (*pytree.tree_leaves(function(state, *args)), *own)]
 
 
 def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
@@ -218,7 +220,7 @@ def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[
     if given is None:
         raise Uncapturable("it was read outside a solve")
     plan = given.plan
-    graph = Graph.of(module, examples, given.problem, plan.layout, given.leaves, given.originals)
+    graph = Graph.of(module, examples, given.problem, plan.layout, given.state, given.own, given.originals)
     _count += 1
     wanted = graph.wanted
     with without_autocast(plan.layout.device):

@@ -131,7 +131,8 @@ class Heavy(Step):
 class Past(NamedTuple):
     """As :class:`~torchimplicit.solvers.anderson.AndersonState` has them, ``kept`` and ``plain`` for all samples.
     ``right``, ``[batch, memory]``, are the products of the turns with the residual to come from; ``taken`` counts the
-    steps that were remembered. ``weight``, ``[batch, leaves]``, is that of each leaf; an empty tree for 1."""
+    steps that were remembered. ``weight``, ``[batch, leaves]``, is that of each leaf; an empty tree for 1. ``merit``,
+    ``[batch]``, is that of the place, where points have one."""
 
     gram: Tensor
     kept: Tensor
@@ -139,6 +140,7 @@ class Past(NamedTuple):
     right: Tensor
     taken: Tensor
     weight: Any = ()
+    merit: Any = ()
 
 
 class Accelerated(Step):
@@ -170,7 +172,8 @@ class Accelerated(Step):
         none = like.new_zeros(batch, self.memory)
         bare = self.sizes is None or point.image is None or point.merit is not None
         weight = () if bare or self.sizes is None else like.new_ones(batch, len(self.sizes))
-        return Past(eye, none, flag, none.clone(), torch.zeros((), dtype=torch.int64, device=like.device), weight)
+        count = torch.zeros((), dtype=torch.int64, device=like.device)
+        return Past(eye, none, flag, none.clone(), count, weight, () if point.merit is None else point.merit)
 
     def propose(self, place: Any, state: Past, rings: Rings, taken: Tensor) -> tuple[Tensor, Past]:
         weights = solved(state.gram, state.right, self._shift(state.gram))
@@ -198,7 +201,15 @@ class Accelerated(Step):
         turns = _written(rings[1], state.taken + 1)
         slot = torch.arange(self.memory, device=turn.device) == at
         now, last = (self._compared(place.residual, weight) for place in (here, before))
-        failed = (row_norm(now) > self.growth * row_norm(last)) & ~state.plain
+        merit = state.merit
+        if point.merit is None:
+            failed = row_norm(now) > self.growth * row_norm(last)
+        else:
+            rounding = 10 * torch.finfo(point.merit.dtype).eps * merit.abs()
+            failed = (point.merit if point.doubt is None else point.merit - point.doubt) > merit + rounding
+        failed = failed & ~state.plain
+        if point.merit is not None:
+            merit = torch.where(failed, merit, point.merit)
         kept = torch.where(slot[None, :], 1.0, state.kept).masked_fill(failed[:, None], 0.0)
         row = (turns * turn[:, None]).sum(dim=-1) * kept
         gram = torch.where(slot[None, :, None], row[:, None, :], state.gram)
@@ -208,7 +219,7 @@ class Accelerated(Step):
         gram = torch.where(failed[:, None, None], eye, gram)
         place = before.where(failed, here)
         right = (turns * self._compared(widened(place.residual), weight)[:, None]).sum(dim=-1) * kept
-        return place, Past(gram, kept, failed, right, state.taken + 1, weight)
+        return place, Past(gram, kept, failed, right, state.taken + 1, weight, merit)
 
     def _compared(self, residual: Tensor, weight: Any) -> Tensor:
         if self.sizes is None or not isinstance(weight, Tensor):

@@ -62,6 +62,10 @@ class Problem(ABC):
         depends on, where the problem's system takes them apart."""
         return layout.unflatten(flat)
 
+    def seen(self, layout: Layout, flat: Tensor) -> Any:
+        """What of the flat state the function depends on, as :meth:`state` takes it."""
+        return flat
+
     @abstractmethod
     def flat_output(self, layout: Layout, output: Any, rows: int, cast: bool) -> Tensor:
         """The function's output, checked, in flat form."""

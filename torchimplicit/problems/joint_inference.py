@@ -133,6 +133,10 @@ class JointInference(Problem):
         z, x = flat
         return JointState(_part(layout, "z").unflatten(z), None, _part(layout, "x").unflatten(x))
 
+    def seen(self, layout: Layout, flat: Tensor) -> tuple[Tensor, Tensor]:
+        z, _, x = Parts(_part(layout, "z").dim, _part(layout, "x").dim).split(flat)
+        return z, x
+
     def flat_output(self, layout: Layout, output: Any, rows: int, cast: bool) -> Tensor:
         state, loss = self.flat_parts(layout, output, rows, cast)
         return torch.cat((state, loss[:, None]), dim=1)

@@ -1,0 +1,97 @@
+"""Joint inference as compiled code, against the eager loop."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import torchimplicit as ti
+from torchimplicit import Anderson, FixedPointIteration, JointInference
+from torchimplicit.captured import compilations
+from torchimplicit.errors import CaptureWarning, ConvergenceWarning
+
+DIM, INPUTS, SEEN = 4, 3, 4
+
+pytestmark = pytest.mark.usefixtures("interpreted")
+
+
+def tensors(batch):
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    w, u, head, wanted = (
+        0.5 * torch.linalg.qr(drawn(DIM, DIM)).Q,
+        drawn(DIM, INPUTS),
+        drawn(SEEN, DIM),
+        drawn(batch, SEEN),
+    )
+    return w.requires_grad_(), u.requires_grad_(), head, wanted.requires_grad_()
+
+
+def both(solver, gradient=None, batch=5, wanted_too=(), **options):
+    w, u, head, wanted = tensors(batch)
+
+    def loss(z, x, wanted):
+        return (z @ head.T - wanted).square().sum(1) + 0.1 * x.square().sum(1)
+
+    start = torch.zeros(batch, DIM, dtype=torch.float64), torch.zeros(batch, INPUTS, dtype=torch.float64)
+    problem = JointInference(lambda z, x, _: torch.tanh(z @ w.T + x @ u.T), loss, **{"step_size": 0.03, **options})
+    found = []
+    for compile in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", CaptureWarning)
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            solution = ti.solve(problem, start, wanted, solver=solver, gradient=gradient, compile=compile)
+            z, mu, x = solution.value
+            total = x.sin().sum() + z.sum() + mu.square().sum() if gradient is None else loss(z, x, wanted).sum()
+            found.append((solution, torch.autograd.grad(total, (w, u, wanted, *wanted_too))))
+    return found
+
+
+def near(one, two, tolerance):
+    for a, b in zip(two[0].value, one[0].value, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    for a, b in zip(two[1], one[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=100 * tolerance, atol=100 * tolerance)
+
+
+@pytest.mark.parametrize("solver", [Anderson(memory=2, max_steps=12), FixedPointIteration(max_steps=25)])
+def test_the_steps_and_the_best_iterate_are_those_of_the_eager_loop(solver):
+    one, two = both(solver, damping=(0.8, 0.6, 1.0))
+    near(one, two, 1e-9)
+    assert torch.equal(two[0].steps, one[0].steps)
+    assert torch.equal(two[0].status, one[0].status)
+    torch.testing.assert_close(two[0].residual, one[0].residual, rtol=1e-6, atol=1e-12)
+
+
+def test_the_solution_in_a_box_and_its_derivative_in_the_bound():
+    high = torch.full((5, INPUTS), 0.2, dtype=torch.float64).requires_grad_()
+    one, two = both(
+        Anderson(memory=3, rtol=1e-10, max_steps=500), wanted_too=(high,), constraint=ti.Box(low=-0.1, high=high)
+    )
+    assert two[0].converged.all()
+    near(one, two, 1e-7)
+    assert two[1][-1].abs().max() > 0
+    assert ((two[0].value.x <= 0.2 + 1e-12) & (two[0].value.x >= -0.1 - 1e-12)).all()
+
+
+def test_a_ball_a_step_for_each_sample_and_the_envelope():
+    size = torch.tensor([0.03, 0.02, 0.04, 0.03, 0.03], dtype=torch.float64)
+    solver = Anderson(memory=3, rtol=1e-10, max_steps=500)
+    near(*both(solver, gradient=ti.Envelope(), constraint=ti.L2Ball(0.3), step_size=size), 1e-7)
+
+
+def test_other_batches_are_served_by_the_same_code():
+    before = compilations()
+    for batch in (4, 5):
+        near(*both(FixedPointIteration(max_steps=9), batch=batch), 1e-9)
+    assert compilations() == before + 1
+
+
+def test_a_schedule_of_steps_is_left_to_the_eager_loop():
+    with pytest.raises(CaptureWarning, match="schedule"):
+        both(FixedPointIteration(max_steps=3), step_size=lambda step: 0.01)
