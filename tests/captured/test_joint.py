@@ -59,7 +59,10 @@ def near(one, two, tolerance):
         torch.testing.assert_close(a, b, rtol=100 * tolerance, atol=100 * tolerance)
 
 
-@pytest.mark.parametrize("solver", [Anderson(memory=2, max_steps=12), FixedPointIteration(max_steps=25)])
+@pytest.mark.parametrize(
+    "solver",
+    [Anderson(memory=2, max_steps=12), pytest.param(FixedPointIteration(max_steps=25), marks=pytest.mark.long)],
+)
 def test_the_steps_and_the_best_iterate_are_those_of_the_eager_loop(solver):
     one, two = both(solver, damping=(0.8, 0.6, 1.0))
     near(one, two, 1e-9)
@@ -79,12 +82,14 @@ def test_the_solution_in_a_box_and_its_derivative_in_the_bound():
     assert ((two[0].value.x <= 0.2 + 1e-12) & (two[0].value.x >= -0.1 - 1e-12)).all()
 
 
+@pytest.mark.long
 def test_a_ball_a_step_for_each_sample_and_the_envelope():
     size = torch.tensor([0.03, 0.02, 0.04, 0.03, 0.03], dtype=torch.float64)
     solver = Anderson(memory=3, rtol=1e-10, max_steps=500)
     near(*both(solver, gradient=ti.Envelope(), constraint=ti.L2Ball(0.3), step_size=size), 1e-7)
 
 
+@pytest.mark.long
 def test_other_batches_are_served_by_the_same_code():
     before = compilations()
     for batch in (4, 5):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchimplicit.captured.compiled import spelt
+
 
 def while_loop(
     going: Callable[[Any], Tensor],
@@ -46,7 +48,7 @@ def while_loop(
 
     assert not torch.is_grad_enabled()
     written = {"mutated_arg_indices": ",".join(str(kept + i) for i in range(len(rings)))} if rings else {}
-    found = while_loop_op(flat_going, flat_body, tuple(leaves), (*fixed, *rings), **written)
+    found = while_loop_op(flat_going, spelt(flat_body), tuple(leaves), (*fixed, *rings), **written)
     return pytree.tree_unflatten(list(found), spec)
 
 
