@@ -1,4 +1,5 @@
-"""Eager and captured solves with their gradients on a GPU, wall-clock time, in eight minutes at most.
+"""Eager and captured solves with their gradients on a GPU, and steps of models (``models.py``): wall-clock time, in eight
+minutes at most.
 
 Run ``python benchmarks/gpu.py``; ``--device cpu --quick`` shows on any machine that it runs. Cases that the budget does
 not reach are left out, and named.
@@ -12,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 
+import models
 import record
 import torch
 
@@ -81,21 +83,39 @@ def main() -> None:
     options = record.arguments(__doc__.splitlines()[0], device="cuda", budget=420.0)
     if options.device != "cpu" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here: --device cpu --quick shows that the script runs")
-    begin, load, rows, left = time.perf_counter(), os.getloadavg(), [], []
-    cases = [(size, name) for size in SIZES for name in SOLVERS]
-    for (batch, dim), name in cases[:1] if options.quick else cases:
+    begin, load, left = time.perf_counter(), os.getloadavg(), []
+    tables: dict[str, list[record.Row]] = {"Eager and captured": [], "Models": [], "Growth": []}
+    layers = [(size, name) for size in SIZES for name in SOLVERS]
+    growth = [models.layer(*setting) for setting in models.SETTINGS]
+    device, repeats = options.device, options.repeats
+    cases: list[tuple[str, str, Callable[[], record.Row]]] = [
+        (
+            "Eager and captured",
+            f"{layer.label(batch, dim)} {name}",
+            lambda batch=batch, dim=dim, name=name: measured(batch, dim, name, device, repeats),  # type: ignore[misc]
+        )
+        for (batch, dim), name in (layers[:1] if options.quick else layers)
+    ]
+    for title, group in (("Models", models.models(options.quick)), ("Growth", growth[:0] if options.quick else growth)):
+        for case in group:
+            cases.append((title, case.name, lambda case=case: models.measured(case, device, repeats)))  # type: ignore[misc]
+    for title, name, run in cases:
         if time.perf_counter() - begin > options.budget:
-            left.append(f"{layer.label(batch, dim)} {name}")
+            left.append(name)
             continue
-        rows.append(measured(batch, dim, name, options.device, options.repeats))
-        print(rows[-1], flush=True)
+        tables[title].append(run())
+        print(tables[title][-1], flush=True)
     record.record(
         "gpu",
         options,
         load_before=load,
         settings={"layer": "z = tanh(W z + x), |W|_2 = 0.9", "tolerance": "forward relative 1e-4, adjoint the default"},
-        rows={"Eager and captured": rows},
-        columns={"Eager and captured": tuple(rows[0])},
+        rows=tables,
+        columns={
+            "Eager and captured": tuple(tables["Eager and captured"][0]),
+            "Models": models.COLUMNS,
+            "Growth": models.COLUMNS,
+        },
         targets=[],
         notes=[f"Not measured within the budget: {', '.join(left)}." if left else "All cases were measured."],
     )

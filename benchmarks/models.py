@@ -39,6 +39,18 @@ from torchimplicit.models.physics_informed import EquilibriumField
 TOLERANCE = 1e-3
 FORWARD, BACKWARD = 22, 24
 Step = Callable[[], Any]
+COLUMNS = (
+    "model",
+    "eager ms",
+    "captured ms",
+    "peer ms",
+    "eager / captured",
+    "TorchDEQ / captured",
+    "compiling s",
+    "eager MiB",
+    "captured MiB",
+    "peer MiB",
+)
 
 
 @dataclass(frozen=True)
@@ -383,8 +395,6 @@ def main() -> None:
             row["jaxopt ms"] = others[case.name]
         tables[title].append(row)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    names = ("model", "eager ms", "captured ms", "peer ms", "eager / captured", "TorchDEQ / captured", "compiling s")
-    memory = ("eager MiB", "captured MiB", "peer MiB")
     targets = [
         Target(f"{row['model']}: TorchDEQ / captured", row.get("TorchDEQ / captured"), ">=", 2.0)
         for row in tables["Models"]
@@ -419,7 +429,7 @@ def main() -> None:
             "peer": "TorchDEQ, with the same cell and tolerances",
         },
         rows=tables,
-        columns={"Models": (*names, *memory), "Growth": (*names, "jaxopt ms", *memory)},
+        columns={"Models": COLUMNS, "Growth": (*COLUMNS, "jaxopt ms")},
         targets=targets,
         panels=panels,
         notes=[
