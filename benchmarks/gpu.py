@@ -1,5 +1,5 @@
-"""Eager and captured solves with their gradients on a GPU, and steps of models (``models.py``): wall-clock time, in eight
-minutes at most.
+"""Eager and captured solves with their gradients on a GPU, and steps of models (``models.py``): wall-clock time, in
+eight minutes at most.
 
 Run ``python benchmarks/gpu.py``; ``--device cpu --quick`` shows on any machine that it runs. Cases that the budget does
 not reach are left out, and named.

@@ -151,3 +151,23 @@ def test_a_mode_that_has_changed_since_is_an_error():
     cell.eval()
     with pytest.raises(RuntimeError, match="changed since"):
         torch.autograd.grad(found.value.sum(), x, create_graph=True)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_loose_tolerance_is_no_reason_to_solve_again(monkeypatch):
+    from torchimplicit.captured import Capture
+
+    given, pull = [], Capture.pull
+
+    def noted(*args):
+        given.append(pull(*args))
+        return given[-1]
+
+    monkeypatch.setattr(Capture, "pull", noted)
+    w, x = tensors()
+    loose = Implicit(linear_solver=ti.Neumann(rtol=1e-2))
+    solver = ti.FixedPointIteration(rtol=1e-2)
+    found = ti.solve(stated("map", w), torch.zeros_like(x), x, solver=solver, gradient=loose, compile=True)
+    found.value.sum().backward()
+    assert given[0] is not None
+    assert found.adjoint.residual.max() <= 2e-2

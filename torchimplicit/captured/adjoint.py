@@ -34,7 +34,8 @@ ASSEMBLED = 128
 """Up to so many unknowns, ``Dense`` is compiled."""
 
 _DOUBT = 1e-2
-"""The relative error that a derivative may have by what is known of the condition."""
+"""The relative error that a derivative may have by what is known of the condition, at the default tolerance: one that
+was asked to be looser is no doubt."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, wanted: Sequence[bool]) -> 
         tolerance = SLACK * (adjoint.atol * right.factor + adjoint.rtol * scale) + 16 * torch.finfo(u.dtype).eps * scale
         length = torch.linalg.vector_norm(found.x, dim=-1)
         condition = found.size * length / torch.where(scale > 0, scale, 1)
-        solved = found.solved & (true <= tolerance) & finite & (condition * adjoint.rtol < _DOUBT)
+        solved = found.solved & (true <= tolerance) & finite & (condition * default_rtol(u.dtype) < _DOUBT)
         if symmetric:  # by which the matrix would not be that of a minimum
             solved = solved & ~((found.x * b).sum(dim=-1) < -(torch.finfo(u.dtype).eps ** 0.5) * length * scale)
         sound = solved.all()
