@@ -150,7 +150,7 @@ TABLES = {
     "ofdft-stability": Entry("density.stability", "default", "TABLE",
         "How hard densities are to find as their functional is trained, and what keeps it from growing harder."),
 }  # fmt: skip
-"""What ``reproduce`` reproduces, likewise."""
+"""The tables that ``reproduce`` reproduces, in the order in which it lists them."""
 
 PARTS = {
     "pretrain": Entry("density.learning_settings", "pretraining", "density.pretrain:",
@@ -176,7 +176,7 @@ PARTS = {
     "ofdft-stability-training": Entry("density.stability", "training", "density.counted:RUNNER",
         "A training whose minimizations are counted at its start and its end, by two solvers."),
 }  # fmt: skip
-"""What tables run beside recipes. ``train`` does not name them, and nothing lists them; some are commands."""
+"""Parts that tables run beside recipes. ``train`` does not name them, and nothing lists them; some are commands."""
 
 
 def entry(name: str, among: dict[str, Entry] | None = None, kind: str = "recipe") -> Entry:
@@ -202,7 +202,7 @@ def settings(name: str) -> Any:
 
 
 def runner(name: str) -> Runner:
-    """What runs the settings of a recipe or table."""
+    """Return what runs the settings of a recipe or table."""
     one = entry(name)
     module, _, found = one.runner.rpartition(":")
     loaded = _module(module or one.module)

@@ -169,11 +169,11 @@ def attacks() -> AttacksConfig:
 
 
 DAMPING = (0.8, 0.6, 1.0)
-"""Of state, adjoint and perturbation, as published."""
+"""The damping of state, adjoint and perturbation, as published."""
 
 
 class Found(NamedTuple):
-    """What an attack came to.
+    """The result of an attack.
 
     Attributes:
         change: of the images, within the ball.
@@ -364,8 +364,8 @@ class AdversarialTraining(SampledTask):
         return functional.cross_entropy(scores, labels)
 
     def _by_envelope(self, images: Tensor, labels: Tensor) -> Tensor:
-        """At the state that JIIO ends with, whose adjoint gives the gradient. The solve is no layer's, so that the
-        Jacobian's penalty is added here: at one of its iterates, drawn at random."""
+        """Return the loss at the state that JIIO ends with, whose adjoint gives the gradient. The solve is no layer's,
+        so that the Jacobian's penalty is added here: at one of its iterates, drawn at random."""
         config = self.config
         weight = config.equilibria.jacobian_weight
         found = self._jiio.solve(self.model, images, labels, config.radius, keep_trajectory=weight > 0)
@@ -378,8 +378,8 @@ class AdversarialTraining(SampledTask):
         return loss
 
     def score(self, batch: Any) -> Tensor:
-        """How many are right, and the sum of the cross-entropies: of the images as they are, and attacked. And how
-        many there are."""
+        """Count how many are right and add up the cross-entropies, of the images as they are and attacked; and count
+        the images."""
         with torch.inference_mode(False):
             images, labels = pixels(batch[0].clone()), batch[1].clone()
             change = self.attack(self.model, images, labels, self.config.radius).change.detach()
@@ -535,7 +535,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "jiio": ("JIIO-20", {"adversary": "jiio"}),
     "envelope": ("JIIO-20, envelope", {"adversary": "jiio", "attack_gradient": "envelope"}),
 }
-"""What is trained on: a label, and the settings."""
+"""The kinds of images that are trained on: a label and the settings of each."""
 
 PUBLISHED = {"pgd": (99.18, 96.53, 95.74), "jiio": (99.32, 95.74, 96.63)}
 """Gurumurthy et al. 2021, Table 5, MNIST: clean, attacked by PGD, attacked by JIIO, in percent."""
@@ -583,7 +583,7 @@ def jobs(config: AdversarialTableConfig) -> list[Job]:
 
 
 def figures(config: AdversarialTableConfig, run: Run) -> dict[str, Any] | None:
-    """Of a run whose attacks are measured."""
+    """Return the figures of a run whose attacks are measured."""
     attacks, trained = (table.read(name)(config, run) for name in ("attacks.json", "results.json"))
     if attacks is None or trained is None:
         return None
@@ -620,7 +620,7 @@ def sheets(config: AdversarialTableConfig, runs: Runs) -> Iterator[Sheet]:
 
 
 def strength(runs: Runs, row: str) -> Sheet:
-    """What the attacks do to the models of a row, and what they cost."""
+    """Tabulate what the attacks do to the models of a row, and what they cost."""
     first: dict[str, Any] = runs[0]["attacks"] if runs else {}
     rival = next((name for name in reversed(first) if name.startswith("PGD")), CLEAN)
 
@@ -693,7 +693,7 @@ def claims(config: AdversarialTableConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: AdversarialTableConfig, runs: Runs) -> str:
-    """What was run, in words."""
+    """Say in words what was run."""
     kind = attacked(config, "jiio", 0)
     one, sizes, tolerances = kind.training, kind.step_sizes, kind.tolerances
     model = "a convolutional model" if config.data == "mnist" else "a dense model"
@@ -711,7 +711,7 @@ def protocol(config: AdversarialTableConfig, runs: Runs) -> str:
 
 
 def notes(config: AdversarialTableConfig, runs: Runs) -> Iterator[str]:
-    """What a reader must know."""
+    """Say what a reader must know."""
     if config.data == "digits":
         yield "8×8 digits and one minute of training a row: rows compare among themselves."
     yield (

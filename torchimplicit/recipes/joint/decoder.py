@@ -89,7 +89,7 @@ class Joint:
     """The most steps of a joint solve in training; --test-steps elsewhere."""
 
     test_steps: int = 60
-    """The same for validation and testing."""
+    """The limit of the joint solve's steps in validation and testing."""
 
     joint_memory: int = 20
     """The memory of the joint solve's Anderson acceleration."""
@@ -114,7 +114,7 @@ class Joint:
 
 
 def equilibria() -> Equilibria:
-    """Of a decoder."""
+    """Return how a decoder's equilibria are solved and differentiated."""
     return Equilibria(solver="anderson", solver_steps=60, tolerance=1e-4, backward_tolerance=1e-2, backward_steps=30)
 
 
@@ -141,7 +141,7 @@ class Data(NamedTuple):
 
     @property
     def pixels(self) -> tuple[int, int, int]:
-        """Of an image: channels, height, width."""
+        """An image's channels, height and width."""
         _, channels, height, width = self.training.images.shape
         return channels, height, width
 
@@ -198,7 +198,7 @@ def reconstruction(decoder: EquilibriumDecoder, prior: float, step_size: float, 
 
 
 def joint_solver(joint: Joint, steps: int, keep_trajectory: bool = False) -> Anderson:
-    """Of the latents."""
+    """Return the solver that finds the latents."""
     return Anderson(
         memory=joint.joint_memory,
         regularization=joint.joint_regularization,
@@ -221,7 +221,7 @@ def found(
 
 @torch.no_grad()
 def latents(decoder: EquilibriumDecoder, joint: Joint, images: Tensor, batch: int = 256) -> Tensor:
-    """Of many images, ``[n, latent]``, at test settings."""
+    """Find the latents of many images, ``[n, latent]``, at test settings."""
     problem = reconstruction(decoder, joint.prior, joint.step_size, images[0].numel())
     chosen = joint_solver(joint, joint.test_steps)
     return torch.cat([found(decoder, problem, chosen, part).value.x for part in images.split(batch)])

@@ -348,7 +348,7 @@ class Generation(SampledTask):
         return reconstruction(self.decoder, joint.prior, joint.step_size, images[0].numel())
 
     def _penalty(self, function: Any, solution: Solution, images: Tensor) -> Tensor:
-        """Of the map's Jacobian in the state, at an iterate drawn at random."""
+        """Return the penalty of the map's Jacobian in the state, at an iterate drawn at random."""
         assert solution.trajectory is not None
         place = int(torch.randint(len(solution.trajectory), ()))
         state = detached(solution.trajectory[place])
@@ -369,7 +369,7 @@ class Generation(SampledTask):
             return self.encoder(images).chunk(2, dim=1)[0]
 
     def images(self, x: Tensor) -> Tensor:
-        """Of latents."""
+        """Return the images of latents."""
         return generated(self.decoder, x)
 
     @torch.no_grad()
@@ -422,7 +422,7 @@ PICTURES = "pictures.pt"
 
 @dataclass(frozen=True)
 class Generated:
-    """What a trained model makes, in Fréchet distances to the test images (see :mod:`.frechet`).
+    """The images of a trained model, judged by Fréchet distances to the test images (see :mod:`.frechet`).
 
     Attributes:
         floor: of the training images, which no model can be expected to beat by much.
@@ -450,8 +450,8 @@ def enough(config: GenerationConfig) -> None:
 
 
 def shown(config: GenerationConfig, run: Run) -> Generated:
-    """What the run's best weights make; pictures, and the measurement of time where it is asked for, go into the run's
-    directory."""
+    """Judge what the run's best weights make. Pictures, and the measurement of time where it is asked for, go into the
+    run's directory."""
     task: Generation = TRAINER.best(config, run).cpu()
     found, pictures = made(config, task)
     files.save({key: [row.half() for row in rows] for key, rows in pictures.items()}, run.path / PICTURES)
@@ -464,7 +464,7 @@ def shown(config: GenerationConfig, run: Run) -> Generated:
 
 
 def distances(found: Generated) -> Table:
-    """For people."""
+    """Tabulate the distances."""
     first = Column("Fréchet distance to the test images", "", "In the features of a small classifier.")
     others = {"New images": found.mixture, "Reconstructions": found.reconstructions, "Training images": found.floor}
     return Table([first, *map(Column, others)], [["", *(f"{distance:.3f}" for distance in others.values())]])
@@ -631,7 +631,7 @@ def jobs(config: JiioGenerationConfig) -> list[Job]:
 
 
 def figures(config: JiioGenerationConfig, run: Run) -> dict[str, Any] | None:
-    """Of a run that came to its end."""
+    """Return the figures of a run that came to its end."""
     one = table.trained(config, run)
     if one is None or one["state"] != "complete" or one["test"] is None:
         return None
@@ -676,7 +676,7 @@ def overtaking(one: Points, method: str, steps: int) -> Overtaking | None:
 
 
 def sheets(config: JiioGenerationConfig, runs: Runs) -> Iterator[Sheet]:
-    """How much sooner the joint solve is there; joint inference by steps; and the images."""
+    """Tabulate how much sooner the joint solve is there; joint inference by steps; and the images."""
     spread = table.spread
     nested_ones = [*itertools.product([m for m in LABELS if m != JOINT], (10, 20, LONGEST))]
     lines = [
@@ -736,7 +736,7 @@ def sheets(config: JiioGenerationConfig, runs: Runs) -> Iterator[Sheet]:
 
 
 def claims(config: JiioGenerationConfig, runs: Runs) -> Iterator[Claim]:
-    """What was aimed at, and what came out."""
+    """Compare what was aimed at with what came out."""
     spread = table.spread
     for size, each in timed(runs).items():
         better = [overtaking(one, "adam", LONGEST) for one in each]
@@ -771,7 +771,7 @@ def claims(config: JiioGenerationConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: JiioGenerationConfig, runs: Runs) -> str:
-    """What was run, in words."""
+    """Say in words what was run."""
     usual, wide = (training(config, model, config.plan.first_seed) for model in SIZES)
     small, large = usual.decoder, wide.decoder
     if small.kind == "mlp":
@@ -796,7 +796,7 @@ def protocol(config: JiioGenerationConfig, runs: Runs) -> str:
 
 
 def notes(config: JiioGenerationConfig, runs: Runs) -> Iterator[str]:
-    """What a reader must know."""
+    """Say what a reader must know."""
     accuracies = [a for model in MODELS for a in runs.of(model, "generated.accuracy")]
     right = f" ({100 * accuracies[0]:.1f} % right on the test images)" if accuracies else ""
     yield (

@@ -193,7 +193,7 @@ class Restoration(SampledTask):
         return squared_error(self.decoder.head(solution.value.z), images).mean()
 
     def estimator(self, through: str | None = None) -> Gradient:
-        """Of the outer loss; by default the recipe's own."""
+        """Return the estimator of the outer loss's gradient; by default the recipe's own."""
         chosen = self.config.equilibria
         linear_solver = GMRES(rtol=chosen.backward_tolerance, max_steps=chosen.backward_steps)
         estimators: dict[str, Any] = {"exact": Implicit, "first-order": FixedInput}
@@ -343,7 +343,7 @@ ROWS = {
     "first-order-weak": Row("first-order, with a third of the prior", "first-order", 1 / 3),
     "generative": Row("none: clean images alone", "generative"),
 }
-"""By the second part of the names of their runs."""
+"""The rows, by the second part of the names of their runs."""
 
 DEFAULTS = {"digits": inverse_digits, "mnist": inverse_mnist, "olivetti": inverse_olivetti}
 
@@ -400,7 +400,7 @@ def jobs(config: JiioInverseConfig) -> list[Job]:
 
 
 def figures(config: JiioInverseConfig, run: Run) -> dict[str, Any] | None:
-    """Of a run that came to its end."""
+    """Return the figures of a run that came to its end."""
     one = table.trained(config, run)
     if one is None or one["state"] != "complete" or one["test"] is None:
         return None
@@ -447,7 +447,7 @@ def sheets(config: JiioInverseConfig, runs: Runs) -> Iterator[Sheet]:
 
 
 def claims(config: JiioInverseConfig, runs: Runs) -> Iterator[Claim]:
-    """Whether the exact gradient is right, and worth it."""
+    """Say whether the exact gradient is right, and worth it."""
     exact = Runs(line for line in runs if ROWS[line["row"]].through == "exact" and line["gradients"])
     if exact:
         right, rough = (exact.column(f"gradients.{name}") for name in ("exact", "first_order"))
@@ -472,7 +472,7 @@ def claims(config: JiioInverseConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: JiioInverseConfig, runs: Runs) -> str:
-    """What was run, in words."""
+    """Say in words what was run."""
     usual = training(config, "denoising", ROWS["exact"], config.plan.first_seed)
     return (
         f"{config.data}; {usual.decoder.kind} equilibrium decoder, latent {usual.decoder.latent}; Adam, "
@@ -489,7 +489,7 @@ def protocol(config: JiioInverseConfig, runs: Runs) -> str:
 
 
 def notes(config: JiioInverseConfig, runs: Runs) -> Iterator[str]:
-    """What a reader must know."""
+    """Say what a reader must know."""
     yield (
         "The published figures are of another model and other images, and of the first-order gradient, which the "
         "published code takes here: nothing here compares with them, and none are quoted."

@@ -195,11 +195,11 @@ def adaptations() -> AdaptationsConfig:
 
 
 DAMPING = (0.8, 0.6, 1.0)
-"""Of state, adjoint and context, as published."""
+"""The damping of state, adjoint and context, as published."""
 
 
 class Adapted(NamedTuple):
-    """What an adaptation came to: contexts ``[tasks, context]``, and evaluations of the map with products with its
+    """The result of an adaptation: contexts ``[tasks, context]``, and evaluations of the map with products with its
     Jacobian, of the support's states, in whole-batch equivalents."""
 
     context: Tensor
@@ -207,7 +207,7 @@ class Adapted(NamedTuple):
 
 
 def errors(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Of every task ``[tasks]``: the mean squared error of values, the mean cross-entropy of labels."""
+    """Return every task's error ``[tasks]``: the mean squared one of values, the mean cross-entropy of labels."""
     if targets.is_floating_point():
         return (outputs - targets).square().flatten(1).mean(1)
     losses = functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
@@ -418,7 +418,7 @@ class Tasks(NamedTuple):
 
 HELD_OUT_BATCH = 50
 PLACES = {"validation": -10, "test": -11}
-"""Of the held-out tasks, among the seeds: the same for every seed of training."""
+"""The places of the held-out tasks among the seeds; they are the same for every seed of training."""
 
 
 class MetaLearning(Task):
@@ -710,7 +710,7 @@ def jobs(config: MetaTableConfig) -> list[Job]:
 
 
 def figures(config: MetaTableConfig, run: Run) -> dict[str, Any] | None:
-    """Of a run whose adaptations are measured."""
+    """Return the figures of a run whose adaptations are measured."""
     adaptations, trained = (table.read(name)(config, run) for name in ("adaptations.json", "results.json"))
     if adaptations is None or trained is None:
         return None
@@ -752,7 +752,7 @@ def sheets(config: MetaTableConfig, runs: Runs) -> Iterator[Sheet]:
 
 
 def trainings(config: MetaTableConfig, problem: str, runs: Runs) -> Sheet:
-    """What each way of training comes to, adapted as it was trained."""
+    """Tabulate what each way of training comes to, adapted as it was trained."""
 
     def told(what: str, digits: int, scale: float = 1.0) -> Any:
         return lambda row: table.spread(of(runs, row, native(config, problem, row), what), digits, scale)
@@ -848,7 +848,7 @@ def claims_of(config: MetaTableConfig, problem: str, runs: Runs) -> Iterator[Cla
 
 
 def protocol(config: MetaTableConfig, runs: Runs) -> str:
-    """What was run, in words."""
+    """Say in words what was run."""
     parts = []
     for problem in there(config, runs):
         one = adapted(config, problem, "jiio", 0).training
@@ -871,7 +871,7 @@ def protocol(config: MetaTableConfig, runs: Runs) -> str:
 
 
 def notes(config: MetaTableConfig, runs: Runs) -> Iterator[str]:
-    """What a reader must know."""
+    """Say what a reader must know."""
     yield from table.missing(jobs(config), runs, "Not run, or not to the end")
     yield (
         "One task is one sample of the batch: its state holds the states of all its support samples, which share the "

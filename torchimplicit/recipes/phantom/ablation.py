@@ -172,12 +172,12 @@ def jobs(config: PhantomAblationConfig) -> list[Job]:
 
 
 def accuracies(runs: Runs, row: str) -> list[float]:
-    """Of the test images, in %, of the runs that came to their end."""
+    """Return the accuracies on the test images, in %, of the runs that came to their end."""
     return [100 * value for value in runs.of(row, "test.accuracy")]
 
 
 def measured(runs: Runs) -> dict[str, StepCost]:
-    """What a step costs with each estimator; empty where it was not measured."""
+    """Return what a step costs with each estimator; nothing where it was not measured."""
     return costs_of(runs.named(COST))
 
 
@@ -221,7 +221,7 @@ def sheets(config: PhantomAblationConfig, runs: Runs) -> Iterator[Sheet]:
 
 
 def claims(config: PhantomAblationConfig, runs: Runs) -> Iterator[Claim]:
-    """What was aimed at, and what came out."""
+    """Compare what was aimed at with what came out."""
     spread = table.spread
     for name, other in ((UPG, IMPLICIT), (NPG, IMPLICIT), (UPG, CONTROL)):
         ours, theirs = accuracies(runs, name), accuracies(runs, other)
@@ -258,7 +258,7 @@ def claims(config: PhantomAblationConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: PhantomAblationConfig, runs: Runs) -> str:
-    """What was run, in words."""
+    """Say in words what was run."""
     one = training(config, TABLE_1[IMPLICIT], config.plan.first_seed)
     chosen, equilibria = one.optimization, one.equilibria
     amount = f"{one.train_images or 'all other'} training images of {one.data}, {one.validation_images} set apart"
@@ -275,7 +275,7 @@ def protocol(config: PhantomAblationConfig, runs: Runs) -> str:
 
 
 def notes(config: PhantomAblationConfig, runs: Runs) -> Iterator[str]:
-    """What a reader must know."""
+    """Say what a reader must know."""
     if config.plan.scale == "cpu":
         yield (
             "A small model, few steps and another data set than the paper's CIFAR-10: rows compare among themselves. "

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 EstimatorName = Literal["implicit", "unrolled-phantom", "neumann-phantom", "one-step"]
 
 GROUPS = 4
-"""Of the model's group normalization."""
+"""The groups of the model's normalization."""
 
 
 @dataclass(frozen=True, kw_only=True)

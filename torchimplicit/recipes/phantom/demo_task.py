@@ -94,7 +94,7 @@ def batches(train: Split, batch_size: int, seed: int) -> DataLoader:
 
 
 def solver(config: DigitsConfig) -> Anderson:
-    """Of the forward solves."""
+    """Return the solver of the forward solves."""
     return Anderson(rtol=config.tolerance, max_steps=config.solver_steps)
 
 
@@ -138,7 +138,7 @@ class DigitsTask(LightningModule):
         return min(len(track.steps) for track in self.tracks.values())
 
     def status(self) -> str:
-        """How training goes, in a few words."""
+        """Say in a few words how training goes."""
         track = self.tracks[self.config.estimators[0]]
         if not track.steps:
             return ""
@@ -235,7 +235,7 @@ ROWS = 360
 
 @dataclass(frozen=True)
 class Validated:
-    """What was found.
+    """The results.
 
     Attributes:
         accuracy: share of the images that are classified right.

@@ -98,7 +98,7 @@ class MoleculesConfig:
     """Bound of ‖W‖∞ · λ(A), below 1."""
 
     dropout: float = 0.5
-    """In the head."""
+    """The dropout in the head."""
 
     peek: bool = False
     """Also note the test accuracy at every validation. Nothing is chosen by it; published results are its best."""
@@ -151,7 +151,7 @@ class ChainsConfig:
     """Where the recurrent weight begins: a multiple of the identity, or uniform as in the paper."""
 
     identity_scale: float = 0.8
-    """That multiple."""
+    """The multiple of the identity that the recurrent weight may begin with."""
 
     width: int = 16
     """Features of a node's state."""
@@ -160,7 +160,7 @@ class ChainsConfig:
     """Bound of ‖W‖∞ · λ(A), below 1."""
 
     dropout: float = 0.5
-    """In the head."""
+    """The dropout in the head."""
 
     def __post_init__(self) -> None:
         positive(self, "length", "identity_scale", "width")
@@ -460,14 +460,14 @@ def rows(dampings: tuple[float, ...]) -> dict[str, float | None]:
 
 
 def differentiated(equilibria: Equilibria, damping: float | None) -> Equilibria:
-    """The same solves with another estimator."""
+    """Return the same solves with another estimator."""
     if damping is None:
         return replace(equilibria, gradient="implicit")
     return replace(equilibria, gradient="unrolled-phantom", phantom_steps=5, phantom_damping=damping)
 
 
 def measured(config: CostConfig, run: Run) -> dict[str, StepCost]:
-    """Of a fold that was trained with the exact gradient, by the estimators' names."""
+    """Measure a fold that was trained with the exact gradient, by the estimators' names."""
     task, where = RUNNER.best(config.training, run).train(), device(config.training.machine.device)
     (batch,) = (one.to(where) for one in task.training_batches(range(1), Shard()))
 

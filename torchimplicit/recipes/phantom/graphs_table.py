@@ -137,7 +137,7 @@ def _machine(config: PhantomGraphsConfig) -> Machine:
 
 
 def jobs(config: PhantomGraphsConfig) -> list[Job]:
-    """In the order of what they tell: chains with one seed, costs, the folds, chains with more seeds.
+    """Order the jobs by what they tell: chains with one seed, costs, the folds, chains with more seeds.
 
     Folds are outermost and estimators innermost, so that what slows the machine for a while slows all of them.
     """
@@ -173,7 +173,7 @@ def jobs(config: PhantomGraphsConfig) -> list[Job]:
 
 
 def figures(config: PhantomGraphsConfig, run: Run) -> dict[str, Any] | None:
-    """Of a training that came to its end; and the measured costs."""
+    """Return the figures of a training that came to its end, or the measured costs."""
     if run.path.name.startswith("cost-"):
         return table.read("costs.json")(config, run)
     one = table.trained(config, run)
@@ -220,7 +220,7 @@ def told(found: tuple[float, float] | None) -> str:
 
 
 def constant(runs: Runs, name: str) -> tuple[int, int]:
-    """In how many runs the selected model scores what a constant answer does, and of how many."""
+    """Count the runs whose selected model scores what a constant answer does; and all of them."""
     scores = [100 * score for score in runs.where(set=name).column("test_accuracy")]
     return sum(abs(score - MAJORITY[name]) < ONE_ANSWER for score in scores), len(scores)
 
@@ -295,7 +295,7 @@ def sheets(config: PhantomGraphsConfig, runs: Runs) -> Iterator[Sheet]:
 
 
 def claims(config: PhantomGraphsConfig, runs: Runs) -> Iterator[Claim]:
-    """What was aimed at, and what came out."""
+    """Compare what was aimed at with what came out."""
     estimators = rows(config.dampings)
     names = {row: label(damping) for row, damping in estimators.items()}
     for name in config.sets:
@@ -340,7 +340,7 @@ def claims(config: PhantomGraphsConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: PhantomGraphsConfig, runs: Runs) -> str:
-    """What was run, in words."""
+    """Say in words what was run."""
     parts = []
     for name in config.sets:
         chosen = molecules(config, name, 0, "implicit").optimization
@@ -359,7 +359,7 @@ def protocol(config: PhantomGraphsConfig, runs: Runs) -> str:
 
 
 def notes(config: PhantomGraphsConfig, runs: Runs) -> Iterator[str]:
-    """What a reader must know."""
+    """Say what a reader must know."""
     if config.plan.scale == "cpu" and (config.passes or 0) < 200:
         passes = "60 of COX2 and 8 of PROTEINS" if config.passes is None else str(config.passes)
         yield f"Training is short here: passes over the training part are {passes}, and the published ones are 200."

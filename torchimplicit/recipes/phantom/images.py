@@ -195,7 +195,7 @@ class Classification(SampledTask):
         return functional.cross_entropy(self.scores(images), labels)
 
     def score(self, batch: Any) -> Tensor:
-        """How many are right, the sum of the cross-entropies, and how many there are."""
+        """Count how many are right, add up the cross-entropies, and count the images."""
         images, labels = batch
         scores = self.scores(images).double()
         loss = functional.cross_entropy(scores, labels, reduction="sum")
@@ -283,12 +283,12 @@ class CostConfig:
 
 
 def costs() -> CostConfig:
-    """For the small model on the bundled digits."""
+    """Return the settings for the small model on the bundled digits."""
     return CostConfig()
 
 
 def estimators(config: CostConfig) -> dict[str, Equilibria]:
-    """What is measured, by name."""
+    """Return the estimators that are measured, by name."""
     own = config.image.equilibria
     implicit = replace(own, gradient="implicit")
     converged = replace(implicit, backward_tolerance=config.converged_tolerance, backward_steps=config.converged_steps)
@@ -321,7 +321,7 @@ def measured(config: CostConfig, run: Run) -> dict[str, StepCost]:
 
 
 def cost_table(found: dict[str, StepCost]) -> Table:
-    """For people."""
+    """Tabulate what was measured."""
     converged, exact = found[CONVERGED], found["implicit"]
     return sheet("", found, [
         Cell("Gradient", lambda name: name),
@@ -345,7 +345,7 @@ def cost_table(found: dict[str, StepCost]) -> Table:
 
 
 def evaluations(cost: StepCost) -> float:
-    """Of the cell's backward pass: the products, and the last one, into the parameters."""
+    """Count the products of the cell's backward pass, with the last one, into the parameters."""
     return cost.backward + 1
 
 

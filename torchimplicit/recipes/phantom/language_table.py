@@ -152,7 +152,7 @@ class Trained:
 
     @property
     def seconds(self) -> float | None:
-        """Of a whole training."""
+        """The seconds of a whole training."""
         steps = self.runs.column("steps")
         return self.step_seconds * max(steps) if self.step_seconds is not None and steps else None
 
@@ -175,7 +175,7 @@ class Trained:
 
 
 def measured(runs: Runs) -> Mapping[str, Any]:
-    """What was timed: ``costs`` by run and kind of step, and ``radius`` by run; empty where nothing was."""
+    """Return what was timed: ``costs`` by run and kind of step, and ``radius`` by run; nothing where nothing was."""
     found = runs.named(COSTS)
     return found if "costs" in found else {}
 
@@ -255,7 +255,7 @@ def sheets(config: PhantomLanguage, runs: Runs) -> Iterator[Sheet]:
 
 
 def claims(config: PhantomLanguage, runs: Runs) -> Iterator[Claim]:
-    """What was aimed at, and what came out."""
+    """Compare what was aimed at with what came out."""
     rows = trained(config, runs)
     for label, names in PAIRS.items():
         if not {*names} <= {*rows}:
@@ -293,7 +293,7 @@ def claims(config: PhantomLanguage, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: PhantomLanguage, runs: Runs) -> str:
-    """What was run, in words."""
+    """Say in words what was run."""
     one = language(config, ROWS["post-implicit"], config.plan.first_seed)
     chosen, at = one.optimization, one.equilibria
     sizes = {size for size in runs.column("parameters") if size}
@@ -316,7 +316,7 @@ def protocol(config: PhantomLanguage, runs: Runs) -> str:
 
 
 def notes(config: PhantomLanguage, runs: Runs) -> Iterator[str]:
-    """What a reader must know."""
+    """Say what a reader must know."""
     rows, seeds = trained(config, runs), config.plan.seeds
     if config.plan.scale == "cpu":
         yield (

@@ -307,7 +307,7 @@ ESTIMATORS: dict[str, tuple[str, Gradient]] = {
     "adaptive-0.1": ("adaptive, residual 0.1", AdaptivePhantom(tolerance=0.1, max_steps=60)),
     "unbiased-5-0.5": ("unbiased(5, 0.5), p = 0.9", UnbiasedNeumann(steps=5, survival=0.9, damping=0.5)),
 }
-"""What is compared with the exact gradient along training, by the name in the log: a label, and the estimator."""
+"""The estimators that are compared with the exact gradient along training, and their labels, by name in the log."""
 
 LABELS = {name: label for name, (label, _) in ESTIMATORS.items()}
 BESIDE = {name: gradient for name, (_, gradient) in ESTIMATORS.items()}

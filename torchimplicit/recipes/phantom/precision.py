@@ -35,13 +35,13 @@ ROUNDING = 1e-9
 """Cosines that differ by less are the same."""
 
 SHOWN = ("npg-1-1", "npg-2-0.5", "upg-5-0.5", "npg-9-0.5", "adaptive-0.3", "adaptive-0.1", "unbiased-5-0.5")
-"""What Fig. 2 draws; NPG(5, 0.5) nearly covers UPG(5, 0.5)."""
+"""The estimators that Fig. 2 draws; NPG(5, 0.5) nearly covers UPG(5, 0.5)."""
 
 Layers = Mapping[str, list[LayerResults]]
-"""What was measured on the layers of each kind, one for each seed."""
+"""The measurements on the layers of each kind, one for each seed."""
 
 LAYER = LayerConfig()
-"""What Fig. 1 measures, but for the weight and the seed."""
+"""The layer that Fig. 1 measures, but for the weight and the seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ class Look:
 
 
 def figures(config: PrecisionConfig, run: Run) -> Any:
-    """Of a layer what was measured; of a training the looks, the last of which also has the test's accuracy."""
+    """Return a layer's measurements, or a training's looks, the last of which also has the test's accuracy."""
     found = table.read("results.json")(config, run)
     if found is None or run.path.name.startswith("layer"):
         return found
@@ -149,7 +149,7 @@ def looks_of(run: Run) -> list[Look]:
 
 
 def layers(runs: Runs, weight: str) -> list[LayerResults]:
-    """What was measured on the layers of a kind, one for each seed."""
+    """Return the measurements on the layers of a kind, one for each seed."""
     return [from_plain(LayerResults, line.figures) for line in runs.where(weight=weight)]
 
 
@@ -355,7 +355,7 @@ def _of_training(runs: Runs, gradient: GradientName) -> Iterator[Claim]:
 
 
 def protocol(config: PrecisionConfig, runs: Runs) -> str:
-    """What was run, in words."""
+    """Say in words what was run."""
     images = "CIFAR-10" if config.plan.scale == "paper" else {"mnist": "MNIST", "digits": "8×8 digits"}[config.data]
     chosen = training(config, "implicit", 0)
     return (
@@ -370,7 +370,7 @@ def protocol(config: PrecisionConfig, runs: Runs) -> str:
 
 
 def notes(config: PrecisionConfig, runs: Runs) -> Iterator[str]:
-    """What a reader must know."""
+    """Say what a reader must know."""
     yield (
         "UPG and NPG are the same linear map where the fixed point is exact (Fig. 1); they differ in Fig. 2, where the "
         "solver stops at its budget."

@@ -59,7 +59,7 @@ class Equation(ABC):
 
     @abstractmethod
     def conditions(self, count: int, seed: int) -> Sequence[Condition]:
-        """What the function must satisfy, the equation itself at ``count`` points."""
+        """Return what the function must satisfy, the equation itself at ``count`` points."""
 
     @abstractmethod
     def reference(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -118,7 +118,7 @@ class InitialValueProblem(Equation):
         )
 
     def equation(self, x: Tensor, u: Fields) -> Tensor:
-        """What the solution makes zero."""
+        """Return what the solution makes zero."""
         return u[0,] - torch.stack(self.slope(*u[()].unbind(1)), dim=1)
 
     def reference(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -172,7 +172,7 @@ class VanDerPol(InitialValueProblem):
 AREA = (28.0, 32.0, 28.0, 32.0)
 """Cross-sections of the tanks, cm²."""
 OUTLET = (0.071, 0.057, 0.071, 0.057)
-"""Of the outlets, cm²."""
+"""Cross-sections of the outlets, cm²."""
 GRAVITY = 981.0
 PUMP = (3.33, 3.35)
 """Flow of the pumps per volt, cm³/(V s)."""
@@ -252,7 +252,7 @@ class Burgers(Equation):
 
     @staticmethod
     def equation(x: Tensor, u: Fields) -> Tensor:
-        """What the solution makes zero."""
+        """Return what the solution makes zero."""
         return u[0,] + u[()] * u[1,] - VISCOSITY * u[1, 1]
 
     def reference(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -299,7 +299,7 @@ class Helmholtz(Equation):
 
     @staticmethod
     def equation(x: Tensor, u: Fields) -> Tensor:
-        """What the solution makes zero."""
+        """Return what the solution makes zero."""
         squares = NUMBER**2 - torch.pi**2 * (WAVES[0] ** 2 + WAVES[1] ** 2)
         source = squares * torch.sin(WAVES[0] * torch.pi * x[:, :1]) * torch.sin(WAVES[1] * torch.pi * x[:, 1:])
         return u[0, 0] + u[1, 1] + NUMBER**2 * u[()] - source

@@ -41,7 +41,7 @@ class PhysicsInformedConfig:
     """The processor's time for a run on an ordinary differential equation, in seconds."""
 
     partial_seconds: float = 10.0
-    """The same for a run on a partial one."""
+    """The processor's time for a run on a partial differential equation, in seconds."""
 
     ordinary_points: int = 50
     """Collocation points at which an ordinary differential equation is asked for."""
@@ -108,7 +108,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """A name for people to read."""
         return f"{MODELS[self.model].label}; {OPTIMIZERS[self.optimizer]}"
 
 
@@ -174,7 +174,7 @@ def jobs(config: PhysicsInformedConfig) -> list[Job]:
 
 
 def figures(config: PhysicsInformedConfig, run: Run) -> dict[str, Any] | None:
-    """Of a run that came to its end."""
+    """Return the figures of a run that came to its end."""
     one = table.read("results.json")(config, run)
     if one is None or one["state"] != "complete":
         return None
@@ -282,7 +282,7 @@ def claims(config: PhysicsInformedConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: PhysicsInformedConfig, runs: Runs) -> str:
-    """What was run, in words."""
+    """Say in words what was run."""
     parts = []
     for equation in equations(config):
         chosen = settings_of(config, equation, "equilibrium-5", optimizers(config)[0], 0)

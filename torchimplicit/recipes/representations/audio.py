@@ -98,7 +98,7 @@ def audio() -> SoundConfig:
 Waveform = np.ndarray[Any, np.dtype[np.float64]]
 
 NOTES = ((0.0, 220.0), (0.125, 277.18), (0.25, 329.63), (0.375, 440.0), (0.5, 369.99), (0.625, 293.66), (0.75, 246.94))
-"""Of the melody: when each begins, as a share of the whole, and its frequency in Hz."""
+"""The melody's notes: when each begins, as a share of the whole, and its frequency in Hz."""
 
 VOWELS = (
     ((730.0, 90.0), (1090.0, 110.0), (2440.0, 160.0)),
@@ -156,7 +156,7 @@ MOST_SAMPLES = 1 << 23
 """A field's coordinates are 32-bit numbers: more samples than that they hardly tell apart."""
 
 MOST_VALUES = 1 << 28
-"""In the part of a file that is read into memory."""
+"""The most values in the part of a file that is read into memory."""
 
 LEAST_SAMPLES = 64
 """Below it there is nothing to fit."""
@@ -184,12 +184,12 @@ class Sound:
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """The sound's length in seconds."""
         return len(self.samples) / self.rate
 
 
 def sound(config: SoundConfig) -> Sound:
-    """What is fitted: the sound that the settings ask for.
+    """Read or make the sound that the settings ask for.
 
     Raises:
         UserError: if it cannot be read, or there is nothing in it to fit.
@@ -431,7 +431,8 @@ def export(config: SoundConfig, task: FieldTask, sizes: tuple[int, ...], run: Ru
 
 
 SCALE_A_SECOND = 25000 / 7
-"""Of the frequencies: the paper's for its file of seven seconds, and the same pitches in a sound of another length."""
+"""The scale of the frequencies for each second of the sound: the paper's for its file of seven seconds, and the same
+pitches in a sound of another length."""
 
 
 def build(config: SoundConfig) -> FieldTask:

@@ -74,12 +74,12 @@ class FieldCostConfig:
 
     @property
     def machine(self) -> Machine:
-        """That of the first."""
+        """The machine of the first fit."""
         return self.all[0].machine
 
 
 def default() -> FieldCostConfig:
-    """Of nothing: the tables fill it in."""
+    """Return settings without fits: the tables fill them in."""
     return FieldCostConfig()
 
 
@@ -140,7 +140,8 @@ class Fit:
         )
 
     def _beside_exact(self) -> dict[str, float]:
-        """At the same weights and the same state; of an explicit model there is nothing to compare."""
+        """Compare the gradient with the exact one, at the same weights and the same state; an explicit model has
+        nothing to compare."""
         model = self.task.model
         if not isinstance(model, ImplicitRepresentation):
             return {"cosine": nan, "norm": nan}
@@ -162,7 +163,7 @@ class Fit:
 
 
 def seconds_of(runs: Runs, *rows: Any) -> list[float | None]:
-    """What a step of the rows' fits costs, where it was measured."""
+    """Return what a step of the rows' fits costs, where it was measured."""
     return [runs.named(COST).get(row.name, {}).get("seconds") for row in rows]
 
 

@@ -48,7 +48,7 @@ NAMES: dict[tuple[FilterKind, bool], str] = {
     ("gabor", True): "Gabor-iMFN",
     ("gabor", False): "Gabor-MFN",
 }
-"""Of a filter's implicit representation and of its explicit twin."""
+"""The names of a filter's implicit representation and of its explicit twin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class FieldSettings(Trained, Protocol):
 
     @property
     def representation(self) -> Representation:
-        """What is fitted."""
+        """The representation that is fitted."""
 
 
 def truncated(terms: int = 2) -> Equilibria:
@@ -243,11 +243,11 @@ HELD = {"siren": 3, "fourier": 4, "gabor": 7}
 
 
 SLOPES = 2.2
-"""How many times as much is held where the loss holds slopes, which are differentiated again; likewise."""
+"""How many times as much is held where the loss holds slopes, which are differentiated again, as measured."""
 
 
 def floats_a_point(config: FieldSettings, slopes: bool = False) -> int:
-    """What a step holds for a point at its peak: as measured, with the first step's solve, and rounded up."""
+    """Return what a step holds for a point at its peak: as measured, with the first step's solve, and rounded up."""
     chosen, solve = config.representation, config.equilibria
     vectors = HELD[chosen.filter] * (chosen.depth + 1) + 2
     if chosen.implicit:
@@ -391,7 +391,7 @@ class Scoring(Protocol):
 
     @property
     def metric(self) -> Metric:
-        """By which the weights are selected; one of the figures."""
+        """The figure by which the weights are selected."""
 
     def sums(self, values: Tensor, y: Tensor) -> Tensor:
         """Sums ``[k]`` (float64) over points, of the field's values and the signal's, each ``[points, ...]``."""
@@ -550,7 +550,7 @@ class FieldTask(Task):
 
 
 def noted(about: str, notes: Sequence[str]) -> str:
-    """What is known of a signal, with what was done to it, in one sentence for people."""
+    """Say in one sentence what is known of a signal and what was done to it."""
     return ", ".join((about, *notes)) + "."
 
 

@@ -39,7 +39,7 @@ PUBLISHED: dict[Kind, dict[FilterKind, tuple[tuple[float, float, float], tuple[f
         "gabor": ((27.53, 28.07, 27.40), (27.19, 27.74, 27.57)),
     },
 }
-"""Of each filter the implicit model and the explicit one."""
+"""The published figures: of each filter the implicit model's and the explicit one's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,18 +59,18 @@ class Row:
 
     @property
     def name(self) -> str:
-        """For folders and the command line."""
+        """The name of its folder, which the command line knows too."""
         kind = "implicit" if self.implicit else "explicit"
         return f"{self.filter}-{kind}-{self.size}" + ("-full" if self.full else "")
 
     def label(self, width: int) -> str:
-        """For people."""
+        """A name for people to read."""
         layers, factor = SIZES[self.size]
         name = f"{NAMES[self.filter, self.implicit]} {layers}L-{factor * width}"
         return f"{name}, full solves" if self.full else name
 
     def published(self, kind: Kind) -> float:
-        """In dB."""
+        """The published figure, in dB."""
         return PUBLISHED[kind][self.filter][not self.implicit][list(SIZES).index(self.size)]
 
     @property
@@ -228,7 +228,7 @@ def sheets(config: GeneralizationConfig, runs: Runs) -> Iterator[Sheet]:
 
 
 def reaching(runs: Runs, labels: dict[Row, str]) -> Sheet:
-    """In how many steps, and in what time, a model comes to what the explicit network of one layer ends with."""
+    """Tabulate in how many steps and in what time a model comes to what the explicit network of one layer ends with."""
 
     def cells(row: Row) -> list[str]:
         target = Row(filter=row.filter, implicit=False)
@@ -279,7 +279,7 @@ def amortizing(runs: Runs, labels: dict[Row, str], names: list[FilterKind]) -> S
 
 
 def claims(config: GeneralizationConfig, runs: Runs) -> Iterator[Claim]:
-    """Whether implicit models are better than explicit ones, amortized ones as good as solved ones, and quicker."""
+    """Say if implicit models beat explicit ones, and if amortized ones are as good as solved ones, and quicker."""
     labels = labels_of(config)
     for size, margin in (("1L", 1.5), ("4L", 0.0)):
         for name in FILTERS:
@@ -317,7 +317,7 @@ def claims(config: GeneralizationConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: GeneralizationConfig, runs: Runs) -> str:
-    """What was run, in words."""
+    """Say in words what was run."""
     pictures = subjects(config)
     one = training(config, ROWS["fourier-implicit-1L"], pictures[0], config.plan.first_seed)
     chosen = one.optimization
@@ -334,7 +334,7 @@ def protocol(config: GeneralizationConfig, runs: Runs) -> str:
 
 
 def notes(config: GeneralizationConfig, runs: Runs) -> Iterator[str]:
-    """What a reader must know."""
+    """Say what a reader must know."""
     labels = labels_of(config)
     if config.plan.scale == "cpu":
         yield (

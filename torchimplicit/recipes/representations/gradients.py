@@ -32,7 +32,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """For folders."""
+        """The name of its folder."""
         return f"{self.filter}-{'converged' if self.products is None else f'T{self.products}'}"
 
 
@@ -135,7 +135,7 @@ def sheets(config: GradientsConfig, runs: Runs) -> Iterator[Sheet]:
 
 
 def claims(config: GradientsConfig, runs: Runs) -> Iterator[Claim]:
-    """Whether one product is enough, and what it saves, filter by filter."""
+    """Say whether one product is enough, and what it saves, filter by filter."""
     cost = runs.named(COST)
     for name in FILTERS:
         short, whole = Row(filter=name, products=1), Row(filter=name, products=None)
@@ -157,7 +157,7 @@ def claims(config: GradientsConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: GradientsConfig, runs: Runs) -> str:
-    """What was run, in words."""
+    """Say in words what was run."""
     one = training(config, rows(config, FILTERS[0])[0], subjects(config)[0], config.plan.first_seed)
     chosen = one.optimization
     return (
@@ -171,7 +171,7 @@ def protocol(config: GradientsConfig, runs: Runs) -> str:
 
 
 def notes(config: GradientsConfig, runs: Runs) -> Iterator[str]:
-    """What a reader must know."""
+    """Say what a reader must know."""
     yield "The figure's own values are not at hand, so that none stand beside ours."
     yield (
         "The exact gradient is that of the solved equilibrium. What is left of the distance to it at many products, "

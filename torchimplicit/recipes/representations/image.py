@@ -59,7 +59,7 @@ class PictureConfig:
     other pixel of every other row, or pixels drawn at random."""
 
     split_seed: int = 0
-    """Which pixels are drawn."""
+    """The seed by which the held-out pixels are drawn."""
 
     export_size: int | None = None
     """Also sample the field so large, in pixels of the longest side: into export.png."""
@@ -367,7 +367,7 @@ def build(config: PictureConfig) -> FieldTask:
 
 
 def parts(config: PictureConfig, grid: Grid) -> Parts:
-    """Which pixels are for what."""
+    """Divide the pixels."""
     if config.held_out == "none":
         return Parts.same(grid)
     if config.held_out == "grid":
@@ -378,7 +378,7 @@ def parts(config: PictureConfig, grid: Grid) -> Parts:
 
 
 def picture(config: PictureConfig) -> Picture:
-    """What is fitted."""
+    """Read the picture that the settings ask for."""
     return _read(config.file, config.picture, config.size)
 
 

@@ -124,7 +124,7 @@ class ShapeConfig:
             self._become_exact()
 
     def _become_exact(self) -> None:
-        """What occupancy begins with has no second derivative."""
+        """Solve and differentiate exactly: what occupancy begins with has no second derivative."""
         solve, chosen = self.equilibria, self.representation
         if solve == truncated():
             object.__setattr__(self, "equilibria", exact())
@@ -178,7 +178,7 @@ class Frame:
 
     @staticmethod
     def of(mesh: Mesh) -> Frame:
-        """That in which the mesh's box is in the middle and its longest side is :data:`LONGEST`."""
+        """Return the frame in which the mesh's box is in the middle and its longest side is :data:`LONGEST`."""
         low, high = mesh.vertices.amin(0), mesh.vertices.amax(0)
         return Frame((low + high) / 2, float((high - low).max()) / LONGEST)
 
@@ -282,7 +282,7 @@ def _distances(mesh: Mesh, tree: MeshTree, x: Tensor) -> Tensor:
 
 
 def cross_entropy(field: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """Of the field as the logit of being inside."""
+    """Return the cross-entropy of the field as the logit of being inside."""
     return functional.binary_cross_entropy_with_logits(field(x)[:, 0], y[:, 0])
 
 
@@ -379,16 +379,16 @@ class Subject:
 
     @cached_property
     def tree(self) -> MeshTree:
-        """Of the mesh."""
+        """The tree of the mesh."""
         return MeshTree(self.mesh)
 
     def describe(self) -> str:
-        """In one sentence for people."""
+        """Describe the shape in one sentence."""
         return noted(f"{self.name}: {len(self.mesh.faces)} faces", self.notes)
 
 
 def subject(config: ShapeConfig) -> Subject:
-    """What is fitted.
+    """Read or make the shape that is fitted.
 
     Raises:
         UserError: if it cannot be read, or is no solid.
@@ -464,7 +464,7 @@ def compared(mesh: Mesh, truth: Mesh, tree: MeshTree, seed: int = 0) -> Comparis
 
 PICTURE = 360
 MOST_ERROR = 0.02
-"""Of the longest side, at the bright end of the error's colours."""
+"""The error at the bright end of its colours, as a share of the longest side."""
 
 
 def show(config: ShapeConfig, task: FieldTask, results: Results, run: Run) -> None:

@@ -72,7 +72,7 @@ class ShapesCostConfig:
 
 
 def costs() -> ShapesCostConfig:
-    """Of nothing: the table fills it in."""
+    """Return settings without runs: the table fills them in."""
     return ShapesCostConfig()
 
 
@@ -128,7 +128,7 @@ class Direction:
 
 @dataclass(frozen=True)
 class ShapesCost:
-    """What was measured.
+    """The measurements.
 
     Attributes:
         costs: of a step, by the fits' names.
@@ -218,7 +218,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """For folders and the command line."""
+        """The name of its folder, which the command line knows too."""
         return f"{self.task}-{self.filter}-{self.kind}"
 
     @property
@@ -228,7 +228,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """A name for people to read."""
         trained = {"implicit": ", exact", "one-step": ", one step", "explicit": ""}[self.kind]
         return self.model + (trained if self.task == "sdf" else "")
 
@@ -422,7 +422,7 @@ def claims(config: ShapesConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: ShapesConfig, runs: Runs) -> str:
-    """What was run, in words."""
+    """Say in words what was run."""
     from torchimplicit.recipes.representations.shape import subject
 
     rows = [Row(task=task, filter="fourier", kind="implicit") for task in TITLES]
@@ -449,7 +449,7 @@ def protocol(config: ShapesConfig, runs: Runs) -> str:
 
 
 def notes(config: ShapesConfig, runs: Runs) -> Iterator[str]:
-    """What a reader must know."""
+    """Say what a reader must know."""
     yield "The published figures for 3D occupancy are not known here, so that none stand beside ours."
     if config.plan.scale == "cpu":
         yield "Narrower models, fewer points and steps than the paper's: rows compare among themselves."

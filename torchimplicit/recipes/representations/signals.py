@@ -42,12 +42,12 @@ class Row:
 
     @property
     def name(self) -> str:
-        """For folders and the command line."""
+        """The name of its folder, which the command line knows too."""
         return f"{self.kind}-{self.filter}-{'implicit' if self.implicit else 'explicit'}"
 
     @property
     def label(self) -> str:
-        """For people."""
+        """A name for people to read."""
         return NAMES[self.filter, self.implicit]
 
     @property
@@ -192,7 +192,7 @@ def sheets(config: SignalsConfig, runs: Runs) -> Iterator[Sheet]:
 
 
 def claims(config: SignalsConfig, runs: Runs) -> Iterator[Claim]:
-    """Whether an implicit model is better than its twin, and whether it comes to what that ends with in less time."""
+    """Say whether an implicit model is better than its twin, and comes to what that ends with in less time."""
     for kind in KINDS:
         rows = [row for row in ROWS.values() if row.kind == kind and row.implicit]
         for row in rows:
@@ -212,7 +212,7 @@ def claims(config: SignalsConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: SignalsConfig, runs: Runs) -> str:
-    """What was run, in words."""
+    """Say in words what was run."""
     from torchimplicit.recipes.representations.audio import sound
     from torchimplicit.recipes.representations.video import clip
 
@@ -233,7 +233,7 @@ def protocol(config: SignalsConfig, runs: Runs) -> str:
 
 
 def notes(config: SignalsConfig, runs: Runs) -> Iterator[str]:
-    """What a reader must know."""
+    """Say what a reader must know."""
     if config.plan.scale == "cpu":
         yield (
             "Shorter and smaller signals, narrower models and fewer steps than the paper's: rows compare among "

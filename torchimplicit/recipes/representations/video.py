@@ -189,7 +189,7 @@ MOST_POINTS = 1 << 27
 """Pixels of all frames together."""
 
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises for files that are cut short, or broken, or would be huge."""
+"""The errors that Pillow raises for files that are cut short, or broken, or would be huge."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class _Reading:
 
 
 def clip(config: VideoConfig) -> Clip:
-    """What is fitted: the video that the settings ask for.
+    """Read or make the video that the settings ask for.
 
     Raises:
         UserError: if it cannot be read, or there is nothing in it to fit.
@@ -277,7 +277,7 @@ def _folder(path: Path, size: int, known: _Reading) -> Generator[Tensor]:
 
 
 def _is_picture(path: Path) -> bool:
-    """Whether Pillow knows the file."""
+    """Say whether Pillow knows the file."""
     try:
         with Image.open(path) as image:
             return image.format != "MPEG"  # whose size Pillow knows, and no more
@@ -404,7 +404,7 @@ SHORTEST = 20
 
 
 def can_write_mp4() -> bool:
-    """Whether PyAV is installed."""
+    """Say whether PyAV is installed."""
     return find_spec("av") is not None
 
 

@@ -200,7 +200,7 @@ class Optimization:
             raise UserError(f"--milestones go with --schedule milestones, and it is {self.schedule}")
 
     def of(self, seed: int, steps: int | None = None, times: int = 1) -> Optimization:
-        """The same of another seed, in so many steps where they are given, and then ``times`` as long."""
+        """Take another seed, so many steps where they are given, and then ``times`` as long."""
         steps = self.steps if steps is None else steps
         every = min(steps, self.validate_every)
         return replace(self, seed=seed, steps=times * steps, validate_every=times * every)

@@ -125,7 +125,7 @@ def equilibria(task: nn.Module) -> list[Equilibrium]:
 
 
 def flat_gradient(task: nn.Module) -> Tensor:
-    """In all weights that have one, one after the other."""
+    """Return the gradient in all weights that have one, one after the other."""
     return torch.cat([p.grad.flatten() for p in task.parameters() if p.grad is not None]).double()
 
 
@@ -160,7 +160,7 @@ def costs_of(plain: Mapping[str, Any]) -> dict[str, StepCost]:
 
 
 def step_table(costs: Mapping[str, StepCost], labels: Mapping[str, str] | None = None) -> Table:
-    """What a step costs, of the kinds that are labelled and there."""
+    """Tabulate what a step costs, of the kinds that are labelled and there."""
     names = labels or {name: name for name in costs}
     return sheet("", [name for name in names if name in costs], [
         Cell("Model", lambda name: names[name]),
@@ -178,6 +178,6 @@ def step_table(costs: Mapping[str, StepCost], labels: Mapping[str, str] | None =
 
 
 def step_sheet(found: Mapping[str, Any], labels: Mapping[str, str]) -> list[Sheet]:
-    """The same as a record holds it; none where it was not measured."""
+    """Tabulate step costs as a record holds them; no sheet where they were not measured."""
     table = step_table(costs_of(found), labels)
     return [Sheet("A training step", table)] if table.rows else []

@@ -52,7 +52,7 @@ class Table:
     rows: list[list[str]]
 
     def rich(self) -> RichTable:
-        """For the terminal, turned on its side: a column for each row, so that it fits 80 characters."""
+        """Return it for the terminal, turned on its side: a column for each row, so that it fits 80 characters."""
         table = RichTable()
         head, *figures = self.columns
         table.add_column(head.title)
@@ -64,7 +64,7 @@ class Table:
         return table
 
     def rich_rows(self) -> RichTable:
-        """For the terminal, as it is."""
+        """Return it for the terminal, as it is."""
         table = RichTable()
         for index, column in enumerate(self.columns):
             name = column.title + (f"\n{column.unit}" if column.unit else "")
@@ -74,7 +74,7 @@ class Table:
         return table
 
     def markdown(self) -> str:
-        """For the documentation."""
+        """Write it for the documentation."""
         heads = [c.title + (f" ({c.unit})" if c.unit else "") for c in self.columns]
         lines = [heads, ["---", *("---:" for _ in heads[1:])], *self.rows]
         table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
@@ -172,7 +172,7 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """In words."""
+        """Say it in words."""
         return "Not tested" if self.holds is None else "Holds" if self.holds else "Fails"
 
 
@@ -323,7 +323,7 @@ class Runs(Sequence[Line]):
         return Runs(line for line in self if all(name in line.key and line.key[name] == key[name] for name in key))
 
     def named(self, name: str) -> Mapping[str, Any]:
-        """What the record holds of one run; empty where it is not there."""
+        """Return what the record holds of one run; nothing where it is not there."""
         return next((line.figures for line in self if line.name == name), {})
 
     def of(self, row: Any, path: str) -> list[Any]:
@@ -378,7 +378,7 @@ class Runs(Sequence[Line]):
 
 
 def trained(config: Any, run: Run) -> dict[str, Any] | None:
-    """What ``results.json`` says of a training, as records hold it; ``None`` where there is none."""
+    """Return what ``results.json`` says of a training, as records hold it; ``None`` where there is none."""
     if not (run.path / "results.json").is_file():
         return None
     one = run.read_json("results.json")
@@ -450,8 +450,8 @@ def mean(values: Iterable[Any], form: str) -> str:
 def sooner(
     statement: str, tries: Sequence[tuple[int | None, int]], own: float | None, other: float | None
 ) -> Iterator[Claim]:
-    """Whether one reaches what another ends with in less time, given :meth:`Runs.reaching` and the seconds of a step of
-    both; no claim where they are not known."""
+    """Say if one reaches what another ends with in less time, given :meth:`Runs.reaching` and the seconds of a step
+    of both; no claim where they are not known."""
     if not tries or own is None or other is None:
         return
     reached = [(own * steps, other * theirs) for steps, theirs in tries if steps is not None]
@@ -491,7 +491,7 @@ def missing(jobs: Iterable[Job], runs: Runs, words: str = "Not there, or not com
 
 
 def left_out(jobs: Iterable[Job], runs: Runs, words: str) -> Iterator[str]:
-    """The same where there are many jobs: how many of them, and the names of the first."""
+    """Say how many jobs of many are left out, with the names of the first."""
     asked = list(jobs)
     if names := [job.name for job in asked if not runs.named(job.name)]:
         more = ", ..." if len(names) > 6 else ""
@@ -547,7 +547,7 @@ class Published(Generic[C]):
     figures: Callable[[C, Run], Any] = trained
 
     def gather(self, config: C, folders: Mapping[str, Run]) -> dict[str, Any]:
-        """What a record holds of these runs."""
+        """Return what a record holds of these runs."""
         there = (job for job in self.jobs(config) if job.name in folders)
         found = {job.recorded: self.figures(config, folders[job.name]) for job in there}
         packed: dict[str, Any] = {}

@@ -50,11 +50,11 @@ class Metric:
     best: Literal["max", "min"]
 
     def better(self, one: float, other: float) -> bool:
-        """Whether ``one`` beats ``other``; nothing beats by being NaN."""
+        """Say whether ``one`` beats ``other``; nothing beats by being NaN."""
         return one > other if self.best == "max" else one < other
 
     def text(self, value: float) -> str:
-        """For people."""
+        """Write a value for people to read."""
         return f"{100 * value:.2f} %" if self.unit == "%" else f"{value:.4g} {self.unit}".rstrip()
 
 
@@ -84,7 +84,7 @@ class Task(nn.Module, ABC):
 
     @property
     def weights(self) -> int:
-        """How many parameters there are."""
+        """Count the parameters."""
         return sum(p.numel() for p in self.parameters())
 
     def solved(self, solution: Solution) -> None:
@@ -102,7 +102,7 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:
-        """What the step lowers: a scalar, a mean over the batch."""
+        """Return what the step lowers: a scalar, a mean over the batch."""
 
     @abstractmethod
     def score(self, batch: Any) -> Tensor:
@@ -404,12 +404,12 @@ class Stopwatch:
         self._began = self._last = clock(device, wall=True)()
 
     def skip(self, device: torch.device) -> None:
-        """What has passed since the last reading belongs to no part."""
+        """Count what has passed since the last reading to no part."""
         self._last = clock(device, wall=True)()
 
     @contextmanager
     def pause(self, device: torch.device) -> Iterator[None]:
-        """What passes meanwhile belongs neither to the step nor to its parts."""
+        """Count what passes meanwhile neither to the step nor to its parts."""
         began = clock(device, wall=True)()
         yield
         spent = clock(device, wall=True)() - began
