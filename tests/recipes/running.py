@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from rich.console import Console
 
 from torchimplicit import cli
@@ -24,6 +25,18 @@ def trained(recipe, config, path, *parts):
     for part in parts or (config,):
         assert runner.train(part, run, QUIET)
     return run
+
+
+def descent(task, batches, rate=1e-2):
+    """The loss of one step on each of these batches."""
+    rule, found = torch.optim.Adam(task.parameters(), rate), []
+    for batch in batches:
+        loss = task.loss(batch)
+        rule.zero_grad()
+        loss.backward()
+        rule.step()
+        found.append(float(loss.detach()))
+    return found
 
 
 def logged(run):

@@ -7,40 +7,30 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
+from running import QUIET, descent, logged, run_jobs
 
 import torchimplicit as ti
 from torchimplicit.models import mlp_decoder
-from torchimplicit.recipes.joint import decoder as frechet
-from torchimplicit.recipes.joint import generation as measurement
-from torchimplicit.recipes.joint import generation as runner
-from torchimplicit.recipes.joint.decoder import Images, Joint, Kind, found, joint_solver, mosaic, reconstruction
+from torchimplicit.recipes.joint import decoder, generation
+from torchimplicit.recipes.joint.decoder import Images, Joint, Kind, joint_solver, mosaic, reconstruction
 from torchimplicit.recipes.joint.generation import (
     JOINT,
-    METHODS,
+    RUNNER,
     TABLE,
     Generation,
     GenerationConfig,
     JiioGenerationConfig,
-    generation_digits,
-    jobs,
-    nested,
-    overtaking,
 )
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.fitting import rows
-from torchimplicit.recipes.runtime.jobs import prepare
 from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, from_plain, to_plain
 
-QUIET = Console(quiet=True)
 pytestmark = pytest.mark.filterwarnings("ignore::torchimplicit.ConvergenceWarning")
 
 
 def few(**changes: Any) -> GenerationConfig:
     """A few images and steps."""
-    usual = generation_digits()
     return replace(
-        usual,
+        generation.generation_digits(),
         images=Images(validation_images=20, train_images=40, test_images=20),
         joint=Joint(joint_steps=8, test_steps=10),
         components=2,
@@ -55,41 +45,41 @@ def few(**changes: Any) -> GenerationConfig:
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frechet, "STEPS", 3)
-    monkeypatch.setattr(measurement, "JOINT_STEPS", (10, 20, 40))
-    monkeypatch.setattr(measurement, "NESTED_STEPS", (10, 20, 40))
-    monkeypatch.setattr(measurement, "RATES", dict.fromkeys(METHODS, (0.1,)))
-    monkeypatch.setattr(measurement, "STEP_SIZES", (10.0,))
-    monkeypatch.setattr(measurement, "TOLERANCES", (1e-1, 1e-2))
-    frechet.features.cache_clear()
+    monkeypatch.setattr(decoder, "STEPS", 3)
+    monkeypatch.setattr(generation, "JOINT_STEPS", (10, 20, 40))
+    monkeypatch.setattr(generation, "NESTED_STEPS", (10, 20, 40))
+    monkeypatch.setattr(generation, "RATES", dict.fromkeys(generation.METHODS, (0.1,)))
+    monkeypatch.setattr(generation, "STEP_SIZES", (10.0,))
+    monkeypatch.setattr(generation, "TOLERANCES", (1e-1, 1e-2))
+    decoder.features.cache_clear()
 
 
 def test_distance_of_two_gaussians() -> None:
     one = torch.tensor([1.0, 2.0]).double(), torch.diag(torch.tensor([4.0, 9.0]).double())
     other = torch.tensor([0.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 1.0]).double())
-    assert frechet.between(one, other) == pytest.approx(1 + 4 + (2 - 1) ** 2 + (3 - 1) ** 2)
-    assert frechet.between(one, one) == pytest.approx(0.0, abs=1e-9)
+    assert decoder.between(one, other) == pytest.approx(1 + 4 + (2 - 1) ** 2 + (3 - 1) ** 2)
+    assert decoder.between(one, one) == pytest.approx(0.0, abs=1e-9)
     turned = torch.linalg.qr(torch.randn(2, 2, generator=torch.Generator().manual_seed(0)).double()).Q
     moved = [(turned @ m, turned @ c @ turned.mT) for m, c in (one, other)]
-    assert frechet.between(moved[0], moved[1]) == pytest.approx(frechet.between(one, other))
+    assert decoder.between(moved[0], moved[1]) == pytest.approx(decoder.between(one, other))
 
 
 def test_all_methods_find_the_same_latents() -> None:
     torch.manual_seed(0)
-    decoder = mlp_decoder((1, 3, 4), latent=3, width=8).double().eval().requires_grad_(False)
-    wanted = decoder(torch.randn(5, 3, dtype=torch.float64))
-    problem = reconstruction(decoder, 0.01, 2.0, 12)
+    model = mlp_decoder((1, 3, 4), latent=3, width=8).double().eval().requires_grad_(False)
+    wanted = model(torch.randn(5, 3, dtype=torch.float64))
+    problem = reconstruction(model, 0.01, 2.0, 12)
     solver = ti.Anderson(memory=20, rtol=1e-9, max_steps=3000)
-    expected = found(decoder, problem, solver, wanted).value.x
+    expected = decoder.found(model, problem, solver, wanted).value.x
 
     def loss(made: torch.Tensor, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return (made - target).square().flatten(1).mean(dim=1) + 0.01 * x.square().mean(dim=1)
 
     for method, rate, steps in (("gradient-descent", 4.0, 150), ("adam", 0.1, 100)):
-        x = nested(decoder, loss, wanted, method, steps=steps, rate=rate, tolerance=1e-6)  # type: ignore[arg-type]
+        x = generation.nested(model, loss, wanted, method, steps=steps, rate=rate, tolerance=1e-6)  # type: ignore[arg-type]
         assert float((x - expected).norm() / expected.norm()) < 0.05
-    rough = nested(decoder, loss, wanted, "adam-one-step", steps=100, rate=0.1, tolerance=1e-3)
-    assert float(loss(decoder(rough), rough, wanted).mean()) < 0.3 * float(wanted.square().mean())
+    rough = generation.nested(model, loss, wanted, "adam-one-step", steps=100, rate=0.1, tolerance=1e-3)
+    assert float(loss(model(rough), rough, wanted).mean()) < 0.3 * float(wanted.square().mean())
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv", "mdeq"])
@@ -99,15 +89,8 @@ def test_training_lowers_the_loss(kind: str) -> None:
     torch.manual_seed(0)
     task = Generation(config)
     batch = (task.data.training.images[:20], None)
-    optimizer = torch.optim.Adam(task.parameters(), 1e-2)
-    losses = []
-    for _ in range(12):
-        loss = task.loss(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.8 * losses[0]
+    found = descent(task, [batch] * 12)
+    assert found[-1] < 0.8 * found[0]
     sums = task.score(batch)
     figures = task.figures(sums.tolist())
     assert 0 < figures["mse"] <= figures["loss"]
@@ -121,7 +104,7 @@ def test_the_gradient_is_that_of_a_longer_solve() -> None:
     for steps in (400, 800):
         problem = reconstruction(task.decoder, 1e-2, 10.0, 64)
         solver = replace(joint_solver(task.config.joint, steps), rtol=1e-10)
-        value = found(task.decoder, problem, solver, images, gradient=ti.Envelope()).value
+        value = decoder.found(task.decoder, problem, solver, images, gradient=ti.Envelope()).value
         slopes.append(
             torch.autograd.grad(problem.loss(value.z, value.x, images).mean(), list(task.decoder.parameters()))
         )
@@ -137,7 +120,7 @@ def test_bad_settings() -> None:
     with pytest.raises(UserError, match="leave --data-dir away"):
         Images(data="digits", data_dir=".")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="--components 50 is more than there are training images"):
-        runner.RUNNER.check(replace(few(), components=50))
+        RUNNER.check(replace(few(), components=50))
 
 
 def test_mosaic() -> None:
@@ -151,16 +134,16 @@ def test_the_cheapest_joint_solve_that_is_as_good() -> None:
     measured = [(JOINT, 10, 1.0, 0.5), (JOINT, 20, 2.0, 0.3), (JOINT, 30, 3.0, 0.2), ("adam", 40, 10.0, 0.3),
                 ("adam", 10, 3.0, 0.1)]  # fmt: skip
     one = {"points": [dict(zip(("method", "steps", "seconds", "loss"), point, strict=True)) for point in measured]}
-    better = overtaking(one, "adam", 40)
+    better = generation.overtaking(one, "adam", 40)
     assert better is not None
     assert (better.steps, better.ratio) == (20, 5.0)
-    assert overtaking(one, "adam", 10) is None
+    assert generation.overtaking(one, "adam", 10) is None
 
 
 @pytest.mark.parametrize("kind", [None, "mdeq"])
 def test_jobs_survive_their_description(kind: Kind | None) -> None:
     config = JiioGenerationConfig(kind=kind)
-    for job in jobs(config):
+    for job in generation.jobs(config):
         assert from_plain(type(job.config), to_plain(job.config)) == job.config
         assert job.config.decoder.kind == (kind or "mlp")
     TABLE.check(config)
@@ -168,19 +151,14 @@ def test_jobs_survive_their_description(kind: Kind | None) -> None:
 
 def test_the_table_with_one_seed_and_with_none(tmp_path: Any) -> None:
     config = JiioGenerationConfig()
-    runs = {}
-    for job in jobs(config)[:2]:
-        short = few(model=job.config.model, curves=job.config.curves)
-        run = prepare(replace(job, config=short), tmp_path)
-        assert runner.RUNNER.train(short, run, QUIET)
-        logged = [row["forward_evaluations"] for row in rows(run.metrics) if "loss" in row]
-        assert min(logged) > 1, "those of joint solves count as the layer's do"
-        runs[job.name] = run
+    runs = run_jobs(generation.jobs(config)[:2], tmp_path, lambda one: few(model=one.model, curves=one.curves))
+    for run in runs.values():
+        assert min(evaluations for _, evaluations in logged(run)) > 1, "those of joint solves count as the layer's do"
     summary = TABLE.summarize(config, runs)
     assert len(summary.claims) == 5
     assert {d.name for d in summary.drawings} == {"curves-jiio", "images-jiio", "images-vae"}
     assert "wide-0, jiio-1" in summary.notes[-1]
-    runner.RUNNER.evaluate(short, run, QUIET)
+    RUNNER.evaluate(few(model="vae"), run, QUIET)
     nothing = TABLE.summarize(config, {})
     assert not nothing.claims
     assert not nothing.drawings

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
+from running import QUIET, descent, run_jobs
 from scipy.io import savemat
 
 import torchimplicit as ti
@@ -24,18 +25,15 @@ from torchimplicit.recipes.joint.inverse import (
 )
 from torchimplicit.recipes.phantom.image_files import FACES, olivetti
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.jobs import prepare
 from torchimplicit.recipes.runtime.settings import Machine, Optimization
 
-QUIET = Console(quiet=True)
 pytestmark = pytest.mark.filterwarnings("ignore::torchimplicit.ConvergenceWarning")
 
 
 def few(**changes: Any) -> InverseConfig:
     """A few images and steps."""
-    usual = inverse_digits()
     return replace(
-        usual,
+        inverse_digits(),
         images=Images(validation_images=20, train_images=40, test_images=20),
         joint=Joint(joint_steps=8, test_steps=10),
         optimization=Optimization(steps=2, batch_size=8, validate_every=2),
@@ -102,16 +100,14 @@ def test_training_lowers_the_error(through: Any) -> None:
     torch.manual_seed(0)
     task = Restoration(few(through=through))
     batch = (task.data.training.images[:16],)
-    optimizer = torch.optim.Adam(task.parameters(), 1e-2)
-    losses = []
-    for _ in range(10):
-        torch.manual_seed(1)  # the same noise
-        loss = task.loss(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.9 * losses[0]
+
+    def batches() -> Iterator[Any]:
+        for _ in range(10):
+            torch.manual_seed(1)  # the same noise
+            yield batch
+
+    found = descent(task, batches())
+    assert found[-1] < 0.9 * found[0]
     assert (task.prior_shift.grad is not None) == (through == "exact")
 
 
@@ -136,16 +132,13 @@ def test_olivetti_from_its_file(tmp_path: Any) -> None:
 
 def test_the_table_with_some_runs_and_with_none(tmp_path: Any) -> None:
     config = JiioInverseConfig()
-    runs = {}
-    for job in jobs(config)[:2]:
-        short = few(corruption=job.config.corruption, through=job.config.through)
-        run = prepare(replace(job, config=short), tmp_path)
-        assert RUNNER.train(short, run, QUIET)
-        runs[job.name] = run
+    asked = jobs(config)[:2]
+    runs = run_jobs(asked, tmp_path, lambda one: few(corruption=one.corruption, through=one.through))
     summary = TABLE.summarize(config, runs)
     assert summary.claims[0].statement.startswith("The exact gradient, as in training")
     assert [claim.statement.split(":")[0] for claim in summary.claims[1:]] == ["denoising"]
     assert [line[0] for line in summary.sheets[-1].table.rows] == ["denoising: exact", "denoising: first-order"]
     assert [d.name for d in summary.drawings] == ["denoising"]
-    RUNNER.evaluate(short, run, QUIET)
+    last = asked[-1]
+    RUNNER.evaluate(few(corruption=last.config.corruption, through=last.config.through), runs[last.name], QUIET)
     assert not TABLE.summarize(config, {}).claims

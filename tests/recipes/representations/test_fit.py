@@ -11,6 +11,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("tyro")
 
 from rich.console import Console
+from running import descent
 
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients import Implicit, NeumannPhantom
@@ -234,14 +235,7 @@ class TestTask:
     def test_every_kind_is_fitted(self, filter, implicit):
         config = WaveConfig(representation=Representation(width=12, filter=filter, implicit=implicit))
         task = wave(config)
-        optimizer = torch.optim.Adam(task.parameters(), lr=1e-2)
-        found = []
-        for batch in task.training_batches(range(60), Shard()):
-            optimizer.zero_grad()
-            loss = task.loss(batch)
-            loss.backward()
-            optimizer.step()
-            found.append(float(loss.detach()))
+        found = descent(task, task.training_batches(range(60), Shard()))
         assert found[-1] < 0.5 * found[0]
         assert task.describe().startswith(f"A wave. {'Implicit' if implicit else 'Explicit'}")
         assert task.on_grid([25]).shape == (25, 2)
@@ -304,13 +298,7 @@ class TestSlopes:
         t = torch.linspace(-1, 1, config.samples)
         grid = Grid(torch.stack([(3 * t).cos(), t], 1))
         task = FieldTask(config, grid, Parts.same(grid), 4.0, criterion)
-        optimizer = torch.optim.Adam(task.parameters(), lr=1e-2)
-        for batch in task.training_batches(range(40), Shard()):
-            optimizer.zero_grad()
-            loss = task.loss(batch)
-            loss.backward()
-            optimizer.step()
-        return float(loss.detach())
+        return descent(task, task.training_batches(range(40), Shard()))[-1]
 
     def config(self, **changes):
         return WaveConfig(

@@ -17,7 +17,7 @@ pytest.importorskip("trimesh")
 import trimesh
 from PIL import Image
 from rich.console import Console
-from running import assert_refused, assert_resumes, trained
+from running import assert_refused, assert_resumes, descent, trained
 
 from torchimplicit.recipes.representations.fit import Representation, floats_a_point
 from torchimplicit.recipes.representations.mesh import (
@@ -445,14 +445,7 @@ class TestRecipe:
     def test_every_kind_is_fitted(self, tmp_path, task, filter, implicit):
         config = small(tmp_path, task=task, model={"filter": filter, "implicit": implicit, "frequencies": 4.0})
         model = build(config).train()
-        optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
-        found = []
-        for _ in range(30):
-            optimizer.zero_grad()
-            loss = model.loss(torch.arange(300))
-            loss.backward()
-            optimizer.step()
-            found.append(float(loss.detach()))
+        found = descent(model, [torch.arange(300)] * 30, rate=2e-2)
         assert found[-1] < 0.8 * found[0]
 
     @pytest.mark.parametrize("task", ["occupancy", "sdf"])
