@@ -210,9 +210,12 @@ class Results:
 
 
 def spurious(one: Quality, electrons: float) -> bool:
-    """Whether a minimum was found that has nothing to do with the reference."""
+    """Whether a minimum was found that has nothing to do with the reference, or on the finer grid another one, farther
+    away than half of the superposition's own L."""
     if not one.converged:
         return False
+    if one.finer is not None and one.finer.converged and one.finer.moved > 0.5 * one.guess_loss:
+        return True
     return one.loss > SPURIOUS_LOSS * one.guess_loss or abs(one.energy_error) > SPURIOUS_ENERGY * electrons
 
 
