@@ -235,7 +235,7 @@ def test_a_finer_grid_is_looked_at_too(h2):
     from tests.conftest import H2
 
     config = settings(check_grid=2)
-    found = quality(Case.of(h2), runner.started(config, [Case.of(h2)]), config, file=H2)
+    found = quality(Case.of(h2), fitted(h2, config), config, file=H2)
     assert found.finer is not None
     assert (found.finer.level, found.finer.converged) == (2, True)
     assert found.finer.loss == pytest.approx(found.loss, rel=0.05)
@@ -306,7 +306,8 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, folder, monkeypatch):
 
     monkeypatch.setattr(runner, "optimize", interrupted)
     assert not runner.train(config, run, Console(quiet=True))
-    assert run.read_json("results.json")["state"] == "interrupted"
+    assert not (run.path / "results.json").exists()
+    assert run.read_json("progress.json")["done"] == 2
     monkeypatch.setattr(runner, "optimize", wanted)
     assert runner.train(config, run, Console(quiet=True))
     results = run.read_json("results.json")

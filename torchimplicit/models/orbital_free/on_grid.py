@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, final
 
@@ -40,6 +41,15 @@ class Memory:
     def used(self) -> int:
         """In bytes."""
         return sum(grid.held for ref in self._grids if (grid := ref()) is not None)
+
+    @contextmanager
+    def limited(self, limit: float) -> Iterator[None]:
+        """Within it there are so many bytes."""
+        before, self.limit = self.limit, limit
+        try:
+            yield
+        finally:
+            self.limit = before
 
     def touch(self, grid: OnGrid) -> None:
         """It is being used."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -43,8 +43,12 @@ def fit_linear(
     functional.elements.zero_()
     if functional.pairs is not None:
         functional.pairs.zero_()
-    found = [Linearized.of(functional, one, metric) for one, metric in zip(molecules, metrics, strict=True)]
-    fit_linearized(functional, found, ridge, pair_ridge)
+    fit_linearized(
+        functional,
+        (Linearized.of(functional, one, metric) for one, metric in zip(molecules, metrics, strict=True)),
+        ridge,
+        pair_ridge,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,41 +56,38 @@ class Linearized:
     """What :func:`fit_linear` needs of a molecule, by the functional without linear terms.
 
     Attributes:
-        charges, electrons: the molecule's.
-        answer: the response at the reference density, ``[n, n]``.
-        slope: the energy's there, ``[n]``.
-        columns: of the linear terms, ``[n, coefficients]``.
+        charges: the molecule's.
+        away: how far the minimum is from the reference density, over the root of the number of electrons, ``[n]``.
+        coefficients: of the linear terms, those that the molecule depends on, ``[k]``.
+        columns: how ``away`` changes with them, ``[n, k]``.
     """
 
     charges: Tensor
-    electrons: Tensor
-    answer: Tensor
-    slope: Tensor
+    away: Tensor
+    coefficients: Tensor
     columns: Tensor
 
     @classmethod
     def of(cls, functional: OrbitalFree, molecule: Molecule, metric: Metric) -> Self:
         """Of one molecule."""
-        return cls(
-            molecule.charges,
-            molecule.electrons,
-            response(functional, molecule.reference, molecule, metric),
-            _slope(functional, molecule),
-            linear_columns(functional, molecule),
-        )
+        answer = response(functional, molecule.reference, molecule, metric) / molecule.electrons.sqrt()
+        columns = linear_columns(functional, molecule)
+        its = columns.any(dim=0).nonzero()[:, 0]
+        return cls(molecule.charges, answer @ _slope(functional, molecule), its, answer @ columns[:, its])
 
 
 @torch.no_grad()
 def fit_linearized(
-    functional: OrbitalFree, molecules: Sequence[Linearized], ridge: float = 1e-8, pair_ridge: float = 1e-5
+    functional: OrbitalFree, molecules: Iterable[Linearized], ridge: float = 1e-8, pair_ridge: float = 1e-5
 ) -> None:
     """:func:`fit_linear` of what is known of the molecules already."""
     functional.elements.zero_()
-    functional.elements[torch.cat([one.charges for one in molecules])] = True
-    answers = [one.answer / one.electrons.sqrt() for one in molecules]
-    every = torch.cat([answer @ one.columns for answer, one in zip(answers, molecules, strict=True)])
-    slope = torch.cat([answer @ one.slope for answer, one in zip(answers, molecules, strict=True)])
-    matrix, right = every.T @ every, -every.T @ slope
+    count = functional.reference.numel() + (0 if functional.pairs is None else functional.pairs.numel())
+    matrix, right = functional.reference.new_zeros(count, count), functional.reference.new_zeros(count)
+    for one in molecules:
+        functional.elements[one.charges] = True
+        matrix[one.coefficients[:, None], one.coefficients] += one.columns.T @ one.columns
+        right[one.coefficients] -= one.columns.T @ one.away
     size = matrix.diagonal()
     used = size > 0
     own = functional.reference.numel()

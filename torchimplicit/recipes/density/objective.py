@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +19,7 @@ from torchimplicit.coordinates import Metric
 from torchimplicit.gradients import DampedImplicit, EquilibriumPropagation, Gradient, Implicit
 from torchimplicit.linear import MINRES, ReferenceHessian
 from torchimplicit.models.orbital_free import Molecule, OrbitalFree
+from torchimplicit.models.orbital_free.on_grid import SHARED
 from torchimplicit.models.orbital_free.pairs import entries
 from torchimplicit.models.orbital_free.second import hessian, mixed
 from torchimplicit.problems import Minimum
@@ -355,6 +356,7 @@ class Share:
 
     Attributes:
         work: of the last call.
+        tell: is called with what is being done, several times in an evaluation.
     """
 
     def __init__(
@@ -369,6 +371,7 @@ class Share:
         self.config, self.total = config, total
         self.penalties = Penalties(config)
         self.work = Work()
+        self.tell: Callable[[str], None] = lambda status: None
 
     def residuals(self, vector: Array) -> Array:
         """Of all molecules of the share; all infinite where a density is not found, after which no other is sought."""
@@ -400,6 +403,7 @@ class Share:
             p, parts = solution.value.detach(), []
             matrix = moved = p
             for weight, p in self._points(solution):  # the last is the solution
+                self._doing("second derivatives", case)
                 matrix = case.curvature(self.functional, p)
                 moved = self._moved(case, p, matrix)
                 parts.append(weight * case.weighing @ moved)
@@ -430,6 +434,7 @@ class Share:
             # at the minimum the energy's derivative through the density is nought (the envelope theorem)
             loss = loss + 0.5 * self._energy_error(case, solution.value.detach()).square()
         loss = loss + self.penalties(number, case, self.functional, solution.value.detach())
+        self._doing("gradient", case)
         (loss / self.total).backward()
         if solution.adjoint is not None:
             self.work.adjoint += solution.adjoint.evaluations
@@ -440,11 +445,15 @@ class Share:
         self.work = Work()
 
     def _solved(self, case: Case) -> Solution:
+        self._doing("minimization", case)
         solution = case.solved(self.functional, self.config, cold=self.config.cold)
         self.work.steps += float(solution.steps)
         self.work.evaluations += solution.evaluations
         self.work.unconverged += not bool(solution.converged)
         return solution
+
+    def _doing(self, what: str, case: Case) -> None:
+        self.tell(f"{what} of {case.molecule.name}, {self.cases.index(case) + 1} of {len(self.cases)}")
 
     def _moved(self, case: Case, p: Tensor, matrix: Tensor) -> Tensor:
         """``[n, weights]``: how the density of least energy moves with the weights, if ``p`` is it.
@@ -531,6 +540,10 @@ class DensityFit(AbstractContextManager["DensityFit"]):
     def model(self) -> OrbitalFree:
         """See :class:`~torchimplicit.recipes.runtime.optimize.Objective`."""
         return self.functional
+
+    def told(self, tell: Callable[[str], None]) -> None:
+        """Of what is being done, within an evaluation; by this process' share."""
+        self._share.tell = tell
 
     @property
     def weights(self) -> Array:
@@ -634,6 +647,7 @@ def _serve(
     import warnings
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the asking process' to handle
+    SHARED.limit = config.memory * 1e9 / config.processes
     warnings.simplefilter("ignore")
     torch.set_num_threads(max(1, config.threads))
     share = made(functional, own, every, config)

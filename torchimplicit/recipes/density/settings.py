@@ -238,6 +238,10 @@ class OrbitalFreeTraining:
     processes: int = 1
     """Share the molecules among so many processes."""
 
+    memory: float = 1.0
+    """Gigabytes for the values of basis functions on the grids, of all processes together; what does not fit is
+    evaluated anew whenever it is needed, which takes some ten times as long. Matrices and the rest come on top."""
+
     threads: int = 1
     """CPU threads of a process; 0 leaves the number to PyTorch."""
 
@@ -245,7 +249,16 @@ class OrbitalFreeTraining:
         positive(self, "iterations", "seconds", "learning_rate", "inner_tolerance", "inner_steps", "inner_rate")
         positive(self, "measure_every", "floor", "nudge", "processes")
         not_negative(
-            self, "weizsaecker", "penalty", "hidden", "decay", "energy_weight", "correction", "seed", "threads"
+            self,
+            "memory",
+            "weizsaecker",
+            "penalty",
+            "hidden",
+            "decay",
+            "energy_weight",
+            "correction",
+            "seed",
+            "threads",
         )
         if not 0 <= self.check_grid < GRIDS:
             raise UserError(f"--check-grid must lie in 0 to {GRIDS - 1}, and it is {self.check_grid}")

@@ -22,6 +22,7 @@ from torchimplicit.models.orbital_free import (
     fit_linear,
 )
 from torchimplicit.models.orbital_free.functional import ExchangeCorrelation
+from torchimplicit.models.orbital_free.on_grid import SHARED
 from torchimplicit.recipes.density.history import History, Look, Results
 from torchimplicit.recipes.density.objective import Case, DensityFit
 from torchimplicit.recipes.density.pictures import write_report
@@ -93,14 +94,15 @@ def started(config: OrbitalFreeTraining, cases: Sequence[Case]) -> OrbitalFree:
 
 
 def train(config: OrbitalFreeTraining, run: Run, console: Console) -> bool:
-    """Train from the last iteration that was kept, and write ``results.json``, ``figures/`` and ``index.html``."""
-    with threads(config.threads):
+    """Train from the last iteration that was kept, and write ``results.json``, ``figures/`` and ``index.html``.
+
+    An interruption is answered within an iteration, and leaves the checkpoint of the last one that was whole."""
+    with threads(config.threads), SHARED.limited(config.memory * 1e9):
         split, cases = _read(config, console)
         functional = started(config, cases["train"])
     history = _restored(functional, run.checkpoint)
-    interrupted = False
     with (
-        _threads(config.threads),
+        _bounded(config),
         warnings.catch_warnings(),
         DensityFit(functional, split.train, config) as objective,
     ):
@@ -116,34 +118,38 @@ def train(config: OrbitalFreeTraining, run: Run, console: Console) -> bool:
             highlight=False,
         )
         if not history.looks:
-            watcher.begin()  # before the keeper's clock runs
+            with console.status("Measuring the start") as status:
+                objective.told(lambda doing: status.update(f"Measuring the start: {doing}"))
+                watcher.begin()  # before the keeper's clock runs
         with Keeper(limits, objective, history, watcher, run, console) as keeper:
+            objective.told(keeper.tell)
             try:
                 if keeper.spent < 1:
                     optimize(objective, config.optimizer, config.learning_rate, keeper.spent, keeper.step)
             except Enough:
                 pass
             except KeyboardInterrupt:
-                interrupted = True
+                keeper.keep()
+                return False
             keeper.finish()
-        results = _results(config, split, cases, functional, history, run, "interrupted" if interrupted else "complete")
+        results = _results(config, split, cases, functional, history, run)
     run.write_json("results.json", results)
     if config.page:
         write_report(results, split, functional, run)
     console.print(_table(results).rich_rows())
-    return not interrupted
+    return True
 
 
 def evaluate(config: OrbitalFreeTraining, run: Run, console: Console) -> None:
     """Measure the selected weights again, and draw the page again if there is to be one."""
     if not run.checkpoint.is_file():
         raise UserError(f"{run.checkpoint} does not exist: nothing was trained yet; 'resume' the run first")
-    with _threads(config.threads), warnings.catch_warnings():
+    with _bounded(config), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         split, cases = _read(config, console)
         functional = started(config, cases["train"])
         history = _restored(functional, run.checkpoint)
-        results = _results(config, split, cases, functional, history, run, "complete")
+        results = _results(config, split, cases, functional, history, run)
     if config.page:
         write_report(results, split, functional, run)
     run.write_json("evaluation.json", {name: getattr(results, name) for name in SPLITS})
@@ -216,9 +222,10 @@ def _read(config: OrbitalFreeTraining, console: Console) -> tuple[Split, dict[st
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """PyTorch's threads, and those of SciPy's linear algebra."""
-    with threads(count), threadpool_limits(count or None):
+def _bounded(config: OrbitalFreeTraining) -> Iterator[None]:
+    """PyTorch's threads and those of SciPy's linear algebra, and this process' share of the memory."""
+    share = config.memory * 1e9 / config.processes
+    with threads(config.threads), threadpool_limits(config.threads or None), SHARED.limited(share):
         yield
 
 
@@ -242,7 +249,6 @@ def _results(
     functional: OrbitalFree,
     history: History,
     run: Run,
-    state: str,
 ) -> Results:
     files = split.files if checked(config) else None
     first = started(config, cases["train"])
@@ -260,7 +266,7 @@ def _results(
     }
     counts = element_counts(split.train)
     return Results(
-        state=state,
+        state="complete",
         weights=history.weights,
         start=start,
         start_test=start_test,

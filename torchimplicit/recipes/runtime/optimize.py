@@ -264,6 +264,19 @@ class Keeper:
         self._clock = time.process_time()
         return self.spent
 
+    def tell(self, doing: str) -> None:
+        """What is being done within an iteration, for whoever watches."""
+        self._bar.update(self._task, description=f"Training, {doing}")
+        if time.perf_counter() - self._noted > NOTED_EVERY:
+            self._noted = time.perf_counter()
+            self._note(doing)
+
+    def keep(self) -> None:
+        """The optimizer was interrupted: what it has accepted is kept, and nothing is measured."""
+        if self._reached is not None:
+            self._look(measured=False)
+            self._save()
+
     def finish(self) -> None:
         """The optimizer has stopped: the last weights that it had accepted are measured and kept."""
         if self._reached is None:
@@ -306,7 +319,10 @@ class Keeper:
         weights, loss = self._reached
         self.objective.set_weights(weights)
         self.run.save({"weights": self.objective.model.state_dict(), "history": to_plain(self.history)})
+        self._note(f"loss {loss:.2e}")
+
+    def _note(self, status: str) -> None:
         done = {"done": self.history.iterations, "total": self.budget.iterations}
         if self.budget.seconds is not None:
             done = {"done": round(self.history.seconds), "total": math.ceil(self.budget.seconds)}
-        self.run.write_json("progress.json", {**done, "status": f"loss {loss:.2e}"})
+        self.run.write_json("progress.json", {**done, "status": status})
