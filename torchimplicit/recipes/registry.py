@@ -147,6 +147,8 @@ TABLES = {
         "Density functionals for several molecules, tested on new geometries and on new molecules of QM9."),
     "ofdft-finetune": Entry("density.finetuning", "default", "TABLE",
         "Density functionals pre-trained and then fine-tuned by their minima: does it help, and is it stable?"),
+    "ofdft-cost": Entry("density.cost", "default", "TABLE",
+        "What a density by a functional costs beside a Kohn-Sham calculation, as molecules grow."),
     "ofdft-stability": Entry("density.stability", "default", "TABLE",
         "How hard densities are to find as their functional is trained, and what keeps it from growing harder."),
 }  # fmt: skip
@@ -173,6 +175,8 @@ PARTS = {
         "Adaptations of a model that was trained for it, measured in turn."),
     "ofdft-gradients-molecule": Entry("density.settings", "measurement", "density.adjoints:RUNNER",
         "Every gradient at one molecule's minimum, measured."),
+    "ofdft-cost-molecule": Entry("density.cost", "measurement", "RUNNER",
+        "The cost of one molecule's density, and of its Kohn-Sham calculation."),
     "ofdft-stability-training": Entry("density.stability", "training", "density.counted:RUNNER",
         "A training whose minimizations are counted at its start and its end, by two solvers."),
 }  # fmt: skip

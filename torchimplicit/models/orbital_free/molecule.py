@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Self, final
 
 import torch
 from torch import Tensor
 
+from torchimplicit.coordinates import Metric
 from torchimplicit.models.orbital_free.on_grid import OnGrid
 
 EXACT = ("charges", "atom", "angular", "shell")
@@ -68,6 +70,11 @@ class Molecule:
     def size(self) -> int:
         """How many basis functions there are, n."""
         return len(self.weight)
+
+    @cached_property
+    def metric(self) -> Metric:
+        """Coordinates in which lengths are those of densities, of the overlap; made once."""
+        return Metric(self.overlap)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, those of the basis aside."""

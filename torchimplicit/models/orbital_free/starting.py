@@ -43,12 +43,17 @@ def fit_linear(
     functional.elements.zero_()
     if functional.pairs is not None:
         functional.pairs.zero_()
-    fit_linearized(
-        functional,
-        (Linearized.of(functional, one, metric) for one, metric in zip(molecules, metrics, strict=True)),
-        ridge,
-        pair_ridge,
+    found = (
+        Linearized.of(
+            one.charges,
+            one.electrons,
+            response(functional, one.reference, one, metric),
+            _slope(functional, one),
+            linear_columns(functional, one),
+        )
+        for one, metric in zip(molecules, metrics, strict=True)
     )
+    fit_linearized(functional, found, ridge, pair_ridge)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +73,17 @@ class Linearized:
     columns: Tensor
 
     @classmethod
-    def of(cls, functional: OrbitalFree, molecule: Molecule, metric: Metric) -> Self:
-        """Of one molecule."""
-        answer = response(functional, molecule.reference, molecule, metric) / molecule.electrons.sqrt()
-        columns = linear_columns(functional, molecule)
-        its = columns.any(dim=0).nonzero()[:, 0]
-        return cls(molecule.charges, answer @ _slope(functional, molecule), its, answer @ columns[:, its])
+    def of(cls, charges: Tensor, electrons: Tensor, answer: Tensor, slope: Tensor, columns: Tensor) -> Self:
+        """Of one molecule.
+
+        Args:
+            charges, electrons: the molecule's.
+            answer: the response at the reference density, ``[n, n]``.
+            slope: the energy's there, ``[n]``.
+            columns: of the linear terms, ``[n, coefficients]``.
+        """
+        answer, its = answer / electrons.sqrt(), columns.any(dim=0).nonzero()[:, 0]
+        return cls(charges, answer @ slope, its, answer @ columns[:, its])
 
 
 @torch.no_grad()

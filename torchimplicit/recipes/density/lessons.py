@@ -86,7 +86,7 @@ def fit_start(functional: OrbitalFree, lessons: Sequence[Bare]) -> None:
     fit_linearized(
         functional,
         [
-            Linearized(one.molecule.charges, one.molecule.electrons, one.answer, -one.slopes[0], one.columns)
+            Linearized.of(one.molecule.charges, one.molecule.electrons, one.answer, -one.slopes[0], one.columns)
             for one in lessons
         ],
     )

@@ -73,7 +73,7 @@ class Case:
             share = molecule.quadrature / (molecule.density(molecule.reference).clamp_min(0) + TAIL)
             matrix = matrix + tail_weight * molecule.basis.products(share[None, None])
         weighing = torch.linalg.cholesky(matrix / molecule.electrons).mT
-        return cls(molecule, Metric(molecule.overlap), weighing)
+        return cls(molecule, molecule.metric, weighing)
 
     def problem(self, functional: OrbitalFree) -> Minimum:
         """The density of least energy."""

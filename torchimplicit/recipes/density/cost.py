@@ -1,0 +1,368 @@
+"""What a density by a functional costs beside a Kohn-Sham calculation, as molecules grow."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from rich.console import Console
+
+from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.models.orbital_free.on_grid import SHARED
+from torchimplicit.recipes.density.chemistry import Atom, Geometry, from_angstrom
+from torchimplicit.recipes.density.compute import kohn_sham, superposition, unsolved
+from torchimplicit.recipes.density.forces import forces
+from torchimplicit.recipes.density.integrals import made, need_pyscf
+from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules, OrbitalFreeTraining
+from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.run import Run, threads
+from torchimplicit.recipes.runtime.settings import not_negative, positive
+from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Line, Plan, Runs, Sheet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KNOWN = ("H2O", "CH4", "C2H4", "H2CO")
+"""What the functional is fitted to: the elements of the series, with single and double bonds."""
+
+T = TypeVar("T")
+
+# -- Molecules of any length -------------------------------------------------------------------------------------------
+
+
+def alkane(carbons: int) -> Geometry:
+    """CnH2n+2 in one plane, with bonds of 1.53 and 1.09 angstrom and tetrahedral angles."""
+    half = math.acos(-1 / 3) / 2
+    along, across = 1.53 * math.sin(half), 1.53 * math.cos(half) / 2
+    out, up = 1.09 * math.sin(half), 1.09 * math.cos(half)
+    atoms: list[Atom] = []
+    for k in range(carbons):
+        side = 1 if k % 2 else -1
+        x, y = k * along, side * across
+        atoms += [("C", (x, y, 0.0)), *(("H", (x, y + side * up, z)) for z in (out, -out))]
+        for end, way in ((0, -1), (carbons - 1, 1)):
+            if k == end:
+                atoms.append(("H", (x + way * 1.09 * math.sin(half), y - side * 1.09 * math.cos(half), 0.0)))
+    return from_angstrom(f"C{carbons if carbons > 1 else ''}H{2 * carbons + 2}", atoms)
+
+
+def waters(count: int) -> Geometry:
+    """Molecules 2.9 angstrom apart in a row, each with a hydrogen towards the next."""
+    angle = math.radians(104.52)
+    atoms: list[Atom] = []
+    for k in range(count):
+        x, side = 2.9 * k, 1 if k % 2 else -1
+        atoms += [
+            ("O", (x, 0.0, 0.0)),
+            ("H", (x + 0.9572, 0.0, 0.0)),
+            ("H", (x + 0.9572 * math.cos(angle), side * 0.9572 * math.sin(angle), 0.0)),
+        ]
+    return from_angstrom(f"(H2O){count}" if count > 1 else "H2O", atoms)
+
+
+SERIES: dict[str, Callable[[int], Geometry]] = {"alkanes": alkane, "waters": waters}
+
+# -- One molecule ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasurementConfig:
+    """One molecule of a series: its density by a functional, and a Kohn-Sham calculation."""
+
+    series: str = "waters"
+    """alkanes or waters."""
+
+    count: int = 1
+    """Carbon atoms, or molecules of water."""
+
+    grid: int = 1
+    """Level of the integration grid of the functional; that of the Kohn-Sham calculation is PySCF's own, 3."""
+
+    memory: float = 1.0
+    """Gigabytes for the values of basis functions."""
+
+    data_dir: Path | None = None
+    """The folder of computed molecules. By default the user's cache; what is not there is computed by PySCF."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """``cost.json``. Seconds are the processor's, of one thread; gigabytes the largest resident size so far.
+
+    Attributes:
+        atoms, functions, points, orbitals: of the molecule, the density's basis, the grid, the orbitals' basis.
+        integrals: with the fit of the superposition of atoms, and the grid.
+        minimization, forces: by the functional.
+        steps, converged: of the minimization.
+        gigabytes: until the forces are there.
+        kohn_sham: the iteration to self-consistency, without forces, and its cycles.
+    """
+
+    atoms: int
+    functions: int
+    points: int
+    orbitals: int
+    integrals: float
+    minimization: float
+    forces: float
+    steps: int
+    converged: bool
+    gigabytes: float
+    kohn_sham: float
+    cycles: int
+
+
+def measurement() -> MeasurementConfig:
+    """One molecule of water."""
+    return MeasurementConfig()
+
+
+class MeasurementRunner:
+    """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
+
+    def check(self, config: MeasurementConfig) -> None:
+        """PySCF must be there."""
+        need_pyscf()
+
+    def train(self, config: MeasurementConfig, run: Run, console: Console) -> bool:
+        """Measure."""
+        run.write_json("cost.json", asdict(measured(config)))
+        return True
+
+    def evaluate(self, config: MeasurementConfig, run: Run, console: Console) -> None:
+        """Measure again."""
+        self.train(config, run, console)
+
+
+RUNNER = MeasurementRunner()
+
+
+def measured(config: MeasurementConfig) -> Measured:
+    """By the processor's clock, in one thread."""
+    # these bring Matplotlib and SciPy, without which settings are made
+    from torchimplicit.recipes.density.objective import Case
+    from torchimplicit.recipes.density.split import load
+    from torchimplicit.recipes.density.training import started
+
+    chemistry = ChemistrySettings(grid=config.grid)
+    training = OrbitalFreeTraining(
+        molecules=Molecules(sources=KNOWN, chemistry=chemistry, data_dir=config.data_dir), pairs=False
+    )
+    with threads(1), SHARED.limited(config.memory * 1e9), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the status is recorded
+        functional = started(training, [Case.of(molecule) for molecule in load(training.molecules).train])
+        functional.requires_grad_(False)
+        geometry = SERIES[config.series](config.count)
+        record, integrals = timed(lambda: unsolved(geometry, chemistry))
+        molecule = record.molecule()
+        solution, minimization = timed(lambda: Case.of(molecule).solved(functional, training, cold=True))
+        _, slopes = timed(lambda: forces(functional, solution.value, record))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+        mol = made(geometry, chemistry.orbital_basis)
+        exact, seconds = timed(lambda: kohn_sham(mol, chemistry, superposition(mol)))
+    return Measured(
+        atoms=len(geometry.charges),
+        functions=molecule.size,
+        points=len(molecule.points),
+        orbitals=int(mol.nao),
+        integrals=integrals,
+        minimization=minimization,
+        forces=slopes,
+        steps=int(solution.steps),
+        converged=bool(solution.converged),
+        gigabytes=peak,
+        kohn_sham=seconds,
+        cycles=int(exact.cycles),
+    )
+
+
+def timed(do: Callable[[], T]) -> tuple[T, float]:
+    """What it gives, and the processor's seconds."""
+    began = time.process_time()
+    found = do()
+    return found, time.process_time() - began
+
+
+# -- The table ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostConfig:
+    """Alkanes and rows of water, from small to large."""
+
+    plan: Plan = field(default_factory=lambda: Plan(seeds=1))
+
+    alkanes: tuple[int, ...] = (1, 2, 4, 7, 10)
+    """Carbon atoms."""
+
+    waters: tuple[int, ...] = (1, 2, 4, 8)
+    """Molecules."""
+
+    grid: int = 1
+    """Level of the integration grid, 0 to 9."""
+
+    memory: float = 1.0
+    """Gigabytes for the values of basis functions."""
+
+    data_dir: Path | None = None
+    """The folder of computed molecules. By default the user's cache; what is not there is computed by PySCF."""
+
+    def __post_init__(self) -> None:
+        positive(self, "memory")
+        not_negative(self, "grid")
+
+
+def default() -> CostConfig:
+    """The table."""
+    return CostConfig()
+
+
+def jobs(config: CostConfig) -> list[Job]:
+    """Each in a process of its own, whose memory is measured."""
+    return [
+        Job(
+            f"{series}-{count}",
+            "ofdft-cost-molecule",
+            MeasurementConfig(
+                series=series, count=count, grid=config.grid, memory=config.memory, data_dir=config.data_dir
+            ),
+            {"row": series, "count": count},
+        )
+        for series in SERIES
+        for count in getattr(config, series)
+    ]
+
+
+figures = table.read("cost.json")
+
+
+def whole(line: Line) -> float:
+    """The seconds of a density, without forces, as those of Kohn and Sham are."""
+    return float(line["integrals"] + line["minimization"])
+
+
+def growth(runs: Runs, seconds: Callable[[Line], float]) -> float:
+    """The power of the number of atoms with which the time grows, from the second largest to the largest molecule."""
+    before, last = sorted(runs, key=lambda line: line["atoms"])[-2:]
+    return math.log(seconds(last) / seconds(before)) / math.log(last["atoms"] / before["atoms"])
+
+
+def protocol(config: CostConfig, runs: Runs) -> str:
+    """What was run, in words."""
+    return (
+        f"A functional whose linear terms are fitted to {', '.join(KNOWN)} in closed form, with a network of 16 hidden "
+        "units that is evaluated as a trained one is; preconditioned L-BFGS to 1e-8 from the superposition of atoms, "
+        f"grid level {config.grid}, {config.memory:g} GB for basis functions. Kohn–Sham: PySCF's RKS, LDA, def2-SVP, "
+        "the same superposition, to 1e-9 hartree on its grid of level 3, without density fitting. Seconds of the "
+        "processor, one thread, double precision; each molecule once, in a process of its own."
+    )
+
+
+def sheets(config: CostConfig, runs: Runs) -> Iterator[Sheet]:
+    """A row a molecule."""
+
+    def of(path: str, form: str = ".1f") -> Callable[[Line], str]:
+        return lambda line: table.shown(line[path], form)
+
+    for series, rows in every(runs):
+        yield table.sheet(series.capitalize(), rows, [
+            Cell[Line]("Molecule", lambda line: SERIES[line["row"]](line["count"]).name),
+            Cell("Atoms", of("atoms", "d")),
+            Cell("Functions", of("functions", "d"), "", "of the density's basis"),
+            Cell("Points", of("points", "d")),
+            Cell("Integrals", of("integrals"), "s", "with the grid and the fit of the superposition of atoms"),
+            Cell("Minimization", of("minimization"), "s"),
+            Cell("Steps", lambda line: f"{line['steps']}{'' if line['converged'] else ', not converged'}"),
+            Cell("Forces", of("forces"), "s"),
+            Cell("Peak memory", of("gigabytes"), "GB", "of the whole process"),
+            Cell("Kohn–Sham", of("kohn_sham"), "s"),
+            Cell("Cycles", of("cycles", "d")),
+            Cell("Density over Kohn–Sham", lambda line: f"{whole(line) / line['kohn_sham']:.2f}", "",
+                 "integrals and minimization"),
+        ])  # fmt: skip
+
+
+def every(runs: Runs) -> Iterator[tuple[str, Runs]]:
+    """The series of which there are runs."""
+    for series in SERIES:
+        if rows := runs.where(row=series):
+            yield series, rows
+
+
+def claims(config: CostConfig, runs: Runs) -> Iterator[Claim]:
+    """Whether it pays."""
+    for series, rows in every(runs):
+        last = max(rows, key=lambda line: line["atoms"])
+        yield Claim(
+            f"The density of the largest of the {series} takes less time than its Kohn–Sham calculation",
+            f"{last['atoms']} atoms: {whole(last):.0f} s against {last['kohn_sham']:.0f} s",
+            whole(last) < last["kohn_sham"],
+        )
+        if len(rows) > 1:
+            own, other = growth(rows, whole), growth(rows, lambda line: float(line["kohn_sham"]))
+            yield Claim(
+                f"Its time grows by a smaller power of the number of atoms ({series}, the two largest)",
+                f"{own:.1f} against {other:.1f}",
+                own < other,
+            )
+    if runs:
+        found = runs.column("converged")
+        yield Claim("Every density is found", f"{sum(found)} of {len(found)}", all(found))
+
+
+def notes(config: CostConfig, runs: Runs) -> Iterator[str]:
+    """What a reader must know."""
+    yield (
+        "It is the cost that is compared: the functional is not trained for these molecules, and its densities and "
+        "energies are no better than a fit in closed form makes them."
+    )
+    yield (
+        "The Hessian that preconditions the minimization is assembled and factorized, which grows as the cube of the "
+        "molecule, as Kohn–Sham's diagonalizations do; its integrals over orbitals grow at first as the fourth power."
+    )
+    yield from table.missing(jobs(config), runs)
+
+
+def drawings(config: CostConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
+    """Time and memory over the atoms."""
+    if runs:
+        yield Drawing(
+            "growth",
+            grown(runs),
+            "Left: the processor's seconds of a density (lines) and of a Kohn–Sham calculation (dashed). Right: the "
+            "largest memory of the process by the time the density and its forces are there.",
+        )
+
+
+def grown(runs: Runs) -> Figure:
+    """Two panels."""
+    from torchimplicit.recipes.runtime.page import COLOURS, axes
+
+    figure, (time_of, memory) = axes(2, width=4.9, height=3.9)
+    for colour, (series, rows) in zip(COLOURS, every(runs), strict=False):
+        atoms = [line["atoms"] for line in rows]
+        time_of.plot(atoms, [whole(line) for line in rows], "o-", color=colour, label=f"{series}: density")
+        time_of.plot(
+            atoms, [line["kohn_sham"] for line in rows], "s--", color=colour, markerfacecolor="none",
+            label=f"{series}: Kohn–Sham",
+        )  # fmt: skip
+        memory.plot(atoms, [line["gigabytes"] for line in rows], "o-", color=colour, label=series)
+    time_of.set(xlabel="atoms", ylabel="seconds", xscale="log", yscale="log")
+    memory.set(xlabel="atoms", ylabel="gigabytes", ylim=(0, None))
+    for panel in (time_of, memory):
+        panel.legend(fontsize=7.5)
+    return figure
+
+
+TABLE = table.published(
+    globals(),
+    "What a density costs as molecules grow",
+    "No published figures; orbital-free calculations are said to grow more slowly than Kohn–Sham's. These are ours.",
+)
