@@ -31,7 +31,7 @@ def column(mask: Tensor, like: Tensor) -> Tensor:
 def clear(state: Any, rows: Tensor, keep: Collection[str] = ()) -> Any:
     """The state with some rows (bool ``[batch]``) set to zero, but for the fields named in ``keep``."""
     cleared = {
-        name: map_tensors(field, lambda t: t.masked_fill(column(rows, t), 0))
+        name: map_tensors(field, lambda t: t.clone().masked_fill_(column(rows, t), 0))  # as it lies in memory
         for name, field in state._asdict().items()
         if name not in keep
     }
