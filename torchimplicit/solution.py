@@ -54,8 +54,9 @@ class Report:
         curvature: of an adjoint solve at a minimum, float ``[batch]``: where the status is :attr:`Status.SADDLE`, a
             negative number that the Hessian's least eigenvalue does not exceed; NaN elsewhere. It is that eigenvalue
             after :class:`~torchimplicit.linear.Dense`; after :class:`~torchimplicit.linear.MINRES` the least curvature
-            of a residual, with a preconditioner M that of :math:`M^{-1}H`; after other solvers, :math:`y^THy/y^Ty` of
-            the solution y. ``None`` for a solve that says nothing of it.
+            of a residual, with a preconditioner M that of :math:`M^{-1}H`; after :class:`~torchimplicit.linear.CG` that
+            of a direction, likewise; after other solvers, the least on the span of the solution and the right-hand
+            side. ``None`` for a solve that says nothing of it.
         condition: of an adjoint solve, float ``[batch]``: what the condition number of the system is at least,
             :math:`\\lVert A\\rVert\\lVert y\\rVert/\\lVert b\\rVert` with the norm of A bounded from below; zero where
             the method knows nothing of it. The relative error of the derivative may be as large as the condition times

@@ -189,3 +189,93 @@ def test_bad_input() -> None:
         ti.solve(ti.FixedPoint(lambda z: 0.5 * z), torch.ones(1, 1), gradient=ti.DampedImplicit())
     with pytest.raises(ValueError, match="reach"):
         ti.EquilibriumPropagation(nudge=None, reach=0.0)
+
+
+SADDLES = {
+    "no curvature along the right-hand side": ([[2.0, 0.0], [0.0, -2.0]], [1.0, 1.0]),
+    "none along an axis": ([[0.0, 1.0], [1.0, 0.0]], [1.0, 0.0]),
+    "of three": ([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, -1.5]], [1.0, 1.0, 2.0**0.5]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "linear_solver", [ti.MINRES(), ti.GMRES(), ti.LSMR(), ti.Dense()], ids=lambda s: type(s).__name__
+)
+@pytest.mark.parametrize("which", SADDLES)
+def test_a_saddle_is_named_where_the_solution_has_no_curvature(which: str, linear_solver: Any, dtype: Any) -> None:
+    matrix, cotangent = (torch.tensor(rows, dtype=dtype) for rows in SADDLES[which])
+    x = torch.zeros(1, len(cotangent), dtype=dtype, requires_grad=True)
+    problem = ti.Minimum(lambda z, x: 0.5 * ((z @ matrix) * z).sum(1) - (z * x).sum(1))
+    gradient = ti.Implicit(linear_solver=linear_solver)
+    solution = ti.solve(problem, torch.zeros_like(x), x, solver=ti.LBFGS(steps=0), gradient=gradient)
+    with pytest.warns(ti.ConvergenceWarning, match="not at a minimum"):
+        solution.value.backward(cotangent[None])
+    assert solution.adjoint is not None
+    assert solution.adjoint.status.tolist() == [ti.Status.SADDLE]
+    assert solution.adjoint.curvature is not None
+    assert float(torch.linalg.eigvalsh(matrix)[0]) * (1 + 1e-5) <= float(solution.adjoint.curvature[0]) < 0
+    torch.testing.assert_close(x.grad, torch.linalg.solve(matrix, cotangent)[None])
+
+
+def test_conjugate_gradients_name_a_saddle() -> None:
+    x = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+    matrix = torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64)
+    problem = ti.Minimum(lambda z, x: 0.5 * (matrix * z * z).sum(1) - (z * x).sum(1))
+    gradient = ti.Implicit(linear_solver=ti.CG())
+    for cotangent in ([0.0, 0.0, 1.0], [1.0, 1.0, 1.0]):  # at once; after a step
+        solution = ti.solve(problem, torch.zeros_like(x), x, solver=ti.LBFGS(steps=0), gradient=gradient)
+        with pytest.warns(ti.ConvergenceWarning, match="not at a minimum"):
+            solution.value.backward(torch.tensor([cotangent], dtype=torch.float64))
+        assert solution.adjoint is not None
+        assert solution.adjoint.curvature is not None
+        assert -1 - 1e-9 <= float(solution.adjoint.curvature[0]) < 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "linear_solver", [ti.MINRES(), ti.CG(), ti.GMRES(), ti.LSMR(), ti.Dense()], ids=lambda s: type(s).__name__
+)
+def test_singular_and_ill_conditioned_hessians_are_no_saddles(linear_solver: Any, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for number in range(36):
+        dim, spread = 2 + number % 12, number % 7
+        basis = torch.linalg.qr(torch.randn(4, dim, dim, generator=generator, dtype=torch.float64)).Q
+        values = 10 ** (torch.rand(4, dim, generator=generator, dtype=torch.float64) * spread)
+        if number % 3 == 0:
+            values[:, : 1 + dim // 3] = 0
+        matrix = ((basis * values[:, None]) @ basis.mT).to(dtype)
+        matrix = 0.5 * (matrix + matrix.mT)
+        b = torch.randn(4, dim, generator=generator, dtype=torch.float64).to(dtype)
+        if number % 2:
+            b = (matrix @ b[:, :, None])[:, :, 0]
+        x = torch.zeros(4, dim, dtype=dtype, requires_grad=True)
+        problem = ti.Minimum(
+            lambda z, x, matrix=matrix: 0.5 * ((z[:, None] @ matrix)[:, 0] * z).sum(1) - (z * x).sum(1)
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gradient = ti.Implicit(linear_solver=linear_solver)
+            solution = ti.solve(problem, torch.zeros_like(x), x, solver=ti.LBFGS(steps=0), gradient=gradient)
+            solution.value.backward(b)
+        assert solution.adjoint is not None
+        assert not bool((solution.adjoint.status == ti.Status.SADDLE).any()), number
+
+
+def test_a_coupled_minimum_is_no_saddle() -> None:
+    # the Hessian of the batch is definite, though a row's part of y.Hy is negative
+    couples = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)).Q
+    matrix = (couples * torch.tensor([1.0, 3.0, 10.0, 100.0])) @ couples.T
+    x = torch.zeros(4, 1, dtype=torch.float64, requires_grad=True)
+    problem = ti.Minimum(lambda z, x: 0.5 * (z * (matrix @ z)).sum(1) - (z * x).sum(1))
+    cotangent = matrix @ couples @ torch.tensor([[1.0], [-1.0], [0.3], [-0.1]], dtype=torch.float64)
+    for linear_solver in (ti.GMRES(), ti.MINRES(), ti.Dense()):
+        gradient = ti.Implicit(linear_solver=linear_solver)
+        x.grad = None
+        solution = ti.solve(problem, torch.zeros_like(x), x, solver=ti.LBFGS(), gradient=gradient)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            solution.value.backward(cotangent)
+        assert solution.adjoint is not None
+        assert bool(solution.adjoint.converged.all()), (linear_solver, solution.adjoint)
+        torch.testing.assert_close(x.grad, torch.linalg.solve(matrix, cotangent), rtol=1e-7, atol=1e-9)

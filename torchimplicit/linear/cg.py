@@ -8,7 +8,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from torchimplicit.linear.cycle import Method
+from torchimplicit.linear.cycle import ROUNDING, Method
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.operator import LinearOperator
 from torchimplicit.linear.system import System
@@ -21,7 +21,7 @@ class CG(IterativeSolver):
 
     The system may be singular along the operator's null vector, and the preconditioner has to be positive definite.
     A direction of negative or vanishing curvature shows that the matrix is not positive definite: such a sample gets
-    ``Status.BREAKDOWN``. Convergence is confirmed by the true residual, at the cost of one product.
+    ``Status.BREAKDOWN``, and the report's ``curvature`` says where it is negative. Convergence is confirmed by the true residual, at the cost of one product.
     """
 
     max_steps: int = 1000
@@ -31,7 +31,8 @@ class CG(IterativeSolver):
 
 
 class _State(NamedTuple):
-    """``decrease`` is :math:`r^T M^{-1} r`, and ``least`` the least step length so far, each ``[rows, 1]``."""
+    """``decrease`` is :math:`r^T M^{-1} r`, ``least`` the least step length so far, ``square`` :math:`p^T M p`, and
+    ``curvature`` the least along a direction, infinite where none was negative, each ``[rows, 1]``."""
 
     norm: Tensor
     broken: Tensor | None
@@ -40,18 +41,23 @@ class _State(NamedTuple):
     p: Tensor
     decrease: Tensor
     least: Tensor
+    square: Tensor
+    curvature: Tensor
 
 
 @dataclass
 class _ConjugateGradients(Method):
     preconditioned: bool
 
+    kept = ("x", "curvature")
     monotone = False
     definite = True
+    curved = True
 
     def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
         p, decrease = self._direction(system, r, norm)
-        return _State(norm, None, x, r, p, decrease, torch.full_like(decrease, torch.inf))
+        none = torch.full_like(decrease, torch.inf)
+        return _State(norm, None, x, r, p, decrease, least=none, square=decrease, curvature=none)
 
     def step(self, system: System, state: _State, slow: int | None) -> _State:
         info = torch.finfo(state.r.dtype)
@@ -66,8 +72,13 @@ class _ConjugateGradients(Method):
         r = torch.addcmul(state.r, length, image, value=-1)
         norm = torch.linalg.vector_norm(r, dim=-1)
         z, decrease = self._direction(system, r, norm)
-        p = torch.addcmul(z, decrease / state.decrease.clamp_min(info.tiny), state.p)
-        return _State(norm, broken.squeeze(1), x, r, p, decrease, least)
+        turn = decrease / state.decrease.clamp_min(info.tiny)
+        p = torch.addcmul(z, turn, state.p)
+        square = torch.addcmul(decrease, turn.square(), state.square)  # the new residual is orthogonal to p
+        # the largest curvature met is 1 / least: without any, nothing tells what is rounding
+        along = curvature / state.square
+        met = state.curvature.minimum(along.masked_fill_(~(along * state.least < -ROUNDING * info.eps), torch.inf))
+        return _State(norm, broken.squeeze(1), x, r, p, decrease, least, square, met)
 
     def iterate(self, state: _State) -> tuple[Tensor, float, None]:
         return state.x, torch.inf, None

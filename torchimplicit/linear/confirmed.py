@@ -160,7 +160,7 @@ def _true_residual(
     rtol, atol = tolerances
     whole = UnitRows.of(b)
     value, given = found.value.where(whole.finite, 0.0), b.where(whole.finite, 0.0)
-    product = operator.product(value) if b.ndim == 2 else _block_product(operator)(value)
+    product = operator.product(value) if b.ndim == 2 else block_product(operator)(value)
     right = operator.project(whole.unit)
     vector = operator.project(given - product) * whole.factor
     wide = torch.promote_types(b.dtype, torch.float32)
@@ -176,7 +176,8 @@ def _true_residual(
     return _TrueResidual(relative=relative, above=above, products=1.0 if b.ndim == 2 else float(len(b)))
 
 
-def _block_product(operator: LinearOperator) -> Callable[[Tensor], Tensor]:
+def block_product(operator: LinearOperator) -> Callable[[Tensor], Tensor]:
+    """Products with ``[k, batch, dim]``, taken together where the operator can."""
     return operator.block_product or (lambda vs: torch.stack([operator.product(v) for v in vs]))
 
 

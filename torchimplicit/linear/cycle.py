@@ -17,6 +17,9 @@ assert (Status.CONVERGED, Status.MAX_STEPS) == (0, 1), "statuses are made from c
 CROWD = 0.75
 """The part of the rows that may still be at work when the others are dropped."""
 
+ROUNDING = 100
+"""How many roundings of the matrix's size a curvature may be made of."""
+
 
 class Method(ABC):
     """What one solver does within the loop.

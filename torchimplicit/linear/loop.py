@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.linear.base import LinearSolution
-from torchimplicit.linear.cycle import CROWD, Cycle, Method, Outcome
+from torchimplicit.linear.cycle import CROWD, ROUNDING, Cycle, Method, Outcome
 from torchimplicit.linear.operator import LinearOperator
 from torchimplicit.linear.preconditioners import Preconditioner
 from torchimplicit.linear.rowwise import select
@@ -128,7 +128,10 @@ def run(
 
     unit = scale.where(scale > 0, 1.0)
     evaluations = system.cost.rows / max(1, operator.batch)
-    curvature = result.curvature.where(result.curvature < 0, torch.nan).to(dtype) if method.curved else None
+    curvature = None
+    if method.curved:  # one that a cycle met near its end may be the rounding of those before
+        least = -ROUNDING * torch.finfo(dtype).eps * result.size
+        curvature = result.curvature.where(result.curvature < least, torch.nan).to(dtype)
     norms, status, x = result.norm / unit, result.status, operator.project(result.x)
     condition = (result.size * torch.linalg.vector_norm(x, dim=-1) / unit).to(dtype)
     if settled:

@@ -8,7 +8,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from torchimplicit.linear.cycle import Method
+from torchimplicit.linear.cycle import ROUNDING, Method
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.operator import LinearOperator
 from torchimplicit.linear.system import System
@@ -28,20 +28,23 @@ class MINRES(IterativeSolver):
 
     The residuals pass through every direction that the method has seen, and their curvatures
     :math:`z^TAz/z^TMz` with :math:`z=M^{-1}r` cost nothing (Liu and Roosta 2022, SIAM J. Optim. 32:2636): the report's
-    ``curvature`` is the least one where it is negative.
+    ``curvature`` is the least one where it is negative. A residual along which there is no curvature at all, though A
+    does not annihilate it, proves a negative eigenvalue too, since :math:`\\lVert Ar\\rVert^2\\le\\lVert A\\rVert
+    r^TAr` where there is none; ``curvature`` is a bound for it then.
     """
 
     max_steps: int = 1000
 
     def _method(self, operator: LinearOperator) -> Method:
         return _MinimalResiduals(
-            preconditioned=self.preconditioner is not None, rounding=100 * torch.finfo(operator.dtype).eps
+            preconditioned=self.preconditioner is not None, rounding=ROUNDING * torch.finfo(operator.dtype).eps
         )
 
 
 class _State(NamedTuple):
     """Vectors ``[rows, dim]``, each with that of the step before, and the rotations' scalars, ``[rows, 1]``; so are the
-    least curvature that was met, infinite where none was negative, and the ``size`` of the tridiagonal matrix."""
+    least curvature that was met, the largest :math:`\\lVert Ar\\rVert/\\lVert r\\rVert` of a residual without
+    curvature (``turn``), and the ``size`` of the tridiagonal matrix."""
 
     norm: Tensor
     broken: Tensor | None
@@ -59,8 +62,17 @@ class _State(NamedTuple):
     c_old: Tensor
     s: Tensor
     s_old: Tensor
-    curvature: Tensor
+    least: Tensor
+    turn: Tensor
     size: Tensor
+
+    @property
+    def curvature(self) -> Tensor:
+        """The least that is known of, infinite where none is negative."""
+        # on the span of r and Ar, where A is at most twice ``size``, no curvature along r means as much elsewhere
+        bound = self.turn * (self.turn / self.size.clamp_min(torch.finfo(self.size.dtype).tiny)) * -0.25
+        met = self.least.minimum(bound)
+        return met.masked_fill(met >= 0, torch.inf)
 
 
 @dataclass
@@ -68,7 +80,7 @@ class _MinimalResiduals(Method):
     preconditioned: bool
     rounding: float
 
-    kept = ("x", "curvature", "size")
+    kept = ("x", "least", "turn", "size")
     definite = True
     curved = True
 
@@ -79,11 +91,11 @@ class _MinimalResiduals(Method):
         return _State(
             norm, None, x, r if self.preconditioned else None, z, v=r, v_old=vector, w=vector, w_old=vector,
             gamma=gamma, gamma_old=one, eta=gamma, c=one, c_old=one, s=zero, s_old=zero,
-            curvature=torch.full_like(gamma, torch.inf), size=zero,
+            least=torch.full_like(gamma, torch.inf), turn=zero, size=zero,
         )  # fmt: skip
 
     def step(self, system: System, state: _State, slow: int | None) -> _State:
-        _, _, x, r, z, v, v_old, w, w_old, gamma, gamma_old, eta, c, c_old, s, s_old, met, size = state
+        _, _, x, r, z, v, v_old, w, w_old, gamma, gamma_old, eta, c, c_old, s, s_old, least, turn, size = state
         info = torch.finfo(x.dtype)
         inverse = gamma.clamp_min(info.tiny).reciprocal_()
         z = z * inverse
@@ -100,7 +112,8 @@ class _MinimalResiduals(Method):
         a3 = s_old * gamma
         size = size.maximum(delta.abs() + gamma_new)
         curvature = c * a0  # of the residual before this step
-        met = met.minimum(curvature.masked_fill(curvature >= -self.rounding * size, torch.inf))
+        least = least.minimum(curvature)
+        turn = turn.maximum((c * gamma_new).abs_().masked_fill_(curvature.abs() > self.rounding * size, 0.0))
         a1 = torch.hypot(a0, gamma_new)
         broken = a1 <= 10 * info.eps * (a2.abs() + a3)
         a1.masked_fill_(broken, torch.inf)
@@ -118,7 +131,7 @@ class _MinimalResiduals(Method):
         broken = broken.squeeze(1)
         norm = state.norm.where(broken, norm)
         return _State(
-            norm, broken, x, r, z_new, v_new, v, w_new, w, gamma_new, gamma, eta, c_new, c, s_new, s, met, size
+            norm, broken, x, r, z_new, v_new, v, w_new, w, gamma_new, gamma, eta, c_new, c, s_new, s, least, turn, size
         )
 
     def iterate(self, state: _State) -> tuple[Tensor, float, Tensor]:

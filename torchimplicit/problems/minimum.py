@@ -13,7 +13,7 @@ from torch import Tensor
 from torchimplicit.constraints import Constraint, LinearEquality, check_plane, place, project, unit_normal
 from torchimplicit.coordinates import Chart, Metric, Reflection
 from torchimplicit.linear import MINRES, Dense, KrylovOrDense, LinearOperator, LinearSolution, LinearSolver
-from torchimplicit.linear.confirmed import solve_any
+from torchimplicit.linear.confirmed import block_product, solve_any
 from torchimplicit.precision import UnitRows, safe_norm
 from torchimplicit.problems.base import Problem, check_function
 from torchimplicit.problems.linearization import Linearization
@@ -243,12 +243,12 @@ class MinimumSystem(System):
         normal = operator.null
         if normal is None:
             found, right = self._in_units(tape, transposed, b, solver, shift)
-            return _told_of_saddles(found, right)
+            return _told_of_saddles(found, operator, right, shift is None)
         curvature = tape.transposed if b.ndim == 2 else tape.transposed_block
         along = (b * normal).sum(dim=-1, keepdim=True) * normal
         stiffness = self.stiffness.known
         right = b - along if transposed else project(b - curvature(along / stiffness), normal)
-        found = _told_of_saddles(solve_any(solver, operator, right, shift), right)
+        found = _told_of_saddles(solve_any(solver, operator, right, shift), operator, right, shift is None)
         if transposed:
             along = along - (curvature(found.value) * normal).sum(dim=-1, keepdim=True) * normal
         return replace(found, value=found.value + along / stiffness)
@@ -362,21 +362,49 @@ def _gradient(energy: Tensor, z: Tensor, create_graph: bool) -> Tensor:
     return torch.zeros_like(z) if gradient is None else gradient
 
 
-def _told_of_saddles(found: LinearSolution, b: Tensor) -> LinearSolution:
+def _told_of_saddles(
+    found: LinearSolution, operator: LinearOperator, b: Tensor, unshifted: bool = True
+) -> LinearSolution:
     """With the status of samples at a saddle: the solver has found negative curvature (:class:`Dense` does wherever
-    there is any, :class:`MINRES` where the right-hand side has a part of it), or the solution y proves it, by
-    :math:`y^T A y = y^T b < 0`."""
-    y, right = UnitRows.of(found.value), UnitRows.of(b)
-    product = (y.unit * right.unit).sum(dim=-1)
-    size = torch.linalg.vector_norm(y.unit, dim=-1) * torch.linalg.vector_norm(right.unit, dim=-1)
-    proved = product < -(torch.finfo(product.dtype).eps ** 0.5) * size
-    curvature = product / y.unit.square().sum(dim=-1) * (y.factor / right.factor).squeeze(-1)
+    there is any, :class:`MINRES` and :class:`CG` where the right-hand side has a part of it), or the solution y proves
+    it, by :math:`y^T A y = y^T b < 0`. Where the solver looks for none, or has broken down, the span of y and b may prove
+    it, by one product more."""
+    report, coupling = found.report, operator.coupling
+    rows = coupling.rows if coupling is not None and coupling.found else 1  # that have one Hessian
+    seek = unshifted and (report.curvature is None or bool((report.status == Status.BREAKDOWN).any()))
+
+    def unit(v: Tensor) -> tuple[Tensor, Tensor]:
+        whole = UnitRows.of(v.reshape(*v.shape[:-2], operator.batch // rows, -1))
+        size = torch.linalg.vector_norm(whole.unit, dim=-1, keepdim=True)
+        return whole.unit / torch.where(size > 0, size, 1), size / whole.factor
+
+    (y, length), (right, scale) = unit(found.value), unit(b)
+    relative = report.residual.nan_to_num(torch.inf).reshape(-1, rows).amax(dim=1)
+    solved = relative <= 1e-2  # or it is not known what A makes of y
+    y = torch.where(solved[:, None], y, 0)
+    across = (y * right).sum(dim=-1)
+    lift = torch.where(solved & (length > 0).squeeze(-1), (scale / length).squeeze(-1), 0)  # A y = lift * right
+    error = torch.clamp(10 * relative, torch.finfo(across.dtype).eps ** 0.5, 0.1).to(across.dtype)
+    curvature, proved = lift * across, across < -error
+    if seek:
+        image = (operator.product if b.ndim == 2 else block_product(operator))(right.reshape(b.shape))
+        image = image.reshape(right.shape)
+        along, size = (right * image).sum(dim=-1), torch.linalg.vector_norm(image, dim=-1)
+        # on the orthonormal basis of b and what y has besides
+        besides = (1 - across.square()).clamp_min(error)
+        mixed = (lift - across * along) / besides.sqrt()
+        other = across * (across * along - lift) / besides
+        least = 0.5 * (along + other) - torch.hypot(0.5 * (along - other), mixed)
+        sure = least < -(error / besides) * (size + lift)
+        curvature, proved = torch.where(sure, least, curvature), proved | sure
+        report = replace(report, evaluations=report.evaluations + (1.0 if b.ndim == 2 else float(len(b))))
     curvature = curvature.masked_fill(~proved, torch.inf)
     if curvature.ndim == 2:
         curvature = curvature.amin(dim=0)
-    if found.report.curvature is not None:
-        curvature = found.report.curvature.where(found.report.curvature < 0, curvature)
+    curvature = curvature.repeat_interleave(rows, dim=0)
+    if report.curvature is not None:
+        curvature = report.curvature.where(report.curvature < 0, curvature)
     saddle = curvature < 0
-    status = found.report.status.masked_fill(saddle, int(Status.SADDLE))
+    status = report.status.masked_fill(saddle, int(Status.SADDLE))
     curvature = curvature.masked_fill(~saddle, torch.nan)
-    return replace(found, report=replace(found.report, status=status, curvature=curvature))
+    return replace(found, report=replace(report, status=status, curvature=curvature))
