@@ -37,6 +37,7 @@ from torchimplicit.solvers import (
     in_turn,
     iterate,
 )
+from torchimplicit.solvers.magnitude import examined
 from torchimplicit.state import row_norm
 from torchimplicit.statement import stated
 
@@ -246,8 +247,8 @@ def _runner(
             found = compiled.solve(solver.leading, system, z0, params)
             if found is not None:
                 if isinstance(solver, Polyalgorithm) and solver.steps is None:
-                    return in_turn(iterate, solver, system, z0, params, begun=found)
-                return found
+                    found = in_turn(iterate, solver, system, z0, params, begun=found)
+                return examined(iterate, found, solver, system, z0, params)
         first = []
         value = known.pop() if known else None
         if value is not None and system is own and not torch.is_grad_enabled():
@@ -255,8 +256,10 @@ def _runner(
         del value
         # what the loop begins with is held by nobody else
         outcome = iterate(solver, system, z0, params, first.pop() if first else None, recorded)
-        # what the solver has built may be many states, and would be held until the solution is let go
-        return outcome if keeps or outcome.state is None else replace(outcome, state=None)
+        if not keeps and outcome.state is not None:
+            # what the solver has built may be many states, and would be held until the solution is let go
+            outcome = replace(outcome, state=None)
+        return examined(iterate, outcome, solver, system, z0, params)
 
     return run
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchimplicit.coordinates import Chart
+from torchimplicit.precision import safe_norm, widened
 
 _LEAF = pytree.tree_structure(0)
 
@@ -28,6 +29,12 @@ class Leaves(NamedTuple):
         if len(self.sizes) == 1:
             return row_norm(v)
         return torch.stack([row_norm(part) for part in v.detach().split(self.sizes, dim=-1)], dim=-1)
+
+    def safe_norms(self, v: Tensor) -> Tensor:
+        """The same, where squares would underflow or overflow."""
+        if len(self.sizes) == 1:
+            return safe_row_norm(v)
+        return torch.stack([safe_row_norm(part) for part in v.split(self.sizes, dim=-1)], dim=-1)
 
     def holding(self, columns: Tensor) -> list[str]:
         """The names of the leaves that have one of the ``columns`` (bool ``[dim]``); none where there is one leaf, or
@@ -217,6 +224,11 @@ def row_norm(v: Tensor) -> Tensor:
     if v.dtype in (torch.bfloat16, torch.float16):
         return torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32)
     return torch.linalg.vector_norm(v, dim=-1)
+
+
+def safe_row_norm(v: Tensor) -> Tensor:
+    """:func:`row_norm` where squares would underflow or overflow."""
+    return safe_norm(widened(v.detach()))
 
 
 def leaves_of(tree: Any) -> list[Any]:

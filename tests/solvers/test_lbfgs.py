@@ -93,7 +93,7 @@ BAD = {
 def test_a_bad_energy_ends_the_search(energy, status, most):
     spy = Spy(energy)
     solution = minimize(spy, torch.ones(2, 3, dtype=torch.float64), max_steps=40)
-    assert len(spy.seen) <= most + 1
+    assert len(spy.seen) <= most + 2
     assert torch.isfinite(solution.value).all()
     if status is not None:
         assert (solution.status == status).all(), solution.summary()
@@ -148,7 +148,7 @@ def test_reads_the_device_once_a_trial():
     with HostReads() as reads:
         solution = minimize(lambda z, x: ((z - x) ** 2 + 3 * torch.cosh(z)).sum(1), torch.zeros_like(x), x)
     trials = int(solution.evaluations) - 1
-    assert reads.count <= trials + int(solution.steps.max()) + 5
+    assert reads.count <= trials + int(solution.steps.max()) + 6
 
 
 def test_stays_on_the_constraint():

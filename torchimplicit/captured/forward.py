@@ -160,5 +160,6 @@ def _rule_of(judge: Judge, first: Point, rejudges: bool) -> Rule:
     else:
         whole = 2 * reach
     limit = GROWTH_LIMIT * whole.nan_to_num(nan=-1.0, posinf=-1.0)
+    limit = torch.where(limit == 0, torch.inf, limit)  # a start at the solution, which others may move
     unit = torch.where((size > 0) & (size < torch.inf), size, 1)
     return Rule(judge, limit, unit, rejudges)

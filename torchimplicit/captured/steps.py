@@ -62,6 +62,13 @@ def place_of(point: Point) -> Any:
     return Spot(point.z, point.residual) if point.image is None else Place(point.z, point.image)
 
 
+def _in_unit(place: Any, gamma: Any) -> Any:
+    """With the residual in the state's unit."""
+    if not isinstance(gamma, Tensor):
+        return place
+    return Spot(place.z, (gamma * place.residual).to(place.z.dtype))
+
+
 class Stage(NamedTuple):
     """How steps are taken for a while.
 
@@ -131,8 +138,9 @@ class Heavy(Step):
 class Past(NamedTuple):
     """As :class:`~torchimplicit.solvers.anderson.AndersonState` has them, ``kept`` and ``plain`` for all samples.
     ``right``, ``[batch, memory]``, are the products of the turns with the residual to come from; ``taken`` counts the
-    steps that were remembered. ``weight``, ``[batch, leaves]``, is that of each leaf; an empty tree for 1. ``merit``,
-    ``[batch]``, is that of the place, where points have one."""
+    steps that were remembered. ``weight``, ``[batch, leaves]``, is that of each leaf; ``gamma``, ``[batch, 1]``, gives
+    residuals the state's unit; each is an empty tree for 1. ``merit``, ``[batch]``, is that of the place, where points
+    have one."""
 
     gram: Tensor
     kept: Tensor
@@ -141,6 +149,7 @@ class Past(NamedTuple):
     taken: Tensor
     weight: Any = ()
     merit: Any = ()
+    gamma: Any = ()
 
 
 class Accelerated(Step):
@@ -173,9 +182,11 @@ class Accelerated(Step):
         bare = self.sizes is None or point.image is None or point.merit is not None
         weight = () if bare or self.sizes is None else like.new_ones(batch, len(self.sizes))
         count = torch.zeros((), dtype=torch.int64, device=like.device)
-        return Past(eye, none, flag, none.clone(), count, weight, () if point.merit is None else point.merit)
+        merit, gamma = (() if t is None else t for t in (point.merit, unit_of(point)))
+        return Past(eye, none, flag, none.clone(), count, weight, merit, gamma)
 
     def propose(self, place: Any, state: Past, rings: Rings, taken: Tensor) -> tuple[Tensor, Past]:
+        place = _in_unit(place, state.gamma)
         weights = solved(state.gram, state.right, self._shift(state.gram))
         moves = _written(rings[0], state.taken)
         correction = (weights[:, :, None] * moves).sum(dim=1)
@@ -183,7 +194,8 @@ class Accelerated(Step):
         return to - correction.to(to.dtype), state
 
     def learn(self, before: Any, point: Point, state: Past, rings: Rings, taken: Tensor) -> tuple[Any, Past]:
-        here = place_of(point)
+        found, here = place_of(point), _in_unit(place_of(point), state.gamma)
+        last_found, before = before, _in_unit(before, state.gamma)
         turn = widened(here.residual - before.residual)
         if self.damping == 1 and isinstance(here, Place):
             move = widened(here.image - before.image)
@@ -219,7 +231,8 @@ class Accelerated(Step):
         gram = torch.where(failed[:, None, None], eye, gram)
         place = before.where(failed, here)
         right = (turns * self._compared(widened(place.residual), weight)[:, None]).sum(dim=-1) * kept
-        return place, Past(gram, kept, failed, right, state.taken + 1, weight, merit)
+        place = last_found.where(failed, found)
+        return place, Past(gram, kept, failed, right, state.taken + 1, weight, merit, state.gamma)
 
     def _compared(self, residual: Tensor, weight: Any) -> Tensor:
         if self.sizes is None or not isinstance(weight, Tensor):

@@ -21,7 +21,8 @@ class CG(IterativeSolver):
 
     The system may be singular along the operator's null vector, and the preconditioner has to be positive definite.
     A direction of negative or vanishing curvature shows that the matrix is not positive definite: such a sample gets
-    ``Status.BREAKDOWN``, and the report's ``curvature`` says where it is negative. Convergence is confirmed by the true residual, at the cost of one product.
+    ``Status.BREAKDOWN``, and the report's ``curvature`` is that of the direction where it is negative. Convergence is
+    confirmed by the true residual, at the cost of one product.
     """
 
     max_steps: int = 1000

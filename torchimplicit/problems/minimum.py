@@ -367,8 +367,8 @@ def _told_of_saddles(
 ) -> LinearSolution:
     """With the status of samples at a saddle: the solver has found negative curvature (:class:`Dense` does wherever
     there is any, :class:`MINRES` and :class:`CG` where the right-hand side has a part of it), or the solution y proves
-    it, by :math:`y^T A y = y^T b < 0`. Where the solver looks for none, or has broken down, the span of y and b may prove
-    it, by one product more."""
+    it, by :math:`y^T A y = y^T b < 0`. Where the solver looks for none, or has broken down, the span of y and b may
+    prove it, by one product more."""
     report, coupling = found.report, operator.coupling
     rows = coupling.rows if coupling is not None and coupling.found else 1  # that have one Hessian
     seek = unshifted and (report.curvature is None or bool((report.status == Status.BREAKDOWN).any()))

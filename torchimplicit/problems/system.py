@@ -17,7 +17,7 @@ from torchimplicit.coupling import Coupling, broken_promise
 from torchimplicit.linear import LinearOperator, LinearSolution, LinearSolver
 from torchimplicit.linear.confirmed import solve_any
 from torchimplicit.problems.linearization import Linearization, check_unmoved
-from torchimplicit.state import Leaves, row_norm
+from torchimplicit.state import Leaves, row_norm, safe_row_norm
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,11 @@ class System(ABC):
     def norms(self) -> Callable[[Tensor], Tensor]:
         """The norm of each part of ``v`` (``[..., dim]``): ``[..., parts]``, or ``[...]`` where the state is one."""
         return row_norm if self.separate is None else self.separate.norms
+
+    @property
+    def safe_norms(self) -> Callable[[Tensor], Tensor]:
+        """The same, where squares would underflow or overflow."""
+        return safe_row_norm if self.separate is None else self.separate.safe_norms
 
     @abstractmethod
     def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:

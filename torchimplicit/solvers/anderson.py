@@ -12,6 +12,7 @@ from torchimplicit.linear.basis import less
 from torchimplicit.precision import widened
 from torchimplicit.problems import Point
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
+from torchimplicit.solvers.broyden import unit_of
 from torchimplicit.solvers.history import History
 from torchimplicit.state import row_norm
 from torchimplicit.validation import check_count, check_fraction, check_nonnegative
@@ -30,6 +31,7 @@ class AndersonState(NamedTuple):
         plain: bool ``[batch]``: the samples whose step to come is a plain one; ``None`` for none.
         taken: steps so far.
         weight: ``[batch, dim]``, what residuals are multiplied by where they are compared; ``None`` for 1.
+        gamma: ``[batch, 1]``, what residuals are multiplied by to have the state's unit; ``None`` for 1.
     """
 
     z: Tensor
@@ -43,6 +45,7 @@ class AndersonState(NamedTuple):
     plain: Tensor | None
     taken: int
     weight: Tensor | None = None
+    gamma: Tensor | None = None
 
 
 @final
@@ -57,7 +60,8 @@ class Anderson(Solver):
     residual larger than ``growth`` times what it was, the sample goes back and takes a plain step instead, with its
     history forgotten: on contractions the method is not slower than plain iteration. So it does where the step raises
     the merit of a problem that has one (:class:`JointInference`: its cost), since the least residual may be that of
-    another stationary point.
+    another stationary point. The plain step of a root or a minimum is in the problem's own units, :math:`\\gamma r` as
+    in :class:`~torchimplicit.Broyden`.
 
     Args:
         memory: how many past differences are combined.
@@ -86,15 +90,21 @@ class Anderson(Solver):
     def start(self, point: Point) -> Any:
         return None
 
+    def wants_product(self) -> bool:
+        return True
+
     def step(self, evaluate: Evaluator, point: Point, state: AndersonState | None, progress: Progress) -> Move:
         residual = point.residual
+        gamma = unit_of(point) if state is None else state.gamma
+        if gamma is not None:
+            gamma = gamma.reshape(-1, 1)
+            residual = (gamma * residual).to(residual.dtype)
         if state is None:
             to = self._plain(point.z, residual, point.image)
             moves, turns = History.empty(residual, self.memory), History.empty(residual, self.memory)
             gram = turns.ring.new_zeros(residual.shape[0], self.memory, self.memory)
-            return Move(
-                to, AndersonState(point.z, residual, point.image, moves, turns, gram, None, point.merit, None, 0)
-            )
+            first = AndersonState(point.z, residual, point.image, moves, turns, gram, None, point.merit, None, 0)
+            return Move(to, first._replace(gamma=gamma))
 
         weight = state.weight
         # a joint solve reaches far lower costs by the residuals as they are
@@ -127,7 +137,7 @@ class Anderson(Solver):
         to = self._plain(point.z, residual, point.image)
         to = less(widened(to), weights, moves.vectors).to(to.dtype)
         after = AndersonState(
-            point.z, residual, point.image, moves, turns, gram, kept, point.merit, None, state.taken + 1, weight
+            point.z, residual, point.image, moves, turns, gram, kept, point.merit, None, state.taken + 1, weight, gamma
         )
         if progress.improving:
             return Move(to, after)
@@ -173,6 +183,7 @@ class Anderson(Solver):
                 failed,
                 after.taken,
                 after.weight,
+                after.gamma,
             ),
         )
 

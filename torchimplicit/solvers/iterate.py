@@ -28,6 +28,9 @@ from torchimplicit.state import row_norm
 GROWTH_LIMIT = 1e6
 """A residual this many times the first one (plus its scale) counts as growing without bound."""
 
+APPEARS = 3
+"""After so many steps a leaf that had no residual at first has one, if it is to have any."""
+
 SHRINK_AT = 0.75
 """Finished samples leave the batch once at most this share of it is still active."""
 
@@ -164,20 +167,19 @@ class _Loop:
         if point.length is not None:
             first = reach + row_norm(point.z)
         elif self.judge.measure is not None:
-            first = 2 * reach
-        elif first is None or first.ndim == 2:
-            assert point.scale is not None
-            first = reach + row_norm(point.scale)
+            first = 2 * size
+        assert first is not None
         # where the first evaluation is not finite there is no limit to stay within: such a sample stops at once
         self.limit = GROWTH_LIMIT * (first if first is self.judge.first else first.nan_to_num(nan=-1.0, posinf=-1.0))
         if solver.searches and point.energy is not None:
             # the energy falls in every step, and from beside a saddle that leads to where gradients are steep
-            self.limit = torch.where(self.limit == 0, torch.inf, self.limit * GROWTH_LIMIT**2)
+            self.limit = self.limit * GROWTH_LIMIT**2
         if solver.bounded:
             self.limit = torch.full_like(self.limit, torch.inf)
         self.unit: Tensor | None = None
         if size.ndim == 2:  # leaves, each in its own unit
-            self.unit = torch.where((size > 0) & (size < torch.inf), size, 1)
+            self.unit = torch.where((size > 0) & (size < torch.inf), size, torch.finfo(size.dtype).tiny)
+        self._settle_units(size if self.limit.ndim == size.ndim else reach, last=size.ndim == 1 or self.limit.ndim == 1)
         self.confirmed = solver.confirms(evaluate.system, point.z)
         self.plain = self.judge.first is not None and size.ndim == 1 and point.merit is None and not self.confirmed
         self.smooth, self.tries = self.plain and only is None, 2
@@ -191,6 +193,17 @@ class _Loop:
         self.alive: Tensor | None = only
         self.rows: Tensor | None = None
         self.full: dict[str, Tensor] = {}
+
+    def _settle_units(self, size: Tensor, last: bool) -> None:
+        """Give a leaf that had no residual at first its unit, once it has one; what has none for long has no limit."""
+        unknown = (self.limit == 0) & (size < torch.inf)
+        if last:
+            self.limit = torch.where(unknown, torch.inf, self.limit)
+        if self.unit is not None:
+            tiny = torch.finfo(size.dtype).tiny
+            self.unit = torch.where(self.unit > tiny, self.unit, 1 if last else size.clamp_min(tiny))
+            if not last:
+                self.limit = torch.where(unknown, GROWTH_LIMIT * size, self.limit)
 
     def run(self) -> Outcome:
         solver = self.solver
@@ -264,7 +277,11 @@ class _Loop:
         solved = None if move is None else move.solved
         breakdown = None if move is None else move.breakdown
         single = norm.ndim == 1
-        good = (norm if single and point.length is None else point.reach()) <= self.limit
+        if not single and 0 < step <= APPEARS and point.length is None:
+            self._settle_units(norm, step == APPEARS)
+        good = (norm if point.length is None else point.reach()) <= self.limit
+        if good.ndim == 2:
+            good = good.all(dim=1)
         done: Tensor | None = None
         if single and solved is None and not self.confirmed:
             going = (norm > tolerance) & good

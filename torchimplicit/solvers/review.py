@@ -64,13 +64,13 @@ def _reviewed(solver: Solver, evaluate: Evaluator, outcome: Outcome, judge: Judg
     if judge.measure is not None:
         claimed = report.converged if solver.wants_relative() and not solver.by_products else torch.zeros_like(failed)
         claims, failures = torch.stack((claimed, failed)).any(dim=1).tolist()
-        seen = _seen(evaluate, z) if claims or failures else None
+        seen = seen_at(evaluate, z) if claims or failures else None
         if seen is not None:
             return _by_product(solver, evaluate, outcome, judge, failed if failures else None, *seen)
     return _by_evaluation(solver, evaluate, outcome, judge) if mixed else Verdict(outcome)
 
 
-def _seen(evaluate: Evaluator, z: Tensor) -> tuple[Point, LinearOperator] | None:
+def seen_at(evaluate: Evaluator, z: Tensor) -> tuple[Point, LinearOperator] | None:
     """The point and the Jacobian there; ``None`` where the function has no second derivative to take it from."""
     try:
         tape = evaluate.system.linearize(z, evaluate.params)
@@ -145,7 +145,7 @@ def _by_evaluation(solver: Solver, evaluate: Evaluator, outcome: Outcome, judge:
     again, odd = torch.stack((denied, suspect)).any(dim=1).tolist()
     coupling = system.coupling
     if odd and solver.searches and coupling is not None:
-        seen = _seen(evaluate, outcome.z)
+        seen = seen_at(evaluate, outcome.z)
         if seen is None or rows_depend(seen[1]):
             coupling.memory.found = True
             return Verdict(outcome, coupled=True)
@@ -221,7 +221,7 @@ def tried_as_one(solve: Solve, solver: Solver, evaluate: Evaluator, outcome: Out
     memory = coupling.memory
     memory.looks += 1
     if not memory.found:
-        seen = _seen(evaluate, outcome.z)
+        seen = seen_at(evaluate, outcome.z)
         if seen is None or not rows_depend(seen[1]):
             return outcome
         memory.found = True

@@ -12,6 +12,7 @@ No evaluation is spent on it: :class:`Measure` reads it off the step that was ta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from typing import Any
 
@@ -254,7 +255,9 @@ class Judge:
         part.floor = None if self.floor is None else self.floor[rows]
         return part
 
-    def look(self, point: Point, operator: LinearOperator, closely: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def look(
+        self, point: Point, operator: LinearOperator, closely: bool, norms_of: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What the Jacobian itself tells of samples: bool ``[batch]``, whether they are solved; bool ``[batch]``,
         whether their residuals are nothing but rounding; and the relative residuals, ``[batch]`` or ``[batch,
         leaves]``.
@@ -270,10 +273,12 @@ class Judge:
                 within ``COVERED`` times ``rtol`` of its row of the matrix; within the whole of it where the state has
                 shrunk to ``ROUNDING`` times ``eps`` of its first size, as at a root at zero with a singular Jacobian.
                 Where it is not small, a residual that is solved is taken for it.
+            norms_of: the norms of the leaves; ``None``: those of the system.
         """
         assert self.measure is not None
         system, z, r = self.measure.system, point.z, point.residual
-        size, norms = system.norms(torch.stack((z, r)))
+        norms_of = norms_of or system.norms
+        size, norms = norms_of(torch.stack((z, r)))
         size = torch.minimum(size, self.measure.most) + self.measure.share * self.measure.recent
         sizes = None if system.separate is None else torch.tensor(system.separate.sizes, device=z.device)
 
@@ -281,21 +286,21 @@ class Judge:
             return t[..., None] if sizes is None else t.repeat_interleave(sizes, dim=-1)
 
         image = operator.product(r * spread(torch.where(norms > 0, size / norms, 0)).to(z.dtype))
-        terms = system.norms(image)
+        terms = norms_of(image)
         terms = torch.where(terms < torch.inf, terms, 0)
         rtol = spread(self.rtol) if isinstance(self.rtol, Tensor) else self.rtol
         bare = torch.where(r.abs() > COVERED * rtol * image.abs(), r, 0)
         rest = torch.full_like(norms, self.atol) if isinstance(self.atol, float) else self.atol.expand_as(norms)
         if point.noise is not None:
             rest = torch.add(rest, point.noise, alpha=ROUNDING * self.eps)
-        covered = torch.where(system.norms(bare) > 0.3 * norms, 0, self.rtol * terms)
+        covered = torch.where(norms_of(bare) > 0.3 * norms, 0, self.rtol * terms)
         solved = drowned = self._all(norms <= covered + rest)
         if closely and z.shape[1] <= DENSE:
             matrix = operator.dense().abs()
-            rounded = system.norms((matrix @ z.abs()[:, :, None])[:, :, 0])
+            rounded = norms_of((matrix @ z.abs()[:, :, None])[:, :, 0])
             rounded = ROUNDING * self.eps * torch.where(rounded < torch.inf, rounded, 0)
             row = torch.linalg.vector_norm(matrix * spread(size)[:, None, :], dim=2)
-            vanished = system.norms(z) <= ROUNDING * self.eps * self.measure.since
+            vanished = norms_of(z) <= ROUNDING * self.eps * self.measure.since
             share = torch.where(spread(vanished), 1, COVERED * rtol)
             near = (r.abs() <= share * row + spread(rest)).all(dim=1)
             drowned = self._all(norms <= rounded + rest) & near

@@ -1,0 +1,173 @@
+"""Numbers whose squares underflow or overflow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import torchimplicit as ti
+from torchimplicit.solution import Status
+
+F64 = torch.float64
+
+
+def data(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    w = 0.5 * torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=F64)).Q
+    return w.to(dtype), torch.randn(4, 3, generator=generator, dtype=F64).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "unit"), [(torch.float32, 1e-26), (torch.float32, 1e20), (F64, 1e-200), (F64, 1e160)]
+)
+@pytest.mark.parametrize(
+    ("kind", "solver"),
+    [
+        ("fixed_point", None),
+        ("fixed_point", ti.FixedPointIteration()),
+        ("fixed_point", ti.Broyden()),
+        ("root", None),
+        ("root", ti.Broyden()),
+        ("root", ti.NewtonKrylov()),
+        ("minimum", None),
+        ("minimum", ti.LBFGS()),
+        ("minimum", ti.NewtonCG()),
+        ("minimum", ti.NewtonKrylov()),
+    ],
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
+)
+def test_small_and_large_as_a_whole(kind: str, solver: Any, dtype: torch.dtype, unit: float) -> None:
+    w, x = data(dtype)
+    x.requires_grad_()
+    reference = x.detach().to(F64).requires_grad_()
+    z = torch.zeros(4, 3, dtype=F64)
+    problem: Any
+    if kind == "minimum":
+        problem = ti.Minimum(
+            lambda z, x: unit * (0.5 * (z / unit) ** 2 + 0.25 * (z / unit) ** 4 - z / unit * x).sum(dim=1)
+        )
+        for _ in range(60):
+            z = z - (z + z**3 - reference) / (1 + 3 * z**2)
+    else:
+        kinds = {"fixed_point": ti.FixedPoint, "root": ti.Root}
+        image = lambda z, x: unit * torch.tanh(z / unit @ w.T + x)  # noqa: E731
+        f = image if kind == "fixed_point" else lambda z, x: (z - image(z, x)) / unit
+        problem = kinds[kind](f)
+        for _ in range(200):
+            z = torch.tanh(z @ w.to(F64).T + reference)
+    cotangent = torch.linspace(-1, 1, 12, dtype=F64).reshape(4, 3)
+    (expected,) = torch.autograd.grad(z, reference, cotangent)
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-8
+    for start in (0.3, 0.0):
+        if start == 0 and unit > 1:  # the first norm is infinite: said so
+            continue
+        solution = ti.solve(problem, torch.full((4, 3), start * unit, dtype=dtype), x, solver=solver)
+        assert solution.converged.all(), solution.summary()
+        torch.testing.assert_close(solution.value.detach().to(F64) / unit, z.detach(), rtol=tolerance, atol=tolerance)
+        (got,) = torch.autograd.grad(solution.value, x, (cotangent / unit).to(dtype))
+        torch.testing.assert_close(got.to(F64), expected, rtol=tolerance, atol=tolerance)
+
+
+FALLING = {
+    "exponential": lambda z: torch.exp(-z).sum(dim=1),
+    "logistic": lambda z: torch.nn.functional.softplus(-z).sum(dim=1),
+    "algebraic": lambda z: (1 / (1 + z * z)).sum(dim=1),
+}
+
+
+@pytest.mark.parametrize("which", FALLING)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize(
+    "solver",
+    [None, ti.LBFGS(), ti.NewtonCG(), ti.NewtonKrylov()],
+    ids=lambda s: "default" if s is None else type(s).__name__,
+)
+def test_an_energy_without_a_minimum_is_not_solved(which: str, dtype: torch.dtype, solver: Any) -> None:
+    with pytest.warns(ti.ConvergenceWarning):
+        solution = ti.solve(
+            ti.Minimum(FALLING[which]), torch.full((2, 2), 0.5, dtype=dtype), solver=solver, throw=False
+        )
+    assert not solution.converged.any(), solution.summary()
+
+
+def test_compiled_and_eager_say_the_same_of_it() -> None:
+    start = torch.full((2, 2), 0.5)
+    solver = ti.GradientDescent(step_size=10.0, rtol=1e-4)
+    with pytest.warns(ti.ConvergenceWarning):
+        solution = ti.solve(ti.Minimum(FALLING["exponential"]), start, solver=solver)
+    assert solution.status.tolist() == [Status.BREAKDOWN] * 2
+
+
+def test_a_solution_at_zero_is_solved() -> None:
+    for dtype in (torch.float32, F64):
+        x = torch.full((2, 1), 0.5, dtype=dtype)
+        found = ti.solve(ti.FixedPoint(lambda z, x: z * x), torch.full((2, 3), 1e-15, dtype=dtype), x)
+        assert found.converged.all()
+        assert ti.solve(ti.FixedPoint(lambda z, x: z * x), torch.zeros(2, 3, dtype=dtype), x).converged.all()
+
+
+def test_a_row_at_rest_that_the_others_move_goes_on() -> None:
+    # the first row alone moves at first, and moves the second, whose residual was zero, as its terms were
+    def f(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * torch.tanh(z + z.flip(0)) + x
+
+    x = torch.tensor([[1.0], [0.0]], dtype=F64, requires_grad=True)
+    reference = x.detach().requires_grad_()
+    z = torch.zeros(2, 1, dtype=F64)
+    for _ in range(300):
+        z = f(z, reference)
+    for start in (torch.zeros(2, 1, dtype=F64), {"a": torch.zeros(2, 1, dtype=F64)}):
+        tree = isinstance(start, dict)
+        g = (lambda z, x: {"a": f(z["a"], x)}) if tree else f
+        for solver in (ti.Anderson(), ti.FixedPointIteration(), ti.Broyden(), ti.NewtonKrylov()):
+            solution = ti.solve(ti.FixedPoint(g), start, x, solver=solver)
+            value = solution.value["a"] if tree else solution.value
+            assert solution.converged.all(), (solver, solution.summary())
+            torch.testing.assert_close(value, z, rtol=1e-9, atol=1e-9)
+            got, expected = (
+                torch.autograd.grad(v.sum(), t, retain_graph=True)[0] for v, t in ((value, x), (z, reference))
+            )
+            torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "solver", [ti.Anderson(), ti.FixedPointIteration(max_steps=300)], ids=lambda s: type(s).__name__
+)
+@pytest.mark.parametrize("unit", [1e8, 1e-8])
+def test_a_leaf_that_appears_late_has_its_own_unit(solver: Any, unit: float) -> None:
+    def f(z: dict[str, torch.Tensor], x: torch.Tensor) -> dict[str, torch.Tensor]:
+        a, b = z["a"], z["b"] / unit
+        return {"a": 0.5 * torch.tanh(a) + x, "b": unit * (0.3 * torch.tanh(b) + torch.sin(a))}
+
+    x = torch.tensor([[1e-4], [0.7]], dtype=F64)
+    plain = {"a": torch.zeros(2, 1, dtype=F64), "b": torch.zeros(2, 1, dtype=F64)}
+    expected = plain
+    for _ in range(300):
+        expected = f(expected, x)
+    solution = ti.solve(ti.FixedPoint(f), plain, x, solver=solver)
+    assert solution.converged.all(), solution.summary()
+    torch.testing.assert_close(solution.value, expected, rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize("unit", [2.0**-27, 2.0**-13, 2.0**13, 2.0**27])  # no other would round alike
+@pytest.mark.parametrize("kind", ["root", "minimum"])
+def test_anderson_takes_the_same_steps_in_any_unit(kind: str, unit: float) -> None:
+    w, x = data(F64)
+
+    def steps(state: float, residual: float) -> list[int]:
+        def energy(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return residual * (0.5 * (z / state) ** 2 + torch.cos(z / state @ w) - z / state * x).sum(dim=1)
+
+        def f(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return residual * (z / state - torch.tanh(z / state @ w.T + x))
+
+        problem: Any = ti.Root(f) if kind == "root" else ti.Minimum(energy)
+        solution = ti.solve(problem, torch.full((4, 3), 0.1 * state, dtype=F64), x, solver=ti.Anderson())
+        assert solution.converged.all(), solution.summary()
+        return solution.steps.tolist()  # type: ignore[no-any-return]
+
+    plain = steps(1.0, 1.0)
+    for other in (steps(unit, 1.0), steps(1.0, unit)):
+        assert max(abs(a - b) for a, b in zip(plain, other, strict=True)) <= 1
