@@ -152,7 +152,9 @@ def _claims(
         return Verdict(Outcome.WRONG, "no report of the backward pass")
     g = derivatives[_probe(case)].flatten()
     cotangent = (data.cotangent + reference.state).flatten()
-    off = (reference.matrix.mT @ g - cotangent).reshape(case.batch, -1)
+    units = Statement(case, data).units().double()  # a residual is told in those of the state's leaves
+    off = (reference.matrix.mT @ g - cotangent).reshape(case.batch, -1) / units
+    cotangent = cotangent.reshape(case.batch, -1) / units
     rows = off if case.batched else off.reshape(1, -1)
     true = rows.norm(dim=1) / cotangent.reshape(rows.shape).norm(dim=1)
     whole = (off.norm() / cotangent.norm()).expand_as(true)  # of samples that see each other

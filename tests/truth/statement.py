@@ -49,11 +49,11 @@ class Statement:
         value = self.solution.value
         if self.case.kind == "joint":
             loss = self.case.unit if self.case.of == "energy" else 1.0
-            mu = self.tree.join(value.mu) * self._units() ** 2 / loss
+            mu = self.tree.join(value.mu) * self.units() ** 2 / loss
             return torch.cat((self.tree.join(value.z), mu, self.tree.join(value.x)), dim=-1)
         return self.tree.join(value)
 
-    def _units(self) -> Tensor:
+    def units(self) -> Tensor:
         """Of the state's numbers, ``[dim]``."""
         return torch.cat(
             [
@@ -99,7 +99,7 @@ class Statement:
             )
         shape = (case.dim,) if case.batched else (case.batch, case.dim)
         low, high = (self.tree.split(torch.full(shape, bound, dtype=self.dtype)) for bound in (-0.1, 0.15))
-        size = float(self._units()[0])
+        size = float(self.units()[0])
         constraint = {"box": ti.Box(low, high), "ball": ti.L2Ball(0.2 * size)}.get(case.constraint)
         loss = case.unit if case.of == "energy" else 1.0
         return ti.JointInference(
@@ -112,7 +112,7 @@ class Statement:
 
     def _metric(self) -> ti.Metric:
         matrix = self.data.metric
-        units = self._units().double()
+        units = self.units().double()
         if not self.case.batched:
             matrix, units = torch.block_diag(*[matrix] * self.case.batch), units.repeat(self.case.batch)
             order = self._order()
@@ -136,7 +136,7 @@ class Statement:
         if self.case.start in ("zero", "random", "far"):
             return self.tree.split(z), self.tree.split(0.01 * y)
         loss = self.case.unit if self.case.of == "energy" else 1.0
-        return ti.JointState(self.tree.split(z), self.tree.split(mu * loss / self._units() ** 2), self.tree.split(y))
+        return ti.JointState(self.tree.split(z), self.tree.split(mu * loss / self.units() ** 2), self.tree.split(y))
 
     @property
     def forward_tolerance(self) -> float:
@@ -148,7 +148,7 @@ class Statement:
         given = {} if case.tolerance is None else {"rtol": case.tolerance}
         if case.solver == "descent":
             energy = case.unit if case.of == "energy" else 1.0
-            step = 0.3 * float(self._units()[0]) ** 2 / energy
+            step = 0.3 * float(self.units()[0]) ** 2 / energy
             return ti.GradientDescent(step_size=step, momentum=0.5, **given)
         if case.solver == "default":
             named = {"fixed_point": "anderson", "root": "newton", "minimum": "lbfgs", "joint": "anderson"}[case.kind]
