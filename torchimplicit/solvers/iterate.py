@@ -167,19 +167,23 @@ class _Loop:
         if point.length is not None:
             first = reach + row_norm(point.z)
         elif self.judge.measure is not None:
-            first = 2 * size
-        assert first is not None
+            first = 2 * reach
+        elif first is None or first.ndim == 2:
+            assert point.scale is not None
+            first = reach + row_norm(point.scale)
         # where the first evaluation is not finite there is no limit to stay within: such a sample stops at once
         self.limit = GROWTH_LIMIT * (first if first is self.judge.first else first.nan_to_num(nan=-1.0, posinf=-1.0))
         if solver.searches and point.energy is not None:
             # the energy falls in every step, and from beside a saddle that leads to where gradients are steep
             self.limit = self.limit * GROWTH_LIMIT**2
+        # a start at a solution has no limit, from which others may move it
+        most = torch.finfo(reach.dtype).max
+        self.limit = torch.where((self.limit == 0) & (reach < torch.inf), most, self.limit)
         if solver.bounded:
             self.limit = torch.full_like(self.limit, torch.inf)
         self.unit: Tensor | None = None
         if size.ndim == 2:  # leaves, each in its own unit
             self.unit = torch.where((size > 0) & (size < torch.inf), size, torch.finfo(size.dtype).tiny)
-        self._settle_units(size if self.limit.ndim == size.ndim else reach, last=size.ndim == 1 or self.limit.ndim == 1)
         self.confirmed = solver.confirms(evaluate.system, point.z)
         self.plain = self.judge.first is not None and size.ndim == 1 and point.merit is None and not self.confirmed
         self.smooth, self.tries = self.plain and only is None, 2
@@ -193,17 +197,6 @@ class _Loop:
         self.alive: Tensor | None = only
         self.rows: Tensor | None = None
         self.full: dict[str, Tensor] = {}
-
-    def _settle_units(self, size: Tensor, last: bool) -> None:
-        """Give a leaf that had no residual at first its unit, once it has one; what has none for long has no limit."""
-        unknown = (self.limit == 0) & (size < torch.inf)
-        if last:
-            self.limit = torch.where(unknown, torch.inf, self.limit)
-        if self.unit is not None:
-            tiny = torch.finfo(size.dtype).tiny
-            self.unit = torch.where(self.unit > tiny, self.unit, 1 if last else size.clamp_min(tiny))
-            if not last:
-                self.limit = torch.where(unknown, GROWTH_LIMIT * size, self.limit)
 
     def run(self) -> Outcome:
         solver = self.solver
@@ -277,11 +270,15 @@ class _Loop:
         solved = None if move is None else move.solved
         breakdown = None if move is None else move.breakdown
         single = norm.ndim == 1
-        if not single and 0 < step <= APPEARS and point.length is None:
-            self._settle_units(norm, step == APPEARS)
-        good = (norm if point.length is None else point.reach()) <= self.limit
-        if good.ndim == 2:
-            good = good.all(dim=1)
+        good = (norm if single and point.length is None else point.reach()) <= self.limit
+        if not single and point.length is None:
+            assert self.unit is not None
+            if 0 < step <= APPEARS:
+                tiny = torch.finfo(norm.dtype).tiny
+                fresh = norm.clamp_min(tiny) if step < APPEARS else torch.where(norm > 0, norm, 1)
+                self.unit = torch.where(self.unit > tiny, self.unit, fresh)
+            # beside leaves in another unit, one that had no residual at first may seem to grow
+            good = good | (norm <= GROWTH_LIMIT * self.unit).all(dim=1)
         done: Tensor | None = None
         if single and solved is None and not self.confirmed:
             going = (norm > tolerance) & good
