@@ -123,7 +123,7 @@ def _solved_in(
     return replace(
         found,
         z=found.z * state,
-        trajectory=tuple(z * state for z in found.trajectory),
+        trajectory=tuple(None if z is None else z * state for z in found.trajectory),
         norm=None if found.norm is None else found.norm * size,
         trace=tuple((norm * size, parts) for norm, parts in found.trace),
         state=None,
