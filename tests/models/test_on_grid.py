@@ -121,6 +121,19 @@ def test_a_grid_goes_to_another_process_without_its_values(grid, points):
     torch.testing.assert_close(pickle.loads(pickle.dumps(held))(p), grid(p))
 
 
+@pytest.mark.parametrize("limit", [0, 20_000, math.inf])
+def test_values_in_single_precision_are_one_map(points, limit):
+    """Whether they are kept or not: the same numbers, and the exact derivatives of their sums."""
+    grid = OnGrid(some_basis(), points, Memory(limit, single=True))
+    rounded = dense(points).float().double()
+    p = torch.randn(grid.size, dtype=F64)
+    for _ in range(2):
+        torch.testing.assert_close(grid(p), rounded @ p, atol=1e-9, rtol=0)
+    slope = torch.func.grad(lambda q: grid(q).square().sum())(p)
+    torch.testing.assert_close(slope, torch.func.grad(lambda q: (rounded @ q).square().sum())(p), atol=1e-7, rtol=1e-9)
+    assert grid.held <= limit
+
+
 def test_moves_to_another_precision(grid):
     single = grid.to(dtype=torch.float32)
     p = torch.randn(grid.size, dtype=F64)

@@ -31,10 +31,12 @@ class Memory:
 
     Attributes:
         limit: in bytes.
+        single: keep values in single precision, in half the room; all that is computed with them stays double. What is
+            evaluated anew is rounded likewise, so that there is one map, with exact derivatives.
     """
 
-    def __init__(self, limit: float):
-        self.limit = limit
+    def __init__(self, limit: float, single: bool = False):
+        self.limit, self.single = limit, single
         self._grids: dict[weakref.ref[OnGrid], None] = {}
 
     @property
@@ -43,13 +45,14 @@ class Memory:
         return sum(grid.held for ref in self._grids if (grid := ref()) is not None)
 
     @contextmanager
-    def limited(self, limit: float) -> Iterator[None]:
-        """Within it there are so many bytes."""
-        before, self.limit = self.limit, limit
+    def limited(self, limit: float, single: bool = False) -> Iterator[None]:
+        """Within it there are so many bytes; see the attributes."""
+        before = self.limit, self.single
+        self.limit, self.single = limit, single
         try:
             yield
         finally:
-            self.limit = before
+            self.limit, self.single = before
 
     def touch(self, grid: OnGrid) -> None:
         """It is being used."""
@@ -248,6 +251,8 @@ class OnGrid:
             room.append(points.new_empty(4 * len(there) * max(len(one.shells.functions) for one in self.places)))
         shape = (len(place.shells.functions), 4, len(there))
         found = basis.jets(there, place.shells, out=room[0][: math.prod(shape)].view(shape))
+        if self._memory.single:
+            found = found.float()
         if self._memory.take(self, found.nbytes):
             found = self._kept[number] = found.clone()
         return found

@@ -105,7 +105,7 @@ def _of_network(
         slopes = every(prefixed, fields[:, block.points])  # each [points, 4, *shape]
         of_points = torch.cat([slopes[name].flatten(2) for name in prefixed], dim=2)
         of_points = (of_points * molecule.quadrature[block.points, None, None]).transpose(0, 1)
-        total[block.functions] += block.values.flatten(1) @ of_points.flatten(0, 1)
+        total[block.functions] += block.values.flatten(1).to(of_points) @ of_points.flatten(0, 1)
     columns = total.split(sizes, dim=1)
     return {name: of.reshape(molecule.size, *w.shape) for (name, w), of in zip(weights.items(), columns, strict=True)}
 

@@ -647,7 +647,7 @@ def _serve(
     import warnings
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the asking process' to handle
-    SHARED.limit = config.memory * 1e9 / config.processes
+    SHARED.limit, SHARED.single = config.memory * 1e9 / config.processes, config.single
     warnings.simplefilter("ignore")
     torch.set_num_threads(max(1, config.threads))
     share = made(functional, own, every, config)

@@ -97,7 +97,7 @@ def train(config: OrbitalFreeTraining, run: Run, console: Console) -> bool:
     """Train from the last iteration that was kept, and write ``results.json``, ``figures/`` and ``index.html``.
 
     An interruption is answered within an iteration, and leaves the checkpoint of the last one that was whole."""
-    with threads(config.threads), SHARED.limited(config.memory * 1e9):
+    with threads(config.threads), SHARED.limited(config.memory * 1e9, config.single):
         split, cases = _read(config, console)
         functional = started(config, cases["train"])
     history = _restored(functional, run.checkpoint)
@@ -225,7 +225,7 @@ def _read(config: OrbitalFreeTraining, console: Console) -> tuple[Split, dict[st
 def _bounded(config: OrbitalFreeTraining) -> Iterator[None]:
     """PyTorch's threads and those of SciPy's linear algebra, and this process' share of the memory."""
     share = config.memory * 1e9 / config.processes
-    with threads(config.threads), threadpool_limits(config.threads or None), SHARED.limited(share):
+    with threads(config.threads), threadpool_limits(config.threads or None), SHARED.limited(share, config.single):
         yield
 
 
