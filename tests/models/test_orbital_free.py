@@ -396,6 +396,12 @@ class TestStarting:
             moved = [self.away(functional, m, metric) ** 2 for m, metric in zip((pair, other), metrics, strict=True)]
             assert sum(moved) > sum(after)
 
+    def test_molecules_of_different_elements_are_taken(self, pair):
+        other = replace(pair, charges=torch.tensor([1, 8]))
+        functional = OrbitalFree()
+        fit_linear(functional, [pair, other], [pair.metric, other.metric])
+        assert functional.elements.nonzero()[:, 0].tolist() == [1, 8]
+
     def test_the_constants_give_the_energies(self, pair):
         other = replace(pair, charges=torch.tensor([1, 8]), energy=torch.tensor(-75.0, dtype=F64))
         functional = OrbitalFree()

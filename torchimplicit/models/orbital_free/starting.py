@@ -94,10 +94,12 @@ def fit_linearized(
     functional.elements.zero_()
     count = functional.reference.numel() + (0 if functional.pairs is None else functional.pairs.numel())
     matrix, right = functional.reference.new_zeros(count, count), functional.reference.new_zeros(count)
+    known = torch.zeros_like(functional.elements)  # put in at the end: until then every molecule is taken
     for one in molecules:
-        functional.elements[one.charges] = True
+        known[one.charges] = True
         matrix[one.coefficients[:, None], one.coefficients] += one.columns.T @ one.columns
         right[one.coefficients] -= one.columns.T @ one.away
+    functional.elements.copy_(known)
     size = matrix.diagonal()
     used = size > 0
     own = functional.reference.numel()
