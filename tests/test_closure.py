@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -430,3 +431,19 @@ def test_check_graph_stops_at_what_is_known():
     check_graph(computed * 3, (leaf,))
     with pytest.raises(RuntimeError, match="shape \\(2,\\)"):
         check_graph(computed * 3 + leaf, (computed,))
+
+
+def test_what_a_call_makes_is_not_held_until_it_ends():
+    frozen = torch.ones(DIM, DIM, dtype=torch.float64)
+    alive = []
+
+    def f(z, x):
+        made = [weakref.ref(t) for t in (z @ frozen, (z @ frozen).requires_grad_(), x @ frozen)]
+        alive.append([ref() is not None for ref in made])
+        inner = (z.detach() @ frozen).requires_grad_()  # made here, and no captured tensor
+        return torch.autograd.grad(inner.square().sum(), inner)[0] + x
+
+    x, _ = tensors()
+    closure, _ = Closure(f, (x,), extra=0).record(torch.ones_like(x))
+    assert not closure.captured
+    assert alive == [[False] * 3]

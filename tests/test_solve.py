@@ -139,6 +139,38 @@ def test_an_error_carries_the_solution_and_says_what_to_try():
     assert torch.equal(again.value, solution.value)
 
 
+def energy(z):
+    return (z * torch.nan).sum(1)
+
+
+@pytest.mark.parametrize("solver", [None, LBFGS(), ti.NewtonKrylov(), ti.ProjectedNewton(), ti.LevenbergMarquardt()])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        ti.Minimum(energy),
+        ti.Minimum(energy, constraint=ti.Box(0.0, 2.0)),
+        ti.LeastSquares(lambda z: z * torch.nan),
+        ti.Root(lambda z: z * torch.nan),
+    ],
+)
+def test_what_it_says_to_try_suits_the_problem_and_has_not_failed(problem, solver):
+    try:
+        ti.solve(problem, torch.ones(2, 1), solver=solver)
+    except ti.SolveError as error:
+        met, told = str(error).split(" met ")
+        names = told.split("another solver")[1].split("(")[1].split(")")[0].split(", ")
+        assert met not in names
+        for name in names:
+            kind = getattr(ti, name)
+            other = kind(step_size=0.1) if kind is ti.GradientDescent else kind()
+            with pytest.raises(ti.SolveError):  # and no ValueError
+                ti.solve(problem, torch.ones(2, 1), solver=other)
+    except ValueError:
+        assert solver is not None  # it is not for such problems
+    else:
+        pytest.fail("no error")
+
+
 def test_many_bad_samples_are_abridged():
     z0, x, slope = batch(20, ())
     with pytest.raises(ti.SolveError, match=r"20 of 20 samples \(0, 1, 2, 3, 4, 5, 6, 7, \.\.\.\)"):

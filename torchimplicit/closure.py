@@ -119,7 +119,9 @@ class _Watcher(TorchFunctionMode):
         self.table: dict[int, Tensor] = {}
         self._known: dict[int, Tensor] = {}
         self._made: dict[int, weakref.ref[Tensor]] = {}
-        self.keep(tuple(known))
+        for t in known:  # whoever gives them need not hold them on
+            self._known[id(t)] = t
+            self.keep(t)
 
     def met(self, t: Tensor) -> Tensor:
         raise AssertionError
@@ -140,12 +142,10 @@ class _Watcher(TorchFunctionMode):
         return out
 
     def keep(self, tree: Any) -> None:
-        """Note tensors made inside the call. They are kept alive, so that their ids are not given to others; but not
-        those whose history tells that they were made here, or else a call would hold all that it computes."""
+        """Note tensors made inside the call, without keeping them: a call would hold all that it computes. But those
+        of a transform are kept, since what wraps them is made anew."""
         if isinstance(tree, Tensor):
-            with torch._C.DisableTorchFunction():
-                told = tree.requires_grad and not tree.is_leaf and _functorch.maybe_get_level(tree) < 0
-            if told:
+            if _functorch.maybe_get_level(tree) < 0:
                 self._made[id(tree)] = weakref.ref(tree)
                 return
             self._known[id(tree)] = tree

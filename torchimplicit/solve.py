@@ -30,9 +30,11 @@ from torchimplicit.solvers import (
     Anderson,
     Broyden,
     GradientDescent,
+    LevenbergMarquardt,
     NewtonKrylov,
     Outcome,
     Polyalgorithm,
+    ProjectedNewton,
     Solver,
     in_turn,
     iterate,
@@ -310,12 +312,18 @@ def _remedies(problem: Problem, solver: Solver) -> str:
     shorter = {"damping": "more damping (a smaller damping=...)", "step_size": "a smaller step_size"}
     lead = solver.leading
     tried = [said for name, said in shorter.items() if hasattr(lead, name) and not lead.searches]
-    minima, maps = (GradientDescent, LBFGS, NewtonKrylov), (Anderson, Broyden, NewtonKrylov)
     known = {type(member) for member in solver.members} if isinstance(solver, Polyalgorithm) else {type(solver)}
     minimizes = isinstance(problem, Minimum | LeastSquares)
-    others = ", ".join(kind.__name__ for kind in (minima if minimizes else maps) if kind not in known)
+    kinds: tuple[type[Solver], ...] = (Anderson, Broyden, NewtonKrylov)
     if minimizes:
-        return ", ".join([*tried, f"another solver ({others})"])
+        kinds = (GradientDescent, LBFGS, NewtonKrylov)
+    if isinstance(problem, LeastSquares):
+        kinds = (LevenbergMarquardt, *kinds)
+    elif isinstance(problem, Minimum) and problem.on_set:  # of which the others know nothing
+        kinds = (ProjectedNewton, NewtonKrylov)
+    others = ", ".join(kind.__name__ for kind in kinds if kind not in known)
+    if minimizes:
+        return ", ".join([*tried, f"another solver ({others})" if others else "another start"])
     if others:
         tried.append(f"another solver that does not need a contraction ({others})")
     return ", ".join([*tried, "a normalized map (torchimplicit.nn.spectral_norm)"])

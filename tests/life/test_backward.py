@@ -180,3 +180,27 @@ class TestNested:
                 values.append(layer(x).sum())
                 weight.sub_(sign * step)
         torch.testing.assert_close(got[0, 0], (values[0] - values[1]) / 2e-6, rtol=1e-5, atol=1e-7)
+
+
+class Lazy(nn.Module):
+    """Computes its weight when it first needs it, and keeps it, with the history that autograd then recorded."""
+
+    def __init__(self):
+        super().__init__()
+        self.raw, self.weight = nn.Parameter(0.1 * torch.randn(5, 5)), None
+
+    def forward(self, z, x):
+        if self.weight is None:
+            self.weight = torch.sin(self.raw)
+        return torch.tanh(z @ self.weight + x)
+
+
+@pytest.mark.parametrize("as_layer", [True, False])
+def test_two_solves_of_a_weight_that_is_kept_between_them(x, as_layer):
+    cell = Lazy().double()
+    layer = Equilibrium(cell) if as_layer else lambda x: ti.solve(ti.FixedPoint(cell), torch.zeros_like(x), x).value
+    inputs = (x, cell.raw)
+    got = torch.autograd.grad(loss_of(layer(x)) + loss_of(layer(2 * x)), inputs)
+    cell.weight = None
+    expected = torch.autograd.grad(loss_of(unrolled(cell, x)) + loss_of(unrolled(cell, 2 * x)), inputs)
+    assert_all_close(got, expected)

@@ -86,7 +86,7 @@ _looks: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def _drawn(device: torch.device) -> Tensor:
-    """The state of the generator that is drawn from on ``device`` where none is named."""
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    return torch.get_rng_state()
+    """What moves, with every number drawn, in the state of the generator that is drawn from on ``device`` where none is
+    named: its place, and the first words of the numbers that it has ready."""
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return state[:64].clone()
