@@ -219,6 +219,7 @@ def test_pretrained_and_fine_tuned(folder, tmp_path):
     assert [len(one.table.rows) for one in summary.sheets] == [2 + 2, 6, 4]
     assert len(summary.claims) == 2 + 1 + 2 + 1
     assert [drawing.name for drawing in summary.drawings] == ["validation"]
+    assert not any("not done" in note for note in summary.notes)
     assert set(summary.runs["potential-0"]) == {
         "pretrained",
         "pretrained_longer",

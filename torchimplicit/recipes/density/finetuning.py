@@ -308,7 +308,9 @@ def _finetuning(rows: list[Row], runs: Runs) -> Sheet:
         Cell("L", of("test.loss", 3, 1e3), "10⁻³", "of the test molecules, each from the superposition of atoms"),
         Cell("L1 per electron", of("test.l1")),
         Cell("L, finer grid", of("test.finer_loss", 3, 1e3), "10⁻³"),
-        Cell("ΔE", of("test.energy_error", 3, 1e3), "mHa", "at the minimum, the elements' constants refitted"),
+        Cell("ΔE, constants refitted", of("test.energy_error", 3, 1e3), "mHa",
+             "at the minimum; by those of fine-tuning that its molecules' minima give, in the other rows as trained"),
+        Cell("ΔE, as trained", of("test.trained_energy_error", 3, 1e3), "mHa"),
         Cell("ΔE at the reference", of("reference", 3, 1e3), "mHa"),
         Cell("Better than MINAO", of("test.better", 3, 100), "%", "in L and L1, on the finer grid too"),
         Cell("Better than before", of("better_than_before", 3, 100), "%", "in L"),
@@ -454,6 +456,10 @@ def notes(config: FinetuneConfig, runs: Runs) -> list[str]:
     counts = runs.of(config.kinds[0], "pretrained.count")
     if counts:
         made.append(f"{shown(counts[0], 2)} test molecules.")
+    for line in runs:
+        wanted = [] if line["row"] == "density" else [*config.rows, "pretrained-longer"]
+        if lacking := [way for way in wanted if line[_key(way)] is None]:
+            made.append(f"{KINDS[line['row']]}, seed {line['seed']}: {', '.join(lacking)} not done.")
     return made + missing(len(jobs(config)), runs)
 
 
