@@ -149,6 +149,20 @@ def test_spectral_norms_of_torchdeq(fixed, clip, stale, recwarn):
     assert not recwarn.list
 
 
+def test_spectral_norms_of_torchdeq_in_training_take_one_power_iteration_a_step():
+    state = spectral_normed(stale=0.3)
+    cell = apply_norm(Cell().double(), spectral_norm, scale=True, paired=True, iterations=1)
+    cell.load_state_dict(convert_state_dict(state, cell))
+    cell.train()
+    for _ in range(3):
+        for layer, dim in LAYERS.items():
+            name = f"{layer}.weight"
+            weight = matrix(state[f"{name}_orig"], dim)
+            state[f"{name}_v"] = torch.nn.functional.normalize(weight.T @ state[f"{name}_u"], dim=0)
+            state[f"{name}_u"] = torch.nn.functional.normalize(weight @ state[f"{name}_v"], dim=0)
+            torch.testing.assert_close(getattr(cell, layer).weight, reference(state, layer))
+
+
 def test_spectral_norms_without_the_left_vector_agree_where_it_belongs_to_the_weight(recwarn):
     state = spectral_normed()
     cell = apply_norm(Cell().double(), spectral_norm, scale=True).eval()
