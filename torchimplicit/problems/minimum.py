@@ -374,7 +374,7 @@ def _told_of_saddles(
     seek = unshifted and (report.curvature is None or bool((report.status == Status.BREAKDOWN).any()))
 
     def unit(v: Tensor) -> tuple[Tensor, Tensor]:
-        whole = UnitRows.of(v.reshape(*v.shape[:-2], operator.batch // rows, -1))
+        whole = UnitRows.of(v.reshape(*v.shape[:-2], operator.batch // rows, rows * v.shape[-1]))
         size = torch.linalg.vector_norm(whole.unit, dim=-1, keepdim=True)
         return whole.unit / torch.where(size > 0, size, 1), size / whole.factor
 
