@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import torchimplicit as ti
+from torchimplicit.precision import TORCH_RELEASE
 
 F64 = torch.float64
 SOLVERS = (ti.FixedPointIteration(), ti.FixedPointIteration(damping=0.6), ti.Anderson(), ti.Broyden())
@@ -260,6 +261,7 @@ def test_the_trace_of_given_steps(leaves: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(solution.absolute_residual, norms[-1])
 
 
+@pytest.mark.skipif(TORCH_RELEASE < (2, 13), reason="nothing is compiled there")
 def test_a_compiled_solve_tells_its_absolute_residual(leaves: tuple[Tensor, Tensor]) -> None:
     w, x = (t.detach() for t in leaves)
     with warnings.catch_warnings():

@@ -77,7 +77,10 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return torch.autocast(device.type, enabled=False)
 
 
-CASTS_OUTLIVE_NO_GRAD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
+TORCH_RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
+"""Of PyTorch: ``(2, 13)``."""
+
+CASTS_OUTLIVE_NO_GRAD = TORCH_RELEASE < (2, 11)
 """Whether a weight that autocast has cast under ``no_grad`` serves recorded evaluations too, where it then has no
 gradient: so it did in PyTorch up to 2.10."""
 

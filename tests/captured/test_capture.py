@@ -263,6 +263,15 @@ def test_a_machine_without_a_compiler(monkeypatch):
     assert found.converged.all()
 
 
+def test_an_older_torch(monkeypatch):
+    monkeypatch.setattr("torchimplicit.captured.program.TORCH_RELEASE", (2, 12))
+    z0, x = inputs(3)
+    problem = FixedPoint(lambda z, x: torch.tanh(0.25 * z + x))
+    with pytest.warns(CaptureWarning, match=r"2\.13 or newer"):
+        found = ti.solve(problem, z0, x, compile=True)
+    assert torch.equal(found.value, ti.solve(problem, z0, x).value)
+
+
 # -- longer ones ----------------------------------------------------------------------
 
 

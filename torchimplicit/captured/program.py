@@ -30,7 +30,7 @@ from torchimplicit.closure import is_transformed
 from torchimplicit.errors import CaptureWarning
 from torchimplicit.members import known_by, module_of
 from torchimplicit.notices import notice
-from torchimplicit.precision import without_autocast
+from torchimplicit.precision import TORCH_RELEASE, without_autocast
 from torchimplicit.problems import Problem
 from torchimplicit.solvers import Solver
 from torchimplicit.state import Layout
@@ -248,6 +248,9 @@ def bind(problem: Problem, plan: Plan, differentiated: bool, flat: Tensor, args:
     Args:
         differentiated: whether there can be a backward pass; if not, that of the plan is compiled no sooner.
     """
+    if TORCH_RELEASE < (2, 13):
+        tell(problem, "PyTorch 2.13 or newer is needed for that")
+        return None
     try:
         programs = _programs.setdefault(known_by(problem.stated_by), {})
         program = programs.get(plan)
