@@ -141,6 +141,17 @@ def test_batches_are_the_molecules_one_by_one(water) -> None:
     torch.testing.assert_close(found.view(3, 3).sum(dim=1), torch.stack(alone))
 
 
+def test_what_is_remembered_outlives_a_transform_that_asks_first(water) -> None:
+    """A molecule whose first energy is taken within torch.func, and the next ones elsewhere."""
+    energy, first = network(water), made()
+    second = torch.func.jacrev(torch.func.grad(lambda p: energy(p, first)), chunk_size=5)
+    columns = second(first.guess)
+    torch.testing.assert_close(second(first.guess), columns)
+    p = first.guess.clone().requires_grad_()
+    (plain,) = torch.autograd.grad(energy(p, first), p)
+    torch.testing.assert_close(torch.func.grad(lambda p: energy(p, first))(first.guess), plain)
+
+
 def test_far_atoms_do_not_see_each_other(water) -> None:
     energy = network(water)
     apart = PLACES + torch.tensor([[0.0, 0, 0], [50.0, 0, 0], [0, 90.0, 0]], dtype=F64)

@@ -11,8 +11,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.functional import silu
 
+from torchimplicit.closure import is_transformed
 from torchimplicit.models.orbital_free.harmonics import solid_harmonics
 from torchimplicit.models.orbital_free.molecule import Molecule
 
@@ -306,11 +308,12 @@ class CoefficientNetwork(nn.Module):
 
     def known(self, molecule: Molecule) -> tuple[Graph, Rows]:
         """A molecule's, remembered for as long as it lives."""
-        if molecule.positions.requires_grad:
+        if molecule.positions.requires_grad or is_transformed(molecule.positions):
             return Graph.of(molecule, self.config), Rows.of(molecule, self.config)
         held = _KNOWN.setdefault(molecule, {})
         if self.config not in held:
-            with torch.no_grad():
+            # what is remembered must outlive a transform of torch.func within which it is asked for first
+            with torch.no_grad(), temporarily_clear_interpreter_stack():
                 held[self.config] = Graph.of(molecule, self.config), Rows.of(molecule, self.config)
         return held[self.config]
 
