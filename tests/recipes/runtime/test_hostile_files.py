@@ -280,10 +280,10 @@ class TestPictures:
             refused(lambda _, one=listing: imagenet.Crops(one)[0], path, path)
 
     def test_videos(self, tmp_path):
-        from torchimplicit.recipes.representations.video import VideoConfig, clip_of
+        from torchimplicit.recipes.representations.video import VideoConfig, clip
 
         def read(path):
-            return clip_of(VideoConfig(file=path, size=64))
+            return clip(VideoConfig(file=path, size=64))
 
         gif = bytearray(picture(kind="GIF"))
         gif[6:10] = b"\xff" * 4
