@@ -48,8 +48,8 @@ def _storage(t: torch.Tensor) -> Any:
         (ti.FixedPointIteration(), 0),
         (ti.Anderson(), 12),
         (ti.Anderson(memory=2), 4),
-        (ti.Broyden(memory=10), 20),
-        (ti.Broyden(max_steps=31), 60),
+        (ti.Broyden(memory=10), 10),
+        (ti.Broyden(max_steps=31), 30),
     ],
     ids=["plain", "Anderson", "Anderson(2)", "Broyden(10)", "Broyden(31 steps)"],
 )
@@ -67,7 +67,7 @@ def test_what_a_solver_remembers_is_gone_when_it_is_done():
     torch.manual_seed(0)
     slope, x = 0.9 * torch.rand(DIM), torch.randn(BATCH, DIM, requires_grad=True)
     problem = ti.FixedPoint(lambda z, x: torch.tanh(slope * z + x))
-    for gradient, held in ((ti.Implicit(), 0), (ti.SharedInverse(), 20)):
+    for gradient, held in ((ti.Implicit(), 0), (ti.SharedInverse(), 10)):
         with _Living() as living:
             solution = ti.solve(problem, torch.zeros(BATCH, DIM), x, solver=ti.Broyden(memory=10), gradient=gradient)
         assert held <= living.now() / STATE <= held + 6, type(gradient).__name__

@@ -15,6 +15,7 @@ from torchimplicit.closure import is_transformed
 from torchimplicit.precision import safe_norm, widened
 from torchimplicit.problems import Point, System
 from torchimplicit.problems.fixed_point import FixedPointSystem
+from torchimplicit.problems.joint_system import JointSystem
 from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.problems.root import RootSystem
 from torchimplicit.solution import Status
@@ -41,7 +42,9 @@ def examined(
     units of its first numbers. Elsewhere a sample that is only said to be solved since the square of its residual
     underflows, as on the way down :math:`e^{-z}`, is not.
     """
-    if outcome.norm is None or solver.steps is not None or any(map(is_transformed, (outcome.z, *params))):
+    if outcome.norm is None or solver.steps is not None or isinstance(system, JointSystem):
+        return outcome
+    if any(map(is_transformed, (outcome.z, *params))):
         return outcome
     norm = outcome.norm if outcome.norm.ndim == 1 else outcome.norm.amin(dim=1)
     lowest, highest = _range(norm.dtype)
