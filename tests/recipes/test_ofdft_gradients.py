@@ -180,7 +180,7 @@ def test_a_saddle_is_left(small, monkeypatch):
     middle = Optimum(small, functional, 1e-9)
     odd = small.weight * torch.where(small.atom == 0, 1.0, -1.0).double()
 
-    def tilted(p, molecule):
+    def tilted(p, molecule, tangent=None):
         moment = odd @ (p - middle.value)
         return OrbitalFree.forward(functional, p, molecule) - 0.05 * moment.square() + moment**4
 

@@ -402,8 +402,14 @@ def _asked(config: MoleculeGradientsConfig) -> tuple[Geometry, ChemistrySettings
 
 
 def made(config: MoleculeGradientsConfig, molecule: Molecule) -> Optimum:
-    """The functional, with its linear term fitted, trained if it is to be; and its minimum."""
+    """The functional, with its linear term fitted, trained if it is to be; and its minimum.
+
+    The network is drawn after the fit: fitted around it, the linear term alone may put the minimum at the reference, where
+    the loss has no gradient to compare.
+    """
     functional = OrbitalFree(OrbitalFreeConfig(weizsaecker=WEIZSAECKER[config.state]))
+    metric = Metric(molecule.overlap)
+    fit_linear(functional, [molecule], [metric])
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         layers = [m for m in functional.modules() if isinstance(m, torch.nn.Linear)]
@@ -414,8 +420,6 @@ def made(config: MoleculeGradientsConfig, molecule: Molecule) -> Optimum:
                     tensor.normal_(std=SPREAD[config.state], generator=generator)
                 else:
                     tensor.uniform_(-bound, bound, generator=generator)
-    metric = Metric(molecule.overlap)
-    fit_linear(functional, [molecule], [metric])
     if config.state == "trained":
         _train(functional, molecule, metric, config.training_steps)
     return Optimum(molecule, functional, config.tolerance)
