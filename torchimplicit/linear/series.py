@@ -31,13 +31,14 @@ def series(
     Returns:
         the solution; where a residual has not got smaller, or that of a row that was solved is none any more, since
         rows depend on each other, what the common loop is to go on from; ``None`` where that is to take it all, as for
-        vectors that are not finite, or so small or large that their squares are not.
+        vectors that are not finite, or so small or large that their squares are not. Zero is
+        among these, for it may be what a small one's squares come to.
     """
     size = norm = torch.linalg.vector_norm(b, dim=-1)
     tolerance = (rtol * size).add_(atol)
     least = torch.finfo(b.dtype).tiny ** 0.5 / max(rtol, torch.finfo(b.dtype).eps)
     going = size > tolerance
-    left, odd = torch.stack((going, ~(size < 1 / least) | ((size > 0) & (size < least)))).any(1).tolist()
+    left, odd = torch.stack((going, ~(size < 1 / least) | (size < least))).any(1).tolist()
     if odd:
         return None
     steps, products = torch.zeros_like(size, dtype=torch.int64), 0

@@ -404,8 +404,8 @@ def _asked(config: MoleculeGradientsConfig) -> tuple[Geometry, ChemistrySettings
 def made(config: MoleculeGradientsConfig, molecule: Molecule) -> Optimum:
     """The functional, with its linear term fitted, trained if it is to be; and its minimum.
 
-    The network is drawn after the fit: fitted around it, the linear term alone may put the minimum at the reference, where
-    the loss has no gradient to compare.
+    The network is drawn after the fit: fitted around it, the linear term alone may put the minimum at the reference,
+    where the loss has no gradient to compare.
     """
     functional = OrbitalFree(OrbitalFreeConfig(weizsaecker=WEIZSAECKER[config.state]))
     metric = Metric(molecule.overlap)
