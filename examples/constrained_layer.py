@@ -2,7 +2,7 @@
 
 A linear model predicts the returns of eight assets from eight signals; a layer turns them into the portfolio
 that maximizes return less risk, with weights that are non-negative, add up to one, and put at most 40 % on
-each half of the market's sectors. Training minimizes the regret of the *decision*, through the layer, rather
+either of two sectors. Training minimizes the regret of the *decision*, through the layer, rather
 than the error of the prediction.
 """
 

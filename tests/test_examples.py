@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -20,3 +21,8 @@ def test_an_example(path, tmp_path):
     assert ran.stdout.strip()
     assert picture.stat().st_size > 5000
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 100
+
+
+def test_every_example_is_on_its_page():
+    page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    assert all(f"$ python examples/{path.name}" in page for path in EXAMPLES)
