@@ -71,34 +71,36 @@ def _dual(solve: Solve, tensors: Tensors, data: Data) -> list[Tensor]:
     return [data.case.cotangent * tangent]
 
 
-def _of_shared(solve: Solve, tensors: Tensors) -> Callable[[Tensor], Tensor]:
+def of_shared(solve: Solve, tensors: Tensors) -> Callable[[Tensor], Tensor]:
+    """The solution as a function of the shared tensor."""
     return lambda t: solve({**tensors, SHARED: t})
 
 
-def _several(tensors: Tensors, data: Data) -> Tensor:
+def several(tensors: Tensors, data: Data) -> Tensor:
+    """Copies of the shared tensor that are a little different, stacked."""
     t, d = tensors[SHARED], data.directions[SHARED].to(tensors[SHARED].dtype)
     return torch.stack((t, t + 0.01 * d, t - 0.01 * d))
 
 
 def _vmap(solve: Solve, tensors: Tensors, data: Data) -> list[Tensor]:
-    return [data.case.cotangent * torch.func.vmap(_of_shared(solve, tensors))(_several(tensors, data))]
+    return [data.case.cotangent * torch.func.vmap(of_shared(solve, tensors))(several(tensors, data))]
 
 
 def _vmap_grad(solve: Solve, tensors: Tensors, data: Data) -> list[Tensor]:
-    of = _of_shared(solve, tensors)
-    return [torch.func.vmap(torch.func.grad(lambda t: loss_of(of(t), data)))(_several(tensors, data))]
+    of = of_shared(solve, tensors)
+    return [torch.func.vmap(torch.func.grad(lambda t: loss_of(of(t), data)))(several(tensors, data))]
 
 
 def _jacrev(solve: Solve, tensors: Tensors, data: Data) -> list[Tensor]:
-    return [data.case.cotangent * torch.func.jacrev(_of_shared(solve, tensors))(tensors[SHARED])]
+    return [data.case.cotangent * torch.func.jacrev(of_shared(solve, tensors))(tensors[SHARED])]
 
 
 def _jacfwd(solve: Solve, tensors: Tensors, data: Data) -> list[Tensor]:
-    return [data.case.cotangent * torch.func.jacfwd(_of_shared(solve, tensors))(tensors[SHARED])]
+    return [data.case.cotangent * torch.func.jacfwd(of_shared(solve, tensors))(tensors[SHARED])]
 
 
 def _hessian(solve: Solve, tensors: Tensors, data: Data) -> list[Tensor]:
-    of = _of_shared(solve, tensors)
+    of = of_shared(solve, tensors)
     return [torch.func.hessian(lambda t: loss_of(of(t), data))(tensors[SHARED])]
 
 
