@@ -55,7 +55,7 @@ def test_an_ill_conditioned_quadratic_takes_a_step_or_two(cond):
     problem = Minimum(lambda z, b: 0.5 * ((z @ matrix) * z).sum(1) - (z * b).sum(1))
     solution = ti.solve(problem, torch.zeros_like(b), b, solver=NewtonCG())
     assert solution.converged.all(), solution.summary()
-    assert (solution.steps <= 10).all()  # how many depends on rounding: 6 on one machine, 7 on another
+    assert (solution.steps <= 7).all()  # how many depends on rounding: 6 on one machine, 7 on another
     exact = torch.linalg.solve(matrix, b.mT).mT
     assert ((solution.value - exact).norm(dim=1) <= 1e-6 * exact.norm(dim=1)).all()
 
