@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import re
 import sys
 import types
@@ -14,8 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+import torchimplicit
+from torchimplicit.gradients import Gradient, OneStep
+from torchimplicit.solve import solve
 from torchimplicit.solvers import Solver
-from torchimplicit.testing import SolverSuite
+from torchimplicit.testing import GradientSuite, SolverSuite
+from torchimplicit.testing.gradient_suite import Case
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -78,6 +83,34 @@ class TestTheSolverOfContributing(SolverSuite):
         return self.solver(**options)
 
 
+def _of_extending() -> types.ModuleType:
+    module = types.ModuleType("extending")
+    sys.modules[module.__name__] = module
+    for _, text in blocks(ROOT / "docs" / "extending.md", "python"):
+        exec(compile(text, "extending.md", "exec", 0, True), vars(module))
+    return module
+
+
+class TestTheEstimatorsOfExtending(GradientSuite):
+    """The worked examples of docs/extending.md do what that page says."""
+
+    kinds = ("fixed_point",)
+    bound = 0.3
+    second_order = False
+    page = _of_extending()
+
+    def make(self) -> Gradient:
+        return self.page.TwoTerms()
+
+    def test_a_backward_pass_of_ones_own_is_that_of_one_step(self, case: Case) -> None:
+        grads = []
+        for gradient in (self.page.JacobianFree(), OneStep()):
+            x = case.x.clone().requires_grad_()
+            value = solve(case.problem(case.function), case.z0, x, case.w, gradient=gradient).value
+            grads += torch.autograd.grad(value.square().sum(), x)
+        torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=_names)
 def test_named_tests_and_benchmarks_exist(page):
     for match in _NAMED.finditer(page.read_text(encoding="utf-8")):
@@ -104,14 +137,32 @@ def test_the_readme_starts_with_its_two_commands():
         assert "-c constraints.txt" in text
 
 
-def test_every_public_name_has_its_place_in_the_api_pages():
-    import torchimplicit
+API = {
+    page.stem: re.findall(r"^::: torchimplicit\.([\w.]+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    for page in (ROOT / "docs" / "api").glob("*.md")
+}
+"""What each page of the API describes, by its full name without the package's."""
 
-    documented = {
-        line.rsplit(".", 1)[-1]
-        for page in (ROOT / "docs" / "api").glob("*.md")
-        for line in page.read_text(encoding="utf-8").splitlines()
-        if line.startswith("::: ")
-    }
-    names = {*torchimplicit.__all__, *torchimplicit.nn.__all__, *torchimplicit.regularizers.__all__}
-    assert names - documented == {"derivatives", "nn", "regularizers"}
+
+def test_every_public_name_has_its_place_in_the_api_pages():
+    documented = {name.rsplit(".", 1)[-1] for names in API.values() for name in names}
+    packages = ("constraints", "derivatives", "diagnostics", "gradients", "linear", "nn", "problems", "regularizers")
+    public = {*torchimplicit.__all__} - {"derivatives", "nn", "regularizers"}
+    for package in (*packages, "solvers", "testing"):
+        public.update(getattr(importlib.import_module(f"torchimplicit.{package}"), "__all__", ()))
+    assert public - documented == set()
+
+
+def test_the_overview_of_the_api_names_what_its_pages_describe():
+    text = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
+    rows = {match[1]: match[0] for match in re.finditer(r"^\| \[[^]]+\]\((\w+)\.md\) \|.*$", text, re.MULTILINE)}
+    for page, row in rows.items():
+        names = [name.rsplit(".", 1)[-1] for name in API[page]]
+        wanted = [name for name in names if name in torchimplicit.__all__]
+        wanted += [
+            f"{page}.{name}"
+            for name in names
+            if hasattr(getattr(torchimplicit, page, None), name) and name not in wanted
+        ]
+        expected = ", ".join(f"`{name}`" for name in wanted)
+        assert row.endswith(f"| {expected} |"), f"the row of {page} in docs/api/index.md should name {expected}"

@@ -14,7 +14,7 @@ from torchimplicit.compiler import untraced
 from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.gradients import Implicit
 from torchimplicit.gradients.base import Found, Task, differentiable
-from torchimplicit.gradients.nodes import nearly_singular
+from torchimplicit.gradients.figures import nearly_singular
 from torchimplicit.gradients.pseudo_inverse import Maps, PseudoSolution, PseudoSolve
 from torchimplicit.inference import outside_inference_mode
 from torchimplicit.linear import LSMR, Dense, LinearSolver

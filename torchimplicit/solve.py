@@ -17,7 +17,8 @@ from torchimplicit.defaults import default_solver
 from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.gradients import Gradient, Implicit
 from torchimplicit.gradients.auxiliary import auxiliary
-from torchimplicit.gradients.base import Run, Task, differentiable, reported
+from torchimplicit.gradients.base import Run, Task, differentiable
+from torchimplicit.gradients.figures import reported
 from torchimplicit.gradients.randomness import Randomness
 from torchimplicit.inference import outside_inference_mode
 from torchimplicit.notices import count_solve, notice

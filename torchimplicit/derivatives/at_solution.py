@@ -14,8 +14,9 @@ from torchimplicit.derivatives.curve import Along, Curve
 from torchimplicit.derivatives.directions import Basis, basis, flat_direction
 from torchimplicit.gradients import Implicit
 from torchimplicit.gradients.base import Task
-from torchimplicit.gradients.nodes import LinearSolve, push, solved_by_rule
+from torchimplicit.gradients.nodes import LinearSolve
 from torchimplicit.gradients.point import SharedPoint
+from torchimplicit.gradients.transforms import push
 from torchimplicit.linear import Dense, LinearSolver
 from torchimplicit.precision import at_precision, without_autocast
 from torchimplicit.problems import Minimum
@@ -119,7 +120,7 @@ class Derivatives:
                 precision=given.precision,
                 shared=self._shared,
             )
-            self._z = solved_by_rule(self._task, self._rule, given.flat, given.params).z
+            self._z = self._rule.attach(self._task, given.flat, given.params).z
         self.value = given.layout.unflatten(self._z)
 
     @property

@@ -11,7 +11,9 @@ from torch.autograd.function import Function
 
 from torchimplicit.closure import is_transformed
 from torchimplicit.gradients.base import Task
-from torchimplicit.gradients.nodes import LinearSolve, gradients, report
+from torchimplicit.gradients.figures import report
+from torchimplicit.gradients.nodes import LinearSolve
+from torchimplicit.gradients.transforms import gradients
 from torchimplicit.linear import LinearSolver
 from torchimplicit.precision import without_autocast
 

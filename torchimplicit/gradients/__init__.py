@@ -7,7 +7,9 @@ from torchimplicit.gradients.equilibrium_propagation import EquilibriumPropagati
 from torchimplicit.gradients.gauss_newton import GaussNewton
 from torchimplicit.gradients.implicit import Implicit
 from torchimplicit.gradients.joint import Envelope, FixedInput
+from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.gradients.neumann_phantom import NeumannPhantom
+from torchimplicit.gradients.nodes import DerivativeRule, FirstOrderRule
 from torchimplicit.gradients.one_step import OneStep
 from torchimplicit.gradients.shared_inverse import SharedInverse
 from torchimplicit.gradients.unbiased_neumann import UnbiasedNeumann
@@ -18,12 +20,15 @@ from torchimplicit.gradients.when_unconverged import WhenUnconverged
 __all__ = [
     "AdaptivePhantom",
     "DampedImplicit",
+    "DerivativeRule",
     "Envelope",
     "EquilibriumPropagation",
+    "FirstOrderRule",
     "FixedInput",
     "GaussNewton",
     "Gradient",
     "Implicit",
+    "LinearEstimate",
     "NeumannPhantom",
     "OneStep",
     "PhantomReport",

@@ -25,7 +25,7 @@ from torchimplicit.problems import System
 from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.problems.linearization import Linearization, changed_since, check_unmoved
 from torchimplicit.saved import past_hooks
-from torchimplicit.solution import AdjointRecord, Report, Status
+from torchimplicit.solution import AdjointRecord, Report
 from torchimplicit.solvers import Outcome, Solver
 
 Run = Callable[[System, Tensor, Sequence[Tensor]], Outcome]
@@ -202,10 +202,6 @@ class Gradient(ABC):
     def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
         """Solve, and give the solution this estimator's derivative in ``params``."""
 
-    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization | None:
-        """What the backward pass needs of the problem's function, recorded in the forward pass; ``None``: nothing."""
-        return None
-
     def recorded(self, solver: Solver) -> int | None:
         """Where ``solver`` takes a given number of steps, and autograd differentiates all that the estimator makes of
         them: how many of the last of them it is to see. The function need not be called to find what it captures then.
@@ -215,19 +211,6 @@ class Gradient(ABC):
     def supports(self, system: System, solver: Solver) -> str | None:
         """``None`` where the estimator can differentiate this solve; otherwise why not, and what to take instead."""
         return None
-
-
-def truncated(like: Tensor, steps: int, products: float) -> Report:
-    """The report of a backward pass that takes a given number of steps, whatever is left of the residual.
-
-    Args:
-        like: ``[batch, dim]``, for its batch, dtype and device.
-        steps: that every sample takes.
-        products: with the Jacobian.
-    """
-    count = torch.full(like.shape[:1], steps, dtype=torch.int64, device=like.device)
-    unknown = torch.full(like.shape[:1], torch.nan, dtype=like.dtype, device=like.device)
-    return Report(torch.full_like(count, int(Status.STEPS_TAKEN)), count, unknown, products)
 
 
 def refuse_detached(task: Task, z: Tensor, params: Sequence[Tensor]) -> None:
@@ -249,21 +232,6 @@ def refuse_detached(task: Task, z: Tensor, params: Sequence[Tensor]) -> None:
 
 _seen: weakref.WeakSet[Any] = weakref.WeakSet()
 """Functions that autograd sees through."""
-
-
-def reported(z: Tensor, record: AdjointRecord, report: Report) -> Tensor:
-    """``z``, whose backward pass leaves ``report``: for estimators that autograd differentiates itself.
-
-    Under a ``torch.func`` transform nothing is left, for its tensors take no hooks.
-    """
-    if z.requires_grad and not is_transformed(z):
-
-        def leave(_: Tensor) -> None:
-            record.report = report
-
-        z.register_hook(leave)
-        record.coming = report
-    return z
 
 
 def owned(task: Task, z: Tensor) -> Tensor:

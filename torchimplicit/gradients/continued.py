@@ -11,7 +11,7 @@ from torch.autograd.function import Function
 from torchimplicit.captured import Continuation
 from torchimplicit.closure import is_transformed
 from torchimplicit.gradients.base import Task
-from torchimplicit.gradients.nodes import _refuse_batched_cotangents, partial_vjp
+from torchimplicit.gradients.transforms import partial_vjp, refuse_batched_cotangents
 from torchimplicit.precision import without_autocast
 from torchimplicit.problems.linearization import check_unmoved
 
@@ -41,7 +41,7 @@ class Continued(Function):
 
     @staticmethod
     def backward(ctx: Any, u: Tensor, _: Any) -> tuple[Any, ...]:
-        _refuse_batched_cotangents(u)
+        refuse_batched_cotangents(u)
         h, out, *saved = ctx.saved_tensors
         params, kept = saved[: ctx.count], iter(saved[ctx.count :])
         wanted = ctx.needs_input_grad[3:]

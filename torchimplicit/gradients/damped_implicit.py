@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.figures import report
 from torchimplicit.gradients.linear_estimate import LinearEstimate
-from torchimplicit.gradients.nodes import report
 from torchimplicit.linear import LinearOperator, LinearSolution, LinearSolver
 from torchimplicit.linear.extremes import extreme_eigenvalues
 from torchimplicit.linear.iterative import IterativeSolver

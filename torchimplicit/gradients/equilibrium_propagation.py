@@ -9,9 +9,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError
-from torchimplicit.gradients.base import Found, Gradient, Task
-from torchimplicit.gradients.nodes import Grads, estimate, report, solved_by_rule
+from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.figures import report
+from torchimplicit.gradients.nodes import FirstOrderRule
 from torchimplicit.linear.confirmed import separated
 from torchimplicit.linear.extremes import extreme_eigenvalues
 from torchimplicit.linear.preconditioners import as_preconditioner
@@ -29,7 +30,7 @@ from torchimplicit.validation import check_count, check_positive
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class EquilibriumPropagation(Gradient):
+class EquilibriumPropagation(FirstOrderRule):
     """Equilibrium propagation (Scellier and Bengio 2017; symmetric: Laborieux et al. 2021) for :class:`Minimum`.
 
     The energy is tilted by the incoming cotangent, :math:`T = E + \\beta\\langle u, p\\rangle`, and minimized again
@@ -85,31 +86,13 @@ class EquilibriumPropagation(Gradient):
             "for this problem use Implicit()"
         )
 
-    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
-        return solved_by_rule(task, self, z0, params)
-
     def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization:
         """The energies of the forward pass alone, without a graph: the nudged energy is evaluated elsewhere."""
         tape = Linearization(task.system.fn, z, params)
         tape.out = tape.out.detach()
         return tape
 
-    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
-        """The cotangents of the wanted parameters."""
-
-        def compute(task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-            return self._estimate(task, u, z, params, wanted)
-
-        grads = iter(estimate(task, compute, "EquilibriumPropagation", u, z, params))
-        return tuple(next(grads) if w else None for w in wanted)
-
-    def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
-        """Not to be had."""
-        raise UnsupportedDerivativeError(
-            "EquilibriumPropagation has no forward mode: it needs the cotangent of a loss. Use Implicit() there"
-        )
-
-    def _estimate(
+    def cotangents(
         self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
     ) -> list[Tensor]:
         system = task.system

@@ -8,8 +8,8 @@ from typing import final
 from torch import Tensor
 
 from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.figures import report
 from torchimplicit.gradients.linear_estimate import LinearEstimate
-from torchimplicit.gradients.nodes import report
 from torchimplicit.linear import LSMR, Dense, LinearSolution, LinearSolver
 from torchimplicit.linear.pseudo_inverse import RectangularOperator, pseudo_solve
 from torchimplicit.precision import at_precision

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from torchimplicit.captured import Passes
 from torchimplicit.closure import is_transformed
-from torchimplicit.gradients.base import Found, Gradient, Task
-from torchimplicit.gradients.nodes import Grads, LinearSolve, pulled, push, report, solved_by_rule
+from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.figures import report
+from torchimplicit.gradients.nodes import DerivativeRule, LinearSolve, pulled
+from torchimplicit.gradients.transforms import Grads, push
 from torchimplicit.linear import LinearSolver
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.solvers import Solver
@@ -21,7 +23,7 @@ from torchimplicit.validation import check_type
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Implicit(Gradient):
+class Implicit(DerivativeRule):
     """The exact derivative at the solution, to any order and in every mode (reverse, forward, ``torch.func``).
 
     Backward solves :math:`A^T g = u` and returns :math:`-R_\\theta^T g`; for a fixed point that is
@@ -40,9 +42,6 @@ class Implicit(Gradient):
 
     def passes(self, solver: Solver) -> Passes:
         return Passes(solver=solver, solved=True, linear_solver=self.linear_solver)
-
-    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
-        return solved_by_rule(task, self, z0, params)
 
     def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization | None:
         """Of the residual; none where the backward pass is compiled."""

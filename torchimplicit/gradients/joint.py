@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from torchimplicit.errors import UnsupportedDerivativeError
-from torchimplicit.gradients.base import Found, Gradient, Task, truncated
-from torchimplicit.gradients.nodes import Grads, estimate, report, solved_by_rule
+from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.figures import report, truncated
+from torchimplicit.gradients.nodes import FirstOrderRule
 from torchimplicit.linear import LinearSolver
 from torchimplicit.precision import safe_norm
 from torchimplicit.problems import System
@@ -23,37 +23,13 @@ from torchimplicit.solvers import Solver
 from torchimplicit.validation import check_positive, check_type
 
 
-class JointEstimate(Gradient):
+class JointEstimate(FirstOrderRule):
     """An estimator of the parameters' gradient through :class:`JointInference`. Reverse mode, first order."""
-
-    @abstractmethod
-    def cotangents(
-        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
-    ) -> list[Tensor | None]:
-        """Of the wanted parameters, on plain tensors."""
 
     def supports(self, system: System, solver: Solver) -> str | None:
         if isinstance(system, JointSystem):
             return None
         return f"{type(self).__name__} differentiates a JointInference: for this problem use Implicit()"
-
-    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
-        return solved_by_rule(task, self, z0, params)
-
-    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
-        """The cotangents of the wanted parameters."""
-
-        def compute(task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-            return [grad for grad in self.cotangents(task, u, z, params, wanted) if grad is not None]
-
-        grads = iter(estimate(task, compute, type(self).__name__, u, z, params))
-        return tuple(next(grads) if w else None for w in wanted)
-
-    def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
-        """Not to be had."""
-        raise UnsupportedDerivativeError(
-            f"{type(self).__name__} has no forward mode: it needs the cotangent of a loss. Use Implicit() there"
-        )
 
 
 @final

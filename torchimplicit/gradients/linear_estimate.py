@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from torchimplicit.closure import is_transformed
-from torchimplicit.gradients.base import Found, Gradient, Task
-from torchimplicit.gradients.nodes import Grads, estimate, push, solved_by_rule
+from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.nodes import FirstOrderRule, estimate
+from torchimplicit.gradients.transforms import Grads, push
 from torchimplicit.linear import LinearSolution
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.saved import past_hooks
 
 
-class LinearEstimate(Gradient):
+class LinearEstimate(FirstOrderRule):
     """:math:`\\bar\\theta = -R_\\theta^T M^T u`, :math:`\\dot z = -M R_\\theta\\dot\\theta`, for some
     :math:`M\\approx A^{-1}`.
 
@@ -26,9 +27,6 @@ class LinearEstimate(Gradient):
     @abstractmethod
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         """:math:`M^T b` or :math:`M b`, on plain tensors."""
-
-    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
-        return solved_by_rule(task, self, z0, params)
 
     def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization | None:
         """Of the residual; none where the backward pass is compiled."""
@@ -44,15 +42,16 @@ class LinearEstimate(Gradient):
                 task.record.report = compiled.report
                 return compiled.grads
 
-        def compute(task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-            tape = task.linearize(z, params, wanted)
-            with past_hooks():
-                found = self.apply(task, tape, True, u)
-                task.record.report = found.report
-                return [grad for grad in task.system.pull(tape, found.value) if grad is not None]
+        return super().adjoint(task, u, z, params, wanted)
 
-        grads = iter(estimate(task, compute, type(self).__name__, u, z, params))
-        return tuple(next(grads) if w else None for w in wanted)
+    def cotangents(
+        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        tape = task.linearize(z, params, wanted)
+        with past_hooks():
+            found = self.apply(task, tape, True, u)
+            task.record.report = found.report
+            return task.system.pull(tape, found.value)
 
     def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
         """The tangent of the solution."""

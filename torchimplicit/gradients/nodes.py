@@ -14,56 +14,96 @@ the transform's own would be needed, the system is evaluated again.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from torchimplicit.closure import is_transformed
-from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError
-from torchimplicit.gradients.base import Found, Task, differentiable
+from torchimplicit.errors import UnsupportedDerivativeError
+from torchimplicit.gradients.base import Found, Gradient, Task, differentiable
+from torchimplicit.gradients.figures import report
+from torchimplicit.gradients.transforms import (
+    Grads,
+    fold_copies,
+    gradients,
+    is_plain,
+    nested_forward_mode,
+    partial_vjp,
+    primals_of,
+    push,
+    refuse_batched_cotangents,
+    saved_tensors,
+    stack_copies,
+)
 from torchimplicit.linear import LinearSolver
-from torchimplicit.notices import count_adjoint, notice
-from torchimplicit.precision import default_rtol, without_autocast
+from torchimplicit.precision import without_autocast
 from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.problems.linearization import Linearization, check_unmoved, recorded_gradients
 from torchimplicit.problems.system import vjp
 from torchimplicit.saved import Saved, kept, unpack
-from torchimplicit.solution import AdjointRecord, Report, Status
 from torchimplicit.state import row_norm
 
-Grads = tuple[Tensor | None, ...]
 
+class DerivativeRule(Gradient):
+    """An estimator that gives the solution's derivative itself, as a pullback and a tangent at the solution.
 
-class Recorded(Protocol):
-    """What has a place for the report of a backward solve."""
+    The :class:`Solve` node runs the solver out of autograd's sight and calls the rule in its place. A rule that is to
+    have derivatives of its own, of higher order, is made of composable products (:func:`pulled`, :func:`push`) and of
+    :class:`LinearSolve`; one that has none calls :func:`estimate`, so that a second derivative raises.
+    """
 
-    @property
-    def record(self) -> AdjointRecord:
-        """That place."""
-        ...
+    @abstractmethod
+    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
+        """The cotangents of the parameters, ``None`` for those that are not wanted.
 
+        Args:
+            task: the solve; ``task.system`` is the problem in flat coordinates.
+            u: of the solution, ``[batch, dim]``.
+            z: the solution, ``[batch, dim]``.
+            params: what the system depends on.
+            wanted: for each of ``params``, whether its cotangent is asked for.
+        """
 
-NEARLY_SINGULAR = 0.1
-"""The relative error of a derivative, by the condition number and the default tolerance, that is warned of."""
+    @abstractmethod
+    def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
+        """The tangent of the solution, ``[batch, dim]``.
+
+        Args:
+            task, z, params: as for :meth:`adjoint`.
+            dparams: the tangents of ``params``, ``None`` for those that do not move.
+
+        Raises:
+            UnsupportedDerivativeError: the rule has no forward mode.
+        """
+
+    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization | None:
+        """What :meth:`adjoint` needs of the problem's function, recorded in the forward pass; ``None``: nothing."""
+        return None
+
+    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+        """Solve, and differentiate by the rule."""
+        if not differentiable(params):
+            return undifferentiated(task, self, z0, params)
+        # under a transform that differentiates, the graph of plain tensors below it would hardly ever be asked for
+        task = task if all(map(is_plain, params)) else replace(task, records=False)
+        return Found(*Solve.apply(task, self, z0.detach(), *params))
 
 
 class Solve(Function):
     """The solution of a task as a function of its parameters: ``(task, rule, z0, *params) -> Found``.
 
-    The rule is an estimator: ``rule.adjoint(task, u, z, params, wanted)`` gives the cotangents of the wanted
-    parameters, ``rule.tangent(task, z, params, dparams)`` the tangent of the solution.
+    Its pullback is the rule's :meth:`~DerivativeRule.adjoint`, its tangent the rule's
+    :meth:`~DerivativeRule.tangent`.
     """
 
     @staticmethod
-    def forward(task: Task, rule: Any, z0: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+    def forward(task: Task, rule: DerivativeRule, z0: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
         return tuple(task.solve(z0, params))
 
     @staticmethod
@@ -80,25 +120,25 @@ class Solve(Function):
 
     @staticmethod
     def backward(ctx: Any, u: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        z, *params = _saved(ctx)
+        z, *params = saved_tensors(ctx)
         wanted = ctx.needs_input_grad[3:]
         if u is None:
             return None, None, None, *(None for _ in wanted)
-        _refuse_batched_cotangents(u)
+        refuse_batched_cotangents(u)
         task = _restored(ctx.task, ctx.kept, params)
         with without_autocast(z.device):
             return None, None, None, *ctx.rule.adjoint(task, u, z, params, wanted)
 
     @staticmethod
     def jvp(ctx: Any, _task: None, _rule: None, _z0: Any, *dparams: Tensor | None) -> tuple[Any, ...]:
-        with _nested_forward_mode():
-            z, *params = _primals(_saved(ctx))
+        with nested_forward_mode():
+            z, *params = primals_of(saved_tensors(ctx))
             return ctx.rule.tangent(ctx.task, z, params, dparams), None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, task: Task, rule: Any, z0: Tensor, *params: Tensor) -> tuple[Any, Any]:
-        size, dims, params = _fold(info, in_dims[3:], params)
-        flat = _stack(z0, in_dims[2], size)
+    def vmap(info: Any, in_dims: Any, task: Task, rule: DerivativeRule, z0: Tensor, *params: Tensor) -> tuple[Any, Any]:
+        size, dims, params = fold_copies(info, in_dims[3:], params)
+        flat = stack_copies(z0, in_dims[2], size)
         found = Solve.apply(task.vmapped(size, dims), rule, flat, *params)
         return tuple(t.reshape(size, -1, *t.shape[1:]) for t in found), (0, 0, 0, 0)
 
@@ -127,9 +167,9 @@ class LinearSolve(Function):
 
     @staticmethod
     def backward(ctx: Any, c: Tensor) -> tuple[Any, ...]:
-        y, z, *params = _saved(ctx)
+        y, z, *params = saved_tensors(ctx)
         wanted = ctx.needs_input_grad[4:]
-        _refuse_batched_cotangents(c)
+        refuse_batched_cotangents(c)
         if any(wanted):  # the derivative of A is a second derivative of the residual
             ctx.task.smoothness.asked()
         task = _restored(ctx.task, ctx.kept, params)
@@ -140,8 +180,8 @@ class LinearSolve(Function):
 
     @staticmethod
     def jvp(ctx: Any, _t: None, _s: None, _f: None, db: Tensor | None, *tangents: Tensor | None) -> Tensor:
-        with _nested_forward_mode():
-            y, z, *params = _primals(_saved(ctx))
+        with nested_forward_mode():
+            y, z, *params = primals_of(saved_tensors(ctx))
             if any(t is not None for t in tangents):
                 ctx.task.smoothness.asked()
             moved = LinearSolve._tangent(ctx, y, z, params, tangents)
@@ -167,14 +207,14 @@ class LinearSolve(Function):
             b = b.movedim(in_dims[3], 0)
             y = LinearSolve.apply(task, solver, transposed, b.reshape(-1, *b.shape[-2:]), z, *params)
             return y.reshape(b.shape), 0
-        size, dims, params = _fold(info, in_dims[5:], params)
+        size, dims, params = fold_copies(info, in_dims[5:], params)
         shape = b.shape if in_dims[3] is None else b.movedim(in_dims[3], 0).shape[1:]
         if len(shape) == 3:  # a block for each copy: the copies go into the batch, beside each other
             b = b.expand(size, *shape) if in_dims[3] is None else b.movedim(in_dims[3], 0)
             b = b.movedim(0, 1).reshape(shape[0], -1, shape[2])
         else:
-            b = _stack(b, in_dims[3], size)
-        z = _stack(z, in_dims[4], size)
+            b = stack_copies(b, in_dims[3], size)
+        z = stack_copies(z, in_dims[4], size)
         y = LinearSolve.apply(task.vmapped(size, dims), solver, transposed, b, z, *params)
         if len(shape) == 3:
             return y.reshape(shape[0], size, *shape[1:]).movedim(1, 0), 0
@@ -211,10 +251,10 @@ class Graft(Function):
 
     @staticmethod
     def backward(ctx: Any, *vs: Tensor) -> tuple[Any, ...]:
-        saved = _saved(ctx)
+        saved = saved_tensors(ctx)
         recorded, actual = saved[: ctx.count], saved[ctx.count :]
         for v in vs:
-            _refuse_batched_cotangents(v)
+            refuse_batched_cotangents(v)
         wanted = ctx.needs_input_grad[3:]
         unpack(ctx.kept)
         if not torch.is_grad_enabled():
@@ -255,8 +295,8 @@ class FirstOrder(Function):
     def vmap(
         info: Any, in_dims: Any, task: Task, compute: Any, name: str, of_state: bool, x: Any, z: Any, *params: Any
     ) -> Any:
-        size, dims, params = _fold(info, in_dims[6:], params)
-        x, z = _stack(x, in_dims[4], size), _stack(z, in_dims[5], size)
+        size, dims, params = fold_copies(info, in_dims[6:], params)
+        x, z = stack_copies(x, in_dims[4], size), stack_copies(z, in_dims[5], size)
         if not of_state:
             # the cotangent of a parameter that the copies share is wanted for each copy on its own
             params = tuple(
@@ -289,16 +329,29 @@ for _node in (Solve, LinearSolve, Graft, FirstOrder):
     _node.forward.__signature__ = _AsGiven()  # type: ignore[union-attr]
 
 
-def solved_by_rule(task: Task, rule: Any, z0: Tensor, params: Sequence[Tensor]) -> Found:
-    """The solution of the task, differentiated by the rule: see :class:`Solve`."""
-    if not differentiable(params):
-        return undifferentiated(task, rule, z0, params)
-    # under a transform that differentiates, the graph of plain tensors below it would hardly ever be asked for
-    task = task if all(map(_is_plain, params)) else replace(task, records=False)
-    return Found(*Solve.apply(task, rule, z0.detach(), *params))
+class FirstOrderRule(DerivativeRule):
+    """A rule for first derivatives in reverse mode: others raise :class:`UnsupportedDerivativeError`."""
+
+    @abstractmethod
+    def cotangents(
+        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """What :meth:`adjoint` gives, computed on plain tensors in whatever way."""
+
+    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
+        def compute(task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+            return [grad for grad in self.cotangents(task, u, z, params, wanted) if grad is not None]
+
+        grads = iter(estimate(task, compute, type(self).__name__, u, z, params))
+        return tuple(next(grads) if w else None for w in wanted)
+
+    def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
+        raise UnsupportedDerivativeError(
+            f"{type(self).__name__} has no forward mode: it needs the cotangent of a loss. Use Implicit() there"
+        )
 
 
-def undifferentiated(task: Task, rule: Any, z0: Tensor, params: Sequence[Tensor]) -> Found:
+def undifferentiated(task: Task, rule: DerivativeRule, z0: Tensor, params: Sequence[Tensor]) -> Found:
     """The solution of a task whose parameters have no derivative to give. A start that belongs to a transform is taken
     out of it by the node, for the solver runs on plain tensors."""
     return Found(*Solve.apply(task, rule, z0.detach(), *params)) if is_transformed(z0) else task.solve(z0, params)
@@ -380,7 +433,7 @@ def _or_zeros(grads: Sequence[Tensor | None], like: Sequence[Tensor], wanted: Se
 
 
 def _recorded(
-    task: Task, rule: Any, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
+    task: Task, rule: DerivativeRule, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
 ) -> tuple[Linearization | None, tuple[Tensor, ...]]:
     """The solution's tape without its graph, and what autograd is to save for it: it frees the graph as it does its
     own."""
@@ -424,13 +477,6 @@ def _restored(task: Task, tape: Linearization | None, saved: list[Tensor]) -> Ta
     return replace(task, tape=tape.joined(saved.pop()))
 
 
-def _is_plain(t: Tensor) -> bool:
-    """Whether ``t`` belongs to no transform that differentiates, at whatever level."""
-    while _functorch.is_batchedtensor(t):
-        t = _functorch.get_unwrapped(t)
-    return not is_transformed(t)
-
-
 def estimate(
     task: Task,
     compute: Callable[[Task, Any, Tensor, Sequence[Tensor]], Sequence[Tensor]],
@@ -444,157 +490,6 @@ def estimate(
     if not torch.is_grad_enabled() and not any(is_transformed(t) for t in (x, z, *params)):
         return compute(task, x, z, params)
     return FirstOrder.apply(task, compute, name, of_state, x, z, *params)
-
-
-def gradients(fn: Callable[..., Tensor], primals: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
-    """The gradient of a scalar ``fn`` in the wanted primals, ``None`` for the others; differentiable itself."""
-    out, pull = partial_vjp(fn, primals, wanted)
-    return pull(torch.ones_like(out))
-
-
-def partial_vjp(
-    fn: Callable[..., Tensor], primals: Sequence[Tensor], wanted: Sequence[bool]
-) -> tuple[Tensor, Callable[[Tensor], Grads]]:
-    """``torch.func.vjp`` in the wanted primals; the pullback gives ``None`` for the others."""
-    chosen = [i for i, w in enumerate(wanted) if w]
-
-    def of_chosen(*some: Tensor) -> Tensor:
-        full = list(primals)
-        for i, p in zip(chosen, some, strict=True):
-            full[i] = p
-        return fn(*full)
-
-    out, pull = vjp(of_chosen, *(primals[i] for i in chosen))
-
-    def pullback(v: Tensor) -> Grads:
-        grads: list[Tensor | None] = [None] * len(primals)
-        for i, grad in zip(chosen, pull(v), strict=True):
-            grads[i] = grad
-        return tuple(grads)
-
-    return out, pullback
-
-
-def push(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor | None:
-    """The tangent of ``fn``, by two pullbacks, which nest under every transform; ``None`` if no tangent is given."""
-    given = [t is not None for t in tangents]
-    if not any(given):
-        return None
-    out, pull = partial_vjp(fn, primals, given)
-    some = [i for i, g in enumerate(given) if g]
-    _, twice = vjp(lambda w: tuple(pull(w)[i] for i in some), torch.zeros_like(out))
-    return twice(tuple(tangents[i] for i in some))[0]
-
-
-def _refuse_batched_cotangents(u: Tensor) -> None:
-    """A solver reads its residuals, and the older vmap behind ``is_grads_batched`` has no way to let it.
-
-    Raises:
-        UnsupportedDerivativeError: if there are such cotangents.
-    """
-    if _functorch.is_legacy_batchedtensor(u):
-        raise UnsupportedDerivativeError(
-            "an equilibrium cannot be differentiated for a batch of cotangents by torch.autograd.grad("
-            "is_grads_batched=True), nor by torch.autograd.functional.jacobian(vectorize=True), which calls it: take "
-            "torch.func.jacrev, torch.func.vmap of a pullback, or torchimplicit.derivatives.Derivatives, which solve "
-            "for all cotangents together"
-        )
-
-
-def report(task: Recorded, figures: Report) -> None:
-    """Leave the figures of a backward solve where the user finds them, and warn if it fell short."""
-    task.record.report = figures
-    ill = nearly_singular(figures)
-    short = figures.fell_short
-    if not bool((short | ill).any()):
-        count_adjoint(short.numel(), 0)
-        return
-    count_adjoint(short.numel(), int(short.sum()))
-    if bool(ill.any()):
-        assert figures.condition is not None
-        notice(
-            "the adjoint system is nearly singular",
-            f"the adjoint system is nearly singular in {int(ill.sum())} of {ill.numel()} samples (condition at least "
-            f"{float(figures.condition[ill].max()):.1g}, see solution.adjoint.condition): the derivative may be wrong "
-            "in all its digits, or may not exist, as where two solutions meet. For a minimum DampedImplicit() stays "
-            "bounded there",
-            ConvergenceWarning,
-        )
-        if not bool(short.any()):
-            return
-    saddles = int((figures.status == Status.SADDLE).sum())
-    if saddles:
-        told = "" if figures.curvature is None else f" of at most {float(figures.curvature.nan_to_num(0.0).min()):.2g}"
-        notice(
-            "the adjoint system is that of a saddle",
-            f"{saddles} of {figures.status.numel()} samples are not at a minimum: the Hessian has a negative "
-            f"eigenvalue{told} there (torchimplicit.diagnostics.curvature tells it), and the exact derivative is that "
-            "of a saddle. DampedImplicit() differentiates as if the energy were just convex enough; or minimize "
-            "further, or regularize the energy",
-            ConvergenceWarning,
-        )
-    else:
-        notice(
-            "the adjoint solve did not converge",
-            f"the adjoint solve did not converge: {figures.summary()}. The gradient is that inexact; "
-            + _advice(figures.status),
-            ConvergenceWarning,
-        )
-
-
-def _advice(status: Tensor) -> str:
-    """What to do about an adjoint solve that fell short, by why it did."""
-    advice = {
-        Status.MAX_STEPS: "give Implicit(linear_solver=...) more max_steps, a preconditioner, or another method",
-        Status.BREAKDOWN: "the method could not go on, and more steps would not help it: the system may be singular, "
-        "or rounding hides what is left; give Implicit(linear_solver=...) another method (Dense() where the matrix "
-        "fits into memory, LSMR() for a singular system), or a preconditioner",
-        Status.NONFINITE: "the incoming gradient or the map's derivative holds NaN or infinity in those samples, and "
-        "so does what comes out of them",
-    }
-    return "; ".join(said for reason, said in advice.items() if bool((status == reason).any()))
-
-
-def nearly_singular(figures: Report) -> Tensor:
-    """bool ``[batch]``: where the condition number blows the default tolerance up to the size of the derivative."""
-    if figures.condition is None:
-        return torch.zeros_like(figures.converged)
-    return figures.condition > NEARLY_SINGULAR / default_rtol(figures.condition.dtype)
-
-
-def _nested_forward_mode() -> contextlib.AbstractContextManager[None]:
-    """Forward mode switched on inside a jvp rule, where autograd switches it off: without it the tangents of an
-    enclosing forward level would be lost, and forward-over-forward derivatives silently wrong."""
-    return forward_ad._set_fwd_grad_enabled(True)
-
-
-def _saved(ctx: Any) -> list[Tensor]:
-    """What a node has saved, out of the transforms that are over: a pullback that ``torch.func.vjp`` has given runs
-    after its own, and another transform cannot be laid around a tensor of that."""
-    return [_of_now(t) for t in ctx.saved_tensors]
-
-
-def _of_now(t: Tensor) -> Tensor:
-    while (inner := _functorch.unwrap_if_dead(t)) is not t:
-        t = inner
-    return t
-
-
-def _primals(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors without the tangents of the level whose rule is running; those of enclosing levels stay."""
-    return [forward_ad.unpack_dual(t).primal for t in tensors]
-
-
-def _fold(info: Any, dims: Sequence[int | None], params: Sequence[Tensor]) -> tuple[int, list[int | None], Any]:
-    """The parameters with their copies in dim 0."""
-    moved = tuple(p if d is None else p.movedim(d, 0) for p, d in zip(params, dims, strict=True))
-    return info.batch_size, [None if d is None else 0 for d in dims], moved
-
-
-def _stack(t: Tensor, dim: int | None, size: int) -> Tensor:
-    """``[batch, ...]`` of every copy, one after the other."""
-    t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-    return t.contiguous().reshape(-1, *t.shape[2:])
 
 
 def _difference(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:

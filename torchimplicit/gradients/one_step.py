@@ -12,8 +12,9 @@ from torch.autograd.function import Function
 
 from torchimplicit.captured import Adjoint, Continuation, Passes
 from torchimplicit.closure import is_transformed
-from torchimplicit.gradients.base import Found, Task, differentiable, reported, truncated
+from torchimplicit.gradients.base import Found, Task, differentiable
 from torchimplicit.gradients.continued import Continued
+from torchimplicit.gradients.figures import reported, truncated
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.gradients.unrolled import through_steps
 from torchimplicit.gradients.unrolled_phantom import UnrolledPhantom

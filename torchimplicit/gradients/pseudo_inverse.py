@@ -20,7 +20,15 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from torchimplicit.coupling import Coupling
-from torchimplicit.gradients.nodes import _fold, _nested_forward_mode, _primals, _stack, gradients, push, report
+from torchimplicit.gradients.figures import report
+from torchimplicit.gradients.transforms import (
+    fold_copies,
+    gradients,
+    nested_forward_mode,
+    primals_of,
+    push,
+    stack_copies,
+)
 from torchimplicit.linear import LinearSolver
 from torchimplicit.linear.pseudo_inverse import RectangularOperator, pseudo_solve
 from torchimplicit.precision import safe_norm, without_autocast
@@ -148,8 +156,8 @@ class PseudoSolve(Function):
 
     @staticmethod
     def jvp(ctx: Any, _maps: None, _transposed: None, db: Tensor | None, *tangents: Tensor | None) -> tuple[Any, ...]:
-        with _nested_forward_mode():
-            y, b, *params = _primals(ctx.saved_tensors)
+        with nested_forward_mode():
+            y, b, *params = primals_of(ctx.saved_tensors)
             maps, flip = ctx.maps, ctx.transposed
             right = torch.zeros_like(b) if db is None else db
             beside = None
@@ -170,8 +178,8 @@ class PseudoSolve(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, maps: Maps, transposed: bool, b: Tensor, *params: Tensor) -> tuple[Any, Any]:
-        size, dims, params = _fold(info, in_dims[3:], params)
-        found = PseudoSolve.apply(maps.vmapped(size, dims), transposed, _stack(b, in_dims[2], size), *params)
+        size, dims, params = fold_copies(info, in_dims[3:], params)
+        found = PseudoSolve.apply(maps.vmapped(size, dims), transposed, stack_copies(b, in_dims[2], size), *params)
         return tuple(t.reshape(size, -1, *t.shape[1:]) for t in found), (0, 0, 0, 0)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torchimplicit.captured import Passes
 from torchimplicit.closure import is_vmapped
 from torchimplicit.errors import UnsupportedDerivativeError
-from torchimplicit.gradients.base import Found, Gradient, Task, differentiable, owned, refuse_detached, reported
+from torchimplicit.gradients.base import Found, Gradient, Task, differentiable, owned, refuse_detached
+from torchimplicit.gradients.figures import reported
 from torchimplicit.solvers import Solver
 
 

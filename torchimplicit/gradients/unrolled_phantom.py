@@ -10,18 +10,11 @@ import torch
 from torch import Tensor
 
 from torchimplicit.captured import Continuation, Passes
-from torchimplicit.gradients.base import (
-    Found,
-    Gradient,
-    Task,
-    differentiable,
-    owned,
-    refuse_detached,
-    reported,
-    truncated,
-)
+from torchimplicit.gradients.base import Found, Gradient, Task, differentiable, owned, refuse_detached
 from torchimplicit.gradients.continued import Continued
-from torchimplicit.gradients.nodes import Grads, Solve, undifferentiated
+from torchimplicit.gradients.figures import reported, truncated
+from torchimplicit.gradients.nodes import DerivativeRule, Solve, undifferentiated
+from torchimplicit.gradients.transforms import Grads
 from torchimplicit.solvers import Solver
 from torchimplicit.validation import check_count, check_fraction
 
@@ -55,11 +48,11 @@ class UnrolledPhantom(Gradient):
         if task.direct or (compiled and task.solver.steps is not None):
             found = task.solve(z0.detach(), params, given_away=False)
         elif not differentiable(params):
-            return undifferentiated(task, self, z0, params)
+            return undifferentiated(task, _Constant(), z0, params)
         elif compiled:
             found = task.solve(z0.detach(), params, given_away=False)
         else:
-            found = Found(*(t.detach() for t in Solve.apply(task, self, z0.detach(), *params)))
+            found = Found(*(t.detach() for t in Solve.apply(task, _Constant(), z0.detach(), *params)))
         way = Continuation(self.steps, self.damping)
         h = Continued.apply(task, way, found.z, *params)[0] if compiled else way.taken(task.system, found.z, params)
         # of one step the derivative in the state is not asked for; given steps are a loop written by hand
@@ -75,10 +68,12 @@ class UnrolledPhantom(Gradient):
     def recorded(self, solver: Solver) -> int | None:
         return None if solver.steps is None else 0
 
+
+class _Constant(DerivativeRule):
+    """The point from which the steps start: it does not move with the parameters."""
+
     def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
-        """None: the point from which the steps start is a constant."""
         return (None,) * len(params)
 
     def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
-        """Zero, likewise."""
         return torch.zeros_like(z)

@@ -16,8 +16,8 @@ from torchimplicit.closure import carries_derivative, is_transformed
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients.base import Found, Gradient, Task
 from torchimplicit.gradients.implicit import Implicit
-from torchimplicit.gradients.nodes import _nested_forward_mode
 from torchimplicit.gradients.one_step import OneStep
+from torchimplicit.gradients.transforms import nested_forward_mode
 from torchimplicit.gradients.unrolled import Unrolled
 from torchimplicit.problems import System
 from torchimplicit.solution import AdjointRecord, fell_short
@@ -150,7 +150,7 @@ class Weighted(Function):
 
     @staticmethod
     def jvp(ctx: Any, dz: Tensor, _: Any) -> Tensor:
-        with _nested_forward_mode():
+        with nested_forward_mode():
             return _times(dz, *ctx.saved_tensors)
 
 

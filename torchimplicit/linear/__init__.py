@@ -1,10 +1,12 @@
 """Linear solvers: batches of systems known by their products, every sample to its own tolerance."""
 
-from torchimplicit.linear.base import LinearSolution, LinearSolver
+from torchimplicit.linear.base import BlockSolver, LinearSolution, LinearSolver
 from torchimplicit.linear.bicgstab import BiCGStab
 from torchimplicit.linear.cg import CG
+from torchimplicit.linear.cycle import Method
 from torchimplicit.linear.dense import Dense
 from torchimplicit.linear.gmres import GMRES
+from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.krylov_or_dense import KrylovOrDense
 from torchimplicit.linear.lsmr import LSMR
 from torchimplicit.linear.minres import MINRES
@@ -26,15 +28,18 @@ __all__ = [
     "LSMR",
     "MINRES",
     "BiCGStab",
+    "BlockSolver",
     "Dense",
     "Diagonal",
     "Factorized",
     "Inverse",
+    "IterativeSolver",
     "Jacobi",
     "KrylovOrDense",
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",
+    "Method",
     "Neumann",
     "Preconditioner",
     "PreparedPreconditioner",

@@ -12,9 +12,9 @@ from torch.autograd.function import Function
 from torchimplicit.closure import is_transformed, transforms_running
 from torchimplicit.errors import SolveError, UnsupportedDerivativeError
 from torchimplicit.gradients import Gradient, Implicit, NeumannPhantom
-from torchimplicit.gradients.base import Task, truncated
+from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.figures import report, truncated
 from torchimplicit.gradients.linear_estimate import LinearEstimate
-from torchimplicit.gradients.nodes import report
 from torchimplicit.precision import without_autocast
 from torchimplicit.problems import FixedPoint
 from torchimplicit.problems.fixed_point import FixedPointSystem

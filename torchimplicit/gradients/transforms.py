@@ -1,0 +1,116 @@
+"""What ``torch.func`` and forward mode ask of an autograd node, and derivatives that compose with them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+
+from torchimplicit.closure import is_transformed
+from torchimplicit.errors import UnsupportedDerivativeError
+from torchimplicit.problems.system import vjp
+
+Grads = tuple[Tensor | None, ...]
+"""One for each parameter, ``None`` where none was asked for."""
+
+
+def gradients(fn: Callable[..., Tensor], primals: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
+    """The gradient of a scalar ``fn`` in the wanted primals, ``None`` for the others; differentiable itself."""
+    out, pull = partial_vjp(fn, primals, wanted)
+    return pull(torch.ones_like(out))
+
+
+def partial_vjp(
+    fn: Callable[..., Tensor], primals: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor, Callable[[Tensor], Grads]]:
+    """``torch.func.vjp`` in the wanted primals; the pullback gives ``None`` for the others."""
+    chosen = [i for i, w in enumerate(wanted) if w]
+
+    def of_chosen(*some: Tensor) -> Tensor:
+        full = list(primals)
+        for i, p in zip(chosen, some, strict=True):
+            full[i] = p
+        return fn(*full)
+
+    out, pull = vjp(of_chosen, *(primals[i] for i in chosen))
+
+    def pullback(v: Tensor) -> Grads:
+        grads: list[Tensor | None] = [None] * len(primals)
+        for i, grad in zip(chosen, pull(v), strict=True):
+            grads[i] = grad
+        return tuple(grads)
+
+    return out, pullback
+
+
+def push(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor | None:
+    """The tangent of ``fn``, by two pullbacks, which nest under every transform; ``None`` if no tangent is given."""
+    given = [t is not None for t in tangents]
+    if not any(given):
+        return None
+    out, pull = partial_vjp(fn, primals, given)
+    some = [i for i, g in enumerate(given) if g]
+    _, twice = vjp(lambda w: tuple(pull(w)[i] for i in some), torch.zeros_like(out))
+    return twice(tuple(tangents[i] for i in some))[0]
+
+
+def nested_forward_mode() -> contextlib.AbstractContextManager[None]:
+    """Forward mode switched on inside a jvp rule, where autograd switches it off: without it the tangents of an
+    enclosing forward level would be lost, and forward-over-forward derivatives silently wrong."""
+    return forward_ad._set_fwd_grad_enabled(True)
+
+
+def saved_tensors(ctx: Any) -> list[Tensor]:
+    """What a node has saved, out of the transforms that are over: a pullback that ``torch.func.vjp`` has given runs
+    after its own, and another transform cannot be laid around a tensor of that."""
+    return [_of_now(t) for t in ctx.saved_tensors]
+
+
+def _of_now(t: Tensor) -> Tensor:
+    while (inner := _functorch.unwrap_if_dead(t)) is not t:
+        t = inner
+    return t
+
+
+def primals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors without the tangents of the level whose rule is running; those of enclosing levels stay."""
+    return [forward_ad.unpack_dual(t).primal for t in tensors]
+
+
+def fold_copies(info: Any, dims: Sequence[int | None], params: Sequence[Tensor]) -> tuple[int, list[int | None], Any]:
+    """The parameters with their copies in dim 0."""
+    moved = tuple(p if d is None else p.movedim(d, 0) for p, d in zip(params, dims, strict=True))
+    return info.batch_size, [None if d is None else 0 for d in dims], moved
+
+
+def stack_copies(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """``[batch, ...]`` of every copy, one after the other."""
+    t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    return t.contiguous().reshape(-1, *t.shape[2:])
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether ``t`` belongs to no transform that differentiates, at whatever level."""
+    while _functorch.is_batchedtensor(t):
+        t = _functorch.get_unwrapped(t)
+    return not is_transformed(t)
+
+
+def refuse_batched_cotangents(u: Tensor) -> None:
+    """A solver reads its residuals, and the older vmap behind ``is_grads_batched`` has no way to let it.
+
+    Raises:
+        UnsupportedDerivativeError: if there are such cotangents.
+    """
+    if _functorch.is_legacy_batchedtensor(u):
+        raise UnsupportedDerivativeError(
+            "an equilibrium cannot be differentiated for a batch of cotangents by torch.autograd.grad("
+            "is_grads_batched=True), nor by torch.autograd.functional.jacobian(vectorize=True), which calls it: take "
+            "torch.func.jacrev, torch.func.vmap of a pullback, or torchimplicit.derivatives.Derivatives, which solve "
+            "for all cotangents together"
+        )
