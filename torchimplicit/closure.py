@@ -102,6 +102,20 @@ _QUESTIONS = frozenset(
 )
 """What a tensor is asked that is no different for the one in its place."""
 
+_CUTS = frozenset(
+    (
+        Tensor.detach,
+        Tensor.detach_,
+        Tensor.numpy,
+        Tensor.item,
+        Tensor.tolist,
+        Tensor.__float__,
+        Tensor.__array__,
+        getattr(Tensor, "data").__get__,  # noqa: B009 (a property to Python, a tensor to mypy)
+    )
+)
+"""What gives the numbers of a tensor without its history."""
+
 
 class _Watcher(TorchFunctionMode):
     """Follows which tensors are made inside a call, and hands every other one that carries a derivative to ``met``.
@@ -204,11 +218,19 @@ class _Watcher(TorchFunctionMode):
 
 
 class _Recorder(_Watcher):
-    """Notes the captured tensors."""
+    """Notes the captured tensors, and whether part of the graph is cut off."""
 
     def __init__(self, known: Iterable[Tensor]):
         super().__init__(known)
         self.captured: dict[int, Tensor] = {}
+        self.cuts = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _CUTS:
+            self.cuts = self.cuts or (args[0].is_floating_point() and self._knows(args[0]))
+        elif func is torch._C._set_grad_enabled and not args[0]:
+            self.cuts = True
+        return super().__torch_function__(func, types, args, kwargs)
 
     def met(self, t: Tensor) -> Tensor:
         self.captured[id(t)] = t
@@ -247,9 +269,12 @@ class Closure:
         captured: the tensors that ``function`` captures; empty until they have been recorded.
         recorded: the value of the call that recorded them, with its history, and the tensors that it was called with,
             the state first; ``None`` where there is none to be had.
+        cuts: whether that call cut part of its graph off (``detach()``, ``no_grad``), which need not depend on the
+            state.
     """
 
     recorded: tuple[Tensor, Sequence[Tensor]] | None = None
+    cuts: bool = False
 
     def __init__(
         self, function: Callable[..., Tensor], args: tuple[Any, ...], extra: int, captured: tuple[Tensor, ...] = ()
@@ -282,6 +307,7 @@ class Closure:
         if not _watching():  # or else there may be substitutes behind the value, which the enclosing one checks
             check_graph(value, (z, *relayed((*own, *captured))))
         found = self.capturing(captured)
+        found.cuts = recorder.cuts
         if z.requires_grad and all(t.is_leaf and not t._backward_hooks for t in captured):
             found.recorded = value, (z, *own, *captured)
         return found, value.detach()

@@ -16,8 +16,10 @@ from torchimplicit.compiler import untraced
 from torchimplicit.defaults import default_solver
 from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.gradients import Gradient, Implicit
+from torchimplicit.gradients.agreement import Agreement
 from torchimplicit.gradients.auxiliary import auxiliary
 from torchimplicit.gradients.base import Run, Task, differentiable
+from torchimplicit.gradients.empty import solved_without_numbers
 from torchimplicit.gradients.figures import reported
 from torchimplicit.gradients.randomness import Randomness
 from torchimplicit.inference import outside_inference_mode
@@ -131,6 +133,7 @@ def solve(
         randomness=Randomness(problem.stated_by, lambda z, p: system.fn(z, *p))
         if solver.steps is None and compiled is None
         else None,
+        agreement=Agreement(problem.stated_by) if given.closure.cuts else None,
         capture=compiled,
         function=problem.stated_by,
         direct=direct,
@@ -155,7 +158,10 @@ def solve(
         beside_transforms((flat0, *params)),
         call.following(direct),
     ):
-        found = gradient.attach(task, flat0 if differentiable((flat0,)) else flat0.detach(), params)
+        if flat0.numel() or direct:
+            found = gradient.attach(task, flat0 if differentiable((flat0,)) else flat0.detach(), params)
+        else:
+            found = solved_without_numbers(task, flat0, params)
         announce(found)
         aux = None
         if task.aux is not None:

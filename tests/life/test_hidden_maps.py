@@ -85,6 +85,61 @@ def test_it_is_refused_in_the_forward_pass_where_it_is_to_be_differentiated(name
     assert ti.solve(problem, zeros(), b.detach(), gradient=gradient).converged.all()
 
 
+class OfItsOwn(nn.Module):
+    """A function that nothing is known of from before."""
+
+    def __init__(self, f: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.forward = f
+
+
+PARTLY_HIDDEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "no_grad": lambda z, b: torch.tanh(z @ A.to(z)) + 0.05 * without_gradient(z.double()).to(z) + b,
+    "detach": lambda z, b: torch.tanh(z @ A.to(z)) * z.detach().cos() + b,
+    "data": lambda z, b: torch.relu(z @ A.to(z)) + 0.02 * z.data + b,
+    "item": lambda z, b: torch.tanh(z @ A.to(z)) * (1 + 0.1 * z.square().mean().item()) + b,
+    "foreign": lambda z, b: torch.tanh(z @ A.to(z)) + torch.as_tensor(0.05 * z.detach().numpy()) + b,
+}
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("f", PARTLY_HIDDEN.values(), ids=PARTLY_HIDDEN)
+def test_a_part_of_a_map_that_is_cut_off_is_warned_of_once(f, dtype, b):
+    b = b.detach().to(dtype).requires_grad_()
+    own = OfItsOwn(f)
+    job = lambda: ti.solve(ti.FixedPoint(own), zeros().to(dtype), b)  # noqa: E731
+    with pytest.warns(UserWarning, match="cuts part of its dependence on the state off"):
+        job()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        job()
+
+
+def with_a_detached_shift(z: Tensor, b: Tensor) -> Tensor:
+    """The usual softmax, which does not depend on the shift."""
+    y = z @ A.to(z)
+    e = (y - y.detach().amax(dim=-1, keepdim=True)).exp()
+    return e / e.sum(dim=-1, keepdim=True) + b
+
+
+SEEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a shift": with_a_detached_shift,
+    "a constant": lambda z, b: torch.relu(z @ A.to(z)) + 0.1 * b.detach(),
+    "a parameter": lambda z, b: torch.tanh(z @ A.to(z).detach()) + b,
+    "nothing in the end": lambda z, b: torch.relu(z @ A.to(z)) + 0 * z.detach() + b,
+    "a solve": lambda z, b: ti.solve(ti.FixedPoint(lambda y, z: 0.3 * y.sin() + z), z, 0.2 * z).value + b,
+}
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("f", SEEN.values(), ids=SEEN)
+def test_what_is_cut_off_without_an_effect_is_not(f, dtype, b):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        b = b.detach().to(dtype).requires_grad_()
+        ti.solve(ti.FixedPoint(OfItsOwn(f)), zeros().to(dtype), b).value.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
 def test_a_part_of_a_tree_that_is_constant(dtype):
     """However many numbers it has, for the dtype to count."""

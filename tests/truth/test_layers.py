@@ -91,26 +91,31 @@ def test_the_value_is_a_tensor_of_its_own(kind):
     assert torch.equal(given, before)
 
 
-@pytest.mark.parametrize("gradient", [ti.Implicit(), ti.OneStep(), ti.UnrolledPhantom(), ti.NeumannPhantom()])
-@pytest.mark.parametrize("shape", [(0, 4), (0, 2, 2)])
-def test_an_empty_batch(shape, gradient):
-    x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-    w = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    solution = ti.solve(ti.FixedPoint(lambda z, x: torch.tanh(w * z + x)), x.detach(), x, gradient=gradient)
-    assert solution.value.shape == shape
-    got = torch.autograd.grad(solution.value.sum(), (x, w), allow_unused=True)
-    assert got[0] is None or got[0].shape == shape
-    assert got[1] is None or float(got[1]) == 0.0
+def energy(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return (z - x).square().flatten(1).sum(1)
 
 
-@pytest.mark.parametrize("problem", [ti.Root(lambda z: z**3 + z - 1), ti.Minimum(lambda z: (z - 1).square().sum(1))])
-@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
-def test_an_empty_root_or_minimum(problem, shape):
-    try:
-        solution = ti.solve(problem, torch.zeros(shape, dtype=torch.float64))
-    except ValueError:
-        return  # said
-    assert solution.value.shape == shape
+OF_NOTHING: dict[str, tuple[ti.Problem, tuple[ti.Gradient, ...]]] = {
+    "FixedPoint": (ti.FixedPoint(lambda z, x: z.sin() / 2 + x), (ti.OneStep(), ti.NeumannPhantom(), ti.Unrolled())),
+    "Root": (ti.Root(lambda z, x: z**3 + z - x), (ti.UnrolledPhantom(), ti.AdaptivePhantom())),
+    "Minimum": (ti.Minimum(energy), (ti.DampedImplicit(), ti.EquilibriumPropagation(nudge=0.1))),
+    "Box": (ti.Minimum(energy, constraint=ti.Box(0.0, 1.0)), (ti.UnrolledPhantom(),)),
+    "LeastSquares": (ti.LeastSquares(lambda z, x: z - x), (ti.GaussNewton(),)),
+}
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (0, 2, 2), (3, 0)])
+@pytest.mark.parametrize("name", OF_NOTHING)
+def test_a_state_without_numbers(name, shape):
+    problem, gradients = OF_NOTHING[name]
+    for gradient in (ti.Implicit(), *gradients):
+        x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+        solution = ti.solve(problem, x.detach(), x, gradient=gradient)
+        assert solution.value.shape == shape
+        assert solution.converged.shape == shape[:1]
+        assert bool(solution.converged.all())
+        (got,) = torch.autograd.grad(solution.value.sum(), x, create_graph=True)
+        assert got.shape == shape
 
 
 LAYOUTS = {

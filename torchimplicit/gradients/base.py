@@ -15,6 +15,7 @@ from torch import Tensor
 from torchimplicit.auxiliary import Auxiliary
 from torchimplicit.captured import Capture, Passes
 from torchimplicit.closure import carries_derivative, is_transformed
+from torchimplicit.gradients.agreement import Agreement
 from torchimplicit.gradients.point import SharedPoint
 from torchimplicit.gradients.randomness import Randomness
 from torchimplicit.gradients.smoothness import Smoothness
@@ -57,6 +58,7 @@ class Task:
         value: what was recorded there, where that cannot be used, for the function to be checked against it.
         smoothness: told where a second derivative is asked for.
         randomness: told of the solve; ``None``: nobody looks.
+        agreement: told of the solution's tape; ``None``: the function cuts nothing off.
         capture: the compiled form of the solve, where it has one.
         function: what the user gave for the problem.
         direct: whether autograd differentiates what the estimator evaluates, what the function captures among it,
@@ -78,6 +80,7 @@ class Task:
     value: Tensor | None = None
     smoothness: Smoothness = field(default_factory=Smoothness)
     randomness: Randomness | None = None
+    agreement: Agreement | None = None
     capture: Capture | None = None
     function: Any = None
     direct: bool = False
@@ -174,9 +177,6 @@ class Task:
                 return tape, self.shared.solve(tape, transposed, b)
             tape = self.linearize(z, params, wanted)
             self.smoothness.look(tape.out)
-            if not b.shape[-1]:  # a state without numbers
-                nothing = torch.zeros(b.shape[-2], dtype=torch.int64, device=b.device)
-                return tape, LinearSolution(b, Report(nothing, nothing, b.new_zeros(b.shape[-2]), 0.0))
             return tape, self.system.solve_linear(tape, transposed, b, solver)
 
 
@@ -226,7 +226,10 @@ def refuse_detached(task: Task, z: Tensor, params: Sequence[Tensor]) -> None:
         return
     quiet = nullcontext() if task.aux is None else task.aux.unheard()
     with torch.enable_grad(), past_hooks(), torch.random.fork_rng([z.device] if z.device.type == "cuda" else []), quiet:
-        task.system.linearize(z.detach(), params).look()
+        tape = task.system.linearize(z.detach(), params)
+        tape.look()
+        if task.agreement is not None:
+            task.agreement.check(tape)
     _seen.add(known)
 
 

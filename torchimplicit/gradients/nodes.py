@@ -444,6 +444,8 @@ def _recorded(
     if tape is None:
         return None, ()
     tape.saved = saved
+    if task.agreement is not None:
+        task.agreement.check(tape)
     if task.aux is not None:
         task.aux.hold((tape.z, *tape.params), saved)
     parted, out = tape.parted()
