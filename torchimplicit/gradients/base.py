@@ -26,7 +26,7 @@ from torchimplicit.problems import System
 from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.problems.linearization import Linearization, changed_since, check_unmoved
 from torchimplicit.saved import past_hooks
-from torchimplicit.solution import AdjointRecord, Report
+from torchimplicit.solution import AdjointRecord
 from torchimplicit.solvers import Outcome, Solver
 
 Run = Callable[[System, Tensor, Sequence[Tensor]], Outcome]
