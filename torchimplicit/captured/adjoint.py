@@ -22,7 +22,7 @@ from torchimplicit.captured.steps import Plain, Step, Tried
 from torchimplicit.linear import CG, GMRES, MINRES, BiCGStab, Dense, LinearOperator, LinearSolver, Neumann
 from torchimplicit.linear.confirmed import SLACK
 from torchimplicit.linear.iterative import IterativeSolver
-from torchimplicit.linear.system import System as LinearSystem
+from torchimplicit.linear.system import LinearSystem
 from torchimplicit.precision import UnitRows, default_rtol, safe_norm
 from torchimplicit.problems import FixedPoint, JointInference, Minimum, Point, Problem, System
 from torchimplicit.problems.system import UNLIKE

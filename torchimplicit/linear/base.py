@@ -72,8 +72,8 @@ class BlockSolver(LinearSolver):
 
 def solve_each(solver: LinearSolver, operator: LinearOperator, b: Tensor) -> LinearSolution:
     """Solve for a block ``[k, batch, dim]`` one right-hand side after the other; see :class:`BlockSolver`."""
-    found = [solver.solve(operator, one) for one in b]
-    reports = [one.report for one in found]
+    solutions = [solver.solve(operator, one) for one in b]
+    reports = [solution.report for solution in solutions]
     figures = Report(
         torch.stack([report.status for report in reports]).amax(0),
         torch.stack([report.steps for report in reports]).amax(0),
@@ -82,19 +82,19 @@ def solve_each(solver: LinearSolver, operator: LinearOperator, b: Tensor) -> Lin
         curvature=least_curvature([report.curvature for report in reports]),
         condition=largest([report.condition for report in reports]),
     )
-    return LinearSolution(torch.stack([one.value for one in found]), figures, any(one.strayed for one in found))
+    return LinearSolution(torch.stack([one.value for one in solutions]), figures, any(one.strayed for one in solutions))
 
 
-def largest(found: Sequence[Tensor | None]) -> Tensor | None:
+def largest(figures: Sequence[Tensor | None]) -> Tensor | None:
     """Of several right-hand sides; ``None`` if nothing is known for one of them."""
-    known = [one for one in found if one is not None]
-    return None if len(known) < len(found) else torch.stack(known).amax(0)
+    known = [one for one in figures if one is not None]
+    return None if len(known) < len(figures) else torch.stack(known).amax(0)
 
 
-def least_curvature(found: Sequence[Tensor | None]) -> Tensor | None:
+def least_curvature(figures: Sequence[Tensor | None]) -> Tensor | None:
     """Of several right-hand sides, NaN where none was negative; ``None`` if nothing is known for one of them."""
-    known = [one for one in found if one is not None]
-    if len(known) < len(found):
+    known = [one for one in figures if one is not None]
+    if len(known) < len(figures):
         return None
     least = torch.stack(known).nan_to_num(nan=torch.inf).amin(0)
     return least.masked_fill(least == torch.inf, torch.nan)

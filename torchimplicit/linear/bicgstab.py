@@ -11,7 +11,7 @@ from torch import Tensor
 from torchimplicit.linear.cycle import Method
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.operator import LinearOperator
-from torchimplicit.linear.system import System
+from torchimplicit.linear.system import LinearSystem
 
 
 @final
@@ -44,11 +44,11 @@ class _State(NamedTuple):
 class _StabilizedBiCG(Method):
     monotone = False
 
-    def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
+    def start(self, system: LinearSystem, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
         column = norm.unsqueeze(1)
         return _State(norm, None, x, r, r, column, r, column.square())
 
-    def step(self, system: System, state: _State, slow: int | None) -> _State:
+    def step(self, system: LinearSystem, state: _State, slow: int | None) -> _State:
         _, _, x, r, shadow, shadow_norm, p, product = state
         eps = torch.finfo(r.dtype).eps
         direction = system.precondition(p)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchimplicit.linear.cycle import ROUNDING, Method
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.operator import LinearOperator
-from torchimplicit.linear.system import System
+from torchimplicit.linear.system import LinearSystem
 
 
 @final
@@ -55,12 +55,12 @@ class _ConjugateGradients(Method):
     definite = True
     curved = True
 
-    def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
+    def start(self, system: LinearSystem, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
         p, decrease = self._direction(system, r, norm)
         none = torch.full_like(decrease, torch.inf)
         return _State(norm, None, x, r, p, decrease, least=none, square=decrease, curvature=none)
 
-    def step(self, system: System, state: _State, slow: int | None) -> _State:
+    def step(self, system: LinearSystem, state: _State, slow: int | None) -> _State:
         info = torch.finfo(state.r.dtype)
         image = system.product(state.p)
         curvature = (state.p * image).sum(-1, keepdim=True)
@@ -84,7 +84,7 @@ class _ConjugateGradients(Method):
     def iterate(self, state: _State) -> tuple[Tensor, float, None]:
         return state.x, torch.inf, None
 
-    def _direction(self, system: System, r: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    def _direction(self, system: LinearSystem, r: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         if not self.preconditioned:
             return r, norm.square().unsqueeze(1)
         z = system.precondition(r)

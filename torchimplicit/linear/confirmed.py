@@ -54,17 +54,17 @@ def solve_any(
         return attempt(meant, b)
     spent = 0.0
     if not coupling.found:
-        found = attempt(meant, b)
-        if not found.strayed and bool(found.report.converged.all()):
-            return found
-        if not _found_to_depend(coupling, meant):
-            return attempt(replace(meant, coupling=None), b) if found.strayed else found
-        spent = found.report.evaluations
+        solution = attempt(meant, b)
+        if not solution.strayed and bool(solution.report.converged.all()):
+            return solution
+        if not _seen_to_depend(coupling, meant):
+            return attempt(replace(meant, coupling=None), b) if solution.strayed else solution
+        spent = solution.report.evaluations
     whole = _as_one_system(together, operator, b, shifted)
     return replace(whole, report=_costing(whole.report, spent))
 
 
-def _found_to_depend(coupling: Coupling, operator: LinearOperator) -> bool:
+def _seen_to_depend(coupling: Coupling, operator: LinearOperator) -> bool:
     """Whether rows are seen to depend on each other, which is remembered; an error where it was promised that they do
     not."""
     if not rows_depend(operator):
@@ -97,16 +97,16 @@ def confirmed(
     """
     coupling, meant, spent = operator.coupling, shifted(operator), 0.0
     if coupling is None or not coupling.found:
-        found = attempt(meant, b)
-        true = _true_residual(meant, b, found, tolerances)
-        suspect = true.above & (true.beyond(found.report) | (sum(tolerances) > 0))
-        if not bool(suspect.any()) or coupling is None or not _found_to_depend(coupling, meant):
-            return true.told(found)
-        spent = found.report.evaluations + true.products
+        solution = attempt(meant, b)
+        true = _true_residual(meant, b, solution, tolerances)
+        suspect = true.above & (true.beyond(solution.report) | (sum(tolerances) > 0))
+        if not bool(suspect.any()) or coupling is None or not _seen_to_depend(coupling, meant):
+            return true.correct(solution)
+        spent = solution.report.evaluations + true.products
 
     def confirmed_together(joined: LinearOperator, b: Tensor) -> LinearSolution:
-        found = (together or attempt)(joined, b)
-        return _true_residual(joined, b, found, tolerances).told(found)
+        solution = (together or attempt)(joined, b)
+        return _true_residual(joined, b, solution, tolerances).correct(solution)
 
     whole = _as_one_system(confirmed_together, operator, b, shifted)
     return replace(whole, report=_costing(whole.report, spent))
@@ -115,7 +115,7 @@ def confirmed(
 def separated(operator: LinearOperator) -> tuple[LinearOperator, int]:
     """The operator of systems that do not depend on each other, and how many samples each of them is made of."""
     coupling = operator.coupling
-    if coupling is None or coupling.promised or not (coupling.found or _found_to_depend(coupling, operator)):
+    if coupling is None or coupling.promised or not (coupling.found or _seen_to_depend(coupling, operator)):
         return operator, 1
     return operator.joined(coupling.rows), coupling.rows
 
@@ -145,24 +145,24 @@ class _TrueResidual:
         """bool ``[batch]``: beyond what was reported."""
         return self.relative > SLACK * report.residual
 
-    def told(self, found: LinearSolution) -> LinearSolution:
-        """The solution with a report that says so."""
-        report = found.report
+    def correct(self, solution: LinearSolution) -> LinearSolution:
+        """The solution, with a report that has the true residuals."""
+        report = solution.report
         status = report.status.masked_fill(report.converged & self.above, int(Status.BREAKDOWN))
         residual = torch.where(self.relative.isnan(), report.residual, self.relative).to(report.residual.dtype)
         report = replace(report, status=status, residual=residual)
-        return replace(found, report=_costing(report, self.products))
+        return replace(solution, report=_costing(report, self.products))
 
 
 def _true_residual(
-    operator: LinearOperator, b: Tensor, found: LinearSolution, tolerances: tuple[float, float]
+    operator: LinearOperator, b: Tensor, solution: LinearSolution, tolerances: tuple[float, float]
 ) -> _TrueResidual:
     rtol, atol = tolerances
     whole = UnitRows.of(b)
-    value, given = found.value.where(whole.finite, 0.0), b.where(whole.finite, 0.0)
+    value, rhs = solution.value.where(whole.finite, 0.0), b.where(whole.finite, 0.0)
     product = operator.product(value) if b.ndim == 2 else block_product(operator)(value)
     right = operator.project(whole.unit)
-    vector = operator.project(given - product) * whole.factor
+    vector = operator.project(rhs - product) * whole.factor
     wide = torch.promote_types(b.dtype, torch.float32)
     size = torch.linalg.vector_norm(vector, dim=-1, dtype=wide)
     scale = torch.linalg.vector_norm(right, dim=-1, dtype=wide)
@@ -192,9 +192,11 @@ def rows_depend(operator: LinearOperator) -> bool:
     probe = torch.sin(every.square()).reshape(operator.batch, operator.dim).to(operator.dtype)  # nothing drawn
     for digit in range((operator.batch - 1).bit_length()):
         ones = (number >> digit & 1 == 1)[:, None]
-        for given in (ones, ~ones):
-            got = torch.linalg.vector_norm(operator.product(probe * given), dim=-1).nan_to_num(nan=0.0)
-            received, sent = torch.stack((got.where(~given[:, 0], 0).amax(), got.where(given[:, 0], 0).amax())).tolist()
+        for sending in (ones, ~ones):
+            image = torch.linalg.vector_norm(operator.product(probe * sending), dim=-1).nan_to_num(nan=0.0)
+            received, sent = torch.stack(
+                (image.where(~sending[:, 0], 0).amax(), image.where(sending[:, 0], 0).amax())
+            ).tolist()
             if received > torch.finfo(operator.dtype).eps * sent:
                 return True
     return False
@@ -215,16 +217,16 @@ def _as_one_system(
     finite = UnitRows.of(b).finite
     clean = operator.project(b.where(finite, 0.0))
     flat = clean.reshape(*b.shape[:-2], groups, -1)
-    found = together(joined, flat)
+    solution = together(joined, flat)
     figures = {
         name: figure.repeat_interleave(rows, dim=0)
-        for name, figure in vars(found.report).items()
+        for name, figure in vars(solution.report).items()
         if isinstance(figure, Tensor)
     }
     bad = ~(finite if b.ndim == 2 else finite.all(0)).squeeze(-1)
     figures["status"] = figures["status"].masked_fill(bad, int(Status.NONFINITE))
-    value = operator.project(found.value.reshape(b.shape)).where(finite, torch.nan)
-    return LinearSolution(value, replace(found.report, **figures))  # type: ignore[arg-type]
+    value = operator.project(solution.value.reshape(b.shape)).where(finite, torch.nan)
+    return LinearSolution(value, replace(solution.report, **figures))  # type: ignore[arg-type]
 
 
 def _costing(report: Report, more: float) -> Report:

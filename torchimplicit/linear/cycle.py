@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.linear.rowwise import clear, column, select
-from torchimplicit.linear.system import System
+from torchimplicit.linear.system import LinearSystem
 from torchimplicit.solution import Status
 
 assert (Status.CONVERGED, Status.MAX_STEPS) == (0, 1), "statuses are made from comparisons with the tolerance"
@@ -51,11 +51,11 @@ class Method(ABC):
     watched: bool = True
 
     @abstractmethod
-    def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> Any:
+    def start(self, system: LinearSystem, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> Any:
         """The state at ``x`` (``[rows, dim]``), whose residual is ``r``."""
 
     @abstractmethod
-    def step(self, system: System, state: Any, slow: int | None) -> Any:
+    def step(self, system: LinearSystem, state: Any, slow: int | None) -> Any:
         """The next state. ``slow`` is the number of slow rows in ``state``, ``None`` where it was not read."""
 
     def iterate(self, state: Any) -> tuple[Tensor, Tensor | float, Tensor | None]:
@@ -64,7 +64,7 @@ class Method(ABC):
         return state.x, 0.0, None
 
 
-class Outcome(NamedTuple):
+class CycleResult(NamedTuple):
     """What is known of each row after a cycle; ``gap`` bounds how far its residual may be from ``norm``,
     ``curvature`` is negative where that is known of the matrix, and ``size`` bounds the matrix's norm from below."""
 
@@ -76,20 +76,20 @@ class Outcome(NamedTuple):
     curvature: Tensor
     size: Tensor
 
-    def updated(self, part: Outcome, rows: Tensor | None) -> Outcome:
+    def updated(self, part: CycleResult, rows: Tensor | None) -> CycleResult:
         """This, with ``part`` in the given rows (``None``: in all)."""
         if rows is None:
             return part
-        return Outcome(*(old.index_copy(0, rows, new) for old, new in zip(self, part, strict=True)))
+        return CycleResult(*(old.index_copy(0, rows, new) for old, new in zip(self, part, strict=True)))
 
-    def followed_by(self, later: Outcome, live: Tensor) -> Outcome:
+    def followed_by(self, later: CycleResult, live: Tensor) -> CycleResult:
         """This, with what a later cycle made of the live rows."""
         later = later._replace(
             steps=self.steps + later.steps,
             curvature=self.curvature.minimum(later.curvature),
             size=self.size.maximum(later.size),
         )
-        return Outcome(*(new.where(column(live, new), old) for new, old in zip(later, self, strict=True)))
+        return CycleResult(*(new.where(column(live, new), old) for new, old in zip(later, self, strict=True)))
 
 
 class _Notes(NamedTuple):
@@ -114,7 +114,7 @@ class Cycle:
     """
 
     def __init__(
-        self, method: Method, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor, tolerance: Tensor
+        self, method: Method, system: LinearSystem, b: Tensor, x: Tensor, r: Tensor, norm: Tensor, tolerance: Tensor
     ) -> None:
         self.method, self.system = method, system
         self.state = self.previous = method.start(system, b, x, r, norm)
@@ -124,12 +124,14 @@ class Cycle:
         self.infinity = torch.full((), torch.inf, dtype=norm.dtype, device=norm.device)
         self.current = self.alive = len(norm)
         self.rows: Tensor | None = None
-        self.outcome = Outcome(x, norm, norm, count, count, torch.full_like(norm, torch.inf), torch.zeros_like(norm))
+        self.outcome = CycleResult(
+            x, norm, norm, count, count, torch.full_like(norm, torch.inf), torch.zeros_like(norm)
+        )
         self.steps, self.wasted, self.setup = 0, 0, 1.0
         self.finished = True
         self.smooth = self.best is None and norm.shape[0] > 0
 
-    def run(self, limit: int, check_every: int) -> Outcome:
+    def run(self, limit: int, check_every: int) -> CycleResult:
         """Steps until every row has stopped, ``limit`` at most, looking at the residuals every so many."""
         while True:
             slow = self._check(self.steps == limit)
@@ -242,7 +244,7 @@ class Cycle:
         met = getattr(self.state, "curvature", None)
         curvature = torch.full_like(norm, torch.inf) if met is None else met.squeeze(1)
         size = torch.zeros_like(norm) if size is None else size
-        self.outcome = self.outcome.updated(Outcome(x, norm, gap, steps, status, curvature, size), self.rows)
+        self.outcome = self.outcome.updated(CycleResult(x, norm, gap, steps, status, curvature, size), self.rows)
 
     def _keep_best(self, norm: Tensor, x: Tensor) -> None:
         better = self.state.norm < norm

@@ -65,8 +65,8 @@ class Dense(BlockSolver):
             ValueError: if ``b`` or ``x0`` does not fit the operator.
         """
         check_vectors(operator, b, x0)
-        found = self.substitute(Factorization.of(operator), b[None])
-        return LinearSolution(found.value[0], found.report)
+        solution = self.substitute(Factorization.of(operator), b[None])
+        return LinearSolution(solution.value[0], solution.report)
 
     @torch.no_grad()
     def solve_block(self, operator: LinearOperator, b: Tensor) -> LinearSolution:

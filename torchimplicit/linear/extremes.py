@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchimplicit.linear.operator import LinearOperator
 from torchimplicit.linear.preconditioners import Preconditioner
-from torchimplicit.linear.system import System
+from torchimplicit.linear.system import LinearSystem
 from torchimplicit.precision import widened, working_dtype
 from torchimplicit.state import row_norm
 
@@ -83,7 +83,7 @@ def _lanczos(operator: LinearOperator, size: int, seed: int) -> tuple[Tensor, Te
 
 def _davidson(operator: LinearOperator, size: int, seed: int, preconditioner: Preconditioner) -> tuple[Tensor, Tensor]:
     """The space grows by the preconditioned residual of the least Ritz pair and by that of the largest itself."""
-    system = System.of(operator, preconditioner, definite=True)
+    system = LinearSystem.of(operator, preconditioner, definite=True)
     generator = torch.Generator().manual_seed(seed)
     first, second = _random(operator, generator), _random(operator, generator)
     wanted = [system.precondition(first), second]

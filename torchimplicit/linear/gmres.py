@@ -12,7 +12,7 @@ from torchimplicit.linear.basis import inner, less, room
 from torchimplicit.linear.cycle import Method
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.operator import LinearOperator
-from torchimplicit.linear.system import System
+from torchimplicit.linear.system import LinearSystem
 from torchimplicit.validation import check_count
 
 
@@ -89,13 +89,13 @@ class _AdaptiveSimplerGMRES(Method):
     def __init__(self, restart: int) -> None:
         self.cycle = self.restart = restart
 
-    def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
+    def start(self, system: LinearSystem, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
         capacity = min(_CHUNK, self.restart)
         directions = None if system.inverse is None else room(r, capacity)
         slow = torch.zeros_like(norm, dtype=torch.bool)
         return _State(norm, slow, None, x, r, r, (), (), (), (), (), room(r, capacity), directions)
 
-    def step(self, system: System, state: _State, slow: int | None) -> _State:
+    def step(self, system: LinearSystem, state: _State, slow: int | None) -> _State:
         k, r, images, directions = len(state.sizes), state.r, state.images, state.directions
         if k == images.shape[1]:
             images = _grown(images, min(2 * k, self.restart))
@@ -175,14 +175,14 @@ class _AdaptiveSimplerGMRES(Method):
         if turned:
             none = torch.zeros_like(turned[0])
             other = torch.stack([none if mask is None else mask for mask in state.turned], 1)
-            own = t.masked_fill(other, 0)
+            along_residual = t.masked_fill(other, 0)
         else:
-            own = t
-        sums = own.cumsum(1)
+            along_residual = t
+        sums = along_residual.cumsum(1)
         total = sums.narrow(1, t.shape[1] - 1, 1)
         weights = (total - sums) * steps  # of minus the images
         if turned:
-            weights.narrow(1, 0, t.shape[1] - 1).sub_((t - own).narrow(1, 1, t.shape[1] - 1))
+            weights.narrow(1, 0, t.shape[1] - 1).sub_((t - along_residual).narrow(1, 1, t.shape[1] - 1))
         return less(torch.addcmul(state.x, total, state.first), weights, state.images.narrow(1, 0, t.shape[1]))
 
     def _broken(self, state: _State) -> Tensor:

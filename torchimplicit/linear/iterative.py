@@ -82,7 +82,7 @@ class IterativeSolver(BlockSolver):
         begun = None if x0 is not None or preconditioner is not None else self._begin(operator, b)
         if isinstance(begun, LinearSolution):
             return begun
-        found = run(
+        solution = run(
             self._method(operator),
             operator,
             b,
@@ -94,12 +94,12 @@ class IterativeSolver(BlockSolver):
             preconditioner=preconditioner,
         )
         if begun is not None:
-            report = found.report
+            report = solution.report
             steps, evaluations = (report.steps + begun.steps).clamp(max=self.max_steps), report.evaluations
-            found = replace(found, report=replace(report, steps=steps, evaluations=evaluations + begun.products))
+            solution = replace(solution, report=replace(report, steps=steps, evaluations=evaluations + begun.products))
         if preconditioner is not None:
-            preconditioner.served(found.report.steps)
-        return found
+            preconditioner.after_solve(solution.report.steps)
+        return solution
 
     @torch.no_grad()
     def solve_block(self, operator: LinearOperator, b: Tensor) -> LinearSolution:
@@ -111,8 +111,8 @@ class IterativeSolver(BlockSolver):
         if self.preconditioner is not None:
             return solve_each(self, operator, b)
         copies, batch, _ = b.shape
-        found = self.solve(operator.repeated(copies), b.reshape(-1, operator.dim))
-        report = found.report
+        solution = self.solve(operator.repeated(copies), b.reshape(-1, operator.dim))
+        report = solution.report
         figures = Report(
             report.status.reshape(copies, batch).amax(0),
             report.steps.reshape(copies, batch).amax(0),
@@ -123,4 +123,4 @@ class IterativeSolver(BlockSolver):
             else least_curvature(report.curvature.reshape(copies, batch).unbind()),
             condition=None if report.condition is None else report.condition.reshape(copies, batch).amax(0),
         )
-        return LinearSolution(found.value.reshape(b.shape), figures, found.strayed)
+        return LinearSolution(solution.value.reshape(b.shape), figures, solution.strayed)

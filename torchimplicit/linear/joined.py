@@ -45,5 +45,5 @@ class OfRows(Preconditioner):
             setup_rows=prepared.setup_rows * operator.batch // rows.batch,
         )
 
-    def served(self, steps: Tensor) -> None:
-        self.each.served(steps)
+    def after_solve(self, steps: Tensor) -> None:
+        self.each.after_solve(steps)

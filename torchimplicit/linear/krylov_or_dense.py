@@ -78,18 +78,18 @@ class KrylovOrDense(BlockSolver):
     def solve(self, operator: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         rtol, atol = self.tolerances(b.dtype)
         krylov = self._first(operator, b.dtype)
-        found = krylov.solve(operator, b, x0)
-        report = found.report
+        solution = krylov.solve(operator, b, x0)
+        report = solution.report
         left = (report.status == Status.MAX_STEPS) | (report.status == Status.BREAKDOWN)
         rows = left.nonzero().squeeze(1)
-        if found.strayed or not len(rows):
-            return found
+        if solution.strayed or not len(rows):
+            return solution
         apart = operator.restrict is not None and 4 * len(rows) <= 3 * operator.batch
         if (len(rows) if apart else operator.batch) * operator.dim**2 > self.entries:
             if krylov.max_steps < self.krylov.max_steps:
-                found = replace(self.krylov, rtol=rtol, atol=atol).solve(operator, b, found.value)
-                rows = (~found.report.converged & (found.report.status != Status.NONFINITE)).nonzero().squeeze(1)
-            return self._again(operator, b, found, rows) if len(rows) and not found.strayed else found
+                solution = replace(self.krylov, rtol=rtol, atol=atol).solve(operator, b, solution.value)
+                rows = (~solution.report.converged & (solution.report.status != Status.NONFINITE)).nonzero().squeeze(1)
+            return self._again(operator, b, solution, rows) if len(rows) and not solution.strayed else solution
         dense = Dense(rtol=rtol, atol=atol)
         if apart:
             assert operator.restrict is not None
@@ -100,19 +100,19 @@ class KrylovOrDense(BlockSolver):
             whole = dense.solve(operator, b)
             direct, setup, share = _taken(whole, rows), 0.0, 1.0
         spent = report.evaluations + setup + share * direct.report.evaluations
-        return self._merged(operator, b, found, direct, rows, spent)
+        return self._merged(operator, b, solution, direct, rows, spent)
 
     @torch.no_grad()
     def solve_block(self, operator: LinearOperator, b: Tensor) -> LinearSolution:
-        found = self._first(operator, b.dtype).solve_block(operator, b)
-        if found.strayed or bool(found.report.converged.all()):
-            return found
+        solution = self._first(operator, b.dtype).solve_block(operator, b)
+        if solution.strayed or bool(solution.report.converged.all()):
+            return solution
         return solve_each(self, operator, b)
 
-    def _again(self, operator: LinearOperator, b: Tensor, found: LinearSolution, rows: Tensor) -> LinearSolution:
+    def _again(self, operator: LinearOperator, b: Tensor, solution: LinearSolution, rows: Tensor) -> LinearSolution:
         """The ``rows`` once more, in better units and with more steps and directions."""
         if operator.null is not None or self.krylov.preconditioner is not None:
-            return found
+            return solution
         left, right = equilibrated(operator)
         rtol, atol = self.tolerances(b.dtype)
         krylov = replace(self.krylov, atol=0.0, max_steps=LONGER * self.krylov.max_steps)
@@ -121,7 +121,7 @@ class KrylovOrDense(BlockSolver):
             krylov = replace(krylov, restart=max(krylov.restart, min(DIRECTIONS, most)))
         scaled, chosen = operator.in_units(left, right), torch.zeros_like(b[:, :1], dtype=torch.bool)
         chosen = chosen.index_fill(0, rows, True)
-        value, spent, steps = found.value, found.report.evaluations + 2 * ROUNDS * PROBES, found.report.steps
+        value, spent, steps = solution.value, solution.report.evaluations + 2 * ROUNDS * PROBES, solution.report.steps
         for _ in range(REFINEMENTS):  # for what was solved in those units may not be in its own
             rest = torch.where(chosen, b - operator.product(value), 0)
             share = float(((rtol * safe_norm(b) + atol) / safe_norm(rest)).nan_to_num(1.0).amin())
@@ -131,22 +131,22 @@ class KrylovOrDense(BlockSolver):
             step = right * more.value
             value = torch.where(chosen & step.isfinite().all(dim=1, keepdim=True), value + step, value)
             spent, steps = spent + more.report.evaluations + 1, steps + more.report.steps
-        report = replace(found.report, steps=steps)
+        report = replace(solution.report, steps=steps)
         direct = LinearSolution(value[rows], Report(report.status[rows], steps[rows], report.residual[rows], 0.0))
-        return self._merged(operator, b, replace(found, report=report), direct, rows, spent)
+        return self._merged(operator, b, replace(solution, report=report), direct, rows, spent)
 
     def _merged(
         self,
         operator: LinearOperator,
         b: Tensor,
-        found: LinearSolution,
+        solution: LinearSolution,
         direct: LinearSolution,
         rows: Tensor,
         spent: float,
     ) -> LinearSolution:
         """With the ``rows`` solved directly, where that is nearer to a solution of the whole operator's system."""
-        before, later = found.report, direct.report
-        value = found.value.index_copy(0, rows, direct.value.to(found.value.dtype))
+        before, later = solution.report, direct.report
+        value = solution.value.index_copy(0, rows, direct.value.to(solution.value.dtype))
         whole = UnitRows.of(b)
         wide = torch.promote_types(b.dtype, torch.float32)
         right = operator.project(whole.unit)
@@ -173,11 +173,11 @@ class KrylovOrDense(BlockSolver):
             curvature=placed(later.curvature, before.curvature),
             condition=placed(later.condition, before.condition),
         )
-        return LinearSolution(torch.where(chosen[:, None], value, found.value), figures)
+        return LinearSolution(torch.where(chosen[:, None], value, solution.value), figures)
 
 
-def _taken(found: LinearSolution, rows: Tensor) -> LinearSolution:
+def _taken(solution: LinearSolution, rows: Tensor) -> LinearSolution:
     figures: dict[str, Any] = {
-        name: figure[rows] if isinstance(figure, Tensor) else figure for name, figure in vars(found.report).items()
+        name: figure[rows] if isinstance(figure, Tensor) else figure for name, figure in vars(solution.report).items()
     }
-    return LinearSolution(found.value[rows], Report(**figures))
+    return LinearSolution(solution.value[rows], Report(**figures))

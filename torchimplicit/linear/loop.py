@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from torchimplicit.linear.base import LinearSolution
-from torchimplicit.linear.cycle import CROWD, ROUNDING, Cycle, Method, Outcome
+from torchimplicit.linear.cycle import CROWD, ROUNDING, Cycle, Method, CycleResult
 from torchimplicit.linear.operator import LinearOperator
 from torchimplicit.linear.preconditioners import Preconditioner
 from torchimplicit.linear.rowwise import select
-from torchimplicit.linear.system import System
+from torchimplicit.linear.system import LinearSystem
 from torchimplicit.precision import UnitRows, safe_norm, working_dtype
 from torchimplicit.solution import Report, Status
 
@@ -67,7 +67,7 @@ def run(
         tolerance = tolerance.maximum(8 * eps * torch.linalg.vector_norm(whole.unit, dim=-1))
     if not method.watched:  # no row may stop, however small it is beside the others
         tolerance = torch.where((scale > 0) | (operator.coupling is not None), -1.0, tolerance)
-    system = System.of(operator, preconditioner, method.definite)
+    system = LinearSystem.of(operator, preconditioner, method.definite)
     x, r, norm = b.new_zeros(()).expand_as(b), b, scale
     if x0 is not None:
         guess = operator.project(x0.to(b.dtype) * whole.factor)
@@ -144,14 +144,14 @@ def run(
 
 
 def _settle(
-    part: Outcome,
+    part: CycleResult,
     size: Tensor,
     start: Tensor,
     start_norm: Tensor,
     tolerance: Tensor,
     doubt: Tensor,
     max_steps: int,
-) -> tuple[Outcome, Tensor]:
+) -> tuple[CycleResult, Tensor]:
     """Judge the doubtful rows by the ``size`` of their true residuals; returns the outcome, and which of them go on.
 
     A row whose cycle made it worse goes back to where that cycle started.

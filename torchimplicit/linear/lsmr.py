@@ -11,7 +11,7 @@ from torch import Tensor
 from torchimplicit.linear.cycle import Method
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.operator import LinearOperator
-from torchimplicit.linear.system import System
+from torchimplicit.linear.system import LinearSystem
 
 
 @final
@@ -63,7 +63,7 @@ class _State(NamedTuple):
 
 
 class _LeastSquares(Method):
-    def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
+    def start(self, system: LinearSystem, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
         beta = norm.unsqueeze(1)
         u, _ = _normalized(r)
         v, alpha = _normalized(system.precondition_transposed(system.transposed_product(u)))
@@ -75,7 +75,7 @@ class _LeastSquares(Method):
             size=alpha.square(),
         )  # fmt: skip
 
-    def step(self, system: System, state: _State, slow: int | None) -> _State:
+    def step(self, system: LinearSystem, state: _State, slow: int | None) -> _State:
         info = torch.finfo(state.r.dtype)
         direction = system.precondition(state.v)
         product = system.product(direction)

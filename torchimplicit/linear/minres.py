@@ -11,7 +11,7 @@ from torch import Tensor
 from torchimplicit.linear.cycle import ROUNDING, Method
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.operator import LinearOperator
-from torchimplicit.linear.system import System
+from torchimplicit.linear.system import LinearSystem
 
 
 @final
@@ -84,7 +84,7 @@ class _MinimalResiduals(Method):
     definite = True
     curved = True
 
-    def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
+    def start(self, system: LinearSystem, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
         z, gamma = self._precondition(system, r)
         vector, zero = torch.zeros_like(r), torch.zeros_like(gamma)
         one = zero + 1
@@ -94,7 +94,7 @@ class _MinimalResiduals(Method):
             least=torch.full_like(gamma, torch.inf), turn=zero, size=zero,
         )  # fmt: skip
 
-    def step(self, system: System, state: _State, slow: int | None) -> _State:
+    def step(self, system: LinearSystem, state: _State, slow: int | None) -> _State:
         _, _, x, r, z, v, v_old, w, w_old, gamma, gamma_old, eta, c, c_old, s, s_old, least, turn, size = state
         info = torch.finfo(x.dtype)
         inverse = gamma.clamp_min(info.tiny).reciprocal_()
@@ -137,7 +137,7 @@ class _MinimalResiduals(Method):
     def iterate(self, state: _State) -> tuple[Tensor, float, Tensor]:
         return state.x, torch.inf, state.size.squeeze(1)
 
-    def _precondition(self, system: System, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _precondition(self, system: LinearSystem, v: Tensor) -> tuple[Tensor, Tensor]:
         """:math:`M^{-1}v`, and the norm of v that belongs to it (``[rows, 1]``)."""
         if not self.preconditioned:
             return v, torch.linalg.vector_norm(v, dim=-1, keepdim=True)

@@ -13,7 +13,7 @@ from torchimplicit.linear.cycle import Method
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.operator import LinearOperator
 from torchimplicit.linear.series import Begun, series
-from torchimplicit.linear.system import System
+from torchimplicit.linear.system import LinearSystem
 from torchimplicit.precision import safe_norm, working_dtype
 from torchimplicit.validation import check_positive
 
@@ -72,10 +72,10 @@ class _Richardson(Method):
         # A series that runs on has nothing to clear; otherwise the result is the iterate of least residual.
         self.kept = ("b", "x") if truncated else ()
 
-    def start(self, system: System, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
+    def start(self, system: LinearSystem, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
         return _State(norm, b, x, r, True)
 
-    def step(self, system: System, state: _State, slow: int | None) -> _State:
+    def step(self, system: LinearSystem, state: _State, slow: int | None) -> _State:
         r = state.r if state.fresh else state.b - system.product(state.x)
         x = torch.add(state.x, system.precondition(r), alpha=self.damping)
         if not self.truncated:

@@ -82,7 +82,7 @@ class Preconditioner(ABC):
             definite: whether the inverse has to be symmetric positive definite (as ``CG`` and ``MINRES`` need).
         """
 
-    def served(self, steps: Tensor) -> None:
+    def after_solve(self, steps: Tensor) -> None:
         """Told at the end of a linear solve how many steps its samples took, int64 ``[batch]``."""
 
 

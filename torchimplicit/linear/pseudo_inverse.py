@@ -26,8 +26,8 @@ class RectangularOperator:
         coupling: see :class:`~torchimplicit.linear.LinearOperator`.
     """
 
-    plain: Product
-    transposed: Product
+    product: Product
+    transposed_product: Product
     batch: int
     inner: int
     outer: int
@@ -37,22 +37,22 @@ class RectangularOperator:
 
     def flipped(self) -> RectangularOperator:
         """:math:`A_i^T`."""
-        return replace(self, plain=self.transposed, transposed=self.plain, inner=self.outer, outer=self.inner)
+        return replace(self, product=self.transposed_product, transposed_product=self.product, inner=self.outer, outer=self.inner)
 
     def square(self) -> LinearOperator:
         """Filled up with zeros to square maps, whose pseudo-inverses are those of the maps, filled up likewise."""
         dim = max(self.inner, self.outer)
 
-        def padded(product: Product, given: int) -> Product:
-            return lambda v: filled(product(v[..., :given].contiguous()), dim)
+        def padded(product: Product, width: int) -> Product:
+            return lambda v: filled(product(v[..., :width].contiguous()), dim)
 
-        return self._operator(padded(self.plain, self.inner), padded(self.transposed, self.outer), dim)
+        return self._operator(padded(self.product, self.inner), padded(self.transposed_product, self.outer), dim)
 
     def normal(self) -> LinearOperator:
         """:math:`A_i^TA_i`."""
 
         def product(v: Tensor) -> Tensor:
-            return self.transposed(self.plain(v))
+            return self.transposed_product(self.product(v))
 
         return replace(self._operator(product, product, self.inner), symmetric=True)
 
@@ -89,13 +89,13 @@ def pseudo_solve(solver: LinearSolver, operator: RectangularOperator, b: Tensor)
         value, steps, cost = _by_singular_values(operator, right)
     elif isinstance(solver, LSMR):
         square = operator.square()
-        found = solve_any(solver, square, filled(right, square.dim))
-        value, steps, cost = found.value[:, : operator.inner], found.report.steps, found.report.evaluations
+        solution = solve_any(solver, square, filled(right, square.dim))
+        value, steps, cost = solution.value[:, : operator.inner], solution.report.steps, solution.report.evaluations
     else:
         value, steps, cost = _by_normal_equations(solver, operator, right)
     rtol, atol = solver.tolerances(b.dtype)
-    rest = right - operator.plain(value)
-    turned, first = operator.transposed(rest), operator.transposed(right)
+    rest = right - operator.product(value)
+    turned, first = operator.transposed_product(rest), operator.transposed_product(right)
     size, gap, moved, scale = safe_norm(rest), safe_norm(turned), safe_norm(first), safe_norm(right)
     # how long the map makes a vector, from the products that there are
     stretch = torch.maximum(moved / scale.clamp_min(torch.finfo(b.dtype).tiny), _stretch(right, value, rest))
@@ -118,14 +118,14 @@ def _by_normal_equations(
     steps, cost, value = torch.zeros(operator.batch, dtype=torch.int64, device=b.device), 0.0, None
     left = torch.ones_like(steps, dtype=torch.bool)
     if operator.inner > operator.outer:
-        found = solve_any(solver, operator.flipped().normal(), b)
-        value, steps, cost = operator.transposed(found.value), found.report.steps, found.report.evaluations
-        left = ~found.report.converged
+        solution = solve_any(solver, operator.flipped().normal(), b)
+        value, steps, cost = operator.transposed_product(solution.value), solution.report.steps, solution.report.evaluations
+        left = ~solution.report.converged
         if not bool(left.any()) or getattr(solver, "preconditioner", None) is not None:
             return value, steps, cost
-    found = solve_any(solver, operator.normal(), operator.transposed(b))
-    value = found.value if value is None else torch.where(left[:, None], found.value, value)
-    return value, steps + torch.where(left, found.report.steps, 0), cost + found.report.evaluations
+    solution = solve_any(solver, operator.normal(), operator.transposed_product(b))
+    value = solution.value if value is None else torch.where(left[:, None], solution.value, value)
+    return value, steps + torch.where(left, solution.report.steps, 0), cost + solution.report.evaluations
 
 
 def _stretch(right: Tensor, value: Tensor, rest: Tensor) -> Tensor:

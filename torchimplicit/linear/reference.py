@@ -50,7 +50,7 @@ class ReferenceHessian(Preconditioner):
         check_count(self, "refresh_after")
         check_positive(self, "floor")
 
-    def served(self, steps: Tensor) -> None:
+    def after_solve(self, steps: Tensor) -> None:
         """Forget the reference if a sample took more than ``refresh_after`` steps with it."""
         if int(steps.max()) > self.refresh_after:
             self.refresh()

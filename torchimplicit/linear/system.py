@@ -12,14 +12,14 @@ from torchimplicit.precision import working_dtype
 
 
 @dataclass
-class Cost:
+class RowCount:
     """Row products so far, those of preparing operators and preconditioners among them."""
 
     rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class System:
+class LinearSystem:
     """An operator with its preconditioner, restricted to some of its samples.
 
     Attributes:
@@ -33,15 +33,15 @@ class System:
 
     operator: LinearOperator
     inverse: PreparedPreconditioner | None
-    cost: Cost
-    root: System | None = None
+    cost: RowCount
+    root: LinearSystem | None = None
     rows: Tensor | None = None
     dead: Tensor | None = None
 
     @classmethod
-    def of(cls, operator: LinearOperator, preconditioner: Preconditioner | None, definite: bool) -> System:
+    def of(cls, operator: LinearOperator, preconditioner: Preconditioner | None, definite: bool) -> LinearSystem:
         """The system of all samples."""
-        cost, inverse = Cost(), None
+        cost, inverse = RowCount(), None
         if preconditioner is not None:
             inverse = preconditioner.prepare(operator, definite)
             if operator.null is not None:
@@ -72,16 +72,16 @@ class System:
         """``b - A x``, without its component along the null vector."""
         return self.operator.project(b - self.product(x))
 
-    def restrict(self, rows: Tensor) -> System:
+    def restrict(self, rows: Tensor) -> LinearSystem:
         """The system of some of these samples (``rows``: int64 ``[k]``, into this system)."""
         root, rows = self.root or self, rows if self.rows is None else self.rows[rows]
         assert root.operator.restrict is not None
         operator = root.operator.restrict(rows)
         self.cost.rows += operator.setup_rows
         inverse = root.inverse and root.inverse.restrict(rows)
-        return System(operator=operator, inverse=inverse, cost=self.cost, root=root, rows=rows)
+        return LinearSystem(operator=operator, inverse=inverse, cost=self.cost, root=root, rows=rows)
 
-    def without(self, rows: Tensor) -> System:
+    def without(self, rows: Tensor) -> LinearSystem:
         """This system, with some samples (bool ``[operator.batch]``) read as zero."""
         return replace(self, dead=rows if self.dead is None else self.dead | rows)
 
