@@ -127,7 +127,7 @@ class _Solved(NamedTuple):
     size: Tensor
 
 
-def compiled_adjoint(graph: Graph, adjoint: Adjoint, wanted: Sequence[bool]) -> Compiled:
+def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool]) -> Compiled:
     """``(z, u, *inputs) -> (sound, steps, residual, condition, products, *grads)``.
 
     ``sound`` is a bool scalar: every sample is solved, as a product of the whole operator confirms, and the system is
@@ -135,14 +135,14 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, wanted: Sequence[bool]) -> 
     :class:`~torchimplicit.solution.Report`, ``products`` those of the whole operator; of ``grads`` there is one for
     each wanted input.
     """
-    asked = [w for w, given in zip(wanted, graph.others, strict=True) if isinstance(given, Tensor)]
+    asked = [w for w, given in zip(needs_grad, graph.others, strict=True) if isinstance(given, Tensor)]
     symmetric = isinstance(graph.problem, Minimum)
 
     def products(v: Tensor, g: Tensor, z: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         system, params = graph.system(inputs)
         tape = system.linearize(z, params, asked)
         product = system.operator(tape, True).product(v)
-        return product, *(grad for grad in system.pull(tape, g) if grad is not None)
+        return product, *(grad for grad in system.vjp_params(tape, g) if grad is not None)
 
     def solve(z: Tensor, u: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         parts = _Parts.of(products, z, inputs)

@@ -75,7 +75,7 @@ class Capture:
         spent = bool((found.status == Status.MAX_STEPS).any())
         return reviewed(solver, Evaluator(system, params), outcome, found.judge(solver, system), True, spent)
 
-    def pull(self, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Backward | None:
+    def pull(self, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Backward | None:
         """The adjoint solve at ``z``, and what it gives the wanted parameters. ``None`` where it was not compiled, or
         where some sample is not solved beyond doubt: the eager path says then what there is to say. Reads from the
         device once."""
@@ -85,7 +85,7 @@ class Capture:
             return None
         u = u.contiguous()
         sound, steps, residual, condition, count, *grads = artifact.adjoint(z.contiguous(), u, *inputs)
-        cotangents = self._sorted(grads, params, wanted)
+        cotangents = self._sorted(grads, params, needs_grad)
         if cotangents is None or not bool(sound):
             return None
         reason = Status.CONVERGED if self.estimates is None else Status.STEPS_TAKEN
@@ -104,29 +104,29 @@ class Capture:
         return out, figures, tuple(made)
 
     def come_back(
-        self, u: Tensor, h: Tensor, params: Sequence[Tensor], made: Sequence[Any], wanted: Sequence[bool]
+        self, u: Tensor, h: Tensor, params: Sequence[Tensor], made: Sequence[Any], needs_grad: Sequence[bool]
     ) -> Grads | None:
         """The cotangents of the wanted parameters, of ``u`` at the end of the compiled steps from ``h``."""
         continued = self.bound.artifact.continued
         inputs = self.bound.inputs_at((u, h, *params), params)
         if inputs is None or continued is None or continued.backward is None:
             return None
-        return self._sorted(continued.backward(u.contiguous(), h.contiguous(), *inputs, *made), params, wanted)
+        return self._sorted(continued.backward(u.contiguous(), h.contiguous(), *inputs, *made), params, needs_grad)
 
-    def _sorted(self, grads: Sequence[Tensor], params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads | None:
+    def _sorted(self, grads: Sequence[Tensor], params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads | None:
         """The gradients in the inputs as cotangents of the parameters; ``None`` where one is asked that is not among
         them."""
         found: dict[int | None, Tensor] = {}
         pulled = iter(grads)
-        for source, asked in zip(self.bound.sources, self.bound.artifact.wanted, strict=True):
+        for source, asked in zip(self.bound.sources, self.bound.artifact.needs_grad, strict=True):
             if asked:
                 found[source] = next(pulled)
         unknown = {source for source in self.bound.sources if source is not None} - found.keys()
-        if any(w and i in unknown for i, w in enumerate(wanted)):
+        if any(w and i in unknown for i, w in enumerate(needs_grad)):
             return None
         return tuple(
             (found[i] if i in found else torch.zeros_like(p)) if w else None
-            for i, (p, w) in enumerate(zip(params, wanted, strict=True))
+            for i, (p, w) in enumerate(zip(params, needs_grad, strict=True))
         )
 
 

@@ -57,12 +57,12 @@ class Continued(NamedTuple):
     backward: Compiled | None
 
 
-def compiled_continuation(graph: Graph, way: Continuation, wanted: Sequence[bool]) -> Continued:
+def compiled_continuation(graph: Graph, way: Continuation, needs_grad: Sequence[bool]) -> Continued:
     """The steps, and what takes cotangents back through them: traced as one, and taken apart."""
     from torch._guards import detect_fake_mode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    asked = [w for w, given in zip(wanted, graph.others, strict=True) if isinstance(given, Tensor)]
+    asked = [w for w, given in zip(needs_grad, graph.others, strict=True) if isinstance(given, Tensor)]
 
     def joint(u: Tensor, h: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         system, params = graph.system(inputs)

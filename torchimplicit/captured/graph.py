@@ -29,7 +29,7 @@ class Graph:
     Attributes:
         module: takes the inputs, gives the leaves of the function's value.
         examples: the inputs as the compiler has them: sizes may be symbols.
-        wanted: of the inputs but for the state, whether a gradient may be asked in them; false for sizes.
+        needs_grad: of the inputs but for the state, whether a gradient may be asked in them; false for sizes.
         state: for each leaf of the state that the function depends on, its place among the inputs.
         pattern: what the function is called with, the numbers of those leaves in their places.
         own: for each tensor of the problem's own, its place among the inputs but for the state.
@@ -38,7 +38,7 @@ class Graph:
 
     module: torch.fx.GraphModule
     examples: tuple[Any, ...]
-    wanted: tuple[bool, ...]
+    needs_grad: tuple[bool, ...]
     state: tuple[int, ...]
     pattern: Any
     own: tuple[int, ...]
@@ -84,7 +84,7 @@ class Graph:
         outputs = len(output.args[0])
         if outputs != _count(problem, pattern) + len(own):
             raise Uncapturable("the function keeps tensors that it computes, beside the value that it returns")
-        wanted = tuple(
+        needs_grad = tuple(
             isinstance(t, Tensor) and originals.get(id(t), t).requires_grad and isinstance(given, Tensor)
             for i, (t, given) in enumerate(zip(actual, examples, strict=True))
             if i not in state
@@ -96,7 +96,7 @@ class Graph:
         graph = Graph(
             module=module,
             examples=tuple(map(_stand_in, examples)),
-            wanted=wanted,
+            needs_grad=needs_grad,
             state=tuple(state),
             pattern=pattern,
             own=tuple(others.index(found[0]) for found in places[len(leaves) :]),

@@ -46,7 +46,7 @@ class Plan:
         solver: of the forward loop.
         adjoint: of the backward loop; ``None`` for none.
         continuation: the steps from the solution that autograd is to see; ``None`` for none.
-        wanted: which of the arguments' tensors a gradient is wanted in.
+        needs_grad: which of the arguments' tensors a gradient is wanted in.
         several: whether the batch has more than one sample, and its size may vary.
         training: the mode of the function's module.
         lower: the dtype of autocast, or ``None``.
@@ -57,7 +57,7 @@ class Plan:
     solver: Solver
     adjoint: Adjoint | None
     continuation: Continuation | None
-    wanted: tuple[bool, ...]
+    needs_grad: tuple[bool, ...]
     several: bool
     training: bool
     lower: torch.dtype | None
@@ -71,7 +71,7 @@ class Artifact:
     forward: Compiled
     adjoint: Compiled | None
     continued: Continued | None
-    wanted: tuple[bool, ...]
+    needs_grad: tuple[bool, ...]
     checked: bool = False
 
 
@@ -222,12 +222,14 @@ def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[
     plan = given.plan
     graph = Graph.of(module, examples, given.problem, plan.layout, given.state, given.own, given.originals)
     _count += 1
-    wanted = graph.wanted
+    needs_grad = graph.needs_grad
     with without_autocast(plan.layout.device):
         forward = compiled_forward(graph, plan.solver)
-        adjoint = None if plan.adjoint is None or not any(wanted) else compiled_adjoint(graph, plan.adjoint, wanted)
-        continued = None if plan.continuation is None else compiled_continuation(graph, plan.continuation, wanted)
-    artifact = Artifact(graph, forward, adjoint, continued, wanted)
+        adjoint = (
+            None if plan.adjoint is None or not any(needs_grad) else compiled_adjoint(graph, plan.adjoint, needs_grad)
+        )
+        continued = None if plan.continuation is None else compiled_continuation(graph, plan.continuation, needs_grad)
+    artifact = Artifact(graph, forward, adjoint, continued, needs_grad)
 
     def call(*inputs: Any) -> tuple[Any, ...]:
         _now.found = artifact, inputs

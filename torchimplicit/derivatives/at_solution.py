@@ -16,7 +16,7 @@ from torchimplicit.gradients import Implicit
 from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.nodes import LinearSolve
 from torchimplicit.gradients.point import SharedPoint
-from torchimplicit.gradients.transforms import push
+from torchimplicit.gradients.transforms import jvp
 from torchimplicit.linear import Dense, LinearSolver
 from torchimplicit.precision import at_precision, without_autocast
 from torchimplicit.problems import Minimum
@@ -194,8 +194,8 @@ class Derivatives:
             eye = torch.eye(dim, dtype=self._z.dtype, device=self._z.device)
             rows = self._solved(eye[:, None, :].expand(dim, batch, dim).contiguous(), transposed=True)
             _, pull = vjp(lambda a: self._residual(self._z, *own.replaced(a)), own.tensor)
-            pulled = torch.func.vmap(lambda g: pull(g)[0], chunk_size=ROWS_AT_ONCE)(rows)
-            matrix = torch.stack([own.per_sample(-row) for row in pulled], dim=1)
+            vjp_params = torch.func.vmap(lambda g: pull(g)[0], chunk_size=ROWS_AT_ONCE)(rows)
+            matrix = torch.stack([own.per_sample(-row) for row in vjp_params], dim=1)
         return self._tensor(matrix, own.shape)
 
     def gradient(self, loss: Callable[..., Tensor], argument: int = 0) -> Tensor:
@@ -203,7 +203,7 @@ class Derivatives:
         own = basis(self._given, argument)
         slope, direct = self._loss_gradients(loss, own)
         g = self._solved(slope, transposed=True)
-        return (direct - self._pulled(g, own)).reshape(own.tensor.shape)
+        return (direct - self._vjp(g, own)).reshape(own.tensor.shape)
 
     def hessian_vector(self, loss: Callable[..., Tensor], vector: Tensor, argument: int = 0) -> tuple[Tensor, Tensor]:
         """The gradient of ``loss(z, *args)`` in one argument, and its derivative along ``vector``: 3 solves, 2 beyond
@@ -230,7 +230,7 @@ class Derivatives:
 
         _, (in_z, in_a) = _directional(gradients, (self._z, own.tensor), (y, vector))
         g_moved = self._solved(in_z, transposed=True)
-        return (direct - self._pulled(g, own)), in_a - self._pulled(g_moved, own)
+        return (direct - self._vjp(g, own)), in_a - self._vjp(g_moved, own)
 
     def hessian(self, loss: Callable[..., Tensor], argument: int = 0) -> Tensor:
         """The Hessian of ``loss(z, *args)`` in one tensor argument of n entries: n + 1 solves.
@@ -334,7 +334,7 @@ class Derivatives:
         def moved(*tangents: Tensor) -> Tensor:
             parts = iter(tangents)
             one = [None if t is None else next(parts) for t in moving]
-            out = push(lambda *params: self._residual(self._z, *params), self._given.params, one)
+            out = jvp(lambda *params: self._residual(self._z, *params), self._given.params, one)
             assert out is not None
             return out
 
@@ -358,7 +358,7 @@ class Derivatives:
 
         return along
 
-    def _pulled(self, g: Tensor, own: Basis) -> Tensor:
+    def _vjp(self, g: Tensor, own: Basis) -> Tensor:
         """:math:`R_a^T g`, like the argument."""
         _, pull = vjp(lambda a: self._residual(self._z, *own.replaced(a)), own.tensor)
         return pull(g)[0]

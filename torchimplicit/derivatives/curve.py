@@ -46,18 +46,18 @@ class Curve:
         found = None if phi is None else _grad(phi, [w])[0]
         return torch.zeros_like(out) if found is None else found
 
-    def pulled(
-        self, w: Tensor, states: Sequence[Tensor], tangents: Sequence[Tensor], z: Tensor, params: Any, wanted: Any
+    def vjp_params(
+        self, w: Tensor, states: Sequence[Tensor], tangents: Sequence[Tensor], z: Tensor, params: Any, needs_grad: Any
     ) -> list[Tensor | None]:
-        """The gradient of w times the n-th derivative, in the wanted ones of z, the states but the last, the tangents
-        and the parameters."""
+        """The gradient of w times the n-th derivative, in those of z, the states but the last, the tangents and the
+        parameters that need one."""
         own, places, out = self._recorded(z, params)
         tangents = [t.detach().requires_grad_() for t in tangents]
         states = [s.detach().requires_grad_() for s in states]
         phi = self._weighted(out, w, own, places, states, tangents)
         ends = (own, *states[:-1], *tangents, *places)
         grads: list[Tensor | None] = [None] * len(ends)
-        chosen = [i for i, one in enumerate(wanted) if one]
+        chosen = [i for i, one in enumerate(needs_grad) if one]
         found = [None] * len(chosen) if phi is None else _grad(phi, [ends[i] for i in chosen])
         for i, grad in zip(chosen, found, strict=True):
             grads[i] = torch.zeros_like(ends[i]) if grad is None else grad
@@ -134,21 +134,21 @@ class Along(Function):
         curve, n = ctx.curve, ctx.n
         y, z, *rest = ctx.saved_tensors
         known, tangents, params = _parted(curve, n, rest)
-        wanted = ctx.needs_input_grad[2:]
-        if wanted[0] or any(wanted[n + len(curve.moving) :]):
+        needs_grad = ctx.needs_input_grad[2:]
+        if needs_grad[0] or any(needs_grad[n + len(curve.moving) :]):
             curve.task.smoothness.asked()
         if not torch.is_grad_enabled() and not any(is_transformed(t) for t in (c, y, z, *rest)):
             with without_autocast(z.device):
                 _, found = curve.task.solve_linear(curve.solver, True, c, z, params)
                 report(curve.task, found.report)
-                return None, None, *curve.pulled(-found.value, (*known, y), tangents, z, params, wanted)
+                return None, None, *curve.vjp_params(-found.value, (*known, y), tangents, z, params, needs_grad)
         w = LinearSolve.apply(curve.task, curve.solver, True, c, z, *params)
 
         def weighted(z: Tensor, *rest: Tensor) -> Tensor:
             known, tangents, params = _parted(curve, n, rest)
             return -(w * curve.composed(n, z, (*known, y), tangents, params)).sum()
 
-        return None, None, *gradients(weighted, (z, *rest), wanted)
+        return None, None, *gradients(weighted, (z, *rest), needs_grad)
 
 
 def _parted(curve: Curve, n: int, rest: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:

@@ -54,10 +54,10 @@ def _fitting(number: int, leaf: Tensor, tangent: Any, block: bool) -> Tensor:
         raise TypeError(f"the direction's entry {number} must be a tensor like the argument, not {_said(tangent)}")
     shape = tangent.shape[1:] if block else tangent.shape
     if shape != leaf.shape or tangent.dtype != leaf.dtype:
-        wanted = ("[k, " if block else "[") + ", ".join(map(str, leaf.shape)) + "]"
+        expected = ("[k, " if block else "[") + ", ".join(map(str, leaf.shape)) + "]"
         raise ValueError(
             f"the direction's entry {number} is {tangent.dtype} of {list(tangent.shape)}, and the argument wants "
-            f"{leaf.dtype} of {wanted}"
+            f"{leaf.dtype} of {expected}"
         )
     return tangent
 

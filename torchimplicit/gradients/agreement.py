@@ -43,7 +43,7 @@ class Agreement:
         size = tape.z.detach().square().mean(dim=-1, keepdim=True).sqrt()
         direction = direction * torch.where(size > 0, size, 1.0)
         step = torch.finfo(tape.z.dtype).eps ** (1 / 3)
-        told = (tape.transposed(cotangent) * direction).sum()
+        told = (tape.vjp(cotangent) * direction).sum()
         slope, typical = _slope(tape, direction, cotangent, step)
         gap = (slope - told).abs()
         if not bool(gap > GAP * typical):

@@ -129,20 +129,20 @@ class Task:
             self, system=system, shared=None, tape=None, value=value, randomness=None, capture=None, aux=None
         )
 
-    def recorded(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization:
+    def recorded(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization:
         """The tape at the solution, for the backward pass."""
         if self.opening:
             out, (start, *own) = self.opening.pop()
             assert isinstance(self.system, FixedPointSystem)
-            return Linearization.recorded(self.system.image, start, own, wanted, self.system.leaves, out)
-        tape = None if self.shared is None else self.shared.tape(z, params, wanted)
-        return self.system.linearize(z, params, wanted) if tape is None else tape
+            return Linearization.recorded(self.system.image, start, own, needs_grad, self.system.leaves, out)
+        tape = None if self.shared is None else self.shared.tape(z, params, needs_grad)
+        return self.system.linearize(z, params, needs_grad) if tape is None else tape
 
-    def linearize(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization:
+    def linearize(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool] | None = None) -> Linearization:
         """The tape at the solution: that of the forward pass, where it was recorded there."""
         if self.tape is not None:
             return self.tape
-        tape = self.system.linearize(z, params, wanted)
+        tape = self.system.linearize(z, params, needs_grad)
         if self.value is not None:
             check_unmoved(self.value, tape.out)
         elif self.capture is not None and self.outcomes and z.shape[1]:
@@ -167,15 +167,15 @@ class Task:
         b: Tensor,
         z: Tensor,
         params: Sequence[Tensor],
-        wanted: Sequence[bool] | None = None,
+        needs_grad: Sequence[bool] | None = None,
     ) -> tuple[Linearization, LinearSolution]:
         """Solve :math:`A y = b` or :math:`A^T y = b` at ``z``, on plain tensors; also the tape, for the pullback."""
-        tape = None if self.shared is None else self.shared.tape(z, params, wanted)
+        tape = None if self.shared is None else self.shared.tape(z, params, needs_grad)
         with past_hooks():
             if self.shared is not None and tape is not None:
                 self.smoothness.look(tape.out)
                 return tape, self.shared.solve(tape, transposed, b)
-            tape = self.linearize(z, params, wanted)
+            tape = self.linearize(z, params, needs_grad)
             self.smoothness.look(tape.out)
             return tape, self.system.solve_linear(tape, transposed, b, solver)
 

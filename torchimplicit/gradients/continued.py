@@ -44,14 +44,14 @@ class Continued(Function):
         refuse_batched_cotangents(u)
         h, out, *saved = ctx.saved_tensors
         params, kept = saved[: ctx.count], iter(saved[ctx.count :])
-        wanted = ctx.needs_input_grad[3:]
+        needs_grad = ctx.needs_input_grad[3:]
         task, way = ctx.task, ctx.way
         with without_autocast(h.device):
             if ctx.others and not torch.is_grad_enabled() and not is_transformed(u):
                 made = [next(kept) if other is None else other for other in ctx.others]
-                grads = task.capture.come_back(u, h, params, made, wanted)
+                grads = task.capture.come_back(u, h, params, made, needs_grad)
                 if grads is not None:
                     return None, None, None, *grads
-            again, pull = partial_vjp(lambda *params: way.taken(task.system, h, params), params, wanted)
+            again, pull = partial_vjp(lambda *params: way.taken(task.system, h, params), params, needs_grad)
             check_unmoved(out, again)
             return None, None, None, *pull(u)

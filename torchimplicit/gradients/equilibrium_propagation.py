@@ -86,14 +86,14 @@ class EquilibriumPropagation(FirstOrderRule):
             "for this problem use Implicit()"
         )
 
-    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization:
+    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization:
         """The energies of the forward pass alone, without a graph: the nudged energy is evaluated elsewhere."""
         tape = Linearization(task.system.fn, z, params)
         tape.out = tape.out.detach()
         return tape
 
     def cotangents(
-        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
+        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> list[Tensor]:
         system = task.system
         assert isinstance(system, MinimumSystem)
@@ -132,14 +132,14 @@ class EquilibriumPropagation(FirstOrderRule):
         report(task, _joined(figures))
         # d/dtheta of sum_i |u_i| (E_i(p_above) - E_i(p_below)) / span, one backward pass for all samples
         weight = (length / ((2 if self.symmetric else 1) * nudge))[:, 0]
-        leaves = [p.detach().requires_grad_(w) for p, w in zip(params, wanted, strict=True)]
+        leaves = [p.detach().requires_grad_(w) for p, w in zip(params, needs_grad, strict=True)]
         with torch.enable_grad():
             difference = lagrangian(nudge, above.z)
             difference = difference - (
                 lagrangian(torch.zeros_like(nudge), z) if below is None else lagrangian(-nudge, below.z)
             )
             total = (weight * difference).sum()
-        inputs = [p for p, w in zip(leaves, wanted, strict=True) if w]
+        inputs = [p for p, w in zip(leaves, needs_grad, strict=True) if w]
         grads = torch.autograd.grad(total, inputs, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, grads, strict=True)]
 

@@ -57,8 +57,8 @@ class GaussNewton(LinearEstimate):
         small = max(inner, outer) <= SMALL and batch * max(inner, outer) ** 2 <= 2**22
         solver = at_precision(self.linear_solver or (Dense() if small else LSMR()), task.precision)
         operator = RectangularOperator(
-            plain=of_residuals.plain,
-            transposed=of_residuals.transposed,
+            product=of_residuals.jvp,
+            transposed_product=of_residuals.vjp,
             batch=batch,
             inner=inner,
             outer=outer,

@@ -13,8 +13,8 @@ from torchimplicit.captured import Passes
 from torchimplicit.closure import is_transformed
 from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.figures import report
-from torchimplicit.gradients.nodes import DerivativeRule, LinearSolve, pulled
-from torchimplicit.gradients.transforms import Grads, push
+from torchimplicit.gradients.nodes import DerivativeRule, LinearSolve, vjp_params
+from torchimplicit.gradients.transforms import Grads, jvp
 from torchimplicit.linear import LinearSolver
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.solvers import Solver
@@ -43,34 +43,35 @@ class Implicit(DerivativeRule):
     def passes(self, solver: Solver) -> Passes:
         return Passes(solver=solver, solved=True, linear_solver=self.linear_solver)
 
-    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization | None:
+    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization | None:
         """Of the residual; none where the backward pass is compiled."""
         if task.capture is not None and task.capture.pulls:
             return None
-        tape = task.recorded(z, params, wanted)
+        tape = task.recorded(z, params, needs_grad)
         tape.look()
         return tape
 
-    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
-        """The cotangents of the wanted parameters; differentiable."""
+    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
+        """Differentiable itself."""
         solver = task.adjoint_solver(self.linear_solver, z)
         if not torch.is_grad_enabled() and not any(is_transformed(t) for t in (u, z, *params)):
             coupling = task.system.coupling
             if task.capture is not None and not (coupling is not None and coupling.found):
-                compiled = task.capture.pull(u, z, params, wanted)
+                compiled = task.capture.pull(u, z, params, needs_grad)
                 if compiled is not None:
                     report(task, compiled.report)
                     return compiled.grads
-            tape, found = task.solve_linear(solver, True, u, z, params, wanted)  # one tape serves the pullback as well
-            report(task, found.report)
-            grads = task.system.pull(tape, found.value)
-            return tuple(grad if w else None for grad, w in zip(grads, wanted, strict=True))
+            # the tape of the solve serves the pullback as well
+            tape, solution = task.solve_linear(solver, True, u, z, params, needs_grad)
+            report(task, solution.report)
+            grads = task.system.vjp_params(tape, solution.value)
+            return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True))
         g = LinearSolve.apply(task, solver, True, u, z, *params)
-        return pulled(task, -g, z, params, wanted)
+        return vjp_params(task, -g, z, params, needs_grad)
 
     def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
-        """The tangent of the solution; differentiable."""
-        moved = push(lambda *params: task.system.residual(z, *params), params, dparams)
+        """Differentiable itself."""
+        moved = jvp(lambda *params: task.system.residual(z, *params), params, dparams)
         if moved is None:
             return torch.zeros_like(z)
         return LinearSolve.apply(task, task.adjoint_solver(self.linear_solver, z), False, -moved, z, *params)

@@ -52,19 +52,19 @@ class Envelope(JointEstimate):
     def __post_init__(self) -> None:
         check_positive(self, "tolerance")
 
-    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization:
+    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization:
         """Of the map and the loss, side by side."""
-        return Linearization(task.system.fn, z, params, wanted)
+        return Linearization(task.system.fn, z, params, needs_grad)
 
     def cotangents(
-        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
+        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> list[Tensor | None]:
         system = task.system
         assert isinstance(system, JointSystem)
         _, mu, _ = system.parts.split(z)
-        tape = self.tape(task, z, params, wanted) if task.tape is None else task.tape
+        tape = self.tape(task, z, params, needs_grad) if task.tape is None else task.tape
         one = torch.ones_like(mu[:, :1])
-        own = tape.transposed(torch.cat((torch.zeros_like(mu), one), dim=1))  # the loss alone, in the state
+        own = tape.vjp(torch.cat((torch.zeros_like(mu), one), dim=1))  # the loss alone, in the state
         size = (own * own).sum(dim=1, keepdim=True)
         weight = (own * u).sum(dim=1, keepdim=True) / torch.where(size > 0, size, 1)
         finite = torch.isfinite(u).all(dim=1, keepdim=True)
@@ -77,15 +77,15 @@ class Envelope(JointEstimate):
                 "first-order shortcut)"
             )
         task.record.report = truncated(z, 0, 0.0)
-        if system.moving(wanted):
+        if system.moving(needs_grad):
             # the value's derivative in a bound is its slope along the input there
-            slope = tape.transposed(torch.cat((mu, one), dim=1))
+            slope = tape.vjp(torch.cat((mu, one), dim=1))
             g = torch.cat((weight * mu, torch.zeros_like(mu), weight * system.parts.split(slope)[2]), dim=1)
-            whole = system.linearize(z, params, wanted)
+            whole = system.linearize(z, params, needs_grad)
             state, made = (t[:, : system.parts.z] for t in (z, tape.out))
             check_unmoved(torch.lerp(state, made, system.damping[0]), whole.out[:, : system.parts.z])
-            return system.pull(whole, system.undamped(g))
-        return tape.pull(torch.cat((weight * mu, torch.zeros_like(one)), dim=1))
+            return system.vjp_params(whole, system.undamped(g))
+        return tape.vjp_params(torch.cat((weight * mu, torch.zeros_like(one)), dim=1))
 
 
 @final
@@ -107,14 +107,14 @@ class FixedInput(JointEstimate):
     def __post_init__(self) -> None:
         check_type(self, "linear_solver", LinearSolver, optional=True)
 
-    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization:
+    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization:
         """Of the map at the given input."""
         assert isinstance(task.system, JointSystem)
         state, _, given = task.system.parts.split(z)
-        return self._alone(task.system, given.detach()).linearize(state.contiguous(), params, wanted)
+        return self._alone(task.system, given.detach()).linearize(state.contiguous(), params, needs_grad)
 
     def cotangents(
-        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
+        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> list[Tensor | None]:
         system = task.system
         assert isinstance(system, JointSystem)
@@ -128,10 +128,10 @@ class FixedInput(JointEstimate):
 
         alone = self._alone(system, given)
         solver = task.adjoint_solver(self.linear_solver or alone.default_linear_solver(state.shape[1], len(z)), z)
-        tape = self.tape(task, z, params, wanted) if task.tape is None else task.tape
+        tape = self.tape(task, z, params, needs_grad) if task.tape is None else task.tape
         found = alone.solve_linear(tape, True, of_state.contiguous(), solver)
         report(task, found.report)
-        return alone.pull(tape, found.value)
+        return alone.vjp_params(tape, found.value)
 
     def _alone(self, system: JointSystem, given: Tensor) -> FixedPointSystem:
         def inference(state: Tensor, *params: Tensor) -> Tensor:

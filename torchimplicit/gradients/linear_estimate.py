@@ -11,7 +11,7 @@ from torch import Tensor
 from torchimplicit.closure import is_transformed
 from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.nodes import FirstOrderRule, estimate
-from torchimplicit.gradients.transforms import Grads, push
+from torchimplicit.gradients.transforms import Grads, jvp
 from torchimplicit.linear import LinearSolution
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.saved import past_hooks
@@ -28,34 +28,34 @@ class LinearEstimate(FirstOrderRule):
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         """:math:`M^T b` or :math:`M b`, on plain tensors."""
 
-    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization | None:
+    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization | None:
         """Of the residual; none where the backward pass is compiled."""
         if task.capture is not None and task.capture.pulls:
             return None
-        return task.recorded(z, params, wanted)
+        return task.recorded(z, params, needs_grad)
 
-    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
+    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
         """The cotangents of the wanted parameters."""
         if task.capture is not None and not torch.is_grad_enabled() and not any(map(is_transformed, (u, z, *params))):
-            compiled = task.capture.pull(u, z, params, wanted)
+            compiled = task.capture.pull(u, z, params, needs_grad)
             if compiled is not None:
                 task.record.report = compiled.report
                 return compiled.grads
 
-        return super().adjoint(task, u, z, params, wanted)
+        return super().adjoint(task, u, z, params, needs_grad)
 
     def cotangents(
-        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
+        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        tape = task.linearize(z, params, wanted)
+        tape = task.linearize(z, params, needs_grad)
         with past_hooks():
             found = self.apply(task, tape, True, u)
             task.record.report = found.report
-            return task.system.pull(tape, found.value)
+            return task.system.vjp_params(tape, found.value)
 
     def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
         """The tangent of the solution."""
-        moved = push(lambda *params: task.system.residual(z, *params), params, dparams)
+        moved = jvp(lambda *params: task.system.residual(z, *params), params, dparams)
         if moved is None:
             return torch.zeros_like(z)
 

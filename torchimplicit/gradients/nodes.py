@@ -33,10 +33,10 @@ from torchimplicit.gradients.transforms import (
     fold_copies,
     gradients,
     is_plain,
+    jvp,
     nested_forward_mode,
     partial_vjp,
     primals_of,
-    push,
     refuse_batched_cotangents,
     saved_tensors,
     stack_copies,
@@ -54,20 +54,20 @@ class DerivativeRule(Gradient):
     """An estimator that gives the solution's derivative itself, as a pullback and a tangent at the solution.
 
     The :class:`Solve` node runs the solver out of autograd's sight and calls the rule in its place. A rule that is to
-    have derivatives of its own, of higher order, is made of composable products (:func:`pulled`, :func:`push`) and of
-    :class:`LinearSolve`; one that has none calls :func:`estimate`, so that a second derivative raises.
+    have derivatives of its own, of higher order, is made of composable products (:func:`vjp_params`, :func:`jvp`) and
+    of :class:`LinearSolve`; one that has none calls :func:`estimate`, so that a second derivative raises.
     """
 
     @abstractmethod
-    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
-        """The cotangents of the parameters, ``None`` for those that are not wanted.
+    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
+        """The cotangents of the parameters, ``None`` for those that need none.
 
         Args:
             task: the solve; ``task.system`` is the problem in flat coordinates.
             u: of the solution, ``[batch, dim]``.
             z: the solution, ``[batch, dim]``.
             params: what the system depends on.
-            wanted: for each of ``params``, whether its cotangent is asked for.
+            needs_grad: for each of ``params``, whether its cotangent is asked for.
         """
 
     @abstractmethod
@@ -82,7 +82,7 @@ class DerivativeRule(Gradient):
             UnsupportedDerivativeError: the rule has no forward mode.
         """
 
-    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Linearization | None:
+    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization | None:
         """What :meth:`adjoint` needs of the problem's function, recorded in the forward pass; ``None``: nothing."""
         return None
 
@@ -121,13 +121,13 @@ class Solve(Function):
     @staticmethod
     def backward(ctx: Any, u: Tensor | None, *_: Any) -> tuple[Any, ...]:
         z, *params = saved_tensors(ctx)
-        wanted = ctx.needs_input_grad[3:]
+        needs_grad = ctx.needs_input_grad[3:]
         if u is None:
-            return None, None, None, *(None for _ in wanted)
+            return None, None, None, *(None for _ in needs_grad)
         refuse_batched_cotangents(u)
         task = _restored(ctx.task, ctx.kept, params)
         with without_autocast(z.device):
-            return None, None, None, *ctx.rule.adjoint(task, u, z, params, wanted)
+            return None, None, None, *ctx.rule.adjoint(task, u, z, params, needs_grad)
 
     @staticmethod
     def jvp(ctx: Any, _task: None, _rule: None, _z0: Any, *dparams: Tensor | None) -> tuple[Any, ...]:
@@ -168,15 +168,15 @@ class LinearSolve(Function):
     @staticmethod
     def backward(ctx: Any, c: Tensor) -> tuple[Any, ...]:
         y, z, *params = saved_tensors(ctx)
-        wanted = ctx.needs_input_grad[4:]
+        needs_grad = ctx.needs_input_grad[4:]
         refuse_batched_cotangents(c)
-        if any(wanted):  # the derivative of A is a second derivative of the residual
+        if any(needs_grad):  # the derivative of A is a second derivative of the residual
             ctx.task.smoothness.asked()
         task = _restored(ctx.task, ctx.kept, params)
         w = LinearSolve.apply(task, ctx.solver, not ctx.transposed, c, z, *params)
         # y depends on (z, params) through -w.(dA y), or -w.(dA^T y): the gradient of -left^T A right at fixed ends
         left, right = (y, w) if ctx.transposed else (w, y)
-        return None, None, None, w, *_bilinear(task, left, right, z, params, wanted)
+        return None, None, None, w, *_bilinear(task, left, right, z, params, needs_grad)
 
     @staticmethod
     def jvp(ctx: Any, _t: None, _s: None, _f: None, db: Tensor | None, *tangents: Tensor | None) -> Tensor:
@@ -193,13 +193,13 @@ class LinearSolve(Function):
         """The tangent of the product with ``y`` at fixed ``y``."""
 
         def product(z: Tensor, *params: Tensor) -> Tensor:
-            pull = _pulled(ctx.task, z, params)
+            pull = _vjp(ctx.task, z, params)
             if ctx.transposed:
                 return pull(y)
             _, twice = vjp(pull, torch.zeros_like(y))
             return twice(y)[0]
 
-        return push(product, (z, *params), tangents)
+        return jvp(product, (z, *params), tangents)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, task: Task, solver: Any, transposed: bool, b: Any, z: Any, *params: Any) -> Any:
@@ -221,16 +221,16 @@ class LinearSolve(Function):
         return y.reshape(size, *shape), 0
 
 
-def _pulled(task: Task, z: Tensor, params: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+def _vjp(task: Task, z: Tensor, params: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
     """:math:`v\\mapsto A^T v` at ``z``, composable, for one vector or for a block."""
     _, pull = vjp(lambda z: task.system.residual(z, *params), z)
 
-    def pulled(v: Tensor) -> Tensor:
+    def vjp_params(v: Tensor) -> Tensor:
         if v.ndim == z.ndim:
             return pull(v)[0]
         return torch.func.vmap(lambda v: pull(v)[0])(v)
 
-    return pulled
+    return vjp_params
 
 
 class Graft(Function):
@@ -255,12 +255,12 @@ class Graft(Function):
         recorded, actual = saved[: ctx.count], saved[ctx.count :]
         for v in vs:
             refuse_batched_cotangents(v)
-        wanted = ctx.needs_input_grad[3:]
+        needs_grad = ctx.needs_input_grad[3:]
         unpack(ctx.kept)
         if not torch.is_grad_enabled():
-            return None, None, None, *recorded_gradients(recorded, ctx.leaves, vs, wanted, create_graph=False)
+            return None, None, None, *recorded_gradients(recorded, ctx.leaves, vs, needs_grad, create_graph=False)
         ends = tuple(v.detach().requires_grad_() for v in vs)
-        grads = recorded_gradients(recorded, ctx.leaves, ends, wanted, create_graph=True)
+        grads = recorded_gradients(recorded, ctx.leaves, ends, needs_grad, create_graph=True)
         return None, None, None, *_grafted(ctx.kept, grads, (*ctx.leaves, *ends), (*actual, *vs))
 
 
@@ -334,16 +334,16 @@ class FirstOrderRule(DerivativeRule):
 
     @abstractmethod
     def cotangents(
-        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
+        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         """What :meth:`adjoint` gives, computed on plain tensors in whatever way."""
 
-    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
+    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
         def compute(task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-            return [grad for grad in self.cotangents(task, u, z, params, wanted) if grad is not None]
+            return [grad for grad in self.cotangents(task, u, z, params, needs_grad) if grad is not None]
 
         grads = iter(estimate(task, compute, type(self).__name__, u, z, params))
-        return tuple(next(grads) if w else None for w in wanted)
+        return tuple(next(grads) if w else None for w in needs_grad)
 
     def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
         raise UnsupportedDerivativeError(
@@ -357,16 +357,18 @@ def undifferentiated(task: Task, rule: DerivativeRule, z0: Tensor, params: Seque
     return Found(*Solve.apply(task, rule, z0.detach(), *params)) if is_transformed(z0) else task.solve(z0, params)
 
 
-def pulled(task: Task, g: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
-    """:math:`R_\\theta^T g` for the wanted parameters, ``None`` for the others; differentiable."""
+def vjp_params(task: Task, g: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
+    """:math:`R_\\theta^T g` for the parameters that need a gradient, ``None`` for the others; differentiable."""
     tape = task.tape
     if tape is not None and not torch.is_grad_enabled():  # a batch of cotangents that vmap has put together
         tape.check()
         with torch.enable_grad():
             out = task.system.on_tape(tape)
-        return _or_zeros(recorded_gradients((out,), tape.params, (g,), wanted, create_graph=False), params, wanted)
+        return _or_zeros(
+            recorded_gradients((out,), tape.params, (g,), needs_grad, create_graph=False), params, needs_grad
+        )
     if tape is None or is_transformed(g):
-        out, pull = partial_vjp(lambda *params: task.system.residual(z, *params), params, wanted)
+        out, pull = partial_vjp(lambda *params: task.system.residual(z, *params), params, needs_grad)
         if tape is not None:
             check_unmoved(task.system.on_tape(tape), out)
         return pull(g)
@@ -375,27 +377,27 @@ def pulled(task: Task, g: Tensor, z: Tensor, params: Sequence[Tensor], wanted: S
     end = g.detach().requires_grad_()
     with torch.enable_grad():
         out = task.system.on_tape(tape)
-    grads = recorded_gradients((out,), tape.params, (end,), wanted, create_graph=True)
-    return _or_zeros(_grafted(tape.saved, grads, (tape.z, *tape.params, end), (z, *params, g)), params, wanted)
+    grads = recorded_gradients((out,), tape.params, (end,), needs_grad, create_graph=True)
+    return _or_zeros(_grafted(tape.saved, grads, (tape.z, *tape.params, end), (z, *params, g)), params, needs_grad)
 
 
 def _bilinear(
-    task: Task, left: Tensor, right: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
+    task: Task, left: Tensor, right: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
 ) -> Grads:
     """The gradient of :math:`-l^T A r` in z and the parameters, at fixed ends; differentiable, in them too.
 
     Args:
-        wanted: of ``(z, *params)``.
+        needs_grad: of ``(z, *params)``.
     """
     tape = task.tape
     if tape is None or left.ndim != z.ndim or is_transformed(left) or is_transformed(right):
 
         def weighted(z: Tensor, *params: Tensor) -> Tensor:
-            return -(_pulled(task, z, params)(left) * right).sum()
+            return -(_vjp(task, z, params)(left) * right).sum()
 
         if tape is not None:
             check_unmoved(task.system.on_tape(tape), task.system.residual(z, *params))
-        return gradients(weighted, (z, *params), wanted)
+        return gradients(weighted, (z, *params), needs_grad)
     tape.check()
     tape.make_differentiable()
     ends = tuple(t.detach().requires_grad_() for t in (left, right))
@@ -405,12 +407,12 @@ def _bilinear(
         (turned,) = recorded_gradients((out,), (tape.z,), ends[:1], (True,), create_graph=True)
         total = None if turned is None else -(turned * ends[1]).sum()
     if total is None:
-        return _or_zeros([None] * len(leaves), leaves, wanted)
+        return _or_zeros([None] * len(leaves), leaves, needs_grad)
     again = torch.is_grad_enabled()
-    grads = recorded_gradients((total,), leaves, (torch.ones_like(total),), wanted, create_graph=again)
+    grads = recorded_gradients((total,), leaves, (torch.ones_like(total),), needs_grad, create_graph=again)
     if again:
         grads = _grafted(tape.saved, grads, (*leaves, *ends), (z, *params, left, right))
-    return _or_zeros(grads, leaves, wanted)
+    return _or_zeros(grads, leaves, needs_grad)
 
 
 def _grafted(
@@ -426,21 +428,21 @@ def _grafted(
     return joined
 
 
-def _or_zeros(grads: Sequence[Tensor | None], like: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
+def _or_zeros(grads: Sequence[Tensor | None], like: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
     return tuple(
-        torch.zeros_like(t) if w and grad is None else grad for grad, t, w in zip(grads, like, wanted, strict=True)
+        torch.zeros_like(t) if w and grad is None else grad for grad, t, w in zip(grads, like, needs_grad, strict=True)
     )
 
 
 def _recorded(
-    task: Task, rule: DerivativeRule, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
+    task: Task, rule: DerivativeRule, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
 ) -> tuple[Linearization | None, tuple[Tensor, ...]]:
     """The solution's tape without its graph, and what autograd is to save for it: it frees the graph as it does its
     own."""
-    if not task.records or not any(wanted) or any(is_transformed(t) for t in (z, *params)):
+    if not task.records or not any(needs_grad) or any(is_transformed(t) for t in (z, *params)):
         return None, ()
     with kept() as saved:
-        tape = rule.tape(task, z, params, wanted)
+        tape = rule.tape(task, z, params, needs_grad)
     if tape is None:
         return None, ()
     tape.saved = saved

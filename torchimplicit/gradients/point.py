@@ -31,17 +31,21 @@ class SharedPoint:
         self.solver = Factorized(solver) if isinstance(solver, Dense) else solver
         self.solves = {"plain": 0, "transposed": 0}
         self._where = _memory((z, *params))
-        self._wanted = tuple(p.requires_grad for p in params)
-        self._tape = system.linearize(z, params, self._wanted)
+        self._needs_grad = tuple(p.requires_grad for p in params)
+        self._tape = system.linearize(z, params, self._needs_grad)
 
     @property
     def out(self) -> Tensor:
         """What was recorded: the map's value, or the energy's gradient."""
         return self._tape.out
 
-    def tape(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization | None:
-        """The tape, if this is the point ``(z, params)`` and the tape knows all the ``wanted`` parameters."""
-        if wanted is not None and any(w and not known for w, known in zip(wanted, self._wanted, strict=True)):
+    def tape(
+        self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool] | None = None
+    ) -> Linearization | None:
+        """The tape, if this is the point ``(z, params)`` and the tape knows all parameters that need a gradient."""
+        if needs_grad is not None and any(
+            w and not known for w, known in zip(needs_grad, self._needs_grad, strict=True)
+        ):
             return None
         return self._tape if _memory((z, *params)) == self._where else None
 

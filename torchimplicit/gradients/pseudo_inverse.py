@@ -24,9 +24,9 @@ from torchimplicit.gradients.figures import report
 from torchimplicit.gradients.transforms import (
     fold_copies,
     gradients,
+    jvp,
     nested_forward_mode,
     primals_of,
-    push,
     stack_copies,
 )
 from torchimplicit.linear import LinearSolver
@@ -72,8 +72,8 @@ class Maps:
         with without_autocast(b.device), past_hooks():
             tape = Linearization(self.fn, b.new_zeros(len(b), self.inner), params)
             operator = RectangularOperator(
-                plain=tape.plain,
-                transposed=tape.transposed,
+                product=tape.jvp,
+                transposed_product=tape.vjp,
                 batch=len(b),
                 inner=self.inner,
                 outer=self.outer,
@@ -85,7 +85,7 @@ class Maps:
             if not self.reports:
                 # a map whose derivative at zero is zero is told by another vector
                 probe = torch.where((found.value == 0).all(dim=1, keepdim=True), 1, found.value.nan_to_num())
-                self._check_linear(probe, operator.plain(probe), params)
+                self._check_linear(probe, operator.product(probe), params)
         if self.reports:
             report(self, found.report)
         self.reports.append(found.report)
@@ -132,13 +132,13 @@ class PseudoSolve(Function):
     @staticmethod
     def backward(ctx: Any, c: Tensor | None, *_: Any) -> tuple[Any, ...]:
         y, b, *params = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3:]
+        needs_grad = ctx.needs_input_grad[3:]
         if c is None:
-            return None, None, None, *(None for _ in wanted)
+            return None, None, None, *(None for _ in needs_grad)
         maps, flip = ctx.maps, ctx.transposed
         g = PseudoSolve.apply(maps, not flip, c, *params)[0]
-        if not any(wanted):
-            return None, None, g, *(None for _ in wanted)
+        if not any(needs_grad):
+            return None, None, g, *(None for _ in needs_grad)
         rest = b - maps.product(flip, y, params)
         beyond = c - maps.product(not flip, g, params)
         k = PseudoSolve.apply(maps, flip, g, *params)[0]
@@ -152,7 +152,7 @@ class PseudoSolve(Function):
                 total = total + (left * maps.fn(right, *params)).sum()
             return total
 
-        return None, None, g, *gradients(weighted, params, wanted)
+        return None, None, g, *gradients(weighted, params, needs_grad)
 
     @staticmethod
     def jvp(ctx: Any, _maps: None, _transposed: None, db: Tensor | None, *tangents: Tensor | None) -> tuple[Any, ...]:
@@ -164,7 +164,7 @@ class PseudoSolve(Function):
             if any(t is not None for t in tangents):
 
                 def moved(turned: bool, v: Tensor) -> Tensor:
-                    out = push(lambda *params: maps.product(turned, v, params), params, tangents)
+                    out = jvp(lambda *params: maps.product(turned, v, params), params, tangents)
                     assert out is not None
                     return out
 

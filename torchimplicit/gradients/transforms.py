@@ -19,17 +19,17 @@ Grads = tuple[Tensor | None, ...]
 """One for each parameter, ``None`` where none was asked for."""
 
 
-def gradients(fn: Callable[..., Tensor], primals: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
-    """The gradient of a scalar ``fn`` in the wanted primals, ``None`` for the others; differentiable itself."""
-    out, pull = partial_vjp(fn, primals, wanted)
+def gradients(fn: Callable[..., Tensor], primals: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
+    """The gradient of a scalar ``fn`` in the primals that need one, ``None`` for the others; differentiable itself."""
+    out, pull = partial_vjp(fn, primals, needs_grad)
     return pull(torch.ones_like(out))
 
 
 def partial_vjp(
-    fn: Callable[..., Tensor], primals: Sequence[Tensor], wanted: Sequence[bool]
+    fn: Callable[..., Tensor], primals: Sequence[Tensor], needs_grad: Sequence[bool]
 ) -> tuple[Tensor, Callable[[Tensor], Grads]]:
-    """``torch.func.vjp`` in the wanted primals; the pullback gives ``None`` for the others."""
-    chosen = [i for i, w in enumerate(wanted) if w]
+    """``torch.func.vjp`` in the primals that need a gradient; the pullback gives ``None`` for the others."""
+    chosen = [i for i, w in enumerate(needs_grad) if w]
 
     def of_chosen(*some: Tensor) -> Tensor:
         full = list(primals)
@@ -48,7 +48,7 @@ def partial_vjp(
     return out, pullback
 
 
-def push(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor | None:
+def jvp(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor | None:
     """The tangent of ``fn``, by two pullbacks, which nest under every transform; ``None`` if no tangent is given."""
     given = [t is not None for t in tangents]
     if not any(given):

@@ -72,7 +72,7 @@ class UnrolledPhantom(Gradient):
 class _Constant(DerivativeRule):
     """The point from which the steps start: it does not move with the parameters."""
 
-    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
+    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
         return (None,) * len(params)
 
     def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.linear.base import LinearSolution
-from torchimplicit.linear.cycle import CROWD, ROUNDING, Cycle, Method, CycleResult
+from torchimplicit.linear.cycle import CROWD, ROUNDING, Cycle, CycleResult, Method
 from torchimplicit.linear.operator import LinearOperator
 from torchimplicit.linear.preconditioners import Preconditioner
 from torchimplicit.linear.rowwise import select

@@ -22,7 +22,7 @@ class RectangularOperator:
     """The maps :math:`A_i` of ``[batch, inner]`` to ``[batch, outer]``, one per sample, by their products.
 
     Attributes:
-        plain, transposed: products with :math:`A_i` and with :math:`A_i^T`.
+        product, transposed_product: products with :math:`A_i` and with :math:`A_i^T`.
         coupling: see :class:`~torchimplicit.linear.LinearOperator`.
     """
 
@@ -37,7 +37,9 @@ class RectangularOperator:
 
     def flipped(self) -> RectangularOperator:
         """:math:`A_i^T`."""
-        return replace(self, product=self.transposed_product, transposed_product=self.product, inner=self.outer, outer=self.inner)
+        return replace(
+            self, product=self.transposed_product, transposed_product=self.product, inner=self.outer, outer=self.inner
+        )
 
     def square(self) -> LinearOperator:
         """Filled up with zeros to square maps, whose pseudo-inverses are those of the maps, filled up likewise."""
@@ -119,7 +121,11 @@ def _by_normal_equations(
     left = torch.ones_like(steps, dtype=torch.bool)
     if operator.inner > operator.outer:
         solution = solve_any(solver, operator.flipped().normal(), b)
-        value, steps, cost = operator.transposed_product(solution.value), solution.report.steps, solution.report.evaluations
+        value, steps, cost = (
+            operator.transposed_product(solution.value),
+            solution.report.steps,
+            solution.report.evaluations,
+        )
         left = ~solution.report.converged
         if not bool(left.any()) or getattr(solver, "preconditioner", None) is not None:
             return value, steps, cost

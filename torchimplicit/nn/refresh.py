@@ -153,7 +153,7 @@ def _series(task: Task, tape: Linearization, u: Tensor, terms: int, damping: flo
     scaled = u if damping == 1.0 else damping * u
     g = scaled
     for _ in range(terms - 1):
-        moved = tape.transposed(g)
+        moved = tape.vjp(g)
         g = scaled + moved if damping == 1.0 else torch.add(scaled, torch.lerp(g, moved, damping))
     task.record.report = truncated(u, terms, float(terms - 1))
     return g

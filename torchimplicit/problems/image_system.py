@@ -24,18 +24,18 @@ class ImageSystem(System):
     def residual(self, z: Tensor, *params: Tensor) -> Tensor:
         return z - self.image(z, *params)
 
-    def linearize(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization:
-        return Linearization(self.image, z, params, wanted, self.leaves)
+    def linearize(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool] | None = None) -> Linearization:
+        return Linearization(self.image, z, params, needs_grad, self.leaves)
 
     def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
         def products(of_j: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             return lambda v: v - of_j(v)
 
-        plain, flipped = products(tape.plain), products(tape.transposed)
+        plain, flipped = products(tape.jvp), products(tape.vjp)
         return LinearOperator(
             product=flipped if transposed else plain,
             transposed_product=plain if transposed else flipped,
-            block_product=products(tape.transposed_block if transposed else tape.plain_block),
+            block_product=products(tape.vjp_block if transposed else tape.jvp_block),
             batch=tape.z.shape[0],
             dim=tape.z.shape[1],
             dtype=tape.z.dtype,
@@ -48,8 +48,8 @@ class ImageSystem(System):
     def on_tape(self, tape: Linearization) -> Tensor:
         return tape.z - tape.out
 
-    def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
-        return tape.pull(g)
+    def vjp_params(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
+        return tape.vjp_params(g)
 
     def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
         return KrylovOrDense()

@@ -110,13 +110,13 @@ class JointSystem(ImageSystem):
         made, _, slopes = self._sloped(z, params)
         return self._step(z, made, slopes, params)
 
-    def linearize(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization:
+    def linearize(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool] | None = None) -> Linearization:
         def core(flat: Tensor, *params: Tensor) -> Tensor:
             state, mu, x = self.parts.split(flat)
             made, loss = self.fn((state, x), *params)
             return self._step(flat, made, _slopes(made, loss, mu, (state, x), create_graph=True), params)
 
-        return Linearization(core, z, params, wanted)
+        return Linearization(core, z, params, needs_grad)
 
     def during(self, step: int) -> JointSystem:
         return self if self.schedule is None else replace(self, step_size=float(self.schedule(step)))
@@ -133,9 +133,9 @@ class JointSystem(ImageSystem):
     def joined(self, rows: int) -> Self | None:
         return None
 
-    def moving(self, wanted: Sequence[bool]) -> bool:
-        """Whether a tensor of the set is among the wanted parameters."""
-        return any(wanted[self.which][1:])
+    def moving(self, needs_grad: Sequence[bool]) -> bool:
+        """Whether a tensor of the set is among the parameters that need a gradient."""
+        return any(needs_grad[self.which][1:])
 
     def undamped(self, g: Tensor) -> Tensor:
         """A cotangent of the plain map's residual, as one of the damped map's."""

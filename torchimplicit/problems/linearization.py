@@ -29,7 +29,7 @@ class Linearization:
     Args:
         core: ``(z [batch, dim], *params) -> [batch, dim]``.
         z, params: where.
-        wanted: which parameters :meth:`pull` may be asked for.
+        needs_grad: which parameters :meth:`vjp_params` may be asked for.
         leaves: of the value, to name one by; ``None`` where it has no names.
 
     Attributes:
@@ -41,14 +41,14 @@ class Linearization:
         core: Map,
         z: Tensor,
         params: Sequence[Tensor],
-        wanted: Sequence[bool] | None = None,
+        needs_grad: Sequence[bool] | None = None,
         leaves: Leaves | None = None,
     ):
         self.core = core
         self._leaves = leaves
         self.z = z.detach().requires_grad_()
-        self.wanted = tuple(wanted) if wanted is not None else (False,) * len(params)
-        self.params = _cut(params, self.wanted)
+        self.needs_grad = tuple(needs_grad) if needs_grad is not None else (False,) * len(params)
+        self.params = _cut(params, self.needs_grad)
         with torch.enable_grad():
             self.out = core(self.z, *self.params)
         self._forward: tuple[Tensor, Tensor] | None = None
@@ -57,13 +57,19 @@ class Linearization:
 
     @classmethod
     def recorded(
-        cls, core: Map, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool], leaves: Leaves | None, out: Tensor
+        cls,
+        core: Map,
+        z: Tensor,
+        params: Sequence[Tensor],
+        needs_grad: Sequence[bool],
+        leaves: Leaves | None,
+        out: Tensor,
     ) -> Linearization:
         """Of an evaluation that has been made already, at ``z`` and ``params``, which are its leaves, and gave
         ``out``."""
         tape = cls.__new__(cls)
         tape.core, tape._leaves, tape.z, tape.params, tape.out = core, leaves, z, tuple(params), out
-        tape.wanted, tape.saved, tape._forward, tape._looked = tuple(wanted), (), None, False
+        tape.needs_grad, tape.saved, tape._forward, tape._looked = tuple(needs_grad), (), None, False
         return tape
 
     def parted(self) -> tuple[Linearization, Tensor]:
@@ -94,39 +100,41 @@ class Linearization:
         if _is_compiled(self.out):
             self._evaluate_eagerly()
 
-    def transposed(self, v: Tensor) -> Tensor:
+    def vjp(self, v: Tensor) -> Tensor:
         """:math:`J^T v`, ``[batch, dim]``."""
         return self._retried(lambda: self._grad(self.out, self.z, v))
 
-    def transposed_block(self, vs: Tensor) -> Tensor:
+    def vjp_block(self, vs: Tensor) -> Tensor:
         """:math:`J^T v` for a block ``[k, batch, dim]``."""
-        return self._block(self.transposed, self.out, self.z, vs)
+        return self._block(self.vjp, self.out, self.z, vs)
 
-    def plain(self, v: Tensor) -> Tensor:
+    def jvp(self, v: Tensor) -> Tensor:
         """:math:`J v`, by differentiating the transposed product, which is linear in its argument."""
         pulled, w = self._twice()
         return self._grad(pulled, w, v)
 
-    def plain_block(self, vs: Tensor) -> Tensor:
+    def jvp_block(self, vs: Tensor) -> Tensor:
         """:math:`J v` for a block ``[k, batch, dim]``."""
         pulled, w = self._twice()
-        return self._block(self.plain, pulled, w, vs)
+        return self._block(self.jvp, pulled, w, vs)
 
-    def pull(self, v: Tensor, out: Tensor | None = None) -> list[Tensor | None]:
-        """:math:`(\\partial\\,out/\\partial p)^T v` for each wanted parameter, ``None`` for the others.
+    def vjp_params(self, v: Tensor, out: Tensor | None = None) -> list[Tensor | None]:
+        """:math:`(\\partial\\,out/\\partial p)^T v` for each parameter that needs a gradient, ``None`` for the others.
 
         ``out`` is by default the core's value; it may be any tensor on the tape.
         """
         self.check()
-        if not self.out.requires_grad and any(self.wanted):
+        if not self.out.requires_grad and any(self.needs_grad):
             self._look(True)
         if out is None:
-            return self._retried(lambda: self._pull(self.out, v))
-        return self._pull(out, v)
+            return self._retried(lambda: self._vjp_params(self.out, v))
+        return self._vjp_params(out, v)
 
-    def _pull(self, out: Tensor, v: Tensor) -> list[Tensor | None]:
-        grads = recorded_gradients((out,), self.params, (v,), self.wanted, create_graph=False)
-        return [_or_zero(grad, p) if w else None for grad, p, w in zip(grads, self.params, self.wanted, strict=True)]
+    def _vjp_params(self, out: Tensor, v: Tensor) -> list[Tensor | None]:
+        grads = recorded_gradients((out,), self.params, (v,), self.needs_grad, create_graph=False)
+        return [
+            _or_zero(grad, p) if w else None for grad, p, w in zip(grads, self.params, self.needs_grad, strict=True)
+        ]
 
     def _twice(self) -> tuple[Tensor, Tensor]:
         if self._forward is None:
@@ -172,7 +180,7 @@ class Linearization:
             return
         seen = torch.zeros(self.out.shape[1], dtype=torch.bool, device=self.z.device) if given is None else given
         # where autograd sees nothing at all, it does not see the parameters either
-        moving = (True, *(w and not self.out.requires_grad for w in self.wanted))
+        moving = (True, *(w and not self.out.requires_grad for w in self.needs_grad))
         values = []
         for share in (0.0, torch.finfo(self.z.dtype).eps ** 0.25):
             z, *params = (
@@ -225,18 +233,18 @@ def recorded_gradients(
     outs: Sequence[Tensor],
     leaves: Sequence[Tensor],
     cotangents: Sequence[Tensor],
-    wanted: Sequence[bool],
+    needs_grad: Sequence[bool],
     create_graph: bool,
 ) -> list[Tensor | None]:
-    """The gradients of recorded ``outs`` in the wanted ``leaves`` of their tape; ``None`` for the others, and where
-    there is no dependence. Hooks that users put on the leaves are theirs, and do not run here.
+    """The gradients of recorded ``outs`` in those ``leaves`` of their tape that need one; ``None`` for the others, and
+    where there is no dependence. Hooks that users put on the leaves are theirs, and do not run here.
 
     Args:
         create_graph: whether the gradients are recorded themselves.
     """
     given = [(out, v) for out, v in zip(outs, cotangents, strict=True) if out.requires_grad]
     # a parameter that has been frozen since takes no gradient, as in plain autograd
-    inputs = [p for p, w in zip(leaves, wanted, strict=True) if w and p.requires_grad]
+    inputs = [p for p, w in zip(leaves, needs_grad, strict=True) if w and p.requires_grad]
     if not inputs or not given:
         return [None] * len(leaves)
     tensors, vs = zip(*given, strict=True)
@@ -244,7 +252,7 @@ def recorded_gradients(
         grads = iter(
             torch.autograd.grad(tensors, inputs, vs, retain_graph=True, create_graph=create_graph, allow_unused=True)
         )
-    return [next(grads) if w and p.requires_grad else None for p, w in zip(leaves, wanted, strict=True)]
+    return [next(grads) if w and p.requires_grad else None for p, w in zip(leaves, needs_grad, strict=True)]
 
 
 @contextlib.contextmanager
@@ -330,14 +338,14 @@ def _reaches(root: Any, leaf: Tensor, dead: set[Any]) -> bool:
     return False
 
 
-def _cut(params: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+def _cut(params: Sequence[Tensor], needs_grad: Sequence[bool]) -> tuple[Tensor, ...]:
     """The parameters with nothing behind them; themselves where nothing is, so that the map sees its own tensors.
 
     A tensor that stands in several places is itself in the first one only: each place has its own gradient.
     """
     kept: dict[int, Tensor] = {}
     cut = []
-    for p, w in zip(params, wanted, strict=True):
+    for p, w in zip(params, needs_grad, strict=True):
         own = p.is_leaf and (not w or (p.requires_grad and not p._backward_hooks)) and id(p) not in kept
         cut.append(kept.setdefault(id(p), p) if own else p.detach().requires_grad_(w))
     return tuple(cut)

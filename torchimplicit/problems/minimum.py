@@ -186,15 +186,15 @@ class MinimumSystem(System):
         gradient, _ = torch.func.grad(self._total, has_aux=True)(z, *params)
         return self._constrain(z, gradient, params)
 
-    def linearize(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization:
+    def linearize(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool] | None = None) -> Linearization:
         def core(z: Tensor, *params: Tensor) -> Tensor:
             return _gradient(self.fn(z, *params), z, create_graph=True)
 
-        tape = Linearization(core, z, params, wanted, self.leaves)
+        tape = Linearization(core, z, params, needs_grad, self.leaves)
         if self.hyperplane is not None and self.stiffness.value is None:
             normal = self._plane(tape.z, tape.params)[0].detach()
             probe = normal + project(torch.ones_like(tape.z), normal) / z.shape[1] ** 0.5
-            self.stiffness.measure(tape.transposed(probe))
+            self.stiffness.measure(tape.vjp(probe))
         return tape
 
     def prepare(self, z: Tensor, params: Sequence[Tensor]) -> None:
@@ -203,9 +203,9 @@ class MinimumSystem(System):
 
     def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
         hessian = LinearOperator(
-            product=tape.transposed,
-            transposed_product=tape.transposed,
-            block_product=tape.transposed_block,
+            product=tape.vjp,
+            transposed_product=tape.vjp,
+            block_product=tape.vjp_block,
             batch=tape.z.shape[0],
             dim=tape.z.shape[1],
             dtype=tape.z.dtype,
@@ -221,12 +221,12 @@ class MinimumSystem(System):
         def projected(of_h: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             return lambda v: project(of_h(project(v, null)), null)
 
-        product = projected(tape.transposed)
+        product = projected(tape.vjp)
         return replace(
             hessian,
             product=product,
             transposed_product=product,
-            block_product=projected(tape.transposed_block),
+            block_product=projected(tape.vjp_block),
             null=null,
             unprojected=hessian,
         )
@@ -244,7 +244,7 @@ class MinimumSystem(System):
         if normal is None:
             found, right = self._in_units(tape, transposed, b, solver, shift)
             return _told_of_saddles(found, operator, right, shift is None)
-        curvature = tape.transposed if b.ndim == 2 else tape.transposed_block
+        curvature = tape.vjp if b.ndim == 2 else tape.vjp_block
         along = (b * normal).sum(dim=-1, keepdim=True) * normal
         stiffness = self.stiffness.known
         right = b - along if transposed else project(b - curvature(along / stiffness), normal)
@@ -280,10 +280,10 @@ class MinimumSystem(System):
     def on_tape(self, tape: Linearization) -> Tensor:
         return self._constrain(tape.z, tape.out, tape.params)
 
-    def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
+    def vjp_params(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
         with torch.enable_grad():
             out = self._constrain(tape.z.detach(), tape.out, tape.params)
-        return tape.pull(-g, out)
+        return tape.vjp_params(-g, out)
 
     @staticmethod
     def _units(size: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:

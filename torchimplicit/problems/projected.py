@@ -121,11 +121,11 @@ class ProjectedSystem(System):
 
         tape = Linearization(core, z, params)
         eye = torch.eye(dim, dtype=z.dtype, device=z.device)
-        hessian = tape.transposed_block(eye[:, None, :].expand(-1, batch, -1).contiguous()).permute(1, 0, 2)
+        hessian = tape.vjp_block(eye[:, None, :].expand(-1, batch, -1).contiguous()).permute(1, 0, 2)
         step = self.newton((z, tape.out.detach(), hessian), *params)
         if self.coupling is not None and not self.coupling.promised:
             probe = step.nan_to_num(0.0, 0.0, 0.0)
-            gap = (hessian @ probe[:, :, None])[:, :, 0] - tape.transposed(probe)
+            gap = (hessian @ probe[:, :, None])[:, :, 0] - tape.vjp(probe)
             size = safe_norm(hessian.flatten(1)) * safe_norm(probe)
             if bool((safe_norm(gap) > torch.finfo(z.dtype).eps ** 0.6 * size).any()):
                 return None
@@ -140,23 +140,23 @@ class ProjectedSystem(System):
     def residual(self, z: Tensor, *params: Tensor) -> Tensor:
         return z - self.image(z, *params)
 
-    def linearize(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization:
+    def linearize(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool] | None = None) -> Linearization:
         def core(z: Tensor, *params: Tensor) -> Tensor:
             gradient = _gradient(self.fn(z, *params), z, create_graph=True)
             size = self.steps(z, params)
             return z - self.project((z - size * gradient, size), *params)
 
-        if wanted is not None and any(wanted):
+        if needs_grad is not None and any(needs_grad):
             self._look_for_kinks(z, params)
-            if self.dependent is not None and any(wanted[i] for i in self.own):
+            if self.dependent is not None and any(needs_grad[i] for i in self.own):
                 self._look_for_dependence(z, params)
-        return Linearization(core, z, params, wanted)
+        return Linearization(core, z, params, needs_grad)
 
     def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
         return self.jacobian(tape, transposed)
 
-    def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
-        return tape.pull(-g)
+    def vjp_params(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
+        return tape.vjp_params(-g)
 
     def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
         return Dense() if dim <= 128 and batch * dim * dim <= 2**22 else GMRES()
@@ -221,7 +221,7 @@ class ProjectedSystem(System):
         sides = []
         for there in (y + away, y - away):
             tape = Linearization(lambda y, *params: self.project((y, size), *params), there, params)
-            sides.append(tape.transposed(probe))
+            sides.append(tape.vjp(probe))
         gap = (sides[0] - sides[1]).abs().amax(dim=1) > 0.05 * probe.abs().amax(dim=1)
         if bool(gap.any()):
             notice(

@@ -50,14 +50,14 @@ class RootSystem(System):
     def residual(self, z: Tensor, *params: Tensor) -> Tensor:
         return self.fn(z, *params)
 
-    def linearize(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization:
-        return Linearization(self.fn, z, params, wanted, self.leaves)
+    def linearize(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool] | None = None) -> Linearization:
+        return Linearization(self.fn, z, params, needs_grad, self.leaves)
 
     def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
         return self.jacobian(tape, transposed, symmetric=self.symmetric)
 
-    def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
-        return tape.pull(-g)
+    def vjp_params(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
+        return tape.vjp_params(-g)
 
     def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
         if self.symmetric:

@@ -162,8 +162,8 @@ class System(ABC):
         """:math:`R`, differentiable to any order by composable transforms."""
 
     @abstractmethod
-    def linearize(self, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool] | None = None) -> Linearization:
-        """The tape from which :meth:`operator` and :meth:`pull` take their products; one evaluation."""
+    def linearize(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool] | None = None) -> Linearization:
+        """The tape from which :meth:`operator` and :meth:`vjp_params` take their products; one evaluation."""
 
     @abstractmethod
     def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
@@ -172,9 +172,9 @@ class System(ABC):
     def jacobian(self, tape: Linearization, transposed: bool, *, symmetric: bool = False) -> LinearOperator:
         """Of what the tape holds, at its point, or its transpose."""
         return LinearOperator(
-            product=tape.transposed if transposed else tape.plain,
-            transposed_product=tape.plain if transposed else tape.transposed,
-            block_product=tape.transposed_block if transposed else tape.plain_block,
+            product=tape.vjp if transposed else tape.jvp,
+            transposed_product=tape.jvp if transposed else tape.vjp,
+            block_product=tape.vjp_block if transposed else tape.jvp_block,
             batch=tape.z.shape[0],
             dim=tape.z.shape[1],
             dtype=tape.z.dtype,
@@ -190,8 +190,8 @@ class System(ABC):
         return Point(tape.z.detach(), -tape.out.detach())
 
     @abstractmethod
-    def pull(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
-        """:math:`-R_\\theta^T g` for each wanted parameter."""
+    def vjp_params(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
+        """:math:`-R_\\theta^T g` for each parameter that needs a gradient."""
 
     def on_tape(self, tape: Linearization) -> Tensor:
         """:math:`R` as it was recorded; differentiable in the tape's leaves."""

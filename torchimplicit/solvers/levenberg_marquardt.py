@@ -99,7 +99,7 @@ class LevenbergMarquardt(Solver):
         assert residuals is not None
         tape = Linearization(residuals, point.z, evaluate.params)
         r = tape.out.detach()
-        slope = tape.transposed(r)
+        slope = tape.vjp(r)
         model = self._model(tape, r, slope, state.scale)
         energy, damping, growth = _energy(point), state.damping, state.growth
         size = _scaled(slope, model.scale)
@@ -147,7 +147,7 @@ class LevenbergMarquardt(Solver):
         """:math:`J^Tr`."""
         if isinstance(evaluate.system, MinimumSystem):
             return point.residual
-        return Linearization(evaluate.system.fn, point.z, evaluate.params).transposed(-point.residual)
+        return Linearization(evaluate.system.fn, point.z, evaluate.params).vjp(-point.residual)
 
     def _model(self, tape: Linearization, r: Tensor, slope: Tensor, scale: Tensor) -> _Model:
         batch, (inner, outer) = len(r), (tape.z.shape[1], r.shape[1])
@@ -192,7 +192,7 @@ class _ByProducts(_Model):
         shift = damping[:, None].to(scale.dtype)
 
         def product(v: Tensor) -> Tensor:
-            return tape.transposed(tape.plain(v / scale)) / scale + shift * v
+            return tape.vjp(tape.jvp(v / scale)) / scale + shift * v
 
         operator = LinearOperator(
             product=product,
@@ -237,8 +237,8 @@ def _jacobian(tape: Linearization, r: Tensor) -> Tensor:
     eye = torch.eye(min(inner, outer), dtype=r.dtype, device=r.device)
     basis = eye[:, None, :].expand(-1, len(r), -1).contiguous()
     if inner < outer:
-        return tape.plain_block(basis).permute(1, 2, 0)
-    return tape.transposed_block(basis).permute(1, 0, 2)
+        return tape.jvp_block(basis).permute(1, 2, 0)
+    return tape.vjp_block(basis).permute(1, 0, 2)
 
 
 def _column_norms(tape: Linearization, probes: int = 8) -> Tensor:
@@ -246,4 +246,4 @@ def _column_norms(tape: Linearization, probes: int = 8) -> Tensor:
     same in every call."""
     number = torch.arange(1, probes * tape.out.numel() + 1, device=tape.out.device, dtype=torch.float64)
     signs = torch.sin(number.square()).sign().reshape(probes, *tape.out.shape).to(tape.out.dtype)
-    return tape.transposed_block(signs).square().mean(dim=0).sqrt()
+    return tape.vjp_block(signs).square().mean(dim=0).sqrt()
