@@ -34,6 +34,10 @@ class Status(IntEnum):
     with an estimator that takes a given number of steps or products backward."""
 
 
+GROWTH_LIMIT = 1e6
+"""A residual this many times the first one (plus its scale) counts as growing without bound: as NONFINITE."""
+
+
 @dataclass(frozen=True)
 class Report:
     """The figures of one iterative solve, per sample.

@@ -13,10 +13,9 @@ from torchimplicit.captured.iteration import Evaluate, Found, Rule, Way, run, st
 from torchimplicit.captured.steps import step_of
 from torchimplicit.problems import Point, System
 from torchimplicit.problems.joint_system import JointSystem
-from torchimplicit.solution import Status
+from torchimplicit.solution import GROWTH_LIMIT, Status
 from torchimplicit.solvers import Solver
 from torchimplicit.solvers.given_steps import relative
-from torchimplicit.solvers.iterate import GROWTH_LIMIT
 from torchimplicit.solvers.tolerance import Judge
 from torchimplicit.state import row_norm
 

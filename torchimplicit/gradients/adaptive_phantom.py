@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import final
 
-import torch
 from torch import Tensor
 
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.linear_estimate import LinearEstimate
-from torchimplicit.linear import LinearOperator, LinearSolution
-from torchimplicit.linear.confirmed import confirmed
+from torchimplicit.linear import LinearSolution
+from torchimplicit.linear.adaptive_series import AdaptiveSeries, PhantomReport
+from torchimplicit.linear.confirmed import solve_any
 from torchimplicit.notices import notice
-from torchimplicit.precision import UnitRows, working_dtype
 from torchimplicit.problems.linearization import Linearization
-from torchimplicit.solution import Report, Status
-from torchimplicit.state import row_norm
 from torchimplicit.validation import check_count, check_fraction, check_positive
 
-STAGNATION = 0.97
-"""A step that would leave more than this share of the residual goes by the last good damping instead."""
-
-GROWTH_LIMIT = 1e6
-"""A residual this many times the cotangent counts as growing without bound."""
+__all__ = ["AdaptivePhantom", "PhantomReport"]
 
 TOLERANCE = 0.1
 """Of the residual, where nothing is asked for."""
-
-
-@dataclass(frozen=True)
-class PhantomReport(Report):
-    """The figures of an :class:`AdaptivePhantom`: ``steps`` is the k and ``damping`` the :math:`\\lambda` it chose.
-
-    Attributes:
-        damping: float ``[batch]``, mean over the steps of each sample; NaN for a sample that took none.
-    """
-
-    damping: Tensor
 
 
 @final
@@ -119,9 +101,9 @@ class AdaptivePhantom(LinearEstimate):
         return allowed * (1 - self.contraction) / (1 + self.contraction)
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
-        operator = task.system.operator(tape, transposed)
-        found = confirmed(self._series, operator, b, (self.residual_tolerance, 0.0))
-        report = found.report
+        series = AdaptiveSeries(rtol=self.residual_tolerance, max_steps=self.max_steps, damping=self.damping)
+        solution = solve_any(series, task.system.operator(tape, transposed), b)
+        report = solution.report
         if not bool(report.converged.all()):
             notice(
                 "AdaptivePhantom ended above its tolerance",
@@ -129,66 +111,4 @@ class AdaptivePhantom(LinearEstimate):
                 "more max_steps or a larger tolerance, or take Implicit()",
                 ConvergenceWarning,
             )
-        return found
-
-    @torch.no_grad()
-    def _series(self, operator: LinearOperator, given: Tensor) -> LinearSolution:
-        whole = UnitRows.of(given.to(working_dtype(given.dtype)))
-        b = operator.project(whole.unit)
-        scale = row_norm(b)
-        target = self.residual_tolerance * scale
-        running = scale > 0
-        failed = ~whole.finite.squeeze(1)
-        now = _State(torch.zeros_like(b), b, scale)
-        best = now._replace(norm=torch.full_like(scale, torch.inf))
-        good = torch.full_like(scale, 1.0 if self.damping is None else self.damping)
-        steps = torch.zeros_like(running, dtype=torch.int64)
-        total = torch.zeros_like(scale)
-        products = 0
-        while products < self.max_steps and bool(running.any()):
-            turned = operator.project(operator.product(now.r.to(given.dtype)).to(b.dtype))
-            products += 1
-            if self.damping is None:
-                good = _least(now, turned, good)
-            chosen = good[:, None]
-            r = now.r - chosen * turned
-            after = _State(now.x + chosen * now.r, r, row_norm(r))
-            finite = after.norm < torch.inf
-            best = _select(running & finite & (after.norm < best.norm), after, best)
-            steps, total = steps + running, total + good.where(running & finite, 0)
-            failed |= running & ~(after.norm < GROWTH_LIMIT * scale)
-            now = _select(running & finite, after, now)
-            running = running & ~failed & (now.norm > target)
-        nothing = scale == 0
-        norm = best.norm.where(~nothing, 0)
-        status = torch.where(norm <= target, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        status = torch.where(failed & ~((norm <= target) & whole.finite.squeeze(1)), int(Status.NONFINITE), status)
-        figures = PhantomReport(
-            status,
-            steps,
-            (norm / scale.where(~nothing, 1)).to(given.dtype),
-            float(products),
-            (total / steps).to(given.dtype),
-        )
-        return LinearSolution(whole.restored(best.x).to(given.dtype), figures)
-
-
-class _State(NamedTuple):
-    """The series so far ``[batch, dim]``, its residual, and the residual's norm ``[batch]``."""
-
-    x: Tensor
-    r: Tensor
-    norm: Tensor
-
-
-def _least(now: _State, turned: Tensor, before: Tensor) -> Tensor:
-    """The damping ``[batch]`` for which the next residual is least; the one before where that is hardly less."""
-    along = (now.r * turned).sum(dim=1)
-    square = (turned * turned).sum(dim=1)
-    left = 1 - along.square() / (square * now.norm.square())  # square of the share of the residual that would remain
-    return torch.where((along > 0) & (left <= STAGNATION**2), along / square, before)
-
-
-def _select(mask: Tensor, new: _State, old: _State) -> _State:
-    column = mask[:, None]
-    return _State(new.x.where(column, old.x), new.r.where(column, old.r), new.norm.where(mask, old.norm))
+        return solution

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchimplicit.linear.rowwise import clear, column, select
 from torchimplicit.linear.system import LinearSystem
-from torchimplicit.solution import Status
+from torchimplicit.solution import Report, Status
 
 assert (Status.CONVERGED, Status.MAX_STEPS) == (0, 1), "statuses are made from comparisons with the tolerance"
 
@@ -26,10 +26,10 @@ class Method(ABC):
 
     A state is a ``NamedTuple`` whose tensors (also those in tuples) have the rows as dimension 0, and are not written
     to once they belong to a state. Its fields ``x`` (``[rows, dim]``) and ``norm`` (``[rows]``) are the iterate, or
-    where the cycle started from, and the norm of the residual. Three fields are optional: bool ``[rows]``, ``broken``
+    where the cycle started from, and the norm of the residual. Four fields are optional: bool ``[rows]``, ``broken``
     says where the method cannot go on, and ``slow`` is counted at each check, and the count handed to the next step;
     ``curvature``, ``[rows, 1]``, is the least that the method has met in a symmetric matrix, infinite where it has met
-    no negative one.
+    no negative one; ``tally``, ``[rows, 1]``, is what :meth:`figures` is told of.
 
     A row that has stopped is cleared: only its fields in ``kept`` stay, and steps must leave such a row as it is.
 
@@ -39,6 +39,8 @@ class Method(ABC):
         definite: whether the preconditioner has to be symmetric positive definite.
         cycle: steps after which the method has to start again from its iterate; ``None`` for no such limit.
         curved: whether its state has a ``curvature``.
+        growth: how many times its first residual a row's may be; one that grows further stops, as one that is not
+            finite does.
         watched: whether residuals matter on the way; if not, they are looked at only before the first step and after
             the last.
     """
@@ -48,6 +50,7 @@ class Method(ABC):
     definite: bool = False
     cycle: int | None = None
     curved: bool = False
+    growth: float = torch.inf
     watched: bool = True
 
     @abstractmethod
@@ -63,10 +66,15 @@ class Method(ABC):
         norm of each row's operator is at least (``[rows]``; ``None`` where the method knows nothing of it)."""
         return state.x, 0.0, None
 
+    def figures(self, report: Report, tally: Tensor) -> Report:
+        """The report with the method's own figures, of the ``tally`` (``[batch]``) of all its cycles."""
+        return report
+
 
 class CycleResult(NamedTuple):
     """What is known of each row after a cycle; ``gap`` bounds how far its residual may be from ``norm``,
-    ``curvature`` is negative where that is known of the matrix, and ``size`` bounds the matrix's norm from below."""
+    ``curvature`` is negative where that is known of the matrix, ``size`` bounds the matrix's norm from below, and
+    ``tally`` is the method's own."""
 
     x: Tensor
     norm: Tensor
@@ -75,6 +83,7 @@ class CycleResult(NamedTuple):
     status: Tensor
     curvature: Tensor
     size: Tensor
+    tally: Tensor
 
     def updated(self, part: CycleResult, rows: Tensor | None) -> CycleResult:
         """This, with ``part`` in the given rows (``None``: in all)."""
@@ -88,6 +97,7 @@ class CycleResult(NamedTuple):
             steps=self.steps + later.steps,
             curvature=self.curvature.minimum(later.curvature),
             size=self.size.maximum(later.size),
+            tally=self.tally + later.tally,
         )
         return CycleResult(*(new.where(column(live, new), old) for new, old in zip(later, self, strict=True)))
 
@@ -121,12 +131,13 @@ class Cycle:
         self.best = None if method.monotone else (norm, x)
         count = torch.zeros_like(norm, dtype=torch.int64)
         self.notes = _Notes(tolerance, tolerance, norm, count)
-        self.infinity = torch.full((), torch.inf, dtype=norm.dtype, device=norm.device)
+        self.limit = self.infinity = torch.full((), torch.inf, dtype=norm.dtype, device=norm.device)
+        if method.growth < torch.inf:
+            self.limit = (method.growth * norm).where(norm > 0, torch.inf)
         self.current = self.alive = len(norm)
         self.rows: Tensor | None = None
-        self.outcome = CycleResult(
-            x, norm, norm, count, count, torch.full_like(norm, torch.inf), torch.zeros_like(norm)
-        )
+        nothing = torch.zeros_like(norm)
+        self.outcome = CycleResult(x, norm, norm, count, count, torch.full_like(norm, torch.inf), nothing, nothing)
         self.steps, self.wasted, self.setup = 0, 0, 1.0
         self.finished = True
         self.smooth = self.best is None and norm.shape[0] > 0
@@ -156,7 +167,7 @@ class Cycle:
             if self.smooth and bool((above > slow_rows).all()):
                 return 0
             self.smooth = False
-        finite = self.state.norm < self.infinity
+        finite = self.state.norm < self.limit
         active = above if broken is None else above > broken
         masks = [active, finite] if slow_rows is None else [active, finite, slow_rows]
         if self.best is not None:
@@ -226,6 +237,7 @@ class Cycle:
         self.setup = self.system.operator.setup_rows / self.alive
         self.state, self.best, self.notes = select((self.state, self.best, self.notes), rows)
         self.rows = rows if self.rows is None else self.rows[rows]
+        self.limit = self.limit[rows] if self.limit.ndim else self.limit
         self.current, self.wasted = self.alive, 0
 
     def _flush(self) -> None:
@@ -244,7 +256,9 @@ class Cycle:
         met = getattr(self.state, "curvature", None)
         curvature = torch.full_like(norm, torch.inf) if met is None else met.squeeze(1)
         size = torch.zeros_like(norm) if size is None else size
-        self.outcome = self.outcome.updated(CycleResult(x, norm, gap, steps, status, curvature, size), self.rows)
+        tally = getattr(self.state, "tally", None)
+        tally = torch.zeros_like(norm) if tally is None else tally.squeeze(1)
+        self.outcome = self.outcome.updated(CycleResult(x, norm, gap, steps, status, curvature, size, tally), self.rows)
 
     def _keep_best(self, norm: Tensor, x: Tensor) -> None:
         better = self.state.norm < norm

@@ -140,7 +140,7 @@ def run(
         norms, value = norms.where(finite, torch.nan), whole.restored(x)
         status = status.masked_fill(~finite, int(Status.NONFINITE))
     report = Report(status, result.steps, norms.to(dtype), evaluations, curvature=curvature, condition=condition)
-    return LinearSolution(value.to(dtype), report, strayed)
+    return LinearSolution(value.to(dtype), method.figures(report, result.tally), strayed)
 
 
 def _settle(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchimplicit.coupling import broken_promise
 from torchimplicit.linear import PreparedPreconditioner
 from torchimplicit.problems import Point, System
-from torchimplicit.solution import Report, Status
+from torchimplicit.solution import GROWTH_LIMIT, Report, Status
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.given_steps import take_steps
 from torchimplicit.solvers.outcome import Outcome, traced
@@ -24,9 +24,6 @@ from torchimplicit.solvers.polyalgorithm import Polyalgorithm, in_turn
 from torchimplicit.solvers.review import after, as_one_system, given_up, review, tried_as_one
 from torchimplicit.solvers.tolerance import Judge, Measure
 from torchimplicit.state import row_norm
-
-GROWTH_LIMIT = 1e6
-"""A residual this many times the first one (plus its scale) counts as growing without bound."""
 
 APPEARS = 3
 """After so many steps a leaf that had no residual at first has one, if it is to have any."""
