@@ -463,3 +463,38 @@ class TestBadInput:
             ti.regularizers.jacobian_frobenius(linear.problem(), value, linear.target)
         size = ti.regularizers.jacobian_frobenius(ti.FixedPoint(linear.f), value.z, value.x, linear.target, samples=4)
         assert float(size.detach()) > 0
+
+
+def test_a_ball_and_a_box_together() -> None:
+    linear = Linear.make()
+    ball, box = ti.L2Ball(1.0, torch.full((INPUT,), 0.1).double()), ti.Box(-0.3, 0.6)
+    problem = ti.JointInference(linear.f, linear.loss, 0.1, (ball, box), damping=DAMPING)
+    start = torch.zeros(BATCH, STATE).double(), torch.zeros(BATCH, INPUT).double()
+    found = ti.solve(problem, start, linear.target, solver=ti.Anderson(rtol=1e-10, max_steps=500)).value.x
+    exact = ti.Minimum(
+        lambda x, target: (
+            0.5 * (x @ linear.gain.detach().mT - target).square().sum(1) + 0.5 * REGULARIZATION * x.square().sum(1)
+        ),
+        constraint=(ball, box),
+    )
+    right = ti.solve(exact, start[1], linear.target, solver=ti.ProjectedNewton(rtol=1e-10, max_steps=200)).value
+    torch.testing.assert_close(found.detach(), right, rtol=1e-6, atol=1e-8)
+    with pytest.raises(ValueError, match="leave no state in the ball"):
+        ti.solve(
+            ti.JointInference(linear.f, linear.loss, 0.1, (ti.L2Ball(0.1), ti.Box(1.0, 2.0))), start, linear.target
+        )
+    with pytest.raises(TypeError, match="the pair of both"):
+        ti.JointInference(linear.f, linear.loss, 0.1, (box, box))
+
+
+def test_steps_by_the_sign_of_the_gradient_settle_at_a_corner() -> None:
+    linear = Linear.make()
+    slope = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
+    problem = ti.JointInference(
+        linear.f, lambda z, x, y: (x * slope).sum(1), 0.05, ti.Box(-0.3, 0.6), damping=DAMPING, normalized="sign"
+    )
+    start = torch.zeros(BATCH, STATE).double(), torch.zeros(BATCH, INPUT).double()
+    found = ti.solve(problem, start, linear.target, solver=ti.FixedPointIteration(max_steps=400)).value.x
+    torch.testing.assert_close(found[0].detach(), torch.tensor([-0.3, 0.6, -0.3], dtype=torch.float64))
+    with pytest.raises(ValueError, match="normalized"):
+        ti.JointInference(linear.f, linear.loss, 0.1, normalized="signs")  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, final
+from typing import Any, ClassVar, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torchimplicit.constraints import Box, L2Ball
 from torchimplicit.problems.base import Problem, check_function
 from torchimplicit.problems.joint_system import JointSystem, Parts
 from torchimplicit.problems.per_sample import column, flat_tree, taken
+from torchimplicit.problems.sets import FlatBox, FlatCut
 from torchimplicit.problems.system import System
 from torchimplicit.state import Layout, Leaves
 
@@ -62,22 +63,25 @@ class JointInference(Problem):
             loss, and it may be twice as large. Too large a one diverges. To plain iteration nothing else depends on
             the loss's scale; :class:`Anderson` weighs the residuals of z and mu alike, and takes fewest steps where
             both are about as large (a sum over pixels rather than their mean).
-        constraint: an :class:`L2Ball`, a :class:`Box`, or ``None``. A start outside is projected, with a warning.
+        constraint: an :class:`L2Ball`, a :class:`Box`, the pair of both for what they have in common, or ``None``. A
+            start outside is projected, with a warning.
         batched, rowwise: see :class:`FixedPoint`. The loss of a sample must depend on that sample alone.
         damping: of z, mu and x in (0, 1]: each part goes that share of its step. The published settings are
             ``(0.8, 0.6, 1.0)``.
-        normalized: whether x takes a step of length :math:`\\alpha` along its gradient, whatever the gradient's size.
-            Only where the solution lies on the boundary of an :class:`L2Ball` does such an iteration settle.
+        normalized: whether x takes a step of length :math:`\\alpha` along its gradient, whatever the gradient's size;
+            ``"sign"``: a step of :math:`\\alpha` in each of its numbers, by the sign of the gradient. Only where the
+            solution lies on the boundary of the set does such an iteration settle: of an :class:`L2Ball`, or, with
+            signs, at a corner of a :class:`Box`.
     """
 
     f: Callable[..., Any]
     loss: Callable[..., Any]
     step_size: StepSize
-    constraint: L2Ball | Box | None = None
+    constraint: L2Ball | Box | tuple[L2Ball | Box, L2Ball | Box] | None = None
     batched: bool = True
     rowwise: bool = False
     damping: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    normalized: bool = False
+    normalized: bool | Literal["sign"] = False
     by_gradient: ClassVar[bool] = True
     advice: ClassVar[str] = (
         ". In JointInference a step_size that is too large diverges, and a loss without a least value lets the input "
@@ -91,8 +95,14 @@ class JointInference(Problem):
     def __post_init__(self) -> None:
         check_function(self.f, "f")
         check_function(self.loss, "loss")
-        if self.constraint is not None and not isinstance(self.constraint, (L2Ball, Box)):
-            raise TypeError(f"constraint must be an L2Ball, a Box or None, not {type(self.constraint).__name__}")
+        kinds = [type(part) for part in self._sets]
+        if kinds not in ([], [L2Ball], [Box], [L2Ball, Box], [Box, L2Ball]):
+            raise TypeError(
+                "constraint must be an L2Ball, a Box, the pair of both, or None, not "
+                + ", ".join(kind.__name__ for kind in kinds)
+            )
+        if self.normalized not in (False, True, "sign"):
+            raise ValueError(f'JointInference.normalized is {self.normalized!r}, and must be False, True or "sign"')
         if isinstance(self.step_size, (int, float)) and not self.step_size > 0:
             raise ValueError(f"JointInference.step_size is {self.step_size}, and must be positive")
         if not (isinstance(self.step_size, (int, float, Tensor)) or callable(self.step_size)):
@@ -104,6 +114,12 @@ class JointInference(Problem):
             raise ValueError(
                 f"JointInference.damping is {self.damping}, and must be three numbers in (0, 1]: of z, mu and x"
             )
+
+    @property
+    def _sets(self) -> tuple[Any, ...]:
+        if self.constraint is None:
+            return ()
+        return self.constraint if isinstance(self.constraint, tuple) else (self.constraint,)
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -167,12 +183,16 @@ class JointInference(Problem):
         size = 0.0 if callable(self.step_size) and not isinstance(self.step_size, Tensor) else self.step_size
         own = [column(layout, size, rows, "step_size")]
         inputs = _part(layout, "x")
-        if isinstance(self.constraint, L2Ball):
-            own.append(column(layout, self.constraint.radius, rows, "the radius"))
-            own.append(_flat_or_number(inputs, self.constraint.center, rows, "the center"))
-        if isinstance(self.constraint, Box):
-            own.append(_flat_or_number(inputs, self.constraint.low, rows, "the lower bound"))
-            own.append(_flat_or_number(inputs, self.constraint.high, rows, "the upper bound"))
+        sets = {type(part): part for part in self._sets}
+        if box := sets.get(Box):
+            own.append(_flat_or_number(inputs, box.low, rows, "the lower bound"))
+            own.append(_flat_or_number(inputs, box.high, rows, "the upper bound"))
+        if ball := sets.get(L2Ball):
+            own.append(column(layout, ball.radius, rows, "the radius"))
+            own.append(_flat_or_number(inputs, ball.center, rows, "the center"))
+        if len(sets) == 2:
+            own[4] = own[4].expand(-1, inputs.dim)
+            FlatCut(FlatBox(tuple(own[1:3])), tuple(own[1:])).check()
         return tuple(own)
 
     def system(
@@ -188,11 +208,16 @@ class JointInference(Problem):
             damping=self.damping,
             own=taken(constraint),
             which=constraint,
-            set=self.constraint.project if self.constraint is not None else None,
+            set=_in_both if len(self._sets) == 2 else next((part.project for part in self._sets), None),
             schedule=schedule,
             step_size=None if schedule is None else float(schedule(0)),
             normalized=self.normalized,
         )
+
+
+def _in_both(x: Tensor, *tensors: Tensor) -> Tensor:
+    """The nearest point to ``x`` in a box and in a ball: low, high, radius and center."""
+    return FlatCut(FlatBox(tensors[:2]), tensors).project(x, x[:, :1], *tensors)
 
 
 @functools.lru_cache(maxsize=64)

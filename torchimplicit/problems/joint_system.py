@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self, final
+from typing import Literal, NamedTuple, Self, final
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class JointSystem(ImageSystem):
         set: the projection, ``(x, *tensors) -> x``; ``None`` for no constraint.
         schedule: the step size by the solver's step, instead of the tensor.
         step_size: the schedule's value for the step that runs.
-        normalized: whether x takes steps of a given length.
+        normalized: whether x takes steps of a given length; ``"sign"``: in each of its numbers.
     """
 
     parts: Parts
@@ -68,7 +68,7 @@ class JointSystem(ImageSystem):
     set: Callable[..., Tensor] | None = None
     schedule: Callable[[int], float] | None = None
     step_size: float | None = None
-    normalized: bool = False
+    normalized: bool | Literal["sign"] = False
 
     def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
         slopes: Sequence[Tensor]
@@ -155,7 +155,9 @@ class JointSystem(ImageSystem):
         z, mu, x = self.parts.split(flat)
         of_z, of_x = slopes
         size, *tensors = self.own(flat.shape[0], *params)
-        if self.normalized:
+        if self.normalized == "sign":
+            of_x = torch.sign(of_x)
+        elif self.normalized:
             length = torch.linalg.vector_norm(of_x, dim=1, keepdim=True)
             of_x = of_x / torch.where(length > 0, length, 1)
         if self.step_size is not None:

@@ -1,0 +1,165 @@
+"""Attacks on classifiers with an equilibrium inside, against each other and against what they promise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import torchimplicit as ti
+from torchimplicit.attacks import JIIO, PGD, Attack
+from torchimplicit.models import MDEQ, mdeq_small
+
+LABELS = torch.arange(6)
+
+
+class Cell(nn.Module):
+    """A contraction with a weight that is normalized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixing = ti.nn.spectral_norm(nn.Linear(12, 12, bias=False), bound=0.6)
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        return torch.tanh(self.mixing(z) + u)
+
+
+class Net(nn.Module):
+    """A user's own: code before the equilibrium, code after it that looks at the image again."""
+
+    def __init__(self, layers: int = 1):
+        super().__init__()
+        self.injection = nn.Linear(64, 12)
+        exact = ti.Anderson(rtol=1e-6, max_steps=100)
+        self.equilibria = nn.ModuleList(ti.nn.Equilibrium(Cell(), solver=exact, rowwise=True) for _ in range(layers))
+        self.skip, self.head = nn.Linear(64, 10), nn.Linear(12, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        flat = images.flatten(1) - 0.3
+        z = self.injection(flat)
+        for layer in self.equilibria:
+            z = layer(z)
+        return 4 * self.head(torch.tanh(z)) + self.skip(flat)
+
+
+def made(layers: int = 1) -> tuple[Net, Tensor]:
+    torch.manual_seed(0)
+    net = Net(layers).double().train()
+    net(torch.rand(2, 64).double())
+    return net, torch.rand(6, 1, 8, 8).double()
+
+
+def losses(net: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return functional.cross_entropy(net(images), LABELS, reduction="none")
+
+
+@pytest.mark.parametrize(("norm", "radius", "layers"), [("l2", 0.5, 1), ("linf", 0.05, 2)])
+def test_both_come_to_the_same_strength_within_ball_and_range(norm: Any, radius: float, layers: int) -> None:
+    net, images = made(layers)
+    net.eval()
+    clean = losses(net, images)
+    set_: dict[str, Any] = {"radius": radius, "norm": norm}
+    ways: list[Attack] = [
+        JIIO(net, **set_, steps=80, step_size=0.2),
+        PGD(net, **set_, steps=10, step_size=0.5),
+    ]
+    found = []
+    for attack in ways:
+        changed = attack(images, LABELS)
+        change = changed - images
+        size = change.flatten(1).norm(dim=1) if norm == "l2" else change.flatten(1).abs().amax(dim=1)
+        assert float(size.max()) <= radius * (1 + 1e-9)
+        assert float(changed.min()) >= 0
+        assert float(changed.max()) <= 1
+        assert bool(((changed == 0) | (changed == 1)).any()), "the range of the pixels binds"
+        found.append(losses(net, changed))
+    assert bool((found[0] > clean + 0.1).all())
+    torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("kind", [JIIO, PGD])
+def test_a_target_becomes_likelier(kind: Any) -> None:
+    net, images = made()
+    attack = kind(net, radius=0.5, steps=10, targeted=True)
+    assert bool((losses(net.eval(), attack(images, LABELS)) < losses(net, images) - 0.1).all())
+
+
+@pytest.mark.parametrize("kind", [JIIO, PGD])
+def test_the_model_is_left_as_it_was(kind: Any) -> None:
+    net, images = made()
+    net.skip.eval()
+    net.head.weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    solution = net.equilibria[0].solution
+    kind(net, radius=0.5, steps=2)(images, LABELS)
+    assert net.training
+    assert net.equilibria[0].training
+    assert not net.skip.training
+    assert not net.head.weight.requires_grad
+    assert net.skip.weight.requires_grad
+    assert all(weight.grad is None for weight in net.parameters())
+    assert net.equilibria[0].solution is solution
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_multiscale_model() -> None:
+    torch.manual_seed(0)
+    model = MDEQ(mdeq_small(channels=(8, 8), head_channels=(4, 4), final_channels=8))
+    images = torch.rand(4, 1, 8, 8)
+    found = JIIO(model, radius=0.5, steps=3).find(images, LABELS[:4])
+    assert bool((found.change.flatten(1).norm(dim=1) <= 0.5 * (1 + 1e-6)).all())
+    assert [part.shape for part in found.states[0]] == [(4, 8, 4, 4), (4, 8, 2, 2)]
+    assert found.evaluations >= 6
+
+
+def test_cells_that_return_more_than_a_state_or_hold_an_equilibrium_of_their_own() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = ti.nn.Equilibrium(Cell(), solver=ti.Anderson(rtol=1e-4))
+
+        def forward(self, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+            z = 0.4 * self.inner(z + u)
+            return z, z.square()
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = ti.nn.Equilibrium(Outer(), has_aux=True)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.cat(self.layer(images), dim=1)
+
+    torch.manual_seed(0)
+    net, images = Both().double(), torch.rand(6, 12).double()
+    losses_before = losses(net.eval(), images)
+    for attack in (JIIO(net, radius=0.5, steps=5), PGD(net, radius=0.5, steps=1)):
+        assert bool((losses(net, attack(images, LABELS)) > losses_before).all())
+
+
+def test_what_cannot_be_attacked_is_said() -> None:
+    net, images = made()
+    with pytest.raises(ValueError, match="contains no torchimplicit"):
+        JIIO(nn.Linear(4, 2), radius=0.5)(torch.rand(2, 4), LABELS[:2])
+    with pytest.raises(ValueError, match="batched=False"):
+        PGD(ti.nn.Equilibrium(Cell(), batched=False), radius=0.5)(torch.rand(2, 12), LABELS[:2])
+    with pytest.raises(ValueError, match=r"\[batch, classes\]"):
+        JIIO(nn.Sequential(ti.nn.Equilibrium(Cell()), nn.Flatten(0)), radius=0.5)(torch.rand(2, 12), LABELS[:2])
+    unused = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    unused.layer = ti.nn.Equilibrium(Cell())
+    unused.forward = lambda x: unused[1](unused[0](x))
+    with pytest.raises(ValueError, match="did not use it"):
+        JIIO(unused, radius=0.5)(images.float(), LABELS)
+    with pytest.raises(ValueError, match="give low= and high="):
+        JIIO(net, radius=0.5)(2 * images, LABELS)
+    with pytest.raises(ValueError, match="one class for each"):
+        JIIO(net, radius=0.5)(images, LABELS[:3])
+    with pytest.raises(ValueError, match="radius"):
+        PGD(net, radius=0)
+    with pytest.raises(ValueError, match='"l2" or "linf"'):
+        PGD(net, radius=1, norm="l1")  # type: ignore[arg-type]

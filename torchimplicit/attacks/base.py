@@ -1,0 +1,169 @@
+"""What attacks have in common: the set that they search, the mode of the model, and how they are called."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torchimplicit.attacks.replaced import Replaced
+from torchimplicit.constraints import Box, L2Ball
+from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.problems.sets import FlatBox, FlatCut
+from torchimplicit.validation import at_least
+
+Norm = Literal["l2", "linf"]
+
+
+class Found(NamedTuple):
+    """What an attack has found.
+
+    Attributes:
+        images: changed, within the ball and the range of the pixels.
+        change: of the images.
+        states: of the model's equilibria in the order of its calls, approximately: starts for exact solves.
+        evaluations: of the equilibria's maps, and products with their Jacobians, in whole-batch equivalents. A step of
+            :class:`JIIO` is one of each.
+    """
+
+    images: Tensor
+    change: Tensor
+    states: tuple[Any, ...]
+    evaluations: float
+
+
+@dataclass(frozen=True, eq=False)
+class Attack(ABC):
+    """An attack on a classifier with an equilibrium inside, called as ``adversarial = attack(images, labels)``.
+
+    The model is any module from images to scores that calls an :class:`~torchimplicit.nn.Equilibrium`: its code before
+    and after the layer is run as it is. It is attacked in eval mode, and left as it was; no weight gets a gradient.
+
+    Args:
+        model: from images ``[batch, ...]`` to scores ``[batch, classes]``.
+        radius: of the ball around each image, in ``norm`` of all its pixels: .5, or 8 / 255.
+        norm: ``"l2"`` or ``"linf"``.
+        steps: how many.
+        step_size: of the image, as a share of the radius.
+        targeted: whether the labels are what the images are to be taken for; otherwise, what not.
+        low, high: the range of the pixels, numbers or tensors like an image: what is found lies in it as well as in
+            the ball.
+    """
+
+    model: nn.Module
+    _: KW_ONLY
+    radius: float
+    norm: Norm = "l2"
+    steps: int = 20
+    step_size: float = 0.5
+    targeted: bool = False
+    low: float | Tensor = 0.0
+    high: float | Tensor = 1.0
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"{name} attacks an nn.Module, not a {type(self.model).__name__}")
+        for field in ("radius", "step_size"):
+            if not 0 < getattr(self, field) < float("inf"):
+                raise ValueError(f"{name}.{field} is {getattr(self, field)}, and must be positive and finite")
+        if self.norm not in ("l2", "linf"):
+            raise ValueError(f'{name}.norm is {self.norm!r}, and must be "l2" or "linf"')
+        at_least(name, "steps", self.steps, 1)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Images like those given, that the model takes for something else.
+
+        Args:
+            images: floating-point, ``[batch, ...]``, in the range of the pixels.
+            labels: int64 ``[batch]``.
+
+        Raises:
+            ValueError: images outside the range, labels that do not fit, a model without an equilibrium.
+        """
+        return self.find(images, labels).images
+
+    def find(self, images: Tensor, labels: Tensor) -> Found:
+        """The images with the states of the equilibria, and what the attack has cost."""
+        self._check(images, labels)
+        with _evaluating(self.model), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a budget of steps is what an attack has
+            images = images.detach()
+            change, states, evaluations = self._found(Replaced(self.model), images, labels)
+            low, high = (torch.as_tensor(bound).to(images) for bound in (self.low, self.high))
+            changed = torch.clamp(images + change, low, high)  # to the last bit
+        return Found(changed, changed - images, states, evaluations)
+
+    @abstractmethod
+    def _found(self, model: Replaced, images: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Any, ...], float]:
+        """The change, the states, and the evaluations."""
+
+    def _loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """What is lowered, ``[batch]``."""
+        loss = functional.cross_entropy(scores, labels, reduction="none")
+        return loss if self.targeted else -loss
+
+    def _room(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the pixels can change by, down and up, like the images."""
+        return self.low - images, self.high - images
+
+    def _set(self, images: Tensor) -> Box | tuple[L2Ball, Box]:
+        """The changes that are searched."""
+        low, high = self._room(images)
+        if self.norm == "linf":
+            return Box(low.clamp_min(-self.radius), high.clamp_max(self.radius))
+        return L2Ball(self.radius), Box(low, high)
+
+    def _onto(self, images: Tensor) -> Callable[[Tensor], Tensor]:
+        """The projection of changes onto that set."""
+        low, high = self._room(images)
+        if self.norm == "linf":
+            low, high = low.clamp_min(-self.radius), high.clamp_max(self.radius)
+            return lambda change: torch.clamp(change, low, high)
+        center = torch.zeros_like(images).flatten(1)
+        box = FlatBox((low.flatten(1), high.flatten(1)))
+        tensors = (*box.tensors, center.new_full((1, 1), self.radius), center)
+        both = FlatCut(box, tensors)
+        return lambda change: both.project(change.flatten(1), center[:, :1], *tensors).view_as(change)
+
+    def _check(self, images: Tensor, labels: Tensor) -> None:
+        name = type(self).__name__
+        if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim < 2:
+            raise ValueError(f"{name} needs images as a floating-point tensor [batch, ...], in the range of the pixels")
+        if labels.shape != images.shape[:1] or labels.is_floating_point():
+            raise ValueError(
+                f"{name} needs one class for each of the {len(images)} images, int64 [{len(images)}], and got "
+                f"{labels.dtype} {list(labels.shape)}"
+            )
+        low, high = self._room(images)
+        slack = 1e-6 * float((high - low).max()) if images.numel() else 0.0
+        if bool(((low > slack) | (high < -slack)).any()):
+            raise ValueError(
+                f"{name} was made for pixels in its range, low to high, and the images reach from "
+                f"{float(images.min()):g} to {float(images.max()):g}: give low= and high= as the images have them (for "
+                "standardized ones, (0 - mean) / deviation and (1 - mean) / deviation)"
+            )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, no weight with a gradient; and back, each as it was."""
+    modes = {module: module.training for module in model.modules()}
+    weights = [weight for weight in model.parameters() if weight.requires_grad and weight.is_leaf]
+    model.eval()
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for weight in weights:
+            weight.requires_grad_(True)

@@ -1,0 +1,76 @@
+"""The attack that finds the image and the equilibrium by one iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from torchimplicit.attacks.base import Attack
+from torchimplicit.attacks.replaced import Replaced
+from torchimplicit.problems import JointInference, JointState
+from torchimplicit.solve import solve
+from torchimplicit.solvers import FixedPointIteration, Solver
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class JIIO(Attack):
+    """Joint inference and input optimization (Gurumurthy et al. 2021): the change of the image, the equilibrium and its
+    adjoint by one fixed-point iteration, whose step costs one run of the model without a solve, and its backward pass.
+
+    The change takes normalized steps: along its gradient in the 2-norm, by the gradient's sign in the maximum norm.
+    Image by image, the iterate of the highest cost is what is found (see :class:`~torchimplicit.JointInference`).
+
+    Args:
+        model, radius, norm, steps, step_size, targeted, low, high: see :class:`Attack`.
+        damping: of the states, the adjoints and the change; as published.
+        tolerance: relative, of the joint residual: images that reach it are done.
+        solver: by default plain iteration. Anderson's method finds other stationary points of this problem, which is
+            not convex, and weaker attacks.
+    """
+
+    damping: tuple[float, float, float] = (0.8, 0.6, 1.0)
+    tolerance: float = 1e-3
+    solver: Solver | None = None
+
+    def _found(self, model: Replaced, images: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Any, ...], float]:
+        both = _Both(self, model)
+        problem = JointInference(
+            both.f,
+            both.loss,
+            self.radius * self.step_size,
+            self._set(images),
+            rowwise=model.rowwise,
+            damping=self.damping,
+            normalized=True if self.norm == "l2" else "sign",
+        )
+        solver = self.solver or FixedPointIteration(rtol=self.tolerance, max_steps=self.steps)
+        with torch.no_grad():
+            start = model.start(images), torch.zeros_like(images)
+            solution = solve(problem, start, images, labels, solver=solver)
+        state: JointState = solution.value
+        return state.x, state.z, 2 * solution.evaluations
+
+
+class _Both:
+    """The maps and the loss, which one run of the model gives together; the loss is asked for after the maps."""
+
+    def __init__(self, attack: JIIO, model: Replaced):
+        self.attack, self.model = attack, model
+        self._at: tuple[Any, ...] = ()
+        self._scores: Tensor | None = None
+
+    def f(self, z: tuple[Any, ...], change: Tensor, images: Tensor, labels: Tensor) -> tuple[Any, ...]:
+        made, self._scores = self.model.once(z, images + change)
+        self._at = (z, change, images)
+        return made
+
+    def loss(self, z: tuple[Any, ...], change: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        scores = self._scores
+        if scores is None or len(self._at) != 3 or any(a is not b for a, b in zip(self._at, (z, change, images))):
+            _, scores = self.model.once(z, images + change)
+        self._at, self._scores = (), None  # the graph goes with the step
+        return self.attack._loss(scores, labels)
