@@ -117,29 +117,37 @@ def test_a_multiscale_model() -> None:
     assert found.evaluations >= 6
 
 
-def test_cells_that_return_more_than_a_state_or_hold_an_equilibrium_of_their_own() -> None:
-    class Outer(nn.Module):
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = ti.nn.Equilibrium(Cell(), solver=ti.Anderson(rtol=1e-4))
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        return 0.4 * self.inner(z + u)
+
+
+class WithAux(Cell):
+    def forward(self, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        z = super().forward(z, u)
+        return z, z.square()
+
+
+@pytest.mark.parametrize("cell", [Nested, WithAux])
+def test_cells_that_hold_an_equilibrium_of_their_own_or_return_more_than_a_state(cell: Any) -> None:
+    class Scores(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = ti.nn.Equilibrium(Cell(), solver=ti.Anderson(rtol=1e-4))
-
-        def forward(self, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-            z = 0.4 * self.inner(z + u)
-            return z, z.square()
-
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = ti.nn.Equilibrium(Outer(), has_aux=True)
+            self.layer = ti.nn.Equilibrium(cell(), has_aux=cell is WithAux)
 
         def forward(self, images: Tensor) -> Tensor:
-            return torch.cat(self.layer(images), dim=1)
+            found = self.layer(images)
+            return torch.cat(found, dim=1) if cell is WithAux else found
 
     torch.manual_seed(0)
-    net, images = Both().double(), torch.rand(6, 12).double()
-    losses_before = losses(net.eval(), images)
+    net, images = Scores().double(), torch.rand(6, 12).double()
+    clean = losses(net.eval(), images)
     for attack in (JIIO(net, radius=0.5, steps=5), PGD(net, radius=0.5, steps=1)):
-        assert bool((losses(net, attack(images, LABELS)) > losses_before).all())
+        assert bool((losses(net, attack(images, LABELS)) > clean).all())
 
 
 def test_what_cannot_be_attacked_is_said() -> None:
