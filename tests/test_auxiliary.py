@@ -343,3 +343,16 @@ class TestUnpack:
         options = {"solver": ti.FixedPointIteration()}
         solution = ti.solve(ti.FixedPoint(f, unpack=True), (a, b), compile=True, **options)
         close(solution.value, ti.solve(ti.FixedPoint(f, unpack=True), (a, b), **options).value)
+
+
+def test_beside_a_function_that_cuts_part_of_its_graph_off() -> None:
+    x = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def f(z: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        image = torch.tanh(0.3 * z + x) + 0 * x.detach()
+        return image, image.square()
+
+    solution = ti.solve(ti.FixedPoint(f, has_aux=True), torch.zeros_like(x), x)
+    (g,) = torch.autograd.grad(solution.aux.sum(), x, retain_graph=True)
+    (right,) = torch.autograd.grad(solution.value.square().sum(), x)
+    torch.testing.assert_close(g, right)

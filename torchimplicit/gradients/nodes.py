@@ -446,10 +446,10 @@ def _recorded(
     if tape is None:
         return None, ()
     tape.saved = saved
-    if task.agreement is not None:
-        task.agreement.check(tape)
     if task.aux is not None:
         task.aux.hold((tape.z, *tape.params), saved)
+    if task.agreement is not None:
+        task.agreement.check(tape)
     parted, out = tape.parted()
     return parted, (out,)
 
