@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchimplicit.linear import Diagonal, LinearOperator, ReferenceHessian
+from torchimplicit.linear import Diagonal, HessianMemory, LinearOperator, ReferenceHessian
 from torchimplicit.linear.extremes import extreme_eigenvalues
 from torchimplicit.linear.preconditioners import Preconditioner
 
@@ -48,14 +48,14 @@ class Counted:
         return torch.einsum("bij,bj->bi", self.matrix, v)
 
 
-def reference(values: Tensor, turns: Tensor, noise: float) -> ReferenceHessian:
+def reference(values: Tensor, turns: Tensor, noise: float) -> HessianMemory:
     """The Hessian of a point nearby, off by ``noise`` relative to the Hessian itself."""
     generator = torch.Generator().manual_seed(1)
     dim = values.shape[1]
     drawn = torch.randn(len(values), dim, dim, generator=generator, dtype=torch.float64) / dim**0.5
     root = values.abs().sqrt()
     change = noise * root[:, :, None] * (drawn + drawn.mT) * root[:, None, :]
-    kept = ReferenceHessian()
+    kept = ReferenceHessian().init()
     kept.keep(turns @ (torch.diag_embed(values) + change) @ turns.mT)
     return kept
 

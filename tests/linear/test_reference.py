@@ -33,7 +33,7 @@ def test_fewer_steps(constraint: bool) -> None:
     theta = torch.tensor(0.1, dtype=torch.float64)
     problem, z0 = stiff(theta, constraint)
     plain = ti.solve(problem, z0, theta, solver=ti.LBFGS(rtol=1e-11, max_steps=2000))
-    reference = ReferenceHessian()
+    reference = ReferenceHessian().init()
     solver = ti.LBFGS(rtol=1e-9, preconditioner=reference)
     first = ti.solve(problem, z0, theta, solver=solver)
     torch.testing.assert_close(first.value, plain.value, rtol=1e-5, atol=1e-6)
@@ -50,7 +50,7 @@ def test_fewer_steps(constraint: bool) -> None:
 def test_made_anew_where_it_is_stale() -> None:
     theta = torch.tensor(0.1, dtype=torch.float64)
     problem, z0 = stiff(theta)
-    reference = ReferenceHessian(refresh_after=8)
+    reference = ReferenceHessian(refresh_after=8).init()
     other = ti.Minimum(lambda z: 0.5 * (torch.arange(1, DIM + 1) * z.square()).sum(dim=1))
     ti.solve(other, z0 + 1, solver=ti.LBFGS(preconditioner=reference))
     stale = ti.solve(problem, z0, theta, solver=ti.LBFGS(rtol=1e-9, preconditioner=reference))
@@ -65,7 +65,7 @@ def test_made_anew_where_it_is_stale() -> None:
 def test_adjoint_with_the_same_reference() -> None:
     theta = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     problem, z0 = stiff(theta)
-    reference = ReferenceHessian()
+    reference = ReferenceHessian().init()
     solver = ti.LBFGS(rtol=1e-9, preconditioner=reference)
     gradients, products = [], []
     for linear_solver in (ti.MINRES(rtol=1e-10), ti.MINRES(rtol=1e-10, preconditioner=reference)):
@@ -82,7 +82,7 @@ def test_adjoint_with_the_same_reference() -> None:
 def test_a_slow_adjoint_has_the_reference_made_anew(linear_solver: type[ti.MINRES] | type[ti.CG]) -> None:
     theta = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     problem, z0 = stiff(theta)
-    reference = ReferenceHessian(refresh_after=10)
+    reference = ReferenceHessian(refresh_after=10).init()
     reference.keep(torch.diag(torch.arange(1.0, DIM + 1).double()).expand(BATCH, -1, -1))  # of some other problem
     gradient = ti.Implicit(linear_solver=linear_solver(rtol=1e-10, preconditioner=reference))
     steps, gradients = [], []
@@ -97,7 +97,7 @@ def test_a_slow_adjoint_has_the_reference_made_anew(linear_solver: type[ti.MINRE
 
 
 def test_indefinite_reference_is_made_definite() -> None:
-    reference = ReferenceHessian()
+    reference = ReferenceHessian().init()
     well = ti.Minimum(lambda z: (z.square() - 1).square().sum(dim=1))  # at 0 a maximum
     z0 = torch.full((2, 4), 0.1, dtype=torch.float64)
     solution = ti.solve(well, z0, solver=ti.LBFGS(preconditioner=reference))
@@ -118,6 +118,36 @@ def test_rowwise_and_other_preconditioners() -> None:
         solution = ti.solve(problem, z0, target, solver=ti.LBFGS(preconditioner=preconditioner))
         torch.testing.assert_close(solution.value, target, rtol=1e-6, atol=1e-8)
         assert int(solution.steps.max()) <= 12
+
+
+def test_a_solve_does_not_depend_on_those_before_it() -> None:
+    solver = ti.LBFGS(preconditioner=ReferenceHessian())
+    assert solver == ti.LBFGS(preconditioner=ReferenceHessian())
+    b = torch.linspace(-1, 1, 2 * DIM, dtype=torch.float64).reshape(2, DIM)
+
+    def solved(scale: float) -> ti.Solution:
+        stiffness = scale * torch.linspace(1, 100, DIM, dtype=torch.float64)
+        problem = ti.Minimum(lambda z, b: (0.5 * stiffness * z.square() + 0.01 * z.pow(4) - z * b).sum(dim=1))
+        return ti.solve(problem, torch.zeros_like(b), b, solver=solver)
+
+    fresh = solved(1e-3)
+    solved(1.0)
+    again = solved(1e-3)
+    assert again.evaluations == fresh.evaluations
+    torch.testing.assert_close(again.value, fresh.value, rtol=0, atol=0)
+
+
+def test_a_linear_solver_with_a_memory_makes_its_preconditioner_once() -> None:
+    theta = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    problem, z0 = stiff(theta)
+    solution = ti.solve(problem, z0, theta, solver=ti.LBFGS(rtol=1e-11, max_steps=2000))
+    at = ti.derivatives.Derivatives(solution, linear_solver=ti.MINRES(preconditioner=ReferenceHessian()))
+    costs = []
+    for _ in range(2):
+        at.tangent((torch.ones_like(theta),))
+        assert at.report is not None
+        costs.append(at.report.evaluations)
+    assert costs[0] >= DIM > costs[1]
 
 
 def test_bad_input() -> None:

@@ -7,15 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchimplicit.linear import Dense, LinearOperator, LinearSolution, LinearSolver
-from torchimplicit.linear.base import BlockSolver
-from torchimplicit.linear.dense import Factorization
+from torchimplicit.linear import LinearSolution, LinearSolver
 from torchimplicit.problems import System
 from torchimplicit.problems.linearization import Linearization
 
 
 class SharedPoint:
-    """A solution whose tape, and whose factorized Jacobian where the solver is :class:`Dense`, serve many solves.
+    """A solution whose tape, and whatever the linear solver makes of the Jacobian there, serve many solves.
 
     Args:
         system: evaluated once, here.
@@ -28,7 +26,7 @@ class SharedPoint:
 
     def __init__(self, system: System, z: Tensor, params: Sequence[Tensor], solver: LinearSolver):
         self.system = system
-        self.solver = Factorized(solver) if isinstance(solver, Dense) else solver
+        self.solver = solver.init()
         self.solves = {"plain": 0, "transposed": 0}
         self._where = _memory((z, *params))
         self._needs_grad = tuple(p.requires_grad for p in params)
@@ -53,32 +51,6 @@ class SharedPoint:
         """Solve with :math:`A` or :math:`A^T` for ``[batch, dim]``, or for a block of those."""
         self.solves["transposed" if transposed else "plain"] += 1 if b.ndim == 2 else len(b)
         return self.system.solve_linear(tape, transposed, b, self.solver)
-
-
-class Factorized(BlockSolver):
-    """:class:`Dense` for the operators of one point: it factorizes once, for :math:`A` and :math:`A^T`."""
-
-    def __init__(self, dense: Dense):
-        self.dense = dense
-        self._factors: dict[int, tuple[Factorization, bool]] = {}
-
-    def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
-        return self.dense.tolerances(dtype)
-
-    def joined(self, operator: LinearOperator, joined: LinearOperator) -> LinearSolver:
-        serves = self.dense.joined(operator, joined)
-        return self if serves is self.dense else serves
-
-    def solve(self, operator: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
-        found = self.solve_block(operator, b[None])
-        return LinearSolution(found.value[0], found.report)
-
-    @torch.no_grad()
-    def solve_block(self, operator: LinearOperator, b: Tensor) -> LinearSolution:
-        if operator.batch not in self._factors:  # of the samples, or of the batch as one system
-            self._factors[operator.batch] = Factorization.of(operator), operator.transposed
-        factors, flipped = self._factors[operator.batch]
-        return self.dense.substitute(factors, b, transposed=operator.transposed != flipped)
 
 
 def _memory(tensors: Sequence[Tensor]) -> tuple[object, ...]:

@@ -20,7 +20,7 @@ from torchimplicit.linear.preconditioners import (
     Preconditioner,
     PreparedPreconditioner,
 )
-from torchimplicit.linear.reference import ReferenceHessian
+from torchimplicit.linear.reference import HessianMemory, ReferenceHessian
 
 __all__ = [
     "CG",
@@ -32,6 +32,7 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Factorized",
+    "HessianMemory",
     "Inverse",
     "IterativeSolver",
     "Jacobi",

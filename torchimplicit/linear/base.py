@@ -40,6 +40,12 @@ class LinearSolver(ABC):
         A sample whose ``b`` is not finite gets NaN, and changes no other sample.
         """
 
+    def init(self) -> LinearSolver:
+        """The same solver, with a memory for what it makes of an operator (a factorization, a preconditioner): for the
+        systems of one point, :math:`A` and :math:`A^T`, or of a sequence of nearby ones. Itself where it makes nothing.
+        """
+        return self
+
     def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
         """``(rtol, atol)``, in force for right-hand sides of ``dtype``."""
         return default_rtol(dtype), 0.0

@@ -47,6 +47,9 @@ class Dense(BlockSolver):
         check_nonnegative(self, "rtol", optional=True)
         check_nonnegative(self, "atol")
 
+    def init(self) -> FactorizedOnce:
+        return FactorizedOnce(self)
+
     def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
         return default_rtol(dtype) if self.rtol is None else self.rtol, self.atol
 
@@ -110,6 +113,32 @@ class Dense(BlockSolver):
             .to(b.dtype),
         )
         return LinearSolution(whole.restored(x).to(b.dtype), report)
+
+
+class FactorizedOnce(BlockSolver):
+    """:class:`Dense` for the operators of one point: it factorizes once, for :math:`A` and :math:`A^T`."""
+
+    def __init__(self, dense: Dense):
+        self.dense = dense
+        self._factors: dict[int, tuple[Factorization, bool]] = {}
+
+    def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
+        return self.dense.tolerances(dtype)
+
+    def joined(self, operator: LinearOperator, joined: LinearOperator) -> LinearSolver:
+        serves = self.dense.joined(operator, joined)
+        return self if serves is self.dense else serves
+
+    def solve(self, operator: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
+        found = self.solve_block(operator, b[None])
+        return LinearSolution(found.value[0], found.report)
+
+    @torch.no_grad()
+    def solve_block(self, operator: LinearOperator, b: Tensor) -> LinearSolution:
+        if operator.batch not in self._factors:  # of the samples, or of the batch as one system
+            self._factors[operator.batch] = Factorization.of(operator), operator.transposed
+        factors, flipped = self._factors[operator.batch]
+        return self.dense.substitute(factors, b, transposed=operator.transposed != flipped)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,10 @@ class IterativeSolver(BlockSolver):
         check_count(self, "check_every")
         as_preconditioner(self.preconditioner)
 
+    def init(self) -> LinearSolver:
+        preconditioner = as_preconditioner(self.preconditioner)
+        return self if preconditioner is None else replace(self, preconditioner=preconditioner.init())
+
     def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
         return default_rtol(dtype) if self.rtol is None else self.rtol, self.atol
 

@@ -55,6 +55,11 @@ class KrylovOrDense(BlockSolver):
         check_nonnegative(self, "rtol", optional=True)
         check_nonnegative(self, "atol")
 
+    def init(self) -> LinearSolver:
+        krylov = self.krylov.init()
+        assert isinstance(krylov, IterativeSolver)
+        return replace(self, krylov=krylov)
+
     def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
         return default_rtol(dtype) if self.rtol is None else self.rtol, self.atol
 

@@ -82,6 +82,21 @@ class Preconditioner(ABC):
             definite: whether the inverse has to be symmetric positive definite (as ``CG`` and ``MINRES`` need).
         """
 
+    def init(self) -> Preconditioner:
+        """The same, with a memory for a sequence of solves; itself where there is nothing to remember.
+
+        A preconditioner is frozen, and solves do not depend on those before: what is to be carried from one to the next
+        is in a state that the user makes, and hands to the solvers that are to share it.
+        """
+        return self
+
+    def outlived(self, steps: int) -> bool:
+        """Whether one that a minimization has taken so many steps with had better be made anew."""
+        return False
+
+    def refresh(self) -> None:
+        """Forget what was remembered, if anything was."""
+
     def after_solve(self, steps: Tensor) -> None:
         """Told at the end of a linear solve how many steps its samples took, int64 ``[batch]``."""
 

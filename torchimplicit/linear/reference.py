@@ -1,8 +1,8 @@
-"""A Hessian that was once assembled, as a preconditioner for what comes near it."""
+"""A Hessian that was assembled once, as a preconditioner for what comes near it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -14,27 +14,22 @@ from torchimplicit.precision import working_dtype
 from torchimplicit.validation import check_count, check_positive
 
 
-@dataclass
-class _Kept:
-    """The spectra of the reference: eigenvectors ``[batch, dim, dim]``, moduli of the eigenvalues ``[batch, dim]``."""
-
-    basis: Tensor | None = None
-    moduli: Tensor | None = None
-
-
 @final
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class ReferenceHessian(Preconditioner):
-    """The operator's own matrix, assembled where it is first needed and kept: for a sequence of nearby systems.
+    """The operator's own matrix, assembled at the first point of a solve: for many steps near it.
 
-    A training run minimizes slowly changing energies of the same batch again and again, and solves an adjoint system
-    for each. One dense Hessian, from ``dim`` products and an eigendecomposition, serves :class:`LBFGS` as its model of
-    the curvature and :class:`MINRES` or :class:`CG` as preconditioner for many of them. Eigenvalues are replaced by
-    their moduli, so that it is positive definite where the Hessian is not (a modified Newton method; Nocedal and Wright
-    2006, section 3.4).
+    One dense Hessian, from ``dim`` products and an eigendecomposition, serves :class:`LBFGS` as its model of the
+    curvature, and :class:`MINRES` or :class:`CG` as preconditioner. Eigenvalues are replaced by their moduli, so that
+    it is positive definite where the Hessian is not (a modified Newton method; Nocedal and Wright 2006, section 3.4).
 
-    It remembers: use one for each batch of problems that is solved repeatedly. A batch of another shape has it made
-    anew.
+    Each solve makes its own. For a sequence of nearby problems, as in a training run that minimizes slowly changing
+    energies of the same batch and solves an adjoint system for each, :meth:`init` gives the state that carries it from
+    one solve to the next::
+
+        reference = ReferenceHessian().init()
+        solver = LBFGS(preconditioner=reference)
+        gradient = Implicit(linear_solver=MINRES(preconditioner=reference))
 
     Args:
         refresh_after: a minimization that is not done after this many steps has it made anew at the point reached; a
@@ -44,20 +39,64 @@ class ReferenceHessian(Preconditioner):
 
     refresh_after: int = 25
     floor: float = 1e-6
-    _kept: _Kept = field(default_factory=_Kept, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_count(self, "refresh_after")
         check_positive(self, "floor")
 
+    def init(self) -> HessianMemory:
+        """The state of a sequence of solves, with nothing in it."""
+        return HessianMemory(self)
+
+    def outlived(self, steps: int) -> bool:
+        return steps >= self.refresh_after
+
+    @torch.no_grad()
+    def prepare(self, operator: LinearOperator, definite: bool = False) -> PreparedPreconditioner:
+        spectrum = self.spectrum(operator.spectrum_matrix(working_dtype(operator.dtype)))
+        return _of_spectrum(*spectrum, setup_rows=operator.batch * operator.dim)
+
+    def spectrum(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """The eigenvectors ``[batch, dim, dim]`` of matrices of that shape, and the moduli of their eigenvalues
+        ``[batch, dim]``."""
+        if not bool(matrix.isfinite().all()):
+            raise ValueError(
+                "ReferenceHessian was to be made at a point where the Hessian is not finite: start from a point at "
+                "which the energy has second derivatives"
+            )
+        values, basis = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
+        moduli = values.abs()
+        largest = moduli.amax(dim=1, keepdim=True)
+        return basis, moduli.maximum(self.floor * torch.where(largest > 0, largest, 1))
+
+
+@final
+class HessianMemory(Preconditioner):
+    """The state of a :class:`ReferenceHessian` that is carried from solve to solve.
+
+    The first system that it is prepared for becomes the reference; so does the next one after it was refreshed, and a
+    batch of another shape. Use one for each batch of problems that is solved repeatedly: what a solve costs depends on
+    what was solved before with it.
+
+    Args:
+        reference: how it is made, and when it is made anew.
+    """
+
+    def __init__(self, reference: ReferenceHessian):
+        self.reference = reference
+        self._spectrum: tuple[Tensor, Tensor] | None = None
+
+    def outlived(self, steps: int) -> bool:
+        return self.reference.outlived(steps)
+
     def after_solve(self, steps: Tensor) -> None:
         """Forget the reference if a sample took more than ``refresh_after`` steps with it."""
-        if int(steps.max()) > self.refresh_after:
+        if int(steps.max()) > self.reference.refresh_after:
             self.refresh()
 
     def refresh(self) -> None:
         """Forget the reference: the next system that is prepared becomes it."""
-        self._kept.basis = self._kept.moduli = None
+        self._spectrum = None
 
     @torch.no_grad()
     def keep(self, matrix: Tensor) -> None:
@@ -68,31 +107,17 @@ class ReferenceHessian(Preconditioner):
                 problem has one). On a constraint, of weight n in these coordinates, it may be the whole Hessian.
         """
         if matrix.ndim != 3 or matrix.shape[1] != matrix.shape[2]:
-            raise ValueError(f"ReferenceHessian keeps a matrix [batch, dim, dim], and this is {tuple(matrix.shape)}")
-        self._kept.basis, self._kept.moduli = self._spectrum(matrix.to(working_dtype(matrix.dtype)))
+            raise ValueError(f"a reference is a matrix [batch, dim, dim], and this is {tuple(matrix.shape)}")
+        self._spectrum = self.reference.spectrum(matrix.to(working_dtype(matrix.dtype)))
 
     @torch.no_grad()
     def prepare(self, operator: LinearOperator, definite: bool = False) -> PreparedPreconditioner:
-        basis, moduli = self._kept.basis, self._kept.moduli
-        made = basis is None or moduli is None or not _fits(basis, operator)
-        if basis is None or moduli is None or made:
-            basis, moduli = self._assemble(operator)
-            self._kept.basis, self._kept.moduli = basis, moduli
-        return _of_spectrum(basis, moduli, setup_rows=operator.batch * operator.dim if made else 0)
-
-    def _assemble(self, operator: LinearOperator) -> tuple[Tensor, Tensor]:
-        return self._spectrum(operator.spectrum_matrix(working_dtype(operator.dtype)))
-
-    def _spectrum(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        if not bool(matrix.isfinite().all()):
-            raise ValueError(
-                "ReferenceHessian was to be made at a point where the Hessian is not finite: start from a point at "
-                "which the energy has second derivatives"
-            )
-        values, basis = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
-        moduli = values.abs()
-        largest = moduli.amax(dim=1, keepdim=True)
-        return basis, moduli.maximum(self.floor * torch.where(largest > 0, largest, 1))
+        setup_rows = 0
+        if self._spectrum is None or not _fits(self._spectrum[0], operator):
+            self.keep(operator.spectrum_matrix(working_dtype(operator.dtype)))
+            setup_rows = operator.batch * operator.dim
+        assert self._spectrum is not None
+        return _of_spectrum(*self._spectrum, setup_rows=setup_rows)
 
 
 def _fits(basis: Tensor, operator: LinearOperator) -> bool:

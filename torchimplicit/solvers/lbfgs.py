@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.errors import UnsupportedDerivativeError
-from torchimplicit.linear import Preconditioner, PreparedPreconditioner, ReferenceHessian
+from torchimplicit.linear import Preconditioner, PreparedPreconditioner
 from torchimplicit.linear.preconditioners import as_preconditioner
 from torchimplicit.problems import Point, System
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
@@ -122,10 +122,10 @@ class LBFGS(Solver):
         given = as_preconditioner(self.preconditioner)
         if given is None:
             return state
-        stale = isinstance(given, ReferenceHessian) and state.aged >= given.refresh_after
+        stale = given.outlived(state.aged)
         if state.model is not None and not stale:
             return state._replace(aged=state.aged + 1)
-        if isinstance(given, ReferenceHessian) and stale:
+        if stale:
             given.refresh()
         rows = point.z.shape[0]
         operator = evaluate.system.operator(evaluate.system.linearize(point.z, evaluate.params), False)

@@ -21,7 +21,17 @@ from torchimplicit.coordinates import Metric
 from torchimplicit.diagnostics import curvature
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import DampedImplicit, EquilibriumPropagation, Gradient, Implicit
-from torchimplicit.linear import CG, LSMR, MINRES, Dense, Jacobi, LinearOperator, LinearSolver, ReferenceHessian
+from torchimplicit.linear import (
+    CG,
+    LSMR,
+    MINRES,
+    Dense,
+    HessianMemory,
+    Jacobi,
+    LinearOperator,
+    LinearSolver,
+    ReferenceHessian,
+)
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.models.orbital_free import Molecule, OrbitalFree, OrbitalFreeConfig, fit_linear
 from torchimplicit.models.orbital_free.second import hessian
@@ -290,7 +300,7 @@ class Optimum:
         self.molecule, self.functional, self.tolerance = molecule, functional, tolerance
         self.metric = Metric(molecule.overlap)
         self.problem = functional.problem(molecule, self.metric)
-        self.reference = ReferenceHessian()
+        self.reference = ReferenceHessian().init()
         self.saddles = 0
         found = self.minimize(molecule.guess)
         for _ in range(TRIES):
@@ -427,7 +437,7 @@ def made(config: MoleculeGradientsConfig, molecule: Molecule) -> Optimum:
 
 def _train(functional: OrbitalFree, molecule: Molecule, metric: Metric, steps: int) -> None:
     """Adam on the loss per electron, with the exact gradient, warm-started."""
-    problem, reference, p = functional.problem(molecule, metric), ReferenceHessian(), molecule.guess
+    problem, reference, p = functional.problem(molecule, metric), ReferenceHessian().init(), molecule.guess
     solver = LBFGS(preconditioner=reference, rtol=0.0, atol=1e-7)
     estimator = Implicit(linear_solver=MINRES(preconditioner=reference, rtol=1e-6))
     optimizer = torch.optim.Adam(functional.parameters(), lr=LEARNING_RATE)
@@ -625,7 +635,7 @@ def softened(
     return found
 
 
-def _estimators(optimum: Optimum, damping: float, reference: ReferenceHessian, most_steps: int) -> dict[str, Gradient]:
+def _estimators(optimum: Optimum, damping: float, reference: HessianMemory, most_steps: int) -> dict[str, Gradient]:
     solver = replace(optimum.solver(), preconditioner=reference, max_steps=most_steps)
     nudge = damping * float(optimum.cotangent.norm())
     return {
@@ -636,11 +646,11 @@ def _estimators(optimum: Optimum, damping: float, reference: ReferenceHessian, m
     }
 
 
-def _reference(optimum: Optimum, vector: Tensor, less: float) -> ReferenceHessian:
+def _reference(optimum: Optimum, vector: Tensor, less: float) -> HessianMemory:
     """The Hessian of the energy that is moved, at the minimum."""
     inverse = optimum.metric.inverse[0]
     matrix = inverse @ hessian(optimum.functional, optimum.value, optimum.molecule) @ inverse
-    reference = ReferenceHessian(refresh_after=1000)
+    reference = ReferenceHessian(refresh_after=1000).init()
     reference.keep((matrix - less * torch.outer(vector, vector))[None])
     return reference
 
@@ -678,7 +688,7 @@ class Way:
     normal: bool = False
 
 
-def ways(reference: ReferenceHessian | None) -> list[Way]:
+def ways(reference: HessianMemory | None) -> list[Way]:
     """All of them.
 
     Args:

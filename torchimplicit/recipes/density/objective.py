@@ -17,7 +17,7 @@ from torch import Tensor
 from torchimplicit.constraints import project, unit_normal
 from torchimplicit.coordinates import Metric
 from torchimplicit.gradients import DampedImplicit, EquilibriumPropagation, Gradient, Implicit
-from torchimplicit.linear import MINRES, ReferenceHessian
+from torchimplicit.linear import MINRES, HessianMemory, ReferenceHessian
 from torchimplicit.models.orbital_free import Molecule, OrbitalFree
 from torchimplicit.models.orbital_free.on_grid import SHARED
 from torchimplicit.models.orbital_free.pairs import entries
@@ -54,7 +54,7 @@ class Case:
     molecule: Molecule
     metric: Metric
     weighing: Tensor
-    hessian: ReferenceHessian = field(default_factory=ReferenceHessian)
+    hessian: HessianMemory = field(default_factory=lambda: ReferenceHessian().init())
     density: Tensor = field(init=False)
     fresh: bool = field(default=False, init=False)
 
