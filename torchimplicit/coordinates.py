@@ -94,7 +94,7 @@ class Reflection(NamedTuple):
 
 @final
 @dataclass(frozen=True, eq=False)
-class Chart:
+class Coordinates:
     """Between flat states ``[batch, dim]`` and the coordinates that a solver works in.
 
     Attributes:
@@ -105,13 +105,13 @@ class Chart:
     metric: Metric | None = None
     reflection: Reflection | None = None
 
-    def enter(self, z: Tensor) -> Tensor:
+    def encode(self, z: Tensor) -> Tensor:
         """The coordinates of ``z``; of a state outside the plane, those of the nearest point in it."""
         if self.metric is not None:
             z = _times(self.metric.root, z)
         return z if self.reflection is None else self.reflection.reflect(z)[:, 1:]
 
-    def leave(self, q: Tensor) -> Tensor:
+    def decode(self, q: Tensor) -> Tensor:
         """The state that has the coordinates ``q``."""
         if self.reflection is not None:
             q = self.reflection.reflect(torch.cat((self.reflection.first.to(q).expand(len(q), -1), q), dim=1))

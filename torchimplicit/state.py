@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torchimplicit.coordinates import Chart
+from torchimplicit.coordinates import Coordinates
 from torchimplicit.precision import safe_norm, widened
 
 _LEAF = pytree.tree_structure(0)
@@ -60,7 +60,7 @@ class Layout:
     device: torch.device
     is_flat: bool
     """Whether the state is a single tensor ``[batch, dim]`` already."""
-    chart: Chart | None = None
+    coordinates: Coordinates | None = None
     """The coordinates of the flat form, where they are not the state's own numbers."""
     complex: tuple[bool, ...] = ()
     """Which leaves are complex, and lie in the flat form as their real views: the shapes and ``dtype`` are those. Empty
@@ -103,13 +103,13 @@ class Layout:
     @property
     def parted(self) -> bool:
         """Whether the leaves are copies of parts of the flat form, and it of them."""
-        return len(self.shapes) > 1 and self.chart is None
+        return len(self.shapes) > 1 and self.coordinates is None
 
     @property
     def leaves(self) -> Leaves:
         """The leaves as they lie in the flat form; one, where its coordinates mix them."""
-        if self.chart is not None:
-            return Leaves((self.dim - (self.chart.reflection is not None),), None)
+        if self.coordinates is not None:
+            return Leaves((self.dim - (self.coordinates.reflection is not None),), None)
         return Leaves(tuple(math.prod(shape) for shape in self.shapes), self.spec)
 
     def flatten(self, tree: Any, what: str, cast: bool = False) -> Tensor:
@@ -123,7 +123,7 @@ class Layout:
             flat = tree
         else:
             flat = self._joined(tree, what, cast)
-        return flat if self.chart is None else self.chart.enter(flat)
+        return flat if self.coordinates is None else self.coordinates.encode(flat)
 
     def _joined(self, tree: Any, what: str, cast: bool) -> Tensor:
         if isinstance(tree, Tensor) and len(self.shapes) == 1 and self.spec.is_leaf():
@@ -178,8 +178,8 @@ class Layout:
 
     def unflatten(self, flat: Tensor) -> Any:
         """The pytree whose flat form is ``flat`` (``[batch, dim]``)."""
-        if self.chart is not None:
-            flat = self.chart.leave(flat)
+        if self.coordinates is not None:
+            flat = self.coordinates.decode(flat)
         if self.is_flat:
             return flat.contiguous()
         rows = flat.shape[0]

@@ -86,7 +86,9 @@ def stated(
     own = len(closure.tensors)
     params = relayed((*closure.tensors, *constraint, *closure.captured))
     row_params = None
-    shared = layout.chart is None or not layout.chart.per_sample  # coordinates of one sample each cannot be indexed
+    shared = (
+        layout.coordinates is None or not layout.coordinates.per_sample
+    )  # coordinates of one sample each cannot be indexed
     if rowwise and problem.batched and problem.rowwise and rows > 1 and shared:
         row_params = tuple(_carries_batch(p, rows) for p in params[: own + len(constraint)])
         row_params += (False,) * len(closure.captured)

@@ -213,7 +213,9 @@ class Capturing:
                 return "the step size follows a schedule, which is Python's"
             if self.passes.solver.steps is not None:
                 return "a given number of steps of a JointInference is not compiled"
-        if isinstance(self.problem, Minimum) and (self.problem.constraint is not None or layout.chart is not None):
+        if isinstance(self.problem, Minimum) and (
+            self.problem.constraint is not None or layout.coordinates is not None
+        ):
             return "a Minimum with a constraint or a metric is not compiled"
         solver = self.passes.solver
         if step_of(solver) is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.constraints import Constraint, LinearEquality, check_plane, place, project, unit_normal
-from torchimplicit.coordinates import Chart, Metric, Reflection
+from torchimplicit.coordinates import Coordinates, Metric, Reflection
 from torchimplicit.linear import MINRES, Dense, KrylovOrDense, LinearOperator, LinearSolution, LinearSolver
 from torchimplicit.linear.confirmed import block_product, solve_any
 from torchimplicit.precision import UnitRows, safe_norm
@@ -104,7 +104,7 @@ class Minimum(Problem):
         reflection = None
         if self.eliminate:
             reflection = Reflection.of(*unit_normal(*self._plane(layout, rows)))
-        return replace(layout, chart=Chart(self.metric, reflection))
+        return replace(layout, coordinates=Coordinates(self.metric, reflection))
 
     def own_coordinates(self) -> Self:
         return replace(self, metric=None, eliminate=False)
