@@ -213,7 +213,7 @@ def project(v: Tensor, normal: Tensor) -> Tensor:
     return v - (v * normal).sum(dim=-1, keepdim=True) * normal
 
 
-def place(z: Tensor, normal: Tensor, offset: Tensor) -> Tensor:
+def onto_plane(z: Tensor, normal: Tensor, offset: Tensor) -> Tensor:
     """The point nearest to ``z`` (``[batch, dim]``) with :math:`\\langle n, z\\rangle = c`."""
     return z - ((z * normal).sum(dim=1, keepdim=True) - offset) * normal
 

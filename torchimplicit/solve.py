@@ -278,7 +278,7 @@ def _tell_outside(problem: Problem, system: System, z0: Tensor, params: Sequence
     if any(is_transformed(t) for t in (z0, *params)):
         return
     with torch.no_grad():
-        placed = system.place(z0, params)
+        placed = system.project(z0, params)
         if placed is z0:
             return
         moved = row_norm(placed - z0) > torch.finfo(z0.dtype).eps ** 0.5 * row_norm(z0)

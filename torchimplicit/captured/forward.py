@@ -114,7 +114,7 @@ def _way(graph: Graph, system: System, z: Tensor, inputs: Any) -> Way:
 
     def place(z: Tensor, inputs: Any) -> Tensor:
         system, params = graph.system(inputs)
-        return system.place(z, params)
+        return system.project(z, params)
 
     return Way(_evaluate(graph, z, inputs), None if system.set is None else place, system.compared)
 

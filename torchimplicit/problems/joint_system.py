@@ -121,7 +121,7 @@ class JointSystem(ImageSystem):
     def during(self, step: int) -> JointSystem:
         return self if self.schedule is None else replace(self, step_size=float(self.schedule(step)))
 
-    def place(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
+    def project(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
         if self.set is None:
             return z
         _, *tensors = self.own(z.shape[0], *params)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, final, get_args
 import torch
 from torch import Tensor
 
-from torchimplicit.constraints import Constraint, LinearEquality, check_plane, place, project, unit_normal
+from torchimplicit.constraints import Constraint, LinearEquality, check_plane, onto_plane, project, unit_normal
 from torchimplicit.coordinates import Coordinates, Metric, Reflection
 from torchimplicit.linear import MINRES, Dense, KrylovOrDense, LinearOperator, LinearSolution, LinearSolver
 from torchimplicit.linear.confirmed import block_product, solve_any
@@ -264,7 +264,7 @@ class MinimumSystem(System):
         if self.hyperplane is not None:  # the energies of the nearest states on the planes have the projected gradients
 
             def placed(z: Tensor, *params: Tensor) -> Tensor:
-                return self.fn(self.place(z, params), *params)
+                return self.fn(self.project(z, params), *params)
 
             return replace(self, fn=placed, hyperplane=None, residuals=None).joined(rows)
         together = super().joined(rows)
@@ -292,8 +292,8 @@ class MinimumSystem(System):
     def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
         return Dense() if dim <= 128 and batch * dim * dim <= 2**22 else KrylovOrDense(krylov=MINRES())
 
-    def place(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
-        return z if self.hyperplane is None else place(z, *self._plane(z, params))
+    def project(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
+        return z if self.hyperplane is None else onto_plane(z, *self._plane(z, params))
 
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Self:
         plane = None if self.hyperplane is None else stacked(self.hyperplane, size, tuple(dims))

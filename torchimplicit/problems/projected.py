@@ -35,7 +35,7 @@ class ProjectedSystem(System):
     multipliers that are not zero, and the energy is curved along the rest.
 
     Attributes:
-        project: ``((z, step), *params)``, see :class:`~torchimplicit.problems.sets.FlatSet`.
+        projection: ``((z, step), *params)``, see :class:`~torchimplicit.problems.sets.FlatSet`.
         penalty: ``(z, *params) -> [batch]``; ``None`` for a set.
         newton: ``((z, slope, hessian), *params)``, see :class:`~torchimplicit.problems.sets.FlatSet`; ``None`` where it
             is not to be had.
@@ -45,7 +45,7 @@ class ProjectedSystem(System):
             until it is measured, then the same in all the derivatives of one solution.
     """
 
-    project: Callable[..., Tensor]
+    projection: Callable[..., Tensor]
     step: int
     penalty: Callable[..., Tensor] | None = None
     newton: Callable[..., Tensor] | None = None
@@ -57,7 +57,7 @@ class ProjectedSystem(System):
         """Of energies, on a set whose tensors, and then the step, stand at ``own`` among the parameters."""
         own, step = slice(own.start, own.stop - 1), own.stop - 1
 
-        def project(at: tuple[Tensor, Tensor], *params: Tensor) -> Tensor:
+        def projection(at: tuple[Tensor, Tensor], *params: Tensor) -> Tensor:
             return on.project(*at, *params[own])
 
         def penalty(z: Tensor, *params: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class ProjectedSystem(System):
 
         return ProjectedSystem(
             fn=fn,
-            project=project,
+            projection=projection,
             step=step,
             penalty=penalty if on.proximal else None,
             newton=newton if on.programs else None,
@@ -91,7 +91,7 @@ class ProjectedSystem(System):
         if self.penalty is not None:
             energy = energy + self.penalty(z, *params)
         size = self.steps(z, params)
-        image = self.project((z - size * gradient, size), *params)
+        image = self.projection((z - size * gradient, size), *params)
         return Point(z, image - z, image=image, energy=energy, noise=self.norms(size * gradient))
 
     def slope(self, z: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,7 @@ class ProjectedSystem(System):
         """:math:`\\Pi(z-\\sigma\\nabla E)`, differentiable to any order by composable transforms."""
         gradient, _ = torch.func.grad(self._sum, has_aux=True)(z, *params)
         size = self.steps(z, params)
-        return self.project((z - size * gradient, size), *params)
+        return self.projection((z - size * gradient, size), *params)
 
     def residual(self, z: Tensor, *params: Tensor) -> Tensor:
         return z - self.image(z, *params)
@@ -144,7 +144,7 @@ class ProjectedSystem(System):
         def core(z: Tensor, *params: Tensor) -> Tensor:
             gradient = _gradient(self.fn(z, *params), z, create_graph=True)
             size = self.steps(z, params)
-            return z - self.project((z - size * gradient, size), *params)
+            return z - self.projection((z - size * gradient, size), *params)
 
         if needs_grad is not None and any(needs_grad):
             self._look_for_kinks(z, params)
@@ -165,13 +165,13 @@ class ProjectedSystem(System):
         if bool(params[self.step].isnan().any()):
             self.at(z, params)
 
-    def place(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
-        return z if self.penalty is not None else self.project((z, torch.ones_like(z[:, :1])), *params)
+    def project(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
+        return z if self.penalty is not None else self.projection((z, torch.ones_like(z[:, :1])), *params)
 
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Self:
         penalty = None if self.penalty is None else vmapped(self.penalty, size, tuple(dims))
-        project = vmapped(self.project, size, tuple(dims))
-        return replace(super().vmapped(size, dims), project=project, penalty=penalty, newton=None, dependent=None)
+        projection = vmapped(self.projection, size, tuple(dims))
+        return replace(super().vmapped(size, dims), projection=projection, penalty=penalty, newton=None, dependent=None)
 
     def joined(self, rows: int) -> Self | None:
         return None
@@ -220,7 +220,7 @@ class ProjectedSystem(System):
         away = KINK * torch.maximum(safe_norm(y), safe_norm(z))[:, None] * probe.sign()
         sides = []
         for there in (y + away, y - away):
-            tape = Linearization(lambda y, *params: self.project((y, size), *params), there, params)
+            tape = Linearization(lambda y, *params: self.projection((y, size), *params), there, params)
             sides.append(tape.vjp(probe))
         gap = (sides[0] - sides[1]).abs().amax(dim=1) > 0.05 * probe.abs().amax(dim=1)
         if bool(gap.any()):

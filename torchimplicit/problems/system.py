@@ -256,7 +256,7 @@ class System(ABC):
     def prepare(self, z: Tensor, params: Sequence[Tensor]) -> None:
         """Settle at the solution what must be the same in all of its derivatives."""
 
-    def place(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
+    def project(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
         """The nearest state that satisfies the constraint; ``z`` itself where there is none."""
         return z
 

@@ -69,9 +69,9 @@ class Evaluator:
         """The Jacobian :math:`A` at ``z``, by products."""
         return self.system.operator(self.system.linearize(z, self.params), False)
 
-    def place(self, z: Tensor) -> Tensor:
+    def project(self, z: Tensor) -> Tensor:
         """``z``, put back on the constraint where there is one."""
-        return self.system.place(z, self.params)
+        return self.system.project(z, self.params)
 
     def take(self, rows: Tensor) -> Evaluator:
         """The evaluator of the samples ``rows``, which goes on with this one's count."""

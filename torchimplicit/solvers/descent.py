@@ -141,7 +141,7 @@ def leave(
     way = torch.where((way * point.residual).sum(dim=1, keepdim=True) < 0, -way, way)
     left = chosen
     for _ in range(trials):
-        tried = evaluate(evaluate.place(torch.where(left[:, None], point.z + way, rest.z)))
+        tried = evaluate(evaluate.project(torch.where(left[:, None], point.z + way, rest.z)))
         assert tried.energy is not None
         lower = left & (tried.energy < point.energy)
         rest = tried.select(lower, rest)

@@ -43,7 +43,7 @@ def take_steps(
     def kept(step: int, z: Tensor) -> Tensor | None:
         return z if solver.keeps(step) or (led and solver.keeps(step + led)) else None
 
-    z = evaluate.place(z0 if not hidden else z0.detach())
+    z = evaluate.project(z0 if not hidden else z0.detach())
     trajectory, trace = [kept(0, z)], []
     known, before, point, state = first, None, None, None
     for step in range(count):
@@ -65,7 +65,7 @@ def take_steps(
             move = solver.step(evaluate, point, state, _UNKNOWN)
             state = move.state
             known = move.to if isinstance(move.to, Point) else None
-            z = move.to.z if isinstance(move.to, Point) else evaluate.place(move.to)
+            z = move.to.z if isinstance(move.to, Point) else evaluate.project(move.to)
             if point.scale is not None and point.merit is None:
                 point = point.sizes()  # no vector is held while the next evaluation runs
         trajectory.append(kept(step + 1, z))

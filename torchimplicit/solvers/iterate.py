@@ -65,7 +65,7 @@ def iterate(
         if together is not None:
             return together
     evaluate = Evaluator(system, params, rows_evaluated=0 if first is None else z0.shape[0])
-    loop = _Loop(solver, evaluate, evaluate(evaluate.place(z0)) if first is None else first, only, since=since)
+    loop = _Loop(solver, evaluate, evaluate(evaluate.project(z0)) if first is None else first, only, since=since)
     del first
     outcome = loop.run()
     if not loop.stepped:  # and what was found so was found by the whole
@@ -248,7 +248,7 @@ class _Loop:
             point = to if self.running is None else to.select(self.running, before)
         else:
             z = to if self.running is None else torch.where(self.running[:, None], to, before.z)
-            point = self.evaluate.system.compared(self.evaluate(self.evaluate.place(z)), before)
+            point = self.evaluate.system.compared(self.evaluate(self.evaluate.project(z)), before)
         self.point = point if self.judge.measure is None else self.judge.measure.step(point, before)
 
     def _judge(self, step: int, move: Move | None, ask: bool = True) -> None:

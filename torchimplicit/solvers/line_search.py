@@ -140,8 +140,8 @@ def evaluate_some(evaluate: Evaluator, z: Tensor, chosen: Tensor, rows: Tensor |
     """
     if rows is None:
         there = torch.where(chosen[:, None], z, rest.z)
-        return evaluate(evaluate.place(there)).select(chosen, rest)
+        return evaluate(evaluate.project(there)).select(chosen, rest)
     part = evaluate.take(rows)
-    found = part(part.place(z[rows]))
+    found = part(part.project(z[rows]))
     evaluate.rows_evaluated = part.rows_evaluated
     return rest.put(rows, found)

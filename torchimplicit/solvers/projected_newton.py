@@ -149,7 +149,7 @@ class ProjectedNewton(Solver):
             damped = damped | searching
             for _ in range(self.halvings):
                 step = share[:, None].to(point.z.dtype)
-                to = system.project((point.z - step * slope, step), *evaluate.params)
+                to = system.projection((point.z - step * slope, step), *evaluate.params)
                 trial = evaluate_some(evaluate, to, searching, rows, reached)
                 moved = trial.z - point.z
                 enough = SUFFICIENT * row_norm(moved).square() / share

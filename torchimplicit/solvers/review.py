@@ -271,5 +271,5 @@ def as_one_system(
     figures = Report(each(report.status), each(report.steps), residual, report.evaluations)
     trajectory = tuple(None if z is None else z.reshape(z0.shape) for z in found.trajectory)
     trace = tuple((n.reshape(z0.shape[0], -1), p.reshape(z0.shape[0], -1)) for n, p in found.trace)
-    z = system.place(found.z.reshape(z0.shape), params)
+    z = system.project(found.z.reshape(z0.shape), params)
     return Outcome(z, figures, trajectory, found.state, norm, parts, trace)
