@@ -240,3 +240,42 @@ def test_a_window_is_as_written():
 def test_bad_sizes_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def of_layer(model):
+    cell = model.cell if isinstance(model, (SIREN, MFN)) else model.equilibrium.cell
+    return cell.layers[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm", ["spectral", "frobenius", "weight", None])
+def test_norms_hold_implicit_and_explicit_models_alike(kind, norm):
+    *makes, given = KINDS[kind]
+    orders = {"spectral": 2, "frobenius": "fro"}
+    for make in makes:
+        model = make(2, 3, 9, 1, 6.0, **given, norm=norm, bound=0.5).double()
+        layer = of_layer(model)
+        with torch.no_grad():
+            original = layer.parametrizations.weight if norm else layer
+            for weight in original.parameters(recurse=False):
+                weight.mul_(20)
+        for _ in range(30):
+            model(points())
+        weight = layer.weight.detach()
+        if norm in orders:
+            assert float(torch.linalg.matrix_norm(weight, orders[norm])) == pytest.approx(0.5, rel=1e-2)
+        else:
+            assert float(torch.linalg.matrix_norm(weight, 2)) > 5
+
+
+def test_norms_that_are_none():
+    with pytest.raises(ValueError, match="norm is 'batch'"):
+        SIREN(2, 1, 4, norm="batch")
+    with pytest.raises(ValueError, match="bound is 0"):
+        ImplicitSIREN(2, 1, 4, bound=0)
+
+
+def test_the_first_gabor_filter_has_narrower_windows():
+    model = MFN(2, 1, 20000, 1, filter="gabor")
+    first, other = (one.gamma.detach().mean() for one in model.filters)
+    torch.testing.assert_close(first / other, torch.tensor(2.0), rtol=0.05, atol=0)

@@ -30,7 +30,10 @@ SMALL = GeneralizationConfig(
     plan=Plan(seeds=1),
     natural=(),
     texts=("text-0",),
-    rows=("fourier-implicit-1L", "fourier-explicit-1L", "fourier-explicit-4L", "fourier-implicit-1L-full", "cost"),
+    rows=(
+        *(f"fourier-{kind}-1L{free}" for kind in ("implicit", "explicit") for free in ("", "-free")),
+        *("fourier-explicit-4L", "fourier-implicit-1L-full", "cost"),
+    ),
     **SHORT,
 )
 SIGNALS = SignalsConfig(
@@ -110,6 +113,7 @@ class TestGeneralization:
         summary = generalization.TABLE.summarize(SMALL, runs)
         assert [sheet.title for sheet in summary.sheets] == [
             "Pixels that were not given",
+            "With the spectral bound, and free",
             "A training step",
             "Reaching what the explicit network of one layer ends with",
             "One evaluation a step, against full solves",
@@ -117,7 +121,8 @@ class TestGeneralization:
         assert {drawing.name for drawing in summary.drawings} == {"training"}
         assert any("1.5 dB over Fourier-MFN 1L-4" in claim.statement for claim in summary.claims)
         assert any("twice as fast as by full" in claim.statement for claim in summary.claims)
-        assert len(summary.runs) == 5
+        assert len(summary.runs) == 7
+        assert any("stronger of its twins" in claim.statement for claim in summary.claims)
         json.dumps(to_plain(summary.runs), allow_nan=False)
 
     def test_it_is_made_of_what_is_there(self, tmp_path):

@@ -4,7 +4,7 @@ The implicit ones of Huang, Bai and Kolter, *(Implicit)²: Implicit Layers for I
 and their explicit twins, which have the same parameters and apply the same cell once.
 """
 
-from torchimplicit.models.representations.base import ExplicitRepresentation, ImplicitRepresentation
+from torchimplicit.models.representations.base import ExplicitRepresentation, ImplicitRepresentation, Norm
 from torchimplicit.models.representations.filters import FilterName, GaborFilter
 from torchimplicit.models.representations.mfn import MFN, ImplicitMFN, MultiplicativeCell
 from torchimplicit.models.representations.siren import SIREN, ImplicitSIREN, SineCell
@@ -19,5 +19,6 @@ __all__ = [
     "ImplicitRepresentation",
     "ImplicitSIREN",
     "MultiplicativeCell",
+    "Norm",
     "SineCell",
 ]

@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from torchimplicit.gradients import Gradient
-from torchimplicit.nn import Equilibrium, WarmStart, spectral_norm
+from torchimplicit.nn import Equilibrium, WarmStart, spectral_norm, weight_norm
 from torchimplicit.solvers import Solver
 from torchimplicit.validation import at_least
 
-SPECTRAL_BOUND = 0.97
-"""Of every layer in an implicit cell (Huang et al. 2021)."""
+Norm = Literal["spectral", "weight", "frobenius"]
+"""How the weight of every layer in a cell is normalized: see :func:`normalized`."""
+
+BOUND = 0.97
+"""Of the spectral and the Frobenius norm (Huang et al. 2021)."""
 
 
 class LayerCell(nn.Module, ABC):
@@ -58,6 +63,49 @@ class LayerCell(nn.Module, ABC):
         return h
 
 
+@final
+class FrobeniusNorm(nn.Module):
+    """The parametrization :math:`w\\min(1,\\,b/\\lVert W\\rVert_F)`."""
+
+    def __init__(self, bound: float):
+        super().__init__()
+        self.bound = bound
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * (self.bound / torch.linalg.matrix_norm(weight).clamp_min(self.bound))
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The parameter that gives ``weight``, if that is within the bound."""
+        return weight
+
+    def extra_repr(self) -> str:
+        return f"bound={self.bound}"
+
+
+def normalized(cell: LayerCell, norm: Norm | None, bound: float) -> LayerCell:
+    """The cell, the weight of each of its layers normalized.
+
+    Args:
+        cell: changed in place.
+        norm: ``"spectral"``: scaled down where the spectral norm exceeds ``bound``; ``"frobenius"``: likewise by the
+            Frobenius norm, which is never less, so that both make of an implicit cell a contraction; ``"weight"``: a
+            direction and a length for each row, both learned, without a bound; ``None``: free.
+        bound: see above; of no meaning to the others.
+    """
+    if norm not in ("spectral", "weight", "frobenius", None):
+        raise ValueError(f'norm is {norm!r}, and must be "spectral", "weight", "frobenius" or None')
+    if not 0 < bound < float("inf"):
+        raise ValueError(f"bound is {bound}, and must be a positive finite number")
+    for layer in cell.layers:
+        if norm == "spectral":
+            spectral_norm(layer, bound=bound, only_above=True)
+        elif norm == "frobenius":
+            parametrize.register_parametrization(layer, "weight", FrobeniusNorm(bound))
+        elif norm == "weight":
+            weight_norm(layer)
+    return cell
+
+
 class ExplicitRepresentation(nn.Module):
     """A network that applies a cell once, to zero: ``[points, inputs] -> [points, outputs]``.
 
@@ -66,13 +114,24 @@ class ExplicitRepresentation(nn.Module):
         filters: each takes ``[points, inputs]`` to ``[points, width]``; one more than the cell has layers.
         cell: of the layers.
         width: of the layers.
+        norm, bound: of the layers' weights, see :func:`normalized`.
     """
 
-    def __init__(self, inputs: int, outputs: int, filters: nn.ModuleList, cell: LayerCell, width: int):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        filters: nn.ModuleList,
+        cell: LayerCell,
+        width: int,
+        *,
+        norm: Norm | None = None,
+        bound: float = BOUND,
+    ):
         super().__init__()
         self.inputs = inputs
         self.filters = filters
-        self.cell = cell
+        self.cell = normalized(cell, norm, bound)
         self.head = nn.Linear(width, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,16 +143,18 @@ class ExplicitRepresentation(nn.Module):
 class ImplicitRepresentation(nn.Module):
     """A linear function of the fixed point of a cell: ``[points, inputs] -> [points, outputs]``.
 
-    Every layer of the cell has a spectral norm of at most 0.97, and no filter exceeds 1, so that the cell is a
-    contraction at any weights, with the constant :math:`0.97^L`, up to what the power method lags behind the weights.
-    Every point is a problem of its own (``rowwise=True``).
+    By default every layer of the cell has a spectral norm of at most 0.97, and no filter exceeds 1, so that the cell is
+    a contraction at any weights, with the constant :math:`0.97^L`, up to what the power method lags behind the weights.
+    With ``norm=None`` nothing says so: the solve tells whether it converged. The paper bounds implicit and explicit
+    models alike for pictures, neither for sound and video, and the implicit one alone for occupancy. Every point is a
+    problem of its own (``rowwise=True``).
 
     With ``gradient=Implicit()``, the default, derivatives in the coordinates are exact to any order, and so are those
     of a loss that holds them (an eikonal term, a fit to a given gradient). Estimators of the adjoint give first
     derivatives only, and a derivative of theirs raises.
 
     Args:
-        inputs, outputs, filters, cell, width: as for :class:`ExplicitRepresentation`.
+        inputs, outputs, filters, cell, width, norm, bound: as for :class:`ExplicitRepresentation`.
         solver, gradient, warm_start: of the :class:`~torchimplicit.nn.Equilibrium`.
 
     Attributes:
@@ -108,6 +169,8 @@ class ImplicitRepresentation(nn.Module):
         cell: LayerCell,
         width: int,
         *,
+        norm: Norm | None = "spectral",
+        bound: float = BOUND,
         solver: Solver | None = None,
         gradient: Gradient | None = None,
         warm_start: bool | WarmStart = False,
@@ -115,8 +178,7 @@ class ImplicitRepresentation(nn.Module):
         super().__init__()
         self.inputs = inputs
         self.filters = filters
-        for layer in cell.layers:
-            spectral_norm(layer, bound=SPECTRAL_BOUND, only_above=True)
+        normalized(cell, norm, bound)
         self.equilibrium = Equilibrium(cell, solver=solver, gradient=gradient, warm_start=warm_start, rowwise=True)
         self.head = nn.Linear(width, outputs)
 

@@ -88,9 +88,10 @@ def filters(
     depth: int,
     low: Sequence[float],
     high: Sequence[float],
-    alpha: float,
+    alphas: tuple[float, float],
 ) -> nn.ModuleList:
-    """The ``depth + 1`` filters of a multiplicative filter network."""
+    """The ``depth + 1`` filters of a multiplicative filter network; ``alphas``: of the first one and of the others."""
     if name == "gabor":
-        return nn.ModuleList(GaborFilter(inputs, width, scale, depth, low, high, alpha) for _ in range(depth + 1))
+        every = (alphas[0], *(alphas[1] for _ in range(depth)))
+        return nn.ModuleList(GaborFilter(inputs, width, scale, depth, low, high, alpha) for alpha in every)
     return nn.ModuleList(Sine(inputs, width, scale, depth) for _ in range(depth + 1))

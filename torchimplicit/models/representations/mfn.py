@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
 
 from torchimplicit.gradients import Gradient
 from torchimplicit.models.representations.base import (
+    BOUND,
     ExplicitRepresentation,
     ImplicitRepresentation,
     LayerCell,
+    Norm,
     check_sizes,
 )
 from torchimplicit.models.representations.filters import FilterName, filters
@@ -39,7 +41,8 @@ class ImplicitMFN(ImplicitRepresentation):
         filter: sines, or sines under Gaussian windows (:class:`GaborFilter`).
         low, high: the corners of the domain, over which the windows are spread; by default from -1 to 1 in every
             coordinate.
-        alpha: of the windows' widths.
+        alpha, first_alpha: of the windows' widths, in the layers' filters and in the first one; as published.
+        norm, bound: of the layers' weights; see :class:`ImplicitRepresentation`.
         solver, gradient, warm_start: of the equilibrium; see :class:`ImplicitRepresentation`.
     """
 
@@ -55,15 +58,19 @@ class ImplicitMFN(ImplicitRepresentation):
         low: Sequence[float] | None = None,
         high: Sequence[float] | None = None,
         alpha: float = 3.0,
+        first_alpha: float = 6.0,
+        norm: Norm | None = "spectral",
+        bound: float = BOUND,
         solver: Solver | None = None,
         gradient: Gradient | None = None,
         warm_start: bool | WarmStart = False,
     ):
         check_sizes("ImplicitMFN", inputs, outputs, width, depth, scale)
-        low, high = _box("ImplicitMFN", inputs, filter, low, high, alpha)
-        given = filters(filter, inputs, width, scale, depth, low, high, alpha)
+        low, high = _box("ImplicitMFN", inputs, filter, low, high, (alpha, first_alpha))
+        given = filters(filter, inputs, width, scale, depth, low, high, (first_alpha, alpha))
         cell = MultiplicativeCell(width, depth)
-        super().__init__(inputs, outputs, given, cell, width, solver=solver, gradient=gradient, warm_start=warm_start)
+        own: dict[str, Any] = {"solver": solver, "gradient": gradient, "warm_start": warm_start}
+        super().__init__(inputs, outputs, given, cell, width, norm=norm, bound=bound, **own)
 
 
 @final
@@ -72,7 +79,8 @@ class MFN(ExplicitRepresentation):
     same parameters, which begin alike.
 
     Args:
-        inputs, outputs, width, depth, scale, filter, low, high, alpha: as there.
+        inputs, outputs, width, depth, scale, filter, low, high, alpha, first_alpha, norm, bound: as there; the layers
+            are free by default.
     """
 
     def __init__(
@@ -87,11 +95,15 @@ class MFN(ExplicitRepresentation):
         low: Sequence[float] | None = None,
         high: Sequence[float] | None = None,
         alpha: float = 3.0,
+        first_alpha: float = 6.0,
+        norm: Norm | None = None,
+        bound: float = BOUND,
     ):
         check_sizes("MFN", inputs, outputs, width, depth, scale)
-        low, high = _box("MFN", inputs, filter, low, high, alpha)
-        given = filters(filter, inputs, width, scale, depth, low, high, alpha)
-        super().__init__(inputs, outputs, given, MultiplicativeCell(width, depth), width)
+        low, high = _box("MFN", inputs, filter, low, high, (alpha, first_alpha))
+        given = filters(filter, inputs, width, scale, depth, low, high, (first_alpha, alpha))
+        cell = MultiplicativeCell(width, depth)
+        super().__init__(inputs, outputs, given, cell, width, norm=norm, bound=bound)
 
 
 def _box(
@@ -100,13 +112,14 @@ def _box(
     filter: str,
     low: Sequence[float] | None,
     high: Sequence[float] | None,
-    alpha: float,
+    alphas: tuple[float, float],
 ) -> tuple[Sequence[float], Sequence[float]]:
     """The domain, checked with what else is the filters' own."""
     if filter not in ("fourier", "gabor"):
         raise ValueError(f"{owner}: filter is {filter!r}, and must be 'fourier' or 'gabor'")
-    if not 0 < alpha < float("inf"):
-        raise ValueError(f"{owner}: alpha is {alpha}, and must be a positive finite number")
+    for name, alpha in zip(("alpha", "first_alpha"), alphas, strict=True):
+        if not 0 < alpha < float("inf"):
+            raise ValueError(f"{owner}: {name} is {alpha}, and must be a positive finite number")
     low = (-1.0,) * inputs if low is None else low
     high = (1.0,) * inputs if high is None else high
     if not len(low) == len(high) == inputs or not all(a < b for a, b in zip(low, high, strict=True)):

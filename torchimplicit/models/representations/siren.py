@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from torchimplicit.gradients import Gradient
 from torchimplicit.models.representations.base import (
+    BOUND,
     ExplicitRepresentation,
     ImplicitRepresentation,
     LayerCell,
+    Norm,
     check_sizes,
 )
 from torchimplicit.models.representations.filters import Sine, phase
@@ -37,6 +39,7 @@ class ImplicitSIREN(ImplicitRepresentation):
         depth: layers of the cell.
         scale: of the frequencies; the larger, the finer the details, for coordinates from -1 to 1: 256 for an image
             of 512 pixels in the paper, 128 where pixels are held out.
+        norm, bound: of the layers' weights; see :class:`ImplicitRepresentation`.
         solver, gradient, warm_start: of the equilibrium; see :class:`ImplicitRepresentation`.
     """
 
@@ -48,6 +51,8 @@ class ImplicitSIREN(ImplicitRepresentation):
         depth: int = 1,
         scale: float = 128.0,
         *,
+        norm: Norm | None = "spectral",
+        bound: float = BOUND,
         solver: Solver | None = None,
         gradient: Gradient | None = None,
         warm_start: bool | WarmStart = False,
@@ -55,7 +60,8 @@ class ImplicitSIREN(ImplicitRepresentation):
         check_sizes("ImplicitSIREN", inputs, outputs, width, depth, scale)
         given = _given(inputs, width, depth, scale)
         cell = SineCell(width, depth)
-        super().__init__(inputs, outputs, given, cell, width, solver=solver, gradient=gradient, warm_start=warm_start)
+        own: dict[str, Any] = {"solver": solver, "gradient": gradient, "warm_start": warm_start}
+        super().__init__(inputs, outputs, given, cell, width, norm=norm, bound=bound, **own)
 
 
 @final
@@ -65,12 +71,23 @@ class SIREN(ExplicitRepresentation):
 
     Args:
         inputs, outputs, width, depth, scale: as there; ``depth`` counts the layers after the first sine.
+        norm, bound: of the layers' weights; see :class:`ImplicitRepresentation`.
     """
 
-    def __init__(self, inputs: int, outputs: int, width: int, depth: int = 1, scale: float = 128.0):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        width: int,
+        depth: int = 1,
+        scale: float = 128.0,
+        *,
+        norm: Norm | None = None,
+        bound: float = BOUND,
+    ):
         check_sizes("SIREN", inputs, outputs, width, depth, scale)
         given = _given(inputs, width, depth, scale)
-        super().__init__(inputs, outputs, given, SineCell(width, depth), width)
+        super().__init__(inputs, outputs, given, SineCell(width, depth), width, norm=norm, bound=bound)
 
 
 def _given(inputs: int, width: int, depth: int, scale: float) -> nn.ModuleList:

@@ -444,7 +444,9 @@ def build(config: SoundConfig) -> FieldTask:
     several = f" in {channels} channels" if channels > 1 else ""
     about = noted(f"{found.name}: {found.seconds:.3g} s at {found.rate} Hz, {count} samples{several}", found.notes)
     scoring = SignalToNoise(low=-1.0, high=1.0, power=power)
-    return FieldTask(config, grid, Parts.same(grid), SCALE_A_SECOND * found.seconds, about=about, scoring=scoring)
+    return FieldTask(
+        config, grid, Parts.same(grid), SCALE_A_SECOND * found.seconds, about=about, scoring=scoring, held="neither"
+    )
 
 
 def ready(config: SoundConfig) -> None:

@@ -21,6 +21,7 @@ from torch.autograd.function import Function
 from torch.nn import functional
 
 from torchimplicit.models import MFN, SIREN, ImplicitMFN, ImplicitRepresentation, ImplicitSIREN
+from torchimplicit.models.representations import Norm
 from torchimplicit.nn import WarmStart
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.page import Section, axes, document, media, saved, style, styled
@@ -70,8 +71,18 @@ class Representation:
     frequencies: float | None = None
     """The scale of the frequencies; by default the recipe's, which grows with the signal's resolution."""
 
+    norm: Literal["published", "none", "spectral", "weight", "frobenius"] = "published"
+    """What holds the layers' weights. As published: the spectral norm of implicit and explicit models for pictures, of
+    implicit ones alone for shapes, and nothing for sound and video."""
+
+    bound: float = 0.97
+    """Of the spectral or Frobenius norm: weights beyond it are scaled down to it."""
+
     window_alpha: float = 3.0
     """The shape of the Gabor filters' windows: a larger one makes them narrower."""
+
+    first_alpha: float = 6.0
+    """Likewise in the first filter."""
 
     amortize: Literal["refresh", "solve", "off"] = "refresh"
     """In training: carry the last state along by one evaluation a step; or solve from it; or solve from zero."""
@@ -81,7 +92,11 @@ class Representation:
     gradients are added up: the step stays the same."""
 
     def __post_init__(self) -> None:
-        positive(self, "width", "depth", "frequencies", "window_alpha", "memory_mb")
+        positive(self, "width", "depth", "frequencies", "bound", "window_alpha", "first_alpha", "memory_mb")
+
+
+Held = Literal["both", "implicit", "neither"]
+"""Which models the paper holds by a spectral bound, for a kind of signal."""
 
 
 class FieldSettings(Trained, Protocol):
@@ -165,6 +180,7 @@ def representation(
     corner: Sequence[float],
     frequencies: float,
     samples: int | None = None,
+    held: Held = "both",
 ) -> nn.Module:
     """The model.
 
@@ -173,21 +189,31 @@ def representation(
         inputs, outputs, corner: see :class:`~torchimplicit.recipes.representations.fit.Points`.
         frequencies: their scale where the settings leave it to the recipe.
         samples: how many points training numbers, where a step does not have them all, in order, at once.
+        held: which models are bounded where the settings say: as published.
     """
     chosen = config.representation
     scale = chosen.frequencies or frequencies
-    windows: dict[str, Any] = {"low": [-side for side in corner], "high": list(corner), "alpha": chosen.window_alpha}
+    windows: dict[str, Any] = {"low": [-side for side in corner], "high": list(corner)}
+    windows |= {"alpha": chosen.window_alpha, "first_alpha": chosen.first_alpha}
+    norms: dict[str, Any] = {"norm": norm_of(chosen, held), "bound": chosen.bound}
     if not chosen.implicit:
         if chosen.filter == "siren":
-            return SIREN(inputs, outputs, chosen.width, chosen.depth, scale)
-        return MFN(inputs, outputs, chosen.width, chosen.depth, scale, chosen.filter, **windows)
+            return SIREN(inputs, outputs, chosen.width, chosen.depth, scale, **norms)
+        return MFN(inputs, outputs, chosen.width, chosen.depth, scale, chosen.filter, **windows, **norms)
     refresh = 1 if chosen.amortize == "refresh" else None
     start = chosen.amortize != "off" and WarmStart(samples, refresh=refresh)
     solved: dict[str, Any] = {"solver": solver(config.equilibria), "gradient": gradient(config.equilibria)}
-    solved["warm_start"] = start
+    solved |= {"warm_start": start, **norms}
     if chosen.filter == "siren":
         return ImplicitSIREN(inputs, outputs, chosen.width, chosen.depth, scale, **solved)
     return ImplicitMFN(inputs, outputs, chosen.width, chosen.depth, scale, chosen.filter, **windows, **solved)
+
+
+def norm_of(chosen: Representation, held: Held) -> Norm | None:
+    """What holds the layers' weights."""
+    if chosen.norm == "published":
+        return "spectral" if held == "both" or (held == "implicit" and chosen.implicit) else None
+    return None if chosen.norm == "none" else chosen.norm
 
 
 def values_at(model: nn.Module, x: Tensor, index: Tensor | None = None) -> Tensor:
@@ -456,6 +482,7 @@ class FieldTask(Task):
         about: the signal, in one sentence for people.
         scoring: what is measured on the held-out points; by default the signal-to-noise ratio.
         slopes: whether the criterion differentiates the field, which takes more memory.
+        held: which models the paper bounds, for this kind of signal.
 
     Attributes:
         model: the representation.
@@ -474,6 +501,7 @@ class FieldTask(Task):
         about: str = "",
         scoring: Scoring | None = None,
         slopes: bool = False,
+        held: Held = "both",
     ):
         super().__init__()
         self.config = config
@@ -483,12 +511,15 @@ class FieldTask(Task):
         self.scoring = SignalToNoise(low=points.low, high=points.high) if scoring is None else scoring
         self.metric = self.scoring.metric
         self._about = about
+        norm = norm_of(config.representation, held)
+        bounded = f" norms at most {config.representation.bound:g}" if norm != "weight" else " norm"
+        self._norm = "free weights" if norm is None else f"{norm}{bounded}"
         batch, count = config.optimization.batch_size, len(parts.training)
         self.chunk = chunk_points(config, count, slopes)
         self.register_buffer("training_points", parts.training, persistent=False)
         whole = batch >= count and self.chunk >= count
         self.model = representation(
-            config, points.inputs, points.outputs, points.corner, frequencies, None if whole else count
+            config, points.inputs, points.outputs, points.corner, frequencies, None if whole else count, held
         )
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Tensor]:
@@ -529,7 +560,7 @@ class FieldTask(Task):
         chunks = -(-batch // self.chunk)
         return (
             f"{self._about} {'Implicit' if chosen.implicit else 'Explicit'} {name}, {chosen.depth} × {chosen.width}, "
-            f"{self.weights} parameters, {batch} of {count} points a step"
+            f"{self.weights} parameters, {self._norm}, {batch} of {count} points a step"
             + (f", in {chunks} chunks for --memory-mb {chosen.memory_mb}." if chunks > 1 else ".")
         ).strip()
 

@@ -603,6 +603,7 @@ def build(config: ShapeConfig) -> FieldTask:
         about=f"{subject(config).describe()} {'Signed distance' if distance else 'Occupancy'}.",
         scoring=Overlap(distance),
         slopes=distance,
+        held="implicit",
     )
 
 

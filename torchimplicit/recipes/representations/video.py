@@ -542,7 +542,7 @@ def build(config: VideoConfig) -> FieldTask:
     frames, height, width, channels = found.pixels.shape
     kind = "grey" if channels == 1 else "colour"
     about = noted(f"{found.name}: {frames} frames of {width} × {height} pixels in {kind}", found.notes)
-    return FieldTask(config, grid, Parts.same(grid), max(height, width) / 2, about=about)
+    return FieldTask(config, grid, Parts.same(grid), max(height, width) / 2, about=about, held="neither")
 
 
 def ready(config: VideoConfig) -> None:
