@@ -15,7 +15,7 @@ from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.figures import report
 from torchimplicit.gradients.nodes import DerivativeRule, LinearSolve, vjp_params
 from torchimplicit.gradients.transforms import Grads, jvp
-from torchimplicit.linear import LinearSolver
+from torchimplicit.linear import LinearSolution, LinearSolver
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.solvers import Solver
 from torchimplicit.validation import check_type
@@ -50,6 +50,13 @@ class Implicit(DerivativeRule):
         tape = task.recorded(z, params, needs_grad)
         tape.look()
         return tape
+
+    def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
+        """:math:`A^{-T}b` or :math:`A^{-1}b` at the tape's point, on plain tensors."""
+        solver = task.adjoint_solver(self.linear_solver, tape.z)
+        solution = task.system.solve_linear(tape, transposed, b, solver)
+        report(task, solution.report)
+        return solution
 
     def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
         """Differentiable itself."""

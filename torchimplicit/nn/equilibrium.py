@@ -23,7 +23,7 @@ from torchimplicit.nn.budget import Budget
 from torchimplicit.nn.dropout import VariationalDropout, active_dropouts, drawing
 from torchimplicit.nn.normalization import holding, parametrizations, settled_vectors
 from torchimplicit.nn.per_solve import PerSolve
-from torchimplicit.nn.refresh import refreshable, refreshed, refreshes
+from torchimplicit.nn.refresh import refreshable, refreshes, refreshing
 from torchimplicit.nn.warm_start import WarmStart
 from torchimplicit.precision import without_autocast
 from torchimplicit.problems import FixedPoint
@@ -197,10 +197,9 @@ class Equilibrium(nn.Module):
             problem = FixedPoint(
                 function, batched=self.batched, rowwise=self.rowwise, has_aux=self.has_aux, unpack=self.unpack
             )
-            if steps is None:
-                solution = solve(problem, z0, *args, **chosen, compile=self.compiles)
-            else:
-                solution = refreshed(problem, z0, args, steps=steps, **chosen)
+            if steps is not None:
+                chosen |= refreshing(steps, gradient)
+            solution = solve(problem, z0, *args, **chosen, compile=self.compiles and steps is None)
         except (ValueError, RuntimeError) as error:
             if not given and _SHAPE.search(str(error)) and not isinstance(error, SolveError):
                 self._explain(error, inputs, z0)
