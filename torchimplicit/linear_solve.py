@@ -16,6 +16,7 @@ from torchimplicit.gradients import Implicit
 from torchimplicit.gradients.base import Found, Task, differentiable
 from torchimplicit.gradients.figures import nearly_singular
 from torchimplicit.gradients.pseudo_inverse import Maps, PseudoSolution, PseudoSolve
+from torchimplicit.gradients.start import Start
 from torchimplicit.inference import outside_inference_mode
 from torchimplicit.linear import LSMR, Dense, LinearSolver
 from torchimplicit.notices import notice
@@ -164,8 +165,8 @@ def _system(
 ) -> tuple[Found, Report]:
     chosen = at_precision(solver or given.system.default_linear_solver(right.shape[1], right.shape[0]), given.precision)
 
-    def run(system: System, z0: Tensor, params: Sequence[Tensor]) -> Outcome:
-        tape = system.linearize(z0, params)
+    def run(system: System, start: Start, params: Sequence[Tensor]) -> Outcome:
+        tape = system.linearize(start.take(), params)
         b = -tape.out.detach()
         operator = system.operator(tape, False)
         if operator.symmetric:
@@ -182,9 +183,16 @@ def _system(
             )
         return Outcome(found.value, report)
 
-    task = Task(system=given.system, run=run, solver=Anderson(), record=record, precision=given.precision)
+    task = Task(
+        system=given.system,
+        start=Start(given.flat),
+        run=run,
+        solver=Anderson(),
+        record=record,
+        precision=given.precision,
+    )
     with without_autocast(given.layout.device), given.call.at_home():
-        found = Implicit(linear_solver=chosen).attach(task, given.flat, given.params)
+        found = Implicit(linear_solver=chosen).attach(task, given.params)
     return found, task.outcomes[-1].report
 
 

@@ -18,10 +18,11 @@ from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.gradients import Gradient, Implicit
 from torchimplicit.gradients.agreement import Agreement
 from torchimplicit.gradients.auxiliary import auxiliary
-from torchimplicit.gradients.base import Run, Task, differentiable
+from torchimplicit.gradients.base import Run, Task, differentiable, run_by
 from torchimplicit.gradients.empty import solved_without_numbers
 from torchimplicit.gradients.figures import reported
 from torchimplicit.gradients.randomness import Randomness
+from torchimplicit.gradients.start import Start
 from torchimplicit.inference import outside_inference_mode
 from torchimplicit.notices import count_solve, notice
 from torchimplicit.precision import at_precision, without_autocast
@@ -42,9 +43,8 @@ from torchimplicit.solvers import (
     in_turn,
     iterate,
 )
-from torchimplicit.solvers.magnitude import examined
 from torchimplicit.state import row_norm
-from torchimplicit.statement import stated
+from torchimplicit.statement import Statement, stated
 
 UNTRACED = (
     "an implicit layer's solver takes as many steps as its input needs, and that is no graph that could be exported: "
@@ -53,7 +53,6 @@ UNTRACED = (
 
 
 @untraced(UNTRACED)
-@outside_inference_mode
 def solve(
     problem: Problem,
     z0: Any,
@@ -91,6 +90,22 @@ def solve(
         ConvergenceWarning: a sample stopped at ``max_steps`` or broke down.
         CaptureWarning: ``compile=True``, and the solve cannot be compiled; once for each reason.
     """
+    return solve_from([z0], problem, args, solver=solver, gradient=gradient, throw=throw, compile=compile)
+
+
+@outside_inference_mode
+def solve_from(
+    start: list[Any],
+    problem: Problem,
+    args: tuple[Any, ...],
+    *,
+    solver: Solver | None,
+    gradient: Gradient | None,
+    throw: bool,
+    compile: bool,
+) -> Solution:
+    """:func:`solve` from the one state in ``start``, which is taken out: where nobody else holds it, it is let go as
+    soon as the solver has left it."""
     if torch.compiler.is_exporting():
         raise RuntimeError(UNTRACED)
     solver, gradient = _strategies(problem, solver, gradient)
@@ -105,27 +120,23 @@ def solve(
     apart = not gradient.needs_solver_state and (torch.is_grad_enabled() or not problem.has_aux)
     # no step leads away from the start: that call is the one for the backward pass as well
     opening = solver.steps == 0 and isinstance(problem, FixedPoint) and plain and not watched() and not hooked()
-    given = stated(problem, z0, args, capture=capture, rowwise=apart, known=known, opening=opening)
+    given = stated(problem, start.pop(), args, capture=capture, rowwise=apart, known=known, opening=opening)
     compiled = None if capturing is None else capturing.capture
     direct = direct and compiled is None
-    layout, flat0, system, params = given.layout, given.flat, given.system, given.params
+    layout, system, params, call = given.layout, given.system, given.params, given.call
     solver = at_precision(solver, given.precision)
     for complaint in (solver.supports(system), gradient.supports(system, solver)):
         if complaint:
             raise ValueError(complaint)
 
     if problem.outside:
-        _tell_outside(problem, system, flat0, params)
+        _tell_outside(problem, system, given.flat, params)
 
     record = AdjointRecord()
-    known_value = given.value
-    if known_value is None or is_transformed(known_value) or problem.by_gradient:
-        known_value = None
-    first, given = [known_value], replace(given, value=None)  # no longer held once the solver has begun with it
-    del known_value
     task = Task(
         system=system,
-        run=_runner(solver, system, first, compiled, recorded, gradient.needs_solver_state),
+        start=_start(given, evaluated=not problem.by_gradient and compiled is None),
+        run=_runner(solver, system, compiled, recorded, gradient.needs_solver_state),
         solver=solver,
         record=record,
         precision=given.precision,
@@ -137,10 +148,9 @@ def solve(
         capture=compiled,
         function=problem.stated_by,
         direct=direct,
-        opening=[given.closure.recorded] if given.closure.recorded is not None else [],
-        aux=given.call.aux,
+        aux=call.aux,
     )
-    call = given.call
+    del given  # which holds the start
 
     def as_given(z: Tensor, record: AdjointRecord) -> Any:
         """The state ``z`` (flat) in the form of ``z0``."""
@@ -155,20 +165,17 @@ def solve(
     with (
         without_autocast(layout.device),
         call.at_home(),
-        beside_transforms((flat0, *params)),
+        beside_transforms((task.start.z, *params)),
         call.following(direct),
     ):
-        if flat0.numel() or direct:
-            found = gradient.attach(task, flat0 if differentiable((flat0,)) else flat0.detach(), params)
-        else:
-            found = solved_without_numbers(task, flat0, params)
+        empty = not (task.start.z.numel() or direct)
+        found = solved_without_numbers(task, params) if empty else gradient.attach(task, params)
         announce(found)
         aux = None
         if task.aux is not None:
             aux = auxiliary(task, gradient, found.z, params)
             announce(pytree.tree_leaves(aux))
         reached_value = as_given(found.z, record)
-    task.opening.clear()
     outcome = task.outcomes[-1]
     transformed = is_transformed(found.z)
     flat_way = () if transformed else outcome.trajectory
@@ -186,15 +193,15 @@ def solve(
         begun = way[i - count]
         z = layout.flatten(begun, "the trajectory") if layout.parted else flat_way[i - count]
         assert z is not None
-        at = replace(task, outcomes=[], randomness=None, aux=None)
+        at = replace(task, start=Start(z), outcomes=[], randomness=None, aux=None)
         if unseen:
             last = solver.given(count)
-            at = replace(at, solver=last, run=_runner(last, system, [], None, count, False))
+            at = replace(at, solver=last, run=_runner(last, system, None, count, False))
         else:
             reached = Outcome(z, outcome.report, state=outcome.state)
             at = replace(at, run=lambda *_: reached)
         with without_autocast(layout.device), call.following(direct, (z, begun)):
-            return as_given(gradient.attach(at, z, params).z, record)
+            return as_given(gradient.attach(at, params).z, record)
 
     figures = (found.status, found.steps, found.residual)
     status, steps, residual = figures if problem.batched else (t[0] for t in figures)
@@ -242,33 +249,41 @@ def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradi
     return solver, gradient or Implicit()
 
 
-def _runner(
-    solver: Solver, own: System, known: list[Tensor | None], compiled: Capture | None, recorded: int | None, keeps: bool
-) -> Run:
+def _start(given: Statement, evaluated: bool) -> Start:
+    """Where a solve of what was stated begins.
+
+    Args:
+        evaluated: whether the function's value there is an evaluation of the problem.
+    """
+    z, value, recorded = given.flat, given.value, given.closure.recorded
+    if not differentiable((z,)):
+        z = z.detach()
+    if value is None or not evaluated or is_transformed(value):
+        return Start(z, recorded=recorded)
+    with torch.no_grad(), without_autocast(z.device):
+        return Start(z, given.system.at(z.detach(), given.params, value), recorded)
+
+
+def _runner(solver: Solver, own: System, compiled: Capture | None, recorded: int | None, keeps: bool) -> Run:
     """How a task is run.
 
     Args:
-        known: the value at the start in ``own``, where it is; it is taken out.
+        own: the system that ``compiled`` is of.
+        recorded: how many of a given number of steps autograd sees.
+        keeps: whether what the solver has built is asked for.
     """
+    eager = run_by(solver, recorded)
 
-    def run(system: System, z0: Tensor, params: Sequence[Tensor]) -> Outcome:
+    def run(system: System, start: Start, params: Sequence[Tensor]) -> Outcome:
         if compiled is not None and system is own:
-            found = compiled.solve(solver.leading, system, z0, params)
-            if found is not None:
+            outcome = compiled.solve(solver.leading, system, start.z, params)
+            if outcome is not None:
                 if isinstance(solver, Polyalgorithm) and solver.steps is None:
-                    found = in_turn(iterate, solver, system, z0, params, begun=found)
-                return examined(iterate, found, solver, system, z0, params)
-        first = []
-        value = known.pop() if known else None
-        if value is not None and system is own and not torch.is_grad_enabled():
-            first.append(system.at(z0, params, value))
-        del value
-        # what the loop begins with is held by nobody else
-        outcome = iterate(solver, system, z0, params, first.pop() if first else None, recorded)
-        if not keeps and outcome.state is not None:
-            # what the solver has built may be many states, and would be held until the solution is let go
-            outcome = replace(outcome, state=None)
-        return examined(iterate, outcome, solver, system, z0, params)
+                    outcome = in_turn(iterate, solver, system, start.z, params, begun=outcome)
+                return outcome
+        outcome = eager(system, start, params)
+        # what the solver has built may be many states, and would be held until the solution is let go
+        return outcome if keeps or outcome.state is None else replace(outcome, state=None)
 
     return run
 

@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -398,3 +399,22 @@ def test_a_solution_hook_sees_the_problem_as_it_was_solved():
     handle.remove()
     layer(x)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("gradient", [None, ti.OneStep(), ti.UnrolledPhantom()])
+def test_the_start_is_let_go_when_the_solver_has_left_it(gradient):
+    class Cell(TanhCell):
+        def initial_state(self, x):
+            start = torch.ones_like(x)
+            starts.append(weakref.ref(start.untyped_storage()))
+            return start
+
+        def forward(self, z, x):
+            alive.append(starts[-1]() is not None)
+            return super().forward(z, x)
+
+    starts, alive = [], []
+    layer = Equilibrium(Cell().double(), solver=ti.FixedPointIteration(), gradient=gradient)
+    layer(torch.randn(4, 5, dtype=torch.float64))
+    assert alive[0]
+    assert not any(alive[3:])

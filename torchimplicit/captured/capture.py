@@ -22,7 +22,8 @@ from torchimplicit.problems import FixedPoint, JointInference, Minimum, Problem,
 from torchimplicit.solution import Report, Status
 from torchimplicit.solvers import GradientDescent, Outcome, Solver
 from torchimplicit.solvers.base import Evaluator
-from torchimplicit.solvers.iterate import as_one, reviewed
+from torchimplicit.solvers.iterate import as_one, iterate, reviewed
+from torchimplicit.solvers.magnitude import examined
 from torchimplicit.state import Layout
 
 Grads = tuple[Tensor | None, ...]
@@ -67,13 +68,19 @@ class Capture:
         if solver.steps is not None:
             report = Report(found.status, found.steps, found.residual, float(solver.steps))
             return Outcome(found.z, report, norm=found.norm if solver.steps else None, parts=found.parts)
-        count, unsure = found.figures.tolist()
+        count, unsure, extreme = found.figures.tolist()
         report = Report(found.status, found.steps, found.residual, 1.0 + count)
         outcome = Outcome(found.z, report, norm=found.norm, parts=found.parts)
-        if not unsure:
+        if not (unsure or extreme):
             return outcome
-        spent = bool((found.status == Status.MAX_STEPS).any())
-        return reviewed(solver, Evaluator(system, params), outcome, found.judge(solver, system), True, spent)
+        if unsure:
+            spent = bool((found.status == Status.MAX_STEPS).any())
+            evaluate, judge = Evaluator(system, params), found.judge(solver, system)
+            outcome = reviewed(solver, evaluate, outcome, judge, True, spent)
+        if extreme:
+            judge = found.judge(solver, system, system.at(z0, params))
+            outcome = examined(iterate, outcome, judge, solver, system, params)
+        return outcome
 
     def pull(self, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Backward | None:
         """The adjoint solve at ``z``, and what it gives the wanted parameters. ``None`` where it was not compiled, or

@@ -16,6 +16,7 @@ from torchimplicit.problems.joint_system import JointSystem
 from torchimplicit.solution import GROWTH_LIMIT, Status
 from torchimplicit.solvers import Solver
 from torchimplicit.solvers.given_steps import relative
+from torchimplicit.solvers.magnitude import extreme
 from torchimplicit.solvers.tolerance import Judge
 from torchimplicit.state import row_norm
 
@@ -25,8 +26,9 @@ class Forward(NamedTuple):
 
     Attributes:
         z, status, steps, residual, norm, parts: as an outcome of the solvers' loop and its report have them.
-        figures: int64 ``[2]``, the number of steps, and whether the eager loop has to look at the outcome: some sample
-            is not solved, or is not by the Jacobian, or depends on others. A given number of steps has none.
+        figures: int64 ``[3]``, the number of steps, whether the eager loop has to look at the outcome (some sample is
+            not solved, or is not by the Jacobian, or depends on others), and whether its numbers are extreme. A given
+            number of steps has none.
         known: what the rule by which samples were judged knows: the floor of the tolerance where points tell the terms
             of their residuals; elsewhere the size that the state had, and the most that it counts.
     """
@@ -40,10 +42,17 @@ class Forward(NamedTuple):
     figures: Tensor
     known: tuple[Tensor, ...]
 
-    def judge(self, solver: Solver, system: System) -> Judge:
-        """The rule by which samples were judged."""
-        scale = self.norm if len(self.known) == 1 else None
-        judge = Judge(system, Point(self.z, self.z, scale=scale, error=scale), solver.rtol, solver.atol)
+    def judge(self, solver: Solver, system: System, first: Point | None = None) -> Judge:
+        """The rule by which samples were judged.
+
+        Args:
+            first: the first point, where it matters what it was.
+        """
+        if first is None:
+            scale = self.norm if len(self.known) == 1 else None
+            first = Point(self.z, self.z, scale=scale, error=scale)
+        judge = Judge(system, first, solver.rtol, solver.atol)
+        judge.start(first)
         if judge.measure is None:
             (judge.floor,) = self.known
         else:
@@ -75,7 +84,10 @@ def compiled_forward(graph: Graph, solver: Solver) -> Compiled:
         if judge.measure is not None:
             parts, unsure = _looked_at(rule.at(rule.constants(), terms), system, params, found, solver)
         flag = torch.zeros_like(count) if unsure is None else unsure.any().long()
-        figures = torch.stack((count, flag))
+        odd = extreme(torch.where(parts > 0, found.size / parts, 0)).any()
+        if judge.measure is not None:
+            odd = odd | extreme(known[0]).any()
+        figures = torch.stack((count, flag, odd.long()))
         residual = parts if parts.ndim == 1 else parts.amax(dim=1)
         return found.z, found.status, found.steps, residual, found.size, parts, figures, *known
 
@@ -102,7 +114,7 @@ def _compiled_steps(graph: Graph, solver: Solver, count: int) -> Compiled:
         status = torch.where(z.isfinite().all(dim=1), int(Status.STEPS_TAKEN), int(Status.NONFINITE))
         norm = torch.zeros_like(parts) if point is None else point.size()
         residual = parts if parts.ndim == 1 else parts.amax(dim=1)
-        figures = torch.zeros(2, dtype=torch.int64, device=z.device)
+        figures = torch.zeros(3, dtype=torch.int64, device=z.device)
         return z, status, torch.full_like(status, count), residual, norm, parts, figures
 
     return compiled(solve, (graph.flat(), *graph.others))

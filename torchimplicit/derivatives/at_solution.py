@@ -16,6 +16,7 @@ from torchimplicit.gradients import Implicit
 from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.nodes import LinearSolve
 from torchimplicit.gradients.point import SharedPoint
+from torchimplicit.gradients.start import Start
 from torchimplicit.gradients.transforms import jvp
 from torchimplicit.linear import Dense, LinearSolver
 from torchimplicit.precision import at_precision, without_autocast
@@ -114,13 +115,14 @@ class Derivatives:
             self._shared = SharedPoint(given.system, z, given.params, self._solver)
             self._task = Task(
                 system=given.system,
+                start=Start(given.flat),
                 run=lambda *_: reached,
                 solver=Anderson(),  # asked for nothing: the solution is there
                 record=self._record,
                 precision=given.precision,
                 shared=self._shared,
             )
-            self._z = self._rule.attach(self._task, given.flat, given.params).z
+            self._z = self._rule.attach(self._task, given.params).z
         self.value = given.layout.unflatten(self._z)
 
     @property

@@ -19,6 +19,7 @@ from torchimplicit.gradients.agreement import Agreement
 from torchimplicit.gradients.point import SharedPoint
 from torchimplicit.gradients.randomness import Randomness
 from torchimplicit.gradients.smoothness import Smoothness
+from torchimplicit.gradients.start import Start
 from torchimplicit.linear import LinearSolution, LinearSolver
 from torchimplicit.members import known_by
 from torchimplicit.precision import at_precision
@@ -27,9 +28,20 @@ from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.problems.linearization import Linearization, changed_since, check_unmoved
 from torchimplicit.saved import past_hooks
 from torchimplicit.solution import AdjointRecord
-from torchimplicit.solvers import Outcome, Solver
+from torchimplicit.solvers import Outcome, Solver, iterate
 
-Run = Callable[[System, Tensor, Sequence[Tensor]], Outcome]
+Run = Callable[[System, Start, Sequence[Tensor]], Outcome]
+
+
+def run_by(solver: Solver, recorded: int | None = None) -> Run:
+    """By ``solver``; of a given number of steps, autograd sees so many of the last ones, ``None`` for all."""
+
+    def run(system: System, start: Start, params: Sequence[Tensor]) -> Outcome:
+        if torch.is_grad_enabled():  # what is known of the start has no history
+            start.take_point()
+        return iterate(solver, system, start.take(), params, start.take_point(), recorded)
+
+    return run
 
 
 class Found(NamedTuple):
@@ -47,7 +59,8 @@ class Task:
 
     Attributes:
         system: what is solved.
-        run: how: ``run(system, z0, params)``, on plain tensors.
+        start: where it begins.
+        run: how: ``run(system, start, params)``, on plain tensors.
         solver: what ``run`` uses.
         record: where a backward solve leaves its report.
         precision: in which autocast evaluates the system; ``None`` where it is off.
@@ -64,11 +77,10 @@ class Task:
         direct: whether autograd differentiates what the estimator evaluates, what the function captures among it,
             which ``params`` do not hold: grad mode is on then, and no transform runs.
         aux: what the function returns beside the state; ``None``: it does not, or nobody asks.
-        opening: where no step is taken: the value at the start with its history, and the tensors that this leads back
-            to; taken out where it is used.
     """
 
     system: System
+    start: Start
     run: Run
     solver: Solver
     record: AdjointRecord
@@ -85,18 +97,17 @@ class Task:
     function: Any = None
     direct: bool = False
     aux: Auxiliary | None = None
-    opening: list[tuple[Tensor, Sequence[Tensor]]] = field(default_factory=list)
 
-    def solve(self, z0: Tensor, params: Sequence[Tensor], *, given_away: bool = True) -> Found:
+    def solve(self, params: Sequence[Tensor], *, given_away: bool = True) -> Found:
         """Run without recording gradients.
 
         Args:
             given_away: whether the solution itself is what the user gets.
         """
         if self.randomness is not None:
-            self.randomness.begin(z0)
+            self.randomness.begin(self.start.z)
         with torch.no_grad(), past_hooks():
-            outcome = self.run(self.system, z0, params)
+            outcome = self.run(self.system, self.start.fixed(), params)
             self.system.prepare(outcome.z, params)
             if self.randomness is not None:
                 self.randomness.end(outcome.z, params)
@@ -113,9 +124,7 @@ class Task:
 
     def spent(self, evaluations: int) -> None:
         """Count evaluations of the whole batch that the estimator makes in the forward pass, after the solve."""
-        outcome = self.outcomes[-1]
-        report = replace(outcome.report, evaluations=outcome.report.evaluations + evaluations)
-        self.outcomes[-1] = replace(outcome, report=report)
+        self.outcomes[-1] = self.outcomes[-1].having_spent(evaluations)
 
     def adjoint_solver(self, chosen: LinearSolver | None, z: Tensor) -> LinearSolver:
         """``chosen``, or what suits the system at ``z``."""
@@ -131,8 +140,9 @@ class Task:
 
     def recorded(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization:
         """The tape at the solution, for the backward pass."""
-        if self.opening:
-            out, (start, *own) = self.opening.pop()
+        opening = self.start.take_recorded()
+        if opening is not None:
+            out, (start, *own) = opening
             assert isinstance(self.system, FixedPointSystem)
             return Linearization.recorded(self.system.image, start, own, needs_grad, self.system.leaves, out)
         tape = None if self.shared is None else self.shared.tape(z, params, needs_grad)
@@ -199,7 +209,7 @@ class Gradient(ABC):
         return Passes(solver=solver, refusal=f"{type(self).__name__} needs the steps that the eager loop takes")
 
     @abstractmethod
-    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+    def attach(self, task: Task, params: Sequence[Tensor]) -> Found:
         """Solve, and give the solution this estimator's derivative in ``params``."""
 
     def recorded(self, solver: Solver) -> int | None:

@@ -13,8 +13,9 @@ from torchimplicit.solution import Report, Status
 from torchimplicit.solvers import Outcome
 
 
-def solved_without_numbers(task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+def solved_without_numbers(task: Task, params: Sequence[Tensor]) -> Found:
     """The start as the solution, after no step, with a history that leads to ``params``, where they get zeros."""
+    z0 = task.start.take()
     count = torch.full(z0.shape[:1], int(Status.CONVERGED), dtype=torch.int64, device=z0.device)
     figures = Report(count, torch.zeros_like(count), z0.detach().new_zeros(z0.shape[:1]), 0.0)
     task.outcomes.append(Outcome(z0.detach(), figures, trajectory=(z0.detach(),) if task.solver.keeps(0) else ()))

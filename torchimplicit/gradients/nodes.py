@@ -28,6 +28,7 @@ from torchimplicit.closure import is_transformed
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients.base import Found, Gradient, Task, differentiable
 from torchimplicit.gradients.figures import report
+from torchimplicit.gradients.start import Start
 from torchimplicit.gradients.transforms import (
     Grads,
     fold_copies,
@@ -86,25 +87,26 @@ class DerivativeRule(Gradient):
         """What :meth:`adjoint` needs of the problem's function, recorded in the forward pass; ``None``: nothing."""
         return None
 
-    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+    def attach(self, task: Task, params: Sequence[Tensor]) -> Found:
         """Solve, and differentiate by the rule."""
         if not differentiable(params):
-            return undifferentiated(task, self, z0, params)
+            return undifferentiated(task, self, params)
         # under a transform that differentiates, the graph of plain tensors below it would hardly ever be asked for
         task = task if all(map(is_plain, params)) else replace(task, records=False)
-        return Found(*Solve.apply(task, self, z0.detach(), *params))
+        return by_node(task, self, params)
 
 
 class Solve(Function):
-    """The solution of a task as a function of its parameters: ``(task, rule, z0, *params) -> Found``.
+    """The solution of a task as a function of its parameters: ``(task, rule, z0, *params) -> Found``. The task
+    has the start, but for ``z0`` where a transform has to see it.
 
     Its pullback is the rule's :meth:`~DerivativeRule.adjoint`, its tangent the rule's
     :meth:`~DerivativeRule.tangent`.
     """
 
     @staticmethod
-    def forward(task: Task, rule: DerivativeRule, z0: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-        return tuple(task.solve(z0, params))
+    def forward(task: Task, rule: DerivativeRule, z0: Tensor | None, *params: Tensor) -> tuple[Tensor, ...]:
+        return tuple((task if z0 is None else replace(task, start=Start(z0))).solve(params))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -351,10 +353,16 @@ class FirstOrderRule(DerivativeRule):
         )
 
 
-def undifferentiated(task: Task, rule: DerivativeRule, z0: Tensor, params: Sequence[Tensor]) -> Found:
+def by_node(task: Task, rule: DerivativeRule, params: Sequence[Tensor]) -> Found:
+    """The solution of the task, by a :class:`Solve` node."""
+    transformed = any(map(is_transformed, (task.start.z, *params)))
+    return Found(*Solve.apply(task, rule, task.start.fixed().take() if transformed else None, *params))
+
+
+def undifferentiated(task: Task, rule: DerivativeRule, params: Sequence[Tensor]) -> Found:
     """The solution of a task whose parameters have no derivative to give. A start that belongs to a transform is taken
     out of it by the node, for the solver runs on plain tensors."""
-    return Found(*Solve.apply(task, rule, z0.detach(), *params)) if is_transformed(z0) else task.solve(z0, params)
+    return by_node(task, rule, params) if is_transformed(task.start.z) else task.solve(params)
 
 
 def vjp_params(task: Task, g: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:

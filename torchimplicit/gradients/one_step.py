@@ -12,17 +12,18 @@ from torch.autograd.function import Function
 
 from torchimplicit.captured import Adjoint, Continuation, Passes
 from torchimplicit.closure import is_transformed
-from torchimplicit.gradients.base import Found, Task, differentiable
+from torchimplicit.gradients.base import Found, Task, differentiable, run_by
 from torchimplicit.gradients.continued import Continued
 from torchimplicit.gradients.figures import reported, truncated
 from torchimplicit.gradients.linear_estimate import LinearEstimate
+from torchimplicit.gradients.start import Start
 from torchimplicit.gradients.unrolled import through_steps
 from torchimplicit.gradients.unrolled_phantom import UnrolledPhantom
 from torchimplicit.linear import LinearSolution
 from torchimplicit.problems import System
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.solution import Status
-from torchimplicit.solvers import FixedPointIteration, Outcome, Solver, iterate
+from torchimplicit.solvers import FixedPointIteration, Outcome, Solver
 
 
 @final
@@ -39,19 +40,19 @@ class OneStep(LinearEstimate):
     def recorded(self, solver: Solver) -> int | None:
         return 1 if isinstance(solver, FixedPointIteration) and solver.steps else None
 
-    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+    def attach(self, task: Task, params: Sequence[Tensor]) -> Found:
         if task.direct and task.solver.steps == 0:  # the start of steps that autograd has seen the last of
-            found = task.solve(z0.detach(), params)
+            found = task.solve(params)
             z = _Moved.apply(found.z, -task.system.residual(found.z, *params))
             return found._replace(z=reported(z, task.record, truncated(found.z, 0, 0.0)))
         if self.recorded(task.solver) is None:
-            return super().attach(task, z0, params)
+            return super().attach(task, params)
         if task.capture is not None and task.capture.goes_on:
-            return self._compiled(task, z0, params)
+            return self._compiled(task, params)
         if task.direct or not differentiable(params):
-            found = through_steps(task, z0.detach(), params)
+            found = through_steps(task, task.start.fixed(), params)
             return found._replace(z=reported(found.z, task.record, truncated(found.z.detach(), 0, 0.0)))
-        return self._after_a_node(task, z0, params)
+        return self._after_a_node(task, params)
 
     def passes(self, solver: Solver) -> Passes:
         if self.recorded(solver) is None:
@@ -63,7 +64,7 @@ class OneStep(LinearEstimate):
         return Passes(solver=solver.given(solver.steps - 1), continuation=Continuation(1, solver.damping))
 
     @staticmethod
-    def _compiled(task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+    def _compiled(task: Task, params: Sequence[Tensor]) -> Found:
         """Of compiled code, which has the steps before the last one, and that one."""
         solver, capture = task.solver, task.capture
         assert isinstance(solver, FixedPointIteration)
@@ -71,10 +72,10 @@ class OneStep(LinearEstimate):
         assert capture is not None
         before = solver.given(solver.steps - 1)
 
-        def run(system: System, z0: Tensor, params: Sequence[Tensor]) -> Outcome:
-            return capture.solve(before, system, z0, params) or iterate(before, system, z0, params)
+        def run(system: System, start: Start, params: Sequence[Tensor]) -> Outcome:
+            return capture.solve(before, system, start.z, params) or run_by(before)(system, start, params)
 
-        found = replace(task, run=run).solve(z0.detach(), params)
+        found = replace(task, run=run).solve(params)
         z, (norm, parts) = Continued.apply(task, Continuation(1, solver.damping), found.z, *params)
         task.spent(1)
         outcome = task.outcomes[-1]
@@ -86,14 +87,14 @@ class OneStep(LinearEstimate):
         return Found(z, status, report.steps, residual)
 
     @staticmethod
-    def _after_a_node(task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+    def _after_a_node(task: Task, params: Sequence[Tensor]) -> Found:
         """Likewise, where a transform would see the steps before the last one too, but for a node around them."""
         solver = task.solver
         assert isinstance(solver, FixedPointIteration)
         assert solver.steps
         before = solver.given(solver.steps - 1)
-        task = replace(task, run=lambda system, z0, params: iterate(before, system, z0, params, recorded=1))
-        found = UnrolledPhantom(steps=1, damping=solver.damping).attach(task, z0, params)
+        task = replace(task, run=run_by(before, recorded=1))
+        found = UnrolledPhantom(steps=1, damping=solver.damping).attach(task, params)
         outcome = task.outcomes[-1]
         if not is_transformed(found.z):
             outcome = replace(outcome, z=found.z.detach())

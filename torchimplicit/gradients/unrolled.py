@@ -13,6 +13,7 @@ from torchimplicit.closure import is_vmapped
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients.base import Found, Gradient, Task, differentiable, owned, refuse_detached
 from torchimplicit.gradients.figures import reported
+from torchimplicit.gradients.start import Start
 from torchimplicit.solvers import Solver
 
 
@@ -29,29 +30,30 @@ class Unrolled(Gradient):
     def passes(self, solver: Solver) -> Passes:
         return Passes(solver=solver, refusal="Unrolled needs the steps that the eager loop takes")
 
-    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
-        if not task.direct and not differentiable((z0, *params)):
-            return task.solve(z0, params)
-        if any(map(is_vmapped, (z0, *params))):
+    def attach(self, task: Task, params: Sequence[Tensor]) -> Found:
+        from_start = differentiable((task.start.z,))
+        if not (task.direct or from_start or differentiable(params)):
+            return task.solve(params)
+        if any(map(is_vmapped, (task.start.z, *params))):
             raise UnsupportedDerivativeError(
                 "Unrolled cannot run under torch.func.vmap, where the number of steps would depend on the data: use "
                 "Implicit() or UnrolledPhantom()"
             )
-        found = through_steps(task, z0, params)
+        found = through_steps(task, task.start, params)
         report = task.outcomes[-1].report
         # the last evaluation judges the result and is not part of it, unless the steps were given; the first one starts
         # from a constant z0
         judging = 1 if task.solver.steps is None else 0
-        products = max(0.0, report.evaluations - judging - (0 if differentiable((z0,)) else 1))
+        products = max(0.0, report.evaluations - judging - (0 if from_start else 1))
         return found._replace(z=reported(found.z, task.record, replace(report, evaluations=products)))
 
     def recorded(self, solver: Solver) -> int | None:
         return solver.steps
 
 
-def through_steps(task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+def through_steps(task: Task, start: Start, params: Sequence[Tensor]) -> Found:
     """The solution as autograd sees it that has seen the steps."""
-    outcome = task.run(task.system, z0, params)
+    outcome = task.run(task.system, start, params)
     task.outcomes.append(outcome)
     report = outcome.report
     if outcome.z.requires_grad and task.solver.steps is None:  # given steps are a loop written by hand

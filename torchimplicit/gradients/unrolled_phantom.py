@@ -13,7 +13,7 @@ from torchimplicit.captured import Continuation, Passes
 from torchimplicit.gradients.base import Found, Gradient, Task, differentiable, owned, refuse_detached
 from torchimplicit.gradients.continued import Continued
 from torchimplicit.gradients.figures import reported, truncated
-from torchimplicit.gradients.nodes import DerivativeRule, Solve, undifferentiated
+from torchimplicit.gradients.nodes import DerivativeRule, by_node, undifferentiated
 from torchimplicit.gradients.transforms import Grads
 from torchimplicit.solvers import Solver
 from torchimplicit.validation import check_count, check_fraction
@@ -43,16 +43,16 @@ class UnrolledPhantom(Gradient):
         check_count(self, "steps")
         check_fraction(self, "damping")
 
-    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+    def attach(self, task: Task, params: Sequence[Tensor]) -> Found:
         compiled = task.capture is not None and task.capture.goes_on
         if task.direct or (compiled and task.solver.steps is not None):
-            found = task.solve(z0.detach(), params, given_away=False)
+            found = task.solve(params, given_away=False)
         elif not differentiable(params):
-            return undifferentiated(task, _Constant(), z0, params)
+            return undifferentiated(task, _Constant(), params)
         elif compiled:
-            found = task.solve(z0.detach(), params, given_away=False)
+            found = task.solve(params, given_away=False)
         else:
-            found = Found(*(t.detach() for t in Solve.apply(task, _Constant(), z0.detach(), *params)))
+            found = Found(*(t.detach() for t in by_node(task, _Constant(), params)))
         way = Continuation(self.steps, self.damping)
         h = Continued.apply(task, way, found.z, *params)[0] if compiled else way.taken(task.system, found.z, params)
         # of one step the derivative in the state is not asked for; given steps are a loop written by hand

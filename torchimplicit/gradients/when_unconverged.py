@@ -17,6 +17,7 @@ from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients.base import Found, Gradient, Task
 from torchimplicit.gradients.implicit import Implicit
 from torchimplicit.gradients.one_step import OneStep
+from torchimplicit.gradients.start import Start
 from torchimplicit.gradients.transforms import nested_forward_mode
 from torchimplicit.gradients.unrolled import Unrolled
 from torchimplicit.problems import System
@@ -95,8 +96,8 @@ class WhenUnconverged(Gradient):
     def passes(self, solver: Solver) -> Passes:
         return self.gradient.passes(solver)
 
-    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
-        found = self.gradient.attach(task, z0, params)
+    def attach(self, task: Task, params: Sequence[Tensor]) -> Found:
+        found = self.gradient.attach(task, params)
         if not carries_derivative(found.z):
             return found
         chosen = fell_short(found.status) if self.above is None else ~(found.residual <= self.above)
@@ -116,6 +117,7 @@ class WhenUnconverged(Gradient):
         reached = task.outcomes[-1]
         at = replace(
             task,
+            start=Start(found.z.detach()),
             run=lambda *_: reached,
             solver=replace(task.solver, steps=None),
             outcomes=[],
@@ -125,7 +127,7 @@ class WhenUnconverged(Gradient):
             direct=False,
             aux=None,
         )
-        other = self.instead.attach(at, z0, params)
+        other = self.instead.attach(at, params)
         task.spent(int(at.outcomes[-1].report.evaluations - reached.report.evaluations))
         return found._replace(z=torch.where(column, other.z, found.z))
 

@@ -28,7 +28,7 @@ from torchimplicit.nn.warm_start import WarmStart
 from torchimplicit.precision import without_autocast
 from torchimplicit.problems import FixedPoint
 from torchimplicit.solution import Solution
-from torchimplicit.solve import UNTRACED, solve
+from torchimplicit.solve import UNTRACED, solve_from
 from torchimplicit.solvers import Solver
 from torchimplicit.state import detached
 
@@ -199,10 +199,12 @@ class Equilibrium(nn.Module):
             )
             if steps is not None:
                 chosen |= refreshing(steps, gradient)
-            solution = solve(problem, z0, *args, **chosen, compile=self.compiles and steps is None)
+            start = [z0]
+            del z0
+            solution = solve_from(start, problem, args, **chosen, compile=self.compiles and steps is None)
         except (ValueError, RuntimeError) as error:
             if not given and _SHAPE.search(str(error)) and not isinstance(error, SolveError):
-                self._explain(error, inputs, z0)
+                self._explain(error, inputs)
             raise
         if any(is_transformed(leaf) for leaf in pytree.tree_leaves(solution.value)):
             self.solution = None  # a transform's tensors die with it
@@ -266,10 +268,11 @@ class Equilibrium(nn.Module):
             "the first input is a floating-point tensor are zeros like it taken"
         )
 
-    def _explain(self, error: Exception, inputs: tuple[Any, ...], z0: Any) -> None:
-        """Raise where ``error`` comes of a state of another shape than the zeros like the first input, ``z0``."""
-        if callable(getattr(self.cell, "initial_state", None)) or not isinstance(z0, Tensor):
+    def _explain(self, error: Exception, inputs: tuple[Any, ...]) -> None:
+        """Raise where ``error`` comes of a state of another shape than the zeros like the first input."""
+        if callable(getattr(self.cell, "initial_state", None)):
             return
+        z0 = self._initial(inputs)
         try:
             function, args = self._map(inputs, z0)
             with torch.no_grad():

@@ -13,13 +13,13 @@ from torch.autograd.function import Function
 from torchimplicit.closure import is_transformed, transforms_running
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients import Gradient, Implicit, LinearEstimate, NeumannPhantom
-from torchimplicit.gradients.base import Found, Task
+from torchimplicit.gradients.base import Found, Task, run_by
 from torchimplicit.gradients.figures import truncated
 from torchimplicit.precision import without_autocast
 from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.solution import Status
-from torchimplicit.solvers import FixedPointIteration, Solver, iterate
+from torchimplicit.solvers import FixedPointIteration, Solver
 from torchimplicit.state import row_norm
 
 
@@ -59,11 +59,10 @@ class AtLastStep(Gradient):
     def recorded(self, solver: Solver) -> int | None:
         return 1
 
-    def attach(self, task: Task, z0: Tensor, params: Sequence[Tensor]) -> Found:
+    def attach(self, task: Task, params: Sequence[Tensor]) -> Found:
         assert task.solver.steps
         before = task.solver.given(task.solver.steps - 1)
-        task_before = replace(task, run=lambda system, z0, params: iterate(before, system, z0, params))
-        start = task_before.solve(z0.detach(), params, given_away=False).z
+        start = replace(task, run=run_by(before)).solve(params, given_away=False).z
         # autograd sees the parameters as the function uses them, and the state as the leaf of the tape
         system = FixedPointSystem(fn=lambda z: task.system.fn(z, *params))
         if torch.is_grad_enabled():

@@ -19,7 +19,15 @@ from torchimplicit.problems import Point, System
 from torchimplicit.solution import GROWTH_LIMIT, Report, Status
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.given_steps import take_steps
-from torchimplicit.solvers.outcome import Outcome, traced
+from torchimplicit.solvers.magnitude import (
+    examined,
+    extreme,
+    extreme_at_first,
+    first_units,
+    in_range,
+    solved_in,
+)
+from torchimplicit.solvers.outcome import Outcome, Units, traced
 from torchimplicit.solvers.polyalgorithm import Polyalgorithm, in_turn
 from torchimplicit.solvers.review import after, as_one_system, given_up, review, tried_as_one
 from torchimplicit.solvers.tolerance import Judge, Measure
@@ -46,6 +54,7 @@ def iterate(
     recorded: int | None = None,
     only: Tensor | None = None,
     since: Tensor | None = None,
+    units: Units | None = None,
 ) -> Outcome:
     """Solve ``system`` from ``z0`` (``[batch, dim]``). Differentiable by autograd where grad mode is on.
 
@@ -55,7 +64,10 @@ def iterate(
         only: bool ``[batch]``, the samples to solve for; ``None``: all. The figures of the others say nothing.
         since: the sizes of the state where another solver began that has led to ``z0``, ``[batch]`` or ``[batch,
             leaves]``: first sizes, besides those of ``z0``.
+        units: in which that one has solved it.
     """
+    if units is not None:
+        return solved_in(units, iterate, solver, system, z0, params, only, since)
     if solver.steps is not None:
         return take_steps(solver.leading, system, z0, params, first, recorded)
     if isinstance(solver, Polyalgorithm):
@@ -66,11 +78,15 @@ def iterate(
             return together
     evaluate = Evaluator(system, params, rows_evaluated=0 if first is None else z0.shape[0])
     loop = _Loop(solver, evaluate, evaluate(evaluate.project(z0)) if first is None else first, only, since=since)
-    del first
+    del first, z0  # a start that is left behind is let go
+    units = first_units(system, loop.point, params) if loop.extreme and since is None else None
+    if units is not None:
+        outcome = solved_in(units, iterate, solver, system, loop.point.z, params, only)
+        return outcome.having_spent(evaluate.rows_evaluated / len(outcome.z))
     outcome = loop.run()
-    if not loop.stepped:  # and what was found so was found by the whole
-        return outcome
-    return reviewed(solver, evaluate, outcome, loop.first_judge, loop.mixed, loop.active > 0)
+    if loop.stepped:  # or what was found was found by the whole
+        outcome = reviewed(solver, evaluate, outcome, loop.first_judge, loop.mixed, loop.active > 0)
+    return examined(iterate, outcome, loop.first_judge, solver, system, params) if loop.extreme else outcome
 
 
 def as_one(solver: Solver, system: System) -> bool:
@@ -129,6 +145,7 @@ class _Loop:
         first_judge: of the first batch.
         stepped: whether there was any step.
         mixed: whether what is returned may not be what was evaluated last.
+        extreme: whether norms may underflow or overflow, at first; at the end, those by which samples were judged.
         confirmed: whether the solver says which samples are solved; ``within`` are then those that the rule has found.
         smooth: whether all samples have been active so far, and have improved in every step.
         unit: ``[batch, leaves]``, the first residual of each leaf, by which iterates are compared; ``None`` for one
@@ -151,7 +168,7 @@ class _Loop:
         self.batch = point.z.shape[0]
         self.active = self.batch if only is None else int(only.sum())
         self.certain = self.improving = True
-        self.mixed = self.stepped = False
+        self.mixed = self.stepped = self.extreme = False
         self.may_shrink = (
             evaluate.system.row_params is not None
             and not (solver.keep_trajectory or solver.keep_trace)
@@ -185,7 +202,7 @@ class _Loop:
         self.plain = self.judge.first is not None and size.ndim == 1 and point.merit is None and not self.confirmed
         self.smooth, self.tries = self.plain and only is None, 2
         self.within: Tensor | None = None
-        self.best_rank = torch.full_like(reach, torch.inf)
+        self.best_rank = torch.full_like(reach, in_range(reach.dtype)[1] if self.smooth else torch.inf)
         self.status = torch.full((self.batch,), _RUNNING, dtype=torch.int64, device=reach.device)
         self.steps = torch.zeros_like(self.status)
         self.running: Tensor | None = only
@@ -194,11 +211,11 @@ class _Loop:
         self.alive: Tensor | None = only
         self.rows: Tensor | None = None
         self.full: dict[str, Tensor] = {}
+        self._judge(0, None)
 
     def run(self) -> Outcome:
         solver = self.solver
         trajectory = [self.point.z if solver.keeps(0) else None]
-        self._judge(0, None)
         self._check_features()
         if self.judge.measure is not None and self.active and solver.wants_product():
             self._look_ahead(self.judge.measure)
@@ -257,8 +274,9 @@ class _Loop:
         norm, tolerance = point.size(), self.judge.tolerance(point)
         if self.smooth:
             self.smooth = ask and (move is None or (move.breakdown is None and move.solved is None))
+            least = tolerance if step else tolerance.clamp_min(in_range(norm.dtype)[0])
             # what improves on what was within the limit is so, too
-            self.smooth = self.smooth and bool(((norm > tolerance) & (norm < self.best_rank)).all())
+            self.smooth = self.smooth and bool(((norm > least) & (norm < self.best_rank)).all())
             if self.smooth:
                 self.best, self.best_rank = point, norm
                 return
@@ -304,8 +322,12 @@ class _Loop:
                 counted = [going, improved]
         self.certain = ask
         more = 0
+        if step == 0:
+            counted.append(extreme_at_first(norm, None if self.judge.measure is None else self.judge.measure.since))
         if ask:
             self.active, improving, *rest = torch.stack(counted).sum(dim=1).tolist()
+            if step == 0:
+                self.extreme = rest.pop() > 0
             self.improving = was_certain and improving == before
             more = sum(rest)
         else:
@@ -429,7 +451,7 @@ class _Loop:
         relative = torch.where(size > 0, size / best.scale, 0)
         worst = relative if relative.ndim == 1 else relative.amax(dim=1)
         found = {"z": best.z, "residual": worst, "status": self.status, "steps": self.steps}
-        found |= {"norm": size, "parts": relative}
+        found |= {"norm": size, "parts": relative, "terms": best.scale}
         measure = self.judge.measure
         if measure is not None:
             found |= {"recent": measure.recent, "most": measure.most}
@@ -458,6 +480,8 @@ class _Loop:
             measure = self.first_judge.measure
             if measure is not None:
                 measure.recent, measure.most = found["recent"], found["most"]
+        sizes = [found[name] for name in ("terms", "recent") if name in found]
+        self.extreme = bool(extreme(sizes[0] if len(sizes) == 1 else torch.stack(sizes)).any())
         evaluations = self.evaluate.rows_evaluated / max(self.batch, 1)
         report = Report(found["status"], found["steps"], found["residual"], evaluations)
         return Outcome(found["z"], report, trajectory, state, found["norm"], found["parts"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchimplicit.closure import is_transformed
-from torchimplicit.precision import safe_norm, widened
+from torchimplicit.precision import safe_norm, widened, working_dtype
 from torchimplicit.problems import Point, System
 from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.problems.joint_system import JointSystem
@@ -20,154 +20,183 @@ from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.problems.root import RootSystem
 from torchimplicit.solution import Status
 from torchimplicit.solvers.base import Evaluator, Solver
-from torchimplicit.solvers.outcome import Outcome
-from torchimplicit.solvers.review import seen_at
+from torchimplicit.solvers.outcome import Outcome, Units
+from torchimplicit.solvers.review import after, seen_at
 from torchimplicit.solvers.tolerance import Judge
-from torchimplicit.state import row_norm
 
 MARGIN = 1e3
 """How far from where squares underflow or overflow norms are taken as they are."""
 
-Solve = Callable[[Solver, System, Tensor, Sequence[Tensor]], Outcome]
+Solve = Callable[..., Outcome]
 
 
-@torch.no_grad()
-def examined(
-    solve: Solve, outcome: Outcome, solver: Solver, system: System, z0: Tensor, params: Sequence[Tensor]
-) -> Outcome:
-    """The outcome, or where squares underflow or overflow on the way to it, that of the problem in other units. One
-    read from the device; what is looked at beyond that is not counted.
-
-    A problem that is small or large as a whole, as one in SI units of atoms is in single precision, is solved again in
-    units of its first numbers. Elsewhere a sample that is only said to be solved since the square of its residual
-    underflows, as on the way down :math:`e^{-z}`, is not.
-    """
-    if outcome.norm is None or solver.steps is not None or isinstance(system, JointSystem):
-        return outcome
-    if any(map(is_transformed, (outcome.z, *params))):
-        return outcome
-    norm = outcome.norm if outcome.norm.ndim == 1 else outcome.norm.amin(dim=1)
-    lowest, highest = _range(norm.dtype)
-    size = row_norm(outcome.z)
-    low = outcome.report.converged & (norm <= lowest)
-    if not bool((low | (size <= lowest) | (size >= highest)).any()):
-        return outcome
-    extreme = ((size <= lowest) & (outcome.report.converged | (outcome.z != 0).any(dim=1))) | (size >= highest)
-    hidden, extremes = torch.stack((low, extreme)).any(dim=1).tolist()
-    if not (hidden or extremes):
-        return outcome
-    point = system.at(outcome.z, params)
-    low = low & (point.residual != 0).any(dim=1)
-    hidden = hidden and bool(low.any())
-    if not (hidden or (extremes and bool((point.residual != 0).any()))):
-        return outcome
-    other = None if outcome.state is not None else _units(system, z0, params)
-    if other is not None:
-        return _solved_in(*other, solve, solver, system, z0, params)
-    return _confirmed(outcome, low, point, solver, system, z0, params) if hidden else outcome
-
-
-def _range(dtype: torch.dtype) -> tuple[float, float]:
-    """Norms between which squares neither underflow nor overflow."""
+def in_range(dtype: torch.dtype) -> tuple[float, float]:
+    """Sizes between which squares neither underflow nor overflow, of them and of what the rule compares with them."""
     number = torch.finfo(dtype)
-    return MARGIN * number.tiny**0.5, number.max**0.5 / MARGIN
+    return MARGIN * number.tiny**0.5 / number.eps, number.max**0.5 / MARGIN
 
 
-def _units(system: System, z0: Tensor, params: Sequence[Tensor]) -> tuple[float, float] | None:
-    """What the state and the residual are divided by so that they are of about unit size at first, powers of two;
-    ``None`` where they are not extreme, or cannot be."""
-    if not isinstance(system, FixedPointSystem | RootSystem | MinimumSystem):
+def extreme(size: Tensor) -> Tensor:
+    """bool, number by number, whether sizes that solutions are judged by are so small or so large that the squares of
+    what is compared with them may underflow or overflow."""
+    lowest, highest = in_range(size.dtype)
+    return (size <= lowest) | (size >= highest)
+
+
+def extreme_at_first(size: Tensor, state: Tensor | None) -> Tensor:
+    """bool ``[batch]``, whether that holds for the first residual (``[batch]`` or ``[batch, leaves]``), or for the
+    first state where that is judged too: zero is a start like any other there."""
+    odd = extreme(size if size.ndim == 1 else size.amax(dim=1))
+    if state is None:
+        return odd
+    state = state if state.ndim == 1 else state.amax(dim=1)
+    return odd | (extreme(state) & (state > 0))
+
+
+def first_units(system: System, point: Point, params: Sequence[Tensor], first: Tensor | None = None) -> Units | None:
+    """The units of a problem that is small or large as a whole at the first ``point``, as one in SI units of atoms is
+    in single precision; ``None`` where it is not, or cannot be stated in others.
+
+    Args:
+        first: the sizes of the first residual, of a point that is not the first.
+    """
+    if not _restated(system) or any(map(is_transformed, (point.z, *params))):
         return None
-    if isinstance(system, MinimumSystem) and (system.hyperplane is not None or system.residuals is not None):
+    with torch.no_grad():
+        state, size = _largest(point.z), _largest(point.residual if first is None else first)
+        if point.image is not None:
+            state = size = max(state, _largest(point.image))
+        elif state == 0 and size > 0:  # as far as a step goes
+            image = Evaluator(system, params).product(point.z, (widened(point.residual) / size).to(point.z.dtype))
+            moved = 0.0 if image is None else _largest(safe_norm(widened(image)))
+            state = size / moved if moved > 0 else 0.0
+    return _units(state, size, point.z.dtype)
+
+
+def examined(
+    solve: Solve, outcome: Outcome, judge: Judge, solver: Solver, system: System, params: Sequence[Tensor]
+) -> Outcome:
+    """What becomes of an outcome whose sizes are :func:`extreme`; what is looked at is not counted.
+
+    Where the state began at zero, and turns out to be small as a whole, it goes on in units of what it has become.
+    Elsewhere a sample that is only said to be solved since the square of its residual underflows, as on the way down
+    :math:`e^{-z}`, is not.
+
+    Args:
+        solve: runs a solver, see :func:`~torchimplicit.solvers.iterate.iterate`.
+        judge: the rule of the loop that led here, for its first batch.
+    """
+    if isinstance(system, JointSystem) or any(map(is_transformed, (outcome.z, *params))):
+        return outcome
+    if not bool((outcome.report.status != Status.NONFINITE).any()):
+        return outcome
+    assert outcome.norm is not None
+    with torch.no_grad():
+        point = system.at(outcome.z, params)
+        moves = (point.residual != 0).any(dim=1)
+        norm = outcome.norm if outcome.norm.ndim == 1 else outcome.norm.amin(dim=1)
+        hidden = outcome.report.converged & (norm <= MARGIN * torch.finfo(norm.dtype).tiny ** 0.5) & moves
+        units = None
+        if judge.measure is not None and bool(moves.any()) and not bool(judge.measure.since.any()):
+            units = first_units(system, point, params, judge.measure.first)
+    if units is not None and units.state < 1:
+        return after(outcome, solved_in(units, solve, solver, system, outcome.z, params, only=moves), moves)
+    return _confirmed(outcome, hidden, point, judge, system, params) if bool(hidden.any()) else outcome
+
+
+def _restated(system: System) -> bool:
+    """Whether the problem can be stated in other units."""
+    if isinstance(system, MinimumSystem):
+        return system.hyperplane is None and system.residuals is None
+    return isinstance(system, FixedPointSystem | RootSystem)
+
+
+def _units(state: float, size: float, dtype: torch.dtype) -> Units | None:
+    """What makes numbers of these sizes about one; ``None`` where they are not extreme, or not known."""
+    lowest, highest = in_range(working_dtype(dtype))
+    if not (state > 0 and size > 0) or (lowest < min(state, size) and max(state, size) < highest):
         return None
-    point = system.at(z0, params)
-    r = widened(point.residual).nan_to_num(0.0, 0.0, 0.0)
-    state, size = float(z0.abs().amax()), float(r.abs().amax())
-    if point.image is not None:
-        state = max(state, float(point.image.nan_to_num(0.0, 0.0, 0.0).abs().amax()))
-        size = state
-    elif state == 0 and size > 0:  # as far as a step goes
-        image = Evaluator(system, params).product(z0, (r / size).to(z0.dtype))
-        moved = 0.0 if image is None else float(safe_norm(widened(image)).nan_to_num(0.0, 0.0, 0.0).amax())
-        state = size / moved if moved > 0 else 0.0
-    lowest, highest = _range(r.dtype)
-    share = 1e-2 * torch.finfo(r.dtype).eps  # of the first numbers, those to come
-    if not (0 < state < math.inf and 0 < size < math.inf):
-        return None
-    if all(lowest < share * each and each < share * highest for each in (state, size)):
-        return None
-    return _power(state), _power(size)
+    return Units(_power(state), _power(size))
 
 
 def _power(size: float) -> float:
     return 2.0 ** (math.frexp(size)[1] - 1)
 
 
-def _solved_in(
-    state: float,
-    size: float,
+def _largest(t: Tensor) -> float:
+    """The absolute value of the largest of finite numbers."""
+    return float(widened(t).nan_to_num(0.0, 0.0, 0.0).abs().amax()) if t.numel() else 0.0
+
+
+def solved_in(
+    units: Units,
     solve: Solve,
     solver: Solver,
     system: System,
     z0: Tensor,
     params: Sequence[Tensor],
+    only: Tensor | None = None,
+    since: Tensor | None = None,
 ) -> Outcome:
-    """The outcome of the problem whose state is divided by ``state`` and its residual by ``size``."""
-    fn, divisor = system.fn, size
+    """The outcome of the problem in other units, in its own; see :func:`~torchimplicit.solvers.iterate.iterate`."""
+    fn = system.fn
 
     def scaled(z: Tensor, *params: Tensor) -> Tensor:
-        out = fn(z * state, *params)
-        return out / divisor if not isinstance(system, MinimumSystem) else out / state / divisor
+        out = fn(z * units.state, *params)
+        return out / units.residual if not isinstance(system, MinimumSystem) else out / units.state / units.residual
 
     changes: dict[str, Any] = {}
     if solver.atol is not None:
-        changes["atol"] = pytree.tree_map(lambda a: a / size, solver.atol)
-    found = solve(replace(solver, **changes), replace(system, fn=scaled), z0 / state, params)
+        changes["atol"] = pytree.tree_map(lambda a: a / units.residual, solver.atol)
+    found = solve(
+        replace(solver, **changes),
+        replace(system, fn=scaled),
+        z0 / units.state,
+        params,
+        only=only,
+        since=None if since is None else since / units.state,
+    )
     return replace(
         found,
-        z=found.z * state,
-        trajectory=tuple(None if z is None else z * state for z in found.trajectory),
-        norm=None if found.norm is None else found.norm * size,
-        trace=tuple((norm * size, parts) for norm, parts in found.trace),
-        state=None,
+        z=found.z * units.state,
+        trajectory=tuple(None if z is None else z * units.state for z in found.trajectory),
+        norm=None if found.norm is None else found.norm * units.residual,
+        trace=tuple((norm * units.residual, parts) for norm, parts in found.trace),
+        # an inverse of a fixed point's Jacobian has no unit
+        state=found.state if isinstance(system, FixedPointSystem) else None,
+        units=units,
     )
 
 
+@torch.no_grad()
 def _confirmed(
-    outcome: Outcome,
-    low: Tensor,
-    point: Point,
-    solver: Solver,
-    system: System,
-    z0: Tensor,
-    params: Sequence[Tensor],
+    outcome: Outcome, hidden: Tensor, point: Point, judge: Judge, system: System, params: Sequence[Tensor]
 ) -> Outcome:
-    """The outcome without the samples among ``low`` (bool ``[batch]``) that the rule does not find solved by norms
+    """The outcome without the samples among ``hidden`` (bool ``[batch]``) that the rule does not find solved by norms
     which underflow nowhere."""
-    z, report, norms_of = outcome.z, outcome.report, system.safe_norms
+    report, norms_of = outcome.report, system.safe_norms
     assert outcome.norm is not None
-    judge = Judge(system, point, solver.rtol, solver.atol)
-    size, first = norms_of(torch.stack((point.residual, z0)))
-    if judge.measure is not None:
-        seen = seen_at(Evaluator(system, params), z)
+    size, measure = norms_of(point.residual), judge.measure
+    if measure is not None:
+        seen = seen_at(Evaluator(system, params), outcome.z)
         if seen is None:
             return outcome
-        judge.measure.recent = torch.maximum(norms_of(z), first * (judge.eps / judge.measure.share))
+        measure.recent = torch.maximum(norms_of(outcome.z), measure.recent)
         solved, _, parts = judge.look(*seen, closely=False, norms_of=norms_of)
-    elif point.image is not None and isinstance(system, FixedPointSystem):
+    elif point.image is not None and judge.floor is not None:
         terms = norms_of(point.image)
-        solved = size <= judge.rtol * (terms + judge.eps * first) + judge.atol
+        solved = size <= judge.rtol * terms + judge.floor
         solved, parts = solved if solved.ndim == 1 else solved.all(dim=1), torch.where(size > 0, size / terms, 0)
     else:
         return outcome
-    denied = low & ~solved
+    denied = hidden & ~solved
     relative = parts if parts.ndim == 1 else parts.amax(dim=1)
     figures = replace(
         report,
         status=report.status.masked_fill(denied, int(Status.BREAKDOWN)),
-        residual=torch.where(low, relative.to(report.residual.dtype), report.residual),
+        residual=torch.where(hidden, relative.to(report.residual.dtype), report.residual),
     )
-    column = low if size.ndim == 1 else low[:, None]
+    column = hidden if size.ndim == 1 else hidden[:, None]
     known = outcome.parts
     return replace(
         outcome,

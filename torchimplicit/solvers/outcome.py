@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchimplicit.problems import Point
 from torchimplicit.solution import Report, Turn
+
+
+class Units(NamedTuple):
+    """What the state and the residual are divided by so that they are of about unit size: powers of two."""
+
+    state: float
+    residual: float
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class Outcome:
         parts: the relative residuals likewise.
         trace: the two of every iterate that was evaluated, if they were to be kept; no size of terms, no relative one,
             which is NaN then.
+        units: in which it was solved, where not in the problem's own, in which everything here is.
         turns: of several solvers, which ones took part.
     """
 
@@ -36,6 +44,11 @@ class Outcome:
     parts: Tensor | None = None
     trace: tuple[tuple[Tensor, Tensor], ...] = ()
     turns: tuple[Turn, ...] = ()
+    units: Units | None = None
+
+    def having_spent(self, evaluations: float) -> Outcome:
+        """The same, with ``evaluations`` of the whole batch more."""
+        return replace(self, report=replace(self.report, evaluations=self.report.evaluations + evaluations))
 
 
 def traced(point: Point) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,8 @@ ROUNDS = 4
 """How many saddles are left, one after the other."""
 
 Solve = Callable[..., Outcome]
-"""``(solver, system, z0, params, first, only=..., since=...)``, see :func:`~torchimplicit.solvers.iterate.iterate`."""
+"""``(solver, system, z0, params, first, only=..., since=..., units=...)``, see
+:func:`~torchimplicit.solvers.iterate.iterate`."""
 
 
 @final
@@ -161,7 +162,7 @@ def in_turn(
         depend = coupling is not None and coupling.found and not coupling.promised
         only, since = None if depend else left, system.norms(z0)
         member = solver.adapted(member, least).going_on(outcome.trajectory)
-        found = solve(member, system, start, params, only=only, since=since)
+        found = solve(member, system, start, params, only=only, since=since, units=outcome.units)
         if coupling is not None and coupling.found and not coupling.promised:
             left = torch.ones_like(left)
         turns.append(_turn(member, found, left))
@@ -191,11 +192,9 @@ def _off_saddles(
         evaluate = Evaluator(system, params)
         point = evaluate(outcome.z)
         beside, stays = leave(evaluate, point, point, downward, chosen, TRIALS)
-        found = solve(lead.going_on(outcome.trajectory), system, beside.z, params, only=chosen & ~stays)
-        evaluations = found.report.evaluations + evaluate.rows_evaluated / len(stood)
-        outcome = _better(
-            outcome, replace(found, report=replace(found.report, evaluations=evaluations)), chosen & ~stays, True
-        )
+        going, solver = chosen & ~stays, lead.going_on(outcome.trajectory)
+        found = solve(solver, system, beside.z, params, only=going, units=outcome.units)
+        outcome = _better(outcome, found.having_spent(evaluate.rows_evaluated / len(stood)), going, True)
         named = named | stays | (chosen & (found.report.status == Status.NONFINITE))
         moved = chosen if moved is None else moved | chosen
         stood = chosen & _rests(outcome)

@@ -200,7 +200,8 @@ def after(before: Outcome, later: Outcome, samples: Tensor | None) -> Outcome:
     z = torch.where(samples[:, None], later.z, before.z)
     trajectory = before.trajectory + later.trajectory[1:]
     norm, parts = joined(later.norm, before.norm), joined(later.parts, before.parts)
-    return Outcome(z, report, trajectory, later.state, norm, parts, before.trace + later.trace[1:])
+    trace, units = before.trace + later.trace[1:], later.units or before.units
+    return Outcome(z, report, trajectory, later.state, norm, parts, trace, units=units)
 
 
 def given_up(outcome: Outcome, samples: Tensor) -> Outcome:

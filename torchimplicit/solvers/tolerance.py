@@ -105,6 +105,7 @@ class Measure:
 
     Attributes:
         since: ``[batch]`` or ``[batch, leaves]``, what it was at first, here or where another solver began.
+        first: likewise, the size of the first residual.
         local: bool ``[batch]`` or ``[batch, leaves]``: where what is known of the terms is known of the present point.
     """
 
@@ -122,6 +123,7 @@ class Measure:
             self.share, self.near = min(ROUNDING * eps / rtol, 0.1), rtol**0.5
         self.recent = system.norms(point.z)
         self.since = self.recent if since is None else torch.maximum(self.recent, since)
+        self.first = torch.zeros_like(self.recent)
         self.least = self.since * (eps / self.share)
         self.most = torch.full_like(self.recent, torch.inf)
         self.begun = False
@@ -131,8 +133,8 @@ class Measure:
 
     def start(self, point: Point) -> Point:
         """The first point, of whose terms nothing is known."""
-        norms = self.system.norms(point.residual)
-        return point.changed(error=norms, scale=torch.zeros_like(norms))
+        self.first = self.system.norms(point.residual)
+        return point.changed(error=self.first, scale=torch.zeros_like(self.first))
 
     @torch.no_grad()
     def step(self, point: Point, before: Point) -> Point:
