@@ -125,12 +125,11 @@ def solve_from(
     direct = direct and compiled is None
     layout, system, params, call = given.layout, given.system, given.params, given.call
     solver = at_precision(solver, given.precision)
-    for complaint in (solver.supports(system), gradient.supports(system, solver)):
-        if complaint:
-            raise ValueError(complaint)
+    solver.supports(system)
+    gradient.supports(system, solver)
 
-    if problem.outside:
-        _tell_outside(problem, system, given.flat, params)
+    if problem.announces_start:
+        _warn_of_moved_start(problem, system, given.flat, params)
 
     record = AdjointRecord()
     task = Task(
@@ -221,7 +220,7 @@ def solve_from(
         _record=record,
         _attach=attach,
     )
-    _tell(solution, outcome.report, solver, throw)
+    _warn(solution, outcome.report, solver, throw)
     return solution
 
 
@@ -288,7 +287,7 @@ def _runner(solver: Solver, own: System, compiled: Capture | None, recorded: int
     return run
 
 
-def _tell_outside(problem: Problem, system: System, z0: Tensor, params: Sequence[Tensor]) -> None:
+def _warn_of_moved_start(problem: Problem, system: System, z0: Tensor, params: Sequence[Tensor]) -> None:
     """Warn where the start has to be moved onto the constraint's set, beyond rounding."""
     if any(is_transformed(t) for t in (z0, *params)):
         return
@@ -299,12 +298,10 @@ def _tell_outside(problem: Problem, system: System, z0: Tensor, params: Sequence
         moved = row_norm(placed - z0) > torch.finfo(z0.dtype).eps ** 0.5 * row_norm(z0)
         count = int(moved.sum())
     if count:
-        notice(
-            "the start was moved onto the constraint", problem.outside.format(count=count, rows=len(z0)), UserWarning
-        )
+        notice("the start was moved onto the constraint", problem.explain_start(count, len(z0)), UserWarning)
 
 
-def _tell(solution: Solution, report: Report, solver: Solver, throw: bool) -> None:
+def _warn(solution: Solution, report: Report, solver: Solver, throw: bool) -> None:
     """Count the solve, and raise or warn where samples did not converge. One read from the device where all did."""
     samples = report.status.numel()
     if not bool((report.status if solver.steps is None else report.fell_short).any()):
@@ -314,19 +311,25 @@ def _tell(solution: Solution, report: Report, solver: Solver, throw: bool) -> No
     bad = (report.status == Status.NONFINITE).nonzero().flatten().tolist()
     name = ", then ".join(turn.solver for turn in solution.turns) or type(solver).__name__
     if not bad:
-        told = solver.fell_short(report.summary() + turned(solution.turns)) + solution.problem.advice
-        notice(f"{name} did not converge", told, ConvergenceWarning)
+        worst = Status(int(report.status.amax()))
+        summary = solver.fell_short(report.summary() + turned(solution.turns))
+        notice(f"{name} did not converge", _sentences(summary, solution.problem.explain(worst)), ConvergenceWarning)
         return
     shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
     left = "each is frozen at its last good iterate" if solver.steps is None else "the steps were taken all the same"
     message = (
         f"{name} met NaN, infinity or a residual that grew without bound in {len(bad)} of {samples} samples ({shown}); "
         f"{left}. Try {_remedies(solution.problem, solver)}, or look for bad input in those samples"
-        f"{solution.problem.advice}"
     )
+    message = _sentences(message, solution.problem.explain(Status.NONFINITE))
     if throw:
-        raise SolveError(message + ". error.solution holds every sample's result; throw=False returns it", solution)
+        held = "error.solution holds every sample's result; throw=False returns it"
+        raise SolveError(_sentences(message, held), solution)
     notice(f"{name} met NaN or infinity", message, ConvergenceWarning)
+
+
+def _sentences(*said: str) -> str:
+    return ". ".join(filter(None, said))
 
 
 def _remedies(problem: Problem, solver: Solver) -> str:

@@ -218,9 +218,12 @@ class Gradient(ABC):
         ``None`` elsewhere."""
         return None
 
-    def supports(self, system: System, solver: Solver) -> str | None:
-        """``None`` where the estimator can differentiate this solve; otherwise why not, and what to take instead."""
-        return None
+    def supports(self, system: System, solver: Solver) -> None:
+        """Check that the estimator can differentiate this solve.
+
+        Raises:
+            ValueError: it cannot; the message says what to take instead.
+        """
 
 
 def refuse_detached(task: Task, z: Tensor, params: Sequence[Tensor]) -> None:

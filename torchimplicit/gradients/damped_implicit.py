@@ -52,12 +52,12 @@ class DampedImplicit(LinearEstimate):
         check_positive(self, "margin")
         check_type(self, "linear_solver", LinearSolver, optional=True)
 
-    def supports(self, system: System, solver: Solver) -> str | None:
-        if isinstance(system, MinimumSystem):
-            return None
-        return (
-            "DampedImplicit is for a Minimum, which has a Hessian, on a single LinearEquality or none: use Implicit()"
-        )
+    def supports(self, system: System, solver: Solver) -> None:
+        if not isinstance(system, MinimumSystem):
+            raise ValueError(
+                "DampedImplicit is for a Minimum, which has a Hessian, on a single LinearEquality or none: "
+                "use Implicit()"
+            )
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         solver = task.adjoint_solver(self.linear_solver, tape.z)

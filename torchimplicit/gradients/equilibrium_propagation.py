@@ -73,18 +73,17 @@ class EquilibriumPropagation(FirstOrderRule):
         check_positive(self, "reach")
         check_count(self, "subspace", 2)
 
-    def supports(self, system: System, solver: Solver) -> str | None:
+    def supports(self, system: System, solver: Solver) -> None:
         if isinstance(self.solver or solver, (LevenbergMarquardt, Given)):
-            return (
+            raise ValueError(
                 "EquilibriumPropagation minimizes a nudged energy, which is no sum of squares, and does take steps: "
                 "give it a solver of minima, EquilibriumPropagation(solver=LBFGS()), or use Implicit()"
             )
-        if isinstance(system, MinimumSystem):
-            return None
-        return (
-            "EquilibriumPropagation differentiates a Minimum, which has an energy, free or on a single LinearEquality: "
-            "for this problem use Implicit()"
-        )
+        if not isinstance(system, MinimumSystem):
+            raise ValueError(
+                "EquilibriumPropagation differentiates a Minimum, which has an energy, free or on a single "
+                "LinearEquality: for this problem use Implicit()"
+            )
 
     def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization:
         """The energies of the forward pass alone, without a graph: the nudged energy is evaluated elsewhere."""

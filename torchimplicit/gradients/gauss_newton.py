@@ -42,10 +42,11 @@ class GaussNewton(LinearEstimate):
     def __post_init__(self) -> None:
         check_type(self, "linear_solver", LinearSolver, optional=True)
 
-    def supports(self, system: System, solver: Solver) -> str | None:
-        if isinstance(system, MinimumSystem) and system.residuals is not None:
-            return None
-        return "GaussNewton differentiates a LeastSquares, which has residuals: for this problem use Implicit()"
+    def supports(self, system: System, solver: Solver) -> None:
+        if not isinstance(system, MinimumSystem) or system.residuals is None:
+            raise ValueError(
+                "GaussNewton differentiates a LeastSquares, which has residuals: for this problem use Implicit()"
+            )
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         system = task.system

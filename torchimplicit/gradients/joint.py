@@ -26,10 +26,9 @@ from torchimplicit.validation import check_positive, check_type
 class JointEstimate(FirstOrderRule):
     """An estimator of the parameters' gradient through :class:`JointInference`. Reverse mode, first order."""
 
-    def supports(self, system: System, solver: Solver) -> str | None:
-        if isinstance(system, JointSystem):
-            return None
-        return f"{type(self).__name__} differentiates a JointInference: for this problem use Implicit()"
+    def supports(self, system: System, solver: Solver) -> None:
+        if not isinstance(system, JointSystem):
+            raise ValueError(f"{type(self).__name__} differentiates a JointInference: for this problem use Implicit()")
 
 
 @final

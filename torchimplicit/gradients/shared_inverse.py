@@ -47,13 +47,12 @@ class SharedInverse(LinearEstimate):
         check_count(self, "refine", least=0)
         check_positive(self, "ratio")
 
-    def supports(self, system: System, solver: Solver) -> str | None:
-        if isinstance(solver.leading, Broyden):
-            return None
-        return (
-            f"SharedInverse reuses the inverse that Broyden builds, and the solver is {type(solver.leading).__name__}: "
-            "solve with solver=Broyden(), or take another gradient"
-        )
+    def supports(self, system: System, solver: Solver) -> None:
+        if not isinstance(solver.leading, Broyden):
+            raise ValueError(
+                f"SharedInverse reuses the inverse that Broyden builds, and the solver is "
+                f"{type(solver.leading).__name__}: solve with solver=Broyden(), or take another gradient"
+            )
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         state = task.outcomes[-1].state

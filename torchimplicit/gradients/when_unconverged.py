@@ -81,14 +81,14 @@ class WhenUnconverged(Gradient):
         """The estimators that this one is made of."""
         return (self.gradient, self.instead) if isinstance(self.instead, Gradient) else (self.gradient,)
 
-    def supports(self, system: System, solver: Solver) -> str | None:
+    def supports(self, system: System, solver: Solver) -> None:
         if solver.steps is not None and self.above is None:
-            return (
+            raise ValueError(
                 f"WhenUnconverged cannot tell which samples are solved after steps={solver.steps}, which tests "
                 "nothing: give it above=..., the relative residual beyond which a sample is not"
             )
-        complaints = (member.supports(system, solver) for member in self.members)
-        return next((complaint for complaint in complaints if complaint), None)
+        for member in self.members:
+            member.supports(system, solver)
 
     def recorded(self, solver: Solver) -> int | None:
         return None if isinstance(self.instead, Gradient) else self.gradient.recorded(solver)

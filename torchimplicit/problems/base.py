@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchimplicit.members import module_of
 from torchimplicit.problems.system import System
+from torchimplicit.solution import Status
 from torchimplicit.state import Layout
 
 
@@ -22,10 +23,17 @@ class Problem(ABC):
     has_aux: bool = False
     by_gradient: ClassVar[bool] = False
     """Whether an evaluation takes a gradient of the function: its value alone is none."""
-    outside: ClassVar[str] = ""
-    """What to say of a start that the constraint does not allow; nothing where it need not."""
-    advice: ClassVar[str] = ""
-    """What else may help where a sample is not solved."""
+    announces_start: ClassVar[bool] = False
+    """Whether :meth:`explain_start` is to be told where the constraint does not allow the start."""
+
+    def explain(self, status: Status) -> str:
+        """What else may have led to a sample's ``status``, and what to do about it, in sentences without a full stop
+        at the end; empty where the solver says all there is to say."""
+        return ""
+
+    def explain_start(self, moved: int, rows: int) -> str:
+        """What to say where the start had to be moved onto the constraint, in ``moved`` of ``rows`` samples."""
+        return f"the start lies outside the constraint in {moved} of {rows} samples, and was projected onto it"
 
     def start(self, z0: Any) -> Any:
         """The whole initial state, of what the caller gave."""

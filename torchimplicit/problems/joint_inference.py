@@ -17,6 +17,7 @@ from torchimplicit.problems.joint_system import JointSystem, Parts
 from torchimplicit.problems.per_sample import column, flat_tree, taken
 from torchimplicit.problems.sets import FlatBox, FlatCut
 from torchimplicit.problems.system import System
+from torchimplicit.solution import Status
 from torchimplicit.state import Layout, Leaves
 
 StepSize = float | Tensor | Callable[[int], float]
@@ -83,14 +84,7 @@ class JointInference(Problem):
     damping: tuple[float, float, float] = (1.0, 1.0, 1.0)
     normalized: bool | Literal["sign"] = False
     by_gradient: ClassVar[bool] = True
-    advice: ClassVar[str] = (
-        ". In JointInference a step_size that is too large diverges, and a loss without a least value lets the input "
-        "run off: lower step_size, add a constraint (L2Ball, Box), or a term in x to the loss"
-    )
-
-    outside: ClassVar[str] = (
-        "the initial x lies outside the constraint's set in {count} of {rows} samples, and was projected onto it"
-    )
+    announces_start: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_function(self.f, "f")
@@ -120,6 +114,17 @@ class JointInference(Problem):
         if self.constraint is None:
             return ()
         return self.constraint if isinstance(self.constraint, tuple) else (self.constraint,)
+
+    def explain(self, status: Status) -> str:
+        return (
+            "In JointInference a step_size that is too large diverges, and a loss without a least value lets the input "
+            "run off: lower step_size, add a constraint (L2Ball, Box), or a term in x to the loss"
+        )
+
+    def explain_start(self, moved: int, rows: int) -> str:
+        return (
+            f"the initial x lies outside the constraint's set in {moved} of {rows} samples, and was projected onto it"
+        )
 
     @property
     def function(self) -> Callable[..., Any]:

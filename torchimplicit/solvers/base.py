@@ -230,9 +230,20 @@ class Solver(ABC):
         """The solver that takes the first steps: itself, unless it is made of several."""
         return self
 
-    def supports(self, system: System) -> str | None:
-        """``None`` where this solver can solve ``system``; otherwise why not, and what to take instead."""
-        return None
+    def supports(self, system: System) -> None:
+        """Check that this solver can solve ``system``.
+
+        Raises:
+            ValueError: it cannot; the message says what to take instead.
+        """
+
+    def suits(self, system: System) -> bool:
+        """Whether :meth:`supports` has nothing against ``system``."""
+        try:
+            self.supports(system)
+        except ValueError:
+            return False
+        return True
 
     @abstractmethod
     def start(self, point: Point) -> Any:

@@ -81,15 +81,14 @@ class Chandrupatla(Solver):
         if not bool(((low < high) & low.isfinite() & high.isfinite()).all()):
             raise ValueError("Chandrupatla.low must be less than high, and both finite, in every sample")
 
-    def supports(self, system: System) -> str | None:
+    def supports(self, system: System) -> None:
         if not isinstance(system, (RootSystem, FixedPointSystem)):
-            return "Chandrupatla is for a Root or a FixedPoint: for a Minimum take LBFGS or NewtonKrylov"
+            raise ValueError("Chandrupatla is for a Root or a FixedPoint: for a Minimum take LBFGS or NewtonKrylov")
         if system.leaves is not None and sum(system.leaves.sizes) != 1:
-            return (
+            raise ValueError(
                 f"Chandrupatla is for one unknown per sample, and the state has {sum(system.leaves.sizes)}: take "
                 "NewtonKrylov, or reshape independent equations to a batch, [batch, 1]"
             )
-        return None
 
     def confirms(self, system: System, z: Tensor) -> bool:
         return True

@@ -38,8 +38,8 @@ class GradientDescent(Solver):
         if self.momentum >= 1:
             raise ValueError(f"GradientDescent.momentum is {self.momentum}, and must lie in [0, 1)")
 
-    def supports(self, system: System) -> str | None:
-        return only_minimum(self, system)
+    def supports(self, system: System) -> None:
+        only_minimum(self, system)
 
     def start(self, point: Point) -> Any:
         return torch.zeros_like(point.z)
@@ -49,15 +49,15 @@ class GradientDescent(Solver):
         return Move(torch.add(point.z, velocity, alpha=self.step_size), velocity)
 
 
-def only_minimum(solver: Solver, system: System) -> str | None:
-    """Why ``solver``, which needs an energy, cannot solve ``system``; ``None`` where it can."""
+def only_minimum(solver: Solver, system: System) -> None:
+    """Raise where ``solver``, which needs an energy, cannot solve ``system``."""
     if isinstance(system, MinimumSystem):
-        return None
+        return
     if isinstance(system, ProjectedSystem):
-        return (
+        raise ValueError(
             f"{type(solver).__name__} knows no constraint but a single LinearEquality: on this one take ProjectedNewton"
         )
-    return (
+    raise ValueError(
         f"{type(solver).__name__} needs an energy, and only Minimum has one: for FixedPoint take Anderson, Broyden or "
         "FixedPointIteration; for Root take NewtonKrylov or Broyden"
     )

@@ -79,8 +79,8 @@ class LBFGS(Solver):
         check_count(self, "memory")
         check_count(self, "trials")
 
-    def supports(self, system: System) -> str | None:
-        return only_minimum(self, system)
+    def supports(self, system: System) -> None:
+        only_minimum(self, system)
 
     def wants_product(self) -> bool:
         return self.preconditioner is None or super().wants_product()

@@ -78,13 +78,12 @@ class LevenbergMarquardt(Solver):
         check_type(self, "linear_solver", LinearSolver, optional=True)
         check_count(self, "trials")
 
-    def supports(self, system: System) -> str | None:
-        if _residuals(system) is not None:
-            return None
-        return (
-            "LevenbergMarquardt needs the residuals of a sum of squares: state a LeastSquares, or a Root; for a "
-            "Minimum take LBFGS or NewtonKrylov, for a FixedPoint Anderson"
-        )
+    def supports(self, system: System) -> None:
+        if _residuals(system) is None:
+            raise ValueError(
+                "LevenbergMarquardt needs the residuals of a sum of squares: state a LeastSquares, or a Root; for a "
+                "Minimum take LBFGS or NewtonKrylov, for a FixedPoint Anderson"
+            )
 
     def start(self, point: Point) -> LevenbergMarquardtState:
         damping = torch.full_like(point.z[:, 0], self.damping, dtype=working_dtype(point.z.dtype))

@@ -191,8 +191,8 @@ class NewtonCG(Solver):
         check_count(self, "inner")
         check_count(self, "trials")
 
-    def supports(self, system: System) -> str | None:
-        return only_minimum(self, system)
+    def supports(self, system: System) -> None:
+        only_minimum(self, system)
 
     def wants_product(self) -> bool:
         return self.wants_relative()

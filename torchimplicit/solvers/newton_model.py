@@ -47,11 +47,11 @@ def assembles(z: Tensor) -> bool:
     return dim <= ASSEMBLED and batch * dim * dim <= ENTRIES
 
 
-def only_maps(solver: Solver, system: System) -> str | None:
-    """Why ``solver``, which lowers the norm of a residual, cannot solve ``system``; ``None`` where it can."""
+def only_maps(solver: Solver, system: System) -> None:
+    """Raise where ``solver``, which lowers the norm of a residual, cannot solve ``system``."""
     if not isinstance(system, MinimumSystem):
-        return None
-    return (
+        return
+    raise ValueError(
         f"{type(solver).__name__} lowers the norm of a residual, which at a maximum or a saddle of an energy is as "
         "small as at a minimum: for Minimum take LBFGS, NewtonCG or NewtonKrylov"
     )

@@ -80,14 +80,11 @@ class Polyalgorithm(Solver):
 
     def suited(self, system: System) -> tuple[Solver, ...]:
         """The members that can solve ``system``."""
-        return tuple(member for member in self.members if member.supports(system) is None)
+        return tuple(member for member in self.members if member.suits(system))
 
-    def supports(self, system: System) -> str | None:
-        return (
-            None
-            if self.members[0].supports(system) is None or self.suited(system)
-            else self.members[0].supports(system)
-        )
+    def supports(self, system: System) -> None:
+        if not self.suited(system):
+            self.members[0].supports(system)
 
     def fell_short(self, summary: str) -> str:
         names = ", ".join(dict.fromkeys(type(member).__name__ for member in self.members))
@@ -125,7 +122,7 @@ def in_turn(
         first: the evaluation at ``z0``, where it has been made already.
         begun: what the first member gave, where it has run already.
     """
-    lead, *others = solver.members if solver.members[0].supports(system) is None else solver.suited(system)
+    lead, *others = solver.members if solver.members[0].suits(system) else solver.suited(system)
     outcome = solve(solver.adapted(lead, solver.max_steps), system, z0, params, first) if begun is None else begun
     report = outcome.report
     if torch.is_grad_enabled() or any(is_transformed(t) for t in (outcome.z, report.status)):
@@ -151,7 +148,7 @@ def in_turn(
         count, least = torch.stack((left.sum(), torch.where(left, budget, solver.max_steps).amin())).tolist()
         if not count or least < 1:
             break
-        if member.supports(system) is not None:
+        if not member.suits(system):
             continue
         if member.by_products and products is None:
             products = _gives_products(system, outcome.z, params)

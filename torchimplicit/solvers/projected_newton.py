@@ -72,13 +72,12 @@ class ProjectedNewton(Solver):
         check_count(self, "trials", least=0)
         check_count(self, "halvings")
 
-    def supports(self, system: System) -> str | None:
-        if isinstance(system, ProjectedSystem):
-            return None
-        return (
-            "ProjectedNewton is for a Minimum on a set (Box, L2Ball, Simplex, inequalities, a Projection, a Proximal): "
-            "without one, or on a single LinearEquality, take LBFGS or NewtonKrylov"
-        )
+    def supports(self, system: System) -> None:
+        if not isinstance(system, ProjectedSystem):
+            raise ValueError(
+                "ProjectedNewton is for a Minimum on a set (Box, L2Ball, Simplex, inequalities, a Projection, a "
+                "Proximal): without one, or on a single LinearEquality, take LBFGS or NewtonKrylov"
+            )
 
     def confirms(self, system: System, z: Tensor) -> bool:
         """A residual does not tell a minimum from a saddle, but the curvature along the set does."""

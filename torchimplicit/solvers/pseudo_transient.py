@@ -54,8 +54,8 @@ class PseudoTransient(Solver):
         check_type(self, "linear_solver", LinearSolver, optional=True)
         check_positive(self, "step_size")
 
-    def supports(self, system: System) -> str | None:
-        return only_maps(self, system)
+    def supports(self, system: System) -> None:
+        only_maps(self, system)
 
     def start(self, point: Point) -> Any:
         return None

@@ -102,8 +102,8 @@ class TrustRegion(Solver):
         check_positive(self, "radius")
         check_count(self, "trials")
 
-    def supports(self, system: System) -> str | None:
-        return only_maps(self, system)
+    def supports(self, system: System) -> None:
+        only_maps(self, system)
 
     def start(self, point: Point) -> Any:
         return None
