@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import torchimplicit as ti
-from torchimplicit import Anderson, Broyden, FixedPointIteration, GradientDescent, Implicit
+from torchimplicit import LBFGS, Anderson, Broyden, FixedPointIteration, GradientDescent, Implicit, NewtonKrylov
 from torchimplicit.gradients import Gradient
 from torchimplicit.solvers import Solver
 from torchimplicit.testing import GradientSuite
@@ -61,6 +61,49 @@ class TestCompiledGradientDescent(_Compiled):
 
     def make(self, **options: Any) -> Solver:
         return GradientDescent(**{"step_size": 0.5, "momentum": 0.5, **options})
+
+
+@pytest.mark.usefixtures("interpreted")
+class TestCompiledLBFGS(_Compiled):
+    kind = "energy"
+    unrolled = False
+    reads, row_cost = 2.5, 1.8  # where the eager loop serves
+    function = SolverSuite.function
+
+    def make(self, **options: Any) -> Solver:
+        return LBFGS(**options)
+
+
+@pytest.mark.usefixtures("interpreted")
+class TestCompiledNewton(_Compiled):
+    unrolled = False
+    half = False
+    reads, row_cost = 60.0, 3.9
+
+    def make(self, **options: Any) -> Solver:
+        return NewtonKrylov(**options)
+
+
+@pytest.mark.usefixtures("interpreted")
+class TestCompiledNewtonBiCGStab(_Compiled):
+    unrolled = False
+    half = False
+    reads, row_cost = 60.0, 3.9
+
+    def make(self, **options: Any) -> Solver:
+        return NewtonKrylov(linear_solver=ti.BiCGStab(), **options)
+
+
+@pytest.mark.usefixtures("interpreted")
+class TestCompiledNewtonDescent(_Compiled):
+    kind = "energy"
+    unrolled = False
+    half = False
+    reads, row_cost = 60.0, 3.9
+    function = SolverSuite.function
+
+    def make(self, **options: Any) -> Solver:
+        return NewtonKrylov(**options)
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -1,37 +1,31 @@
-"""The adjoint solve, compiled: products with the Jacobian traced once, and taken apart.
-
-What a product takes from the point alone is computed before the loop, and what depends on the vector in its body. The
-series' loop is that of the forward solve, for the map :math:`y\\mapsto y+(b-A^Ty)`.
+"""The adjoint solve, compiled. The series' loop is that of the forward solve, for the map
+:math:`y\\mapsto y+(b-A^Ty)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from torchimplicit.captured.compiled import Compiled, compiled, traced_apart
+from torchimplicit.captured.compiled import Compiled, compiled
 from torchimplicit.captured.graph import Graph
 from torchimplicit.captured.iteration import Rule, Way, run
+from torchimplicit.captured.linear import ASSEMBLED, Parts, Product, Right, Solved, assembled, by_method
 from torchimplicit.captured.loop import while_loop
-from torchimplicit.captured.parts import dependents, is_view, needed_before, part
 from torchimplicit.captured.steps import Plain, Step, Tried
-from torchimplicit.linear import CG, GMRES, MINRES, BiCGStab, Dense, LinearOperator, LinearSolver, Neumann
+from torchimplicit.linear import CG, GMRES, MINRES, BiCGStab, Dense, LinearSolver, Neumann
 from torchimplicit.linear.confirmed import SLACK
 from torchimplicit.linear.iterative import IterativeSolver
-from torchimplicit.linear.system import LinearSystem
 from torchimplicit.precision import UnitRows, default_rtol, safe_norm
 from torchimplicit.problems import FixedPoint, JointInference, Minimum, Point, Problem, System
 from torchimplicit.problems.system import UNLIKE
 from torchimplicit.solution import Status
 from torchimplicit.solvers import FixedPointIteration, Solver
 from torchimplicit.solvers.tolerance import Judge
-
-ASSEMBLED = 128
-"""Up to so many unknowns, ``Dense`` is compiled."""
 
 _DOUBT = 1e-2
 """The relative error that a derivative may have by what is known of the condition, at the default tolerance: one that
@@ -107,26 +101,6 @@ def _replaced(given: Adjoint, damping: float = 1.0, **changes: Any) -> Adjoint:
     return Adjoint(given.rtol, given.atol, given.max_steps, damping, **changes)
 
 
-class _Right(NamedTuple):
-    """The system: ``b`` ``[batch, dim]``, of about unit size, its norms and by what it was multiplied, ``[batch]``."""
-
-    b: Tensor
-    scale: Tensor
-    factor: Tensor
-
-
-class _Solved(NamedTuple):
-    """``x`` ``[batch, dim]``; bool ``[batch]``, whether it is the solution as far as the method knows; the steps of
-    each row, int64 ``[batch]``; how many products were taken, int64; and what the norm of each row's matrix is at
-    least."""
-
-    x: Tensor
-    solved: Tensor
-    steps: Tensor
-    products: Tensor
-    size: Tensor
-
-
 def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool]) -> Compiled:
     """``(z, u, *inputs) -> (sound, steps, residual, condition, products, *grads)``.
 
@@ -145,17 +119,18 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool])
         return product, *(grad for grad in system.vjp_params(tape, g) if grad is not None)
 
     def solve(z: Tensor, u: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        parts = _Parts.of(products, z, inputs)
+        parts = Parts.of(products, z, inputs)
         saved = parts.before(z, *inputs)
         system = graph.system(inputs)[0]
         unit = UnitRows.of(u)
         b, factor, finite = unit.unit, unit.factor, unit.finite[:, 0]
-        right = _Right(b, torch.linalg.vector_norm(b, dim=-1), factor[:, 0])
+        right = Right(b, torch.linalg.vector_norm(b, dim=-1), factor[:, 0])
         scale = right.scale
         if isinstance(adjoint.method, Dense):
-            found = _assembled(parts.product, saved, right, symmetric)
+            found = assembled(parts.product, saved, right, symmetric)
         elif isinstance(adjoint.method, IterativeSolver):
-            found = _by_method(adjoint, adjoint.method, parts.product, saved, right, symmetric)
+            tolerance = adjoint.atol * right.factor + adjoint.rtol * scale
+            found = by_method(adjoint.method, tolerance, adjoint.max_steps, parts.product, saved, right, symmetric)
         else:
             found = _by_series(adjoint, system, parts.product, saved, right)
         g = found.x / factor
@@ -178,7 +153,7 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool])
         return sound, found.steps, relative, condition, found.products, *grads
 
     def estimate(z: Tensor, u: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        parts = _Parts.of(products, z, inputs)
+        parts = Parts.of(products, z, inputs)
         saved = parts.before(z, *inputs)
         g, relative = _cut_off(adjoint, parts.product, saved, u)
         count = torch.full(u.shape[:1], adjoint.terms or 0, dtype=torch.int64, device=u.device)
@@ -191,11 +166,7 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool])
     return compiled(way, (z, torch.empty_like(z), *graph.others))
 
 
-Product = Callable[..., Tensor]
-"""``(v, *saved) -> A^T v``."""
-
-
-def _by_series(adjoint: Adjoint, system: System, product: Product, saved: Any, right: _Right) -> _Solved:
+def _by_series(adjoint: Adjoint, system: System, product: Product, saved: Any, right: Right) -> Solved:
     def evaluate(y: Tensor, given: Any) -> Point:
         b, scale, saved = given
         return Point(y, b - product(y, *saved), scale=scale)
@@ -207,7 +178,8 @@ def _by_series(adjoint: Adjoint, system: System, product: Product, saved: Any, r
     judge.floor = adjoint.atol * right.factor
     rule = Rule(judge, torch.full_like(scale, torch.inf), torch.ones_like(scale), False)
     found, count, _ = run(adjoint.step(), Way(evaluate), first, rule, (b, scale, saved), adjoint.max_steps)
-    return _Solved(found.z, found.status == Status.CONVERGED, found.steps, count + 2, size)
+    solved = found.status == Status.CONVERGED
+    return Solved(found.z, solved, found.steps, count + 2, size, torch.ones_like(solved))
 
 
 def _cut_off(adjoint: Adjoint, product: Product, saved: Any, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,128 +200,3 @@ def _cut_off(adjoint: Adjoint, product: Product, saved: Any, u: Tensor) -> tuple
     _, x, r = while_loop(lambda now: now[0] < adjoint.max_steps, body, start, (u, saved))
     scale = safe_norm(u)
     return x, safe_norm(r) / torch.where(scale > 0, scale, 1)
-
-
-class _Going(NamedTuple):
-    """``least`` is the norm of the residual of ``x``, the best iterate; ``going`` the rows that are not solved."""
-
-    taken: Tensor
-    state: dict[str, Tensor]
-    x: Tensor
-    least: Tensor
-    steps: Tensor
-    going: Tensor
-
-
-def _by_method(
-    adjoint: Adjoint, solver: IterativeSolver, product: Product, saved: Any, right: _Right, symmetric: bool
-) -> _Solved:
-    """By the steps that the eager loop takes; rows that are solved run on, and what they come to is not looked at."""
-    b, scale, factor = right
-    tolerance = adjoint.atol * factor + adjoint.rtol * scale
-
-    def system(saved: Any) -> LinearSystem:
-        operator = LinearOperator(
-            product=lambda v: product(v, *saved),
-            batch=b.shape[0],
-            dim=b.shape[1],
-            dtype=b.dtype,
-            device=b.device,
-            symmetric=symmetric,
-        )
-        return LinearSystem.of(operator, None, False)
-
-    method = solver._method(system(saved).operator)
-    first = method.start(system(saved), b, torch.zeros_like(b), b, scale)
-    going = scale > tolerance
-    none = torch.zeros((), dtype=torch.int64, device=b.device)
-    start = _Going(none, _held(first), torch.zeros_like(b), scale, torch.zeros_like(going, dtype=torch.int64), going)
-
-    def body(now: _Going, given: Any, rings: Any) -> _Going:
-        saved, tolerance = given
-        state = method.step(system(saved), _like(first, now.state), None)
-        better = now.going & (state.norm < now.least)
-        least = torch.where(better, state.norm, now.least)
-        broken = ~(state.norm < torch.inf)
-        going = now.going & (least > tolerance) & ~broken
-        if getattr(state, "broken", None) is not None:
-            going = going & ~state.broken
-        count = now.taken + 1
-        x = torch.where(better[:, None], state.x, now.x)
-        return _Going(count, _held(state), x, least, torch.where(now.going, count, now.steps), going)
-
-    def on(now: _Going) -> Tensor:
-        return (now.taken < adjoint.max_steps) & (now.going.sum() > 0)
-
-    end = while_loop(on, body, start, (saved, tolerance))
-    solved = end.least <= tolerance
-    if "curvature" in end.state:
-        solved = solved & ~(end.state["curvature"][:, 0] < 0)
-    size = end.state["size"][:, 0] if "size" in end.state else torch.zeros_like(scale)
-    return _Solved(end.x, solved, end.steps, end.taken * (2 if isinstance(solver, BiCGStab) else 1) + 1, size)
-
-
-def _held(state: Any) -> dict[str, Tensor]:
-    """The tensors of a method's state, but for what is not carried from step to step."""
-    return {name: t.clone() for name, t in state._asdict().items() if isinstance(t, Tensor) and name != "broken"}
-
-
-def _like(first: Any, held: dict[str, Tensor]) -> Any:
-    return first._replace(**held, **({"broken": None} if hasattr(first, "broken") else {}))
-
-
-def _assembled(product: Product, saved: Any, right: _Right, symmetric: bool) -> _Solved:
-    """By the inverse matrix, and one step of refinement."""
-    b, scale, _ = right
-    batch, dim = b.shape
-    eye = torch.eye(dim, dtype=b.dtype, device=b.device)
-    columns = torch.vmap(lambda v: product(v.expand(batch, dim), *saved))(eye)
-    matrix = columns.permute(1, 2, 0)
-    sound = torch.ones_like(scale, dtype=torch.bool)
-    if symmetric:
-        matrix = 0.5 * (matrix + matrix.mT)
-        sound = torch.linalg.cholesky_ex(matrix)[1] == 0
-    inverse, info = torch.linalg.inv_ex(matrix)
-    x = (inverse @ b[:, :, None])[:, :, 0]
-    left = b - (matrix @ x[:, :, None])[:, :, 0]
-    x = x + (inverse @ left[:, :, None])[:, :, 0]
-    condition = matrix.abs().sum(dim=1).amax(dim=1) * inverse.abs().sum(dim=1).amax(dim=1)
-    sound = sound & (info == 0) & (condition < torch.inf)
-    length = torch.linalg.vector_norm(x, dim=-1)
-    size = condition * torch.where(scale > 0, scale, 1) / torch.where(length > 0, length, 1)  # so that it is that
-    one = torch.ones_like(info, dtype=torch.int64)
-    return _Solved(x, sound, one, torch.full((), dim + 1, dtype=torch.int64, device=b.device), size)
-
-
-class _Parts(NamedTuple):
-    """The graph of the products, taken apart.
-
-    Attributes:
-        before: ``(z, *inputs) -> saved``: what depends on neither vector.
-        product: ``(v, *saved)``.
-        after: ``(g, *saved)``, the gradients.
-    """
-
-    before: fx.GraphModule
-    product: Any
-    after: Any
-
-    @staticmethod
-    def of(products: Any, z: Tensor, inputs: Sequence[Any]) -> _Parts:
-        graph = traced_apart(products, (z, z, z, *inputs))
-        places = graph.graph.find_nodes(op="placeholder")
-        (output,) = graph.graph.find_nodes(op="output")
-        product, *grads = output.args[0]
-        of_v, of_g = dependents(graph, places[0]), dependents(graph, places[1])
-        late = of_v | of_g
-        saved = needed_before(graph, late)
-        before = part(graph, places[2:], saved, lambda node: node not in late)
-        return _Parts(
-            before,
-            _first(part(graph, (places[0], *saved), [product], lambda node: node in of_v or is_view(node))),
-            part(graph, (places[1], *saved), grads, lambda node: node in of_g or is_view(node)),
-        )
-
-
-def _first(module: fx.GraphModule) -> Any:
-    return lambda *inputs: module(*inputs)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,17 +13,18 @@ from torch.utils import _pytree as pytree
 from torchimplicit.captured.adjoint import Adjoint
 from torchimplicit.captured.continued import Continuation
 from torchimplicit.captured.forward import Forward
+from torchimplicit.captured.methods import refusal
 from torchimplicit.captured.program import Bound, Plan, bind, tell, training
-from torchimplicit.captured.steps import step_of
 from torchimplicit.closure import is_transformed, transforms_running, watched
 from torchimplicit.linear import LinearSolver
 from torchimplicit.precision import AutocastState, at_precision
 from torchimplicit.problems import FixedPoint, JointInference, Minimum, Problem, Root, System
 from torchimplicit.solution import Report, Status
-from torchimplicit.solvers import GradientDescent, Outcome, Solver
+from torchimplicit.solvers import Outcome, Solver
 from torchimplicit.solvers.base import Evaluator
 from torchimplicit.solvers.iterate import as_one, iterate, reviewed
 from torchimplicit.solvers.magnitude import examined
+from torchimplicit.solvers.review import after
 from torchimplicit.state import Layout
 
 Grads = tuple[Tensor | None, ...]
@@ -74,6 +75,8 @@ class Capture:
         if not (unsure or extreme):
             return outcome
         if unsure:
+            if solver.by_products:
+                outcome = _gone_on(solver, system, outcome, params)
             spent = bool((found.status == Status.MAX_STEPS).any())
             evaluate, judge = Evaluator(system, params), found.judge(solver, system)
             outcome = reviewed(solver, evaluate, outcome, judge, True, spent)
@@ -135,6 +138,15 @@ class Capture:
             (found[i] if i in found else torch.zeros_like(p)) if w else None
             for i, (p, w) in enumerate(zip(params, needs_grad, strict=True))
         )
+
+
+def _gone_on(solver: Solver, system: System, outcome: Outcome, params: Sequence[Tensor]) -> Outcome:
+    """With samples that the compiled steps could not take further, taken further by the eager loop."""
+    left = outcome.report.status == Status.BREAKDOWN
+    if not bool(left.any()):
+        return outcome
+    steps = solver.max_steps - int(outcome.report.steps[left].amin())
+    return after(outcome, iterate(replace(solver, max_steps=steps), system, outcome.z, params, only=left), left)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,15 +232,14 @@ class Capturing:
                 return "the step size follows a schedule, which is Python's"
             if self.passes.solver.steps is not None:
                 return "a given number of steps of a JointInference is not compiled"
-        if isinstance(self.problem, Minimum) and (
-            self.problem.constraint is not None or layout.coordinates is not None
-        ):
-            return "a Minimum with a constraint or a metric is not compiled"
+        if layout.coordinates is not None:
+            return "a Minimum with a metric, or whose constraint is eliminated, is not compiled"
+        if isinstance(self.problem, Minimum) and self.problem.on_set:
+            return "a Minimum on a constraint is not compiled, but for a single LinearEquality"
         solver = self.passes.solver
-        if step_of(solver) is None:
-            return f"{type(solver).__name__} is not compiled, Anderson, Broyden and plain iteration are"
-        if isinstance(solver, GradientDescent) and not isinstance(self.problem, Minimum):
-            return "its solver does not suit it"  # which is said elsewhere
+        refused = refusal(solver, self.problem, layout)
+        if refused is not None:
+            return refused
         if solver.keep_trajectory or solver.keep_trace:
             return "keep_trajectory=True and keep_trace=True keep what compiled code does not"
         if not flat.numel():

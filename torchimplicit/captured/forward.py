@@ -10,9 +10,11 @@ from torch import Tensor
 from torchimplicit.captured.compiled import Compiled, compiled, traced_apart
 from torchimplicit.captured.graph import Graph
 from torchimplicit.captured.iteration import Evaluate, Found, Rule, Way, run, steps
-from torchimplicit.captured.steps import step_of
+from torchimplicit.captured.methods import step_of
+from torchimplicit.captured.steps import Step
 from torchimplicit.problems import Point, System
 from torchimplicit.problems.joint_system import JointSystem
+from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.solution import GROWTH_LIMIT, Status
 from torchimplicit.solvers import Solver
 from torchimplicit.solvers.given_steps import relative
@@ -68,21 +70,24 @@ def compiled_forward(graph: Graph, solver: Solver) -> Compiled:
 
     def solve(z0: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         system, params = graph.system(inputs)
-        step = step_of(solver, system.separate)
-        assert step is not None
-        way = _way(graph, system, z0, inputs)
-        first = way.evaluate(z0 if way.place is None else way.place(z0, inputs), inputs)
+        step, way = step_of(solver, graph, system, z0, inputs), _way(graph, system, z0, inputs)
+        first = way.at(z0, inputs)
         judge = Judge(system, first, solver.rtol, solver.atol)
         first = judge.start(first)
         if judge.measure is not None and solver.wants_product():
             operator = system.operator(system.linearize(z0, params), False)
             first = judge.measure.product(first, operator.product(first.residual))
-        rule = _rule_of(judge, first, coupled)
+        rule = _rule_of(judge, first, solver, coupled)
         found, count, terms = run(step, way, first, rule, inputs, solver.max_steps, solver.return_last)
         parts, unsure = found.parts, found.status != Status.CONVERGED if coupled else None
         known: tuple[Tensor, ...] = (rule.judge.floor,) if rule.judge.floor is not None else terms[:2]
-        if judge.measure is not None:
-            parts, unsure = _looked_at(rule.at(rule.constants(), terms), system, params, found, solver)
+        if judge.measure is not None and not solver.by_products:
+            parts, unsure, seen = _looked_at(rule.at(rule.constants(), terms), system, params, found, solver)
+            if solver.searches:
+                unsure = unsure | _odd(found, seen if coupled else None, system)
+        elif solver.searches:
+            unsure = _odd(found, way.at(found.z, inputs) if coupled else None, system)
+            count = count + (count > 0) if coupled else count  # where no step was taken, it was the first one
         flag = torch.zeros_like(count) if unsure is None else unsure.any().long()
         odd = extreme(torch.where(parts > 0, found.size / parts, 0)).any()
         if judge.measure is not None:
@@ -100,8 +105,8 @@ def _compiled_steps(graph: Graph, solver: Solver, count: int) -> Compiled:
 
     def solve(z0: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         system, params = graph.system(inputs)
-        step = step_of(solver, system.separate)
-        assert step is not None
+        step = step_of(solver, graph, system, z0, inputs)
+        assert isinstance(step, Step)
         before, point, z = None, None, z0.clone()
         if count:
             evaluate = _evaluate(graph, z0, inputs)
@@ -121,14 +126,14 @@ def _compiled_steps(graph: Graph, solver: Solver, count: int) -> Compiled:
 
 
 def _way(graph: Graph, system: System, z: Tensor, inputs: Any) -> Way:
-    if not isinstance(system, JointSystem):
-        return Way(_evaluate(graph, z, inputs))
-
     def place(z: Tensor, inputs: Any) -> Tensor:
         system, params = graph.system(inputs)
         return system.project(z, params)
 
-    return Way(_evaluate(graph, z, inputs), None if system.set is None else place, system.compared)
+    evaluate = _evaluate(graph, z, inputs)
+    if isinstance(system, JointSystem):
+        return Way(evaluate, None if system.set is None else place, system.compared)
+    return Way(evaluate, place if isinstance(system, MinimumSystem) and system.hyperplane is not None else None)
 
 
 def _evaluate(graph: Graph, z: Tensor, inputs: Any) -> Evaluate:
@@ -151,17 +156,30 @@ def _evaluate(graph: Graph, z: Tensor, inputs: Any) -> Evaluate:
     return lambda z, inputs: Point(z, **dict(zip(names, traced(z, *inputs), strict=True)))
 
 
-def _looked_at(rule: Rule, system: System, params: Any, found: Found, solver: Solver) -> tuple[Tensor, Tensor]:
-    """What one product with the Jacobian tells of the solutions: their relative residuals, and for which samples it
-    does not confirm what was found."""
+def _looked_at(rule: Rule, system: System, params: Any, found: Found, solver: Solver) -> tuple[Tensor, Tensor, Point]:
+    """What one product with the Jacobian tells of the solutions: their relative residuals, for which samples it does
+    not confirm what was found, and the points."""
     tape = system.linearize(found.z, params)
     seen, operator = system.seen(tape), system.operator(tape, False)
     solved, _, parts = rule.judge.look(seen, operator, closely=False)
     denied = (found.status == Status.CONVERGED) & ~solved
-    return (parts, denied) if solver.wants_relative() else (found.parts, torch.zeros_like(denied))
+    return (parts, denied, seen) if solver.wants_relative() else (found.parts, torch.zeros_like(denied), seen)
 
 
-def _rule_of(judge: Judge, first: Point, rejudges: bool) -> Rule:
+def _odd(found: Found, point: Point | None, system: System) -> Tensor:
+    """bool ``[batch]``: the samples that a searching solver has not solved, or whose residual at the ``point`` that all
+    have come to is another than when they came to it, each at its own moment."""
+    left = found.status != Status.CONVERGED
+    if point is None:
+        return left
+    now = system.norms(point.residual)
+    changed = (now - found.size).abs() > 1e-3 * found.size
+    if point.scale is not None:
+        changed = changed & ((now - found.size).abs() > 16 * torch.finfo(now.dtype).eps * point.scale)
+    return left | (changed if changed.ndim == 1 else changed.any(dim=1))
+
+
+def _rule_of(judge: Judge, first: Point, solver: Solver, coupled: bool) -> Rule:
     size, reach = first.size(), first.reach()
     if first.length is not None:
         whole = reach + row_norm(first.z)
@@ -171,6 +189,9 @@ def _rule_of(judge: Judge, first: Point, rejudges: bool) -> Rule:
     else:
         whole = 2 * reach
     limit = GROWTH_LIMIT * whole.nan_to_num(nan=-1.0, posinf=-1.0)
+    if solver.searches and first.energy is not None:
+        # the energy falls in every step, and from beside a saddle that leads to where gradients are steep
+        limit = limit * GROWTH_LIMIT**2
     limit = torch.where(limit == 0, torch.inf, limit)  # a start at the solution, which others may move
     unit = torch.where((size > 0) & (size < torch.inf), size, 1)
-    return Rule(judge, limit, unit, rejudges)
+    return Rule(judge, limit, unit, coupled and not solver.searches)

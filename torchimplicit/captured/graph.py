@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torchimplicit.precision import AutocastState
 from torchimplicit.problems import JointInference, Minimum, Problem, System
 from torchimplicit.problems.joint_system import JointSystem
+from torchimplicit.problems.minimum import MinimumSystem, Stiffness
 from torchimplicit.state import Layout
 
 
@@ -162,9 +163,16 @@ class Graph:
 
         params = tuple(t for t in others if isinstance(t, Tensor))
         system = self.problem.system(value, None, slice(0, 0), self.layout)
+        where = [sum(isinstance(t, Tensor) for t in others[:i]) for i in self.own]
+
+        def own(rows: int, *params: Tensor) -> tuple[Tensor, ...]:
+            return tuple(params[i] for i in where)
+
         if isinstance(system, JointSystem):
-            where = [sum(isinstance(t, Tensor) for t in others[:i]) for i in self.own]
-            system = replace(system, own=lambda rows, *params: tuple(params[i] for i in where))
+            system = replace(system, own=own)
+        elif isinstance(system, MinimumSystem) and where:
+            # whose size would have to be read from the device; no equation is solved in which it matters
+            system = replace(system, hyperplane=own, stiffness=Stiffness(1.0))
         return system, params
 
     def _value(self, z: Tensor | tuple[Tensor, ...], others: Sequence[Any]) -> Any:

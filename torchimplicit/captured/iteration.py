@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from torchimplicit.captured.loop import while_loop
-from torchimplicit.captured.steps import Stage, Step, place_of
+from torchimplicit.captured.search import Ground, Moved, Searching, fields
+from torchimplicit.captured.steps import Stage, Step, Stepping, place_of
 from torchimplicit.problems import Point
 from torchimplicit.solution import Status
 from torchimplicit.solvers.tolerance import RUN_OFF, Judge
@@ -138,6 +139,16 @@ class _Carried(NamedTuple):
     state: Any
     terms: Any
     latest: Any
+    spent: Any
+
+
+class _Told(NamedTuple):
+    """What a step says of samples, bool ``[batch]``: those that it has found solved where they are, those that it
+    cannot take on, and those of which it leaves the word to the rule."""
+
+    solved: Tensor
+    broken: Tensor
+    judged: Tensor
 
 
 class Way(NamedTuple):
@@ -153,17 +164,21 @@ class Way(NamedTuple):
     place: Callable[[Tensor, Any], Tensor] | None = None
     compared: Callable[[Point, Point], Point] | None = None
 
-    def reached(self, z: Tensor, constants: Any, latest: Any) -> Point:
+    def at(self, z: Tensor, constants: Any) -> Point:
         """The point at ``z``, or where that is on the constraint."""
-        point = self.evaluate(z if self.place is None else self.place(z, constants), constants)
+        return self.evaluate(z if self.place is None else self.place(z, constants), constants)
+
+    def reached(self, z: Tensor, constants: Any, latest: Any) -> Point:
+        """Likewise, with what is told by comparison with the ``latest`` one."""
+        point = self.at(z, constants)
         return point if self.compared is None else self.compared(point, Point(latest.z, latest.residual))
 
 
 def run(
-    step: Step, way: Way, first: Point, rule: Rule, constants: Any, max_steps: int, return_last: bool = False
+    step: Stepping, way: Way, first: Point, rule: Rule, constants: Any, max_steps: int, return_last: bool = False
 ) -> tuple[Found, Tensor, Any]:
-    """Iterate from ``first`` until every sample has stopped; returns what was found, the number of steps, and what is
-    known of terms.
+    """Iterate from ``first`` until every sample has stopped; returns what was found, the number of evaluations but
+    for the first, and what is known of terms.
 
     Args:
         first: the evaluation at the start.
@@ -174,14 +189,22 @@ def run(
     status = torch.full_like(rule.limit, _RUNNING, dtype=torch.int64)
     merit = () if first.merit is None else first.merit
     start = Found(first.z, first.size(), _of(first.scale), status, torch.zeros_like(status), merit)
-    found = _judged(first, rule, start, step_count)
+    none = torch.zeros_like(rule.limit, dtype=torch.bool)
+    searches, confirms = isinstance(step, Searching), isinstance(step, Searching) and step.confirms
+    found = _judged(first, rule, start, step_count, _Told(none, none, none if confirms else ~none))
     latest = _latest(first) if return_last or way.compared is not None else ()
-    now = _Carried(step_count, place_of(first), found, step.start(first), rule.terms(first), latest)
+    place = place_of(first)
+    if searches:  # what an evaluation tells, and not what was learned of it
+        later = ("product",) if rule.judge.measure is None else ("product", "scale", "error")
+        place = fields(first.changed(**dict.fromkeys(later)))
+    spent = torch.zeros_like(step_count) if searches else ()
+    now = _Carried(step_count, place, found, step.start(first), rule.terms(first), latest, spent)
     rings = step.rings(first)
     given = rule.constants(), constants
     for stage in step.stages():
         limit = max_steps if stage.upto is None else min(stage.upto, max_steps)
-        now = while_loop(_going(limit, stage), _body(stage.step, way, rule), now, given, rings)
+        body = _searching(stage.step, way, rule, max_steps) if searches else _body(stage.step, way, rule)
+        now = while_loop(_going(limit, stage), body, now, given, rings)
         if limit == max_steps and stage.behind is None:
             break
     found = now.found
@@ -198,7 +221,7 @@ def run(
             status=torch.where(left, int(Status.MAX_STEPS), found.status),
             steps=torch.where(left, max_steps, found.steps),
         ),
-        now.step,
+        now.spent if searches else now.step,
         now.terms,
     )
 
@@ -214,7 +237,7 @@ def _going(limit: int, stage: Stage) -> Callable[[_Carried], Tensor]:
     return going
 
 
-def _body(step: Step, way: Way, rule: Rule) -> Callable[[_Carried, Any, Any], _Carried]:
+def _body(step: Any, way: Way, rule: Rule) -> Callable[[_Carried, Any, Any], _Carried]:
     def body(now: _Carried, given: Any, rings: Any) -> _Carried:
         fixed, constants = given
         here = rule.at(fixed, now.terms)
@@ -228,16 +251,39 @@ def _body(step: Step, way: Way, rule: Rule) -> Callable[[_Carried, Any, Any], _C
         # a sample that stops for good goes to its best iterate: the map never sees a bad state again
         place = place._replace(z=torch.where(stopped[:, None], found.z, place.z))
         latest = _latest(point) if isinstance(now.latest, _Latest) else ()
-        return _Carried(count, place, found, state, here.terms(point), latest)
+        return _Carried(count, place, found, state, here.terms(point), latest, ())
 
     return body
 
 
-def _judged(point: Point, rule: Rule, found: Found, count: Tensor) -> Found:
+def _searching(step: Any, way: Way, rule: Rule, max_steps: int) -> Callable[[_Carried, Any, Any], _Carried]:
+    def body(now: _Carried, given: Any, rings: Any) -> _Carried:
+        fixed, constants = given
+        here = rule.at(fixed, now.terms)
+        running, at, count = now.found.running, Point(**now.place), now.step + 1
+        moved: Moved = step.move(Ground(way.at, constants, running, here.judge), at, now.state, rings)
+        to = moved.point.select(running, at)
+        if here.judge.measure is not None and moved.refused is not None:
+            here.judge.measure.refuse(moved.refused)
+        point = here.measured(to, at, now.terms, now.step)
+        solved = torch.zeros_like(running) if moved.solved is None else moved.solved
+        last = torch.full_like(running, not step.confirms) | (count == max_steps)
+        found = _judged(point, here, now.found, count, _Told(solved, moved.breakdown, last))
+        stopped = running & ~found.running
+        place = fields(to.changed(z=torch.where(stopped[:, None], found.z, to.z)))
+        latest = _latest(point) if isinstance(now.latest, _Latest) else ()
+        return _Carried(count, place, found, moved.state, here.terms(point), latest, now.spent + moved.spent)
+
+    return body
+
+
+def _judged(point: Point, rule: Rule, found: Found, count: Tensor, told: _Told | None = None) -> Found:
     """Test every sample that runs, and note those that stop here; ``count`` is zero for the start."""
     size, running = point.size(), found.running
     within = size <= rule.judge.tolerance(point)
     done = within if within.ndim == 1 else within.all(dim=1)
+    if told is not None:
+        done = told.solved | (done & told.judged)
     status, known, best = found.status, found.size, found.merit
     if rule.rejudges:
         resumed = (status == Status.CONVERGED) & ~done
@@ -245,12 +291,15 @@ def _judged(point: Point, rule: Rule, found: Found, count: Tensor) -> Found:
         known = torch.where(resumed if known.ndim == 1 else resumed[:, None], torch.inf, known)
         best = torch.where(resumed, torch.inf, best) if isinstance(best, Tensor) else best
     good = point.reach() <= rule.limit
-    stopped = running & (done | ~good)
+    stopped = running & (done | ~good if told is None else done | told.broken | ~good)
     if point.merit is None:
         better = running & (rule.rank(size) < rule.rank(known)) | stopped & done
     else:
         better = running & (point.merit < best) | stopped & done
-    reason = torch.where(done, int(Status.CONVERGED), int(Status.NONFINITE))
+    lost: Any = int(Status.NONFINITE)
+    if told is not None:
+        lost, count = torch.where(good, int(Status.BREAKDOWN), lost), count - told.solved.long()
+    reason = torch.where(done, int(Status.CONVERGED), lost)
     wide = better if size.ndim == 1 else better[:, None]
     return Found(
         z=torch.where(better[:, None], point.z, found.z),
@@ -305,11 +354,11 @@ def steps(
     none = torch.zeros((), dtype=torch.int64, device=first.z.device)
     before = seen if first.scale is None else ()  # it tells the terms of the last one that do not tell them
     now = _Stepping(none, place_of(first), step.start(first), before, seen)
-    last = step
+    last: Any = step
     for stage in step.stages():
         limit = count - 1 if stage.upto is None else min(stage.upto, count - 1)
 
-        def body(now: _Stepping, constants: Any, rings: Any, step: Step = stage.step) -> _Stepping:
+        def body(now: _Stepping, constants: Any, rings: Any, step: Any = stage.step) -> _Stepping:
             z, state = step.propose(now.place, now.state, rings, now.step)
             point = evaluate(z, constants)
             place, state = step.learn(now.place, point, state, rings, now.step)

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from torchimplicit.precision import widened
 from torchimplicit.problems import Point
-from torchimplicit.solvers import Anderson, Broyden, FixedPointIteration, GradientDescent, Solver
 from torchimplicit.solvers.anderson import leaf_weights, spread
 from torchimplicit.solvers.broyden import unit_of
-from torchimplicit.state import Leaves, row_norm
+from torchimplicit.state import row_norm
 
 Rings = tuple[Tensor, ...]
 """Long memories, ``[batch, memory, ...]``, which steps write to in place. What has not been written yet is garbage."""
@@ -79,13 +78,13 @@ class Stage(NamedTuple):
             the next stage.
     """
 
-    step: Step
+    step: Stepping
     upto: int | None = None
     behind: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
 
-class Step(ABC):
-    """A step in two parts, around the evaluation that lies between them."""
+class Stepping(ABC):
+    """What is common to all steps."""
 
     def stages(self) -> tuple[Stage, ...]:
         """The step as it is taken at first, and later."""
@@ -98,6 +97,10 @@ class Step(ABC):
     @abstractmethod
     def start(self, point: Point) -> Any:
         """The state at the first point: a pytree of tensors."""
+
+
+class Step(Stepping):
+    """A step in two parts, around the evaluation that lies between them."""
 
     @abstractmethod
     def propose(self, place: Any, state: Any, rings: Rings, taken: Tensor) -> tuple[Tensor, Any]:
@@ -188,7 +191,7 @@ class Accelerated(Step):
     def propose(self, place: Any, state: Past, rings: Rings, taken: Tensor) -> tuple[Tensor, Past]:
         place = _in_unit(place, state.gamma)
         weights = solved(state.gram, state.right, self._shift(state.gram))
-        moves = _written(rings[0], state.taken)
+        moves = written(rings[0], state.taken)
         correction = (weights[:, :, None] * moves).sum(dim=1)
         to = place.ahead(self.damping)
         return to - correction.to(to.dtype), state
@@ -208,9 +211,9 @@ class Accelerated(Step):
         length = torch.linalg.vector_norm(turn, dim=1, keepdim=True).clamp_min(torch.finfo(turn.dtype).tiny)
         turn, move = turn / length, move / length
         at = state.taken % self.memory
-        _write(rings[0], at, move)
-        _write(rings[1], at, turn)
-        turns = _written(rings[1], state.taken + 1)
+        write(rings[0], at, move)
+        write(rings[1], at, turn)
+        turns = written(rings[1], state.taken + 1)
         slot = torch.arange(self.memory, device=turn.device) == at
         now, last = (self._compared(place.residual, weight) for place in (here, before))
         merit = state.merit
@@ -321,10 +324,10 @@ class Secants(Step):
         new = torch.where(slots == slot, own, new)
         # what is written through a view would be copied as a whole
         row, new = (_padded(t, 0, self.memory - n) for t in (row, new))
-        _write(factors, (age - 1).clamp_min(0), row)
-        _write(products, slot, new)
+        write(factors, (age - 1).clamp_min(0), row)
+        write(products, slot, new)
         products.index_copy_(2, slot.reshape(1), new[:, :, None])
-        _write(steps, slot, move)
+        write(steps, slot, move)
         return place.z + move.to(place.z.dtype), state
 
 
@@ -333,11 +336,12 @@ def _padded(t: Tensor, before: int, after: int) -> Tensor:
     return torch.cat((t.new_zeros(t.shape[0], before), t, t.new_zeros(t.shape[0], after)), dim=1)
 
 
-def _write(ring: Tensor, slot: Tensor, vector: Tensor) -> None:
+def write(ring: Tensor, slot: Tensor, vector: Tensor) -> None:
+    """Put ``vector`` (``[batch, ...]``) into the ``slot`` of a ring."""
     ring.index_copy_(1, slot.reshape(1), vector[:, None])
 
 
-def _written(ring: Tensor, count: Tensor) -> Tensor:
+def written(ring: Tensor, count: Tensor) -> Tensor:
     """The ring, with zeros in the slots that nothing has been written to."""
     return torch.where((torch.arange(ring.shape[1], device=ring.device) < count)[:, None], ring, 0)
 
@@ -367,17 +371,3 @@ def solved(matrix: Tensor, right: Tensor, least: float) -> Tensor:
         for k in range(i + 1, n):
             x[i] = x[i] - lower[k][i] * x[k]
     return torch.stack(x, dim=1)
-
-
-def step_of(solver: Solver, leaves: Leaves | None = None) -> Step | None:
-    """The captured step of ``solver``; ``None`` where it has none. ``leaves``: of a state that has several."""
-    if isinstance(solver, FixedPointIteration):
-        return Plain(solver.damping)
-    if isinstance(solver, Anderson):
-        sizes = None if leaves is None else leaves.sizes
-        return Accelerated(solver.memory, solver.damping, solver.regularization, solver.growth, sizes)
-    if isinstance(solver, Broyden):
-        return Secants(solver.memory)
-    if isinstance(solver, GradientDescent):
-        return Heavy(solver.step_size, solver.momentum)
-    return None

@@ -90,7 +90,7 @@ class LBFGS(Solver):
         empty = History.empty(like, self.memory)
         rho = empty.ring.new_zeros(like.shape[0], self.memory)
         norm = row_norm(point.residual)
-        gamma = _first_length(point, norm).to(rho.dtype)[:, None]
+        gamma = first_length(point, norm).to(rho.dtype)[:, None]
         assert point.energy is not None
         idle = torch.zeros_like(norm, dtype=torch.int64)
         return LBFGSState(empty, History.empty(like, self.memory), rho, gamma, point.energy, norm, idle, 0)
@@ -182,7 +182,7 @@ class LBFGS(Solver):
         )
 
 
-def _first_length(point: Point, norm: Tensor) -> Tensor:
+def first_length(point: Point, norm: Tensor) -> Tensor:
     """How many gradients the first trial moves by, ``[batch]``: to the minimum of the quadratic model along the
     gradient, in the units of the problem, one product with the Hessian tells. Where the energy is linear there is no
     such length, and a move by the size of the state, or by one unit, is as good as any other."""

@@ -35,7 +35,7 @@ class Search(NamedTuple):
     trials: Tensor
 
 
-class _Bracket(NamedTuple):
+class Bracket(NamedTuple):
     """The interval in which an acceptable step lies, ``[batch]``, with the energies and slopes at its ends.
 
     ``low`` decreases the energy enough, but the slope there is still steep; ``high`` is too long, or infinite.
@@ -48,12 +48,12 @@ class _Bracket(NamedTuple):
     high_energy: Tensor
     high_slope: Tensor
 
-    def narrowed(self, size: Tensor, energy: Tensor, slope: Tensor, short: Tensor, long: Tensor) -> _Bracket:
+    def narrowed(self, size: Tensor, energy: Tensor, slope: Tensor, short: Tensor, long: Tensor) -> Bracket:
         """The bracket once ``size`` has been tried, and found too ``short`` or too ``long``."""
         tried = (size, energy, slope)
         lows = [torch.where(short, new, old) for new, old in zip(tried, self[:3], strict=True)]
         highs = [torch.where(long, new, old) for new, old in zip(tried, self[3:], strict=True)]
-        return _Bracket(*lows, *highs)
+        return Bracket(*lows, *highs)
 
     def next_size(self, slope: Tensor, level: Tensor, halve: bool) -> Tensor:
         """By interpolation of slopes, or of energies where that is shorter or both ends descend; never too near to an
@@ -77,6 +77,23 @@ class _Bracket(NamedTuple):
         return torch.where(torch.isinf(self.high), further * self.low, self.low + share * width)
 
 
+def level_of(energy: Tensor) -> Tensor:
+    """What energies must exceed to differ from ``energy`` by more than rounding."""
+    return energy + torch.finfo(energy.dtype).eps ** (2 / 3) * energy.abs()
+
+
+def weighed(
+    energy: Tensor, there: Tensor, size: Tensor, start: Tensor, slope: Tensor, level: Tensor, searching: Tensor
+) -> tuple[Tensor, Tensor]:
+    """bool ``[batch]``: which trials of ``size`` lower the energy enough (Armijo's condition, or the approximate one
+    where energies are not above the ``level`` of rounding), and which of those are too short, since the slope
+    ``there`` is still steep."""
+    enough = energy <= start + SUFFICIENT * size * slope
+    enough = enough | ((energy <= level) & (there <= (2 * SUFFICIENT - 1) * slope))
+    enough = enough & torch.isfinite(there) & searching
+    return enough, enough & (there < CURVATURE * slope)
+
+
 def search(evaluate: Evaluator, point: Point, direction: Tensor, active: Tensor | None, trials: int) -> Search:
     """The weak Wolfe conditions by bracketing (Lewis and Overton 2013, algorithm 4.6, with interpolation in place of
     bisection), in at most ``trials`` evaluations. The device is read once per evaluation.
@@ -91,11 +108,11 @@ def search(evaluate: Evaluator, point: Point, direction: Tensor, active: Tensor 
     """
     assert point.energy is not None
     start, slope = point.energy, -(point.residual * direction).sum(dim=1)
-    level = start + torch.finfo(start.dtype).eps ** (2 / 3) * start.abs()
+    level = level_of(start)
     searching = slope < 0 if active is None else (slope < 0) & active
     failed = ~searching if active is None else ~searching & active
     size, unbounded = torch.ones_like(start), torch.full_like(start, torch.inf)
-    bracket = _Bracket(torch.zeros_like(start), start, slope, unbounded, unbounded, unbounded)
+    bracket = Bracket(torch.zeros_like(start), start, slope, unbounded, unbounded, unbounded)
     best = reached = point
     moved = torch.zeros_like(searching)
     spent = torch.zeros_like(start, dtype=torch.int64)
@@ -105,10 +122,7 @@ def search(evaluate: Evaluator, point: Point, direction: Tensor, active: Tensor 
         assert tried.energy is not None
         spent = spent + searching
         there = -(tried.residual * direction).sum(dim=1)
-        enough = tried.energy <= start + SUFFICIENT * size * slope
-        enough = enough | ((tried.energy <= level) & (there <= (2 * SUFFICIENT - 1) * slope))
-        enough = enough & torch.isfinite(there) & searching
-        short = enough & (there < CURVATURE * slope)
+        enough, short = weighed(tried.energy, there, size, start, slope, level, searching)
         if trial >= EXPANSIONS:  # an energy that falls without end must not use up the trials of every step
             short = short & torch.isfinite(bracket.high)
         found = enough & ~short
