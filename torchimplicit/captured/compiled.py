@@ -62,9 +62,21 @@ def spelt(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Spelt(TorchFunctionMode):
-    """``addcmul`` written out: with sizes that are symbols it cannot be traced."""
+    """``addcmul`` and ``baddbmm`` written out: with sizes that are symbols they cannot be traced. ``frexp``, too: fused
+    with a ``clamp`` it is code that a C++ compiler refuses."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.frexp, Tensor.frexp):
+            (number,) = args
+            size = number.abs()
+            within = (size > 0) & (size < torch.inf)
+            exponent = torch.where(within, torch.floor(torch.log2(torch.where(within, size, 1))) + 1, 0)
+            return torch.ldexp(number, -exponent), exponent
+        if func in (torch.baddbmm, Tensor.baddbmm):
+            base, one, two = args
+            beta, alpha = ((kwargs or {}).get(name, 1) for name in ("beta", "alpha"))
+            product = torch.bmm(one, two) if alpha == 1 else alpha * torch.bmm(one, two)
+            return product if beta == 0 else product + (base if beta == 1 else beta * base)
         if func not in (torch.addcmul, Tensor.addcmul, Tensor.addcmul_):
             return func(*args, **(kwargs or {}))
         base, one, two = args

@@ -14,6 +14,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -174,8 +175,8 @@ class Program:
         own = now.own = [alias(t) for t in problem.constraint_tensors(self.plan.layout, rows)]
         _now.found = None
         try:
-            with torch.no_grad():
-                leaves_out = self.call(problem.function, state, tree, own)
+            with torch.no_grad(), _settled(problem.function) as function:
+                leaves_out = self.call(function, state, tree, own)
             found = _now.taken()
         finally:
             _now.given = _now.found = None
@@ -202,6 +203,12 @@ def _bound(
             captured.append(given)
         sources.append(place)
     return Bound(artifact, inputs, tuple(captured), tuple(sources), versions(inputs))
+
+
+def _settled(function: Any) -> AbstractContextManager[Any]:
+    """The function as the compiler can read it, where it has another form for that."""
+    settled = getattr(function, "settled", None)
+    return nullcontext(function) if settled is None else settled()
 
 
 def versions(inputs: Sequence[Any]) -> tuple[int | None, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, final
 
@@ -57,8 +58,7 @@ class Equilibrium(nn.Module):
         has_aux: whether the cell returns a pair ``(state, aux)``; the layer then does, and its solution has ``aux``:
             see :class:`FixedPoint`, and :attr:`Solution.aux` for its derivative.
         unpack: whether the cell takes the entries of a tuple or list as arguments, ``cell(*z, *inputs)``.
-        throw, compile: as for :func:`solve`. A cell with parametrized weights (:func:`weight_norm`,
-            :func:`spectral_norm`) is not compiled, nor are solves that a warm start carries along (``refresh``).
+        throw, compile: as for :func:`solve`. Solves that a warm start carries along (``refresh``) are not compiled.
 
     Attributes:
         solution: the last :class:`Solution`, detached; ``None`` before the first call, and after one under a
@@ -344,6 +344,14 @@ class _Masked:
     def __init__(self, prepared: PerSolve):
         self.prepared, self.module = prepared, prepared.module
         self.dropouts: Sequence[VariationalDropout] = ()
+
+    @contextmanager
+    def settled(self) -> Iterator[_Masked]:
+        """See :meth:`PerSolve.settled`."""
+        with self.prepared.settled() as prepared:
+            function = _Masked(prepared)
+            function.dropouts = self.dropouts
+            yield function
 
     def __call__(self, *given: Any) -> Any:
         *given_to_cell, masks = given

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -264,11 +265,18 @@ def settled_vectors(chains: Iterable[ParametrizationList]) -> list[tuple[Spectra
 
 
 @contextmanager
-def fixed(weights: Sequence[tuple[ParametrizationList, Tensor]]) -> Iterator[None]:
-    """Each parametrization gives the tensor beside it, and computes nothing, while the context lasts."""
+def fixed(weights: Sequence[tuple[ParametrizationList, Tensor]], read: bool = False) -> Iterator[None]:
+    """Each parametrization gives the tensor beside it, and computes nothing, while the context lasts.
+
+    Args:
+        read: whether a compiler reads the module, which tells what gives the tensor by its identity.
+    """
     before = [chain.__dict__.get("forward") for chain, _ in weights]
     for chain, value in weights:
-        chain.forward = partial(_given, value)  # type: ignore[method-assign]
+        if read:
+            giver = _givers.setdefault(chain, _Giver())
+            giver.value = value
+        chain.forward = giver if read else partial(_given, value)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -294,6 +302,18 @@ def holding(pairs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
 
 def _unit(vector: Tensor) -> Tensor:
     return vector / torch.linalg.vector_norm(vector).clamp_min(torch.finfo(vector.dtype).tiny)
+
+
+class _Giver:
+    """What gives a tensor, the same object in every solve."""
+
+    value: Tensor
+
+    def __call__(self) -> Tensor:
+        return self.value
+
+
+_givers: WeakKeyDictionary[ParametrizationList, _Giver] = WeakKeyDictionary()
 
 
 def _given(value: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,6 +50,13 @@ class PerSolve:
     ):
         self.module, self.weights, self.vectors, self.dropouts = module, weights, vectors, dropouts
         self._masks: dict[VariationalDropout, Tensor] = {}
+
+    @contextmanager
+    def settled(self) -> Iterator[PerSolve]:
+        """While the context lasts, the same function, for a compiler to read: it could not follow how parametrizations
+        are given their values."""
+        with fixed(self.weights, read=True), holding(self.vectors):
+            yield PerSolve(self.module, dropouts=self.dropouts)
 
     def __call__(self, *args: Any) -> Any:
         missing = [dropout for dropout in self.dropouts if dropout not in self._masks]

@@ -41,6 +41,10 @@ class Adjacency:
     out_of: Tensor = field(repr=False)
     perron: float
 
+    def __post_init__(self) -> None:
+        # for code that is compiled, whose inputs are dense
+        object.__setattr__(self, "_parts", tuple(_parts(matrix) for matrix in (self.into, self.out_of)))
+
     @classmethod
     def normalized(
         cls, edge_index: Tensor, nodes: int, edge_weight: Tensor | None = None, dtype: torch.dtype = torch.float32
@@ -107,7 +111,53 @@ def neighbour_sum(x: Tensor, adjacency: Adjacency, transposed: bool) -> Tensor:
             f"the graph has {adjacency.nodes} nodes, and the features have shape {tuple(x.shape)}: they must be "
             "[nodes, features]"
         )
+    if torch.compiler.is_compiling():
+        one, other = adjacency._parts  # type: ignore[attr-defined]
+        return _compiled_sum(x, other, one) if transposed else _compiled_sum(x, one, other)
     return _NeighbourSum.apply(x, adjacency, transposed)
+
+
+Parts = tuple[Tensor, Tensor, Tensor]
+"""Where rows start, columns and values of a matrix in compressed rows."""
+
+
+def _parts(matrix: Tensor) -> Parts:
+    """The tensors themselves, and no views of the matrix, which is an input that compiled code has not."""
+    return matrix.crow_indices().data, matrix.col_indices().data, matrix.values().data
+
+
+@torch.library.custom_op(
+    "torchimplicit::neighbour_sum", mutates_args=(), schema="(Tensor x, Tensor[] matrix, Tensor[] transposed) -> Tensor"
+)
+def _compiled_sum(x: Tensor, matrix: Parts, transposed: Parts) -> Tensor:
+    """The same sum as one operation of a graph that is compiled."""
+    wide = x.to(matrix[2].dtype).contiguous()
+    return (_csr(*matrix, x.shape[0]) @ wide).to(x.dtype)
+
+
+@_compiled_sum.register_fake
+def _(x: Tensor, matrix: Parts, transposed: Parts) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _note(ctx: Any, inputs: Any, output: Any) -> None:
+    _, matrix, transposed = inputs
+    ctx.save_for_backward(*matrix, *transposed)
+
+
+def _back(ctx: Any, v: Tensor) -> tuple[Any, ...]:
+    matrix, transposed = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+    return _compiled_sum(v, list(transposed), list(matrix)), [None] * 3, [None] * 3
+
+
+_compiled_sum.register_autograd(_back, setup_context=_note)
+
+
+@_compiled_sum.register_vmap
+def _(info: Any, in_dims: Any, x: Tensor, matrix: Parts, transposed: Parts) -> tuple[Tensor, int]:
+    side_by_side = x.movedim(in_dims[0], 1)
+    out = _compiled_sum(side_by_side.flatten(1), matrix, transposed)
+    return out.unflatten(1, side_by_side.shape[1:]), 1
 
 
 class _NeighbourSum(Function):
