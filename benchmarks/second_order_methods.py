@@ -21,7 +21,7 @@ from torch import Tensor
 
 import torchimplicit as ti
 from torchimplicit.derivatives import Derivatives
-from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.linear_task import LinearTask
 
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
@@ -321,14 +321,14 @@ def methods(p: Physics, forward: str, steps: int) -> dict[str, Callable[[], Grad
 def counted(p: Physics) -> Iterator[dict[str, int]]:
     """Counts calls of the map, and linear solves: right-hand sides, of our nodes and of xitorch's."""
     figures = {"solves": 0, "calls": 0}
-    ours = Task.solve_linear
+    ours = LinearTask.solve
 
-    def solve_linear(self: Task, solver: Any, transposed: bool, b: Tensor, *rest: Any) -> Any:
+    def solve(self: LinearTask, solver: Any, transposed: bool, b: Tensor, *rest: Any) -> Any:
         figures["solves"] += 1 if b.ndim == 2 else len(b)
         return ours(self, solver, transposed, b, *rest)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(Task, "solve_linear", solve_linear))
+        stack.enter_context(mock.patch.object(LinearTask, "solve", solve))
         with contextlib.suppress(ImportError):
             from xitorch.linalg.solve import solve_torchfcn
 

@@ -15,6 +15,7 @@ from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.gradients import Implicit
 from torchimplicit.gradients.base import Found, Task, differentiable
 from torchimplicit.gradients.figures import nearly_singular
+from torchimplicit.gradients.linear_task import LinearTask
 from torchimplicit.gradients.pseudo_inverse import Maps, PseudoSolution, PseudoSolve
 from torchimplicit.gradients.start import Start
 from torchimplicit.inference import outside_inference_mode
@@ -24,7 +25,7 @@ from torchimplicit.precision import at_precision, safe_norm, without_autocast
 from torchimplicit.problems import System
 from torchimplicit.problems.linear_equations import LinearEquations
 from torchimplicit.solution import AdjointRecord, Report, Solution, Status
-from torchimplicit.solvers import Anderson, Outcome
+from torchimplicit.solvers import NewtonKrylov, Outcome
 from torchimplicit.state import Layout
 from torchimplicit.statement import Statement, stated
 
@@ -184,12 +185,10 @@ def _system(
         return Outcome(found.value, report)
 
     task = Task(
-        system=given.system,
+        linear=LinearTask(system=given.system, record=record, precision=given.precision),
         start=Start(given.flat),
         run=run,
-        solver=Anderson(),
-        record=record,
-        precision=given.precision,
+        solver=NewtonKrylov(linear_solver=chosen),  # of which this is one step
     )
     with without_autocast(given.layout.device), given.call.at_home():
         found = Implicit(linear_solver=chosen).attach(task, given.params)

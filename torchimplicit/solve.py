@@ -21,6 +21,7 @@ from torchimplicit.gradients.auxiliary import auxiliary
 from torchimplicit.gradients.base import Run, Task, differentiable, run_by
 from torchimplicit.gradients.empty import solved_without_numbers
 from torchimplicit.gradients.figures import reported
+from torchimplicit.gradients.linear_task import LinearTask
 from torchimplicit.gradients.randomness import Randomness
 from torchimplicit.gradients.start import Start
 from torchimplicit.inference import outside_inference_mode
@@ -133,18 +134,15 @@ def solve_from(
 
     record = AdjointRecord()
     task = Task(
-        system=system,
+        linear=LinearTask(system=system, record=record, precision=given.precision, capture=compiled),
         start=_start(given, evaluated=not problem.by_gradient and compiled is None),
         run=_runner(solver, system, compiled, recorded, gradient.needs_solver_state),
         solver=solver,
-        record=record,
-        precision=given.precision,
         # what is compiled was found to draw nothing
         randomness=Randomness(problem.stated_by, lambda z, p: system.fn(z, *p))
         if solver.steps is None and compiled is None
         else None,
         agreement=Agreement(problem.stated_by) if given.closure.cuts else None,
-        capture=compiled,
         function=problem.stated_by,
         direct=direct,
         aux=call.aux,
@@ -192,7 +190,8 @@ def solve_from(
         begun = way[i - count]
         z = layout.flatten(begun, "the trajectory") if layout.parted else flat_way[i - count]
         assert z is not None
-        at = replace(task, start=Start(z), outcomes=[], randomness=None, aux=None)
+        linear = replace(task.linear, outcomes=[])
+        at = replace(task, linear=linear, start=Start(z), randomness=None, aux=None)
         if unseen:
             last = solver.given(count)
             at = replace(at, solver=last, run=_runner(last, system, None, count, False))

@@ -14,6 +14,7 @@ from torchimplicit.derivatives.curve import Along, Curve
 from torchimplicit.derivatives.directions import Basis, basis, flat_direction
 from torchimplicit.gradients import Implicit
 from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.linear_task import LinearTask
 from torchimplicit.gradients.nodes import LinearSolve
 from torchimplicit.gradients.point import SharedPoint
 from torchimplicit.gradients.start import Start
@@ -23,7 +24,8 @@ from torchimplicit.precision import at_precision, without_autocast
 from torchimplicit.problems import Minimum
 from torchimplicit.problems.system import vjp
 from torchimplicit.solution import AdjointRecord, Report, Solution
-from torchimplicit.solvers import Anderson, Outcome
+from torchimplicit.solvers import Outcome
+from torchimplicit.solvers.given import Given
 from torchimplicit.state import detached
 from torchimplicit.statement import stated
 
@@ -113,16 +115,11 @@ class Derivatives:
         reached = Outcome(z, Report(*figures, solution.evaluations))
         with without_autocast(given.layout.device):
             self._shared = SharedPoint(given.system, z, given.params, self._solver)
-            self._task = Task(
-                system=given.system,
-                start=Start(given.flat),
-                run=lambda *_: reached,
-                solver=Anderson(),  # asked for nothing: the solution is there
-                record=self._record,
-                precision=given.precision,
-                shared=self._shared,
+            self._linear = LinearTask(
+                system=given.system, record=self._record, precision=given.precision, shared=self._shared
             )
-            self._z = self._rule.attach(self._task, given.params).z
+            task = Task(linear=self._linear, start=Start(given.flat), run=lambda *_: reached, solver=Given())
+            self._z = self._rule.attach(task, given.params).z
         self.value = given.layout.unflatten(self._z)
 
     @property
@@ -310,13 +307,13 @@ class Derivatives:
 
     def _solved(self, b: Tensor, transposed: bool = False) -> Tensor:
         with without_autocast(self._given.layout.device):
-            return LinearSolve.apply(self._task, self._solver, transposed, b, self._z, *self._given.params)
+            return LinearSolve.apply(self._linear, self._solver, transposed, b, self._z, *self._given.params)
 
     def _along(self, moving: Sequence[Tensor | None], order: int) -> list[Tensor]:
         """The derivatives of orders 1 to ``order``, flat."""
         places = [place for place, t in enumerate(moving) if t is not None]
         tangents = [t for t in moving if t is not None]
-        curve = self._curves.setdefault(tuple(places), Curve(self._task, self._solver, places))
+        curve = self._curves.setdefault(tuple(places), Curve(self._linear, self._solver, places))
         composed = any(is_transformed(t) for t in tangents)
         found: list[Tensor] = []
         for n in range(1, order + 1):
@@ -382,7 +379,7 @@ class Derivatives:
         return value
 
     def _warn_if_rough(self) -> None:
-        self._task.smoothness.warn(self._shared.out)
+        self._linear.smoothness.warn(self._shared.out)
 
 
 def _moved(params: Sequence[Tensor], moving: Sequence[Tensor | None], e: Tensor) -> tuple[Tensor, ...]:

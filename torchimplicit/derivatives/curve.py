@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from torchimplicit.closure import is_transformed
-from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.figures import report
+from torchimplicit.gradients.linear_task import LinearTask
 from torchimplicit.gradients.nodes import LinearSolve
 from torchimplicit.gradients.transforms import gradients
 from torchimplicit.linear import LinearSolver
@@ -27,12 +27,12 @@ class Curve:
     what the backward pass of :math:`z_n` needs.
 
     Args:
-        task, solver: of the linear solves.
+        linear, solver: of the linear solves.
         moving: the places of the parameters that move.
     """
 
-    def __init__(self, task: Task, solver: LinearSolver, moving: Sequence[int]):
-        self.task = task
+    def __init__(self, linear: LinearTask, solver: LinearSolver, moving: Sequence[int]):
+        self.linear = linear
         self.solver = solver
         self.moving = tuple(moving)
         self._tape: tuple[Tensor, list[Tensor], Tensor] | None = None
@@ -72,7 +72,7 @@ class Curve:
             for i, v in enumerate(states, start=1):
                 there, power = there + power * v, power * e / (i + 1)
             moved = (p + e * moves[i] if i in moves else p for i, p in enumerate(params))
-            return self.task.system.residual(there, *moved)
+            return self.linear.system.residual(there, *moved)
 
         return directional(residual, n, z)
 
@@ -88,7 +88,7 @@ class Curve:
                 seen.add(id(p))
                 places.append(p if itself else p.detach().requires_grad_(p.requires_grad or place in self.moving))
             with torch.enable_grad():
-                self._tape = own, places, self.task.system.residual(own, *places)
+                self._tape = own, places, self.linear.system.residual(own, *places)
         return self._tape
 
     def _weighted(
@@ -123,8 +123,8 @@ class Along(Function):
         known, tangents, params = _parted(curve, n, rest)
         with without_autocast(z.device):
             b = -curve.derivative(known, tangents, z, params)
-            _, found = curve.task.solve_linear(curve.solver, False, b, z, params)
-        report(curve.task, found.report)
+            _, found = curve.linear.solve(curve.solver, False, b, z, params)
+        report(curve.linear.record, found.report)
         ctx.curve, ctx.n = curve, n
         ctx.save_for_backward(found.value, z, *rest)
         return found.value
@@ -136,13 +136,13 @@ class Along(Function):
         known, tangents, params = _parted(curve, n, rest)
         needs_grad = ctx.needs_input_grad[2:]
         if needs_grad[0] or any(needs_grad[n + len(curve.moving) :]):
-            curve.task.smoothness.asked()
+            curve.linear.smoothness.asked()
         if not torch.is_grad_enabled() and not any(is_transformed(t) for t in (c, y, z, *rest)):
             with without_autocast(z.device):
-                _, found = curve.task.solve_linear(curve.solver, True, c, z, params)
-                report(curve.task, found.report)
+                _, found = curve.linear.solve(curve.solver, True, c, z, params)
+                report(curve.linear.record, found.report)
                 return None, None, *curve.vjp_params(-found.value, (*known, y), tangents, z, params, needs_grad)
-        w = LinearSolve.apply(curve.task, curve.solver, True, c, z, *params)
+        w = LinearSolve.apply(curve.linear, curve.solver, True, c, z, *params)
 
         def weighted(z: Tensor, *rest: Tensor) -> Tensor:
             known, tangents, params = _parted(curve, n, rest)

@@ -6,28 +6,24 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchimplicit.auxiliary import Auxiliary
-from torchimplicit.captured import Capture, Passes
+from torchimplicit.captured import Passes
 from torchimplicit.closure import carries_derivative, is_transformed
 from torchimplicit.gradients.agreement import Agreement
-from torchimplicit.gradients.point import SharedPoint
+from torchimplicit.gradients.linear_task import LinearTask
 from torchimplicit.gradients.randomness import Randomness
-from torchimplicit.gradients.smoothness import Smoothness
 from torchimplicit.gradients.start import Start
-from torchimplicit.linear import LinearSolution, LinearSolver
 from torchimplicit.members import known_by
-from torchimplicit.precision import at_precision
 from torchimplicit.problems import System
 from torchimplicit.problems.fixed_point import FixedPointSystem
-from torchimplicit.problems.linearization import Linearization, changed_since, check_unmoved
+from torchimplicit.problems.linearization import Linearization
 from torchimplicit.saved import past_hooks
-from torchimplicit.solution import AdjointRecord
 from torchimplicit.solvers import Outcome, Solver, iterate
 
 Run = Callable[[System, Start, Sequence[Tensor]], Outcome]
@@ -55,48 +51,42 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One solve, as the estimators and the autograd nodes see it.
+    """One solve, as the estimators and the autograd nodes see it: how to solve, and where to linearize.
 
     Attributes:
-        system: what is solved.
-        start: where it begins.
+        linear: the linear systems at the solution, with the system that is solved.
+        start: where the solve begins.
         run: how: ``run(system, start, params)``, on plain tensors.
         solver: what ``run`` uses.
-        record: where a backward solve leaves its report.
-        precision: in which autocast evaluates the system; ``None`` where it is off.
-        outcomes: what ``run`` gave, the latest last (the nodes run it out of the caller's sight).
-        shared: the point whose linear solves share their work; ``None``: each does its own.
         records: whether the solution's tape is recorded in the forward pass, for the backward pass.
-        tape: the solution's, where it was recorded in the forward pass; ``None``: the function is evaluated again.
-        value: what was recorded there, where that cannot be used, for the function to be checked against it.
-        smoothness: told where a second derivative is asked for.
         randomness: told of the solve; ``None``: nobody looks.
         agreement: told of the solution's tape; ``None``: the function cuts nothing off.
-        capture: the compiled form of the solve, where it has one.
         function: what the user gave for the problem.
         direct: whether autograd differentiates what the estimator evaluates, what the function captures among it,
             which ``params`` do not hold: grad mode is on then, and no transform runs.
         aux: what the function returns beside the state; ``None``: it does not, or nobody asks.
     """
 
-    system: System
+    linear: LinearTask
     start: Start
     run: Run
     solver: Solver
-    record: AdjointRecord
-    precision: torch.dtype | None = None
-    outcomes: list[Outcome] = field(default_factory=list)
-    shared: SharedPoint | None = None
     records: bool = True
-    tape: Linearization | None = None
-    value: Tensor | None = None
-    smoothness: Smoothness = field(default_factory=Smoothness)
     randomness: Randomness | None = None
     agreement: Agreement | None = None
-    capture: Capture | None = None
     function: Any = None
     direct: bool = False
     aux: Auxiliary | None = None
+
+    @property
+    def system(self) -> System:
+        """What is solved."""
+        return self.linear.system
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """What ``run`` gave, the latest last."""
+        return self.linear.outcomes
 
     def solve(self, params: Sequence[Tensor], *, given_away: bool = True) -> Found:
         """Run without recording gradients.
@@ -114,7 +104,7 @@ class Task:
         report = outcome.report
         # what a function returns may be its argument, a buffer or a parameter, and a solver's iterate what it returned;
         # a point that is shared is the library's own
-        z = outcome.z.clone() if self.shared is None and given_away else outcome.z
+        z = outcome.z.clone() if self.linear.shared is None and given_away else outcome.z
         # the note is of what is given away, or of the last iterate where those are kept: no copy is held for it alone.
         # But a node gives z itself a history that leads back to this task: the note must not close that cycle, or else
         # what the solver has built would stay in memory until Python looks for cycles
@@ -126,17 +116,9 @@ class Task:
         """Count evaluations of the whole batch that the estimator makes in the forward pass, after the solve."""
         self.outcomes[-1] = self.outcomes[-1].having_spent(evaluations)
 
-    def adjoint_solver(self, chosen: LinearSolver | None, z: Tensor) -> LinearSolver:
-        """``chosen``, or what suits the system at ``z``."""
-        return at_precision(chosen or self.system.default_linear_solver(z.shape[1], z.shape[0]), self.precision)
-
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Task:
         """The task of ``size`` copies, see :meth:`System.vmapped`."""
-        value = None if self.tape is None else self.tape.out.detach().repeat(size, *(1,) * (self.tape.out.ndim - 1))
-        system = self.system.vmapped(size, dims)
-        return replace(
-            self, system=system, shared=None, tape=None, value=value, randomness=None, capture=None, aux=None
-        )
+        return replace(self, linear=self.linear.vmapped(size, dims), randomness=None, aux=None)
 
     def recorded(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization:
         """The tape at the solution, for the backward pass."""
@@ -145,49 +127,8 @@ class Task:
             out, (start, *own) = opening
             assert isinstance(self.system, FixedPointSystem)
             return Linearization.recorded(self.system.image, start, own, needs_grad, self.system.leaves, out)
-        tape = None if self.shared is None else self.shared.tape(z, params, needs_grad)
+        tape = None if self.linear.shared is None else self.linear.shared.tape(z, params, needs_grad)
         return self.system.linearize(z, params, needs_grad) if tape is None else tape
-
-    def linearize(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool] | None = None) -> Linearization:
-        """The tape at the solution: that of the forward pass, where it was recorded there."""
-        if self.tape is not None:
-            return self.tape
-        tape = self.system.linearize(z, params, needs_grad)
-        if self.value is not None:
-            check_unmoved(self.value, tape.out)
-        elif self.capture is not None and self.outcomes and z.shape[1]:
-            self._check_residual(self.system.norms(self.system.on_tape(tape)))
-        return tape
-
-    def _check_residual(self, now: Tensor) -> None:
-        """Raise where the residual at the solution is not that of the forward pass, which recorded nothing."""
-        outcome = self.outcomes[-1]
-        norm, parts = outcome.norm, outcome.parts
-        if norm is None or parts is None or norm.shape != now.shape:
-            return
-        terms = torch.where(parts > 0, norm / parts, torch.inf).nan_to_num(torch.inf)
-        share = torch.finfo(now.dtype).eps ** 0.5 if now.dtype == torch.float64 else 0.02
-        if bool(((now - norm).abs() > share * (norm + terms)).any()):
-            changed_since()
-
-    def solve_linear(
-        self,
-        solver: LinearSolver,
-        transposed: bool,
-        b: Tensor,
-        z: Tensor,
-        params: Sequence[Tensor],
-        needs_grad: Sequence[bool] | None = None,
-    ) -> tuple[Linearization, LinearSolution]:
-        """Solve :math:`A y = b` or :math:`A^T y = b` at ``z``, on plain tensors; also the tape, for the pullback."""
-        tape = None if self.shared is None else self.shared.tape(z, params, needs_grad)
-        with past_hooks():
-            if self.shared is not None and tape is not None:
-                self.smoothness.look(tape.out)
-                return tape, self.shared.solve(tape, transposed, b)
-            tape = self.linearize(z, params, needs_grad)
-            self.smoothness.look(tape.out)
-            return tape, self.system.solve_linear(tape, transposed, b, solver)
 
 
 class Gradient(ABC):

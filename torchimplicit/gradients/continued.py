@@ -25,9 +25,9 @@ class Continued(Function):
 
     @staticmethod
     def forward(ctx: Any, task: Task, way: Continuation, h: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
-        assert task.capture is not None
+        assert task.linear.capture is not None
         ctx.task, ctx.way = task, way
-        found = task.capture.go_on(h, params)
+        found = task.linear.capture.go_on(h, params)
         if found is None:  # something has been written to since the solve began
             with without_autocast(h.device):
                 found = *way.joint(task.system, h, params), ()
@@ -49,7 +49,7 @@ class Continued(Function):
         with without_autocast(h.device):
             if ctx.others and not torch.is_grad_enabled() and not is_transformed(u):
                 made = [next(kept) if other is None else other for other in ctx.others]
-                grads = task.capture.come_back(u, h, params, made, needs_grad)
+                grads = task.linear.capture.come_back(u, h, params, made, needs_grad)
                 if grads is not None:
                     return None, None, None, *grads
             again, pull = partial_vjp(lambda *params: way.taken(task.system, h, params), params, needs_grad)

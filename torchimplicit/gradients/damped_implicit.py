@@ -60,18 +60,18 @@ class DampedImplicit(LinearEstimate):
             )
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
-        solver = task.adjoint_solver(self.linear_solver, tape.z)
+        solver = task.linear.adjoint_solver(self.linear_solver, tape.z)
         dim = tape.z.shape[1]
         found = task.system.solve_linear(
             tape, transposed, b, solver, lambda operator: self._shift(operator, solver, dim)
         )
-        report(task, found.report)
+        report(task.linear.record, found.report)
         return found
 
     def shift(self, task: Task, tape: Linearization) -> Tensor:
         """What is added to each sample's Hessian, ``[batch]``."""
         return self._shift(
-            task.system.operator(tape, False), task.adjoint_solver(self.linear_solver, tape.z), tape.z.shape[1]
+            task.system.operator(tape, False), task.linear.adjoint_solver(self.linear_solver, tape.z), tape.z.shape[1]
         )
 
     def _shift(self, operator: LinearOperator, solver: LinearSolver, dim: int) -> Tensor:

@@ -23,4 +23,4 @@ def solved_without_numbers(task: Task, params: Sequence[Tensor]) -> Found:
     if differentiable(params):
         tensors = (p.to_dense() if p.layout is not torch.strided else p for p in params)
         z = z + sum(t.flatten()[:0].sum() for t in tensors if t.is_floating_point())
-    return Found(reported(z, task.record, figures), count, figures.steps, figures.residual)
+    return Found(reported(z, task.linear.record, figures), count, figures.steps, figures.residual)

@@ -108,8 +108,8 @@ class EquilibriumPropagation(FirstOrderRule):
         with torch.no_grad():
             # makes z stationary where it is not quite, or not at all (an iterate on the way)
             now = system.at(z, params)
-        if task.tape is not None and now.energy is not None:
-            check_unmoved(task.tape.out, now.energy)
+        if task.linear.tape is not None and now.energy is not None:
+            check_unmoved(task.linear.tape.out, now.energy)
         level = now.residual
 
         def slope(beta: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class EquilibriumPropagation(FirstOrderRule):
         above = nudged(nudge)
         below = nudged(-nudge) if self.symmetric else None
         figures = [above.report] if below is None else [above.report, below.report]
-        report(task, _joined(figures))
+        report(task.linear.record, _joined(figures))
         # d/dtheta of sum_i |u_i| (E_i(p_above) - E_i(p_below)) / span, one backward pass for all samples
         weight = (length / ((2 if self.symmetric else 1) * nudge))[:, 0]
         leaves = [p.detach().requires_grad_(w) for p, w in zip(params, needs_grad, strict=True)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -17,18 +15,9 @@ NEARLY_SINGULAR = 0.1
 """The relative error of a derivative, by the condition number and the default tolerance, that is warned of."""
 
 
-class Recorded(Protocol):
-    """What has a place for the report of a backward solve."""
-
-    @property
-    def record(self) -> AdjointRecord:
-        """That place."""
-        ...
-
-
-def report(task: Recorded, figures: Report) -> None:
+def report(record: AdjointRecord, figures: Report) -> None:
     """Leave the figures of a backward solve where the user finds them, and warn if it fell short."""
-    task.record.report = figures
+    record.report = figures
     ill = nearly_singular(figures)
     short = figures.fell_short
     if not bool((short | ill).any()):

@@ -56,7 +56,7 @@ class GaussNewton(LinearEstimate):
         batch, inner = b.shape
         outer = of_residuals.out.shape[1]
         small = max(inner, outer) <= SMALL and batch * max(inner, outer) ** 2 <= 2**22
-        solver = at_precision(self.linear_solver or (Dense() if small else LSMR()), task.precision)
+        solver = at_precision(self.linear_solver or (Dense() if small else LSMR()), task.linear.precision)
         operator = RectangularOperator(
             product=of_residuals.jvp,
             transposed_product=of_residuals.vjp,
@@ -71,5 +71,5 @@ class GaussNewton(LinearEstimate):
         half = pseudo_solve(solver, operator.flipped(), b)
         found = pseudo_solve(solver, operator, half.value)
         figures = replace(found.report, evaluations=half.report.evaluations + found.report.evaluations)
-        report(task, figures)
+        report(task.linear.record, figures)
         return LinearSolution(found.value, figures)

@@ -45,7 +45,7 @@ class Implicit(DerivativeRule):
 
     def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization | None:
         """Of the residual; none where the backward pass is compiled."""
-        if task.capture is not None and task.capture.pulls:
+        if task.linear.capture is not None and task.linear.capture.pulls:
             return None
         tape = task.recorded(z, params, needs_grad)
         tape.look()
@@ -53,32 +53,34 @@ class Implicit(DerivativeRule):
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         """:math:`A^{-T}b` or :math:`A^{-1}b` at the tape's point, on plain tensors."""
-        solver = task.adjoint_solver(self.linear_solver, tape.z)
+        solver = task.linear.adjoint_solver(self.linear_solver, tape.z)
         solution = task.system.solve_linear(tape, transposed, b, solver)
-        report(task, solution.report)
+        report(task.linear.record, solution.report)
         return solution
 
     def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
         """Differentiable itself."""
-        solver = task.adjoint_solver(self.linear_solver, z)
+        solver = task.linear.adjoint_solver(self.linear_solver, z)
         if not torch.is_grad_enabled() and not any(is_transformed(t) for t in (u, z, *params)):
             coupling = task.system.coupling
-            if task.capture is not None and not (coupling is not None and coupling.found):
-                compiled = task.capture.pull(u, z, params, needs_grad)
+            if task.linear.capture is not None and not (coupling is not None and coupling.found):
+                compiled = task.linear.capture.pull(u, z, params, needs_grad)
                 if compiled is not None:
-                    report(task, compiled.report)
+                    report(task.linear.record, compiled.report)
                     return compiled.grads
             # the tape of the solve serves the pullback as well
-            tape, solution = task.solve_linear(solver, True, u, z, params, needs_grad)
-            report(task, solution.report)
+            tape, solution = task.linear.solve(solver, True, u, z, params, needs_grad)
+            report(task.linear.record, solution.report)
             grads = task.system.vjp_params(tape, solution.value)
             return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True))
-        g = LinearSolve.apply(task, solver, True, u, z, *params)
-        return vjp_params(task, -g, z, params, needs_grad)
+        g = LinearSolve.apply(task.linear, solver, True, u, z, *params)
+        return vjp_params(task.linear, -g, z, params, needs_grad)
 
     def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
         """Differentiable itself."""
         moved = jvp(lambda *params: task.system.residual(z, *params), params, dparams)
         if moved is None:
             return torch.zeros_like(z)
-        return LinearSolve.apply(task, task.adjoint_solver(self.linear_solver, z), False, -moved, z, *params)
+        return LinearSolve.apply(
+            task.linear, task.linear.adjoint_solver(self.linear_solver, z), False, -moved, z, *params
+        )

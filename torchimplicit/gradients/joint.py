@@ -61,7 +61,7 @@ class Envelope(JointEstimate):
         system = task.system
         assert isinstance(system, JointSystem)
         _, mu, _ = system.parts.split(z)
-        tape = self.tape(task, z, params, needs_grad) if task.tape is None else task.tape
+        tape = self.tape(task, z, params, needs_grad) if task.linear.tape is None else task.linear.tape
         one = torch.ones_like(mu[:, :1])
         own = tape.vjp(torch.cat((torch.zeros_like(mu), one), dim=1))  # the loss alone, in the state
         size = (own * own).sum(dim=1, keepdim=True)
@@ -75,7 +75,7 @@ class Envelope(JointEstimate):
                 "(relative) away from that. Use Implicit() (exact for every outer loss), or FixedInput() (the "
                 "first-order shortcut)"
             )
-        task.record.report = truncated(z, 0, 0.0)
+        task.linear.record.report = truncated(z, 0, 0.0)
         if system.moving(needs_grad):
             # the value's derivative in a bound is its slope along the input there
             slope = tape.vjp(torch.cat((mu, one), dim=1))
@@ -126,10 +126,12 @@ class FixedInput(JointEstimate):
             )
 
         alone = self._alone(system, given)
-        solver = task.adjoint_solver(self.linear_solver or alone.default_linear_solver(state.shape[1], len(z)), z)
-        tape = self.tape(task, z, params, needs_grad) if task.tape is None else task.tape
+        solver = task.linear.adjoint_solver(
+            self.linear_solver or alone.default_linear_solver(state.shape[1], len(z)), z
+        )
+        tape = self.tape(task, z, params, needs_grad) if task.linear.tape is None else task.linear.tape
         found = alone.solve_linear(tape, True, of_state.contiguous(), solver)
-        report(task, found.report)
+        report(task.linear.record, found.report)
         return alone.vjp_params(tape, found.value)
 
     def _alone(self, system: JointSystem, given: Tensor) -> FixedPointSystem:

@@ -30,31 +30,29 @@ class LinearEstimate(FirstOrderRule):
 
     def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization | None:
         """Of the residual; none where the backward pass is compiled."""
-        if task.capture is not None and task.capture.pulls:
+        if task.linear.capture is not None and task.linear.capture.pulls:
             return None
         return task.recorded(z, params, needs_grad)
 
     def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
-        """The cotangents of the wanted parameters."""
-        if task.capture is not None and not torch.is_grad_enabled() and not any(map(is_transformed, (u, z, *params))):
-            compiled = task.capture.pull(u, z, params, needs_grad)
+        capture = task.linear.capture
+        if capture is not None and not torch.is_grad_enabled() and not any(map(is_transformed, (u, z, *params))):
+            compiled = capture.pull(u, z, params, needs_grad)
             if compiled is not None:
-                task.record.report = compiled.report
+                task.linear.record.report = compiled.report
                 return compiled.grads
-
         return super().adjoint(task, u, z, params, needs_grad)
 
     def cotangents(
         self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        tape = task.linearize(z, params, needs_grad)
+        tape = task.linear.linearize(z, params, needs_grad)
         with past_hooks():
-            found = self.apply(task, tape, True, u)
-            task.record.report = found.report
-            return task.system.vjp_params(tape, found.value)
+            g = self.apply(task, tape, True, u)
+            task.linear.record.report = g.report
+            return task.system.vjp_params(tape, g.value)
 
     def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
-        """The tangent of the solution."""
         moved = jvp(lambda *params: task.system.residual(z, *params), params, dparams)
         if moved is None:
             return torch.zeros_like(z)

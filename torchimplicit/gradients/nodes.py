@@ -28,6 +28,7 @@ from torchimplicit.closure import is_transformed
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients.base import Found, Gradient, Task, differentiable
 from torchimplicit.gradients.figures import report
+from torchimplicit.gradients.linear_task import LinearTask
 from torchimplicit.gradients.start import Start
 from torchimplicit.gradients.transforms import (
     Grads,
@@ -127,7 +128,7 @@ class Solve(Function):
         if u is None:
             return None, None, None, *(None for _ in needs_grad)
         refuse_batched_cotangents(u)
-        task = _restored(ctx.task, ctx.kept, params)
+        task = replace(ctx.task, linear=_restored(ctx.task.linear, ctx.kept, params))
         with without_autocast(z.device):
             return None, None, None, *ctx.rule.adjoint(task, u, z, params, needs_grad)
 
@@ -147,23 +148,25 @@ class Solve(Function):
 
 class LinearSolve(Function):
     """The solution :math:`y` of :math:`A y = b`, or of :math:`A^T y = b` if ``transposed``, with :math:`A` the
-    Jacobian of the task's residual at ``z``: ``(task, solver, transposed, b, z, *params) -> y``.
+    Jacobian of the system's residual at ``z``: ``(linear, solver, transposed, b, z, *params) -> y``.
 
     ``b`` is ``[batch, dim]``, or a block ``[k, batch, dim]`` of right-hand sides for one point, which are solved
     together from one evaluation of the map.
     """
 
     @staticmethod
-    def forward(task: Task, solver: LinearSolver, transposed: bool, b: Tensor, z: Tensor, *params: Tensor) -> Tensor:
+    def forward(
+        linear: LinearTask, solver: LinearSolver, transposed: bool, b: Tensor, z: Tensor, *params: Tensor
+    ) -> Tensor:
         with without_autocast(z.device):
-            _, found = task.solve_linear(solver, transposed, b, z, params)
-        report(task, found.report)
+            _, found = linear.solve(solver, transposed, b, z, params)
+        report(linear.record, found.report)
         return found.value
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        task, ctx.solver, ctx.transposed, _, z, *params = inputs
-        ctx.task, ctx.kept, graph = _parted(task)
+        linear, ctx.solver, ctx.transposed, _, z, *params = inputs
+        ctx.linear, ctx.kept, graph = _parted(linear)
         ctx.save_for_backward(output, z, *params, *graph)
         ctx.save_for_forward(output, z, *params)
 
@@ -173,29 +176,29 @@ class LinearSolve(Function):
         needs_grad = ctx.needs_input_grad[4:]
         refuse_batched_cotangents(c)
         if any(needs_grad):  # the derivative of A is a second derivative of the residual
-            ctx.task.smoothness.asked()
-        task = _restored(ctx.task, ctx.kept, params)
-        w = LinearSolve.apply(task, ctx.solver, not ctx.transposed, c, z, *params)
+            ctx.linear.smoothness.asked()
+        linear = _restored(ctx.linear, ctx.kept, params)
+        w = LinearSolve.apply(linear, ctx.solver, not ctx.transposed, c, z, *params)
         # y depends on (z, params) through -w.(dA y), or -w.(dA^T y): the gradient of -left^T A right at fixed ends
         left, right = (y, w) if ctx.transposed else (w, y)
-        return None, None, None, w, *_bilinear(task, left, right, z, params, needs_grad)
+        return None, None, None, w, *_bilinear(linear, left, right, z, params, needs_grad)
 
     @staticmethod
     def jvp(ctx: Any, _t: None, _s: None, _f: None, db: Tensor | None, *tangents: Tensor | None) -> Tensor:
         with nested_forward_mode():
             y, z, *params = primals_of(saved_tensors(ctx))
             if any(t is not None for t in tangents):
-                ctx.task.smoothness.asked()
+                ctx.linear.smoothness.asked()
             moved = LinearSolve._tangent(ctx, y, z, params, tangents)
             right = _difference(db, moved, y)
-            return LinearSolve.apply(ctx.task, ctx.solver, ctx.transposed, right, z, *params)
+            return LinearSolve.apply(ctx.linear, ctx.solver, ctx.transposed, right, z, *params)
 
     @staticmethod
     def _tangent(ctx: Any, y: Tensor, z: Tensor, params: Sequence[Tensor], tangents: Any) -> Tensor | None:
         """The tangent of the product with ``y`` at fixed ``y``."""
 
         def product(z: Tensor, *params: Tensor) -> Tensor:
-            pull = _vjp(ctx.task, z, params)
+            pull = _vjp(ctx.linear, z, params)
             if ctx.transposed:
                 return pull(y)
             _, twice = vjp(pull, torch.zeros_like(y))
@@ -204,10 +207,12 @@ class LinearSolve(Function):
         return jvp(product, (z, *params), tangents)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, task: Task, solver: Any, transposed: bool, b: Any, z: Any, *params: Any) -> Any:
+    def vmap(
+        info: Any, in_dims: Any, linear: LinearTask, solver: Any, transposed: bool, b: Any, z: Any, *params: Any
+    ) -> Any:
         if all(dim is None for dim in in_dims[4:]):  # the copies differ in b alone: right-hand sides for one point
             b = b.movedim(in_dims[3], 0)
-            y = LinearSolve.apply(task, solver, transposed, b.reshape(-1, *b.shape[-2:]), z, *params)
+            y = LinearSolve.apply(linear, solver, transposed, b.reshape(-1, *b.shape[-2:]), z, *params)
             return y.reshape(b.shape), 0
         size, dims, params = fold_copies(info, in_dims[5:], params)
         shape = b.shape if in_dims[3] is None else b.movedim(in_dims[3], 0).shape[1:]
@@ -217,22 +222,22 @@ class LinearSolve(Function):
         else:
             b = stack_copies(b, in_dims[3], size)
         z = stack_copies(z, in_dims[4], size)
-        y = LinearSolve.apply(task.vmapped(size, dims), solver, transposed, b, z, *params)
+        y = LinearSolve.apply(linear.vmapped(size, dims), solver, transposed, b, z, *params)
         if len(shape) == 3:
             return y.reshape(shape[0], size, *shape[1:]).movedim(1, 0), 0
         return y.reshape(size, *shape), 0
 
 
-def _vjp(task: Task, z: Tensor, params: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+def _vjp(linear: LinearTask, z: Tensor, params: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
     """:math:`v\\mapsto A^T v` at ``z``, composable, for one vector or for a block."""
-    _, pull = vjp(lambda z: task.system.residual(z, *params), z)
+    _, pull = vjp(lambda z: linear.system.residual(z, *params), z)
 
-    def vjp_params(v: Tensor) -> Tensor:
+    def of_one_or_a_block(v: Tensor) -> Tensor:
         if v.ndim == z.ndim:
             return pull(v)[0]
         return torch.func.vmap(lambda v: pull(v)[0])(v)
 
-    return vjp_params
+    return of_one_or_a_block
 
 
 class Graft(Function):
@@ -365,53 +370,53 @@ def undifferentiated(task: Task, rule: DerivativeRule, params: Sequence[Tensor])
     return by_node(task, rule, params) if is_transformed(task.start.z) else task.solve(params)
 
 
-def vjp_params(task: Task, g: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
+def vjp_params(linear: LinearTask, g: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
     """:math:`R_\\theta^T g` for the parameters that need a gradient, ``None`` for the others; differentiable."""
-    tape = task.tape
+    tape = linear.tape
     if tape is not None and not torch.is_grad_enabled():  # a batch of cotangents that vmap has put together
         tape.check()
         with torch.enable_grad():
-            out = task.system.on_tape(tape)
+            out = linear.system.on_tape(tape)
         return _or_zeros(
             recorded_gradients((out,), tape.params, (g,), needs_grad, create_graph=False), params, needs_grad
         )
     if tape is None or is_transformed(g):
-        out, pull = partial_vjp(lambda *params: task.system.residual(z, *params), params, needs_grad)
+        out, pull = partial_vjp(lambda *params: linear.system.residual(z, *params), params, needs_grad)
         if tape is not None:
-            check_unmoved(task.system.on_tape(tape), out)
+            check_unmoved(linear.system.on_tape(tape), out)
         return pull(g)
     tape.check()
     tape.make_differentiable()
     end = g.detach().requires_grad_()
     with torch.enable_grad():
-        out = task.system.on_tape(tape)
+        out = linear.system.on_tape(tape)
     grads = recorded_gradients((out,), tape.params, (end,), needs_grad, create_graph=True)
     return _or_zeros(_grafted(tape.saved, grads, (tape.z, *tape.params, end), (z, *params, g)), params, needs_grad)
 
 
 def _bilinear(
-    task: Task, left: Tensor, right: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
+    linear: LinearTask, left: Tensor, right: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
 ) -> Grads:
     """The gradient of :math:`-l^T A r` in z and the parameters, at fixed ends; differentiable, in them too.
 
     Args:
         needs_grad: of ``(z, *params)``.
     """
-    tape = task.tape
+    tape = linear.tape
     if tape is None or left.ndim != z.ndim or is_transformed(left) or is_transformed(right):
 
         def weighted(z: Tensor, *params: Tensor) -> Tensor:
-            return -(_vjp(task, z, params)(left) * right).sum()
+            return -(_vjp(linear, z, params)(left) * right).sum()
 
         if tape is not None:
-            check_unmoved(task.system.on_tape(tape), task.system.residual(z, *params))
+            check_unmoved(linear.system.on_tape(tape), linear.system.residual(z, *params))
         return gradients(weighted, (z, *params), needs_grad)
     tape.check()
     tape.make_differentiable()
     ends = tuple(t.detach().requires_grad_() for t in (left, right))
     leaves = (tape.z, *tape.params)
     with torch.enable_grad():
-        out = task.system.on_tape(tape)
+        out = linear.system.on_tape(tape)
         (turned,) = recorded_gradients((out,), (tape.z,), ends[:1], (True,), create_graph=True)
         total = None if turned is None else -(turned * ends[1]).sum()
     if total is None:
@@ -473,20 +478,20 @@ def _compare(task: Task, tape: Linearization, found: Found, params: Sequence[Ten
             look.compare(residual, found.residual, found.z, params)
 
 
-def _parted(task: Task) -> tuple[Task, Linearization | None, tuple[Tensor, ...]]:
-    """The task without its tape, the tape without its graph, and what autograd is to save for it."""
-    if task.tape is None:
-        return task, None, ()
-    tape, out = task.tape.parted()
-    return replace(task, tape=None), tape, (out,)
+def _parted(linear: LinearTask) -> tuple[LinearTask, Linearization | None, tuple[Tensor, ...]]:
+    """Without its tape, the tape without its graph, and what autograd is to save for it."""
+    if linear.tape is None:
+        return linear, None, ()
+    tape, out = linear.tape.parted()
+    return replace(linear, tape=None), tape, (out,)
 
 
-def _restored(task: Task, tape: Linearization | None, saved: list[Tensor]) -> Task:
-    """The task with its tape, whose graph is the last of the ``saved`` tensors and is taken from them."""
+def _restored(linear: LinearTask, tape: Linearization | None, saved: list[Tensor]) -> LinearTask:
+    """With its tape, whose graph is the last of the ``saved`` tensors and is taken from them."""
     if tape is None:
-        return task
+        return linear
     unpack(tape.saved)
-    return replace(task, tape=tape.joined(saved.pop()))
+    return replace(linear, tape=tape.joined(saved.pop()))
 
 
 def estimate(

@@ -44,14 +44,14 @@ class OneStep(LinearEstimate):
         if task.direct and task.solver.steps == 0:  # the start of steps that autograd has seen the last of
             found = task.solve(params)
             z = _Moved.apply(found.z, -task.system.residual(found.z, *params))
-            return found._replace(z=reported(z, task.record, truncated(found.z, 0, 0.0)))
+            return found._replace(z=reported(z, task.linear.record, truncated(found.z, 0, 0.0)))
         if self.recorded(task.solver) is None:
             return super().attach(task, params)
-        if task.capture is not None and task.capture.goes_on:
+        if task.linear.capture is not None and task.linear.capture.goes_on:
             return self._compiled(task, params)
         if task.direct or not differentiable(params):
             found = through_steps(task, task.start.fixed(), params)
-            return found._replace(z=reported(found.z, task.record, truncated(found.z.detach(), 0, 0.0)))
+            return found._replace(z=reported(found.z, task.linear.record, truncated(found.z.detach(), 0, 0.0)))
         return self._after_a_node(task, params)
 
     def passes(self, solver: Solver) -> Passes:
@@ -66,7 +66,7 @@ class OneStep(LinearEstimate):
     @staticmethod
     def _compiled(task: Task, params: Sequence[Tensor]) -> Found:
         """Of compiled code, which has the steps before the last one, and that one."""
-        solver, capture = task.solver, task.capture
+        solver, capture = task.solver, task.linear.capture
         assert isinstance(solver, FixedPointIteration)
         assert solver.steps
         assert capture is not None
@@ -83,7 +83,7 @@ class OneStep(LinearEstimate):
         residual = parts if parts.ndim == 1 else parts.amax(dim=1)
         report = replace(outcome.report, status=status, steps=found.steps + 1, residual=residual)
         task.outcomes[-1] = replace(outcome, report=report, norm=norm, parts=parts)
-        z = reported(z, task.record, truncated(z.detach(), 0, 0.0))
+        z = reported(z, task.linear.record, truncated(z.detach(), 0, 0.0))
         return Found(z, status, report.steps, residual)
 
     @staticmethod

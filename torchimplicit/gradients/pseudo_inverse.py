@@ -87,7 +87,7 @@ class Maps:
                 probe = torch.where((found.value == 0).all(dim=1, keepdim=True), 1, found.value.nan_to_num())
                 self._check_linear(probe, operator.product(probe), params)
         if self.reports:
-            report(self, found.report)
+            report(self.record, found.report)
         self.reports.append(found.report)
         return PseudoSolution(found.value, found.report.status, found.report.steps, found.report.residual)
 

@@ -45,7 +45,7 @@ class Unrolled(Gradient):
         # from a constant z0
         judging = 1 if task.solver.steps is None else 0
         products = max(0.0, report.evaluations - judging - (0 if from_start else 1))
-        return found._replace(z=reported(found.z, task.record, replace(report, evaluations=products)))
+        return found._replace(z=reported(found.z, task.linear.record, replace(report, evaluations=products)))
 
     def recorded(self, solver: Solver) -> int | None:
         return solver.steps

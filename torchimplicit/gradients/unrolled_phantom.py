@@ -44,7 +44,7 @@ class UnrolledPhantom(Gradient):
         check_fraction(self, "damping")
 
     def attach(self, task: Task, params: Sequence[Tensor]) -> Found:
-        compiled = task.capture is not None and task.capture.goes_on
+        compiled = task.linear.capture is not None and task.linear.capture.goes_on
         if task.direct or (compiled and task.solver.steps is not None):
             found = task.solve(params, given_away=False)
         elif not differentiable(params):
@@ -60,7 +60,7 @@ class UnrolledPhantom(Gradient):
             refuse_detached(task, found.z, params)
         task.spent(self.steps)
         figures = truncated(h.detach(), self.steps, float(self.steps - 1))
-        return found._replace(z=reported(owned(task, h), task.record, figures))
+        return found._replace(z=reported(owned(task, h), task.linear.record, figures))
 
     def passes(self, solver: Solver) -> Passes:
         return Passes(solver=solver, continuation=Continuation(self.steps, self.damping))

@@ -120,10 +120,8 @@ class WhenUnconverged(Gradient):
             start=Start(found.z.detach()),
             run=lambda *_: reached,
             solver=replace(task.solver, steps=None),
-            outcomes=[],
-            record=AdjointRecord(),
+            linear=replace(task.linear, outcomes=[], record=AdjointRecord(), capture=None),
             randomness=None,
-            capture=None,
             direct=False,
             aux=None,
         )

@@ -69,7 +69,9 @@ class AtLastStep(Gradient):
             tape = system.linearize(start, ())
             image = tape.out
             if image.requires_grad:
-                image = _Adjoint.apply(image, replace(task, system=system), self.inverse, tape)
+                image = _Adjoint.apply(
+                    image, replace(task, linear=replace(task.linear, system=system)), self.inverse, tape
+                )
         else:
             image = system.fn(start)
         task.spent(1)
@@ -114,7 +116,7 @@ def _adjoint_vector(task: Task, inverse: Implicit | LinearEstimate, tape: Linear
         # without the figures of a linear solve, which take as long on small states
         return _series(task, tape, u, inverse.steps, inverse.damping)
     solution = inverse.apply(task, tape, True, u)
-    task.record.report = solution.report
+    task.linear.record.report = solution.report
     return solution.value
 
 
@@ -125,5 +127,5 @@ def _series(task: Task, tape: Linearization, u: Tensor, terms: int, damping: flo
     for _ in range(terms - 1):
         moved = tape.vjp(g)
         g = scaled + moved if damping == 1.0 else torch.add(scaled, torch.lerp(g, moved, damping))
-    task.record.report = truncated(u, terms, float(terms - 1))
+    task.linear.record.report = truncated(u, terms, float(terms - 1))
     return g
