@@ -70,7 +70,7 @@ def carries_derivative(t: Tensor) -> bool:
     return t.requires_grad or is_transformed(t)
 
 
-def relayed(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+def through_modes(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """The tensors as the enclosing equilibria's modes see them, so that they find and replace them too."""
     enclosing, seen = _watching()[::-1], tuple(tensors)
     for i, watcher in enumerate(enclosing):
@@ -86,7 +86,7 @@ def watched() -> bool:
     return bool(_watching())
 
 
-def announce(made: Any) -> None:
+def register(made: Any) -> None:
     """Tell the modes of an enclosing equilibrium of tensors that were made out of their sight, by an autograd node."""
     for watcher in _watching():
         watcher.keep(made)
@@ -305,7 +305,7 @@ class Closure:
                 value = _untouched(self.function, z, *self._given(own))
         captured = tuple((recorder.captured | self._scripted()).values())
         if not _watching():  # or else there may be substitutes behind the value, which the enclosing one checks
-            check_graph(value, (z, *relayed((*own, *captured))))
+            check_graph(value, (z, *through_modes((*own, *captured))))
         found = self.capturing(captured)
         found.cuts = recorder.cuts
         if z.requires_grad and all(t.is_leaf and not t._backward_hooks for t in captured):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torchimplicit.closure import announce, is_transformed, relayed, transforms_running
+from torchimplicit.closure import is_transformed, register, through_modes, transforms_running
 from torchimplicit.compiler import untraced
 from torchimplicit.errors import ConvergenceWarning, SolveError
+from torchimplicit.flat_problem import FlatProblem, flatten_problem
 from torchimplicit.gradients import Implicit
 from torchimplicit.gradients.base import Found, Task, differentiable
 from torchimplicit.gradients.figures import nearly_singular
@@ -27,7 +28,6 @@ from torchimplicit.problems.linear_equations import LinearEquations
 from torchimplicit.solution import AdjointRecord, Report, Solution, Status
 from torchimplicit.solvers import NewtonKrylov, Outcome
 from torchimplicit.state import Layout
-from torchimplicit.statement import Statement, stated
 
 SMALL = 256
 """Up to so many unknowns and equations, a pseudo-inverse is found by singular values where no method is named."""
@@ -121,10 +121,10 @@ def linear_solve(
         rowwise=rowwise,
     )
     capture = torch.is_grad_enabled() or transforms_running()
-    given = stated(problem, start, args, capture=capture, rowwise=square)
+    flat = flatten_problem(problem, start, args, capture=capture, rowwise=square)
     record = AdjointRecord()
-    found, report = (_system if square else _pseudo)(given, right, solver, record)
-    announce(found)
+    found, report = (_system if square else _pseudo)(flat, right, solver, record)
+    register(found)
     figures = (found.status, found.steps, found.residual)
     status, steps, residual = figures if batched else (t[0] for t in figures)
     value = layout.unflatten(found[0])
@@ -162,9 +162,9 @@ def _of_matrix(matrix: Tensor, b: Any, args: tuple[Any, ...], batched: bool) -> 
 
 
 def _system(
-    given: Statement, right: Tensor, solver: LinearSolver | None, record: AdjointRecord
+    flat: FlatProblem, right: Tensor, solver: LinearSolver | None, record: AdjointRecord
 ) -> tuple[Found, Report]:
-    chosen = at_precision(solver or given.system.default_linear_solver(right.shape[1], right.shape[0]), given.precision)
+    chosen = at_precision(solver or flat.system.default_linear_solver(right.shape[1], right.shape[0]), flat.precision)
 
     def run(system: System, start: Start, params: Sequence[Tensor]) -> Outcome:
         tape = system.linearize(start.take(), params)
@@ -185,32 +185,30 @@ def _system(
         return Outcome(found.value, report)
 
     task = Task(
-        linear=LinearTask(system=given.system, record=record, precision=given.precision),
-        start=Start(given.flat),
+        linear=LinearTask(system=flat.system, record=record, precision=flat.precision),
+        start=Start(flat.z0),
         run=run,
         solver=NewtonKrylov(linear_solver=chosen),  # of which this is one step
     )
-    with without_autocast(given.layout.device), given.call.at_home():
-        found = Implicit(linear_solver=chosen).attach(task, given.params)
+    with without_autocast(flat.layout.device), flat.call.at_home():
+        found = Implicit(linear_solver=chosen).attach(task, flat.params)
     return found, task.outcomes[-1].report
 
 
 def _pseudo(
-    given: Statement, right: Tensor, solver: LinearSolver | None, record: AdjointRecord
+    flat: FlatProblem, right: Tensor, solver: LinearSolver | None, record: AdjointRecord
 ) -> tuple[PseudoSolution, Report]:
-    inner, outer, rows = given.layout.dim, right.shape[1], len(right)
+    inner, outer, rows = flat.layout.dim, right.shape[1], len(right)
     small = max(inner, outer) <= SMALL and rows * max(inner, outer) ** 2 <= 2**22
-    chosen = at_precision(solver or (Dense() if small else LSMR()), given.precision)
-    params = given.params
-    maps = Maps(
-        fn=given.closure, inner=inner, outer=outer, solver=chosen, record=record, coupling=given.system.coupling
-    )
-    with torch.no_grad(), given.call.at_home():
-        at_zero = given.value if given.value is not None else given.closure(given.flat, *params)
+    chosen = at_precision(solver or (Dense() if small else LSMR()), flat.precision)
+    params = flat.params
+    maps = Maps(fn=flat.closure, inner=inner, outer=outer, solver=chosen, record=record, coupling=flat.system.coupling)
+    with torch.no_grad(), flat.call.at_home():
+        at_zero = flat.value if flat.value is not None else flat.closure(flat.z0, *params)
     if not is_transformed(at_zero) and bool((at_zero != 0).any()):
         raise ValueError("the operator is not linear: it does not map zero to zero. Put what is constant into b")
-    (b,) = relayed((right,))
-    with without_autocast(given.layout.device), given.call.at_home():
+    (b,) = through_modes((right,))
+    with without_autocast(flat.layout.device), flat.call.at_home():
         if differentiable((b, *params)):
             found = PseudoSolution(*PseudoSolve.apply(maps, False, b, *params))
         else:

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchimplicit.captured import Capture, Capturing
-from torchimplicit.closure import announce, beside_transforms, is_transformed, transforms_running, watched
+from torchimplicit.closure import beside_transforms, is_transformed, register, transforms_running, watched
 from torchimplicit.compiler import untraced
 from torchimplicit.defaults import default_solver
 from torchimplicit.errors import ConvergenceWarning, SolveError
+from torchimplicit.flat_problem import FlatProblem, flatten_problem
 from torchimplicit.gradients import Gradient, Implicit
 from torchimplicit.gradients.agreement import Agreement
 from torchimplicit.gradients.auxiliary import auxiliary
@@ -45,7 +46,6 @@ from torchimplicit.solvers import (
     iterate,
 )
 from torchimplicit.state import row_norm
-from torchimplicit.statement import Statement, stated
 
 UNTRACED = (
     "an implicit layer's solver takes as many steps as its input needs, and that is no graph that could be exported: "
@@ -77,7 +77,7 @@ def solve(
             :class:`LBFGS` for a minimum, :class:`LevenbergMarquardt` for least squares.
         gradient: how to differentiate it; ``None``: :class:`Implicit`.
         throw: whether to raise :class:`SolveError` where a sample goes non-finite. ``False``: its last good iterate
-            is returned and a warning given.
+            is returned and a warning flat.
 
     Returns:
         the :class:`Solution`; its ``value`` has the structure of ``z0`` (for :class:`JointInference`, a
@@ -121,35 +121,35 @@ def solve_from(
     apart = not gradient.needs_solver_state and (torch.is_grad_enabled() or not problem.has_aux)
     # no step leads away from the start: that call is the one for the backward pass as well
     opening = solver.steps == 0 and isinstance(problem, FixedPoint) and plain and not watched() and not hooked()
-    given = stated(problem, start.pop(), args, capture=capture, rowwise=apart, known=known, opening=opening)
+    flat = flatten_problem(problem, start.pop(), args, capture=capture, rowwise=apart, known=known, opening=opening)
     compiled = None if capturing is None else capturing.capture
     direct = direct and compiled is None
-    layout, system, params, call = given.layout, given.system, given.params, given.call
-    solver = at_precision(solver, given.precision)
+    layout, system, params, call = flat.layout, flat.system, flat.params, flat.call
+    solver = at_precision(solver, flat.precision)
     solver.supports(system)
     gradient.supports(system, solver)
 
     if problem.announces_start:
-        _warn_of_moved_start(problem, system, given.flat, params)
+        _warn_of_moved_start(problem, system, flat.z0, params)
 
     record = AdjointRecord()
     task = Task(
-        linear=LinearTask(system=system, record=record, precision=given.precision, capture=compiled),
-        start=_start(given, evaluated=not problem.by_gradient and compiled is None),
+        linear=LinearTask(system=system, record=record, precision=flat.precision, capture=compiled),
+        start=_start(flat, evaluated=not problem.by_gradient and compiled is None),
         run=_runner(solver, system, compiled, recorded, gradient.needs_solver_state),
         solver=solver,
         # what is compiled was found to draw nothing
         randomness=Randomness(problem.stated_by, lambda z, p: system.fn(z, *p))
         if solver.steps is None and compiled is None
         else None,
-        agreement=Agreement(problem.stated_by) if given.closure.cuts else None,
+        agreement=Agreement(problem.stated_by) if flat.closure.cuts else None,
         function=problem.stated_by,
         direct=direct,
         aux=call.aux,
     )
-    del given  # which holds the start
+    del flat  # which holds the start
 
-    def as_given(z: Tensor, record: AdjointRecord) -> Any:
+    def as_flat(z: Tensor, record: AdjointRecord) -> Any:
         """The state ``z`` (flat) in the form of ``z0``."""
         leaves = call.returned(z)
         if leaves is None:
@@ -167,12 +167,12 @@ def solve_from(
     ):
         empty = not (task.start.z.numel() or direct)
         found = solved_without_numbers(task, params) if empty else gradient.attach(task, params)
-        announce(found)
+        register(found)
         aux = None
         if task.aux is not None:
             aux = auxiliary(task, gradient, found.z, params)
-            announce(pytree.tree_leaves(aux))
-        reached_value = as_given(found.z, record)
+            register(pytree.tree_leaves(aux))
+        reached_value = as_flat(found.z, record)
     outcome = task.outcomes[-1]
     transformed = is_transformed(found.z)
     flat_way = () if transformed else outcome.trajectory
@@ -199,7 +199,7 @@ def solve_from(
             reached = Outcome(z, outcome.report, state=outcome.state)
             at = replace(at, run=lambda *_: reached)
         with without_autocast(layout.device), call.following(direct, (z, begun)):
-            return as_given(gradient.attach(at, params).z, record)
+            return as_flat(gradient.attach(at, params).z, record)
 
     figures = (found.status, found.steps, found.residual)
     status, steps, residual = figures if problem.batched else (t[0] for t in figures)
@@ -225,8 +225,8 @@ def solve_from(
 
 def flat_system(problem: Problem, z: Any, args: tuple[Any, ...]) -> tuple[System, Tensor, tuple[Tensor, ...]]:
     """``problem`` in flat coordinates at the state ``z``, for plain tensors: ``(system, flat z, params)``."""
-    given = stated(problem, z, args, capture=False)
-    return given.system, given.flat.detach(), given.params
+    flat = flatten_problem(problem, z, args, capture=False)
+    return flat.system, flat.z0.detach(), flat.params
 
 
 def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradient]:
@@ -247,19 +247,19 @@ def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradi
     return solver, gradient or Implicit()
 
 
-def _start(given: Statement, evaluated: bool) -> Start:
+def _start(flat: FlatProblem, evaluated: bool) -> Start:
     """Where a solve of what was stated begins.
 
     Args:
         evaluated: whether the function's value there is an evaluation of the problem.
     """
-    z, value, recorded = given.flat, given.value, given.closure.recorded
+    z, value, recorded = flat.z0, flat.value, flat.closure.recorded
     if not differentiable((z,)):
         z = z.detach()
     if value is None or not evaluated or is_transformed(value):
         return Start(z, recorded=recorded)
     with torch.no_grad(), without_autocast(z.device):
-        return Start(z, given.system.at(z.detach(), given.params, value), recorded)
+        return Start(z, flat.system.at(z.detach(), flat.params, value), recorded)
 
 
 def _runner(solver: Solver, own: System, compiled: Capture | None, recorded: int | None, keeps: bool) -> Run:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torchimplicit.closure import is_transformed
 from torchimplicit.derivatives.curve import Along, Curve
 from torchimplicit.derivatives.directions import Basis, basis, flat_direction
+from torchimplicit.flat_problem import flatten_problem
 from torchimplicit.gradients import Implicit
 from torchimplicit.gradients.base import Task
 from torchimplicit.gradients.linear_task import LinearTask
@@ -27,7 +28,6 @@ from torchimplicit.solution import AdjointRecord, Report, Solution
 from torchimplicit.solvers import Outcome
 from torchimplicit.solvers.given import Given
 from torchimplicit.state import detached
-from torchimplicit.statement import stated
 
 DENSE_DIM = 256
 """The largest state for which the Jacobians are assembled and factorized where no linear solver is named.
@@ -96,9 +96,9 @@ class Derivatives:
                 "Derivatives works in coordinates that do not move with the arguments, and under eliminate=True they "
                 "move with the constraint: solve the problem without it"
             )
-        given = stated(solution.problem, detached(solution.value), solution.args, capture=True)
-        z = given.flat.detach().clone()
-        if given.layout.complex:
+        flat = flatten_problem(solution.problem, detached(solution.value), solution.args, capture=True)
+        z = flat.z0.detach().clone()
+        if flat.layout.complex:
             raise ValueError(
                 "Derivatives works on real states: state the problem in the real view of its complex state "
                 "(torch.view_as_real)"
@@ -107,20 +107,20 @@ class Derivatives:
         chosen = linear_solver
         if chosen is None and dim <= DENSE_DIM and batch * dim * dim <= DENSE_ENTRIES:
             chosen = Dense()
-        self._given, self._record = given, AdjointRecord()
+        self._problem, self._record = flat, AdjointRecord()
         self._curves: dict[tuple[int, ...], Curve] = {}
         self._rule = Implicit(linear_solver=chosen)
-        self._solver = at_precision(chosen or given.system.default_linear_solver(dim, batch), given.precision)
+        self._solver = at_precision(chosen or flat.system.default_linear_solver(dim, batch), flat.precision)
         figures = (solution.status.reshape(-1), solution.steps.reshape(-1), solution.residual.detach().reshape(-1))
         reached = Outcome(z, Report(*figures, solution.evaluations))
-        with without_autocast(given.layout.device):
-            self._shared = SharedPoint(given.system, z, given.params, self._solver)
+        with without_autocast(flat.layout.device):
+            self._shared = SharedPoint(flat.system, z, flat.params, self._solver)
             self._linear = LinearTask(
-                system=given.system, record=self._record, precision=given.precision, shared=self._shared
+                system=flat.system, record=self._record, precision=flat.precision, shared=self._shared
             )
-            task = Task(linear=self._linear, start=Start(given.flat), run=lambda *_: reached, solver=Given())
-            self._z = self._rule.attach(task, given.params).z
-        self.value = given.layout.unflatten(self._z)
+            task = Task(linear=self._linear, start=Start(flat.z0), run=lambda *_: reached, solver=Given())
+            self._z = self._rule.attach(task, flat.params).z
+        self.value = flat.layout.unflatten(self._z)
 
     @property
     def solves(self) -> dict[str, int]:
@@ -183,7 +183,7 @@ class Derivatives:
             a state like :attr:`value`, each tensor with further dimensions like those of one sample of the argument;
             of the whole argument, where that does not carry the batch.
         """
-        own = basis(self._given, argument)
+        own = basis(self._problem, argument)
         batch, dim = self._z.shape
         # a cotangent of a tensor that all samples share does not tell them apart
         if own.count <= dim or not (own.batched or batch == 1):
@@ -199,7 +199,7 @@ class Derivatives:
 
     def gradient(self, loss: Callable[..., Tensor], argument: int = 0) -> Tensor:
         """The gradient of ``loss(z, *args)`` in one argument: 1 solve."""
-        own = basis(self._given, argument)
+        own = basis(self._problem, argument)
         slope, direct = self._loss_gradients(loss, own)
         g = self._solved(slope, transposed=True)
         return (direct - self._vjp(g, own)).reshape(own.tensor.shape)
@@ -214,7 +214,7 @@ class Derivatives:
             argument: its number.
         """
         self._warn_if_rough()
-        own = basis(self._given, argument)
+        own = basis(self._problem, argument)
         if vector.shape != own.tensor.shape:
             raise ValueError(
                 f"vector has shape {tuple(vector.shape)}, and argument {argument} has {tuple(own.tensor.shape)}"
@@ -241,7 +241,7 @@ class Derivatives:
             ``[batch, *sample.shape, *sample.shape]``.
         """
         self._warn_if_rough()
-        own = basis(self._given, argument)
+        own = basis(self._problem, argument)
         slope, _ = self._loss_gradients(loss, own)
         g = self._solved(slope, transposed=True)
         tangents = self._tangents(own.directions)
@@ -265,7 +265,7 @@ class Derivatives:
             own; of the whole argument, where that does not carry the batch.
         """
         self._warn_if_rough()
-        own = basis(self._given, argument)
+        own = basis(self._problem, argument)
         tangents = self._tangents(own.directions)
         batch, dim = self._z.shape
         p = own.count
@@ -288,26 +288,26 @@ class Derivatives:
     # flat coordinates from here on
 
     def _residual(self, z: Tensor, *params: Tensor) -> Tensor:
-        return self._given.system.residual(z, *params)
+        return self._problem.system.residual(z, *params)
 
     def _flat(self, direction: Direction, block: bool = False) -> list[Tensor | None]:
-        return flat_direction(self._given, direction, block)
+        return flat_direction(self._problem, direction, block)
 
     def _state(self, flat: Tensor) -> Any:
         if flat.ndim == self._z.ndim:
-            return self._given.layout.unflatten(flat)
-        each = [self._given.layout.unflatten(one) for one in flat]
+            return self._problem.layout.unflatten(flat)
+        each = [self._problem.layout.unflatten(one) for one in flat]
         return pytree.tree_map(lambda *leaves: torch.stack(leaves), *each)
 
     def _tensor(self, matrix: Tensor, inner: Sequence[int]) -> Any:
         """``[batch, dim, ...]``, of which the last dimensions become ``inner``, with the state's structure."""
         matrix = matrix.reshape(*matrix.shape[:2], -1)
-        each = [self._given.layout.unflatten(one) for one in matrix.unbind(-1)]
+        each = [self._problem.layout.unflatten(one) for one in matrix.unbind(-1)]
         return pytree.tree_map(lambda *leaves: torch.stack(leaves, dim=-1).reshape(*leaves[0].shape, *inner), *each)
 
     def _solved(self, b: Tensor, transposed: bool = False) -> Tensor:
-        with without_autocast(self._given.layout.device):
-            return LinearSolve.apply(self._linear, self._solver, transposed, b, self._z, *self._given.params)
+        with without_autocast(self._problem.layout.device):
+            return LinearSolve.apply(self._linear, self._solver, transposed, b, self._z, *self._problem.params)
 
     def _along(self, moving: Sequence[Tensor | None], order: int) -> list[Tensor]:
         """The derivatives of orders 1 to ``order``, flat."""
@@ -318,9 +318,9 @@ class Derivatives:
         found: list[Tensor] = []
         for n in range(1, order + 1):
             if composed:
-                found.append(self._solved(-curve.composed(n, self._z, found, tangents, self._given.params)))
+                found.append(self._solved(-curve.composed(n, self._z, found, tangents, self._problem.params)))
             else:
-                found.append(Along.apply(curve, n, self._z, *found, *tangents, *self._given.params))
+                found.append(Along.apply(curve, n, self._z, *found, *tangents, *self._problem.params))
         return found
 
     def _tangent(self, moving: Sequence[Tensor | None]) -> Tensor:
@@ -328,20 +328,20 @@ class Derivatives:
 
     def _tangents(self, moving: Sequence[Tensor | None]) -> Tensor:
         """The block ``[k, batch, dim]``."""
-        given = [t for t in moving if t is not None]
+        flat = [t for t in moving if t is not None]
 
         def moved(*tangents: Tensor) -> Tensor:
             parts = iter(tangents)
             one = [None if t is None else next(parts) for t in moving]
-            out = jvp(lambda *params: self._residual(self._z, *params), self._given.params, one)
+            out = jvp(lambda *params: self._residual(self._z, *params), self._problem.params, one)
             assert out is not None
             return out
 
-        return self._solved(-torch.func.vmap(moved)(*given))
+        return self._solved(-torch.func.vmap(moved)(*flat))
 
     def _second(self, one: Any, other: Any, y: Tensor, w: Tensor) -> Tensor:
         def residual(e: Tensor, h: Tensor) -> Tensor:
-            params = _moved(_moved(self._given.params, one, e), other, h)
+            params = _moved(_moved(self._problem.params, one, e), other, h)
             return self._residual(self._z + e * y + h * w, *params)
 
         return self._solved(-_mixed(residual, self._z))
@@ -370,8 +370,8 @@ class Derivatives:
 
         def value(z: Tensor, a: Tensor) -> Tensor:
             params = own.replaced(a)
-            args = self._given.closure.arguments(params)
-            out = loss(self._given.layout.unflatten(z), *args)
+            args = self._problem.closure.arguments(params)
+            out = loss(self._problem.layout.unflatten(z), *args)
             if out.ndim:
                 raise ValueError(f"loss returned a tensor of shape {tuple(out.shape)}, and must return a scalar")
             return out if g is None else out - (g * self._residual(z, *params)).sum()

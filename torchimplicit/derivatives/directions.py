@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torchimplicit.statement import Statement
+from torchimplicit.flat_problem import FlatProblem
 
 
-def flat_direction(given: Statement, direction: Any, block: bool) -> list[Tensor | None]:
+def flat_direction(flat: FlatProblem, direction: Any, block: bool) -> list[Tensor | None]:
     """A tangent for each parameter of the statement, ``None`` for those that do not move.
 
     Args:
-        given: what the direction is for.
+        flat: what the direction is for.
         direction: one entry for each argument.
         block: whether every tensor has several directions in a dimension before its own.
 
     Raises:
         ValueError, TypeError: it does not fit the arguments.
     """
-    args = given.closure.args
+    args = flat.closure.args
     if not isinstance(direction, tuple | list) or len(direction) != len(args):
         raise ValueError(
             f"a direction has one entry for each of the problem's {len(args)} arguments, None for one that does not "
@@ -46,7 +46,7 @@ def flat_direction(given: Statement, direction: Any, block: bool) -> list[Tensor
     sizes = {len(tangent) for tangent in found if tangent is not None} if block else {1}
     if len(sizes) > 1:
         raise ValueError(f"the direction's entries hold different numbers of directions: {sorted(sizes)}")
-    return found + [None] * (len(given.params) - len(found))
+    return found + [None] * (len(flat.params) - len(found))
 
 
 def _fitting(number: int, leaf: Tensor, tangent: Any, block: bool) -> Tensor:
@@ -71,14 +71,14 @@ class Basis:
     """The unit directions of one tensor argument: of each sample's entries, where it carries the batch.
 
     Attributes:
-        given: the statement.
+        flat: the statement.
         place: which of the statement's parameters the argument is.
         tensor: the argument.
         batched: whether it carries the batch, so that one direction moves the same entry of every sample.
         moves: ``[p, *tensor.shape]``.
     """
 
-    given: Statement
+    flat: FlatProblem
     place: int
     tensor: Tensor
     batched: bool
@@ -106,15 +106,15 @@ class Basis:
 
     def direction(self, tangent: Tensor) -> list[Tensor | None]:
         """A tangent of this argument alone."""
-        return [tangent if place == self.place else None for place in range(len(self.given.params))]
+        return [tangent if place == self.place else None for place in range(len(self.flat.params))]
 
     def replaced(self, a: Tensor) -> tuple[Tensor, ...]:
         """The parameters with ``a`` for the argument."""
-        return tuple(a if place == self.place else p for place, p in enumerate(self.given.params))
+        return tuple(a if place == self.place else p for place, p in enumerate(self.flat.params))
 
     def per_sample(self, cotangent: Tensor) -> Tensor:
         """A cotangent of the argument as ``[batch, p]``; only where it carries the batch, or the batch is one."""
-        return cotangent.reshape(self.given.flat.shape[0] if self.batched else 1, -1)
+        return cotangent.reshape(self.flat.z0.shape[0] if self.batched else 1, -1)
 
     def contracted(self, left: Tensor, right: Tensor) -> Tensor:
         """Inner products of ``[p, batch, ...]`` with ``[p, batch, ...]``: ``[batch, p, p]``, or ``[p, p]``."""
@@ -124,23 +124,23 @@ class Basis:
         return left.flatten(1) @ right.flatten(1).T
 
 
-def basis(given: Statement, argument: int) -> Basis:
+def basis(flat: FlatProblem, argument: int) -> Basis:
     """The unit directions of the argument of that number.
 
     Raises:
         ValueError: there is no such argument, or it is no floating-point tensor.
     """
-    args = given.closure.args
+    args = flat.closure.args
     if not 0 <= argument < len(args):
         raise ValueError(f"argument is {argument}, and the problem has the arguments 0 to {len(args) - 1}")
     if not isinstance(args[argument], Tensor) or not args[argument].is_floating_point():
         raise ValueError(f"argument {argument} must be a floating-point tensor, not {type(args[argument]).__name__}")
     place = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(args[:argument]))
-    tensor = given.params[place]
-    batch = given.flat.shape[0]
-    batched = given.problem.batched and tensor.ndim > 0 and tensor.shape[0] == batch
+    tensor = flat.params[place]
+    batch = flat.z0.shape[0]
+    batched = flat.problem.batched and tensor.ndim > 0 and tensor.shape[0] == batch
     inner = tensor.shape[1:] if batched else tensor.shape
     count = inner.numel()
     eye = torch.eye(count, dtype=tensor.dtype, device=tensor.device).reshape(count, *inner)
     moves = eye[:, None].expand(count, *tensor.shape).contiguous() if batched else eye
-    return Basis(given, place, tensor, batched, moves)
+    return Basis(flat, place, tensor, batched, moves)

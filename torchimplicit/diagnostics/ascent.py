@@ -14,12 +14,12 @@ from torch.utils import _pytree as pytree
 
 from torchimplicit.diagnostics.compare import Attached
 from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.flat_problem import tensors_of
 from torchimplicit.gradients import Gradient, OneStep
 from torchimplicit.linear.confirmed import separated
 from torchimplicit.problems import Problem
 from torchimplicit.solve import flat_system
 from torchimplicit.state import Layout
-from torchimplicit.statement import tensors_of
 
 
 @dataclass(frozen=True)

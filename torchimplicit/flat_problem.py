@@ -1,4 +1,4 @@
-"""A problem as it is stated to :func:`~torchimplicit.solve.solve`, in flat coordinates."""
+"""A problem at its arguments, in flat coordinates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchimplicit.auxiliary import Auxiliary
-from torchimplicit.closure import Closure, relayed
+from torchimplicit.closure import Closure, through_modes
 from torchimplicit.coupling import Coupling
 from torchimplicit.inference import thawed, thawing
 from torchimplicit.members import Members, module_of, modules_behind
@@ -23,23 +23,23 @@ from torchimplicit.state import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
-class Statement:
+class FlatProblem:
     """The problem at some arguments.
 
     Attributes:
-        problem, layout: what was stated, and the structure of its state.
-        flat: the given state, ``[batch, dim]``.
+        problem, layout: the problem as the user has it, and the structure of its state.
+        z0: the given state, ``[batch, dim]``.
         closure: the problem's function with its arguments, and what it captures.
         system: the problem over flat states.
         params: the tensors that ``system`` depends on: those of the arguments, those of a constraint, the captured.
         call: the problem's function in flat coordinates.
-        value: what the function gives at ``flat``, where it had to be called.
+        value: what the function gives at ``z0``, where it had to be called.
         precision: in which autocast evaluates the function; ``None`` where it is off.
     """
 
     problem: Problem
     layout: Layout
-    flat: Tensor
+    z0: Tensor
     closure: Closure
     call: FlatCall
     system: System
@@ -48,7 +48,7 @@ class Statement:
     precision: torch.dtype | None
 
 
-def stated(
+def flatten_problem(
     problem: Problem,
     z: Any,
     args: tuple[Any, ...],
@@ -57,7 +57,7 @@ def stated(
     rowwise: bool = False,
     known: Callable[[Layout, Tensor], tuple[Tensor, ...] | None] | None = None,
     opening: bool = False,
-) -> Statement:
+) -> FlatProblem:
     """``problem`` at the state ``z``.
 
     Args:
@@ -70,21 +70,20 @@ def stated(
     """
     z = problem.start(z)
     layout = problem.layout(z)
-    flat = layout.flatten(z, "z0")
-    rows = flat.shape[0]
+    z0 = layout.flatten(z, "z0")
+    rows = z0.shape[0]
     flattened = problem.flattened(layout, rows)
     constraint = thawed(flattened.constraint_tensors(layout, rows))
     call = FlatCall(problem, layout)
     closure, value = Closure(call, args, extra=len(constraint)), None
-    captured = None if known is None else known(layout, flat)
+    captured = None if known is None else known(layout, z0)
     if captured is not None:
         closure = closure.capturing(captured)
     elif capture:
         with torch.no_grad(), past_hooks():
-            begun = flat.detach().requires_grad_() if opening else flat.detach()
-            closure, value = closure.record(begun)
+            closure, value = closure.record(z0.detach().requires_grad_() if opening else z0.detach())
     own = len(closure.tensors)
-    params = relayed((*closure.tensors, *constraint, *closure.captured))
+    params = through_modes((*closure.tensors, *constraint, *closure.captured))
     row_params = None
     shared = (
         layout.coordinates is None or not layout.coordinates.per_sample
@@ -94,10 +93,10 @@ def stated(
         row_params += (False,) * len(closure.captured)
     system = flattened.system(closure, row_params, slice(own, own + len(constraint)), layout)
     coupling = Coupling.of(problem.stated_by, rows, problem.rowwise) if problem.batched else None
-    return Statement(
+    return FlatProblem(
         problem=problem,
         layout=layout,
-        flat=flat,
+        z0=z0,
         closure=closure,
         call=call,
         system=replace(system, coupling=coupling),
@@ -114,7 +113,7 @@ def tensors_of(problem: Problem, z: Any, args: tuple[Any, ...]) -> tuple[Tensor,
     Raises:
         ValueError: there are none.
     """
-    closure = stated(problem, z, args, capture=True).closure
+    closure = flatten_problem(problem, z, args, capture=True).closure
     unique = {id(t): t for t in (*closure.tensors, *closure.captured) if t.requires_grad}
     if not unique:
         raise ValueError(
