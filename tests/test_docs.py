@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import torchimplicit
+from torchimplicit._solve import solve
 from torchimplicit.gradients import Gradient, OneStep
-from torchimplicit.solve import solve
 from torchimplicit.solvers import Solver
 from torchimplicit.testing import GradientSuite, SolverSuite
 from torchimplicit.testing.gradient_suite import Case

@@ -1,7 +1,10 @@
 """Implicit layers for PyTorch: state a problem, solve it, differentiate the solution to any order."""
 
 from torchimplicit import derivatives, nn, regularizers
-from torchimplicit.attach import attach
+from torchimplicit._attach import attach
+from torchimplicit._linear_solve import linear_solve
+from torchimplicit._resolve import Resolved, resolve
+from torchimplicit._solve import solve
 from torchimplicit.constraints import (
     Box,
     L2Ball,
@@ -39,13 +42,10 @@ from torchimplicit.gradients import (
     WhenUnconverged,
 )
 from torchimplicit.linear import CG, GMRES, LSMR, MINRES, BiCGStab, Dense, Neumann
-from torchimplicit.linear_solve import linear_solve
 from torchimplicit.notices import SolveCounts, solve_counts
 from torchimplicit.problems import FixedPoint, JointInference, JointState, LeastSquares, Minimum, Root
 from torchimplicit.ragged import Ragged
-from torchimplicit.resolve import Resolved, resolve
 from torchimplicit.solution import Report, Solution, Status
-from torchimplicit.solve import solve
 from torchimplicit.solvers import (
     LBFGS,
     Anderson,

@@ -61,7 +61,7 @@ def flatten_problem(
     """``problem`` at the state ``z``.
 
     Args:
-        problem, z, args: as for :func:`~torchimplicit.solve.solve`.
+        problem, z, args: as for :func:`~torchimplicit.solve`.
         capture: whether to find what the problem's function captures, by one call at ``z``.
         rowwise: whether samples may be evaluated apart, where the problem promises it.
         opening: whether that call is to be kept as the one for the backward pass, since no step will lead away from

@@ -7,7 +7,7 @@ import torch
 
 import torchimplicit as ti
 from torchimplicit import Anderson, FixedPoint, FixedPointIteration
-from torchimplicit.solve import flat_system
+from torchimplicit._solve import flat_system
 from torchimplicit.solvers import Solver, iterate
 from torchimplicit.testing.solver_suite import SolverSuite
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from torchimplicit import Minimum
-from torchimplicit.solve import flat_system
+from torchimplicit._solve import flat_system
 from torchimplicit.solvers import Evaluator
 from torchimplicit.solvers.line_search import CURVATURE, SUFFICIENT, search
 from torchimplicit.testing.solver_suite import Spy

@@ -8,10 +8,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from torchimplicit._solve import solve
 from torchimplicit.attacks.base import Attack
 from torchimplicit.attacks.replaced import Replaced
 from torchimplicit.problems import JointInference, JointState
-from torchimplicit.solve import solve
 from torchimplicit.solvers import FixedPointIteration, Solver
 
 

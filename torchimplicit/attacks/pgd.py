@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchimplicit._solve import solve
 from torchimplicit.attacks.base import Attack
 from torchimplicit.attacks.replaced import Replaced, Stated
 from torchimplicit.gradients import Gradient
 from torchimplicit.solution import Solution
-from torchimplicit.solve import solve
 from torchimplicit.solvers import Solver
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchimplicit._solve import flat_system
 from torchimplicit.diagnostics.compare import Attached
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.flat_problem import tensors_of
 from torchimplicit.gradients import Gradient, OneStep
 from torchimplicit.linear.confirmed import separated
 from torchimplicit.problems import Problem
-from torchimplicit.solve import flat_system
 from torchimplicit.state import Layout
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchimplicit._solve import flat_system, solve
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.flat_problem import tensors_of
 from torchimplicit.gradients import Gradient, Implicit, Unrolled
 from torchimplicit.linear import GMRES
 from torchimplicit.problems import FixedPoint, Minimum, Problem, Root
 from torchimplicit.solution import Report
-from torchimplicit.solve import flat_system, solve
 from torchimplicit.solvers import LBFGS, FixedPointIteration, Solver
 from torchimplicit.state import Layout, row_norm
 

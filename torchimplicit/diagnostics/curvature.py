@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchimplicit._solve import flat_system
 from torchimplicit.compiler import untraced
 from torchimplicit.inference import outside_inference_mode
 from torchimplicit.linear.confirmed import separated
 from torchimplicit.linear.extremes import extreme_eigenvalues
 from torchimplicit.linear.preconditioners import Preconditioner, as_preconditioner
 from torchimplicit.problems import LeastSquares, Minimum
-from torchimplicit.solve import flat_system
 from torchimplicit.validation import at_least
 
 

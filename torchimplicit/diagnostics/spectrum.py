@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchimplicit._solve import flat_system
 from torchimplicit.compiler import untraced
 from torchimplicit.inference import outside_inference_mode
 from torchimplicit.linear.confirmed import separated
 from torchimplicit.precision import widened
 from torchimplicit.problems import Problem
-from torchimplicit.solve import flat_system
 from torchimplicit.state import row_norm
 from torchimplicit.validation import at_least
 

@@ -18,11 +18,11 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from torchimplicit._solve import solve
 from torchimplicit.derivatives import Derivatives
 from torchimplicit.linear import Dense
 from torchimplicit.problems import FixedPoint
 from torchimplicit.solution import Solution
-from torchimplicit.solve import solve
 from torchimplicit.solvers import NewtonKrylov, Solver
 
 NEWTON = NewtonKrylov(linear_solver=Dense(), rtol=1e-12, max_steps=15, halvings=6)

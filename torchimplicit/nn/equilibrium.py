@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from torchimplicit._solve import UNTRACED, solve_from
 from torchimplicit.closure import eagerly, is_transformed, transforms_running
 from torchimplicit.compiler import untraced
 from torchimplicit.errors import SolveError
@@ -29,7 +30,6 @@ from torchimplicit.nn.warm_start import WarmStart
 from torchimplicit.precision import without_autocast
 from torchimplicit.problems import FixedPoint
 from torchimplicit.solution import Solution
-from torchimplicit.solve import UNTRACED, solve_from
 from torchimplicit.solvers import Solver
 from torchimplicit.state import detached
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from torchimplicit._solve import solve
 from torchimplicit.errors import ConvergenceWarning, UnsupportedDerivativeError
 from torchimplicit.gradients import Gradient, Implicit
 from torchimplicit.linear import GMRES
 from torchimplicit.problems import FixedPoint, Minimum, Problem, Root
 from torchimplicit.solution import Solution
-from torchimplicit.solve import solve
 from torchimplicit.solvers import LBFGS, Anderson, NewtonKrylov, Solver
 
 Kind = Literal["fixed_point", "root", "minimum"]

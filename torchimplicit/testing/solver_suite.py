@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from torchimplicit._solve import solve
 from torchimplicit.errors import ConvergenceWarning, SolveError, UnsupportedDerivativeError
 from torchimplicit.gradients import Implicit, Unrolled
 from torchimplicit.problems import FixedPoint, Minimum, Problem
 from torchimplicit.solution import Solution, Status
-from torchimplicit.solve import solve
 from torchimplicit.solvers import Solver
 
 EASY, HARD = 0.2, 0.95

@@ -13,6 +13,7 @@ pytest.importorskip("lightning")
 
 from rich.console import Console
 
+from torchimplicit._solve import solve
 from torchimplicit.derivatives import Derivatives
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.linear import Dense
@@ -24,7 +25,6 @@ from torchimplicit.recipes.physics.solve_equation import LeastSquares, PhysicsCo
 from torchimplicit.recipes.runtime import optimize as keeper
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import Run, RunOptions, create
-from torchimplicit.solve import solve
 from torchimplicit.solvers import NewtonKrylov
 
 SMALL = PhysicsConfig(states=4, width=4, points=9, iterations=4, error_every=2, page=False)

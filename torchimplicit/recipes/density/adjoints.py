@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from torchimplicit._solve import flat_system, solve
 from torchimplicit.coordinates import Metric
 from torchimplicit.diagnostics import curvature
 from torchimplicit.errors import ConvergenceWarning
@@ -54,7 +55,6 @@ from torchimplicit.recipes.runtime.files import cache_folder
 from torchimplicit.recipes.runtime.run import Run, threads
 from torchimplicit.recipes.runtime.settings import from_plain
 from torchimplicit.solution import Report, Solution, Status
-from torchimplicit.solve import flat_system, solve
 from torchimplicit.solvers import LBFGS
 
 # -- What is measured on one molecule ----------------------------------------------------------------------------------

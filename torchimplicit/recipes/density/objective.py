@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchimplicit._solve import solve
 from torchimplicit.constraints import project, unit_normal
 from torchimplicit.coordinates import Metric
 from torchimplicit.gradients import DampedImplicit, EquilibriumPropagation, Gradient, Implicit
@@ -28,7 +29,6 @@ from torchimplicit.recipes.runtime.optimize import Array
 from torchimplicit.recipes.runtime.run import threads
 from torchimplicit.regularizers import fixed_point_correction
 from torchimplicit.solution import Solution, chosen_iterates
-from torchimplicit.solve import solve
 from torchimplicit.solvers import LBFGS, GradientDescent, Solver
 
 # -- One molecule in training: what is kept of it from step to step ----------------------------------------------------

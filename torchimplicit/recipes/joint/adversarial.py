@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from torchimplicit._solve import solve
 from torchimplicit.constraints import L2Ball
 from torchimplicit.gradients import Envelope, Implicit
 from torchimplicit.linear import GMRES
@@ -38,7 +39,6 @@ from torchimplicit.recipes.runtime.task import Metric, SampledTask, gradient, so
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 from torchimplicit.regularizers import jacobian_frobenius
 from torchimplicit.solution import Solution
-from torchimplicit.solve import solve
 from torchimplicit.solvers import Anderson, FixedPointIteration, Solver
 
 # -- settings ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchimplicit._solve import solve
 from torchimplicit.gradients import Gradient
 from torchimplicit.models import EquilibriumDecoder, conv_decoder, mlp_decoder, multiscale_decoder
 from torchimplicit.problems import JointInference
@@ -24,7 +25,6 @@ from torchimplicit.recipes.runtime.page import canvas
 from torchimplicit.recipes.runtime.settings import Equilibria, not_negative, option, positive
 from torchimplicit.recipes.runtime.task import Split, generator, gradient, permutation, solver
 from torchimplicit.solution import Solution
-from torchimplicit.solve import solve
 from torchimplicit.solvers import Anderson
 
 if TYPE_CHECKING:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torchimplicit._resolve import resolve
+from torchimplicit._solve import solve
 from torchimplicit.gradients import Envelope, Implicit, OneStep
 from torchimplicit.linear import GMRES
 from torchimplicit.models import EquilibriumDecoder
@@ -48,9 +50,7 @@ from torchimplicit.recipes.runtime.table import Cell, Claim, Column, Drawing, Jo
 from torchimplicit.recipes.runtime.task import Metric, Rows, SampledTask
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 from torchimplicit.regularizers import jacobian_frobenius
-from torchimplicit.resolve import resolve
 from torchimplicit.solution import Solution
-from torchimplicit.solve import solve
 from torchimplicit.solvers import Anderson, FixedPointIteration
 from torchimplicit.state import detached
 

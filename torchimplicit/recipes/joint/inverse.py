@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torchimplicit._resolve import resolve
 from torchimplicit.gradients import Envelope, FixedInput, Gradient, Implicit
 from torchimplicit.linear import GMRES
 from torchimplicit.problems import JointInference
@@ -43,7 +44,6 @@ from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimiza
 from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
 from torchimplicit.recipes.runtime.task import Metric, Rows, SampledTask, Split, generator
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
-from torchimplicit.resolve import resolve
 from torchimplicit.solvers import Anderson
 
 Corruption = Literal["denoising", "inpainting"]

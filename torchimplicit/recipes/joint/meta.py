@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchimplicit._solve import solve
 from torchimplicit.gradients import Gradient, Implicit, Unrolled
 from torchimplicit.linear import GMRES
 from torchimplicit.models import ContextEquilibrium, ContextEquilibriumConfig
@@ -54,7 +55,6 @@ from torchimplicit.recipes.runtime.task import (
 )
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 from torchimplicit.solution import Solution
-from torchimplicit.solve import solve
 from torchimplicit.solvers import FixedPointIteration
 
 # -- settings ----------------------------------------------------------------------------------------------------------

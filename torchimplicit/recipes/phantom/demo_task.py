@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
+from torchimplicit._solve import solve
 from torchimplicit.diagnostics import GradientProbe, probe_gradient, spectral_radius
 from torchimplicit.diagnostics.compare import compared
 from torchimplicit.gradients import Gradient, Implicit
@@ -36,7 +37,6 @@ from torchimplicit.recipes.phantom.demo import (
 )
 from torchimplicit.recipes.runtime.run import clock, quietly
 from torchimplicit.recipes.runtime.settings import from_plain, to_plain
-from torchimplicit.solve import solve
 from torchimplicit.solvers import Anderson, FixedPointIteration, Solver
 
 # -- scikit-learn's bundled digits: 1797 real handwritten digits of 8×8 pixels -----------------------------------------

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from torchimplicit._solve import solve
 from torchimplicit.diagnostics import GradientProbe, probe_gradient, spectral_radius
 from torchimplicit.diagnostics.compare import Attached, compared
 from torchimplicit.gradients import (
@@ -34,7 +35,6 @@ from torchimplicit.recipes.runtime.run import quietly
 from torchimplicit.recipes.runtime.settings import not_negative, numbers, option, positive
 from torchimplicit.recipes.runtime.table import Column, Table
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
-from torchimplicit.solve import solve
 from torchimplicit.solvers import FixedPointIteration
 
 if TYPE_CHECKING:

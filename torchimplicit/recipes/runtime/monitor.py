@@ -18,11 +18,11 @@ from torch.utils.hooks import RemovableHandle
 from torchimplicit.diagnostics import GradientProbe, probe_gradient, spectral_radius
 from torchimplicit.diagnostics.compare import compared, tight
 from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.flat_problem import tensors_of
 from torchimplicit.gradients import Gradient, Implicit, PhantomReport, UnbiasedNeumann, Unrolled
 from torchimplicit.nn import Equilibrium
 from torchimplicit.precision import AutocastState
 from torchimplicit.solution import Report, Solution
-from torchimplicit.statement import tensors_of
 from torchimplicit.validation import at_least
 
 OWN = ("cosine", "norm_ratio", "relative_error", "adjoint_residual", "exact_residual", "ascent", "spectral_radius")

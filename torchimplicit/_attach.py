@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchimplicit._solve import solve
 from torchimplicit.closure import is_transformed
 from torchimplicit.gradients import Gradient, Unrolled
 from torchimplicit.precision import default_rtol, safe_norm
 from torchimplicit.problems import Problem
 from torchimplicit.solution import Solution
-from torchimplicit.solve import solve
 from torchimplicit.solvers.given import Given
 from torchimplicit.solvers.tolerance import Tolerance, least
 from torchimplicit.state import detached

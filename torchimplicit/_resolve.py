@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from torchimplicit._solve import solve
 from torchimplicit.gradients import Gradient
 from torchimplicit.problems import FixedPoint, JointInference, JointState
 from torchimplicit.solution import Solution
-from torchimplicit.solve import solve
 from torchimplicit.solvers import Solver
 
 
