@@ -197,6 +197,19 @@ class TestSynthesis:
         assert sound(replace(audio(), sound=name)).name == f"synthesized {name}"
 
 
+def test_what_is_lost_of_the_high_frequencies_is_told():
+    low, high = (
+        torch.from_numpy(tone(8000, 1.0, pitch, peak))[:, None] for pitch, peak in ((300.0, 0.5), (3000.0, 0.02))
+    )
+    truth = low + high
+    assert 10 * torch.log10(truth.square().mean() / high.square().mean()) > 27, "hardly anything beside the whole"
+    assert sounds.spectral_distance(truth, truth, 8000) == 0
+    assert sounds.spectral_distance(truth, low, 8000) > 1
+    lost = sounds.octaves(truth, low, 8000)
+    assert lost["2000 to 4000 Hz"] == pytest.approx(0, abs=0.01)
+    assert lost["0 to 500 Hz"] > 100
+
+
 def small(tmp_path, **changes):
     both = np.stack([tone(), tone(pitch=70)], 1)
     return replace(
@@ -210,14 +223,14 @@ def small(tmp_path, **changes):
 
 
 class TestRecipe:
-    def test_frequencies_grow_with_the_length_alone(self, tmp_path):
+    def test_frequencies_grow_with_the_samples(self, tmp_path):
         def scale(seconds, rate):
             torch.manual_seed(0)
             config = replace(small(tmp_path), file=None, seconds=seconds, rate=rate)
             return build(config).model.filters[0].phase.weight
 
         torch.testing.assert_close(scale(2.0, 1000), 2 * scale(1.0, 1000))
-        torch.testing.assert_close(scale(1.0, 1000), scale(1.0, 500))
+        torch.testing.assert_close(scale(1.0, 1000), 2 * scale(1.0, 500))
 
     def test_a_run_leaves_sounds_and_pictures(self, tmp_path):
         run = trained("implicit-audio", small(tmp_path, export_size=2500), tmp_path / "run")
@@ -230,6 +243,9 @@ class TestRecipe:
             assert (run.path / "figures" / f"{name}.png").is_file()
         page = (run.path / "index.html").read_text()
         assert "1000 samples in 2 channels" in page
+        figures = run.read_json("sound.json")
+        assert f"log-spectral distance is {figures['spectral_distance']:.2f} dB" in page
+        assert list(figures["octaves"]) == ["250 to 500 Hz", "125 to 250 Hz", "62 to 125 Hz", "0 to 62 Hz"]
         assert page.count("<audio") == 4
         (run.path / "mine.wav").write_bytes(b"")
         test = Results.of(run).test.figures

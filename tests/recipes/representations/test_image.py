@@ -33,6 +33,7 @@ from torchimplicit.recipes.representations.image import (
 )
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import Machine
+from torchimplicit.recipes.runtime.trainer import Results
 
 
 @pytest.fixture(autouse=True)
@@ -270,3 +271,60 @@ def test_exports_keep_the_proportions():
 
 def test_quantized():
     assert quantized(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])).tolist() == [0, 0, 128, 255, 255]
+
+
+class TestMeasured:
+    """Fields known by an operator, or by their slopes."""
+
+    @pytest.mark.parametrize("operator", ["downsample", "mask"])
+    def test_training(self, operator, tmp_path):
+        config = small(tmp_path, held_out="none", operator=operator, size=16, noise=0.01)
+        run = trained("implicit-image", config, tmp_path / "run")
+        results = Results.of(run)
+        assert results.test.figures["PSNR"] != results.best.figures["PSNR"], "the picture is the test's alone"
+        page = (run.path / "index.html").read_text()
+        assert "measurements that were held back" in page
+        assert ("Bicubic" in page) == (operator == "downsample")
+
+    @pytest.mark.parametrize("target", ["gradient", "laplacian"])
+    @pytest.mark.parametrize("implicit", [True, False])
+    def test_slopes_of_the_field_itself(self, target, implicit, tmp_path):
+        config = small(tmp_path, held_out="none", target=target, size=12)
+        exact = replace(config.equilibria, gradient="implicit", tolerance=1e-4, backward_tolerance=1e-4)
+        model = Representation(width=8, implicit=implicit, amortize="solve", frequencies=2.0)
+        task = build(replace(config, equilibria=exact, representation=model))
+        grid = task.points.sizes
+        measured = task.operator(task.image(task.all_values()))
+        # the field's own slopes, as the loss has them, are nearly those of differences on a finer grid
+        task.measured = torch.zeros_like(task.measured)
+        index = torch.arange(len(task.points))
+        index = index[(index // grid[1] > 0) & (index // grid[1] < grid[0] - 1)]
+        index = index[(index % grid[1] > 0) & (index % grid[1] < grid[1] - 1)]
+        loss = float(task._misfit(index)) * task.spread**2
+        if target == "gradient":
+            there = measured[0].flatten(1, 2)[:, index].square().mean()
+        else:
+            there = measured.square().mean()
+        assert loss == pytest.approx(float(there), rel=0.35)
+        task._misfit(index).backward()
+        assert all(bool(p.grad.isfinite().all()) for p in task.parameters() if p.grad is not None)
+
+    def test_a_gradient_tells_the_picture_up_to_a_constant(self, tmp_path):
+        config = small(tmp_path, held_out="none", target="gradient", size=12)
+        model = Representation(width=8, implicit=False)
+        task = build(replace(config, representation=model))
+        truth = task.truth()[0].flatten(1).T
+        task.all_values = lambda: truth + 0.25
+        assert task.figures(task.score(torch.arange(len(task.points))).tolist())["PSNR"] > 100
+
+    def test_settings_that_do_not_go_together(self, tmp_path):
+        with pytest.raises(UserError, match="give one of them"):
+            replace(image(), operator="blur", target="gradient")
+        with pytest.raises(UserError, match="leave --held-out none"):
+            replace(generalization(), operator="blur")
+        with pytest.raises(UserError, match="no exact second derivative"):
+            build(small(tmp_path, held_out="none", target="gradient"))
+        wide = Representation(width=2000, memory_mb=8, amortize="off", implicit=False)
+        config = replace(small(tmp_path, held_out="none", operator="blur", size=32), file=None, representation=wide)
+        with pytest.raises(UserError, match="all 1024 pixels at once"):
+            build(config)

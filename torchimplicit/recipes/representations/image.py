@@ -12,13 +12,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.nn import functional
 
+from torchimplicit.recipes.operators import Operator, made
 from torchimplicit.recipes.representations.fit import (
     FieldRunner,
     FieldTask,
     Grid,
     Parts,
     Representation,
+    check_slopes,
     decibels,
     every_other,
     full_batch,
@@ -26,6 +29,7 @@ from torchimplicit.recipes.representations.fit import (
     truncated,
     write_page,
 )
+from torchimplicit.recipes.representations.measured import MeasuredTask, Measurement, Target
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import replacing
 from torchimplicit.recipes.runtime.run import Run
@@ -59,7 +63,22 @@ class PictureConfig:
     other pixel of every other row, or pixels drawn at random."""
 
     split_seed: int = 0
-    """The seed by which the held-out pixels are drawn."""
+    """The seed by which the held-out pixels are drawn, those of --operator mask, and the noise."""
+
+    operator: Literal["none", "blur", "downsample", "mask", "radon"] = "none"
+    """What lies between the picture and what is fitted: a blur, an average over squares, the pixels that are known, or
+    line integrals (tomography). The test is against the picture, which nothing else sees."""
+
+    operator_size: float | None = None
+    """The blur's deviation in pixels (2), the squares' side (4), the share of known pixels (0.25), or the number of
+    angles (30)."""
+
+    noise: float = 0.0
+    """Noise that is added to what is measured, as a share of its deviation."""
+
+    target: Target = "values"
+    """What of the picture is known: its values; its gradient, by which it is known up to a constant; or its Laplacian,
+    and the values at the border. The last two take exact derivatives: --gradient implicit --amortize solve."""
 
     export_size: int | None = None
     """Also sample the field so large, in pixels of the longest side: into export.png."""
@@ -71,13 +90,23 @@ class PictureConfig:
 
     def __post_init__(self) -> None:
         positive(self, "size", "export_size")
-        not_negative(self, "split_seed")
+        not_negative(self, "split_seed", "noise")
+        positive(self, "operator_size")
+        if self.operator != "none" and self.target != "values":
+            raise UserError("--operator and --target are two ways to know a picture: give one of them")
+        if self.measures and self.held_out != "none":
+            raise UserError("--operator and --target fit what is measured of all pixels: leave --held-out none")
         if self.size > LARGEST_PICTURE:
             raise UserError(
                 f"--size {self.size} is more than {LARGEST_PICTURE}; a field of so many pixels is not practical"
             )
         if self.export_size is not None and self.export_size > LONGEST_EXPORT:
             raise UserError(f"--export-size {self.export_size} is more than {LONGEST_EXPORT}")
+
+    @property
+    def measures(self) -> bool:
+        """Whether the field is known by something else than its values."""
+        return self.operator != "none" or self.target != "values"
 
 
 def image() -> PictureConfig:
@@ -112,7 +141,9 @@ MOST_PIXELS = 100_000_000
 LEAST_SIDE = 8
 """Below it there is nothing to fit."""
 
-BundledName = Literal["astronaut", "camera", "chelsea", "coffee", "hubble_deep_field", "moon", "rocket", "page", "text"]
+BundledName = Literal[
+    "astronaut", "camera", "chelsea", "coffee", "hubble_deep_field", "moon", "phantom", "rocket", "page", "text"
+]
 BUNDLED: tuple[BundledName, ...] = get_args(BundledName)
 """Pictures that come with scikit-image's wheel; nothing is downloaded."""
 
@@ -297,7 +328,14 @@ def show(config: PictureConfig, task: FieldTask, results: Results, run: Run) -> 
     save(quantized(values), pictures[1][0])
     save(error_map(values, truth), pictures[2][0])
     notes = [f"Over all pixels: {decibels(float((values.clamp(-1, 1) - truth).square().mean()), 2.0):.2f} dB."]
-    if config.held_out == "none":
+    if isinstance(task, MeasuredTask):
+        notes = [
+            f"Known: {task.operator}. The test is on the picture; measurements that were held back select the "
+            f"weights. Tikhonov's solution, at the weight that is best for this picture, has {task.baseline():.2f} dB."
+        ]
+        if config.operator == "downsample":
+            notes.append(f"Bicubic interpolation has {bicubic(task):.2f} dB.")
+    elif config.held_out == "none":
         notes.append("All pixels were fitted: the validation and the test are on the same ones.")
     else:
         pictures.append((folder / "given.png", "The pixels that were fitted; the others are white."))
@@ -307,6 +345,13 @@ def show(config: PictureConfig, task: FieldTask, results: Results, run: Run) -> 
         written = export(config, task, (height, width), run)
         pictures.append((written, f"The field at {width} × {height} points (export.png)."))
     write_page("A picture as a field", task, results, run, pictures, notes)
+
+
+def bicubic(task: MeasuredTask) -> float:
+    """The PSNR of the measured averages, interpolated."""
+    truth = task.truth()
+    large = functional.interpolate(task.measured, truth.shape[-2:], mode="bicubic").clamp(-1, 1)
+    return decibels(float((large - truth).square().mean()), 2.0)
 
 
 def export(config: PictureConfig, task: FieldTask, sizes: tuple[int, ...], run: Run) -> Path:
@@ -363,7 +408,18 @@ def build(config: PictureConfig) -> FieldTask:
     height, width, channels = found.pixels.shape
     kind = "grey" if channels == 1 else "colour"
     about = noted(f"{found.name}: {width} × {height} pixels in {kind}", found.notes)
-    return FieldTask(config, grid, parts(config, grid), frequencies(config, max(height, width)), about=about)
+    scale = frequencies(config, max(height, width))
+    if not config.measures:
+        return FieldTask(config, grid, parts(config, grid), scale, about=about)
+    known: Operator
+    if config.target != "values":
+        check_slopes(config)
+        spacing = (2 * grid.corner[0] / height, 2 * grid.corner[1] / width)
+        known = Measurement(target=config.target, spacing=spacing)
+    else:
+        assert config.operator != "none"
+        known = made(config.operator, config.operator_size, height, width, config.split_seed)
+    return MeasuredTask(config, grid, known, scale, noise=config.noise, seed=config.split_seed, about=about)
 
 
 def parts(config: PictureConfig, grid: Grid) -> Parts:
@@ -391,6 +447,8 @@ def _read(file: Path | None, name: str, size: int) -> Picture:
 def ready(config: PictureConfig) -> None:
     """Raise where the picture cannot be read, or holds too few pixels for its splits."""
     found = picture(config)
+    if config.target != "values":
+        check_slopes(config)
     if config.held_out != "none" and found.pixels.shape[0] * found.pixels.shape[1] < 256:
         raise UserError(f"{found.name} has too few pixels to hold some out; use --held-out none")
 

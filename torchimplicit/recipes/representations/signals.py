@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
-from torchimplicit.recipes.representations.audio import SoundConfig, audio
+from torchimplicit.recipes.representations.audio import PAPER_SCALE_A_SECOND, SoundConfig, audio
 from torchimplicit.recipes.representations.cost import COST, FieldCostConfig, parameters, seconds_of, trained
 from torchimplicit.recipes.representations.fit import FILTERS, NAMES, FilterKind, Representation, full_batch
 from torchimplicit.recipes.representations.video import VideoConfig, video
@@ -107,13 +107,15 @@ def heard(config: SignalsConfig, row: Row, seed: int) -> SoundConfig:
     whole = paper and config.sound_file is not None
     steps = config.steps or (3000 if paper else 400)
     width = config.width or (256 if paper else 64)
+    seconds = config.sound_seconds or (None if whole else 7.0 if paper else 2.0)
+    published = PAPER_SCALE_A_SECOND * (seconds or 7.0) if paper else None
     return replace(
         audio(),
         file=config.sound_file,
         start=config.sound_from,
-        seconds=config.sound_seconds or (None if whole else 7.0 if paper else 2.0),
+        seconds=seconds,
         rate=config.sound_rate or (44100 if paper else 8000),
-        representation=Representation(filter=row.filter, implicit=row.implicit, width=width),
+        representation=Representation(filter=row.filter, implicit=row.implicit, width=width, frequencies=published),
         optimization=replace(full_batch(steps, max(1, steps // 8)), seed=seed),
         machine=config.machine,
     )
