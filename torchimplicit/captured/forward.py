@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from torchimplicit.captured.compiled import Compiled, compiled, traced_apart
 from torchimplicit.captured.graph import Graph
@@ -132,7 +133,7 @@ def _way(graph: Graph, system: System, z: Tensor, inputs: Any) -> Way:
 
     evaluate = _evaluate(graph, z, inputs)
     if isinstance(system, JointSystem):
-        return Way(evaluate, None if system.set is None else place, system.compared)
+        return Way(evaluate, None if system.set is None else place, system.refined)
     return Way(evaluate, place if isinstance(system, MinimumSystem) and system.hyperplane is not None else None)
 
 
@@ -145,15 +146,16 @@ def _evaluate(graph: Graph, z: Tensor, inputs: Any) -> Evaluate:
 
     if not graph.problem.by_gradient:
         return lambda z, inputs: at(z, *inputs)
-    names: list[str] = []
+    specs: list[Any] = []
 
     def values(z: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        found = {name: t for name, t in vars(at(z, *inputs)).items() if t is not None and name != "z"}
-        names[:] = found
-        return tuple(found.values())
+        known = {name: t for name, t in vars(at(z, *inputs)).items() if t is not None and name != "z"}
+        tensors, spec = pytree.tree_flatten(known)
+        specs[:] = [spec]
+        return tuple(tensors)
 
     traced = traced_apart(values, (z, *inputs))
-    return lambda z, inputs: Point(z, **dict(zip(names, traced(z, *inputs), strict=True)))
+    return lambda z, inputs: Point(z, **pytree.tree_unflatten(list(traced(z, *inputs)), specs[0]))
 
 
 def _looked_at(rule: Rule, system: System, params: Any, found: Found, solver: Solver) -> tuple[Tensor, Tensor, Point]:
@@ -180,8 +182,8 @@ def _odd(found: Found, point: Point | None, system: System) -> Tensor:
 
 
 def _rule_of(judge: Judge, first: Point, solver: Solver, coupled: bool) -> Rule:
-    size, reach = first.size(), first.reach()
-    if first.length is not None:
+    size, reach = first.size(), first.growth_norm()
+    if first.judgement is not None:
         whole = reach + row_norm(first.z)
     elif judge.measure is None:
         assert first.scale is not None

@@ -90,7 +90,7 @@ class Rule(NamedTuple):
 _VARYING = ("recent", "most", "local", "known", "refused")
 
 
-def _tensors(owner: object) -> dict[str, Tensor]:
+def _tensors(owner: object) -> dict[str, Any]:
     values = {} if owner is None else vars(owner)
     return {name: t for name, t in values.items() if isinstance(t, Tensor) and name not in _VARYING}
 
@@ -157,12 +157,12 @@ class Way(NamedTuple):
     Attributes:
         evaluate: an evaluation.
         place: ``(z, constants) -> z``, back onto the constraint; ``None`` where there is none.
-        compared: what a point tells more beside the one before; ``None`` for nothing.
+        refined: what a point tells more beside the one before; ``None`` for nothing.
     """
 
     evaluate: Evaluate
     place: Callable[[Tensor, Any], Tensor] | None = None
-    compared: Callable[[Point, Point], Point] | None = None
+    refined: Callable[[Point, Point], Point] | None = None
 
     def at(self, z: Tensor, constants: Any) -> Point:
         """The point at ``z``, or where that is on the constraint."""
@@ -171,7 +171,7 @@ class Way(NamedTuple):
     def reached(self, z: Tensor, constants: Any, latest: Any) -> Point:
         """Likewise, with what is told by comparison with the ``latest`` one."""
         point = self.at(z, constants)
-        return point if self.compared is None else self.compared(point, Point(latest.z, latest.residual))
+        return point if self.refined is None else self.refined(point, Point(latest.z, latest.residual))
 
 
 def run(
@@ -187,12 +187,12 @@ def run(
     """
     step_count = torch.zeros((), dtype=torch.int64, device=first.z.device)
     status = torch.full_like(rule.limit, _RUNNING, dtype=torch.int64)
-    merit = () if first.merit is None else first.merit
+    merit = () if first.judgement is None else first.judgement.merit
     start = Found(first.z, first.size(), _of(first.scale), status, torch.zeros_like(status), merit)
     none = torch.zeros_like(rule.limit, dtype=torch.bool)
     searches, confirms = isinstance(step, Searching), isinstance(step, Searching) and step.confirms
     found = _judged(first, rule, start, step_count, _Told(none, none, none if confirms else ~none))
-    latest = _latest(first) if return_last or way.compared is not None else ()
+    latest = _latest(first) if return_last or way.refined is not None else ()
     place = place_of(first)
     if searches:  # what an evaluation tells, and not what was learned of it
         later = ("product",) if rule.judge.measure is None else ("product", "scale", "error")
@@ -290,12 +290,12 @@ def _judged(point: Point, rule: Rule, found: Found, count: Tensor, told: _Told |
         status, running = torch.where(resumed, _RUNNING, status), running | resumed
         known = torch.where(resumed if known.ndim == 1 else resumed[:, None], torch.inf, known)
         best = torch.where(resumed, torch.inf, best) if isinstance(best, Tensor) else best
-    good = point.reach() <= rule.limit
+    good = point.growth_norm() <= rule.limit
     stopped = running & (done | ~good if told is None else done | told.broken | ~good)
-    if point.merit is None:
+    if point.judgement is None:
         better = running & (rule.rank(size) < rule.rank(known)) | stopped & done
     else:
-        better = running & (point.merit < best) | stopped & done
+        better = running & (point.judgement.merit < best) | stopped & done
     lost: Any = int(Status.NONFINITE)
     if told is not None:
         lost, count = torch.where(good, int(Status.BREAKDOWN), lost), count - told.solved.long()
@@ -307,7 +307,7 @@ def _judged(point: Point, rule: Rule, found: Found, count: Tensor, told: _Told |
         scale=torch.where(wide, _of(point.scale), found.scale),
         status=torch.where(stopped, reason, status),
         steps=torch.where(stopped, count, found.steps),
-        merit=() if point.merit is None else torch.where(better, point.merit, best),
+        merit=() if point.judgement is None else torch.where(better, point.judgement.merit, best),
     )
 
 
@@ -324,7 +324,7 @@ class _Seen(NamedTuple):
 
     z: Tensor
     residual: Tensor
-    figures: dict[str, Tensor]
+    figures: dict[str, Any]
 
     @staticmethod
     def of(point: Point) -> _Seen:

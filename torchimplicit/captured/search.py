@@ -15,7 +15,7 @@ from torchimplicit.problems import Point
 from torchimplicit.solvers.line_search import EXPANSIONS, Bracket, level_of, weighed
 from torchimplicit.solvers.tolerance import Judge
 
-Fields = dict[str, Tensor]
+Fields = dict[str, Any]
 """What an evaluation tells of a point, by the names of :class:`~torchimplicit.problems.Point`."""
 
 

@@ -182,11 +182,12 @@ class Accelerated(Step):
         eye = torch.eye(self.memory, dtype=like.dtype, device=like.device).expand(batch, -1, -1).clone()
         flag = torch.zeros(batch, dtype=torch.bool, device=like.device)
         none = like.new_zeros(batch, self.memory)
-        bare = self.sizes is None or point.image is None or point.merit is not None
+        bare = self.sizes is None or point.image is None or point.judgement is not None
         weight = () if bare or self.sizes is None else like.new_ones(batch, len(self.sizes))
         count = torch.zeros((), dtype=torch.int64, device=like.device)
-        merit, gamma = (() if t is None else t for t in (point.merit, unit_of(point)))
-        return Past(eye, none, flag, none.clone(), count, weight, merit, gamma)
+        merit = () if point.judgement is None else point.judgement.merit
+        gamma = unit_of(point)
+        return Past(eye, none, flag, none.clone(), count, weight, merit, () if gamma is None else gamma)
 
     def propose(self, place: Any, state: Past, rings: Rings, taken: Tensor) -> tuple[Tensor, Past]:
         place = _in_unit(place, state.gamma)
@@ -217,14 +218,15 @@ class Accelerated(Step):
         slot = torch.arange(self.memory, device=turn.device) == at
         now, last = (self._compared(place.residual, weight) for place in (here, before))
         merit = state.merit
-        if point.merit is None:
+        judged = point.judgement
+        if judged is None:
             failed = row_norm(now) > self.growth * row_norm(last)
         else:
-            rounding = 10 * torch.finfo(point.merit.dtype).eps * merit.abs()
-            failed = (point.merit if point.doubt is None else point.merit - point.doubt) > merit + rounding
+            rounding = 10 * torch.finfo(judged.merit.dtype).eps * merit.abs()
+            failed = judged.merit - judged.merit_error > merit + rounding
         failed = failed & ~state.plain
-        if point.merit is not None:
-            merit = torch.where(failed, merit, point.merit)
+        if judged is not None:
+            merit = torch.where(failed, merit, judged.merit)
         kept = torch.where(slot[None, :], 1.0, state.kept).masked_fill(failed[:, None], 0.0)
         row = (turns * turn[:, None]).sum(dim=-1) * kept
         gram = torch.where(slot[None, :, None], row[:, None, :], state.gram)

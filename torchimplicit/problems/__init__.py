@@ -6,12 +6,13 @@ from torchimplicit.problems.joint_inference import JointInference, JointState
 from torchimplicit.problems.least_squares import LeastSquares
 from torchimplicit.problems.minimum import Minimum
 from torchimplicit.problems.root import Root
-from torchimplicit.problems.system import Point, System
+from torchimplicit.problems.system import Judgement, Point, System
 
 __all__ = [
     "FixedPoint",
     "JointInference",
     "JointState",
+    "Judgement",
     "LeastSquares",
     "Minimum",
     "Point",

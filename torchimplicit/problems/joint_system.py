@@ -13,7 +13,7 @@ from torchimplicit.linear import GMRES, Dense, LinearSolver
 from torchimplicit.problems.image_system import ImageSystem
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.per_sample import PerSample, stacked
-from torchimplicit.problems.system import Point, vjp
+from torchimplicit.problems.system import Judgement, Point, vjp
 from torchimplicit.state import row_norm
 
 
@@ -85,14 +85,13 @@ class JointSystem(ImageSystem):
         return self._judged(z, image, loss)
 
     @torch.no_grad()
-    def compared(self, point: Point, before: Point) -> Point:
+    def refined(self, point: Point, before: Point) -> Point:
         """With the second order of the state's error in the merit, by the curvature along the last step.
 
         The state of a joint solve lags behind its input, and the loss of a state that lags can be far below that of
         the equilibrium.
         """
-        assert point.merit is not None
-        assert point.doubt is not None
+        assert point.judgement is not None
         of_z, of_mu, _ = self.damping
         change, turn = self.parts.pair(point.z - before.z), self.parts.pair(point.residual - before.residual)
         change[:, 1].add_(turn[:, 1], alpha=1 / of_mu)
@@ -100,11 +99,9 @@ class JointSystem(ImageSystem):
         gap = row_norm(point.residual[:, : self.parts.z])
         # a state that has not moved tells nothing, and its gap is what it was
         more = (gap * gap).mul_(turned / moved.clamp_min(torch.finfo(moved.dtype).tiny))
-        return replace(
-            point,
-            merit=torch.add(point.merit, more, alpha=of_z**-2),
-            doubt=torch.add(point.doubt, more, alpha=of_z**-2),
-        )
+        growth, merit, merit_error = point.judgement
+        merit, merit_error = (torch.add(t, more, alpha=of_z**-2) for t in (merit, merit_error))
+        return point.changed(judgement=Judgement(growth, merit, merit_error))
 
     def image(self, z: Tensor, *params: Tensor) -> Tensor:
         made, _, slopes = self._sloped(z, params)
@@ -176,8 +173,8 @@ class JointSystem(ImageSystem):
         )
 
     def _judged(self, flat: Tensor, image: Tensor, loss: Tensor) -> Point:
-        """The point, with its parts' residuals and sizes ``[batch, 3]``, its merit and twice that one's uncertainty
-        ``[batch]``."""
+        """The point, with its parts' residuals and sizes ``[batch, 3]``, and its judgement: the cost of the exact
+        equilibrium at the input, up to second order, plus the size of the second order."""
         residual = image - flat
         with torch.no_grad():
             sizes, gaps = self.parts.norms(image), self.parts.norms(residual)
@@ -186,22 +183,21 @@ class JointSystem(ImageSystem):
             of_z, of_mu, _ = gaps.unbind(dim=1)
             _, of_adjoint, of_input = sizes.unbind(dim=1)
             # mu matters by what it makes x do: an adjoint near zero need not be known better than that
-            reach = of_input if self.step_size is None else of_input / self.step_size
-            torch.maximum(of_adjoint, reach, out=of_adjoint)
-            doubt = of_z * of_mu
+            moves = of_input if self.step_size is None else of_input / self.step_size
+            torch.maximum(of_adjoint, moves, out=of_adjoint)
+            second_order = of_z * of_mu
             size = self.parts.z
-            energy = torch.linalg.vecdot(flat[:, size : 2 * size], residual[:, :size])
-            energy = torch.add(loss, energy, alpha=1 / self.damping[0])
+            cost = torch.linalg.vecdot(flat[:, size : 2 * size], residual[:, :size])
+            cost = torch.add(loss, cost, alpha=1 / self.damping[0])
+            # a loss may be NaN or infinite where its gradient is not: such a state is no candidate
+            growth = torch.add(torch.linalg.vector_norm(gaps, dim=1), loss, alpha=0)
             return Point(
                 flat,
                 residual,
                 scale=sizes,
                 image=image,
                 error=gaps,
-                # a loss may be NaN or infinite where its gradient is not: such a state is no candidate
-                length=torch.add(torch.linalg.vector_norm(gaps, dim=1), loss, alpha=0),
-                merit=energy + doubt,
-                doubt=doubt + doubt,
+                judgement=Judgement(growth, cost + second_order, second_order + second_order),
             )
 
 

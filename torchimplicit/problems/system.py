@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +18,21 @@ from torchimplicit.linear import LinearOperator, LinearSolution, LinearSolver
 from torchimplicit.linear.confirmed import solve_any
 from torchimplicit.problems.linearization import Linearization, check_unmoved
 from torchimplicit.state import Leaves, row_norm, safe_row_norm
+
+
+class Judgement(NamedTuple):
+    """What a system says of a point where its residual does not tell how good it is, as in joint inference: a small
+    residual there may stand beside a high cost, and a low cost beside a state that is far from its equilibrium.
+
+    Attributes:
+        growth: ``[batch]``, what may not grow without bound; NaN for a state that is no candidate.
+        merit: ``[batch]``, what the best iterate has least of, and what an accelerated step may not surely raise.
+        merit_error: ``[batch]``, by how much ``merit`` may be too large.
+    """
+
+    growth: Tensor
+    merit: Tensor
+    merit_error: Tensor
 
 
 @dataclass(frozen=True)
@@ -33,14 +48,11 @@ class Point:
         image: ``z + residual`` where the evaluation gave it, else ``None``.
         energy: ``[batch]``, for a minimum.
         error: like ``scale``, what the tolerance is compared with; ``None``: the norm of the residual.
-        length: ``[batch]``, about the norm of the residual; NaN for a state that is no candidate; ``None``: that norm.
         noise: ``[batch]``, the size of terms whose rounding is in the residual though they cancel there; ``None``: no
             more than ``scale`` tells.
         product: ``[batch, dim]``, at the first point that a solver sees: :math:`A` times ``residual``, where that is to
             be had.
-        merit: ``[batch]``, what the best iterate has least of, and what an accelerated step may not surely raise;
-            ``None``: what the tolerance is compared with.
-        doubt: ``[batch]``, by how much ``merit`` may be too large.
+        judgement: the system's own, by which iterates are compared; ``None``: by what the tolerance is compared with.
     """
 
     z: Tensor
@@ -49,20 +61,18 @@ class Point:
     image: Tensor | None = None
     energy: Tensor | None = None
     error: Tensor | None = None
-    length: Tensor | None = None
-    merit: Tensor | None = None
-    doubt: Tensor | None = None
     noise: Tensor | None = None
     product: Tensor | None = None
+    judgement: Judgement | None = None
 
     def size(self) -> Tensor:
         """What the tolerance is compared with, ``[batch]`` or ``[batch, leaves]``."""
         return row_norm(self.residual) if self.error is None else self.error
 
-    def reach(self) -> Tensor:
+    def growth_norm(self) -> Tensor:
         """``[batch]``, what may not grow without bound."""
-        if self.length is not None:
-            return self.length
+        if self.judgement is not None:
+            return self.judgement.growth
         size = self.size()
         return size if size.ndim == 1 else row_norm(size)
 
@@ -73,13 +83,13 @@ class Point:
             other, lambda _, mine, theirs: torch.where(column if mine.ndim == 2 else mask, mine, theirs)
         )
 
-    def changed(self, **values: Tensor | None) -> Self:
+    def changed(self, **values: Any) -> Self:
         """With other values: what ``dataclasses.replace`` does, in a fifth of its time."""
         return type(self)(**{**vars(self), **values})
 
-    def resting(self, mask: Tensor, other: Point) -> Point:
+    def stopped(self, mask: Tensor, other: Point) -> Point:
         """Likewise, of points that no step will be taken from: their residuals, long vectors, count as zero."""
-        assert self.merit is None or self.error is not None  # or nothing would tell the size of the residual
+        assert self.judgement is None or self.error is not None  # or nothing would tell the size of the residual
         column = mask[:, None]
         z = torch.where(column, self.z, other.z)
         long = {"z": z, "image": z, "residual": z.new_zeros(1, 1).expand_as(z)}
@@ -96,18 +106,21 @@ class Point:
 
     def take(self, rows: Tensor) -> Point:
         """The samples ``rows`` (int64 ``[k]``)."""
-        return Point(*(None if t is None else t[rows] for t in vars(self).values()))  # type: ignore[arg-type]
+        return Point(**pytree.tree_map(lambda t: None if t is None else t[rows], vars(self)))
 
     def put(self, rows: Tensor, other: Point) -> Point:
         """This point with the samples ``rows`` (int64 ``[k]``) taken from ``other``, which holds those alone."""
         return self._joined(other, lambda _, mine, theirs: mine.index_copy(0, rows, theirs))
 
     def _joined(self, other: Point, join: Callable[[str, Tensor, Tensor], Tensor]) -> Point:
-        theirs = vars(other)
-        fields: dict[str, Any] = {
-            n: None if a is None or theirs[n] is None else join(n, a, theirs[n]) for n, a in vars(self).items()
-        }
-        return Point(**fields)
+        def joined(name: str, mine: Any, theirs: Any) -> Any:
+            if mine is None or theirs is None:
+                return None
+            if isinstance(mine, Judgement):
+                return Judgement(*(join(name, *pair) for pair in zip(mine, theirs, strict=True)))
+            return join(name, mine, theirs)
+
+        return Point(**{name: joined(name, mine, vars(other)[name]) for name, mine in vars(self).items()})
 
 
 UNLIKE = 2.0**10
@@ -260,7 +273,7 @@ class System(ABC):
         """The nearest state that satisfies the constraint; ``z`` itself where there is none."""
         return z
 
-    def compared(self, point: Point, before: Point) -> Point:
+    def refined(self, point: Point, before: Point) -> Point:
         """``point`` with what is learned of it from the point that the step to it began at."""
         return point
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchimplicit.linear.basis import less
 from torchimplicit.precision import widened
-from torchimplicit.problems import Point
+from torchimplicit.problems import Judgement, Point
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.broyden import unit_of
 from torchimplicit.solvers.history import History
@@ -103,12 +103,12 @@ class Anderson(Solver):
             to = self._plain(point.z, residual, point.image)
             moves, turns = History.empty(residual, self.memory), History.empty(residual, self.memory)
             gram = turns.ring.new_zeros(residual.shape[0], self.memory, self.memory)
-            first = AndersonState(point.z, residual, point.image, moves, turns, gram, None, point.merit, None, 0)
+            first = AndersonState(point.z, residual, point.image, moves, turns, gram, None, _merit(point), None, 0)
             return Move(to, first._replace(gamma=gamma))
 
         weight = state.weight
         # a joint solve reaches far lower costs by the residuals as they are
-        image = point.image if state.taken == 0 and point.merit is None else None
+        image = point.image if state.taken == 0 and point.judgement is None else None
         if image is not None and (leaves := evaluate.system.separate) is not None:
             weight = spread(leaf_weights(image, residual, leaves.sizes), leaves.sizes)
         slot = state.taken % self.memory
@@ -137,23 +137,34 @@ class Anderson(Solver):
         to = self._plain(point.z, residual, point.image)
         to = less(widened(to), weights, moves.vectors).to(to.dtype)
         after = AndersonState(
-            point.z, residual, point.image, moves, turns, gram, kept, point.merit, None, state.taken + 1, weight, gamma
+            point.z,
+            residual,
+            point.image,
+            moves,
+            turns,
+            gram,
+            kept,
+            _merit(point),
+            None,
+            state.taken + 1,
+            weight,
+            gamma,
         )
         if progress.improving:
             return Move(to, after)
-        return self._safeguard(to, state, after, point.doubt)
+        return self._safeguard(to, state, after, point.judgement)
 
-    def _safeguard(self, to: Tensor, before: AndersonState, after: AndersonState, doubt: Tensor | None) -> Move:
+    def _safeguard(self, to: Tensor, before: AndersonState, after: AndersonState, judgement: Judgement | None) -> Move:
         """Send the samples whose accelerated step failed back, to take a plain step with nothing remembered."""
         merit = after.merit
-        if merit is None or before.merit is None:
+        if judgement is None or merit is None or before.merit is None:
             here, there = after.residual, before.residual
             if after.weight is not None:
                 here, there = here * after.weight, there * after.weight
             failed = row_norm(here) > self.growth * row_norm(there)
         else:
             rounding = 10 * torch.finfo(merit.dtype).eps * before.merit.abs()
-            failed = (merit if doubt is None else merit - doubt) > before.merit + rounding
+            failed = merit - judgement.merit_error > before.merit + rounding
         if before.plain is not None:
             failed = failed & ~before.plain
         # all seldom improve together where there is a merit; on other devices, to ask takes longer than what follows
@@ -206,3 +217,7 @@ def leaf_weights(image: Tensor, residual: Tensor, sizes: tuple[int, ...]) -> Ten
 def spread(leaves: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """``[batch, dim]``, of ``[batch, leaves]``: for each number, what its leaf has."""
     return torch.cat([leaf[:, None].expand(-1, n) for leaf, n in zip(leaves.unbind(dim=1), sizes, strict=True)], dim=1)
+
+
+def _merit(point: Point) -> Tensor | None:
+    return None if point.judgement is None else point.judgement.merit

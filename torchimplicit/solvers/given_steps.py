@@ -59,14 +59,14 @@ def take_steps(
                     point = point.changed(product=evaluate.product(point.z, point.residual))
                 state = solver.start(point)
             elif known is None:
-                point = system.compared(point, before)
+                point = system.refined(point, before)
             if solver.keep_trace:
                 trace.append(traced(point))
             move = solver.step(evaluate, point, state, _UNKNOWN)
             state = move.state
             known = move.to if isinstance(move.to, Point) else None
             z = move.to.z if isinstance(move.to, Point) else evaluate.project(move.to)
-            if point.scale is not None and point.merit is None:
+            if point.scale is not None and point.judgement is None:
                 point = point.sizes()  # no vector is held while the next evaluation runs
         trajectory.append(kept(step + 1, z))
     before, point = (before, point) if known is None or not count else (point, known)

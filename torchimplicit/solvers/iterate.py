@@ -177,33 +177,33 @@ class _Loop:
         self.judge = Judge(evaluate.system, point, solver.rtol, solver.atol, strict, since)
         self.first_judge = self.judge
         self.point = self.best = point = self.judge.start(point)
-        reach, size, first = point.reach(), point.size(), self.judge.first
-        if point.length is not None:
-            first = reach + row_norm(point.z)
+        growth, size, first = point.growth_norm(), point.size(), self.judge.first
+        if point.judgement is not None:
+            first = growth + row_norm(point.z)
         elif self.judge.measure is not None:
-            first = 2 * reach
+            first = 2 * growth
         elif first is None or first.ndim == 2:
             assert point.scale is not None
-            first = reach + row_norm(point.scale)
+            first = growth + row_norm(point.scale)
         # where the first evaluation is not finite there is no limit to stay within: such a sample stops at once
         self.limit = GROWTH_LIMIT * (first if first is self.judge.first else first.nan_to_num(nan=-1.0, posinf=-1.0))
         if solver.searches and point.energy is not None:
             # the energy falls in every step, and from beside a saddle that leads to where gradients are steep
             self.limit = self.limit * GROWTH_LIMIT**2
         # a start at a solution has no limit, from which others may move it
-        most = torch.finfo(reach.dtype).max
-        self.limit = torch.where((self.limit == 0) & (reach < torch.inf), most, self.limit)
+        most = torch.finfo(growth.dtype).max
+        self.limit = torch.where((self.limit == 0) & (growth < torch.inf), most, self.limit)
         if solver.bounded:
             self.limit = torch.full_like(self.limit, torch.inf)
         self.unit: Tensor | None = None
         if size.ndim == 2:  # leaves, each in its own unit
             self.unit = torch.where((size > 0) & (size < torch.inf), size, torch.finfo(size.dtype).tiny)
         self.confirmed = solver.confirms(evaluate.system, point.z)
-        self.plain = self.judge.first is not None and size.ndim == 1 and point.merit is None and not self.confirmed
+        self.plain = self.judge.first is not None and size.ndim == 1 and point.judgement is None and not self.confirmed
         self.smooth, self.tries = self.plain and only is None, 2
         self.within: Tensor | None = None
-        self.best_rank = torch.full_like(reach, in_range(reach.dtype)[1] if self.smooth else torch.inf)
-        self.status = torch.full((self.batch,), _RUNNING, dtype=torch.int64, device=reach.device)
+        self.best_rank = torch.full_like(growth, in_range(growth.dtype)[1] if self.smooth else torch.inf)
+        self.status = torch.full((self.batch,), _RUNNING, dtype=torch.int64, device=growth.device)
         self.steps = torch.zeros_like(self.status)
         self.running: Tensor | None = only
         coupling = evaluate.system.coupling
@@ -222,7 +222,7 @@ class _Loop:
         trace = [traced(self.point)] if solver.keep_trace else []
         state = solver.start(self.point)
         # a step that has nothing of its point but the image leaves no residual behind
-        told = self.point.error is not None and self.point.merit is None  # its size, without the residual
+        told = self.point.error is not None and self.point.judgement is None  # its size, without the residual
         lean, nothing = solver.straight and self.judge.measure is None and told, self.point.z.new_zeros(1, 1)
         for step in range(1, solver.max_steps + 1):
             if self.active == 0:
@@ -265,7 +265,7 @@ class _Loop:
             point = to if self.running is None else to.select(self.running, before)
         else:
             z = to if self.running is None else torch.where(self.running[:, None], to, before.z)
-            point = self.evaluate.system.compared(self.evaluate(self.evaluate.project(z)), before)
+            point = self.evaluate.system.refined(self.evaluate(self.evaluate.project(z)), before)
         self.point = point if self.judge.measure is None else self.judge.measure.step(point, before)
 
     def _judge(self, step: int, move: Move | None, ask: bool = True) -> None:
@@ -281,12 +281,12 @@ class _Loop:
                 self.best, self.best_rank = point, norm
                 return
             self.tries -= 1  # to have asked for nothing costs a read from the device
-        rank = norm if point.merit is None else point.merit
+        rank = norm if point.judgement is None else point.judgement.merit
         solved = None if move is None else move.solved
         breakdown = None if move is None else move.breakdown
         single = norm.ndim == 1
-        good = (norm if single and point.length is None else point.reach()) <= self.limit
-        if not single and point.length is None:
+        good = (norm if single and point.judgement is None else point.growth_norm()) <= self.limit
+        if not single and point.judgement is None:
             assert self.unit is not None
             if 0 < step <= APPEARS:
                 tiny = torch.finfo(norm.dtype).tiny
@@ -299,7 +299,7 @@ class _Loop:
             going = (norm > tolerance) & good
         else:
             done = norm <= tolerance if single else (norm <= tolerance).all(dim=1)
-            if not single and point.merit is None:
+            if not single and point.judgement is None:
                 assert self.unit is not None
                 rank = (norm / self.unit).amax(dim=1)
             if self.confirmed and step < self.solver.max_steps:
@@ -340,14 +340,14 @@ class _Loop:
             # whoever stops here stops at its best iterate, and whoever stopped before has not moved
             # (where a step gives points, it knows nothing more of those)
             stale = was_running if self.solver.searches else None
-            self.best = point if stale is None else point.resting(stale, self.best)
+            self.best = point if stale is None else point.stopped(stale, self.best)
             self.best_rank = rank if was_running is None else torch.where(was_running, rank, self.best_rank)
             self.smooth = self.plain and self.running is None and self.tries > 0
             if self.active == before:
                 return
         if step and ask and was_certain and self.active == before:  # nobody stopped
             if improving:
-                self.best = point.resting(improved, self.best)
+                self.best = point.stopped(improved, self.best)
                 self.best_rank = torch.where(improved, rank, self.best_rank)
             return
         stopped = ~going if was_running is None else was_running & ~going
@@ -372,7 +372,7 @@ class _Loop:
             return
         self.mixed = True
         better = improved | (stopped & done)
-        self.best = point.resting(better, self.best)
+        self.best = point.stopped(better, self.best)
         self.best_rank = torch.where(better, rank, self.best_rank)
         # a sample that stops for good goes to its best iterate: the map never sees a bad state again
         self.point = self.best.select(stopped, point)
@@ -380,7 +380,7 @@ class _Loop:
     def _resume(self, rows: Tensor, rank: Tensor) -> None:
         """Let samples go on that had stopped, since the others have moved on and the map depends on them."""
         self.status = self.status.masked_fill(rows, _RUNNING)
-        self.best = self.point.resting(rows, self.best)
+        self.best = self.point.stopped(rows, self.best)
         self.best_rank = torch.where(rows, rank, self.best_rank)
         self.mixed = True
 
@@ -414,7 +414,7 @@ class _Loop:
         ]
         if not carrying:
             return
-        row = point.reach().nan_to_num(-1.0, -1.0).argmax()[None]
+        row = point.growth_norm().nan_to_num(-1.0, -1.0).argmax()[None]
         there = point.z.index_add(0, row, point.residual[row])
         alone = self.evaluate.take(row)
         known, found = self.evaluate(there).take(row), alone(there[row])
@@ -442,7 +442,7 @@ class _Loop:
         """Return ``samples`` where they are, in place of their best iterates."""
         if self.point.error is None:  # then the residual is what iterates are ranked by
             self.best_rank = torch.where(samples, self.point.size(), self.best_rank)
-        self.best = self.point.resting(samples, self.best)
+        self.best = self.point.stopped(samples, self.best)
 
     def _results(self) -> dict[str, Tensor]:
         best = self.best
