@@ -64,7 +64,7 @@ def test_both_come_to_the_same_strength_within_ball_and_range(norm: Any, radius:
     clean = losses(net, images)
     set_: dict[str, Any] = {"radius": radius, "norm": norm}
     ways: list[Attack] = [
-        JIIO(net, **set_, steps=80, step_size=0.2),
+        JIIO(net, **set_, steps=80, step_size=0.5, last_step_size=0.1),
         PGD(net, **set_, steps=10, step_size=0.5),
     ]
     found = []
@@ -169,5 +169,7 @@ def test_what_cannot_be_attacked_is_said() -> None:
         JIIO(net, radius=0.5)(images, LABELS[:3])
     with pytest.raises(ValueError, match="radius"):
         PGD(net, radius=0)
+    with pytest.raises(ValueError, match="last_step_size"):
+        JIIO(net, radius=1, last_step_size=-1.0)
     with pytest.raises(ValueError, match='"l2" or "linf"'):
         PGD(net, radius=1, norm="l1")  # type: ignore[arg-type]

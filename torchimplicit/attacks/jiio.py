@@ -26,22 +26,38 @@ class JIIO(Attack):
 
     Args:
         model, radius, norm, steps, step_size, targeted, low, high: see :class:`Attack`.
-        damping: of the states, the adjoints and the change; as published.
+        last_step_size: what the share falls to, from ``step_size`` on, by a factor that is the same in every step;
+            ``None``: it stays. Long steps first and short ones last are as published.
+        damping: of the states, the adjoints and the change; as published. Where the equilibrium's map contracts well,
+            ``(1, 1, 1)`` is stronger in as many steps.
         tolerance: relative, of the joint residual: images that reach it are done.
         solver: by default plain iteration. Anderson's method finds other stationary points of this problem, which is
             not convex, and weaker attacks.
     """
 
+    step_size: float = 1.0
+    last_step_size: float | None = 0.2
     damping: tuple[float, float, float] = (0.8, 0.6, 1.0)
     tolerance: float = 1e-3
     solver: Solver | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.last_step_size is not None and not 0 < self.last_step_size < float("inf"):
+            raise ValueError(f"JIIO.last_step_size is {self.last_step_size}, and must be positive and finite, or None")
+
+    def _size(self, step: int) -> float:
+        """Of a step, counted from one."""
+        last = self.step_size if self.last_step_size is None else self.last_step_size
+        share = min(max(step - 1, 0) / max(self.steps - 1, 1), 1.0)
+        return self.radius * self.step_size * (last / self.step_size) ** share
 
     def _found(self, model: Replaced, images: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Any, ...], float]:
         both = _Both(self, model)
         problem = JointInference(
             both.f,
             both.loss,
-            self.radius * self.step_size,
+            self._size,
             self._set(images),
             rowwise=model.rowwise,
             damping=self.damping,

@@ -26,6 +26,7 @@ from torchimplicit.recipes.joint.inverse import (
 from torchimplicit.recipes.phantom.image_files import FACES, olivetti
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import Machine, Optimization
+from torchimplicit.recipes.runtime.table import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::torchimplicit.ConvergenceWarning")
 
@@ -142,3 +143,16 @@ def test_the_table_with_some_runs_and_with_none(tmp_path: Any) -> None:
     last = asked[-1]
     RUNNER.evaluate(few(corruption=last.config.corruption, through=last.config.through), runs[last.name], QUIET)
     assert not TABLE.summarize(config, {}).claims
+
+
+def test_published_settings_are_kept_or_refused() -> None:
+    from torchimplicit.recipes.joint.adversarial import AdversarialTableConfig, attacked
+    from torchimplicit.recipes.joint.generation import JiioGenerationConfig
+    from torchimplicit.recipes.joint.meta import MetaTableConfig
+
+    paper = Plan(scale="paper")
+    for make in (JiioInverseConfig, JiioGenerationConfig, MetaTableConfig, AdversarialTableConfig):
+        with pytest.raises(UserError, match="--scale paper would be"):
+            make(plan=paper)
+    training = attacked(AdversarialTableConfig(plan=paper, data="mnist"), "jiio", 0).training
+    assert (training.train_images, training.attack_steps) == (None, 80)

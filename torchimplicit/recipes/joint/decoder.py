@@ -118,6 +118,16 @@ def equilibria() -> Equilibria:
     return Equilibria(solver="anderson", solver_steps=60, tolerance=1e-4, backward_tolerance=1e-2, backward_steps=30)
 
 
+CELEBA = "a multiscale model of faces (CelebA at 64 pixels, a latent of 128), which no recipe here reads"
+"""What the published tables of decoders are of."""
+
+
+def refuse_published(scale: str, what: str) -> None:
+    """Raise where the published settings are asked for, and a table has others."""
+    if scale == "paper":
+        raise UserError(f"--scale paper would be {what}; leave --scale cpu")
+
+
 # -- The images of the recipes, as numbers between 0 and 1 -------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from torchimplicit.models import EquilibriumDecoder
 from torchimplicit.nn import per_solve
 from torchimplicit.problems import FixedPoint, JointInference, JointState
 from torchimplicit.recipes.joint.decoder import (
+    CELEBA,
     DataName,
     Decoder,
     Images,
@@ -37,6 +38,7 @@ from torchimplicit.recipes.joint.decoder import (
     latents,
     make_decoder,
     reconstruction,
+    refuse_published,
 )
 from torchimplicit.recipes.joint.decoder import read as read_images
 from torchimplicit.recipes.joint.decoder import squared_error as error
@@ -593,6 +595,7 @@ class JiioGenerationConfig:
 
     def __post_init__(self) -> None:
         positive(self, "steps", "repeats")
+        refuse_published(self.plan.scale, CELEBA)
 
 
 def training(config: JiioGenerationConfig, model: Model, seed: int) -> GenerationConfig:
@@ -819,8 +822,6 @@ def notes(config: JiioGenerationConfig, runs: Runs) -> Iterator[str]:
             for c in each
         )
         yield f"{NAMES[size]}, tuned on validation images, seed by seed (step size at tolerance): {tuned}."
-    if config.plan.scale == "paper":
-        yield "The published size (MDEQ on CelebA 64×64) is not among the recipes: these are the small settings."
     yield from table.missing(jobs(config), runs)
 
 

@@ -17,6 +17,7 @@ from torchimplicit.gradients import Envelope, FixedInput, Gradient, Implicit
 from torchimplicit.linear import GMRES
 from torchimplicit.problems import JointInference
 from torchimplicit.recipes.joint.decoder import (
+    CELEBA,
     DataName,
     Decoder,
     Images,
@@ -27,6 +28,7 @@ from torchimplicit.recipes.joint.decoder import (
     joint_solver,
     make_decoder,
     read,
+    refuse_published,
     squared_error,
 )
 from torchimplicit.recipes.joint.generation import (
@@ -365,6 +367,7 @@ class JiioInverseConfig:
 
     def __post_init__(self) -> None:
         positive(self, "steps")
+        refuse_published(self.plan.scale, CELEBA)
 
 
 def training(config: JiioInverseConfig, corruption: Corruption, row: Row, seed: int) -> InverseConfig:

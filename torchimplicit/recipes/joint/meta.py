@@ -23,6 +23,7 @@ from torchimplicit.gradients import Gradient, Implicit, Unrolled
 from torchimplicit.linear import GMRES
 from torchimplicit.models import ContextEquilibrium, ContextEquilibriumConfig
 from torchimplicit.problems import JointInference
+from torchimplicit.recipes.joint.decoder import refuse_published
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import Download, cache_folder, fetch, inside
@@ -676,14 +677,13 @@ class MetaTableConfig:
 
     def __post_init__(self) -> None:
         positive(self, "steps")
+        refuse_published(self.plan.scale, "all of Omniglot and a context of 400, and these recipes read a part of it")
 
 
 def adapted(config: MetaTableConfig, problem: str, row: str, seed: int) -> AdaptationsConfig:
     """One run's settings."""
     base = sinusoid() if problem == "sinusoid" else replace(omniglot(), data_dir=config.data_dir)
     optimization = base.optimization.of(seed, config.steps, LONGER.get(row, 1))
-    if config.plan.scale == "paper":
-        optimization = replace(optimization, steps=50 * optimization.steps)
     training = replace(base, **ROWS[row][1], optimization=optimization, machine=config.machine)
     usual = AdaptationsConfig(training=training)
     return replace(usual, jiio_steps=FEW) if row == "unrolled" else usual

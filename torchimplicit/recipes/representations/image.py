@@ -397,8 +397,9 @@ def _given(task: FieldTask, truth: Tensor) -> Tensor:
 
 def frequencies(config: PictureConfig, longest: int) -> float:
     """The scale of the frequencies: the paper's 256 for a picture of 512 pixels, and 128 where a quarter of them is
-    known, and in proportion for others."""
-    return longest / (2 if config.held_out == "none" else 4)
+    known, or as little by an operator; and in proportion for others."""
+    part = config.held_out != "none" or config.operator in ("downsample", "mask", "radon")
+    return longest / (4 if part else 2)
 
 
 def build(config: PictureConfig) -> FieldTask:
