@@ -72,7 +72,7 @@ def flatten_problem(
     layout = problem.layout(z)
     z0 = layout.flatten(z, "z0")
     rows = z0.shape[0]
-    flattened = problem.flattened(layout, rows)
+    flattened = problem.flattened(layout, z0)
     constraint = thawed(flattened.constraint_tensors(layout, rows))
     call = FlatCall(problem, layout)
     closure, value = Closure(call, args, extra=len(constraint)), None

@@ -47,8 +47,8 @@ class Problem(ABC):
         """The same problem, to be solved in the state's own coordinates."""
         return self
 
-    def flattened(self, layout: Layout, rows: int) -> Self:
-        """The same problem, with its constraint in flat coordinates where it has one."""
+    def flattened(self, layout: Layout, flat: Tensor) -> Self:
+        """The same problem, with its constraint in flat coordinates, those of the start, where it has one."""
         return self
 
     @property

@@ -82,11 +82,11 @@ class Minimum(Problem):
         """Whether the constraint is more than a plane, which has a way of its own."""
         return len(self._parts) > 1 or (len(self._parts) == 1 and not isinstance(self._parts[0], LinearEquality))
 
-    def flattened(self, layout: Layout, rows: int) -> Self:
+    def flattened(self, layout: Layout, flat: Tensor) -> Self:
         if not self.on_set:
             return self
-        on = flat_set(layout, self.constraint, rows)
-        on.check()
+        on = flat_set(layout, self.constraint, len(flat))
+        on.check(flat)
         return replace(self, constraint=on)
 
     def layout(self, z0: Any) -> Layout:

@@ -12,14 +12,18 @@ from torch import Tensor
 from torchimplicit.closure import is_transformed
 from torchimplicit.errors import SmoothnessWarning
 from torchimplicit.linear import GMRES, Dense, LinearOperator, LinearSolver
+from torchimplicit.linear.operator import Product
 from torchimplicit.notices import notice
 from torchimplicit.precision import safe_norm
 from torchimplicit.problems.linearization import Linearization
-from torchimplicit.problems.sets import FlatSet
+from torchimplicit.problems.sets import FlatPolyhedron, FlatSet
 from torchimplicit.problems.system import Point, System, vmapped
 
 ENTRIES = 2**24
 """The most entries of the Hessians that are assembled for a step."""
+
+FURTHEST = 1e3
+"""How much further than a polyhedron's own size a step is projected from, at most."""
 
 KINK = 1e-6
 """By how much of its size a point is moved to see whether it lies on a kink of the projection."""
@@ -37,9 +41,12 @@ class ProjectedSystem(System):
     Attributes:
         projection: ``((z, step), *params)``, see :class:`~torchimplicit.problems.sets.FlatSet`.
         penalty: ``(z, *params) -> [batch]``; ``None`` for a set.
-        newton: ``((z, slope, hessian), *params)``, see :class:`~torchimplicit.problems.sets.FlatSet`; ``None`` where it
-            is not to be had.
-        dependent: ``(z, *params)``, likewise.
+        newton: ``((z, slope, hessian, size, moved), *params)``, see
+            :class:`~torchimplicit.problems.sets.FlatPolyhedron`; ``None`` on other sets.
+        projector: ``(z, *params) -> [batch, dim, dim]``, likewise.
+        extent: ``(z, *params) -> [batch]``, likewise.
+        dependent: ``(z, *params)``, see :class:`~torchimplicit.problems.sets.FlatSet`; ``None`` where it is not to be
+            had.
         own: which of the parameters are the set's, beside the step.
         step: which of the parameters holds :math:`\\sigma`, ``[rows, 1]``, about the inverse size of the Hessian: NaN
             until it is measured, then the same in all the derivatives of one solution.
@@ -48,7 +55,9 @@ class ProjectedSystem(System):
     projection: Callable[..., Tensor]
     step: int
     penalty: Callable[..., Tensor] | None = None
-    newton: Callable[..., Tensor] | None = None
+    newton: Callable[..., tuple[Tensor, Tensor]] | None = None
+    projector: Callable[..., Tensor] | None = None
+    extent: Callable[..., Tensor] | None = None
     dependent: Callable[..., Tensor] | None = None
     own: range = range(0)
 
@@ -63,18 +72,30 @@ class ProjectedSystem(System):
         def penalty(z: Tensor, *params: Tensor) -> Tensor:
             return on.penalty(z, *params[own])
 
-        def newton(at: tuple[Tensor, Tensor, Tensor], *params: Tensor) -> Tensor:
-            return on.newton(*at, *params[own])
-
         def dependent(z: Tensor, *params: Tensor) -> Tensor:
             return on.dependent(z, *params[own])
+
+        newton = projector = extent = None
+        if isinstance(on, FlatPolyhedron):
+            polyhedron = on
+
+            def newton(at: tuple[Tensor, ...], *params: Tensor) -> tuple[Tensor, Tensor]:
+                return polyhedron.newton(*at, *params[own])
+
+            def projector(z: Tensor, *params: Tensor) -> Tensor:
+                return polyhedron.projector(z, *params[own])
+
+            def extent(z: Tensor, *params: Tensor) -> Tensor:
+                return polyhedron.extent(z, *params[own])
 
         return ProjectedSystem(
             fn=fn,
             projection=projection,
             step=step,
             penalty=penalty if on.proximal else None,
-            newton=newton if on.programs else None,
+            newton=newton,
+            projector=projector,
+            extent=extent,
             dependent=dependent,
             own=range(own.start, own.stop),
             **fields,
@@ -109,54 +130,101 @@ class ProjectedSystem(System):
         return slope.detach(), energy.detach()
 
     @torch.no_grad()
-    def newton_step(self, z: Tensor, params: Sequence[Tensor]) -> Tensor | None:
-        """The steps to the minima on the set of the energies' quadratic models, NaN where they are not convex; ``None``
-        where these are not to be had, or are not the samples' own."""
-        batch, dim = z.shape
+    def newton_step(self, point: Point, params: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """The steps from ``point`` to the minima on the set of the energies' quadratic models, NaN where they are not
+        convex; and bool ``[batch]``, where they are flat along some way, and a step is that of the proximal point
+        method. ``None`` where these are not to be had, or are not the samples' own."""
+        batch, dim = point.z.shape
         if self.newton is None or batch * dim * dim > ENTRIES:
             return None
-
-        def core(z: Tensor, *params: Tensor) -> Tensor:
-            return _gradient(self.fn(z, *params), z, create_graph=True)
-
-        tape = Linearization(core, z, params)
-        eye = torch.eye(dim, dtype=z.dtype, device=z.device)
+        tape = self.linearize(point.z, params)
+        eye = torch.eye(dim, dtype=point.z.dtype, device=point.z.device)
         hessian = tape.vjp_block(eye[:, None, :].expand(-1, batch, -1).contiguous()).permute(1, 0, 2)
-        step = self.newton((z, tape.out.detach(), hessian), *params)
+        hessian = 0.5 * (hessian + hessian.mT)
+        sizes = (self.size(point.z, params), safe_norm(point.residual))
+        step, flat = self.newton((point.z, tape.out.detach(), hessian, *sizes), *params)
         if self.coupling is not None and not self.coupling.promised:
             probe = step.nan_to_num(0.0, 0.0, 0.0)
             gap = (hessian @ probe[:, :, None])[:, :, 0] - tape.vjp(probe)
             size = safe_norm(hessian.flatten(1)) * safe_norm(probe)
-            if bool((safe_norm(gap) > torch.finfo(z.dtype).eps ** 0.6 * size).any()):
+            if bool((safe_norm(gap) > torch.finfo(gap.dtype).eps ** 0.6 * size).any()):
                 return None
-        return step
+        return step, flat
 
     def image(self, z: Tensor, *params: Tensor) -> Tensor:
         """:math:`\\Pi(z-\\sigma\\nabla E)`, differentiable to any order by composable transforms."""
         gradient, _ = torch.func.grad(self._sum, has_aux=True)(z, *params)
+        return self._stepped(z, gradient, params)
+
+    def _stepped(self, z: Tensor, slope: Tensor, params: Sequence[Tensor]) -> Tensor:
         size = self.steps(z, params)
-        return self.projection((z - size * gradient, size), *params)
+        return self.projection((z - size * slope, size), *params)
 
     def residual(self, z: Tensor, *params: Tensor) -> Tensor:
         return z - self.image(z, *params)
 
     def linearize(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool] | None = None) -> Linearization:
+        """Of the gradient alone: the projection comes afterwards, with a derivative of its own."""
+
         def core(z: Tensor, *params: Tensor) -> Tensor:
-            gradient = _gradient(self.fn(z, *params), z, create_graph=True)
-            size = self.steps(z, params)
-            return z - self.projection((z - size * gradient, size), *params)
+            return _gradient(self.fn(z, *params), z, create_graph=True)
 
         if needs_grad is not None and any(needs_grad):
             self._look_for_kinks(z, params)
             if self.dependent is not None and any(needs_grad[i] for i in self.own):
                 self._look_for_dependence(z, params)
-        return Linearization(core, z, params, needs_grad)
+        return Linearization(core, z, params, needs_grad, self.leaves)
+
+    def on_tape(self, tape: Linearization) -> Tensor:
+        return tape.z - self._stepped(tape.z, tape.out, tape.params)
+
+    def seen(self, tape: Linearization) -> Point:
+        with torch.no_grad():
+            z, slope = tape.z.detach(), tape.out.detach()
+            image = self._stepped(z, slope, tape.params)
+            return Point(z, image - z, image=image, noise=self.norms(self.steps(z, tape.params) * slope))
 
     def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
-        return self.jacobian(tape, transposed)
+        z, params = tape.z.detach(), tuple(p.detach() for p in tape.params)
+        size = self.steps(z, params)
+        y = z - size * tape.out.detach()
+        products = self._projected(y, size, params)
+
+        def after(pi: Product, hessian: Product) -> Product:
+            return lambda v: v - pi(v - size * hessian(v))
+
+        def before(pi_t: Product, hessian: Product) -> Product:
+            def product(v: Tensor) -> Tensor:
+                image = pi_t(v)
+                return v - image + hessian(size * image)
+
+            return product
+
+        plain, flipped = after(products[0], tape.vjp), before(products[1], tape.vjp)
+        return replace(
+            self.jacobian(tape, transposed),
+            product=flipped if transposed else plain,
+            transposed_product=plain if transposed else flipped,
+            block_product=before(products[3], tape.vjp_block)
+            if transposed
+            else after(products[2], tape.vjp_block),
+        )
+
+    def _projected(self, y: Tensor, size: Tensor, params: Sequence[Tensor]) -> tuple[Product, ...]:
+        """Products with the derivative of the projection at ``y``, and its transpose; and with blocks of vectors."""
+        if self.projector is None:
+            on = Linearization(lambda y, *params: self.projection((y, size), *params), y, params)
+            return on.jvp, on.vjp, on.jvp_block, on.vjp_block
+        matrix = self.projector(y, *params)
+        return (
+            *(lambda v: (v[:, None] @ matrix)[:, 0],) * 2,
+            *(lambda vs: (vs.transpose(0, 1) @ matrix).transpose(0, 1),) * 2,
+        )
 
     def vjp_params(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
-        return tape.vjp_params(-g)
+        with torch.enable_grad():
+            image = self._stepped(tape.z.detach(), tape.out, tape.params)
+        return tape.vjp_params(g, image)
 
     def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
         return Dense() if dim <= 128 and batch * dim * dim <= 2**22 else GMRES()
@@ -171,7 +239,8 @@ class ProjectedSystem(System):
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Self:
         penalty = None if self.penalty is None else vmapped(self.penalty, size, tuple(dims))
         projection = vmapped(self.projection, size, tuple(dims))
-        return replace(super().vmapped(size, dims), projection=projection, penalty=penalty, newton=None, dependent=None)
+        unknown: dict[str, Any] = dict.fromkeys(("newton", "projector", "extent", "dependent"))
+        return replace(super().vmapped(size, dims), projection=projection, penalty=penalty, **unknown)
 
     def joined(self, rows: int) -> Self | None:
         return None
@@ -188,6 +257,12 @@ class ProjectedSystem(System):
         held = params[self.step].reshape(-1, 1)
         return held if len(held) == len(z) else held.repeat(len(z) // len(held), 1)
 
+    def size(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """Of the states ``z``, or of how far away most of the rows of the polyhedron are, ``[batch]``."""
+        with torch.no_grad():
+            own = safe_norm(z)
+            return own if self.extent is None else torch.fmax(own, self.extent(z, *params))
+
     def _unknown(self, params: Sequence[Tensor]) -> bool:
         held = params[self.step]
         return not is_transformed(held) and bool(held.isnan().any())
@@ -199,9 +274,12 @@ class ProjectedSystem(System):
         turned = None
         if slope.requires_grad:
             (turned,) = torch.autograd.grad(slope, z, way, retain_graph=True, allow_unused=True)
-        curvature = size / safe_norm(z.detach())  # where there is none, a step as long as the state
+        length = self.size(z.detach(), params)
+        curvature = size / length  # where there is none, a step as long as the state
         if turned is not None:
             known = safe_norm(turned) / safe_norm(way)
+            if self.extent is not None:  # what is projected from too far away is lost in rounding
+                known = torch.maximum(known, curvature / FURTHEST)
             curvature = torch.where((known > 0) & known.isfinite(), known, curvature)
         curvature = torch.where((curvature > 0) & curvature.isfinite(), curvature, 1)
         held = params[self.step]
@@ -218,10 +296,7 @@ class ProjectedSystem(System):
         number = torch.arange(1, y.numel() + 1, dtype=torch.float64, device=y.device)
         probe = torch.sin(number.square()).reshape(y.shape).to(y.dtype)
         away = KINK * torch.maximum(safe_norm(y), safe_norm(z))[:, None] * probe.sign()
-        sides = []
-        for there in (y + away, y - away):
-            tape = Linearization(lambda y, *params: self.projection((y, size), *params), there, params)
-            sides.append(tape.vjp(probe))
+        sides = [self._projected(there, size, params)[1](probe) for there in (y + away, y - away)]
         gap = (sides[0] - sides[1]).abs().amax(dim=1) > 0.05 * probe.abs().amax(dim=1)
         if bool(gap.any()):
             notice(

@@ -24,8 +24,18 @@ from torchimplicit.constraints import (
     Simplex,
     check_plane,
 )
+from torchimplicit.problems.interior_point import typical
 from torchimplicit.problems.per_sample import bound, column, flat_matrix, flat_tree
-from torchimplicit.problems.polyhedron import Memory, active_rows, dependent, minimized, onto, unit_rows
+from torchimplicit.problems.polyhedron import (
+    Memory,
+    active_rows,
+    dependent,
+    independent,
+    minimized,
+    onto,
+    projector,
+    unit_rows,
+)
 from torchimplicit.problems.unseen import unseen
 from torchimplicit.state import Layout
 
@@ -41,12 +51,10 @@ class FlatSet(ABC):
     Attributes:
         tensors: what it is made of; among the parameters of the problem's system.
         proximal: whether it is a penalty.
-        programs: whether :meth:`newton` is to be had.
     """
 
     tensors: Tensors
     proximal = False
-    programs = False
 
     @abstractmethod
     def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
@@ -56,17 +64,12 @@ class FlatSet(ABC):
         """What the energies ``[rows]`` are raised by, in the set."""
         return z.new_zeros(len(z))
 
-    def newton(self, z: Tensor, slope: Tensor, hessian: Tensor, *tensors: Tensor) -> Tensor:
-        """The step from ``z`` to the minimum on the set of the quadratic model of the energies, by their gradients
-        ``[rows, dim]`` and Hessians ``[rows, dim, dim]``; NaN where that is not convex."""
-        raise NotImplementedError
-
     def dependent(self, z: Tensor, *tensors: Tensor) -> Tensor:
         """bool ``[rows]``, where more constraints hold with equality at ``z`` than are independent of each other."""
         return torch.zeros(len(z), dtype=torch.bool, device=z.device)
 
-    def check(self) -> None:
-        """Raise where no state is in the set."""
+    def check(self, z: Tensor) -> None:
+        """Raise where no state is in the set; ``z`` (``[rows, dim]``) is where a solver will begin."""
 
 
 class LinearSet(FlatSet):
@@ -99,7 +102,7 @@ class FlatBox(LinearSet):
         (low, high), (at_low, at_high) = tensors, piece
         return torch.where(at_low, low, torch.where(at_high, high, z))
 
-    def check(self) -> None:
+    def check(self, z: Tensor) -> None:
         if _plain(self.tensors) and bool((self.tensors[0] > self.tensors[1]).any()):
             raise ValueError("the constraint's set is empty: a lower bound exceeds an upper one")
 
@@ -126,7 +129,7 @@ class FlatSlice(LinearSet):
         multiplier = excess / torch.where(size > 0, size, 1)
         return torch.where(free, z - multiplier * weight, held)
 
-    def check(self) -> None:
+    def check(self, z: Tensor) -> None:
         low, high, weight, total = self.tensors
         if not _plain(self.tensors):
             return
@@ -207,7 +210,6 @@ class FlatPolyhedron(LinearSet):
     equalities: int
     dim: int
     memory: Memory = field(default_factory=Memory, compare=False)
-    programs = True
 
     def piece(self, z: Tensor, *tensors: Tensor) -> Any:
         matrix, right = self._expanded(len(z), tensors)
@@ -216,10 +218,24 @@ class FlatPolyhedron(LinearSet):
     def onto(self, z: Tensor, piece: Any, *tensors: Tensor) -> Tensor:
         return onto(z, *self._expanded(len(z), tensors), piece)[0]
 
-    def newton(self, z: Tensor, slope: Tensor, hessian: Tensor, *tensors: Tensor) -> Tensor:
+    def newton(
+        self, z: Tensor, slope: Tensor, hessian: Tensor, size: Tensor, moved: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The step from ``z`` to the minimum on the set of the quadratic model of the energies, see
+        :func:`~torchimplicit.problems.polyhedron.minimized`."""
         matrix, right = self._expanded(len(z), tensors)
         room = right - (matrix @ z[:, :, None])[:, :, 0]
-        return minimized(hessian, slope, matrix, room, self.equalities, self.memory)
+        return minimized(hessian, slope, matrix, room, self.equalities, size, moved, self.memory)
+
+    def extent(self, z: Tensor, *tensors: Tensor) -> Tensor:
+        """How far away most of the rows are that ``z`` is not at, ``[rows]``; NaN where there are none."""
+        matrix, right = self._expanded(len(z), tensors)
+        return typical(right - (matrix @ z[:, :, None])[:, :, 0])
+
+    def projector(self, z: Tensor, *tensors: Tensor) -> Tensor:
+        """The derivatives of the projection, ``[rows, dim, dim]``."""
+        matrix, right = self._expanded(len(z), tensors)
+        return projector(matrix, active_rows(z, matrix, right, self.equalities, self.memory))
 
     def dependent(self, z: Tensor, *tensors: Tensor) -> Tensor:
         return dependent(z, *self._expanded(len(z), tensors))
@@ -228,26 +244,29 @@ class FlatPolyhedron(LinearSet):
         matrix, right = tensors
         return matrix.reshape(len(matrix), -1, self.dim).expand(rows, -1, -1), right.expand(rows, -1)
 
-    def check(self) -> None:
+    def check(self, z: Tensor) -> None:
         if not _plain(self.tensors):
             return
         with torch.no_grad():
-            rows = max(map(len, self.tensors))
+            rows = max(len(z), *map(len, self.tensors))
             matrix, right = self._expanded(rows, self.tensors)
-            if not bool(matrix.isfinite().all() & right.isfinite().all()):
+            if not all(bool(t.isfinite().all()) for t in self.tensors):
                 raise ValueError("the constraint's matrix or right-hand side holds NaN or infinity")
             count = self.equalities
-            if count > self.dim or (count and bool((torch.linalg.matrix_rank(matrix[:, :count]) < count).any())):
+            own = self.tensors[0].reshape(len(self.tensors[0]), -1, self.dim)[:, :count]
+            if count > self.dim or (count and not independent(own)):
                 raise ValueError(
                     "the constraint's equalities depend on each other (the rank of their matrix is less than the "
                     "number of its rows), so that they contradict each other or say the same twice: leave some out"
                 )
-            zero = matrix.new_zeros(rows, self.dim)
-            near = self.project(zero, zero[:, :1], *self.tensors)
+            start = z.detach() if _plain((z,)) and len(z) == rows else matrix.new_zeros(rows, self.dim)
+            near = start.nan_to_num(0.0, 0.0, 0.0)
+            for _ in range(2):  # seen from far away a small gap is rounding
+                near = self.project(near, near[:, :1], *self.tensors)
             gap = (matrix @ near[:, :, None])[:, :, 0] - right
-            gap = torch.cat((gap[:, :count].abs(), gap[:, count:].clamp_min(0)), dim=1).amax(dim=1)
-            size = right.abs().amax(dim=1) + torch.linalg.vector_norm(near, dim=1)
-            bad = ~(gap <= torch.finfo(gap.dtype).eps ** 0.4 * size)
+            gap = torch.cat((gap[:, :count].abs(), gap[:, count:].clamp_min(0)), dim=1)
+            size = right.abs() + torch.linalg.vector_norm(near, dim=1, keepdim=True)
+            bad = ~(gap <= torch.finfo(gap.dtype).eps ** 0.6 * size).all(dim=1)
             if bool(bad.any()):
                 raise ValueError(
                     f"the constraint's set is empty in {int(bad.sum())} of {rows} samples, as far as an interior-point "
@@ -314,8 +333,8 @@ class FlatCut(FlatSet):
             share = torch.where(outside, share, 1)
         return share, outside
 
-    def check(self) -> None:
-        self.linear.check()
+    def check(self, z: Tensor) -> None:
+        self.linear.check(z)
         *own, radius, center = self.tensors
         if not _plain(self.tensors):
             return
@@ -368,7 +387,7 @@ class Foreign(FlatSet):
         given = iter(tensors)
         return pytree.tree_unflatten([next(given) if isinstance(a, Tensor) else a for a in self.leaves], self.spec)
 
-    def check(self) -> None:
+    def check(self, z: Tensor) -> None:
         """What the operator captures would get no derivative."""
         probe = torch.zeros(1, self.layout.dim, dtype=self.layout.dtype, device=self.layout.device)
         if not _plain(self.tensors) or any(t.ndim and len(t) > 1 for t in self.tensors):

@@ -19,11 +19,15 @@ from torchimplicit.solvers.line_search import SUFFICIENT, evaluate_some, rows_ap
 from torchimplicit.state import row_norm
 from torchimplicit.validation import check_count, check_type
 
+RUN_OFF = 1e9
+"""How many times its first size a state may have where the energy is flat, which then falls without end."""
+
 
 class ProjectedNewtonState(NamedTuple):
-    """The size of the projected gradient step that was good last, ``[batch]``."""
+    """The size of the projected gradient step that was good last, and the size of the state at first, ``[batch]``."""
 
     step: Tensor
+    first: Tensor
 
 
 def _downward(operator: LinearOperator) -> tuple[Tensor, Tensor]:
@@ -83,8 +87,15 @@ class ProjectedNewton(Solver):
         """A residual does not tell a minimum from a saddle, but the curvature along the set does."""
         return z.shape[1] <= DENSE
 
+    def fell_short(self, summary: str) -> str:
+        return (
+            f"{Solver.fell_short(self, summary)}. An energy that falls without end on its set, as that of an unbounded "
+            "linear program, has no minimum"
+        )
+
     def start(self, point: Point) -> ProjectedNewtonState:
-        return ProjectedNewtonState(torch.full_like(row_norm(point.z), torch.nan))
+        unknown = torch.full_like(row_norm(point.z), torch.nan)
+        return ProjectedNewtonState(unknown, unknown)
 
     def step(self, evaluate: Evaluator, point: Point, state: ProjectedNewtonState, progress: Progress) -> Move:
         if torch.is_grad_enabled():
@@ -100,8 +111,12 @@ class ProjectedNewton(Solver):
         if progress.active is not None:
             searching = progress.active
             residual = torch.where(searching[:, None], residual, 0)
-        program = None if self.linear_solver is not None else system.newton_step(point.z, evaluate.params)
-        convex = torch.zeros_like(searching) if program is None else program.isfinite().all(dim=1)
+        convex = flat = torch.zeros_like(searching)
+        known = None if self.linear_solver is not None else system.newton_step(point, evaluate.params)
+        program = None
+        if known is not None:
+            program, flat = known
+            convex = program.isfinite().all(dim=1)
         tape = None
         if program is not None and bool((convex | ~searching).all()):
             direction, exact = program, convex
@@ -112,7 +127,9 @@ class ProjectedNewton(Solver):
             direction, exact = found.value, found.report.converged & found.value.isfinite().all(dim=1)
             if program is not None:
                 direction, exact = torch.where(convex[:, None], program, direction), convex | exact
-        solved = progress.short(point, direction, exact)
+        # a proximal step is as short as it is damped, and the projected gradient's has to be short as well
+        longer = flat & (row_norm(residual) > row_norm(direction))
+        solved = progress.short(point, torch.where(longer[:, None], residual, direction), exact)
         saddle = None
         if tape is not None and solved is not None and self.confirms(system, point.z):
             doubtful = solved & searching & ~convex
@@ -120,8 +137,13 @@ class ProjectedNewton(Solver):
                 saddle, downward = _downward(system.operator(tape, False))
                 saddle = saddle & doubtful
                 solved = solved & ~saddle
+        length = torch.maximum(system.size(point.z, evaluate.params), row_norm(point.residual))
+        first = torch.where(state.first.isnan(), length, state.first)
+        astray = searching & flat & (row_norm(point.z) > RUN_OFF * first)
         if solved is not None:
+            solved = solved & ~astray  # beside what has run off every step is short
             searching = searching & ~solved
+        searching = searching & ~astray
         slope, _ = system.slope(point.z, evaluate.params)
         usual = system.steps(point.z, evaluate.params)[:, 0].to(point.energy.dtype)
         size = row_norm(residual).square() / usual
@@ -161,8 +183,9 @@ class ProjectedNewton(Solver):
                 rows = rows_apart(evaluate, searching, left)
         if progress.judge is not None and progress.judge.measure is not None:
             progress.judge.measure.refuse(damped)
-        after = ProjectedNewtonState(torch.where(damped, share, state.step))
-        if not left:
+        after = ProjectedNewtonState(torch.where(damped, share, state.step), first)
+        searching = searching | astray
+        if not left and not bool(astray.any()):
             return Move(reached, after, solved=solved)
         # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
         shown = trial.select(searching & ~torch.isfinite(row_norm(trial.residual)), reached)
