@@ -566,21 +566,30 @@ def test_a_quadratic_program_takes_one_step(shape):
         assert (multipliers[equal:] > -1e-9).all()
 
 
-@pytest.mark.parametrize("constraint", [Box(-1.0, 1.0), LinearInequalities(G, H)], ids=["box", "polyhedron"])
-def test_energies_that_couple_the_batch_are_solved_or_said_not_to_be(constraint):
-    def coupled(z: Tensor) -> Tensor:
-        return energy(z, SLOPE) + 0.1 * (z - z.mean(dim=0)).square().sum(1) + 0.05 * z.sum(dim=1) ** 2
+COUPLED = {
+    "box": Box(-1.0, 1.0),
+    "polyhedron": LinearInequalities(G, H),
+    "one each": (LinearInequalities(normal(BATCH, 5, DIM, seed=2), H), LinearEqualities(A, B)),
+    "ball": L2Ball(0.6),
+}
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ti.ConvergenceWarning)
-        found = ti.solve(Minimum(coupled, constraint), torch.zeros(BATCH, DIM, dtype=F64))
-    again = ti.solve(
-        Minimum(coupled, constraint), torch.zeros(BATCH, DIM, dtype=F64), solver=ti.Anderson(max_steps=900)
-    )
-    assert again.converged.all()
-    gap = torch.linalg.vector_norm(found.value - again.value, dim=1)
-    assert (gap[found.converged] < 1e-7).all()
-    assert found.converged.all() or isinstance(constraint, LinearInequalities)
+
+@pytest.mark.parametrize("constraint", COUPLED.values(), ids=COUPLED)
+def test_energies_that_couple_the_batch(constraint):
+    mix = 0.2 * normal(DIM, DIM, seed=7)
+
+    def coupled(z: Tensor, slope: Tensor) -> Tensor:
+        return energy(z, slope) + 0.1 * (z - z.mean(dim=0)).square().sum(1) + (z * (z.roll(1, 0) @ mix)).sum(1) ** 2
+
+    def solved(slope: Tensor, start: Tensor) -> ti.Solution:
+        return ti.solve(Minimum(coupled, constraint), start, slope)
+
+    found = solved(SLOPE, torch.zeros(BATCH, DIM, dtype=F64))
+    assert found.converged.all()
+    z = found.value
+    step = z - 0.1 * grad(lambda z: coupled(z, SLOPE).sum())(z)
+    torch.testing.assert_close(nearest(constraint, step).value, z, rtol=1e-7, atol=1e-7)
+    assert gradcheck(lambda slope: solved(slope, z).value, SLOPE.clone().requires_grad_(), fast_mode=True)
 
 
 # -- balls that cut other sets -----------------------------------------------------------------------------------------

@@ -30,6 +30,14 @@ class TestProjectedNewton(SolverSuite):
         return Minimum(function, Box(-1e30, 1e30), **options)
 
 
+SETS = {
+    "box": lambda dim: Box(-1.0, 1.0),
+    "ball": lambda dim: ti.L2Ball(0.8),
+    "plane": lambda dim: (ti.LinearEquality(torch.ones(dim, dtype=torch.float64), 0.0), Box(-1.0, 1.0)),
+    "polyhedron": lambda dim: (ti.LinearInequalities(torch.ones(1, dim, dtype=torch.float64), 1.0), Box(-1.0, 1.0)),
+}
+
+
 def test_what_it_is_not_for():
     for problem in (ti.Root(torch.sin), Minimum(lambda z: z.square().sum(1))):
         with pytest.raises(ValueError, match="on a set"):
@@ -56,3 +64,28 @@ def test_a_saddle_on_a_set_is_left(beside):
     solution = ti.solve(energy, torch.tensor([[0.3, beside], [-0.7, -beside]], dtype=torch.float64))
     torch.testing.assert_close(solution.value.abs(), torch.tensor([[0.0, 1.0]] * 2, dtype=torch.float64))
     assert solution.status.tolist() == [ti.Status.CONVERGED] * 2
+
+
+@pytest.mark.parametrize("constraint", SETS.values(), ids=SETS)
+@pytest.mark.parametrize("dim", [40, 90])
+def test_a_start_at_a_saddle_of_many_unknowns_is_left(dim, constraint):
+    curvature = torch.linspace(1, 3, dim, dtype=torch.float64)
+    curvature[3], curvature[-1] = -0.5, -1.0
+
+    def energy(z: torch.Tensor) -> torch.Tensor:
+        return (0.5 * curvature * z.square() + 0.25 * z**4).sum(1)
+
+    parts = constraint(dim)
+    found = ti.solve(Minimum(energy, parts), torch.zeros(2, dim, dtype=torch.float64))
+    assert found.converged.all()
+    slope = curvature * found.value + found.value**3
+    near = ti.solve(Minimum(lambda z, y: 0.5 * (z - y).square().sum(1), parts), found.value, found.value - 0.1 * slope)
+    torch.testing.assert_close(near.value, found.value, rtol=1e-7, atol=1e-7)
+    assert energy(found.value).max() < -0.15
+
+
+def test_a_saddle_of_many_unknowns_without_an_end_is_not_called_a_minimum():
+    energy = Minimum(lambda z: z[:, 0] ** 2 - z[:, 1:].square().sum(1), ti.NonNegative())
+    with pytest.warns(ti.ConvergenceWarning, match="has no minimum"):
+        found = ti.solve(energy, torch.zeros(2, 90, dtype=torch.float64))
+    assert not found.converged.any()

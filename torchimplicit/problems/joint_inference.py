@@ -197,7 +197,7 @@ class JointInference(Problem):
             own.append(_flat_or_number(inputs, ball.center, rows, "the center"))
         if len(sets) == 2:
             own[4] = own[4].expand(-1, inputs.dim)
-            FlatCut(FlatBox(tuple(own[1:3])), tuple(own[1:])).check()
+            FlatCut(FlatBox(tuple(own[1:3])), tuple(own[1:])).check(own[4])
         return tuple(own)
 
     def system(

@@ -82,6 +82,11 @@ class Minimum(Problem):
         """Whether the constraint is more than a plane, which has a way of its own."""
         return len(self._parts) > 1 or (len(self._parts) == 1 and not isinstance(self._parts[0], LinearEquality))
 
+    def explain(self, status: Status) -> str:
+        if not self.on_set or status != Status.BREAKDOWN:
+            return ""
+        return "An energy that falls without end on its set, as that of an unbounded linear program, has no minimum"
+
     def flattened(self, layout: Layout, flat: Tensor) -> Self:
         if not self.on_set:
             return self

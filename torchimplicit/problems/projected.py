@@ -148,6 +148,7 @@ class ProjectedSystem(System):
             gap = (hessian @ probe[:, :, None])[:, :, 0] - tape.vjp(probe)
             size = safe_norm(hessian.flatten(1)) * safe_norm(probe)
             if bool((safe_norm(gap) > torch.finfo(gap.dtype).eps ** 0.6 * size).any()):
+                self.coupling.memory.found = True
                 return None
         return step, flat
 
@@ -185,10 +186,7 @@ class ProjectedSystem(System):
             return Point(z, image - z, image=image, noise=self.norms(self.steps(z, tape.params) * slope))
 
     def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
-        z, params = tape.z.detach(), tuple(p.detach() for p in tape.params)
-        size = self.steps(z, params)
-        y = z - size * tape.out.detach()
-        products = self._projected(y, size, params)
+        size, products = self.steps(tape.z.detach(), tape.params).detach(), self.tangent(tape)
 
         def after(pi: Product, hessian: Product) -> Product:
             return lambda v: v - pi(v - size * hessian(v))
@@ -205,13 +203,17 @@ class ProjectedSystem(System):
             self.jacobian(tape, transposed),
             product=flipped if transposed else plain,
             transposed_product=plain if transposed else flipped,
-            block_product=before(products[3], tape.vjp_block)
-            if transposed
-            else after(products[2], tape.vjp_block),
+            block_product=before(products[3], tape.vjp_block) if transposed else after(products[2], tape.vjp_block),
         )
 
+    def tangent(self, tape: Linearization) -> tuple[Product, ...]:
+        """Products with the derivative :math:`\\Pi'` where the tape's gradient steps to, and with its transpose; and
+        those with blocks of vectors."""
+        z, params = tape.z.detach(), tuple(p.detach() for p in tape.params)
+        size = self.steps(z, params)
+        return self._projected(z - size * tape.out.detach(), size, params)
+
     def _projected(self, y: Tensor, size: Tensor, params: Sequence[Tensor]) -> tuple[Product, ...]:
-        """Products with the derivative of the projection at ``y``, and its transpose; and with blocks of vectors."""
         if self.projector is None:
             on = Linearization(lambda y, *params: self.projection((y, size), *params), y, params)
             return on.jvp, on.vjp, on.jvp_block, on.vjp_block
@@ -243,7 +245,33 @@ class ProjectedSystem(System):
         return replace(super().vmapped(size, dims), projection=projection, penalty=penalty, **unknown)
 
     def joined(self, rows: int) -> Self | None:
-        return None
+        together = super().joined(rows)
+        assert together is not None
+        projection, penalty, extent = self.projection, self.penalty, self.extent
+
+        def apart(z: Tensor) -> Tensor:
+            return z.reshape(len(z) * rows, -1)
+
+        def all_projected(at: tuple[Tensor, Tensor], *params: Tensor) -> Tensor:
+            z, step = at
+            return projection((apart(z), step.repeat_interleave(rows, dim=0)), *params).reshape(z.shape)
+
+        def all_penalties(z: Tensor, *params: Tensor) -> Tensor:
+            assert penalty is not None
+            return penalty(apart(z), *params).reshape(len(z), rows).sum(dim=1)
+
+        def whole_extent(z: Tensor, *params: Tensor) -> Tensor:
+            assert extent is not None
+            return extent(apart(z), *params).reshape(len(z), rows).nanmedian(dim=1).values
+
+        return replace(
+            together,
+            projection=all_projected,
+            penalty=None if penalty is None else all_penalties,
+            extent=None if extent is None else whole_extent,
+            projector=None,
+            dependent=None,
+        )
 
     def _sum(self, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
         energy = self.fn(z, *params)
@@ -255,6 +283,8 @@ class ProjectedSystem(System):
             with torch.no_grad():
                 self.slope(z.detach(), tuple(p.detach() for p in params))
         held = params[self.step].reshape(-1, 1)
+        if len(held) > len(z):  # samples that are one
+            return held.reshape(len(z), -1).amin(dim=1, keepdim=True)
         return held if len(held) == len(z) else held.repeat(len(z) // len(held), 1)
 
     def size(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
@@ -284,6 +314,8 @@ class ProjectedSystem(System):
         curvature = torch.where((curvature > 0) & curvature.isfinite(), curvature, 1)
         held = params[self.step]
         measured = torch.exp2(-curvature.log2().round())
+        if measured.numel() < held.numel():  # samples that are one
+            measured = measured.repeat_interleave(held.numel() // measured.numel())
         if held.numel():
             held.copy_(measured.reshape(-1, *held.shape).amin(dim=0))  # vmap's copies of one problem share it
 

@@ -223,9 +223,16 @@ class FlatPolyhedron(LinearSet):
     ) -> tuple[Tensor, Tensor]:
         """The step from ``z`` to the minimum on the set of the quadratic model of the energies, see
         :func:`~torchimplicit.problems.polyhedron.minimized`."""
-        matrix, right = self._expanded(len(z), tensors)
+        rows, count = z.shape[1] // self.dim, self.equalities  # samples that are one, each with its own constraints
+        matrix, right = self._expanded(len(z) * rows, tensors)
+        if rows > 1:
+            apart = torch.eye(rows, dtype=z.dtype, device=z.device)[:, None, :, None]
+            matrix, right = matrix.reshape(len(z), rows, -1, 1, self.dim) * apart, right.reshape(len(z), rows, -1)
+            parts = [(matrix[:, :, part], right[:, :, part]) for part in (slice(count), slice(count, None))]
+            matrix = torch.cat([m.reshape(len(z), -1, z.shape[1]) for m, _ in parts], dim=1)
+            right = torch.cat([r.reshape(len(z), -1) for _, r in parts], dim=1)
         room = right - (matrix @ z[:, :, None])[:, :, 0]
-        return minimized(hessian, slope, matrix, room, self.equalities, size, moved, self.memory)
+        return minimized(hessian, slope, matrix, room, count * rows, size, moved, self.memory)
 
     def extent(self, z: Tensor, *tensors: Tensor) -> Tensor:
         """How far away most of the rows are that ``z`` is not at, ``[rows]``; NaN where there are none."""

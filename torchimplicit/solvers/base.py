@@ -120,6 +120,7 @@ class Move:
         breakdown: bool ``[batch]``: samples for which the method cannot go on; ``None`` for none.
         solved: bool ``[batch]``: samples that the step has found to be solved where they are, and has not moved.
         saddle: bool ``[batch]``: those of ``breakdown`` that are at a stationary point which is no minimum.
+        left: bool ``[batch]``: samples that were at such a point, which is not to be returned for its small residual.
     """
 
     to: Tensor | Point
@@ -127,6 +128,7 @@ class Move:
     breakdown: Tensor | None = None
     solved: Tensor | None = None
     saddle: Tensor | None = None
+    left: Tensor | None = None
 
 
 _TESTS = ("rtol", "atol", "max_steps", "check_every")

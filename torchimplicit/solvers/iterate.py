@@ -282,6 +282,8 @@ class _Loop:
                 return
             self.tries -= 1  # to have asked for nothing costs a read from the device
         rank = norm if point.judgement is None else point.judgement.merit
+        if move is not None and move.left is not None:
+            self.best_rank = self.best_rank.masked_fill(move.left, torch.inf)
         solved = None if move is None else move.solved
         breakdown = None if move is None else move.breakdown
         single = norm.ndim == 1

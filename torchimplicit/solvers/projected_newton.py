@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from torchimplicit.errors import UnsupportedDerivativeError
-from torchimplicit.linear import LinearOperator, LinearSolver
+from torchimplicit.linear import LinearSolver
 from torchimplicit.precision import working_dtype
 from torchimplicit.problems import Point, System
+from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.projected import ProjectedSystem
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
-from torchimplicit.solvers.descent import DENSE
+from torchimplicit.solvers.descent import DENSE, PROBES
 from torchimplicit.solvers.line_search import SUFFICIENT, evaluate_some, rows_apart
 from torchimplicit.state import row_norm
 from torchimplicit.validation import check_count, check_type
 
 RUN_OFF = 1e9
-"""How many times its first size a state may have where the energy is flat, which then falls without end."""
+"""How many times its first size a state may have where the energy is flat, which then falls without end; its square
+elsewhere."""
 
 
 class ProjectedNewtonState(NamedTuple):
@@ -30,17 +32,44 @@ class ProjectedNewtonState(NamedTuple):
     first: Tensor
 
 
-def _downward(operator: LinearOperator) -> tuple[Tensor, Tensor]:
-    """bool ``[batch]``, where the energy curves downwards along the set, and the unit direction ``[batch, dim]``: the
-    eigenvalues of :math:`I-\\Pi'(I-\\sigma H)` are real, since :math:`\\Pi'` is symmetric and semidefinite."""
-    matrix = operator.dense().to(working_dtype(operator.dtype))
-    finite = matrix.isfinite().all(dim=2).all(dim=1)
-    values, vectors = torch.linalg.eig(matrix.where(finite[:, None, None], 0))
-    least, where = values.real.min(dim=1)
-    rounding = operator.dim * torch.finfo(operator.dtype).eps ** 0.75 * values.abs().amax(dim=1)
-    vector = vectors.real.gather(2, where[:, None, None].expand(-1, operator.dim, 1))[:, :, 0]
-    vector = torch.nn.functional.normalize(vector, dim=1)
-    return least < -rounding, vector.to(operator.dtype)
+def _downward(system: ProjectedSystem, tape: Linearization) -> tuple[Tensor, Tensor]:
+    """bool ``[batch]``, where the energy curves downwards along the set, and the unit direction ``[batch, dim]``.
+
+    :math:`A^T=I-(I-\\sigma H)\\Pi'` is self-adjoint in the inner product of :math:`\\Pi'`, which is symmetric and
+    semidefinite. Up to ``DENSE`` unknowns its eigenvalues are exact; beyond they are those of ``PROBES`` steps of
+    Lanczos, which prove a negative one but need not find it."""
+    operator, onto = system.operator(tape, True), system.tangent(tape)[0]
+    dtype, eps = working_dtype(operator.dtype), torch.finfo(operator.dtype).eps
+    batch, dim = operator.batch, operator.dim
+    if dim <= DENSE:
+        matrix = operator.dense().to(dtype)
+        finite = matrix.isfinite().all(dim=2).all(dim=1)
+        values, vectors = torch.linalg.eig(matrix.where(finite[:, None, None], 0))
+        values, vectors = values.real, vectors.real
+    else:
+        start = torch.randn(dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        v = start.to(operator.device, operator.dtype).expand(batch, -1).contiguous()
+        basis = tangents = images = v.new_zeros(batch, dim, 0).to(dtype)
+        for _ in range(PROBES):
+            v = v.to(dtype)
+            for _ in range(2):  # once leaves rounding behind
+                v = v - (basis @ (tangents.mT @ v[:, :, None]))[:, :, 0]
+            tangent = onto(v.to(operator.dtype)).to(dtype)
+            size = (v * tangent).sum(dim=1, keepdim=True).clamp_min(0).sqrt()
+            size = torch.where(size > eps**0.5 * torch.linalg.vector_norm(v, dim=1, keepdim=True), size, torch.inf)
+            v, tangent = v / size, tangent / size
+            image = operator.product(v.to(operator.dtype)).to(dtype)
+            kept = ((basis, v), (tangents, tangent), (images, image))
+            basis, tangents, images = (torch.cat((t, c[:, :, None]), dim=2) for t, c in kept)
+            v = image
+        matrix = tangents.mT @ images
+        finite = matrix.isfinite().all(dim=2).all(dim=1)
+        values, vectors = torch.linalg.eigh((0.5 * (matrix + matrix.mT)).where(finite[:, None, None], 0))
+        vectors = basis @ vectors
+    least, where = values.min(dim=1)
+    rounding = dim * eps**0.75 * values.abs().amax(dim=1)
+    vector = vectors.gather(2, where[:, None, None].expand(-1, dim, 1))[:, :, 0].to(operator.dtype)
+    return least < -rounding, torch.nn.functional.normalize(onto(vector), dim=1)
 
 
 @final
@@ -85,13 +114,7 @@ class ProjectedNewton(Solver):
 
     def confirms(self, system: System, z: Tensor) -> bool:
         """A residual does not tell a minimum from a saddle, but the curvature along the set does."""
-        return z.shape[1] <= DENSE
-
-    def fell_short(self, summary: str) -> str:
-        return (
-            f"{Solver.fell_short(self, summary)}. An energy that falls without end on its set, as that of an unbounded "
-            "linear program, has no minimum"
-        )
+        return True
 
     def start(self, point: Point) -> ProjectedNewtonState:
         unknown = torch.full_like(row_norm(point.z), torch.nan)
@@ -111,6 +134,11 @@ class ProjectedNewton(Solver):
         if progress.active is not None:
             searching = progress.active
             residual = torch.where(searching[:, None], residual, 0)
+        settled = progress.solved if point.z.shape[1] > DENSE else None
+        if settled is not None and bool((settled | ~searching).all()):  # a look at the curvature is all that is left
+            curved, _ = _downward(system, system.linearize(point.z, evaluate.params))
+            if not bool((curved & searching).any()):
+                return Move(point, state, solved=searching)
         convex = flat = torch.zeros_like(searching)
         known = None if self.linear_solver is not None else system.newton_step(point, evaluate.params)
         program = None
@@ -131,15 +159,17 @@ class ProjectedNewton(Solver):
         longer = flat & (row_norm(residual) > row_norm(direction))
         solved = progress.short(point, torch.where(longer[:, None], residual, direction), exact)
         saddle = None
-        if tape is not None and solved is not None and self.confirms(system, point.z):
+        if settled is not None and solved is not None:
+            solved = solved | settled
+        if tape is not None and solved is not None:
             doubtful = solved & searching & ~convex
             if bool(doubtful.any()):
-                saddle, downward = _downward(system.operator(tape, False))
+                saddle, downward = _downward(system, tape)
                 saddle = saddle & doubtful
                 solved = solved & ~saddle
         length = torch.maximum(system.size(point.z, evaluate.params), row_norm(point.residual))
-        first = torch.where(state.first.isnan(), length, state.first)
-        astray = searching & flat & (row_norm(point.z) > RUN_OFF * first)
+        first = torch.where(state.first > 0, state.first, length)
+        astray = searching & (row_norm(point.z) > torch.where(flat, RUN_OFF, RUN_OFF**2) * first)
         if solved is not None:
             solved = solved & ~astray  # beside what has run off every step is short
             searching = searching & ~solved
@@ -186,12 +216,12 @@ class ProjectedNewton(Solver):
         after = ProjectedNewtonState(torch.where(damped, share, state.step), first)
         searching = searching | astray
         if not left and not bool(astray.any()):
-            return Move(reached, after, solved=solved)
+            return Move(reached, after, solved=solved, left=saddle)
         # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
         shown = trial.select(searching & ~torch.isfinite(row_norm(trial.residual)), reached)
-        return Move(
-            shown, after, breakdown=searching, solved=solved, saddle=None if saddle is None else saddle & searching
-        )
+        stuck = None if saddle is None else saddle & searching
+        left_behind = None if saddle is None else saddle & ~searching
+        return Move(shown, after, breakdown=searching, solved=solved, saddle=stuck, left=left_behind)
 
     @staticmethod
     def _falls(point: Point, trial: Point, enough: Tensor, lost: Tensor) -> Tensor:
