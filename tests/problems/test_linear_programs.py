@@ -108,7 +108,10 @@ def test_bounds_that_stand_for_none():
     for high in (1e20, torch.inf):
         found = program(cost, LinearInequalities(g, h), Box(-1.0, high))
         assert found.converged.all()
-        torch.testing.assert_close(found.value, program(cost, LinearInequalities(g, h), Box(-1.0, 1e3)).value)
+        expected = program(cost, LinearInequalities(g, h), Box(-1.0, 1e3)).value
+        torch.testing.assert_close(found.value, expected)
+        more = LinearInequalities(torch.cat((g, normal(1, 4, seed=3))), torch.cat((h, torch.tensor([high], dtype=F64))))
+        torch.testing.assert_close(program(cost, more, Box(-1.0, 1e3)).value, expected)
 
 
 def test_an_energy_that_falls_without_end_is_told():

@@ -462,7 +462,7 @@ def _of_linear(layout: Layout, parts: Sequence[Any], rows: int) -> LinearSet:
         return FlatSlice((low, high, *planes[0])) if planes else FlatBox((low, high))
     eye = torch.eye(layout.dim, **like)[None]  # type: ignore[call-overload]
     equal = [(weight[:, None, :], total) for weight, total in planes] + [(m, r) for m, r, e in matrices if e]
-    less = [(m, r) for m, r, e in matrices if not e]
+    less = [_without_unbounded(m, r) for m, r, e in matrices if not e]
     for sign, side in ((1.0, high), (-1.0, low)):
         given = side.isfinite()
         if is_transformed(side) or bool(given.any()):
@@ -470,6 +470,14 @@ def _of_linear(layout: Layout, parts: Sequence[Any], rows: int) -> LinearSet:
     every = [unit_rows(matrix, right) for matrix, right in (*equal, *less)]
     matrix, right = _stacked([m.flatten(1) for m, _ in every]), _stacked([r for _, r in every])
     return FlatPolyhedron((matrix, right), sum(m.shape[1] for m, _ in equal), layout.dim)
+
+
+def _without_unbounded(matrix: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """With rows of zeros, which hold everywhere, in the place of those whose bounds are infinite."""
+    none = bound == torch.inf
+    if not is_transformed(bound) and not bool(none.any()):
+        return matrix, bound
+    return torch.where(none[:, :, None], 0, matrix), torch.where(none, 1, bound)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
