@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import record  # isort: skip  (first: it sets the number of threads)
 
-import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -31,6 +29,7 @@ from record import Bars, Row, Target
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
+from torch.profiler import ProfilerActivity, profile
 
 import torchimplicit as ti
 from torchimplicit.errors import CaptureWarning
@@ -292,29 +291,22 @@ SETTINGS = [(b, 128, 1e-4) for b in (1, 16, 64, 256, 4096)] + [(64, d, 1e-4) for
 SETTINGS += [(64, 128, 1e-2), (64, 128, 1e-6)]
 
 
-def peak(step: Step, device: str) -> float | None:
-    """What one step takes at most above what was held before, in MiB."""
+def peak(step: Step, device: str) -> float:
+    """What one step holds at most above what was held before, in MiB, as torch's allocators count it."""
     gc.collect()
-    if device == "cpu":  # what was freed goes back to the system, or it would be taken again unseen
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-    else:
+    if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    before = _status("VmRSS")
-    step()
-    return max(0.0, _status("VmHWM") - before) / 1024
-
-
-def _status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most / 2**20
 
 
 def measured(case: Case, device: str, repeats: int) -> Row:
@@ -439,7 +431,7 @@ def main() -> None:
         panels=panels,
         notes=[
             "Times are medians; the JSON has the least ones, and why something has no time.",
-            "Memory is what a step takes at most above what was held before it (resident memory on a CPU).",
+            "Memory is what a step holds at most above what was held before it, as torch's allocators count it.",
             f"Not reached within the budget: {', '.join(left)}." if left else "All cases were measured.",
         ],
     )

@@ -21,11 +21,13 @@ class Memory:
         together: whether a method that combines each row's steps by themselves is known to solve them as one system
             alone.
         looks: how often that was looked at in vain.
+        apart: how often its rows were seen not to depend on each other, where a linear solver had not come to its end.
     """
 
     found: bool = False
     together: bool = False
     looks: int = 0
+    apart: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -370,3 +370,21 @@ def test_cotangents_of_different_sizes(f, linear, spread):
     whole = x.detach().requires_grad_()
     (expected,) = torch.autograd.grad((as_one(f, whole, w.detach()) * sizes).sum(), whole)
     assert relative_error(got, expected) < 1e-8
+
+
+def test_rows_that_were_seen_apart_are_not_looked_at_for_ever(monkeypatch):
+    from torchimplicit.linear import confirmed
+
+    looks, look = [], confirmed.rows_depend
+    monkeypatch.setattr(confirmed, "rows_depend", lambda operator: looks.append(1) or look(operator))
+    w = 0.9 * torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    x = torch.ones(3, 8, dtype=torch.float64, requires_grad=True)
+    problem = ti.FixedPoint(lambda z, x: torch.tanh(z @ w.T + x))
+    short = ti.Implicit(linear_solver=ti.GMRES(rtol=1e-14, max_steps=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(6):
+            found = ti.solve(problem, torch.zeros(3, 8, dtype=torch.float64), x, gradient=short)
+            found.value.square().sum().backward()
+            assert (found.adjoint.status == ti.Status.MAX_STEPS).all()
+    assert len(looks) == 4

@@ -17,6 +17,10 @@ from torchimplicit.solution import Report, Status
 SLACK = 1.25
 """The factor up to which the true residual may exceed the tolerance, or the residual that was reported."""
 
+LOOKS = 4
+"""How often rows are seen not to depend on each other, where a linear solver's steps run out, until that is believed of
+the function: its residuals are those of the whole operator all the same."""
+
 Attempt = Callable[[LinearOperator, Tensor], LinearSolution]
 """Solves ``[k, batch, dim]``, or ``[batch, dim]``, with an operator of that batch."""
 
@@ -55,7 +59,7 @@ def solve_any(
     spent = 0.0
     if not coupling.found:
         solution = attempt(meant, b)
-        if not solution.strayed and bool(solution.report.converged.all()):
+        if not solution.strayed and (coupling.memory.apart >= LOOKS or bool(solution.report.converged.all())):
             return solution
         if not _seen_to_depend(coupling, meant):
             return attempt(replace(meant, coupling=None), b) if solution.strayed else solution
@@ -68,6 +72,7 @@ def _seen_to_depend(coupling: Coupling, operator: LinearOperator) -> bool:
     """Whether rows are seen to depend on each other, which is remembered; an error where it was promised that they do
     not."""
     if not rows_depend(operator):
+        coupling.memory.apart += 1
         return False
     if coupling.promised:
         broken_promise("the rows of f depend on each other, as its derivatives show")
