@@ -14,7 +14,7 @@ from torchimplicit.compiler import untraced
 from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.flat_problem import FlatProblem, flatten_problem
 from torchimplicit.gradients import Implicit
-from torchimplicit.gradients.base import Found, Task, differentiable
+from torchimplicit.gradients.base import FlatSolution, Task, differentiable
 from torchimplicit.gradients.figures import nearly_singular
 from torchimplicit.gradients.linear_task import LinearTask
 from torchimplicit.gradients.pseudo_inverse import Maps, PseudoSolution, PseudoSolve
@@ -26,7 +26,7 @@ from torchimplicit.precision import at_precision, safe_norm, without_autocast
 from torchimplicit.problems import System
 from torchimplicit.problems.linear_equations import LinearEquations
 from torchimplicit.solution import AdjointRecord, Report, Solution, Status
-from torchimplicit.solvers import NewtonKrylov, Outcome
+from torchimplicit.solvers import NewtonKrylov, SolverResult
 from torchimplicit.state import Layout
 
 SMALL = 256
@@ -163,10 +163,10 @@ def _of_matrix(matrix: Tensor, b: Any, args: tuple[Any, ...], batched: bool) -> 
 
 def _system(
     flat: FlatProblem, right: Tensor, solver: LinearSolver | None, record: AdjointRecord
-) -> tuple[Found, Report]:
+) -> tuple[FlatSolution, Report]:
     chosen = at_precision(solver or flat.system.default_linear_solver(right.shape[1], right.shape[0]), flat.precision)
 
-    def run(system: System, start: Start, params: Sequence[Tensor]) -> Outcome:
+    def run(system: System, start: Start, params: Sequence[Tensor]) -> SolverResult:
         tape = system.linearize(start.take(), params)
         b = -tape.out.detach()
         operator = system.operator(tape, False)
@@ -182,7 +182,7 @@ def _system(
                 "the operator is not linear: it does not map the solution of its linear part to b. A root of a "
                 "nonlinear function is a problem, ti.solve(ti.Root(f), z0)"
             )
-        return Outcome(found.value, report)
+        return SolverResult(found.value, report)
 
     task = Task(
         linear=LinearTask(system=flat.system, record=record, precision=flat.precision),
@@ -192,7 +192,7 @@ def _system(
     )
     with without_autocast(flat.layout.device), flat.call.at_home():
         found = Implicit(linear_solver=chosen).attach(task, flat.params)
-    return found, task.outcomes[-1].report
+    return found, task.results[-1].report
 
 
 def _pseudo(

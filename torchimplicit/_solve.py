@@ -19,7 +19,7 @@ from torchimplicit.flat_problem import FlatProblem, flatten_problem
 from torchimplicit.gradients import Gradient, Implicit
 from torchimplicit.gradients.agreement import Agreement
 from torchimplicit.gradients.auxiliary import auxiliary
-from torchimplicit.gradients.base import Run, Task, differentiable, run_by
+from torchimplicit.gradients.base import Runner, Task, differentiable, run_by
 from torchimplicit.gradients.empty import solved_without_numbers
 from torchimplicit.gradients.figures import reported
 from torchimplicit.gradients.linear_task import LinearTask
@@ -38,10 +38,10 @@ from torchimplicit.solvers import (
     GradientDescent,
     LevenbergMarquardt,
     NewtonKrylov,
-    Outcome,
     Polyalgorithm,
     ProjectedNewton,
     Solver,
+    SolverResult,
     in_turn,
     iterate,
 )
@@ -173,14 +173,14 @@ def solve_from(
             aux = auxiliary(task, gradient, found.z, params)
             register(pytree.tree_leaves(aux))
         reached_value = as_flat(found.z, record)
-    outcome = task.outcomes[-1]
+    outcome = task.results[-1]
     transformed = is_transformed(found.z)
     flat_way = () if transformed else outcome.trajectory
     way = [None if z is None else layout.unflatten(z) for z in flat_way]
     seen = [z is not None and z.requires_grad for z in flat_way]
     if layout.parted:  # the leaves are copies, and one of the two is enough
         flat_way, outcome = (), replace(outcome, trajectory=())
-        task.outcomes[-1] = outcome
+        task.results[-1] = outcome
 
     def attach(i: int) -> Any:
         """Iterate ``i``, with the derivative that it would have as the solution."""
@@ -190,13 +190,13 @@ def solve_from(
         begun = way[i - count]
         z = layout.flatten(begun, "the trajectory") if layout.parted else flat_way[i - count]
         assert z is not None
-        linear = replace(task.linear, outcomes=[])
+        linear = replace(task.linear, results=[])
         at = replace(task, linear=linear, start=Start(z), randomness=None, aux=None)
         if unseen:
             last = solver.given(count)
             at = replace(at, solver=last, run=_runner(last, system, None, count, False))
         else:
-            reached = Outcome(z, outcome.report, state=outcome.state)
+            reached = SolverResult(z, outcome.report, state=outcome.state)
             at = replace(at, run=lambda *_: reached)
         with without_autocast(layout.device), call.following(direct, (z, begun)):
             return as_flat(gradient.attach(at, params).z, record)
@@ -262,7 +262,7 @@ def _start(flat: FlatProblem, evaluated: bool) -> Start:
         return Start(z, flat.system.at(z.detach(), flat.params, value), recorded)
 
 
-def _runner(solver: Solver, own: System, compiled: Capture | None, recorded: int | None, keeps: bool) -> Run:
+def _runner(solver: Solver, own: System, compiled: Capture | None, recorded: int | None, keeps: bool) -> Runner:
     """How a task is run.
 
     Args:
@@ -272,7 +272,7 @@ def _runner(solver: Solver, own: System, compiled: Capture | None, recorded: int
     """
     eager = run_by(solver, recorded)
 
-    def run(system: System, start: Start, params: Sequence[Tensor]) -> Outcome:
+    def run(system: System, start: Start, params: Sequence[Tensor]) -> SolverResult:
         if compiled is not None and system is own:
             outcome = compiled.solve(solver.leading, system, start.z, params)
             if outcome is not None:

@@ -20,7 +20,7 @@ from torchimplicit.linear import LinearSolver
 from torchimplicit.precision import AutocastState, at_precision
 from torchimplicit.problems import FixedPoint, JointInference, Minimum, Problem, Root, System
 from torchimplicit.solution import Report, Status
-from torchimplicit.solvers import Outcome, Solver
+from torchimplicit.solvers import Solver, SolverResult
 from torchimplicit.solvers.base import Evaluator
 from torchimplicit.solvers.iterate import as_one, iterate, reviewed
 from torchimplicit.solvers.magnitude import examined
@@ -58,7 +58,7 @@ class Capture:
         """Whether there are compiled steps from the solution."""
         return self.bound.artifact.continued is not None
 
-    def solve(self, solver: Solver, system: System, z0: Tensor, params: Sequence[Tensor]) -> Outcome | None:
+    def solve(self, solver: Solver, system: System, z0: Tensor, params: Sequence[Tensor]) -> SolverResult | None:
         """The forward solve; ``None`` where it is not the one that was compiled. Reads from the device once. Where
         samples are not solved beyond doubt, the eager loop goes on with ``system``."""
         inputs = self.bound.inputs_at((z0, *params), params)
@@ -68,10 +68,10 @@ class Capture:
         found = Forward._make((*given[:7], tuple(given[7:])))
         if solver.steps is not None:
             report = Report(found.status, found.steps, found.residual, float(solver.steps))
-            return Outcome(found.z, report, norm=found.norm if solver.steps else None, parts=found.parts)
+            return SolverResult(found.z, report, norm=found.norm if solver.steps else None, parts=found.parts)
         count, unsure, extreme = found.figures.tolist()
         report = Report(found.status, found.steps, found.residual, 1.0 + count)
-        outcome = Outcome(found.z, report, norm=found.norm, parts=found.parts)
+        outcome = SolverResult(found.z, report, norm=found.norm, parts=found.parts)
         if not (unsure or extreme):
             return outcome
         if unsure:
@@ -140,7 +140,7 @@ class Capture:
         )
 
 
-def _gone_on(solver: Solver, system: System, outcome: Outcome, params: Sequence[Tensor]) -> Outcome:
+def _gone_on(solver: Solver, system: System, outcome: SolverResult, params: Sequence[Tensor]) -> SolverResult:
     """With samples that the compiled steps could not take further, taken further by the eager loop."""
     left = outcome.report.status == Status.BREAKDOWN
     if not bool(left.any()):

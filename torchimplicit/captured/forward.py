@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from torchimplicit.captured.compiled import Compiled, compiled, traced_apart
 from torchimplicit.captured.graph import Graph
-from torchimplicit.captured.iteration import Evaluate, Found, Rule, Way, run, steps
+from torchimplicit.captured.iteration import Evaluate, LoopResult, Rule, Way, run, steps
 from torchimplicit.captured.methods import step_of
 from torchimplicit.captured.steps import Step
 from torchimplicit.problems import Point, System
@@ -158,7 +158,9 @@ def _evaluate(graph: Graph, z: Tensor, inputs: Any) -> Evaluate:
     return lambda z, inputs: Point(z, **pytree.tree_unflatten(list(traced(z, *inputs)), specs[0]))
 
 
-def _looked_at(rule: Rule, system: System, params: Any, found: Found, solver: Solver) -> tuple[Tensor, Tensor, Point]:
+def _looked_at(
+    rule: Rule, system: System, params: Any, found: LoopResult, solver: Solver
+) -> tuple[Tensor, Tensor, Point]:
     """What one product with the Jacobian tells of the solutions: their relative residuals, for which samples it does
     not confirm what was found, and the points."""
     tape = system.linearize(found.z, params)
@@ -168,7 +170,7 @@ def _looked_at(rule: Rule, system: System, params: Any, found: Found, solver: So
     return (parts, denied, seen) if solver.wants_relative() else (found.parts, torch.zeros_like(denied), seen)
 
 
-def _odd(found: Found, point: Point | None, system: System) -> Tensor:
+def _odd(found: LoopResult, point: Point | None, system: System) -> Tensor:
     """bool ``[batch]``: the samples that a searching solver has not solved, or whose residual at the ``point`` that all
     have come to is another than when they came to it, each at its own moment."""
     left = found.status != Status.CONVERGED

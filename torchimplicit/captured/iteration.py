@@ -95,7 +95,7 @@ def _tensors(owner: object) -> dict[str, Any]:
     return {name: t for name, t in values.items() if isinstance(t, Tensor) and name not in _VARYING}
 
 
-class Found(NamedTuple):
+class LoopResult(NamedTuple):
     """What the loop knows of each sample.
 
     Attributes:
@@ -135,7 +135,7 @@ class _Latest(NamedTuple):
 class _Carried(NamedTuple):
     step: Tensor
     place: Any
-    found: Found
+    found: LoopResult
     state: Any
     terms: Any
     latest: Any
@@ -176,7 +176,7 @@ class Way(NamedTuple):
 
 def run(
     step: Stepping, way: Way, first: Point, rule: Rule, constants: Any, max_steps: int, return_last: bool = False
-) -> tuple[Found, Tensor, Any]:
+) -> tuple[LoopResult, Tensor, Any]:
     """Iterate from ``first`` until every sample has stopped; returns what was found, the number of evaluations but
     for the first, and what is known of terms.
 
@@ -188,7 +188,7 @@ def run(
     step_count = torch.zeros((), dtype=torch.int64, device=first.z.device)
     status = torch.full_like(rule.limit, _RUNNING, dtype=torch.int64)
     merit = () if first.judgement is None else first.judgement.merit
-    start = Found(first.z, first.size(), _of(first.scale), status, torch.zeros_like(status), merit)
+    start = LoopResult(first.z, first.size(), _of(first.scale), status, torch.zeros_like(status), merit)
     none = torch.zeros_like(rule.limit, dtype=torch.bool)
     searches, confirms = isinstance(step, Searching), isinstance(step, Searching) and step.confirms
     found = _judged(first, rule, start, step_count, _Told(none, none, none if confirms else ~none))
@@ -277,7 +277,7 @@ def _searching(step: Any, way: Way, rule: Rule, max_steps: int) -> Callable[[_Ca
     return body
 
 
-def _judged(point: Point, rule: Rule, found: Found, count: Tensor, told: _Told | None = None) -> Found:
+def _judged(point: Point, rule: Rule, found: LoopResult, count: Tensor, told: _Told | None = None) -> LoopResult:
     """Test every sample that runs, and note those that stop here; ``count`` is zero for the start."""
     size, running = point.size(), found.running
     within = size <= rule.judge.tolerance(point)
@@ -301,7 +301,7 @@ def _judged(point: Point, rule: Rule, found: Found, count: Tensor, told: _Told |
         lost, count = torch.where(good, int(Status.BREAKDOWN), lost), count - told.solved.long()
     reason = torch.where(done, int(Status.CONVERGED), lost)
     wide = better if size.ndim == 1 else better[:, None]
-    return Found(
+    return LoopResult(
         z=torch.where(better[:, None], point.z, found.z),
         size=torch.where(wide, size, found.size),
         scale=torch.where(wide, _of(point.scale), found.scale),

@@ -25,7 +25,7 @@ from torchimplicit.precision import at_precision, without_autocast
 from torchimplicit.problems import Minimum
 from torchimplicit.problems.system import vjp
 from torchimplicit.solution import AdjointRecord, Report, Solution
-from torchimplicit.solvers import Outcome
+from torchimplicit.solvers import SolverResult
 from torchimplicit.solvers.given import Given
 from torchimplicit.state import detached
 
@@ -112,7 +112,7 @@ class Derivatives:
         self._rule = Implicit(linear_solver=chosen)
         self._solver = at_precision(chosen or flat.system.default_linear_solver(dim, batch), flat.precision)
         figures = (solution.status.reshape(-1), solution.steps.reshape(-1), solution.residual.detach().reshape(-1))
-        reached = Outcome(z, Report(*figures, solution.evaluations))
+        reached = SolverResult(z, Report(*figures, solution.evaluations))
         with without_autocast(flat.layout.device):
             self._shared = SharedPoint(flat.system, z, flat.params, self._solver)
             self._linear = LinearTask(

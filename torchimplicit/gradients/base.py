@@ -24,15 +24,15 @@ from torchimplicit.problems import System
 from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.saved import past_hooks
-from torchimplicit.solvers import Outcome, Solver, iterate
+from torchimplicit.solvers import Solver, SolverResult, iterate
 
-Run = Callable[[System, Start, Sequence[Tensor]], Outcome]
+Runner = Callable[[System, Start, Sequence[Tensor]], SolverResult]
 
 
-def run_by(solver: Solver, recorded: int | None = None) -> Run:
+def run_by(solver: Solver, recorded: int | None = None) -> Runner:
     """By ``solver``; of a given number of steps, autograd sees so many of the last ones, ``None`` for all."""
 
-    def run(system: System, start: Start, params: Sequence[Tensor]) -> Outcome:
+    def run(system: System, start: Start, params: Sequence[Tensor]) -> SolverResult:
         if torch.is_grad_enabled():  # what is known of the start has no history
             start.take_point()
         return iterate(solver, system, start.take(), params, start.take_point(), recorded)
@@ -40,7 +40,7 @@ def run_by(solver: Solver, recorded: int | None = None) -> Run:
     return run
 
 
-class Found(NamedTuple):
+class FlatSolution(NamedTuple):
     """A solution as autograd sees it, flat ``[batch, dim]``, with its figures ``[batch]``."""
 
     z: Tensor
@@ -69,7 +69,7 @@ class Task:
 
     linear: LinearTask
     start: Start
-    run: Run
+    run: Runner
     solver: Solver
     records: bool = True
     randomness: Randomness | None = None
@@ -84,12 +84,12 @@ class Task:
         return self.linear.system
 
     @property
-    def outcomes(self) -> list[Outcome]:
+    def results(self) -> list[SolverResult]:
         """What ``run`` gave, the latest last."""
-        return self.linear.outcomes
+        return self.linear.results
 
-    def solve(self, params: Sequence[Tensor], *, given_away: bool = True) -> Found:
-        """Run without recording gradients.
+    def solve(self, params: Sequence[Tensor], *, given_away: bool = True) -> FlatSolution:
+        """Runner without recording gradients.
 
         Args:
             given_away: whether the solution itself is what the user gets.
@@ -109,12 +109,12 @@ class Task:
         # But a node gives z itself a history that leads back to this task: the note must not close that cycle, or else
         # what the solver has built would stay in memory until Python looks for cycles
         kept = bool(outcome.trajectory) and outcome.trajectory[-1] is outcome.z
-        self.outcomes.append(replace(outcome, z=(outcome.z if kept else z).detach()))
-        return Found(z, report.status, report.steps, report.residual)
+        self.results.append(replace(outcome, z=(outcome.z if kept else z).detach()))
+        return FlatSolution(z, report.status, report.steps, report.residual)
 
     def spent(self, evaluations: int) -> None:
         """Count evaluations of the whole batch that the estimator makes in the forward pass, after the solve."""
-        self.outcomes[-1] = self.outcomes[-1].having_spent(evaluations)
+        self.results[-1] = self.results[-1].having_spent(evaluations)
 
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Task:
         """The task of ``size`` copies, see :meth:`System.vmapped`."""
@@ -124,9 +124,9 @@ class Task:
         """The tape at the solution, for the backward pass."""
         opening = self.start.take_recorded()
         if opening is not None:
-            out, (start, *own) = opening
+            out, (start, *params) = opening
             assert isinstance(self.system, FixedPointSystem)
-            return Linearization.recorded(self.system.image, start, own, needs_grad, self.system.leaves, out)
+            return Linearization.recorded(self.system.image, start, params, needs_grad, self.system.leaves, out)
         tape = None if self.linear.shared is None else self.linear.shared.tape(z, params, needs_grad)
         return self.system.linearize(z, params, needs_grad) if tape is None else tape
 
@@ -150,7 +150,7 @@ class Gradient(ABC):
         return Passes(solver=solver, refusal=f"{type(self).__name__} needs the steps that the eager loop takes")
 
     @abstractmethod
-    def attach(self, task: Task, params: Sequence[Tensor]) -> Found:
+    def attach(self, task: Task, params: Sequence[Tensor]) -> FlatSolution:
         """Solve, and give the solution this estimator's derivative in ``params``."""
 
     def recorded(self, solver: Solver) -> int | None:

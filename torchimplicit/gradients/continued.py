@@ -27,13 +27,13 @@ class Continued(Function):
     def forward(ctx: Any, task: Task, way: Continuation, h: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
         assert task.linear.capture is not None
         ctx.task, ctx.way = task, way
-        found = task.linear.capture.go_on(h, params)
-        if found is None:  # something has been written to since the solve began
+        compiled = task.linear.capture.go_on(h, params)
+        if compiled is None:  # something has been written to since the solve began
             with without_autocast(h.device):
-                found = *way.joint(task.system, h, params), ()
-        out, figures, made = found
-        kept = [t for t in made if isinstance(t, Tensor)]
-        ctx.others = [None if isinstance(t, Tensor) else t for t in made]
+                compiled = *way.joint(task.system, h, params), ()
+        out, figures, intermediates = compiled
+        kept = [t for t in intermediates if isinstance(t, Tensor)]
+        ctx.others = [None if isinstance(t, Tensor) else t for t in intermediates]
         ctx.count = len(params)
         ctx.save_for_backward(h, out, *params, *kept)
         ctx.mark_non_differentiable(figures)
@@ -48,8 +48,8 @@ class Continued(Function):
         task, way = ctx.task, ctx.way
         with without_autocast(h.device):
             if ctx.others and not torch.is_grad_enabled() and not is_transformed(u):
-                made = [next(kept) if other is None else other for other in ctx.others]
-                grads = task.linear.capture.come_back(u, h, params, made, needs_grad)
+                intermediates = [next(kept) if other is None else other for other in ctx.others]
+                grads = task.linear.capture.come_back(u, h, params, intermediates, needs_grad)
                 if grads is not None:
                     return None, None, None, *grads
             again, pull = partial_vjp(lambda *params: way.taken(task.system, h, params), params, needs_grad)

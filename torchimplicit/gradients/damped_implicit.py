@@ -62,11 +62,11 @@ class DampedImplicit(LinearEstimate):
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         solver = task.linear.adjoint_solver(self.linear_solver, tape.z)
         dim = tape.z.shape[1]
-        found = task.system.solve_linear(
+        solution = task.system.solve_linear(
             tape, transposed, b, solver, lambda operator: self._shift(operator, solver, dim)
         )
-        report(task.linear.record, found.report)
-        return found
+        report(task.linear.record, solution.report)
+        return solution
 
     def shift(self, task: Task, tape: Linearization) -> Tensor:
         """What is added to each sample's Hessian, ``[batch]``."""
@@ -77,8 +77,9 @@ class DampedImplicit(LinearEstimate):
     def _shift(self, operator: LinearOperator, solver: LinearSolver, dim: int) -> Tensor:
         if self.damping is not None:
             return torch.full((operator.batch,), self.damping, dtype=operator.dtype, device=operator.device)
-        given = None
+        preconditioner = None
         if isinstance(solver, IterativeSolver) and operator.dim == dim:  # not of a batch that is one system
-            given = as_preconditioner(solver.preconditioner)
-        least, largest = extreme_eigenvalues(operator, self.subspace, preconditioner=given)
+            preconditioner = as_preconditioner(solver.preconditioner)
+        least, largest = extreme_eigenvalues(operator, self.subspace, preconditioner=preconditioner)
+        # beta for which (least + beta) / (largest + beta) is about the margin; none where it is so already
         return (self.margin * torch.maximum(largest, -least) - least).clamp_min(0).to(operator.dtype)

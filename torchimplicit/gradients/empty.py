@@ -7,20 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchimplicit.gradients.base import Found, Task, differentiable
+from torchimplicit.gradients.base import FlatSolution, Task, differentiable
 from torchimplicit.gradients.figures import reported
 from torchimplicit.solution import Report, Status
-from torchimplicit.solvers import Outcome
+from torchimplicit.solvers import SolverResult
 
 
-def solved_without_numbers(task: Task, params: Sequence[Tensor]) -> Found:
+def solved_without_numbers(task: Task, params: Sequence[Tensor]) -> FlatSolution:
     """The start as the solution, after no step, with a history that leads to ``params``, where they get zeros."""
     z0 = task.start.take()
     count = torch.full(z0.shape[:1], int(Status.CONVERGED), dtype=torch.int64, device=z0.device)
     figures = Report(count, torch.zeros_like(count), z0.detach().new_zeros(z0.shape[:1]), 0.0)
-    task.outcomes.append(Outcome(z0.detach(), figures, trajectory=(z0.detach(),) if task.solver.keeps(0) else ()))
+    task.results.append(SolverResult(z0.detach(), figures, trajectory=(z0.detach(),) if task.solver.keeps(0) else ()))
     z = z0.detach().clone()
     if differentiable(params):
         tensors = (p.to_dense() if p.layout is not torch.strided else p for p in params)
         z = z + sum(t.flatten()[:0].sum() for t in tensors if t.is_floating_point())
-    return Found(reported(z, task.linear.record, figures), count, figures.steps, figures.residual)
+    return FlatSolution(reported(z, task.linear.record, figures), count, figures.steps, figures.residual)

@@ -22,7 +22,7 @@ from torchimplicit.problems import System
 from torchimplicit.problems.linearization import Linearization, check_unmoved
 from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.solution import Report, Status
-from torchimplicit.solvers import LBFGS, LevenbergMarquardt, Outcome, Solver, iterate
+from torchimplicit.solvers import LBFGS, LevenbergMarquardt, Solver, SolverResult, iterate
 from torchimplicit.solvers.given import Given
 from torchimplicit.solvers.tolerance import least
 from torchimplicit.validation import check_count, check_positive
@@ -100,9 +100,9 @@ class EquilibriumPropagation(FirstOrderRule):
         size = torch.linalg.vector_norm(whole.unit, dim=1, keepdim=True)
         tilt = whole.unit / torch.where(size > 0, size, 1)
         length = whole.restored(size)
-        given = self.solver or task.solver
-        nudge = self._nudges(system, z, params, given)
-        solver = self._tightened(given, nudge)
+        solver = self.solver or task.solver
+        nudge = self._nudges(system, z, params, solver)
+        solver = self._tightened(solver, nudge)
         # the curvature of the nudge, per unit of it: for the cotangent's own length in place of the unit length
         curved = 1 / torch.where(length > 0, length, 1) if self.curved else None
         with torch.no_grad():
@@ -115,7 +115,7 @@ class EquilibriumPropagation(FirstOrderRule):
         def slope(beta: Tensor) -> Tensor:
             return level + beta * tilt
 
-        def nudged(beta: Tensor) -> Outcome:
+        def nudged(beta: Tensor) -> SolverResult:
             spring = None if curved is None else (beta * curved, z)
             return iterate(solver, _tilted(system, slope(beta), spring), z, params)
 
@@ -129,7 +129,8 @@ class EquilibriumPropagation(FirstOrderRule):
         below = nudged(-nudge) if self.symmetric else None
         figures = [above.report] if below is None else [above.report, below.report]
         report(task.linear.record, _joined(figures))
-        # d/dtheta of sum_i |u_i| (E_i(p_above) - E_i(p_below)) / span, one backward pass for all samples
+        # d/dtheta of sum_i |u_i| (E_i(p_above) - E_i(p_below)) / span, in one backward pass for all samples. The states
+        # are constants in it: at a minimum of the nudged energy their motion adds nothing (Scellier and Bengio 2017)
         weight = (length / ((2 if self.symmetric else 1) * nudge))[:, 0]
         leaves = [p.detach().requires_grad_(w) for p, w in zip(params, needs_grad, strict=True)]
         with torch.enable_grad():
@@ -146,9 +147,9 @@ class EquilibriumPropagation(FirstOrderRule):
         """Of each sample, ``[batch, 1]``."""
         if self.nudge is not None:
             return torch.full_like(z[:, :1], self.nudge)
-        given = as_preconditioner(solver.preconditioner) if isinstance(solver, LBFGS) else None
+        preconditioner = as_preconditioner(solver.preconditioner) if isinstance(solver, LBFGS) else None
         operator, samples = separated(system.operator(system.linearize(z, params), False))
-        ends = extreme_eigenvalues(operator, self.subspace, preconditioner=given if samples == 1 else None)
+        ends = extreme_eigenvalues(operator, self.subspace, preconditioner=preconditioner if samples == 1 else None)
         least, largest = (end.repeat_interleave(samples) for end in ends)
         if bool((least <= 0).any()):
             below = least[least <= 0]
@@ -159,6 +160,7 @@ class EquilibriumPropagation(FirstOrderRule):
                 "curved=True, symmetric=False, which holds there",
                 ConvergenceWarning,
             )
+        # the nudged minimum is about beta / stiffness away along the weakest direction
         stiffness = torch.maximum(least.abs(), torch.finfo(least.dtype).eps ** 0.5 * largest.abs())
         stiffness = torch.where(stiffness.isfinite() & (stiffness > 0), stiffness, 1)  # nothing to choose by
         size = torch.linalg.vector_norm(z, dim=1)
@@ -169,8 +171,8 @@ class EquilibriumPropagation(FirstOrderRule):
             return replace(solver, keep_trajectory=False)
         # single precision gives no more
         atol = float(nudge.min()) * (1e-6 if nudge.dtype == torch.float64 else 1e-3)
-        given = atol if solver.atol is None else least(solver.atol)
-        return replace(solver, rtol=0.0, atol=min(atol, given or atol), keep_trajectory=False)
+        asked = atol if solver.atol is None else least(solver.atol)
+        return replace(solver, rtol=0.0, atol=min(atol, asked or atol), keep_trajectory=False)
 
 
 def _tilted(system: MinimumSystem, slope: Tensor, spring: tuple[Tensor, Tensor] | None) -> MinimumSystem:

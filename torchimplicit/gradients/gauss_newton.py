@@ -67,9 +67,9 @@ class GaussNewton(LinearEstimate):
             device=b.device,
             coupling=system.coupling,
         )
-        # (J^T J)^+ b = J^+ J^{T+} b
+        # (J^T J)^+ b = J^+ J^{T+} b: two solves of the condition of J, in place of one of its square
         half = pseudo_solve(solver, operator.flipped(), b)
-        found = pseudo_solve(solver, operator, half.value)
-        figures = replace(found.report, evaluations=half.report.evaluations + found.report.evaluations)
+        solution = pseudo_solve(solver, operator, half.value)
+        figures = replace(solution.report, evaluations=half.report.evaluations + solution.report.evaluations)
         report(task.linear.record, figures)
-        return LinearSolution(found.value, figures)
+        return LinearSolution(solution.value, figures)

@@ -63,15 +63,16 @@ class Envelope(JointEstimate):
         _, mu, _ = system.parts.split(z)
         tape = self.tape(task, z, params, needs_grad) if task.linear.tape is None else task.linear.tape
         one = torch.ones_like(mu[:, :1])
-        own = tape.vjp(torch.cat((torch.zeros_like(mu), one), dim=1))  # the loss alone, in the state
-        size = (own * own).sum(dim=1, keepdim=True)
-        weight = (own * u).sum(dim=1, keepdim=True) / torch.where(size > 0, size, 1)
+        # the outer loss weighs the samples' inner losses, if it is made of them: by the cotangent's part along each
+        inner = tape.vjp(torch.cat((torch.zeros_like(mu), one), dim=1))
+        size = (inner * inner).sum(dim=1, keepdim=True)
+        weight = (inner * u).sum(dim=1, keepdim=True) / torch.where(size > 0, size, 1)
         finite = torch.isfinite(u).all(dim=1, keepdim=True)
-        given, misfit = (safe_norm(v.where(finite, 0).flatten()) for v in (u, u - weight * own))
-        if bool(misfit > self.tolerance * given):
+        length, misfit = (safe_norm(v.where(finite, 0).flatten()) for v in (u, u - weight * inner))
+        if bool(misfit > self.tolerance * length):
             raise ValueError(
                 "Envelope is exact only where the outer loss is the inner one, a weight for each sample apart, and "
-                f"this outer loss's derivative in the solution is {float(misfit / given):.2g} "
+                f"this outer loss's derivative in the solution is {float(misfit / length):.2g} "
                 "(relative) away from that. Use Implicit() (exact for every outer loss), or FixedInput() (the "
                 "first-order shortcut)"
             )
@@ -81,8 +82,8 @@ class Envelope(JointEstimate):
             slope = tape.vjp(torch.cat((mu, one), dim=1))
             g = torch.cat((weight * mu, torch.zeros_like(mu), weight * system.parts.split(slope)[2]), dim=1)
             whole = system.linearize(z, params, needs_grad)
-            state, made = (t[:, : system.parts.z] for t in (z, tape.out))
-            check_unmoved(torch.lerp(state, made, system.damping[0]), whole.out[:, : system.parts.z])
+            state, image = (t[:, : system.parts.z] for t in (z, tape.out))
+            check_unmoved(torch.lerp(state, image, system.damping[0]), whole.out[:, : system.parts.z])
             return system.vjp_params(whole, system.undamped(g))
         return tape.vjp_params(torch.cat((weight * mu, torch.zeros_like(one)), dim=1))
 
@@ -109,15 +110,15 @@ class FixedInput(JointEstimate):
     def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization:
         """Of the map at the given input."""
         assert isinstance(task.system, JointSystem)
-        state, _, given = task.system.parts.split(z)
-        return self._alone(task.system, given.detach()).linearize(state.contiguous(), params, needs_grad)
+        state, _, x = task.system.parts.split(z)
+        return self._alone(task.system, x.detach()).linearize(state.contiguous(), params, needs_grad)
 
     def cotangents(
         self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> list[Tensor | None]:
         system = task.system
         assert isinstance(system, JointSystem)
-        state, _, given = system.parts.split(z)
+        state, _, x = system.parts.split(z)
         of_state, of_mu, _ = system.parts.split(u)
         if bool((of_mu != 0).any()):
             raise UnsupportedDerivativeError(
@@ -125,17 +126,17 @@ class FixedInput(JointEstimate):
                 "Implicit()"
             )
 
-        alone = self._alone(system, given)
+        alone = self._alone(system, x)
         solver = task.linear.adjoint_solver(
             self.linear_solver or alone.default_linear_solver(state.shape[1], len(z)), z
         )
         tape = self.tape(task, z, params, needs_grad) if task.linear.tape is None else task.linear.tape
-        found = alone.solve_linear(tape, True, of_state.contiguous(), solver)
-        report(task.linear.record, found.report)
-        return alone.vjp_params(tape, found.value)
+        solution = alone.solve_linear(tape, True, of_state.contiguous(), solver)
+        report(task.linear.record, solution.report)
+        return alone.vjp_params(tape, solution.value)
 
-    def _alone(self, system: JointSystem, given: Tensor) -> FixedPointSystem:
+    def _alone(self, system: JointSystem, x: Tensor) -> FixedPointSystem:
         def inference(state: Tensor, *params: Tensor) -> Tensor:
-            return system.fn((state, given), *params)[0]
+            return system.fn((state, x), *params)[0]
 
         return FixedPointSystem(fn=inference, coupling=system.coupling)

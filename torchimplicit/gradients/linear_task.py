@@ -17,7 +17,7 @@ from torchimplicit.problems import System
 from torchimplicit.problems.linearization import Linearization, changed_since, check_unmoved
 from torchimplicit.saved import past_hooks
 from torchimplicit.solution import AdjointRecord
-from torchimplicit.solvers import Outcome
+from torchimplicit.solvers import SolverResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class LinearTask:
         system: whose Jacobian it is.
         record: where a backward solve leaves its report.
         precision: in which autocast evaluates the system; ``None`` where it is off.
-        outcomes: what the solvers have given, the latest last (the nodes run them out of the caller's sight).
+        results: what the solvers have given, the latest last (the nodes run them out of the caller's sight).
         shared: the point whose linear solves share their work; ``None``: each does its own.
         tape: the solution's, where it was recorded in the forward pass; ``None``: the function is evaluated again.
         value: what was recorded there, where that cannot be used, for the function to be checked against it.
@@ -39,7 +39,7 @@ class LinearTask:
     system: System
     record: AdjointRecord
     precision: torch.dtype | None = None
-    outcomes: list[Outcome] = field(default_factory=list)
+    results: list[SolverResult] = field(default_factory=list)
     shared: SharedPoint | None = None
     tape: Linearization | None = None
     value: Tensor | None = None
@@ -61,15 +61,16 @@ class LinearTask:
         if self.tape is not None:
             return self.tape
         tape = self.system.linearize(z, params, needs_grad)
+        # a function that has changed since the forward pass would be differentiated as another one
         if self.value is not None:
             check_unmoved(self.value, tape.out)
-        elif self.capture is not None and self.outcomes and z.shape[1]:
+        elif self.capture is not None and self.results and z.shape[1]:
             self._check_residual(self.system.norms(self.system.on_tape(tape)))
         return tape
 
     def _check_residual(self, now: Tensor) -> None:
         """Raise where the residual at the solution is not that of the forward pass, which recorded nothing."""
-        outcome = self.outcomes[-1]
+        outcome = self.results[-1]
         norm, parts = outcome.norm, outcome.parts
         if norm is None or parts is None or norm.shape != now.shape:
             return

@@ -40,7 +40,7 @@ class NeumannPhantom(LinearEstimate):
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         series = Neumann(damping=self.damping, max_steps=self.steps, rtol=0.0)
-        found = task.system.solve_linear(tape, transposed, b, series)
-        status = found.report.status
+        solution = task.system.solve_linear(tape, transposed, b, series)
+        status = solution.report.status
         status = status.masked_fill(status == Status.MAX_STEPS, int(Status.STEPS_TAKEN))
-        return replace(found, report=replace(found.report, status=status))
+        return replace(solution, report=replace(solution.report, status=status))

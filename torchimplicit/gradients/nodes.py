@@ -26,7 +26,7 @@ from torch.autograd.function import Function
 
 from torchimplicit.closure import is_transformed
 from torchimplicit.errors import UnsupportedDerivativeError
-from torchimplicit.gradients.base import Found, Gradient, Task, differentiable
+from torchimplicit.gradients.base import FlatSolution, Gradient, Task, differentiable
 from torchimplicit.gradients.figures import report
 from torchimplicit.gradients.linear_task import LinearTask
 from torchimplicit.gradients.start import Start
@@ -88,7 +88,7 @@ class DerivativeRule(Gradient):
         """What :meth:`adjoint` needs of the problem's function, recorded in the forward pass; ``None``: nothing."""
         return None
 
-    def attach(self, task: Task, params: Sequence[Tensor]) -> Found:
+    def attach(self, task: Task, params: Sequence[Tensor]) -> FlatSolution:
         """Solve, and differentiate by the rule."""
         if not differentiable(params):
             return undifferentiated(task, self, params)
@@ -98,7 +98,7 @@ class DerivativeRule(Gradient):
 
 
 class Solve(Function):
-    """The solution of a task as a function of its parameters: ``(task, rule, z0, *params) -> Found``. The task
+    """The solution of a task as a function of its parameters: ``(task, rule, z0, *params) -> FlatSolution``. The task
     has the start, but for ``z0`` where a transform has to see it.
 
     Its pullback is the rule's :meth:`~DerivativeRule.adjoint`, its tangent the rule's
@@ -114,10 +114,12 @@ class Solve(Function):
         ctx.task, ctx.rule, _, *params = inputs
         z, *figures = output
         ctx.mark_non_differentiable(*figures)
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # a cotangent of zeros would be solved for like any other
         ctx.kept, graph = _recorded(ctx.task, ctx.rule, z, params, ctx.needs_input_grad[3:])
         if graph:
-            _compare(ctx.task, ctx.kept.joined(*graph), Found(*output), params)
+            _compare(ctx.task, ctx.kept.joined(*graph), FlatSolution(*output), params)
+        # z is saved as an output: what is derived from it runs back through the solution, as the terms of the second
+        # derivative in z_t and z_x do (A z_tx = f_tx + f_tz z_x + f_zx z_t + f_zz[z_t, z_x])
         ctx.save_for_backward(z, *params, *graph)
         ctx.save_for_forward(z, *params)
 
@@ -142,8 +144,8 @@ class Solve(Function):
     def vmap(info: Any, in_dims: Any, task: Task, rule: DerivativeRule, z0: Tensor, *params: Tensor) -> tuple[Any, Any]:
         size, dims, params = fold_copies(info, in_dims[3:], params)
         flat = stack_copies(z0, in_dims[2], size)
-        found = Solve.apply(task.vmapped(size, dims), rule, flat, *params)
-        return tuple(t.reshape(size, -1, *t.shape[1:]) for t in found), (0, 0, 0, 0)
+        solution = Solve.apply(task.vmapped(size, dims), rule, flat, *params)
+        return tuple(t.reshape(size, -1, *t.shape[1:]) for t in solution), (0, 0, 0, 0)
 
 
 class LinearSolve(Function):
@@ -159,9 +161,9 @@ class LinearSolve(Function):
         linear: LinearTask, solver: LinearSolver, transposed: bool, b: Tensor, z: Tensor, *params: Tensor
     ) -> Tensor:
         with without_autocast(z.device):
-            _, found = linear.solve(solver, transposed, b, z, params)
-        report(linear.record, found.report)
-        return found.value
+            _, solution = linear.solve(solver, transposed, b, z, params)
+        report(linear.record, solution.report)
+        return solution.value
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -178,7 +180,7 @@ class LinearSolve(Function):
         if any(needs_grad):  # the derivative of A is a second derivative of the residual
             ctx.linear.smoothness.asked()
         linear = _restored(ctx.linear, ctx.kept, params)
-        w = LinearSolve.apply(linear, ctx.solver, not ctx.transposed, c, z, *params)
+        w = LinearSolve.apply(linear, ctx.solver, not ctx.transposed, c, z, *params)  # the cotangent of b
         # y depends on (z, params) through -w.(dA y), or -w.(dA^T y): the gradient of -left^T A right at fixed ends
         left, right = (y, w) if ctx.transposed else (w, y)
         return None, None, None, w, *_bilinear(linear, left, right, z, params, needs_grad)
@@ -358,13 +360,13 @@ class FirstOrderRule(DerivativeRule):
         )
 
 
-def by_node(task: Task, rule: DerivativeRule, params: Sequence[Tensor]) -> Found:
+def by_node(task: Task, rule: DerivativeRule, params: Sequence[Tensor]) -> FlatSolution:
     """The solution of the task, by a :class:`Solve` node."""
     transformed = any(map(is_transformed, (task.start.z, *params)))
-    return Found(*Solve.apply(task, rule, task.start.fixed().take() if transformed else None, *params))
+    return FlatSolution(*Solve.apply(task, rule, task.start.fixed().take() if transformed else None, *params))
 
 
-def undifferentiated(task: Task, rule: DerivativeRule, params: Sequence[Tensor]) -> Found:
+def undifferentiated(task: Task, rule: DerivativeRule, params: Sequence[Tensor]) -> FlatSolution:
     """The solution of a task whose parameters have no derivative to give. A start that belongs to a transform is taken
     out of it by the node, for the solver runs on plain tensors."""
     return by_node(task, rule, params) if is_transformed(task.start.z) else task.solve(params)
@@ -435,8 +437,8 @@ def _grafted(
     joined = list(recorded)
     places = [i for i, t in enumerate(joined) if t is not None and t.requires_grad]
     if places:
-        made = Graft.apply(kept, [recorded[i] for i in places], leaves, *actual)
-        for i, t in zip(places, made, strict=True):
+        grafts = Graft.apply(kept, [recorded[i] for i in places], leaves, *actual)
+        for i, t in zip(places, grafts, strict=True):
             joined[i] = t
     return joined
 
@@ -467,15 +469,15 @@ def _recorded(
     return parted, (out,)
 
 
-def _compare(task: Task, tape: Linearization, found: Found, params: Sequence[Tensor]) -> None:
+def _compare(task: Task, tape: Linearization, solution: FlatSolution, params: Sequence[Tensor]) -> None:
     """What was recorded at the solution, with what the solver has seen there, where both saw the same batch."""
     look = task.randomness
     if look is None or look.known or not isinstance(task.system, FixedPointSystem) or tape.out.ndim != 2:
         return
     with torch.no_grad():
-        if bool((found.steps == found.steps[:1]).all()):
-            residual = row_norm(tape.out - found.z) / row_norm(tape.out)
-            look.compare(residual, found.residual, found.z, params)
+        if bool((solution.steps == solution.steps[:1]).all()):
+            residual = row_norm(tape.out - solution.z) / row_norm(tape.out)
+            look.compare(residual, solution.residual, solution.z, params)
 
 
 def _parted(linear: LinearTask) -> tuple[LinearTask, Linearization | None, tuple[Tensor, ...]]:

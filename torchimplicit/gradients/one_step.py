@@ -12,7 +12,7 @@ from torch.autograd.function import Function
 
 from torchimplicit.captured import Adjoint, Continuation, Passes
 from torchimplicit.closure import is_transformed
-from torchimplicit.gradients.base import Found, Task, differentiable, run_by
+from torchimplicit.gradients.base import FlatSolution, Task, differentiable, run_by
 from torchimplicit.gradients.continued import Continued
 from torchimplicit.gradients.figures import reported, truncated
 from torchimplicit.gradients.linear_estimate import LinearEstimate
@@ -23,7 +23,7 @@ from torchimplicit.linear import LinearSolution
 from torchimplicit.problems import System
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.solution import Status
-from torchimplicit.solvers import FixedPointIteration, Outcome, Solver
+from torchimplicit.solvers import FixedPointIteration, Solver, SolverResult
 
 
 @final
@@ -40,18 +40,18 @@ class OneStep(LinearEstimate):
     def recorded(self, solver: Solver) -> int | None:
         return 1 if isinstance(solver, FixedPointIteration) and solver.steps else None
 
-    def attach(self, task: Task, params: Sequence[Tensor]) -> Found:
+    def attach(self, task: Task, params: Sequence[Tensor]) -> FlatSolution:
         if task.direct and task.solver.steps == 0:  # the start of steps that autograd has seen the last of
-            found = task.solve(params)
-            z = _Moved.apply(found.z, -task.system.residual(found.z, *params))
-            return found._replace(z=reported(z, task.linear.record, truncated(found.z, 0, 0.0)))
+            solution = task.solve(params)
+            z = _Moved.apply(solution.z, -task.system.residual(solution.z, *params))
+            return solution._replace(z=reported(z, task.linear.record, truncated(solution.z, 0, 0.0)))
         if self.recorded(task.solver) is None:
             return super().attach(task, params)
         if task.linear.capture is not None and task.linear.capture.goes_on:
             return self._compiled(task, params)
         if task.direct or not differentiable(params):
-            found = through_steps(task, task.start.fixed(), params)
-            return found._replace(z=reported(found.z, task.linear.record, truncated(found.z.detach(), 0, 0.0)))
+            solution = through_steps(task, task.start.fixed(), params)
+            return solution._replace(z=reported(solution.z, task.linear.record, truncated(solution.z.detach(), 0, 0.0)))
         return self._after_a_node(task, params)
 
     def passes(self, solver: Solver) -> Passes:
@@ -64,7 +64,7 @@ class OneStep(LinearEstimate):
         return Passes(solver=solver.given(solver.steps - 1), continuation=Continuation(1, solver.damping))
 
     @staticmethod
-    def _compiled(task: Task, params: Sequence[Tensor]) -> Found:
+    def _compiled(task: Task, params: Sequence[Tensor]) -> FlatSolution:
         """Of compiled code, which has the steps before the last one, and that one."""
         solver, capture = task.solver, task.linear.capture
         assert isinstance(solver, FixedPointIteration)
@@ -72,37 +72,37 @@ class OneStep(LinearEstimate):
         assert capture is not None
         before = solver.given(solver.steps - 1)
 
-        def run(system: System, start: Start, params: Sequence[Tensor]) -> Outcome:
+        def run(system: System, start: Start, params: Sequence[Tensor]) -> SolverResult:
             return capture.solve(before, system, start.z, params) or run_by(before)(system, start, params)
 
-        found = replace(task, run=run).solve(params)
-        z, (norm, parts) = Continued.apply(task, Continuation(1, solver.damping), found.z, *params)
+        solution = replace(task, run=run).solve(params)
+        z, (norm, parts) = Continued.apply(task, Continuation(1, solver.damping), solution.z, *params)
         task.spent(1)
-        outcome = task.outcomes[-1]
+        outcome = task.results[-1]
         status = torch.where(z.detach().isfinite().all(dim=1), int(Status.STEPS_TAKEN), int(Status.NONFINITE))
         residual = parts if parts.ndim == 1 else parts.amax(dim=1)
-        report = replace(outcome.report, status=status, steps=found.steps + 1, residual=residual)
-        task.outcomes[-1] = replace(outcome, report=report, norm=norm, parts=parts)
+        report = replace(outcome.report, status=status, steps=solution.steps + 1, residual=residual)
+        task.results[-1] = replace(outcome, report=report, norm=norm, parts=parts)
         z = reported(z, task.linear.record, truncated(z.detach(), 0, 0.0))
-        return Found(z, status, report.steps, residual)
+        return FlatSolution(z, status, report.steps, residual)
 
     @staticmethod
-    def _after_a_node(task: Task, params: Sequence[Tensor]) -> Found:
+    def _after_a_node(task: Task, params: Sequence[Tensor]) -> FlatSolution:
         """Likewise, where a transform would see the steps before the last one too, but for a node around them."""
         solver = task.solver
         assert isinstance(solver, FixedPointIteration)
         assert solver.steps
         before = solver.given(solver.steps - 1)
         task = replace(task, run=run_by(before, recorded=1))
-        found = UnrolledPhantom(steps=1, damping=solver.damping).attach(task, params)
-        outcome = task.outcomes[-1]
-        if not is_transformed(found.z):
-            outcome = replace(outcome, z=found.z.detach())
+        solution = UnrolledPhantom(steps=1, damping=solver.damping).attach(task, params)
+        outcome = task.results[-1]
+        if not is_transformed(solution.z):
+            outcome = replace(outcome, z=solution.z.detach())
             if outcome.trajectory:
                 last = outcome.z if solver.keeps(solver.steps) else None
                 outcome = replace(outcome, trajectory=(*outcome.trajectory, last))
-            task.outcomes[-1] = outcome
-        return found._replace(steps=found.steps + 1)
+            task.results[-1] = outcome
+        return solution._replace(steps=solution.steps + 1)
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         return LinearSolution(b, truncated(b, 0, 0.0))

@@ -81,15 +81,15 @@ class Maps:
                 device=b.device,
                 coupling=self.coupling,
             )
-            found = pseudo_solve(self.solver, operator.flipped() if transposed else operator, b)
+            solution = pseudo_solve(self.solver, operator.flipped() if transposed else operator, b)
             if not self.reports:
                 # a map whose derivative at zero is zero is told by another vector
-                probe = torch.where((found.value == 0).all(dim=1, keepdim=True), 1, found.value.nan_to_num())
+                probe = torch.where((solution.value == 0).all(dim=1, keepdim=True), 1, solution.value.nan_to_num())
                 self._check_linear(probe, operator.product(probe), params)
         if self.reports:
-            report(self.record, found.report)
-        self.reports.append(found.report)
-        return PseudoSolution(found.value, found.report.status, found.report.steps, found.report.residual)
+            report(self.record, solution.report)
+        self.reports.append(solution.report)
+        return PseudoSolution(solution.value, solution.report.status, solution.report.steps, solution.report.residual)
 
     @torch.no_grad()
     def _check_linear(self, y: Tensor, product: Tensor, params: Sequence[Tensor]) -> None:
@@ -179,8 +179,8 @@ class PseudoSolve(Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, maps: Maps, transposed: bool, b: Tensor, *params: Tensor) -> tuple[Any, Any]:
         size, dims, params = fold_copies(info, in_dims[3:], params)
-        found = PseudoSolve.apply(maps.vmapped(size, dims), transposed, stack_copies(b, in_dims[2], size), *params)
-        return tuple(t.reshape(size, -1, *t.shape[1:]) for t in found), (0, 0, 0, 0)
+        solution = PseudoSolve.apply(maps.vmapped(size, dims), transposed, stack_copies(b, in_dims[2], size), *params)
+        return tuple(t.reshape(size, -1, *t.shape[1:]) for t in solution), (0, 0, 0, 0)
 
 
 PseudoSolve.forward.__signature__ = inspect.signature(PseudoSolve.forward)  # type: ignore[attr-defined]

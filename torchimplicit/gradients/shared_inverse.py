@@ -55,7 +55,7 @@ class SharedInverse(LinearEstimate):
             )
 
     def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
-        state = task.outcomes[-1].state
+        state = task.results[-1].state
         operator = task.system.operator(tape, transposed)
         whole = UnitRows.as_they_are(b)
         right = whole.unit
@@ -72,6 +72,8 @@ class SharedInverse(LinearEstimate):
             wide = right.reshape(systems, dim).to(state.inverse.steps.ring.dtype)
             shared = state.inverse.transposed_times(wide) if transposed else state.inverse.times(wide)
             shared = shared.reshape(b.shape).to(b.dtype)
+            # Broyden's matrix is a good inverse along the steps that were taken, and anything elsewhere: it is trusted
+            # for a cotangent only where it leaves less than no inverse at all does
             measured = safe_norm(right - operator.product(shared))
             products += 1
             trusted = (measured < residual) & (safe_norm(shared) <= self.ratio * size)
@@ -86,9 +88,9 @@ class SharedInverse(LinearEstimate):
             def refined(operator: LinearOperator, b: Tensor) -> LinearSolution:
                 return steps.solve(operator, b, value.reshape(b.shape))
 
-            found = confirmed(refined, operator, right, steps.tolerances(b.dtype))
-            report = replace(found.report, evaluations=found.report.evaluations + products)
-            return LinearSolution(whole.restored(found.value), report)
+            solution = confirmed(refined, operator, right, steps.tolerances(b.dtype))
+            report = replace(solution.report, evaluations=solution.report.evaluations + products)
+            return LinearSolution(whole.restored(solution.value), report)
         steps_taken = torch.zeros(b.shape[0], dtype=torch.int64, device=b.device)
         relative = residual / torch.where(size > 0, size, 1)
         figures = Report(steps_taken + int(Status.STEPS_TAKEN), steps_taken, relative, float(products))

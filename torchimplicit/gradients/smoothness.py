@@ -35,16 +35,16 @@ def rough_operations(out: Tensor) -> list[str]:
     """The operations behind ``out`` that are only linear in pieces."""
     stack: list[Any] = [out.grad_fn]
     seen: set[Any] = set()
-    found: dict[str, None] = {}
+    operations: dict[str, None] = {}
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         name = type(node).__name__
-        found |= {said: None for beginning, said in ROUGH.items() if name.startswith(beginning)}
+        operations |= {said: None for beginning, said in ROUGH.items() if name.startswith(beginning)}
         stack.extend(parent for parent, _ in node.next_functions)
-    return sorted(found)
+    return sorted(operations)
 
 
 class Smoothness:
@@ -68,10 +68,10 @@ class Smoothness:
     def warn(self, out: Tensor) -> None:
         """Warn where ``out`` is linear in pieces."""
         self._told = True
-        if found := rough_operations(out):
+        if rough := rough_operations(out):
             notice(
                 "a second derivative was asked for of a function that is linear in pieces",
-                f"a second derivative was asked for, and the problem's function uses {', '.join(found)}, linear in "
+                f"a second derivative was asked for, and the problem's function uses {', '.join(rough)}, linear in "
                 "pieces: autograd takes the second derivative to be zero, which says nothing about the kinks. Use a "
                 "smooth function instead: tanh, sin, softplus, silu or gelu",
                 SmoothnessWarning,

@@ -49,12 +49,14 @@ def partial_vjp(
 
 
 def jvp(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor | None:
-    """The tangent of ``fn``, by two pullbacks, which nest under every transform; ``None`` if no tangent is given."""
-    given = [t is not None for t in tangents]
-    if not any(given):
+    """The tangent of ``fn``, by two pullbacks, which nest under every transform; ``None`` if there is no tangent."""
+    moving = [t is not None for t in tangents]
+    if not any(moving):
         return None
-    out, pull = partial_vjp(fn, primals, given)
-    some = [i for i, g in enumerate(given) if g]
+    # the pullback is linear in w: its own pullback, at any w, is the tangent map. torch.func.jvp would not do inside of
+    # a jvp rule, where dual tensors of an enclosing level come in
+    out, pull = partial_vjp(fn, primals, moving)
+    some = [i for i, g in enumerate(moving) if g]
     _, twice = vjp(lambda w: tuple(pull(w)[i] for i in some), torch.zeros_like(out))
     return twice(tuple(tangents[i] for i in some))[0]
 
@@ -66,7 +68,7 @@ def nested_forward_mode() -> contextlib.AbstractContextManager[None]:
 
 
 def saved_tensors(ctx: Any) -> list[Tensor]:
-    """What a node has saved, out of the transforms that are over: a pullback that ``torch.func.vjp`` has given runs
+    """What a node has saved, out of the transforms that are over: a pullback that ``torch.func.vjp`` has moving runs
     after its own, and another transform cannot be laid around a tensor of that."""
     return [_of_now(t) for t in ctx.saved_tensors]
 

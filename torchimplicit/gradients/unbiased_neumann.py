@@ -103,6 +103,8 @@ class UnbiasedNeumann(LinearEstimate):
             if term:
                 turned = operator.project(operator.product(r.to(b.dtype)).to(r.dtype))
                 r = r - self.damping * turned
+            # divided by the probability of being reached, each term is itself on average (Russian roulette: Chen et al.
+            # 2019, Residual flows, theorem 1)
             weight = 1 / self.reached(term)
             total = total + (self.damping * weight) * r
             if term % CHECK_EVERY == CHECK_EVERY - 1 and bool((weight * safe_norm(r) <= 0.01 * eps * scale).all()):

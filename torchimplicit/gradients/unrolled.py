@@ -11,7 +11,7 @@ from torch import Tensor
 from torchimplicit.captured import Passes
 from torchimplicit.closure import is_vmapped
 from torchimplicit.errors import UnsupportedDerivativeError
-from torchimplicit.gradients.base import Found, Gradient, Task, differentiable, owned, refuse_detached
+from torchimplicit.gradients.base import FlatSolution, Gradient, Task, differentiable, owned, refuse_detached
 from torchimplicit.gradients.figures import reported
 from torchimplicit.gradients.start import Start
 from torchimplicit.solvers import Solver
@@ -30,7 +30,7 @@ class Unrolled(Gradient):
     def passes(self, solver: Solver) -> Passes:
         return Passes(solver=solver, refusal="Unrolled needs the steps that the eager loop takes")
 
-    def attach(self, task: Task, params: Sequence[Tensor]) -> Found:
+    def attach(self, task: Task, params: Sequence[Tensor]) -> FlatSolution:
         from_start = differentiable((task.start.z,))
         if not (task.direct or from_start or differentiable(params)):
             return task.solve(params)
@@ -39,23 +39,23 @@ class Unrolled(Gradient):
                 "Unrolled cannot run under torch.func.vmap, where the number of steps would depend on the data: use "
                 "Implicit() or UnrolledPhantom()"
             )
-        found = through_steps(task, task.start, params)
-        report = task.outcomes[-1].report
+        solution = through_steps(task, task.start, params)
+        report = task.results[-1].report
         # the last evaluation judges the result and is not part of it, unless the steps were given; the first one starts
         # from a constant z0
         judging = 1 if task.solver.steps is None else 0
         products = max(0.0, report.evaluations - judging - (0 if from_start else 1))
-        return found._replace(z=reported(found.z, task.linear.record, replace(report, evaluations=products)))
+        return solution._replace(z=reported(solution.z, task.linear.record, replace(report, evaluations=products)))
 
     def recorded(self, solver: Solver) -> int | None:
         return solver.steps
 
 
-def through_steps(task: Task, start: Start, params: Sequence[Tensor]) -> Found:
+def through_steps(task: Task, start: Start, params: Sequence[Tensor]) -> FlatSolution:
     """The solution as autograd sees it that has seen the steps."""
     outcome = task.run(task.system, start, params)
-    task.outcomes.append(outcome)
+    task.results.append(outcome)
     report = outcome.report
     if outcome.z.requires_grad and task.solver.steps is None:  # given steps are a loop written by hand
         refuse_detached(task, outcome.z, params)
-    return Found(owned(task, outcome.z), report.status, report.steps, report.residual)
+    return FlatSolution(owned(task, outcome.z), report.status, report.steps, report.residual)

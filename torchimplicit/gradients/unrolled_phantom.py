@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.captured import Continuation, Passes
-from torchimplicit.gradients.base import Found, Gradient, Task, differentiable, owned, refuse_detached
+from torchimplicit.gradients.base import FlatSolution, Gradient, Task, differentiable, owned, refuse_detached
 from torchimplicit.gradients.continued import Continued
 from torchimplicit.gradients.figures import reported, truncated
 from torchimplicit.gradients.nodes import DerivativeRule, by_node, undifferentiated
@@ -43,24 +43,28 @@ class UnrolledPhantom(Gradient):
         check_count(self, "steps")
         check_fraction(self, "damping")
 
-    def attach(self, task: Task, params: Sequence[Tensor]) -> Found:
+    def attach(self, task: Task, params: Sequence[Tensor]) -> FlatSolution:
         compiled = task.linear.capture is not None and task.linear.capture.goes_on
         if task.direct or (compiled and task.solver.steps is not None):
-            found = task.solve(params, given_away=False)
+            solution = task.solve(params, given_away=False)
         elif not differentiable(params):
             return undifferentiated(task, _Constant(), params)
         elif compiled:
-            found = task.solve(params, given_away=False)
+            solution = task.solve(params, given_away=False)
         else:
-            found = Found(*(t.detach() for t in by_node(task, _Constant(), params)))
+            solution = FlatSolution(*(t.detach() for t in by_node(task, _Constant(), params)))
         way = Continuation(self.steps, self.damping)
-        h = Continued.apply(task, way, found.z, *params)[0] if compiled else way.taken(task.system, found.z, params)
+        h = (
+            Continued.apply(task, way, solution.z, *params)[0]
+            if compiled
+            else way.taken(task.system, solution.z, params)
+        )
         # of one step the derivative in the state is not asked for; given steps are a loop written by hand
         if self.steps > 1 and h.requires_grad and task.solver.steps is None:
-            refuse_detached(task, found.z, params)
+            refuse_detached(task, solution.z, params)
         task.spent(self.steps)
         figures = truncated(h.detach(), self.steps, float(self.steps - 1))
-        return found._replace(z=reported(owned(task, h), task.linear.record, figures))
+        return solution._replace(z=reported(owned(task, h), task.linear.record, figures))
 
     def passes(self, solver: Solver) -> Passes:
         return Passes(solver=solver, continuation=Continuation(self.steps, self.damping))

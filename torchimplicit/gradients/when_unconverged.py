@@ -14,7 +14,7 @@ from torch.autograd.function import Function
 from torchimplicit.captured import Passes
 from torchimplicit.closure import carries_derivative, is_transformed
 from torchimplicit.errors import UnsupportedDerivativeError
-from torchimplicit.gradients.base import Found, Gradient, Task
+from torchimplicit.gradients.base import FlatSolution, Gradient, Task
 from torchimplicit.gradients.implicit import Implicit
 from torchimplicit.gradients.one_step import OneStep
 from torchimplicit.gradients.start import Start
@@ -96,38 +96,38 @@ class WhenUnconverged(Gradient):
     def passes(self, solver: Solver) -> Passes:
         return self.gradient.passes(solver)
 
-    def attach(self, task: Task, params: Sequence[Tensor]) -> Found:
-        found = self.gradient.attach(task, params)
-        if not carries_derivative(found.z):
-            return found
-        chosen = fell_short(found.status) if self.above is None else ~(found.residual <= self.above)
+    def attach(self, task: Task, params: Sequence[Tensor]) -> FlatSolution:
+        solution = self.gradient.attach(task, params)
+        if not carries_derivative(solution.z):
+            return solution
+        chosen = fell_short(solution.status) if self.above is None else ~(solution.residual <= self.above)
         if not is_transformed(chosen) and not bool(chosen.any()):
-            return found
+            return solution
         column = chosen[:, None]
         if not isinstance(self.instead, Gradient):
-            weight = torch.where(column, self.instead, 1.0).to(found.z.dtype)
-            return found._replace(z=Weighted.apply(found.z, weight))
-        if is_transformed(found.z) and isinstance(self.gradient, OneStep) and self.gradient.recorded(task.solver):
+            weight = torch.where(column, self.instead, 1.0).to(solution.z.dtype)
+            return solution._replace(z=Weighted.apply(solution.z, weight))
+        if is_transformed(solution.z) and isinstance(self.gradient, OneStep) and self.gradient.recorded(task.solver):
             raise UnsupportedDerivativeError(
                 "under a torch.func transform, OneStep() after a given number of steps does not know where the last of "
                 "them leads to, which is where WhenUnconverged.instead would begin: take Implicit(), or instead=0.0"
             )
         if task.aux is not None:  # what counts is that of ``gradient``
             task.aux.listening = False
-        reached = task.outcomes[-1]
+        reached = task.results[-1]
         at = replace(
             task,
-            start=Start(found.z.detach()),
+            start=Start(solution.z.detach()),
             run=lambda *_: reached,
             solver=replace(task.solver, steps=None),
-            linear=replace(task.linear, outcomes=[], record=AdjointRecord(), capture=None),
+            linear=replace(task.linear, results=[], record=AdjointRecord(), capture=None),
             randomness=None,
             direct=False,
             aux=None,
         )
         other = self.instead.attach(at, params)
-        task.spent(int(at.outcomes[-1].report.evaluations - reached.report.evaluations))
-        return found._replace(z=torch.where(column, other.z, found.z))
+        task.spent(int(at.results[-1].report.evaluations - reached.report.evaluations))
+        return solution._replace(z=torch.where(column, other.z, solution.z))
 
 
 class Weighted(Function):

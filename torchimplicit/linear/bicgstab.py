@@ -53,11 +53,13 @@ class _StabilizedBiCG(Method):
         eps = torch.finfo(r.dtype).eps
         direction = system.precondition(p)
         v = system.product(direction)
+        # half a step of BiCG, whose residual is orthogonal to the shadow residual's Krylov space ...
         divisor = (shadow * v).sum(-1, keepdim=True)
         broken = divisor.abs() <= eps * shadow_norm * torch.linalg.vector_norm(v, dim=-1, keepdim=True)
         alpha = (product / divisor).masked_fill_(broken, 0.0)
         half = torch.addcmul(r, alpha, v, value=-1)
 
+        # ... and half a step of least residual, which smooths it (van der Vorst 1992)
         correction = system.precondition(half)
         t = system.product(correction)
         overlap, square = (t * half).sum(-1, keepdim=True), t.square().sum(-1, keepdim=True)

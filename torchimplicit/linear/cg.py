@@ -63,6 +63,8 @@ class _ConjugateGradients(Method):
     def step(self, system: LinearSystem, state: _State, slow: int | None) -> _State:
         info = torch.finfo(state.r.dtype)
         image = system.product(state.p)
+        # along p the quadratic is least at <r, z> / <p, Ap>; where <p, Ap> is not positive it has no least value, and
+        # the matrix is not positive definite (Hestenes and Stiefel 1952)
         curvature = (state.p * image).sum(-1, keepdim=True)
         length = state.decrease / curvature
         # Step lengths lie between the inverses of the extreme eigenvalues: beyond 1/eps the matrix counts as singular.
@@ -73,6 +75,7 @@ class _ConjugateGradients(Method):
         r = torch.addcmul(state.r, length, image, value=-1)
         norm = torch.linalg.vector_norm(r, dim=-1)
         z, decrease = self._direction(system, r, norm)
+        # Fletcher and Reeves' form of the coefficient that makes the directions conjugate
         turn = decrease / state.decrease.clamp_min(info.tiny)
         p = torch.addcmul(z, turn, state.p)
         square = torch.addcmul(decrease, turn.square(), state.square)  # the new residual is orthogonal to p

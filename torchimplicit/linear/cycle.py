@@ -161,6 +161,7 @@ class Cycle:
         """The one look at the device. Deals with the rows that have stopped; returns the count of the slow ones."""
         broken, slow_rows = getattr(self.state, "broken", None), getattr(self.state, "slow", None)
         above = self.state.norm > self.notes.pending
+        # each look waits for the device, so that all that the host asks is counted in one stack
         if self.smooth:
             # one predicate where all rows go on and none is slow, as one would be that has become infinite
             self.smooth = slow_rows is not None and broken is None and not last

@@ -224,6 +224,7 @@ class Factorization:
         """The solutions ``[k, batch, dim]``, refined once, and whether they could be had; NaN where not."""
         b = self._columns(rhs)
         matrix = self.full.mT if transposed else self.full
+        # one step of refinement takes the error of badly scaled rows off (Skeel 1980)
         x = torch.linalg.lu_solve(self.lu, self.pivots, b, adjoint=transposed)
         x = x + torch.linalg.lu_solve(self.lu, self.pivots, b - matrix @ x, adjoint=transposed)
         x = self._rows(x)

@@ -112,6 +112,7 @@ def run(
             if settled:
                 result = part._replace(norm=size)
                 break
+        # a recurrence drifts by rounding, and not by a multiple of itself: that far off, rows depend on each other
         strays = doubt & (size > _STRAYED * part.norm.maximum(tolerance))
         part, live = _settle(part, size, x, norm, tolerance, doubt, max_steps)
         left, far = torch.stack(((max_steps - part.steps).where(live, 0), strays)).amax(1).tolist()
@@ -157,6 +158,7 @@ def _settle(
     A row whose cycle made it worse goes back to where that cycle started.
     """
     norm = size.where(doubt & (size < torch.inf), part.norm)
+    # what a restart makes worse is rounding: the iterate before it is the better one
     worse = doubt & (norm > start_norm)
     x, norm = start.where(worse[:, None], part.x), start_norm.where(worse, norm)
     converged = norm <= _MARGIN * tolerance

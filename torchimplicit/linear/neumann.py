@@ -76,6 +76,7 @@ class _Richardson(Method):
         return _State(norm, b, x, r, True)
 
     def step(self, system: LinearSystem, state: _State, slow: int | None) -> _State:
+        # a series that is cut off needs the residual of the last iterate for its report alone, and goes without
         r = state.r if state.fresh else state.b - system.product(state.x)
         x = torch.add(state.x, system.precondition(r), alpha=self.damping)
         if not self.truncated:

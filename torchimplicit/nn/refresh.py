@@ -13,7 +13,7 @@ from torch.autograd.function import Function
 from torchimplicit.closure import is_transformed, transforms_running
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients import Gradient, Implicit, LinearEstimate, NeumannPhantom
-from torchimplicit.gradients.base import Found, Task, run_by
+from torchimplicit.gradients.base import FlatSolution, Task, run_by
 from torchimplicit.gradients.figures import truncated
 from torchimplicit.precision import without_autocast
 from torchimplicit.problems.fixed_point import FixedPointSystem
@@ -59,7 +59,7 @@ class AtLastStep(Gradient):
     def recorded(self, solver: Solver) -> int | None:
         return 1
 
-    def attach(self, task: Task, params: Sequence[Tensor]) -> Found:
+    def attach(self, task: Task, params: Sequence[Tensor]) -> FlatSolution:
         assert task.solver.steps
         before = task.solver.given(task.solver.steps - 1)
         start = replace(task, run=run_by(before)).solve(params, given_away=False).z
@@ -75,14 +75,14 @@ class AtLastStep(Gradient):
         else:
             image = system.fn(start)
         task.spent(1)
-        outcome = task.outcomes[-1]
+        outcome = task.results[-1]
         value = image.detach()
         norm, scale = row_norm(value - start), row_norm(value)
         residual = norm / scale.clamp_min(torch.finfo(norm.dtype).tiny)
         status = torch.where(residual.isfinite(), int(Status.STEPS_TAKEN), int(Status.NONFINITE))
         report = replace(outcome.report, status=status, steps=outcome.report.steps + 1, residual=residual)
-        task.outcomes[-1] = replace(outcome, z=value, report=report, norm=norm, parts=residual)
-        return Found(image, status, report.steps, residual)
+        task.results[-1] = replace(outcome, z=value, report=report, norm=norm, parts=residual)
+        return FlatSolution(image, status, report.steps, residual)
 
 
 class _Adjoint(Function):

@@ -11,10 +11,10 @@ from torchimplicit.solvers.lbfgs import LBFGS
 from torchimplicit.solvers.levenberg_marquardt import LevenbergMarquardt
 from torchimplicit.solvers.newton_cg import NewtonCG
 from torchimplicit.solvers.newton_krylov import NewtonKrylov
-from torchimplicit.solvers.outcome import Outcome
 from torchimplicit.solvers.polyalgorithm import Polyalgorithm, in_turn
 from torchimplicit.solvers.projected_newton import ProjectedNewton
 from torchimplicit.solvers.pseudo_transient import PseudoTransient
+from torchimplicit.solvers.result import SolverResult
 from torchimplicit.solvers.trust_region import TrustRegion
 
 __all__ = [
@@ -29,12 +29,12 @@ __all__ = [
     "Move",
     "NewtonCG",
     "NewtonKrylov",
-    "Outcome",
     "Polyalgorithm",
     "Progress",
     "ProjectedNewton",
     "PseudoTransient",
     "Solver",
+    "SolverResult",
     "TrustRegion",
     "in_turn",
     "iterate",

@@ -12,7 +12,7 @@ from torchimplicit.problems import Point, System
 from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.solution import Report, Status
 from torchimplicit.solvers.base import Evaluator, Progress, Solver
-from torchimplicit.solvers.outcome import Outcome, traced
+from torchimplicit.solvers.result import SolverResult, traced
 from torchimplicit.solvers.tolerance import Measure
 
 _UNKNOWN = Progress(active=None, improving=False)
@@ -25,7 +25,7 @@ def take_steps(
     params: Sequence[Tensor],
     first: Point | None = None,
     recorded: int | None = None,
-) -> Outcome:
+) -> SolverResult:
     """The last iterate of ``solver.steps`` steps from ``z0``, all samples at once, as in a loop written by hand: what
     the last step leads to is not evaluated, and the host reads nothing. A sample that goes non-finite stays so.
 
@@ -80,7 +80,7 @@ def take_steps(
     report = Report(status, torch.full_like(status, count), residual, evaluate.rows_evaluated / max(len(z0), 1))
     norm = None if point is None else point.size().detach()
     way = tuple(trajectory) if solver.keep_trajectory else ()
-    return Outcome(z, report, way, state, norm, parts, tuple(trace))
+    return SolverResult(z, report, way, state, norm, parts, tuple(trace))
 
 
 def relative(system: System, point: Point | None, before: Point | None, z: Tensor) -> Tensor:

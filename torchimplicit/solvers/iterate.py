@@ -27,8 +27,8 @@ from torchimplicit.solvers.magnitude import (
     in_range,
     solved_in,
 )
-from torchimplicit.solvers.outcome import Outcome, Units, traced
 from torchimplicit.solvers.polyalgorithm import Polyalgorithm, in_turn
+from torchimplicit.solvers.result import SolverResult, Units, traced
 from torchimplicit.solvers.review import after, as_one_system, given_up, review, tried_as_one
 from torchimplicit.solvers.tolerance import Judge, Measure
 from torchimplicit.state import row_norm
@@ -55,7 +55,7 @@ def iterate(
     only: Tensor | None = None,
     since: Tensor | None = None,
     units: Units | None = None,
-) -> Outcome:
+) -> SolverResult:
     """Solve ``system`` from ``z0`` (``[batch, dim]``). Differentiable by autograd where grad mode is on.
 
     Args:
@@ -98,8 +98,8 @@ def as_one(solver: Solver, system: System) -> bool:
 
 
 def reviewed(
-    solver: Solver, evaluate: Evaluator, outcome: Outcome, judge: Judge, mixed: bool, unsolved: bool
-) -> Outcome:
+    solver: Solver, evaluate: Evaluator, outcome: SolverResult, judge: Judge, mixed: bool, unsolved: bool
+) -> SolverResult:
     """The outcome once the whole problem has confirmed what it claims; samples that it does not confirm go on.
 
     Args:
@@ -213,7 +213,7 @@ class _Loop:
         self.full: dict[str, Tensor] = {}
         self._judge(0, None)
 
-    def run(self) -> Outcome:
+    def run(self) -> SolverResult:
         solver = self.solver
         trajectory = [self.point.z if solver.keeps(0) else None]
         self._check_features()
@@ -467,7 +467,7 @@ class _Loop:
             else:
                 self.full[name].index_copy_(0, self.rows, value)
 
-    def _finish(self, trajectory: tuple[Tensor | None, ...], state: Any) -> Outcome:
+    def _finish(self, trajectory: tuple[Tensor | None, ...], state: Any) -> SolverResult:
         if self.active or not self.certain:
             running = self.status == _RUNNING
             if self.solver.return_last:
@@ -486,7 +486,7 @@ class _Loop:
         self.extreme = bool(extreme(sizes[0] if len(sizes) == 1 else torch.stack(sizes)).any())
         evaluations = self.evaluate.rows_evaluated / max(self.batch, 1)
         report = Report(found["status"], found["steps"], found["residual"], evaluations)
-        return Outcome(found["z"], report, trajectory, state, found["norm"], found["parts"])
+        return SolverResult(found["z"], report, trajectory, state, found["norm"], found["parts"])
 
 
 def take_rows(state: Any, rows: Tensor) -> Any:

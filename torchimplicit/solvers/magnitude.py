@@ -20,14 +20,14 @@ from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.problems.root import RootSystem
 from torchimplicit.solution import Status
 from torchimplicit.solvers.base import Evaluator, Solver
-from torchimplicit.solvers.outcome import Outcome, Units
+from torchimplicit.solvers.result import SolverResult, Units
 from torchimplicit.solvers.review import after, seen_at
 from torchimplicit.solvers.tolerance import Judge
 
 MARGIN = 1e3
 """How far from where squares underflow or overflow norms are taken as they are."""
 
-Solve = Callable[..., Outcome]
+Solve = Callable[..., SolverResult]
 
 
 def in_range(dtype: torch.dtype) -> tuple[float, float]:
@@ -74,8 +74,8 @@ def first_units(system: System, point: Point, params: Sequence[Tensor], first: T
 
 
 def examined(
-    solve: Solve, outcome: Outcome, judge: Judge, solver: Solver, system: System, params: Sequence[Tensor]
-) -> Outcome:
+    solve: Solve, outcome: SolverResult, judge: Judge, solver: Solver, system: System, params: Sequence[Tensor]
+) -> SolverResult:
     """What becomes of an outcome whose sizes are :func:`extreme`; what is looked at is not counted.
 
     Where the state began at zero, and turns out to be small as a whole, it goes on in units of what it has become.
@@ -137,7 +137,7 @@ def solved_in(
     params: Sequence[Tensor],
     only: Tensor | None = None,
     since: Tensor | None = None,
-) -> Outcome:
+) -> SolverResult:
     """The outcome of the problem in other units, in its own; see :func:`~torchimplicit.solvers.iterate.iterate`."""
     fn = system.fn
 
@@ -170,8 +170,8 @@ def solved_in(
 
 @torch.no_grad()
 def _confirmed(
-    outcome: Outcome, hidden: Tensor, point: Point, judge: Judge, system: System, params: Sequence[Tensor]
-) -> Outcome:
+    outcome: SolverResult, hidden: Tensor, point: Point, judge: Judge, system: System, params: Sequence[Tensor]
+) -> SolverResult:
     """The outcome without the samples among ``hidden`` (bool ``[batch]``) that the rule does not find solved by norms
     which underflow nowhere."""
     report, norms_of = outcome.report, system.safe_norms

@@ -15,7 +15,7 @@ from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.solution import Status, Turn
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.descent import leave, lowest
-from torchimplicit.solvers.outcome import Outcome
+from torchimplicit.solvers.result import SolverResult
 from torchimplicit.solvers.review import after
 from torchimplicit.state import row_norm
 
@@ -26,7 +26,7 @@ TRIALS = 20
 ROUNDS = 4
 """How many saddles are left, one after the other."""
 
-Solve = Callable[..., Outcome]
+Solve = Callable[..., SolverResult]
 """``(solver, system, z0, params, first, only=..., since=..., units=...)``, see
 :func:`~torchimplicit.solvers.iterate.iterate`."""
 
@@ -113,8 +113,8 @@ def in_turn(
     z0: Tensor,
     params: Sequence[Tensor],
     first: Point | None = None,
-    begun: Outcome | None = None,
-) -> Outcome:
+    begun: SolverResult | None = None,
+) -> SolverResult:
     """Solve ``system`` from ``z0`` with the members in turn.
 
     Args:
@@ -168,8 +168,8 @@ def in_turn(
 
 
 def _off_saddles(
-    solve: Solve, lead: Solver, system: System, outcome: Outcome, params: Sequence[Tensor], stood: Tensor
-) -> tuple[Outcome, Tensor | None]:
+    solve: Solve, lead: Solver, system: System, outcome: SolverResult, params: Sequence[Tensor], stood: Tensor
+) -> tuple[SolverResult, Tensor | None]:
     """The outcome once saddles are left, and which samples were at one, ``None`` for none.
 
     Of the samples that ``stood`` (bool ``[batch]``) at a stationary point where they began, or have no gradient at all,
@@ -201,7 +201,7 @@ def _off_saddles(
     return replace(outcome, report=replace(outcome.report, status=status)), moved
 
 
-def _rests(outcome: Outcome) -> Tensor:
+def _rests(outcome: SolverResult) -> Tensor:
     """bool ``[batch]``: which are said to be solved and did not move there, or have no gradient at all."""
     norm = outcome.norm
     assert norm is not None
@@ -209,16 +209,16 @@ def _rests(outcome: Outcome) -> Tensor:
     return outcome.report.converged & ((outcome.report.steps == 0) | nothing)
 
 
-def _turn(member: Solver, outcome: Outcome, samples: Tensor) -> Turn:
+def _turn(member: Solver, outcome: SolverResult, samples: Tensor) -> Turn:
     tried, solved = torch.stack((samples, samples & outcome.report.converged)).sum(dim=1).tolist()
     return Turn(type(member).__name__, tried, solved)
 
 
-def _better(before: Outcome, later: Outcome, samples: Tensor, descends: bool) -> Outcome:
+def _better(before: SolverResult, later: SolverResult, samples: Tensor, descends: bool) -> SolverResult:
     """What ``samples`` (bool ``[batch]``) have reached, the figures of a sample being those of what is returned of it,
     and its steps those of both."""
 
-    def size(outcome: Outcome) -> Tensor:
+    def size(outcome: SolverResult) -> Tensor:
         assert outcome.norm is not None
         return outcome.norm if outcome.norm.ndim == 1 else row_norm(outcome.norm)
 

@@ -17,7 +17,7 @@ from torchimplicit.precision import working_dtype
 from torchimplicit.problems import Point, System
 from torchimplicit.solution import Report, Status
 from torchimplicit.solvers.base import Evaluator, Solver
-from torchimplicit.solvers.outcome import Outcome
+from torchimplicit.solvers.result import SolverResult
 from torchimplicit.solvers.tolerance import Judge
 
 LOOKS = 4
@@ -28,12 +28,12 @@ class Verdict(NamedTuple):
     """The outcome with the figures of the whole; bool ``[batch]``, the samples that have to go on, ``None`` for none;
     and whether samples were found to depend on each other that the solver takes apart."""
 
-    outcome: Outcome
+    outcome: SolverResult
     again: Tensor | None = None
     coupled: bool = False
 
 
-def review(solver: Solver, evaluate: Evaluator, outcome: Outcome, judge: Judge, mixed: bool) -> Verdict:
+def review(solver: Solver, evaluate: Evaluator, outcome: SolverResult, judge: Judge, mixed: bool) -> Verdict:
     """Judge the outcome by the whole problem at the point that is returned.
 
     A root or a minimum is judged by one product with the Jacobian there, which tells what a step could not: of Newton's
@@ -56,7 +56,7 @@ def review(solver: Solver, evaluate: Evaluator, outcome: Outcome, judge: Judge, 
         return _reviewed(solver, evaluate, outcome, judge, mixed and not apart)
 
 
-def _reviewed(solver: Solver, evaluate: Evaluator, outcome: Outcome, judge: Judge, mixed: bool) -> Verdict:
+def _reviewed(solver: Solver, evaluate: Evaluator, outcome: SolverResult, judge: Judge, mixed: bool) -> Verdict:
     z, report = outcome.z, outcome.report
     failed = report.status == Status.BREAKDOWN
     if solver.by_products:
@@ -84,7 +84,7 @@ def seen_at(evaluate: Evaluator, z: Tensor) -> tuple[Point, LinearOperator] | No
 def _by_product(
     solver: Solver,
     evaluate: Evaluator,
-    outcome: Outcome,
+    outcome: SolverResult,
     judge: Judge,
     failed: Tensor | None,
     point: Point,
@@ -120,7 +120,7 @@ def _by_product(
     return _sent_on(solver, outcome, denied) if again else Verdict(outcome)
 
 
-def _by_evaluation(solver: Solver, evaluate: Evaluator, outcome: Outcome, judge: Judge) -> Verdict:
+def _by_evaluation(solver: Solver, evaluate: Evaluator, outcome: SolverResult, judge: Judge) -> Verdict:
     report, system = outcome.report, evaluate.system
     point = evaluate(outcome.z)
     if judge.measure is not None:
@@ -152,7 +152,7 @@ def _by_evaluation(solver: Solver, evaluate: Evaluator, outcome: Outcome, judge:
     return _sent_on(solver, outcome, denied) if again else Verdict(outcome)
 
 
-def _changed(outcome: Outcome, point: Point, system: System, eps: float) -> Tensor:
+def _changed(outcome: SolverResult, point: Point, system: System, eps: float) -> Tensor:
     """bool ``[batch]``: whether a sample's residual is another than when the sample was alone in moving."""
     now = system.norms(point.residual)
     before = outcome.norm
@@ -170,7 +170,7 @@ def _stuck(status: Tensor) -> Tensor:
     return (status == Status.BREAKDOWN) | (status == Status.MAX_STEPS)
 
 
-def _sent_on(solver: Solver, outcome: Outcome, denied: Tensor) -> Verdict:
+def _sent_on(solver: Solver, outcome: SolverResult, denied: Tensor) -> Verdict:
     """The samples that are not solved after all go on, as far as their budget reaches."""
     report = outcome.report
     spent = denied & (report.steps >= solver.max_steps)
@@ -180,7 +180,7 @@ def _sent_on(solver: Solver, outcome: Outcome, denied: Tensor) -> Verdict:
     return Verdict(outcome, again if bool(again.any()) else None)
 
 
-def after(before: Outcome, later: Outcome, samples: Tensor | None) -> Outcome:
+def after(before: SolverResult, later: SolverResult, samples: Tensor | None) -> SolverResult:
     """``before``, with what became of ``samples`` (bool ``[batch]``; ``None``: all) when they went on."""
     one, two = before.report, later.report
     if samples is None:
@@ -201,19 +201,19 @@ def after(before: Outcome, later: Outcome, samples: Tensor | None) -> Outcome:
     trajectory = before.trajectory + later.trajectory[1:]
     norm, parts = joined(later.norm, before.norm), joined(later.parts, before.parts)
     trace, units = before.trace + later.trace[1:], later.units or before.units
-    return Outcome(z, report, trajectory, later.state, norm, parts, trace, units=units)
+    return SolverResult(z, report, trajectory, later.state, norm, parts, trace, units=units)
 
 
-def given_up(outcome: Outcome, samples: Tensor) -> Outcome:
+def given_up(outcome: SolverResult, samples: Tensor) -> SolverResult:
     """With ``samples`` that the method takes for solved, and the Jacobian does not."""
     status = outcome.report.status.masked_fill(samples, int(Status.BREAKDOWN))
     return replace(outcome, report=replace(outcome.report, status=status))
 
 
-Solve = Callable[[Solver, System, Tensor, Sequence[Tensor]], Outcome]
+Solve = Callable[[Solver, System, Tensor, Sequence[Tensor]], SolverResult]
 
 
-def tried_as_one(solve: Solve, solver: Solver, evaluate: Evaluator, outcome: Outcome) -> Outcome:
+def tried_as_one(solve: Solve, solver: Solver, evaluate: Evaluator, outcome: SolverResult) -> SolverResult:
     """What a method that remembers gave up, solved on as one system where samples depend on each other; which is
     remembered of the function where it leads to the solution, and is not tried for ever where it does not."""
     system, coupling = evaluate.system, evaluate.system.coupling
@@ -240,7 +240,7 @@ def as_one_system(
     system: System,
     z0: Tensor,
     params: Sequence[Tensor],
-) -> Outcome | None:
+) -> SolverResult | None:
     """Solve samples that depend on each other as one, each of them judged by itself; ``None`` where the problem cannot
     be put so."""
     assert system.coupling is not None
@@ -273,4 +273,4 @@ def as_one_system(
     trajectory = tuple(None if z is None else z.reshape(z0.shape) for z in found.trajectory)
     trace = tuple((n.reshape(z0.shape[0], -1), p.reshape(z0.shape[0], -1)) for n, p in found.trace)
     z = system.project(found.z.reshape(z0.shape), params)
-    return Outcome(z, figures, trajectory, found.state, norm, parts, trace)
+    return SolverResult(z, figures, trajectory, found.state, norm, parts, trace)

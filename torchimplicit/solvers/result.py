@@ -20,7 +20,7 @@ class Units(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SolverResult:
     """What the loop found: states ``[batch, dim]`` and the figures.
 
     Attributes:
@@ -46,7 +46,7 @@ class Outcome:
     turns: tuple[Turn, ...] = ()
     units: Units | None = None
 
-    def having_spent(self, evaluations: float) -> Outcome:
+    def having_spent(self, evaluations: float) -> SolverResult:
         """The same, with ``evaluations`` of the whole batch more."""
         return replace(self, report=replace(self.report, evaluations=self.report.evaluations + evaluations))
 
