@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,16 +147,18 @@ class FlatCall:
         self._follows = False
         self._latest: tuple[Tensor, Any] | None = None
 
-    @contextmanager
-    def following(self, direct: bool, first: tuple[Tensor, Any] | None = None) -> Iterator[None]:
+    def following(self, direct: bool, first: tuple[Tensor, Any] | None = None) -> AbstractContextManager[None]:
         """Where autograd differentiates the calls themselves (``direct``), one that begins where the last one ended
         takes the leaves that were returned, and not copies of them, as a loop written by hand does.
 
         Args:
             first: where the first call begins, in flat form and as it is.
         """
-        self._follows = direct and self.layout.parted
-        self._latest = first if self._follows else None
+        return self._following(first) if direct and self.layout.parted else nullcontext()
+
+    @contextmanager
+    def _following(self, first: tuple[Tensor, Any] | None) -> Iterator[None]:
+        self._follows, self._latest = True, first
         try:
             yield
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
@@ -13,6 +14,7 @@ from torch import Tensor
 Method = TypeVar("Method")
 
 
+@functools.cache
 def default_rtol(dtype: torch.dtype) -> float:
     """The relative tolerance of ``rtol=None``: :math:`\\epsilon^{2/3}`, which leaves a margin above rounding."""
     return float(torch.finfo(dtype).eps ** (2 / 3))

@@ -232,12 +232,13 @@ def safe_row_norm(v: Tensor) -> Tensor:
 
 
 def leaves_of(tree: Any) -> list[Any]:
-    """What ``torch.utils._pytree.tree_leaves`` gives, in a tenth of the time where the tree is a tuple, a list or a
-    dictionary of what is no tree."""
-    items = tree.values() if type(tree) is dict else tree if type(tree) in (tuple, list) else (tree,)
-    if any(type(item) in pytree.SUPPORTED_NODES or isinstance(item, tuple) for item in items):
-        return pytree.tree_leaves(tree)
-    return list(items)
+    """What ``torch.utils._pytree.tree_leaves`` gives, in a tenth of the time for tuples, lists and dictionaries."""
+    kind = type(tree)
+    if kind is tuple or kind is list or kind is dict:
+        return [leaf for item in (tree.values() if kind is dict else tree) for leaf in leaves_of(item)]
+    if kind is Tensor or not (kind in pytree.SUPPORTED_NODES or isinstance(tree, tuple)):
+        return [tree]
+    return pytree.tree_leaves(tree)
 
 
 def detached(tree: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +15,25 @@ from torchimplicit.members import known_by
 from torchimplicit.notices import notice
 
 LOOKS = 8
-"""How often a function that draws random numbers is looked at, before they are taken to make no difference."""
+"""How often a function that draws random numbers is looked at, before they are taken to make no difference. After the
+first so many solves, one in so many is watched."""
 
 Evaluate = Callable[[Tensor, Sequence[Tensor]], Tensor]
+
+
+@dataclass
+class _Memory:
+    """What is remembered of a function.
+
+    Attributes:
+        solves: how many there were.
+        looks: how often it was evaluated twice at one point.
+        known: whether its value at a solution has been compared with what the solver has seen there.
+    """
+
+    solves: int = 0
+    looks: int = 0
+    known: bool = False
 
 
 class Randomness:
@@ -31,19 +48,23 @@ class Randomness:
     """
 
     def __init__(self, function: Any, evaluate: Evaluate):
-        self._subject = known_by(function)
+        subject = known_by(function)
+        memory = _memories.get(subject)
+        self._memory = _memories.setdefault(subject, _Memory()) if memory is None else memory
         self._evaluate = evaluate
         self._before: Tensor | None = None
 
     @property
     def known(self) -> bool:
         """Whether the function has been looked at, in whatever solve."""
-        return self._subject in _known
+        return self._memory.known
 
     def begin(self, z: Tensor) -> None:
         """A solve begins."""
-        done = _looks.get(self._subject, 0) >= LOOKS or is_transformed(z)
-        self._before = None if done else _drawn(z.device)
+        memory = self._memory
+        memory.solves += 1
+        watched = memory.looks < LOOKS and (memory.solves <= LOOKS or memory.solves % LOOKS == 0)
+        self._before = _drawn(z.device) if watched and not is_transformed(z) else None
 
     def end(self, z: Tensor, params: Sequence[Tensor]) -> None:
         """It has ended at ``z``."""
@@ -54,7 +75,7 @@ class Randomness:
         """Compare the relative residual at the solution ``z`` with the one that the solver has ended with; once."""
         if self.known or is_transformed(z):
             return
-        _known.add(self._subject)
+        self._memory.known = True
         gap = (residual - reported).abs()
         if bool((gap > torch.finfo(gap.dtype).eps ** 0.5 * (1 + reported.abs())).any()):
             self.suspect(z, params)
@@ -62,13 +83,13 @@ class Randomness:
     @torch.no_grad()
     def suspect(self, z: Tensor, params: Sequence[Tensor]) -> None:
         """Evaluate twice, and warn if that gives two values."""
-        looks = _looks.get(self._subject, 0)
-        if looks >= LOOKS:
+        memory = self._memory
+        if memory.looks >= LOOKS:
             return
         with torch.random.fork_rng([z.device] if z.device.type == "cuda" else []):
             one, other = (self._evaluate(z, params) for _ in range(2))
         same = torch.equal(one.nan_to_num(), other.nan_to_num())
-        _looks[self._subject] = looks + 1 if same else LOOKS
+        memory.looks = memory.looks + 1 if same else LOOKS
         if same:
             return
         notice(
@@ -81,12 +102,11 @@ class Randomness:
         )
 
 
-_known: weakref.WeakSet[Any] = weakref.WeakSet()
-_looks: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_memories: weakref.WeakKeyDictionary[Any, _Memory] = weakref.WeakKeyDictionary()
 
 
 def _drawn(device: torch.device) -> Tensor:
     """What moves, with every number drawn, in the state of the generator that is drawn from on ``device`` where none is
     named: its place, and the first words of the numbers that it has ready."""
     state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    return state[:64].clone()
+    return state[:64]

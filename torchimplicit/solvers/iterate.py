@@ -25,6 +25,7 @@ from torchimplicit.solvers.magnitude import (
     extreme_at_first,
     first_units,
     in_range,
+    lowest_first,
     solved_in,
 )
 from torchimplicit.solvers.polyalgorithm import Polyalgorithm, in_turn
@@ -79,7 +80,7 @@ def iterate(
     evaluate = Evaluator(system, params, rows_evaluated=0 if first is None else z0.shape[0])
     loop = _Loop(solver, evaluate, evaluate(evaluate.project(z0)) if first is None else first, only, since=since)
     del first, z0  # a start that is left behind is let go
-    units = first_units(system, loop.point, params) if loop.extreme and since is None else None
+    units = first_units(system, loop.point, params) if loop.suspect and since is None else None
     if units is not None:
         outcome = solved_in(units, iterate, solver, system, loop.point.z, params, only)
         return outcome.having_spent(evaluate.rows_evaluated / len(outcome.z))
@@ -145,7 +146,8 @@ class _Loop:
         first_judge: of the first batch.
         stepped: whether there was any step.
         mixed: whether what is returned may not be what was evaluated last.
-        extreme: whether norms may underflow or overflow, at first; at the end, those by which samples were judged.
+        suspect: whether the first numbers are so small, or so large, that squares may underflow or overflow.
+        extreme: whether those of the norms did by which samples were judged; known at the end.
         confirmed: whether the solver says which samples are solved; ``within`` are then those that the rule has found.
         smooth: whether all samples have been active so far, and have improved in every step.
         unit: ``[batch, leaves]``, the first residual of each leaf, by which iterates are compared; ``None`` for one
@@ -169,6 +171,7 @@ class _Loop:
         self.active = self.batch if only is None else int(only.sum())
         self.certain = self.improving = True
         self.mixed = self.stepped = self.extreme = False
+        self.suspect = True
         self.may_shrink = (
             evaluate.system.row_params is not None
             and not (solver.keep_trajectory or solver.keep_trace)
@@ -177,24 +180,8 @@ class _Loop:
         self.judge = Judge(evaluate.system, point, solver.rtol, solver.atol, strict, since)
         self.first_judge = self.judge
         self.point = self.best = point = self.judge.start(point)
-        growth, size, first = point.growth_norm(), point.size(), self.judge.first
-        if point.judgement is not None:
-            first = growth + row_norm(point.z)
-        elif self.judge.measure is not None:
-            first = 2 * growth
-        elif first is None or first.ndim == 2:
-            assert point.scale is not None
-            first = growth + row_norm(point.scale)
-        # where the first evaluation is not finite there is no limit to stay within: such a sample stops at once
-        self.limit = GROWTH_LIMIT * (first if first is self.judge.first else first.nan_to_num(nan=-1.0, posinf=-1.0))
-        if solver.searches and point.energy is not None:
-            # the energy falls in every step, and from beside a saddle that leads to where gradients are steep
-            self.limit = self.limit * GROWTH_LIMIT**2
-        # a start at a solution has no limit, from which others may move it
-        most = torch.finfo(growth.dtype).max
-        self.limit = torch.where((self.limit == 0) & (growth < torch.inf), most, self.limit)
-        if solver.bounded:
-            self.limit = torch.full_like(self.limit, torch.inf)
+        growth, size = point.growth_norm(), point.size()
+        self.limit = self._growth_limit(point, growth)
         self.unit: Tensor | None = None
         if size.ndim == 2:  # leaves, each in its own unit
             self.unit = torch.where((size > 0) & (size < torch.inf), size, torch.finfo(size.dtype).tiny)
@@ -202,7 +189,8 @@ class _Loop:
         self.plain = self.judge.first is not None and size.ndim == 1 and point.judgement is None and not self.confirmed
         self.smooth, self.tries = self.plain and only is None, 2
         self.within: Tensor | None = None
-        self.best_rank = torch.full_like(growth, in_range(growth.dtype)[1] if self.smooth else torch.inf)
+        self.lowest, highest = lowest_first(self.judge.rtol, growth.dtype), in_range(growth.dtype)[1]
+        self.best_rank = torch.full_like(growth, highest if self.smooth else torch.inf)
         self.status = torch.full((self.batch,), _RUNNING, dtype=torch.int64, device=growth.device)
         self.steps = torch.zeros_like(self.status)
         self.running: Tensor | None = only
@@ -212,6 +200,25 @@ class _Loop:
         self.rows: Tensor | None = None
         self.full: dict[str, Tensor] = {}
         self._judge(0, None)
+
+    def _growth_limit(self, point: Point, growth: Tensor) -> Tensor:
+        """``[batch]``, what a sample's residual may become from the first ``point``."""
+        first = self.judge.first
+        if self.solver.bounded:
+            return torch.full_like(growth, torch.inf)
+        if point.judgement is not None:
+            first = growth + row_norm(point.z)
+        elif self.judge.measure is not None:
+            first = 2 * growth
+        elif first is None or first.ndim == 2:
+            assert point.scale is not None
+            first = growth + row_norm(point.scale)
+        if self.solver.searches and point.energy is not None:
+            # the energy falls in every step, and from beside a saddle that leads to where gradients are steep
+            first = first * GROWTH_LIMIT**2
+        # a start at a solution has no limit, from which others may move it; a first evaluation that is not finite is
+        # beyond any, and such a sample stops at once
+        return torch.where(first > 0, GROWTH_LIMIT * first, torch.finfo(growth.dtype).max)
 
     def run(self) -> SolverResult:
         solver = self.solver
@@ -274,11 +281,11 @@ class _Loop:
         norm, tolerance = point.size(), self.judge.tolerance(point)
         if self.smooth:
             self.smooth = ask and (move is None or (move.breakdown is None and move.solved is None))
-            least = tolerance if step else tolerance.clamp_min(in_range(norm.dtype)[0])
+            unsolved = norm > (tolerance if step else tolerance.clamp_min(self.lowest))
             # what improves on what was within the limit is so, too
-            self.smooth = self.smooth and bool(((norm > least) & (norm < self.best_rank)).all())
+            self.smooth = self.smooth and bool((unsolved & (norm < self.best_rank)).all())
             if self.smooth:
-                self.best, self.best_rank = point, norm
+                self.best, self.best_rank, self.suspect = point, norm, False
                 return
             self.tries -= 1  # to have asked for nothing costs a read from the device
         rank = norm if point.judgement is None else point.judgement.merit
@@ -325,11 +332,11 @@ class _Loop:
         self.certain = ask
         more = 0
         if step == 0:
-            counted.append(extreme_at_first(norm, None if self.judge.measure is None else self.judge.measure.since))
+            counted.append(extreme_at_first(self.judge, norm, self.lowest))
         if ask:
             self.active, improving, *rest = torch.stack(counted).sum(dim=1).tolist()
             if step == 0:
-                self.extreme = rest.pop() > 0
+                self.suspect = rest.pop() > 0
             self.improving = was_certain and improving == before
             more = sum(rest)
         else:
@@ -377,7 +384,7 @@ class _Loop:
         self.best = point.stopped(better, self.best)
         self.best_rank = torch.where(better, rank, self.best_rank)
         # a sample that stops for good goes to its best iterate: the map never sees a bad state again
-        self.point = self.best.select(stopped, point)
+        self.point = point.changed(z=torch.where(stopped[:, None], self.best.z, point.z))
 
     def _resume(self, rows: Tensor, rank: Tensor) -> None:
         """Let samples go on that had stopped, since the others have moved on and the map depends on them."""
@@ -450,7 +457,7 @@ class _Loop:
         best = self.best
         size = best.size() if best.error is not None else self.best_rank
         assert best.scale is not None
-        relative = torch.where(size > 0, size / best.scale, 0)
+        relative = size / best.scale.clamp_min(torch.finfo(size.dtype).tiny)
         worst = relative if relative.ndim == 1 else relative.amax(dim=1)
         found = {"z": best.z, "residual": worst, "status": self.status, "steps": self.steps}
         found |= {"norm": size, "parts": relative, "terms": best.scale}
@@ -482,8 +489,9 @@ class _Loop:
             measure = self.first_judge.measure
             if measure is not None:
                 measure.recent, measure.most = found["recent"], found["most"]
-        sizes = [found[name] for name in ("terms", "recent") if name in found]
-        self.extreme = bool(extreme(sizes[0] if len(sizes) == 1 else torch.stack(sizes)).any())
+        if self.suspect or not self.plain:
+            sizes = [found[name] for name in ("terms", "recent") if name in found]
+            self.extreme = bool(extreme(sizes[0] if len(sizes) == 1 else torch.stack(sizes)).any())
         evaluations = self.evaluate.rows_evaluated / max(self.batch, 1)
         report = Report(found["status"], found["steps"], found["residual"], evaluations)
         return SolverResult(found["z"], report, trajectory, state, found["norm"], found["parts"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,10 +31,19 @@ MARGIN = 1e3
 Solve = Callable[..., SolverResult]
 
 
+@cache
 def in_range(dtype: torch.dtype) -> tuple[float, float]:
     """Sizes between which squares neither underflow nor overflow, of them and of what the rule compares with them."""
     number = torch.finfo(dtype)
     return MARGIN * number.tiny**0.5 / number.eps, number.max**0.5 / MARGIN
+
+
+def lowest_first(rtol: float | Tensor, dtype: torch.dtype) -> float:
+    """The first terms from which on a residual that underflows is within the tolerance anyway: its floor is ``eps *
+    rtol`` of them."""
+    number = torch.finfo(dtype)
+    least = number.eps * rtol if isinstance(rtol, float) else 0.0
+    return 10 * number.tiny**0.5 / least if least else math.inf
 
 
 def extreme(size: Tensor) -> Tensor:
@@ -43,13 +53,18 @@ def extreme(size: Tensor) -> Tensor:
     return (size <= lowest) | (size >= highest)
 
 
-def extreme_at_first(size: Tensor, state: Tensor | None) -> Tensor:
-    """bool ``[batch]``, whether that holds for the first residual (``[batch]`` or ``[batch, leaves]``), or for the
-    first state where that is judged too: zero is a start like any other there."""
+def extreme_at_first(judge: Judge, size: Tensor, lowest: float) -> Tensor:
+    """bool ``[batch]``, whether the first terms are beyond ``lowest`` or the upper end of the range; or where they are
+    not known, the first residual of this ``size`` (``[batch]`` or ``[batch, leaves]``), or the first state, of which
+    zero is a start like any other."""
+    first, measure = judge.first, judge.measure
+    if first is not None:
+        first = first if first.ndim == 1 else first.amax(dim=1)
+        return (first <= lowest) | (first >= in_range(first.dtype)[1])
     odd = extreme(size if size.ndim == 1 else size.amax(dim=1))
-    if state is None:
+    if measure is None:
         return odd
-    state = state if state.ndim == 1 else state.amax(dim=1)
+    state = measure.since if measure.since.ndim == 1 else measure.since.amax(dim=1)
     return odd | (extreme(state) & (state > 0))
 
 
