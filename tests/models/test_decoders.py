@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 import torchimplicit as ti
-from torchimplicit.models import EquilibriumDecoder, conv_decoder, mlp_decoder, multiscale_decoder
+from torchimplicit.models import (
+    EquilibriumDecoder,
+    MultiscaleDecoderCell,
+    conv_decoder,
+    mlp_decoder,
+    multiscale_decoder,
+)
 from torchimplicit.nn import per_solve, spectral_norm
 
 
@@ -86,10 +92,15 @@ def test_weights_computed_once_have_their_gradient() -> None:
     assert per_solve(plain) is plain
 
 
-@pytest.mark.parametrize("pixels", [(1, 4, 6), (1, 5, 5)])
-def test_images_that_cannot_be_made(pixels: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError, match="square images of even size"):
-        conv_decoder(pixels)
+@pytest.mark.parametrize("pixels", [(1, 28, 20), (3, 7, 5), (1, 8, 8)])
+def test_images_of_any_shape(pixels: tuple[int, int, int]) -> None:
+    x = torch.randn(2, 3)
+    for make in (conv_decoder, multiscale_decoder, mlp_decoder):
+        decoder = make(pixels, latent=3)  # type: ignore[operator]
+        assert decoder(x).shape == (2, *pixels)
+        problem = decoder.inference(lambda made, x, wanted: (made - wanted).square().flatten(1).sum(1), 0.1)
+        found = ti.solve(problem, decoder.start(2), decoder(x).detach(), solver=ti.Anderson(max_steps=3), throw=False)
+        assert found.value.x.shape == (2, 3)
     with pytest.raises(ValueError, match="latent is 0"):
         mlp_decoder(pixels, latent=0)
 
@@ -106,5 +117,5 @@ def test_every_scale_sees_all_others() -> None:
 
 
 def test_sizes_that_cannot_be_halved_so_often() -> None:
-    with pytest.raises(ValueError, match="divisible by 8"):
-        multiscale_decoder((1, 12, 12), scales=3)
+    with pytest.raises(ValueError, match="not divisible by 4"):
+        MultiscaleDecoderCell(3, 2, (8, 6), scales=3)

@@ -7,6 +7,7 @@ given image is the input of the equilibrium layer with the least reconstruction 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,19 +58,19 @@ class ConvDecoderCell(nn.Module):
 
     Args:
         latent: size of ``x``.
-        channels, size: of ``z``, feature maps of ``size`` × ``size``.
+        channels, size: of ``z``, feature maps of ``size`` × ``size``, or of a height and a width.
         bound: of the convolution's spectral norm.
         kernel: its width, odd.
 
-    Shapes: ``z`` ``[batch, channels, size, size]``, ``x`` ``[batch, latent]``; the result is like ``z``.
+    Shapes: ``z`` ``[batch, channels, height, width]``, ``x`` ``[batch, latent]``; the result is like ``z``.
     """
 
-    def __init__(self, latent: int, channels: int, size: int, bound: float = 0.6, kernel: int = 3):
+    def __init__(self, latent: int, channels: int, size: int | tuple[int, int], bound: float = 0.6, kernel: int = 3):
         super().__init__()
-        self.shape = (channels, size, size)
+        self.shape = (channels, *((size, size) if isinstance(size, int) else size))
         convolution = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
         self.mix = spectral_norm(convolution, bound=bound / kernel, only_above=True)
-        self.inject = nn.Linear(latent, channels * size * size, bias=False)
+        self.inject = nn.Linear(latent, math.prod(self.shape), bias=False)
 
     def initial_state(self, x: Tensor) -> Tensor:
         """Zeros."""
@@ -164,15 +165,23 @@ def conv_decoder(
     solver: Solver | None = None,
     gradient: Gradient | None = None,
 ) -> EquilibriumDecoder:
-    """A convolutional decoder to square images ``[channels, size, size]`` with an even size: the equilibrium has half
-    their resolution.
-
-    Raises:
-        ValueError: the images are not square, or their size is odd.
-    """
+    """A convolutional decoder to images ``[channels, height, width]``: the equilibrium has half their resolution,
+    rounded up, and what is too much of the image is cut off."""
     image_channels, height, across = pixels
-    if height != across or height % 2:
-        raise ValueError(f"conv_decoder makes square images of even size, and {pixels} was asked for: pad or crop them")
     head = nn.Sequential(nn.Conv2d(channels, 4 * image_channels, 3, padding=1), nn.PixelShuffle(2))
-    cell = ConvDecoderCell(latent, channels, height // 2, bound)
+    if height % 2 or across % 2:
+        head.append(Cut(height, across))
+    cell = ConvDecoderCell(latent, channels, (-(-height // 2), -(-across // 2)), bound)
     return EquilibriumDecoder(cell, head, latent, solver=solver, gradient=gradient)
+
+
+class Cut(nn.Module):
+    """The first ``height`` rows and ``width`` columns of images."""
+
+    def __init__(self, height: int, width: int):
+        super().__init__()
+        self.height, self.width = height, width
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[batch, channels, height, width]``."""
+        return images[..., : self.height, : self.width]

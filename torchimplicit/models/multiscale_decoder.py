@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torchimplicit.gradients import Gradient
-from torchimplicit.models.decoders import EquilibriumDecoder
+from torchimplicit.models.decoders import Cut, EquilibriumDecoder
 from torchimplicit.nn import spectral_norm
 from torchimplicit.solvers import Solver
 from torchimplicit.validation import at_least
@@ -29,23 +30,25 @@ class MultiscaleDecoderCell(nn.Module):
     Args:
         latent: size of ``x``.
         channels: of the feature maps, at every scale.
-        size: of the finest, each other one having half the last one's; divisible by ``2 ** (scales - 1)``.
+        size: of the finest, or its height and width, each other one having half the last one's; divisible by
+            ``2 ** (scales - 1)``.
         scales: how many.
         bound: of the linear part's spectral norm.
 
-    Shapes: ``z`` a list of ``[batch, channels, size / 2**i, size / 2**i]``, ``x`` ``[batch, latent]``; the result is
+    Shapes: ``z`` a list of ``[batch, channels, height / 2**i, width / 2**i]``, ``x`` ``[batch, latent]``; the result is
     like ``z``.
     """
 
-    def __init__(self, latent: int, channels: int, size: int, scales: int = 2, bound: float = 0.6):
+    def __init__(self, latent: int, channels: int, size: int | tuple[int, int], scales: int = 2, bound: float = 0.6):
         super().__init__()
         at_least("MultiscaleDecoderCell", "scales", scales, 1)
-        if size % 2 ** (scales - 1):
+        sides = (size, size) if isinstance(size, int) else size
+        if any(side % 2 ** (scales - 1) for side in sides):
             raise ValueError(
                 f"{scales} scales halve the size {scales - 1} times, and {size} is not divisible by "
                 f"{2 ** (scales - 1)}: take fewer scales, or pad the images"
             )
-        self.shapes = [(channels, size // 2**i, size // 2**i) for i in range(scales)]
+        self.shapes = [(channels, sides[0] // 2**i, sides[1] // 2**i) for i in range(scales)]
         share = bound / scales
         own = [nn.Conv2d(channels, channels, KERNEL, padding=KERNEL // 2) for _ in range(scales)]
         self.mix = nn.ModuleList([spectral_norm(conv, bound=share / KERNEL, only_above=True) for conv in own])
@@ -55,9 +58,7 @@ class MultiscaleDecoderCell(nn.Module):
                 if i != j:
                     conv = nn.Conv2d(channels, channels, 1, bias=False)
                     self.fuse[f"{j}_{i}"] = spectral_norm(conv, bound=share * 2.0 ** (i - j), only_above=True)
-        self.inject = nn.ModuleList(
-            [nn.Linear(latent, channels * side * side, bias=False) for _, side, _ in self.shapes]
-        )
+        self.inject = nn.ModuleList([nn.Linear(latent, math.prod(shape), bias=False) for shape in self.shapes])
 
     def initial_state(self, x: Tensor) -> list[Tensor]:
         """Zeros."""
@@ -84,7 +85,7 @@ class MultiscaleHead(nn.Module):
     Args:
         image_channels, channels, scales: of the image; of the state, and how many feature maps it has.
 
-    Shapes: as the cell's state; the image ``[batch, image_channels, 2 * size, 2 * size]``.
+    Shapes: as the cell's state; the image ``[batch, image_channels, 2 * height, 2 * width]``.
     """
 
     def __init__(self, image_channels: int, channels: int, scales: int):
@@ -109,17 +110,13 @@ def multiscale_decoder(
     solver: Solver | None = None,
     gradient: Gradient | None = None,
 ) -> EquilibriumDecoder:
-    """A multiscale decoder to square images ``[channels, size, size]``: the finest scale has half their resolution.
-
-    Raises:
-        ValueError: the images are not square, or their size is not divisible by ``2 ** scales``.
-    """
+    """A multiscale decoder to images ``[channels, height, width]``: the finest scale has half their resolution, rounded
+    up to what the scales divide, and what is too much of the image is cut off."""
     image_channels, height, across = pixels
-    if height != across or height % 2**scales:
-        raise ValueError(
-            f"multiscale_decoder makes square images whose size is divisible by {2**scales} ({scales} scales), and "
-            f"{pixels} was asked for: pad or crop them, or take fewer scales"
-        )
-    cell = MultiscaleDecoderCell(latent, channels, height // 2, scales, bound)
-    head = MultiscaleHead(image_channels, channels, scales)
+    unit = 2 ** (scales - 1)
+    finest = (unit * -(-height // (2 * unit)), unit * -(-across // (2 * unit)))
+    cell = MultiscaleDecoderCell(latent, channels, finest, scales, bound)
+    head: nn.Module = MultiscaleHead(image_channels, channels, scales)
+    if (height, across) != (2 * finest[0], 2 * finest[1]):
+        head = nn.Sequential(head, Cut(height, across))
     return EquilibriumDecoder(cell, head, latent, solver=solver, gradient=gradient)

@@ -167,6 +167,7 @@ COMMANDS = {
     "finetune": "Train a pre-trained density functional further, by the densities of its minima.",
     "train": "Train a recipe.",
     "reproduce": "Reproduce a published table or figure.",
+    "restore": "Restore a picture by a decoder that was trained on others like it.",
     "resume": "Go on with an interrupted run.",
     "evaluate": "Measure a trained run again.",
     "report": "Compare finished runs: a table, learning curves, and a page that shows both.",
@@ -194,10 +195,11 @@ def parse(argv: list[str]) -> Command:
             registry.entry(argv[1], registry.TABLES, "table")
     kinds: dict[str, Any] = {
         "list": List,
-        "molecules": _chemistry("command", "Molecules") if named == "molecules" else Deferred,
-        "density": _chemistry("apply", "Apply") if named == "density" else Deferred,
+        "molecules": _of("density.command", "Molecules") if named == "molecules" else Deferred,
+        "density": _of("density.apply", "Apply") if named == "density" else Deferred,
         "train": Train[_one_of(registry.RECIPES, chosen["train"])],  # type: ignore[misc]
         "reproduce": Reproduce[_one_of(registry.TABLES, chosen["reproduce"])],  # type: ignore[misc]
+        "restore": _of("joint.restore", "Restore") if named == "restore" else Deferred,
         "resume": Resume,
         "evaluate": Evaluate,
         "report": Report,
@@ -247,9 +249,9 @@ def _one_of(entries: dict[str, registry.Entry], chosen: str | None) -> Any:
     return reduce(or_, choices)
 
 
-def _chemistry(module: str, command: str) -> Any:
-    """A command of the chemistry, which is imported only if it is asked for."""
-    return getattr(import_module(f"torchimplicit.recipes.density.{module}"), command)
+def _of(module: str, command: str) -> Any:
+    """A command of a wing, which is imported only if it is asked for."""
+    return getattr(import_module(f"torchimplicit.recipes.{module}"), command)
 
 
 def _start(name: str) -> Any:

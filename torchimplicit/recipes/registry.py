@@ -95,6 +95,8 @@ RECIPES = {
         "A generative equilibrium decoder without an encoder, trained by joint inference: MNIST."),
     "jiio-generation-olivetti": Entry("joint.generation", "generation_olivetti", "RUNNER",
         "A generative equilibrium decoder without an encoder, trained by joint inference: the Olivetti faces."),
+    "jiio-generation-images": Entry("joint.generation", "generation_images", "OWN",
+        "The same of a folder of your own pictures (--images), of any shape: a prior for torchimplicit restore."),
     "jiio-inverse-digits": Entry("joint.inverse", "inverse_digits", "RUNNER",
         "Denoising and inpainting by joint inference, trained exactly or first-order: the bundled digits."),
     "jiio-inverse-mnist": Entry("joint.inverse", "inverse_mnist", "RUNNER",

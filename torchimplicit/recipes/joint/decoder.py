@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ from torchimplicit._solve import solve
 from torchimplicit.gradients import Gradient
 from torchimplicit.models import EquilibriumDecoder, conv_decoder, mlp_decoder, multiscale_decoder
 from torchimplicit.problems import JointInference
-from torchimplicit.recipes.phantom.image_data import IMAGES, Selection, selected
+from torchimplicit.recipes.phantom.image_data import IMAGES, Selection, Splits, selected
+from torchimplicit.recipes.phantom.image_files import Labelled, parted, set_apart
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.page import canvas
 from torchimplicit.recipes.runtime.settings import Equilibria, not_negative, option, positive
@@ -44,13 +46,29 @@ class Images(Selection):
     data: DataName = "digits"
     """The digits come with scikit-learn; MNIST and the Olivetti faces (32×32) are downloaded without --data-dir."""
 
+    images: Path | None = None
+    """A folder of your own pictures, in place of --data: PNG, JPEG and others, of any shape."""
+
+    image_size: tuple[int, int] | None = None
+    """The height and width to which all of --images are cut in the middle and reduced; by default they must be of one
+    shape."""
+
     validation_images: int = 200
     """Training images set apart to select the weights by."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.images is None and self.image_size is not None:
+            raise UserError("--image-size is for pictures of your own: add --images FOLDER")
+        if self.image_size is not None and min(self.image_size) < 1:
+            raise UserError(f"--image-size {' '.join(map(str, self.image_size))} must be positive")
         if self.data == "digits" and self.data_dir is not None:
             raise UserError("the digits come with scikit-learn and are read from nowhere else: leave --data-dir away")
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.data if self.images is None else str(self.images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +181,70 @@ def read(images: Images) -> Data:
     Raises:
         UserError: they are missing or of the wrong kind.
     """
-    found = selected(images.data, images)
+    found: Any
+    if images.images is not None:
+        every = in_folder(images.images, images.image_size)
+        tested, trained = set_apart(every.labels, max(1, len(every.labels) // 5), images.split_seed, "the folder")
+        numbers = (images.validation_images, images.train_images, images.test_images, images.split_seed)
+        where = f"{images.images}, less a fifth for the test,"
+        train, validation, test = parted(every.take(trained), every.take(tested), *numbers, (where, "its test"))
+        found = Splits(train, validation, test, (), ())
+    else:
+        found = selected(images.data, images)
     return Data(*(Part(one.images.float() / 255, one.labels) for one in (found.train, found.validation, found.test)))
+
+
+MOST_NUMBERS = 1 << 30
+"""Of all the pictures of a folder together: what is read into memory."""
+
+
+def in_folder(folder: Path, size: tuple[int, int] | None) -> Labelled:
+    """The pictures of a folder, in the order of their names, in grey if all are; the labels are zeros.
+
+    Args:
+        folder: of PNG, JPEG, BMP, TIFF, WebP or GIF files.
+        size: the height and width to which they are cut in the middle and reduced.
+
+    Raises:
+        UserError: there are none, one cannot be read, or their shapes differ and no size is given.
+    """
+    from torchimplicit.recipes.representations.image import read_file
+
+    if not folder.is_dir():
+        raise UserError(f"--images {folder} is no folder")
+    names = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in names)
+    if len(files) < 3:
+        raise UserError(f"--images {folder} holds {len(files)} pictures, and training needs more")
+    pictures: list[Tensor] = []
+    for file in files:
+        pixels = read_file(file, None).pixels.permute(2, 0, 1)
+        pictures.append(pixels if size is None else fitted(pixels, size))
+        if size is None and pictures[-1].shape[1:] != pictures[0].shape[1:]:
+            shapes = " and ".join("×".join(map(str, one.shape[:0:-1])) for one in (pictures[0], pictures[-1]))
+            raise UserError(
+                f"the pictures in {folder} have different shapes ({shapes}): give --image-size HEIGHT WIDTH"
+            )
+        if sum(one.numel() for one in pictures) > MOST_NUMBERS:
+            raise UserError(
+                f"the pictures in {folder} are too many or too large to be held in memory: smaller --image-size"
+            )
+    channels = max(len(one) for one in pictures)
+    images = torch.stack([one.expand(channels, -1, -1) for one in pictures])
+    return Labelled(images, torch.zeros(len(images), dtype=torch.int64))
+
+
+def fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """A picture, uint8 ``[channels, height, width]``, cut in the middle to the proportions of ``size`` and brought to
+    it."""
+    height, width = pixels.shape[1:]
+    scale = min(height / size[0], width / size[1])
+    rows, columns = max(1, round(scale * size[0])), max(1, round(scale * size[1]))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    part = pixels[None, :, top : top + rows, left : left + columns].float()
+    if (rows, columns) != size:
+        part = functional.interpolate(part, size, mode="bilinear", antialias=True)
+    return part[0].round().clamp(0, 255).to(torch.uint8)
 
 
 # -- The decoder that the settings describe, and how it finds latents --------------------------------------------------

@@ -140,6 +140,11 @@ def generation_olivetti() -> GenerationConfig:
     )
 
 
+def generation_images() -> GenerationConfig:
+    """Pictures of your own: --images FOLDER."""
+    return replace(generation_olivetti(), images=Images(validation_images=20))
+
+
 # -- The alternative to joint inference: an optimizer of the latent around an equilibrium solve ------------------------
 
 
@@ -403,7 +408,7 @@ class Generation(SampledTask):
     def describe(self) -> str:
         """The data and the model."""
         chosen = self.config
-        return f"{chosen.images.data}: {self.counts} images; {chosen.model} with {self.weights} parameters."
+        return f"{chosen.images.name}: {self.counts} images; {chosen.model} with {self.weights} parameters."
 
 
 def ready(config: Any) -> None:
@@ -446,6 +451,8 @@ class Generated:
 
 def enough(config: GenerationConfig) -> None:
     """Raise where there are fewer images than the mixture has components."""
+    if config.images.images is not None and config.curves:
+        raise UserError("--curves is measured on the data sets alone")
     count = len(read_images(config.images).training.labels)
     if config.components > count:
         raise UserError(f"--components {config.components} is more than there are training images ({count})")
@@ -481,6 +488,42 @@ RUNNER = Measuring(
     again=None,
     doing="Making images",
 )
+
+
+@dataclass(frozen=True)
+class Remade:
+    """Pictures of a folder, which have no classes and so no Fréchet distance in a classifier's features.
+
+    Attributes:
+        mse: of the test pictures' reconstructions, the mean over pixels.
+    """
+
+    mse: float
+
+
+def given(config: GenerationConfig) -> None:
+    """Raise where no folder is named."""
+    if config.images.images is None:
+        raise UserError("which pictures? add --images FOLDER")
+    enough(config)
+
+
+def remade(config: GenerationConfig, run: Run) -> Remade:
+    """Reconstruct the test pictures; some of them, and new ones, go into the run's directory."""
+    task: Generation = TRAINER.best(config, run).cpu()
+    test = task.data.test.images
+    known, found = (task.latents(part) for part in (task.data.training.images[: config.density_images], test))
+    again, new = task.images(found), task.images(_drawn(known, config.components, 3 * SHOWN, config.optimization.seed))
+    pictures = {
+        "test pictures, and their reconstructions": [test[:SHOWN], again[:SHOWN]],
+        "new ones, from a Gaussian mixture of the training pictures' latents": list(new.split(SHOWN)),
+    }
+    with styled():
+        save_figure(grid(pictures), run.product("pictures.png"), 150)
+    return Remade(float((again - test).square().mean()))
+
+
+OWN = Measuring(first=TRAINER, ready=given, measure=remade, name="generation.json", again=None, doing="Making images")
 
 
 def made(config: GenerationConfig, task: Generation) -> tuple[Generated, dict[str, list[Tensor]]]:

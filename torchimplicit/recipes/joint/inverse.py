@@ -252,7 +252,7 @@ class Restoration(SampledTask):
     def describe(self) -> str:
         """The data and the model."""
         chosen = self.config
-        return f"{chosen.images.data}: {self.counts} images; {chosen.corruption}, trained {chosen.through}."
+        return f"{chosen.images.name}: {self.counts} images; {chosen.corruption}, trained {chosen.through}."
 
 
 TRAINER = Trainer(Restoration, ready)

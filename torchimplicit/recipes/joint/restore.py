@@ -1,0 +1,259 @@
+"""A picture restored from what an operator left of it, by a decoder that was trained on others like it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from torch import Tensor
+
+from torchimplicit._resolve import resolve
+from torchimplicit.models import EquilibriumDecoder
+from torchimplicit.problems import JointInference
+from torchimplicit.recipes.joint.decoder import Joint, fitted, found, joint_solver, read, squared_error
+from torchimplicit.recipes.operators import USUAL, Blur, Downsample, Known, Matrix
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.execution import opened
+from torchimplicit.recipes.runtime.files import replacing
+from torchimplicit.solution import Solution
+
+# -- An image from what a linear operator makes of it ------------------------------------------------------------------
+
+
+class Restored(NamedTuple):
+    """What was found.
+
+    Attributes:
+        images: ``[batch, channels, height, width]`` in [0, 1], each at its exact equilibrium.
+        measured: what the operator makes of them.
+        solution: the joint solve.
+    """
+
+    images: Tensor
+    measured: Tensor
+    solution: Solution
+
+
+def restored(
+    decoder: EquilibriumDecoder, measured: Tensor, operator: Any, joint: Joint, pixels: tuple[int, int, int]
+) -> Restored:
+    """The images of a decoder whose measurements are nearest to those given, latent and equilibrium found together.
+
+    Args:
+        decoder: the prior, as :func:`torchimplicit.models.conv_decoder` makes one, trained.
+        measured: ``[batch, ...]``.
+        operator: linear: a function of images, or an object with a method ``A`` (a linear operator of deepinv, say).
+        joint: the solve's settings; the weight of the latent's prior is per pixel, as in training.
+        pixels: of an image: channels, height, width.
+
+    Raises:
+        UserError: an operator that gives something else than the measurements' shape.
+    """
+    measure = applied(operator)
+    with torch.no_grad():
+        seen = measure(torch.zeros(len(measured), *pixels, dtype=measured.dtype, device=measured.device))
+        if seen.shape != measured.shape:
+            raise UserError(
+                f"the operator makes {list(seen.shape[1:])} of an image of {list(pixels)}, and what was measured is "
+                f"{list(measured.shape[1:])}"
+            )
+        size = norm(measure, torch.zeros(1, *pixels, dtype=measured.dtype, device=measured.device))
+    count = math.prod(pixels)
+
+    # a sum over pixels: see reconstruction; and an operator whose norm is one, so that steps fit it
+    def loss(made: Tensor, x: Tensor, wanted: Tensor) -> Tensor:
+        misfit = ((measure(made) - wanted) / size).square().flatten(1).sum(dim=1)
+        return misfit + count * joint.prior * x.square().mean(dim=1)
+
+    problem: JointInference = decoder.inference(loss, joint.step_size / count)
+    with torch.no_grad():
+        solution = found(decoder, problem, joint_solver(joint, joint.test_steps), measured)
+        exact = resolve(problem, solution.value, measured, solver=decoder.equilibrium.solver, throw=False)
+        images = decoder.head(exact.solution.value)
+    return Restored(images.clamp(0, 1), measure(images), solution)
+
+
+def applied(operator: Any) -> Callable[[Tensor], Tensor]:
+    """An operator as a function of images: its method ``A``, or itself."""
+    function = getattr(operator, "A", operator)
+    if not callable(function):
+        raise UserError(f"an operator is a function of images, or has a method A, and {operator!r} is neither")
+
+    def measure(images: Tensor) -> Tensor:
+        out: Tensor = function(images)
+        return out
+
+    return measure
+
+
+def norm(measure: Callable[[Tensor], Tensor], like: Tensor, steps: int = 20) -> float:
+    """The spectral norm of a linear operator, by the power method."""
+    pull = torch.func.vjp(measure, like)[1]
+    image = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+    size = 0.0
+    for _ in range(steps):
+        image = image / image.norm().clamp_min(torch.finfo(image.dtype).tiny)
+        image = pull(measure(image))[0]
+        size = float(image.norm())
+    return math.sqrt(size) if size > 0 else 1.0
+
+
+# -- The command -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Restore a picture by the decoder of a run of jiio-generation-... or jiio-inverse-..., which was trained on
+    pictures like it (your own: torchimplicit train jiio-generation-images --images FOLDER)."""
+
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="run", metavar="RUN")]
+    """The run's directory."""
+
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    """The picture as it is: blurred, noisy, with transparent places where nothing is known, or small; with a matrix,
+    the measurements as a .npy file."""
+
+    operator: str = "noise"
+    """What was done to it: blur, mask (transparent pixels are unknown), noise or downsample; a picture, white where
+    pixels are known; or a .npy file with a matrix [measurements, channels * height * width]."""
+
+    operator_size: float | None = None
+    """The blur's deviation in pixels (2), or the factor of downsampling (4)."""
+
+    prior: float | None = None
+    """The weight of the latent's prior: more for noisier pictures; by default that of the run."""
+
+    steps: int = 200
+    """The most steps of the joint solve."""
+
+    simulate: bool = False
+    """FILE is a clean picture: do the operator to it first, and say how near the restoration comes."""
+
+    noise: float = 0.0
+    """With --simulate, the deviation of noise that is added, of pixels between 0 and 1."""
+
+    output: Path | None = None
+    """Where to write the restored picture; by default beside FILE, as NAME-restored.png."""
+
+    def run(self, console: Console) -> int:
+        from dataclasses import replace
+
+        run, runner, settings = opened(self.path)
+        task = getattr(getattr(runner, "first", None), "best", lambda *_: None)(settings, run)
+        decoder = getattr(task, "decoder", None)
+        if not isinstance(decoder, EquilibriumDecoder):
+            raise UserError(f"{run} has no decoder: restore takes a run of jiio-generation-... or jiio-inverse-...")
+        decoder = decoder.cpu().eval().requires_grad_(False)
+        pixels = read(settings.images).pixels
+        operator, measured, clean = self._measured(pixels)
+        weight = float(getattr(task, "prior", settings.joint.prior)) if self.prior is None else self.prior
+        joint = replace(settings.joint, test_steps=self.steps, prior=weight)
+        result = restored(decoder, measured, operator, joint, pixels)
+        misfit = float((result.measured - measured).square().mean().sqrt())
+        target = self.output or self.file.with_name(f"{self.file.stem}-restored.png")
+        array = (result.images[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        with replacing(target) as draft:
+            Image.fromarray(array[:, :, 0] if pixels[0] == 1 else array).save(draft, format="PNG")
+        if clean is not None:
+            error = float(squared_error(result.images, clean))
+            console.print(f"PSNR to the clean picture: {-10 * math.log10(max(error, 1e-20)):.2f} dB")
+        console.print(f"Root mean square misfit to what was measured: {misfit:.4f}; {result.solution.summary()}")
+        console.print(f"Written to {target}", highlight=False, soft_wrap=True)
+        return 0
+
+    def _measured(self, pixels: tuple[int, int, int]) -> tuple[Any, Tensor, Tensor | None]:
+        """The operator, what was measured, and the clean picture where there is one."""
+        if self.steps < 1:
+            raise UserError(f"--steps {self.steps} must be positive")
+        size = USUAL.get(self.operator) if self.operator_size is None else self.operator_size  # type: ignore[call-overload]
+        if size is not None and not 0 < size < math.inf:
+            raise UserError(f"--operator-size {size} must be positive")
+        channels, height, width = pixels
+        operator: Any
+        shape = (height, width)
+        if self.operator == "noise":
+            operator = _itself
+        elif self.operator == "blur":
+            operator = Blur(size)
+        elif self.operator == "downsample":
+            operator = Downsample(int(size))
+            shape = (-(-height // operator.factor), -(-width // operator.factor))
+        elif self.operator == "mask":
+            operator = Known(_opaque(self.file, (height, width)))
+        elif Path(self.operator).suffix == ".npy":
+            operator = Matrix(torch.from_numpy(_array(Path(self.operator)).astype(np.float32)))
+        elif Path(self.operator).is_file():
+            operator = Known(_picture(Path(self.operator), 1, (height, width))[0] > 0.5)
+        else:
+            raise UserError(
+                f"--operator {self.operator} is none of blur, mask, noise and downsample, and no file: a picture that "
+                "is white where pixels are known, or a matrix in a .npy file"
+            )
+        if isinstance(operator, Known) and not bool(operator.known.any()):
+            raise UserError("no pixel is known by the mask")
+        if self.simulate:
+            clean = _picture(self.file, channels, (height, width))[None]
+            seen = operator(clean)
+            return (
+                operator,
+                seen + self.noise * torch.randn(seen.shape, generator=torch.Generator().manual_seed(0)),
+                clean,
+            )
+        if self.file.suffix == ".npy":
+            return operator, torch.from_numpy(_array(self.file).astype(np.float32).reshape(1, -1)), None
+        seen = _picture(self.file, channels, shape)[None]
+        return operator, operator(seen) if isinstance(operator, Known) else seen, None
+
+
+def _itself(images: Tensor) -> Tensor:
+    return images
+
+
+def _opened(file: Path) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return image.copy()
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{file} is no picture that Pillow can read ({error})") from None
+
+
+def _picture(file: Path, channels: int, size: tuple[int, int]) -> Tensor:
+    """In [0, 1], ``[channels, height, width]``, of that size."""
+    image = _opened(file).convert("L" if channels == 1 else "RGB")
+    array = torch.from_numpy(np.asarray(image).copy())
+    values = array[None] if channels == 1 else array.permute(2, 0, 1)
+    if values.shape[1:] != size:
+        if abs(values.shape[1] * size[1] - values.shape[2] * size[0]) > max(size):
+            raise UserError(
+                f"{file} has {values.shape[2]} × {values.shape[1]} pixels, and {size[1]} × {size[0]} are needed: the "
+                "decoder makes pictures of one shape, and this one has other proportions"
+            )
+        values = fitted(values, size)
+    return values.float() / 255
+
+
+def _opaque(file: Path, size: tuple[int, int]) -> Tensor:
+    """Where a picture is not transparent, bool ``[height, width]``."""
+    image = _opened(file)
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        raise UserError(f"{file} has no transparent pixels: with --operator mask these are the unknown ones")
+    alpha = torch.from_numpy(np.asarray(image.convert("RGBA"))[:, :, 3].copy())[None]
+    return (alpha if alpha.shape[1:] == size else fitted(alpha, size))[0] > 127
+
+
+def _array(file: Path) -> Any:
+    try:
+        return np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file} is no array that NumPy can read ({error})") from None
