@@ -196,6 +196,11 @@ class Capturing:
         if refusal is not None:
             tell(self.problem, refusal)
             return None
+        if isinstance(self.problem, Minimum) and self.problem.constraint is not None:
+            # the multiplier's part of an adjoint is no solution of the projected system
+            passes = replace(passes, solved=False, estimate=None, continuation=None)
+            if torch.is_grad_enabled():
+                tell(self.problem, "its backward pass alone: that of a Minimum on a constraint is not compiled")
         lower = AutocastState(layout.device).dtype
         adjoint = passes.estimate
         if passes.solved:
