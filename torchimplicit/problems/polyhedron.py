@@ -12,6 +12,9 @@ from torchimplicit.closure import is_transformed
 from torchimplicit.problems.interior_point import Program, interior, times
 from torchimplicit.problems.unseen import unseen
 
+CRAWL = 0.7
+"""Where a change leaves more than this share of what was wrong, of a row a sample at least, that method is next."""
+
 STARTS = 3
 """From how many points that method starts, each where it came to last."""
 
@@ -287,18 +290,20 @@ def _active(
     if guess is None and memory is not None:
         guess = memory.guess(fixed)
     active, rows = fixed if guess is None else guess, None
-    part = active
+    part, before = active, 0
     # all that is wrong changed at once seldom fails (Hintermüller, Ito and Kunisch 2003), and costs less
     for change in range(CHANGES + 1):
         pulls, beyond, unmet = dual.wrong(part)
-        left = ((pulls | (beyond > 0)).any(dim=1) | unmet).nonzero().squeeze(1)
+        wrong = pulls | (beyond > 0)
+        left = (wrong.any(dim=1) | unmet).nonzero().squeeze(1)
         if not len(left):
             break
-        part = (part & ~pulls) | (beyond > 0)
+        part, count = part ^ wrong, int(wrong.sum())
+        crawls, before = change >= 2 and count > max(CRAWL * before, len(fixed)), count
         if len(left) < len(part):  # those that are right leave
             rows = left if rows is None else rows[left]
             part, dual = part[left], dual.take(left)
-        if change == CHANGES:
+        if change == CHANGES or crawls:
             if program is None:
                 eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device).expand(len(z), -1, -1)
                 whole = Program.of(eye, torch.zeros_like(z), size[:, 0], matrix, -gap, equalities)
@@ -306,6 +311,8 @@ def _active(
                 whole = program()
             part = _corrected(dual, whole if rows is None else whole.take(rows), equalities)
         active = part if rows is None else active.index_copy(0, rows, part)
+        if crawls:
+            break
     if memory is not None:
         memory.keep(active)
     return active

@@ -130,10 +130,10 @@ class ProjectedSystem(System):
         return slope.detach(), energy.detach()
 
     @torch.no_grad()
-    def newton_step(self, point: Point, params: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+    def newton_step(self, point: Point, params: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
         """The steps from ``point`` to the minima on the set of the energies' quadratic models, NaN where they are not
-        convex; and bool ``[batch]``, where they are flat along some way, and a step is that of the proximal point
-        method. ``None`` where these are not to be had, or are not the samples' own."""
+        convex; bool ``[batch]``, where they are flat along some way, and a step is that of the proximal point method;
+        and the gradients. ``None`` where these are not to be had, or are not the samples' own."""
         batch, dim = point.z.shape
         if self.newton is None or batch * dim * dim > ENTRIES:
             return None
@@ -150,7 +150,7 @@ class ProjectedSystem(System):
             if bool((safe_norm(gap) > torch.finfo(gap.dtype).eps ** 0.6 * size).any()):
                 self.coupling.memory.found = True
                 return None
-        return step, flat
+        return step, flat, tape.out.detach()
 
     def image(self, z: Tensor, *params: Tensor) -> Tensor:
         """:math:`\\Pi(z-\\sigma\\nabla E)`, differentiable to any order by composable transforms."""

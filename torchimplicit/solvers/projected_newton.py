@@ -26,10 +26,12 @@ elsewhere."""
 
 
 class ProjectedNewtonState(NamedTuple):
-    """The size of the projected gradient step that was good last, and the size of the state at first, ``[batch]``."""
+    """The size of the projected gradient step that was good last; the size of the state at first; and bool, whether the
+    last step was the whole one to the minimum of a convex model; ``[batch]``."""
 
     step: Tensor
     first: Tensor
+    modelled: Tensor
 
 
 def _downward(system: ProjectedSystem, tape: Linearization) -> tuple[Tensor, Tensor]:
@@ -118,7 +120,7 @@ class ProjectedNewton(Solver):
 
     def start(self, point: Point) -> ProjectedNewtonState:
         unknown = torch.full_like(row_norm(point.z), torch.nan)
-        return ProjectedNewtonState(unknown, unknown)
+        return ProjectedNewtonState(unknown, unknown, unknown > 0)
 
     def step(self, evaluate: Evaluator, point: Point, state: ProjectedNewtonState, progress: Progress) -> Move:
         if torch.is_grad_enabled():
@@ -134,6 +136,9 @@ class ProjectedNewton(Solver):
         if progress.active is not None:
             searching = progress.active
             residual = torch.where(searching[:, None], residual, 0)
+        if progress.solved is not None and bool((progress.solved & state.modelled | ~searching).all()):
+            # no model but that of a quadratic energy leads over a long way to a residual that is all rounding
+            return Move(point, state, solved=searching)
         settled = progress.solved if point.z.shape[1] > DENSE else None
         if settled is not None and bool((settled | ~searching).all()):  # a look at the curvature is all that is left
             curved, _ = _downward(system, system.linearize(point.z, evaluate.params))
@@ -143,7 +148,7 @@ class ProjectedNewton(Solver):
         known = None if self.linear_solver is not None else system.newton_step(point, evaluate.params)
         program = None
         if known is not None:
-            program, flat = known
+            program, flat, slope = known
             convex = program.isfinite().all(dim=1)
         tape = None
         if program is not None and bool((convex | ~searching).all()):
@@ -151,6 +156,7 @@ class ProjectedNewton(Solver):
         else:
             solver = self.linear_solver or system.default_linear_solver(point.z.shape[1], point.z.shape[0])
             tape = system.linearize(point.z, evaluate.params)
+            slope = tape.out.detach()
             found = system.solve_linear(tape, False, torch.where(convex[:, None], 0, residual), solver)
             direction, exact = found.value, found.report.converged & found.value.isfinite().all(dim=1)
             if program is not None:
@@ -174,7 +180,6 @@ class ProjectedNewton(Solver):
             solved = solved & ~astray  # beside what has run off every step is short
             searching = searching & ~solved
         searching = searching & ~astray
-        slope, _ = system.slope(point.z, evaluate.params)
         usual = system.steps(point.z, evaluate.params)[:, 0].to(point.energy.dtype)
         size = row_norm(residual).square() / usual
         if saddle is not None:
@@ -213,7 +218,7 @@ class ProjectedNewton(Solver):
                 rows = rows_apart(evaluate, searching, left)
         if progress.judge is not None and progress.judge.measure is not None:
             progress.judge.measure.refuse(damped)
-        after = ProjectedNewtonState(torch.where(damped, share, state.step), first)
+        after = ProjectedNewtonState(torch.where(damped, share, state.step), first, convex & ~flat & ~damped)
         searching = searching | astray
         if not left and not bool(astray.any()):
             return Move(reached, after, solved=solved, left=saddle)
