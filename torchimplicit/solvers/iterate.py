@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,6 +134,29 @@ def reviewed(
     return given_up(outcome, verdict.again)
 
 
+class _Tests(NamedTuple):
+    """What is known of each sample at a point, ``[batch]``.
+
+    Attributes:
+        norm, tolerance: what is compared, ``[batch]`` or ``[batch, leaves]``.
+        rank: by which iterates are compared.
+        good: bool, finite and within the limit of growth.
+        done: bool, within the tolerance, or found solved by the step; ``None``: not asked yet.
+        going: bool, good and not done, and the step can go on.
+    """
+
+    norm: Tensor
+    tolerance: Tensor
+    rank: Tensor
+    good: Tensor
+    done: Tensor | None
+    going: Tensor
+
+    def arrived(self) -> Tensor:
+        """``done``."""
+        return self.norm <= self.tolerance if self.done is None else self.done
+
+
 class _Loop:
     """The loop's variables, for the samples that the current batch holds.
 
@@ -142,6 +165,7 @@ class _Loop:
         best: the iterate of least residual (or merit, where the point has one), which is ``best_rank``. It *is*
             ``point`` while all that are active improve; then it is a point at rest, whose residual is not kept.
         active: how many samples were active when the host last asked.
+        improved: how many had improved then.
         certain: whether ``active`` is the count of this very moment.
         first_judge: of the first batch.
         stepped: whether there was any step.
@@ -170,6 +194,7 @@ class _Loop:
         self.batch = point.z.shape[0]
         self.active = self.batch if only is None else int(only.sum())
         self.certain = self.improving = True
+        self.improved = 0
         self.mixed = self.stepped = self.extreme = False
         self.suspect = True
         self.may_shrink = (
@@ -276,48 +301,28 @@ class _Loop:
         self.point = point if self.judge.measure is None else self.judge.measure.step(point, before)
 
     def _judge(self, step: int, move: Move | None, ask: bool = True) -> None:
-        """Test every active sample, and note those that stop here. Reads from the device once, if ``ask``."""
+        """Test every active sample, and note those that stop here. Reads from the device once, if ``ask``.
+
+        The states of a sample::
+
+            start ──► running ──┬── within the tolerance, or the step says so ──► CONVERGED ──┐
+                      ▲   ▲  │  ├── the step cannot go on ──► BREAKDOWN, or SADDLE            │
+                      │   │  │  ├── not finite, or grown beyond the limit ──► NONFINITE       │
+                      │   └──┘  └── no steps are left ──► MAX_STEPS (in ``_finish``)          │
+                      └── resumed: the others moved on, and the map couples it to them ───────┘
+
+        A sample that stops is frozen at its best iterate, which for most is the last one. While all improve, ``best``
+        is ``point`` itself and nothing is copied; in the common case, where all go on as well, the host asks for one
+        predicate and is done.
+        """
         point = self.point
         norm, tolerance = point.size(), self.judge.tolerance(point)
-        if self.smooth:
-            self.smooth = ask and (move is None or (move.breakdown is None and move.solved is None))
-            unsolved = norm > (tolerance if step else tolerance.clamp_min(self.lowest))
-            # what improves on what was within the limit is so, too
-            self.smooth = self.smooth and bool((unsolved & (norm < self.best_rank)).all())
-            if self.smooth:
-                self.best, self.best_rank, self.suspect = point, norm, False
-                return
-            self.tries -= 1  # to have asked for nothing costs a read from the device
-        rank = norm if point.judgement is None else point.judgement.merit
+        if self.smooth and self._all_improve(norm, tolerance, step, move, ask):
+            return
         if move is not None and move.left is not None:
             self.best_rank = self.best_rank.masked_fill(move.left, torch.inf)
-        solved = None if move is None else move.solved
-        breakdown = None if move is None else move.breakdown
-        single = norm.ndim == 1
-        good = (norm if single and point.judgement is None else point.growth_norm()) <= self.limit
-        if not single and point.judgement is None:
-            assert self.unit is not None
-            if 0 < step <= APPEARS:
-                tiny = torch.finfo(norm.dtype).tiny
-                fresh = norm.clamp_min(tiny) if step < APPEARS else torch.where(norm > 0, norm, 1)
-                self.unit = torch.where(self.unit > tiny, self.unit, fresh)
-            # beside leaves in another unit, one that had no residual at first may seem to grow
-            good = good | (norm <= GROWTH_LIMIT * self.unit).all(dim=1)
-        done: Tensor | None = None
-        if single and solved is None and not self.confirmed:
-            going = (norm > tolerance) & good
-        else:
-            done = norm <= tolerance if single else (norm <= tolerance).all(dim=1)
-            if not single and point.judgement is None:
-                assert self.unit is not None
-                rank = (norm / self.unit).amax(dim=1)
-            if self.confirmed and step < self.solver.max_steps:
-                self.within, done = done, torch.zeros_like(done)
-            done = done if solved is None else done | solved
-            going = good & ~done
-        improved = rank < self.best_rank
-        if breakdown is not None:
-            going = going & ~breakdown
+        tests = self._tested(norm, tolerance, step, move)
+        going, rank, improved = tests.going, tests.rank, tests.rank < self.best_rank
         before, was_running, was_certain = self.active, self.running, self.certain
         resumed, counted = None, [going, improved]
         if was_running is not None:
@@ -329,19 +334,10 @@ class _Loop:
             else:
                 going = going & was_running
                 counted = [going, improved]
-        self.certain = ask
-        more = 0
         if step == 0:
             counted.append(extreme_at_first(self.judge, norm, self.lowest))
-        if ask:
-            self.active, improving, *rest = torch.stack(counted).sum(dim=1).tolist()
-            if step == 0:
-                self.suspect = rest.pop() > 0
-            self.improving = was_certain and improving == before
-            more = sum(rest)
-        else:
-            self.improving = False
-        self.running = None if ask and self.active == good.shape[0] else going
+        more = self._count(counted, step, before, ask)
+        self.running = None if ask and self.active == len(going) else going
         if resumed is not None and (more or not ask):
             self._resume(resumed, rank)
         before += more
@@ -355,36 +351,98 @@ class _Loop:
             if self.active == before:
                 return
         if step and ask and was_certain and self.active == before:  # nobody stopped
-            if improving:
+            if self.improved:
                 self.best = point.stopped(improved, self.best)
                 self.best_rank = torch.where(improved, rank, self.best_rank)
             return
         stopped = ~going if was_running is None else was_running & ~going
-        self.steps = self.steps.masked_fill(stopped, step)
-        self.status = self.status.masked_fill(stopped, int(Status.CONVERGED))
-        if self.improving and breakdown is None:
+        self._stop(stopped, tests, step, move)
+        if self.improving:
             return
-        if done is None:
-            done = norm <= tolerance
-        self.status = self.status.masked_fill(stopped & ~done, int(Status.BREAKDOWN))
-        if move is not None and move.saddle is not None:
-            self.status = self.status.masked_fill(stopped & move.saddle, int(Status.SADDLE))
-        self.status = self.status.masked_fill(stopped & ~good, int(Status.NONFINITE))
-        if self.rejudges:
-            dead = stopped & ~done
-            self.alive = ~dead if self.alive is None else self.alive & ~dead
-        if solved is not None:  # it has found them where they were
-            self.steps = self.steps - (stopped & solved).to(self.steps.dtype)
         if step == 0:
             self.best_rank = rank
-        if self.improving or step == 0:
             return
         self.mixed = True
-        better = improved | (stopped & done)
+        better = improved | (stopped & tests.arrived())
         self.best = point.stopped(better, self.best)
         self.best_rank = torch.where(better, rank, self.best_rank)
         # a sample that stops for good goes to its best iterate: the map never sees a bad state again
         self.point = point.changed(z=torch.where(stopped[:, None], self.best.z, point.z))
+
+    def _all_improve(self, norm: Tensor, tolerance: Tensor, step: int, move: Move | None, ask: bool) -> bool:
+        """Whether all samples go on and have improved, as they have so far: then they are where they were best."""
+        unsolved = norm > (tolerance if step else tolerance.clamp_min(self.lowest))
+        self.smooth = ask and (move is None or (move.breakdown is None and move.solved is None))
+        # what improves on what was within the limit is so, too
+        self.smooth = self.smooth and bool((unsolved & (norm < self.best_rank)).all())
+        if self.smooth:
+            self.best, self.best_rank, self.suspect = self.point, norm, False
+        else:
+            self.tries -= 1  # to have asked for nothing costs a read from the device
+        return self.smooth
+
+    def _tested(self, norm: Tensor, tolerance: Tensor, step: int, move: Move | None) -> _Tests:
+        """What the point, and the step that led to it, say of each sample."""
+        point, judgement = self.point, self.point.judgement
+        solved = None if move is None else move.solved
+        rank = norm if judgement is None else judgement.merit
+        single = norm.ndim == 1
+        good = (norm if single and judgement is None else point.growth_norm()) <= self.limit
+        if not single and judgement is None:
+            assert self.unit is not None
+            if 0 < step <= APPEARS:
+                # a leaf that has no residual at the start (that of a state of zeros, say) has no unit yet
+                tiny = torch.finfo(norm.dtype).tiny
+                fresh = norm.clamp_min(tiny) if step < APPEARS else torch.where(norm > 0, norm, 1)
+                self.unit = torch.where(self.unit > tiny, self.unit, fresh)
+            # beside leaves in another unit, one that had no residual at first may seem to grow
+            good = good | (norm <= GROWTH_LIMIT * self.unit).all(dim=1)
+            rank = (norm / self.unit).amax(dim=1)
+        done: Tensor | None = None
+        if single and solved is None and not self.confirmed:
+            going = (norm > tolerance) & good  # one operation less than by way of ``done``
+        else:
+            done = norm <= tolerance if single else (norm <= tolerance).all(dim=1)
+            if self.confirmed and step < self.solver.max_steps:
+                # the rule has found them; the next step knows more than a residual, and says whether they are solved
+                self.within, done = done, torch.zeros_like(done)
+            done = done if solved is None else done | solved
+            going = good & ~done
+        if move is not None and move.breakdown is not None:
+            going = going & ~move.breakdown
+        return _Tests(norm, tolerance, rank, good, done, going)
+
+    def _count(self, counted: list[Tensor], step: int, before: int, ask: bool) -> int:
+        """Read how many samples go on, have improved, and have resumed, all in one; returns the last.
+
+        Where the host does not ask, ``active`` is that of before, and nothing is known of who improves.
+        """
+        was_certain, self.certain = self.certain, ask
+        if not ask:
+            self.improving = False
+            return 0
+        self.active, self.improved, *rest = torch.stack(counted).sum(dim=1).tolist()
+        if step == 0:
+            self.suspect = rest.pop() > 0
+        self.improving = was_certain and self.improved == before
+        return sum(rest)
+
+    def _stop(self, stopped: Tensor, tests: _Tests, step: int, move: Move | None) -> None:
+        """Note why the samples ``stopped`` do so; what outweighs another reason comes after it."""
+        self.steps = self.steps.masked_fill(stopped, step)
+        self.status = self.status.masked_fill(stopped, int(Status.CONVERGED))
+        if self.improving and (move is None or move.breakdown is None):
+            return  # what has improved is good: it stops since it is there
+        done = tests.arrived()
+        self.status = self.status.masked_fill(stopped & ~done, int(Status.BREAKDOWN))
+        if move is not None and move.saddle is not None:
+            self.status = self.status.masked_fill(stopped & move.saddle, int(Status.SADDLE))
+        self.status = self.status.masked_fill(stopped & ~tests.good, int(Status.NONFINITE))
+        if self.rejudges:
+            dead = stopped & ~done
+            self.alive = ~dead if self.alive is None else self.alive & ~dead
+        if move is not None and move.solved is not None:  # it has found them where they were
+            self.steps = self.steps - (stopped & move.solved).to(self.steps.dtype)
 
     def _resume(self, rows: Tensor, rank: Tensor) -> None:
         """Let samples go on that had stopped, since the others have moved on and the map depends on them."""
