@@ -17,6 +17,7 @@ from torchimplicit.attacks.replaced import Replaced
 from torchimplicit.constraints import Box, L2Ball
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.problems.sets import FlatBox, FlatCut
+from torchimplicit.solution import Solution
 from torchimplicit.validation import at_least
 
 Norm = Literal["l2", "linf"]
@@ -31,12 +32,17 @@ class Found(NamedTuple):
         states: of the model's equilibria in the order of its calls, approximately: starts for exact solves.
         evaluations: of the equilibria's maps, and products with their Jacobians, in whole-batch equivalents. A step of
             :class:`JIIO` is one of each.
+        solves: the figures of every solve: one of :class:`JIIO`, one in each step of :class:`PGD`.
     """
 
     images: Tensor
     change: Tensor
     states: tuple[Any, ...]
     evaluations: float
+    solves: tuple[Solution, ...]
+
+
+Parts = tuple[Tensor, tuple[Any, ...], float, tuple[Solution, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,14 +102,14 @@ class Attack(ABC):
         with _evaluating(self.model), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a budget of steps is what an attack has
             images = images.detach()
-            change, states, evaluations = self._found(Replaced(self.model), images, labels)
+            change, states, evaluations, solves = self._found(Replaced(self.model), images, labels)
             low, high = (torch.as_tensor(bound).to(images) for bound in (self.low, self.high))
             changed = torch.clamp(images + change, low, high)  # to the last bit
-        return Found(changed, changed - images, states, evaluations)
+        return Found(changed, changed - images, states, evaluations, solves)
 
     @abstractmethod
-    def _found(self, model: Replaced, images: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Any, ...], float]:
-        """The change, the states, and the evaluations."""
+    def _found(self, model: Replaced, images: Tensor, labels: Tensor) -> Parts:
+        """The change, the states, the evaluations, and the solves' figures."""
 
     def _loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         """What is lowered, ``[batch]``."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit._solve import solve
-from torchimplicit.attacks.base import Attack
+from torchimplicit.attacks.base import Attack, Parts
 from torchimplicit.attacks.replaced import Replaced
 from torchimplicit.problems import JointInference, JointState
 from torchimplicit.solvers import FixedPointIteration, Solver
@@ -52,7 +52,7 @@ class JIIO(Attack):
         share = min(max(step - 1, 0) / max(self.steps - 1, 1), 1.0)
         return self.radius * self.step_size * (last / self.step_size) ** share
 
-    def _found(self, model: Replaced, images: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Any, ...], float]:
+    def _found(self, model: Replaced, images: Tensor, labels: Tensor) -> Parts:
         both = _Both(self, model)
         problem = JointInference(
             both.f,
@@ -68,7 +68,7 @@ class JIIO(Attack):
             start = model.start(images), torch.zeros_like(images)
             solution = solve(problem, start, images, labels, solver=solver)
         state: JointState = solution.value
-        return state.x, state.z, 2 * solution.evaluations
+        return state.x, state.z, 2 * solution.evaluations, (solution.figures(),)
 
 
 class _Both:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchimplicit._solve import solve
-from torchimplicit.attacks.base import Attack
+from torchimplicit.attacks.base import Attack, Parts
 from torchimplicit.attacks.replaced import Replaced, Stated
 from torchimplicit.gradients import Gradient
 from torchimplicit.solution import Solution
@@ -35,21 +35,22 @@ class PGD(Attack):
     gradient: Gradient | None = None
     random_start: bool = False
 
-    def _found(self, model: Replaced, images: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Any, ...], float]:
+    def _found(self, model: Replaced, images: Tensor, labels: Tensor) -> Parts:
         onto = self._onto(images)
         change, states = torch.zeros_like(images), model.start(images.detach())
         if self.random_start:
             change = onto(self.radius * (2 * torch.rand_like(images) - 1))
-        evaluations = 0.0
+        evaluations, solves = 0.0, []
         for _ in range(self.steps):
             change.requires_grad_()
             with torch.enable_grad():
                 scores, found = self._solved(model, images + change, states)
                 (slope,) = torch.autograd.grad(self._loss(scores, labels).sum(), change)
             evaluations += sum(one.evaluations + (one.adjoint.evaluations if one.adjoint else 0) for one in found)
+            solves += [one.figures() for one in found]
             states = tuple(pytree.tree_map(torch.detach, one.value) for one in found)
             change = onto(change.detach() - self.radius * self.step_size * self._direction(slope))
-        return change, states, evaluations
+        return change, states, evaluations, tuple(solves)
 
     def _solved(self, model: Replaced, images: Tensor, states: tuple[Any, ...]) -> tuple[Tensor, list[Solution]]:
         """The scores at the equilibria, solved for from ``states``."""

@@ -107,6 +107,8 @@ RECIPES = {
         "An equilibrium classifier of the bundled digits trained against attacks found by joint inference."),
     "jiio-adversarial-mnist": Entry("joint.adversarial", "adversarial_mnist", "RUNNER",
         "The same of MNIST, by a convolutional model, in minutes on a CPU."),
+    "jiio-adversarial-mdeq": Entry("joint.adversarial", "adversarial_mdeq", "RUNNER",
+        "The same of the digits, MNIST or CIFAR-10 (--data), by a multiscale model (MDEQ): minutes on a CPU."),
     "jiio-meta-sinusoid": Entry("joint.meta", "sinusoid", "RUNNER",
         "Sine waves from ten points, by a context adapted through joint inference: half a minute on a CPU."),
     "jiio-meta-omniglot": Entry("joint.meta", "omniglot", "RUNNER",

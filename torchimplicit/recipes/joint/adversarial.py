@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from torchimplicit._solve import solve
+from torchimplicit.attacks import JIIO, PGD, Attack, Found, Norm
 from torchimplicit.constraints import L2Ball
 from torchimplicit.gradients import Envelope, Implicit
 from torchimplicit.linear import GMRES
-from torchimplicit.models import EquilibriumClassifier, EquilibriumClassifierConfig
-from torchimplicit.problems import FixedPoint, JointInference, JointState
+from torchimplicit.models import MDEQ, EquilibriumClassifier, EquilibriumClassifierConfig, mdeq_small
+from torchimplicit.problems import FixedPoint, JointInference
 from torchimplicit.recipes.joint.decoder import refuse_published
-from torchimplicit.recipes.phantom.image_data import IMAGES, Selection, selected
+from torchimplicit.recipes.phantom.image_data import IMAGES, Selection, Splits, selected
 from torchimplicit.recipes.runtime import files, table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.page import axes, canvas, style
@@ -40,12 +41,13 @@ from torchimplicit.recipes.runtime.task import Metric, SampledTask, gradient, so
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 from torchimplicit.regularizers import jacobian_frobenius
 from torchimplicit.solution import Solution
-from torchimplicit.solvers import Anderson, FixedPointIteration, Solver
+from torchimplicit.solvers import Anderson, FixedPointIteration
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
 Adversary = Literal["none", "pgd", "jiio"]
+DataName = Literal["digits", "mnist", "cifar10"]
 
 CLEAN = "clean"
 """What images are called that no attack has changed."""
@@ -55,8 +57,11 @@ CLEAN = "clean"
 class AdversarialConfig(Selection):
     """An equilibrium classifier trained on images that are changed, within a ball, so as to be hard for it."""
 
-    data: Literal["digits", "mnist"]
+    data: DataName
     """Which images."""
+
+    model: Literal["tanh", "mdeq"] = "tanh"
+    """tanh(Wz + Ux + b), dense on digits and convolutional elsewhere; or a multiscale model (MDEQ)."""
 
     adversary: Adversary = "jiio"
     """What changes the training images: nothing, projected gradient ascent through the equilibrium, or JIIO."""
@@ -66,7 +71,10 @@ class AdversarialConfig(Selection):
     the envelope theorem, from the state and the adjoint that JIIO ends with, at no further cost."""
 
     radius: float = 0.5
-    """The radius of the ball around each image, in the 2-norm of its pixels in [0, 1]."""
+    """The radius of the ball around each image, in --norm of its pixels in [0, 1], which stay there."""
+
+    norm: Norm = "l2"
+    """The norm: l2, or linf (the largest change of a pixel)."""
 
     attack_steps: int = 20
     """Steps of the attack in training: of JIIO, evaluations; of pgd, equilibria and their gradients."""
@@ -75,10 +83,10 @@ class AdversarialConfig(Selection):
     """A step of the attack, as a share of the radius."""
 
     channels: int = 100
-    """Channels of the state; of the digits' dense model, its size."""
+    """Channels of the state; of the digits' dense model, its size; of each of the two branches of MDEQ."""
 
     bound: float = 0.8
-    """The bound on the spectral norm of the weight between states."""
+    """The bound on the spectral norm of the weight between states; MDEQ has none, and --jacobian-weight instead."""
 
     validation_images: int = 300
     """Training images set apart to select the weights by."""
@@ -96,6 +104,8 @@ class AdversarialConfig(Selection):
                 f"{option('attack_gradient')} envelope needs the adjoint that JIIO finds, and {option('adversary')} "
                 f"is {self.adversary}"
             )
+        if self.attack_gradient == "envelope" and (self.model != "tanh" or self.norm != "l2"):
+            raise UserError(f"{option('attack_gradient')} envelope is for --model tanh and --norm l2 alone")
         if self.adversary != "none" and self.equilibria.gradient == "unrolled":
             raise UserError(
                 f"{option('gradient')} unrolled would differentiate a solve that begins at its solution, as it does "
@@ -119,6 +129,24 @@ def adversarial_mnist() -> AdversarialConfig:
         validation_images=1000,
         test_images=1000,
         optimization=Optimization(steps=300, batch_size=64, learning_rate=5e-3, validate_every=100),
+    )
+
+
+MDEQ_CHANNELS = 16
+
+
+def adversarial_mdeq() -> AdversarialConfig:
+    """A multiscale model (MDEQ) on the bundled digits: minutes on one core. The Jacobian's penalty keeps its map a
+    contraction, which joint inference needs."""
+    usual = adversarial_digits()
+    return replace(
+        usual,
+        model="mdeq",
+        channels=MDEQ_CHANNELS,
+        optimization=replace(usual.optimization, steps=300, learning_rate=4e-3, batch_size=64, validate_every=100),
+        equilibria=Equilibria(
+            tolerance=1e-3, gradient="neumann-phantom", phantom_steps=5, phantom_damping=0.5, jacobian_weight=0.5
+        ),
     )
 
 
@@ -166,155 +194,72 @@ def attacks() -> AttacksConfig:
     return AttacksConfig()
 
 
-# -- Attacks within a ball: projected gradient ascent through the equilibrium, and joint inference ---------------------
+# -- Attacks are the library's; and joint inference whose gradient the envelope theorem gives --------------------------
 
 
-DAMPING = (0.8, 0.6, 1.0)
-"""The damping of state, adjoint and perturbation, as published."""
+def jointly(
+    model: EquilibriumClassifier,
+    images: Tensor,
+    labels: Tensor,
+    radius: float,
+    *,
+    steps: int,
+    step_size: float,
+    tolerance: float = 1e-3,
+    keep_trajectory: bool = False,
+) -> Solution:
+    """The joint solve for the change in the ball, with the gradient of the envelope theorem: for a loss that is the
+    cross-entropy at its state, which is the inner loss with the other sign (Danskin's theorem).
 
-
-class Found(NamedTuple):
-    """The result of an attack.
-
-    Attributes:
-        change: of the images, within the ball.
-        state: of the equilibrium, approximately: a start for an exact solve.
-        evaluations: of the map, and products with its Jacobian, in whole-batch equivalents. A step of JIIO is one of
-            each.
+    The range of the pixels is not held here. The arguments are as for :class:`torchimplicit.attacks.JIIO`.
     """
+    f = model.map()
 
-    change: Tensor
-    state: Tensor
-    evaluations: float
+    def loss(z: Tensor, change: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        return -functional.cross_entropy(model.read(z), labels, reduction="none")
 
-
-@dataclass(frozen=True, kw_only=True)
-class PGD:
-    """Projected ascent along the normalized gradient, every gradient that of an equilibrium (Madry et al. 2018).
-
-    The solves begin at the last step's equilibrium.
-
-    Args:
-        steps: how many.
-        step_size: as a share of the radius.
-        tolerance: relative, of each solve and of its adjoint.
-        seen: is told of every solve.
-    """
-
-    steps: int
-    step_size: float
-    tolerance: float = 1e-2
-    seen: Callable[[Solution], None] | None = None
-
-    def __call__(self, model: EquilibriumClassifier, images: Tensor, labels: Tensor, radius: float) -> Found:
-        """Attack; no gradient is carried."""
-        mix = model.mixed()
-        problem = FixedPoint(lambda z, u: torch.tanh(mix(z) + u), rowwise=True)
-        solver = Anderson(rtol=self.tolerance, max_steps=40)
-        gradient = Implicit(linear_solver=GMRES(rtol=self.tolerance, max_steps=40))
-        change, z, evaluations = torch.zeros_like(images), model.start(images), 0.0
-        with torch.enable_grad():
-            for _ in range(self.steps):
-                change.requires_grad_()
-                found = solve(problem, z, model.inject(images + change), solver=solver, gradient=gradient)
-                loss = functional.cross_entropy(model.read(found.value), labels, reduction="sum")
-                (slope,) = torch.autograd.grad(loss, change)
-                if self.seen is not None:
-                    self.seen(found)
-                assert found.adjoint is not None
-                evaluations += found.evaluations + found.adjoint.evaluations
-                z = found.value.detach()
-                length = slope.flatten(1).norm(dim=1).clamp_min(torch.finfo(slope.dtype).tiny)
-                change = _into_ball(change.detach() + radius * self.step_size * _over(slope, length), radius)
-        return Found(change, z, evaluations)
+    problem = JointInference(
+        lambda z, change, images, labels: f(z, images + change),
+        loss,
+        radius * step_size,
+        L2Ball(radius),
+        rowwise=True,
+        damping=(0.8, 0.6, 1.0),
+        normalized=True,
+    )
+    solver = FixedPointIteration(rtol=tolerance, max_steps=steps, keep_trajectory=keep_trajectory)
+    start = (model.start(images), torch.zeros_like(images))
+    return solve(problem, start, images, labels, solver=solver, gradient=Envelope())
 
 
-@dataclass(frozen=True, kw_only=True)
-class JIIO:
-    """Joint inference and input optimization (Gurumurthy et al. 2021): perturbation and equilibrium by one iteration.
+class Standardized(nn.Module):
+    """A classifier of standardized images, as one of pixels in [0, 1]."""
 
-    Args:
-        steps: the most; samples that settle earlier leave.
-        step_size: as a share of the radius; the steps are normalized.
-        tolerance: relative, of the joint residual.
-        solver: by default plain iteration, damped as published. Anderson's method, though it keeps the iterate of the
-            highest cost, comes to other stationary points of this problem, which is not convex, and to weaker attacks.
-        seen: is told of every solve.
-    """
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], deviation: tuple[float, ...]):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("deviation", torch.tensor(deviation)[:, None, None], persistent=False)
 
-    steps: int
-    step_size: float
-    tolerance: float = 1e-3
-    solver: Solver | None = None
-    seen: Callable[[Solution], None] | None = None
+    mean: Tensor
+    deviation: Tensor
 
-    def __call__(self, model: EquilibriumClassifier, images: Tensor, labels: Tensor, radius: float) -> Found:
-        """Attack; no gradient is carried."""
-        with torch.no_grad():
-            found = self.solve(model, images, labels, radius)
-        state: JointState = found.value
-        return Found(state.x, state.z, 2 * found.evaluations)
-
-    def solve(
-        self,
-        model: EquilibriumClassifier,
-        images: Tensor,
-        labels: Tensor,
-        radius: float,
-        *,
-        keep_trajectory: bool = False,
-    ) -> Solution:
-        """The joint solve, with the gradient of the envelope theorem: for a loss that is the cross-entropy at its
-        state, which is the inner loss with the other sign (Danskin's theorem)."""
-        solver = self.solver or FixedPointIteration(
-            rtol=self.tolerance, max_steps=self.steps, keep_trajectory=keep_trajectory
-        )
-        start = (model.start(images), torch.zeros_like(images))
-        found = solve(self.problem(model, radius), start, images, labels, solver=solver, gradient=Envelope())
-        if self.seen is not None:
-            self.seen(found)
-        return found
-
-    def problem(self, model: EquilibriumClassifier, radius: float) -> JointInference:
-        """Perturbation of least likelihood; the arguments are the images and their labels."""
-        f = model.map()
-
-        def loss(z: Tensor, change: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-            return -functional.cross_entropy(model.read(z), labels, reduction="none")
-
-        return JointInference(
-            lambda z, change, images, labels: f(z, images + change),
-            loss,
-            radius * self.step_size,
-            L2Ball(radius),
-            rowwise=True,
-            damping=DAMPING,
-            normalized=True,
-        )
+    def forward(self, images: Tensor) -> Tensor:
+        """``[batch, channels, height, width]`` to scores."""
+        return self.model((images - self.mean) / self.deviation)
 
 
-Attack = Callable[[EquilibriumClassifier, Tensor, Tensor, float], Found]
-
-
-def _over(images: Tensor, lengths: Tensor) -> Tensor:
-    return images / lengths.view(-1, *(1,) * (images.ndim - 1))
-
-
-def _into_ball(change: Tensor, radius: float) -> Tensor:
-    return _over(change, (change.flatten(1).norm(dim=1) / radius).clamp_min(1))
-
-
-def judged(model: EquilibriumClassifier, images: Tensor, labels: Tensor) -> Any:
+def judged(model: nn.Module, images: Tensor, labels: Tensor) -> Any:
     """Cross-entropy of every image, and which are told right, at an exact solve from zero: ``[batch]`` both."""
     with torch.no_grad():
-        scores = model(images, model.start(images))
+        scores = model(images)
         return functional.cross_entropy(scores, labels, reduction="none"), scores.argmax(1) == labels
 
 
 # -- Adversarial training, for the framework that trains ---------------------------------------------------------------
 
 
-STRIDE = {"digits": None, "mnist": 4}
+STRIDE = {"digits": None, "mnist": 4, "cifar10": 4}
 
 
 class AdversarialTraining(SampledTask):
@@ -326,32 +271,16 @@ class AdversarialTraining(SampledTask):
         self.metric = Metric("accuracy" if config.adversary == "none" else "attacked", "%", "max")
         splits = selected(config.data, config)
         self.sets = splits.sets()
-        self.model = EquilibriumClassifier(
-            EquilibriumClassifierConfig(
-                image_size=IMAGES[config.data].size,
-                classes=IMAGES[config.data].classes,
-                channels=config.channels,
-                stride=STRIDE[config.data],
-                bound=config.bound,
-                mean=splits.mean[0],
-                deviation=splits.deviation[0],
-            ),
-            solver=solver(config.equilibria),
-            gradient=gradient(config.equilibria),
-        )
+        self.model = _model(config, splits)
 
     @property
     def attack(self) -> Attack:
         """The adversary; where there is none in training, one that tests."""
         config = self.config
+        own: dict[str, Any] = {"radius": config.radius, "norm": config.norm, "step_size": config.attack_step_size}
         if config.adversary == "jiio":
-            return self._jiio
-        steps = config.attack_steps if config.adversary == "pgd" else 10
-        return PGD(steps=steps, step_size=config.attack_step_size, seen=self.solved)
-
-    @property
-    def _jiio(self) -> JIIO:
-        return JIIO(steps=self.config.attack_steps, step_size=self.config.attack_step_size, seen=self.solved)
+            return JIIO(self.model, **own, steps=config.attack_steps, last_step_size=None)
+        return pgd(self.model, steps=config.attack_steps if config.adversary == "pgd" else 10, **own)
 
     def loss(self, batch: Any) -> Tensor:
         """The cross-entropy of the images as the adversary has changed them."""
@@ -359,17 +288,27 @@ class AdversarialTraining(SampledTask):
         if self.config.attack_gradient == "envelope":
             return self._by_envelope(images, labels)
         if self.config.adversary == "none":
-            return functional.cross_entropy(self.model(images, self.model.start(images)), labels)
-        found = self.attack(self.model, images, labels, self.config.radius)
-        scores = self.model(images + found.change, found.state.detach())
-        return functional.cross_entropy(scores, labels)
+            return functional.cross_entropy(self.model(images), labels)
+        found = self._found(images, labels)
+        if isinstance(self.model, EquilibriumClassifier):
+            return functional.cross_entropy(self.model(found.images, found.states[0].detach()), labels)
+        return functional.cross_entropy(self.model(found.images), labels)
+
+    def _found(self, images: Tensor, labels: Tensor) -> Found:
+        found = self.attack.find(images, labels)
+        for one in found.solves:
+            self.solved(one)
+        return found
 
     def _by_envelope(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the loss at the state that JIIO ends with, whose adjoint gives the gradient. The solve is no layer's,
         so that the Jacobian's penalty is added here: at one of its iterates, drawn at random."""
         config = self.config
         weight = config.equilibria.jacobian_weight
-        found = self._jiio.solve(self.model, images, labels, config.radius, keep_trajectory=weight > 0)
+        assert isinstance(self.model, EquilibriumClassifier)
+        own: dict[str, Any] = {"steps": config.attack_steps, "step_size": config.attack_step_size}
+        found = jointly(self.model, images, labels, config.radius, **own, keep_trajectory=weight > 0)
+        self.solved(found)
         loss = functional.cross_entropy(self.model.read(found.value.z), labels)
         if weight:
             at = found.trajectory[int(torch.randint(len(found.trajectory), ()))]
@@ -383,9 +322,8 @@ class AdversarialTraining(SampledTask):
         the images."""
         with torch.inference_mode(False):
             images, labels = pixels(batch[0].clone()), batch[1].clone()
-            change = self.attack(self.model, images, labels, self.config.radius).change.detach()
             parts: list[Tensor] = []
-            for shown in (images, images + change):
+            for shown in (images, self._found(images, labels).images):
                 losses, right = judged(self.model, shown, labels)
                 parts += [right.double().sum(), losses.double().sum()]
             return torch.stack([*parts, parts[0].new_tensor(float(len(labels)))])
@@ -404,6 +342,38 @@ class AdversarialTraining(SampledTask):
         """The data and the model."""
         adversary = {"none": "no adversary", "pgd": "PGD", "jiio": "JIIO"}[self.config.adversary]
         return f"{self.config.data}: {self.counts} images; {self.weights} parameters, trained against {adversary}."
+
+
+def pgd(model: nn.Module, *, tolerance: float = 1e-2, **own: Any) -> PGD:
+    """Projected gradient ascent by solves to a relative tolerance."""
+    gradient = Implicit(linear_solver=GMRES(rtol=tolerance, max_steps=40))
+    return PGD(model, **own, solver=Anderson(rtol=tolerance, max_steps=40), gradient=gradient)
+
+
+def _model(config: AdversarialConfig, splits: Splits) -> nn.Module:
+    solved: dict[str, Any] = {"solver": solver(config.equilibria), "gradient": gradient(config.equilibria)}
+    kind = IMAGES[config.data]
+    if config.model == "mdeq":
+        size = mdeq_small(
+            image_channels=kind.channels,
+            classes=kind.classes,
+            channels=(config.channels, config.channels),
+            downsamplings=1 if kind.size < 16 else 2,
+        )
+        return Standardized(MDEQ(size, **solved), splits.mean, splits.deviation)
+    return EquilibriumClassifier(
+        EquilibriumClassifierConfig(
+            image_channels=kind.channels,
+            image_size=kind.size,
+            classes=kind.classes,
+            channels=config.channels,
+            stride=STRIDE[config.data],
+            bound=config.bound,
+            mean=splits.mean[0],
+            deviation=splits.deviation[0],
+        ),
+        **solved,
+    )
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -452,51 +422,58 @@ def measured(config: AttacksConfig, run: Run) -> dict[str, Strength]:
     images; some of the images, attacked by the longest of each kind, go into the run's directory."""
     task: AdversarialTraining = RUNNER.best(config.training, run)
     where = device(config.training.machine.device)
-    model, radius = task.model, config.training.radius
+    model = task.model.eval()
     with quietly():
         attacks = tuned(config, model, *_images(task, "validation", config.tuning_images, where))
         images, labels = _images(task, "test", config.attacked_images, where)
-        cases = {name: partial(attack, model, images, labels, radius) for name, attack in attacks.items()}
+        cases = {name: partial(attack.find, images, labels) for name, attack in attacks.items()}
         timed = timed_in_turn(cases, config.repeats, where)
         found, changed = {}, {CLEAN: images}
-        changed |= {name: images + result.change.detach() for name, (_, result) in timed.items()}
+        changed |= {name: result.images for name, (_, result) in timed.items()}
         for name, one in changed.items():
             losses, right = judged(model, one, labels)
             found[name] = Strength(float(right.double().mean()), float(losses.double().mean()))
         for name, (seconds, result) in timed.items():
             attack = attacks[name]
-            tolerance = attack.tolerance if isinstance(attack, PGD) else 0.0
-            more = {"evaluations": result.evaluations, "step_size": attack.step_size, "tolerance": tolerance}
+            tolerance = attack.solver.rtol if isinstance(attack, PGD) and attack.solver else 0.0
+            more: dict[str, Any] = {"evaluations": result.evaluations, "tolerance": tolerance}
+            more["step_size"] = attack.step_size
             found[name] = replace(found[name], seconds=seconds, **more)
         shown = {name: changed[name][:SHOWN] for name in (CLEAN, config.strongest("PGD"), config.strongest("JIIO"))}
         with torch.no_grad():
-            pictures = {name: (one.cpu(), model(one, model.start(one)).argmax(1).cpu()) for name, one in shown.items()}
+            pictures = {name: (one.cpu(), model(one).argmax(1).cpu()) for name, one in shown.items()}
     files.save(pictures, run.path / "pictures.pt")
     return found
 
 
-def tuned(config: AttacksConfig, model: EquilibriumClassifier, images: Tensor, labels: Tensor) -> dict[str, PGD | JIIO]:
+def tuned(config: AttacksConfig, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, PGD | JIIO]:
     """Every attack as it is strongest on these images, by name."""
+    own: dict[str, Any] = {"radius": config.training.radius, "norm": config.training.norm}
 
-    def strength(attack: Attack) -> float:
-        return float(
-            judged(model, images + attack(model, images, labels, config.training.radius).change, labels)[0].mean()
-        )
-
-    def best(attack: Any) -> tuple[float, Any]:
-        tries = [replace(attack, step_size=size) for size in config.step_sizes]
-        return max(((strength(one), one) for one in tries), key=lambda pair: pair[0])
+    def best(tries: Iterable[Any]) -> tuple[float, Any]:
+        strong = ((float(judged(model, one(images, labels), labels)[0].mean()), one) for one in tries)
+        return max(strong, key=lambda pair: pair[0])
 
     found: dict[str, PGD | JIIO] = {}
     for steps in config.pgd_steps:
-        tries = [best(PGD(steps=steps, step_size=1.0, tolerance=one)) for one in sorted(config.tolerances)]
+        tries = [
+            best(pgd(model, steps=steps, step_size=size, tolerance=one, **own) for size in config.step_sizes)
+            for one in sorted(config.tolerances)
+        ]
         enough = (1 - config.tolerated) * max(value for value, _ in tries)
         found[f"PGD-{steps}"] = [attack for value, attack in tries if value >= enough][-1]  # the loosest
+    ways: list[dict[str, Any]] = [
+        {"step_size": size, "last_step_size": last, "damping": damping}
+        for size in config.step_sizes
+        for last in (None, 0.2)
+        for damping in ((0.8, 0.6, 1.0), (1.0, 1.0, 1.0))
+    ]
     for steps in config.jiio_steps:
-        found[f"JIIO-{steps}"] = best(JIIO(steps=steps, step_size=1.0))[1]
+        found[f"JIIO-{steps}"] = best(JIIO(model, steps=steps, **way, **own) for way in ways)[1]
     steps = sorted(config.jiio_steps)[len(config.jiio_steps) // 2]
-    accelerated = JIIO(steps=steps, step_size=1.0, solver=Anderson(memory=20, rtol=1e-3, max_steps=steps))
-    found[f"JIIO-{steps}, Anderson"] = best(accelerated)[1]
+    accelerated = Anderson(memory=20, rtol=1e-3, max_steps=steps)
+    tried = (JIIO(model, steps=steps, solver=accelerated, **way, **own) for way in ways)
+    found[f"JIIO-{steps}, Anderson"] = best(tried)[1]
     return found
 
 
@@ -551,8 +528,17 @@ class AdversarialTableConfig:
 
     plan: Plan = field(default_factory=Plan)
 
-    data: Literal["digits", "mnist"] = "digits"
+    data: DataName = "digits"
     """Which images."""
+
+    model: Literal["tanh", "mdeq"] = "tanh"
+    """Which model: see the recipe."""
+
+    norm: Norm = "l2"
+    """The norm of the ball."""
+
+    radius: float | None = None
+    """Its radius; by default the recipe's in the 2-norm, and .1 in the maximum norm."""
 
     data_dir: Path | None = None
     """The folder that holds them."""
@@ -563,14 +549,20 @@ class AdversarialTableConfig:
     machine: Machine = field(default_factory=lambda: Machine(tensorboard=False))
 
     def __post_init__(self) -> None:
-        positive(self, "steps")
+        positive(self, "steps", "radius")
         if self.data == "digits":
             refuse_published(self.plan.scale, "of MNIST, which --data mnist asks for, and these are 8×8 digits")
 
 
 def attacked(config: AdversarialTableConfig, row: str, seed: int) -> AttacksConfig:
     """One run's settings."""
-    usual = adversarial_digits() if config.data == "digits" else adversarial_mnist()
+    usual = adversarial_digits() if config.data == "digits" else replace(adversarial_mnist(), data=config.data)
+    if config.model == "mdeq":
+        multiscale = adversarial_mdeq()
+        usual = replace(usual, model="mdeq", channels=multiscale.channels, equilibria=multiscale.equilibria)
+        usual = replace(usual, optimization=multiscale.optimization) if config.data == "digits" else usual
+    radius = config.radius or (usual.radius if config.norm == "l2" else 0.1)
+    usual = replace(usual, norm=config.norm, radius=radius)
     optimization = usual.optimization.of(seed, config.steps)
     if config.plan.scale == "paper":
         usual = replace(usual, train_images=None, test_images=None)
@@ -584,7 +576,8 @@ def attacked(config: AdversarialTableConfig, row: str, seed: int) -> AttacksConf
 
 def jobs(config: AdversarialTableConfig) -> list[Job]:
     """Every way of training, of one seed after the other."""
-    pairs = [(row, seed) for seed in config.plan.all_seeds for row in ROWS]
+    rows = [row for row in ROWS if row != "envelope" or (config.model, config.norm) == ("tanh", "l2")]
+    pairs = [(row, seed) for seed in config.plan.all_seeds for row in rows]
     return [
         Job(f"{row}-seed{seed}", "jiio-adversarial-attacks", attacked(config, row, seed), {"row": row, "seed": seed})
         for row, seed in pairs
@@ -705,17 +698,21 @@ def protocol(config: AdversarialTableConfig, runs: Runs) -> str:
     """Say in words what was run."""
     kind = attacked(config, "jiio", 0)
     one, sizes, tolerances = kind.training, kind.step_sizes, kind.tolerances
-    model = "a convolutional model" if config.data == "mnist" else "a dense model"
+    kind_of = "a dense model" if config.data == "digits" else "a convolutional model"
+    model = f"{kind_of} tanh(Wz + Ux + b) of {one.channels} channels with a bound of {one.bound:g} on the norm of W"
+    if config.model == "mdeq":
+        model = f"a multiscale model (MDEQ) with two branches of {one.channels} channels"
+    norm = "2-norm" if one.norm == "l2" else "maximum norm"
     return (
-        f"{config.data}, {model} tanh(Wz + Ux + b) of {one.channels} channels with a bound of {one.bound:g} on the "
-        f"norm of W; balls of radius {one.radius:g} in the 2-norm of the pixels in [0, 1]. {one.optimization.steps} "
-        f"steps of Adam on batches of {one.optimization.batch_size}; the weights are those of the best validation "
-        f"accuracy under the attack that was trained against; {config.plan.seeds} seeds. Attacks have the step size of "
-        f"most cross-entropy on {kind.tuning_images} validation images, of {', '.join(f'{s:g}' for s in sizes)} radii; "
-        "PGD's solves begin at the last step's, and have the loosest tolerance, of "
-        f"{', '.join(f'{t:g}' for t in tolerances)}, that keeps {100 * (1 - kind.tolerated):g} % of its cross-entropy. "
-        f"JIIO is damped as published and not accelerated. {kind.attacked_images} test images at most, in eval mode, "
-        f"each attack timed {kind.repeats} times, all in turn."
+        f"{config.data}, {model}; balls of radius {one.radius:g} in the {norm}, within pixels in [0, 1]. "
+        f"{one.optimization.steps} steps of Adam on batches of {one.optimization.batch_size}; the weights are those of "
+        f"the best validation accuracy under the attack that was trained against; {config.plan.seeds} seeds. Attacks "
+        f"have the step size of most cross-entropy on {kind.tuning_images} validation images, of "
+        f"{', '.join(f'{s:g}' for s in sizes)} radii; PGD's solves begin at the last step's, and have the loosest "
+        f"tolerance, of {', '.join(f'{t:g}' for t in tolerances)}, that keeps {100 * (1 - kind.tolerated):g} % of its "
+        "cross-entropy. JIIO is not accelerated; its steps stay or fall, and it is damped as published or not, "
+        f"whichever is strongest. {kind.attacked_images} test images at most, in eval mode, each attack timed "
+        f"{kind.repeats} times, all in turn."
     )
 
 
