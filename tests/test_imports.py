@@ -98,6 +98,18 @@ def test_the_library_needs_torch_alone():
     assert not wrong, "\n".join(wrong)
 
 
+_PRIVATE = re.compile(r"\btorch\._(?!dynamo|_version)\w+|forward_ad\._|torch\.overrides\._|_execution_engine")
+
+
+def test_what_torch_does_not_document_is_taken_in_one_place():
+    wrong = []
+    for path in FILES:
+        if layer_of(path) in LIBRARY and layer_of(path) not in ("_torch", "captured"):
+            found = set(_PRIVATE.findall(path.read_text(encoding="utf-8")))
+            wrong += [f"{_name(path)} uses {name}" for name in sorted(found)]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_importing_the_package_brings_no_recipes():
     code = (
         "import sys, torchimplicit\n"

@@ -17,14 +17,22 @@ from operator import is_not
 from typing import Any
 
 import torch
-import torch._functorch.config
 from torch import Tensor
-from torch._C import _functorch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from torchimplicit._torch import (
+    forward_level,
+    function_modes,
+    functorch,
+    functorch_config,
+    outside_transforms,
+    sequence_number,
+    set_grad_enabled,
+    without_function_modes,
+    without_transforms,
+)
 from torchimplicit.compiler import compiler_loaded
 from torchimplicit.members import compiled_module
 from torchimplicit.state import leaves_of
@@ -32,37 +40,37 @@ from torchimplicit.state import leaves_of
 
 def is_transformed(t: Tensor) -> bool:
     """Whether ``t`` belongs to a running ``torch.func`` transform or carries a forward-mode tangent."""
-    return _functorch.is_functorch_wrapped_tensor(t) or has_tangent(t)
+    return functorch.is_functorch_wrapped_tensor(t) or has_tangent(t)
 
 
 def has_tangent(t: Tensor) -> bool:
     """Whether ``t`` itself carries a forward-mode tangent, whatever transforms of ``torch.func`` are running."""
-    if forward_ad._current_level < 0:
+    if forward_level() < 0:
         return False
-    with torch._C._DisableFuncTorch():  # vmap has no rule for the question, and the others would answer for their level
+    with without_transforms():  # vmap has no rule for the question, and the others would answer for their level
         return forward_ad.unpack_dual(t).tangent is not None
 
 
 def is_vmapped(t: Tensor) -> bool:
     """Whether ``t`` belongs to a running ``torch.func.vmap``, at whatever level."""
-    while _functorch.maybe_get_level(t) >= 0:
-        if _functorch.is_batchedtensor(t):
+    while functorch.maybe_get_level(t) >= 0:
+        if functorch.is_batchedtensor(t):
             return True
-        t = _functorch.get_unwrapped(t)
+        t = functorch.get_unwrapped(t)
     return False
 
 
 def transforms_running() -> bool:
     """Whether tensors that belong to a transform can be about, be they seen yet or not."""
-    return _functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return functorch.maybe_current_level() is not None or forward_level() >= 0
 
 
 def beside_transforms(tensors: Iterable[Tensor]) -> contextlib.AbstractContextManager[Any]:
     """The transforms of ``torch.func`` set aside, where none of the tensors belongs to one: what is computed of those
     alone is a constant to it, and ordinary autograd, which a solver may need, is refused under a transform."""
-    if _functorch.maybe_current_level() is None or any(map(is_transformed, tensors)):
+    if functorch.maybe_current_level() is None or any(map(is_transformed, tensors)):
         return contextlib.nullcontext()
-    return temporarily_clear_interpreter_stack()
+    return outside_transforms()
 
 
 def carries_derivative(t: Tensor) -> bool:
@@ -94,7 +102,7 @@ def register(made: Any) -> None:
 
 def _watching() -> list[_Watcher]:
     """The modes that are on in this thread: more than one where an equilibrium is solved inside another's map."""
-    return [mode for mode in torch.overrides._get_current_function_mode_stack() if isinstance(mode, _Watcher)]
+    return [mode for mode in function_modes() if isinstance(mode, _Watcher)]
 
 
 _QUESTIONS = frozenset(
@@ -143,7 +151,7 @@ class _Watcher(TorchFunctionMode):
     def __enter__(self) -> Any:
         self._enclosing = tuple(reversed(_watching()))
         self._level = _current_level()
-        self._begin = torch._C._autograd._get_sequence_nr()
+        self._begin = sequence_number()
         return super().__enter__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -159,12 +167,12 @@ class _Watcher(TorchFunctionMode):
         """Note tensors made inside the call, without keeping them: a call would hold all that it computes. But those
         of a transform are kept, since what wraps them is made anew."""
         if isinstance(tree, Tensor):
-            if _functorch.maybe_get_level(tree) < 0:
+            if functorch.maybe_get_level(tree) < 0:
                 self._made[id(tree)] = weakref.ref(tree)
                 return
             self._known[id(tree)] = tree
-            while _functorch.maybe_get_level(tree) >= 0:  # what is left of it outside of a transform
-                tree = _functorch.get_unwrapped(tree)
+            while functorch.maybe_get_level(tree) >= 0:  # what is left of it outside of a transform
+                tree = functorch.get_unwrapped(tree)
                 self._known[id(tree)] = tree
         elif isinstance(tree, (tuple, list)):
             for item in tree:
@@ -198,19 +206,19 @@ class _Watcher(TorchFunctionMode):
         return any(id(t) in watcher.table for watcher in self._enclosing)
 
     def _unseen(self, t: Tensor) -> Tensor:
-        level = _functorch.maybe_get_level(t)
+        level = functorch.maybe_get_level(t)
         if level > self._level:  # an inner transform has wrapped a tensor from outside it
-            inside = _functorch.get_unwrapped(t)
+            inside = functorch.get_unwrapped(t)
             found = self._replace(inside)
             if found is inside and (self._knows(inside) or not _carries(inside)):
                 self._known[id(t)] = t
                 return t
-            if not _functorch.is_batchedtensor(t):
+            if not functorch.is_batchedtensor(t):
                 raise RuntimeError(
                     f"the function differentiates, by torch.func, in a captured tensor of shape {tuple(t.shape)}: pass "
                     "that tensor to solve as an argument"
                 )
-            return _functorch._add_batch_dim(found, _functorch.maybe_get_bdim(t), level)
+            return functorch._add_batch_dim(found, functorch.maybe_get_bdim(t), level)
         if _made_since(t, self._begin):
             self.keep(t)
             return t
@@ -228,7 +236,7 @@ class _Recorder(_Watcher):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CUTS:
             self.cuts = self.cuts or (args[0].is_floating_point() and self._knows(args[0]))
-        elif func is torch._C._set_grad_enabled and not args[0]:
+        elif func is set_grad_enabled and not args[0]:
             self.cuts = True
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -370,7 +378,7 @@ class Closure:
 
     def _retained(self) -> contextlib.AbstractContextManager[Any]:
         """Code that is compiled here keeps its buffers: an adjoint solve runs its backward many times."""
-        return torch._functorch.config.patch(donated_buffer=False)
+        return functorch_config.patch(donated_buffer=False)
 
 
 def _alias(t: Tensor) -> Tensor:
@@ -409,7 +417,7 @@ def check_graph(out: Tensor, known: Sequence[Tensor]) -> None:
 def _accumulator(leaf: Tensor) -> Any:
     """The node that stands for ``leaf``. Where saved tensors go through hooks (activation checkpointing), a parameter
     comes back as another tensor with the same node."""
-    with torch._C.DisableTorchFunction(), torch.enable_grad():
+    with without_function_modes(), torch.enable_grad():
         seen = _alias(leaf).grad_fn
     return None if seen is None else seen.next_functions[0][0]
 
@@ -437,25 +445,25 @@ def _versions(parts: tuple[Tensor, ...]) -> list[int | None]:
 
 
 def _carries(t: Tensor) -> bool:
-    with torch._C.DisableTorchFunction():  # an enclosing mode would answer for its substitute
+    with without_function_modes():  # an enclosing mode would answer for its substitute
         return carries_derivative(t)
 
 
 def _current_level() -> int:
-    level = _functorch.maybe_current_level()
+    level = functorch.maybe_current_level()
     return -1 if level is None else level
 
 
 def _made_since(t: Tensor, begin: int) -> bool:
     """Whether autograd saw ``t`` being computed after its sequence number ``begin``, in this thread."""
-    now = torch._C._autograd._get_sequence_nr()
-    with torch._C.DisableTorchFunction():  # what is looked at here is not used by the function
+    now = sequence_number()
+    with without_function_modes():  # what is looked at here is not used by the function
         while True:
             if t.grad_fn is not None and begin <= t.grad_fn._sequence_nr() < now:
                 return True
-            if _functorch.maybe_get_level(t) < 0:
+            if functorch.maybe_get_level(t) < 0:
                 return False
-            t = _functorch.get_unwrapped(t)
+            t = functorch.get_unwrapped(t)
 
 
 @contextlib.contextmanager

@@ -13,8 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch._C import _autograd
-from torch.autograd import Variable
+
+from torchimplicit._torch import (
+    pop_saved_tensor_hooks,
+    push_saved_tensor_hooks,
+    top_saved_tensor_hooks,
+    when_backward_ends,
+)
 
 
 class Once:
@@ -63,11 +68,11 @@ def kept() -> Iterator[Saved]:
         saved.append(weakref.ref(once))  # autograd lets go of it when it frees the graph
         return once
 
-    _autograd._push_saved_tensors_default_hooks(pack_once, Once.value)
+    push_saved_tensor_hooks(pack_once, Once.value)
     try:
         yield saved
     finally:
-        _autograd._pop_saved_tensors_default_hooks()
+        pop_saved_tensor_hooks()
         _pushed(before)
         for once in _living(saved):
             once.let_go()
@@ -75,14 +80,14 @@ def kept() -> Iterator[Saved]:
 
 def hooked() -> bool:
     """Whether saved tensors go through hooks now."""
-    return _top(False) is not None
+    return top_saved_tensor_hooks(False) is not None
 
 
 def unpack(saved: Saved) -> None:
     """Each of the saved tensors goes through its hook now, once for the whole of the backward pass that runs."""
     for once in _living(saved):
         once.hold()
-        Variable._execution_engine.queue_callback(once.let_go)
+        when_backward_ends(once.let_go)
 
 
 def _living(saved: Saved) -> Iterator[Once]:
@@ -90,20 +95,19 @@ def _living(saved: Saved) -> Iterator[Once]:
 
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
-_top: Any = _autograd._top_saved_tensors_default_hooks
 
 
 def _popped() -> list[Hooks]:
     """The hooks, the innermost first, taken off."""
     hooks: list[Hooks] = []
-    top: Hooks | None = _top(False)
+    top: Hooks | None = top_saved_tensor_hooks(False)
     while top is not None:
-        _autograd._pop_saved_tensors_default_hooks()
+        pop_saved_tensor_hooks()
         hooks.append(top)
-        top = _top(False)
+        top = top_saved_tensor_hooks(False)
     return hooks
 
 
 def _pushed(hooks: Sequence[Hooks]) -> None:
     for pack, unpack in reversed(hooks):
-        _autograd._push_saved_tensors_default_hooks(pack, unpack)
+        push_saved_tensor_hooks(pack, unpack)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 from torch.autograd import forward_ad
 
+from torchimplicit._torch import functorch, set_forward_mode
 from torchimplicit.closure import is_transformed
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.problems.system import vjp
@@ -64,7 +64,7 @@ def jvp(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence
 def nested_forward_mode() -> contextlib.AbstractContextManager[None]:
     """Forward mode switched on inside a jvp rule, where autograd switches it off: without it the tangents of an
     enclosing forward level would be lost, and forward-over-forward derivatives silently wrong."""
-    return forward_ad._set_fwd_grad_enabled(True)
+    return set_forward_mode(True)
 
 
 def saved_tensors(ctx: Any) -> list[Tensor]:
@@ -74,7 +74,7 @@ def saved_tensors(ctx: Any) -> list[Tensor]:
 
 
 def _of_now(t: Tensor) -> Tensor:
-    while (inner := _functorch.unwrap_if_dead(t)) is not t:
+    while (inner := functorch.unwrap_if_dead(t)) is not t:
         t = inner
     return t
 
@@ -98,8 +98,8 @@ def stack_copies(t: Tensor, dim: int | None, size: int) -> Tensor:
 
 def is_plain(t: Tensor) -> bool:
     """Whether ``t`` belongs to no transform that differentiates, at whatever level."""
-    while _functorch.is_batchedtensor(t):
-        t = _functorch.get_unwrapped(t)
+    while functorch.is_batchedtensor(t):
+        t = functorch.get_unwrapped(t)
     return not is_transformed(t)
 
 
@@ -109,7 +109,7 @@ def refuse_batched_cotangents(u: Tensor) -> None:
     Raises:
         UnsupportedDerivativeError: if there are such cotangents.
     """
-    if _functorch.is_legacy_batchedtensor(u):
+    if functorch.is_legacy_batchedtensor(u):
         raise UnsupportedDerivativeError(
             "an equilibrium cannot be differentiated for a batch of cotangents by torch.autograd.grad("
             "is_grads_batched=True), nor by torch.autograd.functional.jacobian(vectorize=True), which calls it: take "

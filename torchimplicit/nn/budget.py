@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from torchimplicit._torch import backward_task
 from torchimplicit.solvers import Solver
 
 Span = tuple[float, float]
@@ -91,7 +92,7 @@ class Budget(nn.Module):
         """Likewise, for a solve that counts as a step unless ``manual``."""
         chosen = self.solver(solver)
         if not self.manual and torch.is_grad_enabled():
-            if torch._C._current_graph_task_id() >= 0:
+            if backward_task() >= 0:
                 raise RuntimeError(
                     "a backward pass solves again (activation checkpointing), and must get the budget of the forward "
                     "pass, but each solve takes the next one: give Budget(manual=True), and call budget.step() after "

@@ -9,9 +9,9 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge
 
+from torchimplicit._torch import function_mode_count, run_backward
 from torchimplicit.closure import check_graph, eagerly
 from torchimplicit.saved import Saved
 from torchimplicit.state import Leaves
@@ -208,9 +208,8 @@ class Linearization:
         grad = None
         if out.requires_grad:
             # in this thread, which needs nothing of what torch.autograd.grad prepares, unless a mode must see the call
-            if out.device.type == "cpu" and not torch._C._len_torch_function_stack():
-                run = Variable._execution_engine.run_backward
-                (grad,) = run((out,), (v,), True, False, (at,), allow_unreachable=True, accumulate_grad=False)
+            if out.device.type == "cpu" and not function_mode_count():
+                (grad,) = run_backward((out,), (v,), True, False, (at,), allow_unreachable=True, accumulate_grad=False)
             else:
                 (grad,) = torch.autograd.grad(out, at, v, retain_graph=True, allow_unused=True)
         if not self._looked:

@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.functional import silu
 
+from torchimplicit._torch import outside_transforms
 from torchimplicit.closure import is_transformed
 from torchimplicit.models.orbital_free.harmonics import solid_harmonics
 from torchimplicit.models.orbital_free.molecule import Molecule
@@ -313,7 +313,7 @@ class CoefficientNetwork(nn.Module):
         held = _KNOWN.setdefault(molecule, {})
         if self.config not in held:
             # what is remembered must outlive a transform of torch.func within which it is asked for first
-            with torch.no_grad(), temporarily_clear_interpreter_stack():
+            with torch.no_grad(), outside_transforms():
                 held[self.config] = Graph.of(molecule, self.config), Rows.of(molecule, self.config)
         return held[self.config]
 
