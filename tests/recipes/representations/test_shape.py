@@ -19,6 +19,7 @@ from PIL import Image
 from rich.console import Console
 from running import assert_refused, assert_resumes, descent, trained
 
+from torchimplicit.recipes.representations.cloud import read_cloud
 from torchimplicit.recipes.representations.fit import Representation, floats_a_point
 from torchimplicit.recipes.representations.mesh import (
     KINDS,
@@ -527,3 +528,67 @@ class TestRecipe:
             (["--gradient", "unrolled-phantom"], "--amortize"),
         ]
         assert_refused(capsys, "implicit-shape", tmp_path / "run", complaints)
+
+
+def sphere(count=400):
+    normals = torch.nn.functional.normalize(torch.randn(count, 3, dtype=torch.float64), dim=1)
+    return torch.cat([3 * normals + 5, normals], 1).numpy()
+
+
+def as_ply(path, table, kind="ascii", names=("x", "y", "z", "nx", "ny", "nz")):
+    header = [f"format {kind} 1.0", f"element vertex {len(table)}", *(f"property float {n}" for n in names)]
+    text = "\n".join(["ply", *header, "end_header", ""]).encode()
+    order = {"binary_little_endian": "<f4", "binary_big_endian": ">f4"}.get(kind)
+    rows = (
+        "\n".join(" ".join(map(str, row)) for row in table).encode() if order is None else table.astype(order).tobytes()
+    )
+    path.write_bytes(text + rows)
+    return path
+
+
+class TestCloud:
+    def test_files(self, tmp_path):
+        torch.manual_seed(0)
+        table = sphere()
+        np.savetxt(tmp_path / "ball.xyz", table)
+        kinds = ("ascii", "binary_little_endian", "binary_big_endian")
+        files = [tmp_path / "ball.xyz", *(as_ply(tmp_path / f"{kind}.ply", table, kind) for kind in kinds)]
+        for file in files:
+            found = read_cloud(file, 1000)
+            np.testing.assert_allclose(found.points.numpy(), table[:, :3], rtol=1e-6)
+            np.testing.assert_allclose(found.normals.numpy(), table[:, 3:], atol=1e-6)
+        assert read_cloud(small(tmp_path).file, 1000) is None, "it has faces"
+
+    @pytest.mark.parametrize(
+        ("write", "words"),
+        [
+            (lambda p: np.savetxt(p / "a.xyz", sphere()[:, :3]), "without normals"),
+            (lambda p: np.savetxt(p / "a.xyz", sphere(20)), "100 at least"),
+            (lambda p: np.savetxt(p / "a.xyz", sphere(2000)), "more than 1000 points"),
+            (lambda p: (p / "a.xyz").write_text("1 2 3 4 5 6\nfoo\n"), "are no numbers"),
+            (lambda p: (p / "a.xyz").write_text("1 2 3 4 5 6\n1 2 3\n"), "line 2 has 3 numbers"),
+            (lambda p: as_ply(p / "a.ply", sphere()[:, :3], names=("x", "y", "z")), "without normals"),
+            (lambda p: (p / "a.ply").write_bytes(as_ply(p / "a.ply", sphere()).read_bytes()[:3000]), "cut short"),
+        ],
+    )
+    def test_files_that_are_refused(self, tmp_path, write, words):
+        write(tmp_path)
+        (file,) = tmp_path.glob("a.*")
+        with pytest.raises(UserError, match=words):
+            read_cloud(file, 1000)
+
+    def test_a_surface_through_points(self, tmp_path):
+        torch.manual_seed(0)
+        np.savetxt(tmp_path / "ball.xyz", sphere(2000))
+        config = small(tmp_path, task="sdf", file=tmp_path / "ball.xyz", batch_size=600)
+        with pytest.raises(UserError, match="add --task sdf"):
+            RUNNER.check(replace(config, task="occupancy"))
+        model = replace(config.representation, width=16, frequencies=2.0, implicit=False)
+        config = replace(config, representation=model, optimization=replace(adam(300, 100, 1e-2), batch_size=600))
+        run = trained("implicit-shape", config, tmp_path / "run")
+        found = run.read_json("surface.json")
+        assert found["to_surface"] < 0.05
+        assert found["normals"] > 0.9
+        vertices = read_file(run.path / "surface.ply", 10**6).vertices
+        assert float((vertices - 5).norm(dim=1).mean()) == pytest.approx(3, rel=0.1), "in the file's own coordinates"
+        assert "2000 points, with normals" in (run.path / "index.html").read_text()

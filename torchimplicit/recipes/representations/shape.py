@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from torchimplicit.recipes.representations.cloud import Cloud, OnSurface, read_cloud
 from torchimplicit.recipes.representations.fit import (
     FieldRunner,
     FieldTask,
@@ -69,7 +70,7 @@ class ShapeConfig:
     """A field fitted to a mesh."""
 
     file: Path | None = None
-    """Your own mesh: OBJ, PLY, STL or OFF."""
+    """Your own mesh: OBJ, PLY, STL or OFF; or points with normals, for --task sdf: XYZ, or PLY without faces."""
 
     shape: Literal["knot", "gyroid"] = "knot"
     """Where --file is not given: a tube around a torus knot, or a ball of gyroid walls."""
@@ -269,6 +270,32 @@ def drawn(mesh: Mesh, tree: MeshTree, task: TaskName, counts: Counts, seed: int)
     return points, Parts(*(torch.arange(a, b) for a, b in pairwise(bounds)))
 
 
+def scattered(cloud: Cloud, counts: Counts, seed: int) -> tuple[ShapePoints, Parts]:
+    """Points of a cloud and points anywhere around it, of which nothing is known (their value is NaN): a third of those
+    to train on are the cloud's, a tenth of which is held out for validation, and as much for the test."""
+    half = (cloud.points.amax(0) - cloud.points.amin(0)) / 2
+    corner = half + MARGIN
+    random = generator(seed, -13)
+    order = torch.randperm(len(cloud.points), generator=random)
+    held = max(1, len(order) // 10)
+    on = counts.training // 3
+    chosen = order[2 * held :][torch.randint(len(order) - 2 * held, (on,), generator=random)]
+    anywhere = (2 * torch.rand(counts.training - on, 3, generator=random, dtype=torch.float64) - 1) * corner
+    unknown = torch.full((len(anywhere), 5), torch.nan, dtype=torch.float64)
+    unknown[:, 1:] = 0
+
+    def known(which: Tensor) -> Tensor:
+        flags = torch.ones(len(which), 1, dtype=torch.float64)
+        return torch.cat([0 * flags, cloud.normals[which], flags], 1)
+
+    tests = [order[:held], order[held : 2 * held]]
+    x = torch.cat([anywhere, *(cloud.points[which] for which in (chosen, *tests))])
+    values = torch.cat([unknown, *(known(which) for which in (chosen, *tests))])
+    bounds = [0, counts.training, counts.training + held, counts.training + 2 * held]
+    parts = Parts(*(torch.arange(a, b) for a, b in pairwise(bounds)))
+    return ShapePoints(tuple(corner.tolist()), x, values), parts
+
+
 def _distances(mesh: Mesh, tree: MeshTree, x: Tensor) -> Tensor:
     """The signed distance and its gradient, ``[points, 4]``."""
     distance, nearest, face = tree.closest(x)
@@ -370,12 +397,14 @@ class Subject:
         mesh: in the coordinates of the field.
         frame: where these lie in those of the file.
         notes: what was done to it.
+        cloud: where points with normals are all that is known: the mesh then has these vertices and no faces.
     """
 
     name: str
     mesh: Mesh
     frame: Frame
     notes: tuple[str, ...] = field(default=())
+    cloud: Cloud | None = None
 
     @cached_property
     def tree(self) -> MeshTree:
@@ -384,7 +413,8 @@ class Subject:
 
     def describe(self) -> str:
         """Describe the shape in one sentence."""
-        return noted(f"{self.name}: {len(self.mesh.faces)} faces", self.notes)
+        known = f"{len(self.mesh.faces)} faces" if self.cloud is None else f"{len(self.mesh.vertices)} points"
+        return noted(f"{self.name}: {known}", self.notes)
 
 
 def subject(config: ShapeConfig) -> Subject:
@@ -400,6 +430,12 @@ def subject(config: ShapeConfig) -> Subject:
 def _read(file: Path | None, shape: MadeName, most_faces: int) -> Subject:
     """Kept, for it is asked for when settings are checked, when points are drawn and when the fit is shown."""
     name = shape if file is None else file.name
+    cloud = None if file is None else read_cloud(file, most_faces)
+    if cloud is not None:
+        bare = Mesh(cloud.points, torch.zeros(0, 3, dtype=torch.int64))
+        frame = Frame.of(bare)
+        inward = frame.inward(bare)
+        return Subject(name, inward, frame, ("with normals",), Cloud(inward.vertices, cloud.normals))
     mesh, notes = prepared(made(shape) if file is None else read_file(file, most_faces), name)
     frame = Frame.of(mesh)
     return Subject(name, frame.inward(mesh), frame, notes)
@@ -470,6 +506,9 @@ MOST_ERROR = 0.02
 def show(config: ShapeConfig, task: FieldTask, results: Results, run: Run) -> None:
     """Write the surface, pictures of it beside the truth, a slice of the field, the comparison and the page."""
     true = subject(config)
+    if true.cloud is not None:
+        _show_cloud(config, task, results, run, true)
+        return
     folder = run.path / "figures"
     folder.mkdir(exist_ok=True)
     found = surface(config, task, config.resolution)
@@ -498,6 +537,33 @@ def show(config: ShapeConfig, task: FieldTask, results: Results, run: Run) -> No
         notes = [_sentence(figures, config.resolution)]
     pictures.append((folder / "slice.png", "The field on a plane through the middle; the line is the mesh."))
     save_figure(_slice(config, task, true), pictures[-1][0], 110)
+    write_page("A shape as a field", task, results, run, pictures, notes)
+
+
+def _show_cloud(config: ShapeConfig, task: FieldTask, results: Results, run: Run, true: Subject) -> None:
+    """What there is to see where no surface is known."""
+    folder = run.path / "figures"
+    folder.mkdir(exist_ok=True)
+    found = surface(config, task, config.resolution)
+    pictures: list[tuple[Path, str]] = []
+    if found is None:
+        run.write_json("surface.json", {"found": False})
+        notes = ["The field is nowhere zero: there is no surface."]
+    else:
+        write_obj(true.frame.outward(found), run.product("surface.obj"))
+        write_ply(true.frame.outward(found), run.product("surface.ply"))
+        at, y = task.points.at(task.parts.test)
+        away, _, face = MeshTree(found).closest(at.double().cpu())
+        agree = (found.normals()[face] * y[:, 1:4].double().cpu()).sum(1)
+        figures = {"to_surface": float(away.mean()) / LONGEST, "normals": float(agree.mean())}
+        run.write_json("surface.json", {"found": True, "resolution": config.resolution, **figures})
+        notes = [
+            f"At {config.resolution} grid points the test points are {100 * figures['to_surface']:.3f} % of the "
+            f"longest side from the surface, and their normals agree with it to {figures['normals']:.4f} (mean cosine)."
+        ]
+        eyes = [view(turn) @ _upright(config) for turn in (35.0, 215.0)]
+        pictures.append((folder / "reconstruction.png", "The surface of the field (surface.ply, surface.obj)."))
+        save(torch.cat([mesh_drawn(found, PICTURE, eye) for eye in eyes], 1), pictures[-1][0])
     write_page("A shape as a field", task, results, run, pictures, notes)
 
 
@@ -584,15 +650,14 @@ FREQUENCIES = {"occupancy": 16.0, "sdf": 10.0}
 
 def build(config: ShapeConfig) -> FieldTask:
     """The task."""
-    points, parts = _drawn(
-        subject(config), config.task, Counts(config.samples, config.held_out_samples), config.sample_seed
-    )
+    of, counts = subject(config), Counts(config.samples, config.held_out_samples)
+    points, parts = _drawn(of, config.task, counts, config.sample_seed)
     distance = config.task == "sdf"
     slopes = DistanceLoss(
         distance=config.distance_weight,
         normal=config.normal_weight,
         eikonal=config.eikonal_weight,
-        surface_only=config.supervision == "surface",
+        surface_only=config.supervision == "surface" or of.cloud is not None,
     )
     return FieldTask(
         config,
@@ -601,7 +666,7 @@ def build(config: ShapeConfig) -> FieldTask:
         FREQUENCIES[config.task],
         slopes if distance else cross_entropy,
         about=f"{subject(config).describe()} {'Signed distance' if distance else 'Occupancy'}.",
-        scoring=Overlap(distance),
+        scoring=Overlap(distance) if of.cloud is None else OnSurface(LONGEST),
         slopes=distance,
         held="implicit",
     )
@@ -610,6 +675,8 @@ def build(config: ShapeConfig) -> FieldTask:
 @lru_cache(maxsize=1)
 def _drawn(of: Subject, task: TaskName, counts: Counts, seed: int) -> tuple[ShapePoints, Parts]:
     """Kept, for training and showing both ask for it."""
+    if of.cloud is not None:
+        return scattered(of.cloud, counts, seed)
     return drawn(of.mesh, of.tree, task, counts, seed)
 
 
@@ -617,7 +684,8 @@ def ready(config: ShapeConfig) -> None:
     """Raise where the mesh cannot be used, or the settings do not go with its slopes."""
     if config.task == "sdf":
         check_slopes(config)
-    subject(config)
+    if subject(config).cloud is not None and config.task != "sdf":
+        raise UserError("of points with normals no inside is known before a surface is found: add --task sdf")
 
 
 RUNNER = FieldRunner(build, show, ready, export)
