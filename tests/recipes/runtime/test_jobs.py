@@ -27,7 +27,18 @@ from torchimplicit.recipes.runtime.execution import terminated_like_interrupted
 from torchimplicit.recipes.runtime.jobs import command, load_record, run_all, write
 from torchimplicit.recipes.runtime.page import axes
 from torchimplicit.recipes.runtime.run import Run
-from torchimplicit.recipes.runtime.table import Cell, Claim, Column, Drawing, Job, Plan, Runs, Sheet, Table, spread
+from torchimplicit.recipes.runtime.table import (
+    CaptionedFigure,
+    Cell,
+    Claim,
+    Column,
+    Job,
+    Plan,
+    Runs,
+    Table,
+    TitledTable,
+    spread,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +69,7 @@ def protocol(config: ToyConfig, runs: Runs) -> str:
     return "one step"
 
 
-def sheets(config: ToyConfig, runs: Runs) -> list[Sheet]:
+def sheets(config: ToyConfig, runs: Runs) -> list[TitledTable]:
     return [table.sheet("Accuracy", ["all"], [Cell("Row", str), Cell("Ours", lambda _: spread(accuracies(runs)))])]
 
 
@@ -74,10 +85,10 @@ def notes(config: ToyConfig, runs: Runs) -> list[str]:
     return ["a note"]
 
 
-def drawings(config: ToyConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+def drawings(config: ToyConfig, runs: Runs, folders: Mapping[str, Run]) -> list[CaptionedFigure]:
     figure, (plot,) = axes()
     plot.plot(accuracies(runs))
-    return [Drawing("accuracy", figure, "Accuracy.")]
+    return [CaptionedFigure("accuracy", figure, "Accuracy.")]
 
 
 TABLE = table.published(globals(), title="A toy", source="nowhere")

@@ -24,7 +24,7 @@ from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules,
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.run import Run, threads
 from torchimplicit.recipes.runtime.settings import not_negative, positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Line, Plan, Runs, Sheet
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Line, Plan, Runs, TitledTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -265,7 +265,7 @@ def protocol(config: CostConfig, runs: Runs) -> str:
     )
 
 
-def sheets(config: CostConfig, runs: Runs) -> Iterator[Sheet]:
+def sheets(config: CostConfig, runs: Runs) -> Iterator[TitledTable]:
     """A row a molecule."""
 
     def of(path: str, form: str = ".1f") -> Callable[[Line], str]:
@@ -330,10 +330,10 @@ def notes(config: CostConfig, runs: Runs) -> Iterator[str]:
     yield from table.missing(jobs(config), runs)
 
 
-def drawings(config: CostConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
+def drawings(config: CostConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """Time and memory over the atoms."""
     if runs:
-        yield Drawing(
+        yield CaptionedFigure(
             "growth",
             grown(runs),
             "Left: the processor's seconds of a density (lines) and of a Kohn–Sham calculation (dashed). Right: the "

@@ -29,7 +29,7 @@ from torchimplicit.recipes.runtime.execution import opened
 from torchimplicit.recipes.runtime.fitting import read_checkpoint
 from torchimplicit.recipes.runtime.page import COLOURS, Section, axes, document, saved, styled
 from torchimplicit.recipes.runtime.run import Environment, Run, threads
-from torchimplicit.recipes.runtime.table import Column, Drawing, Table
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Column, Table
 
 # -- What comes out ---------------------------------------------------------------------------------------------------
 
@@ -299,7 +299,7 @@ def write_report(results: Results, run: Run) -> None:
                 plot.plot([glance.step for glance in there], values, "o-", color=COLOURS[0], markersize=3)
                 plot.set(xlabel="step", ylabel=label, title="validation")
         caption = "The validation molecules along training, each from the superposition of atoms."
-        pictures = saved([Drawing("training", drawn, caption)], run)
+        pictures = saved([CaptionedFigure("training", drawn, caption)], run)
     lead = (
         f"{results.weights} weights of a pre-trained {results.kind}, {results.course.step} steps "
         f"({results.config.gradient}), {results.course.seconds:.0f} s after {results.pretraining_seconds:.0f} s of "

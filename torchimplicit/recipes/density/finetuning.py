@@ -14,7 +14,17 @@ from torchimplicit.recipes.density.settings import Molecules
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import known_rows, positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Line, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.runtime.table import (
+    CaptionedFigure,
+    Cell,
+    Claim,
+    Job,
+    Line,
+    Plan,
+    Published,
+    Runs,
+    TitledTable,
+)
 
 if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
@@ -213,7 +223,7 @@ Row = tuple[Kind, str]
 """What the network is, and the way; of no way, the weights before."""
 
 
-def sheets(config: FinetuneConfig, runs: Runs) -> Iterator[Sheet]:
+def sheets(config: FinetuneConfig, runs: Runs) -> Iterator[TitledTable]:
     """Pre-training; fine-tuning; how hard the densities are to find."""
     kinds = [kind for kind in config.kinds if runs.of(kind, "pretrained.test.loss")]
     if kinds:
@@ -229,7 +239,7 @@ def sheets(config: FinetuneConfig, runs: Runs) -> Iterator[Sheet]:
         yield _efforts([row for row in rows if row[1] in WAYS], runs)
 
 
-def _pretraining(kinds: list[Kind], runs: Runs) -> Sheet:
+def _pretraining(kinds: list[Kind], runs: Runs) -> TitledTable:
     def of(path: str, digits: int = 3, scale: float = 1.0) -> Any:
         return lambda kind: told(runs.of(kind, f"pretrained.{path}"), digits, scale)
 
@@ -294,7 +304,7 @@ def _figure(runs: Runs, row: Row, path: str) -> list[Any]:
     return found
 
 
-def _finetuning(rows: list[Row], runs: Runs) -> Sheet:
+def _finetuning(rows: list[Row], runs: Runs) -> TitledTable:
     def of(path: str, digits: int = 3, scale: float = 1.0) -> Any:
         return lambda row: told(_figure(runs, row, path), digits, scale)
 
@@ -323,7 +333,7 @@ def _finetuning(rows: list[Row], runs: Runs) -> Sheet:
     return table.sheet("Fine-tuning: test molecules", rows, cells)
 
 
-def _efforts(rows: list[Row], runs: Runs) -> Sheet:
+def _efforts(rows: list[Row], runs: Runs) -> TitledTable:
     def of(place: int, name: str, scale: float = 1.0) -> Any:
         def cell(row: Row) -> str:
             efforts = _figure(runs, row, "effort")
@@ -462,7 +472,7 @@ def notes(config: FinetuneConfig, runs: Runs) -> list[str]:
     return made + missing(len(jobs(config)), runs)
 
 
-def drawings(config: FinetuneConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
+def drawings(config: FinetuneConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """The validation molecules along fine-tuning."""
     from torchimplicit.recipes.runtime.page import COLOURS, LINES, axes
 
@@ -484,7 +494,9 @@ def drawings(config: FinetuneConfig, runs: Runs, folders: Mapping[str, Run]) -> 
                 )
         panel.set(title=KINDS[kind], xlabel="step", ylabel="10³ L, validation molecules")
     panels[-1].legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    yield Drawing("validation", figure, "The validation molecules along fine-tuning, by the way; a line a seed.")
+    yield CaptionedFigure(
+        "validation", figure, "The validation molecules along fine-tuning, by the way; a line a seed."
+    )
 
 
 TABLE = Published(

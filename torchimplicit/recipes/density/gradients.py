@@ -23,7 +23,17 @@ from torchimplicit.recipes.density.settings import (
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import from_plain, not_negative, option
-from torchimplicit.recipes.runtime.table import Claim, Column, Drawing, Job, Plan, Published, Runs, Sheet, Table
+from torchimplicit.recipes.runtime.table import (
+    CaptionedFigure,
+    Claim,
+    Column,
+    Job,
+    Plan,
+    Published,
+    Runs,
+    Table,
+    TitledTable,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -179,28 +189,28 @@ def groups_of(config: TableConfig, runs: Runs) -> list[Group]:
 # -- sheets ------------------------------------------------------------------------------------------------------------
 
 
-def sheets(config: TableConfig, runs: Runs) -> list[Sheet]:
+def sheets(config: TableConfig, runs: Runs) -> list[TitledTable]:
     """All of them; none without runs."""
     groups, settings = groups_of(config, runs), usual(config)
     if not groups:
         return []
     return [
-        Sheet("The minima, and finite differences of the loss there", _minima_sheet(groups)),
-        Sheet("Equilibrium propagation: relative error over the nudge", _nudges_sheet(groups, settings)),
-        Sheet(
+        TitledTable("The minima, and finite differences of the loss there", _minima_sheet(groups)),
+        TitledTable("Equilibrium propagation: relative error over the nudge", _nudges_sheet(groups, settings)),
+        TitledTable(
             "Minimizations that end too early: relative error of the symmetric difference with the whole loss",
             _loosened_sheet(groups, settings),
         ),
-        Sheet(
+        TitledTable(
             "The weight of the loss over the least eigenvalue: the symmetric difference",
             _beyond_sheet(groups, settings),
         ),
-        Sheet("One-sided propagation beside damped implicit differentiation", _damped_sheet(groups, settings)),
+        TitledTable("One-sided propagation beside damped implicit differentiation", _damped_sheet(groups, settings)),
         *(
-            Sheet(f"As the softest eigenvalue goes to zero: {group.name}", _softened_sheet(group, settings))
+            TitledTable(f"As the softest eigenvalue goes to zero: {group.name}", _softened_sheet(group, settings))
             for group in groups
         ),
-        *(Sheet(f"The adjoint system: {group.name}", _adjoint_sheet(group, settings)) for group in groups),
+        *(TitledTable(f"The adjoint system: {group.name}", _adjoint_sheet(group, settings)) for group in groups),
     ]
 
 
@@ -596,7 +606,7 @@ def notes(config: TableConfig, runs: Runs) -> list[str]:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def drawings(config: TableConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+def drawings(config: TableConfig, runs: Runs, folders: Mapping[str, Run]) -> list[CaptionedFigure]:
     """All of them; none without runs."""
     groups, settings = groups_of(config, runs), usual(config)
     if not groups:
@@ -608,7 +618,7 @@ def drawings(config: TableConfig, runs: Runs, folders: Mapping[str, Run]) -> lis
     ]
 
 
-def _nudges_figure(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> Drawing:
+def _nudges_figure(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> CaptionedFigure:
     nudges = sorted(settings.nudges, reverse=True)
     from torchimplicit.recipes.runtime.page import axes, style
 
@@ -624,7 +634,7 @@ def _nudges_figure(groups: Sequence[Group], settings: MoleculeGradientsConfig) -
         panel.set_title(form.replace("_", "-"))
         panel.legend()
     panels[0].set_ylabel("relative error of the gradient")
-    return Drawing(
+    return CaptionedFigure(
         "error-over-nudge",
         figure,
         "The error of equilibrium propagation beside the exact gradient, over the nudge; medians of the seeds. Where "
@@ -632,7 +642,7 @@ def _nudges_figure(groups: Sequence[Group], settings: MoleculeGradientsConfig) -
     )
 
 
-def _softened_figure(group: Group, settings: MoleculeGradientsConfig) -> Drawing:
+def _softened_figure(group: Group, settings: MoleculeGradientsConfig) -> CaptionedFigure:
     factors = sorted(settings.softness, reverse=True)
     places = range(len(factors))
     from torchimplicit.recipes.runtime.page import axes, style
@@ -658,7 +668,7 @@ def _softened_figure(group: Group, settings: MoleculeGradientsConfig) -> Drawing
     size.set_ylim(bottom=0.3)
     direction.set(ylabel="cosine with the exact gradient before", ylim=(-1.05, 1.05))
     _legend(figure)
-    return Drawing(
+    return CaptionedFigure(
         "soft-mode",
         figure,
         f"{group.name}: the gradients as the softest eigenvalue that they feel goes to zero (the line) and below; "
@@ -668,7 +678,7 @@ def _softened_figure(group: Group, settings: MoleculeGradientsConfig) -> Drawing
     )
 
 
-def _adjoint_figure(group: Group, settings: MoleculeGradientsConfig) -> Drawing:
+def _adjoint_figure(group: Group, settings: MoleculeGradientsConfig) -> CaptionedFigure:
     from torchimplicit.recipes.runtime.page import axes
 
     figure, panels = axes(2, width=5.2, height=4.3)
@@ -683,7 +693,7 @@ def _adjoint_figure(group: Group, settings: MoleculeGradientsConfig) -> Drawing:
         panel.set_title("coordinates of the overlap" if coordinates == "overlap" else "raw coefficients")
     panels[0].set_ylabel("relative error of the solution")
     _legend(figure)
-    return Drawing(
+    return CaptionedFigure(
         "adjoint-over-products",
         figure,
         f"{group.name}, first seed: the error of the adjoint system's solution over the products with the Hessian. The "

@@ -11,7 +11,7 @@ from torchimplicit.recipes.runtime.run import Environment
 
 
 @dataclass(frozen=True)
-class Look:
+class Measurement:
     """The state of a training.
 
     Attributes:
@@ -44,7 +44,7 @@ class History(Clock):
         best: the iteration of the least validation loss, whose weights are kept; -1 before the first measurement.
     """
 
-    looks: list[Look] = field(default_factory=list)
+    looks: list[Measurement] = field(default_factory=list)
     weights: int = 0
     best: int = -1
 
@@ -78,7 +78,7 @@ class Results:
     residuals: int
     jacobians: int
     rejected: int
-    looks: list[Look]
+    looks: list[Measurement]
     environment: Environment
     config: OrbitalFreeTraining
     free_energies: bool = False

@@ -13,7 +13,7 @@ from torchimplicit.recipes.density.settings import OrbitalFreeTraining
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import not_negative, option, positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Published, Runs, TitledTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -213,7 +213,7 @@ def better(runs: Runs, row: str, split: str = "test") -> float:
     return sum(one["better"] * one["count"] for one in found) / sum(one["count"] for one in found)
 
 
-def sheets(config: MoleculesConfig, runs: Runs) -> list[Sheet]:
+def sheets(config: MoleculesConfig, runs: Runs) -> list[TitledTable]:
     """The four molecules, those of QM9, and the first row's molecule by molecule."""
     made = []
     for qm9, title in ((False, f"{', '.join(config.molecules)}: new geometries"), (True, "QM9: new molecules")):
@@ -240,7 +240,7 @@ def sheets(config: MoleculesConfig, runs: Runs) -> list[Sheet]:
     return made
 
 
-def quality(config: MoleculesConfig, title: str, rows: list[str], runs: Runs) -> Sheet:
+def quality(config: MoleculesConfig, title: str, rows: list[str], runs: Runs) -> TitledTable:
     """The rows; below, before training and the superposition of atoms."""
 
     def of(path: str, digits: int = 3, scale: float = 1.0) -> Any:
@@ -421,14 +421,14 @@ def notes(config: MoleculesConfig, runs: Runs) -> list[str]:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def drawings(config: MoleculesConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+def drawings(config: MoleculesConfig, runs: Runs, folders: Mapping[str, Run]) -> list[CaptionedFigure]:
     """Those of the four molecules, and that of QM9; what has no runs is left out."""
     rows = there(config, runs)
     four, qm9 = ([name for name in rows if ROWS[name].qm9 == kind] for kind in (False, True))
     made = []
     if four:
         made.append(
-            Drawing(
+            CaptionedFigure(
                 "along-training",
                 along(runs, four),
                 "The training molecules' error against the processor's time, a line a seed: L left, L1 per electron "
@@ -437,7 +437,7 @@ def drawings(config: MoleculesConfig, runs: Runs, folders: Mapping[str, Run]) ->
         )
         chosen = [name for name in four if name in ("gauss-newton", "energy", "slides")] or four[:3]
         made.append(
-            Drawing(
+            CaptionedFigure(
                 "test",
                 against_guess(runs, chosen),
                 "Test geometries of all seeds: L and L1 per electron over those of the superposition of atoms. Below "
@@ -446,7 +446,7 @@ def drawings(config: MoleculesConfig, runs: Runs, folders: Mapping[str, Run]) ->
         )
     if qm9:
         caption = "Molecules of QM9 that training has not seen, likewise."
-        made.append(Drawing("qm9", against_guess(runs, qm9), caption))
+        made.append(CaptionedFigure("qm9", against_guess(runs, qm9), caption))
     return made
 
 

@@ -13,13 +13,13 @@ from torchimplicit.models.orbital_free import (
 )
 from torchimplicit.models.orbital_free.basis import DensityBasis
 from torchimplicit.recipes.density import storage
-from torchimplicit.recipes.density.history import Look, Results
+from torchimplicit.recipes.density.history import Measurement, Results
 from torchimplicit.recipes.density.objective import Case
 from torchimplicit.recipes.density.places import line, plane
 from torchimplicit.recipes.density.split import Split
 from torchimplicit.recipes.runtime.page import COLOURS, Section, axes, document, saved, styled
 from torchimplicit.recipes.runtime.run import Run
-from torchimplicit.recipes.runtime.table import Drawing
+from torchimplicit.recipes.runtime.table import CaptionedFigure
 
 CAPTIONS = {
     "line": "The error of the density along a line through two atoms (ticks), by the trained functional, and by the "
@@ -53,7 +53,9 @@ def write_report(results: Results, split: Split, functional: OrbitalFree, run: R
     """``figures/*.png`` and ``index.html``, which holds its pictures itself."""
     drawn = figures(results, split, functional)
     with styled():
-        pictures = saved([Drawing(name, drawn[name], text) for name, text in CAPTIONS.items() if name in drawn], run)
+        pictures = saved(
+            [CaptionedFigure(name, drawn[name], text) for name, text in CAPTIONS.items() if name in drawn], run
+        )
     lead = (
         f"{results.weights} weights after {results.iterations} iterations of {results.config.optimizer} "
         f"({results.config.gradient}), {results.seconds:.0f} s; those of iteration {results.selected} were selected."
@@ -90,7 +92,7 @@ def _plane(name: str, basis: DensityBasis, errors: dict[str, torch.Tensor]) -> F
     return drawn
 
 
-def _training(looks: list[Look]) -> Figure:
+def _training(looks: list[Measurement]) -> Figure:
     drawn, plots = axes(2, width=5.0)
     for plot, what, label in zip(plots, ("loss", "l1"), ("L", "L1 per electron"), strict=True):
         for index, split in enumerate(("train", "validation")):
@@ -106,7 +108,7 @@ def _training(looks: list[Look]) -> Figure:
     return drawn
 
 
-def _inner(looks: list[Look]) -> Figure:
+def _inner(looks: list[Measurement]) -> Figure:
     measured = [look for look in looks if look.train is not None]
     spectrum = [look for look in measured if look.train is not None and look.train.least == look.train.least]
     drawn, plots = axes(2 if spectrum else 1, width=5.0)

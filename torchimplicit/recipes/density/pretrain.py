@@ -32,7 +32,7 @@ from torchimplicit.recipes.runtime.files import cache_folder
 from torchimplicit.recipes.runtime.fitting import read_checkpoint
 from torchimplicit.recipes.runtime.page import COLOURS, Section, axes, document, saved, styled
 from torchimplicit.recipes.runtime.run import Environment, Run, threads
-from torchimplicit.recipes.runtime.table import Column, Drawing, Table
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Column, Table
 
 FARTHEST = 6e-3
 """The largest L to which a quadratic model is followed."""
@@ -467,7 +467,7 @@ def write_report(results: Results, run: Run) -> None:
                 plot.plot([glance.step for glance in there], values, "o-", color=COLOURS[0], markersize=3)
                 plot.set(xlabel="step", ylabel=label, yscale="log", title="validation")
         caption = "The validation molecules along training: how far their minima would be away, and their energies."
-        pictures = saved([Drawing("training", drawn, caption)], run)
+        pictures = saved([CaptionedFigure("training", drawn, caption)], run)
     lead = (
         f"{NAMES[results.kind]} of {results.weights} weights, {results.course.step} steps, "
         f"{results.course.seconds:.0f} s; the weights of step {results.selected} were selected. "

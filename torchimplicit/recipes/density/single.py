@@ -25,7 +25,7 @@ from torchimplicit.recipes.density.settings import EstimatorName, OrbitalFreeTra
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import fraction, not_negative, option, positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Published, Runs, TitledTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -147,7 +147,7 @@ def there(config: SingleConfig, runs: Runs) -> list[Row]:
     return [row for row in every if runs.where(row=row)]
 
 
-def sheets(config: SingleConfig, runs: Runs) -> list[Sheet]:
+def sheets(config: SingleConfig, runs: Runs) -> list[TitledTable]:
     """Loss, time and work; below, the density before training and the superposition of atoms."""
     rows = there(config, runs)
     if not rows:
@@ -259,12 +259,12 @@ def notes(config: SingleConfig, runs: Runs) -> list[str]:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def drawings(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+def drawings(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -> list[CaptionedFigure]:
     """The loss, and the density's error along a line where the molecule is at hand."""
     if not runs:
         return []
     made = [
-        Drawing(
+        CaptionedFigure(
             "loss",
             loss_along(config, runs, folders),
             "The loss over its start: by iterations, and by seconds of the processor's time; a line a seed.",
@@ -273,7 +273,7 @@ def drawings(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -> li
     along = line_through(config, runs, folders)
     if along is not None:
         made.append(
-            Drawing(
+            CaptionedFigure(
                 "line",
                 along,
                 f"{config.molecule}: the error of the density along the line through the first two atoms (grey), "

@@ -15,7 +15,17 @@ from torchimplicit.recipes.density.settings import OrbitalFreeTraining
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import OptimizerName, not_negative, option, positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Line, Plan, Published, Runs, Sheet
+from torchimplicit.recipes.runtime.table import (
+    CaptionedFigure,
+    Cell,
+    Claim,
+    Job,
+    Line,
+    Plan,
+    Published,
+    Runs,
+    TitledTable,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -293,7 +303,7 @@ def there(config: StabilityConfig, runs: Runs) -> list[str]:
     return [name for name in all_rows(config) if runs.where(row=name)]
 
 
-def sheets(config: StabilityConfig, runs: Runs) -> list[Sheet]:
+def sheets(config: StabilityConfig, runs: Runs) -> list[TitledTable]:
     """Along training, and both ways to find a density before and after it."""
     rows = there(config, runs)
 
@@ -441,7 +451,7 @@ def notes(config: StabilityConfig, runs: Runs) -> list[str]:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def drawings(config: StabilityConfig, runs: Runs, folders: Mapping[str, Run]) -> list[Drawing]:
+def drawings(config: StabilityConfig, runs: Runs, folders: Mapping[str, Run]) -> list[CaptionedFigure]:
     """One for each way to find a density that has a run, and one of all."""
     rows = there(config, runs)
     names = {"descent": "by-descent", "l-bfgs": "by-l-bfgs"}
@@ -450,7 +460,7 @@ def drawings(config: StabilityConfig, runs: Runs, folders: Mapping[str, Run]) ->
         own = [row for row in rows if split(row)[0] == inner]
         if own:
             made.append(
-                Drawing(
+                CaptionedFigure(
                     names[inner],
                     along_training(runs, own),
                     f"Trained with densities found by {title}: steps of a minimization from the superposition of atoms "
@@ -460,7 +470,7 @@ def drawings(config: StabilityConfig, runs: Runs, folders: Mapping[str, Run]) ->
             )
     if rows:
         made.append(
-            Drawing(
+            CaptionedFigure(
                 "by-eigenvalue",
                 by_eigenvalue(runs, rows),
                 "Steps after training (mean of the molecules) over the least eigenvalue then, a point a run: filled by "

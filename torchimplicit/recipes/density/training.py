@@ -23,7 +23,7 @@ from torchimplicit.models.orbital_free import (
 )
 from torchimplicit.models.orbital_free.functional import ExchangeCorrelation
 from torchimplicit.models.orbital_free.on_grid import SHARED
-from torchimplicit.recipes.density.history import History, Look, Results
+from torchimplicit.recipes.density.history import History, Measurement, Results
 from torchimplicit.recipes.density.objective import Case, DensityFit
 from torchimplicit.recipes.density.pictures import write_report
 from torchimplicit.recipes.density.predict import Trained
@@ -33,7 +33,7 @@ from torchimplicit.recipes.density.split import SPLITS, Split, geometries, load
 from torchimplicit.recipes.runtime import files
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.fitting import read_checkpoint
-from torchimplicit.recipes.runtime.optimize import Budget, Enough, Keeper
+from torchimplicit.recipes.runtime.optimize import Budget, Checkpointer, Enough
 from torchimplicit.recipes.runtime.optimize import run as optimize
 from torchimplicit.recipes.runtime.run import Environment, Run, threads
 from torchimplicit.recipes.runtime.settings import from_plain, to_plain
@@ -121,7 +121,7 @@ def train(config: OrbitalFreeTraining, run: Run, console: Console) -> bool:
             with console.status("Measuring the start") as status:
                 objective.told(lambda doing: status.update(f"Measuring the start: {doing}"))
                 watcher.begin()  # before the keeper's clock runs
-        with Keeper(limits, objective, history, watcher, run, console) as keeper:
+        with Checkpointer(limits, objective, history, watcher, run, console) as keeper:
             objective.told(keeper.tell)
             try:
                 if keeper.spent < 1:
@@ -191,7 +191,7 @@ class _Watcher:
             if self.cases["validation"]:
                 validation = summarized(qualities(self.cases["validation"], functional, config))
         history.looks.append(
-            Look(history.iterations, history.seconds, loss, *figures, train=train, validation=validation)
+            Measurement(history.iterations, history.seconds, loss, *figures, train=train, validation=validation)
         )
         if measured:
             self._select()

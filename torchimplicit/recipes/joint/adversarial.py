@@ -36,7 +36,7 @@ from torchimplicit.recipes.runtime.settings import (
     positive,
 )
 from torchimplicit.recipes.runtime.step_cost import timed_in_turn
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet, Table
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, Table, TitledTable
 from torchimplicit.recipes.runtime.task import Metric, SampledTask, gradient, solver
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 from torchimplicit.regularizers import jacobian_frobenius
@@ -602,7 +602,7 @@ def ratio(runs: Runs, row: str, one: str, other: str, what: str) -> float:
     return fmean(a / b for a, b in zip(of(runs, row, one, what), of(runs, row, other, what), strict=True))
 
 
-def sheets(config: AdversarialTableConfig, runs: Runs) -> Iterator[Sheet]:
+def sheets(config: AdversarialTableConfig, runs: Runs) -> Iterator[TitledTable]:
     """Accuracies, and the strength of the attacks."""
     strongest = [attacked(config, "jiio", 0).strongest(kind) for kind in ("PGD", "JIIO")]
     cells = [Cell[str]("Trained on", lambda row: ROWS[row][0])]
@@ -621,7 +621,7 @@ def sheets(config: AdversarialTableConfig, runs: Runs) -> Iterator[Sheet]:
         yield strength(runs.where(row=row), row)
 
 
-def strength(runs: Runs, row: str) -> Sheet:
+def strength(runs: Runs, row: str) -> TitledTable:
     """Tabulate what the attacks do to the models of a row, and what they cost."""
     first: dict[str, Any] = runs[0]["attacks"] if runs else {}
     rival = next((name for name in reversed(first) if name.startswith("PGD")), CLEAN)
@@ -743,7 +743,7 @@ def notes(config: AdversarialTableConfig, runs: Runs) -> Iterator[str]:
     )
 
 
-def drawings(config: AdversarialTableConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
+def drawings(config: AdversarialTableConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """Strength against time, and images of the first seed, as they are and attacked."""
     if not runs:
         return
@@ -760,7 +760,7 @@ def drawings(config: AdversarialTableConfig, runs: Runs, folders: Mapping[str, R
                 panel.annotate(str(n), (x, y), textcoords="offset points", xytext=(4, -10), fontsize=7.5)
         panel.set(xlabel="CPU time, ms", ylabel="cross-entropy", title=f"trained on {ROWS[row][0]}")
         panel.legend()
-    yield Drawing(
+    yield CaptionedFigure(
         "strength",
         figure,
         "The attacks' strength, after an exact solve, against the time for all test images; the numbers are steps. "
@@ -783,7 +783,7 @@ def drawings(config: AdversarialTableConfig, runs: Runs, folders: Mapping[str, R
             ax.grid(visible=False)
             ax.set_title(str(int(answer)), fontsize=8, pad=2)
         axs[0].set_ylabel(f"trained on\n{ROWS[row][0]}\n{name}", fontsize=7, rotation=0, ha="right", va="center")
-    yield Drawing(
+    yield CaptionedFigure(
         "pictures",
         figure,
         "Test images as they are and attacked, with what the model takes each for: one trained on clean images, and "

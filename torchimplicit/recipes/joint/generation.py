@@ -48,7 +48,17 @@ from torchimplicit.recipes.runtime.page import axes, save_figure, style, styled
 from torchimplicit.recipes.runtime.run import Run, quietly
 from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, positive
 from torchimplicit.recipes.runtime.step_cost import timed_in_turn
-from torchimplicit.recipes.runtime.table import Cell, Claim, Column, Drawing, Job, Plan, Runs, Sheet, Table
+from torchimplicit.recipes.runtime.table import (
+    CaptionedFigure,
+    Cell,
+    Claim,
+    Column,
+    Job,
+    Plan,
+    Runs,
+    Table,
+    TitledTable,
+)
 from torchimplicit.recipes.runtime.task import Metric, Rows, SampledTask
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 from torchimplicit.regularizers import jacobian_frobenius
@@ -721,7 +731,7 @@ def overtaking(one: Points, method: str, steps: int) -> Overtaking | None:
     return best and Overtaking(best["steps"], best["seconds"], seconds / best["seconds"])
 
 
-def sheets(config: JiioGenerationConfig, runs: Runs) -> Iterator[Sheet]:
+def sheets(config: JiioGenerationConfig, runs: Runs) -> Iterator[TitledTable]:
     """Tabulate how much sooner the joint solve is there; joint inference by steps; and the images."""
     spread = table.spread
     nested_ones = [*itertools.product([m for m in LABELS if m != JOINT], (10, 20, LONGEST))]
@@ -868,10 +878,10 @@ def notes(config: JiioGenerationConfig, runs: Runs) -> Iterator[str]:
     yield from table.missing(jobs(config), runs)
 
 
-def drawings(config: JiioGenerationConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
+def drawings(config: JiioGenerationConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """Loss against time, and images of the first seed that has some."""
     for size, each in timed(runs).items():
-        yield Drawing(
+        yield CaptionedFigure(
             f"curves-{size}",
             against_time(each),
             f"{NAMES[size]}: loss of a batch of {training(config, size, 0).curve_images} test images against CPU time, "
@@ -880,7 +890,7 @@ def drawings(config: JiioGenerationConfig, runs: Runs, folders: Mapping[str, Run
     for model in ("jiio", "vae"):
         several = (read_pictures(folders[line.name]) for line in runs.where(row=model))
         if (pictures := next((one for one in several if one is not None), None)) is not None:
-            yield Drawing(f"images-{model}", grid(pictures), f"{NAMES[model]}: {config.data}, not selected.")
+            yield CaptionedFigure(f"images-{model}", grid(pictures), f"{NAMES[model]}: {config.data}, not selected.")
 
 
 def against_time(found: Sequence[Points]) -> Figure:

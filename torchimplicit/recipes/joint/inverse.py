@@ -43,7 +43,7 @@ from torchimplicit.recipes.runtime import files, table
 from torchimplicit.recipes.runtime.page import save_figure, styled
 from torchimplicit.recipes.runtime.run import Run
 from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, fraction, positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, TitledTable
 from torchimplicit.recipes.runtime.task import Metric, Rows, SampledTask, Split, generator
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 from torchimplicit.solvers import Anderson
@@ -411,7 +411,7 @@ def figures(config: JiioInverseConfig, run: Run) -> dict[str, Any] | None:
     return {**one, "selected_step": step, "gradients": table.read("gradients.json")(config, run)}
 
 
-def sheets(config: JiioInverseConfig, runs: Runs) -> Iterator[Sheet]:
+def sheets(config: JiioInverseConfig, runs: Runs) -> Iterator[TitledTable]:
     """A sheet a problem, and how near the gradients come to the true one."""
     for corruption in CORRUPTIONS:
         here = runs.where(corruption=corruption)
@@ -511,7 +511,7 @@ def notes(config: JiioInverseConfig, runs: Runs) -> Iterator[str]:
     yield from table.missing(jobs(config), runs)
 
 
-def drawings(config: JiioInverseConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
+def drawings(config: JiioInverseConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """Images of the first seed that has some, a figure a problem."""
     for corruption in CORRUPTIONS:
         named: dict[str, Any] = {}
@@ -521,7 +521,7 @@ def drawings(config: JiioInverseConfig, runs: Runs, folders: Mapping[str, Run]) 
                 named.setdefault("clean, and corrupted", shown[:2])
                 named[f"restored; gradient: {row.label}"] = shown[2:]
         if named:
-            yield Drawing(corruption, grid(named), f"{corruption.capitalize()}: test images, not selected.")
+            yield CaptionedFigure(corruption, grid(named), f"{corruption.capitalize()}: test images, not selected.")
 
 
 TABLE = table.published(

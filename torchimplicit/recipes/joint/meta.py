@@ -40,7 +40,7 @@ from torchimplicit.recipes.runtime.settings import (
     positive,
 )
 from torchimplicit.recipes.runtime.step_cost import timed_in_turn
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet, Table
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, Table, TitledTable
 from torchimplicit.recipes.runtime.task import (
     Batches,
     InOrder,
@@ -742,7 +742,7 @@ def there(config: MetaTableConfig, runs: Runs) -> dict[str, Runs]:
     return {problem: own for problem in config.problems if (own := runs.where(problem=problem))}
 
 
-def sheets(config: MetaTableConfig, runs: Runs) -> Iterator[Sheet]:
+def sheets(config: MetaTableConfig, runs: Runs) -> Iterator[TitledTable]:
     """Problem by problem: training, and the adaptations of every model."""
     for problem, own in there(config, runs).items():
         yield trainings(config, problem, own)
@@ -751,7 +751,7 @@ def sheets(config: MetaTableConfig, runs: Runs) -> Iterator[Sheet]:
                 yield adapting(problem, own, row)
 
 
-def trainings(config: MetaTableConfig, problem: str, runs: Runs) -> Sheet:
+def trainings(config: MetaTableConfig, problem: str, runs: Runs) -> TitledTable:
     """Tabulate what each way of training comes to, adapted as it was trained."""
 
     def told(what: str, digits: int, scale: float = 1.0) -> Any:
@@ -771,7 +771,7 @@ def trainings(config: MetaTableConfig, problem: str, runs: Runs) -> Sheet:
     return table.sheet(f"{TITLES[problem]}: training", ROWS, shown)
 
 
-def adapting(problem: str, runs: Runs, row: str) -> Sheet:
+def adapting(problem: str, runs: Runs, row: str) -> TitledTable:
     """The adaptations of a row's models."""
     first = adaptations_of(runs, row)
 
@@ -898,7 +898,7 @@ def notes(config: MetaTableConfig, runs: Runs) -> Iterator[str]:
     )
 
 
-def drawings(config: MetaTableConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
+def drawings(config: MetaTableConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """Error against time."""
     problems = there(config, runs)
     if not problems:
@@ -918,7 +918,7 @@ def drawings(config: MetaTableConfig, runs: Runs, folders: Mapping[str, Run]) ->
         if problem == "sinusoid":
             panel.set_yscale("log")
         panel.legend(fontsize=7.5)
-    yield Drawing(
+    yield CaptionedFigure(
         "error",
         figure,
         "Error on the queries of all test tasks against the time of adapting to them, with more and more steps, each "

@@ -20,7 +20,7 @@ from torchimplicit.recipes.runtime.settings import (
     positive,
 )
 from torchimplicit.recipes.runtime.step_cost import StepCost, costs_of
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Line, Plan, Runs, Sheet
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Line, Plan, Runs, TitledTable
 
 if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
@@ -181,7 +181,7 @@ def measured(runs: Runs) -> dict[str, StepCost]:
     return costs_of(runs.named(COST))
 
 
-def sheets(config: PhantomAblationConfig, runs: Runs) -> Iterator[Sheet]:
+def sheets(config: PhantomAblationConfig, runs: Runs) -> Iterator[TitledTable]:
     """Table 1, what a step costs, and the sweep."""
 
     def cost(figure: str, digits: int, scale: float = 1.0) -> Any:
@@ -209,7 +209,7 @@ def sheets(config: PhantomAblationConfig, runs: Runs) -> Iterator[Sheet]:
              "Finished, of those begun."),
     ])  # fmt: skip
     if found := measured(runs):
-        yield Sheet("A training step, by gradient, at the same trained weights", cost_table(found))
+        yield TitledTable("A training step, by gradient, at the same trained weights", cost_table(found))
     points = {UPG: TABLE_1[UPG], **SWEEP}
     order = sorted(points, key=lambda name: (points[name].damping, points[name].steps))
     yield table.sheet("Sweep over k and λ (Fig. 3)", order, [
@@ -301,7 +301,7 @@ def notes(config: PhantomAblationConfig, runs: Runs) -> Iterator[str]:
     yield from table.diverged(by_row, lambda line: line.name)
 
 
-def drawings(config: PhantomAblationConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
+def drawings(config: PhantomAblationConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """Those for which there are runs."""
     shown = (IMPLICIT, "implicit-nopre", "implicit-sgd", CONTROL, UPG, NPG)  # all nine would hide each other
     if any(runs.where(row=name) for name in shown):
@@ -312,7 +312,7 @@ def drawings(config: PhantomAblationConfig, runs: Runs, folders: Mapping[str, Ru
         yield _cost(cost)
 
 
-def _training(config: PhantomAblationConfig, runs: Runs, shown: tuple[str, ...]) -> Drawing:
+def _training(config: PhantomAblationConfig, runs: Runs, shown: tuple[str, ...]) -> CaptionedFigure:
     figure, (by_step, by_cost) = axes(2, width=4.8)
     for index, name in enumerate(shown):
         lines = [line for line in runs.where(row=name) if line["validations"]]
@@ -327,7 +327,7 @@ def _training(config: PhantomAblationConfig, runs: Runs, shown: tuple[str, ...])
     by_step.set(xlabel="optimizer steps", ylabel="validation accuracy, %")
     by_cost.set(xlabel="evaluations of the cell and products with its Jacobian")
     figure.legend(loc="outside lower center", ncols=3)
-    return Drawing(
+    return CaptionedFigure(
         "training",
         figure,
         "Validation accuracy along training, mean over the seeds: by optimizer steps, and by the work in the "
@@ -343,7 +343,7 @@ def _work(line: Line, settings: Equilibria, step: int) -> float:
     return 2 * pretraining * settings.pretrain_depth + (step - pretraining) * float(own)
 
 
-def _sweep(runs: Runs) -> Drawing:
+def _sweep(runs: Runs) -> CaptionedFigure:
     labels = {UPG: TABLE_1[UPG], **SWEEP}
     figure, (over_steps, over_damping) = axes(2, width=4.8)
     for panel, other, along, words in (
@@ -358,7 +358,7 @@ def _sweep(runs: Runs) -> Drawing:
         for x, values in points:
             panel.plot([x] * len(values), values, ".", color=COLOURS[6])
         panel.set(xlabel=words, ylabel="test accuracy, %")
-    return Drawing(
+    return CaptionedFigure(
         "sweep",
         figure,
         "Test accuracy of UPG(k, λ): means over the seeds (line), and every run (dots). Points other than A(5, 0.5) "
@@ -366,7 +366,7 @@ def _sweep(runs: Runs) -> Drawing:
     )
 
 
-def _cost(cost: dict[str, StepCost]) -> Drawing:
+def _cost(cost: dict[str, StepCost]) -> CaptionedFigure:
     figure, (seconds, products) = axes(2, width=4.8, height=2.9)
     names = list(cost)[::-1]
     forward = [1e3 * cost[name].forward_seconds for name in names]
@@ -381,7 +381,7 @@ def _cost(cost: dict[str, StepCost]) -> Drawing:
     for panel in (seconds, products):
         panel.set_axisbelow(True)
         panel.grid(visible=False, axis="y")
-    return Drawing(
+    return CaptionedFigure(
         "cost",
         figure,
         "A training step at the same trained weights on the same batches, by gradient: time of the forward and the "

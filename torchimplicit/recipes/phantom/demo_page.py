@@ -22,7 +22,7 @@ from torchimplicit.recipes.phantom.demo import (
     summary_table,
 )
 from torchimplicit.recipes.runtime.page import Section, canvas, document, saved, style, styled
-from torchimplicit.recipes.runtime.table import Drawing, shown
+from torchimplicit.recipes.runtime.table import CaptionedFigure, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -187,7 +187,7 @@ PICTURES = {
 }
 
 
-def drawings(results: Results) -> list[Drawing]:
+def drawings(results: Results) -> list[CaptionedFigure]:
     """The pictures that there is data for."""
 
     tracks = [result.track for result in results.estimators.values()]
@@ -206,7 +206,7 @@ def drawings(results: Results) -> list[Drawing]:
         PICTURES[name].draw(axes, results)
         known = axes.get_legend_handles_labels()
         figure.legend(*known, loc="outside upper left", ncols=3, columnspacing=1.4, handlelength=2.2)
-        drawn.append(Drawing(name, figure, PICTURES[name].reading))
+        drawn.append(CaptionedFigure(name, figure, PICTURES[name].reading))
     return drawn
 
 

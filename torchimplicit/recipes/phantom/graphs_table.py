@@ -24,7 +24,7 @@ from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.page import COLOURS, axes, style
 from torchimplicit.recipes.runtime.settings import Machine, Optimization, positive
 from torchimplicit.recipes.runtime.step_cost import StepCost, costs_of
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, TitledTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -225,7 +225,7 @@ def constant(runs: Runs, name: str) -> tuple[int, int]:
     return sum(abs(score - MAJORITY[name]) < ONE_ANSWER for score in scores), len(scores)
 
 
-def sheets(config: PhantomGraphsConfig, runs: Runs) -> Iterator[Sheet]:
+def sheets(config: PhantomGraphsConfig, runs: Runs) -> Iterator[TitledTable]:
     """Table 4, what a step costs, and the chains."""
     estimators = rows(config.dampings)
     both = [(name, row) for name in config.sets for row in estimators]
@@ -397,10 +397,10 @@ def notes(config: PhantomGraphsConfig, runs: Runs) -> Iterator[str]:
     yield from table.left_out(wanted, runs, "not done, or diverged, and left out")
 
 
-def drawings(config: PhantomGraphsConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
+def drawings(config: PhantomGraphsConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """Those for which there are runs."""
     if any("set" in line.key for line in runs):
-        yield Drawing(
+        yield CaptionedFigure(
             "accuracy",
             bars(config, runs),
             "Test accuracy, mean and standard deviation over the folds: ours with the epoch selected on validation, "
@@ -408,7 +408,7 @@ def drawings(config: PhantomGraphsConfig, runs: Runs, folders: Mapping[str, Run]
             "constant answer scores.",
         )
     if any("length" in line.key for line in runs):
-        yield Drawing(
+        yield CaptionedFigure(
             "chains",
             lengths(runs),
             "Test accuracy on directed chains against their length, exact gradient: mean over the seeds, and from the "

@@ -15,7 +15,7 @@ from torchimplicit.recipes.phantom.language import CONVERGED, KINDS, CostConfig,
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.page import axes, style
 from torchimplicit.recipes.runtime.settings import Machine, positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, TitledTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -202,7 +202,7 @@ def trained(config: PhantomLanguage, runs: Runs) -> dict[str, Trained]:
     return made
 
 
-def sheets(config: PhantomLanguage, runs: Runs) -> Iterator[Sheet]:
+def sheets(config: PhantomLanguage, runs: Runs) -> Iterator[TitledTable]:
     """Perplexity and cost; and steps at the same weights."""
     rows = trained(config, runs)
     base = rows["post-implicit"].step_seconds if "post-implicit" in rows else None
@@ -349,18 +349,18 @@ def notes(config: PhantomLanguage, runs: Runs) -> Iterator[str]:
         yield f"Rows with fewer seeds than {seeds}: {', '.join(short)}."
 
 
-def drawings(config: PhantomLanguage, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
+def drawings(config: PhantomLanguage, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """Validation perplexity over the steps, and over the time."""
     rows = trained(config, runs)
     if rows:
-        yield Drawing(
+        yield CaptionedFigure(
             "perplexity-steps",
             _curves(dict.fromkeys(rows.values(), 1.0), "Optimizer steps"),
             "Perplexity on the validation text along training, mean over the seeds. Lower is better; lines that lie on "
             "each other learn the same from a step.",
         )
     if known := {one: one.step_seconds for one in rows.values() if one.step_seconds is not None}:
-        yield Drawing(
+        yield CaptionedFigure(
             "perplexity-seconds",
             _curves(known, "Seconds of training"),
             "The same against time: steps times the seconds of a step, which were measured for all rows in turn. A "

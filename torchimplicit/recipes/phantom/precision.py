@@ -17,7 +17,7 @@ from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.page import axes, style
 from torchimplicit.recipes.runtime.settings import from_plain, option, positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, TitledTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,7 +99,7 @@ def jobs(config: PrecisionConfig) -> list[Job]:
 
 
 @dataclass(frozen=True)
-class Look:
+class Measurement:
     """The gradient at one step of a training.
 
     Attributes:
@@ -130,7 +130,7 @@ def figures(config: PrecisionConfig, run: Run) -> Any:
     return looks
 
 
-def looks_of(run: Run) -> list[Look]:
+def looks_of(run: Run) -> list[Measurement]:
     """From the run's log."""
     from torchimplicit.recipes.runtime.fitting import rows
 
@@ -144,7 +144,7 @@ def looks_of(run: Run) -> list[Look]:
                 estimator, _, figure = name.removeprefix(prefix).rpartition("/")
                 (beside[estimator] if estimator else own)[figure] = value
         if own or beside:
-            found.append(Look(int(row["step"]), own, dict(beside)))
+            found.append(Measurement(int(row["step"]), own, dict(beside)))
     return found
 
 
@@ -153,13 +153,15 @@ def layers(runs: Runs, weight: str) -> list[LayerResults]:
     return [from_plain(LayerResults, line.figures) for line in runs.where(weight=weight)]
 
 
-def trainings(runs: Runs, gradient: str, late: bool = False) -> list[list[Look]]:
+def trainings(runs: Runs, gradient: str, late: bool = False) -> list[list[Measurement]]:
     """The looks at every training by a gradient; ``late``: those of the second half only."""
-    found = [[Look(x["step"], x["own"], x["beside"]) for x in line.figures] for line in runs.where(gradient=gradient)]
+    found = [
+        [Measurement(x["step"], x["own"], x["beside"]) for x in line.figures] for line in runs.where(gradient=gradient)
+    ]
     return [[look for look in looks if not late or look.step > looks[-1].step / 2] for looks in found]
 
 
-def flat(trainings: Iterable[list[Look]]) -> list[Look]:
+def flat(trainings: Iterable[list[Measurement]]) -> list[Measurement]:
     """All looks at some trainings."""
     return [look for looks in trainings for look in looks]
 
@@ -170,7 +172,7 @@ def mean(values: Iterable[float]) -> float:
     return fmean(listed) if listed else float("nan")
 
 
-def sheets(config: PrecisionConfig, runs: Runs) -> Iterator[Sheet]:
+def sheets(config: PrecisionConfig, runs: Runs) -> Iterator[TitledTable]:
     """Fig. 1, what is beyond it, and Fig. 2."""
     measured: Layers = {weight: layers(runs, weight) for weight in WEIGHTS}
     if any(measured.values()):
@@ -182,7 +184,7 @@ def sheets(config: PrecisionConfig, runs: Runs) -> Iterator[Sheet]:
             yield _along(runs, gradient)
 
 
-def _grid(measured: Layers) -> Sheet:
+def _grid(measured: Layers) -> TitledTable:
     points = [(weight, name, damping) for weight in WEIGHTS for name in ("UPG", "NPG") for damping in LAYER.lambdas]
 
     def cosine(k: int) -> Any:
@@ -198,7 +200,7 @@ def _grid(measured: Layers) -> Sheet:
     ])  # fmt: skip
 
 
-def _adaptive(measured: Layers) -> Sheet:
+def _adaptive(measured: Layers) -> TitledTable:
     asked = {
         f"{weight}, {error:g}": [a for one in measured[weight] for a in one.adaptive if a.asked == error]
         for weight in WEIGHTS
@@ -219,7 +221,7 @@ def _adaptive(measured: Layers) -> Sheet:
     ])  # fmt: skip
 
 
-def _unbiased(measured: Layers) -> Sheet:
+def _unbiased(measured: Layers) -> TitledTable:
     def told(of: Callable[[Drawn], float], digits: int = 3) -> Callable[[str], str]:
         return lambda weight: table.spread([of(one.unbiased) for one in measured[weight]], digits)
 
@@ -238,7 +240,7 @@ def _unbiased(measured: Layers) -> Sheet:
     ])  # fmt: skip
 
 
-def _along(runs: Runs, gradient: GradientName) -> Sheet:
+def _along(runs: Runs, gradient: GradientName) -> TitledTable:
     every, late = flat(trainings(runs, gradient)), trainings(runs, gradient, late=True)
 
     def over(figure: str, digits: int) -> Any:
@@ -412,7 +414,7 @@ def notes(config: PrecisionConfig, runs: Runs) -> Iterator[str]:
     yield from table.missing(jobs(config), runs, "Not measured")
 
 
-def drawings(config: PrecisionConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
+def drawings(config: PrecisionConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """Those that there is data for."""
     if any(runs.where(weight=weight) for weight in WEIGHTS):
         yield grid(runs)
@@ -421,7 +423,7 @@ def drawings(config: PrecisionConfig, runs: Runs, folders: Mapping[str, Run]) ->
         yield choices(runs)
 
 
-def grid(runs: Runs) -> Drawing:
+def grid(runs: Runs) -> CaptionedFigure:
     """Fig. 1."""
     from matplotlib.ticker import MaxNLocator
 
@@ -440,7 +442,7 @@ def grid(runs: Runs) -> Drawing:
         panel.set(title=f"{weight} weight", xlabel="k, steps or terms", ylabel="cosine to the exact gradient")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].legend(loc="lower right")
-    return Drawing(
+    return CaptionedFigure(
         "cosine-over-steps-and-damping",
         figure,
         "Cosine of the phantom gradients to the exact gradient on random layers whose weight has the spectral norm "
@@ -449,7 +451,7 @@ def grid(runs: Runs) -> Drawing:
     )
 
 
-def along(runs: Runs) -> Drawing:
+def along(runs: Runs) -> CaptionedFigure:
     """Fig. 2."""
     figure, panels = axes(len(TRAINED), width=4.9)
     for panel, gradient in zip(panels, TRAINED, strict=True):
@@ -458,7 +460,7 @@ def along(runs: Runs) -> Drawing:
         panel.axhline(0, color="#9aa3af", linewidth=0.8)
         panel.set(title=TRAINED[gradient], xlabel="step", ylabel="cosine to the exact gradient")
     figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return Drawing(
+    return CaptionedFigure(
         "cosine-along-training",
         figure,
         "Cosine to the exact gradient along the training of an MDEQ, every estimator at the same weights, batches and "
@@ -467,7 +469,7 @@ def along(runs: Runs) -> Drawing:
     )
 
 
-def choices(runs: Runs) -> Drawing:
+def choices(runs: Runs) -> CaptionedFigure:
     """The spectrum along training, and what the adaptive phantom gradient makes of it."""
     figure, panels = axes(3, width=3.5)
     adaptive = "adaptive, residual 0.1"
@@ -483,7 +485,7 @@ def choices(runs: Runs) -> Drawing:
         panel.set(title=title, xlabel="step", ylabel=label)
     panels[0].axhline(1, color="#9aa3af", linewidth=0.8)
     panels[0].legend(loc="upper right", fontsize=7.5)
-    return Drawing(
+    return CaptionedFigure(
         "spectrum-and-choices",
         figure,
         "The Jacobian's spectral radius at the equilibrium along training, and how many steps the adaptive phantom "

@@ -14,7 +14,7 @@ from torchimplicit.recipes.physics.solve_equation import PhysicsConfig
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.page import COLOURS, axes
 from torchimplicit.recipes.runtime.settings import positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, TitledTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -203,14 +203,14 @@ def there(config: PhysicsInformedConfig, runs: Runs, equation: EquationName) -> 
     return [row for row in rows(config, equation) if runs.where(row=row)]
 
 
-def sheets(config: PhysicsInformedConfig, runs: Runs) -> Iterator[Sheet]:
+def sheets(config: PhysicsInformedConfig, runs: Runs) -> Iterator[TitledTable]:
     """A sheet an equation."""
     for equation in equations(config):
         if there(config, runs, equation):
             yield sheet(config, runs, equation)
 
 
-def sheet(config: PhysicsInformedConfig, runs: Runs, equation: EquationName) -> Sheet:
+def sheet(config: PhysicsInformedConfig, runs: Runs, equation: EquationName) -> TitledTable:
     """The errors on one equation; below them those of a constant."""
     own = MEASURE[equation]
     also = runs.where(equation=equation).column("iae")
@@ -343,7 +343,7 @@ def notes(config: PhysicsInformedConfig, runs: Runs) -> Iterator[str]:
     yield from table.left_out(asked, runs, "not done or diverged, and left out")
 
 
-def drawings(config: PhysicsInformedConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
+def drawings(config: PhysicsInformedConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """Solution and error, and the error against time, equation by equation."""
     from torchimplicit.recipes.physics.solve_equation import restored, values
 
@@ -360,9 +360,11 @@ def drawings(config: PhysicsInformedConfig, runs: Runs, folders: Mapping[str, Ru
         if shown:
             caption = f"{title}: what was found, and its error; {OPTIMIZERS[optimizer]}, seed {seed}."
             figure = (_lines if ordinary(equation) else _maps)(equation, shown)
-            yield Drawing(f"{equation}-solution", figure, caption)
+            yield CaptionedFigure(f"{equation}-solution", figure, caption)
         caption = f"{title}: the error along every run, against the processor's time; dashed are the plain networks."
-        yield Drawing(f"{equation}-seconds", against_seconds(runs.where(equation=equation), folders, equation), caption)
+        yield CaptionedFigure(
+            f"{equation}-seconds", against_seconds(runs.where(equation=equation), folders, equation), caption
+        )
 
 
 def against_seconds(runs: Runs, folders: Mapping[str, Run], equation: EquationName) -> Figure:

@@ -16,12 +16,12 @@ from torch import Tensor
 from torchimplicit.models.physics_informed import EquilibriumField, Field, NetworkField
 from torchimplicit.recipes.physics.equations import EQUATIONS, Condition, Equation, EquationName
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.optimize import Array, Budget, Clock, Enough, Keeper
+from torchimplicit.recipes.runtime.optimize import Array, Budget, Checkpointer, Clock, Enough
 from torchimplicit.recipes.runtime.optimize import run as optimize
 from torchimplicit.recipes.runtime.page import COLOURS, Section, axes, document, saved, styled
 from torchimplicit.recipes.runtime.run import Environment, Run, quietly, threads
 from torchimplicit.recipes.runtime.settings import OptimizerName, from_plain, not_negative, positive
-from torchimplicit.recipes.runtime.table import Column, Drawing, Table
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Column, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,7 +108,7 @@ def helmholtz() -> PhysicsConfig:
 
 
 @dataclass(frozen=True)
-class Look:
+class Measurement:
     """The state of a training.
 
     Attributes:
@@ -133,7 +133,7 @@ class History(Clock):
         looks: in their order.
     """
 
-    looks: list[Look] = dataclasses.field(default_factory=list)
+    looks: list[Measurement] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Results:
     jacobians: int
     rejected: int
     unconverged: float
-    looks: list[Look]
+    looks: list[Measurement]
     environment: Environment
     config: PhysicsConfig
 
@@ -334,7 +334,7 @@ def write_report(results: Results, equation: Equation, made: Field, run: Run) ->
     """``figures/*.png`` and ``index.html``, which holds its pictures itself."""
     drawn = figures(results, equation, made)
     with styled():
-        pictures = saved([Drawing(name, one, CAPTIONS[name]) for name, one in drawn.items()], run)
+        pictures = saved([CaptionedFigure(name, one, CAPTIONS[name]) for name, one in drawn.items()], run)
     said = ", ".join(f"{name} {value:.2e}" for name, value in results.errors.items())
     lead = (
         f"{results.config.model.capitalize()} of {results.parameters} weights, after {results.iterations} iterations "
@@ -377,10 +377,10 @@ def train(config: PhysicsConfig, run: Run, console: Console) -> bool:
         found = errors.get("relative_l2", math.nan), errors.get("iae", math.nan)
         if history.looks and history.looks[-1].iteration == history.iterations:
             history.looks.pop()
-        history.looks.append(Look(history.iterations, history.seconds, loss, *found))
+        history.looks.append(Measurement(history.iterations, history.seconds, loss, *found))
 
     limits = Budget(iterations=config.iterations, seconds=config.seconds, measure_every=config.error_every)
-    keeper = Keeper(limits, problem, history, look, run, console)
+    keeper = Checkpointer(limits, problem, history, look, run, console)
     budget = f"{config.iterations} iterations" if config.seconds is None else f"{config.seconds:g} seconds"
     console.print(
         f"{equation.title}: {len(problem.weights)} weights, {config.points} collocation points, {budget} of "

@@ -27,7 +27,7 @@ from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.page import Section, axes, document, media, saved, style, styled
 from torchimplicit.recipes.runtime.run import Run, Runner, threads
 from torchimplicit.recipes.runtime.settings import Equilibria, Optimization, Trained, positive
-from torchimplicit.recipes.runtime.table import Cell, Drawing, Table, sheet, shown
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Table, sheet, shown
 from torchimplicit.recipes.runtime.task import Batches, Metric, Shard, Split, Task, generator, gradient, solver
 from torchimplicit.recipes.runtime.trainer import Results, Trainer
 
@@ -633,7 +633,7 @@ def write_page(
     """
     with styled():
         caption = f"The {task.metric.name} on the validation points along training."
-        curves = saved([Drawing("curve", curve(results, task.metric), caption)], run)
+        curves = saved([CaptionedFigure("curve", curve(results, task.metric), caption)], run)
     pieces = [*(media(path, caption, run.path) for path, caption in pictures), *curves]
     sections = [Section(table=summary(results), notes=notes), Section(pictures=pieces)]
     run.write_text("index.html", document(title, [task.describe()], sections))

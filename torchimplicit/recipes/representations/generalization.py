@@ -16,7 +16,7 @@ from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.page import axes, canvas, style
 from torchimplicit.recipes.runtime.settings import Machine, known_rows, positive
 from torchimplicit.recipes.runtime.step_cost import step_sheet
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, TitledTable
 
 if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
@@ -210,7 +210,7 @@ def by_seed(config: GeneralizationConfig, runs: Runs, row: Row, kind: Kind) -> l
     return [fmean(values) for values in every if values and len(values) == count]
 
 
-def sheets(config: GeneralizationConfig, runs: Runs) -> Iterator[Sheet]:
+def sheets(config: GeneralizationConfig, runs: Runs) -> Iterator[TitledTable]:
     """The quality, the cost of a step, and the time to an explicit network's quality."""
     labels = labels_of(config)
     yield table.sheet("Pixels that were not given", OF_THE_TABLE, [
@@ -236,7 +236,7 @@ def sheets(config: GeneralizationConfig, runs: Runs) -> Iterator[Sheet]:
         yield amortizing(runs, labels, both)
 
 
-def bounding(runs: Runs, labels: dict[Row, str]) -> Sheet:
+def bounding(runs: Runs, labels: dict[Row, str]) -> TitledTable:
     """Models of one layer with the spectral bound and without, at the best weights and at the last."""
     rows = [Row(filter=name, implicit=implicit) for name in FILTERS for implicit in (True, False)]
 
@@ -274,7 +274,7 @@ def stronger(runs: Runs, name: FilterKind) -> list[float]:
     return [one[place] - other[place] for place in one if place in other]
 
 
-def reaching(runs: Runs, labels: dict[Row, str]) -> Sheet:
+def reaching(runs: Runs, labels: dict[Row, str]) -> TitledTable:
     """Tabulate in how many steps and in what time a model comes to what the explicit network of one layer ends with."""
 
     def cells(row: Row) -> list[str]:
@@ -304,7 +304,7 @@ def amortized(runs: Runs, name: FilterKind) -> list[tuple[float, float]]:
     return runs.paired(Row(filter=name), Row(filter=name, full=True), "test.PSNR")
 
 
-def amortizing(runs: Runs, labels: dict[Row, str], names: list[FilterKind]) -> Sheet:
+def amortizing(runs: Runs, labels: dict[Row, str], names: list[FilterKind]) -> TitledTable:
     """Training by one evaluation a step beside training by full solves."""
     cost = runs.named(COST)
 
@@ -415,7 +415,7 @@ def notes(config: GeneralizationConfig, runs: Runs) -> Iterator[str]:
     yield from table.diverged(runs, lambda line: f"{labels[line['row']]} on {line['picture']}, seed {line['seed']}")
 
 
-def drawings(config: GeneralizationConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
+def drawings(config: GeneralizationConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """PSNR along training, and the first picture of each kind with what became of it."""
     import matplotlib.image
 
@@ -427,7 +427,7 @@ def drawings(config: GeneralizationConfig, runs: Runs, folders: Mapping[str, Run
         for panel, (name, four) in zip(panels, rows.items(), strict=True):
             table.curves(panel, [(labels[row], runs.where(row=row), style(i)) for i, row in enumerate(four)], "PSNR")
             panel.set(title=f"{NAMES[name, True]} and {NAMES[name, False]}", ylabel="validation PSNR, dB")
-        yield Drawing(
+        yield CaptionedFigure(
             "training",
             figure,
             "PSNR on the validation pixels along training, mean over all pictures and seeds: the implicit model of one "
@@ -449,7 +449,7 @@ def drawings(config: GeneralizationConfig, runs: Runs, folders: Mapping[str, Run
             ax.imshow(matplotlib.image.imread(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             ax.set_axis_off()
             ax.set_title(title, fontsize=8)
-    yield Drawing(
+    yield CaptionedFigure(
         "pictures",
         figure,
         "The whole picture from a quarter of its pixels, by Fourier filters; below each model its PSNR on the test "

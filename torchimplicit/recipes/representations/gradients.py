@@ -17,7 +17,7 @@ from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.page import axes, style
 from torchimplicit.recipes.runtime.settings import Machine, positive
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, TitledTable
 
 if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
@@ -111,7 +111,7 @@ def jobs(config: GradientsConfig) -> list[Job]:
     return made
 
 
-def sheets(config: GradientsConfig, runs: Runs) -> Iterator[Sheet]:
+def sheets(config: GradientsConfig, runs: Runs) -> Iterator[TitledTable]:
     """A sheet a filter."""
     cost = runs.named(COST)
 
@@ -183,7 +183,7 @@ def notes(config: GradientsConfig, runs: Runs) -> Iterator[str]:
         yield f"Diverged: {', '.join(names)}."
 
 
-def drawings(config: GradientsConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
+def drawings(config: GradientsConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """PSNR, and how far the gradient points from the exact one."""
     if not any(line.key for line in runs):
         return
@@ -202,7 +202,7 @@ def drawings(config: GradientsConfig, runs: Runs, folders: Mapping[str, Run]) ->
     quality.set_ylabel("test PSNR, dB")
     quality.legend()
     error.set(ylabel="1 - cosine to the exact gradient", yscale="log")
-    yield Drawing(
+    yield CaptionedFigure(
         "products",
         figure,
         "Test PSNR (mean over the pictures and seeds), and how far the gradient points from the exact one, over the "

@@ -37,7 +37,7 @@ from torchimplicit.recipes.runtime.page import axes, canvas, style
 from torchimplicit.recipes.runtime.run import Run
 from torchimplicit.recipes.runtime.settings import Machine, known_rows, positive
 from torchimplicit.recipes.runtime.step_cost import StepCost, step_sheet, step_table
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, TitledTable
 from torchimplicit.recipes.runtime.trainer import Measuring
 
 # -- The one-step estimate, and what the steps of several fits cost ----------------------------------------------------
@@ -332,7 +332,7 @@ def tested(runs: Runs) -> Runs:
     return Runs(line for line in runs if line["test"])
 
 
-def sheets(config: ShapesConfig, runs: Runs) -> Iterator[Sheet]:
+def sheets(config: ShapesConfig, runs: Runs) -> Iterator[TitledTable]:
     """The quality of both tasks, the cost of a step, and where the one-step estimate points."""
     whole = tested(runs)
     cells = [
@@ -461,7 +461,7 @@ def notes(config: ShapesConfig, runs: Runs) -> Iterator[str]:
     yield from table.diverged(runs)
 
 
-def drawings(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
+def drawings(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """Training, and the surfaces."""
     if not any(line.key for line in runs):
         return
@@ -477,7 +477,7 @@ def drawings(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run]) -> It
         if panel.has_data():
             panel.legend(fontsize=7, handlelength=3.6)
     panels[1].set_yscale("log")
-    yield Drawing(
+    yield CaptionedFigure(
         "training",
         figure,
         "Along training, on the validation points, mean over the seeds: implicit models (solid), the same by one-step "
@@ -486,7 +486,7 @@ def drawings(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run]) -> It
     for task, title in (("occupancy", "occupancy"), ("sdf", "distance")):
         own = {line["row"]: line for line in runs.where(seed=config.plan.first_seed) if line["row"].task == task}
         if own:
-            yield Drawing(
+            yield CaptionedFigure(
                 title,
                 surfaces(own, folders),
                 "The surfaces by marching cubes; colours are distances from the mesh, dark for none and bright for 2 % "

@@ -16,7 +16,7 @@ from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.page import axes, style
 from torchimplicit.recipes.runtime.settings import Machine, known_rows, positive
 from torchimplicit.recipes.runtime.step_cost import step_sheet
-from torchimplicit.recipes.runtime.table import Cell, Claim, Drawing, Job, Plan, Runs, Sheet
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, TitledTable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,7 +164,7 @@ def jobs(config: SignalsConfig) -> list[Job]:
     return [job for job in made if not config.rows or job.name.partition("-seed")[0] in config.rows]
 
 
-def sheets(config: SignalsConfig, runs: Runs) -> Iterator[Sheet]:
+def sheets(config: SignalsConfig, runs: Runs) -> Iterator[TitledTable]:
     """The quality of each signal, and the cost of a step."""
 
     def evaluations(row: Row) -> str:
@@ -262,7 +262,7 @@ def notes(config: SignalsConfig, runs: Runs) -> Iterator[str]:
     yield from table.diverged(runs)
 
 
-def drawings(config: SignalsConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[Drawing]:
+def drawings(config: SignalsConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """PSNR along training, and what a filter's models of the first seed make of both signals."""
     from torchimplicit.recipes.representations.audio import RUNNER as SOUNDS
     from torchimplicit.recipes.representations.audio import sound, spectrograms
@@ -279,7 +279,7 @@ def drawings(config: SignalsConfig, runs: Runs, folders: Mapping[str, Run]) -> I
         series = [(r.label, runs.where(row=r), look) for r, look in zip(rows, looks, strict=True)]
         table.curves(panel, series, "PSNR")
         panel.set(ylabel="PSNR, dB", title=f"the {kind}")
-    yield Drawing(
+    yield CaptionedFigure(
         "training",
         figure,
         "PSNR along training, mean over the seeds: implicit models (solid) and their explicit twins (dashed).",
@@ -297,13 +297,13 @@ def drawings(config: SignalsConfig, runs: Runs, folders: Mapping[str, Run]) -> I
             fits = [SOUNDS.task(heard(config, line["row"], seed), folders[line.name]) for line in pair]
             lines = {"the sound": samples}
             lines |= {title: fit.on_grid([len(samples)]) for title, fit in zip(titles, fits, strict=True)}
-            yield Drawing("sound", spectrograms(lines, rate), f"Spectrograms of the sound and {told}")
+            yield CaptionedFigure("sound", spectrograms(lines, rate), f"Spectrograms of the sound and {told}")
         else:
             pixels = clip(seen(config, own, seed)).pixels
             fits = [VIDEOS.task(seen(config, line["row"], seed), folders[line.name]) for line in pair]
             frames: dict[str, Sequence[Tensor]] = {"video": list(pixels)}
             frames |= {t: list(fit.on_grid(pixels.shape[:3], quantized)) for t, fit in zip(titles, fits, strict=True)}
-            yield Drawing("video", strip(frames), f"Frames of the video and {told}")
+            yield CaptionedFigure("video", strip(frames), f"Frames of the video and {told}")
 
 
 TABLE = table.published(

@@ -199,7 +199,7 @@ def run(objective: Objective, name: OptimizerName, learning_rate: float, spent: 
 FIRST, RATIO = 1 / 30, 1.5
 """With a budget of time: the share of it at which the error is measured first, and what it grows by."""
 
-Look = Callable[[float, bool], None]
+Watch = Callable[[float, bool], None]
 """Called with the loss, and whether to measure, when the weights of an iteration are in the model: puts what is found
 into the history."""
 
@@ -208,14 +208,14 @@ class Enough(Exception):
     """The budget is spent."""
 
 
-class Keeper:
+class Checkpointer:
     """Called after every iteration; see :data:`~.optimizers.Step`.
 
     The clock is that of the processor's time, so that what else runs on a machine takes nothing from the budget, and it
     stands while errors are measured.
     """
 
-    def __init__(self, budget: Budget, objective: Objective, history: Clock, look: Look, run: Run, console: Console):
+    def __init__(self, budget: Budget, objective: Objective, history: Clock, look: Watch, run: Run, console: Console):
         self.budget, self.objective, self.look = budget, objective, look
         self.history, self.run = history, run
         self.interrupted = False
@@ -236,7 +236,7 @@ class Keeper:
         by_number = self.history.iterations / self.budget.iterations
         return by_number if self.budget.seconds is None else max(by_number, self.history.seconds / self.budget.seconds)
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> Checkpointer:
         self._bar.start()
         return self
 

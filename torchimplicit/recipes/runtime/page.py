@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from torchimplicit.recipes.runtime.files import replacing
-from torchimplicit.recipes.runtime.table import Claim, Drawing, Record, Table
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Claim, Record, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,7 +112,7 @@ def record_page(record: Record, pictures: Sequence[Shown]) -> str:
 # -- What is shown: figures inside the page, and files inside it or beside it ------------------------------------------
 
 
-def saved(drawings: Sequence[Drawing], run: Run, dpi: int = 130) -> list[Shown]:
+def saved(drawings: Sequence[CaptionedFigure], run: Run, dpi: int = 130) -> list[Shown]:
     """Write the drawings as ``figures/*.png``, and give them for the page."""
     folder = run.path / "figures"
     folder.mkdir(exist_ok=True)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torchimplicit.nn import Equilibrium
 from torchimplicit.recipes.runtime.run import clock
 from torchimplicit.recipes.runtime.settings import from_plain
-from torchimplicit.recipes.runtime.table import Cell, Sheet, Table, sheet
+from torchimplicit.recipes.runtime.table import Cell, Table, TitledTable, sheet
 from torchimplicit.recipes.runtime.task import Costs
 
 K = TypeVar("K")
@@ -177,7 +177,7 @@ def step_table(costs: Mapping[str, StepCost], labels: Mapping[str, str] | None =
     ]).table  # fmt: skip
 
 
-def step_sheet(found: Mapping[str, Any], labels: Mapping[str, str]) -> list[Sheet]:
+def step_sheet(found: Mapping[str, Any], labels: Mapping[str, str]) -> list[TitledTable]:
     """Tabulate step costs as a record holds them; no sheet where they were not measured."""
     table = step_table(costs_of(found), labels)
-    return [Sheet("A training step", table)] if table.rows else []
+    return [TitledTable("A training step", table)] if table.rows else []

@@ -190,7 +190,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Sheet:
+class TitledTable:
     """A table of the record under its title."""
 
     title: str
@@ -219,7 +219,7 @@ class Record:
     title: str
     source: str
     protocol: str
-    sheets: list[Sheet]
+    sheets: list[TitledTable]
     claims: list[Claim]
     pictures: list[Picture]
     notes: list[str]
@@ -239,7 +239,7 @@ def spread(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class CaptionedFigure:
     """A figure, its name (of the file) and its caption."""
 
     name: str
@@ -254,9 +254,9 @@ class Summary:
     title: str
     source: str
     protocol: str
-    sheets: list[Sheet]
+    sheets: list[TitledTable]
     claims: list[Claim]
-    drawings: list[Drawing]
+    drawings: list[CaptionedFigure]
     notes: list[str]
     runs: dict[str, Any]
 
@@ -425,12 +425,12 @@ class Cell(Generic[T]):
     note: str = ""
 
 
-def sheet(title: str, rows: Iterable[T], cells: Iterable[Cell[T]], below: Iterable[Sequence[str]] = ()) -> Sheet:
+def sheet(title: str, rows: Iterable[T], cells: Iterable[Cell[T]], below: Iterable[Sequence[str]] = ()) -> TitledTable:
     """A table of the rows; lines of text ``below`` them are filled up with dashes."""
     shown = list(cells)
     columns = [Column(one.title, one.unit, one.note) for one in shown]
     last = [[*line, *[NONE] * (len(shown) - len(line))] for line in below]
-    return Sheet(title, Table(columns, [*([one.of(row) for one in shown] for row in rows), *last]))
+    return TitledTable(title, Table(columns, [*([one.of(row) for one in shown] for row in rows), *last]))
 
 
 def shown(value: Any, form: str) -> str:
@@ -540,10 +540,10 @@ class Published(Generic[C]):
     source: str
     jobs: Callable[[C], list[Job]]
     protocol: Callable[[C, Runs], str]
-    sheets: Callable[[C, Runs], Iterable[Sheet]]
+    sheets: Callable[[C, Runs], Iterable[TitledTable]]
     claims: Callable[[C, Runs], Iterable[Claim]]
     notes: Callable[[C, Runs], Iterable[str]]
-    drawings: Callable[[C, Runs, Mapping[str, Run]], Iterable[Drawing]]
+    drawings: Callable[[C, Runs, Mapping[str, Run]], Iterable[CaptionedFigure]]
     figures: Callable[[C, Run], Any] = trained
 
     def gather(self, config: C, folders: Mapping[str, Run]) -> dict[str, Any]:
@@ -572,7 +572,7 @@ class Published(Generic[C]):
             runs=figures,
         )
 
-    def remade(self, kind: type[C], record: Record) -> tuple[list[Sheet], list[Claim], list[str]]:
+    def remade(self, kind: type[C], record: Record) -> tuple[list[TitledTable], list[Claim], list[str]]:
         """Sheets, claims and notes once more, from a record's own settings and runs."""
         config = from_plain(kind, record.settings)
         runs = Runs.made_by(self.jobs(config), record.runs)
