@@ -30,6 +30,7 @@ def record_of(name):
 # What a record's runs did not hold when it was made: parts of the titles of sheets and columns, of claims and notes.
 LACKING = {
     "jiio-inverse": ("Gradients at the trained weights", "The exact gradient, as in training"),
+    "jiio-generation": ("by joint inference", "rae-"),
     "phantom-graphs": ("Cost of a step", "a step with a phantom gradient"),
     # these two were rounded to five digits, and are rounded again
     "phantom-precision": ("k = 2", "k = 10", "the adaptive phantom gradient on", "Backpropagation", "Test accuracy"),

@@ -75,7 +75,7 @@ def test_all_methods_find_the_same_latents() -> None:
     def loss(made: torch.Tensor, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return (made - target).square().flatten(1).mean(dim=1) + 0.01 * x.square().mean(dim=1)
 
-    for method, rate, steps in (("gradient-descent", 4.0, 150), ("adam", 0.1, 100)):
+    for method, rate, steps in (("gradient-descent", 4.0, 150), ("adam", 0.1, 100), ("adam-published", 0.1, 100)):
         x = generation.nested(model, loss, wanted, method, steps=steps, rate=rate, tolerance=1e-6)  # type: ignore[arg-type]
         assert float((x - expected).norm() / expected.norm()) < 0.05
     rough = generation.nested(model, loss, wanted, "adam-one-step", steps=100, rate=0.1, tolerance=1e-3)
@@ -94,6 +94,21 @@ def test_training_lowers_the_loss(kind: str) -> None:
     sums = task.score(batch)
     figures = task.figures(sums.tolist())
     assert 0 < figures["mse"] <= figures["loss"]
+
+
+@pytest.mark.parametrize("model", ["vae", "rae"])
+def test_latents_of_an_autoencoder_by_joint_inference(model: Any) -> None:
+    torch.manual_seed(0)
+    task = Generation(few(model=model))
+    batch = (task.data.training.images[:20], None)
+    found = descent(task, [batch] * 25)
+    assert found[-1] < found[0]
+    images = batch[0]
+    assert task.latents(images).shape == task.joint_latents(images).shape == (20, task.config.decoder.latent)
+    errors = [
+        float((task.images(x) - images).square().mean()) for x in (task.latents(images), task.joint_latents(images))
+    ]
+    assert errors[1] < errors[0], "of the same decoder, the encoder is no better than the least error"
 
 
 def test_the_gradient_is_that_of_a_longer_solve() -> None:
@@ -155,9 +170,9 @@ def test_the_table_with_one_seed_and_with_none(tmp_path: Any) -> None:
     for run in runs.values():
         assert min(evaluations for _, evaluations in logged(run)) > 1, "those of joint solves count as the layer's do"
     summary = TABLE.summarize(config, runs)
-    assert len(summary.claims) == 5
+    assert len(summary.claims) == 7
     assert {d.name for d in summary.drawings} == {"curves-jiio", "images-jiio", "images-vae"}
-    assert "wide-0, jiio-1" in summary.notes[-1]
+    assert "wide-0, rae-0, long-0, jiio-1" in summary.notes[-1]
     RUNNER.evaluate(few(model="vae"), run, QUIET)
     nothing = TABLE.summarize(config, {})
     assert not nothing.claims
