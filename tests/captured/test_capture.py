@@ -238,7 +238,12 @@ def test_one_warning_names_the_reason_and_the_eager_loop_serves(f, words):
 @pytest.mark.parametrize(
     ("problem", "options", "words"),
     [
-        (ti.Root(lambda z, x: z - torch.tanh(0.3 * z + x)), {"solver": ti.NewtonKrylov()}, "NewtonKrylov"),
+        (ti.Root(lambda z, x: z - torch.tanh(0.3 * z + x)), {"solver": ti.TrustRegion()}, "TrustRegion"),
+        (
+            ti.Minimum(lambda z, x: (z - x).square().sum(-1), constraint=ti.Box(-1, 1)),
+            {"solver": ti.ProjectedNewton()},
+            "constraint",
+        ),
         (FixedPoint(lambda z, x: torch.tanh(0.3 * z + x)), {"gradient": ti.Unrolled()}, "Unrolled"),
         (FixedPoint(lambda z, x: torch.tanh(0.3 * z + x)), {"solver": Anderson(keep_trajectory=True)}, "trajectory"),
     ],
