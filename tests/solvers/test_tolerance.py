@@ -259,3 +259,20 @@ def test_a_vector_of_features_as_long_as_the_batch(solver):
         ti.solve(problem, torch.zeros_like(x), x, s, solver=solver)
     per_sample = FixedPoint(lambda z, x, s: torch.tanh(z * s[:, None] + x), rowwise=True)
     assert ti.solve(per_sample, torch.zeros_like(x), x, s, solver=solver).converged.all()
+
+
+def test_a_residual_without_terms_is_unknown():
+    # what the absolute tolerance lets pass has no relative residual where the map's value is zero
+    nought = ti.solve(FixedPoint(lambda z: 0 * z), torch.ones(2, 3, dtype=F64), solver=Anderson(atol=2.0))
+    assert nought.converged.all()
+    assert nought.residual.isnan().all()
+    assert "residual unknown" in nought.summary()
+    # of leaves, the largest that is known
+    both = ti.solve(
+        FixedPoint(lambda z: (0 * z[0], 0.5 * z[1] + 1)),
+        (torch.ones(2, 3, dtype=F64), torch.ones(2, 1, dtype=F64)),
+        solver=Anderson(rtol=0.0, atol=2.0),
+    )
+    torch.testing.assert_close(both.residual, torch.full((2,), 0.5 / 1.5, dtype=F64))
+    # and none where nothing is left
+    assert (ti.solve(FixedPoint(lambda z: 0 * z), torch.zeros(2, 3, dtype=F64)).residual == 0).all()

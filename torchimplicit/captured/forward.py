@@ -20,6 +20,7 @@ from torchimplicit.solution import GROWTH_LIMIT, Status
 from torchimplicit.solvers import Solver
 from torchimplicit.solvers.given_steps import relative
 from torchimplicit.solvers.magnitude import extreme
+from torchimplicit.solvers.result import worst
 from torchimplicit.solvers.tolerance import Judge
 from torchimplicit.state import row_norm
 
@@ -94,7 +95,7 @@ def compiled_forward(graph: Graph, solver: Solver) -> Compiled:
         if judge.measure is not None:
             odd = odd | extreme(known[0]).any()
         figures = torch.stack((count, flag, odd.long()))
-        residual = parts if parts.ndim == 1 else parts.amax(dim=1)
+        residual = worst(parts)
         return found.z, found.status, found.steps, residual, found.size, parts, figures, *known
 
     return compiled(solve, (graph.flat(), *graph.others))
@@ -119,7 +120,7 @@ def _compiled_steps(graph: Graph, solver: Solver, count: int) -> Compiled:
         parts = relative(system, point, before, z)
         status = torch.where(z.isfinite().all(dim=1), int(Status.STEPS_TAKEN), int(Status.NONFINITE))
         norm = torch.zeros_like(parts) if point is None else point.size()
-        residual = parts if parts.ndim == 1 else parts.amax(dim=1)
+        residual = worst(parts)
         figures = torch.zeros(3, dtype=torch.int64, device=z.device)
         return z, status, torch.full_like(status, count), residual, norm, parts, figures
 

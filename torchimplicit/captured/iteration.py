@@ -17,6 +17,7 @@ from torchimplicit.captured.search import Ground, Moved, Searching, fields
 from torchimplicit.captured.steps import Stage, Step, Stepping, place_of
 from torchimplicit.problems import Point
 from torchimplicit.solution import Status
+from torchimplicit.solvers.result import relative_to
 from torchimplicit.solvers.tolerance import RUN_OFF, Judge
 
 _RUNNING = -1
@@ -120,7 +121,7 @@ class LoopResult(NamedTuple):
     @property
     def parts(self) -> Tensor:
         """The relative residuals, ``[batch]`` or ``[batch, leaves]``."""
-        return self.size / self.scale.clamp_min(torch.finfo(self.scale.dtype).tiny)
+        return relative_to(self.size, self.scale)
 
 
 class _Latest(NamedTuple):

@@ -123,7 +123,7 @@ class Point:
         return Point(**{name: joined(name, mine, vars(other)[name]) for name, mine in vars(self).items()})
 
 
-UNLIKE = 2.0**10
+UNLIKE = 2.0**4
 """Beyond this factor between the sizes of its leaves, a linear system is solved in units of each leaf's size."""
 
 

@@ -12,7 +12,7 @@ from torchimplicit.problems import Point, System
 from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.solution import Report, Status
 from torchimplicit.solvers.base import Evaluator, Progress, Solver
-from torchimplicit.solvers.result import SolverResult, traced
+from torchimplicit.solvers.result import SolverResult, traced, worst
 from torchimplicit.solvers.tolerance import Measure
 
 _UNKNOWN = Progress(active=None, improving=False)
@@ -76,7 +76,7 @@ def take_steps(
         parts = relative(system, point, before, z)
         finite = z.isfinite().all(dim=1)
         status = torch.where(finite, int(Status.STEPS_TAKEN), int(Status.NONFINITE))
-        residual = parts if parts.ndim == 1 else parts.amax(dim=1)
+        residual = worst(parts)
     report = Report(status, torch.full_like(status, count), residual, evaluate.rows_evaluated / max(len(z0), 1))
     norm = None if point is None else point.size().detach()
     way = tuple(trajectory) if solver.keep_trajectory else ()

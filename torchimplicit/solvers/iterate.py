@@ -29,7 +29,7 @@ from torchimplicit.solvers.magnitude import (
     solved_in,
 )
 from torchimplicit.solvers.polyalgorithm import Polyalgorithm, in_turn
-from torchimplicit.solvers.result import SolverResult, Units, traced
+from torchimplicit.solvers.result import SolverResult, Units, relative_to, traced, worst
 from torchimplicit.solvers.review import after, as_one_system, given_up, review, tried_as_one
 from torchimplicit.solvers.tolerance import Judge, Measure
 from torchimplicit.state import row_norm
@@ -515,10 +515,9 @@ class _Loop:
         best = self.best
         size = best.size() if best.error is not None else self.best_rank
         assert best.scale is not None
-        relative = size / best.scale.clamp_min(torch.finfo(size.dtype).tiny)
-        worst = relative if relative.ndim == 1 else relative.amax(dim=1)
-        found = {"z": best.z, "residual": worst, "status": self.status, "steps": self.steps}
-        found |= {"norm": size, "parts": relative, "terms": best.scale}
+        parts = relative_to(size, best.scale)
+        found = {"z": best.z, "residual": worst(parts), "status": self.status, "steps": self.steps}
+        found |= {"norm": size, "parts": parts, "terms": best.scale}
         measure = self.judge.measure
         if measure is not None:
             found |= {"recent": measure.recent, "most": measure.most}

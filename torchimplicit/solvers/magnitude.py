@@ -21,7 +21,7 @@ from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.problems.root import RootSystem
 from torchimplicit.solution import Status
 from torchimplicit.solvers.base import Evaluator, Solver
-from torchimplicit.solvers.result import SolverResult, Units
+from torchimplicit.solvers.result import SolverResult, Units, relative_to, worst
 from torchimplicit.solvers.review import after, seen_at
 from torchimplicit.solvers.tolerance import Judge
 
@@ -201,15 +201,14 @@ def _confirmed(
     elif point.image is not None and judge.floor is not None:
         terms = norms_of(point.image)
         solved = size <= judge.rtol * terms + judge.floor
-        solved, parts = solved if solved.ndim == 1 else solved.all(dim=1), torch.where(size > 0, size / terms, 0)
+        solved, parts = solved if solved.ndim == 1 else solved.all(dim=1), relative_to(size, terms)
     else:
         return outcome
     denied = hidden & ~solved
-    relative = parts if parts.ndim == 1 else parts.amax(dim=1)
     figures = replace(
         report,
         status=report.status.masked_fill(denied, int(Status.BREAKDOWN)),
-        residual=torch.where(hidden, relative.to(report.residual.dtype), report.residual),
+        residual=torch.where(hidden, worst(parts).to(report.residual.dtype), report.residual),
     )
     column = hidden if size.ndim == 1 else hidden[:, None]
     known = outcome.parts

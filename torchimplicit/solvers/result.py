@@ -54,5 +54,18 @@ class SolverResult:
 def traced(point: Point) -> tuple[Tensor, Tensor]:
     """What a trace keeps of a point."""
     norm = point.size().detach()
-    scale = torch.zeros_like(norm) if point.scale is None else point.scale.detach()
-    return norm, torch.where(norm > 0, norm / torch.where(scale > 0, scale, torch.nan), 0)
+    return norm, relative_to(norm, torch.zeros_like(norm) if point.scale is None else point.scale.detach())
+
+
+def relative_to(norm: Tensor, terms: Tensor) -> Tensor:
+    """Residuals relative to their terms: NaN where there are no terms to compare with, and zero where there is no
+    residual."""
+    return torch.where(norm == 0, 0, norm / torch.where(terms > 0, terms, torch.nan))
+
+
+def worst(parts: Tensor) -> Tensor:
+    """``[batch]``, of relative residuals ``[batch]`` or ``[batch, leaves]``: the largest that is known, or NaN."""
+    if parts.ndim == 1:
+        return parts
+    unknown = parts.isnan()
+    return parts.masked_fill(unknown, -1).amax(dim=1).masked_fill(unknown.all(dim=1), torch.nan)

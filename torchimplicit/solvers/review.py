@@ -17,7 +17,7 @@ from torchimplicit.precision import working_dtype
 from torchimplicit.problems import Point, System
 from torchimplicit.solution import Report, Status
 from torchimplicit.solvers.base import Evaluator, Solver
-from torchimplicit.solvers.result import SolverResult
+from torchimplicit.solvers.result import SolverResult, relative_to, worst
 from torchimplicit.solvers.tolerance import Judge
 
 LOOKS = 4
@@ -92,7 +92,6 @@ def _by_product(
 ) -> Verdict:
     report = outcome.report
     solved, drowned, parts = judge.look(point, operator, closely=failed is not None)
-    relative = parts if parts.ndim == 1 else parts.amax(dim=1)
     if failed is not None and operator.symmetric and solver.confirms(evaluate.system, point.z):
         values = torch.linalg.eigvalsh(operator.spectrum_matrix(working_dtype(point.z.dtype)).nan_to_num(0.0, 0.0, 0.0))
         rounding = point.z.shape[1] * judge.eps * values.abs().amax(dim=1)
@@ -105,7 +104,7 @@ def _by_product(
         denied, looked = none, none if failed is None else failed
     if failed is not None:
         status = status.masked_fill(failed & drowned, int(Status.CONVERGED))
-    figures = torch.where(looked, relative.to(report.residual.dtype), report.residual)
+    figures = torch.where(looked, worst(parts).to(report.residual.dtype), report.residual)
     if outcome.parts is not None:
         parts = torch.where(looked if parts.ndim == 1 else looked[:, None], parts, outcome.parts)
     outcome = replace(outcome, report=replace(report, status=status, residual=figures), parts=parts)
@@ -128,15 +127,14 @@ def _by_evaluation(solver: Solver, evaluate: Evaluator, outcome: SolverResult, j
     assert point.scale is not None
     norm = point.size()
     within = norm <= judge.tolerance(point)
-    relative = parts = torch.where(norm > 0, norm / point.scale, 0)
-    if within.ndim == 2:
-        within, relative = within.all(dim=1), relative.amax(dim=1)
+    within = within if within.ndim == 1 else within.all(dim=1)
+    parts = relative_to(norm, point.scale)
     changed = _changed(outcome, point, system, judge.eps)
     denied = report.converged & ~within
     if judge.measure is not None:  # its tolerance is known of the step alone
         denied = denied & changed
     known = changed if judge.measure is None else torch.zeros_like(changed)
-    figures = torch.where(known, relative.to(report.residual.dtype), report.residual)
+    figures = torch.where(known, worst(parts).to(report.residual.dtype), report.residual)
     evaluations = report.evaluations + 1
     outcome = replace(outcome, report=replace(report, residual=figures, evaluations=evaluations))
     if judge.measure is None:
@@ -266,7 +264,7 @@ def as_one_system(
     assert found.parts is not None
     assert found.norm is not None
     norm, parts = found.norm.reshape(len(z0), -1), found.parts.reshape(len(z0), -1)
-    residual = parts.amax(dim=1)
+    residual = worst(parts)
     if parts.shape[1] == 1:
         norm, parts = norm[:, 0], parts[:, 0]
     figures = Report(each(report.status), each(report.steps), residual, report.evaluations)

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torchimplicit.linear import LinearOperator
 from torchimplicit.precision import default_rtol
 from torchimplicit.problems import Point, System
+from torchimplicit.solvers.result import relative_to
 from torchimplicit.state import leaves_of
 
 ROUNDING = 16
@@ -306,7 +307,7 @@ class Judge:
             share = torch.where(spread(vanished), 1, COVERED * rtol)
             near = (r.abs() <= share * row + spread(rest)).all(dim=1)
             drowned = self._all(norms <= rounded + rest) & near
-        return solved, drowned, torch.where(norms > 0, norms / terms, 0)
+        return solved, drowned, relative_to(norms, terms)
 
     @staticmethod
     def _all(leaves: Tensor) -> Tensor:
