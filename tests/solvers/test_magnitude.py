@@ -70,6 +70,54 @@ def test_small_and_large_as_a_whole(kind: str, solver: Any, dtype: torch.dtype, 
         torch.testing.assert_close(got.to(F64), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "unit"), [(torch.float32, 1e-26), (torch.float32, 1e20), (F64, 1e-200), (F64, 1e160)]
+)
+def test_on_a_plane(dtype: torch.dtype, unit: float) -> None:
+    w, x = data(dtype)
+    x.requires_grad_()
+    problem = ti.Minimum(
+        lambda z, x: unit * (0.5 * (z / unit) ** 2 + 0.1 * (z / unit @ w) ** 2 - z / unit * x).sum(dim=1),
+        ti.LinearEquality(torch.ones(3, dtype=dtype), unit),
+    )
+    here = x.detach().to(F64).requires_grad_()
+    inverse = torch.linalg.inv(torch.eye(3, dtype=F64) + 0.2 * w.to(F64) @ w.to(F64).T)
+    free, along = here @ inverse, inverse.sum(dim=1)
+    expected = free - (free.sum(dim=1, keepdim=True) - 1) / along.sum() * along
+    cotangent = torch.linspace(-1, 1, 12, dtype=F64).reshape(4, 3)
+    (slope,) = torch.autograd.grad(expected, here, cotangent)
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-8
+    solution = ti.solve(problem, torch.full((4, 3), 0.3 * unit, dtype=dtype), x)
+    assert solution.converged.all(), solution.summary()
+    torch.testing.assert_close(
+        solution.value.detach().to(F64) / unit, expected.detach(), rtol=tolerance, atol=tolerance
+    )
+    (got,) = torch.autograd.grad(solution.value, x, (cotangent / unit).to(dtype))
+    torch.testing.assert_close(got.to(F64), slope, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state", "residual"),
+    [
+        (torch.float32, 1e-26, 1.0),
+        (torch.float32, 1e20, 1.0),
+        (torch.float32, 1.0, 1e-26),
+        (torch.float32, 1.0, 1e-12),
+        (F64, 1e-200, 1.0),
+        (F64, 1e160, 1.0),
+        (F64, 1.0, 1e-200),
+    ],
+)
+def test_least_squares(dtype: torch.dtype, state: float, residual: float) -> None:
+    w, x = data(dtype)
+    problem = ti.LeastSquares(lambda z, x: residual * torch.cat((z / state - x, z / state @ w), dim=1))
+    solution = ti.solve(problem, torch.full((4, 3), 0.3 * state, dtype=dtype), x)
+    assert solution.converged.all(), solution.summary()
+    expected = x.to(F64) @ torch.linalg.inv(torch.eye(3, dtype=F64) + w.to(F64) @ w.to(F64).T)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(solution.value.to(F64) / state, expected, rtol=tolerance, atol=tolerance)
+
+
 FALLING = {
     "exponential": lambda z: torch.exp(-z).sum(dim=1),
     "logistic": lambda z: torch.nn.functional.softplus(-z).sum(dim=1),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import final
+from dataclasses import dataclass, replace
+from typing import Self, final
 
 from torch import Tensor
 
 from torchimplicit.problems.base import MapProblem
 from torchimplicit.problems.image_system import ImageSystem
-from torchimplicit.problems.system import Point, System
+from torchimplicit.problems.system import Point, System, largest
 from torchimplicit.state import Layout
 
 
@@ -51,3 +51,12 @@ class FixedPointSystem(ImageSystem):
 
     def image(self, z: Tensor, *params: Tensor) -> Tensor:
         return self.fn(z, *params)
+
+    def sizes(self, point: Point, params: Sequence[Tensor]) -> tuple[float, float]:
+        assert point.image is not None
+        size = max(largest(point.z), largest(point.image))
+        return size, size
+
+    def in_units(self, state: float, size: float) -> Self:
+        fn = self.fn
+        return replace(self, fn=lambda z, *params: fn(z * state, *params) / state)

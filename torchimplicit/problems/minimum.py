@@ -20,7 +20,7 @@ from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.per_sample import PerSample, column, flat_tree, stacked, taken
 from torchimplicit.problems.projected import ProjectedSystem
 from torchimplicit.problems.sets import FlatSet, flat_set
-from torchimplicit.problems.system import Point, System, vmapped
+from torchimplicit.problems.system import Point, System, largest, vmapped
 from torchimplicit.solution import Status
 from torchimplicit.state import Layout
 
@@ -264,6 +264,36 @@ class MinimumSystem(System):
             return Point(z, -gradient)
         normal = self._plane(z, tape.params)[0].detach()
         return Point(z, -project(gradient, normal), noise=self.norms(gradient))
+
+    def sizes(self, point: Point, params: Sequence[Tensor]) -> tuple[float, float]:
+        """Of least squares, those of the state and of the residuals, whose squares are in the gradient too."""
+        if self.residuals is None:
+            return super().sizes(point, params)
+        with torch.no_grad():
+            return largest(point.z), largest(self.residuals(point.z, *params))
+
+    def in_units(self, state: float, size: float) -> Self:
+        fn, residuals, plane = self.fn, self.residuals, self.hyperplane
+
+        def energy(z: Tensor, *params: Tensor) -> Tensor:
+            return fn(z * state, *params) / state / size
+
+        def part(z: Tensor, *params: Tensor) -> Tensor:
+            return residuals(z * state, *params) / size  # type: ignore[misc]
+
+        def placed(rows: int, *params: Tensor) -> tuple[Tensor, ...]:
+            weight, total = plane(rows, *params)  # type: ignore[misc]
+            return weight, total / state
+
+        changes: dict[str, Any] = {"stiffness": Stiffness()}
+        if residuals is not None:
+            changes |= {"residuals": part, "fn": lambda z, *params: 0.5 * part(z, *params).square().sum(dim=1)}
+        else:
+            changes["fn"] = energy
+        return replace(self, hyperplane=None if plane is None else placed, **changes)
+
+    def residual_unit(self, state: float, size: float) -> float:
+        return size if self.residuals is None else size / state * size
 
     def joined(self, rows: int) -> Self | None:
         if self.hyperplane is not None:  # the energies of the nearest states on the planes have the projected gradients

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import final
+from dataclasses import dataclass, replace
+from typing import Self, final
 
 from torch import Tensor
 
@@ -49,6 +49,10 @@ class RootSystem(System):
 
     def residual(self, z: Tensor, *params: Tensor) -> Tensor:
         return self.fn(z, *params)
+
+    def in_units(self, state: float, size: float) -> Self:
+        fn = self.fn
+        return replace(self, fn=lambda z, *params: fn(z * state, *params) / size)
 
     def linearize(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool] | None = None) -> Linearization:
         return Linearization(self.fn, z, params, needs_grad, self.leaves)

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torchimplicit.coupling import Coupling, broken_promise
 from torchimplicit.linear import LinearOperator, LinearSolution, LinearSolver
 from torchimplicit.linear.confirmed import solve_any
+from torchimplicit.precision import widened
 from torchimplicit.problems.linearization import Linearization, check_unmoved
 from torchimplicit.state import Leaves, row_norm, safe_row_norm
 
@@ -291,6 +292,20 @@ class System(ABC):
         """The system of ``size`` copies, stacked along the batch, where parameter i has its copies in ``dims[i]``."""
         return replace(self, fn=vmapped(self.fn, size, tuple(dims)), row_params=None)
 
+    def sizes(self, point: Point, params: Sequence[Tensor]) -> tuple[float, float]:
+        """The largest number of the state, and of what the residual is made of, at ``point``; zero where it is not
+        known."""
+        return largest(point.z), largest(point.residual)
+
+    def in_units(self, state: float, size: float) -> Self | None:
+        """The same problem for a state that is divided by ``state``, what its residual is made of by ``size``; ``None``
+        where that is not to be had."""
+        return None
+
+    def residual_unit(self, state: float, size: float) -> float:
+        """What the residual is divided by then."""
+        return size
+
     def joined(self, rows: int) -> Self | None:
         """The same problem with ``rows`` neighbouring samples as one, each of them judged by itself; ``None`` where
         that is not to be had."""
@@ -315,6 +330,11 @@ class System(ABC):
             return replace(self.operator(part, transposed), setup_rows=int(rows.shape[0]))
 
         return restrict
+
+
+def largest(t: Tensor) -> float:
+    """The absolute value of the largest of finite numbers."""
+    return float(widened(t.detach()).nan_to_num(0.0, 0.0, 0.0).abs().amax()) if t.numel() else 0.0
 
 
 @contextmanager

@@ -17,8 +17,7 @@ from torchimplicit.precision import safe_norm, widened, working_dtype
 from torchimplicit.problems import Point, System
 from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.problems.joint_system import JointSystem
-from torchimplicit.problems.minimum import MinimumSystem
-from torchimplicit.problems.root import RootSystem
+from torchimplicit.problems.system import largest
 from torchimplicit.solution import Status
 from torchimplicit.solvers.base import Evaluator, Solver
 from torchimplicit.solvers.result import SolverResult, Units, relative_to, worst
@@ -75,17 +74,20 @@ def first_units(system: System, point: Point, params: Sequence[Tensor], first: T
     Args:
         first: the sizes of the first residual, of a point that is not the first.
     """
-    if not _restated(system) or any(map(is_transformed, (point.z, *params))):
+    if system.in_units(1.0, 1.0) is None or any(map(is_transformed, (point.z, *params))):
         return None
     with torch.no_grad():
-        state, size = _largest(point.z), _largest(point.residual if first is None else first)
-        if point.image is not None:
-            state = size = max(state, _largest(point.image))
-        elif state == 0 and size > 0:  # as far as a step goes
+        state, size = system.sizes(point, params)
+        size = size if first is None else max(size, largest(first))
+        if state == 0 and size > 0:  # as far as a step goes
             image = Evaluator(system, params).product(point.z, (widened(point.residual) / size).to(point.z.dtype))
-            moved = 0.0 if image is None else _largest(safe_norm(widened(image)))
+            moved = 0.0 if image is None else largest(safe_norm(widened(image)))
             state = size / moved if moved > 0 else 0.0
-    return _units(state, size, point.z.dtype)
+    lowest, highest = in_range(working_dtype(point.z.dtype))
+    if not (state > 0 and size > 0):
+        return None
+    sizes = state, size, system.residual_unit(state, size)
+    return None if lowest < min(sizes) and max(sizes) < highest else Units(_power(state), _power(size))
 
 
 def examined(
@@ -119,28 +121,8 @@ def examined(
     return _confirmed(outcome, hidden, point, judge, system, params) if bool(hidden.any()) else outcome
 
 
-def _restated(system: System) -> bool:
-    """Whether the problem can be stated in other units."""
-    if isinstance(system, MinimumSystem):
-        return system.hyperplane is None and system.residuals is None
-    return isinstance(system, FixedPointSystem | RootSystem)
-
-
-def _units(state: float, size: float, dtype: torch.dtype) -> Units | None:
-    """What makes numbers of these sizes about one; ``None`` where they are not extreme, or not known."""
-    lowest, highest = in_range(working_dtype(dtype))
-    if not (state > 0 and size > 0) or (lowest < min(state, size) and max(state, size) < highest):
-        return None
-    return Units(_power(state), _power(size))
-
-
 def _power(size: float) -> float:
     return 2.0 ** (math.frexp(size)[1] - 1)
-
-
-def _largest(t: Tensor) -> float:
-    """The absolute value of the largest of finite numbers."""
-    return float(widened(t).nan_to_num(0.0, 0.0, 0.0).abs().amax()) if t.numel() else 0.0
 
 
 def solved_in(
@@ -154,29 +136,20 @@ def solved_in(
     since: Tensor | None = None,
 ) -> SolverResult:
     """The outcome of the problem in other units, in its own; see :func:`~torchimplicit.solvers.iterate.iterate`."""
-    fn = system.fn
-
-    def scaled(z: Tensor, *params: Tensor) -> Tensor:
-        out = fn(z * units.state, *params)
-        return out / units.residual if not isinstance(system, MinimumSystem) else out / units.state / units.residual
-
+    restated = system.in_units(*units)
+    assert restated is not None
+    residual = system.residual_unit(*units)
     changes: dict[str, Any] = {}
     if solver.atol is not None:
-        changes["atol"] = pytree.tree_map(lambda a: a / units.residual, solver.atol)
-    found = solve(
-        replace(solver, **changes),
-        replace(system, fn=scaled),
-        z0 / units.state,
-        params,
-        only=only,
-        since=None if since is None else since / units.state,
-    )
+        changes["atol"] = pytree.tree_map(lambda a: a / residual, solver.atol)
+    since = None if since is None else since / units.state
+    found = solve(replace(solver, **changes), restated, z0 / units.state, params, only=only, since=since)
     return replace(
         found,
         z=found.z * units.state,
         trajectory=tuple(None if z is None else z * units.state for z in found.trajectory),
-        norm=None if found.norm is None else found.norm * units.residual,
-        trace=tuple((norm * units.residual, parts) for norm, parts in found.trace),
+        norm=None if found.norm is None else found.norm * residual,
+        trace=tuple((norm * residual, parts) for norm, parts in found.trace),
         # an inverse of a fixed point's Jacobian has no unit
         state=found.state if isinstance(system, FixedPointSystem) else None,
         units=units,

@@ -13,10 +13,11 @@ from torchimplicit.solution import Report, Turn
 
 
 class Units(NamedTuple):
-    """What the state and the residual are divided by so that they are of about unit size: powers of two."""
+    """What the state, and what its residual is made of, are divided by so that they are of about unit size: powers of
+    two."""
 
     state: float
-    residual: float
+    size: float
 
 
 @dataclass(frozen=True)
