@@ -20,7 +20,7 @@ from torchimplicit._solve import solve
 from torchimplicit.gradients import Gradient, OneStep
 from torchimplicit.solvers import Solver
 from torchimplicit.testing import GradientSuite, SolverSuite
-from torchimplicit.testing.gradient_suite import Case
+from torchimplicit.testing.gradient_suite import SuiteCase
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -102,7 +102,7 @@ class TestTheEstimatorsOfExtending(GradientSuite):
     def make(self) -> Gradient:
         return self.page.TwoTerms()
 
-    def test_a_backward_pass_of_ones_own_is_that_of_one_step(self, case: Case) -> None:
+    def test_a_backward_pass_of_ones_own_is_that_of_one_step(self, case: SuiteCase) -> None:
         grads = []
         for gradient in (self.page.JacobianFree(), OneStep()):
             x = case.x.clone().requires_grad_()

@@ -14,7 +14,7 @@ from torchimplicit.compiler import untraced
 from torchimplicit.errors import ConvergenceWarning, SolveError
 from torchimplicit.flat_problem import FlatProblem, flatten_problem
 from torchimplicit.gradients import Implicit
-from torchimplicit.gradients.base import FlatSolution, Task, differentiable
+from torchimplicit.gradients.base import FlatSolution, SolveTask, differentiable
 from torchimplicit.gradients.figures import nearly_singular
 from torchimplicit.gradients.linear_task import LinearTask
 from torchimplicit.gradients.pseudo_inverse import Maps, PseudoSolution, PseudoSolve
@@ -184,7 +184,7 @@ def _system(
             )
         return SolverResult(found.value, report)
 
-    task = Task(
+    task = SolveTask(
         linear=LinearTask(system=flat.system, record=record, precision=flat.precision),
         start=Start(flat.z0),
         run=run,

@@ -19,7 +19,7 @@ from torchimplicit.flat_problem import FlatProblem, flatten_problem
 from torchimplicit.gradients import Gradient, Implicit
 from torchimplicit.gradients.agreement import Agreement
 from torchimplicit.gradients.auxiliary import auxiliary
-from torchimplicit.gradients.base import Runner, Task, differentiable, run_by
+from torchimplicit.gradients.base import Runner, SolveTask, differentiable, run_by
 from torchimplicit.gradients.empty import solved_without_numbers
 from torchimplicit.gradients.figures import reported
 from torchimplicit.gradients.linear_task import LinearTask
@@ -133,7 +133,7 @@ def solve_from(
         _warn_of_moved_start(problem, system, flat.z0, params)
 
     record = AdjointRecord()
-    task = Task(
+    task = SolveTask(
         linear=LinearTask(system=system, record=record, precision=flat.precision, capture=compiled),
         start=_start(flat, evaluated=not problem.by_gradient and compiled is None),
         run=_runner(solver, system, compiled, recorded, gradient.needs_solver_state),

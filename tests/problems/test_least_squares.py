@@ -11,7 +11,7 @@ from torch.func import grad, hessian, vmap
 import torchimplicit as ti
 from torchimplicit.gradients import Gradient
 from torchimplicit.testing import GradientSuite
-from torchimplicit.testing.gradient_suite import Case, Kind, contraction
+from torchimplicit.testing.gradient_suite import Kind, SuiteCase, contraction
 
 F64 = torch.float64
 TIMES = torch.linspace(0, 2, 12, dtype=F64)
@@ -34,14 +34,14 @@ class OfLeastSquares(GradientSuite):
     kinds = ("minimum",)
     rest: float
 
-    def of_kind(self, kind: Kind) -> Case:
+    def of_kind(self, kind: Kind) -> SuiteCase:
         case = super().of_kind("root")
 
         def residual(z: Tensor, x: Tensor, w: Tensor) -> Tensor:
             return torch.cat((z - contraction(z, x, w), self.rest * (torch.sin(z) + x.square() - 1)), dim=-1)
 
         solver = ti.LevenbergMarquardt(rtol=0.0, atol=1e-13)
-        return Case(ti.LeastSquares, residual, solver, case.z0, case.x, case.w)
+        return SuiteCase(ti.LeastSquares, residual, solver, case.z0, case.x, case.w)
 
 
 class TestImplicit(OfLeastSquares):

@@ -14,7 +14,7 @@ from torchimplicit.derivatives.curve import Along, Curve
 from torchimplicit.derivatives.directions import Basis, basis, flat_direction
 from torchimplicit.flat_problem import flatten_problem
 from torchimplicit.gradients import Implicit
-from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.base import SolveTask
 from torchimplicit.gradients.linear_task import LinearTask
 from torchimplicit.gradients.nodes import LinearSolve
 from torchimplicit.gradients.point import SharedPoint
@@ -118,7 +118,7 @@ class Derivatives:
             self._linear = LinearTask(
                 system=flat.system, record=self._record, precision=flat.precision, shared=self._shared
             )
-            task = Task(linear=self._linear, start=Start(flat.z0), run=lambda *_: reached, solver=Given())
+            task = SolveTask(linear=self._linear, start=Start(flat.z0), run=lambda *_: reached, solver=Given())
             self._z = self._rule.attach(task, flat.params).z
         self.value = flat.layout.unflatten(self._z)
 

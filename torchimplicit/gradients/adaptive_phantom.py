@@ -8,7 +8,7 @@ from typing import final
 from torch import Tensor
 
 from torchimplicit.errors import ConvergenceWarning
-from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.base import SolveTask
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.linear import LinearSolution
 from torchimplicit.linear.adaptive_series import AdaptiveSeries, PhantomReport
@@ -100,7 +100,7 @@ class AdaptivePhantom(LinearEstimate):
             return allowed
         return allowed * (1 - self.contraction) / (1 + self.contraction)
 
-    def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
+    def apply(self, task: SolveTask, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         series = AdaptiveSeries(rtol=self.residual_tolerance, max_steps=self.max_steps, damping=self.damping)
         solution = solve_any(series, task.system.operator(tape, transposed), b)
         report = solution.report

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchimplicit.closure import check_graph, is_transformed, transforms_running
-from torchimplicit.gradients.base import Gradient, Task, differentiable
+from torchimplicit.gradients.base import Gradient, SolveTask, differentiable
 from torchimplicit.gradients.nodes import Graft
 
 
-def auxiliary(task: Task, gradient: Gradient, z: Tensor, params: Sequence[Tensor]) -> Any:
+def auxiliary(task: SolveTask, gradient: Gradient, z: Tensor, params: Sequence[Tensor]) -> Any:
     """What the map returns beside the state at the solution ``z``, as autograd sees both.
 
     It is that of an evaluation which was made anyway. Where a tape was recorded for the backward pass, it lies on that,
@@ -37,7 +37,7 @@ def auxiliary(task: Task, gradient: Gradient, z: Tensor, params: Sequence[Tensor
     return value
 
 
-def _counts(task: Task, gradient: Gradient, z: Tensor, params: Sequence[Tensor]) -> bool:
+def _counts(task: SolveTask, gradient: Gradient, z: Tensor, params: Sequence[Tensor]) -> bool:
     """Whether the last evaluation is the one that is asked for."""
     noted = task.aux
     if noted is None or noted.z is None:

@@ -50,7 +50,7 @@ class FlatSolution(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class SolveTask:
     """One solve, as the estimators and the autograd nodes see it: how to solve, and where to linearize.
 
     Attributes:
@@ -116,7 +116,7 @@ class Task:
         """Count evaluations of the whole batch that the estimator makes in the forward pass, after the solve."""
         self.results[-1] = self.results[-1].having_spent(evaluations)
 
-    def vmapped(self, size: int, dims: Sequence[int | None]) -> Task:
+    def vmapped(self, size: int, dims: Sequence[int | None]) -> SolveTask:
         """The task of ``size`` copies, see :meth:`System.vmapped`."""
         return replace(self, linear=self.linear.vmapped(size, dims), randomness=None, aux=None)
 
@@ -150,7 +150,7 @@ class Gradient(ABC):
         return Passes(solver=solver, refusal=f"{type(self).__name__} needs the steps that the eager loop takes")
 
     @abstractmethod
-    def attach(self, task: Task, params: Sequence[Tensor]) -> FlatSolution:
+    def attach(self, task: SolveTask, params: Sequence[Tensor]) -> FlatSolution:
         """Solve, and give the solution this estimator's derivative in ``params``."""
 
     def recorded(self, solver: Solver) -> int | None:
@@ -167,7 +167,7 @@ class Gradient(ABC):
         """
 
 
-def refuse_detached(task: Task, z: Tensor, params: Sequence[Tensor]) -> None:
+def refuse_detached(task: SolveTask, z: Tensor, params: Sequence[Tensor]) -> None:
     """Raise where autograd does not see how the problem's function depends on its state, though it does: what steps of
     it are differentiated to would be a part of their derivative. Looked at once for each function, by an evaluation
     that is not counted.
@@ -191,7 +191,7 @@ _seen: weakref.WeakSet[Any] = weakref.WeakSet()
 """Functions that autograd sees through."""
 
 
-def owned(task: Task, z: Tensor) -> Tensor:
+def owned(task: SolveTask, z: Tensor) -> Tensor:
     """The last iterate, as something to give away: a copy, for it may be an argument, a buffer or a parameter that the
     function returned, unless its history tells that it is none."""
     base = z._base if task.direct and z._is_view() else z

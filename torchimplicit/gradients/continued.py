@@ -10,7 +10,7 @@ from torch.autograd.function import Function
 
 from torchimplicit.captured import Continuation
 from torchimplicit.closure import is_transformed
-from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.base import SolveTask
 from torchimplicit.gradients.transforms import partial_vjp, refuse_batched_cotangents
 from torchimplicit.precision import without_autocast
 from torchimplicit.problems.linearization import check_unmoved
@@ -24,7 +24,7 @@ class Continued(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, task: Task, way: Continuation, h: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, task: SolveTask, way: Continuation, h: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
         assert task.linear.capture is not None
         ctx.task, ctx.way = task, way
         compiled = task.linear.capture.go_on(h, params)

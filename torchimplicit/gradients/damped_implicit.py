@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.base import SolveTask
 from torchimplicit.gradients.figures import report
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.linear import LinearOperator, LinearSolution, LinearSolver
@@ -59,7 +59,7 @@ class DampedImplicit(LinearEstimate):
                 "use Implicit()"
             )
 
-    def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
+    def apply(self, task: SolveTask, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         solver = task.linear.adjoint_solver(self.linear_solver, tape.z)
         dim = tape.z.shape[1]
         solution = task.system.solve_linear(
@@ -68,7 +68,7 @@ class DampedImplicit(LinearEstimate):
         report(task.linear.record, solution.report)
         return solution
 
-    def shift(self, task: Task, tape: Linearization) -> Tensor:
+    def shift(self, task: SolveTask, tape: Linearization) -> Tensor:
         """What is added to each sample's Hessian, ``[batch]``."""
         return self._shift(
             task.system.operator(tape, False), task.linear.adjoint_solver(self.linear_solver, tape.z), tape.z.shape[1]

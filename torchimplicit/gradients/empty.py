@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchimplicit.gradients.base import FlatSolution, Task, differentiable
+from torchimplicit.gradients.base import FlatSolution, SolveTask, differentiable
 from torchimplicit.gradients.figures import reported
 from torchimplicit.solution import Report, Status
 from torchimplicit.solvers import SolverResult
 
 
-def solved_without_numbers(task: Task, params: Sequence[Tensor]) -> FlatSolution:
+def solved_without_numbers(task: SolveTask, params: Sequence[Tensor]) -> FlatSolution:
     """The start as the solution, after no step, with a history that leads to ``params``, where they get zeros."""
     z0 = task.start.take()
     count = torch.full(z0.shape[:1], int(Status.CONVERGED), dtype=torch.int64, device=z0.device)

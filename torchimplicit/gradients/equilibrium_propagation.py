@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.errors import ConvergenceWarning
-from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.base import SolveTask
 from torchimplicit.gradients.figures import report
 from torchimplicit.gradients.nodes import FirstOrderRule
 from torchimplicit.linear.confirmed import separated
@@ -85,14 +85,14 @@ class EquilibriumPropagation(FirstOrderRule):
                 "LinearEquality: for this problem use Implicit()"
             )
 
-    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization:
+    def tape(self, task: SolveTask, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization:
         """The energies of the forward pass alone, without a graph: the nudged energy is evaluated elsewhere."""
         tape = Linearization(task.system.fn, z, params)
         tape.out = tape.out.detach()
         return tape
 
     def cotangents(
-        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
+        self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> list[Tensor]:
         system = task.system
         assert isinstance(system, MinimumSystem)

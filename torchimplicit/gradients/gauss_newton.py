@@ -7,7 +7,7 @@ from typing import final
 
 from torch import Tensor
 
-from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.base import SolveTask
 from torchimplicit.gradients.figures import report
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.linear import LSMR, Dense, LinearSolution, LinearSolver
@@ -48,7 +48,7 @@ class GaussNewton(LinearEstimate):
                 "GaussNewton differentiates a LeastSquares, which has residuals: for this problem use Implicit()"
             )
 
-    def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
+    def apply(self, task: SolveTask, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         system = task.system
         assert isinstance(system, MinimumSystem)
         assert system.residuals is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchimplicit.captured import Passes
 from torchimplicit.closure import is_transformed
-from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.base import SolveTask
 from torchimplicit.gradients.figures import report
 from torchimplicit.gradients.nodes import DerivativeRule, LinearSolve, vjp_params
 from torchimplicit.gradients.transforms import Grads, jvp
@@ -43,7 +43,9 @@ class Implicit(DerivativeRule):
     def passes(self, solver: Solver) -> Passes:
         return Passes(solver=solver, solved=True, linear_solver=self.linear_solver)
 
-    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization | None:
+    def tape(
+        self, task: SolveTask, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
+    ) -> Linearization | None:
         """Of the residual; none where the backward pass is compiled."""
         if task.linear.capture is not None and task.linear.capture.pulls:
             return None
@@ -51,14 +53,16 @@ class Implicit(DerivativeRule):
         tape.look()
         return tape
 
-    def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
+    def apply(self, task: SolveTask, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         """:math:`A^{-T}b` or :math:`A^{-1}b` at the tape's point, on plain tensors."""
         solver = task.linear.adjoint_solver(self.linear_solver, tape.z)
         solution = task.system.solve_linear(tape, transposed, b, solver)
         report(task.linear.record, solution.report)
         return solution
 
-    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
+    def adjoint(
+        self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
+    ) -> Grads:
         """Differentiable itself."""
         solver = task.linear.adjoint_solver(self.linear_solver, z)
         if not torch.is_grad_enabled() and not any(is_transformed(t) for t in (u, z, *params)):
@@ -76,7 +80,7 @@ class Implicit(DerivativeRule):
         g = LinearSolve.apply(task.linear, solver, True, u, z, *params)
         return vjp_params(task.linear, -g, z, params, needs_grad)
 
-    def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
+    def tangent(self, task: SolveTask, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
         """Differentiable itself."""
         moved = jvp(lambda *params: task.system.residual(z, *params), params, dparams)
         if moved is None:

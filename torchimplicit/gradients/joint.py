@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.errors import UnsupportedDerivativeError
-from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.base import SolveTask
 from torchimplicit.gradients.figures import report, truncated
 from torchimplicit.gradients.nodes import FirstOrderRule
 from torchimplicit.linear import LinearSolver
@@ -51,12 +51,12 @@ class Envelope(JointEstimate):
     def __post_init__(self) -> None:
         check_positive(self, "tolerance")
 
-    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization:
+    def tape(self, task: SolveTask, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization:
         """Of the map and the loss, side by side."""
         return Linearization(task.system.fn, z, params, needs_grad)
 
     def cotangents(
-        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
+        self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> list[Tensor | None]:
         system = task.system
         assert isinstance(system, JointSystem)
@@ -107,14 +107,14 @@ class FixedInput(JointEstimate):
     def __post_init__(self) -> None:
         check_type(self, "linear_solver", LinearSolver, optional=True)
 
-    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization:
+    def tape(self, task: SolveTask, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization:
         """Of the map at the given input."""
         assert isinstance(task.system, JointSystem)
         state, _, x = task.system.parts.split(z)
         return self._alone(task.system, x.detach()).linearize(state.contiguous(), params, needs_grad)
 
     def cotangents(
-        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
+        self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> list[Tensor | None]:
         system = task.system
         assert isinstance(system, JointSystem)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.closure import is_transformed
-from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.base import SolveTask
 from torchimplicit.gradients.nodes import FirstOrderRule, estimate
 from torchimplicit.gradients.transforms import Grads, jvp
 from torchimplicit.linear import LinearSolution
@@ -25,16 +25,20 @@ class LinearEstimate(FirstOrderRule):
     """
 
     @abstractmethod
-    def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
+    def apply(self, task: SolveTask, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         """:math:`M^T b` or :math:`M b`, on plain tensors."""
 
-    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization | None:
+    def tape(
+        self, task: SolveTask, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
+    ) -> Linearization | None:
         """Of the residual; none where the backward pass is compiled."""
         if task.linear.capture is not None and task.linear.capture.pulls:
             return None
         return task.recorded(z, params, needs_grad)
 
-    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
+    def adjoint(
+        self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
+    ) -> Grads:
         capture = task.linear.capture
         if capture is not None and not torch.is_grad_enabled() and not any(map(is_transformed, (u, z, *params))):
             compiled = capture.pull(u, z, params, needs_grad)
@@ -44,7 +48,7 @@ class LinearEstimate(FirstOrderRule):
         return super().adjoint(task, u, z, params, needs_grad)
 
     def cotangents(
-        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
+        self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         tape = task.linear.linearize(z, params, needs_grad)
         with past_hooks():
@@ -52,12 +56,12 @@ class LinearEstimate(FirstOrderRule):
             task.linear.record.report = g.report
             return task.system.vjp_params(tape, g.value)
 
-    def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
+    def tangent(self, task: SolveTask, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
         moved = jvp(lambda *params: task.system.residual(z, *params), params, dparams)
         if moved is None:
             return torch.zeros_like(z)
 
-        def compute(task: Task, b: Tensor, z: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+        def compute(task: SolveTask, b: Tensor, z: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
             return [self.apply(task, task.system.linearize(z, params), False, b).value]
 
         (out,) = estimate(task, compute, type(self).__name__, -moved, z, params, of_state=True)

@@ -8,7 +8,7 @@ from typing import final
 from torch import Tensor
 
 from torchimplicit.captured import Adjoint, Passes
-from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.base import SolveTask
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.linear import LinearSolution, Neumann
 from torchimplicit.problems.linearization import Linearization
@@ -38,7 +38,7 @@ class NeumannPhantom(LinearEstimate):
     def passes(self, solver: Solver) -> Passes:
         return Passes(solver=solver, estimate=Adjoint.estimate(self.steps, self.damping))
 
-    def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
+    def apply(self, task: SolveTask, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         series = Neumann(damping=self.damping, max_steps=self.steps, rtol=0.0)
         solution = task.system.solve_linear(tape, transposed, b, series)
         status = solution.report.status

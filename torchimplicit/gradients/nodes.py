@@ -26,7 +26,7 @@ from torch.autograd.function import Function
 
 from torchimplicit.closure import is_transformed
 from torchimplicit.errors import UnsupportedDerivativeError
-from torchimplicit.gradients.base import FlatSolution, Gradient, Task, differentiable
+from torchimplicit.gradients.base import FlatSolution, Gradient, SolveTask, differentiable
 from torchimplicit.gradients.figures import report
 from torchimplicit.gradients.linear_task import LinearTask
 from torchimplicit.gradients.start import Start
@@ -61,7 +61,9 @@ class DerivativeRule(Gradient):
     """
 
     @abstractmethod
-    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
+    def adjoint(
+        self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
+    ) -> Grads:
         """The cotangents of the parameters, ``None`` for those that need none.
 
         Args:
@@ -73,7 +75,7 @@ class DerivativeRule(Gradient):
         """
 
     @abstractmethod
-    def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
+    def tangent(self, task: SolveTask, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
         """The tangent of the solution, ``[batch, dim]``.
 
         Args:
@@ -84,11 +86,13 @@ class DerivativeRule(Gradient):
             UnsupportedDerivativeError: the rule has no forward mode.
         """
 
-    def tape(self, task: Task, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization | None:
+    def tape(
+        self, task: SolveTask, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
+    ) -> Linearization | None:
         """What :meth:`adjoint` needs of the problem's function, recorded in the forward pass; ``None``: nothing."""
         return None
 
-    def attach(self, task: Task, params: Sequence[Tensor]) -> FlatSolution:
+    def attach(self, task: SolveTask, params: Sequence[Tensor]) -> FlatSolution:
         """Solve, and differentiate by the rule."""
         if not differentiable(params):
             return undifferentiated(task, self, params)
@@ -106,7 +110,7 @@ class Solve(Function):
     """
 
     @staticmethod
-    def forward(task: Task, rule: DerivativeRule, z0: Tensor | None, *params: Tensor) -> tuple[Tensor, ...]:
+    def forward(task: SolveTask, rule: DerivativeRule, z0: Tensor | None, *params: Tensor) -> tuple[Tensor, ...]:
         return tuple((task if z0 is None else replace(task, start=Start(z0))).solve(params))
 
     @staticmethod
@@ -141,7 +145,9 @@ class Solve(Function):
             return ctx.rule.tangent(ctx.task, z, params, dparams), None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, task: Task, rule: DerivativeRule, z0: Tensor, *params: Tensor) -> tuple[Any, Any]:
+    def vmap(
+        info: Any, in_dims: Any, task: SolveTask, rule: DerivativeRule, z0: Tensor, *params: Tensor
+    ) -> tuple[Any, Any]:
         size, dims, params = fold_copies(info, in_dims[3:], params)
         flat = stack_copies(z0, in_dims[2], size)
         solution = Solve.apply(task.vmapped(size, dims), rule, flat, *params)
@@ -283,7 +289,7 @@ class FirstOrder(Function):
 
     @staticmethod
     def forward(
-        task: Task, compute: Any, name: str, of_state: bool, x: Any, z: Tensor, *params: Tensor
+        task: SolveTask, compute: Any, name: str, of_state: bool, x: Any, z: Tensor, *params: Tensor
     ) -> tuple[Tensor, ...]:
         with without_autocast(z.device):
             return tuple(compute(task, x, z, params))
@@ -302,7 +308,7 @@ class FirstOrder(Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Any, task: Task, compute: Any, name: str, of_state: bool, x: Any, z: Any, *params: Any
+        info: Any, in_dims: Any, task: SolveTask, compute: Any, name: str, of_state: bool, x: Any, z: Any, *params: Any
     ) -> Any:
         size, dims, params = fold_copies(info, in_dims[6:], params)
         x, z = stack_copies(x, in_dims[4], size), stack_copies(z, in_dims[5], size)
@@ -343,30 +349,32 @@ class FirstOrderRule(DerivativeRule):
 
     @abstractmethod
     def cotangents(
-        self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
+        self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         """What :meth:`adjoint` gives, computed on plain tensors in whatever way."""
 
-    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
-        def compute(task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    def adjoint(
+        self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
+    ) -> Grads:
+        def compute(task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
             return [grad for grad in self.cotangents(task, u, z, params, needs_grad) if grad is not None]
 
         grads = iter(estimate(task, compute, type(self).__name__, u, z, params))
         return tuple(next(grads) if w else None for w in needs_grad)
 
-    def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
+    def tangent(self, task: SolveTask, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
         raise UnsupportedDerivativeError(
             f"{type(self).__name__} has no forward mode: it needs the cotangent of a loss. Use Implicit() there"
         )
 
 
-def by_node(task: Task, rule: DerivativeRule, params: Sequence[Tensor]) -> FlatSolution:
+def by_node(task: SolveTask, rule: DerivativeRule, params: Sequence[Tensor]) -> FlatSolution:
     """The solution of the task, by a :class:`Solve` node."""
     transformed = any(map(is_transformed, (task.start.z, *params)))
     return FlatSolution(*Solve.apply(task, rule, task.start.fixed().take() if transformed else None, *params))
 
 
-def undifferentiated(task: Task, rule: DerivativeRule, params: Sequence[Tensor]) -> FlatSolution:
+def undifferentiated(task: SolveTask, rule: DerivativeRule, params: Sequence[Tensor]) -> FlatSolution:
     """The solution of a task whose parameters have no derivative to give. A start that belongs to a transform is taken
     out of it by the node, for the solver runs on plain tensors."""
     return by_node(task, rule, params) if is_transformed(task.start.z) else task.solve(params)
@@ -450,7 +458,7 @@ def _or_zeros(grads: Sequence[Tensor | None], like: Sequence[Tensor], needs_grad
 
 
 def _recorded(
-    task: Task, rule: DerivativeRule, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
+    task: SolveTask, rule: DerivativeRule, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
 ) -> tuple[Linearization | None, tuple[Tensor, ...]]:
     """The solution's tape without its graph, and what autograd is to save for it: it frees the graph as it does its
     own."""
@@ -469,7 +477,7 @@ def _recorded(
     return parted, (out,)
 
 
-def _compare(task: Task, tape: Linearization, solution: FlatSolution, params: Sequence[Tensor]) -> None:
+def _compare(task: SolveTask, tape: Linearization, solution: FlatSolution, params: Sequence[Tensor]) -> None:
     """What was recorded at the solution, with what the solver has seen there, where both saw the same batch."""
     look = task.randomness
     if look is None or look.known or not isinstance(task.system, FixedPointSystem) or tape.out.ndim != 2:
@@ -497,8 +505,8 @@ def _restored(linear: LinearTask, tape: Linearization | None, saved: list[Tensor
 
 
 def estimate(
-    task: Task,
-    compute: Callable[[Task, Any, Tensor, Sequence[Tensor]], Sequence[Tensor]],
+    task: SolveTask,
+    compute: Callable[[SolveTask, Any, Tensor, Sequence[Tensor]], Sequence[Tensor]],
     name: str,
     x: Any,
     z: Tensor,

@@ -12,7 +12,7 @@ from torch.autograd.function import Function
 
 from torchimplicit.captured import Adjoint, Continuation, Passes
 from torchimplicit.closure import is_transformed
-from torchimplicit.gradients.base import FlatSolution, Task, differentiable, run_by
+from torchimplicit.gradients.base import FlatSolution, SolveTask, differentiable, run_by
 from torchimplicit.gradients.continued import Continued
 from torchimplicit.gradients.figures import reported, truncated
 from torchimplicit.gradients.linear_estimate import LinearEstimate
@@ -40,7 +40,7 @@ class OneStep(LinearEstimate):
     def recorded(self, solver: Solver) -> int | None:
         return 1 if isinstance(solver, FixedPointIteration) and solver.steps else None
 
-    def attach(self, task: Task, params: Sequence[Tensor]) -> FlatSolution:
+    def attach(self, task: SolveTask, params: Sequence[Tensor]) -> FlatSolution:
         if task.direct and task.solver.steps == 0:  # the start of steps that autograd has seen the last of
             solution = task.solve(params)
             z = _Moved.apply(solution.z, -task.system.residual(solution.z, *params))
@@ -64,7 +64,7 @@ class OneStep(LinearEstimate):
         return Passes(solver=solver.given(solver.steps - 1), continuation=Continuation(1, solver.damping))
 
     @staticmethod
-    def _compiled(task: Task, params: Sequence[Tensor]) -> FlatSolution:
+    def _compiled(task: SolveTask, params: Sequence[Tensor]) -> FlatSolution:
         """Of compiled code, which has the steps before the last one, and that one."""
         solver, capture = task.solver, task.linear.capture
         assert isinstance(solver, FixedPointIteration)
@@ -87,7 +87,7 @@ class OneStep(LinearEstimate):
         return FlatSolution(z, status, report.steps, residual)
 
     @staticmethod
-    def _after_a_node(task: Task, params: Sequence[Tensor]) -> FlatSolution:
+    def _after_a_node(task: SolveTask, params: Sequence[Tensor]) -> FlatSolution:
         """Likewise, where a transform would see the steps before the last one too, but for a node around them."""
         solver = task.solver
         assert isinstance(solver, FixedPointIteration)
@@ -104,7 +104,7 @@ class OneStep(LinearEstimate):
             task.results[-1] = outcome
         return solution._replace(steps=solution.steps + 1)
 
-    def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
+    def apply(self, task: SolveTask, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         return LinearSolution(b, truncated(b, 0, 0.0))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.errors import UnsupportedDerivativeError
-from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.base import SolveTask
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.linear import GMRES, LinearOperator, LinearSolution
 from torchimplicit.linear.confirmed import confirmed
@@ -54,7 +54,7 @@ class SharedInverse(LinearEstimate):
                 f"{type(solver.leading).__name__}: solve with solver=Broyden(), or take another gradient"
             )
 
-    def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
+    def apply(self, task: SolveTask, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         state = task.results[-1].state
         operator = task.system.operator(tape, transposed)
         whole = UnitRows.as_they_are(b)

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from torchimplicit.gradients.base import Task
+from torchimplicit.gradients.base import SolveTask
 from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.linear import LinearSolution
 from torchimplicit.precision import UnitRows, safe_norm, working_dtype
@@ -93,7 +93,7 @@ class UnbiasedNeumann(LinearEstimate):
         return self.steps + int(share ** (-1 / self.power)) - 1
 
     @torch.no_grad()
-    def apply(self, task: Task, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
+    def apply(self, task: SolveTask, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
         operator = task.system.operator(tape, transposed)
         whole = UnitRows.as_they_are(b.to(working_dtype(b.dtype)))
         r = operator.project(whole.unit)

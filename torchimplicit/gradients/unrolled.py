@@ -11,7 +11,7 @@ from torch import Tensor
 from torchimplicit.captured import Passes
 from torchimplicit.closure import is_vmapped
 from torchimplicit.errors import UnsupportedDerivativeError
-from torchimplicit.gradients.base import FlatSolution, Gradient, Task, differentiable, owned, refuse_detached
+from torchimplicit.gradients.base import FlatSolution, Gradient, SolveTask, differentiable, owned, refuse_detached
 from torchimplicit.gradients.figures import reported
 from torchimplicit.gradients.start import Start
 from torchimplicit.solvers import Solver
@@ -30,7 +30,7 @@ class Unrolled(Gradient):
     def passes(self, solver: Solver) -> Passes:
         return Passes(solver=solver, refusal="Unrolled needs the steps that the eager loop takes")
 
-    def attach(self, task: Task, params: Sequence[Tensor]) -> FlatSolution:
+    def attach(self, task: SolveTask, params: Sequence[Tensor]) -> FlatSolution:
         from_start = differentiable((task.start.z,))
         if not (task.direct or from_start or differentiable(params)):
             return task.solve(params)
@@ -51,7 +51,7 @@ class Unrolled(Gradient):
         return solver.steps
 
 
-def through_steps(task: Task, start: Start, params: Sequence[Tensor]) -> FlatSolution:
+def through_steps(task: SolveTask, start: Start, params: Sequence[Tensor]) -> FlatSolution:
     """The solution as autograd sees it that has seen the steps."""
     outcome = task.run(task.system, start, params)
     task.results.append(outcome)

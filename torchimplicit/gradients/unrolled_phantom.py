@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.captured import Continuation, Passes
-from torchimplicit.gradients.base import FlatSolution, Gradient, Task, differentiable, owned, refuse_detached
+from torchimplicit.gradients.base import FlatSolution, Gradient, SolveTask, differentiable, owned, refuse_detached
 from torchimplicit.gradients.continued import Continued
 from torchimplicit.gradients.figures import reported, truncated
 from torchimplicit.gradients.nodes import DerivativeRule, by_node, undifferentiated
@@ -43,7 +43,7 @@ class UnrolledPhantom(Gradient):
         check_count(self, "steps")
         check_fraction(self, "damping")
 
-    def attach(self, task: Task, params: Sequence[Tensor]) -> FlatSolution:
+    def attach(self, task: SolveTask, params: Sequence[Tensor]) -> FlatSolution:
         compiled = task.linear.capture is not None and task.linear.capture.goes_on
         if task.direct or (compiled and task.solver.steps is not None):
             solution = task.solve(params, given_away=False)
@@ -76,8 +76,10 @@ class UnrolledPhantom(Gradient):
 class _Constant(DerivativeRule):
     """The point from which the steps start: it does not move with the parameters."""
 
-    def adjoint(self, task: Task, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
+    def adjoint(
+        self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
+    ) -> Grads:
         return (None,) * len(params)
 
-    def tangent(self, task: Task, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
+    def tangent(self, task: SolveTask, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
         return torch.zeros_like(z)

@@ -14,7 +14,7 @@ from torch.autograd.function import Function
 from torchimplicit.captured import Passes
 from torchimplicit.closure import carries_derivative, is_transformed
 from torchimplicit.errors import UnsupportedDerivativeError
-from torchimplicit.gradients.base import FlatSolution, Gradient, Task
+from torchimplicit.gradients.base import FlatSolution, Gradient, SolveTask
 from torchimplicit.gradients.implicit import Implicit
 from torchimplicit.gradients.one_step import OneStep
 from torchimplicit.gradients.start import Start
@@ -96,7 +96,7 @@ class WhenUnconverged(Gradient):
     def passes(self, solver: Solver) -> Passes:
         return self.gradient.passes(solver)
 
-    def attach(self, task: Task, params: Sequence[Tensor]) -> FlatSolution:
+    def attach(self, task: SolveTask, params: Sequence[Tensor]) -> FlatSolution:
         solution = self.gradient.attach(task, params)
         if not carries_derivative(solution.z):
             return solution

@@ -13,7 +13,7 @@ from torch.autograd.function import Function
 from torchimplicit.closure import is_transformed, transforms_running
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients import Gradient, Implicit, LinearEstimate, NeumannPhantom
-from torchimplicit.gradients.base import FlatSolution, Task, run_by
+from torchimplicit.gradients.base import FlatSolution, SolveTask, run_by
 from torchimplicit.gradients.figures import truncated
 from torchimplicit.precision import without_autocast
 from torchimplicit.problems.fixed_point import FixedPointSystem
@@ -59,7 +59,7 @@ class AtLastStep(Gradient):
     def recorded(self, solver: Solver) -> int | None:
         return 1
 
-    def attach(self, task: Task, params: Sequence[Tensor]) -> FlatSolution:
+    def attach(self, task: SolveTask, params: Sequence[Tensor]) -> FlatSolution:
         assert task.solver.steps
         before = task.solver.given(task.solver.steps - 1)
         start = replace(task, run=run_by(before)).solve(params, given_away=False).z
@@ -89,7 +89,7 @@ class _Adjoint(Function):
     """Identity whose cotangent is replaced by the adjoint's estimate."""
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, task: Task, inverse: Any, tape: Linearization) -> Tensor:
+    def forward(ctx: Any, image: Tensor, task: SolveTask, inverse: Any, tape: Linearization) -> Tensor:
         ctx.task, ctx.inverse, ctx.tape = task, inverse, tape
         return image.view_as(image)
 
@@ -110,7 +110,7 @@ class _Adjoint(Function):
         )
 
 
-def _adjoint_vector(task: Task, inverse: Implicit | LinearEstimate, tape: Linearization, u: Tensor) -> Tensor:
+def _adjoint_vector(task: SolveTask, inverse: Implicit | LinearEstimate, tape: Linearization, u: Tensor) -> Tensor:
     """:math:`g\\approx(I-J^T)^{-1}u`."""
     if isinstance(inverse, NeumannPhantom):
         # without the figures of a linear solve, which take as long on small states
@@ -120,7 +120,7 @@ def _adjoint_vector(task: Task, inverse: Implicit | LinearEstimate, tape: Linear
     return solution.value
 
 
-def _series(task: Task, tape: Linearization, u: Tensor, terms: int, damping: float) -> Tensor:
+def _series(task: SolveTask, tape: Linearization, u: Tensor, terms: int, damping: float) -> Tensor:
     """:math:`\\lambda\\sum_{i<k}(\\lambda J^T+(1-\\lambda)I)^iu`, in k - 1 products."""
     scaled = u if damping == 1.0 else damping * u
     g = scaled

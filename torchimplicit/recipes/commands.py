@@ -135,7 +135,7 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportRuns:
     """Compare finished training runs: a table, learning curves, and a page that shows both."""
 
     paths: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(name="runs", metavar="RUN [RUN ...]")]
@@ -202,7 +202,7 @@ def parse(argv: list[str]) -> Command:
         "restore": _of("joint.restore", "Restore") if named == "restore" else Deferred,
         "resume": Resume,
         "evaluate": Evaluate,
-        "report": Report,
+        "report": ReportRuns,
     }
     choices = [
         _start(name) if named == name else Annotated[Deferred, _named(name, COMMANDS[name])]

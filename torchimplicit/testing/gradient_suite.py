@@ -49,7 +49,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Case:
+class SuiteCase:
     """A problem with its data: ``function(z, x, w)``, sought from ``z0``.
 
     Attributes:
@@ -117,11 +117,11 @@ class GradientSuite(ABC):
             metafunc.parametrize("case", self.kinds, indirect=True)
 
     @pytest.fixture
-    def case(self, request: pytest.FixtureRequest) -> Case:
+    def case(self, request: pytest.FixtureRequest) -> SuiteCase:
         """The suite's problem of the kind asked for."""
         return self.of_kind(request.param)
 
-    def of_kind(self, kind: Kind) -> Case:
+    def of_kind(self, kind: Kind) -> SuiteCase:
         """The suite's problem of this kind."""
         generator = torch.Generator().manual_seed(0)
         x, w = (torch.randn(n, DIM, dtype=torch.float64, generator=generator) for n in (BATCH, DIM))
@@ -133,10 +133,10 @@ class GradientSuite(ABC):
         elif kind == "minimum":
             problem, function = Minimum, convex_energy
         z0, x, w = (t.to(self.device) for t in (torch.zeros_like(x), x, w))
-        return Case(problem, function, self.solver(kind), z0, x, w)
+        return SuiteCase(problem, function, self.solver(kind), z0, x, w)
 
     def solved(
-        self, case: Case, x: Tensor, w: Tensor, gradient: Gradient | None = None, captured: bool = False
+        self, case: SuiteCase, x: Tensor, w: Tensor, gradient: Gradient | None = None, captured: bool = False
     ) -> Solution:
         """The case's solution at ``x`` (``[batch, dim]``) and ``w``, given as arguments or captured."""
         gradient = gradient or self.make()
@@ -146,12 +146,12 @@ class GradientSuite(ABC):
             return solve(problem, z0, solver=case.solver, gradient=gradient, compile=self.compile)
         return solve(case.problem(case.function), z0, x, w, solver=case.solver, gradient=gradient, compile=self.compile)
 
-    def loss(self, case: Case, x: Tensor, w: Tensor, gradient: Gradient | None = None) -> Tensor:
+    def loss(self, case: SuiteCase, x: Tensor, w: Tensor, gradient: Gradient | None = None) -> Tensor:
         """A scalar of the solution whose cotangent is not constant."""
         value: Tensor = self.solved(case, x, w, gradient).value
         return (value.sin() * torch.arange(1, DIM + 1, device=value.device)).sum()
 
-    def gradients(self, case: Case, captured: bool = False) -> list[Tensor]:
+    def gradients(self, case: SuiteCase, captured: bool = False) -> list[Tensor]:
         """Of a loss, in ``x`` and ``w``."""
         x, w = case.x.clone().requires_grad_(), case.w.clone().requires_grad_()
         value = self.solved(case, x, w, captured=captured).value
@@ -164,7 +164,7 @@ class GradientSuite(ABC):
 
     # -- first order ---------------------------------------------------------------------------------------------------
 
-    def test_the_solution_is_that_of_a_plain_solve(self, case: Case) -> None:
+    def test_the_solution_is_that_of_a_plain_solve(self, case: SuiteCase) -> None:
         with torch.no_grad():
             plain = self.solved(case, case.x, case.w).value
         assert not plain.requires_grad
@@ -172,7 +172,7 @@ class GradientSuite(ABC):
         assert found.requires_grad
         torch.testing.assert_close(found.detach(), plain, rtol=1e-9, atol=1e-9)
 
-    def test_the_gradient_is_within_its_bound(self, case: Case) -> None:
+    def test_the_gradient_is_within_its_bound(self, case: SuiteCase) -> None:
         for argument in (0, 1):
             inputs = [case.x.clone(), case.w.clone()]
             inputs[argument].requires_grad_()
@@ -182,14 +182,14 @@ class GradientSuite(ABC):
             assert got.shape == inputs[argument].shape
             assert relative_error(got, expected) <= self.bound
 
-    def pulled(self, case: Case, u: Tensor) -> list[Tensor]:
+    def pulled(self, case: SuiteCase, u: Tensor) -> list[Tensor]:
         """The gradients in ``x`` and ``w`` for the cotangent ``u`` ``[batch, dim]``."""
         torch.manual_seed(0)  # an estimator may draw at random
         x, w = case.x.clone().requires_grad_(), case.w.clone().requires_grad_()
         return list(torch.autograd.grad(self.solved(case, x, w).value, (x, w), u))
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-    def test_a_cotangent_that_is_not_finite_comes_out(self, case: Case, bad: float) -> None:
+    def test_a_cotangent_that_is_not_finite_comes_out(self, case: SuiteCase, bad: float) -> None:
         """For its sample, and for what all samples share; the other samples' gradients stay what they were."""
         u = torch.linspace(0.5, 1, case.x.numel(), dtype=case.x.dtype, device=case.x.device).reshape(case.x.shape)
         clean, _ = self.pulled(case, u)
@@ -200,24 +200,24 @@ class GradientSuite(ABC):
         others = [i for i in range(BATCH) if i != 1]
         torch.testing.assert_close(of_x[others], clean[others], rtol=1e-9, atol=1e-12)
 
-    def test_the_gradient_scales_with_the_cotangent(self, case: Case) -> None:
+    def test_the_gradient_scales_with_the_cotangent(self, case: SuiteCase) -> None:
         """Sample by sample, whatever their sizes."""
         u = torch.linspace(0.5, 1, case.x.numel(), dtype=case.x.dtype, device=case.x.device).reshape(case.x.shape)
         sizes = torch.tensor([1e-180, 1.0, 1e180], dtype=u.dtype, device=u.device)[:, None]
         usual, scaled = self.pulled(case, u)[0], self.pulled(case, u * sizes)[0]
         torch.testing.assert_close(scaled / sizes, usual, rtol=max(10 * self.bound, 1e-6), atol=0.0)
 
-    def test_captured_tensors_are_differentiated_like_arguments(self, case: Case) -> None:
+    def test_captured_tensors_are_differentiated_like_arguments(self, case: SuiteCase) -> None:
         for got, expected in zip(self.gradients(case, captured=True), self.gradients(case), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
 
-    def test_a_captured_tensor_that_was_computed(self, case: Case) -> None:
+    def test_a_captured_tensor_that_was_computed(self, case: SuiteCase) -> None:
         theta = (2 * case.w).requires_grad_()
         value = self.solved(case, case.x, 0.5 * theta, captured=True).value
         (got,) = torch.autograd.grad(value.sin().sum(), theta)
         torch.testing.assert_close(got, 0.5 * self.gradients(case)[1], rtol=1e-9, atol=1e-10)
 
-    def test_module_parameters_are_differentiated(self, case: Case) -> None:
+    def test_module_parameters_are_differentiated(self, case: SuiteCase) -> None:
         module = nn.Linear(DIM, DIM, bias=False, dtype=torch.float64, device=self.device)
         with torch.no_grad():
             module.weight.copy_(case.w)
@@ -228,7 +228,7 @@ class GradientSuite(ABC):
         assert module.weight.grad is not None
         torch.testing.assert_close(module.weight.grad, self.gradients(case)[1], rtol=1e-9, atol=1e-10)
 
-    def test_only_what_requires_grad_gets_one(self, case: Case) -> None:
+    def test_only_what_requires_grad_gets_one(self, case: SuiteCase) -> None:
         x, w = case.x.clone(), case.w.clone().requires_grad_()
         shift = torch.ones(DIM, dtype=torch.int64, device=self.device)
 
@@ -244,19 +244,19 @@ class GradientSuite(ABC):
         assert x.grad is None
         torch.testing.assert_close(w.grad, self.gradients(case)[1], rtol=1e-9, atol=1e-10)
 
-    def test_a_batch_has_the_gradients_of_its_samples(self, case: Case) -> None:
+    def test_a_batch_has_the_gradients_of_its_samples(self, case: SuiteCase) -> None:
         batch = self.gradients(case)[0]
         for i in range(BATCH):
             x = case.x[i : i + 1].clone().requires_grad_()
             (alone,) = torch.autograd.grad(self.solved(case, x, case.w).value.sin().sum(), x)
             torch.testing.assert_close(batch[i : i + 1], alone, rtol=0, atol=self.consistency)
 
-    def test_no_graph_without_grad_mode(self, case: Case) -> None:
+    def test_no_graph_without_grad_mode(self, case: SuiteCase) -> None:
         with torch.no_grad():
             assert not self.solved(case, case.x.clone().requires_grad_(), case.w).value.requires_grad
         assert not self.solved(case, case.x, case.w).value.requires_grad
 
-    def test_the_initial_state_has_a_gradient_only_if_declared(self, case: Case) -> None:
+    def test_the_initial_state_has_a_gradient_only_if_declared(self, case: SuiteCase) -> None:
         z0, x = case.z0.clone().requires_grad_(), case.x.clone().requires_grad_()
         problem = case.problem(case.function)
         value = solve(problem, z0, x, case.w, solver=case.solver, gradient=self.make(), compile=self.compile).value
@@ -264,7 +264,7 @@ class GradientSuite(ABC):
         assert found[0] is not None
         assert (found[1] is not None) == self.of_z0
 
-    def test_the_adjoint_record_belongs_to_the_backward_pass(self, case: Case) -> None:
+    def test_the_adjoint_record_belongs_to_the_backward_pass(self, case: SuiteCase) -> None:
         solutions = [self.solved(case, case.x.clone().requires_grad_(), case.w) for _ in range(2)]
         solutions[0].value.sum().backward()
         ran, waiting = (solution.adjoint for solution in solutions)
@@ -283,7 +283,7 @@ class GradientSuite(ABC):
             with pytest.raises(UnsupportedDerivativeError):
                 compute(self.make())
 
-    def test_second_derivatives_by_create_graph(self, case: Case) -> None:
+    def test_second_derivatives_by_create_graph(self, case: SuiteCase) -> None:
         def compute(gradient: Gradient) -> Tensor:
             x, w = case.x.clone().requires_grad_(), case.w.clone().requires_grad_()
             first = torch.autograd.grad(self.loss(case, x, w, gradient), (x, w), create_graph=True)
@@ -292,13 +292,13 @@ class GradientSuite(ABC):
 
         self.agrees(self.second_order, compute, 10 * self.bound)
 
-    def test_hessian_of_torch_func(self, case: Case) -> None:
+    def test_hessian_of_torch_func(self, case: SuiteCase) -> None:
         def compute(gradient: Gradient) -> Tensor:
             return torch.func.hessian(lambda w: self.loss(case, case.x[:1], w, gradient))(case.w)
 
         self.agrees(self.second_order and self.forward_mode, compute, 10 * self.bound)
 
-    def test_nested_jvp(self, case: Case) -> None:
+    def test_nested_jvp(self, case: SuiteCase) -> None:
         def compute(gradient: Gradient) -> Tensor:
             def along(w: Tensor) -> Tensor:
                 return torch.func.jvp(lambda w: self.solved(case, case.x, w, gradient).value, (w,), (case.w,))[1]
@@ -307,7 +307,7 @@ class GradientSuite(ABC):
 
         self.agrees(self.second_order and self.forward_mode, compute, 10 * self.bound)
 
-    def test_dual_tensors(self, case: Case) -> None:
+    def test_dual_tensors(self, case: SuiteCase) -> None:
         def compute(gradient: Gradient) -> Tensor:
             with forward_ad.dual_level():
                 w = forward_ad.make_dual(case.w, torch.ones_like(case.w))
@@ -317,7 +317,7 @@ class GradientSuite(ABC):
 
         self.agrees(self.forward_mode, compute, self.bound)
 
-    def test_forward_and_reverse_mode_are_transposed(self, case: Case) -> None:
+    def test_forward_and_reverse_mode_are_transposed(self, case: SuiteCase) -> None:
         if not self.forward_mode:
             return
         u, v = torch.ones_like(case.x), torch.ones_like(case.w)
@@ -325,17 +325,17 @@ class GradientSuite(ABC):
         pull = torch.func.vjp(lambda w: self.solved(case, case.x, w).value, case.w)[1]
         torch.testing.assert_close((forward * u).sum(), (pull(u)[0] * v).sum(), rtol=1e-8, atol=1e-10)
 
-    def test_functional_gradient(self, case: Case) -> None:
+    def test_functional_gradient(self, case: SuiteCase) -> None:
         got = torch.func.grad(lambda w: self.solved(case, case.x, w).value.sin().sum())(case.w)
         torch.testing.assert_close(got, self.gradients(case)[1], rtol=1e-9, atol=1e-10)
 
-    def test_jacrev(self, case: Case) -> None:
+    def test_jacrev(self, case: SuiteCase) -> None:
         def compute(gradient: Gradient) -> Tensor:
             return torch.func.jacrev(lambda w: self.solved(case, case.x, w, gradient).value)(case.w)
 
         self.agrees(self.vectorized_backward, compute, self.bound)
 
-    def test_vmap(self, case: Case) -> None:
+    def test_vmap(self, case: SuiteCase) -> None:
         ws = torch.stack([case.w, 0.5 * case.w.T], dim=1)
 
         def compute(gradient: Gradient) -> Tensor:
@@ -344,7 +344,7 @@ class GradientSuite(ABC):
         self.agrees(self.vmap, compute, 1e-8)
 
     @pytest.mark.parametrize("captured", [False, True])
-    def test_vmap_of_grad(self, case: Case, captured: bool) -> None:
+    def test_vmap_of_grad(self, case: SuiteCase, captured: bool) -> None:
         ws = torch.stack([case.w, 0.5 * case.w.T], dim=1)
 
         def compute(gradient: Gradient) -> Tensor:
