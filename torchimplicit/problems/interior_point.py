@@ -56,69 +56,77 @@ def interior(program: Program, equalities: int) -> tuple[Tensor, Tensor, Tensor]
     steep = torch.where(steep > 0, steep, 1)
     hessian, slope = hessian / steep[:, :, None], slope / steep
     a, g = matrix[:, :equalities], matrix[:, equalities:]
-    b, h = d[:, :equalities], d[:, equalities:]
-    corner = a.new_zeros(*b.shape, equalities)
+    b, h = d[:, :equalities, None], d[:, equalities:, None]
+    dim, count = slope.shape[1], h.shape[1]
+    corner = a.new_zeros(len(a), equalities, equalities)
     kkt = torch.cat((torch.cat((hessian, a.mT), dim=2), torch.cat((a, corner), dim=2)), dim=1)
-    x = torch.zeros_like(torch.cat((slope, b), dim=1))  # and the equalities' multipliers
+    wide = torch.cat(
+        (g, g.new_zeros(*g.shape[:2], equalities)), dim=2
+    )  # times the point and the equalities' multipliers
+    tall = wide.mT.contiguous()
+    x = torch.zeros_like(kkt[:, :, :1])
     s = h.clamp_min(1.0)
-    pull = 1 / s  # a bound that is far away is as near to the central path as others
+    both = torch.cat((s, 1 / s), dim=1)  # so that a bound that is far away is as near to the central path as others
     # what Newton's equations leave, of which a step takes its share off
-    rest, less = torch.cat((slope + times(g.mT, pull), -b), dim=1), s - h
-    near = torch.finfo(x.dtype).eps ** 0.6
+    rest = torch.cat((slope[:, :, None], -b), dim=1) + tall @ both[:, count:]
+    less, near, tiny = s - h, torch.finfo(x.dtype).eps ** 0.6, torch.finfo(x.dtype).tiny
     for _ in range(STEPS):
+        s, pull = both[:, :count], both[:, count:]
         mean = (s * pull).mean(dim=1, keepdim=True)
         worst = torch.cat((rest, less / s.clamp_min(1.0), mean), dim=1).abs().amax(dim=1, keepdim=True)
         # nearer to the boundary the equations are too ill conditioned to go on
         going = ~(worst <= near) & (mean > 0.01 * near)
         if not bool(going.any()):
             break
-        newton = _Newton.of(kkt, g, rest, less, s, pull)
-        _, ds, dp = newton.direction(torch.zeros_like(s))
-        share = _share(s, ds, pull, dp)
-        ahead = ((s + share * ds) * (pull + share * dp)).mean(dim=1, keepdim=True)
-        center = (ahead / mean.clamp_min(torch.finfo(x.dtype).tiny)) ** 3 * mean
-        dx, ds, dp = newton.direction(center - ds * dp)
-        good = torch.cat((dx, ds, dp), dim=1).isfinite().all(dim=1, keepdim=True) & going
-        share = torch.where(good, 0.995 * _share(s, ds, pull, dp), 0)
-        x, s, pull = (t + share * torch.where(good, dt, 0) for t, dt in ((x, dx), (s, ds), (pull, dp)))
-        rest, less = (1 - share) * rest, (1 - share) * less
-    dim = slope.shape[1]
-    return size * x[:, :dim], torch.cat((x[:, dim:], pull), dim=1), pull > s
+        newton = _Newton.of(kkt, wide, tall, rest, less, s, pull)
+        _, ahead = newton.direction(None)
+        there = torch.addcmul(both, _share(both, ahead), ahead)
+        left = (there[:, :count] * there[:, count:]).mean(dim=1, keepdim=True)
+        center = (left / mean.clamp_min(tiny)) ** 3 * mean
+        dx, to = newton.direction(center - ahead[:, :count] * ahead[:, count:])
+        share = 0.995 * _share(both, to)
+        good = share.isfinite() & going
+        x, both = torch.where(good, x + share * dx, x), torch.where(good, both + share * to, both)
+        kept = torch.where(good, 1 - share, 1)
+        rest, less = kept * rest, kept * less
+    s, pull = both[:, :count, 0], both[:, count:, 0]
+    return size * x[:, :dim, 0], torch.cat((x[:, dim:, 0], pull), dim=1), pull > s
 
 
 class _Newton(NamedTuple):
-    """Newton's equations at one point, without the slacks ``s`` and the inequalities' multipliers ``pull``."""
+    """Newton's equations at one point, without the slacks ``s`` and the inequalities' multipliers ``pull``; vectors are
+    columns."""
 
     lu: Tensor
     pivots: Tensor
-    g: Tensor
+    wide: Tensor
+    tall: Tensor
     rest: Tensor
     less: Tensor
     s: Tensor
-    pull: Tensor
+    weight: Tensor
+    pulled: Tensor
 
     @staticmethod
-    def of(kkt: Tensor, g: Tensor, rest: Tensor, less: Tensor, s: Tensor, pull: Tensor) -> _Newton:
-        matrix, dim = kkt.clone(), g.shape[2]
-        matrix[:, :dim, :dim] += g.mT @ ((pull / s)[:, :, None] * g)
-        lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
-        return _Newton(lu, pivots, g, rest, less, s, pull)
+    def of(kkt: Tensor, wide: Tensor, tall: Tensor, rest: Tensor, less: Tensor, s: Tensor, pull: Tensor) -> _Newton:
+        weight = pull / s
+        lu, pivots, _ = torch.linalg.lu_factor_ex(torch.baddbmm(kkt, tall, weight * wide))
+        return _Newton(lu, pivots, wide, tall, rest, less, s, weight, torch.addcmul(-pull, weight, less))
 
-    def direction(self, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the point, the slacks and the multipliers, to where these times those are ``center``."""
-        dim, turned = self.g.shape[2], self.g.mT
-        weight, centered = self.pull / self.s, center / self.s
-        right = -self.rest
-        right[:, :dim] -= times(turned, weight * self.less - self.pull + centered)
-        dx = torch.linalg.lu_solve(self.lu, self.pivots, right[:, :, None])[:, :, 0]
-        ds = -self.less - times(self.g, dx[:, :dim])
-        return dx, ds, centered - weight * (self.s + ds)
+    def direction(self, center: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of the point, and of the slacks and the multipliers, to where these times those are ``center``, or zero."""
+        centered = None if center is None else center / self.s
+        pulled = self.pulled if centered is None else self.pulled + centered
+        right = torch.baddbmm(self.rest, self.tall, pulled, beta=-1, alpha=-1)
+        dx = torch.linalg.lu_solve(self.lu, self.pivots, right)
+        ds = torch.baddbmm(self.less, self.wide, dx, beta=-1, alpha=-1)
+        dp = -self.weight * (self.s + ds) if centered is None else centered - self.weight * (self.s + ds)
+        return dx, torch.cat((ds, dp), dim=1)
 
 
-def _share(s: Tensor, ds: Tensor, pull: Tensor, dp: Tensor) -> Tensor:
-    """How far, at most 1, both can go and stay positive, ``[rows, 1]``."""
-    t, dt = torch.cat((s, pull), dim=1), torch.cat((ds, dp), dim=1)
-    return torch.where(dt < 0, -t / dt, 1).amin(dim=1, keepdim=True).clamp_max(1)
+def _share(t: Tensor, dt: Tensor) -> Tensor:
+    """How far, at most 1, ``t`` can go along ``dt`` and stay positive, ``[rows, 1, 1]``."""
+    return (-dt / t).amax(dim=1, keepdim=True).clamp_min(1).reciprocal()
 
 
 def times(matrix: Tensor, v: Tensor) -> Tensor:

@@ -170,11 +170,12 @@ class ProjectedSystem(System):
         def core(z: Tensor, *params: Tensor) -> Tensor:
             return _gradient(self.fn(z, *params), z, create_graph=True)
 
+        tape = Linearization(core, z, params, needs_grad, self.leaves)
         if needs_grad is not None and any(needs_grad):
-            self._look_for_kinks(z, params)
+            self._look_for_kinks(tape)
             if self.dependent is not None and any(needs_grad[i] for i in self.own):
                 self._look_for_dependence(z, params)
-        return Linearization(core, z, params, needs_grad, self.leaves)
+        return tape
 
     def on_tape(self, tape: Linearization) -> Tensor:
         return tape.z - self._stepped(tape.z, tape.out, tape.params)
@@ -319,12 +320,11 @@ class ProjectedSystem(System):
         if held.numel():
             held.copy_(measured.reshape(-1, *held.shape).amin(dim=0))  # vmap's copies of one problem share it
 
-    def _look_for_kinks(self, z: Tensor, params: Sequence[Tensor]) -> None:
+    def _look_for_kinks(self, tape: Linearization) -> None:
         """Warn where the projection has a kink at the solution: there is no derivative then, but one for each side."""
-        with torch.no_grad():
-            slope, _ = self.slope(z, params)
-            size = self.steps(z, params)
-            y = z - size * slope
+        z, params = tape.z.detach(), tuple(p.detach() for p in tape.params)
+        size = self.steps(z, params)
+        y = z - size * tape.out.detach()
         number = torch.arange(1, y.numel() + 1, dtype=torch.float64, device=y.device)
         probe = torch.sin(number.square()).reshape(y.shape).to(y.dtype)
         away = KINK * torch.maximum(safe_norm(y), safe_norm(z))[:, None] * probe.sign()
