@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.func import jacfwd, jacrev, vmap
 
 import torchimplicit as ti
 from torchimplicit import Box, LinearEqualities, LinearInequalities, Minimum, NonNegative
@@ -66,6 +67,19 @@ def test_a_vertex_moves_with_its_constraints_and_not_with_the_cost():
     assert gradgradcheck(lambda *sets: solved(cost.detach(), *sets), given[1:], fast_mode=True)
     (slope,) = torch.autograd.grad(solved(*given).sin().sum(), cost)
     assert slope.abs().max() < 1e-13
+
+
+def test_transforms():
+    cost, g, h = normal(3, 2, 4), normal(6, 4, seed=1), normal(6, seed=2).abs() + 0.2
+
+    def value(cost: Tensor, h: Tensor) -> Tensor:
+        return program(cost, LinearInequalities(g, h), Box(-2.0, 2.0)).value
+
+    each = torch.stack([value(c, h) for c in cost])
+    torch.testing.assert_close(vmap(value, in_dims=(0, None))(cost, h), each)
+    bounds = h + torch.tensor([[0.0], [0.1], [0.2]], dtype=F64)
+    each = torch.stack([jacrev(value, argnums=1)(cost[0], b) for b in bounds])
+    torch.testing.assert_close(vmap(jacfwd(value, argnums=1), in_dims=(None, 0))(cost[0], bounds), each)
 
 
 def test_assignments_whose_vertices_are_degenerate():

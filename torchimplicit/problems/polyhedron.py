@@ -51,11 +51,11 @@ class Memory:
 def minimized(
     hessian: Tensor,
     slope: Tensor,
+    size: Tensor,
+    moved: Tensor,
     matrix: Tensor,
     right: Tensor,
     equalities: int,
-    size: Tensor,
-    moved: Tensor,
     memory: Memory | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The steps :math:`s` of least :math:`\\langle g,s\\rangle+\\frac12 s^THs` with :math:`Cs=d`, or :math:`\\le d`, as

@@ -242,8 +242,10 @@ class ProjectedSystem(System):
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Self:
         penalty = None if self.penalty is None else vmapped(self.penalty, size, tuple(dims))
         projection = vmapped(self.projection, size, tuple(dims))
-        unknown: dict[str, Any] = dict.fromkeys(("newton", "projector", "extent", "dependent"))
-        return replace(super().vmapped(size, dims), projection=projection, penalty=penalty, **unknown)
+        own = {name: getattr(self, name) for name in ("newton", "projector", "extent")}
+        known: dict[str, Any] = {n: None if f is None else vmapped(f, size, tuple(dims)) for n, f in own.items()}
+        system = replace(super().vmapped(size, dims), projection=projection, penalty=penalty, dependent=None)
+        return replace(system, **known)
 
     def joined(self, rows: int) -> Self | None:
         together = super().joined(rows)

@@ -231,18 +231,31 @@ class FlatPolyhedron(LinearSet):
             parts = [(matrix[:, :, part], right[:, :, part]) for part in (slice(count), slice(count, None))]
             matrix = torch.cat([m.reshape(len(z), -1, z.shape[1]) for m, _ in parts], dim=1)
             right = torch.cat([r.reshape(len(z), -1) for _, r in parts], dim=1)
-        room = right - (matrix @ z[:, :, None])[:, :, 0]
-        return minimized(hessian, slope, matrix, room, count * rows, size, moved, self.memory)
+
+        def found(
+            hessian: Tensor, slope: Tensor, size: Tensor, moved: Tensor, matrix: Tensor, right: Tensor, z: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            room = right - (matrix @ z[:, :, None])[:, :, 0]
+            return minimized(hessian, slope, size, moved, matrix, room, count * rows, self.memory)
+
+        step, flat = unseen(found, len(z), hessian, slope, size, moved, matrix, right, z)
+        return step, flat
 
     def extent(self, z: Tensor, *tensors: Tensor) -> Tensor:
         """How far away most of the rows are that ``z`` is not at, ``[rows]``; NaN where there are none."""
-        matrix, right = self._expanded(len(z), tensors)
-        return typical(right - (matrix @ z[:, :, None])[:, :, 0])
+
+        def found(z: Tensor, matrix: Tensor, right: Tensor) -> tuple[Tensor]:
+            return (typical(right - (matrix @ z[:, :, None])[:, :, 0]),)
+
+        return unseen(found, len(z), z, *self._expanded(len(z), tensors))[0]
 
     def projector(self, z: Tensor, *tensors: Tensor) -> Tensor:
         """The derivatives of the projection, ``[rows, dim, dim]``."""
-        matrix, right = self._expanded(len(z), tensors)
-        return projector(matrix, active_rows(z, matrix, right, self.equalities, self.memory))
+
+        def found(z: Tensor, matrix: Tensor, right: Tensor) -> tuple[Tensor]:
+            return (projector(matrix, active_rows(z, matrix, right, self.equalities, self.memory)),)
+
+        return unseen(found, len(z), z, *self._expanded(len(z), tensors))[0]
 
     def dependent(self, z: Tensor, *tensors: Tensor) -> Tensor:
         return dependent(z, *self._expanded(len(z), tensors))

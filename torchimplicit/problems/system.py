@@ -350,7 +350,7 @@ def vmapped(fn: Callable[..., Tensor], size: int, dims: tuple[int | None, ...]) 
     """``fn`` of ``size`` copies, stacked along the batch, where parameter i has its copies in ``dims[i]``."""
 
     def stacked(z: Tensor | tuple[Tensor, ...], *params: Tensor) -> Any:
-        copies = pytree.tree_map(lambda z: z.reshape(size, -1, z.shape[-1]), z)
+        copies = pytree.tree_map(lambda z: z.reshape(size, len(z) // size, *z.shape[1:]), z)
         out = torch.vmap(fn, in_dims=(0, *dims), randomness="different")(copies, *params)
         return pytree.tree_map(lambda out: out.reshape(-1, *out.shape[2:]), out)
 
