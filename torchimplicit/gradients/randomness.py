@@ -109,4 +109,4 @@ def _drawn(device: torch.device) -> Tensor:
     """What moves, with every number drawn, in the state of the generator that is drawn from on ``device`` where none is
     named: its place, and the first words of the numbers that it has ready."""
     state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    return state[:64]
+    return state[:64].clone()
