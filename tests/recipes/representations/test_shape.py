@@ -47,6 +47,7 @@ from torchimplicit.recipes.representations.shape import (
     DistanceLoss,
     Frame,
     Overlap,
+    _upright,
     adam,
     build,
     compared,
@@ -592,3 +593,14 @@ class TestCloud:
         vertices = read_file(run.path / "surface.ply", 10**6).vertices
         assert float((vertices - 5).norm(dim=1).mean()) == pytest.approx(3, rel=0.1), "in the file's own coordinates"
         assert "2000 points, with normals" in (run.path / "index.html").read_text()
+
+
+@pytest.mark.parametrize(("up", "front", "upward"), [("x", 2, 0), ("y", 2, 1), ("z", 1, 2)])
+def test_a_mesh_is_seen_from_its_front_whichever_axis_is_up(up, front, upward):
+    turned = _upright(replace(shape(), up=up))
+    assert torch.det(turned) == 1
+    right, above, toward = view(turn=0.0, tilt=0.0) @ turned
+    assert toward[front].abs() == 1
+    assert toward[front] == (-1 if up == "z" else 1)
+    assert above[upward] == 1
+    assert right.abs().sum() == 1

@@ -89,7 +89,7 @@ class GenerationConfig:
     """The weight of the variational autoencoder's divergence, over the number of pixels: twice a pixel's variance; of
     the regularized one, that of half the latents' squares likewise."""
 
-    decay: float = 1e-5
+    decoder_decay: float = 1e-5
     """The weight of the squares of the regularized autoencoder's decoder weights."""
 
     encoder_width: int = 128
@@ -118,7 +118,16 @@ class GenerationConfig:
     machine: Machine = field(default_factory=Machine)
 
     def __post_init__(self) -> None:
-        positive(self, "kl_weight", "decay", "encoder_width", "components", "density_images", "samples", "curve_images")
+        positive(
+            self,
+            "kl_weight",
+            "decoder_decay",
+            "encoder_width",
+            "components",
+            "density_images",
+            "samples",
+            "curve_images",
+        )
         positive(self, "curve_repeats")
         if self.components > self.density_images:
             raise UserError(f"--components {self.components} is more than --density-images {self.density_images}")
@@ -394,7 +403,7 @@ class Generation(SampledTask):
         x, config = encoder(images), self.config
         size = 0.5 * config.kl_weight / images[0].numel() * x.square().sum(dim=1)
         weights = sum((p.square().sum() for p in self.decoder.parameters()), start=x.new_zeros(()))
-        return (error(self.decoder(x), images) + size).mean() + config.decay * weights
+        return (error(self.decoder(x), images) + size).mean() + config.decoder_decay * weights
 
     def latents(self, images: Tensor) -> Tensor:
         """Found, or encoded: the mean."""

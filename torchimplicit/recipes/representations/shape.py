@@ -107,8 +107,11 @@ class ShapeConfig:
     resolution: int = 96
     """Grid points of the longest side, for the surface by marching cubes."""
 
-    up: Literal["y", "z"] = "y"
-    """The mesh's axis that points up in the pictures."""
+    up: Literal["x", "y", "z"] = "y"
+    """The mesh's axis that points up in the pictures. Its front faces z then, or, where z is up, against y."""
+
+    turn: float = 35.0
+    """Degrees by which the first picture is turned from the front about that axis; the second shows the other side."""
 
     representation: Representation = field(default_factory=Representation)
     optimization: Optimization = field(default_factory=Optimization)
@@ -512,7 +515,7 @@ def show(config: ShapeConfig, task: FieldTask, results: Results, run: Run) -> No
     folder = run.path / "figures"
     folder.mkdir(exist_ok=True)
     found = surface(config, task, config.resolution)
-    eyes = [view(turn) @ _upright(config) for turn in (35.0, 215.0)]
+    eyes = [view(turn) @ _upright(config) for turn in (config.turn, config.turn + 180)]
     pictures = [(folder / "original.png", "The mesh, from two sides.")]
     save(torch.cat([mesh_drawn(true.mesh, PICTURE, eye) for eye in eyes], 1), pictures[0][0])
     if found is None:
@@ -561,7 +564,7 @@ def _show_cloud(config: ShapeConfig, task: FieldTask, results: Results, run: Run
             f"At {config.resolution} grid points the test points are {100 * figures['to_surface']:.3f} % of the "
             f"longest side from the surface, and their normals agree with it to {figures['normals']:.4f} (mean cosine)."
         ]
-        eyes = [view(turn) @ _upright(config) for turn in (35.0, 215.0)]
+        eyes = [view(turn) @ _upright(config) for turn in (config.turn, config.turn + 180)]
         pictures.append((folder / "reconstruction.png", "The surface of the field (surface.ply, surface.obj)."))
         save(torch.cat([mesh_drawn(found, PICTURE, eye) for eye in eyes], 1), pictures[-1][0])
     write_page("A shape as a field", task, results, run, pictures, notes)
@@ -601,17 +604,19 @@ def _sentence(figures: Comparison, resolution: int) -> str:
 
 
 def _upright(config: ShapeConfig) -> Tensor:
-    """From the file's axes to those of which y points up."""
-    if config.up == "y":
-        return torch.eye(3, dtype=torch.float64)
-    return torch.tensor([[1.0, 0, 0], [0, 0, 1.0], [0, -1.0, 0]], dtype=torch.float64)
+    """From the file's axes to those of which y points up, and z to the front."""
+    rows = {
+        "x": [[0, -1, 0], [1, 0, 0], [0, 0, 1]],
+        "y": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+        "z": [[1, 0, 0], [0, 0, 1], [0, -1, 0]],
+    }
+    return torch.tensor(rows[config.up], dtype=torch.float64)
 
 
 def _slice(config: ShapeConfig, task: FieldTask, true: Subject) -> Figure:
-    """The field where the third coordinate (the depth, where y is up) is zero."""
+    """The field where the coordinate that goes to the front is zero."""
     corner = task.points.corner
-    flat = 2 if config.up == "y" else 1
-    across, upward = (0, 1) if config.up == "y" else (0, 2)
+    flat, across, upward = {"x": (2, 1, 0), "y": (2, 0, 1), "z": (1, 0, 2)}[config.up]
     n = 160
     sizes = tuple(max(2, round(n * corner[i] / max(corner))) for i in (upward, across))
     plane = centres(torch.arange(sizes[0] * sizes[1]), sizes, (corner[upward], corner[across]), torch.float64)
