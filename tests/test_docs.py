@@ -111,6 +111,15 @@ class TestTheEstimatorsOfExtending(GradientSuite):
         torch.testing.assert_close(*grads)
 
 
+def test_the_linear_solver_of_extending():
+    page = TestTheEstimatorsOfExtending.page
+    matrix = torch.linspace(1, 4, 5, dtype=torch.float64).diag().expand(3, 5, 5)
+    b = torch.arange(15, dtype=torch.float64).reshape(3, 5)
+    solution = torchimplicit.linear_solve(matrix, b, solver=page.SteepestDescent(), symmetric=True)
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, b / matrix.diagonal(dim1=1, dim2=2), rtol=1e-8, atol=1e-9)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=_names)
 def test_named_tests_and_benchmarks_exist(page):
     for match in _NAMED.finditer(page.read_text(encoding="utf-8")):

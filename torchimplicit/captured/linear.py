@@ -84,7 +84,7 @@ def by_method(
         )
         return LinearSystem.of(operator, None, False)
 
-    method = solver._method(system(saved).operator)
+    method = solver.method(system(saved).operator)
     first = method.start(system(saved), b, torch.zeros_like(b), b, scale)
     going = scale > tolerance
     none = torch.zeros((), dtype=torch.int64, device=b.device)

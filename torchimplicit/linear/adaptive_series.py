@@ -45,7 +45,7 @@ class AdaptiveSeries(IterativeSolver):
 
     damping: float | None = None
 
-    def _method(self, operator: LinearOperator) -> Method:
+    def method(self, operator: LinearOperator) -> Method:
         return _MinimalResidualSteps(self.damping)
 
 

@@ -24,7 +24,7 @@ class BiCGStab(IterativeSolver):
     on skew-symmetric systems. Convergence is confirmed by the true residual, at the cost of one product.
     """
 
-    def _method(self, operator: LinearOperator) -> Method:
+    def method(self, operator: LinearOperator) -> Method:
         return _StabilizedBiCG()
 
 

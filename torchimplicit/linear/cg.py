@@ -27,7 +27,7 @@ class CG(IterativeSolver):
 
     max_steps: int = 1000
 
-    def _method(self, operator: LinearOperator) -> Method:
+    def method(self, operator: LinearOperator) -> Method:
         return _ConjugateGradients(preconditioned=self.preconditioner is not None)
 
 

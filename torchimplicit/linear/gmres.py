@@ -40,7 +40,7 @@ class GMRES(IterativeSolver):
         super().__post_init__()
         check_count(self, "restart")
 
-    def _method(self, operator: LinearOperator) -> Method:
+    def method(self, operator: LinearOperator) -> Method:
         return _AdaptiveSimplerGMRES(self.restart)
 
 

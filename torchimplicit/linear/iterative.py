@@ -65,7 +65,7 @@ class IterativeSolver(BlockSolver):
         return self if each is None else replace(self, preconditioner=OfRows(each, operator))
 
     @abstractmethod
-    def _method(self, operator: LinearOperator) -> Method:
+    def method(self, operator: LinearOperator) -> Method:
         """The steps, for one operator; raises ``ValueError`` where the operator lacks what they need."""
 
     def _begin(self, operator: LinearOperator, b: Tensor) -> LinearSolution | Begun | None:
@@ -87,7 +87,7 @@ class IterativeSolver(BlockSolver):
         if isinstance(begun, LinearSolution):
             return begun
         solution = run(
-            self._method(operator),
+            self.method(operator),
             operator,
             b,
             x0 if begun is None else begun.value,

@@ -28,7 +28,7 @@ class LSMR(IterativeSolver):
 
     max_steps: int = 1000
 
-    def _method(self, operator: LinearOperator) -> Method:
+    def method(self, operator: LinearOperator) -> Method:
         if not operator.symmetric and operator.transposed_product is None:
             raise ValueError(
                 "LSMR needs products with the transposed operator, and this operator has no transposed_product; "

@@ -35,7 +35,7 @@ class MINRES(IterativeSolver):
 
     max_steps: int = 1000
 
-    def _method(self, operator: LinearOperator) -> Method:
+    def method(self, operator: LinearOperator) -> Method:
         return _MinimalResiduals(
             preconditioned=self.preconditioner is not None, rounding=ROUNDING * torch.finfo(operator.dtype).eps
         )

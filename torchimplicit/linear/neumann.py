@@ -51,7 +51,7 @@ class Neumann(IterativeSolver):
         rtol, atol = self.tolerances(b.dtype)
         return series(operator, b, damping=self.damping, rtol=rtol, atol=atol, max_steps=self.max_steps)
 
-    def _method(self, operator: LinearOperator) -> Method:
+    def method(self, operator: LinearOperator) -> Method:
         return _Richardson(self.damping, truncated=self.truncated)
 
 
