@@ -81,7 +81,7 @@ def test_what_the_runs_come_to(tmp_path):
     assert [row[0] for row in cost.rows][:2] == [CONVERGED, "implicit"]
     assert any(row[0] == "UPG(1, 0.5)" and row[1] != "–" for row in sweep.rows)
     assert [drawing.name for drawing in summary.drawings] == ["training", "sweep", "cost"]
-    assert len(summary.claims) == 4
+    assert len(summary.claims) == 5
     json.dumps(to_plain(summary.runs), allow_nan=False)
 
     measured = costs_of(runs["cost"].read_json("costs.json"))

@@ -95,11 +95,26 @@ def test_bad_files_are_named(tmp_path, changes, message):
         tu.load("COX2", write(tmp_path, changes))
 
 
-@pytest.mark.parametrize("missing", ["graph_indicator", "graph_labels", "node_labels"])
+@pytest.mark.parametrize("missing", ["graph_indicator", "graph_labels"])
 def test_a_missing_file_is_named(tmp_path, missing):
     write(tmp_path, without=(missing,))
     with pytest.raises(UserError, match=f"COX2_{missing}.txt cannot be read"):
         tu.load("COX2", tmp_path)
+
+
+def test_a_set_is_found_without_its_name_and_without_node_labels(tmp_path):
+    write(tmp_path, without=("node_labels", "node_attributes"))
+    found = tu.load("", tmp_path)
+    degrees = torch.cat([torch.bincount(g.edge_index[0], minlength=g.num_nodes) for g in found.graphs])
+    x = torch.cat([g.x for g in found.graphs])
+    assert torch.equal(x.argmax(dim=1), torch.unique(degrees, return_inverse=True)[1])
+    (tmp_path / "MUTAG_A.txt").write_text("1, 2\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"several sets \(COX2, MUTAG\): say which with --data"):
+        tu.load("", tmp_path)
+    with pytest.raises(UserError, match=r"holds no DD_A.txt.*it holds COX2, MUTAG"):
+        tu.load("DD", tmp_path)
+    with pytest.raises(UserError, match="say which set"):
+        tu.load("")
 
 
 def test_a_missing_folder_is_named(tmp_path):

@@ -98,6 +98,18 @@ def test_a_fold_is_trained(collection, tmp_path, recipe, gradient):
     assert found.costs.backward > 0
 
 
+def test_every_fold_is_trained_and_told(tmp_path, capsys):
+    write_tu(tmp_path / "set", "OWN")
+    argv = ["train", "graphs-folds", *SHORT, "--data-dir", str(tmp_path / "set"), "--folds", "3", "--width", "4"]
+    assert cli.main([*argv, "--peek", "--output", str(tmp_path / "run")]) == 0
+    assert "mean" in capsys.readouterr().out
+    found = Run(tmp_path / "run").read_json("folds.json")["folds"]
+    assert [one["fold"] for one in found] == [0, 1, 2]
+    assert cli.main(["evaluate", str(tmp_path / "run")]) == 0
+    assert cli.main(["report", str(tmp_path / "run" / "fold-0"), "--page", str(tmp_path / "report.html")]) == 0
+    assert "accuracy" in capsys.readouterr().out
+
+
 def test_what_is_peeked_at_is_the_test_part_and_changes_nothing(collection, tmp_path):
     config = quick(collection, steps=3)
     found = [trained(tmp_path / str(peek), "graphs-cox2", replace(config, peek=peek)) for peek in (False, True)]
@@ -178,7 +190,7 @@ def test_a_node_that_nothing_reaches_counts_as_half_right():
 
 
 def test_the_published_settings():
-    assert (cox2().optimization.steps, cox2().optimization.milestones) == (800, (200,))
+    assert (cox2().optimization.steps, cox2().optimization.milestones) == (600, (150,))
     assert (proteins().optimization.steps, proteins().optimization.milestones) == (1600, (400,))
     assert (ppi().kappa, ppi().optimization.learning_rate) == (0.98, 0.005)
 

@@ -14,8 +14,8 @@ import torch
 from made_up_images import cifar_batch, idx, write_cifar, write_imagenet, write_mnist
 from PIL import Image
 
-from torchimplicit.recipes.phantom import image_files, imagenet
-from torchimplicit.recipes.phantom.image_data import load, standardized
+from torchimplicit.recipes.phantom import image_files, imagenet, own_images
+from torchimplicit.recipes.phantom.image_data import Selection, load, standardized
 from torchimplicit.recipes.phantom.image_files import cifar10, mnist, read_batch, set_apart
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import Download, cache_folder, fetch
@@ -170,6 +170,62 @@ class TestCifar:
             cifar10(folder)
         with pytest.raises(UserError, match="holds no CIFAR-10"):
             cifar10(write_mnist(tmp_path / "mnist"))
+
+
+class TestBinary:
+    def write(self, folder, images=20):
+        rng = np.random.default_rng(0)
+        for name in ("data_batch_1.bin", "test_batch.bin"):
+            rows = np.concatenate([np.arange(images)[:, None] % 10, rng.integers(256, size=(images, 3072))], axis=1)
+            (folder / name).write_bytes(rows.astype(np.uint8).tobytes())
+
+    @pytest.mark.parametrize("place", ["", "cifar-10-batches-bin"])
+    def test_the_binary_version_is_read(self, tmp_path, place):
+        (tmp_path / place).mkdir(exist_ok=True)
+        self.write(tmp_path / place)
+        found = load("cifar10", tmp_path, validation=5)
+        assert found.train.images.shape == (15, 3, 32, 32)
+        assert found.test.labels.tolist() == [*range(10), *range(10)]
+
+    def test_a_file_cut_short_is_named(self, tmp_path):
+        self.write(tmp_path)
+        (tmp_path / "test_batch.bin").write_bytes(b"\0" * 5000)
+        with pytest.raises(UserError, match=r"test_batch\.bin has 5000 bytes, and images have 3073 each"):
+            load("cifar10", tmp_path, validation=5)
+
+
+class TestOwnImages:
+    def write(self, folder, count=10, classes=("cat", "dog")):
+        for label, name in enumerate(classes):
+            (folder / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = np.full((12 + number, 20, 3), 40 + 150 * label, np.uint8)
+                Image.fromarray(pixels).save(folder / name / f"{number}.png")
+
+    @pytest.mark.parametrize("parts", [(), ("train", "test"), ("train", "val")])
+    def test_a_folder_for_each_class(self, tmp_path, parts):
+        for part in parts or ("",):
+            self.write(tmp_path / part)
+        selection = Selection(data_dir=tmp_path, validation_images=4)
+        found = own_images.load(selection, 16, "grey" if parts else "colour")
+        channels = 1 if parts else 3
+        assert found.train.images.shape == (16 if parts else 12, channels, 16, 16)
+        assert len(found.test.labels) == (20 if parts else 4)
+        assert (found.train.images[found.train.labels == 1] == 190).all()
+        assert len(found.mean) == channels
+        assert own_images.names_of(tmp_path)[0] == ["cat", "dog"]
+
+    def test_what_is_refused(self, tmp_path):
+        (tmp_path / "cat").mkdir()
+        with pytest.raises(UserError, match="two classes or more, and it holds cat"):
+            own_images.names_of(tmp_path)
+        (tmp_path / "dog").mkdir()
+        with pytest.raises(UserError, match="cat holds no images"):
+            own_images.load(Selection(data_dir=tmp_path, validation_images=1), 8, "colour")
+        for name in ("cat", "dog"):
+            (tmp_path / name / "broken.png").write_bytes(b"x")
+        with pytest.raises(UserError, match=r"broken\.png is no image"):
+            own_images.load(Selection(data_dir=tmp_path, validation_images=1), 9, "colour")
 
 
 class TestImageNet:

@@ -166,7 +166,7 @@ class TestBadInput:
     def test_no_file(self, text, capsys):
         (text / "wiki.test.tokens").unlink()
         assert cli.main(["train", "language-wikitext103", "--data-dir", str(text)]) == 2
-        assert "wiki.test.tokens is missing" in capsys.readouterr().err
+        assert "nothing for test: give wiki.test.tokens" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("content", "complaint"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from torchimplicit.recipes.phantom import language_data as wikitext
-from torchimplicit.recipes.phantom.language_data import Stream, Text, read
+from torchimplicit.recipes.phantom.language_data import Stream, Text, read, tokenizer
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import Download
 
@@ -105,15 +105,56 @@ def test_a_text_too_short_for_its_batch_names_the_file(whole):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere does not exist"):
         read(tmp_path / "nowhere")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file is a file"):
-        read(tmp_path / "file")
+    (tmp_path / "picture.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds picture\.png, and no text files"):
+        read(tmp_path)
 
 
 def test_a_missing_file_is_named(tmp_path):
     (write(tmp_path) / "wiki.valid.tokens").unlink()
-    with pytest.raises(UserError, match=r"wiki\.valid\.tokens is missing"):
+    with pytest.raises(
+        UserError, match=r"wiki\.train\.tokens, wiki\.test\.tokens and nothing for valid: give wiki\.valid"
+    ):
         read(tmp_path)
+
+
+LINES = [f"line {number} of a text" for number in range(40)]
+
+
+@pytest.mark.parametrize("how", ["file", "folder", "raw", "named"])
+def test_texts_of_ones_own(tmp_path, how):
+    if how == "file":
+        place = tmp_path / "text.txt"
+        place.write_text("\n".join(LINES), encoding="utf-8")
+    elif how == "folder":
+        place = tmp_path
+        for part, lines in (("a.txt", LINES[:30]), ("b.txt", LINES[30:])):
+            (place / part).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    else:
+        place = tmp_path
+        form = "wiki.{}.raw" if how == "raw" else "{}.txt"
+        names = zip(
+            ("train", "valid" if how == "raw" else "validation", "test"), (0, 36, 38), (36, 38, 40), strict=True
+        )
+        for name, first, last in names:
+            (place / form.format(name)).write_text("\n".join(LINES[first:last]), encoding="utf-8")
+    corpus = read(place)
+    assert words(corpus, corpus.train)[:6] == ["line", "0", "of", "a", "text", "<eos>"]
+    assert [len(split.tokens) for split in (corpus.train, corpus.valid, corpus.test)] == [36 * 6, 2 * 6, 2 * 6]
+    assert words(corpus, corpus.test).count("<unk>") == 2  # numbers that training has not seen
+
+
+def test_tokenizers_of_ones_own(tmp_path):
+    (tmp_path / "own.py").write_text("def tokenize(line):\n    return line.split('l')\n", encoding="utf-8")
+    place = tmp_path / "text.txt"
+    place.write_text("\n".join(LINES), encoding="utf-8")
+    found = read(place, tokenize=tokenizer(str(tmp_path / "own.py")))
+    assert words(found, found.train)[:3] == ["", "ine 0 of a text", "<eos>"]
+    assert words(found := read(place, tokenize=tokenizer("characters")), found.train)[:5] == list("line ")
+    (tmp_path / "own.py").write_text("x = 1", encoding="utf-8")
+    for chosen, match in ((str(tmp_path / "own.py"), "must define a function 'tokenize'"), ("bpe", "it is 'bpe'")):
+        with pytest.raises(UserError, match=match):
+            tokenizer(chosen)
 
 
 @pytest.mark.parametrize(

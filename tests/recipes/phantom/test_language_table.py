@@ -99,7 +99,7 @@ def test_a_record_of_some_runs(tiny, tmp_path):
     assert all(float(row[3]) > 1 for row in perplexity.table.rows)
     assert perplexity.table.rows[0][-1] == "1.00×"
     assert len(steps.table.rows) == 4 * len(KINDS)
-    assert len(summary.claims) == 4
+    assert len(summary.claims) == 5
     assert {d.name for d in summary.drawings} == {"perplexity-steps", "perplexity-seconds"}
     assert any(note.startswith("Not run: PreLN, implicit") for note in summary.notes)
     assert set(summary.runs) == names

@@ -8,7 +8,15 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.phantom.images import CONVERGED, CostConfig, ImageConfig, cifar10, cost_table, evaluations
+from torchimplicit.recipes.phantom.images import (
+    AS_PUBLISHED,
+    CONVERGED,
+    CostConfig,
+    ImageConfig,
+    cifar10,
+    cost_table,
+    evaluations,
+)
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.page import COLOURS, axes, style
 from torchimplicit.recipes.runtime.settings import (
@@ -242,19 +250,21 @@ def claims(config: PhantomAblationConfig, runs: Runs) -> Iterator[Claim]:
     if not (cost := measured(runs)):
         return
     converged, implicit, phantom = (cost[name] for name in (CONVERGED, "implicit", "UPG(5, 0.5)"))
-    ratio = evaluations(converged) / evaluations(phantom)
     yield Claim(
-        "The backward pass of UPG(5, 0.5) takes at least 12 times fewer evaluations than a converged implicit one",
-        f"{evaluations(phantom):.0f} instead of {evaluations(converged):.0f} evaluations, {ratio:.1f} times fewer; "
+        "The backward pass of UPG(5, 0.5) takes fewer evaluations and less time than a converged implicit one",
+        f"{evaluations(phantom):.0f} instead of {evaluations(converged):.0f} evaluations; "
         f"{converged.backward_seconds / phantom.backward_seconds:.1f} times less time",
-        ratio >= 12,
+        evaluations(phantom) < evaluations(converged) and phantom.backward_seconds < converged.backward_seconds,
     )
-    faster = implicit.seconds / phantom.seconds
-    yield Claim(
-        "A whole step with UPG(5, 0.5) is at least 1.4 times as fast as an implicit one with the paper's budgets",
-        f"{faster:.2f} times",
-        faster >= 1.4,
-    )
+    pairs = {"to equal tolerance": (implicit, phantom)}
+    if f"implicit{AS_PUBLISHED}" in cost:
+        pairs["as published, budgets run out"] = (cost[f"implicit{AS_PUBLISHED}"], cost[f"UPG(5, 0.5){AS_PUBLISHED}"])
+    for how, (exact, approximate) in pairs.items():
+        yield Claim(
+            f"A whole step with UPG(5, 0.5) is at least 1.4 times as fast as an implicit one, {how}",
+            f"{exact.seconds / approximate.seconds:.2f} times",
+            exact.seconds / approximate.seconds >= 1.4,
+        )
 
 
 def protocol(config: PhantomAblationConfig, runs: Runs) -> str:
@@ -266,7 +276,7 @@ def protocol(config: PhantomAblationConfig, runs: Runs) -> str:
         f"MDEQ {one.model}, {amount}; the weights of the best validation are tested on "
         f"{one.test_images or 'all'} test images; {config.plan.seeds} seeds. {chosen.steps} steps of "
         f"{chosen.batch_size}, cosine; Adam {ADAM_RATE[config.plan.scale]:g} with weight decay 2.5e-6, or SGD 0.1 with "
-        f"Nesterov momentum 0.9 and weight decay 1e-4. Forward: Broyden, at most {equilibria.solver_steps} steps; "
+        f"momentum 0.9 and weight decay 1e-4. Forward: Broyden, at most {equilibria.solver_steps} steps; "
         f"implicit backward: GMRES, at most {equilibria.backward_steps} steps, both to a relative residual of "
         f"{equilibria.tolerance:g}. Pretraining: {equilibria.pretrain_steps} of the steps, with "
         f"{equilibria.pretrain_depth} weight-tied applications unrolled. "
@@ -293,9 +303,11 @@ def notes(config: PhantomAblationConfig, runs: Runs) -> Iterator[str]:
     )
     if cost := measured(runs):
         yield (
-            "For A(5, 0.5) to be 12 times as cheap, the converged backward pass must take 60 evaluations; on this "
-            f"model GMRES converges in {evaluations(cost[CONVERGED]):.0f}. The applications that UPG unrolls count as "
-            "forward evaluations."
+            "The published 12 times are of the backward pass's time on ImageNet. Published solvers run their budgets "
+            "out, 18 steps forward and 20 backward on CIFAR-10, 26 and 27 on ImageNet: their absolute tolerances are "
+            "not reached. Where solvers stop at a tolerance, as they do here but in rows as published, a phantom "
+            f"gradient saves less: GMRES converges in {evaluations(cost[CONVERGED]):.0f} evaluations on this model. "
+            "The applications that UPG unrolls count as forward evaluations."
         )
     by_row = Runs(line for row in (*TABLE_1, *SWEEP) for line in runs.where(row=row))
     yield from table.diverged(by_row, lambda line: line.name)

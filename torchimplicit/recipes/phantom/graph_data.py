@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,13 +58,11 @@ def folds(labels: Sequence[int], count: int = 10, validation: float = 0.1, seed:
     return made
 
 
-# -- COX2 and PROTEINS in the text format of the TU collection (Morris et al. 2020, arXiv 2007.08663) ------------------
+# -- Sets in the text format of the TU collection (Morris et al. 2020, arXiv 2007.08663) ------------------
 
 
 LARGEST_FILE = 1 << 28
-"""Bytes: a hundred times the largest of either set."""
-
-TUName = Literal["COX2", "PROTEINS"]
+"""Bytes: a hundred times the largest of COX2 and PROTEINS."""
 
 
 def batch(graphs: list[Data]) -> Any:
@@ -96,14 +94,15 @@ class GraphSet(NamedTuple):
         return [int(graph.y) for graph in self.graphs]
 
 
-def load(name: TUName, data_dir: Path | None = None, attributes: bool = False) -> GraphSet:
+def load(name: str, data_dir: Path | None = None, attributes: bool = False) -> GraphSet:
     """A data set of the collection.
 
-    The features of a node are its label, one-hot over those that occur: what the published IGNN runs have. Isolated
+    The features of a node are its label, one-hot over those that occur: what the published IGNN runs have; in a set
+    without labels, its attributes, or where there are none either its degree, one-hot up to :data:`DEGREES`. Isolated
     nodes and graphs without edges are kept (the model gives every node a loop to itself).
 
     Args:
-        name: which.
+        name: which; empty: the one that lies in ``data_dir``.
         data_dir: holds ``<name>_A.txt`` and the other files, itself or in ``<name>``, ``<name>_full`` or
             ``<name>/raw``; ``None``: torch-geometric downloads them.
         attributes: whether to append the nodes' real-valued attributes, where the set has any.
@@ -127,8 +126,8 @@ def load(name: TUName, data_dir: Path | None = None, attributes: bool = False) -
     sizes = np.bincount(owner - 1, minlength=graphs)
     if (sizes == 0).any():
         raise UserError(f"{indicator}: graph {int(np.argmin(sizes)) + 1} has no node, and needs at least one")
-    x = _features(folder, prefix, nodes, attributes)
     edges = _edges(folder / f"{prefix}_A.txt", owner)
+    x = _features(folder, prefix, nodes, attributes, edges)
     kinds, y = np.unique(label, return_inverse=True)
     if len(kinds) < 2:
         raise UserError(f"{folder / f'{prefix}_graph_labels.txt'} has one label only: there is nothing to learn")
@@ -153,6 +152,11 @@ def locate(name: str, data_dir: Path | None) -> tuple[Path, str]:
         UserError: there is none.
     """
     if data_dir is None:
+        if not name:
+            raise UserError(
+                "say which set: --data with a name of the TU collection, such as MUTAG, --data-dir with the folder of "
+                "its text files, or both"
+            )
         folder = cache_folder("tudataset") / name / "raw"
         if not (folder / f"{name}_A.txt").is_file():
             try:
@@ -167,26 +171,56 @@ def locate(name: str, data_dir: Path | None) -> tuple[Path, str]:
         unchanged(folder, [path.name for path in folder.glob(f"{name}_*.txt")])
         return folder, name
     if not data_dir.is_dir():
-        raise UserError(f"{data_dir} is no folder: --data-dir must be the folder that holds {name}_A.txt")
+        raise UserError(f"{data_dir} is no folder: --data-dir must be the folder that holds {name or 'NAME'}_A.txt")
+    if not name:
+        return _only(data_dir)
     for prefix in (name, f"{name}_full"):
         for place in (data_dir, data_dir / prefix, data_dir / prefix / "raw"):
             if (place / f"{prefix}_A.txt").is_file():
                 return place, prefix
     raise UserError(
         f"{data_dir} holds no {name}_A.txt, nor does a folder {name} in it: --data-dir must be the folder of the TU "
-        "collection's text files"
+        f"collection's text files; it holds {_names(data_dir) or 'no set'}"
     )
 
 
-def _features(folder: Path, prefix: str, nodes: int, attributes: bool) -> torch.Tensor:
+def _sets(folder: Path) -> list[Path]:
+    return sorted(path for pattern in ("*_A.txt", "*/*_A.txt", "*/raw/*_A.txt") for path in folder.glob(pattern))
+
+
+def _names(folder: Path) -> str:
+    return ", ".join(path.name.removesuffix("_A.txt") for path in _sets(folder))
+
+
+def _only(folder: Path) -> tuple[Path, str]:
+    found = _sets(folder)
+    if not found:
+        raise UserError(
+            f"{folder} holds no file NAME_A.txt: --data-dir must be the folder of a set in the text format of the TU "
+            "collection"
+        )
+    if len(found) > 1:
+        raise UserError(f"{folder} holds several sets ({_names(folder)}): say which with --data")
+    return found[0].parent, found[0].name.removesuffix("_A.txt")
+
+
+DEGREES = 32
+"""Degrees that are told apart; higher ones are this one."""
+
+
+def _features(folder: Path, prefix: str, nodes: int, attributes: bool, edges: NDArray[np.int64]) -> torch.Tensor:
     path = folder / f"{prefix}_node_labels.txt"
-    label = _integers(path)
-    _same_length(path, len(label), nodes)
-    _, kind = np.unique(label, return_inverse=True)
-    x = torch.nn.functional.one_hot(torch.from_numpy(kind)).float()
-    path = folder / f"{prefix}_node_attributes.txt"
-    if not attributes or not path.is_file():
-        return x
+    given = folder / f"{prefix}_node_attributes.txt"
+    if path.is_file() or not given.is_file():
+        label = _integers(path) if path.is_file() else np.minimum(np.bincount(edges[0], minlength=nodes), DEGREES)
+        _same_length(path, len(label), nodes)
+        _, kind = np.unique(label, return_inverse=True)
+        x = torch.nn.functional.one_hot(torch.from_numpy(kind)).float()
+        if not attributes or not given.is_file():
+            return x
+    else:
+        x = torch.zeros(nodes, 0)
+    path = given
     values = _table(path, np.float64)
     _same_length(path, len(values), nodes)
     if not np.isfinite(values).all():

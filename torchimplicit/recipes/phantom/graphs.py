@@ -67,8 +67,8 @@ class MoleculesConfig:
     equilibria: Equilibria = EQUILIBRIA
     machine: Machine = field(default_factory=Machine)
 
-    data: Literal["COX2", "PROTEINS"] = "COX2"
-    """Which set."""
+    data: str = "COX2"
+    """A set of the TU collection by its name: COX2, PROTEINS, MUTAG, ...; empty: the one that lies in --data-dir."""
 
     data_dir: Path | None = None
     """The folder of its text files, or one above it; without it torch-geometric downloads them."""
@@ -106,7 +106,7 @@ class MoleculesConfig:
     def __post_init__(self) -> None:
         positive(self, "layers", "width")
         not_negative(self, "fold", "fold_seed")
-        _check_model(self.kappa, self.dropout)
+        check_model(self.kappa, self.dropout)
         if self.folds < 2 or self.fold >= self.folds:
             raise UserError(f"--fold {self.fold} must lie below --folds {self.folds}, which must be at least 2")
         if not 0 < self.validation_share < 1:
@@ -131,7 +131,7 @@ class PPIConfig:
     """Bound of ‖W‖∞ · λ(A), below 1."""
 
     def __post_init__(self) -> None:
-        _check_model(self.kappa, 0.0)
+        check_model(self.kappa, 0.0)
         if any(width < 1 for width in self.widths):
             raise UserError(f"--widths must be positive, and they are {' '.join(map(str, self.widths))}")
 
@@ -164,7 +164,7 @@ class ChainsConfig:
 
     def __post_init__(self) -> None:
         positive(self, "length", "identity_scale", "width")
-        _check_model(self.kappa, self.dropout)
+        check_model(self.kappa, self.dropout)
         if self.machine.devices > 1:
             raise UserError("--devices: all chains are one graph, which one device solves; take --devices 1")
         if self.machine.precision != "32":
@@ -174,13 +174,20 @@ class ChainsConfig:
 
 
 def cox2() -> MoleculesConfig:
-    """COX2, with the published epochs and rates: 200 passes, the rate halved at the 51st."""
-    return MoleculesConfig(data="COX2", optimization=_published(steps_per_pass=4))
+    """COX2, with the published epochs and rates: 200 passes of three batches, the rate halved at the 51st."""
+    return MoleculesConfig(data="COX2", optimization=_published(steps_per_pass=3))
 
 
 def proteins() -> MoleculesConfig:
     """PROTEINS, likewise."""
     return MoleculesConfig(data="PROTEINS", optimization=_published(steps_per_pass=8))
+
+
+def tu() -> MoleculesConfig:
+    """Any set: 60 passes of a set of a few hundred graphs, in a minute or two a fold."""
+    return MoleculesConfig(
+        data="", optimization=Optimization(steps=600, batch_size=32, learning_rate=2e-3, validate_every=10)
+    )
 
 
 def ppi() -> PPIConfig:
@@ -195,10 +202,13 @@ def chains() -> ChainsConfig:
 
 def _published(steps_per_pass: int) -> Optimization:
     steps, halved = 200 * steps_per_pass, (50 * steps_per_pass,)
-    return Optimization(steps=steps, schedule="milestones", milestones=halved, validate_every=steps_per_pass)
+    return Optimization(
+        steps=steps, schedule="milestones", milestones=halved, validate_every=steps_per_pass, whole_passes=True
+    )
 
 
-def _check_model(kappa: float, dropout: float) -> None:
+def check_model(kappa: float, dropout: float) -> None:
+    """The bound and the dropout must lie between 0 and 1."""
     if not 0 < kappa < 1:
         raise UserError(f"--kappa must lie between 0 and 1 for the layers to be well-posed, and it is {kappa}")
     if not 0 <= dropout < 1:
@@ -276,7 +286,9 @@ class MoleculesTask(SampledTask):
     def describe(self) -> str:
         train, validation, test = (len(part) for part in self.sets.values())
         parts = f"{train} for training, {validation} for validation, {test} for testing"
-        return f"{self.config.data}, fold {self.config.fold} of {self.config.folds}: graphs {parts}."
+        name = self.config.data or self.config.data_dir
+        said = f"{name}, {self.weights} parameters, {self.set.classes} classes, fold {self.config.fold} of"
+        return f"{said} {self.config.folds}: graphs {parts}."
 
     def _scores(self, batch: Any) -> Tensor:
         return self.model(batch.x, batch.edge_index, batch=batch.batch, graphs=batch.num_graphs)
@@ -290,7 +302,7 @@ def _peeked(graphs: list[Any]) -> Any:
 
 
 @lru_cache(maxsize=2)
-def _set(name: data.TUName, data_dir: Path | None, attributes: bool) -> data.GraphSet:
+def _set(name: str, data_dir: Path | None, attributes: bool) -> data.GraphSet:
     """Read once by a process that trains many folds."""
     return data.load(name, data_dir, attributes)
 
@@ -416,7 +428,7 @@ def ready(config: Any) -> None:
         data.chains(config.length, config.optimization.seed)
     elif isinstance(config, PPIConfig) and config.data_dir is not None:
         data.locate_ppi(config.data_dir)
-    elif isinstance(config, MoleculesConfig) and config.data_dir is not None:
+    elif isinstance(config, MoleculesConfig) and (config.data_dir is not None or not config.data):
         data.locate(config.data, config.data_dir)
 
 

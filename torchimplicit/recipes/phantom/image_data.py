@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -66,10 +66,17 @@ def augmented(images: Tensor, chance: torch.Generator) -> Tensor:
     return padded[samples, :, along[:, :, None], across[:, None, :]].permute(0, 3, 1, 2)
 
 
-def every_augmented(batches: Iterable[Any], steps: range, seed: int, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of images and labels, augmented as the seed, the step and the process say."""
-    for step, (images, labels) in zip(steps, batches, strict=True):
-        yield augmented(images, generator(seed, step, rank, -4)), labels
+class Augmented(Rows):
+    """Images and labels; a batch is asked for as ``(step, index)`` pairs, and its images are augmented as the seed, the
+    step and the process say: by whatever process reads them."""
+
+    def __init__(self, *tensors: Tensor, seed: int, rank: int):
+        super().__init__(*tensors)
+        self.seed, self.rank = seed, rank
+
+    def __getitems__(self, keys: Sequence[Any]) -> tuple[Tensor, ...]:
+        images, *others = super().__getitems__([index for _, index in keys])
+        return augmented(images, generator(self.seed, keys[0][0], self.rank, -4)), *others
 
 
 # -- The data sets that fit into memory, by name -----------------------------------------------------------------------

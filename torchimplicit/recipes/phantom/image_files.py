@@ -191,7 +191,7 @@ CIFAR10 = Download(
     url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
     sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
 )
-BATCHES = "cifar-10-batches-py"
+BATCHES, BINARY = "cifar-10-batches-py", "cifar-10-batches-bin"
 _TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 
 # What numpy's own pickles call, in the old form and in the new; nothing else may be called.
@@ -207,12 +207,39 @@ def cifar10(folder: Path | None) -> tuple[Labelled, Labelled]:
     """``[n, 3, 32, 32]``, from ``cifar-10-batches-py``, its files, or the archive that holds it."""
     if folder is None:
         return _from_archive(fetch(CIFAR10, cache_folder("cifar10")))
+    for place in (folder, folder / BINARY):
+        if (place / "test_batch.bin").is_file():
+            return _from_binary(place)
     for place in (folder, folder / BATCHES):
         if (place / "test_batch").is_file() or any((place / name).is_file() for name in _TRAIN):
             return _from_batches(lambda name, place=place: _read(place / name), str(place))  # type: ignore[misc]
     if (folder / CIFAR10.name).is_file():
         return _from_archive(folder / CIFAR10.name)
-    raise UserError(f"{folder} holds no CIFAR-10: --data-dir must hold {BATCHES}, or {CIFAR10.name}")
+    raise UserError(f"{folder} holds no CIFAR-10: --data-dir must hold {BATCHES}, {BINARY}, or {CIFAR10.name}")
+
+
+ROW = 1 + 3 * 32 * 32
+"""Bytes of an image in the binary version: its label, then its pixels, channel by channel."""
+
+
+def _from_binary(folder: Path) -> tuple[Labelled, Labelled]:
+    """The binary version, of which there may be fewer training files than five."""
+    train = sorted(folder.glob("data_batch_*.bin"))
+    if not train:
+        raise UserError(f"{folder} holds no data_batch_1.bin: the binary version of CIFAR-10 is not whole")
+    parts = [_rows_of(path) for path in train]
+    whole = Labelled(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
+    return whole, _rows_of(folder / "test_batch.bin")
+
+
+def _rows_of(path: Path) -> Labelled:
+    content = _read(path)
+    if not content or len(content) % ROW:
+        raise UserError(f"{path} has {len(content)} bytes, and images have {ROW} each: it is cut short; fetch it again")
+    rows = torch.from_numpy(np.frombuffer(content, np.uint8).reshape(-1, ROW).copy())
+    if int(rows[:, 0].max()) > 9:
+        raise UserError(f"{path} is no batch of CIFAR-10: a label is none of 0 to 9")
+    return Labelled(rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long())
 
 
 def _from_archive(path: Path) -> tuple[Labelled, Labelled]:

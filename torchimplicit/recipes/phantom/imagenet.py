@@ -134,6 +134,13 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.listing.labels[index]
 
 
+def middle(image: Image.Image, size: int) -> Image.Image:
+    """The largest square in the middle of the image, scaled."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+
+
 def centre(image: Image.Image, size: int) -> Image.Image:
     """The centre of the image, its shorter side being 8/7 of ``size`` (256 for 224)."""
     side = min(image.size) * 7 / 8

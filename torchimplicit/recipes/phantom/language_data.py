@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 import zipfile
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -68,9 +70,9 @@ def _unpack(archive: Path, folder: Path) -> None:
         raise UserError(f"{archive} cannot be unpacked to {folder} ({error.strerror})") from None
 
 
-# -- WikiText as numbered words, and the segments that a language model is trained and tested on -----------------------
+# -- A text as numbered words, and the segments that a language model is trained and tested on -------------------------
 #
-# The text is three files, ``wiki.train.tokens``, ``wiki.valid.tokens`` and ``wiki.test.tokens``: words separated by
+# WikiText is three files, ``wiki.train.tokens``, ``wiki.valid.tokens`` and ``wiki.test.tokens``: words separated by
 # spaces, lines by line feeds (Merity et al. 2016, arXiv 1609.07843). Every line ends in ``<eos>``.
 
 
@@ -163,13 +165,101 @@ class Stream:
         return (self.segment(step) for step in range(self.count))
 
 
-def read(folder: Path, vocabulary: int | None = None) -> Corpus:
-    """The corpus in a folder.
+class Source(NamedTuple):
+    """Where a split is read.
+
+    Attributes:
+        paths: the files, one after another.
+        share: from which to which of their lines, as shares of all.
+    """
+
+    paths: tuple[Path, ...]
+    share: tuple[float, float] = (0.0, 1.0)
+
+
+Tokenize = Callable[[str], list[str]]
+"""A line, without its end, to its tokens."""
+
+SHARES = {"train": (0.0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 1.0)}
+"""Of a text without splits of its own: the first nine tenths of its lines are learned."""
+
+NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
+"""What the splits' files may be called, with ``wiki.`` before and ``.tokens``, ``.raw`` or ``.txt`` behind."""
+
+
+def sources(place: Path) -> dict[str, Source]:
+    """The splits of a text of one's own: a file; a folder with a file for each split (WikiText's, word by word or raw,
+    or ``train.txt`` and so on); or a folder of text files, in the order of their names.
+
+    Raises:
+        UserError: there is no text.
+    """
+    if place.is_file():
+        return {split: Source((place,), share) for split, share in SHARES.items()}
+    if not place.is_dir():
+        raise UserError(f"{place} does not exist: --data-dir must be a text file, or a folder with texts")
+    found = {split: _split_file(place, split) for split in SPLITS}
+    if all(found.values()):
+        return {split: Source((path,)) for split, path in found.items() if path is not None}
+    if any(found.values()):
+        missing = [split for split, path in found.items() if path is None]
+        there = ", ".join(path.name for path in found.values() if path is not None)
+        raise UserError(
+            f"{place} holds {there} and nothing for {' and '.join(missing)}: give {file_name(missing[0])}, or "
+            f"{missing[0]}.txt, or one text file that is split here"
+        )
+    texts = tuple(sorted(path for path in place.iterdir() if path.suffix.lower() in (".txt", ".tokens", ".raw", ".md")))
+    if not texts:
+        names = sorted(path.name for path in place.iterdir())
+        there = ", ".join(names[:5]) + (" and others" if len(names) > 5 else "") if names else "nothing"
+        raise UserError(f"{place} holds {there}, and no text files (*.txt)")
+    return {split: Source(texts, share) for split, share in SHARES.items()}
+
+
+def _split_file(folder: Path, split: str) -> Path | None:
+    names = (
+        f"{begin}{name}{end}" for begin in ("wiki.", "") for name in NAMES[split] for end in (".tokens", ".raw", ".txt")
+    )
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def tokenizer(chosen: str) -> Tokenize:
+    """What cuts a line into tokens.
 
     Args:
-        folder: with the three files.
+        chosen: ``words``, at spaces; ``characters``; or a Python file that defines ``tokenize(line)``.
+
+    Raises:
+        UserError: it is none of these, or the file defines no such function.
+    """
+    if chosen == "words":
+        return str.split
+    if chosen == "characters":
+        return list
+    path = Path(chosen)
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(
+            "--tokenizer must be words, characters, or a Python file that defines 'tokenize(line)', and it is "
+            f"'{chosen}'"
+        )
+    try:
+        found = runpy.run_path(str(path)).get("tokenize")
+    except Exception as error:
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
+    if not callable(found):
+        raise UserError(f"{path} must define a function 'tokenize', of a line to a list of strings")
+    own: Tokenize = found
+    return own
+
+
+def read(splits: Path | Mapping[str, Source], vocabulary: int | None = None, tokenize: Tokenize = str.split) -> Corpus:
+    """The corpus.
+
+    Args:
+        splits: where they are read, or a place as :func:`sources` takes it.
         vocabulary: how many words are told apart, ``<unk>`` and ``<eos>`` among them: the most frequent of train;
             ``None``: all. Words that train does not have are ``<unk>`` in any case.
+        tokenize: cuts lines into words.
 
     Raises:
         UserError: a missing folder or file, one that is empty or no text, or a vocabulary that cannot be.
@@ -178,36 +268,25 @@ def read(folder: Path, vocabulary: int | None = None) -> Corpus:
         raise UserError(
             f"a vocabulary of {vocabulary} has no room for a word beside {UNKNOWN} and {END}: give 3 or more"
         )
-    check(folder)
-    words = _vocabulary(folder / file_name("train"), vocabulary)
+    splits = sources(splits) if isinstance(splits, Path) else splits
+    words = _vocabulary(splits["train"], vocabulary, tokenize)
     numbers = {word: number for number, word in enumerate(words)}
-    texts = {split: _numbered(folder / file_name(split), numbers) for split in SPLITS}
+    texts = {split: _numbered(splits[split], numbers, tokenize) for split in SPLITS}
     unknown = {
         split: float((text.tokens == numbers[UNKNOWN]).sum()) / len(text.tokens) for split, text in texts.items()
     }
     return Corpus(**texts, words=words, unknown=unknown)
 
 
-def check(folder: Path) -> None:
-    """Raise :class:`UserError` where the folder or one of its files is missing."""
-    all_three = ", ".join(map(file_name, SPLITS))
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {what}: --data-dir must be the folder with {all_three}")
-    for split in SPLITS:
-        if not (folder / file_name(split)).is_file():
-            raise UserError(f"{folder / file_name(split)} is missing: WikiText comes as three files, {all_three}")
-
-
 def file_name(split: str) -> str:
-    """Under which a split is published."""
+    """Under which a split of WikiText is published."""
     return f"wiki.{split}.tokens"
 
 
-def _vocabulary(path: Path, size: int | None) -> tuple[str, ...]:
+def _vocabulary(source: Source, size: int | None, tokenize: Tokenize) -> tuple[str, ...]:
     """Words by falling frequency; of equally frequent ones, that which comes first in the text."""
     counts: Counter[str] = Counter({UNKNOWN: 0, END: 0})
-    for line in _lines(path):
+    for line in _lines(source, tokenize):
         counts.update(line)
     if size is not None and len(counts) > size:
         rare = [word for word, _ in counts.most_common() if word not in (UNKNOWN, END)][size - 2 :]
@@ -215,33 +294,43 @@ def _vocabulary(path: Path, size: int | None) -> tuple[str, ...]:
     return tuple(word for word, _ in counts.most_common())
 
 
-def _numbered(path: Path, numbers: dict[str, int]) -> Text:
+def _numbered(source: Source, numbers: dict[str, int], tokenize: Tokenize) -> Text:
     unknown = numbers[UNKNOWN]
     found = array("i")
-    for line in _lines(path):
+    for line in _lines(source, tokenize):
         found.extend([numbers.get(word, unknown) for word in line])
-    return Text(torch.frombuffer(found, dtype=torch.int32).clone(), path)
+    return Text(torch.frombuffer(found, dtype=torch.int32).clone(), source.paths[0])
 
 
-def _lines(path: Path) -> Iterator[list[str]]:
+def _lines(source: Source, tokenize: Tokenize) -> Iterator[list[str]]:
     """The words of each line, with ``<eos>``; raises where this is no text."""
+    first, last = 0, None
+    if source.share != (0.0, 1.0):
+        total = sum(1 for _ in _texts(source.paths))
+        first, last = (round(share * total) for share in source.share)
     count = 0
-    try:
-        with path.open(encoding="utf-8", newline="\n") as file:
-            for line in iter(partial(file.readline, LONGEST_LINE), ""):
-                if len(line) == LONGEST_LINE and not line.endswith("\n"):
-                    raise UserError(f"{path} has a line of more than {LONGEST_LINE} characters: it is no WikiText")
-                if "\0" in line:
-                    raise UserError(f"{path} holds zero bytes: it is no text. Give the word-level files of WikiText")
-                words = line.split()
-                count += len(words)
-                yield [*words, END]
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): give the word-level files of "
-            "WikiText, unpacked"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    for text in islice(_texts(source.paths), first, last):
+        words = tokenize(text.rstrip("\r\n"))
+        count += len(words)
+        yield [*words, END]
     if not count:
-        raise UserError(f"{path} has no words: it is empty, or its download was cut off")
+        where = "" if last is None else f" among its lines {first + 1} to {last}, which are one of its three parts"
+        raise UserError(f"{source.paths[0]} has no words{where}: it is empty, or cut off, or too short to be split")
+
+
+def _texts(paths: Sequence[Path]) -> Iterator[str]:
+    for path in paths:
+        try:
+            with path.open(encoding="utf-8", newline="\n") as file:
+                for line in iter(partial(file.readline, LONGEST_LINE), ""):
+                    if len(line) == LONGEST_LINE and not line.endswith("\n"):
+                        raise UserError(f"{path} has a line of more than {LONGEST_LINE} characters: it is no such text")
+                    if "\0" in line:
+                        raise UserError(f"{path} holds zero bytes: it is no text")
+                    yield line
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): give a text, unpacked"
+            ) from error
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error

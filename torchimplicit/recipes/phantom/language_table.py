@@ -236,9 +236,10 @@ def sheets(config: PhantomLanguage, runs: Runs) -> Iterator[TitledTable]:
              "against PostLN implicit"),
     ])  # fmt: skip
     steps = [
-        (ROWS[name.removesuffix(f"-{config.plan.first_seed}")].label, kind, kinds[kind], kinds["implicit"])
+        (ROWS[name.removesuffix(f"-{config.plan.first_seed}")].label, kind, kinds[kind], kinds[counterpart(kind)])
         for name, kinds in measured(runs).get("costs", {}).items()
         for kind in KINDS
+        if kind in kinds
     ]
     if not steps:
         return
@@ -250,8 +251,13 @@ def sheets(config: PhantomLanguage, runs: Runs) -> Iterator[TitledTable]:
         Cell("Forward evaluations", lambda step: f"{step[2]['forward']:.1f}"),
         Cell("Backward evaluations", lambda step: f"{step[2]['backward']:.1f}"),
         Cell("Speed", lambda step: table.NONE if step[1] == "penalty" else f"{both(step[3]) / both(step[2]):.2f}×", "",
-             "both passes, against implicit at these weights"),
+             "both passes, against implicit at these weights: to equal tolerance, or both as published"),
     ])  # fmt: skip
+
+
+def counterpart(kind: str) -> str:
+    """The implicit step that a kind of step is held against: under the same rule for stopping."""
+    return "published" if kind.startswith("published") else "implicit"
 
 
 def claims(config: PhantomLanguage, runs: Runs) -> Iterator[Claim]:
@@ -271,10 +277,20 @@ def claims(config: PhantomLanguage, runs: Runs) -> Iterator[Claim]:
         if one.step_seconds and other.step_seconds and one.row.speed and other.row.speed:
             aim, ratio = other.row.speed / one.row.speed, one.step_seconds / other.step_seconds
             yield Claim(
-                f"{label}: a step with UPG(5, 0.8) is at least {aim:.1f} times as fast as the implicit one",
+                f"{label}: a step with UPG(5, 0.8) is at least {aim:.1f} times as fast as the implicit one, to equal "
+                "tolerance",
                 f"{ratio:.2f} times",
                 ratio >= round(aim, 1),
             )
+            kinds = measured(runs).get("costs", {}).get(f"{names[0]}-{config.plan.first_seed}", {})
+            if "published-phantom" in kinds and not one.row.jacobian:
+                ratio = both(kinds["published"]) / both(kinds["published-phantom"])
+                yield Claim(
+                    f"{label}: a step with UPG(5, 0.8) is at least {aim:.1f} times as fast as the implicit one, as "
+                    "published: 30 steps forward and 35 backward",
+                    f"{ratio:.2f} times",
+                    ratio >= round(aim, 1),
+                )
     pair = [rows[name] for name in ("pre-implicit", "pre-jacobian-implicit") if name in rows]
     if len(pair) == 2 and all(one.costs("forward") for one in pair):
         without, penalized = (fmean(one.costs("forward")) for one in pair)

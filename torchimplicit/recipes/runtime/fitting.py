@@ -339,10 +339,10 @@ class ShowProgress(Callback):
 Row = dict[str, float]
 
 
-def loggers(run: Run, steps: int, tensorboard: bool) -> list[Logger]:
+def loggers(run: Run, steps: int, tensorboard: bool, every: int = 1) -> list[Logger]:
     """The run's loggers, for training that goes on after ``steps`` steps: what was logged of later ones is dropped."""
     kept = [row for row in rows(run.metrics) if row["step"] <= steps]
-    if (there := sum("loss" in row for row in kept)) < steps:
+    if (there := sum("loss" in row for row in kept)) < steps // every:
         say_once(f"{run.metrics} has {there} of the {steps} steps that were done; figures and curves lack the others")
     with quiet_lightning():  # that its logger begins an empty file is known: the rows are kept here
         table = CSVLogger(run.path, name=None, version="logs")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torchimplicit.nn import Equilibrium
 from torchimplicit.recipes.runtime.errors import DivergedError
 from torchimplicit.recipes.runtime.run import quietly
 from torchimplicit.recipes.runtime.settings import Equilibria, Optimization, Trained, from_plain, to_plain
-from torchimplicit.recipes.runtime.task import Costs, Shard, Stopwatch, Task, generator
+from torchimplicit.recipes.runtime.task import Costs, Shard, Stopwatch, Task, generator, solver, told
 from torchimplicit.recipes.runtime.trainer import History, Validation
+from torchimplicit.recipes.runtime.weights import begin_with
 from torchimplicit.regularizers import jacobian_frobenius
 from torchimplicit.solution import Solution
 from torchimplicit.solvers import FixedPointIteration
@@ -29,8 +31,9 @@ from torchimplicit.state import detached
 class TrainingModule(LightningModule):
     """Trains a task for a number of steps, an epoch of Lightning's being a segment."""
 
-    def __init__(self, task: Task, optimization: Optimization, equilibria: Equilibria):
+    def __init__(self, task: Task, optimization: Optimization, equilibria: Equilibria, log_every: int = 1):
         super().__init__()
+        self.log_every = log_every
         self.task = task
         self.optimization = optimization
         self.equilibria = equilibria
@@ -40,6 +43,8 @@ class TrainingModule(LightningModule):
         self._costs: Costs | None = None
         self._held_out = Costs(())
         self._sums: Tensor | None = None
+        self._losses: list[Tensor] = []
+        self.average: dict[str, Tensor] = {}
         self._origin: tuple[Callable[[Any], Task], Trained] | None = None
 
     @staticmethod
@@ -51,7 +56,11 @@ class TrainingModule(LightningModule):
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator(config.optimization.seed, -1).initial_seed())
-            module = TrainingModule(build(config), config.optimization, config.equilibria)
+            module = TrainingModule(build(config), config.optimization, config.equilibria, config.machine.log_every)
+        if config.machine.weights is not None:
+            begin_with(module.task, config.machine.weights)
+        if config.machine.channels_last:
+            module.task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         module._origin = build, config
         return module
 
@@ -96,8 +105,9 @@ class TrainingModule(LightningModule):
         """How training goes, in a few words."""
         text = f"loss {self.last_loss:.4g}" if math.isfinite(self.last_loss) else ""
         if self.history.validations:
-            metric = self.task.metric
-            text += f", validation {metric.name} {metric.text(self.history.validations[-1].figures[metric.name])}"
+            figures = told(self.history.validations[-1].figures, self.task.metric)
+            shown = {name: value for name, value in figures.items() if name == self.task.metric.name or name != "loss"}
+            text += ", validation " + ", ".join(f"{name} {value}" for name, value in shown.items())
         return text
 
     # optimizer
@@ -108,15 +118,50 @@ class TrainingModule(LightningModule):
         rate, decay = chosen.learning_rate, chosen.weight_decay
         optimizer: Optimizer
         if chosen.optimizer == "sgd":
-            optimizer = SGD(
-                weights, lr=rate, weight_decay=decay, momentum=chosen.momentum, nesterov=chosen.momentum > 0
-            )
+            optimizer = SGD(weights, lr=rate, weight_decay=decay, momentum=chosen.momentum, nesterov=chosen.nesterov)
         elif chosen.optimizer == "adamw":
             optimizer = AdamW(weights, lr=rate, weight_decay=decay)
         else:
             optimizer = Adam(weights, lr=rate, weight_decay=decay)
         schedule = LambdaLR(optimizer, lambda step: rate_share(chosen, step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        # of a batch that is cut, the gradients of all parts but the last are there already
+        if self.optimization.accumulate == 1:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    # the average of the weights
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The average in the place of the weights, where one is kept."""
+        if not self.average:
+            yield
+            return
+        own = dict(self.task.named_parameters())
+        kept = {name: own[name].detach().clone() for name in self.average}
+        with torch.no_grad():
+            for name, value in self.average.items():
+                own[name].copy_(value)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in kept.items():
+                    own[name].copy_(value)
+
+    @torch.no_grad()
+    def _keep_average(self) -> None:
+        share = self.optimization.averaging
+        if not share:
+            return
+        for name, p in self.task.named_parameters():
+            if p.requires_grad:
+                if name in self.average:
+                    self.average[name].lerp_(p, 1 - share)
+                else:
+                    self.average[name] = p.detach().clone()
 
     # data
 
@@ -136,11 +181,37 @@ class TrainingModule(LightningModule):
         torch.manual_seed(generator(self.optimization.seed, self.history.steps, self.global_rank).initial_seed())
         self.task.begin()
 
+    @property
+    def logging(self) -> bool:
+        """Whether the step in progress is logged."""
+        step = self.history.steps + 1
+        return step % self.log_every == 0 or step == self.total_steps
+
     def on_train_batch_start(self, batch: Any, index: int) -> None:
         self._costs = Costs(self.layers, self.task)
-        self._watch.start(self.device)
+        self._watch.start(self.device if self.logging else _IDLE)
 
     def training_step(self, batch: Any, index: int) -> Tensor:
+        count = self.optimization.accumulate
+        self._losses = []
+        if count == 1:
+            total = self._part(batch)
+        else:
+            self.trainer.optimizers[0].zero_grad()
+            parts = self.task.cut(batch, count)
+            shares = [len(part[0]) / sum(len(one[0]) for one in parts) for part in parts]
+            for part, share in zip(parts[:-1], shares[:-1], strict=True):
+                self.trainer.precision_plugin.pre_backward(share * self._part(part, share), self).backward()
+            total = shares[-1] * self._part(parts[-1], shares[-1])
+        if self.logging:
+            self.last_loss = float(torch.stack(self._losses).sum())
+            if not math.isfinite(self.last_loss):
+                raise DivergedError(f"the loss is {self.last_loss} at step {self.history.steps + 1}")
+        self._watch.lap("forward_seconds", self.device if self.logging else _IDLE)
+        return total
+
+    def _part(self, batch: Any, share: float = 1.0) -> Tensor:
+        """What a batch, or a part of one, adds to what the step lowers."""
         step = self.history.steps
         with quietly(), self._pretraining(step):
             penalized = self._penalized(step)
@@ -159,10 +230,7 @@ class TrainingModule(LightningModule):
                 # at the detached state it moves the map and not the equilibrium: the usual, cheaper term
                 penalty = jacobian_frobenius(solution.problem, detached(solution.value), *solution.args)
                 total = total + self.equilibria.jacobian_weight * penalty
-        self.last_loss = float(loss.detach())
-        if not math.isfinite(self.last_loss):
-            raise DivergedError(f"the loss is {self.last_loss} at step {step + 1}")
-        self._watch.lap("forward_seconds", self.device)
+        self._losses.append(share * loss.detach())
         return total
 
     def _penalized(self, step: int) -> bool:
@@ -195,16 +263,21 @@ class TrainingModule(LightningModule):
         return self._watch.pause(self.device)
 
     def on_before_backward(self, loss: Tensor) -> None:
-        self._watch.skip(self.device)
+        self._watch.skip(self.device if self.logging else _IDLE)
 
     def on_after_backward(self) -> None:
-        self._watch.lap("backward_seconds", self.device)
+        self._watch.lap("backward_seconds", self.device if self.logging else _IDLE)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
-        seconds = self._watch.stop(self.device)
+        logged = self.logging
+        seconds = self._watch.stop(self.device if logged else _IDLE)
         assert self._costs is not None
+        self._keep_average()
         self.history.steps += 1
         self.history.seconds += seconds["seconds"]
+        if not logged:
+            self._costs.close()
+            return
         rates = self.optimizers().param_groups  # type: ignore[union-attr]
         row = {
             "loss": self.last_loss,
@@ -223,6 +296,9 @@ class TrainingModule(LightningModule):
         self.task.begin()
         self._sums = None
         self._held_out = Costs(self.layers, self.task)
+        self._evaluating = ExitStack()
+        self._evaluating.enter_context(self.averaged())
+        self._evaluating.enter_context(evaluation_budget(self.layers, self.equilibria))
 
     def validation_step(self, batch: Any, index: int) -> None:
         with quietly():
@@ -231,6 +307,7 @@ class TrainingModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         assert self._sums is not None, "the validation split is empty"
+        self._evaluating.close()
         costs = self._held_out.figures()
         self._held_out.close()
         total = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
@@ -254,9 +331,30 @@ class TrainingModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["history"] = to_plain(self.history)
+        if self.average:
+            checkpoint["average"] = self.average
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history = from_plain(History, checkpoint["history"])
+        self.average = {name: value.to(self.device) for name, value in checkpoint.get("average", {}).items()}
+
+
+_IDLE = torch.device("cpu")
+"""In the place of the device where it need not finish: the clock is read, and nothing is waited for."""
+
+
+@contextmanager
+def evaluation_budget(layers: Sequence[Equilibrium], settings: Equilibria) -> Iterator[None]:
+    """Solves within have the budget of validation and test, where it is another one."""
+    usual = [layer.solver for layer in layers]
+    if settings.evaluation_steps is not None:
+        for layer, one in zip(layers, usual, strict=True):
+            layer.solver = replace(one or solver(settings), max_steps=settings.evaluation_steps)
+    try:
+        yield
+    finally:
+        for layer, one in zip(layers, usual, strict=True):
+            layer.solver = one
 
 
 def rate_share(chosen: Optimization, step: int) -> float:

@@ -16,7 +16,8 @@ from torchimplicit.recipes.runtime.files import write_text
 from torchimplicit.recipes.runtime.fitting import Row, rows
 from torchimplicit.recipes.runtime.page import Section, Shown, axes, document, style, styled, svg
 from torchimplicit.recipes.runtime.run import Run
-from torchimplicit.recipes.runtime.table import Cell, Table, sheet, shown
+from torchimplicit.recipes.runtime.table import NONE, Cell, Table, sheet, shown
+from torchimplicit.recipes.runtime.task import SHARES, Metric, told
 from torchimplicit.recipes.runtime.trainer import Results, Validation
 
 TITLE = "Runs compared"
@@ -55,7 +56,11 @@ def comparison(runs: Sequence[Finished]) -> Table:
         return lambda run: shown(run.results.costs and scale * getattr(run.results.costs, figure), form)
 
     def figure(run: Finished, found: Validation | None) -> str:
-        return shown(found and found.figures[run.results.metric], ".4g")
+        if found is None:
+            return NONE
+        metric = Metric(run.results.metric, "%" if run.results.metric in SHARES else "", "max")
+        said = told(found.figures, metric)
+        return ", ".join(f"{name} {value}" for name, value in said.items() if name != "loss" or len(said) == 1)
 
     return sheet("", runs, [
         Cell("Run", lambda run: run.name),
@@ -89,10 +94,10 @@ def curves(runs: Sequence[Finished]) -> Figure:
     return drawn
 
 
-def write(runs: Sequence[Finished], file: Path) -> None:
+def write(runs: Sequence[Finished], file: Path, title: str = TITLE) -> None:
     """The page, in one file."""
     with styled():
         picture = svg(curves(runs), "curves")
     caption = "Training loss and validation figures of the runs, against steps and against time in training steps."
     shown = [Shown(media=picture, caption=caption)]
-    write_text(file, document(TITLE, [], [Section(table=comparison(runs)), Section(heading="Curves", pictures=shown)]))
+    write_text(file, document(title, [], [Section(table=comparison(runs)), Section(heading="Curves", pictures=shown)]))

@@ -156,7 +156,7 @@ class Optimization:
     """Samples a step, over all devices together."""
 
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    """Which rule moves the weights; sgd is Nesterov's where --momentum is positive."""
+    """Which rule moves the weights."""
 
     learning_rate: float = 1e-3
     """The peak."""
@@ -166,6 +166,18 @@ class Optimization:
 
     momentum: float = 0.9
     """The momentum of sgd."""
+
+    nesterov: bool = False
+    """Nesterov's form of it."""
+
+    whole_passes: bool = False
+    """End a pass over the data with a smaller batch; by default the samples that do not fill one are left out."""
+
+    accumulate: int = 1
+    """Parts into which a batch is cut; their gradients are added up, so that one part at a time is in memory."""
+
+    averaging: float = 0.0
+    """Validate and test an exponential moving average of the weights, of which a step keeps this share; 0: none."""
 
     warmup_steps: int = 0
     """Steps of linear warm-up."""
@@ -194,7 +206,12 @@ class Optimization:
     def __post_init__(self) -> None:
         positive(self, "steps", "batch_size", "learning_rate", "validate_every", "clip_norm")
         not_negative(self, "weight_decay", "warmup_steps", "seed")
+        positive(self, "accumulate")
         share(self, "momentum", "final_share")
+        if not 0 <= self.averaging < 1:
+            raise UserError(f"--averaging must lie in [0, 1), and it is {self.averaging}")
+        if self.nesterov and not self.momentum:
+            raise UserError("--nesterov needs a positive --momentum")
         fraction(self, "decay")
         if self.milestones and self.schedule != "milestones":
             raise UserError(f"--milestones go with --schedule milestones, and it is {self.schedule}")
@@ -234,6 +251,9 @@ class Equilibria:
     backward_steps: int = 30
     """The most steps of that solve, and of the adaptive phantom gradient."""
 
+    evaluation_steps: int | None = None
+    """The most steps of a forward solve in validation and test; by default as many as in training."""
+
     pretrain_steps: int = 0
     """First train so many steps with the solver replaced by a few weight-tied applications, differentiated through."""
 
@@ -248,7 +268,7 @@ class Equilibria:
 
     def __post_init__(self) -> None:
         positive(self, "solver_steps", "tolerance", "phantom_steps", "backward_tolerance", "backward_steps")
-        positive(self, "pretrain_depth")
+        positive(self, "pretrain_depth", "evaluation_steps")
         not_negative(self, "pretrain_steps", "jacobian_weight")
         fraction(self, "phantom_damping")
         share(self, "jacobian_probability")
@@ -271,7 +291,23 @@ class Machine:
     """CPU threads of a process; 0 leaves the number to PyTorch."""
 
     workers: int = 0
-    """Processes that read data."""
+    """Processes that read data, and augment images."""
+
+    tf32: bool = False
+    """Let GPUs multiply float32 matrices in TF32, with a mantissa of 10 bits."""
+
+    channels_last: bool = False
+    """Keep images and the weights of convolutions channels last, as tensor cores prefer them."""
+
+    log_every: int = 1
+    """Log every so many steps. The steps between read nothing from the device but what solvers ask for."""
+
+    weights: Path | None = None
+    """Begin with the weights of this file: a state dict, ours, TorchDEQ's, or of locuslab's repositories. With
+    --evaluate-only they are tested as they are."""
+
+    evaluate_only: bool = False
+    """Train nothing: validate and test the weights of --weights."""
 
     tensorboard: bool = True
     """Write TensorBoard's log beside the CSV log."""
@@ -280,8 +316,10 @@ class Machine:
     """After every so many steps log the gradient's cosine to the exact one and the spectral radius; 0: never."""
 
     def __post_init__(self) -> None:
-        positive(self, "devices")
+        positive(self, "devices", "log_every")
         not_negative(self, "threads", "workers", "monitor_every")
+        if self.evaluate_only and self.weights is None:
+            raise UserError("--evaluate-only needs --weights: the file whose weights are to be tested")
 
 
 class Trained(Protocol):
@@ -301,7 +339,13 @@ class Trained(Protocol):
 
 
 def check_batch(optimization: Optimization, machine: Machine) -> None:
-    """Every device must get a sample."""
+    """Every device must get a sample, and every part of a batch that is cut."""
+    if optimization.accumulate > 1 and machine.devices > 1:
+        raise UserError("--accumulate cuts the batch of one device: take --devices 1, or more devices without it")
+    if optimization.batch_size < optimization.accumulate:
+        raise UserError(
+            f"--batch-size {optimization.batch_size} cannot be cut into --accumulate {optimization.accumulate} parts"
+        )
     if optimization.batch_size < machine.devices:
         raise UserError(
             f"{option('batch_size')} {optimization.batch_size} is less than {option('devices')} {machine.devices}; "

@@ -24,6 +24,7 @@ from torchimplicit.gradients import (
 )
 from torchimplicit.linear import GMRES
 from torchimplicit.nn import Equilibrium
+from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import clock
 from torchimplicit.recipes.runtime.settings import Equilibria, EstimatorName
 from torchimplicit.solution import Solution, fell_short
@@ -56,6 +57,20 @@ class Metric:
     def text(self, value: float) -> str:
         """Write a value for people to read."""
         return f"{100 * value:.2f} %" if self.unit == "%" else f"{value:.4g} {self.unit}".rstrip()
+
+
+SHARES = ("accuracy", "top5", "test_accuracy", "f1")
+"""Figures that are shares, shown in per cent."""
+
+
+def told(figures: Mapping[str, float], metric: Metric) -> dict[str, str]:
+    """A split's figures for people: the metric first, then what else says how good a model is, and the loss last."""
+    others = sorted((name for name in figures if name != metric.name), key=lambda name: name == "loss")
+    written = {
+        name: f"{100 * figures[name]:.2f} %" if name in SHARES else f"{figures[name]:.4g}"
+        for name in (metric.name, *others)
+    }
+    return {**written, metric.name: metric.text(figures[metric.name])}
 
 
 @dataclass(frozen=True)
@@ -112,6 +127,16 @@ class Task(nn.Module, ABC):
     def figures(self, sums: list[float]) -> dict[str, float]:
         """The figures of a split, from its sums; among them the metric, and usually ``loss``."""
 
+    def cut(self, batch: Any, count: int) -> list[Any]:
+        """A batch cut into so many parts of samples, where it is a tuple of tensors with the samples first.
+
+        Raises:
+            UserError: it is something else.
+        """
+        if not (isinstance(batch, tuple | list) and all(isinstance(part, Tensor) for part in batch)):
+            raise UserError("--accumulate: the batches of this recipe cannot be cut; take a smaller --batch-size")
+        return list(zip(*(part.chunk(count) for part in batch), strict=True))
+
     def begin(self) -> None:
         """Called before a pass over a split and before every segment of training: forget what is carried from batch to
         batch."""
@@ -133,12 +158,13 @@ class ShuffledSteps(Sampler[list[int]]):
         seed: of the permutations.
         steps: the steps to give batches for.
         shard: this process's share.
+        whole: whether a smaller batch ends a pass; otherwise what does not fill one is left out.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, steps: range, shard: Shard):
+    def __init__(self, size: int, batch_size: int, seed: int, steps: range, shard: Shard, whole: bool = False):
         self.size, self.seed, self.steps, self.shard = size, seed, steps, shard
         self.batch_size = min(size, batch_size)
-        self.per_pass = size // self.batch_size
+        self.per_pass = -(-size // self.batch_size) if whole else size // self.batch_size
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -208,11 +234,26 @@ def loader(
         num_workers=workers,
         collate_fn=_as_is if isinstance(data, Rows) else collate,
         generator=generator(seed, -2),
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
     )
 
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+class _Kept(Sampler[Any]):
+    """The batches of another sampler, which can be replaced: a loader whose workers stay goes on with others."""
+
+    def __init__(self, own: Sampler[Any]):
+        self.own = own
+
+    def __len__(self) -> int:
+        return len(self.own)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.own)
 
 
 class Batches:
@@ -256,7 +297,8 @@ class SampledTask(Task):
     def order(self, steps: range, shard: Shard) -> Sampler[Any]:
         """Which samples the steps have."""
         chosen = self.config.optimization
-        return ShuffledSteps(len(self.sets["training"]), chosen.batch_size, chosen.seed, steps, shard)
+        size = len(self.sets["training"])
+        return ShuffledSteps(size, chosen.batch_size, chosen.seed, steps, shard, chosen.whole_passes)
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
         return self._loaded(self.sets["training"], self.order(steps, shard))
@@ -267,7 +309,16 @@ class SampledTask(Task):
 
     def _loaded(self, data: Any, batches: Sampler[Any], collate: Any = None) -> Iterable[Any]:
         workers, seed = self.config.machine.workers, self.config.optimization.seed
-        return loader(data, batches, workers=workers, collate=collate or self.collate, seed=seed)
+        kept: dict[Any, tuple[_Kept, DataLoader[Any]]] = self.__dict__.setdefault("_loaders", {})
+        key = id(data), collate
+        if workers and key in kept:
+            kept[key][0].own = batches
+            return kept[key][1]
+        order = _Kept(batches)
+        made = loader(data, order, workers=workers, collate=collate or self.collate, seed=seed)
+        if workers:
+            kept[key] = order, made
+        return made
 
 
 # -- Solvers and gradient estimators by the names that the command line uses -------------------------------------------

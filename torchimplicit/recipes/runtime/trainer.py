@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from torchimplicit.errors import SolveError
-from torchimplicit.nn import Equilibrium
 from torchimplicit.recipes.runtime.errors import DivergedError, UserError
 from torchimplicit.recipes.runtime.run import Environment, Run, Runner, device, quietly, threads
 from torchimplicit.recipes.runtime.settings import Machine, Trained, check_batch, from_plain, to_plain
-from torchimplicit.recipes.runtime.table import Cell, Column, Table, sheet
-from torchimplicit.recipes.runtime.task import Costs, Shard, Split, Task
+from torchimplicit.recipes.runtime.table import NONE, Cell, Column, Table, sheet
+from torchimplicit.recipes.runtime.task import Costs, Shard, Split, Task, told
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -196,6 +195,9 @@ class Trainer(Runner):
 
         module = self.module(config)
         load_weights(module, run.best)
+        for name, p in module.task.named_parameters():
+            if name in module.average:
+                p.data.copy_(module.average[name])
         return module.task.to(device(config.machine.device)).eval()
 
     def train(self, config: Trained, run: Run, console: Console) -> bool:
@@ -205,6 +207,11 @@ class Trainer(Runner):
         with threads(config.machine.threads), console.status("Reading the data"):
             module = self.module(config)
         where = device(config.machine.device, config.machine.devices)
+        if config.machine.tf32:
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.allow_tf32 = True
+        if config.machine.evaluate_only:
+            return self._evaluate_only(config, run, console, module, where)
         total = config.optimization.steps
         console.print(
             f"{module.task.describe()} {total} steps on {config.machine.devices} × {where.type.upper()}; Ctrl-C "
@@ -225,7 +232,7 @@ class Trainer(Runner):
                     devices=config.machine.devices,
                     precision=PRECISION[config.machine.precision],
                     clip_norm=config.optimization.clip_norm,
-                    loggers=loggers(run, history(run).steps, config.machine.tensorboard),
+                    loggers=loggers(run, history(run).steps, config.machine.tensorboard, config.machine.log_every),
                     callbacks=callbacks,
                 )
             except (DivergedError, SolveError) as error:
@@ -233,10 +240,22 @@ class Trainer(Runner):
             with console.status("Testing"):
                 results = self._results(config, run, module, where, diverged)
         run.write_json("results.json", results)
+        if not run.read().get("table"):  # a table has a page of its own
+            _write_page(run)
         console.print(summary(results, module.task).rich())
         if diverged:
             raise DivergedError(diverged)
         return results.state == "complete"
+
+    def _evaluate_only(
+        self, config: Trained, run: Run, console: Console, module: TrainingModule, where: torch.device
+    ) -> bool:
+        console.print(f"{module.task.describe()} Weights of {config.machine.weights}.", highlight=False)
+        with threads(config.machine.threads), console.status("Evaluating"):
+            found = {split: measure(module, split, where, config.machine) for split in ("validation", "test")}
+        run.write_json("evaluation.json", found)
+        console.print(_figures(found, module.task).rich())
+        return True
 
     def _results(
         self, config: Trained, run: Run, module: TrainingModule, where: torch.device, diverged: str
@@ -274,17 +293,20 @@ class Trainer(Runner):
             with console.status("Evaluating"):
                 found = {split: measure(module, split, where, config.machine) for split in ("validation", "test")}
         run.write_json("evaluation.json", found)
-        metric = module.task.metric
-        rows = [
-            [
-                split,
-                *(metric.text(v) if name == metric.name else f"{v:.4g}" for name, v in one.figures.items()),
-                f"{one.forward:.1f}",
-            ]
-            for split, one in found.items()
-        ]
-        names = ("Split", *found["test"].figures, "Forward evaluations")
-        console.print(Table([Column(name) for name in names], rows).rich())
+        console.print(_figures(found, module.task).rich())
+
+
+def _figures(found: dict[str, Validation], task: Task) -> Table:
+    rows = [[split, *told(one.figures, task.metric).values(), f"{one.forward:.1f}"] for split, one in found.items()]
+    names = ("Split", *told(found["test"].figures, task.metric), "Forward evaluations")
+    return Table([Column(name) for name in names], rows)
+
+
+def _write_page(run: Run) -> None:
+    from torchimplicit.recipes.runtime import report
+
+    one = report.finished(run.path)
+    report.write([one], run.path / "index.html", f"{one.recipe}: {one.results.metric} along training")
 
 
 def history(run: Run) -> History:
@@ -304,14 +326,18 @@ def measure(module: TrainingModule, split: Split, where: torch.device, machine: 
     """A whole split at the module's present weights, on one device."""
     from lightning.fabric.utilities import move_data_to_device
 
+    from torchimplicit.recipes.runtime.module import evaluation_budget
+
     task = module.task.to(where)
+    module.average = {name: value.to(where) for name, value in module.average.items()}
     was_training = task.training
     task.eval()
     task.begin()
-    costs = Costs([layer for layer in task.modules() if isinstance(layer, Equilibrium)], task)
+    costs = Costs(module.layers, task)
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(machine.precision)
     sums: torch.Tensor | None = None
-    with quietly(), torch.autocast(where.type, mixed, enabled=mixed is not None):
+    averaged, budget = module.averaged(), evaluation_budget(module.layers, module.equilibria)
+    with quietly(), averaged, budget, torch.autocast(where.type, mixed, enabled=mixed is not None):
         for batch in task.held_out_batches(split, Shard()):
             scored = task.score(move_data_to_device(batch, where)).double()
             sums = scored if sums is None else sums + scored
@@ -331,10 +357,15 @@ def measure(module: TrainingModule, split: Split, where: torch.device, machine: 
 def summary(results: Results, task: Task) -> Table:
     """For the terminal."""
     found = {"validation, best": results.best, "test": results.test}
-    name = task.metric.name
-    return sheet("", [(split, one) for split, one in found.items() if one is not None], [
+    splits = [(split, one) for split, one in found.items() if one is not None]
+    names = list(dict.fromkeys(name for _, one in reversed(splits) for name in told(one.figures, task.metric)))
+
+    def figure(name: str) -> Callable[[tuple[str, Validation]], str]:
+        return lambda pair: told(pair[1].figures, task.metric).get(name, NONE)
+
+    return sheet("", splits, [
         Cell("Split", lambda pair: pair[0]),
-        Cell(name[:1].upper() + name[1:], lambda pair: task.metric.text(pair[1].figures[name])),
+        *(Cell(name[:1].upper() + name[1:].replace("_", " "), figure(name)) for name in names),
         Cell("At step", lambda pair: str(pair[1].step)),
         Cell("Training", lambda pair: f"{pair[1].seconds:.0f}", "s"),
         Cell("Forward evaluations", lambda pair: f"{pair[1].forward:.1f}"),
