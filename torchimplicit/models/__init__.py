@@ -32,7 +32,7 @@ from torchimplicit.models.ignn import (
 )
 from torchimplicit.models.mdeq import MDEQ, MDEQCell, MDEQConfig, mdeq_imagenet, mdeq_large, mdeq_small, mdeq_tiny
 from torchimplicit.models.multiscale_decoder import MultiscaleDecoderCell, MultiscaleHead, multiscale_decoder
-from torchimplicit.models.physics_informed import EquilibriumField, Field, NetworkField
+from torchimplicit.models.physics_informed import CellField, EquilibriumField, Field, ModuleField, NetworkField
 from torchimplicit.models.representations import (
     MFN,
     SIREN,
@@ -49,6 +49,7 @@ __all__ = [
     "MFN",
     "SIREN",
     "Adjacency",
+    "CellField",
     "ContextEquilibrium",
     "ContextEquilibriumConfig",
     "ConvDEQClassifier",
@@ -74,6 +75,7 @@ __all__ = [
     "MDEQCell",
     "MDEQConfig",
     "ModulatedCell",
+    "ModuleField",
     "MultiscaleDecoderCell",
     "MultiscaleHead",
     "NetworkField",

@@ -26,13 +26,15 @@ TINY = PhysicsInformedConfig(
     partial_seconds=0.02,
     ordinary_points=5,
     partial_points=9,
+    equal_iterations=1,
 )
 
 
 def test_every_row_has_every_seed():
     made = planned.jobs(PhysicsInformedConfig())
-    assert len(made) == len({job.name for job in made}) == 4 * 5 * 3 * 3
-    assert Counter(job.config.seed for job in made) == {0: 60, 1: 60, 2: 60}
+    assert len(made) == len({job.name for job in made}) == 4 * (8 + 5 + 5) * 3
+    assert Counter(job.config.seed for job in made) == {0: 72, 1: 72, 2: 72}
+    assert Counter(job.config.bound for job in made) == {None: 180, 1.0: 24, 2.0: 12}
     for job in made:
         assert settings(job.recipe).equation == job.config.equation
     assert settings("physics-informed") == PhysicsInformedConfig()
@@ -66,29 +68,33 @@ def test_a_table_of_what_is_there(tmp_path):
             assert not (runs[job.name].path / "index.html").is_file()
             done[job.name] = runs[job.name]
     summary = TABLE.summarize(TINY, done)
-    assert [len(sheet.table.rows) for sheet in summary.sheets] == [6, 5]
+    assert [len(sheet.table.rows) for sheet in summary.sheets] == [9, 8]
     for sheet in summary.sheets:
         assert all(len(row) == len(sheet.table.columns) for row in sheet.table.rows)
     names = [drawing.name for drawing in summary.drawings]
     assert names == ["van-der-pol-solution", "van-der-pol-seconds", "helmholtz-solution", "helmholtz-seconds"]
-    assert len(summary.claims) == 2 + 4
-    assert any("1 of 10 runs are not done" in note for note in summary.notes)
+    assert len(summary.claims) == 2 + 2 * (2 + 2 + 1) + 1
+    assert any("1 of 16 runs are not done" in note for note in summary.notes)
     assert set(summary.runs) == set(done)
 
 
 def test_claims_follow_the_figures():
-    def holding(equilibrium: float, network: float) -> list[bool]:
-        errors = {"equilibrium-5": equilibrium, "network-5": network}
+    def holding(errors: dict[str, float], **validation: float | None) -> list[bool]:
         figures = {
-            f"van-der-pol-{model}-least-squares-0": {"iae": error, "relative_l2": error, "loss": 1.0}
+            f"van-der-pol-{model}-least-squares-0": {
+                **{"iae": error, "relative_l2": error, "unconverged": 0.0, "validation": 1.0},
+                **{"equal": {"iae": 2 * error}, **({"validation": validation[model]} if model in validation else {})},
+            }
             for model, error in errors.items()
         }
-        runs = Runs.made_by(planned.jobs(TINY), figures)
-        return [claim.holds for claim in planned.claims(TINY, runs)]
+        return [claim.holds for claim in planned.claims(TINY, Runs.made_by(planned.jobs(TINY), figures))]
 
-    assert holding(1e-3, 1e-2) == [True, True]
-    assert holding(1e-3, 1e-4) == [True, False]
-    assert holding(2e-2, 1e-4) == [False, False]
+    assert holding({"equilibrium-5": 1e-3, "network-5": 1e-2}) == [True, True, True, True]
+    assert holding({"equilibrium-5": 1e-3, "network-5": 1e-4}) == [True, False, False, True]
+    assert holding({"equilibrium-5": 2e-2, "network-5": 1e-4}) == [False, False, False, True]
+    three = {"equilibrium-5": 1e-3, "equilibrium-5-bound-1": 1e-5, "network-5": 1e-4}
+    assert holding(three, **{"equilibrium-5-bound-1": 0.5}) == [True, True, True, True]  # chosen by the held-out loss
+    assert holding(three, **{"equilibrium-5-bound-1": None}) == [True, False, False, True]  # never chosen
 
 
 def test_a_constant():

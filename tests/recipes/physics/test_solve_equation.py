@@ -13,15 +13,11 @@ pytest.importorskip("lightning")
 
 from rich.console import Console
 
-from torchimplicit._solve import solve
-from torchimplicit.derivatives import Derivatives
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.linear import Dense
-from torchimplicit.models.physics_informed import EquilibriumField, NetworkField
-from torchimplicit.problems import FixedPoint
 from torchimplicit.recipes.physics import solve_equation as runner
 from torchimplicit.recipes.physics.equations import EQUATIONS
-from torchimplicit.recipes.physics.solve_equation import LeastSquares, PhysicsConfig
+from torchimplicit.recipes.physics.solve_equation import PhysicsConfig, problem_of
 from torchimplicit.recipes.runtime import optimize as keeper
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import Run, RunOptions, create
@@ -44,12 +40,13 @@ def differences(equation, x, order, h=1e-3):
 def test_the_trusted_solution_satisfies_the_equation(name):
     equation = EQUATIONS[name]
     low, high = np.array(equation.low), np.array(equation.high)
-    for condition in equation.conditions(40, seed=0):
+    for condition in equation.stated(40, seed=0):
         x = condition.points.numpy()
         if condition.orders:  # differences need room
             x = low + (high - low) * (0.02 + 0.96 * (x - low) / (high - low))
+            condition.points = torch.as_tensor(x)
         fields = {order: torch.as_tensor(differences(equation, x, order)) for order in ((), *condition.orders)}
-        residual = condition.residual(torch.as_tensor(x), fields)
+        residual = condition(lambda output, order, fields=fields: fields[order][:, output], {})
         scale = max(1.0, *(float(field.abs().max()) for field in fields.values()))
         assert float(residual.abs().max()) < 1e-5 * scale
 
@@ -58,7 +55,7 @@ def test_the_trusted_solution_satisfies_the_equation(name):
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_the_jacobian_is_that_of_the_residuals(name, model):
     config = replace(SMALL, equation=name, model=model)
-    problem = LeastSquares(runner.field(config), EQUATIONS[name].conditions(config.points, 0))
+    problem = problem_of(config)
     start = problem.weights
     jacobian = problem.jacobian(start)
     vector = np.random.default_rng(0).standard_normal(len(start))
@@ -69,34 +66,6 @@ def test_the_jacobian_is_that_of_the_residuals(name, model):
     residuals = problem.residuals(start)
     assert loss == pytest.approx(0.5 * residuals @ residuals)
     np.testing.assert_allclose(gradient, jacobian.T @ residuals, rtol=1e-6, atol=1e-9)
-
-
-def test_derivatives_of_both_models_are_right():
-    torch.manual_seed(0)
-    precise = NewtonKrylov(linear_solver=Dense(), rtol=1e-15)
-    for made in (
-        EquilibriumField((0.0, -1.0), (1.0, 3.0), outputs=2, states=5, solver=precise),
-        NetworkField((0.0, -1.0), (1.0, 3.0), outputs=2, width=5, depth=2),
-    ):
-        made = made.double()
-        x = torch.rand(6, 2, dtype=torch.float64)
-        orders = ((0,), (1,), (0, 0), (0, 1), (1, 1))
-        found = made.derivatives(x, orders)
-        h = 1e-4
-
-        def value(x, made=made):
-            return made(x).detach()
-
-        for i in (0, 1):
-            e = torch.zeros(2, dtype=torch.float64)
-            e[i] = h
-            slope = (value(x + e) - value(x - e)) / (2 * h)
-            torch.testing.assert_close(found[i,].detach(), slope, rtol=1e-5, atol=1e-6)
-            curve = (value(x + e) - 2 * value(x) + value(x - e)) / h**2
-            torch.testing.assert_close(found[i, i].detach(), curve, rtol=1e-3, atol=1e-4)
-        a, b = torch.tensor([h, h]), torch.tensor([h, -h])
-        mixed = (value(x + a) - value(x + b) - value(x - b) + value(x - a)) / (4 * h**2)
-        torch.testing.assert_close(found[0, 1].detach(), mixed, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["least-squares", "l-bfgs", "adam"])
@@ -165,53 +134,13 @@ def test_what_is_kept_is_what_the_optimizer_accepted(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "optimize", stops_early)
     run = started(tmp_path / "run", SMALL)
     assert runner.train(SMALL, run, Console(quiet=True))
-    kept = LeastSquares(runner.restored(SMALL, run), EQUATIONS["van-der-pol"].conditions(SMALL.points, 0)).weights
-    np.testing.assert_allclose(
-        kept, LeastSquares(runner.field(SMALL), EQUATIONS["van-der-pol"].conditions(SMALL.points, 0)).weights
-    )
-
-
-def test_derivatives_of_the_equilibrium_are_those_of_the_direct_routines():
-    torch.manual_seed(0)
-    made = EquilibriumField((0.0, -1.0), (1.0, 3.0), outputs=6, states=6).double()
-    with torch.no_grad():
-        made.head.copy_(torch.eye(6))
-    x = torch.rand(5, 2, dtype=torch.float64)
-    found = made.derivatives(x, ((0,), (1, 1), (0, 1)))
-    inner = {"input": made.input, "inner": made.coupling(), "bias": made.bias}
-    problem = FixedPoint(lambda z, x: made.cell(z, made.unit(x), inner))
-    at = Derivatives(solve(problem, torch.zeros(5, 6, dtype=torch.float64), x, solver=NewtonKrylov(rtol=1e-14)))
-    one, other = (torch.zeros_like(x) for _ in range(2))
-    one[:, 0] = other[:, 1] = 1
-    torch.testing.assert_close(found[0,], at.along((one,))[0])
-    torch.testing.assert_close(found[1, 1], at.along((other,), order=2)[1])
-    torch.testing.assert_close(found[0, 1], at.second((one,), (other,)))
-    loss, same = found[1, 1].square().sum(), at.along((other,), order=2)[1].square().sum()
-    for a, b in zip(
-        torch.autograd.grad(loss, (made.input, made.inner, made.bias), retain_graph=True),
-        torch.autograd.grad(same, (made.input, made.inner, made.bias)),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
-
-
-def test_the_map_contracts_whatever_the_weights():
-    torch.manual_seed(0)
-    made = EquilibriumField((0.0,), (1.0,), outputs=1, states=8, gain=50.0).double()
-    assert float(torch.linalg.matrix_norm(made.coupling().detach())) < 1
-    made(torch.rand(30, 1, dtype=torch.float64))
-    assert made.trusted
-    wild = EquilibriumField((0.0,), (1.0,), outputs=1, states=8, gain=50.0, bound=None).double()
-    assert float(torch.linalg.matrix_norm(wild.coupling().detach(), 2)) == pytest.approx(50)
-    with pytest.raises(ValueError, match="bound must be positive"):
-        EquilibriumField((0.0,), (1.0,), outputs=1, states=8, bound=0.0)
+    kept = torch.cat([p.detach().reshape(-1) for p in runner.restored(SMALL, run).parameters()])
+    np.testing.assert_allclose(kept, problem_of(SMALL).weights)
 
 
 def test_equilibria_that_are_not_found_are_rejected():
-    torch.manual_seed(0)
-    hasty = NewtonKrylov(linear_solver=Dense(), rtol=1e-12, max_steps=1)
-    made = EquilibriumField((0.0,), (2.0,), outputs=2, states=5, solver=hasty).double()
-    problem = LeastSquares(made, EQUATIONS["van-der-pol"].conditions(7, 0))
+    problem = problem_of(replace(SMALL, points=7))
+    problem.model.field._settle.solver = NewtonKrylov(linear_solver=Dense(), rtol=1e-12, max_steps=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         residuals = problem.residuals(problem.weights)
@@ -220,11 +149,13 @@ def test_equilibria_that_are_not_found_are_rejected():
     assert np.isinf(residuals).all()
 
 
-def test_derivatives_that_are_not_known():
-    made = NetworkField((0.0,), (1.0,), outputs=1, width=2, depth=1)
-    for order in ((0, 0, 0), (1,)):
-        with pytest.raises(ValueError, match="no derivative that is known"):
-            made.derivatives(torch.zeros(2, 1), (order,))
+def test_the_bound_is_a_setting():
+    assert PhysicsConfig().bound is None
+    assert runner.field(replace(SMALL, bound=2.0)).bound == 2.0
+    with pytest.raises(UserError, match="--bound must be positive"):
+        replace(SMALL, bound=0.0)
+    with pytest.raises(UserError, match="--bound is of the equilibrium"):
+        replace(SMALL, bound=1.0, model="network")
 
 
 def test_nothing_to_evaluate(tmp_path):
@@ -237,8 +168,8 @@ def test_settings_that_make_no_sense():
         PhysicsConfig(points=1)
     with pytest.raises(UserError, match="--iterations must be positive"):
         PhysicsConfig(iterations=0)
-    with pytest.raises(ValueError, match="corners of a box"):
-        NetworkField((0.0,), (0.0,), outputs=1, width=2, depth=1)
+    with pytest.raises(UserError, match=r"takes one of van-der-pol, .*, or a Python file"):
+        PhysicsConfig(equation="burger")
 
 
 def started(path, config) -> Run:

@@ -1,5 +1,6 @@
 """Physics-informed models: an equilibrium model solves differential equations, beside a plain network.
 
-An equation (:mod:`.equations`) states residuals of a function and its derivatives at collocation points; a problem of
-least squares (in :mod:`.solve_equation`) makes a vector and its exact Jacobian of them; an optimizer lowers it.
+An equation (:mod:`.statement`) says what a function and its derivatives make zero, and where; a problem of least
+squares (:mod:`.least_squares`) makes a vector and its exact Jacobian of it; an optimizer lowers it
+(:mod:`.solve_equation`).
 """

@@ -65,11 +65,13 @@ class Budget:
         iterations: of the optimizer, at most.
         seconds: of the processor's time, measurements not counted; ``None``: as long as it takes.
         measure_every: iterations between two measurements; with ``seconds`` they are spread over the time.
+        measure_at: iterations after which there also is one.
     """
 
     iterations: int
     seconds: float | None = None
     measure_every: int = 1
+    measure_at: tuple[int, ...] = ()
 
 
 @dataclass
@@ -291,9 +293,10 @@ class Checkpointer:
         self.look(loss, measured)
 
     def _due(self) -> bool:
+        asked = self.history.iterations in self.budget.measure_at
         if self.budget.seconds is None:
-            return self.history.iterations % self.budget.measure_every == 0
-        return self._pass_marks()
+            return asked or self.history.iterations % self.budget.measure_every == 0
+        return self._pass_marks() or asked
 
     def _pass_marks(self) -> bool:
         if self.budget.seconds is None or self.history.seconds < self._mark * self.budget.seconds:

@@ -1,0 +1,226 @@
+"""Parameters of differential equations, found from noisy values of their solutions, with error bars over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from statistics import fmean, median, stdev
+from typing import TYPE_CHECKING, Any, Literal
+
+from torchimplicit.recipes.physics.equation_file import given
+from torchimplicit.recipes.physics.equations import INVERSE
+from torchimplicit.recipes.physics.solve_equation import PhysicsConfig
+from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.page import COLOURS, axes
+from torchimplicit.recipes.runtime.settings import positive
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, TitledTable
+
+if TYPE_CHECKING:
+    from torchimplicit.recipes.runtime.run import Run
+
+ModelName = Literal["equilibrium", "network"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhysicsInverseConfig:
+    """Parameters of differential equations from noisy values, by equilibrium models and plain networks."""
+
+    plan: Plan = field(default_factory=lambda: Plan(seeds=5, together=20))
+
+    equations: tuple[str, ...] = tuple(INVERSE)
+    """Equations with unknown parameters: of those that are known, or Python files of your own."""
+
+    models: tuple[ModelName, ...] = ("equilibrium", "network")
+    """Which models."""
+
+    iterations: int = 40
+    """Iterations of Gauss–Newton."""
+
+    ordinary_points: int = 50
+    """Collocation points of an ordinary differential equation."""
+
+    partial_points: int = 300
+    """Collocation points of a partial one."""
+
+    bound: float | None = None
+    """Keep the Frobenius norm of the equilibrium's coupling below this."""
+
+    def __post_init__(self) -> None:
+        positive(self, "iterations", "ordinary_points", "partial_points", "bound")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model on an equation."""
+
+    equation: str
+    model: ModelName
+
+
+def rows(config: PhysicsInverseConfig) -> list[Row]:
+    """An equation after the other."""
+    return [Row(equation, model) for equation in config.equations for model in config.models]
+
+
+def settings_of(config: PhysicsInverseConfig, row: Row, seed: int) -> PhysicsConfig:
+    """The settings of a run."""
+    ordinary = len(given(row.equation).equation.inputs) == 1
+    return PhysicsConfig(
+        equation=row.equation,
+        model=row.model,
+        bound=config.bound if row.model == "equilibrium" else None,
+        points=config.ordinary_points if ordinary else config.partial_points,
+        iterations=config.iterations,
+        error_every=config.iterations,
+        seed=seed,
+        page=False,
+    )
+
+
+def jobs(config: PhysicsInverseConfig) -> list[Job]:
+    """Seeds are outermost."""
+    return [
+        Job(
+            f"{place}-{row.model}-{seed}",
+            "physics-equation",
+            settings_of(config, row, seed),
+            {"row": row, "seed": seed},
+        )
+        for seed in config.plan.all_seeds
+        for place, row in ((config.equations.index(row.equation), row) for row in rows(config))
+    ]
+
+
+def figures(config: PhysicsInverseConfig, run: Run) -> dict[str, Any] | None:
+    """What was found by a run that came to its end, and what was true, which its file may say."""
+    one = table.read("results.json")(config, run)
+    if one is None or one["state"] != "complete":
+        return None
+    stated = given(one["config"]["equation"]).equation
+    kept = ("unknown", "errors", "loss", "validation", "unconverged", "seconds")
+    return {**{name: one[name] for name in kept}, "title": stated.title, "true": dict(stated.true)}
+
+
+def there(config: PhysicsInverseConfig, runs: Runs) -> list[Row]:
+    """The rows that have runs."""
+    return [row for row in rows(config) if runs.where(row=row)]
+
+
+def noise(row: Row) -> str:
+    """Of a known equation's values, in per cent."""
+    return f"{100 * INVERSE[row.equation][1]:.0f} %" if row.equation in INVERSE else table.NONE
+
+
+def sheets(config: PhysicsInverseConfig, runs: Runs) -> Iterator[TitledTable]:
+    """One sheet; a row for every parameter of an equation."""
+    found = [(row, name) for row in there(config, runs) for name in runs.of(row, "unknown")[0]]
+    if not found:
+        return
+
+    def of(pair: tuple[Row, str]) -> list[float]:
+        return runs.of(pair[0], f"unknown.{pair[1]}")
+
+    def true(pair: tuple[Row, str]) -> float | None:
+        known = runs.of(pair[0], f"true.{pair[1]}")
+        return known[0] if known else None
+
+    def bias(pair: tuple[Row, str]) -> str:
+        right, each = true(pair), of(pair)
+        if right is None:
+            return table.NONE
+        return f"{fmean(each) - right:+.1e}"
+
+    def error(pair: tuple[Row, str]) -> str:
+        own = runs.of(pair[0], "errors.relative_l2")
+        return f"{median(own):.1e}" if own else table.NONE
+
+    yield table.sheet("Parameters", found, [
+        Cell("Equation", lambda pair: runs.of(pair[0], "title")[0]),
+        Cell("Model", lambda pair: pair[0].model),
+        Cell("Noise", lambda pair: noise(pair[0]), "", "of the values, as a share of their deviation"),
+        Cell("Parameter", lambda pair: pair[1]),
+        Cell("True", lambda pair: table.NONE if true(pair) is None else f"{true(pair):.5g}"),
+        Cell("Found", lambda pair: f"{fmean(of(pair)):.5g}", "", "mean over the seeds"),
+        Cell("Deviation", lambda pair: f"{stdev(of(pair)):.1e}" if len(of(pair)) > 1 else table.NONE, "",
+             "over the seeds: other initial weights, points, and noise"),
+        Cell("Off by", bias, "", "the mean less the true value"),
+        Cell("Relative error (L2)", error, "", "of the solution, median"),
+        Cell("Held-out loss", lambda pair: f"{median(runs.of(pair[0], 'validation') or [float('nan')]):.1e}", "",
+             "median; the equation at other points"),
+        Cell("Seeds", lambda pair: str(len(of(pair)))),
+    ])  # fmt: skip
+
+
+def claims(config: PhysicsInverseConfig, runs: Runs) -> Iterator[Claim]:
+    """What is found is what is true, within the error bars; both models alike."""
+    for row in there(config, runs):
+        for name in runs.of(row, "unknown")[0]:
+            known, each = runs.of(row, f"true.{name}"), runs.of(row, f"unknown.{name}")
+            if known and len(each) > 1:
+                off, bar = fmean(each) - known[0], stdev(each) / len(each) ** 0.5
+                exact = noise(row) == "0 %"
+                yield Claim(
+                    f"{runs.of(row, 'title')[0]}, {row.model}, noise {noise(row)}: "
+                    + ("every seed is within 1 % of" if exact else "the mean is within three standard errors of")
+                    + f" the true {name}",
+                    f"{fmean(each):.5g} ± {bar:.1e}, true {known[0]:.5g}",
+                    max(abs(one - known[0]) for one in each) <= 0.01 * abs(known[0]) if exact else abs(off) <= 3 * bar,
+                )
+
+
+def protocol(config: PhysicsInverseConfig, runs: Runs) -> str:
+    """Say in words what was run."""
+    return (
+        f"{config.iterations} iterations of Gauss–Newton in the weights and the parameters together, from "
+        f"{config.ordinary_points} collocation points (ordinary) or {config.partial_points} (partial) and the values; "
+        f"{config.plan.seeds} seeds, each with its own initial weights, points and noise; double precision. The "
+        "oscillator: 30 values of the first component, no start is given. Burgers: 100 scattered values, beside the "
+        "initial and boundary conditions; the logarithm of the viscosity is found. The equilibrium has 20 states and "
+        f"{'no bound' if config.bound is None else f'the bound {config.bound:g}'}, the network two hidden layers of 20."
+    )
+
+
+def notes(config: PhysicsInverseConfig, runs: Runs) -> Iterator[str]:
+    """What else a reader must know."""
+    yield (
+        "The deviation over seeds is the error bar: it holds what other noise, other points and other initial weights "
+        "change, and not what a wrong equation would."
+    )
+    lost = max(runs.column("unconverged"), default=0.0)
+    yield f"The largest share of the grid's points at which an equilibrium was not found at the end is {lost:.1%}."
+    yield from table.left_out(jobs(config), runs, "not done or diverged, and left out")
+
+
+def drawings(config: PhysicsInverseConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
+    """Every seed's parameter beside the true one, a panel an equation."""
+    names: dict[str, list[Row]] = {}
+    for row in there(config, runs):
+        names.setdefault(runs.of(row, "title")[0], []).append(row)
+    if not names:
+        return
+    figure, panels = axes(len(names), width=4.6, height=3.6)
+    for panel, (title, own) in zip(panels, names.items(), strict=True):
+        parameter = next(iter(runs.of(own[0], "unknown")[0]))
+        for place, row in enumerate(own):
+            each = runs.of(row, f"unknown.{parameter}")
+            colour = COLOURS[config.models.index(row.model)]
+            spread = stdev(each) if len(each) > 1 else 0.0
+            panel.plot([place] * len(each), each, "o", color=colour, markersize=3, alpha=0.5)
+            panel.errorbar([place + 0.15], [fmean(each)], [spread], color=colour, marker="s", markersize=4, capsize=3)
+        if known := runs.of(own[0], f"true.{parameter}"):
+            panel.axhline(known[0], color="black", linewidth=1, linestyle=":")
+        panel.set(title=title, ylabel=parameter)
+        panel.set_xticks(range(len(own)), [f"{row.model}\n{noise(row)}" for row in own], fontsize=7)
+    yield CaptionedFigure(
+        "parameters",
+        figure,
+        "What every seed found (dots), mean and deviation (squares), and the true value (dotted); below, the noise.",
+    )
+
+
+TABLE = table.published(
+    globals(),
+    title="Parameters of differential equations from noisy values",
+    source="An inverse problem as in Raissi et al. 2019, for equilibrium models and plain networks; not published for "
+    "the former.",
+)

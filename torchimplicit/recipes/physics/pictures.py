@@ -1,0 +1,121 @@
+"""The pictures of a solved equation, and its page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchimplicit.recipes.runtime.page import COLOURS, Section, axes, document, saved, styled
+from torchimplicit.recipes.runtime.table import CaptionedFigure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from torchimplicit.recipes.physics.solve_equation import Results
+    from torchimplicit.recipes.physics.statement import Array, Equation
+    from torchimplicit.recipes.runtime.run import Run
+
+CAPTIONS = {
+    "solution": "What was found (lines, or the field on the left), and the trusted solution, if there is one (dots, or "
+    "on the right).",
+    "error": "The absolute error.",
+    "training": "The loss and the relative error in the mean square, against iterations and against seconds.",
+}
+
+
+def figures(results: Results, equation: Equation, found: Array) -> dict[str, Figure]:
+    """By the names of :data:`CAPTIONS`, of the field's values on the grid; of more than two coordinates the training
+    alone."""
+    right = equation.reference(equation.points())
+    drawn: dict[str, Figure] = {}
+    with styled():
+        if len(equation.inputs) == 1:
+            drawn["solution"], (plot,) = axes()
+            lines(plot, equation, found)
+        elif len(equation.inputs) == 2:
+            both = {f"{name}": found[:, i] for i, name in enumerate(equation.outputs)}
+            if right is not None:
+                both = {"found": found[:, 0], "trusted": right[:, 0]}
+            drawn["solution"], plots = axes(len(both), width=4.6, height=3.8)
+            for plot, (name, one) in zip(plots, both.items(), strict=True):
+                colours(plot, equation, one, name, cmap="RdBu_r")
+        if right is not None and len(equation.inputs) <= 2:
+            drawn["error"] = _error(equation, np.abs(found - right))
+        return {**drawn, "training": training(results)}
+
+
+def _error(equation: Equation, gap: Array) -> Figure:
+    if len(equation.inputs) == 2:
+        drawn, (plot,) = axes(width=4.6, height=3.8)
+        colours(plot, equation, gap[:, 0], "absolute error", cmap="viridis")
+        return drawn
+    drawn, (plot,) = axes()
+    for index, name in enumerate(equation.outputs):
+        plot.plot(equation.points()[:, 0], np.maximum(gap[:, index], 1e-17), color=COLOURS[index], label=name)
+    plot.set(xlabel=next(iter(equation.inputs)), ylabel="absolute error", yscale="log")
+    plot.legend()
+    return drawn
+
+
+def training(results: Results) -> Figure:
+    """The loss and the error along a training."""
+    drawn, (by_iteration, by_time) = axes(2, width=5.2)
+    looks, colour = results.looks, COLOURS[0]
+    measured = [look for look in looks if np.isfinite(look.relative_l2)]
+    for plot, place in ((by_iteration, "iteration"), (by_time, "seconds")):
+        plot.plot([getattr(x, place) for x in looks], [x.loss for x in looks], color=colour, linewidth=1, alpha=0.6)
+        x, error = [getattr(look, place) for look in measured], [look.relative_l2 for look in measured]
+        plot.plot(x, error, color=colour, marker="o", markersize=3, label=results.config.model)
+        plot.set(xlabel=place, yscale="log")
+    by_iteration.set(ylabel="relative error (dots), loss (thin)" if measured else "loss")
+    if measured:
+        by_iteration.legend()
+    return drawn
+
+
+def lines(plot: Axes, equation: Equation, found: Array) -> None:
+    """A function of one coordinate on the equation's grid as lines, and the trusted one as dots."""
+    grid = equation.points()
+    right, some = equation.reference(grid), slice(None, None, max(1, len(grid) // 25))
+    for index, name in enumerate(equation.outputs):
+        colour = COLOURS[index % len(COLOURS)]
+        plot.plot(grid[:, 0], found[:, index], color=colour, label=name)
+        if right is not None:
+            plot.plot(grid[some, 0], right[some, index], "o", color=colour, markersize=3.5)
+    plot.set(xlabel=next(iter(equation.inputs)))
+    plot.legend()
+
+
+def colours(plot: Axes, equation: Equation, found: Array, title: str, **look: Any) -> None:
+    """A function of two coordinates on the equation's grid, ``[points]``, as a map with its scale; white outside of the
+    domain."""
+    import torch
+
+    grid = equation.points()
+    if equation.where is not None:
+        found = np.where(equation.where(torch.as_tensor(grid)).numpy().ravel(), found, np.nan)
+    first, second = (np.unique(grid[:, i]) for i in (0, 1))
+    image = plot.pcolormesh(first, second, found.reshape(len(first), len(second)).T, rasterized=True, **look)
+    plot.figure.colorbar(image, ax=plot)
+    across, up = equation.inputs
+    plot.set(xlabel=across, ylabel=up, title=title)
+    plot.grid(False)
+
+
+def write_report(results: Results, equation: Equation, found: Array, run: Run) -> None:
+    """``figures/*.png`` and ``index.html``, which holds its pictures itself."""
+    drawn = figures(results, equation, found)
+    with styled():
+        pictures = saved([CaptionedFigure(name, one, CAPTIONS[name]) for name, one in drawn.items()], run)
+    unknown = ", ".join(f"{name} = {value:.6g}" for name, value in results.unknown.items())
+    said = [f"{name} {value:.2e}" for name, value in results.errors.items()]
+    said.append(f"loss {results.loss:.2e}, {results.validation:.2e} at other points")
+    lead = (
+        f"{results.config.model.capitalize()} of {results.parameters} weights, after {results.iterations} iterations "
+        f"of {results.config.optimizer}: {', '.join(said)}"
+        f"{f', against {results.reference}' if results.reference else ''}."
+    )
+    leads = [lead, *([f"Found: {unknown}."] if unknown else [])]
+    run.write_text("index.html", document(equation.title, leads, [Section(pictures=pictures)]))
