@@ -7,9 +7,11 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import torchimplicit as ti
 from torchimplicit.captured import compilations
+from torchimplicit.captured.compiled import spelt
 from torchimplicit.errors import CaptureWarning
 from torchimplicit.models import DEQTransformer
 from torchimplicit.models.deq_transformer import DEQTransformerConfig
@@ -102,3 +104,14 @@ def test_a_transformer_of_any_batch(weight_norm):
             found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         agree(*found, rtol=1e-7)
     assert compilations() == before + 1
+
+
+def test_what_is_joined_in_another_order_is_contiguous():
+    # as outside of the compiler, which would have it otherwise when it reads the graph again
+    def joined(a):
+        return torch.cat((a.permute(1, 0, 2), a.permute(1, 0, 2)), dim=2).reshape(-1, 2 * a.shape[-1])
+
+    a = torch.randn(3, 2, 4)
+    graph = make_fx(spelt(joined))(a)
+    assert any(node.target is torch.ops.aten.clone.default for node in graph.graph.nodes)
+    assert torch.equal(graph(a), joined(a))

@@ -63,7 +63,8 @@ def spelt(function: Callable[..., Any]) -> Callable[..., Any]:
 
 class _Spelt(TorchFunctionMode):
     """``addcmul`` and ``baddbmm`` written out: with sizes that are symbols they cannot be traced. ``frexp``, too: fused
-    with a ``clamp`` it is code that a C++ compiler refuses."""
+    with a ``clamp`` it is code that a C++ compiler refuses. And what ``cat`` makes of tensors that are not contiguous
+    is contiguous, as it is outside of the compiler, whose own idea of it changes on the way."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.frexp, Tensor.frexp):
@@ -72,6 +73,8 @@ class _Spelt(TorchFunctionMode):
             within = (size > 0) & (size < torch.inf)
             exponent = torch.where(within, torch.floor(torch.log2(torch.where(within, size, 1))) + 1, 0)
             return torch.ldexp(number, -exponent), exponent
+        if func is torch.cat and not all(t.is_contiguous() for t in args[0]):
+            return func(*args, **(kwargs or {})).clone(memory_format=torch.contiguous_format)
         if func in (torch.baddbmm, Tensor.baddbmm):
             base, one, two = args
             beta, alpha = ((kwargs or {}).get(name, 1) for name in ("beta", "alpha"))
