@@ -69,6 +69,19 @@ def test_a_vertex_moves_with_its_constraints_and_not_with_the_cost():
     assert slope.abs().max() < 1e-13
 
 
+def test_single_precision():
+    cost, g = normal(100, 6).float(), normal(8, 6, seed=1).float()
+    parts = (LinearInequalities(g, 1.0), Box(-1.0, 1.0))
+    found = program(cost, *parts)
+    assert found.converged.all()
+    doubled = program(cost.double(), LinearInequalities(g.double(), 1.0), Box(-1.0, 1.0))
+    torch.testing.assert_close(
+        linear(found.value, cost).double(), linear(doubled.value, cost.double()), rtol=1e-5, atol=1e-5
+    )
+    quadratic = Minimum(lambda z, cost: 0.5 * z.square().sum(1) + (cost * z).sum(1), parts)
+    assert ti.solve(quadratic, torch.zeros_like(cost), 3 * cost).converged.all()
+
+
 def test_transforms():
     cost, g, h = normal(3, 2, 4), normal(6, 4, seed=1), normal(6, seed=2).abs() + 0.2
 

@@ -25,6 +25,11 @@ CHANGES = 8
 """How often the active set is corrected before the interior-point method looks for it, and afterwards."""
 
 
+def doubled(t: Tensor) -> Tensor:
+    """In double precision, where the device has it."""
+    return t if t.device.type == "mps" else t.to(torch.float64)
+
+
 def unit_rows(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """The same set, by rows of unit length; ``[rows or 1, m, dim]`` and ``[rows or 1, m]``. One of zeros stays so."""
     square = matrix.square().sum(dim=2)
@@ -196,7 +201,8 @@ def active_rows(
         fixed = (torch.arange(matrix.shape[1], device=z.device) < equalities).expand(right.shape)
         return (_active(z, matrix, right, equalities, fixed, memory, program, guess, known),)
 
-    return unseen(found, len(z), z, matrix, right)[0]
+    # which rows are active is not seen in single precision
+    return unseen(found, len(z), *map(doubled, (z, matrix, right)))[0]
 
 
 class _Dual(NamedTuple):

@@ -140,7 +140,7 @@ class ProjectedSystem(System):
         tape = self.linearize(point.z, params)
         eye = torch.eye(dim, dtype=point.z.dtype, device=point.z.device)
         hessian = tape.vjp_block(eye[:, None, :].expand(-1, batch, -1).contiguous()).permute(1, 0, 2)
-        hessian = 0.5 * (hessian + hessian.mT)
+        hessian = 0.5 * (hessian + hessian.mT).clone()  # where autograd knows it to be zero, it has no entries
         sizes = (self.size(point.z, params), safe_norm(point.residual))
         step, flat = self.newton((point.z, tape.out.detach(), hessian, *sizes), *params)
         if self.coupling is not None and not self.coupling.promised:
@@ -310,7 +310,7 @@ class ProjectedSystem(System):
         length = self.size(z.detach(), params)
         curvature = size / length  # where there is none, a step as long as the state
         if turned is not None:
-            known = safe_norm(turned) / safe_norm(way)
+            known = safe_norm(turned.clone()) / safe_norm(way)  # autograd's own zeros have no entries
             if self.extent is not None:  # what is projected from too far away is lost in rounding
                 known = torch.maximum(known, curvature / FURTHEST)
             curvature = torch.where((known > 0) & known.isfinite(), known, curvature)

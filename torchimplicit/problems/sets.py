@@ -30,6 +30,7 @@ from torchimplicit.problems.polyhedron import (
     Memory,
     active_rows,
     dependent,
+    doubled,
     independent,
     minimized,
     onto,
@@ -238,8 +239,9 @@ class FlatPolyhedron(LinearSet):
             room = right - (matrix @ z[:, :, None])[:, :, 0]
             return minimized(hessian, slope, size, moved, matrix, room, count * rows, self.memory)
 
-        step, flat = unseen(found, len(z), hessian, slope, size, moved, matrix, right, z)
-        return step, flat
+        given = (hessian, slope, size, moved, matrix, right, z)
+        step, flat = unseen(found, len(z), *map(doubled, given))
+        return step.to(z.dtype), flat
 
     def extent(self, z: Tensor, *tensors: Tensor) -> Tensor:
         """How far away most of the rows are that ``z`` is not at, ``[rows]``; NaN where there are none."""
