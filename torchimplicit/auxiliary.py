@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchimplicit._torch import without_function_modes
 from torchimplicit.saved import Saved
 
 
@@ -52,7 +53,8 @@ class Auxiliary:
     def called(self, z: Any) -> None:
         """That was at ``z``."""
         if self.listening and isinstance(z, Tensor):
-            self.z = z.detach()
+            with without_function_modes():  # or it would seem that the map cuts its graph off
+                self.z = z.detach()
 
     def hold(self, leaves: Sequence[Tensor], saved: Saved) -> None:
         """The latest call was the one for the backward pass: it counts, and no later one does."""
