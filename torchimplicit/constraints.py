@@ -165,7 +165,7 @@ class Proximal:
         prox: ``prox(v, step, *args)``, the state :math:`z` of least
             :math:`penalty(z)+\\lVert z-v\\rVert^2/(2\\,step)`; ``step`` is a tensor that can be multiplied by a
             state of one leaf (``[batch]`` where there are several).
-        penalty: ``penalty(z, *args)``, ``[batch]``; a scalar if not batched.
+        penalty: ``penalty(z, *args)``, ``[batch]``; a scalar if not batched. Infinite where no state is allowed.
         args: what both take beside the state, see :class:`Projection`.
     """
 
