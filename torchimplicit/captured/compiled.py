@@ -31,7 +31,7 @@ def compiled(function: Callable[..., Any], examples: Sequence[Any]) -> Compiled:
             graph = make_fx(spelt(function))(*examples)
         for module in graph.modules():
             for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-                if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                if _draws(node):
                     raise Uncapturable(f"the function draws random numbers ({node.target})")
         # the frontend's guards have checked the inputs, and what the code makes itself has the sizes that it makes
         run = compile_fx(graph, list(examples), config_patches={"size_asserts": False, "alignment_asserts": False})
@@ -85,3 +85,15 @@ class _Spelt(TorchFunctionMode):
         base, one, two = args
         more = (kwargs or {}).get("value", 1) * one * two
         return base.add_(more) if func is Tensor.addcmul_ else base + more
+
+
+def _draws(node: torch.fx.Node) -> bool:
+    """Whether an operation draws random numbers: attention that could drop some, but is told to drop none, does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for place, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            default = node.kwargs.get("dropout_p", argument.default_value)
+            return bool((node.args[place] if place < len(node.args) else default) != 0)
+    return True
