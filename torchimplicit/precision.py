@@ -105,7 +105,8 @@ class AutocastState:
             return contextlib.nullcontext()
         if self.dtype is None:
             return torch.autocast(self.kind, enabled=False)
-        return torch.autocast(self.kind, dtype=self.dtype, cache_enabled=not CASTS_OUTLIVE_NO_GRAD)
+        kept = torch.is_autocast_cache_enabled() and not CASTS_OUTLIVE_NO_GRAD
+        return torch.autocast(self.kind, dtype=self.dtype, cache_enabled=kept)
 
 
 def at_precision(method: Method, dtype: torch.dtype | None) -> Method:

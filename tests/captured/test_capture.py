@@ -361,6 +361,21 @@ def test_dtypes(dtype):
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_autocast():
+    """The cast of a weight is part of each trace: one that autocast remembered would be a constant of the graph."""
+    layer = nn.Linear(6, 6)
+    z0, x = torch.zeros(4, 6), torch.randn(4, 6, requires_grad=True)
+    values = []
+    for compile in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            f = FixedPoint(lambda z, x: 0.5 * torch.tanh(layer(z)) + x)
+            found = ti.solve(f, z0, x, gradient=ti.UnrolledPhantom(steps=2), solver=Anderson(rtol=1e-2), compile=compile)
+        values.append((found.value, *torch.autograd.grad(found.value.sum(), (x, layer.weight))))
+    torch.testing.assert_close(*values, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.long
 def test_autocast_and_another_linear_solver():
     w, (z0, x) = weight().detach().float().requires_grad_(), inputs(4)

@@ -14,6 +14,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("submitit")
 
 from torchimplicit.recipes import registry
+from torchimplicit.recipes.runtime.markdown import record_readme
 from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Published, Record
 
@@ -58,6 +59,11 @@ def kept(items, lacking):
             places = [place for place, column in enumerate(one["table"]["columns"]) if whole(column["title"])]
             lines = (one["table"]["columns"], *one["table"]["rows"])
             yield one["title"], [[line[place] for place in places] for line in lines]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_can_be_read_where_it_lies(name):
+    assert (RECORDS[name].parent / "README.md").read_text(encoding="utf-8") == record_readme(record_of(name))
 
 
 @pytest.mark.parametrize("name", RECORDS)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from torchimplicit.captured.graph import Uncapturable
+from torchimplicit.precision import without_autocast
 
 Compiled = Callable[..., Any]
 
@@ -26,7 +27,9 @@ def compiled(function: Callable[..., Any], examples: Sequence[Any]) -> Compiled:
     from torch._inductor.compile_fx import compile_fx
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with torch.no_grad():
+    device = next(t.device for t in examples if isinstance(t, Tensor))
+    # in the lower precision runs the function alone, which enters it by itself
+    with torch.no_grad(), without_autocast(device), _without_cached_casts():
         with detect_fake_mode(examples) or nullcontext():
             graph = make_fx(spelt(function))(*examples)
         for module in graph.modules():
@@ -85,6 +88,17 @@ class _Spelt(TorchFunctionMode):
         base, one, two = args
         more = (kwargs or {}).get("value", 1) * one * two
         return base.add_(more) if func is Tensor.addcmul_ else base + more
+
+
+@contextmanager
+def _without_cached_casts() -> Iterator[None]:
+    """Autocast without its cache, which would carry a parameter's cast from the trace of one subgraph into the next."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _draws(node: torch.fx.Node) -> bool:

@@ -21,6 +21,7 @@ from torchimplicit.recipes.registry import runner, settings
 from torchimplicit.recipes.runtime.errors import DivergedError, UserError
 from torchimplicit.recipes.runtime.execution import INTERRUPTED, go, opened, terminated_like_interrupted
 from torchimplicit.recipes.runtime.files import replacing, say_once, sum_of
+from torchimplicit.recipes.runtime.markdown import record_readme
 from torchimplicit.recipes.runtime.page import record_page, saved, styled
 from torchimplicit.recipes.runtime.run import Environment, Run, RunOptions, create
 from torchimplicit.recipes.runtime.settings import from_plain, to_plain
@@ -301,6 +302,7 @@ def _copy(run: Run, record: Record, folder: Any) -> None:
     ):
         with replacing(folder / name) as draft:
             shutil.copyfile(run.path / place, draft)
+    (folder / "README.md").write_text(record_readme(record), encoding="utf-8")
 
 
 def command(name: str, config: Any) -> str:
