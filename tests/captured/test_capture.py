@@ -371,7 +371,9 @@ def test_autocast():
         with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
             warnings.simplefilter("error")
             f = FixedPoint(lambda z, x: 0.5 * torch.tanh(layer(z)) + x)
-            found = ti.solve(f, z0, x, gradient=ti.UnrolledPhantom(steps=2), solver=Anderson(rtol=1e-2), compile=compile)
+            found = ti.solve(
+                f, z0, x, gradient=ti.UnrolledPhantom(steps=2), solver=Anderson(rtol=1e-2), compile=compile
+            )
         values.append((found.value, *torch.autograd.grad(found.value.sum(), (x, layer.weight))))
     torch.testing.assert_close(*values, rtol=0.05, atol=0.05)
 
