@@ -40,6 +40,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: object) -> str:
 
     def verdict(match: re.Match[str]) -> str:
         claims = load(folder, match["name"]).claims
-        return f"{sum(c.verdict == 'holds' for c in claims)} of {len(claims)}"
+        return f"{sum(c.holds is True for c in claims)} of {len(claims)}"
 
     return _VERDICT.sub(verdict, _WANTED.sub(replace, markdown))

@@ -223,7 +223,7 @@ def test_the_documentation_shows_a_record(tmp_path):
     made.path.mkdir()
     made.write_json("results.json", {"estimators": {"implicit": {"track": {"validations": [{"accuracy": 0.5}]}}}})
     write(TABLE, ToyConfig(), {"digits-0": made}, run, Console(quiet=True))
-    text = module.text_of(module.load(tmp_path, "toy"), "../records/toy")
+    text = module.record_text(module.load(tmp_path, "toy"), "../records/toy")
     assert "| all | 0.5 |" in text
     assert "- **Holds**: accuracy is at least 0. 0.5" in text
     assert "![Accuracy.](../records/toy/accuracy.png)" in text
