@@ -119,10 +119,10 @@ def _compared(
 def _led_apart(data: Data, statement: Statement, estimate: modes.Solve, dtype: torch.dtype) -> bool:
     """Whether a copy, solved by itself, comes to another solution than the one that the reference follows from the
     first: then each has a derivative of its own, and there is none to compare with."""
-    tensors = {name: t.to(dtype) for name, t in data.tensors.items()}
-    own, followed = (modes.of_shared(solve, tensors) for solve in (statement.solve, estimate))
+    own = modes.of_shared(statement.solve, {name: t.to(dtype) for name, t in data.tensors.items()})
+    followed = modes.of_shared(estimate, data.tensors)
     with torch.no_grad():
-        pairs = [(own(copy).double(), followed(copy).double()) for copy in modes.several(tensors, data)]
+        pairs = [(own(copy.to(dtype)).double(), followed(copy)) for copy in modes.several(data.tensors, data)]
     return any(float((a - b).norm()) > 0.03 * float(b.norm()) for a, b in pairs)
 
 
