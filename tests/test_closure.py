@@ -447,3 +447,25 @@ def test_what_a_call_makes_is_not_held_until_it_ends():
     closure, _ = Closure(f, (x,), extra=0).record(torch.ones_like(x))
     assert not closure.captured
     assert alive == [[False] * 3]
+
+
+def test_a_graph_from_before_the_call_keeps_its_ends():
+    """The pullback of torch.func.vjp: with tensors of the solve in the places of its ends it gave zeros."""
+    at, matrix = torch.randn(2, 6, dtype=torch.float64), torch.randn(6, 6, dtype=torch.float64)
+    _, pull = torch.func.vjp(lambda y: torch.tanh(y @ matrix), at)
+    slope = 1 - torch.tanh(at @ matrix) ** 2
+    b = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    results = []
+    for product in (lambda v: pull(v)[0], lambda v: (slope * v) @ matrix.T):
+        linear = ti.linear_solve(lambda y, product=product: product(y @ matrix) + 20 * y, b)
+        fixed = ti.solve(ti.FixedPoint(lambda z, b, product=product: 0.1 * torch.tanh(product(z)) + b), at, b)
+        (first,) = torch.autograd.grad((linear.value * fixed.value).sum(), b, create_graph=True)
+        results.append((linear.value, fixed.value, first, torch.autograd.grad(first.square().sum(), b)[0]))
+    torch.testing.assert_close(*results)
+
+
+def test_such_a_graph_that_leads_to_a_parameter_is_refused():
+    at, weight = torch.randn(2, 6), torch.randn(6, 6, requires_grad=True)
+    _, pull = torch.func.vjp(lambda y: torch.tanh(y @ weight), at)
+    with pytest.raises(RuntimeError, match=r"pullback of torch\.func\.vjp"):
+        ti.solve(ti.FixedPoint(lambda z: 0.1 * torch.tanh(pull(z)[0])), at)

@@ -106,7 +106,8 @@ def _watching() -> list[_Watcher]:
 
 
 _QUESTIONS = frozenset(
-    getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "_version")
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "_version")
 )
 """What a tensor is asked that is no different for the one in its place."""
 
@@ -157,6 +158,12 @@ class _Watcher(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _QUESTIONS:
             return func(*args)
+        if func is torch.autograd.grad and not self._all_known(args[0]):
+            # a graph from before the call, as behind a pullback of torch.func.vjp: its ends stand for themselves
+            kwargs = {**(kwargs or {}), "grad_outputs": self._replace(kwargs["grad_outputs"])}
+            out = func(*args, **kwargs)
+            self.keep(out)
+            return out
         args = self._replace(args)
         kwargs = {key: self._replace(value) for key, value in kwargs.items()} if kwargs else {}
         out = func(*args, **kwargs)
@@ -192,6 +199,9 @@ class _Watcher(TorchFunctionMode):
         if type(tree) in (tuple, list):
             return type(tree)([self._replace(item) for item in tree])
         return tree
+
+    def _all_known(self, tensors: Tensor | Sequence[Tensor]) -> bool:
+        return all(map(self._knows, (tensors,) if isinstance(tensors, Tensor) else tensors))
 
     def _knows(self, t: Tensor) -> bool:
         """Whether ``t`` was given, or noted."""
@@ -408,8 +418,8 @@ def check_graph(out: Tensor, known: Sequence[Tensor]) -> None:
             if node not in nodes:
                 raise RuntimeError(
                     f"the function depends on a captured tensor of shape {tuple(variable.shape)} in a way that the "
-                    "recording does not see (compiled or foreign code), so its gradient would be lost: pass the "
-                    "tensor to solve as an argument"
+                    "recording does not see (compiled or foreign code, or a graph from before the call, as behind a "
+                    "pullback of torch.func.vjp), so its gradient would be lost: pass the tensor to solve as an argument"
                 )
         stack.extend(node.next_functions)
 
