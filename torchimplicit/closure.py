@@ -419,7 +419,8 @@ def check_graph(out: Tensor, known: Sequence[Tensor]) -> None:
                 raise RuntimeError(
                     f"the function depends on a captured tensor of shape {tuple(variable.shape)} in a way that the "
                     "recording does not see (compiled or foreign code, or a graph from before the call, as behind a "
-                    "pullback of torch.func.vjp), so its gradient would be lost: pass the tensor to solve as an argument"
+                    "pullback of torch.func.vjp), so its gradient would be lost: pass the tensor to solve as an "
+                    "argument"
                 )
         stack.extend(node.next_functions)
 
