@@ -24,7 +24,13 @@ TABLES = list(registry.TABLES)
 @pytest.mark.parametrize("name", TABLES)
 def test_jobs_are_runs_of_recipes(name, scale):
     config = registry.settings(name)
-    jobs = registry.runner(name).jobs(replace(config, plan=replace(config.plan, seeds=2, scale=scale)))
+    try:
+        config = replace(config, plan=replace(config.plan, seeds=2, scale=scale))
+    except UserError as refusal:  # a table has the published settings, or says that it has not
+        if scale == "paper" and "--scale paper would be" in str(refusal):
+            return
+        raise
+    jobs = registry.runner(name).jobs(config)
     assert jobs
     assert len({job.name for job in jobs}) == len({job.recorded for job in jobs}) == len(jobs)
     for job in jobs:
