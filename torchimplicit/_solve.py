@@ -77,7 +77,7 @@ def solve(
             :class:`LBFGS` for a minimum, :class:`LevenbergMarquardt` for least squares.
         gradient: how to differentiate it; ``None``: :class:`Implicit`.
         throw: whether to raise :class:`SolveError` where a sample goes non-finite. ``False``: its last good iterate
-            is returned and a warning flat.
+            is returned and a warning given.
 
     Returns:
         the :class:`Solution`; its ``value`` has the structure of ``z0`` (for :class:`JointInference`, a
@@ -149,8 +149,8 @@ def solve_from(
     )
     del flat  # which holds the start
 
-    def as_flat(z: Tensor, record: AdjointRecord) -> Any:
-        """The state ``z`` (flat) in the form of ``z0``."""
+    def as_begun(z: Tensor, record: AdjointRecord) -> Any:
+        """The flat state ``z`` in the form of ``z0``."""
         leaves = call.returned(z)
         if leaves is None:
             return layout.unflatten(z)
@@ -172,7 +172,7 @@ def solve_from(
         if task.aux is not None:
             aux = auxiliary(task, gradient, found.z, params)
             register(pytree.tree_leaves(aux))
-        reached_value = as_flat(found.z, record)
+        reached_value = as_begun(found.z, record)
     outcome = task.results[-1]
     transformed = is_transformed(found.z)
     flat_way = () if transformed else outcome.trajectory
@@ -199,7 +199,7 @@ def solve_from(
             reached = SolverResult(z, outcome.report, state=outcome.state)
             at = replace(at, run=lambda *_: reached)
         with without_autocast(layout.device), call.following(direct, (z, begun)):
-            return as_flat(gradient.attach(at, params).z, record)
+            return as_begun(gradient.attach(at, params).z, record)
 
     figures = (found.status, found.steps, found.residual)
     status, steps, residual = figures if problem.batched else (t[0] for t in figures)

@@ -68,7 +68,7 @@ def nested_forward_mode() -> contextlib.AbstractContextManager[None]:
 
 
 def saved_tensors(ctx: Any) -> list[Tensor]:
-    """What a node has saved, out of the transforms that are over: a pullback that ``torch.func.vjp`` has moving runs
+    """What a node has saved, out of the transforms that are over: a pullback that ``torch.func.vjp`` has given runs
     after its own, and another transform cannot be laid around a tensor of that."""
     return [_of_now(t) for t in ctx.saved_tensors]
 
