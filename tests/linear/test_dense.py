@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+import torchimplicit as ti
 from torchimplicit.linear import Dense, LinearSolver
 from torchimplicit.solution import Status
 from torchimplicit.testing.linear_suite import LinearSolverSuite, matrix_operator, residuals
@@ -83,3 +84,19 @@ def test_of_a_consistent_singular_system_the_solution_of_least_norm(dtype: torch
     least = (torch.linalg.pinv(a[0].double(), rtol=9 * eps) @ b[0].double()).to(dtype)
     torch.testing.assert_close(found.value[0], least, rtol=1e3 * eps, atol=1e3 * eps)
     torch.testing.assert_close(found.value[1], torch.ones(9, dtype=dtype), rtol=1e5 * eps, atol=1e5 * eps)
+
+
+@pytest.mark.parametrize("dim", [50, 200])
+def test_a_system_is_solved_to_the_rounding_of_its_product(dim: int) -> None:
+    """With a condition of 1e8 no residual is smaller; the gradient of such a minimum is right, and said to be."""
+    basis = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64)).Q
+    hessian = basis @ torch.diag(torch.logspace(-8, 0, dim, dtype=torch.float64)) @ basis.T
+    b, u = torch.randn(2, 1, dim, dtype=torch.float64)
+    b.requires_grad_()
+    problem = ti.Minimum(lambda z, b: (0.5 * z * (z @ hessian) - b * z).sum(dim=1))
+    solution = ti.solve(problem, torch.zeros(1, dim, dtype=torch.float64), b)
+    (gradient,) = torch.autograd.grad(solution.value, b, u)
+    assert solution.adjoint is not None
+    assert solution.adjoint.converged.all()
+    expected = torch.linalg.solve(hessian, u.T).T
+    assert (gradient - expected).norm() < 1e-7 * expected.norm()

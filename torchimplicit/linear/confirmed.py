@@ -21,6 +21,9 @@ LOOKS = 4
 """How often rows are seen not to depend on each other, where a linear solver's steps run out, until that is believed of
 the function: its residuals are those of the whole operator all the same."""
 
+REPEATED = 4
+"""The factor by which a residual that is nothing but rounding may differ from one product to another."""
+
 Attempt = Callable[[LinearOperator, Tensor], LinearSolution]
 """Solves ``[k, batch, dim]``, or ``[batch, dim]``, with an operator of that batch."""
 
@@ -178,6 +181,8 @@ def _true_residual(
     above = size > tolerance
     if b.ndim == 3:
         relative, above = relative.amax(0), above.any(0)
+    # what was solved to the rounding of a product, as one more product confirms
+    above &= ~(solution.report.converged & (relative <= REPEATED * solution.report.residual))
     return _TrueResidual(relative=relative, above=above, products=1.0 if b.ndim == 2 else float(len(b)))
 
 

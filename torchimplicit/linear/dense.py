@@ -36,7 +36,9 @@ class Dense(BlockSolver):
     one.
 
     Attributes:
-        rtol: relative residual up to which a sample counts as solved; ``None`` stands for ``eps(dtype)**(2/3)``.
+        rtol: relative residual up to which a sample counts as solved; ``None`` stands for ``eps(dtype)**(2/3)``. One
+            that is no larger than the rounding of :math:`Ay`, and than ``eps**(1/2)``, counts too: the solution is then
+            as good as the matrix's condition lets it be.
         atol: absolute residual up to which it does.
     """
 
@@ -86,7 +88,12 @@ class Dense(BlockSolver):
         tolerance = rtol * scale + atol * whole.factor.squeeze(-1)
         x, regular = factors.solve(rhs, transposed)
         residual = factors.residual_norm(rhs, x, transposed)
-        solved = regular & (residual <= tolerance)
+        # no residual can be asked to be smaller than the rounding of the product with the solution (Wilkinson 1963), as
+        # long as that leaves half of the digits
+        eps, size = torch.finfo(x.dtype).eps, torch.linalg.vector_norm(factors.matrix, dim=(-2, -1))
+        rounding = (eps * size * torch.linalg.vector_norm(x, dim=-1)).minimum(eps**0.5 * scale)
+        limit = tolerance.maximum(rounding)
+        solved = regular & (residual <= limit)
         failed = (~solved & finite).any(0).logical_or_(factors.suspect & factors.finite).nonzero().squeeze(1)
         singular = torch.zeros_like(factors.finite)
         if len(failed):
@@ -96,7 +103,7 @@ class Dense(BlockSolver):
             # of the many solutions of a consistent singular system that of least norm
             better = ~(residual <= size) | (singular & (size <= tolerance))
             x, residual = other.where(better[..., None], x), size.where(better, residual)
-            solved = (solved | singular) & (residual <= tolerance)
+            solved = (solved | singular) & (residual <= torch.where(singular, tolerance, limit))
         status = torch.where(solved, int(Status.CONVERGED), int(Status.BREAKDOWN))
         status = torch.where(finite, status, int(Status.NONFINITE)).amax(0)
         unit = scale.where(scale > 0, 1.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.linear.base import BlockSolver, LinearSolution, LinearSolver, solve_each
+from torchimplicit.linear.confirmed import REPEATED, SLACK
 from torchimplicit.linear.dense import Dense
 from torchimplicit.linear.equilibrate import PROBES, ROUNDS, equilibrated
 from torchimplicit.linear.gmres import GMRES
@@ -21,9 +22,6 @@ from torchimplicit.validation import check_count, check_nonnegative, check_type
 LONGER, DIRECTIONS, REFINEMENTS = 5, 400, 4
 """Of the second try where the matrix is too large: how many times as many steps it may take, how many directions GMRES
 may keep, and how often the residual is solved for."""
-
-SLACK = 1.25
-"""The factor up to which a true residual may exceed its tolerance, for the rounding of products."""
 
 
 @final
@@ -161,6 +159,9 @@ class KrylovOrDense(BlockSolver):
         rtol, atol = self.tolerances(b.dtype)
         above = size > SLACK * (rtol * scale + atol * whole.factor.squeeze(-1))
         relative = (size / scale.where(scale > 0, 1)).to(before.residual.dtype)
+        # solved to the rounding of a product, as one more product confirms
+        rounded = later.converged & (relative[rows] <= REPEATED * later.residual)
+        above &= ~torch.zeros_like(above).index_copy(0, rows, rounded)
         chosen = torch.zeros_like(above).index_fill(0, rows, True) & ~(relative >= before.residual)
         status = torch.where(above, int(Status.BREAKDOWN), int(Status.CONVERGED))
 
