@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -64,6 +65,13 @@ def kept(items, lacking):
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_record_can_be_read_where_it_lies(name):
     assert (RECORDS[name].parent / "README.md").read_text(encoding="utf-8") == record_readme(record_of(name))
+
+
+def test_the_readme_counts_the_claims_that_hold():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"\(docs/records/([\w-]+)/README\.md\) (\d+ of \d+)", text))
+    claims = {name: record_of(name).claims for name in RECORDS}
+    assert told == {name: f"{sum(c.holds is True for c in own)} of {len(own)}" for name, own in claims.items()}
 
 
 @pytest.mark.parametrize("name", RECORDS)
