@@ -14,7 +14,7 @@ from torchimplicit.linear.joined import OfRows
 from torchimplicit.linear.operator import LinearOperator, without_null
 from torchimplicit.linear.options import check_block, check_vectors
 from torchimplicit.linear.preconditioners import Preconditioner, PreparedPreconditioner
-from torchimplicit.precision import UnitRows, default_rtol, working_dtype
+from torchimplicit.precision import UnitRows, default_rtol, safe_norm, working_dtype
 from torchimplicit.solution import Report, Status
 from torchimplicit.validation import check_nonnegative
 
@@ -88,13 +88,16 @@ class Dense(BlockSolver):
         tolerance = rtol * scale + atol * whole.factor.squeeze(-1)
         x, regular = factors.solve(rhs, transposed)
         residual = factors.residual_norm(rhs, x, transposed)
-        # no residual can be asked to be smaller than the rounding of the product with the solution (Wilkinson 1963), as
-        # long as that leaves half of the digits
-        eps, size = torch.finfo(x.dtype).eps, torch.linalg.vector_norm(factors.matrix, dim=(-2, -1))
-        rounding = (eps * size * torch.linalg.vector_norm(x, dim=-1)).minimum(eps**0.5 * scale)
-        limit = tolerance.maximum(rounding)
-        solved = regular & (residual <= limit)
-        failed = (~solved & finite).any(0).logical_or_(factors.suspect & factors.finite).nonzero().squeeze(1)
+        solved, limit = regular & (residual <= tolerance), tolerance
+        failed = ((~solved & finite).any(0) | factors.suspect & factors.finite).nonzero().squeeze(1)
+        if len(failed):
+            # no residual can be asked to be smaller than the rounding of the product with the solution (Wilkinson
+            # 1963), as long as that leaves half of the digits
+            eps, norm = torch.finfo(x.dtype).eps, safe_norm(factors.matrix.flatten(1))
+            rounding = (eps * norm * safe_norm(x)).nan_to_num(0.0).minimum(eps**0.5 * scale)
+            limit = tolerance.maximum(rounding)
+            solved = regular & (residual <= limit)
+            failed = ((~solved & finite).any(0) | factors.suspect & factors.finite).nonzero().squeeze(1)
         singular = torch.zeros_like(factors.finite)
         if len(failed):
             singular = singular.index_copy(0, failed, factors.singular(failed))
