@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -72,8 +73,9 @@ class _Compiled(LinearSolverSuite):
     # products are not counted by rows, and a problem whose matrix is not finite has no solution to differentiate
     test_report = test_a_bad_sample_changes_no_other = None  # type: ignore[assignment]
 
+    @abstractmethod
     def by(self, **options: Any) -> LinearSolver:
-        raise NotImplementedError
+        """The method whose solves are compiled."""
 
     def make(self, **options: Any) -> LinearSolver:
         return Captured(inner=self.by(**options), kind=self.kind)

@@ -207,10 +207,10 @@ class Classification(SampledTask):
         return super().training_batches(steps, shard)
 
     def order(self, steps: range, shard: Shard) -> Sampler[Any]:
-        indices = super().order(steps, shard)
+        indices: Any = super().order(steps, shard)
         if self.config.data == "imagenet":
-            return _WithTurns(indices)
-        return _WithSteps(indices) if self.config.augment else indices
+            return _Numbered(indices, indices.per_pass)
+        return _Numbered(indices) if self.config.augment else indices
 
     def scores(self, images: Tensor) -> Tensor:
         """uint8 images to the scores of the classes."""
@@ -290,32 +290,18 @@ def _listings(config: ImageConfig) -> tuple[folders.Listing, ...]:
     )
 
 
-class _WithSteps(Sampler[list[tuple[int, int]]]):
-    """The batches of another sampler, each index with the step that it belongs to."""
+class _Numbered(Sampler[list[tuple[int, int]]]):
+    """The batches of another sampler, each index with the number of the span of ``length`` steps that it belongs to."""
 
-    def __init__(self, batches: Any):
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step, batch in zip(self.batches.steps, self.batches, strict=True):
-            yield [(step, index) for index in batch]
-
-
-class _WithTurns(Sampler[list[tuple[int, int]]]):
-    """The batches of another sampler, each index with the pass over the data that it belongs to."""
-
-    def __init__(self, batches: Any):
-        self.batches = batches
+    def __init__(self, batches: Any, length: int = 1):
+        self.batches, self.length = batches, length
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step, batch in zip(self.batches.steps, self.batches, strict=True):
-            yield [(step // self.batches.per_pass, index) for index in batch]
+            yield [(step // self.length, index) for index in batch]
 
 
 RUNNER = Trainer(Classification, ready)
