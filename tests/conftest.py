@@ -1,9 +1,35 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 H2 = Path(__file__).parent / "data" / "h2.npz"
+
+ALONE = "TORCHIMPLICIT_TEST_ALONE"
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # one process a core: more threads would only wait for each other
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A test marked ``alone`` runs in a process of its own.
+
+    After a compilation that failed, torch 2.13 leaves its frame evaluation on. Python then keeps a call's arguments
+    alive until the call returns, and whoever counts what is alive counts one state more.
+    """
+    if pyfuncitem.get_closest_marker("alone") is None or ALONE in os.environ:
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    ran = subprocess.run(
+        command, cwd=pyfuncitem.config.rootpath, env={**os.environ, ALONE: "1"}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return True
 
 
 @pytest.fixture

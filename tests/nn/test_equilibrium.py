@@ -401,6 +401,7 @@ def test_a_solution_hook_sees_the_problem_as_it_was_solved():
     assert len(seen) == 1
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("gradient", [None, ti.OneStep(), ti.UnrolledPhantom()])
 def test_the_start_is_let_go_when_the_solver_has_left_it(gradient):
     class Cell(TanhCell):
