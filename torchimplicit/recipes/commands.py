@@ -112,9 +112,9 @@ class Evaluate:
     """The run's directory."""
 
     export_size: tuple[int, ...] = ()
-    """Only sample a fitted field, so finely, and write it beside the run: pixels of a picture's longest side, or its
-    height and width; a sound's samples a second; a video's frames, height and width; cells along a shape's longest
-    side."""
+    """Train nothing: sample a fitted field at this resolution and write the result beside the run. Pictures: pixels of
+    the longest side, or height and width. Sounds: samples per second. Videos: frames, height, width. Shapes: grid cells
+    along the longest side."""
 
     def run(self, console: Console) -> int:
         run, runner, settings = opened(self.path)
@@ -142,7 +142,7 @@ class ReportRuns:
     """The runs' directories."""
 
     page: Path = Path("report.html")
-    """Where to write the page; an earlier report is replaced."""
+    """Where to write the page. An existing report there is replaced; any other file is not."""
 
     def run(self, console: Console) -> int:
         from torchimplicit.recipes.runtime import report
@@ -172,7 +172,7 @@ COMMANDS = {
     "evaluate": "Measure a trained run again.",
     "report": "Compare finished runs: a table, learning curves, and a page that shows both.",
 }
-"""The commands, with a line each for the help."""
+"""The commands, each with the line that the help shows."""
 
 
 def parse(argv: list[str]) -> Command:

@@ -17,7 +17,7 @@ from torchimplicit.recipes.runtime.errors import UserError
 OperatorName = Literal["blur", "downsample", "mask", "radon"]
 
 USUAL: dict[OperatorName, float] = {"blur": 2.0, "downsample": 4.0, "mask": 0.25, "radon": 30.0}
-"""The size of each operator where none is given."""
+"""Default size of each operator."""
 
 
 class Operator(ABC):

@@ -126,7 +126,7 @@ RECIPES = {
     "jiio-meta-omniglot": Entry("joint.meta", "omniglot", "RUNNER",
         "Five characters from one drawing of each (Omniglot), likewise: minutes on a CPU."),
 }  # fmt: skip
-"""What ``train`` trains, in the order in which it is listed."""
+"""The recipes of ``train``, in the order of the list."""
 
 TABLES = {
     "phantom-precision": Entry("phantom.precision", "PrecisionConfig", "TABLE",
@@ -170,7 +170,7 @@ TABLES = {
     "ofdft-stability": Entry("density.stability", "default", "TABLE",
         "How hard densities are to find as their functional is trained, and what keeps it from growing harder."),
 }  # fmt: skip
-"""The tables that ``reproduce`` reproduces, in the order in which it lists them."""
+"""The tables of ``reproduce``, in the order of the list."""
 
 PARTS = {
     "pretrain": Entry("density.learning_settings", "pretraining", "density.pretrain:",
@@ -198,7 +198,7 @@ PARTS = {
     "ofdft-stability-training": Entry("density.stability", "training", "density.counted:RUNNER",
         "A training whose minimizations are counted at its start and its end, by two solvers."),
 }  # fmt: skip
-"""Parts that tables run beside recipes. ``train`` does not name them, and nothing lists them; some are commands."""
+"""Further recipes that tables run. ``train`` does not accept their names and no list shows them; some are commands."""
 
 
 def entry(name: str, among: dict[str, Entry] | None = None, kind: str = "recipe") -> Entry:

@@ -61,7 +61,8 @@ from torchimplicit.solvers import LBFGS
 
 
 FIT = (1e-6, 1e-2)
-"""Errors among which slopes are fitted: below is what the minimizations leave, above no power law."""
+"""Range of errors in which slopes are fitted: smaller errors are the minimization's own, larger ones follow no power
+law."""
 
 
 @dataclass(frozen=True)
@@ -256,10 +257,10 @@ def slope(nudges: Sequence[float], errors: Sequence[float]) -> float:
 
 
 TRIES = 4
-"""How often a minimization that ended at a saddle begins again."""
+"""How often a minimization that ended at a saddle point is restarted."""
 
 _STANDING = LBFGS(rtol=0.0, atol=1e30)
-"""Stays where it begins."""
+"""A solver that takes no step."""
 
 
 @dataclass(frozen=True)
@@ -669,13 +670,14 @@ def _moved(optimum: Optimum, vector: Tensor, less: float) -> Minimum:
 
 
 MOST = 2000
-"""Steps of theirs."""
+"""Largest number of steps of these solvers."""
 STEPS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000, 1500, 2000)
-"""At which errors are looked at."""
+"""Step counts at which errors are recorded."""
 RATES = (1e-3, 1e-2, 1e-1)
-"""Of Adam, relative to the largest entry of the solution: the best one counts, which favours it."""
+"""Learning rates of Adam, relative to the largest entry of the solution. The best one is reported, which favours
+Adam."""
 TIMED = 15
-"""Steps that are timed of a way that takes more."""
+"""Number of steps timed for methods that take more than this."""
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ from torchimplicit.recipes.runtime.settings import positive
 from torchimplicit.solution import Status
 
 DEBYE = 2.541746
-"""In an atomic unit of dipole moment."""
+"""Debye per atomic unit of dipole moment."""
 
 SPACING, MARGIN = 0.2, 4.0
-"""Of the points of a cube file, in bohr, and how far it reaches beyond the outermost atoms."""
+"""Spacing of a cube file's grid, and its margin beyond the outermost atoms, both in bohr."""
 
 
 @dataclass(frozen=True)
@@ -49,31 +49,32 @@ class Apply:
     """Names (H2O, CH4, ...), .xyz files, folders or tar archives of them."""
 
     charge: int = 0
-    """Of every molecule, in elementary charges."""
+    """Charge of every molecule, in elementary charges."""
 
     output: Path = Path("densities")
-    """The folder of the results: NAME.json, NAME.cube and NAME.png."""
+    """Folder for the results: NAME.json, NAME.cube and NAME.png."""
 
     grid: int | None = None
-    """Level of PySCF's integration grid, 0 to 9; by default that of training."""
+    """Level of PySCF's integration grid, 0 (coarse) to 9. Default: the level used in training."""
 
     forces: bool = True
-    """Give the forces on the nuclei."""
+    """Compute the forces on the nuclei."""
 
     cube: bool = True
     """Write the density as a Gaussian cube file."""
 
     compare: bool = False
-    """Run the Kohn-Sham calculation beside it, and report the differences."""
+    """Also run the Kohn-Sham calculation and report the differences."""
 
     scf_guess: bool = False
-    """Begin a Kohn-Sham calculation at the density, and report its iterations beside those from MINAO's atoms."""
+    """Start a Kohn-Sham calculation from the density, and compare its number of iterations with a start from PySCF's
+    MINAO guess."""
 
     limit: int | None = None
-    """Take so many molecules of every folder or archive at most."""
+    """Take at most this many molecules from each folder or archive."""
 
     allow_large: bool = False
-    """Take molecules with very many atoms too."""
+    """Also accept molecules with so many atoms that they are refused by default."""
 
     def run(self, console: Console) -> int:
         positive(self, "limit")

@@ -36,14 +36,14 @@ Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh 
 """
 
 SYMBOLS = tuple(_PERIODS.split())
-"""In the order of their nuclear charges, from 1 on."""
+"""Chemical symbols in the order of their nuclear charges, from 1."""
 
 CHARGES = {symbol: charge for charge, symbol in enumerate(SYMBOLS, start=1)}
 """Nuclear charge by symbol."""
 
 HEAVIEST = CHARGES["Kr"]
-"""The last element that is taken. Beyond it the usual orbital bases replace the inner electrons by an effective core
-potential: the density would lack them, and the nuclei would not attract as point charges."""
+"""The heaviest element accepted. Beyond it the usual orbital bases replace the inner electrons by an effective core
+potential: the density would lack these electrons, and the nuclei would not be point charges."""
 
 
 def symbol(charge: int) -> str:
@@ -55,13 +55,14 @@ def symbol(charge: int) -> str:
 
 
 BOHR = 0.529177210903
-"""Angstrom in a bohr (CODATA 2018)."""
+"""One bohr in angstrom (CODATA 2018)."""
 
 TOO_CLOSE = 0.4
-"""Angstrom. Atoms nearer than this overlap: the shortest bond there is, that of H2, has 0.74."""
+"""Least distance of two atoms, in angstrom. The shortest bond, that of H2, has 0.74."""
 
 MANY_ATOMS = 40
-"""A molecule with more is refused unless it is allowed: matrices, grid and time grow with the square and the cube."""
+"""Molecules with more atoms are refused unless explicitly allowed: matrices grow with the square, grid and time with
+the cube."""
 
 
 @final
@@ -305,10 +306,10 @@ def named(name: str, charge: int = 0, electrons: int | None = None) -> Geometry:
 
 
 MOST_ATOMS = 1000
-"""Of a structure that is read: all pairs of atoms are looked at, and a functional of so many is out of reach."""
+"""Largest number of atoms in a structure file: all pairs are checked, and functionals are out of reach for more."""
 
 FARTHEST = 1e5
-"""The largest coordinate, in angstrom: ten microns from the origin is no molecule."""
+"""The largest coordinate accepted, in angstrom (ten microns)."""
 
 
 def parse(text: str, where: str, name: str, charge: int = 0, electrons: int | None = None) -> Geometry:
@@ -406,7 +407,7 @@ QM9 = Download(
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 LARGEST_FILE = 1 << 20
-"""Bytes of an xyz file; one with more describes no molecule that could be computed."""
+"""Largest xyz file accepted, in bytes."""
 
 
 @dataclass(frozen=True)

@@ -34,38 +34,38 @@ class Molecules:
     """Names (H2, H2O, ...), .xyz files, folders or tar archives of them, or qm9, which is downloaded."""
 
     output: Path | None = None
-    """The folder of the files; without it the user's cache."""
+    """Folder for the computed files. Default: the user's cache."""
 
     limit: int | None = None
-    """Take so many molecules of every folder or archive at most."""
+    """Take at most this many molecules from each folder or archive."""
 
     smallest: bool = False
-    """Take those with the fewest atoms, rather than the first ones."""
+    """With --limit, take the molecules with the fewest atoms instead of the first ones."""
 
     charge: int = 0
-    """Of every molecule, in elementary charges."""
+    """Charge of every molecule, in elementary charges."""
 
     electrons: int | None = None
-    """How many every molecule must have; it is refused if its nuclei and its charge say otherwise."""
+    """Expected number of electrons. A molecule is refused if its nuclei and charge give another number."""
 
     distort: float = 0.0
-    """Standard deviation, in angstrom, of the random displacement of every coordinate in the --copies."""
+    """Standard deviation, in angstrom, of the random displacement of each coordinate in the --copies."""
 
     copies: int = 0
-    """Distorted copies of every molecule, besides the molecule itself."""
+    """Number of randomly distorted copies of every molecule, in addition to the molecule itself."""
 
     seed: int = 0
-    """Of the distortions."""
+    """Random seed of the distortions."""
 
     labels: int = 0
-    """Compute so many densities of every molecule too, with their energies and slopes: what 'torchimplicit pretrain'
-    takes. They lie in files of their own."""
+    """Also compute this many densities per molecule, with their energies and slopes, as training labels for
+    'torchimplicit pretrain'. They are written to separate files."""
 
     workers: int = 1
-    """Processes that compute, one thread each."""
+    """Number of worker processes, each with one thread."""
 
     allow_large: bool = False
-    """Take molecules with very many atoms too."""
+    """Also accept molecules with so many atoms that they are refused by default."""
 
     settings: ChemistrySettings = field(default_factory=ChemistrySettings)
 

@@ -28,7 +28,7 @@ from torchimplicit.recipes.density.record import Record
 from torchimplicit.recipes.density.settings import ChemistrySettings
 
 _FAILURES = (ArithmeticError, RuntimeError, ValueError, KeyError, MemoryError, np.linalg.LinAlgError)
-"""What PySCF raises where a calculation goes wrong."""
+"""Exceptions that PySCF raises when a calculation fails."""
 
 
 class NotComputedError(Exception):

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KNOWN = ("H2O", "CH4", "C2H4", "H2CO")
-"""What the functional is fitted to: the elements of the series, with single and double bonds."""
+"""Molecules to which the functional is fitted: they contain the elements of the series, with single and double
+bonds."""
 
 T = TypeVar("T")
 
@@ -77,19 +78,19 @@ class MeasurementConfig:
     """One molecule of a series: its density by a functional, and a Kohn-Sham calculation."""
 
     series: str = "waters"
-    """alkanes or waters."""
+    """The series of molecules: alkanes or waters."""
 
     count: int = 1
-    """Carbon atoms, or molecules of water."""
+    """Size of the molecule: carbon atoms of an alkane, or number of water molecules."""
 
     grid: int = 1
-    """Level of the integration grid of the functional; that of the Kohn-Sham calculation is PySCF's own, 3."""
+    """Level of the functional's integration grid, 0 to 9. The Kohn-Sham calculation uses PySCF's own, 3."""
 
     memory: float = 1.0
-    """Gigabytes for the values of basis functions."""
+    """Memory for values of basis functions, in gigabytes."""
 
     data_dir: Path | None = None
-    """The folder of computed molecules. By default the user's cache; what is not there is computed by PySCF."""
+    """Folder of computed molecules. Default: the user's cache. Missing molecules are computed by PySCF."""
 
 
 @dataclass(frozen=True)
@@ -200,19 +201,19 @@ class CostConfig:
     plan: Plan = field(default_factory=lambda: Plan(seeds=1))
 
     alkanes: tuple[int, ...] = (1, 2, 4, 7, 10)
-    """Carbon atoms."""
+    """Sizes of the alkanes, in carbon atoms."""
 
     waters: tuple[int, ...] = (1, 2, 4, 8)
-    """Molecules."""
+    """Sizes of the water clusters, in molecules."""
 
     grid: int = 1
     """Level of the integration grid, 0 to 9."""
 
     memory: float = 1.0
-    """Gigabytes for the values of basis functions."""
+    """Memory for values of basis functions, in gigabytes."""
 
     data_dir: Path | None = None
-    """The folder of computed molecules. By default the user's cache; what is not there is computed by PySCF."""
+    """Folder of computed molecules. Default: the user's cache. Missing molecules are computed by PySCF."""
 
     def __post_init__(self) -> None:
         positive(self, "memory")

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
 
 HELD_OUT_L, HELD_OUT_L1, BETTER, LOWERED, APART = 1e-4, 0.035, 0.98, 0.3, 0.05
-"""The aims: L and L1 of held-out molecules; the share of them that is better than the superposition of atoms; by how
-much fine-tuning lowers L against pre-training alone in the same time; how far apart the estimators end."""
+"""The targets: L and L1 of held-out molecules; the share of them that beat the superposition of atoms; how much
+fine-tuning lowers L compared with pre-training alone for the same time; how far the estimators' results may differ."""
 
 SLOWED = 2.0
-"""Where minimizations take so many times the steps at the end that they took at first, something has gone wrong."""
+"""Minimizations count as degraded if at the end they take this many times their initial number of steps."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Way:
 
 
 DESCENT: dict[str, Any] = {"inner": "descent", "inner_tolerance": 1e-4}
-"""How the slides find a density."""
+"""Settings of the slides' minimization by gradient descent."""
 
 WAYS: dict[str, Way] = {
     "implicit": Way("implicit"),
@@ -69,7 +69,7 @@ WAYS: dict[str, Way] = {
         "implicit; momentum descent, correction, random", {**DESCENT, "correction": 4, "correction_random": True}
     ),
 }
-"""By the names of their runs."""
+"""The fine-tuning variants, by the names of their runs."""
 
 KINDS: dict[Kind, str] = {
     "potential": "external potential",
@@ -89,28 +89,30 @@ class FinetuneConfig:
     )
 
     kinds: tuple[Kind, ...] = ("potential", "functional", "density")
-    """What the network is."""
+    """Kinds of network to compare: a learned external potential, a functional of the density, or a direct prediction of
+    the density."""
 
     rows: tuple[str, ...] = ("implicit", "eqprop", "damped", "descent", "descent-one")
-    """Ways to go on from the pre-trained weights, but of a density at once, by the names of their runs."""
+    """Fine-tuning variants to run from the pre-trained weights, by the names of their runs. A directly predicted
+    density has none."""
 
     labels: int = 16
-    """Densities of each molecule that a functional is pre-trained on."""
+    """Number of labelled densities per molecule used to pre-train a functional."""
 
     pretraining_steps: int = 3000
-    """Of the optimizer, four molecules each."""
+    """Optimizer steps of pre-training, four molecules each."""
 
     finetuning_steps: int = 100
-    """Likewise."""
+    """Optimizer steps of fine-tuning, four molecules each."""
 
     finetuning_rate: float = 3e-4
-    """The optimizer's peak learning rate in fine-tuning."""
+    """Peak learning rate of fine-tuning."""
 
     descent_steps: int = 1500
-    """Of gradient descent in a minimization, at most."""
+    """Largest number of gradient-descent steps in one minimization."""
 
     check_grid: int = 3
-    """At the end every density is found on PySCF's grid of this level too."""
+    """Level of PySCF's grid on which all densities are minimized again at the end, as a check."""
 
     def __post_init__(self) -> None:
         positive(self, "labels", "pretraining_steps", "finetuning_steps", "finetuning_rate", "descent_steps")
@@ -220,7 +222,7 @@ def of_finetuning(held: Mapping[str, Any]) -> dict[str, Any]:
 
 
 Row = tuple[Kind, str]
-"""What the network is, and the way; of no way, the weights before."""
+"""A kind of network and its fine-tuning variant; without a variant, the pre-trained weights."""
 
 
 def sheets(config: FinetuneConfig, runs: Runs) -> Iterator[TitledTable]:

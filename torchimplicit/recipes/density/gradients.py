@@ -44,13 +44,13 @@ FINITE_DIFFERENCES = 1e-6
 AUTOMATIC = 1e-3
 ILL = 1e3
 IDENTITY = 0.025
-"""The largest distance that was seen in a prototype."""
+"""The largest difference seen in a prototype."""
 
 COORDINATES = ("overlap", "raw")
 FAILED = "✗"
 
 LINEAR = ("implicit", "damped")
-"""Estimators that solve a linear system, which has a solution at a saddle too."""
+"""Estimators that solve a linear system, which has a solution at a saddle point too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +58,16 @@ class TableConfig:
     """Gradients through the minimum of a density functional, at several molecules."""
 
     molecules: tuple[str, ...] = ("H2", "H2O")
-    """By their formulas; NH3 and CH4 take minutes longer."""
+    """Molecules, by formula. NH3 and CH4 take minutes longer."""
 
     data_dir: Path | None = None
-    """The folder of computed molecules. By default the user's cache; what is not there is computed by PySCF."""
+    """Folder of computed molecules. Default: the user's cache. Missing molecules are computed by PySCF."""
 
     sigma: float = 0.04
-    """Standard deviation of the displacements of the nuclei, in angstrom, another geometry for every seed."""
+    """Standard deviation of the nuclei's random displacements, in angstrom. Each seed gives another geometry."""
 
     grid: int = 0
-    """Level of the integration grid, 0 to 9; level 1 has four times as many points and nearly the same spectra."""
+    """Level of the integration grid, 0 to 9. Level 1 has four times as many points as 0 and nearly the same spectra."""
 
     plan: Plan = field(default_factory=lambda: Plan(seeds=2))
 
@@ -116,8 +116,8 @@ class Group:
 
 
 STEP = 1e-3
-"""Of the finite differences: with the recipe's, three times as long, the fifth derivative shows where a functional is
-stiff. Shorter ones drown in rounding where the loss is as good as zero, which it is not here."""
+"""Step of the finite differences. At three times this (the recipe's own) the fifth derivative is visible where a
+functional is stiff; a shorter one would suffer from rounding where the loss is nearly zero, which it is not here."""
 
 
 def settings_of(config: TableConfig, molecule: str, state: State, seed: int) -> MoleculeGradientsConfig:

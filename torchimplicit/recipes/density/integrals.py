@@ -20,7 +20,7 @@ from torchimplicit.recipes.runtime.errors import UserError
 Array = NDArray[np.float64]
 
 AT_ONCE = 100
-"""Basis functions whose three-centre integrals are in memory together."""
+"""Number of basis functions whose three-centre integrals are in memory together."""
 
 
 def need_pyscf() -> None:

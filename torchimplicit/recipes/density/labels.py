@@ -32,13 +32,14 @@ from torchimplicit.recipes.density.settings import ChemistrySettings, LabelSetti
 from torchimplicit.recipes.density.storage import key
 
 POINTS_AT_ONCE = 4096
-"""Of the grid, whose basis functions are in memory together."""
+"""Number of grid points whose basis functions are in memory together."""
 
 EXPONENTS = (0.1, 6.0)
-"""Of the functions whose potentials are added, in 1/bohr²: what valence electrons feel, and not the cores."""
+"""Exponents of the Gaussians used as added potentials, in 1/bohr²: these act on valence electrons rather than cores."""
 
 TRIES = 4
-"""Of a perturbation's size, until the density is about as far from the ground state as it should be."""
+"""How often the size of a perturbation is adjusted until the density is roughly at the wanted distance from the ground
+state."""
 
 
 @final

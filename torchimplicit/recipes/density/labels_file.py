@@ -16,7 +16,7 @@ from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 
 FORMAT = "torchimplicit labels"
 VERSION = 1
-"""Of the file's layout and of what its numbers mean."""
+"""Version of the file's layout and of the meaning of its numbers."""
 
 
 def file_name(geometry: Geometry, chemistry: ChemistrySettings, settings: LabelSettings) -> str:

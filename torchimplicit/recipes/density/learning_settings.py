@@ -12,9 +12,8 @@ from torchimplicit.recipes.density.settings import EstimatorName, Molecules, Orb
 from torchimplicit.recipes.runtime.settings import not_negative, positive
 
 Kind = Literal["potential", "functional", "density"]
-"""What a network of the coefficients gives: an external potential, by the geometry and the superposition of atoms,
-which leaves the functional convex; an energy of the density itself; or, to compare with, the density at once, with no
-energy and nothing to minimize."""
+"""What the network predicts: an external potential from the geometry and the superposition of atoms (the functional
+stays convex); an energy of the density; or, for comparison, the density itself without an energy to minimize."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,25 +21,25 @@ class Stepping:
     """How weights are changed: AdamW with a cosine, some molecules a step."""
 
     steps: int = 2000
-    """Of the optimizer, at most."""
+    """Largest number of optimizer steps."""
 
     seconds: float | None = None
-    """Stop after so much of the processor's time; the learning rate's cosine is over it."""
+    """Stop after this much CPU time, in seconds. The learning rate's cosine decay is stretched over it."""
 
     batch: int = 4
-    """Molecules a step."""
+    """Molecules per step."""
 
     learning_rate: float = 3e-3
-    """The peak, after a tenth of it at first and a rise over the first 5 %."""
+    """Peak learning rate. It rises from a tenth of this over the first 5 % of the steps."""
 
     decay: float = 1e-3
-    """Of the weights, as AdamW has it."""
+    """Weight decay, as in AdamW."""
 
     clip: float = 5.0
-    """The largest norm of a gradient that is followed in full."""
+    """Largest norm of a gradient; longer ones are scaled down to it."""
 
     measure_every: int = 200
-    """Steps between two looks at the validation molecules."""
+    """Optimizer steps between two evaluations on the validation molecules."""
 
     def __post_init__(self) -> None:
         positive(self, "steps", "seconds", "batch", "learning_rate", "clip", "measure_every")
@@ -56,57 +55,58 @@ class Pretraining:
     )
 
     kind: Kind = "potential"
-    """A learned external potential, which needs the ground states alone; a functional of the density, which is trained
-    on labels; or the density at once, to compare with."""
+    """What the network predicts. potential: an external potential, trained on ground states alone. functional: an
+    energy of the density, trained on labels. density: the density directly, for comparison."""
 
     labels: int = 16
-    """Densities of each training molecule, for a functional; see 'torchimplicit molecules --labels'."""
+    """Labelled densities per training molecule, for --kind functional; see 'torchimplicit molecules --labels'."""
 
     stepping: Stepping = field(default_factory=Stepping)
 
     width: int = 48
-    """Features of an atom."""
+    """Features per atom."""
 
     channels: int = 6
-    """Combinations of an atom's shells of each l > 0."""
+    """Learned combinations of an atom's shells, for each angular momentum l > 0."""
 
     rounds: int = 2
-    """Of messages between atoms."""
+    """Rounds of message passing between atoms."""
 
     at_once: int = 4
-    """Labels of a molecule in a step."""
+    """Labels of a molecule in one step."""
 
     metric: Literal["hessian", "overlap"] = "hessian"
-    """In which the error of a slope is measured: by how far the minimum would be away, or as it is."""
+    """Norm in which errors of the slope are measured. hessian: estimated distance of the resulting minimum. overlap:
+    the plain norm."""
 
     energy_weight: float = 1.0
-    """Of the error of the energy per electron, in 10 mHa, beside 2·10³ L."""
+    """Weight of the energy error per electron, in units of 10 mHa, relative to 2·10³ L."""
 
     noise: float = 3e-3
-    """The largest L of random displacements of the labels' densities, where the slope that is missing is taken to be
-    the same; 0: none."""
+    """Largest L of random displacements of the labels' densities, at which the missing slope is assumed to be
+    unchanged; 0 adds none."""
 
     policy: bool = True
-    """Train a functional also at the densities where its minima seem to be, by its slopes so far."""
+    """Also train a functional at the densities where its current minima are estimated to be."""
 
     weizsaecker: float = 0.4
-    """The share of the von Weizsäcker kinetic energy in what is not learned."""
+    """Share of the von Weizsäcker kinetic energy in the fixed part of the functional."""
 
     penalty: float = 100.0
-    """The factor of ∫ρ₋², which holds negative densities down."""
+    """Factor of ∫ρ₋² in the energy, which suppresses negative densities."""
 
     pairs: bool = True
-    """Let the linear terms, which are fitted first, know where an atom's neighbours are."""
+    """Let the linear terms, which are fitted first, depend on the positions of an atom's neighbours."""
 
     check_grid: int = 3
-    """At the end every density is found on PySCF's grid of this level too; if it is no finer than that of training, it
-    is not."""
+    """Level of PySCF's grid on which all densities are minimized again at the end, as a check. No check if it is not
+    finer than the training grid."""
 
     page: bool = True
-    """Draw figures and a page at the end."""
+    """Write figures and an HTML page at the end."""
 
     seed: int = 0
-    """Of the initial weights and of what is drawn on the way."""
+    """Random seed of the initial weights and of everything drawn in training."""
 
     threads: int = 1
     """CPU threads; 0 leaves the number to PyTorch."""
@@ -138,63 +138,64 @@ class Finetuning:
     """Train a pre-trained density functional further, by the densities of its minima."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")] = Path()
-    """The run of 'torchimplicit pretrain'."""
+    """Directory of a run of 'torchimplicit pretrain'."""
 
     only: tuple[str, ...] = ()
-    """Train on these of its training molecules alone, by their names; without any on all."""
+    """Names of the training molecules to train on. Default: all of them."""
 
     gradient: EstimatorName = "implicit"
-    """How a minimum is differentiated."""
+    """Gradient estimator for the minimum."""
 
     nudge: float | None = None
-    """Of equilibrium propagation; without it, chosen by the least eigenvalue of the Hessian."""
+    """Nudge of equilibrium propagation. Default: chosen from the Hessian's least eigenvalue."""
 
     stepping: Stepping = field(
         default_factory=lambda: Stepping(steps=100, learning_rate=3e-4, measure_every=25, clip=1.0)
     )
 
     tail_weight: float = 0.0
-    """Of ∫(ρ−ρ_gs)²/(ρ_gs+10⁻³)/(2N) in the loss beside ∫(ρ−ρ_gs)²/(2N)."""
+    """Weight of ∫(ρ−ρ_gs)²/(ρ_gs+10⁻³)/(2N) in the loss, relative to ∫(ρ−ρ_gs)²/(2N)."""
 
     energy_weight: float = 0.0
-    """Of the squared error of the energy per electron, in hartree, halved."""
+    """Weight of half the squared error of the energy per electron, in hartree."""
 
     inner: Literal["l-bfgs", "descent"] = "l-bfgs"
-    """How a density is found: by L-BFGS with a kept Hessian, or by gradient descent with momentum."""
+    """Minimizer that finds a density: L-BFGS with a kept Hessian, or gradient descent with momentum."""
 
     inner_tolerance: float = 1e-6
-    """On the projected gradient's norm, in hartree, in coordinates in which lengths are those of densities."""
+    """Tolerance on the norm of the projected gradient, in hartree, in coordinates whose length is that of densities."""
 
     inner_steps: int = 100
-    """The most steps."""
+    """Largest number of steps of a minimization."""
 
     inner_rate: float = 3e-3
-    """Of descent."""
+    """Step size of --inner descent."""
 
     correction: int = 0
-    """Iterates on the way to the density that are in the loss too, each as if it were the minimum; 0: none."""
+    """Number of iterates before the minimum that also enter the loss, each treated as a minimum (fixed-point
+    correction); 0 for none."""
 
     correction_random: bool = False
-    """Draw the iterates at random rather than evenly."""
+    """Draw the iterates of --correction at random instead of evenly spaced."""
 
     floor_weight: float = 0.0
-    """Of the penalty max(0, 1 − λ/floor)² on the Hessian's least eigenvalue λ."""
+    """Weight of the penalty max(0, 1 − λ/floor)² on the Hessian's least eigenvalue λ."""
 
     floor: float = 0.5
-    """See --floor-weight; in hartree."""
+    """Eigenvalue below which --floor-weight penalizes, in hartree."""
 
     spectrum: bool = True
-    """Measure the Hessians' extreme eigenvalues before and after."""
+    """Measure the extreme eigenvalues of the Hessians before and after training."""
 
     check_grid: int = 3
-    """At the end every density is found on PySCF's grid of this level too; if it is no finer than that of training, it
-    is not."""
+    """Level of PySCF's grid on which all densities are minimized again at the end, as a check. No check if it is not
+    finer than the training grid."""
 
     page: bool = True
-    """Draw figures and a page at the end."""
+    """Write figures and an HTML page at the end."""
 
     seed: int = 0
-    """Of which molecules a step takes."""
+    """Random seed of the choice of molecules in each step."""
 
     threads: int = 1
     """CPU threads; 0 leaves the number to PyTorch."""
@@ -241,10 +242,11 @@ class Schooling:
     pretraining: Pretraining = field(default_factory=Pretraining)
 
     ways: dict[str, Finetuning] = field(default_factory=dict)
-    """By the names of their folders; the first one's time is what a longer pre-training is given too."""
+    """The fine-tuning variants, by the names of their folders. The first one's time is also given to a longer
+    pre-training."""
 
     longer: bool = True
-    """Also pre-train for as long as pre-training and the first way took together."""
+    """Also pre-train for as long as pre-training and the first variant took together."""
 
 
 def pretraining() -> Pretraining:

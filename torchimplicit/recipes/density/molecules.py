@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
 
 LOWERED, SHARE = 0.4, 0.8
-"""The aims: the training molecules' L over its start, and the test molecules better than the superposition of atoms."""
+"""The targets: by what factor the training molecules' L falls, and the share of test molecules that beat the
+superposition of atoms."""
 
 ENDLESS = 10**6
-"""Iterations: the time ends a run."""
+"""Number of iterations that no run reaches: runs end by their time."""
 
 
 FINER = (("trained_energy_error", 1e3), ("finer_loss", 1e3), ("finer_l1", 1.0), ("finer_energy_error", 1e3))
-"""What is told of the finer grid, and in which unit, and the energy error that training had."""
+"""Figures reported for the finer grid, with their units, and the energy error on the training grid."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ ROWS = {
     "qm9": Row("Gauss–Newton; QM9", energy=True, qm9=True),
     "qm9-linear": Row("Gauss–Newton; QM9, linear terms alone", {"hidden": 0}, energy=True, qm9=True),
 }
-"""By the name of their runs."""
+"""The rows, by the names of their runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,52 +71,54 @@ class MoleculesConfig:
     plan: Plan = field(default_factory=lambda: Plan(seeds=2, together=100))
 
     molecules: tuple[str, ...] = ("H2", "H2O", "NH3", "CH4")
-    """By their formulas."""
+    """Training molecules, by formula."""
 
     rows: tuple[str, ...] = ()
-    """Which rows, by the names of their runs; without any, all."""
+    """Rows to run, by the names of their runs. Default: all."""
 
     seconds: float = 120.0
-    """Of the processor's time, for every row of the four molecules."""
+    """CPU time for each row of the four molecules, in seconds."""
 
     distort: float = 0.04
-    """Standard deviation, in angstrom, of the coordinates' displacement, another for every seed."""
+    """Standard deviation of the coordinates' random displacements, in angstrom. Each seed gives other geometries."""
 
     train_copies: int = 1
-    """Distorted copies of every molecule to train on, beside the molecule itself."""
+    """Distorted copies of every molecule for training, in addition to the molecule itself."""
 
     validation_copies: int = 1
-    """Others to select the weights by."""
+    """Distorted copies of every molecule for validation, which selects the weights."""
 
     test_copies: int = 2
-    """Others to test on."""
+    """Distorted copies of every molecule for the test."""
 
     learning_rate: float = 1e-2
-    """Adam's peak."""
+    """Peak learning rate of Adam."""
 
     energy_weight: float = 1.0
-    """Of the energy term, in the rows that have one."""
+    """Weight of the energy term, in the rows that have one."""
 
     qm9: str = "qm9"
-    """Where the molecules of the last row are from: qm9, which is downloaded, or a folder of xyz files."""
+    """Source of the molecules of the last row: qm9, which is downloaded, or a folder of xyz files."""
 
     qm9_limit: int = 60
-    """How many, those with the fewest atoms; 0: no such row. On grid 1 one of ten atoms takes some 640 MB."""
+    """Number of QM9 molecules, those with the fewest atoms; 0 omits the row. On grid 1 a molecule of ten atoms takes
+    some 640 MB."""
 
     qm9_held_out: int = 8
-    """Of them for validation alone, and as many for test alone."""
+    """Number of QM9 molecules for validation only, and the same number for the test only."""
 
     qm9_seconds: float = 1500.0
-    """Of the processor's time, for that row."""
+    """CPU time for the QM9 row, in seconds."""
 
     grid: int = 1
     """Level of the integration grid, 0 to 9."""
 
     processes: int = 1
-    """Of a run, which share its molecules; the time is that of the first of them, whose share is the largest."""
+    """Processes per run, among which its molecules are divided. The time counted is that of the first, which has the
+    largest share."""
 
     data_dir: Path | None = None
-    """The folder of computed molecules. By default the user's cache; what is not there is computed by PySCF."""
+    """Folder of computed molecules. Default: the user's cache. Missing molecules are computed by PySCF."""
 
     def __post_init__(self) -> None:
         positive(self, "seconds", "distort", "learning_rate", "energy_weight", "qm9_held_out", "qm9_seconds")

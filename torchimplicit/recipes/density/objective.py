@@ -35,10 +35,10 @@ from torchimplicit.solvers import LBFGS, GradientDescent, Solver
 
 
 PATIENCE = 15
-"""Steps of L-BFGS after which the kept Hessian is made anew."""
+"""Steps of L-BFGS after which the kept Hessian is recomputed."""
 
 TAIL = 1e-3
-"""Electrons per cubic bohr: where the density is less, its errors weigh no more."""
+"""Density in electrons per cubic bohr below which errors weigh no more than at this density."""
 
 
 @dataclass
@@ -233,7 +233,7 @@ class Weights:
 
 
 REFINEMENTS = 3
-"""Steps by which the eigenvector of the least eigenvalue is followed from one iteration to the next."""
+"""Steps of refinement that track the eigenvector of the least eigenvalue from one iteration to the next."""
 
 
 class Penalties:

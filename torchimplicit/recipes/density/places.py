@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 MARGIN = 3.0
-"""Bohr beyond the outermost atoms."""
+"""Margin beyond the outermost atoms, in bohr."""
 
 
 def line(centres: Tensor, count: int = 401) -> tuple[Tensor, Tensor, Tensor]:

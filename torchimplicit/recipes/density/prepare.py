@@ -28,7 +28,7 @@ from torchimplicit.recipes.density.storage import BrokenFileError, file_name, lo
 from torchimplicit.recipes.runtime.errors import UserError
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-"""What the numerical libraries read when they are loaded."""
+"""Environment variables that numerical libraries read when they are loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)

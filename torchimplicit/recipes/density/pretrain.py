@@ -35,17 +35,17 @@ from torchimplicit.recipes.runtime.run import Environment, Run, threads
 from torchimplicit.recipes.runtime.table import CaptionedFigure, Column, Table
 
 FARTHEST = 6e-3
-"""The largest L to which a quadratic model is followed."""
+"""The largest L at which a quadratic model is trusted."""
 
 FORGOTTEN, AT_REFERENCE = 0.05, 0.03
-"""How often a molecule's walk begins anew at the superposition of atoms, and at the reference."""
+"""Probabilities that a molecule's walk restarts at the superposition of atoms, and at the reference density."""
 
 PERTURBED = 0.7
-"""The share of the labels whose densities are displaced."""
+"""Share of the labels whose densities are displaced."""
 
 SPURIOUS_ENERGY, SPURIOUS_LOSS = 0.05, 2.0
-"""Hartree per electron, and the L of the superposition of atoms: a minimum that is farther off by either is another
-one, and no error of a functional that has learned something."""
+"""Thresholds in hartree per electron, and relative to the L of the superposition of atoms. A minimum farther off than
+either is a spurious one rather than an error of a trained functional."""
 
 
 # -- What a network is trained by -------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
 
 INNER_STEPS = 60
-"""The most steps of L-BFGS, which needs some ten: a first step of an optimizer that goes too far is found out early."""
+"""Largest number of L-BFGS steps, which usually needs about ten: an optimizer step that goes too far is detected
+early."""
 
 QUALITIES = ("start", "start_test", "train", "validation", "test")
 

@@ -14,8 +14,8 @@ from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import Run, Runner, RunOptions, create
 
 PRETRAINED, LONGER = "pretrained", "pretrained-longer"
-"""The runs within the run: of the pre-training, and of one of as much time as pre-training and the first fine-tuning
-have together."""
+"""Names of the nested runs: the pre-training, and one that takes as long as pre-training and the first fine-tuning
+together."""
 
 
 @dataclass(frozen=True)

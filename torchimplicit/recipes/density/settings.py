@@ -13,7 +13,7 @@ from torchimplicit.recipes.runtime.settings import OptimizerName, fraction, not_
 
 
 GRIDS = 10
-"""PySCF has grids of level 0 to 9."""
+"""Grid levels that PySCF has."""
 
 
 @final
@@ -22,25 +22,26 @@ class ChemistrySettings:
     """Of the Kohn-Sham calculation, the density basis and the grid. Two files of one molecule differ if these do."""
 
     functional: str = "lda,pw"
-    """Exchange and correlation as PySCF names them, local or with the density's gradient."""
+    """Exchange-correlation functional by PySCF's name: a local one, or one with the density's gradient."""
 
     orbital_basis: str = "def2-svp"
-    """The basis of the Kohn-Sham orbitals, as PySCF names it."""
+    """Basis of the Kohn-Sham orbitals, by PySCF's name."""
 
     beta: float = 2.5
-    """The ratio of neighbouring exponents in the even-tempered basis of the density; smaller is larger and better."""
+    """Ratio of neighbouring exponents in the density's even-tempered basis. A smaller ratio gives a larger and better
+    basis."""
 
     grid: int = 1
-    """The quadrature grid's level in PySCF, 0 (coarse) to 9, on which functionals are integrated."""
+    """Level of PySCF's integration grid for the functional, 0 (coarse) to 9."""
 
     scf_grid: int = 3
-    """The level of the grid of the Kohn-Sham calculation itself."""
+    """Level of PySCF's integration grid for the Kohn-Sham calculation, 0 (coarse) to 9."""
 
     scf_tolerance: float = 1e-9
-    """The change in energy, in hartree, at which the Kohn-Sham iteration is done."""
+    """Change in energy, in hartree, below which the Kohn-Sham iteration stops."""
 
     scf_cycles: int = 50
-    """The most iterations; a molecule that needs more is reported and skipped."""
+    """Largest number of Kohn-Sham iterations. Molecules that need more are reported and skipped."""
 
     def __post_init__(self) -> None:
         positive(self, "scf_tolerance", "scf_cycles")
@@ -65,21 +66,22 @@ class LabelSettings:
     """Of the densities that a functional is trained on beside the ground state's. Two files differ if these do."""
 
     count: int = 16
-    """Densities of each molecule, the ground state's included."""
+    """Densities per molecule, including the ground state's."""
 
     nearest: float = 2e-5
-    """The least L, the integral of the squared difference to the ground state's density over twice the electrons, that
-    an added potential's strength is chosen for. A step from another density than the ground state's may end farther."""
+    """Smallest target L of an added potential, where L is the integrated squared difference to the ground state's
+    density over twice the number of electrons. A step that starts from another density than the ground state's may end
+    farther away."""
 
     farthest: float = 2.5e-3
-    """The largest L; in between they are drawn evenly in its logarithm."""
+    """Largest target L. Targets are drawn uniformly in its logarithm."""
 
     shares: tuple[float, float] = (0.05, 0.5)
-    """Of the superposition of atoms in the density of which every other one is a step, the least and the largest; the
-    others are steps from the ground state."""
+    """Smallest and largest share of the superposition of atoms in the density from which every other label starts. The
+    others start from the ground state."""
 
     seed: int = 0
-    """Of what is drawn."""
+    """Random seed of the potentials."""
 
     def __post_init__(self) -> None:
         positive(self, "count", "nearest", "farthest")
@@ -94,8 +96,8 @@ class LabelSettings:
 
 
 EstimatorName = Literal["implicit", "damped", "eqprop", "eqprop-one-sided"]
-"""Exact implicit differentiation; with damping where the minimum is nearly none; symmetric equilibrium propagation; and
-one-sided with a curved nudge."""
+"""Exact implicit differentiation; the same with damping, for a nearly singular Hessian; symmetric equilibrium
+propagation; and one-sided equilibrium propagation with a curved nudge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,28 +108,29 @@ class Molecules:
     """Names, .xyz files, folders or archives of them, or qm9; see 'torchimplicit molecules --help'."""
 
     limit: int | None = None
-    """Take so many of every folder or archive, those with the fewest atoms."""
+    """Take at most this many molecules from each folder or archive, those with the fewest atoms."""
 
     distort: float = 0.04
-    """Standard deviation, in angstrom, of the coordinates' displacement in the copies below."""
+    """Standard deviation, in angstrom, of the random displacement of each coordinate in the copies below."""
 
     train_copies: int = 0
-    """Distorted copies of every molecule to train on, beside the molecule itself."""
+    """Distorted copies of every molecule for training, in addition to the molecule itself."""
 
     validation_copies: int = 0
-    """Others to select the weights by; with none, and no molecules held out, the weights are the last ones."""
+    """Distorted copies of every molecule for validation, which selects the weights. With neither copies nor held-out
+    molecules the last weights are kept."""
 
     test_copies: int = 0
-    """Others to test on."""
+    """Distorted copies of every molecule for the test."""
 
     held_out: int = 0
-    """So many molecules are for validation alone, and as many for test alone, drawn at random."""
+    """Number of molecules, drawn at random, for validation only, and the same number for the test only."""
 
     geometry_seed: int = 0
-    """Of the distortions, and of which molecules are held out."""
+    """Random seed of the distortions and of the choice of held-out molecules."""
 
     data_dir: Path | None = None
-    """Where the molecules' data files are, or will be computed into; without it the user's cache."""
+    """Folder of computed molecules. Default: the user's cache. Missing molecules are computed by PySCF."""
 
     chemistry: ChemistrySettings = field(default_factory=ChemistrySettings)
 
@@ -145,108 +148,110 @@ class OrbitalFreeTraining:
     molecules: Molecules = field(default_factory=Molecules)
 
     weizsaecker: float = 0.4
-    """The share of the von Weizsäcker kinetic energy."""
+    """Share of the von Weizsäcker kinetic energy in the functional."""
 
     penalty: float = 100.0
-    """The factor of ∫ρ₋², which holds negative densities down."""
+    """Factor of ∫ρ₋² in the energy, which suppresses negative densities."""
 
     hidden: int = 16
-    """Units in each of the enhancement factor's two hidden layers; 0: only the linear terms are trained."""
+    """Units in each of the enhancement factor's two hidden layers; 0 trains only the linear terms."""
 
     pairs: bool = True
-    """Let the linear term know where an atom's neighbours are."""
+    """Let the linear term depend on the positions of an atom's neighbours."""
 
     tail_weight: float = 0.1
-    """Of ∫(ρ−ρ_gs)²/(ρ_gs+10⁻³)/(2N) in the loss beside ∫(ρ−ρ_gs)²/(2N): it counts where the density is low, and bounds
-    ∫|ρ−ρ_gs|/N."""
+    """Weight of ∫(ρ−ρ_gs)²/(ρ_gs+10⁻³)/(2N) in the loss, relative to ∫(ρ−ρ_gs)²/(2N). It emphasizes regions of low
+    density and bounds ∫|ρ−ρ_gs|/N."""
 
     optimizer: OptimizerName = "least-squares"
-    """A trust-region Gauss–Newton method with exact Jacobians, L-BFGS (both SciPy's), or Adam with a cosine."""
+    """Outer optimizer: trust-region Gauss–Newton with exact Jacobians, L-BFGS (both from SciPy), or Adam with cosine
+    decay."""
 
     iterations: int = 30
-    """Of the optimizer, at most."""
+    """Largest number of iterations of the outer optimizer."""
 
     seconds: float | None = None
-    """Stop the optimizer after so much of the processor's time, measurements not counted."""
+    """Stop the outer optimizer after this much CPU time, in seconds. Measurements are not counted."""
 
     learning_rate: float = 3e-3
-    """Adam's peak."""
+    """Peak learning rate of Adam."""
 
     decay: float = 1e-6
-    """The weight of the sum of squares of the network's weights, halved, in the loss."""
+    """Weight of half the sum of the network's squared weights in the loss."""
 
     energy_weight: float = 0.0
-    """Of the squared error of the energy per electron, in hartree, halved; its gradient is that of the envelope
+    """Weight of half the squared error of the energy per electron, in hartree. Its gradient follows from the envelope
     theorem."""
 
     gradient: EstimatorName = "implicit"
-    """How the minimum is differentiated; least-squares takes exact Jacobians."""
+    """Gradient estimator for the minimum. The least-squares optimizer always uses exact Jacobians."""
 
     nudge: float | None = None
-    """Of equilibrium propagation; without it, chosen by the least eigenvalue of the Hessian."""
+    """Nudge of equilibrium propagation. Default: chosen from the Hessian's least eigenvalue."""
 
     inner: Literal["l-bfgs", "descent"] = "l-bfgs"
-    """How the density is found: by L-BFGS with a kept Hessian, or by gradient descent with momentum."""
+    """Minimizer that finds a density: L-BFGS with a kept Hessian, or gradient descent with momentum."""
 
     inner_tolerance: float = 1e-8
-    """On the projected gradient's norm, in hartree, in coordinates in which lengths are those of densities."""
+    """Tolerance on the norm of the projected gradient, in hartree, in coordinates whose length is that of densities."""
 
     inner_steps: int = 300
-    """The most steps."""
+    """Largest number of steps of a minimization."""
 
     inner_rate: float = 3e-3
-    """Of descent."""
+    """Step size of --inner descent."""
 
     cold: bool = False
-    """Begin every minimization at the superposition of atoms, with a Hessian made there, and not at the density found
-    last: what is found is then a function of the weights alone, also where there are several minima."""
+    """Start every minimization from the superposition of atoms with a fresh Hessian, instead of the last density. The
+    result is then a function of the weights alone, even with several minima."""
 
     correction: int = 0
-    """Iterates on the way to the density that are in the loss too, each as if it were the minimum; 0: none."""
+    """Number of iterates before the minimum that also enter the loss, each treated as a minimum (fixed-point
+    correction); 0 for none."""
 
     correction_gamma: float = 0.8
-    """What an iterate weighs less than the next one."""
+    """Factor by which each iterate of --correction weighs less than the next."""
 
     correction_random: bool = False
-    """Draw the iterates at random rather than evenly."""
+    """Draw the iterates of --correction at random instead of evenly spaced."""
 
     hessian_weight: float = 0.0
-    """Of the penalty ‖vᵀH‖²/n on the Hessian at the density, v random."""
+    """Weight of the penalty ‖vᵀH‖²/n on the Hessian at the density, with v random."""
 
     floor_weight: float = 0.0
-    """Of the penalty max(0, 1 − λ/floor)² on the Hessian's least eigenvalue λ."""
+    """Weight of the penalty max(0, 1 − λ/floor)² on the Hessian's least eigenvalue λ."""
 
     floor: float = 0.5
-    """See --floor-weight; in hartree."""
+    """Eigenvalue below which --floor-weight penalizes, in hartree."""
 
     measure_every: int = 5
-    """Iterations between two measurements of all densities."""
+    """Outer iterations between two evaluations of all densities."""
 
     spectrum: bool = False
-    """Measure the Hessians' extreme eigenvalues too, which takes long for large molecules."""
+    """Also measure the Hessians' extreme eigenvalues. Slow for large molecules."""
 
     check_grid: int = 3
-    """At the end every density is found once more on PySCF's grid of this level, and counts as good only if it is there
-    too; no finer than --molecules.chemistry.grid: it is not."""
+    """Level of PySCF's grid on which all densities are minimized again at the end; a density counts as good only if it
+    is good there too. No check if it is not finer than --molecules.chemistry.grid."""
 
     page: bool = True
-    """Draw figures and a page at the end."""
+    """Write figures and an HTML page at the end."""
 
     seed: int = 0
-    """Of the initial weights and of what is drawn on the way."""
+    """Random seed of the initial weights and of everything drawn in training."""
 
     processes: int = 1
-    """Share the molecules among so many processes."""
+    """Number of processes among which the molecules are divided."""
 
     memory: float = 1.0
-    """Gigabytes for the values of basis functions on the grids, of all processes together; what does not fit is
-    evaluated anew whenever it is needed, which takes some ten times as long. Matrices and the rest come on top."""
+    """Memory for values of basis functions on the grids, in gigabytes, for all processes together. Values that do not
+    fit are recomputed whenever needed, which takes about ten times as long. Matrices and other data come on top."""
 
     single: bool = False
-    """Keep these values in single precision, in half the room: energies change by less than 1e-6 hartree."""
+    """Keep these values in single precision, which halves their memory. Energies change by less than 1e-6 hartree."""
 
     threads: int = 1
-    """CPU threads of a process; 0 leaves the number to PyTorch."""
+    """CPU threads per process; 0 leaves the number to PyTorch."""
 
     def __post_init__(self) -> None:
         positive(self, "iterations", "seconds", "learning_rate", "inner_tolerance", "inner_steps", "inner_rate")
@@ -306,7 +311,7 @@ def qm9() -> OrbitalFreeTraining:
 
 
 State = Literal["fitted", "trained"]
-"""Which functional: one that is only fitted, or one of less von Weizsäcker energy that was trained too."""
+"""The functional: only fitted, or one with less von Weizsäcker energy that was also trained."""
 
 STATES: tuple[State, ...] = ("fitted", "trained")
 
@@ -314,15 +319,15 @@ STATES: tuple[State, ...] = ("fitted", "trained")
 WEIZSAECKER: dict[State, float] = {"fitted": 0.4, "trained": 0.05}
 
 SPREAD: dict[State, float] = {"fitted": 0.1, "trained": 0.3}
-"""Standard deviation of the weights of the enhancement factor's last layer."""
+"""Standard deviation of the weights in the enhancement factor's last layer."""
 
 LEARNING_RATE = 3e-3
 
 FELT = 0.05
-"""The least share of the gradient that comes through a mode which is moved."""
+"""Smallest share of the gradient that must come through the mode that is softened."""
 
 TOLERANCE = 1e-8
-"""Relative, of the residual, for the solvers that have one."""
+"""Relative tolerance on the residual, for the solvers that have one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,62 +335,63 @@ class MoleculeGradientsConfig:
     """One molecule and one functional with random network weights, and every gradient at its minimum."""
 
     molecule: str = "H2"
-    """By its formula: H2, H2O, NH3, CH4 and others that are known."""
+    """The molecule, by formula: H2, H2O, NH3, CH4 and others."""
 
     state: State = "fitted"
-    """fitted: c = 0.4 times the von Weizsäcker energy and a network of small weights. trained: c = 0.05 and larger
-    weights, then some steps of Adam, which leaves a wider spectrum."""
+    """fitted: 0.4 times the von Weizsäcker energy and a network of small weights. trained: 0.05 times it and larger
+    weights, then some steps of Adam, which widens the spectrum."""
 
     seed: int = 0
-    """Of the network's weights, of the geometry and of the directions."""
+    """Random seed of the network's weights, the geometry and the directions."""
 
     sigma: float = 0.04
-    """Standard deviation of the displacements of the nuclei, in angstrom; 0: the molecule's own geometry."""
+    """Standard deviation of the nuclei's random displacements, in angstrom; 0 keeps the molecule's own geometry."""
 
     grid: int = 1
-    """Level of the integration grid."""
+    """Level of the integration grid, 0 to 9."""
 
     data_dir: Path | None = None
-    """The folder of computed molecules. By default the user's cache; what is not there is computed by PySCF."""
+    """Folder of computed molecules. Default: the user's cache. Missing molecules are computed by PySCF."""
 
     training_steps: int = 60
-    """Of Adam, for the trained state."""
+    """Steps of Adam, for the trained state."""
 
     tolerance: float = 1e-10
-    """Of the minimizations: the norm of the projected gradient, in hartree, in coordinates of the overlap."""
+    """Tolerance of the minimizations on the norm of the projected gradient, in hartree, in the overlap's
+    coordinates."""
 
     directions: int = 6
-    """Random directions in all parameters, along which finite differences are taken."""
+    """Number of random directions in parameter space along which finite differences are taken."""
 
     step: float = 3e-3
-    """Of the finite differences: the length of the smallest displacement of the parameters."""
+    """Smallest step of the finite differences: the length of the parameters' displacement."""
 
     nudges: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4)
-    """Of equilibrium propagation, relative to the cotangent's length."""
+    """Nudges of equilibrium propagation, relative to the cotangent's length."""
 
     loss_nudges: tuple[float, ...] = (0.1, 1e-2, 1e-3, 1e-4)
     """Weights of the loss in the energy, for propagation with the whole loss."""
 
     loose: tuple[float, ...] = (1e-3, 1e-4, 1e-5, 1e-6, 1e-8)
-    """Tolerances of the minimizations there."""
+    """Tolerances of the minimizations in equilibrium propagation."""
 
     beyond: tuple[float, ...] = (0.1, 0.5, 0.9, 1.1, 2.0, 5.0)
-    """Weights of the loss over the least eigenvalue, for the symmetric difference."""
+    """Weights of the loss, relative to the least eigenvalue, for the symmetric difference."""
 
     damping: float = 0.25
-    """Over the softest eigenvalue, where that is moved."""
+    """Damping, relative to the softest eigenvalue, in the runs that soften it."""
 
     softness: tuple[float, ...] = (1.0, 0.1, 1e-2, 1e-3, 1e-4, -1e-3, -1e-2, -0.1, -0.4)
-    """What the softest eigenvalue becomes, over what it was."""
+    """Values to which the softest eigenvalue is moved, relative to its own."""
 
     descent_steps: int = 2000
-    """Of gradient descent and Adam on the least-squares form of the adjoint system."""
+    """Steps of gradient descent and Adam on the least-squares form of the adjoint system."""
 
     most_steps: int = 40
-    """Of a minimization that may have no minimum to find."""
+    """Largest number of steps of a minimization that may have no minimum."""
 
     repeats: int = 5
-    """How often each adjoint solver is timed, in turn with the others."""
+    """Number of times each adjoint solver is timed, in turn with the others."""
 
     def __post_init__(self) -> None:
         positive(self, "tolerance", "directions", "step", "damping", "descent_steps", "most_steps", "repeats")

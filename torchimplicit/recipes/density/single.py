@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
 
 GradientOptimizer = Literal["l-bfgs", "adam"]
-"""Those that take a gradient, whoever estimates it."""
+"""Optimizers that take a gradient from any estimator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,37 +43,39 @@ class SingleConfig:
     plan: Plan = field(default_factory=lambda: Plan(seeds=2, together=100))
 
     molecule: str = "H2O"
-    """By its formula."""
+    """The molecule, by formula."""
 
     estimators: tuple[EstimatorName, ...] = ("implicit", "damped", "eqprop", "eqprop-one-sided")
-    """Exact implicit differentiation and damped, equilibrium propagation symmetric and one-sided."""
+    """Gradient estimators: exact and damped implicit differentiation, symmetric and one-sided equilibrium
+    propagation."""
 
     optimizers: tuple[GradientOptimizer, ...] = ("l-bfgs", "adam")
-    """Each with every estimator."""
+    """Optimizers, each run with every estimator."""
 
     l_bfgs_iterations: int = 40
-    """Of L-BFGS."""
+    """Iterations of L-BFGS."""
 
     adam_iterations: int = 120
-    """Of Adam."""
+    """Iterations of Adam."""
 
     learning_rate: float = 3e-2
-    """Adam's peak."""
+    """Peak learning rate of Adam."""
 
     level: float = 0.6
-    """The time is taken until the loss has fallen to so much of its start."""
+    """Share of its initial value to which the loss must fall; the time until then is reported."""
 
     pairs: bool = False
-    """Let the linear term know where an atom's neighbours are; of one geometry it then knows nearly everything."""
+    """Let the linear term depend on the positions of an atom's neighbours. With a single geometry it can then fit
+    almost everything."""
 
     tail_weight: float = 0.0
-    """What low densities weigh more in the loss; 0 is the loss of the slides."""
+    """Extra weight of low densities in the loss; 0 is the loss of the slides."""
 
     grid: int = 1
     """Level of the integration grid, 0 to 9."""
 
     data_dir: Path | None = None
-    """The folder of computed molecules. By default the user's cache; what is not there is computed by PySCF."""
+    """Folder of computed molecules. Default: the user's cache. Missing molecules are computed by PySCF."""
 
     def __post_init__(self) -> None:
         positive(self, "l_bfgs_iterations", "adam_iterations", "learning_rate")
@@ -98,7 +100,7 @@ ESTIMATORS: dict[EstimatorName, str] = {
 OPTIMIZERS: dict[GradientOptimizer, str] = {"l-bfgs": "L-BFGS", "adam": "Adam"}
 
 APART, BELOW = 0.05, 0.6
-"""The aims: final losses no farther apart, and at most so much of the start."""
+"""The targets: largest ratio of two final losses, and largest final loss as a share of the initial one."""
 
 Row = tuple[EstimatorName, GradientOptimizer]
 

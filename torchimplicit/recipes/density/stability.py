@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
 
 SLOWED, HELD = 4.0, 2.0
-"""The aims: minimizations grow at least so many times longer in the slides' way, and at most so many in ours."""
+"""The targets: minimizations grow at least this many times longer with the slides' method, and at most this many times
+with ours."""
 
 SLOWED_AT_ALL = 1.1
-"""Below it nothing has slowed down that something could help."""
+"""Growth below which there is no slowdown to prevent."""
 
 HELPED = 0.5
-"""Of the growth beyond none that is left where something is said to stop it."""
+"""Largest share of the excess growth that may remain for a remedy to count as effective."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +50,16 @@ class CountedTraining:
     training: OrbitalFreeTraining = field(default_factory=lambda: OrbitalFreeTraining(spectrum=True, page=False))
 
     descent_tolerance: float = 1e-4
-    """Of gradient descent with momentum, where the slides stop it."""
+    """Tolerance of gradient descent with momentum, as in the slides."""
 
     descent_rate: float = 3e-3
-    """Of gradient descent, likewise."""
+    """Step size of gradient descent, as in the slides."""
 
     most_steps: int = 10_000
-    """Of gradient descent, likewise."""
+    """Largest number of gradient-descent steps, as in the slides."""
 
     tight_tolerance: float = 1e-8
-    """Of L-BFGS with a kept Hessian."""
+    """Tolerance of L-BFGS with a kept Hessian."""
 
     def __post_init__(self) -> None:
         positive(self, "descent_tolerance", "descent_rate", "most_steps", "tight_tolerance")
@@ -76,51 +77,51 @@ class StabilityConfig:
     plan: Plan = field(default_factory=lambda: Plan(seeds=3, together=100))
 
     molecules: tuple[str, ...] = ("CH4",)
-    """By their formulas; they are trained together."""
+    """Training molecules, by formula; they are trained together."""
 
     rows: tuple[str, ...] = ()
-    """Which rows, by the names of their runs; without any, all that the optimizer can train."""
+    """Rows to run, by the names of their runs. Default: all that the optimizer can train."""
 
     iterations: int = 20
-    """Of the outer optimizer."""
+    """Iterations of the outer optimizer."""
 
     measure_every: int = 5
-    """Iterations between two counts and spectra."""
+    """Outer iterations between two measurements of step counts and spectra."""
 
     weizsaecker: float = 0.2
-    """The share of the von Weizsäcker kinetic energy: the less, the softer the functional."""
+    """Share of the von Weizsäcker kinetic energy. A smaller share gives a softer functional."""
 
     penalty: float = 0.0
-    """The factor of ∫ρ₋², in all rows but the one that tries it."""
+    """Factor of ∫ρ₋² in the energy, in all rows but the one that varies it."""
 
     tail_weight: float = 0.0
-    """What low densities weigh more in the loss; 0 is the loss of the slides."""
+    """Extra weight of low densities in the loss; 0 is the loss of the slides."""
 
     optimizer: OptimizerName = "least-squares"
-    """The outer one. Gauss-Newton goes far enough for the functional to become soft; it takes no penalty or correction
-    that is drawn at random, whose rows need --optimizer l-bfgs or adam."""
+    """Outer optimizer. Gauss-Newton moves far enough to soften the functional. It cannot use penalties or corrections
+    drawn at random: their rows need --optimizer l-bfgs or adam."""
 
     learning_rate: float = 1e-2
-    """Adam's peak."""
+    """Peak learning rate of Adam."""
 
     descent_steps: int = 2000
-    """Of gradient descent, at most, in training by it; before and after training it is given 10,000, as in the
-    slides."""
+    """Largest number of gradient-descent steps in training with that minimizer. Before and after training the limit is
+    10,000, as in the slides."""
 
     hessian_weight: float = 1e-6
-    """Of the penalty on the Hessian's size, in the row that tries it."""
+    """Weight of the penalty on the Hessian's size, in the row that tries it."""
 
     floor_weight: float = 1e-2
-    """Of the penalty on a least eigenvalue below --floor, in the row that tries it."""
+    """Weight of the penalty on a least eigenvalue below --floor, in the row that tries it."""
 
     floor: float = 0.5
-    """See --floor-weight; in hartree."""
+    """Eigenvalue below which --floor-weight penalizes, in hartree."""
 
     grid: int = 1
     """Level of the integration grid, 0 to 9."""
 
     data_dir: Path | None = None
-    """The folder of computed molecules. By default the user's cache; what is not there is computed by PySCF."""
+    """Folder of computed molecules. Default: the user's cache. Missing molecules are computed by PySCF."""
 
     def __post_init__(self) -> None:
         positive(self, "iterations", "measure_every", "learning_rate", "descent_steps")
@@ -136,11 +137,11 @@ def default() -> StabilityConfig:
 
 
 CORRECTED, PENALTY, DECAY = 4, 100.0, 1e-6
-"""Iterates of the fixed-point correction; the factor of ∫ρ₋² in the row that tries it; likewise the weight decay."""
+"""Number of iterates of the fixed-point correction, factor of ∫ρ₋², and weight decay, each in the row that tries it."""
 
 INNER_STEPS = 24
-"""The most steps of L-BFGS in training; with the next one the Hessian would be made anew, by products, and a density
-that is lost would take as long as ten that are found."""
+"""Largest number of L-BFGS steps in training. One more would recompute the Hessian, and a density that is lost would
+take as long as ten that are found."""
 
 Inner = Literal["descent", "l-bfgs"]
 INNER: dict[Inner, str] = {"l-bfgs": "preconditioned L-BFGS", "descent": "gradient descent"}
@@ -177,7 +178,7 @@ HELPS = {
     "decay": Help("weight decay", lambda config: {"decay": DECAY}),
     "negative": Help("penalty on negative densities", lambda config: {"penalty": PENALTY}),
 }
-"""By the second part of a row's name."""
+"""The remedies, by the second part of a row's name."""
 
 
 def all_rows(config: StabilityConfig) -> dict[str, tuple[Inner, str]]:

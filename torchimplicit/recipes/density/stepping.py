@@ -21,7 +21,7 @@ from torchimplicit.recipes.runtime.settings import to_plain
 from torchimplicit.recipes.runtime.task import generator, permutation
 
 RISE = 0.05
-"""The share of the budget in which the learning rate rises to its peak."""
+"""Share of the budget over which the learning rate rises to its peak."""
 
 
 @dataclass(frozen=True)

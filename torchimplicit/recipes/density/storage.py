@@ -27,10 +27,11 @@ T = TypeVar("T")
 
 FORMAT = "torchimplicit molecule"
 VERSION = 2
-"""Of the file's layout and of what its numbers mean."""
+"""Version of the file's layout and of the meaning of its numbers."""
 
 LARGEST_GROWTH = 200
-"""When it is unpacked: floating-point numbers hardly shrink, and only the zeros of a symmetric molecule do."""
+"""Largest ratio of unpacked to packed size: floating-point numbers hardly compress, apart from a symmetric molecule's
+zeros."""
 
 _BASIS = ("atom", "angular", "exponent")
 _ARRAYS = ("overlap", "coulomb", "external", "reference", "guess", "points", "quadrature")

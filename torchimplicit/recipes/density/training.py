@@ -45,7 +45,7 @@ EXCHANGE_CORRELATION: dict[str, ExchangeCorrelation] = {
     "pbe": "pbe",
     "pbe,pbe": "pbe",
 }
-"""Of the functional, by that of the Kohn-Sham calculation as PySCF names it."""
+"""The functional's exchange-correlation, by PySCF's name of the one in the Kohn-Sham calculation."""
 
 
 def check(config: OrbitalFreeTraining) -> None:

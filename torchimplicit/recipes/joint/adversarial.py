@@ -50,7 +50,7 @@ Adversary = Literal["none", "pgd", "jiio"]
 DataName = Literal["digits", "mnist", "cifar10"]
 
 CLEAN = "clean"
-"""What images are called that no attack has changed."""
+"""Label of images that were not attacked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,38 +58,42 @@ class AdversarialConfig(Selection):
     """An equilibrium classifier trained on images that are changed, within a ball, so as to be hard for it."""
 
     data: DataName
-    """Which images."""
+    """Data set of images."""
 
     model: Literal["tanh", "mdeq"] = "tanh"
-    """tanh(Wz + Ux + b), dense on digits and convolutional elsewhere; or a multiscale model (MDEQ)."""
+    """tanh: tanh(Wz + Ux + b), dense on the digits and convolutional on other images. mdeq: a multiscale model
+    (MDEQ)."""
 
     adversary: Adversary = "jiio"
-    """What changes the training images: nothing, projected gradient ascent through the equilibrium, or JIIO."""
+    """Attack on the training images: none, projected gradient ascent through the equilibrium (pgd), or joint inference
+    (jiio)."""
 
     attack_gradient: Literal["resolve", "envelope"] = "resolve"
-    """With JIIO, the weights' gradient: at an exact solve for the changed image (warm-started), by --gradient; or by
-    the envelope theorem, from the state and the adjoint that JIIO ends with, at no further cost."""
+    """Weight gradient under --adversary jiio. resolve: solve the equilibrium of the attacked image (warm-started) and
+    differentiate by --gradient. envelope: the envelope theorem, from the state and adjoint with which JIIO ends, at no
+    further cost."""
 
     radius: float = 0.5
-    """The radius of the ball around each image, in --norm of its pixels in [0, 1], which stay there."""
+    """Radius of the ball around each image, in --norm. Pixels lie in [0, 1], and attacked images stay there."""
 
     norm: Norm = "l2"
-    """The norm: l2, or linf (the largest change of a pixel)."""
+    """Norm of the ball: l2, or linf (largest change of one pixel)."""
 
     attack_steps: int = 20
-    """Steps of the attack in training: of JIIO, evaluations; of pgd, equilibria and their gradients."""
+    """Steps of the attack in training: evaluations of JIIO, or solves with a gradient of PGD."""
 
     attack_step_size: float = 0.8
-    """A step of the attack, as a share of the radius."""
+    """Step size of the attack, as a share of the radius."""
 
     channels: int = 100
-    """Channels of the state; of the digits' dense model, its size; of each of the two branches of MDEQ."""
+    """Channels of the state; the state's size for the dense model of the digits; channels of each of the two branches
+    of MDEQ."""
 
     bound: float = 0.8
-    """The bound on the spectral norm of the weight between states; MDEQ has none, and --jacobian-weight instead."""
+    """Bound on the spectral norm of the state's weight matrix. MDEQ has no bound; use --jacobian-weight instead."""
 
     validation_images: int = 300
-    """Training images set apart to select the weights by."""
+    """Training images set aside to select the weights."""
 
     optimization: Optimization = field(default_factory=Optimization)
     equilibria: Equilibria = field(default_factory=Equilibria)
@@ -157,28 +161,29 @@ class AttacksConfig:
     training: AdversarialConfig = field(default_factory=adversarial_digits)
 
     pgd_steps: tuple[int, ...] = (2, 3, 5, 10, 20)
-    """The numbers of steps of projected gradient ascent."""
+    """Numbers of PGD steps to compare."""
 
     jiio_steps: tuple[int, ...] = (10, 20, 40, 80)
-    """The numbers of steps of JIIO."""
+    """Numbers of JIIO steps to compare."""
 
     step_sizes: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """Shares of the radius, of which each attack has the best: that of most cross-entropy on validation images."""
+    """Step sizes to try, as shares of the radius. Each attack uses the one with the largest cross-entropy on validation
+    images."""
 
     tolerances: tuple[float, ...] = (1e-1, 1e-2)
-    """Tolerances of PGD's solves; it has the loosest that costs no more than --tolerated of the cross-entropy."""
+    """Solver tolerances to try for PGD. It uses the loosest that loses at most --tolerated of the cross-entropy."""
 
     tolerated: float = 0.01
-    """The share of the cross-entropy that a looser tolerance may cost."""
+    """Share of the cross-entropy that a looser tolerance may lose."""
 
     tuning_images: int = 200
     """Validation images on which step sizes and tolerances are chosen."""
 
     attacked_images: int = 360
-    """Test images that are attacked."""
+    """Number of test images to attack."""
 
     repeats: int = 3
-    """How often each attack is timed."""
+    """Number of times each attack is timed."""
 
     def __post_init__(self) -> None:
         positive(self, "tuning_images", "attacked_images", "repeats", "tolerated")
@@ -393,7 +398,7 @@ RUNNER = Trainer(AdversarialTraining, ready)
 
 
 SHOWN = 8
-"""Images of the picture."""
+"""Number of images in the figure."""
 
 
 @dataclass(frozen=True)
@@ -513,13 +518,13 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "jiio": ("JIIO-20", {"adversary": "jiio"}),
     "envelope": ("JIIO-20, envelope", {"adversary": "jiio", "attack_gradient": "envelope"}),
 }
-"""The kinds of images that are trained on: a label and the settings of each."""
+"""The kinds of training images: a label and the settings of each."""
 
 PUBLISHED_STEPS = {"pgd": 20, "jiio": 80, "envelope": 80}
-"""Of the adversaries in training, at the paper's scale."""
+"""Steps of the adversaries in training at the paper's scale."""
 
 PUBLISHED = {"pgd": (99.18, 96.53, 95.74), "jiio": (99.32, 95.74, 96.63)}
-"""Gurumurthy et al. 2021, Table 5, MNIST: clean, attacked by PGD, attacked by JIIO, in percent."""
+"""Gurumurthy et al. 2021, Table 5, MNIST: accuracy in percent on clean images, under PGD, and under JIIO."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -529,22 +534,22 @@ class AdversarialTableConfig:
     plan: Plan = field(default_factory=Plan)
 
     data: DataName = "digits"
-    """Which images."""
+    """Data set of images."""
 
     model: Literal["tanh", "mdeq"] = "tanh"
-    """Which model: see the recipe."""
+    """tanh or mdeq; see 'torchimplicit train jiio-adversarial-digits --help'."""
 
     norm: Norm = "l2"
-    """The norm of the ball."""
+    """Norm of the ball: l2, or linf (largest change of one pixel)."""
 
     radius: float | None = None
-    """Its radius; by default the recipe's in the 2-norm, and .1 in the maximum norm."""
+    """Radius of the ball. Default: the recipe's in the 2-norm, 0.1 in the maximum norm."""
 
     data_dir: Path | None = None
-    """The folder that holds them."""
+    """Folder of the data. Default: download it."""
 
     steps: int | None = None
-    """Steps of each training; by default the recipe's."""
+    """Optimizer steps of each training. Default: the recipe's."""
 
     machine: Machine = field(default_factory=lambda: Machine(tensorboard=False))
 

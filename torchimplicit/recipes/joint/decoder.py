@@ -44,17 +44,18 @@ class Images(Selection):
     """Which images."""
 
     data: DataName = "digits"
-    """The digits come with scikit-learn; MNIST and the Olivetti faces (32×32) are downloaded without --data-dir."""
+    """Data set. The digits come with scikit-learn; MNIST and the Olivetti faces (32×32) are downloaded unless
+    --data-dir has them."""
 
     images: Path | None = None
-    """A folder of your own pictures, in place of --data: PNG, JPEG and others, of any shape."""
+    """Folder of your own pictures, used instead of --data: PNG, JPEG and others, of any shape."""
 
     image_size: tuple[int, int] | None = None
-    """The height and width to which all of --images are cut in the middle and reduced; by default they must be of one
+    """Height and width to which all --images are centre-cropped and reduced. Default: they must all have the same
     shape."""
 
     validation_images: int = 200
-    """Training images set apart to select the weights by."""
+    """Training images set aside to select the weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,22 +77,23 @@ class Decoder:
     """The equilibrium between a latent and its image."""
 
     kind: Kind = "mlp"
-    """Fully connected, convolutional at half the images' resolution, or at that and coarser ones (multiscale)."""
+    """mlp: fully connected. Otherwise convolutional at half the images' resolution, or at that and coarser resolutions
+    (multiscale)."""
 
     latent: int = 16
-    """Size of the latent."""
+    """Size of the latent vector."""
 
     width: int = 96
-    """The width of the fully connected equilibrium."""
+    """Width of the fully connected equilibrium."""
 
     channels: int = 16
-    """The channels of the convolutional ones."""
+    """Channels of the convolutional equilibria."""
 
     scales: int = 2
-    """How many resolutions the multiscale one has."""
+    """Number of resolutions of the multiscale equilibrium."""
 
     bound: float = 0.6
-    """The bound on the spectral norm of the map's linear part in the state."""
+    """Bound on the spectral norm of the map's linear part in the state."""
 
     def __post_init__(self) -> None:
         positive(self, "latent", "width", "channels", "scales")
@@ -104,27 +106,26 @@ class Joint:
     """How latents are found."""
 
     joint_steps: int = 20
-    """The most steps of a joint solve in training; --test-steps elsewhere."""
+    """Largest number of joint-solve steps in training; --test-steps applies elsewhere."""
 
     test_steps: int = 60
-    """The limit of the joint solve's steps in validation and testing."""
+    """Largest number of joint-solve steps in validation and test."""
 
     joint_memory: int = 20
-    """The memory of the joint solve's Anderson acceleration."""
+    """Memory of the joint solve's Anderson acceleration, in iterates."""
 
     joint_regularization: float = 0.03
-    """The regularization of that acceleration. The map is far from linear over the first steps, which a least-squares
-    fit of their differences should not be led by to the last digit: with a little of it, fewer steps come to the same
-    loss."""
+    """Regularization of the joint solve's Anderson acceleration. The map is far from linear over the first steps, so
+    fitting their differences exactly misleads it: a little regularization reaches the same loss in fewer steps."""
 
     step_size: float = 10.0
-    """α of the latent's steps, for a loss that is a mean over pixels."""
+    """Step size α of the latent, for a loss that is a mean over pixels."""
 
     joint_tolerance: float = 1e-3
-    """The relative tolerance of the joint solve."""
+    """Relative tolerance of the joint solve."""
 
     prior: float = 1e-3
-    """What the mean square of a latent adds to its loss."""
+    """Weight of the latent's mean square in its loss."""
 
     def __post_init__(self) -> None:
         positive(self, "joint_steps", "test_steps", "joint_memory", "step_size", "joint_tolerance", "prior")
@@ -137,7 +138,7 @@ def equilibria() -> Equilibria:
 
 
 CELEBA = "a multiscale model of faces (CelebA at 64 pixels, a latent of 128), which no recipe here reads"
-"""What the published tables of decoders are of."""
+"""Data set of the published tables of decoders."""
 
 
 def refuse_published(scale: str, what: str) -> None:
@@ -195,7 +196,7 @@ def read(images: Images) -> Data:
 
 
 MOST_NUMBERS = 1 << 30
-"""Of all the pictures of a folder together: what is read into memory."""
+"""Largest number of values of all pictures in a folder, which are held in memory."""
 
 
 def in_folder(folder: Path, size: tuple[int, int] | None) -> Labelled:

@@ -79,39 +79,40 @@ class GenerationConfig:
     With --jacobian-weight, the penalty on the map's Jacobian is taken at a random iterate of the joint solve."""
 
     model: Literal["jiio", "vae", "rae"] = "jiio"
-    """Decoder alone; or with the encoder of a variational autoencoder, or of a regularized one (Ghosh et al. 2020)."""
+    """jiio: a decoder alone. vae, rae: the same decoder with the encoder of a variational or a regularized autoencoder
+    (Ghosh et al. 2020)."""
 
     images: Images = field(default_factory=Images)
     decoder: Decoder = field(default_factory=Decoder)
     joint: Joint = field(default_factory=Joint)
 
     kl_weight: float = 0.02
-    """The weight of the variational autoencoder's divergence, over the number of pixels: twice a pixel's variance; of
-    the regularized one, that of half the latents' squares likewise."""
+    """Weight of the variational autoencoder's divergence divided by the number of pixels: twice the variance of a
+    pixel. For the regularized autoencoder, the weight of half the latents' squares."""
 
     decoder_decay: float = 1e-5
-    """The weight of the squares of the regularized autoencoder's decoder weights."""
+    """Weight decay of the regularized autoencoder's decoder."""
 
     encoder_width: int = 128
-    """The width of its encoder's hidden layer."""
+    """Width of the encoder's hidden layer."""
 
     components: int = 10
-    """Components of the Gaussian mixture fitted on the training images' latents."""
+    """Components of the Gaussian mixture fitted to the training images' latents."""
 
     density_images: int = 4000
-    """How many training images the mixture is fitted on, the first ones: the latent of each must be found."""
+    """Number of training images whose latents the mixture is fitted to. The latent of each must be found."""
 
     samples: int = 1000
-    """Images generated for the Fréchet distance."""
+    """Number of images generated for the Fréchet distance."""
 
     curves: bool = False
-    """Also measure the loss against the time of joint and of nested inference, at the trained weights."""
+    """Also measure loss against time for joint and nested inference, at the trained weights."""
 
     curve_images: int = 64
-    """Test images in that measurement, one batch."""
+    """Test images in that measurement, as one batch."""
 
     curve_repeats: int = 5
-    """How often each solve is timed in that measurement; the median counts."""
+    """Number of times each solve is timed in that measurement; the median is reported."""
 
     optimization: Optimization = field(default_factory=Optimization)
     equilibria: Equilibria = field(default_factory=Equilibria)
@@ -174,7 +175,7 @@ def generation_images() -> GenerationConfig:
 Method = Literal["adam", "adam-one-step", "gradient-descent", "adam-published"]
 METHODS: tuple[Method, ...] = ("adam", "adam-one-step", "gradient-descent", "adam-published")
 PUBLISHED_TOLERANCE = 1e-5
-"""Of the published nested optimization, whose solves are cold, by Broyden's method."""
+"""Tolerance of the published nested optimization, which solves from zero by Broyden's method."""
 
 
 def nested(
@@ -239,7 +240,7 @@ RATES: dict[Method, tuple[float, ...]] = {
 }
 TOLERANCES = (1e-1, 1e-2, 1e-3)
 SLACK = 1.01
-"""A looser tolerance is taken where its loss is at most this many times that of the tightest."""
+"""A looser tolerance is chosen if its loss is at most this many times that of the tightest."""
 
 
 @dataclass(frozen=True)
@@ -462,7 +463,7 @@ def ready(config: Any) -> None:
 TRAINER = Trainer(Generation, ready)
 
 SHOWN = 12
-"""Images in a row of a picture."""
+"""Images in a row of the figure."""
 
 PICTURES = "pictures.pt"
 
@@ -639,18 +640,18 @@ LABELS = {
     "gradient-descent": "gradient descent",
     "adam-published": "Adam, cold, by Broyden to 1e-5, as published",
 }
-"""The methods, for people; the first is joint inference, the others nested optimization."""
+"""Labels of the methods: joint inference first, then nested optimization."""
 
 Model = Literal["jiio", "vae", "wide", "rae", "long"]
 MODELS: tuple[Model, ...] = ("jiio", "vae", "wide", "rae", "long")
 SIZES: tuple[Model, ...] = ("jiio", "wide")
-"""Those whose inference is timed."""
+"""Models whose inference is timed."""
 
 LONGER = 8
-"""Times as many steps for the autoencoder, whose steps have no joint solve in them: about the same time in all."""
+"""Factor on the autoencoders' training steps, which have no joint solve: the total time is then about the same."""
 
 WIDER = 3
-"""Times the width of a fully connected decoder; a convolutional one gets twice the channels."""
+"""Factor on the width of a fully connected decoder. A convolutional one gets twice the channels."""
 
 DEFAULTS = {"digits": generation_digits, "mnist": generation_mnist, "olivetti": generation_olivetti}
 NAMES: dict[Model, str] = {
@@ -662,12 +663,13 @@ NAMES: dict[Model, str] = {
 }
 
 AIMS = (9.0, 3.5)
-"""Times less CPU time than Adam with ``LONGEST`` steps, to the same loss: the aim, and the least that was published."""
+"""Ratio of CPU times, Adam with ``LONGEST`` steps over joint inference, to reach the same loss: the target, and the
+smallest published."""
 
 LONGEST = 40
 
 PUBLISHED_FID = {"jiio": (46.82, 32.52), "vae": (48.12, 39.12), "rae": (40.96, 36.01)}
-"""FID on CelebA 64×64, of generation and of reconstruction."""
+"""Published FID on CelebA 64×64, of generation and of reconstruction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -677,19 +679,19 @@ class JiioGenerationConfig:
     plan: Plan = field(default_factory=Plan)
 
     data: DataName = "digits"
-    """Which images."""
+    """Data set of images."""
 
     data_dir: Path | None = None
-    """The folder that holds MNIST or the Olivetti faces; without it they are downloaded."""
+    """Folder of MNIST or the Olivetti faces. Default: download them."""
 
     kind: Kind | None = None
-    """The kind of every decoder; by default that of the recipe for these images."""
+    """Kind of every decoder. Default: that of the recipe for these images."""
 
     steps: int | None = None
-    """Optimizer steps of every model; by default those of the recipe."""
+    """Optimizer steps of every model. Default: those of the recipe."""
 
     repeats: int = 5
-    """How often each solve is timed."""
+    """Number of times each solve is timed."""
 
     def __post_init__(self) -> None:
         positive(self, "steps", "repeats")
@@ -741,7 +743,7 @@ def figures(config: JiioGenerationConfig, run: Run) -> dict[str, Any] | None:
 
 
 Points = Mapping[str, Any]
-"""The measurement of time of one run, as the record holds it: see :class:`Curves`."""
+"""The timing measurements of one run, as the record holds them; see :class:`Curves`."""
 
 
 def timed(runs: Runs) -> dict[Model, list[Points]]:

@@ -61,20 +61,22 @@ class InverseConfig:
     The decoder is trained for that, and the weight of the latent's prior, where the gradient sees it."""
 
     corruption: Corruption = "denoising"
-    """Gaussian noise on every pixel, or a missing square."""
+    """denoising: Gaussian noise on every pixel. inpainting: a missing square."""
 
     noise: float = 0.3
-    """Standard deviation of the noise, of pixels between 0 and 1."""
+    """Standard deviation of the noise, for pixels between 0 and 1."""
 
     missing: float = 0.5
     """Side of the missing square, as a share of the image's."""
 
     through: Through = "exact"
-    """How the outer loss is differentiated: with how the latent moves with the weights, or with the latent held
-    fixed. generative: the decoder is trained to reconstruct clean images and never sees a corrupted one."""
+    """How the outer loss is differentiated. exact: including the latent's dependence on the weights. first-order: with
+    the latent held fixed. generative: the decoder is trained to reconstruct clean images and never sees a corrupted
+    one."""
 
     prior_rate: float = 10.0
-    """How many times faster than the other weights the logarithm of the prior's weight is learned, from --prior on."""
+    """Learning rate of the logarithm of the prior's weight, relative to that of the other weights. It starts at
+    --prior."""
 
     images: Images = field(default_factory=Images)
     decoder: Decoder = field(default_factory=Decoder)
@@ -345,7 +347,7 @@ ROWS = {
     "first-order-weak": Row("first-order, with a third of the prior", "first-order", 1 / 3),
     "generative": Row("none: clean images alone", "generative"),
 }
-"""The rows, by the second part of the names of their runs."""
+"""The rows, by the second part of their runs' names."""
 
 DEFAULTS = {"digits": inverse_digits, "mnist": inverse_mnist, "olivetti": inverse_olivetti}
 
@@ -357,13 +359,13 @@ class JiioInverseConfig:
     plan: Plan = field(default_factory=Plan)
 
     data: DataName = "digits"
-    """Which images."""
+    """Data set of images."""
 
     data_dir: Path | None = None
-    """The folder that holds MNIST or the Olivetti faces; without it they are downloaded."""
+    """Folder of MNIST or the Olivetti faces. Default: download them."""
 
     steps: int | None = None
-    """Optimizer steps of every model; by default those of the recipe."""
+    """Optimizer steps of every model. Default: those of the recipe."""
 
     def __post_init__(self) -> None:
         positive(self, "steps")

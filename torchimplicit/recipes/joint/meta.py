@@ -69,51 +69,52 @@ class MetaConfig:
     """An equilibrium model whose context adapts to a task on a few samples, trained so that others come out right."""
 
     data: Literal["sinusoid", "omniglot"]
-    """Regression of sine waves, made on the spot; or new characters told apart by one drawing of each."""
+    """sinusoid: regression of sine waves, made on the spot. omniglot: telling new characters apart from a few drawings
+    of each."""
 
     data_dir: Path | None = None
-    """The folder with Omniglot's images_background_small1.zip; by default it is downloaded."""
+    """Folder with Omniglot's images_background_small1.zip. Default: download it."""
 
     adaptation: Adaptation = "jiio"
-    """How the context is found and the weights' gradient is taken: JIIO, exactly; JIIO, the context held fixed; JIIO,
-    differentiated through each of its steps, be they ever so few; or gradient descent through the equilibrium, likewise
-    differentiated through every step (as MAML does)."""
+    """How the context is found and the weights are differentiated: JIIO with its exact gradient; JIIO with the context
+    held fixed; JIIO differentiated through each of its few steps; or gradient descent through the equilibrium,
+    differentiated through every step as in MAML."""
 
     adaptation_steps: int = 25
-    """Steps of the adaptation: of JIIO, evaluations; of descent, equilibria and their gradients."""
+    """Steps of the adaptation: evaluations of JIIO, or solves with a gradient of descent."""
 
     adaptation_step_size: float = 1.0
-    """The length of a step of the context along its gradient."""
+    """Step size of the context along its gradient."""
 
     penalty: float = 0.01
-    """What the context's square adds to the loss that it is adapted by: without it no context need be the best."""
+    """Weight of the context's square in the loss that it minimizes. Without it there may be no best context."""
 
     adjoint_steps: int = 12
-    """The most steps of JIIO's exact adjoint (GMRES)."""
+    """Largest number of steps of JIIO's exact adjoint (GMRES)."""
 
     adjoint_tolerance: float = 0.1
-    """The relative tolerance of that adjoint."""
+    """Relative tolerance of JIIO's exact adjoint."""
 
     state_size: int = 40
-    """The size of a sample's equilibrium."""
+    """Size of a sample's equilibrium."""
 
     context_size: int = 5
-    """The size of a task's context."""
+    """Size of a task's context."""
 
     bound: float = 0.7
-    """The bound on the spectral norm of the weight between states."""
+    """Bound on the spectral norm of the state's weight matrix."""
 
     ways: int = 5
-    """How many characters a task has."""
+    """Characters in a task (Omniglot)."""
 
     shots: int = 10
-    """Samples to adapt by: of a sine wave, or of each character."""
+    """Samples to adapt to: per sine wave, or per character."""
 
     queries: int = 10
-    """Samples to be right on, likewise."""
+    """Samples to predict: per sine wave, or per character."""
 
     held_out_tasks: int = 200
-    """How many tasks there are to validate on, and as many to test on."""
+    """Number of tasks for validation, and the same number for the test."""
 
     optimization: Optimization = field(default_factory=Optimization)
     equilibria: Equilibria = field(default_factory=Equilibria)
@@ -168,19 +169,19 @@ class AdaptationsConfig:
     training: MetaConfig = field(default_factory=sinusoid)
 
     jiio_steps: tuple[int, ...] = (5, 10, 25, 50)
-    """The numbers of steps of JIIO."""
+    """Numbers of JIIO steps to compare."""
 
     descent_steps: tuple[int, ...] = (1, 2, 5, 10, 20)
-    """The numbers of steps of gradient descent."""
+    """Numbers of gradient-descent steps to compare."""
 
     step_sizes: tuple[float, ...] = (0.3, 1.0, 3.0)
-    """Step sizes, of which each adaptation has the best: that of the least error on validation tasks."""
+    """Step sizes to try. Each adaptation uses the one with the least error on validation tasks."""
 
     adapted_tasks: int = 100
-    """Test tasks, all at once; and as many of validation."""
+    """Number of test tasks, all adapted at once, and of validation tasks."""
 
     repeats: int = 5
-    """How often each is timed."""
+    """Number of times each adaptation is timed."""
 
     def __post_init__(self) -> None:
         positive(self, "adapted_tasks", "repeats")
@@ -196,7 +197,7 @@ def adaptations() -> AdaptationsConfig:
 
 
 DAMPING = (0.8, 0.6, 1.0)
-"""The damping of state, adjoint and context, as published."""
+"""Damping of state, adjoint and context, as published."""
 
 
 class Adapted(NamedTuple):
@@ -334,7 +335,7 @@ SIZE = 28
 DRAWINGS = 20
 LARGEST_DRAWING = 1 << 20
 HELD_OUT = 24
-"""Characters of the validation and of the test, each."""
+"""Characters reserved for validation, and the same number for the test."""
 
 
 def load(folder: Path | None) -> dict[str, Tensor]:
@@ -419,7 +420,7 @@ class Tasks(NamedTuple):
 
 HELD_OUT_BATCH = 50
 PLACES = {"validation": -10, "test": -11}
-"""The places of the held-out tasks among the seeds; they are the same for every seed of training."""
+"""Seeds of the held-out tasks, the same for every training seed."""
 
 
 class MetaLearning(Task):
@@ -646,16 +647,16 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "unrolled": ("JIIO, through 5 steps", {"adaptation": "jiio-unrolled", "adaptation_steps": 5}),
     "descent": ("descent, through 5 steps", {"adaptation": "descent", "adaptation_steps": 5}),
 }
-"""How the model was trained: a label, and the settings."""
+"""The training methods: a label and the settings of each."""
 
 UNROLLED = ROWS["unrolled"][1]["adaptation_steps"]
 
 FEW = (3, 4, 5, 6, 8, 10, 25)
-"""Steps of JIIO that are measured at weights trained through few."""
+"""Numbers of JIIO steps measured at weights that were trained through few steps."""
 
 LONGER = {"unrolled": 3}
-"""Times as many optimizer steps: one costs between a third and a half of what it costs to differentiate through
-descent, so that training takes about as long."""
+"""Factor on the optimizer steps. A step costs between a third and a half of differentiating through descent, so
+training takes about as long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -665,13 +666,13 @@ class MetaTableConfig:
     plan: Plan = field(default_factory=Plan)
 
     problems: tuple[Literal["sinusoid", "omniglot"], ...] = ("sinusoid", "omniglot")
-    """Which problems."""
+    """Problems to run."""
 
     data_dir: Path | None = None
-    """The folder with Omniglot's images_background_small1.zip."""
+    """Folder with Omniglot's images_background_small1.zip. Default: download it."""
 
     steps: int | None = None
-    """Steps of each training; by default the recipe's."""
+    """Optimizer steps of each training. Default: the recipe's."""
 
     machine: Machine = field(default_factory=lambda: Machine(tensorboard=False))
 

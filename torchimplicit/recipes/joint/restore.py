@@ -115,33 +115,33 @@ class Restore:
     pictures like it (your own: torchimplicit train jiio-generation-images --images FOLDER)."""
 
     path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="run", metavar="RUN")]
-    """The run's directory."""
+    """Directory of a jiio-generation or jiio-inverse run."""
 
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
-    """The picture as it is: blurred, noisy, with transparent places where nothing is known, or small; with a matrix,
-    the measurements as a .npy file."""
+    """The degraded picture: noisy, blurred, small, or with transparent pixels where nothing is known. With a matrix as
+    --operator, a .npy file of measurements."""
 
     operator: str = "noise"
-    """What was done to it: blur, mask (transparent pixels are unknown), noise or downsample; a picture, white where
-    pixels are known; or a .npy file with a matrix [measurements, channels * height * width]."""
+    """How the picture was degraded: blur, mask (transparent pixels are unknown), noise or downsample; or a picture that
+    is white where pixels are known; or a .npy file with a matrix [measurements, channels * height * width]."""
 
     operator_size: float | None = None
-    """The blur's deviation in pixels (2), or the factor of downsampling (4)."""
+    """Standard deviation of the blur in pixels (default 2), or factor of downsampling (default 4)."""
 
     prior: float | None = None
-    """The weight of the latent's prior: more for noisier pictures; by default that of the run."""
+    """Weight of the latent's prior; larger for noisier pictures. Default: the run's."""
 
     steps: int = 200
-    """The most steps of the joint solve."""
+    """Largest number of joint-solve steps."""
 
     simulate: bool = False
-    """FILE is a clean picture: do the operator to it first, and say how near the restoration comes."""
+    """FILE is a clean picture: degrade it by the operator first, restore it, and report the error."""
 
     noise: float = 0.0
-    """With --simulate, the deviation of noise that is added, of pixels between 0 and 1."""
+    """With --simulate, standard deviation of the noise added, for pixels between 0 and 1."""
 
     output: Path | None = None
-    """Where to write the restored picture; by default beside FILE, as NAME-restored.png."""
+    """File for the restored picture. Default: NAME-restored.png beside FILE."""
 
     def run(self, console: Console) -> int:
         from dataclasses import replace

@@ -83,7 +83,7 @@ TABLE_1 = {
 }
 
 SWEEP = {f"sweep-{k}-{damping:g}": _upg(k, damping) for k, damping in ((1, 0.5), (9, 0.5), (5, 0.25), (5, 1.0))}
-"""Points of Fig. 3 beside A(5, 0.5)."""
+"""Points of Fig. 3 in addition to A(5, 0.5)."""
 
 # The CPU scale. The rates are those of a few chosen that did best on the validation split in single runs of 150 steps.
 CPU_STEPS = 100
@@ -97,19 +97,19 @@ class PhantomAblationConfig:
     plan: Plan = field(default_factory=Plan)
 
     data: Literal["mnist", "cifar10", "digits"] | None = None
-    """Which images; by default MNIST on a CPU, and CIFAR-10 at the paper's scale."""
+    """Data set. Default: MNIST, or CIFAR-10 with --scale paper."""
 
     data_dir: Path | None = None
-    """The folder that holds them; by default they are downloaded."""
+    """Folder of the data. Default: download it."""
 
     steps: int | None = None
-    """Optimizer steps of a run; by default 100, or the paper's 50 epochs."""
+    """Optimizer steps per run. Default: 100, or the paper's 50 epochs with --scale paper."""
 
     rows: tuple[str, ...] = ()
-    """Only these, such as implicit, upg-5, sweep-9-0.5 and cost; by default all."""
+    """Rows to run, such as implicit, upg-5, sweep-9-0.5 and cost. Default: all."""
 
     sweep_seeds: int = 1
-    """Runs of every further point of the sweep over k and λ."""
+    """Number of seeds for each further point of the sweep over k and λ."""
 
     machine: Machine = field(default_factory=lambda: Machine(tensorboard=False))
 

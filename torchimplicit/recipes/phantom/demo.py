@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 EstimatorName = Literal["implicit", "unrolled-phantom", "neumann-phantom", "one-step"]
 
 GROUPS = 4
-"""The groups of the model's normalization."""
+"""Groups of the model's group normalization."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +40,13 @@ class DigitsConfig:
     """
 
     estimators: tuple[EstimatorName, ...] = ("implicit",)
-    """How the equilibrium is differentiated; one classifier is trained for each."""
+    """Gradient estimators of the equilibrium. One classifier is trained for each."""
 
     phantom_steps: int = 5
-    """k of the phantom gradients: the steps unrolled, or the terms of the Neumann series."""
+    """Phantom gradients: k, the number of unrolled steps or of terms of the Neumann series."""
 
     phantom_damping: float = 0.5
-    """λ of the phantom gradients, in (0, 1]."""
+    """Phantom gradients: damping λ, in (0, 1]."""
 
     epochs: int = 12
     """Passes over the training split."""
@@ -55,13 +55,13 @@ class DigitsConfig:
     """Stop after this many optimizer steps, even within an epoch."""
 
     batch_size: int = 32
-    """Images a step."""
+    """Images per step."""
 
     learning_rate: float = 2e-3
-    """AdamW's peak learning rate: linear warm-up over the first tenth of the steps, then a cosine to zero."""
+    """Peak learning rate of AdamW. Linear warm-up over the first tenth of the steps, then cosine decay to zero."""
 
     weight_decay: float = 1e-4
-    """AdamW's weight decay."""
+    """Weight decay of AdamW."""
 
     channels: int = 16
     """Channels of the equilibrium state, a multiple of 4."""
@@ -70,23 +70,24 @@ class DigitsConfig:
     """Relative tolerance of the forward solve (Anderson) and of the exact gradient's linear solve (GMRES)."""
 
     solver_steps: int = 40
-    """The most steps of either solve."""
+    """Largest number of steps of either solve."""
 
     audit_every: int = 0
-    """After every so many steps compare the estimate with the exact gradient, outside the timed step; 0: never."""
+    """Optimizer steps between two comparisons of the estimate with the exact gradient, outside the timed step; 0 for
+    never."""
 
     seed: int = 0
-    """The seed of the initial weights and of the order of the batches."""
+    """Random seed of the initial weights and the order of batches."""
 
     split_seed: int = 0
-    """The seed of the split into training and validation images (80 % and 20 %, stratified)."""
+    """Random seed of the split into training and validation images (80 % and 20 %, stratified)."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a GPU if there is one."""
+    """Device to train on; auto uses a GPU if there is one."""
 
     threads: int = 1
-    """CPU threads; 0 leaves the number to PyTorch. The model is small, and more threads gain little on an idle machine
-    and lose much on a busy one."""
+    """CPU threads; 0 leaves the number to PyTorch. The default is one: the model is small, so more threads gain little
+    on an idle machine and lose much on a busy one."""
 
     def __post_init__(self) -> None:
         if not self.estimators or len(set(self.estimators)) < len(self.estimators):
@@ -362,7 +363,7 @@ def summary_table(estimators: dict[EstimatorName, EstimatorResult]) -> Table:
 
 
 PROFILED = 128
-"""Validation images whose solves are shown iteration by iteration."""
+"""Number of validation images whose solves are shown iteration by iteration."""
 
 
 def check(config: DigitsConfig) -> None:

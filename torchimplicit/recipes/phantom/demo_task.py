@@ -230,7 +230,7 @@ def _listed(one_or_many: Any) -> list[Any]:
 
 
 ROWS = 360
-"""Images at a time: all of the default validation split."""
+"""Number of images at a time: all of the default validation split."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def validate(classifier: ConvDEQClassifier, split: Split) -> Validated:
 
 EXACT_SOLVER = Anderson(memory=8, rtol=1e-6, max_steps=150)
 EXACT_GRADIENT = Implicit(linear_solver=GMRES(rtol=1e-6, max_steps=150))
-"""Tight for float32: an error of 1e-5 in a gradient moves its cosine by 5e-11."""
+"""A tight tolerance for float32: an error of 1e-5 in a gradient changes its cosine by 5e-11."""
 
 
 def audit(
@@ -322,7 +322,7 @@ def probe(
 
 
 LENGTH = 40
-"""Iterations shown."""
+"""Number of iterations shown."""
 
 SOLVERS: dict[str, Solver] = {
     "Anderson": Anderson(rtol=1e-6, max_steps=LENGTH, keep_trajectory=True),

@@ -62,7 +62,7 @@ def folds(labels: Sequence[int], count: int = 10, validation: float = 0.1, seed:
 
 
 LARGEST_FILE = 1 << 28
-"""Bytes: a hundred times the largest of COX2 and PROTEINS."""
+"""Largest file accepted, in bytes: a hundred times the largest of COX2 and PROTEINS."""
 
 
 def batch(graphs: list[Data]) -> Any:
@@ -205,7 +205,7 @@ def _only(folder: Path) -> tuple[Path, str]:
 
 
 DEGREES = 32
-"""Degrees that are told apart; higher ones are this one."""
+"""Number of degrees told apart; higher degrees count as this one."""
 
 
 def _features(folder: Path, prefix: str, nodes: int, attributes: bool, edges: NDArray[np.int64]) -> torch.Tensor:
@@ -287,10 +287,10 @@ def _same_length(path: Path, lines: int, nodes: int) -> None:
 
 
 LARGEST_PPI = 1 << 30
-"""Bytes of a graph: twenty times the largest of the three."""
+"""Largest file of a graph accepted, in bytes: twenty times the largest of the three."""
 
 PPI_SPLITS = ("train", "valid", "test")
-"""20, 2 and 2 graphs, as published."""
+"""Graphs for training, validation and test (20, 2 and 2), as published."""
 
 
 def load_ppi(data_dir: Path | None = None) -> tuple[list[Data], list[Data], list[Data]]:
@@ -416,7 +416,7 @@ def _array(path: Path, dims: int) -> NDArray[Any]:
 
 
 SPLIT = (20, 100, 200)
-"""Nodes for training, validation and testing, over all chains."""
+"""Nodes for training, validation and test, over all chains."""
 
 
 def chains(length: int, seed: int, classes: int = 2, per_class: int = 20, features: int = 100) -> Data:

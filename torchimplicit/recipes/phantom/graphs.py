@@ -48,10 +48,10 @@ from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 
 
 EQUILIBRIA = Equilibria(solver="fixed-point", solver_steps=300, backward_steps=300)
-"""The map contracts by construction, so that plain iteration is enough, and the quickest."""
+"""The map contracts by construction, so plain iteration suffices and is the fastest."""
 
 EXACT = replace(EQUILIBRIA, solver_steps=1000, tolerance=1e-14, backward_steps=1000, backward_tolerance=1e-14)
-"""How long chains are solved: to the last digit."""
+"""Long chains are solved to machine precision."""
 
 PPI = Optimization(steps=10_000, batch_size=2, learning_rate=0.005, schedule="constant", validate_every=50)
 CHAINS = Optimization(
@@ -68,40 +68,41 @@ class MoleculesConfig:
     machine: Machine = field(default_factory=Machine)
 
     data: str = "COX2"
-    """A set of the TU collection by its name: COX2, PROTEINS, MUTAG, ...; empty: the one that lies in --data-dir."""
+    """Name of a set in the TU collection: COX2, PROTEINS, MUTAG, ...; empty: the set in --data-dir."""
 
     data_dir: Path | None = None
-    """The folder of its text files, or one above it; without it torch-geometric downloads them."""
+    """Folder of the set's text files, or its parent. Default: torch-geometric downloads them."""
 
     attributes: bool = False
-    """Give each node its real-valued attributes beside its label, where the set has them."""
+    """Give each node its real-valued attributes in addition to its label, if the set has them."""
 
     folds: int = 10
-    """Parts of the cross-validation."""
+    """Number of folds of the cross-validation."""
 
     fold: int = 0
-    """The part to test on, counted from 0."""
+    """The fold to test on, counted from 0."""
 
     fold_seed: int = 42
-    """The seed of the shuffle before the cut into parts."""
+    """Random seed of the shuffle before the split into folds."""
 
     validation_share: float = 0.1
-    """The share of the graphs outside the tested part that is set apart to choose the epoch by."""
+    """Share of the graphs outside the test fold set aside to choose the epoch."""
 
     layers: int = 3
-    """How many implicit layers."""
+    """Number of implicit layers."""
 
     width: int = 64
-    """Features of a node in each layer."""
+    """Features per node in each layer."""
 
     kappa: float = 0.9
-    """Bound of ‖W‖∞ · λ(A), below 1."""
+    """Bound on ‖W‖∞ · λ(A), below 1."""
 
     dropout: float = 0.5
-    """The dropout in the head."""
+    """Dropout probability in the head."""
 
     peek: bool = False
-    """Also note the test accuracy at every validation. Nothing is chosen by it; published results are its best."""
+    """Also record the test accuracy at every validation, as published results report its best value. It never selects
+    anything."""
 
     def __post_init__(self) -> None:
         positive(self, "layers", "width")
@@ -122,13 +123,13 @@ class PPIConfig:
     machine: Machine = field(default_factory=Machine)
 
     data_dir: Path | None = None
-    """The folder with train_graph.json and the other files; without it torch-geometric downloads them."""
+    """Folder with train_graph.json and the other files. Default: torch-geometric downloads them."""
 
     widths: tuple[int, ...] = (1024, 512, 512, 256)
-    """The widths of the implicit layers before the last, which gives the scores."""
+    """Widths of the implicit layers before the last one, which gives the scores."""
 
     kappa: float = 0.98
-    """Bound of ‖W‖∞ · λ(A), below 1."""
+    """Bound on ‖W‖∞ · λ(A), below 1."""
 
     def __post_init__(self) -> None:
         check_model(self.kappa, 0.0)
@@ -145,22 +146,22 @@ class ChainsConfig:
     machine: Machine = field(default_factory=lambda: Machine(device="cpu"))
 
     length: int = 100
-    """Nodes of a chain."""
+    """Nodes in a chain."""
 
     start: Literal["identity", "uniform"] = "identity"
-    """Where the recurrent weight begins: a multiple of the identity, or uniform as in the paper."""
+    """Initial recurrent weight: a multiple of the identity, or uniform as in the paper."""
 
     identity_scale: float = 0.8
-    """The multiple of the identity that the recurrent weight may begin with."""
+    """Multiple of the identity for --start identity."""
 
     width: int = 16
     """Features of a node's state."""
 
     kappa: float = 0.9
-    """Bound of ‖W‖∞ · λ(A), below 1."""
+    """Bound on ‖W‖∞ · λ(A), below 1."""
 
     dropout: float = 0.5
-    """The dropout in the head."""
+    """Dropout probability in the head."""
 
     def __post_init__(self) -> None:
         positive(self, "length", "identity_scale", "width")
@@ -445,10 +446,10 @@ class CostConfig:
     training: MoleculesConfig = field(default_factory=cox2)
 
     repeats: int = 15
-    """Steps of each estimator, of which the medians are taken."""
+    """Number of timed steps per estimator; the median is reported."""
 
     dampings: tuple[float, ...] = (0.5, 0.8, 1.0)
-    """λ of the phantom gradients, of 5 steps each."""
+    """Dampings λ of the phantom gradients, with 5 steps each."""
 
     def __post_init__(self) -> None:
         positive(self, "repeats")

@@ -32,20 +32,20 @@ if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
 
 AIM = 0.95
-"""The accuracy that is aimed at on the longest chains."""
+"""Target accuracy on the longest chains."""
 
 ONE_ANSWER = 0.6
-"""Points by which a fold's share of the larger class may differ from that of the whole set."""
+"""Percentage points by which a fold's share of the larger class may differ from that of the whole set."""
 
 PUBLISHED: dict[str, dict[float | None, tuple[float, float]]] = {
     "COX2": {None: (84.1, 2.9), 0.5: (83.9, 3.0), 0.8: (83.9, 2.7), 1.0: (83.0, 2.9)},
     "PROTEINS": {None: (78.6, 4.1), 0.5: (78.4, 4.2), 0.8: (78.6, 4.2), 1.0: (78.8, 4.2)},
 }
-"""What Geng et al. 2021 report in Table 4, in percent, mean and deviation over ten folds: by set and λ, and without λ
-for the implicit gradient."""
+"""Table 4 of Geng et al. 2021: mean and standard deviation of the accuracy over ten folds, in percent, by data set and
+damping λ (``None`` for the implicit gradient)."""
 
 MAJORITY = {"COX2": 100 * 365 / 467, "PROTEINS": 100 * 663 / 1113}
-"""Percent of the graphs that the larger class has: what a constant answer scores."""
+"""Share of the graphs in the larger class, in percent: the accuracy of a constant answer."""
 
 SetName = Literal["COX2", "PROTEINS"]
 
@@ -57,22 +57,23 @@ class PhantomGraphsConfig:
     plan: Plan = field(default_factory=lambda: Plan(seeds=3, together=8))
 
     data_dir: Path | None = None
-    """The folder with the TU sets' folders; without it torch-geometric downloads them."""
+    """Folder of the TU sets' folders. Default: torch-geometric downloads them."""
 
     sets: tuple[SetName, ...] = ("COX2", "PROTEINS")
-    """Which sets."""
+    """Data sets to run."""
 
     folds: int = 10
-    """Folds of the cross-validation, a run each; --seeds are those of the chains."""
+    """Folds of the cross-validation, one run each. --seeds applies to the chains."""
 
     passes: int | None = None
-    """Passes over the training part of a set; by default 60 of COX2 and 8 of PROTEINS, or the published 200."""
+    """Passes over a set's training part. Default: 60 for COX2 and 8 for PROTEINS, or the published 200 with --scale
+    paper."""
 
     lengths: tuple[int, ...] = (10, 20, 40, 60, 80, 100)
-    """How many nodes the chains have."""
+    """Lengths of the chains, in nodes."""
 
     dampings: tuple[float, ...] = (0.5, 0.8, 1.0)
-    """λ of the phantom gradients, of 5 steps each."""
+    """Dampings λ of the phantom gradients, with 5 steps each."""
 
     def __post_init__(self) -> None:
         if self.folds < 2:
@@ -87,7 +88,7 @@ QUICK = {
     "COX2": Optimization(steps=660, batch_size=32, learning_rate=2e-3, validate_every=11),
     "PROTEINS": Optimization(steps=112, batch_size=64, learning_rate=2e-3, validate_every=14),
 }
-"""60 passes over the training part, and eight; a segment is one pass."""
+"""60 and 8 passes over the training part, one pass per segment."""
 
 LOOSE = 1e-6
 
@@ -96,7 +97,7 @@ VARIANTS = {
     "uniform": "uniform, as in the paper",
     "loose": f"near 0.8 I, tolerance {LOOSE:g}",
 }
-"""The starts of the chains' W; loose: the identity-like one at an everyday tolerance."""
+"""Initializations of the chains' W. loose: the one near the identity, solved to an ordinary tolerance."""
 
 
 def molecules(config: PhantomGraphsConfig, name: SetName, fold: int, row: str) -> MoleculesConfig:

@@ -51,7 +51,7 @@ def standardized(images: Tensor, mean: Sequence[float], deviation: Sequence[floa
 
 
 MARGIN = 4
-"""Pixels by which an image is shifted at most."""
+"""Largest shift of an image, in pixels."""
 
 
 def augmented(images: Tensor, chance: torch.Generator) -> Tensor:
@@ -167,19 +167,19 @@ class Selection:
     """Which images of a set are taken."""
 
     data_dir: Path | None = None
-    """The folder that holds them; without it they are downloaded, but for the digits, which come with scikit-learn."""
+    """Folder of the data. Default: download it. The digits come with scikit-learn."""
 
     validation_images: int = 5000
-    """Training images set apart to select the weights by."""
+    """Training images set aside to select the weights."""
 
     train_images: int | None = None
-    """How many of the other training images to use; by default all."""
+    """Number of the remaining training images to use. Default: all."""
 
     test_images: int | None = None
-    """How many of the test images to use; by default all."""
+    """Number of test images to use. Default: all."""
 
     split_seed: int = 0
-    """The seed that decides which images are set apart."""
+    """Random seed of the choice of validation images."""
 
     def __post_init__(self) -> None:
         positive(self, "validation_images", "train_images", "test_images")

@@ -94,7 +94,7 @@ def parted(
 
 
 LARGEST_FILE = 1 << 28
-"""Bytes: several times the largest of these files."""
+"""Largest file accepted, in bytes: several times the largest of these data sets."""
 
 # scikit-learn's bundled digits: 1797 real handwritten digits of 8×8 pixels
 
@@ -219,7 +219,7 @@ def cifar10(folder: Path | None) -> tuple[Labelled, Labelled]:
 
 
 ROW = 1 + 3 * 32 * 32
-"""Bytes of an image in the binary version: its label, then its pixels, channel by channel."""
+"""Bytes per image in the binary version: its label, then its pixels channel by channel."""
 
 
 def _from_binary(folder: Path) -> tuple[Labelled, Labelled]:

@@ -34,28 +34,28 @@ class ImageConfig(Selection):
     """A multiscale deep equilibrium model that classifies images."""
 
     data: Literal["digits", "mnist", "cifar10", "imagenet", "folder"]
-    """Which images; folder: your own, in a folder for each class below --data-dir, or below its train and test."""
+    """Data set. folder: your own images, one folder per class in --data-dir, or in its train and test."""
 
     model: Literal["small", "tiny", "large", "imagenet"] = "small"
-    """The model's size."""
+    """Size of the MDEQ model."""
 
     dropout: float = 0.0
-    """The share that variational dropout drops in each residual block."""
+    """Probability of variational dropout in each residual block."""
 
     downsamplings: int | None = None
-    """How often the resolution is halved before the equilibrium; by default as usual for the model."""
+    """Number of times the resolution is halved before the equilibrium. Default: the model's usual number."""
 
     augment: bool = False
-    """Shift training images by up to 4 pixels and mirror them at random. ImageNet's are always cropped at random."""
+    """Shift training images by up to 4 pixels and mirror them, at random. ImageNet's are always cropped at random."""
 
     image_size: int = 224
-    """Pixels to which ImageNet's images are cropped, and your own are brought."""
+    """Side in pixels to which ImageNet's images are cropped and your own are resized."""
 
     colours: Colours = "colour"
-    """Whether your own images have three channels or one."""
+    """Channels of your own images: three (colour) or one."""
 
     classes: int = 1000
-    """How many classes ImageNet's folder must have."""
+    """Number of classes that ImageNet's folder must have."""
 
     optimization: Optimization = field(default_factory=Optimization)
     equilibria: Equilibria = field(default_factory=Equilibria)
@@ -171,7 +171,7 @@ COUNTS = {
     ("large", 11_097_438): " (the paper says 10M)",
     ("imagenet", 16_808_936): " (as many as in the authors' code; the paper says 18M)",
 }
-"""What published counts say where ours differ, by model and count."""
+"""Explanations of published counts that differ from ours, by model and count."""
 
 MODELS = {"small": mdeq_small, "tiny": mdeq_tiny, "large": mdeq_large, "imagenet": mdeq_imagenet}
 
@@ -313,11 +313,11 @@ RUNNER = Trainer(Classification, ready)
 CONVERGED = "implicit, converged"
 
 AS_PUBLISHED = ", as published"
-"""Of rows whose solvers run their budgets out, as those of the published runs do, whose tolerances nothing reaches. All
-others stop at the recipe's tolerance."""
+"""Settings of rows whose solvers use their whole step budget, as the published runs do because nothing reaches their
+tolerances. All others stop at the recipe's tolerance."""
 
 UNREACHED = 1e-12
-"""A relative tolerance that single precision does not reach."""
+"""A relative tolerance that single precision cannot reach."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,13 +327,13 @@ class CostConfig:
     image: ImageConfig = field(default_factory=digits)
 
     repeats: int = 7
-    """Batches on which every estimator is measured."""
+    """Number of batches on which every estimator is measured."""
 
     converged_tolerance: float = 1e-6
-    """The relative tolerance of an adjoint that counts as converged."""
+    """Relative tolerance of an adjoint that counts as converged."""
 
     converged_steps: int = 300
-    """The most steps to get there."""
+    """Largest number of steps to reach --converged-tolerance."""
 
     def __post_init__(self) -> None:
         positive(self, "repeats", "converged_tolerance", "converged_steps")

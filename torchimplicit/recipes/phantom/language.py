@@ -47,7 +47,7 @@ MODEL = {
     "context": "context_length",
     **{name: name for name in ("heads", "cutoffs", "normalization", "dropout", "attention_dropout", "weight_norm")},
 }
-"""The model's fields by the names that they have as options."""
+"""The model's fields, by the names of their options."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,63 +64,63 @@ class LanguageConfig:
     machine: Machine = field(default_factory=Machine)
 
     corpus: Literal["wikitext-2", "wikitext-103"] = "wikitext-2"
-    """Which text is downloaded, where --data-dir gives none."""
+    """Corpus to download if --data-dir is not given."""
 
     data_dir: Path | None = None
-    """A text of your own: a file, or a folder with WikiText's files (words or raw), with train.txt, valid.txt and
-    test.txt, or with any text files. A text without such parts is cut into 90, 5 and 5 per cent."""
+    """Your own text: a file, or a folder with WikiText's files (word-level or raw), with train.txt, valid.txt and
+    test.txt, or with any text files. A text without such splits is cut into 90, 5 and 5 percent."""
 
     tokenizer: str = "words"
-    """words, cut at spaces; characters; or a Python file that defines 'tokenize(line)'."""
+    """words: split at spaces. characters. Or a Python file that defines 'tokenize(line)'."""
 
     vocabulary: int | None = 10000
-    """How many words are told apart: the most frequent ones; the others are <unk>. Perplexities compare at one
-    vocabulary only."""
+    """Number of words to keep, the most frequent ones; all others become <unk>. Perplexities are comparable only for
+    the same vocabulary."""
 
     segment_length: int = 64
-    """Tokens of a segment in every row."""
+    """Tokens per segment, for each sequence of the batch."""
 
     memory_length: int = 32
-    """Past positions that a segment may attend to."""
+    """Number of past positions that a segment may attend to."""
 
     context_length: int = 256
-    """The most positions that a segment and its memory may have together."""
+    """Largest number of positions of a segment and its memory together."""
 
     validation_tokens: int | None = None
-    """Validate on so many tokens from the beginning of the validation text; all by default."""
+    """Number of tokens to validate on, from the beginning of the validation text. Default: all."""
 
     test_tokens: int | None = None
-    """Test on so many tokens from the beginning of the test text; all by default."""
+    """Number of tokens to test on, from the beginning of the test text. Default: all."""
 
     normalization: Literal["post", "pre"] = "post"
-    """Where the layer normalizations stand."""
+    """Position of the layer normalizations: after (post) or before (pre) the sublayers."""
 
     width: int = 128
-    """The width of the state."""
+    """Width of the state, in features per token."""
 
     heads: int = 4
-    """How many heads the attention has."""
+    """Number of attention heads."""
 
     head_width: int = 32
-    """The width of a head."""
+    """Features per attention head."""
 
     inner_width: int = 512
-    """The width of the feed-forward layer."""
+    """Width of the feed-forward layer."""
 
     cutoffs: tuple[int, ...] = (2000,)
-    """Where the clusters of the vocabulary begin."""
+    """Word ranks at which the vocabulary's clusters begin (adaptive softmax and embedding)."""
 
     cluster_factor: int = 2
-    """The factor by which every further cluster's embeddings are narrower."""
+    """Factor by which the embeddings of each further cluster are narrower."""
 
     dropout: float = 0.0
-    """The share that is dropped, with one mask a segment."""
+    """Dropout probability, with one mask per segment."""
 
     attention_dropout: float = 0.0
-    """The share of the attention's weights that is dropped, likewise."""
+    """Dropout probability of the attention weights, with one mask per segment."""
 
     weight_norm: bool = False
-    """Normalize the weights of the layer."""
+    """Apply weight normalization in the layer."""
 
     def __post_init__(self) -> None:
         positive(self, "segment_length", "context_length", "validation_tokens", "test_tokens")
@@ -299,7 +299,7 @@ CONVERGED = 1e-6
 """Relative tolerance of an exact backward solve that counts as converged."""
 
 UNREACHED = 1e-12
-"""A relative tolerance that single precision does not reach."""
+"""A relative tolerance that single precision cannot reach."""
 
 KINDS = {
     "implicit": "implicit",
@@ -309,8 +309,8 @@ KINDS = {
     "published-phantom": "UPG(5, 0.8), as published: 30 steps forward",
     "penalty": "the penalty alone",
 }
-"""Kinds of steps that are timed. Those as published run their budgets out, since the published runs do (their absolute
-tolerances are not reached); the others stop at the recipe's tolerance."""
+"""Kinds of steps that are timed. The published ones use their whole step budget, as the published runs do (their
+absolute tolerances are not reached); the others stop at the recipe's tolerance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,13 +318,13 @@ class CostConfig:
     """Which runs of a table to measure."""
 
     names: tuple[str, ...] = ()
-    """The runs, beside this one's folder; every one is measured at its best weights."""
+    """Names of the runs beside this one's folder; each is measured at its best weights."""
 
     runs: tuple[LanguageConfig, ...] = ()
-    """Their settings."""
+    """Settings of these runs."""
 
     repeats: int = 8
-    """How often every kind of step is timed."""
+    """Number of times every kind of step is timed."""
 
 
 def costs() -> CostConfig:

@@ -35,7 +35,7 @@ WIKITEXT103 = Download(
     url=f"{_PLACE}/wikitext-103-v1.zip",
     sha256="242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
 )
-"""Word-level, as Merity et al. (2016, arXiv 1609.07843) published them."""
+"""Word-level, as published by Merity et al. (2016, arXiv 1609.07843)."""
 
 
 def folder_of(archive: Download, data_dir: Path | None) -> Path:
@@ -178,13 +178,13 @@ class Source(NamedTuple):
 
 
 Tokenize = Callable[[str], list[str]]
-"""A line, without its end, to its tokens."""
+"""A function from a line without its end to its tokens."""
 
 SHARES = {"train": (0.0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 1.0)}
-"""Of a text without splits of its own: the first nine tenths of its lines are learned."""
+"""Shares of the lines for training, validation and test, for a text without splits of its own."""
 
 NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
-"""What the splits' files may be called, with ``wiki.`` before and ``.tokens``, ``.raw`` or ``.txt`` behind."""
+"""Names that the splits' files may have, after an optional ``wiki.`` and before ``.tokens``, ``.raw`` or ``.txt``."""
 
 
 def sources(place: Path) -> dict[str, Source]:

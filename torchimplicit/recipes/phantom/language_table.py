@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
 
 COSTS = "costs"
-"""The name of the job that measures steps in turn."""
+"""Name of the job that measures steps in turn."""
 
 PAIRS = {"PostLN": ("post-implicit", "post-phantom"), "PreLN + JR": ("pre-jacobian-implicit", "pre-jacobian-phantom")}
-"""The published pairs: implicit, UPG."""
+"""The published pairs of implicit and unrolled phantom gradients."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ ROWS = {
     "pre-implicit": Row("PreLN, implicit", "pre", "implicit", False),
     "pre-phantom": Row("PreLN, UPG(5, 0.8)", "pre", "unrolled-phantom", False),
 }
-"""JR is Jacobian regularization with weight 2.0 and probability 0.4, as published."""
+"""The rows. JR is Jacobian regularization with weight 2.0 and probability 0.4, as published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +68,14 @@ class PhantomLanguage:
     machine: Machine = field(default_factory=Machine)
 
     data_dir: Path | None = None
-    """The folder with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens: WikiText-2, and WikiText-103 with
-    --scale paper. Downloaded by default."""
+    """Folder with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens of WikiText-2, or of WikiText-103 with
+    --scale paper. Default: download them."""
 
     steps: int | None = None
-    """Steps of every run; by default 400, and 300000 with --scale paper."""
+    """Optimizer steps per run. Default: 400, or 300,000 with --scale paper."""
 
     repeats: int = 8
-    """How often every kind of step is timed."""
+    """Number of times every kind of step is timed."""
 
     def __post_init__(self) -> None:
         positive(self, "steps", "repeats")

@@ -48,38 +48,39 @@ class LayerConfig:
     """One random layer z = tanh(W z + U x + b), and the precision of every estimator on it."""
 
     weight: Literal["gaussian", "orthogonal"] = "gaussian"
-    """W before it is scaled. All singular values of an orthogonal one are the same, which is the harder case."""
+    """Distribution of W before scaling. The singular values of an orthogonal matrix are all equal, which is the harder
+    case."""
 
     norm: float = 0.9
-    """The spectral norm of W, and so a bound on the map's Lipschitz constant."""
+    """Spectral norm of W, which bounds the map's Lipschitz constant."""
 
     size: int = 128
-    """Numbers in a state."""
+    """Size of a state."""
 
     samples: int = 64
-    """How many inputs."""
+    """Number of inputs."""
 
     spread: float = 0.3
-    """The spread of the inputs: small ones leave tanh nearly linear, so that the bound on the Lipschitz constant is
-    nearly met."""
+    """Standard deviation of the inputs. Small inputs leave tanh nearly linear, so that the bound on the Lipschitz
+    constant is nearly attained."""
 
     iterations: int = 100
     """Fixed-point iterations of the forward pass."""
 
     ks: tuple[int, ...] = (1, 2, 3, 5, 7, 10, 15, 20)
-    """The steps of the phantom gradients."""
+    """Numbers of steps k of the phantom gradients."""
 
     lambdas: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0)
-    """Their dampings."""
+    """Dampings λ of the phantom gradients."""
 
     errors: tuple[float, ...] = (0.5, 0.3, 0.1, 0.03, 0.01)
-    """The relative errors asked of the adaptive phantom gradient."""
+    """Relative errors requested of the adaptive phantom gradient."""
 
     draws: int = 400
-    """Draws of the unbiased series."""
+    """Number of samples of the unbiased Neumann series."""
 
     seed: int = 0
-    """The seed of the layer, its inputs and the draws."""
+    """Random seed of the layer, its inputs and the samples of the unbiased series."""
 
     def __post_init__(self) -> None:
         positive(self, "size", "samples", "spread", "iterations", "draws")
@@ -307,13 +308,13 @@ ESTIMATORS: dict[str, tuple[str, Gradient]] = {
     "adaptive-0.1": ("adaptive, residual 0.1", AdaptivePhantom(tolerance=0.1, max_steps=60)),
     "unbiased-5-0.5": ("unbiased(5, 0.5), p = 0.9", UnbiasedNeumann(steps=5, survival=0.9, damping=0.5)),
 }
-"""The estimators that are compared with the exact gradient along training, and their labels, by name in the log."""
+"""The estimators compared with the exact gradient during training, with their labels, by their names in the log."""
 
 LABELS = {name: label for name, (label, _) in ESTIMATORS.items()}
 BESIDE = {name: gradient for name, (_, gradient) in ESTIMATORS.items()}
 
 EXACT = Implicit(linear_solver=GMRES(rtol=1e-5, max_steps=400, restart=100))
-"""A long Krylov space, for weights at which the Jacobian's spectral radius is above 1."""
+"""A long Krylov space, for weights at which the Jacobian's spectral radius exceeds 1."""
 
 
 def monitor(every: int) -> MonitorGradient:

@@ -37,28 +37,28 @@ class NodesConfig:
     """An .npz file with x, edge_index and y, or a folder with nodes.csv and edges.csv."""
 
     directed: bool = False
-    """Take edges in the direction in which they stand; by default every edge goes both ways."""
+    """Use edges only in their given direction. By default every edge goes both ways."""
 
     train_share: float = 0.6
-    """The share of the nodes to train on, where the file names no parts."""
+    """Share of the nodes for training, if the file defines no splits."""
 
     validation_share: float = 0.2
-    """The share to choose the weights by; the others are for the test."""
+    """Share of the nodes for validation, which selects the weights. The rest is the test set."""
 
     split_seed: int = 0
-    """The seed of that draw."""
+    """Random seed of the split."""
 
     layers: int = 1
-    """How many implicit layers."""
+    """Number of implicit layers."""
 
     width: int = 64
-    """Features of a node in each layer."""
+    """Features per node in each layer."""
 
     kappa: float = 0.9
-    """Bound of ‖W‖∞ · λ(A), below 1."""
+    """Bound on ‖W‖∞ · λ(A), below 1."""
 
     dropout: float = 0.5
-    """The dropout in the head."""
+    """Dropout probability in the head."""
 
     def __post_init__(self) -> None:
         positive(self, "layers", "width", "train_share", "validation_share")

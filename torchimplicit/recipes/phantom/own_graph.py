@@ -17,7 +17,7 @@ from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import no_larger
 
 LARGEST_FILE = 1 << 31
-"""Bytes."""
+"""Largest file accepted, in bytes."""
 
 SAID = (
     "--data-dir must be an .npz file with x, edge_index and y, or a folder with nodes.csv (features and, last, the "

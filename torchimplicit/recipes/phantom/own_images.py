@@ -16,10 +16,10 @@ from torchimplicit.recipes.runtime.errors import UserError
 
 ENDINGS = {".jpeg", ".jpg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 MOST_BYTES = 1 << 32
-"""All images together; more are read one by one, by images-imagenet."""
+"""Largest size of all images together, in bytes. For more, images-imagenet reads images one by one."""
 
 TEST_SHARE = 0.2
-"""Of the images, where none are set apart for the test by their folder."""
+"""Share of the images used for the test, if their folders do not set any aside."""
 
 Colours = Literal["colour", "grey"]
 

@@ -32,16 +32,16 @@ TRAINED: dict[GradientName, str] = {
 }
 
 ROUNDING = 1e-9
-"""Cosines that differ by less are the same."""
+"""Cosines that differ by less than this count as equal."""
 
 SHOWN = ("npg-1-1", "npg-2-0.5", "upg-5-0.5", "npg-9-0.5", "adaptive-0.3", "adaptive-0.1", "unbiased-5-0.5")
-"""The estimators that Fig. 2 draws; NPG(5, 0.5) nearly covers UPG(5, 0.5)."""
+"""The estimators in Fig. 2. NPG(5, 0.5) would nearly cover UPG(5, 0.5)."""
 
 Layers = Mapping[str, list[LayerResults]]
-"""The measurements on the layers of each kind, one for each seed."""
+"""The measurements on the layers of each kind, one per seed."""
 
 LAYER = LayerConfig()
-"""The layer that Fig. 1 measures, but for the weight and the seed."""
+"""The layer that Fig. 1 measures, up to its weight and seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +49,16 @@ class PrecisionConfig:
     """Fig. 1 on random layers of two kinds, and Fig. 2 along trainings of an MDEQ by the exact gradient and by UPG."""
 
     data: Literal["digits", "mnist"] = "mnist"
-    """The images of Fig. 2 at the CPU's scale; at the paper's they are CIFAR-10."""
+    """Data set for Fig. 2. With --scale paper it is CIFAR-10."""
 
     data_dir: Path | None = None
-    """The folder that holds them. By default they are downloaded; the digits come with scikit-learn."""
+    """Folder of the data. Default: download it. The digits come with scikit-learn."""
 
     training_steps: int = 300
-    """Steps of each training at the CPU's scale."""
+    """Optimizer steps of each training, unless --scale paper."""
 
     looks: int = 12
-    """How often the gradient is looked at along a training."""
+    """Number of times the gradient is compared during a training."""
 
     plan: Plan = field(default_factory=Plan)
 

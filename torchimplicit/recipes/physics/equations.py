@@ -78,17 +78,17 @@ VAN_DER_POL = initial_value(
 """The problem of Pacheco's thesis, whose loss weighs the equation by 0.1."""
 
 AREA = (28.0, 32.0, 28.0, 32.0)
-"""Cross-sections of the tanks, cm²."""
+"""Cross-sections of the tanks, in cm²."""
 OUTLET = (0.071, 0.057, 0.071, 0.057)
-"""Cross-sections of the outlets, cm²."""
+"""Cross-sections of the outlets, in cm²."""
 GRAVITY = 981.0
 PUMP = (3.33, 3.35)
-"""Flow of the pumps per volt, cm³/(V s)."""
+"""Flow of the pumps per volt, in cm³/(V s)."""
 VALVE = (0.7, 0.6)
 """Share of each pump's flow that goes to the lower tank."""
 VOLTAGE = (3.0, 3.0)
 DURATION = 60.0
-"""Seconds."""
+"""Duration in seconds."""
 
 
 def flows(*levels: Any) -> list[Any]:
@@ -181,7 +181,7 @@ EQUATIONS: dict[str, Equation] = {
     "burgers": BURGERS,
     "helmholtz": HELMHOLTZ,
 }
-"""Every equation that is known."""
+"""All equations, by name."""
 
 
 # -- The same with a parameter unknown, from noisy values of the solution ----------------------------------------------
@@ -225,5 +225,6 @@ INVERSE = {
     for name in ("van-der-pol-mu", "burgers-viscosity")
     for noise in (0.0, 0.01, 0.05)
 }
-"""By name: the parameter, and the noise in per cent. The oscillator is not told its start, and one component of it is
-measured; of Burgers' viscosity the logarithm is found, which keeps it positive."""
+"""Equations with an unknown parameter, by name: the parameter, and the noise in percent. The oscillator's initial state
+is not given, and only one of its components is measured. For Burgers' equation the logarithm of the viscosity is
+estimated, which keeps it positive."""

@@ -34,35 +34,35 @@ class PhysicsInformedConfig:
     plan: Plan = field(default_factory=lambda: Plan(seeds=3, together=15))
 
     equations: tuple[EquationName, ...] = ("van-der-pol", "four-tanks", "burgers", "helmholtz")
-    """Which equations."""
+    """Equations to solve."""
 
     optimizers: tuple[OptimizerName, ...] = ("least-squares", "l-bfgs", "adam")
-    """Which optimizers; least-squares is Gauss–Newton."""
+    """Optimizers to compare; least-squares is Gauss–Newton."""
 
     ordinary_seconds: float = 3.0
-    """The processor's time for a run on an ordinary differential equation, in seconds."""
+    """CPU time of a run on an ordinary differential equation, in seconds."""
 
     partial_seconds: float = 7.0
-    """The processor's time for a run on a partial differential equation, in seconds."""
+    """CPU time of a run on a partial differential equation, in seconds."""
 
     ordinary_points: int = 50
-    """Collocation points at which an ordinary differential equation is asked for."""
+    """Collocation points for an ordinary differential equation."""
 
     partial_points: int = 400
-    """Collocation points at which a partial one is."""
+    """Collocation points for a partial differential equation."""
 
     equal_iterations: int = 40
-    """Iterations of Gauss–Newton after which all models are compared too."""
+    """Gauss–Newton iterations after which all models are also compared."""
 
     def __post_init__(self) -> None:
         positive(self, "ordinary_seconds", "partial_seconds", "ordinary_points", "partial_points", "equal_iterations")
 
 
 ENDLESS = 10**9
-"""Iterations: the time ends a run."""
+"""Number of iterations that no run reaches: runs end by their time."""
 
 THESIS_POINTS, THESIS_RATE, THESIS_SECONDS = 100_000, 1e-3, 3600.0
-"""With ``--scale paper``: collocation points and learning rate of the thesis, and the time for a run."""
+"""Settings of ``--scale paper``: collocation points and learning rate of the thesis, and seconds per run."""
 
 
 @dataclass(frozen=True)
@@ -93,19 +93,19 @@ MODELS = {
     "network-20": Model("network, 2 × 20", width=20),
     "network-thesis": Model("network, 4 × 20", width=20, depth=4),
 }
-"""A network of two hidden layers has as many weights as the equilibrium of its width, and one bias vector more; the
-last is the plain network of the thesis."""
+"""The models. A network with two hidden layers has as many weights as the equilibrium of its width, and one more bias
+vector; the last is the plain network of the thesis."""
 
 OPTIMIZERS: dict[OptimizerName, str] = {"least-squares": "Gauss–Newton", "l-bfgs": "L-BFGS", "adam": "Adam"}
-"""Labels."""
+"""Labels of the optimizers."""
 
 MEASURE = {"van-der-pol": "iae", "four-tanks": "relative_l2", "burgers": "relative_l2", "helmholtz": "relative_l2"}
-"""What an equation's error is; the thesis measures the integral of the absolute error (IAE)."""
+"""Error measure of an equation. The thesis reports the integral of the absolute error (IAE)."""
 
 MEASURES = {"iae": "IAE", "relative_l2": "relative error (L2)"}
 
 AIMS = {5: 1e-2, 20: 1e-3}
-"""IAE on the Van der Pol oscillator, by states."""
+"""Published IAE on the Van der Pol oscillator, by number of states."""
 
 
 @dataclass(frozen=True)

@@ -28,22 +28,22 @@ class PhysicsInverseConfig:
     plan: Plan = field(default_factory=lambda: Plan(seeds=5, together=20))
 
     equations: tuple[str, ...] = tuple(INVERSE)
-    """Equations with unknown parameters: of those that are known, or Python files of your own."""
+    """Equations with unknown parameters: built-in names, or Python files of your own."""
 
     models: tuple[ModelName, ...] = ("equilibrium", "network")
-    """Which models."""
+    """Models to compare."""
 
     iterations: int = 40
-    """Iterations of Gauss–Newton."""
+    """Gauss–Newton iterations."""
 
     ordinary_points: int = 50
-    """Collocation points of an ordinary differential equation."""
+    """Collocation points for an ordinary differential equation."""
 
     partial_points: int = 300
-    """Collocation points of a partial one."""
+    """Collocation points for a partial differential equation."""
 
     bound: float | None = None
-    """Keep the Frobenius norm of the equilibrium's coupling below this."""
+    """Upper bound on the Frobenius norm of the equilibrium's coupling matrix. Default: none."""
 
     def __post_init__(self) -> None:
         positive(self, "iterations", "ordinary_points", "partial_points", "bound")

@@ -32,31 +32,32 @@ class OperatorConfig:
     machine: Machine = field(default_factory=Machine)
 
     model: ModelName = "equilibrium"
-    """A Fourier layer at its equilibrium; the same layer applied --depth times; or --depth layers of their own."""
+    """equilibrium: a Fourier layer at its equilibrium. Otherwise the same layer applied --depth times, or --depth
+    different layers."""
 
     width: int = 20
-    """Channels; an explicit model of depth 4 has as many weights as an equilibrium at half the width."""
+    """Channels. An explicit model of depth 4 has as many weights as an equilibrium of twice its width."""
 
     modes: int = 8
-    """Frequencies of each axis."""
+    """Frequencies per axis."""
 
     depth: int = 4
     """Layers of the explicit models."""
 
     grid: int = 31
-    """Inner points of a side."""
+    """Interior grid points per side."""
 
     contrast: float = 1.0
-    """The deviation of the permeability's logarithm."""
+    """Standard deviation of the permeability's logarithm."""
 
     training_flows: int = 400
-    """Flows to train on."""
+    """Number of flows for training."""
 
     held_out_flows: int = 100
-    """Flows for validation, and as many for the test."""
+    """Number of flows for validation, and the same number for the test."""
 
     data_seed: int = 0
-    """The seed of the flows."""
+    """Random seed of the flows."""
 
     def __post_init__(self) -> None:
         positive(self, "width", "modes", "depth", "grid", "contrast", "training_flows", "held_out_flows")
@@ -74,7 +75,7 @@ def darcy() -> OperatorConfig:
 
 
 WAVES = 24
-"""Cosines of each axis in a random field."""
+"""Cosines per axis in a random field."""
 
 
 def permeabilities(count: int, grid: int, contrast: float, seed: int) -> Tensor:

@@ -37,46 +37,49 @@ class PhysicsConfig:
     """van-der-pol, four-tanks, burgers or helmholtz; or a Python file that defines 'equation'."""
 
     model: Literal["equilibrium", "network", "own"] = "equilibrium"
-    """z = tanh(Ax + Bz + b) with a linear head; a perceptron with tanh; or what the Python file's 'field' makes."""
+    """equilibrium: z = tanh(Ax + Bz + b) with a linear head. network: a tanh perceptron. own: the result of 'field' in
+    the Python file."""
 
     states: int = 20
-    """The size of the equilibrium's state."""
+    """Size of the equilibrium's state."""
 
     bound: float | None = None
-    """Keep the Frobenius norm of B below this; 1 makes the map contract, and the model nearly one layer."""
+    """Upper bound on the Frobenius norm of B. Default: none. 1 makes the map a contraction, and the model nearly a
+    single layer."""
 
     width: int = 20
-    """The width of the network's hidden layers."""
+    """Width of the network's hidden layers."""
 
     depth: int = 2
-    """How many hidden layers the network has."""
+    """Number of the network's hidden layers."""
 
     points: int = 50
-    """Collocation points at which the equation is asked for."""
+    """Number of collocation points."""
 
     optimizer: OptimizerName = "least-squares"
-    """A trust-region Gauss–Newton method with exact Jacobians, L-BFGS (both SciPy's), or Adam with a cosine."""
+    """Optimizer: trust-region Gauss–Newton with exact Jacobians, L-BFGS (both from SciPy), or Adam with cosine
+    decay."""
 
     iterations: int = 100
-    """The most iterations of the optimizer."""
+    """Largest number of optimizer iterations."""
 
     seconds: float | None = None
-    """Stop the optimizer after so much of the processor's time, measuring errors not counted."""
+    """Stop the optimizer after this much CPU time, in seconds. Measuring errors is not counted."""
 
     learning_rate: float = 1e-2
-    """Adam's peak learning rate."""
+    """Peak learning rate of Adam."""
 
     error_every: int = 5
-    """Iterations between two measurements of the error on the grid; with --seconds, they are spread over the time."""
+    """Iterations between two measurements of the error on the grid. With --seconds they are spread over the time."""
 
     error_at: tuple[int, ...] = ()
-    """Also measure the error after these many iterations."""
+    """Further iterations after which the error is measured."""
 
     page: bool = True
-    """Draw figures and a page at the end."""
+    """Write figures and an HTML page at the end."""
 
     seed: int = 0
-    """The seed of the initial weights and the collocation points."""
+    """Random seed of the initial weights and the collocation points."""
 
     threads: int = 1
     """CPU threads; 0 leaves the number to PyTorch."""
@@ -121,7 +124,7 @@ def own() -> PhysicsConfig:
 
 
 OWN = "equation.py"
-"""The file that is looked for where none is named."""
+"""The file that is used if none is named."""
 
 
 # -- What is measured while a field is trained, and what comes out -----------------------------------------------------

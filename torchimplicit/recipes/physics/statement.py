@@ -106,7 +106,7 @@ class Names:
 
 
 Residual = Callable[[At], "Tensor | Sequence[Tensor]"]
-"""What must vanish: a tensor ``[points]``, or several, one for each equation of a system."""
+"""The residual of the equation: a tensor ``[points]``, or several, one for each equation of a system."""
 
 # -- The equation and its conditions -----------------------------------------------------------------------------------
 
@@ -365,7 +365,7 @@ class Stated:
 
 
 HELD_OUT = 10_000
-"""Seeds of held-out points begin here."""
+"""First seed of the held-out points."""
 
 
 def scattered(count: int, low: Sequence[float], high: Sequence[float], seed: int, even: bool = False) -> Tensor:

@@ -51,25 +51,25 @@ class SoundConfig:
     """A field fitted to a sound."""
 
     file: Path | None = None
-    """Your own sound: WAV, FLAC, Ogg, MP3 or what else libsndfile reads, of up to eight channels."""
+    """Your own sound: WAV, FLAC, Ogg, MP3 or another format of libsndfile, with up to eight channels."""
 
     sound: SoundName = "melody"
-    """Where --file is not given: a sound that is synthesized on the spot, of plucked notes or of sung vowels."""
+    """Synthesized sound, if --file is not given: plucked notes or sung vowels."""
 
     start: float = 0.0
-    """Where in a file the excerpt begins, in seconds."""
+    """Start of the excerpt, in seconds."""
 
     seconds: float | None = 3.0
-    """How long the excerpt is; None takes all that follows."""
+    """Length of the excerpt, in seconds; None takes the rest of the file."""
 
     rate: int = 8000
-    """Samples a second; a file of a higher rate is reduced to it."""
+    """Sampling rate, in samples per second. Files with a higher rate are resampled."""
 
     mono: bool = False
-    """Average the channels. Otherwise the field has a value for each."""
+    """Average the channels. By default the field has one value per channel."""
 
     export_size: int | None = None
-    """Also sample the field so many times a second: into export.wav."""
+    """Also sample the field at this rate, in samples per second, into export.wav."""
 
     representation: Representation = field(default_factory=Representation)
     optimization: Optimization = field(default_factory=Optimization)
@@ -98,7 +98,7 @@ def audio() -> SoundConfig:
 Waveform = np.ndarray[Any, np.dtype[np.float64]]
 
 NOTES = ((0.0, 220.0), (0.125, 277.18), (0.25, 329.63), (0.375, 440.0), (0.5, 369.99), (0.625, 293.66), (0.75, 246.94))
-"""The melody's notes: when each begins, as a share of the whole, and its frequency in Hz."""
+"""The melody's notes: onset as a share of the whole, and frequency in Hz."""
 
 VOWELS = (
     ((730.0, 90.0), (1090.0, 110.0), (2440.0, 160.0)),
@@ -107,7 +107,7 @@ VOWELS = (
     ((570.0, 80.0), (840.0, 100.0), (2410.0, 160.0)),
     ((300.0, 60.0), (870.0, 100.0), (2240.0, 160.0)),
 )
-"""Formants of a, e, i, o and u: their frequencies and widths in Hz."""
+"""Formants of a, e, i, o and u: frequencies and widths in Hz."""
 
 
 def synthesized(name: SoundName, seconds: float, rate: int) -> Waveform:
@@ -153,13 +153,13 @@ def _vowels(time: Waveform, seconds: float, rate: int) -> Waveform:
 
 
 MOST_SAMPLES = 1 << 23
-"""A field's coordinates are 32-bit numbers: more samples than that they hardly tell apart."""
+"""Largest number of samples: beyond it the field's 32-bit coordinates hardly tell samples apart."""
 
 MOST_VALUES = 1 << 28
-"""The most values in the part of a file that is read into memory."""
+"""Largest number of values in the part of a file that is read into memory."""
 
 LEAST_SAMPLES = 64
-"""Below it there is nothing to fit."""
+"""Smallest number of samples worth fitting."""
 
 MOST_CHANNELS = 8
 
@@ -298,7 +298,7 @@ def _check_length(name: str, samples: float) -> None:
 
 
 MOST_DRAWN = 4000
-"""Points of a line: a longer one is drawn by the least and the greatest value of each stretch."""
+"""Points in a line plot. Longer lines are drawn by the minimum and maximum of each stretch."""
 
 
 def waveforms(truth: Tensor, values: Tensor, rate: int) -> Figure:
@@ -351,7 +351,7 @@ def spectrograms(lines: dict[str, Tensor], rate: int) -> Figure:
 
 
 FLOOR = 60.0
-"""Below the loudest, in dB: what is quieter is not heard beside it, and counts as so loud."""
+"""Level relative to the loudest, in dB, below which everything counts as this quiet: it is masked by the loudest."""
 
 
 def spectral_distance(truth: Tensor, values: Tensor, rate: int) -> float:
@@ -467,12 +467,12 @@ def export(config: SoundConfig, task: FieldTask, sizes: tuple[int, ...], run: Ru
 
 
 SCALE_A_SAMPLE = 0.7
-"""The scale of the frequencies for each sample. Sines of a filter begin below three tenths of half the rate, and
-products of two below six. The paper's 25000 for seven seconds is .08 of a sample at 44.1 kHz; at 8 kHz, where it is
-.45, what is above 2 kHz was lost, which makes speech intelligible."""
+"""Scale of the frequencies per sample. Sines of one filter start below three tenths of half the sampling rate, products
+of two below six tenths. The paper's 25000 for seven seconds is .08 per sample at 44.1 kHz. At 8 kHz it would be .45, at
+which everything above 2 kHz, which makes speech intelligible, was lost."""
 
 PAPER_SCALE_A_SECOND = 25000 / 7
-"""As published, for a file of seven seconds."""
+"""The published scale, for a file of seven seconds."""
 
 
 def build(config: SoundConfig) -> FieldTask:

@@ -15,7 +15,7 @@ from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.task import Metric
 
 LEAST = 100
-"""Points of a cloud."""
+"""Smallest number of points in a cloud."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from torchimplicit.recipes.runtime.trainer import Measuring
 from torchimplicit.solvers import Anderson
 
 COST = "cost"
-"""The name of a table's job that measures the steps of its fits, and of its row."""
+"""Name of the table's job that measures the steps of its fits, and of its row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,25 +44,25 @@ class FieldCostConfig:
     """Measures steps of several fits in turn, after some of training."""
 
     names: tuple[str, ...] = ()
-    """The names of the fits."""
+    """Names of the fits."""
 
     fits: tuple[PictureConfig, ...] = ()
-    """Fits of pictures, in the same order."""
+    """Fits of pictures, in the order of --names."""
 
     sounds: tuple[SoundConfig, ...] = ()
-    """Then fits of sounds."""
+    """Fits of sounds, after the pictures."""
 
     videos: tuple[VideoConfig, ...] = ()
-    """Then fits of videos."""
+    """Fits of videos, after the sounds."""
 
     warm_steps: int = 40
-    """Steps of training before the measurement."""
+    """Training steps before the measurement."""
 
     rounds: int = 12
-    """How often each has its turn."""
+    """Number of turns of each fit."""
 
     steps_a_turn: int = 3
-    """How many steps each takes in a turn."""
+    """Steps per turn."""
 
     def __post_init__(self) -> None:
         positive(self, "warm_steps", "rounds", "steps_a_turn")

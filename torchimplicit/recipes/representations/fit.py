@@ -49,7 +49,7 @@ NAMES: dict[tuple[FilterKind, bool], str] = {
     ("gabor", True): "Gabor-iMFN",
     ("gabor", False): "Gabor-MFN",
 }
-"""The names of a filter's implicit representation and of its explicit twin."""
+"""Names of a filter's implicit representation and of its explicit twin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,46 +57,48 @@ class Representation:
     """The function that is fitted, and how much memory a step may take."""
 
     filter: FilterKind = "fourier"
-    """siren: SIREN or iSIREN; fourier, gabor: multiplicative filter networks, or their implicit form."""
+    """siren: SIREN or iSIREN. fourier, gabor: multiplicative filter networks, or their implicit form."""
 
     implicit: bool = True
-    """The fixed point of the cell. Otherwise its explicit twin of as many parameters, which applies the cell once."""
+    """Use the fixed point of the cell. Otherwise its explicit twin, which has as many parameters and applies the cell
+    once."""
 
     width: int = 128
-    """The width of the state and the layers."""
+    """Width of the state and the layers."""
 
     depth: int = 1
-    """How many layers the cell has."""
+    """Number of layers in the cell."""
 
     frequencies: float | None = None
-    """The scale of the frequencies; by default the recipe's, which grows with the signal's resolution."""
+    """Scale of the frequencies. Default: the recipe's, which grows with the signal's resolution."""
 
     norm: Literal["published", "none", "spectral", "weight", "frobenius"] = "published"
-    """What holds the layers' weights. As published: the spectral norm of implicit and explicit models for pictures, of
-    implicit ones alone for shapes, and nothing for sound and video."""
+    """Constraint on the layers' weights. published: the spectral norm on implicit and explicit models of pictures, on
+    implicit models only of shapes, and none for sound and video."""
 
     bound: float = 0.97
-    """Of the spectral or Frobenius norm: weights beyond it are scaled down to it."""
+    """Largest spectral or Frobenius norm; larger weights are scaled down to it."""
 
     window_alpha: float = 3.0
-    """The shape of the Gabor filters' windows: a larger one makes them narrower."""
+    """Shape parameter of the Gabor filters' windows; larger values make them narrower."""
 
     first_alpha: float = 6.0
-    """Likewise in the first filter."""
+    """Shape parameter of the first filter's windows."""
 
     amortize: Literal["refresh", "solve", "off"] = "refresh"
-    """In training: carry the last state along by one evaluation a step; or solve from it; or solve from zero."""
+    """How a training step finds the states. refresh: one evaluation from the last states. solve: a solve that starts
+    from them. off: a solve from zero."""
 
     memory_mb: int = 1024
-    """What the states, filters and gradients of a training step may take. Points beyond it go through in chunks, whose
-    gradients are added up: the step stays the same."""
+    """Memory for the states, filters and gradients of a training step, in megabytes. Points that do not fit are
+    processed in chunks whose gradients are summed: the step stays the same."""
 
     def __post_init__(self) -> None:
         positive(self, "width", "depth", "frequencies", "bound", "window_alpha", "first_alpha", "memory_mb")
 
 
 Held = Literal["both", "implicit", "neither"]
-"""Which models the paper holds by a spectral bound, for a kind of signal."""
+"""Models that the paper constrains by a spectral norm, for a kind of signal."""
 
 
 class FieldSettings(Trained, Protocol):
@@ -170,7 +172,7 @@ def check_slopes(config: FieldSettings) -> None:
 
 
 SAMPLED_AT_ONCE = 65536
-"""Points that are evaluated together where no gradient is wanted."""
+"""Number of points evaluated together without gradients."""
 
 
 def representation(
@@ -265,11 +267,11 @@ def chunk_points(config: FieldSettings, training: int, slopes: bool = False) -> 
 
 
 HELD = {"siren": 3, "fourier": 4, "gabor": 7}
-"""Vectors of the model's width that a step holds for each filter and the layer behind it, as measured."""
+"""Measured number of vectors of the model's width that a step holds for each filter and the layer after it."""
 
 
 SLOPES = 2.2
-"""How many times as much is held where the loss holds slopes, which are differentiated again, as measured."""
+"""Measured factor on that memory if the loss contains slopes, which are differentiated again."""
 
 
 def floats_a_point(config: FieldSettings, slopes: bool = False) -> int:
@@ -403,8 +405,8 @@ def every_other(sizes: Sequence[int], offset: Sequence[int]) -> Tensor:
 
 
 Criterion = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
-"""What is lowered: of the field as a function of coordinates, the points' coordinates, and the signal's values there; a
-mean over the points. It may differentiate the field, if the settings pass :func:`.settings.check_slopes`."""
+"""The loss: a mean over points of a function of the field, the points' coordinates and the signal's values there. It
+may differentiate the field if the settings pass :func:`.settings.check_slopes`."""
 
 
 def mean_squared_error(field: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:

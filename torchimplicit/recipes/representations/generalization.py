@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Kind = Literal["natural", "text"]
 KINDS: tuple[Kind, ...] = ("natural", "text")
 SIZES = {"1L": (1, 1), "1L-wide": (1, 2), "4L": (4, 1)}
-"""Layers, and the width over w."""
+"""Number of layers, and width relative to w."""
 
 # Huang et al. 2021, (Implicit)²: test PSNR in dB of 1L-256, 1L-512, 4L-256 at 512 pixels.
 PUBLISHED: dict[Kind, dict[FilterKind, tuple[tuple[float, float, float], tuple[float, float, float]]]] = {
@@ -39,7 +39,7 @@ PUBLISHED: dict[Kind, dict[FilterKind, tuple[tuple[float, float, float], tuple[f
         "gabor": ((27.53, 28.07, 27.40), (27.19, 27.74, 27.57)),
     },
 }
-"""The published figures: of each filter the implicit model's and the explicit one's."""
+"""Published figures for each filter: the implicit model's and the explicit model's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,25 +96,25 @@ class GeneralizationConfig:
     plan: Plan = field(default_factory=lambda: Plan(seeds=2, together=12))
 
     natural: tuple[str, ...] = ("camera", "astronaut")
-    """The natural pictures, from scikit-image."""
+    """Natural pictures, from scikit-image."""
 
     texts: tuple[str, ...] = ("text-0", "text-1")
     """Pictures of text: drawn (text-0 to text-3), or scikit-image's page and text."""
 
     data_dir: Path | None = None
-    """A folder of picture files to take in place of the natural ones."""
+    """Folder of pictures to use instead of the natural ones."""
 
     size: int | None = None
-    """Pixels of the longest side; by default 64, and the paper's 512 at its scale."""
+    """Longest side in pixels. Default: 64, or the paper's 512 with --scale paper."""
 
     width: int | None = None
-    """The width w; by default 64, and the paper's 256."""
+    """Width w. Default: 64, or the paper's 256 with --scale paper."""
 
     steps: int | None = None
-    """Steps of each training; by default 400, and the paper's 2000."""
+    """Optimizer steps of each training. Default: 400, or the paper's 2000 with --scale paper."""
 
     rows: tuple[str, ...] = ()
-    """Only these, such as fourier-implicit-1L, gabor-explicit-4L, siren-implicit-1L-full and cost; by default all."""
+    """Rows to run, such as fourier-implicit-1L, gabor-explicit-4L, siren-implicit-1L-full and cost. Default: all."""
 
     machine: Machine = field(default_factory=lambda: Machine(tensorboard=False))
 

@@ -43,22 +43,23 @@ class GradientsConfig:
     plan: Plan = field(default_factory=lambda: Plan(seeds=1, together=12))
 
     pictures: tuple[str, ...] = ("camera", "text-0")
-    """The pictures, from scikit-image, or of text that is drawn."""
+    """Pictures, from scikit-image or drawn text."""
 
     file: Path | None = None
-    """A picture of your own in place of them."""
+    """A picture of your own to use instead."""
 
     products: tuple[int, ...] = (0, 1, 2, 4, 8)
-    """The T to try: 0 is the one-step gradient, 1 the paper's choice; the converged adjoint comes besides."""
+    """Numbers of products T in the backward pass: 0 is the one-step gradient, 1 the paper's choice. The converged
+    adjoint is always added."""
 
     size: int | None = None
-    """Pixels of the longest side; by default 64, and the paper's 512 at its scale."""
+    """Longest side in pixels. Default: 64, or the paper's 512 with --scale paper."""
 
     width: int | None = None
-    """The models' width; by default 64, and the paper's 256."""
+    """Width of the models. Default: 64, or the paper's 256 with --scale paper."""
 
     steps: int | None = None
-    """Steps of each training; by default 400, and the paper's 2000."""
+    """Optimizer steps of each training. Default: 400, or the paper's 2000 with --scale paper."""
 
     machine: Machine = field(default_factory=lambda: Machine(tensorboard=False))
 

@@ -52,36 +52,36 @@ class PictureConfig:
     """Your own picture: PNG, JPEG, TIFF and others."""
 
     picture: str = "camera"
-    """Where --file is not given: a picture of scikit-image (astronaut, camera, chelsea, coffee, moon, page, ...), or a
-    text that is drawn (text-0 to text-3)."""
+    """Built-in picture, if --file is not given: one of scikit-image (astronaut, camera, chelsea, coffee, moon, page,
+    ...), or drawn text (text-0 to text-3)."""
 
     size: int = 128
-    """Pixels of the longest side; a larger picture is reduced to it."""
+    """Longest side in pixels; larger pictures are reduced to it."""
 
     held_out: Literal["none", "grid", "random"] = "none"
-    """none: all pixels are fitted. grid, random: a quarter is fitted, one is for validation and one for the test: every
-    other pixel of every other row, or pixels drawn at random."""
+    """none: fit all pixels. grid, random: fit a quarter, validate on a quarter and test on a quarter, taken as every
+    other pixel of every other row, or at random."""
 
     split_seed: int = 0
-    """The seed by which the held-out pixels are drawn, those of --operator mask, and the noise."""
+    """Random seed of the held-out pixels, of the pixels of --operator mask, and of the noise."""
 
     operator: Literal["none", "blur", "downsample", "mask", "radon"] = "none"
-    """What lies between the picture and what is fitted: a blur, an average over squares, the pixels that are known, or
-    line integrals (tomography). The test is against the picture, which nothing else sees."""
+    """Operator between the picture and the data that are fitted: blur, average over squares (downsample), known pixels
+    (mask), or line integrals (radon). Only the test sees the picture itself."""
 
     operator_size: float | None = None
-    """The blur's deviation in pixels (2), the squares' side (4), the share of known pixels (0.25), or the number of
-    angles (30)."""
+    """Standard deviation of the blur in pixels (default 2), side of the squares (4), share of known pixels (0.25), or
+    number of angles (30)."""
 
     noise: float = 0.0
-    """Noise that is added to what is measured, as a share of its deviation."""
+    """Standard deviation of the noise added to the data, as a share of the data's."""
 
     target: Target = "values"
-    """What of the picture is known: its values; its gradient, by which it is known up to a constant; or its Laplacian,
-    and the values at the border. The last two take exact derivatives: --gradient implicit --amortize solve."""
+    """Data to fit: the picture's values; its gradient, which determines it up to a constant; or its Laplacian and its
+    border values. The last two need exact derivatives: --gradient implicit --amortize solve."""
 
     export_size: int | None = None
-    """Also sample the field so large, in pixels of the longest side: into export.png."""
+    """Also sample the field into export.png, with this longest side in pixels."""
 
     representation: Representation = field(default_factory=Representation)
     optimization: Optimization = field(default_factory=Optimization)
@@ -136,16 +136,17 @@ TEXTS = (
 
 
 MOST_PIXELS = 100_000_000
-"""A file whose header promises more is not decoded: some ten thousand pixels square."""
+"""Largest number of pixels that a file may announce in its header, about ten thousand squared; others are not
+decoded."""
 
 LEAST_SIDE = 8
-"""Below it there is nothing to fit."""
+"""Smallest side worth fitting, in pixels."""
 
 BundledName = Literal[
     "astronaut", "camera", "chelsea", "coffee", "hubble_deep_field", "moon", "phantom", "rocket", "page", "text"
 ]
 BUNDLED: tuple[BundledName, ...] = get_args(BundledName)
-"""Pictures that come with scikit-image's wheel; nothing is downloaded."""
+"""Pictures in scikit-image's wheel; nothing is downloaded."""
 
 FILES = {"hubble_deep_field": "hubble_deep_field.jpg", "rocket": "rocket.jpg"}
 

@@ -25,7 +25,7 @@ from torchimplicit.recipes.runtime.task import Batches, Shard, Split
 Target = Literal["values", "gradient", "laplacian"]
 
 HELD_BACK = 20
-"""One in so many measurements is not fitted, and selects the weights."""
+"""One in this many measurements is held out to select the weights."""
 
 
 @final

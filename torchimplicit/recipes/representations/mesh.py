@@ -195,11 +195,11 @@ def _oriented(mesh: Mesh) -> Mesh:
 
 
 LEAF = 4
-"""Triangles in a leaf, at most."""
+"""Largest number of triangles in a leaf."""
 
 FAR = 2.0
-"""A node that is so many of its radii away enters the winding number by its dipole. The sum is off by some hundredths
-then, where one half decides; beside the surface its triangles themselves are taken."""
+"""Distance, in radii, beyond which a node enters the winding number by its dipole. The sum is then off by some
+hundredths, and only its being above one half matters; near the surface the triangles themselves are used."""
 
 POINTS_AT_ONCE = 8192
 
@@ -381,7 +381,7 @@ def nearest_on_triangles(points: Tensor, corners: Tensor) -> Tensor:
 KINDS = (".obj", ".ply", ".stl", ".off")
 HEADER_LINES = 1000
 BYTES_A_FACE = 400
-"""More than any of the formats needs."""
+"""Bytes per face, more than any of the formats needs."""
 
 
 def read_file(path: Path, most_faces: int) -> Mesh:
@@ -625,7 +625,7 @@ def gyroid(size: int = 64, cells: float = 1.25, wall: float = 0.45) -> Mesh:
 
 
 BYTES_A_VALUE = 64
-"""What marching cubes holds for a value, with the value, generously."""
+"""A generous estimate of the bytes that marching cubes holds per value, including the value."""
 
 
 def lattice(corner: Sequence[float], longest: int) -> tuple[tuple[int, ...], list[Tensor]]:
@@ -707,7 +707,7 @@ def _joined(vertices: np.ndarray, faces: np.ndarray) -> Mesh:
 
 CLAY = (0.80, 0.83, 0.88)
 LIGHT = (-0.5, 0.6, 0.75)
-"""Where it comes from: right, up, toward the eye."""
+"""Direction of the light: right, up, toward the viewer."""
 
 
 def view(turn: float = 35.0, tilt: float = 20.0) -> Tensor:

@@ -62,7 +62,7 @@ LARGEST_GRID = 1024
 
 
 LONGEST = 1.8
-"""The mesh's longest side in the field's coordinates."""
+"""Longest side of the mesh in the field's coordinates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,48 +70,49 @@ class ShapeConfig:
     """A field fitted to a mesh."""
 
     file: Path | None = None
-    """Your own mesh: OBJ, PLY, STL or OFF; or points with normals, for --task sdf: XYZ, or PLY without faces."""
+    """Your own mesh: OBJ, PLY, STL or OFF; or, with --task sdf, points with normals: XYZ, or PLY without faces."""
 
     shape: Literal["knot", "gyroid"] = "knot"
-    """Where --file is not given: a tube around a torus knot, or a ball of gyroid walls."""
+    """Built-in shape, if --file is not given: a tube around a torus knot, or a ball of gyroid walls."""
 
     most_faces: int = 1_000_000
-    """A file of more faces is refused."""
+    """Largest number of faces; files with more are refused."""
 
     task: Literal["occupancy", "sdf"] = "occupancy"
     """occupancy: the field is the logit of being inside. sdf: it is the signed distance, trained with its slopes, which
-    takes exact second derivatives: --gradient neumann-phantom and --amortize refresh, with which occupancy begins,
-    become implicit and solve."""
+    needs exact second derivatives: the defaults --gradient neumann-phantom and --amortize refresh become implicit and
+    solve."""
 
     supervision: Literal["distance", "surface"] = "distance"
-    """What sdf is told. distance: the mesh's distances. surface: only points on it and their normals."""
+    """Data for --task sdf. distance: the distances to the mesh. surface: only points on the surface and their
+    normals."""
 
     distance_weight: float = 10.0
-    """The weight of sdf's misfit of values."""
+    """Weight of the error in the distances (--task sdf)."""
 
     normal_weight: float = 1.0
-    """The weight of sdf's misfit of normals on the surface."""
+    """Weight of the error in the normals on the surface (--task sdf)."""
 
     eikonal_weight: float = 0.1
-    """The weight of sdf's slopes whose length is not 1."""
+    """Weight of the eikonal term, which penalizes slopes of length other than 1 (--task sdf)."""
 
     samples: int = 60_000
-    """Points to train on: half of them near the surface, half anywhere."""
+    """Number of training points: half near the surface, half anywhere in the box."""
 
     held_out_samples: int = 20_000
-    """Points to validate on, and as many to test on."""
+    """Number of points for validation, and the same number for the test."""
 
     sample_seed: int = 0
-    """The seed of the points."""
+    """Random seed of the points."""
 
     resolution: int = 96
-    """Grid points of the longest side, for the surface by marching cubes."""
+    """Grid points along the longest side, for extracting the surface by marching cubes."""
 
     up: Literal["x", "y", "z"] = "y"
-    """The mesh's axis that points up in the pictures. Its front faces z then, or, where z is up, against y."""
+    """Axis of the mesh that points up in the pictures. The front then faces z, or, with z up, -y."""
 
     turn: float = 35.0
-    """Degrees by which the first picture is turned from the front about that axis; the second shows the other side."""
+    """Rotation of the first view about that axis, in degrees from the front. The second view shows the back."""
 
     representation: Representation = field(default_factory=Representation)
     optimization: Optimization = field(default_factory=Optimization)
@@ -167,10 +168,10 @@ def shape() -> ShapeConfig:
 
 TaskName = Literal["occupancy", "sdf"]
 MARGIN = 0.1
-"""Left around it on every side."""
+"""Margin around the shape on every side."""
 
 NEAR = (0.01, 0.05)
-"""Standard deviations of the points near the surface, for one half of them each."""
+"""Standard deviations of the points near the surface, each for one half of them."""
 
 
 @dataclass(frozen=True)
@@ -503,7 +504,7 @@ def compared(mesh: Mesh, truth: Mesh, tree: MeshTree, seed: int = 0) -> Comparis
 
 PICTURE = 360
 MOST_ERROR = 0.02
-"""The error at the bright end of its colours, as a share of the longest side."""
+"""Error at the bright end of the colour scale, as a share of the longest side."""
 
 
 def show(config: ShapeConfig, task: FieldTask, results: Results, run: Run) -> None:
@@ -650,7 +651,7 @@ def _slice(config: ShapeConfig, task: FieldTask, true: Subject) -> Figure:
 
 
 FREQUENCIES = {"occupancy": 16.0, "sdf": 10.0}
-"""Their scale, by the task."""
+"""Scale of the frequencies, by task."""
 
 
 def build(config: ShapeConfig) -> FieldTask:

@@ -53,19 +53,19 @@ class ShapesCostConfig:
     """Measures steps of several fits in turn, and gradients of distances beside exact ones."""
 
     names: tuple[str, ...] = ()
-    """The names of the fits."""
+    """Names of the fits."""
 
     fits: tuple[ShapeConfig, ...] = ()
-    """The fits, in the same order."""
+    """Fits, in the order of --names."""
 
     one_step: tuple[bool, ...] = ()
-    """Which of them are trained by the one-step estimate."""
+    """For each fit, whether it is trained by the one-step estimate."""
 
     warm_steps: int = 10
-    """Steps of training before the measurement."""
+    """Training steps before the measurement."""
 
     rounds: int = 5
-    """How often each has its turn, of one step."""
+    """Number of turns of each fit, one step each."""
 
     def __post_init__(self) -> None:
         positive(self, "warm_steps", "rounds")
@@ -249,25 +249,25 @@ class ShapesConfig:
     plan: Plan = field(default_factory=lambda: Plan(seeds=2, together=40))
 
     shape: Literal["knot", "gyroid"] = "knot"
-    """The shape that is fitted."""
+    """Built-in shape to fit: a tube around a torus knot, or a ball of gyroid walls."""
 
     mesh_file: Path | None = None
-    """A mesh of your own in its place: OBJ, PLY, STL or OFF."""
+    """A mesh of your own to use instead: OBJ, PLY, STL or OFF."""
 
     width: int | None = None
-    """The models' width; by default 64, and the paper's 256."""
+    """Width of the models. Default: 64, or the paper's 256 with --scale paper."""
 
     steps: int | None = None
-    """Steps of the occupancy; by default 250, and the paper's 10000."""
+    """Optimizer steps for the occupancy. Default: 250, or the paper's 10,000 with --scale paper."""
 
     sdf_steps: int | None = None
-    """Steps of the signed distance; by default 120, and 10000 at the paper's scale."""
+    """Optimizer steps for the signed distance. Default: 120, or 10,000 with --scale paper."""
 
     samples: int | None = None
-    """Points to train on; by default 40 000, and 500 000 at the paper's scale, with 50 000 a step."""
+    """Number of training points. Default: 40,000, or 500,000 with --scale paper, of which a step has 50,000."""
 
     rows: tuple[str, ...] = ()
-    """Only these, such as occupancy-siren-implicit, sdf-siren-one-step, sdf-gabor-explicit and cost; by default all."""
+    """Rows to run, such as occupancy-siren-implicit, sdf-siren-one-step, sdf-gabor-explicit and cost. Default: all."""
 
     machine: Machine = field(default_factory=lambda: Machine(tensorboard=False))
 

@@ -29,7 +29,7 @@ SHOWN: FilterKind = "fourier"
 """The filter whose fits are shown."""
 
 PUBLISHED_VIDEO = {"siren": (26.03, 25.12), "fourier": (25.85, 24.97), "gabor": (26.45, 26.15)}
-"""Huang et al. 2021: PSNR in dB of the video, implicit and explicit models of one layer of width 1024."""
+"""Huang et al. 2021: PSNR of the video in dB, for implicit and explicit models with one layer of width 1024."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,34 +66,35 @@ class SignalsConfig:
     plan: Plan = field(default_factory=lambda: Plan(seeds=2, together=12))
 
     sound_file: Path | None = None
-    """A WAV file; by default a melody that is synthesized."""
+    """A WAV file. Default: a synthesized melody."""
 
     video_file: Path | None = None
-    """A video as implicit-video takes it; by default moving shapes that are drawn."""
+    """A video in any format of implicit-video. Default: moving shapes, drawn on the spot."""
 
     sound_from: float = 0.0
-    """Where in the sound's file the excerpt begins, in seconds."""
+    """Start of the excerpt of --sound-file, in seconds."""
 
     sound_seconds: float | None = None
-    """How long it is; by default 2, and the whole file at the paper's scale."""
+    """Length of the excerpt, in seconds. Default: 2, or the whole file with --scale paper."""
 
     sound_rate: int | None = None
-    """Samples a second; by default 8000, and the paper's 44100."""
+    """Samples per second. Default: 8000, or the paper's 44,100 with --scale paper."""
 
     video_frames: int | None = None
-    """How many frames are taken; by default 10, and at the paper's scale the whole file."""
+    """Number of frames. Default: 10, or the whole file with --scale paper."""
 
     video_size: int | None = None
-    """Pixels of the longest side; by default 48, and 512 at the paper's scale."""
+    """Longest side in pixels. Default: 48, or 512 with --scale paper."""
 
     width: int | None = None
-    """The models' width; by default 64; at the paper's scale 256 for the sound and 1024 for the video."""
+    """Width of the models. Default: 64; with --scale paper 256 for the sound and 1024 for the video."""
 
     steps: int | None = None
-    """Steps of each training; by default 400; at the paper's scale 3000 for the sound and 10000 for the video."""
+    """Optimizer steps of each training. Default: 400; with --scale paper 3000 for the sound and 10,000 for the
+    video."""
 
     rows: tuple[str, ...] = ()
-    """Only these, such as sound-fourier-implicit, video-gabor-explicit and cost; by default all."""
+    """Rows to run, such as sound-fourier-implicit, video-gabor-explicit and cost. Default: all."""
 
     machine: Machine = field(default_factory=lambda: Machine(tensorboard=False))
 

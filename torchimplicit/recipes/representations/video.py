@@ -73,22 +73,22 @@ class VideoConfig:
     'torchimplicit[video]', what FFmpeg reads (MP4, MOV, MKV, WebM, AVI)."""
 
     clip: ClipName = "shapes"
-    """Where --file is not given: moving shapes, drawn on the spot, or a flight over a picture of scikit-image."""
+    """Built-in video, if --file is not given: moving shapes, or a flight over a picture of scikit-image."""
 
     first: int = 0
-    """The first frame of a file that is taken, counted from 0."""
+    """First frame of the file to use, counted from 0."""
 
     every: int = 1
-    """Take every so many frames of a file."""
+    """Use one in this many frames."""
 
     frames: int | None = 12
-    """How many frames are taken at most; None takes all."""
+    """Largest number of frames; None takes all."""
 
     size: int = 48
-    """Pixels of the longest side; larger frames are reduced to it."""
+    """Longest side in pixels; larger frames are reduced to it."""
 
     export_size: tuple[int, ...] = ()
-    """Also sample the field so finely: frames, height and width; or pixels of the longest side."""
+    """Also sample the field at this resolution: frames, height and width; or the longest side in pixels."""
 
     representation: Representation = field(default_factory=Representation)
     optimization: Optimization = field(default_factory=Optimization)
@@ -128,7 +128,7 @@ def video() -> VideoConfig:
 
 
 RATE = 25.0
-"""Frames a second, where a source does not say."""
+"""Frames per second, if the source does not define them."""
 
 Values = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -186,10 +186,10 @@ def _flight(frames: int, size: int) -> Tensor:
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 MOST_POINTS = 1 << 27
-"""Pixels of all frames together."""
+"""Largest number of pixels of all frames together."""
 
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error, Image.DecompressionBombError)
-"""The errors that Pillow raises for files that are cut short, or broken, or would be huge."""
+"""Exceptions that Pillow raises for files that are truncated, broken or oversized."""
 
 
 @dataclass(frozen=True)
@@ -400,7 +400,7 @@ def over_frames(decibels: Sequence[float]) -> Figure:
 
 
 SHORTEST = 20
-"""Milliseconds of a GIF's frame: browsers show shorter ones slowly."""
+"""Shortest duration of a GIF's frame, in milliseconds: browsers slow down shorter ones."""
 
 
 def can_write_mp4() -> bool:

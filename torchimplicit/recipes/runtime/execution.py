@@ -85,7 +85,7 @@ def _go(runner: Runner, settings: Any, run: Run, console: Console) -> int:
 
 
 PAGES = ("index.html", "results.json", "record.json", "figures")
-"""What a run may leave for people to look at, beside its products."""
+"""Pages that a run may have, in addition to its products."""
 
 
 def opened(path: Path, again: bool = True) -> tuple[Run, Runner, Any]:

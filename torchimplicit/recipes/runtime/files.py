@@ -37,13 +37,13 @@ CHECKSUM = "checksum"
 _KIND = "sha256:"
 _MARK = b"torchimplicit sha256:"
 _END = 22
-"""Bytes of a zip archive's last record, of which the last two say how long the comment is that follows."""
+"""Bytes of a zip archive's end record; its last two give the length of the comment that follows."""
 
 _TAIL = len(_MARK) + 64
 _CHUNK = 1 << 20
 _LARGEST_JSON = 1 << 30
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""The errors of a disk, a quota or a file that has no more room."""
+"""Error codes of a full disk, quota or file."""
 
 _DISK = FULL | {errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG}
 
@@ -297,7 +297,7 @@ def _reason(error: Exception) -> str:
 
 
 TIMEOUT = 60.0
-"""Seconds without an answer after which a download is given up."""
+"""Seconds without an answer after which a download is abandoned."""
 
 _CHUNK_FETCH = 1 << 20
 

@@ -28,7 +28,7 @@ from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Job, Picture, Plan, Published, Record
 
 POLL = 1.0
-"""Seconds between two looks at the runs."""
+"""Seconds between two checks of the runs."""
 
 
 def run_all(jobs: Sequence[Job], folder: Path, plan: Plan, console: Console) -> dict[str, Run]:

@@ -340,7 +340,7 @@ class TrainingModule(LightningModule):
 
 
 _IDLE = torch.device("cpu")
-"""In the place of the device where it need not finish: the clock is read, and nothing is waited for."""
+"""Stands in for a device on which nothing is waited for: only the clock is read."""
 
 
 @contextmanager

@@ -26,10 +26,10 @@ from torchimplicit.solution import Report, Solution
 from torchimplicit.validation import at_least
 
 OWN = ("cosine", "norm_ratio", "relative_error", "adjoint_residual", "exact_residual", "ascent", "spectral_radius")
-"""What is logged of a layer's own estimator, as ``gradient/LAYER/FIGURE``, for the number of the step from 1 on."""
+"""Figures logged for a layer's own estimator as ``gradient/LAYER/FIGURE``, by the step's number from 1."""
 
 BESIDE = ("cosine", "norm_ratio", "relative_error", "adjoint_residual", "ascent", "steps", "damping", "products")
-"""What is logged of another one, as ``gradient/LAYER/NAME/FIGURE``."""
+"""Figures logged for another estimator as ``gradient/LAYER/NAME/FIGURE``."""
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,8 @@ class Clock:
 
 
 Step = Callable[[Array, float], float]
-"""Called after every iteration with the weights and the loss; gives the share of the budget that is spent, and raises
-to stop."""
+"""Callback after every iteration, with the weights and the loss. It returns the share of the budget that is spent, and
+raises to stop."""
 
 
 def gauss_newton(objective: Objective, start: Array, step: Step) -> None:
@@ -136,7 +136,7 @@ def gauss_newton(objective: Objective, start: Array, step: Step) -> None:
 
 
 FIRST_STEP = 0.1
-"""Of L-BFGS: the length in the weights of what it tries before it knows anything of the curvature. SciPy's is one."""
+"""Length of L-BFGS's first trial step in weight space, before it has any curvature information. SciPy uses 1."""
 
 
 def l_bfgs(objective: Objective, start: Array, step: Step) -> None:
@@ -199,11 +199,11 @@ def run(objective: Objective, name: OptimizerName, learning_rate: float, spent: 
 
 
 FIRST, RATIO = 1 / 30, 1.5
-"""With a budget of time: the share of it at which the error is measured first, and what it grows by."""
+"""With a time budget: the share of it at which the error is first measured, and the factor between measurements."""
 
 Watch = Callable[[float, bool], None]
-"""Called with the loss, and whether to measure, when the weights of an iteration are in the model: puts what is found
-into the history."""
+"""Callback with the loss and whether to measure, while the model has the iteration's weights. It adds the results to
+the history."""
 
 
 class Enough(Exception):

@@ -122,7 +122,7 @@ def saved(drawings: Sequence[CaptionedFigure], run: Run, dpi: int = 130) -> list
 
 
 LARGEST_INSIDE = 4 << 20
-"""Bytes of a file that is put into the page itself."""
+"""Largest file, in bytes, that is embedded in the page."""
 
 _KINDS = {".png": "image/png", ".gif": "image/gif", ".wav": "audio/wav"}
 

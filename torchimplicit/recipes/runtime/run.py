@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 _ROOMS = (solvers, linear, gradients, models)
 
 Defaults = dict[str, dict[str, Any]]
-"""By the strategy's name, the fields that have a default."""
+"""Fields with a default value, by the strategy's name."""
 
 
 def present() -> Defaults:
@@ -206,16 +206,16 @@ def quietly() -> Iterator[None]:
 
 
 RUNS = Path("runs")
-"""Where runs go unless told otherwise, below the working directory: ``runs/<recipe>/<number>``."""
+"""Default location of runs, relative to the working directory: ``runs/<recipe>/<number>``."""
 
 NOTED_EVERY = 2.0
-"""Seconds between two notes of a run's progress on disk."""
+"""Seconds between two records of a run's progress on disk."""
 
 State = Literal["running", "interrupted", "complete", "diverged"]
 
 _CLAIM, _RESERVE = ".claim", ".reserve"
 _RESERVED = 1 << 17
-"""Bytes that a run sets aside, so that on a full disk it can still note how it ended."""
+"""Bytes that a run reserves, so that on a full disk it can still record how it ended."""
 
 
 @dataclass(frozen=True)
@@ -223,10 +223,10 @@ class RunOptions:
     """Where the run is written."""
 
     output: Path | None = None
-    """The run's directory, which must be new or empty. By default the next free number below runs/<recipe>/."""
+    """Directory of the run, which must be new or empty. Default: the next free number in runs/<recipe>/."""
 
     overwrite: bool = False
-    """Let --output hold an earlier run, which is replaced. Files that are no part of a run stay."""
+    """Replace an earlier run in --output. Files that do not belong to a run are kept."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def known_rows(wanted: Sequence[str], known: Sequence[str]) -> None:
 T = TypeVar("T")
 
 _NAMED = ("inf", "-inf", "nan")
-"""Numbers that JSON does not know."""
+"""Numbers that JSON cannot represent."""
 
 
 def to_plain(value: Any, exact: bool = False) -> Any:
@@ -150,58 +150,59 @@ class Optimization:
     """How the weights move. A *segment* is the steps between two validations; a run resumes where one begins."""
 
     steps: int = 1000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
 
     batch_size: int = 128
-    """Samples a step, over all devices together."""
+    """Samples per optimizer step, summed over all devices."""
 
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    """Which rule moves the weights."""
+    """Optimizer."""
 
     learning_rate: float = 1e-3
-    """The peak."""
+    """Peak learning rate, reached after the warm-up."""
 
     weight_decay: float = 0.0
-    """Added to the gradient (adam, sgd), or decoupled (adamw)."""
+    """Weight decay: added to the gradient (adam, sgd) or decoupled (adamw)."""
 
     momentum: float = 0.9
-    """The momentum of sgd."""
+    """Momentum of sgd."""
 
     nesterov: bool = False
-    """Nesterov's form of it."""
+    """Use Nesterov momentum with sgd."""
 
     whole_passes: bool = False
-    """End a pass over the data with a smaller batch; by default the samples that do not fill one are left out."""
+    """End each pass over the data with a smaller batch. By default samples that do not fill a batch are left out."""
 
     accumulate: int = 1
-    """Parts into which a batch is cut; their gradients are added up, so that one part at a time is in memory."""
+    """Number of parts into which a batch is split to save memory. Their gradients are summed."""
 
     averaging: float = 0.0
-    """Validate and test an exponential moving average of the weights, of which a step keeps this share; 0: none."""
+    """Decay per step of the exponential moving average of the weights that is validated and tested; 0 disables
+    averaging."""
 
     warmup_steps: int = 0
-    """Steps of linear warm-up."""
+    """Optimizer steps of linear learning-rate warm-up."""
 
     schedule: Literal["constant", "cosine", "milestones"] = "cosine"
-    """How the rate goes on after the warm-up."""
+    """Learning-rate schedule after the warm-up."""
 
     final_share: float = 0.0
-    """What a cosine leaves of the peak at the end."""
+    """Final learning rate of the cosine schedule, as a share of the peak."""
 
     milestones: tuple[int, ...] = ()
-    """Steps at which the rate is multiplied by --decay."""
+    """Optimizer steps at which the learning rate is multiplied by --decay (--schedule milestones)."""
 
     decay: float = 0.5
-    """What the rate is multiplied by at a milestone."""
+    """Factor on the learning rate at each milestone."""
 
     clip_norm: float | None = None
-    """Shorten gradients that are longer than this."""
+    """Largest gradient norm; longer gradients are scaled down to it. Default: no clipping."""
 
     validate_every: int = 100
-    """Steps of a segment."""
+    """Optimizer steps between two validations. Checkpoints are written then, and a resumed run continues from there."""
 
     seed: int = 0
-    """The seed of the initial weights, the order of the data, dropout and random projections."""
+    """Random seed of the initial weights, data order, dropout and random projections."""
 
     def __post_init__(self) -> None:
         positive(self, "steps", "batch_size", "learning_rate", "validate_every", "clip_norm")
@@ -228,43 +229,44 @@ class Equilibria:
     """How equilibria are solved and differentiated."""
 
     solver: Literal["anderson", "broyden", "fixed-point"] = "anderson"
-    """The solver of the forward pass."""
+    """Solver of the forward pass."""
 
     solver_steps: int = 30
-    """The most steps of a forward solve."""
+    """Largest number of steps of a forward solve."""
 
     tolerance: float = 1e-3
-    """The relative tolerance of the forward solve."""
+    """Relative tolerance of the forward solve."""
 
     gradient: EstimatorName = "implicit"
-    """How the equilibrium is differentiated."""
+    """Gradient estimator of the equilibrium. implicit: exact, by a linear solve."""
 
     phantom_steps: int = 5
-    """k of the phantom gradients, and the terms that the unbiased series always takes."""
+    """Number of steps k of the phantom gradients, or of terms that the unbiased Neumann series always includes."""
 
     phantom_damping: float = 0.5
-    """λ of the phantom gradients, in (0, 1]."""
+    """Damping λ of the phantom gradients, in (0, 1]."""
 
     backward_tolerance: float = 1e-3
-    """The relative tolerance of the exact gradient's linear solve (GMRES), and the adaptive phantom gradient's aim."""
+    """Relative tolerance of the exact gradient's linear solve (GMRES), or target error of the adaptive phantom
+    gradient."""
 
     backward_steps: int = 30
-    """The most steps of that solve, and of the adaptive phantom gradient."""
+    """Largest number of steps of the exact gradient's linear solve, or of the adaptive phantom gradient."""
 
     evaluation_steps: int | None = None
-    """The most steps of a forward solve in validation and test; by default as many as in training."""
+    """Largest number of steps of a forward solve in validation and test. Default: --solver-steps."""
 
     pretrain_steps: int = 0
-    """First train so many steps with the solver replaced by a few weight-tied applications, differentiated through."""
+    """Optimizer steps of pretraining, in which the solver is replaced by a few unrolled applications of the cell."""
 
     pretrain_depth: int = 10
-    """How many applications pretraining has."""
+    """Number of unrolled applications in pretraining."""
 
     jacobian_weight: float = 0.0
-    """The weight of the penalty ‖vᵀJ‖²/dim on the Jacobian at the equilibrium (Bai et al. 2021)."""
+    """Weight of the Jacobian penalty ‖vᵀJ‖²/dim at the equilibrium (Bai et al. 2021)."""
 
     jacobian_probability: float = 1.0
-    """The probability with which a step has the penalty."""
+    """Probability that an optimizer step includes the Jacobian penalty."""
 
     def __post_init__(self) -> None:
         positive(self, "solver_steps", "tolerance", "phantom_steps", "backward_tolerance", "backward_steps")
@@ -279,41 +281,43 @@ class Machine:
     """On what to train."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU if there is one."""
+    """Device to train on; auto uses a GPU if there is one."""
 
     devices: int = 1
-    """GPUs, or CPU processes, each with its share of every batch."""
+    """Number of GPUs, or of CPU processes, among which each batch is divided."""
 
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
-    """The model's precision; mixed: autocast, and a gradient scaler for 16."""
+    """Precision of the model. The mixed ones use autocast, and 16-mixed also a gradient scaler."""
 
     threads: int = 1
-    """CPU threads of a process; 0 leaves the number to PyTorch."""
+    """CPU threads per process; 0 leaves the number to PyTorch."""
 
     workers: int = 0
-    """Processes that read data, and augment images."""
+    """Number of processes that load and augment data."""
 
     tf32: bool = False
-    """Let GPUs multiply float32 matrices in TF32, with a mantissa of 10 bits."""
+    """Let GPUs multiply float32 matrices in TF32, which has a 10-bit mantissa."""
 
     channels_last: bool = False
-    """Keep images and the weights of convolutions channels last, as tensor cores prefer them."""
+    """Store images and convolution weights in channels-last format, which is faster on tensor cores."""
 
     log_every: int = 1
-    """Log every so many steps. The steps between read nothing from the device but what solvers ask for."""
+    """Optimizer steps between two log entries. Steps in between transfer nothing from the device except what solvers
+    need."""
 
     weights: Path | None = None
-    """Begin with the weights of this file: a state dict, ours, TorchDEQ's, or of locuslab's repositories. With
-    --evaluate-only they are tested as they are."""
+    """File of initial weights: a state dict from here, TorchDEQ or locuslab's repositories. With --evaluate-only they
+    are only tested."""
 
     evaluate_only: bool = False
-    """Train nothing: validate and test the weights of --weights."""
+    """Skip training: validate and test the weights of --weights."""
 
     tensorboard: bool = True
-    """Write TensorBoard's log beside the CSV log."""
+    """Write a TensorBoard log in addition to the CSV log."""
 
     monitor_every: int = 0
-    """After every so many steps log the gradient's cosine to the exact one and the spectral radius; 0: never."""
+    """Optimizer steps between two measurements of the gradient's cosine with the exact one and of the spectral radius;
+    0 for never."""
 
     def __post_init__(self) -> None:
         positive(self, "devices", "log_every")

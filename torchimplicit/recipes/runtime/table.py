@@ -97,31 +97,31 @@ class Plan:
     """Which runs, and where."""
 
     seeds: int = 3
-    """Runs of every row, each with its own seed."""
+    """Number of runs per row, each with its own seed."""
 
     first_seed: int = 0
-    """The seeds are this one and those after it."""
+    """First seed; the others follow it."""
 
     scale: Literal["cpu", "paper"] = "cpu"
-    """cpu: minutes a row on one core. paper: the published settings, for GPUs."""
+    """cpu: settings that take minutes per row on one core. paper: the published settings, for GPUs."""
 
     parallel: int = 1
-    """Runs at a time."""
+    """Number of runs at the same time."""
 
     together: int = 1
-    """Runs that one process does, one after the other: where they are short, its start would take as long as they."""
+    """Number of runs per process, one after the other. Saves start-up time if runs are short."""
 
     cluster: Literal["local", "slurm"] = "local"
-    """Where the runs go: processes of this machine, or Slurm jobs."""
+    """Where the runs are executed: processes on this machine, or Slurm jobs."""
 
     partition: str | None = None
-    """Slurm's partition."""
+    """Slurm partition. Default: the cluster's."""
 
     hours: float = 24.0
-    """After so many hours a run is stopped; started again, it goes on from its last segment."""
+    """Time limit of a run, in hours. A run that is started again continues from its last checkpoint."""
 
     record: Path | None = None
-    """Also copy the record and its figures into a folder of the table's name below this one."""
+    """Also copy the record and its figures to a folder with the table's name inside this one."""
 
     def __post_init__(self) -> None:
         positive(self, "seeds", "parallel", "together", "hours")

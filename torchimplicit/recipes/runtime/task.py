@@ -60,7 +60,7 @@ class Metric:
 
 
 SHARES = ("accuracy", "top5", "test_accuracy", "f1")
-"""Figures that are shares, shown in per cent."""
+"""Figures that are shares, shown in percent."""
 
 
 def told(figures: Mapping[str, float], metric: Metric) -> dict[str, str]:

@@ -14,10 +14,10 @@ from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import no_larger
 
 LARGEST = 1 << 34
-"""Bytes."""
+"""Largest file accepted, in bytes."""
 
 INSIDE = ("state_dict", "model", "model_state_dict", "net")
-"""Under which checkpoints hold the state dict beside other things."""
+"""Keys under which checkpoints store the state dict."""
 
 
 def begin_with(task: nn.Module, path: Path) -> None:
