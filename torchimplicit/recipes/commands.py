@@ -1,4 +1,4 @@
-"""What the commands do. :mod:`torchimplicit.cli` parses them and calls :meth:`Command.run`."""
+"""The commands: :func:`parse` turns arguments into a :class:`Command`, whose ``run`` does the work."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class List:
 
 @dataclass(frozen=True)
 class Start(Generic[R]):
-    """Begin a run of a recipe."""
+    """Start a run of a recipe."""
 
     settings: R
     where: RunOptions = field(default_factory=RunOptions)
@@ -66,7 +66,7 @@ class Start(Generic[R]):
 
 @dataclass(frozen=True)
 class Deferred:
-    """A recipe that was not asked for, and so is not imported."""
+    """Stands for a recipe that was not asked for and is therefore not imported."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Train(Generic[W]):
 
 @dataclass(frozen=True)
 class Reproduce(Generic[W]):
-    """Reproduce a published table or figure: all its runs, with several seeds, and a page that shows them."""
+    """Reproduce a published table or figure: run all its rows with several seeds and write a page of the results."""
 
     start: W
 
@@ -93,7 +93,7 @@ class Reproduce(Generic[W]):
 
 @dataclass(frozen=True)
 class Resume:
-    """Go on with a run that was interrupted, from its last checkpoint and with its own settings."""
+    """Continue an interrupted run from its last checkpoint, with its own settings."""
 
     path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="run", metavar="RUN")]
     """The run's directory."""
@@ -136,7 +136,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class ReportRuns:
-    """Compare finished training runs: a table, learning curves, and a page that shows both."""
+    """Compare finished training runs: a table, learning curves, and an HTML page with both."""
 
     paths: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(name="runs", metavar="RUN [RUN ...]")]
     """The runs' directories."""

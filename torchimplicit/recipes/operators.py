@@ -1,4 +1,4 @@
-"""What lies between a picture and its measurements: linear maps of images ``[batch, channels, height, width]``."""
+"""Linear measurement operators on images ``[batch, channels, height, width]``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Operator(ABC):
 @final
 @dataclass(frozen=True)
 class Blur(Operator):
-    """Convolution with a Gaussian of this deviation in pixels; the picture is mirrored at its border."""
+    """Convolution with a Gaussian whose standard deviation is given in pixels; images are mirrored at the border."""
 
     deviation: float
 
@@ -55,7 +55,7 @@ class Blur(Operator):
 @final
 @dataclass(frozen=True)
 class Downsample(Operator):
-    """The mean of every square of so many pixels a side; what is left over at the border is averaged by itself."""
+    """Mean over squares with this side in pixels; incomplete squares at the border are averaged as they are."""
 
     factor: int
 
@@ -68,7 +68,7 @@ class Downsample(Operator):
 
 @final
 class Known(Operator):
-    """The pixels that are known, all channels of each.
+    """The known pixels, in all channels.
 
     Args:
         known: bool ``[height, width]``.
@@ -95,8 +95,8 @@ class Known(Operator):
 @final
 @dataclass(frozen=True)
 class Radon(Operator):
-    """Line integrals in parallel beams at so many angles, evenly over half a turn: computed tomography. The picture is
-    taken as zero outside, and a pixel's side as the unit of length divided by the longer side."""
+    """Line integrals along parallel beams at a number of angles spread evenly over half a turn (computed tomography).
+    The image is zero outside; the unit of length is the image's longer side."""
 
     views: int
 
@@ -123,7 +123,7 @@ class Radon(Operator):
 
 @final
 class Matrix(Operator):
-    """A matrix ``[measurements, channels * height * width]``, applied to the numbers of each image."""
+    """A matrix ``[measurements, channels * height * width]`` applied to each flattened image."""
 
     def __init__(self, matrix: Tensor):
         self.matrix = matrix
@@ -145,11 +145,11 @@ def made(name: OperatorName, size: float | None, height: int, width: int, seed: 
     """The operator of this name.
 
     Args:
-        name: which.
-        size: of the blur its deviation in pixels, of downsampling the factor, of a mask the share of pixels that are
-            known, of the Radon transform the number of angles; ``None``: :data:`USUAL`.
-        height, width: of the picture.
-        seed: of the mask.
+        name: its name.
+        size: standard deviation of the blur in pixels, factor of downsampling, share of known pixels of a mask, or
+            number of angles of the Radon transform; ``None``: :data:`USUAL`.
+        height, width: height and width of the picture.
+        seed: seed of the mask.
 
     Raises:
         UserError: a size that makes no sense.
@@ -184,7 +184,7 @@ def smoothed(operator: Callable[[Tensor], Tensor], measured: Tensor, like: Tenso
         operator: linear.
         measured: what it gave, ``[1, ...]``.
         like: an image of the shape that is wanted, ``[1, channels, height, width]``.
-        weight: of the differences, beside the measurements of their own size.
+        weight: weight of the differences, beside the measurements of their own size.
     """
     zero = torch.zeros_like(like)
     pull = torch.func.vjp(operator, zero)[1]

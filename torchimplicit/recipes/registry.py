@@ -1,4 +1,4 @@
-"""The recipes and the tables by name. Looking one up imports that one only."""
+"""The recipes and tables by name. Looking one up imports only that one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a recipe, or a table, is.
+    """Location of a recipe or table.
 
     Attributes:
         module: below :mod:`torchimplicit.recipes`; it imports nothing heavy.

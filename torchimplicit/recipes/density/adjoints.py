@@ -1,4 +1,4 @@
-"""Every gradient at one molecule's minimum, measured."""
+"""Measures every gradient estimator at one molecule's minimum."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ class Point:
 
     Attributes:
         size: basis functions.
-        points: of the grid.
+        points: number of points of the grid.
         loss: half the squared distance to the Kohn-Sham density, per electron.
         saddles: minimizations that ended at a saddle before it was found.
-        steps: of the last minimization.
+        steps: steps of the last minimization.
         least, largest: eigenvalues of the projected Hessian in coordinates of the overlap.
         raw_least, raw_largest: in the coefficients themselves.
     """
@@ -100,11 +100,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Difference:
-    """Finite differences along random directions beside the implicit gradient.
+    """Finite differences along random directions, compared with the implicit gradient.
 
     Attributes:
-        error: of the vector of all directional derivatives, relative.
-        worst: of the worst single one.
+        error: error of the vector of all directional derivatives, relative.
+        worst: largest error of a single derivative.
     """
 
     error: float
@@ -113,7 +113,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Nudged:
-    """Propagation with one nudge; errors are relative, to the implicit gradient.
+    """Equilibrium propagation with one nudge; errors are relative to the implicit gradient.
 
     Attributes:
         nudge: relative to the cotangent's length.
@@ -128,7 +128,8 @@ class Nudged:
 
 @dataclass(frozen=True)
 class Loosened:
-    """Propagation with the whole loss of one weight in the energy, minimized to one tolerance; both sides likewise."""
+    """Equilibrium propagation with the whole loss in the energy, with one weight and one tolerance of the minimization;
+    one-sided and symmetric."""
 
     nudge: float
     tolerance: float
@@ -138,7 +139,7 @@ class Loosened:
 
 @dataclass(frozen=True)
 class Beyond:
-    """The symmetric difference with the whole loss, its weight beside the least eigenvalue.
+    """The symmetric difference with the whole loss, with a weight near or above the least eigenvalue.
 
     Attributes:
         share: weight over eigenvalue.
@@ -154,10 +155,10 @@ class Beyond:
 
 @dataclass(frozen=True)
 class Damped:
-    """One-sided propagation with the whole loss, and damped implicit differentiation with its weight as damping.
+    """One-sided propagation with the whole loss, and implicit differentiation damped by the same weight.
 
     Attributes:
-        damping: of both.
+        damping: damping of both gradients.
         apart: the relative distance between the two gradients.
         exact: that of the damped one from the implicit gradient.
     """
@@ -169,7 +170,7 @@ class Damped:
 
 @dataclass(frozen=True)
 class Softened:
-    """Gradients where the softest eigenvalue that the gradient feels has been moved.
+    """Gradients after moving the softest eigenvalue that the gradient depends on.
 
     Attributes:
         eigenvalue: what it was moved to.
@@ -185,13 +186,13 @@ class Softened:
 
 @dataclass(frozen=True)
 class Solved:
-    """One way to solve the adjoint system.
+    """One solver of the adjoint system.
 
     Attributes:
         products: with the Hessian.
         seconds: CPU time of the process, the median of several, all ways in turn.
-        error: of the solution, relative, to that by the eigendecomposition.
-        status: in words.
+        error: relative error against the solution by eigendecomposition.
+        status: the status, as text.
         trace: products and error along the way.
     """
 
@@ -204,7 +205,7 @@ class Solved:
 
 @dataclass(frozen=True)
 class MoleculeResults:
-    """All of it.
+    """All measurements at one molecule's minimum.
 
     Attributes:
         automatic: errors of the nudge that is chosen: ``one_sided``, ``symmetric``.
@@ -246,7 +247,7 @@ def slope(nudges: Sequence[float], errors: Sequence[float]) -> float:
 
     Args:
         nudges: falling.
-        errors: of theirs. Those that follow the least one are what the minimizations leave.
+        errors: their errors. Those after the least one come from the minimizations' tolerance.
     """
     falling = list(zip(nudges, errors, strict=True))[: list(errors).index(min(errors)) + 1]
     pairs = [(math.log(n), math.log(e)) for n, e in falling if FIT[0] < e < FIT[1]]
@@ -265,7 +266,7 @@ _STANDING = LBFGS(rtol=0.0, atol=1e30)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A gradient in all parameters of the functional, flat, and what its backward pass reports."""
+    """A gradient in all parameters of the functional, flattened, and the report of its backward pass."""
 
     gradient: Tensor
     report: Report
@@ -294,7 +295,7 @@ class Optimum:
         reference: the Hessian that preconditions.
         value: the minimum, ``[n]``.
         saddles: how many minimizations ended at a saddle before it.
-        steps: of the last minimization.
+        steps: steps of the last minimization.
     """
 
     def __init__(self, molecule: Molecule, functional: OrbitalFree, tolerance: float):
@@ -472,7 +473,7 @@ def difference(optimum: Optimum, exact: Tensor, directions: int, step: float, ge
         exact: the gradient, flat.
         directions: how many.
         step: the length of the smaller displacement.
-        generator: of the directions.
+        generator: generator of the directions.
     """
     parameters = optimum.parameters
     felt = exact != 0  # coefficients of elements that the molecule lacks do nothing
@@ -620,7 +621,7 @@ def softened(
         optimum: where.
         exact: the gradient before.
         eigenvalue, vector: see :func:`softest`.
-        damping: of the damped gradients.
+        damping: damping of the damped gradients.
         config: what the eigenvalue is multiplied by, and how long a minimization may take.
     """
     found = []
@@ -682,7 +683,7 @@ TIMED = 15
 
 @dataclass(frozen=True)
 class Way:
-    """A solver's name, itself or a descent's, and the products of one step."""
+    """A solver or the name of a descent method, with the number of products per step."""
 
     name: str
     solver: LinearSolver | None
@@ -913,7 +914,7 @@ def _point(optimum: Optimum) -> Point:
 
 
 class MeasureRunner:
-    """Measures; there is nothing to train beyond what the settings ask of the functional."""
+    """Runs the measurement. Nothing is trained, apart from the functional if its settings ask for it."""
 
     def check(self, config: MoleculeGradientsConfig) -> None:
         """See :class:`~torchimplicit.recipes.runtime.run.Runner`: the molecule must be to be had."""

@@ -1,4 +1,4 @@
-"""``torchimplicit density``: a molecule's density and energy by a trained functional, from the command line."""
+"""``torchimplicit density``: density and energy of a molecule from a trained functional."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SPACING, MARGIN = 0.2, 4.0
 class Apply:
     """Find a molecule's density with a trained functional: energy, dipole, forces, a cube file and a picture.
 
-    Exit codes: 0, found; 1, a minimization that did not converge, or PySCF failed; 2, bad input.
+    Exit codes: 0, found; 1, a minimization did not converge or PySCF failed; 2, bad input.
     """
 
     run_path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="run", metavar="RUN")]

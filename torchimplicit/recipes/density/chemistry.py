@@ -1,4 +1,4 @@
-"""Molecules: elements, geometries, and where they come from."""
+"""Molecules: elements, geometries and their sources."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ the cube."""
 @final
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """A closed-shell molecule before anything is computed of it.
+    """A closed-shell molecule before any calculation.
 
     Attributes:
         name: what it is called in files, tables and errors.
         charges: nuclear charges.
-        positions: of the nuclei, x, y, z of each, in bohr.
-        charge: of the molecule as a whole, in elementary charges.
+        positions: positions of the nuclei, x, y, z of each, in bohr.
+        charge: charge of the molecule as a whole, in elementary charges.
 
     Raises:
         UserError: no atoms; an element that is not known or is heavier than krypton; a position that is not finite;
@@ -190,7 +190,7 @@ def distorted(geometry: Geometry, sigma: float, seed: int, copy: int) -> Geometr
     Args:
         geometry: the middle of the distribution.
         sigma: its standard deviation, in angstrom.
-        seed: of the draw.
+        seed: seed of the draw.
         copy: its number, which goes into the name.
 
     Raises:
@@ -316,10 +316,10 @@ def parse(text: str, where: str, name: str, charge: int = 0, electrons: int | No
     """The molecule that ``text`` describes.
 
     Args:
-        text: of the file.
+        text: text of the file.
         where: the file, for errors.
         name: to give to the molecule.
-        charge: of the molecule; the format does not hold it.
+        charge: charge of the molecule; the format does not hold it.
         electrons: how many the caller expects; see :func:`~torchimplicit.recipes.density.chemistry.from_angstrom`.
 
     Raises:
@@ -412,10 +412,10 @@ LARGEST_FILE = 1 << 20
 
 @dataclass(frozen=True)
 class Refused:
-    """A molecule of a folder or an archive that cannot be taken.
+    """A molecule of a folder or archive that cannot be used.
 
     Attributes:
-        name: of its file, without the ending.
+        name: name of its file, without the suffix.
         reason: in one line.
     """
 
@@ -431,7 +431,7 @@ def read(
     Args:
         source: a name (:data:`ATOMS`), ``qm9``, which is downloaded, or the path of an xyz file, a folder of xyz files,
             or a tar archive of them.
-        charge: of every molecule.
+        charge: charge of every molecule.
         electrons: how many each is expected to have; ``None``: whatever follows from the charge.
         limit: how many to take of a folder or an archive, the refused ones included; ``None``: all.
 

@@ -1,4 +1,4 @@
-"""``torchimplicit molecules``: data files of molecules from the command line."""
+"""``torchimplicit molecules``: computes data files of molecules."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from torchimplicit.recipes.runtime.table import Column, Table
 
 @dataclass(frozen=True)
 class Molecules:
-    """Compute molecules for density functionals by PySCF, a data file each; those that are there are skipped.
+    """Compute molecules for density functionals with PySCF, one data file each; existing files are kept.
 
-    Exit codes: 0, all have their files; 1, some failed, and are listed; 2, bad input, and nothing was computed.
+    Exit codes: 0, every molecule has its file; 1, some failed and are listed; 2, bad input, nothing was computed.
     """
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE [SOURCE ...]")]

@@ -32,7 +32,7 @@ _FAILURES = (ArithmeticError, RuntimeError, ValueError, KeyError, MemoryError, n
 
 
 class NotComputedError(Exception):
-    """A calculation that failed: which molecule, and why."""
+    """A calculation that failed, with the molecule and the reason."""
 
 
 def compute(geometry: Geometry, settings: ChemistrySettings) -> Record:

@@ -1,4 +1,4 @@
-"""What a density by a functional costs beside a Kohn-Sham calculation, as molecules grow."""
+"""The cost of a density from a functional, compared with a Kohn-Sham calculation, for growing molecules."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ SERIES: dict[str, Callable[[int], Geometry]] = {"alkanes": alkane, "waters": wat
 
 @dataclass(frozen=True, kw_only=True)
 class MeasurementConfig:
-    """One molecule of a series: its density by a functional, and a Kohn-Sham calculation."""
+    """One molecule of a series: its density from a functional, and a Kohn-Sham calculation."""
 
     series: str = "waters"
     """The series of molecules: alkanes or waters."""
@@ -98,10 +98,11 @@ class Measured:
     """``cost.json``. Seconds are the processor's, of one thread; gigabytes the largest resident size so far.
 
     Attributes:
-        atoms, functions, points, orbitals: of the molecule, the density's basis, the grid, the orbitals' basis.
+        atoms, functions, points, orbitals: atoms, functions, points and orbitals of the molecule, the density's
+            basis, the grid, the orbitals' basis.
         integrals: with the fit of the superposition of atoms, and the grid.
         minimization, forces: by the functional.
-        steps, converged: of the minimization.
+        steps, converged: figures of the minimization.
         gigabytes: until the forces are there.
         kohn_sham: the iteration to self-consistency, without forces, and its cycles.
     """
@@ -196,7 +197,7 @@ def timed(do: Callable[[], T]) -> tuple[T, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class CostConfig:
-    """Alkanes and rows of water, from small to large."""
+    """Alkanes and water clusters of increasing size."""
 
     plan: Plan = field(default_factory=lambda: Plan(seeds=1))
 

@@ -1,4 +1,4 @@
-"""A training whose first and last densities are found in two ways, and their steps counted."""
+"""A training whose initial and final densities are found by two minimizers, counting their steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torchimplicit.recipes.runtime.run import Run, threads
 
 @dataclass(frozen=True)
 class Counted:
-    """``counted.json``: the training molecules, from the superposition of atoms.
+    """``counted.json``: steps for the training molecules, starting from the superposition of atoms.
 
     Attributes:
         descent_before, descent_after: by gradient descent with momentum.

@@ -1,4 +1,4 @@
-"""A pre-trained density functional, trained further by the densities of its minima."""
+"""Fine-tunes a pre-trained density functional on the densities at its minima."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from torchimplicit.recipes.runtime.table import CaptionedFigure, Column, Table
 
 @dataclass(frozen=True)
 class Effort:
-    """Of the training steps, the mean of a molecule.
+    """Work per molecule in the training steps, averaged.
 
     Attributes:
-        steps: of a minimization, begun at the density found last.
+        steps: steps of a minimization from the density found last.
         adjoint: products, or evaluations, of the gradient's own solve.
         unconverged: the share of the minimizations that were not done within their budget.
     """
@@ -55,8 +55,8 @@ class Results:
 
     Attributes:
         state: ``complete`` or ``interrupted``.
-        kind: of the pre-training.
-        weights: that are trained.
+        kind: kind of the pre-training.
+        weights: number of trained weights.
         trained_on: names of the molecules.
         before, test: the test molecules by the pre-trained functional and by this one, from the superposition of
             atoms.
@@ -64,8 +64,8 @@ class Results:
         reference_before, reference: errors of the energies at the reference densities of the test molecules, in
             hartree, before and after.
         spurious_before, spurious: the shares of the test molecules with a spurious minimum.
-        effort: of the first tenth of the steps, and of the last.
-        pretraining_seconds: of the processor's time that pre-training took.
+        effort: means over the first and the last tenth of the steps.
+        pretraining_seconds: CPU seconds of the pre-training.
         selected: the step whose weights they are.
         skipped: molecules that could not be computed.
         wall: seconds of wall-clock time that the steps took in this process.
@@ -162,7 +162,7 @@ def evaluate(config: Finetuning, run: Run, console: Console) -> None:
 
 
 class _School:
-    """The molecules, the functional and what trains it."""
+    """The molecules, the functional and its training loss."""
 
     def __init__(self, config: Finetuning, console: Console):
         self.config = config

@@ -1,4 +1,4 @@
-"""Density functionals that are pre-trained, and then fine-tuned by the densities of their minima."""
+"""Table: density functionals that are pre-trained, then fine-tuned on the densities at their minima."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ SLOWED = 2.0
 
 @dataclass(frozen=True)
 class Way:
-    """To go on from a pre-trained functional.
+    """A fine-tuning variant.
 
     Attributes:
-        label: for people.
-        changes: of the settings.
+        label: label to display.
+        changes: changes of the settings.
         one: on the largest of the molecules alone.
     """
 
@@ -80,7 +80,7 @@ KINDS: dict[Kind, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """Does the implicit loss improve a pre-trained functional, by which gradient, and is it stable?"""
+    """Does the implicit loss improve a pre-trained functional, with which gradient, and is it stable?"""
 
     plan: Plan = field(default_factory=lambda: Plan(seeds=2))
 

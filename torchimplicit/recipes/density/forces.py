@@ -1,4 +1,4 @@
-"""Forces on the nuclei at a density of least energy, by the envelope theorem."""
+"""Forces on the nuclei at the density of least energy, by the envelope theorem."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def forces(functional: OrbitalFree, p: Tensor, record: Record) -> Tensor:
 
     Args:
         p: coefficients of the density of least energy, ``[n]``.
-        record: of the molecule.
+        record: record of the molecule.
 
     Raises:
         UserError: PySCF, whose integrals these are, is missing; or the functional has a learned external potential,

@@ -1,4 +1,4 @@
-"""Gradients through a density functional's minimum: exact, damped, by propagation, and the adjoint's solvers."""
+"""Table: gradients through a density functional's minimum by several estimators and adjoint solvers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ LINEAR = ("implicit", "damped")
 
 @dataclass(frozen=True, kw_only=True)
 class TableConfig:
-    """Gradients through the minimum of a density functional, at several molecules."""
+    """Gradients through the minimum of a density functional, for several molecules."""
 
     molecules: tuple[str, ...] = ("H2", "H2O")
     """Molecules, by formula. NH3 and CH4 take minutes longer."""
@@ -88,7 +88,7 @@ REFERENCE = "reference Hessian"
 
 @dataclass(frozen=True)
 class Group:
-    """The seeds of one molecule and functional."""
+    """The seeds of one molecule and one functional."""
 
     molecule: str
     state: State

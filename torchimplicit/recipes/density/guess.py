@@ -1,4 +1,4 @@
-"""A density as the start of a Kohn-Sham calculation."""
+"""A density as the initial guess of a Kohn-Sham calculation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def density_matrix(p: Tensor, record: Record) -> Array:
 
     Args:
         p: coefficients of the density, ``[n]``.
-        record: of the molecule.
+        record: record of the molecule.
 
     Raises:
         UserError: PySCF is missing.

@@ -1,4 +1,4 @@
-"""What is measured while a functional is trained, and what comes out."""
+"""Measurements during the training of a functional, and its results."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torchimplicit.recipes.runtime.run import Environment
 
 @dataclass(frozen=True)
 class Measurement:
-    """The state of a training.
+    """The state of a training at one iteration.
 
     Attributes:
         iteration: iterations done; 0 is the start, with the linear terms fitted.
-        seconds: of the processor's time, spent in the optimizer until then.
+        seconds: CPU seconds, spent in the optimizer until then.
         loss: with its penalties.
         inner_steps, adjoint: steps of the minimizations and products of the adjoint solves in the last evaluation of
             the loss, from the densities found before, the mean of a molecule.
@@ -36,11 +36,11 @@ class Measurement:
 
 @dataclass
 class History(Clock):
-    """A training so far; it travels in the checkpoint.
+    """All measurements so far; saved in the checkpoint.
 
     Attributes:
         looks: in their order.
-        weights: how many are trained.
+        weights: number of trained weights.
         best: the iteration of the least validation loss, whose weights are kept; -1 before the first measurement.
     """
 
@@ -54,7 +54,7 @@ class Results:
     """``results.json``.
 
     Attributes:
-        weights: how many are trained.
+        weights: number of trained weights.
         start, train, validation, test: every molecule, with the linear terms alone (of the training molecules) and at
             the weights that were selected.
         start_test: the test molecules with the linear terms alone.

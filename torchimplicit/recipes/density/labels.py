@@ -1,4 +1,5 @@
-"""Densities of Kohn-Sham systems in known potentials, with the energies and slopes that a functional should have there.
+"""Training labels: densities of Kohn-Sham systems in known potentials, with the energies and slopes a functional should
+have there.
 
 Each is one step of a self-consistent iteration: from a density between the superposition of atoms and the ground state,
 with a potential added to its Fock matrix. Its orbitals are the ground state of non-interacting electrons in that
@@ -45,13 +46,13 @@ state."""
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Labels:
-    """Of one molecule; atomic units, float64. The first density is the ground state.
+    """The labels of one molecule, in atomic units and float64. The first density is the ground state.
 
     Attributes:
-        geometry: of which molecule.
+        geometry: geometry of the molecule.
         chemistry: how its ground state was computed, the density basis and the grid.
         settings: how many densities, and how far they are from the ground state.
-        coefficients: of the densities, ``[labels, n]``, fitted as those of the molecule's data file.
+        coefficients: coefficients of the densities, ``[labels, n]``, fitted as those of the molecule's data file.
         kinetic: :math:`T_s`, of the non-interacting electrons, ``[labels]``.
         exchange_correlation: :math:`E_{xc}`, ``[labels]``.
         hartree, attraction: the other terms of the energy, as the orbitals have them, ``[labels]``.
@@ -181,7 +182,7 @@ def _labelled(geometry: Geometry, chemistry: ChemistrySettings, settings: LabelS
 
 
 class _Integrals:
-    """The three-centre Coulomb integrals of a molecule, kept, with their two contractions."""
+    """A molecule's three-centre Coulomb integrals, kept in memory, with their two contractions."""
 
     def __init__(self, mol: Any, fitting: Any):
         self._size = mol.nao
@@ -203,8 +204,8 @@ class _Integrals:
 
 @dataclass(frozen=True)
 class _Within:
-    """Exchange and correlation of some densities: energies ``[k]``, matrices ``[k, orbitals, orbitals]`` and slopes in
-    the fitting functions ``[k, n]``."""
+    """Exchange and correlation of several densities: energies ``[k]``, matrices ``[k, orbitals, orbitals]`` and slopes
+    in the fitting functions ``[k, n]``."""
 
     energies: Array
     matrices: Array

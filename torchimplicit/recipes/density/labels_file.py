@@ -1,4 +1,4 @@
-"""A file of a molecule's labels, as :mod:`torchimplicit.recipes.density.storage` keeps molecules."""
+"""Files of a molecule's labels, in the format of :mod:`torchimplicit.recipes.density.storage`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of pre-training and of fine-tuning density functionals with a network of the coefficients."""
+"""Settings for pre-training and fine-tuning density functionals whose network sees the coefficients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ stays convex); an energy of the density; or, for comparison, the density itself 
 
 @dataclass(frozen=True, kw_only=True)
 class Stepping:
-    """How weights are changed: AdamW with a cosine, some molecules a step."""
+    """Optimization by AdamW with cosine decay, on batches of molecules."""
 
     steps: int = 2000
     """Largest number of optimizer steps."""
@@ -135,7 +135,7 @@ class Pretraining:
 
 @dataclass(frozen=True, kw_only=True)
 class Finetuning:
-    """Train a pre-trained density functional further, by the densities of its minima."""
+    """Fine-tune a pre-trained density functional on the densities at its minima."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")] = Path()
     """Directory of a run of 'torchimplicit pretrain'."""
@@ -237,7 +237,7 @@ class Finetuning:
 
 @dataclass(frozen=True, kw_only=True)
 class Schooling:
-    """A pre-training, and ways to go on from its weights."""
+    """A pre-training, and several fine-tunings from its weights."""
 
     pretraining: Pretraining = field(default_factory=Pretraining)
 

@@ -1,4 +1,4 @@
-"""What a network of a density's coefficients learns of one molecule, without the grid."""
+"""Training data of one molecule for a network of density coefficients, without the grid."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from torchimplicit.recipes.density.record import Record
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Bare:
-    """A molecule's densities, and what the functional without learned terms lacks there.
+    """A molecule's densities, with the energies and slopes that the fixed part of the functional lacks.
 
     Attributes:
         molecule: without its grid.
-        coefficients: of the densities, ``[labels, n]``; the first is the reference.
+        coefficients: coefficients of the densities, ``[labels, n]``; the first is the reference.
         energies: that the functional lacks, in hartree, ``[labels]``.
         slopes: likewise, ``[labels, n]``, up to multiples of the functions' integrals.
         answer: :func:`~torchimplicit.models.orbital_free.response` at the reference, ``[n, n]``.
         plain: the same without the Hessian, :math:`PS^{-1/2}`, ``[n, n]``.
         inverse: :math:`S^{-1/2}`, ``[n, n]``.
-        columns: of the linear terms, ``[n, coefficients]``.
+        columns: columns of the linear terms, ``[n, coefficients]``.
     """
 
     molecule: Molecule
@@ -52,8 +52,9 @@ class Bare:
         Args:
             bare: that functional.
             learned: one with the linear terms that are to be fitted, whatever their coefficients.
-            record: of the molecule.
-            labels: of the molecule; ``None``: its reference density alone, where the exact energy's slope is nought.
+            record: record of the molecule.
+            labels: labels of the molecule; ``None``: its reference density alone, where the exact energy's slope is
+                nought.
         """
         molecule = record.molecule()
         metric = Metric(molecule.overlap)
@@ -104,19 +105,19 @@ class Lesson:
     """A molecule as the network sees it, in the precision of training.
 
     Attributes:
-        name: of the molecule.
+        name: name of the molecule.
         electrons: how many.
-        graph: of the molecule.
-        rows: of the densities, ``[labels, atoms, length]``.
-        guess: of the superposition of atoms, ``[1, atoms, length]``.
-        place: of each coefficient in a flat row.
+        graph: graph of the molecule.
+        rows: rows of the densities, ``[labels, atoms, length]``.
+        guess: coefficients of the superposition of atoms, ``[1, atoms, length]``.
+        place: place of each coefficient in a flat row.
         answer: how far the minimum moves by a slope in the rows' coordinates, ``[n, n]``.
         plain: the slope in the metric's coordinates, likewise.
         wanted: how far it should move, ``[labels, n]``.
         plainly: the slope that is wanted, in the metric's coordinates and projected, ``[labels, n]``.
         energies: that the network should have, ``[labels]``.
-        shift: of the rows by a displacement in the metric's coordinates, ``[n, n]``.
-        start: of the superposition of atoms from the reference, in the metric's coordinates, ``[n]``.
+        shift: shift of the rows by a displacement in the metric's coordinates, ``[n, n]``.
+        start: displacement of the superposition of atoms from the reference, in the metric's coordinates, ``[n]``.
         soft: a displacement in the metric's coordinates by a random vector, the soft directions more, ``[n, n]``.
     """
 

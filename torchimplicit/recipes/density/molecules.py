@@ -1,4 +1,4 @@
-"""Density functionals for several molecules, tested on geometries and on molecules that they have not seen."""
+"""Table: density functionals for several molecules, tested on unseen geometries and molecules."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ FINER = (("trained_energy_error", 1e3), ("finer_loss", 1e3), ("finer_l1", 1.0), 
 
 @dataclass(frozen=True)
 class Row:
-    """What differs from the recipe.
+    """A row: how it differs from the recipe.
 
     Attributes:
-        label: for people.
-        changes: of the recipe's settings.
+        label: label to display.
+        changes: changes of the recipe's settings.
         energy: whether energies are trained.
         qm9: whether it is on those molecules.
     """
@@ -66,7 +66,7 @@ ROWS = {
 
 @dataclass(frozen=True, kw_only=True)
 class MoleculesConfig:
-    """Four molecules in new geometries, by three optimizers and four losses; then molecules of QM9, some held out."""
+    """Four molecules in new geometries, with three optimizers and four losses; then molecules of QM9, some held out."""
 
     plan: Plan = field(default_factory=lambda: Plan(seeds=2, together=100))
 

@@ -1,4 +1,4 @@
-"""What a density functional is trained by."""
+"""The training objective of a density functional."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TAIL = 1e-3
 
 @dataclass
 class Case:
-    """A molecule, with its metric, the Hessian that is kept as preconditioner, and the density found last.
+    """A molecule with its metric, the kept Hessian that preconditions, and the density found last.
 
     Attributes:
         weighing: see :meth:`away`, ``[n, n]``.
@@ -162,8 +162,8 @@ class Case:
 
 
 class Weights:
-    """Those of the network, the coefficients of the s shells that occur, and, where energies are trained, the constants
-    of the elements that do.
+    """The trained weights: the network's, the coefficients of the s shells that occur and, if energies are trained,
+    constants of the elements that occur.
 
     Attributes:
         network: bool ``[size]``: which are the network's.
@@ -237,8 +237,8 @@ REFINEMENTS = 3
 
 
 class Penalties:
-    """On the size of the Hessian, by a random vector (the Jacobian regularization of Bai et al. 2021), and on a least
-    eigenvalue below a floor, by its eigenvector, which is followed through training."""
+    """Penalties on the size of the Hessian along a random vector (the Jacobian regularization of Bai et al. 2021), and
+    on a least eigenvalue below a floor, through its eigenvector, which is tracked during training."""
 
     def __init__(self, config: OrbitalFreeTraining):
         self.config = config
@@ -249,7 +249,7 @@ class Penalties:
         """A scalar that is differentiable in the functional's weights, the density ``p`` (``[n]``) held fixed.
 
         Args:
-            number: of the case, by which its eigenvector is remembered.
+            number: number of the case, by which its eigenvector is remembered.
         """
         config, total = self.config, p.new_zeros(())
         if not config.hessian_weight and not config.floor_weight:
@@ -290,7 +290,7 @@ def floor_residual(
 
 
 class Curvature:
-    """Products with the projected Hessian in the metric's coordinates; they are differentiable in the weights."""
+    """Products with the projected Hessian in the metric's coordinates, differentiable in the weights."""
 
     def __init__(self, case: Case, functional: OrbitalFree, p: Tensor):
         self.inverse, self.normal = case.plane
@@ -333,10 +333,10 @@ class Curvature:
 
 @dataclass
 class Work:
-    """What it took.
+    """Work of an evaluation.
 
     Attributes:
-        steps, evaluations: of the minimizations, summed over molecules.
+        steps, evaluations: steps and evaluations of the minimizations, summed over molecules.
         adjoint: products of the adjoint solves, likewise.
         unconverged: minimizations that were not done.
     """
@@ -348,14 +348,14 @@ class Work:
 
 
 class Share:
-    """Some of the molecules of a training.
+    """Some of a training's molecules, as one process holds them.
 
     The loss is the mean over all ``total`` molecules of the half square of :meth:`Case.away` (with fixed-point
     correction, of the iterates too, by their weights), of half the squared error of the energy per electron times its
     weight, and of the penalties.
 
     Attributes:
-        work: of the last call.
+        work: work of the last call.
         tell: is called with what is being done, several times in an evaluation.
     """
 
@@ -507,15 +507,15 @@ class Share:
 
 
 class DensityFit(AbstractContextManager["DensityFit"]):
-    """An :class:`~torchimplicit.recipes.runtime.optimize.Objective`: the shares of the molecules, and the decay of
-    the network's weights.
+    """An :class:`~torchimplicit.recipes.runtime.optimize.Objective` that sums the shares of the molecules and the
+    weight decay.
 
     Molecules are independent problems of different size, so they are shared among processes, the largest first, each to
     the one that has least to do. To be used in a ``with`` statement, at whose end the processes end.
 
     Attributes:
         evaluations, jacobians, rejected: see there.
-        work: of the last call, over all molecules.
+        work: work of the last call, over all molecules.
     """
 
     def __init__(self, functional: OrbitalFree, molecules: Sequence[Molecule], config: OrbitalFreeTraining):
@@ -607,7 +607,7 @@ def _weights(functional: OrbitalFree, molecules: Sequence[Molecule], config: Orb
 
 
 class _Worker:
-    """Another process, with its share."""
+    """A worker process with its share of the molecules."""
 
     def __init__(
         self, functional: OrbitalFree, own: Sequence[Molecule], every: Sequence[Molecule], config: OrbitalFreeTraining

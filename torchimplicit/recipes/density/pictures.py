@@ -1,4 +1,4 @@
-"""The pictures of a trained functional, and its page."""
+"""Figures and page of a trained functional."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a molecule's density is drawn."""
+"""The plane in which a molecule's density is drawn."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def line(centres: Tensor, count: int = 401) -> tuple[Tensor, Tensor, Tensor]:
     """Along the first two atoms, or along z through a single one.
 
     Args:
-        centres: of the atoms, ``[atoms, 3]``.
-        count: of points.
+        centres: centres of the atoms, ``[atoms, 3]``.
+        count: number of points.
 
     Returns:
         points ``[count, 3]``, how far they are from the first atom ``[count]``, and the places of the two atoms.
@@ -31,8 +31,8 @@ def plane(centres: Tensor, count: int = 81) -> tuple[Tensor, tuple[Tensor, Tenso
     """That of the first two atoms and of the one farthest from their line; any through a linear molecule.
 
     Args:
-        centres: of the atoms, at least two, ``[atoms, 3]``.
-        count: of points in each direction.
+        centres: centres of the atoms, at least two, ``[atoms, 3]``.
+        count: number of points in each direction.
 
     Returns:
         points ``[count², 3]``, the second coordinate being the slower; the coordinates in both directions; the atoms'

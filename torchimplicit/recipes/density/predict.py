@@ -1,4 +1,4 @@
-"""The density of a molecule by a trained functional: what a run leaves to be used, and its use."""
+"""Using a trained functional: the files that a run leaves for it, and the density of a molecule."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from torchimplicit.solution import Status
 
 @dataclass(frozen=True)
 class Trained:
-    """A functional that is trained.
+    """A trained functional.
 
     Attributes:
         functional: with its elements' constants fitted to the training molecules' energies.
-        domain: of the training molecules.
+        domain: domain of the training molecules.
         chemistry: how they were computed.
     """
 
@@ -86,22 +86,22 @@ def _place(run: Run) -> Path:
 
 @dataclass(frozen=True)
 class Density:
-    """The density of least energy, and what follows from it; atomic units.
+    """The density of least energy and quantities derived from it, in atomic units.
 
     Attributes:
-        record: of the molecule, without a Kohn-Sham calculation.
-        coefficients: of the density, ``[n]``.
+        record: record of the molecule, without a Kohn-Sham calculation.
+        coefficients: coefficients of the density, ``[n]``.
         energy: in hartree.
         parts: its terms by name.
         dipole: x, y and z, in atomic units (2.5417 debye), about the origin.
         forces: on the nuclei, ``[atoms, 3]``, in hartree per bohr; ``None`` where they were not asked for.
-        status: of the minimization.
-        steps: of it.
+        status: status of the minimization.
+        steps: steps of the minimization.
         strangest: the atom that is least like those of training, from 0 on.
         distance: how far its surroundings are from the nearest there; see
             :class:`~torchimplicit.models.orbital_free.Domain`.
         limit: beyond which the functional is used outside what it was trained for.
-        seconds: of wall-clock time, for the integrals and the minimization.
+        seconds: wall-clock time in seconds, for the integrals and the minimization.
     """
 
     record: Record

@@ -1,4 +1,4 @@
-"""Molecules computed once and kept: the files of many, made side by side."""
+"""Computes the data files of many molecules in parallel and keeps them."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a molecule.
+    """The outcome for one molecule.
 
     Attributes:
-        geometry: which.
+        geometry: the geometry.
         path: its file, unless it failed.
         reason: why it failed; empty if it did not.
         seconds: that its calculation took; nought for a file that was there.
@@ -52,7 +52,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Molecules in the order in which they were asked for, without those that failed."""
+    """Molecules in the requested order, without those that failed."""
 
     molecules: list[Molecule]
     failures: list[Outcome]
@@ -84,7 +84,7 @@ def prepare(
     was being computed.
 
     Args:
-        geometries: which.
+        geometries: the geometries.
         settings: how.
         folder: made if there is none.
         workers: how many processes compute, a thread each; 1: this one. More than one need a main module that can be
@@ -121,10 +121,10 @@ def prepare_labels(
 
 @dataclass(frozen=True)
 class Work:
-    """What is computed of a molecule; it can be sent to another process.
+    """What to compute for a molecule; it can be sent to another process.
 
     Attributes:
-        name: of the file of a geometry.
+        name: name of the file of a geometry.
         compute: compute a geometry's, write it to a path and say how many seconds it took.
         read: a file, with a :class:`~torchimplicit.recipes.density.storage.BrokenFileError` where it is none.
     """

@@ -1,4 +1,4 @@
-"""A density functional, or a predictor of densities, trained on Kohn-Sham calculations without minimizing anything."""
+"""Trains a density functional, or a predictor of densities, on Kohn-Sham calculations without minimizing it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ either is a spurious one rather than an error of a trained functional."""
 
 
 class Teacher:
-    """The loss of a network in some molecules, and its figures in others.
+    """The training loss over some molecules, and the figures of others.
 
     Of a slope :math:`g` that the functional has beside the one that it should have, what counts is how far it moves the
     minimum, :math:`\\lVert Rg\\rVert^2/2N` (:func:`~torchimplicit.models.orbital_free.response`): to first order, the
@@ -183,7 +183,7 @@ class Results:
 
     Attributes:
         state: ``complete`` or ``interrupted``.
-        weights: of the network.
+        weights: weights of the network.
         start_test: the test molecules with the linear terms alone, empty for a predictor of densities.
         validation, test: the molecules that are held out, by minimization from the superposition of atoms; of a
             predictor of densities, by its densities.

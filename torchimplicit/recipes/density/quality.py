@@ -1,4 +1,4 @@
-"""How good the densities of a functional are, molecule by molecule, and how hard they are to find."""
+"""Quality of a functional's densities, molecule by molecule, and the effort to find them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torchimplicit.recipes.density.settings import OrbitalFreeTraining
 
 @dataclass(frozen=True)
 class Finer:
-    """The density that the same functional has on a finer grid, found from the one on its own grid.
+    """The density of the same functional on a finer grid, minimized from the one on its own grid.
 
     Attributes:
         level: PySCF's, of the finer grid.
@@ -44,18 +44,18 @@ class Finer:
 
 @dataclass(frozen=True)
 class Quality:
-    """Of one molecule.
+    """Quality of one molecule's density.
 
     Attributes:
-        name, size: of the molecule, and how many basis functions it has.
+        name, size: the molecule's name and number of basis functions.
         loss: :math:`\\int(\\rho-\\rho_{gs})^2/(2N)`.
         l1: :math:`\\int|\\rho-\\rho_{gs}|/N`.
-        energy_error: of the energy at the density that was found, in hartree.
+        energy_error: error of the energy at the density found, in hartree.
         trained_energy_error: likewise, by the elements' constants that training had; ``energy_error`` is by those that
             are fitted to the training molecules' energies afterwards, unless energies are trained.
         guess_loss, guess_l1: the same figures of the superposition of atoms (MINAO).
         negative: the least density on the grid, per cubic bohr.
-        steps, evaluations: of the minimization from that superposition.
+        steps, evaluations: steps and evaluations of the minimization from that superposition.
         converged: whether it was done within its budget.
         least, largest: eigenvalues of the Hessian on the constraint, in the metric's coordinates; NaN if not asked for.
         finer: the same molecule on a finer grid, where it was looked at.
@@ -86,8 +86,8 @@ class Quality:
 
 @dataclass(frozen=True)
 class Summary:
-    """Means over molecules; ``better`` is a share, ``steps`` and the spectrum are the worst. Those named ``finer`` are
-    of the finer grid, NaN where none was looked at."""
+    """Means over molecules. ``better`` is a share; ``steps`` and the spectrum are the worst; fields named ``finer``
+    belong to the finer grid, and are NaN without one."""
 
     loss: float
     l1: float
@@ -120,7 +120,7 @@ def quality(
     Args:
         spectrum: look at the Hessian's extreme eigenvalues too.
         constants: the elements' constants that training had; ``None``: those that ``functional`` has.
-        file: of the molecule, to look at a finer grid too; ``None``: do not.
+        file: file of the molecule, to look at a finer grid too; ``None``: do not.
     """
     molecule = case.molecule
     with torch.no_grad():

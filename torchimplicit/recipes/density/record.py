@@ -24,13 +24,13 @@ class Record:
     The basis on the grid is not among them: it is made again from the exponents, in less time than it takes to read.
 
     Attributes:
-        geometry: of which molecule.
+        geometry: geometry of the molecule.
         settings: how it was computed.
-        basis: of the density, n functions.
+        basis: basis of the density, n functions.
         overlap, coulomb, external, reference, guess, points, quadrature: see
             :class:`~torchimplicit.models.orbital_free.molecule.Molecule`.
         energy, repulsion, kinetic, exchange_correlation: likewise.
-        attraction: of the nuclei on the Kohn-Sham density, as the orbitals have it.
+        attraction: attraction of the nuclei on the Kohn-Sham density, as the orbitals have it.
         hartree: the Coulomb energy of the Kohn-Sham density, as the orbitals have it.
         software: what computed it, with the version.
         seconds: how long it took.

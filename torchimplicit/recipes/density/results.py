@@ -1,4 +1,4 @@
-"""What the tables of trained density functionals hold of their runs, and say of them."""
+"""Figures and claims shared by the tables of trained density functionals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pre-training, and from its weights several ways to go on: one run of the table of fine-tuning."""
+"""A pre-training and several fine-tunings from its weights: one run of the table of fine-tuning."""
 
 from __future__ import annotations
 

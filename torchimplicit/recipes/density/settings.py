@@ -1,4 +1,4 @@
-"""The settings of the recipes of density functionals."""
+"""Settings of the recipes of density functionals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRIDS = 10
 @final
 @dataclass(frozen=True, kw_only=True)
 class ChemistrySettings:
-    """Of the Kohn-Sham calculation, the density basis and the grid. Two files of one molecule differ if these do."""
+    """The Kohn-Sham calculation, the density basis and the grid. Data files differ if any of these do."""
 
     functional: str = "lda,pw"
     """Exchange-correlation functional by PySCF's name: a local one, or one with the density's gradient."""
@@ -63,7 +63,8 @@ class ChemistrySettings:
 @final
 @dataclass(frozen=True, kw_only=True)
 class LabelSettings:
-    """Of the densities that a functional is trained on beside the ground state's. Two files differ if these do."""
+    """The labelled densities of a functional's training, besides the ground state. Data files differ if any of these
+    do."""
 
     count: int = 16
     """Densities per molecule, including the ground state's."""
@@ -102,7 +103,7 @@ propagation; and one-sided equilibrium propagation with a curved nudge."""
 
 @dataclass(frozen=True, kw_only=True)
 class Molecules:
-    """Which molecules, and how they are split."""
+    """Molecules and their split into training, validation and test."""
 
     sources: tuple[str, ...] = ("H2", "H2O", "NH3", "CH4")
     """Names, .xyz files, folders or archives of them, or qm9; see 'torchimplicit molecules --help'."""
@@ -332,7 +333,7 @@ TOLERANCE = 1e-8
 
 @dataclass(frozen=True, kw_only=True)
 class MoleculeGradientsConfig:
-    """One molecule and one functional with random network weights, and every gradient at its minimum."""
+    """One molecule and one functional with random network weights: every gradient estimator at its minimum."""
 
     molecule: str = "H2"
     """The molecule, by formula: H2, H2O, NH3, CH4 and others."""

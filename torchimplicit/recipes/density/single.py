@@ -1,4 +1,4 @@
-"""One molecule's density functional, trained by implicit differentiation and by equilibrium propagation."""
+"""Table: one molecule's density functional, trained by implicit differentiation and by equilibrium propagation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ GradientOptimizer = Literal["l-bfgs", "adam"]
 
 @dataclass(frozen=True, kw_only=True)
 class SingleConfig:
-    """One molecule, four estimators of the gradient, two optimizers: the same loss, and the time of each."""
+    """One molecule, four gradient estimators, two optimizers: final loss and time of each."""
 
     plan: Plan = field(default_factory=lambda: Plan(seeds=2, together=100))
 

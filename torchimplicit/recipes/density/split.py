@@ -1,4 +1,4 @@
-"""The molecules of a training, split."""
+"""Splits the molecules of a training."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Split:
-    """Molecules by what they are for.
+    """Molecules for training, validation and test.
 
     Attributes:
         train: the loss is theirs.
         validation: the weights are selected by them; empty: the last weights are taken.
         test: looked at once, at the end; empty: there are none.
         skipped: what could not be computed, a line each.
-        files: of the molecules, by their names.
+        files: files of the molecules, by their names.
     """
 
     train: list[Molecule]

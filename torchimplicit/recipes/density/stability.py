@@ -1,4 +1,4 @@
-"""How hard densities are to find as their functional is trained, and what keeps it from growing harder."""
+"""Table: how the effort to find densities grows as a functional is trained, and what limits it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ HELPED = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class CountedTraining:
-    """A training, and its start and its end measured by two ways to find a density."""
+    """A training whose initial and final densities are also found by two minimizers, counting steps."""
 
     training: OrbitalFreeTraining = field(default_factory=lambda: OrbitalFreeTraining(spectrum=True, page=False))
 
@@ -72,7 +72,7 @@ def training() -> CountedTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class StabilityConfig:
-    """Inner iterations and spectra along training: two ways to find a density, with and without what might help."""
+    """Inner iterations and spectra during training: two minimizers, with and without remedies."""
 
     plan: Plan = field(default_factory=lambda: Plan(seeds=3, together=100))
 
@@ -149,11 +149,11 @@ INNER: dict[Inner, str] = {"l-bfgs": "preconditioned L-BFGS", "descent": "gradie
 
 @dataclass(frozen=True)
 class Help:
-    """What might help.
+    """A possible remedy.
 
     Attributes:
-        label: for people.
-        changes: of the recipe's settings, by those of the table.
+        label: label to display.
+        changes: changes of the recipe's settings, by those of the table.
         drawn: whether the loss is drawn at random, which Gauss-Newton cannot take.
     """
 

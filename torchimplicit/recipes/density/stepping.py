@@ -1,4 +1,4 @@
-"""AdamW on batches of molecules, which goes on where it was stopped as if it had not been."""
+"""AdamW on batches of molecules; a resumed training continues exactly as if it had not been stopped."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ RISE = 0.05
 
 @dataclass(frozen=True)
 class Glance:
-    """At a training.
+    """One measurement during a training.
 
     Attributes:
         step: done until then.
-        seconds: of the processor's time, looks not counted.
+        seconds: CPU seconds, without measurements.
         loss: the mean of the steps since the last glance.
-        figures: of the validation molecules, by name.
+        figures: figures of the validation molecules, by name.
     """
 
     step: int
@@ -43,11 +43,11 @@ class Glance:
 
 @dataclass
 class Course:
-    """A training so far; it travels in the checkpoint.
+    """The measurements so far; saved in the checkpoint.
 
     Attributes:
         step: done.
-        seconds: of the processor's time, looks not counted.
+        seconds: CPU seconds, without measurements.
         best: the step of the best glance, whose weights are kept; -1 before the first.
         glances: in order.
     """
@@ -59,12 +59,12 @@ class Course:
 
 
 class Stepper:
-    """Lowers a loss, step by step.
+    """Minimizes a loss step by step.
 
     Args:
         model: whose parameters that require gradients are trained.
         settings: how.
-        loss: of the molecules with these numbers, at a step; it runs backward itself and gives the value.
+        loss: loss of the molecules with these numbers, at a step; it runs backward itself and gives the value.
         look: figures of the validation molecules, of which the first selects the weights, the least being the best.
         kept: what else the checkpoint is to hold, and a function that takes it back.
         course: where a checkpoint's goes.

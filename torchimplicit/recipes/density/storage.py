@@ -108,9 +108,9 @@ def read_arrays(path: Path, form: str, version: int, made: Callable[[dict[str, A
     """What is in a file of :func:`write_arrays`.
 
     Args:
-        path: of the file.
+        path: path of the file.
         form, version: that it must have.
-        made: of the description and the arrays.
+        made: what to make of the description and the arrays.
 
     Raises:
         BrokenFileError, UserError: see :func:`read`.

@@ -1,4 +1,4 @@
-"""A density functional trained by its minima; see :class:`torchimplicit.recipes.runtime.run.Runner`."""
+"""Trains a density functional by its minima; a :class:`torchimplicit.recipes.runtime.run.Runner`."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def evaluate(config: OrbitalFreeTraining, run: Run, console: Console) -> None:
 
 
 class _Watcher:
-    """Measures, and keeps the weights of the least validation loss."""
+    """Measures during training and keeps the weights with the least validation loss."""
 
     def __init__(
         self,

@@ -1,1 +1,1 @@
-"""Joint inference and input optimization, and its tables (Gurumurthy et al. 2021)."""
+"""Joint inference and input optimization (Gurumurthy et al. 2021): recipes and tables."""

@@ -1,4 +1,4 @@
-"""An equilibrium classifier trained against attacks, what attacks do to it, and the table of both."""
+"""Adversarial training of an equilibrium classifier, attacks on it, and the table of both."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ CLEAN = "clean"
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialConfig(Selection):
-    """An equilibrium classifier trained on images that are changed, within a ball, so as to be hard for it."""
+    """An equilibrium classifier trained on images that an attack changes within a ball."""
 
     data: DataName
     """Data set of images."""
@@ -156,7 +156,7 @@ def adversarial_mdeq() -> AdversarialConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AttacksConfig:
-    """Trains a classifier, then attacks it at the best weights by everything there is, in turn."""
+    """Trains a classifier, then compares all attacks on it at the best weights, in turn."""
 
     training: AdversarialConfig = field(default_factory=adversarial_digits)
 
@@ -238,7 +238,7 @@ def jointly(
 
 
 class Standardized(nn.Module):
-    """A classifier of standardized images, as one of pixels in [0, 1]."""
+    """A classifier of standardized images, wrapped to take pixels in [0, 1]."""
 
     def __init__(self, model: nn.Module, mean: tuple[float, ...], deviation: tuple[float, ...]):
         super().__init__()
@@ -268,7 +268,7 @@ STRIDE = {"digits": None, "mnist": 4, "cifar10": 4}
 
 
 class AdversarialTraining(SampledTask):
-    """A classifier, and an adversary that changes what it learns from."""
+    """A classifier and an adversary that changes its training images."""
 
     def __init__(self, config: AdversarialConfig):
         super().__init__()
@@ -409,7 +409,7 @@ class Strength:
         accuracy, cross_entropy: under the attack, after an exact solve at the changed images.
         seconds: CPU seconds of the process for all images at once; on a GPU, wall seconds. The median of several
             times, all attacks in turn.
-        evaluations: of the map, and products with its Jacobian, in whole-batch equivalents.
+        evaluations: evaluations of the map plus products with its Jacobian, in whole-batch equivalents.
         step_size: chosen, as a share of the radius.
         tolerance: chosen, of PGD's solves.
     """
@@ -529,7 +529,8 @@ PUBLISHED = {"pgd": (99.18, 96.53, 95.74), "jiio": (99.32, 95.74, 96.63)}
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialTableConfig:
-    """Clean, PGD and JIIO training; clean images and images attacked by PGD and by JIIO; strength against time."""
+    """Training on clean images, with PGD and with JIIO, tested on clean images and under both attacks; strength of the
+    attacks against time."""
 
     plan: Plan = field(default_factory=Plan)
 

@@ -1,4 +1,4 @@
-"""Joint inference and input optimization (Gurumurthy et al. 2021): a decoder without an encoder, and inverse problems.
+"""Joint inference and input optimization (Gurumurthy et al. 2021): decoders without encoders, and inverse problems.
 
 The latent of an image is the input of an equilibrium decoder with the least reconstruction error; it and the
 equilibrium are found by one fixed point, :class:`~torchimplicit.JointInference`.
@@ -41,7 +41,7 @@ Kind = Literal["mlp", "conv", "mdeq"]
 
 @dataclass(frozen=True, kw_only=True)
 class Images(Selection):
-    """Which images."""
+    """The images."""
 
     data: DataName = "digits"
     """Data set. The digits come with scikit-learn; MNIST and the Olivetti faces (32×32) are downloaded unless
@@ -74,7 +74,7 @@ class Images(Selection):
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """The equilibrium between a latent and its image."""
+    """The equilibrium decoder from a latent to its image."""
 
     kind: Kind = "mlp"
     """mlp: fully connected. Otherwise convolutional at half the images' resolution, or at that and coarser resolutions
@@ -103,7 +103,7 @@ class Decoder:
 
 @dataclass(frozen=True, kw_only=True)
 class Joint:
-    """How latents are found."""
+    """The joint solve that finds latents."""
 
     joint_steps: int = 20
     """Largest number of joint-solve steps in training; --test-steps applies elsewhere."""
@@ -158,7 +158,7 @@ class Part(NamedTuple):
 
 
 class Data(NamedTuple):
-    """The splits."""
+    """The training, validation and test splits."""
 
     training: Part
     validation: Part
@@ -203,7 +203,7 @@ def in_folder(folder: Path, size: tuple[int, int] | None) -> Labelled:
     """The pictures of a folder, in the order of their names, in grey if all are; the labels are zeros.
 
     Args:
-        folder: of PNG, JPEG, BMP, TIFF, WebP or GIF files.
+        folder: folder of PNG, JPEG, BMP, TIFF, WebP or GIF files.
         size: the height and width to which they are cut in the middle and reduced.
 
     Raises:
@@ -279,7 +279,7 @@ def reconstruction(decoder: EquilibriumDecoder, prior: float, step_size: float, 
     Args:
         decoder: to images.
         prior, step_size: for a loss that is a mean over pixels.
-        pixels: of an image.
+        pixels: pixels of an image.
     """
 
     def loss(made: Tensor, x: Tensor, wanted: Tensor) -> Tensor:
@@ -364,7 +364,7 @@ BATCH = 64
 
 
 class Features(nn.Module):
-    """Convolutions down to 4×4, ``FEATURES`` features, and the scores of the classes."""
+    """A small classifier: convolutions down to 4×4, ``FEATURES`` features, and class scores."""
 
     def __init__(self, channels: int, size: int, count: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A decoder without an encoder, trained by joint inference; nested optimization beside it; and the table of both."""
+"""Decoders without encoders, trained by joint inference, compared with nested optimization; and their table."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def nested(
         loss: ``loss(image, x, wanted)``, ``[batch]``.
         wanted: what is reconstructed.
         method: which optimizer.
-        steps, rate: of it.
+        steps, rate: its number of steps and learning rate.
         tolerance: relative, of both solves.
     """
     cell = per_solve(decoder.equilibrium.cell)
@@ -261,12 +261,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Curves:
-    """The measurement.
+    """The measurements of loss against time.
 
     Attributes:
         points: all.
         step_size, damping: of the joint solves.
-        rates, tolerances: of the nested methods.
+        rates, tolerances: rates and tolerances of the nested methods.
     """
 
     points: list[Measured]
@@ -347,7 +347,7 @@ class _Measurement:
 
 
 class Generation(SampledTask):
-    """A decoder, and the images that it learns to make."""
+    """A decoder and its training images."""
 
     metric = Metric("mse", "", "min")
     held_out_batch = 200
@@ -470,16 +470,18 @@ PICTURES = "pictures.pt"
 
 @dataclass(frozen=True)
 class Generated:
-    """The images of a trained model, judged by Fréchet distances to the test images (see :mod:`.frechet`).
+    """Images of a trained model, judged by Fréchet distances to the test images (see :mod:`.frechet`).
 
     Attributes:
-        floor: of the training images, which no model can be expected to beat by much.
-        reconstructions: of the test images made anew.
-        mixture, gaussian: of new images, from a Gaussian mixture and one Gaussian fitted on the training latents.
-        prior: of new images from the autoencoder's own prior; ``None`` without one.
-        accuracy: of the classifier in whose features this is, on the test images.
-        mse: of the reconstructions, the mean over pixels.
-        joint_mse: of an autoencoder's decoder, with latents by joint inference in place of the encoder's.
+        floor: distance of the training images, which no model can be expected to beat by much.
+        reconstructions: distance of the reconstructed test images.
+        mixture, gaussian: distances of new images, from a Gaussian mixture and one Gaussian fitted on
+            the training latents.
+        prior: distance of new images from the autoencoder's own prior; ``None`` without one.
+        accuracy: accuracy of the classifier in whose features this is, on the test images.
+        mse: mean squared error of the reconstructions, per pixel.
+        joint_mse: mean squared error of an autoencoder's decoder, with latents by joint inference in place of the
+            encoder's.
     """
 
     floor: float
@@ -535,10 +537,10 @@ RUNNER = Measuring(
 
 @dataclass(frozen=True)
 class Remade:
-    """Pictures of a folder, which have no classes and so no Fréchet distance in a classifier's features.
+    """Pictures of a folder, which have no classes and therefore no Fréchet distance in a classifier's features.
 
     Attributes:
-        mse: of the test pictures' reconstructions, the mean over pixels.
+        mse: mean squared error of the test pictures' reconstructions, per pixel.
     """
 
     mse: float
@@ -674,7 +676,8 @@ PUBLISHED_FID = {"jiio": (46.82, 32.52), "vae": (48.12, 39.12), "rae": (40.96, 3
 
 @dataclass(frozen=True, kw_only=True)
 class JiioGenerationConfig:
-    """Decoders trained by joint inference, beside autoencoders; loss against time, beside nested optimization."""
+    """Decoders trained by joint inference, compared with autoencoders; loss against time, compared with nested
+    optimization."""
 
     plan: Plan = field(default_factory=Plan)
 
@@ -764,10 +767,10 @@ def at(one: Points, method: str, steps: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Overtaking:
-    """The cheapest joint solve that is at least as good as a nested one.
+    """The cheapest joint solve whose loss is at most that of a nested one.
 
     Attributes:
-        steps, seconds: of it.
+        steps, seconds: its number of steps, and its time.
         ratio: the nested one's time over its.
     """
 

@@ -1,4 +1,4 @@
-"""Inverse problems by joint inference: the recipe, and its table of training by exact and by first-order gradients."""
+"""Inverse problems by joint inference: the recipe, and its table of exact and first-order training gradients."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ Through = Literal["exact", "first-order", "generative"]
 
 @dataclass(frozen=True, kw_only=True)
 class InverseConfig:
-    """An inverse problem: the latent is fitted to a corrupted image, and its image should be like the clean one.
+    """An inverse problem: the latent is fitted to a corrupted image, and its image should match the clean one.
 
     The decoder is trained for that, and the weight of the latent's prior, where the gradient sees it."""
 
@@ -118,7 +118,7 @@ def inverse_olivetti() -> InverseConfig:
 
 
 class Restoration(SampledTask):
-    """A decoder that is fitted to corrupted images, and trained to give the clean ones.
+    """A decoder fitted to corrupted images and trained to give the clean ones.
 
     Attributes:
         prior_shift: what the logarithm of the weight of the latent's prior has moved, over ``config.prior_rate``. The
@@ -153,7 +153,7 @@ class Restoration(SampledTask):
 
         Args:
             images: clean, ``[n, channels, height, width]``.
-            source: of the noise or the places; ``None``: the global generator.
+            source: source of the noise or the places; ``None``: the global generator.
         """
         count, _, height, width = images.shape
         if self.config.corruption == "denoising":
@@ -272,8 +272,8 @@ ADJOINT = GMRES(rtol=1e-4, max_steps=200)
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of the outer loss at the trained weights, beside the exact one of joint and adjoint solves to tight
-    tolerances: cosines, and ratios of lengths.
+    """Gradients of the outer loss at the trained weights, compared with the exact one from tightly solved joint and
+    adjoint problems: cosines and ratios of norms.
 
     Attributes:
         exact, exact_length: of the exact one as in training.
@@ -327,10 +327,10 @@ CORRUPTIONS: tuple[Corruption, ...] = ("denoising", "inpainting")
 
 @dataclass(frozen=True)
 class Row:
-    """How a decoder is trained.
+    """A row: how a decoder is trained.
 
     Attributes:
-        label: for people.
+        label: label to display.
         through: which gradient.
         prior: the weight of the latent's prior to begin with, over the recipe's.
     """
@@ -354,7 +354,7 @@ DEFAULTS = {"digits": inverse_digits, "mnist": inverse_mnist, "olivetti": invers
 
 @dataclass(frozen=True, kw_only=True)
 class JiioInverseConfig:
-    """Denoising and inpainting, trained with the exact gradient, with the first-order one, and on clean images."""
+    """Denoising and inpainting, trained with the exact gradient, the first-order gradient, and on clean images."""
 
     plan: Plan = field(default_factory=Plan)
 

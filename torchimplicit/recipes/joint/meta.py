@@ -1,4 +1,4 @@
-"""Meta-learning by joint inference: a context that adapts to a task, the recipe and its table."""
+"""Meta-learning by joint inference: a context that adapts to a task; the recipe and its table."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ Adaptation = Literal["jiio", "jiio-first-order", "jiio-unrolled", "descent"]
 
 @dataclass(frozen=True, kw_only=True)
 class MetaConfig:
-    """An equilibrium model whose context adapts to a task on a few samples, trained so that others come out right."""
+    """An equilibrium model whose context adapts to a few samples of a task, trained so that it predicts others well."""
 
     data: Literal["sinusoid", "omniglot"]
     """sinusoid: regression of sine waves, made on the spot. omniglot: telling new characters apart from a few drawings
@@ -164,7 +164,8 @@ def omniglot() -> MetaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptationsConfig:
-    """Trains a model, then adapts it at the best weights by JIIO and by descent, with more and fewer steps, in turn."""
+    """Trains a model, then adapts it at the best weights by JIIO and by descent with varying numbers of steps, in
+    turn."""
 
     training: MetaConfig = field(default_factory=sinusoid)
 
@@ -201,8 +202,8 @@ DAMPING = (0.8, 0.6, 1.0)
 
 
 class Adapted(NamedTuple):
-    """The result of an adaptation: contexts ``[tasks, context]``, and evaluations of the map with products with its
-    Jacobian, of the support's states, in whole-batch equivalents."""
+    """The result of an adaptation: contexts ``[tasks, context]``, and the number of evaluations of the map plus
+    products with its Jacobian over the support's states, in whole-batch equivalents."""
 
     context: Tensor
     evaluations: float
@@ -218,14 +219,14 @@ def errors(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Joint:
-    """JIIO: the context and the states of all support samples of a task by one iteration, which is not accelerated: a
-    task is one sample of the batch.
+    """JIIO: one plain fixed-point iteration for the context and the states of all support samples of a task, which form
+    one sample of the batch.
 
     Args:
         steps: the most.
-        step_size: of the context along its gradient.
-        penalty: of the context's square.
-        gradient: of the weights, in the context; ``None``: the context is a constant to them (first order).
+        step_size: step size of the context along its gradient.
+        penalty: weight of the context's square.
+        gradient: gradient of the weights, in the context; ``None``: the context is a constant to them (first order).
         tolerance: relative, of the joint residual.
         seen: is told of the solve.
     """
@@ -265,7 +266,7 @@ class Joint:
 
 @dataclass(frozen=True, kw_only=True)
 class Descent:
-    """Gradient descent on the context, every gradient that of an equilibrium which begins at the last one.
+    """Gradient descent on the context; each equilibrium is solved from the last one.
 
     Args:
         steps, step_size, penalty: as for :class:`Joint`.
@@ -402,7 +403,7 @@ def _read(path: Path) -> Tensor:
 
 
 class Tasks(NamedTuple):
-    """Some tasks at once.
+    """A batch of tasks.
 
     Attributes:
         support, query: samples ``[tasks, samples, ...]``.
@@ -424,7 +425,7 @@ PLACES = {"validation": -10, "test": -11}
 
 
 class MetaLearning(Task):
-    """A model that adapts, and tasks."""
+    """A model that adapts, and its tasks."""
 
     def __init__(self, config: MetaConfig):
         super().__init__()
@@ -558,13 +559,13 @@ RUNNER = Trainer(MetaLearning, ready)
 
 @dataclass(frozen=True)
 class Quality:
-    """One adaptation to the test tasks.
+    """One adaptation, measured on the test tasks.
 
     Attributes:
         error, accuracy: on the queries, at an exact solve with the adapted context.
         seconds: CPU seconds of the process for all tasks at once, from the support's features to the contexts; on a
             GPU, wall seconds. The median of several times, all adaptations in turn.
-        evaluations: of the map, and products with its Jacobian, in whole-batch equivalents.
+        evaluations: evaluations of the map plus products with its Jacobian, in whole-batch equivalents.
         step_size: chosen on validation tasks.
     """
 
@@ -661,7 +662,7 @@ training takes about as long."""
 
 @dataclass(frozen=True, kw_only=True)
 class MetaTableConfig:
-    """Contexts by JIIO, with exact and first-order gradients, and by gradient descent."""
+    """Contexts found by JIIO, with exact and first-order gradients, and by gradient descent."""
 
     plan: Plan = field(default_factory=Plan)
 

@@ -1,4 +1,4 @@
-"""A picture restored from what an operator left of it, by a decoder that was trained on others like it."""
+"""``torchimplicit restore``: restores a degraded picture with a trained decoder as prior."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from torchimplicit.solution import Solution
 
 
 class Restored(NamedTuple):
-    """What was found.
+    """The result of a restoration.
 
     Attributes:
         images: ``[batch, channels, height, width]`` in [0, 1], each at its exact equilibrium.
@@ -52,7 +52,7 @@ def restored(
         measured: ``[batch, ...]``.
         operator: linear: a function of images, or an object with a method ``A`` (a linear operator of deepinv, say).
         joint: the solve's settings; the weight of the latent's prior is per pixel, as in training.
-        pixels: of an image: channels, height, width.
+        pixels: pixels of an image: channels, height, width.
 
     Raises:
         UserError: an operator that gives something else than the measurements' shape.
@@ -111,8 +111,8 @@ def norm(measure: Callable[[Tensor], Tensor], like: Tensor, steps: int = 20) -> 
 
 @dataclass(frozen=True)
 class Restore:
-    """Restore a picture by the decoder of a run of jiio-generation-... or jiio-inverse-..., which was trained on
-    pictures like it (your own: torchimplicit train jiio-generation-images --images FOLDER)."""
+    """Restore a picture with the decoder of a jiio-generation or jiio-inverse run that was trained on similar pictures
+    (your own: torchimplicit train jiio-generation-images --images FOLDER)."""
 
     path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="run", metavar="RUN")]
     """Directory of a jiio-generation or jiio-inverse run."""

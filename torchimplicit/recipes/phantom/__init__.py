@@ -1,1 +1,1 @@
-"""Phantom gradients, and the tables of On Training Implicit Models (Geng et al. 2021)."""
+"""Phantom gradients: recipes, and the tables of On Training Implicit Models (Geng et al. 2021)."""

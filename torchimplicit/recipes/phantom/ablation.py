@@ -1,4 +1,5 @@
-"""Implicit and phantom training of an image classifier: Table 1 and Fig. 3 of Geng et al. (2021, arXiv 2111.05177)."""
+"""Table: implicit and phantom training of an image classifier, Table 1 and Fig. 3 of Geng et al. (2021, arXiv
+2111.05177)."""
 
 from __future__ import annotations
 
@@ -41,13 +42,13 @@ DROPOUT = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One way to train.
+    """A row: one way to train.
 
     Attributes:
-        label: for people.
+        label: label to display.
         published: accuracy and its deviation in %, as published; ``None`` for a row of our own.
         sgd, pretrained, dropout: otherwise Adam, from the start, and without.
-        steps, damping: of the phantom gradient.
+        steps, damping: steps and damping of the phantom gradient.
     """
 
     label: str

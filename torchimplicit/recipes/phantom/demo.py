@@ -118,10 +118,10 @@ def digits() -> DigitsConfig:
 
 @dataclass(frozen=True)
 class Estimator:
-    """One way to differentiate the equilibrium, as the tables and the pictures show it.
+    """A gradient estimator as tables and figures show it.
 
     Attributes:
-        label: for people.
+        label: label to display.
         make: the estimator for a config.
         explanation: one sentence for a newcomer.
     """
@@ -179,7 +179,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Audit:
-    """The estimate beside the exact gradient, at the same weights and on the same minibatch.
+    """The estimate compared with the exact gradient, for the same weights and minibatch.
 
     Attributes:
         step: optimizer steps done.
@@ -187,7 +187,7 @@ class Audit:
         norm_ratio: length of the estimate over that of the exact gradient.
         adjoint_residual: ``‖u − (I − Jᵀ)g‖ / ‖u‖`` of the estimate's adjoint vector g, root mean square over samples.
         exact_residual: the same of the exact gradient: how exact it is.
-        spectral_radius: of J at the equilibrium, median over the samples.
+        spectral_radius: spectral radius of J at the equilibrium, median over the samples.
         spectral_radius_max: the largest.
     """
 
@@ -202,7 +202,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class Validation:
-    """The validation split after some steps.
+    """Results on the validation split after a number of steps.
 
     Attributes:
         step: optimizer steps done.
@@ -217,7 +217,7 @@ class Validation:
 
 @dataclass
 class Track:
-    """Everything about one estimator's training."""
+    """The history of one estimator's training."""
 
     steps: list[Step] = field(default_factory=list)
     audits: list[Audit] = field(default_factory=list)
@@ -244,7 +244,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Summary:
-    """One estimator's figures; not a number (null in JSON) where there are none.
+    """One estimator's figures; NaN (null in JSON) where there are none.
 
     Attributes:
         steps: optimizer steps taken.
@@ -276,7 +276,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class EstimatorResult:
-    """Everything about one estimator."""
+    """All results of one estimator."""
 
     label: str
     summary: Summary
@@ -286,13 +286,13 @@ class EstimatorResult:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything about a run.
+    """All results of a run.
 
     Attributes:
         state: ``complete`` or ``interrupted``.
         planned_steps: optimizer steps of each classifier.
         training_images, validation_images: how many.
-        parameters: of one classifier.
+        parameters: number of parameters of one classifier.
         wall_seconds: from start to results, audits and validation included; of the last sitting, if resumed.
     """
 

@@ -1,4 +1,4 @@
-"""The page about the gradient estimators on digits: how they are drawn, and how a newcomer reads it."""
+"""The page of the gradient estimators on digits: figures and explanations for newcomers."""
 
 from __future__ import annotations
 

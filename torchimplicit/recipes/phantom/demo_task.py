@@ -1,4 +1,4 @@
-"""Gradient estimators side by side on handwritten digits: the model, a step of all, and what is looked at meanwhile."""
+"""Trains gradient estimators side by side on handwritten digits, and measures them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def load(split_seed: int) -> tuple[Split, Split]:
 
 
 class EpochShuffle(Sampler[int]):
-    """A new order for every epoch that depends on the seed and the epoch alone: a resumed run sees the same batches.
+    """A new order for every epoch that depends only on the seed and the epoch, so that a resumed run sees the same
+    batches.
 
     Lightning calls :meth:`set_epoch`.
     """
@@ -113,7 +114,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class DigitsTask(LightningModule):
-    """One classifier, optimizer and schedule for each estimator; every training step steps them all.
+    """One classifier, optimizer and schedule for each estimator; every training step updates them all.
 
     Who goes first changes from step to step.
 
@@ -235,13 +236,13 @@ ROWS = 360
 
 @dataclass(frozen=True)
 class Validated:
-    """The results.
+    """Validation results.
 
     Attributes:
         accuracy: share of the images that are classified right.
         loss: mean cross-entropy (nats).
-        evaluations: of the cell, mean over the images.
-        residual: of the equilibria, the largest (relative).
+        evaluations: evaluations of the cell, mean over the images.
+        residual: residual of the equilibria, the largest (relative).
         converged: share of the images whose solve reached its tolerance.
     """
 
@@ -354,7 +355,7 @@ def _relative_residual(cell: torch.nn.Module, z: Tensor, x: Tensor) -> Tensor:
 
 
 class LogTracks(Callback):
-    """Writes the history to the trainer's logger. A resumed run writes what the checkpoint knows first."""
+    """Writes the history to the trainer's logger. A resumed run first writes what the checkpoint holds."""
 
     def __init__(self) -> None:
         self._logged = 0

@@ -1,4 +1,4 @@
-"""Graph classification on every fold of a TU data set, one's own too, with the accuracies of all."""
+"""Graph classification on every fold of a TU data set, including your own, with the accuracy on each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FoldsConfig:
-    """Train on every fold of a cross-validation; --fold is not used."""
+    """Train on every fold of a cross-validation; --fold is ignored."""
 
     training: MoleculesConfig = field(default_factory=lambda: tu())
 
@@ -28,7 +28,7 @@ def folds() -> FoldsConfig:
 
 
 class Folds(Runner):
-    """Trains the folds, one after another, in folders of the run; resumed, it goes on where it was interrupted."""
+    """Trains the folds one after another, in subfolders of the run. A resumed run continues where it stopped."""
 
     def check(self, config: FoldsConfig) -> None:
         RUNNER.check(config.training)

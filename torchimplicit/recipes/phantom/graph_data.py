@@ -1,4 +1,4 @@
-"""Sets of graphs, read or made, and the folds of a cross-validation."""
+"""Data sets of graphs, and the folds of a cross-validation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Fold(NamedTuple):
-    """Indices of the samples in each part; the three are disjoint and are all samples together."""
+    """Indices of the samples in each part. The three parts are disjoint and cover all samples."""
 
     train: list[int]
     validation: list[int]
@@ -37,10 +37,10 @@ def folds(labels: Sequence[int], count: int = 10, validation: float = 0.1, seed:
     a part of the training samples is set apart to choose the epoch by.
 
     Args:
-        labels: of every sample.
+        labels: labels of every sample.
         count: how many folds.
         validation: the share of the samples outside the test part that is set apart.
-        seed: of the shuffle.
+        seed: seed of the shuffle.
 
     Raises:
         UserError: a class has too few samples.
@@ -102,7 +102,7 @@ def load(name: str, data_dir: Path | None = None, attributes: bool = False) -> G
     nodes and graphs without edges are kept (the model gives every node a loop to itself).
 
     Args:
-        name: which; empty: the one that lies in ``data_dir``.
+        name: its name; empty for the set that lies in ``data_dir``.
         data_dir: holds ``<name>_A.txt`` and the other files, itself or in ``<name>``, ``<name>_full`` or
             ``<name>/raw``; ``None``: torch-geometric downloads them.
         attributes: whether to append the nodes' real-valued attributes, where the set has any.
@@ -428,7 +428,7 @@ def chains(length: int, seed: int, classes: int = 2, per_class: int = 20, featur
 
     Args:
         length: nodes in a chain.
-        seed: of the parts.
+        seed: seed of the parts.
         classes, per_class, features: at most as many classes as features.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Implicit graph networks on molecules, on PPI and on chains, and what a step of them costs with every gradient."""
+"""Implicit graph networks on molecules, PPI and chains, and the cost of a step with every gradient."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def estimator(settings: Equilibria) -> Gradient:
 
 
 class MoleculesTask(SampledTask):
-    """Chooses among the epochs by the validation loss: the accuracy on some tens of graphs has many ties."""
+    """Selects the epoch by the validation loss, because accuracies on a few tens of graphs are often tied."""
 
     metric = Metric("loss", "", "min")
     held_out_batch = None
@@ -312,7 +312,7 @@ def _set(name: str, data_dir: Path | None, attributes: bool) -> data.GraphSet:
 
 
 class PPITask(SampledTask):
-    """Judged by the micro-averaged F1 over all labels of all nodes of a split."""
+    """Judged by the micro-averaged F1 score over all labels and nodes of a split."""
 
     metric = Metric("f1", "%", "max")
     held_out_batch = None
@@ -351,7 +351,7 @@ class PPITask(SampledTask):
 
 
 class ChainsTask(Task):
-    """All chains are one graph, and every step sees it whole.
+    """All chains form one graph, which every step sees as a whole.
 
     Everything is in double precision, with the solver's tolerance at its limit: what arrives at node i of a chain is
     about (2/3)ⁱ of what stands at its first node (at the identity-like start), and a residual that is small beside the

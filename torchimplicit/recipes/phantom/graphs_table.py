@@ -1,4 +1,5 @@
-"""Implicit graph networks with phantom gradients: COX2 and PROTEINS (Geng et al. 2021, Table 4), and long chains."""
+"""Table: implicit graph networks with phantom gradients on COX2 and PROTEINS (Geng et al. 2021, Table 4), and on long
+chains."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ SetName = Literal["COX2", "PROTEINS"]
 
 @dataclass(frozen=True, kw_only=True)
 class PhantomGraphsConfig:
-    """COX2 and PROTEINS with implicit and phantom gradients, every fold; directed chains with two starts."""
+    """COX2 and PROTEINS with implicit and phantom gradients on every fold; directed chains with two initializations."""
 
     plan: Plan = field(default_factory=lambda: Plan(seeds=3, together=8))
 

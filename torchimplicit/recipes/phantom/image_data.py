@@ -1,4 +1,4 @@
-"""Sets of images: their parts, augmentation, and the one that the settings name."""
+"""Data sets of images: splits, augmentation, and lookup by settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Splits:
     Attributes:
         train, validation: disjoint parts of the images that were published for training.
         test: the images that were published for testing, or set apart for it.
-        mean, deviation: of each channel over the published training images, of pixels in [0, 1].
+        mean, deviation: mean and deviation of each channel over the published training images, of pixels in [0, 1].
     """
 
     train: Labelled
@@ -67,8 +67,8 @@ def augmented(images: Tensor, chance: torch.Generator) -> Tensor:
 
 
 class Augmented(Rows):
-    """Images and labels; a batch is asked for as ``(step, index)`` pairs, and its images are augmented as the seed, the
-    step and the process say: by whatever process reads them."""
+    """Images and labels. Batches are requested as ``(step, index)`` pairs; the augmentation depends only on the seed,
+    the step and the rank, whichever process reads them."""
 
     def __init__(self, *tensors: Tensor, seed: int, rank: int):
         super().__init__(*tensors)
@@ -87,13 +87,13 @@ DataSet = Literal["digits", "mnist", "cifar10", "olivetti"]
 
 @dataclass(frozen=True)
 class Kind:
-    """What is known of a data set before it is read.
+    """Facts about a data set that are known before it is read.
 
     Attributes:
-        channels: of the images.
+        channels: number of channels of the images.
         size: their height and width in pixels.
         classes: how many labels there are.
-        mean, deviation: of each channel over the published training images, of pixels in [0, 1].
+        mean, deviation: mean and deviation of each channel over the published training images, of pixels in [0, 1].
     """
 
     channels: int
@@ -125,11 +125,11 @@ def load(
     The test images are the published ones; none of them is ever in another split.
 
     Args:
-        name: which.
+        name: its name.
         data_dir: the folder that holds it; ``None``: downloaded into the cache. The digits come with scikit-learn.
         validation: how many images to set apart.
         train, test: how many to keep of the others; ``None``: all.
-        split_seed: which.
+        split_seed: random seed of the split.
 
     Raises:
         UserError: the folder or a file is missing or of the wrong kind, or has too few images.
@@ -164,7 +164,7 @@ def _text(shape: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which images of a set are taken."""
+    """The images of a data set that are used."""
 
     data_dir: Path | None = None
     """Folder of the data. Default: download it. The digits come with scikit-learn."""

@@ -1,4 +1,5 @@
-"""Published images as they are in a folder, or downloaded: scikit-learn's digits, MNIST, CIFAR-10, the Olivetti faces.
+"""Published image data sets, read from a folder or downloaded: scikit-learn's digits, MNIST, CIFAR-10, the Olivetti
+faces.
 
 Every reader gives the training and the test images. ``None`` for a folder means that the files are downloaded; where
 one is missing, cut short or something else, it raises :class:`UserError`.
@@ -37,7 +38,7 @@ class Labelled(NamedTuple):
 
 
 class _Part(Protocol):
-    """Some images of a set: see :class:`Labelled`."""
+    """Some images of a data set; see :class:`Labelled`."""
 
     @property
     def labels(self) -> Tensor: ...
@@ -296,7 +297,7 @@ def read_batch(content: bytes, where: str) -> Labelled:
 
 
 class _Restricted(pickle.Unpickler):
-    """Makes numpy arrays and plain values, and calls nothing else."""
+    """Unpickles numpy arrays and plain values, and calls nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module.replace('numpy.core.', 'numpy._core.')}.{name}"  # as it was called before numpy 2

@@ -1,4 +1,4 @@
-"""ImageNet (ILSVRC 2012) in folders, one a class, read image by image."""
+"""ImageNet (ILSVRC 2012) from one folder per class, read image by image."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _ENDINGS = {".jpeg", ".jpg", ".png"}
 
 @dataclass(frozen=True)
 class Listing:
-    """Which images there are.
+    """The images found.
 
     Attributes:
-        paths: of the files.
+        paths: paths of the files.
         labels: ``[n]`` (int64).
     """
 
@@ -54,7 +54,7 @@ def load(
         folder: holds ``train/<class>/*.JPEG`` and ``val/<class>/*.JPEG``.
         validation: how many training images to set apart.
         train, test: how many to keep of the others; ``None``: all.
-        split_seed: which.
+        split_seed: random seed of the split.
         classes: how many there must be.
 
     Raises:
@@ -107,7 +107,7 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
     """Images of one size, ``[3, size, size]`` (uint8), with their labels.
 
     Args:
-        listing: which images.
+        listing: the listing.
         size: in pixels.
         seed: ``None``: the centre of each image. Otherwise a random part, flipped or not, that depends on the seed,
             the image and the turn; items are then asked for as ``(turn, index)``.

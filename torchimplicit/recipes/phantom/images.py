@@ -1,4 +1,4 @@
-"""An MDEQ that classifies images, and what a step of it costs with every gradient."""
+"""An MDEQ that classifies images, and the cost of a step with every gradient."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ MODELS = {"small": mdeq_small, "tiny": mdeq_tiny, "large": mdeq_large, "imagenet
 
 
 class Classification(SampledTask):
-    """An MDEQ and the images that it learns to tell apart."""
+    """An MDEQ and its data set of images."""
 
     metric = Metric("accuracy", "%", "max")
 
@@ -291,7 +291,7 @@ def _listings(config: ImageConfig) -> tuple[folders.Listing, ...]:
 
 
 class _Numbered(Sampler[list[tuple[int, int]]]):
-    """The batches of another sampler, each index with the number of the span of ``length`` steps that it belongs to."""
+    """The batches of another sampler, where each index carries the number of its span of ``length`` steps."""
 
     def __init__(self, batches: Any, length: int = 1):
         self.batches, self.length = batches, length
@@ -322,7 +322,7 @@ UNREACHED = 1e-12
 
 @dataclass(frozen=True, kw_only=True)
 class CostConfig:
-    """Trains an image model, then measures steps at the best weights with one estimator after the other."""
+    """Trains an image model, then measures steps at the best weights with one estimator after another."""
 
     image: ImageConfig = field(default_factory=digits)
 

@@ -1,4 +1,4 @@
-"""A DEQ transformer that predicts the next word of WikiText, and what a step of it costs with every gradient."""
+"""A DEQ transformer language model, and the cost of a step with every gradient."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ MODEL = {
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
-    """A DEQ transformer that learns to predict the next word of WikiText, or of a text of your own.
+    """A DEQ transformer that predicts the next word of WikiText, or of a text of your own.
 
-    --batch-size is the number of rows into which a text is cut; they are read side by side, in segments, and the model
-    remembers the end of the last segment. It forgets where a text begins anew, and at every validation of a training
-    (every --validate-every steps), so that a run that is resumed there sees what an undisturbed one does.
+    The text is cut into --batch-size contiguous rows, which are read side by side in segments, with a memory of the end
+    of the last segment. The memory is cleared where the text starts over and at every validation (every
+    --validate-every steps), so that a run resumed there sees what an uninterrupted one does.
     """
 
     optimization: Optimization = field(default_factory=Optimization)
@@ -194,7 +194,7 @@ _ARCHIVES = {"wikitext-2": wikitext.WIKITEXT2, "wikitext-103": wikitext.WIKITEXT
 
 
 class LanguageTask(Task):
-    """Next-word prediction. Under several processes each reads its own rows of the text.
+    """Next-word prediction. With several processes, each reads its own rows of the text.
 
     Args:
         config: settings; the text is read here.
@@ -266,7 +266,7 @@ def _beginning(text: Text, tokens: int | None) -> Text:
 
 
 class _Rows(Dataset[Segment]):
-    """The segments of some steps, in a process's own rows."""
+    """The segments of a range of steps, for one process's rows."""
 
     def __init__(self, stream: Stream, steps: range, shard: Shard):
         self.stream, self.steps, self.shard = stream, steps, shard
@@ -315,7 +315,7 @@ absolute tolerances are not reached); the others stop at the recipe's tolerance.
 
 @dataclass(frozen=True, kw_only=True)
 class CostConfig:
-    """Which runs of a table to measure."""
+    """Runs of a table to measure."""
 
     names: tuple[str, ...] = ()
     """Names of the runs beside this one's folder; each is measured at its best weights."""
@@ -334,7 +334,7 @@ def costs() -> CostConfig:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured, by the run at whose weights.
+    """The measurements at one run's weights.
 
     Attributes:
         costs: by the kind of step.
@@ -364,7 +364,7 @@ def measured(config: CostConfig, run: Run) -> Measured:
 
 
 class _Probe:
-    """One trained model and the batches of its training."""
+    """One trained model and its training batches."""
 
     def __init__(self, config: LanguageConfig, run: Run):
         self.where = device(config.machine.device)

@@ -1,4 +1,4 @@
-"""Texts as tokens, cut into segments."""
+"""Tokenized texts, cut into segments."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Corpus:
 
 
 class Segment(NamedTuple):
-    """Part of a stream.
+    """A segment of a stream.
 
     Attributes:
         tokens, targets: int64 ``[batch, length]``; a target is the token that comes next.
@@ -130,7 +130,7 @@ class Stream:
     Args:
         text: to be read.
         batch: how many rows.
-        length: of a segment.
+        length: length of a segment.
         whole: whether a shorter segment at the end counts, as in evaluation; otherwise it is left out, so that all have
             one shape.
 
@@ -166,7 +166,7 @@ class Stream:
 
 
 class Source(NamedTuple):
-    """Where a split is read.
+    """The files of a split.
 
     Attributes:
         paths: the files, one after another.

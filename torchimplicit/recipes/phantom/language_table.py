@@ -1,4 +1,5 @@
-"""Language modelling with implicit and phantom gradients, and Jacobian regularization (Geng et al. 2021, Table 3)."""
+"""Table: language modelling with implicit and phantom gradients, and Jacobian regularization (Geng et al. 2021, Table
+3)."""
 
 from __future__ import annotations
 
@@ -31,10 +32,10 @@ PAIRS = {"PostLN": ("post-implicit", "post-phantom"), "PreLN + JR": ("pre-jacobi
 
 @dataclass(frozen=True)
 class Row:
-    """One way to train.
+    """A row: one way to train.
 
     Attributes:
-        label: for people.
+        label: label to display.
         normalization: see :class:`DEQTransformerConfig`.
         gradient: the estimator.
         jacobian: whether the Jacobian is regularized.
@@ -135,8 +136,8 @@ class Trained:
 
     Attributes:
         row: what it is.
-        runs: of its seeds, those that there are.
-        step_seconds: of a training step, in turn with the others'; ``None`` where it was not measured.
+        runs: runs of its seeds, those that there are.
+        step_seconds: seconds of a training step, in turn with the others'; ``None`` where it was not measured.
         radius: spectral radius of the Jacobian at the equilibria of a validation segment; likewise.
     """
 

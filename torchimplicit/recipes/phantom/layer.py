@@ -1,4 +1,4 @@
-"""The two recipes of the precision of gradients: on a random layer, and along the training of an image classifier.
+"""Recipes that measure the accuracy of gradients: on a random layer, and while an image classifier is trained.
 
 After Geng et al. (2021), Figs. 1 and 2. The weight of the layer has the spectral norm 0.9, and it is solved by 100
 fixed-point iterations to a relative error below 1e-5; the exact gradient by backpropagation through these iterations,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """One random layer z = tanh(W z + U x + b), and the precision of every estimator on it."""
+    """One random layer z = tanh(W z + U x + b), and the accuracy of every gradient estimator on it."""
 
     weight: Literal["gaussian", "orthogonal"] = "gaussian"
     """Distribution of W before scaling. The singular values of an orthogonal matrix are all equal, which is the harder
@@ -115,7 +115,7 @@ TIGHT = Implicit(linear_solver=GMRES(rtol=1e-12))
 
 @dataclass(frozen=True)
 class GridPoint:
-    """A phantom gradient beside the exact one.
+    """A phantom gradient compared with the exact one.
 
     Attributes:
         estimator: ``UPG`` or ``NPG``.
@@ -132,13 +132,13 @@ class GridPoint:
 
 @dataclass(frozen=True)
 class Adapted:
-    """The adaptive phantom gradient for one relative error that is asked for.
+    """The adaptive phantom gradient for one requested relative error.
 
     Attributes:
-        asked: of the adjoint vector, with the norm of W as the contraction.
+        asked: requested relative error of the adjoint vector, with the norm of W as contraction factor.
         error: the largest of a sample.
         steps, damping: means of what it chose.
-        cosine: of the gradient.
+        cosine: cosine of the gradient.
     """
 
     asked: float
@@ -150,7 +150,7 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Many draws of the unbiased series beside the series cut off where its draws end on average.
+    """Many samples of the unbiased series, compared with the series truncated at their mean length.
 
     Attributes:
         draws: how many.
@@ -171,7 +171,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class LayerResults:
-    """What was measured on one layer.
+    """The measurements on one layer.
 
     Attributes:
         residual: the largest relative residual of a sample after the iterations.
@@ -188,7 +188,7 @@ class LayerResults:
 
 
 class Measurement:
-    """A layer, its equilibrium by the iterations, and the exact gradient there; all in double precision."""
+    """A layer, its equilibrium after the iterations, and the exact gradient there; all in double precision."""
 
     def __init__(self, config: LayerConfig):
         self.config = config

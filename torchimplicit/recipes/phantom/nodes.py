@@ -1,4 +1,4 @@
-"""An implicit graph network that classifies the nodes of a graph of one's own."""
+"""An implicit graph network that classifies the nodes of your own graph."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def nodes() -> NodesConfig:
 
 
 class NodesTask(Task):
-    """Every step sees the whole graph."""
+    """Node classification; every step sees the whole graph."""
 
     metric = Metric("accuracy", "%", "max")
 

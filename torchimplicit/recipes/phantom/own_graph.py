@@ -1,4 +1,4 @@
-"""One graph of one's own with a label for every node, from arrays or from tables."""
+"""Your own graph with a label for every node, from arrays or tables."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ SAID = (
 
 
 class NodeGraph(NamedTuple):
-    """A graph whose nodes have labels.
+    """A graph with labelled nodes.
 
     Attributes:
         x: ``[nodes, features]`` (float32).
         edges: ``[2, edges]``, sources and targets.
         weights: ``[edges]`` (float32), or ``None`` for ones.
         y: ``[nodes]``, from 0 on.
-        names: of the labels.
+        names: names of the labels.
         parts: indices of the nodes for training, validation and testing, or ``None`` where none are given.
     """
 
@@ -92,8 +92,8 @@ def split(graph: NodeGraph, shares: tuple[float, float], seed: int) -> tuple[Ten
 
     Args:
         graph: the graph.
-        shares: of the nodes, for training and for validation.
-        seed: of the draw.
+        shares: shares of the nodes, for training and for validation.
+        seed: seed of the draw.
     """
     if graph.parts is not None:
         return graph.parts

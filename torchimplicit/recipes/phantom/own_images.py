@@ -1,4 +1,4 @@
-"""Images of one's own, a folder for each class, in memory."""
+"""Your own images, one folder per class, read into memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Phantom against exact gradients: over steps and damping, and along training (Figs. 1 and 2 of Geng et al. 2021)."""
+"""Table: phantom against exact gradients, over steps and damping and during training (Figs. 1 and 2 of Geng et al.
+2021)."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ LAYER = LayerConfig()
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """Fig. 1 on random layers of two kinds, and Fig. 2 along trainings of an MDEQ by the exact gradient and by UPG."""
+    """Fig. 1 on random layers of two kinds, and Fig. 2 during trainings of an MDEQ with the exact gradient and UPG."""
 
     data: Literal["digits", "mnist"] = "mnist"
     """Data set for Fig. 2. With --scale paper it is CIFAR-10."""

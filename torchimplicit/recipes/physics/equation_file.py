@@ -1,4 +1,4 @@
-"""An equation of one's own, from a Python file."""
+"""Your own equation, from a Python file."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torchimplicit.recipes.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Given:
-    """What an equation's name, or a file, comes to.
+    """An equation, looked up by name or loaded from a file.
 
     Attributes:
         equation: itself.
         field: makes the file's own model, if it has one.
-        digest: of the file; empty for a name.
+        digest: digest of the file; empty for a name.
     """
 
     equation: Equation

@@ -1,4 +1,4 @@
-"""Equations with initial or boundary conditions, and their trusted solutions."""
+"""Equations with initial or boundary conditions, and their reference solutions."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def initial_value(
     """:math:`y'=s(y)` from :math:`y(t_0)`.
 
     Args:
-        title: for people.
+        title: title to display.
         span: the interval of ``t``.
         start: the state at its beginning, by name.
         slope: the rates, of the components; of numbers, or of tensors.
-        weight: of the equation in the loss.
+        weight: weight of the equation in the loss.
     """
     names = tuple(start)
 

@@ -1,5 +1,5 @@
-"""Physics-informed equilibrium models beside plain networks: four equations, three optimizers, equal time and equal
-iterations."""
+"""Table: physics-informed equilibrium models and plain networks on four equations with three optimizers, at equal time
+and at equal iterations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OptimizerName = Literal["least-squares", "l-bfgs", "adam"]
 
 @dataclass(frozen=True, kw_only=True)
 class PhysicsInformedConfig:
-    """Equilibrium models with 5 and 20 states, free and bounded, beside plain networks."""
+    """Equilibrium models with 5 and 20 states, unconstrained and bounded, compared with plain networks."""
 
     plan: Plan = field(default_factory=lambda: Plan(seeds=3, together=15))
 
@@ -70,10 +70,10 @@ class Model:
     """A model of the table.
 
     Attributes:
-        label: for people.
-        states: of the equilibrium; ``None`` for a network.
-        bound: of the equilibrium's coupling.
-        width, depth: of the network's hidden layers.
+        label: label to display.
+        states: number of states of the equilibrium; ``None`` for a network.
+        bound: bound of the equilibrium's coupling.
+        width, depth: width and depth of the network's hidden layers.
     """
 
     label: str

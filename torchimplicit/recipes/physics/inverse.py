@@ -1,4 +1,5 @@
-"""Parameters of differential equations, found from noisy values of their solutions, with error bars over seeds."""
+"""Table: parameters of differential equations estimated from noisy values of their solutions, with error bars over
+seeds."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ ModelName = Literal["equilibrium", "network"]
 
 @dataclass(frozen=True, kw_only=True)
 class PhysicsInverseConfig:
-    """Parameters of differential equations from noisy values, by equilibrium models and plain networks."""
+    """Parameters of differential equations estimated from noisy values, by equilibrium models and plain networks."""
 
     plan: Plan = field(default_factory=lambda: Plan(seeds=5, together=20))
 

@@ -14,7 +14,7 @@ from torchimplicit.recipes.runtime.optimize import Array
 
 
 class Solved(nn.Module):
-    """What is trained: a field, and the equation's unknown parameters.
+    """The trained model: a field, and the equation's unknown parameters.
 
     Attributes:
         field: the function.

@@ -1,4 +1,4 @@
-"""Steady Darcy flow by a neural operator: an equilibrium, or an explicit twin, on flows that are made on the spot."""
+"""Steady Darcy flow by a neural operator, an equilibrium or an explicit twin, on generated flows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAINING = Optimization(
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorConfig:
-    """Learn the steady state of Darcy flow, from the permeability to the pressure."""
+    """Learn the steady state of Darcy flow: from the permeability to the pressure."""
 
     optimization: Optimization = TRAINING
     equilibria: Equilibria = field(default_factory=lambda: Equilibria(gradient="unrolled-phantom"))
@@ -139,7 +139,7 @@ def flows(count: int, grid: int, contrast: float, seed: int) -> tuple[Tensor, Te
 
 
 class OperatorTask(SampledTask):
-    """Judged by the relative error in the mean square, of a flow, mean over the flows; on a grid twice as fine too."""
+    """Judged by the relative root-mean-square error of a flow, averaged over flows, also on a grid twice as fine."""
 
     metric = Metric("error", "", "min")
     held_out_batch = 50

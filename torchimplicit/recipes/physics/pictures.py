@@ -1,4 +1,4 @@
-"""The pictures of a solved equation, and its page."""
+"""Figures and page of a solved equation."""
 
 from __future__ import annotations
 

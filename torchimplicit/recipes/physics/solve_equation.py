@@ -1,4 +1,4 @@
-"""An equation, also of one's own, solved by a physics-informed equilibrium model or by a plain network."""
+"""Solves an equation, built-in or your own, by a physics-informed equilibrium model or a plain network."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PhysicsConfig:
-    """Solve a differential equation by an equilibrium model, or by a plain network, from the equation alone."""
+    """Solve a differential equation with an equilibrium model or a plain network, from the equation alone."""
 
     equation: str = "van-der-pol"
     """van-der-pol, four-tanks, burgers or helmholtz; or a Python file that defines 'equation'."""
@@ -132,11 +132,11 @@ OWN = "equation.py"
 
 @dataclass(frozen=True)
 class Measurement:
-    """The state of a training.
+    """The state of a training at one iteration.
 
     Attributes:
         iteration: iterations done.
-        seconds: of the processor's time, spent in the optimizer until then.
+        seconds: CPU seconds, spent in the optimizer until then.
         loss: half the weighted mean squares of the residuals.
         relative_l2, iae: errors on the grid, see :meth:`Equation.errors`; NaN where they were not measured.
     """
@@ -150,11 +150,11 @@ class Measurement:
 
 @dataclass
 class History(Clock):
-    """A training so far; it travels in the checkpoint.
+    """All measurements so far; saved in the checkpoint.
 
     Attributes:
         looks: in their order.
-        digest: of the equation's file; empty for a known equation.
+        digest: digest of the equation's file; empty for a known equation.
     """
 
     looks: list[Measurement] = dataclasses.field(default_factory=list)
@@ -166,7 +166,7 @@ class Results:
     """``results.json``.
 
     Attributes:
-        parameters: of the model.
+        parameters: number of parameters of the model.
         reference: the trusted solution; empty where there is none.
         errors: on the grid, at the end; empty without a trusted solution.
         unknown: the equation's parameters that were found.

@@ -42,7 +42,7 @@ Order = tuple[int, ...]
 
 
 class At:
-    """The points of a condition, to its residual: coordinates, the function and its derivatives, and unknown
+    """The points of a condition, as its residual sees them: coordinates, the function and its derivatives, and unknown
     parameters, each ``[points]`` under its name.
 
     The outputs and the inputs of ``Equation(inputs={"t": ..., "x": ...}, outputs=("u",))`` are ``p.u``, ``p.t`` and
@@ -68,7 +68,7 @@ class At:
 
 @dataclass(frozen=True)
 class Names:
-    """What residuals may ask for."""
+    """The names that residuals may use."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -113,13 +113,13 @@ Residual = Callable[[At], "Tensor | Sequence[Tensor]"]
 
 @dataclass(frozen=True)
 class Condition:
-    """An initial or boundary condition, or measurements that the solution must meet.
+    """An initial or boundary condition, or measurements that the solution must match.
 
     Attributes:
         residual: what must vanish there.
         at: where: coordinates that are fixed, as ``{"t": 0.0}``, the others spread over the box; or the points
             themselves, ``[points, inputs]``; or a function of their number that gives them.
-        weight: of its mean square in the loss.
+        weight: weight of its mean square in the loss.
         dense: how many points, where ``at`` leaves it open: times the root of ``--points``, 8 at least.
     """
 
@@ -131,12 +131,12 @@ class Condition:
 
 @dataclass(frozen=True)
 class Measured:
-    """Measured values, which the solution must meet.
+    """Measured values that the solution must match.
 
     Attributes:
         points: where, ``[points, inputs]``.
-        values: of outputs by name, ``[points]`` each.
-        weight: of the mean square of what is missed, in the loss.
+        values: values of outputs by name, ``[points]`` each.
+        weight: weight of the mean square of what is missed, in the loss.
         noise: the standard deviation of noise that is added to the values, other noise with every seed: for trials with
             made-up measurements.
     """
@@ -187,17 +187,17 @@ class Equation:
     """A differential equation on a box, or on a part of one, with its conditions.
 
     Attributes:
-        title: for people.
+        title: title to display.
         inputs: the coordinates by name, each with its least and greatest value.
         outputs: names of the function's components.
         inside: what the equation makes zero.
         conditions: at the start and the boundary, and measurements.
-        weight: of the equation's mean square in the loss.
+        weight: weight of the equation's mean square in the loss.
         unknown: parameters to be found, by name, each with a first guess; residuals know them by these names.
         where: which points of the box belong to the domain: ``[points, inputs]`` to booleans; ``None``: all.
         trusted: the solution, if it is known, of arrays of the coordinates: an array, or one for each output. It trains
             nothing.
-        source: of the trusted solution.
+        source: source of the trusted solution.
         grid: along each coordinate, how many points errors are measured and pictures drawn on; ``None``: 1001 for one
             coordinate, 61 each for two, 21 each for more.
         true: the parameters' true values, where they are known.
@@ -326,12 +326,12 @@ class Equation:
 
 
 class Stated:
-    """A condition at its points.
+    """A condition with its points.
 
     Attributes:
         points: ``[points, inputs]``.
         orders: the derivatives that its residual asks for.
-        weight: of its mean square in the loss.
+        weight: weight of its mean square in the loss.
     """
 
     def __init__(self, equation: Equation, residual: Residual, points: Tensor, weight: float):

@@ -166,10 +166,10 @@ MOST_CHANNELS = 8
 
 @dataclass(frozen=True)
 class Sound:
-    """A sound, and what was done to it on the way.
+    """A sound, with notes on how it was read.
 
     Attributes:
-        name: for people.
+        name: name to display.
         samples: float32 ``[samples, channels]``, whose greatest size is 1.
         rate: samples a second.
         peak: what 1 was in the file.

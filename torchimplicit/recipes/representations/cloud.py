@@ -1,4 +1,4 @@
-"""Points on a surface with their normals, of which no face is known."""
+"""Points on a surface with their normals, without faces."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEAST = 100
 
 @dataclass(frozen=True)
 class Cloud:
-    """Points ``[points, 3]`` and unit normals like them, outward, float64."""
+    """Points ``[points, 3]`` and outward unit normals of the same shape, float64."""
 
     points: Tensor
     normals: Tensor
@@ -132,8 +132,8 @@ def _read_ply(path: Path, most: int) -> Any:
 @final
 @dataclass(frozen=True)
 class OnSurface:
-    """How far from zero the field is at points of the surface that are held out, as a share of the longest side: of a
-    distance, how far these are from its surface."""
+    """Mean absolute value of the field at held-out surface points, as a share of the longest side; for a distance
+    field, their distance to its surface."""
 
     longest: float
 

@@ -1,5 +1,4 @@
-"""What training steps of several fits cost: seconds measured in turn, evaluations, and memory at its peak; and what the
-tables of fits show of them."""
+"""Costs of training steps of several fits: time measured in turn, evaluations and peak memory; and their sheets."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ COST = "cost"
 
 @dataclass(frozen=True, kw_only=True)
 class FieldCostConfig:
-    """Measures steps of several fits in turn, after some of training."""
+    """Measures steps of several fits in turn, after some training."""
 
     names: tuple[str, ...] = ()
     """Names of the fits."""
@@ -114,8 +113,8 @@ class Fit:
     """One fit in training, with its initial weights.
 
     Args:
-        name: of the fit.
-        config: of the fit's recipe.
+        name: name of the fit.
+        config: config of the fit's recipe.
         build: makes its task.
     """
 

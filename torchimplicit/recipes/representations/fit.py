@@ -1,4 +1,4 @@
-"""Fits of a function of coordinates to a signal, by an implicit representation or its explicit twin.
+"""Fits a function of coordinates to a signal, by an implicit representation or its explicit twin.
 
 A recipe of this family brings three things: its settings, among them a :class:`.settings.Representation`; the signal,
 as :class:`Points` with its splits; and what it shows of a fit. :class:`FieldTask` trains it, and :class:`FieldRunner`
@@ -54,7 +54,7 @@ NAMES: dict[tuple[FilterKind, bool], str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Representation:
-    """The function that is fitted, and how much memory a step may take."""
+    """The fitted function, and the memory of a step."""
 
     filter: FilterKind = "fourier"
     """siren: SIREN or iSIREN. fourier, gabor: multiplicative filter networks, or their implicit form."""
@@ -102,7 +102,7 @@ Held = Literal["both", "implicit", "neither"]
 
 
 class FieldSettings(Trained, Protocol):
-    """The config of a recipe that fits a field."""
+    """Config of a recipe that fits a field."""
 
     @property
     def representation(self) -> Representation:
@@ -315,7 +315,7 @@ def accumulated(value: Callable[[Tensor], Tensor], index: Tensor, chunk: int, we
 
 
 class _Known(Function):
-    """A value whose gradient is known already."""
+    """A value whose gradient is already known."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, grads: list[Tensor], *weights: Tensor) -> Tensor:
@@ -357,11 +357,11 @@ class Points(nn.Module, ABC):
 
 @final
 class Grid(Points):
-    """Values on a regular grid: an image, a sound, a video.
+    """Values on a regular grid: an image, a sound or a video.
 
     Args:
         values: ``[size_1, ..., size_d, outputs]``, from ``low`` to ``high``; integers are of eight bits, from 0 to 255.
-        corner: of the coordinates; by default the longest side runs from -1 to 1 and the cells are cubes.
+        corner: upper corner of the coordinates; by default the longest side runs from -1 to 1 and the cells are cubes.
     """
 
     values: Tensor
@@ -415,7 +415,7 @@ def mean_squared_error(field: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) 
 
 
 class Scoring(Protocol):
-    """What a fit is judged by on points that are held out."""
+    """The score of a fit on held-out points."""
 
     @property
     def metric(self) -> Metric:
@@ -431,8 +431,8 @@ class Scoring(Protocol):
 @final
 @dataclass(frozen=True, kw_only=True)
 class SignalToNoise:
-    """The peak signal-to-noise ratio of values cut to the signal's range, from ``low`` to ``high``; and the plain one,
-    where the signal's power is given: the mean of its squares."""
+    """Peak signal-to-noise ratio of values clipped to the signal's range ``low`` to ``high``; also the plain ratio if
+    the signal's power (mean square) is given."""
 
     low: float
     high: float
@@ -458,7 +458,7 @@ class SignalToNoise:
 
 @dataclass(frozen=True)
 class Parts:
-    """Which points are for what: int64 ``[count]`` each."""
+    """Indices of the training, validation and test points: int64 ``[count]`` each."""
 
     training: Tensor
     validation: Tensor
@@ -570,7 +570,7 @@ class FieldTask(Task):
         """The field on a grid of any size over the signal's domain: ``[*sizes, outputs]``, on the CPU.
 
         Args:
-            sizes: of the grid.
+            sizes: sizes of the grid.
             into: what is made of the values of some points, such as bytes, before the next are sampled.
         """
         return self.cells(sizes, range(prod(sizes)), into).reshape(*sizes, -1)
@@ -628,7 +628,7 @@ def write_page(
     """``index.html`` and ``figures/curve.png``.
 
     Args:
-        title: for people.
+        title: title to display.
         task, results, run: the fit.
         pictures: files to see (PNG, GIF) and to hear (WAV), with their captions.
         notes: paragraphs below the figures.
@@ -668,7 +668,7 @@ def summary(results: Results) -> Table:
 
 
 class FieldRunner(Runner):
-    """Trains as :class:`~torchimplicit.recipes.runtime.trainer.Trainer` does, then shows the fit.
+    """Trains like :class:`~torchimplicit.recipes.runtime.trainer.Trainer`, then shows the fit.
 
     Args:
         build: makes the task from the config.

@@ -1,4 +1,5 @@
-"""Pictures from a quarter of their pixels, by implicit representations and their explicit twins (Huang et al. 2021)."""
+"""Table: pictures from a quarter of their pixels, by implicit representations and their explicit twins (Huang et al.
+2021)."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ PUBLISHED: dict[Kind, dict[FilterKind, tuple[tuple[float, float, float], tuple[f
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model.
+    """A row: one model.
 
     Attributes:
         filter, implicit, size: which; the size is one of :data:`SIZES`.
@@ -91,7 +92,7 @@ ROWS = {row.name: row for row in (*OF_THE_TABLE, *OUR_OWN)}
 
 @dataclass(frozen=True, kw_only=True)
 class GeneralizationConfig:
-    """Three filters, implicit and explicit, in three sizes, on natural pictures and on pictures of text."""
+    """Three filters, implicit and explicit, in three sizes, on natural pictures and pictures of text."""
 
     plan: Plan = field(default_factory=lambda: Plan(seeds=2, together=12))
 

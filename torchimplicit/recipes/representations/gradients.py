@@ -1,4 +1,4 @@
-"""How many terms of the adjoint's series a fit needs (Huang et al. 2021, figure 4)."""
+"""Table: number of terms of the adjoint series that a fit needs (Huang et al. 2021, figure 4)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One way to train one model: so many products T in the backward pass, or (``None``) until it converges."""
+    """A row: one model trained with T products in the backward pass, or (``None``) until convergence."""
 
     filter: FilterKind
     products: int | None
@@ -38,7 +38,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientsConfig:
-    """Three implicit representations, trained with T products in the backward pass, for several T."""
+    """Three implicit representations, trained with T products in the backward pass for several T."""
 
     plan: Plan = field(default_factory=lambda: Plan(seeds=1, together=12))
 

@@ -153,10 +153,10 @@ FILES = {"hubble_deep_field": "hubble_deep_field.jpg", "rocket": "rocket.jpg"}
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, and what was done to it on the way.
+    """A picture, with notes on how it was read.
 
     Attributes:
-        name: for people.
+        name: name to display.
         pixels: uint8 ``[height, width, channels]`` with one channel (grey) or three.
         notes: what a person who gave the file should know.
     """

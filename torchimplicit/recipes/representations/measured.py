@@ -1,4 +1,4 @@
-"""Fields that are known by what an operator makes of them, or by their slopes."""
+"""Fields fitted to linear measurements or to slopes."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ HELD_BACK = 20
 @final
 @dataclass(frozen=True, kw_only=True)
 class Measurement(Operator):
-    """Differences on the grid, in the field's coordinates: what a field known by its slopes is compared with.
+    """Finite differences on the grid in the field's coordinates, to which a field given by its slopes is compared.
 
     Attributes:
         target: the gradient's two parts, or the Laplacian.
-        spacing: of the grid, down and right.
+        spacing: spacing of the grid, down and right.
     """
 
     target: Target
@@ -55,7 +55,7 @@ class Measurement(Operator):
 
 
 class MeasuredTask(FieldTask):
-    """A field fitted to what ``operator`` makes of a picture, with noise added to it.
+    """A field fitted to the noisy image of a picture under ``operator``.
 
     The picture itself is seen by the test alone: the weights are selected by measurements that are held back.
 
@@ -65,7 +65,7 @@ class MeasuredTask(FieldTask):
         operator: linear, on images ``[1, channels, height, width]``; of a :class:`Measurement` the slopes are those of
             the field itself.
         noise: its deviation, as a share of that of what is measured.
-        seed: of the noise and of what is held back.
+        seed: random seed of the noise and of the held-out measurements.
         frequencies, about: as for :class:`~torchimplicit.recipes.representations.fit.FieldTask`.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Triangle meshes: read, made, asked for distances, extracted from a field, and drawn."""
+"""Triangle meshes: reading, generating, distances, extraction from a field, and drawing."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def section(mesh: Mesh, axis: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Edges:
-    """How a surface's faces meet.
+    """Statistics of how a surface's faces meet.
 
     Attributes:
         open: edges of one face only.
@@ -206,14 +206,15 @@ POINTS_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class _Level:
-    """The nodes of one depth: ``[nodes, ...]``.
+    """The nodes at one depth of the tree: ``[nodes, ...]``.
 
     Attributes:
-        centre: of the triangles' area.
-        radius: of the ball around it that holds the triangles.
+        centre: centre of the triangles' area.
+        radius: radius of the ball around it that holds the triangles.
         dipole: the sum of the area vectors.
         normal: its direction.
-        height, breadth: of the flat cylinder along the normal, around the centre, that holds the triangles.
+        height, breadth: height and breadth of the flat cylinder along the normal, around the centre, that holds the
+            triangles.
     """
 
     centre: Tensor
@@ -232,7 +233,7 @@ class _Level:
 
 
 class MeshTree:
-    """The triangles of a mesh for queries by points, ``[points, 3]`` in the mesh's precision.
+    """A tree of a mesh's triangles for queries by points ``[points, 3]`` in the mesh's precision.
 
     Args:
         mesh: with one face at least.
@@ -569,7 +570,7 @@ def knot(turns: int = 2, windings: int = 3, around: int = 480, across: int = 32,
     """A tube around the torus knot that goes ``turns`` times around the axis and ``windings`` times through the hole.
 
     Args:
-        turns, windings: of the knot, without a common divisor.
+        turns, windings: turns and windings of the knot, without a common divisor.
         around, across: how many vertices along the tube and around it.
         thickness: the tube's radius, where the torus has radii of 2 and 1.
     """
@@ -604,7 +605,7 @@ def gyroid(size: int = 64, cells: float = 1.25, wall: float = 0.45) -> Mesh:
     """A ball cut out of thick gyroid walls, by marching cubes: many holes, and thin parts.
 
     Args:
-        size: of the grid.
+        size: size of the grid.
         cells: periods across a radius.
         wall: half the walls' thickness, in values of the gyroid function.
     """
@@ -632,7 +633,7 @@ def lattice(corner: Sequence[float], longest: int) -> tuple[tuple[int, ...], lis
     """A grid of nearly cubic cells from corner to corner: its sizes, and the coordinates along each side.
 
     Args:
-        corner: of the domain, ``-corner`` to ``corner``.
+        corner: corner of the domain, ``-corner`` to ``corner``.
         longest: points along the longest side.
     """
     sizes = tuple(max(2, round(longest * side / max(corner))) for side in corner)
@@ -647,7 +648,7 @@ def extracted(
 
     Args:
         height: positive inside; of coordinates ``[points, 3]``, on the CPU; gives ``[points]``.
-        corner: of the domain.
+        corner: corner of the domain.
         longest: grid points along the longest side.
         memory_mb: what the layers that are in work may take.
         at_once: points of one evaluation.

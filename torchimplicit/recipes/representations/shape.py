@@ -176,7 +176,7 @@ NEAR = (0.01, 0.05)
 
 @dataclass(frozen=True)
 class Frame:
-    """Where the field's coordinates lie in those of the file: ``file = centre + scale * field``."""
+    """The field's coordinates in those of the file: ``file = centre + scale * field``."""
 
     centre: Tensor
     scale: float
@@ -198,10 +198,10 @@ class Frame:
 
 @final
 class ShapePoints(Points):
-    """Points around a mesh.
+    """Points around a mesh, with their values.
 
     Args:
-        corner: of the domain.
+        corner: corner of the domain.
         coordinates: ``[points, 3]``.
         values: ``[points, k]``. For occupancy k is 2: 1 inside and 0 outside; and whether the point was drawn near the
             surface. For the distance it is 5: the distance, negative inside; its gradient, which is the normal on the
@@ -228,7 +228,7 @@ class ShapePoints(Points):
 
 
 class Counts(NamedTuple):
-    """How many points: to train on, and to validate and to test on each."""
+    """Numbers of points: for training, and for validation and test each."""
 
     training: int
     held_out: int
@@ -320,8 +320,8 @@ def cross_entropy(field: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Te
 @final
 @dataclass(frozen=True, kw_only=True)
 class DistanceLoss:
-    """Means over the points: the error of the distance, and of the slope on the surface and its length everywhere
-    (the eikonal term of Gropp et al. 2020, *Implicit geometric regularization*).
+    """Sum of three means over the points: error of the distance, error of the slope on the surface, and deviation of
+    its length from 1 everywhere (the eikonal term of Gropp et al. 2020, *Implicit geometric regularization*).
 
     With ``surface_only`` no distance is given but zero on the surface, and values near zero are unlikely elsewhere
     (Sitzmann et al. 2020, *Implicit neural representations with periodic activation functions*, eq. 6).
@@ -329,7 +329,7 @@ class DistanceLoss:
     Attributes:
         distance, normal, eikonal: weights of the three terms.
         surface_only: see above.
-        sharpness: of the last one: :math:`\\exp(-s|f|)`.
+        sharpness: s in the last term, :math:`\\exp(-s|f|)`.
     """
 
     distance: float
@@ -357,7 +357,7 @@ class DistanceLoss:
 @final
 @dataclass(frozen=True)
 class Overlap:
-    """The intersection over the union of the insides, of the points anywhere and of those near the surface.
+    """Intersection over union of the insides, over all points and over those near the surface.
 
     Attributes:
         distance: whether the field is a distance, negative inside; otherwise a logit, positive inside.
@@ -397,7 +397,7 @@ class Subject:
     """A mesh.
 
     Attributes:
-        name: for people.
+        name: name to display.
         mesh: in the coordinates of the field.
         frame: where these lie in those of the file.
         notes: what was done to it.
@@ -453,14 +453,14 @@ SAMPLES = 10000
 
 @dataclass(frozen=True)
 class Comparison:
-    """A surface beside the true one; lengths are shares of the true mesh's longest side.
+    """A surface compared with the true one; lengths are shares of the true mesh's longest side.
 
     Attributes:
         chamfer: the mean of the two next.
         to_truth: mean distance of the surface's points to the true one.
         from_truth: mean distance of the true surface's points to it.
         normals: mean absolute cosine between the normals of a point and of its nearest one, both ways.
-        vertices, faces: of the surface.
+        vertices, faces: vertices and faces of the surface.
         watertight: whether every edge has two faces.
         volume: over the true one's.
     """

@@ -1,4 +1,5 @@
-"""A mesh by implicit representations and explicit twins: occupancy, and distances with exact and one-step gradients.
+"""Table: a mesh by implicit representations and explicit twins; occupancy, and distances with exact and one-step
+gradients.
 
 The one-step estimate is here to show how wrong it is where a loss holds slopes; the library refuses it there
 (:func:`torchimplicit.recipes.representations.fit.check_slopes`). A cell applied once more at its detached fixed point
@@ -50,7 +51,7 @@ def one_step() -> ShapeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesCostConfig:
-    """Measures steps of several fits in turn, and gradients of distances beside exact ones."""
+    """Measures steps of several fits in turn, and gradients of distances compared with exact ones."""
 
     names: tuple[str, ...] = ()
     """Names of the fits."""
@@ -78,7 +79,7 @@ def costs() -> ShapesCostConfig:
 
 @final
 class OneStepRepresentation(nn.Module):
-    """In training, one application of the cell at the detached fixed point; in eval mode the representation itself.
+    """In training, one application of the cell at the detached fixed point; in eval mode, the representation itself.
 
     Args:
         whole: the representation.
@@ -112,10 +113,10 @@ ONE_STEP = FieldRunner(build_one_step, show, ready, export)
 
 @dataclass(frozen=True)
 class Direction:
-    """The one-step estimate beside the exact gradient in all weights, at the same weights.
+    """The one-step estimate compared with the exact gradient in all weights.
 
     Attributes:
-        cosine, norm: of the whole loss, and the ratio of the norms.
+        cosine, norm: cosine and ratio of norms, for the whole loss.
         values: the cosine for the loss of values alone.
         slopes: that for the loss of slopes alone.
     """
@@ -131,7 +132,7 @@ class ShapesCost:
     """The measurements.
 
     Attributes:
-        costs: of a step, by the fits' names.
+        costs: costs of a step, by the fits' names.
         begun: by the name of every implicit fit of a distance: the directions at its initial weights.
         trained: the same after the steps of the measurement.
     """
@@ -204,11 +205,11 @@ DASHES: dict[Kind, str] = {"implicit": "-", "one-step": ":", "explicit": "--"}
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model.
+    """A row: one model.
 
     Attributes:
         task: what the field is.
-        filter: of the model.
+        filter: filter of the model.
         kind: implicit, by its exact gradient where slopes are in the loss; by the one-step estimate; or explicit.
     """
 

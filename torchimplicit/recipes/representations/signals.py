@@ -1,4 +1,4 @@
-"""A sound and a video by implicit representations and their explicit twins (Huang et al. 2021, (Implicit)²)."""
+"""Table: a sound and a video by implicit representations and their explicit twins (Huang et al. 2021, (Implicit)²)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PUBLISHED_VIDEO = {"siren": (26.03, 25.12), "fourier": (25.85, 24.97), "gabor": 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model of one signal."""
+    """A row: one model of one signal."""
 
     kind: Kind
     filter: FilterKind
@@ -61,7 +61,7 @@ ROWS = {r.name: r for r in (Row(kind=k, filter=f, implicit=i) for k in KINDS for
 
 @dataclass(frozen=True, kw_only=True)
 class SignalsConfig:
-    """Three filters, implicit and explicit, on a sound and on a video."""
+    """Three filters, implicit and explicit, on a sound and a video."""
 
     plan: Plan = field(default_factory=lambda: Plan(seeds=2, together=12))
 

@@ -1,4 +1,4 @@
-"""A video as a field of time and place."""
+"""A video as a field of time and position."""
 
 from __future__ import annotations
 
@@ -194,10 +194,10 @@ DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error
 
 @dataclass(frozen=True)
 class Clip:
-    """A video, and what was done to it on the way.
+    """A video, with notes on how it was read.
 
     Attributes:
-        name: for people.
+        name: name to display.
         pixels: uint8 ``[frames, height, width, channels]`` with one channel (grey) or three.
         rate: frames a second.
         notes: what a person who gave the file should know.

@@ -1,1 +1,1 @@
-"""What every recipe and every table runs on."""
+"""The base on which every recipe and every table runs."""

@@ -1,4 +1,4 @@
-"""What goes wrong for reasons that the person at the command line can mend."""
+"""Errors that the person at the command line can fix."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ class UserError(Exception):
 
 
 class DamagedFileError(UserError):
-    """A file is not what was written: it is cut short, damaged, or changed."""
+    """A file is not what was written: truncated, damaged or changed."""
 
 
 class StorageError(OSError):
-    """A file cannot be written, for one because the disk is full. The command line prints it and exits with 1."""
+    """A file cannot be written, for example because the disk is full. The command line prints it and exits with 1."""
 
     def __str__(self) -> str:
         """The line alone, without the number before it."""
@@ -20,4 +20,4 @@ class StorageError(OSError):
 
 
 class DivergedError(Exception):
-    """Training came upon numbers that are not finite. The command line prints it and exits with 1."""
+    """Training produced non-finite numbers. The command line prints it and exits with 1."""

@@ -1,4 +1,4 @@
-"""A run, from its directory to its end, whichever way it ends: for the commands, and for processes of a scheduler."""
+"""Executes a run in its directory and records how it ends, for commands and for scheduled processes."""
 
 from __future__ import annotations
 

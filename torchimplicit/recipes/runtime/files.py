@@ -1,4 +1,4 @@
-"""Files: written whole with their checksum, read with suspicion, and public ones downloaded once."""
+"""Files: written whole with a checksum, checked when read; public files downloaded once."""
 
 from __future__ import annotations
 
@@ -309,7 +309,7 @@ class Download:
     Attributes:
         name: under which it is kept.
         url: where it is.
-        sha256: of its content, in hexadecimal digits.
+        sha256: SHA-256 sum of its content, in hexadecimal digits.
         md5: likewise, for a file of which its publisher gives this sum only.
     """
 
@@ -334,7 +334,7 @@ def fetch(download: Download, folder: Path, instead: str = "with --data-dir") ->
     """The file in ``folder``, downloaded if it is not there yet; it is what was published, which is verified each time.
 
     Args:
-        download: which.
+        download: the download.
         folder: where it is kept.
         instead: how a person would give a copy of their own, for errors.
 

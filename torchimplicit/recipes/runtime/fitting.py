@@ -34,7 +34,7 @@ from torchimplicit.recipes.runtime.run import NOTED_EVERY, Run
 
 
 class SaveEveryEpoch(Checkpoint):
-    """One checkpoint, replaced at the end of every whole epoch: where a resumed run begins.
+    """One checkpoint, replaced at the end of every epoch, from which a resumed run continues.
 
     Being a ``Checkpoint``, it is called after the module's own hook.
     """
@@ -58,7 +58,7 @@ class SaveEveryEpoch(Checkpoint):
 
 
 class SealedCheckpoints(CheckpointIO):
-    """Checkpoints as Lightning makes them, with their checksums; see :mod:`.files`."""
+    """Lightning's checkpoints with checksums; see :mod:`.files`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """See :func:`.files.save`."""
@@ -104,7 +104,7 @@ def stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
 
 
 class _Stop:
-    """What Ctrl-C and SIGTERM do while a trainer trains. SIGTERM may come with a Ctrl-C that a parent passes on."""
+    """Handles Ctrl-C and SIGTERM while a trainer runs. A SIGTERM may follow a Ctrl-C that a parent passes on."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -246,7 +246,7 @@ def whole(checkpoint: Path) -> Path:
 
 
 class Counted(Protocol):
-    """What a module that trains under :class:`ShowProgress` must tell."""
+    """What a module trained under :class:`ShowProgress` must report."""
 
     @property
     def steps_done(self) -> int:
@@ -261,7 +261,7 @@ class Counted(Protocol):
 
 
 class ShowProgress(Callback):
-    """Counts training batches, on the console and in the run's ``progress.json``, for whoever watches from outside.
+    """Counts training batches on the console and in the run's ``progress.json``, for outside observers.
 
     Args:
         console: where to show it; ``None``: the standard output of the process that trains.

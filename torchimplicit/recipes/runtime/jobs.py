@@ -1,4 +1,4 @@
-"""The runs of a table through a scheduler, processes of this machine or Slurm, and the record that is made of them."""
+"""Schedules the runs of a table as local processes or Slurm jobs, and makes the record from them."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def prepare(job: Job, folder: Path, table: str = "") -> Run:
     A run that was prepared for the same settings of the table keeps its own, where defaults are others by now.
 
     Args:
-        job: which.
-        folder: of all jobs.
+        job: the job.
+        folder: folder of all jobs.
         table: the checksum of the table's settings; empty: there is no table.
 
     Raises:

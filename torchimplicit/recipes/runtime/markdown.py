@@ -1,4 +1,4 @@
-"""A record as Markdown, for the documentation and for whoever reads it where the code is hosted."""
+"""A record as Markdown, for the documentation and for readers on the code host."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def record_text(record: Record, place: str) -> str:
     """The record without its title: what was done, the tables, the claims, the pictures, the notes, the command.
 
     Args:
-        record: of a table.
+        record: record of a table.
         place: where its figures and ``record.json`` are, as a link.
     """
     e = record.environment

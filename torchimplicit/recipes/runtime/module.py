@@ -1,4 +1,4 @@
-"""The training loop's hooks: one task under Lightning."""
+"""The Lightning module that trains one task."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from torchimplicit.state import detached
 
 
 class TrainingModule(LightningModule):
-    """Trains a task for a number of steps, an epoch of Lightning's being a segment."""
+    """Trains a task for a number of steps; an epoch of Lightning is a segment, the steps between two validations."""
 
     def __init__(self, task: Task, optimization: Optimization, equilibria: Equilibria, log_every: int = 1):
         super().__init__()

@@ -1,4 +1,4 @@
-"""How good the gradient is while a model trains: a Lightning callback."""
+"""A Lightning callback that measures the accuracy of gradients while a model trains."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BESIDE = ("cosine", "norm_ratio", "relative_error", "adjoint_residual", "ascent"
 
 @dataclass(frozen=True)
 class GradientRecord:
-    """One layer's gradient estimate beside the exact gradient, in one training step.
+    """One layer's gradient estimate compared with the exact gradient, in one training step.
 
     Attributes:
         step: optimizer steps done.
@@ -67,7 +67,7 @@ class GradientRecord:
 
 
 class MonitorGradient(Callback):
-    """Compares the gradient of every :class:`~torchimplicit.nn.Equilibrium` with the exact one, every so many steps.
+    """Compares the gradient of every :class:`~torchimplicit.nn.Equilibrium` with the exact one at regular steps.
 
     It needs nothing of the module: it notes what a layer was solved for and the cotangent that the ordinary backward
     pass brings to its output, and takes both gradients from these by itself, at the state that the layer returned.
@@ -83,7 +83,8 @@ class MonitorGradient(Callback):
         every: optimizer steps between two comparisons; 0: never.
         exact: what to compare with, see :func:`~torchimplicit.diagnostics.compare_gradients`.
         beside: other estimators to compare with the exact gradient as well, by name.
-        subspace: of the spectral radius, see :func:`~torchimplicit.diagnostics.spectral_radius`; 0: do without.
+        subspace: subspace of the spectral radius, see :func:`~torchimplicit.diagnostics.spectral_radius`; 0: do
+            without.
 
     Attributes:
         records: all that was measured, oldest first. They travel in Lightning's checkpoints.
@@ -208,7 +209,7 @@ def _logged(record: GradientRecord) -> dict[str, float]:
 
 @dataclass
 class _Seen:
-    """A solve, and the cotangents that have arrived at its leaves."""
+    """A solve, and the cotangents that have reached its leaves."""
 
     layer: Equilibrium
     gradient: Gradient

@@ -1,4 +1,4 @@
-"""Optimizers of whole objectives, which go on where they were stopped."""
+"""Optimizers of full-batch objectives, which can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How long to go on.
+    """The budget of an optimization.
 
     Attributes:
-        iterations: of the optimizer, at most.
-        seconds: of the processor's time, measurements not counted; ``None``: as long as it takes.
+        iterations: iterations of the optimizer, at most.
+        seconds: CPU seconds, measurements not counted; ``None``: as long as it takes.
         measure_every: iterations between two measurements; with ``seconds`` they are spread over the time.
         measure_at: iterations after which there also is one.
     """
@@ -76,11 +76,11 @@ class Budget:
 
 @dataclass
 class Clock:
-    """A training so far; it travels in the checkpoint.
+    """Counters of a training so far; saved in the checkpoint.
 
     Attributes:
         iterations: done.
-        seconds: of the processor's time, spent in the optimizer.
+        seconds: CPU seconds, spent in the optimizer.
         residuals, jacobians: evaluations; one of the loss with its gradient counts as one of the residuals.
         rejected: see :class:`Objective`.
     """
@@ -207,7 +207,7 @@ the history."""
 
 
 class Enough(Exception):
-    """The budget is spent."""
+    """Raised when the budget is spent."""
 
 
 class Checkpointer:

@@ -1,4 +1,4 @@
-"""Pages for people, one HTML file each with nothing to fetch, and the pictures in them.
+"""Self-contained HTML pages and their figures.
 
 The page itself is ``page.html.j2``, the look of its pictures ``figures.mplstyle``. Matplotlib is imported when
 something is drawn: settings and tables are there without it.
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """A picture on a page.
+    """A figure on a page.
 
     Attributes:
         media: the picture, or what plays a sound, as HTML.
@@ -50,13 +50,13 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of a page, in the order of its attributes; what is empty is not there.
+    """A section of a page. Its attributes appear in their order; empty ones are left out.
 
     Attributes:
-        heading: of the part.
+        heading: heading of the part.
         table, marks: figures, and a colour for the dot before each row's name.
         keys: colour, name and explanation of what is compared.
-        claims, notes: of a record.
+        claims, notes: claims and notes of a record.
         pictures: side by side.
         settings: option, value and meaning.
     """

@@ -1,4 +1,4 @@
-"""Finished runs side by side: a table, learning curves, and a page that shows both."""
+"""Compares finished runs: a table, learning curves, and a page with both."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TITLE = "Runs compared"
 
 @dataclass(frozen=True)
 class Finished:
-    """A run with what it wrote."""
+    """A finished run and its files."""
 
     name: str
     recipe: str

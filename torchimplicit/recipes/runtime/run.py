@@ -1,4 +1,4 @@
-"""A run's directory: what it holds, what runs it, and on what."""
+"""A run's directory: its contents, its runner, and its environment."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _tuples(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Environment:
-    """Software, machine and time."""
+    """Software, hardware and time of a run."""
 
     torchimplicit_version: str
     torch_version: str
@@ -220,7 +220,7 @@ _RESERVED = 1 << 17
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where the run is written."""
+    """Location of the run."""
 
     output: Path | None = None
     """Directory of the run, which must be new or empty. Default: the next free number in runs/<recipe>/."""
@@ -491,7 +491,7 @@ class Runner(Protocol):
 
 @runtime_checkable
 class Exporter(Protocol):
-    """A runner that can write what a run has learnt at another size."""
+    """A runner that can sample what a run has learnt at another resolution."""
 
     def export(self, config: Any, sizes: tuple[int, ...], run: Run, console: Console) -> Path:
         """Write it into the run's directory.

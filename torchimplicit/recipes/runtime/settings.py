@@ -1,4 +1,4 @@
-"""The settings that many recipes share; how settings are checked, and become plain values that JSON holds."""
+"""Settings shared by many recipes, checks of settings, and their conversion to plain values for JSON."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ EstimatorName = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """How the weights move. A *segment* is the steps between two validations; a run resumes where one begins."""
+    """Optimization of the weights."""
 
     steps: int = 1000
     """Number of optimizer steps."""
@@ -226,7 +226,7 @@ class Optimization:
 
 @dataclass(frozen=True, kw_only=True)
 class Equilibria:
-    """How equilibria are solved and differentiated."""
+    """Solving and differentiating equilibria."""
 
     solver: Literal["anderson", "broyden", "fixed-point"] = "anderson"
     """Solver of the forward pass."""
@@ -278,7 +278,7 @@ class Equilibria:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """On what to train."""
+    """Hardware, precision and logging."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto uses a GPU if there is one."""

@@ -1,4 +1,4 @@
-"""What a training step costs: seconds of its passes, evaluations, memory, and how good its gradient is.
+"""The cost of a training step: time of its passes, evaluations, memory, and the accuracy of its gradient.
 
 Runs of one table see a machine that is more or less busy; kinds of steps that take turns in one process see the same.
 """
@@ -27,16 +27,17 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """A training step, or the middle of several; NaN for what is not measured.
+    """One training step, or the median of several; NaN for what is not measured.
 
     Attributes:
         forward_seconds, backward_seconds: of the two passes: CPU seconds of the process; on a GPU, wall seconds.
         forward, backward: evaluations of the cells, and products with their Jacobians.
-        seconds: of both passes, and of the update where there is one.
-        residual: of the adjoint, relative; of a phantom gradient, that of its truncated series.
-        cosine, norm: of the gradient in all parameters beside the exact one: cosine, and ratio of norms.
+        seconds: time of both passes, and of the update if there is one.
+        residual: residual of the adjoint, relative; of a phantom gradient, that of its truncated series.
+        cosine, norm: of the gradient in all parameters against the exact one: cosine, and ratio of
+            norms.
         megabytes: memory at its peak in a step, over what was held before it.
-        parameters: of the model; 0 where they are not counted.
+        parameters: number of parameters; 0 if not counted.
     """
 
     forward_seconds: float

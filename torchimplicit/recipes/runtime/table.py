@@ -1,4 +1,4 @@
-"""A published table in one file: its runs as lines of data, and sheets, claims, notes and figures as views of them.
+"""A published table in one file: its runs as rows of data, and sheets, claims, notes and figures as views of them.
 
 A table names its :class:`Job` objects, each under a key such as its row and its seed. What the record holds of every
 run, under the job's name, is all that the sheets, the claims and the notes are made of: a record remakes itself.
@@ -35,7 +35,7 @@ class Column:
 
     Attributes:
         title: short.
-        unit: of its figures; empty for none.
+        unit: unit of its figures; empty for none.
         note: what the figures are, in one sentence.
     """
 
@@ -94,7 +94,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which runs, and where."""
+    """Runs of a table, and where they are executed."""
 
     seeds: int = 3
     """Number of runs per row, each with its own seed."""
@@ -191,7 +191,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class TitledTable:
-    """A table of the record under its title."""
+    """A table of the record with its title."""
 
     title: str
     table: Table
@@ -202,16 +202,16 @@ class Record:
     """A reproduction.
 
     Attributes:
-        name: of the table.
-        title: for people.
+        name: name of the table.
+        title: title to display.
         source: what is reproduced: paper, table or figure.
         protocol: what was run and how the figures were selected, in a few sentences.
         sheets, claims, pictures: what came out; a published number stands beside ours.
         notes: what else a reader must know, such as what falls short and why.
         command: that made it.
-        seconds: of all runs together.
+        seconds: seconds of all runs together.
         environment: on what.
-        settings: of the table.
+        settings: settings of the table.
         runs: figures of every single run, by its name.
     """
 
@@ -240,7 +240,7 @@ def spread(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
 
 @dataclass(frozen=True)
 class CaptionedFigure:
-    """A figure, its name (of the file) and its caption."""
+    """A figure with its file name and caption."""
 
     name: str
     figure: Figure
@@ -275,7 +275,7 @@ def look(figures: Any, path: str, between: str = ".") -> Any:
 
 @dataclass(frozen=True)
 class Line:
-    """One run: its name, its key, and what the record holds of it."""
+    """One run: its name, its key, and its part of the record."""
 
     name: str
     key: Mapping[str, Any]
@@ -298,7 +298,7 @@ class Line:
 
 
 class Runs(Sequence[Line]):
-    """The runs that are there, in the order of the jobs."""
+    """The runs that are finished, in the order of the jobs."""
 
     def __init__(self, lines: Iterable[Line]):
         self._lines = list(lines)
@@ -417,7 +417,7 @@ def by_name(**others: Callable[[Any, Run], dict[str, Any] | None]) -> Callable[[
 
 @dataclass(frozen=True)
 class Cell(Generic[T]):
-    """A column and the cell that it makes of a row."""
+    """A column, and the function that makes its cell for a row."""
 
     title: str
     of: Callable[[T], str]
@@ -523,13 +523,13 @@ def curves(panel: Axes, series: Iterable[tuple[str, Runs, Mapping[str, Any]]], f
 
 @dataclass(frozen=True, kw_only=True)
 class Published(Generic[C]):
-    """A table: the jobs that its settings ask for, and what their runs come to.
+    """A table: the jobs of its settings, and what their runs show.
 
     Its module has functions of these names, which :func:`published` takes.
 
     Attributes:
-        title, source: of the record.
-        jobs: of the settings.
+        title, source: title and source of the record.
+        jobs: jobs of the settings.
         figures: what the record holds of a run: plain data, or ``None``.
         protocol: what was run, in words.
         sheets, claims, notes: lists, or generators, out of the settings and the runs that are there, and nothing else.

@@ -1,4 +1,4 @@
-"""What is trained: a task, the samples of its steps, how its equilibria are differentiated, and what that costs."""
+"""The training task: its samples, the gradient estimators of its equilibria, and their cost."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Split = Literal["validation", "test"]
 
 @dataclass(frozen=True)
 class Metric:
-    """The figure that training is judged by.
+    """The figure by which a training is judged.
 
     Attributes:
         name: as in the figures of :meth:`Task.figures`.
@@ -82,7 +82,7 @@ class Shard:
 
 
 class Task(nn.Module, ABC):
-    """A model, its data, and what is asked of it. Made from the config alone, in every process alike.
+    """A model, its data, loss and score, made from the config alone, identically in every process.
 
     Every :class:`~torchimplicit.nn.Equilibrium` within is trained with the solver and the gradient that the recipe's
     settings name: :meth:`__init__` gives them to the model.
@@ -154,8 +154,8 @@ class ShuffledSteps(Sampler[list[int]]):
 
     Args:
         size: how many samples there are.
-        batch_size: of all processes together; a larger one than ``size`` is ``size``.
-        seed: of the permutations.
+        batch_size: samples per batch over all processes; at most ``size``.
+        seed: seed of the permutations.
         steps: the steps to give batches for.
         shard: this process's share.
         whole: whether a smaller batch ends a pass; otherwise what does not fill one is left out.
@@ -244,7 +244,8 @@ def _as_is(batch: Any) -> Any:
 
 
 class _Kept(Sampler[Any]):
-    """The batches of another sampler, which can be replaced: a loader whose workers stay goes on with others."""
+    """The batches of another sampler, which can be replaced: the workers of a loader keep running with other
+    batches."""
 
     def __init__(self, own: Sampler[Any]):
         self.own = own
@@ -257,7 +258,7 @@ class _Kept(Sampler[Any]):
 
 
 class Batches:
-    """So many batches, made anew whenever they are gone through.
+    """A fixed number of batches, generated anew for every pass.
 
     Args:
         count: how many.
@@ -275,7 +276,7 @@ class Batches:
 
 
 class SampledTask(Task):
-    """A task of samples: shuffled to train on, in order where they are held out.
+    """A task with a data set of samples: shuffled for training, in order otherwise.
 
     Attributes:
         config: the recipe's.
@@ -326,10 +327,10 @@ class SampledTask(Task):
 
 @dataclass(frozen=True)
 class Estimator:
-    """One way to differentiate an equilibrium.
+    """A gradient estimator.
 
     Attributes:
-        label: for people, short.
+        label: short label to display.
         make: the estimator for the settings.
     """
 
@@ -383,7 +384,7 @@ def solver(settings: Equilibria) -> Solver:
 
 
 class Costs:
-    """Watches every solve of some layers, and those that a task tells of, until it is closed.
+    """Counts every solve of some layers, and those that a task reports, until it is closed.
 
     Args:
         layers: watched.
@@ -443,7 +444,7 @@ class Costs:
 
 
 class Stopwatch:
-    """Seconds of the parts of a step; the device finishes its work before each reading."""
+    """Seconds of the parts of a step; the device is synchronized before each reading."""
 
     def __init__(self) -> None:
         self._began = self._last = 0.0

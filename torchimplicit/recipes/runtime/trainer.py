@@ -1,4 +1,4 @@
-"""The runner of a recipe that trains a task, what a training came to, and what is measured at the weights it came to.
+"""The runner of recipes that train a task, the results of a training, and measurements at its weights.
 
 Lightning is imported when something is trained: a recipe's settings are there without it.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Validation:
-    """The validation split after some steps.
+    """Results on the validation split after a number of steps.
 
     Attributes:
         step: optimizer steps done.
@@ -51,7 +51,7 @@ class Validation:
 
 @dataclass
 class History:
-    """What is known of a training so far. It travels in the checkpoint.
+    """The history of a training so far; saved in the checkpoint.
 
     Attributes:
         steps: optimizer steps done.
@@ -70,7 +70,7 @@ class History:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """A training step after pretraining.
+    """Costs of a training step after pretraining.
 
     Attributes:
         seconds, forward_seconds, backward_seconds: medians: of the whole step, the forward pass, the backward pass.
@@ -89,17 +89,17 @@ class StepCosts:
 
 @dataclass(frozen=True)
 class Results:
-    """A training and its test.
+    """Results of a training and its test.
 
     Attributes:
         state: ``diverged`` where the loss or an equilibrium stopped being finite.
-        parameters: of the model.
+        parameters: number of parameters of the model.
         metric: by which the tested weights were selected on the validation split.
         best: the validation that they had; ``None`` if there was none.
         test: the figures of the test split at those weights; ``None`` if it was not measured.
         validations: all of them.
         steps, seconds: done, and spent in them.
-        costs: of a step; ``None`` before the first.
+        costs: costs of a step; ``None`` before the first.
         settings: the recipe's.
     """
 
@@ -158,7 +158,7 @@ PRECISION = {"32": "32-true", "bf16-mixed": "bf16-mixed", "16-mixed": "16-mixed"
 
 
 class Trainer(Runner):
-    """Trains, tests and measures again what a config describes.
+    """Trains, tests and re-evaluates the task of a config.
 
     The weights that are tested are those of the best validation.
 
@@ -378,11 +378,11 @@ def summary(results: Results, task: Task) -> Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Measuring(Runner):
-    """Measures, at the weights of a training where there is one; evaluating it measures again.
+    """Runs a measurement, at the weights of a training if there is one. Evaluating such a run measures again.
 
     Attributes:
         measure: ``(config, run) -> figures``, which go into the run's directory as JSON.
-        name: of the file in the run's directory.
+        name: name of the file in the run's directory.
         show: the figures as a table, or ``None``.
         first: trains before.
         training: its settings, out of this recipe's.

@@ -1,4 +1,4 @@
-"""Weights that were trained elsewhere, in a state dict."""
+"""Weights trained elsewhere, read from a state dict."""
 
 from __future__ import annotations
 
