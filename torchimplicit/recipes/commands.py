@@ -29,7 +29,7 @@ class Command(Protocol):
     """A parsed command."""
 
     def run(self, console: Console) -> int:
-        """Do it, and give the exit code."""
+        """Run the command and return the exit code."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Evaluate:
         return 0
 
     def _evaluated(self, run: Run, runner: Runner, settings: Any, console: Console) -> object:
-        """What was written."""
+        """Re-evaluate or export, and return the name of the file written."""
         if not self.export_size:
             runner.check(settings)
             runner.evaluate(settings, run, console)
@@ -159,24 +159,24 @@ class ReportRuns:
 
 
 COMMANDS = {
-    "demo": "Compare gradient estimators on handwritten digits, and draw a page about it (under three minutes).",
+    "demo": "Compare gradient estimators on handwritten digits, with a page of results (under three minutes).",
     "list": "List the recipes and the tables.",
-    "molecules": "Compute molecules for density functionals, a data file each.",
+    "molecules": "Compute data files of molecules for density functionals.",
     "density": "Find molecules' densities, energies and forces with a trained density functional.",
     "pretrain": "Train a density functional on Kohn-Sham calculations, without minimizing it.",
-    "finetune": "Train a pre-trained density functional further, by the densities of its minima.",
+    "finetune": "Fine-tune a pre-trained density functional on the densities at its minima.",
     "train": "Train a recipe.",
     "reproduce": "Reproduce a published table or figure.",
-    "restore": "Restore a picture by a decoder that was trained on others like it.",
-    "resume": "Go on with an interrupted run.",
+    "restore": "Restore a degraded picture with a decoder trained on similar ones.",
+    "resume": "Continue an interrupted run.",
     "evaluate": "Measure a trained run again.",
-    "report": "Compare finished runs: a table, learning curves, and a page that shows both.",
+    "report": "Compare finished runs: a table, learning curves, and a page with both.",
 }
 """The commands, each with the line that the help shows."""
 
 
 def parse(argv: list[str]) -> Command:
-    """The command that the arguments name.
+    """Return the command that the arguments name.
 
     Raises:
         UserError: for an unknown command or recipe, for arguments that do not parse, and for settings that make no
@@ -231,7 +231,7 @@ def parse(argv: list[str]) -> Command:
 
 
 def _one_line(box: str) -> str:
-    """What tyro says in a box, as one line: no frame, and rules become semicolons."""
+    """Turn tyro's error box into one line: without the frame, and with semicolons for rules."""
     inner = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
     text = " ".join(";" if line and set(line) <= {"─", "-"} else line for line in inner)
     parts = [" ".join(part.split()).rstrip(".") for part in text.split(";")]
@@ -241,7 +241,7 @@ def _one_line(box: str) -> str:
 
 
 def _one_of(entries: dict[str, registry.Entry], chosen: str | None) -> Any:
-    """One subcommand an entry, of which only the chosen one is imported."""
+    """A subcommand for each entry. Only the chosen one is imported."""
     choices = [
         _start(name) if name == chosen else Annotated[Deferred, _named(name, entry.summary)]
         for name, entry in entries.items()
@@ -250,7 +250,7 @@ def _one_of(entries: dict[str, registry.Entry], chosen: str | None) -> Any:
 
 
 def _of(module: str, command: str) -> Any:
-    """A command of a wing, which is imported only if it is asked for."""
+    """Import a command of a wing; called only if it is asked for."""
     return getattr(import_module(f"torchimplicit.recipes.{module}"), command)
 
 

@@ -25,11 +25,11 @@ class Operator(ABC):
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
-        """What is measured, ``[batch, ...]``."""
+        """The measurements, ``[batch, ...]``."""
 
     @abstractmethod
     def __str__(self) -> str:
-        """What it is, for people."""
+        """A description for display."""
 
 
 @final
@@ -79,7 +79,7 @@ class Known(Operator):
 
     @classmethod
     def drawn(cls, share: float, height: int, width: int, seed: int = 0) -> Known:
-        """A share of them, drawn at random; one at least."""
+        """A random share of the pixels, at least one."""
         order = torch.randperm(height * width, generator=torch.Generator().manual_seed(seed))
         known = torch.zeros(height * width, dtype=torch.bool)
         known[order[: max(1, round(share * height * width))]] = True
@@ -177,8 +177,7 @@ WEIGHTS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 @torch.no_grad()
 def smoothed(operator: Callable[[Tensor], Tensor], measured: Tensor, like: Tensor, weight: float) -> Tensor:
-    """Tikhonov's solution with the squares of the differences of neighbours, by conjugate gradients: what a field is to
-    beat.
+    """Tikhonov's solution with squared differences of neighbours, by conjugate gradients: a baseline for fields.
 
     Args:
         operator: linear.

@@ -229,7 +229,7 @@ class MoleculeResults:
     assembled: int
 
     def slope(self, form: str) -> float:
-        """Of log error over log nudge.
+        """Slope of the log error over the log nudge.
 
         Args:
             form: ``one_sided`` or ``symmetric``.
@@ -238,12 +238,12 @@ class MoleculeResults:
 
     @staticmethod
     def of(run: Run) -> MoleculeResults:
-        """What a run has written."""
+        """Read what a run has written."""
         return from_plain(MoleculeResults, run.read_json("results.json"))
 
 
 def slope(nudges: Sequence[float], errors: Sequence[float]) -> float:
-    """Of log error over log nudge, by least squares; not a number where fewer than two errors can be used.
+    """Least-squares slope of the log error over the log nudge; NaN with fewer than two usable errors.
 
     Args:
         nudges: falling.
@@ -273,11 +273,11 @@ class Estimate:
 
     @property
     def status(self) -> str:
-        """In words."""
+        """The status, as text."""
         return Status(int(self.report.status.max())).name
 
     def error(self, exact: Tensor) -> float:
-        """Relative."""
+        """The relative error."""
         return float((self.gradient - exact).norm() / exact.norm())
 
     def cosine(self, exact: Tensor) -> float:
@@ -317,7 +317,7 @@ class Optimum:
         return list(self.functional.parameters())
 
     def solver(self, tolerance: float | None = None) -> LBFGS:
-        """Of the minimizations."""
+        """The solver of the minimizations."""
         return LBFGS(preconditioner=self.reference, rtol=0.0, atol=tolerance or self.tolerance, max_steps=300)
 
     def minimize(self, start: Tensor, tolerance: float | None = None) -> Solution:
@@ -325,7 +325,7 @@ class Optimum:
             return solve(self.problem, start, solver=self.solver(tolerance), throw=False)
 
     def beside(self, p: Tensor) -> Tensor:
-        """A point a little off a saddle, along its direction of descent."""
+        """A point near a saddle, displaced along its direction of descent."""
         operator, _ = self.system(self.problem, p)
         matrix = operator.spectrum_matrix(torch.float64)[0]
         soft = torch.linalg.eigh(matrix).eigenvectors[:, 0]
@@ -337,12 +337,12 @@ class Optimum:
 
     @cached_property
     def cotangent(self) -> Tensor:
-        """Of the loss, in the coordinates of the metric, ``[n]``."""
+        """Cotangent of the loss in the metric's coordinates, ``[n]``."""
         return self.metric.root[0] @ (self.value - self.molecule.reference)
 
     @property
     def per_electron(self) -> float:
-        """The loss over the number of electrons."""
+        """The loss per electron."""
         return float(self.loss(self.value) / self.molecule.electrons)
 
     def estimate(self, estimator: Gradient, problem: Minimum | None = None) -> Estimate:
@@ -376,13 +376,13 @@ class Optimum:
 
 
 def flat(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
-    """In one vector; a parameter without a gradient has a zero one."""
+    """Flatten gradients into one vector; a missing gradient counts as zero."""
     pairs = zip(grads, parameters, strict=True)
     return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs])
 
 
 def check(config: MoleculeGradientsConfig) -> None:
-    """Refuse what cannot be had here.
+    """Refuse settings that cannot be run here.
 
     Raises:
         UserError: the molecule is not known; it is not computed yet and PySCF is missing.
@@ -406,7 +406,7 @@ def load(config: MoleculeGradientsConfig) -> Molecule:
 
 
 def _asked(config: MoleculeGradientsConfig) -> tuple[Geometry, ChemistrySettings, Path]:
-    """Which molecule, computed how, and in which folder."""
+    """The molecule, how it is computed, and its folder."""
     geometry = named(config.molecule)
     if config.sigma > 0:
         geometry = distorted(geometry, config.sigma, config.seed, 0)
@@ -414,7 +414,7 @@ def _asked(config: MoleculeGradientsConfig) -> tuple[Geometry, ChemistrySettings
 
 
 def made(config: MoleculeGradientsConfig, molecule: Molecule) -> Optimum:
-    """The functional, with its linear term fitted, trained if it is to be; and its minimum.
+    """The functional, with its linear term fitted and, if asked for, trained; and its minimum.
 
     The network is drawn after the fit: fitted around it, the linear term alone may put the minimum at the reference,
     where the loss has no gradient to compare.
@@ -456,7 +456,7 @@ def _train(functional: OrbitalFree, molecule: Molecule, metric: Metric, steps: i
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What does not converge is measured, and need not be said."""
+    """Silence warnings about solves that do not converge: they are measured here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         yield
@@ -466,7 +466,7 @@ def quiet() -> Iterator[None]:
 
 
 def difference(optimum: Optimum, exact: Tensor, directions: int, step: float, generator: torch.Generator) -> Difference:
-    """The fourth-order central difference along each direction, the minimum found anew at every displacement.
+    """The fourth-order central difference along each direction, minimizing again at every displacement.
 
     Args:
         optimum: left as it was.
@@ -505,7 +505,7 @@ def difference(optimum: Optimum, exact: Tensor, directions: int, step: float, ge
 
 
 def nudged(optimum: Optimum, exact: Tensor, nudges: Sequence[float]) -> list[Nudged]:
-    """Both forms for every nudge."""
+    """Both forms of propagation for every nudge."""
     found = []
     for nudge in sorted(nudges, reverse=True):
         one, two = (optimum.estimate(optimum.propagation(nudge, symmetric=symmetric)) for symmetric in (False, True))
@@ -514,7 +514,7 @@ def nudged(optimum: Optimum, exact: Tensor, nudges: Sequence[float]) -> list[Nud
 
 
 def automatic(optimum: Optimum, exact: Tensor) -> dict[str, float]:
-    """The errors of the nudge that the estimator chooses."""
+    """The errors at the nudge that the estimator chooses."""
     return {
         name: optimum.estimate(optimum.propagation(None, symmetric=symmetric)).error(exact)
         for name, symmetric in (("one_sided", False), ("symmetric", True))
@@ -538,7 +538,7 @@ def loosened(optimum: Optimum, exact: Tensor, nudges: Sequence[float], tolerance
 
 
 def beyond(optimum: Optimum, exact: Tensor, least: float, shares: Sequence[float], most_steps: int) -> list[Beyond]:
-    """The symmetric difference with the whole loss, whose negative side has the Hessian less its weight."""
+    """The symmetric difference with the whole loss. Its negative side subtracts the weight from the Hessian."""
     found = []
     distance = optimum.cotangent.norm()
     solver = replace(optimum.solver(), max_steps=most_steps)
@@ -559,7 +559,7 @@ def beyond(optimum: Optimum, exact: Tensor, least: float, shares: Sequence[float
 
 
 def damped(optimum: Optimum, exact: Tensor, weights: Sequence[float]) -> list[Damped]:
-    """The two gradients that are to agree."""
+    """The two gradients that should agree."""
     found = []
     for weight in sorted(weights, reverse=True):
         # the estimator's nudge is relative to the cotangent's length, and its spring is the nudge over that length
@@ -594,8 +594,8 @@ SYMMETRIC_NUDGE = 1e-3
 
 
 def softest(optimum: Optimum, exact: Tensor) -> tuple[float, Tensor]:
-    """The least eigenvalue, with its vector, among those through which the gradient gets a share of its length: a
-    molecule's symmetry may hide the very least one from the loss.
+    """The least eigenvalue, with its vector, among those that contribute a minimum share of the gradient's norm: a
+    molecule's symmetry may hide the least one from the loss.
 
     Raises:
         ValueError: there is none.
@@ -614,8 +614,8 @@ def softest(optimum: Optimum, exact: Tensor) -> tuple[float, Tensor]:
 def softened(
     optimum: Optimum, exact: Tensor, eigenvalue: float, vector: Tensor, damping: float, config: MoleculeGradientsConfig
 ) -> list[Softened]:
-    """Every gradient, where the energy has half ``eigenvalue - moved`` times the square along ``vector`` taken off: the
-    point stays stationary, and the rest of the spectrum what it is.
+    """Every gradient after adding half ``moved - eigenvalue`` times the square along ``vector`` to the energy: the
+    point stays stationary, and the rest of the spectrum unchanged.
 
     Args:
         optimum: where.
@@ -649,7 +649,7 @@ def _estimators(optimum: Optimum, damping: float, reference: HessianMemory, most
 
 
 def _reference(optimum: Optimum, vector: Tensor, less: float) -> HessianMemory:
-    """The Hessian of the energy that is moved, at the minimum."""
+    """The Hessian of the shifted energy at the minimum."""
     inverse = optimum.metric.inverse[0]
     matrix = inverse @ hessian(optimum.functional, optimum.value, optimum.molecule) @ inverse
     reference = ReferenceHessian(refresh_after=1000).init()
@@ -692,7 +692,7 @@ class Way:
 
 
 def ways(reference: HessianMemory | None) -> list[Way]:
-    """All of them.
+    """All solvers of the adjoint system.
 
     Args:
         reference: made by a minimization; ``None``: there is none in these coordinates.
@@ -717,7 +717,7 @@ def ways(reference: HessianMemory | None) -> list[Way]:
 
 
 def solved(optimum: Optimum, problem: Minimum, descent_steps: int, repeats: int) -> tuple[dict[str, Solved], float]:
-    """Every way, in the coordinates of ``problem``; and the CPU seconds of a product.
+    """Every solver in the coordinates of ``problem``, and the CPU seconds of one product.
 
     The errors are looked at with products of the assembled matrix, which are those of the energy to rounding; the times
     are of products of the energy.
@@ -750,7 +750,7 @@ def solved(optimum: Optimum, problem: Minimum, descent_steps: int, repeats: int)
 
 
 def _assembled(operator: LinearOperator) -> LinearOperator:
-    """The same, by its matrix."""
+    """The same operator as an assembled matrix."""
 
     def of(matrix: Tensor, null: Tensor | None, inner: LinearOperator | None) -> LinearOperator:
         def product(v: Tensor) -> Tensor:
@@ -781,7 +781,7 @@ def _assembled(operator: LinearOperator) -> LinearOperator:
 def _traced(
     way: Way, operator: LinearOperator, right: Tensor, true: Tensor, largest: float, descent_steps: int
 ) -> tuple[list[list[float]], str]:
-    """Pairs of products and error, and how it ended."""
+    """Pairs of products and error, and the final status."""
 
     def error(y: Tensor) -> float:
         return float((y - true).norm() / true.norm())
@@ -809,7 +809,8 @@ def _traced(
 
 
 def _timed(way: Way, operator: LinearOperator, right: Tensor, products: float) -> Callable[[], float]:
-    """What measures its CPU seconds. A way of many steps is timed over the first of them, and scaled."""
+    """A function that measures the solver's CPU seconds. For solvers with many steps, the first ones are timed and the
+    result is scaled."""
     steps, solver = products / way.products, way.solver
     # preparing a preconditioner is not to be scaled
     part = solver is None or (isinstance(solver, IterativeSolver) and solver.preconditioner is None)
@@ -840,7 +841,7 @@ def _squared(operator: LinearOperator) -> LinearOperator:
 
 
 def _descent(operator: LinearOperator, right: Tensor, largest: float, looks: list[int]) -> list[Tensor]:
-    """On half the squared residual, with the step that is safe: one over the largest eigenvalue of its Hessian."""
+    """Gradient descent on half the squared residual, with the step 1/λ_max of its Hessian."""
     y, seen = torch.zeros_like(right), []
     for step in range(1, looks[-1] + 1):
         y = y - operator.product(operator.product(y) - right) / largest**2
@@ -850,7 +851,7 @@ def _descent(operator: LinearOperator, right: Tensor, largest: float, looks: lis
 
 
 def _adam(operator: LinearOperator, right: Tensor, rate: float, looks: list[int]) -> list[Tensor]:
-    """On the same, by torch's Adam."""
+    """Torch's Adam on half the squared residual."""
     y = torch.zeros_like(right).requires_grad_()
     optimizer = torch.optim.Adam([y], lr=rate)
     seen = []
@@ -867,7 +868,7 @@ def _adam(operator: LinearOperator, right: Tensor, rate: float, looks: list[int]
 
 
 def measured(config: MoleculeGradientsConfig, molecule: Molecule) -> MoleculeResults:
-    """Everything, at the molecule."""
+    """All measurements at the molecule."""
     optimum = made(config, molecule)
     point = _point(optimum)
     exact = optimum.estimate(Implicit(linear_solver=Dense()))
@@ -917,7 +918,7 @@ class MeasureRunner:
     """Runs the measurement. Nothing is trained, apart from the functional if its settings ask for it."""
 
     def check(self, config: MoleculeGradientsConfig) -> None:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: the molecule must be to be had."""
+        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: the molecule must be available."""
         check(config)
 
     def train(self, config: MoleculeGradientsConfig, run: Run, console: Console) -> bool:

@@ -112,7 +112,7 @@ class Apply:
         return found, refused
 
     def _found(self, trained: Trained, geometry: Geometry, console: Console) -> bool:
-        """Find a density, tell of it and write it; whether it was found."""
+        """Find a density, report it and write it; return whether it was found."""
 
         def say(line: str) -> None:
             console.print(line, highlight=False, soft_wrap=True)
@@ -148,7 +148,7 @@ class Apply:
 
 
 def compared(found: Density) -> dict[str, float]:
-    """Beside the Kohn-Sham calculation of the molecule, with the settings of training."""
+    """Differences to the Kohn-Sham calculation of the molecule, with the settings of training."""
     began = time.monotonic()
     exact = compute(found.record.geometry, found.record.settings)
     seconds = time.monotonic() - began
@@ -171,7 +171,7 @@ def _moment(p: torch.Tensor, molecule: Any) -> torch.Tensor:
 
 
 def saved(found: Density) -> dict[str, int]:
-    """Kohn-Sham iterations from the density, and from the superposition of atoms."""
+    """Numbers of Kohn-Sham iterations from the density, and from the superposition of atoms."""
     settings = found.record.settings
     mol = made(found.record.geometry, settings.orbital_basis)
     starts = {"density": density_matrix(found.coefficients, found.record), "minao": superposition(mol)}
@@ -225,7 +225,7 @@ def picture(found: Density) -> Figure:
 
 
 def _arrows(panel: Any, found: Density, atoms: torch.Tensor) -> None:
-    """The forces, as far as they lie in the plane; the longest is a bohr and a half."""
+    """Draw the forces' components in the plane; the longest arrow is 1.5 bohr."""
     assert found.forces is not None
     centres = found.record.basis.centres
     frame = torch.linalg.lstsq(centres - centres[0], atoms - atoms[0]).solution  # space to plane

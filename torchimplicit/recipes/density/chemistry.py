@@ -103,12 +103,12 @@ class Geometry:
 
     @property
     def electrons(self) -> int:
-        """The nuclear charge minus the molecule's."""
+        """Number of electrons: the sum of nuclear charges minus the molecule's charge."""
         return sum(self.charges) - self.charge
 
     @property
     def formula(self) -> str:
-        """In Hill's order: carbon, hydrogen, then the alphabet."""
+        """Chemical formula in Hill's order: carbon, hydrogen, then alphabetically."""
         counts = Counter(map(symbol, self.charges))
         first = [s for s in ("C", "H") if s in counts] if "C" in counts else []
         order = [*first, *sorted(set(counts) - set(first))]
@@ -170,7 +170,7 @@ def from_angstrom(
 
 
 def check_size(geometry: Geometry) -> None:
-    """Refuse what takes long.
+    """Refuse molecules that would take long.
 
     Raises:
         UserError: more than :data:`MANY_ATOMS` atoms.
@@ -183,7 +183,7 @@ def check_size(geometry: Geometry) -> None:
 
 
 def distorted(geometry: Geometry, sigma: float, seed: int, copy: int) -> Geometry:
-    """The same molecule with every coordinate of every nucleus moved at random, independently.
+    """The same molecule with every nuclear coordinate displaced at random, independently.
 
     A copy depends on its own number, the seed and the molecule's name only, not on what else is drawn.
 
@@ -214,7 +214,7 @@ def _diatomic(first: str, second: str, length: float) -> list[Atom]:
 
 
 def _linear(*chain: tuple[str, float]) -> list[Atom]:
-    """Along z; every atom with its distance from the one before."""
+    """Atoms along z, each with its distance from the previous one."""
     atoms, z = [], 0.0
     for element, step in chain:
         z += step
@@ -390,7 +390,7 @@ def _atom(line: str, where: str) -> tuple[str, list[float]]:
 
 
 def _short(text: str) -> str:
-    """For an error: on one line, and not too much of it."""
+    """Shorten a text to one line for an error message."""
     text = " ".join(text.split())
     return text if len(text) <= 40 else text[:40] + "…"
 
@@ -469,7 +469,7 @@ def _folder(path: Path) -> Iterator[tuple[str, str, bytes]]:
 
 
 def _content(path: Path) -> bytes:
-    """As much of a file as is read at most, and a byte that tells if there is more."""
+    """A file's content up to the size limit, plus one byte that shows if there is more."""
     try:
         with path.open("rb") as file:
             return file.read(LARGEST_FILE + 1)

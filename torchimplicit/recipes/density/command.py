@@ -141,7 +141,7 @@ class Molecules:
 
 @contextmanager
 def _shown(console: Console, total: int) -> Iterator[Callable[[Outcome], None]]:
-    """A bar on a terminal, a line a molecule elsewhere; notes in either."""
+    """Show a progress bar on a terminal, a line per molecule elsewhere; notes in either."""
     done = 0
 
     def told(outcome: Outcome) -> str:

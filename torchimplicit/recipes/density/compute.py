@@ -36,7 +36,7 @@ class NotComputedError(Exception):
 
 
 def compute(geometry: Geometry, settings: ChemistrySettings) -> Record:
-    """The Kohn-Sham calculation of a molecule, and everything that a density functional needs of it.
+    """Run the Kohn-Sham calculation of a molecule and derive everything that a density functional needs of it.
 
     Raises:
         NotComputedError: the iteration does not converge, or PySCF fails.
@@ -49,8 +49,8 @@ def compute(geometry: Geometry, settings: ChemistrySettings) -> Record:
 
 
 def unsolved(geometry: Geometry, settings: ChemistrySettings) -> Record:
-    """What a density functional needs to find a molecule's density, without a Kohn-Sham calculation: the energies and
-    the reference density are NaN.
+    """Everything a density functional needs to find a molecule's density, without a Kohn-Sham calculation: the energies
+    and the reference density are NaN.
 
     Raises:
         NotComputedError: PySCF fails.
@@ -64,7 +64,7 @@ def unsolved(geometry: Geometry, settings: ChemistrySettings) -> Record:
 
 @contextmanager
 def computing() -> Iterator[None]:
-    """What PySCF raises becomes a :class:`NotComputedError`."""
+    """Turn PySCF's exceptions into a :class:`NotComputedError`."""
     try:
         yield
     except _FAILURES as error:
@@ -121,8 +121,8 @@ def kohn_sham(mol: Any, settings: ChemistrySettings, guess: Array) -> Any:
 
 
 def _record_of(geometry: Geometry, settings: ChemistrySettings, mol: Any, densities: list[Array]) -> Record:
-    """With the fits of the orbitals' density, if there is one, and last of the superposition of atoms; without
-    energies."""
+    """Build the record, without energies: fits of the orbitals' density, if there is one, and of the superposition of
+    atoms."""
     import pyscf
 
     fitting = density_basis(mol, settings)

@@ -130,7 +130,7 @@ class MeasurementRunner:
     """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
 
     def check(self, config: MeasurementConfig) -> None:
-        """PySCF must be there."""
+        """PySCF must be installed."""
         need_pyscf()
 
     def train(self, config: MeasurementConfig, run: Run, console: Console) -> bool:
@@ -147,7 +147,7 @@ RUNNER = MeasurementRunner()
 
 
 def measured(config: MeasurementConfig) -> Measured:
-    """By the processor's clock, in one thread."""
+    """Measure by the process's CPU clock, in one thread."""
     # these bring Matplotlib and SciPy, without which settings are made
     from torchimplicit.recipes.density.objective import Case
     from torchimplicit.recipes.density.split import load
@@ -186,7 +186,7 @@ def measured(config: MeasurementConfig) -> Measured:
 
 
 def timed(do: Callable[[], T]) -> tuple[T, float]:
-    """What it gives, and the processor's seconds."""
+    """The result of a call, and its CPU seconds."""
     began = time.process_time()
     found = do()
     return found, time.process_time() - began
@@ -227,7 +227,7 @@ def default() -> CostConfig:
 
 
 def jobs(config: CostConfig) -> list[Job]:
-    """Each in a process of its own, whose memory is measured."""
+    """One job per molecule, each in its own process, whose memory is measured."""
     return [
         Job(
             f"{series}-{count}",
@@ -246,18 +246,18 @@ figures = table.read("cost.json")
 
 
 def whole(line: Line) -> float:
-    """The seconds of a density, without forces, as those of Kohn and Sham are."""
+    """The seconds of a density without forces, for comparison with the Kohn-Sham calculation, which has none."""
     return float(line["integrals"] + line["minimization"])
 
 
 def growth(runs: Runs, seconds: Callable[[Line], float]) -> float:
-    """The power of the number of atoms with which the time grows, from the second largest to the largest molecule."""
+    """The exponent of the time's growth with the number of atoms, from the second largest to the largest molecule."""
     before, last = sorted(runs, key=lambda line: line["atoms"])[-2:]
     return math.log(seconds(last) / seconds(before)) / math.log(last["atoms"] / before["atoms"])
 
 
 def protocol(config: CostConfig, runs: Runs) -> str:
-    """What was run, in words."""
+    """Describe what was run, and how the figures were selected."""
     return (
         f"A functional whose linear terms are fitted to {', '.join(KNOWN)} in closed form, with a network of 16 hidden "
         "units that is evaluated as a trained one is; preconditioned L-BFGS to 1e-8 from the superposition of atoms, "
@@ -268,7 +268,7 @@ def protocol(config: CostConfig, runs: Runs) -> str:
 
 
 def sheets(config: CostConfig, runs: Runs) -> Iterator[TitledTable]:
-    """A row a molecule."""
+    """One row per molecule."""
 
     def of(path: str, form: str = ".1f") -> Callable[[Line], str]:
         return lambda line: table.shown(line[path], form)
@@ -292,14 +292,14 @@ def sheets(config: CostConfig, runs: Runs) -> Iterator[TitledTable]:
 
 
 def every(runs: Runs) -> Iterator[tuple[str, Runs]]:
-    """The series of which there are runs."""
+    """The series that have runs."""
     for series in SERIES:
         if rows := runs.where(row=series):
             yield series, rows
 
 
 def claims(config: CostConfig, runs: Runs) -> Iterator[Claim]:
-    """Whether it pays."""
+    """Claims about the cost compared with Kohn-Sham."""
     for series, rows in every(runs):
         last = max(rows, key=lambda line: line["atoms"])
         yield Claim(
@@ -320,7 +320,7 @@ def claims(config: CostConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def notes(config: CostConfig, runs: Runs) -> Iterator[str]:
-    """What a reader must know."""
+    """Caveats for the reader."""
     yield (
         "It is the cost that is compared: the functional is not trained for these molecules, and its densities and "
         "energies are no better than a fit in closed form makes them."
@@ -333,7 +333,7 @@ def notes(config: CostConfig, runs: Runs) -> Iterator[str]:
 
 
 def drawings(config: CostConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
-    """Time and memory over the atoms."""
+    """Time and memory against the number of atoms."""
     if runs:
         yield CaptionedFigure(
             "growth",
@@ -344,7 +344,7 @@ def drawings(config: CostConfig, runs: Runs, folders: Mapping[str, Run]) -> Iter
 
 
 def grown(runs: Runs) -> Figure:
-    """Two panels."""
+    """The figure, in two panels."""
     from torchimplicit.recipes.runtime.page import COLOURS, axes
 
     figure, (time_of, memory) = axes(2, width=4.9, height=3.9)

@@ -39,11 +39,11 @@ class CountedRunner:
     """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
 
     def check(self, config: CountedTraining) -> None:
-        """As the training is checked."""
+        """Check the training's settings."""
         runner.check(config.training)
 
     def train(self, config: CountedTraining, run: Run, console: Console) -> bool:
-        """Train, or go on with it, then count."""
+        """Train, or resume training, then count."""
         done = runner.train(config.training, run, console)
         if done:
             run.write_json("counted.json", counted(config, run.best))
@@ -59,7 +59,7 @@ RUNNER = CountedRunner()
 
 
 def counted(config: CountedTraining, weights: Path) -> Counted:
-    """At the start of the training, and at its weights."""
+    """Count steps at the start of the training, and at its weights."""
     settings = config.training
     quick = replace(
         settings,

@@ -98,7 +98,7 @@ class Results:
 
 
 def check(config: Finetuning) -> None:
-    """The run must be one of pre-training, with a functional.
+    """The run must be a pre-training of a functional.
 
     Raises:
         UserError: it is not.
@@ -107,7 +107,7 @@ def check(config: Finetuning) -> None:
 
 
 def pretrained(config: Finetuning) -> tuple[Pretraining, Trained, float]:
-    """The settings of the pre-training, what it has left, and the seconds of the processor's time that it took.
+    """The settings of the pre-training, its trained functional, and its CPU seconds.
 
     Raises:
         UserError: the run is none, or has no functional.
@@ -199,7 +199,7 @@ class _School:
         )
 
     def results(self, run: Run, done: bool, wall: float) -> Results:
-        """With the weights that were selected."""
+        """The results, for the selected weights."""
         functional, config = self.functional, self.config
         before = Trained.of(config.run).functional
         functional.load_state_dict(read_checkpoint(run.best)["weights"])
@@ -270,7 +270,7 @@ def _mean(efforts: Sequence[Effort]) -> Effort:
 
 @torch.no_grad()
 def _refit(functional: OrbitalFree, cases: Sequence[Case], found: Sequence[Quality]) -> None:
-    """The elements' constants to the energies at the minima of the molecules that were trained on."""
+    """Fit the elements' constants to the energies at the training molecules' minima."""
     missing = torch.tensor([-one.energy_error for one in found], dtype=torch.float64)
     functional.constants.add_(torch.linalg.pinv(element_counts([case.molecule for case in cases])) @ missing)
 
@@ -333,7 +333,7 @@ def _table(results: Results) -> Table:
 
 
 def better(before: Sequence[Quality], after: Sequence[Quality]) -> float:
-    """The share of molecules whose L is less than it was."""
+    """The share of molecules whose L decreased."""
     return fmean(new.loss < old.loss for old, new in zip(before, after, strict=True))
 
 

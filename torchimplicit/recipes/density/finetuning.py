@@ -127,7 +127,7 @@ def default() -> FinetuneConfig:
 
 
 def schooled(config: FinetuneConfig, kind: Kind, seed: int) -> Schooling:
-    """One run."""
+    """The settings of one run."""
     pretraining = Pretraining(
         molecules=config.molecules,
         kind=kind,
@@ -157,7 +157,7 @@ def schooled(config: FinetuneConfig, kind: Kind, seed: int) -> Schooling:
 
 
 def jobs(config: FinetuneConfig) -> list[Job]:
-    """Seed by seed."""
+    """All jobs, seed by seed."""
     return [
         Job(f"{kind}-{seed}", "ofdft-schooling", schooled(config, kind, seed), {"row": kind, "seed": seed})
         for seed in config.plan.all_seeds
@@ -169,7 +169,7 @@ def jobs(config: FinetuneConfig) -> list[Job]:
 
 
 def figures(config: FinetuneConfig, run: Run) -> dict[str, Any] | None:
-    """Of each run within that went to its end."""
+    """Figures of each nested run that finished."""
     from torchimplicit.recipes.density.schooling import LONGER, PRETRAINED, within
 
     found: dict[str, Any] = {}
@@ -185,7 +185,7 @@ def figures(config: FinetuneConfig, run: Run) -> dict[str, Any] | None:
 
 
 def of_pretraining(held: Mapping[str, Any]) -> dict[str, Any]:
-    """What the record holds of a pre-training."""
+    """The record's part of a pre-training."""
     return {
         "weights": held["weights"],
         "steps": held["course"]["step"],
@@ -200,7 +200,7 @@ def of_pretraining(held: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_finetuning(held: Mapping[str, Any]) -> dict[str, Any]:
-    """What the record holds of a fine-tuning."""
+    """The record's part of a fine-tuning."""
     pairs = list(zip(held["before"], held["test"], strict=True))
     return {
         "seconds": held["course"]["seconds"],
@@ -226,7 +226,7 @@ Row = tuple[Kind, str]
 
 
 def sheets(config: FinetuneConfig, runs: Runs) -> Iterator[TitledTable]:
-    """Pre-training; fine-tuning; how hard the densities are to find."""
+    """Tables of pre-training, of fine-tuning, and of how hard the densities are to find."""
     kinds = [kind for kind in config.kinds if runs.of(kind, "pretrained.test.loss")]
     if kinds:
         yield _pretraining(kinds, runs)
@@ -280,7 +280,7 @@ def _pretraining(kinds: list[Kind], runs: Runs) -> TitledTable:
 
 
 def _lines(runs: Runs, kind: Kind, way: str) -> list[Line]:
-    """The runs that have this way; of no way, the first that there is, for what it says of the weights before."""
+    """The runs with this variant; without one, the first run, which holds the figures before fine-tuning."""
     names = [way] if way else [*WAYS]
     return [line for line in runs.where(row=kind) if any(line[_key(name)] is not None for name in names)]
 
@@ -290,7 +290,7 @@ def _key(way: str) -> str:
 
 
 def _figure(runs: Runs, row: Row, path: str) -> list[Any]:
-    """Of every seed, before fine-tuning where the way is empty."""
+    """A figure of every seed; before fine-tuning if the variant is empty."""
     kind, way = row
     if way:
         return [line[f"{_key(way)}.{path}"] for line in _lines(runs, kind, way)]
@@ -357,7 +357,7 @@ def _efforts(rows: list[Row], runs: Runs) -> TitledTable:
 
 
 def claims(config: FinetuneConfig, runs: Runs) -> Iterator[Claim]:
-    """The aims, kind by kind."""
+    """Test whether the targets are met, kind by kind."""
     for kind in config.kinds:
         losses = runs.of(kind, "pretrained.test.loss")
         if losses:
@@ -415,7 +415,7 @@ def _helps(kind: Kind, config: FinetuneConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def _stable(config: FinetuneConfig, runs: Runs) -> Iterator[Claim]:
-    """The slides' observation: with many molecules, fixed-point search takes longer and longer."""
+    """The slides' observation: with many molecules, fixed-point search becomes slower and slower."""
     for kind in config.kinds:
         grown = {}
         for way in ("descent-one", "descent"):
@@ -436,7 +436,7 @@ def _stable(config: FinetuneConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: FinetuneConfig, runs: Runs) -> str:
-    """What was run, in words."""
+    """Describe what was run, and how the figures were selected."""
     one = config.molecules
     if one.held_out:
         which = f"{one.limit} molecules of {', '.join(one.sources)}, {one.held_out} to select by and as many to test"
@@ -458,7 +458,7 @@ def protocol(config: FinetuneConfig, runs: Runs) -> str:
 
 
 def notes(config: FinetuneConfig, runs: Runs) -> list[str]:
-    """What a reader must know."""
+    """Caveats for the reader."""
     made = [
         "The external potential is linear in the density: the functional is as convex as Thomas, Fermi and von "
         "Weizsäcker's, and has one minimum. It has learned a potential for each geometry, not a functional.",
@@ -475,7 +475,7 @@ def notes(config: FinetuneConfig, runs: Runs) -> list[str]:
 
 
 def drawings(config: FinetuneConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
-    """The validation molecules along fine-tuning."""
+    """The validation molecules during fine-tuning."""
     from torchimplicit.recipes.runtime.page import COLOURS, LINES, axes
 
     kinds = [kind for kind in config.kinds if kind != "density" and _lines(runs, kind, "")]

@@ -52,7 +52,7 @@ def forces(functional: OrbitalFree, p: Tensor, record: Record) -> Tensor:
 
 
 def _repulsion(molecule: Molecule) -> Tensor:
-    """Of the nuclei."""
+    """Derivative of the nuclei's repulsion."""
     pairs = torch.combinations(torch.arange(len(molecule.charges)))
     if not len(pairs):
         return molecule.positions.sum() * 0

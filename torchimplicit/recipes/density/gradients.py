@@ -111,7 +111,7 @@ class Group:
         return median(figure(one) for one in self.results)
 
     def softened(self, factor: int) -> list[Softened]:
-        """Of every seed, at the place ``factor`` of the softest eigenvalue's list."""
+        """The softened results of every seed, at index ``factor`` of the list of eigenvalues."""
         return [one.softened[factor] for one in self.results]
 
 
@@ -139,7 +139,7 @@ def usual(config: TableConfig) -> MoleculeGradientsConfig:
 
 
 def jobs(config: TableConfig) -> list[Job]:
-    """Seed by seed.
+    """All jobs, seed by seed.
 
     Raises:
         UserError: a molecule is not known.
@@ -161,13 +161,13 @@ def jobs(config: TableConfig) -> list[Job]:
 
 
 def figures(config: TableConfig, run: Run) -> dict[str, Any] | None:
-    """All that was measured, to five digits."""
+    """All measurements, rounded to five digits."""
     found = table.read("results.json")(config, run)
     return None if found is None else _short(found)
 
 
 def _short(plain: Any) -> Any:
-    """Plain data with its figures to five digits."""
+    """Plain data with figures rounded to five digits."""
     if isinstance(plain, dict):
         return {key: _short(value) for key, value in plain.items()}
     if isinstance(plain, list):
@@ -190,7 +190,7 @@ def groups_of(config: TableConfig, runs: Runs) -> list[Group]:
 
 
 def sheets(config: TableConfig, runs: Runs) -> list[TitledTable]:
-    """All of them; none without runs."""
+    """All tables; none without runs."""
     groups, settings = groups_of(config, runs), usual(config)
     if not groups:
         return []
@@ -406,7 +406,7 @@ def _adjoint_sheet(group: Group, settings: MoleculeGradientsConfig) -> Table:
 
 
 def claims(config: TableConfig, runs: Runs) -> list[Claim]:
-    """All of them; none without runs."""
+    """All claims; none without runs."""
     groups, settings = groups_of(config, runs), usual(config)
     every = [one for group in groups for one in group.results]
     if not every:
@@ -557,7 +557,7 @@ def _solved_claims(groups: Sequence[Group]) -> list[Claim]:
 
 
 def protocol(config: TableConfig, runs: Runs) -> str:
-    """What was run, in words."""
+    """Describe what was run, and how the figures were selected."""
     settings = usual(config)
     functionals = "; ".join(
         f"{state}: {WEIZSAECKER[state]:g} times the von Weizsäcker energy, last layer of deviation {SPREAD[state]:g}"
@@ -576,7 +576,7 @@ def protocol(config: TableConfig, runs: Runs) -> str:
 
 
 def notes(config: TableConfig, runs: Runs) -> list[str]:
-    """What a reader must know."""
+    """Caveats for the reader."""
     made = [
         "An eigenvalue is moved by taking half its change times the squared coordinate along its eigenvector off the "
         "energy: the point stays stationary, the rest of the spectrum what it is, and the gradient before is what the "
@@ -607,7 +607,7 @@ def notes(config: TableConfig, runs: Runs) -> list[str]:
 
 
 def drawings(config: TableConfig, runs: Runs, folders: Mapping[str, Run]) -> list[CaptionedFigure]:
-    """All of them; none without runs."""
+    """All figures; none without runs."""
     groups, settings = groups_of(config, runs), usual(config)
     if not groups:
         return []
@@ -702,7 +702,7 @@ def _adjoint_figure(group: Group, settings: MoleculeGradientsConfig) -> Captione
 
 
 def _look(index: int) -> dict[str, Any]:
-    """That of the first eight ways, and another for those beyond."""
+    """The look of one of the first eight solvers, and another one for all others."""
     from torchimplicit.recipes.runtime.page import LINES, MARKERS, style
 
     return style(index) if index < len(MARKERS) else {**style(index), "marker": "*<>"[index % 3], "linestyle": LINES[3]}

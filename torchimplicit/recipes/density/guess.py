@@ -40,7 +40,7 @@ def density_matrix(p: Tensor, record: Record) -> Array:
 
 
 def _coulomb(mol: Any, p: Tensor, record: Record) -> Array:
-    """Of the density with every pair of orbitals."""
+    """Coulomb energy of the density with every pair of orbitals."""
     fitting, total = density_basis(mol, record.settings), np.zeros((mol.nao, mol.nao))
     for which, integrals in three_centre(mol, fitting):
         total += integrals @ p[which].numpy()

@@ -24,7 +24,7 @@ AT_ONCE = 100
 
 
 def need_pyscf() -> None:
-    """Only what computes needs PySCF; reading what was computed does not.
+    """Raise if PySCF is missing. Only computations need it, not reading computed files.
 
     Raises:
         UserError: it is not installed.
@@ -37,7 +37,7 @@ def need_pyscf() -> None:
 
 
 def check_functional(name: str) -> None:
-    """Whether PySCF knows a functional of the density by this name.
+    """Check that PySCF knows a density functional by this name.
 
     Raises:
         UserError: PySCF is missing or does not know it, or it depends on more than
@@ -59,7 +59,7 @@ def check_functional(name: str) -> None:
 
 
 def check_bases(geometry: Geometry, settings: ChemistrySettings) -> None:
-    """Whether every element has its orbitals.
+    """Check that the basis covers every element.
 
     Raises:
         UserError: PySCF is missing, or its basis of that name has nothing for an element.
@@ -98,7 +98,7 @@ def made(geometry: Geometry, basis: str) -> Any:
 
 
 def grid(mol: Any, level: int) -> tuple[Array, Array]:
-    """Becke's grid: points and weights, without the points that only fill up a block."""
+    """Becke's grid: points and weights, without padding points."""
     from pyscf import dft
 
     grid = dft.gen_grid.Grids(mol)
@@ -109,7 +109,7 @@ def grid(mol: Any, level: int) -> tuple[Array, Array]:
 
 
 def density_basis(mol: Any, settings: ChemistrySettings) -> Any:
-    """PySCF's even-tempered functions for a density, as a molecule of its."""
+    """PySCF's even-tempered functions for a density, as a PySCF molecule."""
     from pyscf import df
 
     return df.addons.make_auxmol(mol, df.aug_etb(mol, beta=settings.beta))
@@ -137,7 +137,8 @@ def potentials(mol: Any, fitting: Any, densities: list[Array]) -> Array:
 
 
 def three_centre(mol: Any, fitting: Any, **how: Any) -> Iterator[tuple[slice, Array]]:
-    """The Coulomb integrals of two orbitals and a fitting function, some :data:`AT_ONCE` of the latter after the other.
+    """The Coulomb integrals of two orbitals and a fitting function, in blocks of about :data:`AT_ONCE` fitting
+    functions.
 
     Args:
         how: see ``pyscf.df.incore.aux_e2``.

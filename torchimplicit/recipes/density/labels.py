@@ -78,7 +78,7 @@ class Labels:
     seconds: float
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name."""
+        """The tensors, by name."""
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
     @property
@@ -88,7 +88,7 @@ class Labels:
 
 
 def labelled(geometry: Geometry, chemistry: ChemistrySettings, settings: LabelSettings) -> Labels:
-    """Compute them.
+    """Compute the labels.
 
     Raises:
         NotComputedError: the ground state's iteration does not converge, or PySCF fails.
@@ -213,7 +213,7 @@ class _Within:
 
 
 def _exchange_correlation(field: Any, fitting: Any, densities: Sequence[Array]) -> _Within:
-    """Of all at once, so that the basis functions are evaluated once."""
+    """Evaluate all densities at once, so that the basis functions are evaluated only once."""
     mol, numint = field.mol, field._numint
     kind = numint._xc_type(field.xc)
     energies = np.zeros(len(densities))

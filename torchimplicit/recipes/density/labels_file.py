@@ -20,13 +20,13 @@ VERSION = 1
 
 
 def file_name(geometry: Geometry, chemistry: ChemistrySettings, settings: LabelSettings) -> str:
-    """Under which a molecule's labels are kept, beside its own file."""
+    """Name of a file of labels, which lies beside the molecule's own file."""
     asked = key(geometry, chemistry, labels=to_plain(settings), labels_version=VERSION)
     return f"{readable(geometry.name)}-{asked}.labels.npz"
 
 
 def write(path: Path, labels: Labels) -> None:
-    """Write the file; whoever reads meanwhile finds the former one or this one, never a part.
+    """Write the file atomically: concurrent readers see the old or the new file, never a part.
 
     Raises:
         OSError: it cannot be written.
@@ -41,7 +41,7 @@ def write(path: Path, labels: Labels) -> None:
 
 
 def read(path: Path) -> Labels:
-    """What is in a file.
+    """Read a file.
 
     Raises:
         BrokenFileError: it is damaged, of another version, or was not written by :func:`write`.

@@ -117,7 +117,7 @@ class Pretraining:
         self.training()
 
     def training(self) -> OrbitalFreeTraining:
-        """How its densities are found and measured."""
+        """Settings with which densities are found and measured."""
         return OrbitalFreeTraining(
             molecules=self.molecules,
             hidden=0,
@@ -205,7 +205,7 @@ class Finetuning:
         self.training(Molecules())
 
     def training(self, molecules: Molecules) -> OrbitalFreeTraining:
-        """How its densities are found, differentiated and measured."""
+        """Settings with which densities are found, differentiated and measured."""
         return OrbitalFreeTraining(
             molecules=molecules,
             optimizer="adam",
@@ -250,12 +250,12 @@ class Schooling:
 
 
 def pretraining() -> Pretraining:
-    """Of H2, H2O, NH3 and CH4 with distorted copies."""
+    """H2, H2O, NH3 and CH4 with distorted copies."""
     return Pretraining()
 
 
 def finetuning() -> Finetuning:
-    """From a run that is named."""
+    """Fine-tuning from a named run."""
     return Finetuning()
 
 

@@ -47,7 +47,7 @@ class Bare:
 
     @classmethod
     def of(cls, bare: OrbitalFree, learned: OrbitalFree, record: Record, labels: Labels | None) -> Bare:
-        """By a functional without learned terms.
+        """The data that a functional without learned terms leaves to be learned.
 
         Args:
             bare: that functional.
@@ -82,8 +82,8 @@ class Bare:
 
 
 def fit_start(functional: OrbitalFree, lessons: Sequence[Bare]) -> None:
-    """The linear terms and the elements' constants in closed form, as
-    :func:`~torchimplicit.models.orbital_free.fit_linear` and ``fit_constants`` have them."""
+    """Fit the linear terms and the elements' constants in closed form, as
+    :func:`~torchimplicit.models.orbital_free.fit_linear` and ``fit_constants`` do."""
     fit_linearized(
         functional,
         [
@@ -139,7 +139,7 @@ class Lesson:
     @classmethod
     @torch.no_grad()
     def of(cls, functional: OrbitalFree, bare: Bare, dtype: torch.dtype = torch.float32) -> Lesson:
-        """Beside the functional's linear terms and constants."""
+        """The lesson, given the functional's linear terms and constants."""
         assert functional.network is not None
         molecule = bare.molecule
         graph, rows = functional.network.known(molecule)
@@ -168,7 +168,7 @@ class Lesson:
         )
 
     def gradient(self, labels: list[int]) -> Tensor:
-        """The slope that is wanted at some labels, by displacements in the metric's coordinates, ``[k, n]``."""
+        """The target slope at some labels, as displacements in the metric's coordinates, ``[k, n]``."""
         return self.plainly[labels]
 
     def moved(self, rows: Tensor, displacement: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class Lesson:
 
 
 def network_of(records: Sequence[Record], **size: int) -> NetworkConfig:
-    """For the elements and the bases of some molecules."""
+    """The network's config for the elements and bases of some molecules."""
     elements = sorted({charge for record in records for charge in record.geometry.charges})
     largest = max(int(record.basis.angular.max()) for record in records)
     shells = [0] * (largest + 1)

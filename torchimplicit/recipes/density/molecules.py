@@ -138,7 +138,7 @@ def default() -> MoleculesConfig:
 
 
 def rows_of(config: MoleculesConfig) -> dict[str, Row]:
-    """Those that are asked for.
+    """The rows that are asked for.
 
     Raises:
         UserError: one that there is not.
@@ -151,7 +151,7 @@ def rows_of(config: MoleculesConfig) -> dict[str, Row]:
 
 
 def settings_of(config: MoleculesConfig, row: Row, seed: int) -> OrbitalFreeTraining:
-    """The settings of a run. The seed is that of the weights and of the geometries, or of what is held out."""
+    """The settings of a run. The seed determines the weights, and the geometries or the held-out molecules."""
     if row.qm9:
         chosen = molecules(
             config.qm9,
@@ -187,7 +187,7 @@ def settings_of(config: MoleculesConfig, row: Row, seed: int) -> OrbitalFreeTrai
 
 
 def jobs(config: MoleculesConfig) -> list[Job]:
-    """Seed by seed, so that what slows the machine for a while slows all rows; those of QM9 at the end."""
+    """All jobs, seed by seed so that a slow phase of the machine affects all rows; those of QM9 at the end."""
     return [
         Job(
             f"{name}-{seed}",
@@ -211,13 +211,13 @@ def there(config: MoleculesConfig, runs: Runs) -> list[str]:
 
 
 def better(runs: Runs, row: str, split: str = "test") -> float:
-    """The share of the molecules of all seeds that is better than the superposition of atoms by L and by L1."""
+    """The share of molecules, over all seeds, that beat the superposition of atoms in L and in L1."""
     found = runs.of(row, split)
     return sum(one["better"] * one["count"] for one in found) / sum(one["count"] for one in found)
 
 
 def sheets(config: MoleculesConfig, runs: Runs) -> list[TitledTable]:
-    """The four molecules, those of QM9, and the first row's molecule by molecule."""
+    """Tables of the four molecules, of QM9, and of the first row molecule by molecule."""
     made = []
     for qm9, title in ((False, f"{', '.join(config.molecules)}: new geometries"), (True, "QM9: new molecules")):
         if rows := [name for name in there(config, runs) if ROWS[name].qm9 == qm9]:
@@ -244,7 +244,7 @@ def sheets(config: MoleculesConfig, runs: Runs) -> list[TitledTable]:
 
 
 def quality(config: MoleculesConfig, title: str, rows: list[str], runs: Runs) -> TitledTable:
-    """The rows; below, before training and the superposition of atoms."""
+    """A table of the rows; below them, before training and the superposition of atoms."""
 
     def of(path: str, digits: int = 3, scale: float = 1.0) -> Any:
         return lambda name: told(runs.of(name, path), digits, scale)
@@ -296,7 +296,7 @@ def quality(config: MoleculesConfig, title: str, rows: list[str], runs: Runs) ->
 
 
 def claims(config: MoleculesConfig, runs: Runs) -> list[Claim]:
-    """The aims, then what the rows are there to compare."""
+    """Test whether the targets are met, then the comparisons between rows."""
     found = there(config, runs)
     made = []
     for name in ("gauss-newton", "energy", "qm9"):
@@ -311,7 +311,7 @@ def claims(config: MoleculesConfig, runs: Runs) -> list[Claim]:
 
 
 def fitted(runs: Runs, name: str) -> Claim:
-    """How far the training molecules' error falls."""
+    """How much the training molecules' error decreases."""
     ratios = [ratio(line) for line in runs.where(row=name)]
     return Claim(
         f"{ROWS[name].label}: the training molecules' L falls to at most {LOWERED:g} of its start with every seed",
@@ -321,7 +321,7 @@ def fitted(runs: Runs, name: str) -> Claim:
 
 
 def tested(runs: Runs, name: str) -> Claim:
-    """On how many test molecules the densities are better than the superposition of atoms."""
+    """The number of test molecules whose densities beat the superposition of atoms."""
     every = [one for found in runs.of(name, "molecules.test") for one in found]
     what = "molecules that training has not seen" if ROWS[name].qm9 else "test geometries"
     below = [fmean(one[f] < one[f"guess_{f}"] for one in every) if every else float("nan") for f in ("loss", "l1")]
@@ -335,7 +335,7 @@ def tested(runs: Runs, name: str) -> Claim:
 
 
 def on_both(every: list[dict[str, Any]]) -> str:
-    """Whether it was looked at on a finer grid too."""
+    """Says whether a finer grid was used too."""
     return (
         "; each counts if it is better on the finer grid too"
         if every and all(one.get("finer") for one in every)
@@ -344,7 +344,7 @@ def on_both(every: list[dict[str, Any]]) -> str:
 
 
 def ahead(runs: Runs, other: str) -> Claim:
-    """The loss that is trained, in the same time."""
+    """Compares the trained loss at equal time."""
     pairs = [(a[1], b[1]) for a, b in runs.paired("gauss-newton", other, "loss")]
     words = ", ".join(f"{shown(1e3 * a, 3)} against {shown(1e3 * b, 3)}" for a, b in pairs)
     return Claim(
@@ -355,7 +355,7 @@ def ahead(runs: Runs, other: str) -> Claim:
 
 
 def learned(runs: Runs, whole: str, linear: str) -> Claim:
-    """What the network adds to linear terms that are trained by the same loss."""
+    """Compares the network with linear terms trained by the same loss."""
     pairs = [(a["loss"], b["loss"]) for a, b in runs.paired(whole, linear, "test")]
     words = ", ".join(f"{shown(1e3 * a, 3)} against {shown(1e3 * b, 3)}" for a, b in pairs)
     return Claim(
@@ -367,7 +367,7 @@ def learned(runs: Runs, whole: str, linear: str) -> Claim:
 
 
 def energies(runs: Runs) -> Claim:
-    """On the test geometries."""
+    """Compares energies on the test geometries."""
 
     def over_all(name: str, figure: str) -> float:
         found = runs.of(name, "test")
@@ -383,7 +383,7 @@ def energies(runs: Runs) -> Claim:
 
 
 def protocol(config: MoleculesConfig, runs: Runs) -> str:
-    """What was run, in words."""
+    """Describe what was run, and how the figures were selected."""
     of_qm9 = (
         f" QM9: {config.qm9_limit} molecules with the fewest atoms, {config.qm9_held_out} of them held out for "
         f"validation and as many for test, others for every seed; {config.qm9_seconds:g} s."
@@ -407,7 +407,7 @@ def protocol(config: MoleculesConfig, runs: Runs) -> str:
 
 
 def notes(config: MoleculesConfig, runs: Runs) -> list[str]:
-    """What a reader must know."""
+    """Caveats for the reader."""
     made = [
         "L is dominated by the cores, where the density is high; L1 is not. A loss without its tails can fall many "
         "times while L1 does not move, so both are told.",
@@ -425,7 +425,7 @@ def notes(config: MoleculesConfig, runs: Runs) -> list[str]:
 
 
 def drawings(config: MoleculesConfig, runs: Runs, folders: Mapping[str, Run]) -> list[CaptionedFigure]:
-    """Those of the four molecules, and that of QM9; what has no runs is left out."""
+    """Figures of the four molecules, and of QM9, as far as there are runs."""
     rows = there(config, runs)
     four, qm9 = ([name for name in rows if ROWS[name].qm9 == kind] for kind in (False, True))
     made = []
@@ -454,7 +454,7 @@ def drawings(config: MoleculesConfig, runs: Runs, folders: Mapping[str, Run]) ->
 
 
 def along(runs: Runs, rows: list[str]) -> Figure:
-    """Two panels, a line a run."""
+    """The figure, in two panels with a line per run."""
     from torchimplicit.recipes.runtime.page import COLOURS, LINES, axes
 
     figure, panels = axes(2, width=4.9, height=3.9)
@@ -477,7 +477,7 @@ def along(runs: Runs, rows: list[str]) -> Figure:
 
 
 def against_guess(runs: Runs, rows: list[str]) -> Figure:
-    """A point a molecule."""
+    """The figure, with a point per molecule."""
     from torchimplicit.recipes.runtime.page import COLOURS, MARKERS, axes
 
     figure, (panel,) = axes(width=6.4, height=4.4)

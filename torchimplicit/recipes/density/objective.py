@@ -63,7 +63,7 @@ class Case:
 
     @classmethod
     def of(cls, molecule: Molecule, tail_weight: float = 0.0) -> Case:
-        """With its metric, that of the basis' overlap.
+        """A case with the metric of the basis' overlap.
 
         Args:
             tail_weight: :math:`\\kappa` of :meth:`away`.
@@ -80,8 +80,8 @@ class Case:
         return functional.problem(self.molecule, self.metric)
 
     def solved(self, functional: OrbitalFree, config: OrbitalFreeTraining, *, cold: bool = False) -> Solution:
-        """The density of least energy, from the one found last, or from the superposition of atoms (``cold``), with a
-        Hessian made there: where there are several minima, which one is found depends on both.
+        """The density of least energy, starting from the last one found or (``cold``) from the superposition of atoms
+        with a fresh Hessian. With several minima, the start decides which one is found.
 
         The solution carries the config's gradient. It is remembered where it is converged.
         """
@@ -124,7 +124,7 @@ class Case:
         return self.metric.inverse[0].to(weight), unit_normal(weight, self.molecule.electrons.reshape(1, 1))[0]
 
     def solver(self, config: OrbitalFreeTraining) -> Solver:
-        """As the config says."""
+        """The solver of the config."""
         bounds: dict[str, Any] = {"rtol": 0.0, "atol": config.inner_tolerance, "max_steps": config.inner_steps}
         bounds["keep_trajectory"] = config.correction > 0
         if config.inner == "descent":
@@ -132,7 +132,7 @@ class Case:
         return LBFGS(preconditioner=self.hessian, **bounds)
 
     def gradient(self, config: OrbitalFreeTraining) -> Gradient:
-        """As the config says."""
+        """The gradient estimator of the config."""
         linear = MINRES(rtol=1e-8, preconditioner=self.hessian)
         if config.gradient == "implicit":
             return Implicit(linear_solver=linear)
@@ -193,18 +193,18 @@ class Weights:
         )
 
     def get(self) -> Array:
-        """As they are."""
+        """The current weights."""
         parameters = dict(self.functional.named_parameters())
         return torch.cat([parameters[k].detach()[mask] for k, mask in self._masks.items()]).numpy().copy()
 
     def put(self, vector: Array) -> None:
-        """Into the functional."""
+        """Set the functional's weights."""
         with torch.no_grad():
             for p, part in zip(self.functional.parameters(), self._split(torch.as_tensor(vector)), strict=True):
                 p.copy_(part)
 
     def gradient(self) -> Array:
-        """Of what was run backward, which is forgotten."""
+        """The accumulated gradient, which is then cleared."""
         parts = []
         for p, mask in zip(self.functional.parameters(), self._masks.values(), strict=True):
             parts.append((torch.zeros_like(p) if p.grad is None else p.grad)[mask])
@@ -213,7 +213,7 @@ class Weights:
 
     @property
     def names(self) -> list[str]:
-        """Of the parameters that they are from."""
+        """Names of the parameters."""
         return [name for name, mask in self._masks.items() if bool(mask.any())]
 
     def columns(self, found: dict[str, Tensor]) -> Tensor:
@@ -270,7 +270,7 @@ class Penalties:
 def floor_residual(
     config: OrbitalFreeTraining, case: Case, functional: OrbitalFree, p: Tensor, matrix: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the penalty on a least eigenvalue is half the square of, for optimizers that take residuals.
+    """The residual whose half square is the penalty on a least eigenvalue, for optimizers of residuals.
 
     The eigenvector is that of the assembled Hessian, so that the residual is a function of the weights alone.
 
@@ -299,7 +299,7 @@ class Curvature:
         (self.slope,) = torch.autograd.grad(energy, self.p, create_graph=True)
 
     def __call__(self, v: Tensor) -> Tensor:
-        """Of ``v`` (``[n]``), which is projected."""
+        """The product with ``v`` (``[n]``), projected."""
         inner = self.inverse @ self._projected(v)
         (image,) = torch.autograd.grad(self.slope, self.p, inner, create_graph=True, retain_graph=True)
         return self._projected(self.inverse @ image)
@@ -374,7 +374,8 @@ class Share:
         self.tell: Callable[[str], None] = lambda status: None
 
     def residuals(self, vector: Array) -> Array:
-        """Of all molecules of the share; all infinite where a density is not found, after which no other is sought."""
+        """Residuals of all molecules of the share. All are infinite if a density is not found; then no others are
+        sought."""
         self._begin(vector)
         found = []
         for case in self.cases:
@@ -420,13 +421,13 @@ class Share:
         return (torch.cat(rows) / self.total**0.5).numpy()
 
     def loss_and_gradient(self, vector: Array) -> tuple[float, Array]:
-        """This share's part of both."""
+        """This share's part of the loss and its gradient."""
         self._begin(vector)
         value = sum(self.step(number) for number in range(len(self.cases)))
         return value, self.weights.gradient()
 
     def step(self, number: int) -> float:
-        """One molecule's part of the loss, run backward."""
+        """Run one molecule's part of the loss backward and return it."""
         case = self.cases[number]
         solution = self._solved(case)
         loss = self._density_loss(case, solution)
@@ -474,12 +475,12 @@ class Share:
         return [(self.config.correction_gamma ** (0.5 * (len(points) - 1 - k)), p) for k, p in enumerate(points)]
 
     def _rows(self, case: Case) -> int:
-        """Residuals of a molecule."""
+        """Number of residuals of a molecule."""
         densities = (1 + self.config.correction) * case.molecule.size
         return densities + (self.config.energy_weight > 0) + (self.config.floor_weight > 0)
 
     def _filled(self, case: Case, rows: Tensor) -> Tensor:
-        """With zeros, where there were fewer iterates than the correction takes."""
+        """Pad with zeros if there were fewer iterates than the correction uses."""
         missing = self._rows(case) - len(rows)
         return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows
 
@@ -542,12 +543,12 @@ class DensityFit(AbstractContextManager["DensityFit"]):
         return self.functional
 
     def told(self, tell: Callable[[str], None]) -> None:
-        """Of what is being done, within an evaluation; by this process' share."""
+        """Report progress within an evaluation, through this process's share."""
         self._share.tell = tell
 
     @property
     def weights(self) -> Array:
-        """Those that the molecules depend on."""
+        """The weights that the molecules depend on."""
         return self._weights.get()
 
     def set_weights(self, vector: Array) -> None:
@@ -555,7 +556,7 @@ class DensityFit(AbstractContextManager["DensityFit"]):
         self._weights.put(vector)
 
     def residuals(self, vector: Array) -> Array:
-        """Of all molecules, and of the decay; infinite where a density is not found."""
+        """Residuals of all molecules and of the decay; infinite if a density is not found."""
         self.evaluations += 1
         found = np.concatenate([*self._all("residuals", vector), self._decay(vector)])
         self.rejected += not np.isfinite(found).all()
@@ -568,7 +569,7 @@ class DensityFit(AbstractContextManager["DensityFit"]):
         return np.concatenate([*self._all("jacobian", vector), decay])
 
     def loss_and_gradient(self, vector: Array) -> tuple[float, Array]:
-        """Where a density is not found, at the best iterate."""
+        """The loss and its gradient; if a density is not found, at the best iterate."""
         self.evaluations += 1
         parts = self._all("loss_and_gradient", vector)
         self.rejected += self.work.unconverged > 0
@@ -597,7 +598,7 @@ class DensityFit(AbstractContextManager["DensityFit"]):
 def made(
     functional: OrbitalFree, own: Sequence[Molecule], every: Sequence[Molecule], config: OrbitalFreeTraining
 ) -> Share:
-    """The share of some of all molecules."""
+    """The share of some of the molecules."""
     cases = [Case.of(molecule, config.tail_weight) for molecule in own]
     return Share(functional, cases, _weights(functional, every, config), config, len(every))
 
@@ -642,7 +643,7 @@ def _serve(
     every: Sequence[Molecule],
     config: OrbitalFreeTraining,
 ) -> None:
-    """Answer until the other end closes, or is gone."""
+    """Answer requests until the other end closes."""
     import signal
     import warnings
 

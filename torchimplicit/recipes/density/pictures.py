@@ -32,7 +32,7 @@ CAPTIONS = {
 
 
 def figures(results: Results, split: Split, functional: OrbitalFree) -> dict[str, Figure]:
-    """By the names of :data:`CAPTIONS`."""
+    """The figures, by the names in :data:`CAPTIONS`."""
     molecules = split.test or split.train
     shown = max(molecules, key=lambda one: len(one.charges))
     basis = storage.read(split.files[shown.name]).basis
@@ -50,7 +50,7 @@ def figures(results: Results, split: Split, functional: OrbitalFree) -> dict[str
 
 
 def write_report(results: Results, split: Split, functional: OrbitalFree, run: Run) -> None:
-    """``figures/*.png`` and ``index.html``, which holds its pictures itself."""
+    """Write ``figures/*.png`` and a self-contained ``index.html``."""
     drawn = figures(results, split, functional)
     with styled():
         pictures = saved(

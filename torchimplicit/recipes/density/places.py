@@ -10,7 +10,7 @@ MARGIN = 3.0
 
 
 def line(centres: Tensor, count: int = 401) -> tuple[Tensor, Tensor, Tensor]:
-    """Along the first two atoms, or along z through a single one.
+    """Points along the line through the first two atoms, or along z through a single one.
 
     Args:
         centres: centres of the atoms, ``[atoms, 3]``.
@@ -28,7 +28,8 @@ def line(centres: Tensor, count: int = 401) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plane(centres: Tensor, count: int = 81) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """That of the first two atoms and of the one farthest from their line; any through a linear molecule.
+    """The plane through the first two atoms and the one farthest from their line; any plane through a linear
+    molecule.
 
     Args:
         centres: centres of the atoms, at least two, ``[atoms, 3]``.

@@ -47,7 +47,7 @@ class Trained:
     chemistry: ChemistrySettings
 
     def save(self, run: Run) -> None:
-        """Into a run, as ``checkpoints/functional.ckpt``."""
+        """Save into a run, as ``checkpoints/functional.ckpt``."""
         held = {
             "config": asdict(self.functional.config),
             "weights": self.functional.state_dict(),
@@ -58,7 +58,7 @@ class Trained:
 
     @classmethod
     def of(cls, run: Run | Path | str) -> Trained:
-        """What a run of an ``ofdft`` recipe has left.
+        """The functional that a run of an ``ofdft`` recipe saved.
 
         Raises:
             UserError: it has left none.
@@ -119,12 +119,12 @@ class Density:
 
     @property
     def strange(self) -> bool:
-        """Whether it is outside what the functional was trained for."""
+        """Return whether the molecule is outside what the functional was trained for."""
         return self.distance > self.limit
 
     @property
     def warning(self) -> str:
-        """What to say of that; empty where there is nothing to say."""
+        """A warning if so, otherwise empty."""
         if not self.strange:
             return ""
         geometry = self.record.geometry
@@ -185,14 +185,14 @@ def density(trained: Trained, geometry: Geometry, *, grid: int | None = None, sl
 
 
 def _dipole(p: Tensor, molecule: Molecule) -> tuple[float, float, float]:
-    """Of the nuclei and of the density on the grid."""
+    """Dipole moment of the nuclei and of the density on the grid."""
     nuclei = molecule.charges.to(p) @ molecule.positions
     x, y, z = (nuclei - (molecule.quadrature * molecule.density(p)) @ molecule.points).tolist()
     return x, y, z
 
 
 def told(found: Density) -> dict[str, Any]:
-    """As plain values, for a JSON file."""
+    """The result as plain values, for a JSON file."""
     geometry = found.record.geometry
     return {
         "molecule": geometry.name,

@@ -65,7 +65,7 @@ def prepared(
     workers: int = 1,
     watch: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Prepared:
-    """The molecules, computed where ``folder`` does not hold them yet; see :func:`prepare`."""
+    """Load the molecules, computing those that are not in ``folder`` yet; see :func:`prepare`."""
     outcomes = prepare(geometries, settings, folder, workers, watch)
     return Prepared(
         [load(outcome.path) for outcome in outcomes if outcome.path is not None],
@@ -80,8 +80,8 @@ def prepare(
     workers: int = 1,
     watch: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """A file in ``folder`` for every molecule. What is there already and sound stays; an interruption loses only what
-    was being computed.
+    """Ensure a file in ``folder`` for every molecule. Intact files are kept; an interruption loses only what was being
+    computed.
 
     Args:
         geometries: the geometries.
@@ -110,7 +110,7 @@ def prepare_labels(
     workers: int = 1,
     watch: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Likewise of every molecule's labels; see :func:`prepare`."""
+    """The same for every molecule's labels; see :func:`prepare`."""
     work = Work(
         partial(labels_file.file_name, chemistry=chemistry, settings=settings),
         partial(_labels, chemistry=chemistry, settings=settings),
@@ -167,7 +167,7 @@ def carried_out(
 
 
 def _found(path: Path, work: Work) -> tuple[bool, str]:
-    """Whether the file is there and sound, and what is to be said if it is not."""
+    """Return whether the file exists and is intact, and a note if it is not."""
     if not path.exists():
         return False, ""
     try:
@@ -178,7 +178,7 @@ def _found(path: Path, work: Work) -> tuple[bool, str]:
 
 
 def _computed(wanted: dict[int, tuple[Geometry, Path, str]], work: Work, workers: int) -> Iterator[tuple[int, Outcome]]:
-    """The outcomes as they come, the larger molecules being begun first, so that none is left for the end alone."""
+    """Yield outcomes as they come. Larger molecules start first, so that none is left alone at the end."""
     order = sorted(wanted, key=lambda index: -sum(wanted[index][0].charges))
     if workers == 1 or len(order) < 2:
         for index in order:
@@ -202,7 +202,7 @@ def _computed(wanted: dict[int, tuple[Geometry, Path, str]], work: Work, workers
 
 
 def _one(geometry: Geometry, path: Path, note: str, work: Work) -> Outcome:
-    """Compute a molecule's and write its file."""
+    """Compute for one molecule and write its file."""
     try:
         seconds = work.compute(geometry, path)
     except (UserError, NotComputedError) as error:
@@ -225,15 +225,15 @@ def _labels(geometry: Geometry, path: Path, chemistry: ChemistrySettings, settin
 
 
 def _begin() -> None:
-    """In a new process: end at once when interrupted (the files are written atomically) or when the first process has
-    died, and use one thread."""
+    """Set up a new process: one thread; end at once when interrupted (files are written atomically) or when the parent
+    has died."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_the_first, daemon=True).start()
 
 
 def _end_with_the_first() -> None:
-    """A pool's processes would wait for work for ever."""
+    """End with the parent, as a pool's processes would wait for work forever."""
     first = multiprocessing.parent_process()
     assert first is not None
     first.join()
@@ -242,7 +242,7 @@ def _end_with_the_first() -> None:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Processes that are begun meanwhile use one thread each; it must be said before they load their libraries."""
+    """Let processes started within use one thread each, which must be set before they load their libraries."""
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, "1"))
     try:

@@ -66,7 +66,7 @@ class Teacher:
         self.walks = [lesson.start.clone() for lesson in lessons]
 
     def loss(self, numbers: list[int], step: int) -> float:
-        """Of a batch of molecules; its gradient is left in the network."""
+        """Loss of a batch of molecules; its gradient is left in the network."""
         chosen = [self.lessons[number] for number in numbers]
         generator = draw(self.config.seed, step)
         if self.config.kind == "functional":
@@ -78,7 +78,7 @@ class Teacher:
         return float(total.detach())
 
     def figures(self) -> dict[str, float]:
-        """Of the molecules that are held out: 10³ L, linearized, and the error of the energy in mHa per electron."""
+        """Figures of the held-out molecules: linearized 10³ L, and the error of the energy in mHa per electron."""
         losses, errors = [], []
         for lesson in self.held:
             tangent = self.config.kind != "functional"
@@ -94,15 +94,16 @@ class Teacher:
         return figures if self.config.kind == "density" else {**figures, "dE": fmean(errors)}
 
     def kept(self) -> list[Tensor]:
-        """What a checkpoint holds."""
+        """The tensors for a checkpoint."""
         return self.walks
 
     def take(self, held: list[Tensor]) -> None:
-        """From a checkpoint."""
+        """Restore from a checkpoint."""
         self.walks = list(held)
 
     def _missed(self, lesson: Lesson, slope: Tensor, which: list[int]) -> Tensor:
-        """How far each minimum would be away, ``[k, n]``; or, of a density that is given at once, how far it is."""
+        """The distance of each minimum from its target, ``[k, n]``; for a directly predicted density, its own
+        distance."""
         if self.config.kind == "density":
             return lesson.start - slope @ lesson.plain.T
         if self.config.metric == "overlap":
@@ -110,7 +111,7 @@ class Teacher:
         return slope @ lesson.answer.T - lesson.wanted[which]
 
     def _along(self, lesson: Lesson, slope: Tensor) -> Tensor:
-        """What the energy's tangent at the guess adds on the way to the reference, ``[1]``."""
+        """The contribution of the energy's tangent at the guess on the way to the reference, ``[1]``."""
         away = (lesson.rows[:1] - lesson.guess).flatten(1)[:, lesson.place]
         return (slope * away).sum(dim=1)
 
@@ -147,7 +148,7 @@ class Teacher:
         return total
 
     def _displaced(self, number: int, lesson: Lesson, count: int, generator: torch.Generator) -> Tensor:
-        """Displacements of the labels ``[count, n]`` in the metric's coordinates: random ones, and the walk's for the
+        """Displacements of the labels ``[count, n]`` in the metric's coordinates: random ones, with the walk's for the
         first."""
         y = torch.zeros(count, len(lesson.start))
         if self.config.noise:
@@ -167,7 +168,8 @@ class Teacher:
         return y
 
     def _walk(self, number: int, lesson: Lesson, missed: Tensor) -> None:
-        """Half a step to where the minimum seems to be, by the base's curvature and the slope at the walk's place."""
+        """Move half a step towards the estimated minimum, given by the base's curvature and the slope at the walk's
+        position."""
         walk = self.walks[number]
         walk = walk - 0.5 * (walk + missed)
         size = float(half_square(walk)) / lesson.electrons
@@ -210,8 +212,8 @@ class Results:
 
 
 def spurious(one: Quality, electrons: float) -> bool:
-    """Whether a minimum was found that has nothing to do with the reference, or on the finer grid another one, farther
-    away than half of the superposition's own L."""
+    """Return whether a minimum is unrelated to the reference, or on the finer grid a different one, farther away than
+    half of the superposition's L."""
     if not one.converged:
         return False
     if one.finer is not None and one.finer.converged and one.finer.moved > 0.5 * one.guess_loss:
@@ -223,7 +225,7 @@ def spurious(one: Quality, electrons: float) -> bool:
 
 
 def check(config: Pretraining) -> None:
-    """The molecules' exchange and correlation must be that of a functional.
+    """Check that the functional includes the exchange-correlation of the molecules.
 
     Raises:
         UserError: it is not.
@@ -276,8 +278,8 @@ def evaluate(config: Pretraining, run: Run, console: Console) -> None:
 def taught(
     config: Pretraining, files: Mapping[str, Mapping[str, Path]], console: Console
 ) -> tuple[OrbitalFree, list[Lesson], list[Lesson]]:
-    """The functional with its linear terms fitted, its network's weights as they are at first, in single precision and
-    scaled to the training molecules; and the lessons to train on and to select by."""
+    """The functional with fitted linear terms and its initial network (single precision, scaled to the training
+    molecules); and the training and validation lessons."""
     records = {split: [storage.read(path) for path in files[split].values()] for split in ("train", "validation")}
     training = config.training()
     network = network_of(records["train"], width=config.width, channels=config.channels, rounds=config.rounds)
@@ -322,7 +324,7 @@ def taught(
 def stepper_of(
     config: Pretraining, network: CoefficientNetwork, lessons: Sequence[Lesson], held: Sequence[Lesson]
 ) -> Stepper:
-    """What trains a network."""
+    """The stepper that trains a network."""
     teacher = Teacher(network, lessons, held, config)
     return Stepper(
         network,
@@ -344,7 +346,7 @@ def _finished(
     run: Run,
     done: bool,
 ) -> Results:
-    """With the weights that were selected."""
+    """The results, for the selected weights."""
     network = functional.network
     assert network is not None
     network.double().load_state_dict(read_checkpoint(run.best)["weights"])
@@ -377,7 +379,7 @@ def _finished(
 
 
 def share_spurious(found: Sequence[Quality], electrons: Mapping[str, float]) -> float:
-    """Of some molecules, with their numbers of electrons by name; NaN of none."""
+    """The share of spurious minima among molecules, given their numbers of electrons by name; NaN for none."""
     return fmean(spurious(one, electrons[one.name]) for one in found) if found else math.nan
 
 
@@ -390,7 +392,7 @@ def measured(
     constants: Tensor | None = None,
     look_closer: bool = True,
 ) -> list[Quality]:
-    """Each molecule, by minimization from the superposition of atoms; they are in memory one at a time. See
+    """Measure each molecule, minimizing from the superposition of atoms; one molecule at a time is in memory. See
     :func:`~torchimplicit.recipes.density.quality.quality`."""
     finer = look_closer and checked(config)
     return [
@@ -408,7 +410,7 @@ def measured(
 
 @torch.no_grad()
 def measured_directly(functional: OrbitalFree, files: Mapping[str, Path], config: OrbitalFreeTraining) -> list[Quality]:
-    """Each molecule, by the density that the network predicts: there is no energy, and nothing is minimized."""
+    """Measure each molecule's density as the network predicts it, without energy or minimization."""
     found = []
     for path in files.values():
         case = Case.of(storage.load(path))
@@ -432,8 +434,8 @@ def measured_directly(functional: OrbitalFree, files: Mapping[str, Path], config
 
 
 def predicted(functional: OrbitalFree, case: Case) -> Tensor:
-    """The density that a network predicts at once, ``[n]``: the superposition of atoms less the network's slope there,
-    in the metric's coordinates and with the molecule's number of electrons."""
+    """The density that a network predicts directly, ``[n]``: the superposition of atoms minus the network's slope
+    there, in the metric's coordinates and with the right number of electrons."""
     assert functional.network is not None
     molecule: Molecule = case.molecule
     inverse, normal = case.plane

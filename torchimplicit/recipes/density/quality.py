@@ -38,7 +38,7 @@ class Finer:
     moved: float
 
     def better(self, guess_loss: float) -> bool:
-        """Than the superposition of atoms, whose L does not depend on the grid."""
+        """Return whether it beats the superposition of atoms, whose L does not depend on the grid."""
         return self.converged and self.loss < guess_loss and self.l1 < self.guess_l1
 
 
@@ -79,7 +79,8 @@ class Quality:
 
     @property
     def better(self) -> bool:
-        """Than the superposition of atoms, by both figures, and on the finer grid too where that was looked at."""
+        """Return whether it beats the superposition of atoms in both figures, and also on the finer grid if there is
+        one."""
         own = self.loss < self.guess_loss and self.l1 < self.guess_l1
         return own and (self.finer is None or self.finer.better(self.guess_loss))
 
@@ -115,7 +116,7 @@ def quality(
     constants: Tensor | None = None,
     file: Path | None = None,
 ) -> Quality:
-    """Of the density that is found from the superposition of atoms.
+    """Quality of the density found from the superposition of atoms.
 
     Args:
         spectrum: look at the Hessian's extreme eigenvalues too.
@@ -153,8 +154,8 @@ def quality(
 
 
 def finer(case: Case, functional: OrbitalFree, config: OrbitalFreeTraining, p: Tensor, file: Path) -> Finer:
-    """On the finer grid, from the density ``p`` (``[n]``) on its own and with the Hessian that was kept there: that the
-    functional has its minimum there too is what is looked at, not how long it takes to find.
+    """Minimize again on the finer grid, from the density ``p`` (``[n]``) on the coarser one with its kept Hessian. This
+    tests whether the minimum exists there, not how long it takes to find.
 
     Raises:
         UserError: PySCF, which makes the grid, is missing.
@@ -185,7 +186,7 @@ def qualities(
     constants: Tensor | None = None,
     files: Mapping[str, Path] | None = None,
 ) -> list[Quality]:
-    """Of each; ``files`` are those of the molecules by their names, see :func:`quality`."""
+    """Quality of each; ``files`` are the molecules' files by name, see :func:`quality`."""
     return [
         quality(
             case,
@@ -200,7 +201,7 @@ def qualities(
 
 
 def summarized(found: Sequence[Quality]) -> Summary:
-    """Of some molecules, at least one."""
+    """Summary of at least one molecule."""
     return Summary(
         loss=fmean(one.loss for one in found),
         l1=fmean(one.l1 for one in found),

@@ -56,11 +56,11 @@ class Record:
     seconds: float
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, those of the basis aside."""
+        """The tensors by name, without the basis."""
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
     def on_grid(self, level: int) -> Record:
-        """The same on a grid of another level.
+        """The same record on a grid of another level.
 
         Raises:
             UserError: PySCF, which makes the grid, is missing.
@@ -69,11 +69,11 @@ class Record:
         return replace(self, points=points, quadrature=quadrature, settings=replace(self.settings, grid=level))
 
     def molecule(self) -> Molecule:
-        """What a density functional needs of it, float64."""
+        """The data that a density functional needs, in float64."""
         return self._molecule(OnGrid(self.basis, self.points))
 
     def molecule_without_grid(self) -> Molecule:
-        """Likewise without points: what is analytic of it."""
+        """The same data without grid points: only the analytic part."""
         nothing = self.overlap.new_zeros(4, 0, len(self.overlap))
         short = replace(self, points=self.points[:0].clone(), quadrature=self.quadrature[:0].clone())
         return short._molecule(OnGrid.of(nothing[0], nothing[1:]))

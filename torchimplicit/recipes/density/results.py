@@ -24,13 +24,13 @@ QUALITIES = ("start", "start_test", "train", "validation", "test")
 
 
 def molecules(*sources: str, grid: int, data_dir: Path | None, **more: Any) -> Molecules:
-    """These, on a grid of this level."""
+    """The molecules of the tables, on a grid of this level."""
     return Molecules(sources=sources, data_dir=data_dir, chemistry=ChemistrySettings(grid=grid), **more)
 
 
 def figures(config: Any, run: Run) -> dict[str, Any] | None:
-    """Of a training that went to its end: sums, means over molecules, what every molecule came to, and the looks at
-    which all training densities were found from the superposition of atoms."""
+    """Figures of a finished training: sums, means over molecules, each molecule's figures, and the history of
+    measurements."""
     one = table.read("results.json")(config, run)
     if one is None or one["state"] != "complete":
         return None
@@ -62,7 +62,7 @@ def figures(config: Any, run: Run) -> dict[str, Any] | None:
 
 
 def summary(qualities: Sequence[Any]) -> dict[str, Any]:
-    """As :func:`~torchimplicit.recipes.density.quality.summarized`, of plain data."""
+    """As :func:`~torchimplicit.recipes.density.quality.summarized`, from plain data."""
     from dataclasses import asdict
 
     from torchimplicit.recipes.density.quality import Quality, summarized
@@ -72,31 +72,31 @@ def summary(qualities: Sequence[Any]) -> dict[str, Any]:
 
 
 def lowered(line: Line) -> float:
-    """What training lowers, at its end over its start: the loss with its tails and penalties."""
+    """The final training loss, with tails and penalties, relative to the initial one."""
     first, last = line["loss"]
     return float(last / first)
 
 
 def ratio(line: Line) -> float:
-    """The mean L of the training molecules when training ends, over that at its start."""
+    """The training molecules' mean L at the end relative to the start."""
     looks = line["looks"]
     return float(looks[-1]["loss"] / looks[0]["loss"]) if looks else math.nan
 
 
 def seconds_to(line: Line, level: float) -> float:
-    """Until the loss has first fallen to ``level`` of its start; NaN if it has not."""
+    """Seconds until the loss has first fallen to ``level`` times its start; NaN if it has not."""
     losses = line["losses"] or []
     return next((seconds for seconds, loss in losses if loss <= level * losses[0][1]), math.nan)
 
 
 def mean(values: Iterable[float]) -> float:
-    """Of those that are numbers; NaN if there are none."""
+    """Mean of the values that are not NaN; NaN if there are none."""
     there = [value for value in values if not math.isnan(value)]
     return fmean(there) if there else math.nan
 
 
 def told(values: Iterable[float | None], digits: int = 3, scale: float = 1.0) -> str:
-    """Of one seed the value, of several their mean and their range, in so many significant digits."""
+    """One value, or the mean and range of several, with a number of significant digits."""
     there = [scale * value for value in values if value is not None and not math.isnan(value)]
     if not there:
         return NONE
@@ -105,7 +105,7 @@ def told(values: Iterable[float | None], digits: int = 3, scale: float = 1.0) ->
 
 
 def shown(value: float, digits: int) -> str:
-    """In so many significant digits, without an exponent where it is of ordinary size; whole numbers as they are."""
+    """A number with this many significant digits, without an exponent for ordinary sizes; integers as they are."""
     if float(value).is_integer() and abs(value) < 1e6:
         return str(int(value))
     if not 1e-4 <= abs(value) < 1e6:
@@ -114,5 +114,5 @@ def shown(value: float, digits: int) -> str:
 
 
 def missing(asked: int, runs: Runs) -> list[str]:
-    """The note on runs that were asked for and are not there; none where all are."""
+    """The note about requested runs that are missing; empty if there are none."""
     return [f"{asked - len(runs)} of {asked} runs are missing or diverged."] if len(runs) < asked else []

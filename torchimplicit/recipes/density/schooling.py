@@ -23,11 +23,11 @@ class Schooled:
     """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
 
     def check(self, config: Schooling) -> None:
-        """As the pre-training is checked."""
+        """Check the pre-training's settings."""
         pretrain.check(config.pretraining)
 
     def train(self, config: Schooling, run: Run, console: Console) -> bool:
-        """One after the other; what is complete is not done again."""
+        """Run one after another; finished runs are not repeated."""
         if not _done(run, PRETRAINED, "pretrain", pretrain, config.pretraining, console):
             return False
         for name, one in config.ways.items():
@@ -42,7 +42,7 @@ class Schooled:
         return _done(run, LONGER, "pretrain", pretrain, longer, console)
 
     def evaluate(self, config: Schooling, run: Run, console: Console) -> None:
-        """Of each within."""
+        """Evaluate each nested run."""
         for name, runner in runners(config).items():
             one = within(run, name)
             if not (one.path / "results.json").is_file():
@@ -59,18 +59,18 @@ RUNNER = Schooled()
 
 
 def runners(config: Schooling) -> dict[str, Any]:
-    """What runs within, by name."""
+    """The nested runs by name."""
     longer = {LONGER: pretrain} if config.longer and config.ways else {}
     return {PRETRAINED: pretrain, **dict.fromkeys(config.ways, finetune), **longer}
 
 
 def within(run: Run, name: str) -> Run:
-    """One of the runs within."""
+    """One of the nested runs."""
     return Run(Path(run.path) / name)
 
 
 def _done(run: Run, name: str, recipe: str, runner: Runner, settings: Any, console: Console) -> bool:
-    """Whether it came to its end, now or before."""
+    """Return whether the run has finished, now or before."""
     one = within(run, name)
     if one.description.is_file():
         if one.read()["state"] == "complete":

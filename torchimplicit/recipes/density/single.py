@@ -126,7 +126,7 @@ def settings_of(
 
 
 def jobs(config: SingleConfig) -> list[Job]:
-    """Seed by seed, so that what slows the machine for a while slows all rows."""
+    """All jobs, seed by seed so that a slow phase of the machine affects all rows."""
     return [
         Job(
             f"{estimator}-{optimizer}-{seed}",
@@ -150,7 +150,7 @@ def there(config: SingleConfig, runs: Runs) -> list[Row]:
 
 
 def sheets(config: SingleConfig, runs: Runs) -> list[TitledTable]:
-    """Loss, time and work; below, the density before training and the superposition of atoms."""
+    """A table of loss, time and work; below it, the density before training and the superposition of atoms."""
     rows = there(config, runs)
     if not rows:
         return []
@@ -186,8 +186,8 @@ def sheets(config: SingleConfig, runs: Runs) -> list[TitledTable]:
 
 
 def claims(config: SingleConfig, runs: Runs) -> list[Claim]:
-    """By optimizer: propagation ends where implicit differentiation does, far below the start, and how long each
-    takes."""
+    """For each optimizer: propagation ends at the same loss as implicit differentiation, far below the start; and the
+    time of each."""
     made = []
     for optimizer in config.optimizers:
         exact: Row = ("implicit", optimizer)
@@ -200,7 +200,7 @@ def claims(config: SingleConfig, runs: Runs) -> list[Claim]:
 
 
 def together(runs: Runs, exact: Row, other: Row) -> Claim:
-    """Seed by seed."""
+    """Compares final losses, seed by seed."""
     pairs = runs.couples(exact, other)
     apart = max((abs(b["loss"][1] - a["loss"][1]) / a["loss"][1] for a, b in pairs), default=float("nan"))
     worst = max((lowered(line) for pair in pairs for line in pair), default=float("nan"))
@@ -214,7 +214,7 @@ def together(runs: Runs, exact: Row, other: Row) -> Claim:
 
 
 def slower(config: SingleConfig, runs: Runs, exact: Row, other: Row) -> Claim:
-    """The slides found propagation to be the slower one."""
+    """Compares times: the slides found propagation to be slower."""
     times = [mean(seconds_to(line, config.level) for line in runs.where(row=row)) for row in (exact, other)]
     measured = (
         f"{shown(times[1], 2)} s against {shown(times[0], 2)} s of the processor's time to {config.level:g} of the "
@@ -229,7 +229,7 @@ def slower(config: SingleConfig, runs: Runs, exact: Row, other: Row) -> Claim:
 
 
 def protocol(config: SingleConfig, runs: Runs) -> str:
-    """What was run, in words."""
+    """Describe what was run, and how the figures were selected."""
     extra = f", and {config.tail_weight:g} times its square over the density" if config.tail_weight else ""
     return (
         f"{config.molecule} at its own geometry, Kohn-Sham density (LDA, def2-SVP) in an even-tempered basis, grid "
@@ -244,7 +244,7 @@ def protocol(config: SingleConfig, runs: Runs) -> str:
 
 
 def notes(config: SingleConfig, runs: Runs) -> list[str]:
-    """What a reader must know."""
+    """Caveats for the reader."""
     made = [
         "The loss contains a small decay of the network's weights, the same in all rows. One-sided propagation "
         "with a curved nudge is damped implicit differentiation; the damping is chosen by the same rule.",
@@ -262,7 +262,7 @@ def notes(config: SingleConfig, runs: Runs) -> list[str]:
 
 
 def drawings(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -> list[CaptionedFigure]:
-    """The loss, and the density's error along a line where the molecule is at hand."""
+    """Figures of the loss, and of the density's error along a line if the molecule is available."""
     if not runs:
         return []
     made = [
@@ -286,14 +286,14 @@ def drawings(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -> li
 
 
 def colour(estimator: EstimatorName) -> str:
-    """Of an estimator."""
+    """Colour of an estimator."""
     from torchimplicit.recipes.runtime.page import COLOURS
 
     return COLOURS[list(ESTIMATORS).index(estimator)]
 
 
 def loss_along(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -> Figure:
-    """Two panels an optimizer."""
+    """The figure, with two panels per optimizer."""
     from torchimplicit.recipes.runtime.page import LINES, axes
 
     rows = there(config, runs)
@@ -318,7 +318,7 @@ def loss_along(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -> 
 
 
 def line_through(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -> Figure | None:
-    """The error of the density along the line through two atoms; ``None`` where the molecule is not at hand."""
+    """The error of the density along the line through two atoms; ``None`` if the molecule is not available."""
     import torch
 
     from torchimplicit.recipes.density import split as data

@@ -42,13 +42,13 @@ class Split:
     files: dict[str, Path]
 
     def named(self, split: str) -> list[Molecule]:
-        """One of :data:`SPLITS`."""
+        """The molecules of one of :data:`SPLITS`."""
         found: list[Molecule] = getattr(self, split)
         return found
 
 
 def geometries(config: Molecules) -> tuple[dict[str, list[Geometry]], list[str]]:
-    """Of every split, and what was refused, a line each."""
+    """The geometries of every split, and a line for each refused one."""
     originals: list[Geometry] = []
     refused: list[str] = []
     for source in config.sources:
@@ -89,8 +89,8 @@ def geometries(config: Molecules) -> tuple[dict[str, list[Geometry]], list[str]]
 def located(
     config: Molecules, watch: Callable[[Outcome], None] = lambda outcome: None
 ) -> tuple[dict[str, dict[str, Path]], list[str]]:
-    """The files of every split's molecules by their names, computed where they are not in the folder yet; and what was
-    skipped, a line each.
+    """The files of every split's molecules by name, computed if not yet in the folder; and a line for each skipped
+    one.
 
     Raises:
         UserError: a source that is refused, or nothing left to train on.
@@ -108,7 +108,7 @@ def located(
 
 
 def load(config: Molecules, watch: Callable[[Outcome], None] = lambda outcome: None) -> Split:
-    """All molecules, computed where they are not in the folder yet.
+    """Load all molecules, computing those that are not in the folder yet.
 
     Raises:
         UserError: see :func:`located`.

@@ -182,7 +182,7 @@ HELPS = {
 
 
 def all_rows(config: StabilityConfig) -> dict[str, tuple[Inner, str]]:
-    """Those that are asked for, by their names.
+    """The rows that are asked for, by name.
 
     Raises:
         UserError: one that there is not, or that the optimizer cannot train.
@@ -198,13 +198,13 @@ def all_rows(config: StabilityConfig) -> dict[str, tuple[Inner, str]]:
 
 
 def label(row: str) -> str:
-    """For people."""
+    """The row's label."""
     inner, way = split(row)
     return f"{INNER[inner]}; {HELPS[way].label}"
 
 
 def split(row: str) -> tuple[Inner, str]:
-    """The way to find a density, and the help."""
+    """The minimizer and the remedy."""
     return next((inner, row.removeprefix(f"{inner}-")) for inner in INNER if row.startswith(f"{inner}-"))
 
 
@@ -235,7 +235,7 @@ def settings_of(config: StabilityConfig, inner: Inner, way: str, seed: int) -> C
 
 
 def jobs(config: StabilityConfig) -> list[Job]:
-    """Seed by seed; those of gradient descent at the end, which take far longer."""
+    """All jobs, seed by seed; those of gradient descent at the end, as they take far longer."""
     return [
         Job(
             f"{name}-{seed}",
@@ -251,8 +251,8 @@ def jobs(config: StabilityConfig) -> list[Job]:
 
 
 def figures(config: StabilityConfig, run: Run) -> dict[str, Any] | None:
-    """Of a training whose minimizations are counted; ``growth`` is the most steps of a minimization that were counted
-    along training over those at the start, in the way that the row trains in, ``None`` where one was not done."""
+    """Figures of a training with counted minimizations. ``growth`` is the largest number of steps counted during
+    training relative to the start, with the row's own minimizer; ``None`` if a minimization did not finish."""
     one, counted = results.figures(config, run), table.read("counted.json")(config, run)
     if one is None or counted is None:
         return None
@@ -271,7 +271,7 @@ def figures(config: StabilityConfig, run: Run) -> dict[str, Any] | None:
 
 
 def steps(found: Iterable[Mapping[str, Any]]) -> float:
-    """Of a minimization, the mean of the molecules; infinite if one was not done within its budget."""
+    """Mean number of steps of a minimization over the molecules; infinite if one did not finish."""
     every = list(found)
     return fmean(one["steps"] for one in every) if all(one["converged"] for one in every) else math.inf
 
@@ -288,12 +288,12 @@ def counted(line: Line, way: str, when: str) -> float:
 
 
 def slowdown(line: Line, way: str = "descent") -> float:
-    """Steps after training over those before."""
+    """Steps after training relative to those before."""
     return counted(line, way, "after") / counted(line, way, "before")
 
 
 def many(values: Iterable[float]) -> str:
-    """With those that are infinite."""
+    """Format numbers that may be infinite."""
     every = list(values)
     lost = sum(math.isinf(value) for value in every)
     return f"not found ({lost} of {len(every)})" if lost else told(every, 3)
@@ -305,7 +305,7 @@ def there(config: StabilityConfig, runs: Runs) -> list[str]:
 
 
 def sheets(config: StabilityConfig, runs: Runs) -> list[TitledTable]:
-    """Along training, and both ways to find a density before and after it."""
+    """Tables of the history, and of both minimizers before and after training."""
     rows = there(config, runs)
 
     def each(figure: Callable[[Line], float], say: Callable[[list[float]], str] = many) -> Callable[[str], str]:
@@ -349,7 +349,7 @@ def sheets(config: StabilityConfig, runs: Runs) -> list[TitledTable]:
 
 
 def claims(config: StabilityConfig, runs: Runs) -> list[Claim]:
-    """The slowdown, what holds it, and what each of the helps does to it."""
+    """The slowdown, what limits it, and the effect of each remedy."""
     made = []
     for inner in INNER:
         if plain := runs.where(row=f"{inner}-plain"):
@@ -378,7 +378,7 @@ def claims(config: StabilityConfig, runs: Runs) -> list[Claim]:
 
 
 def helps(inner: Inner, way: str, pairs: list[tuple[Line, Line]]) -> Claim:
-    """Of the seeds that both have."""
+    """Compares the seeds that both rows have."""
     plain, helped = (Runs(pair[i] for pair in pairs) for i in (0, 1))
     before, after = (mean(map(slowdown, one)) for one in (plain, helped))
     losses = [told(map(lowered, one), 2) for one in (plain, helped)]
@@ -394,17 +394,17 @@ def helps(inner: Inner, way: str, pairs: list[tuple[Line, Line]]) -> Claim:
 
 
 def times(values: Iterable[float]) -> str:
-    """Of every seed."""
+    """Format the factors of every seed."""
     return ", ".join("not found" if math.isinf(one) else f"{shown(one, 3)}" for one in values) + " times"
 
 
 def soft(runs: Runs) -> str:
-    """The least eigenvalue of every seed."""
+    """Format the least eigenvalue of every seed."""
     return ", ".join(shown(one, 2) for one in runs.column("least"))
 
 
 def protocol(config: StabilityConfig, runs: Runs) -> str:
-    """What was run, in words."""
+    """Describe what was run, and how the figures were selected."""
     how = {
         "least-squares": "Gauss-Newton (SciPy's trust region) with exact Jacobians",
         "l-bfgs": "L-BFGS (SciPy's) with exact implicit gradients",
@@ -433,7 +433,7 @@ def protocol(config: StabilityConfig, runs: Runs) -> str:
 
 
 def notes(config: StabilityConfig, runs: Runs) -> list[str]:
-    """What a reader must know."""
+    """Caveats for the reader."""
     made = [
         "A count always begins at the superposition of atoms, so that what the training had found before does not "
         "help; the steps during training itself, from the density before, are fewer.",
@@ -453,7 +453,7 @@ def notes(config: StabilityConfig, runs: Runs) -> list[str]:
 
 
 def drawings(config: StabilityConfig, runs: Runs, folders: Mapping[str, Run]) -> list[CaptionedFigure]:
-    """One for each way to find a density that has a run, and one of all."""
+    """A figure for each minimizer that has runs, and one for all."""
     rows = there(config, runs)
     names = {"descent": "by-descent", "l-bfgs": "by-l-bfgs"}
     made = []
@@ -483,14 +483,14 @@ def drawings(config: StabilityConfig, runs: Runs, folders: Mapping[str, Run]) ->
 
 
 def colour_of(row: str) -> str:
-    """That of its help."""
+    """The colour of the row's remedy."""
     from torchimplicit.recipes.runtime.page import COLOURS
 
     return COLOURS[list(HELPS).index(split(row)[1]) % len(COLOURS)]
 
 
 def by_eigenvalue(runs: Runs, rows: list[str]) -> Figure:
-    """A point a run and way."""
+    """The figure, with a point per run and minimizer."""
     from torchimplicit.recipes.runtime.page import axes
 
     figure, (panel,) = axes(1, width=6.4, height=3.9)
@@ -515,7 +515,7 @@ def by_eigenvalue(runs: Runs, rows: list[str]) -> Figure:
 
 
 def along_training(runs: Runs, rows: list[str]) -> Figure:
-    """Steps and spectra, a line a run."""
+    """Steps and spectra during training, a line per run."""
     from torchimplicit.recipes.runtime.page import LINES, axes
 
     figure, panels = axes(3, width=4.0, height=3.6)

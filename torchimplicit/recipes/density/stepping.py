@@ -89,14 +89,14 @@ class Stepper:
 
     @property
     def spent(self) -> float:
-        """The share of the budget."""
+        """The share of the budget that is spent."""
         by_number = self.course.step / self.settings.steps
         if self.settings.seconds is None:
             return by_number
         return max(by_number, self.course.seconds / self.settings.seconds)
 
     def restore(self, run: Run) -> None:
-        """Go on from the run's last checkpoint, if there is one.
+        """Continue from the run's last checkpoint, if there is one.
 
         Raises:
             UserError: it does not fit.
@@ -116,7 +116,7 @@ class Stepper:
             raise UserError(f"{run.checkpoint} does not fit this run's settings ({reason}); train again") from None
 
     def run(self, run: Run, console: Console) -> bool:
-        """Until the budget is spent; whether it was not interrupted before."""
+        """Step until the budget is spent; return whether it was not interrupted."""
         bar = Progress(console=console, disable=not console.is_terminal)
         task = bar.add_task("Training", total=100, completed=round(100 * self.spent))
         losses: list[float] = []
@@ -183,7 +183,7 @@ class Stepper:
 
 
 def batches(count: int, size: int, seed: int, first: int) -> Iterator[list[int]]:
-    """Numbers of molecules, a batch a step, from a step on: every pass over them is a permutation."""
+    """Batches of molecule numbers from a step on; every pass over the molecules is a permutation."""
     size = min(size, count)
     each = count // size
     step = first
@@ -194,12 +194,12 @@ def batches(count: int, size: int, seed: int, first: int) -> Iterator[list[int]]
 
 
 def draw(seed: int, step: int) -> torch.Generator:
-    """For what is drawn in a step."""
+    """The generator for everything drawn in a step."""
     return generator(seed, step, 1)
 
 
 def half_square(t: Tensor) -> Tensor:
-    """Of each row."""
+    """Half the squared norm of each row."""
     return 0.5 * t.square().sum(dim=-1)
 
 

@@ -43,7 +43,7 @@ class BrokenFileError(DamagedFileError):
 
 
 def key(geometry: Geometry, settings: ChemistrySettings, **more: Any) -> str:
-    """Of a calculation: the same for the same nuclei, charge, settings and format; 12 hexadecimal digits.
+    """Key of a calculation, 12 hexadecimal digits: the same for the same nuclei, charge, settings and format.
 
     Args:
         more: what else it depends on.
@@ -54,17 +54,17 @@ def key(geometry: Geometry, settings: ChemistrySettings, **more: Any) -> str:
 
 
 def file_name(geometry: Geometry, settings: ChemistrySettings) -> str:
-    """Under which the calculation is kept."""
+    """File name of the calculation."""
     return f"{readable(geometry.name)}-{key(geometry, settings)}.npz"
 
 
 def readable(name: str) -> str:
-    """A molecule's name as it may stand in a file's."""
+    """A molecule's name, made safe for file names."""
     return re.sub(r"[^A-Za-z0-9._+-]", "_", name)
 
 
 def write(path: Path, record: Record) -> None:
-    """Write the file; whoever reads meanwhile finds the former one or this one, never a part.
+    """Write the file atomically: concurrent readers see the old or the new file, never a part.
 
     Raises:
         OSError: it cannot be written.
@@ -82,7 +82,7 @@ def write(path: Path, record: Record) -> None:
 
 
 def read(path: Path) -> Record:
-    """What is in a file.
+    """Read a file.
 
     Raises:
         BrokenFileError: it is damaged, of another version, or was not written by :func:`write`.
@@ -105,7 +105,7 @@ def write_arrays(path: Path, about: dict[str, Any], arrays: dict[str, Any]) -> N
 
 
 def read_arrays(path: Path, form: str, version: int, made: Callable[[dict[str, Any], dict[str, NDArray[Any]]], T]) -> T:
-    """What is in a file of :func:`write_arrays`.
+    """Read a file of :func:`write_arrays`.
 
     Args:
         path: path of the file.
@@ -165,7 +165,7 @@ def _damaged(path: Path, why: str) -> str:
 
 
 def geometry_of(about: dict[str, Any]) -> Geometry:
-    """Of a file's description."""
+    """The geometry in a file's description."""
     return Geometry(
         name=about["geometry"]["name"],
         charges=tuple(about["geometry"]["charges"]),
@@ -189,7 +189,7 @@ def _record(about: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Record:
 
 
 def _digest(text: NDArray[np.uint8], arrays: dict[str, NDArray[Any]]) -> str:
-    """Of the description and of every array with its name, type and shape."""
+    """Checksum of the description and of every array with its name, type and shape."""
     digest = hashlib.sha256(text.tobytes())
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])

@@ -59,7 +59,7 @@ def check(config: OrbitalFreeTraining) -> None:
 
 
 def exchange_correlation(config: OrbitalFreeTraining) -> ExchangeCorrelation:
-    """That of the molecules' Kohn-Sham calculations.
+    """The exchange-correlation of the molecules' Kohn-Sham calculations.
 
     Raises:
         UserError: the functional has none that is like it.
@@ -94,7 +94,7 @@ def started(config: OrbitalFreeTraining, cases: Sequence[Case]) -> OrbitalFree:
 
 
 def train(config: OrbitalFreeTraining, run: Run, console: Console) -> bool:
-    """Train from the last iteration that was kept, and write ``results.json``, ``figures/`` and ``index.html``.
+    """Train from the last checkpoint, and write ``results.json``, ``figures/`` and ``index.html``.
 
     An interruption is answered within an iteration, and leaves the checkpoint of the last one that was whole."""
     with threads(config.threads), SHARED.limited(config.memory * 1e9, config.single):
@@ -171,7 +171,7 @@ class _Watcher:
         self.history, self.run = history, run
 
     def begin(self) -> None:
-        """The start is measured too, and so there is a checkpoint from the beginning."""
+        """Measure the start too, so that there is a checkpoint from the beginning."""
         value, _ = self.objective.loss_and_gradient(self.objective.weights)
         self(value, True)
         self.run.save(self._kept())
@@ -223,14 +223,14 @@ def _read(config: OrbitalFreeTraining, console: Console) -> tuple[Split, dict[st
 
 @contextmanager
 def _bounded(config: OrbitalFreeTraining) -> Iterator[None]:
-    """PyTorch's threads and those of SciPy's linear algebra, and this process' share of the memory."""
+    """Limit the threads of PyTorch and of SciPy's linear algebra, and this process's share of the memory."""
     share = config.memory * 1e9 / config.processes
     with threads(config.threads), threadpool_limits(config.threads or None), SHARED.limited(share, config.single):
         yield
 
 
 def _restored(functional: OrbitalFree, path: Path) -> History:
-    """What a checkpoint knows, if there is one; its weights go into the functional."""
+    """Restore a checkpoint, if there is one; its weights are set in the functional."""
     if not path.is_file():
         return History()
     read = read_checkpoint(path)
@@ -286,7 +286,7 @@ def _results(
 
 
 def checked(config: OrbitalFreeTraining) -> bool:
-    """Whether densities are looked at on a finer grid."""
+    """Return whether densities are also minimized on a finer grid."""
     return config.check_grid > config.molecules.chemistry.grid and find_spec("pyscf") is not None
 
 

@@ -213,8 +213,8 @@ def jointly(
     tolerance: float = 1e-3,
     keep_trajectory: bool = False,
 ) -> Solution:
-    """The joint solve for the change in the ball, with the gradient of the envelope theorem: for a loss that is the
-    cross-entropy at its state, which is the inner loss with the other sign (Danskin's theorem).
+    """The joint solve for a perturbation in the ball, differentiated by the envelope theorem, for a loss that is the
+    cross-entropy at its state (the inner loss with the other sign, Danskin's theorem).
 
     The range of the pixels is not held here. The arguments are as for :class:`torchimplicit.attacks.JIIO`.
     """
@@ -255,7 +255,8 @@ class Standardized(nn.Module):
 
 
 def judged(model: nn.Module, images: Tensor, labels: Tensor) -> Any:
-    """Cross-entropy of every image, and which are told right, at an exact solve from zero: ``[batch]`` both."""
+    """Cross-entropy of every image, and whether each is classified correctly, at an exact solve from zero: ``[batch]``
+    both."""
     with torch.no_grad():
         scores = model(images)
         return functional.cross_entropy(scores, labels, reduction="none"), scores.argmax(1) == labels
@@ -280,7 +281,7 @@ class AdversarialTraining(SampledTask):
 
     @property
     def attack(self) -> Attack:
-        """The adversary; where there is none in training, one that tests."""
+        """The adversary of training; without one, an adversary for tests."""
         config = self.config
         own: dict[str, Any] = {"radius": config.radius, "norm": config.norm, "step_size": config.attack_step_size}
         if config.adversary == "jiio":
@@ -288,7 +289,7 @@ class AdversarialTraining(SampledTask):
         return pgd(self.model, steps=config.attack_steps if config.adversary == "pgd" else 10, **own)
 
     def loss(self, batch: Any) -> Tensor:
-        """The cross-entropy of the images as the adversary has changed them."""
+        """The cross-entropy of the attacked images."""
         images, labels = pixels(batch[0]), batch[1]
         if self.config.attack_gradient == "envelope":
             return self._by_envelope(images, labels)
@@ -306,8 +307,8 @@ class AdversarialTraining(SampledTask):
         return found
 
     def _by_envelope(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss at the state that JIIO ends with, whose adjoint gives the gradient. The solve is no layer's,
-        so that the Jacobian's penalty is added here: at one of its iterates, drawn at random."""
+        """Return the loss at JIIO's final state, whose adjoint gives the gradient. No layer makes this solve, so the
+        Jacobian penalty is added here, at a random iterate."""
         config = self.config
         weight = config.equilibria.jacobian_weight
         assert isinstance(self.model, EquilibriumClassifier)
@@ -323,8 +324,7 @@ class AdversarialTraining(SampledTask):
         return loss
 
     def score(self, batch: Any) -> Tensor:
-        """Count how many are right and add up the cross-entropies, of the images as they are and attacked; and count
-        the images."""
+        """Sums of correct predictions and cross-entropies, clean and attacked, and the number of images."""
         with torch.inference_mode(False):
             images, labels = pixels(batch[0].clone()), batch[1].clone()
             parts: list[Tensor] = []
@@ -350,7 +350,7 @@ class AdversarialTraining(SampledTask):
 
 
 def pgd(model: nn.Module, *, tolerance: float = 1e-2, **own: Any) -> PGD:
-    """Projected gradient ascent by solves to a relative tolerance."""
+    """Projected gradient ascent with solves to a relative tolerance."""
     gradient = Implicit(linear_solver=GMRES(rtol=tolerance, max_steps=40))
     return PGD(model, **own, solver=Anderson(rtol=tolerance, max_steps=40), gradient=gradient)
 
@@ -382,7 +382,7 @@ def _model(config: AdversarialConfig, splits: Splits) -> nn.Module:
 
 
 def pixels(images: Tensor) -> Tensor:
-    """uint8 to [0, 1]."""
+    """Convert uint8 to [0, 1]."""
     return images.float() / 255
 
 
@@ -423,8 +423,8 @@ class Strength:
 
 
 def measured(config: AttacksConfig, run: Run) -> dict[str, Strength]:
-    """Every attack at the run's best weights, with the step size and the tolerance that suit it on the validation
-    images; some of the images, attacked by the longest of each kind, go into the run's directory."""
+    """Every attack at the run's best weights, with step size and tolerance tuned on validation images. Some images
+    under the longest attack of each kind are saved."""
     task: AdversarialTraining = RUNNER.best(config.training, run)
     where = device(config.training.machine.device)
     model = task.model.eval()
@@ -452,7 +452,7 @@ def measured(config: AttacksConfig, run: Run) -> dict[str, Strength]:
 
 
 def tuned(config: AttacksConfig, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, PGD | JIIO]:
-    """Every attack as it is strongest on these images, by name."""
+    """Every attack with the settings under which it is strongest on these images, by name."""
     own: dict[str, Any] = {"radius": config.training.radius, "norm": config.training.norm}
 
     def best(tries: Iterable[Any]) -> tuple[float, Any]:
@@ -483,7 +483,7 @@ def tuned(config: AttacksConfig, model: nn.Module, images: Tensor, labels: Tenso
 
 
 def strengths(found: dict[str, Strength]) -> Table:
-    """The attacks, for people."""
+    """Table of the attacks."""
     return table.sheet("", found, [
         Cell("Attack", lambda name: name),
         Cell("Accuracy", lambda name: f"{100 * found[name].accuracy:.1f}", "%"),
@@ -581,7 +581,7 @@ def attacked(config: AdversarialTableConfig, row: str, seed: int) -> AttacksConf
 
 
 def jobs(config: AdversarialTableConfig) -> list[Job]:
-    """Every way of training, of one seed after the other."""
+    """All jobs: every way of training, seed by seed."""
     rows = [row for row in ROWS if row != "envelope" or (config.model, config.norm) == ("tanh", "l2")]
     pairs = [(row, seed) for seed in config.plan.all_seeds for row in rows]
     return [
@@ -599,12 +599,12 @@ def figures(config: AdversarialTableConfig, run: Run) -> dict[str, Any] | None:
 
 
 def of(runs: Runs, row: str, attack: str, what: str) -> list[float]:
-    """A figure of an attack on the models of a row, seed by seed."""
+    """A figure of an attack on the models of a row, for every seed."""
     return runs.of(row, f"attacks.{attack}.{what}")
 
 
 def ratio(runs: Runs, row: str, one: str, other: str, what: str) -> float:
-    """Mean over the seeds of a figure of one attack over that of another."""
+    """Mean over the seeds of the ratio of a figure between two attacks."""
     return fmean(a / b for a, b in zip(of(runs, row, one, what), of(runs, row, other, what), strict=True))
 
 
@@ -628,7 +628,7 @@ def sheets(config: AdversarialTableConfig, runs: Runs) -> Iterator[TitledTable]:
 
 
 def strength(runs: Runs, row: str) -> TitledTable:
-    """Tabulate what the attacks do to the models of a row, and what they cost."""
+    """Tabulate the effect and cost of the attacks on the models of a row."""
     first: dict[str, Any] = runs[0]["attacks"] if runs else {}
     rival = next((name for name in reversed(first) if name.startswith("PGD")), CLEAN)
 
@@ -657,7 +657,7 @@ def strength(runs: Runs, row: str) -> TitledTable:
 
 
 def claims(config: AdversarialTableConfig, runs: Runs) -> Iterator[Claim]:
-    """The attacks' strength in their time, then what training against them gives."""
+    """Claims about the attacks' strength per time, then about training against them."""
     kind = attacked(config, "jiio", 0)
     rival = kind.strongest("PGD")
     for row in ("clean", "pgd", "jiio"):
@@ -701,7 +701,7 @@ def claims(config: AdversarialTableConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: AdversarialTableConfig, runs: Runs) -> str:
-    """Say in words what was run."""
+    """Describe what was run, and how the figures were selected."""
     kind = attacked(config, "jiio", 0)
     one, sizes, tolerances = kind.training, kind.step_sizes, kind.tolerances
     kind_of = "a dense model" if config.data == "digits" else "a convolutional model"
@@ -723,7 +723,7 @@ def protocol(config: AdversarialTableConfig, runs: Runs) -> str:
 
 
 def notes(config: AdversarialTableConfig, runs: Runs) -> Iterator[str]:
-    """Say what a reader must know."""
+    """Caveats for the reader."""
     if config.data == "digits":
         yield "8×8 digits and one minute of training a row: rows compare among themselves."
     if config.plan.scale == "paper":
@@ -750,7 +750,7 @@ def notes(config: AdversarialTableConfig, runs: Runs) -> Iterator[str]:
 
 
 def drawings(config: AdversarialTableConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
-    """Strength against time, and images of the first seed, as they are and attacked."""
+    """Strength against time, and images of the first seed, clean and attacked."""
     if not runs:
         return
     kind = attacked(config, "jiio", 0)

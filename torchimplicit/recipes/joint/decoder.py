@@ -68,7 +68,7 @@ class Images(Selection):
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name of the data, for display."""
         return self.data if self.images is None else str(self.images)
 
 
@@ -133,7 +133,7 @@ class Joint:
 
 
 def equilibria() -> Equilibria:
-    """Return how a decoder's equilibria are solved and differentiated."""
+    """The solver and gradient settings of a decoder's equilibria."""
     return Equilibria(solver="anderson", solver_steps=60, tolerance=1e-4, backward_tolerance=1e-2, backward_steps=30)
 
 
@@ -142,7 +142,7 @@ CELEBA = "a multiscale model of faces (CelebA at 64 pixels, a latent of 128), wh
 
 
 def refuse_published(scale: str, what: str) -> None:
-    """Raise where the published settings are asked for, and a table has others."""
+    """Raise if the published settings are requested of a table that has different ones."""
     if scale == "paper":
         raise UserError(f"--scale paper would be {what}; leave --scale cpu")
 
@@ -177,7 +177,7 @@ class Data(NamedTuple):
 
 @lru_cache(maxsize=2)
 def read(images: Images) -> Data:
-    """The images that the settings ask for. Kept, for they are asked for more than once.
+    """Read the images of the settings. Cached, as they are needed more than once.
 
     Raises:
         UserError: they are missing or of the wrong kind.
@@ -200,7 +200,7 @@ MOST_NUMBERS = 1 << 30
 
 
 def in_folder(folder: Path, size: tuple[int, int] | None) -> Labelled:
-    """The pictures of a folder, in the order of their names, in grey if all are; the labels are zeros.
+    """The pictures of a folder in the order of their names, in grey if all are grey; labels are zeros.
 
     Args:
         folder: folder of PNG, JPEG, BMP, TIFF, WebP or GIF files.
@@ -266,7 +266,7 @@ def make_decoder(config: Decoder, pixels: tuple[int, int, int], equilibria: Equi
 
 
 def squared_error(made: Tensor, wanted: Tensor) -> Tensor:
-    """The mean over pixels of each image, ``[batch]``."""
+    """The mean squared error over the pixels of each image, ``[batch]``."""
     return (made - wanted).square().flatten(1).mean(dim=1)
 
 
@@ -328,8 +328,8 @@ def generated(decoder: EquilibriumDecoder, x: Tensor, batch: int = 256) -> Tenso
 
 
 def mosaic(rows: Sequence[Tensor], gap: int = 1) -> Tensor:
-    """Images ``[n, channels, height, width]``, a row of the picture each, as one image ``[height, width]``: white
-    between, the channels averaged."""
+    """Arrange images ``[n, channels, height, width]``, one row of the mosaic each, into one image ``[height, width]``
+    with white gaps and averaged channels."""
     longest = max(len(row) for row in rows)
     strips = []
     for row in rows:
@@ -340,7 +340,7 @@ def mosaic(rows: Sequence[Tensor], gap: int = 1) -> Tensor:
 
 
 def grid(named: Mapping[str, Sequence[Tensor]], width: float = 7.0) -> Figure:
-    """Mosaics one above the other, each under its name."""
+    """Mosaics one above the other, each with its title."""
     pictures = {name: mosaic(rows) for name, rows in named.items()}
     heights = [width * picture.shape[0] / picture.shape[1] + 0.3 for picture in pictures.values()]
     figure = canvas(width, sum(heights))
@@ -383,8 +383,7 @@ class Features(nn.Module):
 
 @lru_cache(maxsize=2)
 def features(images: Images) -> tuple[Features, float]:
-    """The network, trained on the training images of the settings (always alike), and its accuracy on the test
-    images."""
+    """The network trained on the settings' training images (deterministically), and its accuracy on the test images."""
     data = read(images)
     channels, height, _ = data.pixels
     with torch.random.fork_rng(devices=[]):
@@ -407,7 +406,7 @@ def features(images: Images) -> tuple[Features, float]:
 
 @torch.no_grad()
 def distance(network: Features, one: Tensor, other: Tensor) -> float:
-    """Between two sets of images, in the network's features."""
+    """Fréchet distance between two sets of images, in the network's features."""
     return between(*(moments(network(images).double()) for images in (one, other)))
 
 

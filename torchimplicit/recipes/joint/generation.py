@@ -386,7 +386,7 @@ class Generation(SampledTask):
         return reconstruction(self.decoder, joint.prior, joint.step_size, images[0].numel())
 
     def _penalty(self, function: Any, solution: Solution, images: Tensor) -> Tensor:
-        """Return the penalty of the map's Jacobian in the state, at an iterate drawn at random."""
+        """The penalty on the map's Jacobian in the state, at a random iterate."""
         assert solution.trajectory is not None
         place = int(torch.randint(len(solution.trajectory), ()))
         state = detached(solution.trajectory[place])
@@ -400,14 +400,14 @@ class Generation(SampledTask):
         return (error(self.decoder(x), images) + self.config.kl_weight / pixels * divergence).mean()
 
     def _regularized(self, encoder: nn.Module, images: Tensor) -> Tensor:
-        """A deterministic autoencoder's loss, with squares of latents and of the decoder's weights."""
+        """The loss of a deterministic autoencoder, with squared latents and decoder weights."""
         x, config = encoder(images), self.config
         size = 0.5 * config.kl_weight / images[0].numel() * x.square().sum(dim=1)
         weights = sum((p.square().sum() for p in self.decoder.parameters()), start=x.new_zeros(()))
         return (error(self.decoder(x), images) + size).mean() + config.decoder_decay * weights
 
     def latents(self, images: Tensor) -> Tensor:
-        """Found, or encoded: the mean."""
+        """The latents: found by the joint solve, or encoded (means)."""
         if self.encoder is None:
             return self.joint_latents(images)
         with torch.no_grad():
@@ -423,8 +423,8 @@ class Generation(SampledTask):
 
     @torch.no_grad()
     def score(self, batch: Any) -> Tensor:
-        """Sums over images of the squared error after an exact solve, of the whole loss, of those whose joint solve
-        stopped at its budget; and their number."""
+        """Sums over images of the squared error after an exact solve, of the whole loss, and of unconverged joint
+        solves; and the number of images."""
         images, _ = batch
         if self.encoder is not None:
             errors = error(self.decoder(self.latents(images)), images)
@@ -442,7 +442,7 @@ class Generation(SampledTask):
         return torch.stack([part.double().cpu() for part in parts]).to(errors.device)
 
     def figures(self, sums: list[float]) -> dict[str, float]:
-        """Means."""
+        """The figures, as means."""
         errors, losses, stopped, count = sums
         return {"mse": errors / count, "loss": losses / count, "unconverged_latents": stopped / count}
 
@@ -495,7 +495,7 @@ class Generated:
 
 
 def enough(config: GenerationConfig) -> None:
-    """Raise where there are fewer images than the mixture has components."""
+    """Raise if there are fewer images than mixture components."""
     if config.images.images is not None and config.curves:
         raise UserError("--curves is measured on the data sets alone")
     count = len(read_images(config.images).training.labels)
@@ -504,8 +504,7 @@ def enough(config: GenerationConfig) -> None:
 
 
 def shown(config: GenerationConfig, run: Run) -> Generated:
-    """Judge what the run's best weights make. Pictures, and the measurement of time where it is asked for, go into the
-    run's directory."""
+    """Judge the images of the run's best weights. Pictures and, if asked for, timings go into the run's directory."""
     task: Generation = TRAINER.best(config, run).cpu()
     found, pictures = made(config, task)
     files.save({key: [row.half() for row in rows] for key, rows in pictures.items()}, run.path / PICTURES)
@@ -547,14 +546,14 @@ class Remade:
 
 
 def given(config: GenerationConfig) -> None:
-    """Raise where no folder is named."""
+    """Raise if no folder is named."""
     if config.images.images is None:
         raise UserError("which pictures? add --images FOLDER")
     enough(config)
 
 
 def remade(config: GenerationConfig, run: Run) -> Remade:
-    """Reconstruct the test pictures; some of them, and new ones, go into the run's directory."""
+    """Reconstruct the test pictures. Some of them, and generated ones, go into the run's directory."""
     task: Generation = TRAINER.best(config, run).cpu()
     test = task.data.test.images
     known, found = (task.latents(part) for part in (task.data.training.images[: config.density_images], test))
@@ -611,7 +610,7 @@ def _error_of(task: Generation, x: Tensor) -> float:
 
 
 def _drawn(latents: Tensor, components: int, count: int, seed: int) -> Tensor:
-    """Latents from a Gaussian mixture fitted on others, in random order."""
+    """Latents from a Gaussian mixture fitted to others, in random order."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
@@ -624,7 +623,7 @@ def _drawn(latents: Tensor, components: int, count: int, seed: int) -> Tensor:
 
 
 def read_pictures(run: Run) -> dict[str, list[Tensor]] | None:
-    """Its pictures' rows."""
+    """The rows of the run's pictures."""
     path = run.path / PICTURES
     if not path.is_file():
         return None
@@ -702,7 +701,7 @@ class JiioGenerationConfig:
 
 
 def training(config: JiioGenerationConfig, model: Model, seed: int) -> GenerationConfig:
-    """One model."""
+    """The settings of one model."""
     usual = DEFAULTS[config.data]()
     optimization = replace(usual.optimization, seed=seed)
     decoder = usual.decoder if config.kind is None else replace(usual.decoder, kind=config.kind)
@@ -727,7 +726,7 @@ def training(config: JiioGenerationConfig, model: Model, seed: int) -> Generatio
 
 
 def jobs(config: JiioGenerationConfig) -> list[Job]:
-    """Seed by seed."""
+    """All jobs, seed by seed."""
     recipe = f"jiio-generation-{config.data}"
     return [
         Job(f"{model}-{seed}", recipe, training(config, model, seed), {"row": model, "seed": seed})
@@ -737,7 +736,7 @@ def jobs(config: JiioGenerationConfig) -> list[Job]:
 
 
 def figures(config: JiioGenerationConfig, run: Run) -> dict[str, Any] | None:
-    """Return the figures of a run that came to its end."""
+    """Figures of a finished run."""
     one = table.trained(config, run)
     if one is None or one["state"] != "complete" or one["test"] is None:
         return None
@@ -750,18 +749,18 @@ Points = Mapping[str, Any]
 
 
 def timed(runs: Runs) -> dict[Model, list[Points]]:
-    """The measurements of time that are there, one a seed."""
+    """The available timings, one per seed."""
     return {size: found for size in SIZES if (found := runs.of(size, "curves"))}
 
 
 def methods(each: Sequence[Points]) -> list[str]:
-    """Those that were measured."""
+    """The methods that were measured."""
     there = {p["method"] for one in each for p in one["points"]}
     return [method for method in LABELS if method in there]
 
 
 def at(one: Points, method: str, steps: int) -> tuple[float, float]:
-    """Seconds and loss."""
+    """Seconds and loss of a method after a number of steps."""
     return next((p["seconds"], p["loss"]) for p in one["points"] if (p["method"], p["steps"]) == (method, steps))
 
 
@@ -780,7 +779,7 @@ class Overtaking:
 
 
 def overtaking(one: Points, method: str, steps: int) -> Overtaking | None:
-    """``None``: no joint solve that was measured is as good."""
+    """The cheapest joint solve at least as good as the nested one; ``None`` if no measured one is."""
     seconds, loss = at(one, method, steps)
     good = [p for p in one["points"] if p["method"] == JOINT and p["loss"] <= loss]
     best = min(good, key=lambda p: p["seconds"], default=None)
@@ -788,7 +787,7 @@ def overtaking(one: Points, method: str, steps: int) -> Overtaking | None:
 
 
 def sheets(config: JiioGenerationConfig, runs: Runs) -> Iterator[TitledTable]:
-    """Tabulate how much sooner the joint solve is there; joint inference by steps; and the images."""
+    """Tables of the speedup of the joint solve, of joint inference by steps, and of the images."""
     spread = table.spread
     lines = [
         (size, method, steps, each, [overtaking(one, method, steps) for one in each])
@@ -851,7 +850,7 @@ def sheets(config: JiioGenerationConfig, runs: Runs) -> Iterator[TitledTable]:
 
 
 def claims(config: JiioGenerationConfig, runs: Runs) -> Iterator[Claim]:
-    """Compare what was aimed at with what came out."""
+    """Compare the results with the targets."""
     spread = table.spread
     for size, each in timed(runs).items():
         better = [overtaking(one, "adam", LONGEST) for one in each]
@@ -912,7 +911,7 @@ def claims(config: JiioGenerationConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: JiioGenerationConfig, runs: Runs) -> str:
-    """Say in words what was run."""
+    """Describe what was run, and how the figures were selected."""
     usual, wide = (training(config, model, config.plan.first_seed) for model in SIZES)
     small, large = usual.decoder, wide.decoder
     if small.kind == "mlp":
@@ -937,7 +936,7 @@ def protocol(config: JiioGenerationConfig, runs: Runs) -> str:
 
 
 def notes(config: JiioGenerationConfig, runs: Runs) -> Iterator[str]:
-    """Say what a reader must know."""
+    """Caveats for the reader."""
     accuracies = [a for model in MODELS for a in runs.of(model, "generated.accuracy")]
     right = f" ({100 * accuracies[0]:.1f} % right on the test images)" if accuracies else ""
     yield (
@@ -979,7 +978,7 @@ def drawings(config: JiioGenerationConfig, runs: Runs, folders: Mapping[str, Run
 
 
 def against_time(found: Sequence[Points]) -> Figure:
-    """Loss against time, a line a method: means over seeds, each point so many steps."""
+    """Loss against time, a line per method: means over seeds, a point per number of steps."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, (panel,) = axes()

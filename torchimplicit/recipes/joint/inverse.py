@@ -149,7 +149,7 @@ class Restoration(SampledTask):
         return self.config.joint.prior * (self.config.prior_rate * self.prior_shift).exp()
 
     def corrupted(self, images: Tensor, source: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """What is seen of images, and where it counts: ones, or zeros where it is missing; ``[n, 1, height, width]``.
+        """The corrupted images, and a mask ``[n, 1, height, width]`` that is zero where pixels are missing.
 
         Args:
             images: clean, ``[n, channels, height, width]``.
@@ -170,7 +170,7 @@ class Restoration(SampledTask):
         return images * seen, seen
 
     def problem(self) -> JointInference:
-        """The latent whose image is nearest to what is seen."""
+        """The problem of the latent whose image is nearest to the corrupted one."""
         pixels = math.prod(self.data.pixels)
 
         # a sum over pixels: see reconstruction
@@ -181,7 +181,7 @@ class Restoration(SampledTask):
         return self.decoder.inference(loss, self.config.joint.step_size / pixels)
 
     def loss(self, batch: Any) -> Tensor:
-        """The squared error of what is made of corrupted images to the clean ones."""
+        """The squared error of the restored images against the clean ones."""
         (images,) = batch
         joint, problem = self.config.joint, self.problem()
         solver = joint_solver(joint, joint.joint_steps)
@@ -197,14 +197,14 @@ class Restoration(SampledTask):
         return squared_error(self.decoder.head(solution.value.z), images).mean()
 
     def estimator(self, through: str | None = None) -> Gradient:
-        """Return the estimator of the outer loss's gradient; by default the recipe's own."""
+        """The gradient estimator of the outer loss; by default the recipe's own."""
         chosen = self.config.equilibria
         linear_solver = GMRES(rtol=chosen.backward_tolerance, max_steps=chosen.backward_steps)
         estimators: dict[str, Any] = {"exact": Implicit, "first-order": FixedInput}
         return estimators[through or self.config.through](linear_solver=linear_solver)
 
     def slopes(self, images: Tensor, gradient: Gradient, solver: Anderson, seed: int = 0) -> Tensor:
-        """The outer loss's gradient in the decoder's weights, flat, for images corrupted with a seed."""
+        """The outer loss's gradient in the decoder's weights, flattened, for images corrupted with a seed."""
         shown = self.corrupted(images, generator(seed, 2))
         weights = [p for p in self.decoder.parameters() if p.requires_grad]
         prior = self.prior.detach()
@@ -215,7 +215,7 @@ class Restoration(SampledTask):
 
     @torch.no_grad()
     def restored(self, wanted: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """The images made of corrupted ones, each at its exact equilibrium; and whether the joint solve converged."""
+        """The restored images, each at its exact equilibrium; and whether the joint solve converged."""
         joint, problem = self.config.joint, self.problem()
         prior = self.prior
         solution = found(self.decoder, problem, joint_solver(joint, joint.test_steps), wanted, seen, prior)
@@ -226,8 +226,8 @@ class Restoration(SampledTask):
         return self.decoder.head(exact.solution.value), solution.converged
 
     def score(self, batch: Any) -> Tensor:
-        """Sums over images of the squared error, of that before restoration, of those whose joint solve stopped at its
-        budget; and their number."""
+        """Sums over images of the squared errors after and before restoration, and of unconverged joint solves; and the
+        number of images."""
         images, wanted, seen = batch
         made, converged = self.restored(wanted, seen)
         parts = (
@@ -239,7 +239,7 @@ class Restoration(SampledTask):
         return torch.stack([part.double() for part in parts])
 
     def figures(self, sums: list[float]) -> dict[str, float]:
-        """Means."""
+        """The figures, as means."""
         errors, before, stopped, count = sums
         mse = errors / count
         return {
@@ -287,7 +287,7 @@ class Gradients:
 
 
 def compared(task: Restoration) -> Gradients:
-    """On validation images."""
+    """Compare the gradients on validation images."""
     images = task.data.validation.images[:COMPARED]
     joint = task.config.joint
     solver = joint_solver(joint, joint.joint_steps)
@@ -373,7 +373,7 @@ class JiioInverseConfig:
 
 
 def training(config: JiioInverseConfig, corruption: Corruption, row: Row, seed: int) -> InverseConfig:
-    """One model."""
+    """The settings of one model."""
     usual = DEFAULTS[config.data]()
     optimization = replace(usual.optimization, seed=seed)
     if config.steps is not None:
@@ -390,7 +390,7 @@ def training(config: JiioInverseConfig, corruption: Corruption, row: Row, seed: 
 
 
 def jobs(config: JiioInverseConfig) -> list[Job]:
-    """Seeds outermost, rows innermost, so that what slows the machine for a while slows all of them."""
+    """All jobs: seeds outermost and rows innermost, so that a slow phase of the machine affects all rows."""
     return [
         Job(
             f"{corruption}-{name}-{seed}",
@@ -405,7 +405,7 @@ def jobs(config: JiioInverseConfig) -> list[Job]:
 
 
 def figures(config: JiioInverseConfig, run: Run) -> dict[str, Any] | None:
-    """Return the figures of a run that came to its end."""
+    """Figures of a finished run."""
     one = table.trained(config, run)
     if one is None or one["state"] != "complete" or one["test"] is None:
         return None
@@ -414,7 +414,7 @@ def figures(config: JiioInverseConfig, run: Run) -> dict[str, Any] | None:
 
 
 def sheets(config: JiioInverseConfig, runs: Runs) -> Iterator[TitledTable]:
-    """A sheet a problem, and how near the gradients come to the true one."""
+    """A table per problem, and the accuracy of the gradients."""
     for corruption in CORRUPTIONS:
         here = runs.where(corruption=corruption)
 
@@ -452,7 +452,7 @@ def sheets(config: JiioInverseConfig, runs: Runs) -> Iterator[TitledTable]:
 
 
 def claims(config: JiioInverseConfig, runs: Runs) -> Iterator[Claim]:
-    """Say whether the exact gradient is right, and worth it."""
+    """Test whether the exact gradient is correct, and worth its cost."""
     exact = Runs(line for line in runs if ROWS[line["row"]].through == "exact" and line["gradients"])
     if exact:
         right, rough = (exact.column(f"gradients.{name}") for name in ("exact", "first_order"))
@@ -477,7 +477,7 @@ def claims(config: JiioInverseConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: JiioInverseConfig, runs: Runs) -> str:
-    """Say in words what was run."""
+    """Describe what was run, and how the figures were selected."""
     usual = training(config, "denoising", ROWS["exact"], config.plan.first_seed)
     return (
         f"{config.data}; {usual.decoder.kind} equilibrium decoder, latent {usual.decoder.latent}; Adam, "
@@ -494,7 +494,7 @@ def protocol(config: JiioInverseConfig, runs: Runs) -> str:
 
 
 def notes(config: JiioInverseConfig, runs: Runs) -> Iterator[str]:
-    """Say what a reader must know."""
+    """Caveats for the reader."""
     yield (
         "The published figures are of another model and other images, and of the first-order gradient, which the "
         "published code takes here: nothing here compares with them, and none are quoted."
@@ -514,7 +514,7 @@ def notes(config: JiioInverseConfig, runs: Runs) -> Iterator[str]:
 
 
 def drawings(config: JiioInverseConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
-    """Images of the first seed that has some, a figure a problem."""
+    """Images of the first seed that has some, a figure per problem."""
     for corruption in CORRUPTIONS:
         named: dict[str, Any] = {}
         for name, row in ROWS.items():

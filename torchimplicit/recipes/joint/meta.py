@@ -190,7 +190,7 @@ class AdaptationsConfig:
 
 
 def adaptations() -> AdaptationsConfig:
-    """On sine waves."""
+    """Adaptations on sine waves."""
     return AdaptationsConfig()
 
 
@@ -210,7 +210,7 @@ class Adapted(NamedTuple):
 
 
 def errors(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return every task's error ``[tasks]``: the mean squared one of values, the mean cross-entropy of labels."""
+    """Each task's error ``[tasks]``: mean squared error for values, mean cross-entropy for labels."""
     if targets.is_floating_point():
         return (outputs - targets).square().flatten(1).mean(1)
     losses = functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
@@ -253,7 +253,7 @@ class Joint:
         return Adapted(found.value.x, 2 * found.evaluations)
 
     def problem(self, model: ContextEquilibrium) -> JointInference:
-        """The context of least error; the arguments are features and targets."""
+        """The problem of the context with the least error; its arguments are features and targets."""
         f = model.map()
 
         def loss(z: Tensor, context: Tensor, features: Tensor, targets: Tensor) -> Tensor:
@@ -305,8 +305,8 @@ Adapt = Callable[[ContextEquilibrium, Tensor, Tensor], Adapted]
 
 
 def exact(steps: int, tolerance: float) -> Gradient:
-    """The exact gradient of JIIO's context, its adjoint solved to a loose tolerance: along contexts that hardly matter
-    to the loss, the joint map is nearly the identity, and more steps would magnify what the solve has left there."""
+    """The exact gradient of JIIO's context, with a loosely solved adjoint: along contexts that hardly affect the loss
+    the joint map is nearly the identity, and more steps would magnify the solve's error there."""
     return Implicit(linear_solver=GMRES(rtol=tolerance, max_steps=steps))
 
 
@@ -359,7 +359,7 @@ def load(folder: Path | None) -> dict[str, Tensor]:
 
 
 def turned(characters: Tensor) -> Tensor:
-    """Each character four times, turned by right angles: new characters to learn from."""
+    """Each character rotated by 0, 90, 180 and 270 degrees, as new characters to learn from."""
     return torch.cat([characters.rot90(turns, (-2, -1)) for turns in range(4)])
 
 
@@ -473,7 +473,7 @@ class MetaLearning(Task):
         return self.draw(split, count, generator(0, PLACES[split]))
 
     def adapt(self, learning: bool) -> Adapt:
-        """The recipe's adaptation; with the weights' gradient, or without."""
+        """The recipe's adaptation, with or without the weights' gradient."""
         config = self.config
         shared: Any = {
             "steps": config.adaptation_steps,
@@ -490,21 +490,21 @@ class MetaLearning(Task):
         return Joint(**shared, gradient=through, seen=self.solved)
 
     def loss(self, batch: Any) -> Tensor:
-        """The error on the queries, at the context that the support gives."""
+        """The error on the queries, with the context adapted to the support."""
         tasks = Tasks(*batch)
         features = self.model.encode(tasks.support)
         context = self.adapt(learning=True)(self.model, features, tasks.support_targets).context
         return errors(self.model(self.model.encode(tasks.query), context), tasks.query_targets).mean()
 
     def score(self, batch: Any) -> Tensor:
-        """Sums over the tasks: of the error and of the accuracy on the queries; and how many tasks there are."""
+        """Sums over the tasks of error and accuracy on the queries; and the number of tasks."""
         with torch.inference_mode(False), torch.no_grad():
             tasks = Tasks(*(part.clone() for part in batch))
             error, accuracy = judged(self.model, self.adapt(learning=False), tasks)
             return torch.stack([error.sum(), accuracy.sum(), error.new_tensor(float(len(error)))])
 
     def figures(self, sums: list[float]) -> dict[str, float]:
-        """Mean error, and accuracy where there are classes."""
+        """Mean error, and accuracy if there are classes."""
         error, accuracy, count = sums
         found = {"error": error / count, "loss": error / count}
         return found if self.config.data == "sinusoid" else {**found, "accuracy": accuracy / count}
@@ -577,7 +577,7 @@ class Quality:
 
 
 def measured(config: AdaptationsConfig, run: Run) -> dict[str, Quality]:
-    """Every adaptation at the run's best weights, with the step size that suits it on validation tasks."""
+    """Every adaptation at the run's best weights, with its step size tuned on validation tasks."""
     task: MetaLearning = RUNNER.best(config.training, run)
     where, model = device(config.training.machine.device), task.model
 
@@ -598,7 +598,7 @@ def measured(config: AdaptationsConfig, run: Run) -> dict[str, Quality]:
 
 
 def _tuned(config: AdaptationsConfig, task: MetaLearning, tasks: Tasks) -> dict[str, Joint | Descent]:
-    """Every adaptation with the step size of the least error, by name."""
+    """Every adaptation with the step size of least error, by name."""
     own = config.training.adaptation_step_size
 
     def best(adapt: Any) -> Any:
@@ -615,7 +615,7 @@ def _tuned(config: AdaptationsConfig, task: MetaLearning, tasks: Tasks) -> dict[
 
 
 def qualities(found: dict[str, Quality]) -> Table:
-    """The adaptations, for people."""
+    """Table of the adaptations."""
     return table.sheet("", found, [
         Cell("Adaptation", lambda name: name),
         Cell("Error", lambda name: f"{found[name].error:.3f}"),
@@ -698,7 +698,7 @@ def native(config: MetaTableConfig, problem: str, row: str) -> str:
 
 
 def jobs(config: MetaTableConfig) -> list[Job]:
-    """Every way of training, of one seed after the other."""
+    """All jobs: every way of training, seed by seed."""
     every = [(p, row, seed) for p in config.problems for seed in config.plan.all_seeds for row in ROWS]
     return [
         Job(
@@ -720,17 +720,17 @@ def figures(config: MetaTableConfig, run: Run) -> dict[str, Any] | None:
 
 
 def of(runs: Runs, row: str, name: str, what: str) -> list[float]:
-    """A figure of an adaptation at the models of a row, seed by seed."""
+    """A figure of an adaptation for the models of a row, for every seed."""
     return runs.of(row, f"adaptations.{name}.{what}")
 
 
 def adaptations_of(runs: Runs, row: str) -> Mapping[str, Any]:
-    """Those of the first seed, by name."""
+    """The adaptations of the first seed, by name."""
     return next((line["adaptations"] for line in runs.where(row=row)), {})
 
 
 def fastest(runs: Runs, row: str, kind: str, goal: float) -> tuple[str, float, float] | None:
-    """The fastest adaptation of a kind whose error comes to the goal: its name, error and seconds."""
+    """The fastest adaptation of a kind that reaches the target error: its name, error and seconds."""
     reached = [
         (name, error, fmean(of(runs, row, name, "seconds")))
         for name in adaptations_of(runs, row)
@@ -745,7 +745,7 @@ def there(config: MetaTableConfig, runs: Runs) -> dict[str, Runs]:
 
 
 def sheets(config: MetaTableConfig, runs: Runs) -> Iterator[TitledTable]:
-    """Problem by problem: training, and the adaptations of every model."""
+    """Tables for each problem: training, and the adaptations of every model."""
     for problem, own in there(config, runs).items():
         yield trainings(config, problem, own)
         for row in ROWS:
@@ -754,7 +754,7 @@ def sheets(config: MetaTableConfig, runs: Runs) -> Iterator[TitledTable]:
 
 
 def trainings(config: MetaTableConfig, problem: str, runs: Runs) -> TitledTable:
-    """Tabulate what each way of training comes to, adapted as it was trained."""
+    """Tabulate each way of training, adapted as in training."""
 
     def told(what: str, digits: int, scale: float = 1.0) -> Any:
         return lambda row: table.spread(of(runs, row, native(config, problem, row), what), digits, scale)
@@ -796,7 +796,7 @@ def adapting(problem: str, runs: Runs, row: str) -> TitledTable:
 
 
 def claims(config: MetaTableConfig, runs: Runs) -> Iterator[Claim]:
-    """Error against time, and the exact gradient against the first-order one, problem by problem."""
+    """Error against time, and exact against first-order gradients, for each problem."""
     for problem, own in there(config, runs).items():
         yield from claims_of(config, problem, own)
 
@@ -850,7 +850,7 @@ def claims_of(config: MetaTableConfig, problem: str, runs: Runs) -> Iterator[Cla
 
 
 def protocol(config: MetaTableConfig, runs: Runs) -> str:
-    """Say in words what was run."""
+    """Describe what was run, and how the figures were selected."""
     parts = []
     for problem in there(config, runs):
         one = adapted(config, problem, "jiio", 0).training
@@ -873,7 +873,7 @@ def protocol(config: MetaTableConfig, runs: Runs) -> str:
 
 
 def notes(config: MetaTableConfig, runs: Runs) -> Iterator[str]:
-    """Say what a reader must know."""
+    """Caveats for the reader."""
     yield from table.missing(jobs(config), runs, "Not run, or not to the end")
     yield (
         "One task is one sample of the batch: its state holds the states of all its support samples, which share the "

@@ -45,7 +45,8 @@ class Restored(NamedTuple):
 def restored(
     decoder: EquilibriumDecoder, measured: Tensor, operator: Any, joint: Joint, pixels: tuple[int, int, int]
 ) -> Restored:
-    """The images of a decoder whose measurements are nearest to those given, latent and equilibrium found together.
+    """The images of a decoder whose measurements are nearest to the given ones; latent and equilibrium are found
+    together.
 
     Args:
         decoder: the prior, as :func:`torchimplicit.models.conv_decoder` makes one, trained.
@@ -95,7 +96,7 @@ def applied(operator: Any) -> Callable[[Tensor], Tensor]:
 
 
 def norm(measure: Callable[[Tensor], Tensor], like: Tensor, steps: int = 20) -> float:
-    """The spectral norm of a linear operator, by the power method."""
+    """The spectral norm of a linear operator, by power iteration."""
     pull = torch.func.vjp(measure, like)[1]
     image = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
     size = 0.0
@@ -170,7 +171,7 @@ class Restore:
         return 0
 
     def _measured(self, pixels: tuple[int, int, int]) -> tuple[Any, Tensor, Tensor | None]:
-        """The operator, what was measured, and the clean picture where there is one."""
+        """The operator, the measurements, and the clean picture if there is one."""
         if self.steps < 1:
             raise UserError(f"--steps {self.steps} must be positive")
         size = USUAL.get(self.operator) if self.operator_size is None else self.operator_size  # type: ignore[call-overload]
@@ -229,7 +230,7 @@ def _opened(file: Path) -> Image.Image:
 
 
 def _picture(file: Path, channels: int, size: tuple[int, int]) -> Tensor:
-    """In [0, 1], ``[channels, height, width]``, of that size."""
+    """Read a picture in [0, 1], ``[channels, height, width]``, in that size."""
     image = _opened(file).convert("L" if channels == 1 else "RGB")
     array = torch.from_numpy(np.asarray(image).copy())
     values = array[None] if channels == 1 else array.permute(2, 0, 1)
@@ -244,7 +245,7 @@ def _picture(file: Path, channels: int, size: tuple[int, int]) -> Tensor:
 
 
 def _opaque(file: Path, size: tuple[int, int]) -> Tensor:
-    """Where a picture is not transparent, bool ``[height, width]``."""
+    """Mask of the opaque pixels of a picture, bool ``[height, width]``."""
     image = _opened(file)
     if "A" not in image.getbands() and "transparency" not in image.info:
         raise UserError(f"{file} has no transparent pixels: with --operator mask these are the unknown ones")

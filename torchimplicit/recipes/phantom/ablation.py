@@ -165,7 +165,7 @@ def _cpu(config: PhantomAblationConfig) -> ImageConfig:
 
 
 def jobs(config: PhantomAblationConfig) -> list[Job]:
-    """Seed by seed, so that all rows have seen the machine alike."""
+    """All jobs, seed by seed so that a slow phase of the machine affects all rows."""
     known_rows(config.rows, (*TABLE_1, *SWEEP, COST))
     made: list[Job] = []
     for place, seed in enumerate(config.plan.all_seeds):
@@ -181,17 +181,17 @@ def jobs(config: PhantomAblationConfig) -> list[Job]:
 
 
 def accuracies(runs: Runs, row: str) -> list[float]:
-    """Return the accuracies on the test images, in %, of the runs that came to their end."""
+    """Test accuracies of the finished runs, in percent."""
     return [100 * value for value in runs.of(row, "test.accuracy")]
 
 
 def measured(runs: Runs) -> dict[str, StepCost]:
-    """Return what a step costs with each estimator; nothing where it was not measured."""
+    """The measured cost of a step with each estimator; empty if it was not measured."""
     return costs_of(runs.named(COST))
 
 
 def sheets(config: PhantomAblationConfig, runs: Runs) -> Iterator[TitledTable]:
-    """Table 1, what a step costs, and the sweep."""
+    """Tables: Table 1, the cost of a step, and the sweep."""
 
     def cost(figure: str, digits: int, scale: float = 1.0) -> Any:
         return lambda row: table.mean((scale * value for value in runs.of(row, f"costs.{figure}")), f".{digits}f")
@@ -230,7 +230,7 @@ def sheets(config: PhantomAblationConfig, runs: Runs) -> Iterator[TitledTable]:
 
 
 def claims(config: PhantomAblationConfig, runs: Runs) -> Iterator[Claim]:
-    """Compare what was aimed at with what came out."""
+    """Compare the results with the targets."""
     spread = table.spread
     for name, other in ((UPG, IMPLICIT), (NPG, IMPLICIT), (UPG, CONTROL)):
         ours, theirs = accuracies(runs, name), accuracies(runs, other)
@@ -269,7 +269,7 @@ def claims(config: PhantomAblationConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: PhantomAblationConfig, runs: Runs) -> str:
-    """Say in words what was run."""
+    """Describe what was run, and how the figures were selected."""
     one = training(config, TABLE_1[IMPLICIT], config.plan.first_seed)
     chosen, equilibria = one.optimization, one.equilibria
     amount = f"{one.train_images or 'all other'} training images of {one.data}, {one.validation_images} set apart"
@@ -286,7 +286,7 @@ def protocol(config: PhantomAblationConfig, runs: Runs) -> str:
 
 
 def notes(config: PhantomAblationConfig, runs: Runs) -> Iterator[str]:
-    """Say what a reader must know."""
+    """Caveats for the reader."""
     if config.plan.scale == "cpu":
         yield (
             "A small model, few steps and another data set than the paper's CIFAR-10: rows compare among themselves. "
@@ -315,7 +315,7 @@ def notes(config: PhantomAblationConfig, runs: Runs) -> Iterator[str]:
 
 
 def drawings(config: PhantomAblationConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
-    """Those for which there are runs."""
+    """The figures for which there are runs."""
     shown = (IMPLICIT, "implicit-nopre", "implicit-sgd", CONTROL, UPG, NPG)  # all nine would hide each other
     if any(runs.where(row=name) for name in shown):
         yield _training(config, runs, shown)
@@ -350,7 +350,7 @@ def _training(config: PhantomAblationConfig, runs: Runs, shown: tuple[str, ...])
 
 
 def _work(line: Line, settings: Equilibria, step: int) -> float:
-    """Evaluations and products until a step."""
+    """Evaluations and products up to a step."""
     pretraining = min(step, settings.pretrain_steps)
     own = line["costs.forward"] + line["costs.backward"]
     return 2 * pretraining * settings.pretrain_depth + (step - pretraining) * float(own)

@@ -104,7 +104,7 @@ class DigitsConfig:
 
 
 def demo() -> DigitsConfig:
-    """Exact and phantom gradients compared, the estimates audited against the exact gradient as training goes."""
+    """Exact and phantom gradients side by side; the estimates are compared with the exact gradient during training."""
     return DigitsConfig(estimators=("implicit", "unrolled-phantom", "neumann-phantom"), epochs=6, audit_every=33)
 
 
@@ -308,7 +308,7 @@ class Results:
 
 
 def summarize(track: Track, epoch: int) -> Summary:
-    """The figures of one track; ``epoch`` is an epoch's number of steps."""
+    """The summary of one track; ``epoch`` is the number of steps per epoch."""
     steps, audits = track.steps, track.audits
 
     def over(statistic: Callable[[list[float]], float], of: Sequence[Any], name: str) -> float:
@@ -331,7 +331,7 @@ def summarize(track: Track, epoch: int) -> Summary:
 
 
 def summary_table(estimators: dict[EstimatorName, EstimatorResult]) -> Table:
-    """One row an estimator; columns that no estimator has figures for are left out."""
+    """A row per estimator, without columns that no estimator has."""
 
     def cell(title: str, figure: str, form: str, unit: str, note: str, scale: float = 1.0) -> list[Cell[Any]]:
         values = {name: scale * getattr(result.summary, figure) for name, result in estimators.items()}
@@ -367,7 +367,7 @@ PROFILED = 128
 
 
 def check(config: DigitsConfig) -> None:
-    """A GPU that is asked for must be there."""
+    """A requested GPU must be available."""
     device(config.device)
 
 

@@ -33,7 +33,7 @@ GREY: dict[str, Any] = {"color": "#6b7280", "linewidth": 0.9, "linestyle": "--"}
 
 
 def look(name: EstimatorName) -> dict[str, Any]:
-    """How an estimator is drawn: colour, line and marker each tell the estimators apart on their own."""
+    """The style of an estimator: colour, line and marker each identify it on their own."""
     return style(list(ESTIMATORS).index(name))
 
 
@@ -58,7 +58,7 @@ class Picture:
     of: Callable[[EstimatorResult, Results], str | None]
 
     def now(self, results: Results) -> str:
-        """Its figures in this run, in a sentence."""
+        """A sentence with its figures in this run."""
         found = {one.label: self.of(one, results) for one in results.estimators.values()}
         return f"{self.numbers} " + "; ".join(f"{name} {text}" for name, text in found.items() if text is not None)
 
@@ -100,7 +100,7 @@ def residual_against_iteration(axes: Axes, results: Results) -> None:
 
 
 def along(of: str, figure: str, label: str, scale: float = 1.0, one: bool = True) -> Callable[[Axes, Results], None]:
-    """A figure of the audits or the validations against the steps; with a line where it is one."""
+    """A plot of a figure of audits or validations against steps, with an optional reference line at one."""
 
     def draw(axes: Axes, results: Results) -> None:
         for name, result in results.estimators.items():
@@ -117,7 +117,7 @@ def along(of: str, figure: str, label: str, scale: float = 1.0, one: bool = True
 
 
 def reached(result: EstimatorResult, results: Results) -> str:
-    """After how many iterations the median sample is within the tolerance, by every solver."""
+    """Iterations after which the median sample reaches the tolerance, for every solver."""
     texts = []
     for profile in result.profiles:
         hits = [i for i, value in enumerate(profile.median) if value <= results.config.tolerance]
@@ -126,7 +126,7 @@ def reached(result: EstimatorResult, results: Results) -> str:
 
 
 def ends(result: EstimatorResult, results: Results) -> str | None:
-    """The spectral radius at the first audit, and at the last."""
+    """Spectral radius at the first and the last audit."""
     audits = result.track.audits
     return f"{audits[0].spectral_radius:.2f} to {audits[-1].spectral_radius:.2f}" if audits else None
 
@@ -188,7 +188,7 @@ PICTURES = {
 
 
 def drawings(results: Results) -> list[CaptionedFigure]:
-    """The pictures that there is data for."""
+    """The figures for which there is data."""
 
     tracks = [result.track for result in results.estimators.values()]
     audited = any(track.audits for track in tracks)
@@ -211,7 +211,7 @@ def drawings(results: Results) -> list[CaptionedFigure]:
 
 
 def smoothed(values: Sequence[float], keep: float = 0.9) -> list[float]:
-    """The exponentially weighted mean of what came so far, without bias at the start."""
+    """Exponentially weighted running mean, with bias correction at the start."""
     means: list[float] = []
     total = weight = 0.0
     for value in values:
@@ -224,7 +224,7 @@ def smoothed(values: Sequence[float], keep: float = 0.9) -> list[float]:
 
 
 def write(results: Results, run: Run) -> None:
-    """``figures/*.png`` and ``index.html``, which holds its pictures itself and needs no network."""
+    """Write ``figures/*.png`` and a self-contained ``index.html`` that needs no network."""
     with styled():
         drawn = drawings(results)
         pictures = [
@@ -264,7 +264,7 @@ def write(results: Results, run: Run) -> None:
 
 
 def introduction(results: Results) -> list[str]:
-    """What was done, for somebody who has never met an equilibrium model."""
+    """An introduction for readers new to equilibrium models."""
     count = len(results.estimators)
     text = (
         f"Here {_number(count)} classifier{'s' * (count > 1)} of {results.parameters:,} parameters learned to read "
@@ -299,7 +299,7 @@ def field_docs(kind: type) -> dict[str, str]:
 
 
 def footer(results: Results) -> Markup:
-    """On what it was made, and how to make it again."""
+    """Environment of the run, and the command to reproduce it."""
     e = results.environment
     where = (
         f"Made with torchimplicit {e.torchimplicit_version}, PyTorch {e.torch_version} and Python {e.python_version} "

@@ -74,7 +74,7 @@ class EpochShuffle(Sampler[int]):
         self.size, self.seed, self.epoch = size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
+        """Set the epoch that determines the next order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -139,7 +139,7 @@ class DigitsTask(LightningModule):
         return min(len(track.steps) for track in self.tracks.values())
 
     def status(self) -> str:
-        """Say in a few words how training goes."""
+        """A short progress message."""
         track = self.tracks[self.config.estimators[0]]
         if not track.steps:
             return ""
@@ -223,7 +223,7 @@ class DigitsTask(LightningModule):
 
 
 def _listed(one_or_many: Any) -> list[Any]:
-    """Lightning gives a single optimizer bare, and several as a list."""
+    """Make a list: Lightning returns a single optimizer bare and several as a list."""
     return one_or_many if isinstance(one_or_many, list) else [one_or_many]
 
 
@@ -302,7 +302,7 @@ def audit(
 def probe(
     classifier: ConvDEQClassifier, images: Tensor, labels: Tensor, solver: Solver, gradient: Gradient
 ) -> tuple[GradientProbe, Tensor, Tensor]:
-    """The loss's gradient in all parameters up to the equilibrium, the injection, and the equilibrium."""
+    """The loss's gradient in all parameters before the equilibrium, the injection, and the equilibrium."""
     cell = classifier.equilibrium.cell
     stem, own = ([p for p in part.parameters() if p.requires_grad] for part in (classifier.stem, cell))
     problem = FixedPoint(cell, rowwise=True)
@@ -371,7 +371,7 @@ class LogTracks(Callback):
 
 
 def row(tracks: dict[EstimatorName, Track], step: int) -> dict[str, float]:
-    """The figures of one step (counted from 1), for every estimator."""
+    """The figures of one step (counted from 1) for every estimator."""
     figures: dict[str, float] = {}
     for name, track in tracks.items():
         taken = track.steps[step - 1]

@@ -23,7 +23,7 @@ class FoldsConfig:
 
 
 def folds() -> FoldsConfig:
-    """Return the settings of one fold, for all of them."""
+    """Settings of one fold, applied to all."""
     return FoldsConfig()
 
 
@@ -83,7 +83,7 @@ def _figures(fold: int, results: Results) -> dict[str, Any]:
 
 
 def summary(found: list[dict[str, Any]]) -> Table:
-    """A row a fold, and the mean with its deviation over them."""
+    """A row per fold, then mean and standard deviation."""
 
     def over(name: str) -> str:
         values = [100 * one[name] for one in found if one[name] is not None]

@@ -31,7 +31,7 @@ class Fold(NamedTuple):
 
 
 def folds(labels: Sequence[int], count: int = 10, validation: float = 0.1, seed: int = 42) -> list[Fold]:
-    """``count`` folds, in every part of which each class has its share.
+    """Stratified folds.
 
     The test parts are disjoint and cover all samples. The published runs report the best epoch on the test part; here
     a part of the training samples is set apart to choose the epoch by.
@@ -66,7 +66,7 @@ LARGEST_FILE = 1 << 28
 
 
 def batch(graphs: list[Data]) -> Any:
-    """Graphs as one."""
+    """Merge graphs into one."""
     from torch_geometric.data import Batch
 
     return Batch.from_data_list(graphs)
@@ -85,12 +85,12 @@ class GraphSet(NamedTuple):
 
     @property
     def features(self) -> int:
-        """Of each node."""
+        """Number of features per node."""
         return self.graphs[0].x.shape[1]
 
     @property
     def labels(self) -> list[int]:
-        """Of every graph."""
+        """The labels of all graphs."""
         return [int(graph.y) for graph in self.graphs]
 
 
@@ -259,7 +259,7 @@ def _edges(path: Path, owner: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _integers(path: Path) -> NDArray[np.int64]:
-    """One integer a line."""
+    """Read one integer per line."""
     table = _table(path, np.int64)
     if table.size and table.shape[1] != 1:
         raise UserError(f"{path} has {table.shape[1]} columns, and must have one")

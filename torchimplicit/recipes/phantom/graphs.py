@@ -175,17 +175,17 @@ class ChainsConfig:
 
 
 def cox2() -> MoleculesConfig:
-    """COX2, with the published epochs and rates: 200 passes of three batches, the rate halved at the 51st."""
+    """COX2 with the published epochs and rates: 200 passes of three batches, with the rate halved at the 51st."""
     return MoleculesConfig(data="COX2", optimization=_published(steps_per_pass=3))
 
 
 def proteins() -> MoleculesConfig:
-    """PROTEINS, likewise."""
+    """PROTEINS with the published epochs and rates."""
     return MoleculesConfig(data="PROTEINS", optimization=_published(steps_per_pass=8))
 
 
 def tu() -> MoleculesConfig:
-    """Any set: 60 passes of a set of a few hundred graphs, in a minute or two a fold."""
+    """Any set: 60 passes over a few hundred graphs take a minute or two per fold."""
     return MoleculesConfig(
         data="", optimization=Optimization(steps=600, batch_size=32, learning_rate=2e-3, validate_every=10)
     )
@@ -209,7 +209,7 @@ def _published(steps_per_pass: int) -> Optimization:
 
 
 def check_model(kappa: float, dropout: float) -> None:
-    """The bound and the dropout must lie between 0 and 1."""
+    """The bound and the dropout must lie in (0, 1)."""
     if not 0 < kappa < 1:
         raise UserError(f"--kappa must lie between 0 and 1 for the layers to be well-posed, and it is {kappa}")
     if not 0 <= dropout < 1:
@@ -225,7 +225,7 @@ def made(architecture: IGNNConfig, settings: Equilibria) -> IGNN:
 
 
 def estimator(settings: Equilibria) -> Gradient:
-    """The estimator that the settings name, the exact one with the plain series.
+    """The estimator of the settings; the exact one uses the plain Neumann series.
 
     An IGNN's map contracts by construction, so that the series converges. On directed chains, whose Jacobian is close
     to a Jordan block, GMRES would have to keep as many directions as a chain has nodes.
@@ -296,7 +296,7 @@ class MoleculesTask(SampledTask):
 
 
 def _peeked(graphs: list[Any]) -> Any:
-    """A batch of the test part, marked: the choice of the epoch does not see it."""
+    """Mark a batch of the test part, which the choice of the epoch does not see."""
     batch = data.batch(graphs)
     batch.peeked = True
     return batch
@@ -304,7 +304,7 @@ def _peeked(graphs: list[Any]) -> Any:
 
 @lru_cache(maxsize=2)
 def _set(name: str, data_dir: Path | None, attributes: bool) -> data.GraphSet:
-    """Read once by a process that trains many folds."""
+    """Read a set; cached for processes that train many folds."""
     return data.load(name, data_dir, attributes)
 
 
@@ -422,7 +422,7 @@ def build(config: Any) -> Task:
 
 
 def ready(config: Any) -> None:
-    """Raise :class:`UserError` where torch-geometric is missing, or the folder that is given is the wrong one."""
+    """Raise :class:`UserError` if torch-geometric is missing or the given folder is wrong."""
     if find_spec("torch_geometric") is None:
         raise UserError("this recipe needs torch-geometric: pip install 'torchimplicit[graphs]'")
     if isinstance(config, ChainsConfig):
@@ -457,30 +457,30 @@ class CostConfig:
 
 
 def cost() -> CostConfig:
-    """On COX2."""
+    """Costs on COX2."""
     return CostConfig()
 
 
 def check_dampings(dampings: tuple[float, ...]) -> None:
-    """They must lie in (0, 1]."""
+    """The dampings must lie in (0, 1]."""
     if not all(0 < damping <= 1 for damping in dampings):
         raise UserError(f"--dampings must lie in (0, 1], and they are {' '.join(map(str, dampings))}")
 
 
 def rows(dampings: tuple[float, ...]) -> dict[str, float | None]:
-    """The estimators by the names that the runs bear, with λ, which the exact one has not."""
+    """Estimators by the names of their runs, with λ (``None`` for the exact one)."""
     return {"implicit": None, **{f"upg-{damping:g}": damping for damping in dampings}}
 
 
 def differentiated(equilibria: Equilibria, damping: float | None) -> Equilibria:
-    """Return the same solves with another estimator."""
+    """The same solves with another estimator."""
     if damping is None:
         return replace(equilibria, gradient="implicit")
     return replace(equilibria, gradient="unrolled-phantom", phantom_steps=5, phantom_damping=damping)
 
 
 def measured(config: CostConfig, run: Run) -> dict[str, StepCost]:
-    """Measure a fold that was trained with the exact gradient, by the estimators' names."""
+    """Measure every estimator, by name, on a fold trained with the exact gradient."""
     task, where = RUNNER.best(config.training, run).train(), device(config.training.machine.device)
     (batch,) = (one.to(where) for one in task.training_batches(range(1), Shard()))
 

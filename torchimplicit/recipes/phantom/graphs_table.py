@@ -139,7 +139,7 @@ def _machine(config: PhantomGraphsConfig) -> Machine:
 
 
 def jobs(config: PhantomGraphsConfig) -> list[Job]:
-    """Order the jobs by what they tell: chains with one seed, costs, the folds, chains with more seeds.
+    """All jobs, the most informative first: chains with one seed, costs, the folds, chains with more seeds.
 
     Folds are outermost and estimators innermost, so that what slows the machine for a while slows all of them.
     """
@@ -175,7 +175,7 @@ def jobs(config: PhantomGraphsConfig) -> list[Job]:
 
 
 def figures(config: PhantomGraphsConfig, run: Run) -> dict[str, Any] | None:
-    """Return the figures of a training that came to its end, or the measured costs."""
+    """The figures of a finished training, or the measured costs."""
     if run.path.name.startswith("cost-"):
         return table.read("costs.json")(config, run)
     one = table.trained(config, run)
@@ -198,18 +198,18 @@ PEEKED = "best_test_accuracy_of_any_epoch"
 
 
 def label(damping: float | None) -> str:
-    """An estimator's name for people."""
+    """An estimator's label."""
     return "implicit" if damping is None else f"UPG, λ = {damping:g}"
 
 
 def timed(runs: Runs, name: str) -> dict[str, StepCost]:
-    """The costs of a set's estimators, timed in turn; empty where they were not measured."""
+    """The costs of a set's estimators, timed in turn; empty if not measured."""
     return costs_of(runs.named(f"cost-{name.lower()}"))
 
 
 def difference(runs: Runs, row: str) -> tuple[float, float] | None:
-    """Mean and standard error of the paired difference to the implicit gradient, in points; ``None`` with fewer than
-    two folds, or of that row to itself."""
+    """Mean and standard error of the paired difference to the implicit gradient, in percentage points; ``None`` with
+    fewer than two folds, and for that row itself."""
     gaps = [100 * gap for gap in runs.gaps(row, "implicit", "test_accuracy")]
     if row == "implicit" or len(gaps) < 2:
         return None
@@ -217,18 +217,18 @@ def difference(runs: Runs, row: str) -> tuple[float, float] | None:
 
 
 def told(found: tuple[float, float] | None) -> str:
-    """Such a difference."""
+    """Format such a difference."""
     return table.NONE if found is None else f"{found[0]:+.1f} ± {found[1]:.1f}"
 
 
 def constant(runs: Runs, name: str) -> tuple[int, int]:
-    """Count the runs whose selected model scores what a constant answer does; and all of them."""
+    """The number of runs whose selected model scores like a constant answer, and of all runs."""
     scores = [100 * score for score in runs.where(set=name).column("test_accuracy")]
     return sum(abs(score - MAJORITY[name]) < ONE_ANSWER for score in scores), len(scores)
 
 
 def sheets(config: PhantomGraphsConfig, runs: Runs) -> Iterator[TitledTable]:
-    """Table 4, what a step costs, and the chains."""
+    """Tables: Table 4, the cost of a step, and the chains."""
     estimators = rows(config.dampings)
     both = [(name, row) for name in config.sets for row in estimators]
 
@@ -297,7 +297,7 @@ def sheets(config: PhantomGraphsConfig, runs: Runs) -> Iterator[TitledTable]:
 
 
 def claims(config: PhantomGraphsConfig, runs: Runs) -> Iterator[Claim]:
-    """Compare what was aimed at with what came out."""
+    """Compare the results with the targets."""
     estimators = rows(config.dampings)
     names = {row: label(damping) for row, damping in estimators.items()}
     for name in config.sets:
@@ -342,7 +342,7 @@ def claims(config: PhantomGraphsConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: PhantomGraphsConfig, runs: Runs) -> str:
-    """Say in words what was run."""
+    """Describe what was run, and how the figures were selected."""
     parts = []
     for name in config.sets:
         chosen = molecules(config, name, 0, "implicit").optimization
@@ -361,7 +361,7 @@ def protocol(config: PhantomGraphsConfig, runs: Runs) -> str:
 
 
 def notes(config: PhantomGraphsConfig, runs: Runs) -> Iterator[str]:
-    """Say what a reader must know."""
+    """Caveats for the reader."""
     if config.plan.scale == "cpu" and (config.passes or 0) < 200:
         passes = "60 of COX2 and 8 of PROTEINS" if config.passes is None else str(config.passes)
         yield f"Training is short here: passes over the training part are {passes}, and the published ones are 200."
@@ -400,7 +400,7 @@ def notes(config: PhantomGraphsConfig, runs: Runs) -> Iterator[str]:
 
 
 def drawings(config: PhantomGraphsConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
-    """Those for which there are runs."""
+    """The figures for which there are runs."""
     if any("set" in line.key for line in runs):
         yield CaptionedFigure(
             "accuracy",
@@ -419,7 +419,7 @@ def drawings(config: PhantomGraphsConfig, runs: Runs, folders: Mapping[str, Run]
 
 
 def bars(config: PhantomGraphsConfig, runs: Runs) -> Figure:
-    """Ours beside the published ones, a panel a set."""
+    """Our results and the published ones, a panel per set."""
 
     def moments(scores: list[float]) -> tuple[float, float]:
         return 100 * fmean(scores), 100 * stdev(scores) if len(scores) > 1 else 0.0

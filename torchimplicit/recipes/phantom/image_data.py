@@ -37,12 +37,12 @@ class Splits:
     deviation: tuple[float, ...]
 
     def sets(self) -> dict[str, Rows]:
-        """The images with their labels, by the names that tasks give the splits."""
+        """The images with their labels, by the names of the splits."""
         return {"training": Rows(*self.train), "validation": Rows(*self.validation), "test": Rows(*self.test)}
 
 
 def standardized(images: Tensor, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:
-    """uint8 ``[batch, channels, height, width]`` to float32, less the mean, over the deviation, channel by channel."""
+    """Convert uint8 ``[batch, channels, height, width]`` to float32 and standardize each channel."""
     scale, shift = (torch.tensor(v, device=images.device)[:, None, None] for v in (deviation, mean))
     return (images.float() / 255 - shift) / scale
 
@@ -55,7 +55,7 @@ MARGIN = 4
 
 
 def augmented(images: Tensor, chance: torch.Generator) -> Tensor:
-    """Each image ``[batch, channels, height, width]`` shifted, with black beyond its edge, and mirrored or not."""
+    """Shift each image ``[batch, channels, height, width]`` (black beyond its edge) and mirror it, at random."""
     batch, _, height, width = images.shape
     padded = functional.pad(images, (MARGIN,) * 4)
     down, right = (torch.randint(2 * MARGIN + 1, (batch, 1), generator=chance) for _ in range(2))
@@ -120,7 +120,7 @@ def load(
     test: int | None = None,
     split_seed: int = 0,
 ) -> Splits:
-    """A data set, with a validation split taken from the published training images, every class with its share.
+    """A data set, with a stratified validation split taken from the published training images.
 
     The test images are the published ones; none of them is ever in another split.
 
@@ -187,8 +187,7 @@ class Selection:
 
 
 def selected(name: DataSet, config: Selection) -> Splits:
-    """What the settings take of a data set; kept, for it is asked for when they are checked, and when
-    the model is made."""
+    """The part of a data set that the settings select. Cached, as both the check and the model need it."""
     numbers = config.validation_images, config.train_images, config.test_images, config.split_seed
     return _kept(name, config.data_dir, *numbers)
 

@@ -33,7 +33,7 @@ class Labelled(NamedTuple):
     labels: Tensor
 
     def take(self, indices: Tensor) -> Labelled:
-        """Those of these indices."""
+        """The entries with these indices."""
         return Labelled(self.images[indices], self.labels[indices])
 
 
@@ -49,7 +49,7 @@ T = TypeVar("T", bound=_Part)
 
 
 def set_apart(labels: Tensor, count: int, seed: int, what: str) -> tuple[Tensor, Tensor]:
-    """The indices of ``count`` samples, every class with its share of them, and of all others; both in random order.
+    """Stratified indices of ``count`` samples, and of all others, both in random order.
 
     Args:
         labels: ``[n]``.
@@ -76,8 +76,8 @@ def set_apart(labels: Tensor, count: int, seed: int, what: str) -> tuple[Tensor,
 def parted(
     published: T, tested: T, validation: int, train: int | None, test: int | None, seed: int, names: tuple[str, str]
 ) -> tuple[T, T, T]:
-    """Images to train on, to validate on and to test on: so many of the published ones set apart, and of the others and
-    of those to be tested all, or so many. ``names`` are what the two sets are called in errors.
+    """Training, validation and test images: validation from the published training images, the others in full or up to
+    a count. ``names`` name the two sets in errors.
 
     Raises:
         UserError: there are not so many.
@@ -101,7 +101,7 @@ LARGEST_FILE = 1 << 28
 
 
 def digits(folder: Path | None) -> tuple[Labelled, Labelled]:
-    """``[n, 1, 8, 8]``. No test set was published: every class gives its share, always the same images."""
+    """Digits ``[n, 1, 8, 8]``. No test set was published: every class contributes a fixed share."""
     from sklearn.datasets import load_digits
 
     if folder is not None:
@@ -126,7 +126,7 @@ MNIST = tuple(Download(name=name, url=_URL + name, sha256=digest) for name, dige
 
 
 def mnist(folder: Path | None) -> tuple[Labelled, Labelled]:
-    """``[n, 1, 28, 28]``, from files that are compressed or not."""
+    """MNIST ``[n, 1, 28, 28]``, from compressed or plain files."""
     if folder is None:
         folder = cache_folder("mnist")
         for file in MNIST:
@@ -205,7 +205,7 @@ _ADMITTED: dict[str, Any] = {
 
 
 def cifar10(folder: Path | None) -> tuple[Labelled, Labelled]:
-    """``[n, 3, 32, 32]``, from ``cifar-10-batches-py``, its files, or the archive that holds it."""
+    """CIFAR-10 ``[n, 3, 32, 32]``, from ``cifar-10-batches-py``, its files, or the archive that holds it."""
     if folder is None:
         return _from_archive(fetch(CIFAR10, cache_folder("cifar10")))
     for place in (folder, folder / BINARY):
@@ -224,7 +224,7 @@ ROW = 1 + 3 * 32 * 32
 
 
 def _from_binary(folder: Path) -> tuple[Labelled, Labelled]:
-    """The binary version, of which there may be fewer training files than five."""
+    """The binary version, possibly with fewer than five training files."""
     train = sorted(folder.glob("data_batch_*.bin"))
     if not train:
         raise UserError(f"{folder} holds no data_batch_1.bin: the binary version of CIFAR-10 is not whole")
@@ -275,7 +275,7 @@ def _read(path: Path) -> bytes:
 
 
 def read_batch(content: bytes, where: str) -> Labelled:
-    """One of the published pickles, of which only numpy arrays and plain values are read.
+    """Read one of the published pickles, accepting only numpy arrays and plain values.
 
     Raises:
         UserError: it is not one, or not whole.
@@ -309,7 +309,7 @@ class _Restricted(pickle.Unpickler):
 
 
 def _latin(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes into a pickle that Python 2 can read."""
+    """Decode bytes as Python 3 writes them into a pickle that Python 2 can read."""
     return text.encode("latin-1")
 
 
@@ -319,7 +319,7 @@ FACES, SHAPE = "olivettifaces.mat", (4096, 400)
 
 
 def olivetti(folder: Path | None) -> tuple[Labelled, Labelled]:
-    """``[n, 1, 32, 32]``. No test set was published: every person gives two images, always the same ones."""
+    """Olivetti faces ``[n, 1, 32, 32]``. No test set was published: two fixed images of every person are used."""
     faces = _published(folder / FACES) if folder is not None else _fetched()
     images = functional.avg_pool2d(faces[:, None], 2).round().to(torch.uint8)
     everything = Labelled(images, torch.arange(400) // 10)
@@ -328,7 +328,7 @@ def olivetti(folder: Path | None) -> tuple[Labelled, Labelled]:
 
 
 def _published(path: Path) -> Tensor:
-    """``[400, 64, 64]``, 0 to 255."""
+    """The published pictures, ``[400, 64, 64]``, 0 to 255."""
     if not path.is_file():
         raise UserError(f"{path.parent} has no {FACES}: --data-dir must be the folder that holds it")
     from scipy.io import loadmat, whosmat

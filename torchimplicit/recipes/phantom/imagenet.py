@@ -34,7 +34,7 @@ class Listing:
     labels: Tensor
 
     def take(self, indices: Tensor) -> Listing:
-        """Those of these indices."""
+        """The entries with these indices."""
         return Listing(tuple(self.paths[i] for i in indices.tolist()), self.labels[indices])
 
 
@@ -47,8 +47,8 @@ def load(
     split_seed: int = 0,
     classes: int = CLASSES,
 ) -> tuple[Listing, Listing, Listing]:
-    """The training, validation and test images. Tested is on ``val``, whose labels are public; ours for validation are
-    taken from ``train``, every class with its share.
+    """The training, validation and test images. The test uses ``val``, whose labels are public; validation images are a
+    stratified part of ``train``.
 
     Args:
         folder: holds ``train/<class>/*.JPEG`` and ``val/<class>/*.JPEG``.
@@ -66,7 +66,7 @@ def load(
 
 
 def check(folder: Path | None, classes: int) -> tuple[Path, list[str]]:
-    """The folder, and the names of its classes in order, once all is known to be there.
+    """The folder, and the names of its classes in order, after checking that they exist.
 
     Raises:
         UserError: see :func:`load`.
@@ -135,21 +135,22 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
 
 
 def middle(image: Image.Image, size: int) -> Image.Image:
-    """The largest square in the middle of the image, scaled."""
+    """The largest centred square of the image, scaled."""
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
 
 
 def centre(image: Image.Image, size: int) -> Image.Image:
-    """The centre of the image, its shorter side being 8/7 of ``size`` (256 for 224)."""
+    """The centre of the image after its shorter side is scaled to 8/7 of ``size`` (256 for 224)."""
     side = min(image.size) * 7 / 8
     left, top = (image.width - side) / 2, (image.height - side) / 2
     return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
 
 
 def random_part(image: Image.Image, size: int, generator: torch.Generator) -> Image.Image:
-    """A part of 8 to 100 % of the area, of aspect ratio 3/4 to 4/3, flipped or not (Szegedy et al. 2015, section 6)."""
+    """A random crop of 8 to 100 % of the area with aspect ratio 3/4 to 4/3, flipped or not (Szegedy et al. 2015,
+    section 6)."""
     width, height = image.size
     box: tuple[float, float, float, float] | None = None
     for _ in range(10):

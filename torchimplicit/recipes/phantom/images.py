@@ -72,7 +72,8 @@ class ImageConfig(Selection):
 
 
 def _phantom(steps: int, batch_size: int, validate_every: int) -> Optimization:
-    """How phantom gradients were trained (Geng et al. 2021, appendix): SGD with momentum 0.9 and a cosine."""
+    """The published training with phantom gradients (Geng et al. 2021, appendix): SGD with momentum 0.9 and a
+    cosine."""
     return Optimization(
         steps=steps,
         batch_size=batch_size,
@@ -84,7 +85,7 @@ def _phantom(steps: int, batch_size: int, validate_every: int) -> Optimization:
 
 
 def digits() -> ImageConfig:
-    """The small model on the bundled digits, some twenty seconds on one core."""
+    """The small model on the bundled digits, about twenty seconds on one core."""
     return ImageConfig(
         data="digits",
         downsamplings=0,
@@ -105,7 +106,7 @@ def mnist() -> ImageConfig:
 
 
 def own() -> ImageConfig:
-    """The small model on images of your own, of 32 pixels."""
+    """The small model on your own images, resized to 32 pixels."""
     return ImageConfig(
         data="folder",
         image_size=32,
@@ -117,8 +118,8 @@ def own() -> ImageConfig:
 
 
 def cifar10() -> ImageConfig:
-    """MDEQ-Tiny on CIFAR-10 with the settings of Geng et al. 2021, table 1: 50 epochs of the 45,000 images that are
-    not set apart. The backward settings are those of its implicit rows."""
+    """MDEQ-Tiny on CIFAR-10 with the settings of Geng et al. 2021, table 1: 50 epochs over 45,000 images. The backward
+    settings are those of its implicit rows."""
     return ImageConfig(
         data="cifar10",
         model="tiny",
@@ -213,7 +214,7 @@ class Classification(SampledTask):
         return _Numbered(indices) if self.config.augment else indices
 
     def scores(self, images: Tensor) -> Tensor:
-        """uint8 images to the scores of the classes."""
+        """Class scores of uint8 images."""
         x = standardized(images, self.mean, self.deviation)
         return self.model(x.contiguous(memory_format=torch.channels_last) if self.config.machine.channels_last else x)
 
@@ -223,7 +224,7 @@ class Classification(SampledTask):
         return functional.cross_entropy(self.scores(images), labels)
 
     def score(self, batch: Any) -> Tensor:
-        """Count how many are right, add up the cross-entropies, and count the images."""
+        """Sums of correct predictions and of cross-entropies, and the number of images."""
         images, labels = batch
         scores = self.scores(images).double()
         loss = functional.cross_entropy(scores, labels, reduction="sum")
@@ -232,7 +233,7 @@ class Classification(SampledTask):
         return torch.cat([right, loss[None], loss.new_tensor([float(len(labels))])])
 
     def figures(self, sums: list[float]) -> dict[str, float]:
-        """Accuracy, where there are more than ten classes among the five best scores too, and mean cross-entropy."""
+        """Accuracy, top-5 accuracy if there are more than ten classes, and mean cross-entropy."""
         right, among, loss, count = sums
         top5 = {"top5": among / count} if sizes(self.config).classes > 10 else {}
         return {"accuracy": right / count, **top5, "loss": loss / count}
@@ -257,7 +258,7 @@ def sizes(config: ImageConfig) -> MDEQConfig:
 
 
 def ready(config: ImageConfig) -> None:
-    """Raise where the data is missing or wrong: small sets are read, of ImageNet only the folders are looked at."""
+    """Raise if the data is missing or wrong. Small sets are read; for ImageNet only the folders are checked."""
     if config.data == "imagenet":
         folders.check(config.data_dir, config.classes)
     else:
@@ -345,7 +346,7 @@ def costs() -> CostConfig:
 
 
 def estimators(config: CostConfig) -> dict[str, Equilibria]:
-    """Return the estimators that are measured, by name."""
+    """The measured estimators, by name."""
     own = config.image.equilibria
     implicit = replace(own, gradient="implicit")
     converged = replace(implicit, backward_tolerance=config.converged_tolerance, backward_steps=config.converged_steps)
@@ -357,17 +358,17 @@ def estimators(config: CostConfig) -> dict[str, Equilibria]:
 
 
 def run_out(settings: Equilibria) -> Equilibria:
-    """The same with solvers that take all the steps of their budgets."""
+    """The same settings with solvers that use their whole step budget."""
     return replace(settings, tolerance=UNREACHED, backward_tolerance=UNREACHED)
 
 
 def counterpart(name: str) -> str:
-    """The implicit gradient's row that a row is held against: under the same rule for stopping."""
+    """The implicit row to which a row is compared, with the same stopping rule."""
     return f"implicit{AS_PUBLISHED}" if name.endswith(AS_PUBLISHED) else "implicit"
 
 
 def measured(config: CostConfig, run: Run) -> dict[str, StepCost]:
-    """Every estimator's cost at the run's best weights, in turn on each of a few batches."""
+    """Every estimator's cost at the run's best weights, in turn on each of several batches."""
     task = RUNNER.best(config.image, run).train()
     where = device(config.image.machine.device)
     (layer,) = equilibria(task)
@@ -389,7 +390,7 @@ def measured(config: CostConfig, run: Run) -> dict[str, StepCost]:
 
 
 def cost_table(found: dict[str, StepCost]) -> Table:
-    """Tabulate what was measured."""
+    """Tabulate the costs."""
     converged = found[CONVERGED]
     return sheet("", found, [
         Cell("Gradient", lambda name: name),
@@ -414,7 +415,7 @@ def cost_table(found: dict[str, StepCost]) -> Table:
 
 
 def evaluations(cost: StepCost) -> float:
-    """Count the products of the cell's backward pass, with the last one, into the parameters."""
+    """Products of the cell's backward pass, including the last one into the parameters."""
     return cost.backward + 1
 
 

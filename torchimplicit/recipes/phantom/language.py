@@ -142,7 +142,7 @@ class LanguageConfig:
 
 
 def wikitext2() -> LanguageConfig:
-    """Minutes on one core."""
+    """WikiText-2: minutes on one core."""
     return _with_model(
         deq_transformer_small(),
         corpus="wikitext-2",
@@ -283,7 +283,7 @@ class _Rows(Dataset[Segment]):
 
 
 def ready(config: LanguageConfig) -> None:
-    """Raise :class:`~torchimplicit.recipes.runtime.errors.UserError` where the data is not there."""
+    """Raise :class:`~torchimplicit.recipes.runtime.errors.UserError` if the data is missing."""
     tokenizer(config.tokenizer)
     if config.data_dir is not None:
         sources(config.data_dir)
@@ -328,7 +328,7 @@ class CostConfig:
 
 
 def costs() -> CostConfig:
-    """Nothing: a table says what to measure."""
+    """Empty settings: a table fills them in."""
     return CostConfig()
 
 
@@ -390,7 +390,7 @@ class _Probe:
 
     @torch.no_grad()
     def radius(self) -> float:
-        """See :class:`Measured`. Of the second segment, with a memory, as nearly all are."""
+        """See :class:`Measured`. Uses the second segment, which has a memory, as nearly all do."""
         task, model = self.task.eval(), self.task.model
         first, second = (task.held_out["validation"].segment(step) for step in range(2))
         _, memory = model(first.tokens.to(self.where), first.targets.to(self.where))
@@ -400,7 +400,8 @@ class _Probe:
         return float(found.mean())
 
     def step(self, kind: str) -> StepCost:
-        """One step's cost; every kind sees the same batch and memory, which go on when the first is due again."""
+        """The cost of one step. Every kind sees the same batch and memory, which advance when the first kind is due
+        again."""
         task, layer = self.task, self.task.model.equilibrium
         if kind == next(iter(KINDS)):
             self.batch, self.memory = next(self.batches), task.memory
@@ -419,7 +420,7 @@ class _Probe:
 
 
 def costs_ready(config: CostConfig) -> None:
-    """Raise where the first of the runs could not be run."""
+    """Raise if the first of the runs could not be run."""
     for one in config.runs[:1]:
         RUNNER.check(one)
 

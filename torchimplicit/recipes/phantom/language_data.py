@@ -155,7 +155,7 @@ class Stream:
         return self.count
 
     def segment(self, step: int) -> Segment:
-        """That of a step, counted from 0 over all rounds."""
+        """The segment of a step, counted from 0 over all passes."""
         place = step % self.count
         low = place * self.length
         high = min(low + self.length, self.rows.shape[1] - 1)
@@ -188,8 +188,8 @@ NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "t
 
 
 def sources(place: Path) -> dict[str, Source]:
-    """The splits of a text of one's own: a file; a folder with a file for each split (WikiText's, word by word or raw,
-    or ``train.txt`` and so on); or a folder of text files, in the order of their names.
+    """The splits of your own text: a file; a folder with a file per split (WikiText's, or ``train.txt`` and so on); or
+    a folder of text files, in the order of their names.
 
     Raises:
         UserError: there is no text.
@@ -224,7 +224,7 @@ def _split_file(folder: Path, split: str) -> Path | None:
 
 
 def tokenizer(chosen: str) -> Tokenize:
-    """What cuts a line into tokens.
+    """The function that splits a line into tokens.
 
     Args:
         chosen: ``words``, at spaces; ``characters``; or a Python file that defines ``tokenize(line)``.
@@ -253,7 +253,7 @@ def tokenizer(chosen: str) -> Tokenize:
 
 
 def read(splits: Path | Mapping[str, Source], vocabulary: int | None = None, tokenize: Tokenize = str.split) -> Corpus:
-    """The corpus.
+    """Read a corpus.
 
     Args:
         splits: where they are read, or a place as :func:`sources` takes it.
@@ -279,12 +279,12 @@ def read(splits: Path | Mapping[str, Source], vocabulary: int | None = None, tok
 
 
 def file_name(split: str) -> str:
-    """Under which a split of WikiText is published."""
+    """File name of a WikiText split."""
     return f"wiki.{split}.tokens"
 
 
 def _vocabulary(source: Source, size: int | None, tokenize: Tokenize) -> tuple[str, ...]:
-    """Words by falling frequency; of equally frequent ones, that which comes first in the text."""
+    """Words by decreasing frequency; ties are ordered by first occurrence."""
     counts: Counter[str] = Counter({UNKNOWN: 0, END: 0})
     for line in _lines(source, tokenize):
         counts.update(line)
@@ -303,7 +303,7 @@ def _numbered(source: Source, numbers: dict[str, int], tokenize: Tokenize) -> Te
 
 
 def _lines(source: Source, tokenize: Tokenize) -> Iterator[list[str]]:
-    """The words of each line, with ``<eos>``; raises where this is no text."""
+    """The words of each line, with ``<eos>``; raises if the file is not text."""
     first, last = 0, None
     if source.share != (0.0, 1.0):
         total = sum(1 for _ in _texts(source.paths))

@@ -106,8 +106,7 @@ def language(config: PhantomLanguage, row: Row, seed: int) -> LanguageConfig:
 
 
 def jobs(config: PhantomLanguage) -> list[Job]:
-    """The published rows with one seed, then with the next, then the others; at last the costs, at the weights of the
-    first seed."""
+    """All jobs: the published rows seed by seed, then the others, then the costs at the weights of the first seed."""
     recipe = f"language-wikitext{'103' if config.plan.scale == 'paper' else '2'}"
     made = [
         Job(f"{name}-{seed}", recipe, language(config, row, seed), {"row": name, "seed": seed})
@@ -122,7 +121,7 @@ def jobs(config: PhantomLanguage) -> list[Job]:
 
 
 def figures(config: PhantomLanguage, run: Run) -> dict[str, Any]:
-    """All that a run has written but its settings; its state alone where it has written nothing."""
+    """Everything a run has written except its settings; only its state if it has written nothing."""
     try:
         found = run.read_json("results.json")
     except (OSError, json.JSONDecodeError):
@@ -148,7 +147,7 @@ class Trained:
 
     @property
     def tested(self) -> list[float]:
-        """Test perplexities at the best validations."""
+        """Test perplexities at the best validation of each seed."""
         return self.runs.column("test.figures.perplexity")
 
     @property
@@ -158,12 +157,12 @@ class Trained:
         return self.step_seconds * max(steps) if self.step_seconds is not None and steps else None
 
     def costs(self, name: str) -> list[float]:
-        """A figure of the steps, by seed."""
+        """A figure of the steps, for every seed."""
         return self.runs.column(f"costs.{name}")
 
     def validated_after(self, seconds: float) -> list[float]:
-        """Validation perplexities after so much training, between two validations along a straight line in the
-        logarithm; of seeds for which it lies before the first, nothing."""
+        """Validation perplexities after this much training time, interpolated linearly in the logarithm between
+        validations. Seeds whose first validation is later are left out."""
         found = []
         steps = seconds / self.step_seconds if self.step_seconds else math.nan
         for line in self.runs:
@@ -176,7 +175,7 @@ class Trained:
 
 
 def measured(runs: Runs) -> Mapping[str, Any]:
-    """Return what was timed: ``costs`` by run and kind of step, and ``radius`` by run; nothing where nothing was."""
+    """The timings: ``costs`` by run and kind of step, and ``radius`` by run; empty if there are none."""
     found = runs.named(COSTS)
     return found if "costs" in found else {}
 
@@ -204,7 +203,7 @@ def trained(config: PhantomLanguage, runs: Runs) -> dict[str, Trained]:
 
 
 def sheets(config: PhantomLanguage, runs: Runs) -> Iterator[TitledTable]:
-    """Perplexity and cost; and steps at the same weights."""
+    """Tables of perplexity and cost, and of steps at the same weights."""
     rows = trained(config, runs)
     base = rows["post-implicit"].step_seconds if "post-implicit" in rows else None
     budget = min((one.seconds for one in rows.values() if one.seconds is not None), default=None)
@@ -257,12 +256,12 @@ def sheets(config: PhantomLanguage, runs: Runs) -> Iterator[TitledTable]:
 
 
 def counterpart(kind: str) -> str:
-    """The implicit step that a kind of step is held against: under the same rule for stopping."""
+    """The implicit step to which a kind of step is compared, with the same stopping rule."""
     return "published" if kind.startswith("published") else "implicit"
 
 
 def claims(config: PhantomLanguage, runs: Runs) -> Iterator[Claim]:
-    """Compare what was aimed at with what came out."""
+    """Compare the results with the targets."""
     rows = trained(config, runs)
     for label, names in PAIRS.items():
         if not {*names} <= {*rows}:
@@ -310,7 +309,7 @@ def claims(config: PhantomLanguage, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: PhantomLanguage, runs: Runs) -> str:
-    """Say in words what was run."""
+    """Describe what was run, and how the figures were selected."""
     one = language(config, ROWS["post-implicit"], config.plan.first_seed)
     chosen, at = one.optimization, one.equilibria
     sizes = {size for size in runs.column("parameters") if size}
@@ -333,7 +332,7 @@ def protocol(config: PhantomLanguage, runs: Runs) -> str:
 
 
 def notes(config: PhantomLanguage, runs: Runs) -> Iterator[str]:
-    """Say what a reader must know."""
+    """Caveats for the reader."""
     rows, seeds = trained(config, runs), config.plan.seeds
     if config.plan.scale == "cpu":
         yield (
@@ -367,7 +366,7 @@ def notes(config: PhantomLanguage, runs: Runs) -> Iterator[str]:
 
 
 def drawings(config: PhantomLanguage, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
-    """Validation perplexity over the steps, and over the time."""
+    """Validation perplexity against steps and against time."""
     rows = trained(config, runs)
     if rows:
         yield CaptionedFigure(
@@ -386,7 +385,7 @@ def drawings(config: PhantomLanguage, runs: Runs, folders: Mapping[str, Run]) ->
 
 
 def _curves(rows: dict[Trained, float], label: str) -> Figure:
-    """The rows' curves, every step so wide."""
+    """The rows' curves, with a given step width."""
     figure, (ax,) = axes()
     for index, (one, width) in enumerate(rows.items()):
         found: dict[int, list[float]] = {}

@@ -103,7 +103,7 @@ def training() -> ImageConfig:
 
 
 def looking(config: ImageConfig, every: int) -> ImageConfig:
-    """With the gradient looked at so often."""
+    """The config with a measurement of the gradient at this interval."""
     return replace(config, machine=replace(config.machine, monitor_every=every))
 
 
@@ -208,7 +208,7 @@ class Measurement:
         self.exact = self._probe(TIGHT)
 
     def results(self) -> LayerResults:
-        """Everything."""
+        """All results."""
         config = self.config
         unrolled = torch.autograd.grad(self.solution.value, self.wrt, self.u)
         makes: dict[str, type[UnrolledPhantom] | type[NeumannPhantom]] = {"UPG": UnrolledPhantom, "NPG": NeumannPhantom}
@@ -228,7 +228,7 @@ class Measurement:
 
     @property
     def true(self) -> Tensor:
-        """The exact gradient, flat."""
+        """The exact gradient, flattened."""
         return _flat(self.exact.gradients)
 
     def _normal(self, *shape: int) -> Tensor:

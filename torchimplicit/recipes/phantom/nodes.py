@@ -71,7 +71,7 @@ class NodesConfig:
 
 
 def nodes() -> NodesConfig:
-    """One layer of 64."""
+    """One layer of width 64."""
     return NodesConfig()
 
 
@@ -138,7 +138,7 @@ class NodesTask(Task):
 
 
 def ready(config: NodesConfig) -> None:
-    """Read the graph."""
+    """Check that the graph can be read."""
     if config.data_dir is None:
         raise UserError(SAID)
     split(read(config.data_dir), (config.train_share, config.validation_share), config.split_seed)

@@ -46,7 +46,7 @@ class NodeGraph(NamedTuple):
 
 
 def read(place: Path, undirected: bool = True) -> NodeGraph:
-    """The graph.
+    """Read the graph.
 
     Args:
         place: an .npz file, or a folder of two tables; see :data:`SAID`.
@@ -88,7 +88,7 @@ def read(place: Path, undirected: bool = True) -> NodeGraph:
 
 
 def split(graph: NodeGraph, shares: tuple[float, float], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The nodes for training, validation and testing: as given, or drawn with every class's share in each.
+    """The nodes for training, validation and test: as given, or a stratified random split.
 
     Args:
         graph: the graph.
@@ -104,7 +104,7 @@ def split(graph: NodeGraph, shares: tuple[float, float], seed: int) -> tuple[Ten
 
 
 def _both_ways(edges: NDArray[Any], weights: NDArray[Any] | None) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """Every edge in both directions, once; of an edge that stands there in both, the weight of the first."""
+    """Every edge in both directions, once; if both exist already, the first one's weight is used."""
     both = np.concatenate([edges, edges[::-1]], axis=1)
     kept, first = np.unique(both, axis=1, return_index=True)
     return kept, None if weights is None else np.concatenate([weights, weights])[first]
@@ -149,7 +149,7 @@ def _arrays(path: Path) -> dict[str, Any]:
 
 
 def _features(given: Mapping[str, NDArray[Any]], whole: NDArray[Any] | None) -> NDArray[Any] | None:
-    """A matrix, or one in compressed rows: ``x_data``, ``x_indices``, ``x_indptr`` and ``x_shape``."""
+    """A dense matrix, or one in compressed rows: ``x_data``, ``x_indices``, ``x_indptr`` and ``x_shape``."""
     names = ("x_data", "x_indices", "x_indptr", "x_shape")
     if whole is not None or not all(name in given for name in names):
         return whole if whole is None or whole.ndim == 2 else whole.reshape(len(whole), -1)
@@ -193,7 +193,7 @@ def _tables(folder: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path) -> list[list[str]]:
-    """Without a header, which is a first line whose first cell is no number."""
+    """The rows without the header, a first line whose first cell is not a number."""
     no_larger(path, LARGEST_FILE)
     try:
         with path.open(newline="", encoding="utf-8") as file:

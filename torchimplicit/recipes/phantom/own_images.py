@@ -25,7 +25,7 @@ Colours = Literal["colour", "grey"]
 
 
 def names_of(folder: Path) -> tuple[list[str], Path, Path | None]:
-    """The names of the classes in order, the folder of those to train on, and that of those to test on, if any.
+    """The class names in order, the folder of training images, and that of test images, if any.
 
     Raises:
         UserError: there are not two classes, or those of the two folders differ.
@@ -52,7 +52,7 @@ def _classes(folder: Path) -> list[str]:
 
 @lru_cache(maxsize=1)
 def load(selection: Selection, size: int, colours: Colours) -> Splits:
-    """Images in parts, all brought to one size: the largest square in the middle of each, scaled.
+    """The splits, with all images resized to one size: the largest centred square of each, scaled.
 
     Args:
         selection: the folder, and how many images.
@@ -106,7 +106,7 @@ def _read(folder: Path, names: list[str], size: int, colours: Colours) -> Labell
 
 
 def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel, of pixels in [0, 1]."""
+    """Mean and standard deviation of each channel, for pixels in [0, 1]."""
     channels = images.transpose(0, 1).flatten(1)
     mean = torch.stack([one.double().mean() for one in channels]) / 255
     spread = torch.stack([one.double().std() for one in channels]) / 255

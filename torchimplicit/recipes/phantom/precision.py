@@ -86,7 +86,7 @@ def training(config: PrecisionConfig, gradient: GradientName, seed: int) -> Imag
 
 
 def jobs(config: PrecisionConfig) -> list[Job]:
-    """Layers of both kinds and trainings by both gradients, for every seed."""
+    """All jobs: layers of both kinds and trainings with both gradients, for every seed."""
     made: list[Job] = []
     for place, seed in enumerate(config.plan.all_seeds):
         for weight in WEIGHTS:
@@ -114,13 +114,13 @@ class Measurement:
     beside: dict[str, dict[str, float]]
 
     def figure(self, name: str) -> float:
-        """``FIGURE`` of the estimator that trains, or ``ESTIMATOR/FIGURE``; NaN where it was not measured."""
+        """``FIGURE`` of the training estimator, or ``ESTIMATOR/FIGURE``; NaN if it was not measured."""
         estimator, _, figure = name.rpartition("/")
         return (self.beside.get(estimator, {}) if estimator else self.own).get(figure, float("nan"))
 
 
 def figures(config: PrecisionConfig, run: Run) -> Any:
-    """Return a layer's measurements, or a training's looks, the last of which also has the test's accuracy."""
+    """A layer's measurements, or a training's history, whose last entry also has the test accuracy."""
     found = table.read("results.json")(config, run)
     if found is None or run.path.name.startswith("layer"):
         return found
@@ -132,7 +132,7 @@ def figures(config: PrecisionConfig, run: Run) -> Any:
 
 
 def looks_of(run: Run) -> list[Measurement]:
-    """From the run's log."""
+    """The measurements in the run's log."""
     from torchimplicit.recipes.runtime.fitting import rows
 
     prefix = "gradient/task.model.equilibrium/"
@@ -150,12 +150,12 @@ def looks_of(run: Run) -> list[Measurement]:
 
 
 def layers(runs: Runs, weight: str) -> list[LayerResults]:
-    """Return the measurements on the layers of a kind, one for each seed."""
+    """The measurements on the layers of a kind, one per seed."""
     return [from_plain(LayerResults, line.figures) for line in runs.where(weight=weight)]
 
 
 def trainings(runs: Runs, gradient: str, late: bool = False) -> list[list[Measurement]]:
-    """The looks at every training by a gradient; ``late``: those of the second half only."""
+    """The measurements during every training with a gradient; ``late``: only of the second half."""
     found = [
         [Measurement(x["step"], x["own"], x["beside"]) for x in line.figures] for line in runs.where(gradient=gradient)
     ]
@@ -163,18 +163,18 @@ def trainings(runs: Runs, gradient: str, late: bool = False) -> list[list[Measur
 
 
 def flat(trainings: Iterable[list[Measurement]]) -> list[Measurement]:
-    """All looks at some trainings."""
+    """The measurements of several trainings as one list."""
     return [look for looks in trainings for look in looks]
 
 
 def mean(values: Iterable[float]) -> float:
-    """The mean; NaN for none."""
+    """The mean; NaN for an empty list."""
     listed = list(values)
     return fmean(listed) if listed else float("nan")
 
 
 def sheets(config: PrecisionConfig, runs: Runs) -> Iterator[TitledTable]:
-    """Fig. 1, what is beyond it, and Fig. 2."""
+    """Tables: Fig. 1, results beyond it, and Fig. 2."""
     measured: Layers = {weight: layers(runs, weight) for weight in WEIGHTS}
     if any(measured.values()):
         yield _grid(measured)
@@ -274,7 +274,7 @@ def _along(runs: Runs, gradient: GradientName) -> TitledTable:
 
 
 def claims(config: PrecisionConfig, runs: Runs) -> Iterator[Claim]:
-    """Those that can be tested with the runs that are there."""
+    """The claims that can be tested with the available runs."""
     measured: Layers = {weight: layers(runs, weight) for weight in WEIGHTS}
     if any(measured.values()):
         yield from _of_layers(measured)
@@ -358,7 +358,7 @@ def _of_training(runs: Runs, gradient: GradientName) -> Iterator[Claim]:
 
 
 def protocol(config: PrecisionConfig, runs: Runs) -> str:
-    """Say in words what was run."""
+    """Describe what was run, and how the figures were selected."""
     images = "CIFAR-10" if config.plan.scale == "paper" else {"mnist": "MNIST", "digits": "8×8 digits"}[config.data]
     chosen = training(config, "implicit", 0)
     return (
@@ -373,7 +373,7 @@ def protocol(config: PrecisionConfig, runs: Runs) -> str:
 
 
 def notes(config: PrecisionConfig, runs: Runs) -> Iterator[str]:
-    """Say what a reader must know."""
+    """Caveats for the reader."""
     yield (
         "UPG and NPG are the same linear map where the fixed point is exact (Fig. 1); they differ in Fig. 2, where the "
         "solver stops at its budget."
@@ -416,7 +416,7 @@ def notes(config: PrecisionConfig, runs: Runs) -> Iterator[str]:
 
 
 def drawings(config: PrecisionConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
-    """Those that there is data for."""
+    """The figures for which there is data."""
     if any(runs.where(weight=weight) for weight in WEIGHTS):
         yield grid(runs)
     if any(runs.where(gradient=gradient) for gradient in TRAINED):
@@ -471,7 +471,7 @@ def along(runs: Runs) -> CaptionedFigure:
 
 
 def choices(runs: Runs) -> CaptionedFigure:
-    """The spectrum along training, and what the adaptive phantom gradient makes of it."""
+    """The spectrum during training, and the choices of the adaptive phantom gradient."""
     figure, panels = axes(3, width=3.5)
     adaptive = "adaptive, residual 0.1"
     for panel, name, title, label in zip(

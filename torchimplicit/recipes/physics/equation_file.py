@@ -32,7 +32,7 @@ class Given:
 
 
 def given(equation: str) -> Given:
-    """What ``--equation`` names.
+    """The equation that ``--equation`` names.
 
     Raises:
         UserError: neither a known name nor a file that defines an equation.

@@ -92,7 +92,7 @@ DURATION = 60.0
 
 
 def flows(*levels: Any) -> list[Any]:
-    """The levels' rates, cm a minute; numbers or tensors."""
+    """The rates of the levels in cm per minute, for numbers or tensors."""
     out = [
         outlet * (2 * GRAVITY * (level.clamp_min(1e-3) if isinstance(level, Tensor) else max(level, 1e-3))) ** 0.5
         for outlet, level in zip(OUTLET, levels, strict=True)
@@ -188,7 +188,7 @@ EQUATIONS: dict[str, Equation] = {
 
 
 def _measured(equation: Equation, count: int, noise: float, outputs: tuple[str, ...]) -> Measured:
-    """Values of the trusted solution at scattered points, with noise that is a share of their deviation."""
+    """Values of the reference solution at scattered points, with noise relative to their standard deviation."""
     points = scattered(count, equation.low, equation.high, seed=HELD_OUT - 1)
     right = equation.reference(points.numpy())
     assert right is not None
@@ -198,7 +198,7 @@ def _measured(equation: Equation, count: int, noise: float, outputs: tuple[str, 
 
 @cache
 def inverse(name: str, noise: float) -> Equation:
-    """An equation whose parameter is to be found, from values with so much noise, as a share of their deviation."""
+    """An equation whose parameter is to be estimated from values with this relative noise."""
     if name == "van-der-pol-mu":
         return replace(
             VAN_DER_POL,

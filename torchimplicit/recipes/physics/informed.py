@@ -118,22 +118,22 @@ class Row:
 
     @property
     def label(self) -> str:
-        """A name for people to read."""
+        """The row's label."""
         return f"{MODELS[self.model].label}; {OPTIMIZERS[self.optimizer]}"
 
 
 def equations(config: PhysicsInformedConfig) -> tuple[EquationName, ...]:
-    """The thesis has one."""
+    """The equations; with ``--scale paper`` only the thesis's."""
     return config.equations if config.plan.scale == "cpu" else ("van-der-pol",)
 
 
 def optimizers(config: PhysicsInformedConfig) -> tuple[OptimizerName, ...]:
-    """The thesis has one."""
+    """The optimizers; with ``--scale paper`` only the thesis's."""
     return config.optimizers if config.plan.scale == "cpu" else ("adam",)
 
 
 def ordinary(equation: EquationName) -> bool:
-    """Whether it has one coordinate."""
+    """Return whether the equation has one coordinate."""
     return len(EQUATIONS[equation].inputs) == 1
 
 
@@ -163,7 +163,8 @@ def settings_of(
 
 
 def rows(config: PhysicsInformedConfig, equation: EquationName) -> list[Row]:
-    """Of an equation, an optimizer after the other; bounds are for Gauss–Newton, which is the one to choose."""
+    """The rows of an equation, optimizer by optimizer. Bounded models are run with Gauss–Newton only, the recommended
+    optimizer."""
     return [
         Row(equation, name, optimizer)
         for optimizer in optimizers(config)
@@ -173,8 +174,8 @@ def rows(config: PhysicsInformedConfig, equation: EquationName) -> list[Row]:
 
 
 def jobs(config: PhysicsInformedConfig) -> list[Job]:
-    """Ordinary equations first, which are short; then seeds are outermost, and models innermost, so that what slows the
-    machine for a while slows all of them."""
+    """All jobs: ordinary equations first, as they are short; then seeds outermost and models innermost, so that a slow
+    phase of the machine affects all models."""
     return [
         Job(
             f"{equation}-{row.model}-{row.optimizer}-{seed}",
@@ -191,7 +192,7 @@ def jobs(config: PhysicsInformedConfig) -> list[Job]:
 
 
 def figures(config: PhysicsInformedConfig, run: Run) -> dict[str, Any] | None:
-    """Return the figures of a run that came to its end."""
+    """Figures of a finished run."""
     one = table.read("results.json")(config, run)
     if one is None or one["state"] != "complete":
         return None
@@ -203,12 +204,12 @@ def figures(config: PhysicsInformedConfig, run: Run) -> dict[str, Any] | None:
 
 
 def errors(runs: Runs, row: Row) -> list[float]:
-    """Of all seeds, as the equation is measured."""
+    """The errors of all seeds, in the equation's measure."""
     return runs.of(row, MEASURE[row.equation])
 
 
 def held_out(runs: Runs, row: Row) -> float:
-    """The median over the seeds of the loss at other points; infinite where equilibria were not found."""
+    """Median over the seeds of the loss at held-out points; infinite if equilibria were not found."""
     found = [line["validation"] for line in runs.where(row=row)]
     return median(math.inf if loss is None else loss for loss in found)
 
@@ -219,7 +220,7 @@ def middle(runs: Runs, path: str) -> Callable[[Row], float]:
 
 
 def pace(runs: Runs, row: Row) -> float:
-    """Milliseconds an iteration."""
+    """Milliseconds per iteration."""
     return 1000 * median(line["seconds"] / max(1, line["iterations"]) for line in runs.where(row=row))
 
 
@@ -229,14 +230,14 @@ def there(config: PhysicsInformedConfig, runs: Runs, equation: EquationName) -> 
 
 
 def sheets(config: PhysicsInformedConfig, runs: Runs) -> Iterator[TitledTable]:
-    """A sheet an equation."""
+    """A table per equation."""
     for equation in equations(config):
         if there(config, runs, equation):
             yield sheet(config, runs, equation)
 
 
 def sheet(config: PhysicsInformedConfig, runs: Runs, equation: EquationName) -> TitledTable:
-    """The errors on one equation; below them those of a constant."""
+    """The errors on one equation; below them, those of a constant."""
     own = MEASURE[equation]
     also = runs.where(equation=equation).column("iae")
     other = "relative_l2" if own == "iae" else "iae" if also else None
@@ -276,7 +277,7 @@ def _equal(runs: Runs, row: Row) -> str:
 
 
 def constant(equation: EquationName) -> dict[str, float]:
-    """The errors of a constant: the start of an initial value problem, else zero."""
+    """The errors of a constant: the initial value of an initial value problem, otherwise zero."""
     stated = EQUATIONS[equation]
     grid = stated.points()
     right = stated.reference(grid)
@@ -285,7 +286,7 @@ def constant(equation: EquationName) -> dict[str, float]:
 
 
 def best(runs: Runs, some: list[Row], kind: str, states: int) -> Row | None:
-    """The row of a kind and a size that has the least held-out loss: the error may not select."""
+    """The row of a kind and size with the least held-out loss. The error must not be used to select."""
     own = [
         row
         for row in some
@@ -296,7 +297,7 @@ def best(runs: Runs, some: list[Row], kind: str, states: int) -> Row | None:
 
 
 def claims(config: PhysicsInformedConfig, runs: Runs) -> Iterator[Claim]:
-    """The aims; then whether the equilibrium is more accurate than the network of its size."""
+    """Test whether the targets are met, then whether the equilibrium is more accurate than the network of its size."""
     for states, aim in AIMS.items():
         for row in there(config, runs, "van-der-pol"):
             if row.model == f"equilibrium-{states}":
@@ -357,7 +358,7 @@ def _compared(statement: str, runs: Runs, pair: list[Row | None], path: str) -> 
 
 
 def protocol(config: PhysicsInformedConfig, runs: Runs) -> str:
-    """Say in words what was run."""
+    """Describe what was run, and how the figures were selected."""
     parts = []
     for equation in equations(config):
         chosen = settings_of(config, equation, "equilibrium-5", optimizers(config)[0], 0)
@@ -377,7 +378,7 @@ def protocol(config: PhysicsInformedConfig, runs: Runs) -> str:
 
 
 def notes(config: PhysicsInformedConfig, runs: Runs) -> Iterator[str]:
-    """What else a reader must know."""
+    """Caveats for the reader."""
     paces = []
     for equation in equations(config):
         title, ranked = EQUATIONS[equation].title, sorted(there(config, runs, equation), key=middle(runs, "loss"))
@@ -427,7 +428,7 @@ def notes(config: PhysicsInformedConfig, runs: Runs) -> Iterator[str]:
 
 
 def drawings(config: PhysicsInformedConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
-    """Solution and error, and the error against time, equation by equation."""
+    """Solution and error, and the error against time, for each equation."""
     from torchimplicit.recipes.physics.solve_equation import restored, values
 
     optimizer, seed = optimizers(config)[0], config.plan.first_seed
@@ -454,7 +455,7 @@ def drawings(config: PhysicsInformedConfig, runs: Runs, folders: Mapping[str, Ru
 
 
 def against_seconds(runs: Runs, folders: Mapping[str, Run], equation: EquationName) -> Figure:
-    """The error along the runs, a panel an optimizer, a line a run."""
+    """The error during the runs, a panel per optimizer, a line per run."""
     shown = [optimizer for optimizer in OPTIMIZERS if any(line["row"].optimizer == optimizer for line in runs)]
     figure, panels = axes(len(shown), width=4.4, height=3.7)
     for panel, optimizer in zip(panels, shown, strict=True):
@@ -520,7 +521,7 @@ def _maps(name: EquationName, made: dict[str, Array]) -> Figure:
 
 
 def _look(model: str) -> dict[str, Any]:
-    """The model's colour; networks are dashed, and bounded equilibria dotted."""
+    """The model's style: networks are dashed, bounded equilibria dotted."""
     return {
         "color": COLOURS[list(MODELS).index(model)],
         "linestyle": "--" if not MODELS[model].states else ":" if MODELS[model].bound else "-",

@@ -59,7 +59,7 @@ class Row:
 
 
 def rows(config: PhysicsInverseConfig) -> list[Row]:
-    """An equation after the other."""
+    """The rows, equation by equation."""
     return [Row(equation, model) for equation in config.equations for model in config.models]
 
 
@@ -79,7 +79,7 @@ def settings_of(config: PhysicsInverseConfig, row: Row, seed: int) -> PhysicsCon
 
 
 def jobs(config: PhysicsInverseConfig) -> list[Job]:
-    """Seeds are outermost."""
+    """All jobs, with seeds outermost."""
     return [
         Job(
             f"{place}-{row.model}-{seed}",
@@ -93,7 +93,7 @@ def jobs(config: PhysicsInverseConfig) -> list[Job]:
 
 
 def figures(config: PhysicsInverseConfig, run: Run) -> dict[str, Any] | None:
-    """What was found by a run that came to its end, and what was true, which its file may say."""
+    """The estimates of a finished run, and the true values if the equation gives them."""
     one = table.read("results.json")(config, run)
     if one is None or one["state"] != "complete":
         return None
@@ -108,12 +108,12 @@ def there(config: PhysicsInverseConfig, runs: Runs) -> list[Row]:
 
 
 def noise(row: Row) -> str:
-    """Of a known equation's values, in per cent."""
+    """The noise of a built-in equation's values, in percent."""
     return f"{100 * INVERSE[row.equation][1]:.0f} %" if row.equation in INVERSE else table.NONE
 
 
 def sheets(config: PhysicsInverseConfig, runs: Runs) -> Iterator[TitledTable]:
-    """One sheet; a row for every parameter of an equation."""
+    """One table, with a row for every parameter of an equation."""
     found = [(row, name) for row in there(config, runs) for name in runs.of(row, "unknown")[0]]
     if not found:
         return
@@ -153,7 +153,7 @@ def sheets(config: PhysicsInverseConfig, runs: Runs) -> Iterator[TitledTable]:
 
 
 def claims(config: PhysicsInverseConfig, runs: Runs) -> Iterator[Claim]:
-    """What is found is what is true, within the error bars; both models alike."""
+    """The estimates agree with the true values within the error bars, for both models."""
     for row in there(config, runs):
         for name in runs.of(row, "unknown")[0]:
             known, each = runs.of(row, f"true.{name}"), runs.of(row, f"unknown.{name}")
@@ -170,7 +170,7 @@ def claims(config: PhysicsInverseConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: PhysicsInverseConfig, runs: Runs) -> str:
-    """Say in words what was run."""
+    """Describe what was run, and how the figures were selected."""
     return (
         f"{config.iterations} iterations of Gauss–Newton in the weights and the parameters together, from "
         f"{config.ordinary_points} collocation points (ordinary) or {config.partial_points} (partial) and the values; "
@@ -182,7 +182,7 @@ def protocol(config: PhysicsInverseConfig, runs: Runs) -> str:
 
 
 def notes(config: PhysicsInverseConfig, runs: Runs) -> Iterator[str]:
-    """What else a reader must know."""
+    """Caveats for the reader."""
     yield (
         "The deviation over seeds is the error bar: it holds what other noise, other points and other initial weights "
         "change, and not what a wrong equation would."
@@ -193,7 +193,7 @@ def notes(config: PhysicsInverseConfig, runs: Runs) -> Iterator[str]:
 
 
 def drawings(config: PhysicsInverseConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
-    """Every seed's parameter beside the true one, a panel an equation."""
+    """Every seed's estimate and the true value, a panel per equation."""
     names: dict[str, list[Row]] = {}
     for row in there(config, runs):
         names.setdefault(runs.of(row, "title")[0], []).append(row)

@@ -29,7 +29,7 @@ class Solved(nn.Module):
         )
 
     def found(self) -> dict[str, float]:
-        """The parameters as they are now."""
+        """The current parameters."""
         return {name: float(value.detach()) for name, value in self.unknown.items()}
 
 
@@ -65,7 +65,7 @@ class LeastSquares:
                 p.copy_(part)
 
     def residuals(self, vector: Array) -> Array:
-        """All residuals, each times the root of its weight over their number."""
+        """All residuals, each times the square root of its weight over their number."""
         self.evaluations += 1
         self.set_weights(vector)
         with torch.no_grad():
@@ -101,7 +101,7 @@ class LeastSquares:
         return 0.5 * torch.stack([residual.square().sum() for residual in self._residuals(None)]).sum()
 
     def loss_and_gradient(self, vector: Array) -> tuple[float, Array]:
-        """Both, at some weights."""
+        """The loss and its gradient at some weights."""
         self.set_weights(vector)
         loss = self.loss()
         grads = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)

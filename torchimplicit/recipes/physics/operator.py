@@ -67,7 +67,7 @@ class OperatorConfig:
 
 
 def darcy() -> OperatorConfig:
-    """Grids of 31 points."""
+    """Darcy flow on grids of 31 points."""
     return OperatorConfig()
 
 
@@ -165,7 +165,7 @@ class OperatorTask(SampledTask):
         )
 
     def errors(self, batch: Any) -> Tensor:
-        """``[batch]``."""
+        """Relative errors, ``[batch]``."""
         a, u = batch
         gap = self.scale * self.model(a) - u
         return gap.flatten(1).norm(dim=1) / u.flatten(1).norm(dim=1)

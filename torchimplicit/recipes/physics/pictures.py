@@ -26,8 +26,8 @@ CAPTIONS = {
 
 
 def figures(results: Results, equation: Equation, found: Array) -> dict[str, Figure]:
-    """By the names of :data:`CAPTIONS`, of the field's values on the grid; of more than two coordinates the training
-    alone."""
+    """The figures by the names in :data:`CAPTIONS`, from the field's values on the grid; with more than two
+    coordinates, only the training."""
     right = equation.reference(equation.points())
     drawn: dict[str, Figure] = {}
     with styled():
@@ -76,7 +76,7 @@ def training(results: Results) -> Figure:
 
 
 def lines(plot: Axes, equation: Equation, found: Array) -> None:
-    """A function of one coordinate on the equation's grid as lines, and the trusted one as dots."""
+    """Plot a function of one coordinate on the equation's grid as a line, and the reference solution as dots."""
     grid = equation.points()
     right, some = equation.reference(grid), slice(None, None, max(1, len(grid) // 25))
     for index, name in enumerate(equation.outputs):
@@ -89,7 +89,7 @@ def lines(plot: Axes, equation: Equation, found: Array) -> None:
 
 
 def colours(plot: Axes, equation: Equation, found: Array, title: str, **look: Any) -> None:
-    """A function of two coordinates on the equation's grid, ``[points]``, as a map with its scale; white outside of the
+    """Plot a function of two coordinates on the equation's grid, ``[points]``, as a colour map; white outside of the
     domain."""
     import torch
 
@@ -105,7 +105,7 @@ def colours(plot: Axes, equation: Equation, found: Array, title: str, **look: An
 
 
 def write_report(results: Results, equation: Equation, found: Array, run: Run) -> None:
-    """``figures/*.png`` and ``index.html``, which holds its pictures itself."""
+    """Write ``figures/*.png`` and a self-contained ``index.html``."""
     drawn = figures(results, equation, found)
     with styled():
         pictures = saved([CaptionedFigure(name, one, CAPTIONS[name]) for name, one in drawn.items()], run)

@@ -119,7 +119,7 @@ def helmholtz() -> PhysicsConfig:
 
 
 def own() -> PhysicsConfig:
-    """An equation of one's own, ``--equation FILE``."""
+    """Your own equation, ``--equation FILE``."""
     return PhysicsConfig(equation=OWN, points=300)
 
 
@@ -198,7 +198,7 @@ class Results:
 
 
 def check(config: PhysicsConfig) -> None:
-    """Read the equation's file, and make its model once."""
+    """Check that the equation's file can be read and its model made."""
     field(config)
 
 
@@ -235,7 +235,7 @@ def problem_of(config: PhysicsConfig) -> LeastSquares:
 
 
 def train(config: PhysicsConfig, run: Run, console: Console) -> bool:
-    """Train from the last iteration that was kept, and write ``results.json``, ``figures/`` and ``index.html``."""
+    """Train from the last checkpoint, and write ``results.json``, ``figures/`` and ``index.html``."""
     stated, problem = given(config.equation), problem_of(config)
     equation, made = stated.equation, problem.model.field
     history = _resumed(problem.model, stated.digest, run)
@@ -279,7 +279,7 @@ def train(config: PhysicsConfig, run: Run, console: Console) -> bool:
 
 
 def evaluate(config: PhysicsConfig, run: Run, console: Console) -> None:
-    """Measure the errors of the last weights again, and draw the page again if there is to be one."""
+    """Measure the errors of the last weights again, and redraw the page if there is one."""
     stated, problem = given(config.equation), problem_of(config)
     if not run.checkpoint.is_file():
         raise UserError(f"{run.checkpoint} does not exist: nothing was trained yet; 'resume' the run first")
@@ -321,7 +321,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _resumed(model: Solved, digest: str, run: Run) -> History:
-    """What the checkpoint knows; its weights go into the model."""
+    """Restore a checkpoint; its weights are set in the model."""
     if not run.checkpoint.is_file():
         return History(digest=digest)
     from torchimplicit.recipes.runtime.fitting import read_checkpoint

@@ -100,7 +100,7 @@ class Names:
         return self.outputs.index(output), tuple(sorted(order))
 
     def listed(self) -> str:
-        """Say what there is."""
+        """List the available names."""
         names, one = ", ".join((*self.inputs, *self.outputs, *self.unknown)), f"{self.outputs[0]}_{self.inputs[0]}"
         return f"{names}, and derivatives such as {one} and {one}{self.inputs[-1]}"
 
@@ -148,7 +148,7 @@ class Measured:
 
     @staticmethod
     def read(path: str | Path, inputs: Sequence[str], outputs: Sequence[str], weight: float = 1.0) -> Measured:
-        """From a CSV file with a header that names the inputs and the outputs, and a number in every cell.
+        """Read a CSV file with a header that names inputs and outputs, and a number in every cell.
 
         Raises:
             UserError: the file cannot be read, lacks a column, or holds something else than numbers.
@@ -170,7 +170,7 @@ class Measured:
         return Measured(points, {name: columns[name] for name in outputs}, weight)
 
     def condition(self, seed: int) -> Condition:
-        """That the values are met."""
+        """The condition that the values are matched."""
         chance = torch.Generator().manual_seed(seed)
         values = {
             name: torch.as_tensor(value, dtype=torch.float64)
@@ -234,7 +234,7 @@ class Equation:
 
     @cached_property
     def names(self) -> Names:
-        """What residuals may ask for."""
+        """The names that residuals may use."""
         return Names(tuple(self.inputs), tuple(self.outputs), tuple(self.unknown))
 
     @property
@@ -248,7 +248,7 @@ class Equation:
         return tuple(float(box[1]) for box in self.inputs.values())
 
     def stated(self, count: int, seed: int, held_out: bool = False) -> list[Stated]:
-        """The conditions, and the equation itself at ``count`` points; with ``held_out`` at others."""
+        """The conditions, and the equation itself at ``count`` points; with ``held_out`` at other points."""
         some = max(8, round(count**0.5))
         conditions = [c.condition(seed) if isinstance(c, Measured) else c for c in self.conditions]
         found = [
@@ -292,7 +292,7 @@ class Equation:
     # -- the trusted solution
 
     def points(self) -> Array:
-        """The points ``[points, inputs]`` of the box on which errors are measured; of an interval, evenly spaced."""
+        """The points ``[points, inputs]`` of the box on which errors are measured; evenly spaced on an interval."""
         sizes = self.grid or {1: (1001,), 2: (61, 61)}.get(len(self.inputs), (21,) * len(self.inputs))
         axes = [np.linspace(low, high, size) for (low, high), size in zip(self.inputs.values(), sizes, strict=True)]
         return np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
@@ -311,8 +311,8 @@ class Equation:
         return np.asarray(found, dtype=np.float64)
 
     def errors(self, values: Array) -> dict[str, float]:
-        """The errors of values on the grid, of those of its points that belong to the domain: the relative error in
-        the mean square, and of one coordinate the integral of the absolute error (IAE, summed over the components)."""
+        """The errors on the grid points that belong to the domain: the relative root-mean-square error and, for one
+        coordinate, the integral of the absolute error (IAE, summed over the components)."""
         grid = self.points()
         right = self.reference(grid)
         if right is None:
@@ -348,8 +348,8 @@ class Stated:
         self.orders = tuple(order for order in asked if order)
 
     def __call__(self, derivatives: Callable[[int, Order], Tensor], unknown: Mapping[str, Tensor]) -> Tensor:
-        """The residuals ``[points, terms]``, of derivatives ``[points]`` by output and order, and of the parameters,
-        each one number or ``[points]``."""
+        """The residuals ``[points, terms]``, from derivatives ``[points]`` by output and order, and from the
+        parameters, each one number or ``[points]``."""
         found = self._residual(At(self.equation.names, self.points, derivatives, unknown))
         each: list[Any] = list(found) if isinstance(found, list | tuple) else [found]
         for one in each:
@@ -369,8 +369,8 @@ HELD_OUT = 10_000
 
 
 def scattered(count: int, low: Sequence[float], high: Sequence[float], seed: int, even: bool = False) -> Tensor:
-    """Points ``[count, inputs]`` that fill a box evenly: a scrambled Sobol sequence, or with ``even``, those of an
-    interval evenly spaced."""
+    """Points ``[count, inputs]`` that fill a box evenly: a scrambled Sobol sequence, or with ``even``, evenly spaced on
+    an interval."""
     if even and len(low) == 1:
         return evenly(count, [(low[0], high[0])])
     engine = torch.quasirandom.SobolEngine(len(low), scramble=True, seed=seed)

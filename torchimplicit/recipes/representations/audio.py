@@ -189,7 +189,7 @@ class Sound:
 
 
 def sound(config: SoundConfig) -> Sound:
-    """Read or make the sound that the settings ask for.
+    """Read or synthesize the sound of the settings.
 
     Raises:
         UserError: if it cannot be read, or there is nothing in it to fit.
@@ -199,7 +199,7 @@ def sound(config: SoundConfig) -> Sound:
 
 @lru_cache(maxsize=1)
 def _sound(file: Path | None, name: SoundName, start: float, seconds: float | None, rate: int, mono: bool) -> Sound:
-    """Kept, for it is asked for when the settings are checked, when the model is made and when the fit is shown."""
+    """Cached, as the check, the model and the display need it."""
     if file is not None:
         return read_file(file, start, seconds, rate, mono)
     assert seconds is not None
@@ -262,7 +262,7 @@ def read_file(path: Path, start: float, seconds: float | None, rate: int, mono: 
 
 
 def _excerpt(path: Path, rate: int, count: int, start: float, seconds: float | None) -> tuple[int, int]:
-    """The first sample that is read, and the one after the last."""
+    """The first sample to read, and the one after the last."""
     if count == 0:
         raise UserError(f"{path} holds no samples")
     if not 0 < rate <= 10 * HIGHEST_RATE:
@@ -274,7 +274,7 @@ def _excerpt(path: Path, rate: int, count: int, start: float, seconds: float | N
 
 
 def save(samples: Tensor, rate: int, path: Path) -> None:
-    """Write int16 ``[samples, channels]`` as a WAV file, in one move."""
+    """Write int16 ``[samples, channels]`` as a WAV file, atomically."""
     import soundfile
 
     with replacing(path) as draft:
@@ -302,7 +302,8 @@ MOST_DRAWN = 4000
 
 
 def waveforms(truth: Tensor, values: Tensor, rate: int) -> Figure:
-    """The sound and the error over all of it, and the sound and the field where it is loudest: first channel."""
+    """Waveforms of the sound and the error over the whole length, and of the sound and the field at the loudest place,
+    for the first channel."""
     truth, values = truth[:, 0], values[:, 0]
     with styled():
         figure = canvas(9, 2.9)
@@ -323,8 +324,8 @@ def waveforms(truth: Tensor, values: Tensor, rate: int) -> Figure:
 
 
 def spectrograms(lines: dict[str, Tensor], rate: int) -> Figure:
-    """The power over time and frequency of sounds under their names, in dB below the greatest of the first one, and on
-    one scale for all: first channel."""
+    """Spectrograms of named sounds on a common scale, in dB below the maximum of the first one, for the first
+    channel."""
     length = len(next(iter(lines.values())))
     window = min(length, 2 ** round(math.log2(max(16, 0.032 * rate))))
     powers = {name: _power(line[:, 0], window) for name, line in lines.items()}
@@ -355,9 +356,9 @@ FLOOR = 60.0
 
 
 def spectral_distance(truth: Tensor, values: Tensor, rate: int) -> float:
-    """The log-spectral distance of sounds ``[samples, channels]``, in dB: the root mean square, over bands of frequency
-    and stretches of 32 ms, of the difference of their powers in dB, which are cut off :data:`FLOOR` below the sound's
-    greatest. A field that lacks high frequencies may have a high signal-to-noise ratio, and has a large distance."""
+    """The log-spectral distance of sounds ``[samples, channels]`` in dB: the root mean square, over frequency bands and
+    32 ms windows, of the difference of their powers in dB, cut off :data:`FLOOR` below the sound's maximum. A field
+    that lacks high frequencies can have a high signal-to-noise ratio but has a large distance."""
     window = min(len(truth), 2 ** round(math.log2(max(16, 0.032 * rate))))
     squares = []
     for one, other in zip(truth.T, values.T, strict=True):
@@ -369,7 +370,8 @@ def spectral_distance(truth: Tensor, values: Tensor, rate: int) -> float:
 
 
 def octaves(truth: Tensor, values: Tensor, rate: int) -> dict[str, float]:
-    """The signal-to-noise ratio in dB of each octave below half the rate, the lowest one with all below it."""
+    """Signal-to-noise ratio in dB of each octave below half the sampling rate; the lowest one includes everything below
+    it."""
     sound, error = (torch.fft.rfft(line.double(), dim=0).abs().square().sum(1) for line in (truth, values - truth))
     hertz = torch.fft.rfftfreq(len(truth), 1 / rate)
     found, high = {}, rate / 2
@@ -391,7 +393,7 @@ def _power(line: Tensor, window: int) -> Tensor:
 
 
 def _envelope(line: Tensor, rate: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Times in seconds, and the least and the greatest value of the stretch that begins there."""
+    """Times in seconds, with the minimum and maximum of the stretch that begins there."""
     stretch = max(1, len(line) // MOST_DRAWN)
     cut = line[: len(line) // stretch * stretch].reshape(-1, stretch)
     return torch.arange(len(cut)) * stretch / rate, cut.amin(1), cut.amax(1)
@@ -408,7 +410,7 @@ def _loudest(line: Tensor, length: int) -> slice:
 
 
 def show(config: SoundConfig, task: FieldTask, results: Results, run: Run) -> None:
-    """Write the reconstruction, the error, the export where one is asked for, and the page."""
+    """Write the reconstruction, the error, the export if asked for, and the page."""
     folder = run.path / "figures"
     folder.mkdir(exist_ok=True)
     known = sound(config)
@@ -450,7 +452,7 @@ def show(config: SoundConfig, task: FieldTask, results: Results, run: Run) -> No
 
 
 def export(config: SoundConfig, task: FieldTask, sizes: tuple[int, ...], run: Run) -> Path:
-    """Write ``export.wav``: the field so many times a second."""
+    """Write ``export.wav``: the field at this sampling rate."""
     if len(sizes) != 1:
         raise UserError("--export-size takes one number for a sound: its samples a second")
     (rate,), known = sizes, sound(config)
@@ -476,7 +478,7 @@ PAPER_SCALE_A_SECOND = 25000 / 7
 
 
 def build(config: SoundConfig) -> FieldTask:
-    """The task."""
+    """The task of the settings."""
     found = sound(config)
     grid = Grid(found.samples)
     power = float(found.samples.double().square().mean())
@@ -490,7 +492,7 @@ def build(config: SoundConfig) -> FieldTask:
 
 
 def ready(config: SoundConfig) -> None:
-    """Raise where the sound cannot be read, or its states have no room."""
+    """Raise if the sound cannot be read, or its states do not fit in memory."""
     chunk_points(config, len(sound(config).samples))
 
 

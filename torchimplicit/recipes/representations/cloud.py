@@ -85,7 +85,7 @@ WANTED = ("x", "y", "z", "nx", "ny", "nz")
 
 
 def _read_ply(path: Path, most: int) -> Any:
-    """The wanted columns of the vertices; ``None`` where there are faces."""
+    """The required columns of the vertices; ``None`` if there are faces."""
     with path.open("rb") as file:
         kind, count, faces, columns, element = "", 0, 0, [], ""
         for _ in range(1000):
@@ -142,7 +142,7 @@ class OnSurface:
         return Metric("distance", "", "min")
 
     def sums(self, values: Tensor, y: Tensor) -> Tensor:
-        """The sum of the sizes, and how many there are."""
+        """The sum of absolute values, and their number."""
         size = values[:, 0].abs().double() / self.longest
         return torch.stack([size.sum(), size.new_tensor(float(len(size)))])
 

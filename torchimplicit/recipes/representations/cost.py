@@ -83,24 +83,24 @@ def default() -> FieldCostConfig:
 
 
 def recipe(config: PictureConfig | SoundConfig | VideoConfig) -> Any:
-    """The module that fits such a signal."""
+    """The module that fits this kind of signal."""
     return {SoundConfig: audio, VideoConfig: video, PictureConfig: image}[type(config)]
 
 
 def ready(config: FieldCostConfig) -> None:
-    """Raise where one of the fits cannot be run."""
+    """Raise if one of the fits cannot be run."""
     for one in config.all:
         recipe(one).RUNNER.check(one)
 
 
 def measured(config: FieldCostConfig, run: Run | None = None) -> dict[str, StepCost]:
-    """All fits, in turn."""
+    """Measure all fits in turn."""
     fits = zip(config.names, config.all, strict=True)
     return costs_of_fits([Fit(name, one, recipe(one).build) for name, one in fits], config)
 
 
 def costs_of_fits(fits: Sequence[Fit], config: Any, then: Callable[[], object] = lambda: None) -> dict[str, StepCost]:
-    """Train all of them a little, and then measure steps of one after the other, and call ``then``."""
+    """Train all of them a little, measure steps of one after another, and call ``then``."""
     for fit in fits:
         for _ in range(config.warm_steps):
             fit.step()
@@ -130,7 +130,7 @@ class Fit:
         return one_step(self.task, lambda: self.task.loss(self.batch), self.where, self.optimizer)
 
     def completed(self, cost: StepCost) -> StepCost:
-        """With the memory of one more step, the parameters, and how good the gradient is."""
+        """The cost with the memory of one more step, the parameters, and the accuracy of the gradient."""
         return replace(
             cost,
             megabytes=peak_bytes(self.step, self.where) / 2**20,
@@ -139,8 +139,8 @@ class Fit:
         )
 
     def _beside_exact(self) -> dict[str, float]:
-        """Compare the gradient with the exact one, at the same weights and the same state; an explicit model has
-        nothing to compare."""
+        """Compare the gradient with the exact one, for the same weights and state; an explicit model has nothing to
+        compare."""
         model = self.task.model
         if not isinstance(model, ImplicitRepresentation):
             return {"cosine": nan, "norm": nan}
@@ -162,17 +162,17 @@ class Fit:
 
 
 def seconds_of(runs: Runs, *rows: Any) -> list[float | None]:
-    """Return what a step of the rows' fits costs, where it was measured."""
+    """Seconds of a step of the rows' fits, if measured."""
     return [runs.named(COST).get(row.name, {}).get("seconds") for row in rows]
 
 
 def parameters(runs: Runs) -> Cell[Any]:
-    """The column of the models' sizes."""
+    """The column of model sizes."""
     return Cell("Parameters", runs.first("parameters"))
 
 
 def trained(runs: Runs) -> Cell[Any]:
-    """The column of the time that training took."""
+    """The column of training times."""
     note = "Wall seconds until the best validation, mean; the machine was shared."
     return Cell("Training", lambda row: mean(runs.where(row=row).at_best("seconds"), ".1f"), "s", note)
 

@@ -110,8 +110,8 @@ class FieldSettings(Trained, Protocol):
 
 
 def truncated(terms: int = 2) -> Equilibria:
-    """How amortized equilibria are trained (Huang et al. 2021): one evaluation a step from the last state, and the
-    Neumann series after ``terms`` of its terms; 2 are one product with the Jacobian."""
+    """Training of amortized equilibria (Huang et al. 2021): one evaluation per step from the last state, and the first
+    ``terms`` terms of the Neumann series; 2 terms take one product with the Jacobian."""
     return Equilibria(
         solver="anderson",
         solver_steps=60,
@@ -125,7 +125,7 @@ def truncated(terms: int = 2) -> Equilibria:
 
 
 def full_batch(steps: int, validate_every: int, learning_rate: float = 1e-3) -> Optimization:
-    """All points in every step, by Adam at a constant rate, as the paper trains."""
+    """All points in every step, with Adam at a constant rate, as in the paper."""
     return Optimization(
         steps=steps,
         batch_size=1 << 22,
@@ -137,7 +137,7 @@ def full_batch(steps: int, validate_every: int, learning_rate: float = 1e-3) -> 
 
 
 def check_fit(config: FieldSettings) -> None:
-    """Raise where settings of several groups do not go together."""
+    """Raise if settings of several groups are incompatible."""
     chosen = config.representation
     if not chosen.implicit:
         return
@@ -152,8 +152,8 @@ def check_fit(config: FieldSettings) -> None:
 
 
 def check_slopes(config: FieldSettings) -> None:
-    """Raise where the settings cannot train by a loss that holds derivatives of the field: the weights' gradient is a
-    second derivative then, which estimators of the adjoint do not have, nor states that were carried along."""
+    """Raise if the settings cannot train a loss that contains derivatives of the field. Its gradient is a second
+    derivative, which neither the adjoint's estimators nor states carried over from the last step support."""
     chosen = config.representation
     if not chosen.implicit:
         return
@@ -212,14 +212,14 @@ def representation(
 
 
 def norm_of(chosen: Representation, held: Held) -> Norm | None:
-    """What holds the layers' weights."""
+    """The norm that constrains the layers' weights."""
     if chosen.norm == "published":
         return "spectral" if held == "both" or (held == "implicit" and chosen.implicit) else None
     return None if chosen.norm == "none" else chosen.norm
 
 
 def values_at(model: nn.Module, x: Tensor, index: Tensor | None = None) -> Tensor:
-    """The model at coordinates; ``index`` says which points they are, for one that remembers each."""
+    """The model at coordinates; ``index`` identifies the points for a model that remembers each."""
     if index is not None and isinstance(model, ImplicitRepresentation):
         start = model.equilibrium.warm_start
         if start is not None and start.samples is not None:
@@ -229,7 +229,7 @@ def values_at(model: nn.Module, x: Tensor, index: Tensor | None = None) -> Tenso
 
 @torch.no_grad()
 def sampled(model: nn.Module, coordinates: Iterator[Tensor], into: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """The model at chunks of coordinates, or what ``into`` makes of each, put together, on the CPU."""
+    """The model at chunks of coordinates, optionally passed through ``into``, concatenated on the CPU."""
     where = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -245,8 +245,8 @@ def sampled(model: nn.Module, coordinates: Iterator[Tensor], into: Callable[[Ten
 
 
 def chunk_points(config: FieldSettings, training: int, slopes: bool = False) -> int:
-    """How many points may go through at a time; ``training``: how many there are to train on, ``slopes``: whether the
-    loss holds the field's.
+    """Number of points per chunk; ``training``: number of training points, ``slopes``: whether the loss contains the
+    field's slopes.
 
     Raises:
         UserError: if the states alone, which amortized training remembers of every point, take more than there is.
@@ -275,7 +275,7 @@ SLOPES = 2.2
 
 
 def floats_a_point(config: FieldSettings, slopes: bool = False) -> int:
-    """Return what a step holds for a point at its peak: as measured, with the first step's solve, and rounded up."""
+    """Floats that a step holds per point at its peak: measured, including the first step's solve, and rounded up."""
     chosen, solve = config.representation, config.equilibria
     vectors = HELD[chosen.filter] * (chosen.depth + 1) + 2
     if chosen.implicit:
@@ -348,7 +348,7 @@ class Points(nn.Module, ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many points."""
+        """The number of points."""
 
     @abstractmethod
     def at(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -396,7 +396,7 @@ def centres(index: Tensor, sizes: Sequence[int], corner: Sequence[float], dtype:
 
 
 def every_other(sizes: Sequence[int], offset: Sequence[int]) -> Tensor:
-    """The cells whose places are ``offset`` modulo 2: one in ``2 ** len(sizes)``."""
+    """The cells whose indices are ``offset`` modulo 2: one in ``2 ** len(sizes)``."""
     index = torch.arange(math.prod(sizes)).reshape(*sizes)
     return index[tuple(slice(start, None, 2) for start in offset)].flatten()
 
@@ -410,7 +410,7 @@ may differentiate the field if the settings pass :func:`.settings.check_slopes`.
 
 
 def mean_squared_error(field: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """The usual criterion."""
+    """The default criterion."""
     return functional.mse_loss(field(x), y)
 
 
@@ -422,7 +422,7 @@ class Scoring(Protocol):
         """The figure by which the weights are selected."""
 
     def sums(self, values: Tensor, y: Tensor) -> Tensor:
-        """Sums ``[k]`` (float64) over points, of the field's values and the signal's, each ``[points, ...]``."""
+        """Sums ``[k]`` (float64) over points, from the field's values and the signal's, each ``[points, ...]``."""
 
     def figures(self, sums: list[float]) -> dict[str, float]:
         """The figures of all points, from their sums."""
@@ -443,7 +443,7 @@ class SignalToNoise:
         return Metric("PSNR", "dB", "max")
 
     def sums(self, values: Tensor, y: Tensor) -> Tensor:
-        """The sum of the squared errors, and how many there are."""
+        """The sum of squared errors, and their number."""
         error = (values.clamp(self.low, self.high) - y).double().square()
         return torch.stack([error.sum(), error.new_tensor(float(error.numel()))])
 
@@ -466,7 +466,7 @@ class Parts:
 
     @staticmethod
     def same(points: Points) -> Parts:
-        """All points for everything: where a fit is wanted, and nothing is held out."""
+        """All points for every split, for fits without held-out points."""
         every = torch.arange(len(points))
         return Parts(every, every, every)
 
@@ -550,7 +550,7 @@ class FieldTask(Task):
         return self.scoring.figures(sums)
 
     def begin(self) -> None:
-        """Forget the states of the last segment: a resumed run would not have them."""
+        """Forget the states of the last segment, which a resumed run would not have."""
         if isinstance(self.model, ImplicitRepresentation) and self.model.equilibrium.warm_start is not None:
             self.model.equilibrium.warm_start.reset()
 
@@ -583,17 +583,17 @@ class FieldTask(Task):
 
 
 def noted(about: str, notes: Sequence[str]) -> str:
-    """Say in one sentence what is known of a signal and what was done to it."""
+    """One sentence about a signal and how it was preprocessed."""
     return ", ".join((about, *notes)) + "."
 
 
 def decibels(error: float, peak: float) -> float:
-    """The peak signal-to-noise ratio of a mean squared error."""
+    """The peak signal-to-noise ratio for a mean squared error."""
     return 10 * log10(peak * peak / max(error, 1e-20))
 
 
 def _places(count: int, batch_size: int, seed: int, steps: range, shard: Shard) -> Iterator[Tensor]:
-    """The places of each step: all of them in order, or a part of a permutation that lasts a whole pass."""
+    """The point indices of each step: all in order, or a part of a permutation that lasts a whole pass."""
     order, last = torch.arange(count), None
     for step in steps:
         turn, place = divmod(step, count // batch_size)
@@ -607,7 +607,7 @@ def _places(count: int, batch_size: int, seed: int, steps: range, shard: Shard) 
 
 
 def curve(results: Results, metric: Metric) -> Figure:
-    """The metric on the validation points over the steps, and over the seconds."""
+    """The metric on the validation points against steps and seconds."""
     scale, unit = (100.0 if metric.unit == "%" else 1.0), f" ({metric.unit})" if metric.unit else ""
     drawn, panels = axes(2, width=4.5, height=3.2)
     values = [scale * v.figures[metric.name] for v in results.validations]

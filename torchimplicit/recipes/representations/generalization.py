@@ -62,12 +62,12 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The name of its folder, which the command line knows too."""
+        """The name of its folder."""
         kind = "implicit" if self.implicit else "explicit"
         return f"{self.filter}-{kind}-{self.size}" + "-full" * self.full + "-free" * self.free
 
     def label(self, width: int) -> str:
-        """A name for people to read."""
+        """The row's label."""
         layers, factor = SIZES[self.size]
         name = f"{NAMES[self.filter, self.implicit]} {layers}L-{factor * width}"
         return f"{name}, full solves" if self.full else f"{name}, free" if self.free else name
@@ -78,7 +78,7 @@ class Row:
 
     @property
     def twin(self) -> Row:
-        """The explicit model of as many parameters."""
+        """The explicit model with the same number of parameters."""
         return replace(self, implicit=False)
 
 
@@ -150,7 +150,7 @@ def subjects(config: GeneralizationConfig) -> list[Subject]:
 
 
 def width(config: GeneralizationConfig) -> int:
-    """w."""
+    """The width w."""
     return config.width or (256 if config.plan.scale == "paper" else 64)
 
 
@@ -179,8 +179,8 @@ def training(config: GeneralizationConfig, row: Row, subject: Subject, seed: int
 
 
 def jobs(config: GeneralizationConfig) -> list[Job]:
-    """Seed by seed and picture by picture, so that all rows have seen the machine alike; full solves for the first seed
-    and the first picture of a kind, and the costs after the first picture."""
+    """All jobs, seed by seed and picture by picture so that a slow phase of the machine affects all rows; full solves
+    for the first seed and the first picture of a kind, and the costs after the first picture."""
     known_rows(config.rows, (*ROWS, COST))
     pictures = subjects(config)
     firsts = [next((one for one in pictures if one.kind == kind), None) for kind in KINDS]
@@ -200,19 +200,19 @@ def jobs(config: GeneralizationConfig) -> list[Job]:
 
 
 def labels_of(config: GeneralizationConfig) -> dict[Row, str]:
-    """The rows for people."""
+    """The rows with their labels."""
     return {row: row.label(width(config)) for row in ROWS.values()}
 
 
 def by_seed(config: GeneralizationConfig, runs: Runs, row: Row, kind: Kind) -> list[float]:
-    """The mean test PSNR over the pictures of a kind, of every seed that has them all."""
+    """The mean test PSNR over the pictures of a kind, for every seed that has them all."""
     count = sum(one.kind == kind for one in subjects(config))
     every = (runs.where(kind=kind, seed=seed).of(row, "test.PSNR") for seed in config.plan.all_seeds)
     return [fmean(values) for values in every if values and len(values) == count]
 
 
 def sheets(config: GeneralizationConfig, runs: Runs) -> Iterator[TitledTable]:
-    """The quality, the cost of a step, and the time to an explicit network's quality."""
+    """Tables of the quality, the cost of a step, and the time to reach an explicit network's quality."""
     labels = labels_of(config)
     yield table.sheet("Pixels that were not given", OF_THE_TABLE, [
         Cell[Row]("Model", lambda row: labels[row]),
@@ -261,7 +261,7 @@ def bounding(runs: Runs, labels: dict[Row, str]) -> TitledTable:
 
 
 def stronger(runs: Runs, name: FilterKind) -> list[float]:
-    """By how much the stronger implicit model beats the stronger explicit one, picture by picture and seed by seed."""
+    """The gap between the better implicit model and the better explicit one, for each picture and seed."""
 
     def best(implicit: bool) -> dict[tuple[str, int], float]:
         found: dict[tuple[str, int], list[float]] = {}
@@ -276,7 +276,7 @@ def stronger(runs: Runs, name: FilterKind) -> list[float]:
 
 
 def reaching(runs: Runs, labels: dict[Row, str]) -> TitledTable:
-    """Tabulate in how many steps and in what time a model comes to what the explicit network of one layer ends with."""
+    """Tabulate the steps and time in which a model reaches the final quality of the explicit one-layer network."""
 
     def cells(row: Row) -> list[str]:
         target = Row(filter=row.filter, implicit=False)
@@ -301,12 +301,12 @@ def reaching(runs: Runs, labels: dict[Row, str]) -> TitledTable:
 
 
 def amortized(runs: Runs, name: FilterKind) -> list[tuple[float, float]]:
-    """The test PSNR of models trained by one evaluation a step, and by full solves, on the pictures that both had."""
+    """The test PSNR of models trained by one evaluation per step and by full solves, on the pictures that both have."""
     return runs.paired(Row(filter=name), Row(filter=name, full=True), "test.PSNR")
 
 
 def amortizing(runs: Runs, labels: dict[Row, str], names: list[FilterKind]) -> TitledTable:
-    """Training by one evaluation a step beside training by full solves."""
+    """Compare training by one evaluation per step with training by full solves."""
     cost = runs.named(COST)
 
     def ratio(name: FilterKind) -> str:
@@ -327,7 +327,8 @@ def amortizing(runs: Runs, labels: dict[Row, str], names: list[FilterKind]) -> T
 
 
 def claims(config: GeneralizationConfig, runs: Runs) -> Iterator[Claim]:
-    """Say if implicit models beat explicit ones, and if amortized ones are as good as solved ones, and quicker."""
+    """Test whether implicit models beat explicit ones, and whether amortized ones are as good as solved ones, and
+    faster."""
     labels = labels_of(config)
     for size, margin in (("1L", 1.5), ("4L", 0.0)):
         for name in FILTERS:
@@ -372,7 +373,7 @@ def claims(config: GeneralizationConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: GeneralizationConfig, runs: Runs) -> str:
-    """Say in words what was run."""
+    """Describe what was run, and how the figures were selected."""
     pictures = subjects(config)
     one = training(config, ROWS["fourier-implicit-1L"], pictures[0], config.plan.first_seed)
     chosen = one.optimization
@@ -389,7 +390,7 @@ def protocol(config: GeneralizationConfig, runs: Runs) -> str:
 
 
 def notes(config: GeneralizationConfig, runs: Runs) -> Iterator[str]:
-    """Say what a reader must know."""
+    """Caveats for the reader."""
     labels = labels_of(config)
     if config.plan.scale == "cpu":
         yield (
@@ -417,7 +418,7 @@ def notes(config: GeneralizationConfig, runs: Runs) -> Iterator[str]:
 
 
 def drawings(config: GeneralizationConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
-    """PSNR along training, and the first picture of each kind with what became of it."""
+    """PSNR during training, and the first picture of each kind with its reconstructions."""
     import matplotlib.image
 
     labels, seed = labels_of(config), config.plan.first_seed

@@ -87,7 +87,7 @@ def subjects(config: GradientsConfig) -> list[Subject]:
 
 
 def training(config: GradientsConfig, row: Row, subject: Subject, seed: int) -> PictureConfig:
-    """The settings of one run: those of the table of generalization, but for the backward pass."""
+    """The settings of one run: those of the table of generalization, except for the backward pass."""
     as_there = GeneralizationConfig(
         plan=config.plan, size=config.size, width=config.width, steps=config.steps, machine=config.machine
     )
@@ -98,7 +98,7 @@ def training(config: GradientsConfig, row: Row, subject: Subject, seed: int) -> 
 
 
 def jobs(config: GradientsConfig) -> list[Job]:
-    """Seed by seed and picture by picture; the costs after the first picture."""
+    """All jobs, seed by seed and picture by picture; the costs after the first picture."""
     made: list[Job] = []
     for seed in config.plan.all_seeds:
         for subject in subjects(config):
@@ -113,7 +113,7 @@ def jobs(config: GradientsConfig) -> list[Job]:
 
 
 def sheets(config: GradientsConfig, runs: Runs) -> Iterator[TitledTable]:
-    """A sheet a filter."""
+    """A table per filter."""
     cost = runs.named(COST)
 
     def step(figure: str, form: str, scale: float = 1.0) -> Any:
@@ -136,7 +136,7 @@ def sheets(config: GradientsConfig, runs: Runs) -> Iterator[TitledTable]:
 
 
 def claims(config: GradientsConfig, runs: Runs) -> Iterator[Claim]:
-    """Say whether one product is enough, and what it saves, filter by filter."""
+    """Test whether one product is enough, and what it saves, for each filter."""
     cost = runs.named(COST)
     for name in FILTERS:
         short, whole = Row(filter=name, products=1), Row(filter=name, products=None)
@@ -158,7 +158,7 @@ def claims(config: GradientsConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: GradientsConfig, runs: Runs) -> str:
-    """Say in words what was run."""
+    """Describe what was run, and how the figures were selected."""
     one = training(config, rows(config, FILTERS[0])[0], subjects(config)[0], config.plan.first_seed)
     chosen = one.optimization
     return (
@@ -172,7 +172,7 @@ def protocol(config: GradientsConfig, runs: Runs) -> str:
 
 
 def notes(config: GradientsConfig, runs: Runs) -> Iterator[str]:
-    """Say what a reader must know."""
+    """Caveats for the reader."""
     yield "The figure's own values are not at hand, so that none stand beside ours."
     yield (
         "The exact gradient is that of the solved equilibrium. What is left of the distance to it at many products, "
@@ -185,7 +185,7 @@ def notes(config: GradientsConfig, runs: Runs) -> Iterator[str]:
 
 
 def drawings(config: GradientsConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
-    """PSNR, and how far the gradient points from the exact one."""
+    """PSNR, and the angle between the gradient and the exact one."""
     if not any(line.key for line in runs):
         return
     cost = runs.named(COST)

@@ -105,7 +105,7 @@ class PictureConfig:
 
     @property
     def measures(self) -> bool:
-        """Whether the field is known by something else than its values."""
+        """Return whether the data differ from the field's values."""
         return self.operator != "none" or self.target != "values"
 
 
@@ -167,7 +167,7 @@ class Picture:
 
 
 def read_file(path: Path, size: int | None) -> Picture:
-    """A picture file, no longer than ``size`` pixels on its longest side.
+    """Read a picture file, with at most ``size`` pixels on its longest side.
 
     Raises:
         UserError: if it cannot be read, or is too large or too small.
@@ -225,9 +225,8 @@ def bundled(name: str, size: int | None) -> Picture:
 
 
 def written(number: int, size: int) -> Tensor:
-    """A square of text, black on white: a passage of our own, which ``number`` picks. Lines are some thirty pixels
-    high at least, so that letters can be told from every other pixel, and at most eight; what goes over the border is
-    cut off."""
+    """A square of black text on white: passage ``number``. It has at most eight lines of about thirty pixels or more,
+    so that letters can be recognized from every other pixel; text beyond the border is cut off."""
     import matplotlib
 
     passage = TEXTS[number % len(TEXTS)]
@@ -248,7 +247,7 @@ def written(number: int, size: int) -> Tensor:
 
 
 def save(pixels: Tensor, path: Path) -> None:
-    """Write a picture as PNG, in one move."""
+    """Write a picture as PNG, atomically."""
     array = pixels.numpy()
     image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
     with replacing(path) as draft:
@@ -261,7 +260,7 @@ def quantized(values: Tensor) -> Tensor:
 
 
 def prepared(image: Image.Image, name: str, size: int | None) -> Picture:
-    """What Pillow has read, in grey or in colour, no longer than ``size`` pixels on its longest side.
+    """A picture from Pillow in grey or colour, with at most ``size`` pixels on its longest side.
 
     Raises:
         UserError: if its values are not those of a picture, or it is too small.
@@ -309,7 +308,7 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
 
 
 def show(config: PictureConfig, task: FieldTask, results: Results, run: Run) -> None:
-    """Write the reconstruction, the error map, the export where one is asked for, and the page."""
+    """Write the reconstruction, the error map, the export if asked for, and the page."""
     grid = task.points
     assert isinstance(grid, Grid)
     folder = run.path / "figures"
@@ -349,14 +348,14 @@ def show(config: PictureConfig, task: FieldTask, results: Results, run: Run) -> 
 
 
 def bicubic(task: MeasuredTask) -> float:
-    """The PSNR of the measured averages, interpolated."""
+    """The PSNR of bicubic interpolation of the measured averages."""
     truth = task.truth()
     large = functional.interpolate(task.measured, truth.shape[-2:], mode="bicubic").clamp(-1, 1)
     return decibels(float((large - truth).square().mean()), 2.0)
 
 
 def export(config: PictureConfig, task: FieldTask, sizes: tuple[int, ...], run: Run) -> Path:
-    """Write ``export.png``: the field so many pixels high and wide, or so long on the longer side."""
+    """Write ``export.png``: the field at this height and width, or with this longest side."""
     grid = task.points
     assert isinstance(grid, Grid)
     if len(sizes) not in (1, 2):
@@ -371,14 +370,14 @@ def export(config: PictureConfig, task: FieldTask, sizes: tuple[int, ...], run: 
 
 
 def export_sizes(sizes: tuple[int, ...], longest: int) -> tuple[int, int]:
-    """Height and width in the same proportion, the longer of the two as told."""
+    """Height and width in the same proportions, with the given longest side."""
     height, width = sizes
     ratio = longest / max(sizes)
     return max(1, round(height * ratio)), max(1, round(width * ratio))
 
 
 def error_map(values: Tensor, truth: Tensor) -> Tensor:
-    """The absolute error, from 0 to a quarter of the range, in colours: uint8 ``[height, width, 3]``."""
+    """The absolute error as colours, from 0 to a quarter of the range: uint8 ``[height, width, 3]``."""
     size = ((values.clamp(-1, 1) - truth).abs().mean(-1) / 0.5).clamp(0, 1)
     import matplotlib
 
@@ -397,8 +396,8 @@ def _given(task: FieldTask, truth: Tensor) -> Tensor:
 
 
 def frequencies(config: PictureConfig, longest: int) -> float:
-    """The scale of the frequencies: the paper's 256 for a picture of 512 pixels, and 128 where a quarter of them is
-    known, or as little by an operator; and in proportion for others."""
+    """The scale of the frequencies: the paper's 256 for a picture of 512 pixels; 128 if a quarter of the pixels, or a
+    similarly small number of measurements, is given; in proportion for other sizes."""
     part = config.held_out != "none" or config.operator in ("downsample", "mask", "radon")
     return longest / (4 if part else 2)
 
@@ -425,7 +424,7 @@ def build(config: PictureConfig) -> FieldTask:
 
 
 def parts(config: PictureConfig, grid: Grid) -> Parts:
-    """Divide the pixels."""
+    """Split the pixels."""
     if config.held_out == "none":
         return Parts.same(grid)
     if config.held_out == "grid":
@@ -442,12 +441,12 @@ def picture(config: PictureConfig) -> Picture:
 
 @lru_cache(maxsize=1)
 def _read(file: Path | None, name: str, size: int) -> Picture:
-    """Kept, for it is asked for when the settings are checked, when the model is made and when the fit is shown."""
+    """Cached, as the check, the model and the display need it."""
     return bundled(name, size) if file is None else read_file(file, size)
 
 
 def ready(config: PictureConfig) -> None:
-    """Raise where the picture cannot be read, or holds too few pixels for its splits."""
+    """Raise if the picture cannot be read, or has too few pixels for its splits."""
     found = picture(config)
     if config.target != "values":
         check_slopes(config)

@@ -144,7 +144,8 @@ class MeasuredTask(FieldTask):
         return torch.where(self.held, 0, error).sum() / (~self.held).sum() / self.spread**2
 
     def _slopes_misfit(self, places: Tensor) -> Tensor:
-        """Of the field's own slopes; nothing is held back, since differences of neighbours tell each other."""
+        """The error of the field's own slopes. None are held out, since differences of neighbours determine each
+        other."""
         assert isinstance(self.operator, Measurement)
         x, y = self.points.at(places)
         x = x.requires_grad_()
@@ -181,7 +182,7 @@ class MeasuredTask(FieldTask):
         return torch.stack([error.sum() / peak**2, error.new_tensor(float(error.numel()))])
 
     def _shifted(self, batch: Tensor) -> Tensor:
-        """Without the mean, which the gradient does not tell."""
+        """Without the mean, which the gradient does not determine."""
         values, truth = self.all_values(), self.truth()[0].flatten(1).T
         shift = (truth - values).mean(0)
         assert isinstance(self.scoring, SignalToNoise)
@@ -194,7 +195,8 @@ class MeasuredTask(FieldTask):
         return torch.cat([self.model(self.points.at(part)[0]) for part in parts])
 
     def baseline(self) -> float:
-        """The PSNR of Tikhonov's solution, with the weight that is best for this picture: a rival that has seen it."""
+        """The PSNR of Tikhonov's solution with the best weight for this picture, an advantage, as it is chosen by the
+        true picture."""
         found: list[float] = []
         truth = self.truth()
         operator = cast(Callable[[Tensor], Tensor], self.operator)

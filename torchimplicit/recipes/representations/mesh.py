@@ -40,22 +40,22 @@ class Mesh:
 
     @property
     def crosses(self) -> Tensor:
-        """``[faces, 3]``: the outward normals, twice as long as the faces are large."""
+        """``[faces, 3]``: outward normals, with twice the faces' area as length."""
         a, b, c = self.corners.unbind(1)
         return torch.linalg.cross(b - a, c - a)
 
     @property
     def area(self) -> float:
-        """Of all faces."""
+        """Total area of the faces."""
         return float(self.crosses.norm(dim=1).sum() / 2)
 
     @property
     def volume(self) -> float:
-        """Enclosed by a closed surface; negative if it is turned inside out."""
+        """Volume enclosed by a closed surface; negative if it is inside out."""
         return float((self.corners[:, 0] * self.crosses).sum() / 6)
 
     def normals(self) -> Tensor:
-        """Of the faces, outward unit vectors; zero for a face without area."""
+        """Outward unit normals of the faces; zero for a face without area."""
         return torch.nn.functional.normalize(self.crosses, dim=1, eps=1e-300)
 
     def vertex_normals(self) -> Tensor:
@@ -92,7 +92,8 @@ def sample(mesh: Mesh, count: int, generator: torch.Generator) -> Samples:
 
 
 def section(mesh: Mesh, axis: int) -> Tensor:
-    """Where the plane through the origin across an axis cuts the surface: segments ``[segments, 2, 3]``."""
+    """Section of the surface by the plane through the origin perpendicular to an axis: segments ``[segments, 2,
+    3]``."""
     above = mesh.corners[:, :, axis] > 0
     cut = above.any(1) & ~above.all(1)
     above, corners = above[cut], mesh.corners[cut]
@@ -120,7 +121,7 @@ class Edges:
 
     @staticmethod
     def of(mesh: Mesh) -> Edges:
-        """Count them."""
+        """Count the edges."""
         directed = mesh.faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)
         keys = directed.sort(dim=1).values @ torch.tensor([len(mesh.vertices), 1])
         forward = torch.where(directed[:, 0] < directed[:, 1], 1, -1)
@@ -134,7 +135,7 @@ class Edges:
 
 
 def prepared(mesh: Mesh, name: str) -> tuple[Mesh, tuple[str, ...]]:
-    """A mesh that was read, made fit for use, and what a person who gave it should know.
+    """A mesh made fit for use, and notes for the person who supplied it.
 
     Raises:
         UserError: if it describes no solid at all.
@@ -171,7 +172,7 @@ def prepared(mesh: Mesh, name: str) -> tuple[Mesh, tuple[str, ...]]:
 
 
 def _merged(mesh: Mesh) -> Mesh:
-    """Vertices that are used, each once."""
+    """Merge equal vertices, dropping unused ones."""
     used, places = mesh.faces.flatten().unique(return_inverse=True)
     vertices, again = np.unique(mesh.vertices[used].numpy(), axis=0, return_inverse=True)
     faces = torch.from_numpy(again.reshape(-1))[places]
@@ -179,7 +180,7 @@ def _merged(mesh: Mesh) -> Mesh:
 
 
 def _oriented(mesh: Mesh) -> Mesh:
-    """Neighbours turned alike, by trimesh, as far as the surface allows."""
+    """Orient neighbouring faces consistently by trimesh, as far as the surface allows."""
     import trimesh
 
     other = trimesh.Trimesh(mesh.vertices.numpy(), mesh.faces.numpy(), process=False)
@@ -225,7 +226,7 @@ class _Level:
     breadth: Tensor
 
     def away(self, points: Tensor, node: Tensor) -> Tensor:
-        """No more than the distance from points to the triangles of nodes, in pairs."""
+        """A lower bound on the distance from points to the triangles of nodes, in pairs."""
         to = points - self.centre[node]
         up = (to * self.normal[node]).sum(1)
         aside = (to.square().sum(1) - up.square()).clamp_min(0).sqrt()
@@ -386,7 +387,7 @@ BYTES_A_FACE = 400
 
 
 def read_file(path: Path, most_faces: int) -> Mesh:
-    """The triangles of a file, as they are there; polygons are cut into triangles, and the parts of a scene joined.
+    """Read the triangles of a file; polygons are triangulated, and the parts of a scene joined.
 
     Raises:
         UserError: if it cannot be read, is no such file, holds no faces, or more than ``most_faces``.
@@ -435,7 +436,7 @@ def _by_trimesh(path: Path) -> Mesh:
 
 
 def _read_obj(path: Path, most_faces: int) -> Mesh:
-    """Vertices and faces of Wavefront OBJ; what else such a file may hold is no part of the surface.
+    """Read vertices and faces of Wavefront OBJ; other content of such a file is ignored.
 
     It is read here because trimesh takes the index 0, which there is not, for that of the last vertex.
     """
@@ -471,7 +472,7 @@ def _read_obj(path: Path, most_faces: int) -> Mesh:
 
 
 def _obj_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The words of the lines that are not empty, with their numbers; one that ends in a backslash goes on."""
+    """The words of the nonempty lines, with line numbers; a trailing backslash continues a line."""
     before = ""
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
@@ -488,7 +489,7 @@ def _number(word: str) -> float:
 
 
 def _corner(word: str, known: int) -> int:
-    """Which vertex, counted from 0. In the file they are counted from 1, or backwards from the last one so far."""
+    """The vertex index, counted from 0. In the file it counts from 1, or backwards from the last vertex so far."""
     index = word.partition("/")[0]
     if not re.fullmatch(r"[+-]?[0-9]{1,15}", index, re.ASCII):
         raise ValueError("a corner of a face is the number of a vertex")
@@ -501,8 +502,8 @@ def _corner(word: str, known: int) -> int:
 
 
 def _check_counts(path: Path) -> None:
-    """As many lines must follow as a text's header promises, for trimesh takes what there is; of binary files it
-    compares the length itself."""
+    """Check that a text file has as many lines as its header promises, as trimesh takes what there is; for binary files
+    it checks the length itself."""
     if path.suffix.lower() not in (".ply", ".off"):
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -533,7 +534,7 @@ def _check_counts(path: Path) -> None:
 
 
 def write_obj(mesh: Mesh, path: Path) -> None:
-    """Wavefront OBJ, as text, in one move."""
+    """Write Wavefront OBJ as text, atomically."""
     lines = ["# torchimplicit"]
     lines += [f"v {x:.9g} {y:.9g} {z:.9g}" for x, y, z in mesh.vertices.tolist()]
     lines += [f"f {a} {b} {c}" for a, b, c in (mesh.faces + 1).tolist()]
@@ -541,7 +542,7 @@ def write_obj(mesh: Mesh, path: Path) -> None:
 
 
 def write_ply(mesh: Mesh, path: Path) -> None:
-    """Stanford PLY, binary, little-endian, in one move."""
+    """Write Stanford PLY (binary, little-endian), atomically."""
     head = (
         "ply\nformat binary_little_endian 1.0\ncomment torchimplicit\n"
         f"element vertex {len(mesh.vertices)}\nproperty float x\nproperty float y\nproperty float z\n"
@@ -602,7 +603,7 @@ def knot(turns: int = 2, windings: int = 3, around: int = 480, across: int = 32,
 
 
 def gyroid(size: int = 64, cells: float = 1.25, wall: float = 0.45) -> Mesh:
-    """A ball cut out of thick gyroid walls, by marching cubes: many holes, and thin parts.
+    """A ball cut out of thick gyroid walls, by marching cubes, with many holes and thin parts.
 
     Args:
         size: size of the grid.
@@ -644,7 +645,7 @@ def lattice(corner: Sequence[float], longest: int) -> tuple[tuple[int, ...], lis
 def extracted(
     height: Callable[[Tensor], Tensor], corner: Sequence[float], longest: int, memory_mb: int, at_once: int = 65536
 ) -> Mesh | None:
-    """Where ``height`` is zero, closed at the border of the domain; ``None`` if it is nowhere.
+    """The surface ``height = 0``, closed at the border of the domain; ``None`` if there is none.
 
     Args:
         height: positive inside; of coordinates ``[points, 3]``, on the CPU; gives ``[points]``.
@@ -688,7 +689,7 @@ def extracted(
 
 
 def _close(values: Tensor, whole: bool) -> None:
-    """Leave a layer outside along the domain's border, so that the surface ends there in a wall."""
+    """Mark a layer as outside along the domain's border, so that the surface is closed there by a wall."""
     border = torch.ones_like(values, dtype=torch.bool)
     if not whole:
         border[1:-1, 1:-1] = False
@@ -696,7 +697,7 @@ def _close(values: Tensor, whole: bool) -> None:
 
 
 def _joined(vertices: np.ndarray, faces: np.ndarray) -> Mesh:
-    """Slabs share the vertices of the layer between them, which both have made from the same values."""
+    """Join slabs at the vertices of their common layer, which both computed from the same values."""
     kept, place = np.unique(vertices, axis=0, return_inverse=True)
     corners = place.reshape(-1)[faces]
     whole = (corners[:, 0] != corners[:, 1]) & (corners[:, 1] != corners[:, 2]) & (corners[:, 2] != corners[:, 0])
@@ -712,7 +713,7 @@ LIGHT = (-0.5, 0.6, 0.75)
 
 
 def view(turn: float = 35.0, tilt: float = 20.0) -> Tensor:
-    """Right, up and toward the eye, as rows; angles in degrees. The y axis points up, as in most mesh files."""
+    """Rows right, up and toward the viewer; angles in degrees. The y axis points up, as in most mesh files."""
     a, b = math.radians(turn), math.radians(tilt)
     right = torch.tensor([math.cos(a), 0.0, -math.sin(a)], dtype=torch.float64)
     toward = torch.tensor([math.sin(a) * math.cos(b), math.sin(b), math.cos(a) * math.cos(b)], dtype=torch.float64)
@@ -720,7 +721,7 @@ def view(turn: float = 35.0, tilt: float = 20.0) -> Tensor:
 
 
 def drawn(mesh: Mesh | None, size: int, eye: Tensor, colours: Tensor | None = None, reach: float = 1.25) -> Tensor:
-    """A mesh in the field's coordinates, seen from far away.
+    """Render a mesh in the field's coordinates, seen from far away.
 
     Args:
         mesh: ``None`` for an empty picture.

@@ -129,7 +129,7 @@ class ShapeConfig:
             self._become_exact()
 
     def _become_exact(self) -> None:
-        """Solve and differentiate exactly: what occupancy begins with has no second derivative."""
+        """Switch to exact solves and gradients: the defaults of occupancy have no second derivative."""
         solve, chosen = self.equilibria, self.representation
         if solve == truncated():
             object.__setattr__(self, "equilibria", exact())
@@ -146,12 +146,12 @@ def check_grid(option: str, longest: int) -> None:
 
 
 def exact() -> Equilibria:
-    """How equilibria are trained whose slopes are in the loss."""
+    """Settings for equilibria whose slopes are in the loss."""
     return Equilibria(solver_steps=60, tolerance=1e-4, gradient="implicit", backward_tolerance=1e-3, backward_steps=60)
 
 
 def adam(steps: int, validate_every: int, learning_rate: float = 3e-3) -> Optimization:
-    """Part of the points in every step."""
+    """Adam with a subset of the points in every step."""
     return Optimization(
         steps=steps, batch_size=6000, learning_rate=learning_rate, schedule="cosine", validate_every=validate_every
     )
@@ -188,11 +188,11 @@ class Frame:
         return Frame((low + high) / 2, float((high - low).max()) / LONGEST)
 
     def inward(self, mesh: Mesh) -> Mesh:
-        """A mesh of the file in the field's coordinates."""
+        """Convert a mesh from the file's to the field's coordinates."""
         return Mesh((mesh.vertices - self.centre) / self.scale, mesh.faces)
 
     def outward(self, mesh: Mesh) -> Mesh:
-        """The inverse."""
+        """Convert back to the file's coordinates."""
         return Mesh(mesh.vertices * self.scale + self.centre, mesh.faces)
 
 
@@ -235,8 +235,8 @@ class Counts(NamedTuple):
 
 
 def drawn(mesh: Mesh, tree: MeshTree, task: TaskName, counts: Counts, seed: int) -> tuple[ShapePoints, Parts]:
-    """Points around a mesh in the field's coordinates: half of them near the surface, half anywhere in the domain; for
-    the distance, a third of those to train on lies on the surface itself.
+    """Points around a mesh in the field's coordinates: half near the surface, half anywhere in the domain; for the
+    distance, a third of the training points lie on the surface.
 
     Raises:
         UserError: if nothing is inside.
@@ -275,8 +275,8 @@ def drawn(mesh: Mesh, tree: MeshTree, task: TaskName, counts: Counts, seed: int)
 
 
 def scattered(cloud: Cloud, counts: Counts, seed: int) -> tuple[ShapePoints, Parts]:
-    """Points of a cloud and points anywhere around it, of which nothing is known (their value is NaN): a third of those
-    to train on are the cloud's, a tenth of which is held out for validation, and as much for the test."""
+    """Points of a cloud, and points anywhere around it with unknown (NaN) values. A third of the training points are
+    the cloud's, of which a tenth each is held out for validation and test."""
     half = (cloud.points.amax(0) - cloud.points.amin(0)) / 2
     corner = half + MARGIN
     random = generator(seed, -13)
@@ -370,7 +370,7 @@ class Overlap:
         return Metric("IoU", "%", "max")
 
     def sums(self, values: Tensor, y: Tensor) -> Tensor:
-        """Both sets' intersections and unions, the misfit, and how many points there are."""
+        """Intersections and unions of both point sets, the error, and the number of points."""
         value, truth = values[:, 0], y[:, 0]
         near = y[:, -1] > 0.5
         if self.distance:
@@ -384,7 +384,7 @@ class Overlap:
         return torch.stack([*(n.double() for n in counts), misfit, misfit.new_tensor(float(len(y)))])
 
     def figures(self, sums: list[float]) -> dict[str, float]:
-        """The two shares, and the mean cross-entropy, or absolute error of the distance, as ``loss``."""
+        """Both ratios, and the mean cross-entropy or absolute error of the distance as ``loss``."""
         both, either, both_near, either_near, misfit, count = sums
         return {"IoU": both / max(either, 1.0), "IoU near": both_near / max(either_near, 1.0), "loss": misfit / count}
 
@@ -432,7 +432,7 @@ def subject(config: ShapeConfig) -> Subject:
 
 @lru_cache(maxsize=1)
 def _read(file: Path | None, shape: MadeName, most_faces: int) -> Subject:
-    """Kept, for it is asked for when settings are checked, when points are drawn and when the fit is shown."""
+    """Cached, as the check, the points and the display need it."""
     name = shape if file is None else file.name
     cloud = None if file is None else read_cloud(file, most_faces)
     if cloud is not None:
@@ -476,8 +476,8 @@ class Comparison:
 
 
 def compared(mesh: Mesh, truth: Mesh, tree: MeshTree, seed: int = 0) -> Comparison:
-    """Both in the field's coordinates; ``tree`` is the truth's. Distances are from points on one surface to the other
-    surface itself, so that there is no floor of the sampling."""
+    """Compare two meshes in the field's coordinates; ``tree`` is the true one's. Distances go from points on one
+    surface to the other surface itself, so that sampling adds no floor."""
     random = torch.Generator().manual_seed(seed)
     ways = []
     for one, other, at in ((mesh, truth, tree), (truth, mesh, MeshTree(mesh))):
@@ -508,7 +508,7 @@ MOST_ERROR = 0.02
 
 
 def show(config: ShapeConfig, task: FieldTask, results: Results, run: Run) -> None:
-    """Write the surface, pictures of it beside the truth, a slice of the field, the comparison and the page."""
+    """Write the surface, pictures of it and of the true one, a slice of the field, the comparison and the page."""
     true = subject(config)
     if true.cloud is not None:
         _show_cloud(config, task, results, run, true)
@@ -545,7 +545,7 @@ def show(config: ShapeConfig, task: FieldTask, results: Results, run: Run) -> No
 
 
 def _show_cloud(config: ShapeConfig, task: FieldTask, results: Results, run: Run, true: Subject) -> None:
-    """What there is to see where no surface is known."""
+    """Write what can be shown if only a point cloud is known."""
     folder = run.path / "figures"
     folder.mkdir(exist_ok=True)
     found = surface(config, task, config.resolution)
@@ -572,7 +572,7 @@ def _show_cloud(config: ShapeConfig, task: FieldTask, results: Results, run: Run
 
 
 def export(config: ShapeConfig, task: FieldTask, sizes: tuple[int, ...], run: Run) -> Path:
-    """Write ``export.ply`` and ``export.obj``: the surface on a grid of so many points along the longest side."""
+    """Write ``export.ply`` and ``export.obj``: the surface on a grid with this many points along the longest side."""
     if len(sizes) != 1:
         raise UserError("--export-size takes one number for a shape: the grid points of the longest side")
     check_grid("--export-size", sizes[0])
@@ -605,7 +605,7 @@ def _sentence(figures: Comparison, resolution: int) -> str:
 
 
 def _upright(config: ShapeConfig) -> Tensor:
-    """From the file's axes to those of which y points up, and z to the front."""
+    """Rotation from the file's axes to axes with y up and z to the front."""
     rows = {
         "x": [[0, -1, 0], [1, 0, 0], [0, 0, 1]],
         "y": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
@@ -615,7 +615,7 @@ def _upright(config: ShapeConfig) -> Tensor:
 
 
 def _slice(config: ShapeConfig, task: FieldTask, true: Subject) -> Figure:
-    """The field where the coordinate that goes to the front is zero."""
+    """The field in the plane through the middle that faces the viewer."""
     corner = task.points.corner
     flat, across, upward = {"x": (2, 1, 0), "y": (2, 0, 1), "z": (1, 0, 2)}[config.up]
     n = 160
@@ -680,14 +680,14 @@ def build(config: ShapeConfig) -> FieldTask:
 
 @lru_cache(maxsize=1)
 def _drawn(of: Subject, task: TaskName, counts: Counts, seed: int) -> tuple[ShapePoints, Parts]:
-    """Kept, for training and showing both ask for it."""
+    """Cached, as training and display need it."""
     if of.cloud is not None:
         return scattered(of.cloud, counts, seed)
     return drawn(of.mesh, of.tree, task, counts, seed)
 
 
 def ready(config: ShapeConfig) -> None:
-    """Raise where the mesh cannot be used, or the settings do not go with its slopes."""
+    """Raise if the mesh cannot be used, or the settings are incompatible with its slopes."""
     if config.task == "sdf":
         check_slopes(config)
     if subject(config).cloud is not None and config.task != "sdf":

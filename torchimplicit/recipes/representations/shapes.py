@@ -45,7 +45,7 @@ from torchimplicit.recipes.runtime.trainer import Measuring
 
 
 def one_step() -> ShapeConfig:
-    """A distance, to be trained by the one-step estimate."""
+    """A distance trained by the one-step estimate."""
     return replace(one_shape(), task="sdf")
 
 
@@ -158,7 +158,7 @@ def measured(config: ShapesCostConfig, run: Run | None = None) -> ShapesCost:
 
 
 def direction(subject: Fit, config: ShapeConfig) -> Direction:
-    """The estimate's at the subject's present weights."""
+    """The direction of the estimate at the subject's present weights."""
     other = build_one_step(config).to(subject.where).train()
     assert isinstance(other.model, OneStepRepresentation)
     other.model.whole.load_state_dict(subject.task.model.state_dict())
@@ -186,7 +186,7 @@ def _gradient(task: Any, batch: Tensor) -> Tensor:
 
 
 def ready_all(config: ShapesCostConfig) -> None:
-    """Raise where one of the fits cannot be run."""
+    """Raise if one of the fits cannot be run."""
     for one in config.fits:
         RUNNER.check(one)
 
@@ -219,17 +219,17 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The name of its folder, which the command line knows too."""
+        """The name of its folder."""
         return f"{self.task}-{self.filter}-{self.kind}"
 
     @property
     def model(self) -> str:
-        """The model's name, whatever it is trained by."""
+        """The model's name, independent of its training."""
         return NAMES[self.filter, self.kind != "explicit"]
 
     @property
     def label(self) -> str:
-        """A name for people to read."""
+        """The row's label."""
         trained = {"implicit": ", exact", "one-step": ", one step", "explicit": ""}[self.kind]
         return self.model + (trained if self.task == "sdf" else "")
 
@@ -305,7 +305,7 @@ def training(config: ShapesConfig, row: Row, seed: int) -> ShapeConfig:
 
 
 def jobs(config: ShapesConfig) -> list[Job]:
-    """Seed by seed, so that all rows have seen the machine alike, and the costs after the first seed."""
+    """All jobs, seed by seed so that a slow phase of the machine affects all rows; the costs after the first seed."""
     known_rows(config.rows, (*ROWS, COST))
     made: list[Job] = []
     for seed in config.plan.all_seeds:
@@ -321,7 +321,7 @@ def jobs(config: ShapesConfig) -> list[Job]:
 
 
 def figures(config: ShapesConfig, run: Run) -> dict[str, Any] | None:
-    """Those of a training, and of its surface."""
+    """The figures of a training and of its surface."""
     if run.path.name == COST:
         return table.read("costs.json")(config, run)
     trained, surface = table.trained(config, run), table.read("surface.json")(config, run)
@@ -329,12 +329,12 @@ def figures(config: ShapesConfig, run: Run) -> dict[str, Any] | None:
 
 
 def tested(runs: Runs) -> Runs:
-    """The trainings whose surfaces count: those that came to their end."""
+    """The finished trainings, whose surfaces count."""
     return Runs(line for line in runs if line["test"])
 
 
 def sheets(config: ShapesConfig, runs: Runs) -> Iterator[TitledTable]:
-    """The quality of both tasks, the cost of a step, and where the one-step estimate points."""
+    """Tables of the quality on both tasks, the cost of a step, and the direction of the one-step estimate."""
     whole = tested(runs)
     cells = [
         Cell[Row]("Model", lambda row: row.label),
@@ -379,7 +379,8 @@ def sheets(config: ShapesConfig, runs: Runs) -> Iterator[TitledTable]:
 
 
 def claims(config: ShapesConfig, runs: Runs) -> Iterator[Claim]:
-    """Implicit models beside explicit twins; where the one-step estimate points; and what training by it comes to."""
+    """Implicit models against explicit twins; the direction of the one-step estimate; and the result of training by
+    it."""
     for name in FILTERS:
         row, twin = (Row(task="occupancy", filter=name, kind=kind) for kind in ("implicit", "explicit"))
         if pairs := runs.paired(row, twin, "test.IoU"):
@@ -423,7 +424,7 @@ def claims(config: ShapesConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: ShapesConfig, runs: Runs) -> str:
-    """Say in words what was run."""
+    """Describe what was run, and how the figures were selected."""
     from torchimplicit.recipes.representations.shape import subject
 
     rows = [Row(task=task, filter="fourier", kind="implicit") for task in TITLES]
@@ -450,7 +451,7 @@ def protocol(config: ShapesConfig, runs: Runs) -> str:
 
 
 def notes(config: ShapesConfig, runs: Runs) -> Iterator[str]:
-    """Say what a reader must know."""
+    """Caveats for the reader."""
     yield "The published figures for 3D occupancy are not known here, so that none stand beside ours."
     if config.plan.scale == "cpu":
         yield "Narrower models, fewer points and steps than the paper's: rows compare among themselves."
@@ -496,7 +497,7 @@ def drawings(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run]) -> It
 
 
 def surfaces(lines: Mapping[Row, Any], folders: Mapping[str, Run]) -> Any:
-    """The truth and what each model makes of it, with the distance as colour."""
+    """The true surface and each model's, coloured by their distance."""
     import matplotlib.image
 
     def left(line: Any, name: str) -> Any:

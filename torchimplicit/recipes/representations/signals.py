@@ -42,17 +42,17 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The name of its folder, which the command line knows too."""
+        """The name of its folder."""
         return f"{self.kind}-{self.filter}-{'implicit' if self.implicit else 'explicit'}"
 
     @property
     def label(self) -> str:
-        """A name for people to read."""
+        """The row's label."""
         return NAMES[self.filter, self.implicit]
 
     @property
     def twin(self) -> Row:
-        """The explicit model of as many parameters."""
+        """The explicit model with the same number of parameters."""
         return replace(self, implicit=False)
 
 
@@ -141,7 +141,7 @@ def seen(config: SignalsConfig, row: Row, seed: int) -> VideoConfig:
 
 
 def jobs(config: SignalsConfig) -> list[Job]:
-    """Seed by seed, so that all rows have seen the machine alike, and the costs after the first seed."""
+    """All jobs, seed by seed so that a slow phase of the machine affects all rows; the costs after the first seed."""
     known_rows(config.rows, (*ROWS, COST))
     made: list[Job] = []
     for seed in config.plan.all_seeds:
@@ -195,7 +195,7 @@ def sheets(config: SignalsConfig, runs: Runs) -> Iterator[TitledTable]:
 
 
 def claims(config: SignalsConfig, runs: Runs) -> Iterator[Claim]:
-    """Say whether an implicit model is better than its twin, and comes to what that ends with in less time."""
+    """Test whether an implicit model beats its twin, and reaches the twin's final quality in less time."""
     for kind in KINDS:
         rows = [row for row in ROWS.values() if row.kind == kind and row.implicit]
         for row in rows:
@@ -215,7 +215,7 @@ def claims(config: SignalsConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def protocol(config: SignalsConfig, runs: Runs) -> str:
-    """Say in words what was run."""
+    """Describe what was run, and how the figures were selected."""
     from torchimplicit.recipes.representations.audio import sound
     from torchimplicit.recipes.representations.video import clip
 
@@ -236,7 +236,7 @@ def protocol(config: SignalsConfig, runs: Runs) -> str:
 
 
 def notes(config: SignalsConfig, runs: Runs) -> Iterator[str]:
-    """Say what a reader must know."""
+    """Caveats for the reader."""
     if config.plan.scale == "cpu":
         yield (
             "Shorter and smaller signals, narrower models and fewer steps than the paper's: rows compare among "
@@ -264,7 +264,7 @@ def notes(config: SignalsConfig, runs: Runs) -> Iterator[str]:
 
 
 def drawings(config: SignalsConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
-    """PSNR along training, and what a filter's models of the first seed make of both signals."""
+    """PSNR during training, and the reconstructions of one filter's models with the first seed."""
     from torchimplicit.recipes.representations.audio import RUNNER as SOUNDS
     from torchimplicit.recipes.representations.audio import sound, spectrograms
     from torchimplicit.recipes.representations.image import quantized

@@ -110,7 +110,7 @@ class VideoConfig:
 
 
 def check_export(sizes: tuple[int, ...]) -> None:
-    """Raise where a size to export makes no sense."""
+    """Raise for an export resolution that makes no sense."""
     if len(sizes) > 3:
         raise UserError("--export-size takes frames, height and width; or a height and a width; or the longest side")
     if any(not 1 <= size <= 4 * LARGEST_VIDEO for size in sizes):
@@ -134,7 +134,7 @@ Values = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def synthesized(name: ClipName, frames: int, size: int) -> Tensor:
-    """The clip, ``size`` pixels square.
+    """The synthesized clip, ``size`` pixels square.
 
     Raises:
         UserError: if scikit-image, whose picture is asked for, is missing.
@@ -143,7 +143,7 @@ def synthesized(name: ClipName, frames: int, size: int) -> Tensor:
 
 
 def _shapes(frames: int, size: int) -> Tensor:
-    """A disk that bounces, a square that turns and a ring that grows, before a slow wave."""
+    """A bouncing disk, a rotating square and a growing ring in front of a slow wave."""
     y, x = (np.mgrid[:size, :size] + 0.5) * (2 / size) - 1
     soft = 2 / size  # edges are a pixel wide
     shown = []
@@ -167,7 +167,7 @@ def _shapes(frames: int, size: int) -> Tensor:
 
 
 def _flight(frames: int, size: int) -> Tensor:
-    """A window that sinks towards a picture and slides over it."""
+    """A window that zooms into a picture and slides over it."""
     picture = Image.fromarray(bundled("chelsea", None).pixels.numpy())
     shown = []
     for number in range(frames):
@@ -228,7 +228,7 @@ def clip(config: VideoConfig) -> Clip:
 
 @lru_cache(maxsize=1)
 def _clip(path: Path | None, name: ClipName, first: int, every: int, count: int | None, size: int) -> Clip:
-    """Kept, for it is asked for when the settings are checked, when the model is made and when the fit is shown."""
+    """Cached, as the check, the model and the display need it."""
     if path is None:
         assert count is not None
         return Clip(f"made-up {name}", synthesized(name, count, size), RATE)
@@ -250,7 +250,7 @@ def _clip(path: Path | None, name: ClipName, first: int, every: int, count: int 
 
 
 def _together(path: Path, frames: Iterator[Tensor]) -> Tensor:
-    """All frames ``[frames, height, width, channels]``, of one size, in colour if one of them is."""
+    """All frames ``[frames, height, width, channels]``, in one size; in colour if any of them is."""
     found: list[Tensor] = []
     for number, frame in enumerate(frames):
         if found and frame.shape[:2] != found[0].shape[:2]:
@@ -266,7 +266,7 @@ def _together(path: Path, frames: Iterator[Tensor]) -> Tensor:
 
 
 def _folder(path: Path, size: int, known: _Reading) -> Generator[Tensor]:
-    """The pictures of a folder: frame2 before frame10."""
+    """The pictures of a folder in natural order: frame2 before frame10."""
     files = [one for one in path.iterdir() if one.suffix.lower() in PICTURES and one.is_file()]
     if not files:
         raise UserError(f"--file {path} is a folder without pictures ({', '.join(PICTURES)})")
@@ -277,7 +277,7 @@ def _folder(path: Path, size: int, known: _Reading) -> Generator[Tensor]:
 
 
 def _is_picture(path: Path) -> bool:
-    """Say whether Pillow knows the file."""
+    """Return whether Pillow knows the file."""
     try:
         with Image.open(path) as image:
             return image.format != "MPEG"  # whose size Pillow knows, and no more
@@ -335,7 +335,7 @@ def _decoded(path: Path, size: int, known: _Reading) -> Generator[Tensor]:
 
 
 def _until_damaged(frames: Iterator[Any], known: _Reading, errors: tuple[type[Exception], ...]) -> Iterator[Any]:
-    """The frames that can be decoded, up to the first that cannot."""
+    """The frames up to the first that cannot be decoded."""
     number = 0
     while True:
         try:
@@ -361,13 +361,13 @@ SHOWN = 6
 
 
 def chosen(count: int) -> list[int]:
-    """Which frames are shown."""
+    """The indices of the frames shown."""
     shown = min(SHOWN, count)
     return sorted({round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)})
 
 
 def strip(rows: dict[str, Sequence[Tensor]]) -> Figure:
-    """Frames of videos, each a row under its name: pictures uint8 ``[height, width, channels]``."""
+    """Frames of videos, one named row each: pictures uint8 ``[height, width, channels]``."""
     first, *_ = rows.values()
     numbers = chosen(len(first))
     height, width = first[0].shape[:2]
@@ -404,12 +404,12 @@ SHORTEST = 20
 
 
 def can_write_mp4() -> bool:
-    """Say whether PyAV is installed."""
+    """Return whether PyAV is installed."""
     return find_spec("av") is not None
 
 
 def save(frames: Iterator[Tensor], rate: float, path: Path) -> None:
-    """Write frames, uint8 ``[height, width, channels]`` each, in one move; a frame at a time is held in memory.
+    """Write frames, uint8 ``[height, width, channels]`` each, atomically, with one frame in memory at a time.
 
     Args:
         frames: one at least, all of one size.
@@ -461,8 +461,7 @@ def _even(image: Tensor) -> Tensor:
 
 
 def show(config: VideoConfig, task: FieldTask, results: Results, run: Run) -> None:
-    """Write the reconstruction, both videos beside the error, the frames, the export where one is asked for, and the
-    page."""
+    """Write the reconstruction, both videos with the error, the frames, the export if asked for, and the page."""
     folder = run.path / "figures"
     folder.mkdir(exist_ok=True)
     known = clip(config)
@@ -508,7 +507,7 @@ def show(config: VideoConfig, task: FieldTask, results: Results, run: Run) -> No
 
 
 def export(config: VideoConfig, task: FieldTask, sizes: tuple[int, ...], run: Run) -> Path:
-    """Write ``export.mp4``, or ``export.gif`` without PyAV: the field at so many frames, so high and wide."""
+    """Write ``export.mp4``, or ``export.gif`` without PyAV: the field at this number of frames, height and width."""
     check_export(sizes)
     known = clip(config)
     frames, height, width = known.pixels.shape[:3]
@@ -535,8 +534,8 @@ def sampled_frames(task: FieldTask, sizes: tuple[int, ...]) -> Iterator[Tensor]:
 
 
 def build(config: VideoConfig) -> FieldTask:
-    """The task: cells are cubes, of a pixel's side and a frame's length. The scale of the frequencies is
-    that of pictures: half the longest side."""
+    """The task. Grid cells are cubes: a pixel's side equals a frame's duration. The scale of the frequencies is that of
+    pictures: half the longest side."""
     found = clip(config)
     grid = Grid(found.pixels)
     frames, height, width, channels = found.pixels.shape
@@ -546,7 +545,7 @@ def build(config: VideoConfig) -> FieldTask:
 
 
 def ready(config: VideoConfig) -> None:
-    """Raise where the video cannot be read, or its states have no room."""
+    """Raise if the video cannot be read, or its states do not fit in memory."""
     chunk_points(config, clip(config).pixels[..., 0].numel())
 
 

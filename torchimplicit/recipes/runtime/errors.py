@@ -15,7 +15,7 @@ class StorageError(OSError):
     """A file cannot be written, for example because the disk is full. The command line prints it and exits with 1."""
 
     def __str__(self) -> str:
-        """The line alone, without the number before it."""
+        """The message alone, without the error number."""
         return str(self.strerror)
 
 

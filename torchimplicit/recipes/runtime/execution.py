@@ -31,7 +31,7 @@ INTERRUPTED = 130
 
 
 def go(runner: Runner, settings: Any, run: Run, console: Console, begins: str | None = None) -> int:
-    """Train into ``run``, say where the results are, whichever way it ends, and give the exit code.
+    """Train into ``run``, report where the results are however it ends, and return the exit code.
 
     Args:
         runner, settings, run, console: see :class:`~.recipe.Runner`.
@@ -89,8 +89,8 @@ PAGES = ("index.html", "results.json", "record.json", "figures")
 
 
 def opened(path: Path, again: bool = True) -> tuple[Run, Runner, Any]:
-    """The run in a directory, what runs it, and its settings: those that it was written with, whatever is the default
-    by now. What another version wrote is told.
+    """The run in a directory, its runner, and the settings with which it was written, independent of today's defaults.
+    Differences to another version are reported.
 
     Args:
         path: the run's directory.
@@ -115,13 +115,13 @@ def opened(path: Path, again: bool = True) -> tuple[Run, Runner, Any]:
 
 @contextmanager
 def as_it_began(run: Run) -> Iterator[None]:
-    """Within it the library's own defaults are those that the run noted when it began."""
+    """Use the library's defaults that the run recorded when it began."""
     with defaults.of_run(run.read().get("defaults", {})):
         yield
 
 
 def _tell(run: Run, read: dict[str, Any], settings: Any) -> None:
-    """What a person should know of a run that another version wrote."""
+    """Report differences to a run that another version wrote."""
     wrote, ours = read.get("torchimplicit_version"), version()
     if wrote is None:
         say_once(
@@ -155,12 +155,12 @@ _last = ""
 
 
 def stopped_by() -> str:
-    """Which signal has told this process to stop, in words; nothing if none has."""
+    """The signal that told this process to stop, as text; empty if there was none."""
     return _last
 
 
 def note_signal(number: int) -> None:
-    """For :func:`stopped_by`."""
+    """Record the signal for :func:`stopped_by`."""
     global _last
     name = signal.Signals(number).name
     _last = _NAMES.get(name, name)
@@ -168,8 +168,7 @@ def note_signal(number: int) -> None:
 
 @contextmanager
 def terminated_like_interrupted() -> Iterator[None]:
-    """Within it SIGTERM and SIGHUP do what Ctrl-C does at a terminal, where the signal reaches the processes of this
-    one, too.
+    """Treat SIGTERM and SIGHUP like Ctrl-C at a terminal, including for child processes.
 
     Slurm, Docker and ``kill`` send SIGTERM, and a terminal that is closed SIGHUP, at which Python by itself would end
     without saving anything. Where SIGHUP is ignored, as below ``nohup``, it stays so.
@@ -206,7 +205,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _leave_terminal() -> None:
-    """Writing to a terminal that is gone is an error, amid what is still to be saved."""
+    """Detach from a terminal that is gone, where writing would fail while results are still being saved."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         with suppress(OSError):

@@ -51,7 +51,7 @@ _said: set[str] = set()
 
 
 def say_once(line: str, about: str = "") -> None:
-    """A note on the standard error, once a process for everything ``about`` the same."""
+    """Print a note on standard error, once per process for each ``about``."""
     if (about or line) not in _said:
         _said.add(about or line)
         with suppress(OSError):
@@ -60,7 +60,7 @@ def say_once(line: str, about: str = "") -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A draft in the same folder, which takes the place of ``path`` in one move when the block has ended well.
+    """A draft in the same folder that replaces ``path`` atomically when the block succeeds.
 
     Raises:
         StorageError: it cannot be written, for one because the disk is full; ``path`` is then what it was.
@@ -80,7 +80,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What goes wrong with the disk meanwhile is told of ``path``.
+    """Attribute disk errors within the block to ``path``.
 
     Raises:
         StorageError: see :func:`replacing`.
@@ -99,7 +99,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def no_larger(path: Path, limit: int) -> None:
-    """Raise where a file that is read as a whole has more than ``limit`` bytes; one that is not there passes.
+    """Raise if a file that is read as a whole has more than ``limit`` bytes; a missing file passes.
 
     Raises:
         UserError: it has.
@@ -110,7 +110,7 @@ def no_larger(path: Path, limit: int) -> None:
 
 
 def inside(archive: Path, name: str) -> None:
-    """Raise where a member of an archive has a path that leads out of the folder that it would be unpacked to.
+    """Raise if an archive member's path leads out of the folder it would be unpacked to.
 
     Raises:
         UserError: it has.
@@ -124,7 +124,7 @@ def inside(archive: Path, name: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8.
+    """Write UTF-8 text.
 
     Raises:
         StorageError: see :func:`replacing`.
@@ -134,7 +134,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Strict JSON with its checksum.
+    """Write strict JSON with its checksum.
 
     Raises:
         StorageError: see :func:`replacing`.
@@ -145,7 +145,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_json(path: Path, quiet: bool = False) -> dict[str, Any]:
-    """What :func:`write_json` has written, without the checksum.
+    """Read a file of :func:`write_json`, without the checksum.
 
     Args:
         path: the file.
@@ -183,7 +183,7 @@ _AGAIN = "restore it from a copy, or make it again"
 
 
 def save(value: Any, path: Path) -> None:
-    """Tensors and plain values, by ``torch.save``, with their checksum.
+    """Save tensors and plain values by ``torch.save``, with their checksum.
 
     Raises:
         StorageError: see :func:`replacing`.
@@ -195,7 +195,7 @@ def save(value: Any, path: Path) -> None:
 
 
 def load(path: Path) -> Any:
-    """What :func:`save` has written, on the CPU, without running any code that the file may hold.
+    """Load a file of :func:`save` on the CPU, without running any code in it.
 
     Raises:
         DamagedFileError: it is none, or does not have its checksum.
@@ -211,7 +211,7 @@ def load(path: Path) -> Any:
 
 
 def verify(path: Path) -> None:
-    """Raise where a file of :func:`save` is not what was written; see :func:`load`."""
+    """Raise if a file of :func:`save` is not what was written; see :func:`load`."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -229,7 +229,7 @@ def verify(path: Path) -> None:
 
 
 def _check_archive(path: Path) -> None:
-    """The archive's own sums, and nothing in it that would grow when it is read."""
+    """Verify the archive's own checksums, and that nothing in it would grow when read."""
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [one.filename for one in archive.infolist() if one.compress_type != zipfile.ZIP_STORED]
@@ -243,7 +243,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _seal(path: Path) -> None:
-    """Append the checksum of all before it."""
+    """Append the checksum of all preceding bytes."""
     with path.open("r+b") as file:
         size = file.seek(-_END, os.SEEK_END) + _END
         last = file.read(_END)
@@ -255,7 +255,7 @@ def _seal(path: Path) -> None:
 
 
 def _digest(file: BinaryIO, size: int) -> str:
-    """Of the first ``size`` bytes; the file then stands behind them."""
+    """Checksum of the first ``size`` bytes; the file position is then after them."""
     digest = hashlib.sha256()
     file.seek(0)
     while size and (chunk := file.read(min(size, _CHUNK))):
@@ -265,13 +265,13 @@ def _digest(file: BinaryIO, size: int) -> str:
 
 
 def sum_of(value: dict[str, Any]) -> str:
-    """Of what a value says, whatever its layout and order."""
+    """Checksum of a value's content, independent of layout and order."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return _KIND + hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def _like_a_checksum(value: Any) -> bool:
-    """Whether it is one by its looks, under whatever name: damage may have hit the name."""
+    """Return whether it looks like a checksum, under any name: damage may have hit the name."""
     if not isinstance(value, str) or len(value) != len(_KIND) + 64:
         return False
     return value.startswith(_KIND) or sum(digit in "0123456789abcdef" for digit in value[-64:]) > 56
@@ -287,7 +287,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """In a line."""
+    """An error in one line."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -324,14 +324,14 @@ class Download:
 
 
 def cache_folder(data_set: str) -> Path:
-    """Where downloads of ``data_set`` are kept: below ``$XDG_CACHE_HOME``, or ``~/.cache``."""
+    """Folder for downloads of ``data_set``: below ``$XDG_CACHE_HOME``, or ``~/.cache``."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
     return root / "torchimplicit" / data_set
 
 
 def fetch(download: Download, folder: Path, instead: str = "with --data-dir") -> Path:
-    """The file in ``folder``, downloaded if it is not there yet; it is what was published, which is verified each time.
+    """The file in ``folder``, downloaded if missing and verified each time.
 
     Args:
         download: the download.
@@ -377,7 +377,7 @@ SUMS = "SHA256SUMS"
 
 
 def unchanged(folder: Path, names: Sequence[str]) -> None:
-    """Raise where files of a cache are not what they were when this was first called for them.
+    """Raise if files of a cache have changed since this was first called for them.
 
     The sums are in ``SHA256SUMS`` beside them, in the form that ``sha256sum -c`` reads. It is for files that were
     published without a sum, or unpacked here.
@@ -415,7 +415,7 @@ def _sum(path: Path, kind: str) -> str:
 
 
 def _copy(url: str, file: BinaryIO, sum_kind: str) -> str:
-    """Write what is at ``url`` into ``file``; its sum of this kind."""
+    """Download ``url`` into ``file`` and return its checksum of this kind."""
     digest = hashlib.new(sum_kind, usedforsecurity=False)
     with urllib.request.urlopen(url, timeout=TIMEOUT) as source:
         while chunk := source.read(_CHUNK_FETCH):

@@ -69,7 +69,7 @@ class SealedCheckpoints(CheckpointIO):
         return dict(files.load(Path(path)))
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Take the file away."""
+        """Delete the file."""
         Path(path).unlink(missing_ok=True)
 
 
@@ -192,7 +192,7 @@ def quiet_lightning() -> Iterator[None]:
 
 
 def load_weights(module: LightningModule, checkpoint: Path) -> None:
-    """The weights, and whatever else the module keeps in its checkpoint.
+    """Load the weights, and whatever else the module keeps in its checkpoint.
 
     Raises:
         UserError: if there is no checkpoint, or it does not fit.
@@ -207,8 +207,7 @@ def load_weights(module: LightningModule, checkpoint: Path) -> None:
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """What a run has written, without running any code that the file may hold. Where the last checkpoint is damaged,
-    what the one before says.
+    """Read a run's checkpoint without running any code in it. If the last one is damaged, read the one before.
 
     Raises:
         UserError: if there is no checkpoint, or it cannot be read.
@@ -221,7 +220,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 
 def whole(checkpoint: Path) -> Path:
-    """The checkpoint, verified; instead of a damaged last one the newest of its run that is whole, which is said.
+    """The verified checkpoint; if the last one is damaged, the run's newest intact one, with a note.
 
     Raises:
         UserError: if there is no checkpoint, or none that is whole.
@@ -250,14 +249,14 @@ class Counted(Protocol):
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps."""
+        """Optimizer steps done."""
 
     @property
     def total_steps(self) -> int:
-        """How many it will be."""
+        """Total number of optimizer steps."""
 
     def status(self) -> str:
-        """How training goes, in a few words."""
+        """A short progress message."""
 
 
 class ShowProgress(Callback):
@@ -340,7 +339,7 @@ Row = dict[str, float]
 
 
 def loggers(run: Run, steps: int, tensorboard: bool, every: int = 1) -> list[Logger]:
-    """The run's loggers, for training that goes on after ``steps`` steps: what was logged of later ones is dropped."""
+    """The run's loggers, for training that continues after ``steps`` steps; log entries of later steps are dropped."""
     kept = [row for row in rows(run.metrics) if row["step"] <= steps]
     if (there := sum("loss" in row for row in kept)) < steps // every:
         say_once(f"{run.metrics} has {there} of the {steps} steps that were done; figures and curves lack the others")
@@ -356,7 +355,7 @@ def loggers(run: Run, steps: int, tensorboard: bool, every: int = 1) -> list[Log
 
 
 def rows(path: Path) -> list[Row]:
-    """The rows of a CSV log, without the empty cells; none if there is no file."""
+    """The rows of a CSV log without empty cells; empty if there is no file."""
     if not path.is_file():
         return []
     no_larger(path, 1 << 30)

@@ -32,7 +32,7 @@ POLL = 1.0
 
 
 def run_all(jobs: Sequence[Job], folder: Path, plan: Plan, console: Console) -> dict[str, Run]:
-    """Run what is not done yet, each in a folder of its name; a run that was stopped goes on.
+    """Run all unfinished jobs, each in a folder of its name; stopped runs are resumed.
 
     Returns:
         the runs by the jobs' names; some may have diverged, or failed, which their ``run.json`` says.
@@ -79,7 +79,7 @@ def run_all(jobs: Sequence[Job], folder: Path, plan: Plan, console: Console) -> 
 
 
 def _stop(process: submitit.Job[None], plan: Plan) -> None:
-    """So that its run can save what is done: submitit's own way kills a local process after a second."""
+    """Stop a process gently, so that its run can save: submitit itself kills a local process after a second."""
     if plan.cluster == "local":
         os.kill(int(process.job_id), signal.SIGTERM)  # the number of the process that looks after it, and passes it on
     else:
@@ -113,12 +113,12 @@ def prepare(job: Job, folder: Path, table: str = "") -> Run:
 
 
 def finished(run: Run) -> bool:
-    """Whether there is nothing left to do."""
+    """Return whether nothing is left to do."""
     return run.read()["state"] in ("complete", "diverged")
 
 
 def work(*paths: str) -> None:
-    """What a process of the scheduler does: go on with runs, one after the other, until one is interrupted.
+    """Entry point of a scheduled process: continue its runs one after another until one is interrupted.
 
     Raises:
         Exception: the first that a run failed with, when all have had their turn.
@@ -192,7 +192,7 @@ def _bars(console: Console, total: int) -> Progress:
 
 
 def _show(bars: Progress, runs: dict[str, Run], started: Sequence[str]) -> None:
-    """A bar for all runs, and one for each that is going."""
+    """Show a bar for all runs, and one for each that is in progress."""
     whole, *parts = bars.tasks
     bars.update(whole.id, completed=sum(finished(run) for run in runs.values()))
     shown = {task.description: task for task in parts}
@@ -217,13 +217,13 @@ FILES = ("sound_file", "video_file", "mesh_file")
 
 
 def check(table: Published[Any], config: Any) -> None:
-    """One job of every recipe is checked."""
+    """Check one job of every recipe."""
     for job in {job.recipe: job for job in table.jobs(config)}.values():
         runner(job.recipe).check(job.config)
 
 
 def train(table: Published[Any], config: Any, run: Run, console: Console) -> bool:
-    """All runs that are not done, and the record of those that are; whether none is left."""
+    """Run all unfinished runs and write the record; return whether all are done."""
     jobs = table.jobs(config)
     console.print(
         f"{len(jobs)} runs, {config.plan.parallel} at a time; Ctrl-C stops and 'torchimplicit resume {run}' goes on.",
@@ -242,7 +242,7 @@ def train(table: Published[Any], config: Any, run: Run, console: Console) -> boo
 
 
 def evaluate(table: Published[Any], config: Any, run: Run, console: Console) -> None:
-    """The record again, from the runs that are there, training nothing."""
+    """Write the record again from the existing runs, without training."""
     runs = {job.name: Run(run.path / "runs" / job.name) for job in table.jobs(config)}
     there = {name: one for name, one in runs.items() if one.description.is_file() and finished(one)}
     if not there:
@@ -257,7 +257,7 @@ def _spent(run: Run) -> float:
 
 
 def write(table: Published[Any], config: Any, runs: dict[str, Run], run: Run, console: Console) -> None:
-    """The record of these runs, its page, and its copy for the documentation where one is asked for."""
+    """Write the record of these runs, its page, and its copy for the documentation if asked for."""
     if not runs:
         return
     with styled():
@@ -292,7 +292,7 @@ def write(table: Published[Any], config: Any, runs: dict[str, Run], run: Run, co
 
 
 def _copy(run: Run, record: Record, folder: Any) -> None:
-    """The record and its figures, for the documentation."""
+    """Copy the record and its figures for the documentation."""
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.png"):
         stale.unlink()
@@ -306,7 +306,7 @@ def _copy(run: Run, record: Record, folder: Any) -> None:
 
 
 def command(name: str, config: Any) -> str:
-    """The command that gives these settings: those that differ from the table's own."""
+    """The command for these settings, naming those that differ from the table's defaults."""
     default = settings(name)
     words = [f"torchimplicit reproduce {name}"]
     for key, (value, usual) in _leaves(to_plain(config), to_plain(default)).items():
@@ -316,8 +316,7 @@ def command(name: str, config: Any) -> str:
 
 
 def _without_paths(plain: dict[str, Any]) -> dict[str, Any]:
-    """The settings without what says where this machine keeps things, for a record is published: of a file its name
-    is kept."""
+    """The settings without local paths, as records are published; of a file, its name is kept."""
     return {
         key: _without_paths(value) if isinstance(value, dict) else _name(key, value)
         for key, value in plain.items()

@@ -44,7 +44,7 @@ def record_readme(record: Record) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Plain text inside Markdown: no formula, no markup by accident."""
+    """Escape plain text for Markdown."""
     return re.sub(r"([<$*_`])", r"\\\1", text) if not text.startswith("|") else text.replace("<", "&lt;")
 
 

@@ -83,17 +83,17 @@ class TrainingModule(LightningModule):
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps."""
+        """Optimizer steps done."""
         return self.history.steps
 
     @property
     def total_steps(self) -> int:
-        """How many it will be."""
+        """Total number of optimizer steps."""
         return self.optimization.steps
 
     @property
     def at_best(self) -> bool:
-        """Whether the present weights are those of the best validation."""
+        """Return whether the present weights are those of the best validation."""
         return self.history.best == self.history.steps
 
     @property
@@ -102,7 +102,7 @@ class TrainingModule(LightningModule):
         return Shard(self.trainer.global_rank, self.trainer.world_size)
 
     def status(self) -> str:
-        """How training goes, in a few words."""
+        """A short progress message."""
         text = f"loss {self.last_loss:.4g}" if math.isfinite(self.last_loss) else ""
         if self.history.validations:
             figures = told(self.history.validations[-1].figures, self.task.metric)
@@ -135,7 +135,7 @@ class TrainingModule(LightningModule):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The average in the place of the weights, where one is kept."""
+        """Replace the weights by their average, if one is kept."""
         if not self.average:
             yield
             return
@@ -183,7 +183,7 @@ class TrainingModule(LightningModule):
 
     @property
     def logging(self) -> bool:
-        """Whether the step in progress is logged."""
+        """Return whether the current step is logged."""
         step = self.history.steps + 1
         return step % self.log_every == 0 or step == self.total_steps
 
@@ -211,7 +211,7 @@ class TrainingModule(LightningModule):
         return total
 
     def _part(self, batch: Any, share: float = 1.0) -> Tensor:
-        """What a batch, or a part of one, adds to what the step lowers."""
+        """The contribution of a batch, or a part of one, to the loss."""
         step = self.history.steps
         with quietly(), self._pretraining(step):
             penalized = self._penalized(step)
@@ -234,7 +234,7 @@ class TrainingModule(LightningModule):
         return total
 
     def _penalized(self, step: int) -> bool:
-        """Whether this step has the Jacobian's penalty; all processes agree."""
+        """Return whether this step includes the Jacobian penalty; all processes agree."""
         chosen = self.equilibria
         if not chosen.jacobian_weight or step < chosen.pretrain_steps:
             return False
@@ -243,7 +243,7 @@ class TrainingModule(LightningModule):
 
     @contextmanager
     def _pretraining(self, step: int) -> Iterator[None]:
-        """Replace the solver by a few weight-tied applications, while pretraining lasts."""
+        """Replace the solver by a few weight-tied applications during pretraining."""
         if step >= self.equilibria.pretrain_steps:
             yield
             return
@@ -259,7 +259,7 @@ class TrainingModule(LightningModule):
                 layer.solver, layer.gradient = solver, gradient
 
     def uncounted(self) -> AbstractContextManager[None]:
-        """What is done within is not counted among the step's seconds: for callbacks that measure."""
+        """Exclude a callback's own work from the step's seconds."""
         return self._watch.pause(self.device)
 
     def on_before_backward(self, loss: Tensor) -> None:
@@ -345,7 +345,7 @@ _IDLE = torch.device("cpu")
 
 @contextmanager
 def evaluation_budget(layers: Sequence[Equilibrium], settings: Equilibria) -> Iterator[None]:
-    """Solves within have the budget of validation and test, where it is another one."""
+    """Use the step budget of validation and test, if it differs."""
     usual = [layer.solver for layer in layers]
     if settings.evaluation_steps is not None:
         for layer, one in zip(layers, usual, strict=True):
@@ -358,7 +358,7 @@ def evaluation_budget(layers: Sequence[Equilibrium], settings: Equilibria) -> It
 
 
 def rate_share(chosen: Optimization, step: int) -> float:
-    """The share of the peak learning rate at a step, counted from 0."""
+    """The learning rate as a share of its peak at a step, counted from 0."""
     if step < chosen.warmup_steps:
         return (step + 1) / chosen.warmup_steps
     if chosen.schedule == "cosine":

@@ -232,7 +232,7 @@ class _Seen:
 
 @contextlib.contextmanager
 def _unchanged(layer: nn.Module, gradients: Iterable[Gradient], device: torch.device) -> Iterator[None]:
-    """The random state, and the layer's buffers, are afterwards what they were."""
+    """Restore the random state and the layer's buffers afterwards."""
     buffers = [(buffer, buffer.clone()) for buffer in layer.buffers()]
     generators = [g.generator for g in gradients if isinstance(g, UnbiasedNeumann) and g.generator is not None]
     states = [generator.get_state() for generator in generators]

@@ -38,11 +38,11 @@ class Objective(Protocol):
 
     @property
     def model(self) -> nn.Module:
-        """Which holds the weights."""
+        """The module that holds the weights."""
 
     @property
     def weights(self) -> Array:
-        """Those that are to be found, as one vector."""
+        """The optimized weights, as one vector."""
 
     def set_weights(self, vector: Array) -> None:
         """Put a vector into the model."""
@@ -54,7 +54,7 @@ class Objective(Protocol):
         """``[residuals, weights]``."""
 
     def loss_and_gradient(self, vector: Array) -> tuple[float, Array]:
-        """Half the sum of squares, or what stands for it, and its gradient, at some weights."""
+        """Half the sum of squares, or its substitute, and its gradient at some weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ FIRST_STEP = 0.1
 
 
 def l_bfgs(objective: Objective, start: Array, step: Step) -> None:
-    """SciPy's L-BFGS; where its line search gives up it begins anew, as long as that still lowers the loss.
+    """SciPy's L-BFGS, restarted when its line search fails as long as that lowers the loss.
 
     It sees the weights in units of the first step: all later steps are the same in any units.
     """
@@ -171,7 +171,7 @@ def l_bfgs(objective: Objective, start: Array, step: Step) -> None:
 
 
 def adam(objective: Objective, start: Array, peak: float, spent: float, step: Step) -> None:
-    """Adam with a cosine over the budget; its moments begin anew where a run is resumed."""
+    """Adam with a cosine over the budget; its moments are reset when a run is resumed."""
     weights = torch.tensor(start)
     optimizer = torch.optim.Adam([weights], lr=peak)
     while True:
@@ -184,7 +184,7 @@ def adam(objective: Objective, start: Array, peak: float, spent: float, step: St
 
 
 def run(objective: Objective, name: OptimizerName, learning_rate: float, spent: float, step: Step) -> None:
-    """From the model's present weights, which have taken the share ``spent`` of the budget; until ``step`` raises, or
+    """Optimize from the model's present weights, after the share ``spent`` of the budget, until ``step`` raises or
     nothing is left to gain."""
     start = np.asarray(objective.weights)
     if name == "adam":
@@ -234,7 +234,7 @@ class Checkpointer:
 
     @property
     def spent(self) -> float:
-        """The share of the budget."""
+        """The share of the budget that is spent."""
         by_number = self.history.iterations / self.budget.iterations
         return by_number if self.budget.seconds is None else max(by_number, self.history.seconds / self.budget.seconds)
 
@@ -246,7 +246,7 @@ class Checkpointer:
         self._bar.stop()
 
     def step(self, weights: Array, loss: float) -> float:
-        """After an iteration."""
+        """Called after an iteration; return the spent share of the budget."""
         self.history.seconds += time.process_time() - self._clock
         self.history.iterations += 1
         if not math.isfinite(loss):
@@ -267,20 +267,20 @@ class Checkpointer:
         return self.spent
 
     def tell(self, doing: str) -> None:
-        """What is being done within an iteration, for whoever watches."""
+        """Report progress within an iteration."""
         self._bar.update(self._task, description=f"Training, {doing}")
         if time.perf_counter() - self._noted > NOTED_EVERY:
             self._noted = time.perf_counter()
             self._note(doing)
 
     def keep(self) -> None:
-        """The optimizer was interrupted: what it has accepted is kept, and nothing is measured."""
+        """After an interruption: keep the last accepted weights without measuring."""
         if self._reached is not None:
             self._look(measured=False)
             self._save()
 
     def finish(self) -> None:
-        """The optimizer has stopped: the last weights that it had accepted are measured and kept."""
+        """After the optimizer has stopped: measure and keep its last accepted weights."""
         if self._reached is None:
             return
         self._look(measured=True)
@@ -309,7 +309,7 @@ class Checkpointer:
         return min(100, round(100 * self.spent))
 
     def _count(self) -> None:
-        """What this process has evaluated goes into the history."""
+        """Add this process's evaluations to the history."""
         now = (self.objective.evaluations, self.objective.jacobians, self.objective.rejected)
         more = [one - other for one, other in zip(now, self._counted, strict=True)]
         self._counted = now

@@ -80,7 +80,7 @@ def document(
     notice: str = "",
     footer: Sequence[str | Markup] = (),
 ) -> str:
-    """A whole page; all text is escaped, but what is :class:`~markupsafe.Markup` already."""
+    """A whole page. All text is escaped, except :class:`~markupsafe.Markup`."""
     return _template().render(title=title, lead=lead, sections=sections, date=date, notice=notice, footer=footer)
 
 
@@ -113,7 +113,7 @@ def record_page(record: Record, pictures: Sequence[Shown]) -> str:
 
 
 def saved(drawings: Sequence[CaptionedFigure], run: Run, dpi: int = 130) -> list[Shown]:
-    """Write the drawings as ``figures/*.png``, and give them for the page."""
+    """Write the drawings as ``figures/*.png``, and return them for the page."""
     folder = run.path / "figures"
     folder.mkdir(exist_ok=True)
     for one in drawings:
@@ -128,7 +128,7 @@ _KINDS = {".png": "image/png", ".gif": "image/gif", ".wav": "audio/wav"}
 
 
 def media(path: Path, caption: str, folder: Path) -> Shown:
-    """A file, PNG, GIF or WAV, on the page of a folder: inside of it, or beside it where it is large."""
+    """A PNG, GIF or WAV file on a page, embedded or, if large, linked beside it."""
     if path.stat().st_size > LARGEST_INSIDE:
         source = path.relative_to(folder).as_posix()
     else:
@@ -142,7 +142,7 @@ def media(path: Path, caption: str, folder: Path) -> Shown:
 
 
 def svg(figure: Figure, name: str) -> Markup:
-    """The ``<svg>`` element alone: no XML prologue, no metadata, and ids that begin with ``name``."""
+    """The bare ``<svg>`` element, without prologue or metadata, with ids that begin with ``name``."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -172,7 +172,7 @@ STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
 def styled() -> AbstractContextManager[None]:
-    """Within it pictures have the recipes' look."""
+    """Apply the recipes' figure style."""
     import matplotlib.style
 
     return matplotlib.style.context(STYLE)
@@ -202,6 +202,6 @@ def style(index: int) -> dict[str, Any]:
 
 
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:
-    """Write it as PNG, in one move."""
+    """Write a figure as PNG, atomically."""
     with replacing(path) as draft:
         figure.savefig(draft, dpi=dpi)

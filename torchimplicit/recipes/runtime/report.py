@@ -34,7 +34,7 @@ class Finished:
 
 
 def finished(path: Path) -> Finished:
-    """What a run's directory holds.
+    """Read a run's directory.
 
     Raises:
         UserError: if there is no training run, or it has no results.
@@ -50,7 +50,7 @@ def finished(path: Path) -> Finished:
 
 
 def comparison(runs: Sequence[Finished]) -> Table:
-    """A row a run."""
+    """A table with a row per run."""
 
     def cost(figure: str, form: str, scale: float = 1.0) -> Callable[[Finished], str]:
         return lambda run: shown(run.results.costs and scale * getattr(run.results.costs, figure), form)
@@ -95,7 +95,7 @@ def curves(runs: Sequence[Finished]) -> Figure:
 
 
 def write(runs: Sequence[Finished], file: Path, title: str = TITLE) -> None:
-    """The page, in one file."""
+    """Write the page, in one file."""
     with styled():
         picture = svg(curves(runs), "curves")
     caption = "Training loss and validation figures of the runs, against steps and against time in training steps."

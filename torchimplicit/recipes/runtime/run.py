@@ -48,14 +48,14 @@ Defaults = dict[str, dict[str, Any]]
 
 
 def present() -> Defaults:
-    """Those of this version, as plain values; a field whose default is made anew every time is left out, for what it
-    is made of is here itself."""
+    """The defaults of this version, as plain values. Fields with a default factory are left out, as their contents are
+    covered."""
     return {name: to_plain(_plain_defaults(kind), exact=True) for name, kind in _strategies().items()}
 
 
 @contextmanager
 def of_run(noted: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """Within it strategies are made with the defaults that a run noted.
+    """Make strategies with the defaults that a run recorded; report changes and removed fields once.
 
     What has changed since is told once; of a field that is not there any more, that it is not.
     """
@@ -99,7 +99,7 @@ def _plain_defaults(kind: type) -> dict[str, Any]:
 
 
 def _tuples(value: Any) -> Any:
-    """As a default is: JSON knows lists only, and names numbers that are not finite."""
+    """Convert lists to tuples and names to non-finite numbers, which JSON lacks."""
     if isinstance(value, list):
         return tuple(map(_tuples, value))
     return float(value) if value in ("inf", "-inf", "nan") else value
@@ -123,7 +123,7 @@ class Environment:
 
     @staticmethod
     def of(device: torch.device) -> Environment:
-        """This process's, training on ``device``."""
+        """The environment of this process, training on ``device``."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return Environment(
@@ -139,7 +139,7 @@ class Environment:
 
 
 def version() -> str:
-    """Of the library."""
+    """The library's version."""
     try:
         return metadata.version("torchimplicit")
     except metadata.PackageNotFoundError:  # run from a source tree that is not installed
@@ -153,7 +153,7 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 
 
 def device(name: DeviceName, count: int = 1) -> torch.device:
-    """Where to train: ``auto`` takes a GPU if there is one.
+    """The device to train on; ``auto`` takes a GPU if there is one.
 
     Raises:
         UserError: if a GPU is asked for and there is none, or fewer than ``count``.
@@ -196,7 +196,7 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Solves that stop at their budget are recorded, and not warned about."""
+    """Record solves that stop at their budget without warning about them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         yield
@@ -241,7 +241,7 @@ class Run:
 
     @property
     def description(self) -> Path:
-        """Which recipe, with which settings, in which state."""
+        """Path of the file with recipe, settings and state."""
         return self.path / "run.json"
 
     @property
@@ -285,7 +285,7 @@ class Run:
         )
 
     def mark(self, state: State, reason: str = "") -> None:
-        """Note how the run stands, and why if it has stopped."""
+        """Record the run's state, and the reason if it has stopped."""
         assert state in get_args(State)
         noted = {key: value for key, value in self.read().items() if key != "reason"}
         noted |= {"state": state, **({"reason": reason} if reason else {})}
@@ -299,7 +299,7 @@ class Run:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """No other process may train into this run meanwhile; a killed one's claim ends with it.
+        """Lock the run against other processes; a killed process releases its lock.
 
         Raises:
             UserError: if one does.
@@ -343,7 +343,7 @@ class Run:
         return read
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Write ``value`` as strict JSON with its checksum; a reader never sees half a file."""
+        """Write ``value`` as strict JSON with its checksum, atomically."""
         files.write_json(self.path / name, to_plain(value))
         return self.path / name
 
@@ -356,7 +356,7 @@ class Run:
         return files.read_json(self.path / name)
 
     def advance(self, draft: Path) -> None:
-        """A whole new checkpoint becomes the last one, and the last one that before it."""
+        """Make a complete new checkpoint the last one, keeping the previous one."""
         with files.writing(self.checkpoint):
             if self.checkpoint.is_file():
                 second = self.previous.with_suffix(".draft")
@@ -375,7 +375,7 @@ class Run:
         self.advance(draft)
 
     def product(self, name: str) -> Path:
-        """Where to write a file beside the page and the figures; the run remembers it as its own, and tells of it."""
+        """Path for a file beside the page and the figures, registered as the run's own and reported."""
         known = self.products()
         if name not in known:
             self.write_json("run.json", {**self.read(), "products": [*known, name]})
@@ -386,17 +386,17 @@ class Run:
         return list(self.read().get("products", []))
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a text file of the run in one move."""
+        """Write a text file of the run, atomically."""
         files.write_text(self.path / name, text)
         return self.path / name
 
     def __str__(self) -> str:
-        """The path, as one would type it."""
+        """The path, as typed on a command line."""
         return shlex.quote(str(self.path))
 
 
 def create(recipe: str, options: RunOptions) -> Run:
-    """A directory for a run that begins.
+    """Create the directory of a new run.
 
     Raises:
         UserError: if ``options.output`` exists and is not an empty directory, or cannot be made.
@@ -440,7 +440,7 @@ def _chosen(path: Path, overwrite: bool) -> Path:
 
 
 def _clear(run: Run) -> None:
-    """Take away what a run has written, its description last: until then it can be told that there is one."""
+    """Delete what a run has written, its description last so that it remains recognizable until then."""
     path = run.path
     try:
         products = run.products()
@@ -476,7 +476,7 @@ class Runner(Protocol):
     """
 
     def check(self, config: Any) -> None:
-        """Raise :class:`~torchimplicit.recipes.runtime.errors.UserError` where this machine cannot run it."""
+        """Raise :class:`~torchimplicit.recipes.runtime.errors.UserError` if this machine cannot run it."""
 
     def train(self, config: Any, run: Run, console: Console) -> bool:
         """Train, from the run's last checkpoint if it has one, and write the results into the run's directory.

@@ -15,7 +15,7 @@ from torchimplicit.recipes.runtime.errors import UserError
 
 
 def option(name: str) -> str:
-    """A setting's name as one types it: ``--learning-rate``."""
+    """A setting's name on the command line: ``--learning-rate``."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -40,7 +40,7 @@ def fraction(settings: Any, *names: str) -> None:
 
 
 def numbers(settings: Any, *names: str) -> None:
-    """Each must be positive numbers, one at least."""
+    """Each must be a nonempty tuple of positive numbers."""
     for name in names:
         if not getattr(settings, name) or not all(value > 0 for value in getattr(settings, name)):
             raise UserError(f"{option(name)} must be positive numbers, one at least")
@@ -54,7 +54,7 @@ def _each(settings: Any, names: Sequence[str], holds: Callable[[Any], bool], wor
 
 
 def known_rows(wanted: Sequence[str], known: Sequence[str]) -> None:
-    """Each of the rows that ``--rows`` names must be one of the table's."""
+    """Each row named by ``--rows`` must be one of the table's."""
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise UserError(f"--rows: there is no row {', '.join(unknown)}; the rows are {', '.join(known)}")
@@ -218,7 +218,7 @@ class Optimization:
             raise UserError(f"--milestones go with --schedule milestones, and it is {self.schedule}")
 
     def of(self, seed: int, steps: int | None = None, times: int = 1) -> Optimization:
-        """Take another seed, so many steps where they are given, and then ``times`` as long."""
+        """A copy with another seed, with these steps if given, then ``times`` as long."""
         steps = self.steps if steps is None else steps
         every = min(steps, self.validate_every)
         return replace(self, seed=seed, steps=times * steps, validate_every=times * every)
@@ -331,15 +331,15 @@ class Trained(Protocol):
 
     @property
     def optimization(self) -> Optimization:
-        """How the weights move."""
+        """The optimization settings."""
 
     @property
     def equilibria(self) -> Equilibria:
-        """How equilibria are solved and differentiated."""
+        """The equilibrium settings."""
 
     @property
     def machine(self) -> Machine:
-        """On what to train."""
+        """The machine settings."""
 
 
 def check_batch(optimization: Optimization, machine: Machine) -> None:

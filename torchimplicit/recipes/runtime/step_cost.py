@@ -81,8 +81,8 @@ def one_step(
 
 
 def in_turn(kinds: Mapping[K, Callable[[], StepCost]], repeats: int, steps: int = 1) -> dict[K, StepCost]:
-    """The middle of steps of every kind, ``steps`` of one and then of the next, so many times over, and once before
-    that, which warms the machine up and does not count."""
+    """Median step costs of every kind: ``steps`` of one, then of the next, repeated this many times after one uncounted
+    warm-up round."""
     found: dict[K, list[StepCost]] = {name: [] for name in kinds}
     for turn in range(repeats + 1):
         for name, step in kinds.items():
@@ -94,8 +94,7 @@ def in_turn(kinds: Mapping[K, Callable[[], StepCost]], repeats: int, steps: int 
 def timed_in_turn(
     cases: Mapping[K, Callable[[], V]], repeats: int, where: torch.device, warm: bool = False
 ) -> dict[K, tuple[float, V]]:
-    """The median seconds of every case and what it gave the last time, when all have taken turns so often; with
-    ``warm`` once before that, which does not count."""
+    """Median seconds of every case and its last result, taking turns; with ``warm`` after one uncounted round."""
     now = clock(where)
     seconds: dict[K, list[float]] = {name: [] for name in cases}
     given: dict[K, V] = {}
@@ -109,7 +108,7 @@ def timed_in_turn(
 
 
 def middle(costs: Sequence[StepCost]) -> StepCost:
-    """Medians; of evaluations the means."""
+    """Medians, but means of evaluations."""
 
     def of(name: str, over: Callable[[Any], float] = median) -> float:
         return over([getattr(cost, name) for cost in costs])
@@ -126,17 +125,17 @@ def equilibria(task: nn.Module) -> list[Equilibrium]:
 
 
 def flat_gradient(task: nn.Module) -> Tensor:
-    """Return the gradient in all weights that have one, one after the other."""
+    """The gradient in all weights that have one, flattened."""
     return torch.cat([p.grad.flatten() for p in task.parameters() if p.grad is not None]).double()
 
 
 def beside(own: Tensor, exact: Tensor) -> dict[str, Any]:
-    """``cosine`` and ``norm`` of a gradient."""
+    """``cosine`` and ``norm`` of a gradient against another."""
     return {"cosine": float(torch.cosine_similarity(own, exact, dim=0)), "norm": float(own.norm() / exact.norm())}
 
 
 def peak_bytes(step: Callable[[], object], where: torch.device) -> int:
-    """The memory at its peak while ``step`` runs, over what was held before it."""
+    """Peak memory while ``step`` runs, above what was held before it."""
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
         before = torch.cuda.memory_allocated(where)
@@ -156,12 +155,12 @@ def peak_bytes(step: Callable[[], object], where: torch.device) -> int:
 
 
 def costs_of(plain: Mapping[str, Any]) -> dict[str, StepCost]:
-    """As a run or a record holds them."""
+    """Step costs from plain data of a run or record."""
     return {name: from_plain(StepCost, one) for name, one in plain.items()}
 
 
 def step_table(costs: Mapping[str, StepCost], labels: Mapping[str, str] | None = None) -> Table:
-    """Tabulate what a step costs, of the kinds that are labelled and there."""
+    """Tabulate the step costs of the labelled kinds."""
     names = labels or {name: name for name in costs}
     return sheet("", [name for name in names if name in costs], [
         Cell("Model", lambda name: names[name]),
@@ -179,6 +178,6 @@ def step_table(costs: Mapping[str, StepCost], labels: Mapping[str, str] | None =
 
 
 def step_sheet(found: Mapping[str, Any], labels: Mapping[str, str]) -> list[TitledTable]:
-    """Tabulate step costs as a record holds them; no sheet where they were not measured."""
+    """Tabulate step costs from a record; empty if not measured."""
     table = step_table(costs_of(found), labels)
     return [TitledTable("A training step", table)] if table.rows else []

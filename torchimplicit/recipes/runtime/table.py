@@ -52,7 +52,7 @@ class Table:
     rows: list[list[str]]
 
     def rich(self) -> RichTable:
-        """Return it for the terminal, turned on its side: a column for each row, so that it fits 80 characters."""
+        """The table for the terminal, transposed (a column for each row) to fit 80 characters."""
         table = RichTable()
         head, *figures = self.columns
         table.add_column(head.title)
@@ -64,7 +64,7 @@ class Table:
         return table
 
     def rich_rows(self) -> RichTable:
-        """Return it for the terminal, as it is."""
+        """The table for the terminal, not transposed."""
         table = RichTable()
         for index, column in enumerate(self.columns):
             name = column.title + (f"\n{column.unit}" if column.unit else "")
@@ -74,7 +74,7 @@ class Table:
         return table
 
     def markdown(self) -> str:
-        """Write it for the documentation."""
+        """The table as Markdown."""
         heads = [c.title + (f" ({c.unit})" if c.unit else "") for c in self.columns]
         lines = [heads, ["---", *("---:" for _ in heads[1:])], *self.rows]
         table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
@@ -172,7 +172,7 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """Say it in words."""
+        """The verdict, as text."""
         return "Not tested" if self.holds is None else "Holds" if self.holds else "Fails"
 
 
@@ -265,7 +265,7 @@ class Summary:
 
 
 def look(figures: Any, path: str, between: str = ".") -> Any:
-    """``path`` is the keys that lead to a figure, with dots between them; ``None`` where there is no such figure."""
+    """The figure at ``path``, keys joined by dots; ``None`` if there is none."""
     for key in path.split(between):
         if not isinstance(figures, Mapping):
             return None
@@ -286,13 +286,13 @@ class Line:
 
     @property
     def named(self) -> str:
-        """Its row and seed, for people."""
+        """Its row and seed, for display."""
         row = self["row"]
         return f"{getattr(row, 'name', row)}, seed {self['seed']}"
 
     @property
     def at_best(self) -> Mapping[str, Any] | None:
-        """The validation by which the tested weights were selected."""
+        """The validation that selected the tested weights."""
         step = self["best.step"]
         return next((v for v in self["validations"] or () if v["step"] == step), None)
 
@@ -305,7 +305,7 @@ class Runs(Sequence[Line]):
 
     @classmethod
     def made_by(cls, jobs: Iterable[Job], figures: Mapping[str, Any]) -> Runs:
-        """Those of the jobs of which ``figures`` holds something."""
+        """The runs of those jobs for which ``figures`` returns something."""
         found = ((job, look(figures, job.recorded, "/")) for job in jobs)
         return cls(Line(job.name, job.key, one) for job, one in found if one is not None)
 
@@ -319,11 +319,11 @@ class Runs(Sequence[Line]):
         return iter(self._lines)
 
     def where(self, **key: Any) -> Runs:
-        """Those with such a key."""
+        """The runs with this key."""
         return Runs(line for line in self if all(name in line.key and line.key[name] == key[name] for name in key))
 
     def named(self, name: str) -> Mapping[str, Any]:
-        """Return what the record holds of one run; nothing where it is not there."""
+        """The record's part of one run; empty if it is missing."""
         return next((line.figures for line in self if line.name == name), {})
 
     def of(self, row: Any, path: str) -> list[Any]:
@@ -335,19 +335,19 @@ class Runs(Sequence[Line]):
         return [value for line in self if (value := line[path]) is not None]
 
     def at_best(self, path: str) -> list[Any]:
-        """A figure of the validations by which the tested weights were selected."""
+        """A figure of the validations that selected the tested weights."""
         return [best[path] for line in self if (best := line.at_best) is not None]
 
     def told(self, path: str, digits: int = 1, scale: float = 1.0) -> Callable[[Any], str]:
-        """The cell of a row: mean and deviation of a figure over its runs."""
+        """The cell of a row: mean and standard deviation of a figure over its runs."""
         return lambda row: spread(self.of(row, path), digits, scale)
 
     def first(self, path: str) -> Callable[[Any], str]:
-        """The cell of a row: a figure that all its runs have alike, such as a number of parameters."""
+        """The cell of a row: a figure that is the same for all its runs, such as the number of parameters."""
         return lambda row: str((self.of(row, path) or [NONE])[0])
 
     def couples(self, row: Any, other: Any) -> list[tuple[Line, Line]]:
-        """The runs of two rows, wherever all else in their keys is alike."""
+        """The pairs of runs of two rows whose keys are otherwise equal."""
 
         def rest(line: Line) -> frozenset[Any]:
             return frozenset((name, value) for name, value in line.key.items() if name != "row")
@@ -356,7 +356,7 @@ class Runs(Sequence[Line]):
         return [(line, theirs[rest(line)]) for line in self.where(row=row) if rest(line) in theirs]
 
     def paired(self, row: Any, other: Any, path: str) -> list[tuple[Any, Any]]:
-        """A figure of both rows, wherever both have it and all else in their keys is alike."""
+        """A figure of both rows, for all pairs that have it."""
         both = ((a[path], b[path]) for a, b in self.couples(row, other))
         return [(a, b) for a, b in both if a is not None and b is not None]
 
@@ -365,8 +365,8 @@ class Runs(Sequence[Line]):
         return [a - b for a, b in self.paired(row, other, path)]
 
     def reaching(self, row: Any, other: Any, figure: str) -> list[tuple[int | None, int]]:
-        """After how many steps a run's validation first comes up to the best one of the other in a figure of which more
-        is better, ``None`` where it never does; beside the step at which the other had it."""
+        """For each pair: the steps after which a run first reaches the other's best validation (``None`` if never), for
+        a figure of which more is better, and the steps the other took."""
         return [
             (
                 next((v["step"] for v in own["validations"] if v[figure] >= theirs[f"best.{figure}"]), None),
@@ -378,7 +378,7 @@ class Runs(Sequence[Line]):
 
 
 def trained(config: Any, run: Run) -> dict[str, Any] | None:
-    """Return what ``results.json`` says of a training, as records hold it; ``None`` where there is none."""
+    """The content of ``results.json`` as records hold it; ``None`` if there is none."""
     if not (run.path / "results.json").is_file():
         return None
     one = run.read_json("results.json")
@@ -399,7 +399,7 @@ def trained(config: Any, run: Run) -> dict[str, Any] | None:
 
 
 def read(name: str) -> Callable[[Any, Run], dict[str, Any] | None]:
-    """The figures of a run are those in this JSON file of it."""
+    """Figures that are read from this JSON file of a run."""
 
     def figures(config: Any, run: Run) -> dict[str, Any] | None:
         return run.read_json(name) if (run.path / name).is_file() else None
@@ -408,7 +408,7 @@ def read(name: str) -> Callable[[Any, Run], dict[str, Any] | None]:
 
 
 def by_name(**others: Callable[[Any, Run], dict[str, Any] | None]) -> Callable[[Any, Run], dict[str, Any] | None]:
-    """Those of trainings, and of runs with these names in another way."""
+    """Figures of trainings, and of runs with these names in another way."""
     return lambda config, run: others.get(run.path.name, trained)(config, run)
 
 
@@ -426,7 +426,7 @@ class Cell(Generic[T]):
 
 
 def sheet(title: str, rows: Iterable[T], cells: Iterable[Cell[T]], below: Iterable[Sequence[str]] = ()) -> TitledTable:
-    """A table of the rows; lines of text ``below`` them are filled up with dashes."""
+    """A table of the rows; lines of text ``below`` are padded with dashes."""
     shown = list(cells)
     columns = [Column(one.title, one.unit, one.note) for one in shown]
     last = [[*line, *[NONE] * (len(shown) - len(line))] for line in below]
@@ -439,7 +439,7 @@ def shown(value: Any, form: str) -> str:
 
 
 def mean(values: Iterable[Any], form: str) -> str:
-    """The mean in this format; a dash if there are none."""
+    """The mean in this format; a dash if there are no values."""
     there = list(values)
     return format(fmean(there), form) if there else NONE
 
@@ -450,8 +450,8 @@ def mean(values: Iterable[Any], form: str) -> str:
 def sooner(
     statement: str, tries: Sequence[tuple[int | None, int]], own: float | None, other: float | None
 ) -> Iterator[Claim]:
-    """Say if one reaches what another ends with in less time, given :meth:`Runs.reaching` and the seconds of a step
-    of both; no claim where they are not known."""
+    """Test whether one reaches the other's final quality in less time, given :meth:`Runs.reaching` and the seconds per
+    step of both; no claim if these are unknown."""
     if not tries or own is None or other is None:
         return
     reached = [(own * steps, other * theirs) for steps, theirs in tries if steps is not None]
@@ -468,7 +468,7 @@ def sooner(
 
 
 def still_rising(runs: Runs) -> Iterator[str]:
-    """The note on trainings that had not levelled off; none where all had."""
+    """The note about trainings that had not converged; empty if all had."""
     done = [line for line in runs if line["validations"] is not None]
     last = [line["steps"] or line["validations"][-1]["step"] for line in done]
     if rising := sum(line["best.step"] == step for line, step in zip(done, last, strict=True)):
@@ -479,19 +479,19 @@ def still_rising(runs: Runs) -> Iterator[str]:
 
 
 def diverged(runs: Runs, name: Callable[[Line], str] = lambda line: line.named) -> Iterator[str]:
-    """The note on those that diverged; none where all are whole."""
+    """The note about diverged runs; empty if there are none."""
     if names := [name(line) for line in runs if line["state"] == "diverged"]:
         yield f"Diverged: {', '.join(names)}."
 
 
 def missing(jobs: Iterable[Job], runs: Runs, words: str = "Not there, or not come to an end") -> Iterator[str]:
-    """The note on jobs of which the record holds nothing; none where all are there."""
+    """The note about jobs missing from the record; empty if there are none."""
     if names := [job.name for job in jobs if not runs.named(job.name)]:
         yield f"{words}: {', '.join(names)}."
 
 
 def left_out(jobs: Iterable[Job], runs: Runs, words: str) -> Iterator[str]:
-    """Say how many jobs of many are left out, with the names of the first."""
+    """The note about how many jobs are missing, with the names of the first."""
     asked = list(jobs)
     if names := [job.name for job in asked if not runs.named(job.name)]:
         more = ", ..." if len(names) > 6 else ""
@@ -499,14 +499,14 @@ def left_out(jobs: Iterable[Job], runs: Runs, words: str) -> Iterator[str]:
 
 
 def band(panel: Axes, x: Sequence[float], values: Sequence[Sequence[float]], label: str, look: dict[str, Any]) -> None:
-    """Draw the mean of several values at every point, within a band from their least to their largest."""
+    """Draw the mean of several values at every point, in a band from minimum to maximum."""
     panel.plot(x, [fmean(each) for each in values], label=label, **look)
     low, high = ([end(each) for each in values] for end in (min, max))
     panel.fill_between(x, low, high, color=look["color"], alpha=0.13, linewidth=0)
 
 
 def curves(panel: Axes, series: Iterable[tuple[str, Runs, Mapping[str, Any]]], figure: str, scale: float = 1.0) -> None:
-    """Draw a figure of the validations along training, for every label its mean over the runs as far as all of them
+    """Draw a figure of the validations during training: for every label its mean over the runs, as far as all of them
     went."""
     for label, runs, look in series:
         together = list(zip(*(line["validations"] for line in runs if line["validations"]), strict=False))
@@ -547,7 +547,7 @@ class Published(Generic[C]):
     figures: Callable[[C, Run], Any] = trained
 
     def gather(self, config: C, folders: Mapping[str, Run]) -> dict[str, Any]:
-        """Return what a record holds of these runs."""
+        """The record's part of these runs."""
         there = (job for job in self.jobs(config) if job.name in folders)
         found = {job.recorded: self.figures(config, folders[job.name]) for job in there}
         packed: dict[str, Any] = {}
@@ -573,7 +573,7 @@ class Published(Generic[C]):
         )
 
     def remade(self, kind: type[C], record: Record) -> tuple[list[TitledTable], list[Claim], list[str]]:
-        """Sheets, claims and notes once more, from a record's own settings and runs."""
+        """Remake sheets, claims and notes from a record's own settings and runs."""
         config = from_plain(kind, record.settings)
         runs = Runs.made_by(self.jobs(config), record.runs)
         return [*self.sheets(config, runs)], [*self.claims(config, runs)], [*self.notes(config, runs)]
@@ -595,7 +595,6 @@ class Published(Generic[C]):
 
 
 def published(module: Mapping[str, Any], title: str | Callable[[Any], str], source: str, **more: Any) -> Published[Any]:
-    """The table whose functions are those of a module, given its ``globals()``; ``figures`` may be given, or not be
-    there."""
+    """The table made of a module's functions, given its ``globals()``; ``figures`` may be given or absent."""
     names = ("jobs", "protocol", "sheets", "claims", "notes", "drawings", "figures")
     return Published(title=title, source=source, **{name: module[name] for name in names if name in module} | more)

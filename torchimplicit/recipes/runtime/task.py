@@ -51,11 +51,11 @@ class Metric:
     best: Literal["max", "min"]
 
     def better(self, one: float, other: float) -> bool:
-        """Say whether ``one`` beats ``other``; nothing beats by being NaN."""
+        """Return whether ``one`` beats ``other``; NaN beats nothing."""
         return one > other if self.best == "max" else one < other
 
     def text(self, value: float) -> str:
-        """Write a value for people to read."""
+        """Format a value for display."""
         return f"{100 * value:.2f} %" if self.unit == "%" else f"{value:.4g} {self.unit}".rstrip()
 
 
@@ -64,7 +64,7 @@ SHARES = ("accuracy", "top5", "test_accuracy", "f1")
 
 
 def told(figures: Mapping[str, float], metric: Metric) -> dict[str, str]:
-    """A split's figures for people: the metric first, then what else says how good a model is, and the loss last."""
+    """A split's figures for display: the metric first, then other scores, the loss last."""
     others = sorted((name for name in figures if name != metric.name), key=lambda name: name == "loss")
     written = {
         name: f"{100 * figures[name]:.2f} %" if name in SHARES else f"{figures[name]:.4g}"
@@ -103,13 +103,13 @@ class Task(nn.Module, ABC):
         return sum(p.numel() for p in self.parameters())
 
     def solved(self, solution: Solution) -> None:
-        """Tell of a solve that no layer makes, so that its evaluations are counted."""
+        """Register a solve that no layer makes, so that its evaluations are counted."""
         for listener in self.listeners:
             listener(solution)
 
     @abstractmethod
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
-        """The batches of these optimizer steps, one each; a step's batch depends on the step and the seed alone."""
+        """The batches of these optimizer steps, one each; a batch depends only on the step and the seed."""
 
     @abstractmethod
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
@@ -117,18 +117,18 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:
-        """Return what the step lowers: a scalar, a mean over the batch."""
+        """The loss of a step: a scalar, averaged over the batch."""
 
     @abstractmethod
     def score(self, batch: Any) -> Tensor:
-        """Sums ``[k]`` (float64), of which :meth:`figures` makes the figures of a split."""
+        """Sums ``[k]`` (float64) from which :meth:`figures` computes the figures of a split."""
 
     @abstractmethod
     def figures(self, sums: list[float]) -> dict[str, float]:
         """The figures of a split, from its sums; among them the metric, and usually ``loss``."""
 
     def cut(self, batch: Any, count: int) -> list[Any]:
-        """A batch cut into so many parts of samples, where it is a tuple of tensors with the samples first.
+        """Split a batch into parts, if it is a tuple of tensors with the samples in dim 0.
 
         Raises:
             UserError: it is something else.
@@ -138,11 +138,11 @@ class Task(nn.Module, ABC):
         return list(zip(*(part.chunk(count) for part in batch), strict=True))
 
     def begin(self) -> None:
-        """Called before a pass over a split and before every segment of training: forget what is carried from batch to
+        """Called before a pass over a split and before every segment of training: reset anything carried from batch to
         batch."""
 
     def describe(self) -> str:
-        """The data, in one sentence for people."""
+        """The data, in one sentence for display."""
         return ""
 
 
@@ -200,7 +200,7 @@ def permutation(size: int, seed: int, turn: int) -> list[int]:
 
 
 def generator(seed: int, *place: int) -> torch.Generator:
-    """A generator for one place in training, such as a step; different places, and seeds, are unrelated."""
+    """A generator for one place in training, such as a step; generators of different places and seeds are unrelated."""
     mixed = 0xCBF29CE484222325
     for part in (seed, *place):  # FNV-1a over whole integers, then the generator's own scrambling
         mixed = ((mixed ^ (part + 1)) * 0x100000001B3) & (2**63 - 1)
@@ -227,7 +227,7 @@ class Rows(Dataset[Any]):
 def loader(
     data: Dataset[Any], batches: Sampler[list[int]], *, workers: int = 0, collate: Any = None, seed: int = 0
 ) -> DataLoader[Any]:
-    """A loader of these batches; for :class:`Rows` nothing is collated, for others ``None`` means torch's way."""
+    """A loader of these batches; :class:`Rows` need no collation, otherwise ``None`` means torch's default."""
     return DataLoader(
         data,
         batch_sampler=batches,
@@ -292,11 +292,11 @@ class SampledTask(Task):
 
     @property
     def counts(self) -> str:
-        """How many samples of each set, for people."""
+        """The number of samples in each set, for display."""
         return ", ".join(f"{len(part)} {name}" for name, part in self.sets.items())
 
     def order(self, steps: range, shard: Shard) -> Sampler[Any]:
-        """Which samples the steps have."""
+        """The samples of each step."""
         chosen = self.config.optimization
         size = len(self.sets["training"])
         return ShuffledSteps(size, chosen.batch_size, chosen.seed, steps, shard, chosen.whole_passes)
@@ -402,8 +402,8 @@ class Costs:
 
     @property
     def solves(self) -> int:
-        """How many calls there were of the first layer: one a batch, where a batch calls the model once. Where there
-        were none, how many solves the task told of."""
+        """Number of calls of the first layer, one per batch if a batch calls the model once; without layers, the number
+        of registered solves."""
         return self._calls or self._told
 
     def _see(self, layer: Equilibrium, solution: Solution) -> None:
@@ -420,7 +420,7 @@ class Costs:
 
     def figures(self) -> dict[str, float]:
         """Evaluations of the cells in whole-batch equivalents, forward and backward, over all layers; the share of
-        samples that are not converged; the largest relative residual, and that of the adjoint where it is known."""
+        unconverged samples; the largest relative residual, and that of the adjoint if known."""
         adjoints = [solution.adjoint for solution in self._solutions]
         status = [solution.status.reshape(-1) for solution in self._solutions]
         residual = [solution.residual.reshape(-1) for solution in self._solutions]
@@ -434,7 +434,7 @@ class Costs:
         }
 
     def close(self) -> None:
-        """Watch no longer, and let go of what was seen."""
+        """Stop watching, and release what was recorded."""
         for handle in self._handles:
             handle.remove()
         if self._task is not None:
@@ -451,17 +451,17 @@ class Stopwatch:
         self._laps: dict[str, float] = {}
 
     def start(self, device: torch.device) -> None:
-        """A step begins."""
+        """Start a step."""
         self._laps = {}
         self._began = self._last = clock(device, wall=True)()
 
     def skip(self, device: torch.device) -> None:
-        """Count what has passed since the last reading to no part."""
+        """Discard the time since the last reading."""
         self._last = clock(device, wall=True)()
 
     @contextmanager
     def pause(self, device: torch.device) -> Iterator[None]:
-        """Count what passes meanwhile neither to the step nor to its parts."""
+        """Exclude the time within from the step and its parts."""
         began = clock(device, wall=True)()
         yield
         spent = clock(device, wall=True)() - began
@@ -469,7 +469,7 @@ class Stopwatch:
         self._last += spent
 
     def lap(self, name: str, device: torch.device) -> None:
-        """A part has ended."""
+        """End a part."""
         now = clock(device, wall=True)()
         self._laps[name] = self._laps.get(name, 0.0) + now - self._last
         self._last = now

@@ -117,7 +117,7 @@ class Results:
 
     @staticmethod
     def of(run: Run) -> Results:
-        """What a run has written.
+        """Read the results of a run.
 
         Raises:
             OSError, ValueError, KeyError, TypeError: if it has not, or not this.
@@ -135,7 +135,7 @@ def best(history: History) -> Validation | None:
 
 
 def step_costs(rows: list[Row]) -> StepCosts | None:
-    """From the CSV log; the first step, which warms the machine up, is left out where there are others."""
+    """Step costs from the CSV log, without the first step, which warms the machine up, if there are others."""
     steps = [row for row in rows if "loss" in row and not row["pretraining"]]
     steps = steps[1:] or steps
     if not steps:
@@ -260,7 +260,7 @@ class Trainer(Runner):
     def _results(
         self, config: Trained, run: Run, module: TrainingModule, where: torch.device, diverged: str
     ) -> Results:
-        """What the run's checkpoints and logs say, and the test at the best weights."""
+        """The results from the run's checkpoints and logs, and the test at the best weights."""
         from torchimplicit.recipes.runtime.fitting import load_weights, rows
 
         found = history(run)
@@ -310,7 +310,7 @@ def _write_page(run: Run) -> None:
 
 
 def history(run: Run) -> History:
-    """What the last checkpoint knows; an empty history if there is none."""
+    """The history in the last checkpoint; empty if there is none."""
     from torchimplicit.recipes.runtime.fitting import read_checkpoint
 
     if not run.checkpoint.is_file():
@@ -323,7 +323,7 @@ def history(run: Run) -> History:
 
 @torch.no_grad()
 def measure(module: TrainingModule, split: Split, where: torch.device, machine: Machine) -> Validation:
-    """A whole split at the module's present weights, on one device."""
+    """Validate a whole split at the module's present weights, on one device."""
     from lightning.fabric.utilities import move_data_to_device
 
     from torchimplicit.recipes.runtime.module import evaluation_budget
@@ -355,7 +355,7 @@ def measure(module: TrainingModule, split: Split, where: torch.device, machine: 
 
 
 def summary(results: Results, task: Task) -> Table:
-    """For the terminal."""
+    """A table for the terminal."""
     found = {"validation, best": results.best, "test": results.test}
     splits = [(split, one) for split, one in found.items() if one is not None]
     names = list(dict.fromkeys(name for _, one in reversed(splits) for name in told(one.figures, task.metric)))

@@ -21,7 +21,7 @@ INSIDE = ("state_dict", "model", "model_state_dict", "net")
 
 
 def begin_with(task: nn.Module, path: Path) -> None:
-    """Put the weights of a file into a task's model.
+    """Load the weights of a file into a task's model.
 
     Nothing in the file is run. Names are those of the task, or of its attribute ``model``; normalizations of TorchDEQ
     and of locuslab's repositories are converted (:func:`torchimplicit.nn.convert_state_dict`).
