@@ -162,3 +162,57 @@ def test_it_runs_under_autocast_with_a_state_in_full_precision():
 def test_sizes_that_make_no_sense(changes, words):
     with pytest.raises(ValueError, match=words):
         miniature(**{"groups": 4, **changes})
+
+
+def reference_tensors():
+    """What a checkpoint of MDEQ-Tiny from locuslab's ``deq`` repository holds, with numbers of its own."""
+    norm = ("weight", "bias")
+    batch_norm = ("running_mean", "running_var", "num_batches_tracked")
+    names = ["downsample.0.weight", "downsample.3.weight"]
+    names += [f"downsample.{i}.{part}" for i in (1, 4) for part in norm + batch_norm]
+    for i in (0, 1):
+        block = f"fullstage.branches.{i}.blocks.0"
+        names += [f"{block}.conv{k}.weight_{part}" for k in (1, 2) for part in "gv"]
+        names += [f"{block}.gn{k}.{part}" for k in (1, 2, 3) for part in norm]
+        names += [f"fullstage.post_fuse_layers.{i}.conv.weight_{part}" for part in "gv"]
+        wide = f"incre_modules.{i}.0"
+        names += [f"{wide}.conv{k}.weight" for k in (1, 2, 3)] + [f"{wide}.downsample.0.weight"]
+        names += [f"{wide}.bn{k}.{part}" for k in (1, 2, 3) for part in batch_norm]
+        names += [f"{wide}.downsample.1.{part}" for part in norm + batch_norm]
+    for net in ("fuse_layers.0.1.net", "fuse_layers.1.0.net.0"):
+        names += [f"fullstage.{net}.{part}" for part in ("conv.weight", "gnorm.weight", "gnorm.bias")]
+    for merged in ("downsamp_modules.0", "final_layer"):
+        names += [f"{merged}.0.{part}" for part in norm]
+        names += [f"{merged}.1.{part}" for part in norm + batch_norm]
+    return [*names, "classifier.weight", "classifier.bias"]
+
+
+def test_the_reference_implementation_names_every_tensor():
+    """Run beside the reference code (November 2026), the map of Tiny, Large and ImageNet-Small agrees to rounding."""
+    model = MDEQ(mdeq_tiny())
+    homes = model.state_dict()
+    renamed = ti.nn.convert_state_dict(
+        {name: torch.full((1,), float(i)) for i, name in enumerate(reference_tensors())}, model
+    )
+    assert renamed.keys() == homes.keys()
+    assert len(homes) == 94
+    theirs = dict(zip(reference_tensors(), range(94), strict=True))
+    for ours, name in {
+        "stem.3.weight": "downsample.3.weight",
+        "equilibrium.cell.branches.1.first.norm2.bias": "fullstage.branches.1.blocks.0.gn2.bias",
+        "equilibrium.cell.paths.0to1.0.weight": "fullstage.fuse_layers.1.0.net.0.conv.weight",
+        "equilibrium.cell.paths.1to0.1.bias": "fullstage.fuse_layers.0.1.net.gnorm.bias",
+        "head.widen.1.body.4.running_var": "incre_modules.1.0.bn2.running_var",
+    }.items():
+        assert renamed[ours].item() == theirs[name]
+
+
+def test_the_older_reference_and_the_zoo_name_the_cell_otherwise():
+    model = MDEQ(mdeq_tiny())
+    renamed = ti.nn.convert_state_dict({name: torch.ones(1) for name in reference_tensors()}, model)
+    older = {f"module.{name}": torch.ones(1) for name in reference_tensors()}
+    older |= {name.replace("fullstage", "deq.func"): value for name, value in older.items() if "fullstage" in name}
+    older |= {name.replace("fullstage", "fullstage_copy"): torch.zeros(1) for name in older if ".fullstage" in name}
+    zoo = {name.replace("fullstage", "full_stage"): torch.ones(1) for name in reference_tensors()}
+    for other in (older, zoo):
+        assert ti.nn.convert_state_dict(other, model).keys() == renamed.keys()

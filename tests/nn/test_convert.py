@@ -229,7 +229,7 @@ def test_only_the_equilibrium_has_the_cell_in_the_model():
     with pytest.raises(ValueError, match=r"no key begins with 'fnc\.'"):
         convert_state_dict(old, model, rename={"fnc.": "layer.cell."})
     with pytest.raises(ValueError, match=r"two keys become 'mix\.bias'"):
-        convert_state_dict({**state, "a.bias": state["mix.bias"]}, model, rename={"a.": "mix."})
+        convert_state_dict({**state, "a.bias": state["mix.bias"] + 1}, model, rename={"a.": "mix."})
 
 
 def test_a_checkpoint_that_has_both_names_may_not_contradict_itself():

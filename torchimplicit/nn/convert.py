@@ -37,6 +37,8 @@ def convert_state_dict(
     - A prefix that all keys have from ``DataParallel`` or ``torch.compile`` goes.
     - What the older code stored twice goes: ``func_copy.*`` and ``fullstage_copy.*``, the copy that its backward pass
       evaluated, and ``deq.func.*``, the same module under a second name.
+    - A model with a method ``published_names``, such as :class:`torchimplicit.models.MDEQ`, says itself how other
+      implementations name its tensors.
 
     Nothing else is left out: what has no place in ``model`` stays in the result, so that ``load_state_dict`` names it.
 
@@ -44,7 +46,8 @@ def convert_state_dict(
         state: the state dict, from names to tensors; it is not changed.
         model: for which it is converted; it is not changed either.
         rename: from the beginnings of old names to those in ``model``, where a module moved:
-            ``{"func.": "layer.cell."}``.
+            ``{"func.": "layer.cell."}``; the longest beginning counts. ``None``: as ``model.published_names()`` says,
+            if there is one.
 
     Returns:
         a new dict, for ``model.load_state_dict``.
@@ -58,7 +61,11 @@ def convert_state_dict(
             the :math:`\\lVert Wv\\rVert` that is taken here differ by more than 0.1 %, since the weight has changed
             after :math:`u` was computed.
     """
-    old = _renamed(_unwrapped(_checked(state), model), rename or {})
+    old = _without_copies(_unwrapped(_checked(state), model))
+    if rename is None:
+        published: Any = getattr(model, "published_names", dict)
+        rename = {start: to for start, to in published().items() if any(name.startswith(start) for name in old)}
+    old = _renamed(old, rename)
     homes = model.state_dict(keep_vars=True)
     new: dict[str, Any] = {}
     used: set[str] = set()
@@ -97,6 +104,21 @@ def _unwrapped(old: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         old = {name.removeprefix(prefix): value for name, value in old.items()}
 
 
+def _without_copies(old: dict[str, Any]) -> dict[str, Any]:
+    """Without the copies of a module ``func`` that the older code keeps as ``func_copy``."""
+
+    def original(name: str) -> str | None:
+        parts = name.split(".")
+        copied = next((i for i, part in enumerate(parts) if part in _COPIES), None)
+        return None if copied is None else ".".join([*parts[:copied], parts[copied].removesuffix("_copy"), ""])
+
+    return {
+        name: value
+        for name, value in old.items()
+        if (start := original(name)) is None or not any(key.startswith(start) for key in old)
+    }
+
+
 def _renamed(old: dict[str, Any], rename: Mapping[str, str]) -> dict[str, Any]:
     unused = [start for start in rename if not any(name.startswith(start) for name in old)]
     if unused:
@@ -105,7 +127,7 @@ def _renamed(old: dict[str, Any], rename: Mapping[str, str]) -> dict[str, Any]:
     for name, value in old.items():
         start = max((s for s in rename if name.startswith(s)), key=len, default=None)
         to = name if start is None else rename[start] + name.removeprefix(start)
-        if to in renamed:
+        if to in renamed and not _equal(renamed[to], value):
             raise ValueError(f"convert_state_dict: with rename, two keys become {to!r}")
         renamed[to] = value
     return renamed
@@ -215,13 +237,8 @@ def _refuse_norms_without_place(left: Mapping[str, Any], homes: Mapping[str, Any
 
 
 def _stored_twice(name: str, value: Any, old: Mapping[str, Any], used: set[str]) -> bool:
-    """Whether a key without a place is a second copy: of a module ``func`` as ``func_copy``, or below another one."""
+    """Whether a key without a place is a module that has one, below another module."""
     parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part in _COPIES:
-            original = ".".join([*parts[:i], part.removesuffix("_copy")]) + "."
-            if any(key.startswith(original) for key in old):
-                return True
     return any(_equal(value, old[end]) for i in range(1, len(parts)) if (end := ".".join(parts[i:])) in used)
 
 

@@ -10,6 +10,7 @@ from torchimplicit.gradients import Gradient
 from torchimplicit.models.mdeq.cell import MDEQCell
 from torchimplicit.models.mdeq.config import MDEQConfig
 from torchimplicit.models.mdeq.head import ClassificationHead
+from torchimplicit.models.mdeq.published import published_names
 from torchimplicit.nn import Equilibrium
 from torchimplicit.solvers import Solver
 
@@ -38,6 +39,11 @@ class MDEQ(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """``[batch, image_channels, height, width]`` to ``[batch, classes]``."""
         return self.head(self.equilibrium(self.stem(images)))
+
+    def published_names(self) -> dict[str, str]:
+        """From the beginnings of names in checkpoints of locuslab's ``mdeq`` and ``deq`` repositories and of TorchDEQ's
+        zoo to the names here, for :func:`torchimplicit.nn.convert_state_dict`."""
+        return published_names(self.config)
 
 
 def _stem(config: MDEQConfig) -> nn.Sequential:
