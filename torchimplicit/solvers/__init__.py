@@ -1,4 +1,4 @@
-"""The solvers: how is the point found?"""
+"""The solvers: how a solution is found."""
 
 from torchimplicit.solvers.anderson import Anderson
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver

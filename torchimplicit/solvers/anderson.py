@@ -23,15 +23,15 @@ class AndersonState(NamedTuple):
 
     Attributes:
         z, residual, image: of the point before this one.
-        moves: of each past step, the difference of the damped images, :math:`\\Delta z + \\beta\\Delta r`.
-        turns: the difference of the residuals, :math:`\\Delta r`.
+        moves: for each past step, the difference of the damped images, :math:`\\Delta z + \\beta\\Delta r`.
+        turns: for each past step, the difference of the residuals, :math:`\\Delta r`, at unit length.
         gram: inner products of ``turns``, ``[batch, memory, memory]``.
-        kept: 0 or 1, ``[batch, memory]``: which of the past differences each sample still remembers; ``None``: all.
+        kept: 0 or 1, ``[batch, memory]``, which of the past differences each sample still remembers; ``None``: all.
         merit: ``[batch]``, of the point before this one, where the problem has one.
-        plain: bool ``[batch]``: the samples whose step to come is a plain one; ``None`` for none.
-        taken: steps so far.
-        weight: ``[batch, dim]``, what residuals are multiplied by where they are compared; ``None`` for 1.
-        gamma: ``[batch, 1]``, what residuals are multiplied by to have the state's unit; ``None`` for 1.
+        plain: bool ``[batch]``, the samples whose coming step is a plain one; ``None`` for none.
+        taken: the number of steps so far.
+        weight: ``[batch, dim]``, the factors on residuals where they are compared; ``None`` for 1.
+        gamma: ``[batch, 1]``, the factor that gives a residual the state's unit; ``None`` for 1.
     """
 
     z: Tensor
@@ -53,15 +53,16 @@ class AndersonState(NamedTuple):
 class Anderson(Solver):
     """Anderson acceleration (type II; Walker and Ni 2011), safeguarded.
 
-    The next state combines the last ``memory`` images so that the same combination of their residuals is least. The
-    differences are scaled to unit length before the small system is solved, so the regularization is relative, and
-    does not slow the end of a solve. The residuals of a map with several leaves are weighed each by the size of its
-    leaf, so that none counts for more because of the unit that it is stated in. Where an accelerated step leaves the
-    residual larger than ``growth`` times what it was, the sample goes back and takes a plain step instead, with its
-    history forgotten: on contractions the method is not slower than plain iteration. So it does where the step raises
-    the merit of a problem that has one (:class:`JointInference`: its cost), since the least residual may be that of
-    another stationary point. The plain step of a root or a minimum is in the problem's own units, :math:`\\gamma r` as
-    in :class:`~torchimplicit.Broyden`.
+    The next state combines the last ``memory`` images such that the same combination of their residuals has the
+    smallest norm. The differences are scaled to unit length before the small system is solved, so the regularization
+    is relative and does not slow the end of a solve. The residual of each leaf of the state is weighted by the inverse
+    size of the leaf, so that its unit does not matter.
+
+    The safeguard: where an accelerated step leaves the residual larger than ``growth`` times what it was, the sample
+    goes back, forgets its history, and takes a plain step; on contractions the method is then no slower than plain
+    iteration. For a problem with a merit (:class:`JointInference`: its cost) a step that raises the merit is taken back
+    instead, since the smallest residual may belong to another stationary point. The plain step of a root or a minimum
+    is :math:`\\gamma r` in the problem's own units, as in :class:`~torchimplicit.Broyden`.
 
     Args:
         memory: how many past differences are combined.
@@ -71,6 +72,9 @@ class Anderson(Solver):
         growth: the safeguard's factor, at least 1.
         rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
             :class:`Solver`.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     memory: int = 6
@@ -107,14 +111,16 @@ class Anderson(Solver):
             return Move(to, first._replace(gamma=gamma))
 
         weight = state.weight
-        # a joint solve reaches far lower costs by the residuals as they are
+        # The weights stay those of the first image: a Gram matrix of differently weighted rows would mean nothing.
+        # Joint inference goes without, as it was measured to reach far lower costs by the residuals as they are.
         image = point.image if state.taken == 0 and point.judgement is None else None
         if image is not None and (leaves := evaluate.system.separate) is not None:
             weight = spread(leaf_weights(image, residual, leaves.sizes), leaves.sizes)
         slot = state.taken % self.memory
-        # differences of unit length: their Gram matrix has a unit diagonal, whatever the size of the residuals
+        # at unit length, so that the Gram matrix has a unit diagonal and the regularization is relative to it
         turns, length = state.turns.put_unit(slot, residual, state.residual, weight)
         if self.damping == 1 and point.image is not None and state.image is not None:
+            # dz + dr is the difference of the images: no sum of two differences, no third vector
             moves = state.moves.put_difference(slot, point.image, state.image, length)
         else:
             turn = widened(residual - state.residual)
@@ -123,16 +129,20 @@ class Anderson(Solver):
         if weight is not None:
             compared = compared * weight
         size = turns.filled
+        # one pass over the history gives both the new row of the Gram matrix and the right-hand side
         both = torch.stack((turns.ring[:, slot], compared)).transpose(0, 1)
         products = torch.bmm(both, turns.vectors.mT)
         kept = state.kept
         if kept is not None:
+            # a forgotten difference gets a zero row and a unit diagonal, and so the coefficient zero
             kept = kept.clone()
             kept[:, slot] = 1
             products = products * kept[:, None, :size]
-        gram = state.gram.clone() if torch.is_grad_enabled() else state.gram
+        gram = state.gram.clone() if torch.is_grad_enabled() else state.gram  # autograd may have seen the old one
         gram[:, slot, :size] = gram[:, :size, slot] = products[:, 0]
         gram[:, slot, slot].add_(10 * number.eps if self.regularization is None else self.regularization)
+        # The normal equations of min ||r - sum_i g_i dr_i||: with unit columns and a ring of six they are accurate
+        # enough, and need no pass over the history. ``solve_ex`` does not wait for the device to report an error.
         weights, _ = torch.linalg.solve_ex(gram[:, :size, :size], products[:, 1])
         to = self._plain(point.z, residual, point.image)
         to = less(widened(to), weights, moves.vectors).to(to.dtype)
@@ -155,7 +165,7 @@ class Anderson(Solver):
         return self._safeguard(to, state, after, point.judgement)
 
     def _safeguard(self, to: Tensor, before: AndersonState, after: AndersonState, judgement: Judgement | None) -> Move:
-        """Send the samples whose accelerated step failed back, to take a plain step with nothing remembered."""
+        """Send the samples whose accelerated step failed back, to take a plain step with their history forgotten."""
         merit = after.merit
         if judgement is None or merit is None or before.merit is None:
             here, there = after.residual, before.residual
@@ -165,9 +175,10 @@ class Anderson(Solver):
         else:
             rounding = 10 * torch.finfo(merit.dtype).eps * before.merit.abs()
             failed = merit - judgement.merit_error > before.merit + rounding
-        if before.plain is not None:
+        if before.plain is not None:  # a plain step is accepted as it is, or a sample would go back for ever
             failed = failed & ~before.plain
-        # all seldom improve together where there is a merit; on other devices, to ask takes longer than what follows
+        # With a merit ``improving`` seldom holds, so this shortcut is asked for here. Not on a GPU, where the question
+        # takes longer than the selects that it saves.
         if merit is not None and failed.device.type == "cpu" and not failed.any():
             return Move(to, after._replace(merit=merit))
         if merit is not None and before.merit is not None:
@@ -175,7 +186,7 @@ class Anderson(Solver):
         column = failed[:, None]
         to = torch.where(column, self._plain(before.z, before.residual, before.image), to)
         forget = failed[:, None, None]
-        # what is forgotten gets no weight: the long vectors stay as they are
+        # forgotten by mask and by a Gram matrix of the identity: the long vectors need not be touched
         kept = after.gram.new_ones(after.gram.shape[:2]) if after.kept is None else after.kept
         image = None
         if after.image is not None and before.image is not None:
@@ -205,8 +216,13 @@ class Anderson(Solver):
 
 
 def leaf_weights(image: Tensor, residual: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """One over the size of each leaf of a map's value, ``[batch, leaves]``; 1 for a leaf without any, which has not
-    shown its unit yet. Differentiable, so that an unrolled solve has its whole derivative."""
+    """The inverse size of each leaf of a map's value, ``[batch, leaves]``; 1 for a leaf of zeros, whose unit is not
+    known yet. Differentiable, so that an unrolled solve has its whole derivative.
+
+    Args:
+        image, residual: ``[batch, dim]``; a leaf's size is the sum of its norms in both.
+        sizes: the numbers of entries of the leaves.
+    """
     parts = zip(widened(image).split(sizes, dim=1), widened(residual).split(sizes, dim=1), strict=True)
     norms = [torch.linalg.vector_norm(a, dim=1) + torch.linalg.vector_norm(r, dim=1) for a, r in parts]
     size = torch.stack(norms, dim=1)
@@ -215,7 +231,7 @@ def leaf_weights(image: Tensor, residual: Tensor, sizes: tuple[int, ...]) -> Ten
 
 
 def spread(leaves: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """``[batch, dim]``, of ``[batch, leaves]``: for each number, what its leaf has."""
+    """Repeat each leaf's number (``[batch, leaves]``) for every entry of the leaf, ``[batch, dim]``."""
     return torch.cat([leaf[:, None].expand(-1, n) for leaf, n in zip(leaves.unbind(dim=1), sizes, strict=True)], dim=1)
 
 

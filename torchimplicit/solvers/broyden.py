@@ -17,18 +17,17 @@ from torchimplicit.validation import check_count
 
 
 class InverseEstimate(NamedTuple):
-    """:math:`G`, per sample: an estimate of :math:`A^{-1}`, so that the step is :math:`s=Gr`.
+    """An estimate :math:`G` of :math:`A^{-1}` per sample; the step is :math:`s=Gr`.
 
     Full steps make it a product of factors :math:`I+s_{j+1}s_j^T/s_j^Ts_j` (Kelley 1995, section 7.3), and so
-    :math:`G=\\gamma(I+\\sum_j s_{j+1}\\sum_{i\\le j}c_{ji}s_i^T)`: the steps alone are kept, and a product takes two
-    passes over them.
-
-    :math:`A=\\partial R/\\partial z` and :math:`r=-R`, as in :class:`~torchimplicit.problems.system.System`. ``None``
-    for :math:`\\gamma`, ``[batch, 1]``, stands for 1.
+    :math:`G=\\gamma(I+\\sum_j s_{j+1}\\sum_{i\\le j}c_{ji}s_i^T)`: only the steps are kept, and a product takes two
+    passes over them. Here :math:`A=\\partial R/\\partial z` and :math:`r=-R`, as in
+    :class:`~torchimplicit.problems.system.System`.
 
     Attributes:
-        steps: the s, one more than there are factors.
-        factors: the c, ``[batch, memory, memory]``, of which the first ``updates`` rows hold something.
+        steps: the steps s, one more than there are factors.
+        factors: the coefficients c, ``[batch, memory, memory]``, of which the first ``updates`` rows are in use.
+        gamma: :math:`\\gamma`, ``[batch, 1]``; ``None`` for 1.
     """
 
     steps: History
@@ -37,11 +36,12 @@ class InverseEstimate(NamedTuple):
 
     @property
     def updates(self) -> int:
-        """How many rank-one updates it holds."""
+        """The number of rank-one updates."""
         return max(0, self.steps.filled - 1)
 
     def _known(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The steps that factors begin with, those that they lead to, and the c of these."""
+        """The steps :math:`s_i` and :math:`s_{j+1}` of the factors, ``[batch, updates, dim]``, and their
+        coefficients."""
         count = self.updates
         steps = self.steps.ring
         return steps.narrow(1, 0, count), steps.narrow(1, 1, count), self.factors[:, :count, :count]
@@ -61,23 +61,29 @@ class InverseEstimate(NamedTuple):
         return self._scaled(r if not self.updates else less(r, _product(c.mT, -inner(after, r)), before))
 
     def stepped(self, r: Tensor) -> tuple[Tensor, InverseEstimate]:
-        """The step :math:`G_+r` of the estimate :math:`G_+` that the secant condition of the last step makes, where
-        that has led to the residual ``-r``; and :math:`G_+`."""
+        """Update the estimate by the secant condition of the last step, which led to the residual ``-r``.
+
+        Returns:
+            The next step :math:`G_+r` and the updated estimate :math:`G_+`.
+        """
         # A s = -(r - r_last), so G+ y = -s with y = r - r_last. The step was s = G r_last, so that G y = g - s with
         # g = G r. Sherman-Morrison: G+ = G + g (G^T s)^T / (s.s - s.g), and so G+ r = g s.s / (s.s - s.g).
         count = self.updates
         last, base = self.steps.ring.select(1, count), self._scaled(r)
         both = torch.stack((base, last)).transpose(0, 1)
-        along, own = torch.bmm(both, self.steps.vectors.mT).unbind(1)  # of r, and of the last step, with all steps
-        square = own.narrow(1, count, 1)
+        # one pass over the steps for the inner products of both vectors with all of them
+        residual_products, last_products = torch.bmm(both, self.steps.vectors.mT).unbind(1)
+        square = last_products.narrow(1, count, 1)
         g, row = base, torch.ones_like(square)
         if count:
             _, after, c = self._known()
-            g = less(base, _product(c, -along.narrow(1, 0, count)), after)
-            row = torch.cat((_product(c.mT, own.narrow(1, 1, count)), row), 1)
+            g = less(base, _product(c, -residual_products.narrow(1, 0, count)), after)
+            row = torch.cat((_product(c.mT, last_products.narrow(1, 1, count)), row), 1)
         ahead = torch.linalg.vecdot(last, g).unsqueeze(1)
         gap = square - ahead
-        flat = gap.abs() <= 1e-8 * square  # no update where it is 0 / 0
+        # the update divides by s.s - s.g: where that cancels, there is none
+        flat = gap.abs() <= 1e-8 * square
+        # g s.s / (s.s - s.g) as g + g s.g / (s.s - s.g), which an infinite gap turns into g
         step = torch.addcmul(g, g, ahead / gap.masked_fill(flat, torch.inf))
         factors = self.factors.clone() if torch.is_grad_enabled() else self.factors
         factors[:, count, : count + 1] = row / square.masked_fill(flat, torch.inf)
@@ -85,12 +91,12 @@ class InverseEstimate(NamedTuple):
 
 
 def _product(matrix: Tensor, v: Tensor) -> Tensor:
-    """Of small matrices with ``[batch, k]``."""
+    """Products of small matrices with vectors ``[batch, k]``."""
     return torch.bmm(matrix, v.unsqueeze(2)).squeeze(2)
 
 
 class BroydenState(NamedTuple):
-    """The inverse :math:`G`, with the step that was taken last; half precision is kept in float32."""
+    """The estimate of the inverse, which holds the last step too; for half precision it is kept in float32."""
 
     inverse: InverseEstimate
 
@@ -100,15 +106,18 @@ class BroydenState(NamedTuple):
 class Broyden(Solver):
     """Broyden's good method, with the inverse as a sum of rank-one updates (Broyden 1965).
 
-    Starts from the plain step, for a root or a minimum from one in the problem's own units: :math:`\\gamma r` with
-    :math:`|\\gamma|=\\lVert r\\rVert/\\lVert Ar\\rVert` and the sign of :math:`r^TAr`, by one product with the
-    Jacobian. Starts anew when the memory is full: dropping only the oldest updates was tried, and diverged on linear
-    contractions.
+    The first step is the plain one; for a root or a minimum it is :math:`\\gamma r` in the problem's own units, with
+    :math:`|\\gamma|=\\lVert r\\rVert/\\lVert Ar\\rVert` and the sign of :math:`r^TAr`, from one product with the
+    Jacobian. When the memory is full, the method restarts: dropping only the oldest updates was tried, and diverged on
+    linear contractions.
 
     Args:
         memory: how many rank-one updates the inverse holds.
         rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
             :class:`Solver`.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     memory: int = 50
@@ -141,14 +150,16 @@ class Broyden(Solver):
 
 
 def unit_of(point: Point) -> Tensor | None:
-    """:math:`\\gamma` at the first point; ``None`` where the residual is in the state's unit."""
+    """The factor :math:`\\gamma` that gives the first residual the state's unit, ``[batch, 1]``; ``None`` where the
+    residual has that unit already."""
     if point.product is None:
         return None
-    r, image = UnitRows.of(widened(point.residual)), UnitRows.of(widened(point.product))  # squares would underflow
+    # rows of unit size, since the squares of small ones would underflow
+    r, image = UnitRows.of(widened(point.residual)), UnitRows.of(widened(point.product))
     unit = (image.factor / r.factor).squeeze(1)
     norm, state = torch.linalg.vector_norm(r.unit, dim=1), safe_norm(widened(point.z))
     size = norm / torch.linalg.vector_norm(image.unit, dim=1) * unit
-    # where the map is nearly flat, no further than the state is long
+    # where the map is nearly flat, step no further than the state is long
     size = torch.where(state > 0, torch.minimum(size, state / norm * r.factor.squeeze(1)), size)
     gamma = torch.where((r.unit * image.unit).sum(dim=1) < 0, -size, size)
     return torch.where(gamma.isfinite() & (gamma != 0), gamma, 1)[:, None]

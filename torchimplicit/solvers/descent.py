@@ -1,4 +1,4 @@
-"""Directions in which an energy falls, from its Hessian."""
+"""Descent directions from the Hessian of an energy, where it may be indefinite."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from torchimplicit.solution import Status
 from torchimplicit.solvers.base import Evaluator
 
 DENSE, PROBES = 64, 24
-"""Up to how many unknowns the least eigenvalue is exact, and by how many products it is sought beyond."""
+"""The least eigenvalue is computed exactly up to ``DENSE`` unknowns, and by ``PROBES`` Lanczos steps beyond."""
 
 
 class Descent(NamedTuple):
-    """A direction ``[batch, dim]`` along which the energy falls; bool ``[batch]``, where it is Newton's step; bool
-    ``[batch]``, where the Hessian has a negative eigenvalue, and its unit eigenvector ``[batch, dim]``, ``None`` where
-    that is not known, or nowhere so."""
+    """A descent direction.
+
+    Attributes:
+        direction: ``[batch, dim]``.
+        exact: bool ``[batch]``, where it is Newton's step.
+        negative: bool ``[batch]``, where the Hessian has a negative eigenvalue; ``None`` where that is not known, or
+            where none has.
+        downward: ``[batch, dim]``, the unit eigenvector of that eigenvalue; ``None`` likewise.
+    """
 
     direction: Tensor
     exact: Tensor
@@ -29,14 +35,22 @@ class Descent(NamedTuple):
 
 
 def modified(operator: LinearOperator, residual: Tensor) -> Descent:
-    """:math:`|H|^{-1}r`, by the eigenvalues' modulus (Nocedal and Wright 2006, section 3.4; Dauphin et al. 2014), of
-    the assembled Hessians. A direction in which they are flat, and the gradient is nothing but rounding, is left
-    alone."""
+    """:math:`|H|^{-1}r` by the modulus of the eigenvalues of the assembled Hessian (Nocedal and Wright 2006, section
+    3.4; Dauphin et al. 2014).
+
+    Directions in which the Hessian is flat and the gradient nothing but rounding are left out of the step.
+
+    Args:
+        operator: the Hessian, symmetric.
+        residual: minus the gradient, ``[batch, dim]``.
+    """
     dtype = working_dtype(operator.dtype)
     matrix = operator.spectrum_matrix(dtype)
     r = operator.project(residual).to(dtype)
     finite = matrix.isfinite().all(dim=2).all(dim=1) & r.isfinite().all(dim=1)
     matrix = matrix.where(finite[:, None, None], torch.eye(operator.dim, dtype=dtype, device=matrix.device))
+    # Cholesky first: near a minimum the Hessian is positive definite, and the eigenvalues, some ten times as expensive,
+    # are computed for the other samples alone
     factor, info = torch.linalg.cholesky_ex(matrix)
     d = torch.cholesky_solve(r[:, :, None], factor)[:, :, 0]
     odd = (info > 0) | ~d.isfinite().all(dim=1)
@@ -49,12 +63,12 @@ def modified(operator: LinearOperator, residual: Tensor) -> Descent:
         modulus, rounding = values.abs(), flat * values.abs().amax(dim=1, keepdim=True)
         nothing = (modulus <= rounding) & (parts.abs() <= 4 * flat * parts.norm(dim=1, keepdim=True))
         steps = torch.where(nothing | (rounding == 0), 0, parts / torch.maximum(modulus, rounding))
-        # without any curvature, the gradient itself
+        # a Hessian of zeros: step along the gradient itself
         steps = torch.where(rounding == 0, parts, steps)
         d = d.index_copy(0, rows, (vectors @ steps[:, :, None])[:, :, 0])
         least = values[:, 0] < -rounding[:, 0]
         negative = torch.zeros_like(odd).index_copy(0, rows, least)
-        lost = (modulus <= rounding) & ~nothing  # a gradient that no curvature accounts for
+        lost = (modulus <= rounding) & ~nothing  # a gradient along a flat direction: Newton's equation has no solution
         singular = torch.zeros_like(odd).index_copy(0, rows, lost.any(dim=1))
         downward = torch.zeros_like(d).index_copy(0, rows, vectors[:, :, 0])
         downward = operator.project(downward.to(operator.dtype))
@@ -63,14 +77,22 @@ def modified(operator: LinearOperator, residual: Tensor) -> Descent:
     return Descent(operator.project(d.to(operator.dtype)), exact | (residual == 0).all(dim=1), negative, downward)
 
 
-def downhill(operator: LinearOperator, residual: Tensor, found: LinearSolution) -> Descent:
-    """The solution of Newton's equation where it descends, and its solver met no negative curvature; elsewhere that of
-    conjugate gradients, as far as curvature is positive."""
-    d = found.value
-    bad = ~((d * residual).sum(dim=1) > 0) | (found.report.status == Status.SADDLE)
+def downhill(operator: LinearOperator, residual: Tensor, newton: LinearSolution) -> Descent:
+    """A descent direction by products with the Hessian (Nocedal and Wright 2006, algorithm 7.1).
+
+    It is the solution of Newton's equation where that descends and its solver met no negative curvature; elsewhere the
+    iterate of conjugate gradients before they meet negative curvature.
+
+    Args:
+        operator: the Hessian.
+        residual: minus the gradient, ``[batch, dim]``.
+        newton: what the linear solver returned for Newton's equation.
+    """
+    d = newton.value
+    bad = ~((d * residual).sum(dim=1) > 0) | (newton.report.status == Status.SADDLE)
     bad = bad & (residual != 0).any(dim=1)
     if not bool(bad.any()):
-        return Descent(d, found.report.converged)
+        return Descent(d, newton.report.converged)
     r = operator.project(residual)
     x, p, rr = torch.zeros_like(r), r, (r * r).sum(dim=1)
     first, live = rr, bad
@@ -78,27 +100,31 @@ def downhill(operator: LinearOperator, residual: Tensor, found: LinearSolution) 
         image = operator.product(p)
         curvature, square = (p * image).sum(dim=1), (p * p).sum(dim=1)
         ahead = live & (curvature > torch.finfo(r.dtype).eps * square)
-        if step == 0:  # the gradient itself, to where its curvature, were it positive, would lead
+        if step == 0:  # negative curvature at once: step along the gradient, by the modulus of the curvature
             bent = torch.where(curvature != 0, rr / curvature.abs(), 1)
             x = torch.where((live & ~ahead)[:, None], bent[:, None] * r, x)
         live = ahead
         alpha = torch.where(live, rr / torch.where(live, curvature, 1), 0)[:, None]
         x, r = x + alpha * p, r - alpha * image
         after = (r * r).sum(dim=1)
-        live = live & (after > 1e-4 * first)
+        live = live & (after > 1e-4 * first)  # to a hundredth: far from a minimum a better direction brings no more
         if not bool(live.any()):
             break
         p = r + torch.where(live, after / rr, 0)[:, None] * p
         rr = after
-    return Descent(torch.where(bad[:, None], x, d), found.report.converged & ~bad)
+    return Descent(torch.where(bad[:, None], x, d), newton.report.converged & ~bad)
 
 
 def lowest(operator: LinearOperator) -> tuple[Tensor, Tensor]:
-    """The least eigenvalue ``[batch]`` of a symmetric operator where it is negative beyond rounding, else zero, and the
-    sum of the unit vectors of all that are negative ``[batch, dim]``, of unit length.
+    """The least eigenvalue of a symmetric operator, if negative, and a direction of negative curvature.
 
-    Beyond ``DENSE`` dimensions these are Ritz values and vectors of ``PROBES`` Lanczos steps from a random vector,
-    always the same: they prove a negative eigenvalue but need not find one."""
+    Beyond ``DENSE`` dimensions these are Ritz values and vectors of ``PROBES`` Lanczos steps from a fixed random
+    vector: a negative Ritz value proves a negative eigenvalue, but one may be missed.
+
+    Returns:
+        The eigenvalue ``[batch]``, zero where it is not negative beyond rounding; and the normalized sum of the unit
+        eigenvectors of all negative eigenvalues, ``[batch, dim]``.
+    """
     dtype, eps = working_dtype(operator.dtype), torch.finfo(operator.dtype).eps
     if operator.dim == 0:
         nothing = torch.zeros(operator.batch, operator.dim, dtype=operator.dtype, device=operator.device)
@@ -111,7 +137,7 @@ def lowest(operator: LinearOperator) -> tuple[Tensor, Tensor]:
         v = operator.project(start.to(operator.device, operator.dtype).expand(operator.batch, -1)).to(dtype)
         basis = images = v.new_zeros(operator.batch, operator.dim, 0)
         for _ in range(PROBES):
-            for _ in range(2):  # once leaves rounding behind
+            for _ in range(2):  # orthogonalize twice: once leaves rounding behind ("twice is enough", Parlett 1998)
                 v = v - (basis @ (basis.mT @ v[:, :, None]))[:, :, 0]
             v = torch.nn.functional.normalize(v, dim=1)
             image = operator.product(v.to(operator.dtype)).to(dtype)
@@ -132,12 +158,23 @@ def lowest(operator: LinearOperator) -> tuple[Tensor, Tensor]:
 def leave(
     evaluate: Evaluator, point: Point, rest: Point, downward: Tensor, chosen: Tensor, trials: int
 ) -> tuple[Point, Tensor]:
-    """``rest``, with the ``chosen`` samples (bool ``[batch]``), which are stationary at ``point``, moved along
-    directions of negative curvature to where the energy is lower; and those for which no trial found such a place."""
+    """Move samples off a saddle, along a direction of negative curvature, to where the energy is lower.
+
+    Args:
+        evaluate: evaluates the energy.
+        point: where the ``chosen`` samples are stationary.
+        rest: the points of the other samples.
+        downward: unit directions of negative curvature, ``[batch, dim]``.
+        chosen: bool ``[batch]``, the samples to move.
+        trials: the most distances to try, beginning with the size of the state, each a quarter of the one before.
+
+    Returns:
+        ``rest`` with the ``chosen`` samples moved; and bool ``[batch]``, those for which no trial lowered the energy.
+    """
     assert point.energy is not None
     size = torch.linalg.vector_norm(point.z, dim=1, keepdim=True)
     way = downward * torch.where(size > 0, size, 1)
-    # to the side where the rest of the gradient falls, if any is left
+    # both sides go down: take the one that the gradient, if any is left, prefers
     way = torch.where((way * point.residual).sum(dim=1, keepdim=True) < 0, -way, way)
     left = chosen
     for _ in range(trials):

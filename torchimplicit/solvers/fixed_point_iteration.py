@@ -24,6 +24,9 @@ class FixedPointIteration(Solver):
         damping: :math:`\\lambda` in (0, 1].
         rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
             :class:`Solver`.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     damping: float = 1.0
@@ -41,5 +44,5 @@ class FixedPointIteration(Solver):
 
     def step(self, evaluate: Evaluator, point: Point, state: Any, progress: Progress) -> Move:
         if self.damping == 1.0 and point.image is not None:
-            return Move(point.image)
+            return Move(point.image)  # z + (f(z) - z) would round, and cost a vector
         return Move(torch.add(point.z, point.residual, alpha=self.damping))

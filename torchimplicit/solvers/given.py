@@ -1,4 +1,4 @@
-"""A solution that is there already."""
+"""The solver for a solution that the caller brings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 @final
 @dataclass(frozen=True, kw_only=True)
 class Given(Solver):
-    """Takes no step: a state that does not meet the tolerance is not solved. See :func:`~torchimplicit.attach`."""
+    """Tests the start and takes no step; a start that misses the tolerance breaks down. For
+    :func:`~torchimplicit.attach`."""
 
     max_steps: int = 1
 
@@ -27,6 +28,5 @@ class Given(Solver):
     def fell_short(self, summary: str) -> str:
         return (
             f"what attach was given does not solve the problem to the tolerance: {summary}. Solve it further, or give "
-            "attach the rtol or atol that it was solved to; the derivative is that of a point which is no solution, "
-            "and is as inexact"
+            "attach the rtol or atol that it was solved to; the derivative taken here is as inexact as the solution"
         )

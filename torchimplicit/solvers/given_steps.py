@@ -1,4 +1,4 @@
-"""A number of steps that was asked for: the loop that tests nothing."""
+"""The loop for a prescribed number of steps, which tests nothing."""
 
 from __future__ import annotations
 
@@ -26,18 +26,25 @@ def take_steps(
     first: Point | None = None,
     recorded: int | None = None,
 ) -> SolverResult:
-    """The last iterate of ``solver.steps`` steps from ``z0``, all samples at once, as in a loop written by hand: what
-    the last step leads to is not evaluated, and the host reads nothing. A sample that goes non-finite stays so.
+    """Take ``solver.steps`` steps from ``z0`` with all samples at once, as in a loop written by hand.
+
+    The last iterate is not evaluated, and the host reads nothing from the device. A sample that goes non-finite stays
+    so, and its status says it.
 
     Args:
+        solver: whose steps are taken.
+        system: the problem in flat coordinates.
+        z0: the start, ``[batch, dim]``.
+        params: the system's parameters.
         first: the evaluation at ``z0``, where it has been made already.
-        recorded: how many of the last steps autograd sees, where grad mode is on; ``None``: all.
+        recorded: how many of the last steps autograd records, where grad mode is on; ``None``: all.
     """
     count = solver.steps
     assert count is not None
     evaluate = Evaluator(system, params, rows_evaluated=0 if first is None or not count else len(z0))
     hidden = 0 if recorded is None else count - recorded
-    led = recorded if hidden and recorded else 0  # an iterate that autograd is to see begins so much earlier
+    # a kept iterate that shall be differentiable is recomputed from the one ``recorded`` steps before: keep that, too
+    led = recorded if hidden and recorded else 0
     straight = solver.straight and isinstance(system, FixedPointSystem) and not solver.keep_trace
 
     def kept(step: int, z: Tensor) -> Tensor | None:
@@ -49,13 +56,13 @@ def take_steps(
     for step in range(count):
         with torch.no_grad() if step < hidden else nullcontext():
             evaluate.begin(step)
-            if straight and known is None and step + 1 < count:  # nobody asks for the residual
+            if straight and known is None and step + 1 < count:  # only the last residual is reported
                 z = evaluate.image(z)
                 trajectory.append(kept(step + 1, z))
                 continue
             before, point = point, evaluate(z) if known is None else known
             if before is None:
-                if point.scale is None and solver.wants_product():  # for a first step in the problem's own units
+                if point.scale is None and solver.wants_product():  # the first step is in the problem's own units
                     point = point.changed(product=evaluate.product(point.z, point.residual))
                 state = solver.start(point)
             elif known is None:
@@ -67,8 +74,9 @@ def take_steps(
             known = move.to if isinstance(move.to, Point) else None
             z = move.to.z if isinstance(move.to, Point) else evaluate.project(move.to)
             if point.scale is not None and point.judgement is None:
-                point = point.sizes()  # no vector is held while the next evaluation runs
+                point = point.sizes()  # free its vectors before the next evaluation
         trajectory.append(kept(step + 1, z))
+    # a step that evaluates where it goes (a line search) has told the residual of the last iterate
     before, point = (before, point) if known is None or not count else (point, known)
     if solver.keep_trace and known is not None and count:
         trace.append(traced(known))
@@ -79,13 +87,20 @@ def take_steps(
         residual = worst(parts)
     report = Report(status, torch.full_like(status, count), residual, evaluate.rows_evaluated / max(len(z0), 1))
     norm = None if point is None else point.size().detach()
-    way = tuple(trajectory) if solver.keep_trajectory else ()
-    return SolverResult(z, report, way, state, norm, parts, tuple(trace))
+    kept_iterates = tuple(trajectory) if solver.keep_trajectory else ()
+    return SolverResult(z, report, kept_iterates, state, norm, parts, tuple(trace))
 
 
 def relative(system: System, point: Point | None, before: Point | None, z: Tensor) -> Tensor:
-    """The relative residuals of the state that was evaluated last, ``[batch]`` or ``[batch, leaves]``; NaN where
-    nothing tells the size of its terms."""
+    """The relative residuals of the state that was evaluated last, ``[batch]`` or ``[batch, leaves]``; NaN where the
+    size of its terms is unknown.
+
+    Args:
+        system: the problem.
+        point: the last evaluation; ``None`` for none.
+        before: the one before it, from which the terms of a root or a minimum are measured.
+        z: the states, for the shape.
+    """
     if point is None:
         return torch.full_like(z[:, 0], torch.nan) if z.shape[1] else z.new_zeros(len(z))
     if point.scale is None and before is not None:

@@ -26,6 +26,9 @@ class GradientDescent(Solver):
         momentum: :math:`m` in [0, 1).
         rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
             :class:`Solver`.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     step_size: float = 1e-2
@@ -50,12 +53,13 @@ class GradientDescent(Solver):
 
 
 def only_minimum(solver: Solver, system: System) -> None:
-    """Raise where ``solver``, which needs an energy, cannot solve ``system``."""
+    """Raise ``ValueError`` unless ``system`` is a minimum that ``solver``, which needs an energy, can handle."""
     if isinstance(system, MinimumSystem):
         return
     if isinstance(system, ProjectedSystem):
         raise ValueError(
-            f"{type(solver).__name__} knows no constraint but a single LinearEquality: on this one take ProjectedNewton"
+            f"{type(solver).__name__} handles no constraint but a single LinearEquality: take ProjectedNewton for this "
+            "one"
         )
     raise ValueError(
         f"{type(solver).__name__} needs an energy, and only Minimum has one: for FixedPoint take Anderson, Broyden or "

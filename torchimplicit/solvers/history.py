@@ -1,4 +1,4 @@
-"""The last few vectors of each sample, which the accelerated methods combine."""
+"""The last few vectors of each sample, which accelerated methods combine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchimplicit.precision import widened
 
 
 class History(NamedTuple):
-    """A ring of vectors ``[batch, memory, dim]``, of which the first ``filled`` slots hold something. Each slot
+    """A ring buffer of vectors ``[batch, memory, dim]``, of which the first ``filled`` slots are in use. Each slot
     (``[:, i]``) is contiguous."""
 
     ring: Tensor
@@ -25,15 +25,15 @@ class History(NamedTuple):
 
     @property
     def vectors(self) -> Tensor:
-        """What is held, ``[batch, filled, dim]``, in no particular order."""
+        """The stored vectors, ``[batch, filled, dim]``, in no particular order."""
         return self.ring[:, : self.filled]
 
     def put(self, slot: int, vector: Tensor, over: Tensor | None = None) -> History:
-        """The history with ``vector`` (``[batch, dim]``), divided by ``over`` (``[batch, 1]``), in ``slot``; out of
-        place where autograd looks on."""
+        """Store ``vector`` (``[batch, dim]``), divided by ``over`` (``[batch, 1]``), in ``slot``; in place unless
+        autograd records."""
         ring = self.ring
         if torch.is_grad_enabled():
-            ring = ring.clone()
+            ring = ring.clone()  # autograd has saved the old ring for the backward pass
             ring[:, slot] = vector if over is None else vector / over
         elif over is None:
             ring[:, slot] = vector
@@ -42,24 +42,25 @@ class History(NamedTuple):
         return History(ring, max(self.filled, slot + 1))
 
     def put_difference(self, slot: int, one: Tensor, other: Tensor, over: Tensor) -> History:
-        """Likewise ``one - other``, without another vector in between."""
-        if self._apart(one):
+        """Store ``(one - other) / over`` in ``slot``, without a temporary vector where possible."""
+        if self._out_of_place(one):
             return self.put(slot, widened(one - other), over)
         torch.sub(one, other, out=self.ring[:, slot]).div_(over)
         return History(self.ring, max(self.filled, slot + 1))
 
     def put_unit(self, slot: int, one: Tensor, other: Tensor, weight: Tensor | None) -> tuple[History, Tensor]:
-        """Likewise ``one - other``, times ``weight`` where there is one, at unit length; and what its length was."""
-        apart = self._apart(one)
-        vector = widened(one - other) if apart else torch.sub(one, other, out=self.ring[:, slot])
+        """Store ``weight * (one - other)`` in ``slot`` at unit length; returns its former length ``[batch, 1]`` too."""
+        out_of_place = self._out_of_place(one)
+        vector = widened(one - other) if out_of_place else torch.sub(one, other, out=self.ring[:, slot])
         if weight is not None:
-            vector = vector * weight if apart else vector.mul_(weight)
+            vector = vector * weight if out_of_place else vector.mul_(weight)
+        # a vector of zeros keeps its length of (next to) zero instead of becoming NaN
         length = torch.linalg.vector_norm(vector, dim=1, keepdim=True).clamp_min(torch.finfo(vector.dtype).tiny)
-        if apart:
+        if out_of_place:
             return self.put(slot, vector, length), length
         vector.div_(length)
         return History(self.ring, max(self.filled, slot + 1)), length
 
-    def _apart(self, vector: Tensor) -> bool:
-        """Whether what is put here has to be computed elsewhere."""
+    def _out_of_place(self, vector: Tensor) -> bool:
+        """Whether the new entry cannot be computed in the ring itself."""
         return torch.is_grad_enabled() or vector.dtype != self.ring.dtype

@@ -35,13 +35,14 @@ from torchimplicit.solvers.tolerance import Judge, Measure
 from torchimplicit.state import row_norm
 
 APPEARS = 3
-"""After so many steps a leaf that had no residual at first has one, if it is to have any."""
+"""A leaf whose residual was zero at first is given this many steps to show one, which then is its unit."""
 
 SHRINK_AT = 0.75
-"""Finished samples leave the batch once at most this share of it is still active."""
+"""Finished samples leave the batch once at most this share of it is active: leaving copies all that remains, which pays
+only if enough rows are saved."""
 
 ROUNDS = 4
-"""How often samples may be sent on that a look at the whole has found unsolved."""
+"""How often samples that the review found unsolved are sent on before they count as broken down."""
 
 _RUNNING = -1
 
@@ -60,12 +61,16 @@ def iterate(
     """Solve ``system`` from ``z0`` (``[batch, dim]``). Differentiable by autograd where grad mode is on.
 
     Args:
+        solver: whose steps are taken.
+        system: the problem in flat coordinates.
+        z0: the start.
+        params: the system's parameters.
         first: the evaluation at ``z0``, where it has been made already.
-        recorded: how many of the last of a given number of steps autograd sees; ``None``: all.
-        only: bool ``[batch]``, the samples to solve for; ``None``: all. The figures of the others say nothing.
-        since: the sizes of the state where another solver began that has led to ``z0``, ``[batch]`` or ``[batch,
-            leaves]``: first sizes, besides those of ``z0``.
-        units: in which that one has solved it.
+        recorded: how many of the last steps autograd records, where the number of steps is prescribed; ``None``: all.
+        only: bool ``[batch]``, the samples to solve; ``None``: all. The figures of the others mean nothing.
+        since: where another solver has led to ``z0``, the sizes of the state at which that one began, ``[batch]`` or
+            ``[batch, leaves]``; the stopping rule takes the larger of these and those of ``z0``.
+        units: the units in which that other solver worked.
     """
     if units is not None:
         return solved_in(units, iterate, solver, system, z0, params, only, since)
@@ -79,19 +84,19 @@ def iterate(
             return together
     evaluate = Evaluator(system, params, rows_evaluated=0 if first is None else z0.shape[0])
     loop = _Loop(solver, evaluate, evaluate(evaluate.project(z0)) if first is None else first, only, since=since)
-    del first, z0  # a start that is left behind is let go
+    del first, z0  # free the start's memory once the loop has left it
     units = first_units(system, loop.point, params) if loop.suspect and since is None else None
     if units is not None:
         outcome = solved_in(units, iterate, solver, system, loop.point.z, params, only)
         return outcome.having_spent(evaluate.rows_evaluated / len(outcome.z))
     outcome = loop.run()
-    if loop.stepped:  # or what was found was found by the whole
+    if loop.stepped:  # a start that is a solution was judged by an evaluation of the whole batch already
         outcome = reviewed(solver, evaluate, outcome, loop.first_judge, loop.mixed, loop.active > 0)
     return examined(iterate, outcome, loop.first_judge, solver, system, params) if loop.extreme else outcome
 
 
 def as_one(solver: Solver, system: System) -> bool:
-    """Whether samples are known to depend on each other in a way that the solver has to solve them as one system."""
+    """Whether samples are known to depend on each other such that this solver has to solve them as one system."""
     coupling = system.coupling
     if coupling is None or not coupling.found:
         return False
@@ -101,12 +106,12 @@ def as_one(solver: Solver, system: System) -> bool:
 def reviewed(
     solver: Solver, evaluate: Evaluator, outcome: SolverResult, judge: Judge, mixed: bool, unsolved: bool
 ) -> SolverResult:
-    """The outcome once the whole problem has confirmed what it claims; samples that it does not confirm go on.
+    """Review the outcome by the whole problem; samples that are not confirmed go on, ``ROUNDS`` times at most.
 
     Args:
-        judge: the rule of the loop that led there, for its first batch.
-        mixed: whether what is returned may not be what was evaluated last.
-        unsolved: whether steps have run out.
+        judge: the stopping rule of the loop that led there, for its first batch.
+        mixed: whether the returned states may differ from those that were evaluated last.
+        unsolved: whether samples have run out of steps.
     """
     system, params = evaluate.system, evaluate.params
     since = None if judge.measure is None else judge.measure.since
@@ -126,7 +131,7 @@ def reviewed(
         steps = solver.max_steps - int(outcome.report.steps[verdict.again].amin())
         left = replace(solver.going_on(outcome.trajectory), max_steps=steps)
         evaluate.rows_evaluated = 0
-        # what its last step told a sample of its terms was too much
+        # the last step overestimated the size of the terms: a stricter tolerance makes up for it
         loop = _Loop(left, evaluate, evaluate(outcome.z), only=verdict.again, strict=0.1 ** (tried + 1), since=since)
         outcome = after(outcome, loop.run(), verdict.again)
         mixed, unsolved = loop.mixed, loop.active > 0
@@ -138,11 +143,12 @@ class _Tests(NamedTuple):
     """What is known of each sample at a point, ``[batch]``.
 
     Attributes:
-        norm, tolerance: what is compared, ``[batch]`` or ``[batch, leaves]``.
-        rank: by which iterates are compared.
+        norm: the residual norms, ``[batch]`` or ``[batch, leaves]``.
+        tolerance: what they are compared with, of the same shape.
+        rank: the number by which iterates are compared; the best has the smallest.
         good: bool, finite and within the limit of growth.
-        done: bool, within the tolerance, or found solved by the step; ``None``: not asked yet.
-        going: bool, good and not done, and the step can go on.
+        done: bool, within the tolerance, or found solved by the step; ``None`` until :meth:`arrived` is asked.
+        going: bool, good and not done, and the method can go on.
     """
 
     norm: Tensor
@@ -153,31 +159,42 @@ class _Tests(NamedTuple):
     going: Tensor
 
     def arrived(self) -> Tensor:
-        """``done``."""
+        """``done``, computed where it was put off."""
         return self.norm <= self.tolerance if self.done is None else self.done
 
 
 class _Loop:
     """The loop's variables, for the samples that the current batch holds.
 
+    The cost of a step is what the loop adds to the user's function, so it reads from the device once a step at most and
+    copies nothing while all samples improve (``smooth``, ``improving``).
+
     Attributes:
         point: where the samples are. One that is done stays at its best iterate.
-        best: the iterate of least residual (or merit, where the point has one), which is ``best_rank``. It *is*
-            ``point`` while all that are active improve; then it is a point at rest, whose residual is not kept.
+        best: the best iterate, whose residual (or merit, where the point has one) is ``best_rank``. It *is* ``point``
+            while all active samples improve; afterwards it is a point whose residual vector is not kept.
         active: how many samples were active when the host last asked.
-        improved: how many had improved then.
-        certain: whether ``active`` is the count of this very moment.
-        first_judge: of the first batch.
-        stepped: whether there was any step.
-        mixed: whether what is returned may not be what was evaluated last.
-        suspect: whether the first numbers are so small, or so large, that squares may underflow or overflow.
-        extreme: whether those of the norms did by which samples were judged; known at the end.
-        confirmed: whether the solver says which samples are solved; ``within`` are then those that the rule has found.
-        smooth: whether all samples have been active so far, and have improved in every step.
-        unit: ``[batch, leaves]``, the first residual of each leaf, by which iterates are compared; ``None`` for one
-        leaf. running: bool ``[batch]``, the active samples; ``None`` for all. improving: whether every active sample is
-        known to have improved with the last step. rows: the current batch's places in the first batch; ``None`` while
-        all samples are in it. full: the results of the first batch, once samples have left it.
+        improved: how many of them had improved then.
+        certain: whether ``active`` counts the samples of this very step.
+        improving: whether every active sample is known to have improved with the last step.
+        smooth: whether all samples have been active so far and have improved in every step.
+        tries: how often the fast test of a smooth step may still fail before it is no longer tried.
+        plain: whether iterates are compared by a single norm, so that a smooth step can be recognized by it.
+        judge: the stopping rule for the current batch.
+        first_judge: that for the first batch.
+        unit: ``[batch, leaves]``, the first residual of each leaf, in units of which iterates are compared; ``None``
+            where the state is a single leaf.
+        limit: ``[batch]``, the residual beyond which a sample counts as diverged.
+        running: bool ``[batch]``, the active samples; ``None`` for all.
+        alive: bool ``[batch]``, the samples that may still resume; ``None`` for all.
+        rejudges: whether a stopped sample resumes when the motion of others has raised its residual.
+        confirmed: whether the solver confirms solved samples; ``within`` are then those that meet the stopping rule.
+        rows: the current batch's places in the first batch; ``None`` while all samples are in it.
+        full: the results of the first batch, once samples have left it.
+        stepped: whether any step was taken.
+        mixed: whether the returned states may differ from those that were evaluated last.
+        suspect: whether the first numbers are so small or so large that their squares may underflow or overflow.
+        extreme: whether the norms by which samples were judged were so; known at the end.
     """
 
     def __init__(
@@ -197,6 +214,7 @@ class _Loop:
         self.improved = 0
         self.mixed = self.stepped = self.extreme = False
         self.suspect = True
+        # a trajectory needs all samples in every entry, and an unrolled graph a fixed batch
         self.may_shrink = (
             evaluate.system.row_params is not None
             and not (solver.keep_trajectory or solver.keep_trace)
@@ -227,7 +245,7 @@ class _Loop:
         self._judge(0, None)
 
     def _growth_limit(self, point: Point, growth: Tensor) -> Tensor:
-        """``[batch]``, what a sample's residual may become from the first ``point``."""
+        """``[batch]``, the residual beyond which a sample counts as diverged, from the first ``point``."""
         first = self.judge.first
         if self.solver.bounded:
             return torch.full_like(growth, torch.inf)
@@ -239,10 +257,11 @@ class _Loop:
             assert point.scale is not None
             first = growth + row_norm(point.scale)
         if self.solver.searches and point.energy is not None:
-            # the energy falls in every step, and from beside a saddle that leads to where gradients are steep
+            # a line search makes the energy fall in every step, so a large gradient is no divergence: the way down from
+            # beside a saddle, where the gradient is next to zero, leads through steep places
             first = first * GROWTH_LIMIT**2
-        # a start at a solution has no limit, from which others may move it; a first evaluation that is not finite is
-        # beyond any, and such a sample stops at once
+        # A start at a solution (``first == 0``) gets no limit, since coupled samples may move it off. A start that is
+        # not finite fails the comparison with any limit, and stops at once.
         return torch.where(first > 0, GROWTH_LIMIT * first, torch.finfo(growth.dtype).max)
 
     def run(self) -> SolverResult:
@@ -253,8 +272,9 @@ class _Loop:
             self._look_ahead(self.judge.measure)
         trace = [traced(self.point)] if solver.keep_trace else []
         state = solver.start(self.point)
-        # a step that has nothing of its point but the image leaves no residual behind
-        told = self.point.error is not None and self.point.judgement is None  # its size, without the residual
+        # Plain iteration needs nothing of a point but its image, which becomes the next state: the residual's memory is
+        # freed before the next evaluation. A point that carries its error still knows the residual's norm.
+        told = self.point.error is not None and self.point.judgement is None
         lean, nothing = solver.straight and self.judge.measure is None and told, self.point.z.new_zeros(1, 1)
         for step in range(1, solver.max_steps + 1):
             if self.active == 0:
@@ -267,7 +287,7 @@ class _Loop:
             move = solver.step(self.evaluate, self.point, state, progress)
             state = move.state
             if lean and self.best is self.point:
-                if nothing.shape != self.point.z.shape:
+                if nothing.shape != self.point.z.shape:  # samples have left the batch
                     nothing = nothing[:1, :1].expand_as(self.point.z)
                 self.best = self.point = self.point.changed(residual=nothing, image=self.point.z)
             self._advance(move.to)
@@ -276,15 +296,16 @@ class _Loop:
             if solver.keep_trajectory:
                 trajectory.append(self.point.z if solver.keeps(step) else None)
             self._judge(step, move, ask=step % solver.check_every == 0)
-        if self.confirmed and self.steps.numel():  # the step that found them solved has moved nobody
+        if self.confirmed and self.steps.numel():
+            # the last step only confirmed samples where they were, so the entry that it added repeats the one before
             taken = int(torch.where(self.status == _RUNNING, solver.max_steps, self.steps).amax()) + 1
             trajectory, trace, self.stepped = trajectory[:taken], trace[:taken], taken > 1
-        found = self._finish(tuple(trajectory) if solver.keep_trajectory else (), state)
-        return replace(found, trace=tuple(trace)) if trace else found
+        outcome = self._finish(tuple(trajectory) if solver.keep_trajectory else (), state)
+        return replace(outcome, trace=tuple(trace)) if trace else outcome
 
     def _look_ahead(self, measure: Measure) -> None:
-        """Take one product of the Jacobian with the first residual: it gives a first step its length, and finds a start
-        that is a solution already."""
+        """Take one product of the Jacobian with the first residual. It tells the scale of the residual, so that a start
+        that is a solution already is recognized, and it gives a first step its length."""
         image = self.evaluate.product(self.point.z, self.point.residual)
         if image is not None:
             self.best = self.point = measure.product(self.point, image)
@@ -301,7 +322,7 @@ class _Loop:
         self.point = point if self.judge.measure is None else self.judge.measure.step(point, before)
 
     def _judge(self, step: int, move: Move | None, ask: bool = True) -> None:
-        """Test every active sample, and note those that stop here. Reads from the device once, if ``ask``.
+        """Test every active sample and record those that stop here. Reads from the device once, if ``ask``.
 
         The states of a sample::
 
@@ -311,15 +332,17 @@ class _Loop:
                       │   └──┘  └── no steps are left ──► MAX_STEPS (in ``_finish``)          │
                       └── resumed: the others moved on, and the map couples it to them ───────┘
 
-        A sample that stops is frozen at its best iterate, which for most is the last one. While all improve, ``best``
-        is ``point`` itself and nothing is copied; in the common case, where all go on as well, the host asks for one
-        predicate and is done.
+        A sample that stops is frozen at its best iterate, which for most is the last one. Three paths, cheapest first:
+
+        1. all samples improve and none stops (``_all_improve``): one predicate is read, nothing is copied;
+        2. all active samples improve (``improving``): ``best`` is ``point`` itself, and nothing is copied;
+        3. otherwise ``best`` is merged sample by sample.
         """
         point = self.point
         norm, tolerance = point.size(), self.judge.tolerance(point)
         if self.smooth and self._all_improve(norm, tolerance, step, move, ask):
             return
-        if move is not None and move.left is not None:
+        if move is not None and move.left is not None:  # any later iterate is better than a saddle
             self.best_rank = self.best_rank.masked_fill(move.left, torch.inf)
         tests = self._tested(norm, tolerance, step, move)
         going, rank, improved = tests.going, tests.rank, tests.rank < self.best_rank
@@ -327,7 +350,7 @@ class _Loop:
         resumed, counted = None, [going, improved]
         if was_running is not None:
             improved = improved & was_running
-            if self.rejudges:  # every evaluation is of the whole batch, and judges those that had stopped as well
+            if self.rejudges:  # every evaluation is of the whole batch, so it judges those that had stopped as well
                 going = going if self.alive is None else going & self.alive
                 resumed = going & ~was_running
                 counted = [going, improved, resumed]
@@ -337,13 +360,15 @@ class _Loop:
         if step == 0:
             counted.append(extreme_at_first(self.judge, norm, self.lowest))
         more = self._count(counted, step, before, ask)
+        # None stands for "all": the masked selects of the next step are then left out
         self.running = None if ask and self.active == len(going) else going
         if resumed is not None and (more or not ask):
             self._resume(resumed, rank)
         before += more
         if self.improving and not more:
-            # whoever stops here stops at its best iterate, and whoever stopped before has not moved
-            # (where a step gives points, it knows nothing more of those)
+            # A sample that stops here stops at its best iterate, and one that stopped before has not moved, so the
+            # whole point is the best. A solver that searches returns points of its own, though, in which the rows of
+            # stopped samples are not evaluated anew.
             stale = was_running if self.solver.searches else None
             self.best = point if stale is None else point.stopped(stale, self.best)
             self.best_rank = rank if was_running is None else torch.where(was_running, rank, self.best_rank)
@@ -366,23 +391,24 @@ class _Loop:
         better = improved | (stopped & tests.arrived())
         self.best = point.stopped(better, self.best)
         self.best_rank = torch.where(better, rank, self.best_rank)
-        # a sample that stops for good goes to its best iterate: the map never sees a bad state again
+        # a sample that stops goes back to its best iterate: the map, which may couple samples, sees no bad state again
         self.point = point.changed(z=torch.where(stopped[:, None], self.best.z, point.z))
 
     def _all_improve(self, norm: Tensor, tolerance: Tensor, step: int, move: Move | None, ask: bool) -> bool:
-        """Whether all samples go on and have improved, as they have so far: then they are where they were best."""
+        """The fast path: whether all samples go on and have improved, as in every step so far; then ``point`` is the
+        best iterate of all."""
         unsolved = norm > (tolerance if step else tolerance.clamp_min(self.lowest))
         self.smooth = ask and (move is None or (move.breakdown is None and move.solved is None))
-        # what improves on what was within the limit is so, too
+        # no test against the growth limit: what is smaller than a residual within the limit is within it, and NaN fails
         self.smooth = self.smooth and bool((unsolved & (norm < self.best_rank)).all())
         if self.smooth:
             self.best, self.best_rank, self.suspect = self.point, norm, False
         else:
-            self.tries -= 1  # to have asked for nothing costs a read from the device
+            self.tries -= 1  # a failed test costs a read from the device on top of that of the full one
         return self.smooth
 
     def _tested(self, norm: Tensor, tolerance: Tensor, step: int, move: Move | None) -> _Tests:
-        """What the point, and the step that led to it, say of each sample."""
+        """Test each sample at the current point, with what the step that led there says of it."""
         point, judgement = self.point, self.point.judgement
         solved = None if move is None else move.solved
         rank = norm if judgement is None else judgement.merit
@@ -391,20 +417,20 @@ class _Loop:
         if not single and judgement is None:
             assert self.unit is not None
             if 0 < step <= APPEARS:
-                # a leaf that has no residual at the start (that of a state of zeros, say) has no unit yet
+                # a leaf whose residual is zero at the start (as for a state of zeros) has no unit yet
                 tiny = torch.finfo(norm.dtype).tiny
                 fresh = norm.clamp_min(tiny) if step < APPEARS else torch.where(norm > 0, norm, 1)
                 self.unit = torch.where(self.unit > tiny, self.unit, fresh)
-            # beside leaves in another unit, one that had no residual at first may seem to grow
+            # a leaf that had no residual at first may dwarf the others, whose sum set the limit, without diverging
             good = good | (norm <= GROWTH_LIMIT * self.unit).all(dim=1)
             rank = (norm / self.unit).amax(dim=1)
         done: Tensor | None = None
         if single and solved is None and not self.confirmed:
-            going = (norm > tolerance) & good  # one operation less than by way of ``done``
+            going = (norm > tolerance) & good  # saves computing ``done``, which is seldom needed
         else:
             done = norm <= tolerance if single else (norm <= tolerance).all(dim=1)
             if self.confirmed and step < self.solver.max_steps:
-                # the rule has found them; the next step knows more than a residual, and says whether they are solved
+                # the rule is met; the next step, which knows more than the residual, says whether they are solved
                 self.within, done = done, torch.zeros_like(done)
             done = done if solved is None else done | solved
             going = good & ~done
@@ -413,9 +439,9 @@ class _Loop:
         return _Tests(norm, tolerance, rank, good, done, going)
 
     def _count(self, counted: list[Tensor], step: int, before: int, ask: bool) -> int:
-        """Read how many samples go on, have improved, and have resumed, all in one; returns the last.
+        """Read how many samples go on, have improved, and have resumed, in one transfer; returns the last.
 
-        Where the host does not ask, ``active`` is that of before, and nothing is known of who improves.
+        Where the host does not ask, ``active`` keeps its old value, and ``improving`` is not known.
         """
         was_certain, self.certain = self.certain, ask
         if not ask:
@@ -428,11 +454,11 @@ class _Loop:
         return sum(rest)
 
     def _stop(self, stopped: Tensor, tests: _Tests, step: int, move: Move | None) -> None:
-        """Note why the samples ``stopped`` do so; what outweighs another reason comes after it."""
+        """Record why the samples ``stopped`` do so. Where several reasons hold, the one written last wins."""
         self.steps = self.steps.masked_fill(stopped, step)
         self.status = self.status.masked_fill(stopped, int(Status.CONVERGED))
         if self.improving and (move is None or move.breakdown is None):
-            return  # what has improved is good: it stops since it is there
+            return  # a sample that improved has not diverged, and nothing broke down: it stops because it has converged
         done = tests.arrived()
         self.status = self.status.masked_fill(stopped & ~done, int(Status.BREAKDOWN))
         if move is not None and move.saddle is not None:
@@ -441,22 +467,23 @@ class _Loop:
         if self.rejudges:
             dead = stopped & ~done
             self.alive = ~dead if self.alive is None else self.alive & ~dead
-        if move is not None and move.solved is not None:  # it has found them where they were
+        if move is not None and move.solved is not None:  # the step confirmed them without moving them: not a step
             self.steps = self.steps - (stopped & move.solved).to(self.steps.dtype)
 
     def _resume(self, rows: Tensor, rank: Tensor) -> None:
-        """Let samples go on that had stopped, since the others have moved on and the map depends on them."""
+        """Let samples go on that had stopped: others have moved, and through the map they change these residuals."""
         self.status = self.status.masked_fill(rows, _RUNNING)
+        # the old best iterate was judged beside other neighbours: its rank compares with nothing of now
         self.best = self.point.stopped(rows, self.best)
         self.best_rank = torch.where(rows, rank, self.best_rank)
         self.mixed = True
 
     def _shrink(self, state: Any) -> Any:
-        """Let the finished samples leave the batch."""
+        """Remove the finished samples from the batch."""
         self._store()
         assert self.running is not None
         keep = self.running.nonzero().squeeze(1)
-        if self.rows is None:
+        if self.rows is None:  # the first time: rowwise=True is tested before it is relied on
             self._check_promise(keep[:1])
         self.rows = keep if self.rows is None else self.rows[keep]
         self.evaluate = self.evaluate.take(keep)
@@ -469,8 +496,11 @@ class _Loop:
         return take_rows(state, keep)
 
     def _check_features(self) -> None:
-        """Evaluate one sample alone where an argument with the batch's size in dim 0 may have that of the features in
-        it: a vector of them would be indexed like a batch, and one number of it fit every feature."""
+        """Test ``rowwise=True`` at the start where an argument whose dim 0 has the batch's size may be one of features.
+
+        With as many features as samples, a vector ``[features]`` would be indexed like a batch, and its one number left
+        would broadcast over all features without an error. One sample is evaluated alone and compared.
+        """
         system, point = self.evaluate.system, self.point
         if system.row_params is None or system.leaves is None or not self.active:
             return
@@ -481,33 +511,34 @@ class _Loop:
         ]
         if not carrying:
             return
-        row = point.growth_norm().nan_to_num(-1.0, -1.0).argmax()[None]
-        there = point.z.index_add(0, row, point.residual[row])
-        alone = self.evaluate.take(row)
-        known, found = self.evaluate(there).take(row), alone(there[row])
+        row = point.growth_norm().nan_to_num(-1.0, -1.0).argmax()[None]  # the sample with the most to show
+        there = point.z.index_add(0, row, point.residual[row])  # off the start, whose zeros would hide a factor
+        evaluate_one = self.evaluate.take(row)
+        together, alone = self.evaluate(there).take(row), evaluate_one(there[row])
         self.evaluate.rows_evaluated += 1
         shapes = ", ".join(str(tuple(p.shape)) for p in carrying)
-        self._compare(known, found, f", with the arguments of shapes {shapes} taken to carry the batch")
+        self._compare(together, alone, f", with the arguments of shapes {shapes} taken to carry the batch")
 
     def _check_promise(self, row: Tensor) -> None:
         """Evaluate one sample alone, once a solve: it must give what it gave in the whole batch."""
-        alone = self.evaluate.take(row)
-        known, found = self.point.take(row), alone(self.point.z[row])
-        self.evaluate.rows_evaluated = alone.rows_evaluated
-        self._compare(known, found)
+        evaluate_one = self.evaluate.take(row)
+        together, alone = self.point.take(row), evaluate_one(self.point.z[row])
+        self.evaluate.rows_evaluated = evaluate_one.rows_evaluated
+        self._compare(together, alone)
 
     @staticmethod
-    def _compare(known: Point, found: Point, how: str = "") -> None:
-        size = row_norm(known.residual)
-        if known.scale is not None:
-            size = size + (known.scale if known.scale.ndim == 1 else row_norm(known.scale))
-        gap = row_norm(found.residual - known.residual)
-        if bool(gap > torch.finfo(known.z.dtype).eps ** 0.4 * size):
+    def _compare(together: Point, alone: Point, how: str = "") -> None:
+        size = row_norm(together.residual)
+        if together.scale is not None:
+            size = size + (together.scale if together.scale.ndim == 1 else row_norm(together.scale))
+        gap = row_norm(alone.residual - together.residual)
+        # eps ** 0.4 (1.7e-3 in float32): other batch sizes take other kernels, whose rounding a deep network amplifies
+        if bool(gap > torch.finfo(together.z.dtype).eps ** 0.4 * size):
             broken_promise(f"a sample's residual changed by {float(gap / size):.1g} (relative) when it was alone{how}")
 
     def _go_to_last(self, samples: Tensor) -> None:
-        """Return ``samples`` where they are, in place of their best iterates."""
-        if self.point.error is None:  # then the residual is what iterates are ranked by
+        """Return ``samples`` at their last iterates in place of their best ones."""
+        if self.point.error is None:  # the norm is not on the point: ``_results`` takes it from the rank
             self.best_rank = torch.where(samples, self.point.size(), self.best_rank)
         self.best = self.point.stopped(samples, self.best)
 
@@ -516,12 +547,12 @@ class _Loop:
         size = best.size() if best.error is not None else self.best_rank
         assert best.scale is not None
         parts = relative_to(size, best.scale)
-        found = {"z": best.z, "residual": worst(parts), "status": self.status, "steps": self.steps}
-        found |= {"norm": size, "parts": parts, "terms": best.scale}
+        results = {"z": best.z, "residual": worst(parts), "status": self.status, "steps": self.steps}
+        results |= {"norm": size, "parts": parts, "terms": best.scale}
         measure = self.judge.measure
         if measure is not None:
-            found |= {"recent": measure.recent, "most": measure.most}
-        return found
+            results |= {"recent": measure.recent, "most": measure.most}
+        return results
 
     def _store(self) -> None:
         """Write the current batch's results to their places in the first batch."""
@@ -539,24 +570,24 @@ class _Loop:
             self.status = torch.where(running, int(Status.MAX_STEPS), self.status)
             self.steps = torch.where(running, self.solver.max_steps, self.steps)
         if self.rows is None:
-            found = self._results()
+            results = self._results()
         else:
             self._store()
-            found, state = self.full, None
+            results, state = self.full, None
             measure = self.first_judge.measure
-            if measure is not None:
-                measure.recent, measure.most = found["recent"], found["most"]
+            if measure is not None:  # the review judges the first batch, and needs every sample's sizes of late
+                measure.recent, measure.most = results["recent"], results["most"]
         if self.suspect or not self.plain:
-            sizes = [found[name] for name in ("terms", "recent") if name in found]
+            sizes = [results[name] for name in ("terms", "recent") if name in results]
             self.extreme = bool(extreme(sizes[0] if len(sizes) == 1 else torch.stack(sizes)).any())
         evaluations = self.evaluate.rows_evaluated / max(self.batch, 1)
-        report = Report(found["status"], found["steps"], found["residual"], evaluations)
-        return SolverResult(found["z"], report, trajectory, state, found["norm"], found["parts"])
+        report = Report(results["status"], results["steps"], results["residual"], evaluations)
+        return SolverResult(results["z"], report, trajectory, state, results["norm"], results["parts"])
 
 
 def take_rows(state: Any, rows: Tensor) -> Any:
-    """A solver's state (a ``NamedTuple`` of tensors, numbers, preconditioners and such tuples) for the samples
-    ``rows``."""
+    """The part of a solver's state that belongs to the samples ``rows`` (int64 ``[k]``): of a ``NamedTuple`` of
+    tensors, numbers, preconditioners and nested tuples of these."""
     if isinstance(state, Tensor):
         return state[rows]
     if isinstance(state, PreparedPreconditioner):

@@ -16,18 +16,23 @@ from torchimplicit.problems import Point, System
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.gradient_descent import only_minimum
 from torchimplicit.solvers.history import History
-from torchimplicit.solvers.line_search import search
+from torchimplicit.solvers.line_search import search, showing_nonfinite
 from torchimplicit.state import row_norm
 from torchimplicit.validation import check_count
 
 
 class LBFGSState(NamedTuple):
-    """Past steps ``s``, gradient changes ``y``, their inverse products ``rho`` ``[batch, memory]``, and the scale of
-    the initial inverse Hessian ``gamma`` ``[batch, 1]``. A slot with ``rho == 0`` holds nothing.
+    """The model of the inverse Hessian, and what was reached so far.
 
-    ``model`` multiplies by the initial inverse Hessian, and is ``aged`` steps old; ``None`` for a multiple of the
-    identity. ``lowest`` and ``least`` are the least energy and gradient norm so far, ``idle`` the trials since either
-    fell.
+    Attributes:
+        s, y: past steps and the changes of the gradient along them.
+        rho: ``[batch, memory]``, :math:`1/s^Ty`; zero for a slot that holds nothing.
+        gamma: ``[batch, 1]``, the scale of the initial inverse Hessian.
+        lowest, least: ``[batch]``, the smallest energy and the smallest gradient norm so far.
+        idle: int ``[batch]``, the trials since either fell.
+        seen: the number of pairs that were offered.
+        model: multiplies by the initial inverse Hessian; ``None`` for a multiple of the identity.
+        aged: how many steps the model has served.
     """
 
     s: History
@@ -43,8 +48,8 @@ class LBFGSState(NamedTuple):
 
 
 PATIENCE = 60
-"""Trials without a fall of the energy, beyond rounding, or of the gradient's norm, after which a sample breaks down: a
-few steps where the searches labour, as they do at the level of rounding, and many where they do not."""
+"""A sample breaks down after this many trials in which neither the energy, beyond rounding, nor the gradient's norm
+fell. It counts trials, not steps: at the level of rounding every search uses up many, and a few steps are enough."""
 
 
 @final
@@ -52,20 +57,24 @@ few steps where the searches labour, as they do at the level of rounding, and ma
 class LBFGS(Solver):
     """L-BFGS (Nocedal 1980; Nocedal and Wright 2006, algorithm 7.4) with a weak Wolfe line search per sample.
 
-    The search stops after ``trials`` evaluations at the latest. A sample for which it finds no decrease tries
-    steepest descent once, then breaks down; so does one that has come to where rounding hides every decrease. On a
-    constraint, directions are built from projected gradients and stay in the plane.
+    A sample for which the search finds no decrease tries steepest descent once, then breaks down; so does one that has
+    reached the level where rounding hides every decrease. On a linear equality, directions are built from projected
+    gradients and stay in the plane.
 
     Args:
         memory: how many past steps are used.
         trials: the most evaluations of one line search.
-        preconditioner: an approximation of the Hessian with a cheap inverse, symmetric positive definite, in place of
+        preconditioner: a symmetric positive definite approximation of the Hessian with a cheap inverse, which replaces
             the multiple of the identity that the updates start from: a :class:`~torchimplicit.linear.ReferenceHessian`
             (made anew where a minimization takes long), any other
-            :class:`~torchimplicit.linear.Preconditioner`, or a function :math:`v \\mapsto M^{-1}v`. What it takes to
-            make it is counted among the evaluations.
+            :class:`~torchimplicit.linear.Preconditioner`, or a function :math:`v \\mapsto M^{-1}v`. The evaluations
+            that set it up are counted.
         rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
             :class:`Solver`.
+
+    Raises:
+        ValueError: a number is out of range.
+        TypeError: the preconditioner is not one.
     """
 
     memory: int = 10
@@ -103,41 +112,40 @@ class LBFGS(Solver):
             )
         state = self._prepared(evaluate, point, state)
         direction = self._direction(point.residual, state)
-        found = search(evaluate, point, direction, progress.active, self.trials)
-        stuck = found.failed
-        if not found.any_failed:
-            state = self._remember(state, point, found.point, found.trials)
-            return Move(found.point, state, breakdown=state.idle >= PATIENCE)
+        searched = search(evaluate, point, direction, progress.active, self.trials)
+        stuck = searched.failed
+        if not searched.any_failed:
+            state = self._remember(state, point, searched.point, searched.trials)
+            return Move(searched.point, state, breakdown=state.idle >= PATIENCE)
         # the model of the Hessian may be at fault: forget it, and try the gradient itself
         state = state._replace(rho=state.rho * (~stuck)[:, None])
-        again = search(evaluate, found.point, self._direction(point.residual, state), stuck, self.trials)
+        again = search(evaluate, searched.point, self._direction(point.residual, state), stuck, self.trials)
         lost = stuck & again.failed
-        # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
-        to = again.last.select(lost & ~torch.isfinite(row_norm(again.last.residual)), again.point)
-        state = self._remember(state, point, again.point, found.trials + again.trials)
+        to = showing_nonfinite(again.last, lost, again.point)
+        state = self._remember(state, point, again.point, searched.trials + again.trials)
         return Move(to, state, breakdown=lost | (state.idle >= PATIENCE))
 
     def _prepared(self, evaluate: Evaluator, point: Point, state: LBFGSState) -> LBFGSState:
-        """With the model of the Hessian, made here if there is none or if it has served too long."""
-        given = as_preconditioner(self.preconditioner)
-        if given is None:
+        """``state`` with a model of the Hessian, made here if there is none or if it has served too long."""
+        preconditioner = as_preconditioner(self.preconditioner)
+        if preconditioner is None:
             return state
-        stale = given.outlived(state.aged)
+        stale = preconditioner.outlived(state.aged)
         if state.model is not None and not stale:
             return state._replace(aged=state.aged + 1)
         if stale:
-            given.refresh()
+            preconditioner.refresh()
         rows = point.z.shape[0]
         operator = evaluate.system.operator(evaluate.system.linearize(point.z, evaluate.params), False)
-        model = given.prepare(operator, definite=True)
+        model = preconditioner.prepare(operator, definite=True)
         evaluate.rows_evaluated += rows + model.setup_rows
         if operator.null is not None:
             model = model.orthogonal_to(operator.null.expand(rows, -1))
-        # what was remembered belongs to the model before
+        # the pairs correct the model that they were collected with: they say nothing about the new one
         return state._replace(model=model, aged=1, rho=torch.zeros_like(state.rho), gamma=torch.ones_like(state.gamma))
 
     def _direction(self, residual: Tensor, state: LBFGSState) -> Tensor:
-        """The two-loop recursion applied to minus the gradient."""
+        """The two-loop recursion (Nocedal and Wright 2006, algorithm 7.4) applied to minus the gradient."""
         q = residual.to(state.rho.dtype)
         order = [(state.seen - 1 - i) % self.memory for i in range(state.s.filled)]
         weights = []
@@ -156,11 +164,13 @@ class LBFGS(Solver):
         s = (after.z - before.z).to(state.rho.dtype)
         y = (before.residual - after.residual).to(state.rho.dtype)
         sy, yy, ss = torch.stack((s * y, y * y, s * s)).sum(dim=2)
-        # a pair without positive curvature would spoil the model: keep it out
+        # The model stays positive definite only with pairs of positive curvature. The approximate Wolfe conditions do
+        # not guarantee it at the level of rounding.
         kept = sy > 1e-10 * yy.sqrt() * ss.sqrt()
         kept = kept & torch.isfinite(sy + yy)
         rho = state.rho.clone()
         rho[:, slot] = torch.where(kept, 1 / torch.where(kept, sy, 1), 0)
+        # scale the initial inverse Hessian to the curvature met last (Nocedal and Wright 2006, eq. 7.20)
         size = yy if state.model is None else (y * state.model.inverse(y)).sum(dim=1)
         gamma = torch.where(kept, sy / torch.where(kept, size, 1), state.gamma[:, 0])[:, None]
         clean = kept[:, None]
@@ -183,9 +193,16 @@ class LBFGS(Solver):
 
 
 def first_length(point: Point, norm: Tensor) -> Tensor:
-    """How many gradients the first trial moves by, ``[batch]``: to the minimum of the quadratic model along the
-    gradient, in the units of the problem, one product with the Hessian tells. Where the energy is linear there is no
-    such length, and a move by the size of the state, or by one unit, is as good as any other."""
+    """The length of the first trial in multiples of the gradient, ``[batch]``.
+
+    It leads to the minimum of the quadratic model along the gradient, whose curvature comes from the product of the
+    Hessian with the gradient (``point.product``). Where the energy is linear, it moves by the size of the state, or by
+    one unit from a state of zero; where there is no product, by one unit at most.
+
+    Args:
+        point: the first point.
+        norm: the norm of its gradient, ``[batch]``.
+    """
     unit = 1 / torch.where(norm > 0, norm, 1)
     if point.product is None:
         return unit.clamp_max(1)

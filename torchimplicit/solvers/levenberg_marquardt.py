@@ -23,21 +23,26 @@ from torchimplicit.solvers.line_search import evaluate_some, rows_apart
 from torchimplicit.validation import check_count, check_positive, check_type
 
 SMALL = 256
-"""Up to so many unknowns or residuals, the Jacobian is assembled where no linear solver is named."""
+"""The Jacobian is assembled up to this many unknowns or residuals, where no linear solver is named."""
 
 ENTRIES = 2**24
-"""The most entries that it may have then."""
+"""The most entries of the assembled Jacobians of a batch."""
 
 GOOD = 1e-4
 """The share of the predicted decrease that a step must bring."""
 
 INEXACT = 1e-3
-"""The relative residual up to which an iterative solver solves for a step."""
+"""The relative residual to which an iterative solver solves for a step; the trial is judged by its own decrease."""
 
 
 class LevenbergMarquardtState(NamedTuple):
-    """The damping and the factor of its next rise ``[batch]``; the sizes of the Jacobian's columns, the largest so far,
-    ``[batch, dim]``."""
+    """The damping.
+
+    Attributes:
+        damping: ``[batch]``, :math:`\\lambda`.
+        growth: ``[batch]``, the factor by which it rises next.
+        scale: ``[batch, dim]``, the diagonal of D: the largest norm so far of each column of the Jacobian.
+    """
 
     damping: Tensor
     growth: Tensor
@@ -49,15 +54,16 @@ class LevenbergMarquardtState(NamedTuple):
 class LevenbergMarquardt(Solver):
     """Damped Gauss-Newton steps for sums of squares: :math:`(J^TJ+\\lambda D^2)s=-J^Tr` (Moré 1978).
 
-    :math:`D` holds the largest norms so far of the Jacobian's columns, so that the unit of no unknown matters, and
-    :math:`\\lambda` has none; each sample has its own. It falls where the model of the residuals has predicted the
-    decrease well, and rises where the sum of squares does not decrease (Nielsen 1999). For a :class:`LeastSquares`, or
-    a :class:`Root`, of whose map it takes the sum of squares: more robust than Newton's method where the Jacobian is
-    singular, and lost in a minimum that is no root, with ``Status.BREAKDOWN``.
+    :math:`D` holds the largest norms so far of the Jacobian's columns, so the units of the unknowns do not matter and
+    :math:`\\lambda` has no unit. Each sample has its own :math:`\\lambda`: it falls where the linear model of the
+    residuals predicted the decrease well, and rises where the sum of squares does not decrease (Nielsen 1999).
 
-    Where there are up to 256 unknowns or residuals, the Jacobian is assembled, by as many products as the fewer of
-    them, and the steps are taken from its singular values; elsewhere by products. As with :class:`NewtonKrylov`,
-    ``solution.evaluations`` counts the trials, not the products.
+    For a :class:`LeastSquares`, or for a :class:`Root`, whose sum of squares it minimizes: more robust than Newton's
+    method where the Jacobian is singular, but it may end in a minimum that is not a root (``Status.BREAKDOWN``).
+
+    With up to 256 unknowns or residuals the Jacobian is assembled, by as many products as the fewer of the two, and
+    steps come from its singular values; beyond that, from products alone. As for :class:`NewtonKrylov`,
+    ``solution.evaluations`` counts the trials and not the products.
 
     Args:
         damping: the first :math:`\\lambda`.
@@ -65,6 +71,10 @@ class LevenbergMarquardt(Solver):
         trials: the most steps that are tried from one point.
         rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
             :class:`Solver`.
+
+    Raises:
+        ValueError: a number is out of range.
+        TypeError: ``linear_solver`` is not a linear solver.
     """
 
     damping: float = 1e-3
@@ -102,28 +112,31 @@ class LevenbergMarquardt(Solver):
         model = self._model(tape, r, slope, state.scale)
         energy, damping, growth = _energy(point), state.damping, state.growth
         size = _scaled(slope, model.scale)
+        # below this decrease, rounding in the sum of squares decides (0.6: a margin above eps itself)
         lost = torch.finfo(energy.dtype).eps ** 0.6 * energy
         searching = torch.ones_like(energy, dtype=torch.bool) if progress.active is None else progress.active
         searching = searching & (slope != 0).any(dim=1)
         sound = ~searching | slope.isfinite().all(dim=1)
         searching = searching & sound
-        # what is not finite is shown to the loop
+        # a gradient that is not finite is shown to the loop, which then stops the sample as non-finite
         reached = point.changed(residual=torch.where(sound[:, None], point.residual, torch.nan))
         trial, rows, damped = point, None, damping > 0.1
         for _ in range(self.trials):
             s = model.step(damping, searching)
             trial = evaluate_some(evaluate, point.z + s, searching, rows, reached)
             gain = energy - _energy(trial)
+            # the model's decrease, -J^T r . s - |J s|^2 / 2, by the step's equation
             curved = (damping[:, None] * (model.scale * s).square()).sum(dim=1)
             predicted = 0.5 * (curved - (s * slope).sum(dim=1))
             ratio = gain / predicted.where(predicted > 0, 1)
             good = searching & (ratio > GOOD)
-            # where the decrease is lost in rounding, the gradient tells
+            # where rounding hides the decrease, the gradient decides
             level = searching & (predicted <= lost) & (gain.abs() <= lost)
             if bool(level.any()):
                 there = _scaled(self._slope(evaluate, trial), model.scale)
                 good = torch.where(level, there < size, good)
                 ratio = torch.where(level, torch.where(there < 0.5 * size, 1, 0.5), ratio)
+            # Nielsen's rule: a smooth factor between 1/3 and 2 for good steps, and doubling growth for bad ones
             eased = damping * (1 - (2 * ratio - 1).clamp(-1, 1) ** 3).clamp_min(1 / 3)
             raised = searching & ~good
             damping = torch.where(good, eased, torch.where(raised, damping * growth, damping))
@@ -135,15 +148,14 @@ class LevenbergMarquardt(Solver):
             if not left:
                 break
             rows = rows_apart(evaluate, searching, left)
-        if progress.judge is not None and progress.judge.measure is not None:
-            progress.judge.measure.refuse(damped)
+        progress.refuse(damped)
         after = LevenbergMarquardtState(damping, growth, model.scale)
         if bool(searching.any()):
             reached = trial.select(searching & ~_energy(trial).isfinite(), reached)
         return Move(reached, after, breakdown=searching)
 
     def _slope(self, evaluate: Evaluator, point: Point) -> Tensor:
-        """:math:`J^Tr`."""
+        """The gradient :math:`J^Tr`, ``[batch, dim]``."""
         if isinstance(evaluate.system, MinimumSystem):
             return point.residual
         return Linearization(evaluate.system.fn, point.z, evaluate.params).vjp(-point.residual)
@@ -156,16 +168,18 @@ class LevenbergMarquardt(Solver):
 
 
 class _Model(ABC):
-    """The residuals' linear model; :attr:`scale` is D, ``[batch, dim]``."""
+    """The linear model of the residuals; :attr:`scale` is the diagonal of D, ``[batch, dim]``."""
 
     scale: Tensor
 
     @abstractmethod
     def step(self, damping: Tensor, searching: Tensor) -> Tensor:
-        """For the damping ``[batch]``; zero for samples that do not search."""
+        """The step for the damping (``[batch]``), ``[batch, dim]``; zero for samples that do not search."""
 
 
 class _Assembled(_Model):
+    """By a singular value decomposition: one for all trials of a step, since another damping changes only factors."""
+
     def __init__(self, tape: Linearization, r: Tensor, scale: Tensor):
         wide = working_dtype(r.dtype)
         matrix = _jacobian(tape, r).to(wide)
@@ -182,6 +196,8 @@ class _Assembled(_Model):
 
 
 class _ByProducts(_Model):
+    """By a linear solver on the normal equations in scaled unknowns."""
+
     def __init__(self, solver: LinearSolver, tape: Linearization, slope: Tensor, scale: Tensor):
         self.solver, self.tape, self.slope = solver, tape, slope
         self.scale = _grown(scale, _column_norms(tape))
@@ -207,12 +223,14 @@ class _ByProducts(_Model):
 
 
 def _residuals(system: System) -> Callable[..., Tensor] | None:
+    """The residual function whose sum of squares is minimized; ``None`` where the system has none."""
     if isinstance(system, MinimumSystem):
         return system.residuals
     return system.fn if isinstance(system, RootSystem) else None
 
 
 def _energy(point: Point) -> Tensor:
+    """Half the sum of squares, ``[batch]``."""
     if point.energy is not None:
         return point.energy.to(working_dtype(point.z.dtype))
     return 0.5 * point.residual.to(working_dtype(point.z.dtype)).square().sum(dim=1)
@@ -224,14 +242,15 @@ def _scaled(slope: Tensor, scale: Tensor) -> Tensor:
 
 
 def _grown(scale: Tensor, norms: Tensor) -> Tensor:
-    """The largest column norms so far; an unknown that no residual depends on is as good as any other."""
+    """The largest column norms so far; that of an unknown which no residual depends on counts as the largest one."""
+    # never shrinking, as in MINPACK (Moré 1978)
     scale = torch.maximum(scale, norms.nan_to_num(0.0, 0.0, 0.0))
     most = scale.amax(dim=1, keepdim=True)
     return torch.where(scale > 0, scale, torch.where(most > 0, most, 1))
 
 
 def _jacobian(tape: Linearization, r: Tensor) -> Tensor:
-    """``[batch, residuals, unknowns]``, by as many products as the fewer of them."""
+    """The Jacobian ``[batch, residuals, unknowns]``, by as many products as the fewer of the two."""
     inner, outer = tape.z.shape[1], r.shape[1]
     eye = torch.eye(min(inner, outer), dtype=r.dtype, device=r.device)
     basis = eye[:, None, :].expand(-1, len(r), -1).contiguous()
@@ -241,8 +260,9 @@ def _jacobian(tape: Linearization, r: Tensor) -> Tensor:
 
 
 def _column_norms(tape: Linearization, probes: int = 8) -> Tensor:
-    """The norms of the Jacobian's columns, estimated by products with random signs (Bekas et al. 2007), which are the
-    same in every call."""
+    """Estimates of the norms of the Jacobian's columns ``[batch, dim]``, by products with random signs (Bekas et al.
+    2007)."""
+    # fixed signs from a chaotic sequence: no generator is touched, and every call gives the same
     number = torch.arange(1, probes * tape.out.numel() + 1, device=tape.out.device, dtype=torch.float64)
     signs = torch.sin(number.square()).sign().reshape(probes, *tape.out.shape).to(tape.out.dtype)
     return tape.vjp_block(signs).square().mean(dim=0).sqrt()

@@ -14,21 +14,26 @@ from torchimplicit.precision import working_dtype
 from torchimplicit.problems import Point, System
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.gradient_descent import only_minimum
-from torchimplicit.solvers.line_search import evaluate_some, rows_apart
+from torchimplicit.solvers.line_search import evaluate_some, rows_apart, showing_nonfinite
 from torchimplicit.solvers.newton_model import PATIENCE
 from torchimplicit.state import row_norm
 from torchimplicit.validation import check_count
 
 SMALL = 512
-"""Up to so many unknowns per sample, the Hessian is assembled and factorized."""
+"""The Hessian is assembled and factorized up to this many unknowns per sample."""
 
 ENTRIES = 2**24
-"""The most entries of the Hessians of a batch that are assembled."""
+"""The most entries of the assembled Hessians of a batch."""
 
 
 class NewtonCGState(NamedTuple):
-    """The region's radius ``[batch]``, infinite until a step has been too long; the gradient's norm at first; and how
-    many steps in a row have brought nothing, int64 ``[batch]``."""
+    """The trust region.
+
+    Attributes:
+        radius: ``[batch]``, infinite until a step has been too long.
+        first: ``[batch]``, the norm of the first gradient.
+        idle: int64 ``[batch]``, how many steps in a row have brought no progress.
+    """
 
     radius: Tensor
     first: Tensor
@@ -36,7 +41,8 @@ class NewtonCGState(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A step ``[batch, dim]``, the decrease of the energy that the model foretells, and where it is Newton's."""
+    """A step ``[batch, dim]``, the decrease of the energy that the model predicts ``[batch]``, and where the step is
+    Newton's, bool ``[batch]``."""
 
     step: Tensor
     decrease: Tensor
@@ -44,8 +50,8 @@ class _Step(NamedTuple):
 
 
 class _Assembled:
-    """The exact minimum of the quadratic model in a ball (Moré and Sorensen 1983), from the Hessian's factors, or from
-    its eigenvalues where Newton's step does not lie in the ball."""
+    """The exact minimum of the quadratic model in a ball (Moré and Sorensen 1983): by a Cholesky factorization where
+    Newton's step lies in the ball, by the eigenvalues elsewhere."""
 
     def __init__(self, operator: LinearOperator, residual: Tensor):
         dtype = working_dtype(operator.dtype)
@@ -57,6 +63,7 @@ class _Assembled:
         self.matrix, self.r = matrix.where(self.finite[:, None, None], eye), r.where(self.finite[:, None], 0)
         factor, info = torch.linalg.cholesky_ex(self.matrix)
         newton = torch.cholesky_solve(self.r[:, :, None], factor)
+        # one step of iterative refinement, for ill-conditioned Hessians
         newton = newton + torch.cholesky_solve(self.r[:, :, None] - self.matrix @ newton, factor)
         self.newton = newton[:, :, 0]
         self.definite = self.finite & (info == 0) & self.newton.isfinite().all(dim=1)
@@ -64,7 +71,7 @@ class _Assembled:
         self._values: Tensor | None = None
 
     def spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The eigenvalues, the eigenvectors, and the residual in their basis."""
+        """The eigenvalues, the eigenvectors, and the residual in their basis; computed once, when first needed."""
         if self._values is None:
             self._values, self._vectors = torch.linalg.eigh(self.matrix)
             self._parts = (self._vectors.mT @ self.r[:, :, None])[:, :, 0]
@@ -73,7 +80,7 @@ class _Assembled:
         return self._values, self._vectors, self._parts
 
     def negative(self) -> Tensor:
-        """bool ``[batch]``: where an eigenvalue is negative, beyond rounding."""
+        """bool ``[batch]``: where an eigenvalue is negative beyond rounding."""
         if bool(self.definite.all()):
             return torch.zeros_like(self.definite)
         self.spectrum()
@@ -81,6 +88,7 @@ class _Assembled:
         return ~self.definite & (self.least < 0)
 
     def within(self, radius: Tensor, usual: Tensor, searching: Tensor) -> _Step:
+        """The step within ``radius``; ``usual`` replaces a radius that is still infinite. All ``[batch]``."""
         inside = self.definite & (row_norm(self.newton) <= radius)
         step = self.newton
         if not bool((inside | ~searching).all()):
@@ -94,9 +102,17 @@ class _Assembled:
 
 
 def _in_ball(values: Tensor, parts: Tensor, radius: Tensor) -> Tensor:
-    """In the eigenvectors' basis: :math:`(\\Lambda+\\mu)^{-1}p` of the least :math:`\\mu` that makes it no longer than
-    the radius and :math:`\\Lambda+\\mu` semidefinite; filled up along the first where that is shorter (the hard
-    case)."""
+    """The minimum of the model in the ball, in the eigenvectors' basis (Moré and Sorensen 1983).
+
+    It is :math:`(\\Lambda+\\mu)^{-1}p` with the smallest :math:`\\mu` for which :math:`\\Lambda+\\mu` is semidefinite
+    and the step no longer than the radius. In the hard case, where that is shorter than the radius although the least
+    eigenvalue is negative, the first eigenvector makes up the missing length.
+
+    Args:
+        values: eigenvalues ``[batch, dim]``, ascending.
+        parts: minus the gradient in the eigenvectors' basis, ``[batch, dim]``.
+        radius: ``[batch]``.
+    """
     size, least = values.abs().amax(dim=1), values[:, 0]
     tiny = torch.finfo(values.dtype).eps * torch.where(size > 0, size, 1)
     low = (-least).clamp_min(0)
@@ -107,14 +123,14 @@ def _in_ball(values: Tensor, parts: Tensor, radius: Tensor) -> Tensor:
         return torch.where(shifted > tiny[:, None], parts / shifted, 0)
 
     lower = low
-    for _ in range(60):  # to the last digit
+    for _ in range(60):  # bisection to the last digit of float64: cheap beside the eigenvalues, and it cannot fail
         middle = 0.5 * (lower + high)
         long = row_norm(at(middle)) > radius
         lower, high = torch.where(long, middle, lower), torch.where(long, high, middle)
     free = (least > tiny) & (row_norm(at(torch.zeros_like(low))) <= radius)
     step = at(torch.where(free, 0, high))
     missing = (radius.square() - step.square().sum(dim=1)).clamp_min(0).sqrt()
-    # along the first eigenvector, to the side where the gradient falls
+    # along the first eigenvector, to the side that the gradient prefers
     more = torch.where((least < -tiny) & ~free, missing, 0) * torch.where(parts[:, 0] < 0, -1, 1)
     hard = more.abs() > 1e-3 * radius
     return torch.cat((torch.where(hard, step[:, 0] + more, step[:, 0])[:, None], step[:, 1:]), dim=1)
@@ -133,11 +149,12 @@ class _ByProducts:
         return self.found_negative
 
     def within(self, radius: Tensor, usual: Tensor, searching: Tensor) -> _Step:
+        """The step within ``radius``; ``usual`` bounds one along negative curvature while the radius is infinite."""
         r, x = self.r, torch.zeros_like(self.r)
         first = rr = (r * r).sum(dim=1)
         goal = first * (self.share * self.share)
         p, live, ended = r, searching & (first > 0), torch.zeros_like(searching)
-        image = torch.zeros_like(r)  # of x
+        image = torch.zeros_like(r)  # H x, for the model's decrease
         for _ in range(self.most):
             product = self.operator.product(p)
             curvature, square = (p * product).sum(dim=1), (p * p).sum(dim=1)
@@ -148,6 +165,7 @@ class _ByProducts:
             along = (x * p).sum(dim=1)
             ball = torch.where(radius < torch.inf, radius, usual + row_norm(x))
             room = (ball * ball - (x * x).sum(dim=1)).clamp_min(0)
+            # the positive root of |x + t p|^2 = ball^2, by the form that does not cancel
             reach = (along * along + square * room).sqrt()
             to_edge = torch.where(along > 0, room / (along + reach), (reach - along) / square)
             size = torch.where(live, torch.where(beyond, to_edge, alpha), 0).nan_to_num(0, 0, 0)[:, None]
@@ -168,17 +186,21 @@ class _ByProducts:
 class NewtonCG(Solver):
     """Newton's method for a :class:`Minimum` with a trust region, by conjugate gradients (Steihaug 1983).
 
-    Conjugate gradients go on until they have solved Newton's equation well enough, until they leave the region, or
-    until they meet negative curvature, along which they go to its boundary. Where the Hessian is small enough to be
-    assembled, the model's minimum in the region is exact (Moré and Sorensen 1983), and a stationary point with a
-    negative eigenvalue is left along it, or named: ``Status.SADDLE``. Converges quadratically however ill-conditioned
-    the Hessian is, where L-BFGS crawls. Products with the Hessian are not counted in ``solution.evaluations``.
+    Conjugate gradients run until they have solved Newton's equation well enough, until they leave the region, or until
+    they meet negative curvature, which they follow to the region's boundary. Where the Hessian is small enough to be
+    assembled (up to 512 unknowns), the model's minimum in the region is exact (Moré and Sorensen 1983), and a
+    stationary point with a negative eigenvalue is left along its eigenvector; where that fails, its status is
+    ``Status.SADDLE``. Convergence is quadratic even where the Hessian is ill-conditioned and L-BFGS crawls. Products
+    with the Hessian are not counted in ``solution.evaluations``.
 
     Args:
         inner: the most steps of conjugate gradients for one step.
         trials: the most regions that are tried in one step.
         rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
             :class:`Solver`.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     inner: int = 500
@@ -228,7 +250,8 @@ class NewtonCG(Solver):
             else _ByProducts(operator, residual, self.inner, share)
         )
         searching = model.finite if active is None else active & model.finite
-        # how far to go where nothing else tells: some ten times as far as along the gradient, or as the state is long
+        # the length of a step while the radius is still infinite and the model unbounded: ten times that of the
+        # gradient step (Cauchy's point), or of the state
         image = row_norm(operator.product(residual)).to(wide)
         cauchy = (norm * norm / image).nan_to_num(0, 0, 0)
         usual = 10 * torch.maximum(row_norm(point.z).to(wide), cauchy)
@@ -242,24 +265,25 @@ class NewtonCG(Solver):
                 solved = (solved & model.definite) | (solved & singular)
                 searching = searching & ~solved
             saddle = negative
-        # a Hessian that is not finite is shown to the loop
+        # a Hessian that is not finite is shown to the loop, which then stops the sample as non-finite
         sound = model.finite if active is None else model.finite | ~active
         reached = point.changed(residual=torch.where(sound[:, None], point.residual, torch.nan))
         radius, rows, trial, left = state.radius, None, point, 0
         cut = lost = torch.zeros_like(searching)
         rounding = torch.finfo(point.energy.dtype).eps ** (2 / 3) * energy.abs()
         for _ in range(self.trials if solved is None or bool(searching.any()) else 0):
-            found = model.within(radius, usual, searching)
-            trial = evaluate_some(evaluate, point.z + found.step.to(point.z.dtype), searching, rows, reached)
+            planned = model.within(radius, usual, searching)
+            trial = evaluate_some(evaluate, point.z + planned.step.to(point.z.dtype), searching, rows, reached)
             assert trial.energy is not None
-            fall, length = energy - trial.energy.to(wide), row_norm(found.step)
-            ratio = (fall / torch.where(found.decrease > 0, found.decrease, 1)).nan_to_num(-1, -1, -1)
-            # where rounding hides the decrease, the gradient tells
-            hidden = (found.decrease <= rounding) & (fall.abs() <= rounding)
+            fall, length = energy - trial.energy.to(wide), row_norm(planned.step)
+            ratio = (fall / torch.where(planned.decrease > 0, planned.decrease, 1)).nan_to_num(-1, -1, -1)
+            # where rounding hides the decrease, the gradient decides
+            hidden = (planned.decrease <= rounding) & (fall.abs() <= rounding)
             ratio = torch.where(hidden, torch.where(row_norm(trial.residual) < norm, 1, -1), ratio)
             accepted = searching & (ratio >= 1e-4)
             lost = lost | (searching & hidden & ~accepted)
-            cut = cut | (searching & ~found.newton)
+            cut = cut | (searching & ~planned.newton)
+            # thresholds 1/4 and 3/4 as in Nocedal and Wright 2006, algorithm 4.1
             grown = torch.where((ratio > 0.75) & (length > 0.9 * radius), 3 * radius, radius)
             radius = torch.where(searching, torch.where(ratio < 0.25, 0.25 * length, grown), radius)
             reached = trial.select(accepted, reached)
@@ -268,8 +292,7 @@ class NewtonCG(Solver):
             if not left:
                 break
             rows = rows_apart(evaluate, searching, left)
-        if progress.judge is not None and progress.judge.measure is not None:
-            progress.judge.measure.refuse(cut)
+        progress.refuse(cut)
         assert reached.energy is not None
         fell = (energy - reached.energy.to(wide) > rounding) | (row_norm(reached.residual) < 0.9 * norm)
         idle = torch.where(fell, 0, state.idle + 1)
@@ -277,8 +300,7 @@ class NewtonCG(Solver):
         to = reached
         if left:
             breakdown = breakdown | searching
-            # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
-            to = trial.select(searching & ~torch.isfinite(row_norm(trial.residual)), reached)
+            to = showing_nonfinite(trial, searching, reached)
         if solved is not None:
             breakdown = breakdown & ~solved
         if saddle is not None:

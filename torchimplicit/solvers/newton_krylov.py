@@ -14,12 +14,12 @@ from torchimplicit.problems import Point, System
 from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.descent import Descent, downhill, leave, modified
-from torchimplicit.solvers.line_search import evaluate_some, rows_apart, search
+from torchimplicit.solvers.line_search import evaluate_some, rows_apart, search, showing_nonfinite
 from torchimplicit.state import row_norm
 from torchimplicit.validation import check_count, check_type
 
 SMALL = 32
-"""Up to so many unknowns per sample, the Newton equation is solved by factorizing the matrix."""
+"""The Newton equation is solved by factorizing the matrix up to this many unknowns per sample."""
 
 
 @final
@@ -28,13 +28,16 @@ class NewtonKrylov(Solver):
     """Newton's method: solve :math:`A s = r` by products with the Jacobian, then search along :math:`s`.
 
     For a map, the step is halved, per sample, until the residual decreases by the Armijo-like test of Kelley (1995,
-    section 8.2); a sample that finds no decrease in ``halvings`` trials breaks down. For a :class:`Minimum`, it
-    descends on the energy, by the line search of :class:`LBFGS` with as many trials. Where the Hessian is factorized,
-    its eigenvalues are taken by their modulus, so that every step descends, and a stationary point with a negative one,
-    which is no minimum, is left along it (``Status.SADDLE`` where that fails). Elsewhere a step that does not descend,
-    or whose solver met negative curvature, is replaced by that of conjugate gradients up to where they meet it (Nocedal
-    and Wright 2006, algorithm 7.1). Products with the Jacobian are exact, by automatic differentiation. They are not
-    counted in ``solution.evaluations``; the evaluations of the search are.
+    section 8.2); a sample that finds no decrease in ``halvings`` trials breaks down.
+
+    For a :class:`Minimum`, it descends on the energy, by the line search of :class:`LBFGS` with as many trials. Where
+    the Hessian is factorized, the modulus of its eigenvalues is taken, so that every step descends; a stationary point
+    with a negative eigenvalue, which is not a minimum, is left along its eigenvector (``Status.SADDLE`` where that
+    fails). Elsewhere a step that does not descend, or whose linear solver met negative curvature, is replaced by the
+    iterate of conjugate gradients before they meet it (Nocedal and Wright 2006, algorithm 7.1).
+
+    Products with the Jacobian are exact, by automatic differentiation. They are not counted in
+    ``solution.evaluations``; the evaluations of the search are.
 
     Args:
         linear_solver: for the Newton equation; ``None``: :class:`Dense` up to 32 unknowns, else the problem's default,
@@ -42,6 +45,10 @@ class NewtonKrylov(Solver):
         halvings: the most times that a step is halved.
         rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
             :class:`Solver`.
+
+    Raises:
+        ValueError: a number is out of range.
+        TypeError: ``linear_solver`` is not a linear solver.
     """
 
     linear_solver: LinearSolver | None = None
@@ -70,16 +77,15 @@ class NewtonKrylov(Solver):
         solver = self._linear(system, point.z)
         residual = point.residual
         if progress.active is not None:
-            # a sample that is done asks for no step, and must not keep the linear solver busy
+            # a sample that is done needs no step, and must not keep the linear solver busy
             residual = torch.where(progress.active[:, None], residual, 0)
         tape = system.linearize(point.z, evaluate.params)
+        if isinstance(system, MinimumSystem) and isinstance(solver, Dense):
+            return self._descend(evaluate, point, modified(system.operator(tape, False), residual), progress)
+        newton = system.solve_linear(tape, False, residual, solver)
         if isinstance(system, MinimumSystem):
-            if isinstance(solver, Dense):
-                return self._descend(evaluate, point, modified(system.operator(tape, False), residual), progress)
-            found = system.solve_linear(tape, False, residual, solver)
-            return self._descend(evaluate, point, downhill(system.operator(tape, False), residual, found), progress)
-        found = system.solve_linear(tape, False, residual, solver)
-        return self._search(evaluate, point, found.value, found.report.converged, progress)
+            return self._descend(evaluate, point, downhill(system.operator(tape, False), residual, newton), progress)
+        return self._search(evaluate, point, newton.value, newton.report.converged, progress)
 
     def _linear(self, system: System, z: Tensor) -> LinearSolver:
         if self.linear_solver is not None:
@@ -89,6 +95,7 @@ class NewtonKrylov(Solver):
         return Dense() if dim <= SMALL else system.default_linear_solver(dim, batch)
 
     def _search(self, evaluate: Evaluator, point: Point, direction: Tensor, exact: Tensor, progress: Progress) -> Move:
+        """Halve the step along ``direction`` until the residual's norm decreases."""
         norm = row_norm(point.residual)
         size = torch.ones_like(norm)
         active = progress.active
@@ -110,31 +117,27 @@ class NewtonKrylov(Solver):
             damped = damped | searching
             rows = rows_apart(evaluate, searching, left)
             size = 0.5 * size
-        if progress.judge is not None and progress.judge.measure is not None:
-            progress.judge.measure.refuse(damped)
+        progress.refuse(damped)
         if not left:
             return Move(reached, solved=solved)
-        # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
-        shown = trial.select(searching & ~torch.isfinite(row_norm(trial.residual)), reached)
-        return Move(shown, breakdown=searching, solved=solved)
+        return Move(showing_nonfinite(trial, searching, reached), breakdown=searching, solved=solved)
 
-    def _descend(self, evaluate: Evaluator, point: Point, found: Descent, progress: Progress) -> Move:
-        active, direction = progress.active, found.direction
-        solved = progress.short(point, direction, found.exact)
+    def _descend(self, evaluate: Evaluator, point: Point, descent: Descent, progress: Progress) -> Move:
+        """Search along a descent direction of the energy, and leave saddles."""
+        active, direction = progress.active, descent.direction
+        solved = progress.short(point, direction, descent.exact)
         searching, saddle = active, None
         if solved is not None:
             searching = ~solved if active is None else active & ~solved
-            if found.negative is not None:
-                saddle, solved = solved & found.negative, solved & ~found.negative
-        done = search(evaluate, point, direction, searching, self.halvings + 1)
-        if progress.judge is not None and progress.judge.measure is not None:
-            progress.judge.measure.refuse((done.trials > 1) | ~found.exact)
-        failed = done.failed
-        to = done.point
-        if done.any_failed:
-            # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
-            to = done.last.select(failed & ~torch.isfinite(row_norm(done.last.residual)), to)
-        if saddle is not None and found.downward is not None and bool(saddle.any()):
-            to, stays = leave(evaluate, point, to, found.downward, saddle, self.halvings + 1)
+            if descent.negative is not None:
+                saddle, solved = solved & descent.negative, solved & ~descent.negative
+        searched = search(evaluate, point, direction, searching, self.halvings + 1)
+        progress.refuse((searched.trials > 1) | ~descent.exact)
+        failed = searched.failed
+        to = searched.point
+        if searched.any_failed:
+            to = showing_nonfinite(searched.last, failed, to)
+        if saddle is not None and descent.downward is not None and bool(saddle.any()):
+            to, stays = leave(evaluate, point, to, descent.downward, saddle, self.halvings + 1)
             return Move(to, breakdown=failed | stays, solved=solved, saddle=stays)
         return Move(to, breakdown=failed, solved=solved)

@@ -1,4 +1,4 @@
-"""The linear model of a residual: whether its matrix is assembled, its solution, and whether that is one."""
+"""The linear model of a residual: when its matrix is assembled, and its solution with a test of it."""
 
 from __future__ import annotations
 
@@ -10,33 +10,42 @@ from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.solvers.base import Solver
 
 ASSEMBLED = 128
-"""Up to so many unknowns per sample, the Jacobian is assembled and factorized."""
+"""The Jacobian is assembled and factorized up to this many unknowns per sample."""
 
 ENTRIES = 2**22
-"""The most entries of the Jacobians of a batch that are assembled."""
+"""The most entries of the assembled Jacobians of a batch."""
 
 PATIENCE = 10
-"""Steps that lower the residual by less than one in a thousand each, after which a sample breaks down."""
+"""A sample breaks down after this many steps in a row without progress."""
 
 
 def solved_dense(matrix: Tensor, r: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """The solutions of :math:`As=r`, and where they are such, equation by equation; where A is singular, the
-    least-squares solution that is shortest in the units."""
+    """Solve :math:`As=r`; where A is singular, take the least-squares solution that is shortest in the given units.
+
+    Args:
+        matrix: A, ``[batch, dim, dim]``.
+        r: ``[batch, dim]``.
+        unit: the unit of each unknown, ``[batch, dim]``.
+
+    Returns:
+        s ``[batch, dim]``; and bool ``[batch]``, where it satisfies every equation.
+    """
+    # rows of unit length: equations in other units must not decide which pivots the factorization takes
     row = torch.linalg.vector_norm(matrix, dim=2)
-    row = torch.where(row > 0, row, 1)  # an equation may have any unit
-    found, info = torch.linalg.solve_ex(matrix / row[:, :, None], r / row)
-    exact = (info == 0) & found.isfinite().all(dim=1) & meets(r, (matrix @ found[:, :, None])[:, :, 0])
+    row = torch.where(row > 0, row, 1)
+    s, info = torch.linalg.solve_ex(matrix / row[:, :, None], r / row)
+    exact = (info == 0) & s.isfinite().all(dim=1) & meets(r, (matrix @ s[:, :, None])[:, :, 0])
     rows = (~exact & matrix.isfinite().all(dim=2).all(dim=1)).nonzero().squeeze(1)
     if len(rows):
         scaled = matrix[rows] * unit[rows, None, :]
         least = unit[rows] * (torch.linalg.pinv(scaled) @ r[rows, :, None])[:, :, 0]
-        found = found.index_copy(0, rows, least)
-    return found.nan_to_num(0, 0, 0), exact
+        s = s.index_copy(0, rows, least)
+    return s.nan_to_num(0, 0, 0), exact
 
 
 def meets(r: Tensor, image: Tensor) -> Tensor:
-    """bool ``[batch]``: whether ``image`` is what every equation asks for (``r``), to a tenth, or but for rounding:
-    what is left of an equation is no less in doubt for being small beside another."""
+    """bool ``[batch]``: whether ``image`` (``[batch, dim]``) equals ``r`` to a tenth, or up to rounding, in every
+    equation by itself. Beside a large equation, the norm would not show a small one that is unsolved."""
     rounding = 1e3 * torch.finfo(r.dtype).eps
     return ((r - image).abs() <= 0.1 * r.abs() + rounding * image.abs()).all(dim=1)
 
@@ -48,7 +57,7 @@ def assembles(z: Tensor) -> bool:
 
 
 def only_maps(solver: Solver, system: System) -> None:
-    """Raise where ``solver``, which lowers the norm of a residual, cannot solve ``system``."""
+    """Raise ``ValueError`` for a minimum, which ``solver`` cannot solve since it lowers the norm of a residual."""
     if not isinstance(system, MinimumSystem):
         return
     raise ValueError(

@@ -22,9 +22,9 @@ from torchimplicit.state import row_norm
 _FOR_ALL = ("rtol", "atol", "keep_trajectory", "keep_trace", "return_last", "check_every")
 
 TRIALS = 20
-"""How far from a saddle a lower place is sought: the state's size and less, a quarter each time."""
+"""How many distances from a saddle are tried in search of a lower energy, each a quarter of the one before."""
 ROUNDS = 4
-"""How many saddles are left, one after the other."""
+"""How many saddles a sample may leave, one after the other."""
 
 Solve = Callable[..., SolverResult]
 """``(solver, system, z0, params, first, only=..., since=..., units=...)``, see
@@ -34,20 +34,24 @@ Solve = Callable[..., SolverResult]
 @final
 @dataclass(frozen=True, kw_only=True)
 class Polyalgorithm(Solver):
-    """Solvers in turn, each for the samples alone that the ones before it have not solved (Rice 1968).
+    """Several solvers in turn, each for those samples that the ones before it have not solved (Rice 1968).
 
-    A sample whose budget of steps ran out goes on from its best iterate. One that broke down or went non-finite starts
-    anew, for where a method cannot go on another seldom can; not so at a :class:`Minimum`, where all of them go down.
-    The best of what was reached is returned. ``solution.turns`` and ``solution.summary()`` tell what was done. Members
-    that do not suit the problem, and those that take products with a Jacobian which the function does not give, are
-    left out. Where autograd runs through the steps (:class:`~torchimplicit.Unrolled`), only the first member takes any.
+    A sample that ran out of steps goes on from its best iterate. One that broke down or went non-finite starts anew,
+    since where one method cannot go on another seldom can; for a :class:`Minimum` it goes on, since every member lowers
+    the energy. The best of the points that were reached is returned. ``solution.turns`` and ``solution.summary()`` say
+    which member did what. Members that cannot solve the problem, and those that need products with a Jacobian which the
+    function does not provide, are left out. Where autograd records the steps (:class:`~torchimplicit.Unrolled`), only
+    the first member runs.
 
     Args:
-        members: the solvers, at least one. What is said of steps and tolerances is their own, unless it is given here
-            for all.
-        max_steps: of a sample, with all members together; each keeps to its own ``max_steps`` besides.
-        steps: so many of the first member, see :class:`Solver`.
+        members: the solvers, at least one. Each has its own tolerances and steps, unless they are given here for all.
+        max_steps: the most steps of a sample with all members together; each member's own ``max_steps`` holds too.
+        steps: a prescribed number of steps of the first member, see :class:`Solver`.
         rtol, atol, keep_trajectory, keep_trace, return_last, check_every: see :class:`Solver`.
+
+    Raises:
+        ValueError: there are no members.
+        TypeError: a member is not a solver, or is a ``Polyalgorithm`` itself.
     """
 
     members: tuple[Solver, ...] = ()
@@ -69,7 +73,7 @@ class Polyalgorithm(Solver):
         return self.adapted(self.members[0], self.max_steps)
 
     def adapted(self, member: Solver, budget: int) -> Solver:
-        """``member`` with what was said here for all, and ``budget`` steps at most."""
+        """``member`` with the options that were given here for all, and ``budget`` steps at most."""
         fields = self.__dataclass_fields__
         changes = {name: getattr(self, name) for name in _FOR_ALL if getattr(self, name) != fields[name].default}
         if self.steps is not None:
@@ -119,16 +123,22 @@ def in_turn(
 
     Args:
         solve: runs one of them, for the samples ``only``.
+        solver: whose members take turns.
+        system: the problem.
+        z0: the start, ``[batch, dim]``.
+        params: the system's parameters.
         first: the evaluation at ``z0``, where it has been made already.
-        begun: what the first member gave, where it has run already.
+        begun: the first member's result, where it has run already.
     """
     lead, *others = solver.members if solver.members[0].suits(system) else solver.suited(system)
     outcome = solve(solver.adapted(lead, solver.max_steps), system, z0, params, first) if begun is None else begun
     report = outcome.report
+    # which samples are left depends on the data: not under a transform, nor in a graph that autograd unrolls
     if torch.is_grad_enabled() or any(is_transformed(t) for t in (outcome.z, report.status)):
         return outcome
     descends = isinstance(system, MinimumSystem)
     stood = _rests(outcome) if descends else torch.zeros_like(report.converged)
+    # in the common case, everything solved, this is the only read from the device
     short, standing = torch.stack((report.status != Status.CONVERGED, stood)).any(dim=1).tolist()
     turns = [] if short else [Turn(type(lead).__name__, len(z0), len(z0))]
     turns = turns or [_turn(lead, outcome, torch.ones_like(report.status, dtype=torch.bool))]
@@ -142,7 +152,7 @@ def in_turn(
     coupling, products = system.coupling, None
     for member in others:
         report = outcome.report
-        hopeless = (report.status == Status.NONFINITE) & (report.steps == 0)
+        hopeless = (report.status == Status.NONFINITE) & (report.steps == 0)  # the function is not finite at z0
         left = (report.status != Status.CONVERGED) & (report.status != Status.SADDLE) & ~hopeless
         budget = solver.max_steps - report.steps
         count, least = torch.stack((left.sum(), torch.where(left, budget, solver.max_steps).amin())).tolist()
@@ -156,29 +166,33 @@ def in_turn(
             continue
         anew = left & ((report.status == Status.BREAKDOWN) | (report.status == Status.NONFINITE))
         start = outcome.z if descends else torch.where(anew[:, None], z0, outcome.z)
-        depend = coupling is not None and coupling.found and not coupling.promised
-        only, since = None if depend else left, system.norms(z0)
+        # samples that depend on each other cannot be solved without the others
+        only, since = None if coupling is not None and coupling.found else left, system.norms(z0)
         member = solver.adapted(member, least).going_on(outcome.trajectory)
-        found = solve(member, system, start, params, only=only, since=since, units=outcome.units)
-        if coupling is not None and coupling.found and not coupling.promised:
+        later = solve(member, system, start, params, only=only, since=since, units=outcome.units)
+        if coupling is not None and coupling.found:  # known by now at the latest
             left = torch.ones_like(left)
-        turns.append(_turn(member, found, left))
-        outcome = _better(outcome, found, left, descends)
+        turns.append(_turn(member, later, left))
+        outcome = _better(outcome, later, left, descends)
     return replace(outcome, turns=tuple(turns), state=None)
 
 
 def _off_saddles(
     solve: Solve, lead: Solver, system: System, outcome: SolverResult, params: Sequence[Tensor], stood: Tensor
 ) -> tuple[SolverResult, Tensor | None]:
-    """The outcome once saddles are left, and which samples were at one, ``None`` for none.
+    """Move samples off stationary points that are not minima.
 
-    Of the samples that ``stood`` (bool ``[batch]``) at a stationary point where they began, or have no gradient at all,
-    nothing says that it is a minimum. Where the Hessian has a negative eigenvalue, they go down along it and on from
-    there, or are named."""
-    if system.coupling is not None and system.coupling.found and not system.coupling.promised:
+    A sample that ``stood`` (bool ``[batch]``) at a stationary point where it began, or where the gradient is exactly
+    zero, need not be at a minimum: no descent led there. Where the Hessian has a negative eigenvalue, the sample moves
+    along its eigenvector and is solved on from there; where that fails, its status is ``Status.SADDLE``.
+
+    Returns:
+        The outcome; and bool ``[batch]``, which samples were at a saddle, ``None`` for none.
+    """
+    if system.coupling is not None and system.coupling.found:
         return outcome, None
     moved, named = None, torch.zeros_like(stood)
-    for _ in range(ROUNDS):  # what lies below may be a saddle again
+    for _ in range(ROUNDS):  # the next stationary point may be a saddle again
         try:
             least, downward = lowest(system.operator(system.linearize(outcome.z, params), False))
         except (RuntimeError, ValueError, NotImplementedError):  # no second derivative
@@ -190,9 +204,9 @@ def _off_saddles(
         point = evaluate(outcome.z)
         beside, stays = leave(evaluate, point, point, downward, chosen, TRIALS)
         going, solver = chosen & ~stays, lead.going_on(outcome.trajectory)
-        found = solve(solver, system, beside.z, params, only=going, units=outcome.units)
-        outcome = _better(outcome, found.having_spent(evaluate.rows_evaluated / len(stood)), going, True)
-        named = named | stays | (chosen & (found.report.status == Status.NONFINITE))
+        lower = solve(solver, system, beside.z, params, only=going, units=outcome.units)
+        outcome = _better(outcome, lower.having_spent(evaluate.rows_evaluated / len(stood)), going, True)
+        named = named | stays | (chosen & (lower.report.status == Status.NONFINITE))
         moved = chosen if moved is None else moved | chosen
         stood = chosen & _rests(outcome)
     else:
@@ -202,7 +216,7 @@ def _off_saddles(
 
 
 def _rests(outcome: SolverResult) -> Tensor:
-    """bool ``[batch]``: which are said to be solved and did not move there, or have no gradient at all."""
+    """bool ``[batch]``: the samples that count as solved without having moved, or whose gradient is exactly zero."""
     norm = outcome.norm
     assert norm is not None
     nothing = norm == 0 if norm.ndim == 1 else (norm == 0).all(dim=1)
@@ -215,8 +229,14 @@ def _turn(member: Solver, outcome: SolverResult, samples: Tensor) -> Turn:
 
 
 def _better(before: SolverResult, later: SolverResult, samples: Tensor, descends: bool) -> SolverResult:
-    """What ``samples`` (bool ``[batch]``) have reached, the figures of a sample being those of what is returned of it,
-    and its steps those of both."""
+    """The better of two results for each of ``samples`` (bool ``[batch]``); the others keep ``before``.
+
+    A sample's figures belong to the state that is returned; its steps are those of both results.
+
+    Args:
+        descends: whether ``later`` went on from ``before`` and lowered the energy: then it is better as long as it is
+            finite. Elsewhere the smaller residual is better.
+    """
 
     def size(outcome: SolverResult) -> Tensor:
         assert outcome.norm is not None
@@ -227,7 +247,7 @@ def _better(before: SolverResult, later: SolverResult, samples: Tensor, descends
     nearer = samples & nearer & (two.status != Status.NONFINITE)
     joined = after(before, later, nearer)
     steps = before.report.steps + torch.where(samples, two.steps, 0)
-    # where it had been finite before, it is the function that has changed its mind
+    # not finite where it was finite before: the function itself has changed, and the sample is not to be trusted
     gone = samples & (two.status == Status.NONFINITE) & (two.steps == 0)
     status = joined.report.status.masked_fill(gone, int(Status.NONFINITE))
     return replace(joined, report=replace(joined.report, steps=steps, status=status))

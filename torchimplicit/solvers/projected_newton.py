@@ -16,18 +16,23 @@ from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.projected import ProjectedSystem
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.descent import DENSE, PROBES
-from torchimplicit.solvers.line_search import SUFFICIENT, evaluate_some, rows_apart
+from torchimplicit.solvers.line_search import SUFFICIENT, evaluate_some, rows_apart, showing_nonfinite
 from torchimplicit.state import row_norm
 from torchimplicit.validation import check_count, check_type
 
 RUN_OFF = 1e9
-"""How many times its first size a state may have where the energy is flat, which then falls without end; its square
-elsewhere."""
+"""A state that grows beyond this many times its first size has diverged if the energy is flat along the step, and so
+unbounded below; elsewhere beyond the square of it."""
 
 
 class ProjectedNewtonState(NamedTuple):
-    """The size of the projected gradient step that was good last; the size of the state at first; and bool, whether the
-    last step was the whole one to the minimum of a convex model; ``[batch]``."""
+    """What a step passes to the next one; all ``[batch]``.
+
+    Attributes:
+        step: the size of the last good projected gradient step; NaN before there was one.
+        first: the size of the state at first.
+        modelled: bool, whether the last step was the whole step to the minimum of a convex model.
+    """
 
     step: Tensor
     first: Tensor
@@ -35,11 +40,12 @@ class ProjectedNewtonState(NamedTuple):
 
 
 def _downward(system: ProjectedSystem, tape: Linearization) -> tuple[Tensor, Tensor]:
-    """bool ``[batch]``, where the energy curves downwards along the set, and the unit direction ``[batch, dim]``.
+    """Where the energy has negative curvature along the set, bool ``[batch]``, and the unit direction ``[batch, dim]``.
 
     :math:`A^T=I-(I-\\sigma H)\\Pi'` is self-adjoint in the inner product of :math:`\\Pi'`, which is symmetric and
-    semidefinite. Up to ``DENSE`` unknowns its eigenvalues are exact; beyond they are those of ``PROBES`` steps of
-    Lanczos, which prove a negative one but need not find it."""
+    semidefinite, so its eigenvalues are real. They are exact up to ``DENSE`` unknowns. Beyond, they are Ritz values of
+    ``PROBES`` Lanczos steps: a negative one proves negative curvature, but some may be missed.
+    """
     operator, onto = system.operator(tape, True), system.tangent(tape)[0]
     dtype, eps = working_dtype(operator.dtype), torch.finfo(operator.dtype).eps
     batch, dim = operator.batch, operator.dim
@@ -54,7 +60,7 @@ def _downward(system: ProjectedSystem, tape: Linearization) -> tuple[Tensor, Ten
         basis = tangents = images = v.new_zeros(batch, dim, 0).to(dtype)
         for _ in range(PROBES):
             v = v.to(dtype)
-            for _ in range(2):  # once leaves rounding behind
+            for _ in range(2):  # orthogonalize twice: once leaves rounding behind
                 v = v - (basis @ (tangents.mT @ v[:, :, None]))[:, :, 0]
             tangent = onto(v.to(operator.dtype)).to(dtype)
             size = (v * tangent).sum(dim=1, keepdim=True).clamp_min(0).sqrt()
@@ -79,20 +85,25 @@ def _downward(system: ProjectedSystem, tape: Linearization) -> tuple[Tensor, Ten
 class ProjectedNewton(Solver):
     """Newton steps where they descend, projected gradient steps where they do not.
 
-    For a :class:`Minimum` on a set, or with a :class:`Proximal` penalty. On linear equalities and inequalities Newton's
-    step leads to the minimum on the set of the energy's quadratic model, where that is convex; a quadratic program is
-    solved in one step. Elsewhere it solves
-    :math:`(I-\\Pi'(I-\\sigma H))d=\\Pi(z-\\sigma\\nabla E)-z` (Qi and Sun 1993), which for a box is that of the
+    For a :class:`Minimum` on a set, or with a :class:`Proximal` penalty. On linear equalities and inequalities, where
+    the energy's quadratic model is convex, Newton's step leads to the minimum of that model on the set, so a quadratic
+    program is solved in one step. Elsewhere the step d solves the semismooth equation
+    :math:`(I-\\Pi'(I-\\sigma H))d=\\Pi(z-\\sigma\\nabla E)-z` (Qi and Sun 1993), which for a box is the step of the
     primal-dual active set method (Hintermüller, Ito and Kunisch 2003). :math:`\\Pi(z+td)` is tried for a few t; where
-    the energy does not decrease sufficiently, a projected (proximal) gradient step is taken, whose size each sample
-    finds for itself. Every iterate lies in the set, and the energy never rises.
+    the energy does not decrease sufficiently, a projected (proximal) gradient step is taken, with a step size per
+    sample. Every iterate lies in the set, and the energy never rises.
 
     Args:
-        linear_solver: for Newton's equation, which then is semismooth everywhere; ``None``: :class:`Dense` up to 128
-            unknowns, else :class:`GMRES`.
+        linear_solver: for the semismooth equation, which is then solved for every set; ``None``: :class:`Dense` up to
+            128 unknowns, else :class:`GMRES`.
         trials: how many lengths of Newton's step are tried.
         halvings: how often the step along the gradient is halved.
-        rtol, atol, max_steps, keep_trajectory, check_every: see :class:`Solver`.
+        rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
+            :class:`Solver`.
+
+    Raises:
+        ValueError: a number is out of range.
+        TypeError: ``linear_solver`` is not a linear solver.
     """
 
     linear_solver: LinearSolver | None = None
@@ -137,10 +148,11 @@ class ProjectedNewton(Solver):
             searching = progress.active
             residual = torch.where(searching[:, None], residual, 0)
         if progress.solved is not None and bool((progress.solved & state.modelled | ~searching).all()):
-            # no model but that of a quadratic energy leads over a long way to a residual that is all rounding
+            # One step to the minimum of a convex model that meets the tolerance at once: the model was exact, the
+            # energy quadratic, and a second step would only confirm it at the price of another program.
             return Move(point, state, solved=searching)
         settled = progress.solved if point.z.shape[1] > DENSE else None
-        if settled is not None and bool((settled | ~searching).all()):  # a look at the curvature is all that is left
+        if settled is not None and bool((settled | ~searching).all()):  # only the curvature is left to test
             curved, _ = _downward(system, system.linearize(point.z, evaluate.params))
             if not bool((curved & searching).any()):
                 return Move(point, state, solved=searching)
@@ -157,11 +169,12 @@ class ProjectedNewton(Solver):
             solver = self.linear_solver or system.default_linear_solver(point.z.shape[1], point.z.shape[0])
             tape = system.linearize(point.z, evaluate.params)
             slope = tape.out.detach()
-            found = system.solve_linear(tape, False, torch.where(convex[:, None], 0, residual), solver)
-            direction, exact = found.value, found.report.converged & found.value.isfinite().all(dim=1)
+            newton = system.solve_linear(tape, False, torch.where(convex[:, None], 0, residual), solver)
+            direction, exact = newton.value, newton.report.converged & newton.value.isfinite().all(dim=1)
             if program is not None:
                 direction, exact = torch.where(convex[:, None], program, direction), convex | exact
-        # a proximal step is as short as it is damped, and the projected gradient's has to be short as well
+        # along a flat direction Newton's step is regularized, and may be short for that reason: the projected gradient
+        # has to be short as well
         longer = flat & (row_norm(residual) > row_norm(direction))
         solved = progress.short(point, torch.where(longer[:, None], residual, direction), exact)
         saddle = None
@@ -177,7 +190,7 @@ class ProjectedNewton(Solver):
         first = torch.where(state.first > 0, state.first, length)
         astray = searching & (row_norm(point.z) > torch.where(flat, RUN_OFF, RUN_OFF**2) * first)
         if solved is not None:
-            solved = solved & ~astray  # beside what has run off every step is short
+            solved = solved & ~astray  # relative to a state that has diverged every step is short
             searching = searching & ~solved
         searching = searching & ~astray
         usual = system.steps(point.z, evaluate.params)[:, 0].to(point.energy.dtype)
@@ -186,6 +199,7 @@ class ProjectedNewton(Solver):
             length = row_norm(point.z)
             length = torch.where(length > 0, length, 1) * torch.where((downward * slope).sum(dim=1) > 0, -1, 1)
             direction = torch.where(saddle[:, None], downward * length[:, None], direction)
+        # energies that differ by less than this differ by rounding
         lost = torch.finfo(point.z.dtype).eps ** 0.6 * (point.energy.abs() + (slope * point.z).abs().sum(dim=1))
         reached, rows, trial = point, None, point
         damped, left = ~exact, int(searching.sum())
@@ -200,6 +214,7 @@ class ProjectedNewton(Solver):
                 break
             damped = damped | searching
             rows = rows_apart(evaluate, searching, left)
+        # twice the last good size, so that a size once halved can recover
         share = torch.where(state.step.isnan(), usual, 2 * state.step)
         if left:
             damped = damped | searching
@@ -216,21 +231,19 @@ class ProjectedNewton(Solver):
                     break
                 share = torch.where(searching, 0.5 * share, share)
                 rows = rows_apart(evaluate, searching, left)
-        if progress.judge is not None and progress.judge.measure is not None:
-            progress.judge.measure.refuse(damped)
+        progress.refuse(damped)
         after = ProjectedNewtonState(torch.where(damped, share, state.step), first, convex & ~flat & ~damped)
         searching = searching | astray
         if not left and not bool(astray.any()):
             return Move(reached, after, solved=solved, left=saddle)
-        # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
-        shown = trial.select(searching & ~torch.isfinite(row_norm(trial.residual)), reached)
+        shown = showing_nonfinite(trial, searching, reached)
         stuck = None if saddle is None else saddle & searching
         left_behind = None if saddle is None else saddle & ~searching
         return Move(shown, after, breakdown=searching, solved=solved, saddle=stuck, left=left_behind)
 
     @staticmethod
     def _falls(point: Point, trial: Point, enough: Tensor, lost: Tensor) -> Tensor:
-        """Whether the energy has fallen enough; the residual, where that is lost in rounding."""
+        """bool ``[batch]``: whether the energy has fallen by ``enough``, or the residual where rounding hides that."""
         assert point.energy is not None
         assert trial.energy is not None
         change = trial.energy - point.energy

@@ -20,7 +20,7 @@ from torchimplicit.validation import check_positive, check_type
 
 
 class PseudoTransientState(NamedTuple):
-    """The length of the next step in time, ``[batch]``, negative where time runs backwards."""
+    """The length of the next time step, ``[batch]``, negative where time runs backwards."""
 
     time: Tensor
 
@@ -30,18 +30,22 @@ class PseudoTransientState(NamedTuple):
 class PseudoTransient(Solver):
     """Pseudo-transient continuation: :math:`(\\delta^{-1}I+A)s=r`, implicit Euler steps of :math:`\\dot z=-R(z)`.
 
-    The steps in time grow as the residual falls (switched evolution relaxation; Kelley and Keyes 1998), and the method
-    ends as Newton's. It lowers no norm on the way, and so passes by places where that of the residual is at its least.
-    Time runs in the direction in which the residual falls at first. Products with the Jacobian are not counted in
-    ``solution.evaluations``.
+    The time steps grow as the residual falls (switched evolution relaxation; Kelley and Keyes 1998), so the method ends
+    as Newton's. It need not lower the residual's norm in every step, and so is not trapped where that norm has a local
+    minimum. Time runs in the direction in which the residual falls at first. Products with the Jacobian are not counted
+    in ``solution.evaluations``.
 
     Args:
         linear_solver: for the equation of a step; ``None``: the matrix is assembled up to 128 unknowns, else the
             problem's default.
-        step_size: of the first step in time, as a multiple of :math:`\\lVert r\\rVert/\\lVert Ar\\rVert` at the start;
-            a large one makes it Newton's method without a safeguard.
+        step_size: the first time step, as a multiple of :math:`\\lVert r\\rVert/\\lVert Ar\\rVert` at the start; a
+            large one makes it Newton's method without a safeguard.
         rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
             :class:`Solver`.
+
+    Raises:
+        ValueError: a number is out of range.
+        TypeError: ``linear_solver`` is not a linear solver.
     """
 
     linear_solver: LinearSolver | None = None
@@ -86,17 +90,17 @@ class PseudoTransient(Solver):
             step = step.to(z.dtype)
         else:
             solver = self.linear_solver or system.default_linear_solver(z.shape[1], z.shape[0])
-            found = system.solve_linear(tape, False, residual, solver, lambda _: shift)
-            step, exact = found.value, found.report.converged
-        # Newton's step, where the one in time asks for no other
+            solution = system.solve_linear(tape, False, residual, solver, lambda _: shift)
+            step, exact = solution.value, solution.report.converged
+        # late in the solve the shift vanishes: the step is Newton's where it solves the equation without the shift
         exact = exact & meets(residual, residual - shift[:, None] * step)
         solved = progress.short(point, step, exact)
         moving = torch.ones_like(exact) if active is None else active
         if solved is not None:
             moving = moving & ~solved
         reached = evaluate_some(evaluate, z + step, moving, None, point)
-        if progress.judge is not None and progress.judge.measure is not None:
-            progress.judge.measure.refuse(~exact)
+        progress.refuse(~exact)
+        # by a factor of ten at most, either way
         ratio = (norm / row_norm(reached.residual)).nan_to_num(0.1, 10, 0.1).clamp(0.1, 10)
         time = torch.where(moving, state.time * ratio, state.time)
         return Move(reached, PseudoTransientState(time), solved=solved)

@@ -1,4 +1,4 @@
-"""What the loop found."""
+"""The result of the loop."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torchimplicit.solution import Report, Turn
 
 
 class Units(NamedTuple):
-    """What the state, and what its residual is made of, are divided by so that they are of about unit size: powers of
-    two."""
+    """The units in which a problem is solved: the state and the terms of its residual are divided by these numbers, so
+    that both are of about unit size. They are powers of two, so that changing units rounds nothing."""
 
     state: float
     size: float
@@ -22,19 +22,19 @@ class Units(NamedTuple):
 
 @dataclass(frozen=True)
 class SolverResult:
-    """What the loop found: states ``[batch, dim]`` and the figures.
+    """States and figures of a solve, in the problem's own units.
 
     Attributes:
-        z: the solutions; the best iterate where a sample did not converge.
-        report: per sample.
-        trajectory: the iterates, if any were to be kept; ``None`` in the place of one that was not.
-        state: the solver's last state (for all samples, unless some left the batch: then ``None``).
-        norm: what the tolerance was compared with, ``[batch]`` or ``[batch, leaves]``.
-        parts: the relative residuals likewise.
-        trace: the two of every iterate that was evaluated, if they were to be kept; no size of terms, no relative one,
-            which is NaN then.
-        units: in which it was solved, where not in the problem's own, in which everything here is.
-        turns: of several solvers, which ones took part.
+        z: the solutions ``[batch, dim]``; the best iterate where a sample did not converge.
+        report: status, steps and residual per sample.
+        trajectory: the iterates that were to be kept, and ``None`` for each that was not.
+        state: the solver's last state; ``None`` if samples left the batch, since then no one state covers all.
+        norm: the residual norms that the tolerance was compared with, ``[batch]`` or ``[batch, leaves]``.
+        parts: the relative residuals, shaped like ``norm``.
+        trace: ``(norm, parts)`` of every evaluated iterate, if they were to be kept. ``parts`` is NaN where the size of
+            the residual's terms is unknown.
+        turns: which members of a :class:`Polyalgorithm` took part.
+        units: the units that were solved in, if not the problem's own.
     """
 
     z: Tensor
@@ -48,24 +48,24 @@ class SolverResult:
     units: Units | None = None
 
     def having_spent(self, evaluations: float) -> SolverResult:
-        """The same, with ``evaluations`` of the whole batch more."""
+        """The same result with ``evaluations`` (of the whole batch) added to its count."""
         return replace(self, report=replace(self.report, evaluations=self.report.evaluations + evaluations))
 
 
 def traced(point: Point) -> tuple[Tensor, Tensor]:
-    """What a trace keeps of a point."""
+    """The norms and relative residuals of a point, for a trace."""
     norm = point.size().detach()
     return norm, relative_to(norm, torch.zeros_like(norm) if point.scale is None else point.scale.detach())
 
 
 def relative_to(norm: Tensor, terms: Tensor) -> Tensor:
-    """Residuals relative to their terms: NaN where there are no terms to compare with, and zero where there is no
-    residual."""
+    """Residuals divided by the size of their terms: zero where the residual is zero, NaN where that size is unknown."""
     return torch.where(norm == 0, 0, norm / torch.where(terms > 0, terms, torch.nan))
 
 
 def worst(parts: Tensor) -> Tensor:
-    """``[batch]``, of relative residuals ``[batch]`` or ``[batch, leaves]``: the largest that is known, or NaN."""
+    """The largest known of each sample's relative residuals (``[batch]`` or ``[batch, leaves]``), or NaN;
+    ``[batch]``."""
     if parts.ndim == 1:
         return parts
     unknown = parts.isnan()

@@ -1,4 +1,9 @@
-"""A look at the whole batch once the loop has ended: whether what it claims holds there."""
+"""The review after the loop: whether what it claims holds for the whole batch at the point that is returned.
+
+The loop judges each sample when that sample stops, and by estimates. Two things can make its claim wrong: the scale of
+a root's residual was measured from a step and not from the Jacobian, or other samples moved on afterwards and the
+user's function couples them. The review evaluates the whole once more; samples that it denies go on.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +26,17 @@ from torchimplicit.solvers.result import SolverResult, relative_to, worst
 from torchimplicit.solvers.tolerance import Judge
 
 LOOKS = 4
-"""How often it is looked at whether a function's samples had better be solved as one system."""
+"""How often solving a function's samples as one system is tried in vain before it is given up for good."""
 
 
 class Verdict(NamedTuple):
-    """The outcome with the figures of the whole; bool ``[batch]``, the samples that have to go on, ``None`` for none;
-    and whether samples were found to depend on each other that the solver takes apart."""
+    """The result of a review.
+
+    Attributes:
+        outcome: with the figures of the whole problem.
+        again: bool ``[batch]``, the samples that have to go on; ``None`` for none.
+        coupled: whether samples were found to depend on each other although the solver treats them separately.
+    """
 
     outcome: SolverResult
     again: Tensor | None = None
@@ -36,18 +46,20 @@ class Verdict(NamedTuple):
 def review(solver: Solver, evaluate: Evaluator, outcome: SolverResult, judge: Judge, mixed: bool) -> Verdict:
     """Judge the outcome by the whole problem at the point that is returned.
 
-    A root or a minimum is judged by one product with the Jacobian there, which tells what a step could not: of Newton's
-    method, which takes products all along, only the samples that it gave up. Where samples may depend on each other,
-    and come from different moments, one evaluation tells what they are together.
+    A root or a minimum is judged by one product with the Jacobian there. Newton's methods take such products in every
+    step, so of theirs only the samples that they gave up are reviewed. Where samples may depend on each other and
+    stopped at different steps, one evaluation of the whole batch shows their residuals beside each other.
 
     Args:
-        judge: of the loop, for its first batch.
-        mixed: whether what is returned may not be what was evaluated last.
+        judge: the loop's stopping rule for its first batch.
+        mixed: whether the returned states may differ from those that were evaluated last.
     """
     z, coupling = outcome.z, evaluate.system.coupling
     apart = coupling is None or coupling.promised
-    if judge.measure is None and (apart or not mixed):  # the last evaluation has told all that there is to know
+    if judge.measure is None and (apart or not mixed):
+        # the last evaluation was of exactly these states, or no sample can see the others: nothing new to learn
         return Verdict(outcome)
+    # under a torch.func transform the numbers cannot be read, so nothing could be decided
     if not z.shape[0] or any(is_transformed(t) for t in (z, *evaluate.params)):
         return Verdict(outcome)
     if solver.searches and not apart and coupling is not None and coupling.found:
@@ -71,11 +83,11 @@ def _reviewed(solver: Solver, evaluate: Evaluator, outcome: SolverResult, judge:
 
 
 def seen_at(evaluate: Evaluator, z: Tensor) -> tuple[Point, LinearOperator] | None:
-    """The point and the Jacobian there; ``None`` where the function has no second derivative to take it from."""
+    """The point at ``z`` and the Jacobian there; ``None`` where the function lacks the derivative."""
     try:
         tape = evaluate.system.linearize(z, evaluate.params)
         operator = evaluate.system.operator(tape, False)
-        operator.product(torch.zeros_like(z))
+        operator.product(torch.zeros_like(z))  # fails at the first product, not before
     except RuntimeError:
         return None
     return evaluate.system.seen(tape), operator
@@ -93,10 +105,12 @@ def _by_product(
     report = outcome.report
     solved, drowned, parts = judge.look(point, operator, closely=failed is not None)
     if failed is not None and operator.symmetric and solver.confirms(evaluate.system, point.z):
+        # a gradient of nothing but rounding is a minimum only where no eigenvalue of the Hessian is negative
         values = torch.linalg.eigvalsh(operator.spectrum_matrix(working_dtype(point.z.dtype)).nan_to_num(0.0, 0.0, 0.0))
         rounding = point.z.shape[1] * judge.eps * values.abs().amax(dim=1)
         drowned = drowned & (values[:, 0] >= -rounding)
     status, none = report.status, torch.zeros_like(solved)
+    # ``looked``: whose figures are replaced. Newton's methods know their residual's scale from the same Jacobian.
     looked = failed if solver.by_products and failed is not None else ~none
     if solver.wants_relative():
         denied = none if solver.by_products else report.converged & ~solved
@@ -111,8 +125,9 @@ def _by_product(
     coupling = evaluate.system.coupling
     suspect = denied
     if solver.searches and coupling is not None:
+        # a search that got stuck may have fought a coupling it knows nothing of
         suspect = suspect | _stuck(status) | _changed(outcome, point, evaluate.system, judge.eps)
-    again, odd = torch.stack((denied, suspect)).any(dim=1).tolist()
+    again, odd = torch.stack((denied, suspect)).any(dim=1).tolist()  # one read from the device for both
     if odd and solver.searches and coupling is not None and not coupling.promised and rows_depend(operator):
         coupling.memory.found = True
         return Verdict(outcome, coupled=True)
@@ -131,7 +146,8 @@ def _by_evaluation(solver: Solver, evaluate: Evaluator, outcome: SolverResult, j
     parts = relative_to(norm, point.scale)
     changed = _changed(outcome, point, system, judge.eps)
     denied = report.converged & ~within
-    if judge.measure is not None:  # its tolerance is known of the step alone
+    if judge.measure is not None:
+        # a point from ``start`` has no scale yet, so that every sample would be denied: deny those that have changed
         denied = denied & changed
     known = changed if judge.measure is None else torch.zeros_like(changed)
     figures = torch.where(known, worst(parts).to(report.residual.dtype), report.residual)
@@ -151,11 +167,12 @@ def _by_evaluation(solver: Solver, evaluate: Evaluator, outcome: SolverResult, j
 
 
 def _changed(outcome: SolverResult, point: Point, system: System, eps: float) -> Tensor:
-    """bool ``[batch]``: whether a sample's residual is another than when the sample was alone in moving."""
+    """bool ``[batch]``: whether a sample's residual differs from the one at which it stopped, because others moved."""
     now = system.norms(point.residual)
     before = outcome.norm
     if before is None or before.shape != now.shape:
         return torch.zeros(len(now), dtype=torch.bool, device=now.device)
+    # batched kernels sum in another order for another batch: neither a thousandth nor a few roundings are a coupling
     changed = (now - before).abs() > 1e-3 * before
     if point.scale is not None:
         changed = changed & ((now - before).abs() > 16 * eps * point.scale)
@@ -164,12 +181,12 @@ def _changed(outcome: SolverResult, point: Point, system: System, eps: float) ->
 
 
 def _stuck(status: Tensor) -> Tensor:
-    """bool ``[batch]``: the samples that got no further, as one does whose method takes it for alone and it is not."""
+    """bool ``[batch]``: the samples that got no further, as happens where a method ignores that samples are coupled."""
     return (status == Status.BREAKDOWN) | (status == Status.MAX_STEPS)
 
 
 def _sent_on(solver: Solver, outcome: SolverResult, denied: Tensor) -> Verdict:
-    """The samples that are not solved after all go on, as far as their budget reaches."""
+    """Send the ``denied`` samples on, as far as their budget of steps reaches."""
     report = outcome.report
     spent = denied & (report.steps >= solver.max_steps)
     status = report.status.masked_fill(spent, int(Status.MAX_STEPS))
@@ -179,7 +196,10 @@ def _sent_on(solver: Solver, outcome: SolverResult, denied: Tensor) -> Verdict:
 
 
 def after(before: SolverResult, later: SolverResult, samples: Tensor | None) -> SolverResult:
-    """``before``, with what became of ``samples`` (bool ``[batch]``; ``None``: all) when they went on."""
+    """Merge two results: ``later`` for ``samples`` (bool ``[batch]``; ``None``: all), ``before`` for the others.
+
+    Steps and evaluations of ``samples`` add up; trajectories are joined end to end.
+    """
     one, two = before.report, later.report
     if samples is None:
         samples = torch.ones_like(one.status, dtype=torch.bool)
@@ -203,7 +223,7 @@ def after(before: SolverResult, later: SolverResult, samples: Tensor | None) -> 
 
 
 def given_up(outcome: SolverResult, samples: Tensor) -> SolverResult:
-    """With ``samples`` that the method takes for solved, and the Jacobian does not."""
+    """Mark ``samples`` as broken down: the method takes them for solved again and again, and the Jacobian disagrees."""
     status = outcome.report.status.masked_fill(samples, int(Status.BREAKDOWN))
     return replace(outcome, report=replace(outcome.report, status=status))
 
@@ -212,8 +232,11 @@ Solve = Callable[[Solver, System, Tensor, Sequence[Tensor]], SolverResult]
 
 
 def tried_as_one(solve: Solve, solver: Solver, evaluate: Evaluator, outcome: SolverResult) -> SolverResult:
-    """What a method that remembers gave up, solved on as one system where samples depend on each other; which is
-    remembered of the function where it leads to the solution, and is not tried for ever where it does not."""
+    """Where a method with memory gave up and samples depend on each other, solve on with all samples as one system.
+
+    If that converges, it is remembered for the function, and the next solve starts so; if it fails ``LOOKS`` times, it
+    is not tried again.
+    """
     system, coupling = evaluate.system, evaluate.system.coupling
     if coupling is None or coupling.promised or coupling.memory.looks >= LOOKS:
         return outcome
@@ -239,8 +262,8 @@ def as_one_system(
     z0: Tensor,
     params: Sequence[Tensor],
 ) -> SolverResult | None:
-    """Solve samples that depend on each other as one, each of them judged by itself; ``None`` where the problem cannot
-    be put so."""
+    """Solve samples that depend on each other as one system, each of them judged by its own residual; ``None`` where
+    the problem cannot be joined."""
     assert system.coupling is not None
     rows = system.coupling.rows
     joined = system.joined(rows)
@@ -250,25 +273,26 @@ def as_one_system(
     for name in ("rtol", "atol"):
         value = getattr(solver, name)
         if value is not None and not isinstance(value, (int, float)):
-            changes[name] = tuple(pytree.tree_leaves(value)) * rows
-    if getattr(solver, "preconditioner", None) is not None:  # of one sample each
+            changes[name] = tuple(pytree.tree_leaves(value)) * rows  # every sample's leaves are leaves of the joined
+    # a preconditioner is made for one sample's matrix, and has the wrong size for the joined one
+    if getattr(solver, "preconditioner", None) is not None:
         changes["preconditioner"] = None
     if getattr(getattr(solver, "linear_solver", None), "preconditioner", None) is not None:
         changes["linear_solver"] = None
-    found = solve(replace(solver, **changes), joined, z0.reshape(-1, rows * z0.shape[1]), params)
+    whole = solve(replace(solver, **changes), joined, z0.reshape(-1, rows * z0.shape[1]), params)
 
     def each(t: Tensor) -> Tensor:
         return t.repeat_interleave(rows, dim=0)
 
-    report = found.report
-    assert found.parts is not None
-    assert found.norm is not None
-    norm, parts = found.norm.reshape(len(z0), -1), found.parts.reshape(len(z0), -1)
+    report = whole.report
+    assert whole.parts is not None
+    assert whole.norm is not None
+    norm, parts = whole.norm.reshape(len(z0), -1), whole.parts.reshape(len(z0), -1)
     residual = worst(parts)
     if parts.shape[1] == 1:
         norm, parts = norm[:, 0], parts[:, 0]
     figures = Report(each(report.status), each(report.steps), residual, report.evaluations)
-    trajectory = tuple(None if z is None else z.reshape(z0.shape) for z in found.trajectory)
-    trace = tuple((n.reshape(z0.shape[0], -1), p.reshape(z0.shape[0], -1)) for n, p in found.trace)
-    z = system.project(found.z.reshape(z0.shape), params)
-    return SolverResult(z, figures, trajectory, found.state, norm, parts, trace)
+    trajectory = tuple(None if z is None else z.reshape(z0.shape) for z in whole.trajectory)
+    trace = tuple((n.reshape(z0.shape[0], -1), p.reshape(z0.shape[0], -1)) for n, p in whole.trace)
+    z = system.project(whole.z.reshape(z0.shape), params)
+    return SolverResult(z, figures, trajectory, whole.state, norm, parts, trace)

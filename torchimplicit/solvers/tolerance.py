@@ -1,13 +1,14 @@
-"""When a sample is solved: its residual is small against the terms that make it up.
+"""The stopping rule: a sample is solved when its residual is small relative to the terms that the residual sums.
 
 One rule serves every problem, leaf by leaf of the state: ``‖r‖ <= atol + rtol * T``, where :math:`T` is the size of the
-terms whose sum the residual is. It has no unit of its own, so that a problem stated in other units takes the same
+terms whose sum is the residual. The rule has no unit of its own, so a problem stated in other units takes the same
 steps.
 
-A fixed point's terms are :math:`f(z)` and :math:`z`, and both are known. A root or a gradient hides its own: they are
-what a change of the state by its own size would make of the residual, :math:`T = \\lVert A\\rVert\\lVert z\\rVert`, so
-that the rule asks whether a relative change of the state by ``rtol`` would account for the residual (a backward error).
-No evaluation is spent on it: :class:`Measure` reads it off the step that was taken last.
+A fixed point's residual is the difference of :math:`f(z)` and :math:`z`, and both are known. For a root or a gradient
+the terms are hidden in the user's function. Their size is estimated by how much the residual changes when the state
+changes by its own size, :math:`T = \\lVert A\\rVert\\lVert z\\rVert`: the rule then asks whether a relative change of
+the state by ``rtol`` would account for the residual, which is a backward error (Higham 2002, section 1.5). No
+evaluation is spent on it: :class:`Measure` takes it from the last step.
 """
 
 from __future__ import annotations
@@ -27,30 +28,37 @@ from torchimplicit.solvers.result import relative_to
 from torchimplicit.state import leaves_of
 
 ROUNDING = 16
-"""How many roundings of its terms a residual may be made of."""
+"""A residual of at most this many times ``eps`` of its terms is taken for rounding."""
 
 RUN_OFF = 1e6
-"""How many times its first size a state may have and still be what its residual is measured by."""
+"""The size of a state counts up to this many times its first size: relative to a state that diverges, every residual
+would look small."""
 
 COVERED = 100
-"""By how much the scales of a residual's equations may differ unnoticed."""
+"""The factor by which an equation's residual may exceed the tolerance that its own terms allow, before larger equations
+beside it no longer make up for it."""
 
 DENSE = 64
-"""Up to so many unknowns, the matrix is assembled where a sample must be looked at closely."""
+"""The largest number of unknowns for which :meth:`Judge.look` assembles the matrix."""
 
 Tolerance = float | Any
 """A number, or a pytree of numbers with the structure of the state."""
 
 
 def check_tolerance(owner: object, name: str) -> None:
-    """``owner.name`` must be ``None``, or a finite number of at least zero, or a pytree of those."""
+    """Raise unless ``owner.name`` is ``None``, a finite number of at least zero, or a pytree of those.
+
+    Raises:
+        TypeError: a leaf is not a number.
+        ValueError: a number is negative or not finite, or the pytree holds none.
+    """
     value = getattr(owner, name)
     if value is None:
         return
     where = f"{type(owner).__name__}.{name}"
     numbers = leaves_of(value)
     if not numbers:
-        raise ValueError(f"{where} is {value!r}, and holds no number: give one, or one for each leaf of the state")
+        raise ValueError(f"{where} is {value!r}, which holds no number: give one, or one for each leaf of the state")
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             raise TypeError(
@@ -61,10 +69,10 @@ def check_tolerance(owner: object, name: str) -> None:
 
 
 def by_leaf(value: Tolerance, system: System, like: Tensor, what: str) -> float | Tensor:
-    """A tolerance as a number where it is one for all, or ``[leaves]``.
+    """A tolerance as a single number, or as a tensor ``[leaves]`` where it was given per leaf.
 
     Raises:
-        ValueError: it is a tree that does not fit the state.
+        ValueError: it is a pytree that does not match the state.
     """
     if isinstance(value, (int, float)):
         return float(value)
@@ -72,12 +80,12 @@ def by_leaf(value: Tolerance, system: System, like: Tensor, what: str) -> float 
     leaves = system.leaves
     if leaves is None or leaves.spec is None:
         raise ValueError(
-            f"{what} is a pytree, and this state is solved for in coordinates that mix its leaves (metric, eliminate): "
+            f"{what} is a pytree, but this state is solved in coordinates that mix its leaves (metric, eliminate): "
             "give a number"
         )
     if spec != leaves.spec:
         raise ValueError(
-            f"{what} has the structure {spec}, and the state has {leaves.spec}: give a number for each leaf"
+            f"{what} has the structure {spec}, but the state has {leaves.spec}: give a number for each leaf"
         )
     if len(numbers) == 1:
         return float(numbers[0])
@@ -85,29 +93,35 @@ def by_leaf(value: Tolerance, system: System, like: Tensor, what: str) -> float 
 
 
 def least(value: Tolerance) -> float:
-    """Of a tolerance, that of the leaf which is judged the most strictly."""
+    """The strictest number of a tolerance."""
     return float(min(pytree.tree_leaves(value)))
 
 
 class Measure:
-    """The size of the terms of a residual that does not tell it, from the step taken last.
+    """Measures the size of the terms of a residual from the last step, where an evaluation does not tell it.
 
-    A step by :math:`\\Delta z` changed the residual by :math:`\\Delta r`. Relative to its size, the state changed by
-    :math:`\\delta=\\max_m\\lVert\\Delta z_m\\rVert/\\lVert z_m\\rVert`, the leaf that changed most; a change by its own
-    size would have made :math:`\\lVert\\Delta r_l\\rVert/\\delta` of leaf l. That holds where the step was short,
-    :math:`\\delta\\le\\sqrt{rtol}`: a long one tells nothing of where it has led, however small the residual is against
-    the one that it came from, and such a sample goes on. (A Newton step that short leaves an error of ``rtol``:
-    quadratic convergence is not held up.)
+    A step by :math:`\\Delta z` changed the residual by :math:`\\Delta r`. The state changed by a relative
+    :math:`\\delta=\\max_m\\lVert\\Delta z_m\\rVert/\\lVert z_m\\rVert`, the maximum over its leaves; so a change by its
+    own size would have changed the residual of leaf l by :math:`T_l=\\lVert\\Delta r_l\\rVert/\\delta`. This
+    extrapolation is trusted only where the step was short, :math:`\\delta\\le\\sqrt{rtol}`: a long step says nothing
+    about the place where it ended, and such a sample goes on. (After a Newton step of that length the error is of the
+    order of ``rtol``, so quadratic convergence is not held up.)
 
-    The size of a leaf counts what it has been of late, so that a solution at zero can be found: never less than
-    ``ROUNDING * eps / rtol`` of the largest, which is halved in every step, nor than ``eps`` of what it was at first.
-    Nor does it count more than ``RUN_OFF`` times what it was at first, with the first step: relative to a state that
-    has run off, every residual is small.
+    The size of a leaf is replaced by a floor where it is small, so that a solution at zero can be found: by
+    ``ROUNDING * eps / rtol`` of its recent maximum, which is halved in every step, and by ``eps`` of its first size. It
+    is capped at ``RUN_OFF`` times the first size plus the first step.
 
     Attributes:
-        since: ``[batch]`` or ``[batch, leaves]``, what it was at first, here or where another solver began.
-        first: likewise, the size of the first residual.
-        local: bool ``[batch]`` or ``[batch, leaves]``: where what is known of the terms is known of the present point.
+        recent: ``[batch]`` or ``[batch, leaves]``, the decaying maximum of the size of the state.
+        since: the size of the state at first, here or where another solver began; shaped likewise.
+        first: the size of the first residual.
+        least: the smallest value of ``recent``.
+        most: the largest size of the state that counts.
+        share: the share of ``recent`` below which no leaf counts as smaller.
+        near: the largest relative change by a step that is trusted.
+        local: bool, where the size of the terms is known at the present point.
+        refused: bool ``[batch]``, samples whose next step is not trusted; ``None`` for none.
+        known: the size of the terms that a Newton step has told (:meth:`short`), for samples that do not move.
     """
 
     def __init__(self, system: System, point: Point, rtol: float | Tensor, since: Tensor | None = None):
@@ -133,14 +147,15 @@ class Measure:
         self.local = torch.zeros_like(self.recent, dtype=torch.bool)
 
     def start(self, point: Point) -> Point:
-        """The first point, of whose terms nothing is known."""
+        """The first point: the size of its terms is unknown, and stands as zero."""
         self.first = self.system.norms(point.residual)
         return point.changed(error=self.first, scale=torch.zeros_like(self.first))
 
     @torch.no_grad()
     def step(self, point: Point, before: Point) -> Point:
-        """The point that a step from ``before`` has led to, with its terms."""
+        """``point``, which a step from ``before`` has reached, with the size of its terms."""
         z, r = point.z, point.residual
+        # stacked, so that a step costs one reduction instead of four
         size, moved, turned, norms = self.system.norms(torch.stack((z, z - before.z, r - before.residual, r)))
         if not self.begun:
             self.most, self.begun = RUN_OFF * (self.recent + moved), True
@@ -151,6 +166,7 @@ class Measure:
         near = share <= self.near
         if self.refused is not None:
             near, self.refused = near & ~(self.refused if near.ndim == 1 else self.refused[:, None]), None
+        # a sample that did not move keeps what was known of it
         self.local = torch.where(stepped, near, self.local)
         still = before.scale if self.known is None else self.known
         assert still is not None
@@ -159,20 +175,20 @@ class Measure:
 
     @torch.no_grad()
     def product(self, point: Point, image: Tensor) -> Point:
-        """``point`` with the terms that the product of the Jacobian with its residual tells."""
+        """``point`` with the size of its terms from ``image``, the product of the Jacobian with its residual."""
         size, moved, turned = self.system.norms(torch.stack((point.z, point.residual, image)))
         share = self._share(moved, size)
         self.local = (share > 0) & (share < torch.inf) & (turned < torch.inf)
         return point.changed(scale=torch.where(self.local, turned / share, 0), product=image)
 
     def refuse(self, samples: Tensor) -> None:
-        """Let the step to come tell nothing of the terms of ``samples`` (bool ``[batch]``): it is short because the
-        method did not dare to take the whole of it."""
+        """Do not trust the coming step of ``samples`` (bool ``[batch]``): the method shortened it, so that its length
+        is no sign of being near the solution."""
         self.refused = samples
 
     def short(self, point: Point, step: Tensor, rtol: float | Tensor) -> Tensor:
-        """bool ``[batch]``: whether Newton's ``step`` from ``point`` is within ``rtol`` of the state, leaf by leaf. It
-        is the same rule, with the Jacobian in the place of a difference."""
+        """bool ``[batch]``: whether the Newton ``step`` from ``point`` is within ``rtol`` of the state, leaf by leaf:
+        the same rule, with the Jacobian in place of a difference quotient."""
         size, moved = self.system.norms(torch.stack((point.z, step)))
         share = moved / (size + self.share * self.recent)
         short = moved <= rtol * (size + self.share * self.recent)
@@ -183,12 +199,12 @@ class Measure:
         return short
 
     def _share(self, moved: Tensor, size: Tensor) -> Tensor:
-        """How far the state moved, relative to its size: the leaf that moved furthest."""
+        """The relative change of the leaf that changed most."""
         share = moved / (size + self.share * self.recent)
         return share if share.ndim == 1 else share.amax(dim=1, keepdim=True).expand_as(share)
 
     def take(self, rows: Tensor) -> Measure:
-        """Of the samples ``rows`` alone."""
+        """The measure of the samples ``rows`` alone."""
         part = copy(self)
         part.recent, part.least, part.local = self.recent[rows], self.least[rows], self.local[rows]
         part.most = self.most[rows]
@@ -196,14 +212,13 @@ class Measure:
 
 
 class Judge:
-    """The rule, for one solve.
+    """The stopping rule of one solve.
 
     Attributes:
-        measure: of the terms, where a point does not tell them; ``None`` where it does.
-        strict: what the relative tolerance is multiplied by where the terms are measured.
-        first: the size of the residual and its terms at the first point, where it tells them; zero where that is not
-            finite.
-        floor: what the residual may be, whatever its terms have become.
+        measure: measures the terms of the residual; ``None`` where every point tells them.
+        strict: a factor on the relative tolerance where the terms are measured.
+        first: the size of the residual plus its terms at the first point, where it tells them; zero where not finite.
+        floor: the tolerance at terms of zero.
     """
 
     first: Tensor | None
@@ -227,22 +242,23 @@ class Judge:
         self.measure = Measure(system, point, self.rtol, since) if point.scale is None else None
         self.first = self.floor = None
         if point.scale is not None:
-            # a solution at zero has terms that vanish with it
+            # at a solution that is zero the terms vanish with the residual, and no relative tolerance could be met
             self.first = (point.size() + point.scale).nan_to_num(0.0, 0.0, 0.0)
             self.floor = self.first * (self.rtol * self.eps)
             if isinstance(self.atol, Tensor) or self.atol:
                 self.floor = self.floor + self.atol
 
     def start(self, point: Point) -> Point:
-        """The first point, with what is known of its terms."""
+        """The first point, with the size of its terms as far as it is known."""
         return point if self.measure is None else self.measure.start(point)
 
     def tolerance(self, point: Point) -> Tensor:
-        """What the residual may be, ``[batch]`` or ``[batch, leaves]``."""
+        """The tolerance on the norm of the residual, ``[batch]`` or ``[batch, leaves]``."""
         scale = point.scale
         assert scale is not None
         if self.measure is None:
             assert self.floor is not None
+            # one fused operation: this runs in every step
             if isinstance(self.rtol, Tensor):
                 return torch.addcmul(self.floor, scale, self.rtol)
             return torch.add(self.floor, scale, alpha=self.rtol)
@@ -252,7 +268,7 @@ class Judge:
         return tolerance + self.atol
 
     def take(self, rows: Tensor) -> Judge:
-        """Of the samples ``rows`` alone."""
+        """The rule for the samples ``rows`` alone."""
         part = copy(self)
         part.measure = None if self.measure is None else self.measure.take(rows)
         part.floor = None if self.floor is None else self.floor[rows]
@@ -261,22 +277,27 @@ class Judge:
     def look(
         self, point: Point, operator: LinearOperator, closely: bool, norms_of: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the Jacobian itself tells of samples: bool ``[batch]``, whether they are solved; bool ``[batch]``,
-        whether their residuals are nothing but rounding; and the relative residuals, ``[batch]`` or ``[batch,
-        leaves]``.
+        """Judge samples by the Jacobian itself.
 
-        The terms are what the Jacobian makes of a change of the state by its own size along the residual,
-        :math:`\\lVert Av\\rVert` with :math:`v_m=r_m\\lVert z_m\\rVert/\\lVert r_m\\rVert`. Where equations whose own
-        terms do not cover them, even ``COVERED`` times over, make up a good part of the residual, large equations
-        beside them do not cover them either.
+        The size of the terms is what the Jacobian makes of a change of the state by its own size along the residual,
+        :math:`\\lVert Av\\rVert` with :math:`v_m=r_m\\lVert z_m\\rVert/\\lVert r_m\\rVert` for leaf m. An equation
+        whose residual exceeds ``COVERED`` times the tolerance of its own terms is not covered by them; where such
+        equations make up a good part of a leaf's residual, the leaf is not solved, however large its other equations
+        are.
 
         Args:
-            closely: whether to assemble the matrix where it is small: a residual is taken for rounding where each leaf
-                of it is within ``ROUNDING`` times ``eps`` of :math:`|A||z|` (Oettli and Prager 1964), and each equation
-                within ``COVERED`` times ``rtol`` of its row of the matrix; within the whole of it where the state has
-                shrunk to ``ROUNDING`` times ``eps`` of its first size, as at a root at zero with a singular Jacobian.
-                Where it is not small, a residual that is solved is taken for it.
+            point: where to judge.
+            operator: the Jacobian there.
+            closely: whether to assemble the matrix, up to ``DENSE`` unknowns, to recognize rounding. A residual is
+                taken for rounding where each leaf of it is within ``ROUNDING * eps`` of :math:`|A||z|` (Oettli and
+                Prager 1964) and each equation within ``COVERED * rtol`` of its row's. Where the state has shrunk to
+                ``ROUNDING * eps`` of its first size, as at a root at zero with a singular Jacobian, an equation may be
+                as large as the whole of its row's. Beyond ``DENSE`` unknowns a solved residual is taken for rounding.
             norms_of: the norms of the leaves; ``None``: those of the system.
+
+        Returns:
+            bool ``[batch]``, the solved samples; bool ``[batch]``, those whose residual is nothing but rounding; and
+            the relative residuals, ``[batch]`` or ``[batch, leaves]``.
         """
         assert self.measure is not None
         system, z, r = self.measure.system, point.z, point.residual

@@ -1,4 +1,4 @@
-"""Newton's method with a trust region."""
+"""Newton's method for maps with a trust region."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from torchimplicit.linear import LinearSolver
 from torchimplicit.precision import working_dtype
 from torchimplicit.problems import Point, System
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
-from torchimplicit.solvers.line_search import evaluate_some, rows_apart
+from torchimplicit.solvers.line_search import evaluate_some, rows_apart, showing_nonfinite
 from torchimplicit.solvers.newton_model import PATIENCE, assembles, only_maps, solved_dense
 from torchimplicit.state import row_norm
 from torchimplicit.validation import check_count, check_positive, check_type
 
 
 class TrustRegionState(NamedTuple):
-    """The radius ``[batch]``, the unit of each unknown ``[batch, dim]``, and how many steps in a row have brought
-    little, int64 ``[batch]``."""
+    """The trust region.
+
+    Attributes:
+        radius: ``[batch]``.
+        unit: ``[batch, dim]``, the unit of each unknown, in which the radius is measured.
+        idle: int64 ``[batch]``, how many steps in a row have brought next to nothing.
+    """
 
     radius: Tensor
     unit: Tensor
@@ -29,10 +34,16 @@ class TrustRegionState(NamedTuple):
 
 
 class _Model(NamedTuple):
-    """:math:`r - As` where it is sought to be least, in the unknowns' units.
+    """The linear model :math:`r - As` of the residual, and the corners of Powell's path.
 
-    ``newton`` and ``cauchy`` are steps ``[batch, dim]``, ``newton_image`` and ``cauchy_image`` their products with A;
-    ``exact`` (bool ``[batch]``) says where the first solves :math:`As=r`.
+    Attributes:
+        residual: r, ``[batch, dim]``.
+        unit: ``[batch, dim]``, the unit of each unknown.
+        newton: Newton's step, ``[batch, dim]``.
+        newton_image: its product with A.
+        cauchy: the minimum of the model along its steepest descent, ``[batch, dim]``.
+        cauchy_image: its product with A.
+        exact: bool ``[batch]``, where ``newton`` solves :math:`As=r`.
     """
 
     residual: Tensor
@@ -44,13 +55,18 @@ class _Model(NamedTuple):
     exact: Tensor
 
     def dogleg(self, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The step along Powell's path that reaches ``radius`` or ends within it, the norm ``[batch]`` of the residual
-        that the model expects there, and the step's length."""
+        """The point of Powell's path at distance ``radius`` (``[batch]``), or its end where that lies within.
+
+        Returns:
+            The step ``[batch, dim]``, the norm of the residual that the model predicts there ``[batch]``, and the
+            step's length in the units ``[batch]``.
+        """
         first, whole = self.cauchy / self.unit, self.newton / self.unit
         inner, outer = row_norm(first), row_norm(whole)
         way = whole - first
         a, b = (way * way).sum(dim=1), (first * way).sum(dim=1)
         c = inner * inner - radius * radius
+        # |first + t way|^2 = radius^2, by the form of the quadratic formula that does not cancel
         root = (b * b - a * c).clamp_min(0).sqrt()
         share = torch.where(b > 0, -c / (b + root), (root - b) / torch.where(a > 0, a, 1)).nan_to_num(0, 0, 0)
         share = torch.where(outer <= radius, 1, share.clamp(0, 1))
@@ -59,6 +75,7 @@ class _Model(NamedTuple):
         short = torch.where(outer[:, None] <= radius[:, None], 1, short)
 
         def joined(first: Tensor, whole: Tensor) -> Tensor:
+            # Newton's step exactly at its end: the test for ``cut`` compares by equality
             return torch.where(share == 1, whole, short * first + share * (whole - short * first))
 
         step = joined(self.cauchy, self.newton)
@@ -71,23 +88,26 @@ class _Model(NamedTuple):
 class TrustRegion(Solver):
     """Newton's method for maps with a trust region, by Powell's dogleg in the unknowns' own units (Powell 1970).
 
-    The step runs from the point where the linear model of the residual is least along its steepest descent to Newton's
-    own, and ends where it leaves the region. What a unit of each unknown is the largest column of the Jacobian tells
-    that has been met (as in MINPACK; Moré 1978). Where the Jacobian is assembled, it is factorized; elsewhere Newton's
-    equation is solved by products and the path made of what comes out (an inexact dogleg; Pawlowski et al. 2008), in
-    the state's units.
+    The path runs from the minimum of the linear model along its steepest descent to Newton's step, and ends where it
+    leaves the region. The unit of an unknown is the inverse of the largest norm so far of its column of the Jacobian
+    (as in MINPACK; Moré 1978). Where the Jacobian is not assembled, Newton's equation is solved by products, the path
+    leads to that inexact solution (inexact dogleg; Pawlowski et al. 2008), and the units are those of the state.
+
     A sample breaks down where no region is small enough, or where ten steps in a row bring next to nothing: it has come
-    to a place where the norm of the residual, but not the residual, is at its least. Products with the Jacobian are not
-    counted in ``solution.evaluations``.
+    to a local minimum of the residual's norm that is not a root. Products with the Jacobian are not counted in
+    ``solution.evaluations``.
 
     Args:
         linear_solver: for the Newton equation; ``None``: the Jacobian is assembled up to 128 unknowns, else the
             problem's default.
-        radius: of the first region, as a multiple of the length of the state in those units (of one where that is
-            zero).
+        radius: of the first region, as a multiple of the norm of the state in those units (of 1 where that is zero).
         trials: the most regions that are tried in one step.
         rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
             :class:`Solver`.
+
+    Raises:
+        ValueError: a number is out of range.
+        TypeError: ``linear_solver`` is not a linear solver.
     """
 
     linear_solver: LinearSolver | None = None
@@ -116,7 +136,7 @@ class TrustRegion(Solver):
             )
         residual, active = point.residual, progress.active
         if active is not None:
-            # a sample that is done asks for no step, and must not keep the linear solver busy
+            # a sample that is done needs no step, and must not keep the linear solver busy
             residual = torch.where(active[:, None], residual, 0)
         model = self._model(evaluate, point.z, residual, None if state is None else state.unit)
         searching = torch.ones_like(model.exact) if active is None else active
@@ -134,7 +154,7 @@ class TrustRegion(Solver):
             step, expected, length = model.dogleg(radius)
             trial = evaluate_some(evaluate, point.z + step.to(dtype), searching, rows, reached)
             after = row_norm(trial.residual)
-            # of squares, without their overflow
+            # the relative decrease of the square, factored so that no square overflows
             actual = (1 - after / norm) * (1 + after / norm)
             ratio = (actual / ((1 - expected / norm) * (1 + expected / norm))).nan_to_num(-1, -1, -1)
             accepted = searching & (ratio >= 1e-4) & (after < norm)
@@ -142,23 +162,21 @@ class TrustRegion(Solver):
             shrunk = length * (0.5 if dtype == torch.float32 else 0.25)
             grown = torch.maximum(radius, 2 * length)
             near = (ratio - 1).abs() <= 0.1
-            wanted = torch.where(ratio < 0.25, shrunk, torch.where((ratio >= 0.75) | near, grown, radius))
-            radius = torch.where(searching, wanted, radius)
+            adapted = torch.where(ratio < 0.25, shrunk, torch.where((ratio >= 0.75) | near, grown, radius))
+            radius = torch.where(searching, adapted, radius)
             reached = trial.select(accepted, reached)
             searching = searching & ~accepted
             left = int(searching.sum())
             if not left:
                 break
             rows = rows_apart(evaluate, searching, left)
-        if progress.judge is not None and progress.judge.measure is not None:
-            progress.judge.measure.refuse(cut | ~model.exact)
+        progress.refuse(cut | ~model.exact)
         idle = torch.where(row_norm(reached.residual) > 0.999 * norm, state.idle + 1, 0)
         breakdown = idle >= PATIENCE
         to = reached
         if left:
             breakdown = breakdown | searching
-            # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
-            to = trial.select(searching & ~torch.isfinite(row_norm(trial.residual)), reached)
+            to = showing_nonfinite(trial, searching, reached)
         if solved is not None:
             breakdown = breakdown & ~solved
         return Move(to, TrustRegionState(radius, model.unit, idle), breakdown=breakdown, solved=solved)
@@ -181,15 +199,15 @@ class TrustRegion(Solver):
             assert operator.transposed_product is not None
             unit, r = torch.ones_like(z), residual
             solver = self.linear_solver or system.default_linear_solver(dim, batch)
-            found = system.solve_linear(tape, False, residual, solver)
-            newton, exact = found.value, found.report.converged
+            solution = system.solve_linear(tape, False, residual, solver)
+            newton, exact = solution.value, solution.report.converged
             down = operator.transposed_product(residual)
             newton_image, down_image = operator.product(newton), operator.product(down)
         size = row_norm(down_image)
         length = (r * (down_image / size[:, None])).sum(dim=1) / size
         length = torch.where(size > 0, length, 0)[:, None]
         cauchy, cauchy_image = length * down, length * down_image
-        # a solution of Newton's equation that is no better than that is none
+        # a linear solver that does no better than one gradient step has failed: take that step
         worse = ~(row_norm(r - newton_image) <= row_norm(r - cauchy_image))[:, None]
         newton = torch.where(worse, cauchy, newton)
         newton_image = torch.where(worse, cauchy_image, newton_image)
