@@ -101,7 +101,9 @@ def test_estimators_without_steps_serve(gradient):
     torch.testing.assert_close(*grads, rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("gradient", [ti.Unrolled(), ti.SharedInverse(), ti.EquilibriumPropagation()], ids=repr)
+@pytest.mark.parametrize(
+    "gradient", [ti.Unrolled(), ti.Reversible(), ti.SharedInverse(), ti.EquilibriumPropagation()], ids=repr
+)
 def test_estimators_that_need_steps_say_so(gradient):
     problem = PROBLEMS["minimum" if isinstance(gradient, ti.EquilibriumPropagation) else "fixed point"]
     with pytest.raises(ValueError):  # noqa: PT011  each says it in its own words

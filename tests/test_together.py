@@ -87,6 +87,8 @@ def test_a_cell(kind, name, column, cell):
     options = {kind: strategy(name)}
     if name == "SharedInverse":
         options["solver"] = ti.Broyden()
+    if name == "Reversible":
+        options["solver"] = ti.ReversibleIteration()
     if name == "Unrolled":  # no default will do: it cannot go through the linear solves of Newton's method
         descends = column in ("`Minimum`", "one `LinearEquality`", "`LeastSquares`")
         options["solver"] = strategy("GradientDescent") if descends else ti.Anderson()

@@ -35,6 +35,7 @@ from torchimplicit.gradients import (
     Implicit,
     NeumannPhantom,
     OneStep,
+    Reversible,
     SharedInverse,
     UnbiasedNeumann,
     Unrolled,
@@ -59,6 +60,7 @@ from torchimplicit.solvers import (
     Polyalgorithm,
     ProjectedNewton,
     PseudoTransient,
+    ReversibleIteration,
     TrustRegion,
 )
 
@@ -112,6 +114,8 @@ __all__ = [
     "Ragged",
     "Report",
     "Resolved",
+    "Reversible",
+    "ReversibleIteration",
     "Root",
     "SharedInverse",
     "Simplex",

@@ -126,7 +126,7 @@ def test_trees_and_modules():
 
 def test_refuses():
     problem, z, x, _ = case()
-    for gradient in (ti.SharedInverse(), ti.Unrolled()):
+    for gradient in (ti.SharedInverse(), ti.Unrolled(), ti.Reversible()):
         with pytest.raises(ValueError, match="what the solver has done"):
             compare_gradients(problem, z, x, gradient=gradient, cotangent=z)
     with pytest.raises(ValueError, match="nothing to differentiate in"):

@@ -12,6 +12,7 @@ ESTIMATORS = [
     ti.OneStep(),
     ti.SharedInverse(),
     ti.Unrolled(),
+    ti.Reversible(),
 ]
 by_name = pytest.mark.parametrize("gradient", ESTIMATORS, ids=lambda g: type(g).__name__)
 
@@ -30,6 +31,8 @@ class Watched(TanhCell):
 
 
 def solver_for(gradient):
+    if isinstance(gradient, ti.Reversible):
+        return ti.ReversibleIteration()
     return ti.Broyden() if isinstance(gradient, ti.SharedInverse) else None
 
 

@@ -160,9 +160,9 @@ def test_a_second_derivative_raises(x):
         torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize("gradient", [ti.UnrolledPhantom(), ti.SharedInverse(), ti.Unrolled()])
+@pytest.mark.parametrize("gradient", [ti.UnrolledPhantom(), ti.SharedInverse(), ti.Unrolled(), ti.Reversible()])
 def test_estimators_that_need_a_solve_are_refused(gradient):
-    with pytest.raises(ValueError, match=r"Unrolled|SharedInverse"):
+    with pytest.raises(ValueError, match=r"Unrolled|SharedInverse|Reversible"):
         Equilibrium(TanhCell(), gradient=gradient, warm_start=WarmStart(refresh=1))
 
 

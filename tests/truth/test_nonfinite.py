@@ -28,6 +28,7 @@ GRADIENTS = {
     "unbiased-neumann": ti.UnbiasedNeumann(generator=torch.Generator()),
     "shared-inverse": ti.SharedInverse(),
     "unrolled": ti.Unrolled(),
+    "reversible": ti.Reversible(),
 }
 OF_MINIMA = {
     "implicit": ti.Implicit(),
@@ -55,7 +56,7 @@ def solved(kind, name, tensors, dtype, rowwise=False):
         make = {"fixed_point": ti.FixedPoint, "root": ti.Root}[kind]
         problem = make(lambda z, x, p: core(z, {**tensors, "x": x, "p": p}, case.activation, "", None), rowwise=rowwise)
         gradient = GRADIENTS[name]
-        solver = ti.Broyden() if name == "shared-inverse" else None
+        solver = {"shared-inverse": ti.Broyden(), "reversible": ti.ReversibleIteration()}.get(name)
     return ti.solve(problem, start, tensors["x"], tensors["p"], solver=solver, gradient=gradient, throw=False)
 
 

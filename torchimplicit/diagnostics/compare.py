@@ -96,7 +96,8 @@ def compare_gradients(
         problem: which was solved.
         z: its solution.
         args: as for :func:`solve`.
-        gradient: the estimator. Not :class:`Unrolled` or :class:`SharedInverse`, which need the solver's own steps.
+        gradient: the estimator. Not :class:`Unrolled`, :class:`Reversible` or :class:`SharedInverse`, which need the
+            solver's own steps.
         cotangent: u, like ``z``; or a function of the solution that gives a scalar loss.
         exact: what to compare with; ``None``: :class:`Implicit` with a tight GMRES.
         wrt: the tensors in which to differentiate, among the arguments and what the problem's function captures;

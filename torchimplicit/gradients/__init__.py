@@ -11,6 +11,7 @@ from torchimplicit.gradients.linear_estimate import LinearEstimate
 from torchimplicit.gradients.neumann_phantom import NeumannPhantom
 from torchimplicit.gradients.nodes import DerivativeRule, FirstOrderRule
 from torchimplicit.gradients.one_step import OneStep
+from torchimplicit.gradients.reversible import Reversible
 from torchimplicit.gradients.shared_inverse import SharedInverse
 from torchimplicit.gradients.unbiased_neumann import UnbiasedNeumann
 from torchimplicit.gradients.unrolled import Unrolled
@@ -32,6 +33,7 @@ __all__ = [
     "NeumannPhantom",
     "OneStep",
     "PhantomReport",
+    "Reversible",
     "SharedInverse",
     "UnbiasedNeumann",
     "Unrolled",

@@ -18,7 +18,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,9 @@ class DerivativeRule(Gradient):
     of :class:`LinearSolve`; one that has none calls :func:`estimate`, so that a second derivative raises.
     """
 
+    of_start: ClassVar[bool] = False
+    """Whether the solution has a derivative in the initial state as well."""
+
     @abstractmethod
     def adjoint(
         self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
@@ -73,6 +76,12 @@ class DerivativeRule(Gradient):
             params: what the system depends on.
             needs_grad: for each of ``params``, whether its cotangent is asked for.
         """
+
+    def adjoint_with_start(
+        self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
+    ) -> Grads:
+        """The cotangents of the initial state and of the parameters, of a rule that is :attr:`of_start`."""
+        raise AssertionError
 
     @abstractmethod
     def tangent(self, task: SolveTask, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
@@ -94,7 +103,8 @@ class DerivativeRule(Gradient):
 
     def attach(self, task: SolveTask, params: Sequence[Tensor]) -> FlatSolution:
         """Solve, and differentiate by the rule."""
-        if not differentiable(params):
+        from_start = self.of_start and differentiable((task.start.z,))
+        if not (from_start or differentiable(params)):
             return undifferentiated(task, self, params)
         # under a transform that differentiates, the graph of plain tensors below it would hardly ever be asked for
         task = task if all(map(is_plain, params)) else replace(task, records=False)
@@ -130,12 +140,14 @@ class Solve(Function):
     @staticmethod
     def backward(ctx: Any, u: Tensor | None, *_: Any) -> tuple[Any, ...]:
         z, *params = saved_tensors(ctx)
-        needs_grad = ctx.needs_input_grad[3:]
+        of_start, *needs_grad = ctx.needs_input_grad[2:]
         if u is None:
             return None, None, None, *(None for _ in needs_grad)
         refuse_batched_cotangents(u)
         task = replace(ctx.task, linear=_restored(ctx.task.linear, ctx.kept, params))
         with without_autocast(z.device):
+            if of_start:
+                return None, None, *ctx.rule.adjoint_with_start(task, u, z, params, needs_grad)
             return None, None, None, *ctx.rule.adjoint(task, u, z, params, needs_grad)
 
     @staticmethod
@@ -370,8 +382,12 @@ class FirstOrderRule(DerivativeRule):
 
 def by_node(task: SolveTask, rule: DerivativeRule, params: Sequence[Tensor]) -> FlatSolution:
     """The solution of the task, by a :class:`Solve` node."""
-    transformed = any(map(is_transformed, (task.start.z, *params)))
-    return FlatSolution(*Solve.apply(task, rule, task.start.fixed().take() if transformed else None, *params))
+    z0 = None
+    if rule.of_start and differentiable((task.start.z,)):
+        z0 = task.start.take()
+    elif any(map(is_transformed, (task.start.z, *params))):
+        z0 = task.start.fixed().take()
+    return FlatSolution(*Solve.apply(task, rule, z0, *params))
 
 
 def undifferentiated(task: SolveTask, rule: DerivativeRule, params: Sequence[Tensor]) -> FlatSolution:

@@ -15,6 +15,7 @@ from torchimplicit.solvers.polyalgorithm import Polyalgorithm, in_turn
 from torchimplicit.solvers.projected_newton import ProjectedNewton
 from torchimplicit.solvers.pseudo_transient import PseudoTransient
 from torchimplicit.solvers.result import SolverResult
+from torchimplicit.solvers.reversible import ReversibleIteration
 from torchimplicit.solvers.trust_region import TrustRegion
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Progress",
     "ProjectedNewton",
     "PseudoTransient",
+    "ReversibleIteration",
     "Solver",
     "SolverResult",
     "TrustRegion",

@@ -90,8 +90,9 @@ class SolverSuite(ABC):
         half: whether it works in bfloat16.
         reads: the most reads by the host per step.
         free_of_units: whether the steps on an energy are the same in every unit of it; those of a given size are not.
-        row_cost: the most rows that the function may see, over the sum of the samples' steps plus one each, where
-            finished samples leave the batch.
+        per_step: how often a step evaluates the function.
+        row_cost: the most rows that the function may see, over the evaluations that the samples' steps take plus one
+            each, where finished samples leave the batch.
         compile: whether the solves are compiled (``compile=True``); the function must be one that can be.
     """
 
@@ -99,6 +100,7 @@ class SolverSuite(ABC):
     unrolled: ClassVar[bool] = True
     half: ClassVar[bool] = True
     reads: ClassVar[float] = 1.0
+    per_step: ClassVar[int] = 1
     row_cost: ClassVar[float] = 1.3
     free_of_units: ClassVar[bool] = True
     device: ClassVar[str] = "cpu"
@@ -319,7 +321,7 @@ class SolverSuite(ABC):
         torch.testing.assert_close(solution.value, masked.value, rtol=1e-7, atol=1e-7)
         assert (solution.steps - masked.steps).abs().max() <= 1
         assert min(map(len, spy.seen)) == 1
-        ideal = int((solution.steps + 1).sum())
+        ideal = int((self.per_step * solution.steps + 1).sum())
         assert spy.rows <= self.row_cost * ideal, f"{spy.rows} rows, ideal {ideal}: {spy.rows / ideal:.2f}"
         assert solution.evaluations * 64 <= 1.3 * ideal
 
