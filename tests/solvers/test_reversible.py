@@ -52,7 +52,8 @@ def test_other_problems_are_refused():
 
 
 def test_how_often_a_pair_is_remembered():
-    assert ti.ReversibleIteration().span(torch.float64) == 9
-    assert ti.ReversibleIteration(damping=0.8).span(torch.float64) == 4
-    assert ti.ReversibleIteration(damping=0.999).span(torch.float64) == 1
-    assert ti.ReversibleIteration(keep_every=3).span(torch.float64) == 3
+    double, single = (torch.float64, torch.float64), (torch.float64, torch.float32)
+    assert [ti.ReversibleIteration().span(*dtypes) for dtypes in (double, single)] == [9, 6]
+    assert [ti.ReversibleIteration(damping=0.8).span(*dtypes) for dtypes in (double, single)] == [4, 2]
+    assert ti.ReversibleIteration(damping=0.999).span(*double) == 1
+    assert ti.ReversibleIteration(keep_every=3).span(*double) == 3

@@ -104,7 +104,7 @@ class Reversible(FirstOrderRule):
         size = safe_norm(state.z)
         drift = torch.zeros_like(size)
         y, z = _Half(state.y, torch.zeros_like(u)), _Half(state.z, u)
-        span, count = solver.span(state.z.dtype), len(state.moved)
+        span, count = solver.span(state.z.dtype, dtype), len(state.moved)
         for i in reversed(range(count)):
             moved = state.moved[i]
             z, y = walk.back(z, y, moved, dead)

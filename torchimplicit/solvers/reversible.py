@@ -53,7 +53,8 @@ class ReversibleIteration(Solver):
     Args:
         damping: :math:`\\beta` in (0, 2), and not 1, where a step forgets what it began with.
         keep_every: after how many steps a pair is remembered. ``None``: as many as multiply the rounding of the pair by
-            at most :math:`\\epsilon^{-3/8}` (7e5 in double precision: 9 steps for :math:`\\beta=.5`, 4 for .8).
+            at most :math:`\\epsilon^{-3/8}` (7e5: 9 steps for :math:`\\beta=.5`, 4 for .8); where the state's precision is lower
+            than the pair's, :math:`\\epsilon^{-1/4}` (8e3: 6 and 2), before the rounded state may differ in a bit.
         rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see :class:`Solver`. A
             sample is returned at its last iterate, of which alone the way back is known.
     """
@@ -81,11 +82,12 @@ class ReversibleIteration(Solver):
                 "FixedPoint(lambda z: z - step * f(z))), or take another solver"
             )
 
-    def span(self, dtype: torch.dtype) -> int:
-        """After how many steps a pair of ``dtype`` is remembered."""
+    def span(self, pair: torch.dtype, state: torch.dtype) -> int:
+        """After how many steps a pair is remembered, for these dtypes."""
         if self.keep_every is not None:
             return self.keep_every
-        return max(1, int(0.375 * math.log(torch.finfo(dtype).eps) / (2 * math.log(abs(1 - self.damping)))))
+        share = 0.375 if pair == state else 0.25
+        return max(1, int(share * math.log(torch.finfo(pair).eps) / (2 * math.log(abs(1 - self.damping)))))
 
     def start(self, point: Point) -> ReversibleState:
         begun = point.z.to(torch.float32 if point.z.device.type == "mps" else torch.float64, copy=True)
@@ -100,7 +102,7 @@ class ReversibleIteration(Solver):
         image = evaluate.image(y.to(point.z.dtype))
         z = self._half(z, image, active)
         moved = (*moved, active)
-        if len(moved) % self.span(z.dtype) == 0:
+        if len(moved) % self.span(z.dtype, point.z.dtype) == 0:
             kept = (*kept, (y, z))
         return Move(z.to(point.z.dtype), ReversibleState(y, z, row_norm(image), moved, kept))
 
