@@ -53,8 +53,8 @@ class ReversibleIteration(Solver):
     Args:
         damping: :math:`\\beta` in (0, 2), and not 1, where a step forgets what it began with.
         keep_every: after how many steps a pair is remembered. ``None``: as many as multiply the rounding of the pair by
-            at most :math:`\\epsilon^{-3/8}` (7e5: 9 steps for :math:`\\beta=.5`, 4 for .8); where the state's precision is lower
-            than the pair's, :math:`\\epsilon^{-1/4}` (8e3: 6 and 2), before the rounded state may differ in a bit.
+            at most :math:`\\epsilon^{-3/8}` (7e5: 9 steps for :math:`\\beta=.5`, 4 for .8); where the state has a
+            lower precision than the pair, :math:`\\epsilon^{-1/4}` (8e3: 6 and 2), before it may differ in a bit.
         rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see :class:`Solver`. A
             sample is returned at its last iterate, of which alone the way back is known.
     """
