@@ -94,10 +94,10 @@ def curves(runs: Sequence[Finished]) -> Figure:
     return drawn
 
 
-def write(runs: Sequence[Finished], file: Path, title: str = TITLE) -> None:
-    """Write the page, in one file."""
+def write(runs: Sequence[Finished], file: Path, title: str = TITLE, pictures: Sequence[Shown] = ()) -> None:
+    """Write the page, with further pictures, in one file."""
     with styled():
         picture = svg(curves(runs), "curves")
     caption = "Training loss and validation figures of the runs, against steps and against time in training steps."
-    shown = [Shown(media=picture, caption=caption)]
+    shown = [Shown(media=picture, caption=caption), *pictures]
     write_text(file, document(title, [], [Section(table=comparison(runs)), Section(heading="Curves", pictures=shown)]))

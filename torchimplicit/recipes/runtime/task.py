@@ -59,7 +59,7 @@ class Metric:
         return f"{100 * value:.2f} %" if self.unit == "%" else f"{value:.4g} {self.unit}".rstrip()
 
 
-SHARES = ("accuracy", "top5", "test_accuracy", "f1")
+SHARES = ("accuracy", "top5", "test_accuracy", "f1", "solved", "places")
 """Figures that are shares, shown in percent."""
 
 

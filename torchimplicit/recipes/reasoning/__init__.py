@@ -1,0 +1,1 @@
+"""Puzzles solved by small weight-tied networks at their equilibrium."""

@@ -1,0 +1,428 @@
+"""What the puzzles have in common: a game, and a small weight-tied network that learns to solve it.
+
+Training is as Jolicoeur-Martineau (2025, arXiv 2510.04871) has it: every step is one segment, with a loss and an update
+of its own (deep supervision); a puzzle goes on from where its last segment ended, and another one takes its place when
+the network says that it is solved, or after so many segments.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from torchimplicit.models.reasoner import Reasoner, ReasonerConfig, ReasoningState
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.page import axes, saved, style, styled
+from torchimplicit.recipes.runtime.run import Run, device
+from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, not_negative, positive, share
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Table, sheet
+from torchimplicit.recipes.runtime.task import Metric, Rows, SampledTask, generator, gradient, solver
+from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+# -- What a game is ----------------------------------------------------------------------------------------------------
+
+
+Puzzles = tuple[Tensor, Tensor]
+"""int64 ``[count, places]`` each: what is given, and the one answer, which is to be found in every place."""
+
+
+class Game(ABC):
+    """Puzzles of one kind on one board, with one answer each. Made of plain values, and equal where these are."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """How many things a place of a puzzle can hold."""
+
+    @property
+    @abstractmethod
+    def answers(self) -> int:
+        """How many things a place of an answer can hold."""
+
+    @abstractmethod
+    def relations(self) -> Tensor:
+        """int64 ``[places, places]``, the kind of relation of every two places, from 0 on."""
+
+    @abstractmethod
+    def puzzle(self, chance: torch.Generator) -> tuple[list[int], list[int]]:
+        """One puzzle and its answer."""
+
+    @abstractmethod
+    def varied(self, given: Tensor, answer: Tensor) -> Puzzles:
+        """Each turned into another one at random, by a symmetry of the game."""
+
+    @abstractmethod
+    def draw(self, panel: Axes, given: Tensor, answer: Tensor, found: Tensor) -> None:
+        """A puzzle ``[places]`` with what was found, and where it is wrong."""
+
+
+@lru_cache(maxsize=8)
+def made(game: Game, count: int, seed: int) -> Puzzles:
+    """So many puzzles, no two alike."""
+    chance = generator(seed)
+    found: dict[tuple[int, ...], list[int]] = {}
+    for _ in range(20 * count):
+        given, answer = game.puzzle(chance)
+        found.setdefault(tuple(given), answer)
+        if len(found) == count:
+            return torch.tensor(list(found)), torch.tensor(list(found.values()))
+    raise UserError(f"there are not {count} different puzzles of this kind to be found: take fewer, or a larger --side")
+
+
+# -- Settings ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasoningConfig:
+    """A small weight-tied network that learns to solve puzzles."""
+
+    optimization: Optimization = field(
+        default_factory=lambda: Optimization(
+            steps=6000,
+            batch_size=64,
+            optimizer="adamw",
+            learning_rate=2e-3,
+            weight_decay=0.1,
+            warmup_steps=100,
+            clip_norm=1.0,
+            averaging=0.995,
+            validate_every=300,
+        )
+    )
+    equilibria: Equilibria = field(
+        default_factory=lambda: Equilibria(
+            solver="fixed-point",
+            solver_steps=4,
+            tolerance=1e-3,
+            gradient="unrolled-phantom",
+            phantom_steps=2,
+            phantom_damping=1.0,
+        )
+    )
+    machine: Machine = field(default_factory=Machine)
+
+    width: int = 64
+    """Numbers of a place, in each of the two states."""
+
+    heads: int = 4
+    """Heads of the attention."""
+
+    blocks: int = 1
+    """Blocks of the network."""
+
+    expansion: int = 4
+    """How much wider a block is inside."""
+
+    mixing: Literal["attention", "mixer"] = "attention"
+    """How places see each other: by attention that knows how two are related, or by a network across all of them."""
+
+    latent_updates: int = 1
+    """Updates of the latent state for each one of the answer."""
+
+    segments: int = 8
+    """Segments after which another puzzle takes a puzzle's place in training, solved or not."""
+
+    exploration: float = 0.1
+    """The share of the puzzles in training that go on for a while though the network says that they are solved."""
+
+    halt_weight: float = 0.5
+    """The weight of the loss of saying whether a puzzle is solved, beside that of solving it."""
+
+    evaluation_segments: int | None = None
+    """Segments that a puzzle has at most in validation and test; by default as many as in training."""
+
+    halting: bool = True
+    """Let puzzles leave the batch in validation and test when the network says that they are solved."""
+
+    augment: bool = True
+    """Turn every training puzzle into another one at random, by a symmetry of the game."""
+
+    training_puzzles: int = 2000
+    """Puzzles to train on."""
+
+    held_out_puzzles: int = 500
+    """Puzzles for validation, and as many for the test; none of them is among those to train on."""
+
+    data_seed: int = 0
+    """The seed of the puzzles."""
+
+    def __post_init__(self) -> None:
+        positive(self, "width", "heads", "blocks", "expansion", "latent_updates", "segments", "evaluation_segments")
+        positive(self, "training_puzzles", "held_out_puzzles")
+        not_negative(self, "halt_weight", "data_seed")
+        share(self, "exploration")
+        if self.width % self.heads:
+            raise UserError(f"--width {self.width} cannot be cut into --heads {self.heads}")
+        if self.optimization.accumulate > 1:
+            raise UserError(
+                "--accumulate: a batch goes on from its last segment, and cannot be cut; take a smaller one"
+            )
+
+    def game(self) -> Game:
+        """What is played."""
+        raise NotImplementedError
+
+
+def published(latent_updates: int) -> dict[str, Any]:
+    """The settings of the tiny recursive model (Jolicoeur-Martineau 2025) for GPUs: three
+    applications a segment, differentiated through the last alone.
+
+    Its normalization after the blocks, stable softmax, puzzle embeddings, rotary positions and AdamW's second decay of
+    0.95 are not ours.
+    """
+    return {
+        "optimization": Optimization(
+            steps=65_000,
+            batch_size=768,
+            optimizer="adamw",
+            learning_rate=1e-4,
+            weight_decay=1.0,
+            warmup_steps=2000,
+            schedule="constant",
+            averaging=0.999,
+            validate_every=1000,
+        ),
+        "equilibria": Equilibria(
+            solver="fixed-point",
+            solver_steps=2,
+            tolerance=1e-12,  # single precision does not reach it: both steps are taken
+            gradient="unrolled-phantom",
+            phantom_steps=1,
+            phantom_damping=1.0,
+        ),
+        "width": 512,
+        "heads": 8,
+        "blocks": 2,
+        "latent_updates": latent_updates,
+        "segments": 16,
+        "halting": False,
+        "training_puzzles": 1000,
+    }
+
+
+# -- The task ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Carried:
+    """The batch of a training step as it goes into the next one.
+
+    Attributes:
+        given, answer: ``[batch, places]``.
+        state: where its last segment ended.
+        segments: that each puzzle had, int64 ``[batch]``.
+        done: bool ``[batch]``: those whose place another one takes.
+    """
+
+    given: Tensor
+    answer: Tensor
+    state: ReasoningState
+    segments: Tensor
+    done: Tensor
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What became of puzzles.
+
+    Attributes:
+        found: the answer, int64 ``[batch, places]``.
+        loss: its cross-entropy, ``[batch]``.
+        segments: that each took, int64 ``[batch]``.
+        residual: the relative residual at the end of the last of them, ``[batch]``.
+    """
+
+    found: Tensor
+    loss: Tensor
+    segments: Tensor
+    residual: Tensor
+
+
+class PuzzleTask(SampledTask):
+    """Judged by the share of the puzzles that are solved, all places right."""
+
+    metric = Metric("solved", "%", "max")
+
+    def __init__(self, config: ReasoningConfig):
+        super().__init__()
+        self.config = config
+        self.game = config.game()
+        trained, held_out = config.training_puzzles, config.held_out_puzzles
+        given, answer = made(self.game, trained + 2 * held_out, config.data_seed)
+        parts = zip(*(t.split([trained, held_out, held_out]) for t in (given, answer)), strict=True)
+        self.sets = {name: Rows(*part) for name, part in zip(("training", "validation", "test"), parts, strict=True)}
+        sizes = ReasonerConfig(
+            tokens=self.game.tokens,
+            answers=self.game.answers,
+            width=config.width,
+            heads=config.heads,
+            blocks=config.blocks,
+            expansion=config.expansion,
+            mixing=config.mixing,
+            latent_updates=config.latent_updates,
+        )
+        # a segment ends where its last step led, whatever is the iterate of the least residual: it is to go on
+        steps = replace(solver(config.equilibria), return_last=True)
+        self.model = Reasoner(sizes, self.game.relations(), solver=steps, gradient=gradient(config.equilibria))
+        self.carried: Carried | None = None
+
+    def begin(self) -> None:
+        self.carried = None
+
+    def loss(self, batch: Any) -> Tensor:
+        """Of one segment: the cross-entropy of the answer, and of the word that it is right."""
+        at = self._taken(batch)
+        state = self.model(at.given, at.state).value
+        scores, sure = self.model.read(state)
+        right = (scores.argmax(dim=2) == at.answer).all(dim=1)
+        segments = at.segments + 1
+        with torch.no_grad():
+            longer = torch.randint_like(segments, 2, max(3, self.config.segments + 1))
+            least = torch.where(torch.rand_like(sure) < self.config.exploration, longer, 1)
+            done = (segments >= self.config.segments) | ((sure > 0) & (segments >= least))
+        self.carried = Carried(at.given, at.answer, (state[0].detach(), state[1].detach()), segments, done)
+        halt = functional.binary_cross_entropy_with_logits(sure, right.to(sure.dtype))
+        return functional.cross_entropy(scores.mT, at.answer) + self.config.halt_weight * halt
+
+    def _taken(self, batch: Any) -> Carried:
+        """The batch that goes on, in which new puzzles have taken the places of those that are done."""
+        given, answer = self.game.varied(*batch) if self.config.augment else batch
+        new = Carried(given, answer, self.model.start(given), torch.zeros_like(given[:, 0]), given[:, 0] < 0)
+        old = self.carried
+        if old is None or len(old.done) != len(given):
+            return new
+        done, wide = old.done[:, None], old.done[:, None, None]
+        return Carried(
+            torch.where(done, new.given, old.given),
+            torch.where(done, new.answer, old.answer),
+            (torch.where(wide, new.state[0], old.state[0]), torch.where(wide, new.state[1], old.state[1])),
+            torch.where(old.done, 0, old.segments),
+            new.done,
+        )
+
+    @torch.no_grad()
+    def attempt(self, given: Tensor, answer: Tensor) -> Attempt:
+        """Puzzles, each until the network says that it is solved, from random starts that are the same every time."""
+        config = self.config
+        there = torch.arange(len(given), device=given.device)
+        state = self.model.start(given, generator(config.optimization.seed, -4))
+        found, segments = torch.empty_like(given), torch.zeros_like(given[:, 0])
+        loss, residual = state[0].new_zeros(2, len(given))
+        for _ in range(config.evaluation_segments or config.segments):
+            solution = self.model(given[there], state)
+            scores, sure = self.model.read(solution.value)
+            found[there] = scores.argmax(dim=2)
+            loss[there] = functional.cross_entropy(scores.mT, answer[there], reduction="none").mean(dim=1)
+            residual[there] = solution.residual.to(loss)
+            segments[there] += 1
+            on = sure <= 0 if config.halting else torch.ones_like(sure, dtype=torch.bool)
+            there, state = there[on], (solution.value[0][on], solution.value[1][on])
+            if not len(there):
+                break
+        return Attempt(found, loss, segments, residual)
+
+    def score(self, batch: Any) -> Tensor:
+        given, answer = batch
+        made = self.attempt(given, answer)
+        right = made.found == answer
+        sums = [right.all(dim=1), right.float().mean(dim=1), made.segments, made.residual, made.loss]
+        return torch.stack([*(one.double().sum() for one in sums), torch.tensor(float(len(given))).to(given.device)])
+
+    def figures(self, sums: list[float]) -> dict[str, float]:
+        *totals, count = sums
+        return dict(zip(("solved", "places", "segments", "residual", "loss"), (t / count for t in totals), strict=True))
+
+    def describe(self) -> str:
+        return f"{self.game}: {self.counts} puzzles; {self.weights} weights."
+
+
+# -- What the best weights do ------------------------------------------------------------------------------------------
+
+
+TRAINER = Trainer(PuzzleTask)
+
+SHOWN = 4
+"""Puzzles on the page."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Test puzzles after a number of segments, of which none is left out.
+
+    Attributes:
+        segments: that they had.
+        evaluations: of the cell for a puzzle, mean.
+        solved: share of the puzzles, all places right.
+        residual: relative, at the end, median.
+    """
+
+    segments: int
+    evaluations: float
+    solved: float
+    residual: float
+
+
+@torch.no_grad()
+def deeper(task: PuzzleTask, given: Tensor, answer: Tensor, segments: int) -> list[Depth]:
+    """Puzzles after every number of segments up to ``segments``."""
+    state, spent, found = task.model.start(given, generator(task.config.optimization.seed, -4)), 0.0, []
+    for count in range(1, segments + 1):
+        solution = task.model(given, state)
+        state = solution.value
+        spent += solution.evaluations
+        right = (task.model.read(state)[0].argmax(dim=2) == answer).all(dim=1)
+        found.append(Depth(count, spent, float(right.double().mean()), float(solution.residual.median())))
+    return found
+
+
+def looked(config: ReasoningConfig, run: Run) -> dict[str, list[Depth]]:
+    """Measure what more segments bring, and write the page with solved puzzles."""
+    from torchimplicit.recipes.runtime import report  # it brings Lightning
+
+    task: PuzzleTask = TRAINER.best(config, run)
+    given, answer = (t.to(device(config.machine.device)) for t in task.sets["test"].tensors)
+    found = deeper(task, given, answer, 4 * (config.evaluation_segments or config.segments))
+    tried = task.attempt(given[:SHOWN], answer[:SHOWN])
+    with styled():
+        puzzles, panels = axes(SHOWN, width=2.4, height=2.4)
+        for panel, *one in zip(panels, given.cpu(), answer.cpu(), tried.found.cpu(), strict=False):
+            task.game.draw(panel, *one)
+        depth, (panel, other) = axes(2, width=4.6)
+        panel.plot([one.evaluations for one in found], [100 * one.solved for one in found], **style(0))
+        panel.set(xlabel="evaluations of the cell", ylabel="puzzles solved, %", xscale="log")
+        other.plot([one.evaluations for one in found], [one.residual for one in found], **style(1))
+        other.set(xlabel="evaluations of the cell", ylabel="relative residual, median", xscale="log", yscale="log")
+        pictures = saved(
+            [
+                CaptionedFigure("puzzles", puzzles, "Test puzzles as the model solves them; what is wrong is red."),
+                CaptionedFigure("depth", depth, "Test puzzles over the evaluations spent on each, none left out."),
+            ],
+            run,
+        )
+    report.write([report.finished(run.path)], run.path / "index.html", str(task.game), pictures)
+    return {"depth": found}
+
+
+def depth_table(found: dict[str, list[Depth]]) -> Table:
+    """Tabulate what more segments bring, at powers of two."""
+    return sheet("", [one for one in found["depth"] if one.segments.bit_count() == 1], [
+        Cell("Segments", lambda one: str(one.segments)),
+        Cell("Evaluations", lambda one: f"{one.evaluations:.0f}", "", "Of the cell, for a puzzle."),
+        Cell("Solved", lambda one: f"{100 * one.solved:.1f}", "%"),
+        Cell("Residual", lambda one: f"{one.residual:.1e}", "", "Relative, at the end: the median."),
+    ]).table  # fmt: skip
+
+
+RUNNER = Measuring(
+    first=TRAINER, measure=looked, show=depth_table, name="depth.json", again=None, doing="Solving puzzles"
+)

@@ -1,0 +1,220 @@
+"""Sudoku of three sizes, made on the spot, by a small weight-tied network at its equilibrium."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from torchimplicit.recipes.reasoning.solving import Game, Puzzles, ReasoningConfig, published
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Difficulty = Literal["easy", "medium", "hard"]
+
+BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
+"""Rows and columns of a box."""
+
+
+# -- The game ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sudoku(Game):
+    """Every digit once in every row, every column and every box.
+
+    Clues are taken away in a random order as long as what is left can be solved: ``easy``, from places that only one
+    digit is left for; ``medium``, also from digits that only one place of a row, column or box is left for; ``hard``,
+    by search, where no clue can be missed without a second solution.
+    """
+
+    side: int = 6
+    difficulty: Difficulty = "hard"
+
+    def __str__(self) -> str:
+        return f"{self.difficulty} Sudoku of {self.side} × {self.side}"
+
+    @property
+    def tokens(self) -> int:
+        return self.side + 1
+
+    @property
+    def answers(self) -> int:
+        return self.side
+
+    @cached_property
+    def units(self) -> list[list[int]]:
+        """The places of every row, column and box, in this order."""
+        n, (high, wide) = self.side, BOXES[self.side]
+        rows = [[n * i + j for j in range(n)] for i in range(n)]
+        boxes = [
+            [n * (high * a + i) + wide * b + j for i in range(high) for j in range(wide)]
+            for a in range(n // high)
+            for b in range(n // wide)
+        ]
+        return [*rows, *(list(column) for column in zip(*rows, strict=True)), *boxes]
+
+    @cached_property
+    def units_of(self) -> list[list[int]]:
+        """The numbers of the three units of every place."""
+        return [[u for u, unit in enumerate(self.units) if place in unit] for place in range(self.side**2)]
+
+    def relations(self) -> Tensor:
+        """Whether two places share a row, a column, a box: eight kinds, of which the last is a place with itself."""
+        of = torch.tensor(self.units_of)
+        return ((of[:, None] == of[None]) * torch.tensor([1, 2, 4])).sum(dim=2)
+
+    def puzzle(self, chance: torch.Generator) -> tuple[list[int], list[int]]:
+        answer = next(iter(self.solutions([0] * self.side**2, 1, chance)))
+        given = list(answer)
+        for place in torch.randperm(len(given), generator=chance).tolist():
+            kept, given[place] = given[place], 0
+            if not self.solvable(given):
+                given[place] = kept
+        return given, [digit - 1 for digit in answer]
+
+    def solvable(self, given: Sequence[int]) -> bool:
+        """Whether there is one solution, and the difficulty's means find it."""
+        if self.difficulty == "hard":
+            return len(self.solutions(given, 2)) == 1
+        return 0 not in self.deduced(given)
+
+    def deduced(self, given: Sequence[int]) -> list[int]:
+        """What the difficulty's deductions fill in; none of them guesses, so that a full board is the one solution."""
+        cells, used = list(given), self._used(given)
+        full = (1 << self.side) - 1
+        moved = True
+        while moved:
+            moved = False
+            left = [0 if digit else full & ~self._taken(used, p) for p, digit in enumerate(cells)]
+            singles = [(p, mask) for p, mask in enumerate(left) if mask.bit_count() == 1]
+            if not singles and self.difficulty != "easy":
+                for unit in self.units:
+                    once = twice = 0
+                    for p in unit:
+                        once, twice = once | left[p], twice | (once & left[p])
+                    if once & ~twice:
+                        singles = [(p, left[p] & once & ~twice) for p in unit if left[p] & once & ~twice]
+                        break
+            for p, mask in singles[:1] if self.difficulty != "easy" else singles:
+                if mask & ~self._taken(used, p):  # a single that was placed meanwhile may have taken it
+                    cells[p], moved = mask.bit_length(), True
+                    for u in self.units_of[p]:
+                        used[u] |= mask
+        return cells
+
+    def solutions(self, given: Sequence[int], most: int, chance: torch.Generator | None = None) -> list[list[int]]:
+        """At most so many solutions, by search, in a random order if there is ``chance``."""
+        cells, used = list(given), self._used(given)
+        full = (1 << self.side) - 1
+        found: list[list[int]] = []
+
+        def search(open_places: list[int]) -> None:
+            if not open_places:
+                found.append(list(cells))
+                return
+            fewest, place = self.side + 1, -1
+            for p in open_places:
+                count = (full & ~self._taken(used, p)).bit_count()
+                if count < fewest:
+                    fewest, place = count, p
+                    if count <= 1:
+                        break
+            left = full & ~self._taken(used, place)
+            digits = [d for d in range(1, self.side + 1) if left >> (d - 1) & 1]
+            if chance is not None:
+                digits = [digits[i] for i in torch.randperm(len(digits), generator=chance).tolist()]
+            rest = [p for p in open_places if p != place]
+            for digit in digits:
+                bit = 1 << (digit - 1)
+                cells[place] = digit
+                for u in self.units_of[place]:
+                    used[u] |= bit
+                search(rest)
+                for u in self.units_of[place]:
+                    used[u] &= ~bit
+                cells[place] = 0
+                if len(found) >= most:
+                    return
+
+        search([p for p, digit in enumerate(cells) if not digit])
+        return found
+
+    def _used(self, cells: Sequence[int]) -> list[int]:
+        """The digits of every unit, as bits."""
+        return [sum(1 << (cells[p] - 1) for p in unit if cells[p]) for unit in self.units]
+
+    def _taken(self, used: list[int], place: int) -> int:
+        row, column, box = self.units_of[place]
+        return used[row] | used[column] | used[box]
+
+    def varied(self, given: Tensor, answer: Tensor) -> Puzzles:
+        """By another naming of the digits, another order of rows and columns within the boxes and of the boxes
+        themselves, and of square boxes by a transposition."""
+        batch, n = len(given), self.side
+        high, wide = BOXES[n]
+        where = given.device
+        names = torch.rand(batch, n, device=where).argsort(dim=1)
+        rows, columns = self._shuffled(batch, high, where), self._shuffled(batch, wide, where)
+        places = rows[:, :, None] * n + columns[:, None, :]
+        if high == wide:
+            turned = torch.rand(batch, 1, 1, device=where) < 0.5
+            places = torch.where(turned, places.mT, places)
+        places = places.flatten(1)
+        named = torch.cat([names.new_zeros(batch, 1), names + 1], dim=1)
+        return named.gather(1, given.gather(1, places)), names.gather(1, answer.gather(1, places))
+
+    def _shuffled(self, batch: int, within: int, where: torch.device) -> Tensor:
+        """Lines in another order ``[batch, side]``: bands of ``within`` lines, and the lines of each."""
+        bands = self.side // within
+        order = torch.rand(batch, bands, device=where).argsort(dim=1)
+        inside = torch.rand(batch, bands, within, device=where).argsort(dim=2)
+        return (order[:, :, None] * within + inside).flatten(1)
+
+    def draw(self, panel: Axes, given: Tensor, answer: Tensor, found: Tensor) -> None:
+        n, (high, wide) = self.side, BOXES[self.side]
+        for line in range(n + 1):
+            panel.plot([0, n], [line, line], color="black", linewidth=1.6 if line % high == 0 else 0.4)
+            panel.plot([line, line], [0, n], color="black", linewidth=1.6 if line % wide == 0 else 0.4)
+        for place in range(n * n):
+            row, column = divmod(place, n)
+            right = found[place] == answer[place]
+            colour = "black" if given[place] else "#0b63a5" if right else "#d1495b"
+            digit = str(int(found[place]) + 1)
+            weight = "bold" if given[place] else "normal"
+            panel.text(column + 0.5, row + 0.53, digit, color=colour, ha="center", va="center", weight=weight)
+        panel.set(xlim=(-0.05, n + 0.05), ylim=(n + 0.05, -0.05), aspect="equal")
+        panel.axis("off")
+
+
+# -- The recipe --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SudokuConfig(ReasoningConfig):
+    """A small weight-tied network that learns to solve Sudoku."""
+
+    side: Literal[4, 6, 9] = 6
+    """Digits, and places of a side."""
+
+    difficulty: Difficulty = "hard"
+    """What solves the puzzles: easy, places that only one digit is left for; medium, also digits that only one place of
+    a row, column or box is left for; hard, search, and no clue is more than is needed."""
+
+    def game(self) -> Sudoku:
+        return Sudoku(self.side, self.difficulty)
+
+
+def sudoku() -> SudokuConfig:
+    """Boards of 6 × 6."""
+    return SudokuConfig()
+
+
+def as_published() -> SudokuConfig:
+    """Boards of 9 × 9 with the settings of the tiny recursive model, whose puzzles (Sudoku-Extreme) are others."""
+    return SudokuConfig(side=9, mixing="mixer", **published(latent_updates=6))
