@@ -71,5 +71,5 @@ def test_a_maze_has_one_shortest_way_and_keeps_it(difficulty):
 
 
 def test_too_many_puzzles_of_a_kind_are_refused():
-    with pytest.raises(UserError, match="not 40 different"):
+    with pytest.raises(UserError, match="40 different puzzles"):
         made(Maze(2, 0.0, "hard"), 40, 0)

@@ -1,4 +1,4 @@
-"""Mazes, made on the spot, whose shortest way is marked by a small weight-tied network at its equilibrium."""
+"""Generated mazes, whose shortest path is marked by a small weight-tied network at its equilibrium."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Difficulty = Literal["easy", "medium", "hard"]
 WALL, FREE, START, END = range(4)
 
 REACH = 4
-"""Places along each axis by which attention tells two places apart; those farther away count as so far."""
+"""Largest offset along each axis that attention distinguishes; larger ones count as this one."""
 
 
 # -- The game ----------------------------------------------------------------------------------------------------------
@@ -29,11 +29,11 @@ REACH = 4
 
 @dataclass(frozen=True)
 class Maze(Game):
-    """The one shortest way from a start to an end; a place of the answer is 1 where it is on the way, ends included.
+    """The unique shortest path from a start to an end. The answer is 1 on the path, both ends included, and 0 elsewhere.
 
-    Corridors are dug by a random walk that goes back where it is stuck, and some of the walls between two corridors are
-    then opened, so that there are loops. The end is anywhere (``easy``), at least half as far from the start as the
-    farthest place (``medium``), or the farthest place from one that is itself the farthest from another (``hard``).
+    Corridors are carved by randomized depth-first search, then a share ``loops`` of the walls between two corridors is
+    opened. The end is anywhere (``easy``), at least half as far from the start as the farthest place (``medium``), or
+    the farthest place from a start that is itself the farthest from a random place (``hard``).
     """
 
     side: int = 9
@@ -52,7 +52,7 @@ class Maze(Game):
         return f"{self.difficulty} mazes of {self.side} × {self.side}"
 
     def relations(self) -> Tensor:
-        """How far apart two places are along both axes, :data:`REACH` at most."""
+        """Return the offset of two places along both axes, clipped to :data:`REACH`."""
         place = torch.arange(self.side**2)
         row, column = place // self.side, place % self.side
         apart = [(line[None] - line[:, None]).clamp(-REACH, REACH) + REACH for line in (row, column)]
@@ -69,7 +69,7 @@ class Maze(Game):
         return board, [int(place in way) for place in range(len(board))]
 
     def beside(self, place: int) -> Iterator[int]:
-        """The places beside one."""
+        """Yield the neighbours of a place."""
         row, column = divmod(place, self.side)
         if row:
             yield place - self.side
@@ -81,7 +81,7 @@ class Maze(Game):
             yield place + 1
 
     def distances(self, board: list[int], start: int) -> tuple[dict[int, int], dict[int, int]]:
-        """Steps from the start to every place that can be reached, and how many shortest ways there are to it."""
+        """Return the distance from the start of every reachable place, and its number of shortest paths."""
         far, ways, front = {start: 0}, {start: 1}, [start]
         while front:
             ahead: list[int] = []
@@ -98,7 +98,7 @@ class Maze(Game):
         return far, ways
 
     def shortest(self, board: list[int], start: int, end: int) -> set[int]:
-        """The places of the shortest way, of one of them where there are several."""
+        """Return the places on a shortest path."""
         far, _ = self.distances(board, start)
         way = [end]
         while way[-1] != start:
@@ -106,7 +106,7 @@ class Maze(Game):
         return set(way)
 
     def _dug(self, chance: torch.Generator) -> list[int]:
-        """Corridors on every other row and column."""
+        """Carve corridors, on every other row and column."""
         n = self.side
         board = [WALL] * n**2
         rooms = (n + 1) // 2
@@ -133,7 +133,7 @@ class Maze(Game):
         return board
 
     def _ends(self, board: list[int], chance: torch.Generator) -> tuple[int, int] | None:
-        """A start and an end with one shortest way; ``None`` where those that were drawn have several."""
+        """Draw a start and an end with a unique shortest path; ``None`` if the start drawn has no such end."""
         free = [place for place, token in enumerate(board) if token == FREE]
         start = free[_drawn(len(free), chance)]
         far, ways = self.distances(board, start)
@@ -145,7 +145,7 @@ class Maze(Game):
         return (start, ends[_drawn(len(ends), chance)]) if ends else None
 
     def varied(self, given: Tensor, answer: Tensor) -> Puzzles:
-        """Each board mirrored and turned in one of eight ways."""
+        """Apply one of the eight rotations and reflections to each board."""
         n = self.side
         board = torch.arange(n * n, device=given.device).view(n, n)
         turned = [torch.rot90(one, k) for one in (board, board.mT) for k in range(4)]
@@ -176,17 +176,17 @@ def _drawn(count: int, chance: torch.Generator) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class MazeConfig(ReasoningConfig):
-    """A small weight-tied network that learns to mark the shortest way through mazes."""
+    """A small weight-tied network that learns to mark the shortest path through mazes."""
 
     side: int = 9
-    """Places of a side."""
+    """Places per side, 5 to 30."""
 
     loops: float = 0.1
-    """The share of the walls between two corridors that are opened."""
+    """Share of the walls between two corridors that are opened."""
 
     difficulty: Difficulty = "medium"
-    """Where the end is: easy, anywhere; medium, at least half as far from the start as the farthest place; hard, about
-    as far apart as two places can be."""
+    """easy: the end is anywhere. medium: at least half as far from the start as the farthest place. hard: start and end
+    are about as far apart as possible."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,10 +199,10 @@ class MazeConfig(ReasoningConfig):
 
 
 def maze() -> MazeConfig:
-    """Mazes of 9 × 9."""
+    """Return the settings for mazes of 9 × 9."""
     return MazeConfig()
 
 
 def as_published() -> MazeConfig:
-    """Mazes of 30 × 30 with the settings of the tiny recursive model, whose mazes (Maze-Hard) are others."""
+    """Return the settings of the tiny recursive model for 30 × 30; its mazes (Maze-Hard) are different ones."""
     return MazeConfig(side=30, difficulty="hard", **published(latent_updates=4))

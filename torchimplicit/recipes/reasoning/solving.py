@@ -1,8 +1,8 @@
-"""What the puzzles have in common: a game, and a small weight-tied network that learns to solve it.
+"""Puzzle recipes: the game, and a small weight-tied network that learns to solve it.
 
-Training is as Jolicoeur-Martineau (2025, arXiv 2510.04871) has it: every step is one segment, with a loss and an update
-of its own (deep supervision); a puzzle goes on from where its last segment ended, and another one takes its place when
-the network says that it is solved, or after so many segments.
+Training follows Jolicoeur-Martineau (2025, arXiv 2510.04871). Every optimizer step is one segment with its own loss
+(deep supervision). A puzzle continues from the state at the end of its last segment, and a new puzzle replaces it when
+the network predicts that it is solved, or after a maximum number of segments.
 """
 
 from __future__ import annotations
@@ -33,42 +33,42 @@ if TYPE_CHECKING:
 
 
 Puzzles = tuple[Tensor, Tensor]
-"""int64 ``[count, places]`` each: what is given, and the one answer, which is to be found in every place."""
+"""The puzzles and their answers, int64 ``[count, places]`` each."""
 
 
 class Game(ABC):
-    """Puzzles of one kind on one board, with one answer each. Made of plain values, and equal where these are."""
+    """Puzzles of one kind on one board, each with a unique answer. Hashable."""
 
     @property
     @abstractmethod
     def tokens(self) -> int:
-        """How many things a place of a puzzle can hold."""
+        """The number of tokens in a puzzle."""
 
     @property
     @abstractmethod
     def answers(self) -> int:
-        """How many things a place of an answer can hold."""
+        """The number of classes in an answer."""
 
     @abstractmethod
     def relations(self) -> Tensor:
-        """int64 ``[places, places]``, the kind of relation of every two places, from 0 on."""
+        """Return the relation of every two places, int64 ``[places, places]``, numbered from 0."""
 
     @abstractmethod
     def puzzle(self, chance: torch.Generator) -> tuple[list[int], list[int]]:
-        """One puzzle and its answer."""
+        """Generate one puzzle and its answer."""
 
     @abstractmethod
     def varied(self, given: Tensor, answer: Tensor) -> Puzzles:
-        """Each turned into another one at random, by a symmetry of the game."""
+        """Transform every puzzle by a random symmetry of the game."""
 
     @abstractmethod
     def draw(self, panel: Axes, given: Tensor, answer: Tensor, found: Tensor) -> None:
-        """A puzzle ``[places]`` with what was found, and where it is wrong."""
+        """Draw a puzzle ``[places]`` with the answer that was found and its errors."""
 
 
 @lru_cache(maxsize=8)
 def made(game: Game, count: int, seed: int) -> Puzzles:
-    """So many puzzles, no two alike."""
+    """Generate ``count`` different puzzles."""
     chance = generator(seed)
     found: dict[tuple[int, ...], list[int]] = {}
     for _ in range(20 * count):
@@ -76,7 +76,7 @@ def made(game: Game, count: int, seed: int) -> Puzzles:
         found.setdefault(tuple(given), answer)
         if len(found) == count:
             return torch.tensor(list(found)), torch.tensor(list(found.values()))
-    raise UserError(f"there are not {count} different puzzles of this kind to be found: take fewer, or a larger --side")
+    raise UserError(f"20 x {count} draws did not give {count} different puzzles: ask for fewer, or for a larger --side")
 
 
 # -- Settings ----------------------------------------------------------------------------------------------------------
@@ -112,49 +112,50 @@ class ReasoningConfig:
     machine: Machine = field(default_factory=Machine)
 
     width: int = 64
-    """Numbers of a place, in each of the two states."""
+    """Channels of each place, in each of the two states."""
 
     heads: int = 4
-    """Heads of the attention."""
+    """Attention heads. They must divide --width."""
 
     blocks: int = 1
-    """Blocks of the network."""
+    """Transformer or mixer blocks in the network."""
 
     expansion: int = 4
-    """How much wider a block is inside."""
+    """Hidden width of a block's gated network, as a multiple of --width."""
 
     mixing: Literal["attention", "mixer"] = "attention"
-    """How places see each other: by attention that knows how two are related, or by a network across all of them."""
+    """How places exchange information. attention: with a learned bias for the relation of two places. mixer: by a gated
+    network across all places."""
 
     latent_updates: int = 1
-    """Updates of the latent state for each one of the answer."""
+    """Updates of the latent state for each update of the answer, in one evaluation of the cell."""
 
     segments: int = 8
-    """Segments after which another puzzle takes a puzzle's place in training, solved or not."""
+    """Most segments of a puzzle in training, after which a new one replaces it."""
 
     exploration: float = 0.1
-    """The share of the puzzles in training that go on for a while though the network says that they are solved."""
+    """Probability with which a training puzzle may not halt before a random number of segments."""
 
     halt_weight: float = 0.5
-    """The weight of the loss of saying whether a puzzle is solved, beside that of solving it."""
+    """Weight of the halting loss: the cross-entropy of predicting whether the puzzle is solved."""
 
     evaluation_segments: int | None = None
-    """Segments that a puzzle has at most in validation and test; by default as many as in training."""
+    """Most segments of a puzzle in validation and test. Default: the same as in training."""
 
     halting: bool = True
-    """Let puzzles leave the batch in validation and test when the network says that they are solved."""
+    """In validation and test, remove puzzles from the batch that the network predicts to be solved."""
 
     augment: bool = True
-    """Turn every training puzzle into another one at random, by a symmetry of the game."""
+    """Transform every training puzzle by a random symmetry of the game."""
 
     training_puzzles: int = 2000
-    """Puzzles to train on."""
+    """Number of puzzles for training."""
 
     held_out_puzzles: int = 500
-    """Puzzles for validation, and as many for the test; none of them is among those to train on."""
+    """Number of puzzles for validation, and the same number for the test. They are not among the training puzzles."""
 
     data_seed: int = 0
-    """The seed of the puzzles."""
+    """Random seed of the puzzles."""
 
     def __post_init__(self) -> None:
         positive(self, "width", "heads", "blocks", "expansion", "latent_updates", "segments", "evaluation_segments")
@@ -169,7 +170,7 @@ class ReasoningConfig:
             )
 
     def game(self) -> Game:
-        """What is played."""
+        """Return the game."""
         raise NotImplementedError
 
 
@@ -177,8 +178,8 @@ def published(latent_updates: int) -> dict[str, Any]:
     """The settings of the tiny recursive model (Jolicoeur-Martineau 2025) for GPUs: three
     applications a segment, differentiated through the last alone.
 
-    Its normalization after the blocks, stable softmax, puzzle embeddings, rotary positions and AdamW's second decay of
-    0.95 are not ours.
+    Differences: it normalizes after each layer, and has a "stablemax" cross-entropy, puzzle embeddings, rotary
+    positions, and 0.95 for AdamW's second moment.
     """
     return {
         "optimization": Optimization(
@@ -215,13 +216,13 @@ def published(latent_updates: int) -> dict[str, Any]:
 
 @dataclass
 class Carried:
-    """The batch of a training step as it goes into the next one.
+    """The batch of a training step, for the next step.
 
     Attributes:
         given, answer: ``[batch, places]``.
-        state: where its last segment ended.
-        segments: that each puzzle had, int64 ``[batch]``.
-        done: bool ``[batch]``: those whose place another one takes.
+        state: at the end of the last segment.
+        segments: number of segments of each puzzle so far, int64 ``[batch]``.
+        done: whether a new puzzle replaces this one, bool ``[batch]``.
     """
 
     given: Tensor
@@ -233,13 +234,13 @@ class Carried:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What became of puzzles.
+    """The result for a batch of puzzles.
 
     Attributes:
         found: the answer, int64 ``[batch, places]``.
         loss: its cross-entropy, ``[batch]``.
-        segments: that each took, int64 ``[batch]``.
-        residual: the relative residual at the end of the last of them, ``[batch]``.
+        segments: number of segments that each took, int64 ``[batch]``.
+        residual: relative residual after the last segment, ``[batch]``.
     """
 
     found: Tensor
@@ -249,7 +250,7 @@ class Attempt:
 
 
 class PuzzleTask(SampledTask):
-    """Judged by the share of the puzzles that are solved, all places right."""
+    """Judged by the share of puzzles with every place right."""
 
     metric = Metric("solved", "%", "max")
 
@@ -271,7 +272,7 @@ class PuzzleTask(SampledTask):
             mixing=config.mixing,
             latent_updates=config.latent_updates,
         )
-        # a segment ends where its last step led, whatever is the iterate of the least residual: it is to go on
+        # the last iterate, not the one of the least residual: the next segment continues from it
         steps = replace(solver(config.equilibria), return_last=True)
         self.model = Reasoner(sizes, self.game.relations(), solver=steps, gradient=gradient(config.equilibria))
         self.carried: Carried | None = None
@@ -280,7 +281,7 @@ class PuzzleTask(SampledTask):
         self.carried = None
 
     def loss(self, batch: Any) -> Tensor:
-        """Of one segment: the cross-entropy of the answer, and of the word that it is right."""
+        """Return the cross-entropy of the answer after one segment, plus the weighted halting loss."""
         at = self._taken(batch)
         state = self.model(at.given, at.state).value
         scores, sure = self.model.read(state)
@@ -295,7 +296,7 @@ class PuzzleTask(SampledTask):
         return functional.cross_entropy(scores.mT, at.answer) + self.config.halt_weight * halt
 
     def _taken(self, batch: Any) -> Carried:
-        """The batch that goes on, in which new puzzles have taken the places of those that are done."""
+        """Return the carried batch, with new puzzles in place of those that are done."""
         given, answer = self.game.varied(*batch) if self.config.augment else batch
         new = Carried(given, answer, self.model.start(given), torch.zeros_like(given[:, 0]), given[:, 0] < 0)
         old = self.carried
@@ -312,7 +313,7 @@ class PuzzleTask(SampledTask):
 
     @torch.no_grad()
     def attempt(self, given: Tensor, answer: Tensor) -> Attempt:
-        """Puzzles, each until the network says that it is solved, from random starts that are the same every time."""
+        """Solve puzzles, each until the network predicts that it is solved, from reproducible random starts."""
         config = self.config
         there = torch.arange(len(given), device=given.device)
         state = self.model.start(given, generator(config.optimization.seed, -4))
@@ -346,24 +347,24 @@ class PuzzleTask(SampledTask):
         return f"{self.game}: {self.counts} puzzles; {self.weights} weights."
 
 
-# -- What the best weights do ------------------------------------------------------------------------------------------
+# -- The best weights' solutions ------------------------------------------------------------------------------------------
 
 
 TRAINER = Trainer(PuzzleTask)
 
 SHOWN = 4
-"""Puzzles on the page."""
+"""Number of puzzles on the page."""
 
 
 @dataclass(frozen=True)
 class Depth:
-    """Test puzzles after a number of segments, of which none is left out.
+    """Test puzzles after a fixed number of segments, without halting.
 
     Attributes:
-        segments: that they had.
-        evaluations: of the cell for a puzzle, mean.
-        solved: share of the puzzles, all places right.
-        residual: relative, at the end, median.
+        segments: how many.
+        evaluations: mean number of cell evaluations per puzzle.
+        solved: share of puzzles with every place right.
+        residual: median relative residual at the end.
     """
 
     segments: int
@@ -374,7 +375,7 @@ class Depth:
 
 @torch.no_grad()
 def deeper(task: PuzzleTask, given: Tensor, answer: Tensor, segments: int) -> list[Depth]:
-    """Puzzles after every number of segments up to ``segments``."""
+    """Measure puzzles after 1, 2, ..., ``segments`` segments."""
     state, spent, found = task.model.start(given, generator(task.config.optimization.seed, -4)), 0.0, []
     for count in range(1, segments + 1):
         solution = task.model(given, state)
@@ -386,7 +387,7 @@ def deeper(task: PuzzleTask, given: Tensor, answer: Tensor, segments: int) -> li
 
 
 def looked(config: ReasoningConfig, run: Run) -> dict[str, list[Depth]]:
-    """Measure what more segments bring, and write the page with solved puzzles."""
+    """Measure accuracy against segments, and write the page with solved puzzles."""
     from torchimplicit.recipes.runtime import report  # it brings Lightning
 
     task: PuzzleTask = TRAINER.best(config, run)
@@ -404,8 +405,10 @@ def looked(config: ReasoningConfig, run: Run) -> dict[str, list[Depth]]:
         other.set(xlabel="evaluations of the cell", ylabel="relative residual, median", xscale="log", yscale="log")
         pictures = saved(
             [
-                CaptionedFigure("puzzles", puzzles, "Test puzzles as the model solves them; what is wrong is red."),
-                CaptionedFigure("depth", depth, "Test puzzles over the evaluations spent on each, none left out."),
+                CaptionedFigure("puzzles", puzzles, "Test puzzles as the model solves them. Errors are red."),
+                CaptionedFigure(
+                    "depth", depth, "Test puzzles against evaluations of the cell for each, without halting."
+                ),
             ],
             run,
         )
@@ -414,12 +417,12 @@ def looked(config: ReasoningConfig, run: Run) -> dict[str, list[Depth]]:
 
 
 def depth_table(found: dict[str, list[Depth]]) -> Table:
-    """Tabulate what more segments bring, at powers of two."""
+    """Tabulate accuracy after 1, 2, 4, ... segments."""
     return sheet("", [one for one in found["depth"] if one.segments.bit_count() == 1], [
         Cell("Segments", lambda one: str(one.segments)),
-        Cell("Evaluations", lambda one: f"{one.evaluations:.0f}", "", "Of the cell, for a puzzle."),
+        Cell("Evaluations", lambda one: f"{one.evaluations:.0f}", "", "Of the cell, per puzzle."),
         Cell("Solved", lambda one: f"{100 * one.solved:.1f}", "%"),
-        Cell("Residual", lambda one: f"{one.residual:.1e}", "", "Relative, at the end: the median."),
+        Cell("Residual", lambda one: f"{one.residual:.1e}", "", "Median relative residual at the end."),
     ]).table  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Sudoku of three sizes, made on the spot, by a small weight-tied network at its equilibrium."""
+"""Generated Sudoku of three sizes, solved by a small weight-tied network at its equilibrium."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Difficulty = Literal["easy", "medium", "hard"]
 
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
-"""Rows and columns of a box."""
+"""Rows and columns of a box, by side."""
 
 
 # -- The game ----------------------------------------------------------------------------------------------------------
@@ -26,11 +26,11 @@ BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 
 @dataclass(frozen=True)
 class Sudoku(Game):
-    """Every digit once in every row, every column and every box.
+    """Sudoku: every digit once in every row, column and box.
 
-    Clues are taken away in a random order as long as what is left can be solved: ``easy``, from places that only one
-    digit is left for; ``medium``, also from digits that only one place of a row, column or box is left for; ``hard``,
-    by search, where no clue can be missed without a second solution.
+    Clues are removed in random order while the rest can still be solved: ``easy``, by naked singles (places for which
+    one digit is left); ``medium``, by naked and hidden singles (digits for which one place of a row, column or box is
+    left); ``hard``, by search, so that removing any clue gives a second solution.
     """
 
     side: int = 6
@@ -49,7 +49,7 @@ class Sudoku(Game):
 
     @cached_property
     def units(self) -> list[list[int]]:
-        """The places of every row, column and box, in this order."""
+        """The places of every row, then of every column, then of every box."""
         n, (high, wide) = self.side, BOXES[self.side]
         rows = [[n * i + j for j in range(n)] for i in range(n)]
         boxes = [
@@ -61,11 +61,11 @@ class Sudoku(Game):
 
     @cached_property
     def units_of(self) -> list[list[int]]:
-        """The numbers of the three units of every place."""
+        """The indices of the three units of every place."""
         return [[u for u, unit in enumerate(self.units) if place in unit] for place in range(self.side**2)]
 
     def relations(self) -> Tensor:
-        """Whether two places share a row, a column, a box: eight kinds, of which the last is a place with itself."""
+        """Return which of row, column and box two places share: eight relations, the last that of a place to itself."""
         of = torch.tensor(self.units_of)
         return ((of[:, None] == of[None]) * torch.tensor([1, 2, 4])).sum(dim=2)
 
@@ -79,13 +79,13 @@ class Sudoku(Game):
         return given, [digit - 1 for digit in answer]
 
     def solvable(self, given: Sequence[int]) -> bool:
-        """Whether there is one solution, and the difficulty's means find it."""
+        """Whether the solution is unique and the difficulty's method finds it."""
         if self.difficulty == "hard":
             return len(self.solutions(given, 2)) == 1
         return 0 not in self.deduced(given)
 
     def deduced(self, given: Sequence[int]) -> list[int]:
-        """What the difficulty's deductions fill in; none of them guesses, so that a full board is the one solution."""
+        """Fill in what follows by singles, without a guess: a full board is the unique solution."""
         cells, used = list(given), self._used(given)
         full = (1 << self.side) - 1
         moved = True
@@ -102,14 +102,14 @@ class Sudoku(Game):
                         singles = [(p, left[p] & once & ~twice) for p in unit if left[p] & once & ~twice]
                         break
             for p, mask in singles[:1] if self.difficulty != "easy" else singles:
-                if mask & ~self._taken(used, p):  # a single that was placed meanwhile may have taken it
+                if mask & ~self._taken(used, p):  # another single placed in this round may have taken the digit
                     cells[p], moved = mask.bit_length(), True
                     for u in self.units_of[p]:
                         used[u] |= mask
         return cells
 
     def solutions(self, given: Sequence[int], most: int, chance: torch.Generator | None = None) -> list[list[int]]:
-        """At most so many solutions, by search, in a random order if there is ``chance``."""
+        """Find up to ``most`` solutions by search, in random order if ``chance`` is given."""
         cells, used = list(given), self._used(given)
         full = (1 << self.side) - 1
         found: list[list[int]] = []
@@ -146,7 +146,7 @@ class Sudoku(Game):
         return found
 
     def _used(self, cells: Sequence[int]) -> list[int]:
-        """The digits of every unit, as bits."""
+        """Return the digits in every unit, as bits."""
         return [sum(1 << (cells[p] - 1) for p in unit if cells[p]) for unit in self.units]
 
     def _taken(self, used: list[int], place: int) -> int:
@@ -154,8 +154,8 @@ class Sudoku(Game):
         return used[row] | used[column] | used[box]
 
     def varied(self, given: Tensor, answer: Tensor) -> Puzzles:
-        """By another naming of the digits, another order of rows and columns within the boxes and of the boxes
-        themselves, and of square boxes by a transposition."""
+        """Permute the digits, the bands and stacks, and the rows and columns within them; transpose if boxes are
+        square."""
         batch, n = len(given), self.side
         high, wide = BOXES[n]
         where = given.device
@@ -170,7 +170,7 @@ class Sudoku(Game):
         return named.gather(1, given.gather(1, places)), names.gather(1, answer.gather(1, places))
 
     def _shuffled(self, batch: int, within: int, where: torch.device) -> Tensor:
-        """Lines in another order ``[batch, side]``: bands of ``within`` lines, and the lines of each."""
+        """Permute bands of ``within`` lines, and the lines in each band: indices ``[batch, side]``."""
         bands = self.side // within
         order = torch.rand(batch, bands, device=where).argsort(dim=1)
         inside = torch.rand(batch, bands, within, device=where).argsort(dim=2)
@@ -200,21 +200,20 @@ class SudokuConfig(ReasoningConfig):
     """A small weight-tied network that learns to solve Sudoku."""
 
     side: Literal[4, 6, 9] = 6
-    """Digits, and places of a side."""
+    """Places per side, and number of digits."""
 
     difficulty: Difficulty = "hard"
-    """What solves the puzzles: easy, places that only one digit is left for; medium, also digits that only one place of
-    a row, column or box is left for; hard, search, and no clue is more than is needed."""
+    """easy: solved by naked singles. medium: by naked and hidden singles. hard: minimal clues for a unique solution."""
 
     def game(self) -> Sudoku:
         return Sudoku(self.side, self.difficulty)
 
 
 def sudoku() -> SudokuConfig:
-    """Boards of 6 × 6."""
+    """Return the settings for boards of 6 × 6."""
     return SudokuConfig()
 
 
 def as_published() -> SudokuConfig:
-    """Boards of 9 × 9 with the settings of the tiny recursive model, whose puzzles (Sudoku-Extreme) are others."""
+    """Return the settings of the tiny recursive model for 9 × 9; its puzzles (Sudoku-Extreme) are different ones."""
     return SudokuConfig(side=9, mixing="mixer", **published(latent_updates=6))
