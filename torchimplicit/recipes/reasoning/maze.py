@@ -29,7 +29,7 @@ REACH = 4
 
 @dataclass(frozen=True)
 class Maze(Game):
-    """The unique shortest path from a start to an end. The answer is 1 on the path, both ends included, and 0 elsewhere.
+    """The unique shortest path from a start to an end. The answer is 1 on the path and its ends, 0 elsewhere.
 
     Corridors are carved by randomized depth-first search, then a share ``loops`` of the walls between two corridors is
     opened. The end is anywhere (``easy``), at least half as far from the start as the farthest place (``medium``), or

@@ -175,8 +175,8 @@ class ReasoningConfig:
 
 
 def published(latent_updates: int) -> dict[str, Any]:
-    """The settings of the tiny recursive model (Jolicoeur-Martineau 2025) for GPUs: three
-    applications a segment, differentiated through the last alone.
+    """Return the settings of the tiny recursive model (Jolicoeur-Martineau 2025), for GPUs: three evaluations of the
+    cell in a segment, the last of which is differentiated.
 
     Differences: it normalizes after each layer, and has a "stablemax" cross-entropy, puzzle embeddings, rotary
     positions, and 0.95 for AdamW's second moment.
@@ -347,7 +347,7 @@ class PuzzleTask(SampledTask):
         return f"{self.game}: {self.counts} puzzles; {self.weights} weights."
 
 
-# -- The best weights' solutions ------------------------------------------------------------------------------------------
+# -- The best weights' solutions ---------------------------------------------------------------------------------------
 
 
 TRAINER = Trainer(PuzzleTask)
@@ -406,9 +406,7 @@ def looked(config: ReasoningConfig, run: Run) -> dict[str, list[Depth]]:
         pictures = saved(
             [
                 CaptionedFigure("puzzles", puzzles, "Test puzzles as the model solves them. Errors are red."),
-                CaptionedFigure(
-                    "depth", depth, "Test puzzles against evaluations of the cell for each, without halting."
-                ),
+                CaptionedFigure("depth", depth, "Test puzzles against cell evaluations per puzzle, without halting."),
             ],
             run,
         )
