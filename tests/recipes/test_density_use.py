@@ -92,8 +92,8 @@ def test_the_domain_tells_bonds_that_it_has_not_seen():
 # -- forces ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("coefficients", [False, True])
-def test_forces_are_the_slopes_of_the_energy(coefficients):
+@pytest.mark.parametrize("network", [None, "density", "guess"])
+def test_forces_are_the_slopes_of_the_energy(network):
     """Of lithium hydride with a network that does something, both atoms, against central differences."""
     config = OrbitalFreeTraining(hidden=4)
     geometry = from_angstrom("LiH", [("Li", (0, 0, 0)), ("H", (0.1, 0.0, 1.55))])
@@ -101,8 +101,8 @@ def test_forces_are_the_slopes_of_the_energy(coefficients):
     functional = runner.started(config, [Case.of(record.molecule())])
     torch.manual_seed(0)
     torch.nn.init.normal_(functional.factor[-1].weight, std=0.05)
-    if coefficients:
-        functional = _with_network(functional, record, "density")
+    if network:
+        functional = _with_network(functional, record, network)
     trained = Trained(functional, Domain.of([record.molecule()]), replace(SETTINGS, grid=2))
     found = density(trained, geometry)
     assert found.status.name == "CONVERGED"
@@ -128,16 +128,6 @@ def _with_network(functional: OrbitalFree, record: Record, at: str) -> OrbitalFr
     for last in (found.network.energy[-1], found.network.bond[-1]):
         torch.nn.init.normal_(last.weight, std=0.01)
     return found
-
-
-def test_forces_of_a_learned_potential_are_refused():
-    """How the superposition of atoms changes with the nuclei is not known."""
-    record = storage.read(H2)
-    functional = runner.started(OrbitalFreeTraining(hidden=0), [Case.of(record.molecule())])
-    trained = Trained(_with_network(functional, record, "guess"), Domain.of([record.molecule()]), record.settings)
-    assert density(trained, named("H2"), slopes=False).status.name == "CONVERGED"
-    with pytest.raises(UserError, match="--no-forces"):
-        density(trained, named("H2"))
 
 
 # -- the start of a Kohn-Sham calculation ------------------------------------------------------------------------------

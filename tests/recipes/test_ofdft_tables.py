@@ -80,7 +80,7 @@ def test_one_molecule(folder, tmp_path):
     well_formed(summary, runs)
     assert [drawing.name for drawing in summary.drawings] == ["loss", "line"]
     assert len(summary.sheets[0].table.rows) == 2 + 2
-    assert len(summary.claims) == 2
+    assert len(summary.claims) == 3
     one = dict(list(runs.items())[:1])
     assert any("1 of 2 runs are missing" in note for note in single.TABLE.summarize(config, one).notes)
     assert not single.TABLE.summarize(config, {}).sheets
@@ -96,8 +96,9 @@ def test_claims_of_one_molecule_follow_the_figures():
         }
         return [claim.holds for claim in single.claims(config, Runs.made_by(single.jobs(config), figures))]
 
-    assert holding(implicit=(0.5, 1.0), eqprop=(0.51, 2.0), eqprop_one_sided=(0.58, 1.0)) == [True, False, True]
-    assert holding(implicit=(0.7, 1.0), eqprop=(0.7, 2.0)) == [False, False]
+    assert holding(implicit=(0.5, 1.0), eqprop=(0.51, 2.0), eqprop_one_sided=(0.58, 1.0)) == [True, True, False, True]
+    assert holding(implicit=(0.7, 1.0), eqprop=(0.7, 2.0)) == [False, True, False]
+    assert holding(implicit=(0.95, 1.0), eqprop=(0.95, 2.0)) == [False, None, False]
 
 
 def test_several_molecules(folder, tmp_path):

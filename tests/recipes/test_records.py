@@ -37,9 +37,9 @@ LACKING = {
     # these two were rounded to five digits, and are rounded again
     "phantom-precision": ("k = 2", "k = 10", "the adaptive phantom gradient on", "Backpropagation", "Test accuracy"),
     "ofdft-gradients": ("As the softest eigenvalue goes to zero: H2, trained",),
-    "ofdft-single": ("Time ", "Inner steps", "Backward", "Adam: propagation, symmetric", "takes longer"),
     "ofdft-molecules": ("Training L", "molecule by molecule", "training molecules' L falls", "L and L1 per electron"),
-    "ofdft-stability": ("Both ways, before and after", "gradient descent with momentum", "gradient descent slows down"),
+    "ofdft-finetune": ("Saddles",),
+    "ofdft-stability": ("L, finer grid", "Both ways, before and after", "gradient descent with momentum", "gradient descent slows down"),
 }
 
 

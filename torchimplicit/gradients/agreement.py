@@ -48,7 +48,7 @@ class Agreement:
         gap = (slope - told).abs()
         if not bool(gap > GAP * typical):
             return
-        again, _ = _slope(tape, direction, cotangent, 2 * step)
+        again, _ = _slope(tape, direction, cotangent, step / 16)  # far enough to leave kinks behind
         if bool((again - slope).abs() > gap / 4):
             return
         notice(

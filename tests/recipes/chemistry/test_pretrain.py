@@ -148,9 +148,10 @@ def test_a_resumed_run_is_the_undisturbed_one(folder, tmp_path) -> None:
     loss = stepper.loss
 
     def stopped(numbers: list[int], step: int) -> float:
+        value = loss(numbers, step)  # which has moved the walks
         if step == 17:
             raise KeyboardInterrupt
-        return loss(numbers, step)
+        return value
 
     stepper.loss = stopped
     assert not stepper.run(cut, CONSOLE)

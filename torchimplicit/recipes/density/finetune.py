@@ -15,6 +15,7 @@ from rich.console import Console
 
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free import OrbitalFree, element_counts
+from torchimplicit.models.orbital_free.on_grid import SHARED
 from torchimplicit.recipes.density import storage
 from torchimplicit.recipes.density.learning_settings import Finetuning, Pretraining
 from torchimplicit.recipes.density.objective import Case, Share, Weights, Work
@@ -54,7 +55,7 @@ class Results:
     """``results.json``.
 
     Attributes:
-        state: ``complete`` or ``interrupted``.
+        state: ``complete``.
         kind: kind of the pre-training.
         weights: number of trained weights.
         trained_on: names of the molecules.
@@ -126,7 +127,7 @@ def pretrained(config: Finetuning) -> tuple[Pretraining, Trained, float]:
 
 def train(config: Finetuning, run: Run, console: Console) -> bool:
     """Train from the last step that was kept, and write ``results.json`` and ``index.html``."""
-    with threads(config.threads), warnings.catch_warnings():
+    with threads(config.threads), SHARED.limited(config.memory * 1e9), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # what is not converged is recorded
         school = _School(config, console)
         console.print(
@@ -137,24 +138,25 @@ def train(config: Finetuning, run: Run, console: Console) -> bool:
         )
         school.stepper.restore(run)
         began = time.monotonic()
-        done = school.stepper.run(run, console)
-        results = school.results(run, done, time.monotonic() - began)
+        if not school.stepper.run(run, console):
+            return False
+        results = school.results(run, time.monotonic() - began)
     run.write_json("results.json", results)
     if config.page:
         write_report(results, run)
     console.print(_table(results).rich_rows())
-    return done
+    return True
 
 
 def evaluate(config: Finetuning, run: Run, console: Console) -> None:
     """Measure the selected weights again."""
     if not run.best.is_file():
         raise UserError(f"{run.best} does not exist: nothing was trained yet; 'resume' the run first")
-    with threads(config.threads), warnings.catch_warnings():
+    with threads(config.threads), SHARED.limited(config.memory * 1e9), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         school = _School(config, console)
         school.stepper.restore(run)
-        results = school.results(run, True, math.nan)
+        results = school.results(run, math.nan)
     run.write_json("evaluation.json", {name: getattr(results, name) for name in ("before", "test", "spurious")})
     if config.page:
         write_report(results, run)
@@ -197,8 +199,9 @@ class _School:
             self._look,
             (lambda: [vars(one) for one in self.efforts], self._take),
         )
+        self.share.tell = lambda doing: self.stepper.tell(doing)
 
-    def results(self, run: Run, done: bool, wall: float) -> Results:
+    def results(self, run: Run, wall: float) -> Results:
         """The results, for the selected weights."""
         functional, config = self.functional, self.config
         before = Trained.of(config.run).functional
@@ -217,7 +220,7 @@ class _School:
         Trained(functional, self.trained.domain, self.trained.chemistry).save(run)
         tenth = max(1, len(self.efforts) // 10)
         return Results(
-            state="complete" if done else "interrupted",
+            state="complete",
             kind=self.pretraining.kind,
             weights=self.weights,
             trained_on=self.names,

@@ -214,6 +214,8 @@ def of_finetuning(held: Mapping[str, Any]) -> dict[str, Any]:
         "reference_before": fmean(map(abs, held["reference_before"])),
         "reference": fmean(map(abs, held["reference"])),
         "better_than_before": fmean(new["loss"] < old["loss"] for old, new in pairs),
+        "saddles_before": fmean(one["least"] < 0 for one in held["before"]),
+        "saddles": fmean(one["least"] < 0 for one in held["test"]),
         "spurious_before": held["spurious_before"],
         "spurious": held["spurious"],
         "effort": held["effort"],
@@ -294,7 +296,8 @@ def _figure(runs: Runs, row: Row, path: str) -> list[Any]:
     kind, way = row
     if way:
         return [line[f"{_key(way)}.{path}"] for line in _lines(runs, kind, way)]
-    before = {"test": "before", "reference": "reference_before", "spurious": "spurious_before"}
+    before = {"test": "before", "reference": "reference_before"}
+    before |= {name: f"{name}_before" for name in ("spurious", "saddles")}
     head, _, tail = path.partition(".")
     if head not in before:
         return []
@@ -328,6 +331,7 @@ def _finetuning(rows: list[Row], runs: Runs) -> TitledTable:
         Cell("Better than before", of("better_than_before", 3, 100), "%", "in L"),
         Cell("Spurious", of("spurious", 3, 100), "%"),
         Cell("L, training molecules", of("train.loss", 3, 1e3), "10⁻³"),
+        Cell("Saddles", of("saddles", 3, 100), "%", "converged where the Hessian has a negative eigenvalue"),
         Cell("λmin", of("test.least"), "Ha", "the least eigenvalue of the Hessian at a minimum"),
         Cell("Inner steps", of("test.mean_steps", 2)),
         Cell("Time", of("seconds", 2), "s", "of the processor, in the optimizer"),

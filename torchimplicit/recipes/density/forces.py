@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchimplicit.models.orbital_free import Molecule, OrbitalFree
+from torchimplicit.models.orbital_free import CoefficientNetwork, Molecule, OrbitalFree
+from torchimplicit.recipes.density.compute import unsolved
 from torchimplicit.recipes.density.integrals import density_basis, made
 from torchimplicit.recipes.density.record import Record
-from torchimplicit.recipes.runtime.errors import UserError
+
+STEP = 1e-3
+"""Of the central differences of a fit, in bohr."""
 
 
 def forces(functional: OrbitalFree, p: Tensor, record: Record) -> Tensor:
@@ -21,20 +25,17 @@ def forces(functional: OrbitalFree, p: Tensor, record: Record) -> Tensor:
     one. The functions move with their atoms. The grid stays: what its points and weights would add, were they to move
     too, vanishes as it gets finer, and is left out, as is usual for densities on grids.
 
+    A learned external potential changes with the superposition of atoms too, whose change with the nuclei is taken by
+    central differences of its fit, two a coordinate.
+
     Args:
         p: coefficients of the density of least energy, ``[n]``.
         record: record of the molecule.
 
     Raises:
-        UserError: PySCF, whose integrals these are, is missing; or the functional has a learned external potential,
-            which changes with the superposition of atoms, whose fit is not differentiated here.
+        UserError: PySCF, whose integrals these are, is missing.
+        NotComputedError: PySCF fails.
     """
-    if functional.network is not None and functional.config.network_at == "guess":
-        raise UserError(
-            "this functional has a learned external potential, made of the superposition of atoms, and how that "
-            "changes with the nuclei's places is not known here: leave the forces out (--no-forces), or take "
-            "differences of energies"
-        )
     molecule, p = record.molecule(), p.detach()
     positions = molecule.positions.clone().requires_grad_()
     moved = replace(molecule, positions=positions)
@@ -48,7 +49,30 @@ def forces(functional: OrbitalFree, p: Tensor, record: Record) -> Tensor:
         local = functional.local(fields[0], fields[1:])
         energy = record.quadrature[place.points] @ torch.stack(list(local.values())).sum(dim=0)
         slope = slope + torch.autograd.grad(energy, positions)[0]
+    if functional.network is not None and functional.config.network_at == "guess":
+        slope = slope + _through_guess(functional.network, p, record)
     return -(slope + _coulomb(p, record))
+
+
+def _through_guess(network: CoefficientNetwork, p: Tensor, record: Record) -> Tensor:
+    """Of the network's tangent at the superposition of atoms, by what that superposition changes, ``[atoms, 3]``."""
+    molecule, geometry = record.molecule_without_grid(), record.geometry
+    guess = molecule.guess.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(network(guess, molecule), guess, create_graph=True)
+    (felt,) = torch.autograd.grad(slope @ (p - molecule.guess), guess)  # the value's derivative and -slope cancel
+
+    def guess_at(positions: Tensor) -> Tensor:
+        places: Any = tuple(map(tuple, positions.tolist()))
+        return unsolved(replace(geometry, positions=places), replace(record.settings, grid=0)).guess
+
+    found = torch.zeros_like(molecule.positions)
+    for atom in range(len(found)):
+        for axis in range(3):
+            step = torch.zeros_like(found)
+            step[atom, axis] = STEP
+            ahead, behind = (guess_at(molecule.positions + sign * step) for sign in (1, -1))
+            found[atom, axis] = felt @ (ahead - behind) / (2 * STEP)
+    return found
 
 
 def _repulsion(molecule: Molecule) -> Tensor:

@@ -66,8 +66,8 @@ class TableConfig:
     sigma: float = 0.04
     """Standard deviation of the nuclei's random displacements, in angstrom. Each seed gives another geometry."""
 
-    grid: int = 0
-    """Level of the integration grid, 0 to 9. Level 1 has four times as many points as 0 and nearly the same spectra."""
+    grid: int = 1
+    """Level of the integration grid, 0 to 9."""
 
     plan: Plan = field(default_factory=lambda: Plan(seeds=2))
 

@@ -108,6 +108,9 @@ class Pretraining:
     seed: int = 0
     """Random seed of the initial weights and of everything drawn in training."""
 
+    memory: float = 1.0
+    """Gigabytes for the values of basis functions on the grids; see 'torchimplicit train ofdft-small --help'."""
+
     threads: int = 1
     """CPU threads; 0 leaves the number to PyTorch."""
 
@@ -129,6 +132,7 @@ class Pretraining:
             optimizer="adam",
             page=False,
             seed=self.seed,
+            memory=self.memory,
             threads=self.threads,
         )
 
@@ -197,6 +201,9 @@ class Finetuning:
     seed: int = 0
     """Random seed of the choice of molecules in each step."""
 
+    memory: float = 1.0
+    """Gigabytes for the values of basis functions on the grids; see 'torchimplicit train ofdft-small --help'."""
+
     threads: int = 1
     """CPU threads; 0 leaves the number to PyTorch."""
 
@@ -229,6 +236,7 @@ class Finetuning:
                     "spectrum",
                     "check_grid",
                     "seed",
+                    "memory",
                     "threads",
                 )
             },

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free import CoefficientNetwork, Domain, Molecule, OrbitalFree, OrbitalFreeConfig
+from torchimplicit.models.orbital_free.on_grid import SHARED
 from torchimplicit.recipes.density import labels_file, storage
 from torchimplicit.recipes.density.learning_settings import Kind, Pretraining
 from torchimplicit.recipes.density.lessons import Bare, Lesson, fit_start, network_of, slopes_of
@@ -184,7 +185,7 @@ class Results:
     """``results.json``.
 
     Attributes:
-        state: ``complete`` or ``interrupted``.
+        state: ``complete``.
         weights: weights of the network.
         start_test: the test molecules with the linear terms alone, empty for a predictor of densities.
         validation, test: the molecules that are held out, by minimization from the superposition of atoms; of a
@@ -235,7 +236,7 @@ def check(config: Pretraining) -> None:
 
 def train(config: Pretraining, run: Run, console: Console) -> bool:
     """Train from the last step that was kept, and write ``results.json`` and ``index.html``."""
-    with threads(config.threads), warnings.catch_warnings():
+    with threads(config.threads), SHARED.limited(config.memory * 1e9), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # what is not converged is recorded
         files, skipped = located(config.molecules)
         functional, lessons, held = taught(config, files, console)
@@ -247,14 +248,15 @@ def train(config: Pretraining, run: Run, console: Console) -> bool:
             f"{_count(functional.network)} weights; Ctrl-C stops and keeps what is done.",
             highlight=False,
         )
-        done = stepper.run(run, console)
+        if not stepper.run(run, console):
+            return False
         functional.network.double()
-        results = _finished(config, functional, stepper.course, files, skipped, run, done)
+        results = _finished(config, functional, stepper.course, files, skipped, run)
     run.write_json("results.json", results)
     if config.page:
         write_report(results, run)
     console.print(_table(results).rich_rows())
-    return done
+    return True
 
 
 def evaluate(config: Pretraining, run: Run, console: Console) -> None:
@@ -263,12 +265,12 @@ def evaluate(config: Pretraining, run: Run, console: Console) -> None:
 
     if not run.best.is_file():
         raise UserError(f"{run.best} does not exist: nothing was trained yet; 'resume' the run first")
-    with threads(config.threads), warnings.catch_warnings():
+    with threads(config.threads), SHARED.limited(config.memory * 1e9), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         files, skipped = located(config.molecules)
         functional, _, _ = taught(config, files, console)
         course = from_plain(Course, read_checkpoint(run.checkpoint)["course"])
-        results = _finished(config, functional, course, files, skipped, run, True)
+        results = _finished(config, functional, course, files, skipped, run)
     run.write_json("evaluation.json", {name: getattr(results, name) for name in ("validation", "test", "spurious")})
     if config.page:
         write_report(results, run)
@@ -344,7 +346,6 @@ def _finished(
     files: Mapping[str, Mapping[str, Path]],
     skipped: list[str],
     run: Run,
-    done: bool,
 ) -> Results:
     """The results, for the selected weights."""
     network = functional.network
@@ -362,7 +363,7 @@ def _finished(
     validation, test = (measure(functional, files[split], training) for split in ("validation", "test"))
     electrons = {name: float(storage.read(path).geometry.electrons) for name, path in files["test"].items()}
     return Results(
-        state="complete" if done else "interrupted",
+        state="complete",
         kind=config.kind,
         weights=_count(network),
         start_test=start,
@@ -488,21 +489,27 @@ def _table(results: Results) -> Table:
         Column("L1 per electron"),
         Column("ΔE", "mHa"),
         Column("Better than MINAO", "%"),
+        Column("Spurious minima", "%"),
         Column("Converged", "%"),
         Column("Steps"),
     ]
-    lines = {"test, linear terms alone": results.start_test, "validation": results.validation, "test": results.test}
-    rows = [_row(name, summarized(found)) for name, found in lines.items() if found]
+    lines = {
+        "test, linear terms alone": (results.start_test, results.spurious_start),
+        "validation": (results.validation, math.nan),
+        "test": (results.test, results.spurious),
+    }
+    rows = [_row(name, summarized(found), spurious) for name, (found, spurious) in lines.items() if found]
     return Table(columns, rows)
 
 
-def _row(name: str, one: Summary) -> list[str]:
+def _row(name: str, one: Summary, spurious: float) -> list[str]:
     return [
         name,
         f"{1e3 * one.loss:.3f} (MINAO {1e3 * one.guess_loss:.3f})",
         f"{one.l1:.4f} (MINAO {one.guess_l1:.4f})",
         "–" if math.isnan(one.energy_error) else f"{1e3 * one.energy_error:.1f}",
         f"{100 * one.better:.0f}",
+        "–" if math.isnan(spurious) else f"{100 * spurious:.0f}",
         f"{100 * (1 - one.unconverged):.0f}",
         f"{one.mean_steps:.1f}",
     ]

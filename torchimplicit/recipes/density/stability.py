@@ -327,6 +327,8 @@ def sheets(config: StabilityConfig, runs: Runs) -> list[TitledTable]:
         Cell("Largest", lambda row: told(runs.of(row, "largest"), 3), "hartree", "the largest along training"),
         Cell("Loss", lambda row: told(map(lowered, runs.where(row=row)), 2), "",
              "at the end over its start, the penalties included"),
+        Cell("L, finer grid", lambda row: told(runs.of(row, "train.finer_loss"), 3, 1e3), "10⁻³",
+             "of the trained functional's minimum there"),
         Cell("Not found", lambda row: f"{sum(runs.of(row, 'rejected'))} of {sum(runs.of(row, 'evaluations'))}", "",
              "of the evaluations of the loss, those with a density not found within the budget"),
         Cell("Time", lambda row: told(runs.of(row, "seconds"), 2), "s", "of the processor"),

@@ -67,7 +67,10 @@ class Stepper:
         loss: loss of the molecules with these numbers, at a step; it runs backward itself and gives the value.
         look: figures of the validation molecules, of which the first selects the weights, the least being the best.
         kept: what else the checkpoint is to hold, and a function that takes it back.
-        course: where a checkpoint's goes.
+
+    Attributes:
+        course: so far.
+        tell: is to be called with what is being done within a step, for whoever watches.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Stepper:
         self.model, self.settings, self.count, self.seed = model, settings, count, seed
         self.loss, self.look, self.kept = loss, look, kept
         self.course = Course()
+        self.tell: Callable[[str], None] = lambda doing: None
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.decay)
         self._trained = trained
@@ -116,11 +120,24 @@ class Stepper:
             raise UserError(f"{run.checkpoint} does not fit this run's settings ({reason}); train again") from None
 
     def run(self, run: Run, console: Console) -> bool:
-        """Step until the budget is spent; return whether it was not interrupted."""
+        """Step until the budget is spent; return whether it was not interrupted.
+
+        An interruption is answered within a step, and the unfinished step is dropped: the checkpoint is that of the last
+        finished step that was saved, from which a resumed run continues exactly.
+        """
         bar = Progress(console=console, disable=not console.is_terminal)
-        task = bar.add_task("Training", total=100, completed=round(100 * self.spent))
+        task = bar.add_task("Training", total=100)
         losses: list[float] = []
-        noted = time.perf_counter()
+        to_note, to_save = _Every(NOTED_EVERY), _Every(NOTED_EVERY)
+
+        def show(doing: str = "") -> None:
+            status = f"{self._status()}: {doing}" if doing else self._status()
+            bar.update(task, completed=min(100, round(100 * self.spent)), description=status)
+            if to_note.due() or self.spent >= 1:
+                done = {"done": self.course.step, "total": self.settings.steps}
+                run.write_json("progress.json", {**done, "status": status})
+
+        self.tell = show
         with bar:
             try:
                 if not self.course.glances:
@@ -134,14 +151,10 @@ class Stepper:
                     if self.course.step % self.settings.measure_every == 0 or self.spent >= 1:
                         self._glance(run, sum(losses) / len(losses))
                         losses = []
-                    if time.perf_counter() - noted > NOTED_EVERY or self.spent >= 1:
-                        noted = time.perf_counter()
+                    if to_save.due() or self.spent >= 1:
                         self._save(run)
-                        state = {"done": self.course.step, "total": self.settings.steps}
-                        run.write_json("progress.json", {**state, "status": self._status()})
-                    bar.update(task, completed=min(100, round(100 * self.spent)), description=self._status())
+                    show()
             except KeyboardInterrupt:
-                self._save(run)
                 return False
         return True
 
@@ -180,6 +193,19 @@ class Stepper:
                 "kept": self.kept[0](),
             }
         )
+
+
+class _Every:
+    """Whether so many seconds have passed since they last had."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.last = seconds, time.perf_counter()
+
+    def due(self) -> bool:
+        """They have; from now on they are counted anew."""
+        passed = time.perf_counter() - self.last > self.seconds
+        self.last = time.perf_counter() if passed else self.last
+        return passed
 
 
 def batches(count: int, size: int, seed: int, first: int) -> Iterator[list[int]]:
