@@ -192,8 +192,8 @@ def sheets(config: SingleConfig, runs: Runs) -> list[TitledTable]:
 
 
 def claims(config: SingleConfig, runs: Runs) -> list[Claim]:
-    """For each optimizer: how far implicit differentiation lowers the loss; whether the other estimators end at the same
-    loss; and the time of propagation."""
+    """For each optimizer: how far implicit differentiation lowers the loss, whether the other estimators end at the
+    same loss, and the time of propagation."""
     made = []
     for optimizer in config.optimizers:
         exact: Row = ("implicit", optimizer)
@@ -262,7 +262,8 @@ def protocol(config: SingleConfig, runs: Runs) -> str:
         f"level {config.grid}. Thomas-Fermi, von Weizsäcker and LDA, with a network as enhancement factor and a linear "
         f"term that is fitted first. The loss is half the squared density error per electron{extra}, at the density of "
         "least energy, which preconditioned L-BFGS finds to a projected gradient of 1e-8. "
-        f"{', or '.join(how[name] for name in config.optimizers)}; {config.plan.seeds} seeds of the network's weights. Implicit: preconditioned "
+        f"{', or '.join(how[name] for name in config.optimizers)}; {config.plan.seeds} seeds of the network's "
+        "weights. Implicit: preconditioned "
         "MINRES to 1e-8. Propagation: the nudge is chosen by the least eigenvalue. Double precision, one thread; times "
         "are the processor's."
     )

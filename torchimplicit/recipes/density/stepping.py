@@ -122,8 +122,8 @@ class Stepper:
     def run(self, run: Run, console: Console) -> bool:
         """Step until the budget is spent; return whether it was not interrupted.
 
-        An interruption is answered within a step, and the unfinished step is dropped: the checkpoint is that of the last
-        finished step that was saved, from which a resumed run continues exactly.
+        An interruption is answered within a step, and the unfinished step is dropped: the checkpoint is that of a
+        finished step, from which a resumed run continues exactly.
         """
         bar = Progress(console=console, disable=not console.is_terminal)
         task = bar.add_task("Training", total=100)
