@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import torchimplicit as ti
-from torchimplicit.linear import Diagonal, ReferenceHessian
+from torchimplicit.linear import MINRES, Diagonal, LinearOperator, ReferenceHessian
 
 DIM, BATCH = 40, 3
 
@@ -160,3 +160,11 @@ def test_bad_input() -> None:
     kink = ti.Minimum(lambda z: z.abs().pow(1.5).sum(dim=1))
     with pytest.raises(ValueError, match="not finite"):
         ti.solve(kink, torch.tensor([[0.0, 1.0]]), solver=ti.LBFGS(preconditioner=ReferenceHessian()))
+
+
+def test_an_empty_batch_leaves_the_memory_as_it_is() -> None:
+    operator = LinearOperator(
+        product=lambda v: 2 * v, batch=0, dim=3, dtype=torch.float64, device=torch.device("cpu"), symmetric=True
+    )
+    memory = ReferenceHessian().init()
+    assert MINRES(preconditioner=memory).solve(operator, torch.zeros(0, 3, dtype=torch.float64)).value.shape == (0, 3)

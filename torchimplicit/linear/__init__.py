@@ -1,4 +1,4 @@
-"""Linear solvers: batches of systems known by their products, every sample to its own tolerance."""
+"""Linear solvers: batches of systems that are given by their products, each sample solved to its own tolerance."""
 
 from torchimplicit.linear.base import BlockSolver, LinearSolution, LinearSolver
 from torchimplicit.linear.bicgstab import BiCGStab

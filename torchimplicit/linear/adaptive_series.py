@@ -1,4 +1,4 @@
-"""The Neumann series with the damping that suits each step."""
+"""The Neumann series with an optimal damping in every step."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torchimplicit.linear.system import LinearSystem
 from torchimplicit.solution import GROWTH_LIMIT, Report
 
 STAGNATION = 0.97
-"""A step that would leave more than this share of the residual goes by the last good damping instead."""
+"""A step whose best damping would leave more than this share of the residual takes the last good damping instead."""
 
 
 @dataclass(frozen=True)
 class PhantomReport(Report):
-    """The figures of an adaptive series: ``steps`` is the k and ``damping`` the :math:`\\lambda` it chose.
+    """The figures of an adaptive series: ``steps`` is the number of terms k, ``damping`` the mean :math:`\\lambda`.
 
     Attributes:
-        damping: float ``[batch]``, mean over the steps of each sample; NaN for a sample that took none.
+        damping: float ``[batch]``, the mean over the steps of each sample; NaN for a sample that took none.
     """
 
     damping: Tensor
@@ -32,15 +32,15 @@ class PhantomReport(Report):
 @final
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveSeries(IterativeSolver):
-    """The minimal residual iteration (Saad 2003, section 5.3.2): :math:`y\\leftarrow y+\\lambda r` with the
-    :math:`\\lambda` of least next residual, :math:`\\langle r,Ar\\rangle/\\lVert Ar\\rVert^2`, for each sample.
+    """The minimal residual iteration (Saad 2003, section 5.3.2): :math:`y\\leftarrow y+\\lambda r`, where
+    :math:`\\lambda=\\langle r,Ar\\rangle/\\lVert Ar\\rVert^2` minimizes the next residual of each sample.
 
-    Where even that leaves over 97 % of the residual, as happens for matrices that are far from normal, it goes by the
-    sample's last good :math:`\\lambda` (at first 1): a step that hardly gains by itself may still turn the residual to
-    where the next one does. Its report is a :class:`PhantomReport`. It takes no preconditioner.
+    Where even that leaves over 97 % of the residual, as happens for matrices that are far from normal, the step takes
+    the sample's last good :math:`\\lambda` (at first 1): it gains little by itself, but may turn the residual so that
+    the next step gains more. The report is a :class:`PhantomReport`. Preconditioners are not supported.
 
     Attributes:
-        damping: a :math:`\\lambda` for all steps, in place of the best one.
+        damping: a fixed :math:`\\lambda` for all steps; ``None``: the minimizing one.
     """
 
     damping: float | None = None
@@ -50,7 +50,7 @@ class AdaptiveSeries(IterativeSolver):
 
 
 class _State(NamedTuple):
-    """``damping`` is that of the last step, and ``tally`` the sum of those of all steps, ``[rows, 1]``."""
+    """``damping`` belongs to the last step, and ``tally`` is the sum over all steps, ``[rows, 1]``."""
 
     norm: Tensor
     x: Tensor
@@ -61,7 +61,7 @@ class _State(NamedTuple):
 
 class _MinimalResidualSteps(Method):
     kept = ("tally",)
-    monotone = False  # by the last good damping, or by a given one, the residual may grow
+    monotone = False  # with the last good damping, or a fixed one, the residual may grow
     growth = GROWTH_LIMIT
 
     def __init__(self, damping: float | None) -> None:
@@ -84,9 +84,9 @@ class _MinimalResidualSteps(Method):
 
 
 def _least(state: _State, image: Tensor) -> Tensor:
-    """The damping ``[rows, 1]`` for which the next residual is least; the one before where that is hardly less."""
+    """The damping ``[rows, 1]`` that minimizes the next residual; the one before where that gains next to nothing."""
     along = (state.r * image).sum(dim=1, keepdim=True)
     square = (image * image).sum(dim=1, keepdim=True)
-    # the square of the share of the residual that would remain
+    # the squared share of the residual that would remain: 1 - cos^2 of the angle between r and Ar
     left = 1 - along.square() / (square * state.norm.square()[:, None])
     return torch.where((along > 0) & (left <= STAGNATION**2), along / square, state.damping)

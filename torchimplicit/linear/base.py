@@ -1,4 +1,4 @@
-"""What every linear solver takes and returns."""
+"""The interface of the linear solvers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class LinearSolution:
     Attributes:
         value: ``[batch, dim]``.
         report: the figures; ``report.evaluations`` counts products in whole-batch equivalents.
-        strayed: whether the solve ended because its residuals are far from what they were thought to be, as they are
-            where rows depend on each other.
+        strayed: whether the solve was abandoned because the true residuals are far from those of the recurrence, a sign
+            that rows depend on each other.
     """
 
     value: Tensor
@@ -35,38 +35,43 @@ class LinearSolver(ABC):
 
     @abstractmethod
     def solve(self, operator: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
-        """Solve for ``b`` (``[batch, dim]``), from ``x0`` or zero. Runs without recording gradients.
+        """Solve for ``b`` (``[batch, dim]``), starting from ``x0`` or zero. Records no gradients.
 
-        A sample whose ``b`` is not finite gets NaN, and changes no other sample.
+        A sample whose ``b`` is not finite gets NaN and does not affect the others.
+
+        Raises:
+            ValueError: ``b`` or ``x0`` does not fit the operator.
         """
 
     def init(self) -> LinearSolver:
-        """The same solver, with a memory for what it makes of an operator (a factorization, a preconditioner): for the
-        systems of one point, :math:`A` and :math:`A^T`, or of a sequence of nearby ones. Itself where it makes nothing.
+        """The same solver with a memory for what it derives from an operator (a factorization, a preconditioner).
+
+        For the two systems of one point, :math:`A` and :math:`A^T`, or for a sequence of nearby ones. A solver that
+        derives nothing returns itself.
         """
         return self
 
     def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
-        """``(rtol, atol)``, in force for right-hand sides of ``dtype``."""
+        """The ``(rtol, atol)`` in force for right-hand sides of ``dtype``."""
         return default_rtol(dtype), 0.0
 
     def joined(self, operator: LinearOperator, joined: LinearOperator) -> LinearSolver:
-        """The solver of the samples of ``operator`` as one system, whose operator is ``joined``."""
+        """The solver for the samples of ``operator`` as one system, whose operator is ``joined``."""
         return self
 
     @property
     def confirms(self) -> bool:
-        """Whether its report's residuals are true, by a product of the whole operator."""
+        """Whether the residuals in its report are confirmed by a product of the whole operator."""
         return False
 
     @property
     def truncated(self) -> bool:
-        """Whether it takes a given number of steps, whatever is left of the residual."""
+        """Whether it takes a prescribed number of steps, regardless of the residual."""
         return False
 
 
 class BlockSolver(LinearSolver):
-    """A solver that gains from solving for several right-hand sides together."""
+    """A solver that is faster when it solves for several right-hand sides together."""
 
     @abstractmethod
     def solve_block(self, operator: LinearOperator, b: Tensor) -> LinearSolution:
@@ -77,11 +82,11 @@ class BlockSolver(LinearSolver):
 
 
 def solve_each(solver: LinearSolver, operator: LinearOperator, b: Tensor) -> LinearSolution:
-    """Solve for a block ``[k, batch, dim]`` one right-hand side after the other; see :class:`BlockSolver`."""
+    """Solve for a block ``[k, batch, dim]``, one right-hand side after another; see :meth:`BlockSolver.solve_block`."""
     solutions = [solver.solve(operator, one) for one in b]
     reports = [solution.report for solution in solutions]
     figures = Report(
-        torch.stack([report.status for report in reports]).amax(0),
+        torch.stack([report.status for report in reports]).amax(0),  # statuses are ordered from good to bad
         torch.stack([report.steps for report in reports]).amax(0),
         torch.stack([report.residual for report in reports]).amax(0),
         sum(report.evaluations for report in reports),
@@ -92,13 +97,13 @@ def solve_each(solver: LinearSolver, operator: LinearOperator, b: Tensor) -> Lin
 
 
 def largest(figures: Sequence[Tensor | None]) -> Tensor | None:
-    """Of several right-hand sides; ``None`` if nothing is known for one of them."""
+    """The largest of the figures of several right-hand sides; ``None`` if one of them is unknown."""
     known = [one for one in figures if one is not None]
     return None if len(known) < len(figures) else torch.stack(known).amax(0)
 
 
 def least_curvature(figures: Sequence[Tensor | None]) -> Tensor | None:
-    """Of several right-hand sides, NaN where none was negative; ``None`` if nothing is known for one of them."""
+    """The smallest curvature over several right-hand sides, NaN where none was negative; ``None`` if one is unknown."""
     known = [one for one in figures if one is not None]
     if len(known) < len(figures):
         return None

@@ -1,6 +1,7 @@
-"""Vectors of each row that every step combines: how they lie in memory, and the products with them.
+"""Small bases of vectors per row: how they lie in memory, and products with them.
 
-They are passed over as seldom as may be, since for states of some thousands of numbers that is what a step costs.
+For states of some thousands of numbers the cost of a step is the number of passes over these vectors, so each helper
+makes one.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ import torch
 from torch import Tensor
 
 _SMALL = 400
-"""Batched products of matrices that have fewer numbers are slow on CPUs."""
+"""Below this many numbers a batched matrix product is slower on CPUs than an elementwise one."""
 
 
 def room(like: Tensor, capacity: int) -> Tensor:
-    """Memory for ``capacity`` vectors like the rows of ``like``: ``[rows, capacity, dim]``, each ``[:, i]`` being
-    contiguous, so that it is read and written as the state is."""
+    """Uninitialized memory for ``capacity`` vectors like the rows of ``like``: ``[rows, capacity, dim]``, with each
+    ``[:, i]`` contiguous like the state, so that it is read and written in one piece."""
     return like.new_empty(capacity, *like.shape).transpose(0, 1)
 
 
@@ -29,7 +30,7 @@ def less(v: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
     """``v`` without the sum of the vectors of ``basis`` times ``weights`` (``[rows, k]``)."""
     count = basis.shape[1]
     if count * basis.shape[2] >= _SMALL:
-        weights = weights.contiguous()  # or else the products are taken one by one
+        weights = weights.contiguous()  # otherwise baddbmm falls back to one product per row
         return torch.baddbmm(v.unsqueeze(1), weights.unsqueeze(1), basis, alpha=-1).squeeze(1)
     if count > 3:
         return v - (basis * weights.unsqueeze(2)).sum(1)

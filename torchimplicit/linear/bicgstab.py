@@ -19,9 +19,9 @@ from torchimplicit.linear.system import LinearSystem
 class BiCGStab(IterativeSolver):
     """Stabilized bi-conjugate gradients (van der Vorst 1992), for non-symmetric systems in little memory.
 
-    Two products a step. Preconditioning is from the right. Where one of its three divisors vanishes, the method starts
-    again from its iterate with a new shadow residual, and gives up (``Status.BREAKDOWN``) where that brings nothing, as
-    on skew-symmetric systems. Convergence is confirmed by the true residual, at the cost of one product.
+    Two products a step. Preconditioning is from the right. Where one of its three divisors vanishes, the method
+    restarts from its iterate with a new shadow residual, and gives up (``Status.BREAKDOWN``) where that makes no
+    progress, as on skew-symmetric systems. Convergence is confirmed by the true residual, at the cost of one product.
     """
 
     def method(self, operator: LinearOperator) -> Method:
@@ -29,7 +29,7 @@ class BiCGStab(IterativeSolver):
 
 
 class _State(NamedTuple):
-    """``product`` is :math:`\\hat r^T r` for the shadow residual :math:`\\hat r`, ``[rows, 1]``."""
+    """``shadow`` is the shadow residual :math:`\\hat r`, and ``product`` :math:`\\hat r^T r`, ``[rows, 1]``."""
 
     norm: Tensor
     broken: Tensor | None
@@ -54,12 +54,13 @@ class _StabilizedBiCG(Method):
         direction = system.precondition(p)
         v = system.product(direction)
         # half a step of BiCG, whose residual is orthogonal to the shadow residual's Krylov space ...
+        # (a divisor of nothing but rounding is a breakdown: the step length would be noise)
         divisor = (shadow * v).sum(-1, keepdim=True)
         broken = divisor.abs() <= eps * shadow_norm * torch.linalg.vector_norm(v, dim=-1, keepdim=True)
         alpha = (product / divisor).masked_fill_(broken, 0.0)
         half = torch.addcmul(r, alpha, v, value=-1)
 
-        # ... and half a step of least residual, which smooths it (van der Vorst 1992)
+        # ... and half a step of minimal residual, which smooths it (van der Vorst 1992)
         correction = system.precondition(half)
         t = system.product(correction)
         overlap, square = (t * half).sum(-1, keepdim=True), t.square().sum(-1, keepdim=True)
@@ -76,4 +77,4 @@ class _StabilizedBiCG(Method):
         return _State(norm, broken.squeeze(1), x, r, shadow, shadow_norm, p, product_new)
 
     def iterate(self, state: _State) -> tuple[Tensor, float, None]:
-        return state.x, torch.inf, None
+        return state.x, torch.inf, None  # its recurrence is known to drift, and bounds nothing

@@ -19,10 +19,10 @@ from torchimplicit.linear.system import LinearSystem
 class CG(IterativeSolver):
     """Conjugate gradients (Hestenes and Stiefel 1952), for symmetric positive definite systems.
 
-    The system may be singular along the operator's null vector, and the preconditioner has to be positive definite.
-    A direction of negative or vanishing curvature shows that the matrix is not positive definite: such a sample gets
-    ``Status.BREAKDOWN``, and the report's ``curvature`` is that of the direction where it is negative. Convergence is
-    confirmed by the true residual, at the cost of one product.
+    The system may be singular along the operator's null vector. The preconditioner has to be positive definite. A
+    direction of negative or vanishing curvature shows that the matrix is not positive definite: such a sample gets
+    ``Status.BREAKDOWN``, and if negative, the curvature goes into the report. Convergence is confirmed by the true
+    residual, at the cost of one product.
     """
 
     max_steps: int = 1000
@@ -32,8 +32,8 @@ class CG(IterativeSolver):
 
 
 class _State(NamedTuple):
-    """``decrease`` is :math:`r^T M^{-1} r`, ``least`` the least step length so far, ``square`` :math:`p^T M p`, and
-    ``curvature`` the least along a direction, infinite where none was negative, each ``[rows, 1]``."""
+    """``decrease`` is :math:`r^T M^{-1} r`, ``least`` the smallest step length so far, ``square`` :math:`p^T M p`, and
+    ``curvature`` the smallest along a direction, infinite where none was negative; each ``[rows, 1]``."""
 
     norm: Tensor
     broken: Tensor | None
@@ -63,11 +63,11 @@ class _ConjugateGradients(Method):
     def step(self, system: LinearSystem, state: _State, slow: int | None) -> _State:
         info = torch.finfo(state.r.dtype)
         image = system.product(state.p)
-        # along p the quadratic is least at <r, z> / <p, Ap>; where <p, Ap> is not positive it has no least value, and
+        # the quadratic is minimal along p at <r, z> / <p, Ap>; where <p, Ap> is not positive it is unbounded below, and
         # the matrix is not positive definite (Hestenes and Stiefel 1952)
         curvature = (state.p * image).sum(-1, keepdim=True)
         length = state.decrease / curvature
-        # Step lengths lie between the inverses of the extreme eigenvalues: beyond 1/eps the matrix counts as singular.
+        # step lengths lie between the inverses of the extreme eigenvalues: beyond a ratio of 1 / eps, it is singular
         least = state.least.minimum(length)
         broken = (curvature <= 0) | (length * info.eps > least)
         length = length.masked_fill_(broken, 0.0)
@@ -79,13 +79,13 @@ class _ConjugateGradients(Method):
         turn = decrease / state.decrease.clamp_min(info.tiny)
         p = torch.addcmul(z, turn, state.p)
         square = torch.addcmul(decrease, turn.square(), state.square)  # the new residual is orthogonal to p
-        # the largest curvature met is 1 / least: without any, nothing tells what is rounding
+        # 1 / least is the largest curvature met, relative to which a small negative one counts as rounding
         along = curvature / state.square
         met = state.curvature.minimum(along.masked_fill_(~(along * state.least < -ROUNDING * info.eps), torch.inf))
         return _State(norm, broken.squeeze(1), x, r, p, decrease, least, square, met)
 
     def iterate(self, state: _State) -> tuple[Tensor, float, None]:
-        return state.x, torch.inf, None
+        return state.x, torch.inf, None  # the recurrence's residual drifts from the true one (Greenbaum 1997)
 
     def _direction(self, system: LinearSystem, r: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         if not self.preconditioned:

@@ -1,4 +1,4 @@
-"""Solving a batch row by row, confirmed by a product of the whole operator; as one system where that does not hold."""
+"""Solving a batch row by row, confirmed by a product of the whole operator, or as one system where rows are coupled."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 from torchimplicit.coupling import Coupling, broken_promise
 from torchimplicit.linear.base import BlockSolver, LinearSolution, LinearSolver, solve_each
 from torchimplicit.linear.operator import LinearOperator
-from torchimplicit.precision import UnitRows
+from torchimplicit.precision import UnitRows, working_dtype
 from torchimplicit.solution import Report, Status
 
 SLACK = 1.25
-"""The factor up to which the true residual may exceed the tolerance, or the residual that was reported."""
+"""The true residual may exceed the tolerance, or the reported residual, by this factor."""
 
 LOOKS = 4
-"""How often rows are seen not to depend on each other, where a linear solver's steps run out, until that is believed of
-the function: its residuals are those of the whole operator all the same."""
+"""Once the rows of a function were found independent this often after a linear solver had run out of steps, they are no
+longer tested. The reported residuals are those of the whole operator in any case."""
 
 REPEATED = 4
-"""The factor by which a residual that is nothing but rounding may differ from one product to another."""
+"""A residual of nothing but rounding may differ by this factor from one product to the next."""
 
 Attempt = Callable[[LinearOperator, Tensor], LinearSolution]
 """Solves ``[k, batch, dim]``, or ``[batch, dim]``, with an operator of that batch."""
@@ -34,13 +34,20 @@ def solve_any(
     b: Tensor,
     shift: Callable[[LinearOperator], Tensor] | None = None,
 ) -> LinearSolution:
-    """Solve for one right-hand side ``[batch, dim]``, or for a block ``[k, batch, dim]`` in the solver's best way.
+    """Solve for a right-hand side ``[batch, dim]``, or for a block ``[k, batch, dim]`` (together if the solver can).
 
-    Rows are solved apart, each to its own tolerance. Where one product of the whole operator does not confirm the
-    residuals because the rows depend on each other, the batch is solved as one system, to a tolerance of its own.
+    Rows are solved separately, each to its own tolerance. Where a product of the whole operator does not confirm the
+    residuals because rows depend on each other, the batch is solved as one system, to the tolerance of the whole.
 
     Args:
-        shift: ``[batch]``, of an operator of that batch: what is added to its diagonal.
+        solver: the linear solver.
+        operator: A.
+        b: the right-hand sides.
+        shift: gives for an operator the multiple of the identity to add to it, ``[batch]``; ``None``: nothing is added.
+            A function, since the batch solved as one system has another operator.
+
+    Raises:
+        ValueError: rows depend on each other although the problem says ``rowwise=True``.
     """
 
     def shifted(operator: LinearOperator) -> LinearOperator:
@@ -56,24 +63,28 @@ def solve_any(
         return attempt(shifted(operator), b)
     if not solver.confirms:
         return confirmed(attempt, operator, b, solver.tolerances(b.dtype), together, shifted)
-    coupling, meant = operator.coupling, shifted(operator)
+    coupling, rowwise = operator.coupling, shifted(operator)
     if coupling is None:
-        return attempt(meant, b)
+        return attempt(rowwise, b)
     spent = 0.0
     if not coupling.found:
-        solution = attempt(meant, b)
+        solution = attempt(rowwise, b)
         if not solution.strayed and (coupling.memory.apart >= LOOKS or bool(solution.report.converged.all())):
             return solution
-        if not _seen_to_depend(coupling, meant):
-            return attempt(replace(meant, coupling=None), b) if solution.strayed else solution
+        if not _seen_to_depend(coupling, rowwise):
+            # the solve was abandoned for a coupling that there is not: without the suspicion it runs to its end
+            return attempt(replace(rowwise, coupling=None), b) if solution.strayed else solution
         spent = solution.report.evaluations
     whole = _as_one_system(together, operator, b, shifted)
     return replace(whole, report=_costing(whole.report, spent))
 
 
 def _seen_to_depend(coupling: Coupling, operator: LinearOperator) -> bool:
-    """Whether rows are seen to depend on each other, which is remembered; an error where it was promised that they do
-    not."""
+    """Test by products whether rows depend on each other, and remember the answer for the function.
+
+    Raises:
+        ValueError: they do, although the problem says ``rowwise=True``.
+    """
     if not rows_depend(operator):
         coupling.memory.apart += 1
         return False
@@ -92,23 +103,23 @@ def confirmed(
     together: Attempt | None = None,
     shifted: Callable[[LinearOperator], LinearOperator] = lambda operator: operator,
 ) -> LinearSolution:
-    """What ``attempt`` gives, its residual and status being those of the whole operator, by one product; see
+    """Solve by ``attempt`` and set residual and status to those of the whole operator, by one product; see
     :func:`solve_any`.
 
     Args:
         attempt: solves row by row.
         operator, b: the system.
-        tolerances: ``(rtol, atol)`` that a row is solved to. Where both are zero it takes a given number of steps, and
-            an honest residual of any size will do.
+        tolerances: the ``(rtol, atol)`` that a row is solved to. If both are zero, ``attempt`` takes a prescribed
+            number of steps, and any residual is accepted as long as the report states it correctly.
         together: solves the batch as one system; ``None``: as ``attempt`` does.
-        shifted: makes of an operator, of rows or of the batch as one system, the one that is meant.
+        shifted: adds the shift to an operator, to that of the rows or to that of the batch as one system.
     """
-    coupling, meant, spent = operator.coupling, shifted(operator), 0.0
+    coupling, rowwise, spent = operator.coupling, shifted(operator), 0.0
     if coupling is None or not coupling.found:
-        solution = attempt(meant, b)
-        true = _true_residual(meant, b, solution, tolerances)
+        solution = attempt(rowwise, b)
+        true = _true_residual(rowwise, b, solution, tolerances)
         suspect = true.above & (true.beyond(solution.report) | (sum(tolerances) > 0))
-        if not bool(suspect.any()) or coupling is None or not _seen_to_depend(coupling, meant):
+        if not bool(suspect.any()) or coupling is None or not _seen_to_depend(coupling, rowwise):
             return true.correct(solution)
         spent = solution.report.evaluations + true.products
 
@@ -121,7 +132,7 @@ def confirmed(
 
 
 def separated(operator: LinearOperator) -> tuple[LinearOperator, int]:
-    """The operator of systems that do not depend on each other, and how many samples each of them is made of."""
+    """The operator of independent systems, and how many samples each of them joins."""
     coupling = operator.coupling
     if coupling is None or coupling.promised or not (coupling.found or _seen_to_depend(coupling, operator)):
         return operator, 1
@@ -136,13 +147,13 @@ def _in_its_best_way(solver: LinearSolver, operator: LinearOperator, b: Tensor) 
 
 @dataclass(frozen=True, kw_only=True)
 class _TrueResidual:
-    """Of a solution, by one product of the whole operator.
+    """The residual of a solution, by one product of the whole operator.
 
     Attributes:
-        relative: ``[batch]``, its norm over that of the right-hand side, the worst over a block; NaN where either is
-            not finite.
-        above: bool ``[batch]``: beyond the tolerance.
-        products: with single vectors.
+        relative: ``[batch]``, its norm divided by that of the right-hand side, the largest over a block; NaN where the
+            right-hand side is not finite.
+        above: bool ``[batch]``, whether it exceeds the tolerance.
+        products: how many products with single vectors it took.
     """
 
     relative: Tensor
@@ -150,11 +161,11 @@ class _TrueResidual:
     products: float
 
     def beyond(self, report: Report) -> Tensor:
-        """bool ``[batch]``: beyond what was reported."""
+        """bool ``[batch]``: whether it exceeds the reported one."""
         return self.relative > SLACK * report.residual
 
     def correct(self, solution: LinearSolution) -> LinearSolution:
-        """The solution, with a report that has the true residuals."""
+        """The solution with the true residuals in its report; a row that claims more than they show breaks down."""
         report = solution.report
         status = report.status.masked_fill(report.converged & self.above, int(Status.BREAKDOWN))
         residual = torch.where(self.relative.isnan(), report.residual, self.relative).to(report.residual.dtype)
@@ -165,37 +176,52 @@ class _TrueResidual:
 def _true_residual(
     operator: LinearOperator, b: Tensor, solution: LinearSolution, tolerances: tuple[float, float]
 ) -> _TrueResidual:
-    rtol, atol = tolerances
-    whole = UnitRows.of(b)
-    value, rhs = solution.value.where(whole.finite, 0.0), b.where(whole.finite, 0.0)
-    product = operator.product(value) if b.ndim == 2 else block_product(operator)(value)
-    right = operator.project(whole.unit)
-    vector = operator.project(rhs - product) * whole.factor
-    wide = torch.promote_types(b.dtype, torch.float32)
-    size = torch.linalg.vector_norm(vector, dim=-1, dtype=wide)
-    scale = torch.linalg.vector_norm(right, dim=-1, dtype=wide)
-    unprojected = scale if operator.null is None else torch.linalg.vector_norm(whole.unit, dim=-1, dtype=wide)
-    # what a projection, or a product, leaves of a right-hand side that is nothing but rounding is rounding
-    tolerance = SLACK * (rtol * scale + atol * whole.factor.squeeze(-1)) + 16 * torch.finfo(b.dtype).eps * unprojected
-    relative = (size / scale.where(scale > 0, 1)).where(whole.finite.squeeze(-1), torch.nan)
-    above = size > tolerance
+    relative, above = true_residual(operator, b, solution.value, tolerances)
     if b.ndim == 3:
         relative, above = relative.amax(0), above.any(0)
-    # what was solved to the rounding of a product, as one more product confirms
+    # a row that was solved to the rounding of a product counts as solved if this product confirms its residual
     above &= ~(solution.report.converged & (relative <= REPEATED * solution.report.residual))
     return _TrueResidual(relative=relative, above=above, products=1.0 if b.ndim == 2 else float(len(b)))
 
 
+def true_residual(
+    operator: LinearOperator, b: Tensor, value: Tensor, tolerances: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """The residual of ``value`` (shaped like ``b``, ``[batch, dim]`` or ``[k, batch, dim]``) by a product of the whole
+    operator.
+
+    Returns:
+        Its norm divided by that of ``b``, NaN where ``b`` is not finite; and bool, whether it exceeds the tolerance;
+        ``[batch]`` or ``[k, batch]``.
+    """
+    rtol, atol = tolerances
+    whole = UnitRows.of(b)
+    value, rhs = value.where(whole.finite, 0.0), b.where(whole.finite, 0.0)
+    product = operator.product(value) if b.ndim == 2 else block_product(operator)(value)
+    right = operator.project(whole.unit)
+    # scaled after the product, which may couple rows of different scales
+    vector = operator.project(rhs - product) * whole.factor
+    wide = working_dtype(b.dtype)
+    size = torch.linalg.vector_norm(vector, dim=-1, dtype=wide)
+    scale = torch.linalg.vector_norm(right, dim=-1, dtype=wide)
+    unprojected = scale if operator.null is None else torch.linalg.vector_norm(whole.unit, dim=-1, dtype=wide)
+    # no solution accounts for the rounding that the projection leaves of a right-hand side along the null vector
+    tolerance = SLACK * (rtol * scale + atol * whole.factor.squeeze(-1)) + 16 * torch.finfo(b.dtype).eps * unprojected
+    relative = (size / scale.where(scale > 0, 1)).where(whole.finite.squeeze(-1), torch.nan)
+    return relative, size > tolerance
+
+
 def block_product(operator: LinearOperator) -> Callable[[Tensor], Tensor]:
-    """Products with ``[k, batch, dim]``, taken together where the operator can."""
+    """Products with ``[k, batch, dim]``, in one call where the operator has a ``block_product``."""
     return operator.block_product or (lambda vs: torch.stack([operator.product(v) for v in vs]))
 
 
 def rows_depend(operator: LinearOperator) -> bool:
-    """Whether a product in any row depends on another row.
+    """Whether the product in any row depends on another row.
 
-    Any two rows differ in a binary digit of their number: for each digit, the rows with a one are asked for what they
-    get from those with a zero, and the other way round. That takes twice as many products as there are digits.
+    Any two row numbers differ in a binary digit. So for each digit, vectors that are nonzero only in the rows with a
+    one are multiplied, and the images in the rows with a zero must vanish; and the other way round. That takes two
+    products for each digit of the batch size.
     """
     number = torch.arange(operator.batch, device=operator.device)
     every = torch.arange(1, operator.batch * operator.dim + 1, device=operator.device, dtype=torch.float64)
@@ -218,12 +244,12 @@ def _as_one_system(
     b: Tensor,
     shifted: Callable[[LinearOperator], LinearOperator],
 ) -> LinearSolution:
-    """Solve the rows that may depend on each other as one system; each of them gets its figures."""
+    """Solve the rows that may depend on each other as one system, whose figures each of them gets."""
     assert operator.coupling is not None
     rows = operator.coupling.rows
     groups = operator.batch // rows
     joined = shifted(operator.joined(rows))
-    # the others are solved for without a row that is not finite
+    # a right-hand side that is not finite counts as zero, so as not to spoil the whole system
     finite = UnitRows.of(b).finite
     clean = operator.project(b.where(finite, 0.0))
     flat = clean.reshape(*b.shape[:-2], groups, -1)

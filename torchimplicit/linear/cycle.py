@@ -1,4 +1,4 @@
-"""One cycle of the loop: steps of a method until every row has stopped, or the method's memory is full."""
+"""One cycle of the linear loop: steps of a method until every row has stopped or the method's memory is full."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from torchimplicit.solution import Report, Status
 assert (Status.CONVERGED, Status.MAX_STEPS) == (0, 1), "statuses are made from comparisons with the tolerance"
 
 CROWD = 0.75
-"""The part of the rows that may still be at work when the others are dropped."""
+"""Stopped rows are dropped once at most this share of the rows is still active."""
 
 ROUNDING = 100
-"""How many roundings of the matrix's size a curvature may be made of."""
+"""A curvature of at most this many times ``eps`` of the matrix's norm is taken for rounding."""
 
 
 class Method(ABC):
-    """What one solver does within the loop.
+    """The steps of one iterative method.
 
-    A state is a ``NamedTuple`` whose tensors (also those in tuples) have the rows as dimension 0, and are not written
-    to once they belong to a state. Its fields ``x`` (``[rows, dim]``) and ``norm`` (``[rows]``) are the iterate, or
-    where the cycle started from, and the norm of the residual. Four fields are optional: bool ``[rows]``, ``broken``
-    says where the method cannot go on, and ``slow`` is counted at each check, and the count handed to the next step;
-    ``curvature``, ``[rows, 1]``, is the least that the method has met in a symmetric matrix, infinite where it has met
-    no negative one; ``tally``, ``[rows, 1]``, is what :meth:`figures` is told of.
+    Its state is a ``NamedTuple`` whose tensors (those in nested tuples too) have the rows in dimension 0, and are not
+    written to once they belong to a state. Required fields are ``x`` (``[rows, dim]``), the iterate or the start of the
+    cycle, and ``norm`` (``[rows]``), the norm of the residual. Optional fields:
 
-    A row that has stopped is cleared: only its fields in ``kept`` stay, and steps must leave such a row as it is.
+    - ``broken``, bool ``[rows]``: where the method cannot go on;
+    - ``slow``, bool ``[rows]``: counted at each check, and the count passed to the next step;
+    - ``curvature``, ``[rows, 1]``: the smallest curvature met in a symmetric matrix, infinite if none was negative;
+    - ``tally``, ``[rows, 1]``: a sum over the steps, passed to :meth:`figures`.
+
+    When a row stops, all of its fields but those in ``kept`` are set to zero, and steps must leave such a row as it is.
 
     Attributes:
-        kept: the fields of the state that hold the iterate; all the others are cleared when a row stops.
+        kept: the fields of the state that hold the iterate.
         monotone: whether ``norm`` never grows, so that the last iterate is the best one.
         definite: whether the preconditioner has to be symmetric positive definite.
-        cycle: steps after which the method has to start again from its iterate; ``None`` for no such limit.
+        cycle: the steps after which the method has to restart from its iterate; ``None`` for no limit.
         curved: whether its state has a ``curvature``.
-        growth: how many times its first residual a row's may be; one that grows further stops, as one that is not
-            finite does.
-        watched: whether residuals matter on the way; if not, they are looked at only before the first step and after
-            the last.
+        growth: a row stops as non-finite once its residual exceeds its first one by this factor.
+        watched: whether residuals are tested on the way; if not, all steps are taken.
     """
 
     kept: tuple[str, ...] = ("x",)
@@ -62,19 +62,33 @@ class Method(ABC):
         """The next state. ``slow`` is the number of slow rows in ``state``, ``None`` where it was not read."""
 
     def iterate(self, state: Any) -> tuple[Tensor, Tensor | float, Tensor | None]:
-        """The iterates, how far their residuals may be from ``norm`` (``[rows]``, or one figure for all), and what the
-        norm of each row's operator is at least (``[rows]``; ``None`` where the method knows nothing of it)."""
+        """The iterates, with what is known of them.
+
+        Returns:
+            The iterates ``[rows, dim]``; a bound of the difference between their true residuals and ``norm``
+            (``[rows]`` or one number for all, infinite where the recurrence gives none); and a lower bound of the norm
+            of each row's operator (``[rows]``; ``None`` where the method knows none).
+        """
         return state.x, 0.0, None
 
     def figures(self, report: Report, tally: Tensor) -> Report:
-        """The report with the method's own figures, of the ``tally`` (``[batch]``) of all its cycles."""
+        """The report with the method's own figures, from the ``tally`` (``[batch]``) summed over all cycles."""
         return report
 
 
 class CycleResult(NamedTuple):
-    """What is known of each row after a cycle; ``gap`` bounds how far its residual may be from ``norm``,
-    ``curvature`` is negative where that is known of the matrix, ``size`` bounds the matrix's norm from below, and
-    ``tally`` is the method's own."""
+    """The outcome of a cycle for each row.
+
+    Attributes:
+        x: iterates, ``[rows, dim]``.
+        norm: the norms of their residuals, by the recurrence; ``[rows]`` like all that follows.
+        gap: a bound of the error of ``norm``.
+        steps: the number of steps.
+        status: see :class:`~torchimplicit.Status`.
+        curvature: the smallest negative curvature, infinite where there was none.
+        size: a lower bound of the norm of the matrix.
+        tally: the method's own sum.
+    """
 
     x: Tensor
     norm: Tensor
@@ -86,13 +100,13 @@ class CycleResult(NamedTuple):
     tally: Tensor
 
     def updated(self, part: CycleResult, rows: Tensor | None) -> CycleResult:
-        """This, with ``part`` in the given rows (``None``: in all)."""
+        """This outcome with ``part`` in the given rows (``None``: in all)."""
         if rows is None:
             return part
         return CycleResult(*(old.index_copy(0, rows, new) for old, new in zip(self, part, strict=True)))
 
     def followed_by(self, later: CycleResult, live: Tensor) -> CycleResult:
-        """This, with what a later cycle made of the live rows."""
+        """This outcome, continued by a later cycle for the live rows."""
         later = later._replace(
             steps=self.steps + later.steps,
             curvature=self.curvature.minimum(later.curvature),
@@ -103,9 +117,10 @@ class CycleResult(NamedTuple):
 
 
 class _Notes(NamedTuple):
-    """What is kept of each row of the state.
+    """The loop's record of each row of the state.
 
-    ``pending`` is its tolerance, and infinite once it has stopped; ``norm`` and ``steps`` are then those at its end.
+    ``pending`` is the row's tolerance while it is active, and infinite afterwards, so that ``norm > pending`` tests
+    both at once. ``norm`` and ``steps`` are valid once the row has stopped.
     """
 
     tolerance: Tensor
@@ -117,10 +132,17 @@ class _Notes(NamedTuple):
 
 
 class Cycle:
-    """The state of a cycle: which rows are still at work, and what became of the others.
+    """A cycle in progress: which rows are still active, and what became of the others.
 
     Attributes:
-        finished: whether every row has converged, as far as its recurrence knows, or gone non-finite.
+        outcome: of all rows that the cycle began with.
+        rows: where the rows of the state stand among those; ``None`` while none have been dropped.
+        current, alive: how many rows the state has, and how many of them are active.
+        best: the smallest residual norms and their iterates; ``None`` for a monotone method.
+        finished: whether every row has converged by its recurrence or gone non-finite, so that no row is undecided.
+        smooth: whether all rows have been active in every check so far; then one predicate is read instead of counts.
+        wasted: row products spent on stopped rows since the last drop, see :meth:`_drop`.
+        setup: what restricting the operator costs per remaining row.
     """
 
     def __init__(
@@ -143,7 +165,7 @@ class Cycle:
         self.smooth = self.best is None and norm.shape[0] > 0
 
     def run(self, limit: int, check_every: int) -> CycleResult:
-        """Steps until every row has stopped, ``limit`` at most, looking at the residuals every so many."""
+        """Take steps until every row has stopped, ``limit`` at most, and check the rows every ``check_every`` steps."""
         while True:
             slow = self._check(self.steps == limit)
             if not self.alive or self.steps == limit:
@@ -154,16 +176,16 @@ class Cycle:
             for ahead in reversed(range(min(check_every, limit - self.steps))):
                 self.state = self.method.step(self.system, self.state, slow)
                 self.steps, slow = self.steps + 1, None
-                if self.best is not None and ahead:  # the last one's turn comes with the look at the device
+                if self.best is not None and ahead:  # the check after the last of these steps does it for that one
                     self._keep_best(*self.best)
 
     def _check(self, last: bool) -> int | None:
-        """The one look at the device. Deals with the rows that have stopped; returns the count of the slow ones."""
+        """Stop the rows that are done; returns the number of slow ones. The only read from the device in a step."""
         broken, slow_rows = getattr(self.state, "broken", None), getattr(self.state, "slow", None)
         above = self.state.norm > self.notes.pending
-        # each look waits for the device, so that all that the host asks is counted in one stack
+        # each read waits for the device, so all counts are read in one stack
         if self.smooth:
-            # one predicate where all rows go on and none is slow, as one would be that has become infinite
+            # a single predicate while all rows go on and none is slow (an infinite or NaN residual would be)
             self.smooth = slow_rows is not None and broken is None and not last
             if self.smooth and bool((above > slow_rows).all()):
                 return 0
@@ -193,7 +215,14 @@ class Cycle:
         return slow[0] if slow else None
 
     def _stop(self, stopped: Tensor, above: Tensor, failed: Tensor | None, last: bool) -> None:
-        """Note the rows that stop here, and lay them to rest; ``failed``: those that are no longer finite."""
+        """Record the rows ``stopped`` and clear their state.
+
+        Args:
+            stopped: bool ``[rows]``.
+            above: bool ``[rows]``, the rows above their tolerance.
+            failed: bool ``[rows]``, the rows that are no longer finite; ``None`` for none.
+            last: whether the cycle ends here, so that nothing needs to be cleared.
+        """
         norm, notes = self.state.norm, self.notes
         if failed is not None:
             self._restore(failed)
@@ -214,17 +243,18 @@ class Cycle:
             self.state = clear(self.state, stopped, keep=self.method.kept)
 
     def _restore(self, failed: Tensor) -> None:
-        """Put rows that are no longer finite back to the last iterate that was looked at."""
+        """Put rows that are no longer finite back to the iterate of the last check."""
         x, *_ = self.method.iterate(self.previous)
         self.system = self.system.without(failed)
         state = clear(self.state, failed)
         self.state = state._replace(x=x.where(failed[:, None], state.x), norm=self.state.norm)
 
     def _drop(self, active: Tensor) -> None:
-        """Leave the rows that have stopped behind, where that is possible and seems to pay.
+        """Drop the rows that have stopped, where that is possible and pays.
 
-        Making the restricted operator may cost a product of each row that stays. How long these rows will take is not
-        known, so they are made to pay once as much has been wasted on the others: at most twice the best cost.
+        Making the restricted operator may cost a product of each row that stays, and how many steps these still need is
+        unknown. As in the ski-rental problem, the price is paid once as much has been wasted on stopped rows: the total
+        is at most twice that of the best decision.
         """
         idle = self.current - self.alive
         self.wasted += idle

@@ -25,21 +25,25 @@ JOINED_ENTRIES = 2**24
 @final
 @dataclass(frozen=True, kw_only=True)
 class Dense(BlockSolver):
-    """Assembles the matrices from ``dim`` products and factorizes them by LU: exact, and best for small ``dim``.
+    """Assembles the matrices by ``dim`` products and factorizes them (LU): exact, and best for small ``dim``.
 
-    Takes memory for ``batch * dim**2`` entries and time for ``batch * dim**3``. With a null vector :math:`n` it solves
-    the bordered (KKT) system :math:`\\begin{pmatrix}A & n\\\\ n^T & 0\\end{pmatrix}`, which is regular. A sample whose
-    matrix is singular, in units in which its rows and columns are of one size, gets the least-squares solution of least
-    norm: ``Status.CONVERGED`` where that solves the system, with an infinite ``condition``, and ``Status.BREAKDOWN``
-    elsewhere. The residual is taken from the matrices; no starting point is needed, and ``x0`` is only checked. Where
-    the operator is symmetric, the report's ``curvature`` holds the least eigenvalue of each matrix that has a negative
-    one.
+    Takes memory for ``batch * dim**2`` entries and time proportional to ``batch * dim**3``. With a null vector
+    :math:`n` it solves the bordered (KKT) system :math:`\\begin{pmatrix}A & n\\\\ n^T & 0\\end{pmatrix}`, which is
+    regular.
+
+    A sample whose matrix is singular after equilibration of its rows and columns gets the least-squares solution of
+    minimum norm: with ``Status.CONVERGED`` and an infinite ``condition`` if that solves the system, and with
+    ``Status.BREAKDOWN`` otherwise. For a symmetric operator, the report's ``curvature`` holds the smallest eigenvalue
+    of each matrix that has a negative one. Residuals are computed from the matrices; ``x0`` is checked but not used.
 
     Attributes:
-        rtol: relative residual up to which a sample counts as solved; ``None`` stands for ``eps(dtype)**(2/3)``. One
-            that is no larger than the rounding of :math:`Ay`, and than ``eps**(1/2)``, counts too: the solution is then
-            as good as the matrix's condition lets it be.
-        atol: absolute residual up to which it does.
+        rtol: the relative residual up to which a sample counts as solved; ``None`` stands for ``eps(dtype)**(2/3)``. A
+            residual no larger than both the rounding of :math:`Ay` and ``eps**(1/2)`` counts as solved too: the
+            solution is then as accurate as the condition of the matrix allows.
+        atol: the absolute residual up to which a sample counts as solved.
+
+    Raises:
+        ValueError: a tolerance is negative.
     """
 
     rtol: float | None = None
@@ -56,7 +60,7 @@ class Dense(BlockSolver):
         return default_rtol(dtype) if self.rtol is None else self.rtol, self.atol
 
     def joined(self, operator: LinearOperator, joined: LinearOperator) -> LinearSolver:
-        """Itself, or where the matrix would be too large GMRES with the matrices of single samples."""
+        """Itself, or, where the joined matrix is too large, GMRES preconditioned by the matrices of single samples."""
         if joined.batch * joined.dim**2 <= JOINED_ENTRIES:
             return self
         rtol, atol = self.tolerances(joined.dtype)
@@ -64,10 +68,10 @@ class Dense(BlockSolver):
 
     @torch.no_grad()
     def solve(self, operator: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
-        """Solve for ``b`` (``[batch, dim]``). Runs without recording gradients.
+        """Solve for ``b`` (``[batch, dim]``). Records no gradients.
 
         Raises:
-            ValueError: if ``b`` or ``x0`` does not fit the operator.
+            ValueError: ``b`` or ``x0`` does not fit the operator.
         """
         check_vectors(operator, b, x0)
         solution = self.substitute(Factorization.of(operator), b[None])
@@ -79,7 +83,7 @@ class Dense(BlockSolver):
         return self.substitute(Factorization.of(operator), b)
 
     def substitute(self, factors: Factorization, b: Tensor, transposed: bool = False) -> LinearSolution:
-        """Solve for a block ``[k, batch, dim]`` with matrices that are factorized already, or with their transposes."""
+        """Solve for a block ``[k, batch, dim]`` with given factors, or with the transposed matrices."""
         rtol, atol = self.tolerances(b.dtype)
         whole = UnitRows.of(b.to(factors.matrix.dtype))
         finite = factors.finite & whole.finite.squeeze(-1)
@@ -88,22 +92,28 @@ class Dense(BlockSolver):
         tolerance = rtol * scale + atol * whole.factor.squeeze(-1)
         x, regular = factors.solve(rhs, transposed)
         residual = factors.residual_norm(rhs, x, transposed)
-        solved, limit = regular & (residual <= tolerance), tolerance
-        failed = ((~solved & finite).any(0) | factors.suspect & factors.finite).nonzero().squeeze(1)
+        solved, limit, suspect = regular & (residual <= tolerance), tolerance, factors.suspect & factors.finite
+
+        def failing(solved: Tensor) -> Tensor:
+            """The samples that need a closer look, int64."""
+            return ((~solved & finite).any(0) | suspect).nonzero().squeeze(1)
+
+        failed = failing(solved)
         if len(failed):
-            # no residual can be asked to be smaller than the rounding of the product with the solution (Wilkinson
-            # 1963), as long as that leaves half of the digits
+            # no residual can be smaller than the rounding of the product with the solution (Wilkinson 1963); accepted
+            # as long as half of the digits are left
             eps, norm = torch.finfo(x.dtype).eps, safe_norm(factors.matrix.flatten(1))
             rounding = (eps * norm * safe_norm(x)).nan_to_num(0.0).minimum(eps**0.5 * scale)
             limit = tolerance.maximum(rounding)
             solved = regular & (residual <= limit)
-            failed = ((~solved & finite).any(0) | factors.suspect & factors.finite).nonzero().squeeze(1)
+            failed = failing(solved)
         singular = torch.zeros_like(factors.finite)
         if len(failed):
             singular = singular.index_copy(0, failed, factors.singular(failed))
             other = x.index_copy(1, failed, factors.least_squares(rhs, failed, transposed))
             size = factors.residual_norm(rhs, other, transposed)
-            # of the many solutions of a consistent singular system that of least norm
+            # a consistent singular system has many solutions: the one of minimum norm is returned, even where LU found
+            # another
             better = ~(residual <= size) | (singular & (size <= tolerance))
             x, residual = other.where(better[..., None], x), size.where(better, residual)
             solved = (solved | singular) & (residual <= torch.where(singular, tolerance, limit))
@@ -126,7 +136,7 @@ class Dense(BlockSolver):
 
 
 class FactorizedOnce(BlockSolver):
-    """:class:`Dense` for the operators of one point: it factorizes once, for :math:`A` and :math:`A^T`."""
+    """:class:`Dense` for the operators of one point: factorizes once for :math:`A` and :math:`A^T`."""
 
     def __init__(self, dense: Dense):
         self.dense = dense
@@ -136,16 +146,16 @@ class FactorizedOnce(BlockSolver):
         return self.dense.tolerances(dtype)
 
     def joined(self, operator: LinearOperator, joined: LinearOperator) -> LinearSolver:
-        serves = self.dense.joined(operator, joined)
-        return self if serves is self.dense else serves
+        solver = self.dense.joined(operator, joined)
+        return self if solver is self.dense else solver
 
     def solve(self, operator: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
-        found = self.solve_block(operator, b[None])
-        return LinearSolution(found.value[0], found.report)
+        solution = self.solve_block(operator, b[None])
+        return LinearSolution(solution.value[0], solution.report)
 
     @torch.no_grad()
     def solve_block(self, operator: LinearOperator, b: Tensor) -> LinearSolution:
-        if operator.batch not in self._factors:  # of the samples, or of the batch as one system
+        if operator.batch not in self._factors:  # by batch size: the samples, and the batch as one system
             self._factors[operator.batch] = Factorization.of(operator), operator.transposed
         factors, flipped = self._factors[operator.batch]
         return self.dense.substitute(factors, b, transposed=operator.transposed != flipped)
@@ -158,12 +168,12 @@ class Factorization:
     Attributes:
         matrix: ``[batch, dim, dim]``, in the working precision; the identity for a sample that is not finite.
         null: ``[batch, dim]``, see :class:`LinearOperator`; the factors are then those of the bordered matrices.
-        full: what is factorized.
+        full: what is factorized: ``matrix``, bordered where there is a null vector.
         lu, pivots, info: the factors.
-        finite: bool ``[batch]``.
-        curvature: of symmetric operators, the least eigenvalue on the complement of ``null`` where it is negative, and
-            NaN where it is not, ``[batch]``; ``None`` for others.
-        products: what assembling cost.
+        finite: bool ``[batch]``, whether the assembled matrix is finite.
+        curvature: ``[batch]``, the smallest eigenvalue on the complement of ``null`` where it is negative, else NaN;
+            ``None`` where the operator is not symmetric.
+        products: the number of products that assembling took.
     """
 
     matrix: Tensor
@@ -178,7 +188,7 @@ class Factorization:
 
     @classmethod
     def of(cls, operator: LinearOperator) -> Factorization:
-        """Assemble, and factorize."""
+        """Assemble and factorize the matrices of ``operator``."""
         dtype = working_dtype(operator.dtype)
         matrix = (operator.unprojected or operator).dense().to(dtype)
         finite = (matrix.amax((-2, -1)) < torch.inf) & (matrix.amin((-2, -1)) > -torch.inf)  # false where there is NaN
@@ -201,13 +211,13 @@ class Factorization:
 
     @property
     def size(self) -> Tensor:
-        """What the norm of each matrix is at least, ``[batch]``: that of its largest column."""
+        """A lower bound of the norm of each matrix, ``[batch]``: that of its largest column."""
         return torch.linalg.vector_norm(self.matrix, dim=-2).amax(-1)
 
     @property
     def suspect(self) -> Tensor:
-        """bool ``[batch]``, where a pivot is nothing but rounding beside the others, as in matrices that are singular,
-        or badly scaled."""
+        """bool ``[batch]``, where the smallest pivot is rounding beside the largest: the matrix is singular, or only
+        badly scaled."""
         pivots = self.lu.diagonal(dim1=-2, dim2=-1).abs()
         if not pivots.shape[-1]:
             return torch.zeros_like(self.finite)
@@ -218,9 +228,9 @@ class Factorization:
         return self.lu.shape[-1] * torch.finfo(self.lu.dtype).eps
 
     def singular(self, rows: Tensor) -> Tensor:
-        """bool ``[len(rows)]``, which of the samples ``rows`` are singular in whatever units."""
+        """bool ``[len(rows)]``, which of the samples ``rows`` are singular after equilibration."""
         matrix = self.full[rows]
-        for dim in (-1, -2, -1, -2):  # Ruiz (2001)
+        for dim in (-1, -2, -1, -2):  # Ruiz's scaling (2001): units of equations and unknowns do not count
             size = matrix.abs().amax(dim, keepdim=True).sqrt()
             matrix = matrix / torch.where(size > 0, size, 1)
         values = torch.linalg.svdvals(matrix)
@@ -231,10 +241,11 @@ class Factorization:
         return v if self.null is None else v - (v * self.null).sum(-1, keepdim=True) * self.null
 
     def solve(self, rhs: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-        """The solutions ``[k, batch, dim]``, refined once, and whether they could be had; NaN where not."""
+        """The solutions ``[k, batch, dim]``, refined once, NaN where the factorization fails; and bool ``[k, batch]``,
+        where it does not."""
         b = self._columns(rhs)
         matrix = self.full.mT if transposed else self.full
-        # one step of refinement takes the error of badly scaled rows off (Skeel 1980)
+        # one step of refinement makes Gaussian elimination stable for badly scaled rows as well (Skeel 1980)
         x = torch.linalg.lu_solve(self.lu, self.pivots, b, adjoint=transposed)
         x = x + torch.linalg.lu_solve(self.lu, self.pivots, b - matrix @ x, adjoint=transposed)
         x = self._rows(x)
@@ -242,18 +253,18 @@ class Factorization:
         return x.where(regular[..., None], torch.nan), regular
 
     def least_squares(self, rhs: Tensor, rows: Tensor, transposed: bool) -> Tensor:
-        """The least-squares solutions of least norm, of the samples ``rows`` only: ``[k, len(rows), dim]``."""
+        """The least-squares solutions of minimum norm for the samples ``rows`` only: ``[k, len(rows), dim]``."""
         matrix = self.full.mT if transposed else self.full
         return self._rows(torch.linalg.pinv(matrix[rows]) @ self._columns(rhs)[rows])
 
     def residual_norm(self, rhs: Tensor, x: Tensor, transposed: bool) -> Tensor:
-        """``[k, batch]``."""
+        """The norms of ``rhs - A x`` (projected), ``[k, batch]``."""
         matrix = self.matrix.mT if transposed else self.matrix
         image = (matrix @ x.permute(1, 2, 0)).permute(2, 0, 1)
         return torch.linalg.vector_norm(self.project(rhs - image), dim=-1)
 
     def _columns(self, rhs: Tensor) -> Tensor:
-        """``[k, batch, dim]`` to the columns of the system, ``[batch, dim or dim + 1, k]``."""
+        """Right-hand sides ``[k, batch, dim]`` as the columns of the system, ``[batch, dim or dim + 1, k]``."""
         columns = rhs.permute(1, 2, 0)
         return columns if self.null is None else torch.nn.functional.pad(columns, (0, 0, 0, 1))
 
@@ -264,7 +275,7 @@ class Factorization:
 @final
 @dataclass(frozen=True)
 class _Matrices(Preconditioner):
-    """The factorized matrices themselves; a singular one leaves its row as it is."""
+    """The factorized matrices of the operator as a preconditioner; a singular one leaves its row as it is."""
 
     def prepare(self, operator: LinearOperator, definite: bool = False) -> PreparedPreconditioner:
         factors = Factorization.of(operator)
@@ -285,9 +296,9 @@ class _Matrices(Preconditioner):
 
 
 def _bordered(matrix: Tensor, null: Tensor) -> Tensor:
-    """The system that also asks for a solution orthogonal to ``null``.
+    """The matrix of the system that also asks for a solution orthogonal to ``null``.
 
-    The border takes the size of the matrix's entries, or the bordered system would be ill-conditioned.
+    The border is scaled to the size of the matrix's entries, or the bordered system would be ill-conditioned.
     """
     size = matrix.abs().amax((-2, -1), keepdim=True)
     border = (null * size.where(size > 0, 1.0).squeeze(-1)).unsqueeze(-1)
@@ -295,12 +306,10 @@ def _bordered(matrix: Tensor, null: Tensor) -> Tensor:
 
 
 def _negative_curvature(matrix: Tensor, null: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The least eigenvalues of symmetric matrices on the complement of ``null``, NaN where they are not negative beyond
-    the rounding of products in ``dtype``.
-
-    A Cholesky factor proves a matrix positive definite, at a fraction of the cost of its eigenvalues.
-    """
+    """The smallest eigenvalues of symmetric matrices on the complement of ``null``, NaN where they are not negative
+    beyond the rounding of products in ``dtype``; ``[batch]``."""
     compressed = without_null(matrix, null)
+    # a Cholesky factorization that succeeds proves the matrix positive definite at a fraction of the eigenvalues' cost
     _, info = torch.linalg.cholesky_ex(compressed)
     least = matrix.new_full((len(matrix),), torch.nan)
     rows = info.nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""Units in which the rows and columns of a matrix are of one size, found by a few products."""
+"""Matrix-free equilibration: diagonal scalings that give the rows and columns of a matrix about the same norm."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from torch import Tensor
 from torchimplicit.linear.operator import LinearOperator, Product
 
 ROUNDS, PROBES = 5, 3
-"""How often the sizes of rows and columns are measured, and by how many random vectors each time."""
+"""How often the norms of rows and columns are estimated, and by how many random vectors each time."""
 
 
 @torch.no_grad()
 def equilibrated(operator: LinearOperator) -> tuple[Tensor, Tensor]:
-    """Diagonals :math:`D_l, D_r`, ``[batch, dim]``, with which the rows and columns of :math:`D_lAD_r` have norms of
-    about one (Bradley and Murray 2011): those of a random vector's image, in the mean. They are powers of two, and one
-    and the same where the operator is symmetric; of one without its transpose the rows alone are measured. The vectors
-    are the same in every call. It takes up to ``2 * ROUNDS * PROBES`` products.
+    """Diagonals :math:`D_l, D_r`, ``[batch, dim]``, for which the rows and columns of :math:`D_lAD_r` have norms of
+    about one (Bradley and Murray 2011).
+
+    Norms are estimated by products with random signs, the same ones in every call, in up to ``2 * ROUNDS * PROBES``
+    products. The diagonals are powers of two, so that scaling rounds nothing. For a symmetric operator both are the
+    same tensor; without a transposed product only the rows are scaled.
     """
     left = torch.ones(operator.batch, operator.dim, dtype=operator.dtype, device=operator.device)
     right, flipped = left, operator.transposed_product
+    # signs from a chaotic sequence instead of a generator, whose state belongs to the user
     number = torch.arange(1, PROBES * operator.dim + 1, dtype=torch.float64, device=operator.device)
     signs = torch.sin(number.square()).sign().reshape(PROBES, operator.dim).to(operator.dtype)
 

@@ -12,31 +12,33 @@ from torchimplicit.precision import widened, working_dtype
 from torchimplicit.state import row_norm
 
 LEAST_ERROR, LARGEST_ERROR = 1e-2, 3e-2
-"""Where Davidson's method stops: the residual of a Ritz pair over its value. The value's own error is of the square."""
+"""Davidson's method stops where the residual of a Ritz pair, relative to its value, is this small. The error of the
+value itself is of the order of the square."""
 ZERO = 1e-3
-"""Of the largest eigenvalue: a least one of smaller modulus is sought as if it were so large."""
+"""A least eigenvalue below this share of the largest is sought to the accuracy of one of this size."""
 SMALL = 16
-"""Dimensions up to which a dense matrix is as cheap as anything."""
+"""Up to this many dimensions a dense matrix is always the cheapest."""
 
 
 @torch.no_grad()
 def extreme_eigenvalues(
     operator: LinearOperator, subspace: int = 128, seed: int = 0, preconditioner: Preconditioner | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The least and the largest eigenvalue, ``[batch]`` each, on the complement of the operator's null vector; NaN for
-    a sample whose products are not finite.
+    """The smallest and the largest eigenvalue of a symmetric operator, on the complement of its null vector.
 
-    Exact up to ``subspace`` dimensions; beyond, the extreme Ritz values of so many Lanczos steps, fully
-    reorthogonalized (Saad 2011, section 6.3), which approach the eigenvalues from inside.
-
-    With a preconditioner they are found to a few digits, by Davidson's method (Morgan and Scott 1986; Saad 2011,
-    section 8.4), likewise from inside: near a Hessian that is kept, some ten products do.
+    They are exact up to ``subspace`` dimensions. Beyond, they are the extreme Ritz values of ``subspace`` Lanczos steps
+    with full reorthogonalization (Saad 2011, section 6.3), which lie within the spectrum and approach its ends. With a
+    preconditioner they are found to a few digits by Davidson's method (Morgan and Scott 1986; Saad 2011, section 8.4),
+    from within the spectrum as well; near a reference Hessian some ten products are enough.
 
     Args:
         operator: symmetric.
         subspace: the most products that are taken.
         seed: of the first vector.
-        preconditioner: of systems with this operator.
+        preconditioner: for systems with this operator.
+
+    Returns:
+        Two tensors ``[batch]``; NaN for a sample whose products are not finite.
     """
     if preconditioner is not None and operator.dim > SMALL:
         free = operator.dim - (operator.null is not None)
@@ -49,7 +51,7 @@ def _dense(operator: LinearOperator) -> tuple[Tensor, Tensor]:
 
 
 def _ends(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and largest eigenvalue of symmetric matrices; NaN for one that is not finite."""
+    """The smallest and the largest eigenvalue of symmetric matrices; NaN for one that is not finite."""
     sound = matrix.isfinite().all(dim=2).all(dim=1)
     values = torch.linalg.eigvalsh(torch.where(sound[:, None, None], matrix, 0)).masked_fill(~sound[:, None], torch.nan)
     return values[:, 0], values[:, -1]
@@ -67,12 +69,12 @@ def _lanczos(operator: LinearOperator, size: int, seed: int) -> tuple[Tensor, Te
         w = widened(operator.product(v.to(operator.dtype)))
         tridiagonal[:, j, j] = (v * w).sum(dim=1)
         scale = row_norm(w)
-        # rounding along the null vector would be blown up where little else is left
+        # projected again: where little is left of v, normalization would amplify rounding along the null vector
         v = operator.project(_orthogonal(w, basis[:, : j + 1]))
         length = row_norm(v)
         if j + 1 == size:
             break
-        # where the space is exhausted, another begins, orthogonal to it
+        # an invariant subspace is exhausted: go on with a random vector orthogonal to it, decoupled by a zero
         done = length <= 100 * torch.finfo(w.dtype).eps * scale
         tridiagonal[:, j, j + 1] = tridiagonal[:, j + 1, j] = torch.where(done, 0, length)
         fresh = _orthogonal(widened(_random(operator, generator)), basis[:, : j + 1])
@@ -82,17 +84,18 @@ def _lanczos(operator: LinearOperator, size: int, seed: int) -> tuple[Tensor, Te
 
 
 def _davidson(operator: LinearOperator, size: int, seed: int, preconditioner: Preconditioner) -> tuple[Tensor, Tensor]:
-    """The space grows by the preconditioned residual of the least Ritz pair and by that of the largest itself."""
+    """Davidson's method for both ends. The space grows by the preconditioned residual of the smallest Ritz pair, and by
+    the plain residual of the largest, which needs no preconditioner to converge."""
     system = LinearSystem.of(operator, preconditioner, definite=True)
     generator = torch.Generator().manual_seed(seed)
     first, second = _random(operator, generator), _random(operator, generator)
-    wanted = [system.precondition(first), second]
+    expansions = [system.precondition(first), second]
     basis = images = widened(first).new_zeros(operator.batch, 0, operator.dim)
     while True:
-        for v in wanted[: size - basis.shape[1]]:
+        for v in expansions[: size - basis.shape[1]]:
             length = row_norm(widened(v))
             v = _orthogonal(widened(operator.project(v)), basis)
-            spent = row_norm(v) <= 100 * torch.finfo(v.dtype).eps * length
+            spent = row_norm(v) <= 100 * torch.finfo(v.dtype).eps * length  # it lies in the space already
             v = torch.where(spent[:, None], _orthogonal(widened(_random(operator, generator)), basis), v)
             v = widened(operator.project((v / row_norm(v)[:, None]).to(operator.dtype)))
             basis = torch.cat([basis, v[:, None]], dim=1)
@@ -109,11 +112,11 @@ def _davidson(operator: LinearOperator, size: int, seed: int, preconditioner: Pr
         if basis.shape[1] >= size or all(done):
             return ends[:, 0], ends[:, 1]
         first, second = residuals.to(operator.dtype).unbind(dim=1)
-        wanted = [v for v, there in zip((system.precondition(first), second), done, strict=True) if not there]
+        expansions = [v for v, there in zip((system.precondition(first), second), done, strict=True) if not there]
 
 
 def _random(operator: LinearOperator, generator: torch.Generator) -> Tensor:
-    """Vectors ``[batch, dim]`` without a component along the null vector."""
+    """Random vectors ``[batch, dim]`` orthogonal to the null vector."""
     drawn = torch.randn(operator.batch, operator.dim, generator=generator)
     return operator.project(drawn.to(operator.device, operator.dtype))
 

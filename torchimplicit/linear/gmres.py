@@ -19,19 +19,21 @@ from torchimplicit.validation import check_count
 @final
 @dataclass(frozen=True, kw_only=True)
 class GMRES(IterativeSolver):
-    """The least residual over the Krylov space, for any regular system: the default for non-symmetric ones.
+    """GMRES: the minimal residual over the Krylov space, for any regular system. The default for non-symmetric ones.
 
-    Adaptive simpler GMRES (Jiranek and Rozloznik, *Adaptive version of simpler GMRES*, Numer. Algorithms 2010): the
-    images :math:`AZ = QU` of the search directions are orthogonalized instead of the directions, so that the residual
-    itself is at hand in every step, with no rotations. The next direction is the residual where that has fallen well,
-    which keeps Z well conditioned, and the last image otherwise, which keeps the method from breaking down on
-    skew-symmetric systems. Preconditioning is from the right, so that the residual is the true one.
-
-    Residuals lie in the span of the first one and the images, and need not be kept themselves.
+    This is adaptive simpler GMRES (Jiranek and Rozloznik, *Adaptive version of simpler GMRES*, Numer. Algorithms 2010).
+    It orthogonalizes the images :math:`AZ = QU` of the search directions instead of the directions, so that the
+    residual itself is available in every step, without rotations. The next direction is the residual where that has
+    fallen well, which keeps Z well conditioned, and otherwise the last image, which avoids breakdown on skew-symmetric
+    systems. Preconditioning is from the right, so the residual is the true one. Residuals lie in the span of the first
+    one and the images, and need not be stored.
 
     Attributes:
-        restart: images that are kept, one vector a sample each, with a preconditioner two; the memory grows as they are
-            made.
+        restart: the number of images that are kept: one vector per sample each, two with a preconditioner. Memory is
+            allocated as they are made.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     restart: int = 40
@@ -45,12 +47,17 @@ class GMRES(IterativeSolver):
 
 
 class _State(NamedTuple):
-    """What is known after k steps.
+    """The state after k steps. Tuples have one entry per step.
 
-    ``images`` (``[rows, capacity, dim]``) are the q, and ``directions`` the z where they are preconditioned. ``first``
-    is the first residual; ``turned`` says of each step which rows did not take the residual for their direction (bool
-    ``[rows]``; ``None``: all took it). ``columns`` are those of U without the diagonal, ``[rows, i]`` the i-th, which
-    ``sizes`` holds (``[rows, 1]`` each, as ``coefficients``); ``lengths`` are the norms of the z (``[rows]`` each).
+    Attributes:
+        r, first: the residual, and the first one.
+        turned: bool ``[rows]``, the rows whose direction was not the residual; ``None``: it was for all.
+        lengths: the norms of the directions z, ``[rows]``.
+        coefficients: the products of the residual with the images, a in the paper, ``[rows, 1]``.
+        sizes: the diagonal of U, ``[rows, 1]``.
+        columns: the columns of U above the diagonal, ``[rows, i]`` for the i-th.
+        images: the orthonormal q, ``[rows, capacity, dim]``.
+        directions: the z where they are preconditioned, shaped likewise; ``None``: they follow from the residuals.
     """
 
     norm: Tensor
@@ -69,16 +76,16 @@ class _State(NamedTuple):
 
 
 _FALL = 0.9
-"""How far the residual has to fall in a step to be the next direction."""
+"""The residual has to fall to this share in a step to be the next direction."""
 
 _CHUNK = 6
-"""Vectors that memory is made for at first; it doubles as needed."""
+"""Memory is allocated for this many vectors at first, and doubles as needed."""
 
 
 def _threshold(dtype: torch.dtype) -> float:
-    """The part of an image that has to be left by orthogonalization for it to be more than rounding.
+    """The share of an image that orthogonalization has to leave for it to be more than rounding.
 
-    If less is left, the image was in the span of the ones before: the system is singular, as far as can be told.
+    If less is left, the image was in the span of the ones before, and the system is numerically singular.
     """
     return float(torch.finfo(dtype).eps ** 0.75)
 
@@ -101,7 +108,7 @@ class _AdaptiveSimplerGMRES(Method):
             images = _grown(images, min(2 * k, self.restart))
             directions = None if directions is None else _grown(directions, images.shape[1])
         z, length, turned, broken = r, state.norm, None, None
-        if slow != 0 and k:
+        if slow != 0 and k:  # some rows stagnate, or it is not known whether any does (``None``)
             turned, broken = state.slow, self._broken(state)
             z = torch.where(turned.unsqueeze(1), images.select(1, k - 1), r)
             length = length.masked_fill(turned, 1)
@@ -115,7 +122,8 @@ class _AdaptiveSimplerGMRES(Method):
             column = inner(basis, w)
             w = less(w, column, basis)
             if slow != 0:
-                # Where the residual falls well, the directions are well conditioned, and once is enough.
+                # Orthogonalized twice, for ill-conditioned directions. Where the residual falls well, the directions
+                # are well conditioned, and once is enough.
                 more = inner(basis, w)
                 w, column = less(w, more, basis), column + more
         else:
@@ -142,9 +150,9 @@ class _AdaptiveSimplerGMRES(Method):
         )
 
     def iterate(self, state: _State) -> tuple[Tensor, Tensor | float, Tensor | None]:
-        """By the directions' coefficients from :math:`Ut = a`.
+        """The iterate :math:`x + Zt` with :math:`Ut = a`.
 
-        From an image on that was all but in the span of the ones before, the coefficients say nothing and are dropped.
+        Coefficients from the first image on that was numerically in the span of the ones before are dropped as noise.
         """
         k = len(state.sizes)
         if not k:
@@ -154,17 +162,18 @@ class _AdaptiveSimplerGMRES(Method):
         for i, (column, size) in enumerate(zip(state.columns, state.sizes, strict=True)):
             rows += [column, size, zeros.narrow(1, 0, k - 1 - i)]
         columns = torch.cat(rows, 1).unflatten(1, (k, k))
-        diagonal = columns.diagonal(dim1=1, dim2=2).clamp_min_(info.tiny)  # rows that were cleared have none
+        diagonal = columns.diagonal(dim1=1, dim2=2).clamp_min_(info.tiny)  # cleared rows have a diagonal of zeros
         sizes = torch.linalg.vector_norm(columns, dim=-1)
         sound = (diagonal >= _threshold(state.x.dtype) * sizes).to(diagonal.dtype).cumprod(1)
         steps = torch.cat(state.coefficients, 1)
         t = torch.linalg.solve_triangular(columns.mT, (steps * sound).unsqueeze(2), upper=True).squeeze(2)
         lengths = torch.stack(state.lengths, 1)
-        growth = (sizes / lengths.clamp_min(info.tiny)).amax(1)
+        growth = (sizes / lengths.clamp_min(info.tiny)).amax(1)  # |A z| / |z|, a lower bound of |A|
         if state.directions is None:
             x, whole = self._spanned(state, t, steps), lengths.maximum(lengths.narrow(1, 0, 1))
         else:
             x, whole = less(state.x, -t, state.directions.narrow(1, 0, k)), lengths
+        # the rounding of the products that the iterate is composed of
         gap = (t.abs() * whole).sum(1) * growth * (4 * info.eps)
         return x, gap.masked_fill_(sound[:, -1] == 0, torch.inf), growth
 
@@ -180,20 +189,20 @@ class _AdaptiveSimplerGMRES(Method):
             along_residual = t
         sums = along_residual.cumsum(1)
         total = sums.narrow(1, t.shape[1] - 1, 1)
-        weights = (total - sums) * steps  # of minus the images
+        weights = (total - sums) * steps  # what multiplies minus the images, summed over the residuals
         if turned:
             weights.narrow(1, 0, t.shape[1] - 1).sub_((t - along_residual).narrow(1, 1, t.shape[1] - 1))
         return less(torch.addcmul(state.x, total, state.first), weights, state.images.narrow(1, 0, t.shape[1]))
 
     def _broken(self, state: _State) -> Tensor:
-        """Where the latest image was in the span of the ones before; only looked for where the residual stagnates."""
+        """bool ``[rows]``: where the latest image was in the span of the ones before. Tested only under stagnation."""
         size = state.sizes[-1].squeeze(1)
         before = torch.linalg.vector_norm(state.columns[-1], dim=-1)
         return size <= (_threshold(size.dtype) * before.hypot(size)).clamp_min(torch.finfo(size.dtype).tiny)
 
 
 def _grown(vectors: Tensor, capacity: int) -> Tensor:
-    """The same vectors, with room for more."""
+    """The same vectors with memory for ``capacity``."""
     larger = room(vectors.select(1, 0), capacity)
     larger.narrow(1, 0, vectors.shape[1]).copy_(vectors)
     return larger

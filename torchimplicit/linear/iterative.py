@@ -1,4 +1,4 @@
-"""What the iterative linear solvers have in common: their fields, and the loop."""
+"""The base class of the iterative linear solvers: their options and the call of the loop."""
 
 from __future__ import annotations
 
@@ -32,8 +32,12 @@ class IterativeSolver(BlockSolver):
         max_steps: the most steps that a sample may take.
         preconditioner: an approximation of the operator with a cheap inverse, or a plain function
             :math:`v \\mapsto M^{-1}v`.
-        check_every: steps between two looks at the residuals. Each look waits for the device; on a GPU with quick
-            products it pays to look less often and take a few steps too many.
+        check_every: the residuals are tested once every so many steps. Each test waits for the device; on a GPU with
+            cheap products, testing less often saves time and may cost a few steps at the end.
+
+    Raises:
+        ValueError: a number is out of range.
+        TypeError: ``preconditioner`` is neither a preconditioner nor callable.
     """
 
     rtol: float | None = None
@@ -66,19 +70,19 @@ class IterativeSolver(BlockSolver):
 
     @abstractmethod
     def method(self, operator: LinearOperator) -> Method:
-        """The steps, for one operator; raises ``ValueError`` where the operator lacks what they need."""
+        """The steps for ``operator``; raises ``ValueError`` where the operator lacks what they need."""
 
     def _begin(self, operator: LinearOperator, b: Tensor) -> LinearSolution | Begun | None:
-        """The solution from zero by a leaner loop of the method's own; or what that leaves to the common one; ``None``
-        where it has nothing to give."""
+        """Try a leaner loop of the method's own, from zero: returns the solution, or where the common loop is to go on,
+        or ``None`` to leave everything to that."""
         return None
 
     @torch.no_grad()
     def solve(self, operator: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
-        """Solve for ``b`` (``[batch, dim]``), from ``x0`` or zero. Runs without recording gradients.
+        """Solve for ``b`` (``[batch, dim]``), starting from ``x0`` or zero. Records no gradients.
 
         Raises:
-            ValueError: if ``b`` or ``x0`` does not fit the operator, or the operator lacks what the method needs.
+            ValueError: ``b`` or ``x0`` does not fit the operator, or the operator lacks what the method needs.
         """
         check_vectors(operator, b, x0)
         preconditioner = as_preconditioner(self.preconditioner)
@@ -107,12 +111,9 @@ class IterativeSolver(BlockSolver):
 
     @torch.no_grad()
     def solve_block(self, operator: LinearOperator, b: Tensor) -> LinearSolution:
-        """Solve for a block, its products taken together; with a preconditioner, one after the other.
-
-        A preconditioner may be of one sample each, and knows nothing of copies.
-        """
+        """Solve for a block with its products taken together; with a preconditioner, one right-hand side at a time."""
         check_block(operator, b)
-        if self.preconditioner is not None:
+        if self.preconditioner is not None:  # it may hold one matrix per sample, and cannot be applied to copies
             return solve_each(self, operator, b)
         copies, batch, _ = b.shape
         solution = self.solve(operator.repeated(copies), b.reshape(-1, operator.dim))

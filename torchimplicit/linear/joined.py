@@ -1,4 +1,4 @@
-"""A preconditioner of single rows, where the rows are solved as one system."""
+"""The preconditioner of single rows for rows that are solved as one system."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torchimplicit.precision import working_dtype
 @final
 @dataclass(frozen=True, eq=False)
 class OfRows(Preconditioner):
-    """Block-diagonal: each row's own preconditioner.
+    """A block-diagonal preconditioner of the joined system, with the preconditioners of the rows as its blocks.
 
     Attributes:
         each: the preconditioner of the rows.
-        operator: of the rows, before they were joined.
+        operator: the operator of the rows before they were joined.
     """
 
     each: Preconditioner

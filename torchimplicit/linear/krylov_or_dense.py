@@ -1,4 +1,4 @@
-"""A Krylov method, and a factorization of the matrices that it does not cope with."""
+"""A Krylov method first, and a factorization for the samples that it does not solve."""
 
 from __future__ import annotations
 
@@ -9,37 +9,41 @@ import torch
 from torch import Tensor
 
 from torchimplicit.linear.base import BlockSolver, LinearSolution, LinearSolver, solve_each
-from torchimplicit.linear.confirmed import REPEATED, SLACK
+from torchimplicit.linear.confirmed import REPEATED, true_residual
 from torchimplicit.linear.dense import Dense
 from torchimplicit.linear.equilibrate import PROBES, ROUNDS, equilibrated
 from torchimplicit.linear.gmres import GMRES
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.operator import LinearOperator
-from torchimplicit.precision import UnitRows, default_rtol, safe_norm
+from torchimplicit.precision import default_rtol, safe_norm
 from torchimplicit.solution import Report, Status
 from torchimplicit.validation import check_count, check_nonnegative, check_type
 
 LONGER, DIRECTIONS, REFINEMENTS = 5, 400, 4
-"""Of the second try where the matrix is too large: how many times as many steps it may take, how many directions GMRES
-may keep, and how often the residual is solved for."""
+"""The second attempt where the matrix is too large to factorize: the factor on ``max_steps``, the most directions that
+GMRES may keep, and how often the residual is solved for."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class KrylovOrDense(BlockSolver):
-    """A Krylov method for as many steps as assembling the matrix would take products; then, for the samples that it has
-    not solved, :class:`Dense`.
+    """A Krylov method for about as many steps as assembling the matrix takes products, then :class:`Dense` for the
+    samples that are not solved.
 
-    So no system costs much more than twice what the better of the two would have cost, and none that is small enough to
-    be factorized is left unsolved since it is ill-conditioned. Where the matrices are too large, the Krylov method has
-    all of its ``max_steps``, and what it leaves is taken up once more in units in which rows and columns are of one
-    size, which a few products tell, with ``LONGER`` times as many steps, and by :class:`GMRES` with as many directions
-    as ``entries`` hold. The residuals in the report are those of the whole operator.
+    No system costs much more than twice what the better of the two would have cost, and an ill-conditioned system is
+    solved if it is small enough to be factorized. Where the matrices are too large, the Krylov method has all of its
+    ``max_steps``. What it leaves is tried once more, in units in which rows and columns have about the same size (a few
+    products estimate them), with ``LONGER`` times as many steps; :class:`GMRES` then keeps as many directions as fit
+    into ``entries``. The residuals in the report are those of the whole operator.
 
     Attributes:
-        krylov: the method that begins.
-        entries: the most entries of the matrices of all samples that are left.
-        rtol, atol: tolerances of each sample, for both; ``None``: ``eps(dtype)**(2/3)``.
+        krylov: the Krylov method.
+        entries: the most entries of the matrices that are assembled, over all samples that are left.
+        rtol, atol: tolerances of each sample for both methods; ``None``: ``eps(dtype)**(2/3)``.
+
+    Raises:
+        ValueError: a number is out of range.
+        TypeError: ``krylov`` is not an :class:`IterativeSolver`.
     """
 
     krylov: IterativeSolver = field(default_factory=GMRES)
@@ -71,7 +75,7 @@ class KrylovOrDense(BlockSolver):
         return replace(self, krylov=krylov)
 
     def _first(self, operator: LinearOperator, dtype: torch.dtype) -> IterativeSolver:
-        """The Krylov method, for as many steps as it is given."""
+        """The Krylov method with this solver's tolerances and the steps of the first attempt."""
         rtol, atol = self.tolerances(dtype)
         factorizes = operator.dim**2 <= self.entries
         steps = max(40, operator.dim // 2) if factorizes else self.krylov.max_steps
@@ -87,6 +91,7 @@ class KrylovOrDense(BlockSolver):
         rows = left.nonzero().squeeze(1)
         if solution.strayed or not len(rows):
             return solution
+        # restricting the operator costs an evaluation of the rows: only where a quarter of them is saved
         apart = operator.restrict is not None and 4 * len(rows) <= 3 * operator.batch
         if (len(rows) if apart else operator.batch) * operator.dim**2 > self.entries:
             if krylov.max_steps < self.krylov.max_steps:
@@ -113,8 +118,8 @@ class KrylovOrDense(BlockSolver):
         return solve_each(self, operator, b)
 
     def _again(self, operator: LinearOperator, b: Tensor, solution: LinearSolution, rows: Tensor) -> LinearSolution:
-        """The ``rows`` once more, in better units and with more steps and directions."""
-        if operator.null is not None or self.krylov.preconditioner is not None:
+        """Solve the ``rows`` once more, equilibrated and with more steps and directions."""
+        if operator.null is not None or self.krylov.preconditioner is not None:  # both belong to the old units
             return solution
         left, right = equilibrated(operator)
         rtol, atol = self.tolerances(b.dtype)
@@ -125,7 +130,7 @@ class KrylovOrDense(BlockSolver):
         scaled, chosen = operator.in_units(left, right), torch.zeros_like(b[:, :1], dtype=torch.bool)
         chosen = chosen.index_fill(0, rows, True)
         value, spent, steps = solution.value, solution.report.evaluations + 2 * ROUNDS * PROBES, solution.report.steps
-        for _ in range(REFINEMENTS):  # for what was solved in those units may not be in its own
+        for _ in range(REFINEMENTS):  # a residual that is small in the new units may not be small in the old ones
             rest = torch.where(chosen, b - operator.product(value), 0)
             share = float(((rtol * safe_norm(b) + atol) / safe_norm(rest)).nan_to_num(1.0).amin())
             if share >= 1:
@@ -147,25 +152,18 @@ class KrylovOrDense(BlockSolver):
         rows: Tensor,
         spent: float,
     ) -> LinearSolution:
-        """With the ``rows`` solved directly, where that is nearer to a solution of the whole operator's system."""
+        """``solution`` with the ``rows`` of ``direct``, where those have the smaller true residuals."""
         before, later = solution.report, direct.report
         value = solution.value.index_copy(0, rows, direct.value.to(solution.value.dtype))
-        whole = UnitRows.of(b)
-        wide = torch.promote_types(b.dtype, torch.float32)
-        right = operator.project(whole.unit)
-        image = operator.product(value.where(whole.finite, 0)) * whole.factor
-        size = torch.linalg.vector_norm(operator.project(right - image), dim=-1, dtype=wide)
-        scale = torch.linalg.vector_norm(right, dim=-1, dtype=wide)
-        rtol, atol = self.tolerances(b.dtype)
-        above = size > SLACK * (rtol * scale + atol * whole.factor.squeeze(-1))
-        relative = (size / scale.where(scale > 0, 1)).to(before.residual.dtype)
-        # solved to the rounding of a product, as one more product confirms
+        relative, above = true_residual(operator, b, value, self.tolerances(b.dtype))
+        relative = relative.to(before.residual.dtype)
+        # a row that was solved to the rounding of a product counts as solved if this product confirms its residual
         rounded = later.converged & (relative[rows] <= REPEATED * later.residual)
         above &= ~torch.zeros_like(above).index_copy(0, rows, rounded)
         chosen = torch.zeros_like(above).index_fill(0, rows, True) & ~(relative >= before.residual)
         status = torch.where(above, int(Status.BREAKDOWN), int(Status.CONVERGED))
 
-        def placed(new: Tensor | None, old: Tensor | None) -> Tensor | None:
+        def merged(new: Tensor | None, old: Tensor | None) -> Tensor | None:
             if new is None:
                 return old
             old = torch.full_like(before.residual, torch.nan) if old is None else old
@@ -176,13 +174,14 @@ class KrylovOrDense(BlockSolver):
             before.steps,
             torch.where(chosen, relative, before.residual),
             spent + 1,
-            curvature=placed(later.curvature, before.curvature),
-            condition=placed(later.condition, before.condition),
+            curvature=merged(later.curvature, before.curvature),
+            condition=merged(later.condition, before.condition),
         )
         return LinearSolution(torch.where(chosen[:, None], value, solution.value), figures)
 
 
 def _taken(solution: LinearSolution, rows: Tensor) -> LinearSolution:
+    """The solution of the samples ``rows`` alone."""
     figures: dict[str, Any] = {
         name: figure[rows] if isinstance(figure, Tensor) else figure for name, figure in vars(solution.report).items()
     }

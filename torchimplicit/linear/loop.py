@@ -3,15 +3,16 @@
 It owns the tolerance test of every sample, the masks, the best iterate, the steps and the report, the dropping of
 finished rows, and the check of the true residual. A method owns its step.
 
-Rows are dealt with at *checks*, each of which reads one small stack of counts from the device. A row that stops (it
-has converged, gone non-finite, or broken down) has its iterate copied out, and its part of the method's state is set
-to zero: every method keeps a zero row at zero, so that no mask is needed in the steps themselves. Once enough rows
-have stopped, and the operator can be restricted, they are dropped from the state instead.
+Rows stop at *checks*, each of which reads one small stack of counts from the device. When a row stops (it has
+converged, gone non-finite, or broken down), its iterate is copied out, and its part of the method's state is set to
+zero: every method keeps a zero row at zero, so the steps need no masks. Once enough rows have stopped, and the operator
+can be restricted, they are dropped from the state instead.
 
-Several *cycles* may make up a solve. A cycle ends when all rows have stopped, or when the method's memory is full. Then
-one product of the whole operator settles their residuals, and those not within their tolerance start again from where
-they are; later it is taken where a residual is in doubt. Where the first one is far from what the recurrence says, and
-rows may depend on each other, the solve ends.
+A solve consists of one or more *cycles*. A cycle ends when all rows have stopped or the method's memory is full. After
+the first cycle, one product of the whole operator gives the true residuals of all rows, and rows not within their
+tolerance start again from where they are; after later cycles it is taken only where a residual is in doubt. If the
+first true residual is far from the recurrence's and rows may depend on each other, the solve is abandoned, and the
+caller solves the rows as one system.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from torchimplicit.precision import UnitRows, safe_norm, working_dtype
 from torchimplicit.solution import Report, Status
 
 _DOUBT = 0.25
-"""The part of the tolerance, or of the residual, up to which a recurrence's residual is trusted to be the true one."""
+"""A recurrence's residual is trusted while its possible error is below this share of the tolerance or the residual."""
 
 _STRAYED = 4.0
-"""The factor from what a recurrence says to the true residual that may mean that rows depend on each other."""
+"""A true residual that exceeds the recurrence's by more than this factor may mean that rows depend on each other."""
 
 _MARGIN = 1.01
-"""The factor up to which a true residual may exceed its tolerance, for the rounding of a product."""
+"""A true residual may exceed its tolerance by this factor, for the rounding of a product."""
 
 _PROGRESS = 0.99
-"""The factor by which a cycle has to reduce the residual for another one to be worthwhile."""
+"""A cycle has to reduce the residual to this share for another cycle to be worthwhile."""
 
 
 def run(
@@ -53,19 +54,29 @@ def run(
     check_every: int,
     preconditioner: Preconditioner | None,
 ) -> LinearSolution:
-    """Solve with ``method``, every row to ``||b - A x|| <= atol + rtol ||b||``."""
+    """Solve with ``method``, every row to ``||b - A x|| <= atol + rtol ||b||``.
+
+    Args:
+        method: the steps.
+        operator: A.
+        b: right-hand sides, ``[batch, dim]``.
+        x0: the start; ``None`` for zero.
+        rtol, atol, max_steps, check_every: see :class:`~torchimplicit.linear.IterativeSolver`.
+        preconditioner: prepared here for the operator; ``None`` for none.
+    """
     dtype = b.dtype
     b = b.to(working_dtype(dtype))
-    # a method that takes nothing but products is right for rows that depend on each other, as they are
+    # Rows are scaled to unit size by powers of two, so that no square underflows; but not for a truncated series, which
+    # is right even for rows that depend on each other, as long as each keeps its own scale.
     whole = UnitRows.of(b) if method.watched else UnitRows.as_they_are(b)
     b = operator.project(whole.unit)
     scale = torch.linalg.vector_norm(b, dim=-1) if method.watched else safe_norm(b)
     tolerance = (rtol * scale).add_(whole.factor.squeeze(-1), alpha=atol)
     if operator.null is not None:
-        # What projection leaves of a b along the null vector is rounding, which no solution can account for.
+        # the projection of a b along the null vector is pure rounding, which no solution can account for
         eps = torch.finfo(dtype).eps
         tolerance = tolerance.maximum(8 * eps * torch.linalg.vector_norm(whole.unit, dim=-1))
-    if not method.watched:  # no row may stop, however small it is beside the others
+    if not method.watched:  # a prescribed number of steps: a negative tolerance, so that no row stops early
         tolerance = torch.where((scale > 0) | (operator.coupling is not None), -1.0, tolerance)
     system = LinearSystem.of(operator, preconditioner, method.definite)
     x, r, norm = b.new_zeros(()).expand_as(b), b, scale
@@ -73,7 +84,7 @@ def run(
         guess = operator.project(x0.to(b.dtype) * whole.factor)
         residual = system.residual(b, guess)
         size = torch.linalg.vector_norm(residual, dim=-1)
-        usable = size < torch.inf
+        usable = size < torch.inf  # a start that is not finite is replaced by zero
         column = usable[:, None]
         x, r, norm = guess.where(column, x), residual.where(column, r), size.where(usable, norm)
 
@@ -83,11 +94,12 @@ def run(
     result = part = cycle.run(limit, check_every)
     finite = whole.finite.squeeze(-1)
     live, strayed, settled = None, False, False
-    # rows that depend on each other are not solved by what solves them in units of each row's own
+    # The operator of coupled rows does not commute with a scaling per row: then the true residual has to be taken in
+    # the rows' own units.
     apart = operator.coupling is None or operator.coupling.promised
     while cycle.steps and method.watched:
         going = part.status != Status.NONFINITE
-        if live is None and max(rtol, atol) > 0:  # every row is judged by the whole operator once
+        if live is None and max(rtol, atol) > 0:  # after the first cycle every row is judged by a true residual
             doubt = going
         else:
             doubt = part.gap > _DOUBT * tolerance.maximum(part.norm)
@@ -107,12 +119,12 @@ def run(
             else operator.project(b - system.product(part.x / whole.factor) * whole.factor)
         )
         size = torch.linalg.vector_norm(r, dim=-1)
-        if live is None and cycle.finished:  # the common case: all are within, as their recurrences said
+        if live is None and cycle.finished:  # the common case: all are within their tolerance, and one read says so
             settled = bool(((size <= _MARGIN * tolerance) & finite).all())
             if settled:
                 result = part._replace(norm=size)
                 break
-        # a recurrence drifts by rounding, and not by a multiple of itself: that far off, rows depend on each other
+        # a recurrence drifts by rounding, not by a multiple of itself: being that far off means that rows are coupled
         strays = doubt & (size > _STRAYED * part.norm.maximum(tolerance))
         part, live = _settle(part, size, x, norm, tolerance, doubt, max_steps)
         left, far = torch.stack(((max_steps - part.steps).where(live, 0), strays)).amax(1).tolist()
@@ -130,10 +142,11 @@ def run(
     unit = scale.where(scale > 0, 1.0)
     evaluations = system.cost.rows / max(1, operator.batch)
     curvature = None
-    if method.curved:  # one that a cycle met near its end may be the rounding of those before
+    if method.curved:  # near the end of a cycle a small negative curvature may be rounding of larger ones before it
         least = -ROUNDING * torch.finfo(dtype).eps * result.size
         curvature = result.curvature.where(result.curvature < least, torch.nan).to(dtype)
     norms, status, x = result.norm / unit, result.status, operator.project(result.x)
+    # a lower bound of the condition number: |A| |x| / |b| <= |A| |A^-1|
     condition = (result.size * torch.linalg.vector_norm(x, dim=-1) / unit).to(dtype)
     if settled:
         value = x / whole.factor
@@ -153,12 +166,21 @@ def _settle(
     doubt: Tensor,
     max_steps: int,
 ) -> tuple[CycleResult, Tensor]:
-    """Judge the doubtful rows by the ``size`` of their true residuals; returns the outcome, and which of them go on.
+    """Judge rows by their true residuals. A row that its cycle made worse goes back to where the cycle started.
 
-    A row whose cycle made it worse goes back to where that cycle started.
+    Args:
+        part: the outcome of the cycle.
+        size: the norms of the true residuals, ``[rows]``.
+        start, start_norm: where the cycle started, and the norms of the residuals there.
+        tolerance: of each row.
+        doubt: bool ``[rows]``, the rows to judge.
+        max_steps: the budget of a row.
+
+    Returns:
+        The corrected outcome; and bool ``[rows]``, the rows that go on with another cycle.
     """
     norm = size.where(doubt & (size < torch.inf), part.norm)
-    # what a restart makes worse is rounding: the iterate before it is the better one
+    # a restart that raises the residual has reached the level of rounding
     worse = doubt & (norm > start_norm)
     x, norm = start.where(worse[:, None], part.x), start_norm.where(worse, norm)
     converged = norm <= _MARGIN * tolerance

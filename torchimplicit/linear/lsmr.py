@@ -19,11 +19,14 @@ from torchimplicit.linear.system import LinearSystem
 class LSMR(IterativeSolver):
     """MINRES on the normal equations, by Golub-Kahan bidiagonalization (Fong and Saunders 2011).
 
-    Takes products with :math:`A` and :math:`A^T`, one of each a step, and works on any system, singular ones too: of a
-    consistent one it finds the solution of least norm, of an inconsistent one the least-squares solution, with
-    ``Status.BREAKDOWN``. It pays for that with the square of the condition number, so it is the last resort, not the
-    first. Preconditioning is from the right. Next to the directions their images are kept, which gives the residual
-    itself; convergence is confirmed by the true one, at the cost of one product.
+    Takes one product with :math:`A` and one with :math:`A^T` a step, and works on any system, even a singular one: it
+    finds the minimum-norm solution of a consistent system, and the least-squares solution of an inconsistent one, with
+    ``Status.BREAKDOWN``. Since the condition number enters squared, it is a last resort. Preconditioning is from the
+    right. The images of the directions are kept too, which gives the residual itself; convergence is confirmed by the
+    true one, at the cost of one product.
+
+    Raises:
+        ValueError: in :meth:`solve`, if the operator is neither symmetric nor has a ``transposed_product``.
     """
 
     max_steps: int = 1000
@@ -102,7 +105,7 @@ class _LeastSquares(Method):
         r = torch.addcmul(state.r, length, image_bar, value=-1)
         norm = torch.linalg.vector_norm(r, dim=-1)
         size = state.size + alpha.square() + beta.square()
-        # |zeta_bar| is the norm of A^T r: with nothing of it left, this is a least-squares solution.
+        # |zeta_bar| is the norm of A^T r: where only rounding is left of it, this is a least-squares solution
         broken = zeta_bar.abs().squeeze(1) <= 10 * info.eps * size.sqrt().squeeze(1) * norm
         return _State(
             norm, broken, x, r, u, v, h, h_bar, image, image_bar, alpha, alpha_bar, zeta_bar, rho, rho_bar,

@@ -22,15 +22,14 @@ class MINRES(IterativeSolver):
     The system may be singular along the operator's null vector: the right-hand side and the solution are projected,
     and the preconditioner is made consistent with it. The preconditioner has to be symmetric positive definite even
     where the system is not (``Jacobi`` and ``Diagonal`` take absolute values). The recurrences are those of Algorithm
-    2.4 of Elman, Silvester and Wathen, *Finite Elements and Fast Iterative Solvers* (2005). What they minimise is the
-    residual's norm in :math:`M^{-1}`, and they drift, so the plain residual is carried along, and convergence confirmed
-    by the true one, at the cost of one product; where it is not confirmed, the method starts again from there.
+    2.4 of Elman, Silvester and Wathen, *Finite Elements and Fast Iterative Solvers* (2005). They minimize the
+    residual's norm in :math:`M^{-1}`, and they drift; so the plain residual is carried along, and convergence is
+    confirmed by the true one, at the cost of one product. Where it is not confirmed, the method restarts from there.
 
-    The residuals pass through every direction that the method has seen, and their curvatures
-    :math:`z^TAz/z^TMz` with :math:`z=M^{-1}r` cost nothing (Liu and Roosta 2022, SIAM J. Optim. 32:2636): the report's
-    ``curvature`` is the least one where it is negative. A residual along which there is no curvature at all, though A
-    does not annihilate it, proves a negative eigenvalue too, since :math:`\\lVert Ar\\rVert^2\\le\\lVert A\\rVert
-    r^TAr` where there is none; ``curvature`` is a bound for it then.
+    The curvatures :math:`z^TAz/z^TMz` along the residuals, with :math:`z=M^{-1}r`, cost nothing, and reveal negative
+    eigenvalues (Liu and Roosta 2022, SIAM J. Optim. 32:2636): the report's ``curvature`` is the smallest one where it
+    is negative. A residual without curvature that A does not annihilate proves a negative eigenvalue too, since
+    :math:`\\lVert Ar\\rVert^2\\le\\lVert A\\rVert r^TAr` holds for semidefinite A; ``curvature`` is then a bound.
     """
 
     max_steps: int = 1000
@@ -42,9 +41,9 @@ class MINRES(IterativeSolver):
 
 
 class _State(NamedTuple):
-    """Vectors ``[rows, dim]``, each with that of the step before, and the rotations' scalars, ``[rows, 1]``; so are the
-    least curvature that was met, the largest :math:`\\lVert Ar\\rVert/\\lVert r\\rVert` of a residual without
-    curvature (``turn``), and the ``size`` of the tridiagonal matrix."""
+    """Vectors ``[rows, dim]`` of the last two steps, and scalars ``[rows, 1]``: those of the rotations, in the book's
+    names; ``least``, the smallest curvature met; ``turn``, the largest :math:`\\lVert Ar\\rVert/\\lVert r\\rVert` of a
+    residual without curvature; and ``size``, the norm of the tridiagonal matrix."""
 
     norm: Tensor
     broken: Tensor | None
@@ -68,8 +67,9 @@ class _State(NamedTuple):
 
     @property
     def curvature(self) -> Tensor:
-        """The least that is known of, infinite where none is negative."""
-        # on the span of r and Ar, where A is at most twice ``size``, no curvature along r means as much elsewhere
+        """The smallest curvature known, infinite where none is negative."""
+        # On the span of r and Ar, A is [0 t; t d] with |d| at most twice ``size``: without curvature along r, its least
+        # eigenvalue is at most about -t^2 / (4 size).
         bound = self.turn * (self.turn / self.size.clamp_min(torch.finfo(self.size.dtype).tiny)) * -0.25
         met = self.least.minimum(bound)
         return met.masked_fill(met >= 0, torch.inf)
@@ -105,7 +105,7 @@ class _MinimalResiduals(Method):
         v_new.addcmul_(gamma / gamma_old.clamp_min(info.tiny), v_old, value=-1)
         z_new, gamma_new = self._precondition(system, v_new)
 
-        # The new column of the tridiagonal matrix, under the two rotations before it and the one it calls for.
+        # the new column of the tridiagonal matrix, under the last two rotations and a new one
         turned = c_old * gamma
         a0 = c * delta - s * turned
         a2 = s * delta + c * turned
@@ -115,13 +115,13 @@ class _MinimalResiduals(Method):
         least = least.minimum(curvature)
         turn = turn.maximum((c * gamma_new).abs_().masked_fill_(curvature.abs() > self.rounding * size, 0.0))
         a1 = torch.hypot(a0, gamma_new)
-        broken = a1 <= 10 * info.eps * (a2.abs() + a3)
-        a1.masked_fill_(broken, torch.inf)
+        broken = a1 <= 10 * info.eps * (a2.abs() + a3)  # a pivot of nothing but rounding
+        a1.masked_fill_(broken, torch.inf)  # makes the step zero
         c_new, s_new = a0 / a1, gamma_new / a1
         w_new = torch.addcmul(z, a3, w_old, value=-1).addcmul_(a2, w, value=-1).div_(a1)
         length = c_new * eta
         x = torch.addcmul(x, length, w_new)
-        if r is None:
+        if r is None:  # without a preconditioner |eta| is the norm of the plain residual
             eta = -s_new * eta
             norm = eta.abs().squeeze(1)
         else:
@@ -138,7 +138,7 @@ class _MinimalResiduals(Method):
         return state.x, torch.inf, state.size.squeeze(1)
 
     def _precondition(self, system: LinearSystem, v: Tensor) -> tuple[Tensor, Tensor]:
-        """:math:`M^{-1}v`, and the norm of v that belongs to it (``[rows, 1]``)."""
+        """:math:`M^{-1}v`, and the norm of v in :math:`M^{-1}`, ``[rows, 1]``."""
         if not self.preconditioned:
             return v, torch.linalg.vector_norm(v, dim=-1, keepdim=True)
         z = system.precondition(v)

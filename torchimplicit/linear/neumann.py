@@ -21,17 +21,20 @@ from torchimplicit.validation import check_positive
 @final
 @dataclass(frozen=True, kw_only=True)
 class Neumann(IterativeSolver):
-    """:math:`y \\leftarrow y + \\lambda M^{-1}(b - Ay)`, the fixed-point iteration of the adjoint equation.
+    """The Neumann series: iterates :math:`y \\leftarrow y + \\lambda M^{-1}(b - Ay)`.
 
-    Converges where the eigenvalues of :math:`I - \\lambda M^{-1}A` lie in the unit disc. It has the cheapest step of
-    all, so it is the fastest where :math:`A = I - J` with a small :math:`J`.
+    Converges where the eigenvalues of :math:`I - \\lambda M^{-1}A` lie in the unit disc. Its step is the cheapest of
+    all, so it is the fastest method where :math:`A = I - J` with a small :math:`J`.
 
-    With ``rtol=0`` and ``atol=0`` it is a truncated series instead: exactly ``max_steps`` terms,
-    :math:`\\lambda\\sum_{i<k}(I-\\lambda A)^i b` from zero, in :math:`k-1` products. Then the last iterate is returned
-    (not the best), and ``report.residual`` is that of the iterate before it, whose residual the last term is.
+    With ``rtol=0`` and ``atol=0`` it is a truncated series: exactly ``max_steps`` terms,
+    :math:`\\lambda\\sum_{i<k}(I-\\lambda A)^i b` from zero, in :math:`k-1` products. The last iterate is then returned
+    (not the best), and ``report.residual`` belongs to the iterate before it, whose residual is the last term.
 
     Attributes:
         damping: :math:`\\lambda`, above 0.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     damping: float = 1.0
@@ -45,7 +48,7 @@ class Neumann(IterativeSolver):
         return self.rtol == 0 and self.atol == 0
 
     def _begin(self, operator: LinearOperator, b: Tensor) -> LinearSolution | Begun | None:
-        apart = operator.restrict is not None or operator.null is not None  # rows that leave, or a projection
+        apart = operator.restrict is not None or operator.null is not None  # rows may leave, or need a projection
         if self.truncated or apart or self.check_every > 1 or b.dtype != working_dtype(b.dtype):
             return None
         rtol, atol = self.tolerances(b.dtype)
@@ -64,19 +67,19 @@ class _State(NamedTuple):
 
 
 class _Richardson(Method):
-    """``fresh`` says that ``r`` is the residual of ``x``; a truncated series lets it lag, to save the last product."""
+    """``fresh`` says that ``r`` is the residual of ``x``. In a truncated series it lags one step behind, which saves
+    the last product."""
 
     def __init__(self, damping: float, truncated: bool) -> None:
         self.damping, self.truncated = damping, truncated
         self.monotone, self.watched = truncated, not truncated
-        # A series that runs on has nothing to clear; otherwise the result is the iterate of least residual.
+        # the rows of a truncated series never stop; otherwise the loop keeps the best iterate
         self.kept = ("b", "x") if truncated else ()
 
     def start(self, system: LinearSystem, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
         return _State(norm, b, x, r, True)
 
     def step(self, system: LinearSystem, state: _State, slow: int | None) -> _State:
-        # a series that is cut off needs the residual of the last iterate for its report alone, and goes without
         r = state.r if state.fresh else state.b - system.product(state.x)
         x = torch.add(state.x, system.precondition(r), alpha=self.damping)
         if not self.truncated:

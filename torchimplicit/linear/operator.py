@@ -1,4 +1,4 @@
-"""A batch of square linear maps, known by their products."""
+"""Batches of square linear maps that are given by their products."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class LinearOperator:
-    """The maps :math:`A_i`, one per sample, each square of size ``dim``.
+    """Linear maps :math:`A_i`, one per sample, each square of size ``dim``.
 
     Attributes:
-        product: ``[batch, dim] -> [batch, dim]``, row i times :math:`A_i`.
-        transposed_product: the same with :math:`A_i^T`; ``None`` where it is not to be had.
+        product: ``[batch, dim] -> [batch, dim]``, :math:`A_i` times row i.
+        transposed_product: the same with :math:`A_i^T`; ``None`` where it is not available.
         block_product: ``[k, batch, dim] -> [k, batch, dim]``, k products in one call; ``None`` where ``product``
             has to be called k times.
         batch, dim, dtype, device: of the vectors.
         symmetric: whether every :math:`A_i` equals its transpose.
-        transposed: whether this operator stands for the transpose of the one that the user thinks of, so that a
+        transposed: whether this operator is the transpose of the one that the user has in mind, so that a
             preconditioner given for the latter has to be transposed as well.
         null: unit vectors ``[batch or 1, dim]`` with :math:`A_i n_i = 0` and the range of :math:`A_i` orthogonal to
             :math:`n_i`; solutions are sought orthogonal to it. ``None`` for a regular operator.
         restrict: ``rows -> LinearOperator`` of those samples only (rows: int64 ``[k]``, into this operator's batch),
             or ``None`` where samples cannot be separated. Making a restricted operator may cost an evaluation of the
-            rows that remain, counted in ``setup_rows`` of the operator made.
-        setup_rows: row evaluations that making this operator cost.
+            remaining rows, counted in its ``setup_rows``.
+        setup_rows: the row evaluations that making this operator cost.
         unprojected: where :math:`A_i = PHP` with the projector P along ``null``, the operator of H; ``None`` otherwise,
-            or where H is not to be had. ``Jacobi`` reads the diagonal of H rather than that of PHP, in which the small
-            entries drown, and ``Dense`` saves the projections.
+            or where H is not available. ``Jacobi`` reads the diagonal of H instead of that of PHP, whose small entries
+            are lost in rounding, and ``Dense`` saves the projections.
         coupling: which samples may depend on each other after all; ``None`` where they cannot.
     """
 
@@ -60,7 +60,7 @@ class LinearOperator:
         return v - (v * self.null).sum(-1, keepdim=True) * self.null
 
     def repeated(self, copies: int) -> LinearOperator:
-        """``copies`` of every map, one batch after the other: for as many right-hand sides at once."""
+        """``copies`` of the batch, one after another, for as many right-hand sides at once."""
 
         def each(product: Product, block: Product | None) -> Product:
             def repeated(v: Tensor) -> Tensor:
@@ -86,13 +86,14 @@ class LinearOperator:
         )
 
     def joined(self, rows: int) -> LinearOperator:
-        """Every ``rows`` neighbouring samples as one system, ``[batch / rows, rows * dim]``.
+        """Each group of ``rows`` neighbouring samples as one system, ``[batch / rows, rows * dim]``.
 
-        Along ``null`` it multiplies by a number in the midst of its other eigenvalues, so that it is as regular as it
-        is off it.
+        Along ``null`` it multiplies by a number of the size of its other eigenvalues, which makes it regular without
+        changing its condition.
         """
         middle = 0.0
         if self.null is not None:
+            # a Rayleigh quotient lies between the extreme eigenvalues
             probe = self.project(torch.ones(self.batch, self.dim, dtype=self.dtype, device=self.device))
             quotient = (probe * self.product(probe)).sum() / probe.square().sum()
             middle = float(quotient.nan_to_num(nan=0.0)) or 1.0
@@ -119,7 +120,7 @@ class LinearOperator:
         )
 
     def in_units(self, left: Tensor, right: Tensor) -> LinearOperator:
-        """:math:`D_l A_i D_r` with the diagonals ``left`` and ``right``, ``[batch, dim]``; of an operator without a
+        """:math:`D_l A_i D_r` with the diagonals ``left`` and ``right``, ``[batch, dim]``. The operator must not have a
         null vector."""
         assert self.null is None
 
@@ -161,7 +162,7 @@ class LinearOperator:
         )
 
     def dense(self) -> Tensor:
-        """The matrices, ``[batch, dim, dim]``, from ``dim`` products."""
+        """Assemble the matrices, ``[batch, dim, dim]``, by ``dim`` products."""
         eye = torch.eye(self.dim, dtype=self.dtype, device=self.device)
         basis = eye[:, None, :].expand(self.dim, self.batch, self.dim)
         if self.block_product is not None:
@@ -171,21 +172,24 @@ class LinearOperator:
         return columns.permute(1, 2, 0)
 
     def spectrum_matrix(self, dtype: torch.dtype) -> Tensor:
-        """The matrices of a symmetric operator in ``dtype``, ``[batch, dim, dim]``, as :func:`without_null` has them:
-        their extreme eigenvalues are those on the complement of ``null``."""
+        """Assemble the matrices of a symmetric operator for their eigenvalues, ``[batch, dim, dim]`` in ``dtype``.
+
+        The zero along ``null`` is replaced (:func:`without_null`), so that the extreme eigenvalues are those on its
+        complement.
+        """
         return without_null(self.dense().to(dtype), None if self.null is None else self.null.to(dtype))
 
 
 def without_null(matrix: Tensor, null: Tensor | None) -> Tensor:
-    """Symmetric matrices on the complement of a null vector.
+    """Restrict symmetric matrices to the complement of a null vector.
 
     Args:
-        matrix: ``[batch, dim, dim]``, symmetric but for rounding.
-        null: unit vectors n ``[batch or 1, dim]``, or none.
+        matrix: ``[batch, dim, dim]``, symmetric up to rounding.
+        null: unit vectors n ``[batch or 1, dim]``, or ``None``.
 
     Returns:
-        :math:`PMP` with :math:`P=I-nn^T`, symmetrized, and with an eigenvalue in the midst of the others (their mean)
-        in place of the zero along n.
+        :math:`PMP` with :math:`P=I-nn^T`, symmetrized, with the mean of the other eigenvalues in place of the zero
+        along n.
     """
     matrix = 0.5 * (matrix + matrix.mT)
     if null is None:

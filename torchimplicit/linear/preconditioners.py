@@ -1,8 +1,8 @@
 """Approximate inverses that make a linear system easier to solve.
 
-A preconditioner stands for a matrix :math:`M_i \\approx A_i` per sample whose inverse is cheap. A solver asks it once a
-solve to :meth:`~Preconditioner.prepare` for an operator; what comes back multiplies by :math:`M_i^{-1}`, follows the
-rows that a solve still works on, and knows its transpose.
+A preconditioner stands for a matrix :math:`M_i \\approx A_i` per sample whose inverse is cheap. Once a solve, the
+solver calls :meth:`~Preconditioner.prepare` with the operator. The result multiplies by :math:`M_i^{-1}`, can be
+restricted to the rows that a solve still works on, and has a transpose.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class PreparedPreconditioner:
     """The inverse of a preconditioner, made for one operator.
 
     Attributes:
-        inverse: ``[batch, dim] -> [batch, dim]``, row i times :math:`M_i^{-1}`.
+        inverse: ``[batch, dim] -> [batch, dim]``, :math:`M_i^{-1}` times row i.
         transposed_inverse: the same with :math:`M_i^{-T}`.
         restrict: ``rows -> PreparedPreconditioner`` of those samples only (rows: int64 ``[k]``, into this batch).
-        setup_rows: row products that making it cost.
+        setup_rows: the row products that making it cost.
     """
 
     inverse: Product
@@ -46,10 +46,10 @@ class PreparedPreconditioner:
         )
 
     def orthogonal_to(self, null: Tensor) -> PreparedPreconditioner:
-        """Made consistent with a null vector :math:`w` (``[batch or 1, dim]``) of the operator.
+        """This preconditioner made consistent with a null vector :math:`w` (``[batch or 1, dim]``) of the operator.
 
-        :math:`M^{-1} - M^{-1}w\\,w^T M^{-1} / (w^T M^{-1} w)` maps into the complement of :math:`w`, and is the inverse
-        of :math:`M` on it: without this a preconditioned method leaves the space on which the operator is regular.
+        :math:`M^{-1} - M^{-1}w\\,w^T M^{-1} / (w^T M^{-1} w)` maps into the complement of :math:`w` and inverts
+        :math:`M` there. Without it, a preconditioned method would leave the space on which the operator is regular.
         """
 
         def projected(inverse: Product) -> Product:
@@ -71,7 +71,7 @@ class PreparedPreconditioner:
 
 
 class Preconditioner(ABC):
-    """A matrix close to the system's whose inverse is cheap to apply."""
+    """Base class of the preconditioners: matrices close to the system's whose inverse is cheap to apply."""
 
     @abstractmethod
     def prepare(self, operator: LinearOperator, definite: bool = False) -> PreparedPreconditioner:
@@ -83,22 +83,22 @@ class Preconditioner(ABC):
         """
 
     def init(self) -> Preconditioner:
-        """The same, with a memory for a sequence of solves; itself where there is nothing to remember.
+        """The same preconditioner with a memory for a sequence of solves; itself where there is nothing to remember.
 
-        A preconditioner is frozen, and solves do not depend on those before: what is to be carried from one to the next
-        is in a state that the user makes, and hands to the solvers that are to share it.
+        A preconditioner is frozen, and a solve does not depend on earlier ones. Anything that is carried from one solve
+        to the next lives in an object that the user makes with this method and passes to the solvers that share it.
         """
         return self
 
     def outlived(self, steps: int) -> bool:
-        """Whether one that a minimization has taken so many steps with had better be made anew."""
+        """Whether it should be made anew after a minimization has taken ``steps`` steps with it."""
         return False
 
     def refresh(self) -> None:
         """Forget what was remembered, if anything was."""
 
     def after_solve(self, steps: Tensor) -> None:
-        """Told at the end of a linear solve how many steps its samples took, int64 ``[batch]``."""
+        """Called at the end of a linear solve with the steps of its samples, int64 ``[batch]``."""
 
 
 @final
@@ -108,7 +108,10 @@ class Diagonal(Preconditioner):
 
     Attributes:
         values: the diagonal of A, ``[dim]`` or ``[batch, dim]``, without zeros. Where a positive definite
-            preconditioner is needed its absolute value serves.
+            preconditioner is needed, the absolute values are taken.
+
+    Raises:
+        ValueError: ``values`` has another shape, or holds zeros or numbers that are not finite.
     """
 
     values: Tensor
@@ -129,20 +132,21 @@ class Diagonal(Preconditioner):
 @final
 @dataclass(frozen=True)
 class Jacobi(Preconditioner):
-    """Division by the exact diagonal of A (of H where A is PHP, if the operator gives H), read off ``dim`` products.
+    """Division by the exact diagonal of A, from ``dim`` products (that of H where A is PHP and the operator has H).
 
-    The cost is that of assembling A, at every solve: it pays on ill-conditioned systems of moderate size. Where
-    several systems share a diagonal, take :meth:`diagonal` once and pass it as ``Diagonal(values)``. Zeros on the
-    diagonal are replaced by the mean absolute value of the rest.
+    Every solve costs as much as assembling A, which pays on ill-conditioned systems of moderate size. Where several
+    systems share a diagonal, compute :meth:`diagonal` once and pass it as ``Diagonal(values)``. Zeros on the diagonal
+    are replaced by the mean absolute value of the other entries.
     """
 
     @torch.no_grad()
     def diagonal(self, operator: LinearOperator) -> Tensor:
-        """The diagonals, ``[batch, dim]``, from ``dim`` products."""
+        """The diagonals, ``[batch, dim]``, by ``dim`` products."""
         operator = operator.unprojected or operator
         batch, dim = operator.batch, operator.dim
         diagonal = torch.empty(batch, dim, dtype=operator.dtype, device=operator.device)
         eye = torch.eye(dim, dtype=operator.dtype, device=operator.device)
+        # in blocks, so that the memory is not that of the assembled matrix
         width = max(1, _BLOCK_ENTRIES // max(1, batch * dim)) if operator.block_product is not None else 1
         for start in range(0, dim, width):
             columns = torch.arange(start, min(start + width, dim), device=operator.device)
@@ -164,11 +168,14 @@ class Jacobi(Preconditioner):
 @final
 @dataclass(frozen=True, eq=False)
 class Factorized(Preconditioner):
-    """A reference matrix, symmetric positive definite, factorized once by Cholesky when this is made.
+    """A symmetric positive definite reference matrix, factorized by Cholesky once, on construction.
 
     Attributes:
         matrix: ``[dim, dim]``, or ``[batch, dim, dim]`` with one for each sample: for instance the Hessian at a
             nearby point.
+
+    Raises:
+        ValueError: ``matrix`` has another shape, or is not positive definite.
     """
 
     matrix: Tensor
@@ -199,12 +206,12 @@ class Factorized(Preconditioner):
 @final
 @dataclass(frozen=True)
 class Inverse(Preconditioner):
-    """A function that multiplies by :math:`M^{-1}`: what a plain callable given as preconditioner is wrapped in.
+    """A preconditioner from a function that multiplies by :math:`M^{-1}`; a plain callable is wrapped in it.
 
     Attributes:
         apply: linear, ``[batch, dim] -> [batch, dim]``, always called with the whole batch.
-        apply_transposed: the same with :math:`M^{-T}`. ``None``: taken from ``apply`` by ``torch.func.vjp`` where it
-            is needed (for transposed systems, and for ``LSMR``), except on symmetric operators.
+        apply_transposed: the same with :math:`M^{-T}`. ``None``: derived from ``apply`` by ``torch.func.vjp`` where
+            it is needed (for transposed systems, and for ``LSMR``), except on symmetric operators.
     """
 
     apply: Product
@@ -218,6 +225,7 @@ class Inverse(Preconditioner):
             if rows is None:
                 return lambda v: function(v.to(operator.dtype)).to(v.dtype)
 
+            # the function expects the whole batch: the rows that have left are zeros
             def scattered(v: Tensor) -> Tensor:
                 full = torch.zeros(operator.batch, operator.dim, dtype=operator.dtype, device=v.device)
                 return function(full.index_copy_(0, rows, v.to(operator.dtype)))[rows].to(v.dtype)
@@ -236,10 +244,15 @@ class Inverse(Preconditioner):
 
 
 _BLOCK_ENTRIES = 1 << 22
+"""The most entries of a block of products with unit vectors."""
 
 
 def as_preconditioner(value: object) -> Preconditioner | None:
-    """The preconditioner that a solver was given: one of ours, a plain callable, or ``None``."""
+    """The preconditioner for what a solver was given: a :class:`Preconditioner`, a plain callable, or ``None``.
+
+    Raises:
+        TypeError: it is none of these.
+    """
     if value is None or isinstance(value, Preconditioner):
         return value
     if callable(value):

@@ -19,10 +19,11 @@ from torchimplicit.solution import Report, Status
 
 @dataclass(frozen=True, kw_only=True)
 class RectangularOperator:
-    """The maps :math:`A_i` of ``[batch, inner]`` to ``[batch, outer]``, one per sample, by their products.
+    """Linear maps :math:`A_i`, one per sample, from ``[batch, inner]`` to ``[batch, outer]``.
 
     Attributes:
         product, transposed_product: products with :math:`A_i` and with :math:`A_i^T`.
+        batch, inner, outer, dtype, device: of the vectors.
         coupling: see :class:`~torchimplicit.linear.LinearOperator`.
     """
 
@@ -42,7 +43,7 @@ class RectangularOperator:
         )
 
     def square(self) -> LinearOperator:
-        """Filled up with zeros to square maps, whose pseudo-inverses are those of the maps, filled up likewise."""
+        """The maps padded with zeros to square ones; their pseudo-inverses are the padded pseudo-inverses."""
         dim = max(self.inner, self.outer)
 
         def padded(product: Product, width: int) -> Product:
@@ -71,21 +72,21 @@ class RectangularOperator:
 
 
 def filled(v: Tensor, dim: int) -> Tensor:
-    """``[..., k]`` with zeros up to ``[..., dim]``."""
+    """``v`` (``[..., k]``) padded with zeros to ``[..., dim]``."""
     return torch.nn.functional.pad(v, (0, dim - v.shape[-1]))
 
 
 @torch.no_grad()
 def pseudo_solve(solver: LinearSolver, operator: RectangularOperator, b: Tensor) -> LinearSolution:
-    """:math:`A_i^+b_i`, the least-squares solutions of least norm, for ``b`` of ``[batch, outer]``.
+    """The minimum-norm least-squares solutions :math:`A_i^+b_i` for ``b`` (``[batch, outer]``).
 
-    :class:`Dense` takes the singular values, :class:`LSMR` the map itself, and any other method the normal equations
-    of the smaller side, whose condition is the square of the map's; of the other side where those contradict each
-    other, as they may where the rank is not full. A sample counts as solved where the residual is
-    within the tolerance, or where what the transposed map makes of it is:
-    :math:`\\lVert A^Tr\\rVert\\le rtol\\,\\lVert A^Tb\\rVert`, beyond rounding.
+    :class:`Dense` uses the singular values, :class:`LSMR` the map itself, and any other method the normal equations of
+    the smaller side, whose condition number is the square of the map's; or those of the other side where the first ones
+    are inconsistent, as they may be without full rank. A sample counts as solved where the residual is within the
+    tolerance, or where it is orthogonal to the range: :math:`\\lVert A^Tr\\rVert\\le rtol\\,\\lVert A^Tb\\rVert`, or no
+    more than rounding.
     """
-    whole = UnitRows.as_they_are(b)  # rows may depend on each other
+    whole = UnitRows.as_they_are(b)  # not scaled row by row, since rows may depend on each other
     right = whole.unit
     if isinstance(solver, Dense):
         value, steps, cost = _by_singular_values(operator, right)
@@ -99,7 +100,7 @@ def pseudo_solve(solver: LinearSolver, operator: RectangularOperator, b: Tensor)
     rest = right - operator.product(value)
     turned, first = operator.transposed_product(rest), operator.transposed_product(right)
     size, gap, moved, scale = safe_norm(rest), safe_norm(turned), safe_norm(first), safe_norm(right)
-    # how long the map makes a vector, from the products that there are
+    # a lower bound of the norm of A from the products that were taken anyway
     stretch = torch.maximum(moved / scale.clamp_min(torch.finfo(b.dtype).tiny), _stretch(right, value, rest))
     eps = torch.finfo(b.dtype).eps
     within = size <= rtol * scale + atol
@@ -117,6 +118,7 @@ def pseudo_solve(solver: LinearSolver, operator: RectangularOperator, b: Tensor)
 def _by_normal_equations(
     solver: LinearSolver, operator: RectangularOperator, b: Tensor
 ) -> tuple[Tensor, Tensor, float]:
+    """The value, the steps of each sample, and the products taken, by the normal equations."""
     steps, cost, value = torch.zeros(operator.batch, dtype=torch.int64, device=b.device), 0.0, None
     left = torch.ones_like(steps, dtype=torch.bool)
     if operator.inner > operator.outer:
@@ -135,11 +137,13 @@ def _by_normal_equations(
 
 
 def _stretch(right: Tensor, value: Tensor, rest: Tensor) -> Tensor:
+    """:math:`\\lVert Ay\\rVert/\\lVert y\\rVert` for ``value``, ``[batch]``."""
     length = safe_norm(value)
     return safe_norm(right - rest) / length.where(length > 0, torch.inf)
 
 
 def _by_singular_values(operator: RectangularOperator, b: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The value, the steps of each sample (one), and the products taken, by the pseudo-inverse of the matrix."""
     square, rows = separated(operator.square())
     dtype = working_dtype(b.dtype)
     matrix = square.dense().to(dtype)

@@ -1,4 +1,4 @@
-"""A Hessian that was assembled once, as a preconditioner for what comes near it."""
+"""A Hessian that is assembled once, as a preconditioner at nearby points."""
 
 from __future__ import annotations
 
@@ -17,24 +17,27 @@ from torchimplicit.validation import check_count, check_positive
 @final
 @dataclass(frozen=True, kw_only=True)
 class ReferenceHessian(Preconditioner):
-    """The operator's own matrix, assembled at the first point of a solve: for many steps near it.
+    """The operator's own matrix, assembled at the first point of a solve and kept for the steps near it.
 
     One dense Hessian, from ``dim`` products and an eigendecomposition, serves :class:`LBFGS` as its model of the
     curvature, and :class:`MINRES` or :class:`CG` as preconditioner. Eigenvalues are replaced by their moduli, so that
     it is positive definite where the Hessian is not (a modified Newton method; Nocedal and Wright 2006, section 3.4).
 
-    Each solve makes its own. For a sequence of nearby problems, as in a training run that minimizes slowly changing
-    energies of the same batch and solves an adjoint system for each, :meth:`init` gives the state that carries it from
-    one solve to the next::
+    Each solve makes its own. For a sequence of nearby problems, as in training where slowly changing energies of the
+    same batch are minimized and an adjoint system is solved for each, :meth:`init` returns an object that carries the
+    Hessian from one solve to the next::
 
         reference = ReferenceHessian().init()
         solver = LBFGS(preconditioner=reference)
         gradient = Implicit(linear_solver=MINRES(preconditioner=reference))
 
     Args:
-        refresh_after: a minimization that is not done after this many steps has it made anew at the point reached; a
-            linear solve that took more has the next one make it anew.
-        floor: the least modulus of an eigenvalue, relative to the largest of the same sample.
+        refresh_after: a minimization makes it anew, at the point reached, after this many steps; after a linear solve
+            that took more, the next one makes it anew.
+        floor: the smallest modulus of an eigenvalue, relative to the largest of the same sample.
+
+    Raises:
+        ValueError: a number is out of range; or, when it is made, the Hessian is not finite.
     """
 
     refresh_after: int = 25
@@ -45,7 +48,7 @@ class ReferenceHessian(Preconditioner):
         check_positive(self, "floor")
 
     def init(self) -> HessianMemory:
-        """The state of a sequence of solves, with nothing in it."""
+        """An empty memory for a sequence of solves."""
         return HessianMemory(self)
 
     def outlived(self, steps: int) -> bool:
@@ -57,12 +60,12 @@ class ReferenceHessian(Preconditioner):
         return _of_spectrum(*spectrum, setup_rows=operator.batch * operator.dim)
 
     def spectrum(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """The eigenvectors ``[batch, dim, dim]`` of matrices of that shape, and the moduli of their eigenvalues
+        """The eigenvectors ``[batch, dim, dim]`` of symmetric matrices, and the floored moduli of their eigenvalues
         ``[batch, dim]``."""
         if not bool(matrix.isfinite().all()):
             raise ValueError(
-                "ReferenceHessian was to be made at a point where the Hessian is not finite: start from a point at "
-                "which the energy has second derivatives"
+                "ReferenceHessian cannot be made at a point where the Hessian is not finite: start from a point at "
+                "which the energy has finite second derivatives"
             )
         values, basis = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
         moduli = values.abs()
@@ -72,14 +75,14 @@ class ReferenceHessian(Preconditioner):
 
 @final
 class HessianMemory(Preconditioner):
-    """The state of a :class:`ReferenceHessian` that is carried from solve to solve.
+    """A :class:`ReferenceHessian` that is carried from solve to solve.
 
-    The first system that it is prepared for becomes the reference; so does the next one after it was refreshed, and a
-    batch of another shape. Use one for each batch of problems that is solved repeatedly: what a solve costs depends on
-    what was solved before with it.
+    The first system that it is prepared for becomes the reference; so does the next one after a refresh, and the first
+    one of another shape. Use one for each batch of problems that is solved repeatedly. The cost of a solve, and its
+    result within the tolerance, depend on what was solved before with the same memory.
 
     Args:
-        reference: how it is made, and when it is made anew.
+        reference: how the reference is made, and when it is made anew.
     """
 
     def __init__(self, reference: ReferenceHessian):
@@ -91,7 +94,7 @@ class HessianMemory(Preconditioner):
 
     def after_solve(self, steps: Tensor) -> None:
         """Forget the reference if a sample took more than ``refresh_after`` steps with it."""
-        if int(steps.max()) > self.reference.refresh_after:
+        if bool((steps > self.reference.refresh_after).any()):
             self.refresh()
 
     def refresh(self) -> None:
@@ -100,14 +103,18 @@ class HessianMemory(Preconditioner):
 
     @torch.no_grad()
     def keep(self, matrix: Tensor) -> None:
-        """Take a Hessian that was assembled some cheaper way than by products.
+        """Take a given Hessian as the reference, where there is a cheaper way than ``dim`` products.
 
         Args:
             matrix: ``[batch, dim, dim]``, symmetric, in the coordinates of the solver (those of the metric, where the
-                problem has one). On a constraint, of weight n in these coordinates, it may be the whole Hessian.
+                problem has one). Under a linear equality it may be the whole Hessian: the part along the constraint's
+                weight is projected out.
+
+        Raises:
+            ValueError: ``matrix`` has another shape, or is not finite.
         """
         if matrix.ndim != 3 or matrix.shape[1] != matrix.shape[2]:
-            raise ValueError(f"a reference is a matrix [batch, dim, dim], and this is {tuple(matrix.shape)}")
+            raise ValueError(f"the reference must be a tensor [batch, dim, dim], not {tuple(matrix.shape)}")
         self._spectrum = self.reference.spectrum(matrix.to(working_dtype(matrix.dtype)))
 
     @torch.no_grad()

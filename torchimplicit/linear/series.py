@@ -1,4 +1,5 @@
-"""The Neumann series where all goes well, in the memory of a loop written by hand: right-hand side and one vector."""
+"""The Neumann series in the common case, with the memory of a loop written by hand: the right-hand side and one
+vector."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from torchimplicit.solution import Report
 
 
 class Begun(NamedTuple):
-    """Where a series has come to, ``[batch, dim]``, in how many steps, int64 ``[batch]``, and in how many products."""
+    """A series that was broken off: the iterate ``[batch, dim]``, the steps of each sample, int64 ``[batch]``, and the
+    number of products."""
 
     value: Tensor
     steps: Tensor
@@ -23,16 +25,23 @@ class Begun(NamedTuple):
 def series(
     operator: LinearOperator, b: Tensor, *, damping: float, rtol: float, atol: float, max_steps: int
 ) -> LinearSolution | Begun | None:
-    """:math:`y \\leftarrow y + \\lambda (b - Ay)` from zero, all rows together, as long as the residual of every row
-    that is not solved gets smaller in every step: the latest iterate is the best one then, and no other is kept.
+    """Iterate :math:`y \\leftarrow y + \\lambda (b - Ay)` from zero, while the residual of every unsolved row falls in
+    every step: then the latest iterate is the best one, and no other needs to be kept.
 
-    Every residual is that of the whole operator at the iterate itself. A row that is solved stays where it is.
+    Residuals are those of the whole operator at the iterate itself. A row that is solved stays where it is.
+
+    Args:
+        operator: A.
+        b: right-hand sides, ``[batch, dim]``.
+        damping: :math:`\\lambda`.
+        rtol, atol: tolerances of each row.
+        max_steps: the most steps.
 
     Returns:
-        the solution; where a residual has not got smaller, or that of a row that was solved is none any more, since
-        rows depend on each other, what the common loop is to go on from; ``None`` where that is to take it all, as for
-        vectors that are not finite, or so small or large that their squares are not. Zero is
-        among these, for it may be what a small one's squares come to.
+        The solution. Where a residual did not fall, or where rows are coupled so that a solved row is no longer solved,
+        the iterate from which the common loop goes on. ``None``, to leave everything to the common loop, for vectors
+        that are not finite, or so small or large that their squares under- or overflow; a zero vector is among them,
+        since its norm cannot be told from an underflow.
     """
     size = norm = torch.linalg.vector_norm(b, dim=-1)
     tolerance = (rtol * size).add_(atol)
@@ -53,14 +62,14 @@ def series(
         going = above
         left, odd = torch.stack((going, worse)).sum(1).tolist()
         if odd:
-            # what has got worse than nothing begins anew
+            # a row whose residual exceeds that of zero starts over from zero
             return Begun(y.where((norm < size)[:, None], 0.0), steps, products)
         if not left or products == max_steps:
             break
         if left < len(b):
             r = r.masked_fill_(~going[:, None], 0.0)
         y = torch.add(y, r, alpha=damping)
-        del r  # no vector but y is held while the next product is taken
+        del r  # only y is held while the next product is taken
     relative = norm / size.where(size > 0, 1.0)
     report = Report(going.to(torch.int64), steps, relative, float(products), condition=torch.zeros_like(size))
     return LinearSolution(y.clone() if y is b else y, report)

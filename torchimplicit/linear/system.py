@@ -1,4 +1,4 @@
-"""The rows of a linear system that a solve works on, and the count of what its products cost."""
+"""The part of a linear system that a solve works on, and the count of its products."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchimplicit.precision import working_dtype
 
 @dataclass
 class RowCount:
-    """Row products so far, those of preparing operators and preconditioners among them."""
+    """The number of row products so far, including those that set up operators and preconditioners."""
 
     rows: int = 0
 
@@ -23,12 +23,13 @@ class LinearSystem:
     """An operator with its preconditioner, restricted to some of its samples.
 
     Attributes:
-        operator: of the samples in ``rows``.
+        operator: that of the samples in ``rows``.
         inverse: the preconditioner's inverse for them, consistent with the operator's null vector.
-        cost: shared by all the restrictions of one system.
-        root: the system of all samples.
+        cost: the count, shared by all restrictions of one system.
+        root: the system of all samples; ``None`` if this is it.
         rows: int64 ``[operator.batch]``, where these samples stand in ``root``; ``None`` for all of them.
-        dead: bool ``[operator.batch]``, samples whose products are not finite even of zero, and read as zero.
+        dead: bool ``[operator.batch]``, samples that went non-finite. Their operators may make NaN even of zero, so
+            their products are replaced by zero.
     """
 
     operator: LinearOperator
