@@ -390,6 +390,8 @@ def looked(config: ReasoningConfig, run: Run) -> dict[str, list[Depth]]:
     """Measure accuracy against segments, and write the page with solved puzzles."""
     from torchimplicit.recipes.runtime import report  # it brings Lightning
 
+    if run.read().get("table"):  # which measures for itself, and has a page of its own
+        return {"depth": []}
     task: PuzzleTask = TRAINER.best(config, run)
     given, answer = (t.to(device(config.machine.device)) for t in task.sets["test"].tensors)
     found = deeper(task, given, answer, 4 * (config.evaluation_segments or config.segments))

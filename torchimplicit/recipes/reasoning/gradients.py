@@ -1,0 +1,332 @@
+"""The gradients that reasoning models are trained with, side by side on Sudoku."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from torchimplicit.recipes.reasoning import sudoku
+from torchimplicit.recipes.reasoning.solving import TRAINER, PuzzleTask
+from torchimplicit.recipes.reasoning.sudoku import Difficulty, SudokuConfig
+from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.page import axes, style
+from torchimplicit.recipes.runtime.run import device
+from torchimplicit.recipes.runtime.settings import Equilibria, EstimatorName, Machine, known_rows, positive
+from torchimplicit.recipes.runtime.step_cost import (
+    StepCost,
+    beside,
+    costs_of,
+    equilibria,
+    flat_gradient,
+    in_turn,
+    one_step,
+    peak_bytes,
+    step_table,
+)
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, TitledTable
+from torchimplicit.recipes.runtime.task import Shard, gradient
+from torchimplicit.recipes.runtime.trainer import Measuring
+
+if TYPE_CHECKING:
+    from torchimplicit.recipes.runtime.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A gradient estimator: its label, and its settings."""
+
+    label: str
+    gradient: EstimatorName
+    steps: int = 1
+    damping: float = 1.0
+
+    def of(self, settings: Equilibria) -> Equilibria:
+        """Return the settings with this estimator."""
+        return replace(settings, gradient=self.gradient, phantom_steps=self.steps, phantom_damping=self.damping)
+
+
+FULL = "full"
+
+ROWS = {
+    FULL: Row(label="full backpropagation", gradient="unrolled"),
+    "implicit": Row(label="implicit", gradient="implicit"),
+    "phantom": Row(label="unrolled phantom (5, 0.5)", gradient="unrolled-phantom", steps=5, damping=0.5),
+    "k-step": Row(label="last 4 steps", gradient="unrolled-phantom", steps=4),
+    "neumann": Row(label="Neumann (2, 1)", gradient="neumann-phantom", steps=2),
+    "one-step": Row(label="one step", gradient="one-step"),
+}
+"""The rows by name. ``neumann`` is the gradient of the attractor models (arXiv 2605.12466), ``one-step`` that of the
+hierarchical reasoning model (arXiv 2506.21734)."""
+
+COST = "cost"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasoningGradientsConfig:
+    """The same network and puzzles, trained with different gradients of its equilibrium."""
+
+    plan: Plan = field(default_factory=lambda: Plan(seeds=3, together=21))
+
+    rows: tuple[str, ...] = tuple(ROWS)
+    """Rows to run."""
+
+    side: Literal[4, 6, 9] = 4
+    """Places per side, and number of digits."""
+
+    difficulty: Difficulty = "hard"
+    """Difficulty of the puzzles."""
+
+    steps: int | None = None
+    """Optimizer steps of each training. Default: 250, and the published number at the paper's scale."""
+
+    looks: int = 5
+    """Validations, and comparisons with the exact gradient, along each training."""
+
+    repeats: int = 5
+    """Batches on which the cost of a step is measured."""
+
+    machine: Machine = field(default_factory=lambda: Machine(tensorboard=False))
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "looks", "repeats")
+        known_rows(self.rows, tuple(ROWS))
+
+
+def training(config: ReasoningGradientsConfig, row: Row, seed: int) -> SudokuConfig:
+    """Return the settings of one run."""
+    paper = config.plan.scale == "paper"
+    one = sudoku.as_published() if paper else replace(sudoku.sudoku(), side=config.side, difficulty=config.difficulty)
+    steps = config.steps or (one.optimization.steps if paper else 250)
+    every = max(1, steps // config.looks)
+    return replace(
+        one,
+        optimization=replace(one.optimization, steps=steps, validate_every=every, seed=seed),
+        equilibria=row.of(one.equilibria),
+        machine=replace(config.machine, monitor_every=every),
+        halting=False,
+        held_out_puzzles=one.held_out_puzzles if paper else 300,
+    )
+
+
+def jobs(config: ReasoningGradientsConfig) -> list[Job]:
+    """The trainings seed by seed, with the cost after those of the first seed."""
+    made = []
+    for seed in config.plan.all_seeds:
+        for name in config.rows:
+            one = training(config, ROWS[name], seed)
+            made.append(Job(f"{name}-seed{seed}", "reasoning-sudoku", one, {"row": name, "seed": seed}))
+        if seed == config.plan.first_seed:
+            first = training(config, ROWS[config.rows[0]], seed)
+            cost = PuzzleCostConfig(puzzles=first, rows=config.rows, repeats=config.repeats)
+            made.append(Job(COST, "reasoning-sudoku-cost", cost))
+    return made
+
+
+# -- The cost of a step with every gradient, at the same trained weights -----------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PuzzleCostConfig:
+    """Train on Sudoku, then measure a training step at the best weights with every gradient in turn."""
+
+    puzzles: SudokuConfig = field(default_factory=sudoku.sudoku)
+
+    rows: tuple[str, ...] = tuple(ROWS)
+    """Rows of the table to measure."""
+
+    repeats: int = 5
+    """Batches on which every gradient is measured."""
+
+    def __post_init__(self) -> None:
+        positive(self, "repeats")
+        known_rows(self.rows, tuple(ROWS))
+
+
+def measured(config: PuzzleCostConfig, run: Run) -> dict[str, StepCost]:
+    """Measure the second segment of a few batches; gradients are compared with full backpropagation through it."""
+    task: PuzzleTask = TRAINER.best(config.puzzles, run).train()
+    where = device(config.puzzles.machine.device)
+    (layer,) = equilibria(task)
+    batches = iter(task.training_batches(range(config.repeats + 1), Shard()))
+    at: dict[str, Any] = {}
+
+    def segment(name: str) -> torch.Tensor:
+        layer.gradient = gradient(ROWS[name].of(config.puzzles.equilibria))
+        torch.manual_seed(0)
+        task.carried = at["carried"]
+        return task.loss(at["batch"])
+
+    def step(name: str) -> StepCost:
+        if name == FULL:  # it comes first, and the others are compared with it
+            at["batch"] = [part.to(where) for part in next(batches)]
+            task.begin()
+            with torch.no_grad():
+                task.loss(at["batch"])
+            at["carried"] = task.carried
+        cost = one_step(task, lambda: segment(name), where)
+        own = flat_gradient(task)
+        at["full"] = own if name == FULL else at["full"]
+        return replace(cost, **beside(own, at["full"]))
+
+    names = [FULL, *(name for name in config.rows if name != FULL)]
+    found = in_turn({name: partial(step, name) for name in names}, config.repeats)
+    return {
+        name: replace(cost, megabytes=peak_bytes(lambda name=name: segment(name).backward(), where) / 1e6)
+        for name, cost in found.items()
+    }
+
+
+MEASURING = Measuring(
+    first=TRAINER,
+    training=lambda config: config.puzzles,
+    measure=measured,
+    show=lambda found: step_table(found, {name: ROWS[name].label for name in found}),
+    name="costs.json",
+)
+
+
+# -- What the runs come to ---------------------------------------------------------------------------------------------
+
+
+def figures(config: ReasoningGradientsConfig, run: Run) -> Any:
+    """Return a training's results, with its cosines to the exact gradient by step; or the costs."""
+    if run.path.name == COST:
+        return table.read("costs.json")(config, run)
+    found = table.trained(config, run)
+    if found is not None:
+        from torchimplicit.recipes.runtime.fitting import rows
+
+        name = "gradient/task.model.equilibrium/cosine"
+        found["cosines"] = [{"step": int(row["step"]), "cosine": row[name]} for row in rows(run.metrics) if name in row]
+    return found
+
+
+def at_equal_time(config: ReasoningGradientsConfig, runs: Runs, name: str) -> list[float]:
+    """Return what the runs of a row had solved in validation when the cheapest row had finished, at the rows' costs per
+    step measured in turn."""
+    cost = costs_of(runs.named(COST))
+    if name not in cost:
+        return []
+    steps = training(config, ROWS[name], config.plan.first_seed).optimization.steps
+    budget = min(one.seconds for row, one in cost.items() if row in config.rows) * steps / cost[name].seconds
+    found = []
+    for line in runs.where(row=name):
+        done = [v["solved"] for v in line["validations"] or () if v["step"] <= budget + 1e-9]
+        found += done[-1:]
+    return found
+
+
+def along(runs: Runs, name: str, last: bool) -> list[float]:
+    """Return the cosines of a row's runs to the exact gradient, in the first or the last half of training."""
+    found: list[float] = []
+    for line in runs.where(row=name):
+        looks = [look["cosine"] for look in line["cosines"] or ()]
+        half = len(looks) // 2
+        found += looks[half:] if last else looks[:half]
+    return found
+
+
+def sheets(config: ReasoningGradientsConfig, runs: Runs) -> Iterator[TitledTable]:
+    """The accuracies and the gradients; and the cost of a step."""
+    cost = costs_of(runs.named(COST))
+    yield table.sheet("", config.rows, [
+        Cell("Gradient", lambda name: ROWS[name].label),
+        Cell("Solved", runs.told("test.solved", 1, 100), "%",
+             "Share of test puzzles with every place right, after equal steps; mean ± deviation over seeds."),
+        Cell("Equal time", lambda name: table.spread(at_equal_time(config, runs, name), 1, 100), "%",
+             "The same in validation, when the row with the cheapest step had finished, by the step times below."),
+        Cell("Residual", runs.told("test.residual", 4), "",
+             "Mean relative residual of the test puzzles after their last segment."),
+        Cell("Cosine, first half", lambda name: table.mean(along(runs, name, last=False), ".3f"), "",
+             "Of the equilibrium's gradient to the converged implicit one at the same state, in the first half of "
+             "training."),
+        Cell("Cosine, second half", lambda name: table.mean(along(runs, name, last=True), ".3f"), "",
+             "The same in the second half."),
+        Cell("Cosine to full", lambda name: table.shown(cost[name].cosine if name in cost else None, ".3f"), "",
+             "Of the gradient in all weights to full backpropagation through the segment, at the weights of one run."),
+    ])  # fmt: skip
+    if cost:
+        labels = {name: ROWS[name].label for name in config.rows}
+        yield TitledTable("A training step", step_table(cost, labels))
+
+
+def claims(config: ReasoningGradientsConfig, runs: Runs) -> Iterator[Claim]:
+    """The claims that the field disagrees on."""
+    for name, other, statement in (
+        (FULL, "one-step", "Full backpropagation solves more puzzles than the one-step gradient"),
+        ("neumann", "one-step", "The attractor models' gradient solves more puzzles than the one-step gradient"),
+        ("implicit", FULL, "The implicit gradient solves as many puzzles as full backpropagation, within a point"),
+    ):
+        if gaps := runs.gaps(name, other, "test.solved"):
+            gap = 100 * fmean(gaps)
+            holds = gap > -1 if other == FULL else min(gaps) > 0
+            each = ", ".join(f"{100 * one:+.1f}" for one in gaps)
+            yield Claim(statement, f"{gap:+.1f} points of test accuracy ({each} by seed)", holds)
+
+
+def protocol(config: ReasoningGradientsConfig, runs: Runs) -> str:
+    """Describe what was run."""
+    one = training(config, ROWS[config.rows[0]], config.plan.first_seed)
+    chosen = one.optimization
+    return (
+        f"{one.game()}: {one.training_puzzles} training puzzles, varied by symmetry, {one.held_out_puzzles} for "
+        f"validation and as many for the test. A network of width {one.width} with {one.blocks} blocks; {chosen.steps} "
+        f"segments of at most {one.equilibria.solver_steps} plain steps for each of {chosen.batch_size} puzzles, with an "
+        f"AdamW update after each; a puzzle has up to {one.segments} segments in training and in the test. Moving "
+        f"average of the weights, {chosen.averaging:g}. {config.plan.seeds} seeds."
+    )
+
+
+def notes(config: ReasoningGradientsConfig, runs: Runs) -> Iterator[str]:
+    """Notes that a reader needs."""
+    yield (
+        "Full backpropagation goes through one segment, not through earlier ones, as published. Its gradient is exact "
+        "for the steps that were taken; the implicit one is exact for an equilibrium that they may not have reached."
+    )
+    yield (
+        "Phantom gradients by unrolling take further steps from the solver's state, and their segments are longer by "
+        "these. The reversible solver is not among the rows."
+    )
+    if config.plan.scale == "cpu":
+        yield (
+            f"A small record: boards of {config.side} × {config.side} and short trainings. It does not tell how the "
+            "gradients compare on large puzzles."
+        )
+    yield from table.still_rising(runs)
+    yield from table.diverged(runs)
+
+
+def drawings(config: ReasoningGradientsConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
+    """Draw accuracy and cosine along training."""
+    if not any(line.key for line in runs):
+        return
+    figure, (quality, cosine) = axes(2, width=4.8)
+    looks = {name: style(index) for index, name in enumerate(config.rows)}
+    table.curves(
+        quality, ((ROWS[name].label, runs.where(row=name), looks[name]) for name in config.rows), "solved", 100
+    )
+    quality.set_ylabel("validation puzzles solved, %")
+    for name in config.rows:
+        together = list(zip(*(line["cosines"] or () for line in runs.where(row=name)), strict=False))
+        if together:
+            values = [fmean(look["cosine"] for look in each) for each in together]
+            cosine.plot([each[0]["step"] for each in together], values, **looks[name])
+    cosine.set(xlabel="steps", ylabel="cosine to the implicit gradient")
+    yield CaptionedFigure(
+        "gradients",
+        figure,
+        "Validation accuracy, and cosine to the implicit gradient at the same state: means over seeds.",
+    )
+
+
+TABLE = table.published(
+    globals(),
+    title="Gradients of small reasoning models on Sudoku",
+    source="The question of arXiv 2510.04871 (rejects implicit gradients), 2506.21734 (one step) and 2605.12466 "
+    "(attractor models); puzzles, network and figures are ours",
+)
