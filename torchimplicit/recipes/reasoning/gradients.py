@@ -276,7 +276,7 @@ def protocol(config: ReasoningGradientsConfig, runs: Runs) -> str:
     return (
         f"{one.game()}: {one.training_puzzles} training puzzles, varied by symmetry, {one.held_out_puzzles} for "
         f"validation and as many for the test. A network of width {one.width} with {one.blocks} blocks; {chosen.steps} "
-        f"segments of at most {one.equilibria.solver_steps} plain steps for each of {chosen.batch_size} puzzles, with an "
+        f"segments of at most {one.equilibria.solver_steps} plain steps for each of {chosen.batch_size} puzzles, an "
         f"AdamW update after each; a puzzle has up to {one.segments} segments in training and in the test. Moving "
         f"average of the weights, {chosen.averaging:g}. {config.plan.seeds} seeds."
     )
