@@ -1,6 +1,7 @@
 """Modules: the equilibrium layer, and what its cells are made of."""
 
 from torchimplicit.nn.apply_norm import apply_norm, remove_norm
+from torchimplicit.nn.best_of import BestOf, Vote, best_of, least_residual
 from torchimplicit.nn.budget import Budget
 from torchimplicit.nn.convert import convert_state_dict
 from torchimplicit.nn.dropout import VariationalDropout, dropout_masks
@@ -10,13 +11,17 @@ from torchimplicit.nn.per_solve import per_solve
 from torchimplicit.nn.warm_start import WarmStart
 
 __all__ = [
+    "BestOf",
     "Budget",
     "Equilibrium",
     "VariationalDropout",
+    "Vote",
     "WarmStart",
     "apply_norm",
+    "best_of",
     "convert_state_dict",
     "dropout_masks",
+    "least_residual",
     "per_solve",
     "remove_norm",
     "spectral_norm",

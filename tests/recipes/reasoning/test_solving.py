@@ -24,6 +24,8 @@ from torchimplicit.recipes.runtime.run import quietly
 from torchimplicit.recipes.runtime.settings import Machine, Optimization
 from torchimplicit.recipes.runtime.trainer import Results
 
+pytestmark = pytest.mark.filterwarnings("ignore::torchimplicit.ConvergenceWarning")
+
 SMALL = {
     "optimization": Optimization(steps=4, batch_size=6, validate_every=2, averaging=0.5),
     "machine": Machine(device="cpu", tensorboard=False),
@@ -32,6 +34,7 @@ SMALL = {
     "segments": 3,
     "training_puzzles": 12,
     "held_out_puzzles": 5,
+    "evaluation_starts": 4,
 }
 SUDOKU = SudokuConfig(side=4, **SMALL)
 MAZE = MazeConfig(side=5, **SMALL)
@@ -42,8 +45,11 @@ def test_a_training_and_its_page(tmp_path, name, config):
     run = trained(name, config, tmp_path / "run")
     found = Results.of(run)
     assert set(found.test.figures) == {"solved", "places", "segments", "residual", "loss"}
-    depth = json.loads((run.path / "depth.json").read_text())["depth"]
-    assert [one["segments"] for one in depth] == list(range(1, 13))
+    scaling = json.loads((run.path / "scaling.json").read_text())
+    assert [one["segments"] for one in scaling["depth"]] == list(range(1, 13))
+    assert [one["starts"] for one in scaling["breadth"]] == [1, 2, 4]
+    one, *_, most = scaling["breadth"]
+    assert one["by_residual"] == one["by_vote"] == one["by_any"] <= most["by_any"]
     assert "Test puzzles as the model solves them" in (run.path / "index.html").read_text()
     run, runner, settings = opened(run.path)
     runner.evaluate(settings, run, QUIET)

@@ -8,6 +8,7 @@ the network predicts that it is solved, or after a maximum number of segments.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,16 +18,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchimplicit.models.reasoner import Reasoner, ReasonerConfig, ReasoningState
+from torchimplicit.nn import Vote, least_residual
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.page import axes, saved, style, styled
 from torchimplicit.recipes.runtime.run import Run, device
 from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, not_negative, positive, share
-from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Table, sheet
+from torchimplicit.recipes.runtime.table import NONE, CaptionedFigure, Cell, Table, sheet
 from torchimplicit.recipes.runtime.task import Metric, Rows, SampledTask, generator, gradient, solver
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
+from torchimplicit.solution import Solution
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 # -- What a game is ----------------------------------------------------------------------------------------------------
@@ -142,6 +146,9 @@ class ReasoningConfig:
     evaluation_segments: int | None = None
     """Most segments of a puzzle in validation and test. Default: the same as in training."""
 
+    evaluation_starts: int = 8
+    """Most random starts per test puzzle, of which one is chosen by residual or by vote, in the scaling curves."""
+
     halting: bool = True
     """In validation and test, remove puzzles from the batch that the network predicts to be solved."""
 
@@ -159,7 +166,7 @@ class ReasoningConfig:
 
     def __post_init__(self) -> None:
         positive(self, "width", "heads", "blocks", "expansion", "latent_updates", "segments", "evaluation_segments")
-        positive(self, "training_puzzles", "held_out_puzzles")
+        positive(self, "evaluation_starts", "training_puzzles", "held_out_puzzles")
         not_negative(self, "halt_weight", "data_seed")
         share(self, "exploration")
         if self.width % self.heads:
@@ -311,12 +318,26 @@ class PuzzleTask(SampledTask):
             new.done,
         )
 
+    def decoded(self, state: ReasoningState) -> Tensor:
+        """Return the answer in a state, int64 ``[batch, places]``."""
+        return self.model.read(state)[0].argmax(dim=2)
+
+    @torch.no_grad()
+    def trail(self, given: Tensor, number: int, segments: int) -> Iterator[Solution]:
+        """Yield the solutions after each of so many segments, without halting, from random start ``number``; the
+        evaluations are those since the start."""
+        state, spent = self.model.start(given, generator(self.config.optimization.seed, -4, number)), 0.0
+        for _ in range(segments):
+            solution = self.model(given, state)
+            state, spent = solution.value, spent + solution.evaluations
+            yield replace(solution, evaluations=spent)
+
     @torch.no_grad()
     def attempt(self, given: Tensor, answer: Tensor) -> Attempt:
         """Solve puzzles, each until the network predicts that it is solved, from reproducible random starts."""
         config = self.config
         there = torch.arange(len(given), device=given.device)
-        state = self.model.start(given, generator(config.optimization.seed, -4))
+        state = self.model.start(given, generator(config.optimization.seed, -4, 0))
         found, segments = torch.empty_like(given), torch.zeros_like(given[:, 0])
         loss, residual = state[0].new_zeros(2, len(given))
         for _ in range(config.evaluation_segments or config.segments):
@@ -373,59 +394,123 @@ class Depth:
     residual: float
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Breadth:
+    """Test puzzles from several random starts, without halting.
+
+    Attributes:
+        starts: how many.
+        evaluations: number of cell evaluations per puzzle, over all starts.
+        by_residual, by_vote: share of puzzles solved by the start with the least residual, and by the answer that most
+            starts agree on.
+        by_any: share of puzzles solved from at least one start.
+    """
+
+    starts: int
+    evaluations: float
+    by_residual: float
+    by_vote: float
+    by_any: float
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Accuracy against test-time computation: more segments from one start, and more starts."""
+
+    depth: list[Depth] = field(default_factory=list)
+    breadth: list[Breadth] = field(default_factory=list)
+
+
 def deeper(task: PuzzleTask, given: Tensor, answer: Tensor, segments: int) -> list[Depth]:
     """Measure puzzles after 1, 2, ..., ``segments`` segments."""
-    state, spent, found = task.model.start(given, generator(task.config.optimization.seed, -4)), 0.0, []
-    for count in range(1, segments + 1):
-        solution = task.model(given, state)
-        state = solution.value
-        spent += solution.evaluations
-        right = (task.model.read(state)[0].argmax(dim=2) == answer).all(dim=1)
-        found.append(Depth(count, spent, float(right.double().mean()), float(solution.residual.median())))
+    found = []
+    for count, solution in enumerate(task.trail(given, 0, segments), start=1):
+        right = (task.decoded(solution.value) == answer).all(dim=1)
+        share, residual = float(right.double().mean()), float(solution.residual.median())
+        found.append(Depth(count, solution.evaluations, share, residual))
     return found
 
 
-def looked(config: ReasoningConfig, run: Run) -> dict[str, list[Depth]]:
-    """Measure accuracy against segments, and write the page with solved puzzles."""
+def broader(task: PuzzleTask, given: Tensor, answer: Tensor, segments: int, starts: int) -> list[Breadth]:
+    """Measure puzzles from 1, 2, 4, ... up to ``starts`` starts, with so many segments from each."""
+    solutions = [list(task.trail(given, number, segments))[-1] for number in range(starts)]
+    right = torch.stack([(task.decoded(one.value) == answer).all(dim=1) for one in solutions])
+    vote, found = Vote(decode=task.decoded), []
+    for count in (2**k for k in range(starts.bit_length()) if 2**k <= starts):
+        tried = solutions[:count]
+        shares = [float(right.gather(0, choose(tried)[None]).double().mean()) for choose in (least_residual, vote)]
+        evaluations = sum(one.evaluations for one in tried)
+        found.append(Breadth(count, evaluations, *shares, float(right[:count].any(dim=0).double().mean())))
+    return found
+
+
+def looked(config: ReasoningConfig, run: Run) -> Scaling:
+    """Measure accuracy against test-time computation, and write the page with solved puzzles."""
     from torchimplicit.recipes.runtime import report  # it brings Lightning
 
     if run.read().get("table"):  # which measures for itself, and has a page of its own
-        return {"depth": []}
+        return Scaling()
     task: PuzzleTask = TRAINER.best(config, run)
     given, answer = (t.to(device(config.machine.device)) for t in task.sets["test"].tensors)
-    found = deeper(task, given, answer, 4 * (config.evaluation_segments or config.segments))
+    segments = config.evaluation_segments or config.segments
+    found = Scaling(
+        deeper(task, given, answer, 4 * segments),
+        broader(task, given, answer, segments, config.evaluation_starts),
+    )
     tried = task.attempt(given[:SHOWN], answer[:SHOWN])
     with styled():
         puzzles, panels = axes(SHOWN, width=2.4, height=2.4)
         for panel, *one in zip(panels, given.cpu(), answer.cpu(), tried.found.cpu(), strict=False):
             task.game.draw(panel, *one)
-        depth, (panel, other) = axes(2, width=4.6)
-        panel.plot([one.evaluations for one in found], [100 * one.solved for one in found], **style(0))
-        panel.set(xlabel="evaluations of the cell", ylabel="puzzles solved, %", xscale="log")
-        other.plot([one.evaluations for one in found], [one.residual for one in found], **style(1))
-        other.set(xlabel="evaluations of the cell", ylabel="relative residual, median", xscale="log", yscale="log")
         pictures = saved(
             [
                 CaptionedFigure("puzzles", puzzles, "Test puzzles as the model solves them. Errors are red."),
-                CaptionedFigure("depth", depth, "Test puzzles against cell evaluations per puzzle, without halting."),
+                CaptionedFigure(
+                    "scaling",
+                    scaling(found, segments),
+                    "Test puzzles solved, and their residual, against cell evaluations per puzzle, without halting.",
+                ),
             ],
             run,
         )
     report.write([report.finished(run.path)], run.path / "index.html", str(task.game), pictures)
-    return {"depth": found}
+    return found
 
 
-def depth_table(found: dict[str, list[Depth]]) -> Table:
-    """Tabulate accuracy after 1, 2, 4, ... segments."""
-    return sheet("", [one for one in found["depth"] if one.segments.bit_count() == 1], [
-        Cell("Segments", lambda one: str(one.segments)),
-        Cell("Evaluations", lambda one: f"{one.evaluations:.0f}", "", "Of the cell, per puzzle."),
-        Cell("Solved", lambda one: f"{100 * one.solved:.1f}", "%"),
-        Cell("Residual", lambda one: f"{one.residual:.1e}", "", "Median relative residual at the end."),
+def scaling(found: Scaling, segments: int) -> Figure:
+    """Draw accuracy and residual against evaluations."""
+    drawn, (solved, residual) = axes(2, width=4.6)
+    spent = [one.evaluations for one in found.depth]
+    solved.plot(spent, [100 * one.solved for one in found.depth], label="more segments", **style(0))
+    spread = [one.evaluations for one in found.breadth]
+    for index, (name, label) in enumerate(
+        (("by_residual", "by residual"), ("by_vote", "by vote"), ("by_any", "any of them")), start=1
+    ):
+        shares = [100 * getattr(one, name) for one in found.breadth]
+        solved.plot(spread, shares, label=f"starts of {segments} segments, {label}", **style(index))
+    solved.set(xlabel="evaluations of the cell", ylabel="puzzles solved, %", xscale="log")
+    solved.legend()
+    residual.plot(spent, [one.residual for one in found.depth], **style(0))
+    residual.set(xlabel="evaluations of the cell", ylabel="median relative residual", xscale="log", yscale="log")
+    return drawn
+
+
+def scaling_table(found: Scaling) -> Table:
+    """Tabulate accuracy after 1, 2, 4, ... segments, and from as many starts."""
+    rows: list[tuple[str, float, float, float | None]] = [
+        (f"{one.segments} segments", one.evaluations, one.solved, None)
+        for one in found.depth
+        if one.segments.bit_count() == 1
+    ]
+    rows += [(f"{one.starts} starts", one.evaluations, one.by_residual, one.by_vote) for one in found.breadth]
+    return sheet("", rows, [
+        Cell("Test-time computation", lambda row: row[0]),
+        Cell("Evaluations", lambda row: f"{row[1]:.0f}", "", "Of the cell, per puzzle."),
+        Cell("Solved", lambda row: f"{100 * row[2]:.1f}", "%", "Of several starts, by the least residual."),
+        Cell("By vote", lambda row: NONE if row[3] is None else f"{100 * row[3]:.1f}", "%"),
     ]).table  # fmt: skip
 
 
 RUNNER = Measuring(
-    first=TRAINER, measure=looked, show=depth_table, name="depth.json", again=None, doing="Solving puzzles"
+    first=TRAINER, measure=looked, show=scaling_table, name="scaling.json", again=None, doing="Solving puzzles"
 )
