@@ -158,7 +158,7 @@ TABLES = {
     "physics-inverse": Entry("physics.inverse", "PhysicsInverseConfig", "TABLE",
         "Parameters of differential equations, built-in or yours, from noisy values, with error bars over seeds."),
     "reasoning-gradients": Entry("reasoning.gradients", "ReasoningGradientsConfig", "TABLE",
-        "Small reasoning models on Sudoku with six gradients: accuracy, cosine to the exact gradient, and cost."),
+        "Small reasoning models on Sudoku with seven gradients: accuracy, cosine to the exact gradient, and cost."),
     "jiio-generation": Entry("joint.generation", "JiioGenerationConfig", "TABLE",
         "Joint inference against nested optimization, and a decoder without an encoder against a VAE."),
     "jiio-inverse": Entry("joint.inverse", "JiioInverseConfig", "TABLE",

@@ -13,6 +13,7 @@ from running import run_jobs
 
 from torchimplicit.recipes.reasoning.gradients import TABLE, ReasoningGradientsConfig, at_equal_time
 from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import Equilibria
 from torchimplicit.recipes.runtime.table import Plan, Runs
 
 
@@ -25,17 +26,18 @@ def smaller(config):
 
 
 def test_the_table(tmp_path):
-    config = ReasoningGradientsConfig(plan=Plan(seeds=1), rows=("full", "neumann", "one-step"), steps=4, looks=2)
+    config = ReasoningGradientsConfig(plan=Plan(seeds=1), rows=("full", "reversible", "one-step"), steps=4, looks=2)
     runs = run_jobs(TABLE.jobs(config), tmp_path, smaller)
     found = TABLE.summarize(config, runs)
     first, costs = found.sheets
-    assert [row[0] for row in first.table.rows] == ["full backpropagation", "Neumann (2, 1)", "one step"]
+    assert [row[0] for row in first.table.rows] == ["full backpropagation", "reversible (0.5)", "one step"]
     assert len(costs.table.rows) == 3
-    assert [len(found.runs[f"{name}-seed0"]["cosines"]) for name in config.rows] == [0, 2, 2], "full has none"
+    # only of estimators that need no more than the state
+    assert [len(found.runs[f"{name}-seed0"]["cosines"]) for name in config.rows] == [0, 0, 2]
     assert found.runs["cost"]["full"]["cosine"] == pytest.approx(1)
     assert 0 < found.runs["cost"]["one-step"]["cosine"] < 1
     assert found.runs["cost"]["full"]["megabytes"] > found.runs["cost"]["one-step"]["megabytes"] > 0
-    assert len(found.claims) == 2
+    assert len(found.claims) == 1
     assert [one.name for one in found.drawings] == ["gradients"]
 
 
@@ -53,6 +55,8 @@ def test_equal_time_is_that_of_the_cheapest_row():
     assert at_equal_time(config, runs, "full") == [200 / 300], "two thirds of the steps"
 
 
-def test_rows_that_there_are_not():
+def test_settings_that_make_no_sense():
     with pytest.raises(UserError, match="there is no row two-step"):
         ReasoningGradientsConfig(rows=("two-step",))
+    with pytest.raises(UserError, match="--gradient reversible needs --solver reversible"):
+        Equilibria(gradient="reversible")

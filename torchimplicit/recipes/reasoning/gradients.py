@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from torchimplicit.recipes.reasoning import sudoku
-from torchimplicit.recipes.reasoning.solving import TRAINER, PuzzleTask
+from torchimplicit.recipes.reasoning.solving import TRAINER, PuzzleTask, segment
 from torchimplicit.recipes.reasoning.sudoku import Difficulty, SudokuConfig
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.page import axes, style
@@ -46,7 +46,10 @@ class Row:
     damping: float = 1.0
 
     def of(self, settings: Equilibria) -> Equilibria:
-        """Return the settings with this estimator."""
+        """Return the settings with this estimator; the reversible solver's steps have two evaluations each."""
+        if self.gradient == "reversible":
+            half = max(1, settings.solver_steps // 2)
+            settings = replace(settings, solver="reversible", solver_steps=half)
         return replace(settings, gradient=self.gradient, phantom_steps=self.steps, phantom_damping=self.damping)
 
 
@@ -54,6 +57,7 @@ FULL = "full"
 
 ROWS = {
     FULL: Row(label="full backpropagation", gradient="unrolled"),
+    "reversible": Row(label="reversible (0.5)", gradient="reversible"),
     "implicit": Row(label="implicit", gradient="implicit"),
     "phantom": Row(label="unrolled phantom (5, 0.5)", gradient="unrolled-phantom", steps=5, damping=0.5),
     "k-step": Row(label="last 4 steps", gradient="unrolled-phantom", steps=4),
@@ -155,8 +159,9 @@ def measured(config: PuzzleCostConfig, run: Run) -> dict[str, StepCost]:
     batches = iter(task.training_batches(range(config.repeats + 1), Shard()))
     at: dict[str, Any] = {}
 
-    def segment(name: str) -> torch.Tensor:
-        layer.gradient = gradient(ROWS[name].of(config.puzzles.equilibria))
+    def loss(name: str) -> torch.Tensor:
+        settings = ROWS[name].of(config.puzzles.equilibria)
+        layer.solver, layer.gradient = segment(settings), gradient(settings)
         torch.manual_seed(0)
         task.carried = at["carried"]
         return task.loss(at["batch"])
@@ -168,17 +173,18 @@ def measured(config: PuzzleCostConfig, run: Run) -> dict[str, StepCost]:
             with torch.no_grad():
                 task.loss(at["batch"])
             at["carried"] = task.carried
-        cost = one_step(task, lambda: segment(name), where)
+        cost = one_step(task, lambda: loss(name), where)
         own = flat_gradient(task)
         at["full"] = own if name == FULL else at["full"]
         return replace(cost, **beside(own, at["full"]))
 
+    def both_passes(name: str) -> None:
+        loss(name).backward()
+
     names = [FULL, *(name for name in config.rows if name != FULL)]
     found = in_turn({name: partial(step, name) for name in names}, config.repeats)
-    return {
-        name: replace(cost, megabytes=peak_bytes(lambda name=name: segment(name).backward(), where) / 1e6)
-        for name, cost in found.items()
-    }
+    peaks = {name: peak_bytes(partial(both_passes, name), where) for name in names}
+    return {name: replace(cost, megabytes=peaks[name] / 1e6) for name, cost in found.items()}
 
 
 MEASURING = Measuring(
@@ -290,7 +296,7 @@ def notes(config: ReasoningGradientsConfig, runs: Runs) -> Iterator[str]:
     )
     yield (
         "Phantom gradients by unrolling take further steps from the solver's state, and their segments are longer by "
-        "these. The reversible solver is not among the rows."
+        "these. The reversible iteration is another one, damped, with half as many steps of two evaluations each."
     )
     if config.plan.scale == "cpu":
         yield (

@@ -27,6 +27,7 @@ from torchimplicit.recipes.runtime.table import NONE, CaptionedFigure, Cell, Tab
 from torchimplicit.recipes.runtime.task import Metric, Rows, SampledTask, generator, gradient, solver
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 from torchimplicit.solution import Solution
+from torchimplicit.solvers import Solver
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -256,6 +257,12 @@ class Attempt:
     residual: Tensor
 
 
+def segment(settings: Equilibria) -> Solver:
+    """Return the solver of a segment. It gives its last iterate, not the one of the least residual: the next segment
+    continues from it."""
+    return replace(solver(settings), return_last=True)
+
+
 class PuzzleTask(SampledTask):
     """Judged by the share of puzzles with every place right."""
 
@@ -279,9 +286,9 @@ class PuzzleTask(SampledTask):
             mixing=config.mixing,
             latent_updates=config.latent_updates,
         )
-        # the last iterate, not the one of the least residual: the next segment continues from it
-        steps = replace(solver(config.equilibria), return_last=True)
-        self.model = Reasoner(sizes, self.game.relations(), solver=steps, gradient=gradient(config.equilibria))
+        self.model = Reasoner(
+            sizes, self.game.relations(), solver=segment(config.equilibria), gradient=gradient(config.equilibria)
+        )
         self.carried: Carried | None = None
 
     def begin(self) -> None:
@@ -438,9 +445,12 @@ def broader(task: PuzzleTask, given: Tensor, answer: Tensor, segments: int, star
     vote, found = Vote(decode=task.decoded), []
     for count in (2**k for k in range(starts.bit_length()) if 2**k <= starts):
         tried = solutions[:count]
-        shares = [float(right.gather(0, choose(tried)[None]).double().mean()) for choose in (least_residual, vote)]
+        residual, voted = (
+            float(right.gather(0, choose(tried)[None]).double().mean()) for choose in (least_residual, vote)
+        )
         evaluations = sum(one.evaluations for one in tried)
-        found.append(Breadth(count, evaluations, *shares, float(right[:count].any(dim=0).double().mean())))
+        some = float(right[:count].any(dim=0).double().mean())
+        found.append(Breadth(count, evaluations, by_residual=residual, by_vote=voted, by_any=some))
     return found
 
 

@@ -140,7 +140,14 @@ def missing(plain: Any, whole: Any, at: str = "") -> list[str]:
 
 
 EstimatorName = Literal[
-    "implicit", "unrolled-phantom", "neumann-phantom", "adaptive-phantom", "unbiased-neumann", "one-step", "unrolled"
+    "implicit",
+    "unrolled-phantom",
+    "neumann-phantom",
+    "adaptive-phantom",
+    "unbiased-neumann",
+    "one-step",
+    "unrolled",
+    "reversible",
 ]
 """The estimators that a recipe can be trained with; :mod:`.estimators` makes them."""
 
@@ -228,7 +235,7 @@ class Optimization:
 class Equilibria:
     """Solving and differentiating equilibria."""
 
-    solver: Literal["anderson", "broyden", "fixed-point"] = "anderson"
+    solver: Literal["anderson", "broyden", "fixed-point", "reversible"] = "anderson"
     """Solver of the forward pass."""
 
     solver_steps: int = 30
@@ -274,6 +281,8 @@ class Equilibria:
         not_negative(self, "pretrain_steps", "jacobian_weight")
         fraction(self, "phantom_damping")
         share(self, "jacobian_probability")
+        if self.gradient == "reversible" and self.solver != "reversible":
+            raise UserError(f"--gradient reversible needs --solver reversible, and it is {self.solver}")
 
 
 @dataclass(frozen=True, kw_only=True)

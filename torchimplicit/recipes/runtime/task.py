@@ -18,6 +18,7 @@ from torchimplicit.gradients import (
     Implicit,
     NeumannPhantom,
     OneStep,
+    Reversible,
     UnbiasedNeumann,
     Unrolled,
     UnrolledPhantom,
@@ -28,7 +29,7 @@ from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import clock
 from torchimplicit.recipes.runtime.settings import Equilibria, EstimatorName
 from torchimplicit.solution import Solution, fell_short
-from torchimplicit.solvers import Anderson, Broyden, FixedPointIteration, Solver
+from torchimplicit.solvers import Anderson, Broyden, FixedPointIteration, ReversibleIteration, Solver
 
 # -- What a recipe trains ----------------------------------------------------------------------------------------------
 
@@ -361,6 +362,7 @@ ESTIMATORS: dict[EstimatorName, Estimator] = {
     ),
     "one-step": Estimator(lambda at: "one step", lambda at: OneStep()),
     "unrolled": Estimator(lambda at: "unrolled", lambda at: Unrolled()),
+    "reversible": Estimator(lambda at: "reversible", lambda at: Reversible()),
 }
 
 
@@ -376,7 +378,12 @@ def label(settings: Equilibria) -> str:
 
 def solver(settings: Equilibria) -> Solver:
     """The solver that the settings name."""
-    kinds = {"anderson": Anderson, "broyden": Broyden, "fixed-point": FixedPointIteration}
+    kinds: dict[str, type[Anderson | Broyden | FixedPointIteration | ReversibleIteration]] = {
+        "anderson": Anderson,
+        "broyden": Broyden,
+        "fixed-point": FixedPointIteration,
+        "reversible": ReversibleIteration,
+    }
     return kinds[settings.solver](rtol=settings.tolerance, max_steps=settings.solver_steps)
 
 
