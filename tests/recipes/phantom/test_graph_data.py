@@ -51,6 +51,21 @@ def test_attributes_are_appended_on_request(tmp_path):
     assert found.graphs[1].x[0, 4:].tolist() == [3.5, -1.0]
 
 
+def test_every_edge_keeps_its_label(tmp_path):
+    of_edges = {"1, 2": 0, "2, 3": 1, "1, 3": 2, "6, 7": 3, "7, 8": 4}
+    labels = [
+        str(of_edges[edge] if edge in of_edges else of_edges[", ".join(edge.split(", ")[::-1])]) for edge in TU["A"]
+    ]
+    found = tu.load("COX2", write(tmp_path, {"edge_labels": labels}))
+    triangle, pair, path = found.graphs
+    kinds = dict(zip(zip(*triangle.edge_index.tolist(), strict=True), triangle.edge_label.tolist(), strict=True))
+    assert kinds == {(0, 1): 0, (1, 0): 0, (1, 2): 1, (2, 1): 1, (0, 2): 2, (2, 0): 2}
+    assert pair.edge_label.tolist() == []
+    assert sorted(path.edge_label.tolist()) == [3, 3, 4, 4]
+    with pytest.raises(UserError, match="9 lines, and there are 10 edges"):
+        tu.load("COX2", write(tmp_path, {"edge_labels": labels[1:]}))
+
+
 @pytest.mark.parametrize("place", ["COX2", "COX2/raw", "COX2_full"])
 def test_the_files_are_found_below_the_folder(tmp_path, place):
     write(tmp_path / place, prefix=place.split("/")[0])

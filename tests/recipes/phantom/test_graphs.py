@@ -314,3 +314,20 @@ def test_wrong_settings_of_the_table():
     ):
         with pytest.raises(UserError, match=message):
             PhantomGraphsConfig(**changes)
+
+
+def test_edges_weigh_one_or_their_label_or_as_in_the_published_code(tmp_path):
+    write_tu(tmp_path, "MUTAG")
+    edges = len((tmp_path / "MUTAG_A.txt").read_text(encoding="utf-8").splitlines())
+    (tmp_path / "MUTAG_edge_labels.txt").write_text("3\n" * edges, encoding="utf-8")
+
+    def weights(kind, training):
+        task = runner.MoleculesTask(replace(cox2(), data="MUTAG", data_dir=tmp_path, folds=2, edge_weights=kind))
+        (batch,) = task.train(training).training_batches(range(1), Shard())
+        found = task._edge_weights(batch)
+        return None if found is None else set(found.tolist())
+
+    assert weights("ones", training=True) is None
+    assert weights("labels", training=True) == weights("labels", training=False) == {3.0}
+    assert weights("as-published", training=True) == {3.0}
+    assert weights("as-published", training=False) == {2.0}

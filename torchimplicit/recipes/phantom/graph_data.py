@@ -76,7 +76,8 @@ class GraphSet(NamedTuple):
     """Labelled graphs.
 
     Attributes:
-        graphs: ``x`` ``[nodes, features]`` (float32), ``edge_index`` ``[2, edges]`` and ``y`` ``[1]`` each.
+        graphs: ``x`` ``[nodes, features]`` (float32), ``edge_index`` ``[2, edges]``, ``edge_label`` ``[edges]`` (1 if
+            the set has none) and ``y`` ``[1]`` each.
         classes: how many labels there are.
     """
 
@@ -133,14 +134,19 @@ def load(name: str, data_dir: Path | None = None, attributes: bool = False) -> G
         raise UserError(f"{folder / f'{prefix}_graph_labels.txt'} has one label only: there is nothing to learn")
     first = np.cumsum(sizes) - sizes
     counts = np.bincount(owner[edges[0]] - 1, minlength=graphs)
-    parts = np.split(edges[:, np.argsort(edges[0], kind="stable")], np.cumsum(counts)[:-1], axis=1)
+    order, ends = np.argsort(edges[0], kind="stable"), np.cumsum(counts)[:-1]
+    parts = np.split(edges[:, order], ends, axis=1)
+    labels = np.split(_edge_labels(folder, prefix, edges.shape[1])[order], ends)
     made = [
         Data(
             x=x[start : start + size],
             edge_index=torch.from_numpy(np.ascontiguousarray(part - start)),
+            edge_label=torch.from_numpy(label),
             y=torch.tensor([kind]),
         )
-        for start, size, part, kind in zip(first.tolist(), sizes.tolist(), parts, y.tolist(), strict=True)
+        for start, size, part, label, kind in zip(
+            first.tolist(), sizes.tolist(), parts, labels, y.tolist(), strict=True
+        )
     ]
     return GraphSet(made, len(kinds))
 
@@ -258,6 +264,15 @@ def _edges(path: Path, owner: NDArray[np.int64]) -> NDArray[np.int64]:
     return edges
 
 
+def _edge_labels(folder: Path, prefix: str, edges: int) -> NDArray[np.int64]:
+    path = folder / f"{prefix}_edge_labels.txt"
+    if not path.is_file():
+        return np.ones(edges, dtype=np.int64)
+    labels = _integers(path)
+    _same_length(path, len(labels), edges, "edges")
+    return labels
+
+
 def _integers(path: Path) -> NDArray[np.int64]:
     """Read one integer per line."""
     table = _table(path, np.int64)
@@ -278,9 +293,9 @@ def _table(path: Path, kind: type) -> NDArray:
         raise UserError(f"{path} is cut short or of another kind: {error}") from None
 
 
-def _same_length(path: Path, lines: int, nodes: int) -> None:
-    if lines != nodes:
-        raise UserError(f"{path} has {lines} lines, and there are {nodes} nodes: one of the files is cut short")
+def _same_length(path: Path, lines: int, count: int, of: str = "nodes") -> None:
+    if lines != count:
+        raise UserError(f"{path} has {lines} lines, and there are {count} {of}: one of the files is cut short")
 
 
 # -- PPI: 24 tissues' graphs of interacting proteins, 121 labels a node (Zitnik and Leskovec 2017; Hamilton et al.) ----

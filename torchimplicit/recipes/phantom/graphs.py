@@ -76,6 +76,10 @@ class MoleculesConfig:
     attributes: bool = False
     """Give each node its real-valued attributes in addition to its label, if the set has them."""
 
+    edge_weights: Literal["ones", "labels", "as-published"] = "ones"
+    """Weight of an edge: 1; the number of its label; or, as in the code published for MUTAG, the number of its label in
+    training and 2 in tests."""
+
     folds: int = 10
     """Number of folds of the cross-validation."""
 
@@ -259,6 +263,8 @@ class MoleculesTask(SampledTask):
             dropout=config.dropout,
         )
         self.model = made(architecture, config.equilibria)
+        if config.edge_weights != "ones" and any((graph.edge_label < 0).any() for graph in self.set.graphs):
+            raise UserError("--edge-weights: this set has negative edge labels, and weights must not be negative")
 
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
         own = super().held_out_batches(split, shard)
@@ -292,7 +298,17 @@ class MoleculesTask(SampledTask):
         return f"{said} {self.config.folds}: graphs {parts}."
 
     def _scores(self, batch: Any) -> Tensor:
-        return self.model(batch.x, batch.edge_index, batch=batch.batch, graphs=batch.num_graphs)
+        return self.model(
+            batch.x, batch.edge_index, self._edge_weights(batch), batch=batch.batch, graphs=batch.num_graphs
+        )
+
+    def _edge_weights(self, batch: Any) -> Tensor | None:
+        if self.config.edge_weights == "ones":
+            return None
+        if self.config.edge_weights == "as-published" and not self.training:
+            # that code tests on A + Aᵀ of an undirected A, and leaves the labels out there
+            return torch.full_like(batch.x[:1, 0], 2).expand(batch.edge_index.shape[1])
+        return batch.edge_label.to(batch.x.dtype)
 
 
 def _peeked(graphs: list[Any]) -> Any:
