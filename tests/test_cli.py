@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
+import re
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
-from torchimplicit import cli
+from torchimplicit import cli, recipes
 
 pytest.importorskip("lightning")
 pytest.importorskip("tyro")
@@ -55,6 +59,28 @@ def test_help_shows_what_each_setting_means(capsys, argv):
     assert "Passes over the training split" in out
 
 
+def test_help_names_shared_options_and_help_all_explains_them(capsys):
+    short, whole = (run(capsys, "train", "images-digits", flag)[1] for flag in ("--help", "--help-all"))
+    for shown in (short, whole):
+        assert all(option in shown for option in ("--data-dir", "--learning-rate", "--monitor-every", "--overwrite"))
+    assert "Data set." in short
+    assert "--help-all" in short
+    assert "Peak learning rate" in whole
+    assert "Peak learning rate" not in short
+    assert short.count("\n") < whole.count("\n") / 2
+
+
+def test_help_for_every_option_is_a_sentence():
+    """No fragment that only makes sense beside the option's name, such as "Of the state."."""
+    fragment = re.compile(r"(Of|By|At|Which|Whether|Likewise|The same|The most)\b")
+    for path in Path(recipes.__file__).parent.rglob("*.py"):
+        for owner in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for before, after in pairwise(owner.body if isinstance(owner, ast.ClassDef) else []):
+                if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
+                    said = ast.literal_eval(after.value)
+                    assert not fragment.match(said), f"{path}:{after.lineno}: {said}"
+
+
 def test_the_demo_has_its_own_defaults(capsys):
     assert "default: implicit unrolled-phantom neumann-phantom" in " ".join(run(capsys, "demo", "--help")[1].split())
 
@@ -68,7 +94,7 @@ def test_every_command_has_help(capsys, command):
 
 @pytest.mark.parametrize(("command", "default"), [("report", "report.html"), ("molecules", "lda,pw")])
 def test_settings_with_a_default_can_be_left_out(capsys, command, default):
-    shown = run(capsys, command, "--help")[1]
+    shown = run(capsys, command, "--help-all")[1]
     assert f"(default: {default})" in " ".join(shown.split())
     assert "(required)" not in shown
 
@@ -88,8 +114,18 @@ def test_list_has_a_line_for_every_recipe(capsys):
         assert any(line.split()[:1] == [name] for line in out.splitlines())
 
 
+def test_the_list_as_json(capsys):
+    from torchimplicit.recipes.registry import RECIPES, TABLES
+
+    listed = json.loads(run(capsys, "list", "--json")[1])
+    assert [one["name"] for one in listed] == [*RECIPES, *TABLES]
+    assert all(one["command"] in COMMANDS and one["summary"] for one in listed)
+
+
 def test_unknown_names_are_refused_in_one_line(capsys):
     assert "no command 'trane'" in fails(capsys, "trane")
+    assert "did you mean 'train'?" in fails(capsys, "trane")
+    assert "did you mean 'implicit'?" in fails(capsys, "demo", "--estimators", "implict")
     assert "no recipe 'foo'; the recipes are demo, digits" in fails(capsys, "train", "foo")
     assert "did you mean 'digits'?" in fails(capsys, "train", "digit")
 
@@ -118,6 +154,12 @@ def test_bad_input_is_told_in_one_line(capsys, argv, said):
 def test_a_gpu_that_is_not_there(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "--device cpu" in fails(capsys, "demo", "--device", "cuda")
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_processes_than_cores(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert "2 CPU cores" in fails(capsys, "train", "images-digits", "--device", "cpu", "--devices", "9")
     assert not list(tmp_path.iterdir())
 
 

@@ -6,6 +6,7 @@ input, 130 interrupted. The commands are in :mod:`torchimplicit.recipes.commands
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module, metadata
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), code=2)
     except (errors.DivergedError, solve_error) as error:
         return _fail(f"training diverged: {error}; a smaller --learning-rate may help")
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         return _fail(str(error))
     except KeyboardInterrupt:

@@ -10,8 +10,8 @@ from rich.console import Console
 from torchimplicit import cli
 from torchimplicit.recipes import registry
 from torchimplicit.recipes.runtime.execution import go, opened
-from torchimplicit.recipes.runtime.fitting import rows
 from torchimplicit.recipes.runtime.jobs import prepare
+from torchimplicit.recipes.runtime.log import rows
 from torchimplicit.recipes.runtime.run import RunOptions, create
 
 QUIET = Console(quiet=True)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
+import re
+import shutil
 import sys
-from contextlib import redirect_stderr
+import textwrap
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import reduce
 from importlib import import_module
@@ -17,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchimplicit.recipes import registry
-from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.errors import UserError, meant
 from torchimplicit.recipes.runtime.execution import as_it_began, go, opened, terminated_like_interrupted
 from torchimplicit.recipes.runtime.run import Exporter, Run, Runner, RunOptions, create
 
@@ -34,9 +38,21 @@ class Command(Protocol):
 
 @dataclass(frozen=True)
 class List:
-    """List the recipes and the tables, a line each."""
+    """List the recipes and the tables, one line each."""
+
+    json: bool = False
+    """Print JSON instead: a list of objects with name, command and summary."""
 
     def run(self, console: Console) -> int:
+        if self.json:
+            named = (("train", registry.RECIPES), ("reproduce", registry.TABLES))
+            lines = [
+                {"name": name, "command": command, "summary": entry.summary}
+                for command, entries in named
+                for name, entry in entries.items()
+            ]
+            print(json.dumps(lines, indent=2, ensure_ascii=False))
+            return 0
         for command, about, entries in (
             ("train", "recipes", registry.RECIPES),
             ("reproduce", "published tables and figures", registry.TABLES),
@@ -53,8 +69,8 @@ class List:
 class Start(Generic[R]):
     """Start a run of a recipe."""
 
-    settings: R
-    where: RunOptions = field(default_factory=RunOptions)
+    settings: Annotated[R, tyro.conf.arg(name="")]
+    where: Annotated[RunOptions, tyro.conf.arg(name="output")] = field(default_factory=RunOptions)
     recipe: tyro.conf.Suppress[str] = ""
 
     def run(self, console: Console) -> int:
@@ -174,6 +190,9 @@ COMMANDS = {
 }
 """The commands, each with the line that the help shows."""
 
+WHOLE_HELP = "--help-all"
+"""Shows the help with every option explained; ``--help`` only names those that recipes share."""
+
 
 def parse(argv: list[str]) -> Command:
     """Return the command that the arguments name.
@@ -185,7 +204,10 @@ def parse(argv: list[str]) -> Command:
     """
     named = argv[0] if argv and not argv[0].startswith("-") else None
     if named is not None and named not in COMMANDS:
-        raise UserError(f"there is no command '{named}'; the commands are {', '.join(COMMANDS)}; see --help")
+        hint = meant(named, COMMANDS) or "see --help"
+        raise UserError(f"there is no command '{named}'; the commands are {', '.join(COMMANDS)}; {hint}")
+    short = WHOLE_HELP not in argv and not {"-h", "--help"}.isdisjoint(argv)
+    argv = ["--help" if argument == WHOLE_HELP else argument for argument in argv]
     chosen: dict[str, str | None] = {"train": None, "reproduce": None}
     if named in chosen and len(argv) > 1 and not argv[1].startswith("-"):
         chosen[named] = argv[1]
@@ -204,30 +226,63 @@ def parse(argv: list[str]) -> Command:
         "evaluate": Evaluate,
         "report": ReportRuns,
     }
-    choices = [
-        _start(name) if named == name else Annotated[Deferred, _named(name, COMMANDS[name])]
-        for name in ("demo", "pretrain", "finetune")
-    ]
     # a command that is asked for shows its own docstring, in full
-    choices += [
-        Annotated[kind, _named(name, None if name == named else COMMANDS[name])] for name, kind in kinds.items()
+    choices = [
+        _start(name)
+        if name == named and name not in kinds
+        else Annotated[kinds.get(name, Deferred), _named(name, None if name == named else about)]
+        for name, about in COMMANDS.items()
     ]
     kind: Any = reduce(or_, choices)
-    complaint = io.StringIO()
+    complaint, help_text = io.StringIO(), _Boxed()
     try:
-        with redirect_stderr(complaint):
+        with redirect_stderr(complaint), redirect_stdout(help_text) if short else nullcontext():
             parsed: Command = tyro.cli(
                 kind,
                 args=argv,
                 prog="torchimplicit",
-                description="Implicit layers for PyTorch: the demo and the recipes.",
+                description="Implicit layers for PyTorch: the demo and the recipes. "
+                "'torchimplicit COMMAND --help' explains a command.",
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
             )
     except SystemExit as end:
         if not end.code:
+            if short:
+                print(_shortened(help_text.getvalue()))
             raise
         raise UserError(_one_line(complaint.getvalue())) from None
     return parsed
+
+
+class _Boxed(io.StringIO):
+    """Takes tyro's help with its boxes, whatever the terminal."""
+
+    encoding = "utf-8"
+
+
+def _shortened(text: str) -> str:
+    """A command's help in which groups that recipes share are listed by the names of their options."""
+    kept: list[str] = []
+    groups: dict[str, list[str]] = {}
+    names: list[str] | None = None
+    for line in text.rstrip().splitlines():
+        if line.startswith("╭─ "):
+            title = line[3:].split(" options")[0]
+            names = None if title.rstrip("─╮ ") in ("options", "subcommands", "positional arguments") else []
+            if names is not None:
+                groups[title] = names
+        if names is None:
+            kept.append(line)
+        else:
+            names += re.findall(r"^│ (--[\w-]+)", line)
+    if groups:
+        width = max(map(len, groups)) + 4
+        kept += ["", f"Further options, explained by {WHOLE_HELP}:"]
+        for title, listed in groups.items():
+            columns = shutil.get_terminal_size().columns - width
+            lines = textwrap.wrap(" ".join(listed), max(columns, 30), break_on_hyphens=False)
+            kept += [f"  {title if not number else '':{width - 2}}{line}" for number, line in enumerate(lines)]
+    return "\n".join(kept)
 
 
 def _one_line(box: str) -> str:
@@ -237,6 +292,9 @@ def _one_line(box: str) -> str:
     parts = [" ".join(part.split()).rstrip(".") for part in text.split(";")]
     line = "; ".join(part for part in parts if part and not part.startswith("Argument helptext"))
     line = line.replace("For full helptext, ", "for help, ")
+    if choice := re.search(r"invalid choice '(.*?)'.* Expected one of (\(.*?\))", line, re.IGNORECASE):
+        hint = meant(choice[1], re.findall(r"'(.*?)'", choice[2]))
+        line = line.replace("; for help", f"; {hint}; for help") if hint else line
     return line[:1].lower() + line[1:]
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
-from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.errors import UserError, meant
 
 if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Runner
@@ -224,8 +223,7 @@ def entry(name: str, among: dict[str, Entry] | None = None, kind: str = "recipe"
         return PARTS[name]
     if name in known:
         return known[name]
-    close = get_close_matches(name, known, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else "see 'torchimplicit list'"
+    hint = meant(name, known) or "see 'torchimplicit list'"
     raise UserError(f"there is no {kind} '{name}'; the {kind}s are {', '.join(known)}; {hint}")
 
 

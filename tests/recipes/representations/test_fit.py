@@ -34,7 +34,7 @@ from torchimplicit.recipes.representations.fit import (
     write_page,
 )
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.fitting import rows
+from torchimplicit.recipes.runtime.log import rows
 from torchimplicit.recipes.runtime.run import RunOptions, create
 from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization
 from torchimplicit.recipes.runtime.step_cost import peak_bytes

@@ -32,8 +32,9 @@ from torchimplicit.recipes.runtime import files
 from torchimplicit.recipes.runtime.errors import StorageError, UserError
 from torchimplicit.recipes.runtime.execution import as_it_began, go, opened, terminated_like_interrupted
 from torchimplicit.recipes.runtime.files import Download, fetch, unchanged
-from torchimplicit.recipes.runtime.fitting import loggers, read_checkpoint, rows
+from torchimplicit.recipes.runtime.fitting import loggers, read_checkpoint
 from torchimplicit.recipes.runtime.jobs import Job, prepare
+from torchimplicit.recipes.runtime.log import rows
 from torchimplicit.recipes.runtime.run import Run, RunOptions, create, version
 from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, from_plain, to_plain
 from torchimplicit.solvers import Anderson

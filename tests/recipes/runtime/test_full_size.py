@@ -15,7 +15,8 @@ from tiny import RUNNER, TinyConfig
 
 from torchimplicit.recipes import registry
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.fitting import read_checkpoint, rows
+from torchimplicit.recipes.runtime.fitting import read_checkpoint
+from torchimplicit.recipes.runtime.log import rows
 from torchimplicit.recipes.runtime.run import RunOptions, create
 from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, check_batch
 from torchimplicit.recipes.runtime.task import Shard, ShuffledSteps

@@ -484,7 +484,7 @@ def test_files_that_take_no_room_on_the_disk(tmp_path):
     pytest.importorskip("torch_geometric")
     from torchimplicit.recipes.phantom import graph_data as tu
     from torchimplicit.recipes.phantom import image_files
-    from torchimplicit.recipes.runtime.fitting import rows
+    from torchimplicit.recipes.runtime.log import rows
     from torchimplicit.recipes.runtime.run import Run
 
     path = tmp_path / "run.json"

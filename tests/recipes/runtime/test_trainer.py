@@ -23,7 +23,7 @@ from torchimplicit import cli
 from torchimplicit.gradients import Unrolled
 from torchimplicit.recipes import registry
 from torchimplicit.recipes.runtime.errors import DivergedError, UserError
-from torchimplicit.recipes.runtime.fitting import rows
+from torchimplicit.recipes.runtime.log import rows
 from torchimplicit.recipes.runtime.module import rate_share
 from torchimplicit.recipes.runtime.run import Run, RunOptions, create
 from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization

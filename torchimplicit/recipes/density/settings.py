@@ -233,7 +233,7 @@ class OrbitalFreeTraining:
 
     check_grid: int = 3
     """Level of PySCF's grid on which all densities are minimized again at the end; a density counts as good only if it
-    is good there too. No check if it is not finer than --molecules.chemistry.grid."""
+    is good there too. No check if it is not finer than --grid."""
 
     page: bool = True
     """Write figures and an HTML page at the end."""

@@ -484,6 +484,13 @@ def drawings(config: StabilityConfig, runs: Runs, folders: Mapping[str, Run]) ->
     return made
 
 
+def marker_of(row: str) -> str:
+    """The marker of the row's remedy."""
+    from torchimplicit.recipes.runtime.page import MARKERS
+
+    return MARKERS[list(HELPS).index(split(row)[1]) % len(MARKERS)]
+
+
 def colour_of(row: str) -> str:
     """The colour of the row's remedy."""
     from torchimplicit.recipes.runtime.page import COLOURS
@@ -504,6 +511,7 @@ def by_eigenvalue(runs: Runs, rows: list[str]) -> Figure:
                     line["train.least"],
                     counted(line, way, "after"),
                     s=26,
+                    marker=marker_of(row),
                     facecolor=face,
                     edgecolor=colour_of(row),
                     label=named if way == "descent" else None,
@@ -529,8 +537,8 @@ def along_training(runs: Runs, rows: list[str]) -> Figure:
                     [look[what] for look in line["looks"]],
                     color=colour_of(row),
                     linestyle=LINES[number % len(LINES)],
-                    marker="o",
-                    markersize=2.5,
+                    marker=marker_of(row),
+                    markersize=3.5,
                     linewidth=1.0 + 0.45 * (len(rows) - 1 - place),  # rows that coincide are all to be seen
                     label=None if number else HELPS[split(row)[1]].label,
                 )

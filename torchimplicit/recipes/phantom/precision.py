@@ -133,7 +133,7 @@ def figures(config: PrecisionConfig, run: Run) -> Any:
 
 def looks_of(run: Run) -> list[Measurement]:
     """The measurements in the run's log."""
-    from torchimplicit.recipes.runtime.fitting import rows
+    from torchimplicit.recipes.runtime.log import rows
 
     prefix = "gradient/task.model.equilibrium/"
     found = []

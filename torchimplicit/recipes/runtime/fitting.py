@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import shutil
 import signal
@@ -27,7 +26,8 @@ from torch.utils.data import DataLoader
 from torchimplicit.recipes.runtime import files
 from torchimplicit.recipes.runtime.errors import DamagedFileError, UserError
 from torchimplicit.recipes.runtime.execution import note_signal
-from torchimplicit.recipes.runtime.files import no_larger, say_once
+from torchimplicit.recipes.runtime.files import say_once
+from torchimplicit.recipes.runtime.log import rows
 from torchimplicit.recipes.runtime.run import NOTED_EVERY, Run
 
 # -- Lightning's trainer as the recipes use it: logs, a checkpoint an epoch, a clean stop on Ctrl-C --------------------
@@ -335,9 +335,6 @@ class ShowProgress(Callback):
 # -- The logs of a run: a CSV file, and TensorBoard's beside it --------------------------------------------------------
 
 
-Row = dict[str, float]
-
-
 def loggers(run: Run, steps: int, tensorboard: bool, every: int = 1) -> list[Logger]:
     """The run's loggers, for training that continues after ``steps`` steps; log entries of later steps are dropped."""
     kept = [row for row in rows(run.metrics) if row["step"] <= steps]
@@ -352,16 +349,3 @@ def loggers(run: Run, steps: int, tensorboard: bool, every: int = 1) -> list[Log
     if tensorboard:
         made.append(TensorBoardLogger(run.path, name=None, version="logs", purge_step=steps + 1))
     return made
-
-
-def rows(path: Path) -> list[Row]:
-    """The rows of a CSV log without empty cells; empty if there is no file."""
-    if not path.is_file():
-        return []
-    no_larger(path, 1 << 30)
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            read = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
-        return [{name: float(value) for name, value in row.items()} for row in read if "step" in row]
-    except (ValueError, TypeError, AttributeError, csv.Error) as error:
-        raise DamagedFileError(f"{path} is damaged ({error}); train again, or restore it from a copy") from None

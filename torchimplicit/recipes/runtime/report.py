@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import write_text
-from torchimplicit.recipes.runtime.fitting import Row, rows
+from torchimplicit.recipes.runtime.log import Row, rows
 from torchimplicit.recipes.runtime.page import Section, Shown, axes, document, style, styled, svg
 from torchimplicit.recipes.runtime.run import Run
 from torchimplicit.recipes.runtime.table import NONE, Cell, Table, sheet, shown
@@ -21,6 +21,12 @@ from torchimplicit.recipes.runtime.task import SHARES, Metric, told
 from torchimplicit.recipes.runtime.trainer import Results, Validation
 
 TITLE = "Runs compared"
+
+MOST_NAMED = 12
+"""Largest number of runs whose curves have a legend and markers."""
+
+MOST_POINTS = 500
+"""Largest number of points in a curve of the training loss, which is thinned out to it."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,12 @@ def comparison(runs: Sequence[Finished]) -> Table:
 def curves(runs: Sequence[Finished]) -> Figure:
     """Training loss and validation metric of every run against steps, and against seconds."""
     drawn, (loss, by_step, by_time) = axes(3, width=4.6, height=3.6)
+    named = len(runs) <= MOST_NAMED
     for index, run in enumerate(runs):
-        look = style(index)
+        look = style(index) if named else style(index) | {"marker": None}
         plain = {"color": look["color"], "linestyle": look["linestyle"], "linewidth": 1}
         steps = [row for row in run.log if "loss" in row]
+        steps = steps[:: -(-len(steps) // MOST_POINTS) or 1]
         loss.plot([row["step"] for row in steps], [row["loss"] for row in steps], **plain, label=run.name)
         values = [v.figures[run.results.metric] for v in run.results.validations]
         by_step.plot([v.step for v in run.results.validations], values, **look)
@@ -90,7 +98,8 @@ def curves(runs: Sequence[Finished]) -> Figure:
     loss.set(xlabel="step", ylabel="training loss", yscale="log")
     by_step.set(xlabel="step", ylabel=f"validation {metrics}")
     by_time.set(xlabel="seconds in training steps")
-    loss.legend()
+    if named:
+        loss.legend()
     return drawn
 
 

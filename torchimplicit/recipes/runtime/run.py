@@ -156,7 +156,7 @@ def device(name: DeviceName, count: int = 1) -> torch.device:
     """The device to train on; ``auto`` takes a GPU if there is one.
 
     Raises:
-        UserError: if a GPU is asked for and there is none, or fewer than ``count``.
+        UserError: if a GPU is asked for and there is none, or fewer GPUs or CPU cores than ``count``.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
@@ -164,6 +164,8 @@ def device(name: DeviceName, count: int = 1) -> torch.device:
     chosen = torch.device("cuda" if available and name != "cpu" else "cpu")
     if chosen.type == "cuda" and count > torch.cuda.device_count():
         raise UserError(f"--devices {count}: PyTorch finds {torch.cuda.device_count()} CUDA devices here")
+    if chosen.type == "cpu" and count > (cores := os.cpu_count() or 1):
+        raise UserError(f"--devices {count}: this machine has {cores} CPU cores, and each process needs one")
     return chosen
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.errors import UserError, meant
 
 # -- Checks of settings, in the words of the command line --------------------------------------------------------------
 
@@ -57,7 +57,10 @@ def known_rows(wanted: Sequence[str], known: Sequence[str]) -> None:
     """Each row named by ``--rows`` must be one of the table's."""
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise UserError(f"--rows: there is no row {', '.join(unknown)}; the rows are {', '.join(known)}")
+        hint = meant(unknown[0], known)
+        raise UserError(
+            f"--rows: there is no row {', '.join(unknown)}; the rows are {', '.join(known)}{hint and '; ' + hint}"
+        )
 
 
 # -- Dataclasses to plain values that JSON holds, and back -------------------------------------------------------------

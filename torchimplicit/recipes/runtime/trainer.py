@@ -23,7 +23,7 @@ from torchimplicit.recipes.runtime.task import Costs, Shard, Split, Task, told
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from torchimplicit.recipes.runtime.fitting import Row
+    from torchimplicit.recipes.runtime.log import Row
     from torchimplicit.recipes.runtime.module import TrainingModule
     from torchimplicit.recipes.runtime.monitor import MonitorGradient
 
@@ -261,7 +261,8 @@ class Trainer(Runner):
         self, config: Trained, run: Run, module: TrainingModule, where: torch.device, diverged: str
     ) -> Results:
         """The results from the run's checkpoints and logs, and the test at the best weights."""
-        from torchimplicit.recipes.runtime.fitting import load_weights, rows
+        from torchimplicit.recipes.runtime.fitting import load_weights
+        from torchimplicit.recipes.runtime.log import rows
 
         found = history(run)
         complete = found.steps >= config.optimization.steps
