@@ -91,5 +91,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    print("the suite:")
-    sys.exit(pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", __file__]))
+    if "__file__" in globals():  # a notebook is no file that pytest could run
+        print("the suite:")
+        sys.exit(pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", __file__]))

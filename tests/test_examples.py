@@ -1,5 +1,8 @@
 """Every example runs as a user runs it, says what it found without a warning, and draws its picture."""
 
+import ast
+import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -26,3 +29,17 @@ def test_an_example(path, tmp_path):
 def test_every_example_is_on_its_page():
     page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
     assert all(f"$ python examples/{path.name}" in page for path in EXAMPLES)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_a_notebook_holds_the_whole_example(path):
+    spec = importlib.util.spec_from_file_location("notebooks", ROOT / "docs" / "hooks" / "notebooks.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    script = path.read_text(encoding="utf-8")
+    made = json.loads(hook.notebook(path.stem, script))
+    title, arguments, *code = (cell["source"] for cell in made["cells"])
+    assert title.startswith(f"# {ast.get_docstring(ast.parse(script)).splitlines()[0]}")
+    assert "sys.argv" in arguments
+    assert ast.dump(ast.parse("\n".join(code))) == ast.dump(ast.Module(ast.parse(script).body[1:], []))
+    assert len({cell["id"] for cell in made["cells"]}) == len(made["cells"])
