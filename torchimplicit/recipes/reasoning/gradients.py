@@ -205,7 +205,7 @@ def figures(config: ReasoningGradientsConfig, run: Run) -> Any:
         return table.read("costs.json")(config, run)
     found = table.trained(config, run)
     if found is not None:
-        from torchimplicit.recipes.runtime.fitting import rows
+        from torchimplicit.recipes.runtime.log import rows
 
         name = "gradient/task.model.equilibrium/cosine"
         found["cosines"] = [{"step": int(row["step"]), "cosine": row[name]} for row in rows(run.metrics) if name in row]
