@@ -498,3 +498,45 @@ def test_steps_by_the_sign_of_the_gradient_settle_at_a_corner() -> None:
     torch.testing.assert_close(found[0].detach(), torch.tensor([-0.3, 0.6, -0.3], dtype=torch.float64))
     with pytest.raises(ValueError, match="normalized"):
         ti.JointInference(linear.f, linear.loss, 0.1, normalized="signs")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"constraint": lambda unit: ti.L2Ball(0.3 * unit)},
+        {"constraint": lambda unit: ti.Box(-0.1 * unit, 0.3 * unit), "damping": DAMPING},
+        {"constraint": lambda unit: ti.L2Ball(0.3 * unit), "normalized": True},
+        {"step_size": lambda size: lambda step: size if step < 10 else 0.7 * size},
+    ],
+    ids=["free", "ball", "box", "normalized", "schedule"],
+)
+@pytest.mark.parametrize(
+    "units", [(2**-40, 1, 1), (2**40, 1, 1), (1, 2**40, 1), (1, 1, 2**-40), (2**20, 2**-20, 2**-13)]
+)
+def test_the_units_of_state_input_and_loss_change_nothing(linear: Linear, units: Any, options: Any) -> None:
+    found = []
+    for of_z, of_x, of_loss in ((1, 1, 1), units):
+
+        def f(z: Tensor, x: Tensor, target: Tensor, of_z: float = of_z, of_x: float = of_x) -> Tensor:
+            return of_z * torch.tanh(linear.f(z / of_z, x / of_x, target))
+
+        def loss(z: Tensor, x: Tensor, target: Tensor, of: Any = (of_z, of_x, of_loss)) -> Tensor:
+            return of[2] * linear.loss(z / of[0], x / of[1], target)
+
+        given = dict(options)
+        size = 0.02 * (of_x if "normalized" in options else of_x**2 / of_loss)
+        given["step_size"] = options.get("step_size", float)(size)
+        if "constraint" in options:
+            given["constraint"] = options["constraint"](of_x)
+        problem = ti.JointInference(f, loss, **given)
+        solution = ti.solve(problem, linear.start(), linear.target, solver=ti.Anderson(max_steps=200))
+        z, mu, x = solution.value
+        state = torch.cat((z / of_z, mu * (of_z / of_loss), x / of_x), dim=1)
+        (slope,) = torch.autograd.grad(state.pow(3).sum(), linear.w)
+        found.append((solution, state.detach(), slope))
+    (one, *first), (two, *second) = found
+    assert one.converged.all()
+    assert torch.equal(one.steps, two.steps)
+    for a, b in zip(first, second, strict=True):
+        assert relative(b, a) < 1e-8

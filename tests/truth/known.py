@@ -6,13 +6,7 @@ from collections.abc import Callable
 
 from tests.truth.case import Case
 
-KNOWN: tuple[tuple[str, str, Callable[[Case], bool]], ...] = (
-    (
-        "Anderson's combination of a joint state depends on the units of its parts",
-        "steps",
-        lambda case: case.kind == "joint",
-    ),
-)
+KNOWN: tuple[tuple[str, str, Callable[[Case], bool]], ...] = ()
 """Why, words that the verdict has, and the cases."""
 
 

@@ -13,6 +13,7 @@ from torchimplicit.captured.linear import Parts
 from torchimplicit.captured.newton import Inner, Newton
 from torchimplicit.captured.steps import Accelerated, Heavy, Plain, Secants, Stepping
 from torchimplicit.problems import JointInference, Minimum, Problem, System
+from torchimplicit.problems.image_system import ImageSystem
 from torchimplicit.solvers import LBFGS, Anderson, Broyden, FixedPointIteration, GradientDescent, NewtonKrylov, Solver
 from torchimplicit.state import Layout
 
@@ -45,8 +46,8 @@ def step_of(solver: Solver, graph: Graph, system: System, z: Tensor, inputs: Any
     if isinstance(solver, FixedPointIteration):
         return Plain(solver.damping)
     if isinstance(solver, Anderson):
-        sizes = None if system.separate is None else system.separate.sizes
-        return Accelerated(solver.memory, solver.damping, solver.regularization, solver.growth, sizes)
+        mapped = system if isinstance(system, ImageSystem) else None
+        return Accelerated(solver.memory, solver.damping, solver.regularization, solver.growth, mapped)
     if isinstance(solver, Broyden):
         return Secants(solver.memory)
     if isinstance(solver, GradientDescent):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from torchimplicit.precision import widened
 from torchimplicit.problems import Point
-from torchimplicit.solvers.anderson import leaf_weights, spread
+from torchimplicit.problems.image_system import ImageSystem
+from torchimplicit.solvers.anderson import spread
 from torchimplicit.solvers.broyden import unit_of
 from torchimplicit.state import row_norm
 
@@ -157,8 +158,8 @@ class Past(NamedTuple):
 
 class Accelerated(Step):
     """Of :class:`~torchimplicit.solvers.Anderson`: the same combination with the same safeguard. What has not been
-    remembered yet is treated as what is forgotten. The rings are the moves and the turns. ``sizes``: of the leaves,
-    where there are several."""
+    remembered yet is treated as what is forgotten. The rings are the moves and the turns. ``system``: of whose leaves
+    the residuals are weighed, where it has several."""
 
     def __init__(
         self,
@@ -166,10 +167,11 @@ class Accelerated(Step):
         damping: float,
         regularization: float | None,
         growth: float,
-        sizes: tuple[int, ...] | None = None,
+        system: ImageSystem | None = None,
     ):
         self.memory, self.damping, self.regularization, self.growth = memory, damping, regularization, growth
-        self.sizes = sizes
+        self.system = system
+        self.sizes = () if system is None or system.separate is None else system.separate.sizes
 
     def rings(self, point: Point) -> Rings:
         like = widened(point.z)
@@ -182,8 +184,7 @@ class Accelerated(Step):
         eye = torch.eye(self.memory, dtype=like.dtype, device=like.device).expand(batch, -1, -1).clone()
         flag = torch.zeros(batch, dtype=torch.bool, device=like.device)
         none = like.new_zeros(batch, self.memory)
-        bare = self.sizes is None or point.image is None or point.judgement is not None
-        weight = () if bare or self.sizes is None else like.new_ones(batch, len(self.sizes))
+        weight = like.new_ones(batch, len(self.sizes)) if self.sizes else ()
         count = torch.zeros((), dtype=torch.int64, device=like.device)
         merit = () if point.judgement is None else point.judgement.merit
         gamma = unit_of(point)
@@ -206,8 +207,9 @@ class Accelerated(Step):
         else:
             move = torch.add(widened(here.z - before.z), turn, alpha=self.damping)
         weight = state.weight
-        if self.sizes is not None and isinstance(here, Place) and isinstance(weight, Tensor):
-            weight = torch.where(state.taken == 0, leaf_weights(here.image, here.residual, self.sizes), weight)
+        if self.system is not None and self.sizes:
+            told = self.system.weights(point, last_found.z, last_found.residual)
+            weight = torch.where(state.taken == 0, told, weight)
         turn = self._compared(turn, weight)
         length = torch.linalg.vector_norm(turn, dim=1, keepdim=True).clamp_min(torch.finfo(turn.dtype).tiny)
         turn, move = turn / length, move / length
@@ -240,9 +242,7 @@ class Accelerated(Step):
         return place, Past(gram, kept, failed, right, state.taken + 1, weight, merit, state.gamma)
 
     def _compared(self, residual: Tensor, weight: Any) -> Tensor:
-        if self.sizes is None or not isinstance(weight, Tensor):
-            return residual
-        return residual * spread(weight, self.sizes)
+        return residual * spread(weight, self.sizes) if self.sizes else residual
 
     def _shift(self, like: Tensor) -> float:
         return 10 * torch.finfo(like.dtype).eps if self.regularization is None else self.regularization

@@ -6,11 +6,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from torchimplicit.linear import KrylovOrDense, LinearOperator, LinearSolver
+from torchimplicit.precision import widened
 from torchimplicit.problems.linearization import Linearization
-from torchimplicit.problems.system import System
+from torchimplicit.problems.system import Point, System
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,24 @@ class ImageSystem(System):
 
     def vjp_params(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
         return tape.vjp_params(g)
+
+    def weights(self, point: Point, before: Tensor, residual: Tensor) -> Tensor:
+        """``[batch, leaves]``, what the leaves of residuals are multiplied by where they are compared, so that none
+        counts for more because of its unit: one over the size of the leaf of the map's value; 1 for a leaf without any,
+        which has not shown its unit yet. Differentiable, so that an unrolled solve has its whole derivative.
+
+        Args:
+            point: the second one.
+            before, residual: of the first one, ``[batch, dim]``.
+        """
+        assert self.leaves is not None
+        assert point.image is not None
+        sizes = self.leaves.sizes
+        parts = zip(widened(point.image).split(sizes, dim=1), widened(point.residual).split(sizes, dim=1), strict=True)
+        norms = [torch.linalg.vector_norm(a, dim=1) + torch.linalg.vector_norm(r, dim=1) for a, r in parts]
+        size = torch.stack(norms, dim=1)
+        number = torch.finfo(size.dtype)
+        return 1 / torch.where((size > number.tiny) & (size < number.max), size, 1)
 
     def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
         return KrylovOrDense()

@@ -61,9 +61,7 @@ class JointInference(Problem):
         loss: ``loss(z, x, *args)``, one value per sample, ``[batch]``; a scalar if not batched.
         step_size: :math:`\\alpha > 0`: a number; a tensor ``[batch]``; or a schedule, called with the number of the
             solver's step (from 1; at 0, the value for the derivatives). It scales with the loss: halve the
-            loss, and it may be twice as large. Too large a one diverges. To plain iteration nothing else depends on
-            the loss's scale; :class:`Anderson` weighs the residuals of z and mu alike, and takes fewest steps where
-            both are about as large (a sum over pixels rather than their mean).
+            loss, and it may be twice as large. Too large a one diverges. Nothing else depends on the loss's scale.
         constraint: an :class:`L2Ball`, a :class:`Box`, the pair of both for what they have in common, or ``None``. A
             start outside is projected, with a warning.
         batched, rowwise: see :class:`FixedPoint`. The loss of a sample must depend on that sample alone.

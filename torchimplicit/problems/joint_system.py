@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.linear import GMRES, Dense, LinearSolver
+from torchimplicit.precision import widened
 from torchimplicit.problems.image_system import ImageSystem
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.per_sample import PerSample, stacked
@@ -82,7 +83,7 @@ class JointSystem(ImageSystem):
                 slopes = _slopes(made, loss, mu, leaves, create_graph=False)
             made, loss = made.detach(), loss.detach()
         image = self._step(z, made, slopes, params)
-        return self._judged(z, image, loss)
+        return self._judged(z, image, loss, self._pace(slopes[1], params))
 
     @torch.no_grad()
     def refined(self, point: Point, before: Point) -> Point:
@@ -99,9 +100,9 @@ class JointSystem(ImageSystem):
         gap = row_norm(point.residual[:, : self.parts.z])
         # a state that has not moved tells nothing, and its gap is what it was
         more = (gap * gap).mul_(turned / moved.clamp_min(torch.finfo(moved.dtype).tiny))
-        growth, merit, merit_error = point.judgement
-        merit, merit_error = (torch.add(t, more, alpha=of_z**-2) for t in (merit, merit_error))
-        return point.changed(judgement=Judgement(growth, merit, merit_error))
+        known = point.judgement
+        merit, merit_error = (torch.add(t, more, alpha=of_z**-2) for t in (known.merit, known.merit_error))
+        return point.changed(judgement=known._replace(merit=merit, merit_error=merit_error))
 
     def image(self, z: Tensor, *params: Tensor) -> Tensor:
         made, _, slopes = self._sloped(z, params)
@@ -133,6 +134,31 @@ class JointSystem(ImageSystem):
     def moving(self, needs_grad: Sequence[bool]) -> bool:
         """Whether a tensor of the set is among the parameters that need a gradient."""
         return any(needs_grad[self.which][1:])
+
+    def weights(self, point: Point, before: Tensor, residual: Tensor) -> Tensor:
+        """In units of z, by how strongly the parts act on each other: x on z by :math:`\\lVert f_x\\rVert`, mu on x by
+        :math:`\\alpha\\lVert f_x\\rVert`. What the first step of mu has made of that of x tells the second.
+
+        Not by the parts' sizes, as of a map: those of mu and of the loss that it belongs to may vanish at the solution,
+        and a joint solve by such weights reached costs five times as high in as many steps.
+        """
+        assert point.judgement is not None
+        assert point.image is not None
+        sizes, moved, turned = (
+            torch.stack([torch.linalg.vector_norm(part, dim=1) for part in self.parts.split(widened(t))])
+            for t in (point.image, point.z - before, point.residual - residual)
+        )
+        pace, (of_z, of_mu, _), of_move, of_turn = point.judgement.pace, sizes, moved[1], turned[2]
+        # an input that its set holds tells nothing: then by the sizes of the others
+        told, stated = (of_move > 0) & (of_turn > 0), (of_z > 0) & (of_mu > 0)
+        gain = torch.where(
+            told,
+            of_turn / torch.where(told, of_move, 1),
+            torch.where(stated, pace * of_z / torch.where(stated, of_mu, 1), 1).sqrt(),
+        )
+        of_x = gain / pace
+        found = torch.stack((torch.ones_like(of_x), gain * of_x, of_x), dim=1)
+        return torch.where(((found > 0) & (found < torch.inf)).all(dim=1, keepdim=True), found, 1)
 
     def undamped(self, g: Tensor) -> Tensor:
         """A cotangent of the plain map's residual, as one of the damped map's."""
@@ -172,7 +198,17 @@ class JointSystem(ImageSystem):
             dim=1,
         )
 
-    def _judged(self, flat: Tensor, image: Tensor, loss: Tensor) -> Point:
+    def _pace(self, of_x: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """``[batch]``, what the gradient in x is multiplied by."""
+        size = self.own(of_x.shape[0], *params)[0] if self.step_size is None else of_x.new_tensor([[self.step_size]])
+        if self.normalized == "sign":
+            size = size * of_x.shape[1] ** 0.5
+        if self.normalized:
+            length = torch.linalg.vector_norm(of_x, dim=1, keepdim=True)
+            size = size / torch.where(length > 0, length, 1)
+        return widened(size).expand(of_x.shape[0], 1).squeeze(1)
+
+    def _judged(self, flat: Tensor, image: Tensor, loss: Tensor, pace: Tensor) -> Point:
         """The point, with its parts' residuals and sizes ``[batch, 3]``, and its judgement: the cost of the exact
         equilibrium at the input, up to second order, plus the size of the second order."""
         residual = image - flat
@@ -181,9 +217,10 @@ class JointSystem(ImageSystem):
             if self.damping != (1.0, 1.0, 1.0):
                 gaps = gaps / gaps.new_tensor(self.damping)
             of_z, of_mu, _ = gaps.unbind(dim=1)
-            _, of_adjoint, of_input = sizes.unbind(dim=1)
-            # mu matters by what it makes x do: an adjoint near zero need not be known better than that
-            moves = of_input if self.step_size is None else of_input / self.step_size
+            of_state, of_adjoint, of_input = sizes.unbind(dim=1)
+            # mu matters by what it makes x do, the pace times f_x, which is about z / x: an adjoint near zero need not
+            # be known better than that
+            moves = (of_input / of_state * (of_input / pace)).nan_to_num(0.0, 0.0)
             torch.maximum(of_adjoint, moves, out=of_adjoint)
             second_order = of_z * of_mu
             size = self.parts.z
@@ -197,7 +234,7 @@ class JointSystem(ImageSystem):
                 scale=sizes,
                 image=image,
                 error=gaps,
-                judgement=Judgement(growth, cost + second_order, second_order + second_order),
+                judgement=Judgement(growth, cost + second_order, second_order + second_order, pace),
             )
 
 

@@ -29,11 +29,13 @@ class Judgement(NamedTuple):
         growth: ``[batch]``, what may not grow without bound; NaN for a state that is no candidate.
         merit: ``[batch]``, what the best iterate has least of, and what an accelerated step may not surely raise.
         merit_error: ``[batch]``, by how much ``merit`` may be too large.
+        pace: ``[batch]``, what the plain step of an input multiplies its gradient by.
     """
 
     growth: Tensor
     merit: Tensor
     merit_error: Tensor
+    pace: Tensor
 
 
 @dataclass(frozen=True)

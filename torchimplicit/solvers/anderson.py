@@ -11,6 +11,7 @@ from torch import Tensor
 from torchimplicit.linear.basis import less
 from torchimplicit.precision import widened
 from torchimplicit.problems import Judgement, Point
+from torchimplicit.problems.image_system import ImageSystem
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.broyden import unit_of
 from torchimplicit.solvers.history import History
@@ -56,7 +57,8 @@ class Anderson(Solver):
     The next state combines the last ``memory`` images such that the same combination of their residuals has the
     smallest norm. The differences are scaled to unit length before the small system is solved, so the regularization
     is relative and does not slow the end of a solve. The residual of each leaf of the state is weighted by the inverse
-    size of the leaf, so that its unit does not matter.
+    size of the leaf, that of each part of a joint state by how strongly it acts on the others, so that units do not
+    matter.
 
     The safeguard: where an accelerated step leaves the residual larger than ``growth`` times what it was, the sample
     goes back, forgets its history, and takes a plain step; on contractions the method is then no slower than plain
@@ -111,11 +113,10 @@ class Anderson(Solver):
             return Move(to, first._replace(gamma=gamma))
 
         weight = state.weight
-        # The weights stay those of the first image: a Gram matrix of differently weighted rows would mean nothing.
-        # Joint inference goes without, as it was measured to reach far lower costs by the residuals as they are.
-        image = point.image if state.taken == 0 and point.judgement is None else None
-        if image is not None and (leaves := evaluate.system.separate) is not None:
-            weight = spread(leaf_weights(image, residual, leaves.sizes), leaves.sizes)
+        # The weights stay those of the first images: a Gram matrix of differently weighted rows would mean nothing.
+        system = evaluate.system
+        if state.taken == 0 and system.separate is not None and isinstance(system, ImageSystem):
+            weight = spread(system.weights(point, state.z, state.residual), system.separate.sizes)
         slot = state.taken % self.memory
         # at unit length, so that the Gram matrix has a unit diagonal and the regularization is relative to it
         turns, length = state.turns.put_unit(slot, residual, state.residual, weight)
@@ -213,21 +214,6 @@ class Anderson(Solver):
         if self.damping == 1.0 and image is not None:
             return image
         return torch.add(z, residual, alpha=self.damping)
-
-
-def leaf_weights(image: Tensor, residual: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """The inverse size of each leaf of a map's value, ``[batch, leaves]``; 1 for a leaf of zeros, whose unit is not
-    known yet. Differentiable, so that an unrolled solve has its whole derivative.
-
-    Args:
-        image, residual: ``[batch, dim]``; a leaf's size is the sum of its norms in both.
-        sizes: the numbers of entries of the leaves.
-    """
-    parts = zip(widened(image).split(sizes, dim=1), widened(residual).split(sizes, dim=1), strict=True)
-    norms = [torch.linalg.vector_norm(a, dim=1) + torch.linalg.vector_norm(r, dim=1) for a, r in parts]
-    size = torch.stack(norms, dim=1)
-    number = torch.finfo(size.dtype)
-    return 1 / torch.where((size > number.tiny) & (size < number.max), size, 1)
 
 
 def spread(leaves: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -414,7 +414,7 @@ class _Loop:
         rank = norm if judgement is None else judgement.merit
         single = norm.ndim == 1
         good = (norm if single and judgement is None else point.growth_norm()) <= self.limit
-        if not single and judgement is None:
+        if not single:
             assert self.unit is not None
             if 0 < step <= APPEARS:
                 # a leaf whose residual is zero at the start (as for a state of zeros) has no unit yet
@@ -422,8 +422,9 @@ class _Loop:
                 fresh = norm.clamp_min(tiny) if step < APPEARS else torch.where(norm > 0, norm, 1)
                 self.unit = torch.where(self.unit > tiny, self.unit, fresh)
             # a leaf that had no residual at first may dwarf the others, whose sum set the limit, without diverging
-            good = good | (norm <= GROWTH_LIMIT * self.unit).all(dim=1)
-            rank = (norm / self.unit).amax(dim=1)
+            bounded = (norm <= GROWTH_LIMIT * self.unit).all(dim=1)
+            good = good | (bounded if judgement is None else bounded & judgement.growth.isfinite())
+            rank = (norm / self.unit).amax(dim=1) if judgement is None else rank
         done: Tensor | None = None
         if single and solved is None and not self.confirmed:
             going = (norm > tolerance) & good  # saves computing ``done``, which is seldom needed

@@ -273,8 +273,7 @@ def squared_error(made: Tensor, wanted: Tensor) -> Tensor:
 def reconstruction(decoder: EquilibriumDecoder, prior: float, step_size: float, pixels: int) -> JointInference:
     """The latent whose image is nearest to a given one.
 
-    Its loss is a sum over pixels, as published: the adjoint is then about as large as the state, and Anderson's method,
-    to which both count alike, takes fewer steps than with the mean.
+    Its loss is a sum over pixels, as published.
 
     Args:
         decoder: to images.

@@ -173,7 +173,7 @@ class Restoration(SampledTask):
         """The problem of the latent whose image is nearest to the corrupted one."""
         pixels = math.prod(self.data.pixels)
 
-        # a sum over pixels: see reconstruction
+        # a sum over pixels, as published
         def loss(made: Tensor, x: Tensor, wanted: Tensor, seen: Tensor, prior: Tensor) -> Tensor:
             misfit = ((made - wanted).square() * seen).flatten(1).sum(dim=1)
             return misfit + pixels * prior * x.square().mean(dim=1)

@@ -69,7 +69,7 @@ def restored(
         size = norm(measure, torch.zeros(1, *pixels, dtype=measured.dtype, device=measured.device))
     count = math.prod(pixels)
 
-    # a sum over pixels: see reconstruction; and an operator whose norm is one, so that steps fit it
+    # a sum over pixels, as published; and an operator whose norm is one, so that steps fit it
     def loss(made: Tensor, x: Tensor, wanted: Tensor) -> Tensor:
         misfit = ((measure(made) - wanted) / size).square().flatten(1).sum(dim=1)
         return misfit + count * joint.prior * x.square().mean(dim=1)
