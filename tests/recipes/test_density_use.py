@@ -166,6 +166,9 @@ def test_what_training_lacked_is_refused_or_warned_of(run):
     strange = density(trained, stretched(1.6), slopes=False)
     assert strange.strange
     assert "atom 1 (H) of H2-stretched has surroundings unlike any in training" in strange.warning
+    assert strange.least > 0
+    assert "no minimum" not in strange.warning
+    assert "an eigenvalue of -0.5 hartree" in replace(strange, least=-0.5).warning
 
 
 def test_a_run_without_a_functional(tmp_path):

@@ -97,6 +97,7 @@ class Density:
         forces: on the nuclei, ``[atoms, 3]``, in hartree per bohr; ``None`` where they were not asked for.
         status: status of the minimization.
         steps: steps of the minimization.
+        least: least eigenvalue of the Hessian on the constraint, in hartree, in the metric's coordinates.
         strangest: the atom that is least like those of training, from 0 on.
         distance: how far its surroundings are from the nearest there; see
             :class:`~torchimplicit.models.orbital_free.Domain`.
@@ -112,6 +113,7 @@ class Density:
     forces: Tensor | None
     status: Status
     steps: int
+    least: float
     strangest: int
     distance: float
     limit: float
@@ -124,15 +126,21 @@ class Density:
 
     @property
     def warning(self) -> str:
-        """A warning if so, otherwise empty."""
-        if not self.strange:
-            return ""
-        geometry = self.record.geometry
-        return (
-            f"atom {self.strangest + 1} ({symbol(geometry.charges[self.strangest])}) of {geometry.name} has "
-            f"surroundings unlike any in training: distance {self.distance:.2f}, and nine in ten of the training "
-            f"molecules are within {self.limit:.2f} of the others; errors beyond it grow to hartrees"
-        )
+        """What makes the density doubtful; empty if nothing does."""
+        geometry, found = self.record.geometry, []
+        if self.strange:
+            found.append(
+                f"atom {self.strangest + 1} ({symbol(geometry.charges[self.strangest])}) of {geometry.name} has "
+                f"surroundings unlike any in training: distance {self.distance:.2f}, and nine in ten of the training "
+                f"molecules are within {self.limit:.2f} of the others; errors beyond it grow to hartrees"
+            )
+        if self.least < 0:
+            found.append(
+                f"the density is no minimum: the Hessian has an eigenvalue of {self.least:.3g} hartree, and the "
+                "functional has a lower energy beside it, which a search does not find where the molecule's symmetry "
+                "hides the way"
+            )
+        return "; ".join(found)
 
 
 def density(trained: Trained, geometry: Geometry, *, grid: int | None = None, slopes: bool = True) -> Density:
@@ -162,7 +170,8 @@ def density(trained: Trained, geometry: Geometry, *, grid: int | None = None, sl
     molecule = record.molecule()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the status is told
-        solution = Case.of(molecule).solved(trained.functional, OrbitalFreeTraining(), cold=True)
+        case = Case.of(molecule)
+        solution = case.solved(trained.functional, OrbitalFreeTraining(), cold=True)
     p = solution.value.detach()
     seconds = time.monotonic() - began
     away = trained.domain.distances(molecule)
@@ -177,6 +186,7 @@ def density(trained: Trained, geometry: Geometry, *, grid: int | None = None, sl
         forces=forces(trained.functional, p, record) if slopes else None,
         status=Status(int(solution.status)),
         steps=int(solution.steps),
+        least=float(torch.linalg.eigvalsh(case.curvature(trained.functional, p))[0]),
         strangest=int(away.argmax()),
         distance=float(away.max()),
         limit=trained.domain.limit,
@@ -205,6 +215,8 @@ def told(found: Density) -> dict[str, Any]:
         "forces_hartree_per_bohr": None if found.forces is None else found.forces.tolist(),
         "status": found.status.name,
         "steps": found.steps,
+        "least_eigenvalue_hartree": found.least,
+        "warning": found.warning,
         "domain": {"distance": found.distance, "limit": found.limit, "strange": found.strange},
         "grid": found.record.settings.grid,
         "basis_functions": len(found.coefficients),

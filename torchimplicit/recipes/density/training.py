@@ -67,7 +67,7 @@ def exchange_correlation(config: OrbitalFreeTraining) -> ExchangeCorrelation:
     name = config.molecules.chemistry.functional
     if name.lower().replace(" ", "") not in EXCHANGE_CORRELATION:
         raise UserError(
-            f"--molecules.chemistry.functional {name}: densities and energies of that exchange and correlation would "
+            f"--functional {name}: densities and energies of that exchange and correlation would "
             "be compared with those of another one, for a density functional here has that of lda,pw or of pbe"
         )
     return EXCHANGE_CORRELATION[name.lower().replace(" ", "")]
