@@ -39,7 +39,7 @@ LACKING = {
     "ofdft-gradients": ("As the softest eigenvalue goes to zero: H2, trained",),
     "ofdft-molecules": ("Training L", "molecule by molecule", "training molecules' L falls", "L and L1 per electron"),
     "ofdft-finetune": ("Saddles",),
-    "ofdft-stability": (
+    "ofdft-stability-l-bfgs": (
         "L, finer grid",
         "Both ways, before and after",
         "gradient descent with momentum",
