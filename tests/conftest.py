@@ -15,6 +15,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").split())
+"""The tests that take a second or more: nearly all the time of the suite."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        left_out = any(item.get_closest_marker(name) for name in ("long", "thousands"))
+        if left_out or item.nodeid.partition("[")[0] in SLOW:
+            item.add_marker("slow")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
     """A test marked ``alone`` runs in a process of its own.

@@ -57,7 +57,7 @@ class Table:
         head, *figures = self.columns
         table.add_column(head.title)
         for row in self.rows:
-            table.add_column(Text(row[0]), justify="right")
+            table.add_column(Text(row[0], overflow="fold"), justify="right")
         for index, column in enumerate(figures, start=1):
             name = column.title + (f" ({column.unit})" if column.unit else "")
             table.add_row(Text(name), *(Text(row[index]) for row in self.rows))
@@ -68,7 +68,8 @@ class Table:
         table = RichTable()
         for index, column in enumerate(self.columns):
             name = column.title + (f"\n{column.unit}" if column.unit else "")
-            table.add_column(name, justify="right" if index else "left")
+            # a name that is cut short may be that of several rows
+            table.add_column(name, justify="right" if index else "left", overflow="ellipsis" if index else "fold")
         for row in self.rows:
             table.add_row(*map(Text, row))
         return table
