@@ -185,3 +185,24 @@ def test_the_shared_inverse_is_never_worse_than_one_step(refine):
         )
         assert (off <= one * (1 + 1e-9)).all()
         torch.testing.assert_close(solution.adjoint.residual, off / cotangent.norm(dim=1), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("damping", [0.5, 0.8])
+@pytest.mark.parametrize("number", range(5))
+def test_steps_that_are_walked_back_lead_to_the_exact_derivative(number, damping):
+    case = Case(number=number, gain=0.6)
+    data = Data(case)
+    leaves = modes.leaves_of(data.tensors)
+    solution = ti.solve(
+        ti.FixedPoint(lambda z, t, case=case: cores.image(z, t, case.activation, "", None)),
+        data.start,
+        leaves,
+        solver=ti.ReversibleIteration(damping=damping, rtol=1e-14, max_steps=500),
+        gradient=ti.Reversible(),
+    )
+    got = torch.autograd.grad(modes.loss_of(solution.value, data), list(leaves.values()))
+    reference = Reference(case, data)
+    assert reference.find(solution.value.detach(), data.tensors)
+    expected = modes.differentiated("backward", reference.exact, data.tensors, data)
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-7, atol=1e-9)

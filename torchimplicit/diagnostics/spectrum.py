@@ -10,10 +10,10 @@ from torch import Tensor
 from torchimplicit._solve import flat_system
 from torchimplicit.compiler import untraced
 from torchimplicit.inference import outside_inference_mode
+from torchimplicit.linear.arnoldi import arnoldi
 from torchimplicit.linear.confirmed import separated
 from torchimplicit.precision import widened
 from torchimplicit.problems import Problem
-from torchimplicit.state import row_norm
 from torchimplicit.validation import at_least
 
 
@@ -54,34 +54,7 @@ def spectral_radius(
             generator = torch.Generator().manual_seed(seed)
             start = torch.randn(operator.batch, operator.dim, generator=generator).to(flat)
             for _ in range(restarts):
-                radius, start = _arnoldi(lambda v: v - operator.product(v), start, subspace)
+                value, vector = arnoldi(lambda v: v - operator.product(v), start, subspace).largest()
+                radius, start = value.abs(), (vector.real + vector.imag).to(flat.dtype)
     radius = radius.repeat_interleave(samples)
     return radius.to(flat.dtype) if problem.batched else radius[0].to(flat.dtype)
-
-
-def _arnoldi(product: Any, start: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The largest Ritz value's modulus, and a real vector rich in its eigenvectors."""
-    batch, dim = start.shape
-    work = widened(start)
-    tiny = torch.finfo(work.dtype).tiny
-    basis = work.new_zeros(batch, size + 1, dim)
-    hessenberg = work.new_zeros(batch, size + 1, size)
-    basis[:, 0] = work / row_norm(work).clamp_min(tiny)[:, None]
-    for j in range(size):
-        w = widened(product(basis[:, j].to(start.dtype)))
-        scale = row_norm(w)
-        for _ in range(2):  # twice is enough (Kahan)
-            overlap = torch.bmm(basis[:, : j + 1], w[:, :, None])
-            w = w - torch.bmm(overlap.transpose(1, 2), basis[:, : j + 1])[:, 0]
-            hessenberg[:, : j + 1, j] += overlap[:, :, 0]
-        norm = row_norm(w)
-        norm = torch.where(norm > 1e-6 * torch.finfo(start.dtype).eps ** 0.5 * scale, norm, 0)
-        hessenberg[:, j + 1, j] = norm
-        basis[:, j + 1] = torch.where(norm[:, None] > 0, w / norm.clamp_min(tiny)[:, None], 0)
-    values, vectors = torch.linalg.eig(hessenberg[:, :size])
-    best = values.abs().argmax(dim=1)
-    rows = torch.arange(batch, device=best.device)
-    chosen = vectors[rows, :, best]
-    mixed = chosen.real + chosen.imag
-    again = torch.bmm(mixed[:, None].to(work.dtype), basis[:, :size])[:, 0]
-    return values[rows, best].abs(), again.to(start.dtype)

@@ -2,5 +2,6 @@
 
 from torchimplicit.regularizers.correction import fixed_point_correction
 from torchimplicit.regularizers.jacobian import jacobian_frobenius
+from torchimplicit.regularizers.spectral import spectral_penalty
 
-__all__ = ["fixed_point_correction", "jacobian_frobenius"]
+__all__ = ["fixed_point_correction", "jacobian_frobenius", "spectral_penalty"]
