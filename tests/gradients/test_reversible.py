@@ -245,6 +245,39 @@ def test_second_derivatives_are_refused():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("steps", [None, 5])
+def test_iterates_on_the_way_are_refused(steps):
+    x, w = data()
+    solution = ti.solve(
+        ti.FixedPoint(tanh_map),
+        torch.zeros_like(x),
+        x,
+        w.requires_grad_(),
+        solver=ti.ReversibleIteration(steps=steps, keep_trajectory=True),
+        gradient=ti.Reversible(),
+    )
+    loss = ti.regularizers.fixed_point_correction(solution, lambda z: z.square().sum())
+    with pytest.raises(ti.UnsupportedDerivativeError, match=r"fixed_point_correction.*Unrolled"):
+        loss.backward()
+
+
+def test_a_warm_start_is_refused():
+    with pytest.raises(ValueError, match="Reversible differentiates the steps"):
+        ti.nn.Equilibrium(torch.nn.Identity(), gradient=ti.Reversible(), warm_start=True)
+
+
+def test_what_a_map_returns_beside_the_state():
+    x, w = data()
+    found = []
+    for gradient in (ti.Reversible(), ti.Unrolled()):
+        leaf = w.clone().requires_grad_()
+        problem = ti.FixedPoint(lambda z, w: (tanh_map(z, x, w), z.sum(1) * w.sum()), has_aux=True)
+        solver = ti.ReversibleIteration(rtol=1e-12)
+        solution = ti.solve(problem, torch.zeros_like(x), leaf, solver=solver, gradient=gradient)
+        found.append(torch.autograd.grad(solution.aux.sin().sum() + solution.value.sum(), leaf)[0])
+    assert_agree(*found, 1e-10)
+
+
 def test_compiled_solves_say_that_they_are_not():
     x, w = data()
     with pytest.warns(ti.CaptureWarning, match=r"Reversible"):

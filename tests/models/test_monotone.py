@@ -149,6 +149,22 @@ def test_the_bound_holds_and_is_not_vacuous(operator):
     assert found.monotonicity >= operator.margin * (1 - 1e-12)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_the_bound_holds_of_random_operators(seed):
+    """Of every size, margin and scale, for states near and far."""
+    generator = torch.Generator().manual_seed(seed)
+    features = int(torch.randint(2, 40, (), generator=generator))
+    scale, margin = (float(10 ** (2 * torch.rand((), generator=generator) - 1)) for _ in range(2))
+    operator = dense(features, scale, margin, seed)
+    x = torch.randn(4, features, dtype=D, generator=generator)
+    exact = MonotoneEquilibrium(operator, solver=ti.FixedPointIteration(rtol=1e-14, max_steps=200_000))(x).detach()
+    for size in (10.0, 1e-2, 1e-6, 0.0):
+        z = exact + size * torch.randn(x.shape, dtype=D, generator=generator)
+        found = certify(MonotoneCell(operator), z, x)
+        assert (torch.linalg.vector_norm(z - exact, dim=1) <= found.error).all()
+        assert found.monotonicity >= margin * (1 - 1e-9)
+
+
 def test_the_bound_holds_of_a_solution_that_another_solver_stopped_early():
     operator = dense()
     x = states(operator)

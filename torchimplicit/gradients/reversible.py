@@ -15,7 +15,7 @@ from torchimplicit.gradients.base import FlatSolution, SolveTask, refuse_detache
 from torchimplicit.gradients.nodes import FirstOrderRule, estimate
 from torchimplicit.gradients.transforms import Grads
 from torchimplicit.notices import count_adjoint, notice
-from torchimplicit.precision import safe_norm, widened
+from torchimplicit.precision import widened
 from torchimplicit.problems import System
 from torchimplicit.problems.linearization import check_unmoved, recorded_gradients
 from torchimplicit.saved import past_hooks
@@ -101,7 +101,7 @@ class Reversible(FirstOrderRule):
         # such a sample is at its last good iterate, to which no step is known: it has no derivative
         dtype, u = u.dtype, widened(torch.where(dead[:, None] & (u != 0), torch.nan, u))
         walk = _Walk(task.system, params, tuple(wanted[1:]), solver.damping, dtype, unit, state.told)
-        size = safe_norm(state.z)
+        size = row_norm(state.z)
         drift = torch.zeros_like(size)
         y, z = _Half(state.y, torch.zeros_like(u)), _Half(state.z, u)
         span, count = solver.span(state.z.dtype, dtype), len(state.moved)
@@ -111,9 +111,9 @@ class Reversible(FirstOrderRule):
             y, z = walk.back(y, z, moved, dead)
             if i % span == 0:
                 pair = state.kept[i // span]
-                size = torch.maximum(size, safe_norm(pair[1]))
+                size = torch.maximum(size, row_norm(pair[1]))
                 for half, there in zip((y, z), pair, strict=True):
-                    drift = torch.maximum(drift, safe_norm(half.value - there))
+                    drift = torch.maximum(drift, row_norm(half.value - there))
                 y, z = y._replace(value=pair[0]), z._replace(value=pair[1])
         relative = torch.where(dead | (drift == 0), 0, drift / size).to(dtype)
         _tell(task, relative, _repeated(outcome.report.steps, len(u)), 2 * count, solver)
@@ -166,7 +166,7 @@ class _Walk:
         for total, grad in zip(self.grads, grads, strict=True):
             if total is not None and grad is not None:
                 total.add_(grad)
-        value = (a.value - share * (tape.out.detach() / self.unit)) / (1 - share)
+        value = torch.sub(a.value, tape.out.detach(), alpha=share / self.unit).div_(1 - share)
         stays = dead if moved is None else dead | ~moved
         value = torch.where(stays[:, None], a.value, value)
         added = other.cotangent if of_other is None else other.cotangent + of_other
@@ -190,6 +190,13 @@ def _whole(outcome: SolverResult, rows: int) -> ReversibleState:
             "Reversible cannot walk back through this solve: samples that had stopped were sent on from where they "
             "were, since the map lets them depend on each other, or since their numbers were too small or too large "
             "for squares. Take a given number of steps, ReversibleIteration(steps=...), or Implicit()"
+        )
+    unit = 1.0 if outcome.units is None else outcome.units.state
+    returned = (outcome.z == (unit * state.z).to(outcome.z.dtype)).all(dim=1) | (report.status == Status.NONFINITE)
+    if not bool(returned.all()):
+        raise UnsupportedDerivativeError(
+            "Reversible walks back from the solution, and an iterate on the way there was asked for (solution.states, "
+            "fixed_point_correction): take Unrolled(), whose iterates are the steps', or Implicit()"
         )
     last = int(report.steps.max()) if len(taken) else 0
     kept = tuple((_repeated(y, rows), _repeated(z, rows)) for y, z in state.kept)

@@ -133,7 +133,7 @@ class Splitting(ABC):
 
     Args:
         step: :math:`\\alpha>0`. ``None``: of a few known ones, that of the least factor. This takes spectral norms of
-            the blocks at every call, dense algebra in the number of features.
+            the blocks at every call, which cost more than the solve from some hundred features on.
     """
 
     step: float | None = None

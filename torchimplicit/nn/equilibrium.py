@@ -19,7 +19,7 @@ from torchimplicit._solve import UNTRACED, solve_from
 from torchimplicit.closure import eagerly, is_transformed, transforms_running
 from torchimplicit.compiler import untraced
 from torchimplicit.errors import SolveError
-from torchimplicit.gradients import Gradient, Unrolled
+from torchimplicit.gradients import Gradient, Reversible, Unrolled
 from torchimplicit.members import compiled_module
 from torchimplicit.nn.budget import Budget
 from torchimplicit.nn.dropout import VariationalDropout, active_dropouts, drawing
@@ -231,10 +231,11 @@ class Equilibrium(nn.Module):
         """Whether the warm start leaves ``gradient`` anything to differentiate."""
         if self.warm_start is None:
             return
-        if isinstance(getattr(gradient, "gradient", gradient), Unrolled):
+        steps = getattr(gradient, "gradient", gradient)
+        if isinstance(steps, Reversible | Unrolled):
             raise ValueError(
-                "Unrolled differentiates the steps that are taken, and a warm start leaves hardly any: take "
-                "gradient=Implicit(), or warm_start=False"
+                f"{type(steps).__name__} differentiates the steps that are taken, and a warm start leaves hardly any: "
+                "take gradient=Implicit(), or warm_start=False"
             )
         if self.warm_start.refresh is not None and not refreshes(gradient):
             raise ValueError(

@@ -107,5 +107,5 @@ class ReversibleIteration(Solver):
         return Move(z.to(point.z.dtype), ReversibleState(y, z, row_norm(image), moved, kept))
 
     def _half(self, one: Tensor, image: Tensor, active: Tensor | None) -> Tensor:
-        stepped = (1 - self.damping) * one + self.damping * image
+        stepped = torch.add((1 - self.damping) * one, image, alpha=self.damping)
         return stepped if active is None else torch.where(active[:, None], stepped, one)
