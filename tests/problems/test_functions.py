@@ -47,11 +47,11 @@ ENERGIES = {
     "scalar": (
         lambda z: z.square().sum(),
         ValueError,
-        r"returned shape \(\) and must return \(4,\): one energy",
+        r"returned shape \(\), but must return \(4,\): one energy",
     ),
     "column": (lambda z: z.square().sum(1, keepdim=True), ValueError, r"returned shape \(4, 1\)"),
     "dtype": (lambda z: z.double().square().sum(1), ValueError, "returned torch.float64 for a state of torch.float32"),
-    "number": (lambda z: 3.0, TypeError, "energy must return a tensor, and it returned float"),
+    "number": (lambda z: 3.0, TypeError, "energy must return a tensor, but it returned float"),
     "detached": (lambda z: z.detach().square().sum(1), ValueError, "does not depend on the state.*without detach"),
 }
 
@@ -69,7 +69,7 @@ def test_one_system_has_one_energy():
 
 @pytest.mark.parametrize(("kind", "name"), [(FixedPoint, "f"), (Root, "f"), (Minimum, "energy")])
 def test_refuses_what_is_not_callable(kind, name):
-    with pytest.raises(TypeError, match=rf"{name} must be callable as {name}\(z, \*args\), and it is Tensor"):
+    with pytest.raises(TypeError, match=rf"{name} must be callable as {name}\(z, \*args\), not Tensor"):
         kind(STATE)
 
 

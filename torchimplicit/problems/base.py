@@ -1,4 +1,4 @@
-"""What a user states: which point is the output."""
+"""The base classes of the problems: which point is a layer's output."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from torchimplicit.state import Layout
 
 
 class Problem(ABC):
-    """A problem whose solution is a layer's output. Stated once, solved for many arguments by :func:`solve`."""
+    """A problem whose solution is a layer's output: defined once, and solved for many arguments by :func:`solve`."""
 
     batched: bool
     rowwise: bool
     has_aux: bool = False
     by_gradient: ClassVar[bool] = False
-    """Whether an evaluation takes a gradient of the function: its value alone is none."""
+    """Whether an evaluation needs the gradient of the function and not just its value."""
     announces_start: ClassVar[bool] = False
-    """Whether :meth:`explain_start` is to be told where the constraint does not allow the start."""
+    """Whether a start outside the constraint is worth a warning (:meth:`explain_start`)."""
 
     def explain(self, status: Status) -> str:
-        """What else may have led to a sample's ``status``, and what to do about it, in sentences without a full stop
-        at the end; empty where the solver says all there is to say."""
+        """What about this problem may have caused a sample's ``status``, and what to do about it: sentences without the
+        final full stop, to be added to the solver's message; empty where there is nothing to add."""
         return ""
 
     def explain_start(self, moved: int, rows: int) -> str:
-        """What to say where the start had to be moved onto the constraint, in ``moved`` of ``rows`` samples."""
+        """The warning where the start of ``moved`` of ``rows`` samples had to be projected onto the constraint."""
         return f"the start lies outside the constraint in {moved} of {rows} samples, and was projected onto it"
 
     def start(self, z0: Any) -> Any:
-        """The whole initial state, of what the caller gave."""
+        """The complete initial state, from what the caller passed as ``z0``."""
         return z0
 
     def layout(self, z0: Any) -> Layout:
-        """How the whole initial state lies in flat form, in the coordinates that are to be solved in."""
+        """The flat layout of the complete initial state, in the coordinates that the solver works in."""
         return Layout.of(z0, self.batched)
 
     def own_coordinates(self) -> Self:
-        """The same problem, to be solved in the state's own coordinates."""
+        """The same problem, solved in the state's own coordinates instead of those of a metric."""
         return self
 
     def flattened(self, layout: Layout, flat: Tensor) -> Self:
-        """The same problem, with its constraint in flat coordinates, those of the start, where it has one."""
+        """The same problem with its constraint, if any, in flat coordinates; ``flat`` is the start."""
         return self
 
     @property
@@ -57,29 +57,44 @@ class Problem(ABC):
         """The user's function, called as ``function(z, *args)``."""
 
     def noting(self, note: Callable[[Any], None]) -> Callable[..., Any]:
-        """:attr:`function`, which hands what the user's returns beside the state to ``note``."""
+        """:attr:`function`, except that it passes the auxiliary value that ``f`` returns beside the state to ``note``.
+
+        Only for problems with ``has_aux``.
+        """
         raise AssertionError
 
     @property
     def stated_by(self) -> Callable[..., Any]:
-        """What the user gave for it, the same in every solve."""
+        """The callable that the user gave. It is the same object in every solve, so what is learned of the function is
+        remembered for it."""
         return self.function
 
     def state(self, layout: Layout, flat: Any) -> Any:
-        """The state that the function is called with, of its flat form; or of the flat parts of it that the function
-        depends on, where the problem's system takes them apart."""
+        """The state that the function is called with, from the flat state, or from the parts that :meth:`seen`
+        gives."""
         return layout.unflatten(flat)
 
     def seen(self, layout: Layout, flat: Tensor) -> Any:
-        """What of the flat state the function depends on, as :meth:`state` takes it."""
+        """The parts of the flat state that the function depends on, as :meth:`state` takes them."""
         return flat
 
     @abstractmethod
     def flat_output(self, layout: Layout, output: Any, rows: int, cast: bool) -> Tensor:
-        """The function's output, checked, in flat form."""
+        """The function's output in flat form.
+
+        Args:
+            layout: of the state.
+            output: what the function returned.
+            rows: the batch size that it was called with.
+            cast: whether another floating dtype is converted (under autocast) instead of refused.
+
+        Raises:
+            TypeError, ValueError: the output is not what the problem needs; the message says what it must be.
+        """
 
     def flat_parts(self, layout: Layout, output: Any, rows: int, cast: bool) -> tuple[Tensor, ...]:
-        """Likewise, part for part, of a function that was called with parts of the state."""
+        """The output of a function that was called with parts of the state, each part in flat form; see
+        :meth:`flat_output`."""
         raise AssertionError
 
     @abstractmethod
@@ -91,24 +106,24 @@ class Problem(ABC):
         Args:
             fn: ``(z, *params) -> flat output``.
             row_params: see :class:`~torchimplicit.problems.system.System`.
-            constraint: which of the parameters are those that :meth:`constraint_tensors` gave.
+            constraint: the places of :meth:`constraint_tensors` among the parameters.
             layout: of the state.
         """
 
     def constraint_tensors(self, layout: Layout, rows: int) -> tuple[Tensor, ...]:
-        """The problem's own tensors in flat form, a constraint's above all; none where there are none."""
+        """The tensors of the problem itself, such as those of a constraint, in flat form."""
         return ()
 
 
 def check_function(function: Any, what: str) -> None:
-    """``function`` must be callable."""
+    """Raise ``TypeError`` unless ``function`` is callable."""
     if not callable(function):
-        raise TypeError(f"{what} must be callable as {what}(z, *args), and it is {type(function).__name__}")
+        raise TypeError(f"{what} must be callable as {what}(z, *args), not {type(function).__name__}")
 
 
 @dataclass(frozen=True)
 class MapProblem(Problem):
-    """A problem stated by a map ``f(z, *args)`` whose result looks like the state."""
+    """A problem that is given by a map ``f(z, *args)`` whose result has the structure of the state."""
 
     f: Callable[..., Any]
     batched: bool = True
@@ -136,19 +151,19 @@ class MapProblem(Problem):
             raise ValueError(
                 f"f was given {rows} samples and returned {flat.shape[0]}: the map must keep the batch. If the problem "
                 "says rowwise=True, f must treat every row on its own and capture no tensor that carries the batch: "
-                "pass such tensors as arguments, so that they are indexed along with the state"
+                "pass such tensors as arguments, so that they are indexed together with the state"
             )
         return flat
 
 
 class _Plain:
-    """The user's map as ``(z, *args) -> state``, however it takes the state and whatever else it returns."""
+    """The user's map as ``(z, *args) -> state``: unpacks the state for it, and takes its auxiliary value off."""
 
     def __init__(self, problem: MapProblem, note: Callable[[Any], None] | None):
         self.f, self.unpack, self.has_aux, self.note = problem.f, problem.unpack, problem.has_aux, note
         module = module_of(problem.f)
         if module is not None:
-            self.module = module
+            self.module = module  # where the closure looks for parameters and buffers
 
     def __call__(self, z: Any, *args: Any) -> Any:
         if self.unpack and not isinstance(z, tuple | list):
@@ -159,8 +174,8 @@ class _Plain:
         out = self.f(*z, *args) if self.unpack else self.f(z, *args)
         if self.has_aux:
             if not isinstance(out, tuple | list) or len(out) != 2:
-                told = f"{len(out)} values" if isinstance(out, tuple | list) else f"a {type(out).__name__}"
-                raise ValueError(f"has_aux=True says that f returns a pair (state, aux), and it returned {told}")
+                got = f"{len(out)} values" if isinstance(out, tuple | list) else f"a {type(out).__name__}"
+                raise ValueError(f"has_aux=True says that f returns a pair (state, aux), but it returned {got}")
             out, aux = out
             if self.note is not None:
                 self.note(aux)

@@ -1,4 +1,4 @@
-"""The point that a map leaves where it is."""
+"""Fixed points of a map."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ from torchimplicit.state import Layout
 @final
 @dataclass(frozen=True)
 class FixedPoint(MapProblem):
-    """The state with ``z = f(z, *args)``.
+    """A fixed point of a map: the state with ``z = f(z, *args)``.
 
     Args:
-        f: ``f(z, *args)``, returning a state like ``z``.
+        f: ``f(z, *args)``, returning a state with the structure, shapes and dtype of ``z``.
         batched: whether dim 0 of every leaf of the state is a batch of separate problems, each solved to its own
             tolerance. ``False``: the whole state is one system.
-        rowwise: a promise that row i of the result depends on row i of the state and of the batched arguments alone,
+        rowwise: a promise that row i of the result depends only on row i of the state and of the batched arguments,
             and that ``f`` captures nothing batched. Samples that have converged then leave the batch that ``f``
-            sees. Arguments that carry the batch are those tensors (not parameters) whose dim 0 has its size.
-        has_aux: whether ``f`` returns a pair ``(state, aux)``: attention weights, logits, a cache, any pytree. It comes
-            out as ``solution.aux``, of the evaluation at the solution, and with its derivative, through the solution
-            too; see :attr:`Solution.aux`.
-        unpack: whether ``f`` takes the entries of a tuple or list as arguments of their own, ``f(*z, *args)``. It may
+            sees. Arguments that carry the batch are the tensors (not parameters) whose dim 0 has its size.
+        has_aux: whether ``f`` returns a pair ``(state, aux)``, where ``aux`` is any pytree: attention weights, logits,
+            a cache. ``solution.aux`` is its value at the solution, and is differentiable, also through the solution;
+            see :attr:`Solution.aux`.
+        unpack: whether ``f`` takes the entries of a tuple or list as separate arguments, ``f(*z, *args)``. It may
             return them as a tuple or a list.
+
+    Raises:
+        TypeError: ``f`` is not callable.
     """
 
     def system(
@@ -42,7 +45,7 @@ class FixedPoint(MapProblem):
 @final
 @dataclass(frozen=True, kw_only=True)
 class FixedPointSystem(ImageSystem):
-    """:math:`R = z - f(z)`."""
+    """A fixed-point problem in flat coordinates, :math:`R = z - f(z)`."""
 
     def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
         image = self.fn(z, *params) if value is None else value

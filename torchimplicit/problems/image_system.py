@@ -1,4 +1,4 @@
-"""Problems that are fixed points of a map in flat coordinates."""
+"""The base class of systems that are fixed points of a map."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ImageSystem(System):
 
     @abstractmethod
     def image(self, z: Tensor, *params: Tensor) -> Tensor:
-        """:math:`T`, differentiable to any order by composable transforms."""
+        """:math:`T(z)`, ``[batch, dim]``; differentiable to any order by composable transforms."""
 
     def residual(self, z: Tensor, *params: Tensor) -> Tensor:
         return z - self.image(z, *params)

@@ -1,4 +1,4 @@
-"""An input that is optimized while the equilibrium it goes into is found."""
+"""Joint inference and input optimization (Gurumurthy et al. 2021)."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ class JointState(NamedTuple):
 
     Attributes:
         z: the equilibrium, :math:`z = f(z, x)`.
-        mu: the adjoint, like ``z``: :math:`\\mu = f_z^T\\mu + \\ell_z^T`. It is the derivative of the loss in ``f``.
-        x: the input of least loss.
+        mu: the adjoint, like ``z``: :math:`\\mu = f_z^T\\mu + \\ell_z^T`, the derivative of the loss with respect to
+            the value of ``f``.
+        x: the input that minimizes the loss.
     """
 
     z: Any
@@ -40,7 +41,8 @@ class JointState(NamedTuple):
 @final
 @dataclass(frozen=True)
 class JointInference(Problem):
-    """The input with the least loss of its equilibrium, both found by one fixed point (Gurumurthy et al. 2021, JIIO).
+    """The input that minimizes the loss of its equilibrium; both are found by one fixed-point iteration (joint
+    inference and input optimization, JIIO; Gurumurthy et al. 2021).
 
     Minimizes :math:`\\ell(z, x)` over :math:`x` in the constraint's set, subject to :math:`z = f(z, x)`. The map is
 
@@ -48,29 +50,34 @@ class JointInference(Problem):
         z^+ = f(z, x),\\quad \\mu^+ = f_z^T\\mu + \\ell_z^T,\\quad
         x^+ = \\Pi\\bigl(x - \\alpha(f_x^T\\mu + \\ell_x^T)\\bigr),
 
-    one evaluation and one backward pass of ``f`` and the loss for each step, whatever solves it. The initial state is
-    the pair ``(z0, x0)``, or a :class:`JointState` (a warm start); the solution's value is a :class:`JointState`. Of
-    the iterates, a solve that does not converge returns the one whose cost is least, judged by
+    with one evaluation and one backward pass of ``f`` and the loss per step. The initial state is the pair
+    ``(z0, x0)``, or a :class:`JointState` for a warm start; the solution's value is a :class:`JointState`. Every
+    iterate's ``x`` lies in the set. The residual is the largest of the relative residuals of the three parts.
+
+    A solve that does not converge returns the iterate with the smallest cost
     :math:`\\ell + \\langle\\mu, f - z\\rangle + \\lVert f - z\\rVert\\lVert\\mu^+ - \\mu\\rVert +
-    \\kappa\\lVert f - z\\rVert^2`, which is that of the exact equilibrium at :math:`x` up to second order, plus the
-    size of the second order; :math:`\\kappa` is how fast :math:`\\mu^+` has changed with :math:`z` along the last
-    step. Every iterate's ``x`` lies in the set. The residual is the largest of the three parts' relative residuals.
+    \\kappa\\lVert f - z\\rVert^2`: the loss of the exact equilibrium at :math:`x` up to second order, plus the size of
+    the second order. :math:`\\kappa` is the rate at which :math:`\\mu^+` changed with :math:`z` along the last step.
 
     Args:
-        f: ``f(z, x, *args)``, returning a state like ``z``.
+        f: ``f(z, x, *args)``, returning a state with the structure, shapes and dtype of ``z``.
         loss: ``loss(z, x, *args)``, one value per sample, ``[batch]``; a scalar if not batched.
-        step_size: :math:`\\alpha > 0`: a number; a tensor ``[batch]``; or a schedule, called with the number of the
-            solver's step (from 1; at 0, the value for the derivatives). It scales with the loss: halve the
-            loss, and it may be twice as large. Too large a one diverges. Nothing else depends on the loss's scale.
-        constraint: an :class:`L2Ball`, a :class:`Box`, the pair of both for what they have in common, or ``None``. A
-            start outside is projected, with a warning.
+        step_size: :math:`\\alpha > 0`: a number; a tensor ``[batch]``; or a schedule that is called with the number of
+            the solver's step (from 1; its value at 0 is used for the derivatives). Too large a step diverges. It is
+            inverse to the scale of the loss: half the loss allows twice the step. Nothing else depends on that scale.
+        constraint: an :class:`L2Ball`, a :class:`Box`, a pair of both (their intersection), or ``None``. A start
+            outside is projected, with a warning.
         batched, rowwise: see :class:`FixedPoint`. The loss of a sample must depend on that sample alone.
-        damping: of z, mu and x in (0, 1]: each part goes that share of its step. The published settings are
+        damping: for z, mu and x, in (0, 1]: each part takes that share of its step. The published settings are
             ``(0.8, 0.6, 1.0)``.
-        normalized: whether x takes a step of length :math:`\\alpha` along its gradient, whatever the gradient's size;
-            ``"sign"``: a step of :math:`\\alpha` in each of its numbers, by the sign of the gradient. Only where the
-            solution lies on the boundary of the set does such an iteration settle: of an :class:`L2Ball`, or, with
-            signs, at a corner of a :class:`Box`.
+        normalized: whether x takes steps of length :math:`\\alpha` along its gradient, regardless of the gradient's
+            size; ``"sign"``: steps of :math:`\\alpha` in every entry, by the sign of the gradient. Such an iteration
+            converges only where the solution lies on the boundary of the set: of an :class:`L2Ball`, or, with signs, at
+            a corner of a :class:`Box`.
+
+    Raises:
+        TypeError: ``f`` or ``loss`` is not callable, or ``step_size`` or ``constraint`` is of another type.
+        ValueError: a number is out of range.
     """
 
     f: Callable[..., Any]
@@ -99,12 +106,12 @@ class JointInference(Problem):
             raise ValueError(f"JointInference.step_size is {self.step_size}, and must be positive")
         if not (isinstance(self.step_size, (int, float, Tensor)) or callable(self.step_size)):
             raise TypeError(
-                "JointInference.step_size must be a number, a tensor [batch] or a schedule (step -> number), and it is "
+                "JointInference.step_size must be a number, a tensor [batch] or a schedule (step -> number), not "
                 f"{type(self.step_size).__name__}"
             )
         if len(self.damping) != 3 or not all(0 < share <= 1 for share in self.damping):
             raise ValueError(
-                f"JointInference.damping is {self.damping}, and must be three numbers in (0, 1]: of z, mu and x"
+                f"JointInference.damping is {self.damping}, and must be three numbers in (0, 1], for z, mu and x"
             )
 
     @property
@@ -115,8 +122,8 @@ class JointInference(Problem):
 
     def explain(self, status: Status) -> str:
         return (
-            "In JointInference a step_size that is too large diverges, and a loss without a least value lets the input "
-            "run off: lower step_size, add a constraint (L2Ball, Box), or a term in x to the loss"
+            "JointInference diverges with too large a step_size, or with a loss that is unbounded below in the input: "
+            "lower step_size, add a constraint (L2Ball, Box), or add a term in x to the loss"
         )
 
     def explain_start(self, moved: int, rows: int) -> str:
@@ -140,7 +147,7 @@ class JointInference(Problem):
             return z0
         if not isinstance(z0, (tuple, list)) or len(z0) != 2:
             raise ValueError(
-                "JointInference starts from the pair (z0, x0), or from a JointState, and z0 is "
+                "JointInference starts from a pair (z0, x0), or from a JointState, but z0 is "
                 + (f"a {type(z0).__name__} of {len(z0)}" if isinstance(z0, (tuple, list)) else type(z0).__name__)
             )
         z, x = z0
@@ -167,10 +174,10 @@ class JointInference(Problem):
             raise ValueError(f"f was given {rows} samples and returned {flat.shape[0]}: the map must keep the batch")
         expected = (rows,) if layout.batched else ()
         if not isinstance(loss, Tensor):
-            raise TypeError(f"loss must return a tensor, and it returned {type(loss).__name__}")
+            raise TypeError(f"loss must return a tensor, but it returned {type(loss).__name__}")
         if tuple(loss.shape) != expected:
             raise ValueError(
-                f"loss returned shape {tuple(loss.shape)} and must return {expected}: "
+                f"loss returned shape {tuple(loss.shape)}, but must return {expected}: "
                 + (
                     "one value per sample, each sample having its own input; take the mean or the sum over every "
                     "dimension but the first, for example error.flatten(1).mean(dim=1)"
@@ -184,19 +191,19 @@ class JointInference(Problem):
 
     def constraint_tensors(self, layout: Layout, rows: int) -> tuple[Tensor, ...]:
         size = 0.0 if callable(self.step_size) and not isinstance(self.step_size, Tensor) else self.step_size
-        own = [column(layout, size, rows, "step_size")]
+        tensors = [column(layout, size, rows, "step_size")]
         inputs = _part(layout, "x")
         sets = {type(part): part for part in self._sets}
         if box := sets.get(Box):
-            own.append(_flat_or_number(inputs, box.low, rows, "the lower bound"))
-            own.append(_flat_or_number(inputs, box.high, rows, "the upper bound"))
+            tensors.append(_flat_or_number(inputs, box.low, rows, "the lower bound"))
+            tensors.append(_flat_or_number(inputs, box.high, rows, "the upper bound"))
         if ball := sets.get(L2Ball):
-            own.append(column(layout, ball.radius, rows, "the radius"))
-            own.append(_flat_or_number(inputs, ball.center, rows, "the center"))
+            tensors.append(column(layout, ball.radius, rows, "the radius"))
+            tensors.append(_flat_or_number(inputs, ball.center, rows, "the center"))
         if len(sets) == 2:
-            own[4] = own[4].expand(-1, inputs.dim)
-            FlatCut(FlatBox(tuple(own[1:3])), tuple(own[1:])).check(own[4])
-        return tuple(own)
+            tensors[4] = tensors[4].expand(-1, inputs.dim)
+            FlatCut(FlatBox(tuple(tensors[1:3])), tuple(tensors[1:])).check(tensors[4])
+        return tuple(tensors)
 
     def system(
         self, fn: Callable[..., Tensor], row_params: tuple[bool, ...] | None, constraint: slice, layout: Layout
@@ -219,15 +226,15 @@ class JointInference(Problem):
 
 
 def _in_both(x: Tensor, *tensors: Tensor) -> Tensor:
-    """The nearest point to ``x`` in a box and in a ball: low, high, radius and center."""
+    """The projection of ``x`` onto the intersection of a box and a ball; ``tensors`` are low, high, radius and
+    center."""
     return FlatCut(FlatBox(tensors[:2]), tensors).project(x, x[:, :1], *tensors)
 
 
 @functools.lru_cache(maxsize=64)
 def _part(layout: Layout, name: str) -> Layout:
-    """The layout of one part of the state."""
-    rows = 1
-    state = layout.unflatten(torch.empty(rows, layout.dim, device="meta"))
+    """The layout of one part of the joint state."""
+    state = layout.unflatten(torch.empty(1, layout.dim, device="meta"))  # only shapes are needed
     leaves, spec = pytree.tree_flatten(getattr(state, name))
     which = tuple(leaf.is_complex() for leaf in leaves)
     leaves = [torch.view_as_real(leaf) if c else leaf for leaf, c in zip(leaves, which, strict=True)]
@@ -237,6 +244,7 @@ def _part(layout: Layout, name: str) -> Layout:
 
 
 def _flat_or_number(layout: Layout, value: Any, rows: int, what: str) -> Tensor:
+    """A scalar as ``[1, 1]``, or a pytree like the state as ``[rows or 1, dim]``."""
     if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0):
         return column(layout, value, rows, what)
     return flat_tree(layout, value, rows, what)

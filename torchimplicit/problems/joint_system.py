@@ -19,47 +19,47 @@ from torchimplicit.state import row_norm
 
 
 class Parts(NamedTuple):
-    """How a flat joint state ``[batch, 2 * z + x]`` is made up: :math:`(z, \\mu, x)`.
+    """The parts :math:`(z, \\mu, x)` of a flat joint state ``[batch, 2 * z + x]``.
 
     Attributes:
-        z, x: the sizes of the parts; :math:`\\mu` is as large as z.
+        z, x: the sizes of the parts; :math:`\\mu` has the size of z.
     """
 
     z: int
     x: int
 
     def split(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The three parts, views."""
+        """The three parts, as views."""
         z, mu, x = torch.split_with_sizes(flat, (self.z, self.z, self.x), dim=1)
         return z, mu, x
 
     def norms(self, flat: Tensor) -> Tensor:
-        """The norm of each part, ``[batch, 3]``, not differentiated."""
+        """The norm of each part, ``[batch, 3]``."""
         return torch.cat((row_norm(self.pair(flat)), row_norm(flat[:, None, 2 * self.z :])), dim=1)
 
     def pair(self, flat: Tensor) -> Tensor:
-        """The parts of z and mu alone, ``[batch, 2, z]``, a view."""
+        """The parts z and mu, ``[batch, 2, z]``, as a view."""
         return flat[:, : 2 * self.z].unflatten(1, (2, self.z))
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class JointSystem(ImageSystem):
-    """The map of :class:`~torchimplicit.problems.joint_inference.JointInference`; of the tuple of z and x, ``fn`` gives
-    that of ``f`` and the loss, ``[batch, z]`` and ``[batch]``, and of the flat state both side by side.
+    """The map of :class:`~torchimplicit.problems.joint_inference.JointInference` in flat coordinates.
 
-    With :math:`\\Lambda = \\ell + \\langle\\mu, f\\rangle`, one backward pass through ``fn`` with the cotangent
-    :math:`(\\mu, 1)` gives :math:`\\Lambda_z` and :math:`\\Lambda_x`.
+    ``fn`` takes the tuple ``(z, x)`` to the tuple of ``f``, ``[batch, z]``, and the loss, ``[batch]``; and the flat
+    state to both side by side. With :math:`\\Lambda = \\ell + \\langle\\mu, f\\rangle`, one backward pass through
+    ``fn`` with the cotangent :math:`(\\mu, 1)` gives :math:`\\Lambda_z` and :math:`\\Lambda_x`.
 
     Attributes:
         parts: of the state.
         damping: of the parts.
-        own: the step size ``[rows or 1, 1]``, then the tensors of the set.
-        which: of the parameters those are.
-        set: the projection, ``(x, *tensors) -> x``; ``None`` for no constraint.
-        schedule: the step size by the solver's step, instead of the tensor.
-        step_size: the schedule's value for the step that runs.
-        normalized: whether x takes steps of a given length; ``"sign"``: in each of its numbers.
+        own: picks the step size ``[rows or 1, 1]`` and the tensors of the set out of the parameters.
+        which: the places of these among the parameters.
+        set: the projection, ``(x, *tensors) -> x``; ``None`` without a constraint.
+        schedule: the step size by the number of the solver's step, instead of the tensor; ``None`` for none.
+        step_size: the schedule's value for the current step.
+        normalized: whether x takes steps of a fixed length; ``"sign"``: in every entry.
     """
 
     parts: Parts
@@ -87,10 +87,11 @@ class JointSystem(ImageSystem):
 
     @torch.no_grad()
     def refined(self, point: Point, before: Point) -> Point:
-        """With the second order of the state's error in the merit, by the curvature along the last step.
+        """``point`` with the second order of the state's error added to its merit, from the curvature along the last
+        step.
 
-        The state of a joint solve lags behind its input, and the loss of a state that lags can be far below that of
-        the equilibrium.
+        The state of a joint solve lags behind its input, and the loss of a lagging state can be far below that of the
+        equilibrium.
         """
         assert point.judgement is not None
         of_z, of_mu, _ = self.damping
@@ -98,7 +99,7 @@ class JointSystem(ImageSystem):
         change[:, 1].add_(turn[:, 1], alpha=1 / of_mu)
         moved, turned = row_norm(change).unbind(dim=1)
         gap = row_norm(point.residual[:, : self.parts.z])
-        # a state that has not moved tells nothing, and its gap is what it was
+        # a state that has not moved has no curvature to tell; its gap is zero or was judged before
         more = (gap * gap).mul_(turned / moved.clamp_min(torch.finfo(moved.dtype).tiny))
         known = point.judgement
         merit, merit_error = (torch.add(t, more, alpha=of_z**-2) for t in (known.merit, known.merit_error))
@@ -132,15 +133,16 @@ class JointSystem(ImageSystem):
         return None
 
     def moving(self, needs_grad: Sequence[bool]) -> bool:
-        """Whether a tensor of the set is among the parameters that need a gradient."""
+        """Whether a tensor of the constraint's set needs a gradient."""
         return any(needs_grad[self.which][1:])
 
     def weights(self, point: Point, before: Tensor, residual: Tensor) -> Tensor:
-        """In units of z, by how strongly the parts act on each other: x on z by :math:`\\lVert f_x\\rVert`, mu on x by
-        :math:`\\alpha\\lVert f_x\\rVert`. What the first step of mu has made of that of x tells the second.
+        """The weights of the parts' residuals, in units of z, by how strongly the parts act on each other: x on z by
+        :math:`\\lVert f_x\\rVert`, mu on x by :math:`\\alpha\\lVert f_x\\rVert`. The latter is measured from how the
+        first step of mu changed the step of x.
 
-        Not by the parts' sizes, as of a map: those of mu and of the loss that it belongs to may vanish at the solution,
-        and a joint solve by such weights reached costs five times as high in as many steps.
+        Not by the parts' sizes, as for a map: mu and the loss that it belongs to may vanish at the solution, and with
+        such weights a joint solve reached costs five times as high in the same number of steps.
         """
         assert point.judgement is not None
         assert point.image is not None
@@ -149,19 +151,19 @@ class JointSystem(ImageSystem):
             for t in (point.image, point.z - before, point.residual - residual)
         )
         pace, (of_z, of_mu, _), of_move, of_turn = point.judgement.pace, sizes, moved[1], turned[2]
-        # an input that its set holds tells nothing: then by the sizes of the others
-        told, stated = (of_move > 0) & (of_turn > 0), (of_z > 0) & (of_mu > 0)
+        # an input that its constraint holds does not move, and tells nothing: then by the sizes of the other parts
+        measured, sized = (of_move > 0) & (of_turn > 0), (of_z > 0) & (of_mu > 0)
         gain = torch.where(
-            told,
-            of_turn / torch.where(told, of_move, 1),
-            torch.where(stated, pace * of_z / torch.where(stated, of_mu, 1), 1).sqrt(),
+            measured,
+            of_turn / torch.where(measured, of_move, 1),
+            torch.where(sized, pace * of_z / torch.where(sized, of_mu, 1), 1).sqrt(),
         )
         of_x = gain / pace
-        found = torch.stack((torch.ones_like(of_x), gain * of_x, of_x), dim=1)
-        return torch.where(((found > 0) & (found < torch.inf)).all(dim=1, keepdim=True), found, 1)
+        weights = torch.stack((torch.ones_like(of_x), gain * of_x, of_x), dim=1)
+        return torch.where(((weights > 0) & (weights < torch.inf)).all(dim=1, keepdim=True), weights, 1)
 
     def undamped(self, g: Tensor) -> Tensor:
-        """A cotangent of the plain map's residual, as one of the damped map's."""
+        """Convert a cotangent of the undamped map's residual to one of the damped map's."""
         parts = [part / share for part, share in zip(self.parts.split(g), self.damping, strict=True)]
         return torch.cat(parts, dim=1)
 
@@ -169,12 +171,14 @@ class JointSystem(ImageSystem):
         return Dense() if dim <= 64 and batch * dim * dim <= 2**22 else GMRES()
 
     def _sloped(self, flat: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """``f``, the loss, and the gradients of :math:`\\Lambda` in z and in x; composable."""
+        """``f``, the loss, and the gradients of :math:`\\Lambda` in z and in x; by composable transforms."""
         z, mu, x = self.parts.split(flat)
         (made, loss), pull = vjp(lambda z, x: self.fn((z, x), *params), z, x)
         return made, loss, pull((mu, torch.ones_like(loss)))
 
     def _step(self, flat: Tensor, made: Tensor, slopes: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+        """The map's value ``[batch, 2 * z + x]``, from the value of ``f`` (``made``) and the ``slopes`` of
+        :math:`\\Lambda`."""
         z, mu, x = self.parts.split(flat)
         of_z, of_x = slopes
         size, *tensors = self.own(flat.shape[0], *params)
@@ -199,7 +203,7 @@ class JointSystem(ImageSystem):
         )
 
     def _pace(self, of_x: Tensor, params: Sequence[Tensor]) -> Tensor:
-        """``[batch]``, what the gradient in x is multiplied by."""
+        """The factor on the gradient in x, ``[batch]``."""
         size = self.own(of_x.shape[0], *params)[0] if self.step_size is None else of_x.new_tensor([[self.step_size]])
         if self.normalized == "sign":
             size = size * of_x.shape[1] ** 0.5
@@ -209,8 +213,8 @@ class JointSystem(ImageSystem):
         return widened(size).expand(of_x.shape[0], 1).squeeze(1)
 
     def _judged(self, flat: Tensor, image: Tensor, loss: Tensor, pace: Tensor) -> Point:
-        """The point, with its parts' residuals and sizes ``[batch, 3]``, and its judgement: the cost of the exact
-        equilibrium at the input, up to second order, plus the size of the second order."""
+        """The point with the residuals and sizes of its parts, ``[batch, 3]``, and its judgement: the cost of the exact
+        equilibrium at the input up to second order, plus the size of the second order."""
         residual = image - flat
         with torch.no_grad():
             sizes, gaps = self.parts.norms(image), self.parts.norms(residual)
@@ -218,15 +222,15 @@ class JointSystem(ImageSystem):
                 gaps = gaps / gaps.new_tensor(self.damping)
             of_z, of_mu, _ = gaps.unbind(dim=1)
             of_state, of_adjoint, of_input = sizes.unbind(dim=1)
-            # mu matters by what it makes x do, the pace times f_x, which is about z / x: an adjoint near zero need not
-            # be known better than that
+            # mu matters only through the step of x, which is pace * f_x^T mu with f_x of about z / x: an adjoint near
+            # zero is judged relative to that
             moves = (of_input / of_state * (of_input / pace)).nan_to_num(0.0, 0.0)
             torch.maximum(of_adjoint, moves, out=of_adjoint)
             second_order = of_z * of_mu
             size = self.parts.z
             cost = torch.linalg.vecdot(flat[:, size : 2 * size], residual[:, :size])
             cost = torch.add(loss, cost, alpha=1 / self.damping[0])
-            # a loss may be NaN or infinite where its gradient is not: such a state is no candidate
+            # the loss may be NaN or infinite where its gradient is finite: 0 * loss hands that on to ``growth``
             growth = torch.add(torch.linalg.vector_norm(gaps, dim=1), loss, alpha=0)
             return Point(
                 flat,

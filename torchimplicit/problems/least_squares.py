@@ -1,4 +1,4 @@
-"""The point where a sum of squares is least."""
+"""Least-squares problems."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ from torchimplicit.state import Layout
 @final
 @dataclass(frozen=True)
 class LeastSquares(Problem):
-    """The state of least :math:`\\tfrac12\\lVert r\\rVert^2` with the residuals :math:`r` of ``residual(z, *args)``.
+    """A minimum of :math:`\\tfrac12\\lVert r\\rVert^2`, where :math:`r` are the residuals ``residual(z, *args)``.
 
-    It is the :class:`Minimum` of that energy, and every solver and estimator of minima is for it;
-    :class:`LevenbergMarquardt`, the default, and :class:`GaussNewton` use that it is a sum of squares. The derivative
-    of the solution has the whole Hessian :math:`J^TJ+\\sum_ir_i\\nabla^2r_i` with :class:`Implicit`, and
+    It can be solved and differentiated by everything that suits a :class:`Minimum` of that energy;
+    :class:`LevenbergMarquardt`, the default solver, and :class:`GaussNewton` exploit that it is a sum of squares. The
+    derivative of the solution uses the whole Hessian :math:`J^TJ+\\sum_ir_i\\nabla^2r_i` with :class:`Implicit`, and
     :math:`J^TJ` alone with :class:`GaussNewton`; the two agree where the residuals vanish.
 
     Args:
-        residual: ``residual(z, *args)``, returning a tensor or a pytree of tensors, as many numbers as there are and of
-            the dtype of the state; with the batch in dim 0 if batched.
+        residual: ``residual(z, *args)``, returning a tensor or a pytree of tensors, of any size and of the state's
+            dtype; with the batch in dim 0 if batched.
         batched, rowwise: see :class:`FixedPoint`.
+
+    Raises:
+        TypeError: ``residual`` is not callable.
     """
 
     residual: Callable[..., Any]
@@ -48,13 +51,13 @@ class LeastSquares(Problem):
         parts = []
         for leaf in pytree.tree_leaves(output):
             if not isinstance(leaf, Tensor):
-                raise TypeError(f"residual must return tensors, and it returned {type(leaf).__name__}")
+                raise TypeError(f"residual must return tensors, but it returned {type(leaf).__name__}")
             if leaf.is_complex():
                 leaf = torch.view_as_real(leaf.resolve_conj())
             if layout.batched and (leaf.ndim == 0 or leaf.shape[0] != rows):
                 raise ValueError(
-                    f"residual returned shape {tuple(leaf.shape)}, and dim 0 must be the batch, {rows}: the residuals "
-                    "of each sample, or pass batched=False if the whole state is one system"
+                    f"residual returned shape {tuple(leaf.shape)}, but dim 0 must be the batch, {rows}: return the "
+                    "residuals of each sample, or pass batched=False if the whole state is one system"
                 )
             if leaf.dtype != layout.dtype and not (cast and leaf.is_floating_point()):
                 raise ValueError(f"residual returned {leaf.dtype} for a state of {layout.dtype}: keep the dtype")
@@ -70,7 +73,7 @@ class LeastSquares(Problem):
 
 
 def half_square(residuals: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The energies ``[batch]`` of residuals ``[batch, m]``."""
+    """The energies ``[batch]`` of a function that returns residuals ``[batch, m]``."""
 
     def energies(z: Tensor, *params: Tensor) -> Tensor:
         return 0.5 * residuals(z, *params).square().sum(dim=1)

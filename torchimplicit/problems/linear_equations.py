@@ -1,4 +1,4 @@
-"""A linear map with its right-hand side, as a problem."""
+"""A linear system as a problem."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from torchimplicit.state import Layout
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LinearEquations(Problem):
-    """The vectors that ``operator(y, *args)`` takes to ``b``; what :func:`~torchimplicit.linear_solve` states.
+    """The solution y of ``operator(y, *args) = b``, for :func:`~torchimplicit.linear_solve`.
 
     Attributes:
-        range: the layout of ``b``, and of what the operator gives.
+        operator: linear in y.
+        range: the layout of ``b`` and of the operator's result.
         b: in flat form, ``[batch, m]``.
-        square: whether they are a system of as many equations as unknowns, to be solved as such.
+        square: whether there are as many equations as unknowns, and they are solved as a square system.
         symmetric: see :func:`~torchimplicit.linear_solve`.
     """
 
@@ -47,7 +48,7 @@ class LinearEquations(Problem):
         return flat
 
     def constraint_tensors(self, layout: Layout, rows: int) -> tuple[Tensor, ...]:
-        """``b``, where the problem is that of a system: its derivative is that of any parameter."""
+        """``b`` for a square system, whose derivative in it is then that in any parameter."""
         return (self.b,) if self.square else ()
 
     def system(
@@ -56,5 +57,9 @@ class LinearEquations(Problem):
         def residual(z: Tensor, *params: Tensor) -> Tensor:
             return fn(z, *params) - params[constraint.start]
 
-        stated = residual if self.square else fn
-        return RootSystem(fn=stated, row_params=row_params, leaves=layout.leaves, symmetric=self.symmetric)
+        return RootSystem(
+            fn=residual if self.square else fn,
+            row_params=row_params,
+            leaves=layout.leaves,
+            symmetric=self.symmetric,
+        )

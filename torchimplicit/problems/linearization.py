@@ -1,4 +1,4 @@
-"""A map at one point: its Jacobian's products there, all taken from one recorded evaluation."""
+"""Products with the Jacobian of a map at one point, all over one recorded evaluation."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ Products = TypeVar("Products", Tensor, list[Tensor | None])
 
 
 class Linearization:
-    """``core(z, *params)`` evaluated once with autograd's tape; every product below runs over that tape.
+    """``core(z, *params)``, evaluated once and recorded by autograd; every product below runs over that tape.
 
-    For plain tensors only (inside autograd nodes and solvers); derivatives of these products are taken elsewhere, by
-    composable transforms or by what :func:`recorded_gradients` records in its turn.
+    For plain tensors only, inside autograd nodes and solvers. Derivatives of these products are taken elsewhere: by
+    composable transforms, or by :func:`recorded_gradients` with ``create_graph``.
 
     Args:
         core: ``(z [batch, dim], *params) -> [batch, dim]``.
-        z, params: where.
-        needs_grad: which parameters :meth:`vjp_params` may be asked for.
-        leaves: of the value, to name one by; ``None`` where it has no names.
+        z: where to linearize.
+        params: the parameters there.
+        needs_grad: which parameters :meth:`vjp_params` may be asked for; ``None``: none.
+        leaves: of the value, to name them in errors; ``None`` where they have no names.
 
     Attributes:
+        out: the recorded value.
         saved: see :func:`~torchimplicit.saved.kept`.
     """
 
@@ -65,7 +67,7 @@ class Linearization:
         leaves: Leaves | None,
         out: Tensor,
     ) -> Linearization:
-        """Of an evaluation that has been made already, at ``z`` and ``params``, which are its leaves, and gave
+        """The tape of an evaluation that has been recorded already, with the leaves ``z`` and ``params`` and the value
         ``out``."""
         tape = cls.__new__(cls)
         tape.core, tape._leaves, tape.z, tape.params, tape.out = core, leaves, z, tuple(params), out
@@ -73,30 +75,31 @@ class Linearization:
         return tape
 
     def parted(self) -> tuple[Linearization, Tensor]:
-        """The tape without its graph, and the recorded value, which holds that."""
+        """The tape without its graph, and the recorded value, which holds the graph. A node keeps the two apart, so
+        that autograd can free the graph."""
         parted = copy.copy(self)
         del parted.out
         parted._forward = None
         return parted, self.out
 
     def joined(self, out: Tensor) -> Linearization:
-        """The whole tape again, from what :meth:`parted` gave."""
+        """The tape with its graph: the inverse of :meth:`parted`."""
         joined = copy.copy(self)
         joined.out = out
         return joined
 
     def check(self) -> None:
-        """Raise where a tensor that requires grad lies behind the recorded value and neither behind ``z`` nor behind
-        ``params``: it would get no gradient."""
+        """Raise where the recorded value depends on a tensor that requires grad, but not through ``z`` or ``params``:
+        it would silently get no gradient."""
         check_graph(self.out, (self.z, *self.params))
 
     def look(self) -> None:
-        """Refuse a map that autograd does not see, or does not see in part, before any product is taken."""
+        """Raise for a map that is hidden from autograd, wholly or in part, before any product is taken."""
         if not self._looked:
             self._look(self.out is not self.z and not _reaches(self.out.grad_fn, self.z, set()))
 
     def make_differentiable(self) -> None:
-        """See to it that the graph has derivatives itself, which that of compiled code has not."""
+        """Replace the graph of compiled code, which has no second derivative, by an eager one."""
         if _is_compiled(self.out):
             self._evaluate_eagerly()
 
@@ -109,7 +112,7 @@ class Linearization:
         return self._block(self.vjp, self.out, self.z, vs)
 
     def jvp(self, v: Tensor) -> Tensor:
-        """:math:`J v`, by differentiating the transposed product, which is linear in its argument."""
+        """:math:`J v`, ``[batch, dim]``."""
         pulled, w = self._twice()
         return self._grad(pulled, w, v)
 
@@ -121,7 +124,9 @@ class Linearization:
     def vjp_params(self, v: Tensor, out: Tensor | None = None) -> list[Tensor | None]:
         """:math:`(\\partial\\,out/\\partial p)^T v` for each parameter that needs a gradient, ``None`` for the others.
 
-        ``out`` is by default the core's value; it may be any tensor on the tape.
+        Args:
+            v: the cotangent, shaped like ``out``.
+            out: any tensor on the tape; ``None``: the core's value.
         """
         self.check()
         if not self.out.requires_grad and any(self.needs_grad):
@@ -137,21 +142,24 @@ class Linearization:
         ]
 
     def _twice(self) -> tuple[Tensor, Tensor]:
+        """:math:`J^T w` recorded as a function of w, and w.
+
+        It is linear in w, and its derivative there is :math:`J`: a forward product over the same tape, made of two
+        reverse passes. Forward mode would need another evaluation, and cannot be nested under dual tensors.
+        """
         if self._forward is None:
             self.make_differentiable()
             with torch.enable_grad():
                 w = torch.zeros_like(self.out).requires_grad_()
-                pulled = torch.zeros_like(self.z)
-                found = None
+                grad = None
                 if self.out.requires_grad:
-                    (found,) = torch.autograd.grad(self.out, self.z, w, create_graph=True, allow_unused=True)
-                self._look(found is None)
-                pulled = pulled if found is None else found
-            self._forward = pulled, w
+                    (grad,) = torch.autograd.grad(self.out, self.z, w, create_graph=True, allow_unused=True)
+                self._look(grad is None)
+            self._forward = _or_zero(grad, self.z), w
         return self._forward
 
     def _retried(self, product: Callable[[], Products]) -> Products:
-        """The product; where compiled code refuses to run backward again, on the tape of the code as it was written."""
+        """The product; where compiled code refuses to run backward again, over an eager tape of the same map."""
         try:
             return product()
         except RuntimeError:
@@ -167,19 +175,22 @@ class Linearization:
         check_unmoved(before, self.out)
 
     def _look(self, blind: bool) -> None:
-        """Refuse, once, a map that autograd does not see, or does not see in part: its Jacobian would count as zero.
+        """Raise, once, for a map that is hidden from autograd wholly or in part: its Jacobian would count as zero.
+
+        No graph may also mean no dependence. So the map is evaluated at two states: if the hidden part of its output
+        changes, it depends on the state in a way that autograd does not see.
 
         Args:
-            blind: whether autograd has found no way from the value to the state.
+            blind: whether no path leads from the value to the state in autograd's graph.
         """
         if self._looked:
             return
         self._looked = True
-        given = None if blind else _seen_columns(self.out, self.z)
-        if given is None and not blind:
+        columns = None if blind else _seen_columns(self.out, self.z)
+        if columns is None and not blind:
             return
-        seen = torch.zeros(self.out.shape[1], dtype=torch.bool, device=self.z.device) if given is None else given
-        # where autograd sees nothing at all, it does not see the parameters either
+        seen = torch.zeros(self.out.shape[1], dtype=torch.bool, device=self.z.device) if columns is None else columns
+        # where autograd sees nothing at all, it does not see the parameters either: they are moved, too
         moving = (True, *(w and not self.out.requires_grad for w in self.needs_grad))
         values = []
         for share in (0.0, torch.finfo(self.z.dtype).eps ** 0.25):
@@ -197,17 +208,18 @@ class Linearization:
             if self._leaves is not None and (names := self._leaves.holding(changed)):
                 where += f" (in {', '.join(names)})"
             raise ValueError(
-                f"autograd does not see how {where} of the problem's function depends on what it is given, on which it "
-                "does depend (NumPy or other foreign code, detach(), .data, no_grad): the derivative would be taken "
+                f"autograd does not see how {where} of the problem's function depends on its inputs, although it does "
+                "depend on them (NumPy or other foreign code, detach(), .data, no_grad): the derivative would be taken "
                 "for zero. Compute it by differentiable operations, or wrap the foreign code in a "
-                "torch.autograd.Function with a backward; where it is the state alone that is cut off on purpose, take "
-                "an estimator without the Jacobian, gradient=OneStep()"
+                "torch.autograd.Function with a backward; if the state is detached on purpose, take an estimator "
+                "without the Jacobian, gradient=OneStep()"
             )
 
     def _grad(self, out: Tensor, at: Tensor, v: Tensor) -> Tensor:
         grad = None
         if out.requires_grad:
-            # in this thread, which needs nothing of what torch.autograd.grad prepares, unless a mode must see the call
+            # The engine is called directly where nothing of what torch.autograd.grad prepares is needed: on small
+            # systems its checks take as long as the product. A torch function mode must see the public call, though.
             if out.device.type == "cpu" and not function_mode_count():
                 (grad,) = run_backward((out,), (v,), True, False, (at,), allow_unreachable=True, accumulate_grad=False)
             else:
@@ -235,18 +247,25 @@ def recorded_gradients(
     needs_grad: Sequence[bool],
     create_graph: bool,
 ) -> list[Tensor | None]:
-    """The gradients of recorded ``outs`` in those ``leaves`` of their tape that need one; ``None`` for the others, and
-    where there is no dependence. Hooks that users put on the leaves are theirs, and do not run here.
+    """The gradients of recorded ``outs`` with respect to the ``leaves`` of their tape. Hooks that users have put on the
+    leaves do not run.
 
     Args:
+        outs: tensors on the tape.
+        leaves: leaves of the tape.
+        cotangents: one per tensor of ``outs``.
+        needs_grad: which leaves to differentiate.
         create_graph: whether the gradients are recorded themselves.
+
+    Returns:
+        One gradient per leaf; ``None`` where none is needed, or where nothing depends on the leaf.
     """
-    given = [(out, v) for out, v in zip(outs, cotangents, strict=True) if out.requires_grad]
-    # a parameter that has been frozen since takes no gradient, as in plain autograd
+    ends = [(out, v) for out, v in zip(outs, cotangents, strict=True) if out.requires_grad]
+    # a parameter that has been frozen since the forward pass takes no gradient, as in plain autograd
     inputs = [p for p, w in zip(leaves, needs_grad, strict=True) if w and p.requires_grad]
-    if not inputs or not given:
+    if not inputs or not ends:
         return [None] * len(leaves)
-    tensors, vs = zip(*given, strict=True)
+    tensors, vs = zip(*ends, strict=True)
     with _without_hooks(inputs):
         grads = iter(
             torch.autograd.grad(tensors, inputs, vs, retain_graph=True, create_graph=create_graph, allow_unused=True)
@@ -256,7 +275,8 @@ def recorded_gradients(
 
 @contextlib.contextmanager
 def _without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """The hooks of the leaves taken off: those that were put on after the tape was recorded would run twice."""
+    """Remove the hooks of the leaves for a while. A hook that was set after the tape was recorded would run twice:
+    here, and in the outer backward pass that it is meant for."""
     hooked = [(p, p._backward_hooks) for p in leaves if p._backward_hooks]
     for p, _ in hooked:
         p._backward_hooks = None
@@ -268,18 +288,19 @@ def _without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
 
 
 def check_unmoved(before: Tensor, now: Tensor, also: str = "") -> None:
-    """What a function gave in the forward pass, and what it gives at the same point when it is evaluated again.
+    """Compare what a function gave in the forward pass with a second evaluation at the same point.
 
     Args:
-        also: what else may be wrong.
+        before, now: the two values.
+        also: what else may be wrong, for the message.
 
     Raises:
-        RuntimeError: they differ, beyond rounding.
+        RuntimeError: they differ by more than rounding.
     """
     before, now = before.detach(), now.detach()
     size = torch.linalg.vector_norm(torch.nan_to_num(before))
     gap = torch.linalg.vector_norm(torch.nan_to_num(now) - torch.nan_to_num(before))
-    # single precision may hold what autocast has computed in a lower one
+    # values in single precision may have been computed in half precision under autocast
     tolerance = torch.finfo(now.dtype).eps ** 0.5 if now.dtype == torch.float64 else 0.02
     if bool(gap > tolerance * size):
         changed_since(also)
@@ -290,14 +311,14 @@ def changed_since(also: str = "") -> NoReturn:
     raise RuntimeError(
         "the problem's function had to be evaluated again for a derivative, and it does not give what it gave "
         "before at the same point: something that it reads has been changed since (a buffer, a captured tensor, "
-        f"the training mode, a default dtype), or it is random{also}. Change it after the backward pass, or pass "
-        "it to solve as an argument"
+        f"the training mode, a default dtype), or it is random{also}. Change such things after the backward pass, or "
+        "pass them to solve as arguments"
     )
 
 
 def _seen_columns(out: Tensor, z: Tensor) -> Tensor | None:
-    """Of a value that is put together from parts, bool ``[dim]``: the columns of parts behind which ``z`` lies.
-    ``None``: all of them, or it is not told."""
+    """For a value that is a concatenation of parts, bool ``[dim]``: the columns of the parts that depend on ``z`` in
+    autograd's graph. ``None``: all of them, or it is no concatenation, whose columns cannot be told apart."""
     node: Any = out.grad_fn
     if type(node).__name__ != "CatBackward0" or out.ndim != 2 or out.shape[1] != z.shape[1]:
         return None
@@ -309,21 +330,22 @@ def _seen_columns(out: Tensor, z: Tensor) -> Tensor | None:
     edges = [GradientEdge(*edge) for edge, lies in zip(node.next_functions, behind, strict=True) if lies]
     if not edges or not len(out):
         return seen
-    # the numbers of the columns, sent back to the parts, in digits that the dtype holds exactly
+    # Which columns a part holds: the graph is sent the column numbers as cotangents, and the backward of the
+    # concatenation hands each part its own. In digits, since half precision does not hold large integers exactly.
     base, left = int(1 / torch.finfo(out.dtype).eps), torch.arange(out.shape[1], device=out.device)
-    found, unit = [torch.zeros((), dtype=torch.int64, device=out.device) for _ in edges], 1
+    numbers, unit = [torch.zeros((), dtype=torch.int64, device=out.device) for _ in edges], 1
     while unit <= out.shape[1]:
         digit = (left // unit % base).to(out.dtype).expand_as(out)
         parts = torch.autograd.grad(out, edges, digit, retain_graph=True)
-        found = [known + unit * part[0].long() for known, part in zip(found, parts, strict=True)]
+        numbers = [known + unit * part[0].long() for known, part in zip(numbers, parts, strict=True)]
         unit *= base
-    for columns in found:
+    for columns in numbers:
         seen[columns] = True
     return seen
 
 
 def _reaches(root: Any, leaf: Tensor, dead: set[Any]) -> bool:
-    """Whether ``leaf`` lies behind the node ``root``; ``dead``: nodes behind which it does not lie."""
+    """Whether ``root`` depends on ``leaf`` in autograd's graph; ``dead`` collects nodes that do not."""
     stack, seen = [root], set()
     while stack:
         node = stack.pop()
@@ -338,20 +360,21 @@ def _reaches(root: Any, leaf: Tensor, dead: set[Any]) -> bool:
 
 
 def _cut(params: Sequence[Tensor], needs_grad: Sequence[bool]) -> tuple[Tensor, ...]:
-    """The parameters with nothing behind them; themselves where nothing is, so that the map sees its own tensors.
+    """The parameters as leaves of a graph of its own. One that is a leaf already is taken as it is, so that the map
+    sees its own tensors.
 
     A tensor that stands in several places is itself in the first one only: each place has its own gradient.
     """
     kept: dict[int, Tensor] = {}
     cut = []
     for p, w in zip(params, needs_grad, strict=True):
-        own = p.is_leaf and (not w or (p.requires_grad and not p._backward_hooks)) and id(p) not in kept
-        cut.append(kept.setdefault(id(p), p) if own else p.detach().requires_grad_(w))
+        itself = p.is_leaf and (not w or (p.requires_grad and not p._backward_hooks)) and id(p) not in kept
+        cut.append(kept.setdefault(id(p), p) if itself else p.detach().requires_grad_(w))
     return tuple(cut)
 
 
 def _is_compiled(out: Tensor) -> bool:
-    """Whether compiled code lies behind ``out``: its backward has no derivative, and may give up its buffers."""
+    """Whether ``out`` comes from code under torch.compile, whose backward has no derivative and may run only once."""
     stack: list[Any] = [out.grad_fn]
     seen = set()
     while stack:

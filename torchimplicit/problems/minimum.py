@@ -1,4 +1,4 @@
-"""The point of least energy, free or under a linear constraint."""
+"""Minima of an energy, free or under constraints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.per_sample import PerSample, column, flat_tree, stacked, taken
 from torchimplicit.problems.projected import ProjectedSystem
 from torchimplicit.problems.sets import FlatSet, flat_set
-from torchimplicit.problems.system import Point, System, largest, vmapped
+from torchimplicit.problems.system import Point, System, largest, recorded_slope, slope, vmapped
 from torchimplicit.solution import Status
 from torchimplicit.state import Layout
 
@@ -28,21 +28,26 @@ from torchimplicit.state import Layout
 @final
 @dataclass(frozen=True)
 class Minimum(Problem):
-    """The state of least ``energy(z, *args)``, on ``constraint`` if there is one.
+    """A minimum of ``energy(z, *args)``, under ``constraint`` if there is one.
 
     Args:
-        energy: ``energy(z, *args)``, returning one energy per sample, ``[batch]``; a scalar if not batched. Twice
-            differentiable where the solution is to be differentiated.
+        energy: ``energy(z, *args)``, returning one energy per sample, ``[batch]``; a scalar if not batched. It has to
+            be twice differentiable where the solution is differentiated.
         constraint: a :class:`LinearEquality`, :class:`LinearEqualities`, :class:`LinearInequalities`, :class:`Box`,
             :class:`NonNegative`, :class:`Simplex`, :class:`L2Ball`, :class:`Projection` or :class:`Proximal`; a
-            tuple of linear ones (all but the last three), which have to hold together; or ``None``. A start that
-            violates it is moved to the nearest state (in the sense of the metric) that does not.
+            tuple of linear ones (all but the last three), and one :class:`L2Ball` at most, which have to hold together;
+            or ``None``. A start that violates it is projected onto it (in the metric, if there is one).
         batched, rowwise: see :class:`FixedPoint`.
-        metric: the coordinates to solve in, those of a :class:`Metric`; ``None``: the state's own. Steps, tolerances,
-            Hessians and their eigenvalues are theirs; the solution and its derivatives are the state's.
-        eliminate: whether the constraint is solved for, so that the solver works freely in an orthonormal basis of
-            :math:`w^\\perp` (of one dimension less), rather than kept by projections. The Hessian is then regular where
-            the minimum is, which a dense factorization or a solver without projections may want.
+        metric: a :class:`Metric`, in whose coordinates the solver works; ``None``: in the state's own. Steps,
+            tolerances, Hessians and eigenvalues then refer to these coordinates; the solution and its derivatives refer
+            to the state's.
+        eliminate: whether a :class:`LinearEquality` is eliminated, so that the solver works without a constraint in an
+            orthonormal basis of :math:`w^\\perp`, with one dimension less, instead of projecting. The Hessian is then
+            regular wherever the minimum is, as some factorizations need.
+
+    Raises:
+        TypeError: ``energy`` is not callable, or ``constraint`` or ``metric`` is of another type.
+        ValueError: ``metric`` or ``eliminate`` does not go with the constraint.
     """
 
     energy: Callable[..., Any]
@@ -65,13 +70,13 @@ class Minimum(Problem):
                 )
         if self.on_set and (self.metric is not None or self.eliminate):
             raise ValueError(
-                "metric and eliminate go with a single LinearEquality: on other constraints a solver works in the "
+                "metric and eliminate go with a single LinearEquality: under other constraints solvers work in the "
                 "state's own coordinates"
             )
         if self.metric is not None and not isinstance(self.metric, Metric):
             raise TypeError(f"metric must be a Metric, as Metric(S), or None, not {type(self.metric).__name__}")
         if self.eliminate and self.constraint is None:
-            raise ValueError("eliminate=True solves the constraint for a coordinate, and there is no constraint")
+            raise ValueError("eliminate=True eliminates the constraint, but there is no constraint")
 
     @property
     def _parts(self) -> tuple[Any, ...]:
@@ -79,13 +84,14 @@ class Minimum(Problem):
 
     @property
     def on_set(self) -> bool:
-        """Whether the constraint is more than a plane, which has a way of its own."""
+        """Whether the constraint is more than a single :class:`LinearEquality`; it is then kept by projections onto a
+        set (:class:`ProjectedSystem`)."""
         return len(self._parts) > 1 or (len(self._parts) == 1 and not isinstance(self._parts[0], LinearEquality))
 
     def explain(self, status: Status) -> str:
         if not self.on_set or status != Status.BREAKDOWN:
             return ""
-        return "An energy that falls without end on its set, as that of an unbounded linear program, has no minimum"
+        return "An energy that is unbounded below on its set, as in an unbounded linear program, has no minimum"
 
     def flattened(self, layout: Layout, flat: Tensor) -> Self:
         if not self.on_set:
@@ -103,7 +109,7 @@ class Minimum(Problem):
             fits = (rows if self.batched else 1, layout.dim, layout.dim)
             if self.metric.root.shape not in (fits, (1, *fits[1:])):
                 raise ValueError(
-                    f"Metric.matrix has shape {tuple(self.metric.matrix.shape)}, and the state has {layout.dim} "
+                    f"Metric.matrix has shape {tuple(self.metric.matrix.shape)}, but the state has {layout.dim} "
                     f"numbers for each of {rows} samples: give {fits[1:]}, or {fits} for one per sample"
                 )
         reflection = None
@@ -129,10 +135,10 @@ class Minimum(Problem):
     def flat_output(self, layout: Layout, output: Any, rows: int, cast: bool) -> Tensor:
         expected = (rows,) if layout.batched else ()
         if not isinstance(output, Tensor):
-            raise TypeError(f"energy must return a tensor, and it returned {type(output).__name__}")
+            raise TypeError(f"energy must return a tensor, but it returned {type(output).__name__}")
         if tuple(output.shape) != expected:
             raise ValueError(
-                f"energy returned shape {tuple(output.shape)} and must return {expected}: "
+                f"energy returned shape {tuple(output.shape)}, but must return {expected}: "
                 + ("one energy per sample" if layout.batched else "a scalar, since the problem is not batched")
             )
         if output.dtype != layout.dtype and not cast:
@@ -142,7 +148,7 @@ class Minimum(Problem):
     def constraint_tensors(self, layout: Layout, rows: int) -> tuple[Tensor, ...]:
         if isinstance(self.constraint, FlatSet):
             unknown = torch.full((rows, 1), torch.nan, dtype=layout.dtype, device=layout.device)
-            return (*self.constraint.tensors, unknown)  # of the step: see ProjectedSystem
+            return (*self.constraint.tensors, unknown)  # the step size, measured later: see ProjectedSystem.step
         return () if self.constraint is None or self.eliminate else self._plane(layout, rows)
 
     def system(
@@ -157,47 +163,52 @@ class Minimum(Problem):
 @final
 @dataclass(frozen=True, kw_only=True)
 class MinimumSystem(System):
-    """Stationarity on the hyperplane :math:`\\langle n, z\\rangle = c`, :math:`\\lVert n\\rVert = 1`.
+    """Stationarity of an energy, on a hyperplane :math:`\\langle n, z\\rangle = c` with :math:`\\lVert n\\rVert = 1`.
 
     :math:`R = P\\nabla E + \\sigma n(\\langle n, z\\rangle - c)` with :math:`P = I - nn^T`, so
-    :math:`A = PH + \\sigma nn^T`. On the range of :math:`P` that is the symmetric :math:`PHP`; the component along
+    :math:`A = PH + \\sigma nn^T`. On the range of :math:`P`, A is the symmetric :math:`PHP`; the component along
     :math:`n` follows by substitution. Without a constraint, :math:`R = \\nabla E` and :math:`A = H`.
+
+    Attributes:
+        hyperplane: picks the weight ``[rows or 1, dim]`` and the total ``[rows or 1, 1]`` out of the parameters;
+            ``None`` without a constraint.
+        residuals: ``(z, *params) -> [batch, m]``, where the energies are half the sums of their squares; else ``None``.
+        stiffness: :math:`\\sigma`, about the size of the Hessian, so that neither part of R is lost in the rounding of
+            the other.
     """
 
     hyperplane: PerSample | None = None
-    """Of weight ``[rows or 1, dim]`` and total ``[rows or 1, 1]``."""
     residuals: Callable[..., Tensor] | None = None
-    """``(z, *params) -> [batch, m]``, where the energies are half the sums of their squares."""
     stiffness: Stiffness = field(default_factory=lambda: Stiffness())
-    """:math:`\\sigma`, about the size of the Hessian, so that neither part of R is lost in the other's rounding."""
 
     def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
         if torch.is_grad_enabled():
-            gradient, energy = torch.func.grad(self._total, has_aux=True)(z, *params)
-        else:
+            gradient, energy = slope(self.fn, z, params)
+        else:  # plain autograd: a functional transform costs more than a small energy
             with torch.enable_grad():
                 leaf = z.detach().requires_grad_()
                 energy = self.fn(leaf, *params)
-                gradient = _gradient(energy, leaf, create_graph=False)
+                gradient = recorded_slope(energy, leaf, create_graph=False)
             energy = energy.detach()
-        # an energy may be NaN or infinite where its gradient is not: such a state is no candidate
+        # the energy may be NaN or infinite where its gradient is finite: such a state must not be accepted
         gradient = torch.where(torch.isfinite(energy)[:, None], gradient, torch.nan)
         if self.hyperplane is None:
             return Point(z, -gradient, energy=energy)
         normal, _ = self._plane(z, params)
+        # the component along n, of which the projection leaves the rounding, may be large
         return Point(z, -project(gradient, normal), energy=energy, noise=self.norms(gradient))
 
     def residual(self, z: Tensor, *params: Tensor) -> Tensor:
-        gradient, _ = torch.func.grad(self._total, has_aux=True)(z, *params)
-        return self._constrain(z, gradient, params)
+        return self._constrain(z, slope(self.fn, z, params)[0], params)
 
     def linearize(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool] | None = None) -> Linearization:
         def core(z: Tensor, *params: Tensor) -> Tensor:
-            return _gradient(self.fn(z, *params), z, create_graph=True)
+            return recorded_slope(self.fn(z, *params), z, create_graph=True)
 
         tape = Linearization(core, z, params, needs_grad, self.leaves)
         if self.hyperplane is not None and self.stiffness.value is None:
             normal = self._plane(tape.z, tape.params)[0].detach()
+            # one vector with a component along n and one across it
             probe = normal + project(torch.ones_like(tape.z), normal) / z.shape[1] ** 0.5
             self.stiffness.measure(tape.vjp(probe))
         return tape
@@ -247,16 +258,18 @@ class MinimumSystem(System):
         operator = self.operator(tape, transposed)
         normal = operator.null
         if normal is None:
-            found, right = self._in_units(tape, transposed, b, solver, shift)
-            return _told_of_saddles(found, operator, right, shift is None)
-        curvature = tape.vjp if b.ndim == 2 else tape.vjp_block
+            return _with_saddles(self._in_units(tape, transposed, b, solver, shift), operator, b, shift is None)
+        # A = PH + s nn^T is block triangular in the components along n and across it:
+        #   A y = b:   y_n = b_n / s,               PHP y_P = P(b - H y_n)
+        #   A^T y = b: PHP y_P = P b,               y_n = (b_n - n^T H y_P) / s
+        hessian_product = tape.vjp if b.ndim == 2 else tape.vjp_block
         along = (b * normal).sum(dim=-1, keepdim=True) * normal
         stiffness = self.stiffness.known
-        right = b - along if transposed else project(b - curvature(along / stiffness), normal)
-        found = _told_of_saddles(solve_any(solver, operator, right, shift), operator, right, shift is None)
+        right = b - along if transposed else project(b - hessian_product(along / stiffness), normal)
+        solution = _with_saddles(solve_any(solver, operator, right, shift), operator, right, shift is None)
         if transposed:
-            along = along - (curvature(found.value) * normal).sum(dim=-1, keepdim=True) * normal
-        return replace(found, value=found.value + along / stiffness)
+            along = along - (hessian_product(solution.value) * normal).sum(dim=-1, keepdim=True) * normal
+        return replace(solution, value=solution.value + along / stiffness)
 
     def seen(self, tape: Linearization) -> Point:
         z, gradient = tape.z.detach(), tape.out.detach()
@@ -266,7 +279,8 @@ class MinimumSystem(System):
         return Point(z, -project(gradient, normal), noise=self.norms(gradient))
 
     def sizes(self, point: Point, params: Sequence[Tensor]) -> tuple[float, float]:
-        """Of least squares, those of the state and of the residuals, whose squares are in the gradient too."""
+        """For least squares, the largest modulus of the state and of the residuals, of which the energy holds
+        squares."""
         if self.residuals is None:
             return super().sizes(point, params)
         with torch.no_grad():
@@ -281,7 +295,7 @@ class MinimumSystem(System):
         def part(z: Tensor, *params: Tensor) -> Tensor:
             return residuals(z * state, *params) / size  # type: ignore[misc]
 
-        def placed(rows: int, *params: Tensor) -> tuple[Tensor, ...]:
+        def scaled_plane(rows: int, *params: Tensor) -> tuple[Tensor, ...]:
             weight, total = plane(rows, *params)  # type: ignore[misc]
             return weight, total / state
 
@@ -290,18 +304,20 @@ class MinimumSystem(System):
             changes |= {"residuals": part, "fn": lambda z, *params: 0.5 * part(z, *params).square().sum(dim=1)}
         else:
             changes["fn"] = energy
-        return replace(self, hyperplane=None if plane is None else placed, **changes)
+        return replace(self, hyperplane=None if plane is None else scaled_plane, **changes)
 
     def residual_unit(self, state: float, size: float) -> float:
         return size if self.residuals is None else size / state * size
 
     def joined(self, rows: int) -> Self | None:
-        if self.hyperplane is not None:  # the energies of the nearest states on the planes have the projected gradients
+        if self.hyperplane is not None:
+            # many planes are no single plane: minimize the energy of the projected state instead, whose gradient is the
+            # projected one
 
-            def placed(z: Tensor, *params: Tensor) -> Tensor:
+            def projected_energy(z: Tensor, *params: Tensor) -> Tensor:
                 return self.fn(self.project(z, params), *params)
 
-            return replace(self, fn=placed, hyperplane=None, residuals=None).joined(rows)
+            return replace(self, fn=projected_energy, hyperplane=None, residuals=None).joined(rows)
         together = super().joined(rows)
         residuals = self.residuals
         if together is None or residuals is None:
@@ -322,7 +338,7 @@ class MinimumSystem(System):
 
     @staticmethod
     def _units(size: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-        return size, size
+        return size, size  # the same on both sides, which keeps the Hessian symmetric
 
     def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
         return Dense() if dim <= 128 and batch * dim * dim <= 2**22 else KrylovOrDense(krylov=MINRES())
@@ -336,8 +352,15 @@ class MinimumSystem(System):
         return replace(super().vmapped(size, dims), hyperplane=plane, residuals=residuals)
 
     def lagrangian(self, z: Tensor, params: Sequence[Tensor], tilt: Tensor | None = None) -> Tensor:
-        """The energies ``[batch]`` plus the multiplier, held fixed, times the violation of the constraint: at a
-        minimum of the energy plus ``<tilt, z>``, its gradient in the parameters is that of the least value."""
+        """The Lagrangian ``[batch]``: the energy plus the fixed multiplier times the violation of the constraint.
+
+        At a minimum its gradient in the parameters is that of the minimal value (envelope theorem).
+
+        Args:
+            z: a minimum of the energy plus ``<tilt, z>``, ``[batch, dim]``.
+            params: the parameters.
+            tilt: ``[batch, dim]``; ``None`` for zero.
+        """
         energy = self.fn(z, *params)
         if self.hyperplane is None:
             return energy
@@ -345,17 +368,14 @@ class MinimumSystem(System):
         with torch.no_grad():
             leaf = z.detach().requires_grad_()
             with torch.enable_grad():
-                slope = _gradient(self.fn(leaf, *params), leaf, create_graph=False)
+                gradient = recorded_slope(self.fn(leaf, *params), leaf, create_graph=False)
             if tilt is not None:
-                slope = slope + tilt
-            multiplier = -(slope * normal).sum(dim=1)
+                gradient = gradient + tilt
+            multiplier = -(gradient * normal).sum(dim=1)
         return energy + multiplier * ((z * normal).sum(dim=1) - offset[:, 0])
 
-    def _total(self, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
-        energy = self.fn(z, *params)
-        return energy.sum(), energy
-
     def _plane(self, z: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The unit normal ``[rows or 1, dim]`` and the offset ``[rows or 1, 1]`` of the hyperplane."""
         assert self.hyperplane is not None
         weight, total = self.hyperplane(z.shape[0], *params)
         return unit_normal(weight, total)
@@ -370,62 +390,64 @@ class MinimumSystem(System):
 
 @dataclass
 class Stiffness:
-    """One number for all the derivatives of one solution: whatever it is they are right, if it stays."""
+    """The number :math:`\\sigma` of one solution. Its value does not matter to the derivatives, but it has to be the
+    same in all of them."""
 
     value: float | None = None
 
     @property
     def known(self) -> float:
-        """The number, which from now on stays."""
+        """The number, which is fixed from now on."""
         if self.value is None:
             self.value = 1.0
         return self.value
 
     def measure(self, image: Tensor) -> None:
-        """Take the size of the largest of some vectors, to a power of two."""
+        """Set it to the norm of the largest of the vectors ``image``, rounded to a power of two."""
         size = float(safe_norm(image).nan_to_num(0.0, 0.0, 0.0).amax()) if image.numel() else 0.0
         self.value = 2.0 ** math.frexp(size)[1] if 0 < size < math.inf else 1.0
 
 
-def _gradient(energy: Tensor, z: Tensor, create_graph: bool) -> Tensor:
-    if not energy.requires_grad:
-        raise ValueError(
-            "the energy does not depend on the state in a way that autograd can see: return a tensor computed from z "
-            "by differentiable operations, without detach or no_grad"
-        )
-    (gradient,) = torch.autograd.grad(energy.sum(), z, create_graph=create_graph, allow_unused=True)
-    return torch.zeros_like(z) if gradient is None else gradient
-
-
-def _told_of_saddles(
-    found: LinearSolution, operator: LinearOperator, b: Tensor, unshifted: bool = True
+def _with_saddles(
+    solution: LinearSolution, operator: LinearOperator, b: Tensor, unshifted: bool = True
 ) -> LinearSolution:
-    """With the status of samples at a saddle: the solver has found negative curvature (:class:`Dense` does wherever
-    there is any, :class:`MINRES` and :class:`CG` where the right-hand side has a part of it), or the solution y proves
-    it, by :math:`y^T A y = y^T b < 0`. Where the solver looks for none, or has broken down, the span of y and b may
-    prove it, by one product more."""
-    report, coupling = found.report, operator.coupling
-    rows = coupling.rows if coupling is not None and coupling.found else 1  # that have one Hessian
+    """Set the status of samples at a saddle, where the Hessian has a negative eigenvalue.
+
+    The linear solver may have found negative curvature: :class:`Dense` does wherever there is any, :class:`MINRES` and
+    :class:`CG` where the right-hand side has a component of it. The solution y proves it by
+    :math:`y^T A y = y^T b < 0`. Where the solver does not look for it, or has broken down, one more product gives A on
+    the span of y and b, which may prove it too.
+
+    Args:
+        solution: of A y = b.
+        operator: A, symmetric.
+        b: ``[batch, dim]`` or ``[k, batch, dim]``.
+        unshifted: whether A is the Hessian itself, with nothing added to it.
+    """
+    report, coupling = solution.report, operator.coupling
+    rows = coupling.rows if coupling is not None and coupling.found else 1  # samples that share one Hessian
     seek = unshifted and (report.curvature is None or bool((report.status == Status.BREAKDOWN).any()))
 
     def unit(v: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors and their lengths."""
         whole = UnitRows.of(v.reshape(*v.shape[:-2], operator.batch // rows, rows * v.shape[-1]))
         size = torch.linalg.vector_norm(whole.unit, dim=-1, keepdim=True)
         return whole.unit / torch.where(size > 0, size, 1), size / whole.factor
 
-    (y, length), (right, scale) = unit(found.value), unit(b)
+    (y, length), (right, scale) = unit(solution.value), unit(b)
     relative = report.residual.nan_to_num(torch.inf).reshape(-1, rows).amax(dim=1)
-    solved = relative <= 1e-2  # or it is not known what A makes of y
+    solved = relative <= 1e-2  # only then does b stand for A y
     y = torch.where(solved[:, None], y, 0)
     across = (y * right).sum(dim=-1)
     lift = torch.where(solved & (length > 0).squeeze(-1), (scale / length).squeeze(-1), 0)  # A y = lift * right
+    # the residual makes an error of its own size in the curvature; ten times that has to be negative
     error = torch.clamp(10 * relative, torch.finfo(across.dtype).eps ** 0.5, 0.1).to(across.dtype)
     curvature, proved = lift * across, across < -error
     if seek:
         image = (operator.product if b.ndim == 2 else block_product(operator))(right.reshape(b.shape))
         image = image.reshape(right.shape)
         along, size = (right * image).sum(dim=-1), torch.linalg.vector_norm(image, dim=-1)
-        # on the orthonormal basis of b and what y has besides
+        # the 2 x 2 matrix of A in an orthonormal basis of span(b, y), and its smaller eigenvalue
         besides = (1 - across.square()).clamp_min(error)
         mixed = (lift - across * along) / besides.sqrt()
         other = across * (across * along - lift) / besides
@@ -442,4 +464,4 @@ def _told_of_saddles(
     saddle = curvature < 0
     status = report.status.masked_fill(saddle, int(Status.SADDLE))
     curvature = curvature.masked_fill(~saddle, torch.nan)
-    return replace(found, report=replace(report, status=status, curvature=curvature))
+    return replace(solution, report=replace(report, status=status, curvature=curvature))

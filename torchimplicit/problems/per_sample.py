@@ -1,4 +1,4 @@
-"""Tensors of a constraint, one row for each sample or one for all, among a system's parameters."""
+"""The tensors of a constraint among a system's parameters: one row per sample, or one for all."""
 
 from __future__ import annotations
 
@@ -12,40 +12,46 @@ from torch.utils import _pytree as pytree
 from torchimplicit.state import Layout
 
 PerSample = Callable[..., tuple[Tensor, ...]]
-"""``(rows, *params) -> tensors [rows or 1, k]``."""
+"""``(rows, *params) -> tensors [rows or 1, k]``: picks the constraint's tensors out of all parameters."""
 
 
 def taken(which: slice) -> PerSample:
-    """Those that lie among the parameters as they are."""
+    """Picks the parameters at the places ``which``, unchanged."""
 
-    def own(rows: int, *params: Tensor) -> tuple[Tensor, ...]:
+    def constraint_tensors(rows: int, *params: Tensor) -> tuple[Tensor, ...]:
         return params[which]
 
-    return own
+    return constraint_tensors
 
 
-def stacked(own: PerSample, size: int, dims: tuple[int | None, ...]) -> PerSample:
-    """Of ``size`` copies of the system, stacked along the batch, where parameter i has its copies in ``dims[i]``."""
+def stacked(per_sample: PerSample, size: int, dims: tuple[int | None, ...]) -> PerSample:
+    """``per_sample`` for ``size`` copies of the system, stacked along the batch. Parameter i has its copies in
+    dimension ``dims[i]``, or is shared (``None``)."""
 
     def of_copies(rows: int, *params: Tensor) -> tuple[Tensor, ...]:
         each = rows // size
 
-        def widened(*params: Tensor) -> tuple[Tensor, ...]:
-            return tuple(t.expand(each, -1) for t in own(each, *params))
+        def expanded(*params: Tensor) -> tuple[Tensor, ...]:
+            return tuple(t.expand(each, -1) for t in per_sample(each, *params))
 
-        if all(d is None for d in dims):
-            return tuple(t.repeat(size, 1) for t in widened(*params))
-        return tuple(t.reshape(rows, -1) for t in torch.vmap(widened, in_dims=dims)(*params))
+        if all(d is None for d in dims):  # vmap refuses to run without a mapped argument
+            return tuple(t.repeat(size, 1) for t in expanded(*params))
+        return tuple(t.reshape(rows, -1) for t in torch.vmap(expanded, in_dims=dims)(*params))
 
     return of_copies
 
 
 def flat_tree(layout: Layout, tree: Any, rows: int, what: str) -> Tensor:
-    """A constraint's pytree ``[rows or 1, dim]``, whose leaves may have the batch dimension or not.
+    """A constraint's pytree in flat form, ``[rows or 1, dim]``. Its leaves may or may not have the batch dimension.
 
     Args:
-        layout: of the tree.
+        layout: of the state.
+        tree: with the structure of the state.
+        rows: the batch size.
         what: names the tree in errors.
+
+    Raises:
+        ValueError: the tree does not fit the state.
     """
     leaves, spec = pytree.tree_flatten(tree)
     if spec != layout.spec:
@@ -67,7 +73,7 @@ def flat_tree(layout: Layout, tree: Any, rows: int, what: str) -> Tensor:
 
 
 def column(layout: Layout, value: Any, rows: int, what: str) -> Tensor:
-    """A number for all samples, ``[1, 1]``, or one for each, ``[rows, 1]``."""
+    """A scalar for all samples as ``[1, 1]``, or one per sample as ``[rows, 1]``; other shapes raise ``ValueError``."""
     value = torch.as_tensor(value, dtype=layout.dtype, device=layout.device)
     if value.ndim == 0:
         return value.reshape(1, 1)
@@ -80,14 +86,25 @@ def column(layout: Layout, value: Any, rows: int, what: str) -> Tensor:
 
 
 def bound(layout: Layout, value: Any, rows: int, what: str) -> Tensor:
-    """A number for all numbers of the state, or a pytree like it, ``[rows or 1, dim]``."""
+    """A bound in flat form, ``[rows or 1, dim]``, from one number for the whole state or from a pytree like it."""
     if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0 and layout.shapes != ((),)):
         return torch.as_tensor(value, dtype=layout.dtype, device=layout.device).expand(1, layout.dim)
     return flat_tree(layout, value, rows, what)
 
 
 def flat_matrix(layout: Layout, matrix: Any, right: Any, rows: int, what: str) -> tuple[Tensor, Tensor]:
-    """``[rows or 1, m, dim]`` and ``[rows or 1, m]``."""
+    """A constraint's matrix and right-hand side, ``[rows or 1, m, dim]`` and ``[rows or 1, m]``.
+
+    Args:
+        layout: of the state.
+        matrix: ``[m, dim]`` or ``[rows, m, dim]``.
+        right: a number, ``[m]`` or ``[rows, m]``.
+        rows: the batch size.
+        what: names the constraint in errors.
+
+    Raises:
+        ValueError: they do not fit the state or each other.
+    """
     matrix = torch.as_tensor(matrix, dtype=layout.dtype, device=layout.device)
     right = torch.as_tensor(right, dtype=layout.dtype, device=layout.device)
     lead = ((), (rows,)) if layout.batched else ((),)
@@ -99,7 +116,7 @@ def flat_matrix(layout: Layout, matrix: Any, right: Any, rows: int, what: str) -
     m = matrix.shape[-2]
     if right.ndim and (right.shape[-1] != m or right.shape[:-1] not in lead):
         raise ValueError(
-            f"{what} has {m} rows, and a right-hand side of shape {tuple(right.shape)}: give a number, or ({m},)"
+            f"{what} has {m} rows, but a right-hand side of shape {tuple(right.shape)}: give a number, or ({m},)"
             + (f", or ({rows}, {m}) for one per sample" if layout.batched else "")
         )
     return matrix.reshape(-1, m, layout.dim), right.expand(1, m) if right.ndim == 0 else right.reshape(-1, m)

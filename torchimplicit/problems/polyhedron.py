@@ -1,4 +1,9 @@
-"""The nearest point of a polyhedron."""
+"""Projection onto a polyhedron, and quadratic programs, by a search for the active constraints.
+
+The active set is found by a primal-dual method that flips all wrong constraints at once (Hintermüller, Ito and Kunisch
+2003). Where that does not settle, an interior-point method supplies the set, which is then corrected constraint by
+constraint. Given the active set, the solution is that of a linear system, differentiable to any order.
+"""
 
 from __future__ import annotations
 
@@ -13,42 +18,45 @@ from torchimplicit.problems.interior_point import Program, interior, times
 from torchimplicit.problems.unseen import unseen
 
 CRAWL = 0.7
-"""Where a change leaves more than this share of what was wrong, of a row a sample at least, that method is next."""
+"""The interior-point method is called where a correction leaves more than this share of the wrong constraints, and at
+least one per sample on average."""
 
 STARTS = 3
-"""From how many points that method starts, each where it came to last."""
+"""How often the interior-point method is restarted from where it ended."""
 
 DAMPING = 1e-3
-"""What is added to the diagonals of flat Hessians, at most, relative to the size of the energy's terms."""
+"""The most that is added to the diagonal of a flat Hessian, relative to the size of the energy's terms."""
 
 CHANGES = 8
-"""How often the active set is corrected before the interior-point method looks for it, and afterwards."""
+"""How often the active set is corrected before the interior-point method is called, and afterwards."""
 
 
 def doubled(t: Tensor) -> Tensor:
-    """In double precision, where the device has it."""
+    """``t`` in double precision, where the device has it (mps does not)."""
     return t if t.device.type == "mps" else t.to(torch.float64)
 
 
 def unit_rows(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The same set, by rows of unit length; ``[rows or 1, m, dim]`` and ``[rows or 1, m]``. One of zeros stays so."""
+    """Scale constraints to rows of unit length, ``[rows or 1, m, dim]`` and ``[rows or 1, m]``; a row of zeros stays
+    so. Their residuals are then distances."""
     square = matrix.square().sum(dim=2)
     length = torch.where(square > 0, square, 1).sqrt()
     return matrix / length[:, :, None], right / length
 
 
 class Memory:
-    """Which rows were active where a polyhedron was projected onto last, where that is looked for first."""
+    """The active rows of the last projection onto a polyhedron, tried first in the next one."""
 
     def __init__(self) -> None:
         self._active: Tensor | None = None
 
     def guess(self, like: Tensor) -> Tensor | None:
-        """bool, of the shape of ``like``."""
+        """The active rows of the last time, bool, if they have the shape of ``like``; else ``None``."""
         fits = self._active is not None and self._active.shape == like.shape and self._active.device == like.device
         return self._active if fits else None
 
     def keep(self, active: Tensor) -> None:
+        """Remember ``active`` for the next time."""
         self._active = active
 
 
@@ -63,17 +71,26 @@ def minimized(
     equalities: int,
     memory: Memory | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The steps :math:`s` of least :math:`\\langle g,s\\rangle+\\frac12 s^THs` with :math:`Cs=d`, or :math:`\\le d`, as
-    :func:`active_rows` has it: the projection in the metric of the Hessians, ``[rows, dim, dim]``. NaN where a Hessian
-    has a negative eigenvalue, beyond rounding.
+    """Solve convex quadratic programs: minimize :math:`\\langle g,s\\rangle+\\frac12 s^THs` subject to :math:`Cs=d` in
+    the first ``equalities`` rows and :math:`Cs\\le d` in the others.
 
-    One that is singular, as a linear energy's, has something added to its diagonal: the step is that of the proximal
-    point method (Rockafellar 1976), which ends after finitely many where the energy is linear. It is the less the
-    nearer the solution is (Fan and Yuan 2005). Also returns where that is so, bool ``[rows]``.
+    With the Cholesky factor L of H, :math:`s=L^{-T}u`, it is a Euclidean projection. To a singular Hessian, such as
+    that
+    of a linear energy, a multiple of the identity is added: the step is then that of the proximal point method
+    (Rockafellar 1976), which ends after finitely many steps for a linear energy. The multiple vanishes with the
+    distance from the solution (Fan and Yuan 2005).
 
     Args:
-        size: of the state, or of how far away most rows are, ``[rows]``.
-        moved: by how much the projected gradient's step moves it, ``[rows]``.
+        hessian, slope: H ``[rows, dim, dim]`` and g ``[rows, dim]``.
+        size: of the state, or the typical distance of the constraints, ``[rows]``.
+        moved: the length of the projected gradient step, ``[rows]``.
+        matrix, right: C ``[rows, m, dim]`` and d ``[rows, m]``.
+        equalities: how many of the m rows are equalities.
+        memory: of what was active last.
+
+    Returns:
+        The steps ``[rows, dim]``, NaN where H has a negative eigenvalue beyond rounding; and bool ``[rows]``, where H
+        was singular.
     """
     dim, dtype = slope.shape[1], slope.dtype
     eye = torch.eye(dim, dtype=dtype, device=slope.device)
@@ -89,9 +106,10 @@ def minimized(
         damping = DAMPING * share * torch.maximum(curved, slope.abs().amax(dim=1) / size)
         damping = torch.maximum(damping, 4 * rounding * curved)[rows]
         damped = hessian[rows] + damping[:, None, None] * eye
-        other, found = _factored(damped, torch.zeros_like(damping))
-        found = found & (torch.linalg.eigvalsh(hessian[rows])[:, 0] >= -rounding * curved[rows])
-        factor, flat = factor.index_copy(0, rows, other), flat.index_copy(0, rows, found)
+        other, positive = _factored(damped, torch.zeros_like(damping))
+        # the damping may have hidden a negative eigenvalue: such an energy is not convex
+        positive = positive & (torch.linalg.eigvalsh(hessian[rows])[:, 0] >= -rounding * curved[rows])
+        factor, flat = factor.index_copy(0, rows, other), flat.index_copy(0, rows, positive)
         model = hessian.index_copy(0, rows, damped)
     good = definite | flat
     factor = torch.where(good[:, None, None], factor, eye)
@@ -103,30 +121,39 @@ def minimized(
         return Program.of(model, slope, far, matrix, right, equalities)
 
     active = active_rows(free, metric, bound, equalities, memory, program)
-    found, pull = onto(free, metric, bound, active)
-    if bool(flat.any()):  # seen from far away the rows were in rounding: look again from here
-        again = active_rows(found, metric, bound, equalities, program=program, guess=active, known=pull)
+    u, pull = onto(free, metric, bound, active)
+    if bool(flat.any()):
+        # A small damping puts the unconstrained minimum far away, and from there the distances of the rows are lost in
+        # rounding: search again from the projection.
+        again = active_rows(u, metric, bound, equalities, program=program, guess=active, known=pull)
         dropped = torch.where(again, 0, pull)
-        there, _ = onto(found + times(metric.mT, dropped), metric, bound, again)
-        found = torch.where(flat[:, None], there, found)
-    step = torch.linalg.solve_triangular(factor.mT, found[:, :, None], upper=True)[:, :, 0]
+        there, _ = onto(u + times(metric.mT, dropped), metric, bound, again)
+        u = torch.where(flat[:, None], there, u)
+    step = torch.linalg.solve_triangular(factor.mT, u[:, :, None], upper=True)[:, :, 0]
     return step.where(good[:, None], torch.nan), flat
 
 
 def _near(gram: Tensor) -> Tensor:
-    """The square of the distance, ``[rows]``, at which a unit row counts as dependent on others."""
+    """The squared distance from the span of other rows below which a unit row counts as dependent on them,
+    ``[rows]``."""
     return gram.new_full((len(gram),), 64 * gram.shape[1] * torch.finfo(gram.dtype).eps)
 
 
 def _factored(matrix: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-    """The Cholesky factors, and bool ``[rows]``, where the squares of all pivots exceed ``least`` (``[rows]``)."""
+    """Cholesky factors, and bool ``[rows]``, where the squares of all pivots exceed ``least`` (``[rows]``)."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal(dim1=1, dim2=2).square()
     return factor, (info == 0) & (pivots > least[:, None]).all(dim=1)
 
 
 def onto(z: Tensor, matrix: Tensor, right: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    """The projection onto the ``active`` rows, bool ``[rows, m]``, as equalities; and their multipliers."""
+    """Project ``z`` (``[rows, dim]``) onto the ``active`` rows, bool ``[rows, m]``, taken as equalities;
+    differentiable.
+
+    Returns:
+        The projections, and the multipliers ``[rows, m]``.
+    """
+    # under a transform the number of active rows cannot be read: work with all rows, masked
     if any(is_transformed(t) for t in (z, matrix, right, active)):
         rows = torch.where(active[:, :, None], matrix, 0)
         gap = torch.where(active, times(matrix, z) - right, 0)
@@ -141,15 +168,19 @@ def onto(z: Tensor, matrix: Tensor, right: Tensor, active: Tensor) -> tuple[Tens
 
 
 def projector(matrix: Tensor, active: Tensor) -> Tensor:
-    """The derivatives of :func:`onto` in z, ``[rows, dim, dim]``."""
+    """The derivative of :func:`onto` with respect to z, ``[rows, dim, dim]``: an orthogonal projector."""
     _, chosen, rows = _chosen(matrix, active)
     eye = torch.eye(matrix.shape[2], dtype=matrix.dtype, device=matrix.device)
     return eye - rows.mT @ _solved(rows @ rows.mT, rows, chosen)
 
 
 def _chosen(matrix: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the active rows are, int64 ``[rows, k]``; which of those places one is at; and the rows themselves, or
-    zeros, ``[rows, k, dim]``."""
+    """Gather the active rows of each sample to the front, k being the most that any sample has.
+
+    Returns:
+        Their places, int64 ``[rows, k]``; bool ``[rows, k]``, which of these are active; and the rows, zeros where not
+        active, ``[rows, k, dim]``.
+    """
     most = int(active.sum(dim=1).amax()) if active.numel() else 0
     place = active.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
     chosen = active.gather(1, place)
@@ -158,13 +189,14 @@ def _chosen(matrix: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def independent(matrix: Tensor) -> bool:
-    """Whether the unit rows ``[rows, m, dim]`` of every sample are independent of each other."""
+    """Whether the unit rows ``[rows, m, dim]`` of every sample are linearly independent."""
+    # a Cholesky factor of the Gram matrix with large pivots proves it cheaply; else the rank decides
     _, surely = _factored(matrix @ matrix.mT, matrix.new_full((len(matrix),), torch.finfo(matrix.dtype).eps ** 0.75))
     return bool(surely.all()) or bool((torch.linalg.matrix_rank(matrix) == matrix.shape[1]).all())
 
 
 def dependent(z: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
-    """bool ``[rows]``, where more rows hold with equality at ``z`` than are independent."""
+    """bool ``[rows]``: whether more constraints hold with equality at ``z`` than are linearly independent."""
     gap = times(matrix, z) - right
     near = gap.abs() <= torch.finfo(z.dtype).eps ** 0.6 * (right.abs() + z.abs().amax(dim=1, keepdim=True))
     near = near & (matrix != 0).any(dim=2)
@@ -182,40 +214,42 @@ def active_rows(
     guess: Tensor | None = None,
     known: Tensor | None = None,
 ) -> Tensor:
-    """bool ``[rows, m]``, the active rows at the nearest points to ``z`` (``[rows, dim]``) with :math:`Cx=d` in the
-    first ``equalities`` rows, which all are, and :math:`Cx\\le d` in the others; ``[rows, m, dim]`` and ``[rows, m]``,
-    with rows of unit length.
+    """The active constraints at the projection of ``z`` onto a polyhedron, bool ``[rows, m]``.
 
     Args:
+        z: ``[rows, dim]``.
+        matrix, right: C ``[rows, m, dim]``, with rows of unit length, and d ``[rows, m]``: :math:`Cx=d` in the first
+            ``equalities`` rows, which are always active, and :math:`Cx\\le d` in the others.
+        equalities: how many of the rows are equalities.
         memory: of what was active last.
-        program: makes the same problem in other coordinates; ``None``: in these.
-        guess: which rows are tried first, bool ``[rows, m]``.
-        known: multipliers ``[rows, m]`` with which ``z`` is near the nearest points to :math:`z+C^T\\lambda`, which are
-            sought then.
+        program: makes the same problem as a quadratic program, in other coordinates; ``None``: in these.
+        guess: bool ``[rows, m]``, the active set to try first.
+        known: multipliers :math:`\\lambda` ``[rows, m]``: the point to project is then :math:`z+C^T\\lambda`, and ``z``
+            is near its projection. This keeps digits where that point is far away.
     """
     fixed = (torch.arange(matrix.shape[1], device=z.device) < equalities).expand(right.shape)
     if equalities == matrix.shape[1]:
         return fixed
 
-    def found(z: Tensor, matrix: Tensor, right: Tensor) -> tuple[Tensor]:
+    def searched(z: Tensor, matrix: Tensor, right: Tensor) -> tuple[Tensor]:
         fixed = (torch.arange(matrix.shape[1], device=z.device) < equalities).expand(right.shape)
         return (_active(z, matrix, right, equalities, fixed, memory, program, guess, known),)
 
-    # which rows are active is not seen in single precision
-    return unseen(found, len(z), *map(doubled, (z, matrix, right)))[0]
+    # in double precision, since rounding decides which constraints count as active
+    return unseen(searched, len(z), *map(doubled, (z, matrix, right)))[0]
 
 
 class _Dual(NamedTuple):
-    """The nearest points by their multipliers :math:`\\lambda`, :math:`x=z-C^T\\lambda`: what is active is tried
-    without a look at x.
+    """The dual of the projection, in the multipliers :math:`\\lambda` with :math:`x=z-C^T\\lambda`. An active set is
+    tested without computing x, at a cost that does not depend on its dimension.
 
     Attributes:
         gram: :math:`CC^T`, ``[rows, m, m]``.
         gap: :math:`Cz-d`, ``[rows, m]``.
-        bound: the sizes of d, ``[rows, m]``.
-        size: of z, ``[rows, 1]``.
+        bound: the modulus of d, ``[rows, m]``.
+        size: that of z, ``[rows, 1]``.
         fixed: bool ``[rows, m]``, the equalities.
-        known: multipliers ``[rows, m]``, to those of z.
+        known: see :func:`active_rows`, ``[rows, m]``.
     """
 
     gram: Tensor
@@ -226,28 +260,30 @@ class _Dual(NamedTuple):
     known: Tensor | None = None
 
     def take(self, rows: Tensor) -> _Dual:
-        known = None if self.known is None else self.known[rows]
-        given = (self.gram, self.gap, self.bound, self.size, self.fixed)
-        gram, gap, bound, size, fixed = (t[rows] for t in given)
-        return _Dual(gram, gap, bound, size, fixed, known)
+        """The samples ``rows`` alone."""
+        return _Dual(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
 
     @property
     def outside(self) -> Tensor:
-        """How far z is beyond each of the rows, ``[rows, m]``."""
+        """By how much z violates each constraint, zero up to rounding, ``[rows, m]``."""
         rounding = 64 * torch.finfo(self.gap.dtype).eps * (self.size + self.bound)
         gap = torch.where(self.fixed, self.gap.abs(), self.gap)
         return torch.where(gap > rounding, gap, 0)
 
     def wrong(self, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The active inequalities that pull the wrong way; those that are violated, by how much; and bool ``[rows]``,
-        where the active rows contradict each other."""
+        """Test an active set (bool ``[rows, m]``).
+
+        Returns:
+            bool ``[rows, m]``, the active inequalities whose multiplier has the wrong sign; the violations of the other
+            constraints, ``[rows, m]``; and bool ``[rows]``, where the active rows contradict each other.
+        """
         most = int(active.sum(dim=1).amax()) if active.numel() else 0
         place = active.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
         chosen = active.gather(1, place)
         columns = self.gram.gather(2, place[:, None, :].expand(-1, active.shape[1], -1))
         gram = columns.gather(1, place[:, :, None].expand(-1, -1, most))
         gap, held = self.gap, self.size + torch.where(active, self.bound, 0).amax(dim=1, keepdim=True)
-        if self.known is not None:  # what is let go pulls no longer
+        if self.known is not None:  # a constraint that is no longer active loses its known multiplier, which moves z
             gap = gap + times(self.gram, torch.where(active, 0, self.known))
         few = _solved(gram, torch.where(chosen, gap.gather(1, place), 0)[:, :, None], chosen)[:, :, 0]
         gap = gap - times(columns, few)
@@ -261,11 +297,11 @@ class _Dual(NamedTuple):
 
 
 def _solved(gram: Tensor, right: Tensor, chosen: Tensor) -> Tensor:
-    """The multipliers ``[rows, m, k]`` of the ``chosen`` rows, by their Gram matrices: those of least norm where the
-    rows depend on each other."""
+    """Solve with the Gram matrices of the ``chosen`` rows (bool ``[rows, m]``); the minimum-norm solution where the
+    rows depend on each other. ``right`` and the result are ``[rows, m, k]``."""
     pair = chosen[:, :, None] & chosen[:, None, :]
     gram = torch.where(pair, gram, 0) + torch.diag_embed((~chosen).to(gram.dtype))
-    # the squares of the pivots are those of a row's distance from the span of the rows before it
+    # a squared pivot is the squared distance of a row from the span of the rows before it
     factor, apart = _factored(gram.detach(), _near(gram))
     odd = (~apart).nonzero().squeeze(1)
     if gram.requires_grad or len(odd):
@@ -291,13 +327,13 @@ def _active(
 ) -> Tensor:
     gap, size = times(matrix, z) - right, z.abs().amax(dim=1, keepdim=True)
     dual = _Dual(matrix @ matrix.mT, gap, right.abs(), size, fixed, known)
-    if known is None and not bool(dual.outside.any()):  # which tells nothing of points that lie elsewhere
+    if known is None and not bool(dual.outside.any()):  # z itself is in the set (with ``known`` it is not the point)
         return fixed
     if guess is None and memory is not None:
         guess = memory.guess(fixed)
     active, rows = fixed if guess is None else guess, None
     part, before = active, 0
-    # all that is wrong changed at once seldom fails (Hintermüller, Ito and Kunisch 2003), and costs less
+    # flipping all wrong constraints at once seldom fails, and takes the fewest iterations
     for change in range(CHANGES + 1):
         pulls, beyond, unmet = dual.wrong(part)
         wrong = pulls | (beyond > 0)
@@ -306,7 +342,7 @@ def _active(
             break
         part, count = part ^ wrong, int(wrong.sum())
         crawls, before = change >= 2 and count > max(CRAWL * before, len(fixed)), count
-        if len(left) < len(part):  # those that are right leave
+        if len(left) < len(part):  # samples whose set is right leave
             rows = left if rows is None else rows[left]
             part, dual = part[left], dual.take(left)
         if change == CHANGES or crawls:
@@ -325,13 +361,13 @@ def _active(
 
 
 def _corrected(dual: _Dual, program: Program, equalities: int) -> Tensor:
-    """The active rows as an interior-point method finds them, and then row by row; again from where that has led, in
-    its own units, where it is not right yet."""
+    """The active rows by an interior-point method, then corrected row by row. Where that is not enough, the method is
+    restarted at the point it reached, in the units of what is left."""
     active = dual.fixed
     for _ in range(STARTS):
         x, multipliers, inequalities = interior(program, equalities)
-        found = torch.cat((dual.fixed[:, :equalities], inequalities), dim=1)
-        active, done = _row_by_row(dual, _basis(dual, multipliers, found))
+        candidates = torch.cat((dual.fixed[:, :equalities], inequalities), dim=1)
+        active, done = _row_by_row(dual, _basis(dual, multipliers, candidates))
         if done:
             break
         program = program.from_there(x, equalities)
@@ -339,21 +375,32 @@ def _corrected(dual: _Dual, program: Program, equalities: int) -> Tensor:
 
 
 def _row_by_row(dual: _Dual, active: Tensor) -> tuple[Tensor, bool]:
-    """The active rows once the worst is changed a few times; and whether nothing is wrong then."""
+    """Correct the active set one constraint at a time, ``CHANGES`` times at most; returns it, and whether it is
+    right."""
     for _ in range(CHANGES):
         pulls, beyond, unmet = dual.wrong(active)
         if not bool((pulls | (beyond > 0)).any()):
             return active, not bool(unmet.any())
-        # what pulls the wrong way is let go first; then the worst violation comes in
+        # first drop constraints with multipliers of the wrong sign, then add the worst violation
         worst = (beyond > 0) & (beyond == beyond.amax(dim=1, keepdim=True))
         active = torch.where(pulls.any(dim=1, keepdim=True), active & ~pulls, active | worst)
     return active, False
 
 
 def _basis(dual: _Dual, multipliers: Tensor, active: Tensor) -> Tensor:
-    """Of active rows with ``multipliers`` those that are independent and make the same sum with multipliers of the
-    right sign (Carathéodory), bool ``[rows, m]``. Where more rows meet than are independent, as at a degenerate vertex,
-    the multipliers of least norm need not have it."""
+    """Reduce active rows to independent ones with the same sum and nonnegative multipliers (Carathéodory's theorem).
+
+    At a degenerate vertex, where more rows meet than are independent, the minimum-norm multipliers of all of them need
+    not be nonnegative, and the test of the active set would fail.
+
+    Args:
+        dual: the projection.
+        multipliers: nonnegative for the inequalities, ``[rows, m]``.
+        active: bool ``[rows, m]``.
+
+    Returns:
+        bool ``[rows, m]``, the rows that stay.
+    """
     for _ in range(active.shape[1]):
         pair = active[:, :, None] & active[:, None, :]
         gram = torch.where(pair, dual.gram, 0) + torch.diag_embed((~active).to(dual.gram.dtype))
@@ -361,10 +408,11 @@ def _basis(dual: _Dual, multipliers: Tensor, active: Tensor) -> Tensor:
         odd = (~apart & (active & ~dual.fixed).any(dim=1)).nonzero().squeeze(1)
         if not len(odd):
             break
-        way = torch.linalg.eigh(gram[odd]).eigenvectors[:, :, 0]  # a sum of the rows that is zero
+        way = torch.linalg.eigh(gram[odd]).eigenvectors[:, :, 0]  # coefficients of a vanishing sum of the rows
         loose, held = (active & ~dual.fixed)[odd], multipliers[odd]
         first = torch.where(loose, way, 0).abs().argmax(dim=1, keepdim=True)
         way = way * way.gather(1, first).sign()
+        # move along it until the first multiplier becomes zero: that row is not needed
         reach = torch.where(loose & (way > 1e-9), held.clamp_min(0) / way.clamp_min(1e-9), torch.inf)
         share, goes = reach.min(dim=1, keepdim=True)
         multipliers = multipliers.index_copy(0, odd, held - torch.where(share.isfinite(), share, 0) * way)

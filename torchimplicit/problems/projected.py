@@ -17,39 +17,41 @@ from torchimplicit.notices import notice
 from torchimplicit.precision import safe_norm
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.sets import FlatPolyhedron, FlatSet
-from torchimplicit.problems.system import Point, System, vmapped
+from torchimplicit.problems.system import Point, System, recorded_slope, slope, vmapped
 
 ENTRIES = 2**24
 """The most entries of the Hessians that are assembled for a step."""
 
 FURTHEST = 1e3
-"""How much further than a polyhedron's own size a step is projected from, at most."""
+"""A point is projected onto a polyhedron from at most this many times the polyhedron's own size away: from further, its
+faces are lost in rounding."""
 
 KINK = 1e-6
-"""By how much of its size a point is moved to see whether it lies on a kink of the projection."""
+"""A point is moved by this share of its size to test whether it lies on a kink of the projection."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class ProjectedSystem(System):
-    """:math:`R = z - \\Pi(z-\\sigma\\nabla E)` with the projection onto a convex set, or a proximal operator.
+    """A minimum on a convex set, or with a penalty: :math:`R = z - \\Pi(z-\\sigma\\nabla E)` with the projection onto
+    the set, or the proximal operator.
 
-    It vanishes where a minimum of the energy on the set (of the energy plus the penalty) is stationary, whatever
-    :math:`\\sigma>0` is. :math:`A = I - \\Pi'(I-\\sigma H)` is regular where the active constraints are active with
-    multipliers that are not zero, and the energy is curved along the rest.
+    R vanishes at the stationary points of the energy on the set (of the energy plus the penalty), for any
+    :math:`\\sigma>0`. :math:`A = I - \\Pi'(I-\\sigma H)` is regular where the multipliers of the active constraints are
+    not zero (strict complementarity) and the energy is curved along the set.
 
     Attributes:
         projection: ``((z, step), *params)``, see :class:`~torchimplicit.problems.sets.FlatSet`.
         penalty: ``(z, *params) -> [batch]``; ``None`` for a set.
         newton: ``((z, slope, hessian, size, moved), *params)``, see
             :class:`~torchimplicit.problems.sets.FlatPolyhedron`; ``None`` on other sets.
-        projector: ``(z, *params) -> [batch, dim, dim]``, likewise.
-        extent: ``(z, *params) -> [batch]``, likewise.
-        dependent: ``(z, *params)``, see :class:`~torchimplicit.problems.sets.FlatSet`; ``None`` where it is not to be
-            had.
-        own: which of the parameters are the set's, beside the step.
-        step: which of the parameters holds :math:`\\sigma`, ``[rows, 1]``, about the inverse size of the Hessian: NaN
-            until it is measured, then the same in all the derivatives of one solution.
+        projector: ``(z, *params) -> [batch, dim, dim]``; ``None`` on other sets.
+        extent: ``(z, *params) -> [batch]``; ``None`` on other sets.
+        dependent: ``(z, *params)``, see :class:`~torchimplicit.problems.sets.FlatSet`; ``None`` where the test is not
+            available.
+        own: the places of the set's tensors among the parameters.
+        step: the place of :math:`\\sigma` among the parameters, ``[rows, 1]``, about the inverse size of the Hessian.
+            It is NaN until it is measured, then the same in all derivatives of one solution.
     """
 
     projection: Callable[..., Tensor]
@@ -63,7 +65,8 @@ class ProjectedSystem(System):
 
     @staticmethod
     def of(fn: Callable[..., Tensor], on: FlatSet, own: slice, **fields: Any) -> ProjectedSystem:
-        """Of energies, on a set whose tensors, and then the step, stand at ``own`` among the parameters."""
+        """The system of the energies ``fn`` on the set ``on``, whose tensors, followed by the step, stand at ``own``
+        among the parameters; ``fields`` are those of :class:`System`."""
         own, step = slice(own.start, own.stop - 1), own.stop - 1
 
         def projection(at: tuple[Tensor, Tensor], *params: Tensor) -> Tensor:
@@ -102,7 +105,7 @@ class ProjectedSystem(System):
         )
 
     def total(self, z: Tensor, *params: Tensor) -> Tensor:
-        """The energies with the penalties."""
+        """The energies with the penalties, ``[batch]``."""
         energy = self.fn(z, *params)
         return energy if self.penalty is None else energy + self.penalty(z, *params)
 
@@ -116,34 +119,39 @@ class ProjectedSystem(System):
         return Point(z, image - z, image=image, energy=energy, noise=self.norms(size * gradient))
 
     def slope(self, z: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The gradients and the energies, without the penalties."""
+        """The gradients ``[batch, dim]`` and the energies ``[batch]``, without the penalties."""
         if torch.is_grad_enabled():
-            slope, energy = torch.func.grad(self._sum, has_aux=True)(z, *params)
-            return slope, energy
+            return slope(self.fn, z, params)
         measure = self._unknown(params)
         with torch.enable_grad():
             leaf = z.detach().requires_grad_()
             energy = self.fn(leaf, *params)
-            slope = _gradient(energy, leaf, create_graph=measure)
+            gradient = recorded_slope(energy, leaf, create_graph=measure)
             if measure:
-                self._measure(leaf, slope, params)
-        return slope.detach(), energy.detach()
+                self._measure(leaf, gradient, params)
+        return gradient.detach(), energy.detach()
 
     @torch.no_grad()
     def newton_step(self, point: Point, params: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The steps from ``point`` to the minima on the set of the energies' quadratic models, NaN where they are not
-        convex; bool ``[batch]``, where they are flat along some way, and a step is that of the proximal point method;
-        and the gradients. ``None`` where these are not to be had, or are not the samples' own."""
+        """The steps from ``point`` to the minima on the set of the energies' quadratic models.
+
+        Returns:
+            The steps ``[batch, dim]``, NaN where a model is not convex; bool ``[batch]``, where a model is flat in some
+            direction and the step is that of the proximal point method; and the gradients ``[batch, dim]``. ``None``
+            where the set has no such step, the Hessians are too large, or samples depend on each other.
+        """
         batch, dim = point.z.shape
         if self.newton is None or batch * dim * dim > ENTRIES:
             return None
         tape = self.linearize(point.z, params)
         eye = torch.eye(dim, dtype=point.z.dtype, device=point.z.device)
         hessian = tape.vjp_block(eye[:, None, :].expand(-1, batch, -1).contiguous()).permute(1, 0, 2)
-        hessian = 0.5 * (hessian + hessian.mT).clone()  # where autograd knows it to be zero, it has no entries
+        # clone: where autograd knows a derivative to be zero, it returns a tensor without storage (ZeroTensor)
+        hessian = 0.5 * (hessian + hessian.mT).clone()
         sizes = (self.size(point.z, params), safe_norm(point.residual))
         step, flat = self.newton((point.z, tape.out.detach(), hessian, *sizes), *params)
         if self.coupling is not None and not self.coupling.promised:
+            # the assembled blocks are each sample's own only if a product with them agrees with that of the whole
             probe = step.nan_to_num(0.0, 0.0, 0.0)
             gap = (hessian @ probe[:, :, None])[:, :, 0] - tape.vjp(probe)
             size = safe_norm(hessian.flatten(1)) * safe_norm(probe)
@@ -154,21 +162,21 @@ class ProjectedSystem(System):
 
     def image(self, z: Tensor, *params: Tensor) -> Tensor:
         """:math:`\\Pi(z-\\sigma\\nabla E)`, differentiable to any order by composable transforms."""
-        gradient, _ = torch.func.grad(self._sum, has_aux=True)(z, *params)
-        return self._stepped(z, gradient, params)
+        return self._stepped(z, slope(self.fn, z, params)[0], params)
 
-    def _stepped(self, z: Tensor, slope: Tensor, params: Sequence[Tensor]) -> Tensor:
+    def _stepped(self, z: Tensor, gradient: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """The projected gradient step from ``z``."""
         size = self.steps(z, params)
-        return self.projection((z - size * slope, size), *params)
+        return self.projection((z - size * gradient, size), *params)
 
     def residual(self, z: Tensor, *params: Tensor) -> Tensor:
         return z - self.image(z, *params)
 
     def linearize(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool] | None = None) -> Linearization:
-        """Of the gradient alone: the projection comes afterwards, with a derivative of its own."""
+        """Record the gradient only: the projection's derivative is taken by itself (:meth:`tangent`)."""
 
         def core(z: Tensor, *params: Tensor) -> Tensor:
-            return _gradient(self.fn(z, *params), z, create_graph=True)
+            return recorded_slope(self.fn(z, *params), z, create_graph=True)
 
         tape = Linearization(core, z, params, needs_grad, self.leaves)
         if needs_grad is not None and any(needs_grad):
@@ -182,17 +190,20 @@ class ProjectedSystem(System):
 
     def seen(self, tape: Linearization) -> Point:
         with torch.no_grad():
-            z, slope = tape.z.detach(), tape.out.detach()
-            image = self._stepped(z, slope, tape.params)
-            return Point(z, image - z, image=image, noise=self.norms(self.steps(z, tape.params) * slope))
+            z, gradient = tape.z.detach(), tape.out.detach()
+            image = self._stepped(z, gradient, tape.params)
+            return Point(z, image - z, image=image, noise=self.norms(self.steps(z, tape.params) * gradient))
 
     def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
         size, products = self.steps(tape.z.detach(), tape.params).detach(), self.tangent(tape)
 
         def after(pi: Product, hessian: Product) -> Product:
+            """A v = v - Pi'(v - s H v)."""
             return lambda v: v - pi(v - size * hessian(v))
 
         def before(pi_t: Product, hessian: Product) -> Product:
+            """A^T v = v - (I - s H) Pi'^T v."""
+
             def product(v: Tensor) -> Tensor:
                 image = pi_t(v)
                 return v - image + hessian(size * image)
@@ -208,8 +219,8 @@ class ProjectedSystem(System):
         )
 
     def tangent(self, tape: Linearization) -> tuple[Product, ...]:
-        """Products with the derivative :math:`\\Pi'` where the tape's gradient steps to, and with its transpose; and
-        those with blocks of vectors."""
+        """Products with :math:`\\Pi'` at the end of the tape's gradient step, and with its transpose; then the same two
+        for blocks of vectors."""
         z, params = tape.z.detach(), tuple(p.detach() for p in tape.params)
         size = self.steps(z, params)
         return self._projected(z - size * tape.out.detach(), size, params)
@@ -218,7 +229,7 @@ class ProjectedSystem(System):
         if self.projector is None:
             on = Linearization(lambda y, *params: self.projection((y, size), *params), y, params)
             return on.jvp, on.vjp, on.jvp_block, on.vjp_block
-        matrix = self.projector(y, *params)
+        matrix = self.projector(y, *params)  # an orthogonal projector: symmetric
         return (
             *(lambda v: (v[:, None] @ matrix)[:, 0],) * 2,
             *(lambda vs: (vs.transpose(0, 1) @ matrix).transpose(0, 1),) * 2,
@@ -276,54 +287,63 @@ class ProjectedSystem(System):
             dependent=None,
         )
 
-    def _sum(self, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
-        energy = self.fn(z, *params)
-        return energy.sum(), energy
-
     def steps(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
-        """:math:`\\sigma`, ``[rows, 1]``."""
+        """The step sizes :math:`\\sigma`, ``[rows, 1]``; measured where they are not known yet."""
         if self._unknown(params):
             with torch.no_grad():
                 self.slope(z.detach(), tuple(p.detach() for p in params))
         held = params[self.step].reshape(-1, 1)
-        if len(held) > len(z):  # samples that are one
+        if len(held) > len(z):  # samples that were joined into one take the smallest of theirs
             return held.reshape(len(z), -1).amin(dim=1, keepdim=True)
         return held if len(held) == len(z) else held.repeat(len(z) // len(held), 1)
 
     def size(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
-        """Of the states ``z``, or of how far away most of the rows of the polyhedron are, ``[batch]``."""
+        """The larger of the norm of ``z`` and the typical distance of a polyhedron's faces from it, ``[batch]``."""
         with torch.no_grad():
-            own = safe_norm(z)
-            return own if self.extent is None else torch.fmax(own, self.extent(z, *params))
+            norm = safe_norm(z)
+            return norm if self.extent is None else torch.fmax(norm, self.extent(z, *params))
 
     def _unknown(self, params: Sequence[Tensor]) -> bool:
+        """Whether the step sizes are to be measured; under a transform they cannot be read, and count as known."""
         held = params[self.step]
         return not is_transformed(held) and bool(held.isnan().any())
 
-    def _measure(self, z: Tensor, slope: Tensor, params: Sequence[Tensor]) -> None:
-        """:math:`\\sigma`, by a product of the Hessian, of recorded gradients, with them."""
-        size = safe_norm(slope.detach())
-        way = slope.detach() + size[:, None] / z.shape[1] ** 0.5
+    def _measure(self, z: Tensor, gradient: Tensor, params: Sequence[Tensor]) -> None:
+        """Measure :math:`\\sigma` by one product with the Hessian, and write it into its parameter.
+
+        It is written in place since it has to be the same tensor, with the same value, in all derivatives of this
+        solution. It is rounded to a power of two.
+
+        Args:
+            z: the state, a leaf.
+            gradient: recorded as a function of it.
+            params: the parameters.
+        """
+        size = safe_norm(gradient.detach())
+        way = gradient.detach() + size[:, None] / z.shape[1] ** 0.5  # not zero where the gradient is sparse
         turned = None
-        if slope.requires_grad:
-            (turned,) = torch.autograd.grad(slope, z, way, retain_graph=True, allow_unused=True)
+        if gradient.requires_grad:
+            (turned,) = torch.autograd.grad(gradient, z, way, retain_graph=True, allow_unused=True)
         length = self.size(z.detach(), params)
-        curvature = size / length  # where there is none, a step as long as the state
+        curvature = size / length  # without curvature, a step as long as the state
         if turned is not None:
-            known = safe_norm(turned.clone()) / safe_norm(way)  # autograd's own zeros have no entries
-            if self.extent is not None:  # what is projected from too far away is lost in rounding
+            known = safe_norm(turned.clone()) / safe_norm(way)  # clone: it may be autograd's zero without storage
+            if self.extent is not None:  # a point that is projected from too far away is lost in rounding
                 known = torch.maximum(known, curvature / FURTHEST)
             curvature = torch.where((known > 0) & known.isfinite(), known, curvature)
         curvature = torch.where((curvature > 0) & curvature.isfinite(), curvature, 1)
         held = params[self.step]
         measured = torch.exp2(-curvature.log2().round())
-        if measured.numel() < held.numel():  # samples that are one
+        if measured.numel() < held.numel():  # samples that were joined into one
             measured = measured.repeat_interleave(held.numel() // measured.numel())
         if held.numel():
             held.copy_(measured.reshape(-1, *held.shape).amin(dim=0))  # vmap's copies of one problem share it
 
     def _look_for_kinks(self, tape: Linearization) -> None:
-        """Warn where the projection has a kink at the solution: there is no derivative then, but one for each side."""
+        """Warn where the projection has a kink at the solution: there are then only one-sided derivatives.
+
+        The derivative of the projection is compared at two points, a little to either side.
+        """
         z, params = tape.z.detach(), tuple(p.detach() for p in tape.params)
         size = self.steps(z, params)
         y = z - size * tape.out.detach()
@@ -336,14 +356,14 @@ class ProjectedSystem(System):
             notice(
                 "the solution lies on a kink of its constraint",
                 f"the solution lies on a kink of its constraint in {int(gap.sum())} of {len(gap)} samples: a "
-                "constraint is active there with a multiplier of zero, or nearly so (no strict complementarity). The "
-                "derivative is that of one side, and the other side's is another",
+                "constraint is active there with a multiplier of zero, or nearly so (no strict complementarity). Only "
+                "one-sided derivatives exist, and the one returned is that of one side",
                 SmoothnessWarning,
             )
 
     def _look_for_dependence(self, z: Tensor, params: Sequence[Tensor]) -> None:
-        """Warn where more constraints meet at the solution than are independent: what one of them does when it moves
-        depends on where it moves to."""
+        """Warn where more constraints meet at the solution than are independent: then only one-sided derivatives with
+        respect to the constraints exist."""
         assert self.dependent is not None
         with torch.no_grad():
             odd = self.dependent(z, *params)
@@ -351,17 +371,7 @@ class ProjectedSystem(System):
             notice(
                 "more constraints meet at the solution than are independent",
                 f"more constraints meet at the solution than are independent of each other, in {int(odd.sum())} of "
-                f"{len(odd)} samples (a degenerate vertex, or a constraint that is given twice): the derivative in "
-                "what they are made of is that of one side, and the other side's is another",
+                f"{len(odd)} samples (a degenerate vertex, or a constraint that is given twice): only one-sided "
+                "derivatives with respect to the constraints exist, and the one returned is that of one side",
                 SmoothnessWarning,
             )
-
-
-def _gradient(energy: Tensor, z: Tensor, create_graph: bool) -> Tensor:
-    if not energy.requires_grad:
-        raise ValueError(
-            "the energy does not depend on the state in a way that autograd can see: return a tensor computed from z "
-            "by differentiable operations, without detach or no_grad"
-        )
-    (gradient,) = torch.autograd.grad(energy.sum(), z, create_graph=create_graph, allow_unused=True)
-    return torch.zeros_like(z) if gradient is None else gradient

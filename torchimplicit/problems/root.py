@@ -1,4 +1,4 @@
-"""The point where a map vanishes."""
+"""Roots of a map."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from torchimplicit.state import Layout
 @final
 @dataclass(frozen=True)
 class Root(MapProblem):
-    """The state with ``f(z, *args) = 0``.
+    """A root of a map: the state with ``f(z, *args) = 0``.
 
     The plain step of a solver is ``z - f(z)``; where that does not contract, take ``NewtonKrylov`` or ``Broyden``.
 
     Args:
-        f: ``f(z, *args)``, returning a state like ``z``.
+        f: ``f(z, *args)``, returning a state with the structure, shapes and dtype of ``z``.
         batched, rowwise, has_aux, unpack: see :class:`FixedPoint`.
+
+    Raises:
+        TypeError: ``f`` is not callable.
     """
 
     def system(
@@ -36,7 +39,7 @@ class Root(MapProblem):
 @final
 @dataclass(frozen=True, kw_only=True)
 class RootSystem(System):
-    """:math:`R = f(z)`, :math:`A = f_z`.
+    """A root problem in flat coordinates, :math:`R = f(z)`, :math:`A = f_z`.
 
     Attributes:
         symmetric: whether every :math:`A` equals its transpose.

@@ -43,14 +43,14 @@ from torchimplicit.state import Layout
 Tensors = tuple[Tensor, ...]
 
 BISECTIONS = 64
-"""How many points are tried, at most, for where a ray of projections leaves a ball."""
+"""The most points that are tried to find where a path of projections leaves a ball."""
 
 
 class FlatSet(ABC):
-    """A set of flat states, or a penalty, known by its projection (its proximal operator).
+    """A set of flat states given by its projection, or a penalty given by its proximal operator.
 
     Attributes:
-        tensors: what it is made of; among the parameters of the problem's system.
+        tensors: the tensors that define it, which are among the parameters of the problem's system.
         proximal: whether it is a penalty.
     """
 
@@ -59,30 +59,33 @@ class FlatSet(ABC):
 
     @abstractmethod
     def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
-        """The nearest point to ``z`` (``[rows, dim]``); ``step`` ``[rows, 1]`` is the proximal operator's."""
+        """The projection of ``z`` (``[rows, dim]``); ``step`` (``[rows, 1]``) is that of the proximal operator."""
 
     def penalty(self, z: Tensor, *tensors: Tensor) -> Tensor:
-        """What the energies ``[rows]`` are raised by, in the set."""
+        """The penalty that is added to the energies, ``[rows]``; zero for a set."""
         return z.new_zeros(len(z))
 
     def dependent(self, z: Tensor, *tensors: Tensor) -> Tensor:
-        """bool ``[rows]``, where more constraints hold with equality at ``z`` than are independent of each other."""
+        """bool ``[rows]``: whether more constraints hold with equality at ``z`` than are linearly independent."""
         return torch.zeros(len(z), dtype=torch.bool, device=z.device)
 
     def check(self, z: Tensor) -> None:
-        """Raise where no state is in the set; ``z`` (``[rows, dim]``) is where a solver will begin."""
+        """Raise ``ValueError`` where the set is empty or ill-defined; ``z`` (``[rows, dim]``) is the solver's start."""
 
 
 class LinearSet(FlatSet):
-    """A set of linear equalities and inequalities: the projection onto it is affine in pieces."""
+    """A set of linear equalities and inequalities, onto which the projection is piecewise affine.
+
+    The piece is found on plain tensors, and the projection is differentiated within it.
+    """
 
     @abstractmethod
     def piece(self, z: Tensor, *tensors: Tensor) -> Any:
-        """Which of the constraints are active at the nearest point to ``z``; out of autograd's sight."""
+        """The constraints that are active at the projection of ``z``; not differentiated."""
 
     @abstractmethod
     def onto(self, z: Tensor, piece: Any, *tensors: Tensor) -> Tensor:
-        """The nearest point to ``z`` on which these hold with equality: affine in ``z``, differentiable."""
+        """The projection of ``z`` onto the states where these hold with equality: affine in ``z``, differentiable."""
 
     def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
         return self.onto(z, self.piece(z.detach(), *(t.detach() for t in tensors)), *tensors)
@@ -91,7 +94,7 @@ class LinearSet(FlatSet):
 @final
 @dataclass(frozen=True)
 class FlatBox(LinearSet):
-    """Of ``low`` and ``high``, ``[rows or 1, dim]``."""
+    """A box; its tensors are ``low`` and ``high``, ``[rows or 1, dim]``."""
 
     tensors: Tensors
 
@@ -111,7 +114,8 @@ class FlatBox(LinearSet):
 @final
 @dataclass(frozen=True)
 class FlatSlice(LinearSet):
-    """A box and a plane: ``low``, ``high``, the weight ``[rows or 1, dim]``, and the total ``[rows or 1, 1]``."""
+    """The intersection of a box and a plane; its tensors are ``low``, ``high`` and the weight ``[rows or 1, dim]``, and
+    the total ``[rows or 1, 1]``."""
 
     tensors: Tensors
 
@@ -122,7 +126,7 @@ class FlatSlice(LinearSet):
         low, high, weight, total = (t.expand(len(z), -1) for t in tensors)
         at_low, at_high = piece
         free = ~(at_low | at_high)
-        # z - m w, within the bounds, has the total
+        # the projection is clip(z - m w), with the multiplier m for which it has the total
         held = torch.where(at_low, low, torch.where(at_high, high, 0))
         loose = torch.where(free, weight, 0)
         excess = (loose * z + weight * held).sum(dim=1, keepdim=True) - total
@@ -151,8 +155,11 @@ class FlatSlice(LinearSet):
 
 
 def _slice_ends(z: Tensor, low: Tensor, high: Tensor, weight: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """Which numbers of the projection lie at their lower and upper bounds, bool ``[rows, dim]``: the total of
-    :math:`clip(z-mw)` falls with m, linearly between the values of m at which a number comes to a bound."""
+    """The entries of the projection that lie at their lower and at their upper bounds, bool ``[rows, dim]`` each.
+
+    The total of :math:`clip(z-mw)` decreases with m, linearly between the breakpoints at which an entry reaches a
+    bound. Bisection over the sorted breakpoints finds the interval that holds the total.
+    """
 
     def clipped(m: Tensor) -> Tensor:
         moved = z - m * weight
@@ -188,7 +195,7 @@ def _slice_ends(z: Tensor, low: Tensor, high: Tensor, weight: Tensor, total: Ten
 @final
 @dataclass(frozen=True)
 class FlatBall(FlatSet):
-    """Of the radius ``[rows or 1, 1]`` and the center ``[rows or 1, dim]``."""
+    """A ball; its tensors are the radius ``[rows or 1, 1]`` and the center ``[rows or 1, dim]``."""
 
     tensors: Tensors
 
@@ -197,6 +204,7 @@ class FlatBall(FlatSet):
         away = z - center
         square = away.square().sum(dim=1, keepdim=True)
         outside = square > radius.square()
+        # the inner where keeps the derivative of sqrt finite at the center
         length = torch.where(outside, square, 1).sqrt()
         return torch.where(outside, center + radius / length * away, z)
 
@@ -204,8 +212,14 @@ class FlatBall(FlatSet):
 @final
 @dataclass(frozen=True)
 class FlatPolyhedron(LinearSet):
-    """Of equalities and inequalities with unit rows: matrices ``[rows or 1, m * dim]`` and right-hand sides
-    ``[rows or 1, m]``; ``equalities`` of the m come first."""
+    """A polyhedron of linear equalities and inequalities with unit rows.
+
+    Attributes:
+        tensors: the matrices ``[rows or 1, m * dim]`` and the right-hand sides ``[rows or 1, m]``.
+        equalities: how many of the m rows, the first ones, are equalities.
+        dim: of the state.
+        memory: of what was active last.
+    """
 
     tensors: Tensors
     equalities: int
@@ -222,9 +236,10 @@ class FlatPolyhedron(LinearSet):
     def newton(
         self, z: Tensor, slope: Tensor, hessian: Tensor, size: Tensor, moved: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The step from ``z`` to the minimum on the set of the quadratic model of the energies, see
-        :func:`~torchimplicit.problems.polyhedron.minimized`."""
-        rows, count = z.shape[1] // self.dim, self.equalities  # samples that are one, each with its own constraints
+        """The step from ``z`` to the minimum on the set of the energies' quadratic models, and where these are flat;
+        see :func:`~torchimplicit.problems.polyhedron.minimized`."""
+        # samples that were joined into one have a block-diagonal matrix of constraints
+        rows, count = z.shape[1] // self.dim, self.equalities
         matrix, right = self._expanded(len(z) * rows, tensors)
         if rows > 1:
             apart = torch.eye(rows, dtype=z.dtype, device=z.device)[:, None, :, None]
@@ -233,31 +248,31 @@ class FlatPolyhedron(LinearSet):
             matrix = torch.cat([m.reshape(len(z), -1, z.shape[1]) for m, _ in parts], dim=1)
             right = torch.cat([r.reshape(len(z), -1) for _, r in parts], dim=1)
 
-        def found(
+        def solved(
             hessian: Tensor, slope: Tensor, size: Tensor, moved: Tensor, matrix: Tensor, right: Tensor, z: Tensor
         ) -> tuple[Tensor, Tensor]:
             room = right - (matrix @ z[:, :, None])[:, :, 0]
             return minimized(hessian, slope, size, moved, matrix, room, count * rows, self.memory)
 
-        given = (hessian, slope, size, moved, matrix, right, z)
-        step, flat = unseen(found, len(z), *map(doubled, given))
+        inputs = (hessian, slope, size, moved, matrix, right, z)
+        step, flat = unseen(solved, len(z), *map(doubled, inputs))
         return step.to(z.dtype), flat
 
     def extent(self, z: Tensor, *tensors: Tensor) -> Tensor:
-        """How far away most of the rows are that ``z`` is not at, ``[rows]``; NaN where there are none."""
+        """The median distance of the faces that ``z`` is not at, ``[rows]``; NaN where there are none."""
 
-        def found(z: Tensor, matrix: Tensor, right: Tensor) -> tuple[Tensor]:
+        def median(z: Tensor, matrix: Tensor, right: Tensor) -> tuple[Tensor]:
             return (typical(right - (matrix @ z[:, :, None])[:, :, 0]),)
 
-        return unseen(found, len(z), z, *self._expanded(len(z), tensors))[0]
+        return unseen(median, len(z), z, *self._expanded(len(z), tensors))[0]
 
     def projector(self, z: Tensor, *tensors: Tensor) -> Tensor:
-        """The derivatives of the projection, ``[rows, dim, dim]``."""
+        """The derivative of the projection at ``z``, ``[rows, dim, dim]``."""
 
-        def found(z: Tensor, matrix: Tensor, right: Tensor) -> tuple[Tensor]:
+        def derivative(z: Tensor, matrix: Tensor, right: Tensor) -> tuple[Tensor]:
             return (projector(matrix, active_rows(z, matrix, right, self.equalities, self.memory)),)
 
-        return unseen(found, len(z), z, *self._expanded(len(z), tensors))[0]
+        return unseen(derivative, len(z), z, *self._expanded(len(z), tensors))[0]
 
     def dependent(self, z: Tensor, *tensors: Tensor) -> Tensor:
         return dependent(z, *self._expanded(len(z), tensors))
@@ -278,12 +293,12 @@ class FlatPolyhedron(LinearSet):
             own = self.tensors[0].reshape(len(self.tensors[0]), -1, self.dim)[:, :count]
             if count > self.dim or (count and not independent(own)):
                 raise ValueError(
-                    "the constraint's equalities depend on each other (the rank of their matrix is less than the "
-                    "number of its rows), so that they contradict each other or say the same twice: leave some out"
+                    "the constraint's equalities are linearly dependent (the rank of their matrix is less than the "
+                    "number of its rows), so they are contradictory or redundant: leave some out"
                 )
             start = z.detach() if _plain((z,)) and len(z) == rows else matrix.new_zeros(rows, self.dim)
             near = start.nan_to_num(0.0, 0.0, 0.0)
-            for _ in range(2):  # seen from far away a small gap is rounding
+            for _ in range(2):  # from far away a small gap is lost in rounding: project once more from nearby
                 near = self.project(near, near[:, :1], *self.tensors)
             gap = (matrix @ near[:, :, None])[:, :, 0] - right
             gap = torch.cat((gap[:, :count].abs(), gap[:, count:].clamp_min(0)), dim=1)
@@ -292,19 +307,20 @@ class FlatPolyhedron(LinearSet):
             if bool(bad.any()):
                 raise ValueError(
                     f"the constraint's set is empty in {int(bad.sum())} of {rows} samples, as far as an interior-point "
-                    "method can tell: no state fulfils all the equalities and inequalities"
+                    "method can tell: no state satisfies all the equalities and inequalities"
                 )
 
 
 @final
 @dataclass(frozen=True)
 class FlatCut(FlatSet):
-    """What a ball leaves of a linear set: the tensors of the set, the radius ``[rows or 1, 1]``, and the center
-    ``[rows or 1, dim]``.
+    """The intersection of a linear set and a ball; its tensors are those of the set, then the radius ``[rows or 1, 1]``
+    and the center ``[rows or 1, dim]``.
 
-    The nearest point to y is :math:`\\Pi(c+t(y-c))`, with the projection onto the linear set and the largest
-    :math:`t\\le1` at which it lies in the ball: the distance from the center grows with t, the square of it by one
-    quadratic polynomial in every piece."""
+    The projection of y is :math:`\\Pi(c+t(y-c))`, with the projection :math:`\\Pi` onto the linear set and the largest
+    :math:`t\\le1` for which it lies in the ball. Its distance from the center c increases with t, and the square of it
+    is a quadratic polynomial in every piece.
+    """
 
     linear: LinearSet
     tensors: Tensors
@@ -316,26 +332,27 @@ class FlatCut(FlatSet):
         piece = self.linear.piece((center + share * (z - center)).detach(), *(t.detach() for t in own))
         at, way, length = self._ray(z, piece, own, center)
         crossed = self._crossing(at, way, length, radius)
-        # one that lies inside of the ball is none of its business
+        # a point inside of the ball stays
         share = torch.where(outside & (length > 0), crossed, torch.where(outside, share, 1))
         return center + at + share * way
 
     def _ray(self, z: Tensor, piece: Any, own: Any, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Where a piece's projections lie, from the center: at ``t = 0``, their way with t, and the square of that."""
+        """The projections within a piece relative to the center, ``at + t * way``, and the squared length of
+        ``way``."""
         at = self.linear.onto(center, piece, *own) - center
         way = self.linear.onto(z, piece, *own) - center - at
         return at, way, way.square().sum(dim=1, keepdim=True)
 
     @staticmethod
     def _crossing(at: Tensor, way: Tensor, length: Tensor, radius: Tensor) -> Tensor:
-        """Where the ray leaves the ball, ``[rows, 1]``."""
+        """The t at which the ray leaves the ball, ``[rows, 1]``."""
         along = (at * way).sum(dim=1, keepdim=True)
         room = along.square() - length * (at.square().sum(dim=1, keepdim=True) - radius.square())
         root = torch.where(room > 0, room, 1).sqrt()
         return (torch.where(room > 0, root, 0) - along) / torch.where(length > 0, length, 1)
 
     def _share(self, z: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """t ``[rows, 1]``; and bool ``[rows, 1]``, where the ball is in the way."""
+        """The t of the projection, ``[rows, 1]``; and bool ``[rows, 1]``, where the ball is active."""
         *own, radius, center = tensors
         center = center.expand(len(z), -1)
         low, high = torch.zeros_like(z[:, :1]), torch.ones_like(z[:, :1])
@@ -350,7 +367,7 @@ class FlatCut(FlatSet):
             inside = (crossed >= low) & (crossed <= high)
             if bool((~outside | (crossed - share).abs().le(4 * torch.finfo(z.dtype).eps)).all()):
                 break
-            # where this piece crosses the ball, or, where it does not, and now and then, half way
+            # try where this piece crosses the ball; where it does not, and in every fourth step, bisect
             share = torch.where(inside & (step % 4 != 3), crossed, 0.5 * (low + high))
             share = torch.where(outside, share, 1)
         return share, outside
@@ -376,7 +393,14 @@ class FlatCut(FlatSet):
 @final
 @dataclass(frozen=True)
 class Foreign(FlatSet):
-    """Of a user's own projection or proximal operator, and the tensors among its arguments."""
+    """A set or penalty that is given by the user's own projection or proximal operator.
+
+    Attributes:
+        given: what the user gave.
+        layout: of the state.
+        tensors: the tensors among its arguments.
+        spec, leaves: the structure of the arguments, and all of their leaves.
+    """
 
     given: Projection | Proximal
     layout: Layout
@@ -406,11 +430,11 @@ class Foreign(FlatSet):
         return value.reshape(len(z))
 
     def _args(self, tensors: Sequence[Tensor]) -> Any:
-        given = iter(tensors)
-        return pytree.tree_unflatten([next(given) if isinstance(a, Tensor) else a for a in self.leaves], self.spec)
+        rest = iter(tensors)
+        return pytree.tree_unflatten([next(rest) if isinstance(a, Tensor) else a for a in self.leaves], self.spec)
 
     def check(self, z: Tensor) -> None:
-        """What the operator captures would get no derivative."""
+        """Raise where the user's function captures a tensor that requires grad, which would silently get none."""
         probe = torch.zeros(1, self.layout.dim, dtype=self.layout.dtype, device=self.layout.device)
         if not _plain(self.tensors) or any(t.ndim and len(t) > 1 for t in self.tensors):
             return
@@ -424,15 +448,20 @@ class Foreign(FlatSet):
 
 
 def flat_set(layout: Layout, constraint: Any, rows: int) -> FlatSet:
-    """The set that a :class:`Minimum` is restricted to.
+    """The set of a :class:`Minimum`'s constraint, in flat coordinates.
+
+    Args:
+        layout: of the state.
+        constraint: one constraint, or a tuple of several that hold together.
+        rows: the batch size.
 
     Raises:
-        ValueError, TypeError: parts that do not go together, or do not fit the state.
+        ValueError, TypeError: constraints that cannot be combined, or do not fit the state.
     """
     parts = constraint if isinstance(constraint, tuple) else (constraint,)
     if len(parts) > 1 and any(isinstance(part, (Projection, Proximal)) for part in parts):
         raise ValueError(
-            "a Projection and a Proximal cannot be joined with other constraints: give one Projection onto the "
+            "a Projection or a Proximal cannot be combined with other constraints: give one Projection onto the "
             "intersection"
         )
     balls = [part for part in parts if isinstance(part, L2Ball)]
@@ -454,6 +483,8 @@ def flat_set(layout: Layout, constraint: Any, rows: int) -> FlatSet:
 
 
 def _of_linear(layout: Layout, parts: Sequence[Any], rows: int) -> LinearSet:
+    """The intersection of linear constraints as the simplest set that holds it: a box, a box with a plane, or a
+    polyhedron."""
     like = {"dtype": layout.dtype, "device": layout.device}
     low = torch.full((1, layout.dim), -torch.inf, **like)  # type: ignore[call-overload]
     high = -low
@@ -471,24 +502,24 @@ def _of_linear(layout: Layout, parts: Sequence[Any], rows: int) -> LinearSet:
             planes.append((weight, column(layout, part.total, rows, "the constraint's total")))
         elif isinstance(part, (LinearEqualities, LinearInequalities)):
             right = part.total if isinstance(part, LinearEqualities) else part.bound
-            found = flat_matrix(layout, part.matrix, right, rows, type(part).__name__)
-            matrices.append((*found, isinstance(part, LinearEqualities)))
+            flat = flat_matrix(layout, part.matrix, right, rows, type(part).__name__)
+            matrices.append((*flat, isinstance(part, LinearEqualities)))
     if not matrices and len(planes) <= 1:
         return FlatSlice((low, high, *planes[0])) if planes else FlatBox((low, high))
     eye = torch.eye(layout.dim, **like)[None]  # type: ignore[call-overload]
     equal = [(weight[:, None, :], total) for weight, total in planes] + [(m, r) for m, r, e in matrices if e]
     less = [_without_unbounded(m, r) for m, r, e in matrices if not e]
     for sign, side in ((1.0, high), (-1.0, low)):
-        given = side.isfinite()
-        if is_transformed(side) or bool(given.any()):
-            less.append((torch.where(given[:, :, None], sign * eye, 0), torch.where(given, sign * side, 1)))
+        bounded = side.isfinite()
+        if is_transformed(side) or bool(bounded.any()):
+            less.append((torch.where(bounded[:, :, None], sign * eye, 0), torch.where(bounded, sign * side, 1)))
     every = [unit_rows(matrix, right) for matrix, right in (*equal, *less)]
     matrix, right = _stacked([m.flatten(1) for m, _ in every]), _stacked([r for _, r in every])
     return FlatPolyhedron((matrix, right), sum(m.shape[1] for m, _ in equal), layout.dim)
 
 
 def _without_unbounded(matrix: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
-    """With rows of zeros, which hold everywhere, in the place of those whose bounds are infinite."""
+    """Replace inequalities with infinite bounds by ``0 <= 1``, which always holds."""
     none = bound == torch.inf
     if not is_transformed(bound) and not bool(none.any()):
         return matrix, bound
@@ -496,9 +527,11 @@ def _without_unbounded(matrix: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate ``[rows or 1, k]`` along dimension 1."""
     rows = max(map(len, parts))
     return torch.cat([part.expand(rows, -1) for part in parts], dim=1)
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether the numbers can be read: no tensor is under a transform or on the meta device."""
     return not any(is_transformed(t) or t.device.type == "meta" for t in tensors)

@@ -1,4 +1,4 @@
-"""A problem in flat coordinates: what the solvers iterate on and what the gradients differentiate."""
+"""A problem in flat coordinates: the solvers iterate on it, and the gradients differentiate it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ from torchimplicit.state import Leaves, row_norm, safe_row_norm
 
 
 class Judgement(NamedTuple):
-    """What a system says of a point where its residual does not tell how good it is, as in joint inference: a small
-    residual there may stand beside a high cost, and a low cost beside a state that is far from its equilibrium.
+    """A system's own judgement of a point, where the residual does not tell how good it is.
+
+    In joint inference a point may have a small residual and a high cost, or a low cost and a state far from
+    equilibrium.
 
     Attributes:
-        growth: ``[batch]``, what may not grow without bound; NaN for a state that is no candidate.
-        merit: ``[batch]``, what the best iterate has least of, and what an accelerated step may not surely raise.
+        growth: ``[batch]``, the number by which divergence is detected; NaN for a state that is no candidate.
+        merit: ``[batch]``, the best iterate is the one with the smallest merit, and an accelerated step that raises it
+            for sure is taken back.
         merit_error: ``[batch]``, by how much ``merit`` may be too large.
         pace: ``[batch]``, what the plain step of an input multiplies its gradient by.
     """
@@ -40,22 +43,23 @@ class Judgement(NamedTuple):
 
 @dataclass(frozen=True)
 class Point:
-    """What one evaluation tells of a state.
+    """A state with what one evaluation tells of it.
 
     Attributes:
         z: the state, ``[batch, dim]``.
         residual: the direction of the plain step, ``[batch, dim]``: ``f(z) - z`` for a fixed point, ``-f(z)`` for a
             root, minus the projected gradient for a minimum. Zero at the solution.
-        scale: ``[batch]`` or ``[batch, leaves]``, what the relative tolerance multiplies: the size of the terms that
-            the residual is the sum of. ``None`` where one evaluation does not tell it: the loop measures it then.
+        scale: ``[batch]`` or ``[batch, leaves]``, the size of the terms that the residual sums, which the relative
+            tolerance multiplies. ``None`` where an evaluation does not tell it: then the loop measures it.
         image: ``z + residual`` where the evaluation gave it, else ``None``.
         energy: ``[batch]``, for a minimum.
-        error: like ``scale``, what the tolerance is compared with; ``None``: the norm of the residual.
-        noise: ``[batch]``, the size of terms whose rounding is in the residual though they cancel there; ``None``: no
-            more than ``scale`` tells.
-        product: ``[batch, dim]``, at the first point that a solver sees: :math:`A` times ``residual``, where that is to
-            be had.
-        judgement: the system's own, by which iterates are compared; ``None``: by what the tolerance is compared with.
+        error: shaped like ``scale``, the number that is compared with the tolerance; ``None``: the norm of the
+            residual.
+        noise: ``[batch]``, the size of terms that cancel in the residual and leave their rounding there; ``None``: none
+            that ``scale`` does not include.
+        product: ``[batch, dim]``, :math:`A` times ``residual``, at the first point that a solver sees and where it is
+            available.
+        judgement: how iterates are compared; ``None``: by the number that is compared with the tolerance.
     """
 
     z: Tensor
@@ -69,11 +73,11 @@ class Point:
     judgement: Judgement | None = None
 
     def size(self) -> Tensor:
-        """What the tolerance is compared with, ``[batch]`` or ``[batch, leaves]``."""
+        """The number that is compared with the tolerance, ``[batch]`` or ``[batch, leaves]``."""
         return row_norm(self.residual) if self.error is None else self.error
 
     def growth_norm(self) -> Tensor:
-        """``[batch]``, what may not grow without bound."""
+        """The number by which divergence is detected, ``[batch]``."""
         if self.judgement is not None:
             return self.judgement.growth
         size = self.size()
@@ -87,11 +91,11 @@ class Point:
         )
 
     def changed(self, **values: Any) -> Self:
-        """With other values: what ``dataclasses.replace`` does, in a fifth of its time."""
+        """This point with other values: ``dataclasses.replace`` in a fifth of its time, for it runs in every step."""
         return type(self)(**{**vars(self), **values})
 
     def stopped(self, mask: Tensor, other: Point) -> Point:
-        """Likewise, of points that no step will be taken from: their residuals, long vectors, count as zero."""
+        """:meth:`select` for points that no step will be taken from: their residual vectors are not kept."""
         assert self.judgement is None or self.error is not None  # or nothing would tell the size of the residual
         column = mask[:, None]
         z = torch.where(column, self.z, other.z)
@@ -103,12 +107,12 @@ class Point:
         return self._joined(other, join)
 
     def sizes(self) -> Self:
-        """Without its vectors, for its figures alone."""
+        """This point without its vectors, for its figures alone."""
         nothing = self.z.detach()[:, :0]
         return self.changed(z=nothing, residual=nothing, image=None, product=None, error=self.size())
 
     def take(self, rows: Tensor) -> Point:
-        """The samples ``rows`` (int64 ``[k]``)."""
+        """The point of the samples ``rows`` (int64 ``[k]``)."""
         return Point(**pytree.tree_map(lambda t: None if t is None else t[rows], vars(self)))
 
     def put(self, rows: Tensor, other: Point) -> Point:
@@ -116,6 +120,8 @@ class Point:
         return self._joined(other, lambda _, mine, theirs: mine.index_copy(0, rows, theirs))
 
     def _joined(self, other: Point, join: Callable[[str, Tensor, Tensor], Tensor]) -> Point:
+        """Combine two points field by field; a field that one of them lacks is lost."""
+
         def joined(name: str, mine: Any, theirs: Any) -> Any:
             if mine is None or theirs is None:
                 return None
@@ -127,7 +133,7 @@ class Point:
 
 
 UNLIKE = 2.0**4
-"""Beyond this factor between the sizes of its leaves, a linear system is solved in units of each leaf's size."""
+"""A linear system is solved in units of each leaf's size where the sizes of the leaves differ by more than this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +148,7 @@ class System(ABC):
         fn: the user's function, ``(z, *params) -> [batch, dim]`` or energies ``[batch]``.
         row_params: which parameters carry the batch in dim 0; ``None`` where rows cannot be evaluated apart.
         coupling: which rows may depend on each other; ``None`` where they cannot.
-        leaves: of the state, each of which is judged by itself; ``None``: the state is judged as a whole.
+        leaves: the leaves of the state, each of which is judged by itself; ``None``: the state is judged as a whole.
     """
 
     fn: Callable[..., Tensor]
@@ -152,41 +158,50 @@ class System(ABC):
 
     @property
     def separate(self) -> Leaves | None:
-        """The parts of the state that are judged by themselves; ``None`` for a state that is one."""
+        """The leaves that are judged by themselves; ``None`` for a state of a single one."""
         return self.leaves if self.leaves is not None and len(self.leaves.sizes) > 1 else None
 
     @cached_property
     def norms(self) -> Callable[[Tensor], Tensor]:
-        """The norm of each part of ``v`` (``[..., dim]``): ``[..., parts]``, or ``[...]`` where the state is one."""
+        """The function that takes ``v`` (``[..., dim]``) to the norms of its leaves, ``[..., leaves]``; to one norm,
+        ``[...]``, where the state is a single leaf."""
         return row_norm if self.separate is None else self.separate.norms
 
     @property
     def safe_norms(self) -> Callable[[Tensor], Tensor]:
-        """The same, where squares would underflow or overflow."""
+        """:attr:`norms` for vectors whose squares would underflow or overflow."""
         return safe_row_norm if self.separate is None else self.separate.safe_norms
 
     @abstractmethod
     def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
-        """One evaluation; differentiable by autograd where grad mode is on.
+        """Evaluate the system once; differentiable by autograd where grad mode is on.
 
         Args:
+            z: the state, ``[batch, dim]``.
+            params: the parameters.
             value: the function's value at ``z``, where it is known already.
         """
 
     @abstractmethod
     def residual(self, z: Tensor, *params: Tensor) -> Tensor:
-        """:math:`R`, differentiable to any order by composable transforms."""
+        """:math:`R(z)`, ``[batch, dim]``; differentiable to any order by composable transforms."""
 
     @abstractmethod
     def linearize(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool] | None = None) -> Linearization:
-        """The tape from which :meth:`operator` and :meth:`vjp_params` take their products; one evaluation."""
+        """Evaluate once and record: :meth:`operator` and :meth:`vjp_params` take their products over this tape.
+
+        Args:
+            z: where, ``[batch, dim]``.
+            params: the parameters.
+            needs_grad: which of them :meth:`vjp_params` is asked for; ``None``: none.
+        """
 
     @abstractmethod
     def operator(self, tape: Linearization, transposed: bool) -> LinearOperator:
         """:math:`A` or :math:`A^T` at the tape's point."""
 
     def jacobian(self, tape: Linearization, transposed: bool, *, symmetric: bool = False) -> LinearOperator:
-        """Of what the tape holds, at its point, or its transpose."""
+        """The Jacobian of the recorded function at the tape's point, or its transpose."""
         return LinearOperator(
             product=tape.vjp if transposed else tape.jvp,
             transposed_product=tape.jvp if transposed else tape.vjp,
@@ -202,12 +217,12 @@ class System(ABC):
         )
 
     def seen(self, tape: Linearization) -> Point:
-        """The tape's point, from what the tape has evaluated."""
+        """The :class:`Point` of the tape, without another evaluation."""
         return Point(tape.z.detach(), -tape.out.detach())
 
     @abstractmethod
     def vjp_params(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
-        """:math:`-R_\\theta^T g` for each parameter that needs a gradient."""
+        """:math:`-R_\\theta^T g` for each parameter that needs a gradient, ``None`` for the others."""
 
     def on_tape(self, tape: Linearization) -> Tensor:
         """:math:`R` as it was recorded; differentiable in the tape's leaves."""
@@ -215,7 +230,7 @@ class System(ABC):
 
     @abstractmethod
     def default_linear_solver(self, dim: int, batch: int) -> LinearSolver:
-        """What solves the adjoint system where the user named nothing."""
+        """The solver of the adjoint system where the user named none."""
 
     def solve_linear(
         self,
@@ -225,14 +240,18 @@ class System(ABC):
         solver: LinearSolver,
         shift: Callable[[LinearOperator], Tensor] | None = None,
     ) -> LinearSolution:
-        """Solve :math:`A y = b` or :math:`A^T y = b` at the tape's point, for ``b`` of ``[batch, dim]`` or for a block
-        ``[k, batch, dim]``. The residuals that are reported are those of the whole batch, leaves of very different size
-        each in units of its own.
+        """Solve :math:`A y = b` or :math:`A^T y = b` at the tape's point.
+
+        The reported residuals are those of the whole batch; where leaves differ much in size, each is in its own unit.
 
         Args:
-            shift: ``[batch]``, of an operator of that batch: what is added to its diagonal.
+            tape: the recorded evaluation.
+            transposed: whether to solve with :math:`A^T`.
+            b: ``[batch, dim]``, or a block ``[k, batch, dim]``.
+            solver: the linear solver.
+            shift: see :func:`~torchimplicit.linear.confirmed.solve_any`.
         """
-        return self._in_units(tape, transposed, b, solver, shift)[0]
+        return self._in_units(tape, transposed, b, solver, shift)
 
     def _in_units(
         self,
@@ -241,19 +260,20 @@ class System(ABC):
         b: Tensor,
         solver: LinearSolver,
         shift: Callable[[LinearOperator], Tensor] | None,
-    ) -> tuple[LinearSolution, Tensor]:
-        """The solution, and ``b``, whose product is that in any units."""
+    ) -> LinearSolution:
+        """:meth:`solve_linear`, in units of the leaves' sizes where these differ much."""
         operator = self.operator(tape, transposed)
+        # a shift is a multiple of the identity, and a preconditioner approximates A, in the state's own units only
         size = None if shift is not None or getattr(solver, "preconditioner", None) else self._leaf_sizes(tape.z)
         if size is None:
-            return solve_any(solver, operator, b, shift), b
+            return solve_any(solver, operator, b, shift)
         left, right = self._units(size, transposed)
-        found = solve_any(solver, operator.in_units(left, right), left * b)
-        return replace(found, value=right * found.value), b
+        solution = solve_any(solver, operator.in_units(left, right), left * b)
+        return replace(solution, value=right * solution.value)
 
     def _leaf_sizes(self, z: Tensor) -> Tensor | None:
-        """``[batch, dim]``, powers of two: the size of the leaf that a number belongs to; ``None`` where leaves do not
-        differ much, or there is one."""
+        """For each entry of the state the size of its leaf, rounded to a power of two, ``[batch, dim]``; ``None`` where
+        there is a single leaf, or the sizes do not differ much."""
         if self.separate is None:
             return None
         norms = self.separate.norms(z)
@@ -266,23 +286,26 @@ class System(ABC):
 
     @staticmethod
     def _units(size: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-        """What a residual, and what the solution of a linear system, is multiplied by, for leaves of that size."""
+        """The diagonals to multiply :math:`A` with from the left and from the right, for leaves of these sizes.
+
+        The residual of a leaf has the leaf's unit, as in :math:`R = z - f(z)`, and a cotangent the inverse of it.
+        """
         return (size, 1 / size) if transposed else (1 / size, size)
 
     def prepare(self, z: Tensor, params: Sequence[Tensor]) -> None:
-        """Settle at the solution what must be the same in all of its derivatives."""
+        """Fix at the solution the constants that must be the same in all of its derivatives."""
 
     def project(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
         """The nearest state that satisfies the constraint; ``z`` itself where there is none."""
         return z
 
     def refined(self, point: Point, before: Point) -> Point:
-        """``point`` with what is learned of it from the point that the step to it began at."""
+        """``point`` with what the step from ``before`` tells of it."""
         return point
 
     def during(self, step: int) -> System:
-        """The system as the evaluation of a solver's ``step`` sees it, 0 being the first; itself where the way to the
-        solution does not change."""
+        """The system for the evaluation in a solver's ``step`` (from 1; 0 is the start), where it changes from step to
+        step, as by a schedule; else itself."""
         return self
 
     def rows(self, params: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, ...]:
@@ -291,26 +314,26 @@ class System(ABC):
         return tuple(p[rows] if batched else p for p, batched in zip(params, self.row_params, strict=True))
 
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Self:
-        """The system of ``size`` copies, stacked along the batch, where parameter i has its copies in ``dims[i]``."""
+        """The system of ``size`` copies, stacked along the batch. Parameter i has its copies in dimension ``dims[i]``,
+        or is shared (``None``)."""
         return replace(self, fn=vmapped(self.fn, size, tuple(dims)), row_params=None)
 
     def sizes(self, point: Point, params: Sequence[Tensor]) -> tuple[float, float]:
-        """The largest number of the state, and of what the residual is made of, at ``point``; zero where it is not
-        known."""
+        """The largest modulus of the state, and of the terms of the residual, at ``point``; zero where not known."""
         return largest(point.z), largest(point.residual)
 
     def in_units(self, state: float, size: float) -> Self | None:
-        """The same problem for a state that is divided by ``state``, what its residual is made of by ``size``; ``None``
-        where that is not to be had."""
+        """The same problem in other units: the state is divided by ``state``, the terms of its residual by ``size``.
+        ``None`` where the problem cannot be put so."""
         return None
 
     def residual_unit(self, state: float, size: float) -> float:
-        """What the residual is divided by then."""
+        """The number that the residual is divided by in the units of :meth:`in_units`."""
         return size
 
     def joined(self, rows: int) -> Self | None:
-        """The same problem with ``rows`` neighbouring samples as one, each of them judged by itself; ``None`` where
-        that is not to be had."""
+        """The same problem with every ``rows`` neighbouring samples as one system, each still judged by itself;
+        ``None`` where the problem cannot be put so."""
         fn, sizes = self.fn, () if self.leaves is None else self.leaves.sizes
 
         def together(z: Tensor, *params: Tensor) -> Tensor:
@@ -322,12 +345,14 @@ class System(ABC):
         return replace(self, fn=together, row_params=None, coupling=None, leaves=leaves)
 
     def _restricted(self, tape: Linearization, transposed: bool) -> Callable[[Tensor], LinearOperator] | None:
+        """Makes the operator of some rows, by recording them anew; ``None`` where rows cannot be evaluated apart."""
         if self.row_params is None:
             return None
 
         def restrict(rows: Tensor) -> LinearOperator:
             with explained():
                 part = self.linearize(tape.z[rows], self.rows(tape.params, rows))
+            # the part is another evaluation: it must give what the whole gave
             check_unmoved(tape.out[rows], part.out, ", or its rows depend on each other and rowwise=True is not true")
             return replace(self.operator(part, transposed), setup_rows=int(rows.shape[0]))
 
@@ -335,13 +360,13 @@ class System(ABC):
 
 
 def largest(t: Tensor) -> float:
-    """The absolute value of the largest of finite numbers."""
+    """The largest modulus of the finite entries of ``t``; zero if there are none."""
     return float(widened(t.detach()).nan_to_num(0.0, 0.0, 0.0).abs().amax()) if t.numel() else 0.0
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Says what to do where a function fails because finished samples have left its batch."""
+    """Turn an error of the user's function on a part of the batch into one that explains ``rowwise=True``."""
     try:
         yield
     except (RuntimeError, ValueError, IndexError) as error:
@@ -349,7 +374,8 @@ def explained() -> Iterator[None]:
 
 
 def vmapped(fn: Callable[..., Tensor], size: int, dims: tuple[int | None, ...]) -> Callable[..., Tensor]:
-    """``fn`` of ``size`` copies, stacked along the batch, where parameter i has its copies in ``dims[i]``."""
+    """``fn`` for ``size`` copies that are stacked along the batch. Parameter i has its copies in dimension ``dims[i]``,
+    or is shared (``None``)."""
 
     def stacked(z: Tensor | tuple[Tensor, ...], *params: Tensor) -> Any:
         copies = pytree.tree_map(lambda z: z.reshape(size, len(z) // size, *z.shape[1:]), z)
@@ -363,3 +389,35 @@ def vjp(fn: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]
     """``torch.func.vjp``, typed."""
     out, pull = torch.func.vjp(fn, *primals)[:2]
     return out, pull
+
+
+def slope(energies: Callable[..., Tensor], z: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The gradients ``[batch, dim]`` in ``z`` of ``energies`` (``(z, *params) -> [batch]``), and the energies; by
+    composable transforms."""
+
+    def total(z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
+        energy = energies(z, *params)
+        return energy.sum(), energy
+
+    gradient, energy = torch.func.grad(total, has_aux=True)(z, *params)
+    return gradient, energy
+
+
+def recorded_slope(energy: Tensor, z: Tensor, create_graph: bool) -> Tensor:
+    """The gradients ``[batch, dim]`` in ``z`` of recorded energies ``[batch]``, by autograd.
+
+    Args:
+        energy: the recorded energies.
+        z: a leaf of their graph, ``[batch, dim]``.
+        create_graph: whether the gradients are recorded themselves.
+
+    Raises:
+        ValueError: autograd does not see how the energies depend on anything.
+    """
+    if not energy.requires_grad:
+        raise ValueError(
+            "the energy does not depend on the state in a way that autograd can see: return a tensor computed from z "
+            "by differentiable operations, without detach or no_grad"
+        )
+    (gradient,) = torch.autograd.grad(energy.sum(), z, create_graph=create_graph, allow_unused=True)
+    return torch.zeros_like(z) if gradient is None else gradient

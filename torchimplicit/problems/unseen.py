@@ -1,4 +1,4 @@
-"""What is computed out of autograd's sight, on plain tensors, under whatever transforms."""
+"""Computing constants on plain tensors, hidden from autograd and under any transform."""
 
 from __future__ import annotations
 
@@ -14,14 +14,23 @@ from torchimplicit.closure import is_transformed
 
 
 def unseen(function: Callable[..., tuple[Tensor, ...]], rows: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """``function`` of ``tensors``, ``[rows or 1, ...]``, whose results are ``[rows, ...]`` and count as constants: it
-    may read what it computes, and samples under ``vmap`` are rows of it."""
+    """Call ``function`` with plain tensors; its results count as constants for every transform.
+
+    The function may branch on the numbers that it computes, as the search for an active set does. Samples under
+    ``vmap`` become rows of the one batch that it sees.
+
+    Args:
+        function: from ``tensors`` to tensors ``[rows, ...]``.
+        rows: the batch size.
+        tensors: ``[rows or 1, ...]``.
+    """
     plain = tuple(t.detach() for t in tensors)
     if not any(is_transformed(t) for t in plain):
         with torch.no_grad():
             return function(*plain)
-    found: tuple[Tensor, ...] = _Unseen.apply(function, rows, *plain)
-    return found
+    # an autograd Function is what unwraps the tensors of torch.func transforms
+    results: tuple[Tensor, ...] = _Unseen.apply(function, rows, *plain)
+    return results
 
 
 class _Unseen(Function):
@@ -45,14 +54,15 @@ class _Unseen(Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, function: Any, rows: int, *tensors: Tensor) -> tuple[Any, Any]:
         size = info.batch_size
-        found = _Unseen.apply(function, size * rows, *_folded(size, rows, in_dims[2:], tensors))
-        return tuple(t.reshape(size, rows, *t.shape[1:]) for t in found), (0,) * len(found)
+        results = _Unseen.apply(function, size * rows, *_folded(size, rows, in_dims[2:], tensors))
+        return tuple(t.reshape(size, rows, *t.shape[1:]) for t in results), (0,) * len(results)
 
 
+# autograd inspects the signature of forward at every call, which is slow; this is where inspect looks first
 _Unseen.forward.__signature__ = inspect.signature(_Unseen.forward)  # type: ignore[attr-defined]
 
 
 def _folded(size: int, rows: int, dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """``[size * rows, ...]``."""
+    """The copies of ``tensors`` under vmap, with the copies folded into the batch: ``[size * rows, ...]``."""
     copies = [t[None] if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True)]
     return [t.expand(size, rows, *t.shape[2:]).reshape(size * rows, *t.shape[2:]) for t in copies]
