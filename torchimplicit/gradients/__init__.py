@@ -1,4 +1,4 @@
-"""The gradient estimators: how is the solution differentiated?"""
+"""The gradient estimators: how a solution is differentiated."""
 
 from torchimplicit.gradients.adaptive_phantom import AdaptivePhantom, PhantomReport
 from torchimplicit.gradients.base import Gradient

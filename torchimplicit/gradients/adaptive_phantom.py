@@ -20,42 +20,41 @@ from torchimplicit.validation import check_count, check_fraction, check_positive
 __all__ = ["AdaptivePhantom", "PhantomReport"]
 
 TOLERANCE = 0.1
-"""Of the residual, where nothing is asked for."""
+"""The default tolerance on the relative residual."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class AdaptivePhantom(LinearEstimate):
-    """A Neumann phantom gradient that is as long as it has to be, with the damping that suits each step.
+    """A Neumann phantom gradient that chooses the number of terms and the damping of each by itself.
 
     The truncated series of :class:`NeumannPhantom` is the iteration :math:`g\\leftarrow g+\\lambda r`,
     :math:`r\\leftarrow r-\\lambda(I-J)^{T}r`, whose residual :math:`r=u-(I-J)^{T}g` is known without a further
-    product. So every sample goes on until its residual is small enough, and every step takes the :math:`\\lambda` for
-    which the next residual is least, :math:`\\langle r,(I-J)^{T}r\\rangle/\\lVert(I-J)^{T}r\\rVert^2`, which may
-    exceed 1. No constant :math:`\\lambda` has a better bound: the residual falls at least as fast as
+    product. So each sample stops when its residual is small enough, and each step takes the :math:`\\lambda` that
+    minimizes the next residual, :math:`\\langle r,(I-J)^{T}r\\rangle/\\lVert(I-J)^{T}r\\rVert^2`, which may exceed 1.
+    No constant :math:`\\lambda` has a better bound: the residual falls at least as fast as
     :math:`\\min_\\lambda\\lVert B_\\lambda\\rVert^k`. Where even the best step leaves over 97 % of the residual, as
-    happens for Jacobians that are far from normal, it goes by the sample's last good :math:`\\lambda` (at first 1).
-    Nothing is remembered from one backward pass to the next, so there is nothing to checkpoint; all is chosen anew, as
-    the Jacobian changes. Memory does not grow with the steps. First order, reverse and forward mode.
+    happens for Jacobians that are far from normal, the step takes the sample's last good :math:`\\lambda` (at first 1).
+    Nothing is carried from one backward pass to the next, so there is no state to checkpoint. Memory does not grow with
+    the steps. Reverse and forward mode, first order.
 
-    ``solution.adjoint`` is then a :class:`PhantomReport` with the steps, the mean damping and the residual of each
-    sample; a sample that has not reached its tolerance within ``max_steps`` is marked and warned of.
+    ``solution.adjoint`` is a :class:`PhantomReport` with the steps, the mean damping and the residual of each sample.
 
     Args:
-        tolerance: of the relative residual of the adjoint system; with ``contraction``, of the relative *error* of its
-            solution, :math:`\\lVert g-(I-J)^{-T}u\\rVert/\\lVert(I-J)^{-T}u\\rVert`. ``None``: 0.1, or what
-            ``condition`` asks for.
+        tolerance: on the relative residual of the adjoint system; with ``contraction``, on the relative *error* of its
+            solution, :math:`\\lVert g-(I-J)^{-T}u\\rVert/\\lVert(I-J)^{-T}u\\rVert`. ``None``: 0.1, or as ``condition``
+            requires.
         condition: the condition number :math:`\\kappa=\\sigma_{max}/\\sigma_{min}` of :math:`f_\\theta`, from
-            :func:`~torchimplicit.diagnostics.ascent_condition` or a bound: the relative error is held below
+            :func:`~torchimplicit.diagnostics.ascent_condition`, or a bound of it. The relative error is kept below
             :math:`1/\\kappa`, so that the estimate is an ascent direction, as in eq. 8 of Geng et al. (2021), but for
-            the cotangent at hand. Needs ``contraction``.
-        contraction: a bound :math:`L<1` of :math:`\\lVert J\\rVert_2`, as of a spectrally normalized cell.
+            the given cotangent. Needs ``contraction``.
+        contraction: a bound :math:`L<1` of :math:`\\lVert J\\rVert_2`, as for a spectrally normalized cell.
         max_steps: the most steps of a sample.
-        damping: a :math:`\\lambda` in (0, 1] for all steps in place of the best one.
+        damping: a fixed :math:`\\lambda` in (0, 1] for all steps; ``None``: the minimizing one.
 
     Raises:
-        ValueError: both ``tolerance`` and ``condition``, or the latter without ``contraction``, or a value out of
-            range.
+        ValueError: both ``tolerance`` and ``condition`` are given, or the latter without ``contraction``, or a value is
+            out of range.
 
     Warns:
         ConvergenceWarning: a sample ended above its tolerance.
@@ -77,7 +76,7 @@ class AdaptivePhantom(LinearEstimate):
         if self.contraction is not None and not 0 <= self.contraction < 1:
             raise ValueError(
                 f"AdaptivePhantom.contraction is {self.contraction}, and must lie in [0, 1): it bounds the norm of the "
-                "map's Jacobian, and only below 1 does a residual bound an error"
+                "map's Jacobian, and only a bound below 1 turns a residual into a bound of the error"
             )
         if self.condition is None:
             return
@@ -92,7 +91,7 @@ class AdaptivePhantom(LinearEstimate):
     def residual_tolerance(self) -> float:
         """The relative residual at which a sample stops.
 
-        With ``contraction`` L it is :math:`(1-L)/(1+L)` times the error that is allowed, since the singular values of
+        With ``contraction`` L it is :math:`(1-L)/(1+L)` times the allowed error, since the singular values of
         :math:`I-J` lie in :math:`[1-L,1+L]`.
         """
         allowed = 1 / self.condition if self.condition is not None else self.tolerance or TOLERANCE

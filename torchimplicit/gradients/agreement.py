@@ -1,4 +1,4 @@
-"""Whether the derivative that autograd gives of a function is the function's."""
+"""A check of autograd's derivative of the problem's function against a finite difference."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ from torchimplicit.notices import notice
 from torchimplicit.problems.linearization import Linearization
 
 GAP = 1e-3
-"""The share of a directional derivative by which autograd's may differ from it."""
+"""The relative difference from a directional derivative above which autograd's is warned about."""
 
 
 class Agreement:
-    """Compares, once for each function that cuts part of its graph off, its derivative in the state with a central
-    difference, and warns where they differ.
+    """Compares the derivative of a function that detaches part of its graph with a central difference, once for each
+    function, and warns where they differ.
 
-    A part that is cut off (``detach()``, ``.data``, ``.item()``, ``no_grad``) counts as a constant to autograd. Where
-    it depends on the state, the Jacobian lacks it, and the gradient of the solution is not the gradient.
+    A detached part (``detach()``, ``.data``, ``.item()``, ``no_grad``) counts as a constant to autograd. If it depends
+    on the state, the Jacobian lacks it, and the gradient of the solution is wrong.
 
     Args:
-        function: the user's.
+        function: the user's function.
     """
 
     def __init__(self, function: Any):
         self._subject = known_by(function)
 
     def check(self, tape: Linearization) -> None:
-        """Compare on the ``tape`` at the solution, by two evaluations that are not counted; by two more if they differ,
-        since a difference across a kink or a jump, or in rounding, tells nothing: it changes with the step."""
+        """Compare at the solution's ``tape``, by two evaluations that are not counted.
+
+        If they differ, two more evaluations with another step tell a missing derivative from a kink, a jump or
+        rounding: only the former gives the same difference again.
+        """
         if self._subject in _checked or tape.z.ndim != 2 or not (tape.z.numel() and tape.out.requires_grad):
             return
         _checked.add(self._subject)
@@ -43,9 +46,9 @@ class Agreement:
         size = tape.z.detach().square().mean(dim=-1, keepdim=True).sqrt()
         direction = direction * torch.where(size > 0, size, 1.0)
         step = torch.finfo(tape.z.dtype).eps ** (1 / 3)
-        told = (tape.vjp(cotangent) * direction).sum()
+        by_autograd = (tape.vjp(cotangent) * direction).sum()
         slope, typical = _slope(tape, direction, cotangent, step)
-        gap = (slope - told).abs()
+        gap = (slope - by_autograd).abs()
         if not bool(gap > GAP * typical):
             return
         again, _ = _slope(tape, direction, cotangent, step / 16)  # far enough to leave kinks behind
@@ -53,16 +56,17 @@ class Agreement:
             return
         notice(
             "autograd does not see all of the problem's function",
-            "the problem's function cuts part of its dependence on the state off (detach(), .data, .item(), no_grad or "
-            f"NumPy): along one direction autograd's derivative is {float(told):.3g}, and a central difference gives "
-            f"{float(slope):.3g}. The gradient of the solution lacks that part. Compute it by differentiable "
-            "operations; where it is meant (a straight-through estimator), ignore this warning",
+            "the problem's function hides part of its dependence on the state from autograd (detach(), .data, .item(), "
+            f"no_grad or NumPy): along one direction autograd's derivative is {float(by_autograd):.3g}, but a central "
+            f"difference gives {float(slope):.3g}. The gradient of the solution lacks that part. Compute it by "
+            "differentiable operations; if it is hidden on purpose (a straight-through estimator), ignore this warning",
             UserWarning,
         )
 
 
 def _slope(tape: Linearization, direction: Tensor, cotangent: Tensor, step: float) -> tuple[Tensor, Tensor]:
-    """The central difference along ``direction`` in the weights ``cotangent``, and its size for weights at random."""
+    """The central difference along ``direction``, weighted by ``cotangent``; and its typical size for random
+    weights."""
     values = []
     for shift in (step, -step):
         with torch.enable_grad():  # an energy's gradient is taken in the state

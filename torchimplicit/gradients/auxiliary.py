@@ -1,4 +1,4 @@
-"""The derivative of what a map returns beside the state."""
+"""The auxiliary value of a map (``has_aux``), with its derivative."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torchimplicit.gradients.nodes import Graft
 
 
 def auxiliary(task: SolveTask, gradient: Gradient, z: Tensor, params: Sequence[Tensor]) -> Any:
-    """What the map returns beside the state at the solution ``z``, as autograd sees both.
+    """The auxiliary value of the map at the solution ``z``, differentiable like the solution.
 
-    It is that of an evaluation which was made anyway. Where a tape was recorded for the backward pass, it lies on that,
-    and a node makes it a function of the solution, with its derivative, and of the parameters. Where autograd sees
-    steps, it is that of the last one. Elsewhere the last evaluation counts if it was at ``z``; if not, and under
-    transforms, whose tensors no note may hold, the map is evaluated there once more.
+    It comes from an evaluation that was made anyway, where possible. If a tape was recorded for the backward pass, the
+    value lies on that tape, and a node makes it a function of the solution and the parameters. If autograd records the
+    steps, it is the value of the last step. Otherwise the last evaluation counts if it was at ``z``. If it was not, and
+    under transforms, whose tensors may not outlive them, the map is evaluated there once more.
     """
     noted = task.aux
     assert noted is not None
@@ -38,7 +38,7 @@ def auxiliary(task: SolveTask, gradient: Gradient, z: Tensor, params: Sequence[T
 
 
 def _counts(task: SolveTask, gradient: Gradient, z: Tensor, params: Sequence[Tensor]) -> bool:
-    """Whether the last evaluation is the one that is asked for."""
+    """Whether the value of the last evaluation is the one to return."""
     noted = task.aux
     if noted is None or noted.z is None:
         return False
@@ -51,12 +51,12 @@ def _counts(task: SolveTask, gradient: Gradient, z: Tensor, params: Sequence[Ten
 
 
 def _plain(t: Tensor) -> Tensor:
-    """``t`` without what autograd saw of it while no gradient was asked for."""
+    """``t`` without a graph that was recorded although no gradient is asked for."""
     return t if is_transformed(t) else t.detach()
 
 
 def _on_tape(value: Any, leaves: Sequence[Tensor], saved: Any, actual: Sequence[Tensor]) -> Any:
-    """``value``, recorded at ``leaves``, as a function of ``actual``."""
+    """``value``, a pytree recorded at ``leaves``, as a function of the ``actual`` tensors that these stand for."""
     parts, spec = pytree.tree_flatten(value)
     places = [i for i, part in enumerate(parts) if isinstance(part, Tensor) and part.requires_grad]
     recorded = [parts[i] for i in places]

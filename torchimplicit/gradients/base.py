@@ -1,4 +1,4 @@
-"""What every gradient estimator is, and what it is given."""
+"""The interface of a gradient estimator, and the task that it is given."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ Runner = Callable[[System, Start, Sequence[Tensor]], SolverResult]
 
 
 def run_by(solver: Solver, recorded: int | None = None) -> Runner:
-    """By ``solver``; of a given number of steps, autograd sees so many of the last ones, ``None`` for all."""
+    """A runner that solves with ``solver``. Where its number of steps is prescribed, autograd records the last
+    ``recorded`` of them (``None``: all)."""
 
     def run(system: System, start: Start, params: Sequence[Tensor]) -> SolverResult:
-        if torch.is_grad_enabled():  # what is known of the start has no history
+        if torch.is_grad_enabled():  # the evaluation at the start was not recorded: drop it
             start.take_point()
         return iterate(solver, system, start.take(), params, start.take_point(), recorded)
 
@@ -51,20 +52,20 @@ class FlatSolution(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SolveTask:
-    """One solve, as the estimators and the autograd nodes see it: how to solve, and where to linearize.
+    """One solve as the estimators and the autograd nodes see it: how to solve, and where to linearize.
 
     Attributes:
         linear: the linear systems at the solution, with the system that is solved.
         start: where the solve begins.
-        run: how: ``run(system, start, params)``, on plain tensors.
-        solver: what ``run`` uses.
+        run: solves: ``run(system, start, params)``, on plain tensors.
+        solver: the solver that ``run`` uses.
         records: whether the solution's tape is recorded in the forward pass, for the backward pass.
-        randomness: told of the solve; ``None``: nobody looks.
-        agreement: told of the solution's tape; ``None``: the function cuts nothing off.
-        function: what the user gave for the problem.
-        direct: whether autograd differentiates what the estimator evaluates, what the function captures among it,
-            which ``params`` do not hold: grad mode is on then, and no transform runs.
-        aux: what the function returns beside the state; ``None``: it does not, or nobody asks.
+        randomness: checks that the function is deterministic; ``None``: it is not checked.
+        agreement: checks the derivative of a function that detaches part of its graph; ``None`` where none does.
+        function: the callable that the user gave for the problem.
+        direct: whether plain autograd differentiates the evaluations that the estimator makes, including tensors that
+            the function captures and ``params`` does not hold. Grad mode is on then, and no transform runs.
+        aux: collects what the function returns beside the state; ``None`` if it returns nothing or nobody asks.
     """
 
     linear: LinearTask
@@ -80,19 +81,20 @@ class SolveTask:
 
     @property
     def system(self) -> System:
-        """What is solved."""
+        """The system that is solved."""
         return self.linear.system
 
     @property
     def results(self) -> list[SolverResult]:
-        """What ``run`` gave, the latest last."""
+        """The results of ``run``, the latest last."""
         return self.linear.results
 
     def solve(self, params: Sequence[Tensor], *, given_away: bool = True) -> FlatSolution:
-        """Runner without recording gradients.
+        """Solve without recording gradients.
 
         Args:
-            given_away: whether the solution itself is what the user gets.
+            params: the system's parameters.
+            given_away: whether the returned tensor itself is handed to the user.
         """
         if self.randomness is not None:
             self.randomness.begin(self.start.z)
@@ -102,22 +104,22 @@ class SolveTask:
             if self.randomness is not None:
                 self.randomness.end(outcome.z, params)
         report = outcome.report
-        # what a function returns may be its argument, a buffer or a parameter, and a solver's iterate what it returned;
-        # a point that is shared is the library's own
+        # A function may return its argument, a buffer or a parameter, and an iterate may be that very tensor: the user
+        # gets a copy, which may be written to. A shared point is the library's own.
         z = outcome.z.clone() if self.linear.shared is None and given_away else outcome.z
-        # the note is of what is given away, or of the last iterate where those are kept: no copy is held for it alone.
-        # But a node gives z itself a history that leads back to this task: the note must not close that cycle, or else
-        # what the solver has built would stay in memory until Python looks for cycles
+        # The result refers to the tensor that is given away, or to the last iterate where these are kept, so that no
+        # further copy is held. It is detached, since a node gives z a history that leads back to this task: such a
+        # cycle would keep everything that the solver has built in memory until Python's garbage collector runs.
         kept = bool(outcome.trajectory) and outcome.trajectory[-1] is outcome.z
         self.results.append(replace(outcome, z=(outcome.z if kept else z).detach()))
         return FlatSolution(z, report.status, report.steps, report.residual)
 
     def spent(self, evaluations: int) -> None:
-        """Count evaluations of the whole batch that the estimator makes in the forward pass, after the solve."""
+        """Add evaluations of the whole batch that the estimator makes in the forward pass to the count of the solve."""
         self.results[-1] = self.results[-1].having_spent(evaluations)
 
     def vmapped(self, size: int, dims: Sequence[int | None]) -> SolveTask:
-        """The task of ``size`` copies, see :meth:`System.vmapped`."""
+        """The task for ``size`` copies, see :meth:`System.vmapped`."""
         return replace(self, linear=self.linear.vmapped(size, dims), randomness=None, aux=None)
 
     def recorded(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization:
@@ -132,35 +134,37 @@ class SolveTask:
 
 
 class Gradient(ABC):
-    """How the solution is differentiated. A subclass is a final, frozen dataclass.
+    """Base class of the gradient estimators. A subclass is a final, frozen dataclass.
 
     Attributes:
-        needs_solver_state: whether the estimator uses what the solver has built, so that no sample may leave the batch
-            before the end, ``rowwise=True`` or not.
+        needs_solver_state: whether the estimator uses the solver's state, so that no sample may leave the batch before
+            the end, not even with ``rowwise=True``.
+        goes_on: whether the value is the end of recorded steps that the estimator itself takes from the solution.
     """
 
     needs_solver_state: ClassVar[bool] = False
     goes_on: ClassVar[bool] = False
-    """Whether the value is what steps of the estimator's own lead to, which autograd sees."""
 
     def passes(self, solver: Solver) -> Passes:
-        """What ``compile=True`` compiles of a solve by ``solver``."""
+        """The parts of a solve by ``solver`` that ``compile=True`` compiles."""
         if not self.needs_solver_state:
             return Passes(solver=solver)
         return Passes(solver=solver, refusal=f"{type(self).__name__} needs the steps that the eager loop takes")
 
     @abstractmethod
     def attach(self, task: SolveTask, params: Sequence[Tensor]) -> FlatSolution:
-        """Solve, and give the solution this estimator's derivative in ``params``."""
+        """Solve, and give the solution this estimator's derivative with respect to ``params``."""
 
     def recorded(self, solver: Solver) -> int | None:
-        """Where ``solver`` takes a given number of steps, and autograd differentiates all that the estimator makes of
-        them: how many of the last of them it is to see. The function need not be called to find what it captures then.
-        ``None`` elsewhere."""
+        """How many of the last steps autograd records, where ``solver`` takes a prescribed number of steps and the
+        estimator leaves the differentiation to autograd. ``None`` in all other cases.
+
+        Where this is a number, the function need not be called beforehand to find the tensors that it captures.
+        """
         return None
 
     def supports(self, system: System, solver: Solver) -> None:
-        """Check that the estimator can differentiate this solve.
+        """Raise where the estimator cannot differentiate this solve.
 
         Raises:
             ValueError: it cannot; the message says what to take instead.
@@ -168,9 +172,8 @@ class Gradient(ABC):
 
 
 def refuse_detached(task: SolveTask, z: Tensor, params: Sequence[Tensor]) -> None:
-    """Raise where autograd does not see how the problem's function depends on its state, though it does: what steps of
-    it are differentiated to would be a part of their derivative. Looked at once for each function, by an evaluation
-    that is not counted.
+    """Raise for a function that depends on its state in a way that is hidden from autograd: the derivative of its steps
+    would lack that part. Tested once for each function, by an evaluation that is not counted.
 
     Raises:
         ValueError: it is such a function.
@@ -188,18 +191,18 @@ def refuse_detached(task: SolveTask, z: Tensor, params: Sequence[Tensor]) -> Non
 
 
 _seen: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Functions that autograd sees through."""
+"""Functions that have passed the test of :func:`refuse_detached`."""
 
 
 def owned(task: SolveTask, z: Tensor) -> Tensor:
-    """The last iterate, as something to give away: a copy, for it may be an argument, a buffer or a parameter that the
-    function returned, unless its history tells that it is none."""
+    """The last iterate as a tensor that the user may write to: a copy, since it may be an argument, a buffer or a
+    parameter that the function returned; itself where its history shows that it was computed."""
     base = z._base if task.direct and z._is_view() else z
     return z if task.direct and base is not None and base.grad_fn is not None else z.clone()
 
 
 def differentiable(params: Sequence[Tensor]) -> bool:
-    """Whether any derivative can be asked with respect to ``params``."""
+    """Whether a derivative with respect to any of ``params`` may be asked for."""
     if torch.is_grad_enabled():
         return any(carries_derivative(p) for p in params)
     return any(is_transformed(p) for p in params)

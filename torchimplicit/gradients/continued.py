@@ -1,4 +1,4 @@
-"""Compiled steps from the solution, as autograd sees them."""
+"""The autograd node of compiled steps from the solution."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torchimplicit.problems.linearization import check_unmoved
 
 
 class Continued(Function):
-    """``(task, way, h, *params) -> (where, figures)``: the steps of ``way`` from ``h``, which is a constant, and the
-    norms of the residual and the relative ones there.
+    """``(task, way, h, *params) -> (end, figures)``: the steps of ``way`` from the constant ``h``, and the absolute and
+    relative residual norms at their end.
 
-    The first derivative is compiled; those of that one are taken by the steps as they were written.
+    The first derivative is compiled; higher ones run the steps eagerly.
     """
 
     @staticmethod
@@ -28,7 +28,7 @@ class Continued(Function):
         assert task.linear.capture is not None
         ctx.task, ctx.way = task, way
         compiled = task.linear.capture.go_on(h, params)
-        if compiled is None:  # something has been written to since the solve began
+        if compiled is None:  # a tensor was written to since the solve began: the compiled code no longer applies
             with without_autocast(h.device):
                 compiled = *way.joint(task.system, h, params), ()
         out, figures, intermediates = compiled

@@ -1,4 +1,4 @@
-"""Implicit differentiation of minima that are nearly none."""
+"""Damped implicit differentiation, for minima with a nearly singular Hessian."""
 
 from __future__ import annotations
 
@@ -28,18 +28,22 @@ class DampedImplicit(LinearEstimate):
     """Implicit differentiation of :class:`Minimum` with :math:`\\beta` added to the Hessian:
     :math:`(PHP + \\beta I)\\,g = Pu`.
 
-    As the least eigenvalue of the Hessian goes to zero the exact derivative grows without bound, and beyond it has the
-    wrong sign. With :math:`\\beta > |\\lambda_{min}|` the damped one stays bounded and points where the minimum of the
-    energy plus :math:`\\tfrac\\beta2\\lVert p-p^0\\rVert^2` would go: it is the limit of one-sided equilibrium
+    As the smallest eigenvalue of the Hessian goes to zero, the exact derivative grows without bound; below zero it has
+    the wrong sign. With :math:`\\beta > |\\lambda_{min}|` the damped derivative stays bounded: it is that of the
+    minimum of the energy plus :math:`\\tfrac\\beta2\\lVert p-p^0\\rVert^2`, and the limit of one-sided equilibrium
     propagation with a nudge of that curvature. Reverse and forward mode, first order.
 
     Args:
-        damping: :math:`\\beta`, for all samples; ``None``: the least for which the least eigenvalue becomes ``margin``
-            times the largest, sample by sample, so that a well-conditioned minimum is differentiated exactly.
-        margin: what ``damping=None`` asks for.
+        damping: :math:`\\beta`, for all samples; ``None``: per sample the smallest value that raises the smallest
+            eigenvalue to ``margin`` times the largest, so that a well-conditioned minimum is differentiated exactly.
+        margin: the ratio of the extreme eigenvalues for ``damping=None``.
         linear_solver: for the damped systems; ``None``: as for :class:`Implicit`.
-        subspace: the most products that ``damping=None`` takes to find the extreme eigenvalues; with the linear
-            solver's preconditioner a few do.
+        subspace: the most products that ``damping=None`` takes to find the extreme eigenvalues; a preconditioner of
+            the linear solver reduces them to a few.
+
+    Raises:
+        ValueError: a number is out of range; or, at the solve, the problem is not a :class:`Minimum`.
+        TypeError: ``linear_solver`` is not a linear solver.
     """
 
     damping: float | None = None
@@ -69,7 +73,7 @@ class DampedImplicit(LinearEstimate):
         return solution
 
     def shift(self, task: SolveTask, tape: Linearization) -> Tensor:
-        """What is added to each sample's Hessian, ``[batch]``."""
+        """The damping of each sample, ``[batch]``."""
         return self._shift(
             task.system.operator(tape, False), task.linear.adjoint_solver(self.linear_solver, tape.z), tape.z.shape[1]
         )
@@ -78,8 +82,8 @@ class DampedImplicit(LinearEstimate):
         if self.damping is not None:
             return torch.full((operator.batch,), self.damping, dtype=operator.dtype, device=operator.device)
         preconditioner = None
-        if isinstance(solver, IterativeSolver) and operator.dim == dim:  # not of a batch that is one system
+        if isinstance(solver, IterativeSolver) and operator.dim == dim:  # it does not fit samples joined into one
             preconditioner = as_preconditioner(solver.preconditioner)
         least, largest = extreme_eigenvalues(operator, self.subspace, preconditioner=preconditioner)
-        # beta for which (least + beta) / (largest + beta) is about the margin; none where it is so already
+        # the beta for which (least + beta) / (largest + beta) is about the margin; zero where it is larger already
         return (self.margin * torch.maximum(largest, -least) - least).clamp_min(0).to(operator.dtype)

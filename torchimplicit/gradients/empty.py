@@ -1,4 +1,4 @@
-"""A state without numbers, as that of an empty batch: nothing is to be solved, and there is no derivative but zero."""
+"""States without numbers, such as that of an empty batch: there is nothing to solve, and all derivatives are zero."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchimplicit.solvers import SolverResult
 
 
 def solved_without_numbers(task: SolveTask, params: Sequence[Tensor]) -> FlatSolution:
-    """The start as the solution, after no step, with a history that leads to ``params``, where they get zeros."""
+    """The start as the solution after zero steps, with a graph that gives ``params`` gradients of zero."""
     z0 = task.start.take()
     count = torch.full(z0.shape[:1], int(Status.CONVERGED), dtype=torch.int64, device=z0.device)
     figures = Report(count, torch.zeros_like(count), z0.detach().new_zeros(z0.shape[:1]), 0.0)

@@ -1,4 +1,4 @@
-"""Gradients from a nudged equilibrium."""
+"""Equilibrium propagation."""
 
 from __future__ import annotations
 
@@ -36,28 +36,34 @@ class EquilibriumPropagation(FirstOrderRule):
     The energy is tilted by the incoming cotangent, :math:`T = E + \\beta\\langle u, p\\rangle`, and minimized again
     from the solution :math:`p^0`. The estimate is
     :math:`[\\partial_\\theta E(p^\\beta) - \\partial_\\theta E(p^0)]/\\beta`, whose error is
-    :math:`O(\\beta)`, or the symmetric difference over :math:`\\pm\\beta`, whose error is :math:`O(\\beta^2)`. Since it
-    needs the cotangent alone, any loss may follow. Where :math:`p^0` is not stationary, as under
-    :func:`~torchimplicit.regularizers.fixed_point_correction`, the energy is tilted by
-    :math:`-\\langle P\\nabla E(p^0), p\\rangle`, held fixed, so that it is. Reverse mode, first order.
+    :math:`O(\\beta)`, or the symmetric difference over :math:`\\pm\\beta`, whose error is :math:`O(\\beta^2)`. It needs
+    only the cotangent, so any loss may follow. Where :math:`p^0` is not stationary, as under
+    :func:`~torchimplicit.regularizers.fixed_point_correction`, the fixed tilt
+    :math:`-\\langle P\\nabla E(p^0), p\\rangle` is added to the energy, which makes it stationary. Reverse mode, first
+    order.
 
     Args:
         nudge: :math:`\\beta`, relative to the size of the cotangent: the tilt is ``nudge`` times :math:`u` scaled to
             unit norm per sample, so that the displacement does not depend on the scale of the loss. It must stay below
-            the least eigenvalue of the (projected) Hessian times the distance over which the energy is quadratic.
-            ``None``: chosen so, sample by sample, from that eigenvalue (which takes up to ``subspace`` products, a few
-            where the solver has a preconditioner): the displacement is at most ``reach`` times the size of the
-            solution.
-        reach: what ``nudge=None`` asks for.
-        curved: whether the nudge has the curvature of a quadratic loss,
-            :math:`T = E + \\beta(\\langle u, p\\rangle + \\tfrac12\\lVert p-p^0\\rVert^2)`, as the nudge by the whole
-            of :math:`\\tfrac12\\lVert p-p_{gs}\\rVert^2` has. One-sided, that is
-            :class:`~torchimplicit.gradients.DampedImplicit` to first order in the displacement, the damping being the
-            nudge over the cotangent's norm: it holds where the Hessian is nearly singular, or not definite.
-        symmetric: whether to take the symmetric difference (two minimizations in place of one).
+            the smallest eigenvalue of the (projected) Hessian times the distance over which the energy is quadratic.
+            ``None``: chosen per sample from that eigenvalue, so that the displacement is at most ``reach`` times the
+            size of the solution; this takes up to ``subspace`` products, a few where the solver has a preconditioner.
+        symmetric: whether to take the symmetric difference (two minimizations instead of one).
         solver: for the nudged minimizations; ``None``: the solver of the forward pass. Its tolerance must be far below
-            the nudge: it is set to ``1e-6 * nudge`` (``1e-3 * nudge`` in single precision; absolute, on the gradient's
-            norm) where its ``atol`` is not smaller.
+            the nudge: its ``atol`` is lowered to ``1e-6 * nudge`` (``1e-3 * nudge`` in single precision), on the norm
+                of
+            the gradient.
+        curved: whether the nudge has the curvature of a quadratic loss,
+            :math:`T = E + \\beta(\\langle u, p\\rangle + \\tfrac12\\lVert p-p^0\\rVert^2)`, as a nudge by
+            :math:`\\tfrac12\\lVert p-p_{gs}\\rVert^2` has. One-sided, that is
+            :class:`~torchimplicit.gradients.DampedImplicit` to first order in the displacement, with the nudge divided
+            by the cotangent's norm as damping: it works where the Hessian is nearly singular, or indefinite.
+        reach: the relative displacement for ``nudge=None``.
+        subspace: the most products for ``nudge=None``.
+
+    Raises:
+        ValueError: a number is out of range; or, at the solve, the problem is not a :class:`Minimum`, or the solver
+            cannot minimize a tilted energy.
     """
 
     nudge: float | None = 1e-3
@@ -76,8 +82,8 @@ class EquilibriumPropagation(FirstOrderRule):
     def supports(self, system: System, solver: Solver) -> None:
         if isinstance(self.solver or solver, (LevenbergMarquardt, Given)):
             raise ValueError(
-                "EquilibriumPropagation minimizes a nudged energy, which is no sum of squares, and does take steps: "
-                "give it a solver of minima, EquilibriumPropagation(solver=LBFGS()), or use Implicit()"
+                "EquilibriumPropagation minimizes a nudged energy, which is not a sum of squares, and takes steps: "
+                "give it a solver for minima, EquilibriumPropagation(solver=LBFGS()), or use Implicit()"
             )
         if not isinstance(system, MinimumSystem):
             raise ValueError(
@@ -86,7 +92,8 @@ class EquilibriumPropagation(FirstOrderRule):
             )
 
     def tape(self, task: SolveTask, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization:
-        """The energies of the forward pass alone, without a graph: the nudged energy is evaluated elsewhere."""
+        """The energies of the forward pass without a graph, to check the function against: the nudged energies are
+        evaluated elsewhere."""
         tape = Linearization(task.system.fn, z, params)
         tape.out = tape.out.detach()
         return tape
@@ -106,7 +113,7 @@ class EquilibriumPropagation(FirstOrderRule):
         # the curvature of the nudge, per unit of it: for the cotangent's own length in place of the unit length
         curved = 1 / torch.where(length > 0, length, 1) if self.curved else None
         with torch.no_grad():
-            # makes z stationary where it is not quite, or not at all (an iterate on the way)
+            # its residual is the tilt that makes z stationary, if it is not (quite): an iterate on the way
             now = system.at(z, params)
         if task.linear.tape is not None and now.energy is not None:
             check_unmoved(task.linear.tape.out, now.energy)
@@ -144,7 +151,7 @@ class EquilibriumPropagation(FirstOrderRule):
         return [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, grads, strict=True)]
 
     def _nudges(self, system: MinimumSystem, z: Tensor, params: Sequence[Tensor], solver: Solver) -> Tensor:
-        """Of each sample, ``[batch, 1]``."""
+        """The nudge of each sample, ``[batch, 1]``."""
         if self.nudge is not None:
             return torch.full_like(z[:, :1], self.nudge)
         preconditioner = as_preconditioner(solver.preconditioner) if isinstance(solver, LBFGS) else None
@@ -162,22 +169,23 @@ class EquilibriumPropagation(FirstOrderRule):
             )
         # the nudged minimum is about beta / stiffness away along the weakest direction
         stiffness = torch.maximum(least.abs(), torch.finfo(least.dtype).eps ** 0.5 * largest.abs())
-        stiffness = torch.where(stiffness.isfinite() & (stiffness > 0), stiffness, 1)  # nothing to choose by
+        stiffness = torch.where(stiffness.isfinite() & (stiffness > 0), stiffness, 1)  # a Hessian of zeros
         size = torch.linalg.vector_norm(z, dim=1)
         return (self.reach * stiffness.to(z.dtype) * torch.where(size > 0, size, 1))[:, None]
 
     def _tightened(self, solver: Solver, nudge: Tensor) -> Solver:
+        """``solver`` with a tolerance far below the nudge."""
         if solver.steps is not None:
             return replace(solver, keep_trajectory=False)
-        # single precision gives no more
+        # in single precision a smaller gradient is lost in rounding
         atol = float(nudge.min()) * (1e-6 if nudge.dtype == torch.float64 else 1e-3)
         asked = atol if solver.atol is None else least(solver.atol)
         return replace(solver, rtol=0.0, atol=min(atol, asked or atol), keep_trajectory=False)
 
 
 def _tilted(system: MinimumSystem, slope: Tensor, spring: tuple[Tensor, Tensor] | None) -> MinimumSystem:
-    """``system`` with the energy tilted by ``slope`` (``[batch, dim]``) and tied by a spring, its stiffness
-    ``[batch, 1]``, to a point ``[batch, dim]``."""
+    """``system`` with ``<slope, z>`` added to the energy (``slope``: ``[batch, dim]``), and a spring of the stiffness
+    ``[batch, 1]`` to a point ``[batch, dim]``, if there is one."""
     energy: Callable[..., Tensor] = system.fn
 
     def tilted(z: Tensor, *params: Tensor) -> Tensor:
@@ -191,7 +199,7 @@ def _tilted(system: MinimumSystem, slope: Tensor, spring: tuple[Tensor, Tensor] 
 
 
 def _joined(reports: list[Report]) -> Report:
-    """The worse of two solves, sample for sample."""
+    """The figures of several solves together: per sample the worst status and residual, and the sum of steps."""
     first = reports[0]
     for other in reports[1:]:
         worse = torch.maximum(first.status, other.status)

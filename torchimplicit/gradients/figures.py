@@ -1,4 +1,4 @@
-"""What a backward pass tells of itself, and what it warns of."""
+"""The figures and warnings of a backward pass."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torchimplicit.precision import default_rtol
 from torchimplicit.solution import AdjointRecord, Report, Status
 
 NEARLY_SINGULAR = 0.1
-"""The relative error of a derivative, by the condition number and the default tolerance, that is warned of."""
+"""A warning is given where the condition number times the default tolerance, an estimate of the relative error of the
+derivative, exceeds this."""
 
 
 def report(record: AdjointRecord, figures: Report) -> None:
-    """Leave the figures of a backward solve where the user finds them, and warn if it fell short."""
+    """Store the figures of a backward solve for ``solution.adjoint``, and warn if it fell short."""
     record.report = figures
     ill = nearly_singular(figures)
     short = figures.fell_short
@@ -38,51 +39,51 @@ def report(record: AdjointRecord, figures: Report) -> None:
             return
     saddles = int((figures.status == Status.SADDLE).sum())
     if saddles:
-        told = "" if figures.curvature is None else f" of at most {float(figures.curvature.nan_to_num(0.0).min()):.2g}"
+        size = "" if figures.curvature is None else f" of at most {float(figures.curvature.nan_to_num(0.0).min()):.2g}"
         notice(
             "the adjoint system is that of a saddle",
             f"{saddles} of {figures.status.numel()} samples are not at a minimum: the Hessian has a negative "
-            f"eigenvalue{told} there (torchimplicit.diagnostics.curvature tells it), and the exact derivative is that "
-            "of a saddle. DampedImplicit() differentiates as if the energy were just convex enough; or minimize "
-            "further, or regularize the energy",
+            f"eigenvalue{size} there (torchimplicit.diagnostics.curvature computes it), and the exact derivative is "
+            "that of a saddle. Take DampedImplicit(), which differentiates as if the energy were just convex enough, "
+            "or minimize further, or regularize the energy",
             ConvergenceWarning,
         )
     else:
         notice(
             "the adjoint solve did not converge",
-            f"the adjoint solve did not converge: {figures.summary()}. The gradient is that inexact; "
+            f"the adjoint solve did not converge: {figures.summary()}. The gradient has an error of that size; "
             + _advice(figures.status),
             ConvergenceWarning,
         )
 
 
 def _advice(status: Tensor) -> str:
-    """What to do about an adjoint solve that fell short, by why it did."""
+    """The advice for an adjoint solve that fell short, by its statuses."""
     advice = {
         Status.MAX_STEPS: "give Implicit(linear_solver=...) more max_steps, a preconditioner, or another method",
-        Status.BREAKDOWN: "the method could not go on, and more steps would not help it: the system may be singular, "
-        "or rounding hides what is left; give Implicit(linear_solver=...) another method (Dense() where the matrix "
-        "fits into memory, LSMR() for a singular system), or a preconditioner",
+        Status.BREAKDOWN: "the method could not go on, and more steps would not help: the system may be singular, or "
+        "rounding hides what is left; give Implicit(linear_solver=...) another method (Dense() where the matrix fits "
+        "into memory, LSMR() for a singular system), or a preconditioner",
         Status.NONFINITE: "the incoming gradient or the map's derivative holds NaN or infinity in those samples, and "
         "so does what comes out of them",
     }
-    return "; ".join(said for reason, said in advice.items() if bool((status == reason).any()))
+    return "; ".join(text for reason, text in advice.items() if bool((status == reason).any()))
 
 
 def nearly_singular(figures: Report) -> Tensor:
-    """bool ``[batch]``: where the condition number blows the default tolerance up to the size of the derivative."""
+    """bool ``[batch]``: where the condition number may amplify the default tolerance to a large error."""
     if figures.condition is None:
         return torch.zeros_like(figures.converged)
     return figures.condition > NEARLY_SINGULAR / default_rtol(figures.condition.dtype)
 
 
 def truncated(like: Tensor, steps: int, products: float) -> Report:
-    """The report of a backward pass that takes a given number of steps, whatever is left of the residual.
+    """The report of a backward pass that takes a prescribed number of steps, regardless of the residual.
 
     Args:
         like: ``[batch, dim]``, for its batch, dtype and device.
-        steps: that every sample takes.
-        products: with the Jacobian.
+        steps: the steps of every sample.
+        products: the products with the Jacobian.
     """
     count = torch.full(like.shape[:1], steps, dtype=torch.int64, device=like.device)
     unknown = torch.full(like.shape[:1], torch.nan, dtype=like.dtype, device=like.device)
@@ -90,9 +91,10 @@ def truncated(like: Tensor, steps: int, products: float) -> Report:
 
 
 def reported(z: Tensor, record: AdjointRecord, report: Report) -> Tensor:
-    """``z``, whose backward pass leaves ``report``: for estimators that autograd differentiates itself.
+    """``z`` with a hook, by which its backward pass stores ``report`` in the record: for estimators that autograd
+    differentiates itself.
 
-    Under a ``torch.func`` transform nothing is left, for its tensors take no hooks.
+    Under a ``torch.func`` transform nothing is stored, since its tensors take no hooks.
     """
     if z.requires_grad and not is_transformed(z):
 

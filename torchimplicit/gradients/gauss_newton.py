@@ -1,4 +1,4 @@
-"""Implicit differentiation of least squares without second derivatives in the inverse."""
+"""The Gauss-Newton adjoint of least-squares problems."""
 
 from __future__ import annotations
 
@@ -20,21 +20,26 @@ from torchimplicit.solvers import Solver
 from torchimplicit.validation import check_type
 
 SMALL = 256
-"""Up to so many unknowns and residuals, the Jacobian is assembled where no linear solver is named."""
+"""The Jacobian is assembled up to this many unknowns and residuals, where no linear solver is named."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class GaussNewton(LinearEstimate):
-    """The Gauss-Newton adjoint of :class:`LeastSquares`: :math:`(J^TJ)g=u` in the place of the Hessian.
+    """The Gauss-Newton adjoint of :class:`LeastSquares`: solves :math:`(J^TJ)g=u`, with :math:`J^TJ` in place of the
+    Hessian.
 
-    Exact where the residuals vanish at the solution, or the map is linear in the state; elsewhere the relative error is
-    about that of :math:`J^TJ` as a Hessian. It is positive semidefinite wherever it is taken, and of a singular one the
-    pseudo-inverse is meant. Reverse and forward mode, first order.
+    Exact where the residuals vanish at the solution, or are linear in the state; elsewhere its relative error is about
+    that of :math:`J^TJ` as a Hessian. :math:`J^TJ` is positive semidefinite everywhere; where it is singular, its
+    pseudo-inverse is taken. Reverse and forward mode, first order.
 
     Args:
-        linear_solver: for :math:`J` and :math:`J^T`, as :func:`linear_solve` has it; ``None``: :class:`Dense` where
-            it is small, else :class:`LSMR`.
+        linear_solver: for :math:`J` and :math:`J^T`, see :func:`linear_solve`; ``None``: :class:`Dense` where they are
+            small, else :class:`LSMR`.
+
+    Raises:
+        TypeError: ``linear_solver`` is not a linear solver.
+        ValueError: at the solve, if the problem is not a :class:`LeastSquares`.
     """
 
     linear_solver: LinearSolver | None = None
@@ -67,7 +72,7 @@ class GaussNewton(LinearEstimate):
             device=b.device,
             coupling=system.coupling,
         )
-        # (J^T J)^+ b = J^+ J^{T+} b: two solves of the condition of J, in place of one of its square
+        # (J^T J)^+ b = J^+ J^{T+} b: two solves with the condition of J instead of one with its square
         half = pseudo_solve(solver, operator.flipped(), b)
         solution = pseudo_solve(solver, operator, half.value)
         figures = replace(solution.report, evaluations=half.report.evaluations + solution.report.evaluations)

@@ -26,13 +26,16 @@ from torchimplicit.validation import check_type
 class Implicit(DerivativeRule):
     """The exact derivative at the solution, to any order and in every mode (reverse, forward, ``torch.func``).
 
-    Backward solves :math:`A^T g = u` and returns :math:`-R_\\theta^T g`; for a fixed point that is
-    :math:`g = (I - J^T)^{-1} u`, :math:`\\bar\\theta = f_\\theta^T g`. The error of the derivative is that of the two
-    solves: of the solution itself, and of the adjoint, whose figures are in ``solution.adjoint``.
+    The backward pass solves :math:`A^T g = u` and returns :math:`-R_\\theta^T g`; for a fixed point that is
+    :math:`g = (I - J^T)^{-1} u`, :math:`\\bar\\theta = f_\\theta^T g`. The error of the derivative comes from two
+    solves: that of the solution, and that of the adjoint, whose figures are in ``solution.adjoint``.
 
     Args:
-        linear_solver: for the adjoint system; ``None``: the dense system where it is small, else
-            :class:`~torchimplicit.linear.KrylovOrDense`, with GMRES, or MINRES for a minimum.
+        linear_solver: for the adjoint system; ``None``: :class:`~torchimplicit.linear.Dense` where it is small, else
+            :class:`~torchimplicit.linear.KrylovOrDense`, with GMRES, or with MINRES for a minimum.
+
+    Raises:
+        TypeError: ``linear_solver`` is not a linear solver.
     """
 
     linear_solver: LinearSolver | None = None
@@ -46,7 +49,7 @@ class Implicit(DerivativeRule):
     def tape(
         self, task: SolveTask, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> Linearization | None:
-        """Of the residual; none where the backward pass is compiled."""
+        """The tape of the residual; none where the backward pass is compiled."""
         if task.linear.capture is not None and task.linear.capture.pulls:
             return None
         tape = task.recorded(z, params, needs_grad)
@@ -54,7 +57,7 @@ class Implicit(DerivativeRule):
         return tape
 
     def apply(self, task: SolveTask, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
-        """:math:`A^{-T}b` or :math:`A^{-1}b` at the tape's point, on plain tensors."""
+        """:math:`A^{-1}b`, or :math:`A^{-T}b` if ``transposed``, at the tape's point; on plain tensors."""
         solver = task.linear.adjoint_solver(self.linear_solver, tape.z)
         solution = task.system.solve_linear(tape, transposed, b, solver)
         report(task.linear.record, solution.report)
@@ -63,7 +66,7 @@ class Implicit(DerivativeRule):
     def adjoint(
         self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> Grads:
-        """Differentiable itself."""
+        """See :meth:`DerivativeRule.adjoint`; differentiable."""
         solver = task.linear.adjoint_solver(self.linear_solver, z)
         if not torch.is_grad_enabled() and not any(is_transformed(t) for t in (u, z, *params)):
             coupling = task.system.coupling
@@ -72,7 +75,7 @@ class Implicit(DerivativeRule):
                 if compiled is not None:
                     report(task.linear.record, compiled.report)
                     return compiled.grads
-            # the tape of the solve serves the pullback as well
+            # nobody differentiates the result: solve and pull back over one tape, without further nodes
             tape, solution = task.linear.solve(solver, True, u, z, params, needs_grad)
             report(task.linear.record, solution.report)
             grads = task.system.vjp_params(tape, solution.value)
@@ -81,7 +84,7 @@ class Implicit(DerivativeRule):
         return vjp_params(task.linear, -g, z, params, needs_grad)
 
     def tangent(self, task: SolveTask, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
-        """Differentiable itself."""
+        """See :meth:`DerivativeRule.tangent`; differentiable."""
         moved = jvp(lambda *params: task.system.residual(z, *params), params, dparams)
         if moved is None:
             return torch.zeros_like(z)

@@ -1,4 +1,4 @@
-"""Estimators for an optimized input: the envelope theorem, and the input held fixed."""
+"""Estimators for joint inference: the envelope theorem, and the first-order shortcut with a fixed input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torchimplicit.validation import check_positive, check_type
 
 
 class JointEstimate(FirstOrderRule):
-    """An estimator of the parameters' gradient through :class:`JointInference`. Reverse mode, first order."""
+    """Base class of the estimators for :class:`JointInference`. Reverse mode, first order."""
 
     def supports(self, system: System, solver: Solver) -> None:
         if not isinstance(system, JointSystem):
@@ -34,16 +34,19 @@ class JointEstimate(FirstOrderRule):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Envelope(JointEstimate):
-    """The envelope theorem for :class:`JointInference`: exact, and at no linear solve, where the outer loss is the
-    inner one.
+    """The envelope theorem for :class:`JointInference`: exact without a linear solve where the outer loss is the inner
+    one.
 
-    At the optimum the loss does not change with the input to first order, so that
+    At the optimum the loss does not change with the input to first order, so
     :math:`d\\ell/d\\theta = \\ell_\\theta + \\mu^T f_\\theta` with the adjoint :math:`\\mu` that the solve has found
-    (Gurumurthy et al. 2021, section 3.3). The outer loss may weigh the samples, :math:`\\sum_i c_i\\ell_i` (a mean, a
-    sum); the weights are read off the cotangent. With any other outer loss the backward pass raises ``ValueError``.
+    (Gurumurthy et al. 2021, section 3.3). The outer loss may weight the samples, :math:`\\sum_i c_i\\ell_i` (a mean, a
+    sum); the weights are inferred from the cotangent. Reverse mode, first order.
 
     Args:
-        tolerance: how far the cotangent may be, relatively, from a multiple of the inner loss's derivative.
+        tolerance: the largest relative distance of the cotangent from a multiple of the inner loss's derivative.
+
+    Raises:
+        ValueError: a number is out of range; or, in the backward pass, the outer loss is another one.
     """
 
     tolerance: float = 1e-3
@@ -52,7 +55,7 @@ class Envelope(JointEstimate):
         check_positive(self, "tolerance")
 
     def tape(self, task: SolveTask, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization:
-        """Of the map and the loss, side by side."""
+        """The tape of the map and the loss side by side."""
         return Linearization(task.system.fn, z, params, needs_grad)
 
     def cotangents(
@@ -63,7 +66,7 @@ class Envelope(JointEstimate):
         _, mu, _ = system.parts.split(z)
         tape = self.tape(task, z, params, needs_grad) if task.linear.tape is None else task.linear.tape
         one = torch.ones_like(mu[:, :1])
-        # the outer loss weighs the samples' inner losses, if it is made of them: by the cotangent's part along each
+        # if the outer loss is a weighted sum of the inner ones, each weight is the cotangent's component along one
         inner = tape.vjp(torch.cat((torch.zeros_like(mu), one), dim=1))
         size = (inner * inner).sum(dim=1, keepdim=True)
         weight = (inner * u).sum(dim=1, keepdim=True) / torch.where(size > 0, size, 1)
@@ -71,14 +74,13 @@ class Envelope(JointEstimate):
         length, misfit = (safe_norm(v.where(finite, 0).flatten()) for v in (u, u - weight * inner))
         if bool(misfit > self.tolerance * length):
             raise ValueError(
-                "Envelope is exact only where the outer loss is the inner one, a weight for each sample apart, and "
-                f"this outer loss's derivative in the solution is {float(misfit / length):.2g} "
-                "(relative) away from that. Use Implicit() (exact for every outer loss), or FixedInput() (the "
-                "first-order shortcut)"
+                "Envelope is exact only where the outer loss is the inner one, up to a weight for each sample, but "
+                f"this outer loss's derivative in the solution differs from that by {float(misfit / length):.2g} "
+                "(relative). Use Implicit() (exact for every outer loss), or FixedInput() (the first-order shortcut)"
             )
         task.linear.record.report = truncated(z, 0, 0.0)
         if system.moving(needs_grad):
-            # the value's derivative in a bound is its slope along the input there
+            # the derivative of the optimal value in a bound is the loss's slope along the input there
             slope = tape.vjp(torch.cat((mu, one), dim=1))
             g = torch.cat((weight * mu, torch.zeros_like(mu), weight * system.parts.split(slope)[2]), dim=1)
             whole = system.linearize(z, params, needs_grad)
@@ -91,15 +93,19 @@ class Envelope(JointEstimate):
 @final
 @dataclass(frozen=True, kw_only=True)
 class FixedInput(JointEstimate):
-    """The first-order shortcut for :class:`JointInference`: the input is taken as a constant.
+    """The first-order shortcut for :class:`JointInference`: the optimized input counts as a constant.
 
-    The parameters' gradient is that of :math:`z^*(x, \\theta)` at the optimized :math:`x`, one adjoint solve of the map
-    ``f`` alone. Exact where the outer loss is the inner one (where :class:`Envelope` is cheaper); with another one it
-    leaves out how the input would move, as the code published with Gurumurthy et al. 2021 does, and may point
-    uphill. The exact gradient is that of :class:`Implicit`.
+    The gradient is that of :math:`z^*(x, \\theta)` at the optimized :math:`x`, by one adjoint solve of the map ``f``
+    alone. It is exact where the outer loss is the inner one (where :class:`Envelope` is cheaper). With another loss it
+    neglects how the input would move, as the code published with Gurumurthy et al. (2021) does, and may not even be a
+    descent direction; take :class:`Implicit` for the exact gradient. Reverse mode, first order.
 
     Args:
         linear_solver: for the adjoint system of ``f``; ``None``: GMRES.
+
+    Raises:
+        TypeError: ``linear_solver`` is not a linear solver.
+        UnsupportedDerivativeError: in the backward pass, if the outer loss depends on the adjoint ``mu``.
     """
 
     linear_solver: LinearSolver | None = None
@@ -108,7 +114,7 @@ class FixedInput(JointEstimate):
         check_type(self, "linear_solver", LinearSolver, optional=True)
 
     def tape(self, task: SolveTask, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Linearization:
-        """Of the map at the given input."""
+        """The tape of the map at the fixed input."""
         assert isinstance(task.system, JointSystem)
         state, _, x = task.system.parts.split(z)
         return self._alone(task.system, x.detach()).linearize(state.contiguous(), params, needs_grad)
@@ -136,6 +142,8 @@ class FixedInput(JointEstimate):
         return alone.vjp_params(tape, solution.value)
 
     def _alone(self, system: JointSystem, x: Tensor) -> FixedPointSystem:
+        """The fixed-point problem of ``f`` at the fixed input ``x``."""
+
         def inference(state: Tensor, *params: Tensor) -> Tensor:
             return system.fn((state, x), *params)[0]
 

@@ -1,4 +1,4 @@
-"""Estimators that put another linear map in the place of the adjoint's inverse."""
+"""Estimators that replace the inverse of the adjoint system by another linear map."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from torchimplicit.saved import past_hooks
 
 
 class LinearEstimate(FirstOrderRule):
-    """:math:`\\bar\\theta = -R_\\theta^T M^T u`, :math:`\\dot z = -M R_\\theta\\dot\\theta`, for some
-    :math:`M\\approx A^{-1}`.
+    """Base class of the estimators :math:`\\bar\\theta = -R_\\theta^T M^T u`, :math:`\\dot z = -M
+    R_\\theta\\dot\\theta` with some :math:`M\\approx A^{-1}`.
 
     Reverse and forward mode, first order; a derivative of the estimate raises.
     """
 
     @abstractmethod
     def apply(self, task: SolveTask, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
-        """:math:`M^T b` or :math:`M b`, on plain tensors."""
+        """:math:`M b`, or :math:`M^T b` if ``transposed``, at the tape's point; on plain tensors."""
 
     def tape(
         self, task: SolveTask, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> Linearization | None:
-        """Of the residual; none where the backward pass is compiled."""
+        """The tape of the residual; none where the backward pass is compiled."""
         if task.linear.capture is not None and task.linear.capture.pulls:
             return None
         return task.recorded(z, params, needs_grad)

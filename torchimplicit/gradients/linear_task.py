@@ -1,4 +1,4 @@
-"""The linear systems of a solution: where they are linearized, and what solves them."""
+"""The linear systems at a solution: where they are linearized, and how they are solved."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class LinearTask:
     """The linear systems with the Jacobian at one solution, as the estimators and the autograd nodes see them.
 
     Attributes:
-        system: whose Jacobian it is.
+        system: the system whose Jacobian it is.
         record: where a backward solve leaves its report.
-        precision: in which autocast evaluates the system; ``None`` where it is off.
-        results: what the solvers have given, the latest last (the nodes run them out of the caller's sight).
-        shared: the point whose linear solves share their work; ``None``: each does its own.
-        tape: the solution's, where it was recorded in the forward pass; ``None``: the function is evaluated again.
-        value: what was recorded there, where that cannot be used, for the function to be checked against it.
-        smoothness: told where a second derivative is asked for.
-        capture: the compiled form of the solve, where it has one.
+        precision: the dtype in which autocast evaluates the system; ``None`` where it is off.
+        results: the results of the solvers, the latest last. A list, since an autograd node cannot return them.
+        shared: a point whose linear solves share their work; ``None``: each does its own.
+        tape: that of the solution, if it was recorded in the forward pass; ``None``: the function is evaluated again.
+        value: the value that was recorded there if the tape cannot be used, to check a second evaluation against.
+        smoothness: warns where a second derivative is asked for that the function does not have.
+        capture: the compiled form of the solve, where there is one.
     """
 
     system: System
@@ -47,21 +47,21 @@ class LinearTask:
     capture: Capture | None = None
 
     def adjoint_solver(self, chosen: LinearSolver | None, z: Tensor) -> LinearSolver:
-        """``chosen``, or what suits the system at ``z``."""
+        """``chosen``, or the system's default for the size of ``z``, at the precision of the evaluations."""
         return at_precision(chosen or self.system.default_linear_solver(z.shape[1], z.shape[0]), self.precision)
 
     def vmapped(self, size: int, dims: Sequence[int | None]) -> LinearTask:
-        """Those of ``size`` copies, see :meth:`System.vmapped`."""
+        """The linear systems of ``size`` copies, see :meth:`System.vmapped`."""
         value = None if self.tape is None else self.tape.out.detach().repeat(size, *(1,) * (self.tape.out.ndim - 1))
         system = self.system.vmapped(size, dims)
         return replace(self, system=system, shared=None, tape=None, value=value, capture=None)
 
     def linearize(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool] | None = None) -> Linearization:
-        """The tape at the solution: that of the forward pass, where it was recorded there."""
+        """The tape at the solution: that of the forward pass if there is one, else a new one."""
         if self.tape is not None:
             return self.tape
         tape = self.system.linearize(z, params, needs_grad)
-        # a function that has changed since the forward pass would be differentiated as another one
+        # a function that has changed since the forward pass must not be differentiated in place of the old one
         if self.value is not None:
             check_unmoved(self.value, tape.out)
         elif self.capture is not None and self.results and z.shape[1]:
@@ -69,7 +69,8 @@ class LinearTask:
         return tape
 
     def _check_residual(self, now: Tensor) -> None:
-        """Raise where the residual at the solution is not that of the forward pass, which recorded nothing."""
+        """Raise where the residual at the solution is not that of the forward pass: for compiled solves, which record
+        no value to compare with."""
         outcome = self.results[-1]
         norm, parts = outcome.norm, outcome.parts
         if norm is None or parts is None or norm.shape != now.shape:
@@ -88,7 +89,8 @@ class LinearTask:
         params: Sequence[Tensor],
         needs_grad: Sequence[bool] | None = None,
     ) -> tuple[Linearization, LinearSolution]:
-        """Solve :math:`A y = b` or :math:`A^T y = b` at ``z``, on plain tensors; also the tape, for the pullback."""
+        """Solve :math:`A y = b` or :math:`A^T y = b` at ``z``, on plain tensors. Returns the tape, too, for the
+        pullback."""
         tape = None if self.shared is None else self.shared.tape(z, params, needs_grad)
         with past_hooks():
             if self.shared is not None and tape is not None:

@@ -20,12 +20,17 @@ from torchimplicit.validation import check_count, check_fraction
 @final
 @dataclass(frozen=True, kw_only=True)
 class NeumannPhantom(LinearEstimate):
-    """NPG (Geng et al. 2021, eq. 17): :math:`\\lambda\\sum_{i<k} B^i` in place of :math:`(I-J)^{-1}`, with
-    :math:`B = \\lambda J + (1-\\lambda) I` at the solution. Memory does not grow with ``steps``.
+    """The Neumann-series phantom gradient (NPG; Geng et al. 2021, eq. 17): :math:`\\lambda\\sum_{i<k} B^i` in place of
+    :math:`(I-J)^{-1}`, with :math:`B = \\lambda J + (1-\\lambda) I` at the solution.
+
+    Memory does not grow with ``steps``. Reverse and forward mode, first order.
 
     Args:
-        steps: k, the terms of the series.
+        steps: k, the number of terms.
         damping: :math:`\\lambda` in (0, 1].
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     steps: int = 5
@@ -42,5 +47,5 @@ class NeumannPhantom(LinearEstimate):
         series = Neumann(damping=self.damping, max_steps=self.steps, rtol=0.0)
         solution = task.system.solve_linear(tape, transposed, b, series)
         status = solution.report.status
-        status = status.masked_fill(status == Status.MAX_STEPS, int(Status.STEPS_TAKEN))
+        status = status.masked_fill(status == Status.MAX_STEPS, int(Status.STEPS_TAKEN))  # as many as were asked for
         return replace(solution, report=replace(solution.report, status=status))

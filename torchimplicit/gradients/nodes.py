@@ -1,15 +1,15 @@
 """The autograd nodes. Two of them, each closed under differentiation, give every order and every mode.
 
 ``Solve`` is the solution as a function of the parameters; ``LinearSolve`` is the solution of a linear system with the
-Jacobian there. The derivatives of each are made of evaluations of the system, of its products, and of the two nodes
-again. What is saved is the solution as an *output* of its node, so that a derivative of a derivative runs back through
-the solution as well: re-attaching by a call of the map at a detached solution would lose those terms.
+Jacobian there. The derivatives of each consist of evaluations of the system, of products with its Jacobian, and of the
+two nodes again. The solution is saved as an *output* of its node, so that a second derivative runs back through the
+solution as well: re-attaching by a call of the map at a detached solution would lose those terms.
 
-In reverse mode the system is evaluated at the solution in the forward pass, once, and its graph kept. The products and
-the pullback of the backward pass run over that graph, and so do the derivatives of these, which ``Graft`` makes
-functions of the solution and the parameters again: whatever the function read in the forward pass is what is
-differentiated, and what has been changed in place since is autograd's own error. Under transforms, where a graph of
-the transform's own would be needed, the system is evaluated again.
+In reverse mode the system is evaluated once at the solution in the forward pass, and its graph is kept. The products
+and the pullback of the backward pass run over that graph. So do their derivatives, which ``Graft`` turns into functions
+of the solution and the parameters again. Hence the map that is differentiated is the one that was evaluated in the
+forward pass, and where one of its tensors was changed in place since, autograd raises its usual error. Under
+transforms, which would need a graph of their own, the system is evaluated again.
 """
 
 from __future__ import annotations
@@ -55,13 +55,15 @@ from torchimplicit.state import row_norm
 class DerivativeRule(Gradient):
     """An estimator that gives the solution's derivative itself, as a pullback and a tangent at the solution.
 
-    The :class:`Solve` node runs the solver out of autograd's sight and calls the rule in its place. A rule that is to
-    have derivatives of its own, of higher order, is made of composable products (:func:`vjp_params`, :func:`jvp`) and
-    of :class:`LinearSolve`; one that has none calls :func:`estimate`, so that a second derivative raises.
+    The :class:`Solve` node runs the solver hidden from autograd, and calls the rule for its derivatives. A rule with
+    derivatives of higher order consists of composable products (:func:`vjp_params`, :func:`jvp`) and of
+    :class:`LinearSolve`; one of first order calls :func:`estimate`, so that a second derivative raises.
+
+    Attributes:
+        of_start: whether the solution has a derivative with respect to the initial state as well.
     """
 
     of_start: ClassVar[bool] = False
-    """Whether the solution has a derivative in the initial state as well."""
 
     @abstractmethod
     def adjoint(
@@ -71,16 +73,16 @@ class DerivativeRule(Gradient):
 
         Args:
             task: the solve; ``task.system`` is the problem in flat coordinates.
-            u: of the solution, ``[batch, dim]``.
+            u: the cotangent of the solution, ``[batch, dim]``.
             z: the solution, ``[batch, dim]``.
-            params: what the system depends on.
-            needs_grad: for each of ``params``, whether its cotangent is asked for.
+            params: the parameters of the system.
+            needs_grad: for each of ``params``, whether its cotangent is needed.
         """
 
     def adjoint_with_start(
         self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> Grads:
-        """The cotangents of the initial state and of the parameters, of a rule that is :attr:`of_start`."""
+        """The cotangents of the initial state and of the parameters, for a rule with :attr:`of_start`."""
         raise AssertionError
 
     @abstractmethod
@@ -89,7 +91,7 @@ class DerivativeRule(Gradient):
 
         Args:
             task, z, params: as for :meth:`adjoint`.
-            dparams: the tangents of ``params``, ``None`` for those that do not move.
+            dparams: the tangents of ``params``, ``None`` for those that have none.
 
         Raises:
             UnsupportedDerivativeError: the rule has no forward mode.
@@ -98,7 +100,8 @@ class DerivativeRule(Gradient):
     def tape(
         self, task: SolveTask, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> Linearization | None:
-        """What :meth:`adjoint` needs of the problem's function, recorded in the forward pass; ``None``: nothing."""
+        """The evaluation of the problem's function that :meth:`adjoint` needs, recorded in the forward pass; ``None``
+        if it needs none."""
         return None
 
     def attach(self, task: SolveTask, params: Sequence[Tensor]) -> FlatSolution:
@@ -106,17 +109,17 @@ class DerivativeRule(Gradient):
         from_start = self.of_start and differentiable((task.start.z,))
         if not (from_start or differentiable(params)):
             return undifferentiated(task, self, params)
-        # under a transform that differentiates, the graph of plain tensors below it would hardly ever be asked for
+        # under a transform that differentiates, derivatives are taken of the transform's tensors: a graph of the plain
+        # tensors below would hardly ever be used
         task = task if all(map(is_plain, params)) else replace(task, records=False)
         return by_node(task, self, params)
 
 
 class Solve(Function):
-    """The solution of a task as a function of its parameters: ``(task, rule, z0, *params) -> FlatSolution``. The task
-    has the start, but for ``z0`` where a transform has to see it.
+    """The solution of a task as a function of its parameters: ``(task, rule, z0, *params) -> FlatSolution``.
 
-    Its pullback is the rule's :meth:`~DerivativeRule.adjoint`, its tangent the rule's
-    :meth:`~DerivativeRule.tangent`.
+    ``z0`` is ``None`` and the start taken from the task, except where a transform has to see it. The pullback is the
+    rule's :meth:`~DerivativeRule.adjoint`, the tangent its :meth:`~DerivativeRule.tangent`.
     """
 
     @staticmethod
@@ -128,12 +131,12 @@ class Solve(Function):
         ctx.task, ctx.rule, _, *params = inputs
         z, *figures = output
         ctx.mark_non_differentiable(*figures)
-        ctx.set_materialize_grads(False)  # a cotangent of zeros would be solved for like any other
+        ctx.set_materialize_grads(False)  # without a cotangent there is nothing to solve; zeros would be solved for
         ctx.kept, graph = _recorded(ctx.task, ctx.rule, z, params, ctx.needs_input_grad[3:])
         if graph:
             _compare(ctx.task, ctx.kept.joined(*graph), FlatSolution(*output), params)
-        # z is saved as an output: what is derived from it runs back through the solution, as the terms of the second
-        # derivative in z_t and z_x do (A z_tx = f_tx + f_tz z_x + f_zx z_t + f_zz[z_t, z_x])
+        # z is saved as an output, so that derivatives of the backward pass run back through the solution: these are the
+        # terms with z_t and z_x of the second derivative, A z_tx = f_tx + f_tz z_x + f_zx z_t + f_zz[z_t, z_x]
         ctx.save_for_backward(z, *params, *graph)
         ctx.save_for_forward(z, *params)
 
@@ -230,13 +233,13 @@ class LinearSolve(Function):
     def vmap(
         info: Any, in_dims: Any, linear: LinearTask, solver: Any, transposed: bool, b: Any, z: Any, *params: Any
     ) -> Any:
-        if all(dim is None for dim in in_dims[4:]):  # the copies differ in b alone: right-hand sides for one point
+        if all(dim is None for dim in in_dims[4:]):  # copies that differ in b alone are right-hand sides at one point
             b = b.movedim(in_dims[3], 0)
             y = LinearSolve.apply(linear, solver, transposed, b.reshape(-1, *b.shape[-2:]), z, *params)
             return y.reshape(b.shape), 0
         size, dims, params = fold_copies(info, in_dims[5:], params)
         shape = b.shape if in_dims[3] is None else b.movedim(in_dims[3], 0).shape[1:]
-        if len(shape) == 3:  # a block for each copy: the copies go into the batch, beside each other
+        if len(shape) == 3:  # a block for each copy: fold the copies into the batch
             b = b.expand(size, *shape) if in_dims[3] is None else b.movedim(in_dims[3], 0)
             b = b.movedim(0, 1).reshape(shape[0], -1, shape[2])
         else:
@@ -249,7 +252,7 @@ class LinearSolve(Function):
 
 
 def _vjp(linear: LinearTask, z: Tensor, params: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """:math:`v\\mapsto A^T v` at ``z``, composable, for one vector or for a block."""
+    """The map :math:`v\\mapsto A^T v` at ``z``, composable, for a vector or a block of vectors."""
     _, pull = vjp(lambda z: linear.system.residual(z, *params), z)
 
     def of_one_or_a_block(v: Tensor) -> Tensor:
@@ -261,9 +264,11 @@ def _vjp(linear: LinearTask, z: Tensor, params: Sequence[Tensor]) -> Callable[[T
 
 
 class Graft(Function):
-    """Tensors recorded on a tape as functions of what its leaves stand for: ``(kept, recorded, leaves, *actual)``.
+    """Tensors recorded on a tape, as functions of the actual tensors that its leaves stand for:
+    ``(kept, recorded, leaves, *actual)``.
 
-    Its derivatives are recorded on the same tape, at whose leaves everything is evaluated.
+    A tape is recorded at detached leaves. This node connects its tensors to the graph outside; the derivatives are
+    taken over the same tape.
     """
 
     @staticmethod
@@ -286,17 +291,18 @@ class Graft(Function):
         unpack(ctx.kept)
         if not torch.is_grad_enabled():
             return None, None, None, *recorded_gradients(recorded, ctx.leaves, vs, needs_grad, create_graph=False)
+        # the cotangents become leaves of the tape as well, so that the result can be differentiated in them
         ends = tuple(v.detach().requires_grad_() for v in vs)
         grads = recorded_gradients(recorded, ctx.leaves, ends, needs_grad, create_graph=True)
         return None, None, None, *_grafted(ctx.kept, grads, (*ctx.leaves, *ends), (*actual, *vs))
 
 
 class FirstOrder(Function):
-    """An estimate that has no derivative of its own: ``(task, compute, name, of_state, x, z, *params) -> tensors``.
+    """An estimate without a derivative: ``(task, compute, name, of_state, x, z, *params) -> tensors``.
 
-    ``compute(task, x, z, params)`` runs on plain tensors, and gives tangents of the state (``of_state``) or cotangents
-    of parameters. Differentiating what it gives raises, so that a second
-    derivative through a first-order estimator is never silently wrong.
+    ``compute(task, x, z, params)`` runs on plain tensors, and returns tangents of the state (``of_state``) or
+    cotangents of parameters. Differentiating the result raises, so that a second derivative through a first-order
+    estimator is never silently wrong.
     """
 
     @staticmethod
@@ -325,7 +331,7 @@ class FirstOrder(Function):
         size, dims, params = fold_copies(info, in_dims[6:], params)
         x, z = stack_copies(x, in_dims[4], size), stack_copies(z, in_dims[5], size)
         if not of_state:
-            # the cotangent of a parameter that the copies share is wanted for each copy on its own
+            # a cotangent of a shared parameter is needed for each copy separately
             params = tuple(
                 p if d is not None else p.expand(size, *p.shape).contiguous() for p, d in zip(params, dims, strict=True)
             )
@@ -337,7 +343,7 @@ class FirstOrder(Function):
 
 
 class _AsGiven(inspect.Signature):
-    """Of functions that are called with all of their arguments, by position."""
+    """The signature of a function that is called with all of its arguments by position: binding does nothing."""
 
     def bind(self, *args: Any, **kwargs: Any) -> Any:
         return _Bound(args, kwargs)
@@ -357,13 +363,13 @@ for _node in (Solve, LinearSolve, Graft, FirstOrder):
 
 
 class FirstOrderRule(DerivativeRule):
-    """A rule for first derivatives in reverse mode: others raise :class:`UnsupportedDerivativeError`."""
+    """A rule for first derivatives in reverse mode; all others raise :class:`UnsupportedDerivativeError`."""
 
     @abstractmethod
     def cotangents(
         self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        """What :meth:`adjoint` gives, computed on plain tensors in whatever way."""
+        """The cotangents that :meth:`adjoint` returns, computed on plain tensors, by any means."""
 
     def adjoint(
         self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
@@ -391,15 +397,15 @@ def by_node(task: SolveTask, rule: DerivativeRule, params: Sequence[Tensor]) -> 
 
 
 def undifferentiated(task: SolveTask, rule: DerivativeRule, params: Sequence[Tensor]) -> FlatSolution:
-    """The solution of a task whose parameters have no derivative to give. A start that belongs to a transform is taken
-    out of it by the node, for the solver runs on plain tensors."""
+    """The solution of a task with no derivative to take. A start that belongs to a transform still goes through the
+    node, which unwraps it, since the solver runs on plain tensors."""
     return by_node(task, rule, params) if is_transformed(task.start.z) else task.solve(params)
 
 
 def vjp_params(linear: LinearTask, g: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
     """:math:`R_\\theta^T g` for the parameters that need a gradient, ``None`` for the others; differentiable."""
     tape = linear.tape
-    if tape is not None and not torch.is_grad_enabled():  # a batch of cotangents that vmap has put together
+    if tape is not None and not torch.is_grad_enabled():  # nobody differentiates the result: plain autograd is enough
         tape.check()
         with torch.enable_grad():
             out = linear.system.on_tape(tape)
@@ -423,10 +429,14 @@ def vjp_params(linear: LinearTask, g: Tensor, z: Tensor, params: Sequence[Tensor
 def _bilinear(
     linear: LinearTask, left: Tensor, right: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
 ) -> Grads:
-    """The gradient of :math:`-l^T A r` in z and the parameters, at fixed ends; differentiable, in them too.
+    """The gradient of :math:`-l^T A r` with respect to z and the parameters, at fixed l and r; differentiable, in l and
+    r too.
 
     Args:
-        needs_grad: of ``(z, *params)``.
+        linear: with the system whose Jacobian is A.
+        left, right: l and r, ``[batch, dim]``, or blocks ``[k, batch, dim]``.
+        z, params: where.
+        needs_grad: for each of ``(z, *params)``.
     """
     tape = linear.tape
     if tape is None or left.ndim != z.ndim or is_transformed(left) or is_transformed(right):
@@ -457,7 +467,7 @@ def _bilinear(
 def _grafted(
     kept: Saved, recorded: Sequence[Tensor | None], leaves: Sequence[Tensor], actual: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Recorded tensors as functions of ``actual``, see :class:`Graft`; those without a history are constants."""
+    """Recorded tensors as functions of ``actual``, see :class:`Graft`; those without a graph are constants."""
     joined = list(recorded)
     places = [i for i, t in enumerate(joined) if t is not None and t.requires_grad]
     if places:
@@ -476,8 +486,8 @@ def _or_zeros(grads: Sequence[Tensor | None], like: Sequence[Tensor], needs_grad
 def _recorded(
     task: SolveTask, rule: DerivativeRule, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
 ) -> tuple[Linearization | None, tuple[Tensor, ...]]:
-    """The solution's tape without its graph, and what autograd is to save for it: it frees the graph as it does its
-    own."""
+    """Record the solution's tape; returns it without its graph, and the tensors that hold the graph. A node saves these
+    with ``save_for_backward``, so that autograd frees the graph when it frees its own."""
     if not task.records or not any(needs_grad) or any(is_transformed(t) for t in (z, *params)):
         return None, ()
     with kept() as saved:
@@ -494,18 +504,20 @@ def _recorded(
 
 
 def _compare(task: SolveTask, tape: Linearization, solution: FlatSolution, params: Sequence[Tensor]) -> None:
-    """What was recorded at the solution, with what the solver has seen there, where both saw the same batch."""
+    """Compare the value that was recorded at the solution with the one that the solver evaluated there: they differ if
+    the function is random."""
     look = task.randomness
     if look is None or look.known or not isinstance(task.system, FixedPointSystem) or tape.out.ndim != 2:
         return
     with torch.no_grad():
-        if bool((solution.steps == solution.steps[:1]).all()):
+        if bool((solution.steps == solution.steps[:1]).all()):  # otherwise they were evaluated in different batches
             residual = row_norm(tape.out - solution.z) / row_norm(tape.out)
             look.compare(residual, solution.residual, solution.z, params)
 
 
 def _parted(linear: LinearTask) -> tuple[LinearTask, Linearization | None, tuple[Tensor, ...]]:
-    """Without its tape, the tape without its graph, and what autograd is to save for it."""
+    """``linear`` without its tape, the tape without its graph, and the tensors that hold the graph; see
+    :func:`_recorded`."""
     if linear.tape is None:
         return linear, None, ()
     tape, out = linear.tape.parted()
@@ -513,7 +525,8 @@ def _parted(linear: LinearTask) -> tuple[LinearTask, Linearization | None, tuple
 
 
 def _restored(linear: LinearTask, tape: Linearization | None, saved: list[Tensor]) -> LinearTask:
-    """With its tape, whose graph is the last of the ``saved`` tensors and is taken from them."""
+    """``linear`` with its tape, whose graph is held by the last of the ``saved`` tensors, which is removed from
+    them."""
     if tape is None:
         return linear
     unpack(tape.saved)
@@ -529,7 +542,7 @@ def estimate(
     params: Sequence[Tensor],
     of_state: bool = False,
 ) -> Sequence[Tensor]:
-    """``compute(task, x, z, params)``, once differentiable in name only: see :class:`FirstOrder`."""
+    """``compute(task, x, z, params)`` as a tensor whose differentiation raises, see :class:`FirstOrder`."""
     if not torch.is_grad_enabled() and not any(is_transformed(t) for t in (x, z, *params)):
         return compute(task, x, z, params)
     return FirstOrder.apply(task, compute, name, of_state, x, z, *params)
@@ -543,6 +556,6 @@ def _difference(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
 
 def _first_order_only(name: str) -> str:
     return (
-        f"{name} estimates first derivatives only, and a derivative of its estimate was asked for: use Implicit() "
+        f"{name} estimates first derivatives only, but a derivative of its estimate was asked for: use Implicit() "
         "(exact to any order), or Unrolled()"
     )

@@ -1,4 +1,4 @@
-"""The one-step, or Jacobian-free, gradient."""
+"""The one-step (Jacobian-free) gradient."""
 
 from __future__ import annotations
 
@@ -29,19 +29,21 @@ from torchimplicit.solvers import FixedPointIteration, Solver, SolverResult
 @final
 @dataclass(frozen=True, kw_only=True)
 class OneStep(LinearEstimate):
-    """The inverse replaced by the identity: :math:`\\bar\\theta = f_\\theta^T u` (Fung et al. 2022, JFB; Bolte et al.
-    2023). One backward pass through ``f``; an ascent direction where the map contracts well.
+    """The one-step gradient, with the identity in place of the inverse: :math:`\\bar\\theta = f_\\theta^T u` (Fung et
+    al. 2022, JFB; Bolte et al. 2023).
 
-    After a given number of steps (``FixedPointIteration(steps=n)``) it is the derivative of the last of them, of every
-    order, and the state that this step began at is a constant, as in a loop of which only the last turn is seen by
-    autograd: no further evaluation. After other solvers, and after no step, it is taken at the value.
+    It takes one backward pass through ``f``, and is an ascent direction where the map contracts strongly enough. After
+    a prescribed number of steps (``FixedPointIteration(steps=n)``) it is the derivative of the last step, to every
+    order, where the state before that step is a constant: as in a loop of which autograd records only the last turn,
+        and
+    without a further evaluation. After other solvers, and after zero steps, it is taken at the value.
     """
 
     def recorded(self, solver: Solver) -> int | None:
         return 1 if isinstance(solver, FixedPointIteration) and solver.steps else None
 
     def attach(self, task: SolveTask, params: Sequence[Tensor]) -> FlatSolution:
-        if task.direct and task.solver.steps == 0:  # the start of steps that autograd has seen the last of
+        if task.direct and task.solver.steps == 0:  # no step has been recorded: the derivative of one at the start
             solution = task.solve(params)
             z = _Moved.apply(solution.z, -task.system.residual(solution.z, *params))
             return solution._replace(z=reported(z, task.linear.record, truncated(solution.z, 0, 0.0)))
@@ -65,7 +67,7 @@ class OneStep(LinearEstimate):
 
     @staticmethod
     def _compiled(task: SolveTask, params: Sequence[Tensor]) -> FlatSolution:
-        """Of compiled code, which has the steps before the last one, and that one."""
+        """Solve by compiled code, in two parts: the steps before the last one, and the last one."""
         solver, capture = task.solver, task.linear.capture
         assert isinstance(solver, FixedPointIteration)
         assert solver.steps
@@ -88,7 +90,7 @@ class OneStep(LinearEstimate):
 
     @staticmethod
     def _after_a_node(task: SolveTask, params: Sequence[Tensor]) -> FlatSolution:
-        """Likewise, where a transform would see the steps before the last one too, but for a node around them."""
+        """Solve under a transform: the steps before the last one are hidden from it inside a node."""
         solver = task.solver
         assert isinstance(solver, FixedPointIteration)
         assert solver.steps
@@ -109,7 +111,7 @@ class OneStep(LinearEstimate):
 
 
 class _Moved(Function):
-    """``z``, which moves as ``image`` does: ``(z, image)``."""
+    """``(z, image) -> z`` with the derivative of ``image``."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, image: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One point of a system, with what all the linear solves there can share."""
+"""A point of a system with the work that all linear solves there share."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from torchimplicit.problems.linearization import Linearization
 
 
 class SharedPoint:
-    """A solution whose tape, and whatever the linear solver makes of the Jacobian there, serve many solves.
+    """A solution whose tape and whose linear solver's factorization or preconditioner serve many linear solves.
 
     Args:
-        system: evaluated once, here.
-        z, params: the solution ``[batch, dim]`` and what it depends on; must not be altered in place afterwards.
+        system: evaluated once, on construction.
+        z: the solution, ``[batch, dim]``; it must not be written to afterwards.
+        params: its parameters; likewise.
         solver: for all the solves.
 
     Attributes:
-        solves: how many right-hand sides there were, with :math:`A` and with :math:`A^T`.
+        solves: the number of right-hand sides that were solved for with :math:`A` and with :math:`A^T`.
     """
 
     def __init__(self, system: System, z: Tensor, params: Sequence[Tensor], solver: LinearSolver):
@@ -34,7 +35,7 @@ class SharedPoint:
 
     @property
     def out(self) -> Tensor:
-        """What was recorded: the map's value, or the energy's gradient."""
+        """The recorded value: that of the map, or the energy's gradient."""
         return self._tape.out
 
     def tape(
@@ -48,13 +49,13 @@ class SharedPoint:
         return self._tape if _memory((z, *params)) == self._where else None
 
     def solve(self, tape: Linearization, transposed: bool, b: Tensor) -> LinearSolution:
-        """Solve with :math:`A` or :math:`A^T` for ``[batch, dim]``, or for a block of those."""
+        """Solve with :math:`A` or :math:`A^T` for ``b`` (``[batch, dim]`` or a block ``[k, batch, dim]``)."""
         self.solves["transposed" if transposed else "plain"] += 1 if b.ndim == 2 else len(b)
         return self.system.solve_linear(tape, transposed, b, self.solver)
 
 
 def _memory(tensors: Sequence[Tensor]) -> tuple[object, ...]:
-    """What tells whether tensors are the same memory with the same contents."""
+    """A key that is equal for tensors in the same memory with the same contents (autograd counts in-place writes)."""
     return tuple(
         (t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) if t.layout is torch.strided else (id(t), t._version)
         for t in tensors

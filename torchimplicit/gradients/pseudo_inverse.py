@@ -1,11 +1,11 @@
-"""The pseudo-inverse's product with a vector, as an autograd node that is closed under differentiation.
+"""The product of a pseudo-inverse with a vector as an autograd node, closed under differentiation.
 
 With :math:`y=A^+b`, :math:`r=b-Ay` and a constant rank (Golub and Pereyra 1973, eq. 4.12),
 
 .. math::
     \\dot y = A^+(\\dot b-\\dot Ay) + A^+A^{+T}\\dot A^Tr + (I-A^+A)\\dot A^TA^{+T}y,
 
-which is made of products with :math:`A`, :math:`A^T` and their pseudo-inverses again.
+which consists of products with :math:`A`, :math:`A^T` and their pseudo-inverses again.
 """
 
 from __future__ import annotations
@@ -49,14 +49,15 @@ class PseudoSolution(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Maps:
-    """The maps :math:`A_i`, as functions of parameters.
+    """Linear maps :math:`A_i` as functions of parameters.
 
     Attributes:
         fn: ``(y [batch, inner], *params) -> [batch, outer]``, linear in y.
-        inner, outer: how many numbers go in, and come out.
+        inner, outer: the numbers of inputs and outputs.
         solver: for their pseudo-inverses.
         record: where the solves of derivatives leave their reports.
-        reports: of all the solves, the first one's first.
+        coupling: see :class:`~torchimplicit.linear.LinearOperator`.
+        reports: those of all solves, the first one first.
     """
 
     fn: Callable[..., Tensor]
@@ -68,7 +69,7 @@ class Maps:
     reports: list[Report] = field(default_factory=list)
 
     def solve(self, transposed: bool, b: Tensor, params: Sequence[Tensor]) -> PseudoSolution:
-        """On plain tensors."""
+        """Multiply ``b`` with the pseudo-inverses, or with their transposes; on plain tensors."""
         with without_autocast(b.device), past_hooks():
             tape = Linearization(self.fn, b.new_zeros(len(b), self.inner), params)
             operator = RectangularOperator(
@@ -83,7 +84,7 @@ class Maps:
             )
             solution = pseudo_solve(self.solver, operator.flipped() if transposed else operator, b)
             if not self.reports:
-                # a map whose derivative at zero is zero is told by another vector
+                # test linearity at the solution; at ones where that is zero, since zero tells nothing
                 probe = torch.where((solution.value == 0).all(dim=1, keepdim=True), 1, solution.value.nan_to_num())
                 self._check_linear(probe, operator.product(probe), params)
         if self.reports:
@@ -97,8 +98,8 @@ class Maps:
         gap, size = safe_norm(image - product), safe_norm(image) + safe_norm(product)
         if bool((gap > torch.finfo(y.dtype).eps ** 0.5 * size).any()):
             raise ValueError(
-                "the operator is not linear: its derivative gives another product with the solution than it does "
-                "itself. A nonlinear residual is a problem, ti.solve(ti.LeastSquares(residual), z0)"
+                "the operator is not linear: its value at the solution differs from its derivative's product with it. "
+                "For a nonlinear residual, take ti.solve(ti.LeastSquares(residual), z0)"
             )
 
     def product(self, transposed: bool, v: Tensor, params: Sequence[Tensor]) -> Tensor:
@@ -109,7 +110,7 @@ class Maps:
         return pull(v)[0]
 
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Maps:
-        """Those of ``size`` copies, stacked along the batch."""
+        """The maps of ``size`` copies, stacked along the batch."""
         return replace(self, fn=vmapped(self.fn, size, tuple(dims)))
 
 
@@ -143,7 +144,8 @@ class PseudoSolve(Function):
         beyond = c - maps.product(not flip, g, params)
         k = PseudoSolve.apply(maps, flip, g, *params)[0]
         h = PseudoSolve.apply(maps, not flip, y, *params)[0]
-        pairs = ((-g, y), (rest, k), (h, beyond))  # the derivative of left^T M right in each
+        # the three terms of the formula above, each as the derivative of left^T M right in the parameters
+        pairs = ((-g, y), (rest, k), (h, beyond))
 
         def weighted(*params: Tensor) -> Tensor:
             total = y.new_zeros(())

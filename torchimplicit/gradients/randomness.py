@@ -1,4 +1,4 @@
-"""Whether a function gives one value at one point."""
+"""A check that the problem's function is deterministic."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torchimplicit.members import known_by
 from torchimplicit.notices import notice
 
 LOOKS = 8
-"""How often a function that draws random numbers is looked at, before they are taken to make no difference. After the
-first so many solves, one in so many is watched."""
+"""A function that draws random numbers is evaluated twice this often before the draws are taken to make no difference.
+All of the first solves, this many, are watched, and later one in this many."""
 
 Evaluate = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
@@ -26,9 +26,9 @@ class _Memory:
     """What is remembered of a function.
 
     Attributes:
-        solves: how many there were.
+        solves: the number of solves.
         looks: how often it was evaluated twice at one point.
-        known: whether its value at a solution has been compared with what the solver has seen there.
+        known: whether its value at a solution has been compared with the one that the solver evaluated there.
     """
 
     solves: int = 0
@@ -37,14 +37,14 @@ class _Memory:
 
 
 class Randomness:
-    """Notices, and says once for each function, that two evaluations at one point differ.
+    """Warns, once for each function, if two evaluations at one point differ.
 
-    It costs no evaluation unless there is a reason: the function has drawn random numbers while the problem was
-    solved, or what it gives at the solution is not what the solver has seen there.
+    It evaluates only for a reason: if random numbers were drawn during the solve, or if the value recorded at the
+    solution differs from the one that the solver evaluated there.
 
     Args:
-        function: the user's.
-        evaluate: its value at a point.
+        function: the user's function.
+        evaluate: evaluates it at a point.
     """
 
     def __init__(self, function: Any, evaluate: Evaluate):
@@ -56,18 +56,18 @@ class Randomness:
 
     @property
     def known(self) -> bool:
-        """Whether the function has been looked at, in whatever solve."""
+        """Whether the function has been compared before, in any solve."""
         return self._memory.known
 
     def begin(self, z: Tensor) -> None:
-        """A solve begins."""
+        """Note the state of the random number generator before a solve from ``z``."""
         memory = self._memory
         memory.solves += 1
         watched = memory.looks < LOOKS and (memory.solves <= LOOKS or memory.solves % LOOKS == 0)
         self._before = _drawn(z.device) if watched and not is_transformed(z) else None
 
     def end(self, z: Tensor, params: Sequence[Tensor]) -> None:
-        """It has ended at ``z``."""
+        """Test the function if random numbers were drawn during the solve, which ended at ``z``."""
         if self._before is not None and not torch.equal(self._before, _drawn(z.device)):
             self.suspect(z, params)
 
@@ -82,7 +82,7 @@ class Randomness:
 
     @torch.no_grad()
     def suspect(self, z: Tensor, params: Sequence[Tensor]) -> None:
-        """Evaluate twice, and warn if that gives two values."""
+        """Evaluate twice at ``z``, and warn if the values differ."""
         memory = self._memory
         if memory.looks >= LOOKS:
             return
@@ -96,8 +96,8 @@ class Randomness:
             "the problem's function is random",
             "the problem's function gives different values at one point: it is random (dropout in training?), or "
             "changes from call to call. Then there is no solution to converge to, and the derivative is that of its "
-            "last evaluation. Take torchimplicit.nn.VariationalDropout, which draws one mask a solve inside an "
-            "Equilibrium, or draw outside the function and pass what was drawn as an argument",
+            "last evaluation. Take torchimplicit.nn.VariationalDropout, which draws one mask per solve inside an "
+            "Equilibrium, or draw outside the function and pass the numbers as an argument",
             UserWarning,
         )
 
@@ -106,7 +106,7 @@ _memories: weakref.WeakKeyDictionary[Any, _Memory] = weakref.WeakKeyDictionary()
 
 
 def _drawn(device: torch.device) -> Tensor:
-    """What moves, with every number drawn, in the state of the generator that is drawn from on ``device`` where none is
-    named: its place, and the first words of the numbers that it has ready."""
+    """The part of the state of the default generator of ``device`` that changes with every number drawn: its position,
+    and the first words of its buffer. Copying the whole state would take longer."""
     state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
     return state[:64].clone()

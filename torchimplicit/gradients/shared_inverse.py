@@ -1,4 +1,4 @@
-"""The inverse that the forward solve has built, used once more."""
+"""The adjoint by the inverse that the forward solve has built."""
 
 from __future__ import annotations
 
@@ -25,17 +25,20 @@ from torchimplicit.validation import check_count, check_positive
 @final
 @dataclass(frozen=True, kw_only=True)
 class SharedInverse(LinearEstimate):
-    """SHINE (Ramzi et al. 2022): Broyden's estimate of the inverse, transposed, in place of the adjoint's.
+    """SHINE (Ramzi et al. 2022): the transpose of Broyden's estimate of the inverse, in place of that of the adjoint.
 
-    Needs :class:`Broyden` as the forward solver; with ``rowwise=True`` no sample leaves the batch all the same, for
-    the inverse is that of the whole batch. The estimate's residual :math:`\\lVert A^T g - u\\rVert` is measured
-    by one product. A sample for which it is worse than that of the one-step estimate :math:`g=u`, or for which
-    :math:`\\lVert g\\rVert > ` ``ratio`` :math:`\\lVert u\\rVert`, falls back to the better of the two (section 3 of
-    the paper falls back by the ratio alone), from which ``refine`` steps of GMRES go on.
+    Needs :class:`Broyden` as the forward solver; no sample leaves the batch then, not even with ``rowwise=True``, since
+    the inverse belongs to the whole batch. The estimate's residual :math:`\\lVert A^T g - u\\rVert` is measured by one
+    product. A sample falls back to the one-step estimate :math:`g=u` where that has the smaller residual, or where
+    :math:`\\lVert g\\rVert > ` ``ratio`` :math:`\\lVert u\\rVert` (section 3 of the paper tests the ratio alone).
+    Optionally, ``refine`` steps of GMRES improve the estimate. Reverse and forward mode, first order.
 
     Args:
-        refine: steps of GMRES from the estimate; 0 for the estimate itself.
-        ratio: see above.
+        refine: the number of GMRES steps from the estimate; 0 for the estimate itself.
+        ratio: the largest norm of the estimate relative to the cotangent's.
+
+    Raises:
+        ValueError: a number is out of range; or, at the solve, the solver is not :class:`Broyden`.
     """
 
     needs_solver_state: ClassVar[bool] = True
@@ -50,7 +53,7 @@ class SharedInverse(LinearEstimate):
     def supports(self, system: System, solver: Solver) -> None:
         if not isinstance(solver.leading, Broyden):
             raise ValueError(
-                f"SharedInverse reuses the inverse that Broyden builds, and the solver is "
+                f"SharedInverse reuses the inverse that Broyden builds, but the solver is "
                 f"{type(solver.leading).__name__}: solve with solver=Broyden(), or take another gradient"
             )
 
@@ -72,14 +75,14 @@ class SharedInverse(LinearEstimate):
             wide = right.reshape(systems, dim).to(state.inverse.steps.ring.dtype)
             shared = state.inverse.transposed_times(wide) if transposed else state.inverse.times(wide)
             shared = shared.reshape(b.shape).to(b.dtype)
-            # Broyden's matrix is a good inverse along the steps that were taken, and anything elsewhere: it is trusted
-            # for a cotangent only where it leaves less than no inverse at all does
+            # Broyden's matrix is a good inverse along the steps that were taken, and arbitrary elsewhere. It is used
+            # for a cotangent only where its residual is smaller than that of the identity.
             measured = safe_norm(right - operator.product(shared))
             products += 1
             trusted = (measured < residual) & (safe_norm(shared) <= self.ratio * size)
             value = torch.where(trusted[:, None], shared, right)
             residual = torch.where(trusted, measured, residual)
-            if operator.coupling is not None:  # the two may not be mixed unseen where rows depend on each other
+            if operator.coupling is not None:  # coupled rows of the two estimates, mixed, have another residual
                 residual = safe_norm(right - operator.product(value))
                 products += 1
         if self.refine:

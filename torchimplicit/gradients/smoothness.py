@@ -1,4 +1,4 @@
-"""Whether a map has a second derivative, as far as autograd's graph tells."""
+"""A check, from autograd's graph, that a map has a second derivative."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ ROUGH = {
     "Softshrink": "softshrink",
     "Hardshrink": "hardshrink",
 }
-"""Operations that are linear in pieces, by the beginning of their node's name: their second derivative is zero where
-it exists, and is not the curvature that one sees."""
+"""Piecewise linear operations by the beginning of their node's name. Their second derivative is zero where it exists,
+and says nothing about the kinks."""
 
 
 def rough_operations(out: Tensor) -> list[str]:
-    """The operations behind ``out`` that are only linear in pieces."""
+    """The piecewise linear operations in the graph of ``out``."""
     stack: list[Any] = [out.grad_fn]
     seen: set[Any] = set()
     operations: dict[str, None] = {}
@@ -48,31 +48,32 @@ def rough_operations(out: Tensor) -> list[str]:
 
 
 class Smoothness:
-    """Remembers whether a second derivative of a solution was asked for, and warns once where its map has none.
+    """Remembers whether a second derivative of a solution was asked for, and warns once if its map has none.
 
-    Asking costs nothing, so that a first derivative never looks at the map; the next linear solve shows it.
+    Noting the request costs nothing. The graph is searched at the next linear solve after it, so a first derivative
+    never pays for it.
     """
 
     def __init__(self) -> None:
         self._asked = self._told = False
 
     def asked(self) -> None:
-        """A second derivative is wanted."""
+        """Note that a second derivative is asked for."""
         self._asked = True
 
     def look(self, out: Tensor) -> None:
-        """Warn, if one was asked for and ``out`` is a recorded value that is linear in pieces."""
+        """Warn if one was asked for and the recorded value ``out`` is piecewise linear."""
         if self._asked and not self._told:
             self.warn(out)
 
     def warn(self, out: Tensor) -> None:
-        """Warn where ``out`` is linear in pieces."""
+        """Warn if ``out`` is piecewise linear."""
         self._told = True
         if rough := rough_operations(out):
             notice(
                 "a second derivative was asked for of a function that is linear in pieces",
-                f"a second derivative was asked for, and the problem's function uses {', '.join(rough)}, linear in "
-                "pieces: autograd takes the second derivative to be zero, which says nothing about the kinks. Use a "
+                f"a second derivative was asked for, but the problem's function uses {', '.join(rough)}, which is "
+                "piecewise linear: autograd takes the second derivative to be zero, and the kinks are ignored. Use a "
                 "smooth function instead: tanh, sin, softplus, silu or gelu",
                 SmoothnessWarning,
             )

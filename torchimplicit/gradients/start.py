@@ -1,4 +1,4 @@
-"""Where a solve begins."""
+"""The start of a solve."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from torchimplicit.problems import Point
 
 
 class Start:
-    """The state that a solve begins at, and what is known of it: each is taken by whoever goes on from it.
+    """The state that a solve begins at, and what is known of it. Each is *taken*, and can be taken once.
 
-    A solver leaves its start behind, and a frame on the way to the solver that kept it would hold one state more than a
-    loop written by hand for as long as the solve lasts.
+    A solver soon leaves its start. If a stack frame on the way to the solver kept a reference, one state more than in a
+    loop written by hand would stay in memory for as long as the solve lasts.
 
     Args:
-        z: flat, ``[batch, dim]``.
-        point: the evaluation there, where it has been made already.
-        recorded: where no step leads away from it: the function's value there with its history, and the tensors that
-            this leads back to.
+        z: the state in flat form, ``[batch, dim]``.
+        point: the evaluation there, if it has been made already.
+        recorded: for a solve of zero steps, the function's value there with its graph, and the leaves of the graph.
     """
 
     def __init__(
@@ -33,26 +32,26 @@ class Start:
 
     @property
     def z(self) -> Tensor:
-        """The state, which stays here."""
+        """The state, without taking it."""
         assert self._z is not None, "the start has been taken"
         return self._z
 
     def take(self) -> Tensor:
-        """The state."""
+        """Take the state."""
         z, self._z = self.z, None
         return z
 
     def take_point(self) -> Point | None:
-        """The evaluation there; ``None`` where it is not known, or has been taken."""
+        """Take the evaluation there; ``None`` if it is not known or has been taken."""
         point, self._point = self._point, None
         return point
 
     def take_recorded(self) -> tuple[Tensor, Sequence[Tensor]] | None:
-        """The value there with its history, likewise."""
+        """Take the recorded value there; ``None`` if there is none or it has been taken."""
         recorded, self._recorded = self._recorded, None
         return recorded
 
     def fixed(self) -> Start:
-        """The same, without a derivative in the state."""
+        """Detach the state; returns this object."""
         self._z = self.z.detach()
         return self

@@ -1,4 +1,4 @@
-"""What ``torch.func`` and forward mode ask of an autograd node, and derivatives that compose with them."""
+"""Helpers for autograd nodes under ``torch.func`` and forward mode, and derivatives that compose with these."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.problems.system import vjp
 
 Grads = tuple[Tensor | None, ...]
-"""One for each parameter, ``None`` where none was asked for."""
+"""One gradient per parameter, ``None`` where none was asked for."""
 
 
 def gradients(fn: Callable[..., Tensor], primals: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads:
-    """The gradient of a scalar ``fn`` in the primals that need one, ``None`` for the others; differentiable itself."""
+    """The gradients of a scalar ``fn`` in the primals that need one, ``None`` for the others; differentiable."""
     out, pull = partial_vjp(fn, primals, needs_grad)
     return pull(torch.ones_like(out))
 
@@ -28,7 +28,7 @@ def gradients(fn: Callable[..., Tensor], primals: Sequence[Tensor], needs_grad: 
 def partial_vjp(
     fn: Callable[..., Tensor], primals: Sequence[Tensor], needs_grad: Sequence[bool]
 ) -> tuple[Tensor, Callable[[Tensor], Grads]]:
-    """``torch.func.vjp`` in the primals that need a gradient; the pullback gives ``None`` for the others."""
+    """``torch.func.vjp`` with respect to the primals that need a gradient; the pullback returns ``None`` for others."""
     chosen = [i for i, w in enumerate(needs_grad) if w]
 
     def of_chosen(*some: Tensor) -> Tensor:
@@ -49,12 +49,12 @@ def partial_vjp(
 
 
 def jvp(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor | None:
-    """The tangent of ``fn``, by two pullbacks, which nest under every transform; ``None`` if there is no tangent."""
+    """The tangent of ``fn`` by two pullbacks, which nest under every transform; ``None`` if there is no tangent."""
     moving = [t is not None for t in tangents]
     if not any(moving):
         return None
-    # the pullback is linear in w: its own pullback, at any w, is the tangent map. torch.func.jvp would not do inside of
-    # a jvp rule, where dual tensors of an enclosing level come in
+    # The pullback is linear in w, so its own pullback, at any w, is the tangent map. torch.func.jvp does not work
+    # inside a jvp rule, where the inputs are dual tensors of an enclosing level.
     out, pull = partial_vjp(fn, primals, moving)
     some = [i for i, g in enumerate(moving) if g]
     _, twice = vjp(lambda w: tuple(pull(w)[i] for i in some), torch.zeros_like(out))
@@ -62,14 +62,14 @@ def jvp(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence
 
 
 def nested_forward_mode() -> contextlib.AbstractContextManager[None]:
-    """Forward mode switched on inside a jvp rule, where autograd switches it off: without it the tangents of an
-    enclosing forward level would be lost, and forward-over-forward derivatives silently wrong."""
+    """Switch forward mode on inside a jvp rule, where autograd switches it off. Otherwise the tangents of an enclosing
+    forward level would be lost, and forward-over-forward derivatives silently wrong."""
     return set_forward_mode(True)
 
 
 def saved_tensors(ctx: Any) -> list[Tensor]:
-    """What a node has saved, out of the transforms that are over: a pullback that ``torch.func.vjp`` has given runs
-    after its own, and another transform cannot be laid around a tensor of that."""
+    """The saved tensors of a node, unwrapped from transforms that have ended. The pullback of ``torch.func.vjp`` runs
+    after its transform has ended, and another transform cannot wrap the tensors of that one."""
     return [_of_now(t) for t in ctx.saved_tensors]
 
 
@@ -85,29 +85,32 @@ def primals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def fold_copies(info: Any, dims: Sequence[int | None], params: Sequence[Tensor]) -> tuple[int, list[int | None], Any]:
-    """The parameters with their copies in dim 0."""
+    """The number of copies, for each parameter the dimension of its copies (0 or ``None``), and the parameters with
+    their copies moved to dimension 0."""
     moved = tuple(p if d is None else p.movedim(d, 0) for p, d in zip(params, dims, strict=True))
     return info.batch_size, [None if d is None else 0 for d in dims], moved
 
 
 def stack_copies(t: Tensor, dim: int | None, size: int) -> Tensor:
-    """``[batch, ...]`` of every copy, one after the other."""
+    """Stack the copies of ``t`` (``[batch, ...]``, copies in ``dim``) along the batch, ``[size * batch, ...]``."""
+    # contiguous: an expanded tensor would be written to through all of its copies at once
     t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
     return t.contiguous().reshape(-1, *t.shape[2:])
 
 
 def is_plain(t: Tensor) -> bool:
-    """Whether ``t`` belongs to no transform that differentiates, at whatever level."""
+    """Whether ``t`` belongs to no transform that differentiates, at any level (``vmap`` does not)."""
     while functorch.is_batchedtensor(t):
         t = functorch.get_unwrapped(t)
     return not is_transformed(t)
 
 
 def refuse_batched_cotangents(u: Tensor) -> None:
-    """A solver reads its residuals, and the older vmap behind ``is_grads_batched`` has no way to let it.
+    """Raise for the batched cotangents of ``is_grads_batched``. A solver reads its residuals, which the older vmap
+    behind that option does not allow.
 
     Raises:
-        UnsupportedDerivativeError: if there are such cotangents.
+        UnsupportedDerivativeError: ``u`` is such a cotangent.
     """
     if functorch.is_legacy_batchedtensor(u):
         raise UnsupportedDerivativeError(

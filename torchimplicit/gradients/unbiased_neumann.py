@@ -1,4 +1,4 @@
-"""The Neumann series cut off at random, without bias."""
+"""The randomly truncated Neumann series, without bias."""
 
 from __future__ import annotations
 
@@ -18,41 +18,45 @@ from torchimplicit.solution import Report, Status
 from torchimplicit.validation import check_count, check_fraction, check_type
 
 CHECK_EVERY = 16
-"""Terms between two looks at whether those to come are lost in rounding."""
+"""Once every so many terms it is tested whether all further ones are lost in rounding."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class UnbiasedNeumann(LinearEstimate):
-    """The Neumann series :math:`\\lambda\\sum_i B^i`, cut off at random ("Russian roulette"), whose mean is exact.
+    """The Neumann series :math:`\\lambda\\sum_i B^i`, truncated at random ("Russian roulette") such that its mean is
+    the exact inverse.
 
-    With :math:`B=\\lambda J+(1-\\lambda)I` and a random number of terms N, the term i is divided by the probability
+    With :math:`B=\\lambda J+(1-\\lambda)I` and a random number of terms N, term i is divided by the probability
     :math:`s_i=P(N>i)` that it is reached, so that the mean over N is the whole series, :math:`(I-J)^{-1}`. The first
-    ``steps`` terms are always taken (:math:`s_i=1`); the j-th one after them is reached with probability
+    ``steps`` terms are always taken (:math:`s_i=1`); the j-th term after them is reached with probability
     :math:`p^j` (``survival``), or :math:`(1+j)^{-a}` (``power``).
 
     The variance is :math:`\\sum_{ij}\\langle t_i,t_j\\rangle(1/s_{\\min(i,j)}-1)` with the terms
     :math:`t_i=\\lambda B^iu`. It is finite where :math:`\\rho(B)^2<p`, and for the power law wherever the series
-    converges at all, :math:`\\rho(B)<1`; the power law needs :math:`a>1` for a finite mean cost, and has rare long
-    runs. The terms on average are ``steps`` :math:`+\\,p/(1-p)`, or ``steps`` :math:`+\\,\\zeta(a)-1`. Unbiased is the
-    adjoint vector and every derivative that is linear in it: not the loss after an optimizer's nonlinear step.
+    converges, :math:`\\rho(B)<1`; the power law needs :math:`a>1` for a finite mean cost, and has rare long runs. The
+    mean number of terms is ``steps`` :math:`+\\,p/(1-p)`, or ``steps`` :math:`+\\,\\zeta(a)-1`. The adjoint vector is
+    unbiased, and so is every derivative that is linear in it; a loss after an optimizer's nonlinear step is not.
 
-    One number of terms is drawn for the whole batch: a draw for each sample would make all pay for the unluckiest one,
-    at a cost that grows with the batch. The price is that the noise does not average out within a batch, but over steps
-    only. A series ends early where all further terms together are lost in rounding. First order, reverse and forward
-    mode.
+    One number of terms is drawn for the whole batch, since with one per sample all would wait for the longest series,
+    at a cost that grows with the batch. So the noise does not average out within a batch, only over steps. A series
+    ends early where all further terms together are lost in rounding. Reverse and forward mode, first order.
 
-    ``solution.adjoint``: ``steps`` are the terms taken, ``residual`` is the size of the last term without its weight,
-    relative to the first; the status is STEPS_TAKEN for a series that has been cut off, NONFINITE for one that blew up.
+    In ``solution.adjoint``, ``steps`` is the number of terms, and ``residual`` the size of the last term without its
+    weight relative to the first. The status is STEPS_TAKEN for a truncated series, NONFINITE for one that diverged.
 
     Args:
-        steps: terms that are always taken.
+        steps: the number of terms that are always taken.
         survival: p in (0, 1), the probability with which the series goes on after each further term.
         power: a > 1, for the power law in place of ``survival``.
         damping: :math:`\\lambda` in (0, 1].
-        generator: on the CPU, from which to draw; ``None``: PyTorch's global one, so that ``torch.manual_seed`` makes
-            it reproducible and a checkpoint of the random state resumes it. It is drawn from once in every backward
-            pass (and every forward-mode derivative).
+        generator: a generator on the CPU; ``None``: PyTorch's global one, so that ``torch.manual_seed`` makes the draws
+            reproducible and a checkpoint of the random state resumes them. One number is drawn in every backward pass
+            (and in every forward-mode derivative).
+
+    Raises:
+        ValueError: a number is out of range, or the generator is not on the CPU.
+        TypeError: ``generator`` is not a generator.
     """
 
     steps: int = 5
@@ -103,8 +107,8 @@ class UnbiasedNeumann(LinearEstimate):
             if term:
                 turned = operator.project(operator.product(r.to(b.dtype)).to(r.dtype))
                 r = r - self.damping * turned
-            # divided by the probability of being reached, each term is itself on average (Russian roulette: Chen et al.
-            # 2019, Residual flows, theorem 1)
+            # dividing by the probability of being reached makes each term unbiased (Russian roulette: Chen et al. 2019,
+            # Residual flows, theorem 1)
             weight = 1 / self.reached(term)
             total = total + (self.damping * weight) * r
             if term % CHECK_EVERY == CHECK_EVERY - 1 and bool((weight * safe_norm(r) <= 0.01 * eps * scale).all()):

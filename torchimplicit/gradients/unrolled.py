@@ -1,4 +1,4 @@
-"""Differentiation through the iterations themselves."""
+"""Backpropagation through the iterations."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from torchimplicit.solvers import Solver
 @final
 @dataclass(frozen=True, kw_only=True)
 class Unrolled(Gradient):
-    """Backpropagation through every step of the solver, in memory that grows with the steps.
+    """Backpropagation through every step of the solver. Memory grows with the steps.
 
-    Exact for the iterate that was reached, in any order, and with respect to ``z0`` as well. Not under
+    Exact for the iterate that was reached, to any order, and with respect to ``z0`` as well. Not available under
     ``torch.func.vmap``, where the number of steps would depend on the data. ``solution.adjoint`` has the figures of the
-    forward pass, whose steps the backward pass goes back through.
+    forward pass, whose steps the backward pass repeats in reverse.
     """
 
     def passes(self, solver: Solver) -> Passes:
@@ -41,8 +41,8 @@ class Unrolled(Gradient):
             )
         solution = through_steps(task, task.start, params)
         report = task.results[-1].report
-        # the last evaluation judges the result and is not part of it, unless the steps were given; the first one starts
-        # from a constant z0
+        # Two evaluations cost no product: the last one, which only judges the result (unless the number of steps was
+        # prescribed), and the first one, if z0 is a constant.
         judging = 1 if task.solver.steps is None else 0
         products = max(0.0, report.evaluations - judging - (0 if from_start else 1))
         return solution._replace(z=reported(solution.z, task.linear.record, replace(report, evaluations=products)))
@@ -52,10 +52,10 @@ class Unrolled(Gradient):
 
 
 def through_steps(task: SolveTask, start: Start, params: Sequence[Tensor]) -> FlatSolution:
-    """The solution as autograd sees it that has seen the steps."""
+    """Run the solver with autograd recording its steps."""
     outcome = task.run(task.system, start, params)
     task.results.append(outcome)
     report = outcome.report
-    if outcome.z.requires_grad and task.solver.steps is None:  # given steps are a loop written by hand
+    if outcome.z.requires_grad and task.solver.steps is None:  # prescribed steps behave as a loop written by hand
         refuse_detached(task, outcome.z, params)
     return FlatSolution(owned(task, outcome.z), report.status, report.steps, report.residual)

@@ -22,16 +22,20 @@ from torchimplicit.validation import check_count, check_fraction
 @final
 @dataclass(frozen=True, kw_only=True)
 class UnrolledPhantom(Gradient):
-    """UPG (Geng et al. 2021, eq. 16): from the solution, differentiate ``steps`` damped steps
-    :math:`h \\leftarrow \\lambda f(h) + (1-\\lambda) h`, and return the last :math:`h`.
+    """The unrolled phantom gradient (UPG; Geng et al. 2021, eq. 16): takes ``steps`` damped steps
+    :math:`h \\leftarrow \\lambda f(h) + (1-\\lambda) h` from the solution, differentiates these, and returns the last
+    :math:`h`.
 
-    The derivative of every order and mode is that of these steps; it tends to the exact one as ``steps`` grows, if
-    the damped map contracts. Memory grows with ``steps``. ``solution.evaluations`` counts them, and
-    ``solution.adjoint`` the ``steps - 1`` products between them.
+    Derivatives of every order and mode are those of these steps; they tend to the exact ones as ``steps`` grows if the
+    damped map contracts. Memory grows with ``steps``. ``solution.evaluations`` counts the steps, and
+    ``solution.adjoint`` the ``steps - 1`` products with the Jacobian between them.
 
     Args:
-        steps: k, the steps unrolled.
+        steps: k, the number of steps.
         damping: :math:`\\lambda` in (0, 1].
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     goes_on: ClassVar[bool] = True
@@ -59,7 +63,7 @@ class UnrolledPhantom(Gradient):
             if compiled
             else way.taken(task.system, solution.z, params)
         )
-        # of one step the derivative in the state is not asked for; given steps are a loop written by hand
+        # a single step is not differentiated in the state; prescribed steps behave as a loop written by hand
         if self.steps > 1 and h.requires_grad and task.solver.steps is None:
             refuse_detached(task, solution.z, params)
         task.spent(self.steps)
@@ -74,7 +78,7 @@ class UnrolledPhantom(Gradient):
 
 
 class _Constant(DerivativeRule):
-    """The point from which the steps start: it does not move with the parameters."""
+    """The rule for the point from which the steps start: a constant."""
 
     def adjoint(
         self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]

@@ -1,4 +1,4 @@
-"""What becomes of the gradient of samples that were not solved."""
+"""The gradient of samples that were not solved."""
 
 from __future__ import annotations
 
@@ -29,22 +29,24 @@ from torchimplicit.validation import check_positive, check_type
 @final
 @dataclass(frozen=True, kw_only=True)
 class WhenUnconverged(Gradient):
-    """``gradient`` for the samples that were solved, and for the others less of it, nothing, or another estimate.
+    """``gradient`` for the samples that were solved; for the others a multiple of it, zero, or another estimate.
 
-    At a point that is no solution the exact adjoint differentiates something else, and may be many times as long as the
-    derivative of what is sought. Sample by sample, the cotangent of one that was not solved is multiplied by a number
-    (``instead=0.0`` drops it, ``instead=0.1`` damps it), or goes to another estimator in place of ``gradient``
-    (``instead=OneStep()``). The value is not touched; :class:`~torchimplicit.gradients.UnrolledPhantom` takes its steps
-    in the value, too. Where every sample was solved, this costs nothing; another estimator takes one evaluation where
-    one was not. ``solution.adjoint`` has the figures of ``gradient``, for which the other samples' cotangent is zero.
-
-    Orders and modes of differentiation are those that both have.
+    At a point that is not a solution, the exact adjoint may be many times larger than the derivative that is sought.
+    The cotangent of each sample that was not solved is multiplied by a number (``instead=0.0`` drops it,
+    ``instead=0.1`` damps it), or goes to another estimator (``instead=OneStep()``). The value does not change, except
+    that :class:`~torchimplicit.gradients.UnrolledPhantom` takes its steps in the value, too. This costs nothing if
+    every sample was solved; otherwise another estimator takes one evaluation. ``solution.adjoint`` has the figures of
+    ``gradient``, which sees a cotangent of zero for the other samples. Available orders and modes of differentiation
+    are those that both estimators have.
 
     Args:
-        gradient: of the samples that were solved; by default :class:`~torchimplicit.gradients.Implicit`.
-        instead: a factor in [0, 1], or an estimator.
-        above: the relative residual above which a sample counts as not solved; ``None``: one that fell short of what
-            the solver was told.
+        gradient: for the samples that were solved; by default :class:`~torchimplicit.gradients.Implicit`.
+        instead: for the others: a factor in [0, 1], or an estimator.
+        above: the relative residual above which a sample counts as not solved; ``None``: by its status.
+
+    Raises:
+        TypeError: ``gradient`` or ``instead`` is of another type.
+        ValueError: a number is out of range, or ``instead`` is :class:`Unrolled`.
     """
 
     gradient: Gradient = field(default_factory=Implicit)
@@ -85,7 +87,7 @@ class WhenUnconverged(Gradient):
         if solver.steps is not None and self.above is None:
             raise ValueError(
                 f"WhenUnconverged cannot tell which samples are solved after steps={solver.steps}, which tests "
-                "nothing: give it above=..., the relative residual beyond which a sample is not"
+                "nothing: give above=..., the relative residual above which a sample counts as not solved"
             )
         for member in self.members:
             member.supports(system, solver)
@@ -109,10 +111,10 @@ class WhenUnconverged(Gradient):
             return solution._replace(z=Weighted.apply(solution.z, weight))
         if is_transformed(solution.z) and isinstance(self.gradient, OneStep) and self.gradient.recorded(task.solver):
             raise UnsupportedDerivativeError(
-                "under a torch.func transform, OneStep() after a given number of steps does not know where the last of "
-                "them leads to, which is where WhenUnconverged.instead would begin: take Implicit(), or instead=0.0"
+                "under a torch.func transform, OneStep() after a prescribed number of steps does not know where the "
+                "last step ends, and WhenUnconverged.instead would begin there: take Implicit(), or instead=0.0"
             )
-        if task.aux is not None:  # what counts is that of ``gradient``
+        if task.aux is not None:  # the auxiliary value is that of ``gradient``
             task.aux.listening = False
         reached = task.results[-1]
         at = replace(
@@ -131,7 +133,7 @@ class WhenUnconverged(Gradient):
 
 
 class Weighted(Function):
-    """A state ``[batch, dim]`` whose derivative, whatever it is, is multiplied by ``weight`` (``[batch, 1]``)."""
+    """A state ``[batch, dim]`` whose derivative is multiplied by ``weight`` (``[batch, 1]``)."""
 
     generate_vmap_rule = True
 
@@ -158,4 +160,5 @@ Weighted.forward.__signature__ = inspect.signature(Weighted.forward)  # type: ig
 
 
 def _times(v: Tensor, weight: Tensor) -> Tensor:
+    # a weight of zero drops the sample even where its derivative is not finite
     return torch.where(weight > 0, v * weight, 0)
