@@ -370,7 +370,7 @@ class TestFaults:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             at.tangent((d,))
-        with pytest.warns(ti.SmoothnessWarning, match=r"uses relu, linear in pieces.*tanh"):
+        with pytest.warns(ti.SmoothnessWarning, match=r"uses relu, which is piecewise linear.*tanh"):
             at.along((d,), order=2)
 
     @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A map that is linear in pieces: second derivatives warn, however they are asked for, and first ones never do."""
+"""A map that is piecewise linear: second derivatives warn, however they are asked for, and first ones never do."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_first_derivatives_do_not_warn(name):
 
 @pytest.mark.parametrize("name", SECOND)
 def test_second_derivatives_warn_once(name):
-    with pytest.warns(ti.SmoothnessWarning, match=r"uses relu, linear in pieces.*tanh") as caught:
+    with pytest.warns(ti.SmoothnessWarning, match=r"uses relu, which is piecewise linear.*tanh") as caught:
         SECOND[name](leaf())
     (one,) = (one for one in caught if issubclass(one.category, ti.SmoothnessWarning))
     assert one.filename == __file__  # the user's line, behind PyTorch's and the library's own

@@ -108,7 +108,7 @@ def test_a_part_of_a_map_that_is_cut_off_is_warned_of_once(f, dtype, b):
     b = b.detach().to(dtype).requires_grad_()
     own = OfItsOwn(f)
     job = lambda: ti.solve(ti.FixedPoint(own), zeros().to(dtype), b)  # noqa: E731
-    with pytest.warns(UserWarning, match="cuts part of its dependence on the state off"):
+    with pytest.warns(UserWarning, match="hides part of its dependence on the state from autograd"):
         job()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
