@@ -278,6 +278,20 @@ def test_what_a_map_returns_beside_the_state():
     assert_agree(*found, 1e-10)
 
 
+def test_the_start_under_transforms():
+    x, w = data()
+    z0 = torch.full_like(x, 0.2)
+
+    def of(z0, gradient):
+        solver = ti.ReversibleIteration(steps=3)
+        return ti.solve(ti.FixedPoint(tanh_map), z0, x, w, solver=solver, gradient=gradient).value.sin().sum()
+
+    found = [torch.func.grad(lambda z0, g=g: of(z0, g))(z0) for g in (ti.Reversible(), ti.Unrolled())]
+    assert_agree(*found, 1e-11)
+    with pytest.raises(ti.UnsupportedDerivativeError, match=r"z0 under torch\.func\.vmap"):
+        torch.func.vmap(torch.func.grad(lambda z0: of(z0, ti.Reversible())))(torch.stack([z0, z0]))
+
+
 def test_compiled_solves_say_that_they_are_not():
     x, w = data()
     with pytest.warns(ti.CaptureWarning, match=r"Reversible"):

@@ -63,10 +63,10 @@ class Reversible(FirstOrderRule):
             refuse_detached(task, solution.z, params)
         return solution
 
-    def adjoint(
+    def cotangents(
         self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
     ) -> Grads:
-        return self._estimated(task, u, z, params, (False, *needs_grad))[1:]
+        return self._walk_back(task, u, params, (False, *needs_grad))[1:]
 
     def adjoint_with_start(
         self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
@@ -75,16 +75,8 @@ class Reversible(FirstOrderRule):
             raise UnsupportedDerivativeError(
                 "Reversible has no derivative in z0 under torch.func.vmap: give the copies as a batch, or detach z0"
             )
-        return self._estimated(task, u, z, params, (True, *needs_grad))
+        wanted = (True, *needs_grad)
 
-    def cotangents(
-        self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool]
-    ) -> Grads:
-        return self._walk_back(task, u, params, (False, *needs_grad))[1:]
-
-    def _estimated(
-        self, task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]
-    ) -> Grads:
         def compute(task: SolveTask, u: Tensor, z: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
             return [grad for grad in self._walk_back(task, u, params, wanted) if grad is not None]
 
