@@ -6,6 +6,7 @@ from torchimplicit.nn.budget import Budget
 from torchimplicit.nn.convert import convert_state_dict
 from torchimplicit.nn.dropout import VariationalDropout, dropout_masks
 from torchimplicit.nn.equilibrium import Equilibrium
+from torchimplicit.nn.learned_start import LearnedStart
 from torchimplicit.nn.normalization import spectral_norm, weight_norm
 from torchimplicit.nn.per_solve import per_solve
 from torchimplicit.nn.warm_start import WarmStart
@@ -14,6 +15,7 @@ __all__ = [
     "BestOf",
     "Budget",
     "Equilibrium",
+    "LearnedStart",
     "VariationalDropout",
     "Vote",
     "WarmStart",

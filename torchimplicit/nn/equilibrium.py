@@ -48,10 +48,11 @@ class Equilibrium(nn.Module):
 
     Args:
         cell: a module called as ``cell(z, *inputs)``, with what the layer is called with, returning a state like ``z``.
-            If it has a method ``initial_state(*inputs)``, that gives the initial state.
+            If it has a method ``initial_state(*inputs)``, that gives the initial state, unless ``start`` does.
         solver, gradient: as for :func:`solve`.
         eval_solver: the solver in eval mode; ``None``: the same.
         budget: a :class:`Budget` that changes ``solver`` from step to step in training.
+        start: a module called with the inputs that gives the initial state, such as a :class:`LearnedStart`.
         warm_start: ``True`` or a :class:`WarmStart`: begin at the last solution.
         rowwise: see :class:`FixedPoint`; not true of a cell with batch normalization in training.
         batched: see :class:`FixedPoint`.
@@ -78,6 +79,7 @@ class Equilibrium(nn.Module):
         gradient: Gradient | None = None,
         eval_solver: Solver | None = None,
         budget: Budget | None = None,
+        start: nn.Module | None = None,
         warm_start: bool | WarmStart = False,
         rowwise: bool = False,
         batched: bool = True,
@@ -93,6 +95,7 @@ class Equilibrium(nn.Module):
             ("gradient", gradient, Gradient, "Implicit()"),
             ("eval_solver", eval_solver, Solver, "Anderson()"),
             ("budget", budget, Budget, "Budget(steps=(10, 20))"),
+            ("start", start, nn.Module, "LearnedStart(network)"),
         ):
             if value is not None and not isinstance(value, base):
                 raise TypeError(
@@ -115,6 +118,7 @@ class Equilibrium(nn.Module):
                 "state (has_aux=True): take WarmStart() without refresh"
             )
         self.cell = cell
+        self.start = start
         self.solver = solver
         self.gradient = gradient
         self.eval_solver, self.budget = eval_solver, budget
@@ -138,7 +142,7 @@ class Equilibrium(nn.Module):
 
         Args:
             inputs: what the cell gets in every iteration: tensors or pytrees.
-            z0: the initial state; ``None``: the one that the warm start remembers, or what the cell's
+            z0: the initial state; ``None``: the one that the warm start remembers, or what ``start`` or the cell's
                 ``initial_state(*inputs)`` gives, or zeros like the first input.
             index: int64 ``[batch]``: which samples these are, for a :class:`WarmStart` that remembers each.
             solver, gradient: in place of the layer's own, for this call.
@@ -258,6 +262,8 @@ class Equilibrium(nn.Module):
         return handle
 
     def _initial(self, inputs: tuple[Any, ...]) -> Any:
+        if self.start is not None:
+            return self.start(*inputs)
         initial = getattr(self.cell, "initial_state", None)
         if callable(initial):
             _check_count(self.cell, initial, 0, inputs)
@@ -271,7 +277,7 @@ class Equilibrium(nn.Module):
 
     def _explain(self, error: Exception, inputs: tuple[Any, ...]) -> None:
         """Raise where ``error`` comes of a state of another shape than the zeros like the first input."""
-        if callable(getattr(self.cell, "initial_state", None)):
+        if self.start is not None or callable(getattr(self.cell, "initial_state", None)):
             return
         z0 = self._initial(inputs)
         try:
