@@ -86,7 +86,7 @@ class ReasoningGradientsConfig:
     """Difficulty of the puzzles."""
 
     steps: int | None = None
-    """Optimizer steps of each training. Default: 250, and the published number at the paper's scale."""
+    """Optimizer steps of each training. Default: 150, and the published number at the paper's scale."""
 
     looks: int = 5
     """Validations, and comparisons with the exact gradient, along each training."""
@@ -105,11 +105,11 @@ def training(config: ReasoningGradientsConfig, row: Row, seed: int) -> SudokuCon
     """Return the settings of one run."""
     paper = config.plan.scale == "paper"
     one = sudoku.as_published() if paper else replace(sudoku.sudoku(), side=config.side, difficulty=config.difficulty)
-    steps = config.steps or (one.optimization.steps if paper else 250)
-    every = max(1, steps // config.looks)
+    steps = config.steps or (one.optimization.steps if paper else 150)
+    every, warmup = max(1, steps // config.looks), min(one.optimization.warmup_steps, steps // 10)
     return replace(
         one,
-        optimization=replace(one.optimization, steps=steps, validate_every=every, seed=seed),
+        optimization=replace(one.optimization, steps=steps, warmup_steps=warmup, validate_every=every, seed=seed),
         equilibria=row.of(one.equilibria),
         machine=replace(config.machine, monitor_every=every),
         halting=False,

@@ -93,15 +93,15 @@ class ReasoningConfig:
 
     optimization: Optimization = field(
         default_factory=lambda: Optimization(
-            steps=6000,
-            batch_size=64,
+            steps=1500,
+            batch_size=32,
             optimizer="adamw",
-            learning_rate=2e-3,
+            learning_rate=4e-3,
             weight_decay=0.1,
-            warmup_steps=100,
+            warmup_steps=50,
             clip_norm=1.0,
-            averaging=0.995,
-            validate_every=300,
+            averaging=0.99,
+            validate_every=150,
         )
     )
     equilibria: Equilibria = field(
