@@ -137,7 +137,7 @@ RECIPES = {
 
 TABLES = {
     "phantom-precision": Entry("phantom.precision", "PrecisionConfig", "TABLE",
-        "Phantom against exact gradients: their cosine over steps and damping, and along training (Figs. 1 and 2)."),
+        "Phantom against exact gradients: their cosine over steps and damping, and during training (Figs. 1 and 2)."),
     "phantom-ablation": Entry("phantom.ablation", "PhantomAblationConfig", "TABLE",
         "An image classifier with implicit and phantom gradients: accuracy and cost (Table 1, Fig. 3)."),
     "phantom-language": Entry("phantom.language_table", "PhantomLanguage", "TABLE",

@@ -301,7 +301,7 @@ def write_report(results: Results, run: Run) -> None:
                 values = [glance.figures[what] for glance in there]
                 plot.plot([glance.step for glance in there], values, "o-", color=COLOURS[0], markersize=3)
                 plot.set(xlabel="step", ylabel=label, title="validation")
-        caption = "The validation molecules along training, each from the superposition of atoms."
+        caption = "The validation molecules during training, each from the superposition of atoms."
         pictures = saved([CaptionedFigure("training", drawn, caption)], run)
     lead = (
         f"{results.weights} weights of a pre-trained {results.kind}, {results.course.step} steps "

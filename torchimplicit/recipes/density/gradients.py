@@ -219,11 +219,15 @@ def _minima_sheet(groups: Sequence[Group]) -> Table:
         Column("Molecule, functional"),
         Column("n", note="Basis functions."),
         Column("L / N", note="Half the squared distance to the Kohn-Sham density per electron; median of the seeds."),
-        Column("λ min", note="Of the projected Hessian, in coordinates of the overlap; median, as are the next three."),
+        Column(
+            "λ min",
+            note="Eigenvalue of the projected Hessian, in the overlap's coordinates; median, as in the next three "
+            "columns.",
+        ),
         Column("λ max"),
         Column("condition"),
-        Column("condition, raw", note="In the coefficients themselves."),
-        Column("steps", note="Of preconditioned L-BFGS, the most of a seed."),
+        Column("condition, raw", note="Condition number in the coefficients themselves."),
+        Column("steps", note="Steps of preconditioned L-BFGS, largest over the seeds."),
         Column("saddles", note="Minimizations that ended at one and began again beside it, all seeds together."),
         Column("finite differences", note="Beside the implicit gradient: relative distance, the worst seed."),
     ]
@@ -252,7 +256,8 @@ def _nudges_sheet(groups: Sequence[Group], settings: MoleculeGradientsConfig) ->
         Column("Molecule, functional, form", note="Errors: the worst of the seeds."),
         *(Column(f"β = {nudges[i]:g}", note="Relative to the cotangent's length.") for i in shown),
         Column(
-            "slope", note="Of log error over log β, by least squares over falling errors from 1e-6 to 0.01; median."
+            "slope",
+            note="Slope of log error over log β, by least squares over decreasing errors from 1e-6 to 0.01; median.",
         ),
         Column("β chosen", note="The error with nudge=None, which is set from the least eigenvalue."),
     ]
@@ -277,9 +282,12 @@ def _nudges_sheet(groups: Sequence[Group], settings: MoleculeGradientsConfig) ->
 def _loosened_sheet(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> Table:
     weights = sorted(settings.loss_nudges, reverse=True)
     columns = [
-        Column("Molecule, functional, tolerance", note="Of the projected gradient's norm, of all three minimizations."),
+        Column(
+            "Molecule, functional, tolerance",
+            note="Tolerance on the projected gradient's norm, in all three minimizations.",
+        ),
         *(
-            Column(f"weight {weight:g}", note="Of the loss in the energy. The worst of the seeds.")
+            Column(f"weight {weight:g}", note="Weight of the loss in the energy. Worst over the seeds.")
             for weight in weights
         ),
     ]
@@ -325,7 +333,9 @@ def _damped_sheet(groups: Sequence[Group], settings: MoleculeGradientsConfig) ->
     columns = [
         Column("Molecule, functional", note="The worst of the seeds."),
         *(
-            Column(f"weight {w:g}", note="Of the whole loss, and the damping: their relative distance.")
+            Column(
+                f"weight {w:g}", note="Relative distance of the two gradients, with the whole loss and with damping."
+            )
             for w in weights
         ),
         *(Column(f"exact, {w:g}", note="The damped gradient's relative error.") for w in weights),
@@ -376,11 +386,14 @@ def _adjoint_sheet(group: Group, settings: MoleculeGradientsConfig) -> Table:
     ]
     for coordinates in COORDINATES:
         columns += [
-            Column(f"products, {coordinates}", note="With the Hessian; not those of assembling the reference."),
+            Column(
+                f"products, {coordinates}",
+                note="Products with the Hessian, without those for assembling the reference.",
+            ),
             Column(
                 f"seconds, {coordinates}", note="CPU time, medians of runs in turn; of long runs, scaled from a part."
             ),
-            Column(f"error, {coordinates}", note="Of the solution, relative."),
+            Column(f"error, {coordinates}", note="Relative error of the solution."),
         ]
     ways = list(group.results[0].adjoint["overlap"])
     rows = []

@@ -469,7 +469,7 @@ def write_report(results: Results, run: Run) -> None:
                 values = [glance.figures[what] for glance in there]
                 plot.plot([glance.step for glance in there], values, "o-", color=COLOURS[0], markersize=3)
                 plot.set(xlabel="step", ylabel=label, yscale="log", title="validation")
-        caption = "The validation molecules along training: how far their minima would be away, and their energies."
+        caption = "The validation molecules during training: how far their minima would be away, and their energies."
         pictures = saved([CaptionedFigure("training", drawn, caption)], run)
     lead = (
         f"{NAMES[results.kind]} of {results.weights} weights, {results.course.step} steps, "

@@ -176,7 +176,7 @@ def sheets(config: SingleConfig, runs: Runs) -> list[TitledTable]:
         Cell("Time an iteration", of("pace", 2, 1e3), "ms", "the median of a run's iterations"),
         Cell("Evaluations", of("evaluations", 2), "", "of the loss with its gradient, in the whole training"),
         Cell("Inner steps", of("inner_steps", 2), "",
-             "of a minimization that begins at the density found before, mean along training"),
+             "of a minimization that begins at the density found before, mean during training"),
         Cell("Backward", of("adjoint", 2), "",
              "products with the Hessian, or gradients of the nudged energies, of one evaluation"),
         Cell("Seeds", lambda row: str(len(runs.where(row=row)))),

@@ -321,10 +321,10 @@ def sheets(config: StabilityConfig, runs: Runs) -> list[TitledTable]:
     along = table.sheet("Along training", rows, [
         Cell("Densities found by; help", label),
         Cell("Growth", each(grown), "",
-             "steps of a minimization, the most that were counted along training over the start"),
+             "steps of a minimization, the most that were counted during training over the start"),
         Cell("Least eigenvalue", lambda row: told(runs.of(row, "least"), 2), "hartree",
-             "the least along training, of the Hessian on the constraint"),
-        Cell("Largest", lambda row: told(runs.of(row, "largest"), 3), "hartree", "the largest along training"),
+             "the least during training, of the Hessian on the constraint"),
+        Cell("Largest", lambda row: told(runs.of(row, "largest"), 3), "hartree", "the largest during training"),
         Cell("Loss", lambda row: told(map(lowered, runs.where(row=row)), 2), "",
              "at the end over its start, the penalties included"),
         Cell("L, finer grid", lambda row: told(runs.of(row, "train.finer_loss"), 3, 1e3), "10⁻³",
@@ -467,7 +467,7 @@ def drawings(config: StabilityConfig, runs: Runs, folders: Mapping[str, Run]) ->
                     names[inner],
                     along_training(runs, own),
                     f"Trained with densities found by {title}: steps of a minimization from the superposition of atoms "
-                    "(mean of the molecules), the least and the largest eigenvalue of their Hessians, along training; "
+                    "(mean of the molecules), the least and the largest eigenvalue of their Hessians, during training; "
                     "a line a seed.",
                 )
             )

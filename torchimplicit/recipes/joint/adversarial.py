@@ -639,7 +639,7 @@ def strength(runs: Runs, row: str) -> TitledTable:
     return table.sheet(f"Attacks on the model trained on {ROWS[row][0]}", names, [
         Cell("Attack", lambda name: name),
         Cell("Cross-entropy", told("cross_entropy", 3), "",
-             "On the test images, after an exact solve at the changed images."),
+             "Accuracy on the test images, after an exact solve at the attacked images."),
         Cell("Accuracy", told("accuracy", 1, 100), "%"),
         Cell("Of PGD-20's", lambda name: f"{ratio(runs, row, name, rival, 'cross_entropy'):.3f}", "",
              "Cross-entropy over that of PGD-20."),
@@ -648,11 +648,11 @@ def strength(runs: Runs, row: str) -> TitledTable:
         Cell("PGD-20's over it", lambda name: f"{ratio(runs, row, rival, name, 'seconds'):.1f}", "×",
              "Time of PGD-20 over this one's."),
         Cell("Evaluations", lambda name: f"{fmean(of(runs, row, name, 'evaluations')):.0f}", "",
-             "Of the map, and products with its Jacobian, in whole-batch equivalents."),
+             "Evaluations of the map plus products with its Jacobian, in whole-batch equivalents."),
         Cell("Step size", lambda name: f"{first[name]['step_size']:g}", "radii",
              "Chosen on validation images, the first seed's."),
         Cell("Tolerance", lambda name: f"{tolerance:g}" if (tolerance := first[name]["tolerance"]) else table.NONE, "",
-             "Of PGD's solves, chosen likewise."),
+             "Tolerance of PGD's solves, chosen in the same way."),
     ])  # fmt: skip
 
 
@@ -725,7 +725,7 @@ def protocol(config: AdversarialTableConfig, runs: Runs) -> str:
 def notes(config: AdversarialTableConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
     if config.data == "digits":
-        yield "8×8 digits and one minute of training a row: rows compare among themselves."
+        yield "8×8 digits and one minute of training a row: compare rows with each other only."
     if config.plan.scale == "paper":
         yield "The images, the steps and the adversaries' lengths are as published; the model and the radius are not."
     yield (
@@ -739,7 +739,7 @@ def notes(config: AdversarialTableConfig, runs: Runs) -> Iterator[str]:
         "gradient is exact only so far as JIIO has converged."
     )
     yield (
-        "Accelerated by Anderson's method, JIIO comes to weaker attacks here, safeguarded by the cost though it is: "
+        "Accelerated by Anderson's method, JIIO finds weaker attacks here, even with the safeguard by the cost: "
         "the problem is not convex, and acceleration finds other stationary points."
     )
     yield (

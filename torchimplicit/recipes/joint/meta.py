@@ -787,7 +787,7 @@ def adapting(problem: str, runs: Runs, row: str) -> TitledTable:
         Cell("Time", told("seconds", 0, 1e3), "ms",
              "CPU time for all test tasks at once, the median of repeats taken in turn."),
         Cell("Evaluations", lambda name: f"{fmean(of(runs, row, name, 'evaluations')):.0f}", "",
-             "Of the map, and products with its Jacobian, in whole-batch equivalents."),
+             "Evaluations of the map plus products with its Jacobian, in whole-batch equivalents."),
         Cell("Step size", lambda name: f"{first[name]['step_size']:g}", "",
              "Chosen on validation tasks, the first seed's."),
     ]  # fmt: skip

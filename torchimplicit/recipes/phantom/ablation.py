@@ -206,11 +206,12 @@ def sheets(config: PhantomAblationConfig, runs: Runs) -> Iterator[TitledTable]:
     yield table.sheet("Table 1", TABLE_1, [
         Cell("Training", lambda row: TABLE_1[row].label),
         Cell("Accuracy", accuracy, "%",
-             "Of the test images; the weights are those of the best validation. Mean ± deviation over seeds."),
+             "Accuracy on the test images, at the weights of the best validation. Mean ± deviation over seeds."),
         Cell("Published", published, "%",
-             "Of MDEQ-Tiny after 50 epochs on all of CIFAR-10 (the best epoch on the test set)."),
-        Cell("Forward", cost("forward", 1), "evaluations", "Of the cell a step, after pretraining."),
-        Cell("Backward", cost("backward", 1), "products", "With the cell's Jacobian a step, after pretraining."),
+             "Published for MDEQ-Tiny after 50 epochs on all of CIFAR-10 (the best epoch on the test set)."),
+        Cell("Forward", cost("forward", 1), "evaluations", "Evaluations of the cell per step, after pretraining."),
+        Cell("Backward", cost("backward", 1), "products",
+             "Products with the cell's Jacobian per step, after pretraining."),
         Cell("At budget", cost("unconverged", 0, 100), "%", "Samples whose forward solve was stopped by its budget."),
         Cell("Step", cost("seconds", 2), "s",
              "Wall seconds, medians; the machine was shared, so see the table of costs for ratios."),
@@ -289,9 +290,9 @@ def notes(config: PhantomAblationConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
     if config.plan.scale == "cpu":
         yield (
-            "A small model, few steps and another data set than the paper's CIFAR-10: rows compare among themselves. "
-            "Adam's rate is higher than the paper's 0.001, which learns too slowly for so few steps; it was chosen on "
-            "a validation split of CIFAR-10, by one run of each."
+            "A small model, few steps and another data set than the paper's CIFAR-10: compare rows with each other "
+            "only. Adam's rate is higher than the paper's 0.001, which learns too slowly for so few steps; it was "
+            "chosen on a validation split of CIFAR-10, by one run of each."
         )
     yield (
         "The published table has no row with the phantom rows' settings and the exact gradient; 'Implicit: SGD' is "
@@ -343,7 +344,7 @@ def _training(config: PhantomAblationConfig, runs: Runs, shown: tuple[str, ...])
     return CaptionedFigure(
         "training",
         figure,
-        "Validation accuracy along training, mean over the seeds: by optimizer steps, and by the work in the "
+        "Validation accuracy during training, mean over the seeds: by optimizer steps, and by the work in the "
         "equilibrium (forward evaluations plus backward products, whole-batch equivalents; in pretraining one of each "
         "for every application).",
     )

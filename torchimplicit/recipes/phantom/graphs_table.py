@@ -406,15 +406,15 @@ def drawings(config: PhantomGraphsConfig, runs: Runs, folders: Mapping[str, Run]
             "accuracy",
             bars(config, runs),
             "Test accuracy, mean and standard deviation over the folds: ours with the epoch selected on validation, "
-            "ours with the best test epoch as in the published runs, and the published figures. The line is what a "
-            "constant answer scores.",
+            "ours with the best test epoch as in the published runs, and the published figures. The line is the "
+            "score of a constant answer.",
         )
     if any("length" in line.key for line in runs):
         yield CaptionedFigure(
             "chains",
             lengths(runs),
             "Test accuracy on directed chains against their length, exact gradient: mean over the seeds, and from the "
-            "least to the largest. The class stands on the first node alone.",
+            "least to the largest. Only the first node carries the class.",
         )
 
 

@@ -398,9 +398,9 @@ def cost_table(found: dict[str, StepCost]) -> Table:
              "Seconds of the process's CPU (of the wall on a GPU), medians."),
         Cell("Backward", lambda name: f"{1e3 * found[name].backward_seconds:.0f}", "ms", "The same."),
         Cell("Evaluations", lambda name: f"{found[name].forward:.1f}", "",
-             "Of the cell in the forward pass; those that a phantom gradient unrolls are counted."),
+             "Evaluations of the cell in the forward pass, including those that a phantom gradient unrolls."),
         Cell("Products", lambda name: f"{found[name].backward:.1f}", "",
-             "With the cell's Jacobian, in the backward pass."),
+             "Products with the cell's Jacobian in the backward pass."),
         Cell("Backward, evaluations", lambda name: f"{evaluations(converged) / evaluations(found[name]):.1f}", "×",
              "The converged implicit backward's evaluations over this one's."),
         Cell("Backward, time", lambda name: f"{converged.backward_seconds / found[name].backward_seconds:.1f}", "×",
@@ -409,8 +409,8 @@ def cost_table(found: dict[str, StepCost]) -> Table:
              "The implicit step's time over this one's, forward and backward together: to equal tolerance, and of rows "
              "as published, whose budgets run out, against the implicit row as published."),
         Cell("Cosine", lambda name: f"{found[name].cosine:.3f}", "",
-             "Of the gradient in all parameters to the converged one's."),
-        Cell("Norm", lambda name: f"{found[name].norm:.2f}", "", "Of the gradient over the converged one's."),
+             "Cosine of the gradient in all parameters with the converged one."),
+        Cell("Norm", lambda name: f"{found[name].norm:.2f}", "", "Norm of the gradient over the converged one's."),
     ]).table  # fmt: skip
 
 

@@ -372,15 +372,15 @@ def drawings(config: PhantomLanguage, runs: Runs, folders: Mapping[str, Run]) ->
         yield CaptionedFigure(
             "perplexity-steps",
             _curves(dict.fromkeys(rows.values(), 1.0), "Optimizer steps"),
-            "Perplexity on the validation text along training, mean over the seeds. Lower is better; lines that lie on "
-            "each other learn the same from a step.",
+            "Perplexity on the validation text during training, mean over the seeds. Lower is better; lines that lie "
+            "on each other learn the same from a step.",
         )
     if known := {one: one.step_seconds for one in rows.values() if one.step_seconds is not None}:
         yield CaptionedFigure(
             "perplexity-seconds",
             _curves(known, "Seconds of training"),
             "The same against time: steps times the seconds of a step, which were measured for all rows in turn. A "
-            "line further to the left learns as much in less time.",
+            "line further to the left learns the same in less time.",
         )
 
 

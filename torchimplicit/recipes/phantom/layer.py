@@ -294,7 +294,7 @@ def grid_table(found: LayerResults) -> Table:
 LAYER = Measuring(measure=lambda config, run: Measurement(config).results(), name="results.json", show=grid_table)
 
 
-# -- An image classifier whose gradient is looked at along training ----------------------------------------------------
+# -- An image classifier whose gradient is looked at during training ---------------------------------------------------
 
 
 ESTIMATORS: dict[str, tuple[str, Gradient]] = {

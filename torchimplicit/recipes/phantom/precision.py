@@ -267,7 +267,7 @@ def _along(runs: Runs, gradient: GradientName) -> TitledTable:
         Cell("Condition", share(lambda one: one["ascent"]), "%",
              "Share of all looks at which the relative error is below 1, which implies ascent."),
         Cell("Products", over("products", 1), "",
-             "With the Jacobian, of the whole batch: a batch waits for its slowest sample."),
+             "Products with the Jacobian of the whole batch, which waits for its slowest sample."),
         Cell("k", over("steps", 1), "", "Mean over the samples."),
         Cell("λ", over("damping", 2), "", "Chosen, mean over samples and steps."),
     ])  # fmt: skip
@@ -489,7 +489,7 @@ def choices(runs: Runs) -> CaptionedFigure:
     return CaptionedFigure(
         "spectrum-and-choices",
         figure,
-        "The Jacobian's spectral radius at the equilibrium along training, and how many steps the adaptive phantom "
+        "The Jacobian's spectral radius at the equilibrium during training, and how many steps the adaptive phantom "
         "gradient takes there for a relative residual of 0.1, with which damping.",
     )
 

@@ -372,7 +372,7 @@ def protocol(config: PhysicsInformedConfig, runs: Runs) -> str:
     return (
         "Every model and optimizer gets the same time of one processor core, and the same collocation points, all at "
         f"once: {'; '.join(parts)}. {config.plan.seeds} seeds each, double precision. "
-        f"{'; '.join(ways[name] for name in optimizers(config))}. Trusted solutions: SciPy's DOP853 to 1e-12, the "
+        f"{'; '.join(ways[name] for name in optimizers(config))}. Reference solutions: SciPy's DOP853 to 1e-12, the "
         "Cole–Hopf transform, a closed form. No model has seen them."
     )
 
@@ -410,11 +410,11 @@ def notes(config: PhysicsInformedConfig, runs: Runs) -> Iterator[str]:
     )
     yield (
         "Published (the Van der Pol oscillator alone, Adam): plain networks can reach the lower error, as they do "
-        "here, and the equilibrium is called competitive. There is no table of figures to set beside these."
+        "here, and the equilibrium is called competitive. There is no published table for comparison."
     )
     yield (
         "Time is the processor's, of one core, and errors are measured outside of it. Every run is counted, with its "
-        "last weights; the error against the trusted solution selects nothing."
+        "last weights; the error against the reference solution selects nothing."
     )
     yield (
         "The loss is that of the thesis without its Jacobian penalty: the mean square of the initial or boundary "
@@ -442,12 +442,12 @@ def drawings(config: PhysicsInformedConfig, runs: Runs, folders: Mapping[str, Ru
                 settings = settings_of(config, equation, line["row"].model, optimizer, seed)
                 shown[line["row"].model] = values(restored(settings, folders[line.name]), EQUATIONS[equation])
         if shown:
-            caption = f"{title}: what was found, and its error; {OPTIMIZERS[optimizer]}, seed {seed}."
+            caption = f"{title}: the solution found, and its error; {OPTIMIZERS[optimizer]}, seed {seed}."
             figure = (_lines if ordinary(equation) else _maps)(equation, shown)
             yield CaptionedFigure(f"{equation}-solution", figure, caption)
         caption = (
-            f"{title}: the error along every run, against the processor's time; dashed are the plain networks, dotted "
-            "the bounded equilibria."
+            f"{title}: the error along every run, against CPU time; plain networks are dashed, bounded "
+            "equilibria dotted."
         )
         yield CaptionedFigure(
             f"{equation}-seconds", against_seconds(runs.where(equation=equation), folders, equation), caption

@@ -215,7 +215,7 @@ def drawings(config: PhysicsInverseConfig, runs: Runs, folders: Mapping[str, Run
     yield CaptionedFigure(
         "parameters",
         figure,
-        "What every seed found (dots), mean and deviation (squares), and the true value (dotted); below, the noise.",
+        "Estimates of every seed (dots), mean and deviation (squares), and the true value (dotted); below, the noise.",
     )
 
 

@@ -308,7 +308,7 @@ def notes(config: ReasoningGradientsConfig, runs: Runs) -> Iterator[str]:
 
 
 def drawings(config: ReasoningGradientsConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
-    """Draw accuracy and cosine along training."""
+    """Draw accuracy and cosine during training."""
     if not any(line.key for line in runs):
         return
     figure, (quality, cosine) = axes(2, width=4.8)

@@ -634,7 +634,7 @@ def write_page(
         notes: paragraphs below the figures.
     """
     with styled():
-        caption = f"The {task.metric.name} on the validation points along training."
+        caption = f"The {task.metric.name} on the validation points during training."
         curves = saved([CaptionedFigure("curve", curve(results, task.metric), caption)], run)
     pieces = [*(media(path, caption, run.path) for path, caption in pictures), *curves]
     sections = [Section(table=summary(results), notes=notes), Section(pictures=pieces)]

@@ -218,10 +218,10 @@ def sheets(config: GeneralizationConfig, runs: Runs) -> Iterator[TitledTable]:
         Cell[Row]("Model", lambda row: labels[row]),
         parameters(runs),
         Cell("Natural", lambda row: table.spread(by_seed(config, runs, row, "natural"), 2), "dB",
-             "Of the test pixels, at the weights of the best validation: means over the pictures, ± deviation over "
+             "PSNR of the test pixels at the weights of the best validation: mean over the pictures, ± deviation over "
              "seeds."),
         Cell("Published", lambda row: f"{row.published('natural'):.2f}", "dB",
-             "At 512 pixels and widths of 256 and 512, on other pictures."),
+             "Published, at 512 pixels and widths of 256 and 512, on other pictures."),
         Cell("Text", lambda row: table.spread(by_seed(config, runs, row, "text"), 2), "dB", "Likewise."),
         Cell("Published ", lambda row: f"{row.published('text'):.2f}", "dB"),
         Cell("Over its twin",
@@ -292,9 +292,9 @@ def reaching(runs: Runs, labels: dict[Row, str]) -> TitledTable:
     rows = [row for row in OF_THE_TABLE if row != Row(filter=row.filter, implicit=False)]
     return table.sheet("Reaching what the explicit network of one layer ends with", [], [
         Cell("Model", str),
-        Cell("Reached", str, "", "In how many runs the validation PSNR came up to the best of the explicit network."),
+        Cell("Reached", str, "", "Runs whose validation PSNR reached the best of the explicit network."),
         Cell("Steps", str, "", "Mean, of the runs that reached it; looked at once a segment."),
-        Cell("Its own", str, "steps", "In which the explicit network came to its best, in the same runs."),
+        Cell("Its own", str, "steps", "Steps in which the explicit network reached its best, in the same runs."),
         Cell("Time", str, "s", "The steps times what a step costs: CPU time, measured in turn."),
         Cell("Its own ", str, "s", "Likewise."),
     ], map(cells, rows))  # fmt: skip
@@ -318,11 +318,11 @@ def amortizing(runs: Runs, labels: dict[Row, str], names: list[FilterKind]) -> T
         Cell("One evaluation", lambda name: table.mean((a for a, _ in amortized(runs, name)), ".2f"), "dB",
              "Test PSNR on the pictures that both were trained on."),
         Cell("Full solves", lambda name: table.mean((b for _, b in amortized(runs, name)), ".2f"), "dB",
-             "To a relative residual of 1e-3, forward (Anderson, from zero) and backward (GMRES)."),
+             "Solved to a relative residual of 1e-3, forward (Anderson, from zero) and backward (GMRES)."),
         Cell("Difference", lambda name: table.mean((a - b for a, b in amortized(runs, name)), "+.2f"), "dB"),
         Cell("Step", ratio, "×", "Time of a step with full solves over that with one evaluation, measured in turn."),
         Cell("Cosine", lambda name: table.shown(cost.get(Row(filter=name).name, {}).get("cosine"), ".3f"), "",
-             "Of the truncated gradient to the exact one at the same weights."),
+             "Cosine of the truncated gradient with the exact one at the same weights."),
     ])  # fmt: skip
 
 
@@ -366,7 +366,7 @@ def claims(config: GeneralizationConfig, runs: Runs) -> Iterator[Claim]:
     for name in FILTERS:
         row = Row(filter=name)
         yield from table.sooner(
-            f"{labels[row]} comes to the best PSNR of {labels[row.twin]} in less time than that itself",
+            f"{labels[row]} comes to the best PSNR of {labels[row.twin]} in less time than that model",
             runs.reaching(row, row.twin, "PSNR"),
             *seconds_of(runs, row, row.twin),
         )
@@ -394,8 +394,8 @@ def notes(config: GeneralizationConfig, runs: Runs) -> Iterator[str]:
     labels = labels_of(config)
     if config.plan.scale == "cpu":
         yield (
-            "Smaller pictures, narrower models, fewer steps and other pictures than the paper's: rows compare among "
-            "themselves."
+            "Smaller pictures, narrower models, fewer steps and other pictures than the paper's: compare rows with "
+            "each other only."
         )
     yield (
         "The published differences of one-layer models, implicit less explicit, are 1.4, 1.6 and 0.75 dB on natural "
@@ -404,7 +404,7 @@ def notes(config: GeneralizationConfig, runs: Runs) -> Iterator[str]:
     )
     yield (
         "The weights are those of the best validation, for all rows alike; how the published weights were selected is "
-        "not known here."
+        "unknown."
     )
     deep = {name: Row(filter=name, size="4L") for name in FILTERS}
     gaps = {name: runs.gaps(row, row.twin, "test.PSNR") for name, row in deep.items()}
@@ -432,8 +432,8 @@ def drawings(config: GeneralizationConfig, runs: Runs, folders: Mapping[str, Run
         yield CaptionedFigure(
             "training",
             figure,
-            "PSNR on the validation pixels along training, mean over all pictures and seeds: the implicit model of one "
-            "layer, and explicit ones of one layer, of one layer twice as wide, and of four.",
+            "PSNR on the validation pixels during training, mean over all pictures and seeds: the implicit model of "
+            "one layer, and explicit ones of one layer, of one layer twice as wide, and of four.",
         )
     firsts = {one.kind: one.name for one in reversed(subjects(config))}
     pictures = [firsts[kind] for kind in KINDS if kind in firsts]

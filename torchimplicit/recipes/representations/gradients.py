@@ -127,9 +127,10 @@ def sheets(config: GradientsConfig, runs: Runs) -> Iterator[TitledTable]:
         Cell("Step", step("seconds", ".2f", 1e3), "ms",
              "CPU time (wall time on a GPU), medians, measured in turn at weights of 40 steps."),
         Cell("Backward pass", step("backward_seconds", ".2f", 1e3), "ms", "Likewise."),
-        Cell("Products", step("backward", ".1f"), "", "With the Jacobian in a step."),
-        Cell("Cosine", step("cosine", ".4f"), "", "Of the gradient in all weights to the exact one, at those weights."),
-        Cell("Norm", step("norm", ".2f"), "", "Of the gradient over that of the exact one."),
+        Cell("Products", step("backward", ".1f"), "", "Products with the Jacobian in a step."),
+        Cell("Cosine", step("cosine", ".4f"), "",
+             "Cosine of the gradient in all weights with the exact one, at those weights."),
+        Cell("Norm", step("norm", ".2f"), "", "Norm of the gradient over that of the exact one."),
     ]  # fmt: skip
     for name in FILTERS:
         yield table.sheet(NAMES[name, True], rows(config, name), cells)
@@ -173,7 +174,7 @@ def protocol(config: GradientsConfig, runs: Runs) -> str:
 
 def notes(config: GradientsConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
-    yield "The figure's own values are not at hand, so that none stand beside ours."
+    yield "The figure's values are not available for comparison."
     yield (
         "The exact gradient is that of the solved equilibrium. What is left of the distance to it at many products, "
         "and at the converged adjoint too, is that of the state, which is carried along and not solved for."

@@ -340,15 +340,16 @@ def sheets(config: ShapesConfig, runs: Runs) -> Iterator[TitledTable]:
         Cell[Row]("Model", lambda row: row.label),
         parameters(runs),
         Cell("IoU", whole.told("test.IoU", 2, 100), "%",
-             "Of the insides, on test points anywhere in the box, at the weights of the best validation."),
-        Cell("Near", whole.told("test.IoU near", 2, 100), "%", "The same on test points near the surface."),
+             "IoU of the insides, on test points anywhere in the box, at the weights of the best validation."),
+        Cell("Near", whole.told("test.IoU near", 2, 100), "%", "IoU of the insides, on test points near the surface."),
         Cell("Error", whole.told("test.loss", 3, 100 / LONGEST), "%", "Mean absolute error of the distance."),
         Cell("Chamfer", whole.told("surface.chamfer", 3, 100), "%",
              "Mean distance from the surface by marching cubes to the mesh and back, over two. Lengths are shares of "
              "the mesh's longest side."),
         Cell("Normals", whole.told("surface.normals", 4), "",
              "Mean absolute cosine between normals of nearest points, both ways."),
-        Cell("At step", lambda row: table.mean(runs.of(row, "best.step"), ".0f"), "", "Of the best validation, mean."),
+        Cell("At step", lambda row: table.mean(runs.of(row, "best.step"), ".0f"), "",
+             "Step of the best validation, mean."),
     ]  # fmt: skip
     for task, title in TITLES.items():
         rows = [row for row in ROWS.values() if row.task == task]
@@ -368,11 +369,11 @@ def sheets(config: ShapesConfig, runs: Runs) -> Iterator[TitledTable]:
         Cell("Model", lambda one: one[0]),
         Cell("Weights", lambda one: one[1]),
         Cell("Values", lambda one: f"{one[2]['values']:.4f}", "cosine",
-             "Of the loss of values alone: the estimate is what the library offers."),
+             "Cosine for the loss of values alone, for which the library offers this estimate."),
         Cell("Slopes", lambda one: f"{one[2]['slopes']:.4f}", "cosine",
-             "Of the loss of slopes alone (normals and the eikonal term)."),
+             "Cosine for the loss of slopes alone (normals and the eikonal term)."),
         Cell("Whole loss", lambda one: f"{one[2]['cosine']:.4f}", "cosine",
-             "Of both, in the weights that training gives them."),
+             "Cosine for both, weighted as in training."),
         Cell("Norm", lambda one: f"{one[2]['norm']:.2f}", "×",
              "The estimate's over the exact gradient's, of the whole loss."),
     ])  # fmt: skip
@@ -387,7 +388,7 @@ def claims(config: ShapesConfig, runs: Runs) -> Iterator[Claim]:
             ours, theirs = (100 * fmean(each) for each in zip(*pairs, strict=True))
             better = sum(a > b for a, b in pairs)
             yield Claim(
-                f"{row.label} comes to a larger IoU than {twin.label}, of as many parameters, in as many steps",
+                f"{row.label} reaches a larger IoU than {twin.label}, of as many parameters, in as many steps",
                 f"{ours:.2f} and {theirs:.2f} %; larger in {better} of {len(pairs)} runs",
                 better == len(pairs),
             )
@@ -452,11 +453,11 @@ def protocol(config: ShapesConfig, runs: Runs) -> str:
 
 def notes(config: ShapesConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
-    yield "The published figures for 3D occupancy are not known here, so that none stand beside ours."
+    yield "The published figures for 3D occupancy are not available for comparison."
     if config.plan.scale == "cpu":
-        yield "Narrower models, fewer points and steps than the paper's: rows compare among themselves."
+        yield "Narrower models, fewer points and steps than the paper's: compare rows with each other only."
     if config.mesh_file is not None:
-        yield "The mesh is a file (--mesh-file), which the command does not name; without one a knot is made."
+        yield "The mesh is a file (--mesh-file), which the command does not show; without one, a knot is generated."
     yield from table.still_rising(runs)
     if without := [line.named for line in runs if line["surface"] == {}]:
         yield f"Without a surface: {', '.join(without)}."

@@ -176,16 +176,16 @@ def sheets(config: SignalsConfig, runs: Runs) -> Iterator[TitledTable]:
         Cell[Row]("Model", lambda row: row.label),
         parameters(runs),
         Cell("PSNR", runs.told("test.PSNR", 2), "dB",
-             "Of all points, at the weights of the best validation: mean ± deviation over the seeds."),
+             "PSNR of all points, at the weights of the best validation: mean ± deviation over the seeds."),
         Cell("SNR", runs.told("test.SNR", 2), "dB",
-             "Of the error beside the sound's own power."),
+             "Ratio of the sound's own power to that of the error."),
         Cell("Published", lambda row: f"{PUBLISHED_VIDEO[row.filter][not row.implicit]:.2f}", "dB",
-             "At width 1024, on another video at another size."),
+             "Published, at width 1024, on another video of another size."),
         Cell("Over its twin",
              lambda row: table.mean(runs.gaps(row, row.twin, "test.PSNR") if row.implicit else [], "+.2f"), "dB",
              "The PSNR less that of the explicit twin, mean over the seeds."),
         Cell("Evaluations", evaluations, "",
-             "Of the cell in a training step, mean: one, and the solves that follow the validations."),
+             "Evaluations of the cell in a training step, mean: one, plus the solves after validations."),
         trained(runs),
     ]  # fmt: skip
     for kind, lacking in (("sound", "Published"), ("video", "SNR")):
@@ -208,7 +208,7 @@ def claims(config: SignalsConfig, runs: Runs) -> Iterator[Claim]:
                 )
         for row in rows:
             yield from table.sooner(
-                f"{row.label} comes to the best PSNR of {row.twin.label} on the {kind} in less time than that itself",
+                f"{row.label} comes to the best PSNR of {row.twin.label} on the {kind} in less time than that model",
                 runs.reaching(row, row.twin, "PSNR"),
                 *seconds_of(runs, row, row.twin),
             )
@@ -239,12 +239,12 @@ def notes(config: SignalsConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
     if config.plan.scale == "cpu":
         yield (
-            "Shorter and smaller signals, narrower models and fewer steps than the paper's: rows compare among "
-            "themselves."
+            "Shorter and smaller signals, narrower models and fewer steps than the paper's: compare rows with each "
+            "other only."
         )
     yield (
-        "The signal-to-noise ratios of the paper's sounds are not known here; those of its video stand beside ours for "
-        "orientation alone."
+        "The signal-to-noise ratios of the paper's sounds are not available; those of its video are shown for "
+        "orientation only."
     )
     seeds, names = config.plan.seeds, {row: f"{row.label} on the {row.kind}" for row in ROWS.values()}
     counts = {row: len(runs.where(row=row)) for row in names}
@@ -256,8 +256,8 @@ def notes(config: SignalsConfig, runs: Runs) -> Iterator[str]:
     behind = [names[row] for row, values in gaps.items() if values and fmean(values) < 0]
     if behind and config.plan.scale == "cpu":
         yield (
-            f"Behind their explicit twins in as many steps: {', '.join(behind)}. Whether they would catch up in the "
-            "paper's number of steps, or at its width, was not measured here."
+            f"Behind their explicit twins in as many steps: {', '.join(behind)}. The paper's number of steps "
+            "and width were not tested."
         )
     yield from table.still_rising(runs)
     yield from table.diverged(runs)
@@ -283,7 +283,7 @@ def drawings(config: SignalsConfig, runs: Runs, folders: Mapping[str, Run]) -> I
     yield CaptionedFigure(
         "training",
         figure,
-        "PSNR along training, mean over the seeds: implicit models (solid) and their explicit twins (dashed).",
+        "PSNR during training, mean over the seeds: implicit models (solid) and their explicit twins (dashed).",
     )
     told = f"of what {NAMES[SHOWN, True]} and {NAMES[SHOWN, False]} make of it, with the PSNR; the first seed."
     seed = config.plan.first_seed

@@ -169,9 +169,9 @@ def step_table(costs: Mapping[str, StepCost], labels: Mapping[str, str] | None =
         Cell("Forward", lambda name: f"{1e3 * costs[name].forward_seconds:.2f}", "ms", "The same."),
         Cell("Backward", lambda name: f"{1e3 * costs[name].backward_seconds:.2f}", "ms", "The same."),
         Cell("Evaluations", lambda name: f"{costs[name].forward:.1f}", "",
-             "Of the cell in the forward pass of a step."),
+             "Evaluations of the cell in the forward pass of a step."),
         Cell("Products", lambda name: f"{costs[name].backward:.1f}", "",
-             "With the cell's Jacobian in the backward pass."),
+             "Products with the cell's Jacobian in the backward pass."),
         Cell("Peak", lambda name: f"{costs[name].megabytes:.1f}", "MB",
              "Memory at its peak in a step, over what was held before it."),
     ]).table  # fmt: skip

@@ -474,8 +474,8 @@ def still_rising(runs: Runs) -> Iterator[str]:
     last = [line["steps"] or line["validations"][-1]["step"] for line in done]
     if rising := sum(line["best.step"] == step for line, step in zip(done, last, strict=True)):
         yield (
-            f"In {rising} of {len(done)} runs the last validation was the best: with more steps they would come "
-            "further, and not all alike."
+            f"In {rising} of {len(done)} runs the last validation was the best: more steps would improve them, "
+            "though not equally."
         )
 
 

@@ -307,7 +307,7 @@ def _write_page(run: Run) -> None:
     from torchimplicit.recipes.runtime import report
 
     one = report.finished(run.path)
-    report.write([one], run.path / "index.html", f"{one.recipe}: {one.results.metric} along training")
+    report.write([one], run.path / "index.html", f"{one.recipe}: {one.results.metric} during training")
 
 
 def history(run: Run) -> History:
