@@ -143,7 +143,7 @@ def test_unknown_names_are_refused_in_one_line(capsys):
         (["demo", "--epochs", "0"], "--epochs must be positive"),
         (["demo", "--phantom-damping", "1.5"], "--phantom-damping must lie in (0, 1]"),
         (["demo", "--learning-rate", "nan"], "--learning-rate must be positive"),
-        (["evaluate", "nowhere"], "nowhere is no directory"),
+        (["evaluate", "nowhere"], "nowhere is not a directory"),
         (["resume", "."], "holds no run"),
     ],
 )

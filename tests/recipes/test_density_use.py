@@ -174,9 +174,9 @@ def test_what_training_lacked_is_refused_or_warned_of(run):
 def test_a_run_without_a_functional(tmp_path):
     run = create("ofdft-one", RunOptions(output=tmp_path / "run"))
     run.describe("ofdft-one", OrbitalFreeTraining())
-    with pytest.raises(UserError, match="holds no finished density functional"):
+    with pytest.raises(UserError, match="has no finished density functional"):
         Trained.of(run)
-    with pytest.raises(UserError, match="is no directory"):
+    with pytest.raises(UserError, match="is not a directory"):
         Trained.of(tmp_path / "none")
 
 

@@ -166,7 +166,7 @@ class ReportRuns:
         if not self.paths:
             raise UserError("report needs the directory of at least one run, such as runs/digits/001")
         if self.page.exists() and report.TITLE not in self.page.read_text(encoding="utf-8", errors="ignore"):
-            raise UserError(f"--page {self.page} exists and is no report; choose another file")
+            raise UserError(f"--page {self.page} exists and is not a report; choose another file")
         runs = [report.finished(path) for path in self.paths]
         console.print(report.comparison(runs).rich_rows())
         report.write(runs, self.page)

@@ -41,14 +41,14 @@ def test_numbers_and_small_letters_name_elements_too():
     [
         ("", "f.xyz is empty"),
         (" \n\n", "f.xyz is empty"),
-        ("three\n\n", "line 1: 'three' is no number of atoms"),
+        ("three\n\n", "line 1: 'three' is not a number of atoms"),
         ("0\n\n", "line 1: a molecule of 0 atoms is none"),
         ("-2\n\n", "line 1: a molecule of -2 atoms"),
         ("3\n\nO 0 0 0\nH 0 0 1\n", "announces 3 atoms in line 1 and ends after line 4: it is cut short"),
         ("2\n\nH 0 0 0\nH 0 0\n", "line 4: 'H 0 0' must be an element and three coordinates"),
         ("2\n\nH 0 0 0\nQ 0 0 1\n", "line 4: there is no element 'Q'"),
         ("2\n\nH 0 0 0\n0 0 0 1\n", "line 4: there is no element '0'"),
-        ("2\n\nH 0 0 0\nH 0 0 one\n", "line 4: 'one' is no coordinate"),
+        ("2\n\nH 0 0 0\nH 0 0 one\n", "line 4: 'one' is not a coordinate"),
         ("2\n\nH 0 0 0\nH 0 0 nan\n", "line 4: the coordinate nan is not finite"),
         ("2\n\nH 0 0 0\nH 0 0 inf\n", "line 4: the coordinate inf is not finite"),
         ("2\n\nH 0 0 0\nH 0 0 1e999\n", "line 4: the coordinate 1e999 is not finite"),
@@ -92,7 +92,7 @@ def test_archives(tmp_path, kind):
             archive.addfile(member, io.BytesIO(text.encode()))
     water, refused = read(str(path))
     assert water.name == "x1"
-    assert refused.reason == f"{path.name}: folder/x2.xyz, line 1: '?' is no number of atoms"
+    assert refused.reason == f"{path.name}: folder/x2.xyz, line 1: '?' is not a number of atoms"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     if kind:  # half a plain archive may still hold a whole file
@@ -111,7 +111,7 @@ def test_bad_sources(tmp_path):
     for name, said in (
         ("empty", "holds no .xyz file"),
         ("a.pdb", "must be an .xyz file, a folder"),
-        ("a.xyz", "is no text"),
+        ("a.xyz", "is not text"),
         ("b.xyz", "more than 1048576 bytes"),
         ("c.xyz", "there is no molecule or file"),
     ):

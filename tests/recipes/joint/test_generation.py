@@ -132,7 +132,7 @@ def test_bad_settings() -> None:
         GenerationConfig(model="vae", curves=True)
     with pytest.raises(UserError, match="--step-size must be positive"):
         Joint(step_size=0.0)
-    with pytest.raises(UserError, match="leave --data-dir away"):
+    with pytest.raises(UserError, match="omit --data-dir"):
         Images(data="digits", data_dir=".")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="--components 50 is more than there are training images"):
         RUNNER.check(replace(few(), components=50))

@@ -164,7 +164,7 @@ def test_bad_input(tmp_path) -> None:
         meta.load(write_omniglot(tmp_path / "few", count=2, drawings=3))
     with pytest.raises(UserError, match="20 drawings of each"):
         replace(omniglot(), shots=10, queries=11)
-    with pytest.raises(UserError, match="leave --data-dir away"):
+    with pytest.raises(UserError, match="omit --data-dir"):
         replace(sinusoid(), data_dir=tmp_path)
     with pytest.raises(UserError, match="--jiio-steps must be"):
         AdaptationsConfig(jiio_steps=())

@@ -81,7 +81,7 @@ def test_pictures_of_a_folder(tmp_path) -> None:
     assert in_folder(folder, (6, 5)).images.shape == (9, 3, 6, 5)
     with pytest.raises(UserError, match="training needs more"):
         in_folder(tmp_path, None)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         in_folder(tmp_path / "nothing", None)
     with pytest.raises(UserError, match="add --images FOLDER"):
         OWN.ready(generation_images())

@@ -133,7 +133,7 @@ def test_a_set_is_found_without_its_name_and_without_node_labels(tmp_path):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match="nowhere is no folder"):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
         tu.load("COX2", tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"holds no PROTEINS_A\.txt"):
         tu.load("PROTEINS", write(tmp_path))
@@ -196,7 +196,7 @@ def test_a_truncated_or_missing_array_is_named(tmp_path):
     path.unlink()
     with pytest.raises(UserError, match=r"valid_feats\.npy cannot be read"):
         tu.load_ppi(tmp_path)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         tu.load_ppi(path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds no train_graph\.json"):

@@ -198,7 +198,7 @@ def test_the_published_settings():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["graphs-cox2", "--data-dir", "nowhere"], "nowhere is no folder"),
+        (["graphs-cox2", "--data-dir", "nowhere"], "nowhere is not a folder"),
         (["graphs-ppi", "--data-dir", "."], "holds no train_graph.json"),
         (["graphs-proteins", "--data-dir", "."], "holds no PROTEINS_A.txt"),
         (["graphs-cox2", "--fold", "10"], "--fold 10 must lie below --folds 10"),

@@ -178,7 +178,7 @@ def check_size(geometry: Geometry) -> None:
     if len(geometry.charges) > MANY_ATOMS:
         raise UserError(
             f"{geometry.name} has {len(geometry.charges)} atoms; more than {MANY_ATOMS} take hours and gigabytes: "
-            "--allow-large takes them all the same"
+            "--allow-large accepts them anyway"
         )
 
 
@@ -354,7 +354,7 @@ def parse(text: str, where: str, name: str, charge: int = 0, electrons: int | No
 
 def _count(line: str, where: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]{1,18}", line.strip(), re.ASCII):  # Python's int takes 1_000, and other digits
-        raise UserError(f"{where}, line 1: '{_short(line)}' is no number of atoms")
+        raise UserError(f"{where}, line 1: '{_short(line)}' is not a number of atoms")
     count = int(line)
     if count < 1:
         raise UserError(f"{where}, line 1: a molecule of {count} atoms is none")
@@ -378,7 +378,7 @@ def _atom(line: str, where: str) -> tuple[str, list[float]]:
                 raise ValueError
             value = float(word.replace("*^", "e"))
         except ValueError:
-            raise UserError(f"{where}: '{_short(word)}' is no coordinate") from None
+            raise UserError(f"{where}: '{_short(word)}' is not a coordinate") from None
         if not math.isfinite(value):
             raise UserError(f"{where}: the coordinate {_short(word)} is not finite")
         if abs(value) > FARTHEST:
@@ -501,7 +501,7 @@ def _text(content: bytes, where: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{where} is no text") from None
+        raise UserError(f"{where} is not text") from None
 
 
 # -- A density of orbitals in a density basis --------------------------------------------------------------------------

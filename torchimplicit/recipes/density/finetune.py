@@ -115,7 +115,7 @@ def pretrained(config: Finetuning) -> tuple[Pretraining, Trained, float]:
     """
     run, _, settings = opened(config.run)
     if not isinstance(settings, Pretraining):
-        raise UserError(f"{config.run} is no run of 'torchimplicit pretrain', which is what finetune goes on from")
+        raise UserError(f"{config.run} is not a run of 'torchimplicit pretrain', which is what finetune goes on from")
     if settings.kind == "density":
         raise UserError(
             f"{config.run} predicts densities at once: there is no minimum to differentiate; pre-train with --kind "

@@ -118,7 +118,7 @@ class FinetuneConfig:
         positive(self, "labels", "pretraining_steps", "finetuning_steps", "finetuning_rate", "descent_steps")
         known_rows(self.rows, list(WAYS))
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
-            raise UserError("--kinds must be different names, one at least")
+            raise UserError("--kinds must be different names, at least one")
 
 
 def default() -> FinetuneConfig:

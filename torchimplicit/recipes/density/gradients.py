@@ -74,7 +74,7 @@ class TableConfig:
     def __post_init__(self) -> None:
         not_negative(self, "sigma")
         if not self.molecules or len(set(self.molecules)) < len(self.molecules):
-            raise UserError(f"{option('molecules')} must be different molecules, one at least")
+            raise UserError(f"{option('molecules')} must be different molecules, at least one")
 
 
 def default() -> TableConfig:

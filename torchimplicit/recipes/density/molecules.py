@@ -125,7 +125,7 @@ class MoleculesConfig:
         positive(self, "validation_copies", "test_copies", "processes")
         not_negative(self, "train_copies", "qm9_limit", "grid")
         if not self.molecules or len(set(self.molecules)) < len(self.molecules):
-            raise UserError(f"{option('molecules')} must be different molecules, one at least")
+            raise UserError(f"{option('molecules')} must be different molecules, at least one")
         if self.qm9_limit and self.qm9_limit <= 2 * self.qm9_held_out:
             raise UserError(
                 f"--qm9-held-out {self.qm9_held_out} takes {2 * self.qm9_held_out} of --qm9-limit {self.qm9_limit} away"

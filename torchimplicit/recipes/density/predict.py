@@ -67,7 +67,7 @@ class Trained:
         run.read()  # which says what is wrong with the directory
         if not _place(run).is_file():
             raise UserError(
-                f"{run} holds no finished density functional: 'resume' an ofdft run that was stopped, and 'evaluate' "
+                f"{run} has no finished density functional: 'resume' an ofdft run that was stopped, and 'evaluate' "
                 "one that an earlier version has trained"
             )
         held = read_checkpoint(_place(run))

@@ -83,7 +83,7 @@ class SingleConfig:
         fraction(self, "level")
         for name in ("estimators", "optimizers"):
             if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise UserError(f"{option(name)} must be different names, one at least")
+                raise UserError(f"{option(name)} must be different names, at least one")
 
 
 def default() -> SingleConfig:

@@ -128,7 +128,7 @@ class StabilityConfig:
         positive(self, "hessian_weight", "floor_weight", "floor")
         not_negative(self, "weizsaecker", "penalty", "tail_weight", "grid")
         if not self.molecules or len(set(self.molecules)) < len(self.molecules):
-            raise UserError(f"{option('molecules')} must be different molecules, one at least")
+            raise UserError(f"{option('molecules')} must be different molecules, at least one")
 
 
 def default() -> StabilityConfig:

@@ -64,7 +64,7 @@ class Images(Selection):
         if self.image_size is not None and min(self.image_size) < 1:
             raise UserError(f"--image-size {' '.join(map(str, self.image_size))} must be positive")
         if self.data == "digits" and self.data_dir is not None:
-            raise UserError("the digits come with scikit-learn and are read from nowhere else: leave --data-dir away")
+            raise UserError("the digits come with scikit-learn and are not read from elsewhere: omit --data-dir")
 
     @property
     def name(self) -> str:
@@ -212,7 +212,7 @@ def in_folder(folder: Path, size: tuple[int, int] | None) -> Labelled:
     from torchimplicit.recipes.representations.image import read_file
 
     if not folder.is_dir():
-        raise UserError(f"--images {folder} is no folder")
+        raise UserError(f"--images {folder} is not a folder")
     names = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in names)
     if len(files) < 3:

@@ -548,7 +548,7 @@ class Remade:
 def given(config: GenerationConfig) -> None:
     """Raise if no folder is named."""
     if config.images.images is None:
-        raise UserError("which pictures? add --images FOLDER")
+        raise UserError("no pictures: add --images FOLDER")
     enough(config)
 
 

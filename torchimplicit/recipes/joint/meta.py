@@ -131,7 +131,7 @@ class MetaConfig:
                 f"{option('queries')} {self.queries} are {self.shots + self.queries}"
             )
         if self.data == "sinusoid" and self.data_dir is not None:
-            raise UserError("sine waves are made on the spot and read from nowhere: leave --data-dir away")
+            raise UserError("sine waves are generated, not read: omit --data-dir")
 
 
 _EQUILIBRIA = Equilibria(tolerance=1e-2, backward_tolerance=1e-2)

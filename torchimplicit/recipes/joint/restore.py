@@ -226,7 +226,7 @@ def _opened(file: Path) -> Image.Image:
     except FileNotFoundError:
         raise UserError(f"{file} does not exist") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{file} is no picture that Pillow can read ({error})") from None
+        raise UserError(f"{file} is not a picture that Pillow can read ({error})") from None
 
 
 def _picture(file: Path, channels: int, size: tuple[int, int]) -> Tensor:
@@ -257,4 +257,4 @@ def _array(file: Path) -> Any:
     try:
         return np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{file} is no array that NumPy can read ({error})") from None
+        raise UserError(f"{file} is not an array that NumPy can read ({error})") from None

@@ -177,7 +177,7 @@ def locate(name: str, data_dir: Path | None) -> tuple[Path, str]:
         unchanged(folder, [path.name for path in folder.glob(f"{name}_*.txt")])
         return folder, name
     if not data_dir.is_dir():
-        raise UserError(f"{data_dir} is no folder: --data-dir must be the folder that holds {name or 'NAME'}_A.txt")
+        raise UserError(f"{data_dir} is not a folder: --data-dir must be the folder that holds {name or 'NAME'}_A.txt")
     if not name:
         return _only(data_dir)
     for prefix in (name, f"{name}_full"):
@@ -230,7 +230,7 @@ def _features(folder: Path, prefix: str, nodes: int, attributes: bool, edges: ND
     values = _table(path, np.float64)
     _same_length(path, len(values), nodes)
     if not np.isfinite(values).all():
-        raise UserError(f"{path} holds NaN or infinity; mend it, or train without attributes")
+        raise UserError(f"{path} holds NaN or infinity; repair it, or train without attributes")
     return torch.cat([x, torch.from_numpy(values).float()], dim=1)
 
 
@@ -347,7 +347,7 @@ def locate_ppi(data_dir: Path | None) -> Path:
         unchanged(folder, [path.name for split in PPI_SPLITS for path in folder.glob(f"{split}_*")])
         return folder
     if not data_dir.is_dir():
-        raise UserError(f"{data_dir} is no folder: --data-dir must be the folder that holds train_graph.json")
+        raise UserError(f"{data_dir} is not a folder: --data-dir must be the folder that holds train_graph.json")
     for place in (data_dir, data_dir / "raw"):
         if (place / "train_graph.json").is_file():
             return place

@@ -136,7 +136,7 @@ def load(
     """
     assert name in get_args(DataSet), name
     if data_dir is not None and not data_dir.is_dir():
-        raise UserError(f"{data_dir} is no folder: --data-dir must be the folder that holds {name}")
+        raise UserError(f"{data_dir} is not a folder: --data-dir must be the folder that holds {name}")
     kind = IMAGES[name]
     published, tested = READERS[name](data_dir)
     where = f"the training part of {name}" + (f" in {data_dir}" if data_dir is not None else "")

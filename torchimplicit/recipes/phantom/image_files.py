@@ -105,7 +105,7 @@ def digits(folder: Path | None) -> tuple[Labelled, Labelled]:
     from sklearn.datasets import load_digits
 
     if folder is not None:
-        raise UserError("the digits come with scikit-learn and are read from nowhere else: leave --data-dir away")
+        raise UserError("the digits come with scikit-learn and are not read from elsewhere: omit --data-dir")
     read = load_digits()
     images = torch.as_tensor(read.images * (255 / 16)).round().to(torch.uint8)[:, None]
     everything = Labelled(images, torch.as_tensor(read.target, dtype=torch.int64))
@@ -257,7 +257,7 @@ def _from_archive(path: Path) -> tuple[Labelled, Labelled]:
     except KeyError as error:
         raise UserError(f"{path} is another archive ({error.args[0]})") from None
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{path} is no tar archive, or is cut short ({error}); fetch it again") from None
+        raise UserError(f"{path} is not a tar archive, or is cut short ({error}); fetch it again") from None
 
 
 def _from_batches(read: Callable[[str], bytes], where: str) -> tuple[Labelled, Labelled]:

@@ -326,7 +326,7 @@ def _texts(paths: Sequence[Path]) -> Iterator[str]:
                     if len(line) == LONGEST_LINE and not line.endswith("\n"):
                         raise UserError(f"{path} has a line of more than {LONGEST_LINE} characters: it is no such text")
                     if "\0" in line:
-                        raise UserError(f"{path} holds zero bytes: it is no text")
+                        raise UserError(f"{path} holds zero bytes: it is not text")
                     yield line
         except UnicodeDecodeError as error:
             raise UserError(

@@ -32,7 +32,7 @@ def names_of(folder: Path) -> tuple[list[str], Path, Path | None]:
     """
     if not folder.is_dir():
         raise UserError(
-            f"{folder} is no folder: --data-dir must hold a folder for each class, or train and test with such"
+            f"{folder} is not a folder: --data-dir must hold a folder for each class, or train and test with such"
         )
     train = folder / "train" if (folder / "train").is_dir() else folder
     test = next((folder / name for name in ("test", "val") if train != folder and (folder / name).is_dir()), None)

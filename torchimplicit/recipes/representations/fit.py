@@ -704,7 +704,7 @@ class FieldRunner(Runner):
         try:
             self._look(config, run, console)
         except OSError as error:
-            raise UserError(f"{run} has no results yet ({error}); go on with: torchimplicit resume {run}") from None
+            raise UserError(f"{run} has no results yet ({error}); continue with: torchimplicit resume {run}") from None
 
     def export(self, config: Any, sizes: tuple[int, ...], run: Run, console: Console) -> Path:
         if self._export is None:

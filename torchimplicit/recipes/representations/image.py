@@ -194,7 +194,7 @@ def read_file(path: Path, size: int | None) -> Picture:
         raise UserError(f"{path} is too large a picture; make it smaller first") from None
     except UnidentifiedImageError:
         raise UserError(
-            f"{path} is no picture that Pillow can read; give a PNG, JPEG, TIFF, WebP or BMP file"
+            f"{path} is not a picture that Pillow can read; give a PNG, JPEG, TIFF, WebP or BMP file"
         ) from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UserError(f"{path} cannot be read ({error}); the file may be damaged") from None

@@ -397,7 +397,7 @@ def read_file(path: Path, most_faces: int) -> Mesh:
     if not path.is_file():
         raise UserError(f"--file {path} does not exist")
     if path.suffix.lower() not in KINDS:
-        raise UserError(f"{path.name} is no mesh file by its name; give one of {', '.join(KINDS)}")
+        raise UserError(f"{path.name} is not a mesh file by its name; give one of {', '.join(KINDS)}")
     size = path.stat().st_size
     if size > BYTES_A_FACE * most_faces:
         raise UserError(

@@ -310,13 +310,13 @@ def _decoded(path: Path, size: int, known: _Reading) -> Generator[Tensor]:
         import av
     except ImportError:
         raise UserError(
-            f"{path} is no animated picture, and to read video files PyAV is needed: pip install "
+            f"{path} is not an animated picture, and to read video files PyAV is needed: pip install "
             "'torchimplicit[video]'; or give a folder of pictures, or a GIF"
         ) from None
     try:
         container = av.open(str(path))
     except (av.FFmpegError, ValueError, OSError) as error:
-        raise UserError(f"{path} is no video that FFmpeg can read ({_reason(error)})") from None
+        raise UserError(f"{path} is not a video that FFmpeg can read ({_reason(error)})") from None
     with container:
         if not container.streams.video:
             raise UserError(f"{path} holds no video")

@@ -64,7 +64,7 @@ def _go(runner: Runner, settings: Any, run: Run, console: Console) -> int:
         reason = f"the disk is full ({error.strerror})" if error.errno in FULL else _line(error)
         if error.errno not in FULL:
             raise
-        raise StorageError(error.errno, f"{reason}; make room, and go on with: torchimplicit resume {run}") from None
+        raise StorageError(error.errno, f"{reason}; make room, and continue with: torchimplicit resume {run}") from None
     except BaseException as error:
         reason = _line(error)
         raise
@@ -72,7 +72,7 @@ def _go(runner: Runner, settings: Any, run: Run, console: Console) -> int:
         run.mark(state, "" if state == "complete" else reason)
     if state != "complete":
         console.print(
-            f"Interrupted. What was done is in {run}; go on with: torchimplicit resume {run}",
+            f"Interrupted. Results so far are in {run}; continue with: torchimplicit resume {run}",
             highlight=False,
             soft_wrap=True,
         )

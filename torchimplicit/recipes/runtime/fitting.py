@@ -216,7 +216,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     try:
         return dict(files.load(checkpoint))
     except (TypeError, ValueError):
-        raise DamagedFileError(f"{checkpoint} is no checkpoint of a run; train again") from None
+        raise DamagedFileError(f"{checkpoint} is not a checkpoint of a run; train again") from None
 
 
 def whole(checkpoint: Path) -> Path:

@@ -226,7 +226,7 @@ def train(table: Published[Any], config: Any, run: Run, console: Console) -> boo
     """Run all unfinished runs and write the record; return whether all are done."""
     jobs = table.jobs(config)
     console.print(
-        f"{len(jobs)} runs, {config.plan.parallel} at a time; Ctrl-C stops and 'torchimplicit resume {run}' goes on.",
+        f"{len(jobs)} runs, {config.plan.parallel} at a time; Ctrl-C stops and 'torchimplicit resume {run}' continues.",
         highlight=False,
     )
     began, before = time.monotonic(), _spent(run)

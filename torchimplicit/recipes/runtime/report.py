@@ -50,7 +50,7 @@ def finished(path: Path) -> Finished:
     try:
         return Finished(str(path), recipe, Results.of(run), rows(run.metrics))
     except OSError:
-        raise UserError(f"{path} has no results yet; go on with: torchimplicit resume {run}") from None
+        raise UserError(f"{path} has no results yet; continue with: torchimplicit resume {run}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is a run of '{recipe}', which writes a page of its own: {path}/index.html") from None
 

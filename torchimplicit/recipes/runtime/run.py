@@ -329,7 +329,7 @@ class Run:
             UserError: if the directory holds no run, or a broken one.
         """
         if not self.path.is_dir():
-            raise UserError(f"{self.path} is no directory; give the directory of a run, such as runs/digits/001")
+            raise UserError(f"{self.path} is not a directory; give the directory of a run, such as runs/digits/001")
         if not self.description.is_file():
             raise UserError(f"{self.path} holds no run (it has no run.json); give a directory that 'train' has written")
         read = files.read_json(self.description, quiet=True)

@@ -43,7 +43,7 @@ def numbers(settings: Any, *names: str) -> None:
     """Each must be a nonempty tuple of positive numbers."""
     for name in names:
         if not getattr(settings, name) or not all(value > 0 for value in getattr(settings, name)):
-            raise UserError(f"{option(name)} must be positive numbers, one at least")
+            raise UserError(f"{option(name)} must be positive numbers, at least one")
 
 
 def _each(settings: Any, names: Sequence[str], holds: Callable[[Any], bool], words: str) -> None:

@@ -215,7 +215,7 @@ class Trainer(Runner):
         total = config.optimization.steps
         console.print(
             f"{module.task.describe()} {total} steps on {config.machine.devices} × {where.type.upper()}; Ctrl-C "
-            f"stops and 'torchimplicit resume {run}' goes on.".strip(),
+            f"stops and 'torchimplicit resume {run}' continues.".strip(),
             highlight=False,
         )
         callbacks: list[Any] = [ShowProgress(console if config.machine.devices == 1 else None, run)]
