@@ -61,13 +61,15 @@ def agree(kind, solver, gradient):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
     assert torch.equal(two.status, one.status)
     assert torch.equal(two.steps, one.steps)
-    assert two.evaluations == one.evaluations
+    # where samples depend on each other, the eager loop evaluates the whole once more
+    assert two.evaluations == one.evaluations - (kind == "coupled" and solver.steps is None)
     torch.testing.assert_close(two.residual, one.residual, rtol=1e-2, atol=1e-13, equal_nan=True)
     torch.testing.assert_close(two.absolute_residual, one.absolute_residual, rtol=1e-2, atol=1e-13)
     assert torch.equal(two.adjoint.status, one.adjoint.status)
     assert torch.equal(two.adjoint.steps, one.adjoint.steps)
-    assert two.adjoint.evaluations == one.adjoint.evaluations
-    torch.testing.assert_close(two.adjoint.residual, one.adjoint.residual, rtol=1e-2, atol=0, equal_nan=True)
+    # a minimum's eager estimate takes one product more, to find saddles
+    assert two.adjoint.evaluations == one.adjoint.evaluations - (kind == "energy" and isinstance(gradient, ti.NeumannPhantom))
+    torch.testing.assert_close(two.adjoint.residual, one.adjoint.residual, rtol=1e-2, atol=1e-14, equal_nan=True)
 
 
 PLAIN = FixedPointIteration

@@ -297,6 +297,8 @@ def _judged(point: Point, rule: Rule, found: LoopResult, count: Tensor, told: _T
         better = running & (rule.rank(size) < rule.rank(known)) | stopped & done
     else:
         better = running & (point.judgement.merit < best) | stopped & done
+    if rule.rejudges:  # those that rest were evaluated again, where they are returned
+        better = better | (status == Status.CONVERGED)
     lost: Any = int(Status.NONFINITE)
     if told is not None:
         lost, count = torch.where(good, int(Status.BREAKDOWN), lost), count - told.solved.long()

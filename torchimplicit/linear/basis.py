@@ -37,3 +37,14 @@ def less(v: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
     for i in range(count):
         v = torch.addcmul(v, weights.narrow(1, i, 1), basis.select(1, i), value=-1)
     return v
+
+
+def less_(v: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
+    """:func:`less` in the place of ``v``."""
+    count = basis.shape[1]
+    if count == 1:
+        return v.addcmul_(weights, basis.select(1, 0), value=-1)
+    if count * basis.shape[2] < _SMALL:
+        return v.sub_((basis * weights.unsqueeze(2)).sum(1))
+    v.unsqueeze(1).baddbmm_(weights.contiguous().unsqueeze(1), basis, alpha=-1)
+    return v

@@ -68,26 +68,26 @@ class InverseEstimate(NamedTuple):
         """
         # A s = -(r - r_last), so G+ y = -s with y = r - r_last. The step was s = G r_last, so that G y = g - s with
         # g = G r. Sherman-Morrison: G+ = G + g (G^T s)^T / (s.s - s.g), and so G+ r = g s.s / (s.s - s.g).
-        count = self.updates
-        last, base = self.steps.ring.select(1, count), self._scaled(r)
-        both = torch.stack((base, last)).transpose(0, 1)
+        count, base = self.updates, self._scaled(r)
+        _, after, c = self._known()
+        both = self.steps.beside(count, base)
         # one pass over the steps for the inner products of both vectors with all of them
-        residual_products, last_products = torch.bmm(both, self.steps.vectors.mT).unbind(1)
+        last_products, residual_products = torch.bmm(both, self.steps.vectors.mT).unbind(1)
         square = last_products.narrow(1, count, 1)
-        g, row = base, torch.ones_like(square)
+        row, weights = torch.ones_like(square), residual_products.narrow(1, 0, count)
         if count:
-            _, after, c = self._known()
-            g = less(base, _product(c, -residual_products.narrow(1, 0, count)), after)
             row = torch.cat((_product(c.mT, last_products.narrow(1, 1, count)), row), 1)
-        ahead = torch.linalg.vecdot(last, g).unsqueeze(1)
+            weights = _product(c, weights)
+        ahead = (row * residual_products).sum(1, keepdim=True)  # s.g = (G^T s).r
         gap = square - ahead
         # the update divides by s.s - s.g: where that cancels, there is none
         flat = gap.abs() <= 1e-8 * square
-        # g s.s / (s.s - s.g) as g + g s.g / (s.s - s.g), which an infinite gap turns into g
-        step = torch.addcmul(g, g, ahead / gap.masked_fill(flat, torch.inf))
+        # s.s / (s.s - s.g), which an infinite gap turns into 1
+        factor = 1 + ahead / gap.masked_fill(flat, torch.inf)
+        steps = self.steps.put_less(count + 1, base, factor, weights * -factor, after)
         factors = self.factors.clone() if torch.is_grad_enabled() else self.factors
         factors[:, count, : count + 1] = row / square.masked_fill(flat, torch.inf)
-        return step, self._replace(steps=self.steps.put(count + 1, step), factors=factors)
+        return steps.ring.select(1, count + 1), self._replace(steps=steps, factors=factors)
 
 
 def _product(matrix: Tensor, v: Tensor) -> Tensor:

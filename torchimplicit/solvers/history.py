@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchimplicit.linear.basis import room
+from torchimplicit.linear.basis import less, less_, room
 from torchimplicit.precision import widened
 
 
@@ -27,6 +27,13 @@ class History(NamedTuple):
     def vectors(self) -> Tensor:
         """The stored vectors, ``[batch, filled, dim]``, in no particular order."""
         return self.ring[:, : self.filled]
+
+    def beside(self, slot: int, vector: Tensor) -> Tensor:
+        """The vector in ``slot`` and ``vector`` itself, ``[batch, 2, dim]``; the latter overwrites the next slot."""
+        if self._out_of_place(vector):
+            return torch.stack((self.ring[:, slot], vector), 1)
+        self.ring[:, slot + 1] = vector
+        return self.ring.narrow(1, slot, 2)
 
     def put(self, slot: int, vector: Tensor, over: Tensor | None = None) -> History:
         """Store ``vector`` (``[batch, dim]``), divided by ``over`` (``[batch, 1]``), in ``slot``; in place unless
@@ -60,6 +67,14 @@ class History(NamedTuple):
             return self.put(slot, vector, length), length
         vector.div_(length)
         return History(self.ring, max(self.filled, slot + 1)), length
+
+    def put_less(self, slot: int, one: Tensor, factor: Tensor, weights: Tensor, basis: Tensor) -> History:
+        """Store ``factor * one`` minus the sum of the vectors of ``basis`` (``[batch, k, dim]``) with ``weights``
+        (``[batch, k]``); ``factor`` is ``[batch, 1]``."""
+        if self._out_of_place(one):
+            return self.put(slot, less(one * factor, weights, basis))
+        less_(torch.mul(one, factor, out=self.ring[:, slot]), weights, basis)
+        return History(self.ring, max(self.filled, slot + 1))
 
     def _out_of_place(self, vector: Tensor) -> bool:
         """Whether the new entry cannot be computed in the ring itself."""
