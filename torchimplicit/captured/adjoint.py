@@ -17,11 +17,13 @@ from torchimplicit.captured.iteration import Rule, Way, run
 from torchimplicit.captured.linear import ASSEMBLED, Parts, Product, Right, Solved, assembled, by_method
 from torchimplicit.captured.loop import while_loop
 from torchimplicit.captured.steps import Plain, Step, Tried
+from torchimplicit.constraints import project
 from torchimplicit.linear import CG, GMRES, MINRES, BiCGStab, Dense, LinearSolver, Neumann
 from torchimplicit.linear.confirmed import SLACK
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.precision import UnitRows, default_rtol, safe_norm
 from torchimplicit.problems import FixedPoint, JointInference, Minimum, Point, Problem, System
+from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.problems.system import UNLIKE
 from torchimplicit.solution import Status
 from torchimplicit.solvers import FixedPointIteration, Solver
@@ -111,31 +113,44 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool])
     """
     asked = [w for w, given in zip(needs_grad, graph.others, strict=True) if isinstance(given, Tensor)]
     symmetric = isinstance(graph.problem, Minimum)
+    on_plane = isinstance(graph.problem, Minimum) and graph.problem.constraint is not None
 
     def products(v: Tensor, g: Tensor, z: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         system, params = graph.system(inputs)
         tape = system.linearize(z, params, asked)
-        product = system.operator(tape, True).product(v)
-        return product, *(grad for grad in system.vjp_params(tape, g) if grad is not None)
+        operator = system.operator(tape, True)
+        if isinstance(system, MinimumSystem) and on_plane:
+            operator, grads = operator.unprojected or operator, system.vjp_bordered(tape, g)
+        else:
+            grads = system.vjp_params(tape, g)
+        return operator.product(v), *(grad for grad in grads if grad is not None)
 
     def solve(z: Tensor, u: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        parts = Parts.of(products, z, inputs)
+        system, params = graph.system(inputs)
+        parts = Parts.of(products, z, inputs, torch.cat((z, z[:, :1]), 1) if on_plane else None)
         saved = parts.before(z, *inputs)
-        system = graph.system(inputs)[0]
-        unit = UnitRows.of(u)
+        product, given, within, null = parts.product, saved, u, None
+        if isinstance(system, MinimumSystem) and on_plane:
+            null = system.normal(z, params)
+            within, given = project(u, null), (null, *saved)
+
+            def product(v: Tensor, null: Tensor, *saved: Any) -> Tensor:
+                return project(parts.product(project(v, null), *saved), null)
+
+        unit = UnitRows.of(within)
         b, factor, finite = unit.unit, unit.factor, unit.finite[:, 0]
         right = Right(b, torch.linalg.vector_norm(b, dim=-1), factor[:, 0])
         scale = right.scale
         if isinstance(adjoint.method, Dense):
-            found = assembled(parts.product, saved, right, symmetric)
+            found = assembled(product, given, right, symmetric, null)
         elif isinstance(adjoint.method, IterativeSolver):
             tolerance = adjoint.atol * right.factor + adjoint.rtol * scale
-            found = by_method(adjoint.method, tolerance, adjoint.max_steps, parts.product, saved, right, symmetric)
+            found = by_method(adjoint.method, tolerance, adjoint.max_steps, product, given, right, symmetric)
         else:
-            found = _by_series(adjoint, system, parts.product, saved, right)
+            found = _by_series(adjoint, system, product, given, right)
         g = found.x / factor
         # of the whole operator, in the units of the cotangents: rows that depend on each other were solved in others
-        left = (u - parts.product(g, *saved)) * factor
+        left = (within - product(g, *given)) * factor
         true = torch.linalg.vector_norm(left, dim=-1)
         tolerance = SLACK * (adjoint.atol * right.factor + adjoint.rtol * scale) + 16 * torch.finfo(u.dtype).eps * scale
         length = torch.linalg.vector_norm(found.x, dim=-1)
@@ -149,6 +164,8 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool])
             sizes = torch.where((sizes > 0) & (sizes < torch.inf), sizes, 1)
             sound = sound & (sizes.amax(dim=1) <= UNLIKE * sizes.amin(dim=1)).all()
         relative = true / torch.where(scale > 0, scale, 1)
+        if null is not None:  # with the multiplier's part
+            g = torch.cat((g, ((u - parts.product(g, *saved)) * null).sum(dim=1, keepdim=True)), 1)
         grads = parts.after(g, *saved)
         return sound, found.steps, relative, condition, found.products, *grads
 

@@ -196,11 +196,11 @@ class Capturing:
         if refusal is not None:
             tell(self.problem, refusal)
             return None
-        if isinstance(self.problem, Minimum) and self.problem.constraint is not None:
-            # the multiplier's part of an adjoint is no solution of the projected system
-            passes = replace(passes, solved=False, estimate=None, continuation=None)
-            if torch.is_grad_enabled():
-                tell(self.problem, "its backward pass alone: that of a Minimum on a constraint is not compiled")
+        if isinstance(self.problem, Minimum) and self.problem.constraint is not None and not passes.solved:
+            # the multiplier's part of an estimate is no term of the projected series
+            if torch.is_grad_enabled() and (passes.estimate or passes.continuation):
+                tell(self.problem, "its backward pass alone: on a constraint, estimates are not compiled")
+            passes = replace(passes, estimate=None, continuation=None)
         lower = AutocastState(layout.device).dtype
         adjoint = passes.estimate
         if passes.solved:

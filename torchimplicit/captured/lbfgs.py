@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchimplicit.captured.search import Ground, Moved, Searching, search
+from torchimplicit.captured.loop import while_loop
+from torchimplicit.captured.search import Fields, Ground, Moved, Searching, fields, search
 from torchimplicit.captured.steps import Rings, write, written
 from torchimplicit.precision import widened
 from torchimplicit.problems import Point
@@ -30,6 +31,20 @@ class Remembered(NamedTuple):
     least: Tensor
     idle: Tensor
     seen: Tensor
+
+
+class _Tried(NamedTuple):
+    """Of :meth:`QuasiNewton._search`: ``searching`` are the samples that have found nothing yet, ``stuck`` those that
+    the model has led nowhere."""
+
+    count: Tensor
+    direction: Tensor
+    searching: Tensor
+    stuck: Tensor
+    reached: Fields
+    last: Fields
+    trials: Tensor
+    spent: Tensor
 
 
 class QuasiNewton(Searching):
@@ -70,17 +85,41 @@ class QuasiNewton(Searching):
         )
 
     def move(self, ground: Ground, at: Point, state: Remembered, rings: Rings) -> Moved:
-        found = search(ground, at, self._direction(at.residual, state, rings), ground.running, self.trials)
-        stuck = found.failed
-        # the model of the Hessian may be at fault: forget it, and try the gradient itself
-        state = state._replace(kept=state.kept & ~stuck[:, None])
-        steepest = (state.gamma * widened(at.residual)).to(at.z.dtype)
-        again = search(ground, found.point, steepest, stuck, self.trials)
-        lost = stuck & again.failed
+        found = self._search(ground, at, self._direction(at.residual, state, rings), state.gamma)
+        reached, last, lost = Point(**found.reached), Point(**found.last), found.searching
+        state = state._replace(kept=state.kept & ~found.stuck[:, None])
         # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
-        to = again.last.select(lost & ~torch.isfinite(row_norm(again.last.residual)), again.point)
-        state = self._remember(state, at, again.point, found.trials + again.trials, rings)
-        return Moved(to, state, lost | (state.idle >= PATIENCE), found.spent + again.spent)
+        to = last.select(lost & ~torch.isfinite(row_norm(last.residual)), reached)
+        state = self._remember(state, at, reached, found.trials, rings)
+        return Moved(to, state, lost | (state.idle >= PATIENCE), found.spent)
+
+    def _search(self, ground: Ground, at: Point, direction: Tensor, gamma: Tensor) -> _Tried:
+        """Along ``direction``; samples that find nothing there search along the gradient, since the model of the Hessian
+        may be at fault. A loop, so that the search is compiled once."""
+        count = torch.zeros((), dtype=torch.int64, device=at.z.device)
+        none, trials = torch.zeros_like(ground.running), torch.zeros_like(ground.running, dtype=torch.int64)
+        here = fields(at)
+        now = _Tried(count, direction, ground.running, none, here, here, trials, count)
+
+        def body(now: _Tried, given: Any, rings: Any) -> _Tried:
+            constants, residual, gamma = given
+            along = ground._replace(constants=constants)
+            found = search(along, Point(**now.reached), now.direction, now.searching, self.trials)
+            return _Tried(
+                now.count + 1,
+                (gamma * widened(residual)).to(residual.dtype),
+                found.failed,
+                now.stuck | found.failed,
+                fields(found.point),
+                fields(found.last),
+                now.trials + found.trials,
+                now.spent + found.spent,
+            )
+
+        def on(now: _Tried) -> Tensor:
+            return (now.count < 2) & (now.searching.sum() > 0)
+
+        return while_loop(on, body, now, (ground.constants, at.residual, gamma))
 
     def _order(self, seen: Tensor) -> Tensor:
         """The slots from the newest to the oldest, int64 ``[memory]``; a permutation that is its own inverse."""

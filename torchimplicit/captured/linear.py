@@ -125,13 +125,20 @@ def _like(first: Any, held: dict[str, Tensor]) -> Any:
     return first._replace(**held, **({"broken": None} if hasattr(first, "broken") else {}))
 
 
-def assembled(product: Product, saved: Any, right: Right, symmetric: bool) -> Solved:
-    """By the inverse matrix, and one step of refinement."""
+def assembled(product: Product, saved: Any, right: Right, symmetric: bool, null: Tensor | None = None) -> Solved:
+    """By the inverse matrix, and one step of refinement.
+
+    Args:
+        null: unit vectors ``[batch or 1, dim]`` that the matrix takes to zero, and to which ``b`` is orthogonal.
+    """
     b, scale, _ = right
     batch, dim = b.shape
     eye = torch.eye(dim, dtype=b.dtype, device=b.device)
     columns = torch.vmap(lambda v: product(v.expand(batch, dim), *saved))(eye)
     matrix = columns.permute(1, 2, 0)
+    if null is not None:
+        size = matrix.diagonal(dim1=1, dim2=2).abs().mean(dim=1)[:, None, None]
+        matrix = matrix + size * null[:, :, None] * null[:, None, :]
     sound = torch.ones_like(scale, dtype=torch.bool)
     if symmetric:
         matrix = 0.5 * (matrix + matrix.mT)
@@ -153,7 +160,7 @@ class Parts(NamedTuple):
     """The graph of the products, taken apart.
 
     Attributes:
-        before: ``(z, *inputs) -> saved``: what depends on neither vector.
+        before: ``(z, *inputs) -> saved``: what depends on neither vector, of ``(v, g, z, *inputs)``.
         product: ``(v, *saved)``.
         after: ``(g, *saved)``, the gradients.
     """
@@ -163,8 +170,9 @@ class Parts(NamedTuple):
     after: Any
 
     @staticmethod
-    def of(products: Any, z: Tensor, inputs: Sequence[Any]) -> Parts:
-        graph = traced_apart(products, (z, z, z, *inputs))
+    def of(products: Any, z: Tensor, inputs: Sequence[Any], g: Tensor | None = None) -> Parts:
+        """Args: ``g``, an example of it where it is not like the state."""
+        graph = traced_apart(products, (z, z if g is None else g, z, *inputs))
         places = graph.graph.find_nodes(op="placeholder")
         (output,) = graph.graph.find_nodes(op="output")
         product, *grads = output.args[0]

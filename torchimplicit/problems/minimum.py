@@ -336,6 +336,19 @@ class MinimumSystem(System):
             out = self._constrain(tape.z.detach(), tape.out, tape.params)
         return tape.vjp_params(-g, out)
 
+    def vjp_bordered(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
+        """:math:`-R_\\theta^T g` for g ``[batch, dim + 1]``, of :math:`R=(P\\nabla E,\\langle n,z\\rangle-c)`: on a plane,
+        g ends with the multiplier's part, and nothing has to be weighed against the Hessian."""
+        with torch.enable_grad():
+            normal, offset = self._plane(tape.z, tape.params)
+            outside = (tape.z.detach() * normal).sum(dim=1, keepdim=True) - offset
+            out = torch.cat((project(tape.out, normal), outside), dim=1)
+        return tape.vjp_params(-g, out)
+
+    def normal(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """n, ``[batch or 1, dim]``."""
+        return self._plane(z, params)[0]
+
     @staticmethod
     def _units(size: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
         return size, size  # the same on both sides, which keeps the Hessian symmetric
