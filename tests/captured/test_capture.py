@@ -235,6 +235,19 @@ def test_one_warning_names_the_reason_and_the_eager_loop_serves(f, words):
     torch.testing.assert_close(again.value, plain.value, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_numbers_that_a_function_holds_keep_their_precision():
+    """Each is compiled in: as a symbol, it would be rounded to single precision."""
+    z0, x = inputs(3)
+    before = compilations()
+    for i, unit in enumerate((1.0, 1e-12, 1e-6)):
+        f = FixedPoint(lambda z, x, unit=unit: unit * torch.tanh(0.3 * z / unit + x))
+        found = ti.solve(f, unit * z0, x, solver=Anderson(), compile=True)
+        assert compilations() == before + i + 1
+        plain = ti.solve(f, unit * z0, x, solver=Anderson())
+        torch.testing.assert_close(found.value, plain.value, rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize(
     ("problem", "options", "words"),
     [

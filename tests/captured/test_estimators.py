@@ -68,7 +68,9 @@ def agree(kind, solver, gradient):
     assert torch.equal(two.adjoint.status, one.adjoint.status)
     assert torch.equal(two.adjoint.steps, one.adjoint.steps)
     # a minimum's eager estimate takes one product more, to find saddles
-    assert two.adjoint.evaluations == one.adjoint.evaluations - (kind == "energy" and isinstance(gradient, ti.NeumannPhantom))
+    assert two.adjoint.evaluations == one.adjoint.evaluations - (
+        kind == "energy" and isinstance(gradient, ti.NeumannPhantom)
+    )
     torch.testing.assert_close(two.adjoint.residual, one.adjoint.residual, rtol=1e-2, atol=1e-14, equal_nan=True)
 
 

@@ -94,8 +94,8 @@ class QuasiNewton(Searching):
         return Moved(to, state, lost | (state.idle >= PATIENCE), found.spent)
 
     def _search(self, ground: Ground, at: Point, direction: Tensor, gamma: Tensor) -> _Tried:
-        """Along ``direction``; samples that find nothing there search along the gradient, since the model of the Hessian
-        may be at fault. A loop, so that the search is compiled once."""
+        """Search along ``direction``; samples that find nothing there search along the gradient, since the model of the
+        Hessian may be at fault. A loop, so that the search is compiled once."""
         count = torch.zeros((), dtype=torch.int64, device=at.z.device)
         none, trials = torch.zeros_like(ground.running), torch.zeros_like(ground.running, dtype=torch.int64)
         here = fields(at)

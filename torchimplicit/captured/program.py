@@ -175,7 +175,12 @@ class Program:
         own = now.own = [alias(t) for t in problem.constraint_tensors(self.plan.layout, rows)]
         _now.found = None
         try:
-            with torch.no_grad(), _settled(problem.function) as function:
+            # a number that varies would become a symbol, which the compiler rounds to single precision
+            with (
+                torch.no_grad(),
+                torch._dynamo.config.patch(specialize_float=True),
+                _settled(problem.function) as function,
+            ):
                 leaves_out = self.call(function, state, tree, own)
             found = _now.taken()
         finally:

@@ -337,8 +337,8 @@ class MinimumSystem(System):
         return tape.vjp_params(-g, out)
 
     def vjp_bordered(self, tape: Linearization, g: Tensor) -> list[Tensor | None]:
-        """:math:`-R_\\theta^T g` for g ``[batch, dim + 1]``, of :math:`R=(P\\nabla E,\\langle n,z\\rangle-c)`: on a plane,
-        g ends with the multiplier's part, and nothing has to be weighed against the Hessian."""
+        """:math:`-R_\\theta^T g` on a plane, for g ``[batch, dim + 1]`` that ends with the multiplier's part, of
+        :math:`R=(P\\nabla E,\\langle n,z\\rangle-c)`: nothing has to be weighed against the Hessian."""
         with torch.enable_grad():
             normal, offset = self._plane(tape.z, tape.params)
             outside = (tape.z.detach() * normal).sum(dim=1, keepdim=True) - offset
