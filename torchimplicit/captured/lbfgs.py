@@ -37,7 +37,7 @@ class _Tried(NamedTuple):
     """Of :meth:`QuasiNewton._search`: ``searching`` are the samples that have found nothing yet, ``stuck`` those that
     the model has led nowhere."""
 
-    count: Tensor
+    attempt: Tensor
     direction: Tensor
     searching: Tensor
     stuck: Tensor
@@ -106,7 +106,7 @@ class QuasiNewton(Searching):
             along = ground._replace(constants=constants)
             found = search(along, Point(**now.reached), now.direction, now.searching, self.trials)
             return _Tried(
-                now.count + 1,
+                now.attempt + 1,
                 (gamma * widened(residual)).to(residual.dtype),
                 found.failed,
                 now.stuck | found.failed,
@@ -117,7 +117,7 @@ class QuasiNewton(Searching):
             )
 
         def on(now: _Tried) -> Tensor:
-            return (now.count < 2) & (now.searching.sum() > 0)
+            return (now.attempt < 2) & (now.searching.sum() > 0)
 
         return while_loop(on, body, now, (ground.constants, at.residual, gamma))
 
