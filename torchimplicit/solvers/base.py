@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.linear import LinearOperator
 from torchimplicit.precision import default_rtol
 from torchimplicit.problems import Point, System
@@ -203,6 +204,10 @@ class Solver(ABC):
     """Whether a step combines each sample's past steps as if the sample were alone (Anderson, Broyden). Where samples
     depend on each other, that may fail to converge."""
 
+    not_unrolled: ClassVar[str | None] = None
+    """What to do where autograd cannot follow the steps, because they branch on the data or solve systems of their own;
+    ``None`` if it can."""
+
     rtol: Tolerance | None = None
     atol: Tolerance | None = None
     max_steps: int = 100
@@ -233,6 +238,13 @@ class Solver(ABC):
         """The same method with a prescribed number of ``steps``; tolerances and ``max_steps`` are reset."""
         defaults: dict[str, Any] = {name: self.__dataclass_fields__[name].default for name in _TESTS}
         return replace(self, steps=steps, **defaults)
+
+    def check_unrolled(self) -> None:
+        """Raise :class:`UnsupportedDerivativeError` where autograd is to follow steps that it cannot follow."""
+        if self.not_unrolled is not None and torch.is_grad_enabled():
+            raise UnsupportedDerivativeError(
+                f"Unrolled cannot differentiate the steps of {type(self).__name__}: {self.not_unrolled}"
+            )
 
     def keeps(self, step: int) -> bool:
         """Whether the iterate after ``step`` steps is kept in the trajectory."""

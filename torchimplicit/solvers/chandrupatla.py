@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from torchimplicit.closure import is_transformed
-from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.problems import Point, System
 from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.problems.root import RootSystem
@@ -77,6 +76,7 @@ class Chandrupatla(Solver):
     high: float | Tensor
     max_steps: int = 200
     bounded: ClassVar[bool] = True
+    not_unrolled: ClassVar[str | None] = "use Implicit"
 
     def check(self) -> None:
         for name in ("low", "high"):
@@ -113,8 +113,6 @@ class Chandrupatla(Solver):
         return None
 
     def step(self, evaluate: Evaluator, point: Point, state: Bracket | None, progress: Progress) -> Move:
-        if torch.is_grad_enabled():
-            raise UnsupportedDerivativeError("Unrolled cannot differentiate through Chandrupatla: use Implicit")
         z, r, lost = point.z, point.residual, None
         if state is None:
             low, high = (self._bound(t, z) for t in (self.low, self.high))

@@ -45,6 +45,8 @@ def take_steps(
     hidden = 0 if recorded is None else count - recorded
     # a kept iterate that shall be differentiable is recomputed from the one ``recorded`` steps before: keep that, too
     led = recorded if hidden and recorded else 0
+    if hidden < count:
+        solver.check_unrolled()
     straight = solver.straight and isinstance(system, FixedPointSystem) and not solver.keep_trace
 
     def kept(step: int, z: Tensor) -> Tensor | None:

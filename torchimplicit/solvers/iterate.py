@@ -266,6 +266,7 @@ class _Loop:
 
     def run(self) -> SolverResult:
         solver = self.solver
+        solver.check_unrolled()
         trajectory = [self.point.z if solver.keeps(0) else None]
         self._check_features()
         if self.judge.measure is not None and self.active and solver.wants_product():

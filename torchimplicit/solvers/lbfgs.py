@@ -9,7 +9,6 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.linear import Preconditioner, PreparedPreconditioner
 from torchimplicit.linear.preconditioners import as_preconditioner
 from torchimplicit.problems import Point, System
@@ -81,6 +80,7 @@ class LBFGS(Solver):
     trials: int = 20
     max_steps: int = 500
     searches: ClassVar[bool] = True
+    not_unrolled: ClassVar[str | None] = "use Implicit or EquilibriumPropagation, or unroll GradientDescent"
     preconditioner: Preconditioner | Callable[[Tensor], Tensor] | None = None
 
     def check(self) -> None:
@@ -105,11 +105,6 @@ class LBFGS(Solver):
         return LBFGSState(empty, History.empty(like, self.memory), rho, gamma, point.energy, norm, idle, 0)
 
     def step(self, evaluate: Evaluator, point: Point, state: LBFGSState, progress: Progress) -> Move:
-        if torch.is_grad_enabled():
-            raise UnsupportedDerivativeError(
-                "Unrolled cannot differentiate through LBFGS, whose line search branches on the data: use Implicit or "
-                "EquilibriumPropagation, or unroll GradientDescent"
-            )
         state = self._prepared(evaluate, point, state)
         direction = self._direction(point.residual, state)
         searched = search(evaluate, point, direction, progress.active, self.trials)

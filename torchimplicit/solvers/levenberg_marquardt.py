@@ -10,7 +10,6 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.linear import CG, LinearOperator, LinearSolver
 from torchimplicit.linear.confirmed import solve_any
 from torchimplicit.precision import working_dtype
@@ -82,6 +81,7 @@ class LevenbergMarquardt(Solver):
     trials: int = 12
     max_steps: int = 200
     searches: ClassVar[bool] = True
+    not_unrolled: ClassVar[str | None] = "use Implicit, or unroll GaussNewton"
 
     def check(self) -> None:
         check_positive(self, "damping")
@@ -100,10 +100,6 @@ class LevenbergMarquardt(Solver):
         return LevenbergMarquardtState(damping, torch.full_like(damping, 2), torch.zeros_like(point.z))
 
     def step(self, evaluate: Evaluator, point: Point, state: LevenbergMarquardtState, progress: Progress) -> Move:
-        if torch.is_grad_enabled():
-            raise UnsupportedDerivativeError(
-                "Unrolled cannot differentiate through LevenbergMarquardt's trials: use Implicit or GaussNewton"
-            )
         residuals = _residuals(evaluate.system)
         assert residuals is not None
         tape = Linearization(residuals, point.z, evaluate.params)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.linear import LinearOperator
 from torchimplicit.precision import working_dtype
 from torchimplicit.problems import Point, System
@@ -208,6 +207,7 @@ class NewtonCG(Solver):
     max_steps: int = 200
     by_products: ClassVar[bool] = True
     searches: ClassVar[bool] = True
+    not_unrolled: ClassVar[str | None] = "use Implicit or EquilibriumPropagation, or unroll GradientDescent"
 
     def check(self) -> None:
         check_count(self, "inner")
@@ -226,11 +226,6 @@ class NewtonCG(Solver):
         return None
 
     def step(self, evaluate: Evaluator, point: Point, state: NewtonCGState | None, progress: Progress) -> Move:
-        if torch.is_grad_enabled():
-            raise UnsupportedDerivativeError(
-                "Unrolled cannot differentiate through NewtonCG's trials: use Implicit or EquilibriumPropagation, or "
-                "unroll GradientDescent"
-            )
         system, active, residual = evaluate.system, progress.active, point.residual
         if active is not None:
             residual = torch.where(active[:, None], residual, 0)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.linear import Dense, LinearSolver
 from torchimplicit.problems import Point, System
 from torchimplicit.problems.minimum import MinimumSystem
@@ -56,6 +55,7 @@ class NewtonKrylov(Solver):
     max_steps: int = 50
     by_products: ClassVar[bool] = True
     searches: ClassVar[bool] = True
+    not_unrolled: ClassVar[str | None] = "use Implicit, or unroll Anderson, Broyden or FixedPointIteration"
 
     def check(self) -> None:
         check_type(self, "linear_solver", LinearSolver, optional=True)
@@ -68,11 +68,6 @@ class NewtonKrylov(Solver):
         return None
 
     def step(self, evaluate: Evaluator, point: Point, state: Any, progress: Progress) -> Move:
-        if torch.is_grad_enabled():
-            raise UnsupportedDerivativeError(
-                "Unrolled cannot differentiate through NewtonKrylov's inner linear solves: use Implicit, or unroll "
-                "Anderson, Broyden or FixedPointIteration"
-            )
         system = evaluate.system
         solver = self._linear(system, point.z)
         residual = point.residual

@@ -103,6 +103,9 @@ class Polyalgorithm(Solver):
     def wants_relative(self) -> bool:
         return self.leading.wants_relative()
 
+    def check_unrolled(self) -> None:
+        self.leading.check_unrolled()
+
     def start(self, point: Point) -> Any:
         return self.leading.start(point)
 

@@ -8,7 +8,6 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.linear import LinearSolver
 from torchimplicit.precision import working_dtype
 from torchimplicit.problems import Point, System
@@ -112,6 +111,7 @@ class ProjectedNewton(Solver):
     max_steps: int = 200
     by_products: ClassVar[bool] = True
     searches: ClassVar[bool] = True
+    not_unrolled: ClassVar[str | None] = "use Implicit, or unroll FixedPointIteration or Anderson"
 
     def check(self) -> None:
         check_type(self, "linear_solver", LinearSolver, optional=True)
@@ -134,11 +134,6 @@ class ProjectedNewton(Solver):
         return ProjectedNewtonState(unknown, unknown, unknown > 0)
 
     def step(self, evaluate: Evaluator, point: Point, state: ProjectedNewtonState, progress: Progress) -> Move:
-        if torch.is_grad_enabled():
-            raise UnsupportedDerivativeError(
-                "Unrolled cannot differentiate through ProjectedNewton's inner solves: use Implicit, or unroll "
-                "FixedPointIteration or Anderson, whose step is the projected gradient's"
-            )
         system = evaluate.system
         assert isinstance(system, ProjectedSystem)
         assert point.energy is not None

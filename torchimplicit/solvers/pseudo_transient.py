@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.linear import LinearSolver
 from torchimplicit.precision import working_dtype
 from torchimplicit.problems import Point, System
@@ -53,6 +52,7 @@ class PseudoTransient(Solver):
     max_steps: int = 200
     by_products: ClassVar[bool] = True
     searches: ClassVar[bool] = True
+    not_unrolled: ClassVar[str | None] = "use Implicit, or unroll Anderson, Broyden or FixedPointIteration"
 
     def check(self) -> None:
         check_type(self, "linear_solver", LinearSolver, optional=True)
@@ -65,11 +65,6 @@ class PseudoTransient(Solver):
         return None
 
     def step(self, evaluate: Evaluator, point: Point, state: PseudoTransientState | None, progress: Progress) -> Move:
-        if torch.is_grad_enabled():
-            raise UnsupportedDerivativeError(
-                "Unrolled cannot differentiate through PseudoTransient's linear solves: use Implicit, or unroll "
-                "Anderson, Broyden or FixedPointIteration"
-            )
         system, z, residual, active = evaluate.system, point.z, point.residual, progress.active
         if active is not None:
             residual = torch.where(active[:, None], residual, 0)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.linear import LinearSolver
 from torchimplicit.precision import working_dtype
 from torchimplicit.problems import Point, System
@@ -116,6 +115,7 @@ class TrustRegion(Solver):
     max_steps: int = 200
     by_products: ClassVar[bool] = True
     searches: ClassVar[bool] = True
+    not_unrolled: ClassVar[str | None] = "use Implicit, or unroll Anderson, Broyden or FixedPointIteration"
 
     def check(self) -> None:
         check_type(self, "linear_solver", LinearSolver, optional=True)
@@ -129,11 +129,6 @@ class TrustRegion(Solver):
         return None
 
     def step(self, evaluate: Evaluator, point: Point, state: TrustRegionState | None, progress: Progress) -> Move:
-        if torch.is_grad_enabled():
-            raise UnsupportedDerivativeError(
-                "Unrolled cannot differentiate through TrustRegion's linear solves: use Implicit, or unroll Anderson, "
-                "Broyden or FixedPointIteration"
-            )
         residual, active = point.residual, progress.active
         if active is not None:
             # a sample that is done needs no step, and must not keep the linear solver busy
