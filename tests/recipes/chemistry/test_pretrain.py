@@ -200,7 +200,7 @@ def test_from_the_command_line(folder, tmp_path, capsys, monkeypatch) -> None:
     assert cli.main(["evaluate", "second"]) == 0
     capsys.readouterr()
     assert cli.main(["finetune", "second", "--steps", "2"]) == 2
-    assert "no run of 'torchimplicit pretrain'" in capsys.readouterr().err
+    assert "not a run of 'torchimplicit pretrain'" in capsys.readouterr().err
     assert cli.main(["finetune", "first", "--only", "He"]) == 2
     assert cli.main(["pretrain", *ask, "--kind", "density", "--steps", "2", "--output", "third"]) == 0
     assert cli.main(["finetune", "third"]) == 2

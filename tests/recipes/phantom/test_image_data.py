@@ -99,7 +99,7 @@ class TestMnist:
         assert str(path) in str(caught.value)
 
     def test_a_missing_folder_and_a_wrong_one(self, tmp_path):
-        with pytest.raises(UserError, match="no folder"):
+        with pytest.raises(UserError, match="not a folder"):
             load("mnist", tmp_path / "nowhere", validation=1)
         with pytest.raises(UserError, match="train-images-idx3-ubyte"):
             load("mnist", write_cifar(tmp_path / "cifar"), validation=1)

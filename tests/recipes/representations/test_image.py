@@ -129,8 +129,8 @@ class TestFiles:
         for path, words in (
             (tmp_path, "folder"),
             (tmp_path / "missing.png", "does not exist"),
-            (tmp_path / "text.png", "no picture"),
-            (tmp_path / "empty.png", "no picture"),
+            (tmp_path / "text.png", "not a picture"),
+            (tmp_path / "empty.png", "not a picture"),
             (tmp_path / "cut.png", "damaged"),
         ):
             with pytest.raises(UserError, match=words):
@@ -244,7 +244,7 @@ class TestRecipe:
     def test_the_command_line_says_what_is_wrong(self, tmp_path, capsys):
         (tmp_path / "text.png").write_text("no picture")
         complaints = [
-            (["--file", str(tmp_path / "text.png")], "no picture"),
+            (["--file", str(tmp_path / "text.png")], "not a picture"),
             (["--file", str(tmp_path / "none.png")], "does not exist"),
             (["--picture", "lena"], "there is no picture"),
             (["--size", "99999"], "--size"),

@@ -251,7 +251,7 @@ class TestFiles:
             ("text.ply", 10**6, "cannot be read"),
             ("empty.stl", 10**6, "cannot be read|no faces"),
             ("cloud.obj", 10**6, "no faces|cannot be read"),
-            ("photo.png", 10**6, "no mesh file"),
+            ("photo.png", 10**6, "not a mesh file"),
             ("cut.ply", 10**6, "cannot be read|no faces"),
             ("ball.ply", 300, "--most-faces 320"),
             ("ball.ply", 3, "MB"),

@@ -128,7 +128,7 @@ class TestFolders:
         with pytest.raises(UserError, match="number 3 would be 20 × 20"):
             read(path)
         (path / "frame2.png").write_text("no picture")
-        with pytest.raises(UserError, match="no picture"):
+        with pytest.raises(UserError, match="not a picture"):
             read(path)
         (tmp_path / "empty").mkdir()
         with pytest.raises(UserError, match="without pictures"):
@@ -202,7 +202,7 @@ class TestVideoFiles:
         (tmp_path / "empty.mp4").write_bytes(b"")
         (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])  # what tells where frames are stands at the end
         for name in ("text.mp4", "empty.mp4", "cut.mp4"):
-            with pytest.raises(UserError, match="no video that FFmpeg can read"):
+            with pytest.raises(UserError, match="not a video that FFmpeg can read"):
                 read(tmp_path / name)
         import wave
 
