@@ -134,33 +134,31 @@ def ends(result: EstimatorResult, results: Results) -> str | None:
 PICTURES = {
     "loss-against-time": Picture(
         "Training loss against time",
-        "Lower is better, and further left is faster. The faint line is the loss of every single batch, the strong "
-        "line its running mean. All the classifiers take the same number of steps, so a curve that ends earlier had "
-        "the cheaper steps. Where two curves lie on each other, the estimate taught the classifier as much per second "
-        "as the exact gradient did.",
+        "Lower is better, and further left is faster. The faint line is the loss of every batch, the strong line its "
+        "running mean. All classifiers take the same number of steps, so a curve that ends earlier has cheaper steps. "
+        "Where two curves coincide, the estimate reduces the loss as much per second as the exact gradient.",
         loss_against_time,
         "In this run, loss over the last epoch and time spent:",
         lambda r, _: f"{r.summary.training_loss:.3f} after {r.summary.training_seconds:.1f} s",
     ),
     "residual-against-iteration": Picture(
         "Solver residual against iteration",
-        "How far the state still is from being unchanged by the cell, on validation images, after training. Every "
-        "line should fall straight, for the scale is logarithmic; the steeper, the fewer evaluations. The solid line "
-        "is Anderson acceleration, with the band between the 10 % and the 90 % quantile of the images; the dotted one "
-        "simply applies the cell again and again. Between them lies what the solver gains. A line that levels off far "
-        "above the tolerance would mean that there is no equilibrium to be found. (Training stops each image at the "
-        "dashed tolerance; here the solve goes on to 1e-6.)",
+        "Distance of the state from an equilibrium, on validation images, after training. On the logarithmic scale "
+        "every line should fall straight; the steeper, the fewer evaluations. The solid line is Anderson acceleration, "
+        "with a band from the 10 % to the 90 % quantile of the images; the dotted one applies the cell repeatedly. Their "
+        "distance is the gain of the solver. A line that levels off far above the tolerance would mean that no "
+        "equilibrium was found. (Training stops each image at the dashed tolerance; here the solve continues to 1e-6.)",
         residual_against_iteration,
         "In this run, iterations until the median sample is within the tolerance:",
         reached,
     ),
     "cosine-against-step": Picture(
         "Cosine to the exact gradient against training step",
-        "Now and then training pauses its stopwatch, and the exact gradient is computed on the same batch at the same "
-        "weights, to a far tighter tolerance. A cosine of 1 means that the estimate points the same way, 0 "
-        "that it is at right angles to it and of no use. A phantom gradient keeps only the first terms of a series, "
-        "so its cosine drops when the spectral radius of J (next picture) comes near 1 and the left-out terms matter. "
-        "It can be well below 1 and still train well, as long as it points downhill.",
+        "At regular steps, outside the measured time, the exact gradient is computed for the same batch and weights "
+        "to a much tighter tolerance. A cosine of 1 means that the estimate has the same direction, 0 that it is "
+        "orthogonal and useless. A phantom gradient keeps only the first terms of a series, so its cosine drops when "
+        "the spectral radius of J (next picture) approaches 1 and the omitted terms matter. Training can succeed with "
+        "a cosine well below 1, as long as it is positive.",
         along("audits", "cosine", "cosine to the exact gradient"),
         "In this run, median and least cosine:",
         lambda r, _: (
@@ -171,14 +169,14 @@ PICTURES = {
         "Spectral radius against training step",
         "J is the Jacobian of the cell at the equilibrium; its spectral radius is the factor by which a disturbance "
         "shrinks with every application of the cell. Near 0 the model is almost an ordinary shallow network; towards "
-        "1 it remembers for long, and both solves take longer. Training chooses this number by itself.",
+        "1 it has a long memory, and both solves take longer. Training determines this number.",
         along("audits", "spectral_radius", "spectral radius of J (median)"),
         "In this run, from the first audit to the last:",
         ends,
     ),
     "accuracy-against-step": Picture(
         "Validation accuracy against training step",
-        "The share of images classified right among those that the classifier is never trained on, after every epoch. "
+        "The share of correctly classified images among those that are never trained on, after every epoch. "
         "It should rise and level off; falling while the training loss still falls would be overfitting.",
         along("validations", "accuracy", "validation accuracy (%)", 100, one=False),
         "In this run, at the end:",
@@ -237,10 +235,10 @@ def write(results: Results, run: Run) -> None:
     meanings = field_docs(DigitsConfig)
     sections = [
         Section(keys=[(marks[n], r.label, ESTIMATORS[n].explanation) for n, r in results.estimators.items()]),
-        Section(heading="What came out", table=summary_table(results.estimators), marks=list(marks.values())),
-        Section(heading="How it came about", pictures=pictures),
+        Section(heading="Results", table=summary_table(results.estimators), marks=list(marks.values())),
+        Section(heading="Training", pictures=pictures),
         Section(
-            heading="What the settings were",
+            heading="Settings",
             settings=[
                 (f"--{name.replace('_', '-')}", _value(value), meanings.get(name, ""))
                 for name, value in asdict(results.config).items()
@@ -249,8 +247,8 @@ def write(results: Results, run: Run) -> None:
     ]
     title = f"One equilibrium model, {_number(count)} gradient{'s' * (count > 1)}"
     notice = (
-        f"This run was interrupted after {done} of {results.planned_steps} steps. Everything below shows what was done "
-        "until then."
+        f"This run was interrupted after {done} of {results.planned_steps} steps. Everything below shows the results "
+        "so far."
     )
     page = document(
         title,
@@ -280,7 +278,7 @@ def introduction(results: Results) -> list[str]:
         Markup(
             "A deep equilibrium model has no stack of layers. Its output is the state z that one small network f, the "
             "<em>cell</em>, leaves unchanged: z = f(z, x). A solver finds that state. To train the cell one needs the "
-            "gradient of the state, and that can be exact, or a cheaper estimate."
+            "gradient of the state, which can be exact or a cheaper estimate."
         ),
         text,
     ]
@@ -306,7 +304,7 @@ def footer(results: Results) -> Markup:
         f"on {e.device}, {e.cores} cores, {e.threads} threads, {e.system}; {results.wall_seconds:.0f} s in all."
     )
     return Markup(
-        "{} Times are of this machine and move with what else it does. All figures are in <code>results.json</code> "
+        "{} Times are those of this machine and depend on its load. All figures are in <code>results.json</code> "
         "beside this page, every step in <code>logs/metrics.csv</code>. The same seeds on the same machine give the "
         "same losses; <code>torchimplicit demo --seed 1</code> tries others."
     ).format(where)
