@@ -145,8 +145,8 @@ PICTURES = {
         "Solver residual against iteration",
         "Distance of the state from an equilibrium, on validation images, after training. On the logarithmic scale "
         "every line should fall straight; the steeper, the fewer evaluations. The solid line is Anderson acceleration, "
-        "with a band from the 10 % to the 90 % quantile of the images; the dotted one applies the cell repeatedly. Their "
-        "distance is the gain of the solver. A line that levels off far above the tolerance would mean that no "
+        "with a band from the 10 % to the 90 % quantile of the images; the dotted one applies the cell repeatedly. "
+        "Their distance is the gain of the solver. A line that levels off far above the tolerance would mean that no "
         "equilibrium was found. (Training stops each image at the dashed tolerance; here the solve continues to 1e-6.)",
         residual_against_iteration,
         "In this run, iterations until the median sample is within the tolerance:",
