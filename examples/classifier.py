@@ -1,8 +1,8 @@
 """An equilibrium classifier in plain PyTorch.
 
-The hidden layer is not computed, it is solved for: `z = tanh(W z + U x)`. The norm of `W` is kept below one,
-so that every input has one equilibrium, and the gradient is that of the equilibrium whatever the solver did
-on the way. It is trained on the 8×8 digits of scikit-learn.
+The hidden layer is the solution of `z = tanh(W z + U x)`. The norm of `W` is kept below one, so every input
+has a unique equilibrium, and the gradient is that of the equilibrium, independent of the solver. It is
+trained on the 8×8 digits of scikit-learn.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""A constrained minimum as a layer: portfolios that learn what the market's returns will be.
+"""A constrained minimum as a layer: portfolios that learn to predict returns.
 
 A linear model predicts the returns of eight assets from eight signals; a layer turns them into the portfolio
-that maximizes return less risk, with weights that are non-negative, add up to one, and put at most 40 % on
-either of two sectors. Training minimizes the regret of the *decision*, through the layer, rather
-than the error of the prediction.
+that maximizes return minus risk, with non-negative weights that add up to one and at most 40 % in either of
+two sectors. Training minimizes the regret of the *decision*, through the layer, rather than the error of the
+prediction.
 """
 
 import sys

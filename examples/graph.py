@@ -1,8 +1,8 @@
 """A graph equilibrium with torch-geometric's layers: `layer(x, edge_index)`.
 
-The state of every node is the fixed point of a message-passing layer, so that information travels as far as
-the graph reaches, where k layers see k hops. The task is made for that: on chains of 30 nodes, each node has
-the class that is written on the chain's first node alone.
+The state of every node is the fixed point of a message-passing layer, so information travels through the
+whole graph, while k layers see only k hops. The task shows this: in chains of 30 nodes, each node has the
+class of the chain's first node.
 """
 
 import sys

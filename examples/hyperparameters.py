@@ -1,8 +1,8 @@
-"""Hyperparameters by their gradient: logistic regression with one penalty for each feature.
+"""Hyperparameters by their gradient: logistic regression with one penalty per feature.
 
-The fit is the minimum of a penalized loss; the penalties are chosen by the loss of that minimum on held-out
-data. Its gradient in all penalties costs one linear solve, where a grid of 30 dimensions would be out of
-question. Only ten of the features carry information; the others are noise.
+The fit is the minimum of a penalized loss; the penalties minimize the held-out loss at that minimum. The
+gradient in all penalties costs one linear solve, while a grid search over 30 dimensions is impossible. Only
+ten of the features carry information; the others are noise.
 """
 
 import sys

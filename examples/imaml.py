@@ -1,9 +1,9 @@
-"""Meta-learning by implicit gradients (iMAML): a start from which a few shots suffice.
+"""Meta-learning by implicit gradients (iMAML): an initialization from which a few shots suffice.
 
-Every task is a sine of its own amplitude and phase, seen at ten points. The inner problem fits a network's
-weights to them and keeps close to the meta-parameters; the outer loss is the error elsewhere. Its gradient
-needs the inner *solution* alone, not the way to it, so that the inner solver may be any (Rajeswaran et al.
-2019, equation 3).
+Every task is a sine with its own amplitude and phase, observed at ten points. The inner problem fits a
+network's weights to them and keeps them close to the meta-parameters; the outer loss is the error elsewhere.
+Its gradient depends only on the inner *solution*, not on the path to it, so the inner solver may be any
+(Rajeswaran et al. 2019, equation 3).
 """
 
 import sys

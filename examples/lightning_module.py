@@ -1,8 +1,8 @@
-"""An equilibrium classifier in Lightning: the solve's figures are logged like any other metric.
+"""An equilibrium classifier in Lightning, with the solver's figures logged like other metrics.
 
-The layer is an ordinary module, so Lightning trains it as it trains anything: gradient clipping, checkpoints,
-several devices. What is particular to a solve is logged beside the loss: its steps, and the share of samples
-that did not converge, for which a training run should be watched. Trained on the 8×8 digits of scikit-learn.
+The layer is an ordinary module, so Lightning's gradient clipping, checkpoints and multi-device training work
+as usual. The log also contains the number of steps and the share of samples that did not converge, which
+should be monitored in training. Trained on the 8×8 digits of scikit-learn.
 """
 
 import csv

@@ -1,8 +1,8 @@
-"""A solver of one's own, held to what every solver promises by the suite that comes with the library.
+"""Your own solver, tested by the suite that comes with the library.
 
-The step is that of Barzilai and Borwein (1988) for the residual `f(z) - z`: its length is taken from what the
-last step has changed, sample by sample. The loop (tolerances, samples that stop, the best iterate, NaN in one
-row) and every gradient are the library's. Run as it stands, or by pytest for the suite alone.
+The step is that of Barzilai and Borwein (1988) for the residual `f(z) - z`: its length follows from the
+change in the last step, sample by sample. The library provides the loop (tolerances, finished samples, the
+best iterate, NaN in one row) and every gradient. Run it as it is, or with pytest for the suite alone.
 """
 
 import sys

@@ -1,9 +1,9 @@
 """A plug-and-play restoration as an equilibrium, and the same trained end to end.
 
-A photograph with lost pixels is restored at the point where a gradient step on the data term, followed by a
-denoiser, changes nothing: `z = D(z - Aᵀ(A z - y))`. Used as it comes, the denoiser knows noise only. Trained
-through the equilibrium (Gilton, Ongie and Willett 2021) it learns the operator: any one that has `A` and
-`A_adjoint`, as those of deepinv do. One half of a photograph is trained on, and places in the other are restored.
+A photograph with lost pixels is restored at the point that a gradient step on the data term, followed by a
+denoiser, leaves unchanged: `z = D(z - Aᵀ(A z - y))`. The pre-trained denoiser knows only noise. Trained
+through the equilibrium (Gilton, Ongie and Willett 2021) it also learns the operator, any with `A` and
+`A_adjoint` as in deepinv. One half of a photograph is for training, the other is restored.
 """
 
 import sys

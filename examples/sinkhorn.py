@@ -1,8 +1,8 @@
-"""Colours carried from one picture to another by optimal transport, with the plan's exact derivative.
+"""Transferring colours between pictures by optimal transport, with the plan's exact derivative.
 
-Sinkhorn's algorithm is a fixed point in the potentials, whose derivative takes one linear solve however many
-sweeps the forward pass took. Here the palette of a sunset is *learned*: colours move along the gradient of
-the transport cost until a grey gradient's palette has become the sunset's.
+Sinkhorn's algorithm is a fixed point in the potentials, whose derivative takes one linear solve, independent
+of the sweeps in the forward pass. Here the palette of a sunset is *learned*: colours move along the gradient
+of the transport cost until the palette of a grey gradient has become the sunset's.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""The steady state of a reaction and diffusion, and what it is sensitive to.
+"""The steady state of a reaction-diffusion equation, and its sensitivities.
 
-Heat spreads in a bar, is made by a reaction that grows with the temperature, and leaves at both ends. The
-steady state is the root of the discretized equation. One linear solve gives the derivative of its hottest
-point in *every* point of the conductivity, and one call of `torch.func.jacfwd` how the whole profile moves
-with the strength of the reaction.
+Heat diffuses in a bar, is produced by a reaction that grows with the temperature, and leaves at both ends.
+The steady state is the root of the discretized equation. One linear solve gives the derivative of its hottest
+point in *every* point of the conductivity, and one call of `torch.func.jacfwd` gives the response of the
+whole profile to the strength of the reaction.
 """
 
 import sys

@@ -1,10 +1,10 @@
-"""A tiny recursive model: a small network applied again and again, trained through its last steps alone.
+"""A tiny recursive model: a small network applied repeatedly, trained through its last steps.
 
-Hierarchical and tiny recursive models carry an answer along and differentiate one step. Here the loop is a
-solve of a given number of steps, so that the gradient is one word: `OneStep()` as published,
-`UnrolledPhantom(k)` through k further steps, `Unrolled()` through all of them. The task: beads are strewn on
-a string, and every place is to know the colour of the last bead to its left, however far away, by talking to
-its neighbour alone.
+Hierarchical and tiny recursive models iterate on an answer and differentiate one step. Here the loop is a
+solve with a given number of steps, so the gradient is one argument: `OneStep()` as published,
+`UnrolledPhantom(k)` through k further steps, `Unrolled()` through all of them. The task: beads lie on a
+string, and every place must know the colour of the last bead to its left, at any distance, by communicating
+with its neighbour only.
 """
 
 import sys

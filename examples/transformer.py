@@ -1,9 +1,9 @@
-"""An equilibrium transformer in mixed precision; its solves compiled, where asked.
+"""An equilibrium transformer in mixed precision, with compiled solves on request.
 
-One block, applied until nothing changes, takes the place of a stack of blocks. It learns to write Python, letter
-by letter, from the source of this machine's standard library. Under `torch.autocast` the block runs in bfloat16
-while the solver keeps its state in float32. With `--compile` the layer's solves are compiled: minutes at first on a
-CPU, so that it pays for long training alone.
+One block, applied until nothing changes, replaces a stack of blocks. It learns to write Python letter by
+letter from the source of the standard library. Under `torch.autocast` the block runs in bfloat16 while the
+solver keeps its state in float32. With `--compile` the layer's solves are compiled, which takes minutes on a
+CPU and is worthwhile only for long training.
 """
 
 import argparse
