@@ -38,7 +38,6 @@ LACKING = {
     "phantom-precision": ("k = 2", "k = 10", "the adaptive phantom gradient on", "Backpropagation", "Test accuracy"),
     "ofdft-gradients": ("As the softest eigenvalue goes to zero: H2, trained",),
     "ofdft-molecules": ("Training L", "molecule by molecule", "training molecules' L falls", "L and L1 per electron"),
-    "ofdft-finetune": ("Saddles",),
     "ofdft-stability-l-bfgs": (
         "L, finer grid",
         "Both ways, before and after",

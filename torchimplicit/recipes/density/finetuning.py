@@ -296,7 +296,7 @@ def _figure(runs: Runs, row: Row, path: str) -> list[Any]:
     kind, way = row
     if way:
         return [line[f"{_key(way)}.{path}"] for line in _lines(runs, kind, way)]
-    before = {"test": "before", "reference": "reference_before"}
+    before = {"test": "before", "train": "before_train", "reference": "reference_before"}
     before |= {name: f"{name}_before" for name in ("spurious", "saddles")}
     head, _, tail = path.partition(".")
     if head not in before:
@@ -463,11 +463,14 @@ def protocol(config: FinetuneConfig, runs: Runs) -> str:
 
 def notes(config: FinetuneConfig, runs: Runs) -> list[str]:
     """Caveats for the reader."""
-    made = [
-        "The external potential is linear in the density: the functional is as convex as Thomas, Fermi and von "
-        "Weizsäcker's, and has one minimum. It has learned a potential for each geometry, not a functional.",
-        "A density at once has no energy.",
-    ]
+    made = []
+    if "potential" in config.kinds:
+        made.append(
+            "The external potential is linear in the density: the functional is as convex as Thomas, Fermi and von "
+            "Weizsäcker's, and has one minimum. It has learned a potential for each geometry, not a functional."
+        )
+    if "density" in config.kinds:
+        made.append("A density at once has no energy.")
     counts = runs.of(config.kinds[0], "pretrained.count")
     if counts:
         made.append(f"{shown(counts[0], 2)} test molecules.")
