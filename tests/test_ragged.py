@@ -108,7 +108,7 @@ def test_a_captured_module_is_differentiated():
     [
         (lambda r: Ragged(()), "at least one"),
         (lambda r: Ragged.of([torch.zeros(2, 2)]), "flatten"),
-        (lambda r: r.pack([torch.zeros(3)]), "3 problems and 1 states"),
+        (lambda r: r.pack([torch.zeros(3)]), "3 problems, but 1 states"),
         (lambda r: r.pack([torch.zeros(3)] * 3), r"state 1 has shape \(3,\)"),
         (lambda r: r.unpack(torch.zeros(3, 6)), r"shape \(3, 7\)"),
         (lambda r: r.minimum(ENERGIES[:2]), "2 energies"),

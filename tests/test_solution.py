@@ -183,9 +183,9 @@ def test_places_that_were_not_kept_are_named(leaves: tuple[Tensor, Tensor]) -> N
     assert solver == ti.FixedPointIteration(steps=6, keep_trajectory=(2, 4))
     solution = ti.solve(ti.FixedPoint(f), start(), *leaves, solver=solver)
     assert len(solution.states(at=[4])) == len(solution.states(every=4)) == 2
-    with pytest.raises(ValueError, match=r"after 2, 4 steps, and those after 3 are"):
+    with pytest.raises(ValueError, match=r"after 2, 4 steps, but those after 3 are"):
         solution.states(at=[2, 3])
-    with pytest.raises(ValueError, match=r"after 2, 4 steps, and those after 1, 3, 5 are"):
+    with pytest.raises(ValueError, match=r"after 2, 4 steps, but those after 1, 3, 5 are"):
         solution.states(6)
     for wrong, error in ((3, TypeError), ("4", TypeError), ([2.0], TypeError), ([-1], ValueError)):
         with pytest.raises(error, match="keep_trajectory"):

@@ -47,8 +47,8 @@ def batch(size=64, hard=(17,), dim=8):
 @pytest.mark.parametrize(
     ("problem", "words", "error"),
     [
-        (torch.cos, r"problem must be a Problem, for example problem=FixedPoint\(f\), and it is", TypeError),
-        (FixedPoint, "and it is the class FixedPoint", TypeError),
+        (torch.cos, r"problem must be a Problem, for example problem=FixedPoint\(f\), not", TypeError),
+        (FixedPoint, "not the class FixedPoint", TypeError),
         (None, "problem must be a Problem", TypeError),
     ],
 )
@@ -60,10 +60,10 @@ def test_refuses_what_is_no_problem(problem, words, error):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"solver": "anderson"}, r"solver must be a Solver, for example solver=Anderson\(\), and it is 'anderson'"),
-        ({"solver": Anderson}, "solver must be a Solver.* and it is the class Anderson"),
-        ({"gradient": "ift"}, r"gradient must be a Gradient, for example gradient=Implicit\(\), and it is 'ift'"),
-        ({"gradient": Implicit}, "and it is the class Implicit"),
+        ({"solver": "anderson"}, r"solver must be a Solver, for example solver=Anderson\(\), not 'anderson'"),
+        ({"solver": Anderson}, "solver must be a Solver.* not the class Anderson"),
+        ({"gradient": "ift"}, r"gradient must be a Gradient, for example gradient=Implicit\(\), not 'ift'"),
+        ({"gradient": Implicit}, "not the class Implicit"),
         ({"gradient": Anderson()}, r"gradient must be a Gradient.*Anderson\("),
     ],
 )

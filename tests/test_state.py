@@ -45,7 +45,7 @@ def test_an_empty_batch():
     ("z0", "error", "words"),
     [
         ([], ValueError, "z0 holds no tensors: give"),
-        (3.0, TypeError, "z0 must be a tensor or a pytree of tensors, and it holds float"),
+        (3.0, TypeError, "z0 must be a tensor or a pytree of tensors, but it holds float"),
         ({"a": torch.ones(2, 3), "b": None}, TypeError, "it holds NoneType"),
         (torch.ones(4), ValueError, r"shape \(4,\), but dim 0 is the batch.*z0\[None\].*z0\[:, None\].*batched=False"),
         (torch.tensor(1.0), ValueError, "dim 0 is the batch"),

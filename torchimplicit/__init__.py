@@ -1,4 +1,4 @@
-"""Implicit layers for PyTorch: state a problem, solve it, differentiate the solution to any order."""
+"""Implicit layers for PyTorch: define a problem, solve it, and differentiate the solution to any order."""
 
 from torchimplicit import derivatives, nn, regularizers
 from torchimplicit._attach import attach

@@ -1,4 +1,4 @@
-"""The verb for solutions that were found elsewhere."""
+"""``attach``: the derivative of a solution that was found elsewhere."""
 
 from __future__ import annotations
 
@@ -31,41 +31,44 @@ def attach(
 ) -> Solution:
     """Give a solution that was found elsewhere (by SciPy, compiled code, a table) its derivative, without iterating.
 
-    ``value`` is held against the problem, by one evaluation and for roots and minima one product with the Jacobian: the
-    rule is that of :func:`solve`. Its derivative is the one that :func:`solve` would give it.
+    ``value`` is tested by the stopping rule of :func:`solve`, with one evaluation, and for roots and minima one product
+    with the Jacobian. Its derivative is the one that :func:`solve` would attach.
 
     Args:
         problem, args: as for :func:`solve`.
-        value: the solution, with the structure of a state; a constant as far as derivatives go.
+        value: the solution, with the structure of a state. No derivative is taken with respect to it.
         gradient: how to differentiate it; ``None``: :class:`Implicit`. One that needs the solver's steps is refused.
-        rtol, atol: what it is held to, see :class:`~torchimplicit.solvers.Solver`. Codes that stop at ``1e-8`` do not
-            meet the default of float64.
+        rtol, atol: the tolerances of the test, see :class:`~torchimplicit.solvers.Solver`. Solvers that stop at
+            ``1e-8`` do not meet the default of float64.
         throw: whether to raise :class:`SolveError` where the problem is not finite at ``value``.
 
     Returns:
-        the :class:`Solution`, whose ``value`` is what was given, with the derivative. ``steps`` are zero; a sample that
-        is not solved has ``Status.BREAKDOWN``.
+        The :class:`Solution`, whose ``value`` is the given one with the derivative attached. ``steps`` are zero; a
+        sample that is not solved has ``Status.BREAKDOWN``.
 
     Raises:
-        ValueError, TypeError: bad input, said in words; a ``value`` off the problem's constraint.
+        SolveError: the problem is not finite at a sample's ``value`` (the error carries the solution).
+        ValueError: ``value`` violates the problem's constraint, or an input does not fit the problem.
+        TypeError: an input is of the wrong type.
 
     Warns:
         ConvergenceWarning: a sample is not solved to the tolerance.
     """
     if isinstance(gradient, Unrolled):
-        raise ValueError("Unrolled differentiates a solver's steps, and there are none here: use Implicit()")
+        raise ValueError("Unrolled differentiates a solver's steps, but there are none here: use Implicit()")
     fixed = pytree.tree_map(lambda t: torch.as_tensor(t) if _is_array(t) else t, detached(value))
-    found = solve(problem, fixed, *args, solver=Given(rtol=rtol, atol=atol), gradient=gradient, throw=throw)
-    _check_place(fixed, found.value, problem.batched, rtol)
-    return replace(found, steps=torch.zeros_like(found.steps))
+    solution = solve(problem, fixed, *args, solver=Given(rtol=rtol, atol=atol), gradient=gradient, throw=throw)
+    _check_feasible(fixed, solution.value, problem.batched, rtol)
+    return replace(solution, steps=torch.zeros_like(solution.steps))
 
 
 def _is_array(leaf: Any) -> bool:
+    """Whether ``leaf`` is a NumPy array or the like; without importing NumPy, which is optional."""
     return not isinstance(leaf, Tensor) and hasattr(leaf, "__array_interface__")
 
 
-def _check_place(given: Any, value: Any, batched: bool, rtol: Tolerance | None) -> None:
-    """The solution lies where it was given, but for what a constraint takes off in rounding."""
+def _check_feasible(given: Any, value: Any, batched: bool, rtol: Tolerance | None) -> None:
+    """Raise where the projection onto the constraint moved the given value by more than rounding."""
     pairs = list(zip(pytree.tree_leaves(given), pytree.tree_leaves(value), strict=True))
     if any(is_transformed(t) for pair in pairs for t in pair):
         return
@@ -75,6 +78,6 @@ def _check_place(given: Any, value: Any, batched: bool, rtol: Tolerance | None) 
         share = max(torch.finfo(one.dtype).eps ** 0.5, default_rtol(one.dtype) if rtol is None else least(rtol))
         if one.numel() and bool((safe_norm(one - other) > share * safe_norm(one)).any()):
             raise ValueError(
-                "what attach was given does not lie on the problem's constraint: solve it there, or state the problem "
-                "without the constraint"
+                "what attach was given does not lie on the problem's constraint: solve with the constraint, or define "
+                "the problem without it"
             )

@@ -1,4 +1,4 @@
-"""The verb for linear systems."""
+"""``linear_solve``: differentiable solutions of linear systems."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from torchimplicit.solvers import NewtonKrylov, SolverResult
 from torchimplicit.state import Layout
 
 SMALL = 256
-"""Up to so many unknowns and equations, a pseudo-inverse is found by singular values where no method is named."""
+"""A pseudo-inverse is computed by singular values up to this many unknowns and equations, where no solver is named."""
 
 
 @untraced("a linear solve by an iterative method takes as many steps as its input needs")
@@ -47,46 +47,46 @@ def linear_solve(
     rowwise: bool = False,
     throw: bool = True,
 ) -> Solution:
-    """Solve :math:`A y = b`, every sample its own system, and attach the derivatives of every order and mode in ``b``
-    and in all that the operator depends on.
+    """Solve :math:`A y = b` for each sample, with derivatives of every order and mode with respect to ``b`` and to all
+    tensors that the operator depends on.
 
-    A square system is solved as such. One that is not square, or is called singular by ``least_squares=True``, has the
-    least-squares solution of least norm, :math:`y=A^+b`, whose derivative holds where the rank does not change
-    (Golub and Pereyra 1973).
+    A square system is solved as such. For one that is not square, or with ``least_squares=True`` for one that may be
+    singular, the result is the minimum-norm least-squares solution :math:`y=A^+b`, whose derivative is valid where the
+    rank is constant (Golub and Pereyra 1973).
 
     Args:
-        operator: a matrix ``[m, n]``, or one per sample ``[batch, m, n]``; or a function ``operator(y, *args)``, linear
-            in y, of which products alone are taken. A function may capture tensors, as a problem's may.
+        operator: a matrix ``[m, n]``, or one per sample ``[batch, m, n]``; or a function ``operator(y, *args)`` that is
+            linear in y, of which only products are taken. The function may capture tensors.
         b: the right-hand side: a tensor or a pytree of tensors, with the batch in dim 0.
-        args: what the operator takes beside y: pytrees, whose tensors the solution can be differentiated in.
-        like: a pytree of tensors with the structure of the solution, where that is not the structure of ``b``; their
-            values are not used.
-        least_squares: whether the solution is :math:`A^+b`; ``None``: where there are not as many equations as
-            unknowns.
-        symmetric: a promise that A equals its transpose (for complex systems, its conjugate transpose), as :class:`CG`
-            and :class:`MINRES` need. It is tried on one vector.
-        solver: a linear solver with its preconditioner. ``None``: for a system, :class:`Dense` where it is small,
-            :class:`GMRES`, or :class:`MINRES` where it is symmetric, where it is not; for :math:`A^+b`, :class:`Dense`
-            (by singular values) or :class:`LSMR`. Any other method takes :math:`A^+b` from the normal equations, whose
-            condition number is the square; a preconditioner is one of these then.
+        args: further arguments of the operator: pytrees of tensors, in which the solution is differentiable.
+        like: a pytree of tensors with the structure of the solution, where that is not the structure of ``b``; only
+            their shapes are used.
+        least_squares: whether to return :math:`A^+b`; ``None``: if the numbers of equations and unknowns differ.
+        symmetric: a promise that A equals its transpose (its conjugate transpose, if complex), as :class:`CG` and
+            :class:`MINRES` need. It is tested on one vector.
+        solver: a linear solver with its preconditioner. ``None``: for a square system, :class:`Dense` if it is small,
+            else :class:`GMRES`, or :class:`MINRES` if it is symmetric; for :math:`A^+b`, :class:`Dense` (by singular
+            values) or :class:`LSMR`. Other methods compute :math:`A^+b` from the normal equations, which square the
+            condition number; a preconditioner then is one for these.
         batched, rowwise: see :class:`FixedPoint`.
-        throw: whether to raise :class:`SolveError` where the operator or ``b`` is not finite. ``False``: NaN in those
-            samples, and a warning.
+        throw: whether to raise :class:`SolveError` where the operator or ``b`` is not finite. ``False``: those samples
+            are NaN, and a warning is given.
 
     Returns:
-        the :class:`Solution`. Its ``residual`` is :math:`\\lVert b-Ay\\rVert/\\lVert b\\rVert`; of a least-squares
-        solution with a residual, :math:`\\lVert A^T(b-Ay)\\rVert/\\lVert A^Tb\\rVert`. Its ``evaluations`` are
+        The :class:`Solution`. Its ``residual`` is :math:`\\lVert b-Ay\\rVert/\\lVert b\\rVert`; for a least-squares
+        solution with a residual, :math:`\\lVert A^T(b-Ay)\\rVert/\\lVert A^Tb\\rVert`. Its ``evaluations`` count
         products.
 
     Raises:
-        SolveError: a sample went non-finite (it carries the solution).
-        ValueError, TypeError: bad input, said in words; an operator that is not linear, or not symmetric as promised.
+        SolveError: the operator or ``b`` is not finite in a sample (the error carries the solution).
+        ValueError: the operator is not linear, or not symmetric as promised, or an input does not fit.
+        TypeError: an input is of the wrong type.
 
     Warns:
-        ConvergenceWarning: a sample was not solved to the tolerance.
+        ConvergenceWarning: a sample was not solved to the tolerance, or its matrix is nearly singular.
     """
     if solver is not None and not isinstance(solver, LinearSolver):
-        raise TypeError(f"solver must be a linear solver, for example solver=GMRES(), and it is {solver!r}")
+        raise TypeError(f"solver must be a linear solver, for example solver=GMRES(), not {solver!r}")
     if isinstance(operator, Tensor):
         function, args, unknown = _of_matrix(operator, b, args, batched)
         like = unknown if like is None else like
@@ -102,13 +102,14 @@ def linear_solve(
         raise ValueError("like and b have different batch sizes: there is one solution for each right-hand side")
     if (layout.dtype, layout.device) != (range_layout.dtype, range_layout.device):
         raise ValueError(
-            f"b is {range_layout.dtype} on {range_layout.device}, and like {layout.dtype} on {layout.device}"
+            f"b is {range_layout.dtype} on {range_layout.device}, but like is {layout.dtype} on {layout.device}: "
+            "convert one of them"
         )
     unequal = layout.dim != range_layout.dim
     if least_squares is False and unequal:
         raise ValueError(
-            f"there are {range_layout.dim} equations for {layout.dim} unknowns, and least_squares=False asks for as "
-            "many of the one as of the other"
+            f"there are {range_layout.dim} equations for {layout.dim} unknowns, but least_squares=False needs as many "
+            "equations as unknowns: leave it out for the least-squares solution"
         )
     square = not (unequal or least_squares)
     problem = LinearEquations(
@@ -123,23 +124,23 @@ def linear_solve(
     capture = torch.is_grad_enabled() or transforms_running()
     flat = flatten_problem(problem, start, args, capture=capture, rowwise=square)
     record = AdjointRecord()
-    found, report = (_system if square else _pseudo)(flat, right, solver, record)
-    register(found)
-    figures = (found.status, found.steps, found.residual)
+    flat_solution, report = (_system if square else _pseudo)(flat, right, solver, record)
+    register(flat_solution)
+    figures = (flat_solution.status, flat_solution.steps, flat_solution.residual)
     status, steps, residual = figures if batched else (t[0] for t in figures)
-    value = layout.unflatten(found[0])
+    value = layout.unflatten(flat_solution[0])
     solution = Solution(value, status, steps, residual, report.evaluations, _record=record)
-    _tell(solution, report, throw)
+    _warn(solution, report, throw)
     return solution
 
 
 def _of_matrix(matrix: Tensor, b: Any, args: tuple[Any, ...], batched: bool) -> tuple[Any, tuple[Any, ...], Any]:
-    """The matrix as a function with its arguments, and a tensor like the solution."""
+    """A matrix as a function with its arguments, and a tensor shaped like the solution."""
     if args:
-        raise TypeError("operator is a matrix, and takes no arguments: give those of a function operator(y, *args)")
+        raise TypeError("operator is a matrix, which takes no further arguments: only operator(y, *args) does")
     if not isinstance(b, Tensor) or b.ndim != 1 + batched:
         shape = "[batch, m] ([m] with batched=False)" if batched else "[m]"
-        raise ValueError(f"operator is a matrix, and b must be a tensor {shape} then; a function takes any pytree")
+        raise ValueError(f"for a matrix operator, b must be a tensor {shape}; only a function takes other pytrees")
     lead = (b.shape[0],) if batched else ()
     if (
         matrix.shape[-2:-1] != b.shape[-1:]
@@ -147,12 +148,12 @@ def _of_matrix(matrix: Tensor, b: Any, args: tuple[Any, ...], batched: bool) -> 
         or matrix.shape[:-2] not in ((), lead)
     ):
         raise ValueError(
-            f"operator has shape {tuple(matrix.shape)}, and b has {tuple(b.shape)}: give a matrix "
+            f"operator has shape {tuple(matrix.shape)}, but b has {tuple(b.shape)}: give a matrix "
             f"({b.shape[-1]}, n)" + (f", or one per sample, ({b.shape[0]}, {b.shape[-1]}, n)" if batched else "")
         )
     if matrix.dtype != b.dtype or matrix.device != b.device:
         raise ValueError(
-            f"operator is {matrix.dtype} on {matrix.device}, and b is {b.dtype} on {b.device}: convert one of them"
+            f"operator is {matrix.dtype} on {matrix.device}, but b is {b.dtype} on {b.device}: convert one of them"
         )
 
     def product(y: Tensor, matrix: Tensor) -> Tensor:
@@ -164,25 +165,28 @@ def _of_matrix(matrix: Tensor, b: Any, args: tuple[Any, ...], batched: bool) -> 
 def _system(
     flat: FlatProblem, right: Tensor, solver: LinearSolver | None, record: AdjointRecord
 ) -> tuple[FlatSolution, Report]:
+    """Solve a square system."""
     chosen = at_precision(solver or flat.system.default_linear_solver(right.shape[1], right.shape[0]), flat.precision)
 
     def run(system: System, start: Start, params: Sequence[Tensor]) -> SolverResult:
+        # the start is zero, where the residual A y - b is -b: one Newton step from there solves the system
         tape = system.linearize(start.take(), params)
         b = -tape.out.detach()
         operator = system.operator(tape, False)
         if operator.symmetric:
             _check_symmetric(operator.product, operator.transposed_product, b)
-        found = system.solve_linear(tape, False, b, chosen)
+        solution = system.solve_linear(tape, False, b, chosen)
         with torch.no_grad():
-            rest, scale = safe_norm(system.fn(found.value, *params)), safe_norm(b)
-        report = found.report
+            rest, scale = safe_norm(system.fn(solution.value, *params)), safe_norm(b)
+        report = solution.report
+        # The residual of the function itself, beside that of its derivative: a nonlinear one differs.
         eps, rtol = torch.finfo(b.dtype).eps, report.residual.nan_to_num(0.0).clamp_min(chosen.tolerances(b.dtype)[0])
         if bool((report.converged & (rest > (100 * rtol + eps**0.5) * scale)).any()):
             raise ValueError(
-                "the operator is not linear: it does not map the solution of its linear part to b. A root of a "
-                "nonlinear function is a problem, ti.solve(ti.Root(f), z0)"
+                "the operator is not linear: it does not map the solution of its linear part to b. For a root of a "
+                "nonlinear function, take ti.solve(ti.Root(f), z0)"
             )
-        return SolverResult(found.value, report)
+        return SolverResult(solution.value, report)
 
     task = SolveTask(
         linear=LinearTask(system=flat.system, record=record, precision=flat.precision),
@@ -191,13 +195,14 @@ def _system(
         solver=NewtonKrylov(linear_solver=chosen),  # of which this is one step
     )
     with without_autocast(flat.layout.device), flat.call.at_home():
-        found = Implicit(linear_solver=chosen).attach(task, flat.params)
-    return found, task.results[-1].report
+        solution = Implicit(linear_solver=chosen).attach(task, flat.params)
+    return solution, task.results[-1].report
 
 
 def _pseudo(
     flat: FlatProblem, right: Tensor, solver: LinearSolver | None, record: AdjointRecord
 ) -> tuple[PseudoSolution, Report]:
+    """Compute :math:`A^+b`."""
     inner, outer, rows = flat.layout.dim, right.shape[1], len(right)
     small = max(inner, outer) <= SMALL and rows * max(inner, outer) ** 2 <= 2**22
     chosen = at_precision(solver or (Dense() if small else LSMR()), flat.precision)
@@ -206,28 +211,31 @@ def _pseudo(
     with torch.no_grad(), flat.call.at_home():
         at_zero = flat.value if flat.value is not None else flat.closure(flat.z0, *params)
     if not is_transformed(at_zero) and bool((at_zero != 0).any()):
-        raise ValueError("the operator is not linear: it does not map zero to zero. Put what is constant into b")
+        raise ValueError("the operator is not linear: it does not map zero to zero. Move constant terms into b")
     (b,) = through_modes((right,))
     with without_autocast(flat.layout.device), flat.call.at_home():
         if differentiable((b, *params)):
-            found = PseudoSolution(*PseudoSolve.apply(maps, False, b, *params))
+            solution = PseudoSolution(*PseudoSolve.apply(maps, False, b, *params))
         else:
-            found = maps.solve(False, b, params)
-    return found, maps.reports[0]
+            solution = maps.solve(False, b, params)
+    return solution, maps.reports[0]
 
 
 def _check_symmetric(product: Callable[[Tensor], Tensor], transposed: Any, like: Tensor) -> None:
+    """Raise where products with the operator and its transpose differ on one fixed vector."""
     probe = torch.sin(torch.arange(1, like.numel() + 1, device=like.device, dtype=torch.float64) ** 2)
     v = probe.reshape(like.shape).to(like.dtype)
     one, other = product(v), transposed(v)
     gap, size = safe_norm(one - other), safe_norm(one) + safe_norm(other)
     if bool((gap > torch.finfo(like.dtype).eps ** 0.5 * size).any()):
         raise ValueError(
-            "symmetric=True is not true of this operator: its transpose gives another product with a vector"
+            "the operator is not symmetric although symmetric=True says so: products with it and with its transpose "
+            "differ. Leave symmetric out"
         )
 
 
-def _tell(solution: Solution, report: Report, throw: bool) -> None:
+def _warn(solution: Solution, report: Report, throw: bool) -> None:
+    """Raise or warn where samples are not solved, or nearly singular."""
     ill = nearly_singular(report)
     failed, singular = torch.stack((report.status != Status.CONVERGED, ill)).any(dim=1).tolist()
     if singular:
@@ -236,7 +244,7 @@ def _tell(solution: Solution, report: Report, throw: bool) -> None:
             "linear_solve met a matrix that is nearly singular",
             f"the operator is nearly singular in {int(ill.sum())} of {ill.numel()} samples (condition at least "
             f"{float(report.condition[ill].max()):.1g}): the solution may be one of many, or wrong in all its digits, "
-            "and so may the derivative. least_squares=True gives the solution of least norm and its derivative",
+            "and so may the derivative. least_squares=True gives the minimum-norm solution and its derivative",
             ConvergenceWarning,
         )
     if not failed:
@@ -251,7 +259,7 @@ def _tell(solution: Solution, report: Report, throw: bool) -> None:
     else:
         message = (
             f"the linear solve did not converge: {report.summary()}. Give solver=... more max_steps, a preconditioner, "
-            "or another method (Dense() where the matrix fits into memory); of a singular system least_squares=True "
-            "gives the solution of least norm"
+            "or another method (Dense() where the matrix fits into memory); for a singular system least_squares=True "
+            "gives the minimum-norm solution"
         )
     notice("linear_solve met NaN or infinity" if bad else "linear_solve did not converge", message, ConvergenceWarning)

@@ -1,4 +1,4 @@
-"""The equilibrium at an optimized input, found again to full tolerance."""
+"""``resolve``: the equilibrium at an optimized input, solved again to full tolerance."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torchimplicit.solvers import Solver
 
 
 class Resolved(NamedTuple):
-    """What :func:`resolve` gives.
+    """The result of :func:`resolve`.
 
     Attributes:
-        loss: of the exact equilibrium, ``[batch]`` (a scalar if not batched).
-        solution: of :math:`z = f(z, x)` at the input.
+        loss: that of the exact equilibrium, ``[batch]`` (a scalar if not batched).
+        solution: the :class:`Solution` of :math:`z = f(z, x)` at the input.
     """
 
     loss: Tensor
@@ -33,17 +33,21 @@ def resolve(
     gradient: Gradient | None = None,
     throw: bool = True,
 ) -> Resolved:
-    """The exact equilibrium :math:`z = f(z, x)` at the state's input, and its loss: what an input is worth, whatever
-    the joint solve's tolerance was.
+    """Solve :math:`z = f(z, x)` exactly at the input of a joint solve, and compute its loss: the value of that input,
+    independent of the tolerance of the joint solve.
 
     Args:
         problem, args: as they were given to :func:`solve`.
-        state: the solution's value. Its ``z`` is the start, so a converged one costs an evaluation or two.
-        solver, gradient, throw: as for :func:`solve`. The derivative in the parameters is that at the given x, and runs
-            on into x if that carries one.
+        state: the solution's value. Its ``z`` is the start, so a converged state costs an evaluation or two.
+        solver, gradient, throw: as for :func:`solve`. The derivative with respect to the parameters is that at fixed x;
+            it continues into x if x carries a graph.
+
+    Raises:
+        TypeError: ``problem`` is not a :class:`JointInference`.
+        SolveError: see :func:`solve`.
     """
     if not isinstance(problem, JointInference):
-        raise TypeError(f"resolve takes a JointInference and its JointState, and it was given {type(problem).__name__}")
+        raise TypeError(f"resolve takes a JointInference and its JointState, not {type(problem).__name__}")
     inference = FixedPoint(problem.f, batched=problem.batched, rowwise=problem.rowwise)
-    found = solve(inference, state.z, state.x, *args, solver=solver, gradient=gradient, throw=throw)
-    return Resolved(problem.loss(found.value, state.x, *args), found)
+    solution = solve(inference, state.z, state.x, *args, solver=solver, gradient=gradient, throw=throw)
+    return Resolved(problem.loss(solution.value, state.x, *args), solution)

@@ -1,4 +1,4 @@
-"""The verb: solve a problem, and give the solution its derivative."""
+"""``solve``: solve a problem, and give the solution its derivative."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ from torchimplicit.solvers import (
 from torchimplicit.state import row_norm
 
 UNTRACED = (
-    "an implicit layer's solver takes as many steps as its input needs, and that is no graph that could be exported: "
-    "export the map (the cell) and what stands around the layer, or unroll a given number of steps"
+    "an implicit layer's solver takes as many steps as its input needs, so there is no fixed graph to export: export "
+    "the map (the cell) and the layers around it, or unroll a fixed number of steps"
 )
 
 
@@ -63,33 +63,37 @@ def solve(
     throw: bool = True,
     compile: bool = False,
 ) -> Solution:
-    """Solve ``problem`` from ``z0``, and attach the derivative that ``gradient`` gives.
+    """Solve ``problem`` from ``z0``, and attach the derivative that ``gradient`` computes.
 
     Args:
         problem: which point is sought.
         z0: the initial state: a tensor or a pytree of tensors, of one floating dtype and device. For
             :class:`JointInference` the pair ``(z0, x0)``, or a :class:`JointState`.
-        args: what the problem's function takes beside the state: pytrees, whose tensors the solution can be
-            differentiated in. So it can in tensors and module parameters that the function captures: those that it
-            uses when it is called at ``z0``. One that it uses only elsewhere has to be passed as an argument.
-        solver: how to find it; ``None``: several in turn (:class:`Polyalgorithm`), each for the samples that the ones
-            before it have not solved: :class:`Anderson` first for a fixed point, :class:`NewtonKrylov` for a root,
-            :class:`LBFGS` for a minimum, :class:`LevenbergMarquardt` for least squares.
+        args: further arguments of the problem's function: pytrees of tensors, in which the solution is differentiable.
+            It is also differentiable in tensors and module parameters that the function captures and uses when it is
+            called at ``z0``. A tensor that it uses only elsewhere has to be passed as an argument.
+        solver: how to find the point; ``None``: several solvers in turn (:class:`Polyalgorithm`), each for the samples
+            that the ones before it have not solved, beginning with :class:`Anderson` for a fixed point,
+            :class:`NewtonKrylov` for a root, :class:`LBFGS` for a minimum, and :class:`LevenbergMarquardt` for least
+            squares.
         gradient: how to differentiate it; ``None``: :class:`Implicit`.
         throw: whether to raise :class:`SolveError` where a sample goes non-finite. ``False``: its last good iterate
             is returned and a warning given.
+        compile: whether to compile the solve and its backward pass as a whole. Where that is not possible, the eager
+            loop runs, with a :class:`CaptureWarning`.
 
     Returns:
-        the :class:`Solution`; its ``value`` has the structure of ``z0`` (for :class:`JointInference`, a
+        The :class:`Solution`; its ``value`` has the structure of ``z0`` (for :class:`JointInference`, a
         :class:`JointState`).
 
     Raises:
-        SolveError: a sample went non-finite (it carries the solution).
-        ValueError, TypeError: bad input, said in words.
+        SolveError: a sample went non-finite (the error carries the solution).
+        ValueError: an input does not fit the problem, the solver or the gradient; the message says what to do.
+        TypeError: an input is of the wrong type.
 
     Warns:
         ConvergenceWarning: a sample stopped at ``max_steps`` or broke down.
-        CaptureWarning: ``compile=True``, and the solve cannot be compiled; once for each reason.
+        CaptureWarning: ``compile=True``, but the solve cannot be compiled; once for each reason.
     """
     return solve_from([z0], problem, args, solver=solver, gradient=gradient, throw=throw, compile=compile)
 
@@ -105,21 +109,22 @@ def solve_from(
     throw: bool,
     compile: bool,
 ) -> Solution:
-    """:func:`solve` from the one state in ``start``, which is taken out: where nobody else holds it, it is let go as
-    soon as the solver has left it."""
+    """:func:`solve` from the one state in the list ``start``, which is emptied: if nobody else refers to the state, its
+    memory is freed as soon as the solver has left it."""
     if torch.compiler.is_exporting():
         raise RuntimeError(UNTRACED)
     solver, gradient = _strategies(problem, solver, gradient)
-    # a capture is found by one call, which is the solver's first evaluation where that can be
+    # Captured tensors are found by one call of the function, which serves as the solver's first evaluation where
+    # possible. It is not needed where plain autograd records the steps itself (``direct``).
     plain = not transforms_running()
     recorded = gradient.recorded(solver)
     direct = recorded is not None and torch.is_grad_enabled() and plain and not watched()
     capture = (torch.is_grad_enabled() or not plain) and not direct
     capturing = Capturing(problem, args, gradient.passes(solver.leading)) if compile else None
     known = None if capturing is None else capturing.tensors
-    # what a map returns beside the state, of the whole batch, is had from a call with the whole batch
+    # an auxiliary value is one of the whole batch, so no sample may leave the batch before the last call
     apart = not gradient.needs_solver_state and (torch.is_grad_enabled() or not problem.has_aux)
-    # no step leads away from the start: that call is the one for the backward pass as well
+    # with zero steps, that call is the evaluation for the backward pass as well
     opening = solver.steps == 0 and isinstance(problem, FixedPoint) and plain and not watched() and not hooked()
     flat = flatten_problem(problem, start.pop(), args, capture=capture, rowwise=apart, known=known, opening=opening)
     compiled = None if capturing is None else capturing.capture
@@ -138,7 +143,7 @@ def solve_from(
         start=_start(flat, evaluated=not problem.by_gradient and compiled is None),
         run=_runner(solver, system, compiled, recorded, gradient.needs_solver_state),
         solver=solver,
-        # what is compiled was found to draw nothing
+        # a function that draws random numbers is not compiled, and prescribed steps behave as a loop written by hand
         randomness=Randomness(problem.stated_by, lambda z, p: system.fn(z, *p))
         if solver.steps is None and compiled is None
         else None,
@@ -147,10 +152,11 @@ def solve_from(
         direct=direct,
         aux=call.aux,
     )
-    del flat  # which holds the start
+    del flat  # it refers to the start
 
-    def as_begun(z: Tensor, record: AdjointRecord) -> Any:
-        """The flat state ``z`` in the form of ``z0``."""
+    def unflattened(z: Tensor, record: AdjointRecord) -> Any:
+        """The flat state ``z`` with the structure of ``z0``: the very leaves that the function returned, if
+        possible."""
         leaves = call.returned(z)
         if leaves is None:
             return layout.unflatten(z)
@@ -166,46 +172,46 @@ def solve_from(
         call.following(direct),
     ):
         empty = not (task.start.z.numel() or direct)
-        found = solved_without_numbers(task, params) if empty else gradient.attach(task, params)
-        register(found)
+        flat_solution = solved_without_numbers(task, params) if empty else gradient.attach(task, params)
+        register(flat_solution)
         aux = None
         if task.aux is not None:
-            aux = auxiliary(task, gradient, found.z, params)
+            aux = auxiliary(task, gradient, flat_solution.z, params)
             register(pytree.tree_leaves(aux))
-        reached_value = as_begun(found.z, record)
+        value = unflattened(flat_solution.z, record)
     outcome = task.results[-1]
-    transformed = is_transformed(found.z)
-    flat_way = () if transformed else outcome.trajectory
-    way = [None if z is None else layout.unflatten(z) for z in flat_way]
-    seen = [z is not None and z.requires_grad for z in flat_way]
-    if layout.parted:  # the leaves are copies, and one of the two is enough
-        flat_way, outcome = (), replace(outcome, trajectory=())
+    transformed = is_transformed(flat_solution.z)
+    flat_iterates = () if transformed else outcome.trajectory
+    iterates = [None if z is None else layout.unflatten(z) for z in flat_iterates]
+    was_recorded = [z is not None and z.requires_grad for z in flat_iterates]
+    if layout.parted:  # the unflattened leaves are copies, so drop the flat iterates
+        flat_iterates, outcome = (), replace(outcome, trajectory=())
         task.results[-1] = outcome
 
     def attach(i: int) -> Any:
         """Iterate ``i``, with the derivative that it would have as the solution."""
-        # the steps that led there are differentiated, where nobody has seen them
-        unseen = bool(recorded) and not seen[i]
-        count = min(i, recorded or 0) if unseen else 0
-        begun = way[i - count]
-        z = layout.flatten(begun, "the trajectory") if layout.parted else flat_way[i - count]
+        # an estimator that differentiates the last steps needs these recorded: take them again, from where they began
+        again = bool(recorded) and not was_recorded[i]
+        count = min(i, recorded or 0) if again else 0
+        begin = iterates[i - count]
+        z = layout.flatten(begin, "the trajectory") if layout.parted else flat_iterates[i - count]
         assert z is not None
         linear = replace(task.linear, results=[])
         at = replace(task, linear=linear, start=Start(z), randomness=None, aux=None)
-        if unseen:
+        if again:
             last = solver.given(count)
             at = replace(at, solver=last, run=_runner(last, system, None, count, False))
         else:
             reached = SolverResult(z, outcome.report, state=outcome.state)
             at = replace(at, run=lambda *_: reached)
-        with without_autocast(layout.device), call.following(direct, (z, begun)):
-            return as_begun(gradient.attach(at, params).z, record)
+        with without_autocast(layout.device), call.following(direct, (z, begin)):
+            return unflattened(gradient.attach(at, params).z, record)
 
-    figures = (found.status, found.steps, found.residual)
+    figures = (flat_solution.status, flat_solution.steps, flat_solution.residual)
     status, steps, residual = figures if problem.batched else (t[0] for t in figures)
-    trajectory = tuple(z if solver.keeps(i) else None for i, z in enumerate(way))
+    trajectory = tuple(z if solver.keeps(i) else None for i, z in enumerate(iterates))
     solution = Solution(
-        reached_value,
+        value,
         status,
         steps,
         residual,
@@ -224,12 +230,13 @@ def solve_from(
 
 
 def flat_system(problem: Problem, z: Any, args: tuple[Any, ...]) -> tuple[System, Tensor, tuple[Tensor, ...]]:
-    """``problem`` in flat coordinates at the state ``z``, for plain tensors: ``(system, flat z, params)``."""
+    """``problem`` in flat coordinates at the state ``z``, not differentiated: ``(system, flat z, params)``."""
     flat = flatten_problem(problem, z, args, capture=False)
     return flat.system, flat.z0.detach(), flat.params
 
 
 def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradient]:
+    """The solver and the gradient, checked, with the defaults filled in."""
     for name, value, kind, example in (
         ("problem", problem, Problem, "FixedPoint(f)"),
         ("solver", solver, Solver, "Anderson()"),
@@ -239,7 +246,7 @@ def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradi
             continue
         if not isinstance(value, kind):
             raise TypeError(
-                f"{name} must be a {kind.__name__}, for example {name}={example}, and it is "
+                f"{name} must be a {kind.__name__}, for example {name}={example}, not "
                 + (f"the class {value.__name__}" if isinstance(value, type) else f"{value!r}")
             )
     if solver is None:
@@ -248,10 +255,11 @@ def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradi
 
 
 def _start(flat: FlatProblem, evaluated: bool) -> Start:
-    """Where a solve of what was stated begins.
+    """The start of the solve.
 
     Args:
-        evaluated: whether the function's value there is an evaluation of the problem.
+        flat: the problem.
+        evaluated: whether the value from the call that found captured tensors is an evaluation of the system.
     """
     z, value, recorded = flat.z0, flat.value, flat.closure.recorded
     if not differentiable((z,)):
@@ -263,12 +271,14 @@ def _start(flat: FlatProblem, evaluated: bool) -> Start:
 
 
 def _runner(solver: Solver, own: System, compiled: Capture | None, recorded: int | None, keeps: bool) -> Runner:
-    """How a task is run.
+    """The function that runs the solver: compiled if possible, else the eager loop.
 
     Args:
-        own: the system that ``compiled`` is of.
-        recorded: how many of a given number of steps autograd sees.
-        keeps: whether what the solver has built is asked for.
+        solver: the solver.
+        own: the system that ``compiled`` belongs to.
+        compiled: the compiled form of the solve; ``None`` for none.
+        recorded: how many of a prescribed number of steps autograd records.
+        keeps: whether the solver's state is needed afterwards.
     """
     eager = run_by(solver, recorded)
 
@@ -280,21 +290,21 @@ def _runner(solver: Solver, own: System, compiled: Capture | None, recorded: int
                     outcome = in_turn(iterate, solver, system, start.z, params, begun=outcome)
                 return outcome
         outcome = eager(system, start, params)
-        # what the solver has built may be many states, and would be held until the solution is let go
+        # the solver's state may be as large as many states, and would stay in memory with the solution
         return outcome if keeps or outcome.state is None else replace(outcome, state=None)
 
     return run
 
 
 def _warn_of_moved_start(problem: Problem, system: System, z0: Tensor, params: Sequence[Tensor]) -> None:
-    """Warn where the start has to be moved onto the constraint's set, beyond rounding."""
+    """Warn where the projection onto the constraint's set moves the start by more than rounding."""
     if any(is_transformed(t) for t in (z0, *params)):
         return
     with torch.no_grad():
-        placed = system.project(z0, params)
-        if placed is z0:
+        projected = system.project(z0, params)
+        if projected is z0:
             return
-        moved = row_norm(placed - z0) > torch.finfo(z0.dtype).eps ** 0.5 * row_norm(z0)
+        moved = row_norm(projected - z0) > torch.finfo(z0.dtype).eps ** 0.5 * row_norm(z0)
         count = int(moved.sum())
     if count:
         notice("the start was moved onto the constraint", problem.explain_start(count, len(z0)), UserWarning)
@@ -315,7 +325,7 @@ def _warn(solution: Solution, report: Report, solver: Solver, throw: bool) -> No
         notice(f"{name} did not converge", _sentences(summary, solution.problem.explain(worst)), ConvergenceWarning)
         return
     shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
-    left = "each is frozen at its last good iterate" if solver.steps is None else "the steps were taken all the same"
+    left = "each is frozen at its last good iterate" if solver.steps is None else "all steps were taken nevertheless"
     message = (
         f"{name} met NaN, infinity or a residual that grew without bound in {len(bad)} of {samples} samples ({shown}); "
         f"{left}. Try {_remedies(solution.problem, solver)}, or look for bad input in those samples"
@@ -327,15 +337,16 @@ def _warn(solution: Solution, report: Report, solver: Solver, throw: bool) -> No
     notice(f"{name} met NaN or infinity", message, ConvergenceWarning)
 
 
-def _sentences(*said: str) -> str:
-    return ". ".join(filter(None, said))
+def _sentences(*parts: str) -> str:
+    """Join sentences without full stops; empty ones are left out."""
+    return ". ".join(filter(None, parts))
 
 
 def _remedies(problem: Problem, solver: Solver) -> str:
-    """What may help against a solve that runs away: never the solver that did."""
+    """Advice against a solve that diverges: smaller steps, or solvers other than those that were tried."""
     shorter = {"damping": "more damping (a smaller damping=...)", "step_size": "a smaller step_size"}
     lead = solver.leading
-    tried = [said for name, said in shorter.items() if hasattr(lead, name) and not lead.searches]
+    advice = [text for name, text in shorter.items() if hasattr(lead, name) and not lead.searches]
     known = {type(member) for member in solver.members} if isinstance(solver, Polyalgorithm) else {type(solver)}
     minimizes = isinstance(problem, Minimum | LeastSquares)
     kinds: tuple[type[Solver], ...] = (Anderson, Broyden, NewtonKrylov)
@@ -343,11 +354,11 @@ def _remedies(problem: Problem, solver: Solver) -> str:
         kinds = (GradientDescent, LBFGS, NewtonKrylov)
     if isinstance(problem, LeastSquares):
         kinds = (LevenbergMarquardt, *kinds)
-    elif isinstance(problem, Minimum) and problem.on_set:  # of which the others know nothing
+    elif isinstance(problem, Minimum) and problem.on_set:  # the others do not support sets
         kinds = (ProjectedNewton, NewtonKrylov)
     others = ", ".join(kind.__name__ for kind in kinds if kind not in known)
     if minimizes:
-        return ", ".join([*tried, f"another solver ({others})" if others else "another start"])
+        return ", ".join([*advice, f"another solver ({others})" if others else "another start"])
     if others:
-        tried.append(f"another solver that does not need a contraction ({others})")
-    return ", ".join([*tried, "a normalized map (torchimplicit.nn.spectral_norm)"])
+        advice.append(f"another solver that does not need a contraction ({others})")
+    return ", ".join([*advice, "a normalized map (torchimplicit.nn.spectral_norm)"])

@@ -1,7 +1,7 @@
-"""What the library takes from torch beyond its documented interface: a release that moves any of it is met here.
+"""The private interfaces of torch that the library uses, gathered here so that a new release breaks one file only.
 
-Compiled solves have theirs beside them, in ``captured``, which is loaded where it is asked for; so have attributes of
-tensors, such as ``_version``.
+Exceptions: compiled solves import theirs in ``captured``, which is loaded on demand, and private attributes of tensors,
+such as ``_version``, are used in place.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import Variable, forward_ad
 
 functorch = _functorch
-"""The wrappers of ``torch.func``'s transforms: their levels, and what they wrap."""
+"""The tensor wrappers of ``torch.func``'s transforms: their levels, and the tensors inside."""
 
 functorch_config: Any = torch._functorch.config
 
@@ -23,27 +23,27 @@ outside_transforms = temporarily_clear_interpreter_stack
 """A context in which no transform of ``torch.func`` runs."""
 
 without_transforms: Any = torch._C._DisableFuncTorch
-"""A context in which operations go past the transforms to what these have wrapped."""
+"""A context in which operations bypass the transforms and act on the wrapped tensors."""
 
 without_function_modes: Any = torch._C.DisableTorchFunction
-"""A context in which no ``TorchFunctionMode`` sees an operation."""
+"""A context in which no ``TorchFunctionMode`` intercepts operations."""
 
 function_modes: Any = torch.overrides._get_current_function_mode_stack
-"""The modes that are on in this thread, the innermost last."""
+"""Returns the modes that are active in this thread, the innermost last."""
 
 function_mode_count: Any = torch._C._len_torch_function_stack
 
 set_grad_enabled: Any = torch._C._set_grad_enabled
-"""What ``torch.no_grad`` and ``torch.enable_grad`` show to a mode."""
+"""The function that a mode sees where ``torch.no_grad`` or ``torch.enable_grad`` is entered."""
 
 sequence_number: Any = torch._C._autograd._get_sequence_nr
-"""The place in the sequence of autograd's nodes that the next one will have."""
+"""Returns the sequence number that autograd's next node will get."""
 
 backward_task: Any = torch._C._current_graph_task_id
-"""The number of the backward pass that runs in this thread; negative for none."""
+"""Returns the number of the backward pass that runs in this thread; negative for none."""
 
 run_backward: Any = Variable._execution_engine.run_backward
-"""What ``torch.autograd.grad`` calls once it has prepared its arguments."""
+"""The engine's entry point, which ``torch.autograd.grad`` calls after preparing its arguments."""
 
 when_backward_ends: Any = Variable._execution_engine.queue_callback
 

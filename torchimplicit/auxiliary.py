@@ -1,4 +1,4 @@
-"""What a map returns beside the state, noted while a problem is solved."""
+"""The auxiliary value that a map returns beside the state, noted during a solve."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torchimplicit.saved import Saved
 
 
 class Auxiliary:
-    """The latest of what a map has returned beside the state, and where.
+    """The latest auxiliary value of a map, and where it was evaluated.
 
     Attributes:
-        value, z: what it returned, and the flat state that it was called with; ``None`` before the first call.
-        recorded: whether autograd saw the call.
-        leaves: of the tape that the call was recorded on for the backward pass; ``None``: it was not for that.
+        value: the auxiliary value; ``None`` before the first call.
+        z: the flat state that the map was called with; ``None`` before the first call.
+        recorded: whether autograd recorded the call.
+        leaves: the leaves of the tape, if the call was recorded for the backward pass; else ``None``.
         saved: of that tape, see :func:`~torchimplicit.saved.kept`.
         listening: whether further calls are noted.
     """
@@ -29,7 +30,7 @@ class Auxiliary:
         self.clear()
 
     def clear(self) -> None:
-        """Forget it: what was returned may hold a graph."""
+        """Forget the value, which may hold a graph."""
         self.value: Any = None
         self.z: Tensor | None = None
         self.recorded = False
@@ -37,13 +38,13 @@ class Auxiliary:
         self.saved: Saved = ()
 
     def note(self, value: Any) -> None:
-        """The map has returned ``value``."""
+        """Note that the map has returned ``value``."""
         if self.listening:
             self.value, self.recorded = value, torch.is_grad_enabled()
 
     @contextmanager
     def unheard(self) -> Iterator[None]:
-        """Calls in the context are none of the solve's, and not noted."""
+        """A context in which calls are not noted, since they do not belong to the solve."""
         before, self.listening = self.listening, False
         try:
             yield
@@ -51,11 +52,11 @@ class Auxiliary:
             self.listening = before
 
     def called(self, z: Any) -> None:
-        """That was at ``z``."""
+        """Note that the latest call was at ``z``."""
         if self.listening and isinstance(z, Tensor):
-            with without_function_modes():  # or it would seem that the map cuts its graph off
+            with without_function_modes():  # a recording mode would take this detach for one of the user's map
                 self.z = z.detach()
 
     def hold(self, leaves: Sequence[Tensor], saved: Saved) -> None:
-        """The latest call was the one for the backward pass: it counts, and no later one does."""
+        """Keep the value of the latest call, which was recorded for the backward pass, and ignore later ones."""
         self.leaves, self.saved, self.listening = tuple(leaves), saved, False

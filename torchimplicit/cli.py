@@ -1,7 +1,8 @@
 """The command line, ``torchimplicit COMMAND ...``; ``torchimplicit --help`` lists the commands.
 
-This file finds the recipes by name and turns what goes wrong into one line and an exit code: 0 done, 1 failed, 2 bad
-input, 130 interrupted. The commands are in :mod:`torchimplicit.recipes.commands`.
+This file turns errors into one line of text and an exit code: 0 for success, 1 for a failure, 2 for bad input, 130 for
+an interruption. The commands are in :mod:`torchimplicit.recipes.commands`, which is imported by name, since nothing in
+the library imports recipes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ EXTRA = {
     "submitit": "submitit",
     "tensorboard": "tensorboard",
 }
-"""What the ``recipes`` extra brings: module and distribution."""
+"""The modules that the ``recipes`` extra installs, with the names of their distributions."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), code=2)
     except (errors.DivergedError, solve_error) as error:
         return _fail(f"training diverged: {error}; a smaller --learning-rate may help")
-    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:

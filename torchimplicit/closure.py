@@ -1,9 +1,9 @@
 """The user's function made pure: every tensor that it depends on becomes an explicit argument.
 
-A function may capture tensors (a closure's variables, a module's parameters). To differentiate a solution to any
-order, and under any transform, those must be arguments. One call of the function under a mode that sees every tensor
-operation finds them; later calls run under a second mode that puts substitutes in their place. JAX calls this closure
-conversion.
+A function may capture tensors (variables of a closure, parameters of a module). To differentiate a solution to any
+order and under any transform, these must be arguments. One call of the function under a mode that intercepts every
+tensor operation finds them; later calls run under a second mode that replaces them by substitutes. JAX calls this
+closure conversion.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ def is_transformed(t: Tensor) -> bool:
 
 
 def has_tangent(t: Tensor) -> bool:
-    """Whether ``t`` itself carries a forward-mode tangent, whatever transforms of ``torch.func`` are running."""
+    """Whether ``t`` itself carries a forward-mode tangent, regardless of running ``torch.func`` transforms."""
     if forward_level() < 0:
         return False
-    with without_transforms():  # vmap has no rule for the question, and the others would answer for their level
+    with without_transforms():  # vmap has no rule for unpack_dual, and other transforms would answer for their level
         return forward_ad.unpack_dual(t).tangent is not None
 
 
 def is_vmapped(t: Tensor) -> bool:
-    """Whether ``t`` belongs to a running ``torch.func.vmap``, at whatever level."""
+    """Whether ``t`` belongs to a running ``torch.func.vmap``, at any level."""
     while functorch.maybe_get_level(t) >= 0:
         if functorch.is_batchedtensor(t):
             return True
@@ -61,47 +61,51 @@ def is_vmapped(t: Tensor) -> bool:
 
 
 def transforms_running() -> bool:
-    """Whether tensors that belong to a transform can be about, be they seen yet or not."""
+    """Whether any transform is running, so that tensors may belong to one."""
     return functorch.maybe_current_level() is not None or forward_level() >= 0
 
 
 def beside_transforms(tensors: Iterable[Tensor]) -> contextlib.AbstractContextManager[Any]:
-    """The transforms of ``torch.func`` set aside, where none of the tensors belongs to one: what is computed of those
-    alone is a constant to it, and ordinary autograd, which a solver may need, is refused under a transform."""
+    """A context outside all ``torch.func`` transforms, if none of the tensors belongs to one.
+
+    A result of such tensors alone is a constant to every transform, and ordinary autograd, which a solver may need, is
+    not allowed under a transform.
+    """
     if functorch.maybe_current_level() is None or any(map(is_transformed, tensors)):
         return contextlib.nullcontext()
     return outside_transforms()
 
 
 def carries_derivative(t: Tensor) -> bool:
-    """Whether a derivative may be asked with respect to ``t``, in any mode."""
+    """Whether a derivative with respect to ``t`` may be asked for, in any mode."""
     return t.requires_grad or is_transformed(t)
 
 
 def through_modes(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors as the enclosing equilibria's modes see them, so that they find and replace them too."""
+    """Pass the tensors through the modes of enclosing equilibria, which record or replace them like those of any
+    operation."""
     enclosing, seen = _watching()[::-1], tuple(tensors)
     for i, watcher in enumerate(enclosing):
         replaced = tuple(map(watcher.replaced, seen))
-        for nearer in enclosing[:i]:  # to those it is what they know already, by another name
+        for nearer in enclosing[:i]:  # a substitute of an outer mode is not a captured tensor to the inner ones
             nearer.keep(tuple(new for new, old in zip(replaced, seen, strict=True) if new is not old))
         seen = replaced
     return seen
 
 
 def watched() -> bool:
-    """Whether this happens inside the map of an equilibrium, whose modes must see every operation."""
+    """Whether this runs inside the map of an equilibrium, whose modes must see every operation."""
     return bool(_watching())
 
 
-def register(made: Any) -> None:
-    """Tell the modes of an enclosing equilibrium of tensors that were made out of their sight, by an autograd node."""
+def register(tensors: Any) -> None:
+    """Tell the modes of enclosing equilibria about tensors that an autograd node has computed hidden from them."""
     for watcher in _watching():
-        watcher.keep(made)
+        watcher.keep(tensors)
 
 
 def _watching() -> list[_Watcher]:
-    """The modes that are on in this thread: more than one where an equilibrium is solved inside another's map."""
+    """The modes active in this thread: more than one where an equilibrium is solved inside the map of another."""
     return [mode for mode in function_modes() if isinstance(mode, _Watcher)]
 
 
@@ -109,7 +113,7 @@ _QUESTIONS = frozenset(
     getattr(Tensor, name).__get__
     for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "_version")
 )
-"""What a tensor is asked that is no different for the one in its place."""
+"""Attributes that are the same for a captured tensor and its substitute, so that reading them is not a use."""
 
 _CUTS = frozenset(
     (
@@ -123,18 +127,19 @@ _CUTS = frozenset(
         getattr(Tensor, "data").__get__,  # noqa: B009 (a property to Python, a tensor to mypy)
     )
 )
-"""What gives the numbers of a tensor without its history."""
+"""Operations that return the numbers of a tensor without its graph."""
 
 
 class _Watcher(TorchFunctionMode):
-    """Follows which tensors are made inside a call, and hands every other one that carries a derivative to ``met``.
+    """Tracks the tensors that are computed inside a call, and passes every other one that carries a derivative to
+    ``met``.
 
-    An operation shows its result to the mode. What is made out of its sight (by a transform inside the call, by
-    compiled code) is told from a captured tensor by its history: the level of the transform that it belongs to, or its
-    place in the sequence of autograd's nodes.
+    The mode sees the result of every operation. A tensor that was computed hidden from it (by a transform inside the
+    call, by compiled code) is told from a captured one by its origin: the level of the transform that it belongs to, or
+    the sequence number of its autograd node.
 
     Attributes:
-        table: by the ids of captured tensors, what is put in their places.
+        table: the substitutes of captured tensors, by the ids of these.
     """
 
     def __init__(self, known: Iterable[Tensor]):
@@ -142,11 +147,12 @@ class _Watcher(TorchFunctionMode):
         self.table: dict[int, Tensor] = {}
         self._known: dict[int, Tensor] = {}
         self._made: dict[int, weakref.ref[Tensor]] = {}
-        for t in known:  # whoever gives them need not hold them on
+        for t in known:  # kept alive, so that no new tensor gets the same id
             self._known[id(t)] = t
             self.keep(t)
 
     def met(self, t: Tensor) -> Tensor:
+        """What to use in place of ``t``, which was computed outside the call."""
         raise AssertionError
 
     def __enter__(self) -> Any:
@@ -159,7 +165,7 @@ class _Watcher(TorchFunctionMode):
         if func in _QUESTIONS:
             return func(*args)
         if func is torch.autograd.grad and not self._all_known(args[0]):
-            # a graph from before the call, as behind a pullback of torch.func.vjp: its ends stand for themselves
+            # a graph from before the call, as in a pullback of torch.func.vjp: its ends must not be replaced
             kwargs = {**(kwargs or {}), "grad_outputs": self._replace(kwargs["grad_outputs"])}
             out = func(*args, **kwargs)
             self.keep(out)
@@ -171,14 +177,14 @@ class _Watcher(TorchFunctionMode):
         return out
 
     def keep(self, tree: Any) -> None:
-        """Note tensors made inside the call, without keeping them: a call would hold all that it computes. But those
-        of a transform are kept, since what wraps them is made anew."""
+        """Note tensors that were computed inside the call, by weak references, or else a call would keep all of its
+        intermediates alive. Tensors of a transform are kept, since their wrappers are short-lived."""
         if isinstance(tree, Tensor):
             if functorch.maybe_get_level(tree) < 0:
                 self._made[id(tree)] = weakref.ref(tree)
                 return
             self._known[id(tree)] = tree
-            while functorch.maybe_get_level(tree) >= 0:  # what is left of it outside of a transform
+            while functorch.maybe_get_level(tree) >= 0:  # the tensors that remain when the transforms end
                 tree = functorch.get_unwrapped(tree)
                 self._known[id(tree)] = tree
         elif isinstance(tree, (tuple, list)):
@@ -186,7 +192,7 @@ class _Watcher(TorchFunctionMode):
                 self.keep(item)
 
     def replaced(self, t: Tensor) -> Tensor:
-        """The tensor as an operation in the call would get it."""
+        """The tensor that an operation inside the call would get in place of ``t``."""
         return self._replace(t)
 
     def _replace(self, tree: Any) -> Any:
@@ -204,39 +210,40 @@ class _Watcher(TorchFunctionMode):
         return all(map(self._knows, (tensors,) if isinstance(tensors, Tensor) else tensors))
 
     def _knows(self, t: Tensor) -> bool:
-        """Whether ``t`` was given, or noted."""
+        """Whether ``t`` was passed to the call, or computed inside it."""
         if id(t) in self._known:
             return True
         made = self._made.get(id(t))
         return made is not None and made() is t
 
     def _substituted(self, t: Tensor) -> bool:
-        """Whether an enclosing equilibrium puts another tensor in the place of ``t``: it is captured here as well,
-        whatever it is itself, for the call may be made again without the enclosing one."""
+        """Whether an enclosing equilibrium replaces ``t``. Then it is captured here as well, even without a derivative
+        of its own, since this call may be repeated without the enclosing one."""
         return any(id(t) in watcher.table for watcher in self._enclosing)
 
     def _unseen(self, t: Tensor) -> Tensor:
+        """What to use in place of ``t``, which carries a derivative and was not seen before."""
         level = functorch.maybe_get_level(t)
-        if level > self._level:  # an inner transform has wrapped a tensor from outside it
+        if level > self._level:  # a transform inside the call has wrapped a tensor from outside
             inside = functorch.get_unwrapped(t)
-            found = self._replace(inside)
-            if found is inside and (self._knows(inside) or not _carries(inside)):
+            substitute = self._replace(inside)
+            if substitute is inside and (self._knows(inside) or not _carries(inside)):
                 self._known[id(t)] = t
                 return t
             if not functorch.is_batchedtensor(t):
                 raise RuntimeError(
-                    f"the function differentiates, by torch.func, in a captured tensor of shape {tuple(t.shape)}: pass "
-                    "that tensor to solve as an argument"
+                    f"the function differentiates, by torch.func, with respect to a captured tensor of shape "
+                    f"{tuple(t.shape)}: pass that tensor to solve as an argument"
                 )
-            return functorch._add_batch_dim(found, functorch.maybe_get_bdim(t), level)
-        if _made_since(t, self._begin):
+            return functorch._add_batch_dim(substitute, functorch.maybe_get_bdim(t), level)
+        if _made_since(t, self._begin):  # by compiled code, say, which the mode does not see
             self.keep(t)
             return t
         return self.met(t)
 
 
 class _Recorder(_Watcher):
-    """Notes the captured tensors, and whether part of the graph is cut off."""
+    """Records the captured tensors, and whether part of the graph is detached."""
 
     def __init__(self, known: Iterable[Tensor]):
         super().__init__(known)
@@ -256,7 +263,7 @@ class _Recorder(_Watcher):
 
 
 class _Replayer(_Watcher):
-    """Puts substitutes in the place of captured tensors."""
+    """Replaces captured tensors by substitutes."""
 
     def __init__(self, known: Iterable[Tensor], captured: Sequence[Tensor], substitutes: Sequence[Tensor]):
         super().__init__((*known, *substitutes))
@@ -272,23 +279,25 @@ class _Replayer(_Watcher):
     def met(self, t: Tensor) -> Tensor:
         raise RuntimeError(
             f"the function used a captured tensor of shape {tuple(t.shape)} that requires grad and that it had not "
-            "used when it was first called, so its derivative is not known: pass the tensor to solve as an argument"
+            "used when it was first called, so its gradient would be lost: pass the tensor to solve as an argument"
         )
 
 
 class Closure:
-    """``function(z, *args)`` as a function of ``(z, *tensors)``, where the tensors are those of the arguments, then
-    ``extra`` ones that the function does not see, then the captured ones. The state may be a tuple of parts.
+    """``function(z, *args)`` as a pure function of ``(z, *tensors)``.
+
+    The tensors are those of the arguments, then ``extra`` ones that the function does not use (those of a constraint),
+    then the captured ones. The state may be a tuple of parts.
 
     Attributes:
-        function: takes the flat state and the arguments; gives the output in flat form.
-        args: the arguments, from which the tensors were taken.
+        function: takes the flat state and the arguments; returns the output in flat form.
+        args: the arguments.
         tensors: the tensors among the arguments.
         captured: the tensors that ``function`` captures; empty until they have been recorded.
-        recorded: the value of the call that recorded them, with its history, and the tensors that it was called with,
-            the state first; ``None`` where there is none to be had.
-        cuts: whether that call cut part of its graph off (``detach()``, ``no_grad``), which need not depend on the
-            state.
+        recorded: the value of the call that recorded them with its graph, and the leaves of that graph, the state
+            first; ``None`` if it was not recorded for differentiation.
+        cuts: whether that call detached part of its graph (``detach()``, ``no_grad``), whether or not the part depends
+            on the state.
     """
 
     recorded: tuple[Tensor, Sequence[Tensor]] | None = None
@@ -308,27 +317,27 @@ class Closure:
         self.tensors = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
 
     def record(self, z: Tensor) -> tuple[Closure, Tensor]:
-        """The closure with what ``function`` captures at ``z``, and its value there; with the history of that
-        (:attr:`recorded`), where ``z`` requires grad."""
+        """Find the tensors that ``function`` captures when it is called at ``z``; returns the closure with these, and
+        the value. Where ``z`` requires grad, the value's graph is kept (:attr:`recorded`)."""
         if self._compiled is not None:
             known = {id(t) for t in self.tensors}
             inner = tuple(p for p in self._compiled.parameters() if carries_derivative(p) and id(p) not in known)
             if not any(map(is_transformed, (z, *self.tensors, *inner))):
                 with self._retained():
                     return self.capturing(inner), _untouched(self.function, z, *self.args)
-        # Aliases of the arguments tell a tensor that is passed from one that is captured as well.
+        # the function gets aliases of the arguments, so that a tensor that is passed and also captured is seen as both
         with eagerly(), torch.enable_grad():
             own = tuple(map(_alias, self.tensors))
             with _Recorder((z, *own)) as recorder:
                 value = _untouched(self.function, z, *self._given(own))
         captured = tuple((recorder.captured | self._scripted()).values())
-        if not _watching():  # or else there may be substitutes behind the value, which the enclosing one checks
+        if not _watching():  # inside another equilibrium the graph may hold substitutes, and that one checks it
             check_graph(value, (z, *through_modes((*own, *captured))))
-        found = self.capturing(captured)
-        found.cuts = recorder.cuts
+        closure = self.capturing(captured)
+        closure.cuts = recorder.cuts
         if z.requires_grad and all(t.is_leaf and not t._backward_hooks for t in captured):
-            found.recorded = value, (z, *own, *captured)
-        return found, value.detach()
+            closure.recorded = value, (z, *own, *captured)
+        return closure, value.detach()
 
     def __call__(self, z: Tensor | tuple[Tensor, ...], *tensors: Tensor) -> Any:
         parts = z if isinstance(z, tuple) else (z,)
@@ -347,60 +356,61 @@ class Closure:
             return _untouched(self.function, z, *self._given(own))
 
     def arguments(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-        """The arguments, with their tensors replaced by the first of ``tensors``, which are as for a call."""
+        """The arguments, with their tensors replaced by those of ``tensors``, which are as for a call."""
         return tuple(self._given(tensors[: len(self.tensors)]))
 
     def _given(self, own: Sequence[Tensor]) -> Any:
         """The arguments, with their tensors replaced by ``own``."""
         if not any(map(is_not, own, self.tensors)):
             return self.args
-        given = iter(own)
-        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        rest = iter(own)
+        leaves = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         if self._spec is None:
             self._spec = pytree.tree_structure(self.args)
         return pytree.tree_unflatten(leaves, self._spec)
 
     def _compare(self, used: set[int]) -> None:
-        """What the solver's last evaluation used, an evaluation for a derivative must use too."""
+        """Raise where an evaluation for a derivative no longer uses a tensor that the solver's last evaluation used."""
         if not torch.is_grad_enabled():
             self._used = used
         elif self._used is not None and not self._used <= used:
             lost = next(t for t in self.captured if id(t) in self._used - used)
             raise RuntimeError(
                 f"the function no longer uses a captured tensor of shape {tuple(lost.shape)} that it used when the "
-                "problem was solved, so that its gradient would be lost: torch.func.functional_call, or whatever had "
-                "put it there, has put another in its place. Pass the module's tensors to solve as an argument, or "
-                "give the problem a method of the module"
+                "problem was solved, so that its gradient would be lost: it was replaced since then, as "
+                "torch.func.functional_call does. Pass the module's tensors to solve as arguments, or give the problem "
+                "a method of the module"
             )
 
     def _scripted(self) -> dict[int, Tensor]:
-        """The parameters of TorchScript modules, into which no mode sees."""
+        """The parameters of TorchScript modules, whose operations no mode sees."""
         passed = {id(t) for t in self.tensors}
         modules = (m for root in getattr(self.function, "modules", ()) for m in root.modules())
         scripted = (m for m in modules if isinstance(m, torch.jit.ScriptModule))
         return {id(p): p for m in scripted for p in m.parameters() if p.requires_grad and id(p) not in passed}
 
     def capturing(self, captured: tuple[Tensor, ...]) -> Closure:
-        """The closure with what ``function`` is known to capture."""
-        found = copy.copy(self)
-        found.captured = captured
-        return found
+        """The closure with known captured tensors."""
+        closure = copy.copy(self)
+        closure.captured = captured
+        return closure
 
     def _retained(self) -> contextlib.AbstractContextManager[Any]:
-        """Code that is compiled here keeps its buffers: an adjoint solve runs its backward many times."""
+        """A context in which compiled code keeps its buffers, since an adjoint solve runs its backward many times."""
         return functorch_config.patch(donated_buffer=False)
 
 
 def _alias(t: Tensor) -> Tensor:
-    """Another tensor object of the same value, through which derivatives run."""
+    """Another tensor object with the same value and derivative."""
     return t.view_as(t) if t.layout is torch.strided else t.clone()
 
 
 def check_graph(out: Tensor, known: Sequence[Tensor]) -> None:
-    """Whatever ``out`` comes from must come through ``known``: a tensor that slipped in unseen would get no gradient.
+    """Check that every path in the graph of ``out`` to a tensor that requires grad leads through ``known``: any other
+    such tensor would silently get no gradient.
 
     Raises:
-        RuntimeError: another tensor that requires grad lies behind ``out``.
+        RuntimeError: there is another one.
     """
     ends, nodes = {id(t) for t in known}, None
     borders = {(t.grad_fn, t.output_nr) for t in known if t.grad_fn is not None}
@@ -418,7 +428,7 @@ def check_graph(out: Tensor, known: Sequence[Tensor]) -> None:
             if node not in nodes:
                 raise RuntimeError(
                     f"the function depends on a captured tensor of shape {tuple(variable.shape)} in a way that the "
-                    "recording does not see (compiled or foreign code, or a graph from before the call, as behind a "
+                    "recording does not see (compiled or foreign code, or a graph from before the call, as in a "
                     "pullback of torch.func.vjp), so its gradient would be lost: pass the tensor to solve as an "
                     "argument"
                 )
@@ -426,15 +436,15 @@ def check_graph(out: Tensor, known: Sequence[Tensor]) -> None:
 
 
 def _accumulator(leaf: Tensor) -> Any:
-    """The node that stands for ``leaf``. Where saved tensors go through hooks (activation checkpointing), a parameter
-    comes back as another tensor with the same node."""
+    """The node that accumulates the gradient of ``leaf``. With hooks on saved tensors (activation checkpointing), a
+    parameter comes back as another tensor object, but with the same node."""
     with without_function_modes(), torch.enable_grad():
         seen = _alias(leaf).grad_fn
     return None if seen is None else seen.next_functions[0][0]
 
 
 def _untouched(function: Callable[..., Any], z: Tensor | tuple[Tensor, ...], *args: Any) -> Any:
-    """``function(z, *args)``, which must leave ``z`` as it is."""
+    """``function(z, *args)``; raises where that writes to ``z`` in place."""
     if isinstance(z, tuple):
         before: Any = _versions(z)
         out = function(z, *args)
@@ -452,6 +462,7 @@ def _untouched(function: Callable[..., Any], z: Tensor | tuple[Tensor, ...], *ar
 
 
 def _versions(parts: tuple[Tensor, ...]) -> list[int | None]:
+    """Autograd's counts of in-place writes; inference tensors have none."""
     return [None if part.is_inference() else part._version for part in parts]
 
 
@@ -466,9 +477,9 @@ def _current_level() -> int:
 
 
 def _made_since(t: Tensor, begin: int) -> bool:
-    """Whether autograd saw ``t`` being computed after its sequence number ``begin``, in this thread."""
+    """Whether autograd recorded ``t`` after its sequence number ``begin``, in this thread."""
     now = sequence_number()
-    with without_function_modes():  # what is looked at here is not used by the function
+    with without_function_modes():  # looking at a tensor is not a use of it by the function
         while True:
             if t.grad_fn is not None and begin <= t.grad_fn._sequence_nr() < now:
                 return True
@@ -479,10 +490,10 @@ def _made_since(t: Tensor, begin: int) -> bool:
 
 @contextlib.contextmanager
 def eagerly() -> Iterator[None]:
-    """Compiled code runs as it was written: it sees neither the modes nor the transforms, and must not run where they
-    act. Which code is compiled cannot always be told from outside.
+    """A context in which compiled code runs eagerly. Compiled code ignores modes and transforms, so it must not run
+    where these are active; and which code is compiled cannot always be told from outside.
 
-    The compiler's stance is that of the whole process: the first of several threads sets it, the last sets it back.
+    The compiler's stance belongs to the whole process: the first of several threads sets it, the last one resets it.
     """
     global _eager, _stance
     if not compiler_loaded():

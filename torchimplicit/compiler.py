@@ -1,4 +1,4 @@
-"""What torch's compiler must leave alone, said without loading it: that takes longer than the whole library."""
+"""Excluding functions from torch's compiler without importing it, which takes longer than importing this library."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ R = TypeVar("R")
 
 
 def compiler_loaded() -> bool:
-    """Whether there can be compiled code in this process, or a compiler at work."""
+    """Whether the compiler has been imported, so that there may be compiled code in this process."""
     return "torch._dynamo" in sys.modules
 
 
 def untraced(reason: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """``torch.compiler.disable`` for a function, from the moment when there is a compiler.
+    """Decorator: ``torch.compiler.disable``, applied once the compiler has been imported.
 
     Args:
-        reason: told where a graph without breaks was asked for.
+        reason: the message where a graph without breaks (``fullgraph=True``) is asked for.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -30,7 +30,7 @@ def untraced(reason: str | None = None) -> Callable[[Callable[P, R]], Callable[P
         def called(*args: P.args, **kwargs: P.kwargs) -> R:
             return (_disabled(function, reason) if compiler_loaded() else function)(*args, **kwargs)
 
-        called._torchdynamo_disable = True  # type: ignore[attr-defined]  # what is left of it while it is traced
+        called._torchdynamo_disable = True  # type: ignore[attr-defined]  # the attribute that Dynamo looks for
         called._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
         return called
 

@@ -1,4 +1,4 @@
-"""Sets that a minimum, or an optimized input, may be restricted to, and penalties that are not smooth."""
+"""Constraint sets for minima and optimized inputs, and nonsmooth penalties."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchimplicit.closure import is_transformed
 @final
 @dataclass(frozen=True)
 class LinearEquality:
-    """The states :math:`p` with :math:`\\langle w, p\\rangle = N`, per sample or shared by all.
+    """The hyperplane of states :math:`p` with :math:`\\langle w, p\\rangle = N`, per sample or shared by all.
 
     The solution is differentiable in both ``weight`` and ``total``.
 
@@ -33,14 +33,18 @@ class LinearEquality:
 @final
 @dataclass(frozen=True)
 class L2Ball:
-    """The inputs :math:`x` with :math:`\\lVert x - c\\rVert_2\\le r`, the norm being over all of a sample's numbers.
+    """The ball of inputs :math:`x` with :math:`\\lVert x - c\\rVert_2\\le r`, the norm being over all entries of a
+    sample.
 
     The solution is differentiable in both ``radius`` and ``center``.
 
     Args:
         radius: :math:`r \\ge 0`, a number, a scalar tensor, or a tensor ``[batch]``.
-        center: :math:`c`, a number, or what has the structure of the input: leaves with the batch dimension or
-            without it.
+        center: :math:`c`, a number, or a pytree with the structure of the input, whose leaves may have the batch
+            dimension or not.
+
+    Raises:
+        ValueError: the radius is negative.
     """
 
     radius: Any
@@ -50,7 +54,7 @@ class L2Ball:
         _check_sign("L2Ball", "radius", self.radius)
 
     def project(self, x: Tensor, radius: Tensor, center: Tensor) -> Tensor:
-        """The nearest point of the set to ``x`` (``[batch, dim]``); differentiable."""
+        """The projection of ``x`` (``[batch, dim]``) onto the set; differentiable."""
         away = x - center
         length = torch.linalg.vector_norm(away, dim=1, keepdim=True)
         outside = length > radius
@@ -61,13 +65,16 @@ class L2Ball:
 @final
 @dataclass(frozen=True)
 class Box:
-    """The inputs :math:`x` with :math:`low \\le x\\le high`, number by number.
+    """The box of inputs :math:`x` with :math:`low \\le x\\le high`, entry by entry.
 
     The solution is differentiable in both bounds.
 
     Args:
-        low, high: a number (infinite for none), or what has the structure of the input: leaves with the batch dimension
-            or without it.
+        low, high: a number (infinite for no bound), or a pytree with the structure of the input, whose leaves may have
+            the batch dimension or not.
+
+    Raises:
+        ValueError: ``low`` exceeds ``high``.
     """
 
     low: Any
@@ -77,27 +84,30 @@ class Box:
         lows, highs = (pytree.tree_leaves(bound) for bound in (self.low, self.high))
         if len(lows) != len(highs) and min(len(lows), len(highs)) == 1:  # one number for a whole tree
             lows, highs = lows * len(highs), highs * len(lows)
-        for low, high in zip(lows, highs, strict=False):  # trees that do not fit are found where the state is known
+        for low, high in zip(lows, highs, strict=False):  # trees that do not match are reported once the state is known
             _check_order(low, high)
 
     def project(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """The nearest point of the set to ``x`` (``[batch, dim]``); differentiable."""
+        """The projection of ``x`` (``[batch, dim]``) onto the set; differentiable."""
         return torch.where(x < low, low, torch.where(x > high, high, x))
 
 
 @final
 @dataclass(frozen=True)
 class NonNegative:
-    """The states all of whose numbers are at least zero."""
+    """The states whose entries are all nonnegative."""
 
 
 @final
 @dataclass(frozen=True)
 class Simplex:
-    """The states :math:`z\\ge0` whose numbers sum up to ``total``.
+    """The simplex of states :math:`z\\ge0` whose entries sum to ``total``.
 
     Args:
         total: a number, a scalar tensor, or a tensor ``[batch]``; the solution is differentiable in it.
+
+    Raises:
+        ValueError: ``total`` is negative.
     """
 
     total: Any = 1.0
@@ -109,9 +119,10 @@ class Simplex:
 @final
 @dataclass(frozen=True)
 class LinearEqualities:
-    """The states :math:`z` with :math:`Az=b`; z is a sample's numbers, of all leaves, one after the other.
+    """The states :math:`z` with :math:`Az=b`, where z holds the entries of all leaves of a sample, one leaf after
+    another.
 
-    The solution is differentiable in both. The rows of A must be independent.
+    The solution is differentiable in A and b. The rows of A must be linearly independent.
 
     Args:
         matrix: A, ``[m, dim]``, or ``[batch, m, dim]``.
@@ -125,9 +136,10 @@ class LinearEqualities:
 @final
 @dataclass(frozen=True)
 class LinearInequalities:
-    """The states :math:`z` with :math:`Gz\\le h`; z is a sample's numbers, of all leaves, one after the other.
+    """The states :math:`z` with :math:`Gz\\le h`, where z holds the entries of all leaves of a sample, one leaf after
+    another.
 
-    The solution is differentiable in both.
+    The solution is differentiable in G and h.
 
     Args:
         matrix: G, ``[m, dim]``, or ``[batch, m, dim]``.
@@ -141,12 +153,15 @@ class LinearInequalities:
 @final
 @dataclass(frozen=True)
 class Projection:
-    """A convex set, known by the projection onto it.
+    """A convex set that is given by the projection onto it.
 
     Args:
-        function: ``function(z, *args)``, the nearest state of the set to z; differentiable where it is smooth.
-        args: what it takes beside the state: pytrees, whose tensors the solution can be differentiated in. Captured
-            tensors that require grad are an error.
+        function: ``function(z, *args)``, the state of the set that is nearest to z; differentiable where it is smooth.
+        args: further arguments of ``function``: pytrees of tensors, in which the solution is differentiable. It must
+            not capture tensors that require grad.
+
+    Raises:
+        TypeError: ``function`` is not callable.
     """
 
     function: Callable[..., Any]
@@ -159,14 +174,17 @@ class Projection:
 @final
 @dataclass(frozen=True)
 class Proximal:
-    """A convex penalty, added to the energy, that need not be smooth: known by its proximal operator.
+    """A convex penalty that is added to the energy and need not be smooth, given by its proximal operator.
 
     Args:
-        prox: ``prox(v, step, *args)``, the state :math:`z` of least
-            :math:`penalty(z)+\\lVert z-v\\rVert^2/(2\\,step)`; ``step`` is a tensor that can be multiplied by a
-            state of one leaf (``[batch]`` where there are several).
-        penalty: ``penalty(z, *args)``, ``[batch]``; a scalar if not batched. Infinite where no state is allowed.
-        args: what both take beside the state, see :class:`Projection`.
+        prox: ``prox(v, step, *args)``, the state :math:`z` that minimizes
+            :math:`penalty(z)+\\lVert z-v\\rVert^2/(2\\,step)`; ``step`` broadcasts against a state of one leaf
+            (``[batch]`` if there are several leaves).
+        penalty: ``penalty(z, *args)``, ``[batch]``; a scalar if not batched. Infinite outside its domain.
+        args: further arguments of both, see :class:`Projection`.
+
+    Raises:
+        TypeError: ``prox`` or ``penalty`` is not callable.
     """
 
     prox: Callable[..., Any]
@@ -201,7 +219,7 @@ def unit_normal(weight: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         n ``[batch or 1, dim]`` and c ``[batch or 1, 1]``.
     """
-    # the squares of small or large weights would be lost
+    # scaled first, since the squares of small or large weights would under- or overflow
     size = weight.detach().abs().amax(dim=1, keepdim=True)
     weight, total = weight / size, total / size
     length = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
@@ -214,15 +232,15 @@ def project(v: Tensor, normal: Tensor) -> Tensor:
 
 
 def onto_plane(z: Tensor, normal: Tensor, offset: Tensor) -> Tensor:
-    """The point nearest to ``z`` (``[batch, dim]``) with :math:`\\langle n, z\\rangle = c`."""
+    """The projection of ``z`` (``[batch, dim]``) onto the hyperplane :math:`\\langle n, z\\rangle = c`."""
     return z - ((z * normal).sum(dim=1, keepdim=True) - offset) * normal
 
 
 def check_plane(weight: Tensor, total: Tensor) -> None:
-    """The numbers of a :class:`LinearEquality` in flat form, as :func:`unit_normal` takes them.
+    """Check a :class:`LinearEquality` in flat form, shaped as for :func:`unit_normal`.
 
     Raises:
-        ValueError: a weight that is zero for a whole sample, or what is not finite.
+        ValueError: the weight of a sample is zero, or a number is not finite.
     """
     if not (_readable(weight) and _readable(total)):
         return
@@ -230,22 +248,22 @@ def check_plane(weight: Tensor, total: Tensor) -> None:
     weights, totals, nonzero = finite.tolist()
     if not (weights and totals):
         what = "total" if weights else "weight"
-        raise ValueError(f"the constraint's {what} holds NaN or infinity: no state fulfils such a LinearEquality")
+        raise ValueError(f"the constraint's {what} holds NaN or infinity: no state satisfies such a LinearEquality")
     if not nonzero:
         raise ValueError(
-            "the constraint's weight is zero in every number of a sample: LinearEquality then says nothing of the "
-            "state. Leave the constraint out, or give the weight that was meant"
+            "the constraint's weight is zero in every entry of a sample: such a LinearEquality does not constrain the "
+            "state. Leave the constraint out, or correct the weight"
         )
 
 
 def _check_callable(what: str, function: Any) -> None:
     if not callable(function):
-        raise TypeError(f"{what} must be callable, and it is {type(function).__name__}")
+        raise TypeError(f"{what} must be callable, not {type(function).__name__}")
 
 
 def _check_sign(kind: str, name: str, value: Any) -> None:
-    given = isinstance(value, (int, float)) or (isinstance(value, Tensor) and _readable(value))
-    if given and not bool(torch.as_tensor(value >= 0).all()):
+    known = isinstance(value, (int, float)) or (isinstance(value, Tensor) and _readable(value))
+    if known and not bool(torch.as_tensor(value >= 0).all()):
         raise ValueError(f"{kind}.{name} is {_shown(value)}, and must not be negative")
 
 
@@ -255,13 +273,14 @@ def _check_order(low: Any, high: Any) -> None:
         return
     try:
         ordered = bool(torch.as_tensor(low <= high).all())
-    except RuntimeError:  # shapes or devices that do not fit are found where the state is known
+    except RuntimeError:  # shapes or devices that do not match are reported once the state is known
         return
     if not ordered:
         raise ValueError(f"Box.low is {_shown(low)} and Box.high is {_shown(high)}: low must not exceed high")
 
 
 def _readable(t: Tensor) -> bool:
+    """Whether the numbers of ``t`` can be read: it is under no transform, and not on the meta device."""
     return not is_transformed(t) and t.device.type != "meta"
 
 

@@ -1,4 +1,4 @@
-"""Other coordinates for the state: of a metric in which a problem is better conditioned, and within a hyperplane."""
+"""Coordinates to solve in: those of a metric, in which a problem is better conditioned, and those of a hyperplane."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 class Metric:
     """Coordinates :math:`q = S^{1/2}z`, in which the Euclidean length is :math:`\\langle z, S z\\rangle^{1/2}`.
 
-    With the overlap matrix of a basis for :math:`S`, the length of a change of the coefficients is the
-    :math:`L_2` norm of the change of the function, whatever the basis (Löwdin 1950). A solver that steps along
-    gradients, or measures them, then does so in the function's own geometry. The two roots are computed here, once.
+    If :math:`S` is the overlap matrix of a basis, the length of a change of the coefficients is the :math:`L_2` norm of
+    the change of the function, for every basis (Löwdin 1950). A solver that steps along gradients, or measures them,
+    then works in the geometry of the function. The roots :math:`S^{\\pm1/2}` are computed once, on construction.
 
     Args:
         matrix: :math:`S`, symmetric positive definite, ``[dim, dim]``, or ``[batch, dim, dim]`` for one per sample;
-            ``dim`` counts all numbers of a sample's state. It is taken as constant: where the solution is does not
-            depend on it.
+            ``dim`` counts all entries of a sample's state. No derivative is taken with respect to it, since the
+            solution does not depend on it.
 
     Raises:
         ValueError: the matrix is not square, not symmetric, or not positive definite beyond rounding.
@@ -63,15 +63,17 @@ class Metric:
         return inverse
 
     def covector(self, w: Tensor) -> Tensor:
-        """What :math:`w` (``[batch or 1, dim]``), paired with the state, is in these coordinates:
-        :math:`S^{-1/2}w`."""
+        """The coordinates :math:`S^{-1/2}w` of a covector :math:`w` (``[batch or 1, dim]``), for which the product with
+        the state stays the same."""
         return _times(self.inverse, w.expand(max(len(w), len(self.inverse)), -1))
 
 
 class Reflection(NamedTuple):
-    """The hyperplane :math:`\\langle n, z\\rangle = c`, :math:`\\lVert n\\rVert = 1`, by the reflection that takes
-    :math:`n` to :math:`\\mp` the first unit vector: what remains are coordinates in an orthonormal basis of
-    :math:`n^\\perp` (Golub and Van Loan 2013, section 5.1).
+    """Coordinates in the hyperplane :math:`\\langle n, z\\rangle = c`, :math:`\\lVert n\\rVert = 1`, by a Householder
+    reflection.
+
+    The reflection takes :math:`n` to :math:`\\mp` the first unit vector; the other coordinates are those in an
+    orthonormal basis of :math:`n^\\perp` (Golub and Van Loan 2013, section 5.1).
 
     Attributes:
         mirror: the reflection's unit normal, ``[batch or 1, dim]``.
@@ -83,30 +85,33 @@ class Reflection(NamedTuple):
 
     @classmethod
     def of(cls, normal: Tensor, offset: Tensor) -> Self:
-        """Of unit normals ``[batch or 1, dim]`` and offsets ``[batch or 1, 1]``; differentiable in both."""
+        """The reflection for unit normals ``[batch or 1, dim]`` and offsets ``[batch or 1, 1]``; differentiable in
+        both."""
+        # of the two reflections, the one whose mirror does not cancel
         sign = torch.where(normal[:, :1] < 0, -1, 1)
         mirror = torch.cat((normal[:, :1] + sign, normal[:, 1:]), dim=1)
         return cls(mirror / torch.linalg.vector_norm(mirror, dim=1, keepdim=True), -sign * offset)
 
     def reflect(self, z: Tensor) -> Tensor:
+        """The mirror image of ``z`` (``[batch, dim]``)."""
         return z - 2 * (z * self.mirror).sum(dim=1, keepdim=True) * self.mirror
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Coordinates:
-    """Between flat states ``[batch, dim]`` and the coordinates that a solver works in.
+    """The map between flat states ``[batch, dim]`` and the coordinates that a solver works in.
 
     Attributes:
-        metric: ``None``: the state's own coordinates.
-        reflection: of the plane that the state lies in, in the metric's coordinates; ``None``: it is free.
+        metric: the metric; ``None``: the state's own coordinates.
+        reflection: for the hyperplane that the state lies in, in the metric's coordinates; ``None`` without one.
     """
 
     metric: Metric | None = None
     reflection: Reflection | None = None
 
     def encode(self, z: Tensor) -> Tensor:
-        """The coordinates of ``z``; of a state outside the plane, those of the nearest point in it."""
+        """The coordinates of ``z``; for a state outside the hyperplane, those of its projection."""
         if self.metric is not None:
             z = _times(self.metric.root, z)
         return z if self.reflection is None else self.reflection.reflect(z)[:, 1:]
@@ -119,13 +124,14 @@ class Coordinates:
 
     @property
     def per_sample(self) -> bool:
-        """Whether any of its tensors is of one sample each."""
+        """Whether any of the tensors differs from sample to sample."""
         tensors = [] if self.metric is None else [self.metric.root]
         return any(len(t) > 1 for t in (*tensors, *(self.reflection or ())))
 
 
 def _times(matrix: Tensor, z: Tensor) -> Tensor:
+    """Symmetric matrices ``[batch or 1, dim, dim]`` times vectors ``[batch, dim]``."""
     matrix = matrix.to(z)
     if len(matrix) == 1:
-        return z @ matrix[0]  # symmetric
+        return z @ matrix[0]
     return torch.bmm(matrix, z[:, :, None])[:, :, 0]

@@ -1,4 +1,4 @@
-"""What is known of how the samples of a batch depend on each other."""
+"""Whether the samples of a batch depend on each other, and what is remembered of it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torchimplicit.members import known_by
 
 @dataclass
 class Memory:
-    """What has been seen of one function.
+    """What is remembered of one function.
 
     Attributes:
-        found: whether its rows depend on each other.
-        together: whether a method that combines each row's steps by themselves is known to solve them as one system
-            alone.
-        looks: how often that was looked at in vain.
-        apart: how often its rows were seen not to depend on each other, where a linear solver had not come to its end.
+        found: whether its rows were found to depend on each other.
+        together: whether a method that combines each row's past steps (Anderson, Broyden) is known to converge only if
+            the rows are solved as one system.
+        looks: how often solving them as one system was tried in vain.
+        apart: how often its rows were found independent after a linear solver had not converged.
     """
 
     found: bool = False
@@ -34,13 +34,13 @@ class Memory:
 class Coupling:
     """Which rows of a batch may depend on each other.
 
-    A batch is solved row by row, since rows seldom do; what shows that they do is remembered for the function, and its
-    rows are then solved as one system.
+    A batch is solved row by row, since rows are seldom coupled. If a coupling is found, it is remembered for the
+    function, and its rows are then solved as one system.
 
     Attributes:
-        rows: so many neighbouring rows were given to one call of the function: they alone may depend on each other.
-        promised: whether the user says that they do not (``rowwise=True``).
-        memory: shared by all the solves with one function.
+        rows: how many neighbouring rows are passed to one call of the function; only these may depend on each other.
+        promised: whether the user promises that they do not (``rowwise=True``).
+        memory: shared by all solves with one function.
     """
 
     rows: int
@@ -49,13 +49,13 @@ class Coupling:
 
     @property
     def found(self) -> bool:
-        """Whether rows have been seen to depend on each other: of a function whose rows do not, by another problem that
-        its code was written for as well."""
+        """Whether rows are known to depend on each other. Functions are remembered by their code, so this may stem from
+        another problem with the same code; hence the promise has precedence."""
         return self.memory.found and not self.promised
 
     @staticmethod
     def of(function: Callable[..., Any], rows: int, promised: bool) -> Coupling | None:
-        """For a batch of ``rows`` that ``function`` is called with; ``None`` where there are no others to depend on."""
+        """The coupling of a batch of ``rows`` that ``function`` is called with; ``None`` for a single row."""
         return None if rows < 2 else Coupling(rows=rows, promised=promised, memory=_memory_of(function))
 
 
@@ -63,14 +63,20 @@ _memories: weakref.WeakKeyDictionary[Any, dict[bool, Memory]] = weakref.WeakKeyD
 
 
 def _memory_of(function: Callable[..., Any]) -> Memory:
-    """That of the function in its module's mode of now: batch normalization couples rows in training alone."""
+    """The memory of the function, one for each mode of its module: batch normalization couples rows only in
+    training."""
     owner = known_by(function)
     training = owner.training if isinstance(owner, nn.Module) else False
     return _memories.setdefault(owner, {}).setdefault(training, Memory())
 
 
 def broken_promise(what: str, cause: Exception | None = None) -> NoReturn:
-    """Raise the error of a function that does not keep ``rowwise=True``."""
+    """Raise the error of a function that breaks the promise ``rowwise=True``.
+
+    Args:
+        what: how that showed.
+        cause: the error by which it showed, if any.
+    """
     raise ValueError(
         f"{what}. The problem says rowwise=True, which holds only if f treats every row on its own, captures no tensor "
         "that carries the batch, and every argument whose dim 0 has the batch's size does carry the batch: pass "

@@ -1,4 +1,4 @@
-"""What is solved with where the user names no solver."""
+"""The default solvers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchimplicit.solvers import (
 )
 
 FIXED_POINT = Polyalgorithm(members=(Anderson(), Broyden(), NewtonKrylov()))
-"""Accelerated iteration; then the methods for maps that do not contract."""
+"""Accelerated iteration, then methods for maps that do not contract."""
 
 ROOT = Polyalgorithm(
     members=(
@@ -29,11 +29,11 @@ ROOT = Polyalgorithm(
         PseudoTransient(max_steps=100),
     )
 )
-"""Newton's method with a line search; with a trust region, which crosses narrow valleys; with more damping; then
-without a safeguard, and along a flow, which both pass by the places where the residual's norm is least."""
+"""Newton's method with a line search; with a trust region, which follows narrow valleys; with damping; then without a
+safeguard, and along a flow, both of which can pass local minima of the residual's norm."""
 
 MINIMUM = Polyalgorithm(members=(LBFGS(max_steps=200), NewtonCG(max_steps=1000), LBFGS()))
-"""What crawls goes on by Newton's method; where the energy has no second derivative, as it began."""
+"""Samples on which L-BFGS is slow go on by Newton's method; or by L-BFGS again, if there is no second derivative."""
 
 ON_SET = ProjectedNewton()
 
@@ -43,7 +43,7 @@ OTHER = Anderson()
 
 
 def default_solver(problem: Problem) -> Solver:
-    """What suits ``problem``."""
+    """The default solver for ``problem``."""
     if isinstance(problem, LeastSquares):
         return LEAST_SQUARES
     if isinstance(problem, Minimum):

@@ -1,4 +1,4 @@
-"""Errors and warnings that name what went wrong, why, and what to try."""
+"""The library's errors and warnings. Their messages say what went wrong, why, and what to try."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class SolveError(RuntimeError):
-    """A solve went non-finite. ``error.solution`` holds everything that was computed up to then."""
+    """A solve went non-finite. ``error.solution`` holds the results of all samples up to then."""
 
     def __init__(self, message: str, solution: Solution):
         super().__init__(message)
@@ -19,7 +19,7 @@ class SolveError(RuntimeError):
 
 
 class UnsupportedDerivativeError(RuntimeError):
-    """A derivative was asked for that the chosen estimator does not give (an order, or a mode of differentiation)."""
+    """The chosen estimator does not support the derivative that was asked for (its order, or its mode)."""
 
 
 class ConvergenceWarning(UserWarning):
@@ -27,15 +27,16 @@ class ConvergenceWarning(UserWarning):
 
 
 class SmoothnessWarning(UserWarning):
-    """A second derivative was asked for of a map that is linear in pieces."""
+    """A derivative does not exist, or is one-sided: a second derivative of a piecewise linear map, or a solution at a
+    kink of its constraint."""
 
 
 class CaptureWarning(UserWarning):
-    """A solve with ``compile=True`` could not be compiled as a whole, and the eager loop served."""
+    """A solve with ``compile=True`` could not be compiled as a whole, and ran in the eager loop."""
 
 
 def users_frame() -> FrameType:
-    """The first frame that is neither the library's nor PyTorch's."""
+    """The innermost frame that belongs neither to the library nor to PyTorch."""
     frame = sys._getframe(1)
     while frame.f_back is not None and _within(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
@@ -43,6 +44,6 @@ def users_frame() -> FrameType:
 
 
 def _within(module: str) -> bool:
-    if module.startswith(("torchimplicit.testing", "torchimplicit.recipes")):  # what uses the library is its user
+    if module.startswith(("torchimplicit.testing", "torchimplicit.recipes")):  # these use the library as users do
         return False
     return module.startswith(("torchimplicit.", "torch.", "contextlib"))

@@ -1,4 +1,4 @@
-"""A problem at its arguments, in flat coordinates."""
+"""A problem with its arguments, in flat coordinates."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from torchimplicit.state import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class FlatProblem:
-    """The problem at some arguments.
+    """A problem with its arguments, in flat coordinates.
 
     Attributes:
-        problem, layout: the problem as the user has it, and the structure of its state.
+        problem: the user's problem.
+        layout: the structure of its state.
         z0: the given state, ``[batch, dim]``.
-        closure: the problem's function with its arguments, and what it captures.
-        system: the problem over flat states.
-        params: the tensors that ``system`` depends on: those of the arguments, those of a constraint, the captured.
+        closure: the problem's function with its arguments and captured tensors.
         call: the problem's function in flat coordinates.
-        value: what the function gives at ``z0``, where it had to be called.
-        precision: in which autocast evaluates the function; ``None`` where it is off.
+        system: the problem over flat states.
+        params: the tensors that ``system`` depends on: those of the arguments, those of a constraint, captured ones.
+        value: the function's value at ``z0``, if it had to be called.
+        precision: the dtype in which autocast evaluates the function; ``None`` where it is off.
     """
 
     problem: Problem
@@ -58,15 +59,14 @@ def flatten_problem(
     known: Callable[[Layout, Tensor], tuple[Tensor, ...] | None] | None = None,
     opening: bool = False,
 ) -> FlatProblem:
-    """``problem`` at the state ``z``.
+    """Bring ``problem`` into flat coordinates at the state ``z``.
 
     Args:
         problem, z, args: as for :func:`~torchimplicit.solve`.
-        capture: whether to find what the problem's function captures, by one call at ``z``.
-        rowwise: whether samples may be evaluated apart, where the problem promises it.
-        opening: whether that call is to be kept as the one for the backward pass, since no step will lead away from
-            ``z``.
-        known: tells what the function captures without that call, or ``None`` where it cannot.
+        capture: whether to find the tensors that the problem's function captures, by one call at ``z``.
+        rowwise: whether samples may be evaluated separately, if the problem promises ``rowwise=True``.
+        known: returns the captured tensors without that call, or ``None`` if they are not known.
+        opening: whether to keep that call's graph for the backward pass, since zero steps will be taken from ``z``.
     """
     z = problem.start(z)
     layout = problem.layout(z)
@@ -85,9 +85,8 @@ def flatten_problem(
     own = len(closure.tensors)
     params = through_modes((*closure.tensors, *constraint, *closure.captured))
     row_params = None
-    shared = (
-        layout.coordinates is None or not layout.coordinates.per_sample
-    )  # coordinates of one sample each cannot be indexed
+    # coordinates with a matrix per sample are not among the parameters, and would not be indexed with the rows
+    shared = layout.coordinates is None or not layout.coordinates.per_sample
     if rowwise and problem.batched and problem.rowwise and rows > 1 and shared:
         row_params = tuple(_carries_batch(p, rows) for p in params[: own + len(constraint)])
         row_params += (False,) * len(closure.captured)
@@ -107,8 +106,8 @@ def flatten_problem(
 
 
 def tensors_of(problem: Problem, z: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """What a solution of ``problem`` at ``z`` can be differentiated in: the tensors that require grad among the
-    arguments and among those that the problem's function captures. One evaluation.
+    """The tensors in which a solution of ``problem`` at ``z`` is differentiable: those that require grad among the
+    arguments and among the captured ones. Takes one evaluation.
 
     Raises:
         ValueError: there are none.
@@ -117,21 +116,24 @@ def tensors_of(problem: Problem, z: Any, args: tuple[Any, ...]) -> tuple[Tensor,
     unique = {id(t): t for t in (*closure.tensors, *closure.captured) if t.requires_grad}
     if not unique:
         raise ValueError(
-            "no argument requires grad, and nothing that the problem's function captures: there is nothing to "
-            "differentiate in"
+            "neither an argument nor a tensor that the problem's function captures requires grad: there is nothing to "
+            "differentiate with respect to"
         )
     return tuple(unique.values())
 
 
 class FlatCall:
-    """The problem's function in flat coordinates, under the autocast state and with the modules' tensors of the time
-    when the solve was called.
+    """The problem's function in flat coordinates, with the autocast state and the modules' tensors at the time of the
+    call of ``solve``.
+
+    A backward pass evaluates the function later, when autocast may be off and ``torch.func.functional_call`` may have
+    put other tensors into the modules.
 
     Attributes:
-        modules: those that the function may call.
-        module: the one that the function is, or whose method it is.
-        left: whether the modules may hold other tensors by now.
-        aux: what the function returns beside the state, where it does.
+        modules: the modules that the function may call.
+        module: the one that the function is, or whose method it is; ``None`` for none.
+        left: whether the call of ``solve`` has ended, so that the modules may hold other tensors.
+        aux: collects the auxiliary value; ``None`` for a function without one.
     """
 
     def __init__(self, problem: Problem, layout: Layout):
@@ -148,11 +150,13 @@ class FlatCall:
         self._latest: tuple[Tensor, Any] | None = None
 
     def following(self, direct: bool, first: tuple[Tensor, Any] | None = None) -> AbstractContextManager[None]:
-        """Where autograd differentiates the calls themselves (``direct``), one that begins where the last one ended
-        takes the leaves that were returned, and not copies of them, as a loop written by hand does.
+        """A context in which a call that begins where the last one ended gets the very leaves that this returned, and
+        no copies of them, as in a loop written by hand. Only where autograd differentiates the calls itself
+        (``direct``).
 
         Args:
-            first: where the first call begins, in flat form and as it is.
+            direct: see :class:`~torchimplicit.gradients.base.SolveTask`.
+            first: where the first call begins, in flat form and as a pytree.
         """
         return self._following(first) if direct and self.layout.parted else nullcontext()
 
@@ -165,25 +169,26 @@ class FlatCall:
             self._follows, self._latest = False, None
 
     def returned(self, z: Tensor) -> Any:
-        """The leaves that the function returned for the flat state ``z``; ``None`` where they are not to be had, or not
-        to be given away."""
+        """The leaves that the function returned for the flat state ``z``; ``None`` if they are not known, or must not
+        be handed to the user."""
         if self._latest is None or self._latest[0] is not z:
             return None
         leaves = pytree.tree_leaves(self._latest[1])
-        # one without a history may be an argument, a buffer or a parameter
+        # a leaf without a graph may be an argument, a buffer or a parameter
         return self._latest[1] if all(leaf.grad_fn is not None for leaf in leaves) else None
 
     def _state(self, z: Any) -> Any:
+        """The state to call the function with."""
         if self._latest is not None and isinstance(z, Tensor):
             flat, state = self._latest
-            # the same numbers, and the same history or none
+            # the same memory, and either the same graph or none
             if z is flat or (z.data_ptr() == flat.data_ptr() and z.shape == flat.shape and not flat.requires_grad):
                 return state
         return self.problem.state(self.layout, z)
 
     @contextmanager
     def at_home(self) -> Iterator[None]:
-        """While the solve runs, the modules hold what they held when it was called."""
+        """A context for the time of the solve, in which the modules need not be restored."""
         self.left = False
         try:
             yield
@@ -193,7 +198,7 @@ class FlatCall:
     def __call__(self, z: Tensor | tuple[Tensor, ...], *args: Any) -> Any:
         if self.left or self.autocast.dtype is not None or torch.is_grad_enabled():
             output = self._as_stated(z, args)
-        else:  # the loop's evaluations, where nothing can have changed
+        else:  # the loop's evaluations: the state is that of the call, and restoring it would cost time
             output = self.function(self._state(z), *args)
         if self.aux is not None:
             self.aux.called(z)
@@ -206,6 +211,7 @@ class FlatCall:
         return flat
 
     def _as_stated(self, z: Tensor | tuple[Tensor, ...], args: tuple[Any, ...]) -> Any:
+        """Call the function with autocast and the modules' tensors as they were at the call of ``solve``."""
         with self.autocast(), self.members.restored() if self.left else nullcontext(), thawing():
             if self.members.normalize and torch.is_grad_enabled():
                 with self.members.with_copied_statistics():
@@ -214,4 +220,5 @@ class FlatCall:
 
 
 def _carries_batch(t: Tensor, rows: int) -> bool:
+    # by size alone: ``rowwise=True`` promises that it means the batch, and the loop tests that
     return not isinstance(t, nn.Parameter) and t.ndim > 0 and t.shape[0] == rows

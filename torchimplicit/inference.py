@@ -1,5 +1,5 @@
-"""Inference mode, in which nothing is recorded, though a solver may need a derivative, and whose tensors autograd may
-not save."""
+"""Solving under inference mode, in which autograd records nothing although a solver may need a derivative, and whose
+tensors autograd cannot save."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ _left: ContextVar[bool] = ContextVar("left_inference_mode", default=False)
 
 
 def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, run on ordinary tensors without gradients where it is called in inference mode.
+    """Decorator: where ``function`` is called in inference mode, it runs outside of it, with ordinary tensors and
+    without gradients.
 
-    Outside that mode as well, tensors made in it are copied: autograd could not save them.
+    Inference tensors are copied even where it is called outside that mode, since autograd could not save them.
     """
 
     @functools.wraps(function)
@@ -43,20 +44,20 @@ def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def thawed(tree: Any) -> Any:
-    """The tree with ordinary copies in the place of tensors that were made in inference mode; itself without any."""
+    """The tree with its inference tensors replaced by ordinary copies; itself if it has none."""
     if not any(map(_frozen, leaves_of(tree))):
         return tree
     return pytree.tree_map(lambda leaf: leaf.clone() if _frozen(leaf) else leaf, tree)
 
 
 def thawing() -> contextlib.AbstractContextManager[Any]:
-    """For the evaluation of a function that may capture tensors made in inference mode: where a derivative is taken of
-    a solve that was called in that mode, it gets ordinary copies."""
+    """A context for evaluating a function that may capture inference tensors: in a derivative of a solve that was
+    called in inference mode, operations get ordinary copies of them."""
     return _Thawing() if _left.get() and torch.is_grad_enabled() else contextlib.nullcontext()
 
 
 class _Thawing(TorchFunctionMode):
-    """Hands ordinary copies of tensors that were made in inference mode to every operation."""
+    """Replaces inference tensors by ordinary copies in every operation."""
 
     def __init__(self) -> None:
         super().__init__()

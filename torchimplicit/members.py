@@ -1,4 +1,4 @@
-"""The modules behind a function, and the tensors that they hold at one moment."""
+"""The modules that a function calls, and the tensors that they hold at a given moment."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torchimplicit.compiler import compiler_loaded
 class Members:
     """The tensors that modules hold at this moment, to be put back when they are called later.
 
-    ``torch.func.functional_call`` gives a module other tensors only while it runs, and a derivative comes after.
+    ``torch.func.functional_call`` replaces a module's tensors only while it runs, but the backward pass comes later.
     """
 
     def __init__(self, roots: Iterable[nn.Module]):
-        # a TorchScript module's tensors are its own code's, and no others can be put in their place
+        # the tensors of a TorchScript module cannot be replaced
         modules = tuple(m for root in roots for m in root.modules() if not isinstance(m, torch.jit.ScriptModule))
         self._parameters = _places(m._parameters for m in modules)
         self._buffers = _places(m._buffers for m in modules)
@@ -36,10 +36,10 @@ class Members:
 
     @contextlib.contextmanager
     def with_copied_statistics(self) -> Iterator[None]:
-        """Normalizations that do not move their running statistics here use copies of them, while the context lasts.
+        """A context in which normalizations in evaluation mode use copies of their running statistics.
 
-        The kernels move them in place out of autograd's sight, so that a later pass in training mode would change,
-        without an error, what the backward pass of this one needs.
+        The kernels update these in place, unnoticed by autograd. A later pass in training mode would silently change
+        numbers that the backward pass of this one needs.
         """
         places = [(m._buffers, name, t) for m, name, t in self._statistics if not m.training]
         for owner, name, t in places:
@@ -47,7 +47,7 @@ class Members:
         try:
             yield
         finally:
-            for owner, name, t in places:  # not what was found there: another thread may have put a copy of its own
+            for owner, name, t in places:  # the original, since another thread may have put a copy of its own here
                 owner[name] = t
 
     @property
@@ -57,7 +57,7 @@ class Members:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """The module with those tensors, while the context lasts."""
+        """A context in which the modules hold those tensors."""
         if all(owner.get(name) is t for owner, name, t in self._parameters):
             yield
             return
@@ -75,7 +75,7 @@ class Members:
 _PLAIN = frozenset(
     (Tensor, nn.Parameter, torch.dtype, torch.device, torch.Size, str, bytes, int, float, bool, complex, type(None))
 )
-"""What holds no module."""
+"""Types of objects that hold no module."""
 
 
 def _places(owners: Iterable[Any]) -> list[tuple[Any, str, Tensor]]:
@@ -83,8 +83,8 @@ def _places(owners: Iterable[Any]) -> list[tuple[Any, str, Tensor]]:
 
 
 def modules_behind(function: Any) -> tuple[nn.Module, ...]:
-    """The modules that calling ``function`` may call: its own, or those that a closure, a partial, a method's object, a
-    callable object or a global of its code holds."""
+    """The modules that ``function`` may call: its own, or those reachable through a closure, a partial, the object of a
+    method, a callable object, or the globals that its code names."""
     module = module_of(function)
     if module is not None:
         return (module,)
@@ -103,18 +103,19 @@ def modules_behind(function: Any) -> tuple[nn.Module, ...]:
 
 
 _DEEPEST = 6
-"""How many closures, objects and containers deep a module is looked for."""
+"""The depth to which closures, objects and containers are searched for modules."""
 
 _MOST = 1000
-"""How many things are looked at."""
+"""The most objects that are searched."""
 
 
 def _held(item: Any) -> Iterator[Any]:
+    """The objects that ``item`` refers to and may call."""
     if isinstance(item, types.FunctionType):
         for cell in item.__closure__ or ():
             try:
                 yield cell.cell_contents
-            except ValueError:  # a cell that is empty yet
+            except ValueError:  # a cell that is still empty
                 continue
         yield from item.__defaults__ or ()
         yield from (item.__kwdefaults__ or {}).values()
@@ -144,7 +145,7 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 
 
 def module_of(function: Any) -> nn.Module | None:
-    """The module behind ``function``: itself, that whose method it is, or the one in its attribute ``module``."""
+    """The module of ``function``: itself, the one whose method it is, or its attribute ``module``; else ``None``."""
     for candidate in (function, getattr(function, "__self__", None), getattr(function, "module", None)):
         if isinstance(candidate, nn.Module):
             return candidate
@@ -152,15 +153,18 @@ def module_of(function: Any) -> nn.Module | None:
 
 
 def _inside(function: Any) -> Any:
-    """What a function calls in its turn, where that is known."""
+    """The function that a partial, a bound method or a wrapper calls; ``None`` for others."""
     names = ("func", "__func__", "__wrapped__")
     return next((inner for name in names if callable(inner := getattr(function, name, None))), None)
 
 
 def known_by(function: Any) -> Any:
-    """What tells ``function`` in later solves, to be remembered by weak reference: its module, or its code, since a
-    lambda is made anew for every solve; of another callable object, its type. A partial, a bound method and a wrapper
-    that names what it wraps (``func``, ``__wrapped__``) are known by that."""
+    """The object by which ``function`` is recognized in later solves, to be remembered by weak reference.
+
+    It is the module of the function if it has one, else its code, since a lambda is made anew for every solve; and the
+    type of any other callable object. A partial, a bound method or a wrapper (``func``, ``__wrapped__``) is recognized
+    by the function that it calls.
+    """
     module = module_of(function)
     while module is None and (inner := _inside(function)) is not None:
         function, module = inner, module_of(inner)
@@ -170,7 +174,7 @@ def known_by(function: Any) -> Any:
 
 
 def compiled_module(function: Any) -> nn.Module | None:
-    """``function``'s module, where it holds compiled code, which should not run under the recording mode."""
+    """The module of ``function`` if it contains compiled code, which should not run under the recording mode."""
     module = module_of(function)
     if module is not None and any(
         (compiler_loaded() and isinstance(m, torch._dynamo.OptimizedModule))

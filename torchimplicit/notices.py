@@ -1,4 +1,4 @@
-"""Warnings that are given once for each place, and the count of all solves."""
+"""Warnings that are shown once per line of the user's code, and the counts of all solves."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from torchimplicit.errors import users_frame
 
 @dataclass(frozen=True)
 class SolveCounts:
-    """What all solves of this process have come to, in all threads, up to some moment; ``later - earlier`` is what they
-    came to between two.
+    """The counts of all solves of this process, in all threads, up to some moment. ``later - earlier`` gives the counts
+    in between.
 
     Attributes:
-        solves, samples: how many solves there were, of how many samples (a problem that is not batched is one).
-        fell_short: of those, the samples that did not do what was asked (:attr:`Solution.fell_short`).
-        adjoint_solves, adjoint_samples, adjoint_fell_short: likewise of the linear systems of backward passes.
-            Estimators that take a given number of steps solve none.
+        solves: the number of solves.
+        samples: the number of samples in them (a problem that is not batched counts as one).
+        fell_short: the number of samples that did not reach what was asked (:attr:`Solution.fell_short`).
+        adjoint_solves, adjoint_samples, adjoint_fell_short: the same for the linear systems of backward passes.
+            Estimators that take a prescribed number of steps solve none.
         warnings: how often each kind of warning was due, whether it was shown or not.
     """
 
@@ -35,12 +36,12 @@ class SolveCounts:
 
     @property
     def share(self) -> float:
-        """The share of samples that fell short; zero of none."""
+        """The share of samples that fell short; zero without samples."""
         return self.fell_short / max(self.samples, 1)
 
     @property
     def adjoint_share(self) -> float:
-        """Likewise in backward passes."""
+        """The share of samples that fell short in backward passes."""
         return self.adjoint_fell_short / max(self.adjoint_samples, 1)
 
     def __sub__(self, earlier: SolveCounts) -> SolveCounts:
@@ -58,7 +59,7 @@ _shown: set[tuple[str, str, CodeType, int]] = set()
 
 
 def solve_counts() -> SolveCounts:
-    """The counts up to now. They are never set back: take the difference of two.
+    """The counts up to now. They are never reset: take the difference of two.
 
     ::
 
@@ -87,19 +88,18 @@ def count_adjoint(samples: int, fell_short: int) -> None:
 
 
 def notice(kind: str, message: str, category: type[Warning]) -> None:
-    """Warn at the user's line: once for each kind and line, though the figures in ``message`` are others each time;
-    always where the user's filters say ``"always"`` or ``"error"``."""
+    """Warn at the user's line, once for each kind and line, even though the figures in ``message`` differ each time; or
+    always, if the user's filters say ``"always"`` or ``"error"``.
+
+    Python's own "once per location" compares the whole message, and its location would be a line of this library.
+    """
     frame = users_frame()
     place = frame.f_code.co_filename, frame.f_lineno
     module = frame.f_globals.get("__name__", "<unknown>")
     action = _action(message, category, module, place[1])
     once = action not in ("always", "all", "error")
-    line = (
-        kind,
-        place[0],
-        frame.f_code,
-        place[1],
-    )  # in an interactive session every statement has the same file and line
+    # with the code object, since in an interactive session every statement has the same file and line
+    line = (kind, place[0], frame.f_code, place[1])
     with _lock:
         _due[kind] += 1
         if action == "ignore" or (once and line in _shown):
@@ -112,7 +112,7 @@ def notice(kind: str, message: str, category: type[Warning]) -> None:
 
 
 def _action(text: str, category: type[Warning], module: str, line: int) -> str:
-    """What the filters say of a warning, as :mod:`warnings` reads them."""
+    """The action that the filters of :mod:`warnings` prescribe for a warning."""
     for action, message, kind, where, number in warnings.filters:
         if issubclass(category, kind) and _matches(message, text) and _matches(where, module) and number in (0, line):
             return action

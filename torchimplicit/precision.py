@@ -1,4 +1,4 @@
-"""Which precision algebra runs in: default tolerances, half precision, and what must not run under autocast."""
+"""Floating-point precision: default tolerances, half precision, extreme magnitudes, and autocast."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Method = TypeVar("Method")
 
 @functools.cache
 def default_rtol(dtype: torch.dtype) -> float:
-    """The relative tolerance of ``rtol=None``: :math:`\\epsilon^{2/3}`, which leaves a margin above rounding."""
+    """The relative tolerance for ``rtol=None``: :math:`\\epsilon^{2/3}`, which leaves a margin above rounding."""
     return float(torch.finfo(dtype).eps ** (2 / 3))
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that inner products and recurrences are kept in: half precisions are too coarse for them."""
+    """The dtype for inner products and recurrences: at least float32, since half precision is too coarse for them."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -31,12 +31,12 @@ def widened(v: Tensor) -> Tensor:
 
 
 class UnitRows(NamedTuple):
-    """Vectors brought to about unit size, so that no square of theirs underflows or overflows.
+    """Vectors scaled to about unit size, so that their squares neither underflow nor overflow.
 
     Attributes:
-        unit: ``[..., dim]``, the vectors times a power of two each; a vector that is not finite is zero.
+        unit: ``[..., dim]``, each vector times a power of two; zero in place of a vector that is not finite.
         factor: ``[..., 1]``, those powers.
-        finite: bool ``[..., 1]``.
+        finite: bool ``[..., 1]``, whether the vector is finite.
     """
 
     unit: Tensor
@@ -45,7 +45,7 @@ class UnitRows(NamedTuple):
 
     @classmethod
     def of(cls, v: Tensor) -> UnitRows:
-        """Of ``[..., dim]``, exactly: nothing is rounded."""
+        """Scale the vectors ``v`` (``[..., dim]``). Powers of two round nothing."""
         if not v.shape[-1]:
             return cls(v, v.new_ones(*v.shape[:-1], 1), v.new_ones(*v.shape[:-1], 1, dtype=torch.bool))
         peak = torch.linalg.vector_norm(v.detach(), torch.inf, dim=-1, keepdim=True)
@@ -57,40 +57,42 @@ class UnitRows(NamedTuple):
 
     @classmethod
     def as_they_are(cls, v: Tensor) -> UnitRows:
-        """The vectors themselves, for products that may mix them; zero where one is not finite."""
+        """The vectors without scaling, for products that may mix them; zero in place of one that is not finite."""
         finite = v.detach().isfinite().all(dim=-1, keepdim=True)
         return cls(torch.where(finite, v, 0), torch.ones_like(v[..., :1]), finite)
 
     def restored(self, y: Tensor) -> Tensor:
-        """What is linear in the vectors, ``[..., n]``, for those that were given; NaN where they were not finite."""
+        """Undo the scaling for a result ``y`` (``[..., n]``) that is linear in the vectors; NaN where these were not
+        finite."""
         return torch.where(self.finite, y / self.factor, torch.nan)
 
 
 def safe_norm(v: Tensor) -> Tensor:
-    """The norms of ``[..., dim]`` where squares would underflow or overflow."""
+    """The norms of vectors ``[..., dim]`` whose squares may underflow or overflow."""
     whole = UnitRows.of(v)
     return whole.restored(torch.linalg.vector_norm(whole.unit, dim=-1, keepdim=True)).squeeze(-1)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast off: the user's function alone runs under it, not the algebra of the solvers around it."""
+    """A context with autocast off: only the user's function runs under it, not the algebra of the solvers."""
     if not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 TORCH_RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
-"""Of PyTorch: ``(2, 13)``."""
+"""The release of PyTorch, as ``(2, 13)``."""
 
 CASTS_OUTLIVE_NO_GRAD = TORCH_RELEASE < (2, 11)
-"""Whether a weight that autocast has cast under ``no_grad`` serves recorded evaluations too, where it then has no
-gradient: so it did in PyTorch up to 2.10."""
+"""Whether autocast's cache reuses a weight that was cast under ``no_grad`` in recorded evaluations, where the weight
+then silently gets no gradient, as in PyTorch up to 2.10. The cache is off then."""
 
 
 class AutocastState:
-    """The autocast state of this moment for one kind of device, to be entered again later (in a backward pass).
+    """The current autocast state of a device type, to be entered again later (in a backward pass).
 
     Attributes:
+        kind: the device type.
         dtype: the lower precision; ``None`` where autocast is off.
     """
 
@@ -99,7 +101,7 @@ class AutocastState:
         self.dtype = torch.get_autocast_dtype(self.kind) if torch.is_autocast_enabled(self.kind) else None
 
     def __call__(self) -> contextlib.AbstractContextManager[Any]:
-        """The context in which that state holds."""
+        """A context with that state."""
         now = torch.get_autocast_dtype(self.kind) if torch.is_autocast_enabled(self.kind) else None
         if now == self.dtype and (now is None or not CASTS_OUTLIVE_NO_GRAD):
             return contextlib.nullcontext()
@@ -110,10 +112,10 @@ class AutocastState:
 
 
 def at_precision(method: Method, dtype: torch.dtype | None) -> Method:
-    """``method``, a solver or linear solver, with the default tolerance of ``dtype`` where it has none of its own.
+    """``method``, a solver or linear solver, with the default tolerance of ``dtype`` if it has none of its own.
 
-    Under autocast the map is evaluated in a lower precision than that of the state, whose own default tolerance would
-    be out of reach.
+    Under autocast the map is evaluated in a lower precision than that of the state, so the default tolerance of the
+    state's dtype would be out of reach.
     """
     if dtype is None or getattr(method, "rtol", 0.0) is not None or getattr(method, "steps", None) is not None:
         return method

@@ -1,4 +1,4 @@
-"""Independent problems of different size, solved as one batch."""
+"""Batches of independent problems of different sizes."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from torchimplicit.problems import FixedPoint, Minimum, Root
 class Ragged:
     """A batch of problems whose states have different lengths: molecules, graphs, time series.
 
-    Each state is padded with zeros to the longest, and each problem is completed on its padding by one whose solution
-    is zero (a quadratic energy, a map to zero), so that any solver, linear solver and estimator works, sample by
-    sample. The problems share the solver's kernels, and each still has its own function, tolerance and status::
+    Each state is padded with zeros to the length of the longest, and each problem is extended to its padding by one
+    whose solution is zero (a quadratic energy, a map to zero), so that every solver, linear solver and estimator works.
+    The problems share the solver's kernels, and each still has its own function, tolerance and status::
 
         ragged = ti.Ragged.of(starts)
         problem = ragged.minimum(energies, weights, totals)
         solution = ti.solve(problem, ragged.pack(starts))
         densities = ragged.unpack(solution.value)
 
-    The Hessian (the Jacobian of a root) has eigenvalues 1 on the padding, which a diagnostic of the spectrum counts.
+    On the padding the Hessian (the Jacobian of a root) has eigenvalues of 1, which a diagnostic of the spectrum sees.
 
     Args:
-        sizes: how many numbers each state has.
+        sizes: the number of entries of each state.
+
+    Raises:
+        ValueError: ``sizes`` is empty, or holds a number below 1.
     """
 
     sizes: tuple[int, ...]
@@ -42,10 +45,10 @@ class Ragged:
 
     @staticmethod
     def of(states: Sequence[Tensor]) -> Ragged:
-        """Of the sizes of ``states``, each ``[n]``."""
+        """The batch with the sizes of ``states``, each ``[n]``."""
         for i, state in enumerate(states):
             if not isinstance(state, Tensor) or state.ndim != 1:
-                raise ValueError(f"state {i} must be a tensor [n], and it is {_said(state)}: flatten it")
+                raise ValueError(f"state {i} must be a tensor [n], but it is {_described(state)}: flatten it")
         return Ragged(tuple(map(len, states)))
 
     @property
@@ -54,7 +57,7 @@ class Ragged:
         return max(self.sizes)
 
     def pack(self, states: Sequence[Tensor]) -> Tensor:
-        """``[batch, widest]``, of one tensor ``[n]`` for each problem; differentiable."""
+        """Pad one tensor ``[n]`` per problem to ``[batch, widest]``; differentiable."""
         self._matching(states, "states")
         for i, (state, size) in enumerate(zip(states, self.sizes, strict=True)):
             if state.shape != (size,):
@@ -62,10 +65,10 @@ class Ragged:
         return torch.stack([torch.nn.functional.pad(s, (0, self.widest - len(s))) for s in states])
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
-        """One tensor ``[n]`` for each problem, of ``[batch, widest]``; differentiable."""
+        """The tensors ``[n]``, one per problem, of a padded one ``[batch, widest]``; differentiable."""
         if packed.shape != (len(self.sizes), self.widest):
             raise ValueError(
-                f"the batch has shape {(len(self.sizes), self.widest)}, and this tensor {tuple(packed.shape)}"
+                f"the batch has shape {(len(self.sizes), self.widest)}, but this tensor has {tuple(packed.shape)}"
             )
         return [row[:size] for row, size in zip(packed, self.sizes, strict=True)]
 
@@ -78,18 +81,19 @@ class Ragged:
         *,
         eliminate: bool = False,
     ) -> Minimum:
-        """The minima of ``energies``, one function each.
+        """The minima of ``energies``, one function per problem.
 
         Args:
-            energies: each ``energy(p, *args)`` of its own state ``[n]`` and what :func:`solve` is given; a scalar.
-            weights, totals: of the constraints :math:`\\langle w, p\\rangle = N`, each ``[n]`` and a number; ``None``:
-                there are none.
+            energies: functions ``energy(p, *args)`` of a state ``[n]`` and the arguments given to :func:`solve`, each
+                returning a scalar.
+            weights, totals: those of the constraints :math:`\\langle w, p\\rangle = N`, for each problem ``[n]`` and a
+                number; ``None`` for no constraints.
             metric: each problem's :math:`S`, ``[n, n]``: see :class:`Metric`.
             eliminate: see :class:`Minimum`.
         """
         self._matching(energies, "energies")
         if (weights is None) != (totals is None):
-            raise ValueError("a constraint has weights and totals: give both, or neither")
+            raise ValueError("a constraint needs both weights and totals: give both, or neither")
 
         def energy(z: Tensor, *args: Any) -> Tensor:
             total = torch.stack([e(p, *args) for e, p in zip(energies, self.unpack(z), strict=True)])
@@ -104,11 +108,11 @@ class Ragged:
         return Minimum(energy, constraint, metric=own, eliminate=eliminate)
 
     def fixed_point(self, functions: Sequence[Callable[..., Tensor]]) -> FixedPoint:
-        """The fixed points of ``functions``, each ``f(p, *args) -> like p`` of its own state ``[n]``."""
+        """The fixed points of ``functions``, one ``f(p, *args) -> like p`` of a state ``[n]`` per problem."""
         return FixedPoint(self._mapped(functions))
 
     def root(self, functions: Sequence[Callable[..., Tensor]]) -> Root:
-        """The roots of ``functions``, each ``f(p, *args) -> like p`` of its own state ``[n]``."""
+        """The roots of ``functions``, one ``f(p, *args) -> like p`` of a state ``[n]`` per problem."""
         mapped = self._mapped(functions)
 
         def with_padding(z: Tensor, *args: Any) -> Tensor:
@@ -117,7 +121,7 @@ class Ragged:
         return Root(with_padding)
 
     def metric(self, matrices: Sequence[Tensor]) -> Metric:
-        """Each problem's :math:`S`, ``[n, n]``, with the identity on the padding."""
+        """The metric of one :math:`S` (``[n, n]``) per problem, with the identity on the padding."""
         self._matching(matrices, "matrices")
         padded = []
         for i, (s, size) in enumerate(zip(matrices, self.sizes, strict=True)):
@@ -135,14 +139,15 @@ class Ragged:
         return every
 
     def _padding(self, z: Tensor) -> Tensor:
-        """bool ``[batch, widest]``."""
+        """Which entries are padding, bool ``[batch, widest]``."""
         places = torch.arange(self.widest, device=z.device)
         return places >= torch.tensor(self.sizes, device=z.device)[:, None]
 
-    def _matching(self, given: Sequence[Any] | Tensor, what: str) -> None:
-        if len(given) != len(self.sizes):
-            raise ValueError(f"there are {len(self.sizes)} problems and {len(given)} {what}: give one for each")
+    def _matching(self, items: Sequence[Any] | Tensor, what: str) -> None:
+        """Raise unless there is one item per problem."""
+        if len(items) != len(self.sizes):
+            raise ValueError(f"there are {len(self.sizes)} problems, but {len(items)} {what}: give one for each")
 
 
-def _said(state: Any) -> str:
+def _described(state: Any) -> str:
     return f"of shape {tuple(state.shape)}" if isinstance(state, Tensor) else f"a {type(state).__name__}"

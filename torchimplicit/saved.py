@@ -1,8 +1,8 @@
-"""Hooks on the tensors that autograd saves (``save_on_cpu``, activation checkpointing), and how the library meets them.
+"""Support for hooks on the tensors that autograd saves (``save_on_cpu``, activation checkpointing).
 
-A graph whose products are taken many times would send every saved tensor through the hooks as many times, which for
-checkpointing means a new forward pass for each. What the library differentiates on its own goes past the hooks; what
-it keeps between the forward and the backward pass goes through them once in each.
+If products are taken over a graph many times, every saved tensor would go through the hooks as many times, which for
+checkpointing means a new forward pass each time. So graphs that live within a solve bypass the hooks, and the tensors
+of a graph that is kept between the forward and the backward pass go through them once in each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torchimplicit._torch import (
 
 
 class Once:
-    """A saved tensor as the user's hook packed it, and what unpacking gave while a backward pass runs."""
+    """A saved tensor, packed by the user's hook; during a backward pass, with its unpacked value."""
 
     def __init__(self, packed: Any, unpack: Callable[[Any], Tensor], value: Tensor):
         self._packed = packed
@@ -31,12 +31,15 @@ class Once:
         self._value: Tensor | None = value  # for gradients that are taken while the tape is recorded
 
     def value(self) -> Tensor:
+        """The tensor, unpacked if it is not held."""
         return self._unpack(self._packed) if self._value is None else self._value
 
     def hold(self) -> None:
+        """Unpack the tensor and keep it, until :meth:`let_go`."""
         self._value = self.value()
 
     def let_go(self) -> None:
+        """Drop the unpacked tensor."""
         self._value = None
 
 
@@ -45,7 +48,7 @@ Saved = Sequence["weakref.ref[Once]"]
 
 @contextlib.contextmanager
 def past_hooks() -> Iterator[None]:
-    """No hooks, while the context lasts."""
+    """A context without hooks on saved tensors."""
     before = _popped()
     try:
         yield
@@ -55,7 +58,8 @@ def past_hooks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept() -> Iterator[Saved]:
-    """What is recorded in the context may be differentiated many times: see :func:`unpack`."""
+    """A context for recording a graph that will be differentiated many times: its tensors are packed by the hooks, and
+    unpacked once in a backward pass (:func:`unpack`)."""
     before = _popped()
     saved: list[weakref.ref[Once]] = []
     if not before:
@@ -65,7 +69,7 @@ def kept() -> Iterator[Saved]:
 
     def pack_once(t: Tensor) -> Once:
         once = Once(pack(t), unpack_one, t)
-        saved.append(weakref.ref(once))  # autograd lets go of it when it frees the graph
+        saved.append(weakref.ref(once))  # the graph owns it: autograd frees it with the graph
         return once
 
     push_saved_tensor_hooks(pack_once, Once.value)
@@ -84,7 +88,7 @@ def hooked() -> bool:
 
 
 def unpack(saved: Saved) -> None:
-    """Each of the saved tensors goes through its hook now, once for the whole of the backward pass that runs."""
+    """Unpack the saved tensors now, once, and hold them until the running backward pass ends."""
     for once in _living(saved):
         once.hold()
         when_backward_ends(once.let_go)
@@ -98,7 +102,7 @@ Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
 
 def _popped() -> list[Hooks]:
-    """The hooks, the innermost first, taken off."""
+    """Remove all hooks; returns them, the innermost first."""
     hooks: list[Hooks] = []
     top: Hooks | None = top_saved_tensor_hooks(False)
     while top is not None:
@@ -109,5 +113,6 @@ def _popped() -> list[Hooks]:
 
 
 def _pushed(hooks: Sequence[Hooks]) -> None:
+    """Set hooks again that :func:`_popped` has removed."""
     for pack, unpack in reversed(hooks):
         push_saved_tensor_hooks(pack, unpack)

@@ -1,4 +1,4 @@
-"""What a solve returns: the point, and how it was found."""
+"""The result of a solve: the solution and its figures."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ class Status(IntEnum):
     CONVERGED = 0
     """The residual is within the tolerance."""
     MAX_STEPS = 1
-    """The step budget ran out first; the value is the iterate of least residual."""
+    """The steps ran out first; the value is the iterate with the smallest residual."""
     NONFINITE = 2
     """The map gave NaN or infinity, or the residual grew without bound; the value is the last good iterate."""
     BREAKDOWN = 3
     """The method could not go on (a singular system, a line search without decrease); the value is the best iterate."""
     SADDLE = 4
-    """Of an adjoint solve: the Hessian of the minimum has a negative eigenvalue, so the point is no minimum, and what
-    was solved for is the derivative of a stationary point that no minimization would find. Of a minimization by
-    :class:`~torchimplicit.NewtonKrylov`: it has come to such a point, and found no way down from it."""
+    """In an adjoint solve: the Hessian has a negative eigenvalue, so the point is not a minimum, and the derivative is
+    that of a stationary point which no minimization would find. In a minimization: the solver has reached such a point,
+    and has not found a lower one from there."""
     STEPS_TAKEN = 5
-    """A number of ``steps`` was given, and they were taken: nothing was tested. The value is the last iterate. So it is
-    with an estimator that takes a given number of steps or products backward."""
+    """A prescribed number of ``steps`` was taken, and nothing was tested; the value is the last iterate. In an adjoint:
+    the estimator takes a prescribed number of steps or products."""
 
 
 GROWTH_LIMIT = 1e6
-"""A residual this many times the first one (plus its scale) counts as growing without bound: as NONFINITE."""
+"""A residual of more than this many times the first one (plus its scale) counts as diverged: NONFINITE."""
 
 
 @dataclass(frozen=True)
@@ -45,26 +45,26 @@ class Report:
     Attributes:
         status: int64 ``[batch]``, members of :class:`Status`.
         steps: int64 ``[batch]``, the steps that each sample took.
-        residual: float ``[batch]``, the relative residual of the returned value: of its leaves, the largest norm of the
-            residual over the size of the terms that make it up (see :class:`~torchimplicit.solvers.Solver`); NaN where
-            it is not known.
-        evaluations: what the solve cost, in whole-batch equivalents: evaluating half of the rows counts one half, so
-            the figure may be fractional. In :class:`Solution`, evaluations of the map in the forward pass, those that
-            the estimator makes there (:class:`~torchimplicit.gradients.UnrolledPhantom`) among them; the one that is
-            recorded at the solution for the backward pass is not counted. In
-            ``solution.adjoint``, products with the Jacobian in the backward pass (for
-            :class:`~torchimplicit.gradients.EquilibriumPropagation`, evaluations of the energy's gradient); the one
-            pass through the map to its parameters, which every estimator makes, is not counted.
-        curvature: of an adjoint solve at a minimum, float ``[batch]``: where the status is :attr:`Status.SADDLE`, a
-            negative number that the Hessian's least eigenvalue does not exceed; NaN elsewhere. It is that eigenvalue
-            after :class:`~torchimplicit.linear.Dense`; after :class:`~torchimplicit.linear.MINRES` the least curvature
-            of a residual, with a preconditioner M that of :math:`M^{-1}H`; after :class:`~torchimplicit.linear.CG` that
-            of a direction, likewise; after other solvers, the least on the span of the solution and the right-hand
-            side. ``None`` for a solve that says nothing of it.
-        condition: of an adjoint solve, float ``[batch]``: what the condition number of the system is at least,
-            :math:`\\lVert A\\rVert\\lVert y\\rVert/\\lVert b\\rVert` with the norm of A bounded from below; zero where
-            the method knows nothing of it. The relative error of the derivative may be as large as the condition times
-            the tolerances.
+        residual: float ``[batch]``, the relative residual of the returned value: the largest over its leaves of the
+            norm of the residual divided by the size of its terms (see :class:`~torchimplicit.solvers.Solver`); NaN
+            where it is not known.
+        evaluations: the cost of the solve in evaluations of the whole batch. Evaluating half of the rows counts one
+            half, so the number may be fractional. In :class:`Solution` it counts evaluations of the map in the forward
+            pass, including those that the estimator makes there (:class:`~torchimplicit.gradients.UnrolledPhantom`),
+            but not the one that is recorded at the solution for the backward pass. In ``solution.adjoint`` it counts
+            products with the Jacobian in the backward pass (for
+            :class:`~torchimplicit.gradients.EquilibriumPropagation`, evaluations of the energy's gradient), but not the
+            pass through the map to its parameters, which every estimator makes.
+        curvature: for an adjoint solve at a minimum, float ``[batch]``: where the status is :attr:`Status.SADDLE`, a
+            negative upper bound of the Hessian's smallest eigenvalue; NaN elsewhere. It is that eigenvalue after
+            :class:`~torchimplicit.linear.Dense`; after :class:`~torchimplicit.linear.MINRES` the smallest curvature
+            along a residual, and after :class:`~torchimplicit.linear.CG` along a direction (of :math:`M^{-1}H` with a
+            preconditioner M); after other solvers, the smallest on the span of the solution and the right-hand side.
+            ``None`` for a solve that does not look for it.
+        condition: for an adjoint solve, float ``[batch]``: a lower bound of the condition number of the system,
+            :math:`\\lVert A\\rVert\\lVert y\\rVert/\\lVert b\\rVert` with a lower bound of the norm of A; zero where
+            the method has none. The relative error of the derivative may be as large as the condition number times the
+            tolerances.
     """
 
     status: Tensor
@@ -81,12 +81,11 @@ class Report:
 
     @property
     def fell_short(self) -> Tensor:
-        """bool ``[batch]``: the samples that did not do what was asked of them, be it a tolerance or a number of
-        steps."""
+        """bool ``[batch]``: the samples that reached neither their tolerance nor a prescribed number of steps."""
         return fell_short(self.status)
 
     def summary(self) -> str:
-        """One line for people: how many samples stopped for which reason, and the worst residual that is known."""
+        """One line of text: how many samples stopped for which reason, and the largest known residual."""
         status, residual = self.status.flatten(), self.residual.flatten()
         unknown = residual.isnan()
         counts = torch.bincount(status, minlength=len(Status)).tolist()
@@ -99,9 +98,11 @@ class Report:
 
 
 class Trace(NamedTuple):
-    """The residuals of every iterate, the start first: float ``[steps + 1, batch]``, or ``[steps + 1]`` of a problem
-    that is not batched. A sample that has stopped stays where it is. After a given number of steps the last iterate is
-    not evaluated, and not in it.
+    """The residuals of every iterate, the start first: float ``[steps + 1, batch]``, or ``[steps + 1]`` for a problem
+    that is not batched.
+
+    A sample that has stopped repeats its last residual. After a prescribed number of steps the last iterate is missing,
+    since it is not evaluated.
 
     Attributes:
         relative: as in :attr:`Solution.residual`; NaN where the size of the terms is not known yet, as at the start of
@@ -114,8 +115,13 @@ class Trace(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One solver's turn in a solve by several: its name, for how many samples it was tried, and how many of these it
-    solved."""
+    """One solver's part in a solve by several.
+
+    Attributes:
+        solver: its name.
+        tried: the number of samples that it was tried for.
+        solved: the number of these that it solved.
+    """
 
     solver: str
     tried: int
@@ -123,7 +129,7 @@ class Turn(NamedTuple):
 
 
 def turned(turns: Sequence[Turn]) -> str:
-    """What a summary adds of several solvers; nothing where one has done it all."""
+    """The part of a summary about several solvers; empty if there was only one."""
     if len(turns) < 2:
         return ""
     return "; " + ", then ".join(f"{name} solved {solved} of {tried}" for name, tried, solved in turns)
@@ -131,11 +137,15 @@ def turned(turns: Sequence[Turn]) -> str:
 
 @dataclass
 class AdjointRecord:
-    """Where a backward pass leaves its report, so that :attr:`Solution.adjoint` shows it afterwards."""
+    """The place where a backward pass leaves its report for :attr:`Solution.adjoint`.
+
+    Attributes:
+        report: that of the latest backward pass; ``None`` before.
+        coming: the report that a backward pass will leave, if it is known beforehand.
+    """
 
     report: Report | None = None
     coming: Report | None = None
-    """What a backward pass through the solution will leave, where that is known before."""
 
 
 @dataclass(frozen=True)
@@ -145,21 +155,20 @@ class Solution:
     Attributes:
         value: the solution, with the structure of ``z0``; carries the gradient.
         status, steps, residual, evaluations: see :class:`Report`; scalars where the problem is not batched.
-        trajectory: the iterates, each with the structure of ``z0``, oldest first; empty unless the solver was told
-            ``keep_trajectory=True``. Where it was told which to keep, ``None`` stands in the place of the others.
-        aux: of a map with ``has_aux=True``, what it returned beside the state at ``value``, in an evaluation that is
-            made anyway; where autograd sees steps (:class:`~torchimplicit.gradients.UnrolledPhantom`; after a given
-            number of them :class:`~torchimplicit.gradients.OneStep` and :class:`~torchimplicit.gradients.Unrolled`), in
-            the last of those, as in a loop written by hand. It carries the gradient, in what its formula holds and
-            through ``value``. One evaluation more, which is counted, is made where none was at ``value``: under
-            ``torch.func`` transforms, and without gradients where the last iterate is not what is returned, or was not
-            evaluated (``steps=n`` with :class:`~torchimplicit.gradients.Implicit`). ``None`` without ``has_aux``.
-        turns: of a solve by several solvers in turn (:class:`~torchimplicit.Polyalgorithm`, which is the default),
-            which ones took part, and what they solved.
-        problem, args: what was solved, as it was given to :func:`solve`: for a regularizer or a diagnostic at the
-            solution, ``jacobian_frobenius(solution.problem, solution.value, *solution.args)``. An
-            :class:`~torchimplicit.nn.Equilibrium` keeps neither in its attribute ``solution``, nor does a solution
-            that was pickled and read again.
+        trajectory: the iterates, each with the structure of ``z0``, oldest first; empty unless the solver has
+            ``keep_trajectory=True``. If the solver keeps selected iterates, ``None`` stands for the others.
+        aux: for a map with ``has_aux=True``, its auxiliary value at ``value``; ``None`` otherwise. It is
+            differentiable, directly and through ``value``. It comes from an evaluation that is made anyway; where
+            autograd records steps (:class:`~torchimplicit.gradients.UnrolledPhantom`; after a prescribed number of
+            steps :class:`~torchimplicit.gradients.OneStep` and :class:`~torchimplicit.gradients.Unrolled`), from the
+            last of these, as in a loop written by hand. If there was no evaluation at ``value``, one more is made and
+            counted: under ``torch.func`` transforms; and without gradients if the last iterate is not the one returned,
+            or was not evaluated (``steps=n`` with :class:`~torchimplicit.gradients.Implicit`).
+        turns: for a solve by several solvers in turn (:class:`~torchimplicit.Polyalgorithm`, the default), which ones
+            took part, and how many samples they solved.
+        problem, args: as they were given to :func:`solve`, for a regularizer or a diagnostic at the solution:
+            ``jacobian_frobenius(solution.problem, solution.value, *solution.args)``. They are missing in the attribute
+            ``solution`` of an :class:`~torchimplicit.nn.Equilibrium`, and in a solution that was unpickled.
     """
 
     value: Any
@@ -175,10 +184,10 @@ class Solution:
     _norms: tuple[Tensor | None, tuple[tuple[Tensor, Tensor], ...]] = field(
         default=(None, ()), repr=False, compare=False
     )
-    """The norms of the residual, ``[batch]`` or ``[batch, leaves]``, and the trace as the solver left it."""
+    """The norms of the residual, ``[batch]`` or ``[batch, leaves]``, and the solver's trace."""
     _record: AdjointRecord = field(default_factory=AdjointRecord, repr=False, compare=False)
     _attach: Callable[[int], Any] | None = field(default=None, repr=False, compare=False)
-    """Gives the iterate of that number the derivative that it would have as the solution."""
+    """Returns the iterate of a given number, with the derivative that it would have as the solution."""
 
     @property
     def converged(self) -> Tensor:
@@ -187,20 +196,20 @@ class Solution:
 
     @property
     def fell_short(self) -> Tensor:
-        """Likewise: the samples that did not do what was asked of them, be it a tolerance or a number of steps."""
+        """bool ``[batch]`` (or a scalar): the samples that reached neither their tolerance nor a prescribed number of
+        steps."""
         return fell_short(self.status)
 
     @property
     def absolute_residual(self) -> Tensor | None:
-        """float ``[batch]`` (or a scalar): the norm of the residual whose relative size is ``residual``; for a
-        fixed point, :math:`\\lVert f(z)-z\\rVert`. ``None`` where nothing was evaluated, and under ``torch.func``
-        transforms."""
+        """float ``[batch]`` (or a scalar): the norm of the residual, for a fixed point :math:`\\lVert f(z)-z\\rVert`;
+        ``residual`` is its relative size. ``None`` if nothing was evaluated, and under ``torch.func`` transforms."""
         norm = self._norms[0]
         return None if norm is None else self._shaped(_whole(norm))
 
     @property
     def trace(self) -> Trace | None:
-        """The residual of every iterate, where the solver was told ``keep_trace=True``; ``None`` otherwise."""
+        """The residuals of all iterates, if the solver has ``keep_trace=True``; ``None`` otherwise."""
         steps = self._norms[1]
         if not steps:
             return None
@@ -215,21 +224,21 @@ class Solution:
     def adjoint(self) -> Report | None:
         """The figures of the backward pass, once it has run; ``None`` before.
 
-        An estimator that takes a given number of steps reports :attr:`Status.STEPS_TAKEN`, and NaN for a residual that
-        it does not know. :class:`~torchimplicit.gradients.UnrolledPhantom` and
-        :class:`~torchimplicit.gradients.Unrolled` leave no report under ``torch.func``.
+        An estimator that takes a prescribed number of steps reports :attr:`Status.STEPS_TAKEN`, and NaN for an unknown
+        residual. :class:`~torchimplicit.gradients.UnrolledPhantom` and :class:`~torchimplicit.gradients.Unrolled` leave
+        no report under ``torch.func``.
         """
         return self._record.report
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled or copied: values and figures. The graph and the problem, whose function is often none that
-        could be pickled, stay behind."""
+        """The values and figures, to be pickled or copied; without the graph, and without the problem, whose function
+        often cannot be pickled."""
         cut = {"value": _cut(self.value), "trajectory": _cut(self.trajectory), "aux": _cut(self.aux)}
         return {**self.__dict__, **cut, "problem": None, "args": (), "_attach": None}
 
     def figures(self) -> Solution:
-        """The same figures without the state, its graph and the problem: to keep many of them. The ``adjoint`` is
-        filled in here too, when the backward pass has run."""
+        """A copy without the state, its graph and the problem, to keep many of them. Its ``adjoint`` is filled in as
+        well when the backward pass has run."""
         return replace(self, value=None, trajectory=(), aux=None, problem=None, args=(), _attach=None)
 
     def states(
@@ -241,26 +250,26 @@ class Solution:
         random: bool = False,
         generator: torch.Generator | None = None,
     ) -> list[Any]:
-        """Iterates on the way, and the solution as the last of the list, each with a derivative: for a loss of the
-        user's own on all of them.
+        """Selected iterates, and the solution as the last of the list, each with a derivative: for a loss on all of
+        them.
 
-        Each iterate is treated as the solution by the gradient estimator of the solve, at what that costs:
+        Each iterate is differentiated as if it were the solution, by the gradient estimator of the solve:
         :class:`~torchimplicit.gradients.Implicit` and the series take one evaluation and an adjoint solve for each,
         :class:`~torchimplicit.gradients.UnrolledPhantom` its steps from there, and
-        :class:`~torchimplicit.gradients.OneStep` after a given number of steps the step that led there. Through
-        :class:`~torchimplicit.gradients.Unrolled` they are what the steps make them, at no further cost. Samples that
-        have stopped stay where they are, in what is beyond the last iterate too. One of ``count``, ``every`` and ``at``
-        is to be given; none of them: those that the solver was told to keep, ``keep_trajectory=(4, 8)``.
+        :class:`~torchimplicit.gradients.OneStep` after a prescribed number of steps the step that led there. With
+        :class:`~torchimplicit.gradients.Unrolled` they have their derivatives already. Samples that have stopped repeat
+        their last state. Give one of ``count``, ``every`` and ``at``; or none of them, for the iterates that a solver
+        with ``keep_trajectory=(4, 8)`` has kept.
 
         Args:
-            count: so many, the solution among them, evenly spaced; all where there are fewer.
-            every: after this number of steps, twice that number, and so on.
-            at: after these numbers of steps, 0 being the start.
-            random: whether the ``count`` are drawn at random, without repetition, rather than evenly spaced.
-            generator: for that; ``None``: the global one.
+            count: the number of states, including the solution, evenly spaced; all if there are fewer.
+            every: the states after this number of steps, twice that number, and so on.
+            at: the states after these numbers of steps, 0 being the start.
+            random: whether the ``count`` states are drawn at random without repetition, rather than evenly spaced.
+            generator: for the draw; ``None``: the global one.
 
         Raises:
-            ValueError: the solver was not told ``keep_trajectory=True``, or not told to keep one of them.
+            ValueError: the solver did not keep the trajectory, or not one of these states.
         """
         self._check_kept()
         kept = [place for place, z in enumerate(self.trajectory) if z is not None]
@@ -287,7 +296,7 @@ class Solution:
         missing = sorted({place for place in places if place < last} - set(kept))
         if missing:
             raise ValueError(
-                f"the solver was told to keep the states after {', '.join(map(str, kept))} steps, and those after "
+                f"the solver has kept the states after {', '.join(map(str, kept))} steps, but those after "
                 f"{', '.join(map(str, missing))} are asked for: give it keep_trajectory=True, or these numbers too"
             )
         return [*(self._state(place, last) for place in places), self.value]
@@ -298,7 +307,7 @@ class Solution:
         return self.value if ended else self._attach(place)
 
     def _check_kept(self) -> None:
-        """Raise where the iterates are gone, or were never kept."""
+        """Raise if the iterates were not kept, or are no longer there."""
         if self.value is not None and not self.trajectory:
             raise ValueError(
                 "this needs the iterates: solve with a solver that has keep_trajectory=True, for example "
@@ -306,43 +315,45 @@ class Solution:
             )
         if self._attach is None:
             raise ValueError(
-                "this needs the iterates with what they came from, and this solution is cut off from it, as one that "
-                "an Equilibrium keeps in its attribute solution, lest a graph stay in memory, or one read from a file. "
+                "this needs the iterates with their problem, but this solution holds figures only, as does the "
+                "attribute solution of an Equilibrium (so that no graph stays in memory) or one read from a file. "
                 "Solve by layer.solve(x), or by torchimplicit.solve(FixedPoint(cell), z0, x, "
-                "solver=Anderson(keep_trajectory=True)), and take what that returns"
+                "solver=Anderson(keep_trajectory=True)), and use the solution that is returned"
             )
 
     def summary(self) -> str:
-        """One line for people: how many samples stopped for which reason, the worst residual, and which solvers were
-        tried in turn, where it took several."""
+        """One line of text: how many samples stopped for which reason, the largest residual, and which solvers were
+        tried if there were several."""
         return Report(self.status, self.steps, self.residual, self.evaluations).summary() + turned(self.turns)
 
 
 def chosen_iterates(
     solution: Solution, count: int, *, random: bool = False, generator: torch.Generator | None = None
 ) -> list[int]:
-    """Which iterates of the trajectory :meth:`Solution.states` takes beside the solution, in their order.
+    """The places in the trajectory that :meth:`Solution.states` selects beside the solution, in ascending order.
 
     Args:
-        count: n, the solution included.
-        random: whether they are drawn at random, without repetition, rather than evenly spaced.
-        generator: for that; ``None``: the global one.
+        solution: with its trajectory.
+        count: the number of states, including the solution.
+        random: whether they are drawn at random without repetition, rather than evenly spaced.
+        generator: for the draw; ``None``: the global one.
     """
     at_least("states", "count", count, 1)
-    between = len(solution.trajectory) - 2  # the start is not an iterate of the map, the last is the solution
-    wanted = min(count - 1, max(between, 0))
+    between = len(solution.trajectory) - 2  # neither the start nor the last iterate, which is the solution
+    number = min(count - 1, max(between, 0))
     if random:
-        return (torch.randperm(between, generator=generator)[:wanted].sort().values + 1).tolist() if wanted else []
-    return [round((k + 1) * (between + 1) / (wanted + 1)) for k in range(wanted)]
+        return (torch.randperm(between, generator=generator)[:number].sort().values + 1).tolist() if number else []
+    return [round((k + 1) * (between + 1) / (number + 1)) for k in range(number)]
 
 
 def fell_short(status: Tensor) -> Tensor:
-    """bool, of the shape of ``status``: where it tells of something that was asked for and not done."""
+    """bool, shaped like ``status``: the samples that reached neither their tolerance nor a prescribed number of
+    steps."""
     return (status != Status.CONVERGED) & (status != Status.STEPS_TAKEN)
 
 
 def _whole(norms: Tensor) -> Tensor:
-    """Of the norms of leaves, that of the state."""
+    """The norm of the state ``[batch]``, from norms of its leaves ``[batch, leaves]`` (or from itself)."""
     return norms if norms.ndim == 1 else torch.linalg.vector_norm(norms, dim=1)
 
 

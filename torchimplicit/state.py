@@ -1,4 +1,4 @@
-"""States are pytrees of tensors; inside the solvers they are flat, ``[batch, dim]``."""
+"""The flat form of states: pytrees of tensors outside of the solvers, ``[batch, dim]`` inside."""
 
 from __future__ import annotations
 
@@ -17,28 +17,32 @@ _LEAF = pytree.tree_structure(0)
 
 
 class Leaves(NamedTuple):
-    """How many numbers of a flat sample each leaf has, one leaf after the other, and the tree that they make up;
-    ``None`` where they are not those of the state."""
+    """The leaves of a state in its flat form, one after another.
+
+    Attributes:
+        sizes: the number of entries of each leaf.
+        spec: the structure of the pytree; ``None`` where these are not the leaves of the state.
+    """
 
     sizes: tuple[int, ...]
     spec: pytree.TreeSpec | None
 
     def norms(self, v: Tensor) -> Tensor:
-        """The norm of each leaf of ``v`` (``[..., dim]``): ``[..., leaves]``; of a single leaf, without that dimension.
-        As :func:`row_norm`."""
+        """The norms of the leaves of ``v`` (``[..., dim]``), as by :func:`row_norm`: ``[..., leaves]``, or ``[...]``
+        for a single leaf."""
         if len(self.sizes) == 1:
             return row_norm(v)
         return torch.stack([row_norm(part) for part in v.detach().split(self.sizes, dim=-1)], dim=-1)
 
     def safe_norms(self, v: Tensor) -> Tensor:
-        """The same, where squares would underflow or overflow."""
+        """:meth:`norms` for vectors whose squares may underflow or overflow."""
         if len(self.sizes) == 1:
             return safe_row_norm(v)
         return torch.stack([safe_row_norm(part) for part in v.split(self.sizes, dim=-1)], dim=-1)
 
     def holding(self, columns: Tensor) -> list[str]:
-        """The names of the leaves that have one of the ``columns`` (bool ``[dim]``); none where there is one leaf, or
-        where they have no names."""
+        """The names of the leaves that contain any of the ``columns`` (bool ``[dim]``); empty for a single leaf, or if
+        the leaves have no names."""
         if self.spec is None or len(self.sizes) == 1:
             return []
         tree = pytree.tree_unflatten([bool(part.any()) for part in columns.split(self.sizes)], self.spec)
@@ -47,28 +51,37 @@ class Leaves(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a state's leaves lie in the flat ``[batch, dim]`` form.
+    """How the leaves of a state lie in its flat form, ``[batch, dim]``.
 
     A problem that is not batched has ``batch == 1`` and its whole state in one row.
+
+    Attributes:
+        spec: the structure of the pytree.
+        shapes: the shapes of the leaves, without the batch dimension.
+        batched: whether the leaves have a batch dimension.
+        dtype, device: of the flat form.
+        is_flat: whether the state is a single tensor ``[batch, dim]`` already.
+        coordinates: the coordinates of the flat form, if they are not the entries of the state; else ``None``.
+        complex: which leaves are complex; empty if none is. A complex leaf lies in the flat form as its real view, to
+            which ``shapes`` and ``dtype`` refer.
     """
 
     spec: pytree.TreeSpec
     shapes: tuple[torch.Size, ...]
-    """The shapes of the leaves, without the batch dimension where there is one."""
     batched: bool
     dtype: torch.dtype
     device: torch.device
     is_flat: bool
-    """Whether the state is a single tensor ``[batch, dim]`` already."""
     coordinates: Coordinates | None = None
-    """The coordinates of the flat form, where they are not the state's own numbers."""
     complex: tuple[bool, ...] = ()
-    """Which leaves are complex, and lie in the flat form as their real views: the shapes and ``dtype`` are those. Empty
-    where none is."""
 
     @staticmethod
     def of(z0: Any, batched: bool) -> Layout:
-        """The layout of ``z0``, which is checked here once and for all."""
+        """The layout of the initial state ``z0``.
+
+        Raises:
+            TypeError, ValueError: ``z0`` cannot be a state: a leaf is not a floating tensor, or leaves do not match.
+        """
         leaves, spec = ([z0], _LEAF) if type(z0) is Tensor else pytree.tree_flatten(z0)
         if not leaves:
             raise ValueError("z0 holds no tensors: give the initial state as a tensor or a pytree of tensors")
@@ -97,27 +110,31 @@ class Layout:
 
     @property
     def dim(self) -> int:
-        """How many numbers a sample's state has."""
+        """The number of entries of a sample's state."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
     def parted(self) -> bool:
-        """Whether the leaves are copies of parts of the flat form, and it of them."""
+        """Whether flattening and unflattening copy, since there are several leaves."""
         return len(self.shapes) > 1 and self.coordinates is None
 
     @property
     def leaves(self) -> Leaves:
-        """The leaves as they lie in the flat form; one, where its coordinates mix them."""
+        """The leaves in the flat form; a single one if the coordinates mix them."""
         if self.coordinates is not None:
             return Leaves((self.dim - (self.coordinates.reflection is not None),), None)
         return Leaves(tuple(math.prod(shape) for shape in self.shapes), self.spec)
 
     def flatten(self, tree: Any, what: str, cast: bool = False) -> Tensor:
-        """The flat form of ``tree``, which must have this layout (any batch size).
+        """The flat form of ``tree``, which must have this layout, with any batch size.
 
         Args:
-            what: names the tree in the error that is raised where it does not fit.
-            cast: whether leaves of another floating dtype are converted (under autocast), not refused.
+            tree: a pytree like the state.
+            what: names the tree in errors.
+            cast: whether leaves of another floating dtype are converted (under autocast) instead of refused.
+
+        Raises:
+            TypeError, ValueError: the tree does not have this layout.
         """
         if self.is_flat and isinstance(tree, Tensor) and self._fits(tree):  # the common case, in the solvers' hot path
             flat = tree
@@ -126,6 +143,7 @@ class Layout:
         return flat if self.coordinates is None else self.coordinates.encode(flat)
 
     def _joined(self, tree: Any, what: str, cast: bool) -> Tensor:
+        """The leaves of ``tree``, checked, reshaped and concatenated."""
         if isinstance(tree, Tensor) and len(self.shapes) == 1 and self.spec.is_leaf():
             leaves: list[Any] = [tree]
         else:
@@ -188,7 +206,7 @@ class Layout:
         else:
             parts = list(flat.split([math.prod(shape) for shape in self.shapes], dim=1))
         lead = (rows,) if self.batched else ()
-        # what a user's function gets is as contiguous as what the user gave: for view() and torch.view_as_complex
+        # contiguous, so that the user's function can use view() and torch.view_as_complex
         leaves = [part.reshape((*lead, *shape)).contiguous() for part, shape in zip(parts, self.shapes, strict=True)]
         if self.complex:
             leaves = [torch.view_as_complex(leaf) if c else leaf for leaf, c in zip(leaves, self.complex, strict=True)]
@@ -198,15 +216,15 @@ class Layout:
 def _real_view(leaf: Any, what: str) -> Any:
     if isinstance(leaf, Tensor) and not leaf.is_complex():
         raise ValueError(
-            f"{what} has dtype {leaf.dtype} where the state is complex: the map must keep the dtype; convert "
-            "inside it, as with torch.complex(out, torch.zeros_like(out))"
+            f"{what} has dtype {leaf.dtype}, but the state is complex: the map must keep the dtype; convert inside it, "
+            "as by torch.complex(out, torch.zeros_like(out))"
         )
     return torch.view_as_real(leaf.resolve_conj()) if isinstance(leaf, Tensor) else leaf
 
 
 def _check_leaf(leaf: Any, batched: bool) -> None:
     if not isinstance(leaf, Tensor):
-        raise TypeError(f"z0 must be a tensor or a pytree of tensors, and it holds {type(leaf).__name__}")
+        raise TypeError(f"z0 must be a tensor or a pytree of tensors, but it holds {type(leaf).__name__}")
     if not (leaf.is_floating_point() or leaf.is_complex()):
         raise ValueError(f"z0 has dtype {leaf.dtype}: a state needs a floating dtype, for example z0.float()")
     if batched and leaf.ndim < 2:
@@ -227,12 +245,12 @@ def row_norm(v: Tensor) -> Tensor:
 
 
 def safe_row_norm(v: Tensor) -> Tensor:
-    """:func:`row_norm` where squares would underflow or overflow."""
+    """:func:`row_norm` for vectors whose squares may underflow or overflow."""
     return safe_norm(widened(v.detach()))
 
 
 def leaves_of(tree: Any) -> list[Any]:
-    """What ``torch.utils._pytree.tree_leaves`` gives, in a tenth of the time for tuples, lists and dictionaries."""
+    """The result of ``torch.utils._pytree.tree_leaves``, in a tenth of the time for tuples, lists and dictionaries."""
     kind = type(tree)
     if kind is tuple or kind is list or kind is dict:
         return [leaf for item in (tree.values() if kind is dict else tree) for leaf in leaves_of(item)]
@@ -242,5 +260,5 @@ def leaves_of(tree: Any) -> list[Any]:
 
 
 def detached(tree: Any) -> Any:
-    """The tree with its tensors cut off from autograd."""
+    """The tree with its tensors detached."""
     return pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, tree)

@@ -1,4 +1,4 @@
-"""Checks of what a user hands to a strategy: each says what is wrong, why, and what to give."""
+"""Checks of a strategy's fields. The errors say what is wrong and what to give instead."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check_count(owner: object, name: str, least: int = 1) -> None:
-    """``owner.name`` must be an integer of at least ``least``."""
+    """Raise unless ``owner.name`` is an integer of at least ``least``."""
     value = getattr(owner, name)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{_where(owner, name)} must be an integer, not {type(value).__name__} ({value!r})")
@@ -16,7 +16,8 @@ def check_count(owner: object, name: str, least: int = 1) -> None:
 
 
 def check_counts(owner: object, name: str) -> tuple[int, ...]:
-    """``owner.name`` must be integers of at least zero; they are returned, in their order and each once."""
+    """Raise unless ``owner.name`` is a sequence of integers of at least zero; returns them sorted, without
+    duplicates."""
     value = getattr(owner, name)
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{_where(owner, name)} must be True, False or numbers of steps, as (4, 8), not {value!r}")
@@ -26,21 +27,21 @@ def check_counts(owner: object, name: str) -> tuple[int, ...]:
 
 
 def check_fraction(owner: object, name: str) -> None:
-    """``owner.name`` must lie in (0, 1]."""
+    """Raise unless ``owner.name`` lies in (0, 1]."""
     value = _number(owner, name)
     if not 0 < value <= 1:
         raise ValueError(f"{_where(owner, name)} is {value}, and must lie in (0, 1]: 1 takes the full step")
 
 
 def check_positive(owner: object, name: str) -> None:
-    """``owner.name`` must be a positive finite number."""
+    """Raise unless ``owner.name`` is a positive finite number."""
     value = _number(owner, name)
     if not 0 < value < float("inf"):
         raise ValueError(f"{_where(owner, name)} is {value}, and must be a positive finite number")
 
 
 def check_nonnegative(owner: object, name: str, optional: bool = False) -> None:
-    """``owner.name`` must be a finite number of at least zero (or ``None``, if ``optional``)."""
+    """Raise unless ``owner.name`` is a finite number of at least zero (or ``None``, if ``optional``)."""
     if optional and getattr(owner, name) is None:
         return
     value = _number(owner, name)
@@ -49,7 +50,7 @@ def check_nonnegative(owner: object, name: str, optional: bool = False) -> None:
 
 
 def check_type(owner: object, name: str, kind: type, optional: bool = False) -> None:
-    """``owner.name`` must be an instance of ``kind`` (or ``None``, if ``optional``)."""
+    """Raise unless ``owner.name`` is an instance of ``kind`` (or ``None``, if ``optional``)."""
     value: Any = getattr(owner, name)
     if optional and value is None:
         return
@@ -70,7 +71,7 @@ def _where(owner: object, name: str) -> str:
 
 
 def at_least(where: str, name: str, value: Any, least: int) -> None:
-    """An argument of a function: an integer of at least ``least``."""
+    """Raise unless the argument ``name`` of the function ``where`` is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{where}: {name} must be an integer, not {type(value).__name__} ({value!r})")
     if value < least:
