@@ -241,7 +241,7 @@ def test_claims_of_fine_tuning_follow_the_figures():
     def holding(implicit, longer, eqprop, one=(100.0, 100.0), many=(100.0, 100.0)):
         def way(loss, steps=(10.0, 10.0)):
             efforts = [{"steps": k, "adjoint": 1.0, "unconverged": 0.0} for k in steps]
-            return {"test": {"loss": loss}, "effort": efforts}
+            return {"test": {"loss": loss}, "effort": efforts, "selected": 1}
 
         figures = {
             "pretrained": {"test": {"loss": 1.0, "l1": 0.1, "better": 1.0}, "spurious": 0.0},
