@@ -39,6 +39,8 @@ from torchimplicit.models.physics_informed import EquilibriumField
 
 TOLERANCE = 1e-3
 FORWARD, BACKWARD = 22, 24
+JITTED = {128: 0.8, 512: 1.0, 2048: 1.0}
+"""By width, how much of jitted jaxopt's speed a compiled layer should have."""
 Step = Callable[[], Any]
 COLUMNS = (
     "model",
@@ -236,6 +238,49 @@ def joint(batch: int = 32, latent: int = 40, states: int = 128) -> Case:
     return Case(name, lambda d: made(d, False), lambda d: made(d, True))
 
 
+def bratu(points: int = 100) -> Case:
+    """A boundary value problem of Bratu, by Newton's method in double precision, with the gradient in its parameter."""
+
+    def made(device: str, compile: bool) -> Step:
+        slope = torch.ones(points - 1, dtype=torch.float64)
+        second = torch.diag(slope, 1) + torch.diag(slope, -1) - 2 * torch.eye(points, dtype=torch.float64)
+        second = ((points + 1) ** 2 * second).to(device)
+        rate = torch.tensor(2.0, dtype=torch.float64, device=device, requires_grad=True)
+        problem = ti.Root(lambda z, rate: second @ z + rate * z.exp(), batched=False)
+        start = torch.zeros(points, dtype=torch.float64, device=device)
+
+        def step() -> None:
+            ti.solve(problem, start, rate, solver=ti.NewtonKrylov(), compile=compile).value.sum().backward()
+
+        return step
+
+    name = f"Bratu, {points} unknowns, Newton"
+    return Case(name, lambda d: made(d, False), lambda d: made(d, True))
+
+
+def energies(batch: int = 64, dim: int = 50) -> Case:
+    """Convex energies by L-BFGS, with the gradient in their weights."""
+
+    def made(device: str, compile: bool) -> Step:
+        torch.manual_seed(0)
+        w = (torch.randn(dim, dim) / dim**0.5).to(device).requires_grad_()
+        x = torch.randn(batch, dim, device=device)
+
+        def energy(z: Tensor, x: Tensor) -> Tensor:
+            return torch.cosh(z @ w.T).sum(-1) + 0.5 * z.square().sum(-1) - (z * x).sum(-1)
+
+        problem = ti.Minimum(energy)
+
+        def step() -> None:
+            found = ti.solve(problem, torch.zeros_like(x), x, solver=ti.LBFGS(), compile=compile)
+            found.value.sum().backward()
+
+        return step
+
+    name = f"{batch} energies of {dim} unknowns, L-BFGS"
+    return Case(name, lambda d: made(d, False), lambda d: made(d, True))
+
+
 def layer(batch: int, dim: int, rtol: float) -> Case:
     """z = tanh(Wz + x), Anderson, implicit."""
 
@@ -279,6 +324,8 @@ def models(quick: bool) -> Iterator[Case]:
     yield joint(4, 5, 16) if quick else joint()
     yield graphs(2, 5) if quick else graphs()
     yield van_der_pol(8, 5) if quick else van_der_pol()
+    yield bratu(8) if quick else bratu()
+    yield energies(4, 5) if quick else energies()
     if quick:
         return
     yield transformer()
@@ -396,6 +443,10 @@ def main() -> None:
         Target(f"{row['model']}: TorchDEQ / captured", row.get("TorchDEQ / captured"), ">=", 2.0)
         for row in tables["Models"]
         if "peer ms" in row and "captured ms" in row
+    ] + [
+        Target(f"{row['model']}: jitted jaxopt / captured", row["jaxopt ms"] / row["captured ms"], ">=", JITTED[width])
+        for (batch, width, rtol), row in zip(settings, tables["Growth"], strict=False)
+        if (batch, rtol) == (64, 1e-4) and width in JITTED and "jaxopt ms" in row and "captured ms" in row
     ]
     panels = [
         Bars(

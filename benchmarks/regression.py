@@ -153,7 +153,7 @@ def rows_of(found: dict[str, list[list[tuple[float, float]]]]) -> list[Row]:
 
 def main() -> None:
     """Measure, compare, record."""
-    options = record.arguments(__doc__.splitlines()[0], repeats=2, seconds=1200.0, against="HEAD", launches=11)
+    options = record.arguments(__doc__.splitlines()[0], repeats=2, seconds=360.0, against="HEAD", launches=5)
     load = os.getloadavg()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the checkout is taken away
     with checked_out(options.against) as (tree, commit):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import importlib.util
 import re
 import sys
 import types
@@ -175,3 +176,14 @@ def test_the_overview_of_the_api_names_what_its_pages_describe():
         ]
         expected = ", ".join(f"`{name}`" for name in wanted)
         assert row.endswith(f"| {expected} |"), f"the row of {page} in docs/api/index.md should name {expected}"
+
+
+def test_the_readme_shows_the_recorded_speed():
+    path = ROOT / "benchmarks" / "performance.py"
+    spec = importlib.util.spec_from_file_location("performance", path)
+    assert spec is not None
+    assert spec.loader is not None
+    performance = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(performance)
+    shown = performance.BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert shown == [performance.speed(performance.newest("captured"), performance.newest("models"))]

@@ -6,8 +6,16 @@ makes one.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+_BLOCK = 6
+"""Memory of a :class:`Basis` is allocated for this many vectors at a time."""
+
+_COPIED = 2**16
+"""Below this many bytes for all rows, vectors of a :class:`Basis` are small."""
 
 _SMALL = 400
 """Below this many numbers a batched matrix product is slower on CPUs than an elementwise one."""
@@ -48,3 +56,61 @@ def less_(v: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
         return v.sub_((basis * weights.unsqueeze(2)).sum(1))
     v.unsqueeze(1).baddbmm_(weights.contiguous().unsqueeze(1), basis, alpha=-1)
     return v
+
+
+class Basis(NamedTuple):
+    """``count`` vectors of each row. Large ones lie in several blocks of memory: to grow, or to lose rows, they are not
+    copied, since both copies would be the most that a solve holds. Small ones lie in one block, which is quicker."""
+
+    blocks: tuple[Tensor, ...]
+    count: int
+
+    @staticmethod
+    def empty(like: Tensor, most: int) -> Basis:
+        """For vectors like the rows of ``like``, ``most`` at most."""
+        return Basis((room(like, min(_BLOCK, most)),), 0)
+
+    def slot(self, i: int) -> Tensor:
+        """The ``i``-th vector, ``[rows, dim]``, in its place."""
+        if len(self.blocks) == 1:
+            return self.blocks[0].select(1, i)
+        size = self.blocks[0].shape[1]
+        return self.blocks[i // size].select(1, i % size)
+
+    def longer(self) -> Basis:
+        """With one vector more, which is yet to be written."""
+        first, blocks = self.blocks[0], self.blocks
+        if self.count == len(blocks) * first.shape[1]:
+            like = first.select(1, 0)
+            small = like.numel() * like.element_size() < _COPIED
+            more = room(like, (2 if small else 1) * first.shape[1])
+            if small:
+                more.narrow(1, 0, self.count).copy_(first)
+            blocks = (more,) if small else (*blocks, more)
+        return Basis(blocks, self.count + 1)
+
+    def _filled(self) -> list[Tensor]:
+        size = self.blocks[0].shape[1]
+        return [block.narrow(1, 0, min(size, self.count - i * size)) for i, block in enumerate(self.blocks)]
+
+    def inner(self, v: Tensor) -> Tensor:
+        """:func:`inner`, with all vectors."""
+        if len(self.blocks) == 1:
+            return inner(self.blocks[0].narrow(1, 0, self.count), v)
+        return torch.cat([inner(block, v) for block in self._filled()], 1)
+
+    def less(self, v: Tensor, weights: Tensor) -> Tensor:
+        """:func:`less`, by all vectors."""
+        if len(self.blocks) == 1:
+            return less(v, weights, self.blocks[0].narrow(1, 0, self.count))
+        blocks = self._filled()
+        for block, part in zip(blocks, weights.split([block.shape[1] for block in blocks], 1), strict=True):
+            v = less(v, part, block)
+        return v
+
+    def select(self, rows: Tensor) -> Basis:
+        """Of the rows ``rows`` (ascending, int64 ``[k]``), moved within the same memory."""
+        for i in range(self.count):
+            vector = self.slot(i)
+            vector[: len(rows)] = vector.index_select(0, rows)
+        return Basis(tuple(block.narrow(0, 0, len(rows)) for block in self.blocks), self.count)

@@ -61,6 +61,10 @@ class Method(ABC):
     def step(self, system: LinearSystem, state: Any, slow: int | None) -> Any:
         """The next state. ``slow`` is the number of slow rows in ``state``, ``None`` where it was not read."""
 
+    def select(self, state: Any, rows: Tensor) -> Any:
+        """The state of the rows ``rows`` (ascending, int64 ``[k]``); ``state`` is not used any more."""
+        return select(state, rows)
+
     def iterate(self, state: Any) -> tuple[Tensor, Tensor | float, Tensor | None]:
         """The iterates, with what is known of them.
 
@@ -266,7 +270,8 @@ class Cycle:
         rows = active.nonzero().squeeze(1)
         self.system = self.system.restrict(rows)
         self.setup = self.system.operator.setup_rows / self.alive
-        self.state, self.best, self.notes = select((self.state, self.best, self.notes), rows)
+        self.state = self.method.select(self.state, rows)
+        self.best, self.notes = select((self.best, self.notes), rows)
         self.rows = rows if self.rows is None else self.rows[rows]
         self.limit = self.limit[rows] if self.limit.ndim else self.limit
         self.current, self.wasted = self.alive, 0

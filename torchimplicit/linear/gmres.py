@@ -8,10 +8,11 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from torchimplicit.linear.basis import inner, less, room
+from torchimplicit.linear.basis import Basis
 from torchimplicit.linear.cycle import Method
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.linear.operator import LinearOperator
+from torchimplicit.linear.rowwise import select
 from torchimplicit.linear.system import LinearSystem
 from torchimplicit.validation import check_count
 
@@ -56,8 +57,8 @@ class _State(NamedTuple):
         coefficients: the products of the residual with the images, a in the paper, ``[rows, 1]``.
         sizes: the diagonal of U, ``[rows, 1]``.
         columns: the columns of U above the diagonal, ``[rows, i]`` for the i-th.
-        images: the orthonormal q, ``[rows, capacity, dim]``.
-        directions: the z where they are preconditioned, shaped likewise; ``None``: they follow from the residuals.
+        images: the orthonormal q.
+        directions: the z where they are preconditioned; ``None``: they follow from the residuals.
     """
 
     norm: Tensor
@@ -71,15 +72,12 @@ class _State(NamedTuple):
     coefficients: tuple[Tensor, ...]
     sizes: tuple[Tensor, ...]
     columns: tuple[Tensor, ...]
-    images: Tensor
-    directions: Tensor | None
+    images: Basis
+    directions: Basis | None
 
 
 _FALL = 0.9
 """The residual has to fall to this share in a step to be the next direction."""
-
-_CHUNK = 6
-"""Memory is allocated for this many vectors at first, and doubles as needed."""
 
 
 def _threshold(dtype: torch.dtype) -> float:
@@ -97,39 +95,37 @@ class _AdaptiveSimplerGMRES(Method):
         self.cycle = self.restart = restart
 
     def start(self, system: LinearSystem, b: Tensor, x: Tensor, r: Tensor, norm: Tensor) -> _State:
-        capacity = min(_CHUNK, self.restart)
-        directions = None if system.inverse is None else room(r, capacity)
+        images = Basis.empty(r, self.restart)
+        directions = None if system.inverse is None else Basis.empty(r, self.restart)
         slow = torch.zeros_like(norm, dtype=torch.bool)
-        return _State(norm, slow, None, x, r, r, (), (), (), (), (), room(r, capacity), directions)
+        return _State(norm, slow, None, x, r, r, (), (), (), (), (), images, directions)
 
     def step(self, system: LinearSystem, state: _State, slow: int | None) -> _State:
         k, r, images, directions = len(state.sizes), state.r, state.images, state.directions
-        if k == images.shape[1]:
-            images = _grown(images, min(2 * k, self.restart))
-            directions = None if directions is None else _grown(directions, images.shape[1])
         z, length, turned, broken = r, state.norm, None, None
         if slow != 0 and k:  # some rows stagnate, or it is not known whether any does (``None``)
             turned, broken = state.slow, self._broken(state)
-            z = torch.where(turned.unsqueeze(1), images.select(1, k - 1), r)
+            z = torch.where(turned.unsqueeze(1), images.slot(k - 1), r)
             length = length.masked_fill(turned, 1)
         if directions is not None:
             z = system.precondition(z)
             length = torch.linalg.vector_norm(z, dim=-1)
-            directions.select(1, k).copy_(z)
+            directions = directions.longer()
+            directions.slot(k).copy_(z)
         w = system.product(z)
         if k:
-            basis = images.narrow(1, 0, k)
-            column = inner(basis, w)
-            w = less(w, column, basis)
+            column = images.inner(w)
+            w = images.less(w, column)
             if slow != 0:
                 # Orthogonalized twice, for ill-conditioned directions. Where the residual falls well, the directions
                 # are well conditioned, and once is enough.
-                more = inner(basis, w)
-                w, column = less(w, more, basis), column + more
+                more = images.inner(w)
+                w, column = images.less(w, more), column + more
         else:
             column = r.new_empty(len(r), 0)
         size = torch.linalg.vector_norm(w, dim=-1, keepdim=True).clamp_min_(torch.finfo(w.dtype).tiny)
-        q = torch.div(w, size, out=images.select(1, k))
+        images = images.longer()
+        q = torch.div(w, size, out=images.slot(k))
         a = torch.linalg.vecdot(r, q).unsqueeze(1)
         after = torch.addcmul(r, a, q, value=-1)
         norm = torch.linalg.vector_norm(after, dim=-1)
@@ -148,6 +144,12 @@ class _AdaptiveSimplerGMRES(Method):
             images=images,
             directions=directions,
         )
+
+    def select(self, state: _State, rows: Tensor) -> _State:
+        """In the memory of the basis, of which a copy would be the most that a solve holds."""
+        rest = select(state._replace(images=(), directions=None), rows)
+        directions = None if state.directions is None else state.directions.select(rows)
+        return rest._replace(images=state.images.select(rows), directions=directions)
 
     def iterate(self, state: _State) -> tuple[Tensor, Tensor | float, Tensor | None]:
         """The iterate :math:`x + Zt` with :math:`Ut = a`.
@@ -172,7 +174,7 @@ class _AdaptiveSimplerGMRES(Method):
         if state.directions is None:
             x, whole = self._spanned(state, t, steps), lengths.maximum(lengths.narrow(1, 0, 1))
         else:
-            x, whole = less(state.x, -t, state.directions.narrow(1, 0, k)), lengths
+            x, whole = state.directions.less(state.x, -t), lengths
         # the rounding of the products that the iterate is composed of
         gap = (t.abs() * whole).sum(1) * growth * (4 * info.eps)
         return x, gap.masked_fill_(sound[:, -1] == 0, torch.inf), growth
@@ -192,17 +194,10 @@ class _AdaptiveSimplerGMRES(Method):
         weights = (total - sums) * steps  # what multiplies minus the images, summed over the residuals
         if turned:
             weights.narrow(1, 0, t.shape[1] - 1).sub_((t - along_residual).narrow(1, 1, t.shape[1] - 1))
-        return less(torch.addcmul(state.x, total, state.first), weights, state.images.narrow(1, 0, t.shape[1]))
+        return state.images.less(torch.addcmul(state.x, total, state.first), weights)
 
     def _broken(self, state: _State) -> Tensor:
         """bool ``[rows]``: where the latest image was in the span of the ones before. Tested only under stagnation."""
         size = state.sizes[-1].squeeze(1)
         before = torch.linalg.vector_norm(state.columns[-1], dim=-1)
         return size <= (_threshold(size.dtype) * before.hypot(size)).clamp_min(torch.finfo(size.dtype).tiny)
-
-
-def _grown(vectors: Tensor, capacity: int) -> Tensor:
-    """The same vectors with memory for ``capacity``."""
-    larger = room(vectors.select(1, 0), capacity)
-    larger.narrow(1, 0, vectors.shape[1]).copy_(vectors)
-    return larger
