@@ -59,11 +59,11 @@ def less_(v: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
 
 
 class Basis(NamedTuple):
-    """``count`` vectors of each row. Large ones lie in several blocks of memory: to grow, or to lose rows, they are not
+    """``filled`` vectors of each row. Large ones lie in several blocks of memory: to grow, or to lose rows, they are not
     copied, since both copies would be the most that a solve holds. Small ones lie in one block, which is quicker."""
 
     blocks: tuple[Tensor, ...]
-    count: int
+    filled: int
 
     @staticmethod
     def empty(like: Tensor, most: int) -> Basis:
@@ -80,29 +80,29 @@ class Basis(NamedTuple):
     def longer(self) -> Basis:
         """With one vector more, which is yet to be written."""
         first, blocks = self.blocks[0], self.blocks
-        if self.count == len(blocks) * first.shape[1]:
+        if self.filled == len(blocks) * first.shape[1]:
             like = first.select(1, 0)
             small = like.numel() * like.element_size() < _COPIED
             more = room(like, (2 if small else 1) * first.shape[1])
             if small:
-                more.narrow(1, 0, self.count).copy_(first)
+                more.narrow(1, 0, self.filled).copy_(first)
             blocks = (more,) if small else (*blocks, more)
-        return Basis(blocks, self.count + 1)
+        return Basis(blocks, self.filled + 1)
 
     def _filled(self) -> list[Tensor]:
         size = self.blocks[0].shape[1]
-        return [block.narrow(1, 0, min(size, self.count - i * size)) for i, block in enumerate(self.blocks)]
+        return [block.narrow(1, 0, min(size, self.filled - i * size)) for i, block in enumerate(self.blocks)]
 
     def inner(self, v: Tensor) -> Tensor:
         """:func:`inner`, with all vectors."""
         if len(self.blocks) == 1:
-            return inner(self.blocks[0].narrow(1, 0, self.count), v)
+            return inner(self.blocks[0].narrow(1, 0, self.filled), v)
         return torch.cat([inner(block, v) for block in self._filled()], 1)
 
     def less(self, v: Tensor, weights: Tensor) -> Tensor:
         """:func:`less`, by all vectors."""
         if len(self.blocks) == 1:
-            return less(v, weights, self.blocks[0].narrow(1, 0, self.count))
+            return less(v, weights, self.blocks[0].narrow(1, 0, self.filled))
         blocks = self._filled()
         for block, part in zip(blocks, weights.split([block.shape[1] for block in blocks], 1), strict=True):
             v = less(v, part, block)
@@ -110,7 +110,7 @@ class Basis(NamedTuple):
 
     def select(self, rows: Tensor) -> Basis:
         """Of the rows ``rows`` (ascending, int64 ``[k]``), moved within the same memory."""
-        for i in range(self.count):
+        for i in range(self.filled):
             vector = self.slot(i)
             vector[: len(rows)] = vector.index_select(0, rows)
-        return Basis(tuple(block.narrow(0, 0, len(rows)) for block in self.blocks), self.count)
+        return Basis(tuple(block.narrow(0, 0, len(rows)) for block in self.blocks), self.filled)

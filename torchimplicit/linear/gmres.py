@@ -147,9 +147,11 @@ class _AdaptiveSimplerGMRES(Method):
 
     def select(self, state: _State, rows: Tensor) -> _State:
         """In the memory of the basis, of which a copy would be the most that a solve holds."""
-        rest = select(state._replace(images=(), directions=None), rows)
-        directions = None if state.directions is None else state.directions.select(rows)
-        return rest._replace(images=state.images.select(rows), directions=directions)
+        images, directions = state.images, state.directions
+        rest: _State = select(state._replace(images=Basis((), 0), directions=None), rows)
+        return rest._replace(
+            images=images.select(rows), directions=None if directions is None else directions.select(rows)
+        )
 
     def iterate(self, state: _State) -> tuple[Tensor, Tensor | float, Tensor | None]:
         """The iterate :math:`x + Zt` with :math:`Ut = a`.
