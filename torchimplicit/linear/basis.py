@@ -59,8 +59,11 @@ def less_(v: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
 
 
 class Basis(NamedTuple):
-    """``filled`` vectors of each row. Large ones lie in several blocks of memory: to grow, or to lose rows, they are not
-    copied, since both copies would be the most that a solve holds. Small ones lie in one block, which is quicker."""
+    """``filled`` vectors of each row.
+
+    Large ones lie in several blocks of memory: to grow, or to lose rows, they are not copied, since both copies would
+    be the most that a solve holds. Small ones lie in one block, which is quicker.
+    """
 
     blocks: tuple[Tensor, ...]
     filled: int
