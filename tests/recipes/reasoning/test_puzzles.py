@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations, product
+
 import pytest
 import torch
 
@@ -11,6 +13,9 @@ from torchimplicit.recipes.reasoning.maze import END, START, WALL, Maze
 from torchimplicit.recipes.reasoning.solving import made
 from torchimplicit.recipes.reasoning.sudoku import Sudoku
 from torchimplicit.recipes.runtime.errors import UserError
+
+ARRANGED = list(product([(0, 1), (1, 0)], (0, 1), (0, 1)))
+"""The order of two bands, and whether the lines of each change places."""
 
 
 @pytest.mark.parametrize("side", [4, 6, 9])
@@ -40,6 +45,18 @@ def test_no_clue_can_be_missed_and_difficulty_is_what_it_says():
         filled = Sudoku(9, difficulty).deduced(clues)
         assert all(found in (0, digit) for found, digit in zip(filled, solution, strict=True))
     assert not Sudoku(9, "easy").solvable(clues)
+
+
+def test_small_boards_have_few_puzzles_up_to_symmetry():
+    # 36 minimal ones: every image of a puzzle under the 24 namings and 128 arrangements, and the least of them
+    lines = [[2 * b + i for b, turn in zip(o, (s, t), strict=True) for i in (turn, 1 - turn)] for o, s, t in ARRANGED]
+    grids = torch.tensor([[[4 * r + c for c in columns] for r in rows] for rows in lines for columns in lines])
+    places = torch.cat([grids, grids.mT]).flatten(1)
+    names = torch.tensor([(0, *order) for order in permutations(range(1, 5))])
+    given, _ = made(Sudoku(4, "hard"), 120, seed=0)
+    images = names[:, given][:, :, places]
+    kinds = (images * 5 ** torch.arange(16)).sum(dim=3).amin(dim=(0, 2))
+    assert 10 <= len(kinds.unique()) <= 36
 
 
 def test_relations_of_places():

@@ -303,6 +303,11 @@ def notes(config: ReasoningGradientsConfig, runs: Runs) -> Iterator[str]:
             f"A small record: boards of {config.side} × {config.side} and short trainings. It does not tell how the "
             "gradients compare on large puzzles."
         )
+    if config.side == 4:
+        yield (
+            "Boards of 4 × 4 have 36 minimal puzzles up to symmetry; the test has those of training, so that "
+            "it measures how fast a network fits."
+        )
     yield from table.still_rising(runs)
     yield from table.diverged(runs)
 
