@@ -219,3 +219,60 @@ def test_anderson_takes_the_same_steps_in_any_unit(kind: str, unit: float) -> No
     plain = steps(1.0, 1.0)
     for other in (steps(unit, 1.0), steps(1.0, unit)):
         assert max(abs(a - b) for a, b in zip(plain, other, strict=True)) <= 1
+
+
+@pytest.mark.parametrize("units", [(1e-26, 1e-26), (1e-20, 1e-26), (1e-13, 1e-13), (1e13, 1e13)])
+@pytest.mark.parametrize("kind", ["least squares", "ball", "box", "simplex", "half-spaces", "prox"])
+def test_extreme_minima_and_their_gradients_are_those_of_plain_units(kind: str, units: tuple[float, float]) -> None:
+    """Of least squares, whose squares underflow twice, and on sets, in single precision."""
+    generator = torch.Generator().manual_seed(0)
+    matrix, b = torch.randn(5, 3, generator=generator), torch.randn(2, 5, generator=generator)
+
+    def found(state: float, size: float) -> tuple[torch.Tensor, torch.Tensor]:
+        x = b.clone().requires_grad_()
+
+        def residuals(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            y = z / state
+            return y @ matrix.T + 0.1 * torch.tanh(y).sum(dim=1, keepdim=True) - x
+
+        sets: dict[str, Any] = {
+            "ball": lambda: ti.L2Ball(0.3 * state),
+            "box": lambda: ti.Box(-0.2 * state, 0.1 * state),
+            "simplex": lambda: ti.Simplex(0.5 * state),
+            "half-spaces": lambda: ti.LinearInequalities(matrix[:2], torch.tensor([0.1, 0.2]) * state),
+            "prox": lambda: ti.Projection(lambda z: z.clamp(-0.2 * state, 0.1 * state)),
+        }
+        if kind == "least squares":
+            problem: Any = ti.LeastSquares(lambda z, x: size * residuals(z, x))
+        else:
+            problem = ti.Minimum(lambda z, x: 0.5 * size * residuals(z, x).square().sum(dim=1), sets[kind]())
+        solution = ti.solve(problem, torch.zeros(2, 3), x)
+        assert solution.converged.all(), solution.summary()
+        value = solution.value / state
+        (slope,) = torch.autograd.grad(value.pow(3).sum(), x)
+        assert solution.adjoint is not None
+        assert solution.adjoint.converged.all(), solution.adjoint
+        return value.detach(), slope
+
+    for got, expected in zip(found(*units), found(1.0, 1.0), strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("units", [(1e-26, 1.0), (1e20, 1.0), (1.0, 1e-26), (1e-26, 1e-26)])
+def test_an_extreme_joint_problem_is_right_or_said(units: tuple[float, float]) -> None:
+    w, t = 0.5 * torch.eye(3), torch.tensor([[0.5, -0.3, 0.2]])
+    state, size = units
+    problem = ti.JointInference(
+        lambda z, x: state * torch.tanh(z / state @ w + x),
+        lambda z, x: size * ((z / state - t).square().sum(dim=1) + 0.1 * x.square().sum(dim=1)),
+        0.1 / size,
+    )
+    solution = ti.solve(problem, (torch.zeros(1, 3), torch.zeros(1, 3)), solver=ti.Anderson(), throw=False)
+    plain = ti.JointInference(
+        lambda z, x: torch.tanh(z @ w + x),
+        lambda z, x: (z - t).square().sum(dim=1) + 0.1 * x.square().sum(dim=1),
+        0.1,
+    )
+    right = ti.solve(plain, (torch.zeros(1, 3), torch.zeros(1, 3)), solver=ti.Anderson()).value.x
+    error = (solution.value.x - right).norm() / right.norm()
+    assert not solution.converged.all() or error < 1e-3, (error, solution.summary())

@@ -17,7 +17,9 @@ from torchimplicit.gradients.nodes import DerivativeRule, LinearSolve, vjp_param
 from torchimplicit.gradients.transforms import Grads, jvp
 from torchimplicit.linear import LinearSolution, LinearSolver
 from torchimplicit.problems.linearization import Linearization
+from torchimplicit.saved import past_hooks
 from torchimplicit.solvers import Solver
+from torchimplicit.solvers.result import Units
 from torchimplicit.validation import check_type
 
 
@@ -75,6 +77,8 @@ class Implicit(DerivativeRule):
                 if compiled is not None:
                     report(task.linear.record, compiled.report)
                     return compiled.grads
+            if task.linear.results and (units := task.linear.results[-1].units) is not None:
+                return self._in_units(task, units, u, z, params, needs_grad)
             # nobody differentiates the result: solve and pull back over one tape, without further nodes
             tape, solution = task.linear.solve(solver, True, u, z, params, needs_grad)
             report(task.linear.record, solution.report)
@@ -82,6 +86,31 @@ class Implicit(DerivativeRule):
             return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True))
         g = LinearSolve.apply(task.linear, solver, True, u, z, *params)
         return vjp_params(task.linear, -g, z, params, needs_grad)
+
+    def _in_units(
+        self,
+        task: SolveTask,
+        units: Units,
+        u: Tensor,
+        z: Tensor,
+        params: Sequence[Tensor],
+        needs_grad: Sequence[bool],
+    ) -> Grads:
+        """The adjoint in the units that the problem was solved in: in its own, products may overflow."""
+        if task.linear.tape is not None:
+            task.linear.tape.check()
+        system = task.system.in_units(*units)
+        assert system is not None
+        with past_hooks():
+            system.anew(params)
+            tape = system.linearize(z / units.state, params, needs_grad)
+            solution = system.solve_linear(
+                tape, True, u * units.state, task.linear.adjoint_solver(self.linear_solver, z)
+            )
+            grads = system.vjp_params(tape, solution.value)
+            task.system.anew(params)
+        report(task.linear.record, solution.report)
+        return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True))
 
     def tangent(self, task: SolveTask, z: Tensor, params: Sequence[Tensor], dparams: Sequence[Tensor | None]) -> Tensor:
         """See :meth:`DerivativeRule.tangent`; differentiable."""

@@ -55,7 +55,7 @@ class FixedPointSystem(ImageSystem):
     def image(self, z: Tensor, *params: Tensor) -> Tensor:
         return self.fn(z, *params)
 
-    def sizes(self, point: Point, params: Sequence[Tensor]) -> tuple[float, float]:
+    def sizes(self, point: Point, params: Sequence[Tensor], first: Tensor | None = None) -> tuple[float, float]:
         assert point.image is not None
         size = max(largest(point.z), largest(point.image))
         return size, size

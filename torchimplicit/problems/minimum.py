@@ -278,13 +278,14 @@ class MinimumSystem(System):
         normal = self._plane(z, tape.params)[0].detach()
         return Point(z, -project(gradient, normal), noise=self.norms(gradient))
 
-    def sizes(self, point: Point, params: Sequence[Tensor]) -> tuple[float, float]:
+    def sizes(self, point: Point, params: Sequence[Tensor], first: Tensor | None = None) -> tuple[float, float]:
         """For least squares, the largest modulus of the state and of the residuals, of which the energy holds
         squares."""
         if self.residuals is None:
-            return super().sizes(point, params)
+            return super().sizes(point, params, first)
         with torch.no_grad():
-            return largest(point.z), largest(self.residuals(point.z, *params))
+            at = point.z if first is None else torch.zeros_like(point.z)
+            return largest(point.z), largest(self.residuals(at, *params))
 
     def in_units(self, state: float, size: float) -> Self:
         fn, residuals, plane = self.fn, self.residuals, self.hyperplane

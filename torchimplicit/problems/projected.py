@@ -17,7 +17,7 @@ from torchimplicit.notices import notice
 from torchimplicit.precision import safe_norm
 from torchimplicit.problems.linearization import Linearization
 from torchimplicit.problems.sets import FlatPolyhedron, FlatSet
-from torchimplicit.problems.system import Point, System, recorded_slope, slope, vmapped
+from torchimplicit.problems.system import Point, System, largest, recorded_slope, slope, vmapped
 
 ENTRIES = 2**24
 """The most entries of the Hessians that are assembled for a step."""
@@ -28,6 +28,10 @@ faces are lost in rounding."""
 
 KINK = 1e-6
 """A point is moved by this share of its size to test whether it lies on a kink of the projection."""
+
+
+_OF_SETS = ("newton", "projector", "extent", "dependent")
+"""The functions of a set that a system may have, beside the projection."""
 
 
 @final
@@ -50,6 +54,7 @@ class ProjectedSystem(System):
         dependent: ``(z, *params)``, see :class:`~torchimplicit.problems.sets.FlatSet`; ``None`` where the test is not
             available.
         own: the places of the set's tensors among the parameters.
+        lengths: which of those are lengths, in the unit of the state; ``None`` where that is not known.
         step: the place of :math:`\\sigma` among the parameters, ``[rows, 1]``, about the inverse size of the Hessian.
             It is NaN until it is measured, then the same in all derivatives of one solution.
     """
@@ -62,6 +67,7 @@ class ProjectedSystem(System):
     extent: Callable[..., Tensor] | None = None
     dependent: Callable[..., Tensor] | None = None
     own: range = range(0)
+    lengths: tuple[bool, ...] | None = None
 
     @staticmethod
     def of(fn: Callable[..., Tensor], on: FlatSet, own: slice, **fields: Any) -> ProjectedSystem:
@@ -101,6 +107,7 @@ class ProjectedSystem(System):
             extent=extent,
             dependent=dependent,
             own=range(own.start, own.stop),
+            lengths=on.lengths,
             **fields,
         )
 
@@ -287,6 +294,43 @@ class ProjectedSystem(System):
             dependent=None,
         )
 
+    def sizes(self, point: Point, params: Sequence[Tensor], first: Tensor | None = None) -> tuple[float, float]:
+        """The residual is a step, in the state's unit; it is made of the gradient."""
+        gradient, _ = self.slope(point.z, params)
+        known = (point.z, point.residual) if first is None else (point.z, point.residual, first)
+        return max(map(largest, known)), largest(gradient)
+
+    def in_units(self, state: float, size: float) -> Self:
+        fn, projection, penalty = self.fn, self.projection, self.penalty
+        if self.lengths is None:  # a user's own operator, which knows its own unit alone
+
+            def nearest(at: tuple[Tensor, Tensor], *params: Tensor) -> Tensor:
+                z, step = at
+                return projection((z * state, step * state / size), *params) / state
+
+            return replace(
+                self,
+                fn=lambda z, *params: fn(z * state, *params) / state / size,
+                projection=nearest,
+                penalty=None if penalty is None else lambda z, *params: penalty(z * state, *params) / state / size,
+            )
+        measured = [i for i, is_length in zip(self.own, self.lengths, strict=True) if is_length]
+
+        def scaled(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+            """``function`` of the set, with the set in the new unit."""
+            if function is None:
+                return None
+            return lambda at, *params: function(at, *(p / state if i in measured else p for i, p in enumerate(params)))
+
+        functions: dict[str, Any] = {name: scaled(getattr(self, name)) for name in ("projection", *_OF_SETS)}
+        return replace(self, fn=lambda z, *params: fn(z * state, *params) / state / size, **functions)
+
+    def anew(self, params: Sequence[Tensor]) -> None:
+        params[self.step].fill_(torch.nan)
+
+    def residual_unit(self, state: float, size: float) -> float:
+        return state
+
     def steps(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
         """The step sizes :math:`\\sigma`, ``[rows, 1]``; measured where they are not known yet."""
         if self._unknown(params):
@@ -320,7 +364,9 @@ class ProjectedSystem(System):
             params: the parameters.
         """
         size = safe_norm(gradient.detach())
-        way = gradient.detach() + size[:, None] / z.shape[1] ** 0.5  # not zero where the gradient is sparse
+        along, aside = gradient.detach() / torch.where(size > 0, size, 1)[:, None], z.shape[1] ** -0.5
+        # not zero where the gradient is sparse, nor where it is the opposite
+        way = along + torch.where(((along + aside).abs() < 0.1 * aside).all(dim=1, keepdim=True), 0, aside)
         turned = None
         if gradient.requires_grad:
             (turned,) = torch.autograd.grad(gradient, z, way, retain_graph=True, allow_unused=True)
@@ -328,14 +374,19 @@ class ProjectedSystem(System):
         curvature = size / length  # without curvature, a step as long as the state
         if turned is not None:
             known = safe_norm(turned.clone()) / safe_norm(way)  # clone: it may be autograd's zero without storage
+            # where the derivative of a finite gradient overflows, hardly any step is short enough
+            steep = torch.full_like(known, torch.finfo(known.dtype).max).where(size.isfinite(), 0)
+            known = torch.where(known.isfinite(), known, steep)
             if self.extent is not None:  # a point that is projected from too far away is lost in rounding
                 known = torch.maximum(known, curvature / FURTHEST)
-            curvature = torch.where((known > 0) & known.isfinite(), known, curvature)
+            curvature = torch.where(known > 0, known, curvature)
         curvature = torch.where((curvature > 0) & curvature.isfinite(), curvature, 1)
         held = params[self.step]
         measured = torch.exp2(-curvature.log2().round())
         if measured.numel() < held.numel():  # samples that were joined into one
             measured = measured.repeat_interleave(held.numel() // measured.numel())
+        number = torch.finfo(held.dtype)
+        measured = measured.clamp(number.tiny, number.max)
         if held.numel():
             held.copy_(measured.reshape(-1, *held.shape).amin(dim=0))  # vmap's copies of one problem share it
 

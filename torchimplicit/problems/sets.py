@@ -57,6 +57,11 @@ class FlatSet(ABC):
     tensors: Tensors
     proximal = False
 
+    @property
+    def lengths(self) -> tuple[bool, ...] | None:
+        """Which of the tensors have the state's unit; ``None`` where that is not known."""
+        return None
+
     @abstractmethod
     def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
         """The projection of ``z`` (``[rows, dim]``); ``step`` (``[rows, 1]``) is that of the proximal operator."""
@@ -97,6 +102,7 @@ class FlatBox(LinearSet):
     """A box; its tensors are ``low`` and ``high``, ``[rows or 1, dim]``."""
 
     tensors: Tensors
+    lengths = (True, True)
 
     def piece(self, z: Tensor, *tensors: Tensor) -> Any:
         low, high = tensors
@@ -118,6 +124,7 @@ class FlatSlice(LinearSet):
     the total ``[rows or 1, 1]``."""
 
     tensors: Tensors
+    lengths = (True, True, False, True)
 
     def piece(self, z: Tensor, *tensors: Tensor) -> Any:
         return _slice_ends(z, *(t.expand(len(z), -1) for t in tensors))
@@ -198,6 +205,7 @@ class FlatBall(FlatSet):
     """A ball; its tensors are the radius ``[rows or 1, 1]`` and the center ``[rows or 1, dim]``."""
 
     tensors: Tensors
+    lengths = (True, True)
 
     def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
         radius, center = tensors
@@ -225,6 +233,7 @@ class FlatPolyhedron(LinearSet):
     equalities: int
     dim: int
     memory: Memory = field(default_factory=Memory, compare=False)
+    lengths = (False, True)
 
     def piece(self, z: Tensor, *tensors: Tensor) -> Any:
         matrix, right = self._expanded(len(z), tensors)
@@ -324,6 +333,11 @@ class FlatCut(FlatSet):
 
     linear: LinearSet
     tensors: Tensors
+
+    @property
+    def lengths(self) -> tuple[bool, ...]:
+        assert self.linear.lengths is not None
+        return *self.linear.lengths, True, True
 
     def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
         *own, radius, center = tensors

@@ -318,14 +318,22 @@ class System(ABC):
         or is shared (``None``)."""
         return replace(self, fn=vmapped(self.fn, size, tuple(dims)), row_params=None)
 
-    def sizes(self, point: Point, params: Sequence[Tensor]) -> tuple[float, float]:
-        """The largest modulus of the state, and of the terms of the residual, at ``point``; zero where not known."""
-        return largest(point.z), largest(point.residual)
+    def sizes(self, point: Point, params: Sequence[Tensor], first: Tensor | None = None) -> tuple[float, float]:
+        """The largest modulus of the state, and of the terms of the residual, at ``point``; zero where not known.
+
+        Args:
+            first: the norms of the residual at the start, which was zero; ``None`` where ``point`` is the first one.
+        """
+        size = largest(point.residual)
+        return largest(point.z), size if first is None else max(size, largest(first))
 
     def in_units(self, state: float, size: float) -> Self | None:
         """The same problem in other units: the state is divided by ``state``, the terms of its residual by ``size``.
         ``None`` where the problem cannot be put so."""
         return None
+
+    def anew(self, params: Sequence[Tensor]) -> None:
+        """Forget what was measured in other units."""
 
     def residual_unit(self, state: float, size: float) -> float:
         """The number that the residual is divided by in the units of :meth:`in_units`."""

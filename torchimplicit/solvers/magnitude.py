@@ -16,7 +16,6 @@ from torchimplicit.closure import is_transformed
 from torchimplicit.precision import safe_norm, widened, working_dtype
 from torchimplicit.problems import Point, System
 from torchimplicit.problems.fixed_point import FixedPointSystem
-from torchimplicit.problems.joint_system import JointSystem
 from torchimplicit.problems.system import largest
 from torchimplicit.solution import Status
 from torchimplicit.solvers.base import Evaluator, Solver
@@ -77,17 +76,26 @@ def first_units(system: System, point: Point, params: Sequence[Tensor], first: T
     if system.in_units(1.0, 1.0) is None or any(map(is_transformed, (point.z, *params))):
         return None
     with torch.no_grad():
-        state, size = system.sizes(point, params)
-        size = size if first is None else max(size, largest(first))
-        if state == 0 and size > 0:  # as far as a step goes
-            image = Evaluator(system, params).product(point.z, (widened(point.residual) / size).to(point.z.dtype))
-            moved = 0.0 if image is None else largest(safe_norm(widened(image)))
-            state = size / moved if moved > 0 else 0.0
+        state, size = system.sizes(point, params, first)
+        if state == 0 and size > 0:
+            guess = system.in_units(size, size)
+            assert guess is not None
+            state = _step_length(system, point.z, params) or size * _step_length(guess, point.z, params)
     lowest, highest = in_range(working_dtype(point.z.dtype))
     if not (state > 0 and size > 0):
         return None
     sizes = state, size, system.residual_unit(state, size)
     return None if lowest < min(sizes) and max(sizes) < highest else Units(_power(state), _power(size))
+
+
+def _step_length(system: System, z: Tensor, params: Sequence[Tensor]) -> float:
+    """How far a step goes from ``z``, by a product of the Jacobian with the residual; zero where that is not known."""
+    evaluate = Evaluator(system, params)
+    residual = widened(evaluate(z).residual)
+    size = largest(residual)
+    image = evaluate.product(z, (residual / size).to(z.dtype)) if size > 0 else None
+    moved = 0.0 if image is None else largest(safe_norm(widened(image)))
+    return size / moved if 0 < moved < math.inf else 0.0
 
 
 def examined(
@@ -103,7 +111,7 @@ def examined(
         solve: runs a solver, see :func:`~torchimplicit.solvers.iterate.iterate`.
         judge: the rule of the loop that led here, for its first batch.
     """
-    if isinstance(system, JointSystem) or any(map(is_transformed, (outcome.z, *params))):
+    if any(map(is_transformed, (outcome.z, *params))):
         return outcome
     if not bool((outcome.report.status != Status.NONFINITE).any()):
         return outcome
@@ -138,12 +146,14 @@ def solved_in(
     """The outcome of the problem in other units, in its own; see :func:`~torchimplicit.solvers.iterate.iterate`."""
     restated = system.in_units(*units)
     assert restated is not None
+    restated.anew(params)
     residual = system.residual_unit(*units)
     changes: dict[str, Any] = {}
     if solver.atol is not None:
         changes["atol"] = pytree.tree_map(lambda a: a / residual, solver.atol)
     since = None if since is None else since / units.state
     found = solve(replace(solver, **changes), restated, z0 / units.state, params, only=only, since=since)
+    system.anew(params)
     return replace(
         found,
         z=found.z * units.state,
