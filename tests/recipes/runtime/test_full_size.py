@@ -115,6 +115,16 @@ def test_weights_of_a_file(tmp_path):
     torch.save({name: p[:1] for name, p in task.state_dict().items()}, file)
     with pytest.raises(UserError, match=r"is of another model: .* in the model"):
         trained(tmp_path / "other", only)
+    torch.save({"state_dict": dict(task.state_dict())}, file)
+    whole = file.read_bytes()
+    at = whole.index(task.equilibrium.cell.linear.weight.detach().numpy().tobytes())
+    for damaged in (whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :], whole[:-1]):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="is damaged"):
+            trained(tmp_path / f"damaged {len(damaged)}", only)
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match="no file of tensors alone"):
+        trained(tmp_path / "empty", only)
     file.write_bytes(b"no tensors")
     with pytest.raises(UserError, match="no file of tensors alone"):
         trained(tmp_path / "none", only)

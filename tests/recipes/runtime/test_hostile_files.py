@@ -215,6 +215,7 @@ class TestMeshes:
             ("a.ply", ply(4, 10**30), "promises"),
             ("a.ply", ply(-1, 4), "does not say how many"),
             ("a.ply", ply(4, 4)[:-12], "promises"),
+            ("a.ply", ply(4, 4).replace(b"3 0 2 1", b"3 0 2 -1"), "not there"),
             ("a.ply", ply(LARGE, 4, bytes(100), "binary_little_endian"), "cannot be read"),
             ("a.ply", ply(4, LARGE, bytes(100), "binary_little_endian"), "cannot be read"),
             ("a.ply", b"ply\nformat ascii 1.0\n" + b"comment x\n" * 10000, "does not say how many"),

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("lightning")
 
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.run import Run, RunOptions, create
+from torchimplicit.recipes.runtime.run import Run, RunOptions, create, of_run
 from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 
 
@@ -95,3 +95,17 @@ def test_products_are_replaced_with_their_run_and_a_broken_run_can_be(tmp_path) 
     run.description.write_text("{")
     create("digits", RunOptions(output=run.path, overwrite=True)).describe("digits", {})
     assert run.read()["recipe"] == "digits"
+
+
+def test_defaults_that_a_strategy_refuses_are_told_in_a_line():
+    from torchimplicit import Anderson
+
+    before = Anderson().memory
+    with (
+        pytest.raises(UserError, match=r"changed by hand: Anderson\.memory is -4"),
+        of_run({"Anderson": {"memory": -4}}),
+    ):
+        pass
+    assert Anderson().memory == before
+    with of_run({"Anderson": {"memory": 3}}):
+        assert Anderson().memory == 3

@@ -411,6 +411,8 @@ def read_file(path: Path, most_faces: int) -> Mesh:
         mesh = _by_trimesh(path)
     if len(mesh.faces) == 0:
         raise UserError(f"{path.name} holds no faces; give a surface of triangles, not a cloud of points")
+    if int(mesh.faces.min()) < 0 or int(mesh.faces.max()) >= len(mesh.vertices):
+        raise UserError(f"{path.name} has a face with a vertex that is not there: it is damaged, or cut short")
     if len(mesh.faces) > most_faces:
         raise UserError(
             f"{path.name} has {len(mesh.faces)} faces; make it coarser, or allow more: --most-faces {len(mesh.faces)}"

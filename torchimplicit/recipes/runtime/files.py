@@ -159,7 +159,7 @@ def read_json(path: Path, quiet: bool = False) -> dict[str, Any]:
     try:
         plain = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{path} cannot be read, for it is no JSON ({_reason(error)}); {_AGAIN}") from None
+        raise DamagedFileError(f"{path} cannot be read, for it is no JSON ({reason(error)}); {_AGAIN}") from None
     if not isinstance(plain, dict):
         raise DamagedFileError(f"{path} cannot be read, for it holds no JSON object; {_AGAIN}")
     seal = plain.pop(CHECKSUM, None)
@@ -207,7 +207,7 @@ def load(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
     except Exception as error:  # whatever a damaged file leads an unpickler into
-        raise DamagedFileError(f"{path} cannot be read ({_reason(error)})") from None
+        raise DamagedFileError(f"{path} cannot be read ({reason(error)})") from None
 
 
 def verify(path: Path) -> None:
@@ -221,7 +221,7 @@ def verify(path: Path) -> None:
             if mark.startswith(_MARK):
                 if mark != _MARK + _digest(file, size - _TAIL).encode():
                     raise DamagedFileError(f"{path} is damaged: it does not have the checksum that it was written with")
-            elif tail[-_END : -_END + 4] != b"PK\5\6":
+            elif tail[-_END : -_END + 4] != b"PK\5\6" or tail[-2:] != b"\0\0":  # whose comment is cut off
                 raise DamagedFileError(f"{path} is damaged: it is cut short, or no file of torch")
         _check_archive(path)
     except OSError as error:
@@ -237,7 +237,7 @@ def _check_archive(path: Path) -> None:
     except OSError:
         raise
     except Exception as error:  # BadZipFile, and whatever else a damaged directory leads to
-        raise DamagedFileError(f"{path} is damaged ({_reason(error)})") from None
+        raise DamagedFileError(f"{path} is damaged ({reason(error)})") from None
     if broken is not None:
         raise DamagedFileError(f"{path} is damaged, in its part {broken!r}")
 
@@ -286,7 +286,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """An error in one line."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib import import_module, metadata
@@ -62,9 +62,9 @@ def of_run(noted: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
     before: list[tuple[dict[str, Any], str, Any]] = []
     strategies = _strategies()
     try:
-        for name, fields in noted.items():
+        for name, known in noted.items():
             now = _plain_defaults(strategies[name]) if name in strategies else {}
-            for field, value in fields.items():
+            for field, value in known.items():
                 was = _tuples(value)
                 if field not in now:
                     say_once(f"the run had {name}({field}={was!r}), which this version does not know")
@@ -73,10 +73,25 @@ def of_run(noted: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
                     table: dict[str, Any] = strategies[name].__init__.__kwdefaults__  # type: ignore[misc]
                     before.append((table, field, table[field]))
                     table[field] = was
+                    _check(strategies[name])
         yield
     finally:
         for table, field, value in reversed(before):
             table[field] = value
+
+
+def _check(kind: type) -> None:
+    """Raise where a strategy refuses the defaults that it now has.
+
+    Raises:
+        UserError: it does.
+    """
+    required = [one for one in fields(kind) if one.init and one.default is MISSING and one.default_factory is MISSING]
+    if not required:
+        try:
+            kind()
+        except (TypeError, ValueError) as error:
+            raise UserError(f"run.json was changed by hand: {error}") from None
 
 
 @cache

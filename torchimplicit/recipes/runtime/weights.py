@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchimplicit.nn import convert_state_dict
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.files import no_larger
+from torchimplicit.recipes.runtime.files import no_larger, reason, verify
 
 LARGEST = 1 << 34
 """Largest file accepted, in bytes."""
@@ -31,11 +31,15 @@ def begin_with(task: nn.Module, path: Path) -> None:
     """
     no_larger(path, LARGEST)
     try:
+        if _is_archive(path):  # torch itself passes over an archive's checksums
+            verify(path)
         read = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError as error:
+        raise UserError(f"--weights: {error}") from None
     except OSError as error:
         raise UserError(f"--weights {path} cannot be read ({error.strerror})") from None
     except Exception as error:  # of what else a file may hold: many kinds
-        raise UserError(f"--weights {path} is no file of tensors alone ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--weights {path} is no file of tensors alone ({reason(error)})") from None
     state = _state(read, path)
     own = task if any(name in state for name in task.state_dict()) else getattr(task, "model", task)
     own = own if not all(name.startswith("task.") for name in state) else nn.ModuleDict({"task": task})
@@ -45,6 +49,12 @@ def begin_with(task: nn.Module, path: Path) -> None:
         raise UserError(f"--weights {path}: {error}") from None
     _fits(own.state_dict(), converted, path)
     own.load_state_dict(converted)
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether it is a zip archive, as ``torch.save`` has written since version 1.6."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\3\4"
 
 
 def _state(read: Any, path: Path) -> dict[str, Any]:
