@@ -15,7 +15,7 @@ def test_points_at_rest_keep_what_they_are_judged_by() -> None:
             torch.full((3, 2), sign),
             image=torch.ones(3, 2),
             error=torch.full((3,), sign),
-            judgement=Judgement(*(torch.full((3,), k * sign) for k in (2, 3, 4))),
+            judgement=Judgement(*(torch.full((3,), k * sign) for k in (2, 3, 4, 5))),
         )
         for sign in (1.0, -1.0)
     )
