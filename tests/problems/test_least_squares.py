@@ -171,7 +171,7 @@ def test_curvature_and_derivatives_know_it():
 def test_equilibrium_propagation_takes_a_solver_of_minima():
     observed = observations(2).requires_grad_()
     start, problem = torch.ones(2, 2, dtype=F64), ti.LeastSquares(decay)
-    with pytest.raises(ValueError, match="no sum of squares"):
+    with pytest.raises(ValueError, match="not a sum of squares"):
         ti.solve(problem, start, observed, gradient=ti.EquilibriumPropagation())
     nudged = ti.EquilibriumPropagation(solver=ti.LBFGS())
     got = ti.solve(problem, start, observed, gradient=nudged).value
