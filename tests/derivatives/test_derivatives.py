@@ -404,7 +404,7 @@ class TestFaults:
         [
             ((), "one entry for each of the problem's 1 arguments"),
             ((None,), "no argument moves"),
-            ((torch.ones(2),), r"entry 0 is torch.float\d+ of \[2\]"),
+            ((torch.ones(2),), r"entry 0 is torch.float\d+ of shape \[2\]"),
             (([torch.ones(BATCH, INPUTS)],), "has the structure"),
         ],
     )

@@ -262,7 +262,7 @@ def test_iterates_on_the_way_are_refused(steps):
 
 
 def test_a_warm_start_is_refused():
-    with pytest.raises(ValueError, match="Reversible differentiates the steps"):
+    with pytest.raises(ValueError, match="Reversible differentiates the solver's steps"):
         ti.nn.Equilibrium(torch.nn.Identity(), gradient=ti.Reversible(), warm_start=True)
 
 

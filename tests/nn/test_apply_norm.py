@@ -111,7 +111,7 @@ def test_an_attention_layer_computes_with_its_normalized_weights():
 @pytest.mark.parametrize(
     ("prepare", "options", "message"),
     [
-        (lambda m: m, {"skip": "embd"}, "skip names 'embd', and Network has no such module"),
+        (lambda m: m, {"skip": "embd"}, "skip names 'embd', but Network has no such module"),
         (lambda m: m, {"skip": ["cell", "encoder"]}, "no linear layer, convolution or attention in Network"),
         (lambda m: weight_norm(m.encoder[0]), {}, "encoder.0.weight already has a parametrization"),
         (lambda m: theirs.orthogonal(m.cell["conv"]), {}, "cell.conv.weight already has a parametrization"),

@@ -112,8 +112,8 @@ class TestCount:
         ({"steps": (3, 2)}, "least <= most"),
         ({"steps": (1, 2.5)}, "whole numbers"),
         ({"rtol": (1e-2, 0.0), "over": 3}, "positive"),
-        ({"rtol": (1e-2, 1e-3)}, "over says in how many steps"),
-        ({"steps": (1, 2), "over": 3}, "over says in how many steps"),
+        ({"rtol": (1e-2, 1e-3)}, "over is the number of training steps"),
+        ({"steps": (1, 2), "over": 3}, "over is the number of training steps"),
         ({"atol": (1e-2, 1e-3), "over": 0}, "at least 1"),
     ],
 )
@@ -126,7 +126,7 @@ def test_bad_budgets(options, said):
     ("options", "said"),
     [
         ({"budget": Budget(steps=(1, 2))}, "give solver="),
-        ({"budget": Budget(steps=(1, 2)), "solver": ti.Anderson(), "compile": True}, "compiled anew"),
+        ({"budget": Budget(steps=(1, 2)), "solver": ti.Anderson(), "compile": True}, "compile it again"),
         ({"budget": Budget(steps=(0, 2)), "solver": ti.Anderson()}, "max_steps"),
         ({"budget": Budget(rtol=(1.0, 0.1), over=2), "solver": ti.Anderson(steps=3)}, "rtol would have no effect"),
     ],

@@ -168,7 +168,7 @@ def test_spectral_norms_without_the_left_vector_agree_where_it_belongs_to_the_we
     cell = apply_norm(Cell().double(), spectral_norm, scale=True).eval()
     assert_loads(cell, state, cell, plain_cell(state))
     assert not recwarn.list
-    with pytest.warns(UserWarning, match=r"paired=True\) does as the old one") as caught:
+    with pytest.warns(UserWarning, match=r"paired=True\) gives the saved model's value") as caught:
         cell.load_state_dict(convert_state_dict(spectral_normed(stale=0.3), cell))
     assert caught[0].filename == __file__
 
@@ -238,7 +238,7 @@ def test_a_checkpoint_that_has_both_names_may_not_contradict_itself():
     both = prefixed(state, "func.") | prefixed(state, "layer.cell.")
     assert_loads(model, both, model.func, plain_cell(state))
     both["layer.cell.mix.weight_g"] = both["func.mix.weight_g"] + 1
-    with pytest.raises(ValueError, match="are one tensor in the model, and have different values"):
+    with pytest.raises(ValueError, match="are one tensor in the model, but have different values"):
         convert_state_dict(both, model)
 
 
@@ -275,18 +275,18 @@ def test_the_normalizations_of_pytorch(norm, hook):
             weight_normed,
             None,
             {},
-            "conv.weight is normalized in the checkpoint .*, and not in the model: call apply_norm",
+            "conv.weight is normalized in the checkpoint .*, but not in the model: call apply_norm",
         ),
         (spectral_normed, None, {}, "conv.weight is normalized in the checkpoint"),
-        (weight_normed, spectral_norm, {}, "has weight normalization in the checkpoint, and spectral normalization in"),
-        (spectral_normed, weight_norm, {}, "has spectral normalization in the checkpoint, and weight normalization in"),
+        (weight_normed, spectral_norm, {}, "has weight normalization in the checkpoint, but spectral normalization in"),
+        (spectral_normed, weight_norm, {}, "has spectral normalization in the checkpoint, but weight normalization in"),
         (weight_normed, weight_norm, {"target": 1.0}, "normalize it with target=None"),
         (lambda: weight_normed(scale=False), weight_norm, {}, "normalize it with target= the target norm"),
         (spectral_normed, spectral_norm, {}, "normalize it with scale=True"),
         (lambda: spectral_normed(scale=False), spectral_norm, {"scale": True}, "scale=False and bound="),
         (lambda: {"state_dict": weight_normed(), "epoch": 3}, weight_norm, {}, r"pass one of them \(state_dict\)"),
-        (lambda: {"epoch": 3}, weight_norm, {}, "this is no state dict"),
-        (lambda: {}, weight_norm, {}, "this is no state dict"),
+        (lambda: {"epoch": 3}, weight_norm, {}, "this is not a state dict"),
+        (lambda: {}, weight_norm, {}, "this is not a state dict"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_the_model_is_refused_in_words(state, norm, options, message):

@@ -236,7 +236,7 @@ def test_a_shared_mask_has_the_gradient_of_the_masked_map(x):
     [
         ({"shared": 1.0}, TypeError, "must be a dimension or several"),
         ({"shared": (1, True)}, TypeError, "must be a dimension or several"),
-        ({"shared": 1, "spatial": True}, ValueError, "take it or shared"),
+        ({"shared": 1, "spatial": True}, ValueError, "not both"),
     ],
 )
 def test_bad_options(options, error, message):
@@ -246,7 +246,7 @@ def test_bad_options(options, error, message):
 
 @pytest.mark.parametrize("shared", [0, -3, 3, -4, (1, 5)])
 def test_a_dimension_that_is_not_there_or_is_the_batch(shared):
-    with pytest.raises(ValueError, match="must name one of its dimensions, and not the batch"):
+    with pytest.raises(ValueError, match="must be one of its dimensions other than the batch"):
         Equilibrium(Injecting(VariationalDropout(shared=shared)))(torch.ones(2, 3, 4))
 
 
@@ -259,7 +259,7 @@ def test_a_place_of_another_shape_gets_no_broadcast_mask():
         def forward(self, z, x):
             return self.dropout(x) + self.dropout(z[:1])
 
-    with pytest.raises(RuntimeError, match="Places of different shapes need a module each"):
+    with pytest.raises(RuntimeError, match="Uses with different shapes need a module each"):
         Equilibrium(Twice())(torch.ones(3, 2))
 
 

@@ -230,7 +230,7 @@ class TestInputs:
                 z = z[..., None] if isinstance(self.mix, nn.Conv1d) else z
                 return torch.tanh(0.1 * self.mix(z).reshape(-1, 8) + self.inject(x))
 
-        with pytest.raises(ValueError, match=r"zeros like the first input were taken, shape \(4, 5\).*initial_state"):
+        with pytest.raises(ValueError, match=r"began at zeros like the first input, shape \(4, 5\).*initial_state"):
             Equilibrium(Cell())(torch.zeros(4, 5))
         assert Equilibrium(Cell())(torch.zeros(4, 5), z0=torch.zeros(4, 8)).shape == (4, 8)
 
@@ -291,7 +291,7 @@ class TestSolvers:
 
     def test_a_gradient_for_a_call_must_suit_the_warm_start(self):
         layer, x = layer_and_input(warm_start=True)
-        with pytest.raises(ValueError, match="Unrolled differentiates the steps"):
+        with pytest.raises(ValueError, match="Unrolled differentiates the solver's steps"):
             layer(x, gradient=ti.Unrolled())
 
     def test_a_name_for_a_solver_of_a_call(self):

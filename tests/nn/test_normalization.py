@@ -334,13 +334,13 @@ def test_the_result_of_a_hook_is_not_normalized_again():
         (lambda: spectral_norm(nn.Linear(2, 2), iterations=0), "iterations"),
         (lambda: spectral_norm(nn.Linear(2, 2), dim=2), "no dimension 2"),
         (lambda: weight_norm(nn.Linear(2, 2), dim=-3), "no dimension -3"),
-        (lambda: weight_norm(nn.Linear(2, 2), target=0), "target is 0, and must be a positive"),
-        (lambda: weight_norm(nn.Linear(2, 2), clip=float("inf")), "clip is inf, and must be a positive finite"),
-        (lambda: spectral_norm(nn.Linear(2, 2), clip=-1.0), "clip is -1.0, and must be a positive finite"),
+        (lambda: weight_norm(nn.Linear(2, 2), target=0), "target is 0, but must be a positive"),
+        (lambda: weight_norm(nn.Linear(2, 2), clip=float("inf")), "clip is inf, but must be a positive finite"),
+        (lambda: spectral_norm(nn.Linear(2, 2), clip=-1.0), "clip is -1.0, but must be a positive finite"),
         (lambda: spectral_norm(nn.Linear(2, 2), only_above=True, clip=2.0), "only_above=True means clip=1"),
         (lambda: weight_norm(nn.LazyLinear(2)), "has no shape yet"),
-        (lambda: weight_norm(spectral_norm(nn.Linear(2, 2))), "must be the first: take target="),
-        (lambda: spectral_norm(spectral_norm(nn.Linear(2, 2)), scale=True), "must be the first: take scale=False"),
+        (lambda: weight_norm(spectral_norm(nn.Linear(2, 2))), "must be the first: use target="),
+        (lambda: spectral_norm(spectral_norm(nn.Linear(2, 2)), scale=True), "must be the first: use scale=False"),
     ],
 )
 def test_errors(make, message):

@@ -82,7 +82,7 @@ def test_the_output_may_be_changed_in_place(layer, x):
 
 
 def test_with_unrolled_it_is_refused():
-    with pytest.raises(ValueError, match="Unrolled differentiates the steps that are taken"):
+    with pytest.raises(ValueError, match="Unrolled differentiates the solver's steps"):
         Equilibrium(TanhCell(), warm_start=True, gradient=ti.Unrolled())
 
 

@@ -115,7 +115,7 @@ def test_refuses(leaves):
     kept, plain = solved(Implicit(), leaves), solved(Implicit(), leaves, keep_trajectory=False)
     with pytest.raises(ValueError, match=r"solve with a solver that has keep_trajectory=True, for example Anderson"):
         fixed_point_correction(plain, loss)
-    with pytest.raises(ValueError, match=r"gamma is 0.0, and must lie in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"gamma is 0.0, but must lie in \(0, 1\]"):
         fixed_point_correction(kept, loss, gamma=0.0)
     with pytest.raises(ValueError, match="count is 0, and must be at least 1"):
         fixed_point_correction(kept, loss, count=0)

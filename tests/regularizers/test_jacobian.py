@@ -65,7 +65,7 @@ def test_states_that_are_trees_or_one_system():
 
 def test_refuses():
     z = normal(2, 3)
-    with pytest.raises(TypeError, match="needs a map, and a minimum has an energy: give FixedPoint or Root"):
+    with pytest.raises(TypeError, match="needs a map, but a minimum has an energy: give FixedPoint or Root"):
         jacobian_frobenius(Minimum(lambda z: z.sum(1)), z)
     with pytest.raises(ValueError, match="jacobian_frobenius: samples is 0, and must be at least 1"):
         jacobian_frobenius(FixedPoint(torch.cos), z, samples=0)

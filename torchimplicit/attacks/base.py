@@ -1,4 +1,4 @@
-"""What attacks have in common: the set that they search, the mode of the model, and how they are called."""
+"""The base class of attacks: the set of allowed changes, the mode of the model, and the call."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Norm = Literal["l2", "linf"]
 
 
 class Found(NamedTuple):
-    """What an attack has found.
+    """The result of an attack.
 
     Attributes:
-        images: changed, within the ball and the range of the pixels.
-        change: of the images.
-        states: of the model's equilibria in the order of its calls, approximately: starts for exact solves.
-        evaluations: of the equilibria's maps, and products with their Jacobians, in whole-batch equivalents. A step of
-            :class:`JIIO` is one of each.
-        solves: the figures of every solve: one of :class:`JIIO`, one in each step of :class:`PGD`.
+        images: the adversarial images, within the ball and the range of the pixels.
+        change: their difference from the given images.
+        states: approximate states of the model's equilibria, in the order of its calls: good starts for exact solves.
+        evaluations: the number of evaluations of the equilibria's maps and of products with their Jacobians, in
+            whole-batch equivalents. A step of :class:`JIIO` is one of each.
+        solves: the figures of every solve: one for :class:`JIIO`, one per step for :class:`PGD`.
     """
 
     images: Tensor
@@ -49,18 +49,24 @@ Parts = tuple[Tensor, tuple[Any, ...], float, tuple[Solution, ...]]
 class Attack(ABC):
     """An attack on a classifier with an equilibrium inside, called as ``adversarial = attack(images, labels)``.
 
-    The model is any module from images to scores that calls an :class:`~torchimplicit.nn.Equilibrium`: its code before
-    and after the layer is run as it is. It is attacked in eval mode, and left as it was; no weight gets a gradient.
+    The model is any module from images to scores that calls an :class:`~torchimplicit.nn.Equilibrium`; its code before
+    and after the layer runs unchanged. It is attacked in eval mode and put back into its mode afterwards; no weight
+    gets a gradient.
 
     Args:
-        model: from images ``[batch, ...]`` to scores ``[batch, classes]``.
-        radius: of the ball around each image, in ``norm`` of all its pixels: .5, or 8 / 255.
+        model: a module from images ``[batch, ...]`` to scores ``[batch, classes]``.
+        radius: the radius of the ball around each image, in the norm ``norm`` over all its pixels, such as 0.5 for
+            ``"l2"`` or 8 / 255 for ``"linf"``.
         norm: ``"l2"`` or ``"linf"``.
-        steps: how many.
-        step_size: of the image, as a share of the radius.
-        targeted: whether the labels are what the images are to be taken for; otherwise, what not.
-        low, high: the range of the pixels, numbers or tensors like an image: what is found lies in it as well as in
-            the ball.
+        steps: the number of steps.
+        step_size: the length of a step of the image, as a fraction of the radius.
+        targeted: whether the labels are the classes that the attack aims at, rather than the true classes.
+        low, high: the range of the pixels, numbers or tensors like an image; the adversarial images lie in it as well
+            as in the ball.
+
+    Raises:
+        TypeError: the model is not a module.
+        ValueError: a number is out of range.
     """
 
     model: nn.Module
@@ -79,59 +85,62 @@ class Attack(ABC):
             raise TypeError(f"{name} attacks an nn.Module, not a {type(self.model).__name__}")
         for field in ("radius", "step_size"):
             if not 0 < getattr(self, field) < float("inf"):
-                raise ValueError(f"{name}.{field} is {getattr(self, field)}, and must be positive and finite")
+                raise ValueError(f"{name}.{field} is {getattr(self, field)}, but must be positive and finite")
         if self.norm not in ("l2", "linf"):
-            raise ValueError(f'{name}.norm is {self.norm!r}, and must be "l2" or "linf"')
+            raise ValueError(f'{name}.norm is {self.norm!r}, but must be "l2" or "linf"')
         at_least(name, "steps", self.steps, 1)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Images like those given, that the model takes for something else.
+        """Adversarial images near the given ones.
 
         Args:
             images: floating-point, ``[batch, ...]``, in the range of the pixels.
             labels: int64 ``[batch]``.
 
+        Returns:
+            a tensor like ``images``. The attack need not have succeeded: compare the model's classes.
+
         Raises:
-            ValueError: images outside the range, labels that do not fit, a model without an equilibrium.
+            ValueError: the images are outside the range of the pixels, the labels do not fit, or the model contains no
+                equilibrium.
         """
         return self.find(images, labels).images
 
     def find(self, images: Tensor, labels: Tensor) -> Found:
-        """The images with the states of the equilibria, and what the attack has cost."""
+        """The adversarial images with the states of the equilibria and the cost of the attack."""
         self._check(images, labels)
         with _evaluating(self.model), warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a budget of steps is what an attack has
+            # an attack runs a number of steps, and need not converge
+            warnings.simplefilter("ignore", ConvergenceWarning)
             images = images.detach()
             change, states, evaluations, solves = self._found(Replaced(self.model), images, labels)
             low, high = (torch.as_tensor(bound).to(images) for bound in (self.low, self.high))
-            changed = torch.clamp(images + change, low, high)  # to the last bit
+            changed = torch.clamp(images + change, low, high)  # the sum may leave the range by a rounding error
         return Found(changed, changed - images, states, evaluations, solves)
 
     @abstractmethod
     def _found(self, model: Replaced, images: Tensor, labels: Tensor) -> Parts:
-        """The change, the states, the evaluations, and the solves' figures."""
+        """Run the attack: the change, the states, the evaluations, and the figures of the solves."""
 
     def _loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """What is lowered, ``[batch]``."""
+        """The loss that the attack minimizes, ``[batch]``."""
         loss = functional.cross_entropy(scores, labels, reduction="none")
         return loss if self.targeted else -loss
 
     def _room(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What the pixels can change by, down and up, like the images."""
-        return self.low - images, self.high - images
+        """The bounds of the change of every pixel, like the images: the range, and in the maximum norm the ball too."""
+        low, high = self.low - images, self.high - images
+        return (low.clamp_min(-self.radius), high.clamp_max(self.radius)) if self.norm == "linf" else (low, high)
 
     def _set(self, images: Tensor) -> Box | tuple[L2Ball, Box]:
-        """The changes that are searched."""
-        low, high = self._room(images)
-        if self.norm == "linf":
-            return Box(low.clamp_min(-self.radius), high.clamp_max(self.radius))
-        return L2Ball(self.radius), Box(low, high)
+        """The set of allowed changes."""
+        box = Box(*self._room(images))
+        return box if self.norm == "linf" else (L2Ball(self.radius), box)
 
     def _onto(self, images: Tensor) -> Callable[[Tensor], Tensor]:
-        """The projection of changes onto that set."""
+        """The projection of changes onto the set of allowed ones."""
         low, high = self._room(images)
         if self.norm == "linf":
-            low, high = low.clamp_min(-self.radius), high.clamp_max(self.radius)
             return lambda change: torch.clamp(change, low, high)
         center = torch.zeros_like(images).flatten(1)
         box = FlatBox((low.flatten(1), high.flatten(1)))
@@ -145,14 +154,14 @@ class Attack(ABC):
             raise ValueError(f"{name} needs images as a floating-point tensor [batch, ...], in the range of the pixels")
         if labels.shape != images.shape[:1] or labels.is_floating_point():
             raise ValueError(
-                f"{name} needs one class for each of the {len(images)} images, int64 [{len(images)}], and got "
+                f"{name} needs one class for each of the {len(images)} images, int64 [{len(images)}], but got "
                 f"{labels.dtype} {list(labels.shape)}"
             )
-        low, high = self._room(images)
+        low, high = self.low - images, self.high - images
         slack = 1e-6 * float((high - low).max()) if images.numel() else 0.0
         if bool(((low > slack) | (high < -slack)).any()):
             raise ValueError(
-                f"{name} was made for pixels in its range, low to high, and the images reach from "
+                f"{name} was made for pixels in its range, low to high, but the images reach from "
                 f"{float(images.min()):g} to {float(images.max()):g}: give low= and high= as the images have them (for "
                 "standardized ones, (0 - mean) / deviation and (1 - mean) / deviation)"
             )
@@ -160,7 +169,7 @@ class Attack(ABC):
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, no weight with a gradient; and back, each as it was."""
+    """Put every module into eval mode and freeze all weights while the context lasts."""
     modes = {module: module.training for module in model.modules()}
     weights = [weight for weight in model.parameters() if weight.requires_grad and weight.is_leaf]
     model.eval()

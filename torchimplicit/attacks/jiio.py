@@ -1,4 +1,4 @@
-"""The attack that finds the image and the equilibrium by one iteration."""
+"""The JIIO attack, which finds the image and the equilibrium by one joint iteration."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from torchimplicit.solvers import FixedPointIteration, Solver
 @final
 @dataclass(frozen=True, eq=False)
 class JIIO(Attack):
-    """Joint inference and input optimization (Gurumurthy et al. 2021): the change of the image, the equilibrium and its
-    adjoint by one fixed-point iteration, whose step costs one run of the model without a solve, and its backward pass.
+    """Joint inference and input optimization (Gurumurthy et al. 2021), which finds the change of the image, the
+    equilibrium and its adjoint by one fixed-point iteration.
 
-    The change takes normalized steps: along its gradient in the 2-norm, by the gradient's sign in the maximum norm.
-    Image by image, the iterate of the highest cost is what is found (see :class:`~torchimplicit.JointInference`).
+    A step costs one run of the model without a solve, and its backward pass. The change takes normalized steps: along
+    the gradient in the 2-norm, along its sign in the maximum norm. For each image, the result is the iterate with the
+    highest loss (see :class:`~torchimplicit.JointInference`).
 
     Args:
         model, radius, norm, steps, step_size, targeted, low, high: see :class:`Attack`.
-        last_step_size: what the share falls to, from ``step_size`` on, by a factor that is the same in every step;
-            ``None``: it stays. Long steps first and short ones last are as published.
-        damping: of the states, the adjoints and the change; as published. Where the equilibrium's map contracts well,
-            ``(1, 1, 1)`` is stronger in as many steps.
-        tolerance: relative, of the joint residual: images that reach it are done.
-        solver: by default plain iteration. Anderson's method finds other stationary points of this problem, which is
-            not convex, and weaker attacks.
+        last_step_size: the step size at the last step, which ``step_size`` approaches geometrically; ``None``: it is
+            constant. The default, long steps first and short ones last, is that of the paper.
+        damping: the damping of the states, the adjoints and the change; the default is that of the paper. If the
+            equilibrium's map contracts well, ``(1, 1, 1)`` gives a stronger attack in the same number of steps.
+        tolerance: relative tolerance of the joint residual, at which an image is done.
+        solver: the solver of the joint iteration; ``None``: plain iteration. The problem is not convex, and Anderson's
+            method finds other stationary points, which are weaker attacks.
     """
 
     step_size: float = 1.0
@@ -44,10 +45,10 @@ class JIIO(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.last_step_size is not None and not 0 < self.last_step_size < float("inf"):
-            raise ValueError(f"JIIO.last_step_size is {self.last_step_size}, and must be positive and finite, or None")
+            raise ValueError(f"JIIO.last_step_size is {self.last_step_size}, but must be positive and finite, or None")
 
     def _size(self, step: int) -> float:
-        """Of a step, counted from one."""
+        """The length of step number ``step``, counted from one."""
         last = self.step_size if self.last_step_size is None else self.last_step_size
         share = min(max(step - 1, 0) / max(self.steps - 1, 1), 1.0)
         return self.radius * self.step_size * (last / self.step_size) ** share
@@ -68,11 +69,15 @@ class JIIO(Attack):
             start = model.start(images), torch.zeros_like(images)
             solution = solve(problem, start, images, labels, solver=solver)
         state: JointState = solution.value
+        # each evaluation of the joint map includes one product with the Jacobian, for the adjoint
         return state.x, state.z, 2 * solution.evaluations, (solution.figures(),)
 
 
 class _Both:
-    """The maps and the loss, which one run of the model gives together; the loss is asked for after the maps."""
+    """The equilibria's maps and the loss, which one run of the model computes together.
+
+    :class:`JointInference` calls ``f`` first and then ``loss`` with the same tensors, which reuses the scores.
+    """
 
     def __init__(self, attack: JIIO, model: Replaced):
         self.attack, self.model = attack, model
@@ -80,13 +85,13 @@ class _Both:
         self._scores: Tensor | None = None
 
     def f(self, z: tuple[Any, ...], change: Tensor, images: Tensor, labels: Tensor) -> tuple[Any, ...]:
-        made, self._scores = self.model.once(z, images + change)
+        mapped, self._scores = self.model.once(z, images + change)
         self._at = (z, change, images)
-        return made
+        return mapped
 
     def loss(self, z: tuple[Any, ...], change: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         scores = self._scores
         if scores is None or len(self._at) != 3 or any(a is not b for a, b in zip(self._at, (z, change, images))):
             _, scores = self.model.once(z, images + change)
-        self._at, self._scores = (), None  # the graph goes with the step
+        self._at, self._scores = (), None  # else the graph of this step would stay in memory during the next
         return self.attack._loss(scores, labels)

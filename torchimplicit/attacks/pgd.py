@@ -1,4 +1,4 @@
-"""The attack that solves for an equilibrium, and for its gradient, in every step."""
+"""Projected gradient ascent, which solves for the equilibrium and its gradient in every step."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from torchimplicit.solvers import Solver
 @final
 @dataclass(frozen=True, eq=False)
 class PGD(Attack):
-    """Projected gradient ascent (Madry et al. 2018), each gradient that of an equilibrium.
+    """Projected gradient ascent (Madry et al. 2018), with gradients through the equilibrium.
 
-    The solves begin at the last step's equilibrium. The steps go along the gradient in the 2-norm, and by its sign in
-    the maximum norm. What is found is the last step's image.
+    Each solve begins at the equilibrium of the last step. The steps go along the gradient in the 2-norm, along its sign
+    in the maximum norm. The result is the image after the last step.
 
     Args:
         model, radius, norm, steps, step_size, targeted, low, high: see :class:`Attack`.
-        solver, gradient: of the equilibria; ``None``: the layers' own. A loose tolerance is faster.
-        random_start: whether to begin at a random change within the set.
+        solver, gradient: the solver and the gradient of the equilibria; ``None``: those of the layers. A loose
+            tolerance is faster.
+        random_start: whether to begin at a random change within the ball and the range of the pixels.
     """
 
     solver: Solver | None = None
@@ -44,21 +45,22 @@ class PGD(Attack):
         for _ in range(self.steps):
             change.requires_grad_()
             with torch.enable_grad():
-                scores, found = self._solved(model, images + change, states)
+                scores, solutions = self._solved(model, images + change, states)
                 (slope,) = torch.autograd.grad(self._loss(scores, labels).sum(), change)
-            evaluations += sum(one.evaluations + (one.adjoint.evaluations if one.adjoint else 0) for one in found)
-            solves += [one.figures() for one in found]
-            states = tuple(pytree.tree_map(torch.detach, one.value) for one in found)
+            # after the backward pass, which fills in the adjoint's figures
+            evaluations += sum(one.evaluations + (one.adjoint.evaluations if one.adjoint else 0) for one in solutions)
+            solves += [one.figures() for one in solutions]
+            states = tuple(pytree.tree_map(torch.detach, one.value) for one in solutions)
             change = onto(change.detach() - self.radius * self.step_size * self._direction(slope))
         return change, states, evaluations, tuple(solves)
 
     def _solved(self, model: Replaced, images: Tensor, states: tuple[Any, ...]) -> tuple[Tensor, list[Solution]]:
-        """The scores at the equilibria, solved for from ``states``."""
-        found: list[Solution] = []
+        """The scores at the equilibria, and the solutions found from the starts ``states``."""
+        solutions: list[Solution] = []
 
         def answer(number: int, stated: Stated) -> tuple[Any, Any]:
             layer = stated.layer
-            one = solve(
+            solution = solve(
                 stated.problem,
                 states[number],
                 *stated.inputs,
@@ -66,10 +68,10 @@ class PGD(Attack):
                 gradient=self.gradient or layer.gradient,
                 throw=layer.throw,
             )
-            found.append(one)
-            return one.value, one.aux if layer.has_aux else None
+            solutions.append(solution)
+            return solution.value, solution.aux if layer.has_aux else None
 
-        return model.run(images, answer), found
+        return model.run(images, answer), solutions
 
     def _direction(self, slope: Tensor) -> Tensor:
         if self.norm == "linf":

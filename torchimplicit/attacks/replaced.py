@@ -16,12 +16,12 @@ from torchimplicit.problems import FixedPoint
 
 
 class Stated(NamedTuple):
-    """An equilibrium as the model states it in one of its calls.
+    """The equilibrium of one call of a layer by the model.
 
     Attributes:
-        problem: its fixed point; the cell's parametrized weights are those of :class:`Replaced`.
-        inputs: its arguments.
-        z0: where its solve would begin.
+        problem: the fixed-point problem; the cell's parametrized weights are those of :class:`Replaced`.
+        inputs: the inputs of the layer.
+        z0: the initial state.
         layer: the layer that is called.
     """
 
@@ -32,36 +32,36 @@ class Stated(NamedTuple):
 
 
 class Replaced:
-    """A model whose equilibria take the states that they are given, and solve nothing.
+    """A model whose equilibrium layers return given states instead of solving.
 
-    What lies before and after them is thereby known without being told apart. One inside another's cell is solved as
-    ever. The cells' parametrized weights are computed once, here, without a gradient.
+    So the model's code before and after the layers runs unchanged, and need not be split. An equilibrium inside the
+    cell of another is solved as usual. The cells' parametrized weights are computed once, here, without a gradient.
 
     Args:
-        model: contains an :class:`~torchimplicit.nn.Equilibrium`, or several.
+        model: a module that contains one :class:`~torchimplicit.nn.Equilibrium` or more.
 
     Attributes:
-        layers: those that are replaced.
+        layers: the layers that are replaced.
 
     Raises:
-        ValueError: there is none, or one whose state is one system for the whole batch.
+        ValueError: there is no such layer, or one with ``batched=False``.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
-        found = [module for module in model.modules() if isinstance(module, Equilibrium)]
-        inner = {module for layer in found for module in layer.cell.modules()}
-        self.layers = [layer for layer in found if layer not in inner]
+        layers = [module for module in model.modules() if isinstance(module, Equilibrium)]
+        inner = {module for layer in layers for module in layer.cell.modules()}
+        self.layers = [layer for layer in layers if layer not in inner]
         if not self.layers:
             raise ValueError(
                 f"{type(model).__name__} contains no torchimplicit.nn.Equilibrium, whose state these attacks find "
-                "together with the image: put the layer that is solved for into one, or take an attack for explicit "
-                "networks, such as torchattacks.PGD"
+                "together with the image: wrap the implicit layer in one, or use an attack for explicit networks, such "
+                "as torchattacks.PGD"
             )
         if not all(layer.batched for layer in self.layers):
             raise ValueError(
-                f"an Equilibrium in {type(model).__name__} was made with batched=False: its images share one state, "
-                "and an attack changes each for itself. Make it with batched=True"
+                f"an Equilibrium in {type(model).__name__} was made with batched=False, so that its images share one "
+                "state, but an attack changes each image separately. Make it with batched=True"
             )
         with torch.no_grad():
             self._cells = {
@@ -75,10 +75,10 @@ class Replaced:
         return all(layer.rowwise for layer in self.layers)
 
     def run(self, images: Tensor, answer: Callable[[int, Stated], tuple[Any, Any]]) -> Tensor:
-        """The model's scores ``[batch, classes]``, with the n-th solve's value and aux as ``answer(n, stated)`` says.
+        """The model's scores ``[batch, classes]``, with ``answer(n, stated)`` as the value and aux of its n-th solve.
 
         Raises:
-            ValueError: the model calls no equilibrium, or gives no scores.
+            ValueError: the model calls no equilibrium, or does not return scores.
         """
         count = 0
 
@@ -92,8 +92,8 @@ class Replaced:
         ) -> _Answer:
             nonlocal count
             problem = FixedPoint(self._cells[layer], rowwise=layer.rowwise, has_aux=layer.has_aux, unpack=layer.unpack)
-            begun = layer._initial(inputs) if z0 is None else z0
-            answered = _Answer(*answer(count, Stated(problem, inputs, begun, layer)))
+            start = layer._initial(inputs) if z0 is None else z0
+            answered = _Answer(*answer(count, Stated(problem, inputs, start, layer)))
             count += 1
             return answered
 
@@ -101,67 +101,68 @@ class Replaced:
             scores = self.model(images)
         if not count:
             raise ValueError(
-                f"{type(self.model).__name__} contains an Equilibrium, and calling the model did not use it"
+                f"{type(self.model).__name__} contains an Equilibrium, but calling the model did not use it"
             )
         if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(images):
             shown = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
             raise ValueError(
-                f"{type(self.model).__name__} returned {shown} for {len(images)} images, and an attack needs a "
-                "classifier's scores, [batch, classes]: give a module that returns these alone"
+                f"{type(self.model).__name__} returned {shown} for {len(images)} images, but an attack needs a "
+                "classifier's scores, [batch, classes]: give a module that returns only these"
             )
         return scores
 
     def start(self, images: Tensor) -> tuple[Any, ...]:
-        """Where the solves would begin, one after the other."""
-        begun: list[Any] = []
+        """The initial states of all solves, in the order of the calls."""
+        starts: list[Any] = []
 
         def answer(number: int, stated: Stated) -> tuple[Any, Any]:
-            begun.append(stated.z0)
+            starts.append(stated.z0)
             _, aux = _evaluated(stated, stated.z0)
             return stated.z0, aux
 
         self.run(images, answer)
-        return tuple(begun)
+        return tuple(starts)
 
     def once(self, states: tuple[Any, ...], images: Tensor) -> tuple[tuple[Any, ...], Tensor]:
-        """What each equilibrium's map makes of its state, and the scores at these states."""
-        made: list[Any] = []
+        """One evaluation of each equilibrium's map at its state, and the model's scores at these states."""
+        mapped: list[Any] = []
 
         def answer(number: int, stated: Stated) -> tuple[Any, Any]:
             if number >= len(states):
                 raise ValueError(
-                    "the model calls its equilibria more often in one run than in another: an attack needs their "
-                    "number to be the same"
+                    "the model calls its equilibria more often in one run than in another, but an attack needs the "
+                    "same number of calls in every run"
                 )
             image, aux = _evaluated(stated, states[number])
-            made.append(image)
+            mapped.append(image)
             return states[number], aux
 
         scores = self.run(images, answer)
-        return tuple(made), scores
+        return tuple(mapped), scores
 
 
 def _evaluated(stated: Stated, z: Any) -> tuple[Any, Any]:
-    """The map at ``z``, and what the cell returns beside it."""
+    """The map at ``z``, and its aux (``None`` without ``has_aux``)."""
     problem = stated.problem
-    found = problem.f(*z, *stated.inputs) if problem.unpack else problem.f(z, *stated.inputs)
-    return found if problem.has_aux else (found, None)
+    result = problem.f(*z, *stated.inputs) if problem.unpack else problem.f(z, *stated.inputs)
+    return result if problem.has_aux else (result, None)
 
 
 class _Answer:
-    """What stands in for a solution where nothing was solved."""
+    """A stand-in for the solution of a layer that did not solve."""
 
     def __init__(self, value: Any, aux: Any):
         self.value, self.aux = value, aux
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"under an attack an Equilibrium's solution has a value and aux alone, and no {name}")
+        raise AttributeError(f"during an attack, the solution of an Equilibrium has only value and aux, no {name}")
 
 
 @contextmanager
 def _answering(layers: list[Equilibrium], solved: Callable[..., _Answer]) -> Iterator[None]:
-    """The layers' solves go to ``solved``."""
+    """Replace the ``solve`` of the layers by ``solved`` while the context lasts."""
     for layer in layers:
+        # an attribute of the instance hides the method of the class, which forward calls as self.solve
         layer.__dict__["solve"] = partial(solved, layer)
     try:
         yield

@@ -30,17 +30,18 @@ from torchimplicit.solvers.given import Given
 from torchimplicit.state import detached
 
 DENSE_DIM = 256
-"""The largest state for which the Jacobians are assembled and factorized where no linear solver is named.
+"""The largest state whose Jacobians are assembled and factorized if no linear solver is given.
 
-Near it, that takes about as long as the three iterative solves of a first-order physics loss where these converge
-fast, and a fraction of their time where they converge slowly, which cannot be known beforehand.
+At this size, assembly and factorization take about as long as the three iterative solves of a first-order physics loss
+that converge fast, and a fraction of the time of solves that converge slowly; which of the two it is cannot be known
+beforehand.
 """
 
 DENSE_ENTRIES = 2**24
-"""The most entries that they may have together."""
+"""The most entries that the Jacobians of a batch may have together (128 MiB in float64)."""
 
 ROWS_AT_ONCE = 64
-"""Adjoint vectors of a Jacobian that are pulled back to the argument together: fewer passes, more memory."""
+"""The number of adjoint vectors that are pulled back to the argument in one pass: more need more memory."""
 
 Direction = tuple[Any, ...]
 """One entry for each argument of the problem: a tangent like it, or ``None`` for an argument that does not move."""
@@ -49,15 +50,14 @@ Direction = tuple[Any, ...]
 class Derivatives:
     """Tangents, second derivatives, and Hessians of losses at a solution, with the fewest linear solves.
 
-    With :math:`R(z, a) = 0` and :math:`A = R_z` at the solution, every derivative of z is a linear system with the same
-    :math:`A`, and every gradient one with :math:`A^T`. All of them here run over one evaluation of the problem's
-    function, and over one factorization where :class:`Dense` is chosen. What a method says of its cost counts linear
-    solves, a block of k right-hand sides as k.
+    With :math:`R(z, a) = 0` and :math:`A = R_z` at the solution, every derivative of z solves a linear system with the
+    same :math:`A`, and every gradient one with :math:`A^T` (the implicit function theorem). All methods share one
+    evaluation of the problem's function, and with :class:`Dense` one factorization. The costs given below count linear
+    solves; a block of k right-hand sides counts as k.
 
-    Everything that is returned can be differentiated further, in the arguments and in what the function captures (a
-    network's weights), as long as gradients are recorded: a loss on :attr:`value` and on one :meth:`tangent` takes two
-    more solves for its gradient, so three in all. Where reverse mode is applied twice instead, it takes two for every
-    component of the state, and one.
+    All results can be differentiated further, in the arguments and in captured tensors (a network's weights), if
+    gradients are recorded: a loss on :attr:`value` and on one :meth:`tangent` needs two more solves for its gradient,
+    so three in all. Reverse mode applied twice would need two for every component of the state, and one more.
 
     ::
 
@@ -67,40 +67,42 @@ class Derivatives:
         physics(at.value, velocity).backward()
 
     Args:
-        solution: as :func:`solve` or :meth:`Equilibrium.solve` returned it.
-        linear_solver: for all the solves; ``None``: :class:`Dense` for a small state, else what suits the problem.
+        solution: a solution that :func:`solve` or :meth:`Equilibrium.solve` returned.
+        linear_solver: the linear solver of all solves; ``None``: :class:`Dense` for a small state, else the default of
+            the problem.
 
     Attributes:
-        value: the solution, with its exact derivative whatever estimator it was solved with.
-        solves: right-hand sides so far: ``{"plain": ..., "transposed": ...}``.
-        report: the figures of the last linear solve; ``None`` before the first. A sample whose :math:`A` is singular
-            has ``Status.BREAKDOWN``, and the least-squares solution of least norm.
+        value: the solution, with its exact derivative, whatever estimator it was solved with.
+        solves: the number of right-hand sides so far: ``{"plain": ..., "transposed": ...}``.
+        report: the report of the last linear solve; ``None`` before the first. A sample with a singular :math:`A` has
+            ``Status.BREAKDOWN``, and the least-squares solution of least norm.
 
     Raises:
-        ValueError: the solution does not hold its problem (``Equilibrium.solution`` does not).
+        ValueError: the solution does not hold its problem (as ``Equilibrium.solution``), is complex, belongs to a
+            ``torch.func`` transform, or was found with ``eliminate=True``.
     """
 
     def __init__(self, solution: Solution, *, linear_solver: LinearSolver | None = None):
         if solution.problem is None:
             raise ValueError(
-                "this Solution does not hold its problem, as the attribute solution of an Equilibrium never does: take "
-                "what torchimplicit.solve(...) or layer.solve(x) returns"
+                "this Solution does not hold its problem, as is always the case for the attribute solution of an "
+                "Equilibrium: use the one that torchimplicit.solve(...) or layer.solve(x) returns"
             )
         if any(is_transformed(leaf) for leaf in pytree.tree_leaves((solution.value, solution.args))):
             raise ValueError(
-                "Derivatives works on plain tensors, and this solution belongs to a torch.func transform: apply the "
+                "Derivatives needs plain tensors, but this solution belongs to a torch.func transform: apply the "
                 "transform to torchimplicit.solve itself"
             )
         if isinstance(solution.problem, Minimum) and solution.problem.eliminate:
             raise ValueError(
-                "Derivatives works in coordinates that do not move with the arguments, and under eliminate=True they "
-                "move with the constraint: solve the problem without it"
+                "Derivatives does not support eliminate=True, whose coordinates move with the constraint and so with "
+                "the arguments: solve the problem without it"
             )
         flat = flatten_problem(solution.problem, detached(solution.value), solution.args, capture=True)
         z = flat.z0.detach().clone()
         if flat.layout.complex:
             raise ValueError(
-                "Derivatives works on real states: state the problem in the real view of its complex state "
+                "Derivatives needs a real state: write the problem in the real view of its complex state "
                 "(torch.view_as_real)"
             )
         batch, dim = z.shape
@@ -124,12 +126,12 @@ class Derivatives:
 
     @property
     def solves(self) -> dict[str, int]:
-        """Right-hand sides so far."""
+        """The number of right-hand sides so far."""
         return dict(self._shared.solves)
 
     @property
     def report(self) -> Report | None:
-        """Of the last linear solve."""
+        """The report of the last linear solve."""
         return self._record.report
 
     def tangent(self, direction: Direction) -> Any:
@@ -140,14 +142,17 @@ class Derivatives:
 
         Returns:
             a state like :attr:`value`.
+
+        Raises:
+            ValueError, TypeError: the direction does not fit the arguments, or moves none.
         """
         return self._state(self._tangent(self._flat(direction)))
 
     def tangents(self, directions: Direction) -> Any:
-        """The derivatives along k directions: k solves, as one block.
+        """The derivatives of the solution along k directions: k solves, as one block.
 
         Args:
-            directions: as for :meth:`tangent`, each tensor with the k directions in a dimension before its own.
+            directions: as for :meth:`tangent`, each tensor with an additional first dimension of size k.
 
         Returns:
             a state like :attr:`value`, each tensor with the k directions in dim 0.
@@ -157,12 +162,18 @@ class Derivatives:
     def along(self, direction: Direction, order: int = 1) -> tuple[Any, ...]:
         """The derivatives of orders 1 to ``order`` along ``direction``: ``order`` solves.
 
-        The n-th solves :math:`A z^{(n)} = -D_n`, where :math:`D_n` is the n-th derivative of the residual along the
-        curve :math:`z+\\varepsilon z'+\\dots+\\varepsilon^{n-1}z^{(n-1)}/(n-1)!` at arguments that move by
-        :math:`\\varepsilon`: what the derivatives known so far leave over.
+        The n-th solves :math:`A z^{(n)} = -D_n`, where :math:`D_n` is the n-th derivative in :math:`\\varepsilon` of
+        the residual along the curve :math:`z+\\varepsilon z'+\\dots+\\varepsilon^{n-1}z^{(n-1)}/(n-1)!`, with arguments
+        that move by :math:`\\varepsilon` times the direction.
+
+        Returns:
+            ``order`` states like :attr:`value`.
+
+        Raises:
+            ValueError: ``order`` is below 1, or the direction does not fit the arguments.
         """
         if order < 1:
-            raise ValueError(f"order is {order}, and must be at least 1")
+            raise ValueError(f"order is {order}, but must be at least 1")
         if order > 1:
             self._warn_if_rough()
         return tuple(map(self._state, self._along(self._flat(direction), order)))
@@ -176,16 +187,20 @@ class Derivatives:
         return self._state(self._second(one, other, y, y if other is one else self._tangent(other)))
 
     def jacobian(self, argument: int = 0) -> Any:
-        """The derivative of the solution in one tensor argument: as many solves as it has entries per sample, or as
-        the state has, whichever are fewer.
+        """The derivative of the solution in one tensor argument: as many solves as the argument or the state has
+        entries per sample, whichever are fewer.
 
         Returns:
-            a state like :attr:`value`, each tensor with further dimensions like those of one sample of the argument;
-            of the whole argument, where that does not carry the batch.
+            a state like :attr:`value`, each tensor with the dimensions of one sample of the argument appended; of the
+            whole argument, if it does not carry the batch.
+
+        Raises:
+            ValueError: there is no such argument, or it is not a floating-point tensor.
         """
         own = basis(self._problem, argument)
         batch, dim = self._z.shape
-        # a cotangent of a tensor that all samples share does not tell them apart
+        # Rows need one cotangent of the argument per sample, but that of a shared argument is summed over the samples:
+        # then only columns can be used, however many there are.
         if own.count <= dim or not (own.batched or batch == 1):
             columns = self._tangents(own.directions)  # [p, batch, dim]
             matrix = columns.permute(1, 2, 0)
@@ -198,26 +213,36 @@ class Derivatives:
         return self._tensor(matrix, own.shape)
 
     def gradient(self, loss: Callable[..., Tensor], argument: int = 0) -> Tensor:
-        """The gradient of ``loss(z, *args)`` in one argument: 1 solve."""
+        """The gradient of the scalar ``loss(z, *args)`` in one tensor argument: 1 solve."""
         own = basis(self._problem, argument)
         slope, direct = self._loss_gradients(loss, own)
         g = self._solved(slope, transposed=True)
         return (direct - self._vjp(g, own)).reshape(own.tensor.shape)
 
     def hessian_vector(self, loss: Callable[..., Tensor], vector: Tensor, argument: int = 0) -> tuple[Tensor, Tensor]:
-        """The gradient of ``loss(z, *args)`` in one argument, and its derivative along ``vector``: 3 solves, 2 beyond
-        those of the gradient.
+        """The gradient of ``loss(z, *args)`` in one argument, and its derivative along ``vector``: 3 solves, 2 more
+        than the gradient alone.
+
+        With the Lagrangian :math:`L(z, a)=\\ell(z, a)-g^TR(z, a)`, where :math:`A^Tg=\\ell_z`, the gradient is
+        :math:`L_a`, and its derivative along :math:`\\dot a` is :math:`\\dot L_a-R_a^T\\dot g` with
+        :math:`A^T\\dot g=\\dot L_z`. The dots are derivatives along :math:`(\\dot z, \\dot a)` at constant g.
 
         Args:
             loss: ``loss(z, *args)``, a scalar.
-            vector: like the argument.
-            argument: its number.
+            vector: a tensor like the argument.
+            argument: the number of the argument.
+
+        Returns:
+            two tensors like the argument.
+
+        Raises:
+            ValueError: ``vector`` does not have the shape of the argument, or the loss is not a scalar.
         """
         self._warn_if_rough()
         own = basis(self._problem, argument)
         if vector.shape != own.tensor.shape:
             raise ValueError(
-                f"vector has shape {tuple(vector.shape)}, and argument {argument} has {tuple(own.tensor.shape)}"
+                f"vector has shape {tuple(vector.shape)}, but argument {argument} has {tuple(own.tensor.shape)}"
             )
         slope, direct = self._loss_gradients(loss, own)
         g = self._solved(slope, transposed=True)
@@ -234,10 +259,10 @@ class Derivatives:
     def hessian(self, loss: Callable[..., Tensor], argument: int = 0) -> Tensor:
         """The Hessian of ``loss(z, *args)`` in one tensor argument of n entries: n + 1 solves.
 
-        Where the argument carries the batch, and the loss is a sum over samples, n are the entries of one sample.
+        If the argument carries the batch, the loss must be a sum over samples, and n counts the entries of one sample.
 
         Returns:
-            ``[*argument.shape, *argument.shape]``; where the argument carries the batch,
+            ``[*argument.shape, *argument.shape]``; if the argument carries the batch,
             ``[batch, *sample.shape, *sample.shape]``.
         """
         self._warn_if_rough()
@@ -253,16 +278,18 @@ class Derivatives:
             return _directional(gradients, (self._z, own.tensor), (y, a))[1]
 
         in_z, in_a = torch.func.vmap(image)(tangents, moves)
-        found = own.contracted(tangents, in_z) + own.contracted(moves, in_a)
-        return found.reshape(*own.lead, *own.shape, *own.shape)
+        # the second derivative of the Lagrangian along pairs of curves: no solve per direction beyond its tangent,
+        # since g makes the terms with second derivatives of z vanish
+        matrix = own.contracted(tangents, in_z) + own.contracted(moves, in_a)
+        return matrix.reshape(*own.lead, *own.shape, *own.shape)
 
     def second_derivatives(self, argument: int = 0) -> Any:
         """All second derivatives of the solution in one tensor argument of p entries: p solves for the tangents, and
-        either p(p+1)/2 for the pairs or n adjoint ones for the n components of the state, whichever are fewer.
+        either p(p+1)/2 for the pairs or n adjoint solves for the n components of the state, whichever are fewer.
 
         Returns:
-            a state like :attr:`value`, each tensor with twice the dimensions of one sample of the argument behind its
-            own; of the whole argument, where that does not carry the batch.
+            a state like :attr:`value`, each tensor with the dimensions of one sample of the argument appended twice; of
+            the whole argument, if it does not carry the batch.
         """
         self._warn_if_rough()
         own = basis(self._problem, argument)
@@ -285,7 +312,7 @@ class Derivatives:
             tensor = -torch.einsum("kbn,ijbn->bkij", adjoints, curved)
         return self._tensor(tensor, (*own.shape, *own.shape))
 
-    # flat coordinates from here on
+    # The methods below work in flat coordinates: states [batch, dim], directions as lists over the parameters.
 
     def _residual(self, z: Tensor, *params: Tensor) -> Tensor:
         return self._problem.system.residual(z, *params)
@@ -300,7 +327,7 @@ class Derivatives:
         return pytree.tree_map(lambda *leaves: torch.stack(leaves), *each)
 
     def _tensor(self, matrix: Tensor, inner: Sequence[int]) -> Any:
-        """``[batch, dim, ...]``, of which the last dimensions become ``inner``, with the state's structure."""
+        """``[batch, dim, ...]`` with the state's structure, and its last dimensions reshaped to ``inner``."""
         matrix = matrix.reshape(*matrix.shape[:2], -1)
         each = [self._problem.layout.unflatten(one) for one in matrix.unbind(-1)]
         return pytree.tree_map(lambda *leaves: torch.stack(leaves, dim=-1).reshape(*leaves[0].shape, *inner), *each)
@@ -314,20 +341,22 @@ class Derivatives:
         places = [place for place, t in enumerate(moving) if t is not None]
         tangents = [t for t in moving if t is not None]
         curve = self._curves.setdefault(tuple(places), Curve(self._linear, self._solver, places))
+        # the node Along differentiates a recorded graph, which cannot hold tensors of a torch.func transform
         composed = any(is_transformed(t) for t in tangents)
-        found: list[Tensor] = []
+        derivatives: list[Tensor] = []
         for n in range(1, order + 1):
             if composed:
-                found.append(self._solved(-curve.composed(n, self._z, found, tangents, self._problem.params)))
+                b = -curve.composed(n, self._z, derivatives, tangents, self._problem.params)
+                derivatives.append(self._solved(b))
             else:
-                found.append(Along.apply(curve, n, self._z, *found, *tangents, *self._problem.params))
-        return found
+                derivatives.append(Along.apply(curve, n, self._z, *derivatives, *tangents, *self._problem.params))
+        return derivatives
 
     def _tangent(self, moving: Sequence[Tensor | None]) -> Tensor:
         return self._along(moving, 1)[0]
 
     def _tangents(self, moving: Sequence[Tensor | None]) -> Tensor:
-        """The block ``[k, batch, dim]``."""
+        """The derivatives along k directions, ``[k, batch, dim]``."""
         flat = [t for t in moving if t is not None]
 
         def moved(*tangents: Tensor) -> Tensor:
@@ -340,6 +369,9 @@ class Derivatives:
         return self._solved(-torch.func.vmap(moved)(*flat))
 
     def _second(self, one: Any, other: Any, y: Tensor, w: Tensor) -> Tensor:
+        """The second derivative along two directions with the tangents y and w: the mixed derivative of
+        :math:`R(z+\\varepsilon y+\\eta w, a+\\varepsilon\\dot a+\\eta\\dot b)` is what it has to cancel."""
+
         def residual(e: Tensor, h: Tensor) -> Tensor:
             params = _moved(_moved(self._problem.params, one, e), other, h)
             return self._residual(self._z + e * y + h * w, *params)
@@ -347,7 +379,7 @@ class Derivatives:
         return self._solved(-_mixed(residual, self._z))
 
     def _curvature(self, own: Basis) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """The second derivative of the residual ``[batch, dim]`` along two moves, each a tangent and a direction."""
+        """The second derivative of the residual, ``[batch, dim]``, along two pairs of a tangent and a direction."""
 
         def along(y: Tensor, a: Tensor, w: Tensor, b: Tensor) -> Tensor:
             return _mixed(
@@ -373,7 +405,7 @@ class Derivatives:
             args = self._problem.closure.arguments(params)
             out = loss(self._problem.layout.unflatten(z), *args)
             if out.ndim:
-                raise ValueError(f"loss returned a tensor of shape {tuple(out.shape)}, and must return a scalar")
+                raise ValueError(f"loss returned a tensor of shape {tuple(out.shape)}, but must return a scalar")
             return out if g is None else out - (g * self._residual(z, *params)).sum()
 
         return value
@@ -387,7 +419,7 @@ def _moved(params: Sequence[Tensor], moving: Sequence[Tensor | None], e: Tensor)
 
 
 def _directional(fn: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Any, Any]:
-    """Value and derivative along ``tangents``."""
+    """The value of ``fn`` and its derivative along ``tangents``."""
     out, moved = torch.func.jvp(fn, primals, tangents)[:2]
     return out, moved
 

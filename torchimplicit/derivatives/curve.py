@@ -19,15 +19,16 @@ from torchimplicit.precision import without_autocast
 
 
 class Curve:
-    """A solution whose arguments move, along :math:`z+\\varepsilon z_1+\\varepsilon^2z_2/2+\\dots`.
+    """The curve :math:`z+\\varepsilon z_1+\\varepsilon^2z_2/2+\\dots` of a solution whose arguments move.
 
-    With a row vector w, :math:`\\varphi_0=w^TR` and :math:`\\varphi_{n+1}=\\sum_i\\partial_{z_i}\\varphi_n z_{i+1}+
-    \\partial_a\\varphi_n\\dot a` is w times the n-th derivative of the residual along the curve. Each takes one more
-    reverse pass over the same recorded evaluation; its gradient in w is that derivative, and its gradient in all else
-    what the backward pass of :math:`z_n` needs.
+    With a vector w, :math:`\\varphi_0=w^TR` and :math:`\\varphi_{n+1}=\\sum_i\\partial_{z_i}\\varphi_n z_{i+1}+
+    \\partial_a\\varphi_n\\dot a`, the scalar :math:`\\varphi_n` is w times the n-th derivative of the residual along
+    the curve. Each :math:`\\varphi_n` takes one more reverse pass over the same recorded evaluation. Its gradient in w
+    is the n-th derivative of the residual; its gradients in the other variables are what the backward pass of
+    :math:`z_n` needs.
 
     Args:
-        linear, solver: of the linear solves.
+        linear, solver: the task and the solver of the linear solves.
         moving: the places of the parameters that move.
     """
 
@@ -39,32 +40,33 @@ class Curve:
 
     def derivative(self, known: Sequence[Tensor], tangents: Sequence[Tensor], z: Tensor, params: Any) -> Tensor:
         """The n-th derivative of the residual along the curve with the n - 1 ``known`` derivatives, and a zero n-th."""
-        own, places, out = self._recorded(z, params)
+        leaf, leaves, out = self._recorded(z, params)
+        # phi is linear in w, so that its gradient in w does not depend on w, which can be zero
         w = torch.zeros_like(out).requires_grad_()
         states = (*(s.detach().requires_grad_() for s in known), None)
-        phi = self._weighted(out, w, own, places, states, tangents)
-        found = None if phi is None else _grad(phi, [w])[0]
-        return torch.zeros_like(out) if found is None else found
+        phi = self._weighted(out, w, leaf, leaves, states, tangents)
+        grad = None if phi is None else _grad(phi, [w])[0]
+        return torch.zeros_like(out) if grad is None else grad
 
     def vjp_params(
         self, w: Tensor, states: Sequence[Tensor], tangents: Sequence[Tensor], z: Tensor, params: Any, needs_grad: Any
     ) -> list[Tensor | None]:
-        """The gradient of w times the n-th derivative, in those of z, the states but the last, the tangents and the
-        parameters that need one."""
-        own, places, out = self._recorded(z, params)
+        """The gradients of w times the n-th derivative in z, in the states except the last, in the tangents and in the
+        parameters; ``None`` for those that need none."""
+        leaf, leaves, out = self._recorded(z, params)
         tangents = [t.detach().requires_grad_() for t in tangents]
         states = [s.detach().requires_grad_() for s in states]
-        phi = self._weighted(out, w, own, places, states, tangents)
-        ends = (own, *states[:-1], *tangents, *places)
-        grads: list[Tensor | None] = [None] * len(ends)
-        chosen = [i for i, one in enumerate(needs_grad) if one]
-        found = [None] * len(chosen) if phi is None else _grad(phi, [ends[i] for i in chosen])
-        for i, grad in zip(chosen, found, strict=True):
-            grads[i] = torch.zeros_like(ends[i]) if grad is None else grad
+        phi = self._weighted(out, w, leaf, leaves, states, tangents)
+        inputs = (leaf, *states[:-1], *tangents, *leaves)
+        grads: list[Tensor | None] = [None] * len(inputs)
+        chosen = [i for i, needed in enumerate(needs_grad) if needed]
+        computed = [None] * len(chosen) if phi is None else _grad(phi, [inputs[i] for i in chosen])
+        for i, grad in zip(chosen, computed, strict=True):
+            grads[i] = torch.zeros_like(inputs[i]) if grad is None else grad
         return grads
 
     def composed(self, n: int, z: Tensor, states: Sequence[Tensor], tangents: Sequence[Tensor], params: Any) -> Tensor:
-        """The n-th derivative along the curve, by transforms that nest."""
+        """The n-th derivative of the residual along the curve by nested ``torch.func.jvp``, for transformed tensors."""
         moves = dict(zip(self.moving, tangents, strict=True))
 
         def residual(e: Tensor) -> Tensor:
@@ -77,24 +79,25 @@ class Curve:
         return directional(residual, n, z)
 
     def _recorded(self, z: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
-        """One evaluation of the residual: the state and the parameters with nothing behind them, and its value."""
+        """One recorded evaluation of the residual: the state and the parameters as leaves, and the residual."""
         if self._tape is None:
-            own = z.detach().requires_grad_()
+            leaf = z.detach().requires_grad_()
             seen: set[int] = set()
-            places = []
+            leaves = []
             for place, p in enumerate(params):
-                # a leaf stands for itself, so that a function finds the very tensors that it captures
+                # A leaf stands for itself, so that the function finds the very tensors that it captures. Not with
+                # hooks, which would run here too, and not a second time, where the gradient would be that of both.
                 itself = p.is_leaf and p.requires_grad and not p._backward_hooks and id(p) not in seen
                 seen.add(id(p))
-                places.append(p if itself else p.detach().requires_grad_(p.requires_grad or place in self.moving))
+                leaves.append(p if itself else p.detach().requires_grad_(p.requires_grad or place in self.moving))
             with torch.enable_grad():
-                self._tape = own, places, self.linear.system.residual(own, *places)
+                self._tape = leaf, leaves, self.linear.system.residual(leaf, *leaves)
         return self._tape
 
     def _weighted(
         self, out: Tensor, w: Tensor, z: Tensor, params: Sequence[Tensor], states: Any, tangents: Sequence[Tensor]
     ) -> Tensor | None:
-        """:math:`\\varphi_n` for n states; a state ``None`` is zero. ``None`` where it is zero."""
+        """:math:`\\varphi_n` for n states, ``None`` if it is zero; a state ``None`` stands for zero."""
         moved = [params[i] for i in self.moving]
         with torch.enable_grad():
             phi = (w * out).sum()
@@ -115,19 +118,19 @@ class Curve:
 
 
 class Along(Function):
-    """The n-th derivative of the solution along a curve: ``(curve, n, z, *known, *tangents, *params) -> z_n``, with
-    n - 1 known ones and the tangents of the parameters that move."""
+    """The autograd node of the n-th derivative along a curve: ``(curve, n, z, *known, *tangents, *params) -> z_n``,
+    where ``known`` are the n - 1 lower derivatives and ``tangents`` those of the parameters that move."""
 
     @staticmethod
     def forward(ctx: Any, curve: Curve, n: int, z: Tensor, *rest: Tensor) -> Tensor:
         known, tangents, params = _parted(curve, n, rest)
         with without_autocast(z.device):
             b = -curve.derivative(known, tangents, z, params)
-            _, found = curve.linear.solve(curve.solver, False, b, z, params)
-        report(curve.linear.record, found.report)
+            _, solution = curve.linear.solve(curve.solver, False, b, z, params)
+        report(curve.linear.record, solution.report)
         ctx.curve, ctx.n = curve, n
-        ctx.save_for_backward(found.value, z, *rest)
-        return found.value
+        ctx.save_for_backward(solution.value, z, *rest)
+        return solution.value
 
     @staticmethod
     def backward(ctx: Any, c: Tensor) -> tuple[Any, ...]:
@@ -139,9 +142,10 @@ class Along(Function):
             curve.linear.smoothness.asked()
         if not torch.is_grad_enabled() and not any(is_transformed(t) for t in (c, y, z, *rest)):
             with without_autocast(z.device):
-                _, found = curve.linear.solve(curve.solver, True, c, z, params)
-                report(curve.linear.record, found.report)
-                return None, None, *curve.vjp_params(-found.value, (*known, y), tangents, z, params, needs_grad)
+                _, solution = curve.linear.solve(curve.solver, True, c, z, params)
+                report(curve.linear.record, solution.report)
+                return None, None, *curve.vjp_params(-solution.value, (*known, y), tangents, z, params, needs_grad)
+        # the gradient is to be differentiated again: by operations that autograd and torch.func can follow
         w = LinearSolve.apply(curve.linear, curve.solver, True, c, z, *params)
 
         def weighted(z: Tensor, *rest: Tensor) -> Tensor:
@@ -162,7 +166,7 @@ def _grad(out: Tensor, inputs: Sequence[Tensor]) -> Any:
 
 
 def directional(fn: Callable[[Tensor], Tensor], order: int, like: Tensor) -> Tensor:
-    """The derivative of that order of a function of one number, at zero, by transforms that nest."""
+    """The derivative of order ``order`` of a function of one number, at zero, by nested ``torch.func.jvp``."""
     zero, one = like.new_zeros(()), like.new_ones(())
     for _ in range(order):
 

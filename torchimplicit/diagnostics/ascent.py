@@ -1,4 +1,4 @@
-"""Whether an estimate ascends whatever the cotangent: Theorem 1 of the phantom-gradient paper."""
+"""The ascent condition of the phantom-gradient paper (Geng et al. 2021, Theorem 1)."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from torchimplicit.state import Layout
 
 @dataclass(frozen=True)
 class AscentCondition:
-    """The two sides of eqs. 6 and 8 of Geng et al. (2021), for a state of n and parameters of p numbers.
+    """The two sides of eqs. 6 and 8 of Geng et al. (2021), for a state of n numbers and p parameters.
 
     In the notation of the documentation :math:`D=f_\\theta^T` (``[p, n]``), :math:`G=(I-J)^T`, and
     :math:`\\hat Au` is the estimate for the cotangent u.
 
     Attributes:
         left: :math:`\\lVert\\hat AG-D\\rVert_2`, the left side of eq. 6.
-        series_left: :math:`\\lVert MG-I\\rVert_2`, that of eq. 8, where the estimate is :math:`\\hat A=DM`.
-        sigma_min, sigma_max: the least and the largest singular value of D. The least is zero where p < n.
+        series_left: :math:`\\lVert MG-I\\rVert_2`, the left side of eq. 8, for an estimate :math:`\\hat A=DM`.
+        sigma_min, sigma_max: the least and the largest singular value of D. The least is zero if p < n.
     """
 
     left: float
@@ -47,7 +47,7 @@ class AscentCondition:
 
     @property
     def condition(self) -> float:
-        """:math:`\\kappa=\\sigma_{max}/\\sigma_{min}`, infinite where p < n."""
+        """:math:`\\kappa=\\sigma_{max}/\\sigma_{min}`, infinite if p < n."""
         return self.sigma_max / self.sigma_min if self.sigma_min else math.inf
 
     @property
@@ -57,20 +57,20 @@ class AscentCondition:
 
     @property
     def holds(self) -> bool:
-        """Eq. 6: then the estimate is an ascent direction for every loss (eq. 7)."""
+        """Whether eq. 6 holds: then the estimate is an ascent direction for every loss (eq. 7)."""
         return self.left < self.right
 
     @property
     def series_holds(self) -> bool:
-        """Eq. 8, which implies eq. 6."""
+        """Whether eq. 8 holds, which implies eq. 6."""
         return self.series_left < self.series_right
 
     @property
     def cosine(self) -> float:
-        """What the cosine to the exact gradient is at least, whatever the cotangent.
+        """A lower bound of the cosine between the estimate and the exact gradient, for every cotangent.
 
-        With :math:`\\epsilon=\\lVert\\hat AG-D\\rVert/\\sigma_{min}<1` the relative error of the estimate is at most
-        :math:`\\epsilon`, and its cosine at least :math:`\\sqrt{1-\\epsilon^2}`; otherwise nothing is known, −1.
+        With :math:`\\epsilon=\\lVert\\hat AG-D\\rVert/\\sigma_{min}<1`, the relative error of the estimate is at most
+        :math:`\\epsilon`, and its cosine at least :math:`\\sqrt{1-\\epsilon^2}`; otherwise the bound is −1.
         """
         if self.left >= self.sigma_min:
             return -1.0
@@ -85,21 +85,21 @@ def ascent_condition(
     wrt: Sequence[Tensor] | None = None,
     limit: int = 1000,
 ) -> AscentCondition:
-    """The ascent condition of Geng et al. (2021), Theorem 1, exactly, from dense matrices.
+    """Evaluate the ascent condition of Geng et al. (2021), Theorem 1, exactly, from dense matrices.
 
-    The whole batch is taken as one system, as the gradient of shared parameters sees it; for one sample give a batch
-    of one. It costs n backward passes of the estimator and n passes through the map, for a state of n numbers.
+    The whole batch is one system, as for the gradient of shared parameters; for one sample give a batch of one. It
+    costs n backward passes of the estimator and n passes through the map, for a state of n numbers.
 
-    The condition is sufficient for all cotangents at once, and so strict that it seldom holds: never where there are
-    fewer parameters than states. No estimate of the least singular value that would be sound for large models is
-    cheap. There, ask of the cotangent at hand instead: :func:`compare_gradients`, whose ``relative_error`` below 1 is
-    the same condition for that one.
+    The condition is sufficient for all cotangents at once, and therefore so strict that it seldom holds: never with
+    fewer parameters than numbers in the state. For large models there is no cheap and reliable bound of the least
+    singular value; use :func:`compare_gradients` there, whose ``relative_error`` below 1 is the same condition for one
+    cotangent.
 
     Args:
         problem, z, args: the problem and its solution, as for :func:`solve`.
-        gradient: the estimator; one that draws at random draws for every column.
+        gradient: the estimator; a random one draws anew for every column.
         wrt: see :func:`compare_gradients`.
-        limit: the largest n that is taken on.
+        limit: the largest n that is accepted.
 
     Raises:
         ValueError: a state larger than ``limit``, or an estimator that needs the solver's own steps.
@@ -112,14 +112,15 @@ def ascent_condition(
     system, flat, params = flat_system(problem, z, args)
     if flat.numel() > limit:
         raise ValueError(
-            f"the state has {flat.numel()} numbers, more than the limit of {limit} for dense matrices: take fewer "
-            "samples, or compare_gradients, which asks of one cotangent"
+            f"the state has {flat.numel()} numbers, more than the limit of {limit} for dense matrices: use fewer "
+            "samples, or compare_gradients, which tests one cotangent"
         )
     with torch.no_grad():
         operator, _ = separated(system.operator(system.linearize(flat, params), True))
         blocks = operator.dense().double()
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore", ConvergenceWarning)
+        # the one-step estimate (the JFB of Fung et al. 2022) replaces the inverse by I, so that its gradient map is D
         _, d = _matrices(Attached(problem, z, args, OneStep()), layout, flat, wrt)
         m, a = _matrices(Attached(problem, z, args, gradient), layout, flat, wrt)
     g = torch.block_diag(*blocks)
@@ -138,7 +139,7 @@ def _matrices(attached: Attached, layout: Layout, flat: Tensor, wrt: Sequence[Te
     for i in range(flat.numel()):
         u = torch.zeros_like(flat)
         u.view(-1)[i] = 1
-        adjoint, found = attached.pull(layout.unflatten(u), wrt)
+        adjoint, pulled = attached.pull(layout.unflatten(u), wrt)
         adjoints.append(layout.flatten(adjoint, "the adjoint").reshape(-1).double())
-        gradients.append(torch.cat([t.reshape(-1).double() for t in found]))
+        gradients.append(torch.cat([t.reshape(-1).double() for t in pulled]))
     return torch.stack(adjoints, dim=1), torch.stack(gradients, dim=1)

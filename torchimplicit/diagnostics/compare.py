@@ -1,4 +1,4 @@
-"""A gradient estimate beside the exact gradient, at the same equilibrium and for the same cotangent."""
+"""Comparison of a gradient estimate with the exact gradient, at one equilibrium and for one cotangent."""
 
 from __future__ import annotations
 
@@ -24,15 +24,13 @@ from torchimplicit.state import Layout, row_norm
 
 @dataclass(frozen=True)
 class GradientProbe:
-    """What an estimator gives at an equilibrium.
+    """The gradients and the adjoint vector of an estimator at an equilibrium.
 
     Attributes:
-        gradients: in the tensors that were asked for, each of its tensor's shape.
+        gradients: the gradients in the tensors ``wrt``, each like its tensor.
         adjoint: the estimate of :math:`g=(I-J)^{-T}u`, like the state.
-        adjoint_residual: ``[batch]``, :math:`\\lVert u-(I-J)^{T}g\\rVert/\\lVert u\\rVert`; zero where u is zero. The
-            norms: see ``adjoint_norms``.
-        adjoint_norms: ``[2, batch]``, the numerator and the denominator.
-        report: the estimator's own, of its backward pass.
+        adjoint_norms: ``[2, batch]``, numerator and denominator of :attr:`adjoint_residual`.
+        report: the estimator's report of its backward pass.
     """
 
     gradients: tuple[Tensor, ...]
@@ -42,29 +40,30 @@ class GradientProbe:
 
     @property
     def adjoint_residual(self) -> Tensor:
-        """``[batch]``, see above."""
+        """:math:`\\lVert u-(I-J)^{T}g\\rVert/\\lVert u\\rVert`, ``[batch]``; zero where u is zero."""
         left, size = self.adjoint_norms
         return left / torch.where(size > 0, size, 1)
 
     @property
     def total_residual(self) -> float:
-        """The same over all samples together."""
+        """The adjoint residual over all samples together."""
         left, size = self.adjoint_norms.double().square().sum(dim=1).sqrt().tolist()
         return left / size if size else 0.0
 
 
 @dataclass(frozen=True)
 class GradientComparison:
-    """An estimate beside the exact gradient, in all tensors together.
+    """The difference between an estimate and the exact gradient, over all tensors together.
 
     Attributes:
-        cosine: between the two.
-        norm_ratio: length of the estimate over that of the exact gradient.
+        cosine: the cosine of the angle between the two; NaN if one of them is zero.
+        norm_ratio: the norm of the estimate over that of the exact gradient.
         relative_error: :math:`\\lVert\\hat\\theta-\\bar\\theta\\rVert/\\lVert\\bar\\theta\\rVert`. Below 1 the estimate
-            is an ascent direction, with a cosine of at least :math:`\\sqrt{1-\\epsilon^2}`: what Theorem 1 of Geng et
-            al. (2021) asks of all cotangents (:func:`ascent_condition`), asked of this one.
-        adjoint_residual, exact_residual: of the estimate's adjoint vector and of the exact gradient's, over all
-            samples, see :attr:`GradientProbe.total_residual`. The latter says how exact the comparison is.
+            is an ascent direction, with a cosine of at least :math:`\\sqrt{1-\\epsilon^2}`: the condition of Theorem 1
+            of Geng et al. (2021) for this cotangent (:func:`ascent_condition` is for all).
+        adjoint_residual, exact_residual: the residuals of the adjoint vectors of the estimate and of the exact
+            gradient, over all samples, see :attr:`GradientProbe.total_residual`. The latter is the accuracy of the
+            comparison.
     """
 
     cosine: float
@@ -88,52 +87,53 @@ def compare_gradients(
     exact: Gradient | None = None,
     wrt: Sequence[Tensor] | None = None,
 ) -> GradientComparison:
-    """An estimator's gradient beside the exact one, at the equilibrium ``z``. Leaves no ``.grad`` behind.
+    """Compare an estimator's gradient with the exact one at the equilibrium ``z``.
 
-    Costs one backward pass of each estimator, two products for the residuals, and no solve.
+    Costs one backward pass of each estimator, two products for the residuals, and no solve. No ``.grad`` is changed.
 
     Args:
-        problem: which was solved.
+        problem: the problem that was solved.
         z: its solution.
         args: as for :func:`solve`.
-        gradient: the estimator. Not :class:`Unrolled`, :class:`Reversible` or :class:`SharedInverse`, which need the
-            solver's own steps.
-        cotangent: u, like ``z``; or a function of the solution that gives a scalar loss.
-        exact: what to compare with; ``None``: :class:`Implicit` with a tight GMRES.
-        wrt: the tensors in which to differentiate, among the arguments and what the problem's function captures;
-            ``None``: all that require grad.
+        gradient: the estimator; not :class:`Unrolled`, :class:`Reversible` or :class:`SharedInverse`, which need the
+            steps of the solver.
+        cotangent: u, like ``z``; or a function of the solution that returns a scalar loss.
+        exact: the estimator to compare with; ``None``: :class:`Implicit` with a tight GMRES.
+        wrt: the tensors in which to differentiate, among the arguments and the captured tensors of the problem's
+            function; ``None``: all that require grad.
 
     Raises:
-        ValueError: an estimator that cannot be used here, or nothing to differentiate in.
+        ValueError: an estimator that cannot be used here, or no tensor to differentiate in.
+        TypeError: the problem is not a :class:`FixedPoint`, :class:`Root` or :class:`Minimum`.
     """
     problem = problem.own_coordinates()
     if wrt is None:
         wrt = tensors_of(problem, z, args)
     exact = exact or tight(pytree.tree_leaves(z)[0].dtype)
-    found, true = (
+    estimate, truth = (
         probe_gradient(problem, z, *args, gradient=each, cotangent=cotangent, wrt=wrt) for each in (gradient, exact)
     )
-    return compared(found, true)
+    return compared(estimate, truth)
 
 
 def tight(dtype: torch.dtype) -> Implicit:
-    """The exact gradient, to nearly the precision of the dtype."""
+    """The exact gradient to nearly the precision of the dtype (5e-14 in float64)."""
     return Implicit(linear_solver=GMRES(rtol=float(torch.finfo(dtype).eps ** 0.85), max_steps=300))
 
 
-def compared(found: GradientProbe, exact: GradientProbe) -> GradientComparison:
+def compared(estimate: GradientProbe, exact: GradientProbe) -> GradientComparison:
     """The comparison of two probes with gradients in the same tensors."""
-    pairs = list(zip(found.gradients, exact.gradients, strict=True))
-    own = _sum(a.double().square().sum() for a, _ in pairs) ** 0.5
-    size = _sum(b.double().square().sum() for _, b in pairs) ** 0.5
+    pairs = list(zip(estimate.gradients, exact.gradients, strict=True))
+    norm = _sum(a.double().square().sum() for a, _ in pairs) ** 0.5
+    exact_norm = _sum(b.double().square().sum() for _, b in pairs) ** 0.5
     inner = _sum((a.double() * b.double()).sum() for a, b in pairs)
     error = _sum((a.double() - b.double()).square().sum() for a, b in pairs) ** 0.5
-    nothing = float("nan")
+    nan = float("nan")
     return GradientComparison(
-        cosine=inner / (own * size) if own * size else nothing,
-        norm_ratio=own / size if size else nothing,
-        relative_error=error / size if size else nothing,
-        adjoint_residual=found.total_residual,
+        cosine=inner / (norm * exact_norm) if norm * exact_norm else nan,
+        norm_ratio=norm / exact_norm if exact_norm else nan,
+        relative_error=error / exact_norm if exact_norm else nan,
+        adjoint_residual=estimate.total_residual,
         exact_residual=exact.total_residual,
     )
 
@@ -146,17 +146,17 @@ def probe_gradient(
     cotangent: Any,
     wrt: Sequence[Tensor] | None = None,
 ) -> GradientProbe:
-    """What an estimator gives at the equilibrium ``z``, and the adjoint vector behind it.
+    """The gradients of an estimator at the equilibrium ``z``, and the adjoint vector that it used.
 
-    The adjoint vector ``g`` of any estimator is what it gives for a constant added to the map: with
-    :math:`f(z)+s`, the gradient in s is :math:`f_s^Tg=g`. The arguments are those of :func:`compare_gradients`.
+    The adjoint vector g of any estimator is its gradient in a constant added to the map: for :math:`f(z)+s`, the
+    gradient in s is :math:`f_s^Tg=g`. Takes the arguments of :func:`compare_gradients` and raises the same errors.
     """
     problem = problem.own_coordinates()
     if wrt is None:
         wrt = tensors_of(problem, z, args)
     z = pytree.tree_map(lambda t: t.detach(), z)
     with warnings.catch_warnings(), torch.enable_grad():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the residual is reported
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the residual is in the result
         attached = Attached(problem, z, args, gradient)
         u = _cotangent(cotangent, attached.value)
         shifts, gradients = attached.pull(u, wrt)
@@ -165,18 +165,18 @@ def probe_gradient(
 
 
 class Attached:
-    """A state with the derivative that an estimator would give it as the solution.
+    """A state with the derivative that an estimator gives it as a solution.
 
     Attributes:
-        value: like the state.
-        solution: whose value it is.
+        value: the state, differentiable.
+        solution: the solution with this value.
     """
 
     def __init__(self, problem: Problem, z: Any, args: tuple[Any, ...], gradient: Gradient):
         if gradient.needs_solver_state or isinstance(gradient, Unrolled):
             raise ValueError(
-                f"{type(gradient).__name__} differentiates by what the solver has done, and here is only its result: "
-                "compare the gradients of two solves instead"
+                f"{type(gradient).__name__} needs the steps of the solver, but only its result is known here: compare "
+                "the gradients of two solves instead"
             )
         self.shift = pytree.tree_map(lambda t: torch.zeros_like(t, requires_grad=True), z)
         shifted, self.sign = _shifted(problem)
@@ -189,14 +189,15 @@ class Attached:
         shifts, spec = pytree.tree_flatten(self.shift)
         outputs = pytree.tree_leaves(self.value)
         inputs = [*shifts, *wrt]
-        found = torch.autograd.grad(outputs, inputs, pytree.tree_leaves(u), retain_graph=True, allow_unused=True)
-        grads = [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
+        computed = torch.autograd.grad(outputs, inputs, pytree.tree_leaves(u), retain_graph=True, allow_unused=True)
+        grads = [torch.zeros_like(t) if g is None else g for g, t in zip(computed, inputs, strict=True)]
         adjoint = pytree.tree_unflatten([self.sign * g for g in grads[: len(shifts)]], spec)
         return adjoint, tuple(grads[len(shifts) :])
 
 
 def _shifted(problem: Problem) -> tuple[Problem, int]:
-    """The problem with a constant s as its first argument; the sign of the adjoint vector in the gradient in s."""
+    """The problem with an added constant s as its first argument, and the sign of the adjoint vector in the gradient
+    in s."""
     function = problem.function
 
     def moved(z: Any, s: Any, *args: Any) -> Any:
@@ -211,15 +212,17 @@ def _shifted(problem: Problem) -> tuple[Problem, int]:
         def tilted(z: Any, s: Any, *args: Any) -> Tensor:
             energy: Tensor = function(z, *args)
             pairs = zip(pytree.tree_leaves(z), pytree.tree_leaves(s), strict=True)
+            # minus <z, s> adds -s to the gradient of the energy
             tilt = [(a * b).flatten(1).sum(dim=1) if problem.batched else (a * b).sum() for a, b in pairs]
             return energy - torch.stack(tilt).sum(dim=0)
 
         return replace(problem, energy=tilted), 1
-    raise TypeError(f"gradients are compared for FixedPoint, Root and Minimum, and this is {type(problem).__name__}")
+    raise TypeError(f"gradients can be compared for FixedPoint, Root and Minimum, not for {type(problem).__name__}")
 
 
 def _standing(problem: Problem, dtype: torch.dtype) -> Solver:
-    """A solver that stays where it begins, for every state meets its tolerance."""
+    """A solver that stops at its start, since every state meets its tolerance."""
+    # finite, since an infinite tolerance is refused, and far enough from overflow
     anywhere = min(1e30, torch.finfo(dtype).max / 4)
     if isinstance(problem, Minimum):
         return LBFGS(rtol=0.0, atol=anywhere)
@@ -231,9 +234,9 @@ def _cotangent(cotangent: Any, value: Any) -> Any:
         return pytree.tree_map(lambda t: t.detach(), cotangent)
     leaves, spec = pytree.tree_flatten(value)
     free = [leaf.detach().requires_grad_() for leaf in leaves]
-    found = torch.autograd.grad(cotangent(pytree.tree_unflatten(free, spec)), free, allow_unused=True)
+    grads = torch.autograd.grad(cotangent(pytree.tree_unflatten(free, spec)), free, allow_unused=True)
     return pytree.tree_unflatten(
-        [torch.zeros_like(t) if g is None else g for g, t in zip(found, free, strict=True)], spec
+        [torch.zeros_like(t) if g is None else g for g, t in zip(grads, free, strict=True)], spec
     )
 
 

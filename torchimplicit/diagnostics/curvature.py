@@ -19,8 +19,8 @@ from torchimplicit.validation import at_least
 
 
 class Curvature(NamedTuple):
-    """The least and the largest eigenvalue, each ``[batch]`` (a scalar if the problem is not batched). Where samples
-    depend on each other, they are those of the whole batch."""
+    """The least and the largest eigenvalue, each ``[batch]`` (a scalar if the problem is not batched). If samples
+    depend on each other, they are the eigenvalues of the whole batch."""
 
     least: Tensor
     largest: Tensor
@@ -43,28 +43,33 @@ def curvature(
 ) -> Curvature:
     """The extreme eigenvalues of the Hessian of the energy on the constraint, :math:`PHP` on the range of :math:`P`.
 
-    A least eigenvalue that is negative says that the point is a saddle, where an adjoint solve gives a gradient of the
-    wrong sign; one near zero, that the solution's derivative is about to grow without bound. Up to ``subspace``
-    dimensions both are exact, from a dense Hessian; beyond, they are the extreme Ritz values of as many Lanczos steps,
-    fully reorthogonalized (Saad 2011, section 6.3), which approach the eigenvalues from inside: a negative Ritz value
-    proves a negative eigenvalue. With a preconditioner some twenty products find them to a few digits, also from
-    inside (Davidson's method; Saad 2011, section 8.4). Not differentiable.
+    If the least eigenvalue is negative, the point is a saddle, where an adjoint solve gives a gradient of the wrong
+    sign; if it is near zero, the derivative of the solution is very large. States of up to ``subspace`` dimensions get
+    exact eigenvalues from a dense Hessian; larger ones the extreme Ritz values of ``subspace`` Lanczos steps with full
+    reorthogonalization (Saad 2011, section 6.3). These lie inside the spectrum: a negative Ritz value proves a negative
+    eigenvalue. With a preconditioner, some twenty products give a few digits, also from inside (Davidson's method;
+    Saad 2011, section 8.4). Not differentiable.
 
     Args:
-        problem, z, args: as for :func:`solve`; usually the solution's value.
-        subspace: the most products that are taken.
-        seed: of the first vectors.
+        problem, z, args: as for :func:`solve`; ``z`` is usually the solution's value.
+        subspace: the largest number of products with the Hessian.
+        seed: the seed of the first vectors.
         preconditioner: an approximation of the Hessian, such as the :class:`~torchimplicit.linear.ReferenceHessian` of
             the solver that found ``z``, or a function :math:`v \\mapsto M^{-1}v`.
+
+    Raises:
+        TypeError: the problem is neither a :class:`Minimum` nor a :class:`LeastSquares`.
+        ValueError: ``subspace`` is below 2.
     """
     if not isinstance(problem, (Minimum, LeastSquares)):
-        raise TypeError(f"curvature looks at the Hessian of a Minimum, and it was given a {type(problem).__name__}")
+        raise TypeError(f"curvature needs a Minimum or a LeastSquares, not a {type(problem).__name__}")
     at_least("curvature", "subspace", subspace, 2)
     with torch.no_grad():
         system, flat, params = flat_system(problem, z, args)
         operator, samples = separated(system.operator(system.linearize(flat, params), False))
-        given = as_preconditioner(preconditioner) if samples == 1 else None  # it is of single samples
-        ends = extreme_eigenvalues(operator, subspace, seed, given)
+        # a preconditioner acts on single samples, and cannot be used on the whole batch as one system
+        usable = as_preconditioner(preconditioner) if samples == 1 else None
+        ends = extreme_eigenvalues(operator, subspace, seed, usable)
         least, largest = (end.repeat_interleave(samples) for end in ends)
     least, largest = least.to(flat.dtype), largest.to(flat.dtype)
     return Curvature(least, largest) if problem.batched else Curvature(least[0], largest[0])

@@ -25,22 +25,25 @@ def spectral_radius(
     """The largest modulus of an eigenvalue of :math:`J=\\partial f/\\partial z`, per sample.
 
     Below 1 the plain iteration converges near ``z``. For a root or a minimum, :math:`J = I - A`, the Jacobian of the
-    plain step. States of at most ``subspace`` numbers are exact; beyond, restarted Arnoldi iteration (Saad 2011,
-    section 6.2), which finds complex pairs as well as real eigenvalues. Its error is below 1e-3 for random and for
-    symmetric Jacobians; where hundreds of eigenvalues share the largest modulus (a scaled orthogonal matrix), it falls
-    short by a percent or two. Not differentiable.
+    plain step. For states of at most ``subspace`` numbers the result is exact. For larger ones it comes from restarted
+    Arnoldi iteration (Saad 2011, section 6.2), which finds complex pairs as well as real eigenvalues. The error is
+    below 1e-3 for random and for symmetric Jacobians; if hundreds of eigenvalues share the largest modulus (a scaled
+    orthogonal matrix), the result is one or two percent too small. Not differentiable.
 
     Args:
-        problem: whose map is meant.
-        z: the state at which to take the Jacobian, as for :func:`solve`.
+        problem: the problem with the map.
+        z: the state at which to evaluate the Jacobian, as for :func:`solve`.
         args: as for :func:`solve`.
         subspace: the dimension of each Krylov space.
-        restarts: how many such spaces are built, each from the best vector of the last.
-        seed: of the first vector.
+        restarts: the number of Krylov spaces, each built from the best vector of the last.
+        seed: the seed of the first vector.
 
     Returns:
-        ``[batch]`` (a scalar if the problem is not batched). Where samples depend on each other, it is that of the
-        whole batch.
+        ``[batch]`` (a scalar if the problem is not batched). If samples depend on each other, it is the spectral radius
+        of the whole batch.
+
+    Raises:
+        ValueError: ``subspace`` is below 2, or ``restarts`` below 1.
     """
     at_least("spectral_radius", "subspace", subspace, 2)
     at_least("spectral_radius", "restarts", restarts, 1)
@@ -55,6 +58,7 @@ def spectral_radius(
             start = torch.randn(operator.batch, operator.dim, generator=generator).to(flat)
             for _ in range(restarts):
                 value, vector = arnoldi(lambda v: v - operator.product(v), start, subspace).largest()
+                # a real start that spans, with its images, the plane of a complex pair
                 radius, start = value.abs(), (vector.real + vector.imag).to(flat.dtype)
     radius = radius.repeat_interleave(samples)
     return radius.to(flat.dtype) if problem.batched else radius[0].to(flat.dtype)

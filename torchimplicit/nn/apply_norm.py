@@ -32,24 +32,24 @@ def apply_norm(
 ) -> Module:
     """Normalize the weight of every linear layer, convolution, transposed convolution and attention in ``model``.
 
-    Biases, embeddings, recurrent layers and what other modules call a weight are left alone. Make the optimizer
-    afterwards, since there are new parameters. For a cell whose map is to contract, it is the cell that is given, not
-    the whole network around it.
+    Biases, embeddings, recurrent layers and the weights of other modules are left unchanged. Make the optimizer
+    afterwards, since there are new parameters. To make the map of an equilibrium contract, give its cell, not the whole
+    network.
 
     Args:
         model: a module; its layers are changed in place.
         norm: :func:`weight_norm` or :func:`spectral_norm`, or any function ``norm(module, name, dim=dim, **options)``.
-        skip: names of modules inside ``model``, as ``named_modules()`` gives them, to be left alone together with what
-            is inside them; patterns as in file names (``"*.out"``, ``"embed*"``) too.
-        options: what ``norm`` takes: ``target`` and ``clip`` for :func:`weight_norm`; ``bound``, ``only_above``,
-            ``clip``, ``scale`` and ``iterations`` for :func:`spectral_norm`.
+        skip: names of modules inside ``model``, as in ``named_modules()``, that are left unchanged together with all
+            modules inside them; or patterns as for file names (``"*.out"``, ``"embed*"``).
+        options: options of ``norm``: ``target`` and ``clip`` for :func:`weight_norm`; ``bound``, ``only_above``,
+            ``clip``, ``scale``, ``paired`` and ``iterations`` for :func:`spectral_norm`.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: there is nothing to normalize; a name in ``skip`` that is nowhere; a weight that is normalized
-            already, or that two modules share (normalizing it would untie them). The model is then as it was.
+        ValueError: there is nothing to normalize; a name in ``skip`` matches no module; a weight is normalized already,
+            or two modules share it (normalizing would untie them). The model is then unchanged.
     """
     patterns = (skip,) if isinstance(skip, str) else tuple(skip)
     unused = set(patterns)
@@ -61,7 +61,7 @@ def apply_norm(
             chosen += [(where, module, name, dim) for name, dim in _weights(module)]
     if unused:
         raise ValueError(
-            f"apply_norm: skip names {', '.join(sorted(map(repr, unused)))}, and {type(model).__name__} has no such "
+            f"apply_norm: skip names {', '.join(sorted(map(repr, unused)))}, but {type(model).__name__} has no such "
             "module: names are those of named_modules(), and '*' stands for any part of one"
         )
     if not chosen:
@@ -85,38 +85,42 @@ def apply_norm(
 
 
 def remove_norm(model: Module) -> Module:
-    """Put plain parameters in the place of all weights in ``model`` that :func:`weight_norm`, :func:`spectral_norm` or
-    :func:`apply_norm` has normalized; they keep the value that eval mode gives them. Other parametrizations stay.
+    """Replace all weights that :func:`weight_norm`, :func:`spectral_norm` or :func:`apply_norm` has normalized by plain
+    parameters.
+
+    They keep the value of eval mode. Other parametrizations stay.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: a weight has another parametrization besides: the model is then as it was.
+        ValueError: a weight has another parametrization as well. The model is then unchanged.
     """
-    found: list[tuple[nn.Module, str, Any]] = []
+    normalized: list[tuple[nn.Module, str, Any]] = []
     for where, module in model.named_modules():
         for name, chain in _chains(module):
             ours = [isinstance(step, WeightNorm | SpectralNorm) for step in chain]
             if any(ours) and not all(ours):
-                others = ", ".join(type(s).__name__ for s, own in zip(chain, ours, strict=True) if not own)
+                others = ", ".join(type(s).__name__ for s, is_ours in zip(chain, ours, strict=True) if not is_ours)
                 raise ValueError(
                     f"remove_norm: {_dotted(where, name)} has another parametrization too ({others}), and one of "
-                    "several cannot be taken away: torch.nn.utils.parametrize.remove_parametrizations removes them all"
+                    "several cannot be removed: torch.nn.utils.parametrize.remove_parametrizations removes them all"
                 )
             if all(ours):
-                found.append((module, name, chain))
-    for module, name, chain in reversed(found):
+                normalized.append((module, name, chain))
+    # in reverse, as a parameter that is put back moves before the module's others: the order is then as it was
+    for module, name, chain in reversed(normalized):
         training = chain.training
         with torch.no_grad():
-            weight = chain.eval()()  # in training the power method would move it
+            weight = chain.eval()()  # in training mode the call would run the power method
         chain.train(training)
         if chain.is_tensor:
-            chain.original.data = weight  # an optimizer that has this parameter goes on with it
+            chain.original.data = weight  # the same parameter object, so that an optimizer can continue with it
             _restored(module, name, chain.original)
         else:
-            own = list(chain.parameters(recurse=False))
-            _restored(module, name, nn.Parameter(weight, any(p.requires_grad for p in own)) if own else weight)
+            originals = list(chain.parameters(recurse=False))
+            trained = any(p.requires_grad for p in originals)
+            _restored(module, name, nn.Parameter(weight, trained) if originals else weight)
     return model
 
 
@@ -148,7 +152,7 @@ def _check_unnormalized(chosen: Sequence[tuple[str, nn.Module, str, int]]) -> No
     if done:
         raise ValueError(
             f"apply_norm: {', '.join(done)} already has a parametrization: name the module in skip, or call "
-            "remove_norm(model) before"
+            "remove_norm(model) first"
         )
 
 
@@ -162,16 +166,17 @@ def _check_untied(model: nn.Module, chosen: Sequence[tuple[str, nn.Module, str, 
         shared = places.get(id(module._parameters.get(name)), [])
         if len(shared) > 1:
             raise ValueError(
-                f"apply_norm: {' and '.join(shared)} are one parameter, and normalizing it in one place would untie "
-                "them: name the modules in skip, all of them"
+                f"apply_norm: {' and '.join(shared)} are one parameter, and normalizing it in one module would untie "
+                "them: name all these modules in skip"
             )
 
 
 def _restored(module: nn.Module, name: str, weight: torch.Tensor) -> None:
-    """Put ``weight`` in the place of the tensor that has a parametrization, and before the module's other parameters,
-    where layers have it: optimizers know parameters by their order."""
+    """Put ``weight`` in the place of the parametrized tensor, before the module's other parameters, as layers order
+    them: the state dict of an optimizer identifies parameters by their order."""
     chain = dict(_chains(module))[name]
-    # deep copies share the class that PyTorch makes for a parametrized module, and takes the attribute from
+    # PyTorch removes the parametrized attribute from the module's dynamic class, which deep copies of the module share:
+    # give this module a class of its own first
     shared = type(module)
     module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
     parametrize.remove_parametrizations(module, name, leave_parametrized=not chain.is_tensor)

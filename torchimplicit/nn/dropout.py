@@ -1,4 +1,4 @@
-"""Dropout with one mask a solve."""
+"""Dropout with one mask per solve."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 class VariationalDropout(nn.Module):
     """Dropout whose mask is drawn once per solve of the enclosing :class:`Equilibrium` (Gal and Ghahramani 2016).
 
-    The map is then the same at every iteration, and in the backward pass. What is kept is scaled by ``1 / (1 - p)``, so
-    that the mean stays. In eval mode it does nothing. Where the cell uses one module twice, both uses share the mask.
+    The map is then the same in every iteration, and in the backward pass. Kept entries are scaled by ``1 / (1 - p)``,
+    so that the mean stays. In eval mode it is the identity. If the cell uses one module twice, both uses share the
+    mask.
 
-    Outside an equilibrium, :func:`dropout_masks` says from where to where a mask holds, and :func:`per_solve` gives a
-    map for :func:`solve` whose masks are fixed.
+    Outside an equilibrium, :func:`dropout_masks` keeps the masks for the length of a ``with`` block, and
+    :func:`per_solve` makes a map for :func:`solve` whose masks are fixed.
 
     ============================  =====================  ===================
-    what is dropped               of the input           option
+    dropped                       input                  option
     ============================  =====================  ===================
     single entries                of any shape
     channels, at all positions    ``[batch, C, ...]``    ``spatial=True``
@@ -32,15 +33,15 @@ class VariationalDropout(nn.Module):
     ============================  =====================  ===================
 
     Args:
-        p: the share that is dropped, in [0, 1).
+        p: the probability that an entry is dropped, in [0, 1).
         spatial: whether whole channels are dropped, for inputs ``[batch, channels, ...]``.
-        shared: the dimension, or the dimensions, along which all entries share their fate; not 0, the batch. Negative
-            ones count from the end.
+        shared: the dimension or dimensions along which the mask is constant; not 0, the batch. Negative ones count from
+            the end.
 
     Raises:
         ValueError: a number out of range; an input that has no such dimension.
-        RuntimeError: in training, where nothing says how long a mask is to hold; an input of another shape than the one
-            for which the mask was drawn.
+        RuntimeError: in training, a call outside an equilibrium, :func:`dropout_masks` and :func:`per_solve`; an input
+            of another shape than the one for which the mask was drawn.
 
     Shapes: the input is any tensor, with at least two dimensions if ``spatial``; the output is like it.
     """
@@ -48,12 +49,15 @@ class VariationalDropout(nn.Module):
     def __init__(self, p: float = 0.5, spatial: bool = False, *, shared: int | Sequence[int] = ()) -> None:
         super().__init__()
         if not 0 <= p < 1:
-            raise ValueError(f"VariationalDropout.p is {p}, and must lie in [0, 1)")
+            raise ValueError(f"VariationalDropout.p is {p}, but must lie in [0, 1)")
         dims = tuple(shared) if isinstance(shared, Sequence) else (shared,)
         if not all(isinstance(d, int) and not isinstance(d, bool) for d in dims):
             raise TypeError(f"VariationalDropout.shared must be a dimension or several, not {shared!r}")
         if spatial and dims:
-            raise ValueError("VariationalDropout: spatial=True shares all dimensions from 2 on: take it or shared=...")
+            raise ValueError(
+                "VariationalDropout: spatial=True already shares all dimensions from 2 on: give spatial=True or "
+                "shared=..., not both"
+            )
         self.p, self.spatial, self.shared = p, spatial, dims
         self.held: Tensor | None = None
         self.drawing = False
@@ -66,15 +70,15 @@ class VariationalDropout(nn.Module):
             if not self.drawing:
                 raise RuntimeError(
                     "VariationalDropout has no mask: in training it must run inside torchimplicit.nn.Equilibrium, "
-                    "which draws one mask a solve; elsewhere, inside `with torchimplicit.nn.dropout_masks(model):`, "
+                    "which draws one mask per solve; elsewhere, inside `with torchimplicit.nn.dropout_masks(model):`, "
                     "or, for torchimplicit.solve, in a map made by torchimplicit.nn.per_solve(module)"
                 )
             mask = self.held = self._draw(x)
         if mask.shape != x.shape and mask.shape != self._shape(x):
             raise RuntimeError(
-                f"VariationalDropout has a mask of shape {tuple(mask.shape)}, and its input has shape "
-                f"{tuple(x.shape)}. Places of different shapes need a module each. If the batch shrinks along a solve "
-                "(rowwise=True), use torchimplicit.nn.Equilibrium, which takes the masks' rows along"
+                f"VariationalDropout has a mask of shape {tuple(mask.shape)}, but its input has shape "
+                f"{tuple(x.shape)}. Uses with different shapes need a module each. If the batch shrinks during a solve "
+                "(rowwise=True), use torchimplicit.nn.Equilibrium, which selects the rows of the masks too"
             )
         return x * mask
 
@@ -82,7 +86,7 @@ class VariationalDropout(nn.Module):
         return torch.bernoulli(x.detach().new_full(self._shape(x), 1 - self.p)) / (1 - self.p)
 
     def _shape(self, x: Tensor) -> tuple[int, ...]:
-        """Of the mask for ``x``."""
+        """The shape of the mask for ``x``."""
         if self.spatial:
             if x.ndim < 2:
                 raise ValueError(f"VariationalDropout(spatial=True) needs [batch, channels, ...], not {tuple(x.shape)}")
@@ -91,8 +95,8 @@ class VariationalDropout(nn.Module):
         for d in self.shared:
             if not -x.ndim < d < x.ndim or d == 0:
                 raise ValueError(
-                    f"VariationalDropout(shared={d}) and an input of shape {tuple(x.shape)}: shared must name one of "
-                    "its dimensions, and not the batch (0), since samples are dropped independently of each other"
+                    f"VariationalDropout(shared={d}) does not fit an input of shape {tuple(x.shape)}: shared must be "
+                    "one of its dimensions other than the batch (0), since each sample has a mask of its own"
                 )
             shape[d] = 1
         return tuple(shape)
@@ -106,10 +110,10 @@ class VariationalDropout(nn.Module):
 
 @contextmanager
 def dropout_masks(model: nn.Module) -> Iterator[None]:
-    """Every :class:`VariationalDropout` in ``model`` draws its mask when it is first used, and keeps it to the end of
-    the block: for a training step with hand-written iterations, or with dropout outside an equilibrium.
+    """Keep one mask of every :class:`VariationalDropout` in ``model`` until the end of the ``with`` block.
 
-    An :class:`Equilibrium` inside takes these masks too, the same in all its solves within the block.
+    Each draws its mask when it is first used. This is for training steps with hand-written iterations, or with dropout
+    outside an equilibrium. An :class:`Equilibrium` inside uses these masks too, the same in all its solves.
     """
     modules = [m for m in model.modules() if isinstance(m, VariationalDropout) and m.held is None]
     try:
@@ -122,13 +126,13 @@ def dropout_masks(model: nn.Module) -> Iterator[None]:
 
 
 def active_dropouts(root: nn.Module) -> list[VariationalDropout]:
-    """Those in ``root`` that need a mask now."""
+    """The dropouts in ``root`` that need a mask in the current mode."""
     return [m for m in root.modules() if isinstance(m, VariationalDropout) and m.training and m.p > 0]
 
 
 @contextmanager
 def drawing(modules: Sequence[VariationalDropout]) -> Iterator[None]:
-    """Each module without a mask draws one when it is called."""
+    """While the context lasts, each module without a mask draws one when it is called."""
     before = [module.drawing for module in modules]
     for module in modules:
         module.drawing = True

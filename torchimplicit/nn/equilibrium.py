@@ -39,27 +39,28 @@ class Equilibrium(nn.Module):
     """The layer whose output is the fixed point ``z = cell(z, *inputs)`` (Bai et al. 2019, arXiv 1909.01377).
 
     Parametrized weights (:func:`weight_norm`, :func:`spectral_norm`, and those of ``torch.nn.utils.parametrizations``)
-    are computed once per solve, and every :class:`VariationalDropout` draws one mask. Only a cell that is compiled
-    computes its weights in every evaluation.
+    are computed once per solve, and every :class:`VariationalDropout` draws one mask per solve. A compiled cell is the
+    exception: it computes its weights in every evaluation.
 
     The cell may be compiled (``Equilibrium(torch.compile(cell))``), or the model around the layer; the solve itself is
-    a graph break. The layer may stand inside ``DistributedDataParallel``, ``fully_shard``, activation checkpointing and
-    another equilibrium's cell.
+    a graph break. The layer works inside ``DistributedDataParallel``, ``fully_shard``, activation checkpointing and the
+    cell of another equilibrium.
 
     Args:
-        cell: a module called as ``cell(z, *inputs)``, with what the layer is called with, returning a state like ``z``.
-            If it has a method ``initial_state(*inputs)``, that gives the initial state, unless ``start`` does.
+        cell: a module called as ``cell(z, *inputs)`` with the inputs of the layer, returning a state like ``z``. If it
+            has a method ``initial_state(*inputs)``, this gives the initial state, unless ``start`` does.
         solver, gradient: as for :func:`solve`.
         eval_solver: the solver in eval mode; ``None``: the same.
         budget: a :class:`Budget` that changes ``solver`` from step to step in training.
         start: a module called with the inputs that gives the initial state, such as a :class:`LearnedStart`.
         warm_start: ``True`` or a :class:`WarmStart`: begin at the last solution.
-        rowwise: see :class:`FixedPoint`; not true of a cell with batch normalization in training.
+        rowwise: see :class:`FixedPoint`; must be ``False`` for a cell with batch normalization in training.
         batched: see :class:`FixedPoint`.
         has_aux: whether the cell returns a pair ``(state, aux)``; the layer then does, and its solution has ``aux``:
             see :class:`FixedPoint`, and :attr:`Solution.aux` for its derivative.
         unpack: whether the cell takes the entries of a tuple or list as arguments, ``cell(*z, *inputs)``.
-        throw, compile: as for :func:`solve`. Solves that a warm start carries along (``refresh``) are not compiled.
+        throw, compile: as for :func:`solve`. A refresh in place of a solve (``WarmStart(refresh=...)``) is not
+            compiled.
 
     Attributes:
         solution: the last :class:`Solution`, detached; ``None`` before the first call, and after one under a
@@ -67,8 +68,8 @@ class Equilibrium(nn.Module):
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: options that do not go together, such as a warm start with :class:`Unrolled`, which would have no
-            steps to differentiate.
+        ValueError: options that exclude each other, such as a warm start with :class:`Unrolled`, which would have
+            hardly any steps to differentiate.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Equilibrium(nn.Module):
         ):
             if value is not None and not isinstance(value, base):
                 raise TypeError(
-                    f"{name} must be a {base.__name__} or None, for example {name}={example}, and it is {value!r}"
+                    f"{name} must be a {base.__name__} or None, for example {name}={example}, not {value!r}"
                 )
         if not isinstance(warm_start, bool | WarmStart):
             raise TypeError(f"warm_start must be True, False or a WarmStart, not {warm_start!r}")
@@ -108,14 +109,14 @@ class Equilibrium(nn.Module):
                 raise ValueError("budget=... changes a solver: give solver=..., for example Anderson()")
             if compile:
                 raise ValueError(
-                    "compiled code has its budget in it, and would be compiled anew in every step: leave "
-                    "out compile=True or budget=..."
+                    "compiled code contains its number of steps, so that a budget would compile it again in every "
+                    "training step: leave out compile=True or budget=..."
                 )
             budget.solver(solver)
         if has_aux and isinstance(warm_start, WarmStart) and warm_start.refresh is not None:
             raise ValueError(
-                "WarmStart(refresh=...) takes no solve that could give what the cell returns beside the "
-                "state (has_aux=True): take WarmStart() without refresh"
+                "WarmStart(refresh=...) does not support has_aux=True, since it replaces the solve that would return "
+                "aux: use WarmStart() without refresh"
             )
         self.cell = cell
         self.start = start
@@ -141,20 +142,22 @@ class Equilibrium(nn.Module):
         """The equilibrium at ``inputs``.
 
         Args:
-            inputs: what the cell gets in every iteration: tensors or pytrees.
-            z0: the initial state; ``None``: the one that the warm start remembers, or what ``start`` or the cell's
-                ``initial_state(*inputs)`` gives, or zeros like the first input.
-            index: int64 ``[batch]``: which samples these are, for a :class:`WarmStart` that remembers each.
-            solver, gradient: in place of the layer's own, for this call.
+            inputs: tensors or pytrees that the cell gets in every iteration.
+            z0: the initial state; ``None``: the one that the warm start remembers, else that of ``start``, else that of
+                the cell's ``initial_state(*inputs)``, else zeros like the first input.
+            index: int64 ``[batch]``, the numbers of the samples, for ``WarmStart(samples=...)``.
+            solver, gradient: used in place of the layer's own in this call.
 
         Returns:
             a state like ``z0``, with gradients to the inputs and to the cell's parameters, in eval mode too; with
-            ``has_aux=True`` a pair of it and what the cell returned beside it.
+            ``has_aux=True`` the pair ``(state, aux)``.
 
         Raises:
             SolveError: a sample went non-finite, unless ``throw=False``.
-            TypeError: not as many inputs as the cell takes; an initial state among them.
-            ValueError: bad input, said in words.
+            TypeError: the number of inputs is not the one that the cell takes (a frequent cause: the initial state was
+                given by position).
+            ValueError: no initial state is known, the cell does not keep the shape of the state, an ``index`` does not
+                fit the warm start, or a wrapper such as ``DistributedDataParallel`` is inside the cell.
 
         Warns:
             ConvergenceWarning: a sample did not converge.
@@ -173,29 +176,30 @@ class Equilibrium(nn.Module):
     ) -> Solution:
         """The whole :class:`Solution` at ``inputs``, with gradients: for a loss that needs more than its value.
 
-        Hooks of this module (those of ``fully_shard`` too) run with :meth:`forward` only. The arguments are as there.
+        Takes the arguments of :meth:`forward` and raises the same errors. Module hooks (also those of ``fully_shard``)
+        run with :meth:`forward` only.
         """
         _refuse_wrapped(self.cell)
-        given = z0 is not None
-        if not given:
+        start_given = z0 is not None
+        if not start_given:
             z0 = self._initial(inputs)
         if not self.unpack:
             _check_count(self.cell, self.cell.forward, 1, inputs)
         elif isinstance(z0, tuple | list):
             _check_count(self.cell, self.cell.forward, len(z0), inputs)
-        known = False
+        remembered = False
         if self.warm_start is not None:
             self.warm_start.check(z0, index)
-            if not given:
-                z0, known = self.warm_start.recall(z0, index)
+            if not start_given:
+                z0, remembered = self.warm_start.recall(z0, index)
         elif index is not None:
-            raise ValueError("index is for a layer made with warm_start=WarmStart(samples=...), and this one is not")
+            raise ValueError("index needs a layer made with warm_start=WarmStart(samples=...), but this one is not")
         if gradient is None:
             gradient = self.gradient
         else:
             self._check_gradient(gradient)
         chosen: dict[str, Any] = {"solver": solver or self._solver(), "gradient": gradient, "throw": self.throw}
-        steps = self._refreshing(inputs, gradient) if known else None
+        steps = self._refreshing(inputs, gradient) if remembered else None
         try:
             function, args = self._map(inputs, z0)
             problem = FixedPoint(
@@ -203,16 +207,18 @@ class Equilibrium(nn.Module):
             )
             if steps is not None:
                 chosen |= refreshing(steps, gradient)
+            # handed over in a list, with no name left here, so that the solve can free the start after its first step
             start = [z0]
             del z0
             solution = solve_from(start, problem, args, **chosen, compile=self.compiles and steps is None)
         except (ValueError, RuntimeError) as error:
-            if not given and _SHAPE.search(str(error)) and not isinstance(error, SolveError):
+            if not start_given and _SHAPE.search(str(error)) and not isinstance(error, SolveError):
                 self._explain(error, inputs)
             raise
         if any(is_transformed(leaf) for leaf in pytree.tree_leaves(solution.value)):
             self.solution = None  # a transform's tensors die with it
             return solution
+        # figures only: with its problem the attribute would keep the graph, and all activations, until the next call
         kept = {name: detached(getattr(solution, name)) for name in ("value", "trajectory")}
         if self.has_aux:
             kept["aux"] = detached(solution.aux)
@@ -224,7 +230,7 @@ class Equilibrium(nn.Module):
         return solution
 
     def _solver(self) -> Solver | None:
-        """The one of this call, where none was given."""
+        """The solver of a call that names none."""
         if not self.training:
             return self.eval_solver or self.solver
         if self.budget is None or self.solver is None:
@@ -232,18 +238,18 @@ class Equilibrium(nn.Module):
         return self.budget.take(self.solver)
 
     def _check_gradient(self, gradient: Gradient | None) -> None:
-        """Whether the warm start leaves ``gradient`` anything to differentiate."""
+        """Raise if ``gradient`` cannot be used with the layer's warm start."""
         if self.warm_start is None:
             return
-        steps = getattr(gradient, "gradient", gradient)
-        if isinstance(steps, Reversible | Unrolled):
+        inner = getattr(gradient, "gradient", gradient)  # WhenUnconverged wraps another estimator
+        if isinstance(inner, Reversible | Unrolled):
             raise ValueError(
-                f"{type(steps).__name__} differentiates the steps that are taken, and a warm start leaves hardly any: "
-                "take gradient=Implicit(), or warm_start=False"
+                f"{type(inner).__name__} differentiates the solver's steps, of which a warm start leaves hardly any: "
+                "use gradient=Implicit(), or warm_start=False"
             )
         if self.warm_start.refresh is not None and not refreshes(gradient):
             raise ValueError(
-                f"WarmStart(refresh=...) takes no solve that {type(gradient).__name__} could differentiate: take "
+                f"WarmStart(refresh=...) does not support {type(gradient).__name__}, which needs a full solve: use "
                 "gradient=NeumannPhantom(steps=..., damping=1.0), OneStep() or Implicit(), or WarmStart() without "
                 "refresh"
             )
@@ -251,11 +257,11 @@ class Equilibrium(nn.Module):
     def register_solution_hook(self, hook: Callable[[Equilibrium, Solution], None]) -> RemovableHandle:
         """Call ``hook(layer, solution)`` after every solve, outside ``torch.func`` transforms.
 
-        The solution is the one that carries the gradient, with the problem as it was solved (its weights and dropout
-        masks are those of this solve): for a regularizer, or to watch training.
+        The solution carries the gradient and the problem with the weights and dropout masks of this solve, as a
+        regularizer or a monitor of training needs it.
 
         Returns:
-            a handle; its ``remove()`` takes the hook away.
+            a handle, whose ``remove()`` removes the hook.
         """
         handle = RemovableHandle(self._solution_hooks)
         self._solution_hooks[handle.id] = hook
@@ -271,12 +277,12 @@ class Equilibrium(nn.Module):
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point():
             return torch.zeros_like(inputs[0])
         raise ValueError(
-            "the initial state is not known: pass z0=..., or give the cell a method initial_state(*inputs). Only where "
-            "the first input is a floating-point tensor are zeros like it taken"
+            "the initial state is not known: pass z0=..., or give the cell a method initial_state(*inputs). The "
+            "default, zeros like the first input, needs a floating-point tensor as first input"
         )
 
     def _explain(self, error: Exception, inputs: tuple[Any, ...]) -> None:
-        """Raise where ``error`` comes of a state of another shape than the zeros like the first input."""
+        """Raise a clearer error if ``error`` was caused by the default start, zeros like the first input."""
         if self.start is not None or callable(getattr(self.cell, "initial_state", None)):
             return
         z0 = self._initial(inputs)
@@ -287,24 +293,28 @@ class Equilibrium(nn.Module):
                 out = out[0] if self.has_aux else out
             if isinstance(out, Tensor) and out.shape == z0.shape:
                 return
-            told = f"returned {_shown(out)} for it"
-        except Exception as failed:
-            told = f"failed on it ({failed})"
+            outcome = f"returned {_shown(out)} for it"
+        except Exception as failure:
+            outcome = f"failed on it ({failure})"
         raise ValueError(
-            f"no initial state was given, so that zeros like the first input were taken, {_shown(z0)}, and the cell "
-            f"{told}: if its state has another shape, give the cell a method initial_state(*inputs) that returns one "
-            "(zeros of the state's shape, say), or call the layer with z0=..."
+            f"no initial state was given, so the solve began at zeros like the first input, {_shown(z0)}, and the cell "
+            f"{outcome}: if its state has another shape, give the cell a method initial_state(*inputs) that returns "
+            "one (for example zeros of the state's shape), or call the layer with z0=..."
         ) from error
 
     def _refreshing(self, inputs: tuple[Any, ...], gradient: Gradient | None) -> int | None:
-        """By how many evaluations a remembered state is carried along; ``None``: it is solved for."""
+        """The number of evaluations that replace the solve from a remembered state; ``None``: it is solved."""
         if self.warm_start is None or not self.training or not refreshes(gradient):
             return None
         return self.warm_start.refresh if refreshable(pytree.tree_leaves(inputs)) else None
 
     def _map(self, inputs: tuple[Any, ...], z0: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """The cell with its per-solve values, and its arguments. Weights are captured. Masks are drawn in the first
-        evaluation; but where samples may leave the batch they are arguments, for they carry it."""
+        """The cell with its per-solve weights and masks, and its arguments.
+
+        Weights are captured. Masks are drawn in the first evaluation and captured too, except where samples may leave
+        the batch during the solve (``rowwise``), the solve is compiled or transformed, or an enclosing equilibrium
+        draws the masks: there they are arguments, whose rows the solver selects together with the state's.
+        """
         chains = list(parametrizations(self.cell))
         dropouts = active_dropouts(self.cell)
         if not chains and not dropouts:
@@ -314,7 +324,7 @@ class Equilibrium(nn.Module):
             with without_autocast(_device(z0)):
                 options = {"weights": [(chain, chain()) for chain in chains]}
         else:
-            # its graph holds the parameters, so that weights computed outside would cut them off
+            # the compiled graph reads the parameters; weights computed outside would get no gradient to them
             options = {"vectors": settled_vectors(chains)}
         free = not any(module.drawing or module.held is not None for module in dropouts)
         if "weights" in options and free and not self.rowwise and not self.compiles and not transforms_running():
@@ -341,11 +351,11 @@ _USUAL = {"rowwise": False, "batched": True, "has_aux": False, "unpack": False, 
 
 
 class _Masked:
-    """The cell with the values of one solve, called with its masks as the last argument.
+    """The cell with the values of one solve, called with its dropout masks as the last argument.
 
     Attributes:
         module: the cell.
-        dropouts: those whose masks are arguments.
+        dropouts: the dropouts whose masks are arguments.
     """
 
     def __init__(self, prepared: PerSolve):
@@ -360,21 +370,21 @@ class _Masked:
             function.dropouts = self.dropouts
             yield function
 
-    def __call__(self, *given: Any) -> Any:
-        *given_to_cell, masks = given
+    def __call__(self, *args: Any) -> Any:
+        *cell_args, masks = args
         with holding(list(zip(self.dropouts, masks, strict=True))):
-            return self.prepared(*given_to_cell)
+            return self.prepared(*cell_args)
 
 
 def _masks(
-    prepared: _Masked, dropouts: Sequence[VariationalDropout], given: Sequence[Any]
+    prepared: _Masked, dropouts: Sequence[VariationalDropout], cell_args: Sequence[Any]
 ) -> list[tuple[VariationalDropout, Tensor]]:
-    """The dropouts that the cell uses, with their masks, drawn by one evaluation where an enclosing equilibrium has
-    not done so."""
+    """The dropouts that the cell uses, with their masks; those without a mask from an enclosing equilibrium draw one
+    in an evaluation of the cell made for this purpose."""
     missing = [module for module in dropouts if module.held is None]
     if missing:
         with torch.no_grad(), eagerly(), drawing(missing):
-            prepared(*given, ())
+            prepared(*cell_args, ())
     masks = [(module, module.held) for module in dropouts if module.held is not None]
     for module in missing:
         if not module.drawing:  # otherwise the enclosing equilibrium, which is drawing, collects it
@@ -393,7 +403,7 @@ def _check_cell(cell: Any) -> None:
 
 
 def _check_count(cell: nn.Module, function: Any, states: int, inputs: tuple[Any, ...]) -> None:
-    """``function``, of the cell, must take so many states and ``inputs``."""
+    """Raise unless ``function``, a method of the cell, takes ``states`` states and all ``inputs``."""
     bounds = _positional(function)
     if bounds is None or bounds[0] <= states + len(inputs) <= bounds[1]:
         return
@@ -403,15 +413,16 @@ def _check_count(cell: nn.Module, function: Any, states: int, inputs: tuple[Any,
     )
     what, beside = ("initial_state", "") if not states else ("forward", " beside the state")
     raise TypeError(
-        f"the layer was called with {len(inputs)} inputs, and {type(cell).__name__}.{what} takes {takes}{beside}: "
-        "Equilibrium gives all its inputs to the cell and to its initial_state. The initial state is no input, and is "
-        "given by name, layer(x, z0=z)"
+        f"the layer was called with {len(inputs)} inputs, but {type(cell).__name__}.{what} takes {takes}{beside}: "
+        "Equilibrium gives all its inputs to the cell and to its initial_state. The initial state is not an input: "
+        "give it by name, layer(x, z0=z)"
     )
 
 
 def _positional(function: Any) -> tuple[int, float] | None:
-    """How many positional arguments a method takes, at least and at most; ``None`` where that is not told."""
+    """The least and the largest number of positional arguments of a method; ``None`` if it cannot be told."""
     code = getattr(getattr(function, "__func__", None), "__code__", None)
+    # a decorated method shows the signature of its wrapper, often (*args, **kwargs)
     if code is None or hasattr(function.__func__, "__wrapped__"):
         return None
     most = code.co_argcount - 1
@@ -423,7 +434,7 @@ _SHAPE = re.compile(
     "keep the shape of the state|has the structure|cannot be multiplied|[Ss]izes? of tensors?|size mismatch|channels"
     "|normalized_shape|expanded size|is invalid for input|broadcast|must match|subscript|out of range"
 )
-"""What errors of ours and of torch say that come of a state of another shape."""
+"""Phrases in the errors of this library and of PyTorch that a state of the wrong shape causes."""
 
 
 def _shown(tree: Any) -> str:
@@ -436,7 +447,7 @@ def _device(tree: Any) -> torch.device:
 
 
 def _refuse_wrapped(cell: nn.Module) -> None:
-    """Raise where a wrapper inside the cell would act in every iteration."""
+    """Raise if a parallel wrapper is inside the cell, where it would act in every iteration."""
     for name, module in cell.named_modules():
         kind = next((base.__name__ for base in type(module).__mro__ if base.__name__ in _WRAPPERS), None)
         if kind is not None:
@@ -452,7 +463,7 @@ _WRAPPERS = {
     "DistributedDataParallel": "DistributedDataParallel",
     "DataParallel": "DataParallel",
 }
-_GATHERED = "Its parameters would be gathered anew in every iteration, and gone when the backward pass needs them"
+_GATHERED = "Its parameters would be gathered in every iteration, and freed before the backward pass needs them"
 _WHY = {
     "FSDPModule": _GATHERED,
     "FullyShardedDataParallel": _GATHERED,

@@ -1,4 +1,4 @@
-"""Where a solve begins, predicted from its inputs."""
+"""Initial states predicted from the inputs by a network."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torchimplicit.state import detached
 class LearnedStart(nn.Module):
     """Predicts the start of an :class:`Equilibrium`'s solves from the layer's inputs, and learns from its solutions.
 
-    Much of a solve only brings the state from zeros into the neighbourhood of the equilibrium; a small network can say
-    where that is (Bai, Koltun and Kolter 2022, "Neural deep equilibrium solvers")::
+    Many steps of a solve only bring the state from zeros near the equilibrium; a small network can predict where that
+    is (Bai, Koltun and Kolter 2022, "Neural deep equilibrium solvers")::
 
         layer = Equilibrium(cell, start=LearnedStart(network))
         loss = criterion(head(layer(x)), y) + layer.start.loss(layer.solution)
 
-    The equilibrium does not depend on where the solve begins, so that the task's loss teaches the network nothing:
-    :meth:`loss` does. It acts on the network alone, not on the cell, nor on what computes the inputs.
+    The equilibrium does not depend on the start, so that the loss of the task has no gradient in the network: train it
+    by :meth:`loss`, which has no gradient in the cell, nor in the inputs.
 
     Args:
         network: a module called with the layer's inputs, returning a state like the cell's.
@@ -38,28 +38,29 @@ class LearnedStart(nn.Module):
         self._prediction: Any = None
 
     def forward(self, *inputs: Any) -> Any:
-        """The predicted state, without a gradient: no derivative of the equilibrium leads through it."""
+        """The predicted state, detached, as the equilibrium does not depend on it."""
         prediction = self.network(*pytree.tree_map(detached, inputs))
         self._prediction = prediction if torch.is_grad_enabled() else None
         return detached(prediction)
 
     def loss(self, solution: Solution) -> Tensor:
         """The mean over the batch of :math:`\\lVert z_0-z^*\\rVert^2/\\lVert z^*\\rVert^2`, between the last prediction
-        and the solution that was found from it.
+        and the solution found from it.
 
         Args:
-            solution: of the same call, such as ``layer.solution``. Samples whose solution is not finite are left out.
+            solution: the solution of the same call, such as ``layer.solution``. Samples whose solution is not finite
+                are left out.
 
         Returns:
-            a scalar, differentiable in the network's parameters, once.
+            a scalar, differentiable once in the network's parameters.
 
         Raises:
-            ValueError: nothing was predicted with gradients since the last loss, or for another batch.
+            ValueError: nothing was predicted with gradients since the last loss, or the solution is of another batch.
         """
         prediction, self._prediction = self._prediction, None
         if prediction is None:
             raise ValueError(
-                "LearnedStart.loss compares the last prediction with the solution found from it, and nothing was "
+                "LearnedStart.loss compares the last prediction with the solution found from it, but nothing was "
                 "predicted with gradients since the last loss: call the layer first, outside torch.no_grad()"
             )
         return relative_distance(prediction, solution)

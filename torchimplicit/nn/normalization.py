@@ -80,7 +80,8 @@ class SpectralNorm(nn.Module):
         self.scale, self.paired = scale, paired
         self.held: tuple[Tensor, ...] | None = None
         matrix = self._matrix(weight.detach())
-        # a start that is the same in every run, and orthogonal to no singular vector in practice
+        # a fixed seed makes runs reproducible; a random vector is practically never orthogonal to the singular vector
+        # that the power method looks for
         start = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(matrix)
         self.register_buffer("right", (start / torch.linalg.vector_norm(start)).to(weight.dtype))
         if paired:
@@ -89,6 +90,7 @@ class SpectralNorm(nn.Module):
 
     def forward(self, *parameters: Tensor) -> Tensor:
         weight = parameters[-1]
+        # autocast would multiply in half precision, and sigma, and with it the bound, would be off by as much
         with torch.autocast(weight.device.type, enabled=False):
             matrix = self._matrix(weight)
             if self.held is not None:
@@ -107,7 +109,7 @@ class SpectralNorm(nn.Module):
             return weight / (ratio if self.clip is None else ratio.clamp_min(1 / self.clip)).to(weight.dtype)
 
     def vectors(self) -> tuple[Tensor, ...]:
-        """The vectors of now: copies, since a later forward pass may change them before this one's backward."""
+        """Copies of the current vectors: a later forward pass may change them before this one's backward pass."""
         return (self.right.clone(), self.left.clone()) if self.paired else (self.right.clone(),)
 
     def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -155,18 +157,18 @@ def weight_norm(
 
     Args:
         module: whose parameter ``name`` becomes :math:`v\\min(c,\\,g/\\lVert v\\rVert)`.
-        name: of the parameter.
-        dim: the dimension that keeps a length of its own (0: one per output).
-        target: the length :math:`g`, the same for all and not learned; ``None``: learned, one per entry of ``dim``, and
-            the parameter keeps its value at first.
+        name: the name of the parameter.
+        dim: the dimension whose entries each have a length (0: one per output).
+        target: the length :math:`g`, the same for all and not learned; ``None``: learned, one per entry of ``dim``,
+            beginning at the parameter's present lengths.
         clip: :math:`c`, the largest factor by which :math:`v` is multiplied; ``None`` for no bound.
 
     Returns:
         ``module``.
 
     Raises:
-        ValueError: the module has no such parameter, or it has no such dimension, or a zero vector along it, or a
-            number is out of range.
+        ValueError: the module has no such parameter, the parameter has no such dimension or a zero vector along it, or
+            a number is out of range.
     """
     weight = _parameter("weight_norm", module, name)
     _check_dim("weight_norm", weight, name, dim)
@@ -197,33 +199,34 @@ def spectral_norm(
     """Spectral normalization (Miyato et al. 2018, arXiv 1802.05957), computed once per solve inside
     :class:`Equilibrium`.
 
-    The singular value is :math:`\\sigma=\\lVert Wv\\rVert`, with a unit vector :math:`v` that is kept, and improved by
-    the power method once per solve in training. Derivatives of every order are those at fixed :math:`v`, as in the
-    paper; the first is also that of the largest singular value once :math:`v` has converged. The power method works on
-    the parameter as it was when the module last ran in training: after changing it by hand, run once in training mode.
+    The singular value is :math:`\\sigma=\\lVert Wv\\rVert`, with a stored unit vector :math:`v` that the power method
+    improves once per solve in training. Derivatives of every order are taken at fixed :math:`v`, as in the paper; the
+    first equals that of the largest singular value once :math:`v` has converged. In eval mode :math:`v` belongs to the
+    parameter as it was when the module last ran in training: after changing the parameter by hand, run the module once
+    in training mode.
 
-    For a convolution it is the singular value of the kernel as a matrix ``[out, in * kernel]``, not of the convolution
-    itself, whose norm may be larger by up to the square root of the kernel's size.
+    For a convolution, :math:`\\sigma` belongs to the kernel as a matrix ``[out, in * kernel]``. The norm of the
+    convolution itself may be larger by a factor of up to the square root of the kernel's size.
 
     Args:
         module: whose parameter ``name`` is multiplied by :math:`\\min(c,\\,b/\\sigma)`.
-        name: of the parameter.
-        bound: :math:`b`, the largest singular value afterwards.
-        only_above: whether weights below the bound are left alone; the same as ``clip=1``.
-        iterations: of the power method, per solve.
+        name: the name of the parameter.
+        bound: :math:`b`, the largest singular value after normalization.
+        only_above: whether weights with singular values below the bound are left unchanged; the same as ``clip=1``.
+        iterations: the number of iterations of the power method per solve.
         dim: the dimension of the outputs; 1 for transposed convolutions.
         clip: :math:`c`, the largest factor; ``None`` for no bound.
-        scale: whether :math:`b` is learned, one per entry of ``dim``, from ``bound`` on. The singular value is then no
-            longer bounded by it.
-        paired: whether the left vector :math:`u` is kept too and :math:`\\sigma=u^\\top Wv`, as PyTorch and TorchDEQ
-            have it; after a step of the optimizer it lags behind until the module runs in training.
+        scale: whether :math:`b` is learned, one per entry of ``dim``, beginning at ``bound``, which then no longer
+            bounds the singular value.
+        paired: whether the left vector :math:`u` is stored too and :math:`\\sigma=u^\\top Wv`, as in PyTorch and
+            TorchDEQ; after a step of the optimizer it is out of date until the module runs in training.
 
     Returns:
         ``module``.
 
     Raises:
-        ValueError: the module has no such parameter, it is not a matrix or kernel, or it is zero, or a number is out of
-            range.
+        ValueError: the module has no such parameter, the parameter is zero or neither a matrix nor a kernel, or a
+            number is out of range.
     """
     at_least("spectral_norm", "iterations", iterations, 1)
     _check_positive("spectral_norm", "bound", bound)
@@ -231,11 +234,11 @@ def spectral_norm(
         _check_positive("spectral_norm", "clip", clip)
     if only_above:
         if clip is not None and clip != 1:
-            raise ValueError(f"spectral_norm: only_above=True means clip=1, and clip={clip} is given too: take one")
+            raise ValueError(f"spectral_norm: only_above=True means clip=1, but clip={clip} is given too: give one")
         clip = 1.0
     weight = _parameter("spectral_norm", module, name)
     if weight.ndim < 2:
-        raise ValueError(f"spectral_norm: {name} has shape {tuple(weight.shape)}, and must be a matrix or a kernel")
+        raise ValueError(f"spectral_norm: {name} has shape {tuple(weight.shape)}, but must be a matrix or a kernel")
     _check_dim("spectral_norm", weight, name, dim)
     bounded = clip is not None and not scale and not paired  # then zero stays zero
     if not bounded and not weight.is_meta and not bool(weight.detach().any()):
@@ -255,21 +258,22 @@ def parametrizations(root: nn.Module) -> Iterator[ParametrizationList]:
 
 
 def settled_vectors(chains: Iterable[ParametrizationList]) -> list[tuple[SpectralNorm, Any]]:
-    """The vectors of the spectral norms, improved once where they are in training."""
-    found = []
+    """The spectral norms with their vectors, improved once in those that are in training mode."""
+    pairs = []
     for chain in chains:
         with torch.no_grad():
             chain()
-        found += [(step, step.vectors()) for step in chain if isinstance(step, SpectralNorm)]
-    return found
+        pairs += [(step, step.vectors()) for step in chain if isinstance(step, SpectralNorm)]
+    return pairs
 
 
 @contextmanager
 def fixed(weights: Sequence[tuple[ParametrizationList, Tensor]], read: bool = False) -> Iterator[None]:
-    """Each parametrization gives the tensor beside it, and computes nothing, while the context lasts.
+    """While the context lasts, each parametrization returns the tensor paired with it and computes nothing.
 
     Args:
-        read: whether a compiler reads the module, which tells what gives the tensor by its identity.
+        read: whether a compiler traces the module. It guards on the identity of the replaced ``forward``, which must
+            therefore be the same object in every solve.
     """
     before = [chain.__dict__.get("forward") for chain, _ in weights]
     for chain, value in weights:
@@ -289,7 +293,7 @@ def fixed(weights: Sequence[tuple[ParametrizationList, Tensor]], read: bool = Fa
 
 @contextmanager
 def holding(pairs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
-    """Each module's ``held`` is what stands beside it while the context lasts."""
+    """While the context lasts, the ``held`` of each module is the value paired with it."""
     before = [module.held for module, _ in pairs]
     for module, value in pairs:
         module.held = value
@@ -305,7 +309,7 @@ def _unit(vector: Tensor) -> Tensor:
 
 
 class _Giver:
-    """What gives a tensor, the same object in every solve."""
+    """A callable that returns a tensor and is the same object in every solve."""
 
     value: Tensor
 
@@ -329,7 +333,7 @@ def _parameter(what: str, module: nn.Module, name: str) -> Tensor:
         raise ValueError(f"{what}: {kind}.{name} has no shape yet: call the model once before")
     if not (name in module._parameters or name in module._buffers or parametrize.is_parametrized(module, name)):
         raise ValueError(
-            f"{what}: {kind}.{name} is no parameter but the result of another normalization (a hook of "
+            f"{what}: {kind}.{name} is not a parameter but the result of another normalization (a hook of "
             "torch.nn.utils or of TorchDEQ): remove that one first"
         )
     return weight
@@ -338,8 +342,8 @@ def _parameter(what: str, module: nn.Module, name: str) -> Tensor:
 def _check_first(what: str, module: nn.Module, name: str, instead: str) -> None:
     if parametrize.is_parametrized(module, name):
         raise ValueError(
-            f"{what}: {type(module).__name__}.{name} has a parametrization already, and one with a scale to learn must "
-            f"be the first: take {instead}, or remove the other (remove_norm)"
+            f"{what}: {type(module).__name__}.{name} has a parametrization already, but one with a learned scale must "
+            f"be the first: use {instead}, or remove the other one (remove_norm)"
         )
 
 
@@ -347,16 +351,16 @@ def _check_positive(what: str, name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{what}: {name} must be a number, not {type(value).__name__} ({value!r})")
     if not 0 < value < float("inf"):
-        raise ValueError(f"{what}: {name} is {value}, and must be a positive finite number")
+        raise ValueError(f"{what}: {name} is {value}, but must be a positive finite number")
 
 
-def _zero(what: str, module: nn.Module, name: str, found: str) -> str:
+def _zero(what: str, module: nn.Module, name: str, zeros: str) -> str:
     return (
-        f"{what}: {type(module).__name__}.{name} has {found}, which has no direction to keep: every value would be "
-        "NaN. Initialize it with other numbers, or leave this layer out (apply_norm has skip=...)"
+        f"{what}: {type(module).__name__}.{name} has {zeros}, which cannot be normalized: the result would be NaN. "
+        "Initialize it with other numbers, or leave this layer out (apply_norm has skip=...)"
     )
 
 
 def _check_dim(what: str, weight: Tensor, name: str, dim: int) -> None:
     if not -weight.ndim <= dim < weight.ndim:
-        raise ValueError(f"{what}: {name} has shape {tuple(weight.shape)}, and no dimension {dim}")
+        raise ValueError(f"{what}: {name} has shape {tuple(weight.shape)}, but no dimension {dim}")

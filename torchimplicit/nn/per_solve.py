@@ -1,4 +1,4 @@
-"""A module as a map that stays the same while it is solved for."""
+"""A module as a map whose weights and dropout masks stay the same during a solve."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from torchimplicit.nn.normalization import fixed, holding, parametrizations
 
 
 def per_solve(module: nn.Module) -> Callable[..., Any]:
-    """The module as a function whose parametrized weights are those of now, computed once, with their gradient, and
-    not in every call; every :class:`VariationalDropout` draws its mask in the first call that uses it, and keeps it.
-    What :class:`Equilibrium` does for its cell, for a map that is given to :func:`solve` by hand.
+    """The module as a function with fixed weights and dropout masks, for :func:`solve`.
 
-    Make a new one for every solve, or for every training step. The masks carry the batch: a problem with dropout must
-    not be ``rowwise=True``, and the first call must not be inside a ``torch.func`` transform.
+    Its parametrized weights are computed once, here, with their gradient, and not in every call. Every
+    :class:`VariationalDropout` draws its mask in the first call that uses it, and keeps it. :class:`Equilibrium` does
+    the same for its cell.
+
+    Make a new function for every solve or for every training step. The masks have one row per sample: a problem with
+    dropout must not be ``rowwise=True``, and the first call must not be inside a ``torch.func`` transform.
 
     Raises:
-        RuntimeError: masks that were drawn inside a transform, or for another batch; both when the function is called.
+        RuntimeError: when the function is called, if its masks would be drawn inside a transform or were drawn for
+            another batch.
     """
     weights = [(chain, chain()) for chain in parametrizations(module)]
     dropouts = active_dropouts(module)
@@ -34,10 +37,10 @@ class PerSolve:
     """A module with the values of one solve.
 
     Attributes:
-        module: it.
-        weights: parametrizations and what they give.
-        vectors: spectral norms and their vectors, where weights are computed in every evaluation.
-        dropouts: those that draw a mask in the first call that uses them, and keep it.
+        module: the module.
+        weights: pairs of a parametrization and its weight.
+        vectors: pairs of a spectral norm and its vectors, where weights are computed in every evaluation.
+        dropouts: the dropouts that draw a mask in the first call that uses them, and keep it.
     """
 
     def __init__(
@@ -53,8 +56,8 @@ class PerSolve:
 
     @contextmanager
     def settled(self) -> Iterator[PerSolve]:
-        """While the context lasts, the same function, for a compiler to read: it could not follow how parametrizations
-        are given their values."""
+        """The same function with its weights set for the length of the context, so that a compiler, which cannot trace
+        the replacement of parametrizations in every call, need not see it."""
         with fixed(self.weights, read=True), holding(self.vectors):
             yield PerSolve(self.module, dropouts=self.dropouts)
 
@@ -79,7 +82,7 @@ class PerSolve:
 def _lasting(mask: Tensor) -> Tensor:
     if is_transformed(mask):
         raise RuntimeError(
-            "per_solve: the first call of the map was inside a torch.func transform, which the dropout masks drawn in "
-            "it would not outlive. Call the map once before, with the arguments of the solve"
+            "per_solve: the first call of the map was inside a torch.func transform, outside which the dropout masks "
+            "drawn in it cannot be used. Call the map once before, with the arguments of the solve"
         )
     return mask

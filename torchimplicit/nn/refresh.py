@@ -1,4 +1,4 @@
-"""An equilibrium carried along by a few evaluations of the cell, in place of a solve."""
+"""Refreshed equilibria: a few evaluations of the cell from a remembered state, in place of a solve."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torchimplicit.state import row_norm
 
 
 def refreshes(gradient: Gradient | None) -> bool:
-    """Whether the estimator can differentiate a refreshed state: it asks for products with the Jacobian only."""
+    """Whether the estimator can differentiate a refreshed state: it needs only products with the Jacobian."""
     gradient = gradient or Implicit()
     return isinstance(gradient, Implicit | LinearEstimate) and not gradient.needs_solver_state
 
@@ -44,11 +44,11 @@ def refreshing(steps: int, gradient: Gradient | None) -> dict[str, Any]:
 @final
 @dataclass(frozen=True, kw_only=True)
 class AtLastStep(Gradient):
-    """Derivatives with the Jacobian at the state before the last of a given number of steps, for fixed points.
+    """Derivatives with the Jacobian before the last step of a solve with a fixed number of steps, for fixed points.
 
-    That step is recorded for the backward pass too, so that nothing is evaluated twice: with a truncated series of T
+    The last step is recorded for the backward pass, so that nothing is evaluated twice: with a truncated series of T
     products, a training step costs one evaluation, T products with the Jacobian, and the pass to the parameters (Huang
-    et al. 2021). First derivatives only, in reverse mode; others raise.
+    et al. 2021). Only first derivatives in reverse mode are supported; others raise.
 
     Args:
         inverse: the estimator whose adjoint vector is pulled back through the step.
@@ -63,7 +63,8 @@ class AtLastStep(Gradient):
         assert task.solver.steps
         before = task.solver.given(task.solver.steps - 1)
         start = replace(task, run=run_by(before)).solve(params, given_away=False).z
-        # autograd sees the parameters as the function uses them, and the state as the leaf of the tape
+        # autograd follows the parameters into the function by itself; only the state is a leaf of the tape, whose
+        # products with the Jacobian the adjoint needs
         system = FixedPointSystem(fn=lambda z: task.system.fn(z, *params))
         if torch.is_grad_enabled():
             tape = system.linearize(start, ())
@@ -86,7 +87,7 @@ class AtLastStep(Gradient):
 
 
 class _Adjoint(Function):
-    """Identity whose cotangent is replaced by the adjoint's estimate."""
+    """The identity, whose backward pass replaces the cotangent u by an estimate of :math:`(I-J^T)^{-1}u`."""
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, task: SolveTask, inverse: Any, tape: Linearization) -> Tensor:
@@ -97,8 +98,8 @@ class _Adjoint(Function):
     def backward(ctx: Any, u: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise UnsupportedDerivativeError(
-                "a state that WarmStart(refresh=...) has carried along has first derivatives only, and create_graph or "
-                "a second derivative was asked for: take WarmStart(), which solves, with gradient=Implicit()"
+                "WarmStart(refresh=...) supports first derivatives only, without create_graph: use WarmStart(), which "
+                "solves, with gradient=Implicit()"
             )
         with without_autocast(u.device):
             return _adjoint_vector(ctx.task, ctx.inverse, ctx.tape, u), None, None, None
@@ -106,14 +107,14 @@ class _Adjoint(Function):
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
         raise UnsupportedDerivativeError(
-            "a refreshed state has no forward derivative: take WarmStart() without refresh"
+            "WarmStart(refresh=...) does not support forward-mode derivatives: use WarmStart() without refresh"
         )
 
 
 def _adjoint_vector(task: SolveTask, inverse: Implicit | LinearEstimate, tape: Linearization, u: Tensor) -> Tensor:
     """:math:`g\\approx(I-J^T)^{-1}u`."""
     if isinstance(inverse, NeumannPhantom):
-        # without the figures of a linear solve, which take as long on small states
+        # apply would also compute the figures of a linear solve, which takes as long as the series on small states
         return _series(task, tape, u, inverse.steps, inverse.damping)
     solution = inverse.apply(task, tape, True, u)
     task.linear.record.report = solution.report

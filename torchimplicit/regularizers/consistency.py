@@ -1,4 +1,4 @@
-"""How near few steps come to the equilibrium that many steps have found."""
+"""The consistency loss: the distance to the equilibrium after few steps."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torchimplicit.validation import at_least
 
 
 def consistency(problem: FixedPoint, solution: Solution, *args: Any, count: int = 4, steps: int = 1) -> Tensor:
-    """How far ``steps`` evaluations of a map, from states on the way to a solution, remain from that solution: the mean
-    of :math:`\\lVert f^k(z_i)-z^*\\rVert^2/\\lVert z^*\\rVert^2` over ``count`` states and over the batch.
+    """The relative distance to a solution after ``steps`` evaluations of a map from iterates of the solve: the mean of
+    :math:`\\lVert f^k(z_i)-z^*\\rVert^2/\\lVert z^*\\rVert^2` over ``count`` iterates and over the batch.
 
-    A map trained with it does in a few steps what many have done: consistency distillation (Lin et al. 2026,
-    "Consistency deep equilibrium models", arXiv 2602.03024; there the student is also told the number of the step). The
-    map may be a student, such as a copy of the cell, which is then used with a given number of steps::
+    A map trained with it reaches the solution in few steps: consistency distillation (Lin et al. 2026, "Consistency
+    deep equilibrium models", arXiv 2602.03024; there the student also gets the number of the step as input). The map
+    may be a student, such as a copy of the cell, which is then used with a fixed number of steps::
 
         teacher = Equilibrium(cell, solver=Anderson(keep_trajectory=True))
         student = copy.deepcopy(cell)
@@ -31,18 +31,18 @@ def consistency(problem: FixedPoint, solution: Solution, *args: Any, count: int 
     Args:
         problem: the map that is trained, with the state and the arguments of the solve.
         solution: of a solver with ``keep_trajectory=True``. Its states are constants here.
-        args: what the map takes beside the state, as for :func:`solve`.
-        count: the number of states, evenly spaced from the start to the solution, which are both among them; fewer if
-            the trajectory is shorter.
-        steps: k, through all of which the derivative goes.
+        args: the arguments of the map after the state, as for :func:`solve`.
+        count: the number of iterates, evenly spaced from the start to the solution, both included; fewer if the
+            trajectory is shorter.
+        steps: k, the number of evaluations, all of which are differentiated.
 
     Returns:
-        a scalar, differentiable to any order in what the map depends on. Samples whose solution is not finite are left
-        out.
+        a scalar, differentiable to any order in the arguments and parameters of the map. Samples whose solution is not
+        finite are left out.
 
     Raises:
         TypeError: the problem is not a :class:`FixedPoint`.
-        ValueError: the solver did not keep its iterates.
+        ValueError: the solver did not keep its iterates, or ``count`` or ``steps`` is below 1.
     """
     if not isinstance(problem, FixedPoint):
         raise TypeError(f"consistency needs a map: give FixedPoint(f), not {type(problem).__name__}")
@@ -51,7 +51,7 @@ def consistency(problem: FixedPoint, solution: Solution, *args: Any, count: int 
     kept = [state for state in (*solution.trajectory[:-1], solution.value) if state is not None]
     if not solution.trajectory:
         raise ValueError(
-            "consistency needs the states on the way: solve with a solver that has keep_trajectory=True, for example "
+            "consistency needs the iterates: solve with a solver that has keep_trajectory=True, for example "
             "Anderson(keep_trajectory=True)"
         )
     places = torch.linspace(0, len(kept) - 1, min(count, len(kept))).round().int().tolist()
@@ -65,13 +65,14 @@ def consistency(problem: FixedPoint, solution: Solution, *args: Any, count: int 
 
 
 def relative_distance(state: Any, solution: Solution) -> Tensor:
-    """The mean over the samples of :math:`\\lVert z-z^*\\rVert^2/\\lVert z^*\\rVert^2`, without those whose solution is
-    not finite; the solution :math:`z^*` is a constant."""
+    """The mean of :math:`\\lVert z-z^*\\rVert^2/\\lVert z^*\\rVert^2` over the samples with a finite solution
+    :math:`z^*`, which is a constant here."""
     layout = Layout.of(solution.value, batched=solution.residual.ndim > 0)
-    here, there = layout.flatten(state, "state"), layout.flatten(detached(solution.value), "solution.value")
-    if here.shape != there.shape:
-        raise ValueError(f"the state is of another batch than the solution: {len(here)} samples and {len(there)}")
-    finite = there.isfinite().all(dim=1)
-    distance = (here[finite] - there[finite]).square().sum(dim=1)
-    size = there[finite].square().sum(dim=1).clamp_min(torch.finfo(there.dtype).tiny)
+    z, target = layout.flatten(state, "state"), layout.flatten(detached(solution.value), "solution.value")
+    if z.shape != target.shape:
+        raise ValueError(f"the state is of another batch than the solution: {len(z)} samples and {len(target)}")
+    # selected rather than multiplied by zero: the gradient of a NaN row would be NaN even so
+    finite = target.isfinite().all(dim=1)
+    distance = (z[finite] - target[finite]).square().sum(dim=1)
+    size = target[finite].square().sum(dim=1).clamp_min(torch.finfo(target.dtype).tiny)
     return (distance / size).sum() / finite.sum().clamp_min(1)

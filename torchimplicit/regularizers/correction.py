@@ -1,4 +1,4 @@
-"""Fixed-point correction: a loss on the way to the solution as well."""
+"""Fixed-point correction: the loss of several iterates besides the solution."""
 
 from __future__ import annotations
 
@@ -22,27 +22,32 @@ def fixed_point_correction(
     random: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """:math:`\\sum_{k=1}^n \\gamma^{n-k} L(p_{i_k})` over ``count`` iterates, the last being the solution.
+    """The sum :math:`\\sum_{k=1}^n \\gamma^{n-k} L(p_{i_k})` of losses over ``count`` iterates, the last of which is
+    the solution.
 
-    Each iterate is treated as the solution by the gradient estimator of the solve (Bai et al. 2022, "Deep equilibrium
-    optical flow estimation"), so the term asks that the iteration reach a good value early.
+    The gradient estimator of the solve treats each iterate as the solution (Bai et al. 2022, "Deep equilibrium optical
+    flow estimation"). The sum is small if the iteration reaches a good value early. For a loss with other arguments, or
+    a different one for each iterate, use :meth:`~torchimplicit.Solution.states`.
 
     Args:
-        solution: of a solver with ``keep_trajectory=True``.
-        loss: of a state with the structure of ``z0``; returns a scalar.
+        solution: the solution of a solver with ``keep_trajectory=True``.
+        loss: a function of a state with the structure of ``z0`` that returns a scalar.
         count: n. A shorter trajectory gives as many terms as it has iterates.
-        gamma: in (0, 1].
-        weights: of the ``count`` losses, in place of the powers of gamma; where there are fewer, the last of them.
-        reduce: ``False``: the single losses are returned, without weights.
+        gamma: the base of the weights, in (0, 1].
+        weights: ``count`` weights in place of the powers of gamma; if there are fewer terms, the last weights are used.
+        reduce: ``False``: the unweighted losses are returned.
         random: whether the indices are drawn at random, without repetition, rather than evenly spaced.
         generator: for the indices; ``None``: the global one.
 
     Returns:
-        a scalar, the loss of the solution included; ``[terms]`` with ``reduce=False``. A loss with other
-        arguments, or one for each state, is a line with :meth:`~torchimplicit.Solution.states`.
+        a scalar that includes the loss of the solution; ``[terms]`` with ``reduce=False``.
+
+    Raises:
+        ValueError: ``gamma`` is out of range, the loss is not a scalar tensor, the number of weights is not ``count``,
+            or the solver did not keep its iterates.
     """
     if not 0 < gamma <= 1:
-        raise ValueError(f"fixed_point_correction: gamma is {gamma}, and must lie in (0, 1]")
+        raise ValueError(f"fixed_point_correction: gamma is {gamma}, but must lie in (0, 1]")
     states = solution.states(count, random=random, generator=generator)
     terms = [loss(state) for state in states]
     if any(not isinstance(term, Tensor) or term.ndim for term in terms):
@@ -54,5 +59,5 @@ def fixed_point_correction(
         weights = [gamma ** (count - 1 - k) for k in range(count)]
     if len(weights) != count:
         raise ValueError(f"fixed_point_correction: {len(weights)} weights were given for count={count} losses")
-    given = torch.as_tensor(weights, dtype=single.dtype, device=single.device)
-    return (given[count - len(terms) :] * single).sum()
+    factors = torch.as_tensor(weights, dtype=single.dtype, device=single.device)
+    return (factors[count - len(terms) :] * single).sum()

@@ -1,4 +1,4 @@
-"""The size of the Jacobian, by random projections."""
+"""The Frobenius norm of the Jacobian, by random projections."""
 
 from __future__ import annotations
 
@@ -22,27 +22,30 @@ def jacobian_frobenius(
 ) -> Tensor:
     """Hutchinson's estimate of :math:`\\lVert J\\rVert_F^2 / \\dim`, averaged over the batch (Bai et al. 2021).
 
-    :math:`J=\\partial f/\\partial z`, and the estimate is the mean of
-    :math:`\\lVert v^TJ\\rVert^2/\\mathrm{numel}` over ``samples`` Gaussian vectors. Differentiable in
-    whatever ``f`` depends on, and in ``z``: give the solution's value for the exact derivative, or a detached one for
-    the usual cheaper term.
+    :math:`J=\\partial f/\\partial z`; the estimate is the mean of :math:`\\lVert v^TJ\\rVert^2/\\mathrm{numel}` over
+    ``samples`` Gaussian vectors v. It is differentiable in the arguments and parameters of ``f``, and in ``z``: give
+    the solution's value for the exact derivative, or detach it for the usual cheaper term.
 
     Args:
         problem: a :class:`FixedPoint` or a :class:`Root`.
         z: the state, as for :func:`solve`.
         args: as for :func:`solve`.
-        samples: how many random vectors.
+        samples: the number of random vectors.
         generator: on the state's device; ``None``: the global one.
 
     Returns:
         a scalar.
+
+    Raises:
+        TypeError: the problem is not a :class:`FixedPoint` or a :class:`Root`.
+        ValueError: ``samples`` is below 1.
     """
     if isinstance(problem, (Minimum, LeastSquares)):
-        raise TypeError("jacobian_frobenius needs a map, and a minimum has an energy: give FixedPoint or Root")
+        raise TypeError("jacobian_frobenius needs a map, but a minimum has an energy: give FixedPoint or Root")
     if isinstance(problem, JointInference):
         raise TypeError(
-            "jacobian_frobenius needs a map, and JointInference has one in its state alone: give FixedPoint(f) at z "
-            "with x as its argument, jacobian_frobenius(FixedPoint(f), state.z, state.x, *args)"
+            "jacobian_frobenius needs a map, but that of JointInference is for its state z only: call "
+            "jacobian_frobenius(FixedPoint(f), state.z, state.x, *args), with x as an argument of the map"
         )
     at_least("jacobian_frobenius", "samples", samples, 1)
     layout = Layout.of(z, problem.batched)
