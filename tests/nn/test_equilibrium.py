@@ -208,11 +208,11 @@ class TestInputs:
 
     def test_a_state_by_position_raises(self):
         layer, x = layer_and_input()
-        with pytest.raises(TypeError, match=r"called with 2 inputs, and TanhCell.forward takes 1 .*layer\(x, z0=z\)"):
+        with pytest.raises(TypeError, match=r"called with 2 inputs, but TanhCell.forward takes 1 .*layer\(x, z0=z\)"):
             layer(x, torch.zeros_like(x))
 
     def test_too_few(self):
-        with pytest.raises(TypeError, match=r"called with 1 inputs, and Gated.forward takes 2 to 3"):
+        with pytest.raises(TypeError, match=r"called with 1 inputs, but Gated.forward takes 2 to 3"):
             Equilibrium(Gated())(torch.zeros(4, 5))
 
     def test_an_initial_state_gets_them_all(self):

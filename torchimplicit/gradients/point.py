@@ -17,8 +17,7 @@ class SharedPoint:
 
     Args:
         system: evaluated once, on construction.
-        z: the solution, ``[batch, dim]``; it must not be written to afterwards.
-        params: its parameters; likewise.
+        z, params: the solution, ``[batch, dim]``, and its parameters; neither may be written to afterwards.
         solver: for all the solves.
 
     Attributes:

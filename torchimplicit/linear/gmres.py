@@ -58,7 +58,7 @@ class _State(NamedTuple):
         sizes: the diagonal of U, ``[rows, 1]``.
         columns: the columns of U above the diagonal, ``[rows, i]`` for the i-th.
         images: the orthonormal q.
-        directions: the z where they are preconditioned; ``None``: they follow from the residuals.
+        directions: the preconditioned z; ``None``: they follow from the residuals.
     """
 
     norm: Tensor

@@ -397,7 +397,7 @@ def _check_cell(cell: Any) -> None:
         return
     kind = f"the class {cell.__name__}" if isinstance(cell, type) else type(cell).__name__
     raise TypeError(
-        f"cell must be an nn.Module called as cell(z, *inputs), and it is {kind}. For a function, call "
+        f"cell must be an nn.Module called as cell(z, *inputs), not {kind}. For a function, call "
         "torchimplicit.solve(FixedPoint(f), z0, x)"
     )
 

@@ -25,7 +25,7 @@ class Descent(NamedTuple):
         exact: bool ``[batch]``, where it is Newton's step.
         negative: bool ``[batch]``, where the Hessian has a negative eigenvalue; ``None`` where that is not known, or
             where none has.
-        downward: ``[batch, dim]``, the unit eigenvector of that eigenvalue; ``None`` likewise.
+        downward: ``[batch, dim]``, the unit eigenvector of that eigenvalue; ``None`` as for ``negative``.
     """
 
     direction: Tensor

@@ -113,7 +113,7 @@ class Measure:
 
     Attributes:
         recent: ``[batch]`` or ``[batch, leaves]``, the decaying maximum of the size of the state.
-        since: the size of the state at first, here or where another solver began; shaped likewise.
+        since: the size of the first state, here or where an earlier solver began; shaped like ``recent``.
         first: the size of the first residual.
         least: the smallest value of ``recent``.
         most: the largest size of the state that counts.

@@ -36,7 +36,7 @@ class DEQTransformerConfig:
             out again, so that the map contracts where the input's part of it is the larger one.
 
     Raises:
-        ValueError, TypeError: a value out of range, said in words.
+        ValueError, TypeError: a value is out of range or of the wrong type.
     """
 
     vocabulary: int

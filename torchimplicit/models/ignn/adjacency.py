@@ -32,7 +32,7 @@ class Adjacency:
     Attributes:
         nodes: n.
         into: :math:`A^T` in compressed rows, ``[n, n]``: row j has the edges that arrive at j.
-        out_of: :math:`A` likewise.
+        out_of: :math:`A` in compressed rows: row j has the edges that leave j.
         perron: :math:`\\lambda_{pf}(A)`, the largest eigenvalue, or an upper bound of it.
     """
 

@@ -32,7 +32,7 @@ class Memory:
     Attributes:
         limit: in bytes.
         single: keep values in single precision, in half the room; all that is computed with them stays double. What is
-            evaluated anew is rounded likewise, so that there is one map, with exact derivatives.
+            evaluated anew is rounded to single precision too, so that there is one map, with exact derivatives.
     """
 
     def __init__(self, limit: float, single: bool = False):

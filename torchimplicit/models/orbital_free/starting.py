@@ -37,7 +37,7 @@ def fit_linear(
         metrics: of the overlaps.
         ridge: the weight of the squares of the atoms' coefficients, relative to the largest diagonal entry of the
             normal equations.
-        pair_ridge: likewise of the pairs' coefficients, which are many more.
+        pair_ridge: the same for the coefficients of the pairs, which are many more.
     """
     functional.reference.zero_()
     functional.elements.zero_()

@@ -53,8 +53,8 @@ class Field(nn.Module, ABC):
             weights: every parameter with the points in a dimension before its own, in place of the module's.
 
         Returns:
-            ``[points, outputs]``, and for each line its derivatives from the first order on, each likewise; all
-            differentiable in the weights.
+            ``[points, outputs]``, and for each line its derivatives from the first order on, each of the same shape;
+            all differentiable in the weights.
         """
 
     def derivatives(self, x: Tensor, orders: Sequence[Order], weights: Weights | None = None) -> dict[Order, Tensor]:
