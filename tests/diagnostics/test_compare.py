@@ -129,5 +129,5 @@ def test_refuses():
     for gradient in (ti.SharedInverse(), ti.Unrolled(), ti.Reversible()):
         with pytest.raises(ValueError, match="needs the steps of the solver"):
             compare_gradients(problem, z, x, gradient=gradient, cotangent=z)
-    with pytest.raises(ValueError, match="nothing to differentiate in"):
+    with pytest.raises(ValueError, match="nothing to differentiate with respect to"):
         compare_gradients(ti.FixedPoint(torch.cos), z, gradient=ti.OneStep(), cotangent=z)
