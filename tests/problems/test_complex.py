@@ -155,7 +155,7 @@ def test_solvers():
 
 
 def test_a_map_to_real_numbers_is_refused():
-    with pytest.raises(ValueError, match="where the state is complex"):
+    with pytest.raises(ValueError, match="but the state is complex"):
         ti.solve(ti.FixedPoint(lambda z: z.real), ZERO)
     with pytest.raises(ValueError, match="keep the dtype"):
         ti.solve(ti.FixedPoint(lambda z: z + 0j), torch.zeros(3, 4, dtype=torch.float64))
