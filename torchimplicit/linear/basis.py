@@ -85,7 +85,8 @@ class Basis(NamedTuple):
         first, blocks = self.blocks[0], self.blocks
         if self.filled == len(blocks) * first.shape[1]:
             like = first.select(1, 0)
-            small = like.numel() * like.element_size() < _COPIED
+            # rows may have left since the vectors were large: what lies in several blocks stays so
+            small = len(blocks) == 1 and like.numel() * like.element_size() < _COPIED
             more = room(like, (2 if small else 1) * first.shape[1])
             if small:
                 more.narrow(1, 0, self.filled).copy_(first)
