@@ -129,7 +129,7 @@ class JointSystem(ImageSystem):
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Self:
         return replace(super().vmapped(size, dims), own=stacked(self.own, size, tuple(dims)))
 
-    def joined(self, rows: int) -> Self | None:
+    def joined(self, rows: int, z: Tensor, params: Sequence[Tensor]) -> Self | None:
         return None
 
     def moving(self, needs_grad: Sequence[bool]) -> bool:

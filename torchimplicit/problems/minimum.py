@@ -207,11 +207,16 @@ class MinimumSystem(System):
 
         tape = Linearization(core, z, params, needs_grad, self.leaves)
         if self.hyperplane is not None and self.stiffness.value is None:
-            normal = self._plane(tape.z, tape.params)[0].detach()
-            # one vector with a component along n and one across it
-            probe = normal + project(torch.ones_like(tape.z), normal) / z.shape[1] ** 0.5
-            self.stiffness.measure(tape.vjp(probe))
+            self.stiffness.value = 2.0 ** math.frexp(self._hessian_size(tape))[1]
         return tape
+
+    def _hessian_size(self, tape: Linearization) -> float:
+        """The largest norm of the Hessian times a vector with a component along n and one across it; .5 if that is
+        zero or not finite."""
+        normal = self._plane(tape.z, tape.params)[0].detach()
+        image = tape.vjp(normal + project(torch.ones_like(tape.z), normal) / tape.z.shape[1] ** 0.5)
+        size = float(safe_norm(image).nan_to_num(0.0, 0.0, 0.0).amax()) if image.numel() else 0.0
+        return size if 0 < size < math.inf else 0.5
 
     def prepare(self, z: Tensor, params: Sequence[Tensor]) -> None:
         if self.hyperplane is not None and self.stiffness.value is None:
@@ -310,16 +315,20 @@ class MinimumSystem(System):
     def residual_unit(self, state: float, size: float) -> float:
         return size if self.residuals is None else size / state * size
 
-    def joined(self, rows: int) -> Self | None:
+    def joined(self, rows: int, z: Tensor, params: Sequence[Tensor]) -> Self | None:
         if self.hyperplane is not None:
-            # many planes are no single plane: minimize the energy of the projected state instead, whose gradient is the
-            # projected one
+            # Many planes are no single plane. The energy of the projected state has the projected gradient, but is flat
+            # across the planes, where Newton's steps would grow until the projection loses the state to rounding: a
+            # spring of the Hessian's own stiffness, which is at rest on the planes, holds it there.
+            measured = replace(self, stiffness=Stiffness(1.0))
+            stiffness = measured._hessian_size(measured.linearize(z, params))
 
-            def projected_energy(z: Tensor, *params: Tensor) -> Tensor:
-                return self.fn(self.project(z, params), *params)
+            def held_energy(z: Tensor, *params: Tensor) -> Tensor:
+                on_plane = self.project(z, params)
+                return self.fn(on_plane, *params) + 0.5 * stiffness * (z - on_plane).square().sum(dim=1)
 
-            return replace(self, fn=projected_energy, hyperplane=None, residuals=None).joined(rows)
-        together = super().joined(rows)
+            return replace(self, fn=held_energy, hyperplane=None, residuals=None).joined(rows, z, params)
+        together = super().joined(rows, z, params)
         residuals = self.residuals
         if together is None or residuals is None:
             return together
@@ -415,11 +424,6 @@ class Stiffness:
         if self.value is None:
             self.value = 1.0
         return self.value
-
-    def measure(self, image: Tensor) -> None:
-        """Set it to the norm of the largest of the vectors ``image``, rounded to a power of two."""
-        size = float(safe_norm(image).nan_to_num(0.0, 0.0, 0.0).amax()) if image.numel() else 0.0
-        self.value = 2.0 ** math.frexp(size)[1] if 0 < size < math.inf else 1.0
 
 
 def _with_saddles(

@@ -265,8 +265,8 @@ class ProjectedSystem(System):
         system = replace(super().vmapped(size, dims), projection=projection, penalty=penalty, dependent=None)
         return replace(system, **known)
 
-    def joined(self, rows: int) -> Self | None:
-        together = super().joined(rows)
+    def joined(self, rows: int, z: Tensor, params: Sequence[Tensor]) -> Self | None:
+        together = super().joined(rows, z, params)
         assert together is not None
         projection, penalty, extent = self.projection, self.penalty, self.extent
 

@@ -341,9 +341,15 @@ class System(ABC):
         """The number that the residual is divided by in the units of :meth:`in_units`."""
         return size
 
-    def joined(self, rows: int) -> Self | None:
+    def joined(self, rows: int, z: Tensor, params: Sequence[Tensor]) -> Self | None:
         """The same problem with every ``rows`` neighbouring samples as one system, each still judged by itself;
-        ``None`` where the problem cannot be put so."""
+        ``None`` where the problem cannot be put so.
+
+        Args:
+            rows: the number of samples in a system.
+            z: the start, ``[batch, dim]``, at which the problem may take its measure.
+            params: the system's parameters.
+        """
         fn, sizes = self.fn, () if self.leaves is None else self.leaves.sizes
 
         def together(z: Tensor, *params: Tensor) -> Tensor:

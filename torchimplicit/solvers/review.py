@@ -266,7 +266,7 @@ def as_one_system(
     the problem cannot be joined."""
     assert system.coupling is not None
     rows = system.coupling.rows
-    joined = system.joined(rows)
+    joined = system.joined(rows, z0, params)
     if joined is None:
         return None
     changes: dict[str, Any] = {}
