@@ -265,8 +265,10 @@ class System(ABC):
     ) -> LinearSolution:
         """:meth:`solve_linear`, in units of the leaves' sizes where these differ much."""
         operator = self.operator(tape, transposed)
-        # a shift is a multiple of the identity, and a preconditioner approximates A, in the state's own units only
-        size = None if shift is not None or getattr(solver, "preconditioner", None) else self._leaf_sizes(tape.z)
+        # A shift is a multiple of the identity, a preconditioner approximates A, and a truncated series is a function
+        # of A, in the state's own units only.
+        own = shift is not None or getattr(solver, "preconditioner", None) or getattr(solver, "truncated", False)
+        size = None if own else self._leaf_sizes(tape.z)
         if size is None:
             return solve_any(solver, operator, b, shift)
         left, right = self._units(size, transposed)
