@@ -87,20 +87,3 @@ def test_leaves_of_different_units(kind, unit, linear):
         return torch.func.jvp(lambda x: solved(unit, x).value[1] / unit, (x,), (t,))[1]
 
     assert relative_error(tangent(unit), tangent(1.0)) < 1e-8
-
-
-def test_the_terms_of_a_series_do_not_depend_on_the_other_samples():
-    """Leaves of unlike sizes in one sample changed the units, and with them a minimum's truncated series, of all."""
-
-    def energy(z, x):
-        return (z["a"] - x).square().sum(1) + (z["b"] - 1e-6 * x**9).square().sum(1)
-
-    def gradient(x):
-        x = x.clone().requires_grad_()
-        start = {name: torch.zeros_like(x) for name in "ab"}
-        estimator = ti.NeumannPhantom(steps=3, damping=0.1)
-        z = ti.solve(ti.Minimum(energy), start, x, solver=ti.LBFGS(), gradient=estimator).value
-        return torch.autograd.grad((z["a"] + 2 * z["b"]).sum(), x)[0]
-
-    x = torch.tensor([[0.1, 0.2], [3.0, 4.0]], dtype=F64)
-    torch.testing.assert_close(gradient(x)[1:], gradient(x[1:]))

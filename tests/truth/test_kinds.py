@@ -203,3 +203,9 @@ def test_a_start_at_the_solution(kind, solver, number):
     assert statement.solution.converged.all(), statement.solution.summary()
     assert int(statement.solution.steps.max()) == 0
     right(case)
+
+
+def test_a_series_of_leaves_of_unlike_sizes():
+    """Where one sample had such leaves, the truncated series of all was that of other units."""
+    case = Case(number=92000883, kind="minimum", batch=17, dim=2, inputs=7, matrix="symmetric", tree="columns")
+    right(replace(case, style="nested", tolerance=1e-12, estimator="neumann-phantom"))
