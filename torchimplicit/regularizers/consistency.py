@@ -48,12 +48,12 @@ def consistency(problem: FixedPoint, solution: Solution, *args: Any, count: int 
         raise TypeError(f"consistency needs a map: give FixedPoint(f), not {type(problem).__name__}")
     at_least("consistency", "count", count, 1)
     at_least("consistency", "steps", steps, 1)
-    kept = [state for state in (*solution.trajectory[:-1], solution.value) if state is not None]
     if not solution.trajectory:
         raise ValueError(
             "consistency needs the iterates: solve with a solver that has keep_trajectory=True, for example "
             "Anderson(keep_trajectory=True)"
         )
+    kept = [state for state in (*solution.trajectory[:-1], solution.value) if state is not None]
     places = torch.linspace(0, len(kept) - 1, min(count, len(kept))).round().int().tolist()
     terms = []
     for place in places:

@@ -307,7 +307,7 @@ class MoleculesTask(SampledTask):
             return None
         if self.config.edge_weights == "as-published" and not self.training:
             # that code tests on A + Aᵀ of an undirected A, and leaves the labels out there
-            return torch.full_like(batch.x[:1, 0], 2).expand(batch.edge_index.shape[1])
+            return batch.x.new_full((batch.edge_index.shape[1],), 2.0)
         return batch.edge_label.to(batch.x.dtype)
 
 

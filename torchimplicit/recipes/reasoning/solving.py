@@ -88,7 +88,7 @@ def made(game: Game, count: int, seed: int) -> Puzzles:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReasoningConfig:
+class ReasoningConfig(ABC):
     """A small weight-tied network that learns to solve puzzles."""
 
     optimization: Optimization = field(
@@ -177,9 +177,9 @@ class ReasoningConfig:
                 "--accumulate: a batch goes on from its last segment, and cannot be cut; take a smaller one"
             )
 
+    @abstractmethod
     def game(self) -> Game:
         """Return the game."""
-        raise NotImplementedError
 
 
 def published(latent_updates: int) -> dict[str, Any]:
