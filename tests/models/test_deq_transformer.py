@@ -339,7 +339,7 @@ def test_bad_input_raises():
     with pytest.raises(ValueError, match=r"\[batch, length\]"):
         model(tokens[0], targets[0])
     _, memory = model(tokens, targets)
-    with pytest.raises(ValueError, match="memory is of 3 sequences"):
+    with pytest.raises(ValueError, match="memory holds 3 sequences"):
         model(tokens[:2], targets[:2], memory)
 
 

@@ -1,4 +1,4 @@
-"""An equilibrium that a context modulates: what adapts to a task is the context alone."""
+"""An equilibrium modulated by a context vector: adapting to a task changes the context alone, never the weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torchimplicit.solvers import Solver
 
 @dataclass(frozen=True, kw_only=True)
 class ContextEquilibriumConfig:
-    """Sizes.
+    """The sizes of a :class:`ContextEquilibrium`.
 
     Attributes:
-        state: of a sample's equilibrium.
-        context: of a task's context.
-        outputs: of a sample.
-        bound: on the spectral norm of the weight between states, below 1: then every context has one equilibrium.
+        state: numbers in the equilibrium state of one sample.
+        context: numbers in the context of one task.
+        outputs: numbers that the model gives for one sample.
+        bound: upper bound of the recurrent weight's spectral norm; below 1, every context has exactly one equilibrium.
     """
 
     state: int = 64
@@ -32,28 +32,28 @@ class ContextEquilibriumConfig:
 
 
 class ModulatedCell(nn.Module):
-    """:math:`z^+=\\tanh(Wz+\\gamma\\odot u+\\beta)`, u being what a sample puts in, and :math:`\\gamma,\\beta` what
-    its task does (FiLM: Perez et al. 2018)."""
+    """:math:`z^+=\\tanh(Wz+\\gamma\\odot u+\\beta)`: u is the injection of a sample; the scale :math:`\\gamma` and the
+    shift :math:`\\beta` come from its task (FiLM: Perez et al. 2018)."""
 
     def __init__(self, size: int, bound: float):
         super().__init__()
         self.mixing = spectral_norm(nn.Linear(size, size, bias=False), bound=bound)
 
     def forward(self, z: Tensor, u: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        """One application; ``z`` and u ``[tasks, samples, size]``, γ and β ``[tasks, 1, size]``."""
+        """One application of the map, for ``z`` and u ``[tasks, samples, size]``, γ and β ``[tasks, 1, size]``."""
         return torch.tanh(self.mixing(z) + gamma * u + beta)
 
 
 class ContextEquilibrium(nn.Module):
-    """Samples and a context of their task to outputs, through an equilibrium.
+    """Predicts outputs from samples and the context of their task, through an equilibrium.
 
-    Scale and shift :math:`\\gamma=1+Gc,\\ \\beta=Bc` act on what is put in, and a scale on what is read out; the weight
-    between states is the task's no more than the sample's, so that no context can make the map expand.
+    The context c sets the scale and the shift of the injection, :math:`\\gamma=1+Gc,\\ \\beta=Bc`, and a scale of the
+    readout. The recurrent weight depends on no task, so that no context can make the map expand.
 
     Args:
         encoder: samples ``[n, ...]`` to features ``[n, state]``.
         config: the sizes.
-        solver, gradient: of the equilibrium; ``None``: the layer's defaults.
+        solver, gradient: solver and gradient estimator of the equilibrium layer; ``None``: its defaults.
     """
 
     def __init__(
@@ -73,11 +73,12 @@ class ContextEquilibrium(nn.Module):
         self.readout = nn.Linear(config.state, config.outputs)
 
     def encode(self, samples: Tensor) -> Tensor:
-        """``[tasks, samples, ...]`` to features ``[tasks, samples, state]``; once a task, for no context enters."""
+        """Features ``[tasks, samples, state]`` of samples ``[tasks, samples, ...]``. They do not depend on the context:
+        compute them once per task."""
         return self.encoder(samples.flatten(0, 1)).unflatten(0, samples.shape[:2])
 
     def map(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The map ``f(z, context, features)``, its bounded weight computed once, here."""
+        """The map ``f(z, context, features)``. Its normalized weight is computed once, in this call."""
         cell = self.equilibrium.cell
         assert isinstance(cell, ModulatedCell)
         weight = cell.mixing.weight
@@ -89,15 +90,15 @@ class ContextEquilibrium(nn.Module):
         return f
 
     def read(self, z: Tensor, context: Tensor) -> Tensor:
-        """Outputs ``[tasks, samples, outputs]`` of states."""
+        """Outputs ``[tasks, samples, outputs]`` read from states ``[tasks, samples, state]``."""
         return self.readout(self._modulated(context)[2] * z)
 
     def contexts(self, features: Tensor) -> Tensor:
-        """The context of zeros, ``[tasks, context]``, where every adaptation begins."""
+        """The context of zeros ``[tasks, context]`` from which every adaptation starts."""
         return features.new_zeros(len(features), self.config.context)
 
     def forward(self, features: Tensor, context: Tensor, z0: Tensor | None = None) -> Tensor:
-        """Features ``[tasks, samples, state]`` and contexts ``[tasks, context]`` to outputs."""
+        """Outputs for features ``[tasks, samples, state]`` and contexts ``[tasks, context]``."""
         gamma, beta, _ = self._modulated(context)
         return self.read(self.equilibrium(features, gamma, beta, z0=z0), context)
 

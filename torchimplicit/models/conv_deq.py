@@ -25,10 +25,10 @@ class ResidualCell(nn.Module):
     Every sample is treated on its own, so that ``rowwise=True`` holds.
 
     Args:
-        channels: of the state and the input injection.
-        groups: of the normalization; divides ``channels``.
-        mixing: κ > 0.
-        skip: σ >= 0.
+        channels: channels of the state and of the input injection.
+        groups: groups of the normalizations; must divide ``channels``.
+        mixing: κ > 0, the weight of the convolutions beside the input.
+        skip: σ >= 0, the weight of the state that skips the block.
 
     Shapes: ``z`` and ``x``: ``[batch, channels, height, width]``; the result is like ``z``.
     """
@@ -50,16 +50,15 @@ class ResidualCell(nn.Module):
 
 
 class ConvDEQClassifier(nn.Module):
-    """Images to class scores: a convolutional stem, an equilibrium layer, pooling and one linear map.
+    """Classifies images with a convolutional stem, an equilibrium layer, pooling and one linear map.
 
     Args:
-        image_channels: of the images.
-        classes: how many scores.
-        channels: of the state.
-        groups: of the normalization; divides ``channels``.
+        image_channels: channels of the images.
+        classes: number of classes.
+        channels: channels of the state.
+        groups: groups of the normalizations; must divide ``channels``.
         mixing, skip: see :class:`ResidualCell`.
-        solver: of the equilibrium; ``None``: the layer's default.
-        gradient: of the equilibrium; ``None``: the layer's default.
+        solver, gradient: solver and gradient estimator of the equilibrium layer; ``None``: its defaults.
 
     Raises:
         ValueError: if ``groups`` does not divide ``channels``.
@@ -89,5 +88,5 @@ class ConvDEQClassifier(nn.Module):
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        """``[batch, image_channels, height, width]`` to ``[batch, classes]``."""
+        """Class scores ``[batch, classes]`` of images ``[batch, image_channels, height, width]``."""
         return self.head(self.equilibrium(self.stem(images)))

@@ -31,7 +31,7 @@ class DecoderCell(nn.Module):
     Args:
         latent: size of ``x``.
         width: size of ``z``.
-        bound: of the spectral norm.
+        bound: upper bound of the spectral norm.
 
     Shapes: ``z`` ``[batch, width]``, ``x`` ``[batch, latent]``; the result is like ``z``.
     """
@@ -58,9 +58,10 @@ class ConvDecoderCell(nn.Module):
 
     Args:
         latent: size of ``x``.
-        channels, size: of ``z``, feature maps of ``size`` × ``size``, or of a height and a width.
-        bound: of the convolution's spectral norm.
-        kernel: its width, odd.
+        channels: channels of ``z``.
+        size: side of the feature maps, or their height and width.
+        bound: upper bound of the convolution's spectral norm.
+        kernel: side of the convolution's kernel, odd.
 
     Shapes: ``z`` ``[batch, channels, height, width]``, ``x`` ``[batch, latent]``; the result is like ``z``.
     """
@@ -82,13 +83,14 @@ class ConvDecoderCell(nn.Module):
 
 
 class EquilibriumDecoder(nn.Module):
-    """Latents ``[batch, latent]`` to images, by the equilibrium of a cell and a head that reads it.
+    """Decodes latents ``[batch, latent]`` to images: the equilibrium of a cell, read by a head.
 
     Args:
-        cell: called as ``cell(z, x)``, with a method ``initial_state(x)``; every sample on its own.
-        head: from the equilibrium to the image.
+        cell: called as ``cell(z, x)``, with a method ``initial_state(x)``; it must treat each sample on its own.
+        head: a module from the equilibrium to the image.
         latent: size of the latent.
-        solver, gradient: of :meth:`forward`; see :class:`~torchimplicit.nn.Equilibrium`.
+        solver, gradient: solver and gradient estimator of :meth:`forward`; see
+            :class:`~torchimplicit.nn.Equilibrium`.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class EquilibriumDecoder(nn.Module):
         self.head = head
 
     def forward(self, x: Tensor) -> Tensor:
-        """The images of latents, each at its equilibrium."""
+        """The images of latents ``[batch, latent]``."""
         return self.head(self.equilibrium(x))
 
     def inference(
@@ -118,10 +120,10 @@ class EquilibriumDecoder(nn.Module):
         constraint: L2Ball | Box | None = None,
         damping: tuple[float, float, float] = (0.8, 0.6, 1.0),
     ) -> JointInference:
-        """The problem of the latent with the least loss. Parametrized weights are computed here, once.
+        """The problem that finds the latent with the least loss. Parametrized weights are computed once, in this call.
 
         Args:
-            loss: ``loss(image, x, *args)``, one value a sample, ``[batch]``; ``args`` as given to
+            loss: ``loss(image, x, *args)`` gives one value per sample, ``[batch]``; ``args`` are those given to
                 :func:`~torchimplicit.solve`.
             step_size, constraint, damping: see :class:`~torchimplicit.JointInference`.
         """
@@ -136,7 +138,7 @@ class EquilibriumDecoder(nn.Module):
         return JointInference(function, read, step_size, constraint=constraint, damping=damping)
 
     def start(self, count: int) -> tuple[Any, Tensor]:
-        """Where a joint solve of ``count`` samples begins: the cell's initial state, and latents of zero."""
+        """The start of a joint solve of ``count`` samples: the cell's initial state, and latents of zero."""
         weight = next(self.parameters())
         x = weight.new_zeros(count, self.latent)
         return self.equilibrium.cell.initial_state(x), x  # type: ignore[operator]
@@ -165,8 +167,9 @@ def conv_decoder(
     solver: Solver | None = None,
     gradient: Gradient | None = None,
 ) -> EquilibriumDecoder:
-    """A convolutional decoder to images ``[channels, height, width]``: the equilibrium has half their resolution,
-    rounded up, and what is too much of the image is cut off."""
+    """A convolutional decoder to images ``[channels, height, width]``.
+
+    The equilibrium has half their resolution, rounded up; the image is cropped."""
     image_channels, height, across = pixels
     head = nn.Sequential(nn.Conv2d(channels, 4 * image_channels, 3, padding=1), nn.PixelShuffle(2))
     if height % 2 or across % 2:
@@ -176,7 +179,7 @@ def conv_decoder(
 
 
 class Cut(nn.Module):
-    """The first ``height`` rows and ``width`` columns of images."""
+    """Crops images to their first ``height`` rows and ``width`` columns."""
 
     def __init__(self, height: int, width: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A classifier of images whose equilibrium is cheap to evaluate, and stays a contraction by construction."""
+"""A classifier of images whose map is cheap to evaluate and is a contraction by construction."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from torchimplicit.solvers import Solver
 
 @dataclass(frozen=True, kw_only=True)
 class EquilibriumClassifierConfig:
-    """Sizes.
+    """The sizes of an :class:`EquilibriumClassifier`.
 
     Attributes:
-        image_channels, image_size: of the square images.
-        classes: how many.
-        channels: of the state; of a dense one, its size.
-        stride: of the convolution that puts the images in, after which the state is ``image_size / stride`` high and
-            wide; ``None``: everything is dense.
-        bound: on the spectral norm of the weight between states. tanh does not expand, so that a dense map below 1
-            contracts for every weight that training may find; of a convolution it is the kernel's norm as a matrix.
-        mean, deviation: of the pixels, which are standardized by them.
+        image_channels, image_size: channels and side of the square images.
+        classes: number of classes.
+        channels: channels of a convolutional state, or the size of a dense one.
+        stride: stride of the convolution that injects the images; the state is ``image_size / stride`` high and wide.
+            ``None``: all maps are dense.
+        bound: upper bound of the recurrent weight's spectral norm. tanh does not expand, so that a dense map with a
+            bound below 1 contracts at any weights. For a convolution it bounds the norm of the kernel as a matrix.
+        mean, deviation: mean and standard deviation of the pixels, by which they are standardized.
     """
 
     image_channels: int = 1
@@ -50,9 +50,9 @@ class TanhCell(nn.Module):
     """:math:`z^+=\\tanh(Wz+u)`, with :math:`\\lVert W\\rVert\\le b`; W is a matrix, or a 3×3 convolution.
 
     Args:
-        channels: of the state.
-        convolutional: which of the two.
-        bound: b.
+        channels: size of the state, or channels of a convolutional one.
+        convolutional: whether W is a 3×3 convolution.
+        bound: b, the bound of the spectral norm.
     """
 
     def __init__(self, channels: int, convolutional: bool, bound: float):
@@ -70,14 +70,14 @@ class TanhCell(nn.Module):
 
 
 class EquilibriumClassifier(nn.Module):
-    """Pixels in [0, 1] to the scores of the classes, :math:`V z^*` with :math:`z^*=\\tanh(Wz^*+Ux+b)`.
+    """Class scores :math:`V z^*` of pixels in [0, 1], with the equilibrium :math:`z^*=\\tanh(Wz^*+Ux+b)`.
 
     The model of adversarial examples by joint inference: :meth:`map` gives the map as a function of state and pixels,
     for :class:`~torchimplicit.JointInference`.
 
     Args:
         config: the sizes.
-        solver, gradient: of the equilibrium; ``None``: the layer's defaults.
+        solver, gradient: solver and gradient estimator of the equilibrium layer; ``None``: its defaults.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class EquilibriumClassifier(nn.Module):
         self.readout = nn.Linear(config.channels * size, config.classes)
 
     def inject(self, images: Tensor) -> Tensor:
-        """What the images put into every iteration, like the state."""
+        """The injection of the images, a tensor like the state that every iteration adds."""
         return self.injection((images - self.config.mean) / self.config.deviation)
 
     def read(self, z: Tensor) -> Tensor:
@@ -109,12 +109,12 @@ class EquilibriumClassifier(nn.Module):
         return self.readout(z.flatten(1))
 
     def map(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The map ``f(z, images)``, its bounded weight computed once, here."""
+        """The map ``f(z, images)``. Its normalized weight is computed once, in this call."""
         mix = self.mixed()
         return lambda z, images: torch.tanh(mix(z) + self.inject(images))
 
     def mixed(self) -> Callable[[Tensor], Tensor]:
-        """The product with W alone, the weight computed once, here."""
+        """The product with W alone. The normalized weight is computed once, in this call."""
         cell = self.equilibrium.cell
         assert isinstance(cell, TanhCell)
         weight = cell.mixing.weight
@@ -129,5 +129,6 @@ class EquilibriumClassifier(nn.Module):
         return images.new_zeros(len(images), config.channels, *side)
 
     def forward(self, images: Tensor, z0: Tensor | None = None) -> Tensor:
-        """``[batch, image_channels, size, size]`` to scores ``[batch, classes]``; ``z0``: where the solve begins."""
+        """Class scores ``[batch, classes]`` of images ``[batch, image_channels, size, size]``; the solve starts at
+        ``z0``."""
         return self.read(self.equilibrium(self.inject(images), z0=z0))

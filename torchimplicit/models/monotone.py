@@ -59,7 +59,7 @@ class DenseMonotone(MonotoneOperator):
     """One block: states are ``[batch, features]``.
 
     Args:
-        features: of the state.
+        features: size of the state.
         margin: m > 0.
     """
 
@@ -80,8 +80,8 @@ class ConvMonotone(MonotoneOperator):
     States are ``[batch, channels, height, width]``, of any size from that of the kernel on.
 
     Args:
-        channels: of the state.
-        kernel_size: odd.
+        channels: channels of the state.
+        kernel_size: side of the kernels, odd.
         margin: m > 0.
     """
 
@@ -121,7 +121,7 @@ class Constants(NamedTuple):
 
 
 def constants(blocks: Tensor) -> Constants:
-    """Of an operator, from its blocks."""
+    """The constants of an operator, from its blocks."""
     rest = _eye(blocks) - blocks
     return Constants(torch.linalg.eigvalsh((rest + rest.mH) / 2).amin(), torch.linalg.matrix_norm(rest, 2).amax())
 
@@ -132,8 +132,8 @@ class Splitting(ABC):
     expand, so that the factor is the spectral norm of M.
 
     Args:
-        step: :math:`\\alpha>0`. ``None``: of a few known ones, that of the least factor. This takes spectral norms of
-            the blocks at every call, which cost more than the solve from some hundred features on.
+        step: :math:`\\alpha>0`. ``None``: of a few candidates, the step with the least factor. The choice takes
+            spectral norms of the blocks at every call, which cost more than the solve from some hundred features on.
     """
 
     step: float | None = None
@@ -144,14 +144,14 @@ class Splitting(ABC):
 
     @abstractmethod
     def steps(self, known: Constants) -> list[Tensor]:
-        """Those that are tried."""
+        """The candidates for the step."""
 
     @abstractmethod
     def matrix(self, blocks: Tensor, step: float | Tensor) -> Tensor:
-        """M, in blocks."""
+        """The blocks of M."""
 
     def chosen(self, blocks: Tensor) -> float | Tensor:
-        """The step."""
+        """The step: the given one, or the best of the candidates."""
         if self.step is not None:
             return self.step
         with torch.no_grad():
@@ -160,7 +160,7 @@ class Splitting(ABC):
 
     @abstractmethod
     def offset(self, shifted: Tensor, b: Tensor, step: float | Tensor) -> Tensor:
-        """What the map adds, given ``M b``."""
+        """The constant term of the map, given the product ``M b`` (``shifted``)."""
 
     @abstractmethod
     def map(self, product: Callable[[Tensor], Tensor], u: Tensor, offset: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class Splitting(ABC):
 
     @abstractmethod
     def value(self, u: Tensor) -> Tensor:
-        """The state of the cell, of that of the splitting."""
+        """The state of the cell that belongs to a state of the splitting."""
 
 
 @final
@@ -237,10 +237,10 @@ def _norm(blocks: Tensor) -> Tensor:
 
 @final
 class MonotoneCell(nn.Module):
-    """:math:`\\mathrm{relu}(Wz+b)`. Plain iteration need not find its equilibrium: :class:`MonotoneEquilibrium` does.
+    """The map :math:`\\mathrm{relu}(Wz+b)`. Plain iteration of it may diverge: :class:`MonotoneEquilibrium` converges.
 
     Args:
-        operator: W.
+        operator: the operator W.
     """
 
     def __init__(self, operator: MonotoneOperator):
@@ -248,7 +248,7 @@ class MonotoneCell(nn.Module):
         self.operator = operator
 
     def forward(self, z: Tensor, b: Tensor) -> Tensor:
-        """One application; both like ``[batch, features]``, or ``[batch, channels, height, width]``."""
+        """One application of the map; both are ``[batch, features]``, or ``[batch, channels, height, width]``."""
         return torch.relu(self.operator.product(self.operator.blocks(z), z) + b)
 
     def certificate(self, z: Tensor, b: Tensor) -> Certificate:
@@ -257,8 +257,10 @@ class MonotoneCell(nn.Module):
 
 
 def _certificate(operator: MonotoneOperator, blocks: Tensor, z: Tensor, b: Tensor) -> Certificate:
-    """By a step of Peaceman-Rachford splitting, in double precision: its state for z is that which leads to the
-    equilibrium's where z is the equilibrium, and relu moves no two of them further apart than they are."""
+    """Bounds the error of ``z`` by one step of Peaceman-Rachford splitting, in double precision.
+
+    The splitting's state :math:`u=z+\\alpha((W-I)z+b)` is its fixed point exactly where z is the equilibrium, and
+    relu does not expand: the distance of u from the fixed point bounds that of z."""
     blocks = blocks.detach().to(torch.promote_types(blocks.dtype, torch.float64))
     z, b = z.detach().double(), b.detach().double()
     if not bool((torch.view_as_real(blocks) if blocks.is_complex() else blocks).isfinite().all()):
@@ -296,18 +298,17 @@ class _Split(nn.Module):
 
 @final
 class MonotoneEquilibrium(nn.Module):
-    """The equilibrium of :math:`z=\\mathrm{relu}(Wz+g(x))`, which every input has, and has one of, found by operator
-    splitting, which converges from every start (Winston and Kolter 2020, arXiv 2006.08591).
+    """The equilibrium of :math:`z=\\mathrm{relu}(Wz+g(x))`: it exists and is unique for every input, and operator
+    splitting converges to it from every start (Winston and Kolter 2020, arXiv 2006.08591).
 
-    What the splitting iterates is a contraction whose factor is known, so that plain iteration needs no damping, no
-    line search and no luck. The derivative is that of ``gradient`` at the equilibrium.
+    The splitting is a contraction with a known factor, so that plain iteration needs neither damping nor line search.
 
     Args:
         operator: W, a :class:`DenseMonotone` or :class:`ConvMonotone`.
-        injection: g, a module that makes of the input a tensor like the state; ``None``: the input is that.
+        injection: g, a module from the input to a tensor like the state; ``None``: the identity.
         splitting: :class:`PeacemanRachford` or :class:`ForwardBackward`.
-        solver: of the splitting's fixed point; ``None``: :class:`FixedPointIteration`, 2000 steps at most.
-        gradient: ``None``: :class:`Implicit`.
+        solver: solver for the splitting's fixed point; ``None``: :class:`FixedPointIteration`, 2000 steps at most.
+        gradient: gradient estimator at the equilibrium; ``None``: :class:`Implicit`.
     """
 
     def __init__(
@@ -355,8 +356,8 @@ def _equilibrium(layer: Equilibrium, weight: Callable[[], Tensor], b: Tensor, z0
 
 @final
 class LipschitzEquilibrium(nn.Module):
-    """A layer that moves its output by at most ``bound`` times what its input moves (Revay, Wang and Manchester 2020,
-    "Lipschitz bounded equilibrium networks", arXiv 2010.01732, with the weights :math:`\\Psi=I`).
+    """An equilibrium layer whose Lipschitz constant is at most ``bound``, at any weights (Revay, Wang and Manchester
+    2020, "Lipschitz bounded equilibrium networks", arXiv 2010.01732, with :math:`\\Psi=I`).
 
     :math:`z=\\mathrm{relu}(Wz+Ux+b)`, :math:`y=Cz+d`, where
     :math:`W=(1-m)I-A^TA+B-B^T-\\tfrac1{2\\gamma}(UU^T+C^TC)`. For two inputs the activation gives
@@ -364,7 +365,7 @@ class LipschitzEquilibrium(nn.Module):
     turns that into :math:`\\lVert C\\Delta z\\rVert\\le\\gamma\\lVert\\Delta x\\rVert`, whatever the weights.
 
     Args:
-        in_features, features, out_features: of the input, the state and the output.
+        in_features, features, out_features: sizes of the input, the state and the output.
         bound: :math:`\\gamma>0`.
         margin, splitting, solver, gradient: as for :class:`MonotoneEquilibrium`.
     """

@@ -29,11 +29,11 @@ class MultiscaleDecoderCell(nn.Module):
 
     Args:
         latent: size of ``x``.
-        channels: of the feature maps, at every scale.
-        size: of the finest, or its height and width, each other one having half the last one's; divisible by
-            ``2 ** (scales - 1)``.
-        scales: how many.
-        bound: of the linear part's spectral norm.
+        channels: channels of the feature maps, at every scale.
+        size: side of the finest feature map, or its height and width, divisible by ``2 ** (scales - 1)``; each further
+            map has half the resolution of the one before.
+        scales: number of feature maps.
+        bound: upper bound of the linear part's spectral norm.
 
     Shapes: ``z`` a list of ``[batch, channels, height / 2**i, width / 2**i]``, ``x`` ``[batch, latent]``; the result is
     like ``z``.
@@ -80,10 +80,11 @@ class MultiscaleDecoderCell(nn.Module):
 
 
 class MultiscaleHead(nn.Module):
-    """All scales to one image of twice the finest one's resolution.
+    """Reads one image from all scales, at twice the resolution of the finest.
 
     Args:
-        image_channels, channels, scales: of the image; of the state, and how many feature maps it has.
+        image_channels: channels of the image.
+        channels, scales: channels and number of the state's feature maps.
 
     Shapes: as the cell's state; the image ``[batch, image_channels, 2 * height, 2 * width]``.
     """
@@ -110,8 +111,9 @@ def multiscale_decoder(
     solver: Solver | None = None,
     gradient: Gradient | None = None,
 ) -> EquilibriumDecoder:
-    """A multiscale decoder to images ``[channels, height, width]``: the finest scale has half their resolution, rounded
-    up to what the scales divide, and what is too much of the image is cut off."""
+    """A multiscale decoder to images ``[channels, height, width]``.
+
+    The finest scale has half their resolution, rounded up to a size that the scales divide; the image is cropped."""
     image_channels, height, across = pixels
     unit = 2 ** (scales - 1)
     finest = (unit * -(-height // (2 * unit)), unit * -(-across // (2 * unit)))

@@ -1,7 +1,7 @@
 """Neural operators for steady problems: a Fourier layer at its equilibrium, and explicit twins of it.
 
-A steady state solves a fixed-point problem, u = F(u, a): an equilibrium model has the form of what it is to learn
-(Marwah et al. 2023, arXiv 2312.00234).
+A steady state solves a fixed-point problem, u = F(u, a), which is the form of an equilibrium model (Marwah et al. 2023,
+arXiv 2312.00234).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class SpectralConvolution(nn.Module):
     points: the same map serves every resolution.
 
     Args:
-        inputs, outputs: channels.
-        modes: lowest frequencies of each axis that are kept.
-        gain: what the initial weights are multiplied by.
+        inputs, outputs: channels of the field before and after.
+        modes: number of lowest frequencies that are kept along each axis.
+        gain: factor of the initial weights.
     """
 
     def __init__(self, inputs: int, outputs: int, modes: int, gain: float = 1.0):
@@ -36,7 +36,7 @@ class SpectralConvolution(nn.Module):
         self.weight = nn.Parameter(gain * torch.randn(2 * modes, modes, outputs, inputs, 2) / (2 * inputs) ** 0.5)
 
     def forward(self, z: Tensor) -> Tensor:
-        """``[batch, inputs, n, n]`` to ``[batch, outputs, n, n]``, with n at least 1.6 times the modes."""
+        """The map of ``[batch, inputs, n, n]`` to ``[batch, outputs, n, n]``; n is at least 1.6 times ``modes``."""
         n, m = z.shape[-1], self.modes
         padded = n + n // 4
         if padded // 2 + 1 < m or padded < 2 * m:
@@ -57,9 +57,9 @@ class OperatorCell(nn.Module):
     """One Fourier layer: ``h = gelu(Wz + x)``, then its spectral convolution and a map of its channels.
 
     Args:
-        width: channels.
+        width: channels of the state.
         modes: see :class:`SpectralConvolution`.
-        gain: of the initial weights; the map contracts at first.
+        gain: factor of the initial weights; at the default the untrained map contracts.
     """
 
     def __init__(self, width: int, modes: int, gain: float = 0.3):
@@ -71,21 +71,21 @@ class OperatorCell(nn.Module):
             self.local.weight.mul_(gain)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """``[batch, width, n, n]`` each."""
+        """One application of the map, for ``z`` and ``x`` ``[batch, width, n, n]``."""
         h = functional.gelu(self.inner(z) + x)
         return self.spectral(h) + self.local(h)
 
 
 @final
 class NeuralOperator(nn.Module):
-    """From a coefficient on a square to the steady state that it makes.
+    """Predicts the steady state on a square from the coefficient of its equation.
 
     Args:
-        kind: ``equilibrium``: the cell at its fixed point; ``tied``: the same cell applied ``depth`` times, which has
-            as many weights; ``explicit``: ``depth`` cells with weights of their own, each added to what goes in.
-        width, modes: of the cells.
-        depth: of the explicit kinds.
-        solver, gradient: of the equilibrium.
+        kind: ``"equilibrium"``: the fixed point of one cell; ``"tied"``: that cell applied ``depth`` times, with as
+            many weights; ``"explicit"``: ``depth`` residual cells with weights of their own.
+        width, modes: channels and modes of the cells.
+        depth: number of layers of the explicit kinds.
+        solver, gradient: solver and gradient estimator of the equilibrium.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class NeuralOperator(nn.Module):
         )
 
     def forward(self, a: Tensor) -> Tensor:
-        """``[batch, 1, n, n]`` to ``[batch, 1, n, n]``, on the inner points of any grid."""
+        """The steady state ``[batch, 1, n, n]`` of a coefficient of the same shape, at the inner points of a grid."""
         x = self.lift(torch.cat([a, places(a)], dim=1))
         if self.equilibrium is not None:
             return self.head(self.equilibrium(x))
@@ -122,7 +122,7 @@ class NeuralOperator(nn.Module):
 
 
 def places(a: Tensor) -> Tensor:
-    """Two channels like those of a: a bump along each axis, zero on the boundary."""
+    """Two channels that tell each point its place: a bump along each axis that is zero on the boundary."""
     n = a.shape[-1]
     x = torch.arange(1, n + 1, dtype=a.dtype, device=a.device) / (n + 1)
     bump = 4 * x * (1 - x)

@@ -39,8 +39,8 @@ class PositiveConcaveCell(nn.Module):
     whatever W is, the factor is at most .69 for a floor of .1, and .93 for one of .01.
 
     Args:
-        features: of the state.
-        in_features: of the input.
+        features: size of the state.
+        in_features: size of the input.
         floor: :math:`\\epsilon>0`.
 
     Shapes: the state ``[batch, features]``, the input ``[batch, in_features]``.
@@ -66,7 +66,7 @@ class PositiveConcaveCell(nn.Module):
         return self.floor + functional.softplus(self.injection(x))
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """One application."""
+        """One application of the map."""
         return torch.tanh(self.recurrent(z) + self.shift(x))
 
     def certificate(self, z: Tensor, x: Tensor) -> Certificate:
@@ -90,7 +90,8 @@ class PositiveConcaveCell(nn.Module):
         elasticity = 2 * torch.minimum(high, rows) / torch.sinh(2 * (torch.minimum(low, rows) + shift))
         rounding = 4 * z.shape[1] * torch.finfo(z.dtype).eps
         factor = elasticity.amax(dim=1) * (1 + rounding)
-        # the elasticity is bounded on states up to 1: a step goes there, and what it moves counts from there on
+        # The bound of the elasticity holds for states up to 1, where every image lies: the distance to the first image
+        # counts as it is, and the contraction from there on.
         image = torch.tanh(functional.linear(z, weight) + shift)
         again = torch.tanh(functional.linear(image, weight) + shift)
         there = (again.log() - image.log()).abs().amax(dim=1) + rounding

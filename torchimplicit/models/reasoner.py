@@ -27,14 +27,14 @@ class ReasonerConfig:
     """The sizes of a :class:`Reasoner`.
 
     Args:
-        tokens: what a place of the puzzle can hold.
-        answers: what a place of the answer can hold.
-        width: numbers of a place in each of the two states.
-        heads: of the attention; they divide the width.
-        blocks: of the network, one after the other.
-        expansion: of the width, within the blocks.
+        tokens: number of symbols that a place of the puzzle can hold.
+        answers: number of symbols that a place of the answer can hold.
+        width: features of each place, in both states.
+        heads: attention heads; must divide the width.
+        blocks: residual blocks in the network.
+        expansion: hidden width of a block's feed-forward network, as a multiple of ``width``.
         mixing: how places see each other: by attention, or by a network across them (an MLP mixer).
-        latent_updates: of the latent state for each one of the answer, in one evaluation of the cell.
+        latent_updates: updates of the latent state before each update of the answer, in one evaluation of the cell.
     """
 
     tokens: int
@@ -52,7 +52,7 @@ class ReasonerConfig:
 
 
 def normalized(h: Tensor) -> Tensor:
-    """Every place brought to a root mean square of one."""
+    """Scales the features of every place to a root mean square of one."""
     return functional.rms_norm(h, h.shape[-1:], eps=1e-5)
 
 
@@ -71,11 +71,11 @@ class GatedNetwork(nn.Module):
 
 
 class RelationAttention(nn.Module):
-    """Attention whose scores get a learned number for the relation of two places, in the place of their positions.
+    """Attention in which a learned bias for the relation of two places stands in for positional encoding.
 
     Args:
         width, heads: see :class:`ReasonerConfig`.
-        relations: int64 ``[places, places]``, the kind of relation of every two, from 0 on.
+        relations: int64 ``[places, places]``, the kind of relation between two places, numbered from 0.
     """
 
     relations: Tensor
@@ -96,7 +96,7 @@ class RelationAttention(nn.Module):
 
 
 class PlaceMixer(nn.Module):
-    """A gated network across the places, the same for every channel; it knows each place by its number."""
+    """A gated network across the places, shared by all channels."""
 
     def __init__(self, places: int, expansion: int):
         super().__init__()
@@ -107,7 +107,7 @@ class PlaceMixer(nn.Module):
 
 
 class Block(nn.Module):
-    """Places mixed, then channels; each is normalized before and scaled by a learned vector after."""
+    """Mixes places, then channels; each branch is normalized before and scaled by a learned vector after."""
 
     def __init__(self, config: ReasonerConfig, relations: Tensor):
         super().__init__()
@@ -126,9 +126,10 @@ class Block(nn.Module):
 
 @final
 class ReasoningCell(nn.Module):
-    """One network for both states: the latent state from both and the puzzle, some times, then the answer from both.
+    """Updates the latent state from both states and the puzzle, ``latent_updates`` times, then the answer from both.
 
-    What it returns is normalized place by place: the states stay bounded, and there is an equilibrium (Brouwer).
+    One network makes both updates. The result is normalized place by place: states stay bounded, so that an equilibrium
+    exists (Brouwer).
     """
 
     def __init__(self, config: ReasonerConfig, relations: Tensor):
@@ -144,13 +145,13 @@ class ReasoningCell(nn.Module):
 
 @final
 class Reasoner(nn.Module):
-    """Puzzles to answers, by segments: a segment is one solve of the equilibrium, from where the last one ended.
+    """Answers puzzles in segments: each segment is one solve of the equilibrium that starts where the last one ended.
 
     Args:
         config: the sizes.
-        relations: int64 ``[places, places]``, see :class:`RelationAttention`; a mixer takes its size alone.
-        solver, gradient: of a segment, as for :class:`~torchimplicit.nn.Equilibrium`; by default eight plain steps at
-            most.
+        relations: int64 ``[places, places]``, see :class:`RelationAttention`; a mixer uses its size alone.
+        solver, gradient: solver and gradient estimator of a segment, as for :class:`~torchimplicit.nn.Equilibrium`;
+            by default at most eight plain steps.
     """
 
     def __init__(
@@ -174,21 +175,21 @@ class Reasoner(nn.Module):
         self.answer = nn.Linear(config.width, config.answers)
         self.halt = nn.Linear(config.width, 1)
         nn.init.zeros_(self.halt.weight)
-        nn.init.constant_(self.halt.bias, -1.0)  # no puzzle is thought solved before one was
+        nn.init.constant_(self.halt.bias, -1.0)  # an untrained model must not halt
 
     def start(self, puzzles: Tensor, generator: torch.Generator | None = None) -> ReasoningState:
-        """A random start for each of ``[batch, places]`` (Huang et al. 2026, arXiv 2605.21488)."""
+        """A random initial state for puzzles ``[batch, places]`` (Huang et al. 2026, arXiv 2605.21488)."""
         shape = (2, *puzzles.shape, self.config.width)
         both = torch.randn(shape, generator=generator, device=None if generator is not None else puzzles.device)
         answer, latent = normalized(both).to(puzzles.device)
         return answer, latent
 
     def forward(self, puzzles: Tensor, state: ReasoningState) -> Solution:
-        """One segment for int64 ``[batch, places]``: the solution whose value is the next state."""
+        """One segment for puzzles, int64 ``[batch, places]``: the solution whose value is the next state."""
         return self.equilibrium.solve(self.embedding(puzzles), z0=state)
 
     def read(self, state: ReasoningState) -> tuple[Tensor, Tensor]:
-        """Scores of the answers ``[batch, places, answers]``, and the logit that all are right ``[batch]``, which is
-        about that of the place that is least sure."""
+        """Scores of the answers ``[batch, places, answers]``, and the logit that all places are right ``[batch]``: a
+        smooth minimum of the places' logits."""
         answer = state[0]
         return self.answer(answer), -torch.logsumexp(-self.halt(answer)[..., 0], dim=1)

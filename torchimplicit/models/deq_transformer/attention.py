@@ -1,4 +1,4 @@
-"""Attention with relative positions, of which everything that the state does not move is computed beforehand."""
+"""Attention with relative positions; all that does not depend on the state is computed before the solve."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class RelativeAttention(nn.Module):
 
     Args:
         d_model: width of the state.
-        heads, d_head: of the attention.
-        dropout: of the attention's weights.
+        heads, d_head: number of attention heads, and the width of each.
+        dropout: dropout rate of the attention weights.
     """
 
     def __init__(self, d_model: int, heads: int, d_head: int, dropout: float = 0.0):
@@ -44,10 +44,10 @@ class RelativeAttention(nn.Module):
         return functional.linear(embedded, linear.weight, linear.bias + u)
 
     def keys_values(self, states: Tensor, injected: Tensor) -> Tensor:
-        """Those of a memory: ``[batch, heads, length, 2 * d_head]``.
+        """Keys and values of a memory: ``[batch, heads, length, 2 * d_head]``.
 
         Args:
-            states: ``[batch, length, d_model]``, normalized if need be.
+            states: ``[batch, length, d_model]``, normalized where the model is PreLN.
             injected: ``[batch, length, heads * 2 * d_head]``, without the part of the queries.
         """
         size = self.d_head
@@ -69,9 +69,9 @@ class RelativeAttention(nn.Module):
 
         Args:
             state: ``[batch, length, d_model]``.
-            injected: of :meth:`injected`.
-            memory: of :meth:`keys_values`, with ``past`` positions.
-            distances, offset: of :meth:`distances`, for ``past + length - 1`` down to 0, and one more.
+            injected: the result of :meth:`injected`.
+            memory: the result of :meth:`keys_values`, with ``past`` positions.
+            distances, offset: the result of :meth:`distances`, for ``past + length - 1`` down to 0, and one more.
             mask: ``[1, 1, length, past + length]``, 0 or minus infinity.
         """
         batch, length, width = state.shape
@@ -99,6 +99,6 @@ class RelativeAttention(nn.Module):
     def _dropped(self, weights: Tensor, batch: int) -> Tensor:
         if not self.training or self.drop.p == 0:
             return weights
-        # the batch in front, as the masks of a solve need it
+        # VariationalDropout keeps one mask for each entry of dim 0, which must be the batch
         apart = weights.view(self.heads, batch, *weights.shape[1:]).transpose(0, 1)
         return self.drop(apart).transpose(0, 1).reshape(weights.shape)

@@ -1,4 +1,4 @@
-"""The map of the DEQ transformer, and what it gets beside the state."""
+"""The map of the DEQ transformer, and the input injection that it takes beside the state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchimplicit.nn import VariationalDropout, weight_norm
 
 
 class Memory(NamedTuple):
-    """What a segment leaves for the next one: constants.
+    """What a segment passes on to the next one; no gradient flows through it.
 
     Attributes:
         states: the last equilibria, ``[batch, past, d_model]``.
@@ -26,9 +26,9 @@ class Memory(NamedTuple):
 
 
 class Injection(NamedTuple):
-    """What the map gets beside the state, computed once a solve.
+    """The input injection, computed once per solve.
 
-    What does not carry the batch has a first dimension of 1, so that it is not taken to.
+    Tensors that all samples share have a first dimension of 1, so that they are not mistaken for batched ones.
 
     Attributes:
         tokens: what the input adds to queries, keys and values, ``[batch, length, heads * 3 * d_head]``.
@@ -55,7 +55,7 @@ class DecoderCell(nn.Module):
     ``rowwise=True`` holds; no position sees a later one.
 
     Args:
-        config: sizes.
+        config: the sizes.
     """
 
     def __init__(self, config: DEQTransformerConfig):
@@ -85,11 +85,11 @@ class DecoderCell(nn.Module):
                 weight_norm(linear)
 
     def injection(self, embedded: Tensor, memory: Memory | None = None) -> tuple[Injection, Tensor]:
-        """All that the map needs beside the state, and what a memory will need of it.
+        """The injection of a segment, and the part of it that the next segment's memory needs.
 
         Args:
             embedded: ``[batch, length, d_model]``.
-            memory: of the last segment.
+            memory: memory of the last segment.
         """
         config, attention = self.config, self.attention
         batch, length, _ = embedded.shape
@@ -126,7 +126,7 @@ class DecoderCell(nn.Module):
 
 
 def _sinusoids(keys: int, like: Tensor) -> Tensor:
-    """Of the distances ``keys - 1`` down to 0, and a row of zeros that the relative shift needs."""
+    """Sinusoids of the distances ``keys - 1`` down to 0, and a row of zeros that the relative shift needs."""
     width = like.shape[-1]
     wide = torch.promote_types(like.dtype, torch.float32)
     half = (width + 1) // 2
@@ -137,7 +137,7 @@ def _sinusoids(keys: int, like: Tensor) -> Tensor:
 
 
 def _mask(length: int, keys: int, window: int | None, like: Tensor) -> Tensor:
-    """``[1, 1, length, keys]``: minus infinity where the key comes later than the query, or too long before it."""
+    """The mask ``[1, 1, length, keys]``: minus infinity where a key comes after the query, or outside its window."""
     query = torch.arange(keys - length, keys, device=like.device)[:, None]
     distance = query - torch.arange(keys, device=like.device)
     hidden = distance < 0

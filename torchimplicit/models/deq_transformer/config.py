@@ -15,9 +15,9 @@ class DEQTransformerConfig:
     """Sizes and choices of a :class:`DEQTransformer`.
 
     Args:
-        vocabulary: how many tokens there are; the most frequent have the lowest numbers.
+        vocabulary: number of tokens; the most frequent have the lowest numbers.
         d_model: width of the state.
-        heads, d_head: of the attention.
+        heads, d_head: number of attention heads, and the width of each.
         d_inner: width of the feed-forward layer.
         d_embed: width of the first cluster's embeddings; ``None``: ``d_model``.
         cutoffs: where the clusters of the vocabulary begin, rising (Grave et al. 2017, arXiv 1609.04309); ``()``: one.
@@ -25,12 +25,12 @@ class DEQTransformerConfig:
         tied: whether the softmax shares the embeddings, and the projections of the further clusters.
         normalization: ``"post"``: each branch is added to the state and the sum is normalized. ``"pre"``: the branches
             take the normalized state. The layer normalizations have no weights.
-        dropout: of the embeddings, of the branches and of the output, with one mask for all positions of a sequence.
-        attention_dropout: of the attention's weights.
-        weight_norm: whether the weights of the map are normalized, row by row.
-        memory: how many past positions are kept for the next segment.
+        dropout: dropout rate of embeddings, branches and output, with one mask for all positions of a sequence.
+        attention_dropout: dropout rate of the attention weights.
+        weight_norm: whether the weights of the map are weight-normalized, row by row.
+        memory: number of past positions that are kept for the next segment.
         context: the most positions that a segment and its memory may have together.
-        window: how many positions a token attends to, itself included; ``None``: all there are.
+        window: number of positions that a token attends to, itself included; ``None``: all.
         gain, injection_gain: the weights that meet the state, and those that meet the input, start from a normal
             distribution of standard deviation ``gain / sqrt(fan_in)``. The normalization divides the scale of the sum
             out again, so that the map contracts where the input's part of it is the larger one.
@@ -131,7 +131,7 @@ def deq_transformer_wikitext103(
 def deq_transformer_small(
     *, vocabulary: int = 10000, normalization: Literal["post", "pre"] = "post"
 ) -> DEQTransformerConfig:
-    """A small one for WikiText-2 on a CPU."""
+    """A small model for WikiText-2 that trains on a CPU."""
     return DEQTransformerConfig(
         vocabulary=vocabulary,
         d_model=128,

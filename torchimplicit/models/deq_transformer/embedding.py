@@ -71,7 +71,7 @@ class AdaptiveSoftmax(nn.Module):
 
     Args:
         config: sizes, and whether it is tied.
-        embedding: whose weights it shares.
+        embedding: the embedding whose weights it shares.
 
     Shapes: hidden states ``[n, d_model]`` and targets ``[n]``, to the negative log-likelihood ``[n]``.
     """
@@ -81,7 +81,7 @@ class AdaptiveSoftmax(nn.Module):
         self.bounds = embedding.bounds
         source = embedding if config.tied else AdaptiveEmbedding(config)
         self.tables = nn.ParameterList(source.tables)
-        # Of the first cluster the projection is its own: Dai et al. (2019) share those of the further ones.
+        # Dai et al. (2019) share the projections of all clusters but the first, whose projection is the softmax's own.
         self.projections = nn.ParameterDict(source.projections)
         if "0" in source.projections:
             first = source.projections["0"]

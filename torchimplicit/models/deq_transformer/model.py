@@ -18,9 +18,8 @@ class DEQTransformer(nn.Module):
     """A language model whose hidden states are the fixed point of one decoder layer (Bai et al. 2019).
 
     Args:
-        config: sizes; see :func:`deq_transformer_wikitext103` and :func:`deq_transformer_small`.
-        solver: of the equilibrium; ``None``: the layer's default.
-        gradient: of the equilibrium; ``None``: the layer's default.
+        config: the sizes; see :func:`deq_transformer_wikitext103` and :func:`deq_transformer_small`.
+        solver, gradient: solver and gradient estimator of the equilibrium layer; ``None``: its defaults.
 
     Attributes:
         embedding, softmax: the input and the output.
@@ -46,8 +45,8 @@ class DEQTransformer(nn.Module):
 
         Args:
             tokens: int64 ``[batch, length]``.
-            targets: int64 ``[batch, length]``, each the token that comes next.
-            memory: what the last call returned; ``None`` at the beginning of a text.
+            targets: int64 ``[batch, length]``: for each token, the one that follows it.
+            memory: the memory that the last call returned; ``None`` at the beginning of a text.
 
         Returns:
             the negative log-likelihood of each target in nats, ``[batch, length]``, and the memory, a constant;
@@ -88,8 +87,8 @@ class DEQTransformer(nn.Module):
         past = 0 if memory is None else memory.states.shape[1]
         if memory is not None and memory.states.shape[0] != tokens.shape[0]:
             raise ValueError(
-                f"the memory is of {memory.states.shape[0]} sequences, and tokens hold {tokens.shape[0]}: begin "
-                "without one where the batch changes"
+                f"the memory holds {memory.states.shape[0]} sequences, and tokens {tokens.shape[0]}: pass "
+                "memory=None where the batch changes"
             )
         length = tokens.shape[1]
         if length + past > self.config.context:

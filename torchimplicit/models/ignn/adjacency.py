@@ -42,7 +42,7 @@ class Adjacency:
     perron: float
 
     def __post_init__(self) -> None:
-        # for code that is compiled, whose inputs are dense
+        # Compiled code takes dense inputs only: it gets the matrices in parts.
         object.__setattr__(self, "_parts", tuple(_parts(matrix) for matrix in (self.into, self.out_of)))
 
     @classmethod
@@ -61,7 +61,7 @@ class Adjacency:
                 Edges that stand there twice are added, and a self-loop that the graph has already adds to that of I.
             nodes: n; a node that no edge touches keeps its self-loop alone.
             edge_weight: ``[edges]``, nonnegative; ``None``: ones.
-            dtype: of the matrix.
+            dtype: dtype of the matrix.
 
         Raises:
             ValueError: an index or a weight out of range, or a weight that requires grad.

@@ -1,4 +1,4 @@
-"""What an IGNN is made of, and the settings of the paper by name."""
+"""The architecture of an IGNN, and the published ones by name."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class IGNNConfig:
     """The architecture of an :class:`IGNN`.
 
     Args:
-        features: of each node.
+        features: features of each node.
         classes: scores per graph (``pool="add"``) or per node.
-        widths: of the implicit layers.
-        kappa, perron, activation, bias, start: of every layer, see :class:`IGNNLayer`.
+        widths: features after each implicit layer.
+        kappa, perron, activation, bias, start: settings of every layer, see :class:`IGNNLayer`.
         skips: whether a linear map of each layer's input is added to its output, and the sum goes through an ELU
             (after the last layer only where a head follows).
         pool: ``"add"``, the sum over a graph's nodes; or ``"none"``, scores per node.

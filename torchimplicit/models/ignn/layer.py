@@ -27,10 +27,10 @@ class IGNNCell(nn.Module):
     projected gives :math:`\\lambda_{pf}(|W|)\\le\\lVert W\\rVert_\\infty\\le\\kappa/\\lambda_{pf}(A)`.
 
     Args:
-        features: of the state.
-        radius: of the ball.
+        features: features of the state.
+        radius: radius of the ball.
         activation: :math:`\\phi`.
-        start: of the weight.
+        start: how the weight is initialized.
 
     Shapes: the state ``[nodes, features]``, or ``[graphs, nodes, features]`` with the graphs padded to one size.
     """
@@ -61,14 +61,14 @@ class IGNNLayer(nn.Module):
     edges are constants.
 
     Args:
-        in_features, out_features: of the nodes.
+        in_features, out_features: features of each node before and after the layer.
         kappa: :math:`\\kappa` in (0, 1), the bound of :math:`\\lVert W\\rVert_\\infty\\lambda_{pf}(A)`.
         perron: :math:`\\lambda_{pf}(A)` of the graphs that the layer is for; those with a larger one are refused. It
             is 1 for :meth:`Adjacency.normalized`, whatever the graph.
         activation: :math:`\\phi`.
         bias: whether there is b.
-        start: of W.
-        solver, gradient: of the equilibrium; ``None``: its defaults.
+        start: how W is initialized.
+        solver, gradient: solver and gradient estimator of the equilibrium; ``None``: its defaults.
         per_graph: whether each graph of a batch is a system of its own, with its own tolerance and status. The graphs
             are padded to the size of the largest; otherwise the batch, a block-diagonal matrix, is one system.
 
@@ -138,7 +138,7 @@ class IGNNLayer(nn.Module):
 
 
 def _slots(batch: Tensor | None, nodes: int) -> tuple[Tensor, tuple[int, int]]:
-    """Where the nodes go when graphs are padded to one size, and how many graphs of what size there are."""
+    """The rows to which padding graphs to one size moves the nodes, and ``(graphs, nodes of the largest)``."""
     if batch is None or batch.shape != (nodes,) or (nodes > 1 and bool((batch.diff() < 0).any())):
         raise ValueError(
             f"per_graph=True needs batch, the graph of every node in increasing order, of shape ({nodes},), and it is "

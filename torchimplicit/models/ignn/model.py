@@ -1,4 +1,4 @@
-"""Implicit graph neural networks, for graphs and for nodes."""
+"""Implicit graph neural networks that classify graphs or nodes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torchimplicit.solvers import Solver
 
 
 class IGNN(nn.Module):
-    """Implicit graph layers, one after the other, and a head (Gu et al. 2020, arXiv 2009.06211).
+    """A stack of implicit graph layers and a head (Gu et al. 2020, arXiv 2009.06211).
 
     It takes plain tensors, as torch-geometric's ``Data`` and ``Batch`` hold them:
     ``model(data.x, data.edge_index, data.edge_weight, data.batch)``.
 
     Args:
         config: the architecture; by name: :func:`ignn_tu`, :func:`ignn_ppi`, :func:`ignn_chains`.
-        solver, gradient: of every layer; ``None``: the equilibrium's defaults.
+        solver, gradient: solver and gradient estimator of every layer; ``None``: the equilibrium's defaults.
         per_graph: see :class:`IGNNLayer`.
     """
 
@@ -64,15 +64,15 @@ class IGNN(nn.Module):
         batch: Tensor | None = None,
         graphs: int | None = None,
     ) -> Tensor:
-        """The scores.
+        """Class scores.
 
         Args:
             x: features of the nodes, ``[nodes, features]``.
-            edges: ``edge_index``, int64 ``[2, edges]``, which is normalized here; or an :class:`Adjacency`, to do so
-                once for many calls, or otherwise.
+            edges: ``edge_index``, int64 ``[2, edges]``, which is normalized in every call; or an :class:`Adjacency`
+                made once for many calls.
             edge_weight: ``[edges]``, nonnegative constants; ``None``: ones. Not beside an :class:`Adjacency`.
             batch: int64 ``[nodes]``, the graph of each node; ``None``: all are one graph.
-            graphs: how many graphs there are; ``None``: as many as ``batch`` names.
+            graphs: number of graphs; ``None``: as many as ``batch`` names, which reads its maximum from the device.
 
         Returns:
             ``[graphs, classes]`` with ``pool="add"``, else ``[nodes, classes]``.
@@ -105,7 +105,7 @@ class IGNN(nn.Module):
         return self.head(x)
 
     def equilibria(self) -> list[Any]:
-        """The equilibrium of every layer, for its ``solution`` and its hooks."""
+        """The equilibrium of every layer, to read its ``solution`` or to register hooks."""
         return [layer.equilibrium for layer in self.layers if isinstance(layer, IGNNLayer)]
 
 

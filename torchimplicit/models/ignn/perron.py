@@ -1,4 +1,4 @@
-"""The Perron eigenvalue of a nonnegative matrix, from above."""
+"""An upper bound of the Perron eigenvalue of a nonnegative matrix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def perron_bound(source: Tensor, target: Tensor, weight: Tensor, nodes: int) -> 
     Args:
         source, target: int64 ``[edges]``.
         weight: ``[edges]``, nonnegative.
-        nodes: how many.
+        nodes: number of nodes.
     """
     kept = weight > 0
     source, target, weight = source[kept], target[kept], weight[kept].double()

@@ -1,4 +1,4 @@
-"""Where the recurrent weight of an IGNN starts."""
+"""Initializations of the recurrent weight of an IGNN."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchimplicit.validation import check_nonnegative, check_positive
 
 @dataclass(frozen=True, kw_only=True)
 class Start(ABC):
-    """How the recurrent weight is drawn; it is projected on the ball afterwards."""
+    """An initialization of the recurrent weight, which is projected onto the ball afterwards."""
 
     @abstractmethod
     def weight(self, features: int) -> Tensor:
@@ -34,11 +34,11 @@ class UniformStart(Start):
 @final
 @dataclass(frozen=True, kw_only=True)
 class IdentityStart(Start):
-    """A multiple of the identity, and normal noise: a node's state travels unmixed, which long chains need.
+    """A multiple of the identity plus normal noise: a node's state travels unmixed, which long chains need.
 
     Args:
-        scale: of the identity; below kappa, for it to lie inside the ball.
-        noise: standard deviation of every entry.
+        scale: factor of the identity; below kappa, so that the weight lies inside the ball.
+        noise: standard deviation of the noise in every entry.
     """
 
     scale: float = 0.8

@@ -1,4 +1,4 @@
-"""The map whose fixed point is the joint state of all resolutions."""
+"""The map of the multiscale model; its fixed point is the joint state of all resolutions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class ResidualBlock(nn.Module):
     (Bai et al. 2020, eq. 3 and figure 2).
 
     Args:
-        channels: of ``z`` and ``x``.
-        config: the model's.
+        channels: channels of ``z`` and ``x``.
+        config: the sizes of the model.
 
     Shapes: ``z`` and ``x``: ``[batch, channels, height, width]``; the result is like ``z``.
     """
@@ -53,7 +53,7 @@ class Branch(nn.Module):
 
 
 class Downsampling(nn.Sequential):
-    """To a resolution ``halvings`` times halved, by convolutions of stride 2."""
+    """Halves the resolution ``halvings`` times, by convolutions of stride 2."""
 
     def __init__(self, source: int, target: int, halvings: int, groups: int) -> None:
         steps: list[nn.Module] = []
@@ -82,7 +82,7 @@ class MDEQCell(nn.Module):
     Every sample is treated on its own, so that ``rowwise=True`` holds, with dropout too.
 
     Args:
-        config: the model's.
+        config: the sizes of the model.
 
     Shapes: the state is a list of ``[batch, channels[i], height_i, width_i]``, each resolution half the one before
     (rounded up); the injection ``x`` is like its first entry.

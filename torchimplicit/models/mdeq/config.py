@@ -15,14 +15,14 @@ class MDEQConfig:
     resolution first; every branch has half the resolution of the one before.
 
     Args:
-        image_channels: of the images.
-        classes: how many scores.
-        channels: of each branch's state.
-        head_channels: the inner width of each branch's block in the head; it passes on four times as many.
-        final_channels: of the last convolution, before pooling.
+        image_channels: channels of the images.
+        classes: number of classes.
+        channels: channels of each branch's state.
+        head_channels: inner channels of each branch's block in the head, whose output has four times as many.
+        final_channels: channels of the last convolution, before pooling.
         blocks: residual blocks of each branch; ``None``: one each.
         expansion: a residual block's inner channels over its outer ones.
-        groups: of the normalizations; after the fusion half as many (at least one).
+        groups: groups of the normalizations; half as many after the fusion (at least one).
         downsamplings: how often the stem halves the resolution before the equilibrium.
         dropout: the share of entries that variational dropout drops in each residual block, in [0, 1).
         weight_norm: whether the convolutions of the residual blocks and those after the fusion are weight-normalized.

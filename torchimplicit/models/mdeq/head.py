@@ -1,4 +1,4 @@
-"""From the state of all resolutions to class scores."""
+"""The head of the multiscale model: class scores from the state of all resolutions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Bottleneck(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(channels, outer, 1, bias=False), nn.BatchNorm2d(outer))
 
     def forward(self, z: Tensor) -> Tensor:
-        """``[batch, channels, height, width]`` to ``[batch, 4 * inner, height, width]``."""
+        """``[batch, 4 * inner, height, width]`` from ``[batch, channels, height, width]``."""
         return functional.relu(self.body(z) + self.shortcut(z))
 
 

@@ -21,7 +21,7 @@ class MDEQ(nn.Module):
 
     Args:
         config: its sizes, such as :func:`mdeq_tiny` gives.
-        solver, gradient: of the equilibrium; ``None``: the layer's defaults.
+        solver, gradient: solver and gradient estimator of the equilibrium layer; ``None``: its defaults.
 
     Attributes:
         stem: images to the injection ``[batch, channels[0], height, width]``.

@@ -131,7 +131,7 @@ class DensityBasis:
         """Which shells are more than ``least`` somewhere, by value or by derivative.
 
         Args:
-            distances: of the nearest point from each atom, ``[..., atoms]``.
+            distances: distance of each atom from the nearest point, ``[..., atoms]``.
 
         Returns:
             bool ``[..., shells]``.
@@ -152,9 +152,9 @@ class Degree:
     """Shells of one angular momentum.
 
     Attributes:
-        count: how many of the atoms have shells of it or of a larger one.
-        place: of each one's atom, ``[shells]``.
-        exponent, norm: theirs, ``[shells, 1]``.
+        count: number of atoms with shells of this angular momentum or a larger one.
+        place: place of each shell's atom among those, ``[shells]``.
+        exponent, norm: exponent and normalization of each shell, ``[shells, 1]``.
     """
 
     count: int
@@ -165,12 +165,12 @@ class Degree:
 
 @dataclass(frozen=True, eq=False)
 class Shells:
-    """Some shells of a basis.
+    """A selection of the shells of a basis.
 
     Attributes:
-        atoms: that have one, those with the largest angular momenta first.
-        functions: of these shells, those of the least angular momentum first, ``[functions]``.
-        degrees: by their angular momentum.
+        atoms: the atoms that have one, those with the largest angular momenta first.
+        functions: numbers of the shells' functions, lowest angular momentum first, ``[functions]``.
+        degrees: the shells, grouped by angular momentum.
     """
 
     atoms: Tensor

@@ -18,7 +18,7 @@ WEIGHTS = (2.0, 1.5, 1.0, 1.0, 0.7, 0.3, 0.2)
 energies fail first; second neighbours count least."""
 
 SHARE = 0.9
-"""Of the training molecules, those that are no farther from the others than the limit."""
+"""The share of training molecules that are no farther from the others than the limit."""
 
 
 @final
@@ -32,8 +32,8 @@ class Domain:
 
     Attributes:
         elements: nuclear charges that occur, ``[elements]``.
-        charges: of the atoms, ``[atoms]``.
-        surroundings: theirs, ``[atoms, elements * 7]``.
+        charges: nuclear charge of each atom, ``[atoms]``.
+        surroundings: surroundings of each atom, ``[atoms, elements * 7]``.
         limit: farther away, a molecule is strange to the set: the distance from one training molecule to the others
             that nine in ten do not exceed; zero for a set of a single one.
     """
@@ -45,7 +45,7 @@ class Domain:
 
     @classmethod
     def of(cls, molecules: Sequence[Molecule]) -> Self:
-        """Of some molecules, at least one."""
+        """The domain of one or more molecules."""
         charges = torch.cat([molecule.charges for molecule in molecules])
         elements = charges.unique()
         around = [_surroundings(molecule, elements) for molecule in molecules]
@@ -60,12 +60,12 @@ class Domain:
         return cls(elements=elements, charges=charges, surroundings=torch.cat(around), limit=limit)
 
     def distances(self, molecule: Molecule) -> Tensor:
-        """Of each atom to the nearest one of its element, ``[atoms]``; infinite where the set has none."""
+        """The distance of each atom from the nearest of its element, ``[atoms]``; infinite where the set has none."""
         alike = molecule.charges[:, None] == self.charges
         return _distances(_surroundings(molecule, self.elements), self.surroundings, alike)
 
     def state(self) -> dict[str, Any]:
-        """As plain values and tensors, for a file; ``Domain(**state)`` is the same."""
+        """Plain values and tensors for a file; ``Domain(**state)`` restores it."""
         return {name: getattr(self, name) for name in ("elements", "charges", "surroundings", "limit")}
 
 

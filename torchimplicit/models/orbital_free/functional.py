@@ -30,10 +30,12 @@ ELEMENTS, SHELLS = 37, 40
 """Nuclear charges (up to krypton), and s shells of one atom, for which the linear term has coefficients."""
 
 ExchangeCorrelation = Literal["lda", "pbe"]
-"""Of a uniform gas (Dirac; Perdew and Wang 1992), or with the density's gradient (Perdew, Burke and Ernzerhof 1996)."""
+"""The uniform electron gas (Dirac; Perdew and Wang 1992), or with the density's gradient (Perdew, Burke and Ernzerhof
+1996)."""
 
 At = Literal["guess", "density"]
-"""Where a network is evaluated: at the superposition of atoms, where the energy goes on linearly, or anywhere."""
+"""Where a network is evaluated: at the superposition of atoms, from which its energy is continued linearly, or at the
+density itself."""
 
 _EXCHANGE_CORRELATION: dict[ExchangeCorrelation, Callable[[Tensor, Tensor], Tensor]] = {
     "lda": lambda rho, sigma: lda(rho),
@@ -47,15 +49,15 @@ class OrbitalFreeConfig:
 
     Attributes:
         weizsaecker: the share of the von Weizsäcker energy beside that of Thomas and Fermi.
-        width: of the smooth positive part of the density, in electrons per cubic bohr.
+        width: smoothing width of the density's positive part, in electrons per cubic bohr.
         penalty: the factor of :math:`\\int\\rho_-^2`, which holds negative densities down.
-        hidden: the enhancement factor's hidden units, in each of ``layers`` layers; 0: there is none.
-        pairs: nuclear charges of the elements whose neighbours enter the linear term; empty: it knows none.
-        exchange_correlation: ``"lda"`` or ``"pbe"``; that of the densities and energies it is trained on.
-        network: an energy of the coefficients by message passing; ``None``: there is none.
-        network_at: ``"density"``: the energy has the network's energy of the density. ``"guess"``: it has the tangent
-            of that at the superposition of atoms. It is linear in the density then, a learned external potential of
-            the geometry and the guess, and the functional is as convex as without it.
+        hidden: hidden units of the enhancement factor, in each of ``layers`` layers; 0: no enhancement factor.
+        pairs: nuclear charges of the elements whose neighbours enter the linear term; empty: none.
+        exchange_correlation: ``"lda"`` or ``"pbe"``, as in the densities and energies that it is trained on.
+        network: size of a message-passing energy of the coefficients; ``None``: no such energy.
+        network_at: ``"density"``: the network's energy of the density is added. ``"guess"``: its tangent at the
+            superposition of atoms is added, which is linear in the density: a learned external potential of geometry
+            and guess, and the functional is as convex as without it.
     """
 
     weizsaecker: float = 0.4
@@ -104,9 +106,9 @@ class OrbitalFree(nn.Module):
     The parameters are double precision: eigenvalues of the Hessian may span many orders of magnitude.
 
     Attributes:
-        elements: which elements the learned terms were fitted to, by nuclear charge, bool ``[37]``. None at first, when
-            there are no learned terms and every molecule is taken; afterwards a molecule with another element is
-            refused, because its energy would lack what the others have.
+        elements: the elements that the learned terms were fitted to, bool ``[37]`` by nuclear charge. Before a fit
+            there are no learned terms and every molecule is accepted; afterwards a molecule with another element is
+            refused, because it would lack the terms of that element.
     """
 
     elements: Tensor

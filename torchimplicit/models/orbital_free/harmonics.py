@@ -18,8 +18,7 @@ def solid_harmonics(r: Tensor, largest: int, counts: Sequence[int] | None = None
     Args:
         r: ``[centres, 3, points]``.
         largest: the last l.
-        counts: how many of the centres, from the first on, are to have those of each l, fewer as l grows; ``None``:
-            all.
+        counts: for each l, the number of leading centres that get its harmonics, not rising with l; ``None``: all.
 
     Returns:
         for every l the values, then the derivatives in x, y and z: ``[centres, 2l+1, 4, points]``, m from -l to l, but
@@ -44,8 +43,8 @@ Polynomial = dict[tuple[int, int, int], float]
 
 @cache
 def _coefficients(l: int) -> tuple[Tensor, Tensor]:
-    """Of the harmonics in the monomials of degree l, ``[2l+1, (l+1)(l+2)/2]``, and of their derivatives in those of
-    degree l-1, ``[(2l+1) 3, l(l+1)/2]``, where those with more x come first, then those with more y."""
+    """Coefficients of the harmonics in the monomials of degree l, ``[2l+1, (l+1)(l+2)/2]``, and of their derivatives in
+    those of degree l-1, ``[(2l+1) 3, l(l+1)/2]``. Monomials with more x come first, then those with more y."""
     values = torch.zeros(2 * l + 1, (l + 1) * (l + 2) // 2, dtype=torch.float64)
     slopes = torch.zeros(2 * l + 1, 3, max(1, l * (l + 1) // 2), dtype=torch.float64)
 

@@ -34,7 +34,7 @@ class MldftFunctional:
     Args:
         net: the ``net`` of an ``MLDFTLitModule``; in evaluation mode, since dropout would make another energy of every
             evaluation.
-        target_key: of the module.
+        target_key: the target of the module, as it names it.
     """
 
     net: nn.Module

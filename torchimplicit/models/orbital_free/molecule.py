@@ -22,27 +22,26 @@ class Molecule:
     """A molecule in a density basis: :math:`\\rho(r)=\\sum_i p_i\\,\\omega_i(r)`, all in atomic units.
 
     Attributes:
-        name: what it is called in tables and errors.
+        name: its name in tables and errors.
         charges: nuclear charges, ``[atoms]``, integers.
-        positions: of the nuclei, ``[atoms, 3]``, in bohr.
-        electrons: :math:`N`, how many the density holds.
+        positions: positions of the nuclei, ``[atoms, 3]``, in bohr.
+        electrons: :math:`N`, the number of electrons in the density.
         overlap: :math:`S_{ij}=\\int\\omega_i\\omega_j`, ``[n, n]``.
         coulomb: :math:`J_{ij}=\\iint\\omega_i(r)\\omega_j(r')/|r-r'|`, ``[n, n]``.
         weight: :math:`w_i=\\int\\omega_i`, ``[n]``: the density holds :math:`\\langle w,p\\rangle` electrons.
         external: :math:`v_i=\\int\\omega_i v_{ext}`, ``[n]``: the nuclei's attraction, negative for s functions.
-        atom: at which atom each basis function sits, ``[n]``.
-        angular: its angular momentum l, ``[n]``.
-        shell: its number among the functions of the same l at the same atom, from the tightest exponent on, ``[n]``;
-            the 2l+1 functions of a shell share it.
+        atom: the atom of each basis function, ``[n]``.
+        angular: the angular momentum l of each basis function, ``[n]``.
+        shell: the number of its shell among those of the same l at the same atom, tightest exponent first, ``[n]``.
         basis: the functions on the grid.
         quadrature: the grid's weights, ``[points]``.
-        points: where the grid's points are, ``[points, 3]``, in bohr.
+        points: positions of the grid's points, ``[points, 3]``, in bohr.
         reference: the fitted Kohn-Sham density, ``[n]``.
         guess: the fitted superposition of atomic densities (MINAO) that a minimization starts from, ``[n]``.
         energy: the Kohn-Sham total energy, the nuclei's repulsion included, in hartree; a scalar.
-        repulsion: of the nuclei, in hartree; a scalar.
+        repulsion: the nuclei's repulsion, in hartree; a scalar.
         kinetic: the Kohn-Sham kinetic energy of non-interacting electrons, in hartree; a scalar.
-        exchange_correlation: in hartree; a scalar.
+        exchange_correlation: the exchange-correlation energy, in hartree; a scalar.
     """
 
     name: str

@@ -19,7 +19,7 @@ from torchimplicit.models.orbital_free.harmonics import solid_harmonics
 from torchimplicit.models.orbital_free.molecule import Molecule
 
 SCALE = 0.1
-"""Hartree: of an atom's energy where the last layer's output is one."""
+"""The energy of an atom, in hartree, for an output of one of the last layer."""
 
 SPREAD_FLOOR = 0.05
 """The least standard deviation that a coefficient is divided by: those that hardly vary stay small."""
@@ -32,12 +32,13 @@ class NetworkConfig:
 
     Attributes:
         elements: nuclear charges.
-        shells: of the density basis, the most that an atom has of l = 0, 1, and so on.
-        width: of an atom's features.
-        channels: combinations of an atom's shells of each l > 0.
-        radial: Gaussians in the distance of two atoms.
-        rounds: of messages; 0: an atom knows its own density and, through the edges' vectors, that of its neighbours.
-        reach: in bohr, from which on two atoms do not see each other.
+        shells: the most shells of the density basis that one atom has, for l = 0, 1, and so on.
+        width: features of each atom.
+        channels: combinations of an atom's shells, for each l > 0.
+        radial: number of Gaussians in the distance of two atoms.
+        rounds: rounds of message passing; with 0 an atom knows its own density and, through the edges' vectors, that of
+            its neighbours.
+        reach: the distance in bohr at which two atoms no longer see each other.
     """
 
     elements: tuple[int, ...]
@@ -63,7 +64,7 @@ class NetworkConfig:
 
     @classmethod
     def of(cls, molecules: Sequence[Molecule], **more: Any) -> Self:
-        """For the elements and the bases of some molecules."""
+        """The config for the elements and bases of some molecules; ``more`` sets the other fields."""
         elements = tuple(sorted({int(charge) for molecule in molecules for charge in molecule.charges}))
         largest = max(int(molecule.angular.max()) for molecule in molecules)
         shells = [
@@ -81,13 +82,13 @@ class NetworkConfig:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Graph:
-    """What the network needs of one or several molecules, beside their coefficients.
+    """The geometry of one or several molecules, as the network takes it beside their coefficients.
 
     Attributes:
-        kinds: of the atoms, which of the config's elements, ``[atoms]``.
+        kinds: number of each atom's element among the config's, ``[atoms]``.
         first, second: the atoms of each directed edge, ``[edges]``.
-        distance: of the two, in bohr, ``[edges]``.
-        harmonics: of the direction from the first to the second, ``[edges, 2l+1]`` for each l, of unit norm.
+        distance: distance of the two, in bohr, ``[edges]``.
+        harmonics: harmonics of the direction from first to second, ``[edges, 2l+1]`` for each l, of unit norm.
     """
 
     kinds: Tensor
@@ -98,7 +99,7 @@ class Graph:
 
     @classmethod
     def of(cls, molecule: Molecule, config: NetworkConfig) -> Self:
-        """Of one molecule.
+        """The graph of one molecule.
 
         Raises:
             ValueError: the network was not made for its elements.
@@ -159,12 +160,12 @@ class Graph:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
-    """How the coefficients of a molecule become a row an atom.
+    """How the coefficients of a molecule are laid out as one row per atom.
 
     Attributes:
-        atoms: how many.
-        length: of a row.
-        place: of each coefficient in the rows, which are flat, ``[n]``.
+        atoms: number of atoms.
+        length: length of a row.
+        place: place of each coefficient in the flattened rows, ``[n]``.
         root: the root of the overlap within each atom and l, ``[n, n]``: in its coordinates the functions of an atom
             and l are orthonormal, and no shell is nearly a combination of others (Löwdin 1950).
     """
@@ -176,7 +177,7 @@ class Rows:
 
     @classmethod
     def of(cls, molecule: Molecule, config: NetworkConfig) -> Self:
-        """Of one molecule.
+        """The layout of one molecule.
 
         Raises:
             ValueError: its basis has more shells, or a larger l, than the network was made for.
@@ -261,12 +262,11 @@ class CoefficientNetwork(nn.Module):
 
     @torch.no_grad()
     def scale(self, rows: list[Tensor], kinds: list[Tensor]) -> None:
-        """Take the mean and the spread of the coefficients from some densities: of s coefficients the mean, and of
-        every shell the standard deviation.
+        """Take the mean of the s coefficients and the standard deviation of every shell from some densities.
 
         Args:
-            rows: of each, ``[..., atoms, length]``.
-            kinds: of the atoms of each, see :class:`Graph`.
+            rows: the rows of each density, ``[..., atoms, length]``.
+            kinds: the kinds of each one's atoms, see :class:`Graph`.
         """
         config = self.config
         self.mean.zero_()

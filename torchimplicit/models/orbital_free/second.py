@@ -41,7 +41,7 @@ def mixed(functional: OrbitalFree, p: Tensor, molecule: Molecule, wrt: Sequence[
     """:math:`\\partial^2E/\\partial p\\,\\partial\\theta`, by the parameters' names, ``[n, *parameter.shape]``.
 
     Args:
-        wrt: which parameters, as ``functional.named_parameters()`` names them.
+        wrt: names of parameters, as in ``functional.named_parameters()``.
 
     Raises:
         ValueError: for weights of a network of the coefficients, of which there are too many to have them side by side.

@@ -34,7 +34,7 @@ def fit_linear(
     then on.
 
     Args:
-        metrics: of the overlaps.
+        metrics: the metrics of the molecules' overlaps.
         ridge: the weight of the squares of the atoms' coefficients, relative to the largest diagonal entry of the
             normal equations.
         pair_ridge: the same for the coefficients of the pairs, which are many more.
@@ -63,7 +63,7 @@ class Linearized:
     Attributes:
         charges: the molecule's.
         away: how far the minimum is from the reference density, over the root of the number of electrons, ``[n]``.
-        coefficients: of the linear terms, those that the molecule depends on, ``[k]``.
+        coefficients: numbers of the linear coefficients that the molecule depends on, ``[k]``.
         columns: how ``away`` changes with them, ``[n, k]``.
     """
 
@@ -74,13 +74,13 @@ class Linearized:
 
     @classmethod
     def of(cls, charges: Tensor, electrons: Tensor, answer: Tensor, slope: Tensor, columns: Tensor) -> Self:
-        """Of one molecule.
+        """The linearized problem of one molecule.
 
         Args:
             charges, electrons: the molecule's.
             answer: the response at the reference density, ``[n, n]``.
             slope: the energy's there, ``[n]``.
-            columns: of the linear terms, ``[n, coefficients]``.
+            columns: change of the energy's slope with each linear coefficient, ``[n, coefficients]``.
         """
         answer, its = answer / electrons.sqrt(), columns.any(dim=0).nonzero()[:, 0]
         return cls(charges, answer @ slope, its, answer @ columns[:, its])

@@ -40,9 +40,9 @@ class CellField(Field):
         low, high: see :class:`Field`.
         cell: ``cell(z, x)``, with ``z [points, states]`` and ``x [points, inputs]`` from -1 to 1, point by point, and
             smooth: as many times differentiable as the equation asks, and once more.
-        states: of the equilibrium.
-        outputs: of the function.
-        solver: of the equilibrium; ``None``: Newton's method with factorized Jacobians.
+        states: size of the equilibrium state at a point.
+        outputs: number of values at a point.
+        solver: solver for the equilibrium; ``None``: Newton's method with factorized Jacobians.
     """
 
     def __init__(

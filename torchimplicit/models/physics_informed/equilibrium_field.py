@@ -22,20 +22,19 @@ class EquilibriumField(Field):
     Taylor coefficients along a line, and the derivative in the weights, each solve a linear system with
     :math:`I-SB`, which is known here in closed form. :class:`CellField` does the same for any cell, at more cost.
 
-    Without a bound there may be several equilibria: those of the points that it was trained at are followed, and
-    continued elsewhere, and :attr:`converged` says at which points none was found, or one that does not continue its
-    neighbours'. With a bound :math:`\\beta` the parameter ``inner`` is W in
-    :math:`B=W/\\sqrt{1+\\lVert W\\rVert_F^2/\\beta^2}`, whose Frobenius norm stays below. Up to one the map contracts
-    whatever the weights, so that there is one equilibrium; it also is nearly one layer, ten times less accurate on a
-    steep front. (Pacheco penalizes the Jacobian instead.)
+    Without a bound there may be several equilibria. Those at the training points are followed and continued elsewhere;
+    :attr:`converged` tells at which points none was found, or one that does not continue its neighbours'. With a bound
+    :math:`\\beta` the parameter ``inner`` is W in :math:`B=W/\\sqrt{1+\\lVert W\\rVert_F^2/\\beta^2}`, so that
+    :math:`\\lVert B\\rVert_F<\\beta`. For :math:`\\beta\\le1` the map contracts at any weights and has one equilibrium,
+    but it is nearly a single layer, ten times less accurate on a steep front. (Pacheco penalizes the Jacobian instead.)
 
     Args:
         low, high: see :class:`Field`.
-        outputs: of the function.
-        states: of the equilibrium.
-        gain: the spectral norm that W begins with.
-        bound: of B; ``None`` for none.
-        solver: of the equilibrium; ``None``: Newton's method with factorized Jacobians.
+        outputs: number of values at a point.
+        states: size of the equilibrium state at a point.
+        gain: spectral norm of the initial W.
+        bound: :math:`\\beta`, the bound of B's Frobenius norm; ``None``: unbounded.
+        solver: solver for the equilibrium; ``None``: Newton's method with factorized Jacobians.
     """
 
     def __init__(

@@ -169,7 +169,7 @@ def tanh_lower(inside: list[Tensor], outside: list[Tensor], slopes: list[Tensor]
     Args:
         inside, outside, slopes: the coefficients of a, y and s below k; the slopes lack the one of order k - 1, which
             is added.
-        lines: how many of the lines go on to order k.
+        lines: number of lines that go on to order k.
     """
     k = len(outside)
     if k == 1:

@@ -18,8 +18,8 @@ class NetworkField(Field):
 
     Args:
         low, high: see :class:`Field`.
-        outputs: of the function.
-        width, depth: of the hidden layers, and how many.
+        outputs: number of values at a point.
+        width, depth: width and number of the hidden layers.
     """
 
     def __init__(self, low: Sequence[float], high: Sequence[float], *, outputs: int, width: int, depth: int):

@@ -22,21 +22,21 @@ SAME = 1e-6
 
 
 class Settling(nn.Module):
-    """Solves for the states of points, each from the state of the nearest point that the field was trained at.
+    """Solves for the states at points, each from the state of the nearest point that the field was trained at.
 
-    A map may have several equilibria at a point. Those that training has settled in are followed from step to step, as
-    the weights move little, and elsewhere they are the ones that continue them: started from zero, Newton's method may
-    find others, or none. Only evaluations with gradients are remembered, so that neither a step that is tried and
-    rejected nor an evaluation elsewhere changes the field. What is remembered is part of the module's state.
+    A map may have several equilibria at a point. The ones that training has settled in are followed from step to step,
+    since the weights move little, and continued elsewhere: from zero, Newton's method may find others, or none. Only
+    evaluations with gradients are remembered, so that neither a rejected step nor an evaluation elsewhere changes the
+    field. The memory is part of the module's state.
 
-    Nothing else keeps neighbouring points on one branch: between two of them a field could jump, where no condition is
-    asked for. So an evaluation without gradients also starts every point from a second neighbour (of the points that it
-    was trained at, along their shortest spanning tree), and a point that settles elsewhere counts as not converged.
+    Nothing else keeps neighbouring points on one branch: between two of them a field could jump. So an evaluation
+    without gradients also starts every point from a second neighbour (along the shortest spanning tree of the training
+    points), and a point that settles elsewhere counts as not converged.
 
     Args:
-        states: of the equilibrium.
-        solver: that finds it.
-        unique: whether there is but one, so that no second start is needed.
+        states: size of the equilibrium state at a point.
+        solver: solver for it; ``None``: Newton's method with factorized Jacobians.
+        unique: whether the equilibrium is known to be unique, so that no second start is needed.
 
     Attributes:
         last: the last solution.
@@ -66,10 +66,10 @@ class Settling(nn.Module):
         Args:
             cell: the map, of states ``[points, states]``.
             x: the points ``[points, inputs]``.
-            args: of the cell.
-            own: whether every tensor among them has the points first.
-            nearer: brings states nearer to the solution first, where the cell's Jacobian is known in closed form;
-                not used before a solver that was chosen.
+            args: further arguments of the cell.
+            own: whether every tensor among them has the points in dim 0.
+            nearer: moves states towards the solution before the solve, where the cell's Jacobian is known in closed
+                form; not used with a solver of the user's choice.
         """
 
         def settled(start: Tensor) -> Solution:

@@ -20,7 +20,7 @@ Norm = Literal["spectral", "weight", "frobenius"]
 """How the weight of every layer in a cell is normalized: see :func:`normalized`."""
 
 BOUND = 0.97
-"""Of the spectral and the Frobenius norm (Huang et al. 2021)."""
+"""The bound of the spectral and the Frobenius norm (Huang et al. 2021)."""
 
 
 class LayerCell(nn.Module, ABC):
@@ -30,8 +30,8 @@ class LayerCell(nn.Module, ABC):
     is its matrix products.
 
     Args:
-        width: of the state and the layers.
-        depth: L.
+        width: size of the state and of every layer.
+        depth: L, the number of layers.
 
     Shapes: ``z``: ``[points, width]``; ``x``: L + 1 tensors like it; the result is like ``z``.
     """
@@ -46,7 +46,7 @@ class LayerCell(nn.Module, ABC):
 
     @abstractmethod
     def join(self, h: Tensor, given: Tensor) -> Tensor:
-        """What a layer makes of its linear map and of what the coordinates give; at most of slope 1 in ``h``."""
+        """Joins a layer's linear map ``h`` with the filter's values ``given``; its slope in ``h`` is at most 1."""
 
     def initial_state(self, x: Sequence[Tensor]) -> Tensor:
         """Zeros that take no memory."""
@@ -83,14 +83,14 @@ class FrobeniusNorm(nn.Module):
 
 
 def normalized(cell: LayerCell, norm: Norm | None, bound: float) -> LayerCell:
-    """The cell, the weight of each of its layers normalized.
+    """Normalizes the weight of each layer of a cell, in place, and returns the cell.
 
     Args:
-        cell: changed in place.
-        norm: ``"spectral"``: scaled down where the spectral norm exceeds ``bound``; ``"frobenius"``: likewise by the
-            Frobenius norm, which is never less, so that both make of an implicit cell a contraction; ``"weight"``: a
-            direction and a length for each row, both learned, without a bound; ``None``: free.
-        bound: see above; of no meaning to the others.
+        cell: the cell, changed in place.
+        norm: ``"spectral"``: weights are scaled down where their spectral norm exceeds ``bound``; ``"frobenius"``: the
+            same for the Frobenius norm, which is never smaller, so that both make an implicit cell a contraction;
+            ``"weight"``: a learned direction and length for each row, without a bound; ``None``: free weights.
+        bound: the bound of ``"spectral"`` and ``"frobenius"``; the others ignore it.
     """
     if norm not in ("spectral", "weight", "frobenius", None):
         raise ValueError(f'norm is {norm!r}, and must be "spectral", "weight", "frobenius" or None')
@@ -110,11 +110,11 @@ class ExplicitRepresentation(nn.Module):
     """A network that applies a cell once, to zero: ``[points, inputs] -> [points, outputs]``.
 
     Args:
-        inputs, outputs: coordinates, and values at each point.
-        filters: each takes ``[points, inputs]`` to ``[points, width]``; one more than the cell has layers.
-        cell: of the layers.
-        width: of the layers.
-        norm, bound: of the layers' weights, see :func:`normalized`.
+        inputs, outputs: number of coordinates, and of values at each point.
+        filters: modules from ``[points, inputs]`` to ``[points, width]``; one more than the cell has layers.
+        cell: the cell of the layers.
+        width: size of every layer.
+        norm, bound: how the layers' weights are normalized, see :func:`normalized`.
     """
 
     def __init__(
@@ -145,17 +145,17 @@ class ImplicitRepresentation(nn.Module):
 
     By default every layer of the cell has a spectral norm of at most 0.97, and no filter exceeds 1, so that the cell is
     a contraction at any weights, with the constant :math:`0.97^L`, up to what the power method lags behind the weights.
-    With ``norm=None`` nothing says so: the solve tells whether it converged. The paper bounds implicit and explicit
-    models alike for pictures, neither for sound and video, and the implicit one alone for occupancy. Every point is a
-    problem of its own (``rowwise=True``).
+    With ``norm=None`` nothing guarantees that: the solution's status tells whether the solve converged. The paper
+    bounds both twins for pictures, neither for sound and video, and the implicit one alone for occupancy. Every point
+    is a problem of its own (``rowwise=True``).
 
     With ``gradient=Implicit()``, the default, derivatives in the coordinates are exact to any order, and so are those
-    of a loss that holds them (an eikonal term, a fit to a given gradient). Estimators of the adjoint give first
-    derivatives only, and a derivative of theirs raises.
+    of a loss that contains them (an eikonal term, a fit to a given gradient). Estimators of the adjoint give first
+    derivatives only and raise where a second one is asked for.
 
     Args:
         inputs, outputs, filters, cell, width, norm, bound: as for :class:`ExplicitRepresentation`.
-        solver, gradient, warm_start: of the :class:`~torchimplicit.nn.Equilibrium`.
+        solver, gradient, warm_start: settings of the :class:`~torchimplicit.nn.Equilibrium`.
 
     Attributes:
         equilibrium: the layer.
@@ -187,14 +187,14 @@ class ImplicitRepresentation(nn.Module):
 
         Args:
             x: ``[points, inputs]``.
-            index: int64 ``[points]``, which points these are, for a :class:`~torchimplicit.nn.WarmStart` that
-                remembers each.
+            index: int64 ``[points]``, the numbers of these points, for a :class:`~torchimplicit.nn.WarmStart` that
+                remembers the state of each.
         """
         return self.head(self.equilibrium(filtered(self.filters, x, self.inputs), index=index))
 
 
 def filtered(filters: nn.ModuleList, x: Tensor, inputs: int) -> list[Tensor]:
-    """What each filter makes of the coordinates ``[points, inputs]``."""
+    """The values of every filter at the coordinates ``[points, inputs]``."""
     if x.ndim != 2 or x.shape[1] != inputs:
         raise ValueError(f"coordinates must be [points, {inputs}], and they are {list(x.shape)}")
     return [one(x) for one in filters]

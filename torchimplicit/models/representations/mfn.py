@@ -34,16 +34,16 @@ class ImplicitMFN(ImplicitRepresentation):
     """The implicit multiplicative filter network: Fourier-iMFN and Gabor-iMFN (Huang et al. 2021).
 
     Args:
-        inputs, outputs: coordinates, and values at each point.
-        width: of the state.
-        depth: layers of the cell.
-        scale: of the frequencies; see :class:`ImplicitSIREN`.
+        inputs, outputs: number of coordinates, and of values at each point.
+        width: size of the state.
+        depth: number of layers in the cell.
+        scale: scale of the frequencies; see :class:`ImplicitSIREN`.
         filter: sines, or sines under Gaussian windows (:class:`GaborFilter`).
         low, high: the corners of the domain, over which the windows are spread; by default from -1 to 1 in every
             coordinate.
-        alpha, first_alpha: of the windows' widths, in the layers' filters and in the first one; as published.
-        norm, bound: of the layers' weights; see :class:`ImplicitRepresentation`.
-        solver, gradient, warm_start: of the equilibrium; see :class:`ImplicitRepresentation`.
+        alpha, first_alpha: shape of the gamma distribution of the windows' widths, in the layers' filters and in the
+            first one; as published.
+        norm, bound, solver, gradient, warm_start: see :class:`ImplicitRepresentation`.
     """
 
     def __init__(

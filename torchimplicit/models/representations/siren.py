@@ -34,13 +34,12 @@ class ImplicitSIREN(ImplicitRepresentation):
     """The implicit sinusoidal representation, iSIREN (Huang et al. 2021).
 
     Args:
-        inputs, outputs: coordinates, and values at each point.
-        width: of the state.
-        depth: layers of the cell.
-        scale: of the frequencies; the larger, the finer the details, for coordinates from -1 to 1: 256 for an image
-            of 512 pixels in the paper, 128 where pixels are held out.
-        norm, bound: of the layers' weights; see :class:`ImplicitRepresentation`.
-        solver, gradient, warm_start: of the equilibrium; see :class:`ImplicitRepresentation`.
+        inputs, outputs: number of coordinates, and of values at each point.
+        width: size of the state.
+        depth: number of layers in the cell.
+        scale: scale of the frequencies, for coordinates from -1 to 1; the larger, the finer the details. The paper
+            takes 256 for an image of 512 pixels, and 128 where pixels are held out.
+        norm, bound, solver, gradient, warm_start: see :class:`ImplicitRepresentation`.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class SIREN(ExplicitRepresentation):
 
     Args:
         inputs, outputs, width, depth, scale: as there; ``depth`` counts the layers after the first sine.
-        norm, bound: of the layers' weights; see :class:`ImplicitRepresentation`.
+        norm, bound: how the layers' weights are normalized; see :class:`ImplicitRepresentation`.
     """
 
     def __init__(
