@@ -66,7 +66,7 @@ def solve(
     """Solve ``problem`` from ``z0``, and attach the derivative that ``gradient`` computes.
 
     Args:
-        problem: which point is sought.
+        problem: the problem whose solution is sought.
         z0: the initial state: a tensor or a pytree of tensors, of one floating dtype and device. For
             :class:`JointInference` the pair ``(z0, x0)``, or a :class:`JointState`.
         args: further arguments of the problem's function: pytrees of tensors, in which the solution is differentiable.
@@ -277,7 +277,7 @@ def _runner(solver: Solver, own: System, compiled: Capture | None, recorded: int
         solver: the solver.
         own: the system that ``compiled`` belongs to.
         compiled: the compiled form of the solve; ``None`` for none.
-        recorded: how many of a prescribed number of steps autograd records.
+        recorded: number of last steps that autograd records, of a prescribed number.
         keeps: whether the solver's state is needed afterwards.
     """
     eager = run_by(solver, recorded)

@@ -21,7 +21,7 @@ class Auxiliary:
         z: the flat state that the map was called with; ``None`` before the first call.
         recorded: whether autograd recorded the call.
         leaves: the leaves of the tape, if the call was recorded for the backward pass; else ``None``.
-        saved: of that tape, see :func:`~torchimplicit.saved.kept`.
+        saved: the tape's saved tensors, see :func:`~torchimplicit.saved.kept`.
         listening: whether further calls are noted.
     """
 

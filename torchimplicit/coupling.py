@@ -38,7 +38,7 @@ class Coupling:
     function, and its rows are then solved as one system.
 
     Attributes:
-        rows: how many neighbouring rows are passed to one call of the function; only these may depend on each other.
+        rows: number of neighbouring rows in one call of the function; only these may depend on each other.
         promised: whether the user promises that they do not (``rowwise=True``).
         memory: shared by all solves with one function.
     """

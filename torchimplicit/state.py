@@ -59,11 +59,11 @@ class Layout:
         spec: the structure of the pytree.
         shapes: the shapes of the leaves, without the batch dimension.
         batched: whether the leaves have a batch dimension.
-        dtype, device: of the flat form.
+        dtype, device: dtype and device of the flat form.
         is_flat: whether the state is a single tensor ``[batch, dim]`` already.
         coordinates: the coordinates of the flat form, if they are not the entries of the state; else ``None``.
-        complex: which leaves are complex; empty if none is. A complex leaf lies in the flat form as its real view, to
-            which ``shapes`` and ``dtype`` refer.
+        complex: for each leaf, whether it is complex; empty if none is. A complex leaf lies in the flat form as its
+            real view, to which ``shapes`` and ``dtype`` refer.
     """
 
     spec: pytree.TreeSpec

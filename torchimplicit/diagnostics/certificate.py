@@ -14,20 +14,20 @@ from torchimplicit.solution import Solution
 
 @dataclass(frozen=True)
 class Certificate:
-    """A map that contracts, and so has one equilibrium; and a bound on a state's distance to it, for every sample.
+    """A proof that a map contracts, and so has one equilibrium, with a bound on each state's distance from it.
 
-    Banach's theorem: where distances shrink by the factor q in a step, a state that a step moves by d is at most
+    By Banach's theorem, where a step shrinks distances by the factor q, a state that a step moves by d is at most
     d / (1 - q) from the equilibrium.
 
     Attributes:
         factor: q < 1, a scalar or ``[batch]``.
-        metric: in which: ``"Euclidean"``; or ``"Thompson"``, for states with positive numbers alone, the largest
-            difference of their logarithms.
-        residual: ``[batch]``, how far a step of the map that contracts moves the state, in that metric; what rounding
-            may add is in it.
-        error: ``[batch]``, what the Euclidean distance to the equilibrium is at most.
-        monotonicity: of a monotone map, the least m with
-            :math:`\\langle (I-W)d,d\\rangle\\ge m\\lVert d\\rVert^2`; ``None`` for others.
+        metric: the metric of the contraction: ``"Euclidean"``; or ``"Thompson"``, for positive states alone,
+            the largest difference of their logarithms.
+        residual: ``[batch]``, the distance that a step of the contraction moves the state, in that metric, with an
+            allowance for rounding.
+        error: ``[batch]``, an upper bound of the Euclidean distance to the equilibrium.
+        monotonicity: for a monotone map, the largest m with
+            :math:`\\langle (I-W)d,d\\rangle\\ge m\\lVert d\\rVert^2` for all d; ``None`` for others.
         sensitivity: by how much the equilibrium, or the layer's output where it has one of its own, moves at most for
             each unit that its input does (Euclidean): for a layer its input, for a cell what is added inside the
             activation. ``None`` where nothing is proved.
@@ -42,10 +42,10 @@ class Certificate:
 
 
 def certify(subject: Any, z: Any = None, *inputs: Any) -> Certificate:
-    """What the map guarantees by the way it is built, at these weights and for these inputs.
+    """What the map guarantees by construction, at its present weights and for these inputs.
 
-    It holds for any state, whatever has led to it: bounds are computed in double precision from the weights, and
-    nothing is estimated from the iterates.
+    The certificate holds for any state, however it was found: bounds are computed from the weights in double precision;
+    nothing is estimated from iterates.
 
     Args:
         subject: a :class:`Solution` of a problem stated by a cell with guarantees; or such a cell, an

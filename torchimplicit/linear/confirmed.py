@@ -153,7 +153,7 @@ class _TrueResidual:
         relative: ``[batch]``, its norm divided by that of the right-hand side, the largest over a block; NaN where the
             right-hand side is not finite.
         above: bool ``[batch]``, whether it exceeds the tolerance.
-        products: how many products with single vectors it took.
+        products: number of products with single vectors that it took.
     """
 
     relative: Tensor

@@ -139,14 +139,14 @@ class Cycle:
     """A cycle in progress: which rows are still active, and what became of the others.
 
     Attributes:
-        outcome: of all rows that the cycle began with.
-        rows: where the rows of the state stand among those; ``None`` while none have been dropped.
-        current, alive: how many rows the state has, and how many of them are active.
+        outcome: the outcome of all rows that the cycle began with.
+        rows: places of the state's rows among those; ``None`` while none have been dropped.
+        current, alive: number of rows in the state, and number of those that are active.
         best: the smallest residual norms and their iterates; ``None`` for a monotone method.
         finished: whether every row has converged by its recurrence or gone non-finite, so that no row is undecided.
         smooth: whether all rows have been active in every check so far; then one predicate is read instead of counts.
         wasted: row products spent on stopped rows since the last drop, see :meth:`_drop`.
-        setup: what restricting the operator costs per remaining row.
+        setup: row evaluations that restricting the operator costs per remaining row.
     """
 
     def __init__(

@@ -168,7 +168,7 @@ class Factorization:
     Attributes:
         matrix: ``[batch, dim, dim]``, in the working precision; the identity for a sample that is not finite.
         null: ``[batch, dim]``, see :class:`LinearOperator`; the factors are then those of the bordered matrices.
-        full: what is factorized: ``matrix``, bordered where there is a null vector.
+        full: the factorized matrices: ``matrix``, bordered where there is a null vector.
         lu, pivots, info: the factors.
         finite: bool ``[batch]``, whether the assembled matrix is finite.
         curvature: ``[batch]``, the smallest eigenvalue on the complement of ``null`` where it is negative, else NaN;

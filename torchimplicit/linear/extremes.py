@@ -34,7 +34,7 @@ def extreme_eigenvalues(
     Args:
         operator: symmetric.
         subspace: the most products that are taken.
-        seed: of the first vector.
+        seed: seed of the random first vector.
         preconditioner: for systems with this operator.
 
     Returns:

@@ -172,7 +172,7 @@ def _settle(
         part: the outcome of the cycle.
         size: the norms of the true residuals, ``[rows]``.
         start, start_norm: where the cycle started, and the norms of the residuals there.
-        tolerance: of each row.
+        tolerance: the tolerance of each row's residual norm, ``[rows]``.
         doubt: bool ``[rows]``, the rows to judge.
         max_steps: the budget of a row.
 

@@ -22,7 +22,7 @@ class LinearOperator:
         transposed_product: the same with :math:`A_i^T`; ``None`` where it is not available.
         block_product: ``[k, batch, dim] -> [k, batch, dim]``, k products in one call; ``None`` where ``product``
             has to be called k times.
-        batch, dim, dtype, device: of the vectors.
+        batch, dim, dtype, device: shape, dtype and device of the vectors.
         symmetric: whether every :math:`A_i` equals its transpose.
         transposed: whether this operator is the transpose of the one that the user has in mind, so that a
             preconditioner given for the latter has to be transposed as well.
@@ -35,7 +35,7 @@ class LinearOperator:
         unprojected: where :math:`A_i = PHP` with the projector P along ``null``, the operator of H; ``None`` otherwise,
             or where H is not available. ``Jacobi`` reads the diagonal of H instead of that of PHP, whose small entries
             are lost in rounding, and ``Dense`` saves the projections.
-        coupling: which samples may depend on each other after all; ``None`` where they cannot.
+        coupling: the samples that may depend on each other after all; ``None`` where none can.
     """
 
     product: Product

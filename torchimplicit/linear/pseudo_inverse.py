@@ -23,7 +23,7 @@ class RectangularOperator:
 
     Attributes:
         product, transposed_product: products with :math:`A_i` and with :math:`A_i^T`.
-        batch, inner, outer, dtype, device: of the vectors.
+        batch, inner, outer, dtype, device: shapes, dtype and device of the vectors.
         coupling: see :class:`~torchimplicit.linear.LinearOperator`.
     """
 

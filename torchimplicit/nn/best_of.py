@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from torchimplicit.solution import Solution
 
 Choice = Callable[[Sequence[Solution]], Tensor]
-"""Takes the solutions from all starts, and gives the number of the best one, int64 ``[batch]`` (or a scalar)."""
+"""A function of the solutions from all starts that returns the number of the best one, int64 ``[batch]`` (or a
+scalar)."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,10 @@ class BestOf:
     """The best solution of every sample.
 
     Attributes:
-        value: with the structure of a start; it carries the gradient where grad mode is on.
-        index: which start it comes from, int64 ``[batch]``; a scalar where the problem is not batched.
-        residual, converged: of the chosen solutions, ``[batch]`` (or scalars).
-        evaluations: of all solves together, in whole-batch equivalents.
+        value: the chosen solutions, with the structure of a start; differentiable where grad mode is on.
+        index: number of the start that each comes from, int64 ``[batch]``; a scalar where the problem is not batched.
+        residual, converged: residual and convergence of the chosen solutions, ``[batch]`` (or scalars).
+        evaluations: evaluations of all solves together, in whole-batch equivalents.
     """
 
     value: Any

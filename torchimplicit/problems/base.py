@@ -83,8 +83,8 @@ class Problem(ABC):
         """The function's output in flat form.
 
         Args:
-            layout: of the state.
-            output: what the function returned.
+            layout: layout of the state.
+            output: the function's return value.
             rows: the batch size that it was called with.
             cast: whether another floating dtype is converted (under autocast) instead of refused.
 
@@ -107,7 +107,7 @@ class Problem(ABC):
             fn: ``(z, *params) -> flat output``.
             row_params: see :class:`~torchimplicit.problems.system.System`.
             constraint: the places of :meth:`constraint_tensors` among the parameters.
-            layout: of the state.
+            layout: layout of the state.
         """
 
     def constraint_tensors(self, layout: Layout, rows: int) -> tuple[Tensor, ...]:

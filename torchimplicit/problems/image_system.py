@@ -60,7 +60,7 @@ class ImageSystem(System):
 
         Args:
             point: the second one.
-            before, residual: of the first one, ``[batch, dim]``.
+            before, residual: state and residual of the first one, ``[batch, dim]``.
         """
         assert self.leaves is not None
         assert point.image is not None

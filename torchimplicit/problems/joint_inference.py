@@ -72,8 +72,8 @@ class JointInference(Problem):
             ``(0.8, 0.6, 1.0)``.
         normalized: whether x takes steps of length :math:`\\alpha` along its gradient, regardless of the gradient's
             size; ``"sign"``: steps of :math:`\\alpha` in every entry, by the sign of the gradient. Such an iteration
-            converges only where the solution lies on the boundary of the set: of an :class:`L2Ball`, or, with signs, at
-            a corner of a :class:`Box`.
+            converges only where the solution lies on the boundary of an :class:`L2Ball` or, with signs, at a corner of
+            a :class:`Box`.
 
     Raises:
         TypeError: ``f`` or ``loss`` is not callable, or ``step_size`` or ``constraint`` is of another type.

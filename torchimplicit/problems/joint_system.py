@@ -52,8 +52,8 @@ class JointSystem(ImageSystem):
     ``fn`` with the cotangent :math:`(\\mu, 1)` gives :math:`\\Lambda_z` and :math:`\\Lambda_x`.
 
     Attributes:
-        parts: of the state.
-        damping: of the parts.
+        parts: sizes of the state's parts.
+        damping: damping of each part.
         own: picks the step size ``[rows or 1, 1]`` and the tensors of the set out of the parameters.
         which: the places of these among the parameters.
         set: the projection, ``(x, *tensors) -> x``; ``None`` without a constraint.

@@ -30,8 +30,8 @@ class Linearization:
         core: ``(z [batch, dim], *params) -> [batch, dim]``.
         z: where to linearize.
         params: the parameters there.
-        needs_grad: which parameters :meth:`vjp_params` may be asked for; ``None``: none.
-        leaves: of the value, to name them in errors; ``None`` where they have no names.
+        needs_grad: for each parameter, whether :meth:`vjp_params` may be asked for it; ``None``: for none.
+        leaves: leaves of the value, to name them in errors; ``None`` where they have no names.
 
     Attributes:
         out: the recorded value.
@@ -254,7 +254,7 @@ def recorded_gradients(
         outs: tensors on the tape.
         leaves: leaves of the tape.
         cotangents: one per tensor of ``outs``.
-        needs_grad: which leaves to differentiate.
+        needs_grad: for each leaf, whether to differentiate it.
         create_graph: whether the gradients are recorded themselves.
 
     Returns:
@@ -292,7 +292,7 @@ def check_unmoved(before: Tensor, now: Tensor, also: str = "") -> None:
 
     Args:
         before, now: the two values.
-        also: what else may be wrong, for the message.
+        also: another possible cause, for the message.
 
     Raises:
         RuntimeError: they differ by more than rounding.

@@ -437,7 +437,7 @@ def _with_saddles(
     the span of y and b, which may prove it too.
 
     Args:
-        solution: of A y = b.
+        solution: the solution of A y = b.
         operator: A, symmetric.
         b: ``[batch, dim]`` or ``[k, batch, dim]``.
         unshifted: whether A is the Hessian itself, with nothing added to it.

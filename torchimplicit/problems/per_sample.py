@@ -45,10 +45,10 @@ def flat_tree(layout: Layout, tree: Any, rows: int, what: str) -> Tensor:
     """A constraint's pytree in flat form, ``[rows or 1, dim]``. Its leaves may or may not have the batch dimension.
 
     Args:
-        layout: of the state.
-        tree: with the structure of the state.
+        layout: layout of the state.
+        tree: a pytree with the structure of the state.
         rows: the batch size.
-        what: names the tree in errors.
+        what: the tree's name in errors.
 
     Raises:
         ValueError: the tree does not fit the state.
@@ -96,11 +96,11 @@ def flat_matrix(layout: Layout, matrix: Any, right: Any, rows: int, what: str) -
     """A constraint's matrix and right-hand side, ``[rows or 1, m, dim]`` and ``[rows or 1, m]``.
 
     Args:
-        layout: of the state.
+        layout: layout of the state.
         matrix: ``[m, dim]`` or ``[rows, m, dim]``.
         right: a number, ``[m]`` or ``[rows, m]``.
         rows: the batch size.
-        what: names the constraint in errors.
+        what: the constraint's name in errors.
 
     Raises:
         ValueError: they do not fit the state or each other.

@@ -75,18 +75,17 @@ def minimized(
     the first ``equalities`` rows and :math:`Cs\\le d` in the others.
 
     With the Cholesky factor L of H, :math:`s=L^{-T}u`, it is a Euclidean projection. To a singular Hessian, such as
-    that
-    of a linear energy, a multiple of the identity is added: the step is then that of the proximal point method
+    that of a linear energy, a multiple of the identity is added: the step is then that of the proximal point method
     (Rockafellar 1976), which ends after finitely many steps for a linear energy. The multiple vanishes with the
     distance from the solution (Fan and Yuan 2005).
 
     Args:
         hessian, slope: H ``[rows, dim, dim]`` and g ``[rows, dim]``.
-        size: of the state, or the typical distance of the constraints, ``[rows]``.
+        size: size of the state, or the typical distance of the constraints, ``[rows]``.
         moved: the length of the projected gradient step, ``[rows]``.
         matrix, right: C ``[rows, m, dim]`` and d ``[rows, m]``.
-        equalities: how many of the m rows are equalities.
-        memory: of what was active last.
+        equalities: number of equalities, the first of the m rows.
+        memory: memory of the last active set.
 
     Returns:
         The steps ``[rows, dim]``, NaN where H has a negative eigenvalue beyond rounding; and bool ``[rows]``, where H
@@ -220,8 +219,8 @@ def active_rows(
         z: ``[rows, dim]``.
         matrix, right: C ``[rows, m, dim]``, with rows of unit length, and d ``[rows, m]``: :math:`Cx=d` in the first
             ``equalities`` rows, which are always active, and :math:`Cx\\le d` in the others.
-        equalities: how many of the rows are equalities.
-        memory: of what was active last.
+        equalities: number of equalities, the first of the rows.
+        memory: memory of the last active set.
         program: makes the same problem as a quadratic program, in other coordinates; ``None``: in these.
         guess: bool ``[rows, m]``, the active set to try first.
         known: multipliers :math:`\\lambda` ``[rows, m]``: the point to project is then :math:`z+C^T\\lambda`, and ``z``

@@ -54,7 +54,7 @@ class ProjectedSystem(System):
         dependent: ``(z, *params)``, see :class:`~torchimplicit.problems.sets.FlatSet`; ``None`` where the test is not
             available.
         own: the places of the set's tensors among the parameters.
-        lengths: which of those are lengths, in the unit of the state; ``None`` where that is not known.
+        lengths: for each of those, whether it is a length, in the unit of the state; ``None`` where that is unknown.
         step: the place of :math:`\\sigma` among the parameters, ``[rows, 1]``, about the inverse size of the Hessian.
             It is NaN until it is measured, then the same in all derivatives of one solution.
     """

@@ -224,9 +224,9 @@ class FlatPolyhedron(LinearSet):
 
     Attributes:
         tensors: the matrices ``[rows or 1, m * dim]`` and the right-hand sides ``[rows or 1, m]``.
-        equalities: how many of the m rows, the first ones, are equalities.
-        dim: of the state.
-        memory: of what was active last.
+        equalities: number of equalities, the first of the m rows.
+        dim: size of the state.
+        memory: memory of the last active set.
     """
 
     tensors: Tensors
@@ -410,8 +410,8 @@ class Foreign(FlatSet):
     """A set or penalty that is given by the user's own projection or proximal operator.
 
     Attributes:
-        given: what the user gave.
-        layout: of the state.
+        given: the user's set or penalty.
+        layout: layout of the state.
         tensors: the tensors among its arguments.
         spec, leaves: the structure of the arguments, and all of their leaves.
     """
@@ -465,7 +465,7 @@ def flat_set(layout: Layout, constraint: Any, rows: int) -> FlatSet:
     """The set of a :class:`Minimum`'s constraint, in flat coordinates.
 
     Args:
-        layout: of the state.
+        layout: layout of the state.
         constraint: one constraint, or a tuple of several that hold together.
         rows: the batch size.
 

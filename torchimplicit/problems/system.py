@@ -148,8 +148,9 @@ class System(ABC):
 
     Attributes:
         fn: the user's function, ``(z, *params) -> [batch, dim]`` or energies ``[batch]``.
-        row_params: which parameters carry the batch in dim 0; ``None`` where rows cannot be evaluated apart.
-        coupling: which rows may depend on each other; ``None`` where they cannot.
+        row_params: for each parameter, whether it carries the batch in dim 0; ``None`` where rows cannot be evaluated
+            apart.
+        coupling: the rows that may depend on each other; ``None`` where none can.
         leaves: the leaves of the state, each of which is judged by itself; ``None``: the state is judged as a whole.
     """
 
@@ -195,7 +196,7 @@ class System(ABC):
         Args:
             z: where, ``[batch, dim]``.
             params: the parameters.
-            needs_grad: which of them :meth:`vjp_params` is asked for; ``None``: none.
+            needs_grad: for each of them, whether :meth:`vjp_params` may be asked for it; ``None``: for none.
         """
 
     @abstractmethod

@@ -30,7 +30,7 @@ def consistency(problem: FixedPoint, solution: Solution, *args: Any, count: int 
 
     Args:
         problem: the map that is trained, with the state and the arguments of the solve.
-        solution: of a solver with ``keep_trajectory=True``. Its states are constants here.
+        solution: the solution of a solver with ``keep_trajectory=True``. Its states are constants here.
         args: the arguments of the map after the state, as for :func:`solve`.
         count: the number of iterates, evenly spaced from the start to the solution, both included; fewer if the
             trajectory is shorter.

@@ -47,11 +47,11 @@ def spectral_penalty(
         problem: a :class:`FixedPoint` or a :class:`Root`, whose :math:`J=I-A` is that of the plain step.
         z: the state, as for :func:`solve`: a solution, or a detached one for the cheaper term.
         args: as for :func:`solve`.
-        limit: what the spectral radius may be.
-        subspace: how many vectors are made, each by a product with J, and with its transpose if ``exact``. States of no
-            more numbers are treated as matrices.
-        exact: see above.
-        generator: of the first vector, on the state's device; ``None``: the global one.
+        limit: the spectral radius up to which there is no penalty.
+        subspace: dimension of the Krylov subspace; each dimension takes a product with J, and one with its transpose if
+            ``exact``. For states of no more numbers the Jacobian is assembled.
+        exact: whether the derivative takes the left eigenvector, see above.
+        generator: random generator of the first vector, on the state's device; ``None``: the global one.
 
     Returns:
         a scalar. Where samples depend on each other, the radius is that of the whole batch.

@@ -23,7 +23,7 @@ class AndersonState(NamedTuple):
     """The last point, and differences between past points.
 
     Attributes:
-        z, residual, image: of the point before this one.
+        z, residual, image: state, residual and image of the point before this one.
         moves: for each past step, the difference of the damped images, :math:`\\Delta z + \\beta\\Delta r`.
         turns: for each past step, the difference of the residuals, :math:`\\Delta r`, at unit length.
         gram: inner products of ``turns``, ``[batch, memory, memory]``.
@@ -67,7 +67,7 @@ class Anderson(Solver):
     is :math:`\\gamma r` in the problem's own units, as in :class:`~torchimplicit.Broyden`.
 
     Args:
-        memory: how many past differences are combined.
+        memory: number of past differences that are combined.
         damping: :math:`\\beta` in (0, 1], the share of the residual that is added to the combination.
         regularization: added to the unit diagonal of the scaled Gram matrix; ``None``: 10 times the ``eps`` of the
             dtype in which the small system is solved (float32 for half precision).

@@ -112,7 +112,7 @@ class Broyden(Solver):
     linear contractions.
 
     Args:
-        memory: how many rank-one updates the inverse holds.
+        memory: number of rank-one updates that the inverse holds.
         rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
             :class:`Solver`.
 

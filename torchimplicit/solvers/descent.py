@@ -86,7 +86,7 @@ def downhill(operator: LinearOperator, residual: Tensor, newton: LinearSolution)
     Args:
         operator: the Hessian.
         residual: minus the gradient, ``[batch, dim]``.
-        newton: what the linear solver returned for Newton's equation.
+        newton: the linear solver's solution of Newton's equation.
     """
     d = newton.value
     bad = ~((d * residual).sum(dim=1) > 0) | (newton.report.status == Status.SADDLE)

@@ -32,12 +32,12 @@ def take_steps(
     so, and its status says it.
 
     Args:
-        solver: whose steps are taken.
+        solver: the solver whose steps are taken.
         system: the problem in flat coordinates.
         z0: the start, ``[batch, dim]``.
         params: the system's parameters.
         first: the evaluation at ``z0``, where it has been made already.
-        recorded: how many of the last steps autograd records, where grad mode is on; ``None``: all.
+        recorded: number of last steps that autograd records, where grad mode is on; ``None``: all.
     """
     count = solver.steps
     assert count is not None

@@ -31,7 +31,7 @@ class LBFGSState(NamedTuple):
         idle: int ``[batch]``, the trials since either fell.
         seen: the number of pairs that were offered.
         model: multiplies by the initial inverse Hessian; ``None`` for a multiple of the identity.
-        aged: how many steps the model has served.
+        aged: number of steps since the model was made.
     """
 
     s: History
@@ -61,7 +61,7 @@ class LBFGS(Solver):
     gradients and stay in the plane.
 
     Args:
-        memory: how many past steps are used.
+        memory: number of past steps that are used.
         trials: the most evaluations of one line search.
         preconditioner: a symmetric positive definite approximation of the Hessian with a cheap inverse, which replaces
             the multiple of the identity that the updates start from: a :class:`~torchimplicit.linear.ReferenceHessian`

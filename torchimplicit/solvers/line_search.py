@@ -185,7 +185,7 @@ def evaluate_some(evaluate: Evaluator, z: Tensor, chosen: Tensor, rows: Tensor |
         evaluate: evaluates the whole batch.
         z: states ``[batch, dim]``.
         chosen: bool ``[batch]``.
-        rows: what :func:`rows_apart` returned for them; ``None`` where the whole batch has to be evaluated.
+        rows: the result of :func:`rows_apart`; ``None`` where the whole batch has to be evaluated.
         rest: the points of the others.
     """
     if rows is None:

@@ -95,8 +95,8 @@ class ProjectedNewton(Solver):
     Args:
         linear_solver: for the semismooth equation, which is then solved for every set; ``None``: :class:`Dense` up to
             128 unknowns, else :class:`GMRES`.
-        trials: how many lengths of Newton's step are tried.
-        halvings: how often the step along the gradient is halved.
+        trials: number of lengths of Newton's step that are tried.
+        halvings: the most times that a step along the gradient is halved.
         rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
             :class:`Solver`.
 

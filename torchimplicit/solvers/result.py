@@ -33,7 +33,7 @@ class SolverResult:
         parts: the relative residuals, shaped like ``norm``.
         trace: ``(norm, parts)`` of every evaluated iterate, if they were to be kept. ``parts`` is NaN where the size of
             the residual's terms is unknown.
-        turns: which members of a :class:`Polyalgorithm` took part.
+        turns: the members of a :class:`Polyalgorithm` that took part.
         units: the units that were solved in, if not the problem's own.
     """
 

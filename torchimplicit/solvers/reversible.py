@@ -22,7 +22,7 @@ class ReversibleState(NamedTuple):
     Attributes:
         y, z: ``[batch, dim]``, in double precision where the device has it: the state, rounded, is ``z``.
         told: ``[batch]``, the norm of the map's value at ``y``.
-        moved: of each step, bool ``[batch]``: the samples that took it; ``None`` for all.
+        moved: for each step, the samples that took it, bool ``[batch]``; ``None`` for all.
         kept: the pairs that are kept for the way back, the start first.
     """
 

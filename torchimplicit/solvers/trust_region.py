@@ -99,7 +99,7 @@ class TrustRegion(Solver):
     Args:
         linear_solver: for the Newton equation; ``None``: the Jacobian is assembled up to 128 unknowns, else the
             problem's default.
-        radius: of the first region, as a multiple of the norm of the state in those units (of 1 where that is zero).
+        radius: radius of the first region, as a multiple of the state's norm in those units (of 1 where that is zero).
         trials: the most regions that are tried in one step.
         rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see
             :class:`Solver`.
