@@ -218,7 +218,7 @@ def test_pretrained_and_fine_tuned(folder, tmp_path):
     summary = finetuning.TABLE.summarize(config, runs)
     well_formed(summary, runs)
     assert [len(one.table.rows) for one in summary.sheets] == [2 + 2, 6, 4]
-    assert len(summary.claims) == 2 + 1 + 2 + 1
+    assert len(summary.claims) == 2 + 1 + 2 + 2
     assert [drawing.name for drawing in summary.drawings] == ["validation"]
     assert not any("not done" in note for note in summary.notes)
     assert set(summary.runs["potential-0"]) == {
@@ -240,8 +240,8 @@ def test_claims_of_fine_tuning_follow_the_figures():
 
     def holding(implicit, longer, eqprop, one=(100.0, 100.0), many=(100.0, 100.0)):
         def way(loss, steps=(10.0, 10.0)):
-            efforts = [{"steps": k, "adjoint": 1.0, "unconverged": 0.0} for k in steps]
-            return {"test": {"loss": loss}, "effort": efforts, "selected": 1}
+            glances = [{"L": 1.0, "steps": k, "unconverged": 0.0, "step": place} for place, k in enumerate(steps)]
+            return {"test": {"loss": loss}, "glances": glances, "selected": 1}
 
         figures = {
             "pretrained": {"test": {"loss": 1.0, "l1": 0.1, "better": 1.0}, "spurious": 0.0},
@@ -254,8 +254,13 @@ def test_claims_of_fine_tuning_follow_the_figures():
         runs = Runs.made_by(finetuning.jobs(config), {"potential-0": figures})
         return [claim.holds for claim in finetuning.claims(config, runs)][2:]
 
-    assert holding(0.9, 2.0, 0.9) == [False, True, False]  # that more pre-training harms is no merit of fine-tuning
-    assert holding(0.6, 1.0, 0.61) == [True, True, False]
-    assert holding(0.9, 1.0, 1.0) == [False, False, False]
-    assert holding(0.6, 1.0, 0.6, many=(100.0, 500.0)) == [True, True, True]
-    assert holding(0.6, 1.0, 0.6, many=(100.0, 500.0), one=(100.0, 500.0)) == [True, True, False]
+    assert holding(0.9, 2.0, 0.9) == [
+        False,
+        True,
+        False,
+        None,
+    ]  # that more pre-training harms is no merit of fine-tuning
+    assert holding(0.6, 1.0, 0.61) == [True, True, False, None]
+    assert holding(0.9, 1.0, 1.0) == [False, False, False, None]
+    assert holding(0.6, 1.0, 0.6, many=(100.0, 500.0)) == [True, True, True, True]
+    assert holding(0.6, 1.0, 0.6, many=(100.0, 500.0), one=(100.0, 500.0)) == [True, True, False, True]

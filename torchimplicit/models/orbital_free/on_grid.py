@@ -153,7 +153,7 @@ class OnGrid:
             yield Block(place.points, place.shells.functions, self._values(number, place, room))
 
     def __call__(self, p: Tensor) -> Tensor:
-        found: Tensor = _Fields.apply(self, p)
+        found: Tensor = _Linear.apply(self, False, p)
         return found
 
     def __getstate__(self) -> dict[str, Any]:  # another process evaluates what it needs, within its own memory
@@ -267,49 +267,25 @@ def _placed(basis: DensityBasis, points: Tensor) -> list[Place]:
     return [Place(part, basis.some(numbers[near])) for part, near in zip(parts, reaching, strict=True)]
 
 
-class _Fields(torch.autograd.Function):
-    """The map, whose derivative is its transpose."""
+class _Linear(torch.autograd.Function):
+    """The map, or its transpose: the derivative of each in reverse mode is the other, and in forward mode itself."""
 
     @staticmethod
-    def forward(on_grid: OnGrid, p: Tensor) -> Tensor:
-        return on_grid.spread(p)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        ctx.on_grid = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Any:
-        return None, _Gathered.apply(ctx.on_grid, slope)
-
-    @staticmethod
-    def jvp(ctx: Any, _: Any, tangent: Tensor) -> Any:
-        return _Fields.apply(ctx.on_grid, tangent)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, on_grid: OnGrid, p: Tensor) -> Any:
-        return _Fields.apply(on_grid, p.movedim(in_dims[1], 0)), 0
-
-
-class _Gathered(torch.autograd.Function):
-    """The transpose, whose derivative is the map."""
-
-    @staticmethod
-    def forward(on_grid: OnGrid, of_points: Tensor) -> Tensor:
-        return on_grid.gathered(of_points)
+    def forward(on_grid: OnGrid, transposed: bool, x: Tensor) -> Tensor:
+        return on_grid.gathered(x) if transposed else on_grid.spread(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        ctx.on_grid = inputs[0]
+        ctx.on_grid, ctx.transposed, _ = inputs
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:
-        return None, _Fields.apply(ctx.on_grid, slope)
+        return None, None, _Linear.apply(ctx.on_grid, not ctx.transposed, slope)
 
     @staticmethod
-    def jvp(ctx: Any, _: Any, tangent: Tensor) -> Any:
-        return _Gathered.apply(ctx.on_grid, tangent)
+    def jvp(ctx: Any, _: Any, __: Any, tangent: Tensor) -> Any:
+        return _Linear.apply(ctx.on_grid, ctx.transposed, tangent)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, on_grid: OnGrid, of_points: Tensor) -> Any:
-        return _Gathered.apply(on_grid, of_points.movedim(in_dims[1], 0)), 0
+    def vmap(info: Any, in_dims: Any, on_grid: OnGrid, transposed: bool, x: Tensor) -> Any:
+        return _Linear.apply(on_grid, transposed, x.movedim(in_dims[2], 0)), 0

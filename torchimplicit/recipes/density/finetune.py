@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,24 +12,21 @@ from statistics import fmean
 import torch
 from rich.console import Console
 
-from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free import OrbitalFree, element_counts
-from torchimplicit.models.orbital_free.on_grid import SHARED
 from torchimplicit.recipes.density import storage
 from torchimplicit.recipes.density.learning_settings import Finetuning, Pretraining
 from torchimplicit.recipes.density.objective import Case, Share, Weights, Work
 from torchimplicit.recipes.density.predict import Trained
-from torchimplicit.recipes.density.pretrain import measured, share_spurious
-from torchimplicit.recipes.density.quality import Quality, Summary, summarized
-from torchimplicit.recipes.density.settings import OrbitalFreeTraining
+from torchimplicit.recipes.density.quality import Quality, measured, share_spurious
+from torchimplicit.recipes.density.report import Page, Part, table_of, tell
+from torchimplicit.recipes.density.settings import Molecules, OrbitalFreeTraining
 from torchimplicit.recipes.density.split import located
-from torchimplicit.recipes.density.stepping import Course, Stepper
+from torchimplicit.recipes.density.stepping import Course, Stepper, trained_before
+from torchimplicit.recipes.density.training import bounded
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.execution import opened
 from torchimplicit.recipes.runtime.fitting import read_checkpoint
-from torchimplicit.recipes.runtime.page import COLOURS, Section, axes, document, saved, styled
-from torchimplicit.recipes.runtime.run import Environment, Run, threads
-from torchimplicit.recipes.runtime.table import CaptionedFigure, Column, Table
+from torchimplicit.recipes.runtime.run import Environment, Run
 
 # -- What comes out ---------------------------------------------------------------------------------------------------
 
@@ -127,8 +123,7 @@ def pretrained(config: Finetuning) -> tuple[Pretraining, Trained, float]:
 
 def train(config: Finetuning, run: Run, console: Console) -> bool:
     """Train from the last step that was kept, and write ``results.json`` and ``index.html``."""
-    with threads(config.threads), SHARED.limited(config.memory * 1e9), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # what is not converged is recorded
+    with bounded(config.training(Molecules())):
         school = _School(config, console)
         console.print(
             f"{len(school.cases)} molecules to train on, {len(school.held)} to select by and "
@@ -142,25 +137,19 @@ def train(config: Finetuning, run: Run, console: Console) -> bool:
             return False
         results = school.results(run, time.monotonic() - began)
     run.write_json("results.json", results)
-    if config.page:
-        write_report(results, run)
-    console.print(_table(results).rich_rows())
+    _tell(results, run, console)
     return True
 
 
 def evaluate(config: Finetuning, run: Run, console: Console) -> None:
     """Measure the selected weights again."""
-    if not run.best.is_file():
-        raise UserError(f"{run.best} does not exist: nothing was trained yet; 'resume' the run first")
-    with threads(config.threads), SHARED.limited(config.memory * 1e9), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    trained_before(run)
+    with bounded(config.training(Molecules())):
         school = _School(config, console)
         school.stepper.restore(run)
         results = school.results(run, math.nan)
     run.write_json("evaluation.json", {name: getattr(results, name) for name in ("before", "test", "spurious")})
-    if config.page:
-        write_report(results, run)
-    console.print(_table(results).rich_rows())
+    _tell(results, run, console)
 
 
 class _School:
@@ -287,69 +276,27 @@ def _at_reference(functional: OrbitalFree, paths: Iterable[Path]) -> list[float]
     return errors
 
 
-# -- The page ---------------------------------------------------------------------------------------------------------
-
-
-def write_report(results: Results, run: Run) -> None:
-    """``figures/*.png`` and ``index.html``."""
-    with styled():
-        drawn, plots = axes(2, width=5.0)
-        glances = results.course.glances
-        for plot, what, label in zip(plots, ("L", "steps"), ("10³ L", "steps of a minimization"), strict=True):
-            there = [glance for glance in glances if what in glance.figures]
-            if there:
-                values = [glance.figures[what] for glance in there]
-                plot.plot([glance.step for glance in there], values, "o-", color=COLOURS[0], markersize=3)
-                plot.set(xlabel="step", ylabel=label, title="validation")
-        caption = "The validation molecules during training, each from the superposition of atoms."
-        pictures = saved([CaptionedFigure("training", drawn, caption)], run)
-    lead = (
-        f"{results.weights} weights of a pre-trained {results.kind}, {results.course.step} steps "
-        f"({results.config.gradient}), {results.course.seconds:.0f} s after {results.pretraining_seconds:.0f} s of "
-        f"pre-training; the weights of step {results.selected} were selected."
-    )
-    sections = [Section(pictures=pictures, table=_table(results))]
-    run.write_text("index.html", document("Fine-tuning a density functional", [lead], sections))
-
-
-def _table(results: Results) -> Table:
-    columns = [
-        Column("Molecules"),
-        Column("L", "10⁻³"),
-        Column("L1 per electron"),
-        Column("ΔE", "mHa"),
-        Column("ΔE at the reference", "mHa"),
-        Column("Better than MINAO", "%"),
-        Column("Better than before", "%"),
-        Column("Converged", "%"),
-        Column("Steps"),
-        Column("λmin", "Ha"),
-    ]
-    rows = (
-        [_row("test, before", summarized(results.before), results.reference_before, math.nan)] if results.before else []
-    )
-    if results.test:
-        rows.append(_row("test", summarized(results.test), results.reference, better(results.before, results.test)))
-    rows.append(_row("train, before", summarized(results.before_train), [], math.nan))
-    rows.append(_row("train", summarized(results.train), [], better(results.before_train, results.train)))
-    return Table(columns, rows)
-
-
 def better(before: Sequence[Quality], after: Sequence[Quality]) -> float:
-    """The share of molecules whose L decreased."""
-    return fmean(new.loss < old.loss for old, new in zip(before, after, strict=True))
+    """The share of molecules whose L decreased; NaN without molecules."""
+    return fmean(new.loss < old.loss for old, new in zip(before, after, strict=True)) if after else math.nan
 
 
-def _row(name: str, one: Summary, reference: Sequence[float], than_before: float) -> list[str]:
-    return [
-        name,
-        f"{1e3 * one.loss:.3f} (MINAO {1e3 * one.guess_loss:.3f})",
-        f"{one.l1:.4f} (MINAO {one.guess_l1:.4f})",
-        f"{1e3 * one.energy_error:.1f}",
-        f"{1e3 * fmean(map(abs, reference)):.1f}" if reference else "–",
-        f"{100 * one.better:.0f}",
-        "–" if math.isnan(than_before) else f"{100 * than_before:.0f}",
-        f"{100 * (1 - one.unconverged):.0f}",
-        f"{one.mean_steps:.1f}",
-        "–" if math.isnan(one.least) else f"{one.least:.3f}",
-    ]
+def _tell(results: Results, run: Run, console: Console) -> None:
+    """Print the results and, if there is to be one, write the page."""
+    table = table_of(
+        [
+            Part("test, before", results.before, results.spurious_before, reference=results.reference_before),
+            Part("test", results.test, results.spurious, better(results.before, results.test), results.reference),
+            Part("train, before", results.before_train),
+            Part("train", results.train, improved=better(results.before_train, results.train)),
+        ]
+    )
+    page = Page(
+        title="Fine-tuning a density functional",
+        lead=f"{results.weights} weights of a pre-trained {results.kind}, {results.course.step} steps "
+        f"({results.config.gradient}), {results.course.seconds:.0f} s after {results.pretraining_seconds:.0f} s of "
+        f"pre-training; the weights of step {results.selected} were selected.",
+        panels={"L": "10³ L", "steps": "steps of a minimization"},
+        caption="The validation molecules during training, each from the superposition of atoms.",
+    )
+    tell(table, page if results.config.page else None, results.course, run, console)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchimplicit.recipes.density import chemistry as known
 from torchimplicit.recipes.density.adjoints import MoleculeResults, Softened, Solved
+from torchimplicit.recipes.density.results import PRECISION, labelled
 from torchimplicit.recipes.density.settings import (
     FELT,
     LEARNING_RATE,
@@ -579,12 +580,11 @@ def protocol(config: TableConfig, runs: Runs) -> str:
     )
     return (
         f"{', '.join(config.molecules)} with nuclei displaced at random by {config.sigma:g} angstrom, another geometry "
-        f"and other weights for each of {config.plan.seeds} seeds; Kohn-Sham densities (LDA, def2-SVP) in an "
-        f"even-tempered basis, grid level {config.grid}. Thomas-Fermi, von Weizsäcker and LDA with a network as "
-        f"enhancement factor and a linear term that is fitted; {functionals}. The loss is half the squared distance "
-        "to the Kohn-Sham density; gradients are in all parameters. Minimizations: L-BFGS, preconditioned by a "
-        f"reference Hessian, in coordinates of the overlap, to a projected gradient of {settings.tolerance:g}. The "
-        "exact gradient: implicit, by the dense adjoint system. Double precision, one thread."
+        f"and other weights for each of {config.plan.seeds} seeds; {labelled(config.grid)}. Thomas-Fermi, von "
+        f"Weizsäcker and LDA with a network as enhancement factor and a linear term that is fitted; {functionals}. The "
+        "loss is half the squared distance to the Kohn-Sham density; gradients are in all parameters. Minimizations: "
+        "L-BFGS, preconditioned by a reference Hessian, in coordinates of the overlap, to a projected gradient of "
+        f"{settings.tolerance:g}. The exact gradient: implicit, by the dense adjoint system. {PRECISION}"
     )
 
 

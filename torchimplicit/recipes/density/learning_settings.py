@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -47,7 +47,31 @@ class Stepping:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretraining:
+class Learning:
+    """What pre-training and fine-tuning have in common."""
+
+    check_grid: int = 3
+    """Level of PySCF's grid on which all densities are minimized again at the end, as a check. No check if it is not
+    finer than the training grid."""
+
+    page: bool = True
+    """Write figures and an HTML page at the end."""
+
+    seed: int = 0
+    """Random seed of everything drawn: the initial weights of a pre-training, and the molecules of each step."""
+
+    memory: float = 1.0
+    """Gigabytes for the values of basis functions on the grids; see 'torchimplicit train ofdft-small --help'."""
+
+    threads: int = 1
+    """CPU threads; 0 leaves the number to PyTorch."""
+
+    def __post_init__(self) -> None:
+        not_negative(self, "seed", "threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining(Learning):
     """Train a density functional on densities, energies and slopes of Kohn-Sham calculations, without minimizing it."""
 
     molecules: Molecules = field(
@@ -98,25 +122,10 @@ class Pretraining:
     pairs: bool = True
     """Let the linear terms, which are fitted first, depend on the positions of an atom's neighbours."""
 
-    check_grid: int = 3
-    """Level of PySCF's grid on which all densities are minimized again at the end, as a check. No check if it is not
-    finer than the training grid."""
-
-    page: bool = True
-    """Write figures and an HTML page at the end."""
-
-    seed: int = 0
-    """Random seed of the initial weights and of everything drawn in training."""
-
-    memory: float = 1.0
-    """Gigabytes for the values of basis functions on the grids; see 'torchimplicit train ofdft-small --help'."""
-
-    threads: int = 1
-    """CPU threads; 0 leaves the number to PyTorch."""
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "labels", "width", "channels", "at_once")
-        not_negative(self, "rounds", "energy_weight", "noise", "weizsaecker", "penalty", "seed", "threads")
+        not_negative(self, "rounds", "energy_weight", "noise", "weizsaecker", "penalty")
         self.training()
 
     def training(self) -> OrbitalFreeTraining:
@@ -138,7 +147,7 @@ class Pretraining:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetuning:
+class Finetuning(Learning):
     """Fine-tune a pre-trained density functional on the densities at its minima."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")] = Path()
@@ -175,6 +184,9 @@ class Finetuning:
     inner_rate: float = 3e-3
     """Step size of --inner descent."""
 
+    cold: bool = False
+    """Start every minimization from the superposition of atoms with a fresh Hessian, instead of the last density."""
+
     correction: int = 0
     """Number of iterates before the minimum that also enter the loss, each treated as a minimum (fixed-point
     correction); 0 for none."""
@@ -191,55 +203,20 @@ class Finetuning:
     spectrum: bool = True
     """Measure the extreme eigenvalues of the Hessians before and after training."""
 
-    check_grid: int = 3
-    """Level of PySCF's grid on which all densities are minimized again at the end, as a check. No check if it is not
-    finer than the training grid."""
-
-    page: bool = True
-    """Write figures and an HTML page at the end."""
-
-    seed: int = 0
-    """Random seed of the choice of molecules in each step."""
-
-    memory: float = 1.0
-    """Gigabytes for the values of basis functions on the grids; see 'torchimplicit train ofdft-small --help'."""
-
-    threads: int = 1
-    """CPU threads; 0 leaves the number to PyTorch."""
-
     def __post_init__(self) -> None:
-        not_negative(self, "tail_weight", "energy_weight", "seed", "threads")
+        super().__post_init__()
+        not_negative(self, "tail_weight", "energy_weight")
         self.training(Molecules())
 
     def training(self, molecules: Molecules) -> OrbitalFreeTraining:
         """Settings with which densities are found, differentiated and measured."""
+        shared = {one.name for one in fields(self)} & {one.name for one in fields(OrbitalFreeTraining)} - {"page"}
         return OrbitalFreeTraining(
             molecules=molecules,
             optimizer="adam",
             decay=0.0,
             page=False,
-            **{
-                name: getattr(self, name)
-                for name in (
-                    "gradient",
-                    "nudge",
-                    "tail_weight",
-                    "energy_weight",
-                    "inner",
-                    "inner_tolerance",
-                    "inner_steps",
-                    "inner_rate",
-                    "correction",
-                    "correction_random",
-                    "floor_weight",
-                    "floor",
-                    "spectrum",
-                    "check_grid",
-                    "seed",
-                    "memory",
-                    "threads",
-                )
-            },
+            **{name: getattr(self, name) for name in shared},
         )
 
 

@@ -8,7 +8,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from torchimplicit.recipes.density.results import INNER_STEPS, figures, missing, molecules, ratio, shown, told
+from torchimplicit.recipes.density.results import (
+    INNER_STEPS,
+    PRECISION,
+    figures,
+    labelled,
+    missing,
+    molecules,
+    ratio,
+    shown,
+    told,
+)
 from torchimplicit.recipes.density.settings import OrbitalFreeTraining
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
@@ -395,14 +405,13 @@ def protocol(config: MoleculesConfig, runs: Runs) -> str:
         f"{', '.join(config.molecules)}, each at its own geometry and in {config.train_copies} distorted "
         f"({config.distort:g} angstrom) to train on, {config.validation_copies} others to select the weights by (the "
         f"least L), {config.test_copies} others to test on; other geometries for each of {config.plan.seeds} seeds. "
-        "Kohn-Sham densities (LDA, def2-SVP) in an even-tempered basis, grid level "
-        f"{config.grid}. Thomas-Fermi, von Weizsäcker and LDA, a network as enhancement factor, and a linear term, "
-        "which is fitted first. The loss is half the squared density error per electron, and a weight of "
-        f"{plain.tail_weight:g} for the same over the density; energies, where they are "
-        f"trained, weigh {config.energy_weight:g}. Every row has {config.seconds:g} s of the processor's time, "
+        f"{labelled(config.grid)}. Thomas-Fermi, von Weizsäcker and LDA, a network as enhancement factor, and a linear "
+        "term, which is fitted first. The loss is half the squared density error per electron, and a weight of "
+        f"{plain.tail_weight:g} for the same over the density; energies, where they are trained, weigh "
+        f"{config.energy_weight:g}. Every row has {config.seconds:g} s of the processor's time, "
         f"measurements not counted; Adam's rate {config.learning_rate:g} with a cosine.{of_qm9} Densities: "
         "preconditioned L-BFGS to 1e-8. Gradients: exact implicit differentiation; Gauss–Newton: exact Jacobians by "
-        "the same theorem. Double precision, one thread."
+        f"the same theorem. {PRECISION}"
     )
 
 

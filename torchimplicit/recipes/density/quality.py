@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from torchimplicit.models.orbital_free import (
-    OrbitalFree,
-)
+from torchimplicit.models.orbital_free import OrbitalFree
 from torchimplicit.recipes.density import storage
 from torchimplicit.recipes.density.objective import Case
 from torchimplicit.recipes.density.settings import OrbitalFreeTraining
+
+SPURIOUS_ENERGY, SPURIOUS_LOSS = 0.05, 2.0
+"""Thresholds in hartree per electron, and relative to the L of the superposition of atoms. A minimum farther off than
+either is a spurious one rather than an error of a trained functional."""
 
 
 @dataclass(frozen=True)
@@ -220,3 +223,48 @@ def summarized(found: Sequence[Quality]) -> Summary:
             for name in ("loss", "l1", "energy_error")
         },
     )
+
+
+def checked(config: OrbitalFreeTraining) -> bool:
+    """Return whether densities are also minimized on a finer grid."""
+    return config.check_grid > config.molecules.chemistry.grid and find_spec("pyscf") is not None
+
+
+def measured(
+    functional: OrbitalFree,
+    files: Mapping[str, Path],
+    config: OrbitalFreeTraining,
+    *,
+    spectrum: bool = False,
+    constants: Tensor | None = None,
+    look_closer: bool = True,
+) -> list[Quality]:
+    """Measure each molecule, minimizing from the superposition of atoms; one molecule at a time is in memory. See
+    :func:`quality`."""
+    finer = look_closer and checked(config)
+    return [
+        quality(
+            Case.of(storage.load(path)),
+            functional,
+            config,
+            spectrum=spectrum,
+            constants=constants,
+            file=path if finer else None,
+        )
+        for path in files.values()
+    ]
+
+
+def spurious(one: Quality, electrons: float) -> bool:
+    """Return whether a minimum is unrelated to the reference, or on the finer grid a different one, farther away than
+    half of the superposition's L."""
+    if not one.converged:
+        return False
+    if one.finer is not None and one.finer.converged and one.finer.moved > 0.5 * one.guess_loss:
+        return True
+    return one.loss > SPURIOUS_LOSS * one.guess_loss or abs(one.energy_error) > SPURIOUS_ENERGY * electrons
+
+
+def share_spurious(found: Sequence[Quality], electrons: Mapping[str, float]) -> float:
+    """The share of spurious minima among molecules, given their numbers of electrons by name; NaN for none."""
+    return fmean(spurious(one, electrons[one.name]) for one in found) if found else math.nan

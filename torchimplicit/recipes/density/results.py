@@ -20,6 +20,14 @@ INNER_STEPS = 60
 """Largest number of L-BFGS steps, which usually needs about ten: an optimizer step that goes too far is detected
 early."""
 
+PRECISION = "Double precision, one thread."
+
+
+def labelled(grid: int) -> str:
+    """What the molecules' densities are, for the protocols."""
+    return f"Kohn-Sham densities (LDA, def2-SVP) in an even-tempered basis, grid level {grid}"
+
+
 QUALITIES = ("start", "start_test", "train", "validation", "test")
 
 

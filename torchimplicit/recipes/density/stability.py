@@ -10,7 +10,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
 
 from torchimplicit.recipes.density import results
-from torchimplicit.recipes.density.results import lowered, mean, missing, molecules, shown, told
+from torchimplicit.recipes.density.results import labelled, lowered, mean, missing, molecules, shown, told
 from torchimplicit.recipes.density.settings import OrbitalFreeTraining
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
@@ -413,16 +413,16 @@ def protocol(config: StabilityConfig, runs: Runs) -> str:
         "adam": f"Adam from {config.learning_rate:g} with a cosine and exact implicit gradients",
     }[config.optimizer]
     return (
-        f"{', '.join(config.molecules)}; Kohn-Sham densities (LDA, def2-SVP) in an even-tempered basis, grid level "
-        f"{config.grid}. Thomas-Fermi, {config.weizsaecker:g} of von Weizsäcker's energy, LDA, a network as "
-        f"enhancement factor and a linear term fitted first; ∫ρ₋² weighs {config.penalty:g}. {config.iterations} "
-        f"iterations of {how}, {config.plan.seeds} seeds. Every {config.measure_every} iterations all densities are "
-        "found from the superposition of atoms and the steps are counted. Gradient descent as in the slides: rate "
-        f"3e-3, momentum 0.9, to 1e-4, at most 10,000 steps ({config.descent_steps} in training by it); L-BFGS: to "
-        f"1e-8, with the Hessian of the start as preconditioner, at most {INNER_STEPS} steps in training. There a "
-        "search begins at the density found last, and its Hessian is made anew after more than 15 steps; in the rows "
-        f"with fixed-point correction, and in one that is for comparison, at the superposition. The correction: "
-        f"{CORRECTED} iterates more in the loss, weights 0.8 to the power of their distance. Penalties: "
+        f"{', '.join(config.molecules)}; {labelled(config.grid)}. Thomas-Fermi, {config.weizsaecker:g} of von "
+        "Weizsäcker's energy, LDA, a network as enhancement factor and a linear term fitted first; ∫ρ₋² weighs "
+        f"{config.penalty:g}. {config.iterations} iterations of {how}, {config.plan.seeds} seeds. Every "
+        f"{config.measure_every} iterations all densities are found from the superposition of atoms and the steps are "
+        "counted. Gradient descent as in the slides: rate 3e-3, momentum 0.9, to 1e-4, at most 10,000 steps "
+        f"({config.descent_steps} in training by it); L-BFGS: to 1e-8, with the Hessian of the start as "
+        f"preconditioner, at most {INNER_STEPS} steps in training. There a search begins at the density found last, "
+        "and its Hessian is made anew after more than 15 steps; in the rows with fixed-point correction, and in one "
+        f"that is for comparison, at the superposition. The correction: {CORRECTED} iterates more in the loss, weights "
+        "0.8 to the power of their distance. Penalties: "
         + (
             ""
             if config.optimizer == "least-squares"

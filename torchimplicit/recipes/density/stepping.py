@@ -17,7 +17,7 @@ from torchimplicit.recipes.density.learning_settings import Stepping
 from torchimplicit.recipes.runtime.errors import DivergedError, UserError
 from torchimplicit.recipes.runtime.fitting import read_checkpoint
 from torchimplicit.recipes.runtime.run import NOTED_EVERY, Run
-from torchimplicit.recipes.runtime.settings import to_plain
+from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 from torchimplicit.recipes.runtime.task import generator, permutation
 
 RISE = 0.05
@@ -105,8 +105,6 @@ class Stepper:
         Raises:
             UserError: it does not fit.
         """
-        from torchimplicit.recipes.runtime.settings import from_plain
-
         if not run.checkpoint.is_file():
             return
         held = read_checkpoint(run.checkpoint)
@@ -193,6 +191,17 @@ class Stepper:
                 "kept": self.kept[0](),
             }
         )
+
+
+def trained_before(run: Run) -> Course:
+    """The course of a training whose weights are there.
+
+    Raises:
+        UserError: nothing was trained yet.
+    """
+    if not run.best.is_file():
+        raise UserError(f"{run.best} does not exist: nothing was trained yet; 'resume' the run first")
+    return from_plain(Course, read_checkpoint(run.checkpoint)["course"])
 
 
 class _Every:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -27,7 +26,8 @@ from torchimplicit.recipes.density.history import History, Measurement, Results
 from torchimplicit.recipes.density.objective import Case, DensityFit
 from torchimplicit.recipes.density.pictures import write_report
 from torchimplicit.recipes.density.predict import Trained
-from torchimplicit.recipes.density.quality import Quality, qualities, summarized
+from torchimplicit.recipes.density.quality import Quality, checked, qualities, summarized
+from torchimplicit.recipes.density.report import Part, table_of
 from torchimplicit.recipes.density.settings import OrbitalFreeTraining
 from torchimplicit.recipes.density.split import SPLITS, Split, geometries, load
 from torchimplicit.recipes.runtime import files
@@ -37,7 +37,7 @@ from torchimplicit.recipes.runtime.optimize import Budget, Checkpointer, Enough
 from torchimplicit.recipes.runtime.optimize import run as optimize
 from torchimplicit.recipes.runtime.run import Environment, Run, threads
 from torchimplicit.recipes.runtime.settings import from_plain, to_plain
-from torchimplicit.recipes.runtime.table import Column, Table
+from torchimplicit.recipes.runtime.table import Table
 
 EXCHANGE_CORRELATION: dict[str, ExchangeCorrelation] = {
     "lda,pw": "lda",
@@ -101,12 +101,7 @@ def train(config: OrbitalFreeTraining, run: Run, console: Console) -> bool:
         split, cases = _read(config, console)
         functional = started(config, cases["train"])
     history = _restored(functional, run.checkpoint)
-    with (
-        _bounded(config),
-        warnings.catch_warnings(),
-        DensityFit(functional, split.train, config) as objective,
-    ):
-        warnings.simplefilter("ignore", ConvergenceWarning)  # what is not converged is recorded
+    with bounded(config), DensityFit(functional, split.train, config) as objective:
         history.weights = len(objective.weights)
         watcher = _Watcher(config, objective, cases, history, run)
         limits = Budget(iterations=config.iterations, seconds=config.seconds, measure_every=config.measure_every)
@@ -136,7 +131,7 @@ def train(config: OrbitalFreeTraining, run: Run, console: Console) -> bool:
     run.write_json("results.json", results)
     if config.page:
         write_report(results, split, functional, run)
-    console.print(_table(results).rich_rows())
+    console.print(_table(results).rich())
     return True
 
 
@@ -144,8 +139,7 @@ def evaluate(config: OrbitalFreeTraining, run: Run, console: Console) -> None:
     """Measure the selected weights again, and draw the page again if there is to be one."""
     if not run.checkpoint.is_file():
         raise UserError(f"{run.checkpoint} does not exist: nothing was trained yet; 'resume' the run first")
-    with _bounded(config), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with bounded(config):
         split, cases = _read(config, console)
         functional = started(config, cases["train"])
         history = _restored(functional, run.checkpoint)
@@ -153,7 +147,7 @@ def evaluate(config: OrbitalFreeTraining, run: Run, console: Console) -> None:
     if config.page:
         write_report(results, split, functional, run)
     run.write_json("evaluation.json", {name: getattr(results, name) for name in SPLITS})
-    console.print(_table(results).rich_rows())
+    console.print(_table(results).rich())
 
 
 class _Watcher:
@@ -222,10 +216,17 @@ def _read(config: OrbitalFreeTraining, console: Console) -> tuple[Split, dict[st
 
 
 @contextmanager
-def _bounded(config: OrbitalFreeTraining) -> Iterator[None]:
-    """Limit the threads of PyTorch and of SciPy's linear algebra, and this process's share of the memory."""
+def bounded(config: OrbitalFreeTraining) -> Iterator[None]:
+    """Limit the threads of PyTorch and of SciPy's linear algebra, and this process's share of the memory; what does not
+    converge is recorded, without a warning."""
     share = config.memory * 1e9 / config.processes
-    with threads(config.threads), threadpool_limits(config.threads or None), SHARED.limited(share, config.single):
+    with (
+        threads(config.threads),
+        threadpool_limits(config.threads or None),
+        SHARED.limited(share, config.single),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", ConvergenceWarning)
         yield
 
 
@@ -285,45 +286,14 @@ def _results(
     )
 
 
-def checked(config: OrbitalFreeTraining) -> bool:
-    """Return whether densities are also minimized on a finer grid."""
-    return config.check_grid > config.molecules.chemistry.grid and find_spec("pyscf") is not None
-
-
 def _table(results: Results) -> Table:
-    columns = [
-        Column("Molecules"),
-        Column("L", "10⁻³"),
-        Column("L1 per electron"),
-        Column("ΔE, constants refitted", "mHa"),
-        Column("ΔE, as trained", "mHa"),
-        Column("Better than MINAO", "%"),
-        Column("Steps"),
-    ]
-    checked = any(one.finer is not None for one in results.train)
-    if checked:
-        columns += [
-            Column(f"L, grid {results.config.check_grid}", "10⁻³"),
-            Column(f"ΔE, grid {results.config.check_grid}", "mHa"),
+    free = " (as many constants as molecules: ΔE is nought)" if results.free_energies else ""
+    return table_of(
+        [
+            Part("train, linear terms alone", results.start),
+            Part(f"train{free}", results.train),
+            Part("validation", results.validation),
+            Part("test, linear terms alone", results.start_test),
+            Part("test", results.test),
         ]
-    rows = []
-    splits = {"train, linear terms alone": results.start, "train": results.train, "validation": results.validation}
-    splits |= {"test, linear terms alone": results.start_test, "test": results.test}
-    for name, found in splits.items():
-        if found:
-            one = summarized(found)
-            free = " (whatever the densities)" if name == "train" and results.free_energies else ""
-            more = [f"{1e3 * one.finer_loss:.3f}", f"{1e3 * one.finer_energy_error:.1f}"] if checked else []
-            rows.append(
-                [
-                    name,
-                    f"{1e3 * one.loss:.3f} (MINAO {1e3 * one.guess_loss:.3f})",
-                    f"{one.l1:.4f} (MINAO {one.guess_l1:.4f})",
-                    f"{1e3 * one.energy_error:.1f}{free}",
-                    f"{1e3 * one.trained_energy_error:.1f}",
-                    f"{100 * one.better:.0f}",
-                    f"{one.mean_steps:.1f}",
-                    *more,
-                ]
-            )
-    return Table(columns, rows)
+    )

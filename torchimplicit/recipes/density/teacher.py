@@ -1,0 +1,149 @@
+"""The loss that pre-trains a network of density coefficients, without a minimization."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from torchimplicit.models.orbital_free import CoefficientNetwork
+from torchimplicit.recipes.density.learning_settings import Pretraining
+from torchimplicit.recipes.density.lessons import Lesson, slopes_of
+from torchimplicit.recipes.density.stepping import draw, half_square
+
+FARTHEST = 6e-3
+"""The largest L at which a quadratic model is trusted."""
+
+FORGOTTEN, AT_REFERENCE = 0.05, 0.03
+"""Probabilities that a molecule's walk restarts at the superposition of atoms, and at the reference density."""
+
+PERTURBED = 0.7
+"""Share of the labels whose densities are displaced."""
+
+
+class Teacher:
+    """The training loss over some molecules, and the figures of others.
+
+    Of a slope :math:`g` that the functional has beside the one that it should have, what counts is how far it moves the
+    minimum, :math:`\\lVert Rg\\rVert^2/2N` (:func:`~torchimplicit.models.orbital_free.response`): to first order, the
+    implicit loss. Of energies it is their error per electron.
+    """
+
+    def __init__(
+        self, network: CoefficientNetwork, lessons: Sequence[Lesson], held: Sequence[Lesson], config: Pretraining
+    ):
+        self.network, self.lessons, self.held, self.config = network, lessons, held, config
+        self.walks = [lesson.start.clone() for lesson in lessons]
+
+    def loss(self, numbers: list[int], step: int) -> float:
+        """Loss of a batch of molecules; its gradient is left in the network."""
+        chosen = [self.lessons[number] for number in numbers]
+        generator = draw(self.config.seed, step)
+        if self.config.kind == "functional":
+            total = self._of_functional(numbers, chosen, generator)
+        else:
+            total = self._of_tangent(chosen)
+        total = total / len(chosen)
+        total.backward()
+        return float(total.detach())
+
+    def figures(self) -> dict[str, float]:
+        """Figures of the held-out molecules: linearized 10³ L, and the error of the energy in mHa per electron."""
+        losses, errors = [], []
+        for lesson in self.held:
+            tangent = self.config.kind != "functional"
+            rows = lesson.guess if tangent else lesson.rows[:1]
+            ((energy, slope),) = slopes_of(self.network, [lesson], [rows], recorded=False)
+            losses.append(1e3 * float(half_square(self._missed(lesson, slope, [0])).sum()) / lesson.electrons)
+            if tangent:
+                energy = energy + self._along(lesson, slope)
+            errors.append(1e3 * abs(float((energy - lesson.energies[0]).detach())) / lesson.electrons)
+        if not self.held:
+            return {}
+        figures = {"L": fmean(losses)}
+        return figures if self.config.kind == "density" else {**figures, "dE": fmean(errors)}
+
+    def kept(self) -> list[Tensor]:
+        """The tensors for a checkpoint."""
+        return self.walks
+
+    def take(self, held: list[Tensor]) -> None:
+        """Restore from a checkpoint."""
+        self.walks = list(held)
+
+    def _missed(self, lesson: Lesson, slope: Tensor, which: list[int]) -> Tensor:
+        """The distance of each minimum from its target, ``[k, n]``; for a directly predicted density, its own
+        distance."""
+        if self.config.kind == "density":
+            return lesson.start - slope @ lesson.plain.T
+        if self.config.metric == "overlap":
+            return slope @ lesson.plain.T - lesson.plainly[which]
+        return slope @ lesson.answer.T - lesson.wanted[which]
+
+    def _along(self, lesson: Lesson, slope: Tensor) -> Tensor:
+        """The contribution of the energy's tangent at the guess on the way to the reference, ``[1]``."""
+        away = (lesson.rows[:1] - lesson.guess).flatten(1)[:, lesson.place]
+        return (slope * away).sum(dim=1)
+
+    def _of_tangent(self, chosen: list[Lesson]) -> Tensor:
+        total = torch.zeros(())
+        found = slopes_of(self.network, chosen, [lesson.guess for lesson in chosen], recorded=True)
+        for lesson, (energy, slope) in zip(chosen, found, strict=True):
+            total = total + 2e3 * half_square(self._missed(lesson, slope, [0])).mean() / lesson.electrons
+            if self.config.kind == "potential" and self.config.energy_weight:
+                error = energy + self._along(lesson, slope) - lesson.energies[:1]
+                total = total + self.config.energy_weight * 1e2 * error.abs().mean() / lesson.electrons
+        return total
+
+    def _of_functional(self, numbers: list[int], chosen: list[Lesson], generator: torch.Generator) -> Tensor:
+        total = torch.zeros(())
+        which, moves = [], []
+        for number, lesson in zip(numbers, chosen, strict=True):
+            others = torch.randperm(len(lesson.rows) - 1, generator=generator)[: self.config.at_once - 1]
+            labels = [0, *(1 + others).tolist()]
+            which.append(labels)
+            moves.append(self._displaced(number, lesson, len(labels), generator))
+        rows = [lesson.moved(lesson.rows[k], y) for lesson, k, y in zip(chosen, which, moves, strict=True)]
+        found = slopes_of(self.network, chosen, rows, recorded=True)
+        for number, lesson, labels, y, (energy, slope) in zip(numbers, chosen, which, moves, found, strict=True):
+            missed = self._missed(lesson, slope, labels)
+            total = total + 2e3 * half_square(missed).mean() / lesson.electrons
+            # the slope that is missing is taken to be the same beside the label
+            wanted = lesson.energies[labels] + (y * lesson.gradient(labels)).sum(dim=1)
+            if self.config.energy_weight:
+                error = (energy - wanted).abs().mean() / lesson.electrons
+                total = total + self.config.energy_weight * 1e2 * error
+            if self.config.policy:
+                self._walk(number, lesson, (slope[0].detach() @ lesson.answer.T - lesson.wanted[0]))
+        return total
+
+    def _displaced(self, number: int, lesson: Lesson, count: int, generator: torch.Generator) -> Tensor:
+        """Displacements of the labels ``[count, n]`` in the metric's coordinates: random ones, with the walk's for the
+        first."""
+        y = torch.zeros(count, len(lesson.start))
+        if self.config.noise:
+            y = torch.randn(y.shape, generator=generator) @ lesson.soft.T
+            size = half_square(y) / lesson.electrons
+            least, most = -5.0, math.log10(self.config.noise)
+            target = 10 ** (least + (most - least) * torch.rand(count, generator=generator))
+            kept = torch.rand(count, generator=generator) < PERTURBED
+            y = y * (kept * (target / size).sqrt())[:, None]
+        if self.config.policy:
+            chance = float(torch.rand((), generator=generator))
+            if chance < FORGOTTEN:
+                self.walks[number] = lesson.start.clone()
+            elif chance < FORGOTTEN + AT_REFERENCE:
+                self.walks[number] = torch.zeros_like(lesson.start)
+            y[0] = self.walks[number]
+        return y
+
+    def _walk(self, number: int, lesson: Lesson, missed: Tensor) -> None:
+        """Move half a step towards the estimated minimum, given by the base's curvature and the slope at the walk's
+        position."""
+        walk = self.walks[number]
+        walk = walk - 0.5 * (walk + missed)
+        size = float(half_square(walk)) / lesson.electrons
+        self.walks[number] = walk * min(1.0, (FARTHEST / max(size, 1e-12)) ** 0.5)
