@@ -22,20 +22,12 @@ from torchimplicit.models.orbital_free import OrbitalFree, OrbitalFreeConfig
 from torchimplicit.models.orbital_free.on_grid import OnGrid
 from torchimplicit.recipes.density import gradients as gathered
 from torchimplicit.recipes.density import integrals
-from torchimplicit.recipes.density.adjoints import (
-    RUNNER,
-    MoleculeResults,
-    Optimum,
-    check,
-    load,
-    made,
-    measured,
-    slope,
-    softest,
-    ways,
-)
+from torchimplicit.recipes.density.adjoint_solvers import ways
+from torchimplicit.recipes.density.adjoints import RUNNER, measured, softest
 from torchimplicit.recipes.density.chemistry import named
+from torchimplicit.recipes.density.gradient_figures import MoleculeResults, slope
 from torchimplicit.recipes.density.gradients import TABLE, TableConfig
+from torchimplicit.recipes.density.optimum import Optimum, check, load, made
 from torchimplicit.recipes.density.settings import ChemistrySettings, MoleculeGradientsConfig
 from torchimplicit.recipes.density.storage import file_name
 from torchimplicit.recipes.runtime.errors import UserError

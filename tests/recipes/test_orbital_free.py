@@ -19,8 +19,10 @@ from torchimplicit.models.orbital_free.on_grid import OnGrid
 from torchimplicit.recipes.density import split as data
 from torchimplicit.recipes.density import storage
 from torchimplicit.recipes.density import training as runner
+from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.chemistry import named
-from torchimplicit.recipes.density.objective import Case, Curvature, DensityFit
+from torchimplicit.recipes.density.objective import DensityFit
+from torchimplicit.recipes.density.penalties import Curvature
 from torchimplicit.recipes.density.quality import quality, summarized
 from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules, OrbitalFreeTraining
 from torchimplicit.recipes.runtime.errors import UserError

@@ -19,9 +19,9 @@ from rich.console import Console
 from torchimplicit import cli
 from torchimplicit.models.orbital_free import OrbitalFree
 from torchimplicit.recipes.density import finetune, pretrain, storage
+from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.learning_settings import Finetuning, Pretraining, Stepping
 from torchimplicit.recipes.density.lessons import slopes_of
-from torchimplicit.recipes.density.objective import Case
 from torchimplicit.recipes.density.predict import Trained
 from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules
 from torchimplicit.recipes.density.split import located

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from torchimplicit.recipes.density import chemistry as sources
+from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.chemistry import Geometry, check_size, symbol
 from torchimplicit.recipes.density.compute import NotComputedError, compute, kohn_sham, superposition
 from torchimplicit.recipes.density.guess import density_matrix
 from torchimplicit.recipes.density.integrals import made
-from torchimplicit.recipes.density.objective import Case
 from torchimplicit.recipes.density.places import line, plane
 from torchimplicit.recipes.density.predict import Density, Trained, density, told
 from torchimplicit.recipes.runtime import files

@@ -149,7 +149,7 @@ RUNNER = MeasurementRunner()
 def measured(config: MeasurementConfig) -> Measured:
     """Measure by the process's CPU clock, in one thread."""
     # these bring Matplotlib and SciPy, without which settings are made
-    from torchimplicit.recipes.density.objective import Case
+    from torchimplicit.recipes.density.case import Case
     from torchimplicit.recipes.density.split import load
     from torchimplicit.recipes.density.training import started
 

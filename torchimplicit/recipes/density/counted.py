@@ -12,7 +12,7 @@ from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free import OrbitalFree
 from torchimplicit.recipes.density import split as data
 from torchimplicit.recipes.density import training as runner
-from torchimplicit.recipes.density.objective import Case
+from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.quality import Quality, quality
 from torchimplicit.recipes.density.settings import OrbitalFreeTraining
 from torchimplicit.recipes.density.stability import CountedTraining

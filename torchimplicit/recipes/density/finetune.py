@@ -14,8 +14,9 @@ from rich.console import Console
 
 from torchimplicit.models.orbital_free import OrbitalFree, element_counts
 from torchimplicit.recipes.density import storage
+from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.learning_settings import Finetuning, Pretraining
-from torchimplicit.recipes.density.objective import Case, Share, Weights, Work
+from torchimplicit.recipes.density.objective import Share, Work
 from torchimplicit.recipes.density.predict import Trained
 from torchimplicit.recipes.density.quality import Quality, measured, share_spurious
 from torchimplicit.recipes.density.report import Page, Part, table_of, tell
@@ -23,6 +24,7 @@ from torchimplicit.recipes.density.settings import Molecules, OrbitalFreeTrainin
 from torchimplicit.recipes.density.split import located
 from torchimplicit.recipes.density.stepping import Course, Stepper, trained_before
 from torchimplicit.recipes.density.training import bounded
+from torchimplicit.recipes.density.weights import Weights
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.execution import opened
 from torchimplicit.recipes.runtime.fitting import read_checkpoint

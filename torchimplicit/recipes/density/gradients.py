@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from torchimplicit.recipes.density import chemistry as known
-from torchimplicit.recipes.density.adjoints import MoleculeResults, Softened, Solved
+from torchimplicit.recipes.density.gradient_figures import MoleculeResults, Point, Softened
 from torchimplicit.recipes.density.results import PRECISION, labelled
 from torchimplicit.recipes.density.settings import (
     FELT,
@@ -26,13 +26,12 @@ from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import from_plain, not_negative, option
 from torchimplicit.recipes.runtime.table import (
     CaptionedFigure,
+    Cell,
     Claim,
-    Column,
     Job,
     Plan,
     Published,
     Runs,
-    Table,
     TitledTable,
 )
 
@@ -102,10 +101,6 @@ class Group:
     def worst(self, figure: Callable[[MoleculeResults], float]) -> float:
         """The largest over the seeds."""
         return max(figure(one) for one in self.results)
-
-    def least(self, figure: Callable[[MoleculeResults], float]) -> float:
-        """The smallest over the seeds."""
-        return min(figure(one) for one in self.results)
 
     def middle(self, figure: Callable[[MoleculeResults], float]) -> float:
         """The median over the seeds."""
@@ -195,225 +190,151 @@ def sheets(config: TableConfig, runs: Runs) -> list[TitledTable]:
     groups, settings = groups_of(config, runs), usual(config)
     if not groups:
         return []
-    return [
-        TitledTable("The minima, and finite differences of the loss there", _minima_sheet(groups)),
-        TitledTable("Equilibrium propagation: relative error over the nudge", _nudges_sheet(groups, settings)),
-        TitledTable(
-            "Minimizations that end too early: relative error of the symmetric difference with the whole loss",
-            _loosened_sheet(groups, settings),
-        ),
-        TitledTable(
-            "The weight of the loss over the least eigenvalue: the symmetric difference",
-            _beyond_sheet(groups, settings),
-        ),
-        TitledTable("One-sided propagation beside damped implicit differentiation", _damped_sheet(groups, settings)),
+    made = [_minima(groups), *(one(groups, settings) for one in (_nudges, _loosened, _beyond, _damped))]
+    made += [_softened(group, settings) for group in groups]
+    return made + [_adjoint(group, settings) for group in groups]
+
+
+def _minima(groups: Sequence[Group]) -> TitledTable:
+    def middle(figure: Callable[[Point], float], form: str) -> Callable[[Group], str]:
+        return lambda group: format(group.middle(lambda one: figure(one.point)), form)
+
+    return table.sheet("The minima, and finite differences of the loss there", groups, [
+        Cell("Molecule, functional", lambda group: group.name),
+        Cell("n", lambda group: str(group.results[0].point.size), "", "Basis functions."),
+        Cell("L / N", middle(lambda point: point.loss, ".2g"), "",
+             "Half the squared distance to the Kohn-Sham density per electron; median of the seeds."),
+        Cell("λ min", middle(lambda point: point.least, ".2g"), "",
+             "Eigenvalue of the projected Hessian, in the overlap's coordinates; median, as in the next three "
+             "columns."),
+        Cell("λ max", middle(lambda point: point.largest, ".3g")),
+        Cell("condition", middle(lambda point: point.condition, ".2g")),
+        Cell("condition, raw", middle(lambda point: point.raw_condition, ".2g"), "",
+             "Condition number in the coefficients themselves."),
+        Cell("steps", lambda group: f"{group.worst(lambda one: one.point.steps):.0f}", "",
+             "Steps of preconditioned L-BFGS, largest over the seeds."),
+        Cell("saddles", lambda group: str(sum(one.point.saddles for one in group.results)), "",
+             "Minimizations that ended at one and began again beside it, all seeds together."),
+        Cell("finite differences", lambda group: f"{group.worst(lambda one: one.difference.error):.1e}", "",
+             "Beside the implicit gradient: relative distance, the worst seed."),
+    ])  # fmt: skip
+
+
+def _nudges(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> TitledTable:
+    def error(place: int) -> Callable[[tuple[Group, str]], str]:
+        return lambda row: f"{row[0].worst(lambda one: float(getattr(one.nudged[place], row[1]))):.1e}"
+
+    rows = [(group, form) for group in groups for form in ("one_sided", "symmetric")]
+    return table.sheet("Equilibrium propagation: relative error over the nudge", rows, [
+        Cell("Molecule, functional, form", lambda row: f"{row[0].name}, {row[1].replace('_', '-')}", "",
+             "Errors: the worst of the seeds."),
         *(
-            TitledTable(f"As the softest eigenvalue goes to zero: {group.name}", _softened_sheet(group, settings))
-            for group in groups
+            Cell(f"β = {nudge:g}", error(place), "", "Relative to the cotangent's length.")
+            for place, nudge in enumerate(sorted(settings.nudges, reverse=True))
+            if nudge in (0.1, 1e-2, 1e-3)
         ),
-        *(TitledTable(f"The adjoint system: {group.name}", _adjoint_sheet(group, settings)) for group in groups),
-    ]
+        Cell("slope", lambda row: f"{row[0].middle(lambda one: one.slope(row[1])):.2f}", "",
+             "Slope of log error over log β, by least squares over decreasing errors from 1e-6 to 0.01; median."),
+        Cell("β chosen", lambda row: f"{row[0].worst(lambda one: one.automatic[row[1]]):.1e}", "",
+             "The error with nudge=None, which is set from the least eigenvalue."),
+    ])  # fmt: skip
 
 
-def _minima_sheet(groups: Sequence[Group]) -> Table:
-    columns = [
-        Column("Molecule, functional"),
-        Column("n", note="Basis functions."),
-        Column("L / N", note="Half the squared distance to the Kohn-Sham density per electron; median of the seeds."),
-        Column(
-            "λ min",
-            note="Eigenvalue of the projected Hessian, in the overlap's coordinates; median, as in the next three "
-            "columns.",
-        ),
-        Column("λ max"),
-        Column("condition"),
-        Column("condition, raw", note="Condition number in the coefficients themselves."),
-        Column("steps", note="Steps of preconditioned L-BFGS, largest over the seeds."),
-        Column("saddles", note="Minimizations that ended at one and began again beside it, all seeds together."),
-        Column("finite differences", note="Beside the implicit gradient: relative distance, the worst seed."),
-    ]
-    rows = [
-        [
-            group.name,
-            str(group.results[0].point.size),
-            f"{group.middle(lambda one: one.point.loss):.2g}",
-            f"{group.middle(lambda one: one.point.least):.2g}",
-            f"{group.middle(lambda one: one.point.largest):.3g}",
-            f"{group.middle(lambda one: one.point.condition):.2g}",
-            f"{group.middle(lambda one: one.point.raw_condition):.2g}",
-            f"{group.worst(lambda one: one.point.steps):.0f}",
-            str(sum(one.point.saddles for one in group.results)),
-            f"{group.worst(lambda one: one.difference.error):.1e}",
-        ]
-        for group in groups
-    ]
-    return Table(columns, rows)
+def _loosened(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> TitledTable:
+    def error(weight: float) -> Callable[[tuple[Group, float]], str]:
+        return lambda row: f"{row[0].worst(lambda one: one.symmetric(weight, row[1])):.1e}"
 
-
-def _nudges_sheet(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> Table:
-    shown = [i for i, nudge in enumerate(sorted(settings.nudges, reverse=True)) if nudge in (0.1, 1e-2, 1e-3)]
-    nudges = sorted(settings.nudges, reverse=True)
-    columns = [
-        Column("Molecule, functional, form", note="Errors: the worst of the seeds."),
-        *(Column(f"β = {nudges[i]:g}", note="Relative to the cotangent's length.") for i in shown),
-        Column(
-            "slope",
-            note="Slope of log error over log β, by least squares over decreasing errors from 1e-6 to 0.01; median.",
-        ),
-        Column("β chosen", note="The error with nudge=None, which is set from the least eigenvalue."),
-    ]
-    rows = []
-    for group in groups:
-        for form, label in (("one_sided", "one-sided"), ("symmetric", "symmetric")):
-
-            def error(one: MoleculeResults, place: int, form: str = form) -> float:
-                return float(getattr(one.nudged[place], form))
-
-            rows.append(
-                [
-                    f"{group.name}, {label}",
-                    *(f"{max(error(one, i) for one in group.results):.1e}" for i in shown),
-                    f"{median(one.slope(form) for one in group.results):.2f}",
-                    f"{max(one.automatic[form] for one in group.results):.1e}",
-                ]
-            )
-    return Table(columns, rows)
-
-
-def _loosened_sheet(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> Table:
-    weights = sorted(settings.loss_nudges, reverse=True)
-    columns = [
-        Column(
-            "Molecule, functional, tolerance",
-            note="Tolerance on the projected gradient's norm, in all three minimizations.",
-        ),
+    rows = [(group, tolerance) for group in groups for tolerance in sorted(settings.loose, reverse=True)]
+    title = "Minimizations that end too early: relative error of the symmetric difference with the whole loss"
+    return table.sheet(title, rows, [
+        Cell("Molecule, functional, tolerance", lambda row: f"{row[0].name}, {row[1]:g}", "",
+             "Tolerance on the projected gradient's norm, in all three minimizations."),
         *(
-            Column(f"weight {weight:g}", note="Weight of the loss in the energy. Worst over the seeds.")
-            for weight in weights
+            Cell(f"weight {weight:g}", error(weight), "", "Weight of the loss in the energy. Worst over the seeds.")
+            for weight in sorted(settings.loss_nudges, reverse=True)
         ),
-    ]
-    rows = []
-    for group in groups:
-        for tolerance in sorted(settings.loose, reverse=True):
-            cells = []
-            for weight in weights:
-                errors = [
-                    entry.symmetric
-                    for one in group.results
-                    for entry in one.loosened
-                    if (entry.nudge, entry.tolerance) == (weight, tolerance)
-                ]
-                cells.append(f"{max(errors):.1e}")
-            rows.append([f"{group.name}, {tolerance:g}", *cells])
-    return Table(columns, rows)
+    ])  # fmt: skip
 
 
-def _beyond_sheet(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> Table:
-    shares = sorted(settings.beyond)
-    columns = [
-        Column(
-            "Molecule, functional",
-            note=f"Relative errors, the median of the seeds; {FAILED}: of so many seeds a minimization did not end at "
-            "a minimum.",
-        ),
-        *(Column(f"{share:g} λ min") for share in shares),
-    ]
-    rows = []
-    for group in groups:
-        cells = []
-        for place in range(len(shares)):
+def _beyond(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> TitledTable:
+    def error(place: int) -> Callable[[Group], str]:
+        def of(group: Group) -> str:
             entries = [one.beyond[place] for one in group.results]
-            failed = sum(entry.status != "CONVERGED" for entry in entries)
-            cells.append(f"{median(e.error for e in entries):.1e}" + (f", {FAILED} {failed}" if failed else ""))
-        rows.append([group.name, *cells])
-    return Table(columns, rows)
+            return f"{median(one.error for one in entries):.1e}{failed(one.status for one in entries)}"
+
+        return of
+
+    return table.sheet("The weight of the loss over the least eigenvalue: the symmetric difference", groups, [
+        Cell("Molecule, functional", lambda group: group.name, "",
+             f"Relative errors, the median of the seeds; {FAILED}: of so many seeds a minimization did not end at a "
+             "minimum."),
+        *(Cell(f"{share:g} λ min", error(place)) for place, share in enumerate(sorted(settings.beyond))),
+    ])  # fmt: skip
 
 
-def _damped_sheet(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> Table:
-    weights = sorted(settings.loss_nudges, reverse=True)
-    columns = [
-        Column("Molecule, functional", note="The worst of the seeds."),
+def _damped(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> TitledTable:
+    def worst(place: int, what: str) -> Callable[[Group], str]:
+        return lambda group: f"{group.worst(lambda one: float(getattr(one.damped[place], what))):.1e}"
+
+    weights = list(enumerate(sorted(settings.loss_nudges, reverse=True)))
+    both = "Relative distance of the two gradients, with the whole loss and with damping."
+    return table.sheet("One-sided propagation beside damped implicit differentiation", groups, [
+        Cell("Molecule, functional", lambda group: group.name, "", "The worst of the seeds."),
+        *(Cell(f"weight {weight:g}", worst(place, "apart"), "", both) for place, weight in weights),
         *(
-            Column(
-                f"weight {w:g}", note="Relative distance of the two gradients, with the whole loss and with damping."
-            )
-            for w in weights
+            Cell(f"exact, {weight:g}", worst(place, "exact"), "", "The damped gradient's relative error.")
+            for place, weight in weights
         ),
-        *(Column(f"exact, {w:g}", note="The damped gradient's relative error.") for w in weights),
-    ]
-    rows = [
-        [
-            group.name,
-            *(f"{max(one.damped[i].apart for one in group.results):.1e}" for i in range(len(weights))),
-            *(f"{max(one.damped[i].exact for one in group.results):.1e}" for i in range(len(weights))),
-        ]
-        for group in groups
-    ]
-    return Table(columns, rows)
+    ])  # fmt: skip
 
 
-def _softened_sheet(group: Group, settings: MoleculeGradientsConfig) -> Table:
-    factors = sorted(settings.softness, reverse=True)
-    columns = [
-        Column(
-            "Eigenvalue",
-            note="Over what it was, of the softest mode that the gradient feels. The gradients: length over that of "
-            f"the exact one before, and cosine with it; medians of the seeds. {FAILED}: of so many seeds the backward "
-            "pass did not converge, or (implicit, damped) named a saddle.",
-        ),
-        *(Column(name) for name in ESTIMATORS),
-    ]
-    rows = []
-    for place, factor in enumerate(factors):
-        seeds = group.softened(place)
-        cells = []
-        for name in ESTIMATORS:
-            norm, cosine = (
-                median(figures) for figures in zip(*((s.norm[name], s.cosine[name]) for s in seeds), strict=True)
-            )
-            failed = sum(s.status[name] != "CONVERGED" for s in seeds)
-            cells.append(f"{norm:.2g}, {cosine:+.2f}" + (f", {FAILED} {failed}" if failed else ""))
-        rows.append([f"{factor:g}", *cells])
-    return Table(columns, rows)
+def _softened(group: Group, settings: MoleculeGradientsConfig) -> TitledTable:
+    def gradient(name: str) -> Callable[[tuple[int, float]], str]:
+        def of(row: tuple[int, float]) -> str:
+            seeds = group.softened(row[0])
+            norm, cosine = median(one.norm[name] for one in seeds), median(one.cosine[name] for one in seeds)
+            return f"{norm:.2g}, {cosine:+.2f}{failed(one.status[name] for one in seeds)}"
+
+        return of
+
+    rows = list(enumerate(sorted(settings.softness, reverse=True)))
+    return table.sheet(f"As the softest eigenvalue goes to zero: {group.name}", rows, [
+        Cell("Eigenvalue", lambda row: f"{row[1]:g}", "",
+             "Over what it was, of the softest mode that the gradient feels. The gradients: length over that of the "
+             f"exact one before, and cosine with it; medians of the seeds. {FAILED}: of so many seeds the backward "
+             "pass did not converge, or (implicit, damped) named a saddle."),
+        *(Cell(name, gradient(name)) for name in ESTIMATORS),
+    ])  # fmt: skip
 
 
-def _adjoint_sheet(group: Group, settings: MoleculeGradientsConfig) -> Table:
-    columns = [
-        Column(
-            "Solver",
-            note=f"To a residual of {TOLERANCE:g}, relative; descent for {settings.descent_steps} steps. Medians of "
-            "the seeds.",
-        )
-    ]
+def _adjoint(group: Group, settings: MoleculeGradientsConfig) -> TitledTable:
+    def middle(coordinates: str, what: str, form: str) -> Callable[[str], str]:
+        def of(way: str) -> str:
+            found = [one.adjoint[coordinates][way] for one in group.results if way in one.adjoint[coordinates]]
+            return format(median(getattr(one, what) for one in found), form) if found else table.NONE
+
+        return of
+
+    cells = [
+        Cell[str]("Solver", lambda way: way, "",
+                  f"To a residual of {TOLERANCE:g}, relative; descent for {settings.descent_steps} steps. Medians of "
+                  "the seeds.")
+    ]  # fmt: skip
     for coordinates in COORDINATES:
-        columns += [
-            Column(
-                f"products, {coordinates}",
-                note="Products with the Hessian, without those for assembling the reference.",
-            ),
-            Column(
-                f"seconds, {coordinates}", note="CPU time, medians of runs in turn; of long runs, scaled from a part."
-            ),
-            Column(f"error, {coordinates}", note="Relative error of the solution."),
-        ]
-    ways = list(group.results[0].adjoint["overlap"])
-    rows = []
-    for way in ways:
-        cells = [way]
-        for coordinates in COORDINATES:
-            found: list[Solved] = [
-                one.adjoint[coordinates][way] for one in group.results if way in one.adjoint[coordinates]
-            ]
-            if not found:
-                cells += ["–"] * 3
-                continue
-            cells += [
-                f"{median(one.products for one in found):.0f}",
-                f"{median(one.seconds for one in found):.2g}",
-                f"{median(one.error for one in found):.1e}",
-            ]
-        rows.append(cells)
-    return Table(columns, rows)
+        cells += [
+            Cell(f"products, {coordinates}", middle(coordinates, "products", ".0f"), "",
+                 "Products with the Hessian, without those for assembling the reference."),
+            Cell(f"seconds, {coordinates}", middle(coordinates, "seconds", ".2g"), "",
+                 "CPU time, medians of runs in turn; of long runs, scaled from a part."),
+            Cell(f"error, {coordinates}", middle(coordinates, "error", ".1e"), "", "Relative error of the solution."),
+        ]  # fmt: skip
+    return table.sheet(f"The adjoint system: {group.name}", group.results[0].adjoint["overlap"], cells)
+
+
+def failed(statuses: Iterable[str]) -> str:
+    """A mark with the number of seeds that did not converge; empty if there are none."""
+    count = sum(status != "CONVERGED" for status in statuses)
+    return f", {FAILED} {count}" if count else ""
 
 
 # -- claims ------------------------------------------------------------------------------------------------------------
@@ -448,8 +369,8 @@ def _propagated_claims(every: Sequence[MoleculeResults]) -> list[Claim]:
     one_sided, symmetric = ([one.slope(form) for one in every] for form in ("one_sided", "symmetric"))
     chosen = max(one.automatic["symmetric"] for one in every)
     apart = max(entry.apart for one in every for entry in one.damped)
-    early = [_loosened_claims(one, 1e-4, 1e-4) for one in every]
-    late = [_loosened_claims(one, 1e-4, 1e-8) for one in every]
+    early = [one.symmetric(1e-4, 1e-4) for one in every]
+    late = [one.symmetric(1e-4, 1e-8) for one in every]
     inside = [entry.error for one in every for entry in one.beyond if entry.share == 0.1]
     outside = [entry for one in every for entry in one.beyond if entry.share >= 2]
     lost = sum(entry.status != "CONVERGED" or entry.error > 0.5 for entry in outside)
@@ -484,10 +405,6 @@ def _propagated_claims(every: Sequence[MoleculeResults]) -> list[Claim]:
             apart < IDENTITY,
         ),
     ]
-
-
-def _loosened_claims(one: MoleculeResults, weight: float, tolerance: float) -> float:
-    return next(e.symmetric for e in one.loosened if (e.nudge, e.tolerance) == (weight, tolerance))
 
 
 def _softened_claims(every: Sequence[MoleculeResults], settings: MoleculeGradientsConfig) -> list[Claim]:

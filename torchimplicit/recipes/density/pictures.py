@@ -13,8 +13,8 @@ from torchimplicit.models.orbital_free import (
 )
 from torchimplicit.models.orbital_free.basis import DensityBasis
 from torchimplicit.recipes.density import storage
+from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.history import Measurement, Results
-from torchimplicit.recipes.density.objective import Case
 from torchimplicit.recipes.density.places import line, plane
 from torchimplicit.recipes.density.split import Split
 from torchimplicit.recipes.runtime.page import COLOURS, Section, axes, document, saved, styled

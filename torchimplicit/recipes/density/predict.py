@@ -15,11 +15,11 @@ from torch import Tensor
 
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free import Domain, Molecule, OrbitalFree, OrbitalFreeConfig
+from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.chemistry import Geometry, symbol
 from torchimplicit.recipes.density.compute import unsolved
 from torchimplicit.recipes.density.forces import forces
 from torchimplicit.recipes.density.integrals import need_pyscf
-from torchimplicit.recipes.density.objective import Case
 from torchimplicit.recipes.density.record import Record
 from torchimplicit.recipes.density.settings import ChemistrySettings, OrbitalFreeTraining
 from torchimplicit.recipes.runtime import files

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from torchimplicit.models.orbital_free import CoefficientNetwork, Domain, Molecule, OrbitalFree, OrbitalFreeConfig
 from torchimplicit.recipes.density import labels_file, storage
+from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.learning_settings import Kind, Pretraining
 from torchimplicit.recipes.density.lessons import Bare, Lesson, fit_start, network_of
-from torchimplicit.recipes.density.objective import Case
 from torchimplicit.recipes.density.predict import Trained
 from torchimplicit.recipes.density.prepare import prepare_labels
 from torchimplicit.recipes.density.quality import Quality, measured, share_spurious

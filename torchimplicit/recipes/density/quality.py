@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchimplicit.models.orbital_free import OrbitalFree
 from torchimplicit.recipes.density import storage
-from torchimplicit.recipes.density.objective import Case
+from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.settings import OrbitalFreeTraining
 
 SPURIOUS_ENERGY, SPURIOUS_LOSS = 0.05, 2.0

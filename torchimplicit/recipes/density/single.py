@@ -349,7 +349,7 @@ def line_through(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -
 
     from torchimplicit.recipes.density import split as data
     from torchimplicit.recipes.density import storage
-    from torchimplicit.recipes.density.objective import Case
+    from torchimplicit.recipes.density.case import Case
     from torchimplicit.recipes.density.places import line as places_along
     from torchimplicit.recipes.density.training import started
     from torchimplicit.recipes.runtime.fitting import read_checkpoint

@@ -22,8 +22,9 @@ from torchimplicit.models.orbital_free import (
 )
 from torchimplicit.models.orbital_free.functional import ExchangeCorrelation
 from torchimplicit.models.orbital_free.on_grid import SHARED
+from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.history import History, Measurement, Results
-from torchimplicit.recipes.density.objective import Case, DensityFit
+from torchimplicit.recipes.density.objective import DensityFit
 from torchimplicit.recipes.density.pictures import write_report
 from torchimplicit.recipes.density.predict import Trained
 from torchimplicit.recipes.density.quality import Quality, checked, qualities, summarized
