@@ -34,9 +34,8 @@ LACKING = {
     "jiio-inverse": ("Gradients at the trained weights", "The exact gradient, as in training"),
     "jiio-generation": ("by joint inference", "rae-"),
     "phantom-graphs": ("Cost of a step", "a step with a phantom gradient"),
-    # these two were rounded to five digits, and are rounded again
+    # it was rounded to five digits, and is rounded again
     "phantom-precision": ("k = 2", "k = 10", "the adaptive phantom gradient on", "Backpropagation", "Test accuracy"),
-    "ofdft-gradients": ("As the softest eigenvalue goes to zero: H2, trained",),
     "ofdft-molecules": ("Training L", "molecule by molecule", "training molecules' L falls", "L and L1 per electron"),
     "ofdft-stability-l-bfgs": (
         "L, finer grid",
