@@ -213,8 +213,8 @@ class _Watcher(TorchFunctionMode):
         """Whether ``t`` was passed to the call, or computed inside it."""
         if id(t) in self._known:
             return True
-        made = self._made.get(id(t))
-        return made is not None and made() is t
+        watched = self._made.get(id(t))
+        return watched is not None and watched() is t
 
     def _substituted(self, t: Tensor) -> bool:
         """Whether an enclosing equilibrium replaces ``t``. Then it is captured here as well, even without a derivative
@@ -327,33 +327,33 @@ class Closure:
                     return self.capturing(inner), _untouched(self.function, z, *self.args)
         # the function gets aliases of the arguments, so that a tensor that is passed and also captured is seen as both
         with eagerly(), torch.enable_grad():
-            own = tuple(map(_alias, self.tensors))
-            with _Recorder((z, *own)) as recorder:
-                value = _untouched(self.function, z, *self._given(own))
+            aliases = tuple(map(_alias, self.tensors))
+            with _Recorder((z, *aliases)) as recorder:
+                value = _untouched(self.function, z, *self._given(aliases))
         captured = tuple((recorder.captured | self._scripted()).values())
         if not _watching():  # inside another equilibrium the graph may hold substitutes, and that one checks it
-            check_graph(value, (z, *through_modes((*own, *captured))))
+            check_graph(value, (z, *through_modes((*aliases, *captured))))
         closure = self.capturing(captured)
         closure.cuts = recorder.cuts
         if z.requires_grad and all(t.is_leaf and not t._backward_hooks for t in captured):
-            closure.recorded = value, (z, *own, *captured)
+            closure.recorded = value, (z, *aliases, *captured)
         return closure, value.detach()
 
     def __call__(self, z: Tensor | tuple[Tensor, ...], *tensors: Tensor) -> Any:
         parts = z if isinstance(z, tuple) else (z,)
         count = len(self.tensors)
-        own, substitutes = tensors[:count], tensors[count + self.extra :]
+        seen, substitutes = tensors[:count], tensors[count + self.extra :]
         if any(map(is_not, substitutes, self.captured)):
             captured = {id(t) for t in self.captured}
-            own = tuple(_alias(t) if id(t) in captured else t for t in own)
-            with eagerly(), _Replayer((*parts, *own), self.captured, substitutes) as replayer:
-                out = _untouched(self.function, z, *self._given(own))
+            seen = tuple(_alias(t) if id(t) in captured else t for t in seen)
+            with eagerly(), _Replayer((*parts, *seen), self.captured, substitutes) as replayer:
+                out = _untouched(self.function, z, *self._given(seen))
             self._compare(replayer.used)
             return out
         if self._compiled is None:
-            return _untouched(self.function, z, *self._given(own))
+            return _untouched(self.function, z, *self._given(seen))
         with eagerly() if any(map(is_transformed, (*parts, *tensors))) else self._retained():
-            return _untouched(self.function, z, *self._given(own))
+            return _untouched(self.function, z, *self._given(seen))
 
     def arguments(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """The arguments, with their tensors replaced by those of ``tensors``, which are as for a call."""

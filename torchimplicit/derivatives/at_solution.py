@@ -197,27 +197,27 @@ class Derivatives:
         Raises:
             ValueError: there is no such argument, or it is not a floating-point tensor.
         """
-        own = basis(self._problem, argument)
+        argument_basis = basis(self._problem, argument)
         batch, dim = self._z.shape
         # Rows need one cotangent of the argument per sample, but that of a shared argument is summed over the samples:
         # then only columns can be used, however many there are.
-        if own.count <= dim or not (own.batched or batch == 1):
-            columns = self._tangents(own.directions)  # [p, batch, dim]
+        if argument_basis.count <= dim or not (argument_basis.batched or batch == 1):
+            columns = self._tangents(argument_basis.directions)  # [p, batch, dim]
             matrix = columns.permute(1, 2, 0)
         else:
             eye = torch.eye(dim, dtype=self._z.dtype, device=self._z.device)
             rows = self._solved(eye[:, None, :].expand(dim, batch, dim).contiguous(), transposed=True)
-            _, pull = vjp(lambda a: self._residual(self._z, *own.replaced(a)), own.tensor)
+            _, pull = vjp(lambda a: self._residual(self._z, *argument_basis.replaced(a)), argument_basis.tensor)
             vjp_params = torch.func.vmap(lambda g: pull(g)[0], chunk_size=ROWS_AT_ONCE)(rows)
-            matrix = torch.stack([own.per_sample(-row) for row in vjp_params], dim=1)
-        return self._tensor(matrix, own.shape)
+            matrix = torch.stack([argument_basis.per_sample(-row) for row in vjp_params], dim=1)
+        return self._tensor(matrix, argument_basis.shape)
 
     def gradient(self, loss: Callable[..., Tensor], argument: int = 0) -> Tensor:
         """The gradient of the scalar ``loss(z, *args)`` in one tensor argument: 1 solve."""
-        own = basis(self._problem, argument)
-        slope, direct = self._loss_gradients(loss, own)
+        argument_basis = basis(self._problem, argument)
+        slope, direct = self._loss_gradients(loss, argument_basis)
         g = self._solved(slope, transposed=True)
-        return (direct - self._vjp(g, own)).reshape(own.tensor.shape)
+        return (direct - self._vjp(g, argument_basis)).reshape(argument_basis.tensor.shape)
 
     def hessian_vector(self, loss: Callable[..., Tensor], vector: Tensor, argument: int = 0) -> tuple[Tensor, Tensor]:
         """The gradient of ``loss(z, *args)`` in one argument, and its derivative along ``vector``: 3 solves, 2 more
@@ -239,22 +239,23 @@ class Derivatives:
             ValueError: ``vector`` does not have the shape of the argument, or the loss is not a scalar.
         """
         self._warn_if_rough()
-        own = basis(self._problem, argument)
-        if vector.shape != own.tensor.shape:
+        argument_basis = basis(self._problem, argument)
+        if vector.shape != argument_basis.tensor.shape:
             raise ValueError(
-                f"vector has shape {tuple(vector.shape)}, but argument {argument} has {tuple(own.tensor.shape)}"
+                f"vector has shape {tuple(vector.shape)}, but argument {argument} has "
+                f"{tuple(argument_basis.tensor.shape)}"
             )
-        slope, direct = self._loss_gradients(loss, own)
+        slope, direct = self._loss_gradients(loss, argument_basis)
         g = self._solved(slope, transposed=True)
-        moving = own.direction(vector)
+        moving = argument_basis.direction(vector)
         y = self._tangent(moving)
 
         def gradients(z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.func.grad(self._lagrangian(loss, g, own), argnums=(0, 1))(z, a)
+            return torch.func.grad(self._lagrangian(loss, g, argument_basis), argnums=(0, 1))(z, a)
 
-        _, (in_z, in_a) = _directional(gradients, (self._z, own.tensor), (y, vector))
+        _, (in_z, in_a) = _directional(gradients, (self._z, argument_basis.tensor), (y, vector))
         g_moved = self._solved(in_z, transposed=True)
-        return (direct - self._vjp(g, own)), in_a - self._vjp(g_moved, own)
+        return (direct - self._vjp(g, argument_basis)), in_a - self._vjp(g_moved, argument_basis)
 
     def hessian(self, loss: Callable[..., Tensor], argument: int = 0) -> Tensor:
         """The Hessian of ``loss(z, *args)`` in one tensor argument of n entries: n + 1 solves.
@@ -266,22 +267,22 @@ class Derivatives:
             ``[batch, *sample.shape, *sample.shape]``.
         """
         self._warn_if_rough()
-        own = basis(self._problem, argument)
-        slope, _ = self._loss_gradients(loss, own)
+        argument_basis = basis(self._problem, argument)
+        slope, _ = self._loss_gradients(loss, argument_basis)
         g = self._solved(slope, transposed=True)
-        tangents = self._tangents(own.directions)
-        lagrangian = self._lagrangian(loss, g, own)
-        moves = own.moves
+        tangents = self._tangents(argument_basis.directions)
+        lagrangian = self._lagrangian(loss, g, argument_basis)
+        moves = argument_basis.moves
 
         def image(y: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
             gradients = torch.func.grad(lagrangian, argnums=(0, 1))
-            return _directional(gradients, (self._z, own.tensor), (y, a))[1]
+            return _directional(gradients, (self._z, argument_basis.tensor), (y, a))[1]
 
         in_z, in_a = torch.func.vmap(image)(tangents, moves)
         # the second derivative of the Lagrangian along pairs of curves: no solve per direction beyond its tangent,
         # since g makes the terms with second derivatives of z vanish
-        matrix = own.contracted(tangents, in_z) + own.contracted(moves, in_a)
-        return matrix.reshape(*own.lead, *own.shape, *own.shape)
+        matrix = argument_basis.contracted(tangents, in_z) + argument_basis.contracted(moves, in_a)
+        return matrix.reshape(*argument_basis.lead, *argument_basis.shape, *argument_basis.shape)
 
     def second_derivatives(self, argument: int = 0) -> Any:
         """All second derivatives of the solution in one tensor argument of p entries: p solves for the tangents, and
@@ -292,14 +293,17 @@ class Derivatives:
             the whole argument, if it does not carry the batch.
         """
         self._warn_if_rough()
-        own = basis(self._problem, argument)
-        tangents = self._tangents(own.directions)
+        argument_basis = basis(self._problem, argument)
+        tangents = self._tangents(argument_basis.directions)
         batch, dim = self._z.shape
-        p = own.count
+        p = argument_basis.count
         if p * (p + 1) // 2 <= dim:
             rows, columns = torch.triu_indices(p, p, device=self._z.device)
-            one, other = (tangents[rows], own.moves[rows]), (tangents[columns], own.moves[columns])
-            pairs = self._solved(-torch.func.vmap(self._curvature(own))(*one, *other))
+            one, other = (
+                (tangents[rows], argument_basis.moves[rows]),
+                (tangents[columns], argument_basis.moves[columns]),
+            )
+            pairs = self._solved(-torch.func.vmap(self._curvature(argument_basis))(*one, *other))
             full = pairs.new_zeros(p, p, batch, dim).index_put((rows, columns), pairs)
             full = full.index_put((columns, rows), pairs)
             tensor = full.permute(2, 3, 0, 1)
@@ -307,10 +311,12 @@ class Derivatives:
             eye = torch.eye(dim, dtype=self._z.dtype, device=self._z.device)
             adjoints = self._solved(eye[:, None, :].expand(dim, batch, dim).contiguous(), transposed=True)
 
-            curvature = torch.func.vmap(self._curvature(own), in_dims=(None, None, 0, 0))
-            curved = torch.func.vmap(curvature, in_dims=(0, 0, None, None))(tangents, own.moves, tangents, own.moves)
+            curvature = torch.func.vmap(self._curvature(argument_basis), in_dims=(None, None, 0, 0))
+            curved = torch.func.vmap(curvature, in_dims=(0, 0, None, None))(
+                tangents, argument_basis.moves, tangents, argument_basis.moves
+            )
             tensor = -torch.einsum("kbn,ijbn->bkij", adjoints, curved)
-        return self._tensor(tensor, (*own.shape, *own.shape))
+        return self._tensor(tensor, (*argument_basis.shape, *argument_basis.shape))
 
     # The methods below work in flat coordinates: states [batch, dim], directions as lists over the parameters.
 
@@ -378,30 +384,36 @@ class Derivatives:
 
         return self._solved(-_mixed(residual, self._z))
 
-    def _curvature(self, own: Basis) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def _curvature(self, argument_basis: Basis) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """The second derivative of the residual, ``[batch, dim]``, along two pairs of a tangent and a direction."""
 
         def along(y: Tensor, a: Tensor, w: Tensor, b: Tensor) -> Tensor:
             return _mixed(
-                lambda e, h: self._residual(self._z + e * y + h * w, *own.replaced(own.tensor + e * a + h * b)),
+                lambda e, h: self._residual(
+                    self._z + e * y + h * w, *argument_basis.replaced(argument_basis.tensor + e * a + h * b)
+                ),
                 self._z,
             )
 
         return along
 
-    def _vjp(self, g: Tensor, own: Basis) -> Tensor:
+    def _vjp(self, g: Tensor, argument_basis: Basis) -> Tensor:
         """:math:`R_a^T g`, like the argument."""
-        _, pull = vjp(lambda a: self._residual(self._z, *own.replaced(a)), own.tensor)
+        _, pull = vjp(lambda a: self._residual(self._z, *argument_basis.replaced(a)), argument_basis.tensor)
         return pull(g)[0]
 
-    def _loss_gradients(self, loss: Callable[..., Tensor], own: Basis) -> tuple[Tensor, Tensor]:
-        return torch.func.grad(self._lagrangian(loss, None, own), argnums=(0, 1))(self._z, own.tensor)
+    def _loss_gradients(self, loss: Callable[..., Tensor], argument_basis: Basis) -> tuple[Tensor, Tensor]:
+        return torch.func.grad(self._lagrangian(loss, None, argument_basis), argnums=(0, 1))(
+            self._z, argument_basis.tensor
+        )
 
-    def _lagrangian(self, loss: Callable[..., Tensor], g: Tensor | None, own: Basis) -> Callable[..., Tensor]:
+    def _lagrangian(
+        self, loss: Callable[..., Tensor], g: Tensor | None, argument_basis: Basis
+    ) -> Callable[..., Tensor]:
         """``loss - <g, R>`` as a function of the flat state and the argument."""
 
         def value(z: Tensor, a: Tensor) -> Tensor:
-            params = own.replaced(a)
+            params = argument_basis.replaced(a)
             args = self._problem.closure.arguments(params)
             out = loss(self._problem.layout.unflatten(z), *args)
             if out.ndim:

@@ -65,6 +65,11 @@ class LinearSolver(ABC):
         return False
 
     @property
+    def preconditioned(self) -> bool:
+        """Whether it has a preconditioner, which approximates the operator in the problem's own units."""
+        return False
+
+    @property
     def truncated(self) -> bool:
         """Whether it takes a prescribed number of steps, regardless of the residual."""
         return False

@@ -64,6 +64,10 @@ class IterativeSolver(BlockSolver):
     def confirms(self) -> bool:
         return True
 
+    @property
+    def preconditioned(self) -> bool:
+        return self.preconditioner is not None
+
     def joined(self, operator: LinearOperator, joined: LinearOperator) -> LinearSolver:
         each = as_preconditioner(self.preconditioner)
         return self if each is None else replace(self, preconditioner=OfRows(each, operator))
@@ -113,7 +117,7 @@ class IterativeSolver(BlockSolver):
     def solve_block(self, operator: LinearOperator, b: Tensor) -> LinearSolution:
         """Solve for a block with its products taken together; with a preconditioner, one right-hand side at a time."""
         check_block(operator, b)
-        if self.preconditioner is not None:  # it may hold one matrix per sample, and cannot be applied to copies
+        if self.preconditioned:  # it may hold one matrix per sample, and cannot be applied to copies
             return solve_each(self, operator, b)
         copies, batch, _ = b.shape
         solution = self.solve(operator.repeated(copies), b.reshape(-1, operator.dim))

@@ -129,7 +129,7 @@ def _by_normal_equations(
             solution.report.evaluations,
         )
         left = ~solution.report.converged
-        if not bool(left.any()) or getattr(solver, "preconditioner", None) is not None:
+        if not bool(left.any()) or solver.preconditioned:
             return value, steps, cost
     solution = solve_any(solver, operator.normal(), operator.transposed_product(b))
     value = solution.value if value is None else torch.where(left[:, None], solution.value, value)

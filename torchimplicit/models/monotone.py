@@ -408,9 +408,14 @@ class LipschitzEquilibrium(nn.Module):
     def certificate(self, z: Tensor, x: Tensor) -> Certificate:
         """See :func:`~torchimplicit.diagnostics.certify`, for the state z; the sensitivity is that of the output to x,
         the lesser of ``bound`` and :math:`\\lVert C\\rVert\\lVert U\\rVert/m`."""
-        found = _certificate(self.operator, self.weight(), z, self.injection(x))
-        assert found.monotonicity is not None
-        direct = _norm(self.readout.weight.double()) * _norm(self.injection.weight.double()) / found.monotonicity
+        of_state = _certificate(self.operator, self.weight(), z, self.injection(x))
+        assert of_state.monotonicity is not None
+        direct = _norm(self.readout.weight.double()) * _norm(self.injection.weight.double()) / of_state.monotonicity
         return Certificate(
-            found.factor, found.metric, found.residual, found.error, found.monotonicity, direct.clamp_max(self.bound)
+            of_state.factor,
+            of_state.metric,
+            of_state.residual,
+            of_state.error,
+            of_state.monotonicity,
+            direct.clamp_max(self.bound),
         )

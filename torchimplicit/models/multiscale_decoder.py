@@ -50,8 +50,8 @@ class MultiscaleDecoderCell(nn.Module):
             )
         self.shapes = [(channels, sides[0] // 2**i, sides[1] // 2**i) for i in range(scales)]
         share = bound / scales
-        own = [nn.Conv2d(channels, channels, KERNEL, padding=KERNEL // 2) for _ in range(scales)]
-        self.mix = nn.ModuleList([spectral_norm(conv, bound=share / KERNEL, only_above=True) for conv in own])
+        convolutions = [nn.Conv2d(channels, channels, KERNEL, padding=KERNEL // 2) for _ in range(scales)]
+        self.mix = nn.ModuleList([spectral_norm(conv, bound=share / KERNEL, only_above=True) for conv in convolutions])
         self.fuse = nn.ModuleDict()
         for i in range(scales):
             for j in range(scales):
@@ -66,7 +66,7 @@ class MultiscaleDecoderCell(nn.Module):
 
     def forward(self, z: Sequence[Tensor], x: Tensor) -> list[Tensor]:
         """One application of the map."""
-        made = []
+        images = []
         for i, shape in enumerate(self.shapes):
             total = self.mix[i](z[i]) + self.inject[i](x).unflatten(1, shape)
             for j in range(len(self.shapes)):
@@ -75,8 +75,8 @@ class MultiscaleDecoderCell(nn.Module):
                 elif j > i:
                     finer = self.fuse[f"{j}_{i}"](z[j])
                     total = total + functional.interpolate(finer, scale_factor=2 ** (j - i))
-            made.append(total.tanh())
-        return made
+            images.append(total.tanh())
+        return images
 
 
 class MultiscaleHead(nn.Module):

@@ -74,15 +74,15 @@ class JointSystem(ImageSystem):
     def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
         slopes: Sequence[Tensor]
         if torch.is_grad_enabled():
-            made, loss, slopes = self._sloped(z, params)
+            image_of_z, loss, slopes = self._sloped(z, params)
         else:
             state, mu, x = self.parts.split(z)
             with torch.enable_grad():
                 leaves = state.detach().requires_grad_(), x.detach().requires_grad_()
-                made, loss = self.fn(leaves, *params)
-                slopes = _slopes(made, loss, mu, leaves, create_graph=False)
-            made, loss = made.detach(), loss.detach()
-        image = self._step(z, made, slopes, params)
+                image_of_z, loss = self.fn(leaves, *params)
+                slopes = _slopes(image_of_z, loss, mu, leaves, create_graph=False)
+            image_of_z, loss = image_of_z.detach(), loss.detach()
+        image = self._step(z, image_of_z, slopes, params)
         return self._judged(z, image, loss, self._pace(slopes[1], params))
 
     @torch.no_grad()
@@ -106,14 +106,14 @@ class JointSystem(ImageSystem):
         return point.changed(judgement=known._replace(merit=merit, merit_error=merit_error))
 
     def image(self, z: Tensor, *params: Tensor) -> Tensor:
-        made, _, slopes = self._sloped(z, params)
-        return self._step(z, made, slopes, params)
+        image_of_z, _, slopes = self._sloped(z, params)
+        return self._step(z, image_of_z, slopes, params)
 
     def linearize(self, z: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool] | None = None) -> Linearization:
         def core(flat: Tensor, *params: Tensor) -> Tensor:
             state, mu, x = self.parts.split(flat)
-            made, loss = self.fn((state, x), *params)
-            return self._step(flat, made, _slopes(made, loss, mu, (state, x), create_graph=True), params)
+            image_of_z, loss = self.fn((state, x), *params)
+            return self._step(flat, image_of_z, _slopes(image_of_z, loss, mu, (state, x), create_graph=True), params)
 
         return Linearization(core, z, params, needs_grad)
 
@@ -173,11 +173,11 @@ class JointSystem(ImageSystem):
     def _sloped(self, flat: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """``f``, the loss, and the gradients of :math:`\\Lambda` in z and in x; by composable transforms."""
         z, mu, x = self.parts.split(flat)
-        (made, loss), pull = vjp(lambda z, x: self.fn((z, x), *params), z, x)
-        return made, loss, pull((mu, torch.ones_like(loss)))
+        (image_of_z, loss), pull = vjp(lambda z, x: self.fn((z, x), *params), z, x)
+        return image_of_z, loss, pull((mu, torch.ones_like(loss)))
 
-    def _step(self, flat: Tensor, made: Tensor, slopes: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
-        """The map's value ``[batch, 2 * z + x]``, from the value of ``f`` (``made``) and the ``slopes`` of
+    def _step(self, flat: Tensor, image_of_z: Tensor, slopes: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+        """The map's value ``[batch, 2 * z + x]``, from the value of ``f`` (``image_of_z``) and the ``slopes`` of
         :math:`\\Lambda`."""
         z, mu, x = self.parts.split(flat)
         of_z, of_x = slopes
@@ -193,7 +193,7 @@ class JointSystem(ImageSystem):
             moved = torch.addcmul(x, size, of_x, value=-1)
         if self.set is not None:
             moved = self.set(moved, *tensors)
-        parts = ((z, made), (mu, of_z), (x, moved))
+        parts = ((z, image_of_z), (mu, of_z), (x, moved))
         return torch.cat(
             [
                 to if share == 1 else torch.lerp(at, to, share)
@@ -243,10 +243,10 @@ class JointSystem(ImageSystem):
 
 
 def _slopes(
-    made: Tensor, loss: Tensor, mu: Tensor, leaves: tuple[Tensor, Tensor], create_graph: bool
+    image_of_z: Tensor, loss: Tensor, mu: Tensor, leaves: tuple[Tensor, Tensor], create_graph: bool
 ) -> Sequence[Tensor]:
     """The gradients of :math:`\\Lambda` in z and in x, by autograd."""
-    ends = [(made, mu), (loss, torch.ones_like(loss))]
+    ends = [(image_of_z, mu), (loss, torch.ones_like(loss))]
     outputs, cotangents = zip(*[end for end in ends if end[0].requires_grad] or ends, strict=True)
     return torch.autograd.grad(
         outputs, leaves, cotangents, create_graph=create_graph, allow_unused=True, materialize_grads=True

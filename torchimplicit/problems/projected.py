@@ -70,32 +70,32 @@ class ProjectedSystem(System):
     lengths: tuple[bool, ...] | None = None
 
     @staticmethod
-    def of(fn: Callable[..., Tensor], on: FlatSet, own: slice, **fields: Any) -> ProjectedSystem:
-        """The system of the energies ``fn`` on the set ``on``, whose tensors, followed by the step, stand at ``own``
+    def of(fn: Callable[..., Tensor], on: FlatSet, places: slice, **fields: Any) -> ProjectedSystem:
+        """The system of the energies ``fn`` on the set ``on``, whose tensors, followed by the step, stand at ``places``
         among the parameters; ``fields`` are those of :class:`System`."""
-        own, step = slice(own.start, own.stop - 1), own.stop - 1
+        places, step = slice(places.start, places.stop - 1), places.stop - 1
 
         def projection(at: tuple[Tensor, Tensor], *params: Tensor) -> Tensor:
-            return on.project(*at, *params[own])
+            return on.project(*at, *params[places])
 
         def penalty(z: Tensor, *params: Tensor) -> Tensor:
-            return on.penalty(z, *params[own])
+            return on.penalty(z, *params[places])
 
         def dependent(z: Tensor, *params: Tensor) -> Tensor:
-            return on.dependent(z, *params[own])
+            return on.dependent(z, *params[places])
 
         newton = projector = extent = None
         if isinstance(on, FlatPolyhedron):
             polyhedron = on
 
             def newton(at: tuple[Tensor, ...], *params: Tensor) -> tuple[Tensor, Tensor]:
-                return polyhedron.newton(*at, *params[own])
+                return polyhedron.newton(*at, *params[places])
 
             def projector(z: Tensor, *params: Tensor) -> Tensor:
-                return polyhedron.projector(z, *params[own])
+                return polyhedron.projector(z, *params[places])
 
             def extent(z: Tensor, *params: Tensor) -> Tensor:
-                return polyhedron.extent(z, *params[own])
+                return polyhedron.extent(z, *params[places])
 
         return ProjectedSystem(
             fn=fn,
@@ -106,7 +106,7 @@ class ProjectedSystem(System):
             projector=projector,
             extent=extent,
             dependent=dependent,
-            own=range(own.start, own.stop),
+            own=range(places.start, places.stop),
             lengths=on.lengths,
             **fields,
         )
@@ -260,8 +260,8 @@ class ProjectedSystem(System):
     def vmapped(self, size: int, dims: Sequence[int | None]) -> Self:
         penalty = None if self.penalty is None else vmapped(self.penalty, size, tuple(dims))
         projection = vmapped(self.projection, size, tuple(dims))
-        own = {name: getattr(self, name) for name in ("newton", "projector", "extent")}
-        known: dict[str, Any] = {n: None if f is None else vmapped(f, size, tuple(dims)) for n, f in own.items()}
+        mapped = {name: getattr(self, name) for name in ("newton", "projector", "extent")}
+        known: dict[str, Any] = {n: None if f is None else vmapped(f, size, tuple(dims)) for n, f in mapped.items()}
         system = replace(super().vmapped(size, dims), projection=projection, penalty=penalty, dependent=None)
         return replace(system, **known)
 

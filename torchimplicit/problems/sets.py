@@ -299,8 +299,8 @@ class FlatPolyhedron(LinearSet):
             if not all(bool(t.isfinite().all()) for t in self.tensors):
                 raise ValueError("the constraint's matrix or right-hand side holds NaN or infinity")
             count = self.equalities
-            own = self.tensors[0].reshape(len(self.tensors[0]), -1, self.dim)[:, :count]
-            if count > self.dim or (count and not independent(own)):
+            equations = self.tensors[0].reshape(len(self.tensors[0]), -1, self.dim)[:, :count]
+            if count > self.dim or (count and not independent(equations)):
                 raise ValueError(
                     "the constraint's equalities are linearly dependent (the rank of their matrix is less than the "
                     "number of its rows), so they are contradictory or redundant: leave some out"
@@ -340,21 +340,21 @@ class FlatCut(FlatSet):
         return *self.linear.lengths, True, True
 
     def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
-        *own, radius, center = tensors
+        *tensors_of_set, radius, center = tensors
         center = center.expand(len(z), -1)
         share, outside = unseen(self._share, len(z), z, *tensors)
-        piece = self.linear.piece((center + share * (z - center)).detach(), *(t.detach() for t in own))
-        at, way, length = self._ray(z, piece, own, center)
+        piece = self.linear.piece((center + share * (z - center)).detach(), *(t.detach() for t in tensors_of_set))
+        at, way, length = self._ray(z, piece, tensors_of_set, center)
         crossed = self._crossing(at, way, length, radius)
         # a point inside of the ball stays
         share = torch.where(outside & (length > 0), crossed, torch.where(outside, share, 1))
         return center + at + share * way
 
-    def _ray(self, z: Tensor, piece: Any, own: Any, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _ray(self, z: Tensor, piece: Any, tensors_of_set: Any, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The projections within a piece relative to the center, ``at + t * way``, and the squared length of
         ``way``."""
-        at = self.linear.onto(center, piece, *own) - center
-        way = self.linear.onto(z, piece, *own) - center - at
+        at = self.linear.onto(center, piece, *tensors_of_set) - center
+        way = self.linear.onto(z, piece, *tensors_of_set) - center - at
         return at, way, way.square().sum(dim=1, keepdim=True)
 
     @staticmethod
@@ -367,13 +367,13 @@ class FlatCut(FlatSet):
 
     def _share(self, z: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """The t of the projection, ``[rows, 1]``; and bool ``[rows, 1]``, where the ball is active."""
-        *own, radius, center = tensors
+        *tensors_of_set, radius, center = tensors
         center = center.expand(len(z), -1)
         low, high = torch.zeros_like(z[:, :1]), torch.ones_like(z[:, :1])
         share, outside = high, torch.zeros_like(high, dtype=torch.bool)
         for step in range(BISECTIONS):
-            piece = self.linear.piece(center + share * (z - center), *own)
-            at, way, length = self._ray(z, piece, own, center)
+            piece = self.linear.piece(center + share * (z - center), *tensors_of_set)
+            at, way, length = self._ray(z, piece, tensors_of_set, center)
             far = (at + share * way).square().sum(dim=1, keepdim=True) > radius.square()
             outside = far if step == 0 else outside
             low, high = torch.where(far, low, share), torch.where(far, share, high)
@@ -388,12 +388,12 @@ class FlatCut(FlatSet):
 
     def check(self, z: Tensor) -> None:
         self.linear.check(z)
-        *own, radius, center = self.tensors
+        *tensors_of_set, radius, center = self.tensors
         if not _plain(self.tensors):
             return
         with torch.no_grad():
             center = center.expand(max(map(len, self.tensors)), -1)
-            gap = torch.linalg.vector_norm(self.linear.project(center, center[:, :1], *own) - center, dim=1)
+            gap = torch.linalg.vector_norm(self.linear.project(center, center[:, :1], *tensors_of_set) - center, dim=1)
             bad = gap > radius[:, 0] + torch.finfo(gap.dtype).eps ** 0.6 * (
                 gap + torch.linalg.vector_norm(center, dim=1)
             )

@@ -236,9 +236,9 @@ def settings(name: str) -> Any:
 def runner(name: str) -> Runner:
     """Return what runs the settings of a recipe or table."""
     one = entry(name)
-    module, _, found = one.runner.rpartition(":")
+    module, _, function = one.runner.rpartition(":")
     loaded = _module(module or one.module)
-    return cast("Runner", getattr(loaded, found) if found else loaded)
+    return cast("Runner", getattr(loaded, function) if function else loaded)
 
 
 def _module(name: str) -> Any:

@@ -277,7 +277,8 @@ def as_one_system(
     # a preconditioner is made for one sample's matrix, and has the wrong size for the joined one
     if getattr(solver, "preconditioner", None) is not None:
         changes["preconditioner"] = None
-    if getattr(getattr(solver, "linear_solver", None), "preconditioner", None) is not None:
+    linear_solver = getattr(solver, "linear_solver", None)
+    if linear_solver is not None and linear_solver.preconditioned:
         changes["linear_solver"] = None
     whole = solve(replace(solver, **changes), joined, z0.reshape(-1, rows * z0.shape[1]), params)
 

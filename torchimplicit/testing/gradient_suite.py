@@ -168,9 +168,9 @@ class GradientSuite(ABC):
         with torch.no_grad():
             plain = self.solved(case, case.x, case.w).value
         assert not plain.requires_grad
-        found = self.solved(case, case.x.clone().requires_grad_(), case.w).value
-        assert found.requires_grad
-        torch.testing.assert_close(found.detach(), plain, rtol=1e-9, atol=1e-9)
+        value = self.solved(case, case.x.clone().requires_grad_(), case.w).value
+        assert value.requires_grad
+        torch.testing.assert_close(value.detach(), plain, rtol=1e-9, atol=1e-9)
 
     def test_the_gradient_is_within_its_bound(self, case: SuiteCase) -> None:
         for argument in (0, 1):
@@ -260,9 +260,9 @@ class GradientSuite(ABC):
         z0, x = case.z0.clone().requires_grad_(), case.x.clone().requires_grad_()
         problem = case.problem(case.function)
         value = solve(problem, z0, x, case.w, solver=case.solver, gradient=self.make(), compile=self.compile).value
-        found: Sequence[Tensor | None] = torch.autograd.grad(value.sin().sum(), (x, z0), allow_unused=True)
-        assert found[0] is not None
-        assert (found[1] is not None) == self.of_z0
+        grads: Sequence[Tensor | None] = torch.autograd.grad(value.sin().sum(), (x, z0), allow_unused=True)
+        assert grads[0] is not None
+        assert (grads[1] is not None) == self.of_z0
 
     def test_the_adjoint_record_belongs_to_the_backward_pass(self, case: SuiteCase) -> None:
         solutions = [self.solved(case, case.x.clone().requires_grad_(), case.w) for _ in range(2)]

@@ -247,9 +247,9 @@ class LinearSolverSuite(ABC):
             assert operator.coupling is not None
             operator.coupling.memory.found = turn == 1
         block = torch.stack((b, b.flip(0), 1e-3 * b))
-        found = solve_any(self.make(rtol=1e-9), coupled_operator(a, 4, symmetric=self.symmetric), block)
-        for one, value in zip(block, found.value, strict=True):
-            self.solved_as_one(a, one, LinearSolution(value, found.report))
+        from_block = solve_any(self.make(rtol=1e-9), coupled_operator(a, 4, symmetric=self.symmetric), block)
+        for one, value in zip(block, from_block.value, strict=True):
+            self.solved_as_one(a, one, LinearSolution(value, from_block.report))
 
     def solved_as_one(self, matrix: Tensor, b: Tensor, solution: LinearSolution) -> None:
         """Assert that the rows, which depend on each other, say that they converged, and did."""
@@ -257,8 +257,8 @@ class LinearSolverSuite(ABC):
         whole, each = torch.linalg.vector_norm(b), torch.linalg.vector_norm(b, dim=1)
         true = residuals(matrix[None], b.reshape(1, -1), solution.value.reshape(1, -1)) / whole
         assert true <= 2e-9
-        told = solution.report.residual  # of the whole, or of each row where the rows have got there by themselves
-        assert (told >= 0.5 * true).all() or torch.linalg.vector_norm(told * each) >= 0.5 * true * whole
+        residual = solution.report.residual  # of the whole, or of each row where the rows have got there by themselves
+        assert (residual >= 0.5 * true).all() or torch.linalg.vector_norm(residual * each) >= 0.5 * true * whole
 
     def test_rows_that_were_promised_not_to_depend_on_each_other(self) -> None:
         if isinstance(self.make(), Neumann):
@@ -300,20 +300,20 @@ class LinearSolverSuite(ABC):
         """Setting a restricted operator up is counted, and does not happen at every turn."""
         if not self.iterative:
             pytest.skip("a direct method takes no steps")
-        a, b, tally, made = self.matrices(16, 30), self.vectors(16, 30), [0], [0]
+        a, b, tally, restrictions = self.matrices(16, 30), self.vectors(16, 30), [0], [0]
         spread = torch.linspace(0.02, 1.0, 16, dtype=a.dtype, device=a.device)[:, None, None]
         eye = torch.eye(30, dtype=a.dtype, device=a.device)
         a = eye + spread * (a - eye)
 
         def restrict(rows: Tensor) -> LinearOperator:
             tally[0] += len(rows)
-            made[0] += 1
+            restrictions[0] += 1
             return self.operator(a[rows], tally, restrict=None, setup_rows=len(rows))
 
         solution = self.make(rtol=1e-10).solve(self.operator(a, tally, restrict=restrict), b)
         self.solved(a, b, solution, 1e-10)
         assert solution.report.evaluations == pytest.approx(tally[0] / 16)
-        assert 1 <= made[0] <= 8 + self.cycles(solution)
+        assert 1 <= restrictions[0] <= 8 + self.cycles(solution)
 
     # -- starting point and budget -------------------------------------------------------------------------------------
 
@@ -422,10 +422,10 @@ class LinearSolverSuite(ABC):
             )
         b = torch.stack([self.vectors(batch, dim, seed=seed) for seed in (1, 2, 3, 4)])
         b[1] = 0
-        found = solve_any(solver, operator, b)
-        assert found.report.status.shape == (batch,)
-        assert found.report.converged.all()
-        for one, y in zip(b, found.value, strict=True):
+        solution = solve_any(solver, operator, b)
+        assert solution.report.status.shape == (batch,)
+        assert solution.report.converged.all()
+        for one, y in zip(b, solution.value, strict=True):
             torch.testing.assert_close(y, solver.solve(operator, one).value, rtol=1e-7, atol=1e-9)
         if not self.null:
             return

@@ -390,11 +390,11 @@ class SolverSuite(ABC):
         for steps in (0, short):
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("error", ConvergenceWarning)
-                found = solve(self.problem(self.function), z0, *args, solver=self.make().given(steps))
-            assert found.status.eq(Status.STEPS_TAKEN).all()
-            assert found.steps.eq(steps).all()
+                solution = solve(self.problem(self.function), z0, *args, solver=self.make().given(steps))
+            assert solution.status.eq(Status.STEPS_TAKEN).all()
+            assert solution.steps.eq(steps).all()
             active = (way[short] != way[-1]).any(dim=1)  # in an ordinary solve, one that has stopped stays there
-            torch.testing.assert_close(found.value[active], way[steps][active], rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(solution.value[active], way[steps][active], rtol=1e-12, atol=1e-12)
 
     # -- what it keeps and costs ---------------------------------------------------------------------------------------
 
@@ -459,8 +459,8 @@ class SolverSuite(ABC):
 
         def gradient(method: Any) -> Tensor:
             solver = self.make(rtol=1e-10, max_steps=1000)
-            found = solve(self.problem(self.function), z0, x, difficulty, solver=solver, gradient=method)
-            return torch.autograd.grad(found.value.square().sum(), x)[0]
+            solution = solve(self.problem(self.function), z0, x, difficulty, solver=solver, gradient=method)
+            return torch.autograd.grad(solution.value.square().sum(), x)[0]
 
         if self.unrolled:
             torch.testing.assert_close(gradient(Unrolled()), gradient(Implicit()), rtol=1e-6, atol=1e-6)

@@ -78,18 +78,18 @@ def test_a_puzzle_goes_on_until_it_is_done():
     task.loss(batch)
     first = task.carried
     task.loss(other)
-    assert torch.equal(task.carried.given, batch[0])
+    assert torch.equal(task.carried.puzzle, batch[0])
     assert not torch.equal(task.carried.state[0], first.state[0])
     task.loss(other)
     assert task.carried.segments.tolist() == [3] * 6
     task.loss(other)
-    assert torch.equal(task.carried.given, other[0])
+    assert torch.equal(task.carried.puzzle, other[0])
     assert task.carried.segments.tolist() == [1] * 6
     torch.nn.init.constant_(task.model.halt.bias, 9.0)  # sure of everything
     task.loss(batch)
     assert task.carried.done.all()
     task.loss(batch)
-    assert torch.equal(task.carried.given, batch[0])
+    assert torch.equal(task.carried.puzzle, batch[0])
     task.begin()
     assert task.carried is None
 

@@ -101,8 +101,8 @@ class DecoderCell(nn.Module):
         keys = past.shape[2] + length
         distances, offset = attention.distances(_sinusoids(keys, embedded))
         x = Injection(tokens, past, distances, offset, _mask(length, keys, config.window, embedded))
-        own = tokens.detach().view(batch, length, config.heads, 3 * config.d_head)[..., config.d_head :]
-        return x, own.flatten(2)
+        keys_values = tokens.detach().view(batch, length, config.heads, 3 * config.d_head)[..., config.d_head :]
+        return x, keys_values.flatten(2)
 
     def forward(self, z: Tensor, x: Injection) -> Tensor:
         """One application of the map."""

@@ -25,10 +25,12 @@ def perron_bound(source: Tensor, target: Tensor, weight: Tensor, nodes: int) -> 
     """
     kept = weight > 0
     source, target, weight = source[kept], target[kept], weight[kept].double()
-    own = source == target
-    loops = torch.zeros(nodes, dtype=torch.float64, device=weight.device).index_add_(0, source[own], weight[own])
+    is_loop = source == target
+    loops = torch.zeros(nodes, dtype=torch.float64, device=weight.device).index_add_(
+        0, source[is_loop], weight[is_loop]
+    )
     largest = float(loops.max())
-    source, target, weight = source[~own], target[~own], weight[~own]
+    source, target, weight = source[~is_loop], target[~is_loop], weight[~is_loop]
     while source.numel():  # edges from nodes that none enters, or to nodes that none leaves, are on no cycle
         enters = torch.zeros(nodes, dtype=torch.bool, device=source.device).index_fill_(0, target, True)
         leaves = torch.zeros(nodes, dtype=torch.bool, device=source.device).index_fill_(0, source, True)

@@ -78,14 +78,16 @@ class CellField(Field):
         if weights is None:
             solution = self._settle(self.cell, unit, unit, own=True)
         else:
-            own = {name.removeprefix("cell."): one for name, one in weights.items() if name.startswith("cell.")}
-            solution = self._settle(self._pointwise, unit, unit, own, own=True)
+            cell_weights = {
+                name.removeprefix("cell."): one for name, one in weights.items() if name.startswith("cell.")
+            }
+            solution = self._settle(self._pointwise, unit, unit, cell_weights, own=True)
         at = Derivatives(solution, linear_solver=Dense())
-        found = []
+        derivatives = []
         for line, order in zip((directions * self.speeds()).unbind(), orders, strict=True):
             direction = (line.expand(len(x), -1), *(None for _ in solution.args[1:]))
-            found.append([times(w["head"], z) for z in at.along(direction, order)])
-        return times(w["head"], at.value) + w["shift"], found
+            derivatives.append([times(w["head"], z) for z in at.along(direction, order)])
+        return times(w["head"], at.value) + w["shift"], derivatives
 
     def _pointwise(self, z: Tensor, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
         """The cell with weights of each point's own."""
@@ -93,5 +95,5 @@ class CellField(Field):
         def one(z: Tensor, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
             return torch.func.functional_call(self.cell, weights, (z[None], x[None]))[0]
 
-        found: Tensor = torch.func.vmap(one)(z, x, weights)
-        return found
+        values: Tensor = torch.func.vmap(one)(z, x, weights)
+        return values

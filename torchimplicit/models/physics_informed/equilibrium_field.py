@@ -81,8 +81,8 @@ class EquilibriumField(Field):
         b = self.coupling(w["inner"])
         unit = self.unit(x)
         drive = times(w["input"], unit) + w["bias"]
-        found = self._settle(_cell, unit, drive, b, own=weights is not None, nearer=lambda z: _nearer(z, drive, b))
-        z = Settled.apply(drive, b, found.value)
+        solution = self._settle(_cell, unit, drive, b, own=weights is not None, nearer=lambda z: _nearer(z, drive, b))
+        z = Settled.apply(drive, b, solution.value)
         slope = 1 - z * z
         inside, outside, slopes = [drive], [z], [slope]
         moved = times(w["input"], (directions * self.speeds())[:, None].expand(-1, len(x), -1))

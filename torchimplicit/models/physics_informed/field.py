@@ -75,8 +75,8 @@ class Field(nn.Module, ABC):
             raise ValueError(f"{unknown[0]} is no derivative: its coordinates must lie from 0 to {len(self.low) - 1}")
         plan = lines_of(tuple(orders), len(self.low))
         directions = torch.tensor(plan.directions, dtype=x.dtype, device=x.device).reshape(-1, len(self.low))
-        value, found = self.along(x, directions, plan.orders, weights)
-        out = {order: _combined(parts, found) for order, parts in plan.parts.items()}
+        value, derivatives = self.along(x, directions, plan.orders, weights)
+        out = {order: _combined(parts, derivatives) for order, parts in plan.parts.items()}
         return {**out, (): value}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,8 +152,8 @@ def _axes(signs: Sequence[int], order: Order, inputs: int) -> tuple[int, ...]:
     return tuple(line)
 
 
-def _combined(parts: list[Part], found: list[list[Tensor]]) -> Tensor:
-    terms = [found[part.line][part.order - 1] * part.factor for part in parts]
+def _combined(parts: list[Part], derivatives: list[list[Tensor]]) -> Tensor:
+    terms = [derivatives[part.line][part.order - 1] * part.factor for part in parts]
     return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
 
 

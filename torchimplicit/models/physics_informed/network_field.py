@@ -34,13 +34,13 @@ class NetworkField(Field):
         used = dict(self.named_parameters()) if weights is None else weights
         highest = max(orders, default=0)
         moved = (directions * self.speeds())[:, None].expand(-1, len(x), -1)
-        found = [self.unit(x), *(moved * (k == 1) for k in range(1, highest + 1))]  # Taylor coefficients
+        coefficients = [self.unit(x), *(moved * (k == 1) for k in range(1, highest + 1))]  # Taylor coefficients
         for number in range(len(self.layers)):
             if number:
-                found = _tanh(found, orders)
-            found = [times(used[f"layers.{number}.weight"], one) for one in found]
-            found[0] = found[0] + used[f"layers.{number}.bias"]
-        return found[0], by_line(found[1:], orders)
+                coefficients = _tanh(coefficients, orders)
+            coefficients = [times(used[f"layers.{number}.weight"], one) for one in coefficients]
+            coefficients[0] = coefficients[0] + used[f"layers.{number}.bias"]
+        return coefficients[0], by_line(coefficients[1:], orders)
 
 
 def _tanh(inside: list[Tensor], orders: Sequence[int]) -> list[Tensor]:
@@ -71,25 +71,25 @@ class ModuleField(Field):
         self, x: Tensor, directions: Tensor, orders: Sequence[int], weights: Weights | None = None
     ) -> tuple[Tensor, list[list[Tensor]]]:
         unit = self.unit(x)
-        found = []
+        per_line = []
         for line, order in zip((directions * self.speeds()).unbind(), orders, strict=True):
             ray = _ray(lambda at: self._values(at, weights), unit, line.expand_as(unit))
             derivatives = []
             for _ in range(order):
                 ray = _moving(ray)
                 derivatives.append(ray(unit.new_zeros(())))
-            found.append(derivatives)
-        return self._values(unit, weights), found
+            per_line.append(derivatives)
+        return self._values(unit, weights), per_line
 
     def _values(self, x: Tensor, weights: Weights | None) -> Tensor:
         if weights is None:
             return self.module(x)
 
-        def one(x: Tensor, own: dict[str, Tensor]) -> Tensor:
-            return torch.func.functional_call(self.module, own, (x[None],))[0]
+        def one(x: Tensor, module_weights: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(self.module, module_weights, (x[None],))[0]
 
-        found: Tensor = torch.func.vmap(one)(x, {name.removeprefix("module."): w for name, w in weights.items()})
-        return found
+        values: Tensor = torch.func.vmap(one)(x, {name.removeprefix("module."): w for name, w in weights.items()})
+        return values
 
 
 Ray = Callable[[Tensor], Tensor]

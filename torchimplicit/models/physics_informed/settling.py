@@ -78,16 +78,16 @@ class Settling(nn.Module):
                 return solve(FixedPoint(cell, rowwise=own), near, *args, solver=self.solver, throw=False)
 
         start, second = self._starts(x)
-        found = self.last = settled(start)
-        self.converged = found.converged
+        solution = self.last = settled(start)
+        self.converged = solution.converged
         if torch.is_grad_enabled():
-            if bool(found.converged.all()):
-                self._known = x.detach(), found.value
-        elif not self.unique and second is not None and bool(found.converged.any()):
-            other = settled(second(found.value))
-            gap = (other.value - found.value).norm(dim=1)
-            self.converged = found.converged & other.converged & (gap <= SAME * (1 + found.value.norm(dim=1)))
-        return found
+            if bool(solution.converged.all()):
+                self._known = x.detach(), solution.value
+        elif not self.unique and second is not None and bool(solution.converged.any()):
+            other = settled(second(solution.value))
+            gap = (other.value - solution.value).norm(dim=1)
+            self.converged = solution.converged & other.converged & (gap <= SAME * (1 + solution.value.norm(dim=1)))
+        return solution
 
     def _starts(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
         """A start for every point, and how another is made of the states that were found from it."""

@@ -45,8 +45,8 @@ class LayerCell(nn.Module, ABC):
                 layer.weight.uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width))
 
     @abstractmethod
-    def join(self, h: Tensor, given: Tensor) -> Tensor:
-        """Joins a layer's linear map ``h`` with the filter's values ``given``; its slope in ``h`` is at most 1."""
+    def join(self, h: Tensor, g: Tensor) -> Tensor:
+        """Joins a layer's linear map ``h`` with the filter's values ``g``; its slope in ``h`` is at most 1."""
 
     def initial_state(self, x: Sequence[Tensor]) -> Tensor:
         """Zeros that take no memory."""
@@ -58,8 +58,8 @@ class LayerCell(nn.Module, ABC):
 
     def after(self, h: Tensor, x: Sequence[Tensor]) -> Tensor:
         """The layers, from :math:`h_0`."""
-        for layer, given in zip(self.layers, x[1:], strict=True):
-            h = self.join(layer(h), given)
+        for layer, g in zip(self.layers, x[1:], strict=True):
+            h = self.join(layer(h), g)
         return h
 
 
@@ -136,8 +136,8 @@ class ExplicitRepresentation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The values at the coordinates."""
-        given = filtered(self.filters, x, self.inputs)
-        return self.head(self.cell.after(given[0], given))
+        injected = filtered(self.filters, x, self.inputs)
+        return self.head(self.cell.after(injected[0], injected))
 
 
 class ImplicitRepresentation(nn.Module):

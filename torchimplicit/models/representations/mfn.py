@@ -25,8 +25,8 @@ from torchimplicit.solvers import Solver
 class MultiplicativeCell(LayerCell):
     """:math:`h_i=(W_ih_{i-1}+b_i)\\circ g_i(x)`, :math:`h_0=z+g_0(x)`."""
 
-    def join(self, h: Tensor, given: Tensor) -> Tensor:
-        return h * given
+    def join(self, h: Tensor, g: Tensor) -> Tensor:
+        return h * g
 
 
 @final
@@ -67,10 +67,10 @@ class ImplicitMFN(ImplicitRepresentation):
     ):
         check_sizes("ImplicitMFN", inputs, outputs, width, depth, scale)
         low, high = _box("ImplicitMFN", inputs, filter, low, high, (alpha, first_alpha))
-        given = filters(filter, inputs, width, scale, depth, low, high, (first_alpha, alpha))
+        modules = filters(filter, inputs, width, scale, depth, low, high, (first_alpha, alpha))
         cell = MultiplicativeCell(width, depth)
-        own: dict[str, Any] = {"solver": solver, "gradient": gradient, "warm_start": warm_start}
-        super().__init__(inputs, outputs, given, cell, width, norm=norm, bound=bound, **own)
+        equilibrium: dict[str, Any] = {"solver": solver, "gradient": gradient, "warm_start": warm_start}
+        super().__init__(inputs, outputs, modules, cell, width, norm=norm, bound=bound, **equilibrium)
 
 
 @final
@@ -101,9 +101,9 @@ class MFN(ExplicitRepresentation):
     ):
         check_sizes("MFN", inputs, outputs, width, depth, scale)
         low, high = _box("MFN", inputs, filter, low, high, (alpha, first_alpha))
-        given = filters(filter, inputs, width, scale, depth, low, high, (first_alpha, alpha))
+        modules = filters(filter, inputs, width, scale, depth, low, high, (first_alpha, alpha))
         cell = MultiplicativeCell(width, depth)
-        super().__init__(inputs, outputs, given, cell, width, norm=norm, bound=bound)
+        super().__init__(inputs, outputs, modules, cell, width, norm=norm, bound=bound)
 
 
 def _box(

@@ -25,8 +25,8 @@ from torchimplicit.solvers import Solver
 class SineCell(LayerCell):
     """:math:`h_i=\\sin(W_ih_{i-1}+b_i+\\Omega_ix+\\varphi_i)`, :math:`h_0=z+\\sin(\\Omega_0x+\\varphi_0)`."""
 
-    def join(self, h: Tensor, given: Tensor) -> Tensor:
-        return torch.sin(h + given)
+    def join(self, h: Tensor, g: Tensor) -> Tensor:
+        return torch.sin(h + g)
 
 
 @final
@@ -57,10 +57,10 @@ class ImplicitSIREN(ImplicitRepresentation):
         warm_start: bool | WarmStart = False,
     ):
         check_sizes("ImplicitSIREN", inputs, outputs, width, depth, scale)
-        given = _given(inputs, width, depth, scale)
+        filters = _filters(inputs, width, depth, scale)
         cell = SineCell(width, depth)
-        own: dict[str, Any] = {"solver": solver, "gradient": gradient, "warm_start": warm_start}
-        super().__init__(inputs, outputs, given, cell, width, norm=norm, bound=bound, **own)
+        equilibrium: dict[str, Any] = {"solver": solver, "gradient": gradient, "warm_start": warm_start}
+        super().__init__(inputs, outputs, filters, cell, width, norm=norm, bound=bound, **equilibrium)
 
 
 @final
@@ -85,10 +85,10 @@ class SIREN(ExplicitRepresentation):
         bound: float = BOUND,
     ):
         check_sizes("SIREN", inputs, outputs, width, depth, scale)
-        given = _given(inputs, width, depth, scale)
-        super().__init__(inputs, outputs, given, SineCell(width, depth), width, norm=norm, bound=bound)
+        filters = _filters(inputs, width, depth, scale)
+        super().__init__(inputs, outputs, filters, SineCell(width, depth), width, norm=norm, bound=bound)
 
 
-def _given(inputs: int, width: int, depth: int, scale: float) -> nn.ModuleList:
+def _filters(inputs: int, width: int, depth: int, scale: float) -> nn.ModuleList:
     first = Sine(inputs, width, scale, depth)
     return nn.ModuleList([first, *(phase(inputs, width, scale, depth) for _ in range(depth))])

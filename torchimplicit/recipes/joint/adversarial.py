@@ -283,10 +283,10 @@ class AdversarialTraining(SampledTask):
     def attack(self) -> Attack:
         """The adversary of training; without one, an adversary for tests."""
         config = self.config
-        own: dict[str, Any] = {"radius": config.radius, "norm": config.norm, "step_size": config.attack_step_size}
+        settings: dict[str, Any] = {"radius": config.radius, "norm": config.norm, "step_size": config.attack_step_size}
         if config.adversary == "jiio":
-            return JIIO(self.model, **own, steps=config.attack_steps, last_step_size=None)
-        return pgd(self.model, steps=config.attack_steps if config.adversary == "pgd" else 10, **own)
+            return JIIO(self.model, **settings, steps=config.attack_steps, last_step_size=None)
+        return pgd(self.model, steps=config.attack_steps if config.adversary == "pgd" else 10, **settings)
 
     def loss(self, batch: Any) -> Tensor:
         """The cross-entropy of the attacked images."""
@@ -295,16 +295,16 @@ class AdversarialTraining(SampledTask):
             return self._by_envelope(images, labels)
         if self.config.adversary == "none":
             return functional.cross_entropy(self.model(images), labels)
-        found = self._found(images, labels)
+        attacked = self._found(images, labels)
         if isinstance(self.model, EquilibriumClassifier):
-            return functional.cross_entropy(self.model(found.images, found.states[0].detach()), labels)
-        return functional.cross_entropy(self.model(found.images), labels)
+            return functional.cross_entropy(self.model(attacked.images, attacked.states[0].detach()), labels)
+        return functional.cross_entropy(self.model(attacked.images), labels)
 
     def _found(self, images: Tensor, labels: Tensor) -> Found:
-        found = self.attack.find(images, labels)
-        for one in found.solves:
+        attack = self.attack.find(images, labels)
+        for one in attack.solves:
             self.solved(one)
-        return found
+        return attack
 
     def _by_envelope(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the loss at JIIO's final state, whose adjoint gives the gradient. No layer makes this solve, so the
@@ -312,12 +312,12 @@ class AdversarialTraining(SampledTask):
         config = self.config
         weight = config.equilibria.jacobian_weight
         assert isinstance(self.model, EquilibriumClassifier)
-        own: dict[str, Any] = {"steps": config.attack_steps, "step_size": config.attack_step_size}
-        found = jointly(self.model, images, labels, config.radius, **own, keep_trajectory=weight > 0)
-        self.solved(found)
-        loss = functional.cross_entropy(self.model.read(found.value.z), labels)
+        settings: dict[str, Any] = {"steps": config.attack_steps, "step_size": config.attack_step_size}
+        attack = jointly(self.model, images, labels, config.radius, **settings, keep_trajectory=weight > 0)
+        self.solved(attack)
+        loss = functional.cross_entropy(self.model.read(attack.value.z), labels)
         if weight:
-            at = found.trajectory[int(torch.randint(len(found.trajectory), ()))]
+            at = attack.trajectory[int(torch.randint(len(attack.trajectory), ()))]
             f = self.model.map()
             penalty = jacobian_frobenius(FixedPoint(f), at.z.detach(), images + at.x.detach())
             loss = loss + weight * penalty
@@ -433,40 +433,40 @@ def measured(config: AttacksConfig, run: Run) -> dict[str, Strength]:
         images, labels = _images(task, "test", config.attacked_images, where)
         cases = {name: partial(attack.find, images, labels) for name, attack in attacks.items()}
         timed = timed_in_turn(cases, config.repeats, where)
-        found, changed = {}, {CLEAN: images}
+        by_attack, changed = {}, {CLEAN: images}
         changed |= {name: result.images for name, (_, result) in timed.items()}
         for name, one in changed.items():
             losses, right = judged(model, one, labels)
-            found[name] = Strength(float(right.double().mean()), float(losses.double().mean()))
+            by_attack[name] = Strength(float(right.double().mean()), float(losses.double().mean()))
         for name, (seconds, result) in timed.items():
             attack = attacks[name]
             tolerance = attack.solver.rtol if isinstance(attack, PGD) and attack.solver else 0.0
             more: dict[str, Any] = {"evaluations": result.evaluations, "tolerance": tolerance}
             more["step_size"] = attack.step_size
-            found[name] = replace(found[name], seconds=seconds, **more)
+            by_attack[name] = replace(by_attack[name], seconds=seconds, **more)
         shown = {name: changed[name][:SHOWN] for name in (CLEAN, config.strongest("PGD"), config.strongest("JIIO"))}
         with torch.no_grad():
             pictures = {name: (one.cpu(), model(one).argmax(1).cpu()) for name, one in shown.items()}
     files.save(pictures, run.path / "pictures.pt")
-    return found
+    return by_attack
 
 
 def tuned(config: AttacksConfig, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, PGD | JIIO]:
     """Every attack with the settings under which it is strongest on these images, by name."""
-    own: dict[str, Any] = {"radius": config.training.radius, "norm": config.training.norm}
+    settings: dict[str, Any] = {"radius": config.training.radius, "norm": config.training.norm}
 
     def best(tries: Iterable[Any]) -> tuple[float, Any]:
         strong = ((float(judged(model, one(images, labels), labels)[0].mean()), one) for one in tries)
         return max(strong, key=lambda pair: pair[0])
 
-    found: dict[str, PGD | JIIO] = {}
+    attacks: dict[str, PGD | JIIO] = {}
     for steps in config.pgd_steps:
         tries = [
-            best(pgd(model, steps=steps, step_size=size, tolerance=one, **own) for size in config.step_sizes)
+            best(pgd(model, steps=steps, step_size=size, tolerance=one, **settings) for size in config.step_sizes)
             for one in sorted(config.tolerances)
         ]
         enough = (1 - config.tolerated) * max(value for value, _ in tries)
-        found[f"PGD-{steps}"] = [attack for value, attack in tries if value >= enough][-1]  # the loosest
+        attacks[f"PGD-{steps}"] = [attack for value, attack in tries if value >= enough][-1]  # the loosest
     ways: list[dict[str, Any]] = [
         {"step_size": size, "last_step_size": last, "damping": damping}
         for size in config.step_sizes
@@ -474,23 +474,23 @@ def tuned(config: AttacksConfig, model: nn.Module, images: Tensor, labels: Tenso
         for damping in ((0.8, 0.6, 1.0), (1.0, 1.0, 1.0))
     ]
     for steps in config.jiio_steps:
-        found[f"JIIO-{steps}"] = best(JIIO(model, steps=steps, **way, **own) for way in ways)[1]
+        attacks[f"JIIO-{steps}"] = best(JIIO(model, steps=steps, **way, **settings) for way in ways)[1]
     steps = sorted(config.jiio_steps)[len(config.jiio_steps) // 2]
     accelerated = Anderson(memory=20, rtol=1e-3, max_steps=steps)
-    tried = (JIIO(model, steps=steps, solver=accelerated, **way, **own) for way in ways)
-    found[f"JIIO-{steps}, Anderson"] = best(tried)[1]
-    return found
+    tried = (JIIO(model, steps=steps, solver=accelerated, **way, **settings) for way in ways)
+    attacks[f"JIIO-{steps}, Anderson"] = best(tried)[1]
+    return attacks
 
 
-def strengths(found: dict[str, Strength]) -> Table:
+def strengths(by_attack: dict[str, Strength]) -> Table:
     """Table of the attacks."""
-    return table.sheet("", found, [
+    return table.sheet("", by_attack, [
         Cell("Attack", lambda name: name),
-        Cell("Accuracy", lambda name: f"{100 * found[name].accuracy:.1f}", "%"),
-        Cell("Cross-entropy", lambda name: f"{found[name].cross_entropy:.3f}"),
-        Cell("Time", lambda name: f"{1e3 * found[name].seconds:.0f}", "ms"),
-        Cell("Evaluations", lambda name: f"{found[name].evaluations:.0f}"),
-        Cell("Step", lambda name: f"{found[name].step_size:g}", "radii"),
+        Cell("Accuracy", lambda name: f"{100 * by_attack[name].accuracy:.1f}", "%"),
+        Cell("Cross-entropy", lambda name: f"{by_attack[name].cross_entropy:.3f}"),
+        Cell("Time", lambda name: f"{1e3 * by_attack[name].seconds:.0f}", "ms"),
+        Cell("Evaluations", lambda name: f"{by_attack[name].evaluations:.0f}"),
+        Cell("Step", lambda name: f"{by_attack[name].step_size:g}", "radii"),
     ]).table  # fmt: skip
 
 
@@ -573,11 +573,11 @@ def attacked(config: AdversarialTableConfig, row: str, seed: int) -> AttacksConf
     if config.plan.scale == "paper":
         usual = replace(usual, train_images=None, test_images=None)
         optimization = replace(optimization, steps=20 * optimization.steps)
-    own: dict[str, Any] = {"data_dir": config.data_dir, "optimization": optimization, "machine": config.machine}
+    settings: dict[str, Any] = {"data_dir": config.data_dir, "optimization": optimization, "machine": config.machine}
     adversary = dict(ROWS[row][1])
     if config.plan.scale == "paper" and row in PUBLISHED_STEPS:
         adversary["attack_steps"] = PUBLISHED_STEPS[row]
-    return AttacksConfig(training=replace(usual, **adversary, **own))
+    return AttacksConfig(training=replace(usual, **adversary, **settings))
 
 
 def jobs(config: AdversarialTableConfig) -> list[Job]:

@@ -182,17 +182,17 @@ def read(images: Images) -> Data:
     Raises:
         UserError: they are missing or of the wrong kind.
     """
-    found: Any
+    value: Any
     if images.images is not None:
         every = in_folder(images.images, images.image_size)
         tested, trained = set_apart(every.labels, max(1, len(every.labels) // 5), images.split_seed, "the folder")
         numbers = (images.validation_images, images.train_images, images.test_images, images.split_seed)
         where = f"{images.images}, less a fifth for the test,"
         train, validation, test = parted(every.take(trained), every.take(tested), *numbers, (where, "its test"))
-        found = Splits(train, validation, test, (), ())
+        value = Splits(train, validation, test, (), ())
     else:
-        found = selected(images.data, images)
-    return Data(*(Part(one.images.float() / 255, one.labels) for one in (found.train, found.validation, found.test)))
+        value = selected(images.data, images)
+    return Data(*(Part(one.images.float() / 255, one.labels) for one in (value.train, value.validation, value.test)))
 
 
 MOST_NUMBERS = 1 << 30
@@ -265,9 +265,9 @@ def make_decoder(config: Decoder, pixels: tuple[int, int, int], equilibria: Equi
         raise UserError(f"--kind {config.kind}: {error}") from None
 
 
-def squared_error(made: Tensor, wanted: Tensor) -> Tensor:
+def squared_error(generated: Tensor, wanted: Tensor) -> Tensor:
     """The mean squared error over the pixels of each image, ``[batch]``."""
-    return (made - wanted).square().flatten(1).mean(dim=1)
+    return (generated - wanted).square().flatten(1).mean(dim=1)
 
 
 def reconstruction(decoder: EquilibriumDecoder, prior: float, step_size: float, pixels: int) -> JointInference:
@@ -281,8 +281,8 @@ def reconstruction(decoder: EquilibriumDecoder, prior: float, step_size: float, 
         pixels: pixels of an image.
     """
 
-    def loss(made: Tensor, x: Tensor, wanted: Tensor) -> Tensor:
-        return pixels * (squared_error(made, wanted) + prior * x.square().mean(dim=1))
+    def loss(generated: Tensor, x: Tensor, wanted: Tensor) -> Tensor:
+        return pixels * (squared_error(generated, wanted) + prior * x.square().mean(dim=1))
 
     return decoder.inference(loss, step_size / pixels)
 

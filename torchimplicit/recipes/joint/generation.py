@@ -320,8 +320,8 @@ class _Measurement:
         points = [Measured(*case, seconds, self.worth(x, test)) for case, (seconds, x) in timed.items()]
         return Curves(points, step_size, damping, rates, tolerances)
 
-    def loss(self, made: Tensor, x: Tensor, wanted: Tensor) -> Tensor:
-        return (made - wanted).square().flatten(1).mean(dim=1) + self.joint.prior * x.square().mean(dim=1)
+    def loss(self, generated: Tensor, x: Tensor, wanted: Tensor) -> Tensor:
+        return (generated - wanted).square().flatten(1).mean(dim=1) + self.joint.prior * x.square().mean(dim=1)
 
     def tried(self, wanted: Tensor, method: Method, rate: float, tolerance: float) -> float:
         chosen: dict[str, Any] = {"steps": NESTED_STEPS[-1], "rate": rate, "tolerance": tolerance}
@@ -506,20 +506,24 @@ def enough(config: GenerationConfig) -> None:
 def shown(config: GenerationConfig, run: Run) -> Generated:
     """Judge the images of the run's best weights. Pictures and, if asked for, timings go into the run's directory."""
     task: Generation = TRAINER.best(config, run).cpu()
-    found, pictures = made(config, task)
+    images, pictures = made(config, task)
     files.save({key: [row.half() for row in rows] for key, rows in pictures.items()}, run.path / PICTURES)
     with styled():
         save_figure(grid(pictures), run.product("pictures.png"), 150)
     if config.curves:
         tuned, tested = (part.images[: config.curve_images] for part in (task.data.validation, task.data.test))
         run.write_json("curves.json", curves(task.decoder, config.joint, tuned, tested, config.curve_repeats))
-    return found
+    return images
 
 
-def distances(found: Generated) -> Table:
+def distances(generated: Generated) -> Table:
     """Tabulate the distances."""
     first = Column("Fréchet distance to the test images", "", "In the features of a small classifier.")
-    others = {"New images": found.mixture, "Reconstructions": found.reconstructions, "Training images": found.floor}
+    others = {
+        "New images": generated.mixture,
+        "Reconstructions": generated.reconstructions,
+        "Training images": generated.floor,
+    }
     return Table([first, *map(Column, others)], [["", *(f"{distance:.3f}" for distance in others.values())]])
 
 
@@ -556,8 +560,8 @@ def remade(config: GenerationConfig, run: Run) -> Remade:
     """Reconstruct the test pictures. Some of them, and generated ones, go into the run's directory."""
     task: Generation = TRAINER.best(config, run).cpu()
     test = task.data.test.images
-    known, found = (task.latents(part) for part in (task.data.training.images[: config.density_images], test))
-    again, new = task.images(found), task.images(_drawn(known, config.components, 3 * SHOWN, config.optimization.seed))
+    known, unseen = (task.latents(part) for part in (task.data.training.images[: config.density_images], test))
+    again, new = task.images(unseen), task.images(_drawn(known, config.components, 3 * SHOWN, config.optimization.seed))
     pictures = {
         "test pictures, and their reconstructions": [test[:SHOWN], again[:SHOWN]],
         "new ones, from a Gaussian mixture of the training pictures' latents": list(new.split(SHOWN)),
@@ -574,8 +578,8 @@ def made(config: GenerationConfig, task: Generation) -> tuple[Generated, dict[st
     """The figures, and rows of images by what they show."""
     data = task.data
     network, accuracy = features(config.images)
-    known, found = (task.latents(part) for part in (data.training.images[: config.density_images], data.test.images))
-    again = task.images(found)
+    known, unseen = (task.latents(part) for part in (data.training.images[: config.density_images], data.test.images))
+    again = task.images(unseen)
     seed = config.optimization.seed
     chosen = {"mixture": config.components, "gaussian": 1}
     drawn = {name: _drawn(known, components, config.samples, seed) for name, components in chosen.items()}
@@ -596,7 +600,7 @@ def made(config: GenerationConfig, task: Generation) -> tuple[Generated, dict[st
     return figures, {
         "test images, and their reconstructions": [data.test.images[:SHOWN], again[:SHOWN]],
         "from one test image to another, along a line between their latents": [
-            task.images(found[i].lerp(found[i + 1], torch.linspace(0, 1, SHOWN)[:, None])) for i in (0, 2, 4)
+            task.images(unseen[i].lerp(unseen[i + 1], torch.linspace(0, 1, SHOWN)[:, None])) for i in (0, 2, 4)
         ],
         "new images, from a Gaussian mixture of the training images' latents": [
             new["mixture"][i * SHOWN : (i + 1) * SHOWN] for i in range(3)
@@ -750,7 +754,7 @@ Points = Mapping[str, Any]
 
 def timed(runs: Runs) -> dict[Model, list[Points]]:
     """The available timings, one per seed."""
-    return {size: found for size in SIZES if (found := runs.of(size, "curves"))}
+    return {size: curves for size in SIZES if (curves := runs.of(size, "curves"))}
 
 
 def methods(each: Sequence[Points]) -> list[str]:
@@ -977,17 +981,17 @@ def drawings(config: JiioGenerationConfig, runs: Runs, folders: Mapping[str, Run
             yield CaptionedFigure(f"images-{model}", grid(pictures), f"{NAMES[model]}: {config.data}, not selected.")
 
 
-def against_time(found: Sequence[Points]) -> Figure:
+def against_time(curves: Sequence[Points]) -> Figure:
     """Loss against time, a line per method: means over seeds, a point per number of steps."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, (panel,) = axes()
-    for index, method in enumerate(methods(found)):
-        steps = sorted({p["steps"] for one in found for p in one["points"] if p["method"] == method})
+    for index, method in enumerate(methods(curves)):
+        steps = sorted({p["steps"] for one in curves for p in one["points"] if p["method"] == method})
         look = style(index)
-        for one in found:
+        for one in curves:
             panel.plot(*zip(*(at(one, method, n) for n in steps), strict=True), color=look["color"], alpha=0.2, lw=0.8)
-        points = [[at(one, method, n) for one in found] for n in steps]
+        points = [[at(one, method, n) for one in curves] for n in steps]
         means = [(fmean(p[0] for p in each), fmean(p[1] for p in each)) for each in points]
         panel.plot([m[0] for m in means], [m[1] for m in means], label=LABELS[method], **look)
         for n, mean in zip(steps, means, strict=True):

@@ -174,8 +174,8 @@ class Restoration(SampledTask):
         pixels = math.prod(self.data.pixels)
 
         # a sum over pixels, as published
-        def loss(made: Tensor, x: Tensor, wanted: Tensor, seen: Tensor, prior: Tensor) -> Tensor:
-            misfit = ((made - wanted).square() * seen).flatten(1).sum(dim=1)
+        def loss(generated: Tensor, x: Tensor, wanted: Tensor, seen: Tensor, prior: Tensor) -> Tensor:
+            misfit = ((generated - wanted).square() * seen).flatten(1).sum(dim=1)
             return misfit + pixels * prior * x.square().mean(dim=1)
 
         return self.decoder.inference(loss, self.config.joint.step_size / pixels)
@@ -229,9 +229,9 @@ class Restoration(SampledTask):
         """Sums over images of the squared errors after and before restoration, and of unconverged joint solves; and the
         number of images."""
         images, wanted, seen = batch
-        made, converged = self.restored(wanted, seen)
+        restored, converged = self.restored(wanted, seen)
         parts = (
-            squared_error(made, images).sum(),
+            squared_error(restored, images).sum(),
             squared_error(wanted, images).sum(),
             (~converged).sum(),
             torch.tensor(len(images), device=images.device),
@@ -302,8 +302,8 @@ def restored(task: Restoration) -> dict[str, list[Tensor]]:
     """A few test images: clean, corrupted and restored."""
     clean = task.data.test.images[:SHOWN]
     wanted, seen = (part[:SHOWN] for part in task.held_out["test"])
-    made, _ = task.restored(wanted, seen)
-    return {"clean, corrupted and restored test images": [clean, wanted, made]}
+    images, _ = task.restored(wanted, seen)
+    return {"clean, corrupted and restored test images": [clean, wanted, images]}
 
 
 def shown(config: InverseConfig, run: Run) -> Gradients:
@@ -463,13 +463,13 @@ def claims(config: JiioInverseConfig, runs: Runs) -> Iterator[Claim]:
             min(right) >= 0.95,
         )
     for corruption in CORRUPTIONS:
-        for own, other in (("exact", "first-order"), ("exact-weak", "first-order-weak")):
-            ratios = [a / b for a, b in runs.where(corruption=corruption).paired(own, other, "test.mse")]
+        for row, other in (("exact", "first-order"), ("exact-weak", "first-order-weak")):
+            ratios = [a / b for a, b in runs.where(corruption=corruption).paired(row, other, "test.mse")]
             if not ratios:
                 continue
             error = stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else 0.0
             yield Claim(
-                f"{corruption}: the error of '{ROWS[own].label}' is below that of '{ROWS[other].label}', by more than "
+                f"{corruption}: the error of '{ROWS[row].label}' is below that of '{ROWS[other].label}', by more than "
                 "two standard errors over seeds",
                 f"{fmean(ratios):.3f} times its error, ± {error:.3f}",
                 len(ratios) > 1 and fmean(ratios) + 2 * error < 1,

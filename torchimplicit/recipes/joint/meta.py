@@ -245,12 +245,12 @@ class Joint:
         solver = FixedPointIteration(rtol=self.tolerance, max_steps=self.steps)
         if self.gradient is None:
             with torch.no_grad():
-                found = solve(problem, start, features, targets, solver=solver, throw=False)
+                solution = solve(problem, start, features, targets, solver=solver, throw=False)
         else:
-            found = solve(problem, start, features, targets, solver=solver, gradient=self.gradient, throw=False)
+            solution = solve(problem, start, features, targets, solver=solver, gradient=self.gradient, throw=False)
         if self.seen is not None:
-            self.seen(found)
-        return Adapted(found.value.x, 2 * found.evaluations)
+            self.seen(solution)
+        return Adapted(solution.value.x, 2 * solution.evaluations)
 
     def problem(self, model: ContextEquilibrium) -> JointInference:
         """The problem of the context with the least error; its arguments are features and targets."""
@@ -378,7 +378,7 @@ def draw_characters(
 
 
 def _read(path: Path) -> Tensor:
-    found: dict[str, list[Tensor]] = {}
+    drawings: dict[str, list[Tensor]] = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for name in sorted(archive.namelist()):
@@ -388,15 +388,15 @@ def _read(path: Path) -> Tensor:
                         raise ValueError(f"{name} has more than {LARGEST_DRAWING} bytes")
                     image = Image.open(io.BytesIO(archive.read(name))).convert("L")
                     ink = 255 - torch.from_numpy(np.array(image.resize((SIZE, SIZE), Image.Resampling.BOX)))
-                    found.setdefault(name.rsplit("/", 1)[0], []).append(ink)
+                    drawings.setdefault(name.rsplit("/", 1)[0], []).append(ink)
     except UserError:
         raise
     except Exception as error:  # a damaged archive, or a damaged image in it, raises nearly everything
         raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
-    wrong = [name for name, images in found.items() if len(images) != DRAWINGS]
-    if wrong or not found:
+    wrong = [name for name, images in drawings.items() if len(images) != DRAWINGS]
+    if wrong or not drawings:
         raise UserError(f"{path} is not Omniglot's: {wrong[0] if wrong else 'it'} has not {DRAWINGS} drawings")
-    return torch.stack([torch.stack(images)[:, None] for images in found.values()])
+    return torch.stack([torch.stack(images)[:, None] for images in drawings.values()])
 
 
 # -- Tasks: what a context is adapted by, and what it must be right on -------------------------------------------------
@@ -506,8 +506,8 @@ class MetaLearning(Task):
     def figures(self, sums: list[float]) -> dict[str, float]:
         """Mean error, and accuracy if there are classes."""
         error, accuracy, count = sums
-        found = {"error": error / count, "loss": error / count}
-        return found if self.config.data == "sinusoid" else {**found, "accuracy": accuracy / count}
+        figures = {"error": error / count, "loss": error / count}
+        return figures if self.config.data == "sinusoid" else {**figures, "accuracy": accuracy / count}
 
     def describe(self) -> str:
         """The tasks and the model."""
@@ -589,40 +589,40 @@ def measured(config: AdaptationsConfig, run: Run) -> dict[str, Quality]:
         tasks = moved("test")
         features = model.encode(tasks.support)
         cases = {name: partial(adapt, model, features, tasks.support_targets) for name, adapt in chosen.items()}
-        found = {}
+        measurements = {}
         for name, (seconds, adapted) in timed_in_turn(cases, config.repeats, where).items():
             error, accuracy = judged(model, chosen[name], tasks)
             figures = float(error.mean()), float(accuracy.mean()), seconds, adapted.evaluations
-            found[name] = Quality(*figures, chosen[name].step_size)
-    return found
+            measurements[name] = Quality(*figures, chosen[name].step_size)
+    return measurements
 
 
 def _tuned(config: AdaptationsConfig, task: MetaLearning, tasks: Tasks) -> dict[str, Joint | Descent]:
     """Every adaptation with the step size of least error, by name."""
-    own = config.training.adaptation_step_size
+    default = config.training.adaptation_step_size
 
     def best(adapt: Any) -> Any:
-        tries = [replace(adapt, step_size=own * share) for share in config.step_sizes]
+        tries = [replace(adapt, step_size=default * share) for share in config.step_sizes]
         errors = [float(judged(task.model, one, tasks)[0].mean()) for one in tries]
         finite = [error if error == error else float("inf") for error in errors]
         return tries[finite.index(min(finite))]
 
     penalty = config.training.penalty
     return {
-        **{f"JIIO-{n}": best(Joint(steps=n, step_size=own, penalty=penalty)) for n in config.jiio_steps},
-        **{f"descent-{n}": best(Descent(steps=n, step_size=own, penalty=penalty)) for n in config.descent_steps},
+        **{f"JIIO-{n}": best(Joint(steps=n, step_size=default, penalty=penalty)) for n in config.jiio_steps},
+        **{f"descent-{n}": best(Descent(steps=n, step_size=default, penalty=penalty)) for n in config.descent_steps},
     }
 
 
-def qualities(found: dict[str, Quality]) -> Table:
+def qualities(by_name: dict[str, Quality]) -> Table:
     """Table of the adaptations."""
-    return table.sheet("", found, [
+    return table.sheet("", by_name, [
         Cell("Adaptation", lambda name: name),
-        Cell("Error", lambda name: f"{found[name].error:.3f}"),
-        Cell("Accuracy", lambda name: f"{100 * found[name].accuracy:.1f}", "%"),
-        Cell("Time", lambda name: f"{1e3 * found[name].seconds:.0f}", "ms"),
-        Cell("Evaluations", lambda name: f"{found[name].evaluations:.0f}"),
-        Cell("Step", lambda name: f"{found[name].step_size:g}"),
+        Cell("Error", lambda name: f"{by_name[name].error:.3f}"),
+        Cell("Accuracy", lambda name: f"{100 * by_name[name].accuracy:.1f}", "%"),
+        Cell("Time", lambda name: f"{1e3 * by_name[name].seconds:.0f}", "ms"),
+        Cell("Evaluations", lambda name: f"{by_name[name].evaluations:.0f}"),
+        Cell("Step", lambda name: f"{by_name[name].step_size:g}"),
     ]).table  # fmt: skip
 
 
@@ -741,16 +741,16 @@ def fastest(runs: Runs, row: str, kind: str, goal: float) -> tuple[str, float, f
 
 def there(config: MetaTableConfig, runs: Runs) -> dict[str, Runs]:
     """The problems that have runs, each with its own."""
-    return {problem: own for problem in config.problems if (own := runs.where(problem=problem))}
+    return {problem: lines for problem in config.problems if (lines := runs.where(problem=problem))}
 
 
 def sheets(config: MetaTableConfig, runs: Runs) -> Iterator[TitledTable]:
     """Tables for each problem: training, and the adaptations of every model."""
-    for problem, own in there(config, runs).items():
-        yield trainings(config, problem, own)
+    for problem, lines in there(config, runs).items():
+        yield trainings(config, problem, lines)
         for row in ROWS:
-            if adaptations_of(own, row):
-                yield adapting(problem, own, row)
+            if adaptations_of(lines, row):
+                yield adapting(problem, lines, row)
 
 
 def trainings(config: MetaTableConfig, problem: str, runs: Runs) -> TitledTable:
@@ -797,8 +797,8 @@ def adapting(problem: str, runs: Runs, row: str) -> TitledTable:
 
 def claims(config: MetaTableConfig, runs: Runs) -> Iterator[Claim]:
     """Error against time, and exact against first-order gradients, for each problem."""
-    for problem, own in there(config, runs).items():
-        yield from claims_of(config, problem, own)
+    for problem, lines in there(config, runs).items():
+        yield from claims_of(config, problem, lines)
 
 
 def claims_of(config: MetaTableConfig, problem: str, runs: Runs) -> Iterator[Claim]:
@@ -814,30 +814,30 @@ def claims_of(config: MetaTableConfig, problem: str, runs: Runs) -> Iterator[Cla
             continue
         rival = natives["descent"]
         goal, seconds = (fmean(of(runs, "descent", rival, what)) for what in ("error", "seconds"))
-        own = fastest(runs, row, "JIIO", goal)
-        if own is None:
+        time = fastest(runs, row, "JIIO", goal)
+        if time is None:
             names = {name for line in runs.where(row=row) for name in line["adaptations"] if "JIIO" in name}
             words = f"JIIO comes to {min(fmean(of(runs, row, name, 'error')) for name in names):.3f} at best"
         else:
-            words = f"{reached(own)}, {seconds / own[2]:.1f} times as fast"
+            words = f"{reached(time)}, {seconds / time[2]:.1f} times as fast"
         yield Claim(
             f"{title}: trained and adapted by {ROWS[row][0]}, the error of {rival} (its own training) is reached "
             "at least 3 times as fast",
             f"{reached((rival, goal, seconds))}; {words}",
-            own is not None and seconds / own[2] >= 3,
+            time is not None and seconds / time[2] >= 3,
         )
     for row in ("jiio", "unrolled"):
         if row not in rows:
             continue
         goal = fmean(of(runs, row, natives[row], "error"))
-        own, other = (fastest(runs, row, kind, 1.02 * goal) for kind in ("JIIO", "descent"))
-        assert own is not None
-        ratio = None if other is None else other[2] / own[2]
+        time, other = (fastest(runs, row, kind, 1.02 * goal) for kind in ("JIIO", "descent"))
+        assert time is not None
+        ratio = None if other is None else other[2] / time[2]
         words = "descent never does in its steps" if other is None else f"{reached(other)}: {ratio:.1f} times it"
         yield Claim(
             f"{title}: at the same weights, those trained by {ROWS[row][0]}, it comes to its error at least 3 times as "
             "fast as descent",
-            f"{reached(own)}; {words}",
+            f"{reached(time)}; {words}",
             ratio is None or ratio >= 3,
         )
     if {"jiio", "first-order"} <= rows:
@@ -906,14 +906,14 @@ def drawings(config: MetaTableConfig, runs: Runs, folders: Mapping[str, Run]) ->
     if not problems:
         return
     figure, panels = axes(len(problems), width=5.6, height=3.9)
-    for panel, (problem, own) in zip(panels, problems.items(), strict=True):
+    for panel, (problem, lines) in zip(panels, problems.items(), strict=True):
         index = 0
         for row, (label, _) in ROWS.items():
             kinds = ("JIIO", "descent") if row == "jiio" else ("descent",) if row == "descent" else ("JIIO",)
-            for kind in kinds if own.where(row=row) else ():
-                names = [name for name in adaptations_of(own, row) if name.startswith(kind)]
-                times = [1e3 * fmean(of(own, row, name, "seconds")) for name in names]
-                values = [fmean(of(own, row, name, "error")) for name in names]
+            for kind in kinds if lines.where(row=row) else ():
+                names = [name for name in adaptations_of(lines, row) if name.startswith(kind)]
+                times = [1e3 * fmean(of(lines, row, name, "seconds")) for name in names]
+                values = [fmean(of(lines, row, name, "error")) for name in names]
                 panel.plot(times, values, label=f"{kind}; trained by {label}", **style(index))
                 index += 1
         panel.set(xlabel="CPU time of the adaptation, ms", ylabel=UNITS[problem], title=TITLES[problem])

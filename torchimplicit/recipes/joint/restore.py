@@ -70,8 +70,8 @@ def restored(
     count = math.prod(pixels)
 
     # a sum over pixels, as published; and an operator whose norm is one, so that steps fit it
-    def loss(made: Tensor, x: Tensor, wanted: Tensor) -> Tensor:
-        misfit = ((measure(made) - wanted) / size).square().flatten(1).sum(dim=1)
+    def loss(generated: Tensor, x: Tensor, wanted: Tensor) -> Tensor:
+        misfit = ((measure(generated) - wanted) / size).square().flatten(1).sum(dim=1)
         return misfit + count * joint.prior * x.square().mean(dim=1)
 
     problem: JointInference = decoder.inference(loss, joint.step_size / count)

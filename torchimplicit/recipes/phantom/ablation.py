@@ -139,8 +139,8 @@ def training(config: PhantomAblationConfig, row: Row, seed: int) -> ImageConfig:
         phantom_damping=row.damping,
         pretrain_steps=(3000 if paper and config.steps is None else round(0.15 * steps)) if row.pretrained else 0,
     )
-    own = replace(base, data_dir=config.data_dir, dropout=DROPOUT if row.dropout else 0.0, machine=config.machine)
-    return replace(own, optimization=optimization, equilibria=equilibria)
+    settings = replace(base, data_dir=config.data_dir, dropout=DROPOUT if row.dropout else 0.0, machine=config.machine)
+    return replace(settings, optimization=optimization, equilibria=equilibria)
 
 
 def _paper(config: PhantomAblationConfig) -> ImageConfig:
@@ -167,17 +167,17 @@ def _cpu(config: PhantomAblationConfig) -> ImageConfig:
 def jobs(config: PhantomAblationConfig) -> list[Job]:
     """All jobs, seed by seed so that a slow phase of the machine affects all rows."""
     known_rows(config.rows, (*TABLE_1, *SWEEP, COST))
-    made: list[Job] = []
+    planned: list[Job] = []
     for place, seed in enumerate(config.plan.all_seeds):
         wanted = {**TABLE_1, **(SWEEP if place < config.sweep_seeds else {})}
-        made += [
+        planned += [
             Job(f"{name}-seed{seed}", "images-mnist", training(config, row, seed), {"row": name, "seed": seed})
             for name, row in wanted.items()
         ]
         if not place:
             costs = CostConfig(image=training(config, TABLE_1[UPG], seed))
-            made.insert(len(TABLE_1), Job(COST, "images-cost", costs))
-    return [job for job in made if not config.rows or job.name.partition("-seed")[0] in config.rows]
+            planned.insert(len(TABLE_1), Job(COST, "images-cost", costs))
+    return [job for job in planned if not config.rows or job.name.partition("-seed")[0] in config.rows]
 
 
 def accuracies(runs: Runs, row: str) -> list[float]:
@@ -218,8 +218,8 @@ def sheets(config: PhantomAblationConfig, runs: Runs) -> Iterator[TitledTable]:
         Cell("Runs", lambda row: f"{len(accuracies(runs, row))} of {len(runs.where(row=row))}", "",
              "Finished, of those begun."),
     ])  # fmt: skip
-    if found := measured(runs):
-        yield TitledTable("A training step, by gradient, at the same trained weights", cost_table(found))
+    if cells := measured(runs):
+        yield TitledTable("A training step, by gradient, at the same trained weights", cost_table(cells))
     points = {UPG: TABLE_1[UPG], **SWEEP}
     order = sorted(points, key=lambda name: (points[name].damping, points[name].steps))
     yield table.sheet("Sweep over k and λ (Fig. 3)", order, [
@@ -353,8 +353,8 @@ def _training(config: PhantomAblationConfig, runs: Runs, shown: tuple[str, ...])
 def _work(line: Line, settings: Equilibria, step: int) -> float:
     """Evaluations and products up to a step."""
     pretraining = min(step, settings.pretrain_steps)
-    own = line["costs.forward"] + line["costs.backward"]
-    return 2 * pretraining * settings.pretrain_depth + (step - pretraining) * float(own)
+    cost = line["costs.forward"] + line["costs.backward"]
+    return 2 * pretraining * settings.pretrain_depth + (step - pretraining) * float(cost)
 
 
 def _sweep(runs: Runs) -> CaptionedFigure:

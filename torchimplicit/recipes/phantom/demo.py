@@ -405,7 +405,7 @@ def train(config: DigitsConfig, run: Run, console: Console) -> bool:
             task.to(where)
             task.validate()
             images = validation.images[:PROFILED].to(where)
-            found = {
+            parts = {
                 name: (ESTIMATORS[name].label, summarize(track, len(loader)), profiles(task.classifier(name), images))
                 for name, track in task.tracks.items()
             }
@@ -418,7 +418,7 @@ def train(config: DigitsConfig, run: Run, console: Console) -> bool:
                 wall_seconds=time.perf_counter() - began,
                 config=config,
                 environment=Environment.of(where),
-                estimators={name: EstimatorResult(*one, task.tracks[name]) for name, one in found.items()},
+                estimators={name: EstimatorResult(*one, task.tracks[name]) for name, one in parts.items()},
             )
             run.write_json("results.json", results)
             write(results, run)
@@ -436,15 +436,15 @@ def evaluate(config: DigitsConfig, run: Run, console: Console) -> None:
         task = DigitsTask(config, total_steps=1, validation=validation)
         load_weights(task, run.checkpoint)
         task.to(device(config.device))
-        found = {name: validate(task.classifier(name), validation) for name in config.estimators}
-    run.write_json("evaluation.json", {"steps": task.steps_done, "estimators": found})
+        validations = {name: validate(task.classifier(name), validation) for name in config.estimators}
+    run.write_json("evaluation.json", {"steps": task.steps_done, "estimators": validations})
     console.print(f"After {task.steps_done} steps, on {len(validation.labels)} validation images:", highlight=False)
-    measured = sheet("", found, [
+    measured = sheet("", validations, [
         Cell("Estimator", lambda name: ESTIMATORS[name].label),
-        Cell("Validation accuracy", lambda name: f"{100 * found[name].accuracy:.1f}", "%"),
-        Cell("Validation loss", lambda name: f"{found[name].loss:.4f}", "nats"),
-        Cell("Forward evaluations", lambda name: f"{found[name].evaluations:.1f}"),
-        Cell("Converged", lambda name: f"{100 * found[name].converged:.0f}", "%"),
-        Cell("Largest residual", lambda name: f"{found[name].residual:.1e}", "relative"),
+        Cell("Validation accuracy", lambda name: f"{100 * validations[name].accuracy:.1f}", "%"),
+        Cell("Validation loss", lambda name: f"{validations[name].loss:.4f}", "nats"),
+        Cell("Forward evaluations", lambda name: f"{validations[name].evaluations:.1f}"),
+        Cell("Converged", lambda name: f"{100 * validations[name].converged:.0f}", "%"),
+        Cell("Largest residual", lambda name: f"{validations[name].residual:.1e}", "relative"),
     ])  # fmt: skip
     console.print(measured.table.rich())

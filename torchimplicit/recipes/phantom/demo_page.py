@@ -59,8 +59,8 @@ class Picture:
 
     def now(self, results: Results) -> str:
         """A sentence with its figures in this run."""
-        found = {one.label: self.of(one, results) for one in results.estimators.values()}
-        return f"{self.numbers} " + "; ".join(f"{name} {text}" for name, text in found.items() if text is not None)
+        pictures = {one.label: self.of(one, results) for one in results.estimators.values()}
+        return f"{self.numbers} " + "; ".join(f"{name} {text}" for name, text in pictures.items() if text is not None)
 
 
 def loss_against_time(axes: Axes, results: Results) -> None:
@@ -104,9 +104,9 @@ def along(of: str, figure: str, label: str, scale: float = 1.0, one: bool = True
 
     def draw(axes: Axes, results: Results) -> None:
         for name, result in results.estimators.items():
-            found = getattr(result.track, of)
-            values = [scale * getattr(each, figure) for each in found]
-            axes.plot([each.step for each in found], values, **look(name), label=result.label)
+            track = getattr(result.track, of)
+            values = [scale * getattr(each, figure) for each in track]
+            axes.plot([each.step for each in track], values, **look(name), label=result.label)
         if one:
             axes.axhline(1, **GREY)
         axes.set(xlabel="training step", ylabel=label)

@@ -180,8 +180,8 @@ class DigitsTask(LightningModule):
         for name in names[first:] + names[:first]:
             if audited:
                 gradient = ESTIMATORS[name].make(self.config)
-                found = audit(self.classifier(name), *batch, solver(self.config), gradient, done)
-                self.tracks[name].audits.append(found)
+                comparison = audit(self.classifier(name), *batch, solver(self.config), gradient, done)
+                self.tracks[name].audits.append(comparison)
             self.tracks[name].steps.append(self._timed_step(name, batch, optimizers[name]))
             schedulers[name].step()
 
@@ -212,8 +212,8 @@ class DigitsTask(LightningModule):
         for name, track in self.tracks.items():
             done = len(track.steps)
             if done and (not track.validations or track.validations[-1].step < done):
-                found = validate(self.classifier(name), self.validation)
-                track.validations.append(Validation(done, found.accuracy, found.loss))
+                validation = validate(self.classifier(name), self.validation)
+                track.validations.append(Validation(done, validation.accuracy, validation.loss))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tracks"] = to_plain(self.tracks)
@@ -294,9 +294,11 @@ def audit(
         exact, x, z = probe(classifier, images, labels, EXACT_SOLVER, EXACT_GRADIENT)
         problem = FixedPoint(classifier.equilibrium.cell, rowwise=True)
         radius = spectral_radius(problem, z, x, subspace=16, restarts=2)
-    found = compared(estimate, exact)
-    residuals = found.adjoint_residual, found.exact_residual
-    return Audit(step, found.cosine, found.norm_ratio, *residuals, float(radius.median()), float(radius.max()))
+    comparison = compared(estimate, exact)
+    residuals = comparison.adjoint_residual, comparison.exact_residual
+    return Audit(
+        step, comparison.cosine, comparison.norm_ratio, *residuals, float(radius.median()), float(radius.max())
+    )
 
 
 def probe(
@@ -304,7 +306,7 @@ def probe(
 ) -> tuple[GradientProbe, Tensor, Tensor]:
     """The loss's gradient in all parameters before the equilibrium, the injection, and the equilibrium."""
     cell = classifier.equilibrium.cell
-    stem, own = ([p for p in part.parameters() if p.requires_grad] for part in (classifier.stem, cell))
+    stem, weights = ([p for p in part.parameters() if p.requires_grad] for part in (classifier.stem, cell))
     problem = FixedPoint(cell, rowwise=True)
     x = classifier.stem(images)
     with torch.no_grad():
@@ -313,10 +315,10 @@ def probe(
     def loss(z: Tensor) -> Tensor:
         return functional.cross_entropy(classifier.head(z), labels)
 
-    found = probe_gradient(problem, z, x, gradient=gradient, cotangent=loss, wrt=(x, *own))
-    of_x, *of_cell = found.gradients
+    estimate = probe_gradient(problem, z, x, gradient=gradient, cotangent=loss, wrt=(x, *weights))
+    of_x, *of_cell = estimate.gradients
     of_stem = torch.autograd.grad(x, stem, of_x)
-    return replace(found, gradients=(*of_stem, *of_cell)), x.detach(), z
+    return replace(estimate, gradients=(*of_stem, *of_cell)), x.detach(), z
 
 
 # -- How the residual falls as the solver goes on ----------------------------------------------------------------------
@@ -336,14 +338,14 @@ def profiles(classifier: ConvDEQClassifier, images: Tensor) -> list[Profile]:
     """One profile for each solver, at the classifier's weights."""
     x = classifier.stem(images)
     cell = classifier.equilibrium.cell
-    found = []
+    bands = []
     for name, solver in SOLVERS.items():
         with quietly():
             solution = solve(FixedPoint(cell), torch.zeros_like(x), x, solver=solver, throw=False)
         rows = torch.stack([_relative_residual(cell, z, x) for z in solution.trajectory])
         low, median, high = torch.quantile(rows.double(), rows.new_tensor([0.1, 0.5, 0.9]).double(), dim=1)
-        found.append(Profile(name, median.tolist(), low.tolist(), high.tolist()))
-    return found
+        bands.append(Profile(name, median.tolist(), low.tolist(), high.tolist()))
+    return bands
 
 
 def _relative_residual(cell: torch.nn.Module, z: Tensor, x: Tensor) -> Tensor:
@@ -375,10 +377,10 @@ def row(tracks: dict[EstimatorName, Track], step: int) -> dict[str, float]:
     figures: dict[str, float] = {}
     for name, track in tracks.items():
         taken = track.steps[step - 1]
-        own = {"loss": taken.loss, "seconds": taken.seconds}
-        own |= {"forward_evaluations": taken.forward, "backward_evaluations": taken.backward}
+        columns = {"loss": taken.loss, "seconds": taken.seconds}
+        columns |= {"forward_evaluations": taken.forward, "backward_evaluations": taken.backward}
         for validation in track.validations:
             if validation.step == step:
-                own |= {"validation_accuracy": validation.accuracy, "validation_loss": validation.loss}
-        figures |= {f"{name}/{figure}": value for figure, value in own.items()}
+                columns |= {"validation_accuracy": validation.accuracy, "validation_loss": validation.loss}
+        figures |= {f"{name}/{figure}": value for figure, value in columns.items()}
     return figures

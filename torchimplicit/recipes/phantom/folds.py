@@ -35,31 +35,31 @@ class Folds(Runner):
 
     def train(self, config: FoldsConfig, run: Run, console: Console) -> bool:
         for fold in range(config.training.folds):
-            own, settings = self._fold(config, run, fold)
-            if _done(own):
+            fold_run, settings = self._fold(config, run, fold)
+            if _done(fold_run):
                 continue
             for folder in ("checkpoints", "logs"):
-                (own.path / folder).mkdir(parents=True, exist_ok=True)
-            if not (own.path / "run.json").is_file():
-                own.describe("graphs-tu", settings)
+                (fold_run.path / folder).mkdir(parents=True, exist_ok=True)
+            if not (fold_run.path / "run.json").is_file():
+                fold_run.describe("graphs-tu", settings)
             console.rule(f"Fold {fold + 1} of {config.training.folds}")
-            if not RUNNER.train(settings, own, console):
+            if not RUNNER.train(settings, fold_run, console):
                 return False
-            own.mark("complete")
+            fold_run.mark("complete")
         self.evaluate(config, run, console)
         return True
 
     def evaluate(self, config: FoldsConfig, run: Run, console: Console) -> None:
-        found = []
+        results = []
         for fold in range(config.training.folds):
-            own, _ = self._fold(config, run, fold)
-            if _done(own):
-                found.append(_figures(fold, Results.of(own)))
-        run.write_json("folds.json", {"folds": found})
+            fold_run, _ = self._fold(config, run, fold)
+            if _done(fold_run):
+                results.append(_figures(fold, Results.of(fold_run)))
+        run.write_json("folds.json", {"folds": results})
         from torchimplicit.recipes.runtime.page import Section, document
 
-        run.write_text("index.html", document("Every fold", [], [Section(table=summary(found))]))
-        console.print(summary(found).rich_rows())
+        run.write_text("index.html", document("Every fold", [], [Section(table=summary(results))]))
+        console.print(summary(results).rich_rows())
 
     @staticmethod
     def _fold(config: FoldsConfig, run: Run, fold: int) -> tuple[Run, MoleculesConfig]:
@@ -82,11 +82,11 @@ def _figures(fold: int, results: Results) -> dict[str, Any]:
     }
 
 
-def summary(found: list[dict[str, Any]]) -> Table:
+def summary(results: list[dict[str, Any]]) -> Table:
     """A row per fold, then mean and standard deviation."""
 
     def over(name: str) -> str:
-        values = [100 * one[name] for one in found if one[name] is not None]
+        values = [100 * one[name] for one in results if one[name] is not None]
         return f"{fmean(values):.1f} ± {stdev(values) if len(values) > 1 else 0:.1f}" if values else "–"
 
     mean = {"fold": "mean", "step": "", "accuracy": over("accuracy"), "best_of_any_epoch": over("best_of_any_epoch")}
@@ -98,7 +98,7 @@ def summary(found: list[dict[str, Any]]) -> Table:
 
         return cell
 
-    return sheet("", [*found, mean], [
+    return sheet("", [*results, mean], [
         Cell("Fold", lambda one: str(one["fold"])),
         Cell("Test accuracy", percent("accuracy"), "%", "at the epoch of the best validation"),
         Cell("At step", lambda one: str(one["step"])),

@@ -51,11 +51,11 @@ def folds(labels: Sequence[int], count: int = 10, validation: float = 0.1, seed:
     if members < max(count, 2):
         raise UserError(f"class {rarest} has {members} samples, too few for {count} folds")
     y = np.asarray(labels)
-    made = []
+    splits = []
     for rest, test in StratifiedKFold(count, shuffle=True, random_state=seed).split(np.zeros(len(y)), y):
         train, chosen = train_test_split(rest, test_size=validation, random_state=seed, stratify=y[rest])
-        made.append(Fold(sorted(train.tolist()), sorted(chosen.tolist()), test.tolist()))
-    return made
+        splits.append(Fold(sorted(train.tolist()), sorted(chosen.tolist()), test.tolist()))
+    return splits
 
 
 # -- Sets in the text format of the TU collection (Morris et al. 2020, arXiv 2007.08663) ------------------
@@ -137,7 +137,7 @@ def load(name: str, data_dir: Path | None = None, attributes: bool = False) -> G
     order, ends = np.argsort(edges[0], kind="stable"), np.cumsum(counts)[:-1]
     parts = np.split(edges[:, order], ends, axis=1)
     labels = np.split(_edge_labels(folder, prefix, edges.shape[1])[order], ends)
-    made = [
+    loaded = [
         Data(
             x=x[start : start + size],
             edge_index=torch.from_numpy(np.ascontiguousarray(part - start)),
@@ -148,7 +148,7 @@ def load(name: str, data_dir: Path | None = None, attributes: bool = False) -> G
             first.tolist(), sizes.tolist(), parts, labels, y.tolist(), strict=True
         )
     ]
-    return GraphSet(made, len(kinds))
+    return GraphSet(loaded, len(kinds))
 
 
 def locate(name: str, data_dir: Path | None) -> tuple[Path, str]:
@@ -199,15 +199,15 @@ def _names(folder: Path) -> str:
 
 
 def _only(folder: Path) -> tuple[Path, str]:
-    found = _sets(folder)
-    if not found:
+    names = _sets(folder)
+    if not names:
         raise UserError(
             f"{folder} holds no file NAME_A.txt: --data-dir must be the folder of a set in the text format of the TU "
             "collection"
         )
-    if len(found) > 1:
+    if len(names) > 1:
         raise UserError(f"{folder} holds several sets ({_names(folder)}): say which with --data")
-    return found[0].parent, found[0].name.removesuffix("_A.txt")
+    return names[0].parent, names[0].name.removesuffix("_A.txt")
 
 
 DEGREES = 32
@@ -216,17 +216,17 @@ DEGREES = 32
 
 def _features(folder: Path, prefix: str, nodes: int, attributes: bool, edges: NDArray[np.int64]) -> torch.Tensor:
     path = folder / f"{prefix}_node_labels.txt"
-    given = folder / f"{prefix}_node_attributes.txt"
-    if path.is_file() or not given.is_file():
+    attributes_file = folder / f"{prefix}_node_attributes.txt"
+    if path.is_file() or not attributes_file.is_file():
         label = _integers(path) if path.is_file() else np.minimum(np.bincount(edges[0], minlength=nodes), DEGREES)
         _same_length(path, len(label), nodes)
         _, kind = np.unique(label, return_inverse=True)
         x = torch.nn.functional.one_hot(torch.from_numpy(kind)).float()
-        if not attributes or not given.is_file():
+        if not attributes or not attributes_file.is_file():
             return x
     else:
         x = torch.zeros(nodes, 0)
-    path = given
+    path = attributes_file
     values = _table(path, np.float64)
     _same_length(path, len(values), nodes)
     if not np.isfinite(values).all():
@@ -361,10 +361,10 @@ def _split(folder: Path, split: str) -> list[Data]:
     y = _array(folder / f"{split}_labels.npy", 2)
     owner = _array(folder / f"{split}_graph_id.npy", 1).astype(np.int64)
     nodes = len(x)
-    for name, found in (("labels", y), ("graph_id", owner)):
-        if len(found) != nodes:
+    for name, values in (("labels", y), ("graph_id", owner)):
+        if len(values) != nodes:
             raise UserError(
-                f"{folder / f'{split}_{name}.npy'} has {len(found)} nodes, and {split}_feats.npy has {nodes}: they "
+                f"{folder / f'{split}_{name}.npy'} has {len(values)} nodes, and {split}_feats.npy has {nodes}: they "
                 "belong to different sets"
             )
     if nodes == 0 or (np.diff(owner) < 0).any():
@@ -373,11 +373,11 @@ def _split(folder: Path, split: str) -> list[Data]:
     graphs = []
     for kind in np.unique(owner).tolist():
         inside = np.flatnonzero(owner == kind)
-        own = edges[:, owner[edges[0]] == kind] - inside[0]
+        inner = edges[:, owner[edges[0]] == kind] - inside[0]
         graphs.append(
             Data(
                 x=torch.from_numpy(x[inside]).float(),
-                edge_index=torch.from_numpy(np.ascontiguousarray(own)),
+                edge_index=torch.from_numpy(np.ascontiguousarray(inner)),
                 y=torch.from_numpy(y[inside]).float(),
             )
         )
@@ -415,16 +415,16 @@ def _links(path: Path, owner: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _array(path: Path, dims: int) -> NDArray[Any]:
     try:
-        found = np.lib.format.open_memmap(path, mode="r")  # a header that promises too much takes no memory
+        array = np.lib.format.open_memmap(path, mode="r")  # a header that promises too much takes no memory
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
     except Exception as error:  # headers are read as Python, which can be wrong in many ways
         raise UserError(f"{path} is cut short or no .npy file of numbers: {' '.join(str(error).split())}") from None
-    if found.ndim != dims or found.dtype.kind not in "biuf":
-        raise UserError(f"{path} has shape {found.shape} of {found.dtype}, and must be numbers in {dims} dimensions")
-    if not np.isfinite(found).all():
+    if array.ndim != dims or array.dtype.kind not in "biuf":
+        raise UserError(f"{path} has shape {array.shape} of {array.dtype}, and must be numbers in {dims} dimensions")
+    if not np.isfinite(array).all():
         raise UserError(f"{path} holds NaN or infinity")
-    return np.array(found)
+    return np.array(array)
 
 
 # -- Directed chains whose class stands on their first node alone (Gu et al. 2020, section 6.1) ------------------------

@@ -267,11 +267,11 @@ class MoleculesTask(SampledTask):
             raise UserError("--edge-weights: this set has negative edge labels, and weights must not be negative")
 
     def held_out_batches(self, split: Split, shard: Shard) -> Iterable[Any]:
-        own = super().held_out_batches(split, shard)
+        batches = super().held_out_batches(split, shard)
         if split == "test" or not self.config.peek:
-            return own
+            return batches
         order = InOrder(len(self.sets["test"]), self.config.optimization.batch_size, shard)
-        both: list[Any] = [own, self._loaded(self.sets["test"], order, _peeked)]
+        both: list[Any] = [batches, self._loaded(self.sets["test"], order, _peeked)]
         return Batches(sum(map(len, both)), lambda: chain.from_iterable(both))
 
     def loss(self, batch: Any) -> Tensor:
@@ -287,8 +287,8 @@ class MoleculesTask(SampledTask):
 
     def figures(self, sums: list[float]) -> dict[str, float]:
         right, loss, count, peeked_right, _, peeked = sums
-        found = {"accuracy": right / count, "loss": loss / count}
-        return {**found, "test_accuracy": peeked_right / peeked} if peeked else found
+        figures = {"accuracy": right / count, "loss": loss / count}
+        return {**figures, "test_accuracy": peeked_right / peeked} if peeked else figures
 
     def describe(self) -> str:
         train, validation, test = (len(part) for part in self.sets.values())

@@ -216,9 +216,9 @@ def difference(runs: Runs, row: str) -> tuple[float, float] | None:
     return fmean(gaps), stdev(gaps) / len(gaps) ** 0.5
 
 
-def told(found: tuple[float, float] | None) -> str:
+def told(interval: tuple[float, float] | None) -> str:
     """Format such a difference."""
-    return table.NONE if found is None else f"{found[0]:+.1f} ± {found[1]:.1f}"
+    return table.NONE if interval is None else f"{interval[0]:+.1f} ± {interval[1]:.1f}"
 
 
 def constant(runs: Runs, name: str) -> tuple[int, int]:
@@ -266,8 +266,8 @@ def sheets(config: PhantomGraphsConfig, runs: Runs) -> Iterator[TitledTable]:
         return lambda pair: table.shown((one := costs[pair[0]].get(pair[1])) and 1000 * getattr(one, figure), ".0f")
 
     def ratio(pair: tuple[str, str]) -> str:
-        own = costs[pair[0]]
-        return f"{own[pair[1]].seconds / own['implicit'].seconds:.2f}" if pair[1] in own else table.NONE
+        cost = costs[pair[0]]
+        return f"{cost[pair[1]].seconds / cost['implicit'].seconds:.2f}" if pair[1] in cost else table.NONE
 
     yield table.sheet("Cost of a step", both, [
         name,
@@ -301,20 +301,20 @@ def claims(config: PhantomGraphsConfig, runs: Runs) -> Iterator[Claim]:
     estimators = rows(config.dampings)
     names = {row: label(damping) for row, damping in estimators.items()}
     for name in config.sets:
-        own, published = runs.where(set=name), PUBLISHED[name]
-        there = {row: published[d] for row, d in estimators.items() if own.where(row=row) and d in published}
+        lines, published = runs.where(set=name), PUBLISHED[name]
+        there = {row: published[d] for row, d in estimators.items() if lines.where(row=row) and d in published}
         for what, figure in (
             ("selected on validation", "test_accuracy"),
             ("selected on the test part, as published", PEEKED),
         ):
-            gaps = {row: 100 * fmean(own.of(row, figure)) - mean for row, (mean, _) in there.items()}
+            gaps = {row: 100 * fmean(lines.of(row, figure)) - mean for row, (mean, _) in there.items()}
             if gaps:
                 yield Claim(
                     f"{name}, {what}: every row within the published mean ± sd",
                     ", ".join(f"{names[row]} {gap:+.1f}" for row, gap in gaps.items()) + " points",
                     all(abs(gap) <= there[row][1] for row, gap in gaps.items()),
                 )
-        compared = {row: d for row in there if (d := difference(own, row)) is not None}
+        compared = {row: d for row in there if (d := difference(lines, row)) is not None}
         same, count = constant(runs, name)
         if compared and 2 * same <= count:  # models that all answer alike would agree for no good reason
             yield Claim(
@@ -426,11 +426,11 @@ def bars(config: PhantomGraphsConfig, runs: Runs) -> Figure:
 
     figure, panels = axes(len(config.sets), width=4.6, height=3.6)
     for panel, name in zip(panels, config.sets, strict=True):
-        own = runs.where(set=name)
-        there = {row: damping for row, damping in rows(config.dampings).items() if own.where(row=row)}
+        lines = runs.where(set=name)
+        there = {row: damping for row, damping in rows(config.dampings).items() if lines.where(row=row)}
         series = {
-            "ours, selected on validation": [moments(own.of(row, "test_accuracy")) for row in there],
-            "ours, best test epoch": [moments(own.of(row, PEEKED)) for row in there],
+            "ours, selected on validation": [moments(lines.of(row, "test_accuracy")) for row in there],
+            "ours, best test epoch": [moments(lines.of(row, PEEKED)) for row in there],
             "published, best test epoch": [PUBLISHED[name].get(d, (float("nan"), 0.0)) for d in there.values()],
         }
         for index, (title, values) in enumerate(series.items()):
@@ -451,9 +451,9 @@ def lengths(runs: Runs) -> Figure:
     """Accuracy against length."""
     figure, (panel,) = axes()
     for index, (variant, start) in enumerate(VARIANTS.items()):
-        own = runs.where(variant=variant)
-        if known := sorted({line["length"] for line in own}):
-            scores = [[100 * score for score in own.where(length=n).column("test_accuracy")] for n in known]
+        lines = runs.where(variant=variant)
+        if known := sorted({line["length"] for line in lines}):
+            scores = [[100 * score for score in lines.where(length=n).column("test_accuracy")] for n in known]
             table.band(panel, known, scores, f"W {start.replace('near', 'from')}", style(index))
     panel.set(xlabel="nodes in a chain", ylabel="test accuracy (%)", ylim=(40, 102))
     panel.legend(loc="lower left")

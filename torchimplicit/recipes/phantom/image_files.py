@@ -286,8 +286,8 @@ def read_batch(content: bytes, where: str) -> Labelled:
         raise UserError(f"{where} is no batch of CIFAR-10, or is damaged ({error})") from None
     except Exception as error:  # damaged pickles raise nearly everything
         raise UserError(f"{where} is no batch of CIFAR-10, or is cut short ({error!r}); fetch it again") from None
-    given: dict[bytes, Any] = batch if isinstance(batch, dict) else {}
-    data, labels = given.get(b"data"), given.get(b"labels", ())
+    entries: dict[bytes, Any] = batch if isinstance(batch, dict) else {}
+    data, labels = entries.get(b"data"), entries.get(b"labels", ())
     known = isinstance(data, np.ndarray) and isinstance(labels, list)
     if data is None or not known or data.dtype != np.uint8 or data.shape != (len(labels), 3072):
         raise UserError(f"{where} is no batch of CIFAR-10: it must hold data, n×3072 bytes, and n labels")

@@ -95,11 +95,11 @@ def _listing(folder: Path, names: list[str]) -> Listing:
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in _ENDINGS)
-        if not found:
+        files = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in _ENDINGS)
+        if not files:
             raise UserError(f"{folder / name} has no images (*.JPEG)")
-        paths += found
-        labels += [label] * len(found)
+        paths += files
+        labels += [label] * len(files)
     return Listing(tuple(paths), torch.tensor(labels))
 
 

@@ -347,10 +347,10 @@ def costs() -> CostConfig:
 
 def estimators(config: CostConfig) -> dict[str, Equilibria]:
     """The measured estimators, by name."""
-    own = config.image.equilibria
-    implicit = replace(own, gradient="implicit")
+    equilibria = config.image.equilibria
+    implicit = replace(equilibria, gradient="implicit")
     converged = replace(implicit, backward_tolerance=config.converged_tolerance, backward_steps=config.converged_steps)
-    unrolled = replace(own, gradient="unrolled-phantom", phantom_steps=5, phantom_damping=0.5)
+    unrolled = replace(equilibria, gradient="unrolled-phantom", phantom_steps=5, phantom_damping=0.5)
     neumann = replace(unrolled, gradient="neumann-phantom")
     phantom = {label(one): one for one in (unrolled, replace(unrolled, phantom_steps=9), neumann)}
     published = {f"{label(one)}{AS_PUBLISHED}": run_out(one) for one in (implicit, unrolled)}
@@ -380,37 +380,37 @@ def measured(config: CostConfig, run: Run) -> dict[str, StepCost]:
             at["batch"] = [part.to(where) for part in next(batches)]
         layer.solver, layer.gradient = solver(settings), gradient(settings)
         cost = one_step(task, lambda: task.loss(at["batch"]), where)
-        own = flat_gradient(task)
-        at["exact"] = own if name == CONVERGED else at["exact"]
+        estimate = flat_gradient(task)
+        at["exact"] = estimate if name == CONVERGED else at["exact"]
         adjoint = layer.solution.adjoint if layer.solution is not None else None
         residual = float("nan") if adjoint is None else float(adjoint.residual.double().mean())
-        return replace(cost, residual=residual, **beside(own, at["exact"]))
+        return replace(cost, residual=residual, **beside(estimate, at["exact"]))
 
     return in_turn({name: partial(step, name, one) for name, one in estimators(config).items()}, config.repeats)
 
 
-def cost_table(found: dict[str, StepCost]) -> Table:
+def cost_table(costs: dict[str, StepCost]) -> Table:
     """Tabulate the costs."""
-    converged = found[CONVERGED]
-    return sheet("", found, [
+    converged = costs[CONVERGED]
+    return sheet("", costs, [
         Cell("Gradient", lambda name: name),
-        Cell("Forward", lambda name: f"{1e3 * found[name].forward_seconds:.0f}", "ms",
+        Cell("Forward", lambda name: f"{1e3 * costs[name].forward_seconds:.0f}", "ms",
              "Seconds of the process's CPU (of the wall on a GPU), medians."),
-        Cell("Backward", lambda name: f"{1e3 * found[name].backward_seconds:.0f}", "ms", "The same."),
-        Cell("Evaluations", lambda name: f"{found[name].forward:.1f}", "",
+        Cell("Backward", lambda name: f"{1e3 * costs[name].backward_seconds:.0f}", "ms", "The same."),
+        Cell("Evaluations", lambda name: f"{costs[name].forward:.1f}", "",
              "Evaluations of the cell in the forward pass, including those that a phantom gradient unrolls."),
-        Cell("Products", lambda name: f"{found[name].backward:.1f}", "",
+        Cell("Products", lambda name: f"{costs[name].backward:.1f}", "",
              "Products with the cell's Jacobian in the backward pass."),
-        Cell("Backward, evaluations", lambda name: f"{evaluations(converged) / evaluations(found[name]):.1f}", "×",
+        Cell("Backward, evaluations", lambda name: f"{evaluations(converged) / evaluations(costs[name]):.1f}", "×",
              "The converged implicit backward's evaluations over this one's."),
-        Cell("Backward, time", lambda name: f"{converged.backward_seconds / found[name].backward_seconds:.1f}", "×",
+        Cell("Backward, time", lambda name: f"{converged.backward_seconds / costs[name].backward_seconds:.1f}", "×",
              "The converged implicit backward's time over this one's."),
-        Cell("Step, time", lambda name: f"{found[counterpart(name)].seconds / found[name].seconds:.2f}", "×",
+        Cell("Step, time", lambda name: f"{costs[counterpart(name)].seconds / costs[name].seconds:.2f}", "×",
              "The implicit step's time over this one's, forward and backward together: to equal tolerance, and of rows "
              "as published, whose budgets run out, against the implicit row as published."),
-        Cell("Cosine", lambda name: f"{found[name].cosine:.3f}", "",
+        Cell("Cosine", lambda name: f"{costs[name].cosine:.3f}", "",
              "Cosine of the gradient in all parameters with the converged one."),
-        Cell("Norm", lambda name: f"{found[name].norm:.2f}", "", "Norm of the gradient over the converged one's."),
+        Cell("Norm", lambda name: f"{costs[name].norm:.2f}", "", "Norm of the gradient over the converged one's."),
     ]).table  # fmt: skip
 
 

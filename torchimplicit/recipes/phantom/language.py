@@ -135,8 +135,8 @@ class LanguageConfig:
     def model(self, vocabulary: int) -> DEQTransformerConfig:
         """The model for a vocabulary of this size."""
         try:
-            own: dict[str, Any] = {theirs: getattr(self, ours) for theirs, ours in MODEL.items()}
-            return DEQTransformerConfig(vocabulary=vocabulary, **own)
+            settings: dict[str, Any] = {theirs: getattr(self, ours) for theirs, ours in MODEL.items()}
+            return DEQTransformerConfig(vocabulary=vocabulary, **settings)
         except (ValueError, TypeError) as error:
             raise UserError(f"there is no such model: {error}") from None
 
@@ -183,8 +183,8 @@ def wikitext103(normalization: Literal["post", "pre"] = "post") -> LanguageConfi
 
 
 def _with_model(model: DEQTransformerConfig, vocabulary: int | None = 10000, **settings: Any) -> LanguageConfig:
-    own: dict[str, Any] = {ours: getattr(model, theirs) for theirs, ours in MODEL.items()}
-    return LanguageConfig(vocabulary=vocabulary, **own, **settings)
+    sizes: dict[str, Any] = {ours: getattr(model, theirs) for theirs, ours in MODEL.items()}
+    return LanguageConfig(vocabulary=vocabulary, **sizes, **settings)
 
 
 # -- the model, its data, and what is asked of it ---------------------------------------------------------------------
@@ -232,8 +232,8 @@ class LanguageTask(Task):
     def _loader(self, stream: Stream, steps: range, shard: Shard) -> Iterable[Any]:
         data = _Rows(stream, steps, shard)
         # a generator of its own: a loader without one draws from the global one, which dropout draws from
-        own = generator(self.config.optimization.seed, -2)
-        return DataLoader(data, batch_size=None, num_workers=self.config.machine.workers, generator=own)
+        order = generator(self.config.optimization.seed, -2)
+        return DataLoader(data, batch_size=None, num_workers=self.config.machine.workers, generator=order)
 
     def begin(self) -> None:
         self.memory = None
@@ -278,8 +278,8 @@ class _Rows(Dataset[Segment]):
         if not 0 <= index < len(self.steps):
             raise IndexError(index)
         tokens, targets, first = self.stream.segment(self.steps[index])
-        own = slice(self.shard.rank, None, self.shard.world)
-        return Segment(tokens[own], targets[own], first)
+        rows = slice(self.shard.rank, None, self.shard.world)
+        return Segment(tokens[rows], targets[rows], first)
 
 
 def ready(config: LanguageConfig) -> None:
@@ -358,9 +358,9 @@ def measured(config: CostConfig, run: Run) -> Measured:
         raise UserError(f"none of the runs that {run} is to measure has been trained; resume the table")
     steps = {(name, kind): partial(probe.step, kind) for name, probe in probes.items() for kind in KINDS}
     with threads(config.runs[0].machine.threads):
-        found = in_turn(steps, config.repeats)
+        costs = in_turn(steps, config.repeats)
         radius = {name: probe.radius() for name, probe in probes.items()}
-    return Measured({name: {kind: found[name, kind] for kind in KINDS} for name in probes}, radius)
+    return Measured({name: {kind: costs[name, kind] for kind in KINDS} for name in probes}, radius)
 
 
 class _Probe:
@@ -395,9 +395,9 @@ class _Probe:
         first, second = (task.held_out["validation"].segment(step) for step in range(2))
         _, memory = model(first.tokens.to(self.where), first.targets.to(self.where))
         x, _ = model.cell.injection(model.embedding(second.tokens.to(self.where)), memory)
-        found = spectral_radius(FixedPoint(model.cell), model.equilibrium(x), x, subspace=32, restarts=2)
+        radius = spectral_radius(FixedPoint(model.cell), model.equilibrium(x), x, subspace=32, restarts=2)
         task.train()
-        return float(found.mean())
+        return float(radius.mean())
 
     def step(self, kind: str) -> StepCost:
         """The cost of one step. Every kind sees the same batch and memory, which advance when the first kind is due

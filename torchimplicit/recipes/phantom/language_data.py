@@ -198,12 +198,12 @@ def sources(place: Path) -> dict[str, Source]:
         return {split: Source((place,), share) for split, share in SHARES.items()}
     if not place.is_dir():
         raise UserError(f"{place} does not exist: --data-dir must be a text file, or a folder with texts")
-    found = {split: _split_file(place, split) for split in SPLITS}
-    if all(found.values()):
-        return {split: Source((path,)) for split, path in found.items() if path is not None}
-    if any(found.values()):
-        missing = [split for split, path in found.items() if path is None]
-        there = ", ".join(path.name for path in found.values() if path is not None)
+    files = {split: _split_file(place, split) for split in SPLITS}
+    if all(files.values()):
+        return {split: Source((path,)) for split, path in files.items() if path is not None}
+    if any(files.values()):
+        missing = [split for split, path in files.items() if path is None]
+        there = ", ".join(path.name for path in files.values() if path is not None)
         raise UserError(
             f"{place} holds {there} and nothing for {' and '.join(missing)}: give {file_name(missing[0])}, or "
             f"{missing[0]}.txt, or one text file that is split here"
@@ -243,13 +243,13 @@ def tokenizer(chosen: str) -> Tokenize:
             f"'{chosen}'"
         )
     try:
-        found = runpy.run_path(str(path)).get("tokenize")
+        tokenize = runpy.run_path(str(path)).get("tokenize")
     except Exception as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
-    if not callable(found):
+    if not callable(tokenize):
         raise UserError(f"{path} must define a function 'tokenize', of a line to a list of strings")
-    own: Tokenize = found
-    return own
+    checked: Tokenize = tokenize
+    return checked
 
 
 def read(splits: Path | Mapping[str, Source], vocabulary: int | None = None, tokenize: Tokenize = str.split) -> Corpus:
@@ -296,10 +296,10 @@ def _vocabulary(source: Source, size: int | None, tokenize: Tokenize) -> tuple[s
 
 def _numbered(source: Source, numbers: dict[str, int], tokenize: Tokenize) -> Text:
     unknown = numbers[UNKNOWN]
-    found = array("i")
+    encoded = array("i")
     for line in _lines(source, tokenize):
-        found.extend([numbers.get(word, unknown) for word in line])
-    return Text(torch.frombuffer(found, dtype=torch.int32).clone(), source.paths[0])
+        encoded.extend([numbers.get(word, unknown) for word in line])
+    return Text(torch.frombuffer(encoded, dtype=torch.int32).clone(), source.paths[0])
 
 
 def _lines(source: Source, tokenize: Tokenize) -> Iterator[list[str]]:

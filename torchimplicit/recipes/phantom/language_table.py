@@ -108,25 +108,25 @@ def language(config: PhantomLanguage, row: Row, seed: int) -> LanguageConfig:
 def jobs(config: PhantomLanguage) -> list[Job]:
     """All jobs: the published rows seed by seed, then the others, then the costs at the weights of the first seed."""
     recipe = f"language-wikitext{'103' if config.plan.scale == 'paper' else '2'}"
-    made = [
+    planned = [
         Job(f"{name}-{seed}", recipe, language(config, row, seed), {"row": name, "seed": seed})
         for published in (True, False)
         for seed in config.plan.all_seeds
         for name, row in ROWS.items()
         if (row.perplexity is not None) == published
     ]
-    first = [job for job in made if job.key["seed"] == config.plan.first_seed]
+    first = [job for job in planned if job.key["seed"] == config.plan.first_seed]
     names, settings = tuple(job.name for job in first), tuple(job.config for job in first)
-    return [*made, Job(COSTS, "language-costs", CostConfig(names=names, runs=settings, repeats=config.repeats))]
+    return [*planned, Job(COSTS, "language-costs", CostConfig(names=names, runs=settings, repeats=config.repeats))]
 
 
 def figures(config: PhantomLanguage, run: Run) -> dict[str, Any]:
     """Everything a run has written except its settings; only its state if it has written nothing."""
     try:
-        found = run.read_json("results.json")
+        results = run.read_json("results.json")
     except (OSError, json.JSONDecodeError):
         return {"state": run.read()["state"]}
-    return {name: value for name, value in found.items() if name != "settings"}
+    return {name: value for name, value in results.items() if name != "settings"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,21 +163,21 @@ class Trained:
     def validated_after(self, seconds: float) -> list[float]:
         """Validation perplexities after this much training time, interpolated linearly in the logarithm between
         validations. Seeds whose first validation is later are left out."""
-        found = []
+        validations = []
         steps = seconds / self.step_seconds if self.step_seconds else math.nan
         for line in self.runs:
             points = [(v["step"], math.log(v["figures"]["perplexity"])) for v in line["validations"]]
             for (low, one), (high, other) in pairwise(points):
                 if low <= steps <= high * (1 + 1e-9):
-                    found.append(math.exp(one + (other - one) * (steps - low) / (high - low)))
+                    validations.append(math.exp(one + (other - one) * (steps - low) / (high - low)))
                     break
-        return found
+        return validations
 
 
 def measured(runs: Runs) -> Mapping[str, Any]:
     """The timings: ``costs`` by run and kind of step, and ``radius`` by run; empty if there are none."""
-    found = runs.named(COSTS)
-    return found if "costs" in found else {}
+    costs = runs.named(COSTS)
+    return costs if "costs" in costs else {}
 
 
 def both(cost: Mapping[str, float]) -> float:
@@ -187,9 +187,9 @@ def both(cost: Mapping[str, float]) -> float:
 
 def trained(config: PhantomLanguage, runs: Runs) -> dict[str, Trained]:
     """The rows that have runs."""
-    made = {}
+    by_row = {}
     for name, row in ROWS.items():
-        own = Runs(line for line in runs.where(row=name) if line["validations"] is not None)
+        lines = Runs(line for line in runs.where(row=name) if line["validations"] is not None)
         first = f"{name}-{config.plan.first_seed}"
         costs = measured(runs).get("costs", {}).get(first)
         seconds = None
@@ -197,9 +197,9 @@ def trained(config: PhantomLanguage, runs: Runs) -> dict[str, Trained]:
             seconds = both(costs["implicit" if row.gradient == "implicit" else "phantom"])
             if row.jacobian:
                 seconds += language(config, row, 0).equilibria.jacobian_probability * both(costs["penalty"])
-        if own:
-            made[name] = Trained(row, own, seconds, measured(runs).get("radius", {}).get(first))
-    return made
+        if lines:
+            by_row[name] = Trained(row, lines, seconds, measured(runs).get("radius", {}).get(first))
+    return by_row
 
 
 def sheets(config: PhantomLanguage, runs: Runs) -> Iterator[TitledTable]:
@@ -388,12 +388,12 @@ def _curves(rows: dict[Trained, float], label: str) -> Figure:
     """The rows' curves, with a given step width."""
     figure, (ax,) = axes()
     for index, (one, width) in enumerate(rows.items()):
-        found: dict[int, list[float]] = {}
+        curves: dict[int, list[float]] = {}
         for line in one.runs:
             for validation in line["validations"]:
-                found.setdefault(validation["step"], []).append(validation["figures"]["perplexity"])
-        steps = sorted(found)
-        means = [fmean(found[step]) for step in steps]
+                curves.setdefault(validation["step"], []).append(validation["figures"]["perplexity"])
+        steps = sorted(curves)
+        means = [fmean(curves[step]) for step in steps]
         ax.plot([width * step for step in steps], means, label=one.row.label, **style(index))
     ax.set(yscale="log", xlabel=label, ylabel="Validation perplexity")
     ax.legend()

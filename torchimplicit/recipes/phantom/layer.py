@@ -238,20 +238,20 @@ class Measurement:
         return probe_gradient(self.problem, self.z, gradient=gradient, cotangent=self.u, wrt=self.wrt)
 
     def _point(self, name: str, gradient: Gradient, steps: int, damping: float) -> GridPoint:
-        found = compared(self._probe(gradient), self.exact)
-        return GridPoint(name, steps, damping, found.cosine, found.norm_ratio)
+        comparison = compared(self._probe(gradient), self.exact)
+        return GridPoint(name, steps, damping, comparison.cosine, comparison.norm_ratio)
 
     def _adapted(self, error: float) -> Adapted:
         gradient = AdaptivePhantom(tolerance=error, contraction=self.config.norm, max_steps=500)
-        found = self._probe(gradient)
-        assert isinstance(found.report, PhantomReport)
-        gap = (found.adjoint - self.exact.adjoint).norm(dim=1) / self.exact.adjoint.norm(dim=1)
+        estimate = self._probe(gradient)
+        assert isinstance(estimate.report, PhantomReport)
+        gap = (estimate.adjoint - self.exact.adjoint).norm(dim=1) / self.exact.adjoint.norm(dim=1)
         return Adapted(
             asked=error,
             error=float(gap.max()),
-            steps=float(found.report.steps.double().mean()),
-            damping=float(found.report.damping.mean()),
-            cosine=compared(found, self.exact).cosine,
+            steps=float(estimate.report.steps.double().mean()),
+            damping=float(estimate.report.damping.mean()),
+            cosine=compared(estimate, self.exact).cosine,
         )
 
     def _drawn(self, gradient: UnbiasedNeumann) -> Drawn:
@@ -280,12 +280,16 @@ def _flat(tensors: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-def grid_table(found: LayerResults) -> Table:
+def grid_table(results: LayerResults) -> Table:
     """The cosines over steps and dampings."""
-    kinds = dict.fromkeys((p.estimator, p.damping) for p in found.grid)
-    steps = dict.fromkeys(p.steps for p in found.grid)
+    kinds = dict.fromkeys((p.estimator, p.damping) for p in results.grid)
+    steps = dict.fromkeys(p.steps for p in results.grid)
     rows = [
-        [name, f"{damping:g}", *(f"{p.cosine:.4f}" for p in found.grid if (p.estimator, p.damping) == (name, damping))]
+        [
+            name,
+            f"{damping:g}",
+            *(f"{p.cosine:.4f}" for p in results.grid if (p.estimator, p.damping) == (name, damping)),
+        ]
         for name, damping in kinds
     ]
     return Table([Column("Cosine"), Column("λ"), *(Column(f"k = {k}") for k in steps)], rows)

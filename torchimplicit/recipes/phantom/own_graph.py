@@ -56,12 +56,12 @@ def read(place: Path, undirected: bool = True) -> NodeGraph:
         UserError: it is neither, a part is missing, or parts contradict one another.
     """
     if place.is_dir():
-        found = _tables(place)
+        tables = _tables(place)
     elif place.suffix == ".npz" and place.is_file():
-        found = _arrays(place)
+        tables = _arrays(place)
     else:
         raise UserError(f"{place} is {'no such file' if place.is_file() else 'not there'}: {SAID}")
-    x, edges, y = found["x"], found["edges"], found["y"]
+    x, edges, y = tables["x"], tables["edges"], tables["y"]
     nodes = len(x)
     if len(y) != nodes:
         raise UserError(f"{place} has {len(y)} labels and {nodes} nodes")
@@ -74,7 +74,7 @@ def read(place: Path, undirected: bool = True) -> NodeGraph:
     names, kinds = np.unique(y, return_inverse=True)
     if len(names) < 2:
         raise UserError(f"{place} has one label only: there is nothing to learn")
-    ends, weights = _both_ways(edges, found.get("weights")) if undirected else (edges, found.get("weights"))
+    ends, weights = _both_ways(edges, tables.get("weights")) if undirected else (edges, tables.get("weights"))
     if weights is not None and not (np.isfinite(weights).all() and (weights >= 0).all()):
         raise UserError(f"{place}: the edges' weights must be finite and not negative")
     return NodeGraph(
@@ -83,7 +83,7 @@ def read(place: Path, undirected: bool = True) -> NodeGraph:
         None if weights is None else torch.from_numpy(np.asarray(weights, dtype=np.float32)),
         torch.from_numpy(kinds.astype(np.int64)),
         tuple(map(str, names.tolist())),
-        _parts(found, nodes, place),
+        _parts(tables, nodes, place),
     )
 
 
@@ -117,26 +117,26 @@ def _arrays(path: Path) -> dict[str, Any]:
     no_larger(path, LARGEST_FILE)
     try:
         with np.load(path, allow_pickle=False) as opened:
-            given = {name: opened[name] for name in opened.files}
+            arrays = {name: opened[name] for name in opened.files}
     except Exception as error:  # archives and headers fail in many ways
         raise UserError(f"{path} is no whole .npz file of numbers ({' '.join(str(error).split())})") from None
 
     def of(*names: str) -> NDArray[Any] | None:
-        return next((given[name] for name in names if name in given), None)
+        return next((arrays[name] for name in names if name in arrays), None)
 
     edges = of("edge_index", "edges", "edges_undirected", "edges_directed")
-    y, x = of("y", "labels", "node_labels"), _features(given, of("x", "features", "node_features"))
-    for what, found in (("x", x), ("edge_index", edges), ("y", y)):
-        if found is None:
-            raise UserError(f"{path} has no {what}; it holds {', '.join(given) or 'nothing'}. {SAID}")
+    y, x = of("y", "labels", "node_labels"), _features(arrays, of("x", "features", "node_features"))
+    for what, array in (("x", x), ("edge_index", edges), ("y", y)):
+        if array is None:
+            raise UserError(f"{path} has no {what}; it holds {', '.join(arrays) or 'nothing'}. {SAID}")
     assert edges is not None
     assert y is not None
     if edges.ndim != 2 or 2 not in edges.shape or edges.dtype.kind not in "iu":
         raise UserError(f"{path}: the edges must be whole numbers [2, edges], and they are {edges.shape} {edges.dtype}")
     parts = {
-        name: found
+        name: array
         for name in ("train", "val", "test")
-        if (found := of(f"{name}_idx", f"{name}_mask", *(["valid_idx", "valid_mask"] if name == "val" else [])))
+        if (array := of(f"{name}_idx", f"{name}_mask", *(["valid_idx", "valid_mask"] if name == "val" else [])))
         is not None
     }
     return {
@@ -148,29 +148,29 @@ def _arrays(path: Path) -> dict[str, Any]:
     }
 
 
-def _features(given: Mapping[str, NDArray[Any]], whole: NDArray[Any] | None) -> NDArray[Any] | None:
+def _features(arrays: Mapping[str, NDArray[Any]], whole: NDArray[Any] | None) -> NDArray[Any] | None:
     """A dense matrix, or one in compressed rows: ``x_data``, ``x_indices``, ``x_indptr`` and ``x_shape``."""
     names = ("x_data", "x_indices", "x_indptr", "x_shape")
-    if whole is not None or not all(name in given for name in names):
+    if whole is not None or not all(name in arrays for name in names):
         return whole if whole is None or whole.ndim == 2 else whole.reshape(len(whole), -1)
     from scipy.sparse import csr_matrix
 
-    values, indices, starts, shape = (given[name] for name in names)
+    values, indices, starts, shape = (arrays[name] for name in names)
     return np.asarray(csr_matrix((values, indices, starts), shape=tuple(shape)).todense())
 
 
-def _parts(found: Mapping[str, Any], nodes: int, place: Path) -> tuple[Tensor, Tensor, Tensor] | None:
-    if not all(name in found for name in ("train", "val", "test")):
+def _parts(tables: Mapping[str, Any], nodes: int, place: Path) -> tuple[Tensor, Tensor, Tensor] | None:
+    if not all(name in tables for name in ("train", "val", "test")):
         return None
-    made = []
+    parts = []
     for name in ("train", "val", "test"):
-        part = np.flatnonzero(found[name]) if found[name].dtype == bool else found[name].astype(np.int64)
+        part = np.flatnonzero(tables[name]) if tables[name].dtype == bool else tables[name].astype(np.int64)
         if not len(part) or part.min() < 0 or part.max() >= nodes:
             raise UserError(f"{place}: its part '{name}' must name nodes from 0 to {nodes - 1}")
-        made.append(torch.from_numpy(part))
-    if len(torch.unique(torch.cat(made))) < sum(map(len, made)):
+        parts.append(torch.from_numpy(part))
+    if len(torch.unique(torch.cat(parts))) < sum(map(len, parts)):
         raise UserError(f"{place}: a node is in two of its parts for training, validation and testing")
-    return made[0], made[1], made[2]
+    return parts[0], parts[1], parts[2]
 
 
 # -- From two tables ---------------------------------------------------------------------------------------------------
@@ -178,8 +178,8 @@ def _parts(found: Mapping[str, Any], nodes: int, place: Path) -> tuple[Tensor, T
 
 def _tables(folder: Path) -> dict[str, Any]:
     nodes, edges = _rows(folder / "nodes.csv"), _rows(folder / "edges.csv")
-    found: dict[str, Any] = {"y": np.array([row[-1] for row in nodes])}
-    found["x"] = _numbers(folder / "nodes.csv", [row[:-1] for row in nodes])
+    tables: dict[str, Any] = {"y": np.array([row[-1] for row in nodes])}
+    tables["x"] = _numbers(folder / "nodes.csv", [row[:-1] for row in nodes])
     table = _numbers(folder / "edges.csv", edges)
     if table.shape[1] not in (2, 3):
         raise UserError(
@@ -187,9 +187,9 @@ def _tables(folder: Path) -> dict[str, Any]:
         )
     if (table[:, :2] % 1).any():
         raise UserError(f"{folder / 'edges.csv'}: an edge's ends must be whole numbers")
-    found["edges"] = table[:, :2].astype(np.int64).T
-    found["weights"] = table[:, 2] if table.shape[1] == 3 else None
-    return found
+    tables["edges"] = table[:, :2].astype(np.int64).T
+    tables["weights"] = table[:, 2] if table.shape[1] == 3 else None
+    return tables
 
 
 def _rows(path: Path) -> list[list[str]]:

@@ -84,8 +84,8 @@ def _read(folder: Path, names: list[str], size: int, colours: Colours) -> Labell
     from torchimplicit.recipes.phantom.imagenet import middle
 
     files = [[p for p in sorted((folder / name).rglob("*")) if p.suffix.lower() in ENDINGS] for name in names]
-    for name, own in zip(names, files, strict=True):
-        if not own:
+    for name, paths in zip(names, files, strict=True):
+        if not paths:
             raise UserError(f"{folder / name} holds no images ({', '.join(sorted(ENDINGS))})")
     channels, count = (3 if colours == "colour" else 1), sum(map(len, files))
     if count * channels * size**2 > MOST_BYTES:
@@ -94,14 +94,14 @@ def _read(folder: Path, names: list[str], size: int, colours: Colours) -> Labell
             "pixels, or images-imagenet, which reads them one by one from train/<class> and val/<class>"
         )
     images = torch.empty(count, channels, size, size, dtype=torch.uint8)
-    for place, path in enumerate(path for own in files for path in own):
+    for place, path in enumerate(path for paths in files for path in paths):
         try:
             with Image.open(path) as opened:
                 image = middle(opened.convert("RGB" if channels == 3 else "L"), size)
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{path} is no image, or is cut short ({error})") from None
         images[place] = torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1)
-    labels = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(own) for own in files]))
+    labels = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(paths) for paths in files]))
     return Labelled(images, labels)
 
 

@@ -87,16 +87,16 @@ def training(config: PrecisionConfig, gradient: GradientName, seed: int) -> Imag
 
 def jobs(config: PrecisionConfig) -> list[Job]:
     """All jobs: layers of both kinds and trainings with both gradients, for every seed."""
-    made: list[Job] = []
+    planned: list[Job] = []
     for place, seed in enumerate(config.plan.all_seeds):
         for weight in WEIGHTS:
             layer, key = replace(LAYER, weight=weight, seed=seed), {"weight": weight, "seed": seed}
-            made.append(Job(f"layer_{weight}_{seed}", "phantom-layer", layer, key, f"layers/{weight}-{place}"))
+            planned.append(Job(f"layer_{weight}_{seed}", "phantom-layer", layer, key, f"layers/{weight}-{place}"))
         for gradient in TRAINED:
             one, name = training(config, gradient, seed), f"training_{gradient}_{seed}"
             recorded = f"trainings/{gradient}-{place}"
-            made.append(Job(name, "phantom-training", one, {"gradient": gradient, "seed": seed}, recorded))
-    return made
+            planned.append(Job(name, "phantom-training", one, {"gradient": gradient, "seed": seed}, recorded))
+    return planned
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,13 @@ class Measurement:
 
 def figures(config: PrecisionConfig, run: Run) -> Any:
     """A layer's measurements, or a training's history, whose last entry also has the test accuracy."""
-    found = table.read("results.json")(config, run)
-    if found is None or run.path.name.startswith("layer"):
-        return found
+    results = table.read("results.json")(config, run)
+    if results is None or run.path.name.startswith("layer"):
+        return results
     looks = [asdict(look) for look in looks_of(run)]
     if not looks:
         return None
-    looks[-1]["accuracy"] = found["test"] and found["test"]["figures"]["accuracy"]
+    looks[-1]["accuracy"] = results["test"] and results["test"]["figures"]["accuracy"]
     return looks
 
 
@@ -136,17 +136,17 @@ def looks_of(run: Run) -> list[Measurement]:
     from torchimplicit.recipes.runtime.log import rows
 
     prefix = "gradient/task.model.equilibrium/"
-    found = []
+    looks = []
     for row in rows(run.metrics):
-        own: dict[str, float] = {}
+        figures: dict[str, float] = {}
         beside: dict[str, dict[str, float]] = defaultdict(dict)
         for name, value in row.items():
             if name.startswith(prefix):
                 estimator, _, figure = name.removeprefix(prefix).rpartition("/")
-                (beside[estimator] if estimator else own)[figure] = value
-        if own or beside:
-            found.append(Measurement(int(row["step"]), own, dict(beside)))
-    return found
+                (beside[estimator] if estimator else figures)[figure] = value
+        if figures or beside:
+            looks.append(Measurement(int(row["step"]), figures, dict(beside)))
+    return looks
 
 
 def layers(runs: Runs, weight: str) -> list[LayerResults]:
@@ -156,10 +156,10 @@ def layers(runs: Runs, weight: str) -> list[LayerResults]:
 
 def trainings(runs: Runs, gradient: str, late: bool = False) -> list[list[Measurement]]:
     """The measurements during every training with a gradient; ``late``: only of the second half."""
-    found = [
+    trained = [
         [Measurement(x["step"], x["own"], x["beside"]) for x in line.figures] for line in runs.where(gradient=gradient)
     ]
-    return [[look for look in looks if not late or look.step > looks[-1].step / 2] for looks in found]
+    return [[look for look in looks if not late or look.step > looks[-1].step / 2] for looks in trained]
 
 
 def flat(trainings: Iterable[list[Measurement]]) -> list[Measurement]:
@@ -395,7 +395,7 @@ def notes(config: PrecisionConfig, runs: Runs) -> Iterator[str]:
             "one sample for which the condition fails would do that, which was not checked."
         )
     for gradient, each in every.items():
-        first, late = [own[0] for own in each], flat(trainings(runs, gradient, late=True))
+        first, late = [first_of[0] for first_of in each], flat(trainings(runs, gradient, late=True))
         radii, cosines = (
             [mean(look.figure(figure) for look in some) for some in (first, late)]
             for figure in ("spectral_radius", "upg-5-0.5/cosine")
@@ -432,9 +432,9 @@ def grid(runs: Runs) -> CaptionedFigure:
     for panel, weight in zip(panels, WEIGHTS, strict=True):
         points = [p for one in layers(runs, weight) for p in one.grid]
         for index, damping in enumerate(LAYER.lambdas if points else ()):
-            own = [p for p in points if p.damping == damping]
+            line = [p for p in points if p.damping == damping]
             upg, npg = (
-                [[p.cosine for p in own if (p.estimator, p.steps) == (name, k)] for k in LAYER.ks]
+                [[p.cosine for p in line if (p.estimator, p.steps) == (name, k)] for k in LAYER.ks]
                 for name in ("UPG", "NPG")
             )
             look = {**style(index), "marker": ""}

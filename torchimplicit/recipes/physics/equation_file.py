@@ -64,9 +64,9 @@ def _of_file(path: Path, digest: str) -> Given:
         raise UserError(f"{path}, line {_line(path, error)}: {type(error).__name__}: {error}") from None
     equation, field = names.get("equation"), names.get("field")
     if not isinstance(equation, Equation):
-        found = "does not define it" if equation is None else f"it is a {type(equation).__name__}"
+        cause = "does not define it" if equation is None else f"it is a {type(equation).__name__}"
         raise UserError(
-            f"{path} must define 'equation', an Equation of torchimplicit.recipes.physics.statement; {found}"
+            f"{path} must define 'equation', an Equation of torchimplicit.recipes.physics.statement; {cause}"
         )
     if field is not None and not callable(field):
         raise UserError(f"{path}: 'field' must be a function of the equation that makes its model")

@@ -41,10 +41,10 @@ def initial_value(
     def integrated() -> Any:
         from scipy.integrate import solve_ivp  # heavy, and settings are made without it
 
-        found = solve_ivp(
+        trajectory = solve_ivp(
             lambda t, y: slope(*y), span, list(start.values()), "DOP853", rtol=1e-12, atol=1e-14, dense_output=True
         )
-        return found.sol
+        return trajectory.sol
 
     def inside(p: At) -> list[Tensor]:
         rates = slope(*(getattr(p, name) for name in names))

@@ -198,9 +198,9 @@ def figures(config: PhysicsInformedConfig, run: Run) -> dict[str, Any] | None:
         return None
     names = {"residuals": "residual_evaluations", "jacobians": "jacobian_evaluations"}
     kept = ("loss", "validation", "parameters", "iterations", "seconds", "residuals", "jacobians", "rejected")
-    found = {names.get(name, name): one[name] for name in (*kept, "unconverged")}
+    figures_of = {names.get(name, name): one[name] for name in (*kept, "unconverged")}
     same: dict[str, Any] = next((look for look in one["looks"] if look["iteration"] == config.equal_iterations), {})
-    return {**one["errors"], **found, "equal": {name: same.get(name) for name in MEASURES}}
+    return {**one["errors"], **figures_of, "equal": {name: same.get(name) for name in MEASURES}}
 
 
 def errors(runs: Runs, row: Row) -> list[float]:
@@ -210,8 +210,8 @@ def errors(runs: Runs, row: Row) -> list[float]:
 
 def held_out(runs: Runs, row: Row) -> float:
     """Median over the seeds of the loss at held-out points; infinite if equilibria were not found."""
-    found = [line["validation"] for line in runs.where(row=row)]
-    return median(math.inf if loss is None else loss for loss in found)
+    losses = [line["validation"] for line in runs.where(row=row)]
+    return median(math.inf if loss is None else loss for loss in losses)
 
 
 def middle(runs: Runs, path: str) -> Callable[[Row], float]:
@@ -238,11 +238,11 @@ def sheets(config: PhysicsInformedConfig, runs: Runs) -> Iterator[TitledTable]:
 
 def sheet(config: PhysicsInformedConfig, runs: Runs, equation: EquationName) -> TitledTable:
     """The errors on one equation; below them, those of a constant."""
-    own = MEASURE[equation]
+    measure = MEASURE[equation]
     also = runs.where(equation=equation).column("iae")
-    other = "relative_l2" if own == "iae" else "iae" if also else None
+    other = "relative_l2" if measure == "iae" else "iae" if also else None
     still = constant(equation)
-    constants = {MEASURES[own]: still[own], **({MEASURES[other]: still[other]} if other else {})}
+    constants = {MEASURES[measure]: still[measure], **({MEASURES[other]: still[other]} if other else {})}
 
     def cell(title: str, of: Callable[[Row], str], unit: str = "", note: str = "") -> Cell[Row | None]:
         last = "constant (the start, or zero)" if title == "Model and optimizer" else table.NONE
@@ -253,11 +253,11 @@ def sheet(config: PhysicsInformedConfig, runs: Runs, equation: EquationName) -> 
     cells = [
         cell("Model and optimizer", lambda row: row.label),
         cell("Weights", lambda row: str(runs.of(row, "parameters")[0])),
-        cell(MEASURES[own], lambda row: f"{median(errors(runs, row)):.1e}", "", "median over the seeds"),
+        cell(MEASURES[measure], lambda row: f"{median(errors(runs, row)):.1e}", "", "median over the seeds"),
         cell("Least–largest", lambda row: f"{min(errors(runs, row)):.1e} – {max(errors(runs, row)):.1e}"),
         *([cell(MEASURES[other], lambda row: f"{median(runs.of(row, other)):.1e}", "", "median")] if other else []),
         cell(f"After {config.equal_iterations} iterations", lambda row: _equal(runs, row), "",
-             f"{MEASURES[own]}, median, Gauss–Newton"),
+             f"{MEASURES[measure]}, median, Gauss–Newton"),
         cell("Loss", lambda row: f"{middle(runs, 'loss')(row):.1e}", "", "median, at the end"),
         cell("Held-out loss", lambda row: f"{held_out(runs, row):.1e}", "", "median; the equation at other points"),
         cell("Iterations", lambda row: f"{middle(runs, 'iterations')(row):.0f}", "", "median"),
@@ -272,8 +272,8 @@ def sheet(config: PhysicsInformedConfig, runs: Runs, equation: EquationName) -> 
 
 
 def _equal(runs: Runs, row: Row) -> str:
-    found = runs.of(row, f"equal.{MEASURE[row.equation]}")
-    return f"{median(found):.1e}" if found else table.NONE
+    values = runs.of(row, f"equal.{MEASURE[row.equation]}")
+    return f"{median(values):.1e}" if values else table.NONE
 
 
 def constant(equation: EquationName) -> dict[str, float]:
@@ -287,13 +287,13 @@ def constant(equation: EquationName) -> dict[str, float]:
 
 def best(runs: Runs, some: list[Row], kind: str, states: int) -> Row | None:
     """The row of a kind and size with the least held-out loss. The error must not be used to select."""
-    own = [
+    trained = [
         row
         for row in some
         if row.model == f"network-{states}" or (kind == "equilibrium" and row.model.startswith(f"equilibrium-{states}"))
     ]
-    own = [row for row in own if row.model.startswith(kind)]
-    return min(own, key=lambda row: held_out(runs, row)) if own else None
+    trained = [row for row in trained if row.model.startswith(kind)]
+    return min(trained, key=lambda row: held_out(runs, row)) if trained else None
 
 
 def claims(config: PhysicsInformedConfig, runs: Runs) -> Iterator[Claim]:
@@ -302,18 +302,18 @@ def claims(config: PhysicsInformedConfig, runs: Runs) -> Iterator[Claim]:
         for row in there(config, runs, "van-der-pol"):
             if row.model == f"equilibrium-{states}":
                 seconds = settings_of(config, row.equation, row.model, row.optimizer, 0).seconds
-                own = errors(runs, row)
+                medians = errors(runs, row)
                 yield Claim(
                     f"Van der Pol, {states} states, {OPTIMIZERS[row.optimizer]}: IAE at most {aim:g} with every seed, "
                     f"in {seconds:g} s",
-                    f"largest of {len(own)} seeds {max(own):.1e}, median {median(own):.1e}",
-                    max(own) <= aim,
+                    f"largest of {len(medians)} seeds {max(medians):.1e}, median {median(medians):.1e}",
+                    max(medians) <= aim,
                 )
     for equation in equations(config):
-        found = there(config, runs, equation)
+        rows = there(config, runs, equation)
         title = EQUATIONS[equation].title
         for states in AIMS:
-            pair = [best(runs, found, kind, states) for kind in ("equilibrium", "network")]
+            pair = [best(runs, rows, kind, states) for kind in ("equilibrium", "network")]
             yield from _compared(
                 f"{title}, equal time: the equilibrium with {states} states is at least as accurate as the network of "
                 "its size, bound and optimizer by the held-out loss",
@@ -321,7 +321,7 @@ def claims(config: PhysicsInformedConfig, runs: Runs) -> Iterator[Claim]:
                 pair,
                 MEASURE[equation],
             )
-            newton = [row for row in found if row.optimizer == "least-squares"]
+            newton = [row for row in rows if row.optimizer == "least-squares"]
             pair = [best(runs, newton, kind, states) for kind in ("equilibrium", "network")]
             yield from _compared(
                 f"{title}, {config.equal_iterations} Gauss–Newton iterations each: the equilibrium with {states} "
@@ -331,7 +331,7 @@ def claims(config: PhysicsInformedConfig, runs: Runs) -> Iterator[Claim]:
                 f"equal.{MEASURE[equation]}",
             )
         free, bounded = (Row(equation, f"equilibrium-20{name}", "least-squares") for name in ("", "-bound-1"))
-        if free in found and bounded in found:
+        if free in rows and bounded in rows:
             yield from _compared(
                 f"{title}: 20 states are at least as accurate without a bound as with bound 1, in equal time",
                 runs,
@@ -350,11 +350,11 @@ def claims(config: PhysicsInformedConfig, runs: Runs) -> Iterator[Claim]:
 
 def _compared(statement: str, runs: Runs, pair: list[Row | None], path: str) -> Iterator[Claim]:
     rows = [row for row in pair if row is not None]
-    found = [runs.of(row, path) for row in rows]
-    if len(rows) == 2 and all(found):
-        medians = [median(each) for each in found]
-        told = [f"{e:.1e} ({row.label})" for e, row in zip(medians, rows, strict=True)]
-        yield Claim(statement, f"median error {' against '.join(told)}", medians[0] <= medians[1])
+    errors_of = [runs.of(row, path) for row in rows]
+    if len(rows) == 2 and all(errors_of):
+        medians = [median(each) for each in errors_of]
+        texts = [f"{e:.1e} ({row.label})" for e, row in zip(medians, rows, strict=True)]
+        yield Claim(statement, f"median error {' against '.join(texts)}", medians[0] <= medians[1])
 
 
 def protocol(config: PhysicsInformedConfig, runs: Runs) -> str:
@@ -382,16 +382,16 @@ def notes(config: PhysicsInformedConfig, runs: Runs) -> Iterator[str]:
     paces = []
     for equation in equations(config):
         title, ranked = EQUATIONS[equation].title, sorted(there(config, runs, equation), key=middle(runs, "loss"))
-        told = []
+        sentences = []
         for kind in ("equilibrium", "network"):
             of_kind = [row for row in ranked if (MODELS[row.model].states is None) == (kind == "network")]
             for row in of_kind[:1]:
-                told.append(
+                sentences.append(
                     f"of the {kind} models, {MODELS[row.model].label} with {OPTIMIZERS[row.optimizer]} has an error of "
                     f"{median(errors(runs, row)):.1e}"
                 )
-        if told:
-            yield f"{title}, by the least training loss: {'; '.join(told)} in the median."
+        if sentences:
+            yield f"{title}, by the least training loss: {'; '.join(sentences)} in the median."
         one, other = (Row(equation, f"{kind}-20", "least-squares") for kind in ("equilibrium", "network"))
         if one in ranked and other in ranked:
             paces.append(f"{title} {pace(runs, one):.0f} against {pace(runs, other):.0f} ms")
@@ -481,39 +481,41 @@ def against_seconds(runs: Runs, folders: Mapping[str, Run], equation: EquationNa
     return figure
 
 
-def _lines(name: EquationName, made: dict[str, Array]) -> Figure:
+def _lines(name: EquationName, predictions: dict[str, Array]) -> Figure:
     from torchimplicit.recipes.physics.pictures import lines
 
     equation = EQUATIONS[name]
     grid = equation.points()
     right = equation.reference(grid)
     assert right is not None
-    shown = "equilibrium-5" if "equilibrium-5" in made else next(iter(made))
+    shown = "equilibrium-5" if "equilibrium-5" in predictions else next(iter(predictions))
     figure, (left, other) = axes(2, width=5.4)
-    lines(left, equation, made[shown])
+    lines(left, equation, predictions[shown])
     left.set_title(f"{MODELS[shown].label} (lines), trusted (dots)")
-    for model, found in made.items():
-        gap = np.maximum(np.abs(found - right).max(1), 1e-17)
+    for model, prediction in predictions.items():
+        gap = np.maximum(np.abs(prediction - right).max(1), 1e-17)
         other.plot(grid[:, 0], gap, linewidth=1.2, label=MODELS[model].label, **_look(model))
     other.set(xlabel=next(iter(equation.inputs)), yscale="log", title="largest absolute error of a component")
     other.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
-def _maps(name: EquationName, made: dict[str, Array]) -> Figure:
+def _maps(name: EquationName, predictions: dict[str, Array]) -> Figure:
     from torchimplicit.recipes.physics.pictures import colours
 
     equation = EQUATIONS[name]
     right = equation.reference(equation.points())
     assert right is not None
-    chosen: list[str] = [model for model in ("equilibrium-20", "equilibrium-20-bound-1", "network-20") if model in made]
-    chosen = chosen or list(made)[:2]
-    gaps = {model: np.log10(np.maximum(np.abs(made[model] - right)[:, 0], 1e-12)) for model in chosen}
+    chosen: list[str] = [
+        model for model in ("equilibrium-20", "equilibrium-20-bound-1", "network-20") if model in predictions
+    ]
+    chosen = chosen or list(predictions)[:2]
+    gaps = {model: np.log10(np.maximum(np.abs(predictions[model] - right)[:, 0], 1e-12)) for model in chosen}
     low = min(float(np.quantile(gap, 0.05)) for gap in gaps.values())
     high = max(float(gap.max()) for gap in gaps.values())
     figure, (first, *others) = axes(1 + len(gaps), width=4.4, height=3.6)
     title = f"{MODELS[chosen[0]].label}: solution"
-    colours(first, equation, made[chosen[0]][:, 0], title, cmap="RdBu_r")
+    colours(first, equation, predictions[chosen[0]][:, 0], title, cmap="RdBu_r")
     for plot, (model, gap) in zip(others, gaps.items(), strict=True):
         title = f"{MODELS[model].label}: log₁₀ of the error"
         colours(plot, equation, gap, title, cmap="viridis", vmin=low, vmax=high)

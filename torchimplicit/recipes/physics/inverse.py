@@ -114,8 +114,8 @@ def noise(row: Row) -> str:
 
 def sheets(config: PhysicsInverseConfig, runs: Runs) -> Iterator[TitledTable]:
     """One table, with a row for every parameter of an equation."""
-    found = [(row, name) for row in there(config, runs) for name in runs.of(row, "unknown")[0]]
-    if not found:
+    unknowns = [(row, name) for row in there(config, runs) for name in runs.of(row, "unknown")[0]]
+    if not unknowns:
         return
 
     def of(pair: tuple[Row, str]) -> list[float]:
@@ -132,10 +132,10 @@ def sheets(config: PhysicsInverseConfig, runs: Runs) -> Iterator[TitledTable]:
         return f"{fmean(each) - right:+.1e}"
 
     def error(pair: tuple[Row, str]) -> str:
-        own = runs.of(pair[0], "errors.relative_l2")
-        return f"{median(own):.1e}" if own else table.NONE
+        values = runs.of(pair[0], "errors.relative_l2")
+        return f"{median(values):.1e}" if values else table.NONE
 
-    yield table.sheet("Parameters", found, [
+    yield table.sheet("Parameters", unknowns, [
         Cell("Equation", lambda pair: runs.of(pair[0], "title")[0]),
         Cell("Model", lambda pair: pair[0].model),
         Cell("Noise", lambda pair: noise(pair[0]), "", "of the values, as a share of their deviation"),
@@ -200,18 +200,18 @@ def drawings(config: PhysicsInverseConfig, runs: Runs, folders: Mapping[str, Run
     if not names:
         return
     figure, panels = axes(len(names), width=4.6, height=3.6)
-    for panel, (title, own) in zip(panels, names.items(), strict=True):
-        parameter = next(iter(runs.of(own[0], "unknown")[0]))
-        for place, row in enumerate(own):
+    for panel, (title, rows_of) in zip(panels, names.items(), strict=True):
+        parameter = next(iter(runs.of(rows_of[0], "unknown")[0]))
+        for place, row in enumerate(rows_of):
             each = runs.of(row, f"unknown.{parameter}")
             colour = COLOURS[config.models.index(row.model)]
             spread = stdev(each) if len(each) > 1 else 0.0
             panel.plot([place] * len(each), each, "o", color=colour, markersize=3, alpha=0.5)
             panel.errorbar([place + 0.15], [fmean(each)], [spread], color=colour, marker="s", markersize=4, capsize=3)
-        if known := runs.of(own[0], f"true.{parameter}"):
+        if known := runs.of(rows_of[0], f"true.{parameter}"):
             panel.axhline(known[0], color="black", linewidth=1, linestyle=":")
         panel.set(title=title, ylabel=parameter)
-        panel.set_xticks(range(len(own)), [f"{row.model}\n{noise(row)}" for row in own], fontsize=7)
+        panel.set_xticks(range(len(rows_of)), [f"{row.model}\n{noise(row)}" for row in rows_of], fontsize=7)
     yield CaptionedFigure(
         "parameters",
         figure,

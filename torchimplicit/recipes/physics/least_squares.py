@@ -69,24 +69,24 @@ class LeastSquares:
         self.evaluations += 1
         self.set_weights(vector)
         with torch.no_grad():
-            found = torch.cat([residual.reshape(-1) for residual in self._residuals(None)]).numpy()
+            values = torch.cat([residual.reshape(-1) for residual in self._residuals(None)]).numpy()
         if self._settled():
-            return found
+            return values
         self.rejected += 1
-        return np.full_like(found, np.inf)
+        return np.full_like(values, np.inf)
 
     def jacobian(self, vector: Array) -> Array:
         """``[residuals, weights]``."""
         self.jacobians += 1
         self.set_weights(vector)
         count = len(self.points)
-        own = [p.detach().expand(count, *p.shape).clone().requires_grad_() for p in self.parameters.values()]
-        residuals = self._residuals(dict(zip(self.parameters, own, strict=True)))
+        copies = [p.detach().expand(count, *p.shape).clone().requires_grad_() for p in self.parameters.values()]
+        residuals = self._residuals(dict(zip(self.parameters, copies, strict=True)))
         width = max(residual.shape[1] for residual in residuals)
         rows = []
         for term in range(width):
             total = torch.stack([r[:, term].sum() for r in residuals if r.shape[1] > term]).sum()
-            grads = torch.autograd.grad(total, own, retain_graph=term + 1 < width, materialize_grads=True)
+            grads = torch.autograd.grad(total, copies, retain_graph=term + 1 < width, materialize_grads=True)
             rows.append(torch.cat([g.reshape(count, -1) for g in grads], dim=1))
         blocks, start = [], 0
         for residual in residuals:
@@ -116,12 +116,12 @@ class LeastSquares:
     def _residuals(self, weights: dict[str, Tensor] | None) -> list[Tensor]:
         """``[points, terms]`` of each condition."""
         if weights is None:
-            own, unknown = None, dict(self.model.unknown.items())
+            given_weights, unknown = None, dict(self.model.unknown.items())
         else:
-            own = dict(_below("field.", weights.items()))
+            given_weights = dict(_below("field.", weights.items()))
             unknown = dict(_below("unknown.", weights.items()))
-        fields = self.model.field.derivatives(self.points, self.orders, own)
-        found, start = [], 0
+        fields = self.model.field.derivatives(self.points, self.orders, given_weights)
+        residuals, start = [], 0
         for condition in self.conditions:
             there = slice(start, start + len(condition.points))
 
@@ -130,9 +130,9 @@ class LeastSquares:
 
             of_points = {name: value[there] if value.ndim else value for name, value in unknown.items()}
             residual = condition(derivative, of_points)
-            found.append(residual * (condition.weight / len(residual)) ** 0.5)
+            residuals.append(residual * (condition.weight / len(residual)) ** 0.5)
             start = there.stop
-        return found
+        return residuals
 
     def _parts(self, whole: Tensor) -> list[Tensor]:
         sizes = [p.numel() for p in self.parameters.values()]

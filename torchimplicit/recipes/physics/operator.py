@@ -107,13 +107,13 @@ def pressure(a: Tensor) -> Tensor:
     from scipy.sparse.linalg import spsolve
 
     n = len(a) - 2
-    own = a.numpy()
+    coefficients = a.numpy()
     index = np.arange(n * n).reshape(n, n)
     diagonal = np.zeros((n, n))
     rows, columns, values = [], [], []
     for axis, step in ((0, 1), (0, -1), (1, 1), (1, -1)):
-        other = np.roll(own, -step, axis)
-        share = (2 * own * other / (own + other))[1:-1, 1:-1] * (n + 1) ** 2
+        other = np.roll(coefficients, -step, axis)
+        share = (2 * coefficients * other / (coefficients + other))[1:-1, 1:-1] * (n + 1) ** 2
         diagonal += share
         there = np.roll(index, -step, axis)
         edge = [slice(None), slice(None)]
@@ -148,12 +148,12 @@ class OperatorTask(SampledTask):
         super().__init__()
         self.config = config
         counts = {"training": config.training_flows, "validation": config.held_out_flows, "test": config.held_out_flows}
-        made = {
+        by_split = {
             name: flows(count, config.grid, config.contrast, 3 * config.data_seed + place)
             for place, (name, count) in enumerate(counts.items())
         }
-        self.sets = {name: Rows(*one) for name, one in made.items()}
-        u = made["training"][1]
+        self.sets = {name: Rows(*one) for name, one in by_split.items()}
+        u = by_split["training"][1]
         self.scale = float(u.std())
         self.model = NeuralOperator(
             config.model,
@@ -182,8 +182,8 @@ class OperatorTask(SampledTask):
         return {"error": total / count}
 
     def describe(self) -> str:
-        made = f"{self.counts} flows on {self.config.grid}² points"
-        return f"Darcy flow: {made}; {self.config.model}, {self.weights} weights."
+        flows = f"{self.counts} flows on {self.config.grid}² points"
+        return f"Darcy flow: {flows}; {self.config.model}, {self.weights} weights."
 
 
 RUNNER = Trainer(OperatorTask)

@@ -25,7 +25,7 @@ CAPTIONS = {
 }
 
 
-def figures(results: Results, equation: Equation, found: Array) -> dict[str, Figure]:
+def figures(results: Results, equation: Equation, values: Array) -> dict[str, Figure]:
     """The figures by the names in :data:`CAPTIONS`, from the field's values on the grid; with more than two
     coordinates, only the training."""
     right = equation.reference(equation.points())
@@ -33,16 +33,16 @@ def figures(results: Results, equation: Equation, found: Array) -> dict[str, Fig
     with styled():
         if len(equation.inputs) == 1:
             drawn["solution"], (plot,) = axes()
-            lines(plot, equation, found)
+            lines(plot, equation, values)
         elif len(equation.inputs) == 2:
-            both = {f"{name}": found[:, i] for i, name in enumerate(equation.outputs)}
+            both = {f"{name}": values[:, i] for i, name in enumerate(equation.outputs)}
             if right is not None:
-                both = {"found": found[:, 0], "trusted": right[:, 0]}
+                both = {"found": values[:, 0], "trusted": right[:, 0]}
             drawn["solution"], plots = axes(len(both), width=4.6, height=3.8)
             for plot, (name, one) in zip(plots, both.items(), strict=True):
                 colours(plot, equation, one, name, cmap="RdBu_r")
         if right is not None and len(equation.inputs) <= 2:
-            drawn["error"] = _error(equation, np.abs(found - right))
+            drawn["error"] = _error(equation, np.abs(values - right))
         return {**drawn, "training": training(results)}
 
 
@@ -75,38 +75,38 @@ def training(results: Results) -> Figure:
     return drawn
 
 
-def lines(plot: Axes, equation: Equation, found: Array) -> None:
+def lines(plot: Axes, equation: Equation, values: Array) -> None:
     """Plot a function of one coordinate on the equation's grid as a line, and the reference solution as dots."""
     grid = equation.points()
     right, some = equation.reference(grid), slice(None, None, max(1, len(grid) // 25))
     for index, name in enumerate(equation.outputs):
         colour = COLOURS[index % len(COLOURS)]
-        plot.plot(grid[:, 0], found[:, index], color=colour, label=name)
+        plot.plot(grid[:, 0], values[:, index], color=colour, label=name)
         if right is not None:
             plot.plot(grid[some, 0], right[some, index], "o", color=colour, markersize=3.5)
     plot.set(xlabel=next(iter(equation.inputs)))
     plot.legend()
 
 
-def colours(plot: Axes, equation: Equation, found: Array, title: str, **look: Any) -> None:
+def colours(plot: Axes, equation: Equation, values: Array, title: str, **look: Any) -> None:
     """Plot a function of two coordinates on the equation's grid, ``[points]``, as a colour map; white outside of the
     domain."""
     import torch
 
     grid = equation.points()
     if equation.where is not None:
-        found = np.where(equation.where(torch.as_tensor(grid)).numpy().ravel(), found, np.nan)
+        values = np.where(equation.where(torch.as_tensor(grid)).numpy().ravel(), values, np.nan)
     first, second = (np.unique(grid[:, i]) for i in (0, 1))
-    image = plot.pcolormesh(first, second, found.reshape(len(first), len(second)).T, rasterized=True, **look)
+    image = plot.pcolormesh(first, second, values.reshape(len(first), len(second)).T, rasterized=True, **look)
     plot.figure.colorbar(image, ax=plot)
     across, up = equation.inputs
     plot.set(xlabel=across, ylabel=up, title=title)
     plot.grid(False)
 
 
-def write_report(results: Results, equation: Equation, found: Array, run: Run) -> None:
+def write_report(results: Results, equation: Equation, values: Array, run: Run) -> None:
     """Write ``figures/*.png`` and a self-contained ``index.html``."""
-    drawn = figures(results, equation, found)
+    drawn = figures(results, equation, values)
     with styled():
         pictures = saved([CaptionedFigure(name, one, CAPTIONS[name]) for name, one in drawn.items()], run)
     unknown = ", ".join(f"{name} = {value:.6g}" for name, value in results.unknown.items())

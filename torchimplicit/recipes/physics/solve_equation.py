@@ -218,12 +218,12 @@ def field(config: PhysicsConfig) -> Field:
                 return NetworkField(*box, outputs=outputs, width=config.width, depth=config.depth)
             if stated.field is None:
                 raise UserError(f"--model own takes the model that {config.equation} defines as 'field(equation)'")
-            made = stated.field(equation)
-            if not isinstance(made, Field):
+            model = stated.field(equation)
+            if not isinstance(model, Field):
                 raise UserError(
-                    f"'field' of {config.equation} must return a Field, and it gives a {type(made).__name__}"
+                    f"'field' of {config.equation} must return a Field, and it gives a {type(model).__name__}"
                 )
-            return made.double()
+            return model.double()
         finally:
             torch.set_default_dtype(before)
 
@@ -237,15 +237,15 @@ def problem_of(config: PhysicsConfig) -> LeastSquares:
 def train(config: PhysicsConfig, run: Run, console: Console) -> bool:
     """Train from the last checkpoint, and write ``results.json``, ``figures/`` and ``index.html``."""
     stated, problem = given(config.equation), problem_of(config)
-    equation, made = stated.equation, problem.model.field
+    equation, model = stated.equation, problem.model.field
     history = _resumed(problem.model, stated.digest, run)
 
     def look(loss: float, measured: bool) -> None:
-        errors = equation.errors(values(made, equation)) if measured else {}
-        found = errors.get("relative_l2", math.nan), errors.get("iae", math.nan)
+        errors = equation.errors(values(model, equation)) if measured else {}
+        error = errors.get("relative_l2", math.nan), errors.get("iae", math.nan)
         if history.looks and history.looks[-1].iteration == history.iterations:
             history.looks.pop()
-        history.looks.append(Measurement(history.iterations, history.seconds, loss, *found))
+        history.looks.append(Measurement(history.iterations, history.seconds, loss, *error))
 
     limits = Budget(
         iterations=config.iterations,
@@ -273,7 +273,7 @@ def train(config: PhysicsConfig, run: Run, console: Console) -> bool:
         results = _results(config, equation, problem, history, "interrupted" if keeper.interrupted else "complete")
         run.write_json("results.json", results)
         if config.page:
-            _write_report(results, equation, made, run)
+            _write_report(results, equation, model, run)
     _say(results, console)
     return not keeper.interrupted
 
@@ -292,16 +292,16 @@ def evaluate(config: PhysicsConfig, run: Run, console: Console) -> None:
     _say(results, console)
 
 
-def _write_report(results: Results, equation: Equation, made: Field, run: Run) -> None:
+def _write_report(results: Results, equation: Equation, model: Field, run: Run) -> None:
     from torchimplicit.recipes.physics.pictures import write_report
 
-    write_report(results, equation, values(made, equation), run)
+    write_report(results, equation, values(model, equation), run)
 
 
-def values(made: Field, equation: Equation) -> Array:
+def values(model: Field, equation: Equation) -> Array:
     """The field on the equation's grid."""
     with torch.no_grad():
-        return np.asarray(made(torch.as_tensor(equation.points())).numpy())
+        return np.asarray(model(torch.as_tensor(equation.points())).numpy())
 
 
 def restored(config: PhysicsConfig, run: Run) -> Field:
@@ -339,13 +339,13 @@ def _resumed(model: Solved, digest: str, run: Run) -> History:
 
 
 def _results(config: PhysicsConfig, equation: Equation, problem: LeastSquares, history: History, state: str) -> Results:
-    made = problem.model.field
-    errors = equation.errors(values(made, equation))
-    converged = made.converged
+    model = problem.model.field
+    errors = equation.errors(values(model, equation))
+    converged = model.converged
     held_out = LeastSquares(problem.model, equation.stated(config.points, config.seed, held_out=True))
     return Results(
         state=state,
-        parameters=sum(p.numel() for p in made.parameters()),
+        parameters=sum(p.numel() for p in model.parameters()),
         reference="" if equation.trusted is None else equation.source,
         errors=errors,
         unknown=problem.model.found(),
@@ -364,11 +364,11 @@ def _results(config: PhysicsConfig, equation: Equation, problem: LeastSquares, h
 
 
 def _say(results: Results, console: Console) -> None:
-    found = {name: f"{value:.6g}" for name, value in results.unknown.items()}
-    told = {**results.errors, "loss": results.loss, "held-out loss": results.validation}
-    names = ["Model", "Weights", *found, *told, "Iterations", "Seconds"]
-    numbers = [f"{value:.2e}" for value in told.values()]
-    row = [results.config.model, str(results.parameters), *found.values(), *numbers, str(results.iterations)]
+    unknown = {name: f"{value:.6g}" for name, value in results.unknown.items()}
+    figures = {**results.errors, "loss": results.loss, "held-out loss": results.validation}
+    names = ["Model", "Weights", *unknown, *figures, "Iterations", "Seconds"]
+    numbers = [f"{value:.2e}" for value in figures.values()]
+    row = [results.config.model, str(results.parameters), *unknown.values(), *numbers, str(results.iterations)]
     console.print(Table([Column(name) for name in names], [[*row, f"{results.seconds:.1f}"]]).rich())
     if results.unconverged:
         console.print(

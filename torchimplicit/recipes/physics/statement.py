@@ -60,10 +60,10 @@ class At:
         if name in self._names.unknown:
             value: Tensor = self._unknown[name]
             return value
-        found = self._names.derivative(name)
-        if found is None:
+        derivative = self._names.derivative(name)
+        if derivative is None:
             raise UserError(f"the equation asks for '{name}', and there is none; there are {self._names.listed()}")
-        return self._derivatives(*found)
+        return self._derivatives(*derivative)
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,8 @@ class Measured:
                 rows = list(csv.DictReader(file))
             missing = [name for name in (*inputs, *outputs) if not rows or name not in rows[0]]
             if missing:
-                found = ", ".join(rows[0]) if rows else "nothing below its header"
-                raise UserError(f"{path} has no column '{missing[0]}'; it has {found}")
+                header = ", ".join(rows[0]) if rows else "nothing below its header"
+                raise UserError(f"{path} has no column '{missing[0]}'; it has {header}")
             table = {name: [float(row[name]) for row in rows] for name in (*inputs, *outputs)}
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror})") from None
@@ -251,10 +251,10 @@ class Equation:
         """The conditions, and the equation itself at ``count`` points; with ``held_out`` at other points."""
         some = max(8, round(count**0.5))
         conditions = [c.condition(seed) if isinstance(c, Measured) else c for c in self.conditions]
-        found = [
+        defined = [
             Stated(self, c.residual, self._points(c.at, max(2, round(c.dense * some))), c.weight) for c in conditions
         ]
-        return [*found, Stated(self, self.inside, self._inner(count, seed, held_out), self.weight)]
+        return [*defined, Stated(self, self.inside, self._inner(count, seed, held_out), self.weight)]
 
     def _points(self, at: Mapping[str, float] | Tensor | Callable[[int], Tensor], count: int) -> Tensor:
         if callable(at):
@@ -301,14 +301,16 @@ class Equation:
         """The trusted solution ``[points, outputs]`` at ``[points, inputs]``, if there is one."""
         if self.trusted is None:
             return None
-        found = self.trusted(*x.T)
-        found = np.stack(found, axis=1) if isinstance(found, list | tuple) else np.asarray(found).reshape(len(x), -1)
-        if found.shape != (len(x), len(self.outputs)):
+        values = self.trusted(*x.T)
+        values = (
+            np.stack(values, axis=1) if isinstance(values, list | tuple) else np.asarray(values).reshape(len(x), -1)
+        )
+        if values.shape != (len(x), len(self.outputs)):
             raise UserError(
                 f"the trusted solution at {len(x)} points must be {len(self.outputs)} arrays of as many values, and it "
-                f"is {found.shape}"
+                f"is {values.shape}"
             )
-        return np.asarray(found, dtype=np.float64)
+        return np.asarray(values, dtype=np.float64)
 
     def errors(self, values: Array) -> dict[str, float]:
         """The errors on the grid points that belong to the domain: the relative root-mean-square error and, for one
@@ -319,10 +321,10 @@ class Equation:
             return {}
         inside = np.ones(len(grid), bool) if self.where is None else self.where(torch.as_tensor(grid)).numpy().ravel()
         gap = (values - right)[inside]
-        found = {"relative_l2": float(np.linalg.norm(gap) / np.linalg.norm(right[inside]))}
+        errors = {"relative_l2": float(np.linalg.norm(gap) / np.linalg.norm(right[inside]))}
         if len(self.inputs) == 1:
-            found["iae"] = float(np.abs(gap).sum() * (grid[1, 0] - grid[0, 0]))
-        return found
+            errors["iae"] = float(np.abs(gap).sum() * (grid[1, 0] - grid[0, 0]))
+        return errors
 
 
 class Stated:
@@ -343,15 +345,15 @@ class Stated:
             asked[order] = None
             return torch.ones(len(points), dtype=points.dtype)
 
-        given = {name: torch.tensor(float(value)) for name, value in equation.unknown.items()}
-        self.terms = self(tried, given).shape[1]
+        unknown = {name: torch.tensor(float(value)) for name, value in equation.unknown.items()}
+        self.terms = self(tried, unknown).shape[1]
         self.orders = tuple(order for order in asked if order)
 
     def __call__(self, derivatives: Callable[[int, Order], Tensor], unknown: Mapping[str, Tensor]) -> Tensor:
         """The residuals ``[points, terms]``, from derivatives ``[points]`` by output and order, and from the
         parameters, each one number or ``[points]``."""
-        found = self._residual(At(self.equation.names, self.points, derivatives, unknown))
-        each: list[Any] = list(found) if isinstance(found, list | tuple) else [found]
+        residual = self._residual(At(self.equation.names, self.points, derivatives, unknown))
+        each: list[Any] = list(residual) if isinstance(residual, list | tuple) else [residual]
         for one in each:
             if not isinstance(one, Tensor) or one.shape != (len(self.points),):
                 got = f"has shape {list(one.shape)}" if isinstance(one, Tensor) else f"is a {type(one).__name__}"

@@ -119,16 +119,16 @@ def training(config: ReasoningGradientsConfig, row: Row, seed: int) -> SudokuCon
 
 def jobs(config: ReasoningGradientsConfig) -> list[Job]:
     """The trainings seed by seed, with the cost after those of the first seed."""
-    made = []
+    planned = []
     for seed in config.plan.all_seeds:
         for name in config.rows:
             one = training(config, ROWS[name], seed)
-            made.append(Job(f"{name}-seed{seed}", "reasoning-sudoku", one, {"row": name, "seed": seed}))
+            planned.append(Job(f"{name}-seed{seed}", "reasoning-sudoku", one, {"row": name, "seed": seed}))
         if seed == config.plan.first_seed:
             first = training(config, ROWS[config.rows[0]], seed)
             cost = PuzzleCostConfig(puzzles=first, rows=config.rows, repeats=config.repeats)
-            made.append(Job(COST, "reasoning-sudoku-cost", cost))
-    return made
+            planned.append(Job(COST, "reasoning-sudoku-cost", cost))
+    return planned
 
 
 # -- The cost of a step with every gradient, at the same trained weights -----------------------------------------------
@@ -174,17 +174,17 @@ def measured(config: PuzzleCostConfig, run: Run) -> dict[str, StepCost]:
                 task.loss(at["batch"])
             at["carried"] = task.carried
         cost = one_step(task, lambda: loss(name), where)
-        own = flat_gradient(task)
-        at["full"] = own if name == FULL else at["full"]
-        return replace(cost, **beside(own, at["full"]))
+        estimate = flat_gradient(task)
+        at["full"] = estimate if name == FULL else at["full"]
+        return replace(cost, **beside(estimate, at["full"]))
 
     def both_passes(name: str) -> None:
         loss(name).backward()
 
     names = [FULL, *(name for name in config.rows if name != FULL)]
-    found = in_turn({name: partial(step, name) for name in names}, config.repeats)
+    costs = in_turn({name: partial(step, name) for name in names}, config.repeats)
     peaks = {name: peak_bytes(partial(both_passes, name), where) for name in names}
-    return {name: replace(cost, megabytes=peaks[name] / 1e6) for name, cost in found.items()}
+    return {name: replace(cost, megabytes=peaks[name] / 1e6) for name, cost in costs.items()}
 
 
 MEASURING = Measuring(
@@ -203,13 +203,15 @@ def figures(config: ReasoningGradientsConfig, run: Run) -> Any:
     """Return a training's results, with its cosines to the exact gradient by step; or the costs."""
     if run.path.name == COST:
         return table.read("costs.json")(config, run)
-    found = table.trained(config, run)
-    if found is not None:
+    results = table.trained(config, run)
+    if results is not None:
         from torchimplicit.recipes.runtime.log import rows
 
         name = "gradient/task.model.equilibrium/cosine"
-        found["cosines"] = [{"step": int(row["step"]), "cosine": row[name]} for row in rows(run.metrics) if name in row]
-    return found
+        results["cosines"] = [
+            {"step": int(row["step"]), "cosine": row[name]} for row in rows(run.metrics) if name in row
+        ]
+    return results
 
 
 def at_equal_time(config: ReasoningGradientsConfig, runs: Runs, name: str) -> list[float]:
@@ -220,21 +222,21 @@ def at_equal_time(config: ReasoningGradientsConfig, runs: Runs, name: str) -> li
         return []
     steps = training(config, ROWS[name], config.plan.first_seed).optimization.steps
     budget = min(one.seconds for row, one in cost.items() if row in config.rows) * steps / cost[name].seconds
-    found = []
+    shares = []
     for line in runs.where(row=name):
         done = [v["solved"] for v in line["validations"] or () if v["step"] <= budget + 1e-9]
-        found += done[-1:]
-    return found
+        shares += done[-1:]
+    return shares
 
 
 def along(runs: Runs, name: str, last: bool) -> list[float]:
     """Return the cosines of a row's runs to the exact gradient, in the first or the last half of training."""
-    found: list[float] = []
+    cosines: list[float] = []
     for line in runs.where(row=name):
         looks = [look["cosine"] for look in line["cosines"] or ()]
         half = len(looks) // 2
-        found += looks[half:] if last else looks[:half]
-    return found
+        cosines += looks[half:] if last else looks[:half]
+    return cosines
 
 
 def sheets(config: ReasoningGradientsConfig, runs: Runs) -> Iterator[TitledTable]:

@@ -144,25 +144,25 @@ class Maze(Game):
         ends = [place for place in free if far[place] >= least and ways[place] == 1]
         return (start, ends[_drawn(len(ends), chance)]) if ends else None
 
-    def varied(self, given: Tensor, answer: Tensor) -> Puzzles:
+    def varied(self, puzzle: Tensor, answer: Tensor) -> Puzzles:
         """Apply one of the eight rotations and reflections to each board."""
         n = self.side
-        board = torch.arange(n * n, device=given.device).view(n, n)
+        board = torch.arange(n * n, device=puzzle.device).view(n, n)
         turned = [torch.rot90(one, k) for one in (board, board.mT) for k in range(4)]
-        places = torch.stack(turned).flatten(1)[torch.randint(8, (len(given),), device=given.device)]
-        return given.gather(1, places), answer.gather(1, places)
+        places = torch.stack(turned).flatten(1)[torch.randint(8, (len(puzzle),), device=puzzle.device)]
+        return puzzle.gather(1, places), answer.gather(1, places)
 
-    def draw(self, panel: Axes, given: Tensor, answer: Tensor, found: Tensor) -> None:
-        colours = torch.tensor([[55, 65, 81], [255, 255, 255], [255, 255, 255], [255, 255, 255]])[given]
+    def draw(self, panel: Axes, puzzle: Tensor, answer: Tensor, prediction: Tensor) -> None:
+        colours = torch.tensor([[55, 65, 81], [255, 255, 255], [255, 255, 255], [255, 255, 255]])[puzzle]
         for marked, colour in (
-            ((found == 1) & (answer == 1), (11, 99, 165)),
-            ((found == 1) & (answer == 0), (209, 73, 91)),
-            ((found == 0) & (answer == 1), (240, 190, 120)),
+            ((prediction == 1) & (answer == 1), (11, 99, 165)),
+            ((prediction == 1) & (answer == 0), (209, 73, 91)),
+            ((prediction == 0) & (answer == 1), (240, 190, 120)),
         ):
             colours[marked] = torch.tensor(colour)
         panel.imshow(colours.view(self.side, self.side, 3).numpy().astype("uint8"))
         for token, name in ((START, "S"), (END, "E")):
-            row, column = divmod(int((given == token).nonzero()), self.side)
+            row, column = divmod(int((puzzle == token).nonzero()), self.side)
             panel.text(column, row, name, ha="center", va="center", color="black", size=7)
         panel.axis("off")
 

@@ -63,24 +63,24 @@ class Game(ABC):
         """Generate one puzzle and its answer."""
 
     @abstractmethod
-    def varied(self, given: Tensor, answer: Tensor) -> Puzzles:
+    def varied(self, puzzle: Tensor, answer: Tensor) -> Puzzles:
         """Transform every puzzle by a random symmetry of the game."""
 
     @abstractmethod
-    def draw(self, panel: Axes, given: Tensor, answer: Tensor, found: Tensor) -> None:
-        """Draw a puzzle ``[places]`` with the answer that was found and its errors."""
+    def draw(self, panel: Axes, puzzle: Tensor, answer: Tensor, prediction: Tensor) -> None:
+        """Draw a puzzle ``[places]`` with the predicted answer and its errors."""
 
 
 @lru_cache(maxsize=8)
 def made(game: Game, count: int, seed: int) -> Puzzles:
     """Generate ``count`` different puzzles."""
     chance = generator(seed)
-    found: dict[tuple[int, ...], list[int]] = {}
+    answers: dict[tuple[int, ...], list[int]] = {}
     for _ in range(20 * count):
-        given, answer = game.puzzle(chance)
-        found.setdefault(tuple(given), answer)
-        if len(found) == count:
-            return torch.tensor(list(found)), torch.tensor(list(found.values()))
+        puzzle, answer = game.puzzle(chance)
+        answers.setdefault(tuple(puzzle), answer)
+        if len(answers) == count:
+            return torch.tensor(list(answers)), torch.tensor(list(answers.values()))
     raise UserError(f"20 x {count} draws did not give {count} different puzzles: ask for fewer, or for a larger --side")
 
 
@@ -227,13 +227,13 @@ class Carried:
     """The batch of a training step, for the next step.
 
     Attributes:
-        given, answer: ``[batch, places]``.
+        puzzle, answer: ``[batch, places]``.
         state: at the end of the last segment.
         segments: number of segments of each puzzle so far, int64 ``[batch]``.
         done: whether a new puzzle replaces this one, bool ``[batch]``.
     """
 
-    given: Tensor
+    puzzle: Tensor
     answer: Tensor
     state: ReasoningState
     segments: Tensor
@@ -245,13 +245,13 @@ class Attempt:
     """The result for a batch of puzzles.
 
     Attributes:
-        found: the answer, int64 ``[batch, places]``.
+        prediction: the answer, int64 ``[batch, places]``.
         loss: its cross-entropy, ``[batch]``.
         segments: number of segments that each took, int64 ``[batch]``.
         residual: relative residual after the last segment, ``[batch]``.
     """
 
-    found: Tensor
+    prediction: Tensor
     loss: Tensor
     segments: Tensor
     residual: Tensor
@@ -273,8 +273,8 @@ class PuzzleTask(SampledTask):
         self.config = config
         self.game = config.game()
         trained, held_out = config.training_puzzles, config.held_out_puzzles
-        given, answer = made(self.game, trained + 2 * held_out, config.data_seed)
-        parts = zip(*(t.split([trained, held_out, held_out]) for t in (given, answer)), strict=True)
+        puzzles, answer = made(self.game, trained + 2 * held_out, config.data_seed)
+        parts = zip(*(t.split([trained, held_out, held_out]) for t in (puzzles, answer)), strict=True)
         self.sets = {name: Rows(*part) for name, part in zip(("training", "validation", "test"), parts, strict=True)}
         sizes = ReasonerConfig(
             tokens=self.game.tokens,
@@ -297,7 +297,7 @@ class PuzzleTask(SampledTask):
     def loss(self, batch: Any) -> Tensor:
         """Return the cross-entropy of the answer after one segment, plus the weighted halting loss."""
         at = self._taken(batch)
-        state = self.model(at.given, at.state).value
+        state = self.model(at.puzzle, at.state).value
         scores, sure = self.model.read(state)
         right = (scores.argmax(dim=2) == at.answer).all(dim=1)
         segments = at.segments + 1
@@ -305,20 +305,20 @@ class PuzzleTask(SampledTask):
             longer = torch.randint_like(segments, 2, max(3, self.config.segments + 1))
             least = torch.where(torch.rand_like(sure) < self.config.exploration, longer, 1)
             done = (segments >= self.config.segments) | ((sure > 0) & (segments >= least))
-        self.carried = Carried(at.given, at.answer, (state[0].detach(), state[1].detach()), segments, done)
+        self.carried = Carried(at.puzzle, at.answer, (state[0].detach(), state[1].detach()), segments, done)
         halt = functional.binary_cross_entropy_with_logits(sure, right.to(sure.dtype))
         return functional.cross_entropy(scores.mT, at.answer) + self.config.halt_weight * halt
 
     def _taken(self, batch: Any) -> Carried:
         """Return the carried batch, with new puzzles in place of those that are done."""
-        given, answer = self.game.varied(*batch) if self.config.augment else batch
-        new = Carried(given, answer, self.model.start(given), torch.zeros_like(given[:, 0]), given[:, 0] < 0)
+        puzzle, answer = self.game.varied(*batch) if self.config.augment else batch
+        new = Carried(puzzle, answer, self.model.start(puzzle), torch.zeros_like(puzzle[:, 0]), puzzle[:, 0] < 0)
         old = self.carried
-        if old is None or len(old.done) != len(given):
+        if old is None or len(old.done) != len(puzzle):
             return new
         done, wide = old.done[:, None], old.done[:, None, None]
         return Carried(
-            torch.where(done, new.given, old.given),
+            torch.where(done, new.puzzle, old.puzzle),
             torch.where(done, new.answer, old.answer),
             (torch.where(wide, new.state[0], old.state[0]), torch.where(wide, new.state[1], old.state[1])),
             torch.where(old.done, 0, old.segments),
@@ -330,27 +330,27 @@ class PuzzleTask(SampledTask):
         return self.model.read(state)[0].argmax(dim=2)
 
     @torch.no_grad()
-    def trail(self, given: Tensor, number: int, segments: int) -> Iterator[Solution]:
+    def trail(self, puzzles: Tensor, number: int, segments: int) -> Iterator[Solution]:
         """Yield the solutions after each of so many segments, without halting, from random start ``number``; the
         evaluations are those since the start."""
-        state, spent = self.model.start(given, generator(self.config.optimization.seed, -4, number)), 0.0
+        state, spent = self.model.start(puzzles, generator(self.config.optimization.seed, -4, number)), 0.0
         for _ in range(segments):
-            solution = self.model(given, state)
+            solution = self.model(puzzles, state)
             state, spent = solution.value, spent + solution.evaluations
             yield replace(solution, evaluations=spent)
 
     @torch.no_grad()
-    def attempt(self, given: Tensor, answer: Tensor) -> Attempt:
+    def attempt(self, puzzles: Tensor, answer: Tensor) -> Attempt:
         """Solve puzzles, each until the network predicts that it is solved, from reproducible random starts."""
         config = self.config
-        there = torch.arange(len(given), device=given.device)
-        state = self.model.start(given, generator(config.optimization.seed, -4, 0))
-        found, segments = torch.empty_like(given), torch.zeros_like(given[:, 0])
-        loss, residual = state[0].new_zeros(2, len(given))
+        there = torch.arange(len(puzzles), device=puzzles.device)
+        state = self.model.start(puzzles, generator(config.optimization.seed, -4, 0))
+        predictions, segments = torch.empty_like(puzzles), torch.zeros_like(puzzles[:, 0])
+        loss, residual = state[0].new_zeros(2, len(puzzles))
         for _ in range(config.evaluation_segments or config.segments):
-            solution = self.model(given[there], state)
+            solution = self.model(puzzles[there], state)
             scores, sure = self.model.read(solution.value)
-            found[there] = scores.argmax(dim=2)
+            predictions[there] = scores.argmax(dim=2)
             loss[there] = functional.cross_entropy(scores.mT, answer[there], reduction="none").mean(dim=1)
             residual[there] = solution.residual.to(loss)
             segments[there] += 1
@@ -358,14 +358,16 @@ class PuzzleTask(SampledTask):
             there, state = there[on], (solution.value[0][on], solution.value[1][on])
             if not len(there):
                 break
-        return Attempt(found, loss, segments, residual)
+        return Attempt(predictions, loss, segments, residual)
 
     def score(self, batch: Any) -> Tensor:
-        given, answer = batch
-        made = self.attempt(given, answer)
-        right = made.found == answer
-        sums = [right.all(dim=1), right.float().mean(dim=1), made.segments, made.residual, made.loss]
-        return torch.stack([*(one.double().sum() for one in sums), torch.tensor(float(len(given))).to(given.device)])
+        puzzles, answer = batch
+        attempt = self.attempt(puzzles, answer)
+        right = attempt.prediction == answer
+        sums = [right.all(dim=1), right.float().mean(dim=1), attempt.segments, attempt.residual, attempt.loss]
+        return torch.stack(
+            [*(one.double().sum() for one in sums), torch.tensor(float(len(puzzles))).to(puzzles.device)]
+        )
 
     def figures(self, sums: list[float]) -> dict[str, float]:
         *totals, count = sums
@@ -428,21 +430,21 @@ class Scaling:
     breadth: list[Breadth] = field(default_factory=list)
 
 
-def deeper(task: PuzzleTask, given: Tensor, answer: Tensor, segments: int) -> list[Depth]:
+def deeper(task: PuzzleTask, puzzles: Tensor, answer: Tensor, segments: int) -> list[Depth]:
     """Measure puzzles after 1, 2, ..., ``segments`` segments."""
-    found = []
-    for count, solution in enumerate(task.trail(given, 0, segments), start=1):
+    depths = []
+    for count, solution in enumerate(task.trail(puzzles, 0, segments), start=1):
         right = (task.decoded(solution.value) == answer).all(dim=1)
         share, residual = float(right.double().mean()), float(solution.residual.median())
-        found.append(Depth(count, solution.evaluations, share, residual))
-    return found
+        depths.append(Depth(count, solution.evaluations, share, residual))
+    return depths
 
 
-def broader(task: PuzzleTask, given: Tensor, answer: Tensor, segments: int, starts: int) -> list[Breadth]:
+def broader(task: PuzzleTask, puzzles: Tensor, answer: Tensor, segments: int, starts: int) -> list[Breadth]:
     """Measure puzzles from 1, 2, 4, ... up to ``starts`` starts, with so many segments from each."""
-    solutions = [list(task.trail(given, number, segments))[-1] for number in range(starts)]
+    solutions = [list(task.trail(puzzles, number, segments))[-1] for number in range(starts)]
     right = torch.stack([(task.decoded(one.value) == answer).all(dim=1) for one in solutions])
-    vote, found = Vote(decode=task.decoded), []
+    vote, breadths = Vote(decode=task.decoded), []
     for count in (2**k for k in range(starts.bit_length()) if 2**k <= starts):
         tried = solutions[:count]
         residual, voted = (
@@ -450,8 +452,8 @@ def broader(task: PuzzleTask, given: Tensor, answer: Tensor, segments: int, star
         )
         evaluations = sum(one.evaluations for one in tried)
         some = float(right[:count].any(dim=0).double().mean())
-        found.append(Breadth(count, evaluations, by_residual=residual, by_vote=voted, by_any=some))
-    return found
+        breadths.append(Breadth(count, evaluations, by_residual=residual, by_vote=voted, by_any=some))
+    return breadths
 
 
 def looked(config: ReasoningConfig, run: Run) -> Scaling:
@@ -461,58 +463,58 @@ def looked(config: ReasoningConfig, run: Run) -> Scaling:
     if run.read().get("table"):  # which measures for itself, and has a page of its own
         return Scaling()
     task: PuzzleTask = TRAINER.best(config, run)
-    given, answer = (t.to(device(config.machine.device)) for t in task.sets["test"].tensors)
+    boards, answer = (t.to(device(config.machine.device)) for t in task.sets["test"].tensors)
     segments = config.evaluation_segments or config.segments
-    found = Scaling(
-        deeper(task, given, answer, 4 * segments),
-        broader(task, given, answer, segments, config.evaluation_starts),
+    result = Scaling(
+        deeper(task, boards, answer, 4 * segments),
+        broader(task, boards, answer, segments, config.evaluation_starts),
     )
-    tried = task.attempt(given[:SHOWN], answer[:SHOWN])
+    tried = task.attempt(boards[:SHOWN], answer[:SHOWN])
     with styled():
         puzzles, panels = axes(SHOWN, width=2.4, height=2.4)
-        for panel, *one in zip(panels, given.cpu(), answer.cpu(), tried.found.cpu(), strict=False):
+        for panel, *one in zip(panels, boards.cpu(), answer.cpu(), tried.prediction.cpu(), strict=False):
             task.game.draw(panel, *one)
         pictures = saved(
             [
                 CaptionedFigure("puzzles", puzzles, "Test puzzles as the model solves them. Errors are red."),
                 CaptionedFigure(
                     "scaling",
-                    scaling(found, segments),
+                    scaling(result, segments),
                     "Test puzzles solved, and their residual, against cell evaluations per puzzle, without halting.",
                 ),
             ],
             run,
         )
     report.write([report.finished(run.path)], run.path / "index.html", str(task.game), pictures)
-    return found
+    return result
 
 
-def scaling(found: Scaling, segments: int) -> Figure:
+def scaling(result: Scaling, segments: int) -> Figure:
     """Draw accuracy and residual against evaluations."""
     drawn, (solved, residual) = axes(2, width=4.6)
-    spent = [one.evaluations for one in found.depth]
-    solved.plot(spent, [100 * one.solved for one in found.depth], label="more segments", **style(0))
-    spread = [one.evaluations for one in found.breadth]
+    spent = [one.evaluations for one in result.depth]
+    solved.plot(spent, [100 * one.solved for one in result.depth], label="more segments", **style(0))
+    spread = [one.evaluations for one in result.breadth]
     for index, (name, label) in enumerate(
         (("by_residual", "by residual"), ("by_vote", "by vote"), ("by_any", "any of them")), start=1
     ):
-        shares = [100 * getattr(one, name) for one in found.breadth]
+        shares = [100 * getattr(one, name) for one in result.breadth]
         solved.plot(spread, shares, label=f"starts of {segments} segments, {label}", **style(index))
     solved.set(xlabel="evaluations of the cell", ylabel="puzzles solved, %", xscale="log")
     solved.legend()
-    residual.plot(spent, [one.residual for one in found.depth], **style(0))
+    residual.plot(spent, [one.residual for one in result.depth], **style(0))
     residual.set(xlabel="evaluations of the cell", ylabel="median relative residual", xscale="log", yscale="log")
     return drawn
 
 
-def scaling_table(found: Scaling) -> Table:
+def scaling_table(result: Scaling) -> Table:
     """Tabulate accuracy after 1, 2, 4, ... segments, and from as many starts."""
     rows: list[tuple[str, float, float, float | None]] = [
         (f"{one.segments} segments", one.evaluations, one.solved, None)
-        for one in found.depth
+        for one in result.depth
         if one.segments.bit_count() == 1
     ]
-    rows += [(f"{one.starts} starts", one.evaluations, one.by_residual, one.by_vote) for one in found.breadth]
+    rows += [(f"{one.starts} starts", one.evaluations, one.by_residual, one.by_vote) for one in result.breadth]
     return sheet("", rows, [
         Cell("Test-time computation", lambda row: row[0]),
         Cell("Evaluations", lambda row: f"{row[1]:.0f}", "", "Of the cell, per puzzle."),

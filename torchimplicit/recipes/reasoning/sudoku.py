@@ -71,22 +71,22 @@ class Sudoku(Game):
 
     def puzzle(self, chance: torch.Generator) -> tuple[list[int], list[int]]:
         answer = next(iter(self.solutions([0] * self.side**2, 1, chance)))
-        given = list(answer)
-        for place in torch.randperm(len(given), generator=chance).tolist():
-            kept, given[place] = given[place], 0
-            if not self.solvable(given):
-                given[place] = kept
-        return given, [digit - 1 for digit in answer]
+        clues = list(answer)
+        for place in torch.randperm(len(clues), generator=chance).tolist():
+            kept, clues[place] = clues[place], 0
+            if not self.solvable(clues):
+                clues[place] = kept
+        return clues, [digit - 1 for digit in answer]
 
-    def solvable(self, given: Sequence[int]) -> bool:
+    def solvable(self, clues: Sequence[int]) -> bool:
         """Whether the solution is unique and the difficulty's method finds it."""
         if self.difficulty == "hard":
-            return len(self.solutions(given, 2)) == 1
-        return 0 not in self.deduced(given)
+            return len(self.solutions(clues, 2)) == 1
+        return 0 not in self.deduced(clues)
 
-    def deduced(self, given: Sequence[int]) -> list[int]:
+    def deduced(self, clues: Sequence[int]) -> list[int]:
         """Fill in what follows by singles, without a guess: a full board is the unique solution."""
-        cells, used = list(given), self._used(given)
+        cells, used = list(clues), self._used(clues)
         full = (1 << self.side) - 1
         moved = True
         while moved:
@@ -108,15 +108,15 @@ class Sudoku(Game):
                         used[u] |= mask
         return cells
 
-    def solutions(self, given: Sequence[int], most: int, chance: torch.Generator | None = None) -> list[list[int]]:
+    def solutions(self, clues: Sequence[int], most: int, chance: torch.Generator | None = None) -> list[list[int]]:
         """Find up to ``most`` solutions by search, in random order if ``chance`` is given."""
-        cells, used = list(given), self._used(given)
+        cells, used = list(clues), self._used(clues)
         full = (1 << self.side) - 1
-        found: list[list[int]] = []
+        solved: list[list[int]] = []
 
         def search(open_places: list[int]) -> None:
             if not open_places:
-                found.append(list(cells))
+                solved.append(list(cells))
                 return
             fewest, place = self.side + 1, -1
             for p in open_places:
@@ -139,11 +139,11 @@ class Sudoku(Game):
                 for u in self.units_of[place]:
                     used[u] &= ~bit
                 cells[place] = 0
-                if len(found) >= most:
+                if len(solved) >= most:
                     return
 
         search([p for p, digit in enumerate(cells) if not digit])
-        return found
+        return solved
 
     def _used(self, cells: Sequence[int]) -> list[int]:
         """Return the digits in every unit, as bits."""
@@ -153,12 +153,12 @@ class Sudoku(Game):
         row, column, box = self.units_of[place]
         return used[row] | used[column] | used[box]
 
-    def varied(self, given: Tensor, answer: Tensor) -> Puzzles:
+    def varied(self, puzzle: Tensor, answer: Tensor) -> Puzzles:
         """Permute the digits, the bands and stacks, and the rows and columns within them; transpose if boxes are
         square."""
-        batch, n = len(given), self.side
+        batch, n = len(puzzle), self.side
         high, wide = BOXES[n]
-        where = given.device
+        where = puzzle.device
         names = torch.rand(batch, n, device=where).argsort(dim=1)
         rows, columns = self._shuffled(batch, high, where), self._shuffled(batch, wide, where)
         places = rows[:, :, None] * n + columns[:, None, :]
@@ -167,7 +167,7 @@ class Sudoku(Game):
             places = torch.where(turned, places.mT, places)
         places = places.flatten(1)
         named = torch.cat([names.new_zeros(batch, 1), names + 1], dim=1)
-        return named.gather(1, given.gather(1, places)), names.gather(1, answer.gather(1, places))
+        return named.gather(1, puzzle.gather(1, places)), names.gather(1, answer.gather(1, places))
 
     def _shuffled(self, batch: int, within: int, where: torch.device) -> Tensor:
         """Permute bands of ``within`` lines, and the lines in each band: indices ``[batch, side]``."""
@@ -176,17 +176,17 @@ class Sudoku(Game):
         inside = torch.rand(batch, bands, within, device=where).argsort(dim=2)
         return (order[:, :, None] * within + inside).flatten(1)
 
-    def draw(self, panel: Axes, given: Tensor, answer: Tensor, found: Tensor) -> None:
+    def draw(self, panel: Axes, puzzle: Tensor, answer: Tensor, prediction: Tensor) -> None:
         n, (high, wide) = self.side, BOXES[self.side]
         for line in range(n + 1):
             panel.plot([0, n], [line, line], color="black", linewidth=1.6 if line % high == 0 else 0.4)
             panel.plot([line, line], [0, n], color="black", linewidth=1.6 if line % wide == 0 else 0.4)
         for place in range(n * n):
             row, column = divmod(place, n)
-            right = found[place] == answer[place]
-            colour = "black" if given[place] else "#0b63a5" if right else "#d1495b"
-            digit = str(int(found[place]) + 1)
-            weight = "bold" if given[place] else "normal"
+            right = prediction[place] == answer[place]
+            colour = "black" if puzzle[place] else "#0b63a5" if right else "#d1495b"
+            digit = str(int(prediction[place]) + 1)
+            weight = "bold" if puzzle[place] else "normal"
             panel.text(column + 0.5, row + 0.53, digit, color=colour, ha="center", va="center", weight=weight)
         panel.set(xlim=(-0.05, n + 0.05), ylim=(n + 0.05, -0.05), aspect="equal")
         panel.axis("off")

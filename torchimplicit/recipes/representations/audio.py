@@ -113,9 +113,9 @@ VOWELS = (
 def synthesized(name: SoundName, seconds: float, rate: int) -> Waveform:
     """The sound, ``[samples]``, whose greatest size is 1."""
     time = np.arange(max(1, round(seconds * rate))) / rate
-    made = _melody(time, seconds, rate) if name == "melody" else _vowels(time, seconds, rate)
-    found: Waveform = made / np.abs(made).max()
-    return found
+    signal = _melody(time, seconds, rate) if name == "melody" else _vowels(time, seconds, rate)
+    normalized: Waveform = signal / np.abs(signal).max()
+    return normalized
 
 
 def _melody(time: Waveform, seconds: float, rate: int) -> Waveform:
@@ -221,11 +221,11 @@ def read_file(path: Path, start: float, seconds: float | None, rate: int, mono: 
         raise UserError(f"--file {path} {what}")
     try:
         with soundfile.SoundFile(path) as file:
-            own, count, channels = file.samplerate, file.frames, file.channels
+            file_rate, count, channels = file.samplerate, file.frames, file.channels
             short = re.search(r"^data : \d+ \(should be", file.extra_info, re.MULTILINE)
             notes = ["the file is cut short: what there is of it"] if short else []
-            first, last = _excerpt(path, own, count, start, seconds)
-            _check_length(path.name, (last - first) * min(1.0, rate / own))
+            first, last = _excerpt(path, file_rate, count, start, seconds)
+            _check_length(path.name, (last - first) * min(1.0, rate / file_rate))
             if (last - first) * channels > MOST_VALUES:
                 raise UserError(f"{path} is too large; give a shorter --seconds")
             file.seek(first)
@@ -238,27 +238,27 @@ def read_file(path: Path, start: float, seconds: float | None, rate: int, mono: 
     if not np.isfinite(values).all():
         raise UserError(f"{path} holds NaN or infinity")
     if first > 0 or last < count:
-        notes.append(f"from {first / own:.3g} s to {last / own:.3g} s of {count / own:.3g} s")
+        notes.append(f"from {first / file_rate:.3g} s to {last / file_rate:.3g} s of {count / file_rate:.3g} s")
     if mono and channels > 1:
         notes.append(f"the mean of {channels} channels")
         values = values.mean(axis=1, keepdims=True)
     if values.shape[1] > MOST_CHANNELS:
         raise UserError(f"{path} has {channels} channels, and {MOST_CHANNELS} at most are fitted; add --mono")
-    if rate < own:
+    if rate < file_rate:
         from scipy.signal import resample_poly
 
-        common = math.gcd(rate, own)
-        values = resample_poly(values, rate // common, own // common, axis=0)
-        notes.append(f"reduced from {own} Hz")
+        common = math.gcd(rate, file_rate)
+        values = resample_poly(values, rate // common, file_rate // common, axis=0)
+        notes.append(f"reduced from {file_rate} Hz")
     if len(values) < LEAST_SAMPLES:
         raise UserError(f"{path} has {len(values)} samples there; {LEAST_SAMPLES} at least are needed")
     peak = float(np.abs(values).max())
     if peak == 0:
         raise UserError(f"{path} is silent there; choose another --start")
-    if peak > 1 + 1e-3 and rate >= own:
+    if peak > 1 + 1e-3 and rate >= file_rate:
         notes.append(f"louder than full scale ({peak:.3g}): written at full scale")
     samples = torch.from_numpy((values / peak).astype(np.float32))
-    return Sound(path.name, samples, min(rate, own), min(peak, 1.0), tuple(notes))
+    return Sound(path.name, samples, min(rate, file_rate), min(peak, 1.0), tuple(notes))
 
 
 def _excerpt(path: Path, rate: int, count: int, start: float, seconds: float | None) -> tuple[int, int]:
@@ -374,22 +374,22 @@ def octaves(truth: Tensor, values: Tensor, rate: int) -> dict[str, float]:
     it."""
     sound, error = (torch.fft.rfft(line.double(), dim=0).abs().square().sum(1) for line in (truth, values - truth))
     hertz = torch.fft.rfftfreq(len(truth), 1 / rate)
-    found, high = {}, rate / 2
+    shares, high = {}, rate / 2
     for number in range(4, 0, -1):
         low = 0.0 if number == 1 else high / 2
         band = (hertz > low) & (hertz <= high) if low else hertz <= high
         ratio = float(sound[band].sum() / error[band].sum().clamp_min(1e-20))
-        found[f"{low:.0f} to {high:.0f} Hz"] = 10 * math.log10(max(ratio, 1e-20))
+        shares[f"{low:.0f} to {high:.0f} Hz"] = 10 * math.log10(max(ratio, 1e-20))
         high = low
-    return found
+    return shares
 
 
 def _power(line: Tensor, window: int) -> Tensor:
     hop = max(1, window // 2, len(line) // 300)
-    found = torch.stft(
+    spectrum = torch.stft(
         line.float(), window, hop_length=hop, window=torch.hann_window(window), return_complex=True, pad_mode="constant"
     )
-    return found.abs().square()
+    return spectrum.abs().square()
 
 
 def _envelope(line: Tensor, rate: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -479,12 +479,14 @@ PAPER_SCALE_A_SECOND = 25000 / 7
 
 def build(config: SoundConfig) -> FieldTask:
     """The task of the settings."""
-    found = sound(config)
-    grid = Grid(found.samples)
-    power = float(found.samples.double().square().mean())
-    count, channels = found.samples.shape
+    waveform = sound(config)
+    grid = Grid(waveform.samples)
+    power = float(waveform.samples.double().square().mean())
+    count, channels = waveform.samples.shape
     several = f" in {channels} channels" if channels > 1 else ""
-    about = noted(f"{found.name}: {found.seconds:.3g} s at {found.rate} Hz, {count} samples{several}", found.notes)
+    about = noted(
+        f"{waveform.name}: {waveform.seconds:.3g} s at {waveform.rate} Hz, {count} samples{several}", waveform.notes
+    )
     scoring = SignalToNoise(low=-1.0, high=1.0, power=power)
     return FieldTask(
         config, grid, Parts.same(grid), SCALE_A_SAMPLE * count, about=about, scoring=scoring, held="neither"

@@ -36,18 +36,18 @@ def read_cloud(path: Path, most: int) -> Cloud | None:
     kind = path.suffix.lower()
     if not path.is_file() or kind not in (".xyz", ".ply"):
         return None
-    found = _read_xyz(path, most) if kind == ".xyz" else _read_ply(path, most)
-    if found is None:
+    cloud = _read_xyz(path, most) if kind == ".xyz" else _read_ply(path, most)
+    if cloud is None:
         return None
-    if found.shape[1] < 6:
+    if cloud.shape[1] < 6:
         raise UserError(
             f"{path.name} has points without normals, and which side is out cannot be told from points alone: estimate "
             "and orient them first (x y z nx ny nz a line)"
         )
-    found = found[np.isfinite(found).all(1) & (np.abs(found[:, 3:6]).sum(1) > 0)]
-    if len(found) < LEAST:
-        raise UserError(f"{path.name} has {len(found)} points with normals; {LEAST} at least are needed")
-    values = torch.from_numpy(found)
+    cloud = cloud[np.isfinite(cloud).all(1) & (np.abs(cloud[:, 3:6]).sum(1) > 0)]
+    if len(cloud) < LEAST:
+        raise UserError(f"{path.name} has {len(cloud)} points with normals; {LEAST} at least are needed")
+    values = torch.from_numpy(cloud)
     return Cloud(values[:, :3].contiguous(), functional.normalize(values[:, 3:6], dim=1))
 
 

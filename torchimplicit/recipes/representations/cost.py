@@ -104,9 +104,9 @@ def costs_of_fits(fits: Sequence[Fit], config: Any, then: Callable[[], object] =
     for fit in fits:
         for _ in range(config.warm_steps):
             fit.step()
-    found = in_turn({fit.name: fit.step for fit in fits}, config.rounds, getattr(config, "steps_a_turn", 1))
+    costs = in_turn({fit.name: fit.step for fit in fits}, config.rounds, getattr(config, "steps_a_turn", 1))
     then()
-    return {fit.name: fit.completed(found[fit.name]) for fit in fits}
+    return {fit.name: fit.completed(costs[fit.name]) for fit in fits}
 
 
 class Fit:
@@ -144,7 +144,7 @@ class Fit:
         model = self.task.model
         if not isinstance(model, ImplicitRepresentation):
             return {"cosine": nan, "norm": nan}
-        layer, found = model.equilibrium, []
+        layer, gradients = model.equilibrium, []
         usual = layer.solver, layer.gradient, layer.warm_start
         for tight in (False, True):
             if tight:
@@ -152,10 +152,10 @@ class Fit:
                 layer.gradient = Implicit(linear_solver=GMRES(rtol=1e-5, max_steps=200))
             self.task.zero_grad()
             self.task.loss(self.batch).backward()
-            found.append(flat_gradient(self.task))
+            gradients.append(flat_gradient(self.task))
         layer.solver, layer.gradient, layer.warm_start = usual
         self.task.zero_grad()
-        return beside(*found)
+        return beside(*gradients)
 
 
 # -- What the tables of fits say of their runs -------------------------------------------------------------------------

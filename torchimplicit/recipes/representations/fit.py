@@ -450,10 +450,10 @@ class SignalToNoise:
     def figures(self, sums: list[float]) -> dict[str, float]:
         """The ratio, and the mean squared error as ``loss``."""
         loss = sums[0] / sums[1]
-        found = {"PSNR": decibels(loss, self.high - self.low)}
+        figures = {"PSNR": decibels(loss, self.high - self.low)}
         if self.power is not None:
-            found["SNR"] = decibels(loss, sqrt(self.power))
-        return {**found, "loss": loss}
+            figures["SNR"] = decibels(loss, sqrt(self.power))
+        return {**figures, "loss": loss}
 
 
 @dataclass(frozen=True)

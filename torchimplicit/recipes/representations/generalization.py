@@ -184,7 +184,7 @@ def jobs(config: GeneralizationConfig) -> list[Job]:
     known_rows(config.rows, (*ROWS, COST))
     pictures = subjects(config)
     firsts = [next((one for one in pictures if one.kind == kind), None) for kind in KINDS]
-    made: list[Job] = []
+    planned: list[Job] = []
     for seed in config.plan.all_seeds:
         for subject in pictures:
             fits = {name: training(config, row, subject, seed) for name, row in ROWS.items()}
@@ -192,11 +192,11 @@ def jobs(config: GeneralizationConfig) -> list[Job]:
                 if not row.full or (seed == config.plan.first_seed and subject in firsts):
                     key = {"row": row, "kind": subject.kind, "picture": subject.name, "seed": seed}
                     title = f"{name}-{subject.name}-seed{seed}"
-                    made.append(Job(title, "implicit-image-generalization", fits[name], key))
-            if COST not in {job.name for job in made}:
-                made.append(Job(COST, "fields-cost", FieldCostConfig(names=tuple(fits), fits=tuple(fits.values()))))
+                    planned.append(Job(title, "implicit-image-generalization", fits[name], key))
+            if COST not in {job.name for job in planned}:
+                planned.append(Job(COST, "fields-cost", FieldCostConfig(names=tuple(fits), fits=tuple(fits.values()))))
     wanted = config.rows or (*ROWS, COST)
-    return [job for job in made if (job.key["row"].name if job.key else COST) in wanted]
+    return [job for job in planned if (job.key["row"].name if job.key else COST) in wanted]
 
 
 def labels_of(config: GeneralizationConfig) -> dict[Row, str]:
@@ -264,12 +264,12 @@ def stronger(runs: Runs, name: FilterKind) -> list[float]:
     """The gap between the better implicit model and the better explicit one, for each picture and seed."""
 
     def best(implicit: bool) -> dict[tuple[str, int], float]:
-        found: dict[tuple[str, int], list[float]] = {}
+        scores: dict[tuple[str, int], list[float]] = {}
         for free in (False, True):
             for line in runs.where(row=Row(filter=name, implicit=implicit, free=free)):
                 if line["test"]:
-                    found.setdefault((line["picture"], line["seed"]), []).append(line["test.PSNR"])
-        return {place: max(values) for place, values in found.items() if len(values) == 2}
+                    scores.setdefault((line["picture"], line["seed"]), []).append(line["test.PSNR"])
+        return {place: max(values) for place, values in scores.items() if len(values) == 2}
 
     one, other = best(True), best(False)
     return [one[place] - other[place] for place in one if place in other]
@@ -281,7 +281,7 @@ def reaching(runs: Runs, labels: dict[Row, str]) -> TitledTable:
     def cells(row: Row) -> list[str]:
         target = Row(filter=row.filter, implicit=False)
         tries = runs.reaching(row, target, "PSNR")
-        reached = [(own, other) for own, other in tries if own is not None]
+        reached = [(ours, other) for ours, other in tries if ours is not None]
         line = [labels[row], f"{len(reached)} of {len(tries)}"]
         if not reached:
             return line
@@ -443,10 +443,10 @@ def drawings(config: GeneralizationConfig, runs: Runs, folders: Mapping[str, Run
     if not lines or not all((file / "reconstruction.png").is_file() for each in files for file in each):
         return
     figure = canvas(2.1 * (len(shown) + 1), 2.25 * len(lines))
-    for axs, each, own in zip(figure.subplots(len(lines), len(shown) + 1, squeeze=False), lines, files, strict=True):
+    for axs, each, paths in zip(figure.subplots(len(lines), len(shown) + 1, squeeze=False), lines, files, strict=True):
         quality = [f"{line['test.PSNR']:.1f} dB" if line["test"] else "" for line in each]
         titles = ["picture\n", *(f"{labels[line['row']]}\n{dB}" for line, dB in zip(each, quality, strict=True))]
-        images = [own[0] / "original.png", *(file / "reconstruction.png" for file in own)]
+        images = [paths[0] / "original.png", *(file / "reconstruction.png" for file in paths)]
         for ax, title, image in zip(axs, titles, images, strict=True):
             ax.imshow(matplotlib.image.imread(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             ax.set_axis_off()

@@ -99,17 +99,17 @@ def training(config: GradientsConfig, row: Row, subject: Subject, seed: int) -> 
 
 def jobs(config: GradientsConfig) -> list[Job]:
     """All jobs, seed by seed and picture by picture; the costs after the first picture."""
-    made: list[Job] = []
+    planned: list[Job] = []
     for seed in config.plan.all_seeds:
         for subject in subjects(config):
             fits = {row: training(config, row, subject, seed) for name in FILTERS for row in rows(config, name)}
             for row, fit in fits.items():
                 key = {"row": row, "picture": subject.name, "seed": seed}
-                made.append(Job(f"{row.name}-{subject.name}-seed{seed}", "implicit-image-generalization", fit, key))
-            if len(made) == len(fits):
+                planned.append(Job(f"{row.name}-{subject.name}-seed{seed}", "implicit-image-generalization", fit, key))
+            if len(planned) == len(fits):
                 names = tuple(row.name for row in fits)
-                made.append(Job(COST, "fields-cost", FieldCostConfig(names=names, fits=tuple(fits.values()))))
-    return made
+                planned.append(Job(COST, "fields-cost", FieldCostConfig(names=names, fits=tuple(fits.values()))))
+    return planned
 
 
 def sheets(config: GradientsConfig, runs: Runs) -> Iterator[TitledTable]:
@@ -141,13 +141,13 @@ def claims(config: GradientsConfig, runs: Runs) -> Iterator[Claim]:
     cost = runs.named(COST)
     for name in FILTERS:
         short, whole = Row(filter=name, products=1), Row(filter=name, products=None)
-        own, exact = (runs.of(row, "test.PSNR") for row in (short, whole))
-        if not own or len(own) != len(exact):
+        estimated, exact = (runs.of(row, "test.PSNR") for row in (short, whole))
+        if not estimated or len(estimated) != len(exact):
             continue
         yield Claim(
             f"{NAMES[name, True]}: one product (T = 1) is within 1 dB of the converged backward pass",
-            f"{fmean(own):.2f} and {fmean(exact):.2f} dB",
-            fmean(exact) - fmean(own) <= 1,
+            f"{fmean(estimated):.2f} and {fmean(exact):.2f} dB",
+            fmean(exact) - fmean(estimated) <= 1,
         )
         if cost:
             ratio, step = (cost[whole.name][k] / cost[short.name][k] for k in ("backward_seconds", "seconds"))

@@ -186,10 +186,10 @@ def read_file(path: Path, size: int | None) -> Picture:
                         "are read; make it smaller first"
                     )
                 image.load()
-                found = prepared(image, path.name, size)
+                cropped = prepared(image, path.name, size)
                 count = getattr(image, "n_frames", 1)
                 frames = (f"the first of {count} frames",) if count > 1 else ()
-                return Picture(found.name, found.pixels, frames + found.notes)
+                return Picture(cropped.name, cropped.pixels, frames + cropped.notes)
     except Image.DecompressionBombError:
         raise UserError(f"{path} is too large a picture; make it smaller first") from None
     except UnidentifiedImageError:
@@ -220,8 +220,8 @@ def bundled(name: str, size: int | None) -> Picture:
     path = Path(skimage.data.__file__).parent / FILES.get(name, f"{name}.png")
     if not path.is_file():
         raise UserError(f"this version of scikit-image holds no {name}; give a picture of your own: --file photo.png")
-    found = read_file(path, size)
-    return Picture(name, found.pixels, found.notes)
+    image = read_file(path, size)
+    return Picture(name, image.pixels, image.notes)
 
 
 def written(number: int, size: int) -> Tensor:
@@ -404,11 +404,11 @@ def frequencies(config: PictureConfig, longest: int) -> float:
 
 def build(config: PictureConfig) -> FieldTask:
     """The task."""
-    found = picture(config)
-    grid = Grid(found.pixels)
-    height, width, channels = found.pixels.shape
+    image = picture(config)
+    grid = Grid(image.pixels)
+    height, width, channels = image.pixels.shape
     kind = "grey" if channels == 1 else "colour"
-    about = noted(f"{found.name}: {width} × {height} pixels in {kind}", found.notes)
+    about = noted(f"{image.name}: {width} × {height} pixels in {kind}", image.notes)
     scale = frequencies(config, max(height, width))
     if not config.measures:
         return FieldTask(config, grid, parts(config, grid), scale, about=about)
@@ -447,11 +447,11 @@ def _read(file: Path | None, name: str, size: int) -> Picture:
 
 def ready(config: PictureConfig) -> None:
     """Raise if the picture cannot be read, or has too few pixels for its splits."""
-    found = picture(config)
+    image = picture(config)
     if config.target != "values":
         check_slopes(config)
-    if config.held_out != "none" and found.pixels.shape[0] * found.pixels.shape[1] < 256:
-        raise UserError(f"{found.name} has too few pixels to hold some out; use --held-out none")
+    if config.held_out != "none" and image.pixels.shape[0] * image.pixels.shape[1] < 256:
+        raise UserError(f"{image.name} has too few pixels to hold some out; use --held-out none")
 
 
 RUNNER = FieldRunner(build, show, ready, export)

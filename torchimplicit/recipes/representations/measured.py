@@ -139,8 +139,8 @@ class MeasuredTask(FieldTask):
         if isinstance(self.operator, Measurement):
             return self._slopes_misfit(places)
         x, _ = self.points.at(places)
-        found = self.operator(self.image(values_at(self.model, x, places)))
-        error = (found - self.measured).square()
+        measured = self.operator(self.image(values_at(self.model, x, places)))
+        error = (measured - self.measured).square()
         return torch.where(self.held, 0, error).sum() / (~self.held).sum() / self.spread**2
 
     def _slopes_misfit(self, places: Tensor) -> Tensor:
@@ -174,8 +174,8 @@ class MeasuredTask(FieldTask):
                 return self._shifted(batch)
             return super().score(batch)
         values = self.all_values()
-        found = self.operator(self.image(values))
-        error = (found - self.measured).double().square()
+        measured = self.operator(self.image(values))
+        error = (measured - self.measured).double().square()
         if not isinstance(self.operator, Measurement):
             error = error[self.held]
         peak = float(self.measured.max() - self.measured.min()) / (self.points.high - self.points.low)
@@ -197,15 +197,15 @@ class MeasuredTask(FieldTask):
     def baseline(self) -> float:
         """The PSNR of Tikhonov's solution with the best weight for this picture, an advantage, as it is chosen by the
         true picture."""
-        found: list[float] = []
+        scores: list[float] = []
         truth = self.truth()
         operator = cast(Callable[[Tensor], Tensor], self.operator)
         for weight in WEIGHTS:
             image = smoothed(operator, self.measured, torch.zeros_like(truth), weight).clamp(-1, 1)
             if isinstance(self.operator, Measurement) and self.operator.target == "gradient":
                 image = image + (truth - image).mean((2, 3), keepdim=True)
-            found.append(decibels(float((image - truth).square().mean()), 2.0))
-        return max(found)
+            scores.append(decibels(float((image - truth).square().mean()), 2.0))
+        return max(scores)
 
 
 def _gradient(values: Tensor, x: Tensor) -> Tensor:

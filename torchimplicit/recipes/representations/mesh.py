@@ -163,8 +163,10 @@ def prepared(mesh: Mesh, name: str) -> tuple[Mesh, tuple[str, ...]]:
             else f"with {edges.turned} edges where faces are turned against each other, near which the inside is unsure"
         )
     if edges.open or edges.crowded:
-        found = [f"{count} {kind} edges" for count, kind in ((edges.open, "open"), (edges.crowded, "crowded")) if count]
-        notes.append(f"not watertight ({', '.join(found)}): inside is where its winding number is over one half")
+        faults = [
+            f"{count} {kind} edges" for count, kind in ((edges.open, "open"), (edges.crowded, "crowded")) if count
+        ]
+        notes.append(f"not watertight ({', '.join(faults)}): inside is where its winding number is over one half")
     if mesh.volume < 0:
         mesh = replace(mesh, faces=mesh.faces.flip(1))
         notes.append("turned outside out, for its volume was negative")
@@ -282,7 +284,7 @@ class MeshTree:
     def closest(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The nearest point of the surface: its distance ``[points]``, itself ``[points, 3]``, and its face."""
         parts = [self._closest(part) for part in points.split(POINTS_AT_ONCE)]
-        distance, nearest, face = (torch.cat(found) for found in zip(*parts, strict=True))
+        distance, nearest, face = (torch.cat(columns) for columns in zip(*parts, strict=True))
         return distance, nearest, face
 
     def signed_distance(self, points: Tensor) -> Tensor:
@@ -429,9 +431,9 @@ def _by_trimesh(path: Path) -> Mesh:
             "is made here: --shape knot"
         ) from None
     try:
-        found: Any = trimesh.load(path, force="mesh", process=False, skip_materials=True)
-        vertices = np.array(found.vertices, dtype=np.float64).reshape(-1, 3)
-        faces = np.array(getattr(found, "faces", ()), dtype=np.int64).reshape(-1, 3)
+        loaded: Any = trimesh.load(path, force="mesh", process=False, skip_materials=True)
+        vertices = np.array(loaded.vertices, dtype=np.float64).reshape(-1, 3)
+        faces = np.array(getattr(loaded, "faces", ()), dtype=np.int64).reshape(-1, 3)
     except Exception as error:  # whatever a parser may meet
         raise UserError(f"{path.name} cannot be read as a mesh ({error or type(error).__name__})") from None
     return Mesh(torch.from_numpy(vertices), torch.from_numpy(faces))
@@ -667,21 +669,21 @@ def extracted(
     vertices, faces, count = [], [], 0
     for start in range(0, sizes[0] - 1, layers):
         stop = min(start + layers, sizes[0] - 1)
-        own = range(start if last is None else start + 1, stop + 1)
+        planes = range(start if last is None else start + 1, stop + 1)
         values = torch.empty(stop - start + 1, sizes[1], sizes[2])
         if last is not None:
             values[0] = last
-        for i in own:
+        for i in planes:
             x = torch.cat([lines[0][i].expand(layer, 1), plane], 1).float()
             values[i - start] = torch.cat([height(part) for part in x.split(at_once)]).reshape(sizes[1:])
             _close(values[i - start], i in (0, sizes[0] - 1))
         last = values[-1].clone()
         if float(values.max()) <= 0 or float(values.min()) >= 0:
             continue
-        found, corners, _, _ = marching_cubes(values.numpy(), 0.0, allow_degenerate=False)
-        vertices.append(found.astype(np.float64) + np.array([start, 0, 0]))
+        positions, corners, _, _ = marching_cubes(values.numpy(), 0.0, allow_degenerate=False)
+        vertices.append(positions.astype(np.float64) + np.array([start, 0, 0]))
         faces.append(corners.astype(np.int64) + count)
-        count += len(found)
+        count += len(positions)
     if not vertices:
         return None
     mesh = _joined(np.concatenate(vertices), np.concatenate(faces))
@@ -739,8 +741,8 @@ def drawn(mesh: Mesh | None, size: int, eye: Tensor, colours: Tensor | None = No
         corners = mesh.faces[face]
         normal = normalize((mesh.vertex_normals()[corners] * weights).sum(1), dim=1) @ eye.T
         light = normalize(torch.tensor(LIGHT, dtype=torch.float64), dim=0)
-        own = torch.tensor(CLAY, dtype=torch.float64) if colours is None else (colours[corners] * weights).sum(1)
-        picture[pixel] = (own * (0.28 + 0.72 * (normal @ light).clamp_min(0))[:, None]).clamp(0, 1)
+        colour = torch.tensor(CLAY, dtype=torch.float64) if colours is None else (colours[corners] * weights).sum(1)
+        picture[pixel] = (colour * (0.28 + 0.72 * (normal @ light).clamp_min(0))[:, None]).clamp(0, 1)
     picture = picture.reshape(size, 2, size, 2, 3).mean((1, 3))
     return (255 * picture).round().to(torch.uint8)
 

@@ -249,12 +249,12 @@ def drawn(mesh: Mesh, tree: MeshTree, task: TaskName, counts: Counts, seed: int)
     for count, surface in ((counts.training, on), (counts.held_out, 0), (counts.held_out, 0)):
         near = (count - surface) // 2
         anywhere = (2 * torch.rand(count - surface - near, 3, generator=random, dtype=torch.float64) - 1) * corner
-        found = sample(mesh, near + surface, random)
+        sampled = sample(mesh, near + surface, random)
         off = torch.randn(near + surface, 3, generator=random, dtype=torch.float64)
         off[: near // 2] *= NEAR[0]
         off[near // 2 : near] *= NEAR[1]
         off[near:] = 0
-        beside = torch.maximum(torch.minimum(found.points + off, corner), -corner)
+        beside = torch.maximum(torch.minimum(sampled.points + off, corner), -corner)
         x = torch.cat([anywhere, beside])
         flag = torch.cat([torch.zeros(len(anywhere)), torch.ones(len(beside))])
         if task == "occupancy":
@@ -263,9 +263,9 @@ def drawn(mesh: Mesh, tree: MeshTree, task: TaskName, counts: Counts, seed: int)
             values = _distances(mesh, tree, x)
             if surface:
                 values[-surface:, 0] = 0
-                values[-surface:, 1:] = mesh.normals()[found.faces[-surface:]]
+                values[-surface:, 1:] = mesh.normals()[sampled.faces[-surface:]]
         pieces.append((x, torch.cat([values, flag[:, None]], 1)))
-    x, values = (torch.cat(found) for found in zip(*pieces, strict=True))
+    x, values = (torch.cat(sampled) for sampled in zip(*pieces, strict=True))
     points = ShapePoints(tuple(corner.tolist()), x, values)
     inside = values[:, 0] > 0.5 if task == "occupancy" else values[:, 0] < 0
     if inside.double().mean() < 1e-4:
@@ -374,12 +374,12 @@ class Overlap:
         value, truth = values[:, 0], y[:, 0]
         near = y[:, -1] > 0.5
         if self.distance:
-            own, real = value < 0, truth < 0
+            inside, real = value < 0, truth < 0
             misfit = (value - truth).abs().double().sum()
         else:
-            own, real = value > 0, truth > 0.5
+            inside, real = value > 0, truth > 0.5
             misfit = functional.binary_cross_entropy_with_logits(value, truth, reduction="none").double().sum()
-        both, either = own & real, own | real
+        both, either = inside & real, inside | real
         counts = [(both & ~near).sum(), (either & ~near).sum(), (both & near).sum(), (either & near).sum()]
         return torch.stack([*(n.double() for n in counts), misfit, misfit.new_tensor(float(len(y)))])
 
@@ -481,17 +481,17 @@ def compared(mesh: Mesh, truth: Mesh, tree: MeshTree, seed: int = 0) -> Comparis
     random = torch.Generator().manual_seed(seed)
     ways = []
     for one, other, at in ((mesh, truth, tree), (truth, mesh, MeshTree(mesh))):
-        found = sample(one, SAMPLES, random)
-        distance, _, face = at.closest(found.points)
-        cosine = (one.normals()[found.faces] * other.normals()[face]).sum(1).abs()
+        points = sample(one, SAMPLES, random)
+        distance, _, face = at.closest(points.points)
+        cosine = (one.normals()[points.faces] * other.normals()[face]).sum(1).abs()
         ways.append((float(distance.mean()) / LONGEST, float(cosine.mean())))
-    (to, own), (back, others) = ways
+    (to, nearest), (back, others) = ways
     edges = Edges.of(mesh)
     return Comparison(
         chamfer=(to + back) / 2,
         to_truth=to,
         from_truth=back,
-        normals=(own + others) / 2,
+        normals=(nearest + others) / 2,
         vertices=len(mesh.vertices),
         faces=len(mesh.faces),
         watertight=edges.open == 0 and edges.crowded == 0,
@@ -515,19 +515,19 @@ def show(config: ShapeConfig, task: FieldTask, results: Results, run: Run) -> No
         return
     folder = run.path / "figures"
     folder.mkdir(exist_ok=True)
-    found = surface(config, task, config.resolution)
+    mesh = surface(config, task, config.resolution)
     eyes = [view(turn) @ _upright(config) for turn in (config.turn, config.turn + 180)]
     pictures = [(folder / "original.png", "The mesh, from two sides.")]
     save(torch.cat([mesh_drawn(true.mesh, PICTURE, eye) for eye in eyes], 1), pictures[0][0])
-    if found is None:
+    if mesh is None:
         run.write_json("surface.json", {"found": False})
         notes = ["The field is nowhere zero: there is no surface."]
     else:
-        write_obj(true.frame.outward(found), run.product("surface.obj"))
-        write_ply(true.frame.outward(found), run.product("surface.ply"))
-        figures = compared(found, true.mesh, true.tree)
+        write_obj(true.frame.outward(mesh), run.product("surface.obj"))
+        write_ply(true.frame.outward(mesh), run.product("surface.ply"))
+        figures = compared(mesh, true.mesh, true.tree)
         run.write_json("surface.json", {"found": True, "resolution": config.resolution, **vars(figures)})
-        away, _, _ = true.tree.closest(found.vertices)
+        away, _, _ = true.tree.closest(mesh.vertices)
         colours = heat(away / LONGEST, MOST_ERROR)
         pictures += [
             (folder / "reconstruction.png", "The surface of the field (surface.ply, surface.obj)."),
@@ -536,8 +536,8 @@ def show(config: ShapeConfig, task: FieldTask, results: Results, run: Run) -> No
                 f"Its distance from the mesh: dark is none, bright {100 * MOST_ERROR:g} % of the longest side.",
             ),
         ]
-        save(torch.cat([mesh_drawn(found, PICTURE, eye) for eye in eyes], 1), pictures[1][0])
-        save(torch.cat([mesh_drawn(found, PICTURE, eye, colours) for eye in eyes], 1), pictures[2][0])
+        save(torch.cat([mesh_drawn(mesh, PICTURE, eye) for eye in eyes], 1), pictures[1][0])
+        save(torch.cat([mesh_drawn(mesh, PICTURE, eye, colours) for eye in eyes], 1), pictures[2][0])
         notes = [_sentence(figures, config.resolution)]
     pictures.append((folder / "slice.png", "The field on a plane through the middle; the line is the mesh."))
     save_figure(_slice(config, task, true), pictures[-1][0], 110)
@@ -548,17 +548,17 @@ def _show_cloud(config: ShapeConfig, task: FieldTask, results: Results, run: Run
     """Write what can be shown if only a point cloud is known."""
     folder = run.path / "figures"
     folder.mkdir(exist_ok=True)
-    found = surface(config, task, config.resolution)
+    mesh = surface(config, task, config.resolution)
     pictures: list[tuple[Path, str]] = []
-    if found is None:
+    if mesh is None:
         run.write_json("surface.json", {"found": False})
         notes = ["The field is nowhere zero: there is no surface."]
     else:
-        write_obj(true.frame.outward(found), run.product("surface.obj"))
-        write_ply(true.frame.outward(found), run.product("surface.ply"))
+        write_obj(true.frame.outward(mesh), run.product("surface.obj"))
+        write_ply(true.frame.outward(mesh), run.product("surface.ply"))
         at, y = task.points.at(task.parts.test)
-        away, _, face = MeshTree(found).closest(at.double().cpu())
-        agree = (found.normals()[face] * y[:, 1:4].double().cpu()).sum(1)
+        away, _, face = MeshTree(mesh).closest(at.double().cpu())
+        agree = (mesh.normals()[face] * y[:, 1:4].double().cpu()).sum(1)
         figures = {"to_surface": float(away.mean()) / LONGEST, "normals": float(agree.mean())}
         run.write_json("surface.json", {"found": True, "resolution": config.resolution, **figures})
         notes = [
@@ -567,7 +567,7 @@ def _show_cloud(config: ShapeConfig, task: FieldTask, results: Results, run: Run
         ]
         eyes = [view(turn) @ _upright(config) for turn in (config.turn, config.turn + 180)]
         pictures.append((folder / "reconstruction.png", "The surface of the field (surface.ply, surface.obj)."))
-        save(torch.cat([mesh_drawn(found, PICTURE, eye) for eye in eyes], 1), pictures[-1][0])
+        save(torch.cat([mesh_drawn(mesh, PICTURE, eye) for eye in eyes], 1), pictures[-1][0])
     write_page("A shape as a field", task, results, run, pictures, notes)
 
 
@@ -576,10 +576,10 @@ def export(config: ShapeConfig, task: FieldTask, sizes: tuple[int, ...], run: Ru
     if len(sizes) != 1:
         raise UserError("--export-size takes one number for a shape: the grid points of the longest side")
     check_grid("--export-size", sizes[0])
-    found = surface(config, task, sizes[0])
-    if found is None:
+    mesh = surface(config, task, sizes[0])
+    if mesh is None:
         raise UserError(f"the field of {run} is nowhere zero, and has no surface")
-    outward = subject(config).frame.outward(found)
+    outward = subject(config).frame.outward(mesh)
     write_obj(outward, run.product("export.obj"))
     write_ply(outward, run.product("export.ply"))
     return run.product("export.ply")

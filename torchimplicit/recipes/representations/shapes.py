@@ -94,10 +94,10 @@ class OneStepRepresentation(nn.Module):
         """``[points, inputs]`` to ``[points, outputs]``."""
         if not self.training:
             return self.whole(x)
-        given = [one(x) for one in self.whole.filters]
+        filtered = [one(x) for one in self.whole.filters]
         with torch.no_grad():
-            state = self.whole.equilibrium(given)
-        return self.whole.head(self.whole.equilibrium.cell(state, given))
+            state = self.whole.equilibrium(filtered)
+        return self.whole.head(self.whole.equilibrium.cell(state, filtered))
 
 
 def build_one_step(config: ShapeConfig) -> FieldTask:
@@ -164,17 +164,17 @@ def direction(subject: Fit, config: ShapeConfig) -> Direction:
     other.model.whole.load_state_dict(subject.task.model.state_dict())
     weights = subject.task.criterion
     assert isinstance(weights, DistanceLoss)
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    directions: dict[str, tuple[Tensor, Tensor]] = {}
     for name, criterion in (
         ("whole", weights),
         ("values", replace(weights, normal=0.0, eikonal=0.0)),
         ("slopes", replace(weights, distance=0.0)),
     ):
         subject.task.criterion = other.criterion = criterion
-        found[name] = (_gradient(other, subject.batch), _gradient(subject.task, subject.batch))
+        directions[name] = (_gradient(other, subject.batch), _gradient(subject.task, subject.batch))
     subject.task.criterion = weights
-    cosine = {name: float(torch.cosine_similarity(one, true, dim=0)) for name, (one, true) in found.items()}
-    one, true = found["whole"]
+    cosine = {name: float(torch.cosine_similarity(one, true, dim=0)) for name, (one, true) in directions.items()}
+    one, true = directions["whole"]
     return Direction(cosine["whole"], float(one.norm() / true.norm()), cosine["values"], cosine["slopes"])
 
 
@@ -279,8 +279,8 @@ class ShapesConfig:
 def training(config: ShapesConfig, row: Row, seed: int) -> ShapeConfig:
     """The settings of one run."""
     paper = config.plan.scale == "paper"
-    own = config.steps if row.task == "occupancy" else config.sdf_steps
-    steps = own or (10000 if paper else 250 if row.task == "occupancy" else 120)
+    count = config.steps if row.task == "occupancy" else config.sdf_steps
+    steps = count or (10000 if paper else 250 if row.task == "occupancy" else 120)
     optimization = replace(adam(steps, max(1, steps // 8)), seed=seed)
     if paper:
         optimization = replace(optimization, batch_size=50000, learning_rate=5e-4, schedule="constant")
@@ -307,17 +307,17 @@ def training(config: ShapesConfig, row: Row, seed: int) -> ShapeConfig:
 def jobs(config: ShapesConfig) -> list[Job]:
     """All jobs, seed by seed so that a slow phase of the machine affects all rows; the costs after the first seed."""
     known_rows(config.rows, (*ROWS, COST))
-    made: list[Job] = []
+    planned: list[Job] = []
     for seed in config.plan.all_seeds:
         fits = {name: training(config, row, seed) for name, row in ROWS.items()}
         for name, row in ROWS.items():
             recipe = "implicit-shape-one-step" if row.kind == "one-step" else "implicit-shape"
-            made.append(Job(f"{name}-seed{seed}", recipe, fits[name], {"row": row, "seed": seed}))
+            planned.append(Job(f"{name}-seed{seed}", recipe, fits[name], {"row": row, "seed": seed}))
         if seed == config.plan.first_seed:
             estimates = tuple(row.kind == "one-step" for row in ROWS.values())
             costs = ShapesCostConfig(names=tuple(fits), fits=tuple(fits.values()), one_step=estimates)
-            made.append(Job(COST, "implicit-shapes-cost", costs))
-    return [job for job in made if not config.rows or job.name.partition("-seed")[0] in config.rows]
+            planned.append(Job(COST, "implicit-shapes-cost", costs))
+    return [job for job in planned if not config.rows or job.name.partition("-seed")[0] in config.rows]
 
 
 def figures(config: ShapesConfig, run: Run) -> dict[str, Any] | None:
@@ -487,11 +487,11 @@ def drawings(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run]) -> It
         "gradients (dotted), and explicit twins (dashed).",
     )
     for task, title in (("occupancy", "occupancy"), ("sdf", "distance")):
-        own = {line["row"]: line for line in runs.where(seed=config.plan.first_seed) if line["row"].task == task}
-        if own:
+        lines = {line["row"]: line for line in runs.where(seed=config.plan.first_seed) if line["row"].task == task}
+        if lines:
             yield CaptionedFigure(
                 title,
-                surfaces(own, folders),
+                surfaces(lines, folders),
                 "The surfaces by marching cubes; colours are distances from the mesh, dark for none and bright for 2 % "
                 "of its longest side. The first seed.",
             )

@@ -143,7 +143,7 @@ def seen(config: SignalsConfig, row: Row, seed: int) -> VideoConfig:
 def jobs(config: SignalsConfig) -> list[Job]:
     """All jobs, seed by seed so that a slow phase of the machine affects all rows; the costs after the first seed."""
     known_rows(config.rows, (*ROWS, COST))
-    made: list[Job] = []
+    planned: list[Job] = []
     for seed in config.plan.all_seeds:
         sounds, videos = (
             {name: fit(config, row, seed) for name, row in ROWS.items() if row.kind == kind}
@@ -151,7 +151,7 @@ def jobs(config: SignalsConfig) -> list[Job]:
         )
         for recipe, fits in (("implicit-audio", sounds), ("implicit-video", videos)):
             for name, one in fits.items():
-                made.append(Job(f"{name}-seed{seed}", recipe, one, {"row": ROWS[name], "seed": seed}))
+                planned.append(Job(f"{name}-seed{seed}", recipe, one, {"row": ROWS[name], "seed": seed}))
         if seed == config.plan.first_seed:
             costs = FieldCostConfig(
                 names=(*sounds, *videos),
@@ -161,8 +161,8 @@ def jobs(config: SignalsConfig) -> list[Job]:
                 rounds=7,
                 steps_a_turn=1,
             )
-            made.append(Job(COST, "fields-cost", costs))
-    return [job for job in made if not config.rows or job.name.partition("-seed")[0] in config.rows]
+            planned.append(Job(COST, "fields-cost", costs))
+    return [job for job in planned if not config.rows or job.name.partition("-seed")[0] in config.rows]
 
 
 def sheets(config: SignalsConfig, runs: Runs) -> Iterator[TitledTable]:
@@ -250,8 +250,8 @@ def notes(config: SignalsConfig, runs: Runs) -> Iterator[str]:
     counts = {row: len(runs.where(row=row)) for row in names}
     if fewer := [f"{names[row]} ({count})" for row, count in counts.items() if 0 < count < seeds]:
         yield f"Of {seeds} seeds, fewer were run of: {', '.join(fewer)}."
-    if own := [f"--{kind}-file" for kind in KINDS if getattr(config, f"{kind}_file")]:
-        yield f"The command below was also given {' and '.join(own)}; the files are named above."
+    if options := [f"--{kind}-file" for kind in KINDS if getattr(config, f"{kind}_file")]:
+        yield f"The command below was also given {' and '.join(options)}; the files are named above."
     gaps = {row: runs.gaps(row, row.twin, "test.PSNR") for row in names if row.implicit}
     behind = [names[row] for row, values in gaps.items() if values and fmean(values) < 0]
     if behind and config.plan.scale == "cpu":
@@ -285,26 +285,26 @@ def drawings(config: SignalsConfig, runs: Runs, folders: Mapping[str, Run]) -> I
         figure,
         "PSNR during training, mean over the seeds: implicit models (solid) and their explicit twins (dashed).",
     )
-    told = f"of what {NAMES[SHOWN, True]} and {NAMES[SHOWN, False]} make of it, with the PSNR; the first seed."
+    caption = f"of what {NAMES[SHOWN, True]} and {NAMES[SHOWN, False]} make of it, with the PSNR; the first seed."
     seed = config.plan.first_seed
     for kind in KINDS:
-        own = Row(kind=kind, filter=SHOWN, implicit=True)
-        pair = [line for row in (own, own.twin) for line in runs.where(row=row, seed=seed) if line["test"]]
+        shown = Row(kind=kind, filter=SHOWN, implicit=True)
+        pair = [line for row in (shown, shown.twin) for line in runs.where(row=row, seed=seed) if line["test"]]
         if len(pair) < 2:
             continue
         titles = [f"{line['row'].label}\n{line['test.PSNR']:.1f} dB" for line in pair]
         if kind == "sound":
-            samples, rate = (found := sound(heard(config, own, seed))).samples, found.rate
+            samples, rate = (waveform := sound(heard(config, shown, seed))).samples, waveform.rate
             fits = [SOUNDS.task(heard(config, line["row"], seed), folders[line.name]) for line in pair]
             lines = {"the sound": samples}
             lines |= {title: fit.on_grid([len(samples)]) for title, fit in zip(titles, fits, strict=True)}
-            yield CaptionedFigure("sound", spectrograms(lines, rate), f"Spectrograms of the sound and {told}")
+            yield CaptionedFigure("sound", spectrograms(lines, rate), f"Spectrograms of the sound and {caption}")
         else:
-            pixels = clip(seen(config, own, seed)).pixels
+            pixels = clip(seen(config, shown, seed)).pixels
             fits = [VIDEOS.task(seen(config, line["row"], seed), folders[line.name]) for line in pair]
             frames: dict[str, Sequence[Tensor]] = {"video": list(pixels)}
             frames |= {t: list(fit.on_grid(pixels.shape[:3], quantized)) for t, fit in zip(titles, fits, strict=True)}
-            yield CaptionedFigure("video", strip(frames), f"Frames of the video and {told}")
+            yield CaptionedFigure("video", strip(frames), f"Frames of the video and {caption}")
 
 
 TABLE = table.published(

@@ -251,18 +251,18 @@ def _clip(path: Path | None, name: ClipName, first: int, every: int, count: int 
 
 def _together(path: Path, frames: Iterator[Tensor]) -> Tensor:
     """All frames ``[frames, height, width, channels]``, in one size; in colour if any of them is."""
-    found: list[Tensor] = []
+    parts: list[Tensor] = []
     for number, frame in enumerate(frames):
-        if found and frame.shape[:2] != found[0].shape[:2]:
+        if parts and frame.shape[:2] != parts[0].shape[:2]:
             raise UserError(
                 f"the frames of {path} differ in size: number {number} would be {frame.shape[1]} × {frame.shape[0]} "
-                f"pixels, and the first {found[0].shape[1]} × {found[0].shape[0]}"
+                f"pixels, and the first {parts[0].shape[1]} × {parts[0].shape[0]}"
             )
-        found.append(frame)
-        if len(found) * frame.shape[0] * frame.shape[1] > MOST_POINTS:
+        parts.append(frame)
+        if len(parts) * frame.shape[0] * frame.shape[1] > MOST_POINTS:
             raise UserError(f"{path} has too many frames for --size; give fewer --frames, or a smaller --size")
-    channels = max((frame.shape[2] for frame in found), default=3)
-    return torch.stack([frame.expand(-1, -1, channels) for frame in found]) if found else torch.empty(0)
+    channels = max((frame.shape[2] for frame in parts), default=3)
+    return torch.stack([frame.expand(-1, -1, channels) for frame in parts]) if parts else torch.empty(0)
 
 
 def _folder(path: Path, size: int, known: _Reading) -> Generator[Tensor]:
@@ -518,8 +518,8 @@ def export(config: VideoConfig, task: FieldTask, sizes: tuple[int, ...], run: Ru
     else:
         frames, height, width = sizes
     path = run.product("export.mp4" if can_write_mp4() else "export.gif")
-    made = (quantized(values) for values in sampled_frames(task, (frames, height, width)))
-    save(made, known.rate * frames / len(known.pixels), path)
+    images = (quantized(values) for values in sampled_frames(task, (frames, height, width)))
+    save(images, known.rate * frames / len(known.pixels), path)
     return path
 
 
@@ -536,11 +536,11 @@ def sampled_frames(task: FieldTask, sizes: tuple[int, ...]) -> Iterator[Tensor]:
 def build(config: VideoConfig) -> FieldTask:
     """The task. Grid cells are cubes: a pixel's side equals a frame's duration. The scale of the frequencies is that of
     pictures: half the longest side."""
-    found = clip(config)
-    grid = Grid(found.pixels)
-    frames, height, width, channels = found.pixels.shape
+    moving = clip(config)
+    grid = Grid(moving.pixels)
+    frames, height, width, channels = moving.pixels.shape
     kind = "grey" if channels == 1 else "colour"
-    about = noted(f"{found.name}: {frames} frames of {width} × {height} pixels in {kind}", found.notes)
+    about = noted(f"{moving.name}: {frames} frames of {width} × {height} pixels in {kind}", moving.notes)
     return FieldTask(config, grid, Parts.same(grid), max(height, width) / 2, about=about, held="neither")
 
 

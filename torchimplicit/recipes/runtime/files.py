@@ -168,10 +168,10 @@ def read_json(path: Path, quiet: bool = False) -> dict[str, Any]:
             say_once(f"{path} is of an earlier version, without a checksum, and is taken as it is", "unsealed JSON")
         return plain
     try:
-        found = sum_of(plain)
+        checksum = sum_of(plain)
     except (ValueError, RecursionError):
-        found = ""
-    if seal != found:
+        checksum = ""
+    if seal != checksum:
         raise DamagedFileError(
             f"{path} does not have the checksum that it was written with: it is damaged, or was changed; {_AGAIN} "
             f'(or, if the change is meant, take its line "{CHECKSUM}" out)'
@@ -343,23 +343,23 @@ def fetch(download: Download, folder: Path, instead: str = "with --data-dir") ->
     """
     target = folder / download.name
     kind, published = ("sha256", download.sha256) if download.sha256 else ("md5", download.md5)
-    told = {"sha256": "SHA-256", "md5": "MD5"}[kind]
+    algorithm = {"sha256": "SHA-256", "md5": "MD5"}[kind]
     if target.is_file():
-        if (found := _sum(target, kind)) != published:
+        if (checksum := _sum(target, kind)) != published:
             raise DamagedFileError(
-                f"{target} is damaged: it has the {told} sum {found}, and {published} was published; delete it, and it "
-                f"is downloaded again, or give a copy of your own {instead}"
+                f"{target} is damaged: it has the {algorithm} sum {checksum}, and {published} was published; delete "
+                f"it, and it is downloaded again, or give a copy of your own {instead}"
             )
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(target) as part:
             with part.open("wb") as file:
-                found = _copy(download.url, file, kind)
-            if found != published:
+                checksum = _copy(download.url, file, kind)
+            if checksum != published:
                 raise UserError(
-                    f"{download.url} has the {told} sum {found}, and {published} was published: the download was cut "
-                    f"short or the file has changed; try again, or give a copy of your own {instead}"
+                    f"{download.url} has the {algorithm} sum {checksum}, and {published} was published: the download "
+                    f"was cut short or the file has changed; try again, or give a copy of your own {instead}"
                 )
     except (urllib.error.URLError, HTTPException, TimeoutError) as error:
         reason = getattr(error, "reason", error)
@@ -395,16 +395,16 @@ def unchanged(folder: Path, names: Sequence[str]) -> None:
                 if not (match := re.fullmatch(r"([0-9a-f]{64})  (.+)", line)):
                     raise DamagedFileError(f"{place} is damaged, in the line {line[:100]!r}; {again}")
                 noted[match[2]] = match[1]
-        found = {name: _sum(folder / name, "sha256") for name in names}
-        for name in noted.keys() & found.keys():
-            if found[name] != noted[name]:
+        sums = {name: _sum(folder / name, "sha256") for name in names}
+        for name in noted.keys() & sums.keys():
+            if sums[name] != noted[name]:
                 raise DamagedFileError(
                     f"{folder / name} has changed since it was put there: its sum is not that in {SUMS}; {again}"
                 )
-        if noted and not found.keys() <= noted.keys():
-            raise DamagedFileError(f"{place} is damaged: it says nothing of {min(found.keys() - noted)}; {again}")
+        if noted and not sums.keys() <= noted.keys():
+            raise DamagedFileError(f"{place} is damaged: it says nothing of {min(sums.keys() - noted)}; {again}")
         if not noted:
-            write_text(place, "".join(f"{found[name]}  {name}\n" for name in sorted(found)))
+            write_text(place, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
     except OSError as error:
         raise UserError(f"{folder} cannot be verified ({error.strerror or error}); {again}") from None
 

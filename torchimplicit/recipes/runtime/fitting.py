@@ -345,7 +345,7 @@ def loggers(run: Run, steps: int, tensorboard: bool, every: int = 1) -> list[Log
         _ = table.experiment
     for row in kept:
         table.log_metrics(dict(row), int(row["step"]))
-    made: list[Logger] = [table]
+    chosen: list[Logger] = [table]
     if tensorboard:
-        made.append(TensorBoardLogger(run.path, name=None, version="logs", purge_step=steps + 1))
-    return made
+        chosen.append(TensorBoardLogger(run.path, name=None, version="logs", purge_step=steps + 1))
+    return chosen

@@ -329,13 +329,13 @@ def _name(key: str, value: Any) -> Any:
 
 
 def _leaves(plain: dict[str, Any], usual: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    found: dict[str, tuple[Any, Any]] = {}
+    leaves: dict[str, tuple[Any, Any]] = {}
     for key, value in plain.items():
         if isinstance(value, dict):
-            found |= _leaves(value, usual[key])
+            leaves |= _leaves(value, usual[key])
         else:
-            found[key] = (value, usual[key])
-    return found
+            leaves[key] = (value, usual[key])
+    return leaves
 
 
 def _word(key: str, value: Any) -> str:

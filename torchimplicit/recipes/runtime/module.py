@@ -139,17 +139,17 @@ class TrainingModule(LightningModule):
         if not self.average:
             yield
             return
-        own = dict(self.task.named_parameters())
-        kept = {name: own[name].detach().clone() for name in self.average}
+        parameters = dict(self.task.named_parameters())
+        kept = {name: parameters[name].detach().clone() for name in self.average}
         with torch.no_grad():
             for name, value in self.average.items():
-                own[name].copy_(value)
+                parameters[name].copy_(value)
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, value in kept.items():
-                    own[name].copy_(value)
+                    parameters[name].copy_(value)
 
     @torch.no_grad()
     def _keep_average(self) -> None:
@@ -312,7 +312,7 @@ class TrainingModule(LightningModule):
         self._held_out.close()
         total = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
         assert isinstance(total, Tensor)
-        found = Validation(
+        validation = Validation(
             step=self.history.steps,
             seconds=self.history.seconds,
             figures=self.task.figures(total.tolist()),
@@ -321,11 +321,13 @@ class TrainingModule(LightningModule):
         )
         metric = self.task.metric
         known = {v.step: v.figures[metric.name] for v in self.history.validations}
-        if self.history.best is None or metric.better(found.figures[metric.name], known[self.history.best]):
-            self.history.best = found.step
-        self.history.validations.append(found)
+        if self.history.best is None or metric.better(validation.figures[metric.name], known[self.history.best]):
+            self.history.best = validation.step
+        self.history.validations.append(validation)
         for logger in self.loggers:
-            logger.log_metrics({f"validation_{name}": value for name, value in found.figures.items()}, found.step)
+            logger.log_metrics(
+                {f"validation_{name}": value for name, value in validation.figures.items()}, validation.step
+            )
 
     # checkpoints
 

@@ -178,17 +178,17 @@ class MonitorGradient(Callback):
             if self.subspace:
                 radius = spectral_radius(problem, z, *args, subspace=self.subspace, restarts=2).reshape(-1)
         records = []
-        for key, found in probes.items():
-            comparison = compared(found, exact)
+        for key, values in probes.items():
+            comparison = compared(values, exact)
             records.append(
                 GradientRecord(
                     step=step,
                     layer=name,
                     estimator=key,
                     ascent=float(comparison.relative_error < 1),
-                    steps=float(found.report.steps.double().mean()),
-                    products=found.report.evaluations,
-                    damping=_mean_damping(found.report),
+                    steps=float(values.report.steps.double().mean()),
+                    products=values.report.evaluations,
+                    damping=_mean_damping(values.report),
                     spectral_radius=float(radius.median()),
                     spectral_radius_max=float(radius.max()),
                     **asdict(comparison),
@@ -203,8 +203,8 @@ def _mean_damping(report: Report) -> float:
 
 def _logged(record: GradientRecord) -> dict[str, float]:
     where = f"gradient/{record.layer}/{record.estimator}".rstrip("/")
-    found = {figure: getattr(record, figure) for figure in (BESIDE if record.estimator else OWN)}
-    return {f"{where}/{figure}": value for figure, value in found.items() if not math.isnan(value)}
+    figures = {figure: getattr(record, figure) for figure in (BESIDE if record.estimator else OWN)}
+    return {f"{where}/{figure}": value for figure, value in figures.items() if not math.isnan(value)}
 
 
 @dataclass

@@ -108,14 +108,14 @@ def gauss_newton(objective: Objective, start: Array, step: Step) -> None:
     """
 
     def residuals(vector: Array) -> Array:
-        found = objective.residuals(vector)
-        if np.array_equal(vector, start) and not np.isfinite(found).all():
+        values = objective.residuals(vector)
+        if np.array_equal(vector, start) and not np.isfinite(values).all():
             raise DivergedError(
                 "the residuals are not finite at the weights that training starts from, where a solution that they are "
                 "made of was not found: allow it more steps (--inner-steps, where there is such), try another --seed, "
                 "or train by --optimizer adam"
             )
-        return found
+        return values
 
     def after(intermediate_result: Any) -> None:
         step(intermediate_result.x, float(intermediate_result.cost))
@@ -157,7 +157,7 @@ def l_bfgs(objective: Objective, start: Array, step: Step) -> None:
     start = start / FIRST_STEP
     reached = math.inf
     while True:
-        found = minimize(
+        result = minimize(
             loss_and_gradient,
             start,
             jac=True,
@@ -165,9 +165,9 @@ def l_bfgs(objective: Objective, start: Array, step: Step) -> None:
             callback=after,
             options={"maxiter": 10**9, "maxfun": 10**9, "maxcor": 30, "ftol": 0.0, "gtol": 0.0},
         )
-        if not found.fun < reached:
+        if not result.fun < reached:
             return
-        start, reached = found.x, float(found.fun)
+        start, reached = result.x, float(result.fun)
 
 
 def adam(objective: Objective, start: Array, peak: float, spent: float, step: Step) -> None:

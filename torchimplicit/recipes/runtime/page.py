@@ -93,7 +93,7 @@ def _template() -> Template:
 def record_page(record: Record, pictures: Sequence[Shown]) -> str:
     """The whole record, pictures included, in one file."""
     e = record.environment
-    made = Markup("<code>{}</code>").format(record.command)
+    command = Markup("<code>{}</code>").format(record.command)
     where = f"{e.device}, {e.cores} cores, torch {e.torch_version}, torchimplicit {e.torchimplicit_version}"
     return document(
         record.title,
@@ -105,7 +105,7 @@ def record_page(record: Record, pictures: Sequence[Shown]) -> str:
             Section(heading="Notes" if record.notes else "", notes=record.notes),
         ],
         date=e.date,
-        footer=[made, f"{record.seconds / 60:.0f} minutes on {where}."],
+        footer=[command, f"{record.seconds / 60:.0f} minutes on {where}."],
     )
 
 

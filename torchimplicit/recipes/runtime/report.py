@@ -61,11 +61,11 @@ def comparison(runs: Sequence[Finished]) -> Table:
     def cost(figure: str, form: str, scale: float = 1.0) -> Callable[[Finished], str]:
         return lambda run: shown(run.results.costs and scale * getattr(run.results.costs, figure), form)
 
-    def figure(run: Finished, found: Validation | None) -> str:
-        if found is None:
+    def figure(run: Finished, validation: Validation | None) -> str:
+        if validation is None:
             return NONE
         metric = Metric(run.results.metric, "%" if run.results.metric in SHARES else "", "max")
-        said = told(found.figures, metric)
+        said = told(validation.figures, metric)
         return ", ".join(f"{name} {value}" for name, value in said.items() if name != "loss" or len(said) == 1)
 
     return sheet("", runs, [

@@ -97,15 +97,15 @@ def _check(kind: type) -> None:
 @cache
 def _strategies() -> dict[str, type]:
     """The frozen dataclasses with keyword-only defaults: solvers, linear solvers, estimators, and models' configs."""
-    found: dict[str, type] = {}
+    strategies: dict[str, type] = {}
     for room in _ROOMS:
         for module in pkgutil.walk_packages(room.__path__, f"{room.__name__}."):
             for name, kind in vars(import_module(module.name)).items():
                 if isinstance(kind, type) and is_dataclass(kind) and kind.__module__ == module.name:
                     wanted = issubclass(kind, Solver | LinearSolver | Gradient) or name.endswith("Config")
                     if wanted and kind.__init__.__kwdefaults__:
-                        found[name] = kind
-    return found
+                        strategies[name] = kind
+    return strategies
 
 
 def _plain_defaults(kind: type) -> dict[str, Any]:

@@ -133,10 +133,10 @@ def missing(plain: Any, whole: Any, at: str = "") -> list[str]:
     """The settings of ``whole`` that ``plain`` does not name, both as :func:`to_plain` gives them."""
     if not (isinstance(plain, dict) and isinstance(whole, dict)):
         return []
-    found: list[str] = []
+    names: list[str] = []
     for name, value in whole.items():
-        found += missing(plain[name], value, f"{at}{name}.") if name in plain else [f"{at}{name}"]
-    return found
+        names += missing(plain[name], value, f"{at}{name}.") if name in plain else [f"{at}{name}"]
+    return names
 
 
 # -- The settings that every trained recipe has ------------------------------------------------------------------------

@@ -83,12 +83,12 @@ def one_step(
 def in_turn(kinds: Mapping[K, Callable[[], StepCost]], repeats: int, steps: int = 1) -> dict[K, StepCost]:
     """Median step costs of every kind: ``steps`` of one, then of the next, repeated this many times after one uncounted
     warm-up round."""
-    found: dict[K, list[StepCost]] = {name: [] for name in kinds}
+    measured: dict[K, list[StepCost]] = {name: [] for name in kinds}
     for turn in range(repeats + 1):
         for name, step in kinds.items():
             costs = [step() for _ in range(steps)]
-            found[name] += costs if turn else []
-    return {name: middle(costs) for name, costs in found.items()}
+            measured[name] += costs if turn else []
+    return {name: middle(costs) for name, costs in measured.items()}
 
 
 def timed_in_turn(
@@ -97,14 +97,14 @@ def timed_in_turn(
     """Median seconds of every case and its last result, taking turns; with ``warm`` after one uncounted round."""
     now = clock(where)
     seconds: dict[K, list[float]] = {name: [] for name in cases}
-    given: dict[K, V] = {}
+    results: dict[K, V] = {}
     for turn in range(repeats + warm):
         for name, case in cases.items():
             began = now()
-            given[name] = case()
+            results[name] = case()
             if turn or not warm:
                 seconds[name].append(now() - began)
-    return {name: (median(seconds[name]), given[name]) for name in cases}
+    return {name: (median(seconds[name]), results[name]) for name in cases}
 
 
 def middle(costs: Sequence[StepCost]) -> StepCost:
@@ -129,9 +129,12 @@ def flat_gradient(task: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in task.parameters() if p.grad is not None]).double()
 
 
-def beside(own: Tensor, exact: Tensor) -> dict[str, Any]:
+def beside(gradient: Tensor, exact: Tensor) -> dict[str, Any]:
     """``cosine`` and ``norm`` of a gradient against another."""
-    return {"cosine": float(torch.cosine_similarity(own, exact, dim=0)), "norm": float(own.norm() / exact.norm())}
+    return {
+        "cosine": float(torch.cosine_similarity(gradient, exact, dim=0)),
+        "norm": float(gradient.norm() / exact.norm()),
+    }
 
 
 def peak_bytes(step: Callable[[], object], where: torch.device) -> int:
@@ -177,7 +180,7 @@ def step_table(costs: Mapping[str, StepCost], labels: Mapping[str, str] | None =
     ]).table  # fmt: skip
 
 
-def step_sheet(found: Mapping[str, Any], labels: Mapping[str, str]) -> list[TitledTable]:
+def step_sheet(costs: Mapping[str, Any], labels: Mapping[str, str]) -> list[TitledTable]:
     """Tabulate step costs from a record; empty if not measured."""
-    table = step_table(costs_of(found), labels)
+    table = step_table(costs_of(costs), labels)
     return [TitledTable("A training step", table)] if table.rows else []

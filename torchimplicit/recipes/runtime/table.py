@@ -307,8 +307,8 @@ class Runs(Sequence[Line]):
     @classmethod
     def made_by(cls, jobs: Iterable[Job], figures: Mapping[str, Any]) -> Runs:
         """The runs of those jobs for which ``figures`` returns something."""
-        found = ((job, look(figures, job.recorded, "/")) for job in jobs)
-        return cls(Line(job.name, job.key, one) for job, one in found if one is not None)
+        looked = ((job, look(figures, job.recorded, "/")) for job in jobs)
+        return cls(Line(job.name, job.key, one) for job, one in looked if one is not None)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -370,10 +370,10 @@ class Runs(Sequence[Line]):
         a figure of which more is better, and the steps the other took."""
         return [
             (
-                next((v["step"] for v in own["validations"] if v[figure] >= theirs[f"best.{figure}"]), None),
+                next((v["step"] for v in ours["validations"] if v[figure] >= theirs[f"best.{figure}"]), None),
                 theirs["best.step"],
             )
-            for own, theirs in self.couples(row, other)
+            for ours, theirs in self.couples(row, other)
             if theirs["best"] is not None
         ]
 
@@ -449,13 +449,13 @@ def mean(values: Iterable[Any], form: str) -> str:
 
 
 def sooner(
-    statement: str, tries: Sequence[tuple[int | None, int]], own: float | None, other: float | None
+    statement: str, tries: Sequence[tuple[int | None, int]], ours: float | None, other: float | None
 ) -> Iterator[Claim]:
     """Test whether one reaches the other's final quality in less time, given :meth:`Runs.reaching` and the seconds per
     step of both; no claim if these are unknown."""
-    if not tries or own is None or other is None:
+    if not tries or ours is None or other is None:
         return
-    reached = [(own * steps, other * theirs) for steps, theirs in tries if steps is not None]
+    reached = [(ours * steps, other * theirs) for steps, theirs in tries if steps is not None]
     if not reached:
         yield Claim(statement, f"it never does, in {len(tries)} runs", False)
         return
@@ -550,9 +550,9 @@ class Published(Generic[C]):
     def gather(self, config: C, folders: Mapping[str, Run]) -> dict[str, Any]:
         """The record's part of these runs."""
         there = (job for job in self.jobs(config) if job.name in folders)
-        found = {job.recorded: self.figures(config, folders[job.name]) for job in there}
+        figures = {job.recorded: self.figures(config, folders[job.name]) for job in there}
         packed: dict[str, Any] = {}
-        for name, one in found.items():
+        for name, one in figures.items():
             group, _, within = name.rpartition("/")
             if one is not None:
                 (packed.setdefault(group, {}) if group else packed)[within] = to_plain(one)

@@ -248,8 +248,8 @@ class _Kept(Sampler[Any]):
     """The batches of another sampler, which can be replaced: the workers of a loader keep running with other
     batches."""
 
-    def __init__(self, own: Sampler[Any]):
-        self.own = own
+    def __init__(self, sampler: Sampler[Any]):
+        self.own = sampler
 
     def __len__(self) -> int:
         return len(self.own)  # type: ignore[arg-type]
@@ -266,8 +266,8 @@ class Batches:
         made: gives them.
     """
 
-    def __init__(self, count: int, made: Callable[[], Iterator[Any]]):
-        self.count, self.made = count, made
+    def __init__(self, count: int, batches: Callable[[], Iterator[Any]]):
+        self.count, self.made = count, batches
 
     def __len__(self) -> int:
         return self.count
@@ -317,10 +317,10 @@ class SampledTask(Task):
             kept[key][0].own = batches
             return kept[key][1]
         order = _Kept(batches)
-        made = loader(data, order, workers=workers, collate=collate or self.collate, seed=seed)
+        loaded = loader(data, order, workers=workers, collate=collate or self.collate, seed=seed)
         if workers:
-            kept[key] = order, made
-        return made
+            kept[key] = order, loaded
+        return loaded
 
 
 # -- Solvers and gradient estimators by the names that the command line uses -------------------------------------------

@@ -252,9 +252,9 @@ class Trainer(Runner):
     ) -> bool:
         console.print(f"{module.task.describe()} Weights of {config.machine.weights}.", highlight=False)
         with threads(config.machine.threads), console.status("Evaluating"):
-            found = {split: measure(module, split, where, config.machine) for split in ("validation", "test")}
-        run.write_json("evaluation.json", found)
-        console.print(_figures(found, module.task).rich())
+            measured = {split: measure(module, split, where, config.machine) for split in ("validation", "test")}
+        run.write_json("evaluation.json", measured)
+        console.print(_figures(measured, module.task).rich())
         return True
 
     def _results(
@@ -264,8 +264,8 @@ class Trainer(Runner):
         from torchimplicit.recipes.runtime.fitting import load_weights
         from torchimplicit.recipes.runtime.log import rows
 
-        found = history(run)
-        complete = found.steps >= config.optimization.steps
+        records = history(run)
+        complete = records.steps >= config.optimization.steps
         test = None
         if complete:
             load_weights(module, run.best)
@@ -274,11 +274,11 @@ class Trainer(Runner):
             state="diverged" if diverged else "complete" if complete else "interrupted",
             parameters=sum(p.numel() for p in module.task.parameters()),
             metric=module.task.metric.name,
-            best=best(found),
+            best=best(records),
             test=test,
-            validations=found.validations,
-            steps=found.steps,
-            seconds=found.seconds,
+            validations=records.validations,
+            steps=records.steps,
+            seconds=records.seconds,
             costs=step_costs(rows(run.metrics)),
             environment=Environment.of(where),
             settings=to_plain(config),
@@ -292,14 +292,16 @@ class Trainer(Runner):
             module = self.module(config)
             load_weights(module, run.best)
             with console.status("Evaluating"):
-                found = {split: measure(module, split, where, config.machine) for split in ("validation", "test")}
-        run.write_json("evaluation.json", found)
-        console.print(_figures(found, module.task).rich())
+                measured = {split: measure(module, split, where, config.machine) for split in ("validation", "test")}
+        run.write_json("evaluation.json", measured)
+        console.print(_figures(measured, module.task).rich())
 
 
-def _figures(found: dict[str, Validation], task: Task) -> Table:
-    rows = [[split, *told(one.figures, task.metric).values(), f"{one.forward:.1f}"] for split, one in found.items()]
-    names = ("Split", *told(found["test"].figures, task.metric), "Forward evaluations")
+def _figures(validations: dict[str, Validation], task: Task) -> Table:
+    rows = [
+        [split, *told(one.figures, task.metric).values(), f"{one.forward:.1f}"] for split, one in validations.items()
+    ]
+    names = ("Split", *told(validations["test"].figures, task.metric), "Forward evaluations")
     return Table([Column(name) for name in names], rows)
 
 
@@ -357,8 +359,8 @@ def measure(module: TrainingModule, split: Split, where: torch.device, machine: 
 
 def summary(results: Results, task: Task) -> Table:
     """A table for the terminal."""
-    found = {"validation, best": results.best, "test": results.test}
-    splits = [(split, one) for split, one in found.items() if one is not None]
+    validations = {"validation, best": results.best, "test": results.test}
+    splits = [(split, one) for split, one in validations.items() if one is not None]
     names = list(dict.fromkeys(name for _, one in reversed(splits) for name in told(one.figures, task.metric)))
 
     def figure(name: str) -> Callable[[tuple[str, Validation]], str]:
@@ -420,7 +422,7 @@ class Measuring(Runner):
     def _measure(self, config: Any, run: Run, console: Console, name: str) -> None:
         machine = getattr(self.training(config), "machine", Machine())
         with console.status(self.doing), threads(machine.threads), quietly():
-            found = self.measure(config, run)
-        run.write_json(name, found)
+            measured = self.measure(config, run)
+        run.write_json(name, measured)
         if self.show is not None:
-            console.print(self.show(found).rich_rows())
+            console.print(self.show(measured).rich_rows())

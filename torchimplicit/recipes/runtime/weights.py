@@ -41,14 +41,14 @@ def begin_with(task: nn.Module, path: Path) -> None:
     except Exception as error:  # of what else a file may hold: many kinds
         raise UserError(f"--weights {path} is no file of tensors alone ({reason(error)})") from None
     state = _state(read, path)
-    own = task if any(name in state for name in task.state_dict()) else getattr(task, "model", task)
-    own = own if not all(name.startswith("task.") for name in state) else nn.ModuleDict({"task": task})
+    target = task if any(name in state for name in task.state_dict()) else getattr(task, "model", task)
+    target = target if not all(name.startswith("task.") for name in state) else nn.ModuleDict({"task": task})
     try:
-        converted = convert_state_dict(state, own)
+        converted = convert_state_dict(state, target)
     except ValueError as error:
         raise UserError(f"--weights {path}: {error}") from None
-    _fits(own.state_dict(), converted, path)
-    own.load_state_dict(converted)
+    _fits(target.state_dict(), converted, path)
+    target.load_state_dict(converted)
 
 
 def _is_archive(path: Path) -> bool:
