@@ -35,8 +35,7 @@ class OneStep(LinearEstimate):
     It takes one backward pass through ``f``, and is an ascent direction where the map contracts strongly enough. After
     a prescribed number of steps (``FixedPointIteration(steps=n)``) it is the derivative of the last step, to every
     order, where the state before that step is a constant: as in a loop of which autograd records only the last turn,
-        and
-    without a further evaluation. After other solvers, and after zero steps, it is taken at the value.
+    and without a further evaluation. After other solvers, and after zero steps, it is taken at the value.
     """
 
     def recorded(self, solver: Solver) -> int | None:
