@@ -23,9 +23,9 @@ from torchimplicit.recipes.density import training as runner
 from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.chemistry import from_angstrom, named
 from torchimplicit.recipes.density.compute import compute, kohn_sham, superposition, unsolved
+from torchimplicit.recipes.density.examples import network_of
 from torchimplicit.recipes.density.guess import density_matrix
 from torchimplicit.recipes.density.integrals import made
-from torchimplicit.recipes.density.lessons import network_of
 from torchimplicit.recipes.density.predict import Trained, density
 from torchimplicit.recipes.density.record import Record
 from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules, OrbitalFreeTraining

@@ -20,8 +20,8 @@ from torchimplicit import cli
 from torchimplicit.models.orbital_free import OrbitalFree
 from torchimplicit.recipes.density import finetune, pretrain, storage
 from torchimplicit.recipes.density.case import Case
+from torchimplicit.recipes.density.examples import slopes_of
 from torchimplicit.recipes.density.learning_settings import Finetuning, Pretraining, Stepping
-from torchimplicit.recipes.density.lessons import slopes_of
 from torchimplicit.recipes.density.predict import Trained
 from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules
 from torchimplicit.recipes.density.split import located
@@ -104,16 +104,16 @@ def test_a_loss_is_that_of_the_minimum_to_first_order(folder) -> None:
     """The linearized L of the network's slope is the L of the minimum."""
     config = settings(folder, "potential")
     files, _ = located(config.molecules)
-    functional, lessons, _ = pretrain.taught(config, files, CONSOLE)
+    functional, examples, _ = pretrain.started(config, files, CONSOLE)
     with torch.no_grad():
         for parameter in functional.network.parameters():
             parameter.add_(0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    lesson = lessons[0]
-    ((_, slope),) = slopes_of(functional.network, [lesson], [lesson.guess], recorded=False)
-    missed = slope @ lesson.answer.T - lesson.wanted[:1]
-    linearized = 0.5 * float(missed.square().sum()) / lesson.electrons
+    example = examples[0]
+    ((_, slope),) = slopes_of(functional.network, [example], [example.guess], recorded=False)
+    missed = slope @ example.answer.T - example.wanted[:1]
+    linearized = 0.5 * float(missed.square().sum()) / example.electrons
     functional.network.double()
-    case = Case.of(storage.load(files["train"][lesson.name]))
+    case = Case.of(storage.load(files["train"][example.name]))
     with torch.no_grad():
         found = case.solved(functional, config.training(), cold=True)
     assert bool(found.converged)
@@ -124,9 +124,9 @@ def test_the_slope_that_is_wanted_is_the_energy_s(folder) -> None:
     """Along a displacement that keeps the electrons, whatever multiple of their integrals the slope has."""
     config = settings(folder, "potential")
     files, _ = located(config.molecules)
-    functional, lessons, _ = pretrain.taught(config, files, CONSOLE)
-    lesson = lessons[0]
-    molecule = storage.load(files["train"][lesson.name])
+    functional, examples, _ = pretrain.started(config, files, CONSOLE)
+    example = examples[0]
+    molecule = storage.load(files["train"][example.name])
     known = OrbitalFree(replace(functional.config, network=None))
     known.load_state_dict({k: v for k, v in functional.state_dict().items() if not k.startswith("network.")})
     case = Case.of(molecule)
@@ -135,7 +135,7 @@ def test_the_slope_that_is_wanted_is_the_energy_s(folder) -> None:
     y = y - normal[0] * (normal[0] @ y)
     values = [float(known(molecule.reference + step * (inverse @ y), molecule)) for step in (1e-4, -1e-4)]
     slope = (values[0] - values[1]) / 2e-4  # of what is known; the exact energy has none at the reference
-    assert float(lesson.gradient([0])[0].double() @ y) == pytest.approx(-slope, rel=1e-3, abs=1e-5)
+    assert float(example.gradient([0])[0].double() @ y) == pytest.approx(-slope, rel=1e-3, abs=1e-5)
 
 
 def test_a_resumed_run_is_the_undisturbed_one(folder, tmp_path) -> None:
@@ -143,8 +143,8 @@ def test_a_resumed_run_is_the_undisturbed_one(folder, tmp_path) -> None:
     whole, cut = (begun("pretrain", tmp_path / name, config) for name in ("whole", "cut"))
     pretrain.train(config, whole, CONSOLE)
     files, _ = located(config.molecules)
-    functional, lessons, held = pretrain.taught(config, files, CONSOLE)
-    stepper = pretrain.stepper_of(config, functional.network, lessons, held)
+    functional, examples, held = pretrain.started(config, files, CONSOLE)
+    stepper = pretrain.stepper_of(config, functional.network, examples, held)
     loss = stepper.loss
 
     def stopped(numbers: list[int], step: int) -> float:

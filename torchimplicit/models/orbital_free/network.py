@@ -167,7 +167,9 @@ class Rows:
         length: length of a row.
         place: place of each coefficient in the flattened rows, ``[n]``.
         root: the root of the overlap within each atom and l, ``[n, n]``: in its coordinates the functions of an atom
-            and l are orthonormal, and no shell is nearly a combination of others (Löwdin 1950).
+            and l are orthonormal, and no shell is nearly a combination of others (Löwdin 1950). M-OFDFT's natural
+            reparametrization (Zhang et al. 2024) takes the root of the whole molecule's overlap; this one leaves each
+            coefficient at its atom.
     """
 
     atoms: int
@@ -206,9 +208,9 @@ class Rows:
     def __call__(self, p: Tensor) -> Tensor:
         """Of coefficients ``[n]`` or ``[k, n]``: ``[atoms, length]`` or ``[k, atoms, length]``; zeros where an atom has
         fewer functions."""
-        rows = (p @ self.root).new_zeros(*p.shape[:-1], self.atoms * self.length)
-        rows = rows.index_copy(-1, self.place, p @ self.root)
-        return rows.reshape(*p.shape[:-1], self.atoms, self.length)
+        x = p @ self.root
+        rows = x.new_zeros(*x.shape[:-1], self.atoms * self.length).index_copy(-1, self.place, x)
+        return rows.reshape(*x.shape[:-1], self.atoms, self.length)
 
 
 @final
@@ -262,7 +264,9 @@ class CoefficientNetwork(nn.Module):
 
     @torch.no_grad()
     def scale(self, rows: list[Tensor], kinds: list[Tensor]) -> None:
-        """Take the mean of the s coefficients and the standard deviation of every shell from some densities.
+        """Take the mean of the s coefficients and the standard deviation of every shell from some densities, for each
+        element, as M-OFDFT rescales each dimension (Zhang et al. 2024); one deviation for a whole shell, so that the
+        energy does not depend on how the molecule is turned.
 
         Args:
             rows: the rows of each density, ``[..., atoms, length]``.

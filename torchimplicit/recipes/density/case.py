@@ -114,7 +114,7 @@ class Case:
         """The solver of the config."""
         bounds: dict[str, Any] = {"rtol": 0.0, "atol": config.inner_tolerance, "max_steps": config.inner_steps}
         bounds["keep_trajectory"] = config.correction > 0
-        if config.inner == "descent":
+        if config.inner == "descent":  # with the momentum of STRUCTURES25's density optimization, which the slides take
             return GradientDescent(step_size=config.inner_rate, momentum=0.9, **bounds)
         return LBFGS(preconditioner=self.hessian, **bounds)
 

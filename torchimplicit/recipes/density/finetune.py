@@ -126,18 +126,18 @@ def pretrained(config: Finetuning) -> tuple[Pretraining, Trained, float]:
 def train(config: Finetuning, run: Run, console: Console) -> bool:
     """Train from the last step that was kept, and write ``results.json`` and ``index.html``."""
     with bounded(config.training(Molecules())):
-        school = _School(config, console)
+        tuner = _Finetuner(config, console)
         console.print(
-            f"{len(school.cases)} molecules to train on, {len(school.held)} to select by and "
-            f"{len(school.files['test'])} to test; {school.weights} weights, gradient {config.gradient}; Ctrl-C stops "
+            f"{len(tuner.cases)} molecules to train on, {len(tuner.held)} to select by and "
+            f"{len(tuner.files['test'])} to test; {tuner.weights} weights, gradient {config.gradient}; Ctrl-C stops "
             "and keeps what is done.",
             highlight=False,
         )
-        school.stepper.restore(run)
+        tuner.stepper.restore(run)
         began = time.monotonic()
-        if not school.stepper.run(run, console):
+        if not tuner.stepper.run(run, console):
             return False
-        results = school.results(run, time.monotonic() - began)
+        results = tuner.results(run, time.monotonic() - began)
     run.write_json("results.json", results)
     _tell(results, run, console)
     return True
@@ -147,14 +147,14 @@ def evaluate(config: Finetuning, run: Run, console: Console) -> None:
     """Measure the selected weights again."""
     trained_before(run)
     with bounded(config.training(Molecules())):
-        school = _School(config, console)
-        school.stepper.restore(run)
-        results = school.results(run, math.nan)
+        tuner = _Finetuner(config, console)
+        tuner.stepper.restore(run)
+        results = tuner.results(run, math.nan)
     run.write_json("evaluation.json", {name: getattr(results, name) for name in ("before", "test", "spurious")})
     _tell(results, run, console)
 
 
-class _School:
+class _Finetuner:
     """The molecules, the functional and its training loss."""
 
     def __init__(self, config: Finetuning, console: Console):
@@ -199,7 +199,6 @@ class _School:
         functional.load_state_dict(read_checkpoint(run.best)["weights"])
         constants = functional.constants.detach().clone()
         chosen = {name: self.files["train"][name] for name in self.names}
-        electrons = {n: float(storage.read(path).geometry.electrons) for n, path in self.files["test"].items()}
         found = {
             "before": measured(before, self.files["test"], self.training, spectrum=config.spectrum),
             "before_train": measured(before, chosen, self.training, look_closer=False),
@@ -219,8 +218,8 @@ class _School:
             **found,
             reference_before=_at_reference(before, self.files["test"].values()),
             reference=_at_reference(functional, self.files["test"].values()),
-            spurious_before=share_spurious(found["before"], electrons),
-            spurious=share_spurious(test, electrons),
+            spurious_before=share_spurious(found["before"], self.files["test"]),
+            spurious=share_spurious(test, self.files["test"]),
             effort=[_mean(part) for part in (self.efforts[:tenth], self.efforts[-tenth:]) if part],
             pretraining_seconds=self.pretraining_seconds,
             selected=self.stepper.course.best,

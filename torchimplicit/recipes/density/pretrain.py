@@ -15,16 +15,16 @@ from torch import Tensor
 from torchimplicit.models.orbital_free import CoefficientNetwork, Domain, Molecule, OrbitalFree, OrbitalFreeConfig
 from torchimplicit.recipes.density import labels_file, storage
 from torchimplicit.recipes.density.case import Case
+from torchimplicit.recipes.density.examples import Example, Missing, fit_start, network_of
 from torchimplicit.recipes.density.learning_settings import Kind, Pretraining
-from torchimplicit.recipes.density.lessons import Bare, Lesson, fit_start, network_of
 from torchimplicit.recipes.density.predict import Trained
 from torchimplicit.recipes.density.prepare import prepare_labels
+from torchimplicit.recipes.density.pretraining_loss import PretrainingLoss
 from torchimplicit.recipes.density.quality import Quality, measured, share_spurious
 from torchimplicit.recipes.density.report import Page, Part, table_of, tell
 from torchimplicit.recipes.density.settings import LabelSettings, OrbitalFreeTraining
 from torchimplicit.recipes.density.split import located
 from torchimplicit.recipes.density.stepping import Course, Stepper, trained_before
-from torchimplicit.recipes.density.teacher import Teacher
 from torchimplicit.recipes.density.training import bounded, exchange_correlation
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import cache_folder
@@ -82,12 +82,12 @@ def train(config: Pretraining, run: Run, console: Console) -> bool:
     """Train from the last step that was kept, and write ``results.json`` and ``index.html``."""
     with bounded(config.training()):
         files, skipped = located(config.molecules)
-        functional, lessons, held = taught(config, files, console)
+        functional, examples, held = started(config, files, console)
         assert functional.network is not None
-        stepper = stepper_of(config, functional.network, lessons, held)
+        stepper = stepper_of(config, functional.network, examples, held)
         stepper.restore(run)
         console.print(
-            f"{len(lessons)} molecules to train on, {len(held)} to select by and {len(files['test'])} to test; "
+            f"{len(examples)} molecules to train on, {len(held)} to select by and {len(files['test'])} to test; "
             f"{_count(functional.network)} weights; Ctrl-C stops and keeps what is done.",
             highlight=False,
         )
@@ -104,17 +104,17 @@ def evaluate(config: Pretraining, run: Run, console: Console) -> None:
     course = trained_before(run)
     with bounded(config.training()):
         files, skipped = located(config.molecules)
-        functional, _, _ = taught(config, files, console)
+        functional, _, _ = started(config, files, console)
         results = _finished(config, functional, course, files, skipped, run)
     run.write_json("evaluation.json", {name: getattr(results, name) for name in ("validation", "test", "spurious")})
     _tell(results, run, console)
 
 
-def taught(
+def started(
     config: Pretraining, files: Mapping[str, Mapping[str, Path]], console: Console
-) -> tuple[OrbitalFree, list[Lesson], list[Lesson]]:
+) -> tuple[OrbitalFree, list[Example], list[Example]]:
     """The functional with fitted linear terms and its initial network (single precision, scaled to the training
-    molecules); and the training and validation lessons."""
+    molecules); and the training and validation examples."""
     records = {split: [storage.read(path) for path in files[split].values()] for split in ("train", "validation")}
     training = config.training()
     network = network_of(records["train"], width=config.width, channels=config.channels, rounds=config.rounds)
@@ -139,7 +139,7 @@ def taught(
         labels = {one.geometry.name: one.path for one in outcomes}
         if lacking := [f"{one.geometry.name}: {one.reason}" for one in outcomes if one.path is None]:
             raise UserError("labels could not be computed: " + "; ".join(lacking))
-    bare: dict[str, list[Bare]] = {"train": [], "validation": []}
+    bare: dict[str, list[Missing]] = {"train": [], "validation": []}
     without = OrbitalFree(replace(functional.config, network=None, pairs=()))
     with_pairs = OrbitalFree(replace(functional.config, network=None))
     with console.status("Reading the molecules") as status:
@@ -147,28 +147,28 @@ def taught(
             for record in ones:
                 status.update(f"Reading the molecules: {record.geometry.name}")
                 path = labels.get(record.geometry.name) if split == "train" else None
-                bare[split].append(Bare.of(without, with_pairs, record, labels_file.read(path) if path else None))
+                bare[split].append(Missing.of(without, with_pairs, record, labels_file.read(path) if path else None))
     fit_start(functional, bare["train"])
     assert functional.network is not None
-    lessons = {split: [Lesson.of(functional, one) for one in ones] for split, ones in bare.items()}
-    seen = [one.guess if config.kind != "functional" else one.rows for one in lessons["train"]]
-    functional.network.float().scale(seen, [one.graph.kinds for one in lessons["train"]])
-    return functional, lessons["train"], lessons["validation"]
+    examples = {split: [Example.of(functional, one) for one in ones] for split, ones in bare.items()}
+    seen = [one.guess if config.kind != "functional" else one.rows for one in examples["train"]]
+    functional.network.float().scale(seen, [one.graph.kinds for one in examples["train"]])
+    return functional, examples["train"], examples["validation"]
 
 
 def stepper_of(
-    config: Pretraining, network: CoefficientNetwork, lessons: Sequence[Lesson], held: Sequence[Lesson]
+    config: Pretraining, network: CoefficientNetwork, examples: Sequence[Example], held: Sequence[Example]
 ) -> Stepper:
     """The stepper that trains a network."""
-    teacher = Teacher(network, lessons, held, config)
+    objective = PretrainingLoss(network, examples, held, config)
     return Stepper(
         network,
         config.stepping,
-        len(lessons),
+        len(examples),
         config.seed,
-        teacher.loss,
-        teacher.figures,
-        (teacher.kept, teacher.take),
+        objective.loss,
+        objective.figures,
+        (objective.kept, objective.take),
     )
 
 
@@ -194,7 +194,6 @@ def _finished(
         domain = Domain.of([storage.read(path).molecule_without_grid() for path in files["train"].values()])
         Trained(functional, domain, config.molecules.chemistry).save(run)
     validation, test = (measure(functional, files[split], training) for split in ("validation", "test"))
-    electrons = {name: float(storage.read(path).geometry.electrons) for name, path in files["test"].items()}
     return Results(
         state="complete",
         kind=config.kind,
@@ -202,8 +201,8 @@ def _finished(
         start_test=start,
         validation=validation,
         test=test,
-        spurious=share_spurious(test, electrons),
-        spurious_start=share_spurious(start, electrons),
+        spurious=share_spurious(test, files["test"]),
+        spurious_start=share_spurious(start, files["test"]),
         selected=course.best,
         skipped=skipped,
         course=course,

@@ -265,6 +265,7 @@ def spurious(one: Quality, electrons: float) -> bool:
     return one.loss > SPURIOUS_LOSS * one.guess_loss or abs(one.energy_error) > SPURIOUS_ENERGY * electrons
 
 
-def share_spurious(found: Sequence[Quality], electrons: Mapping[str, float]) -> float:
-    """The share of spurious minima among molecules, given their numbers of electrons by name; NaN for none."""
+def share_spurious(found: Sequence[Quality], files: Mapping[str, Path]) -> float:
+    """The share of spurious minima among molecules, given their files by name; NaN for none."""
+    electrons = {one.name: float(storage.read(files[one.name]).geometry.electrons) for one in found}
     return fmean(spurious(one, electrons[one.name]) for one in found) if found else math.nan

@@ -22,7 +22,7 @@ from torchimplicit.recipes.density.record import Record
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Bare:
+class Missing:
     """A molecule's densities, with the energies and slopes that the fixed part of the functional lacks.
 
     Attributes:
@@ -46,7 +46,7 @@ class Bare:
     columns: Tensor
 
     @classmethod
-    def of(cls, bare: OrbitalFree, learned: OrbitalFree, record: Record, labels: Labels | None) -> Bare:
+    def of(cls, bare: OrbitalFree, learned: OrbitalFree, record: Record, labels: Labels | None) -> Missing:
         """The data that a functional without learned terms leaves to be learned.
 
         Args:
@@ -81,27 +81,27 @@ class Bare:
         )
 
 
-def fit_start(functional: OrbitalFree, lessons: Sequence[Bare]) -> None:
+def fit_start(functional: OrbitalFree, examples: Sequence[Missing]) -> None:
     """Fit the linear terms and the elements' constants in closed form, as
     :func:`~torchimplicit.models.orbital_free.fit_linear` and ``fit_constants`` do."""
     fit_linearized(
         functional,
         [
             Linearized.of(one.molecule.charges, one.molecule.electrons, one.answer, -one.slopes[0], one.columns)
-            for one in lessons
+            for one in examples
         ],
     )
     with torch.no_grad():
         missing = torch.stack(
-            [one.energies[0] - functional.linear(one.molecule) @ one.coefficients[0] for one in lessons]
+            [one.energies[0] - functional.linear(one.molecule) @ one.coefficients[0] for one in examples]
         )
-        counts = element_counts([one.molecule for one in lessons])
+        counts = element_counts([one.molecule for one in examples])
         functional.constants.copy_(torch.linalg.pinv(counts) @ missing)
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Lesson:
+class Example:
     """A molecule as the network sees it, in the precision of training.
 
     Attributes:
@@ -138,8 +138,8 @@ class Lesson:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, functional: OrbitalFree, bare: Bare, dtype: torch.dtype = torch.float32) -> Lesson:
-        """The lesson, given the functional's linear terms and constants."""
+    def of(cls, functional: OrbitalFree, bare: Missing, dtype: torch.dtype = torch.float32) -> Example:
+        """The example, given the functional's linear terms and constants."""
         assert functional.network is not None
         molecule = bare.molecule
         graph, rows = functional.network.known(molecule)
@@ -189,19 +189,19 @@ def network_of(records: Sequence[Record], **size: int) -> NetworkConfig:
 
 
 def slopes_of(
-    network: CoefficientNetwork, lessons: Sequence[Lesson], rows: Sequence[Tensor], recorded: bool
+    network: CoefficientNetwork, examples: Sequence[Example], rows: Sequence[Tensor], recorded: bool
 ) -> list[tuple[Tensor, Tensor]]:
-    """The network's energies ``[k]`` of the rows (``[k, atoms, length]``) of each lesson, and their slopes at the place
-    of each coefficient, ``[k, n]``."""
-    graphs = [lesson.graph.repeated(len(one)) for lesson, one in zip(lessons, rows, strict=True)]
+    """The network's energies ``[k]`` of the rows (``[k, atoms, length]``) of each example, and their slopes at the
+    place of each coefficient, ``[k, n]``."""
+    graphs = [example.graph.repeated(len(one)) for example, one in zip(examples, rows, strict=True)]
     every = torch.cat([one.detach().flatten(0, 1) for one in rows]).requires_grad_()
     with torch.enable_grad():
         energies = network.of_rows(every, Graph.joined(graphs))
         (slopes,) = torch.autograd.grad(energies.sum(), every, create_graph=recorded)
     sizes = [len(graph.kinds) for graph in graphs]
     return [
-        (energy.view(len(one), -1).sum(dim=1), slope.reshape(len(one), -1)[:, lesson.place])
-        for lesson, one, energy, slope in zip(lessons, rows, energies.split(sizes), slopes.split(sizes), strict=True)
+        (energy.view(len(one), -1).sum(dim=1), slope.reshape(len(one), -1)[:, example.place])
+        for example, one, energy, slope in zip(examples, rows, energies.split(sizes), slopes.split(sizes), strict=True)
     ]
 
 

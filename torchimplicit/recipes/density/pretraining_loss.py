@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from torchimplicit.models.orbital_free import CoefficientNetwork
+from torchimplicit.recipes.density.examples import Example, slopes_of
 from torchimplicit.recipes.density.learning_settings import Pretraining
-from torchimplicit.recipes.density.lessons import Lesson, slopes_of
 from torchimplicit.recipes.density.stepping import draw, half_square
 
 FARTHEST = 6e-3
@@ -24,7 +24,7 @@ PERTURBED = 0.7
 """Share of the labels whose densities are displaced."""
 
 
-class Teacher:
+class PretrainingLoss:
     """The training loss over some molecules, and the figures of others.
 
     Of a slope :math:`g` that the functional has beside the one that it should have, what counts is how far it moves the
@@ -33,14 +33,14 @@ class Teacher:
     """
 
     def __init__(
-        self, network: CoefficientNetwork, lessons: Sequence[Lesson], held: Sequence[Lesson], config: Pretraining
+        self, network: CoefficientNetwork, examples: Sequence[Example], held: Sequence[Example], config: Pretraining
     ):
-        self.network, self.lessons, self.held, self.config = network, lessons, held, config
-        self.walks = [lesson.start.clone() for lesson in lessons]
+        self.network, self.examples, self.held, self.config = network, examples, held, config
+        self.walks = [example.start.clone() for example in examples]
 
     def loss(self, numbers: list[int], step: int) -> float:
         """Loss of a batch of molecules; its gradient is left in the network."""
-        chosen = [self.lessons[number] for number in numbers]
+        chosen = [self.examples[number] for number in numbers]
         generator = draw(self.config.seed, step)
         if self.config.kind == "functional":
             total = self._of_functional(numbers, chosen, generator)
@@ -53,14 +53,14 @@ class Teacher:
     def figures(self) -> dict[str, float]:
         """Figures of the held-out molecules: linearized 10³ L, and the error of the energy in mHa per electron."""
         losses, errors = [], []
-        for lesson in self.held:
+        for example in self.held:
             tangent = self.config.kind != "functional"
-            rows = lesson.guess if tangent else lesson.rows[:1]
-            ((energy, slope),) = slopes_of(self.network, [lesson], [rows], recorded=False)
-            losses.append(1e3 * float(half_square(self._missed(lesson, slope, [0])).sum()) / lesson.electrons)
+            rows = example.guess if tangent else example.rows[:1]
+            ((energy, slope),) = slopes_of(self.network, [example], [rows], recorded=False)
+            losses.append(1e3 * float(half_square(self._missed(example, slope, [0])).sum()) / example.electrons)
             if tangent:
-                energy = energy + self._along(lesson, slope)
-            errors.append(1e3 * abs(float((energy - lesson.energies[0]).detach())) / lesson.electrons)
+                energy = energy + self._along(example, slope)
+            errors.append(1e3 * abs(float((energy - example.energies[0]).detach())) / example.electrons)
         if not self.held:
             return {}
         figures = {"L": fmean(losses)}
@@ -74,59 +74,59 @@ class Teacher:
         """Restore from a checkpoint."""
         self.walks = list(held)
 
-    def _missed(self, lesson: Lesson, slope: Tensor, which: list[int]) -> Tensor:
+    def _missed(self, example: Example, slope: Tensor, which: list[int]) -> Tensor:
         """The distance of each minimum from its target, ``[k, n]``; for a directly predicted density, its own
         distance."""
         if self.config.kind == "density":
-            return lesson.start - slope @ lesson.plain.T
+            return example.start - slope @ example.plain.T
         if self.config.metric == "overlap":
-            return slope @ lesson.plain.T - lesson.plainly[which]
-        return slope @ lesson.answer.T - lesson.wanted[which]
+            return slope @ example.plain.T - example.plainly[which]
+        return slope @ example.answer.T - example.wanted[which]
 
-    def _along(self, lesson: Lesson, slope: Tensor) -> Tensor:
+    def _along(self, example: Example, slope: Tensor) -> Tensor:
         """The contribution of the energy's tangent at the guess on the way to the reference, ``[1]``."""
-        away = (lesson.rows[:1] - lesson.guess).flatten(1)[:, lesson.place]
+        away = (example.rows[:1] - example.guess).flatten(1)[:, example.place]
         return (slope * away).sum(dim=1)
 
-    def _of_tangent(self, chosen: list[Lesson]) -> Tensor:
+    def _of_tangent(self, chosen: list[Example]) -> Tensor:
         total = torch.zeros(())
-        found = slopes_of(self.network, chosen, [lesson.guess for lesson in chosen], recorded=True)
-        for lesson, (energy, slope) in zip(chosen, found, strict=True):
-            total = total + 2e3 * half_square(self._missed(lesson, slope, [0])).mean() / lesson.electrons
+        found = slopes_of(self.network, chosen, [example.guess for example in chosen], recorded=True)
+        for example, (energy, slope) in zip(chosen, found, strict=True):
+            total = total + 2e3 * half_square(self._missed(example, slope, [0])).mean() / example.electrons
             if self.config.kind == "potential" and self.config.energy_weight:
-                error = energy + self._along(lesson, slope) - lesson.energies[:1]
-                total = total + self.config.energy_weight * 1e2 * error.abs().mean() / lesson.electrons
+                error = energy + self._along(example, slope) - example.energies[:1]
+                total = total + self.config.energy_weight * 1e2 * error.abs().mean() / example.electrons
         return total
 
-    def _of_functional(self, numbers: list[int], chosen: list[Lesson], generator: torch.Generator) -> Tensor:
+    def _of_functional(self, numbers: list[int], chosen: list[Example], generator: torch.Generator) -> Tensor:
         total = torch.zeros(())
         which, moves = [], []
-        for number, lesson in zip(numbers, chosen, strict=True):
-            others = torch.randperm(len(lesson.rows) - 1, generator=generator)[: self.config.at_once - 1]
+        for number, example in zip(numbers, chosen, strict=True):
+            others = torch.randperm(len(example.rows) - 1, generator=generator)[: self.config.at_once - 1]
             labels = [0, *(1 + others).tolist()]
             which.append(labels)
-            moves.append(self._displaced(number, lesson, len(labels), generator))
-        rows = [lesson.moved(lesson.rows[k], y) for lesson, k, y in zip(chosen, which, moves, strict=True)]
+            moves.append(self._displaced(number, example, len(labels), generator))
+        rows = [example.moved(example.rows[k], y) for example, k, y in zip(chosen, which, moves, strict=True)]
         found = slopes_of(self.network, chosen, rows, recorded=True)
-        for number, lesson, labels, y, (energy, slope) in zip(numbers, chosen, which, moves, found, strict=True):
-            missed = self._missed(lesson, slope, labels)
-            total = total + 2e3 * half_square(missed).mean() / lesson.electrons
+        for number, example, labels, y, (energy, slope) in zip(numbers, chosen, which, moves, found, strict=True):
+            missed = self._missed(example, slope, labels)
+            total = total + 2e3 * half_square(missed).mean() / example.electrons
             # the slope that is missing is taken to be the same beside the label
-            wanted = lesson.energies[labels] + (y * lesson.gradient(labels)).sum(dim=1)
+            wanted = example.energies[labels] + (y * example.gradient(labels)).sum(dim=1)
             if self.config.energy_weight:
-                error = (energy - wanted).abs().mean() / lesson.electrons
+                error = (energy - wanted).abs().mean() / example.electrons
                 total = total + self.config.energy_weight * 1e2 * error
             if self.config.policy:
-                self._walk(number, lesson, (slope[0].detach() @ lesson.answer.T - lesson.wanted[0]))
+                self._walk(number, example, (slope[0].detach() @ example.answer.T - example.wanted[0]))
         return total
 
-    def _displaced(self, number: int, lesson: Lesson, count: int, generator: torch.Generator) -> Tensor:
+    def _displaced(self, number: int, example: Example, count: int, generator: torch.Generator) -> Tensor:
         """Displacements of the labels ``[count, n]`` in the metric's coordinates: random ones, with the walk's for the
         first."""
-        y = torch.zeros(count, len(lesson.start))
+        y = torch.zeros(count, len(example.start))
         if self.config.noise:
-            y = torch.randn(y.shape, generator=generator) @ lesson.soft.T
-            size = half_square(y) / lesson.electrons
+            y = torch.randn(y.shape, generator=generator) @ example.soft.T
+            size = half_square(y) / example.electrons
             least, most = -5.0, math.log10(self.config.noise)
             target = 10 ** (least + (most - least) * torch.rand(count, generator=generator))
             kept = torch.rand(count, generator=generator) < PERTURBED
@@ -134,16 +134,16 @@ class Teacher:
         if self.config.policy:
             chance = float(torch.rand((), generator=generator))
             if chance < FORGOTTEN:
-                self.walks[number] = lesson.start.clone()
+                self.walks[number] = example.start.clone()
             elif chance < FORGOTTEN + AT_REFERENCE:
-                self.walks[number] = torch.zeros_like(lesson.start)
+                self.walks[number] = torch.zeros_like(example.start)
             y[0] = self.walks[number]
         return y
 
-    def _walk(self, number: int, lesson: Lesson, missed: Tensor) -> None:
+    def _walk(self, number: int, example: Example, missed: Tensor) -> None:
         """Move half a step towards the estimated minimum, given by the base's curvature and the slope at the walk's
         position."""
         walk = self.walks[number]
         walk = walk - 0.5 * (walk + missed)
-        size = float(half_square(walk)) / lesson.electrons
+        size = float(half_square(walk)) / example.electrons
         self.walks[number] = walk * min(1.0, (FARTHEST / max(size, 1e-12)) ** 0.5)
