@@ -167,7 +167,7 @@ def test_settings_that_make_no_sense():
         molecules.jobs(molecules.MoleculesConfig(rows=("newton",)))
     with pytest.raises(UserError, match="no row 'sgd'; the rows are l-bfgs-plain"):
         stability.jobs(stability.StabilityConfig(rows=("sgd",)))
-    with pytest.raises(UserError, match="row 'l-bfgs-hessian' is drawn at random"):
+    with pytest.raises(UserError, match="row 'l-bfgs-hessian' has a loss that is drawn at random"):
         stability.jobs(stability.StabilityConfig(rows=("l-bfgs-hessian",)))
     drawn = stability.StabilityConfig(rows=("l-bfgs-hessian",), optimizer="adam")
     assert len(stability.jobs(drawn)) == 3

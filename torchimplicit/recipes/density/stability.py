@@ -99,7 +99,7 @@ class StabilityConfig:
 
     optimizer: OptimizerName = "least-squares"
     """Outer optimizer. Gauss-Newton moves far enough to soften the functional. It cannot use penalties or corrections
-    drawn at random: their rows need --optimizer l-bfgs or adam."""
+    drawn at random, nor damped gradients: their rows need --optimizer l-bfgs or adam."""
 
     learning_rate: float = 1e-2
     """Peak learning rate of Adam."""
@@ -154,12 +154,12 @@ class Help:
     Attributes:
         label: label to display.
         changes: changes of the recipe's settings, by those of the table.
-        drawn: whether the loss is drawn at random, which Gauss-Newton cannot take.
+        by_gradient: whether Gauss-Newton cannot take it: the loss is drawn at random, or the gradient is no exact one.
     """
 
     label: str
     changes: Callable[[StabilityConfig], dict[str, Any]]
-    drawn: bool = False
+    by_gradient: bool = False
 
 
 HELPS = {
@@ -177,6 +177,7 @@ HELPS = {
     ),
     "decay": Help("weight decay", lambda config: {"decay": DECAY}),
     "negative": Help("penalty on negative densities", lambda config: {"penalty": PENALTY}),
+    "damped": Help("damped gradient", lambda config: {"gradient": "damped"}, True),
 }
 """The remedies, by the second part of a row's name."""
 
@@ -188,13 +189,17 @@ def all_rows(config: StabilityConfig) -> dict[str, tuple[Inner, str]]:
         UserError: one that there is not, or that the optimizer cannot train.
     """
     every = {f"{inner}-{way}": (inner, way) for inner in INNER for way in HELPS}
-    drawn = {name for name, (_, way) in every.items() if HELPS[way].drawn and config.optimizer == "least-squares"}
+    least_squares = config.optimizer == "least-squares"
+    refused = {name for name, (_, way) in every.items() if least_squares and HELPS[way].by_gradient}
     for name in config.rows:
         if name not in every:
             raise UserError(f"there is no row '{name}'; the rows are {', '.join(every)}")
-        if name in drawn:
-            raise UserError(f"row '{name}' is drawn at random: it needs --optimizer l-bfgs or adam")
-    return {name: row for name, row in every.items() if name in (config.rows or every.keys() - drawn)}
+        if name in refused:
+            raise UserError(
+                f"row '{name}' has a loss that is drawn at random, or an inexact gradient, which Gauss-Newton cannot "
+                "take: it needs --optimizer l-bfgs or adam"
+            )
+    return {name: row for name, row in every.items() if name in (config.rows or every.keys() - refused)}
 
 
 def label(row: str) -> str:
