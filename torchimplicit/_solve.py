@@ -330,6 +330,10 @@ def _warn(solution: Solution, report: Report, solver: Solver, throw: bool) -> No
         f"{name} met NaN, infinity or a residual that grew without bound in {len(bad)} of {samples} samples ({shown}); "
         f"{left}. Try {_remedies(solution.problem, solver)}, or look for bad input in those samples"
     )
+    at_once = int(((report.status == Status.NONFINITE) & (report.steps == 0)).sum())
+    if at_once:
+        which = "all" if at_once == len(bad) else str(at_once)
+        message += f". The function or its gradient is not finite at the very start of {which} of them: start elsewhere"
     message = _sentences(message, solution.problem.explain(Status.NONFINITE))
     if throw:
         held = "error.solution holds every sample's result; throw=False returns it"

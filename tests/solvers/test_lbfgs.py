@@ -133,6 +133,41 @@ def test_every_sample_has_its_own_scale(where):
     assert solution.steps.max() <= 25
 
 
+@pytest.mark.parametrize("plane", [False, True], ids=["free", "on a plane"])
+@pytest.mark.parametrize("start", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("dtype", "units"), [(torch.float64, (2.0**-40, 2.0**40)), (torch.float32, (2.0**-20, 2.0**20))]
+)
+def test_a_leaf_in_another_unit_takes_the_same_steps(dtype, units, start, plane):
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(7, 7, generator=generator, dtype=torch.float64)
+    hessian = (root @ root.T / 7 + 0.3 * torch.eye(7)).to(dtype)
+    b = torch.randn(3, 7, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.linspace(1, 2, 7, dtype=dtype)
+
+    def steps_and_value(unit):
+        def energy(z, b):
+            y = torch.cat((z["a"] / unit, z["b"]), dim=1)
+            return 0.5 * ((y @ hessian) * y).sum(1) + 0.1 * y.pow(4).sum(1) - (b * y).sum(1)
+
+        z0 = {"a": torch.full((3, 3), start * unit, dtype=dtype), "b": torch.full((3, 4), start, dtype=dtype)}
+        equality = LinearEquality({"a": weight[:3] / unit, "b": weight[3:]}, 2.0)
+        if plane:  # on it from the start, since the nearest point of a plane is another one in another unit
+            z0 = {
+                "a": torch.full((3, 3), 2 / weight.sum(), dtype=dtype) * unit,
+                "b": torch.full((3, 4), 2 / weight.sum(), dtype=dtype),
+            }
+        solution = minimize(energy, z0, b, constraint=equality if plane else None)
+        assert solution.converged.all(), solution.summary()
+        return solution.steps, torch.cat((solution.value["a"] / unit, solution.value["b"]), dim=1)
+
+    steps, value = steps_and_value(1.0)
+    for unit in units:
+        others, other = steps_and_value(unit)
+        assert (others - steps).abs().max() <= (5 if plane else 0)  # the projected gradient is another one
+        torch.testing.assert_close(other, value, rtol=1e-3 if dtype == torch.float32 else 1e-8, atol=1e-6)
+
+
 @pytest.mark.parametrize(("dtype", "offset"), [(torch.float64, 1e8), (torch.float64, -1e12), (torch.float32, 1e8)])
 def test_a_large_constant_in_the_energy(dtype, offset):
     stretch = torch.tensor([1.0, 10.0, 100.0], dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ from torchimplicit.state import row_norm
 class Remembered(NamedTuple):
     """As :class:`~torchimplicit.solvers.lbfgs.LBFGSState` has them; ``kept`` bool ``[batch, memory]``, the slots that
     hold something. ``sy`` and ``yy``, ``[batch, memory, memory]``, are the products of steps and gradient changes;
-    ``s_along`` and ``y_along``, ``[batch, memory]``, theirs with the residual."""
+    ``s_along`` and ``y_along``, ``[batch, memory]``, theirs with the residual. ``length``, ``[batch, dim or 1]``, are
+    the units of the leaves; ones where there is a single leaf."""
 
     kept: Tensor
     sy: Tensor
@@ -31,6 +33,7 @@ class Remembered(NamedTuple):
     least: Tensor
     idle: Tensor
     seen: Tensor
+    length: Tensor
 
 
 class _Tried(NamedTuple):
@@ -58,8 +61,8 @@ class QuasiNewton(Searching):
     so that a step passes twice over the memories, which are the rings, S and Y.
     """
 
-    def __init__(self, memory: int, trials: int):
-        self.memory, self.trials = memory, trials
+    def __init__(self, memory: int, trials: int, lengths: Callable[[Point], Tensor] | None):
+        self.memory, self.trials, self.lengths = memory, trials, lengths
 
     def rings(self, point: Point) -> Rings:
         like = widened(point.z)
@@ -69,6 +72,11 @@ class QuasiNewton(Searching):
     def start(self, point: Point) -> Remembered:
         like, n = widened(point.z), self.memory
         norm = row_norm(point.residual)
+        gamma = first_length(point, norm).to(like.dtype)[:, None]
+        length = torch.ones_like(gamma)
+        if self.lengths is not None:
+            gamma, length = length, self.lengths(point)
+            norm = row_norm(length * widened(point.residual))
         none, square = like.new_zeros(like.shape[0], n), like.new_zeros(like.shape[0], n, n)
         assert point.energy is not None
         return Remembered(
@@ -77,15 +85,16 @@ class QuasiNewton(Searching):
             yy=square.clone(),
             s_along=none,
             y_along=none.clone(),
-            gamma=first_length(point, norm).to(like.dtype)[:, None],
+            gamma=gamma,
             lowest=point.energy,
             least=norm,
             idle=torch.zeros_like(norm, dtype=torch.int64),
             seen=torch.zeros((), dtype=torch.int64, device=like.device),
+            length=length,
         )
 
     def move(self, ground: Ground, at: Point, state: Remembered, rings: Rings) -> Moved:
-        found = self._search(ground, at, self._direction(at.residual, state, rings), state.gamma)
+        found = self._search(ground, at, self._direction(at.residual, state, rings), state.gamma * state.length**2)
         reached, last, lost = Point(**found.reached), Point(**found.last), found.searching
         state = state._replace(kept=state.kept & ~found.stuck[:, None])
         # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
@@ -145,12 +154,13 @@ class QuasiNewton(Searching):
         s, y = (written(ring, state.seen) for ring in rings)
         back = (w.index_select(1, order)[:, :, None] * s).sum(dim=1)
         forth = (a.index_select(1, order)[:, :, None] * y).sum(dim=1)
-        return (state.gamma * (widened(residual) - forth) + back).to(residual.dtype)
+        return (state.length * (state.gamma * (state.length * widened(residual) - forth) + back)).to(residual.dtype)
 
     def _remember(self, state: Remembered, before: Point, after: Point, trials: Tensor, rings: Rings) -> Remembered:
         slot = state.seen % self.memory
-        r = widened(after.residual)
-        s, y = widened(after.z - before.z), widened(before.residual - after.residual)
+        r = state.length * widened(after.residual)
+        s = widened(after.z - before.z) / state.length
+        y = state.length * widened(before.residual - after.residual)
         sy, yy, ss = torch.stack((s * y, y * y, s * s)).sum(dim=2)
         # a pair without positive curvature would spoil the model: keep it out
         kept = sy > 1e-10 * yy.sqrt() * ss.sqrt()
@@ -166,7 +176,7 @@ class QuasiNewton(Searching):
         column, row = at[None, None, :], at[None, :, None]
         of_y = torch.where(row, y_y[:, None, :], torch.where(column, y_y[:, :, None], state.yy))
         assert after.energy is not None
-        norm = row_norm(after.residual)
+        norm = row_norm(r)
         rounding = 4 * torch.finfo(norm.dtype).eps * state.lowest.abs()
         fell = (after.energy < state.lowest - rounding) | (norm < 0.9 * state.least)
         return Remembered(
@@ -180,6 +190,7 @@ class QuasiNewton(Searching):
             least=torch.minimum(norm, state.least),
             idle=torch.where(fell, 0, state.idle + trials),
             seen=state.seen + 1,
+            length=state.length,
         )
 
 

@@ -12,9 +12,10 @@ from torchimplicit.captured.lbfgs import QuasiNewton
 from torchimplicit.captured.linear import Parts
 from torchimplicit.captured.newton import Inner, Newton
 from torchimplicit.captured.steps import Accelerated, Heavy, Plain, Secants, Stepping
-from torchimplicit.problems import JointInference, Minimum, Problem, System
+from torchimplicit.problems import JointInference, Minimum, Point, Problem, System
 from torchimplicit.problems.image_system import ImageSystem
 from torchimplicit.solvers import LBFGS, Anderson, Broyden, FixedPointIteration, GradientDescent, NewtonKrylov, Solver
+from torchimplicit.solvers.lbfgs import MOST_LEAVES, LeafUnits
 from torchimplicit.state import Layout
 
 
@@ -29,6 +30,9 @@ def refusal(solver: Solver, problem: Problem, layout: Layout) -> str | None:
         return f"a given number of steps of {name} is not compiled"
     if isinstance(solver, LBFGS) and solver.preconditioner is not None:
         return "LBFGS with a preconditioner is not compiled"
+    several = len(layout.leaves.sizes) > 1
+    if isinstance(solver, LBFGS) and several and isinstance(problem, Minimum) and problem.constraint is not None:
+        return "LBFGS on a constraint is not compiled where the state has several leaves"
     if isinstance(solver, NewtonKrylov):
         if isinstance(problem, JointInference):
             return "NewtonKrylov for a JointInference is not compiled"
@@ -53,7 +57,16 @@ def step_of(solver: Solver, graph: Graph, system: System, z: Tensor, inputs: Any
     if isinstance(solver, GradientDescent):
         return Heavy(solver.step_size, solver.momentum)
     if isinstance(solver, LBFGS):
-        return QuasiNewton(solver.memory, solver.trials)
+        separate = system.separate
+        if separate is not None and len(separate.sizes) > MOST_LEAVES:
+            separate = None
+
+        def lengths(point: Point) -> Tensor:
+            assert separate is not None
+            params = graph.system(inputs)[1]
+            return LeafUnits.of(system.operator(system.linearize(z, params), False), point, separate.sizes).length
+
+        return QuasiNewton(solver.memory, solver.trials, None if separate is None else lengths)
     assert isinstance(solver, NewtonKrylov)
     inner = Inner.of(solver.linear_solver, graph.problem, graph.layout)
     assert inner is not None

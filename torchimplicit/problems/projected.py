@@ -26,6 +26,9 @@ FURTHEST = 1e3
 """A point is projected onto a polyhedron from at most this many times the polyhedron's own size away: from further, its
 faces are lost in rounding."""
 
+FLATTER = 100
+"""The step size is measured anew where it is this many times as large at the solution as at the start."""
+
 KINK = 1e-6
 """A point is moved by this share of its size to test whether it lies on a kink of the projection."""
 
@@ -327,6 +330,22 @@ class ProjectedSystem(System):
 
     def anew(self, params: Sequence[Tensor]) -> None:
         params[self.step].fill_(torch.nan)
+
+    def remeasured(self, z: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        held = params[self.step]
+        if self.newton is not None or any(map(is_transformed, (z, *params))) or not held.numel():
+            return None  # on a polyhedron steps are judged that come from the gradient itself
+        fresh, recording = [*params], torch.is_grad_enabled()
+        fresh[self.step] = torch.full_like(held, torch.nan)
+        with torch.no_grad():
+            self.at(z, fresh)
+            grown = fresh[self.step] > FLATTER * held
+            if not bool(grown.any()):
+                return None
+            fresh[self.step] = torch.where(grown, fresh[self.step], held)
+            if not recording:
+                held.copy_(fresh[self.step])
+        return fresh
 
     def residual_unit(self, state: float, size: float) -> float:
         return state

@@ -304,6 +304,12 @@ class System(ABC):
         """The nearest state that satisfies the constraint; ``z`` itself where there is none."""
         return z
 
+    def remeasured(self, z: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """The parameters with the units of the residual measured at the solution ``z`` and not at the start, if they
+        were so small that a residual may have vanished in the rounding of z; else ``None``. Unless autograd records,
+        ``params`` are changed in place."""
+        return None
+
     def refined(self, point: Point, before: Point) -> Point:
         """``point`` with what the step from ``before`` tells of it."""
         return point

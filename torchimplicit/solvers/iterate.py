@@ -92,6 +92,11 @@ def iterate(
     outcome = loop.run()
     if loop.stepped:  # a start that is a solution was judged by an evaluation of the whole batch already
         outcome = reviewed(solver, evaluate, outcome, loop.first_judge, loop.mixed, loop.active > 0)
+        measured = system.remeasured(outcome.z, params)
+        if measured is not None:
+            claimed, measure = outcome.report.converged, loop.first_judge.measure
+            since, left = None if measure is None else measure.since, solver.going_on(outcome.trajectory)
+            outcome = after(outcome, iterate(left, system, outcome.z, measured, only=claimed, since=since), claimed)
     return examined(iterate, outcome, loop.first_judge, solver, system, params) if loop.extreme else outcome
 
 

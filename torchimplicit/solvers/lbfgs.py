@@ -9,8 +9,10 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from torchimplicit.linear import Preconditioner, PreparedPreconditioner
+from torchimplicit.constraints import project
+from torchimplicit.linear import LinearOperator, Preconditioner, PreparedPreconditioner
 from torchimplicit.linear.preconditioners import as_preconditioner
+from torchimplicit.precision import safe_norm, widened, working_dtype
 from torchimplicit.problems import Point, System
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.gradient_descent import only_minimum
@@ -20,11 +22,51 @@ from torchimplicit.state import row_norm
 from torchimplicit.validation import check_count
 
 
+class LeafUnits(NamedTuple):
+    """The lengths in units of which steps are kept, and of whose inverse gradients are: then a leaf that is stated in
+    another unit takes the same steps.
+
+    Attributes:
+        length: ``[batch, dim]``.
+        normal: ``[batch, dim]``, the unit normal of the plane that steps stay in, in those units; ``None`` for none.
+    """
+
+    length: Tensor
+    normal: Tensor | None
+
+    @classmethod
+    def of(cls, operator: LinearOperator, point: Point, sizes: tuple[int, ...]) -> LeafUnits:
+        """Lengths over which the gradient of a leaf would change by one, were it alone: by one product of the Hessian
+        ``operator`` per leaf of these ``sizes``, along the gradient, or along ones where that is zero.
+
+        The square of a length is the first one of :func:`first_length`, leaf by leaf."""
+        dtype, found = working_dtype(point.z.dtype), []
+        hessian = operator.unprojected or operator
+        residuals = point.residual.split(sizes, dim=1)
+        for leaf, (r, z) in enumerate(zip(residuals, point.z.split(sizes, dim=1), strict=True)):
+            norm, size = (safe_norm(widened(v))[:, None] for v in (r, z))
+            still = ~((norm > 0) & (norm < torch.inf))
+            probe = torch.where(still, 1, widened(r) / torch.where(still, 1, norm)).to(r.dtype)
+            alone = [probe if i == leaf else torch.zeros_like(other) for i, other in enumerate(residuals)]
+            image = hessian.product(torch.cat(alone, dim=1)).split(sizes, dim=1)[leaf]
+            curvature = safe_norm(widened(image))[:, None] / safe_norm(widened(probe))[:, None]
+            linear = torch.where(size > 0, size, 1) / torch.where(still, 1, norm)
+            square = torch.where((curvature > 0) & (curvature < torch.inf), 1 / curvature, linear)
+            found.append(square.sqrt().to(dtype).expand(r.shape))
+        length = torch.cat(found, dim=1)
+        normal = None if operator.null is None else torch.nn.functional.normalize(operator.null * length, dim=1)
+        return cls(length, normal)
+
+    def of_gradient(self, v: Tensor) -> Tensor:
+        v = v * self.length
+        return v if self.normal is None else project(v, self.normal)
+
+
 class LBFGSState(NamedTuple):
     """The model of the inverse Hessian, and what was reached so far.
 
     Attributes:
-        s, y: past steps and the changes of the gradient along them.
+        s, y: past steps and the changes of the gradient along them, in ``units``.
         rho: ``[batch, memory]``, :math:`1/s^Ty`; zero for a slot that holds nothing.
         gamma: ``[batch, 1]``, the scale of the initial inverse Hessian.
         lowest, least: ``[batch]``, the smallest energy and the smallest gradient norm so far.
@@ -32,6 +74,7 @@ class LBFGSState(NamedTuple):
         seen: the number of pairs that were offered.
         model: multiplies by the initial inverse Hessian; ``None`` for a multiple of the identity.
         aged: number of steps since the model was made.
+        units: of the leaves; ``None`` where the state is a single leaf, or the model takes their place.
     """
 
     s: History
@@ -44,7 +87,11 @@ class LBFGSState(NamedTuple):
     seen: int
     model: PreparedPreconditioner | None = None
     aged: int = 0
+    units: LeafUnits | None = None
 
+
+MOST_LEAVES = 32
+"""The most leaves that are each measured in a unit of their own, as this takes a product with the Hessian for each."""
 
 PATIENCE = 60
 """A sample breaks down after this many trials in which neither the energy, beyond rounding, nor the gradient's norm
@@ -58,7 +105,8 @@ class LBFGS(Solver):
 
     A sample for which the search finds no decrease tries steepest descent once, then breaks down; so does one that has
     reached the level where rounding hides every decrease. On a linear equality, directions are built from projected
-    gradients and stay in the plane.
+    gradients and stay in the plane. Where the state has several leaves (up to 32), each is measured in a unit of its
+    own, from one product with the Hessian at the start.
 
     Args:
         memory: number of past steps that are used.
@@ -124,7 +172,7 @@ class LBFGS(Solver):
         """``state`` with a model of the Hessian, made here if there is none or if it has served too long."""
         preconditioner = as_preconditioner(self.preconditioner)
         if preconditioner is None:
-            return state
+            return self._with_units(evaluate, point, state)
         stale = preconditioner.outlived(state.aged)
         if state.model is not None and not stale:
             return state._replace(aged=state.aged + 1)
@@ -139,9 +187,26 @@ class LBFGS(Solver):
         # the pairs correct the model that they were collected with: they say nothing about the new one
         return state._replace(model=model, aged=1, rho=torch.zeros_like(state.rho), gamma=torch.ones_like(state.gamma))
 
+    @staticmethod
+    def _with_units(evaluate: Evaluator, point: Point, state: LBFGSState) -> LBFGSState:
+        """``state`` in units of the leaves where there are several, at the first step; as it is where the user's
+        function lacks second derivatives."""
+        system = evaluate.system
+        if state.seen or system.separate is None or len(system.separate.sizes) > MOST_LEAVES:
+            return state
+        sizes = system.separate.sizes
+        try:
+            units = LeafUnits.of(system.operator(system.linearize(point.z, evaluate.params), False), point, sizes)
+        except RuntimeError:
+            return state
+        evaluate.rows_evaluated += point.z.shape[0] * (1 + len(sizes))
+        least = row_norm(units.of_gradient(widened(point.residual)))
+        return state._replace(units=units, gamma=torch.ones_like(state.gamma), least=least)
+
     def _direction(self, residual: Tensor, state: LBFGSState) -> Tensor:
         """The two-loop recursion (Nocedal and Wright 2006, algorithm 7.4) applied to minus the gradient."""
-        q = residual.to(state.rho.dtype)
+        q, units = residual.to(state.rho.dtype), state.units
+        q = q if units is None else units.of_gradient(q)
         order = [(state.seen - 1 - i) % self.memory for i in range(state.s.filled)]
         weights = []
         for slot in order:
@@ -152,12 +217,15 @@ class LBFGS(Solver):
         for slot, weight in zip(reversed(order), reversed(weights), strict=True):
             lift = state.rho[:, slot, None] * (state.y.ring[:, slot] * q).sum(dim=1, keepdim=True)
             q = torch.addcmul(q, weight - lift, state.s.ring[:, slot])
-        return q.to(residual.dtype)
+        return (q if units is None else q * units.length).to(residual.dtype)
 
     def _remember(self, state: LBFGSState, before: Point, after: Point, trials: Tensor) -> LBFGSState:
         slot = state.seen % self.memory
         s = (after.z - before.z).to(state.rho.dtype)
         y = (before.residual - after.residual).to(state.rho.dtype)
+        r, units = after.residual, state.units
+        if units is not None:
+            s, y, r = s / units.length, units.of_gradient(y), units.of_gradient(widened(r))
         sy, yy, ss = torch.stack((s * y, y * y, s * s)).sum(dim=2)
         # The model stays positive definite only with pairs of positive curvature. The approximate Wolfe conditions do
         # not guarantee it at the level of rounding.
@@ -171,7 +239,7 @@ class LBFGS(Solver):
         clean = kept[:, None]
         history = state.s.put(slot, torch.where(clean, s, 0)), state.y.put(slot, torch.where(clean, y, 0))
         assert after.energy is not None
-        norm = row_norm(after.residual)
+        norm = row_norm(r)
         rounding = 4 * torch.finfo(norm.dtype).eps * state.lowest.abs()
         fell = (after.energy < state.lowest - rounding) | (norm < 0.9 * state.least)
         return LBFGSState(
@@ -184,6 +252,7 @@ class LBFGS(Solver):
             seen=state.seen + 1,
             model=state.model,
             aged=state.aged,
+            units=units,
         )
 
 

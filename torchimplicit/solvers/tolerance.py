@@ -157,6 +157,7 @@ class Measure:
         z, r = point.z, point.residual
         # stacked, so that a step costs one reduction instead of four
         size, moved, turned, norms = self.system.norms(torch.stack((z, z - before.z, r - before.residual, r)))
+        norms = torch.where(moved < torch.inf, norms, torch.nan)  # f may be finite at infinity, as exp(-z) is
         if not self.begun:
             self.most, self.begun = RUN_OFF * (self.recent + moved), True
         size = torch.minimum(size, self.most)
@@ -263,9 +264,14 @@ class Judge:
                 return torch.addcmul(self.floor, scale, self.rtol)
             return torch.add(self.floor, scale, alpha=self.rtol)
         tolerance = torch.where(self.measure.local, self.strict * self.rtol * scale, 0)
-        if point.noise is not None:
-            tolerance = torch.add(tolerance, point.noise, alpha=ROUNDING * self.eps)
-        return tolerance + self.atol
+        return tolerance + self._beside_terms(point)
+
+    def _beside_terms(self, point: Point) -> float | Tensor:
+        """What is added to the relative tolerance: the absolute one, and the rounding of terms that cancel. An infinite
+        gradient has none: with it any residual that a set leaves finite, as a box does, would count as solved."""
+        if point.noise is None:
+            return self.atol
+        return ROUNDING * self.eps * torch.where(point.noise < torch.inf, point.noise, 0) + self.atol
 
     def take(self, rows: Tensor) -> Judge:
         """The rule for the samples ``rows`` alone."""
@@ -314,9 +320,7 @@ class Judge:
         terms = torch.where(terms < torch.inf, terms, 0)
         rtol = spread(self.rtol) if isinstance(self.rtol, Tensor) else self.rtol
         bare = torch.where(r.abs() > COVERED * rtol * image.abs(), r, 0)
-        rest = torch.full_like(norms, self.atol) if isinstance(self.atol, float) else self.atol.expand_as(norms)
-        if point.noise is not None:
-            rest = torch.add(rest, point.noise, alpha=ROUNDING * self.eps)
+        rest = torch.zeros_like(norms) + self._beside_terms(point)
         covered = torch.where(norms_of(bare) > 0.3 * norms, 0, self.rtol * terms)
         solved = drowned = self._all(norms <= covered + rest)
         if closely and z.shape[1] <= DENSE:
