@@ -37,6 +37,13 @@ def solid_harmonics(r: Tensor, largest: int, counts: Sequence[int] | None = None
     return found
 
 
+def of_directions(unit: Tensor, largest: int) -> list[Tensor]:
+    """The real harmonics of unit vectors ``[t, 3]``, ``[t, 2l+1]`` for each l, in the order of
+    :func:`solid_harmonics`; of Racah's norm: their squares sum to one."""
+    solid = solid_harmonics(unit.T[None], largest)
+    return [math.sqrt(4 * math.pi / (2 * l + 1)) * one[0, :, 0].T for l, one in enumerate(solid)]
+
+
 Polynomial = dict[tuple[int, int, int], float]
 """Coefficients by the powers of x, y and z."""
 

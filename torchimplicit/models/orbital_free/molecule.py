@@ -75,6 +75,21 @@ class Molecule:
         """Coordinates in which lengths are those of densities, of the overlap; made once."""
         return Metric(self.overlap)
 
+    @cached_property
+    def order(self) -> Tensor:
+        """The number of each basis function within its shell, ``[n]``."""
+        labels = torch.stack((self.atom, self.angular, self.shell), dim=1)
+        _, counts = torch.unique_consecutive(labels, dim=0, return_counts=True)
+        starts = counts.cumsum(0) - counts
+        return torch.arange(len(labels), device=labels.device) - starts.repeat_interleave(counts)
+
+    def kinds(self, elements: tuple[int, ...]) -> Tensor:
+        """The number of each atom's element among these nuclear charges, ``[atoms]``; -1 for another element."""
+        kinds = torch.full_like(self.charges, -1)
+        for kind, element in enumerate(elements):
+            kinds[self.charges == element] = kind
+        return kinds
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, those of the basis aside."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "basis")}

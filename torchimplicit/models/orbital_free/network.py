@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 
 from torchimplicit._torch import outside_transforms
 from torchimplicit.closure import is_transformed
-from torchimplicit.models.orbital_free.harmonics import solid_harmonics
+from torchimplicit.models.orbital_free.harmonics import of_directions
 from torchimplicit.models.orbital_free.molecule import Molecule
 
 SCALE = 0.1
@@ -104,10 +104,7 @@ class Graph:
         Raises:
             ValueError: the network was not made for its elements.
         """
-        charges = molecule.charges
-        kinds = torch.full_like(charges, -1)
-        for kind, element in enumerate(config.elements):
-            kinds[charges == element] = kind
+        charges, kinds = molecule.charges, molecule.kinds(config.elements)
         if bool((kinds < 0).any()):
             raise ValueError(
                 f"{molecule.name} has elements of nuclear charge {sorted({*charges[kinds < 0].tolist()})}, and this "
@@ -119,8 +116,7 @@ class Graph:
         first, second = near.nonzero(as_tuple=True)
         away = away[first, second]
         distance = away.norm(dim=1)
-        solid = solid_harmonics((away / distance[:, None]).T[None], len(config.shells) - 1)
-        harmonics = tuple(one[0, :, 0].T * math.sqrt(4 * math.pi / (2 * l + 1)) for l, one in enumerate(solid))
+        harmonics = tuple(of_directions(away / distance[:, None], len(config.shells) - 1))
         return cls(kinds=kinds, first=first, second=second, distance=distance, harmonics=harmonics)
 
     def repeated(self, count: int) -> Self:
@@ -191,11 +187,8 @@ class Rows:
                 f"{molecule.name} has a density basis of more shells than the {config.shells} (of l = 0, 1, ...) that "
                 "this network was made for: compute it with the settings of the molecules of training"
             )
-        labels = torch.stack((atom, angular, shell), dim=1)
-        _, counts = torch.unique_consecutive(labels, dim=0, return_counts=True)
-        order = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
         begins = torch.tensor(config.places).to(shell)
-        place = atom * config.places[-1] + begins[angular] + shell * (2 * angular + 1) + order
+        place = atom * config.places[-1] + begins[angular] + shell * (2 * angular + 1) + molecule.order
         alike = (atom[:, None] == atom) & (angular[:, None] == angular)
         values, vectors = torch.linalg.eigh(torch.where(alike, molecule.overlap, 0))
         return cls(

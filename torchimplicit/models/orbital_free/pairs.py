@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchimplicit.models.orbital_free.harmonics import of_directions
 from torchimplicit.models.orbital_free.molecule import Molecule
 
 LARGEST_L = 2
@@ -23,14 +24,13 @@ def entries(molecule: Molecule, elements: tuple[int, ...]) -> tuple[Tensor, Tens
     Returns:
         rows, places (into the coefficients ``[element, neighbour, l, shell, width]``, flat) and values, ``[t]`` each.
     """
-    kinds = torch.full_like(molecule.charges, -1)
-    for kind, element in enumerate(elements):
-        kinds[molecule.charges == element] = kind
+    kinds = molecule.kinds(elements)
     rows, neighbours = _near(molecule, kinds)
     atoms, angular, shell = molecule.atom[rows], molecule.angular[rows], molecule.shell[rows]
     away = molecule.positions[neighbours] - molecule.positions[atoms]
     distance = away.norm(dim=1)
-    harmonics = _harmonics(away / distance[:, None])[angular, _order(molecule)[rows], torch.arange(len(rows))]
+    every = torch.cat(of_directions(away / distance[:, None], LARGEST_L), dim=1)  # those of l begin at l²
+    harmonics = every.gather(1, (angular.square() + molecule.order[rows])[:, None])[:, 0]
     widths = torch.tensor(WIDTHS).to(away)
     values = harmonics[:, None] * torch.exp(-0.5 * (distance[:, None] / widths) ** 2)
     place = ((kinds[atoms] * len(elements) + kinds[neighbours]) * (LARGEST_L + 1) + angular) * SHELLS_OF_PAIRS + shell
@@ -49,27 +49,3 @@ def _near(molecule: Molecule, kinds: Tensor) -> tuple[Tensor, Tensor]:
     other = (molecule.atom[:, None] != torch.arange(len(kinds), device=kinds.device)) & (kinds >= 0)
     rows, neighbours = (has[:, None] & other).nonzero(as_tuple=True)
     return rows, neighbours
-
-
-def _order(molecule: Molecule) -> Tensor:
-    """The number of each function within its shell, ``[n]``."""
-    labels = torch.stack((molecule.atom, molecule.angular, molecule.shell), dim=1)
-    _, counts = torch.unique_consecutive(labels, dim=0, return_counts=True)
-    starts = counts.cumsum(0) - counts
-    return torch.arange(len(labels), device=labels.device) - starts.repeat_interleave(counts)
-
-
-def _harmonics(unit: Tensor) -> Tensor:
-    """Real spherical harmonics of unit vectors ``[t, 3]``, up to a factor for each l, ``[l, 2l+1, t]`` padded.
-
-    In the order of the basis: x, y, z, and for l = 2 from m = -2 to 2.
-    """
-    x, y, z = unit.unbind(dim=1)
-    found = unit.new_zeros(LARGEST_L + 1, 2 * LARGEST_L + 1, len(unit))
-    found[0, 0] = 1
-    found[1, 0], found[1, 1], found[1, 2] = x, y, z
-    root = 3**0.5
-    for m, value in enumerate((root * x * y, root * y * z, 0.5 * (3 * z * z - 1), root * x * z)):
-        found[2, m] = value
-    found[2, 4] = 0.5 * root * (x * x - y * y)
-    return found

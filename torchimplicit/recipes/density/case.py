@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from torchimplicit._solve import solve
-from torchimplicit.constraints import project, unit_normal
 from torchimplicit.coordinates import Metric
 from torchimplicit.gradients import DampedImplicit, EquilibriumPropagation, Gradient, Implicit
 from torchimplicit.linear import MINRES, HessianMemory, ReferenceHessian
 from torchimplicit.models.orbital_free import Molecule, OrbitalFree
-from torchimplicit.models.orbital_free.second import hessian
+from torchimplicit.models.orbital_free.response import plane, projected_hessian
 from torchimplicit.problems import Minimum
 from torchimplicit.recipes.density.settings import OrbitalFreeTraining
 from torchimplicit.solution import Solution
@@ -99,16 +98,14 @@ class Case:
         Along the constraint's normal it has the mean of its eigenvalues in place of zero, so that its inverse and its
         extreme eigenvalues are those on the plane.
         """
-        inner, normal = self.plane
-        matrix = project(project(inner @ hessian(functional, p, self.molecule) @ inner, normal).T, normal)
+        matrix, (_, normal) = projected_hessian(functional, p, self.molecule, self.plane), self.plane
         mean = matrix.diagonal().sum() / max(1, len(matrix) - 1)
         return matrix + mean * normal.T @ normal
 
     @cached_property
     def plane(self) -> tuple[Tensor, Tensor]:
-        """:math:`S^{-1/2}`, ``[n, n]``, and the constraint's unit normal in the metric's coordinates, ``[1, n]``."""
-        weight = self.metric.covector(self.molecule.weight[None])
-        return self.metric.inverse[0].to(weight), unit_normal(weight, self.molecule.electrons.reshape(1, 1))[0]
+        """See :func:`~torchimplicit.models.orbital_free.response.plane`; made once."""
+        return plane(self.molecule, self.metric)
 
     def solver(self, config: OrbitalFreeTraining) -> Solver:
         """The solver of the config."""

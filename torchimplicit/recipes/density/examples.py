@@ -9,11 +9,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from torchimplicit.constraints import project, unit_normal
+from torchimplicit.constraints import project
 from torchimplicit.coordinates import Metric
 from torchimplicit.models.orbital_free import CoefficientNetwork, Molecule, NetworkConfig, OrbitalFree, element_counts
 from torchimplicit.models.orbital_free.network import Graph
-from torchimplicit.models.orbital_free.response import response
+from torchimplicit.models.orbital_free.response import plane, response
 from torchimplicit.models.orbital_free.second import linear_columns
 from torchimplicit.models.orbital_free.starting import Linearized, fit_linearized
 from torchimplicit.recipes.density.labels import Labels
@@ -66,9 +66,7 @@ class Missing:
             energies = labels.learned + labels.hartree + labels.attraction + molecule.repulsion
             slopes = labels.slope + coefficients @ molecule.coulomb + molecule.external
         have = [_with_slope(bare, p, molecule) for p in coefficients]
-        weight = metric.covector(molecule.weight[None])
-        normal, _ = unit_normal(weight, molecule.electrons.reshape(1, 1))
-        inverse = metric.inverse[0].to(weight)
+        inverse, normal = plane(molecule, metric)
         return cls(
             molecule=record.molecule_without_grid(),
             coefficients=coefficients,
