@@ -9,12 +9,12 @@ import shutil
 import sys
 import textwrap
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from importlib import import_module
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Protocol, TypeVar
 
 import tyro
 from rich.console import Console
@@ -24,6 +24,9 @@ from torchimplicit.recipes import registry
 from torchimplicit.recipes.runtime.errors import UserError, meant
 from torchimplicit.recipes.runtime.execution import as_it_began, go, opened, terminated_like_interrupted
 from torchimplicit.recipes.runtime.run import Exporter, Run, Runner, RunOptions, create
+
+if TYPE_CHECKING:
+    from torchimplicit.recipes.runtime.report import Finished
 
 R = TypeVar("R")
 W = TypeVar("W")
@@ -167,11 +170,20 @@ class ReportRuns:
             raise UserError("report needs the directory of at least one run, such as runs/digits/001")
         if self.page.exists() and report.TITLE not in self.page.read_text(encoding="utf-8", errors="ignore"):
             raise UserError(f"--page {self.page} exists and is not a report; choose another file")
-        runs = [report.finished(path) for path in self.paths]
+        runs = [_known(report.finished(path), console) for path in self.paths]
         console.print(report.comparison(runs).rich_rows())
         report.write(runs, self.page)
         console.print(f"Open in a browser: {self.page.resolve().as_uri()}", soft_wrap=True)
         return 0
+
+
+def _known(run: Finished, console: Console) -> Finished:
+    """``run``, said to be of an unknown recipe where this version has none of that name. It is compared all the same:
+    its folder holds all that the report shows."""
+    if run.recipe in registry.RECIPES:
+        return run
+    console.print(f"{run.name} is a run of '{run.recipe}', which is no recipe of this version", markup=False)
+    return replace(run, recipe=f"{run.recipe} (unknown)")
 
 
 COMMANDS = {

@@ -105,11 +105,37 @@ class TestMolecules:
             ("2\nc\nH 0 0 0\nH 0 0 0\n", "overlap"),
             ("2\nc\nH 0 0 0\n", "cut short"),
             ("", "is empty"),
+            ("# made by hand\n" + GOOD, "not a number of atoms"),
+            ("1" + GOOD[1:], "more after the 1 atoms"),
+            (GOOD + GOOD, "cut a trajectory"),
+            ("0\n\n" + GOOD, "is none"),
+            (GOOD.replace("hydrogen", "in Bohr"), "line 2 says 'Bohr'"),
+            (GOOD.replace("hydrogen", "units=pm"), "must be in angstrom"),
+            (GOOD.replace("0.74", "0.74A"), "not a coordinate"),
+            (GOOD.replace("hydrogen", "Properties=species:S:1:forces:R:3:pos:R:3"), "must begin with species"),
+            (GOOD.replace("hydrogen", 'Lattice="9 0 0 0 9 0 0 0 9" pbc="T T T"'), "repeat in a cell"),
+            (GOOD.replace("hydrogen", "charge=2"), "give --charge 2"),
+            (GOOD.replace("H 0.74", "Xx 0.74"), "no element 'Xx'"),
+            (GOOD.encode("utf-16"), "not text"),
         ],
-        ids=lambda value: value[:12],
+        ids=lambda value: str(value)[:12],
     )
     def test_xyz(self, tmp_path, text, said):
         assert said in refused(lambda path: sources.read(str(path)), text, tmp_path / "m.xyz")
+
+    def test_what_is_not_refused(self, tmp_path):
+        path = tmp_path / "m.xyz"
+        kept = 'Lattice="9 0 0 0 9 0 0 0 9" Properties=species:S:1:pos:R:3:forces:R:3 charge=0 pbc="F F F"'
+        for text in (
+            "\ufeff" + self.GOOD,
+            self.GOOD.replace("\n", "\r\n"),
+            self.GOOD.replace(" ", "\t") + "\n\n",
+            self.GOOD.replace("hydrogen", "converted from bohr to angstrom, E = -1.17 a.u."),
+            self.GOOD.replace("hydrogen", kept),
+        ):
+            path.write_text(text, newline="")
+            [found] = sources.read(str(path))
+            assert found.positions[1][0] == pytest.approx(0.74 * 1.8897261)
 
     def test_a_file_that_takes_no_room_on_the_disk(self, tmp_path):
         path = tmp_path / "sparse.xyz"
@@ -214,6 +240,12 @@ class TestMeshes:
             ("a.ply", ply(4, LARGE), "promises"),
             ("a.ply", ply(4, 10**30), "promises"),
             ("a.ply", ply(-1, 4), "does not say how many"),
+            ("a.ply", ply(4, 3), "promises 7 vertices and faces, and 8 lines follow"),
+            ("a.ply", ply(4, 4) + ply(4, 4), "more than one mesh"),
+            ("a.ply", ply(4, 4).replace(b"1 0 0", b"nan 0 0", 1), "NaN"),
+            ("a.ply", ply(4, 4).replace(b"1 0 0", b"1m 0 0", 1), "cannot be read"),
+            ("a.obj", obj(places=PLACES.replace("1 0 0", "1mm 0 0", 1)), "three numbers"),
+            ("a.obj", obj().encode("utf-16"), "no faces"),
             ("a.ply", ply(4, 4)[:-12], "promises"),
             ("a.ply", ply(4, 4).replace(b"3 0 2 1", b"3 0 2 -1"), "not there"),
             ("a.ply", ply(LARGE, 4, bytes(100), "binary_little_endian"), "cannot be read"),
@@ -237,6 +269,7 @@ class TestMeshes:
             obj(),
             obj(-5),
             obj().replace("\n", "\r\n"),
+            "\ufeff" + obj(-5),
             obj().replace("f 1 3 2", "f 1/9/9 3/9/9 \\\n2/9/9 # here"),
         ]
         texts.append("v 0 0 0\nv 1 0 0\nv 0 1 0\nf -3 -1 -2\nv 0 0 1\nf -4 -3 -1\nf -4 -1 -2\nf -3 -2 -1\n")
@@ -245,6 +278,8 @@ class TestMeshes:
             mesh, notes = self.read(path)
             assert (mesh.volume, notes) == (pytest.approx(1 / 6), ())
         (tmp_path / "a.ply").write_bytes(ply(4, 4))
+        assert self.read(tmp_path / "a.ply")[0].volume == pytest.approx(1 / 6)
+        (tmp_path / "a.ply").write_bytes(ply(4, 4).replace(b"element face", b"comment here\nelement face"))
         assert self.read(tmp_path / "a.ply")[0].volume == pytest.approx(1 / 6)
 
 

@@ -302,3 +302,14 @@ def test_a_report_compares_runs(tmp_path, capsys, monkeypatch):
     page.write_text("mine")
     assert cli.main(["report", str(one.path), "--page", str(page)]) == 2
     assert page.read_text() == "mine"
+
+
+def test_a_report_names_a_recipe_that_is_unknown(tmp_path, capsys, monkeypatch):
+    """All that it shows is in the run's folder, so a run of another version is compared, and said to be one."""
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.chdir(tmp_path)
+    trained(tmp_path / "one")
+    known = {name: entry for name, entry in registry.RECIPES.items() if name != "tiny"}
+    monkeypatch.setattr(registry, "RECIPES", known)
+    assert cli.main(["report", "one"]) == 0
+    assert "no recipe of this version" in " ".join(capsys.readouterr().out.split())

@@ -338,6 +338,7 @@ def parse(text: str, where: str, name: str, charge: int = 0, electrons: int | No
             f"{where} announces {count} atoms in line 1 and ends after line {len(lines)}: it is cut short, or the "
             "comment in line 2 is missing"
         )
+    _check_comment(lines[1], f"{where}, line 2", charge)
     atoms = [_atom(line, f"{where}, line {number}") for number, line in enumerate(lines[2 : count + 2], start=3)]
     if not lines[1].startswith("gdb"):  # QM9 goes on with frequencies and identifiers
         for number, line in enumerate(lines[count + 2 :], start=count + 3):
@@ -359,6 +360,23 @@ def _count(line: str, where: str) -> int:
     if count < 1:
         raise UserError(f"{where}, line 1: a molecule of {count} atoms is none")
     return count
+
+
+def _check_comment(comment: str, where: str, charge: int) -> None:
+    """Refuse what a comment says of the atoms that is not what is read: other units or columns (as the extended xyz
+    format has them), a periodic cell, or another charge."""
+    other = re.search(r"\bbohrs?\b|\bunits?\s*[:=]\s*\W?(pm|nm|au|a\.u\.)", comment, re.IGNORECASE)
+    if other and not re.search("angstr|Å", comment, re.IGNORECASE):
+        raise UserError(f"{where} says '{other[0]}'; positions must be in angstrom")
+    columns = re.search(r"\bProperties=\W?([\w:]+)", comment, re.IGNORECASE)
+    if columns and not columns[1].startswith("species:S:1:pos:R:3"):
+        raise UserError(f"{where}: the columns are '{_short(columns[1])}', and must begin with species:S:1:pos:R:3")
+    cell, periodic = re.search(r"\bLattice=", comment), re.search(r"\bpbc=\W?([TF01 ]+)", comment)
+    if cell and not (periodic and set(periodic[1]) <= set("F0 ")):
+        raise UserError(f"{where}: the atoms repeat in a cell (Lattice=), and only molecules are computed; remove it")
+    stated = re.search(r"\bcharge\s*=\s*\W?([+-]?[0-9]+)", comment, re.IGNORECASE)
+    if stated and int(stated[1]) != charge:
+        raise UserError(f"{where} says '{stated[0]}', and the charge asked for is {charge}; give --charge {stated[1]}")
 
 
 def _atom(line: str, where: str) -> tuple[str, list[float]]:

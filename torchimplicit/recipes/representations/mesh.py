@@ -478,7 +478,7 @@ def _read_obj(path: Path, most_faces: int) -> Mesh:
 def _obj_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The words of the nonempty lines, with line numbers; a trailing backslash continues a line."""
     before = ""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             text = before + line.partition("#")[0].rstrip()
             before = text[:-1] + " " if text.endswith("\\") else ""
@@ -530,6 +530,11 @@ def _check_counts(path: Path) -> None:
         if len(counts) < max(2, len(promised)):
             raise UserError(f"{path.name} cannot be read: its header does not say how many vertices and faces it has")
         there = sum(1 for _ in lines)
+    if there > sum(counts):
+        raise UserError(
+            f"{path.name} promises {sum(counts)} vertices and faces, and {there} lines follow: its header is wrong, or "
+            "it holds more than one mesh"
+        )
     if there < sum(counts):
         raise UserError(
             f"{path.name} promises {sum(counts)} vertices and faces, and {there} follow: it is cut short, or its "
