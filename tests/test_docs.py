@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib
 import importlib.util
+import json
 import re
 import sys
 import types
@@ -187,3 +188,28 @@ def test_the_readme_shows_the_recorded_speed():
     spec.loader.exec_module(performance)
     shown = performance.BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     assert shown == [performance.speed(performance.newest("captured"), performance.newest("models"))]
+
+
+def test_versions_of_the_site_stand_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    publish = importlib.import_module("publish")
+    monkeypatch.setattr(publish, "SITE", tmp_path / "site")
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    for version in ("0.1", "0.2", "0.2"):
+        (tmp_path / "site").mkdir(exist_ok=True)
+        (tmp_path / "site" / "index.html").write_text(version)
+        publish.publish(pages, version)
+    assert [(pages / name / "index.html").read_text() for name in ("0.1", "0.2", "latest")] == ["0.1", "0.2", "0.2"]
+    versions = json.loads((pages / "versions.json").read_text())
+    assert [(one["version"], one["aliases"]) for one in versions] == [("0.2", ["latest"]), ("0.1", [])]
+    assert "latest/index.html" in (pages / "index.html").read_text()
+
+
+def test_links_and_pictures_that_lead_nowhere_are_found(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    (tmp_path / "one.html").write_text('<h1 id="top"></h1><a href="two.html#there"></a><a href="#top"></a>')
+    text = '<p id="there"><img src="no.png"><a href="one.html#gone"></a><a href="https://x.org/y"></a><a href="3.html">'
+    (tmp_path / "two.html").write_text(text)
+    faults = importlib.import_module("links").broken(tmp_path)
+    assert faults == ["two.html: 3.html", "two.html: no.png", "two.html: one.html#gone"]

@@ -1,7 +1,6 @@
-"""MkDocs hook: gives every example on docs/examples.md its script and a notebook, made from ``examples/*.py``.
+"""Markdown extension that links every example on docs/examples.md to its script and to a notebook made from it.
 
-A picture ``![NAME](examples/NAME.png)`` on that page is followed by links to both. ``python docs/hooks/notebooks.py
-FOLDER`` writes the notebooks alone.
+A picture ``![NAME](examples/NAME.png)`` is followed by links to both, which :func:`write` puts beside it.
 """
 
 from __future__ import annotations
@@ -9,10 +8,11 @@ from __future__ import annotations
 import ast
 import json
 import re
-import sys
 from pathlib import Path
-from typing import Any
 
+from extensions.lines import LineExtension, no_options
+
+_SCRIPTS = Path(__file__).parents[2] / "examples"
 _PICTURE = re.compile(r"^!\[(?P<name>\w+)\]\(examples/(?P=name)\.png\)$", re.MULTILINE)
 
 
@@ -51,28 +51,20 @@ def notebook(name: str, script: str) -> str:
     )
 
 
-def on_files(files: Any, config: Any) -> Any:
-    """Add scripts and notebooks to the site."""
-    from mkdocs.structure.files import File
-
-    for path in sorted((Path(config.config_file_path).parent / "examples").glob("*.py")):
+def write(folder: Path) -> None:
+    """Write every script and its notebook into ``folder``."""
+    for path in sorted(_SCRIPTS.glob("*.py")):
         script = path.read_text(encoding="utf-8")
-        files.append(File.generated(config, f"examples/{path.name}", content=script))
-        files.append(File.generated(config, f"examples/{path.stem}.ipynb", content=notebook(path.stem, script)))
-    return files
+        (folder / path.name).write_text(script, encoding="utf-8")
+        (folder / f"{path.stem}.ipynb").write_text(notebook(path.stem, script), encoding="utf-8")
 
 
-def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
-    """Link both below every example's picture."""
-    if page.file.src_uri != "examples.md":
-        return markdown
-    links = r"\g<0>\n\n[Script](examples/\g<name>.py) · [Notebook](examples/\g<name>.ipynb)"
-    return _PICTURE.sub(links, markdown)
+class Links(LineExtension):
+    """Links both below every example's picture."""
+
+    def rewritten(self, text: str) -> str:
+        links = r"\g<0>\n\n[Script](examples/\g<name>.py) · [Notebook](examples/\g<name>.ipynb)"
+        return _PICTURE.sub(links, text)
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted((Path(__file__).parents[2] / "examples").glob("*.py")):
-        made = notebook(path.stem, path.read_text(encoding="utf-8"))
-        (folder / f"{path.stem}.ipynb").write_text(made, encoding="utf-8")
+makeExtension = no_options(Links)

@@ -1,4 +1,4 @@
-"""MkDocs hook: turns the formulas that arithmatex has marked into MathML while the site is built.
+"""Markdown extension that turns the formulas that arithmatex has marked into MathML.
 
 Browsers show MathML by themselves, so that the site needs no script and no network for its mathematics.
 """
@@ -10,7 +10,10 @@ import re
 from functools import cache
 
 from latex2mathml.converter import convert
-from mkdocs.exceptions import PluginError
+from markdown import Extension, Markdown
+from markdown.postprocessors import Postprocessor
+
+from extensions.lines import PageError, no_options
 
 _MARKED = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\s*\\(?P<open>[(\[])(?P<tex>.*?)\\[)\]]\s*</(?P=tag)>',
@@ -33,7 +36,7 @@ def mathml(tex: str, display: bool) -> str:
     result = convert(tex, display="block" if display else "inline")
     failed = _FAILED.search(result)
     if failed:
-        raise PluginError(f"latex2mathml cannot set {failed.group(0)!r} in the formula {tex!r}: write it another way")
+        raise PageError(f"latex2mathml cannot set {failed.group(0)!r} in the formula {tex!r}: write it another way")
     sides = iter(_BARS_TEX.findall(tex))
     result = _BARS.sub(lambda bar: _bar(bar[1], next(sides, "")), result)
     result = _TRANSPOSE.sub('<mi mathvariant="normal">&#x022A4;</mi>', result)
@@ -45,12 +48,22 @@ def _bar(sign: str, side: str) -> str:
     return f'<mo stretchy="false" lspace="0" rspace="0"{form}>{sign}</mo>'
 
 
-def on_page_content(content: str, **_: object) -> str:
-    """Replaces every marked formula of the page."""
+class Formulas(Extension):
+    """Replaces every marked formula of the page, once its HTML is whole."""
 
-    def replace(match: re.Match[str]) -> str:
-        display = match["open"] == "["
-        formula = mathml(html.unescape(match["tex"]).strip(), display)
-        return f'<div class="formula">{formula}</div>' if display else formula
+    def extendMarkdown(self, md: Markdown) -> None:
+        """Called by Python-Markdown."""
+        md.postprocessors.register(_Replacing(md), "formulas", priority=-1)  # after raw HTML has been put back
 
-    return _MARKED.sub(replace, content)
+
+class _Replacing(Postprocessor):
+    def run(self, text: str) -> str:
+        def replace(match: re.Match[str]) -> str:
+            display = match["open"] == "["
+            formula = mathml(html.unescape(match["tex"]).strip(), display)
+            return f'<div class="formula">{formula}</div>' if display else formula
+
+        return _MARKED.sub(replace, text)
+
+
+makeExtension = no_options(Formulas)

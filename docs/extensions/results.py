@@ -1,4 +1,4 @@
-"""MkDocs hook: puts tables of the newest recorded benchmark run into a page, so that no figure is copied by hand.
+"""Markdown extension that puts tables of the newest recorded benchmark run into a page, so that no figure is copied.
 
 A line ``{{ results NAME: HEADING }}`` becomes the section of that heading in ``benchmarks/results/NAME-*.md``,
 ``{{ results NAME }}`` the lines before the first section, which say how, on what and when, and
@@ -10,10 +10,10 @@ from __future__ import annotations
 import base64
 import re
 from pathlib import Path
-from typing import Any
 
-from mkdocs.exceptions import PluginError
+from extensions.lines import LineExtension, PageError, no_options
 
+_FOLDER = Path(__file__).parents[2] / "benchmarks" / "results"
 _FIGURE = re.compile(r"^!\[figure\]\((?P<file>[\w.-]+)\)$", re.MULTILINE)
 _WANTED = re.compile(r"^\{\{ results (?P<name>\w+)(?:: (?P<heading>.+?))? \}\}$", re.MULTILINE)
 
@@ -22,7 +22,7 @@ def newest(folder: Path, name: str) -> Path:
     """The latest run of a benchmark; runs are named by their date."""
     runs = sorted(folder.glob(f"{name}-*.md"))
     if not runs:
-        raise PluginError(f"there is no benchmarks/results/{name}-*.md: run benchmarks/{name}.py")
+        raise PageError(f"there is no benchmarks/results/{name}-*.md: run benchmarks/{name}.py")
     return runs[-1]
 
 
@@ -35,19 +35,22 @@ def section(text: str, heading: str | None) -> str:
         first, _, rest = part.partition("\n")
         if first.startswith(heading):
             return rest.strip()
-    raise PluginError(f"no section '{heading}' among {[part.partition(chr(10))[0] for part in parts]}")
+    raise PageError(f"no section '{heading}' among {[part.partition(chr(10))[0] for part in parts]}")
 
 
-def on_page_markdown(markdown: str, config: Any, **_: object) -> str:
+class Results(LineExtension):
     """Replaces every such line of the page."""
-    folder = Path(config.config_file_path).parent / "benchmarks" / "results"
 
-    def replace(match: re.Match[str]) -> str:
-        path = newest(folder, match["name"])
-        text = path.read_text(encoding="utf-8")
-        if match["heading"] == "figure":
-            picture = base64.b64encode(path.with_suffix(".png").read_bytes()).decode()
-            return f"![the figures of {path.stem}](data:image/png;base64,{picture})"
-        return section(_FIGURE.sub("", text).replace("<", "&lt;"), match["heading"])
+    def rewritten(self, text: str) -> str:
+        def replace(match: re.Match[str]) -> str:
+            path = newest(_FOLDER, match["name"])
+            run = path.read_text(encoding="utf-8")
+            if match["heading"] == "figure":
+                picture = base64.b64encode(path.with_suffix(".png").read_bytes()).decode()
+                return f"![the figures of {path.stem}](data:image/png;base64,{picture})"
+            return section(_FIGURE.sub("", run).replace("<", "&lt;"), match["heading"])
 
-    return _WANTED.sub(replace, markdown)
+        return _WANTED.sub(replace, text)
+
+
+makeExtension = no_options(Results)
