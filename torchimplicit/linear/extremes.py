@@ -100,6 +100,7 @@ def _davidson(operator: LinearOperator, size: int, seed: int, preconditioner: Pr
             v = widened(operator.project((v / row_norm(v)[:, None]).to(operator.dtype)))
             basis = torch.cat([basis, v[:, None]], dim=1)
             images = torch.cat([images, widened(operator.product(v.to(operator.dtype)))[:, None]], dim=1)
+        # Rayleigh-Ritz: the extreme eigenvalues within the space, and the residuals of their vectors
         small = torch.bmm(basis, images.mT)
         sound = small.isfinite().all(dim=2).all(dim=1)[:, None]
         values, vectors = torch.linalg.eigh(torch.where(sound[..., None], 0.5 * (small + small.mT), 0))

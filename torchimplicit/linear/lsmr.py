@@ -85,18 +85,22 @@ class _LeastSquares(Method):
         turn = state.theta / state.rho.clamp_min(info.tiny)
         h = torch.addcmul(direction, turn, state.h, value=-1)
         image = torch.addcmul(product, turn, state.image, value=-1)
+        # Golub-Kahan: beta u and alpha v continue the bidiagonalization
         u, beta = _normalized(torch.addcmul(product, state.alpha, state.u, value=-1))
         back = system.precondition_transposed(system.transposed_product(u))
         v, alpha = _normalized(torch.addcmul(back, beta, state.v, value=-1))
 
+        # a rotation takes the bidiagonal B to an upper bidiagonal R (section 2.2) ...
         rho = torch.hypot(state.alpha_bar, beta).clamp_min_(info.tiny)
         c, s = state.alpha_bar / rho, beta / rho
         theta, alpha_bar = s * alpha, c * alpha
+        # ... and a second one R^T to another: its last entry, zeta_bar, is the norm of A^T r
         theta_bar, turned = state.s_bar * rho, state.c_bar * rho
         rho_bar = torch.hypot(turned, theta).clamp_min_(info.tiny)
         c_bar, s_bar = turned / rho_bar, theta / rho_bar
         zeta, zeta_bar = c_bar * state.zeta_bar, -s_bar * state.zeta_bar
 
+        # the iterate, and its residual by the same combination of the directions' images
         turn_bar = theta_bar * rho / (state.rho * state.rho_bar).clamp_min(info.tiny)
         h_bar = torch.addcmul(h, turn_bar, state.h_bar, value=-1)
         image_bar = torch.addcmul(image, turn_bar, state.image_bar, value=-1)
@@ -105,7 +109,7 @@ class _LeastSquares(Method):
         r = torch.addcmul(state.r, length, image_bar, value=-1)
         norm = torch.linalg.vector_norm(r, dim=-1)
         size = state.size + alpha.square() + beta.square()
-        # |zeta_bar| is the norm of A^T r: where only rounding is left of it, this is a least-squares solution
+        # where only rounding is left of A^T r, this is a least-squares solution
         broken = zeta_bar.abs().squeeze(1) <= 10 * info.eps * size.sqrt().squeeze(1) * norm
         return _State(
             norm, broken, x, r, u, v, h, h_bar, image, image_bar, alpha, alpha_bar, zeta_bar, rho, rho_bar,

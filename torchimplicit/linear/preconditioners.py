@@ -159,6 +159,7 @@ class Jacobi(Preconditioner):
     def prepare(self, operator: LinearOperator, definite: bool = False) -> PreparedPreconditioner:
         values = self.diagonal(operator).to(working_dtype(operator.dtype))
         size = values.abs()
+        # what is below rounding of the largest entry may be a zero, whose inverse would swamp the others
         usable = size > torch.finfo(values.dtype).eps * size.amax(-1, keepdim=True)
         mean = (size * usable).sum(-1, keepdim=True) / usable.sum(-1, keepdim=True)
         values = torch.where(usable, size if definite else values, torch.where(mean > 0, mean, 1.0))

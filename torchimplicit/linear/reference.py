@@ -67,6 +67,7 @@ class ReferenceHessian(Preconditioner):
                 "ReferenceHessian cannot be made at a point where the Hessian is not finite: start from a point at "
                 "which the energy has finite second derivatives"
             )
+        # moduli: near a saddle the model descends along directions of negative curvature instead of climbing them
         values, basis = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
         moduli = values.abs()
         largest = moduli.amax(dim=1, keepdim=True)

@@ -130,7 +130,7 @@ class JointSystem(ImageSystem):
         return replace(super().vmapped(size, dims), own=stacked(self.own, size, tuple(dims)))
 
     def joined(self, rows: int, z: Tensor, params: Sequence[Tensor]) -> Self | None:
-        return None
+        return None  # a cost and a step size belong to each sample
 
     def moving(self, needs_grad: Sequence[bool]) -> bool:
         """Whether a tensor of the constraint's set needs a gradient."""
@@ -180,6 +180,7 @@ class JointSystem(ImageSystem):
         """The map's value ``[batch, 2 * z + x]``, from the value of ``f`` (``image_of_z``) and the ``slopes`` of
         :math:`\\Lambda`."""
         z, mu, x = self.parts.split(flat)
+        # z goes to f, mu to Lambda_z, and x a step down Lambda_x (Gurumurthy et al. 2021)
         of_z, of_x = slopes
         size, *tensors = self.own(flat.shape[0], *params)
         if self.normalized == "sign":

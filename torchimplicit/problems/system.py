@@ -285,6 +285,7 @@ class System(ABC):
         sizes = torch.where((norms > 0) & (norms < torch.inf), norms, 1)
         if not bool((sizes.amax(dim=1) > UNLIKE * sizes.amin(dim=1)).any()):
             return None
+        # powers of two, so that scaling and scaling back are exact
         powers = torch.exp2(torch.log2(sizes).round()).to(z.dtype)
         each = torch.tensor(self.separate.sizes, device=z.device)
         return powers.repeat_interleave(each, dim=1)

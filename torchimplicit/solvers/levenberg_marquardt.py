@@ -186,6 +186,7 @@ class _Assembled(_Model):
         self.parts = (u.mT @ r.where(finite[:, None], 0).to(wide)[:, :, None])[:, :, 0]
 
     def step(self, damping: Tensor, searching: Tensor) -> Tensor:
+        # with J D^-1 = U S V^T the damped normal equations give D s = -V S (S^2 + damping)^-1 U^T r
         length = self.values / (self.values.square() + damping[:, None])
         s = -(self.right.mT @ (length * self.parts)[:, :, None])[:, :, 0]
         return torch.where(searching[:, None], s.to(self.scale.dtype) / self.scale, 0)

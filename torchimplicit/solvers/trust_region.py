@@ -152,6 +152,8 @@ class TrustRegion(Solver):
             # the relative decrease of the square, factored so that no square overflows
             actual = (1 - after / norm) * (1 + after / norm)
             ratio = (actual / ((1 - expected / norm) * (1 + expected / norm))).nan_to_num(-1, -1, -1)
+            # steps are accepted from a ratio of 1e-4 on, as in MINPACK; regions change by algorithm 4.1 of Nocedal and
+            # Wright (2006), and grow too where the model is right to a tenth, as in MINPACK
             accepted = searching & (ratio >= 1e-4) & (after < norm)
             cut = cut | (searching & (step != model.newton).any(dim=1))
             shrunk = length * (0.5 if dtype == torch.float32 else 0.25)
@@ -187,7 +189,7 @@ class TrustRegion(Solver):
             unit = 1 / torch.where(column > 0, column, 1)
             unit = unit if before is None else torch.minimum(unit, before)
             newton, exact = solved_dense(matrix, r, unit)
-            down = unit * unit * (matrix.mT @ r[:, :, None])[:, :, 0]
+            down = unit * unit * (matrix.mT @ r[:, :, None])[:, :, 0]  # steepest descent in the unknowns' own units
             images = matrix @ torch.stack((newton, down), dim=2)
             newton_image, down_image = images[:, :, 0], images[:, :, 1]
         else:
@@ -198,6 +200,7 @@ class TrustRegion(Solver):
             newton, exact = solution.value, solution.report.converged
             down = operator.transposed_product(residual)
             newton_image, down_image = operator.product(newton), operator.product(down)
+        # the minimum of |r - t A d| along the descent direction d is at t = r.Ad / |Ad|^2; no square may overflow
         size = row_norm(down_image)
         length = (r * (down_image / size[:, None])).sum(dim=1) / size
         length = torch.where(size > 0, length, 0)[:, None]

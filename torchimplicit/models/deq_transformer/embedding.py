@@ -100,7 +100,7 @@ class AdaptiveSoftmax(nn.Module):
         for cluster in range(1, len(self.tables)):
             rows = ((targets >= bounds[cluster]) & (targets < bounds[cluster + 1])).nonzero()[:, 0]
             rows_of.append(rows)
-            places = places.index_fill(0, rows, bounds[1] + cluster - 1)
+            places = places.index_fill(0, rows, bounds[1] + cluster - 1)  # the head's entry of that cluster
         loss = functional.cross_entropy(head, places, reduction="none")
         for cluster, rows in enumerate(rows_of, start=1):
             scores = self._scores(cluster, hidden[rows])

@@ -174,6 +174,7 @@ def tanh_lower(inside: list[Tensor], outside: list[Tensor], slopes: list[Tensor]
     k = len(outside)
     if k == 1:
         return torch.zeros_like(slopes[0])
+    # the new one, s_{k-1}, is what the sum needs at j = 1
     y = [outside[0], *(one[:lines] for one in outside[1:])]
     slopes.append(-sum((y[i] * y[k - 1 - i] for i in range(1, k)), start=y[0] * y[k - 1]))
     terms = (j / k * inside[j][:lines] * slopes[k - j][:lines] for j in range(2, k))
