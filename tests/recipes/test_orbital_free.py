@@ -14,7 +14,6 @@ pytest.importorskip("lightning")
 from rich.console import Console
 
 from torchimplicit.diagnostics import curvature
-from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free.on_grid import OnGrid
 from torchimplicit.recipes.density import split as data
 from torchimplicit.recipes.density import storage
@@ -214,9 +213,7 @@ def test_penalties_know_the_spectrum_and_its_slope(coarse):
 def test_a_density_that_is_not_found_is_rejected(coarse):
     config = settings(inner="descent", inner_steps=2)
     with DensityFit(fitted(coarse, config), [coarse], config) as fit:
-        with pytest.warns(ConvergenceWarning):
-            found = fit.residuals(fit.weights)
-        assert np.isinf(found).all()
+        assert np.isinf(fit.residuals(fit.weights)).all()
         assert fit.rejected == 1
 
 

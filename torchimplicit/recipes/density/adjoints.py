@@ -17,6 +17,7 @@ from torchimplicit.models.orbital_free import Molecule
 from torchimplicit.models.orbital_free.second import hessian
 from torchimplicit.problems import Minimum
 from torchimplicit.recipes.density.adjoint_solvers import solved
+from torchimplicit.recipes.density.case import quiet
 from torchimplicit.recipes.density.gradient_figures import (
     Beyond,
     Damped,
@@ -27,7 +28,7 @@ from torchimplicit.recipes.density.gradient_figures import (
     Point,
     Softened,
 )
-from torchimplicit.recipes.density.optimum import Optimum, check, flat, load, made, quiet
+from torchimplicit.recipes.density.optimum import Optimum, check, flat, load, made
 from torchimplicit.recipes.density.settings import FELT, MoleculeGradientsConfig
 from torchimplicit.recipes.runtime.run import Run, threads
 from torchimplicit.solution import Solution, Status

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from torchimplicit._solve import solve
 from torchimplicit.coordinates import Metric
+from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import DampedImplicit, EquilibriumPropagation, Gradient, Implicit
 from torchimplicit.linear import MINRES, HessianMemory, ReferenceHessian
 from torchimplicit.models.orbital_free import Molecule, OrbitalFree
@@ -25,6 +29,14 @@ PATIENCE = 15
 
 TAIL = 1e-3
 """Density in electrons per cubic bohr below which errors weigh no more than at this density."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence warnings about solves that do not converge, where their status is recorded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
 
 
 @dataclass
@@ -69,18 +81,20 @@ class Case:
         """The density of least energy, starting from the last one found or (``cold``) from the superposition of atoms
         with a fresh Hessian. With several minima, the start decides which one is found.
 
-        The solution carries the config's gradient. It is remembered where it is converged.
+        The solution carries the config's gradient. It is remembered where it is converged; whether it is, is for the
+        caller to see.
         """
         start = self.molecule.guess if cold else self.density
         if cold or not self.fresh:
             self.refresh(functional, start)
-        solution = solve(
-            self.problem(functional),
-            start,
-            solver=self.solver(config),
-            gradient=self.gradient(config),
-            throw=False,
-        )
+        with quiet():
+            solution = solve(
+                self.problem(functional),
+                start,
+                solver=self.solver(config),
+                gradient=self.gradient(config),
+                throw=False,
+            )
         if bool(solution.converged):
             if not cold:
                 self.density = solution.value.detach()

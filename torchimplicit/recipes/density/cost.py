@@ -6,7 +6,6 @@ import math
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 
-from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free.on_grid import SHARED
 from torchimplicit.recipes.density.chemistry import Atom, Geometry, from_angstrom
 from torchimplicit.recipes.density.compute import kohn_sham, superposition, unsolved
@@ -157,8 +155,7 @@ def measured(config: MeasurementConfig) -> Measured:
     training = OrbitalFreeTraining(
         molecules=Molecules(sources=KNOWN, chemistry=chemistry, data_dir=config.data_dir), pairs=False
     )
-    with threads(1), SHARED.limited(config.memory * 1e9), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the status is recorded
+    with threads(1), SHARED.limited(config.memory * 1e9):
         functional = started(training, [Case.of(molecule) for molecule in load(training.molecules).train])
         functional.requires_grad_(False)
         geometry = SERIES[config.series](config.count)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
-from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free import OrbitalFree
 from torchimplicit.recipes.density import split as data
 from torchimplicit.recipes.density import training as runner
@@ -76,8 +74,7 @@ def counted(config: CountedTraining, weights: Path) -> Counted:
         inner_steps=config.most_steps,
         inner_rate=config.descent_rate,
     )
-    with threads(settings.threads), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # what is not converged is recorded
+    with threads(settings.threads):
         cases = [Case.of(molecule) for molecule in data.load(settings.molecules).train]
         functional = runner.started(settings, cases)
         before = [_all(cases, functional, way) for way in (descent, quick)]

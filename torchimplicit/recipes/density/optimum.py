@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +13,11 @@ from torch import Tensor
 from torchimplicit._solve import flat_system, solve
 from torchimplicit.coordinates import Metric
 from torchimplicit.diagnostics import curvature
-from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.gradients import EquilibriumPropagation, Gradient, Implicit
 from torchimplicit.linear import MINRES, LinearOperator, ReferenceHessian
 from torchimplicit.models.orbital_free import Molecule, OrbitalFree, OrbitalFreeConfig, fit_linear
 from torchimplicit.problems import Minimum
+from torchimplicit.recipes.density.case import quiet
 from torchimplicit.recipes.density.chemistry import Geometry, distorted, named
 from torchimplicit.recipes.density.integrals import need_pyscf
 from torchimplicit.recipes.density.prepare import prepared
@@ -234,11 +232,3 @@ def _train(functional: OrbitalFree, molecule: Molecule, metric: Metric, steps: i
             (_half_square(found.value, molecule) / molecule.electrons).backward()
         optimizer.step()
         p = found.value.detach()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence warnings about solves that do not converge: they are measured here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        yield

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from matplotlib.figure import Figure
 
-from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free import (
     OrbitalFree,
 )
@@ -37,8 +34,7 @@ def figures(results: Results, split: Split, functional: OrbitalFree) -> dict[str
     shown = max(molecules, key=lambda one: len(one.charges))
     basis = storage.read(split.files[shown.name]).basis
     case = Case.of(shown)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with torch.no_grad():
         found = case.solved(functional, results.config, cold=True).value
     errors = {"trained": found - shown.reference, "superposition of atoms": shown.guess - shown.reference}
     with styled():

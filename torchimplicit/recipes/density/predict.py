@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free import Domain, Molecule, OrbitalFree, OrbitalFreeConfig
 from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.chemistry import Geometry, symbol
@@ -168,10 +166,8 @@ def density(trained: Trained, geometry: Geometry, *, grid: int | None = None, sl
     chemistry = trained.chemistry if grid is None else replace(trained.chemistry, grid=grid)
     record = unsolved(geometry, chemistry)
     molecule = record.molecule()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the status is told
-        case = Case.of(molecule)
-        solution = case.solved(trained.functional, OrbitalFreeTraining(), cold=True)
+    case = Case.of(molecule)
+    solution = case.solved(trained.functional, OrbitalFreeTraining(), cold=True)
     p = solution.value.detach()
     seconds = time.monotonic() - began
     away = trained.domain.distances(molecule)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.recipes.density.results import (
     INNER_STEPS,
     figures,
@@ -367,8 +365,7 @@ def line_through(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -
     (molecule,) = split.train
     case = Case.of(molecule)
     errors = {"superposition of atoms": (molecule.guess - molecule.reference, COLOURS[7], ":")}
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with torch.no_grad():
         for line in shown_here:
             functional = started(settings[line.name], [case])
             if "before" not in errors:

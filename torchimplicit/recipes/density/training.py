@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,6 @@ import torch
 from rich.console import Console
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.models.orbital_free import (
     Domain,
     OrbitalFree,
@@ -22,7 +20,7 @@ from torchimplicit.models.orbital_free import (
 )
 from torchimplicit.models.orbital_free.functional import ExchangeCorrelation
 from torchimplicit.models.orbital_free.on_grid import SHARED
-from torchimplicit.recipes.density.case import Case
+from torchimplicit.recipes.density.case import Case, quiet
 from torchimplicit.recipes.density.history import History, Measurement, Results
 from torchimplicit.recipes.density.objective import DensityFit
 from torchimplicit.recipes.density.pictures import write_report
@@ -225,9 +223,8 @@ def bounded(config: OrbitalFreeTraining) -> Iterator[None]:
         threads(config.threads),
         threadpool_limits(config.threads or None),
         SHARED.limited(share, config.single),
-        warnings.catch_warnings(),
+        quiet(),
     ):
-        warnings.simplefilter("ignore", ConvergenceWarning)
         yield
 
 
