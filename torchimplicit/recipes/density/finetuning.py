@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -360,16 +360,23 @@ def _efforts(rows: list[Row], runs: Runs) -> TitledTable:
 
         return cell
 
+    def counted(figure: Callable[[list[float]], float]) -> Callable[[Row], str]:
+        return lambda row: told(map(figure, _steps(runs, row)), 3)
+
     cells = [
         Cell[Row]("Network; gradient; densities", lambda row: f"{KINDS[row[0]]}: {WAYS[row[1]].label}"),
-        Cell("Inner steps at first", of(0, "steps"), "", "the mean of a molecule in the first tenth of the steps"),
-        Cell("at the end", of(-1, "steps"), "", "in the last tenth"),
+        Cell("Inner steps at first", of(0, "steps"), "",
+             "the mean of a molecule in the first tenth of the steps, where each molecule's first minimization begins "
+             "at the superposition of atoms"),
+        Cell("at the end", of(-1, "steps"), "", "in the last tenth, from the density found last"),
+        Cell("From the superposition, before", counted(lambda steps: steps[0]), "", "of the validation molecules"),
+        Cell("the most during", counted(lambda steps: max(steps[1:]))),
         Cell("Unconverged at first", of(0, "unconverged", 100), "%"),
         Cell("at the end ", of(-1, "unconverged", 100), "%"),
         Cell("Adjoint", of(-1, "adjoint"), "", "products, or gradients of nudged energies, of a molecule"),
         Cell("Molecules", lambda row: told(_figure(runs, row, "trained_on"), 3)),
         Cell("Wall time", lambda row: told(_figure(runs, row, "wall"), 2), "s"),
-    ]
+    ]  # fmt: skip
     return table.sheet("Fine-tuning: how hard the densities are to find", rows, cells)
 
 
@@ -457,10 +464,16 @@ def _stable(config: FinetuneConfig, runs: Runs) -> Iterator[Claim]:
 
 
 def _growth(runs: Runs, row: Row) -> float | None:
-    """Steps of the validation molecules' minimizations from the superposition of atoms, the most that were counted
-    during fine-tuning over the start; the largest of the seeds, ``None`` without any."""
+    """The most steps that were counted during fine-tuning over those before it, see :func:`_steps`; the largest of the
+    seeds, ``None`` without any."""
+    return max((max(steps[1:]) / steps[0] for steps in _steps(runs, row)), default=None)
+
+
+def _steps(runs: Runs, row: Row) -> list[list[float]]:
+    """Steps of the validation molecules' minimizations from the superposition of atoms, their mean at each glance;
+    for every seed that has them."""
     counts = [[glance["steps"] for glance in glances if "steps" in glance] for glances in _figure(runs, row, "glances")]
-    return max((max(count[1:]) / count[0] for count in counts if len(count) > 1), default=None)
+    return [steps for steps in counts if len(steps) > 1]
 
 
 def protocol(config: FinetuneConfig, runs: Runs) -> str:
