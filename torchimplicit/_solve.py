@@ -47,6 +47,9 @@ from torchimplicit.solvers import (
 )
 from torchimplicit.state import row_norm
 
+EXACT = Implicit()
+"""The default estimator."""
+
 UNTRACED = (
     "an implicit layer's solver takes as many steps as its input needs, so there is no fixed graph to export: export "
     "the map (the cell) and the layers around it, or unroll a fixed number of steps"
@@ -251,7 +254,7 @@ def _strategies(problem: Any, solver: Any, gradient: Any) -> tuple[Solver, Gradi
             )
     if solver is None:
         solver = default_solver(problem)
-    return solver, gradient or Implicit()
+    return solver, gradient or EXACT
 
 
 def _start(flat: FlatProblem, evaluated: bool) -> Start:

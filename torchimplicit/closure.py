@@ -9,7 +9,6 @@ closure conversion.
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from torchimplicit._torch import (
     forward_level,
+    function_mode_count,
     function_modes,
     functorch,
     functorch_config,
@@ -35,12 +35,13 @@ from torchimplicit._torch import (
 )
 from torchimplicit.compiler import compiler_loaded
 from torchimplicit.members import compiled_module
+from torchimplicit.records import changed
 from torchimplicit.state import leaves_of
 
 
 def is_transformed(t: Tensor) -> bool:
     """Whether ``t`` belongs to a running ``torch.func`` transform or carries a forward-mode tangent."""
-    return functorch.is_functorch_wrapped_tensor(t) or has_tangent(t)
+    return functorch.is_functorch_wrapped_tensor(t) or (forward_level() >= 0 and has_tangent(t))
 
 
 def has_tangent(t: Tensor) -> bool:
@@ -106,13 +107,13 @@ def register(tensors: Any) -> None:
 
 def _watching() -> list[_Watcher]:
     """The modes active in this thread: more than one where an equilibrium is solved inside the map of another."""
-    return [mode for mode in function_modes() if isinstance(mode, _Watcher)]
+    return [mode for mode in function_modes() if isinstance(mode, _Watcher)] if function_mode_count() else []
 
 
 _QUESTIONS = frozenset(
     getattr(Tensor, name).__get__
     for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "_version")
-)
+) | {Tensor.is_inference, Tensor.is_contiguous}
 """Attributes that are the same for a captured tensor and its substitute, so that reading them is not a use."""
 
 _CUTS = frozenset(
@@ -219,7 +220,7 @@ class _Watcher(TorchFunctionMode):
     def _substituted(self, t: Tensor) -> bool:
         """Whether an enclosing equilibrium replaces ``t``. Then it is captured here as well, even without a derivative
         of its own, since this call may be repeated without the enclosing one."""
-        return any(id(t) in watcher.table for watcher in self._enclosing)
+        return bool(self._enclosing) and any(id(t) in watcher.table for watcher in self._enclosing)
 
     def _unseen(self, t: Tensor) -> Tensor:
         """What to use in place of ``t``, which carries a derivative and was not seen before."""
@@ -251,6 +252,8 @@ class _Recorder(_Watcher):
         self.cuts = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _QUESTIONS:
+            return func(*args)
         if func in _CUTS:
             self.cuts = self.cuts or (args[0].is_floating_point() and self._knows(args[0]))
         elif func is set_grad_enabled and not args[0]:
@@ -314,7 +317,7 @@ class Closure:
         self._used: set[int] | None = None
         self._leaves = leaves_of(args)
         self._spec: pytree.TreeSpec | None = None
-        self.tensors = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
+        self.tensors = tuple([leaf for leaf in self._leaves if isinstance(leaf, Tensor)])
 
     def record(self, z: Tensor) -> tuple[Closure, Tensor]:
         """Find the tensors that ``function`` captures when it is called at ``z``; returns the closure with these, and
@@ -323,7 +326,7 @@ class Closure:
             known = {id(t) for t in self.tensors}
             inner = tuple(p for p in self._compiled.parameters() if carries_derivative(p) and id(p) not in known)
             if not any(map(is_transformed, (z, *self.tensors, *inner))):
-                with self._retained():
+                with torch.no_grad(), self._retained():
                     return self.capturing(inner), _untouched(self.function, z, *self.args)
         # the function gets aliases of the arguments, so that a tensor that is passed and also captured is seen as both
         with eagerly(), torch.enable_grad():
@@ -363,6 +366,8 @@ class Closure:
         """The arguments, with their tensors replaced by ``own``."""
         if not any(map(is_not, own, self.tensors)):
             return self.args
+        if len(own) == len(self.args) and not any(map(is_not, self.tensors, self.args)):  # each argument is a tensor
+            return own
         rest = iter(own)
         leaves = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         if self._spec is None:
@@ -391,9 +396,7 @@ class Closure:
 
     def capturing(self, captured: tuple[Tensor, ...]) -> Closure:
         """The closure with known captured tensors."""
-        closure = copy.copy(self)
-        closure.captured = captured
-        return closure
+        return changed(self, captured=captured)
 
     def _retained(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which compiled code keeps its buffers, since an adjoint solve runs its backward many times."""
@@ -488,17 +491,18 @@ def _made_since(t: Tensor, begin: int) -> bool:
             t = functorch.get_unwrapped(t)
 
 
-@contextlib.contextmanager
-def eagerly() -> Iterator[None]:
+def eagerly() -> contextlib.AbstractContextManager[None]:
     """A context in which compiled code runs eagerly. Compiled code ignores modes and transforms, so it must not run
     where these are active; and which code is compiled cannot always be told from outside.
 
     The compiler's stance belongs to the whole process: the first of several threads sets it, the last one resets it.
     """
+    return _eagerly() if compiler_loaded() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _eagerly() -> Iterator[None]:
     global _eager, _stance
-    if not compiler_loaded():
-        yield
-        return
     with _eager_lock:
         _eager += 1
         if _eager == 1:

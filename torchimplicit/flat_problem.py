@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torchimplicit.inference import thawed, thawing
 from torchimplicit.members import Members, module_of, modules_behind
 from torchimplicit.precision import AutocastState
 from torchimplicit.problems import Problem, System
+from torchimplicit.records import changed
 from torchimplicit.saved import past_hooks
 from torchimplicit.state import Layout
 
@@ -80,7 +81,7 @@ def flatten_problem(
     if captured is not None:
         closure = closure.capturing(captured)
     elif capture:
-        with torch.no_grad(), past_hooks():
+        with past_hooks():
             closure, value = closure.record(z0.detach().requires_grad_() if opening else z0.detach())
     own = len(closure.tensors)
     params = through_modes((*closure.tensors, *constraint, *closure.captured))
@@ -98,7 +99,7 @@ def flatten_problem(
         z0=z0,
         closure=closure,
         call=call,
-        system=replace(system, coupling=coupling),
+        system=changed(system, coupling=coupling),
         params=params,
         value=value,
         precision=call.autocast.dtype,
@@ -140,9 +141,10 @@ class FlatCall:
         self.problem = problem
         self.layout = layout
         self.aux = Auxiliary() if problem.has_aux else None
-        self.function = problem.function if self.aux is None else problem.noting(self.aux.note)
-        self.modules = modules_behind(problem.function)
-        self.module = module_of(problem.function)
+        function = problem.function
+        self.function = function if self.aux is None else problem.noting(self.aux.note)
+        self.modules = modules_behind(function)
+        self.module = module_of(function)
         self.members = Members(self.modules)
         self.left = True
         self.autocast = AutocastState(layout.device)

@@ -45,7 +45,10 @@ def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
 
 def thawed(tree: Any) -> Any:
     """The tree with its inference tensors replaced by ordinary copies; itself if it has none."""
-    if not any(map(_frozen, leaves_of(tree))):
+    for leaf in leaves_of(tree):
+        if _frozen(leaf):
+            break
+    else:
         return tree
     return pytree.tree_map(lambda leaf: leaf.clone() if _frozen(leaf) else leaf, tree)
 

@@ -22,17 +22,18 @@ class Members:
     """
 
     def __init__(self, roots: Iterable[nn.Module]):
-        # the tensors of a TorchScript module cannot be replaced
-        modules = tuple(m for root in roots for m in root.modules() if not isinstance(m, torch.jit.ScriptModule))
-        self._parameters = _places(m._parameters for m in modules)
-        self._buffers = _places(m._buffers for m in modules)
-        self._statistics = [
-            (m, name, t)
-            for m in modules
-            if isinstance(m, _NormBase)
-            for name in ("running_mean", "running_var")
-            if (t := m._buffers.get(name)) is not None
-        ]
+        self._parameters: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._buffers: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._statistics: list[tuple[_NormBase, str, Tensor]] = []
+        for root in roots:
+            for m in root.modules():
+                if isinstance(m, torch.jit.ScriptModule):  # its tensors cannot be replaced
+                    continue
+                self._parameters += [(m._parameters, name, t) for name, t in m._parameters.items() if t is not None]
+                self._buffers += [(m._buffers, name, t) for name, t in m._buffers.items() if t is not None]
+                if isinstance(m, _NormBase):
+                    named = [(name, m._buffers.get(name)) for name in ("running_mean", "running_var")]
+                    self._statistics += [(m, name, t) for name, t in named if t is not None]
 
     @contextlib.contextmanager
     def with_copied_statistics(self) -> Iterator[None]:
@@ -55,12 +56,14 @@ class Members:
         """Whether there are normalizations with running statistics."""
         return bool(self._statistics)
 
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
+    def restored(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the modules hold those tensors."""
-        if all(owner.get(name) is t for owner, name, t in self._parameters):
-            yield
-            return
+        if all([owner.get(name) is t for owner, name, t in self._parameters]):
+            return contextlib.nullcontext()
+        return self._restored()
+
+    @contextlib.contextmanager
+    def _restored(self) -> Iterator[None]:
         places = self._parameters + self._buffers
         now = [owner.get(name) for owner, name, _ in places]
         for owner, name, t in places:
@@ -76,10 +79,6 @@ _PLAIN = frozenset(
     (Tensor, nn.Parameter, torch.dtype, torch.device, torch.Size, str, bytes, int, float, bool, complex, type(None))
 )
 """Types of objects that hold no module."""
-
-
-def _places(owners: Iterable[Any]) -> list[tuple[Any, str, Tensor]]:
-    return [(owner, name, t) for owner in owners for name, t in owner.items() if t is not None]
 
 
 def modules_behind(function: Any) -> tuple[nn.Module, ...]:
@@ -154,8 +153,10 @@ def module_of(function: Any) -> nn.Module | None:
 
 def _inside(function: Any) -> Any:
     """The function that a partial, a bound method or a wrapper calls; ``None`` for others."""
-    names = ("func", "__func__", "__wrapped__")
-    return next((inner for name in names if callable(inner := getattr(function, name, None))), None)
+    for name in ("func", "__func__", "__wrapped__"):
+        if callable(inner := getattr(function, name, None)):
+            return inner
+    return None
 
 
 def known_by(function: Any) -> Any:

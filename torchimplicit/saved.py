@@ -46,9 +46,13 @@ class Once:
 Saved = Sequence["weakref.ref[Once]"]
 
 
-@contextlib.contextmanager
-def past_hooks() -> Iterator[None]:
+def past_hooks() -> contextlib.AbstractContextManager[None]:
     """A context without hooks on saved tensors."""
+    return _past_hooks() if hooked() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _past_hooks() -> Iterator[None]:
     before = _popped()
     try:
         yield
@@ -56,15 +60,16 @@ def past_hooks() -> Iterator[None]:
         _pushed(before)
 
 
-@contextlib.contextmanager
-def kept() -> Iterator[Saved]:
+def kept() -> contextlib.AbstractContextManager[Saved]:
     """A context for recording a graph that will be differentiated many times: its tensors are packed by the hooks, and
     unpacked once in a backward pass (:func:`unpack`)."""
+    return _kept() if hooked() else contextlib.nullcontext(())
+
+
+@contextlib.contextmanager
+def _kept() -> Iterator[Saved]:
     before = _popped()
     saved: list[weakref.ref[Once]] = []
-    if not before:
-        yield saved
-        return
     pack, unpack_one = before[0]
 
     def pack_once(t: Tensor) -> Once:

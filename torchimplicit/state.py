@@ -94,16 +94,15 @@ class Layout:
                     f"the leaves of z0 differ in dtype or device ({first.dtype} on {first.device}, {leaf.dtype} on "
                     f"{leaf.device}): the solvers work on one flat vector, so convert them to a common one"
                 )
-        if batched and len({leaf.shape[0] for leaf in leaves}) > 1:
-            sizes = sorted({leaf.shape[0] for leaf in leaves})
+        if batched and len(leaves) > 1 and len(sizes := {leaf.shape[0] for leaf in leaves}) > 1:
             raise ValueError(
-                f"the leaves of z0 have different batch sizes {sizes}: dim 0 of every leaf is the batch; if the whole "
+                f"the leaves of z0 have different batch sizes {sorted(sizes)}: dim 0 of every leaf is the batch; if the whole "
                 "state is one system, pass batched=False to the problem"
             )
-        shapes = tuple(leaf.shape[1:] if batched else leaf.shape for leaf in leaves)
+        shapes = tuple([leaf.shape[1:] if batched else leaf.shape for leaf in leaves])
         is_flat = batched and spec.is_leaf() and first.ndim == 2
-        if any(leaf.is_complex() for leaf in leaves):
-            which = tuple(leaf.is_complex() for leaf in leaves)
+        which = tuple([leaf.is_complex() for leaf in leaves])
+        if True in which:
             shapes = tuple(torch.Size((*s, 2)) if c else s for s, c in zip(shapes, which, strict=True))
             return Layout(spec, shapes, batched, first.dtype.to_real(), first.device, False, complex=which)
         return Layout(spec, shapes, batched, first.dtype, first.device, is_flat)
@@ -123,7 +122,7 @@ class Layout:
         """The leaves in the flat form; a single one if the coordinates mix them."""
         if self.coordinates is not None:
             return Leaves((self.dim - (self.coordinates.reflection is not None),), None)
-        return Leaves(tuple(math.prod(shape) for shape in self.shapes), self.spec)
+        return Leaves(tuple(map(math.prod, self.shapes)), self.spec)
 
     def flatten(self, tree: Any, what: str, cast: bool = False) -> Tensor:
         """The flat form of ``tree``, which must have this layout, with any batch size.
@@ -199,7 +198,7 @@ class Layout:
         if self.coordinates is not None:
             flat = self.coordinates.decode(flat)
         if self.is_flat:
-            return flat.contiguous()
+            return flat if flat.is_contiguous() else flat.contiguous()
         rows = flat.shape[0]
         if len(self.shapes) == 1:
             parts = [flat]
@@ -251,12 +250,19 @@ def safe_row_norm(v: Tensor) -> Tensor:
 
 def leaves_of(tree: Any) -> list[Any]:
     """The result of ``torch.utils._pytree.tree_leaves``, in a tenth of the time for tuples, lists and dictionaries."""
-    kind = type(tree)
-    if kind is tuple or kind is list or kind is dict:
-        return [leaf for item in (tree.values() if kind is dict else tree) for leaf in leaves_of(item)]
-    if kind is Tensor or not (kind in pytree.SUPPORTED_NODES or isinstance(tree, tuple)):
-        return [tree]
-    return pytree.tree_leaves(tree)
+    leaves, stack = [], [tree]
+    while stack:
+        item = stack.pop()
+        kind = type(item)
+        if kind is tuple or kind is list:
+            stack += item[::-1]
+        elif kind is dict:
+            stack += reversed(item.values())
+        elif kind is Tensor or not (kind in pytree.SUPPORTED_NODES or isinstance(item, tuple)):
+            leaves.append(item)
+        else:
+            leaves += pytree.tree_leaves(item)
+    return leaves
 
 
 def detached(tree: Any) -> Any:

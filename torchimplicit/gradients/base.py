@@ -23,6 +23,7 @@ from torchimplicit.members import known_by
 from torchimplicit.problems import System
 from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.problems.linearization import Linearization
+from torchimplicit.records import changed
 from torchimplicit.saved import past_hooks
 from torchimplicit.solvers import Solver, SolverResult, iterate
 
@@ -111,7 +112,7 @@ class SolveTask:
         # further copy is held. It is detached, since a node gives z a history that leads back to this task: such a
         # cycle would keep everything that the solver has built in memory until Python's garbage collector runs.
         kept = bool(outcome.trajectory) and outcome.trajectory[-1] is outcome.z
-        self.results.append(replace(outcome, z=(outcome.z if kept else z).detach()))
+        self.results.append(changed(outcome, z=(outcome.z if kept else z).detach()))
         return FlatSolution(z, report.status, report.steps, report.residual)
 
     def spent(self, evaluations: int) -> None:
@@ -204,5 +205,5 @@ def owned(task: SolveTask, z: Tensor) -> Tensor:
 def differentiable(params: Sequence[Tensor]) -> bool:
     """Whether a derivative with respect to any of ``params`` may be asked for."""
     if torch.is_grad_enabled():
-        return any(carries_derivative(p) for p in params)
-    return any(is_transformed(p) for p in params)
+        return any(map(carries_derivative, params))
+    return any(map(is_transformed, params))

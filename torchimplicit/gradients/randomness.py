@@ -107,6 +107,5 @@ _memories: weakref.WeakKeyDictionary[Any, _Memory] = weakref.WeakKeyDictionary()
 
 def _drawn(device: torch.device) -> Tensor:
     """The part of the state of the default generator of ``device`` that changes with every number drawn: its position,
-    and the first words of its buffer. Copying the whole state would take longer."""
-    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    return state[:64].clone()
+    and the first words of its buffer. Comparing the whole state would take longer."""
+    return (torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state())[:64]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -13,10 +13,14 @@ from torch.autograd.graph import GradientEdge
 
 from torchimplicit._torch import function_mode_count, run_backward
 from torchimplicit.closure import check_graph, eagerly
+from torchimplicit.records import changed
 from torchimplicit.saved import Saved
 from torchimplicit.state import Leaves
 
 Map = Callable[..., Tensor]
+_NODE = itemgetter(0)
+"""The node of an edge in autograd's graph."""
+
 Products = TypeVar("Products", Tensor, list[Tensor | None])
 
 
@@ -77,16 +81,13 @@ class Linearization:
     def parted(self) -> tuple[Linearization, Tensor]:
         """The tape without its graph, and the recorded value, which holds the graph. A node keeps the two apart, so
         that autograd can free the graph."""
-        parted = copy.copy(self)
+        parted = changed(self, _forward=None)
         del parted.out
-        parted._forward = None
         return parted, self.out
 
     def joined(self, out: Tensor) -> Linearization:
         """The tape with its graph: the inverse of :meth:`parted`."""
-        joined = copy.copy(self)
-        joined.out = out
-        return joined
+        return changed(self, out=out)
 
     def check(self) -> None:
         """Raise where the recorded value depends on a tensor that requires grad, but not through ``z`` or ``params``:
@@ -354,7 +355,7 @@ def _reaches(root: Any, leaf: Tensor, dead: set[Any]) -> bool:
         if getattr(node, "variable", None) is leaf:
             return True
         seen.add(node)
-        stack.extend(parent for parent, _ in node.next_functions)
+        stack.extend(map(_NODE, node.next_functions))
     dead |= seen
     return False
 
@@ -384,7 +385,7 @@ def _is_compiled(out: Tensor) -> bool:
         if type(node).__name__ == "CompiledFunctionBackward":
             return True
         seen.add(node)
-        stack.extend(parent for parent, _ in node.next_functions)
+        stack.extend(map(_NODE, node.next_functions))
     return False
 
 

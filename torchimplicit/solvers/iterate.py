@@ -267,7 +267,7 @@ class _Loop:
             first = first * GROWTH_LIMIT**2
         # A start at a solution (``first == 0``) gets no limit, since coupled samples may move it off. A start that is
         # not finite fails the comparison with any limit, and stops at once.
-        return torch.where(first > 0, GROWTH_LIMIT * first, torch.finfo(growth.dtype).max)
+        return (GROWTH_LIMIT * first).masked_fill_(first == 0, torch.finfo(growth.dtype).max)
 
     def run(self) -> SolverResult:
         solver = self.solver
@@ -281,7 +281,7 @@ class _Loop:
         # Plain iteration needs nothing of a point but its image, which becomes the next state: the residual's memory is
         # freed before the next evaluation. A point that carries its error still knows the residual's norm.
         told = self.point.error is not None and self.point.judgement is None
-        lean, nothing = solver.straight and self.judge.measure is None and told, self.point.z.new_zeros(1, 1)
+        lean, nothing = solver.straight and self.judge.measure is None and told, None
         for step in range(1, solver.max_steps + 1):
             if self.active == 0:
                 break
@@ -293,9 +293,10 @@ class _Loop:
             move = solver.step(self.evaluate, self.point, state, progress)
             state = move.state
             if lean and self.best is self.point:
-                if nothing.shape != self.point.z.shape:  # samples have left the batch
-                    nothing = nothing[:1, :1].expand_as(self.point.z)
-                self.best = self.point = self.point.changed(residual=nothing, image=self.point.z)
+                z = self.point.z
+                if nothing is None or nothing.shape != z.shape:  # the first time, or samples have left the batch
+                    nothing = z.new_zeros(1, 1).expand_as(z)
+                self.best = self.point = self.point.changed(residual=nothing, image=z)
             self._advance(move.to)
             if solver.keep_trace:
                 trace.append(traced(self.point))
@@ -367,7 +368,7 @@ class _Loop:
             counted.append(extreme_at_first(self.judge, norm, self.lowest))
         more = self._count(counted, step, before, ask)
         # None stands for "all": the masked selects of the next step are then left out
-        self.running = None if ask and self.active == len(going) else going
+        self.running = None if ask and self.active == going.shape[0] else going
         if resumed is not None and (more or not ask):
             self._resume(resumed, rank)
         before += more

@@ -60,7 +60,8 @@ def traced(point: Point) -> tuple[Tensor, Tensor]:
 
 def relative_to(norm: Tensor, terms: Tensor) -> Tensor:
     """Residuals divided by the size of their terms: zero where the residual is zero, NaN where that size is unknown."""
-    return torch.where(norm == 0, 0, norm / torch.where(terms > 0, terms, torch.nan))
+    parts = norm / terms.masked_fill(terms == 0, torch.nan)
+    return parts.masked_fill_(norm == 0, 0)
 
 
 def worst(parts: Tensor) -> Tensor:
