@@ -171,7 +171,7 @@ class _Watcher(TorchFunctionMode):
             out = func(*args, **kwargs)
             self.keep(out)
             return out
-        args = self._replace(args)
+        args = [self._replace(arg) for arg in args]
         kwargs = {key: self._replace(value) for key, value in kwargs.items()} if kwargs else {}
         out = func(*args, **kwargs)
         self.keep(out)
@@ -212,10 +212,8 @@ class _Watcher(TorchFunctionMode):
 
     def _knows(self, t: Tensor) -> bool:
         """Whether ``t`` was passed to the call, or computed inside it."""
-        if id(t) in self._known:
-            return True
-        watched = self._made.get(id(t))
-        return watched is not None and watched() is t
+        key = id(t)
+        return key in self._known or (key in self._made and self._made[key]() is t)
 
     def _substituted(self, t: Tensor) -> bool:
         """Whether an enclosing equilibrium replaces ``t``. Then it is captured here as well, even without a derivative

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torchimplicit.auxiliary import Auxiliary
 from torchimplicit.closure import Closure, through_modes
 from torchimplicit.coupling import Coupling
-from torchimplicit.inference import thawed, thawing
+from torchimplicit.inference import thawed, thawing, thaws
 from torchimplicit.members import Members, module_of, modules_behind
 from torchimplicit.precision import AutocastState
 from torchimplicit.problems import Problem, System
@@ -198,9 +198,10 @@ class FlatCall:
             self.left = True
 
     def __call__(self, z: Tensor | tuple[Tensor, ...], *args: Any) -> Any:
-        if self.left or self.autocast.dtype is not None or torch.is_grad_enabled():
+        copies = self.members.normalize and torch.is_grad_enabled()
+        if self.left or self.autocast.dtype is not None or copies or thaws():
             output = self._as_stated(z, args)
-        else:  # the loop's evaluations: the state is that of the call, and restoring it would cost time
+        else:  # within the solve the state is that of the call, and restoring it would cost time
             output = self.function(self._state(z), *args)
         if self.aux is not None:
             self.aux.called(z)

@@ -56,7 +56,12 @@ def thawed(tree: Any) -> Any:
 def thawing() -> contextlib.AbstractContextManager[Any]:
     """A context for evaluating a function that may capture inference tensors: in a derivative of a solve that was
     called in inference mode, operations get ordinary copies of them."""
-    return _Thawing() if _left.get() and torch.is_grad_enabled() else contextlib.nullcontext()
+    return _Thawing() if thaws() else contextlib.nullcontext()
+
+
+def thaws() -> bool:
+    """Whether :func:`thawing` does anything here."""
+    return _left.get() and torch.is_grad_enabled()
 
 
 class _Thawing(TorchFunctionMode):

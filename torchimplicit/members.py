@@ -29,11 +29,11 @@ class Members:
             for m in root.modules():
                 if isinstance(m, torch.jit.ScriptModule):  # its tensors cannot be replaced
                     continue
-                self._parameters += [(m._parameters, name, t) for name, t in m._parameters.items() if t is not None]
-                self._buffers += [(m._buffers, name, t) for name, t in m._buffers.items() if t is not None]
+                self._parameters += [(m._parameters, name, p) for name, p in m._parameters.items() if p is not None]
+                buffers = [(m._buffers, name, t) for name, t in m._buffers.items() if t is not None]
+                self._buffers += buffers
                 if isinstance(m, _NormBase):
-                    named = [(name, m._buffers.get(name)) for name in ("running_mean", "running_var")]
-                    self._statistics += [(m, name, t) for name, t in named if t is not None]
+                    self._statistics += [(m, name, t) for _, name, t in buffers if name in _STATISTICS]
 
     @contextlib.contextmanager
     def with_copied_statistics(self) -> Iterator[None]:
@@ -58,7 +58,7 @@ class Members:
 
     def restored(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the modules hold those tensors."""
-        if all([owner.get(name) is t for owner, name, t in self._parameters]):
+        if all(owner.get(name) is t for owner, name, t in self._parameters):
             return contextlib.nullcontext()
         return self._restored()
 
@@ -71,9 +71,11 @@ class Members:
         try:
             yield
         finally:
-            for (owner, name, _), t in zip(places, now, strict=True):
-                owner[name] = t
+            for (owner, name, _), held in zip(places, now, strict=True):
+                owner[name] = held
 
+
+_STATISTICS = ("running_mean", "running_var")
 
 _PLAIN = frozenset(
     (Tensor, nn.Parameter, torch.dtype, torch.device, torch.Size, str, bytes, int, float, bool, complex, type(None))

@@ -96,8 +96,8 @@ class Layout:
                 )
         if batched and len(leaves) > 1 and len(sizes := {leaf.shape[0] for leaf in leaves}) > 1:
             raise ValueError(
-                f"the leaves of z0 have different batch sizes {sorted(sizes)}: dim 0 of every leaf is the batch; if the whole "
-                "state is one system, pass batched=False to the problem"
+                f"the leaves of z0 have different batch sizes {sorted(sizes)}: dim 0 of every leaf is the batch; if "
+                "the whole state is one system, pass batched=False to the problem"
             )
         shapes = tuple([leaf.shape[1:] if batched else leaf.shape for leaf in leaves])
         is_flat = batched and spec.is_leaf() and first.ndim == 2

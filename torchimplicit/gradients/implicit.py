@@ -70,7 +70,7 @@ class Implicit(DerivativeRule):
     ) -> Grads:
         """See :meth:`DerivativeRule.adjoint`; differentiable."""
         solver = task.linear.adjoint_solver(self.linear_solver, z)
-        if not torch.is_grad_enabled() and not any(is_transformed(t) for t in (u, z, *params)):
+        if not torch.is_grad_enabled() and not any(map(is_transformed, (u, z, *params))):
             coupling = task.system.coupling
             if task.linear.capture is not None and not (coupling is not None and coupling.found):
                 compiled = task.linear.capture.pull(u, z, params, needs_grad)

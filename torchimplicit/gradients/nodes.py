@@ -17,7 +17,6 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -48,6 +47,7 @@ from torchimplicit.precision import without_autocast
 from torchimplicit.problems.fixed_point import FixedPointSystem
 from torchimplicit.problems.linearization import Linearization, check_unmoved, recorded_gradients
 from torchimplicit.problems.system import vjp
+from torchimplicit.records import changed
 from torchimplicit.saved import Saved, kept, unpack
 from torchimplicit.state import row_norm
 
@@ -111,7 +111,7 @@ class DerivativeRule(Gradient):
             return undifferentiated(task, self, params)
         # under a transform that differentiates, derivatives are taken of the transform's tensors: a graph of the plain
         # tensors below would hardly ever be used
-        task = task if all(map(is_plain, params)) else replace(task, records=False)
+        task = task if all(map(is_plain, params)) else changed(task, records=False)
         return by_node(task, self, params)
 
 
@@ -124,7 +124,7 @@ class Solve(Function):
 
     @staticmethod
     def forward(task: SolveTask, rule: DerivativeRule, z0: Tensor | None, *params: Tensor) -> tuple[Tensor, ...]:
-        return tuple((task if z0 is None else replace(task, start=Start(z0))).solve(params))
+        return tuple((task if z0 is None else changed(task, start=Start(z0))).solve(params))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -134,7 +134,7 @@ class Solve(Function):
         ctx.set_materialize_grads(False)  # without a cotangent there is nothing to solve; zeros would be solved for
         ctx.kept, graph = _recorded(ctx.task, ctx.rule, z, params, ctx.needs_input_grad[3:])
         if graph:
-            _compare(ctx.task, ctx.kept.joined(*graph), FlatSolution(*output), params)
+            _compare(ctx.task, graph[0], FlatSolution(*output), params)
         # z is saved as an output, so that derivatives of the backward pass run back through the solution: these are the
         # terms with z_t and z_x of the second derivative, A z_tx = f_tx + f_tz z_x + f_zx z_t + f_zz[z_t, z_x]
         ctx.save_for_backward(z, *params, *graph)
@@ -147,7 +147,7 @@ class Solve(Function):
         if u is None:
             return None, None, None, *(None for _ in needs_grad)
         refuse_batched_cotangents(u)
-        task = replace(ctx.task, linear=_restored(ctx.task.linear, ctx.kept, params))
+        task = changed(ctx.task, linear=_restored(ctx.task.linear, ctx.kept, params))
         with without_autocast(z.device):
             if of_start:
                 return None, None, *ctx.rule.adjoint_with_start(task, u, z, params, needs_grad)
@@ -488,7 +488,7 @@ def _recorded(
 ) -> tuple[Linearization | None, tuple[Tensor, ...]]:
     """Record the solution's tape; returns it without its graph, and the tensors that hold the graph. A node saves these
     with ``save_for_backward``, so that autograd frees the graph when it frees its own."""
-    if not task.records or not any(needs_grad) or any(is_transformed(t) for t in (z, *params)):
+    if not task.records or not any(needs_grad) or any(map(is_transformed, (z, *params))):
         return None, ()
     with kept() as saved:
         tape = rule.tape(task, z, params, needs_grad)
@@ -503,15 +503,15 @@ def _recorded(
     return parted, (out,)
 
 
-def _compare(task: SolveTask, tape: Linearization, solution: FlatSolution, params: Sequence[Tensor]) -> None:
-    """Compare the value that was recorded at the solution with the one that the solver evaluated there: they differ if
-    the function is random."""
+def _compare(task: SolveTask, out: Tensor, solution: FlatSolution, params: Sequence[Tensor]) -> None:
+    """Compare the value ``out`` that was recorded at the solution with the one that the solver evaluated there: they
+    differ if the function is random."""
     look = task.randomness
-    if look is None or look.known or not isinstance(task.system, FixedPointSystem) or tape.out.ndim != 2:
+    if look is None or look.known or not isinstance(task.system, FixedPointSystem) or out.ndim != 2:
         return
     with torch.no_grad():
         if bool((solution.steps == solution.steps[:1]).all()):  # otherwise they were evaluated in different batches
-            residual = row_norm(tape.out - solution.z) / row_norm(tape.out)
+            residual = row_norm(out - solution.z) / row_norm(out)
             look.compare(residual, solution.residual, solution.z, params)
 
 
@@ -521,7 +521,7 @@ def _parted(linear: LinearTask) -> tuple[LinearTask, Linearization | None, tuple
     if linear.tape is None:
         return linear, None, ()
     tape, out = linear.tape.parted()
-    return replace(linear, tape=None), tape, (out,)
+    return changed(linear, tape=None), tape, (out,)
 
 
 def _restored(linear: LinearTask, tape: Linearization | None, saved: list[Tensor]) -> LinearTask:
@@ -530,7 +530,7 @@ def _restored(linear: LinearTask, tape: Linearization | None, saved: list[Tensor
     if tape is None:
         return linear
     unpack(tape.saved)
-    return replace(linear, tape=tape.joined(saved.pop()))
+    return changed(linear, tape=tape.joined(saved.pop()))
 
 
 def estimate(

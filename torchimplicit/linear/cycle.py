@@ -89,9 +89,9 @@ class CycleResult(NamedTuple):
         gap: a bound of the error of ``norm``.
         steps: the number of steps.
         status: see :class:`~torchimplicit.Status`.
-        curvature: the smallest negative curvature, infinite where there was none.
+        curvature: the smallest negative curvature, infinite where there was none; zero from a method that meets none.
         size: a lower bound of the norm of the matrix.
-        tally: the method's own sum.
+        tally: the method's own sum; zero from a method without one.
     """
 
     x: Tensor
@@ -139,7 +139,7 @@ class Cycle:
     """A cycle in progress: which rows are still active, and what became of the others.
 
     Attributes:
-        outcome: the outcome of all rows that the cycle began with.
+        outcome: the outcome of all rows that the cycle began with, once it was written (:meth:`_flush`).
         rows: places of the state's rows among those; ``None`` while none have been dropped.
         current, alive: number of rows in the state, and number of those that are active.
         best: the smallest residual norms and their iterates; ``None`` for a monotone method.
@@ -157,13 +157,12 @@ class Cycle:
         self.best = None if method.monotone else (norm, x)
         count = torch.zeros_like(norm, dtype=torch.int64)
         self.notes = _Notes(tolerance, tolerance, norm, count)
-        self.limit = self.infinity = torch.full((), torch.inf, dtype=norm.dtype, device=norm.device)
+        self.limit: Tensor | float = torch.inf
         if method.growth < torch.inf:
             self.limit = (method.growth * norm).where(norm > 0, torch.inf)
-        self.current = self.alive = len(norm)
+        self.current = self.alive = norm.shape[0]
         self.rows: Tensor | None = None
-        nothing = torch.zeros_like(norm)
-        self.outcome = CycleResult(x, norm, norm, count, count, torch.full_like(norm, torch.inf), nothing, nothing)
+        self.outcome: CycleResult | None = None
         self.steps, self.wasted, self.setup = 0, 0, 1.0
         self.finished = True
         self.smooth = self.best is None and norm.shape[0] > 0
@@ -174,8 +173,7 @@ class Cycle:
             slow = self._check(self.steps == limit)
             if not self.alive or self.steps == limit:
                 self.finished &= not self.alive
-                self._flush()
-                return self.outcome
+                return self._flush()
             self.previous = self.state
             for ahead in reversed(range(min(check_every, limit - self.steps))):
                 self.state = self.method.step(self.system, self.state, slow)
@@ -206,10 +204,10 @@ class Cycle:
             self._keep_best(*self.best)
         failed = None
         if sound < self.current:
-            failed, active = ~finite & (self.notes.pending < self.infinity), active & finite
+            failed, active = ~finite & (self.notes.pending < torch.inf), active & finite
             going = int(active.sum())
         if last or going < self.alive:
-            stopped = self.notes.pending < self.infinity
+            stopped = self.notes.pending < torch.inf
             if not last:
                 stopped = stopped > active
             self._stop(stopped, above, failed, last or not going)
@@ -273,11 +271,11 @@ class Cycle:
         self.state = self.method.select(self.state, rows)
         self.best, self.notes = select((self.best, self.notes), rows)
         self.rows = rows if self.rows is None else self.rows[rows]
-        self.limit = self.limit[rows] if self.limit.ndim else self.limit
+        self.limit = self.limit[rows] if isinstance(self.limit, Tensor) else self.limit
         self.current, self.wasted = self.alive, 0
 
-    def _flush(self) -> None:
-        """Write the rows of the state to the outcome."""
+    def _flush(self) -> CycleResult:
+        """Write the rows of the state to the outcome, and return it."""
         x, gap, size = self.method.iterate(self.state)
         if self.best is not None:
             x = self.best[1]
@@ -289,12 +287,13 @@ class Cycle:
             status = status.masked_fill_(failed, Status.NONFINITE)
         if not isinstance(gap, Tensor):
             gap = torch.full_like(norm, gap).masked_fill_(steps == 0, 0.0)
-        met = getattr(self.state, "curvature", None)
-        curvature = torch.full_like(norm, torch.inf) if met is None else met.squeeze(1)
-        size = torch.zeros_like(norm) if size is None else size
-        tally = getattr(self.state, "tally", None)
-        tally = torch.zeros_like(norm) if tally is None else tally.squeeze(1)
-        self.outcome = self.outcome.updated(CycleResult(x, norm, gap, steps, status, curvature, size, tally), self.rows)
+        nothing = torch.zeros_like(norm)
+        curvature, tally = getattr(self.state, "curvature", None), getattr(self.state, "tally", None)
+        curvature = nothing if curvature is None else curvature.squeeze(1)
+        tally = nothing if tally is None else tally.squeeze(1)
+        part = CycleResult(x, norm, gap, steps, status, curvature, nothing if size is None else size, tally)
+        self.outcome = part if self.outcome is None else self.outcome.updated(part, self.rows)
+        return self.outcome
 
     def _keep_best(self, norm: Tensor, x: Tensor) -> None:
         better = self.state.norm < norm

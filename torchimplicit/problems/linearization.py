@@ -219,12 +219,7 @@ class Linearization:
     def _grad(self, out: Tensor, at: Tensor, v: Tensor) -> Tensor:
         grad = None
         if out.requires_grad:
-            # The engine is called directly where nothing of what torch.autograd.grad prepares is needed: on small
-            # systems its checks take as long as the product. A torch function mode must see the public call, though.
-            if out.device.type == "cpu" and not function_mode_count():
-                (grad,) = run_backward((out,), (v,), True, False, (at,), allow_unreachable=True, accumulate_grad=False)
-            else:
-                (grad,) = torch.autograd.grad(out, at, v, retain_graph=True, allow_unused=True)
+            (grad,) = _gradients((out,), (at,), (v,))
         if not self._looked:
             self._look(grad is None)
         return _or_zero(grad, at)
@@ -268,17 +263,37 @@ def recorded_gradients(
         return [None] * len(leaves)
     tensors, vs = zip(*ends, strict=True)
     with _without_hooks(inputs):
-        grads = iter(
-            torch.autograd.grad(tensors, inputs, vs, retain_graph=True, create_graph=create_graph, allow_unused=True)
-        )
+        grads = iter(_gradients(tensors, inputs, vs, create_graph))
     return [next(grads) if w and p.requires_grad else None for p, w in zip(leaves, needs_grad, strict=True)]
 
 
-@contextlib.contextmanager
-def _without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
+def _gradients(
+    outs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], create_graph: bool = False
+) -> Sequence[Tensor | None]:
+    """``torch.autograd.grad`` that retains the graph and allows unused inputs.
+
+    The engine is called directly where nothing of what ``torch.autograd.grad`` prepares is needed: on small systems its
+    checks take as long as the product. A torch function mode must see the public call, though.
+    """
+    if create_graph or outs[0].device.type != "cpu" or function_mode_count():
+        return torch.autograd.grad(
+            outs, inputs, cotangents, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+    grads: Sequence[Tensor | None] = run_backward(
+        tuple(outs), tuple(cotangents), True, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
+    )
+    return grads
+
+
+def _without_hooks(leaves: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
     """Remove the hooks of the leaves for a while. A hook that was set after the tape was recorded would run twice:
     here, and in the outer backward pass that it is meant for."""
     hooked = [(p, p._backward_hooks) for p in leaves if p._backward_hooks]
+    return _unhooked(hooked) if hooked else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _unhooked(hooked: Sequence[tuple[Tensor, Any]]) -> Iterator[None]:
     for p, _ in hooked:
         p._backward_hooks = None
     try:
