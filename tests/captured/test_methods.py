@@ -127,7 +127,7 @@ def test_so_it_does_when_the_compiler_has_been_at_it(kind, solver, linear_solver
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_a_series_that_is_slow_is_accelerated():
+def test_gmres_takes_the_place_of_a_series_that_is_slow():
     w, x = tensors(scale=0.99, requires_grad=True)
     found = ti.solve(
         FixedPoint(lambda z, x: torch.tanh(z @ w.T + 0.1 * x)),
@@ -144,6 +144,36 @@ def test_a_series_that_is_slow_is_accelerated():
     expected = 0.1 * slope * torch.stack(rows)
     assert (got - expected).norm() <= 1e-7 * expected.norm()
     assert found.adjoint.evaluations < 60  # the series alone would take hundreds
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("steps", [200, 3])
+def test_compiled_gmres_takes_the_steps_of_the_eager_one(pulled, dtype, steps):
+    """Solved or not; on a rotation, where residuals do not fall in every other step, too."""
+    w, x = (t.to(dtype).detach() for t in tensors(scale=1.5))
+    turn = torch.zeros(DIM, DIM, dtype=dtype)
+    turn[0::2, 1::2], turn[1::2, 0::2] = torch.eye(DIM // 2, dtype=dtype), -torch.eye(DIM // 2, dtype=dtype)
+    rtol = 1e-9 if dtype == torch.float64 else 1e-4
+    gradient = Implicit(linear_solver=ti.GMRES(rtol=rtol, max_steps=steps))
+    for matrix in (w, 30 * turn):
+        found = []
+        for compile in (False, True):
+            start = x.clone().requires_grad_()
+            problem = FixedPoint(lambda z, x, matrix=matrix: torch.sin(z @ matrix.T) * x)
+            solved = ti.solve(
+                problem, torch.zeros_like(x), start, solver=Anderson(), gradient=gradient, compile=compile
+            )
+            for _ in range(2):  # the second pass goes to GMRES straight away
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ConvergenceWarning)
+                    (grad,) = torch.autograd.grad(solved.value, start, torch.ones_like(x), retain_graph=True)
+            found.append((grad, solved.adjoint))
+        (grad, eager), (got, compiled) = found
+        assert pulled[-1] is not None
+        assert torch.equal(compiled.status, eager.status)
+        assert (compiled.steps - eager.steps).abs().max() <= (0 if dtype == torch.float64 else 1)
+        assert (got - grad).norm() <= 30 * rtol * grad.norm()
 
 
 @pytest.mark.usefixtures("interpreted")

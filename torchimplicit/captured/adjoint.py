@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from torchimplicit.captured.compiled import Compiled, compiled
+from torchimplicit.captured.gmres import by_gmres
 from torchimplicit.captured.graph import Graph
 from torchimplicit.captured.iteration import Rule, Way, run
 from torchimplicit.captured.linear import ASSEMBLED, Parts, Product, Right, Solved, assembled, by_method
 from torchimplicit.captured.loop import while_loop
-from torchimplicit.captured.steps import Plain, Step, Tried
+from torchimplicit.captured.steps import Hurried, Plain, Step
 from torchimplicit.constraints import project
 from torchimplicit.linear import CG, GMRES, MINRES, BiCGStab, Dense, LinearSolver, Neumann
 from torchimplicit.linear.confirmed import SLACK
@@ -42,8 +43,10 @@ class Adjoint:
         rtol, atol: of each sample.
         max_steps: the most that it may take.
         damping: of the series; ``None``: none is tried.
-        method: an iterative solver that has no memory, or ``Dense``; ``None``: the series, or what accelerates it.
-        accelerated: whether the series is accelerated where it is slow.
+        method: an iterative solver that has no memory, or ``Dense``; ``None``: the series, or GMRES.
+        restart: how many vectors GMRES may keep, which takes the place of a series that is slow; ``None``: nothing
+            does.
+        limited: whether rows that GMRES has not solved in ``max_steps`` are left so.
         terms: of a series that is cut off, and estimates the inverse: how many it has; none stands for the identity.
             ``None``: the system is solved.
     """
@@ -53,13 +56,14 @@ class Adjoint:
     max_steps: int
     damping: float = 1.0
     method: LinearSolver | None = None
-    accelerated: bool = True
+    restart: int | None = None
+    limited: bool = False
     terms: int | None = None
 
     @staticmethod
     def estimate(terms: int, damping: float = 1.0) -> Adjoint:
         """:math:`\\lambda\\sum_{i<k}(I-\\lambda A^T)^i` in the place of the inverse; the identity for no term."""
-        return Adjoint(0.0, 0.0, max(terms, 1), damping, accelerated=False, terms=terms)
+        return Adjoint(0.0, 0.0, max(terms, 1), damping, terms=terms)
 
     @staticmethod
     def of(
@@ -68,14 +72,14 @@ class Adjoint:
         """The captured form of ``linear_solver``; ``None`` where it has none.
 
         Where none is named for a fixed point, it is the series: nothing is as cheap, and where the map contracts enough
-        for plain iteration, so does its transpose. Where it is slow it is accelerated. A root or a minimum has what the
-        eager path takes by default, with :class:`BiCGStab`, which has no memory, for GMRES.
+        for plain iteration, so does its transpose. Where it is slow, GMRES takes its place. A root or a minimum has
+        what the eager path takes by default, with :class:`BiCGStab`, which has no memory, for GMRES.
         """
         if linear_solver is None:
             if isinstance(problem, FixedPoint):
                 plain = isinstance(solver, FixedPointIteration)
                 damping = solver.damping if isinstance(solver, FixedPointIteration) else 1.0
-                return Adjoint(default_rtol(dtype), 0.0, 200, damping, accelerated=not plain)
+                return Adjoint(default_rtol(dtype), 0.0, 200, damping, restart=None if plain else GMRES.restart)
             least = isinstance(problem, Minimum)
             # to assemble a matrix of joined parts, torch would have to be told the size of the batch
             small = dim <= (ASSEMBLED if least else 32) and not isinstance(problem, JointInference)
@@ -87,29 +91,36 @@ class Adjoint:
             return None
         given = Adjoint(*linear_solver.tolerances(dtype), linear_solver.max_steps)
         if isinstance(linear_solver, Neumann):
-            return None if linear_solver.truncated else _replaced(given, linear_solver.damping, accelerated=False)
+            return None if linear_solver.truncated else _replaced(given, linear_solver.damping)
         if isinstance(linear_solver, CG | MINRES | BiCGStab):
             return _replaced(given, method=linear_solver)
         if isinstance(linear_solver, GMRES):
-            return given if isinstance(problem, FixedPoint) else _replaced(given, method=BiCGStab())
+            if isinstance(problem, FixedPoint):
+                limited = linear_solver.max_steps <= linear_solver.restart
+                return _replaced(given, restart=linear_solver.restart, limited=limited)
+            return _replaced(given, method=BiCGStab())
         return None
 
     def step(self) -> Step:
         """The step of the series' loop."""
-        return Tried(self.damping, self.rtol) if self.accelerated else Plain(self.damping)
+        return Plain(self.damping) if self.restart is None else Hurried(self.damping, self.rtol)
 
 
 def _replaced(given: Adjoint, damping: float = 1.0, **changes: Any) -> Adjoint:
     return Adjoint(given.rtol, given.atol, given.max_steps, damping, **changes)
 
 
-def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool]) -> Compiled:
-    """``(z, u, *inputs) -> (sound, steps, residual, condition, products, *grads)``.
+def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool], slow: bool = False) -> Compiled:
+    """``(z, u, *inputs) -> (sound, status, steps, residual, condition, products, *grads)``.
 
     ``sound`` is a bool scalar: every sample is solved, as a product of the whole operator confirms, and the system is
-    not nearly singular. Where it does not hold the rest is worth nothing. The figures are those of a
+    not nearly singular; or the steps that were asked for have been taken. Where it does not hold the rest is worth
+    nothing. The figures are those of a
     :class:`~torchimplicit.solution.Report`, ``products`` those of the whole operator; of ``grads`` there is one for
     each wanted input.
+
+    Args:
+        slow: whether the series has been found to be slow, and GMRES takes its place.
     """
     asked = [w for w, given in zip(needs_grad, graph.others, strict=True) if isinstance(given, Tensor)]
     symmetric = isinstance(graph.problem, Minimum)
@@ -146,6 +157,10 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool])
         elif isinstance(adjoint.method, IterativeSolver):
             tolerance = adjoint.atol * right.factor + adjoint.rtol * scale
             found = by_method(adjoint.method, tolerance, adjoint.max_steps, product, given, right, symmetric)
+        elif slow:
+            assert adjoint.restart is not None
+            tolerance = adjoint.atol * right.factor + adjoint.rtol * scale
+            found = by_gmres(min(adjoint.restart, adjoint.max_steps), tolerance, product, given, right)
         else:
             found = _by_series(adjoint, system, product, given, right)
         g = found.x / factor
@@ -158,6 +173,10 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool])
         solved = found.solved & (true <= tolerance) & finite & (condition * default_rtol(u.dtype) < _DOUBT)
         if symmetric:  # by which the matrix would not be that of a minimum
             solved = solved & ~((found.x * b).sum(dim=-1) < -(torch.finfo(u.dtype).eps ** 0.5) * length * scale)
+        status = torch.where(solved, int(Status.CONVERGED), int(Status.MAX_STEPS))
+        if adjoint.limited and found.spent is not None and found.left is not None:
+            # rows that depend on each other would have another residual than the one by which they were solved
+            solved = solved | (found.spent & (true <= 1.1 * found.left + tolerance))
         sound = solved.all()
         if system.separate is not None:  # leaves of unlike size are solved for in units of their own
             sizes = system.separate.norms(z)
@@ -167,7 +186,7 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool])
         if null is not None:  # with the multiplier's part
             g = torch.cat((g, ((u - parts.product(g, *saved)) * null).sum(dim=1, keepdim=True)), 1)
         grads = parts.after(g, *saved)
-        return sound, found.steps, relative, condition, found.products, *grads
+        return sound, status, found.steps, relative, condition, found.products, *grads
 
     def estimate(z: Tensor, u: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         parts = Parts.of(products, z, inputs)
@@ -176,7 +195,8 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool])
         count = torch.full(u.shape[:1], adjoint.terms or 0, dtype=torch.int64, device=u.device)
         spent = torch.full((), max(0, (adjoint.terms or 0) - 1), dtype=torch.int64, device=u.device)
         none = torch.zeros_like(relative)
-        return u.isfinite().all(), count, relative, none, spent, *parts.after(g, *saved)
+        status = torch.full_like(count, int(Status.STEPS_TAKEN))
+        return u.isfinite().all(), status, count, relative, none, spent, *parts.after(g, *saved)
 
     z = graph.flat()
     way = solve if adjoint.terms is None else estimate

@@ -93,15 +93,22 @@ class Capture:
         inputs = None if artifact.adjoint is None else self.bound.inputs_at((u, z, *params), params)
         if inputs is None or u.shape != z.shape or artifact.adjoint is None:
             return None
-        u = u.contiguous()
-        sound, steps, residual, condition, count, *grads = artifact.adjoint(z.contiguous(), u, *inputs)
-        cotangents = self._sorted(grads, params, needs_grad)
-        if cotangents is None or not bool(sound):
-            return None
-        reason = Status.CONVERGED if self.estimates is None else Status.STEPS_TAKEN
-        status = torch.full_like(steps, int(reason))
-        known = condition if self.estimates is None else None
-        return Backward(cotangents, Report(status, steps, residual, float(count), condition=known))
+        z, u = z.contiguous(), u.contiguous()
+        for slow in (False, True):
+            if slow < artifact.slow:
+                continue
+            way = artifact.where_slow() if slow else artifact.adjoint
+            if way is None:
+                return None
+            sound, status, steps, residual, condition, count, *grads = way(z, u, *inputs)
+            cotangents = self._sorted(grads, params, needs_grad)
+            if cotangents is None:
+                return None
+            if bool(sound):
+                artifact.slow = slow
+                known = condition if self.estimates is None else None
+                return Backward(cotangents, Report(status, steps, residual, float(count), condition=known))
+        return None
 
     def go_on(self, h: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor, tuple[Any, ...]] | None:
         """Where the compiled steps lead from ``h``, the norms of the residual and the relative ones there, and what

@@ -36,7 +36,9 @@ class Right(NamedTuple):
 class Solved(NamedTuple):
     """``x`` ``[batch, dim]``; bool ``[batch]``, whether it is the solution as far as the method knows; the steps of
     each row, int64 ``[batch]``; how many products were taken, int64; and what the norm of each row's matrix is at
-    least. ``convex``, bool ``[batch]``: the rows that met no negative curvature."""
+    least. ``convex``, bool ``[batch]``: the rows that met no negative curvature. ``spent``, bool ``[batch]``: the rows
+    that are not solved because they have taken all the steps there are, and ``left``, ``[batch]``, the norm of the
+    residual by the recurrence; ``None`` for methods that do not tell."""
 
     x: Tensor
     solved: Tensor
@@ -44,6 +46,8 @@ class Solved(NamedTuple):
     products: Tensor
     size: Tensor
     convex: Tensor
+    spent: Tensor | None = None
+    left: Tensor | None = None
 
 
 class _Going(NamedTuple):

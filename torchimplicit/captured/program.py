@@ -9,6 +9,7 @@ The graph is never run for the function's value: the loop around it is what is c
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import types
@@ -66,14 +67,30 @@ class Plan:
 
 @dataclass
 class Artifact:
-    """What was compiled of one graph."""
+    """What was compiled of one graph.
+
+    Attributes:
+        slower: compiles the adjoint solve where the series is slow; ``None`` for none.
+        slow: whether it was.
+    """
 
     graph: Graph
     forward: Compiled
     adjoint: Compiled | None
+    slower: Callable[[], Compiled] | None
     continued: Continued | None
     needs_grad: tuple[bool, ...]
+    slow: bool = False
     checked: bool = False
+
+    def where_slow(self) -> Compiled | None:
+        """The adjoint solve where the series is slow; ``None`` where there is none."""
+        try:
+            return None if self.slower is None else self.slower()
+        except Exception as error:  # whatever the compiler stumbles over, the eager path does not need it
+            self.slower = None
+            tell(self.graph.problem, f"its backward pass, where the adjoint series is slow: {_reason(error)}")
+            return None
 
 
 @dataclass(frozen=True)
@@ -237,11 +254,15 @@ def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[
     needs_grad = graph.needs_grad
     with without_autocast(plan.layout.device):
         forward = compiled_forward(graph, plan.solver)
-        adjoint = (
-            None if plan.adjoint is None or not any(needs_grad) else compiled_adjoint(graph, plan.adjoint, needs_grad)
-        )
+        adjoint, slower = None, None
+        if plan.adjoint is not None and any(needs_grad):
+            adjoint = compiled_adjoint(graph, plan.adjoint, needs_grad)
+            if plan.adjoint.restart is not None:
+                slower = functools.cache(
+                    functools.partial(compiled_adjoint, graph, plan.adjoint, needs_grad, slow=True)
+                )
         continued = None if plan.continuation is None else compiled_continuation(graph, plan.continuation, needs_grad)
-    artifact = Artifact(graph, forward, adjoint, continued, needs_grad)
+    artifact = Artifact(graph, forward, adjoint, slower, continued, needs_grad)
 
     def call(*inputs: Any) -> tuple[Any, ...]:
         _now.found = artifact, inputs

@@ -248,24 +248,24 @@ class Accelerated(Step):
         return 10 * torch.finfo(like.dtype).eps if self.regularization is None else self.regularization
 
 
-class Tried(Accelerated):
+class Hurried(Plain):
     """Of a linear system: the series, for as long as it would come to its end within ``HORIZON`` steps at the pace that
-    it has, and then its acceleration."""
+    it has."""
 
     HORIZON = 20
 
     def __init__(self, damping: float, rtol: float):
-        super().__init__(5, damping, None, 2.0)
+        super().__init__(damping)
         self.rtol = rtol
 
     def stages(self) -> tuple[Stage, ...]:
-        """The series first."""
+        """Until a sample is behind."""
         pace = math.log(max(self.rtol, 1e-15)) / self.HORIZON
 
         def behind(size: Tensor, scale: Tensor, taken: Tensor) -> Tensor:
             return size > scale * torch.exp(pace * (taken - 3).clamp_min(0))
 
-        return Stage(Plain(self.damping), None, behind), Stage(self)
+        return (Stage(Plain(self.damping), None, behind),)
 
 
 class Secants(Step):

@@ -76,11 +76,11 @@ class _State(NamedTuple):
     directions: Basis | None
 
 
-_FALL = 0.9
+FALL = 0.9
 """The residual has to fall to this share in a step to be the next direction."""
 
 
-def _threshold(dtype: torch.dtype) -> float:
+def threshold(dtype: torch.dtype) -> float:
     """The share of an image that orthogonalization has to leave for it to be more than rounding.
 
     If less is left, the image was in the span of the ones before, and the system is numerically singular.
@@ -131,7 +131,7 @@ class _AdaptiveSimplerGMRES(Method):
         norm = torch.linalg.vector_norm(after, dim=-1)
         return _State(
             norm=norm,
-            slow=norm > _FALL * state.norm,
+            slow=norm > FALL * state.norm,
             broken=broken,
             x=state.x,
             r=after,
@@ -168,7 +168,7 @@ class _AdaptiveSimplerGMRES(Method):
         columns = torch.cat(rows, 1).unflatten(1, (k, k))
         diagonal = columns.diagonal(dim1=1, dim2=2).clamp_min_(info.tiny)  # cleared rows have a diagonal of zeros
         sizes = torch.linalg.vector_norm(columns, dim=-1)
-        sound = (diagonal >= _threshold(state.x.dtype) * sizes).to(diagonal.dtype).cumprod(1)
+        sound = (diagonal >= threshold(state.x.dtype) * sizes).to(diagonal.dtype).cumprod(1)
         steps = torch.cat(state.coefficients, 1)
         t = torch.linalg.solve_triangular(columns.mT, (steps * sound).unsqueeze(2), upper=True).squeeze(2)
         lengths = torch.stack(state.lengths, 1)
@@ -202,4 +202,4 @@ class _AdaptiveSimplerGMRES(Method):
         """bool ``[rows]``: where the latest image was in the span of the ones before. Tested only under stagnation."""
         size = state.sizes[-1].squeeze(1)
         before = torch.linalg.vector_norm(state.columns[-1], dim=-1)
-        return size <= (_threshold(size.dtype) * before.hypot(size)).clamp_min(torch.finfo(size.dtype).tiny)
+        return size <= (threshold(size.dtype) * before.hypot(size)).clamp_min(torch.finfo(size.dtype).tiny)

@@ -127,7 +127,7 @@ def _parts(matrix: Tensor) -> Parts:
 
 
 # Defined without ``torch.library.custom_op``, whose checks of every call take as long as the product of small graphs
-_library = torch.library.Library("torchimplicit", "DEF")
+_library = torch.library.Library("torchimplicit", "FRAGMENT")
 _library.define("neighbour_sum(Tensor x, Tensor[] matrix, Tensor[] transposed) -> Tensor")
 _compiled_sum = torch.ops.torchimplicit.neighbour_sum.default
 """The same sum as one operation of a graph that is compiled: ``(x, matrix, transposed)``, of :data:`Parts`."""
