@@ -87,3 +87,70 @@ def test_leaves_of_different_units(kind, unit, linear):
         return torch.func.jvp(lambda x: solved(unit, x).value[1] / unit, (x,), (t,))[1]
 
     assert relative_error(tangent(unit), tangent(1.0)) < 1e-8
+
+
+@pytest.mark.parametrize("kind", ["fixed point", "root", "minimum", "plane", "box", "least squares"])
+def test_orders_and_modes_in_any_unit(kind):
+    """Second order, forward mode and ``torch.func``, of problems, cotangents and tangents of extreme size."""
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.5 * torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64)).Q
+    x, c, t = torch.randn(3, 2, 3, generator=generator, dtype=torch.float64)
+
+    def derivatives(state, size, cotangent=1.0, tangent=1.0):
+        def image(z, x):
+            return state * torch.tanh(z / state @ weight.T + x)
+
+        def energy(z, x):
+            y = z / state
+            return size * (0.5 * y**2 + 0.25 * y**4 - y * x + 0.1 * torch.cos(y @ weight)).sum(1)
+
+        problem = {
+            "fixed point": lambda: ti.FixedPoint(image),
+            "root": lambda: ti.Root(lambda z, x: (z - image(z, x)) / state * size),
+            "minimum": lambda: ti.Minimum(energy),
+            "plane": lambda: ti.Minimum(energy, ti.LinearEquality(torch.ones(3, dtype=x.dtype), state)),
+            "box": lambda: ti.Minimum(energy, ti.Box(-0.4 * state, 0.4 * state)),
+            "least squares": lambda: ti.LeastSquares(
+                lambda z, x: size * torch.cat(((z - image(z, x)) / state, 0.3 * z / state), dim=1)
+            ),
+        }[kind]()
+
+        def solved(x):
+            return ti.solve(problem, torch.full((2, 3), 0.1 * state, dtype=x.dtype), x).value
+
+        def loss(x):
+            return (solved(x) * (cotangent / state) * c).sum()
+
+        here = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(here), here, create_graph=True)
+        (twice,) = torch.autograd.grad(slope, here, tangent * t)
+        moved = torch.func.jvp(solved, (x,), (tangent * t,))[1] / state / tangent
+        mixed = torch.func.jvp(torch.func.grad(loss), (x,), (tangent * t,))[1] / cotangent / tangent
+        return slope.detach() / cotangent, twice / cotangent / tangent, moved, mixed
+
+    expected = derivatives(1.0, 1.0)
+    cases = [
+        (1e-30, 1.0),
+        (1e30, 1.0),
+        (1.0, 1e-30),
+        (1.0, 1e30),
+        (1e-30, 1e30),
+        (1.0, 1.0, 1e-30),
+        (1.0, 1.0, 1e30, 1e-30),
+    ]
+    for case in cases:
+        for got, right in zip(derivatives(*case), expected, strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-6, atol=1e-8)
+
+
+def test_a_derivative_beyond_the_range_of_the_dtype_is_refused():
+    """The Hessian is 1e52. Backward passes are computed in other units."""
+    x = torch.tensor([[0.2, -0.3]], requires_grad=True)
+
+    def solved(x):
+        problem = ti.Minimum(lambda z, x: (0.5 * (z * 1e26) ** 2 - z * 1e26 * x).sum(1), ti.Box(-1e-26, 0.25e-26))
+        return ti.solve(problem, torch.full((1, 2), 1e-27), x).value * 1e26
+
+    torch.testing.assert_close(torch.autograd.grad(solved(x).sum(), x)[0], torch.ones(1, 2))
+    with pytest.raises(ti.UnsupportedDerivativeError, match="beyond the range of"):
+        torch.func.jvp(solved, (x.detach(),), (torch.ones(1, 2),))

@@ -540,3 +540,36 @@ def test_the_units_of_state_input_and_loss_change_nothing(linear: Linear, units:
     assert torch.equal(one.steps, two.steps)
     for a, b in zip(first, second, strict=True):
         assert relative(b, a) < 1e-8
+
+
+@pytest.mark.parametrize("constraint", [None, "box"])
+@pytest.mark.parametrize(
+    "solver",
+    [ti.Anderson(max_steps=300), ti.Broyden(max_steps=300), ti.NewtonKrylov(), None],
+    ids=lambda s: "default" if s is None else type(s).__name__,
+)
+def test_the_units_of_the_parts_change_nothing(solver, constraint):
+    weight = 0.5 * torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    target = torch.tensor([[0.5, -0.3, 0.2], [0.1, 0.4, -0.6]], dtype=torch.float64)
+
+    def found(of_z=1.0, of_x=1.0, of_loss=1.0):
+        problem = ti.JointInference(
+            lambda z, x, shift: of_z * torch.tanh(z / of_z @ weight + x / of_x + shift),
+            lambda z, x, shift: of_loss * ((z / of_z - target).square().sum(1) + 0.1 * (x / of_x).square().sum(1)),
+            0.1 * of_x**2 / of_loss,
+            constraint=None if constraint is None else ti.Box(-0.2 * of_x, 0.2 * of_x),
+        )
+        shift = torch.full((2, 3), 0.2, dtype=torch.float64, requires_grad=True)
+        start = torch.full((2, 3), 0.1, dtype=torch.float64)
+        solution = ti.solve(problem, (start * of_z, start * of_x), shift, solver=solver)
+        assert solution.converged.all(), solution.summary()
+        (slope,) = torch.autograd.grad((solution.value.x / of_x).sum(), shift)
+        return solution.steps, solution.value.x.detach() / of_x, slope
+
+    plain = found()
+    for unit in (1e-30, 1e-12, 1e12, 1e30):
+        for units in ((unit, 1.0, 1.0), (1.0, unit, 1.0), (1.0, 1.0, unit)):
+            steps, x, slope = found(*units)
+            assert (steps - plain[0]).abs().max() <= 1, units
+            torch.testing.assert_close(x, plain[1], rtol=1e-7, atol=1e-8)
+            torch.testing.assert_close(slope, plain[2], rtol=1e-7, atol=1e-8)

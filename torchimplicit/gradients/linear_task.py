@@ -60,6 +60,7 @@ class LinearTask:
         """The tape at the solution: that of the forward pass if there is one, else a new one."""
         if self.tape is not None:
             return self.tape
+        self.system.check_representable(params)
         tape = self.system.linearize(z, params, needs_grad)
         # a function that has changed since the forward pass must not be differentiated in place of the old one
         if self.value is not None:

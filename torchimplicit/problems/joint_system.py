@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Self, final
+from typing import Any, Literal, NamedTuple, Self, final
 
 import torch
 from torch import Tensor
@@ -60,6 +60,7 @@ class JointSystem(ImageSystem):
         schedule: the step size by the number of the solver's step, instead of the tensor; ``None`` for none.
         step_size: the schedule's value for the current step.
         normalized: whether x takes steps of a fixed length; ``"sign"``: in every entry.
+        restated: whether it is in other units than the user's (:meth:`in_part_units`).
     """
 
     parts: Parts
@@ -70,6 +71,7 @@ class JointSystem(ImageSystem):
     schedule: Callable[[int], float] | None = None
     step_size: float | None = None
     normalized: bool | Literal["sign"] = False
+    restated: bool = False
 
     def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
         slopes: Sequence[Tensor]
@@ -161,6 +163,29 @@ class JointSystem(ImageSystem):
         of_x = gain / pace
         weights = torch.stack((torch.ones_like(of_x), gain * of_x, of_x), dim=1)
         return torch.where(((weights > 0) & (weights < torch.inf)).all(dim=1, keepdim=True), weights, 1)
+
+    def in_part_units(self, of_z: float, of_mu: float, of_x: float) -> JointSystem:
+        """The same problem with the parts of the state divided by these numbers, and the loss by ``of_mu * of_z``."""
+        fn, own, set_, schedule = self.fn, self.own, self.set, self.schedule
+        pace = 1 / of_x if self.normalized else of_mu / of_x * (of_z / of_x)
+
+        def scaled(state: tuple[Tensor, Tensor], *params: Tensor) -> Any:
+            made, loss = fn((state[0] * of_z, state[1] * of_x), *params)
+            return made / of_z, loss / of_mu / of_z
+
+        def taken(rows: int, *params: Tensor) -> tuple[Tensor, ...]:
+            size, *tensors = own(rows, *params)
+            return (size * pace, *tensors)
+
+        return replace(
+            self,
+            restated=True,
+            fn=scaled,
+            own=taken,
+            set=None if set_ is None else lambda x, *tensors: set_(x * of_x, *tensors) / of_x,
+            schedule=None if schedule is None else lambda step: schedule(step) * pace,
+            step_size=None if self.step_size is None else self.step_size * pace,
+        )
 
     def undamped(self, g: Tensor) -> Tensor:
         """Convert a cotangent of the undamped map's residual to one of the damped map's."""

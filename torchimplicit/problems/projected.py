@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.closure import is_transformed
-from torchimplicit.errors import SmoothnessWarning
+from torchimplicit.errors import SmoothnessWarning, UnsupportedDerivativeError
 from torchimplicit.linear import GMRES, Dense, LinearOperator, LinearSolver
 from torchimplicit.linear.operator import Product
 from torchimplicit.notices import notice
@@ -330,6 +330,14 @@ class ProjectedSystem(System):
 
     def anew(self, params: Sequence[Tensor]) -> None:
         params[self.step].fill_(torch.nan)
+
+    def check_representable(self, params: Sequence[Tensor]) -> None:
+        held, number = params[self.step], torch.finfo(params[self.step].dtype)
+        if not is_transformed(held) and bool(((held <= number.tiny) | (held >= number.max)).any()):
+            raise UnsupportedDerivativeError(
+                f"the energy's Hessian, or its inverse, is beyond the range of {held.dtype}, so that this derivative "
+                "cannot be computed: state the problem in other units of the state or the energy, or in float64"
+            )
 
     def remeasured(self, z: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
         held = params[self.step]

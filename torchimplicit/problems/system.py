@@ -304,6 +304,9 @@ class System(ABC):
         """The nearest state that satisfies the constraint; ``z`` itself where there is none."""
         return z
 
+    def check_representable(self, params: Sequence[Tensor]) -> None:
+        """Raise :class:`UnsupportedDerivativeError` where the dtype cannot hold a number that derivatives need."""
+
     def remeasured(self, z: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
         """The parameters with the units of the residual measured at the solution ``z`` and not at the start, if they
         were so small that a residual may have vanished in the rounding of z; else ``None``. Unless autograd records,

@@ -200,6 +200,9 @@ class Solver(ABC):
     bounded: ClassVar[bool] = False
     """Whether the iterates stay in a bounded set: then a residual of any size on the way is no sign of divergence."""
 
+    mixes_parts: ClassVar[bool] = False
+    """Whether the steps on a joint state depend on the units of its parts, which are then chosen before the first."""
+
     remembers: ClassVar[bool] = False
     """Whether a step combines each sample's past steps as if the sample were alone (Anderson, Broyden). Where samples
     depend on each other, that may fail to converge."""

@@ -28,11 +28,13 @@ class InverseEstimate(NamedTuple):
         steps: the steps s, one more than there are factors.
         factors: the coefficients c, ``[batch, memory, memory]``, of which the first ``updates`` rows are in use.
         gamma: :math:`\\gamma`, ``[batch, 1]``; ``None`` for 1.
+        unit: ``[dim]``, the state is divided by it in ``steps``; ``None``: it has its own unit.
     """
 
     steps: History
     factors: Tensor
     gamma: Tensor | None = None
+    unit: Tensor | None = None
 
     @property
     def updates(self) -> int:
@@ -52,13 +54,16 @@ class InverseEstimate(NamedTuple):
     def times(self, r: Tensor) -> Tensor:
         """:math:`G r` for ``[batch, dim]``."""
         before, after, c = self._known()
-        base = self._scaled(r)
-        return base if not self.updates else less(base, _product(c, -inner(before, base)), after)
+        base = self._scaled(r if self.unit is None else r / self.unit)
+        out = base if not self.updates else less(base, _product(c, -inner(before, base)), after)
+        return out if self.unit is None else out * self.unit
 
     def transposed_times(self, r: Tensor) -> Tensor:
         """:math:`G^T r` for ``[batch, dim]``."""
         before, after, c = self._known()
-        return self._scaled(r if not self.updates else less(r, _product(c.mT, -inner(after, r)), before))
+        r = r if self.unit is None else r * self.unit
+        out = self._scaled(r if not self.updates else less(r, _product(c.mT, -inner(after, r)), before))
+        return out if self.unit is None else out / self.unit
 
     def stepped(self, r: Tensor) -> tuple[Tensor, InverseEstimate]:
         """Update the estimate by the secant condition of the last step, which led to the residual ``-r``.
@@ -121,6 +126,7 @@ class Broyden(Solver):
     """
 
     memory: int = 50
+    mixes_parts: ClassVar[bool] = True
     remembers: ClassVar[bool] = True
 
     def check(self) -> None:

@@ -16,9 +16,11 @@ from torch import Tensor
 from torchimplicit.coupling import broken_promise
 from torchimplicit.linear import PreparedPreconditioner
 from torchimplicit.problems import Point, System
+from torchimplicit.problems.joint_system import JointSystem
 from torchimplicit.solution import GROWTH_LIMIT, Report, Status
 from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.given_steps import take_steps
+from torchimplicit.solvers.joint_units import in_part_units
 from torchimplicit.solvers.magnitude import (
     examined,
     extreme,
@@ -85,6 +87,10 @@ def iterate(
     evaluate = Evaluator(system, params, rows_evaluated=0 if first is None else z0.shape[0])
     loop = _Loop(solver, evaluate, evaluate(evaluate.project(z0)) if first is None else first, only, since=since)
     del first, z0  # free the start's memory once the loop has left it
+    if isinstance(system, JointSystem) and not system.restated and solver.mixes_parts:
+        found = in_part_units(iterate, solver, system, loop.point, params, only)
+        if found is not None:
+            return found.having_spent(evaluate.rows_evaluated / len(found.z))
     units = first_units(system, loop.point, params) if loop.suspect and since is None else None
     if units is not None:
         outcome = solved_in(units, iterate, solver, system, loop.point.z, params, only)

@@ -53,6 +53,7 @@ class NewtonKrylov(Solver):
     linear_solver: LinearSolver | None = None
     halvings: int = 12
     max_steps: int = 50
+    mixes_parts: ClassVar[bool] = True
     by_products: ClassVar[bool] = True
     searches: ClassVar[bool] = True
     not_unrolled: ClassVar[str | None] = "use Implicit, or unroll Anderson, Broyden or FixedPointIteration"

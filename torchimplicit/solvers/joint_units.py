@@ -1,0 +1,69 @@
+"""Joint problems solved in units of their parts, by methods whose steps depend on these."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from torchimplicit.closure import is_transformed
+from torchimplicit.precision import widened, working_dtype
+from torchimplicit.problems import Point
+from torchimplicit.problems.joint_system import JointSystem
+from torchimplicit.problems.system import largest
+from torchimplicit.solvers.base import Solver
+from torchimplicit.solvers.broyden import BroydenState
+from torchimplicit.solvers.result import SolverResult
+
+
+def in_part_units(
+    solve: Callable[..., SolverResult],
+    solver: Solver,
+    system: JointSystem,
+    first: Point,
+    params: Sequence[Tensor],
+    only: Tensor | None,
+) -> SolverResult | None:
+    """The outcome of a joint problem in units of its parts in which none acts much more strongly on the others than
+    they on it (:meth:`JointSystem.weights`), in its own; ``None`` where these units are not known.
+
+    Args:
+        first: the point to begin at; it is evaluated.
+    """
+    if any(map(is_transformed, (first.z, *params))):
+        return None
+    with torch.no_grad():
+        assert first.image is not None
+        after_step = system.refined(system.at(system.project(first.image, params), params), first)
+        weights = system.weights(after_step, first.z, first.residual)
+        size = largest(system.parts.split(after_step.image)[0]) if after_step.image is not None else 0.0
+        sizes = size / weights.log().mean(dim=0).exp()
+    units = [float(s) if 0 < float(s) < math.inf else 0.0 for s in sizes]
+    if not all(0 < unit < math.inf for unit in units):
+        return None
+    changes: dict[str, Any] = {}
+    every = torch.cat([torch.full_like(part[0], u) for part, u in zip(system.parts.split(first.z), units, strict=True)])
+    per_leaf = torch.tensor(units, dtype=working_dtype(first.z.dtype), device=first.z.device)
+    if solver.atol is not None:
+        given = pytree.tree_leaves(solver.atol)
+        assert system.leaves is not None
+        assert system.leaves.spec is not None
+        atol = [a / u for a, u in zip(given if len(given) == 3 else given * 3, units, strict=True)]
+        changes["atol"] = pytree.tree_unflatten(atol, system.leaves.spec)
+    found = solve(replace(solver, **changes), system.in_part_units(*units), first.z / every, params, only=only)
+    state = found.state
+    if isinstance(state, BroydenState):
+        state = BroydenState(state.inverse._replace(unit=widened(every)))
+    return replace(
+        found.having_spent(1.0),
+        z=found.z * every,
+        trajectory=tuple(None if z is None else z * every for z in found.trajectory),
+        norm=None if found.norm is None else found.norm * per_leaf,
+        trace=tuple((norm * per_leaf, parts) for norm, parts in found.trace),
+        state=state,
+    )
