@@ -1,4 +1,4 @@
-"""Backpropagation along the way back."""
+"""Backpropagation along inverse steps."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def coupled(z, x, w):
 
 @pytest.mark.parametrize(("f", "options"), [(tanh_map, {}), (tanh_map, {"rowwise": True}), (coupled, {})])
 @pytest.mark.parametrize("every", [1, 3])
-def test_samples_that_stop_are_walked_back_from_where_they_did(f, options, every):
+def test_samples_that_stop_are_inverted_from_where_they_did(f, options, every):
     solver = ti.ReversibleIteration(rtol=1e-6, check_every=every)
     (got, one), (expected, _) = (gradients(g, solver, f, 2.0, **options) for g in (ti.Reversible(), ti.Unrolled()))
     assert len(set(one.steps.tolist())) > 1
@@ -116,7 +116,7 @@ def test_rounding_grows_as_the_inverse_of_a_step_does(damping, eigenvalue):
 
 def test_a_way_back_that_is_lost_is_said():
     solver = ti.ReversibleIteration(damping=0.8, steps=40, keep_every=1000)
-    with pytest.warns(ti.ConvergenceWarning, match=r"not found its way back in 4 of 4 samples.*keep_every"):
+    with pytest.warns(ti.ConvergenceWarning, match=r"inverse steps of 4 of 4 samples.*keep_every"):
         _, solution = gradients(ti.Reversible(), solver)
     assert solution.adjoint.status.eq(ti.Status.BREAKDOWN).all()
 
@@ -139,7 +139,7 @@ def test_a_map_that_has_changed_is_an_error():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_pair_is_kept_in_double_precision(dtype):
-    """So that the way back of a state in single precision is as good as that of one in double precision: steps of
+    """So that inverse steps of a state in single precision are as good as that of one in double precision: steps of
     single precision would be lost after 24."""
     solver = ti.ReversibleIteration(steps=30, keep_every=1000)
     (got, one), (expected, _) = (gradients(g, solver, dtype=dtype) for g in (ti.Reversible(), ti.Unrolled()))
@@ -224,7 +224,7 @@ def test_a_sample_that_ran_away_has_no_derivative_and_spoils_no_other():
         (ti.ReversibleIteration(return_last=False), "return_last"),
     ],
 )
-def test_solvers_that_it_cannot_walk_back(solver, match):
+def test_solvers_whose_steps_it_cannot_invert(solver, match):
     with pytest.raises(ValueError, match=match):
         gradients(ti.Reversible(), solver)
 

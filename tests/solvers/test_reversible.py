@@ -1,4 +1,4 @@
-"""The iteration that can be walked back: see tests/gradients/test_reversible.py for that."""
+"""The reversible iteration; tests/gradients/test_reversible.py inverts its steps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_is_the_hand_written_loop(damping):
 
 
 @pytest.mark.parametrize("damping", [1.0, 0.0, 2.0, -0.5])
-def test_a_damping_that_cannot_be_walked_back(damping):
+def test_a_damping_without_an_inverse(damping):
     with pytest.raises(ValueError, match=r"ReversibleIteration\.damping is"):
         ti.ReversibleIteration(damping=damping)
 

@@ -189,7 +189,7 @@ def test_the_shared_inverse_is_never_worse_than_one_step(refine):
 
 @pytest.mark.parametrize("damping", [0.5, 0.8])
 @pytest.mark.parametrize("number", range(5))
-def test_steps_that_are_walked_back_lead_to_the_exact_derivative(number, damping):
+def test_inverse_steps_lead_to_the_exact_derivative(number, damping):
     case = Case(number=number, gain=0.6)
     data = Data(case)
     leaves = modes.leaves_of(data.tensors)

@@ -1,4 +1,4 @@
-"""The derivative of the steps that were taken, which are walked back."""
+"""The derivative of the steps that were taken, whose iterates are recomputed by inverse steps."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ from torchimplicit.state import row_norm
 @final
 @dataclass(frozen=True, kw_only=True)
 class Reversible(FirstOrderRule):
-    """Backpropagation through every step of :class:`ReversibleIteration`, whose iterates are found again by walking
-    back (McCallum, Arora and Foster 2025): exact for the iterate that was reached, as
-    :class:`~torchimplicit.Unrolled` is, in memory that does not grow with the steps but for the pairs that the solver
-    remembers every :attr:`~ReversibleIteration.keep_every` of them.
+    """Backpropagation through every step of :class:`ReversibleIteration`, whose iterates are recomputed by inverse
+    steps (McCallum, Arora and Foster 2025).
 
-    With respect to ``z0`` as well. Reverse mode, first order. With ``rowwise=True`` no sample leaves the batch. The way
-    back evaluates the map as often as the forward pass has, and takes as many products.
+    Exact for the iterate that was reached, as :class:`~torchimplicit.Unrolled` is, in memory that does not grow with
+    the steps, except for the pairs that the solver stores every :attr:`~ReversibleIteration.keep_every` steps.
 
-    Wherever a pair is remembered, at the start above all, what the way back has led to is compared with it.
+    Reverse mode, first order; also with respect to ``z0``. With ``rowwise=True`` no sample leaves the batch. The
+    backward pass evaluates the map as often as the forward pass did, and takes as many products.
+
+    At each stored pair, the start included, the recomputed pair is compared with the stored one.
     ``solution.adjoint.residual`` is the largest distance, relative to the size of the state. Beyond the square root of
-    the dtype's rounding (3e-4 in float32) there is a warning, and the status is :attr:`Status.BREAKDOWN`: the steps
-    between two pairs were too many for rounding. A map that is not what it was in the forward pass is an error.
+    the dtype's rounding (3e-4 in float32) there is a warning, and the status is :attr:`Status.BREAKDOWN`: there were
+    too many steps between two stored pairs. A map that is not the one of the forward pass is an error.
     """
 
     needs_solver_state: ClassVar[bool] = True
@@ -48,13 +49,13 @@ class Reversible(FirstOrderRule):
     def supports(self, system: System, solver: Solver) -> None:
         if not isinstance(solver, ReversibleIteration):
             raise ValueError(
-                f"Reversible walks back the steps of ReversibleIteration, and the solver is {type(solver).__name__}: "
-                "solve with solver=ReversibleIteration(), or take another gradient (Unrolled() remembers the steps)"
+                f"Reversible inverts the steps of ReversibleIteration, and the solver is {type(solver).__name__}: "
+                "solve with solver=ReversibleIteration(), or take another gradient (Unrolled() stores the steps)"
             )
         if solver.steps is None and not solver.return_last:
             raise ValueError(
-                "Reversible walks back from the last iterate, and return_last=False may return an earlier one: leave "
-                "it out of ReversibleIteration"
+                "Reversible inverts steps from the last iterate, and return_last=False may return an earlier one: "
+                "leave it out of ReversibleIteration"
             )
 
     def attach(self, task: SolveTask, params: Sequence[Tensor]) -> FlatSolution:
@@ -84,13 +85,13 @@ class Reversible(FirstOrderRule):
         return tuple(next(grads) if w else None for w in wanted)
 
     def _walk_back(self, task: SolveTask, u: Tensor, params: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
-        """The cotangents of the start and of the parameters, those that are ``wanted``."""
+        """The cotangents of the start and of the parameters, where ``wanted``."""
         outcome, solver = task.results[-1], task.solver
         assert isinstance(solver, ReversibleIteration)
         state = _whole(outcome, len(u))
         unit = 1.0 if outcome.units is None else outcome.units.state
         dead = _repeated(outcome.report.status == Status.NONFINITE, len(u))
-        # such a sample is at its last good iterate, to which no step is known: it has no derivative
+        # a non-finite sample was put back to its last good iterate, from which its steps cannot be inverted
         dtype, u = u.dtype, widened(torch.where(dead[:, None] & (u != 0), torch.nan, u))
         walk = _Walk(task.system, params, tuple(wanted[1:]), solver.damping, dtype, unit, state.told)
         size = row_norm(state.z)
@@ -120,7 +121,7 @@ class _Half(NamedTuple):
 
 
 class _Walk:
-    """Halves of steps, walked back; ``grads`` are the parameters' cotangents so far."""
+    """Inverse half steps with their products; ``grads`` accumulate the parameters' cotangents."""
 
     def __init__(
         self,
@@ -138,8 +139,8 @@ class _Walk:
         self.grads = [torch.zeros_like(p) if w else None for p, w in zip(params, needs_grad, strict=True)]
 
     def back(self, a: _Half, other: _Half, moved: Tensor | None, dead: Tensor) -> tuple[_Half, _Half]:
-        """``a`` before the half step :math:`a\\leftarrow(1-\\beta)a+\\beta f(other)`, and ``other`` with what the map's
-        argument adds to its cotangent."""
+        """Invert the half step :math:`a\\leftarrow(1-\\beta)a+\\beta f(other)`: ``a`` before it, and ``other`` with the
+        map's contribution to its cotangent."""
         share = self.damping
         along, left = share * a.cotangent, (1 - share) * a.cotangent
         if moved is not None:
@@ -169,7 +170,7 @@ def _whole(outcome: SolverResult, rows: int) -> ReversibleState:
     """The state for so many rows: those of the forward pass, or copies of them.
 
     Raises:
-        UnsupportedDerivativeError: it does not know of all the steps.
+        UnsupportedDerivativeError: the state does not record all the steps.
     """
     state, report = outcome.state, outcome.report
     if state is None:  # no step was taken
@@ -179,16 +180,16 @@ def _whole(outcome: SolverResult, rows: int) -> ReversibleState:
         taken = taken + (1 if moved is None else moved)
     if not torch.equal(taken, report.steps):
         raise UnsupportedDerivativeError(
-            "Reversible cannot walk back through this solve: samples that had stopped were sent on from where they "
-            "were, since the map lets them depend on each other, or since their numbers were too small or too large "
-            "for squares. Take a given number of steps, ReversibleIteration(steps=...), or Implicit()"
+            "Reversible cannot invert the steps of this solve: samples that had stopped were resumed, since they "
+            "depend on each other or their numbers are too small or too large for squares. Take a given number of "
+            "steps, ReversibleIteration(steps=...), or Implicit()"
         )
     unit = 1.0 if outcome.units is None else outcome.units.state
     returned = (outcome.z == (unit * state.z).to(outcome.z.dtype)).all(dim=1) | (report.status == Status.NONFINITE)
     if not bool(returned.all()):
         raise UnsupportedDerivativeError(
-            "Reversible walks back from the solution, and an iterate on the way there was asked for (solution.states, "
-            "fixed_point_correction): take Unrolled(), whose iterates are the steps', or Implicit()"
+            "Reversible differentiates the solution, and an earlier iterate was asked for (solution.states, "
+            "fixed_point_correction): take Unrolled(), which differentiates every iterate, or Implicit()"
         )
     last = int(report.steps.max()) if len(taken) else 0
     kept = tuple((_repeated(y, rows), _repeated(z, rows)) for y, z in state.kept)
@@ -198,7 +199,7 @@ def _whole(outcome: SolverResult, rows: int) -> ReversibleState:
 
 
 def _repeated(t: Tensor, rows: int) -> Tensor:
-    """``t`` once for each of the copies that vmap has laid one after the other in a backward pass."""
+    """``t`` repeated for the copies that vmap concatenates along the batch in a backward pass."""
     copies = rows // max(1, len(t))
     return t if copies <= 1 else t.repeat(copies, *(1,) * (t.ndim - 1))
 
@@ -211,11 +212,11 @@ def _tell(task: SolveTask, drift: Tensor, steps: Tensor, products: int, solver: 
     count_adjoint(lost.numel(), count)
     if count:
         notice(
-            "the way back did not lead to where the steps began",
-            f"Reversible has not found its way back in {count} of {lost.numel()} samples: it ends "
-            f"{float(drift.nan_to_num(torch.inf).max()):.2g} from where the steps began (relative to the state), and "
-            f"the gradient is that inexact. Rounding grows by up to {(1 - solver.damping) ** -2:.3g} a step "
-            "between the pairs that are remembered: take a smaller ReversibleIteration.keep_every, or leave it out; a "
-            "damping further from 1 helps as well. If that is not it, the map is random",
+            "the inverse steps did not lead back to the start",
+            f"Reversible: the inverse steps of {count} of {lost.numel()} samples end "
+            f"{float(drift.nan_to_num(torch.inf).max()):.2g} from a stored pair (relative to the state), and the "
+            f"gradient is as inexact. Rounding grows by up to {(1 - solver.damping) ** -2:.3g} per step between stored "
+            "pairs: take a smaller ReversibleIteration.keep_every, or leave it out; a damping further from 1 helps as "
+            "well. If that does not help, the map is random",
             ConvergenceWarning,
         )

@@ -1,4 +1,4 @@
-"""Eigenvalues from a Krylov space: power iteration that uses all of its vectors."""
+"""Eigenvalues from a Krylov space."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class RitzPairs(NamedTuple):
 
 
 def arnoldi(product: Callable[[Tensor], Tensor], start: Tensor, size: int) -> RitzPairs:
-    """Those of the space that ``size`` products span from ``start`` (``[batch, dim]``); Saad 2011, section 6.2."""
+    """The Ritz pairs of the Krylov space of ``size`` products from ``start`` (``[batch, dim]``; Saad 2011, section
+    6.2)."""
     batch, dim = start.shape
     work = widened(start)
     tiny = torch.finfo(work.dtype).tiny
@@ -48,6 +49,7 @@ def arnoldi(product: Callable[[Tensor], Tensor], start: Tensor, size: int) -> Ri
             w = w - torch.bmm(overlap.transpose(1, 2), basis[:, : j + 1])[:, 0]
             hessenberg[:, : j + 1, j] += overlap[:, :, 0]
         norm = row_norm(w)
+        # an invariant space is exhausted: what is left is rounding, and the space ends here
         norm = torch.where(norm > 1e-6 * torch.finfo(start.dtype).eps ** 0.5 * scale, norm, 0)
         hessenberg[:, j + 1, j] = norm
         basis[:, j + 1] = torch.where(norm[:, None] > 0, w / norm.clamp_min(tiny)[:, None], 0)

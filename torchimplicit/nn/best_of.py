@@ -1,4 +1,4 @@
-"""Several starts, of which every sample keeps the best solution."""
+"""Solves from several starts, of which every sample keeps the best solution."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ class BestOf:
 def best_of(solve: Callable[[Any], Solution], starts: Sequence[Any], *, choose: Choice | None = None) -> BestOf:
     """Solve from several starts, and keep the best solution of every sample.
 
-    Starts of one kind at random are the breadth of test-time scaling, as more steps are its depth (Huang et al. 2026,
-    arXiv 2605.21488)::
+    Random starts scale test-time computation in breadth, as more steps do in depth (Huang et al. 2026, arXiv
+    2605.21488)::
 
         starts = [torch.randn(batch, 8) for _ in range(4)]
         best = best_of(lambda z0: layer.solve(x, z0=z0), starts)
 
-    The starts are tried without gradients, one after the other, so that memory does not grow with their number. Where
-    grad mode is on, one more solve from the chosen starts, a mix over the samples, gives the value its gradient by the
-    solver and the estimator of ``solve``. Samples must not depend on each other for that.
+    The starts are tried without gradients, one after the other, so that memory does not grow with their number. In grad
+    mode, one more solve from each sample's best start gives the value its gradient, by the solver and the estimator of
+    ``solve``. Samples must not depend on each other for that.
 
     Args:
-        solve: a start to a :class:`~torchimplicit.Solution`, such as ``lambda z0: ti.solve(problem, z0, x)``; with
-            ``throw=False`` if a start may go non-finite.
+        solve: a function from a start to a :class:`~torchimplicit.Solution`, such as
+            ``lambda z0: ti.solve(problem, z0, x)``; with ``throw=False`` if a start may go non-finite.
         starts: the initial states.
-        choose: the best one of several solutions; ``None``: :func:`least_residual`. :class:`Vote` is another. For a
+        choose: how to choose among the solutions; ``None``: :func:`least_residual`. :class:`Vote` is another. For a
             minimum: ``lambda solutions: torch.stack([energy(s.value) for s in solutions]).argmin(0)``.
 
     Raises:
@@ -93,7 +93,8 @@ class Vote:
     """Choose the solution whose answer most of the starts agree on, and of these the one with the least residual.
 
     Args:
-        decode: a state to its answer, a tensor ``[batch, ...]`` of integers; answers agree where all entries do.
+        decode: a function from a state to its answer, a tensor ``[batch, ...]`` of integers; answers agree where all
+            entries do.
     """
 
     decode: Callable[[Any], Tensor]
@@ -111,7 +112,7 @@ def _residuals(solutions: Sequence[Solution]) -> Tensor:
 
 
 def _taken(trees: Sequence[Any], index: Tensor) -> Any:
-    """Of several trees the one that each sample has chosen."""
+    """For each sample, its entries of the tree that it has chosen."""
     if not index.ndim:
         return trees[int(index)]
     sample = torch.arange(len(index), device=index.device)

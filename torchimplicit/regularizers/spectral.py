@@ -81,8 +81,8 @@ def spectral_penalty(
             left = arnoldi(lambda v: v - flipped(v), start, subspace) if exact else right
         value, v = right.largest()
         other, u = left.of((left.values - value[:, None]).abs().argmin(dim=1)) if exact else (value, v.conj())
-        # not where the two have come to different eigenvalues, nor where the vectors are orthogonal, as for a defective
-        # matrix, whose eigenvalue has no derivative
+        # Where the two iterations found different eigenvalues, or the vectors are orthogonal (a defective matrix, whose
+        # eigenvalue has no derivative), the right vector stands in for the left one.
         overlap = (u * v).sum(dim=1).abs() / (u.norm(dim=1) * v.norm(dim=1))
         apart = (other - value).abs() > 0.1 * value.abs()
         lost = (overlap <= torch.finfo(overlap.dtype).eps ** 0.5) | apart
@@ -97,6 +97,7 @@ def spectral_penalty(
 
     _, pull = vjp(plain_step, flat)
     pulled = [pull(part.reshape(flat.shape).to(flat.dtype))[0].reshape(shape) for part in (u.real, u.imag)]
+    # d lambda = u^T dJ v: the pulled-back vector is J^T u, recorded, and v is a constant
     moving = torch.complex(*(widened(part) for part in pulled)) * v
     size = moving.sum(dim=1).abs()
     radius = value.abs() + size - size.detach()
@@ -111,7 +112,7 @@ _FIRST_ORDER = (
 
 
 class _Once(Function):
-    """The identity, whose derivative has none."""
+    """The identity; differentiating its derivative raises."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:

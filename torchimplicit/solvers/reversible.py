@@ -1,4 +1,4 @@
-"""An iteration that can be walked back."""
+"""A fixed-point iteration whose steps can be inverted."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torchimplicit.validation import check_count, check_positive
 
 
 class ReversibleState(NamedTuple):
-    """The pair, and what it takes to walk back from it.
+    """The pair of states, and the record that inverting its steps needs.
 
     Attributes:
         y, z: ``[batch, dim]``, in double precision where the device has it: the state, rounded, is ``z``.
-        told: ``[batch]``, the norm of the map's value at ``y``.
+        told: ``[batch]``, the norm of the map's value at ``y``, to check that the map is the same in the backward pass.
         moved: for each step, the samples that took it, bool ``[batch]``; ``None`` for all.
-        kept: the pairs that are kept for the way back, the start first.
+        kept: the pairs that are stored, the start first.
     """
 
     y: Tensor
@@ -40,23 +40,23 @@ class ReversibleIteration(Solver):
     :math:`y\\leftarrow(1-\\beta)y+\\beta f(z)`, then :math:`z\\leftarrow(1-\\beta)z+\\beta f(y)`, from
     :math:`y=z=z_0`; the solution is z.
 
-    Each half of a step can be solved for what it began with, so that :class:`~torchimplicit.Reversible` walks it back
-    and needs none of the iterates. A step takes two evaluations, and gains about what two steps of
-    ``FixedPointIteration(damping=β)`` do.
+    Each half of a step can be inverted, so that :class:`~torchimplicit.Reversible` recomputes the iterates in the
+    backward pass instead of storing them. A step takes two evaluations and gains about as much as two steps of
+    ``FixedPointIteration(damping=β)``.
 
-    Walking back multiplies rounding errors. The linear step of a map with the eigenvalue :math:`\\lambda` has the
-    determinant :math:`(1-\\beta)^2`, so that a step back multiplies them by :math:`1/|1-\\beta|` where
-    :math:`\\lambda=0`, and by :math:`1/(1-\\beta)^2` where :math:`\\lambda` comes near to 1. Two things keep that in
-    bounds: the pair is kept in double precision, whatever the dtype of the state and the precision of the map
-    (autocast); and every ``keep_every`` steps a pair is remembered, from which the way back goes on.
+    Inverse steps amplify rounding errors. For a map with the eigenvalue :math:`\\lambda` the linear step has the
+    determinant :math:`(1-\\beta)^2`, so that an inverse step multiplies errors by :math:`1/|1-\\beta|` where
+    :math:`\\lambda=0`, and by :math:`1/(1-\\beta)^2` where :math:`\\lambda` approaches 1. Two things limit
+    that: the pair is kept in double precision, whatever the dtype of the state and the precision of the map (autocast);
+    and a pair is stored every ``keep_every`` steps, from which the inverse steps continue.
 
     Args:
-        damping: :math:`\\beta` in (0, 2), and not 1, where a step forgets what it began with.
-        keep_every: after how many steps a pair is remembered. ``None``: as many as multiply the rounding of the pair by
-            at most :math:`\\epsilon^{-3/8}` (7e5: 9 steps for :math:`\\beta=.5`, 4 for .8); where the state has a
-            lower precision than the pair, :math:`\\epsilon^{-1/4}` (8e3: 6 and 2), before it may differ in a bit.
+        damping: :math:`\\beta` in (0, 2) except 1, for which a step has no inverse.
+        keep_every: number of steps between stored pairs. ``None``: as many as amplify the rounding of the pair by at
+            most :math:`\\epsilon^{-3/8}` (7e5: 9 steps for :math:`\\beta=.5`, 4 for .8); where the state has a lower
+            precision than the pair, :math:`\\epsilon^{-1/4}` (8e3: 6 and 2), before it may differ in a bit.
         rtol, atol, max_steps, keep_trajectory, keep_trace, check_every, steps, return_last: see :class:`Solver`. A
-            sample is returned at its last iterate, of which alone the way back is known.
+            sample is returned at its last iterate, the only one from which its steps can be inverted.
     """
 
     damping: float = 0.5
@@ -67,8 +67,8 @@ class ReversibleIteration(Solver):
         check_positive(self, "damping")
         if self.damping == 1:
             raise ValueError(
-                "ReversibleIteration.damping is 1: such a step forgets what it began with, and cannot be walked back. "
-                "Take another number in (0, 2), as .5 or .8; for the plain iteration, FixedPointIteration()"
+                "ReversibleIteration.damping is 1: such a step has no inverse. Take another number in (0, 2), such as "
+                ".5 or .8; for the plain iteration, FixedPointIteration()"
             )
         if self.damping >= 2:
             raise ValueError(f"ReversibleIteration.damping is {self.damping}, and must lie in (0, 2)")
@@ -83,7 +83,7 @@ class ReversibleIteration(Solver):
             )
 
     def span(self, pair: torch.dtype, state: torch.dtype) -> int:
-        """After how many steps a pair is remembered, for these dtypes."""
+        """Number of steps between stored pairs, for these dtypes."""
         if self.keep_every is not None:
             return self.keep_every
         share = 0.375 if pair == state else 0.25
@@ -96,7 +96,7 @@ class ReversibleIteration(Solver):
     def step(self, evaluate: Evaluator, point: Point, state: ReversibleState, progress: Progress) -> Move:
         assert point.image is not None
         active, (y, z, _, moved, kept) = progress.active, state
-        if active is not None:  # the map is not shown what made a sample stop
+        if active is not None:  # a sample that has stopped may hold values that the map fails on
             y = torch.where(active[:, None] | y.isfinite(), y, z)
         y = self._half(y, point.image, active)
         image = evaluate.image(y.to(point.z.dtype))
