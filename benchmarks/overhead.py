@@ -1,6 +1,7 @@
 """What a solver costs beyond the evaluations of f, ours beside TorchDEQ, float32 on one CPU thread.
 
     python benchmarks/overhead.py
+    python benchmarks/overhead.py --against REVISION     # fixed costs beside another revision's
 
 The overhead of a pass is its time over (evaluations × the time of one evaluation of f under no_grad), or, backward,
 over (products × the time of one vector-Jacobian product). Beside it: how many tensor operations and host reads one
@@ -10,14 +11,19 @@ iteration makes; each host read is a synchronisation on a GPU.
 from __future__ import annotations
 
 import os
+import random
+import statistics
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import record  # isort: skip  (first: it sets the number of threads)
 
 import torch
 from candidates import SOLVERS, TOLERANCE, Variant, inference, our_variant, torchdeq_variant
 from layer import SIZES, Layer, Work, count, label
-from record import Bars, Candidate, Row, Target, Timing, interleave
+from record import ROOT, Bars, Candidate, Row, Target, Timing, interleave
+from regression import Worker, checked_out
 
 TARGETS = {
     "fixed point": {"64×128": 3.0, "256×512": 1.3, "32×2048": 1.05},
@@ -47,6 +53,9 @@ COUNTS = (
     "backward host reads / product",
 )
 FEW, MANY = 10, 20
+FIXED = ("size", "cost", "this µs", "other µs", "ratio")
+FIXED_TARGET = 0.5
+"""The most that set-up and recording may cost, in terms of the revision at which this was asked for."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +166,44 @@ def _forward_work(layer: Layer, variant: Variant) -> Work:
     return count(lambda: inference(variant), layer.z0.numel())
 
 
-def targets(rows: list[Row]) -> list[Target]:
-    """The overheads wanted of ours, forward, without the rowwise promise."""
-    return [
+def fixed_costs(options: Any) -> list[Row]:
+    """What a solve costs that takes no step, less the evaluation that it makes: without gradients (set-up), and what is
+    added where autograd records (recording). Of this tree and of another, in processes of their own, in turn."""
+    found: dict[str, list[list[float]]] = {}
+    with ExitStack() as stack:
+        tree, _ = stack.enter_context(checked_out(options.against))
+        workers = [Worker(each, "fixed", options.seed) for each in (ROOT, tree)]
+        for worker in workers:
+            stack.callback(worker.close)
+        cases, generator = list(workers[0].cases), random.Random(options.seed)
+        for _ in range(10 * options.repeats):
+            generator.shuffle(cases)
+            for case in cases:
+                order = [0, 1] if generator.random() < 0.5 else [1, 0]
+                for i in order:
+                    found.setdefault(case, [[], []])[i].append(1e3 * workers[i].cpu_ms(case))
+    # lower quartiles: what else runs on the machine makes samples longer, never shorter
+    quick = {case: [statistics.quantiles(of)[0] for of in both] for case, both in found.items()}
+    rows: list[Row] = []
+    for size in dict.fromkeys(case.split(" | ")[0] for case in sorted(quick)):
+        plain, recorded, solve, whole = (
+            quick[f"{size} | {what}"] for what in ("evaluation", "recorded evaluation", "solve", "recorded solve")
+        )
+        set_up = [s - e for s, e in zip(solve, plain, strict=True)]
+        # a recorded solve evaluates twice: at the start, and for the backward pass
+        recording = [w - 2 * r - s for w, r, s in zip(whole, recorded, set_up, strict=True)]
+        for cost, (this, other) in (("set-up", set_up), ("recording", recording)):
+            rows.append({"size": size, "cost": cost, "this µs": this, "other µs": other, "ratio": this / other})
+    return rows
+
+
+def targets(rows: list[Row], fixed: list[Row]) -> list[Target]:
+    """The overheads wanted of ours, forward, without the rowwise promise; and the fixed costs."""
+    wanted = [
+        Target(f"{row['size']}: {row['cost']}, in terms of the other revision's", row["ratio"], "<=", FIXED_TARGET)
+        for row in fixed
+    ]
+    return wanted + [
         Target(
             f"{row['size']}, {row['solver']}: forward overhead",
             row["forward ×"],
@@ -184,12 +228,13 @@ def panels(rows: list[Row]) -> list[Bars]:
 
 def main() -> None:
     """Measure, compare, record."""
-    options = record.arguments(__doc__.splitlines()[0], repeats=21, seconds=45.0)
+    options = record.arguments(__doc__.splitlines()[0], repeats=21, seconds=45.0, against="afd92de")
     load, rows = os.getloadavg(), []
     for batch, dim in SIZES[:1] if options.quick else SIZES:
         rows += measure(Layer(batch, dim, "gaussian", options.seed), options.repeats, options.seconds)
     work = counts(Layer(64, 128, "orthogonal", options.seed))
-    titles = "Overhead", "Operations and host reads of one iteration"
+    fixed = fixed_costs(options)
+    titles = "Overhead", "Operations and host reads of one iteration", "Fixed costs of a solve"
     record.record(
         "overhead",
         options,
@@ -198,17 +243,20 @@ def main() -> None:
             "layer": "z = tanh(W z + x), Gaussian W, |W|_2 = 0.9, x precomputed, from zero",
             "tolerance": f"relative {TOLERANCE:g}, forward and adjoint",
             "TorchDEQ": "cap 50, the same solver in both passes",
+            "fixed costs": f"a solve from its solution, which takes no step; the other revision is {options.against}",
             "counts": f"64×128, orthogonal W, difference of runs of {MANY} and {FEW} evaluations that cannot converge",
         },
-        rows={titles[0]: rows, titles[1]: work},
-        columns={titles[0]: (*COLUMNS, "setting"), titles[1]: COUNTS},
-        targets=targets(rows),
+        rows={titles[0]: rows, titles[1]: work, titles[2]: fixed},
+        columns={titles[0]: (*COLUMNS, "setting"), titles[1]: COUNTS, titles[2]: FIXED},
+        targets=targets(rows, fixed),
         panels=panels(rows),
         notes=[
             "Times are medians of CPU time. 'forward ×' is inference, no_grad; 'forward with graph ×' is training's.",
             "An overhead below 1 means that the solver's calls were cheaper than the unit call measured beside them "
             "(fewer rows, warmer caches).",
             "kernels: dispatched operations that are no views, f's own two included; operations: views too.",
+            "set-up: a solve without a step, less one evaluation, no_grad; recording: what more it costs where "
+            "autograd records it, less two recorded evaluations for the one. Lower quartiles of CPU time.",
             "The backward pass also evaluates f once or twice with a graph and takes the product in the parameters, so "
             "its overhead holds work that is not the solver's.",
         ],

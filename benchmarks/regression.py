@@ -39,9 +39,8 @@ COLUMNS = ("size", "solver", "passes", "this ms", "other ms", "ratio", "least", 
 class Worker:
     """A process that times one tree's library."""
 
-    def __init__(self, tree: Path, options: Any):
-        command = [sys.executable, str(ROOT / "benchmarks" / "regression_worker.py")]
-        command += ["quick" if options.quick else "whole", str(options.seed)]
+    def __init__(self, tree: Path, cases: str, seed: int):
+        command = [sys.executable, str(ROOT / "benchmarks" / "regression_worker.py"), cases, str(seed)]
         self.process = subprocess.Popen(
             command,
             env=os.environ | {"PYTHONPATH": str(tree)},
@@ -103,7 +102,7 @@ def measure(other: Path, options: Any) -> dict[str, list[list[tuple[float, float
             workers = []
             # which of the two starts first may matter too
             for tree in (ROOT, other) if launch % 2 == 0 else (other, ROOT):
-                workers.append(Worker(tree, options))
+                workers.append(Worker(tree, "quick" if options.quick else "whole", options.seed))
                 stack.callback(workers[-1].close)
             this, that = workers if launch % 2 == 0 else reversed(workers)
             cases = list(this.cases)

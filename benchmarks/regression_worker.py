@@ -25,6 +25,7 @@ from torchimplicit.models import MDEQ, mdeq_small
 TOLERANCE = 1e-4
 SOLVERS = {"plain": ti.FixedPointIteration, "Anderson": ti.Anderson, "Broyden": ti.Broyden}
 IMAGES, SETTLING_STEPS = 8, 10
+FIXED_SIZES = ((1, 16), (64, 128))
 
 
 def layer_cases(layer: Layer) -> dict[str, Candidate]:
@@ -87,14 +88,45 @@ def mdeq_cases(seed: int) -> dict[str, Candidate]:
     return {f"MDEQ-small, {IMAGES} images | Broyden | step, {name}": Candidate(step(name)) for name in gradients}
 
 
+def fixed_cases(layer: Layer) -> dict[str, Candidate]:
+    """A solve that begins at its solution and takes no step, and the evaluation that it makes; recorded and not."""
+    problem, solver = ti.FixedPoint(layer.f), ti.FixedPointIteration(rtol=TOLERANCE, atol=0.0)
+    z = layer.reference["z"].float()
+
+    def evaluated(_: object) -> None:
+        layer.f(z.detach().requires_grad_(torch.is_grad_enabled()), layer.x)
+
+    def solved(_: object) -> None:
+        ti.solve(problem, z, layer.x, solver=solver)
+
+    def unrecorded(run: Callable[[object], None]) -> Callable[[object], None]:
+        def under(argument: object) -> None:
+            with torch.no_grad():
+                run(argument)
+
+        return under
+
+    size = label(layer.batch, layer.dim)
+    return {
+        f"{size} | evaluation": Candidate(unrecorded(evaluated)),
+        f"{size} | recorded evaluation": Candidate(evaluated),
+        f"{size} | solve": Candidate(unrecorded(solved)),
+        f"{size} | recorded solve": Candidate(solved),
+    }
+
+
 def main() -> None:
     """Answer until the standard input ends."""
     warnings.simplefilter("ignore")
-    quick, seed = sys.argv[1] == "quick", int(sys.argv[2])
+    chosen, seed = sys.argv[1], int(sys.argv[2])
     cases: dict[str, Candidate] = {}
-    for batch, dim in SIZES[:1] if quick else SIZES:
-        cases |= layer_cases(Layer(batch, dim, "gaussian", seed))
-    if not quick:
+    if chosen == "fixed":
+        for batch, dim in FIXED_SIZES:
+            cases |= fixed_cases(Layer(batch, dim, "gaussian", seed))
+    else:
+        for batch, dim in SIZES[:1] if chosen == "quick" else SIZES:
+            cases |= layer_cases(Layer(batch, dim, "gaussian", seed))
+    if chosen == "whole":
         cases |= mdeq_cases(seed)
     calls = {name: record.calls_per_sample(candidate) for name, candidate in cases.items()}
     gc.collect()

@@ -12,7 +12,8 @@ import torch
 import torch._functorch.config
 from torch._C import _autograd, _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd import Variable, forward_ad
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import Function, Variable, forward_ad
 
 functorch = _functorch
 """The tensor wrappers of ``torch.func``'s transforms: their levels, and the tensors inside."""
@@ -58,3 +59,18 @@ pop_saved_tensor_hooks: Any = _autograd._pop_saved_tensors_default_hooks
 def forward_level() -> int:
     """The level of forward mode; negative for none."""
     return forward_ad._current_level
+
+
+class Node(Function):
+    """A node of autograd whose arguments are given by position.
+
+    Outside of ``torch.func`` transforms :meth:`apply` does not bind them to the signature of ``forward``, which would
+    take as long as the rest of the call.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """The outputs of ``forward``, with their derivatives."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]

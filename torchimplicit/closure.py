@@ -164,7 +164,7 @@ class _Watcher(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _QUESTIONS:
-            return func(*args)
+            return func(*args, **(kwargs or {}))
         if func is torch.autograd.grad and not self._all_known(args[0]):
             # a graph from before the call, as in a pullback of torch.func.vjp: its ends must not be replaced
             kwargs = {**(kwargs or {}), "grad_outputs": self._replace(kwargs["grad_outputs"])}
@@ -251,7 +251,7 @@ class _Recorder(_Watcher):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _QUESTIONS:
-            return func(*args)
+            return func(*args, **(kwargs or {}))
         if func in _CUTS:
             self.cuts = self.cuts or (args[0].is_floating_point() and self._knows(args[0]))
         elif func is set_grad_enabled and not args[0]:

@@ -198,8 +198,8 @@ class FlatCall:
             self.left = True
 
     def __call__(self, z: Tensor | tuple[Tensor, ...], *args: Any) -> Any:
-        copies = self.members.normalize and torch.is_grad_enabled()
-        if self.left or self.autocast.dtype is not None or copies or thaws():
+        around = torch.is_grad_enabled() and (self.members.normalize or thaws())
+        if self.left or self.autocast.dtype is not None or around:
             output = self._as_stated(z, args)
         else:  # within the solve the state is that of the call, and restoring it would cost time
             output = self.function(self._state(z), *args)

@@ -14,15 +14,14 @@ transforms, which would need a graph of their own, the system is evaluated again
 
 from __future__ import annotations
 
-import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function
 
+from torchimplicit._torch import Node
 from torchimplicit.closure import is_transformed
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.gradients.base import FlatSolution, Gradient, SolveTask, differentiable
@@ -115,7 +114,7 @@ class DerivativeRule(Gradient):
         return by_node(task, self, params)
 
 
-class Solve(Function):
+class Solve(Node):
     """The solution of a task as a function of its parameters: ``(task, rule, z0, *params) -> FlatSolution``.
 
     ``z0`` is ``None`` and the start taken from the task, except where a transform has to see it. The pullback is the
@@ -169,7 +168,7 @@ class Solve(Function):
         return tuple(t.reshape(size, -1, *t.shape[1:]) for t in solution), (0, 0, 0, 0)
 
 
-class LinearSolve(Function):
+class LinearSolve(Node):
     """The solution :math:`y` of :math:`A y = b`, or of :math:`A^T y = b` if ``transposed``, with :math:`A` the
     Jacobian of the system's residual at ``z``: ``(linear, solver, transposed, b, z, *params) -> y``.
 
@@ -263,7 +262,7 @@ def _vjp(linear: LinearTask, z: Tensor, params: Sequence[Tensor]) -> Callable[[T
     return of_one_or_a_block
 
 
-class Graft(Function):
+class Graft(Node):
     """Tensors recorded on a tape, as functions of the actual tensors that its leaves stand for:
     ``(kept, recorded, leaves, *actual)``.
 
@@ -297,7 +296,7 @@ class Graft(Function):
         return None, None, None, *_grafted(ctx.kept, grads, (*ctx.leaves, *ends), (*actual, *vs))
 
 
-class FirstOrder(Function):
+class FirstOrder(Node):
     """An estimate without a derivative: ``(task, compute, name, of_state, x, z, *params) -> tensors``.
 
     ``compute(task, x, z, params)`` runs on plain tensors, and returns tangents of the state (``of_state``) or
@@ -340,26 +339,6 @@ class FirstOrder(Function):
         if of_state:
             out = tuple(t.reshape(size, -1, *t.shape[1:]) for t in out)
         return tuple(out), (0,) * len(out)
-
-
-class _AsGiven(inspect.Signature):
-    """The signature of a function that is called with all of its arguments by position: binding does nothing."""
-
-    def bind(self, *args: Any, **kwargs: Any) -> Any:
-        return _Bound(args, kwargs)
-
-
-class _Bound(NamedTuple):
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def apply_defaults(self) -> None:
-        """There are none."""
-
-
-for _node in (Solve, LinearSolve, Graft, FirstOrder):
-    # autograd binds the arguments to the signature of forward at every call, which is slow; inspect looks here first
-    _node.forward.__signature__ = _AsGiven()  # type: ignore[union-attr]
 
 
 class FirstOrderRule(DerivativeRule):
@@ -510,9 +489,9 @@ def _compare(task: SolveTask, out: Tensor, solution: FlatSolution, params: Seque
     if look is None or look.known or not isinstance(task.system, FixedPointSystem) or out.ndim != 2:
         return
     with torch.no_grad():
-        if bool((solution.steps == solution.steps[:1]).all()):  # otherwise they were evaluated in different batches
-            residual = row_norm(out - solution.z) / row_norm(out)
-            look.compare(residual, solution.residual, solution.z, params)
+        last = solution.steps == solution.steps.amax()  # the others stopped earlier, beside other states
+        residual = row_norm(out - solution.z) / row_norm(out)
+        look.compare(residual[last], solution.residual[last], solution.z, params)
 
 
 def _parted(linear: LinearTask) -> tuple[LinearTask, Linearization | None, tuple[Tensor, ...]]:

@@ -10,15 +10,14 @@ which consists of products with :math:`A`, :math:`A^T` and their pseudo-inverses
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function
 
+from torchimplicit._torch import Node
 from torchimplicit.coupling import Coupling
 from torchimplicit.gradients.figures import report
 from torchimplicit.gradients.transforms import (
@@ -114,7 +113,7 @@ class Maps:
         return replace(self, fn=vmapped(self.fn, size, tuple(dims)))
 
 
-class PseudoSolve(Function):
+class PseudoSolve(Node):
     """:math:`y=M^+b` with M the maps, or their transposes: ``(maps, transposed, b, *params) -> PseudoSolution``."""
 
     @staticmethod
@@ -183,6 +182,3 @@ class PseudoSolve(Function):
         size, dims, params = fold_copies(info, in_dims[3:], params)
         solution = PseudoSolve.apply(maps.vmapped(size, dims), transposed, stack_copies(b, in_dims[2], size), *params)
         return tuple(t.reshape(size, -1, *t.shape[1:]) for t in solution), (0, 0, 0, 0)
-
-
-PseudoSolve.forward.__signature__ = inspect.signature(PseudoSolve.forward)  # type: ignore[attr-defined]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function
 
+from torchimplicit._torch import Node
 from torchimplicit.captured import Passes
 from torchimplicit.closure import carries_derivative, is_transformed
 from torchimplicit.errors import UnsupportedDerivativeError
@@ -132,7 +131,7 @@ class WhenUnconverged(Gradient):
         return solution._replace(z=torch.where(column, other.z, solution.z))
 
 
-class Weighted(Function):
+class Weighted(Node):
     """A state ``[batch, dim]`` whose derivative is multiplied by ``weight`` (``[batch, 1]``)."""
 
     generate_vmap_rule = True
@@ -154,9 +153,6 @@ class Weighted(Function):
     def jvp(ctx: Any, dz: Tensor, _: Any) -> Tensor:
         with nested_forward_mode():
             return _times(dz, *ctx.saved_tensors)
-
-
-Weighted.forward.__signature__ = inspect.signature(Weighted.forward)  # type: ignore[attr-defined]
 
 
 def _times(v: Tensor, weight: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchimplicit import records
 from torchimplicit.coupling import Coupling, broken_promise
 from torchimplicit.linear import LinearOperator, LinearSolution, LinearSolver
 from torchimplicit.linear.confirmed import solve_any
 from torchimplicit.precision import widened
 from torchimplicit.problems.linearization import Linearization, check_unmoved
-from torchimplicit.records import changed
 from torchimplicit.state import Leaves, row_norm, safe_row_norm
 
 
@@ -91,9 +91,7 @@ class Point:
             other, lambda _, mine, theirs: torch.where(column if mine.ndim == 2 else mask, mine, theirs)
         )
 
-    def changed(self, **values: Any) -> Self:
-        """This point with other values."""
-        return changed(self, **values)
+    changed = records.changed
 
     def stopped(self, mask: Tensor, other: Point) -> Point:
         """:meth:`select` for points that no step will be taken from: their residual vectors are not kept."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function
 
+from torchimplicit._torch import Node
 from torchimplicit.closure import is_transformed
 
 
@@ -33,7 +32,7 @@ def unseen(function: Callable[..., tuple[Tensor, ...]], rows: int, *tensors: Ten
     return results
 
 
-class _Unseen(Function):
+class _Unseen(Node):
     @staticmethod
     def forward(function: Callable[..., tuple[Tensor, ...]], rows: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return function(*tensors)
@@ -56,10 +55,6 @@ class _Unseen(Function):
         size = info.batch_size
         results = _Unseen.apply(function, size * rows, *_folded(size, rows, in_dims[2:], tensors))
         return tuple(t.reshape(size, rows, *t.shape[1:]) for t in results), (0,) * len(results)
-
-
-# autograd inspects the signature of forward at every call, which is slow; this is where inspect looks first
-_Unseen.forward.__signature__ = inspect.signature(_Unseen.forward)  # type: ignore[attr-defined]
 
 
 def _folded(size: int, rows: int, dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:

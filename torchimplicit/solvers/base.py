@@ -133,8 +133,7 @@ class Progress(NamedTuple):
             self.judge.measure.refuse(samples)
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """What a solver's step returns to the loop.
 
     Attributes:

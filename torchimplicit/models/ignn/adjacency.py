@@ -8,16 +8,15 @@ derivatives, in every mode and of every order, are itself and its transposed.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from torchimplicit._torch import Node
 from torchimplicit.models.ignn.perron import perron_bound
 from torchimplicit.precision import without_autocast
 
@@ -167,7 +166,7 @@ torch.library.register_autograd(_NAME, _back, setup_context=_note, lib=_library)
 torch.library.register_vmap(_NAME, _side_by_side, lib=_library)
 
 
-class _NeighbourSum(Function):
+class _NeighbourSum(Node):
     """``(x, adjacency, transposed) -> A^T x`` or ``A x``, linear in ``x``."""
 
     @staticmethod
@@ -193,10 +192,6 @@ class _NeighbourSum(Function):
         side_by_side = x.movedim(in_dims[0], 1)  # [nodes, copies, features]
         out = neighbour_sum(side_by_side.flatten(1), adjacency, transposed)
         return out.unflatten(1, side_by_side.shape[1:]), 1
-
-
-# autograd inspects the signature of forward at every call, which is slow; this is where inspect looks first
-_NeighbourSum.forward.__signature__ = inspect.signature(_NeighbourSum.forward)  # type: ignore[attr-defined]
 
 
 def _checked(edge_index: Tensor, nodes: int, edge_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
