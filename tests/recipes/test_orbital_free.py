@@ -289,6 +289,16 @@ def test_training_lowers_the_loss(tmp_path, folder, optimizer):
     assert run.read_json("evaluation.json")["train"][0]["loss"] == pytest.approx(results["train"][0]["loss"])
 
 
+def test_weights_are_selected_by_what_is_trained(h2):
+    """By energies too, where the loss has them: half the squared error per electron."""
+    case = Case.of(h2)
+    found = [quality(case, fitted(h2, settings()), settings())]
+    by_density = runner._score(found, [case], settings())
+    by_both = runner._score([replace(found[0], energy_error=0.02)], [case], settings(energy_weight=30.0))
+    assert by_density == found[0].loss
+    assert by_both == pytest.approx(found[0].loss + 0.5 * 30 * 0.01**2)
+
+
 def test_a_run_goes_on_where_it_was_stopped(tmp_path, folder, monkeypatch):
     config = settings(folder, iterations=4, optimizer="adam")
     run = begun(tmp_path / "run", config)

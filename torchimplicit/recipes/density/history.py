@@ -22,6 +22,8 @@ class Measurement:
             the loss, from the densities found before, the mean of a molecule.
         unconverged: minimizations in it that were not done.
         train, validation: all densities, found from the superposition of atoms; ``None`` where they were not measured.
+        score: what selects the weights, the least being the best: the validation molecules' L, and what their energies
+            add to the loss where energies are trained.
     """
 
     iteration: int
@@ -32,6 +34,7 @@ class Measurement:
     unconverged: int
     train: Summary | None = None
     validation: Summary | None = None
+    score: float | None = None
 
 
 @dataclass
@@ -41,7 +44,7 @@ class History(Clock):
     Attributes:
         looks: in their order.
         weights: number of trained weights.
-        best: the iteration of the least validation loss, whose weights are kept; -1 before the first measurement.
+        best: the iteration of the least score, whose weights are kept; -1 before the first measurement.
     """
 
     looks: list[Measurement] = field(default_factory=list)

@@ -404,7 +404,8 @@ def protocol(config: MoleculesConfig, runs: Runs) -> str:
     return (
         f"{', '.join(config.molecules)}, each at its own geometry and in {config.train_copies} distorted "
         f"({config.distort:g} angstrom) to train on, {config.validation_copies} others to select the weights by (the "
-        f"least L), {config.test_copies} others to test on; other geometries for each of {config.plan.seeds} seeds. "
+        "least L, and what energies add to the loss where they are trained), "
+        f"{config.test_copies} others to test on; other geometries for each of {config.plan.seeds} seeds. "
         f"{labelled(config.grid)}. Thomas-Fermi, von Weizsäcker and LDA, a network as enhancement factor, and a linear "
         "term, which is fitted first. The loss is half the squared density error per electron, and a weight of "
         f"{plain.tail_weight:g} for the same over the density; energies, where they are trained, weigh "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from rich.console import Console
@@ -177,23 +178,22 @@ class _Watcher:
             history.looks.pop()
         count = len(self.cases["train"])
         figures = (work.steps / count, work.adjoint / count, work.unconverged)
-        train = validation = None
+        train = validation = score = None
         if measured:
             functional, config = self.objective.functional, self.config
             train = summarized(qualities(self.cases["train"], functional, config, spectrum=config.spectrum))
             if self.cases["validation"]:
-                validation = summarized(qualities(self.cases["validation"], functional, config))
-        history.looks.append(
-            Measurement(history.iterations, history.seconds, loss, *figures, train=train, validation=validation)
-        )
+                found = qualities(self.cases["validation"], functional, config)
+                validation, score = summarized(found), _score(found, self.cases["validation"], config)
+        history.looks.append(Measurement(history.iterations, history.seconds, loss, *figures, train, validation, score))
         if measured:
             self._select()
 
     def _select(self) -> None:
         history = self.history
-        by = {look.iteration: look.validation for look in history.looks if look.validation is not None}
+        by = {look.iteration: look.score for look in history.looks if look.score is not None}
         if by:
-            history.best = min(by, key=lambda iteration: by[iteration].loss)
+            history.best = min(by, key=lambda iteration: by[iteration])
         else:
             history.best = history.looks[-1].iteration
         if history.best == history.looks[-1].iteration:
@@ -201,6 +201,13 @@ class _Watcher:
 
     def _kept(self) -> dict[str, object]:
         return {"weights": self.objective.model.state_dict(), "history": to_plain(self.history)}
+
+
+def _score(found: Sequence[Quality], cases: Sequence[Case], config: OrbitalFreeTraining) -> float:
+    """See :class:`~torchimplicit.recipes.density.history.Measurement`."""
+    per_electron = [one.energy_error / float(case.molecule.electrons) for one, case in zip(found, cases, strict=True)]
+    energies = fmean(0.5 * config.energy_weight * error**2 for error in per_electron)
+    return fmean(one.loss for one in found) + energies
 
 
 def _read(config: OrbitalFreeTraining, console: Console) -> tuple[Split, dict[str, list[Case]]]:
