@@ -37,12 +37,6 @@ LACKING = {
     # it was rounded to five digits, and is rounded again
     "phantom-precision": ("k = 2", "k = 10", "the adaptive phantom gradient on", "Backpropagation", "Test accuracy"),
     "ofdft-molecules": ("Training L", "molecule by molecule", "training molecules' L falls", "L and L1 per electron"),
-    "ofdft-stability-l-bfgs": (
-        "L, finer grid",
-        "Both ways, before and after",
-        "gradient descent with momentum",
-        "gradient descent slows down",
-    ),
 }
 
 
