@@ -276,3 +276,38 @@ def test_an_extreme_joint_problem_is_right_or_said(units: tuple[float, float]) -
     right = ti.solve(plain, (torch.zeros(1, 3), torch.zeros(1, 3)), solver=ti.Anderson()).value.x
     error = (solution.value.x - right).norm() / right.norm()
     assert not solution.converged.all() or error < 1e-3, (error, solution.summary())
+
+
+@pytest.mark.parametrize("units", [(1e-20, 1.0, 1e15), (1e-26, 1.0, 1.0), (1.0, 1e21, 1.0), (1e-12, 1.0, 1e12)])
+@pytest.mark.parametrize("kind", ["fixed point", "root", "minimum", "box", "plane", "least squares"])
+def test_samples_of_unlike_magnitudes_are_solved_or_not_said_to_be(kind: str, units: tuple[float, ...]) -> None:
+    """In one batch in single precision, where no common unit keeps the squares of all in range."""
+    w, x = data(torch.float32)
+    x = x[:3]
+
+    def problem(state: torch.Tensor, size: torch.Tensor) -> Any:
+        def image(z: torch.Tensor) -> torch.Tensor:
+            return state * torch.tanh(z / state @ w.to(z.dtype).T + x.to(z.dtype))
+
+        def energy(z: torch.Tensor) -> torch.Tensor:
+            return (size * (0.5 * (z / state) ** 2 + 0.25 * (z / state) ** 4 - z / state * x.to(z.dtype))).sum(dim=1)
+
+        return {
+            "fixed point": lambda: ti.FixedPoint(image),
+            "root": lambda: ti.Root(lambda z: (z - image(z)) / state * size),
+            "minimum": lambda: ti.Minimum(energy),
+            "box": lambda: ti.Minimum(energy, ti.Box(-0.4 * state.expand(3, 3), 0.4 * state.expand(3, 3))),
+            "plane": lambda: ti.Minimum(energy, ti.LinearEquality(torch.ones(3, dtype=state.dtype), state[:, 0])),
+            "least squares": lambda: ti.LeastSquares(
+                lambda z: size * torch.cat(((z - image(z)) / state, 0.3 * z / state), dim=1)
+            ),
+        }[kind]()
+
+    one = torch.ones(3, 1, dtype=F64)
+    right = ti.solve(problem(one, one), torch.full((3, 3), 0.1, dtype=F64)).value
+    other = torch.tensor(units)[:, None]
+    for state, size in ((other, torch.ones(3, 1)), (torch.ones(3, 1), other)):
+        for solver in (None, ti.NewtonKrylov(), ti.Anderson()):
+            solution = ti.solve(problem(state, size), 0.1 * state.expand(3, 3), solver=solver, throw=False)
+            found = (solution.value / state).to(F64)[solution.converged]
+            torch.testing.assert_close(found, right[solution.converged], rtol=5e-3, atol=5e-3)

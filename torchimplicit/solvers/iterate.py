@@ -22,6 +22,7 @@ from torchimplicit.solvers.base import Evaluator, Move, Progress, Solver
 from torchimplicit.solvers.given_steps import take_steps
 from torchimplicit.solvers.joint_units import in_part_units
 from torchimplicit.solvers.magnitude import (
+    beside_others,
     examined,
     extreme,
     extreme_at_first,
@@ -75,7 +76,8 @@ def iterate(
         units: the units in which that other solver worked.
     """
     if units is not None:
-        return solved_in(units, iterate, solver, system, z0, params, only, since)
+        outcome = solved_in(units, iterate, solver, system, z0, params, only, since)
+        return beside_others(outcome, solver, system, params)
     if solver.steps is not None:
         return take_steps(solver.leading, system, z0, params, first, recorded)
     if isinstance(solver, Polyalgorithm):
@@ -94,6 +96,7 @@ def iterate(
     units = first_units(system, loop.point, params) if loop.suspect and since is None else None
     if units is not None:
         outcome = solved_in(units, iterate, solver, system, loop.point.z, params, only)
+        outcome = beside_others(outcome, solver, system, params)
         return outcome.having_spent(evaluate.rows_evaluated / len(outcome.z))
     outcome = loop.run()
     if loop.stepped:  # a start that is a solution was judged by an evaluation of the whole batch already
@@ -415,7 +418,8 @@ class _Loop:
         # no test against the growth limit: what is smaller than a residual within the limit is within it, and NaN fails
         self.smooth = self.smooth and bool((unsolved & (norm < self.best_rank)).all())
         if self.smooth:
-            self.best, self.best_rank, self.suspect = self.point, norm, False
+            self.best, self.best_rank = self.point, norm
+            self.suspect = self.suspect and step > 0  # the first norms are larger than the lowest that is sure
         else:
             self.tries -= 1  # a failed test costs a read from the device on top of that of the full one
         return self.smooth

@@ -119,11 +119,18 @@ def examined(
     with torch.no_grad():
         point = system.at(outcome.z, params)
         moves = (point.residual != 0).any(dim=1)
-        norm = outcome.norm if outcome.norm.ndim == 1 else outcome.norm.amin(dim=1)
-        hidden = outcome.report.converged & (norm <= MARGIN * torch.finfo(norm.dtype).tiny ** 0.5) & moves
+        least = outcome.norm
+        if judge.measure is not None:  # beside a state whose norm underflows, every step is short
+            least = torch.minimum(least, judge.measure.recent)
+        least = least if least.ndim == 1 else least.amin(dim=1)
+        hidden = outcome.report.converged & (least <= MARGIN * torch.finfo(least.dtype).tiny ** 0.5) & moves
         units = None
         if judge.measure is not None and bool(moves.any()) and not bool(judge.measure.since.any()):
             units = first_units(system, point, params, judge.measure.first)
+        report = outcome.report
+        blind = report.converged & (report.steps == 0) & _vanished(system, outcome.z, params)
+        status = report.status.masked_fill(blind, int(Status.BREAKDOWN))
+        outcome = replace(outcome, report=replace(report, status=status))
     if units is not None and units.state < 1:
         return after(outcome, solved_in(units, solve, solver, system, outcome.z, params, only=moves), moves)
     return _confirmed(outcome, hidden, point, judge, system, params) if bool(hidden.any()) else outcome
@@ -164,6 +171,45 @@ def solved_in(
         state=found.state if isinstance(system, FixedPointSystem) else None,
         units=units,
     )
+
+
+@torch.no_grad()
+def beside_others(outcome: SolverResult, solver: Solver, system: System, params: Sequence[Tensor]) -> SolverResult:
+    """An outcome that was found in other units, without the samples that are so much smaller than the largest of the
+    batch that their residuals vanish in these units: claimed to be solved, they have to be so in the problem's own."""
+    norm = outcome.norm
+    if norm is None or not bool((outcome.report.converged & ~_seen(norm)).any()):
+        return outcome
+    seen = seen_at(Evaluator(system, params), outcome.z)
+    if seen is None or seen[0].scale is not None:
+        return outcome
+    judge = Judge(system, seen[0], solver.rtol, solver.atol)
+    assert judge.measure is not None
+    judge.measure.recent = system.safe_norms(outcome.z)
+    solved, _, parts = judge.look(*seen, closely=False, norms_of=system.safe_norms)
+    system.anew(params)
+    restated = None if outcome.units is None else system.in_units(*outcome.units)
+    if restated is not None and outcome.units is not None:
+        solved = solved & ~_vanished(restated, outcome.z / outcome.units.state, params)
+    denied = outcome.report.converged & ~_seen(norm) & ~solved
+    status = outcome.report.status.masked_fill(denied, int(Status.BREAKDOWN))
+    residual = torch.where(denied, worst(parts).to(outcome.report.residual.dtype), outcome.report.residual)
+    return replace(outcome, report=replace(outcome.report, status=status, residual=residual))
+
+
+def _vanished(system: System, z: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """bool ``[batch]``, the samples whose least squares are zero though they are squares of something."""
+    residuals = getattr(system, "residuals", None)
+    if residuals is None:
+        return torch.zeros_like(z[:, 0], dtype=torch.bool)
+    energy = system.at(z, params).energy
+    assert energy is not None
+    return (energy == 0) & (residuals(z, *params) != 0).any(dim=1)
+
+
+def _seen(norm: Tensor) -> Tensor:
+    """bool ``[batch]``, the samples none of whose residuals has vanished."""
+    return norm > 0 if norm.ndim == 1 else (norm > 0).all(dim=1)
 
 
 @torch.no_grad()
