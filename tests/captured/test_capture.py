@@ -227,12 +227,31 @@ def test_one_warning_names_the_reason_and_the_eager_loop_serves(f, words):
         warnings.simplefilter("always")
         with pytest.warns(CaptureWarning, match=words) as told:
             found = ti.solve(FixedPoint(f), z0, x, compile=True)
-        assert sum(issubclass(w.category, CaptureWarning) for w in told) == 1
-        assert told[0].filename == __file__
+        (one,) = (w for w in told if issubclass(w.category, CaptureWarning))
+        assert one.filename == __file__
     again = ti.solve(FixedPoint(f), z0, x, compile=True)  # which says nothing: the fixture would raise
     plain = ti.solve(FixedPoint(f), z0, x)
     torch.testing.assert_close(found.value, plain.value, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(again.value, plain.value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("kind", [FixedPoint, ti.Minimum])
+def test_functions_that_make_tensors_are_captured(kind):
+    def f(z, x):
+        ramp = torch.linspace(0, 1, DIM, dtype=z.dtype) + torch.arange(DIM) / 10
+        if kind is FixedPoint:
+            return 0.5 * ramp * torch.tanh(z) + x
+        return (0.5 * (1 + ramp) * (z - x) ** 2 + torch.sqrt(1 + z**2)).sum(-1)
+
+    z0, x = inputs(4)
+    solver = Anderson(rtol=1e-12) if kind is FixedPoint else ti.GradientDescent(rtol=1e-12, step_size=0.4)
+    before, found = compilations(), []
+    for compile in (True, False):
+        solution = ti.solve(kind(f), z0, x, solver=solver, compile=compile)
+        found.append((solution.value, *torch.autograd.grad(solution.value.square().sum(), x)))
+    assert compilations() == before + 1
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.usefixtures("interpreted")

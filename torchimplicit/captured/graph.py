@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext
+from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
@@ -110,10 +111,10 @@ class Graph:
         return graph
 
     def _check(self) -> None:
-        """One run on the compiler's stand-ins: what it writes to is seen."""
+        """One run on the compiler's stand-ins, as are the tensors that it makes: what it writes to is seen."""
         tensors = [t for t in self.examples if isinstance(t, Tensor)]
         before = [t._version for t in tensors]
-        with torch.no_grad():
+        with torch.no_grad(), detect_fake_mode(self.examples) or nullcontext():
             self.module(*self.examples)
         if [t._version for t in tensors] != before:
             raise Uncapturable(
