@@ -38,6 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"the command line needs {', '.join(missing)} (not installed); run: pip install 'torchimplicit[recipes]'"
         )
     errors = import_module("torchimplicit.recipes.runtime.errors")
+    execution = import_module("torchimplicit.recipes.runtime.execution")
+    launch = import_module("torchimplicit.recipes.runtime.launch")
+    try:
+        with execution.terminated_like_interrupted():
+            code: int = launch.together(lambda: _run(arguments), execution.follow)
+    except errors.UserError as error:
+        return _fail(str(error), code=2)
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    errors = import_module("torchimplicit.recipes.runtime.errors")
     solve_error = import_module("torchimplicit.errors").SolveError
     try:
         code: int = import_module("torchimplicit.recipes.commands").main(arguments)

@@ -32,6 +32,8 @@ class TinyConfig:
     """The step whose loss is NaN; 0: none."""
     kill: int = 0
     """The step at which the process kills itself; 0: none."""
+    terminate: int = 0
+    """The step at which the last process is sent SIGTERM; 0: none."""
 
 
 class Cell(nn.Module):
@@ -84,7 +86,10 @@ class TinyTask(Task):
         step = int(os.environ.get("TINY_DONE", "0")) + self.calls
         if step == self.config.kill and not os.environ.get("TINY_SPARE"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return loss * math.nan if step == self.config.poison else loss
+        last = os.environ.get("SLURM_PROCID", "0") == str(int(os.environ.get("SLURM_NTASKS", "1")) - 1)
+        if step == self.config.terminate and last and not os.environ.get("TINY_SPARE"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss * math.nan if step == self.config.poison and last else loss
 
     def score(self, batch):
         x, y = batch

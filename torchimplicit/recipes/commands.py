@@ -22,7 +22,8 @@ from rich.table import Table
 
 from torchimplicit.recipes import registry
 from torchimplicit.recipes.runtime.errors import UserError, meant
-from torchimplicit.recipes.runtime.execution import as_it_began, go, opened, terminated_like_interrupted
+from torchimplicit.recipes.runtime.execution import as_it_began, go, opened
+from torchimplicit.recipes.runtime.launch import environment, spread
 from torchimplicit.recipes.runtime.run import Exporter, Run, Runner, RunOptions, create
 
 if TYPE_CHECKING:
@@ -77,10 +78,16 @@ class Start(Generic[R]):
     recipe: tyro.conf.Suppress[str] = ""
 
     def run(self, console: Console) -> int:
-        runner = registry.runner(self.recipe)
-        runner.check(self.settings)
+        runner, settings = registry.runner(self.recipe), self.settings
+        if environment() is not None:
+            settings = spread(runner, settings)
+            if self.where.output is None:
+                raise UserError("--output is required under torchrun and srun: a job that starts anew resumes the run")
+            if self.settings.machine.devices > 1:  # type: ignore[attr-defined]
+                raise UserError("--devices: torchrun or srun has started the processes already; leave it out")
+        runner.check(settings)
         run = create(self.recipe, self.where)
-        return go(runner, self.settings, run, console, begins=self.recipe)
+        return go(runner, settings, run, console, begins=self.recipe)
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,7 @@ class Resume:
 
     def run(self, console: Console) -> int:
         run, runner, settings = opened(self.path, again=False)
+        settings = spread(runner, settings)
         runner.check(settings)
         return go(runner, settings, run, console)
 
@@ -342,5 +350,4 @@ def main(argv: list[str]) -> int:
         command = parse(argv or ["--help"])
     except SystemExit as end:  # help has been shown
         return int(end.code or 0)
-    with terminated_like_interrupted():
-        return command.run(console)
+    return command.run(console)

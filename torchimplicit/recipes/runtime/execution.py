@@ -20,7 +20,8 @@ from torchimplicit.recipes import registry
 from torchimplicit.recipes.runtime import run as defaults
 from torchimplicit.recipes.runtime.errors import DivergedError, StorageError, UserError
 from torchimplicit.recipes.runtime.files import FULL, say_once
-from torchimplicit.recipes.runtime.run import Run, Runner, State, version
+from torchimplicit.recipes.runtime.launch import spread
+from torchimplicit.recipes.runtime.run import Distributed, Run, Runner, State, version
 from torchimplicit.recipes.runtime.settings import from_plain, missing, to_plain
 
 # -- A run, from its directory to its end: for the commands, and for the processes that a scheduler starts -------------
@@ -111,6 +112,14 @@ def opened(path: Path, again: bool = True) -> tuple[Run, Runner, Any]:
     _tell(run, read, settings)
     with as_it_began(run):
         return run, registry.runner(read["recipe"]), settings
+
+
+def follow(path: Path) -> None:
+    """Take part in training the run in a directory; see :func:`~.launch.together`."""
+    run, runner, settings = opened(path)
+    assert isinstance(runner, Distributed)
+    with as_it_began(run):
+        runner.follow(spread(runner, settings), run)
 
 
 @contextmanager

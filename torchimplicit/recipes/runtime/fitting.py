@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -23,9 +24,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
-from torchimplicit.recipes.runtime import files
+from torchimplicit.recipes.runtime import files, launch
 from torchimplicit.recipes.runtime.errors import DamagedFileError, UserError
-from torchimplicit.recipes.runtime.execution import note_signal
+from torchimplicit.recipes.runtime.execution import note_signal, stopped_by
 from torchimplicit.recipes.runtime.files import say_once
 from torchimplicit.recipes.runtime.log import rows
 from torchimplicit.recipes.runtime.run import NOTED_EVERY, Run
@@ -76,14 +77,19 @@ class SealedCheckpoints(CheckpointIO):
 class StopOnSignals(Callback):
     """SIGTERM ends training after the step in progress, and so does Ctrl-C in processes spawned for this training.
 
-    Lightning by itself would leave the step with ``SystemExit``. It restores the handler when training ends.
+    Lightning by itself would leave the step with ``SystemExit``. It restores the handler when training ends. Of several
+    processes all stop after the same step, where one would otherwise wait for the others for ever.
     """
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # Lightning's are there by then
         if threading.current_thread() is threading.main_thread():
             stop = _Stop(trainer)
             signal.signal(signal.SIGINT, stop)
             signal.signal(signal.SIGTERM, stop)
+
+    def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:
+        if trainer.world_size > 1:
+            trainer.should_stop = trainer.strategy.reduce_boolean_decision(bool(stopped_by()), all=False)
 
 
 @contextmanager
@@ -116,7 +122,8 @@ class _Stop:
             if self.interrupted:
                 raise KeyboardInterrupt
             self.interrupted = True
-        self.trainer.should_stop = True
+        if self.trainer.world_size == 1:
+            self.trainer.should_stop = True
 
 
 def fit(
@@ -135,8 +142,9 @@ def fit(
     """Train from the run's last checkpoint, if there is one.
 
     There is no ``max_steps`` here, for with one Lightning does not resume at an epoch's beginning (2.6). A module that
-    is to stop within an epoch returns -1 from ``on_train_batch_start``. Several devices are processes that this one
-    spawns; what they leave is in the checkpoint and the logs, and not in ``module``.
+    is to stop within an epoch returns -1 from ``on_train_batch_start``. Several devices are processes that torchrun or
+    srun has started or, without them, that this one spawns; what these leave is in the checkpoint and the logs, and
+    not in ``module``.
 
     Args:
         train: the batches of every epoch; ``None``: the module's own, asked for anew in every epoch.
@@ -144,17 +152,19 @@ def fit(
     Raises:
         UserError: if the checkpoint does not fit.
     """
+    launched = launch.environment()
     with quiet_lightning():
         trainer = Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=devices,
-            strategy="ddp_spawn" if devices > 1 else "auto",
+            devices=devices // launch.nodes(),
+            num_nodes=launch.nodes(),
+            strategy="ddp" if launched is not None else "ddp_spawn" if devices > 1 else "auto",
             precision=precision,
             gradient_clip_val=clip_norm,
             max_epochs=epochs,
             logger=list(loggers),
             callbacks=[*callbacks, SaveEveryEpoch(run), StopOnSignals()],
-            plugins=[SealedCheckpoints()],
+            plugins=[SealedCheckpoints(), launched or LightningEnvironment()],
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,

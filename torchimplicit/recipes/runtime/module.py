@@ -205,8 +205,9 @@ class TrainingModule(LightningModule):
             total = shares[-1] * self._part(parts[-1], shares[-1])
         if self.logging:
             self.last_loss = float(torch.stack(self._losses).sum())
-            if not math.isfinite(self.last_loss):
-                raise DivergedError(f"the loss is {self.last_loss} at step {self.history.steps + 1}")
+            if self.trainer.strategy.reduce_boolean_decision(not math.isfinite(self.last_loss), all=False):
+                loss = "not finite in another process" if math.isfinite(self.last_loss) else self.last_loss
+                raise DivergedError(f"the loss is {loss} at step {self.history.steps + 1}")
         self._watch.lap("forward_seconds", self.device if self.logging else _IDLE)
         return total
 

@@ -507,6 +507,14 @@ class Runner(Protocol):
 
 
 @runtime_checkable
+class Distributed(Protocol):
+    """A runner that can train one run in several processes."""
+
+    def follow(self, config: Any, run: Run) -> None:
+        """Take part in the training that the process of rank 0 leads, and write nothing."""
+
+
+@runtime_checkable
 class Exporter(Protocol):
     """A runner that can sample what a run has learnt at another resolution."""
 

@@ -6,7 +6,7 @@ Lightning is imported when something is trained: a recipe's settings are there w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from torchimplicit.errors import SolveError
+from torchimplicit.recipes.runtime import launch
 from torchimplicit.recipes.runtime.errors import DivergedError, UserError
 from torchimplicit.recipes.runtime.run import Environment, Run, Runner, device, quietly, threads
 from torchimplicit.recipes.runtime.settings import Machine, Trained, check_batch, from_plain, to_plain
@@ -21,6 +22,7 @@ from torchimplicit.recipes.runtime.table import NONE, Cell, Column, Table, sheet
 from torchimplicit.recipes.runtime.task import Costs, Shard, Split, Task, told
 
 if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
     from rich.console import Console
 
     from torchimplicit.recipes.runtime.log import Row
@@ -178,7 +180,7 @@ class Trainer(Runner):
         self._build, self._ready, self._monitor = build, ready, monitor
 
     def check(self, config: Trained) -> None:
-        device(config.machine.device, config.machine.devices)
+        _device(config.machine)
         check_batch(config.optimization, config.machine)
         if self._ready is not None:
             self._ready(config)
@@ -201,15 +203,12 @@ class Trainer(Runner):
         return module.task.to(device(config.machine.device)).eval()
 
     def train(self, config: Trained, run: Run, console: Console) -> bool:
-        from torchimplicit.recipes.runtime.fitting import ShowProgress, fit, loggers
-        from torchimplicit.recipes.runtime.monitor import MonitorGradient
+        from torchimplicit.recipes.runtime.fitting import loggers
 
         with threads(config.machine.threads), console.status("Reading the data"):
             module = self.module(config)
-        where = device(config.machine.device, config.machine.devices)
-        if config.machine.tf32:
-            torch.set_float32_matmul_precision("high")
-            torch.backends.cudnn.allow_tf32 = True
+        where = _device(config.machine)
+        _allow_tf32(config.machine)
         if config.machine.evaluate_only:
             return self._evaluate_only(config, run, console, module, where)
         total = config.optimization.steps
@@ -218,22 +217,16 @@ class Trainer(Runner):
             f"stops and 'torchimplicit resume {run}' continues.".strip(),
             highlight=False,
         )
-        callbacks: list[Any] = [ShowProgress(console if config.machine.devices == 1 else None, run)]
-        if config.machine.monitor_every:
-            callbacks.append((self._monitor or MonitorGradient)(config.machine.monitor_every))
+        launch.announce(run.path)
         diverged = ""
         with threads(config.machine.threads), quietly():  # what a solve falls short by is in the log
             try:
-                fit(
-                    module,
+                self._fit(
+                    config,
                     run,
-                    epochs=math.ceil(total / config.optimization.validate_every),
-                    device=where,
-                    devices=config.machine.devices,
-                    precision=PRECISION[config.machine.precision],
-                    clip_norm=config.optimization.clip_norm,
-                    loggers=loggers(run, history(run).steps, config.machine.tensorboard, config.machine.log_every),
-                    callbacks=callbacks,
+                    module,
+                    loggers(run, history(run).steps, config.machine.tensorboard, config.machine.log_every),
+                    console if config.machine.devices == 1 or launch.environment() is not None else None,
                 )
             except (DivergedError, SolveError) as error:
                 diverged = str(error)
@@ -246,6 +239,37 @@ class Trainer(Runner):
         if diverged:
             raise DivergedError(diverged)
         return results.state == "complete"
+
+    def follow(self, config: Trained, run: Run) -> None:
+        _allow_tf32(config.machine)
+        with threads(config.machine.threads), quietly():
+            self._fit(config, run, self.module(config))
+
+    def _fit(
+        self,
+        config: Trained,
+        run: Run,
+        module: TrainingModule,
+        loggers: Sequence[Logger] = (),
+        console: Console | None = None,
+    ) -> None:
+        from torchimplicit.recipes.runtime.fitting import ShowProgress, fit
+        from torchimplicit.recipes.runtime.monitor import MonitorGradient
+
+        callbacks: list[Any] = [ShowProgress(console, run)]
+        if config.machine.monitor_every:
+            callbacks.append((self._monitor or MonitorGradient)(config.machine.monitor_every))
+        fit(
+            module,
+            run,
+            epochs=math.ceil(config.optimization.steps / config.optimization.validate_every),
+            device=_device(config.machine),
+            devices=config.machine.devices,
+            precision=PRECISION[config.machine.precision],
+            clip_norm=config.optimization.clip_norm,
+            loggers=loggers,
+            callbacks=callbacks,
+        )
 
     def _evaluate_only(
         self, config: Trained, run: Run, console: Console, module: TrainingModule, where: torch.device
@@ -287,7 +311,7 @@ class Trainer(Runner):
     def evaluate(self, config: Trained, run: Run, console: Console) -> None:
         from torchimplicit.recipes.runtime.fitting import load_weights
 
-        where = device(config.machine.device, config.machine.devices)
+        where = _device(config.machine)
         with threads(config.machine.threads):
             module = self.module(config)
             load_weights(module, run.best)
@@ -295,6 +319,16 @@ class Trainer(Runner):
                 measured = {split: measure(module, split, where, config.machine) for split in ("validation", "test")}
         run.write_json("evaluation.json", measured)
         console.print(_figures(measured, module.task).rich())
+
+
+def _device(machine: Machine) -> torch.device:
+    return device(machine.device, machine.devices // launch.nodes())
+
+
+def _allow_tf32(machine: Machine) -> None:
+    if machine.tf32:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
 
 
 def _figures(validations: dict[str, Validation], task: Task) -> Table:
