@@ -83,15 +83,15 @@ def flatten_problem(
     elif capture:
         with past_hooks():
             closure, value = closure.record(z0.detach().requires_grad_() if opening else z0.detach())
-    own = len(closure.tensors)
+    count = len(closure.tensors)
     params = through_modes((*closure.tensors, *constraint, *closure.captured))
     row_params = None
     # coordinates with a matrix per sample are not among the parameters, and would not be indexed with the rows
     shared = layout.coordinates is None or not layout.coordinates.per_sample
     if rowwise and problem.batched and problem.rowwise and rows > 1 and shared:
-        row_params = tuple(_carries_batch(p, rows) for p in params[: own + len(constraint)])
+        row_params = tuple(_carries_batch(p, rows) for p in params[: count + len(constraint)])
         row_params += (False,) * len(closure.captured)
-    system = flattened.system(closure, row_params, slice(own, own + len(constraint)), layout)
+    system = flattened.system(closure, row_params, slice(count, count + len(constraint)), layout)
     coupling = Coupling.of(problem.stated_by, rows, problem.rowwise) if problem.batched else None
     return FlatProblem(
         problem=problem,

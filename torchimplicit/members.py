@@ -89,7 +89,7 @@ def modules_behind(function: Any) -> tuple[nn.Module, ...]:
     module = module_of(function)
     if module is not None:
         return (module,)
-    found: dict[int, nn.Module] = {}
+    modules: dict[int, nn.Module] = {}
     stack, seen = [(function, 0)], set()
     while stack:
         item, depth = stack.pop()
@@ -97,10 +97,10 @@ def modules_behind(function: Any) -> tuple[nn.Module, ...]:
             continue
         seen.add(id(item))
         if isinstance(item, nn.Module):
-            found[id(item)] = item
+            modules[id(item)] = item
         elif depth < _DEEPEST and len(seen) < _MOST:
             stack += [(inner, depth + 1) for inner in _held(item) if type(inner) not in _PLAIN]
-    return tuple(found.values())
+    return tuple(modules.values())
 
 
 _DEEPEST = 6

@@ -104,8 +104,8 @@ class Ragged:
             self._matching(totals, "totals")
             total = totals if isinstance(totals, Tensor) else torch.stack([torch.as_tensor(t) for t in totals])
             constraint = LinearEquality(self.pack(weights), total)
-        own = None if metric is None else self.metric(metric)
-        return Minimum(energy, constraint, metric=own, eliminate=eliminate)
+        metrics = None if metric is None else self.metric(metric)
+        return Minimum(energy, constraint, metric=metrics, eliminate=eliminate)
 
     def fixed_point(self, functions: Sequence[Callable[..., Tensor]]) -> FixedPoint:
         """The fixed points of ``functions``, one ``f(p, *args) -> like p`` of a state ``[n]`` per problem."""

@@ -194,8 +194,8 @@ def _whole(outcome: SolverResult, rows: int) -> ReversibleState:
     last = int(report.steps.max()) if len(taken) else 0
     kept = tuple((_repeated(y, rows), _repeated(z, rows)) for y, z in state.kept)
     moved = tuple(None if t is None else _repeated(t, rows) for t in state.moved[:last])
-    y, z, told = (_repeated(t, rows) for t in (state.y, state.z, state.told))
-    return ReversibleState(y, z, told, moved, kept)
+    y, z, norm = (_repeated(t, rows) for t in (state.y, state.z, state.told))
+    return ReversibleState(y, z, norm, moved, kept)
 
 
 def _repeated(t: Tensor, rows: int) -> Tensor:

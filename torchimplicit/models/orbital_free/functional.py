@@ -184,11 +184,11 @@ class OrbitalFree(nn.Module):
         """
         self.check(molecule)
         coefficients = self.reference[molecule.charges[molecule.atom], molecule.shell]
-        found = torch.where(molecule.angular == 0, coefficients, 0)
+        linear = torch.where(molecule.angular == 0, coefficients, 0)
         if self.pairs is None:
-            return found
+            return linear
         rows, places, values = entries(molecule, self.config.pairs)
-        return found.index_add(0, rows, self.pairs.reshape(-1)[places] * values)
+        return linear.index_add(0, rows, self.pairs.reshape(-1)[places] * values)
 
     def learned(self, p: Tensor, molecule: Molecule, tangent: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The network's energy, or its tangent's; a scalar. See :meth:`forward`."""

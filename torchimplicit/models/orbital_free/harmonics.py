@@ -26,15 +26,15 @@ def solid_harmonics(r: Tensor, largest: int, counts: Sequence[int] | None = None
     """
     x, y, z = (r[:, i : i + 1] for i in range(3))
     below, monomials = torch.zeros_like(x), torch.ones_like(x)
-    found = []
+    harmonics = []
     for l in range(largest + 1):
         count = len(r) if counts is None else counts[l]
         x, y, z, below, monomials = (one[:count] for one in (x, y, z, below, monomials))
         values, slopes = (matrix.to(r) for matrix in _coefficients(l))
-        found.append(torch.cat(((values @ monomials)[:, :, None], (slopes @ below).unflatten(1, (-1, 3))), dim=2))
+        harmonics.append(torch.cat(((values @ monomials)[:, :, None], (slopes @ below).unflatten(1, (-1, 3))), dim=2))
         below = monomials
         monomials = torch.cat((x * below, y * below[:, -l - 1 :], z * below[:, -1:]), dim=1)
-    return found
+    return harmonics
 
 
 def of_directions(unit: Tensor, largest: int) -> list[Tensor]:
@@ -83,7 +83,7 @@ def _harmonics(l: int) -> dict[int, Polynomial]:
     if l == 1:
         return {1: x, -1: y, 0: z}
     last, before, c = _harmonics(l - 1), _harmonics(l - 2), math.sqrt((2 * l - 1) / (2 * l))
-    found = {
+    polynomials = {
         l: _sum((c, x, last[l - 1]), (-c, y, last[1 - l])),
         -l: _sum((c, y, last[l - 1]), (c, x, last[1 - l])),
     }
@@ -92,14 +92,14 @@ def _harmonics(l: int) -> dict[int, Polynomial]:
         terms = [((2 * l - 1) / root, z, last[m])]
         if abs(m) < l - 1:
             terms.append((-math.sqrt((l - 1 + m) * (l - 1 - m)) / root, square, before[m]))
-        found[m] = _sum(*terms)
-    return found
+        polynomials[m] = _sum(*terms)
+    return polynomials
 
 
 def _sum(*terms: tuple[float, Polynomial, Polynomial]) -> Polynomial:
     """Of products of two polynomials, each times a number."""
-    found: Polynomial = defaultdict(float)
+    total: Polynomial = defaultdict(float)
     for c, one, other in terms:
         for (p, a), (q, b) in product(one.items(), other.items()):
-            found[p[0] + q[0], p[1] + q[1], p[2] + q[2]] += c * a * b
-    return found
+            total[p[0] + q[0], p[1] + q[1], p[2] + q[2]] += c * a * b
+    return total

@@ -61,13 +61,13 @@ class MldftFunctional:
         """
         there = copy.copy(sample)
         there.coeffs = p
-        found = self.net(there)
-        if not isinstance(found, tuple) or len(found) != 2:
+        output = self.net(there)
+        if not isinstance(output, tuple) or len(output) != 2:
             raise ValueError(
                 "the network does not give a pair of an energy and a displacement: one that is not variational has "
                 "slopes that are those of no energy, and no minimum to differentiate"
             )
-        energy: Tensor = found[0].sum()
+        energy: Tensor = output[0].sum()
         if ANALYTIC[self.target_key]:
             energy = energy + 0.5 * p @ (sample.coulomb_matrix.to(p) @ p) + sample.nuclear_attraction_vector.to(p) @ p
         return energy

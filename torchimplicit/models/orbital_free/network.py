@@ -340,18 +340,18 @@ class CoefficientNetwork(nn.Module):
         ):
             message = silu(edge(edges) + taken(h)[first] + sent(h)[second]) * filtered(radial) * seen
             h = h + update(torch.cat((h, torch.zeros_like(h).index_add(0, first, message)), dim=1))
-        own = self.energy(h)[:, 0] + self.constant[kinds] + (scalars * self.linear[kinds]).sum(dim=1)
+        of_atoms = self.energy(h)[:, 0] + self.constant[kinds] + (scalars * self.linear[kinds]).sum(dim=1)
         bond = self.bond(torch.cat((radial, self.kind[kinds[first]], self.kind[kinds[second]]), dim=1)) * seen
         shared = torch.cat((*ahead, torch.einsum("as,asc->ac", scalars, self.along[kinds])[first]), dim=1)
-        return SCALE * own.index_add(0, first, (bond * shared).sum(dim=1))
+        return SCALE * of_atoms.index_add(0, first, (bond * shared).sum(dim=1))
 
 
 _KNOWN: WeakKeyDictionary[Molecule, dict[NetworkConfig, tuple[Graph, Rows]]] = WeakKeyDictionary()
 
 
-def _layers(taken: int, hidden: int, given: int, nothing: bool = False) -> nn.Sequential:
+def _layers(taken: int, hidden: int, outputs: int, nothing: bool = False) -> nn.Sequential:
     """Two, whose output is zero at first if asked for."""
-    last = nn.Linear(hidden, given, dtype=torch.float64)
+    last = nn.Linear(hidden, outputs, dtype=torch.float64)
     if nothing:
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)

@@ -137,13 +137,13 @@ class OnGrid:
             values: the functions, ``[points, n]``.
             gradients: their derivatives in x, y, z, ``[3, points, n]``.
         """
-        made = cls.__new__(cls)
-        made._source = made._memory = None
-        made.length, made.size = values.shape
-        every = torch.arange(made.size, device=values.device)
-        made.places = [Place(slice(0, made.length), Shells(every[:0], every, []))]
-        made._kept = {0: torch.cat((values[None], gradients)).permute(2, 0, 1).contiguous()}
-        return made
+        grid = cls.__new__(cls)
+        grid._source = grid._memory = None
+        grid.length, grid.size = values.shape
+        every = torch.arange(grid.size, device=values.device)
+        grid.places = [Place(slice(0, grid.length), Shells(every[:0], every, []))]
+        grid._kept = {0: torch.cat((values[None], gradients)).permute(2, 0, 1).contiguous()}
+        return grid
 
     def __iter__(self) -> Iterator[Block]:
         room: list[Tensor] = []
@@ -153,8 +153,8 @@ class OnGrid:
             yield Block(place.points, place.shells.functions, self._values(number, place, room))
 
     def __call__(self, p: Tensor) -> Tensor:
-        found: Tensor = _Linear.apply(self, False, p)
-        return found
+        fields: Tensor = _Linear.apply(self, False, p)
+        return fields
 
     def __getstate__(self) -> dict[str, Any]:  # another process evaluates what it needs, within its own memory
         return vars(self) if self._source is None else {"_source": self._source}
@@ -231,18 +231,18 @@ class OnGrid:
 
     def spread(self, p: Tensor) -> Tensor:
         """The map itself, of coefficients ``[..., n]`` to ``[..., 4, points]``."""
-        found = p.new_empty(*p.shape[:-1], 4, self.length)
+        fields = p.new_empty(*p.shape[:-1], 4, self.length)
         for block in self:
             there = p[..., block.functions] @ block.values.flatten(1).to(p)
-            found[..., block.points] = there.unflatten(-1, (4, -1))
-        return found
+            fields[..., block.points] = there.unflatten(-1, (4, -1))
+        return fields
 
     @torch.no_grad()
     def _values(self, number: int, place: Place, room: list[Tensor]) -> Tensor:
         """Kept, or evaluated into ``room``, which is made where there is none yet."""
-        found: Tensor | None = self._kept.get(number)
-        if found is not None:
-            return found
+        block: Tensor | None = self._kept.get(number)
+        if block is not None:
+            return block
         assert self._source is not None
         assert self._memory is not None
         basis, points = self._source
@@ -250,12 +250,12 @@ class OnGrid:
         if not room:
             room.append(points.new_empty(4 * len(there) * max(len(one.shells.functions) for one in self.places)))
         shape = (len(place.shells.functions), 4, len(there))
-        found = basis.jets(there, place.shells, out=room[0][: math.prod(shape)].view(shape))
+        block = basis.jets(there, place.shells, out=room[0][: math.prod(shape)].view(shape))
         if self._memory.single:
-            found = found.float()
-        if self._memory.take(self, found.nbytes):
-            found = self._kept[number] = found.clone()
-        return found
+            block = block.float()
+        if self._memory.take(self, block.nbytes):
+            block = self._kept[number] = block.clone()
+        return block
 
 
 def _placed(basis: DensityBasis, points: Tensor) -> list[Place]:

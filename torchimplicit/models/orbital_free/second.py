@@ -52,27 +52,27 @@ def mixed(functional: OrbitalFree, p: Tensor, molecule: Molecule, wrt: Sequence[
             "train it by the gradient of a loss"
         )
     parameters = {name: q.detach() for name, q in functional.named_parameters()}
-    found: dict[str, Tensor] = {}
+    derivatives: dict[str, Tensor] = {}
     network = [name for name in wrt if name.startswith("factor.")]
     if network:
-        found.update(_of_network(functional, p, molecule, {name: parameters[name] for name in network}))
+        derivatives.update(_of_network(functional, p, molecule, {name: parameters[name] for name in network}))
     linear = [name for name in ("reference", "pairs") if name in wrt]
     if linear:
         atoms, pairs = linear_columns(functional, molecule).split(
             [functional.reference.numel(), 0 if functional.pairs is None else functional.pairs.numel()], dim=1
         )
         parts = {"reference": atoms, "pairs": pairs}
-        found.update({name: parts[name].reshape(molecule.size, *parameters[name].shape) for name in linear})
+        derivatives.update({name: parts[name].reshape(molecule.size, *parameters[name].shape) for name in linear})
     if "constants" in wrt:
-        found["constants"] = p.new_zeros(molecule.size, *parameters["constants"].shape)
-    return found
+        derivatives["constants"] = p.new_zeros(molecule.size, *parameters["constants"].shape)
+    return derivatives
 
 
 def linear_columns(functional: OrbitalFree, molecule: Molecule) -> Tensor:
     """The derivative of the linear term in its coefficients, those of the atoms and then those of the pairs,
     ``[n, coefficients]``."""
-    own = functional.reference.numel()
-    columns = molecule.weight.new_zeros(molecule.size, own)
+    atomic = functional.reference.numel()
+    columns = molecule.weight.new_zeros(molecule.size, atomic)
     scalar = (molecule.angular == 0).nonzero()[:, 0]
     columns[scalar, molecule.charges[molecule.atom[scalar]] * SHELLS + molecule.shell[scalar]] = 1
     if functional.pairs is None:

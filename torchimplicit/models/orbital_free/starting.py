@@ -43,7 +43,7 @@ def fit_linear(
     functional.elements.zero_()
     if functional.pairs is not None:
         functional.pairs.zero_()
-    found = (
+    linearized = (
         Linearized.of(
             one.charges,
             one.electrons,
@@ -53,7 +53,7 @@ def fit_linear(
         )
         for one, metric in zip(molecules, metrics, strict=True)
     )
-    fit_linearized(functional, found, ridge, pair_ridge)
+    fit_linearized(functional, linearized, ridge, pair_ridge)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,15 +102,15 @@ def fit_linearized(
     functional.elements.copy_(known)
     size = matrix.diagonal()
     used = size > 0
-    own = functional.reference.numel()
+    atomic = functional.reference.numel()
     share = torch.full_like(size, pair_ridge)
-    share[:own] = ridge
+    share[:atomic] = ridge
     matrix = (matrix + torch.diag(share * size.max()))[used][:, used]
     fitted = torch.zeros_like(size)
     fitted[used] = torch.linalg.solve(matrix, right[used])
-    functional.reference.copy_(fitted[:own].reshape(functional.reference.shape))
+    functional.reference.copy_(fitted[:atomic].reshape(functional.reference.shape))
     if functional.pairs is not None:
-        functional.pairs.copy_(fitted[own:].reshape(functional.pairs.shape))
+        functional.pairs.copy_(fitted[atomic:].reshape(functional.pairs.shape))
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ def ways(reference: HessianMemory | None) -> list[Way]:
         reference: made by a minimization; ``None``: there is none in these coordinates.
     """
     common: dict[str, Any] = {"rtol": TOLERANCE, "max_steps": MOST}
-    found = [
+    chosen = [
         Way("gradient descent, least squares", (_descent,), 2),
         Way("Adam, least squares", tuple(map(_adam, RATES)), 2),
         Way("CG, normal equations", CG(**common), 2, normal=True),
@@ -80,11 +80,11 @@ def ways(reference: HessianMemory | None) -> list[Way]:
         Way("MINRES, Jacobi", MINRES(preconditioner=Jacobi(), **common)),
     ]
     if reference is not None:
-        found += [
+        chosen += [
             Way("CG, reference Hessian", CG(preconditioner=reference, **common)),
             Way("MINRES, reference Hessian", MINRES(preconditioner=reference, **common)),
         ]
-    return [*found, Way("dense", Dense())]
+    return [*chosen, Way("dense", Dense())]
 
 
 def solved(optimum: Optimum, problem: Minimum, descent_steps: int, repeats: int) -> tuple[dict[str, Solved], float]:
@@ -100,11 +100,11 @@ def solved(optimum: Optimum, problem: Minimum, descent_steps: int, repeats: int)
     largest = float(values.abs().max())
     reference = optimum.reference if problem.metric is not None else None
     every = ways(reference)
-    found: dict[str, Solved] = {}
+    by_way: dict[str, Solved] = {}
     timings: dict[str, Callable[[], float]] = {}
     for way in every:
         trace, status = _traced(way, assembled, right, true, largest, descent_steps)
-        found[way.name] = Solved(trace[-1][0], 0.0, trace[-1][1], status, trace)
+        by_way[way.name] = Solved(trace[-1][0], 0.0, trace[-1][1], status, trace)
         timings[way.name] = _timed(way, operator, right, trace[-1][0])
     seconds: dict[str, list[float]] = {way.name: [] for way in every}
     product: list[float] = []
@@ -116,8 +116,8 @@ def solved(optimum: Optimum, problem: Minimum, descent_steps: int, repeats: int)
             operator.product(right)
         product.append((time.process_time() - began) / 10)
     for name, times in seconds.items():
-        found[name] = replace(found[name], seconds=median(times))
-    return found, median(product)
+        by_way[name] = replace(by_way[name], seconds=median(times))
+    return by_way, median(product)
 
 
 def _assembled(operator: LinearOperator) -> LinearOperator:
@@ -160,10 +160,10 @@ def _traced(
     if isinstance(way.solver, tuple):
         looks = [step for step in STEPS if step < descent_steps] + [descent_steps]
         ys = [torch.zeros_like(right) for _ in way.solver]
-        made = [one(y, float(true.abs().max()), largest) for one, y in zip(way.solver, ys, strict=True)]
+        traces = [one(y, float(true.abs().max()), largest) for one, y in zip(way.solver, ys, strict=True)]
         errors = [
             [error(y) for _ in _followed(optimizer, y, operator, right, looks)]
-            for optimizer, y in zip(made, ys, strict=True)
+            for optimizer, y in zip(traces, ys, strict=True)
         ]
         best = min(errors, key=lambda one: one[-1])
         return [[2.0 * step, one] for step, one in zip(looks, best, strict=True)], Status.MAX_STEPS.name

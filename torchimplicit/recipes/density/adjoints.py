@@ -81,11 +81,11 @@ def difference(optimum: Optimum, exact: Tensor, directions: int, step: float, ge
 
 def nudged(optimum: Optimum, exact: Tensor, nudges: Sequence[float]) -> list[Nudged]:
     """Both forms of propagation for every nudge."""
-    found = []
+    rows = []
     for nudge in sorted(nudges, reverse=True):
         one, two = (optimum.estimate(optimum.propagation(nudge, symmetric=symmetric)) for symmetric in (False, True))
-        found.append(Nudged(nudge, one.error(exact), two.error(exact), one.status, two.status))
-    return found
+        rows.append(Nudged(nudge, one.error(exact), two.error(exact), one.status, two.status))
+    return rows
 
 
 def automatic(optimum: Optimum, exact: Tensor) -> dict[str, float]:
@@ -99,7 +99,7 @@ def automatic(optimum: Optimum, exact: Tensor) -> dict[str, float]:
 def loosened(optimum: Optimum, exact: Tensor, nudges: Sequence[float], tolerances: Sequence[float]) -> list[Loosened]:
     """Propagation with the whole loss, written out: the energy plus the loss times its weight is minimized from the
     minimum, and the energy's derivative in the parameters is subtracted. All three minimizations have one tolerance."""
-    found = []
+    rows = []
     for tolerance in sorted(tolerances, reverse=True):
         middle = optimum.minimize(optimum.molecule.guess, tolerance).value.detach()
         for nudge in sorted(nudges, reverse=True):
@@ -107,13 +107,13 @@ def loosened(optimum: Optimum, exact: Tensor, nudges: Sequence[float], tolerance
             above, below = (_minimized(optimum, w, middle, solver).value.detach() for w in (nudge, -nudge))
             one = (_slope(optimum, above) - _slope(optimum, middle)) / nudge
             two = (_slope(optimum, above) - _slope(optimum, below)) / (2 * nudge)
-            found.append(Loosened(nudge, tolerance, _error(one, exact), _error(two, exact)))
-    return found
+            rows.append(Loosened(nudge, tolerance, _error(one, exact), _error(two, exact)))
+    return rows
 
 
 def beyond(optimum: Optimum, exact: Tensor, least: float, shares: Sequence[float], most_steps: int) -> list[Beyond]:
     """The symmetric difference with the whole loss. Its negative side subtracts the weight from the Hessian."""
-    found = []
+    rows = []
     distance = optimum.cotangent.norm()
     solver = replace(optimum.solver(), max_steps=most_steps)
     for share in sorted(shares):
@@ -123,20 +123,20 @@ def beyond(optimum: Optimum, exact: Tensor, least: float, shares: Sequence[float
         estimate = (_slope(optimum, above) - _slope(optimum, below)) / (2 * weight)
         moved = max(float((optimum.metric.root[0] @ (p - optimum.value)).norm() / distance) for p in (above, below))
         worst = max(Status(int(end.status)) for end in ends)
-        found.append(Beyond(share, _error(estimate, exact), moved, worst.name))
-    return found
+        rows.append(Beyond(share, _error(estimate, exact), moved, worst.name))
+    return rows
 
 
 def damped(optimum: Optimum, exact: Tensor, weights: Sequence[float]) -> list[Damped]:
     """The two gradients that should agree."""
-    found = []
+    rows = []
     for weight in sorted(weights, reverse=True):
         # the estimator's nudge is relative to the cotangent's length, and its spring is the nudge over that length
         nudge = weight * float(optimum.cotangent.norm())
         one = optimum.estimate(optimum.propagation(nudge, symmetric=False, curved=True)).gradient
         two = optimum.estimate(DampedImplicit(damping=weight, linear_solver=Dense()))
-        found.append(Damped(weight, float((one - two.gradient).norm() / two.gradient.norm()), two.error(exact)))
-    return found
+        rows.append(Damped(weight, float((one - two.gradient).norm() / two.gradient.norm()), two.error(exact)))
+    return rows
 
 
 def _minimized(optimum: Optimum, weight: float, start: Tensor, solver: LBFGS) -> Solution:
@@ -194,7 +194,7 @@ def softened(
         damping: damping of the damped gradients.
         config: what the eigenvalue is multiplied by, and how long a minimization may take.
     """
-    found = []
+    rows = []
     for factor in sorted(config.softness, reverse=True):
         problem = _moved(optimum, vector, (1 - factor) * eigenvalue)
         norm, cosine, status = {}, {}, {}
@@ -203,8 +203,8 @@ def softened(
             estimate = optimum.estimate(estimator, problem)
             norm[name] = float(estimate.gradient.norm() / exact.norm())
             cosine[name], status[name] = estimate.cosine(exact), estimate.status
-        found.append(Softened(factor * eigenvalue, norm, cosine, status))
-    return found
+        rows.append(Softened(factor * eigenvalue, norm, cosine, status))
+    return rows
 
 
 def _estimators(optimum: Optimum, damping: float, reference: HessianMemory, most_steps: int) -> dict[str, Gradient]:

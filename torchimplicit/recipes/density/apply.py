@@ -99,7 +99,7 @@ class Apply:
         return int(failed > 0)
 
     def _geometries(self) -> tuple[list[Geometry], list[sources.Refused]]:
-        found: list[Geometry] = []
+        geometries: list[Geometry] = []
         refused: list[sources.Refused] = []
         for source in self.molecules:
             for one in sources.read(source, charge=self.charge, limit=self.limit):
@@ -108,8 +108,8 @@ class Apply:
                     continue
                 if not self.allow_large:
                     check_size(one)
-                found.append(one)
-        return found, refused
+                geometries.append(one)
+        return geometries, refused
 
     def _found(self, trained: Trained, geometry: Geometry, console: Console) -> bool:
         """Find a density, report it and write it; return whether it was found."""
@@ -118,17 +118,17 @@ class Apply:
             console.print(line, highlight=False, soft_wrap=True)
 
         with console.status(f"Minimizing the energy of {geometry.name}"):
-            found = density(trained, geometry, grid=self.grid, slopes=self.forces)
-        plain, dipole = told(found), sum(x * x for x in found.dipole) ** 0.5 * DEBYE
+            result = density(trained, geometry, grid=self.grid, slopes=self.forces)
+        plain, dipole = told(result), sum(x * x for x in result.dipole) ** 0.5 * DEBYE
         say(
-            f"[bold]{geometry.name}[/bold]: {found.energy:.5f} hartree, dipole {dipole:.3f} debye; "
-            f"{found.status.name} in {found.steps} steps, {found.seconds:.1f} s"
+            f"[bold]{geometry.name}[/bold]: {result.energy:.5f} hartree, dipole {dipole:.3f} debye; "
+            f"{result.status.name} in {result.steps} steps, {result.seconds:.1f} s"
         )
-        if found.warning:
-            say(f"  [yellow]Warning[/yellow]: {found.warning}")
+        if result.warning:
+            say(f"  [yellow]Warning[/yellow]: {result.warning}")
         if self.compare:
             with console.status(f"Kohn-Sham calculation of {geometry.name}"):
-                plain["kohn_sham"] = beside = compared(found)
+                plain["kohn_sham"] = beside = compared(result)
             energy, dipole = 1e3 * beside["energy_error_hartree"], beside["dipole_error_au"] * DEBYE
             say(
                 f"  beside Kohn-Sham ({beside['seconds']:.1f} s): energy {energy:+.2f} mHa, dipole {dipole:.3f} debye "
@@ -137,27 +137,27 @@ class Apply:
             )
         if self.scf_guess:
             with console.status(f"Kohn-Sham calculations of {geometry.name}"):
-                plain["scf_guess"] = cycles = saved(found)
+                plain["scf_guess"] = cycles = saved(result)
             say(f"  Kohn-Sham iterations from this density {cycles['density']}, from MINAO {cycles['minao']}")
         files.write_json(self.output / f"{geometry.name}.json", plain)
         if self.cube:
-            files.write_text(self.output / f"{geometry.name}.cube", cube_file(found))
+            files.write_text(self.output / f"{geometry.name}.cube", cube_file(result))
         with styled():
-            save_figure(picture(found), self.output / f"{geometry.name}.png", 130)
-        return found.status is Status.CONVERGED
+            save_figure(picture(result), self.output / f"{geometry.name}.png", 130)
+        return result.status is Status.CONVERGED
 
 
-def compared(found: Density) -> dict[str, float]:
+def compared(result: Density) -> dict[str, float]:
     """Differences to the Kohn-Sham calculation of the molecule, with the settings of training."""
     began = time.monotonic()
-    exact = compute(found.record.geometry, found.record.settings)
+    exact = compute(result.record.geometry, result.record.settings)
     seconds = time.monotonic() - began
     case = Case.of(exact.molecule())
-    dipole = [float(x) for x in _moment(found.coefficients - exact.reference, exact.molecule())]
+    dipole = [float(x) for x in _moment(result.coefficients - exact.reference, exact.molecule())]
     return {
-        "energy_error_hartree": found.energy - exact.energy,
-        "loss": float(case.loss(found.coefficients)),
-        "l1": float(case.l1(found.coefficients)),
+        "energy_error_hartree": result.energy - exact.energy,
+        "loss": float(case.loss(result.coefficients)),
+        "l1": float(case.l1(result.coefficients)),
         "minao_loss": float(case.loss(exact.guess)),
         "minao_l1": float(case.l1(exact.guess)),
         "dipole_error_au": sum(x * x for x in dipole) ** 0.5,
@@ -170,17 +170,17 @@ def _moment(p: torch.Tensor, molecule: Any) -> torch.Tensor:
     return moment
 
 
-def saved(found: Density) -> dict[str, int]:
+def saved(result: Density) -> dict[str, int]:
     """Numbers of Kohn-Sham iterations from the density, and from the superposition of atoms."""
-    settings = found.record.settings
-    mol = made(found.record.geometry, settings.orbital_basis)
-    starts = {"density": density_matrix(found.coefficients, found.record), "minao": superposition(mol)}
+    settings = result.record.settings
+    mol = made(result.record.geometry, settings.orbital_basis)
+    starts = {"density": density_matrix(result.coefficients, result.record), "minao": superposition(mol)}
     return {name: int(kohn_sham(mol, settings, start).cycles) for name, start in starts.items()}
 
 
-def cube_file(found: Density) -> str:
+def cube_file(result: Density) -> str:
     """The density in Gaussian's format: a box of points, electrons per cubic bohr."""
-    record = found.record
+    record = result.record
     positions = record.basis.centres
     low, high = positions.amin(dim=0) - MARGIN, positions.amax(dim=0) + MARGIN
     counts = [int(n) for n in ((high - low) / SPACING).ceil() + 1]
@@ -194,42 +194,42 @@ def cube_file(found: Density) -> str:
     for x in axis[0]:  # a plane at a time: the basis of the whole box would not fit
         y, z = torch.meshgrid(axis[1], axis[2], indexing="ij")
         points = torch.stack((x.expand_as(y), y, z), dim=-1).reshape(-1, 3)
-        for row in (record.basis.values(points) @ found.coefficients).reshape(counts[1], counts[2]).tolist():
+        for row in (record.basis.values(points) @ result.coefficients).reshape(counts[1], counts[2]).tolist():
             lines += ["".join(f"{v:13.5E}" for v in row[start : start + 6]) for start in range(0, len(row), 6)]
     return "\n".join(lines) + "\n"
 
 
-def picture(found: Density) -> Figure:
+def picture(result: Density) -> Figure:
     """The density on the plane of three atoms, or along the axis of an atom."""
-    geometry, basis = found.record.geometry, found.record.basis
+    geometry, basis = result.record.geometry, result.record.basis
     if len(geometry.charges) == 1:
         figure, (panel,) = axes(width=5.2)
         points, places, _ = line(basis.centres)
-        panel.plot(places, basis.values(points) @ found.coefficients, linewidth=1.4)
+        panel.plot(places, basis.values(points) @ result.coefficients, linewidth=1.4)
         panel.set(xlabel="bohr", ylabel="electrons per cubic bohr", yscale="log", title=geometry.name)
         return figure
     figure, (panel,) = axes(width=5.6, height=4.6)
     points, (x, y), atoms = plane(basis.centres, count=161)
-    values = (basis.values(points) @ found.coefficients).reshape(len(y), len(x)).clamp_min(1e-6).log10()
+    values = (basis.values(points) @ result.coefficients).reshape(len(y), len(x)).clamp_min(1e-6).log10()
     levels = torch.arange(-4.0, 2.01, 0.25).tolist()
     image = panel.contourf(x, y, values, levels=levels, cmap="viridis", extend="both")
     panel.contour(x, y, values, levels=levels[::4], colors="white", linewidths=0.5)
     for place, charge in zip(atoms.tolist(), geometry.charges, strict=True):
         panel.annotate(symbol(charge), place, color="white", ha="center", va="center", fontsize=9, weight="bold")
-    if found.forces is not None:
-        _arrows(panel, found, atoms)
+    if result.forces is not None:
+        _arrows(panel, result, atoms)
     figure.colorbar(image, ax=panel, label="log₁₀ of the density, electrons per cubic bohr")
-    panel.set(xlabel="bohr", ylabel="bohr", aspect="equal", title=f"{geometry.name}: {found.energy:.4f} hartree")
+    panel.set(xlabel="bohr", ylabel="bohr", aspect="equal", title=f"{geometry.name}: {result.energy:.4f} hartree")
     panel.grid(False)
     return figure
 
 
-def _arrows(panel: Any, found: Density, atoms: torch.Tensor) -> None:
+def _arrows(panel: Any, result: Density, atoms: torch.Tensor) -> None:
     """Draw the forces' components in the plane; the longest arrow is 1.5 bohr."""
-    assert found.forces is not None
-    centres = found.record.basis.centres
+    assert result.forces is not None
+    centres = result.record.basis.centres
     frame = torch.linalg.lstsq(centres - centres[0], atoms - atoms[0]).solution  # space to plane
-    arrows = found.forces @ frame
+    arrows = result.forces @ frame
     longest = float(arrows.norm(dim=1).max())
     if longest > 1e-4:
         x, y = (1.5 / longest * arrows).T

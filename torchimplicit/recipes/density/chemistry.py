@@ -469,15 +469,15 @@ def read(
         return [parse(_text(_content(path), str(path)), str(path), path.stem, charge, electrons)]
     else:
         return [named(source, charge, electrons)]  # which says what is known
-    found: list[Geometry | Refused] = []
+    geometries: list[Geometry | Refused] = []
     for name, where, content in islice(texts, limit):
         try:
-            found.append(parse(_text(content, where), where, name, charge, electrons))
+            geometries.append(parse(_text(content, where), where, name, charge, electrons))
         except UserError as error:
-            found.append(Refused(name, str(error)))
-    if not found:
+            geometries.append(Refused(name, str(error)))
+    if not geometries:
         raise UserError(f"{path} holds no .xyz file")
-    return found
+    return geometries
 
 
 def _folder(path: Path) -> Iterator[tuple[str, str, bytes]]:
@@ -550,5 +550,5 @@ def constrained_fit(coulomb: Array, potential: Array, constraints: Array, values
 
     n, m = constraints.shape
     matrix = np.block([[coulomb, constraints], [constraints.T, np.zeros((m, m))]])
-    found: Array = solve(matrix, np.concatenate([potential, values]), assume_a="sym")[:n]
-    return found
+    coefficients: Array = solve(matrix, np.concatenate([potential, values]), assume_a="sym")[:n]
+    return coefficients

@@ -108,7 +108,7 @@ class Molecules:
             raise UserError("--copies and --distort go together: how many distorted copies, and by how much")
 
     def _geometries(self) -> tuple[list[Geometry], list[Refused]]:
-        found: list[Geometry] = []
+        geometries: list[Geometry] = []
         refused: list[Refused] = []
         for source in self.sources:
             read = sources.read(
@@ -127,16 +127,16 @@ class Molecules:
                         raise
                     refused.append(Refused(geometry.name, str(error)))
                 else:
-                    found.append(geometry)
-        found = list(dict.fromkeys(found))  # named twice, or in two folders
+                    geometries.append(geometry)
+        geometries = list(dict.fromkeys(geometries))  # named twice, or in two folders
         distortions: list[Geometry] = []
-        for geometry in found:
+        for geometry in geometries:
             for copy in range(1, self.copies + 1):
                 try:
                     distortions.append(distorted(geometry, self.distort, self.seed, copy))
                 except UserError as error:
                     refused.append(Refused(f"{geometry.name}-d{copy}", str(error)))
-        return found + distortions, refused
+        return geometries + distortions, refused
 
 
 @contextmanager

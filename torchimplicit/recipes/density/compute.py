@@ -136,7 +136,7 @@ def _record_of(geometry: Geometry, settings: ChemistrySettings, mol: Any, densit
     unknown: dict[str, Any] = dict.fromkeys(
         ("energy", "kinetic", "exchange_correlation", "attraction", "hartree", "seconds"), math.nan
     )
-    found = {
+    arrays = {
         "overlap": fitting.intor("int1e_ovlp"),
         "coulomb": coulomb,
         "external": external,
@@ -144,10 +144,10 @@ def _record_of(geometry: Geometry, settings: ChemistrySettings, mol: Any, densit
         "points": points,
         "quadrature": quadrature,
     }
-    for name, array in [*found.items(), ("reference", fitted[:, 0])]:
+    for name, array in [*arrays.items(), ("reference", fitted[:, 0])]:
         if not np.isfinite(array).all():
             raise NotComputedError(f"{name} has values that are not finite")
-    tensors: dict[str, Any] = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in found.items()}
+    tensors: dict[str, Any] = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     return Record(
         geometry=geometry,
         settings=settings,

@@ -185,8 +185,8 @@ def measured(config: MeasurementConfig) -> Measured:
 def timed(do: Callable[[], T]) -> tuple[T, float]:
     """The result of a call, and its CPU seconds."""
     began = time.process_time()
-    found = do()
-    return found, time.process_time() - began
+    result = do()
+    return result, time.process_time() - began
 
 
 # -- The table ---------------------------------------------------------------------------------------------------------
@@ -305,15 +305,15 @@ def claims(config: CostConfig, runs: Runs) -> Iterator[Claim]:
             whole(last) < last["kohn_sham"],
         )
         if len(rows) > 1:
-            own, other = growth(rows, whole), growth(rows, lambda line: float(line["kohn_sham"]))
+            exponent, other = growth(rows, whole), growth(rows, lambda line: float(line["kohn_sham"]))
             yield Claim(
                 f"Its time grows by a smaller power of the number of atoms ({series}, the two largest)",
-                f"{own:.1f} against {other:.1f}",
-                own < other,
+                f"{exponent:.1f} against {other:.1f}",
+                exponent < other,
             )
     if runs:
-        found = runs.column("converged")
-        yield Claim("Every density is found", f"{sum(found)} of {len(found)}", all(found))
+        converged = runs.column("converged")
+        yield Claim("Every density is found", f"{sum(converged)} of {len(converged)}", all(converged))
 
 
 def notes(config: CostConfig, runs: Runs) -> Iterator[str]:

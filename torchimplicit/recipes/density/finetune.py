@@ -199,13 +199,13 @@ class _Finetuner:
         functional.load_state_dict(read_checkpoint(run.best)["weights"])
         constants = functional.constants.detach().clone()
         chosen = {name: self.files["train"][name] for name in self.names}
-        found = {
+        by_split = {
             "before": measured(before, self.files["test"], self.training, spectrum=config.spectrum),
             "before_train": measured(before, chosen, self.training, look_closer=False),
             "train": measured(functional, chosen, self.training, look_closer=False),
         }
         if not config.energy_weight:  # nothing has trained the constants, on which no density depends
-            _refit(functional, self.cases, found["train"])
+            _refit(functional, self.cases, by_split["train"])
         test = measured(functional, self.files["test"], self.training, spectrum=config.spectrum, constants=constants)
         Trained(functional, self.trained.domain, self.trained.chemistry).save(run)
         tenth = max(1, len(self.efforts) // 10)
@@ -215,10 +215,10 @@ class _Finetuner:
             weights=self.weights,
             trained_on=self.names,
             test=test,
-            **found,
+            **by_split,
             reference_before=_at_reference(before, self.files["test"].values()),
             reference=_at_reference(functional, self.files["test"].values()),
-            spurious_before=share_spurious(found["before"], self.files["test"]),
+            spurious_before=share_spurious(by_split["before"], self.files["test"]),
             spurious=share_spurious(test, self.files["test"]),
             effort=[_mean(part) for part in (self.efforts[:tenth], self.efforts[-tenth:]) if part],
             pretraining_seconds=self.pretraining_seconds,
@@ -240,11 +240,11 @@ class _Finetuner:
     def _look(self) -> dict[str, float]:
         if not self.held:
             return {}
-        found = [_glanced(case, self.functional, self.training) for case in self.held]
+        glances = [_glanced(case, self.functional, self.training) for case in self.held]
         return {
-            "L": 1e3 * fmean(one[0] for one in found),
-            "steps": fmean(one[1] for one in found),
-            "unconverged": fmean(one[2] for one in found),
+            "L": 1e3 * fmean(one[0] for one in glances),
+            "steps": fmean(one[1] for one in glances),
+            "unconverged": fmean(one[2] for one in glances),
         }
 
     def _take(self, held: list[dict[str, float]]) -> None:
@@ -262,9 +262,9 @@ def _mean(efforts: Sequence[Effort]) -> Effort:
 
 
 @torch.no_grad()
-def _refit(functional: OrbitalFree, cases: Sequence[Case], found: Sequence[Quality]) -> None:
+def _refit(functional: OrbitalFree, cases: Sequence[Case], qualities: Sequence[Quality]) -> None:
     """Fit the elements' constants to the energies at the training molecules' minima."""
-    missing = torch.tensor([-one.energy_error for one in found], dtype=torch.float64)
+    missing = torch.tensor([-one.energy_error for one in qualities], dtype=torch.float64)
     functional.constants.add_(torch.linalg.pinv(element_counts([case.molecule for case in cases])) @ missing)
 
 

@@ -185,16 +185,16 @@ def figures(config: FinetuneConfig, run: Run) -> dict[str, Any] | None:
     """Figures of each nested run that finished."""
     from torchimplicit.recipes.density.schooling import LONGER, PRETRAINED, within
 
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name in (PRETRAINED, LONGER, *config.rows):
         one = within(run, name)
         if not (one.path / "results.json").is_file():
             continue
         held = one.read_json("results.json")
         if held["state"] == "complete":
-            made = of_pretraining(held) if name in (PRETRAINED, LONGER) else of_finetuning(held)
-            found[name.replace("-", "_")] = made
-    return found or None
+            figures_of_run = of_pretraining(held) if name in (PRETRAINED, LONGER) else of_finetuning(held)
+            values[name.replace("-", "_")] = figures_of_run
+    return values or None
 
 
 def of_pretraining(held: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,11 +315,11 @@ def _figure(runs: Runs, row: Row, path: str) -> list[Any]:
     if head not in before:
         return []
     renamed = ".".join(part for part in (before[head], tail) if part)
-    found = []
+    values = []
     for line in _lines(runs, kind, ""):
         first = next(name for name in WAYS if line[_key(name)] is not None)
-        found.append(line[f"{_key(first)}.{renamed}"])
-    return found
+        values.append(line[f"{_key(first)}.{renamed}"])
+    return values
 
 
 def _finetuning(rows: list[Row], runs: Runs) -> TitledTable:
@@ -411,10 +411,10 @@ def _quality(kind: Kind, runs: Runs) -> Iterator[Claim]:
 
 def _helps(kind: Kind, config: FinetuneConfig, runs: Runs) -> Iterator[Claim]:
     paths = ("implicit.test.loss", "pretrained.test.loss", "pretrained_longer.test.loss")
-    found = [[line[path] for path in paths] for line in runs.where(row=kind)]
-    found = [one for one in found if None not in one]
-    if found:
-        tuned, before, longer = (fmean(one[place] for one in found) for place in range(3))
+    pairs = [[line[path] for path in paths] for line in runs.where(row=kind)]
+    pairs = [one for one in pairs if None not in one]
+    if pairs:
+        tuned, before, longer = (fmean(one[place] for one in pairs) for place in range(3))
         lowered = 1 - tuned / min(before, longer)
         yield Claim(
             f"{KINDS[kind]}: fine-tuning by the implicit loss lowers the test L by at least {100 * LOWERED:g} % "
@@ -500,22 +500,22 @@ def protocol(config: FinetuneConfig, runs: Runs) -> str:
 
 def notes(config: FinetuneConfig, runs: Runs) -> list[str]:
     """Caveats for the reader."""
-    made = []
+    sentences = []
     if "potential" in config.kinds:
-        made.append(
+        sentences.append(
             "The external potential is linear in the density: the functional is as convex as Thomas, Fermi and von "
             "Weizsäcker's, and has one minimum. It has learned a potential for each geometry, not a functional."
         )
     if "density" in config.kinds:
-        made.append("A density at once has no energy.")
+        sentences.append("A density at once has no energy.")
     counts = runs.of(config.kinds[0], "pretrained.count")
     if counts:
-        made.append(f"{shown(counts[0], 2)} test molecules.")
+        sentences.append(f"{shown(counts[0], 2)} test molecules.")
     for line in runs:
         wanted = [] if line["row"] == "density" else [*config.rows, "pretrained-longer"]
         if lacking := [way for way in wanted if line[_key(way)] is None]:
-            made.append(f"{KINDS[line['row']]}, seed {line['seed']}: {', '.join(lacking)} not done.")
-    return made + missing(len(jobs(config)), runs)
+            sentences.append(f"{KINDS[line['row']]}, seed {line['seed']}: {', '.join(lacking)} not done.")
+    return sentences + missing(len(jobs(config)), runs)
 
 
 def drawings(config: FinetuneConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:

@@ -65,14 +65,14 @@ def _through_guess(network: CoefficientNetwork, p: Tensor, record: Record) -> Te
         places: Any = tuple(map(tuple, positions.tolist()))
         return unsolved(replace(geometry, positions=places), replace(record.settings, grid=0)).guess
 
-    found = torch.zeros_like(molecule.positions)
-    for atom in range(len(found)):
+    forces = torch.zeros_like(molecule.positions)
+    for atom in range(len(forces)):
         for axis in range(3):
-            step = torch.zeros_like(found)
+            step = torch.zeros_like(forces)
             step[atom, axis] = STEP
             ahead, behind = (guess_at(molecule.positions + sign * step) for sign in (1, -1))
-            found[atom, axis] = felt @ (ahead - behind) / (2 * STEP)
-    return found
+            forces[atom, axis] = felt @ (ahead - behind) / (2 * STEP)
+    return forces
 
 
 def _repulsion(molecule: Molecule) -> Tensor:

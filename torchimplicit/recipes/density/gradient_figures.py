@@ -188,8 +188,8 @@ class MoleculeResults:
 
     def symmetric(self, weight: float, tolerance: float) -> float:
         """The error of the symmetric difference with this weight of the loss and tolerance (:class:`Loosened`)."""
-        found = (one for one in self.loosened if (one.nudge, one.tolerance) == (weight, tolerance))
-        return next(found).symmetric
+        matching = (one for one in self.loosened if (one.nudge, one.tolerance) == (weight, tolerance))
+        return next(matching).symmetric
 
     @staticmethod
     def of(run: Run) -> MoleculeResults:

@@ -158,8 +158,8 @@ def jobs(config: TableConfig) -> list[Job]:
 
 def figures(config: TableConfig, run: Run) -> dict[str, Any] | None:
     """All measurements, rounded to five digits."""
-    found = table.read("results.json")(config, run)
-    return None if found is None else _short(found)
+    results = table.read("results.json")(config, run)
+    return None if results is None else _short(results)
 
 
 def _short(plain: Any) -> Any:
@@ -173,13 +173,15 @@ def _short(plain: Any) -> Any:
 
 def groups_of(config: TableConfig, runs: Runs) -> list[Group]:
     """The molecules and functionals that have runs."""
-    made = []
+    groups = []
     for molecule in config.molecules:
         for state in STATES:
-            found = [from_plain(MoleculeResults, line.figures) for line in runs.where(molecule=molecule, state=state)]
-            if found:
-                made.append(Group(molecule, state, found))
-    return made
+            of_seeds = [
+                from_plain(MoleculeResults, line.figures) for line in runs.where(molecule=molecule, state=state)
+            ]
+            if of_seeds:
+                groups.append(Group(molecule, state, of_seeds))
+    return groups
 
 
 # -- sheets ------------------------------------------------------------------------------------------------------------
@@ -190,9 +192,9 @@ def sheets(config: TableConfig, runs: Runs) -> list[TitledTable]:
     groups, settings = groups_of(config, runs), usual(config)
     if not groups:
         return []
-    made = [_minima(groups), *(one(groups, settings) for one in (_nudges, _loosened, _beyond, _damped))]
-    made += [_softened(group, settings) for group in groups]
-    return made + [_adjoint(group, settings) for group in groups]
+    tables = [_minima(groups), *(one(groups, settings) for one in (_nudges, _loosened, _beyond, _damped))]
+    tables += [_softened(group, settings) for group in groups]
+    return tables + [_adjoint(group, settings) for group in groups]
 
 
 def _minima(groups: Sequence[Group]) -> TitledTable:
@@ -310,8 +312,8 @@ def _softened(group: Group, settings: MoleculeGradientsConfig) -> TitledTable:
 def _adjoint(group: Group, settings: MoleculeGradientsConfig) -> TitledTable:
     def middle(coordinates: str, what: str, form: str) -> Callable[[str], str]:
         def of(way: str) -> str:
-            found = [one.adjoint[coordinates][way] for one in group.results if way in one.adjoint[coordinates]]
-            return format(median(getattr(one, what) for one in found), form) if found else table.NONE
+            values = [one.adjoint[coordinates][way] for one in group.results if way in one.adjoint[coordinates]]
+            return format(median(getattr(one, what) for one in values), form) if values else table.NONE
 
         return of
 
@@ -413,7 +415,7 @@ def _softened_claims(every: Sequence[MoleculeResults], settings: MoleculeGradien
     grown = [one.softened[small].norm["implicit"] for one in every]
     turned = [one.softened[below] for one in every]
     flipped = [entry.cosine["implicit"] for entry in turned]
-    told = sum(entry.status["implicit"] == "SADDLE" for entry in turned)
+    saddles = sum(entry.status["implicit"] == "SADDLE" for entry in turned)
     above = [one.softened[factors.index(1e-2)].cosine["implicit"] for one in every]
     ways = ("damped", "one-sided, whole loss")
     held = [
@@ -438,8 +440,8 @@ def _softened_claims(every: Sequence[MoleculeResults], settings: MoleculeGradien
         ),
         Claim(
             "There the adjoint solve names the saddle",
-            f"in {told} of {len(turned)}",
-            told == len(turned),
+            f"in {saddles} of {len(turned)}",
+            saddles == len(turned),
         ),
         Claim(
             "There damped differentiation and one-sided propagation keep the direction (a cosine with the gradient "
@@ -458,13 +460,13 @@ def _softened_claims(every: Sequence[MoleculeResults], settings: MoleculeGradien
 
 
 def _solved_claims(groups: Sequence[Group]) -> list[Claim]:
-    made = []
+    claims = []
     every = [one for group in groups for one in group.results]
     ill = [one for one in every if one.point.raw_condition > ILL]
     descents = ("gradient descent, least squares", "Adam, least squares")
     if ill:
         errors = {way: [one.adjoint["raw"][way].error for one in ill] for way in descents}
-        made.append(
+        claims.append(
             Claim(
                 f"In raw coordinates, where the condition is above {ILL:g}, the slides' least-squares form is not "
                 "solved in 2000 steps by gradient descent or by Adam (errors above 10 %)",
@@ -473,10 +475,10 @@ def _solved_claims(groups: Sequence[Group]) -> list[Claim]:
             )
         )
     for method in ("CG", "MINRES"):
-        found = [one.adjoint["overlap"][f"{method}, {REFERENCE}"] for one in every]
+        reference = [one.adjoint["overlap"][f"{method}, {REFERENCE}"] for one in every]
         plain = median(one.adjoint["raw"][method].products for one in every)
-        most, error = max(one.products for one in found), max(one.error for one in found)
-        made.append(
+        most, error = max(one.products for one in reference), max(one.error for one in reference)
+        claims.append(
             Claim(
                 f"{method} with the reference Hessian solves all of them to 1e-6 within 40 products",
                 f"at most {most:.0f} products, errors up to {error:.1e}; in raw coordinates without it {plain:.0f} "
@@ -484,7 +486,7 @@ def _solved_claims(groups: Sequence[Group]) -> list[Claim]:
                 most <= 40 and error < 1e-6,
             )
         )
-    return made
+    return claims
 
 
 def protocol(config: TableConfig, runs: Runs) -> str:
@@ -507,7 +509,7 @@ def protocol(config: TableConfig, runs: Runs) -> str:
 
 def notes(config: TableConfig, runs: Runs) -> list[str]:
     """Caveats for the reader."""
-    made = [
+    sentences = [
         "An eigenvalue is moved by taking half its change times the squared coordinate along its eigenvector off the "
         "energy: the point stays stationary, the rest of the spectrum what it is, and the gradient before is what the "
         f"others are compared with. The mode is the softest that carries at least {FELT:.0%} of the gradient: symmetry "
@@ -523,14 +525,14 @@ def notes(config: TableConfig, runs: Runs) -> list[str]:
         "Gradient descent takes the largest safe step, one over the largest eigenvalue's square; Adam's rate is the "
         "best of three by the final error, which favours it.",
     ]
-    saddles = sum(found.point.saddles for group in groups_of(config, runs) for found in group.results)
+    saddles = sum(result.point.saddles for group in groups_of(config, runs) for result in group.results)
     if saddles:
-        made.append(
+        sentences.append(
             f"{saddles} minimizations ended at a saddle, with a projected gradient below the tolerance, and began "
             "again a little off it: L-BFGS from a symmetric start keeps the symmetry."
         )
     missing = [job.name for job in jobs(config) if not runs.named(job.name)]
-    return [*made, *([f"Not measured: {', '.join(missing)}."] if missing else [])]
+    return [*sentences, *([f"Not measured: {', '.join(missing)}."] if missing else [])]
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -579,14 +581,14 @@ def _softened_figure(group: Group, settings: MoleculeGradientsConfig) -> Caption
 
     figure, (size, direction) = axes(2, width=4.6, height=4.1)
     for index, name in enumerate(ESTIMATORS):
-        found = [group.softened(place) for place in places]
+        points = [group.softened(place) for place in places]
         failed = [
             place
-            for place, seeds in zip(places, found, strict=True)
+            for place, seeds in zip(places, points, strict=True)
             if name not in LINEAR and any(s.status[name] != "CONVERGED" for s in seeds)
         ]
         for panel, figure_of in ((size, "norm"), (direction, "cosine")):
-            values = [median(getattr(s, figure_of)[name] for s in seeds) for seeds in found]
+            values = [median(getattr(s, figure_of)[name] for s in seeds) for seeds in points]
             panel.plot(places, values, label=name, **style(index))
             hollow = {**style(index), "linestyle": "", "markerfacecolor": "white"}
             panel.plot(failed, [values[place] for place in failed], **hollow, zorder=3)
@@ -616,9 +618,9 @@ def _adjoint_figure(group: Group, settings: MoleculeGradientsConfig) -> Captione
     ways = list(one.adjoint["overlap"])
     for panel, coordinates in zip(panels, ("overlap", "raw"), strict=True):
         for index, way in enumerate(ways):
-            found = one.adjoint[coordinates].get(way)
-            if found is not None:
-                panel.plot(*zip(*found.trace, strict=True), label=way, **_look(index))
+            solved = one.adjoint[coordinates].get(way)
+            if solved is not None:
+                panel.plot(*zip(*solved.trace, strict=True), label=way, **_look(index))
         panel.set(xscale="log", yscale="log", xlabel="products with the Hessian", ylim=(1e-15, 30))
         panel.set_title("coordinates of the overlap" if coordinates == "overlap" else "raw coefficients")
     panels[0].set_ylabel("relative error of the solution")

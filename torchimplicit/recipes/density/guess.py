@@ -35,8 +35,8 @@ def density_matrix(p: Tensor, record: Record) -> Array:
     field.grids.level = record.settings.scf_grid
     matrix = field.get_hcore() + _coulomb(field.mol, p, record) + _exchange_correlation(field, p, record)
     energies, orbitals = field.eig(matrix, field.get_ovlp())
-    found: Array = np.asarray(field.make_rdm1(orbitals, field.get_occ(energies, orbitals)))
-    return found
+    density: Array = np.asarray(field.make_rdm1(orbitals, field.get_occ(energies, orbitals)))
+    return density
 
 
 def _coulomb(mol: Any, p: Tensor, record: Record) -> Array:

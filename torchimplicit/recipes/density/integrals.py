@@ -161,5 +161,5 @@ def attraction(mol: Any, fitting: Any) -> Array:
     from pyscf import gto
 
     nuclei = gto.fakemol_for_charges(mol.atom_coords())
-    found: Array = -gto.intor_cross("int2c2e", fitting, nuclei) @ mol.atom_charges()
-    return found
+    integrals: Array = -gto.intor_cross("int2c2e", fitting, nuclei) @ mol.atom_charges()
+    return integrals

@@ -132,7 +132,7 @@ def _labelled(geometry: Geometry, chemistry: ChemistrySettings, settings: LabelS
     begins = [(1 - share) * ground + share * guess for share in shares]
     within = _exchange_correlation(field, fitting, begins)
     repulsions = field.get_j(dm=np.stack(begins))
-    found, added = [], []
+    labelled, added = [], []
     occupied = geometry.electrons // 2
     exponents = basis.spread(basis.exponent).numpy()
     felt = (exponents > EXPONENTS[0]) & (exponents < EXPONENTS[1])
@@ -153,9 +153,9 @@ def _labelled(geometry: Geometry, chemistry: ChemistrySettings, settings: LabelS
                 if 0.5 < ratio < 2:
                     break
                 perturbation *= np.clip(ratio**-0.5, 0.1, 10)
-        found.append(stepped(number, perturbation))
+        labelled.append(stepped(number, perturbation))
         added.append(perturbation)
-    densities = [density for density, _, _ in found]
+    densities = [density for density, _, _ in labelled]
     outside = _exchange_correlation(field, fitting, densities)
     coefficients = np.stack([fitted(density) for density in densities])
     # the kinetic energy's slope is minus the potential in which the orbitals are the ground state (Euler's equation)
@@ -172,7 +172,7 @@ def _labelled(geometry: Geometry, chemistry: ChemistrySettings, settings: LabelS
         "attraction": [np.vdot(core - kinetic, one) for one in densities],
         "slope": slopes,
         "loss": [away(p) for p in coefficients],
-        "gap": [gap for _, _, gap in found],
+        "gap": [gap for _, _, gap in labelled],
     }
     arrays = {name: torch.from_numpy(np.array(values, dtype=np.float64)) for name, values in labels.items()}
     for name, tensor in arrays.items():
@@ -192,8 +192,8 @@ class _Integrals:
 
     def potential(self, density: Array) -> Array:
         """Every fitting function's Coulomb energy with a density of orbitals, ``[n]``."""
-        found: Array = self._packed @ (density[self._rows, self._columns] * self._twice)
-        return found
+        potential: Array = self._packed @ (density[self._rows, self._columns] * self._twice)
+        return potential
 
     def matrix(self, coefficients: Array) -> Array:
         """The Coulomb potential of a fitted density, between orbitals, ``[orbitals, orbitals]``."""

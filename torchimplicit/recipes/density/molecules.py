@@ -222,16 +222,16 @@ def there(config: MoleculesConfig, runs: Runs) -> list[str]:
 
 def better(runs: Runs, row: str, split: str = "test") -> float:
     """The share of molecules, over all seeds, that beat the superposition of atoms in L and in L1."""
-    found = runs.of(row, split)
-    return sum(one["better"] * one["count"] for one in found) / sum(one["count"] for one in found)
+    shares = runs.of(row, split)
+    return sum(one["better"] * one["count"] for one in shares) / sum(one["count"] for one in shares)
 
 
 def sheets(config: MoleculesConfig, runs: Runs) -> list[TitledTable]:
     """Tables of the four molecules, of QM9, and of the first row molecule by molecule."""
-    made = []
+    tables = []
     for qm9, title in ((False, f"{', '.join(config.molecules)}: new geometries"), (True, "QM9: new molecules")):
         if rows := [name for name in there(config, runs) if ROWS[name].qm9 == qm9]:
-            made.append(quality(config, title, rows, runs))
+            tables.append(quality(config, title, rows, runs))
     for name in there(config, runs)[:1]:
         line = runs.where(row=name)[0]
         title = f"{ROWS[name].label}, seed {line['seed']}: molecule by molecule"
@@ -240,7 +240,7 @@ def sheets(config: MoleculesConfig, runs: Runs) -> list[TitledTable]:
         def of(figure: str, scale: float = 1.0) -> Any:
             return lambda pair: shown(scale * pair[1][figure], 3)
 
-        made.append(table.sheet(title, every, [
+        tables.append(table.sheet(title, every, [
             Cell("Molecule", lambda pair: f"{pair[1]['name']} ({pair[0]})"),
             Cell("Basis functions", lambda pair: str(pair[1]["size"])),
             Cell("L", of("loss", 1e3), "10⁻³"),
@@ -250,7 +250,7 @@ def sheets(config: MoleculesConfig, runs: Runs) -> list[TitledTable]:
             Cell("Energy error", of("energy_error", 1e3), "mHa"),
             Cell("Inner steps", lambda pair: f"{pair[1]['steps']}{'' if pair[1]['converged'] else ', not converged'}"),
         ]))  # fmt: skip
-    return made
+    return tables
 
 
 def quality(config: MoleculesConfig, title: str, rows: list[str], runs: Runs) -> TitledTable:
@@ -307,17 +307,17 @@ def quality(config: MoleculesConfig, title: str, rows: list[str], runs: Runs) ->
 
 def claims(config: MoleculesConfig, runs: Runs) -> list[Claim]:
     """Test whether the targets are met, then the comparisons between rows."""
-    found = there(config, runs)
-    made = []
+    rows = there(config, runs)
+    claims_of_rows = []
     for name in ("gauss-newton", "energy", "qm9"):
-        if name in found:
-            made += [fitted(runs, name), tested(runs, name)]
-    if "gauss-newton" in found:
-        made += [ahead(runs, name) for name in ("l-bfgs", "adam") if name in found]
-        if "energy" in found:
-            made.append(energies(runs))
+        if name in rows:
+            claims_of_rows += [fitted(runs, name), tested(runs, name)]
+    if "gauss-newton" in rows:
+        claims_of_rows += [ahead(runs, name) for name in ("l-bfgs", "adam") if name in rows]
+        if "energy" in rows:
+            claims_of_rows.append(energies(runs))
     pairs = [("gauss-newton", "linear"), ("qm9", "qm9-linear")]
-    return made + [learned(runs, *pair) for pair in pairs if found and set(pair) <= set(found)]
+    return claims_of_rows + [learned(runs, *pair) for pair in pairs if rows and set(pair) <= set(rows)]
 
 
 def fitted(runs: Runs, name: str) -> Claim:
@@ -332,7 +332,7 @@ def fitted(runs: Runs, name: str) -> Claim:
 
 def tested(runs: Runs, name: str) -> Claim:
     """The number of test molecules whose densities beat the superposition of atoms."""
-    every = [one for found in runs.of(name, "molecules.test") for one in found]
+    every = [one for by_seed in runs.of(name, "molecules.test") for one in by_seed]
     what = "molecules that training has not seen" if ROWS[name].qm9 else "test geometries"
     below = [fmean(one[f] < one[f"guess_{f}"] for one in every) if every else float("nan") for f in ("loss", "l1")]
     return Claim(
@@ -380,8 +380,8 @@ def energies(runs: Runs) -> Claim:
     """Compares energies on the test geometries."""
 
     def over_all(name: str, figure: str) -> float:
-        found = runs.of(name, "test")
-        return sum(one[figure] * one["count"] for one in found) / sum(one["count"] for one in found)
+        values = runs.of(name, "test")
+        return sum(one[figure] * one["count"] for one in values) / sum(one["count"] for one in values)
 
     error, loss = ([over_all(name, f) for name in ("gauss-newton", "energy")] for f in ("energy_error", "loss"))
     return Claim(
@@ -418,7 +418,7 @@ def protocol(config: MoleculesConfig, runs: Runs) -> str:
 
 def notes(config: MoleculesConfig, runs: Runs) -> list[str]:
     """Caveats for the reader."""
-    made = [
+    sentences = [
         "L is dominated by the cores, where the density is high; L1 is not. A loss without its tails can fall many "
         "times while L1 does not move, so both are told.",
         "The energy of a functional that is trained by densities alone is free to drift: nothing holds it. With the "
@@ -427,8 +427,8 @@ def notes(config: MoleculesConfig, runs: Runs) -> list[str]:
     ]
     rejected = sum(runs.column("rejected"))
     if rejected:
-        made.append(f"{rejected} evaluations met a density that was not found within the budget.")
-    return made + missing(len(jobs(config)), runs)
+        sentences.append(f"{rejected} evaluations met a density that was not found within the budget.")
+    return sentences + missing(len(jobs(config)), runs)
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -438,9 +438,9 @@ def drawings(config: MoleculesConfig, runs: Runs, folders: Mapping[str, Run]) ->
     """Figures of the four molecules, and of QM9, as far as there are runs."""
     rows = there(config, runs)
     four, qm9 = ([name for name in rows if ROWS[name].qm9 == kind] for kind in (False, True))
-    made = []
+    figures = []
     if four:
-        made.append(
+        figures.append(
             CaptionedFigure(
                 "along-training",
                 along(runs, four),
@@ -449,7 +449,7 @@ def drawings(config: MoleculesConfig, runs: Runs, folders: Mapping[str, Run]) ->
             )
         )
         chosen = [name for name in four if name in ("gauss-newton", "energy", "slides")] or four[:3]
-        made.append(
+        figures.append(
             CaptionedFigure(
                 "test",
                 against_guess(runs, chosen),
@@ -459,8 +459,8 @@ def drawings(config: MoleculesConfig, runs: Runs, folders: Mapping[str, Run]) ->
         )
     if qm9:
         caption = "Molecules of QM9 that training has not seen, likewise."
-        made.append(CaptionedFigure("qm9", against_guess(runs, qm9), caption))
-    return made
+        figures.append(CaptionedFigure("qm9", against_guess(runs, qm9), caption))
+    return figures
 
 
 def along(runs: Runs, rows: list[str]) -> Figure:
@@ -494,7 +494,7 @@ def against_guess(runs: Runs, rows: list[str]) -> Figure:
     for index, name in enumerate(rows):
         colour = COLOURS[index % len(COLOURS)]
         for split in ("start_test", "test"):
-            every = [one for found in runs.of(name, f"molecules.{split}") for one in found]
+            every = [one for by_seed in runs.of(name, f"molecules.{split}") for one in by_seed]
             panel.plot(
                 [one["loss"] / one["guess_loss"] for one in every],
                 [one["l1"] / one["guess_l1"] for one in every],

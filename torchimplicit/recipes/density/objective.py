@@ -74,7 +74,7 @@ class Share:
         """Residuals of all molecules of the share. All are infinite if a density is not found; then no others are
         sought."""
         self._begin(vector)
-        found = []
+        residuals = []
         for case in self.cases:
             with torch.no_grad():
                 solution = self._solved(case)
@@ -87,8 +87,8 @@ class Share:
                 matrix = case.curvature(self.functional, solution.value)
                 lacking, _ = floor_residual(self.config, case, self.functional, solution.value, matrix)
                 parts.append(lacking.detach().reshape(1))
-            found.append(self._filled(case, torch.cat(parts)) / self.total**0.5)
-        return torch.cat(found).numpy()
+            residuals.append(self._filled(case, torch.cat(parts)) / self.total**0.5)
+        return torch.cat(residuals).numpy()
 
     def jacobian(self, vector: Array) -> Array:
         """``[residuals, weights]``, by the implicit function theorem with assembled second derivatives: in the metric's
@@ -228,7 +228,7 @@ class DensityFit(AbstractContextManager["DensityFit"]):
             min(loads, key=lambda load: sum(cost[k] for k in load)).append(place)
         split = [[molecules[k] for k in sorted(load)] for load in loads]
         self._share = made(functional, split[0], molecules, config)
-        self._others = [_Worker(functional, own, molecules, config) for own in split[1:]]
+        self._others = [_Worker(functional, share, molecules, config) for share in split[1:]]
 
     def __exit__(self, *exc: Any) -> None:
         for other in self._others:
@@ -255,9 +255,9 @@ class DensityFit(AbstractContextManager["DensityFit"]):
     def residuals(self, vector: Array) -> Array:
         """Residuals of all molecules and of the decay; infinite if a density is not found."""
         self.evaluations += 1
-        found = np.concatenate([*self._all("residuals", vector), self._decay(vector)])
-        self.rejected += not np.isfinite(found).all()
-        return np.asarray(found if np.isfinite(found).all() else np.full_like(found, np.inf))
+        residuals = np.concatenate([*self._all("residuals", vector), self._decay(vector)])
+        self.rejected += not np.isfinite(residuals).all()
+        return np.asarray(residuals if np.isfinite(residuals).all() else np.full_like(residuals, np.inf))
 
     def jacobian(self, vector: Array) -> Array:
         """``[residuals, weights]``."""
@@ -282,21 +282,21 @@ class DensityFit(AbstractContextManager["DensityFit"]):
     def _all(self, what: str, vector: Array) -> list[Any]:
         for other in self._others:
             other.ask(what, vector)
-        found = [getattr(self._share, what)(vector)]
+        answers = [getattr(self._share, what)(vector)]
         works = [self._share.work]
         for other in self._others:
             answer, work = other.answer()
-            found.append(answer)
+            answers.append(answer)
             works.append(work)
         self.work = Work(*(sum(values) for values in zip(*(vars(work).values() for work in works), strict=True)))
-        return found
+        return answers
 
 
 def made(
-    functional: OrbitalFree, own: Sequence[Molecule], every: Sequence[Molecule], config: OrbitalFreeTraining
+    functional: OrbitalFree, molecules: Sequence[Molecule], every: Sequence[Molecule], config: OrbitalFreeTraining
 ) -> Share:
     """The share of some of the molecules."""
-    cases = [Case.of(molecule, config.tail_weight) for molecule in own]
+    cases = [Case.of(molecule, config.tail_weight) for molecule in molecules]
     return Share(functional, cases, _weights(functional, every, config), config, len(every))
 
 
@@ -308,11 +308,15 @@ class _Worker:
     """A worker process with its share of the molecules."""
 
     def __init__(
-        self, functional: OrbitalFree, own: Sequence[Molecule], every: Sequence[Molecule], config: OrbitalFreeTraining
+        self,
+        functional: OrbitalFree,
+        molecules: Sequence[Molecule],
+        every: Sequence[Molecule],
+        config: OrbitalFreeTraining,
     ):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, functional, own, every, config), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, functional, molecules, every, config), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -321,10 +325,10 @@ class _Worker:
 
     def answer(self) -> tuple[Any, Work]:
         try:
-            found, work = self._pipe.recv()
+            answer, work = self._pipe.recv()
         except EOFError:
             raise RuntimeError("a process that shares the molecules has ended; its error is above") from None
-        return found, work
+        return answer, work
 
     def close(self) -> None:
         self._pipe.close()
@@ -336,7 +340,7 @@ class _Worker:
 def _serve(
     pipe: Connection,
     functional: OrbitalFree,
-    own: Sequence[Molecule],
+    molecules: Sequence[Molecule],
     every: Sequence[Molecule],
     config: OrbitalFreeTraining,
 ) -> None:
@@ -348,7 +352,7 @@ def _serve(
     SHARED.limit, SHARED.single = config.memory * 1e9 / config.processes, config.single
     warnings.simplefilter("ignore")
     torch.set_num_threads(max(1, config.threads))
-    share = made(functional, own, every, config)
+    share = made(functional, molecules, every, config)
     with threads(config.threads):
         while True:
             try:

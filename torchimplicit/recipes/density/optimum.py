@@ -81,13 +81,13 @@ class Optimum:
         self.problem = functional.problem(molecule, self.metric)
         self.reference = ReferenceHessian().init()
         self.saddles = 0
-        found = self.minimize(molecule.guess)
+        solution = self.minimize(molecule.guess)
         for _ in range(TRIES):
-            if float(curvature(self.problem, found.value, subspace=molecule.size).least) > 0:
+            if float(curvature(self.problem, solution.value, subspace=molecule.size).least) > 0:
                 break
             self.saddles += 1
-            found = self.minimize(self.beside(found.value.detach()))
-        self.value, self.steps = found.value.detach(), int(found.steps)
+            solution = self.minimize(self.beside(solution.value.detach()))
+        self.value, self.steps = solution.value.detach(), int(solution.steps)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -124,10 +124,10 @@ class Optimum:
     def estimate(self, estimator: Gradient, problem: Minimum | None = None) -> Estimate:
         """The loss's gradient by an estimator, at the minimum (of ``problem``, stationary at the same point)."""
         with quiet():
-            found = solve(problem or self.problem, self.value, solver=_STANDING, gradient=estimator, throw=False)
-            grads = torch.autograd.grad(self.loss(found.value), self.parameters, allow_unused=True)
-        assert found.adjoint is not None
-        return Estimate(flat(grads, self.parameters), found.adjoint)
+            solution = solve(problem or self.problem, self.value, solver=_STANDING, gradient=estimator, throw=False)
+            grads = torch.autograd.grad(self.loss(solution.value), self.parameters, allow_unused=True)
+        assert solution.adjoint is not None
+        return Estimate(flat(grads, self.parameters), solution.adjoint)
 
     def propagation(self, nudge: float | None, *, symmetric: bool, curved: bool = False) -> EquilibriumPropagation:
         return EquilibriumPropagation(
@@ -181,10 +181,10 @@ def load(config: MoleculeGradientsConfig) -> Molecule:
         UserError: it cannot be had.
     """
     geometry, settings, folder = _asked(config)
-    found = prepared([geometry], settings, folder)
-    if found.failures:
-        raise UserError(f"{geometry.name}: {found.failures[0].reason}")
-    return found.molecules[0]
+    files = prepared([geometry], settings, folder)
+    if files.failures:
+        raise UserError(f"{geometry.name}: {files.failures[0].reason}")
+    return files.molecules[0]
 
 
 def _asked(config: MoleculeGradientsConfig) -> tuple[Geometry, ChemistrySettings, Path]:
@@ -227,8 +227,8 @@ def _train(functional: OrbitalFree, molecule: Molecule, metric: Metric, steps: i
     optimizer = torch.optim.Adam(functional.parameters(), lr=LEARNING_RATE)
     for _ in range(steps):
         with quiet():
-            found = solve(problem, p, solver=solver, gradient=estimator, throw=False)
+            solution = solve(problem, p, solver=solver, gradient=estimator, throw=False)
             optimizer.zero_grad()
-            (_half_square(found.value, molecule) / molecule.electrons).backward()
+            (_half_square(solution.value, molecule) / molecule.electrons).backward()
         optimizer.step()
-        p = found.value.detach()
+        p = solution.value.detach()

@@ -96,10 +96,10 @@ class Curvature:
             directions = [v, residual / residual.norm()] + ([before] if bool(before.any()) else [])
             basis = torch.linalg.qr(torch.stack([self._projected(d) for d in directions], dim=1)).Q
             small = basis.T @ torch.stack([self(column).detach() for column in basis.T], dim=1)
-            found = basis @ torch.linalg.eigh(0.5 * (small + small.T)).eigenvectors[:, 0]
-            before = found - (found @ v) * v
+            vector = basis @ torch.linalg.eigh(0.5 * (small + small.T)).eigenvectors[:, 0]
+            before = vector - (vector @ v) * v
             before = before / before.norm().clamp_min(1e-300)
-            v = found / found.norm()
+            v = vector / vector.norm()
         return v
 
     def _projected(self, v: Tensor) -> Tensor:

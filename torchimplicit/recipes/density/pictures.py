@@ -35,8 +35,8 @@ def figures(results: Results, split: Split, functional: OrbitalFree) -> dict[str
     basis = storage.read(split.files[shown.name]).basis
     case = Case.of(shown)
     with torch.no_grad():
-        found = case.solved(functional, results.config, cold=True).value
-    errors = {"trained": found - shown.reference, "superposition of atoms": shown.guess - shown.reference}
+        p = case.solved(functional, results.config, cold=True).value
+    errors = {"trained": p - shown.reference, "superposition of atoms": shown.guess - shown.reference}
     with styled():
         drawn = {"line": _line(shown.name, basis, errors), "training": _training(results.looks)}
         if len(shown.charges) > 1:

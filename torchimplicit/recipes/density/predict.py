@@ -125,20 +125,20 @@ class Density:
     @property
     def warning(self) -> str:
         """What makes the density doubtful; empty if nothing does."""
-        geometry, found = self.record.geometry, []
+        geometry, warnings = self.record.geometry, []
         if self.strange:
-            found.append(
+            warnings.append(
                 f"atom {self.strangest + 1} ({symbol(geometry.charges[self.strangest])}) of {geometry.name} has "
                 f"surroundings unlike any in training: distance {self.distance:.2f}, and nine in ten of the training "
                 f"molecules are within {self.limit:.2f} of the others; errors beyond it grow to hartrees"
             )
         if self.least < 0:
-            found.append(
+            warnings.append(
                 f"the density is no minimum: the Hessian has an eigenvalue of {self.least:.3g} hartree, and the "
                 "functional has a lower energy beside it, which a search does not find where the molecule's symmetry "
                 "hides the way"
             )
-        return "; ".join(found)
+        return "; ".join(warnings)
 
 
 def density(trained: Trained, geometry: Geometry, *, grid: int | None = None, slopes: bool = True) -> Density:
@@ -197,25 +197,25 @@ def _dipole(p: Tensor, molecule: Molecule) -> tuple[float, float, float]:
     return x, y, z
 
 
-def told(found: Density) -> dict[str, Any]:
+def told(result: Density) -> dict[str, Any]:
     """The result as plain values, for a JSON file."""
-    geometry = found.record.geometry
+    geometry = result.record.geometry
     return {
         "molecule": geometry.name,
         "elements": [symbol(charge) for charge in geometry.charges],
         "positions_bohr": geometry.positions,
         "charge": geometry.charge,
-        "energy_hartree": found.energy,
-        "parts_hartree": dict(found.parts),
-        "dipole_au": found.dipole,
-        "forces_hartree_per_bohr": None if found.forces is None else found.forces.tolist(),
-        "status": found.status.name,
-        "steps": found.steps,
-        "least_eigenvalue_hartree": found.least,
-        "warning": found.warning,
-        "domain": {"distance": found.distance, "limit": found.limit, "strange": found.strange},
-        "grid": found.record.settings.grid,
-        "basis_functions": len(found.coefficients),
-        "coefficients": found.coefficients.tolist(),
-        "seconds": found.seconds,
+        "energy_hartree": result.energy,
+        "parts_hartree": dict(result.parts),
+        "dipole_au": result.dipole,
+        "forces_hartree_per_bohr": None if result.forces is None else result.forces.tolist(),
+        "status": result.status.name,
+        "steps": result.steps,
+        "least_eigenvalue_hartree": result.least,
+        "warning": result.warning,
+        "domain": {"distance": result.distance, "limit": result.limit, "strange": result.strange},
+        "grid": result.record.settings.grid,
+        "basis_functions": len(result.coefficients),
+        "coefficients": result.coefficients.tolist(),
+        "seconds": result.seconds,
     }

@@ -152,8 +152,8 @@ def carried_out(
         if path in first:  # asked for twice
             continue
         first[path] = index
-        found, note = _found(path, work)
-        if found:
+        produced, note = _found(path, work)
+        if produced:
             outcomes[index] = Outcome(geometry=geometry, path=path)
             watch(outcomes[index])
         else:

@@ -214,11 +214,11 @@ def _finished(
 @torch.no_grad()
 def measured_directly(functional: OrbitalFree, files: Mapping[str, Path], config: OrbitalFreeTraining) -> list[Quality]:
     """Measure each molecule's density as the network predicts it, without energy or minimization."""
-    found = []
+    qualities = []
     for path in files.values():
         case = Case.of(storage.load(path))
         p, molecule = predicted(functional, case), case.molecule
-        found.append(
+        qualities.append(
             Quality(
                 name=molecule.name,
                 size=molecule.size,
@@ -233,7 +233,7 @@ def measured_directly(functional: OrbitalFree, files: Mapping[str, Path], config
                 converged=True,
             )
         )
-    return found
+    return qualities
 
 
 def predicted(functional: OrbitalFree, case: Case) -> Tensor:

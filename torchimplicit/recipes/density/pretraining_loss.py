@@ -90,8 +90,8 @@ class PretrainingLoss:
 
     def _of_tangent(self, chosen: list[Example]) -> Tensor:
         total = torch.zeros(())
-        found = slopes_of(self.network, chosen, [example.guess for example in chosen], recorded=True)
-        for example, (energy, slope) in zip(chosen, found, strict=True):
+        slopes = slopes_of(self.network, chosen, [example.guess for example in chosen], recorded=True)
+        for example, (energy, slope) in zip(chosen, slopes, strict=True):
             total = total + 2e3 * half_square(self._missed(example, slope, [0])).mean() / example.electrons
             if self.config.kind == "potential" and self.config.energy_weight:
                 error = energy + self._along(example, slope) - example.energies[:1]
@@ -107,8 +107,8 @@ class PretrainingLoss:
             which.append(labels)
             moves.append(self._displaced(number, example, len(labels), generator))
         rows = [example.moved(example.rows[k], y) for example, k, y in zip(chosen, which, moves, strict=True)]
-        found = slopes_of(self.network, chosen, rows, recorded=True)
-        for number, example, labels, y, (energy, slope) in zip(numbers, chosen, which, moves, found, strict=True):
+        slopes = slopes_of(self.network, chosen, rows, recorded=True)
+        for number, example, labels, y, (energy, slope) in zip(numbers, chosen, which, moves, slopes, strict=True):
             missed = self._missed(example, slope, labels)
             total = total + 2e3 * half_square(missed).mean() / example.electrons
             # the slope that is missing is taken to be the same beside the label

@@ -84,8 +84,8 @@ class Quality:
     def better(self) -> bool:
         """Return whether it beats the superposition of atoms in both figures, and also on the finer grid if there is
         one."""
-        own = self.loss < self.guess_loss and self.l1 < self.guess_l1
-        return own and (self.finer is None or self.finer.better(self.guess_loss))
+        improved = self.loss < self.guess_loss and self.l1 < self.guess_l1
+        return improved and (self.finer is None or self.finer.better(self.guess_loss))
 
 
 @dataclass(frozen=True)
@@ -167,14 +167,14 @@ def finer(case: Case, functional: OrbitalFree, config: OrbitalFreeTraining, p: T
     fine = Case(molecule, case.metric, case.weighing, hessian=case.hessian)
     fine.density, fine.fresh = p, True
     solution = fine.solved(functional, replace(config, inner="l-bfgs", correction=0))
-    found = solution.value
-    moved = found - p
+    value = solution.value
+    moved = value - p
     return Finer(
         level=config.check_grid,
-        loss=float(fine.loss(found)),
-        l1=float(fine.l1(found)),
+        loss=float(fine.loss(value)),
+        l1=float(fine.l1(value)),
         guess_l1=float(fine.l1(molecule.guess)),
-        energy_error=float(functional(found, molecule) - molecule.energy),
+        energy_error=float(functional(value, molecule) - molecule.energy),
         converged=bool(solution.converged),
         moved=float(0.5 * moved @ (molecule.overlap @ moved) / molecule.electrons),
     )
@@ -203,23 +203,25 @@ def qualities(
     ]
 
 
-def summarized(found: Sequence[Quality]) -> Summary:
+def summarized(qualities: Sequence[Quality]) -> Summary:
     """Summary of at least one molecule."""
     return Summary(
-        loss=fmean(one.loss for one in found),
-        l1=fmean(one.l1 for one in found),
-        energy_error=fmean(abs(one.energy_error) for one in found),
-        guess_loss=fmean(one.guess_loss for one in found),
-        guess_l1=fmean(one.guess_l1 for one in found),
-        better=fmean(one.better for one in found),
-        steps=max(one.steps for one in found),
-        mean_steps=fmean(one.steps for one in found),
-        unconverged=fmean(not one.converged for one in found),
-        least=min(one.least for one in found),
-        largest=max(one.largest for one in found),
-        trained_energy_error=fmean(abs(one.trained_energy_error) for one in found),
+        loss=fmean(one.loss for one in qualities),
+        l1=fmean(one.l1 for one in qualities),
+        energy_error=fmean(abs(one.energy_error) for one in qualities),
+        guess_loss=fmean(one.guess_loss for one in qualities),
+        guess_l1=fmean(one.guess_l1 for one in qualities),
+        better=fmean(one.better for one in qualities),
+        steps=max(one.steps for one in qualities),
+        mean_steps=fmean(one.steps for one in qualities),
+        unconverged=fmean(not one.converged for one in qualities),
+        least=min(one.least for one in qualities),
+        largest=max(one.largest for one in qualities),
+        trained_energy_error=fmean(abs(one.trained_energy_error) for one in qualities),
         **{
-            f"finer_{name}": fmean(math.nan if one.finer is None else abs(getattr(one.finer, name)) for one in found)
+            f"finer_{name}": fmean(
+                math.nan if one.finer is None else abs(getattr(one.finer, name)) for one in qualities
+            )
             for name in ("loss", "l1", "energy_error")
         },
     )
@@ -265,7 +267,7 @@ def spurious(one: Quality, electrons: float) -> bool:
     return one.loss > SPURIOUS_LOSS * one.guess_loss or abs(one.energy_error) > SPURIOUS_ENERGY * electrons
 
 
-def share_spurious(found: Sequence[Quality], files: Mapping[str, Path]) -> float:
+def share_spurious(qualities: Sequence[Quality], files: Mapping[str, Path]) -> float:
     """The share of spurious minima among molecules, given their files by name; NaN for none."""
-    electrons = {one.name: float(storage.read(files[one.name]).geometry.electrons) for one in found}
-    return fmean(spurious(one, electrons[one.name]) for one in found) if found else math.nan
+    electrons = {one.name: float(storage.read(files[one.name]).geometry.electrons) for one in qualities}
+    return fmean(spurious(one, electrons[one.name]) for one in qualities) if qualities else math.nan

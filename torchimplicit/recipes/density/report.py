@@ -69,8 +69,8 @@ def table_of(parts: Iterable[Part]) -> Table:
         (Column("Steps"), numbers((one.mean_steps for one in means), 1)),
         (Column("λmin", "Ha"), numbers((one.least for one in means), 3)),
     ]
-    told = [(column, cells) for column, cells in columns if any(cell != NONE for cell in cells)]
-    return Table([column for column, _ in told], [list(line) for line in zip(*(c for _, c in told), strict=True)])
+    kept = [(column, cells) for column, cells in columns if any(cell != NONE for cell in cells)]
+    return Table([column for column, _ in kept], [list(line) for line in zip(*(c for _, c in kept), strict=True)])
 
 
 @dataclass(frozen=True)

@@ -192,16 +192,16 @@ def sheets(config: SingleConfig, runs: Runs) -> list[TitledTable]:
 def claims(config: SingleConfig, runs: Runs) -> list[Claim]:
     """For each optimizer: how far implicit differentiation lowers the loss, whether the other estimators end at the
     same loss, and the time of propagation."""
-    made = []
+    claims_of_rows = []
     for optimizer in config.optimizers:
         exact: Row = ("implicit", optimizer)
         others: list[Row] = [(name, optimizer) for name in ("eqprop", "eqprop-one-sided", "damped")]
         if runs.where(row=exact):
-            made.append(fallen(runs, exact))
-            made += [together(runs, exact, other) for other in others if runs.where(row=other)]
+            claims_of_rows.append(fallen(runs, exact))
+            claims_of_rows += [together(runs, exact, other) for other in others if runs.where(row=other)]
             if runs.where(row=others[0]):
-                made.append(slower(config, runs, exact, others[0]))
-    return made
+                claims_of_rows.append(slower(config, runs, exact, others[0]))
+    return claims_of_rows
 
 
 def fallen(runs: Runs, exact: Row) -> Claim:
@@ -269,17 +269,17 @@ def protocol(config: SingleConfig, runs: Runs) -> str:
 
 def notes(config: SingleConfig, runs: Runs) -> list[str]:
     """Caveats for the reader."""
-    made = [
+    sentences = [
         "The loss contains a small decay of the network's weights, the same in all rows. One-sided propagation "
         "with a curved nudge is damped implicit differentiation; the damping is chosen by the same rule.",
     ]
     rejected = sum(runs.column("rejected"))
     if rejected:
-        made.append(
+        sentences.append(
             f"{rejected} evaluations met a density that was not found within the budget. L-BFGS begins with a step of "
             "length one, at which that happens: most of a row's time is that one evaluation, the same in all rows."
         )
-    return made + missing(len(jobs(config)), runs)
+    return sentences + missing(len(jobs(config)), runs)
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def drawings(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -> li
     """Figures of the loss, and of the density's error along a line if the molecule is available."""
     if not runs:
         return []
-    made = [
+    figures = [
         CaptionedFigure(
             "loss",
             loss_along(config, runs, folders),
@@ -298,7 +298,7 @@ def drawings(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -> li
     ]
     along = line_through(config, runs, folders)
     if along is not None:
-        made.append(
+        figures.append(
             CaptionedFigure(
                 "line",
                 along,
@@ -306,7 +306,7 @@ def drawings(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -> li
                 f"before training and after, seed {config.plan.first_seed}; the scale is linear within 0.001.",
             )
         )
-    return made
+    return figures
 
 
 def colour(estimator: EstimatorName) -> str:
@@ -369,12 +369,12 @@ def line_through(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -
         for line in shown_here:
             functional = started(settings[line.name], [case])
             if "before" not in errors:
-                found = case.solved(functional, settings[line.name], cold=True).value
-                errors["before"] = (found - molecule.reference, COLOURS[6], ":")
+                p = case.solved(functional, settings[line.name], cold=True).value
+                errors["before"] = (p - molecule.reference, COLOURS[6], ":")
             functional.load_state_dict(read_checkpoint(folders[line.name].best)["weights"])
             case.fresh = False
-            found = case.solved(functional, settings[line.name], cold=True).value
-            errors[ESTIMATORS[line["row"][0]]] = (found - molecule.reference, colour(line["row"][0]), "-")
+            p = case.solved(functional, settings[line.name], cold=True).value
+            errors[ESTIMATORS[line["row"][0]]] = (p - molecule.reference, colour(line["row"][0]), "-")
     basis = storage.read(split.files[molecule.name]).basis
     points, places, atoms = places_along(basis.centres)
     values = basis.values(points)

@@ -43,8 +43,8 @@ class Split:
 
     def named(self, split: str) -> list[Molecule]:
         """The molecules of one of :data:`SPLITS`."""
-        found: list[Molecule] = getattr(self, split)
-        return found
+        molecules: list[Molecule] = getattr(self, split)
+        return molecules
 
 
 def geometries(config: Molecules) -> tuple[dict[str, list[Geometry]], list[str]]:
@@ -66,24 +66,24 @@ def geometries(config: Molecules) -> tuple[dict[str, list[Geometry]], list[str]]
     if config.held_out:
         order = np.random.default_rng(config.geometry_seed).permutation(len(originals))
     away = {int(place): SPLITS[1 + k // config.held_out] for k, place in enumerate(islice(order, 2 * config.held_out))}
-    found: dict[str, list[Geometry]] = {split: [] for split in SPLITS}
+    by_split: dict[str, list[Geometry]] = {split: [] for split in SPLITS}
     numbers = {"train": config.train_copies, "validation": config.validation_copies, "test": config.test_copies}
     for place, geometry in enumerate(originals):
-        found[away.get(place, "train")].append(geometry)
+        by_split[away.get(place, "train")].append(geometry)
         if place in away:
             continue
         copy = 0
         for split, count in numbers.items():
             for _ in range(count):
                 copy += 1
-                found[split].append(distorted(geometry, config.distort, config.geometry_seed, copy))
-    known = {charge for geometry in found["train"] for charge in geometry.charges}
+                by_split[split].append(distorted(geometry, config.distort, config.geometry_seed, copy))
+    known = {charge for geometry in by_split["train"] for charge in geometry.charges}
     for split in SPLITS[1:]:
-        for geometry in [one for one in found[split] if not known.issuperset(one.charges)]:
-            found[split].remove(geometry)
+        for geometry in [one for one in by_split[split] if not known.issuperset(one.charges)]:
+            by_split[split].remove(geometry)
             lacking = ", ".join(symbol(charge) for charge in sorted({*geometry.charges} - known))
             refused.append(f"{geometry.name}: no training molecule has {lacking}")
-    return found, refused
+    return by_split, refused
 
 
 def located(
@@ -95,10 +95,10 @@ def located(
     Raises:
         UserError: a source that is refused, or nothing left to train on.
     """
-    found, skipped = geometries(config)
+    by_split, skipped = geometries(config)
     folder = config.data_dir or cache_folder("molecules")
     files: dict[str, dict[str, Path]] = {}
-    for name, ones in found.items():
+    for name, ones in by_split.items():
         outcomes = prepare(ones, config.chemistry, folder, watch=watch)
         files[name] = {one.geometry.name: one.path for one in outcomes if one.path is not None}
         skipped += [f"{one.geometry.name}: {one.reason}" for one in outcomes if one.path is None]

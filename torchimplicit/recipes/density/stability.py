@@ -275,9 +275,9 @@ def figures(config: StabilityConfig, run: Run) -> dict[str, Any] | None:
 # -- what the runs come to ---------------------------------------------------------------------------------------------
 
 
-def steps(found: Iterable[Mapping[str, Any]]) -> float:
+def steps(counted: Iterable[Mapping[str, Any]]) -> float:
     """Mean number of steps of a minimization over the molecules; infinite if one did not finish."""
-    every = list(found)
+    every = list(counted)
     return fmean(one["steps"] for one in every) if all(one["converged"] for one in every) else math.inf
 
 
@@ -288,8 +288,8 @@ def grown(line: Line) -> float:
 
 def counted(line: Line, way: str, when: str) -> float:
     """Steps of a minimization by a way (``descent``, ``l_bfgs``) before or after training; NaN if not counted."""
-    found = line[f"counted.{way}_{when}"]
-    return math.nan if found is None else steps(found)
+    counts = line[f"counted.{way}_{when}"]
+    return math.nan if counts is None else steps(counts)
 
 
 def slowdown(line: Line, way: str = "descent") -> float:
@@ -320,7 +320,7 @@ def sheets(config: StabilityConfig, runs: Runs) -> list[TitledTable]:
         ends = [line[f"counted.{way}_after"] for way in ("descent", "l_bfgs")]
         if None in ends:
             return math.nan
-        descent, quick = (fmean(one["loss"] for one in found) for found in ends)
+        descent, quick = (fmean(one["loss"] for one in runs_of) for runs_of in ends)
         return descent / quick
 
     along = table.sheet("Along training", rows, [
@@ -357,10 +357,10 @@ def sheets(config: StabilityConfig, runs: Runs) -> list[TitledTable]:
 
 def claims(config: StabilityConfig, runs: Runs) -> list[Claim]:
     """The slowdown, what limits it, and the effect of each remedy."""
-    made = []
+    claims_of_rows = []
     for inner in INNER:
         if plain := runs.where(row=f"{inner}-plain"):
-            made.append(
+            claims_of_rows.append(
                 Claim(
                     f"Trained with densities by {INNER[inner]}: the slides' way to find them (gradient descent with "
                     f"momentum to 1e-4) takes at least {SLOWED:g} times as many steps after training as before "
@@ -370,7 +370,7 @@ def claims(config: StabilityConfig, runs: Runs) -> list[Claim]:
                 )
             )
     if ours := runs.where(row="l-bfgs-plain"):
-        made.append(
+        claims_of_rows.append(
             Claim(
                 f"Preconditioned L-BFGS to 1e-8, along the same training: at most {HELD:g} times as many, with every "
                 "seed",
@@ -380,8 +380,10 @@ def claims(config: StabilityConfig, runs: Runs) -> list[Claim]:
         )
     for inner in INNER:
         pairs = {way: runs.couples(f"{inner}-plain", f"{inner}-{way}") for way in HELPS if way != "plain"}
-        made += [helps(inner, way, pair) for way, pair in pairs.items() if runs.where(row=f"{inner}-{way}") and pair]
-    return made
+        claims_of_rows += [
+            helps(inner, way, pair) for way, pair in pairs.items() if runs.where(row=f"{inner}-{way}") and pair
+        ]
+    return claims_of_rows
 
 
 def helps(inner: Inner, way: str, pairs: list[tuple[Line, Line]]) -> Claim:
@@ -441,7 +443,7 @@ def protocol(config: StabilityConfig, runs: Runs) -> str:
 
 def notes(config: StabilityConfig, runs: Runs) -> list[str]:
     """Caveats for the reader."""
-    made = [
+    sentences = [
         "A count always begins at the superposition of atoms, so that what the training had found before does not "
         "help; the steps during training itself, from the density before, are fewer.",
         "Both ways run in coordinates of the overlap, in which the Hessian is far better conditioned than in those of "
@@ -449,11 +451,11 @@ def notes(config: StabilityConfig, runs: Runs) -> list[str]:
         "eigenvalue as long as that is above (1 − √0.9)²/rate, some 0.9 hartree; only below does it slow down.",
     ]
     if config.optimizer == "least-squares":
-        made.append(
+        sentences.append(
             "Gauss-Newton cannot take what is drawn at random in every evaluation: fixed-point correction at random "
             "iterates and the penalty on the Hessian are rows of --optimizer l-bfgs and adam."
         )
-    return made + missing(len(jobs(config)), runs)
+    return sentences + missing(len(jobs(config)), runs)
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -463,21 +465,21 @@ def drawings(config: StabilityConfig, runs: Runs, folders: Mapping[str, Run]) ->
     """A figure for each minimizer that has runs, and one for all."""
     rows = there(config, runs)
     names = {"descent": "by-descent", "l-bfgs": "by-l-bfgs"}
-    made = []
+    figures = []
     for inner, title in INNER.items():
-        own = [row for row in rows if split(row)[0] == inner]
-        if own:
-            made.append(
+        of_inner = [row for row in rows if split(row)[0] == inner]
+        if of_inner:
+            figures.append(
                 CaptionedFigure(
                     names[inner],
-                    along_training(runs, own),
+                    along_training(runs, of_inner),
                     f"Trained with densities found by {title}: steps of a minimization from the superposition of atoms "
                     "(mean of the molecules), the least and the largest eigenvalue of their Hessians, during training; "
                     "a line a seed.",
                 )
             )
     if rows:
-        made.append(
+        figures.append(
             CaptionedFigure(
                 "by-eigenvalue",
                 by_eigenvalue(runs, rows),
@@ -486,7 +488,7 @@ def drawings(config: StabilityConfig, runs: Runs, folders: Mapping[str, Run]) ->
                 "What was not found within the budget is left out.",
             )
         )
-    return made
+    return figures
 
 
 def marker_of(row: str) -> str:

@@ -179,8 +179,8 @@ class Stepper:
 
     def _status(self) -> str:
         glance = self.course.glances[-1]
-        told = ", ".join(f"{name} {value:.3g}" for name, value in glance.figures.items())
-        return f"step {self.course.step}, {told}" if told else f"step {self.course.step}, loss {glance.loss:.3g}"
+        figures = ", ".join(f"{name} {value:.3g}" for name, value in glance.figures.items())
+        return f"step {self.course.step}, {figures}" if figures else f"step {self.course.step}, loss {glance.loss:.3g}"
 
     def _save(self, run: Run) -> None:
         run.save(

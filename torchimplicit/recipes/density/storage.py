@@ -104,13 +104,15 @@ def write_arrays(path: Path, about: dict[str, Any], arrays: dict[str, Any]) -> N
         np.savez_compressed(file, about=text, sha256=digest, **arrays)
 
 
-def read_arrays(path: Path, form: str, version: int, made: Callable[[dict[str, Any], dict[str, NDArray[Any]]], T]) -> T:
+def read_arrays(
+    path: Path, form: str, version: int, build: Callable[[dict[str, Any], dict[str, NDArray[Any]]], T]
+) -> T:
     """Read a file of :func:`write_arrays`.
 
     Args:
         path: path of the file.
         form, version: that it must have.
-        made: what to make of the description and the arrays.
+        build: makes the result from the description and the arrays.
 
     Raises:
         BrokenFileError, UserError: see :func:`read`.
@@ -142,7 +144,7 @@ def read_arrays(path: Path, form: str, version: int, made: Callable[[dict[str, A
             )
         if digest.tobytes().hex() != _digest(text, arrays):
             raise BrokenFileError(_damaged(path, "its content does not have the checksum inside"))
-        return made(about, arrays)
+        return build(about, arrays)
     except UserError:
         raise
     except OSError as error:

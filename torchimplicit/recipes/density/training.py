@@ -183,8 +183,8 @@ class _Watcher:
             functional, config = self.objective.functional, self.config
             train = summarized(qualities(self.cases["train"], functional, config, spectrum=config.spectrum))
             if self.cases["validation"]:
-                found = qualities(self.cases["validation"], functional, config)
-                validation, score = summarized(found), _score(found, self.cases["validation"], config)
+                qualities_now = qualities(self.cases["validation"], functional, config)
+                validation, score = summarized(qualities_now), _score(qualities_now, self.cases["validation"], config)
         history.looks.append(Measurement(history.iterations, history.seconds, loss, *figures, train, validation, score))
         if measured:
             self._select()
@@ -203,11 +203,13 @@ class _Watcher:
         return {"weights": self.objective.model.state_dict(), "history": to_plain(self.history)}
 
 
-def _score(found: Sequence[Quality], cases: Sequence[Case], config: OrbitalFreeTraining) -> float:
+def _score(qualities: Sequence[Quality], cases: Sequence[Case], config: OrbitalFreeTraining) -> float:
     """See :class:`~torchimplicit.recipes.density.history.Measurement`."""
-    per_electron = [one.energy_error / float(case.molecule.electrons) for one, case in zip(found, cases, strict=True)]
+    per_electron = [
+        one.energy_error / float(case.molecule.electrons) for one, case in zip(qualities, cases, strict=True)
+    ]
     energies = fmean(0.5 * config.energy_weight * error**2 for error in per_electron)
-    return fmean(one.loss for one in found) + energies
+    return fmean(one.loss for one in qualities) + energies
 
 
 def _read(config: OrbitalFreeTraining, console: Console) -> tuple[Split, dict[str, list[Case]]]:
@@ -266,7 +268,7 @@ def _results(
             densities = [case.solved(functional, config, cold=True).value for case in cases["train"]]
         fit_constants(functional, split.train, densities)
     Trained(functional, Domain.of(split.train), config.molecules.chemistry).save(run)
-    found: dict[str, list[Quality]] = {
+    by_split: dict[str, list[Quality]] = {
         name: qualities(ones, functional, config, spectrum=config.spectrum, constants=constants, files=files)
         for name, ones in cases.items()
     }
@@ -276,7 +278,7 @@ def _results(
         weights=history.weights,
         start=start,
         start_test=start_test,
-        **found,
+        **by_split,
         selected=history.best,
         skipped=split.skipped,
         iterations=history.iterations,

@@ -67,9 +67,9 @@ class Weights:
         """Names of the parameters."""
         return [name for name, mask in self._masks.items() if bool(mask.any())]
 
-    def columns(self, found: dict[str, Tensor]) -> Tensor:
+    def columns(self, by_name: dict[str, Tensor]) -> Tensor:
         """Derivatives ``[n, *parameter.shape]``, by the parameters' names, as ``[n, size]``."""
-        return torch.cat([found[name][:, self._masks[name]] for name in self.names], dim=1)
+        return torch.cat([by_name[name][:, self._masks[name]] for name in self.names], dim=1)
 
     def _split(self, vector: Tensor) -> list[Tensor]:
         parts = vector.split([int(mask.sum()) for mask in self._masks.values()])
