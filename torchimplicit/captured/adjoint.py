@@ -89,16 +89,16 @@ class Adjoint:
             return Adjoint(default_rtol(dtype), 0.0, 1, method=linear_solver) if plain_dense else None
         if not isinstance(linear_solver, IterativeSolver) or linear_solver.preconditioner is not None:
             return None
-        given = Adjoint(*linear_solver.tolerances(dtype), linear_solver.max_steps)
+        settings = Adjoint(*linear_solver.tolerances(dtype), linear_solver.max_steps)
         if isinstance(linear_solver, Neumann):
-            return None if linear_solver.truncated else _replaced(given, linear_solver.damping)
+            return None if linear_solver.truncated else _replaced(settings, linear_solver.damping)
         if isinstance(linear_solver, CG | MINRES | BiCGStab):
-            return _replaced(given, method=linear_solver)
+            return _replaced(settings, method=linear_solver)
         if isinstance(linear_solver, GMRES):
             if isinstance(problem, FixedPoint):
                 limited = linear_solver.max_steps <= linear_solver.restart
-                return _replaced(given, restart=linear_solver.restart, limited=limited)
-            return _replaced(given, method=BiCGStab())
+                return _replaced(settings, restart=linear_solver.restart, limited=limited)
+            return _replaced(settings, method=BiCGStab())
         return None
 
     def step(self) -> Step:
@@ -106,8 +106,8 @@ class Adjoint:
         return Plain(self.damping) if self.restart is None else Hurried(self.damping, self.rtol)
 
 
-def _replaced(given: Adjoint, damping: float = 1.0, **changes: Any) -> Adjoint:
-    return Adjoint(given.rtol, given.atol, given.max_steps, damping, **changes)
+def _replaced(settings: Adjoint, damping: float = 1.0, **changes: Any) -> Adjoint:
+    return Adjoint(settings.rtol, settings.atol, settings.max_steps, damping, **changes)
 
 
 def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool], slow: bool = False) -> Compiled:
@@ -122,7 +122,7 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool],
     Args:
         slow: whether the series has been found to be slow, and GMRES takes its place.
     """
-    asked = [w for w, given in zip(needs_grad, graph.others, strict=True) if isinstance(given, Tensor)]
+    asked = [w for w, example in zip(needs_grad, graph.others, strict=True) if isinstance(example, Tensor)]
     symmetric = isinstance(graph.problem, Minimum)
     on_plane = isinstance(graph.problem, Minimum) and graph.problem.constraint is not None
 
@@ -140,10 +140,10 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool],
         system, params = graph.system(inputs)
         parts = Parts.of(products, z, inputs, torch.cat((z, z[:, :1]), 1) if on_plane else None)
         saved = parts.before(z, *inputs)
-        product, given, within, null = parts.product, saved, u, None
+        product, constants, within, null = parts.product, saved, u, None
         if isinstance(system, MinimumSystem) and on_plane:
             null = system.normal(z, params)
-            within, given = project(u, null), (null, *saved)
+            within, constants = project(u, null), (null, *saved)
 
             def product(v: Tensor, null: Tensor, *saved: Any) -> Tensor:
                 return project(parts.product(project(v, null), *saved), null)
@@ -153,30 +153,30 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool],
         right = Right(b, torch.linalg.vector_norm(b, dim=-1), factor[:, 0])
         scale = right.scale
         if isinstance(adjoint.method, Dense):
-            found = assembled(product, given, right, symmetric, null)
+            answer = assembled(product, constants, right, symmetric, null)
         elif isinstance(adjoint.method, IterativeSolver):
             tolerance = adjoint.atol * right.factor + adjoint.rtol * scale
-            found = by_method(adjoint.method, tolerance, adjoint.max_steps, product, given, right, symmetric)
+            answer = by_method(adjoint.method, tolerance, adjoint.max_steps, product, constants, right, symmetric)
         elif slow:
             assert adjoint.restart is not None
             tolerance = adjoint.atol * right.factor + adjoint.rtol * scale
-            found = by_gmres(min(adjoint.restart, adjoint.max_steps), tolerance, product, given, right)
+            answer = by_gmres(min(adjoint.restart, adjoint.max_steps), tolerance, product, constants, right)
         else:
-            found = _by_series(adjoint, system, product, given, right)
-        g = found.x / factor
+            answer = _by_series(adjoint, system, product, constants, right)
+        g = answer.x / factor
         # of the whole operator, in the units of the cotangents: rows that depend on each other were solved in others
-        left = (within - product(g, *given)) * factor
+        left = (within - product(g, *constants)) * factor
         true = torch.linalg.vector_norm(left, dim=-1)
         tolerance = SLACK * (adjoint.atol * right.factor + adjoint.rtol * scale) + 16 * torch.finfo(u.dtype).eps * scale
-        length = torch.linalg.vector_norm(found.x, dim=-1)
-        condition = found.size * length / torch.where(scale > 0, scale, 1)
-        solved = found.solved & (true <= tolerance) & finite & (condition * default_rtol(u.dtype) < _DOUBT)
+        length = torch.linalg.vector_norm(answer.x, dim=-1)
+        condition = answer.size * length / torch.where(scale > 0, scale, 1)
+        solved = answer.solved & (true <= tolerance) & finite & (condition * default_rtol(u.dtype) < _DOUBT)
         if symmetric:  # by which the matrix would not be that of a minimum
-            solved = solved & ~((found.x * b).sum(dim=-1) < -(torch.finfo(u.dtype).eps ** 0.5) * length * scale)
+            solved = solved & ~((answer.x * b).sum(dim=-1) < -(torch.finfo(u.dtype).eps ** 0.5) * length * scale)
         status = torch.where(solved, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        if adjoint.limited and found.spent is not None and found.left is not None:
+        if adjoint.limited and answer.spent is not None and answer.left is not None:
             # rows that depend on each other would have another residual than the one by which they were solved
-            solved = solved | (found.spent & (true <= 1.1 * found.left + tolerance))
+            solved = solved | (answer.spent & (true <= 1.1 * answer.left + tolerance))
         sound = solved.all()
         if system.separate is not None:  # leaves of unlike size are solved for in units of their own
             sizes = system.separate.norms(z)
@@ -186,7 +186,7 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool],
         if null is not None:  # with the multiplier's part
             g = torch.cat((g, ((u - parts.product(g, *saved)) * null).sum(dim=1, keepdim=True)), 1)
         grads = parts.after(g, *saved)
-        return sound, status, found.steps, relative, condition, found.products, *grads
+        return sound, status, answer.steps, relative, condition, answer.products, *grads
 
     def estimate(z: Tensor, u: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         parts = Parts.of(products, z, inputs)
@@ -204,8 +204,8 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool],
 
 
 def _by_series(adjoint: Adjoint, system: System, product: Product, saved: Any, right: Right) -> Solved:
-    def evaluate(y: Tensor, given: Any) -> Point:
-        b, scale, saved = given
+    def evaluate(y: Tensor, constants: Any) -> Point:
+        b, scale, saved = constants
         return Point(y, b - product(y, *saved), scale=scale)
 
     b, scale, _ = right
@@ -214,9 +214,9 @@ def _by_series(adjoint: Adjoint, system: System, product: Product, saved: Any, r
     judge = Judge(system, first, adjoint.rtol, 0.0)
     judge.floor = adjoint.atol * right.factor
     rule = Rule(judge, torch.full_like(scale, torch.inf), torch.ones_like(scale), False)
-    found, count, _ = run(adjoint.step(), Way(evaluate), first, rule, (b, scale, saved), adjoint.max_steps)
-    solved = found.status == Status.CONVERGED
-    return Solved(found.z, solved, found.steps, count + 2, size, torch.ones_like(solved))
+    result, count, _ = run(adjoint.step(), Way(evaluate), first, rule, (b, scale, saved), adjoint.max_steps)
+    solved = result.status == Status.CONVERGED
+    return Solved(result.z, solved, result.steps, count + 2, size, torch.ones_like(solved))
 
 
 def _cut_off(adjoint: Adjoint, product: Product, saved: Any, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,9 +227,9 @@ def _cut_off(adjoint: Adjoint, product: Product, saved: Any, u: Tensor) -> tuple
     if not adjoint.terms:
         return u, torch.full_like(u[:, 0], torch.nan)
 
-    def body(now: tuple[Tensor, Tensor, Tensor], given: Any, rings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def body(now: tuple[Tensor, Tensor, Tensor], constants: Any, rings: Any) -> tuple[Tensor, Tensor, Tensor]:
         taken, x, _ = now
-        u, saved = given
+        u, saved = constants
         r = u - product(x, *saved)
         return taken + 1, torch.add(x, r, alpha=adjoint.damping), r
 

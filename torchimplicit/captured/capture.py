@@ -64,24 +64,24 @@ class Capture:
         inputs = self.bound.inputs_at((z0, *params), params)
         if inputs is None or (solver.steps is None and as_one(solver, system)):
             return None
-        given = self.bound.artifact.forward(z0.contiguous(), *inputs)
-        found = Forward._make((*given[:7], tuple(given[7:])))
+        outputs = self.bound.artifact.forward(z0.contiguous(), *inputs)
+        forward = Forward._make((*outputs[:7], tuple(outputs[7:])))
         if solver.steps is not None:
-            report = Report(found.status, found.steps, found.residual, float(solver.steps))
-            return SolverResult(found.z, report, norm=found.norm if solver.steps else None, parts=found.parts)
-        count, unsure, extreme = found.figures.tolist()
-        report = Report(found.status, found.steps, found.residual, 1.0 + count)
-        outcome = SolverResult(found.z, report, norm=found.norm, parts=found.parts)
+            report = Report(forward.status, forward.steps, forward.residual, float(solver.steps))
+            return SolverResult(forward.z, report, norm=forward.norm if solver.steps else None, parts=forward.parts)
+        count, unsure, extreme = forward.figures.tolist()
+        report = Report(forward.status, forward.steps, forward.residual, 1.0 + count)
+        outcome = SolverResult(forward.z, report, norm=forward.norm, parts=forward.parts)
         if not (unsure or extreme):
             return outcome
         if unsure:
             if solver.by_products:
                 outcome = _gone_on(solver, system, outcome, params)
-            spent = bool((found.status == Status.MAX_STEPS).any())
-            evaluate, judge = Evaluator(system, params), found.judge(solver, system)
+            spent = bool((forward.status == Status.MAX_STEPS).any())
+            evaluate, judge = Evaluator(system, params), forward.judge(solver, system)
             outcome = reviewed(solver, evaluate, outcome, judge, True, spent)
         if extreme:
-            judge = found.judge(solver, system, system.at(z0, params))
+            judge = forward.judge(solver, system, system.at(z0, params))
             outcome = examined(iterate, outcome, judge, solver, system, params)
         return outcome
 
@@ -117,32 +117,34 @@ class Capture:
         inputs = self.bound.inputs_at((h, *params), params)
         if inputs is None or artifact.continued is None:
             return None
-        out, figures, *made = artifact.continued.forward(h.contiguous(), *inputs)
-        return out, figures, tuple(made)
+        out, figures, *intermediates = artifact.continued.forward(h.contiguous(), *inputs)
+        return out, figures, tuple(intermediates)
 
     def come_back(
-        self, u: Tensor, h: Tensor, params: Sequence[Tensor], made: Sequence[Any], needs_grad: Sequence[bool]
+        self, u: Tensor, h: Tensor, params: Sequence[Tensor], intermediates: Sequence[Any], needs_grad: Sequence[bool]
     ) -> Grads | None:
         """The cotangents of the wanted parameters, of ``u`` at the end of the compiled steps from ``h``."""
         continued = self.bound.artifact.continued
         inputs = self.bound.inputs_at((u, h, *params), params)
         if inputs is None or continued is None or continued.backward is None:
             return None
-        return self._sorted(continued.backward(u.contiguous(), h.contiguous(), *inputs, *made), params, needs_grad)
+        return self._sorted(
+            continued.backward(u.contiguous(), h.contiguous(), *inputs, *intermediates), params, needs_grad
+        )
 
     def _sorted(self, grads: Sequence[Tensor], params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads | None:
         """The gradients in the inputs as cotangents of the parameters; ``None`` where one is asked that is not among
         them."""
-        found: dict[int | None, Tensor] = {}
+        by_source: dict[int | None, Tensor] = {}
         pulled = iter(grads)
         for source, asked in zip(self.bound.sources, self.bound.artifact.needs_grad, strict=True):
             if asked:
-                found[source] = next(pulled)
-        unknown = {source for source in self.bound.sources if source is not None} - found.keys()
+                by_source[source] = next(pulled)
+        unknown = {source for source in self.bound.sources if source is not None} - by_source.keys()
         if any(w and i in unknown for i, w in enumerate(needs_grad)):
             return None
         return tuple(
-            (found[i] if i in found else torch.zeros_like(p)) if w else None
+            (by_source[i] if i in by_source else torch.zeros_like(p)) if w else None
             for i, (p, w) in enumerate(zip(params, needs_grad, strict=True))
         )
 

@@ -62,7 +62,7 @@ def compiled_continuation(graph: Graph, way: Continuation, needs_grad: Sequence[
     from torch._guards import detect_fake_mode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    asked = [w for w, given in zip(needs_grad, graph.others, strict=True) if isinstance(given, Tensor)]
+    asked = [w for w, example in zip(needs_grad, graph.others, strict=True) if isinstance(example, Tensor)]
 
     def joint(u: Tensor, h: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         system, params = graph.system(inputs)
@@ -73,8 +73,8 @@ def compiled_continuation(graph: Graph, way: Continuation, needs_grad: Sequence[
             grads: Sequence[Tensor | None] = [None] * len(chosen)
             if chosen and out.requires_grad:
                 grads = torch.autograd.grad(out, chosen, u, allow_unused=True)
-        given = (torch.zeros_like(p) if grad is None else grad for grad, p in zip(grads, chosen, strict=True))
-        return out.detach(), figures, *given
+        wanted = (torch.zeros_like(p) if grad is None else grad for grad, p in zip(grads, chosen, strict=True))
+        return out.detach(), figures, *wanted
 
     h = graph.flat()
     examples = (torch.empty_like(h), h, *graph.others)
@@ -84,13 +84,13 @@ def compiled_continuation(graph: Graph, way: Continuation, needs_grad: Sequence[
     (output,) = traced.graph.find_nodes(op="output")
     out, figures, *grads = output.args[0]
     late = dependents(traced, u)
-    made = [node for node in needed_before(traced, late) if node.op != "placeholder"]
-    forward = part(traced, inputs, [out, figures, *made], lambda node: node not in late)
+    intermediates = [node for node in needed_before(traced, late) if node.op != "placeholder"]
+    forward = part(traced, inputs, [out, figures, *intermediates], lambda node: node not in late)
     back = None
     if grads:
-        given = [u, *inputs, *made]
+        backward_inputs = [u, *inputs, *intermediates]
         back = compiled(
-            part(traced, given, grads, lambda node: node in late or is_view(node)), [_example(n) for n in given]
+            part(traced, backward_inputs, grads, lambda node: node in late or is_view(node)), [_example(n) for n in backward_inputs]
         )
     return Continued(compiled(forward, examples[1:]), back)
 

@@ -80,23 +80,23 @@ def compiled_forward(graph: Graph, solver: Solver) -> Compiled:
             operator = system.operator(system.linearize(z0, params), False)
             first = judge.measure.product(first, operator.product(first.residual))
         rule = _rule_of(judge, first, solver, coupled)
-        found, count, terms = run(step, way, first, rule, inputs, solver.max_steps, solver.return_last)
-        parts, unsure = found.parts, found.status != Status.CONVERGED if coupled else None
+        result, count, terms = run(step, way, first, rule, inputs, solver.max_steps, solver.return_last)
+        parts, unsure = result.parts, result.status != Status.CONVERGED if coupled else None
         known: tuple[Tensor, ...] = (rule.judge.floor,) if rule.judge.floor is not None else terms[:2]
         if judge.measure is not None and not solver.by_products:
-            parts, unsure, seen = _looked_at(rule.at(rule.constants(), terms), system, params, found, solver)
+            parts, unsure, seen = _looked_at(rule.at(rule.constants(), terms), system, params, result, solver)
             if solver.searches:
-                unsure = unsure | _odd(found, seen if coupled else None, system)
+                unsure = unsure | _odd(result, seen if coupled else None, system)
         elif solver.searches:
-            unsure = _odd(found, way.at(found.z, inputs) if coupled else None, system)
+            unsure = _odd(result, way.at(result.z, inputs) if coupled else None, system)
             count = count + (count > 0) if coupled else count  # where no step was taken, it was the first one
         flag = torch.zeros_like(count) if unsure is None else unsure.any().long()
-        odd = extreme(torch.where(parts > 0, found.size / parts, 0)).any()
+        odd = extreme(torch.where(parts > 0, result.size / parts, 0)).any()
         if judge.measure is not None:
             odd = odd | extreme(known[0]).any()
         figures = torch.stack((count, flag, odd.long()))
         residual = worst(parts)
-        return found.z, found.status, found.steps, residual, found.size, parts, figures, *known
+        return result.z, result.status, result.steps, residual, result.size, parts, figures, *known
 
     return compiled(solve, (graph.flat(), *graph.others))
 
@@ -160,27 +160,27 @@ def _evaluate(graph: Graph, z: Tensor, inputs: Any) -> Evaluate:
 
 
 def _looked_at(
-    rule: Rule, system: System, params: Any, found: LoopResult, solver: Solver
+    rule: Rule, system: System, params: Any, result: LoopResult, solver: Solver
 ) -> tuple[Tensor, Tensor, Point]:
     """What one product with the Jacobian tells of the solutions: their relative residuals, for which samples it does
     not confirm what was found, and the points."""
-    tape = system.linearize(found.z, params)
+    tape = system.linearize(result.z, params)
     seen, operator = system.seen(tape), system.operator(tape, False)
     solved, _, parts = rule.judge.look(seen, operator, closely=False)
-    denied = (found.status == Status.CONVERGED) & ~solved
-    return (parts, denied, seen) if solver.wants_relative() else (found.parts, torch.zeros_like(denied), seen)
+    denied = (result.status == Status.CONVERGED) & ~solved
+    return (parts, denied, seen) if solver.wants_relative() else (result.parts, torch.zeros_like(denied), seen)
 
 
-def _odd(found: LoopResult, point: Point | None, system: System) -> Tensor:
+def _odd(result: LoopResult, point: Point | None, system: System) -> Tensor:
     """bool ``[batch]``: the samples that a searching solver has not solved, or whose residual at the ``point`` that all
     have come to is another than when they came to it, each at its own moment."""
-    left = found.status != Status.CONVERGED
+    left = result.status != Status.CONVERGED
     if point is None:
         return left
     now = system.norms(point.residual)
-    changed = (now - found.size).abs() > 1e-3 * found.size
+    changed = (now - result.size).abs() > 1e-3 * result.size
     if point.scale is not None:
-        changed = changed & ((now - found.size).abs() > 16 * torch.finfo(now.dtype).eps * point.scale)
+        changed = changed & ((now - result.size).abs() > 16 * torch.finfo(now.dtype).eps * point.scale)
     return left | (changed if changed.ndim == 1 else changed.any(dim=1))
 
 

@@ -127,9 +127,9 @@ def by_gmres(memory: int, tolerance: Tensor, product: Product, saved: Any, right
         torch.zeros_like(scale),
     )
 
-    def body(now: tuple[_Going, _Numbers], given: Any, rings: Rings) -> tuple[_Going, _Numbers]:
+    def body(now: tuple[_Going, _Numbers], constants: Any, rings: Rings) -> tuple[_Going, _Numbers]:
         (k, r, last, norm, slow, gram, steps, going, sound, matrix), numbers = now
-        saved, tolerance = given
+        saved, tolerance = constants
         slots = torch.arange(memory, device=r.device)
         turned = slow & (k > 0)
         z = torch.where(turned[:, None], last, r)
@@ -154,8 +154,8 @@ def by_gmres(memory: int, tolerance: Tensor, product: Product, saved: Any, right
         # U gets one column more, and so does its inverse
         parts = torch.where(here, 1, 0) - (numbers.inverse * column[:, :, None]).sum(1)
         parts = torch.where(sound[:, None], parts / size[:, None], 0)
-        found = going & ~broken
-        on = found & (left > tolerance) & (left < torch.inf)
+        still = going & ~broken
+        on = still & (left > tolerance) & (left < torch.inf)
         numbers = _Numbers(
             torch.where(here, turned[:, None], numbers.turned),
             torch.where(here, a[:, None], numbers.coefficients),
@@ -167,7 +167,7 @@ def by_gmres(memory: int, tolerance: Tensor, product: Product, saved: Any, right
             taken=count,
             r=torch.where(on[:, None], after, 0),
             last=torch.where(on[:, None], image, 0),
-            norm=torch.where(found, left, norm),
+            norm=torch.where(still, left, norm),
             slow=on & (left > FALL * norm),
             gram=gram,
             steps=torch.where(going, count, steps),
@@ -191,8 +191,8 @@ def by_gmres(memory: int, tolerance: Tensor, product: Product, saved: Any, right
 def _iterate(taken: Tensor, numbers: _Numbers, first: Tensor, images: Tensor) -> Tensor:
     """The iterate, from the first residual and the images: residuals are what is left of the one of the other."""
 
-    def leave(now: tuple[Tensor, Tensor], given: Any, rings: Rings) -> tuple[Tensor, Tensor]:
-        (turned, coefficients, inverse), taken, first = given
+    def leave(now: tuple[Tensor, Tensor], constants: Any, rings: Rings) -> tuple[Tensor, Tensor]:
+        (turned, coefficients, inverse), taken, first = constants
         t = (inverse * coefficients[:, :, None]).sum(1)
         along_image = turned * t
         sums = (t - along_image).cumsum(1)

@@ -56,16 +56,16 @@ class Graph:
         problem: Problem,
         layout: Layout,
         state_seen: Any,
-        own: Sequence[Tensor],
+        constraint_tensors: Sequence[Tensor],
         originals: dict[int, Tensor],
     ) -> Graph:
-        """Of what the compiler's backend is given.
+        """The graph of the module and the examples that the compiler's backend gets.
 
         Args:
             module, examples: the graph, and what it was read with.
             problem, layout: what is solved.
             state_seen: what the function was called with.
-            own: the problem's own tensors.
+            constraint_tensors: the tensors of the problem itself, such as those of a constraint.
             originals: by the ids of arguments' aliases, the tensors that they stand for.
 
         Raises:
@@ -78,17 +78,17 @@ class Graph:
         for node in module.graph.find_nodes(op="placeholder"):
             argument = node.meta.get("grapharg")
             actual.append(None if argument is None else argument.example)
-        places = [[i for i, t in enumerate(actual) if t is leaf] for leaf in (*leaves, *own)]
-        if any(len(found) != 1 for found in places):
+        places = [[i for i, t in enumerate(actual) if t is leaf] for leaf in (*leaves, *constraint_tensors)]
+        if any(len(candidates) != 1 for candidates in places):
             raise Uncapturable("the function does not depend on the whole of its state")
-        state = [found[0] for found in places[: len(leaves)]]
+        state = [candidates[0] for candidates in places[: len(leaves)]]
         (output,) = module.graph.find_nodes(op="output")
         outputs = len(output.args[0])
-        if outputs != _count(problem, pattern) + len(own):
+        if outputs != _count(problem, pattern) + len(constraint_tensors):
             raise Uncapturable("the function keeps tensors that it computes, beside the value that it returns")
         needs_grad = tuple(
-            isinstance(t, Tensor) and originals.get(id(t), t).requires_grad and isinstance(given, Tensor)
-            for i, (t, given) in enumerate(zip(actual, examples, strict=True))
+            isinstance(t, Tensor) and originals.get(id(t), t).requires_grad and isinstance(example, Tensor)
+            for i, (t, example) in enumerate(zip(actual, examples, strict=True))
             if i not in state
         )
         # the function would keep alive what it captures
@@ -101,7 +101,7 @@ class Graph:
             needs_grad=needs_grad,
             state=tuple(state),
             pattern=pattern,
-            own=tuple(others.index(found[0]) for found in places[len(leaves) :]),
+            own=tuple(others.index(candidates[0]) for candidates in places[len(leaves) :]),
             outputs=outputs,
             problem=problem,
             layout=layout,
@@ -128,13 +128,15 @@ class Graph:
             Uncapturable: it is not.
         """
         rows = self._rows(inputs)
-        given = list(leaves)
-        if any(not isinstance(leaf, Tensor) for leaf in given):
+        outputs = list(leaves)
+        if any(not isinstance(leaf, Tensor) for leaf in outputs):
             raise Uncapturable("the function's value holds what is no tensor")
-        self.problem.flat_output(self.layout, self._output(given), rows, self.autocast.dtype is not None)
+        self.problem.flat_output(self.layout, self._output(outputs), rows, self.autocast.dtype is not None)
         with torch.no_grad():
             again = self.module(*inputs)
-        if not all(torch.equal(a, b) | bool((a.isnan() & b.isnan()).any()) for a, b in zip(again, given, strict=True)):
+        if not all(
+            torch.equal(a, b) | bool((a.isnan() & b.isnan()).any()) for a, b in zip(again, outputs, strict=True)
+        ):
             raise Uncapturable("the function gives another value each time it is called (random numbers)")
 
     def without_state(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -159,8 +161,8 @@ class Graph:
         sizes = [None if isinstance(t, Tensor) else t for t in others]
 
         def value(z: Tensor | tuple[Tensor, ...], *params: Tensor) -> Any:
-            given = iter(params)
-            return self._value(z, [next(given) if size is None else size for size in sizes])
+            remaining = iter(params)
+            return self._value(z, [next(remaining) if size is None else size for size in sizes])
 
         params = tuple(t for t in others if isinstance(t, Tensor))
         system = self.problem.system(value, None, slice(0, 0), self.layout)
@@ -217,16 +219,16 @@ def _put(leaves: Sequence[Any], pattern: Any) -> Any:
     return pytree.tree_map_only(int, lambda i: leaves[i], pattern)
 
 
-def _stand_in(given: Any) -> Any:
+def _stand_in(example: Any) -> Any:
     """For a tensor that the compiler's backend is given, one without data; sizes that may vary are symbols."""
     context = TracingContext.get()
-    if not isinstance(given, Tensor) or isinstance(given, FakeTensor):
-        return given
-    symbolic = context.tensor_to_context.get(given)
+    if not isinstance(example, Tensor) or isinstance(example, FakeTensor):
+        return example
+    symbolic = context.tensor_to_context.get(example)
     assert context.fake_mode is not None
     if symbolic is None:
-        return context.fake_mode.from_tensor(given)
-    return context.fake_mode.from_tensor(given, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
+        return context.fake_mode.from_tensor(example)
+    return context.fake_mode.from_tensor(example, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
 
 
 def _unread(*_: Any) -> Any:

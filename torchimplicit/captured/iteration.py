@@ -58,9 +58,9 @@ class Rule(NamedTuple):
 
     def at(self, constants: Any, terms: Any = ()) -> Rule:
         """The rule with those tensors, in the loop's body, and with what is known of terms by now."""
-        limit, unit, own, measured = constants
+        limit, unit, of_judge, measured = constants
         judge = copy(self.judge)
-        vars(judge).update(own)
+        vars(judge).update(of_judge)
         if judge.measure is not None:
             judge.measure = copy(judge.measure)
             vars(judge.measure).update(measured)
@@ -192,35 +192,35 @@ def run(
     start = LoopResult(first.z, first.size(), _of(first.scale), status, torch.zeros_like(status), merit)
     none = torch.zeros_like(rule.limit, dtype=torch.bool)
     searches, confirms = isinstance(step, Searching), isinstance(step, Searching) and step.confirms
-    found = _judged(first, rule, start, step_count, _Told(none, none, none if confirms else ~none))
+    result = _judged(first, rule, start, step_count, _Told(none, none, none if confirms else ~none))
     latest = _latest(first) if return_last or way.refined is not None else ()
     place = place_of(first)
     if searches:  # what an evaluation tells, and not what was learned of it
         later = ("product",) if rule.judge.measure is None else ("product", "scale", "error")
         place = fields(first.changed(**dict.fromkeys(later)))
     spent = torch.zeros_like(step_count) if searches else ()
-    now = _Carried(step_count, place, found, step.start(first), rule.terms(first), latest, spent)
+    now = _Carried(step_count, place, result, step.start(first), rule.terms(first), latest, spent)
     rings = step.rings(first)
-    given = rule.constants(), constants
+    fixed = rule.constants(), constants
     for stage in step.stages():
         limit = max_steps if stage.upto is None else min(stage.upto, max_steps)
         body = _searching(stage.step, way, rule, max_steps) if searches else _body(stage.step, way, rule)
-        now = while_loop(_going(limit, stage), body, now, given, rings)
+        now = while_loop(_going(limit, stage), body, now, fixed, rings)
         if limit == max_steps and stage.behind is None:
             break
-    found = now.found
-    left = found.status == _RUNNING
+    result = now.found
+    left = result.status == _RUNNING
     if return_last:
-        wide = left if found.size.ndim == 1 else left[:, None]
-        found = found._replace(
-            z=torch.where(left[:, None], now.latest.z, found.z),
-            size=torch.where(wide, now.latest.size, found.size),
-            scale=torch.where(wide, now.latest.scale, found.scale),
+        wide = left if result.size.ndim == 1 else left[:, None]
+        result = result._replace(
+            z=torch.where(left[:, None], now.latest.z, result.z),
+            size=torch.where(wide, now.latest.size, result.size),
+            scale=torch.where(wide, now.latest.scale, result.scale),
         )
     return (
-        found._replace(
-            status=torch.where(left, int(Status.MAX_STEPS), found.status),
-            steps=torch.where(left, max_steps, found.steps),
+        result._replace(
+            status=torch.where(left, int(Status.MAX_STEPS), result.status),
+            steps=torch.where(left, max_steps, result.steps),
         ),
         now.spent if searches else now.step,
         now.terms,
@@ -239,27 +239,27 @@ def _going(limit: int, stage: Stage) -> Callable[[_Carried], Tensor]:
 
 
 def _body(step: Any, way: Way, rule: Rule) -> Callable[[_Carried, Any, Any], _Carried]:
-    def body(now: _Carried, given: Any, rings: Any) -> _Carried:
-        fixed, constants = given
+    def body(now: _Carried, outer: Any, rings: Any) -> _Carried:
+        fixed, constants = outer
         here = rule.at(fixed, now.terms)
         count = now.step + 1
         to, state = step.propose(now.place, now.state, rings, now.step)
         z = torch.where(now.found.running[:, None], to, now.place.z)
         point = here.measured(way.reached(z, constants, now.latest), now.place, now.terms, now.step)
-        found = _judged(point, here, now.found, count)
+        result = _judged(point, here, now.found, count)
         place, state = step.learn(now.place, point, state, rings, now.step)
-        stopped = now.found.running & ~found.running
+        stopped = now.found.running & ~result.running
         # a sample that stops for good goes to its best iterate: the map never sees a bad state again
-        place = place._replace(z=torch.where(stopped[:, None], found.z, place.z))
+        place = place._replace(z=torch.where(stopped[:, None], result.z, place.z))
         latest = _latest(point) if isinstance(now.latest, _Latest) else ()
-        return _Carried(count, place, found, state, here.terms(point), latest, ())
+        return _Carried(count, place, result, state, here.terms(point), latest, ())
 
     return body
 
 
 def _searching(step: Any, way: Way, rule: Rule, max_steps: int) -> Callable[[_Carried, Any, Any], _Carried]:
-    def body(now: _Carried, given: Any, rings: Any) -> _Carried:
-        fixed, constants = given
+    def body(now: _Carried, outer: Any, rings: Any) -> _Carried:
+        fixed, constants = outer
         here = rule.at(fixed, now.terms)
         running, at, count = now.found.running, Point(**now.place), now.step + 1
         moved: Moved = step.move(Ground(way.at, constants, running, here.judge), at, now.state, rings)
@@ -269,30 +269,30 @@ def _searching(step: Any, way: Way, rule: Rule, max_steps: int) -> Callable[[_Ca
         point = here.measured(to, at, now.terms, now.step)
         solved = torch.zeros_like(running) if moved.solved is None else moved.solved
         last = torch.full_like(running, not step.confirms) | (count == max_steps)
-        found = _judged(point, here, now.found, count, _Told(solved, moved.breakdown, last))
-        stopped = running & ~found.running
-        place = fields(to.changed(z=torch.where(stopped[:, None], found.z, to.z)))
+        result = _judged(point, here, now.found, count, _Told(solved, moved.breakdown, last))
+        stopped = running & ~result.running
+        place = fields(to.changed(z=torch.where(stopped[:, None], result.z, to.z)))
         latest = _latest(point) if isinstance(now.latest, _Latest) else ()
-        return _Carried(count, place, found, moved.state, here.terms(point), latest, now.spent + moved.spent)
+        return _Carried(count, place, result, moved.state, here.terms(point), latest, now.spent + moved.spent)
 
     return body
 
 
-def _judged(point: Point, rule: Rule, found: LoopResult, count: Tensor, told: _Told | None = None) -> LoopResult:
+def _judged(point: Point, rule: Rule, result: LoopResult, count: Tensor, verdict: _Told | None = None) -> LoopResult:
     """Test every sample that runs, and note those that stop here; ``count`` is zero for the start."""
-    size, running = point.size(), found.running
+    size, running = point.size(), result.running
     within = size <= rule.judge.tolerance(point)
     done = within if within.ndim == 1 else within.all(dim=1)
-    if told is not None:
-        done = told.solved | (done & told.judged)
-    status, known, best = found.status, found.size, found.merit
+    if verdict is not None:
+        done = verdict.solved | (done & verdict.judged)
+    status, known, best = result.status, result.size, result.merit
     if rule.rejudges:
         resumed = (status == Status.CONVERGED) & ~done
         status, running = torch.where(resumed, _RUNNING, status), running | resumed
         known = torch.where(resumed if known.ndim == 1 else resumed[:, None], torch.inf, known)
         best = torch.where(resumed, torch.inf, best) if isinstance(best, Tensor) else best
     good = point.growth_norm() <= rule.limit
-    stopped = running & (done | ~good if told is None else done | told.broken | ~good)
+    stopped = running & (done | ~good if verdict is None else done | verdict.broken | ~good)
     if point.judgement is None:
         better = running & (rule.rank(size) < rule.rank(known)) | stopped & done
     else:
@@ -300,16 +300,16 @@ def _judged(point: Point, rule: Rule, found: LoopResult, count: Tensor, told: _T
     if rule.rejudges:  # those that rest were evaluated again, where they are returned
         better = better | (status == Status.CONVERGED)
     lost: Any = int(Status.NONFINITE)
-    if told is not None:
-        lost, count = torch.where(good, int(Status.BREAKDOWN), lost), count - told.solved.long()
+    if verdict is not None:
+        lost, count = torch.where(good, int(Status.BREAKDOWN), lost), count - verdict.solved.long()
     reason = torch.where(done, int(Status.CONVERGED), lost)
     wide = better if size.ndim == 1 else better[:, None]
     return LoopResult(
-        z=torch.where(better[:, None], point.z, found.z),
-        size=torch.where(wide, size, found.size),
-        scale=torch.where(wide, _of(point.scale), found.scale),
+        z=torch.where(better[:, None], point.z, result.z),
+        size=torch.where(wide, size, result.size),
+        scale=torch.where(wide, _of(point.scale), result.scale),
         status=torch.where(stopped, reason, status),
-        steps=torch.where(stopped, count, found.steps),
+        steps=torch.where(stopped, count, result.steps),
         merit=() if point.judgement is None else torch.where(better, point.judgement.merit, best),
     )
 
@@ -374,8 +374,8 @@ def steps(
         if limit == count - 1:
             break
 
-    def leave(now: tuple[Tensor, Tensor], given: Any, rings: Any) -> tuple[Tensor, Tensor]:
-        place, state = given
+    def leave(now: tuple[Tensor, Tensor], outer: Any, rings: Any) -> tuple[Tensor, Tensor]:
+        place, state = outer
         return now[0] + 1, last.propose(place, state, rings, now[0])[0]
 
     # outside of a loop, rings are not what loops have written to them

@@ -94,13 +94,13 @@ class QuasiNewton(Searching):
         )
 
     def move(self, ground: Ground, at: Point, state: Remembered, rings: Rings) -> Moved:
-        found = self._search(ground, at, self._direction(at.residual, state, rings), state.gamma * state.length**2)
-        reached, last, lost = Point(**found.reached), Point(**found.last), found.searching
-        state = state._replace(kept=state.kept & ~found.stuck[:, None])
+        searched = self._search(ground, at, self._direction(at.residual, state, rings), state.gamma * state.length**2)
+        reached, last, lost = Point(**searched.reached), Point(**searched.last), searched.searching
+        state = state._replace(kept=state.kept & ~searched.stuck[:, None])
         # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
         to = last.select(lost & ~torch.isfinite(row_norm(last.residual)), reached)
-        state = self._remember(state, at, reached, found.trials, rings)
-        return Moved(to, state, lost | (state.idle >= PATIENCE), found.spent)
+        state = self._remember(state, at, reached, searched.trials, rings)
+        return Moved(to, state, lost | (state.idle >= PATIENCE), searched.spent)
 
     def _search(self, ground: Ground, at: Point, direction: Tensor, gamma: Tensor) -> _Tried:
         """Search along ``direction``; samples that find nothing there search along the gradient, since the model of the
@@ -110,19 +110,19 @@ class QuasiNewton(Searching):
         here = fields(at)
         now = _Tried(count, direction, ground.running, none, here, here, trials, count)
 
-        def body(now: _Tried, given: Any, rings: Any) -> _Tried:
-            constants, residual, gamma = given
+        def body(now: _Tried, outer: Any, rings: Any) -> _Tried:
+            constants, residual, gamma = outer
             along = ground._replace(constants=constants)
-            found = search(along, Point(**now.reached), now.direction, now.searching, self.trials)
+            searched = search(along, Point(**now.reached), now.direction, now.searching, self.trials)
             return _Tried(
                 now.attempt + 1,
                 (gamma * widened(residual)).to(residual.dtype),
-                found.failed,
-                now.stuck | found.failed,
-                fields(found.point),
-                fields(found.last),
-                now.trials + found.trials,
-                now.spent + found.spent,
+                searched.failed,
+                now.stuck | searched.failed,
+                fields(searched.point),
+                fields(searched.last),
+                now.trials + searched.trials,
+                now.spent + searched.spent,
             )
 
         def on(now: _Tried) -> Tensor:
@@ -197,10 +197,10 @@ class QuasiNewton(Searching):
 def substituted(matrix: Tensor, right: Tensor, order: range) -> Tensor:
     """The solution of triangular systems ``[batch, n, n]`` for ``[batch, n]``, unknown by unknown in ``order``; written
     out, which compiles to one pass over the batch."""
-    found: dict[int, Tensor] = {}
+    by_slot: dict[int, Tensor] = {}
     for i in order:
         value = right[:, i]
-        for j, x in found.items():
+        for j, x in by_slot.items():
             value = value - matrix[:, i, j] * x
-        found[i] = value / matrix[:, i, i]
-    return torch.stack([found[i] for i in range(len(order))], dim=1)
+        by_slot[i] = value / matrix[:, i, i]
+    return torch.stack([by_slot[i] for i in range(len(order))], dim=1)

@@ -94,8 +94,8 @@ def by_method(
     none = torch.zeros((), dtype=torch.int64, device=b.device)
     start = _Going(none, _held(first), torch.zeros_like(b), scale, torch.zeros_like(going, dtype=torch.int64), going)
 
-    def body(now: _Going, given: Any, rings: Any) -> _Going:
-        saved, tolerance = given
+    def body(now: _Going, constants: Any, rings: Any) -> _Going:
+        saved, tolerance = constants
         state = method.step(system(saved), _like(first, now.state), None)
         better = now.going & (state.norm < now.least)
         least = torch.where(better, state.norm, now.least)

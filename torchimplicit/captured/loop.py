@@ -42,22 +42,22 @@ def while_loop(
         return going(pytree.tree_unflatten(list(flat[:count]), spec))
 
     def flat_body(*flat: Any) -> tuple[Tensor, ...]:
-        given = pytree.tree_unflatten(list(flat[:count]), spec)
-        after = body(given, pytree.tree_unflatten(list(flat[count:kept]), fixed_spec), flat[kept:])
+        carried = pytree.tree_unflatten(list(flat[:count]), spec)
+        after = body(carried, pytree.tree_unflatten(list(flat[count:kept]), fixed_spec), flat[kept:])
         return tuple(apart(pytree.tree_leaves(after), flat))
 
     assert not torch.is_grad_enabled()
     written = {"mutated_arg_indices": ",".join(str(kept + i) for i in range(len(rings)))} if rings else {}
-    found = while_loop_op(flat_going, spelt(flat_body), tuple(leaves), (*fixed, *rings), **written)
-    return pytree.tree_unflatten(list(found), spec)
+    outputs = while_loop_op(flat_going, spelt(flat_body), tuple(leaves), (*fixed, *rings), **written)
+    return pytree.tree_unflatten(list(outputs), spec)
 
 
 def apart(leaves: Sequence[Any], others: Sequence[Any]) -> list[Any]:
     """The leaves, none of which is another one or one of ``others``: what goes into a loop, or comes out of it, must
     not share memory."""
     seen = {id(t) for t in others}
-    found = []
+    copies = []
     for leaf in leaves:
-        found.append(leaf.clone() if id(leaf) in seen else leaf)
+        copies.append(leaf.clone() if id(leaf) in seen else leaf)
         seen.add(id(leaf))
-    return found
+    return copies

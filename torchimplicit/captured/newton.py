@@ -34,22 +34,22 @@ class Inner:
     max_steps: int
 
     @staticmethod
-    def of(given: LinearSolver | None, problem: Problem, layout: Layout) -> Inner | None:
-        """Of what was ``given`` to the solver; ``None`` where that is not compiled. What it takes by default is that of
+    def of(solver: LinearSolver | None, problem: Problem, layout: Layout) -> Inner | None:
+        """The inner solver for the user's ``solver``; ``None`` where that is not compiled. By default it is that of
         the eager path, but for :class:`BiCGStab`, which has no memory, in the place of GMRES; and a single system is
         assembled up to ``ASSEMBLED`` unknowns."""
         least = isinstance(problem, Minimum)
-        if given is None:
+        if solver is None:
             small = layout.dim <= (ASSEMBLED if least or not layout.batched else SMALL)
-            given = Dense() if small else MINRES() if least else BiCGStab()
-        tolerances = given.tolerances(layout.dtype)
-        if isinstance(given, Dense):
-            return Inner(given, tolerances, 1) if layout.dim <= ASSEMBLED else None
-        if not isinstance(given, IterativeSolver) or given.preconditioner is not None:
+            solver = Dense() if small else MINRES() if least else BiCGStab()
+        tolerances = solver.tolerances(layout.dtype)
+        if isinstance(solver, Dense):
+            return Inner(solver, tolerances, 1) if layout.dim <= ASSEMBLED else None
+        if not isinstance(solver, IterativeSolver) or solver.preconditioner is not None:
             return None
-        if isinstance(given, GMRES):
-            return Inner(BiCGStab(), tolerances, given.max_steps)
-        return Inner(given, tolerances, given.max_steps) if isinstance(given, CG | MINRES | BiCGStab) else None
+        if isinstance(solver, GMRES):
+            return Inner(BiCGStab(), tolerances, solver.max_steps)
+        return Inner(solver, tolerances, solver.max_steps) if isinstance(solver, CG | MINRES | BiCGStab) else None
 
 
 class _Halving(NamedTuple):
@@ -87,15 +87,21 @@ class Newton(Searching):
         judge, error = ground.judge, at.error
         if judge.measure is not None:
             error = judge.measure.system.norms(at.residual)
-        told = torch.zeros_like(exact) if self.confirms else None
-        solved = Progress(ground.running, False, judge, told).short(at.changed(error=error), direction, exact)
+        done = torch.zeros_like(exact) if self.confirms else None
+        solved = Progress(ground.running, False, judge, done).short(at.changed(error=error), direction, exact)
         searching = ground.running & ~lost
         if solved is not None:
             solved = solved & ~lost
             searching = searching & ~solved
         if self.minimizes:
-            found = search(ground, at, direction, searching, self.halvings + 1)
-            to, failed, refused, last, spent = found.point, found.failed, found.trials > 1, found.last, found.spent
+            searched = search(ground, at, direction, searching, self.halvings + 1)
+            to, failed, refused, last, spent = (
+                searched.point,
+                searched.failed,
+                searched.trials > 1,
+                searched.last,
+                searched.spent,
+            )
         else:
             to, failed, refused, last, spent = self._search(ground, at, direction, searching)
         # a sample that met nothing but NaN and infinity is shown them, so that it counts as non-finite
@@ -113,15 +119,15 @@ class Newton(Searching):
         sound = unit.finite[:, 0]
         right = Right(b, scale, unit.factor[:, 0])
         if isinstance(self.inner.method, Dense):
-            found = assembled(self.product, saved, right, self.minimizes)
-            sound = sound & found.solved
+            solution = assembled(self.product, saved, right, self.minimizes)
+            sound = sound & solution.solved
         else:
             method, steps = self.inner.method, self.inner.max_steps
-            found = by_method(method, tolerance, steps, self.product, saved, right, self.minimizes)
-        x, left = found.x, b - self.product(found.x, *saved)
+            solution = by_method(method, tolerance, steps, self.product, saved, right, self.minimizes)
+        x, left = solution.x, b - self.product(solution.x, *saved)
         sound = sound & x.isfinite().all(dim=1)
         if self.minimizes:
-            sound = sound & found.convex & (((x * b).sum(dim=1) > 0) | (scale == 0))
+            sound = sound & solution.convex & (((x * b).sum(dim=1) > 0) | (scale == 0))
         rounding = 16 * torch.finfo(b.dtype).eps * scale
         exact = sound & (torch.linalg.vector_norm(left, dim=1) <= SLACK * tolerance + rounding)
         return torch.where(sound[:, None], x / unit.factor, 0), exact, ~sound
@@ -135,8 +141,8 @@ class Newton(Searching):
         norm = row_norm(at.residual)
         now = _Halving(none, searching, torch.zeros_like(searching), torch.ones_like(norm), here, here)
 
-        def body(now: _Halving, given: Any, rings: Any) -> _Halving:
-            constants, z, direction, norm = given
+        def body(now: _Halving, outer: Any, rings: Any) -> _Halving:
+            constants, z, direction, norm = outer
             chosen, reached = now.searching, Point(**now.reached)
             to = z + now.size[:, None].to(z.dtype) * direction
             trial = ground.evaluate(torch.where(chosen[:, None], to, reached.z), constants).select(chosen, reached)

@@ -10,11 +10,11 @@ from torch import fx
 
 def dependents(graph: fx.GraphModule, source: fx.Node) -> set[fx.Node]:
     """``source``, and the nodes whose values depend on it, but for the output."""
-    found = {source}
+    nodes = {source}
     for node in graph.graph.nodes:
-        if node.op != "output" and any(one in found for one in node.all_input_nodes):
-            found.add(node)
-    return found
+        if node.op != "output" and any(one in nodes for one in node.all_input_nodes):
+            nodes.add(node)
+    return nodes
 
 
 def needed_before(graph: fx.GraphModule, late: set[fx.Node]) -> list[fx.Node]:
@@ -34,13 +34,13 @@ def _bases(node: fx.Node) -> list[fx.Node]:
     """What ``node`` is a view of; itself where it is none."""
     if not is_view(node):
         return [node]
-    return [base for given in node.all_input_nodes for base in _bases(given)]
+    return [base for source in node.all_input_nodes for base in _bases(source)]
 
 
-def part(graph: fx.GraphModule, given: Sequence[fx.Node], results: Sequence[fx.Node], chosen: Any) -> fx.GraphModule:
-    """The function from ``given`` to ``results`` that the ``chosen`` nodes make up."""
-    made = fx.Graph()
-    known: dict[fx.Node, fx.Node] = {node: made.placeholder(f"given_{i}") for i, node in enumerate(given)}
+def part(graph: fx.GraphModule, sources: Sequence[fx.Node], results: Sequence[fx.Node], chosen: Any) -> fx.GraphModule:
+    """The function from ``sources`` to ``results`` that the ``chosen`` nodes make up."""
+    piece = fx.Graph()
+    known: dict[fx.Node, fx.Node] = {node: piece.placeholder(f"given_{i}") for i, node in enumerate(sources)}
     for node in graph.graph.nodes:
         inputs = node.all_input_nodes
         if (
@@ -49,7 +49,7 @@ def part(graph: fx.GraphModule, given: Sequence[fx.Node], results: Sequence[fx.N
             and chosen(node)
             and known.keys() >= {*inputs}
         ):
-            known[node] = made.node_copy(node, lambda n: known[n])
-    made.output(tuple(known[node] for node in results))
-    made.eliminate_dead_code()
-    return fx.GraphModule(graph, made)
+            known[node] = piece.node_copy(node, lambda n: known[n])
+    piece.output(tuple(known[node] for node in results))
+    piece.eliminate_dead_code()
+    return fx.GraphModule(graph, piece)

@@ -118,8 +118,8 @@ class Bound:
         if torch.is_grad_enabled() or any(map(is_transformed, all_tensors)) or versions(self.inputs) != self.versions:
             return None
         return tuple(
-            given if source is None else params[source].detach()
-            for given, source in zip(self.inputs, self.sources, strict=True)
+            tensor if source is None else params[source].detach()
+            for tensor, source in zip(self.inputs, self.sources, strict=True)
         )
 
 
@@ -163,13 +163,13 @@ class Program:
         self.refused = False
         # by this name dynamo remembers which sizes and numbers have varied: another program's are none of its business
         code = _evaluate.__code__.replace(co_name=f"captured_{next(_names)}")
-        own = types.FunctionType(code, _evaluate.__globals__, _evaluate.__name__)
-        self.call = torch.compile(own, fullgraph=True, backend=_backend)
+        function = types.FunctionType(code, _evaluate.__globals__, _evaluate.__name__)
+        self.call = torch.compile(function, fullgraph=True, backend=_backend)
 
     def bind(self, problem: Problem, flat: Tensor, args: tuple[Any, ...]) -> Bound:
         """The graph at the state ``flat``, with what the function takes and captures."""
-        given = problem.state(self.plan.layout, problem.seen(self.plan.layout, flat.detach()))
-        state, tree = pytree.tree_map_only(Tensor, lambda leaf: leaf.detach(), given), args
+        seen_state = problem.state(self.plan.layout, problem.seen(self.plan.layout, flat.detach()))
+        state, tree = pytree.tree_map_only(Tensor, lambda leaf: leaf.detach(), seen_state), args
         leaves = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
         rows = len(flat)
         if self.plan.several:
@@ -189,7 +189,7 @@ class Program:
             return alias
 
         tree = pytree.tree_map_only(Tensor, alias, args)
-        own = now.own = [alias(t) for t in problem.constraint_tensors(self.plan.layout, rows)]
+        set_tensors = now.own = [alias(t) for t in problem.constraint_tensors(self.plan.layout, rows)]
         _now.found = None
         try:
             # a number that varies would become a symbol, which the compiler rounds to single precision
@@ -198,13 +198,13 @@ class Program:
                 torch._dynamo.config.patch(specialize_float=True),
                 _settled(problem.function) as function,
             ):
-                leaves_out = self.call(function, state, tree, own)
-            found = _now.taken()
+                leaves_out = self.call(function, state, tree, set_tensors)
+            recorded = _now.taken()
         finally:
             _now.given = _now.found = None
-        if found is None:
+        if recorded is None:
             raise Uncapturable("compiled code is not run here (torch.compiler.set_stance)")
-        artifact, inputs = found
+        artifact, inputs = recorded
         if not artifact.checked:
             artifact.graph.check_outputs(leaves_out, inputs)
             artifact.checked = True
@@ -218,11 +218,11 @@ def _bound(
     places = {id(alias): i for i, alias in enumerate(aliases)}
     captured: list[Tensor] = []
     sources: list[int | None] = []
-    for given in inputs:
-        place = places.get(id(given)) if isinstance(given, Tensor) else None
-        if place is None and isinstance(given, Tensor) and given.requires_grad:
+    for tensor in inputs:
+        place = places.get(id(tensor)) if isinstance(tensor, Tensor) else None
+        if place is None and isinstance(tensor, Tensor) and tensor.requires_grad:
             place = len(aliases) + len(captured)
-            captured.append(given)
+            captured.append(tensor)
         sources.append(place)
     return Bound(artifact, inputs, tuple(captured), tuple(sources), versions(inputs))
 
@@ -238,18 +238,20 @@ def versions(inputs: Sequence[Any]) -> tuple[int | None, ...]:
     return tuple(t._version if isinstance(t, Tensor) and not t.is_inference() else None for t in inputs)
 
 
-def _evaluate(function: Callable[..., Any], state: Any, args: tuple[Any, ...], own: list[Tensor]) -> list[Tensor]:
+def _evaluate(
+    function: Callable[..., Any], state: Any, args: tuple[Any, ...], set_tensors: list[Tensor]
+) -> list[Tensor]:
     # copies, so that each leaf is an output of its own, be it the state itself
-    return [leaf.clone() for leaf in (*pytree.tree_leaves(function(state, *args)), *own)]
+    return [leaf.clone() for leaf in (*pytree.tree_leaves(function(state, *args)), *set_tensors)]
 
 
 def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
     global _count
-    given = _now.given
-    if given is None:
+    solve = _now.given
+    if solve is None:
         raise Uncapturable("it was read outside a solve")
-    plan = given.plan
-    graph = Graph.of(module, examples, given.problem, plan.layout, given.state, given.own, given.originals)
+    plan = solve.plan
+    graph = Graph.of(module, examples, solve.problem, plan.layout, solve.state, solve.own, solve.originals)
     _count += 1
     needs_grad = graph.needs_grad
     with without_autocast(plan.layout.device):
@@ -316,11 +318,11 @@ def training(function: Any) -> bool:
 def tell(problem: Problem, reason: str) -> None:
     """Warn, once for each reason, that a solve is not captured."""
     try:
-        told = _told.setdefault(known_by(problem.stated_by), set())
+        reasons = _told.setdefault(known_by(problem.stated_by), set())
     except TypeError:
-        told = set()
-    if reason not in told:
-        told.add(reason)
+        reasons = set()
+    if reason not in reasons:
+        reasons.add(reason)
         notice(
             f"not captured: {reason}",
             f"compile=True: this solve is not captured, and the eager loop serves: {reason}",

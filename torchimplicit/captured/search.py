@@ -106,8 +106,8 @@ def search(ground: Ground, point: Point, direction: Tensor, active: Tensor, tria
     spent = torch.zeros_like(slope, dtype=torch.int64)
     now = _Trying(none, searching, torch.zeros_like(searching), size, bracket, here, here, here, spent)
 
-    def body(now: _Trying, given: Any, rings: Any) -> _Trying:
-        constants, z, direction, start, slope = given
+    def body(now: _Trying, outer: Any, rings: Any) -> _Trying:
+        constants, z, direction, start, slope = outer
         level, reached = level_of(start), Point(**now.reached)
         chosen = now.searching
         there = torch.where(chosen[:, None], z + now.size[:, None].to(z.dtype) * direction, reached.z)
@@ -118,17 +118,17 @@ def search(ground: Ground, point: Point, direction: Tensor, active: Tensor, tria
         trial = now.trial + 1
         # an energy that falls without end must not use up the trials of every step
         short = short & ((trial < EXPANSIONS) | torch.isfinite(now.bracket.high))
-        found = enough & ~short
+        accepted = enough & ~short
         bracket = now.bracket.narrowed(now.size, tried.energy, bent, short, chosen & ~enough)
         halved, other = (bracket.next_size(slope, level, halve=halve) for halve in (True, False))
         return _Trying(
             trial,
-            chosen & ~found,
+            chosen & ~accepted,
             now.moved | enough,
             torch.where(trial % 3 == 0, halved, other),
             bracket,
             fields(tried.select(enough, Point(**now.best))),
-            fields(tried.select(found, reached)),
+            fields(tried.select(accepted, reached)),
             fields(tried),
             now.trials + chosen,
         )

@@ -199,7 +199,7 @@ class Accelerated(Step):
         return to - correction.to(to.dtype), state
 
     def learn(self, before: Any, point: Point, state: Past, rings: Rings, taken: Tensor) -> tuple[Any, Past]:
-        found, here = place_of(point), _in_unit(place_of(point), state.gamma)
+        reached, here = place_of(point), _in_unit(place_of(point), state.gamma)
         last_found, before = before, _in_unit(before, state.gamma)
         turn = widened(here.residual - before.residual)
         if self.damping == 1 and isinstance(here, Place):
@@ -208,8 +208,8 @@ class Accelerated(Step):
             move = torch.add(widened(here.z - before.z), turn, alpha=self.damping)
         weight = state.weight
         if self.system is not None and self.sizes:
-            told = self.system.weights(point, last_found.z, last_found.residual)
-            weight = torch.where(state.taken == 0, told, weight)
+            measured = self.system.weights(point, last_found.z, last_found.residual)
+            weight = torch.where(state.taken == 0, measured, weight)
         turn = self._compared(turn, weight)
         length = torch.linalg.vector_norm(turn, dim=1, keepdim=True).clamp_min(torch.finfo(turn.dtype).tiny)
         turn, move = turn / length, move / length
@@ -238,7 +238,7 @@ class Accelerated(Step):
         gram = torch.where(failed[:, None, None], eye, gram)
         place = before.where(failed, here)
         right = (turns * self._compared(widened(place.residual), weight)[:, None]).sum(dim=-1) * kept
-        place = last_found.where(failed, found)
+        place = last_found.where(failed, reached)
         return place, Past(gram, kept, failed, right, state.taken + 1, weight, merit, state.gamma)
 
     def _compared(self, residual: Tensor, weight: Any) -> Tensor:
@@ -322,8 +322,8 @@ class Secants(Step):
         row = (last + (before[:, :, None] * c).sum(dim=1)) * torch.where(safe, 1 / torch.where(safe, square, 1), 0)
         slot = age % self.memory
         new = along * factor
-        own = (move * move).sum(dim=-1, keepdim=True)
-        new = torch.where(slots == slot, own, new)
+        square_of_move = (move * move).sum(dim=-1, keepdim=True)
+        new = torch.where(slots == slot, square_of_move, new)
         # what is written through a view would be copied as a whole
         row, new = (_padded(t, 0, self.memory - n) for t in (row, new))
         write(factors, (age - 1).clamp_min(0), row)
